@@ -1,0 +1,1 @@
+"""Scripts and benchmarks built on glm_edge."""

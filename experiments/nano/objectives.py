@@ -1,0 +1,230 @@
+"""What each stage of nano's training minimises."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from experiments.nano.batches import Layout
+from glm_edge.kernels.log_mel import log_mel
+from glm_edge.models.multimodal import MultimodalGLM, place_features
+
+COORDINATE_BINS = 100
+COORDINATE_SIGMA = 2.0
+ATTENTION_WEIGHT = 0.3
+DENSE_WEIGHT = 0.3
+SPEECH_WEIGHT = 0.1
+MATCH_LAYER, READ_LAYER = "1", "2"
+READ_SLOTS = (1, 2)
+
+
+def init_heads(key: Array, width: int, num_classes: int) -> dict[str, Array]:
+    """Read-outs that exist during training only: cell class, offset, centre; digit of a recording."""
+
+    def matrix(key: Array, rows: int) -> Array:
+        return jax.random.normal(key, (rows, width)) * width**-0.5
+
+    keys = jax.random.split(key, 4)
+    return {
+        "class": matrix(keys[0], num_classes),
+        "offset": matrix(keys[1], 2),
+        "centre": matrix(keys[2], 1),
+        "digit": matrix(keys[3], 10),
+    }
+
+
+def dense_loss(heads: dict[str, Array], features: Array, batch: dict[str, Array]) -> Array:
+    """Class, offset and centre of what lies in each cell; cells with something weigh more."""
+    present = (batch["cell_class"] > 0).astype(jnp.float32)
+    weight = 0.2 + 0.8 * present
+    by_class = optax.softmax_cross_entropy_with_integer_labels(
+        features @ heads["class"].T, batch["cell_class"]
+    )
+    centre = optax.sigmoid_binary_cross_entropy(
+        (features @ heads["centre"].T)[..., 0], batch["cell_centre"].astype(jnp.float32)
+    )
+    offset = jnp.abs(features @ heads["offset"].T - batch["cell_offset"]).sum(-1)
+    return (
+        jnp.sum(by_class * weight) / jnp.sum(weight)
+        + jnp.sum(centre * weight) / jnp.sum(weight)
+        + jnp.sum(offset * present) / jnp.maximum(jnp.sum(present), 1.0)
+    )
+
+
+def vision_features(module: MultimodalGLM, images: Array) -> tuple[Array, Array]:
+    """Image features for the decoder, and the same without their positions."""
+    features = module.encode_images(images)
+    vision = module.vision
+    cells = (vision.row[:, None] + vision.column[None]).reshape(-1, features.shape[-1])
+    return features, features - cells
+
+
+def speech_features(module: MultimodalGLM, samples: Array, rng: Array | None) -> Array:
+    """Speech features [..., num_tokens, D]; with `rng`, bands of time and frequency are hidden."""
+    speech = module.config.speech
+    flat = samples.reshape(-1, samples.shape[-1])
+    mel = log_mel(flat, speech.mel_bins, speech.fft_size, speech.hop_length, speech.sample_rate)
+    if rng is not None:
+        mel = _hide_bands(mel, rng)
+    features = module.encode_audio(mel)
+    return features.reshape(*samples.shape[:-1], *features.shape[1:])
+
+
+def _hide_bands(mel: Array, rng: Array) -> Array:
+    """Replaces a random band of frames and one of bins by the row's mean (SpecAugment)."""
+    batch, frames, bins = mel.shape
+    keys = jax.random.split(rng, 4)
+
+    def band(start_key: Array, width_key: Array, extent: int, widest: int) -> Array:
+        start = jax.random.randint(start_key, (batch, 1), 0, extent)
+        width = jax.random.randint(width_key, (batch, 1), 0, widest)
+        index = jnp.arange(extent)
+        return (index >= start) & (index < start + width)
+
+    hidden = band(keys[0], keys[1], frames, frames // 8)[:, :, None]
+    hidden = hidden | band(keys[2], keys[3], bins, bins // 5)[:, None, :]
+    return jnp.where(hidden, mel.mean(axis=(1, 2), keepdims=True), mel)
+
+
+def text_loss(module: MultimodalGLM, tokens: Array, rng: Array | None, dropout: float) -> Array:
+    """Mean cross-entropy of the next token in nats, with dropout on embedded inputs."""
+    x = module.embed(tokens[:, :-1])
+    if rng is not None:
+        x = drop(x, rng, dropout)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    final, _, _ = module.decoder(x, positions)
+    logits = module.predict(final)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def drop(x: Array, rng: Array, rate: float) -> Array:
+    """Zeroes entries with probability `rate` and scales up the rest."""
+    keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+
+def digit_loss(heads: dict[str, Array], features: Array, digits: Array) -> Array:
+    """Cross-entropy of the digit said, from the mean of a recording's features."""
+    logits = features.mean(axis=-2) @ heads["digit"].T
+    return optax.softmax_cross_entropy_with_integer_labels(logits, digits).mean()
+
+
+def soft_labels(labels: Array, vocab_size: int, first_x: int) -> Array:
+    """Target distributions: one-hot, or for a coordinate a Gaussian over its axis' tokens.
+
+    Args:
+      labels: [...] token ids.
+      vocab_size: `V`.
+      first_x: id of the first x token; the y tokens follow the x tokens.
+
+    Returns:
+      [..., V], each summing to one.
+    """
+    ids = jnp.arange(vocab_size)
+    label = labels[..., None]
+    axis = (ids - first_x) // COORDINATE_BINS
+    same_axis = (axis == (label - first_x) // COORDINATE_BINS) & (ids >= first_x)
+    coordinate = (label >= first_x) & (label < first_x + 2 * COORDINATE_BINS)
+    bump = jnp.exp(-0.5 * ((ids - label) / COORDINATE_SIGMA) ** 2) * same_axis
+    target = jnp.where(coordinate, bump, ids == label)
+    return target / target.sum(axis=-1, keepdims=True)
+
+
+def screen_logits(
+    module: MultimodalGLM, batch: dict[str, Array], layout: Layout, rng: Array | None
+) -> tuple[Array, dict[str, Array]]:
+    """Scores at the taught slots [B, Q, A, V], with features for the auxiliary losses."""
+    x = module.embed(batch["tokens"])
+    features, unplaced = vision_features(module, batch["images"])
+    x = place_features(x, batch["tokens"] == module.config.image_token_id, features)
+    encoded = {"cells": unplaced}
+    if batch["samples"].shape[1]:
+        speech = speech_features(module, batch["samples"], rng)
+        encoded["speech"] = speech
+        placeholder = batch["tokens"] == module.config.audio_token_id
+        x = place_features(x, placeholder, speech.reshape(x.shape[0], -1, x.shape[-1]))
+    positions = jnp.broadcast_to(layout.positions, batch["tokens"].shape)
+    final, _, _ = module.decoder(x, positions, jnp.asarray(layout.mask))
+    rows = jnp.arange(x.shape[0])[:, None, None]
+    return module.predict(final[rows, batch["slots"]]), encoded
+
+
+def screen_loss(
+    module: MultimodalGLM,
+    variables: dict[str, Any],
+    heads: dict[str, Array],
+    batch: dict[str, Array],
+    layout: Layout,
+    first_x: int,
+    rng: Array,
+) -> tuple[Array, dict[str, Array]]:
+    """Answers, attention to the target, and the dense loss, in one number.
+
+    Returns:
+      `(loss, parts)`; `parts` holds each term.
+    """
+    (logits, encoded), sown = module.apply(
+        variables, batch, layout, rng, method=screen_logits, mutable=["attention"]
+    )
+    target = soft_labels(batch["labels"], logits.shape[-1], first_x)
+    answer = -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
+    answer = jnp.sum(answer * batch["weights"]) / jnp.sum(batch["weights"])
+    parts = {
+        "answer": answer,
+        "attention": attention_loss(sown["attention"], batch, module.config),
+        "dense": dense_loss(heads, encoded["cells"], batch),
+    }
+    loss = answer + ATTENTION_WEIGHT * parts["attention"] + DENSE_WEIGHT * parts["dense"]
+    if "speech" in encoded:
+        parts["digit"] = digit_loss(heads, encoded["speech"], batch["digits"])
+        loss = loss + SPEECH_WEIGHT * parts["digit"]
+    return loss, parts
+
+
+def attention_loss(sown: dict[str, Any], batch: dict[str, Array], config: Any) -> Array:
+    """Teaches one head to look from the question to its target, one from the answer back.
+
+    In one layer the first query head of the `<|assistant|>` slot attends to the target's cell; in
+    the next, the second query head of the slots that give x and y attends to `<|assistant|>`.
+    """
+    layers = sown["decoder"]["layers"]
+    match = layers[MATCH_LAYER]["attention"]["weights"][0][:, 0, 0]
+    read = layers[READ_LAYER]["attention"]["weights"][0][:, 0, 1]
+    taps = (batch["target"] >= 0).astype(jnp.float32)
+    rows = jnp.arange(match.shape[0])[:, None]
+    first_cell = jnp.argmax(batch["tokens"] == config.image_token_id, axis=1)[:, None]
+    cell = first_cell + jnp.maximum(batch["target"], 0)
+    seen = -jnp.log(match[rows, batch["assistant"], cell] + 1e-9)
+    for step in READ_SLOTS:
+        slot = batch["assistant"] + step
+        seen = seen - jnp.log(read[rows, slot, batch["assistant"]] + 1e-9)
+    return jnp.sum(seen * taps) / jnp.maximum(jnp.sum(taps), 1.0)
+
+
+def taps_in_box(
+    logits: Array, batch: dict[str, Array], first_x: int, image_size: tuple[int, int]
+) -> tuple[Array, Array]:
+    """Which taps fall in their box, each coordinate given the true tokens before it.
+
+    Args:
+      logits: [B, Q, A, V] at the taught slots.
+      batch: from `ScreenBatches.draw`.
+      first_x: id of the first x token.
+      image_size: (height, width) in pixels.
+
+    Returns:
+      `(inside, asked)`: bool [B, Q] each.
+    """
+    height, width = image_size
+    action = logits[:, :, 0].argmax(-1) == batch["labels"][:, :, 0]
+    first_y = first_x + COORDINATE_BINS
+    x = logits[:, :, 1, first_x:first_y].argmax(-1)
+    y = logits[:, :, 2, first_y : first_y + COORDINATE_BINS].argmax(-1)
+    x = (10 * x + 5) / 1000 * width
+    y = (10 * y + 5) / 1000 * height
+    box = batch["box"]
+    inside = (x >= box[..., 0]) & (x <= box[..., 2]) & (y >= box[..., 1]) & (y <= box[..., 3])
+    asked = batch["target"] >= 0
+    return inside & action & asked, asked

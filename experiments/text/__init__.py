@@ -1,0 +1,1 @@
+"""Text: corpora, nano's tokenizer, and the n-gram baseline."""

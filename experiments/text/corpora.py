@@ -1,0 +1,168 @@
+"""Text to train and evaluate on: UTF-8 files, CPython's own topics, evaluation windows."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from glm_edge.errors import DataError, OutputError
+
+
+def read_text(path: str | Path) -> str:
+    """Reads a UTF-8 text file, byte for byte (line ends are kept).
+
+    Args:
+      path: the file.
+
+    Returns:
+      Its text.
+
+    Raises:
+      DataError: the file is missing, not a regular file, empty, or not UTF-8.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}); give a UTF-8 text file"
+        ) from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8: {error.reason} 0x{data[error.start]:02x} at byte offset "
+            f"{error.start}; convert it to UTF-8 first"
+        ) from error
+    if not text.strip():
+        raise DataError(f"{path}: empty ({len(data)} bytes, no text); give a file with text in it")
+    return text
+
+
+def write_text(path: str | Path, text: str, overwrite: bool = False) -> None:
+    """Writes a UTF-8 file beside its place, then renames it: no half of it is ever seen.
+
+    Args:
+      path: the file; its directory is made if absent.
+      text: what it will hold.
+      overwrite: whether an existing file may be replaced.
+
+    Raises:
+      OutputError: the file exists already, or cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise OutputError(f"{path}: exists already; name another place or pass --overwrite")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}); name a writable place"
+        ) from error
+
+
+def pydoc_topics(split: Literal["calibration", "evaluation"]) -> str:
+    """Returns half of the topics that CPython's `help()` explains, in plain English.
+
+    Every second topic by name belongs to each half. Many topics repeat others' paragraphs; only a
+    paragraph's first appearance is kept, so that the halves share none. The text depends on the
+    version of Python.
+
+    Args:
+      split: which half.
+
+    Returns:
+      The topics in order of name, an empty line between paragraphs.
+
+    Raises:
+      DataError: `split` names no half, or this Python was installed without the topics.
+    """
+    halves = ("calibration", "evaluation")
+    if split not in halves:
+        raise DataError(f"pydoc topics: no split {split!r}; known: {', '.join(halves)}")
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError(
+            f"pydoc_data.topics: missing from this Python ({error}); give a text file instead"
+        ) from error
+    seen: set[str] = set()
+    kept: tuple[list[str], list[str]] = ([], [])
+    for index, name in enumerate(sorted(topics)):
+        for paragraph in re.split(r"\n\s*\n", topics[name]):
+            words = " ".join(paragraph.split())
+            if words and words not in seen:
+                seen.add(words)
+                kept[index % 2].append(paragraph.strip("\n"))
+    return "\n\n".join(kept[halves.index(split)]) + "\n"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Non-overlapping evaluation windows over one token stream.
+
+    The model starts afresh in each window and every token but the window's first is scored, hence
+    `num_bytes` counts the bytes of scored tokens only.
+
+    Attributes:
+      tokens: int32 [N, length]; the last row is padded with its own last token.
+      scored: bool [N, length - 1], true where `tokens[:, 1:]` is scored.
+      num_bytes: UTF-8 bytes that the scored tokens stand for, exactly.
+    """
+
+    tokens: np.ndarray
+    scored: np.ndarray
+    num_bytes: int
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that are scored."""
+        return int(self.scored.sum())
+
+
+def windows(tokens: np.ndarray, token_bytes: np.ndarray, length: int) -> Windows:
+    """Cuts a token stream into evaluation windows.
+
+    Args:
+      tokens: int [T] ids.
+      token_bytes: int [V] bytes that each id stands for, as from `tokenizer.token_bytes`.
+      length: tokens of a window, at least 2; a last window of one token is left out.
+
+    Returns:
+      The windows.
+
+    Raises:
+      DataError: there are fewer than two tokens, or `length` is below 2.
+    """
+    tokens = np.asarray(tokens)
+    if length < 2 or len(tokens) < 2:
+        raise DataError(
+            f"text: {len(tokens)} tokens in windows of {length}; both must be at least 2"
+        )
+    if len(tokens) % length == 1:
+        tokens = tokens[:-1]
+    count = -(-len(tokens) // length)
+    padded = np.pad(tokens, (0, count * length - len(tokens)), mode="edge").reshape(count, length)
+    present = (np.arange(count * length) < len(tokens)).reshape(count, length)
+    scored = present[:, 1:]
+    num_bytes = int(np.asarray(token_bytes)[padded[:, 1:]][scored].sum())
+    return Windows(padded.astype(np.int32), scored, num_bytes)
+
+
+def bits_per_byte(total_nats: float, num_bytes: int) -> float:
+    """Bits per UTF-8 byte of a text whose tokens cost `total_nats` together."""
+    return float(total_nats / np.log(2.0) / num_bytes)

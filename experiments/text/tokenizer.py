@@ -1,0 +1,179 @@
+"""Nano's tokenizer: byte-level BPE with chat tokens, action literals and coordinate tokens.
+
+Ids, in this order: `SPECIALS`, the 256 bytes, merges, `ACTION_LITERALS`, the x tokens `[5,` to
+`[995,`, the y tokens `5]` to `995]`. Every string is encoded without loss; the literals only
+shorten actions, `do(action="Tap", element=[505,715])` is four tokens.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from glm_edge.errors import DataError
+
+VOCAB_SIZE = 2304
+COORDINATES = tuple(range(5, 1000, 10))
+SPECIALS = (
+    "<|endoftext|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|begin_of_image|>",
+    "<|image|>",
+    "<|end_of_image|>",
+    "<|begin_of_audio|>",
+    "<|audio|>",
+    "<|end_of_audio|>",
+    "<|pad|>",
+)
+ACTION_LITERALS = (
+    'do(action="Tap", element=',
+    'do(action="Back")',
+    'do(action="Swipe", start=',
+    ", end=",
+    'do(action="Type", text="',
+    'finish(message="',
+)
+X_TOKENS = tuple(f"[{x}," for x in COORDINATES)
+Y_TOKENS = tuple(f"{y}]" for y in COORDINATES)
+
+VERBS = (
+    "tap", "open", "press", "click", "touch", "select", "hit", "choose", "find", "show", "scroll",
+    "swipe", "type", "enter", "write", "go", "please",
+)  # fmt: skip
+NAMES = (
+    "settings", "camera", "phone", "messages", "mail", "music", "maps", "clock", "calendar",
+    "photos", "wifi", "bluetooth", "battery", "sound", "search", "home", "star", "heart", "lock",
+    "cart", "cloud", "flag", "user", "play", "pause", "stop", "bell", "key", "sun", "moon",
+    "folder", "trash", "download", "upload", "share", "edit", "plus", "minus", "check", "menu",
+    "arrow", "gift", "book", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
+    "nine",
+)  # fmt: skip
+OTHER_WORDS = (
+    "red", "green", "blue", "yellow", "orange", "purple", "pink", "white", "black", "gray",
+    "square", "circle", "round", "button", "icon", "key", "row", "digit", "number", "word", "item",
+    "list", "screen", "page", "back", "up", "down", "left", "right", "top", "bottom", "to", "the",
+    "on", "with", "say", "done", "finish", "finished", "text", "message",
+)  # fmt: skip
+PHRASE_WEIGHT = 250
+
+
+def instruction_phrases() -> Iterator[str]:
+    """Yields the training sentences that make instruction words single tokens, in a fixed order."""
+    for word in (*NAMES, *OTHER_WORDS, *VERBS):
+        yield f"tap {word}"
+    for word in (*NAMES, "done"):
+        yield word
+    for verb in VERBS:
+        yield f"{verb} the"
+        yield f"{verb.capitalize()} the"
+    for end in (")", '")', '"'):
+        yield f"5{end}"
+
+
+def build(lines: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """Trains the tokenizer; the same lines always give the same one.
+
+    Args:
+      lines: training text.
+      vocab_size: ids in total, added tokens included.
+
+    Returns:
+      The tokenizer, with exactly `vocab_size` ids.
+
+    Raises:
+      DataError: the text has too few distinct pairs for the vocabulary.
+
+    References:
+      Sennrich et al., Neural Machine Translation of Rare Words with Subword Units (2016).
+    """
+    added = (*ACTION_LITERALS, *X_TOKENS, *Y_TOKENS)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(added),
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def sentences() -> Iterator[str]:
+        yield from lines
+        for _ in range(PHRASE_WEIGHT):
+            yield from instruction_phrases()
+
+    tokenizer.train_from_iterator(sentences(), trainer)
+    literals = (*ACTION_LITERALS, *X_TOKENS)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in literals])
+    # single_word: `1915]` keeps its number whole; an x token is followed by a digit and cannot ask.
+    tokenizer.add_tokens([AddedToken(y, normalized=False, single_word=True) for y in Y_TOKENS])
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise DataError(
+            f"training text: gives {tokenizer.get_vocab_size()} ids, {vocab_size} are needed; "
+            "use a longer text"
+        )
+    return tokenizer
+
+
+def to_json(tokenizer: Tokenizer) -> str:
+    """Writes a tokenizer as compact JSON that `Tokenizer.from_str` reads."""
+    fields = json.loads(tokenizer.to_str())
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Reads a `tokenizer.json`.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      DataError: the file is missing or holds no tokenizer.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises plain Exception
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: not a tokenizer.json ({reason}); see make_tokenizer") from error
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Encodes ordinary text paragraph by paragraph; `<|user|>` and its like stay plain text.
+
+    Args:
+      tokenizer: as from `load`.
+      text: anything; a paragraph ends after each line feed.
+
+    Returns:
+      int32 [T] ids whose decoding is `text`.
+    """
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.encode_special_tokens = True
+    paragraphs = re.findall(r"[^\n]*\n|[^\n]+", text)
+    encodings = plain.encode_batch_fast(paragraphs, add_special_tokens=False)
+    return np.array([i for encoding in encodings for i in encoding.ids], np.int32)
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Counts the UTF-8 bytes that each id stands for.
+
+    Args:
+      tokenizer: as from `load`.
+
+    Returns:
+      int32 [V]; over the ids of a text they sum to the text's bytes.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    sizes = np.zeros(tokenizer.get_vocab_size(), np.int32)
+    for token, index in tokenizer.get_vocab().items():
+        # A byte-level token has one character per byte.
+        sizes[index] = len(token.encode()) if index in added else len(token)
+    return sizes

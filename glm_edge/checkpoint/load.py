@@ -1,0 +1,174 @@
+"""Loading and saving a model with its parameters, whatever the directory's format."""
+
+import importlib.resources
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from glm_edge import params as boxes
+from glm_edge.checkpoint import hugging_face, own
+from glm_edge.checkpoint.files import CONFIG, WEIGHTS, check_finite, new_directory, read_json
+from glm_edge.checkpoint.orbax import ARRAYS
+from glm_edge.checkpoint.shapes import check_params
+from glm_edge.configs import GLMConfig
+from glm_edge.errors import CheckpointError, ConfigError, OutputError
+from glm_edge.models.multimodal import MultimodalGLM
+
+TOKENIZER = "tokenizer.json"
+_OWN_FILES = (CONFIG, WEIGHTS, ARRAYS)
+_ORBAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
+
+
+def load(path: str | os.PathLike, dtype: str | None = "float32") -> tuple[MultimodalGLM, Any]:
+    """Opens a checkpoint directory.
+
+    Args:
+      path: directory written by `save` (safetensors or Orbax), or a Hugging Face directory of a
+        GLM (config.json, one or several safetensors files).
+      dtype: type to which trainable weights are cast; None keeps the stored one. Integers, masks
+        and scales of compressed weights always keep theirs.
+
+    Returns:
+      `(model, params)`: a Linen module with its `config`, and its tree of arrays and boxes.
+
+    Raises:
+      CheckpointError: a file is missing, truncated, of another format, or does not fit the model.
+      ConfigError: config.json names an unknown model or lacks a field.
+    """
+    directory = Path(path)
+    _check_dtype(dtype)
+    if not directory.is_dir():
+        found = "is a file" if directory.exists() else "does not exist"
+        raise CheckpointError(f"{directory}: {found}; a checkpoint is a directory with {CONFIG}")
+    if not (directory / CONFIG).is_file():
+        raise CheckpointError(_without_config(directory))
+    fields = read_json(directory / CONFIG)
+    if fields.get("format") == own.FORMAT:
+        model, params = own.read(directory, fields)
+        return model, params if dtype is None else boxes.cast(params, dtype)
+    if "model_type" in fields:
+        return hugging_face.read(directory, fields, dtype)
+    raise ConfigError(
+        f"{directory / CONFIG}: neither a glm_edge checkpoint ('format': {own.FORMAT!r}) nor a "
+        "Hugging Face one ('model_type')"
+    )
+
+
+def save(
+    model: MultimodalGLM,
+    params: Any,
+    path: str | os.PathLike,
+    format: str = "safetensors",
+    overwrite: bool = False,
+    extras: Mapping[str, str | os.PathLike | bytes] | None = None,
+) -> Path:
+    """Writes a model and its parameters as a directory that appears whole or not at all.
+
+    How products are computed (`model.compute`) is chosen at run time and not stored.
+
+    Args:
+      model: whose configuration is written.
+      params: tree of arrays and boxes; bytes are stored as they are.
+      path: directory to create.
+      format: `safetensors` or `orbax`.
+      overwrite: replaces an existing checkpoint.
+      extras: further files by name, such as `{"tokenizer.json": source path or bytes}`.
+
+    Returns:
+      The directory.
+
+    Raises:
+      CheckpointError: parameters do not fit the model or are not finite, or an extra is missing.
+      OutputError: the directory exists and may not be replaced, or cannot be written.
+    """
+    if format not in own.STORES:
+        raise CheckpointError(f"format {format!r} is unknown; known: {', '.join(own.STORES)}")
+    if not isinstance(getattr(model, "config", None), GLMConfig):
+        raise CheckpointError(
+            f"a checkpoint holds a model with a GLMConfig, not a {type(model).__name__}"
+        )
+    target = Path(path)
+    contents = {name: _read_extra(name, source) for name, source in (extras or {}).items()}
+    check_params(params, model, str(target))
+    for name, array in boxes.to_flat(params)[0].items():
+        check_finite(np.asarray(array), f"{target}: tensor {name!r}")
+    with new_directory(target, overwrite) as temporary:
+        for name, content in contents.items():
+            (temporary / name).write_bytes(content)
+        own.write(temporary, model, params, format)
+    return target
+
+
+def shipped(name: str = "nano") -> Path:
+    """Directory of a checkpoint that comes with the package.
+
+    Args:
+      name: of the checkpoint.
+
+    Returns:
+      Its directory, for `load` and `load_tokenizer`.
+
+    Raises:
+      CheckpointError: the package holds none of this name.
+    """
+    assets = Path(str(importlib.resources.files("glm_edge") / "assets"))
+    known = sorted(path.parent.name for path in assets.glob(f"*/{CONFIG}"))
+    if name not in known:
+        raise CheckpointError(
+            f"no checkpoint {name!r} comes with glm_edge; known: {', '.join(known) or 'none'}"
+        )
+    return assets / name
+
+
+def load_tokenizer(path: str | os.PathLike) -> Any:
+    """Opens the tokenizer of a checkpoint.
+
+    Args:
+      path: directory of the checkpoint.
+
+    Returns:
+      A `tokenizers.Tokenizer`, or None when the directory holds no tokenizer.json.
+
+    Raises:
+      CheckpointError: the file is not a tokenizer.
+    """
+    file = Path(path) / TOKENIZER
+    if not file.is_file():
+        return None
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    # The library raises plain Exception for a file that it cannot read.
+    except Exception as error:
+        raise CheckpointError(f"{file}: not a tokenizer of the tokenizers library: {error}") from error
+
+
+def _check_dtype(dtype: str | None) -> None:
+    floating = ("float32", "bfloat16", "float16")
+    if dtype is not None and str(jnp.dtype(dtype)) not in floating:
+        raise CheckpointError(f"dtype {dtype!r} is unknown; known: {', '.join(floating)} or None")
+
+
+def _without_config(directory: Path) -> str:
+    if any((directory / name).exists() for name in _ORBAX_FILES):
+        return (
+            f"{directory}: an Orbax directory without {CONFIG}; arrays alone do not say which "
+            "model they belong to nor how they are packed: save with glm_edge.save(format='orbax')"
+        )
+    return f"{directory}: holds no {CONFIG}; a checkpoint is a directory with one"
+
+
+def _read_extra(name: str, source: str | os.PathLike | bytes) -> bytes:
+    if name != Path(name).name or name in _OWN_FILES:
+        raise OutputError(f"extra file {name!r} must be a plain name other than {_OWN_FILES}")
+    if isinstance(source, bytes):
+        return source
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error

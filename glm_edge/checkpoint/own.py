@@ -1,0 +1,118 @@
+"""Our own checkpoints: `config.json` with the model and the boxes, and one file of arrays."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from glm_edge import params as boxes
+from glm_edge.checkpoint import orbax
+from glm_edge.checkpoint.files import (
+    CONFIG,
+    WEIGHTS,
+    SafetensorsFile,
+    check_finite,
+    write_json,
+    write_safetensors,
+)
+from glm_edge.checkpoint.shapes import check_names, check_params, config_from_json
+from glm_edge.configs import to_dict
+from glm_edge.errors import BoxError, CheckpointError
+from glm_edge.models.multimodal import MultimodalGLM
+
+FORMAT = "glm_edge"
+VERSION = 1
+STORES = ("safetensors", "orbax")
+_FIELDS = {"Masked": ("value", "mask"), "Quantized": ("data", "scale", "zero")}
+
+
+def write(directory: Path, model: MultimodalGLM, params: Any, store: str) -> None:
+    """Writes a model and its parameters into an empty directory, config.json last.
+
+    Args:
+      directory: to write into.
+      model: whose configuration is written.
+      params: tree of arrays and boxes; bytes are stored as they are.
+      store: `safetensors` or `orbax`.
+    """
+    arrays, spec = boxes.to_flat(params)
+    fields = {
+        "format": FORMAT,
+        "version": VERSION,
+        "store": store,
+        "config": to_dict(model.config),
+        "params": spec,
+    }
+    if store == "orbax":
+        fields["arrays"] = orbax.write(directory, arrays)
+    else:
+        write_safetensors(directory / WEIGHTS, arrays)
+    # A directory without config.json does not load, so an interrupted one never looks whole.
+    write_json(directory / CONFIG, fields)
+
+
+def read(directory: Path, fields: dict[str, Any]) -> tuple[MultimodalGLM, Any]:
+    """Reads a directory that `write` wrote.
+
+    Args:
+      directory: of the checkpoint.
+      fields: its config.json.
+
+    Returns:
+      `(model, params)`.
+
+    Raises:
+      CheckpointError: files are missing or damaged, or do not fit the configuration.
+      ConfigError: the configuration is not one.
+    """
+    where = directory / CONFIG
+    if fields.get("version") != VERSION:
+        raise CheckpointError(
+            f"{where}: version {fields.get('version')!r} is unknown; this library reads {VERSION}"
+        )
+    store, spec = fields.get("store"), fields.get("params")
+    if store not in STORES:
+        raise CheckpointError(f"{where}: store {store!r} is unknown; known: {', '.join(STORES)}")
+    if not isinstance(spec, dict) or not all(isinstance(box, dict) for box in spec.values()):
+        raise CheckpointError(
+            f"{where}: 'params' must describe the boxes of the arrays; without it their bytes "
+            "have no meaning"
+        )
+    model = MultimodalGLM(config_from_json(fields.get("config"), str(where)))
+    if store == "orbax":
+        source, arrays = directory / orbax.ARRAYS, orbax.read(directory, fields.get("arrays"))
+    else:
+        source, arrays = directory / WEIGHTS, _read_arrays(directory / WEIGHTS)
+    _check_box_fields(arrays, spec, source)
+    for name, array in arrays.items():
+        check_finite(array, f"{source}: tensor {name!r}")
+    # A copy, because jax would otherwise alias the memory map of a file that may change.
+    arrays = {name: jnp.array(array, copy=True) for name, array in arrays.items()}
+    try:
+        params = boxes.from_flat(arrays, spec)
+    except (BoxError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    check_params(params, model, str(source))
+    return model, params
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    file = SafetensorsFile(path)
+    return {name: file.read(name) for name in file.tensors}
+
+
+def _check_box_fields(arrays: dict[str, Any], spec: dict[str, Any], source: Path) -> None:
+    """Every array of a described box is a field of it, so that none is dropped in silence."""
+    for path, static in spec.items():
+        known = _FIELDS.get(static.get("box"))
+        if known is None:
+            raise CheckpointError(
+                f"{source}: parameter {path!r}: unknown box {static.get('box')!r}; known: "
+                f"{', '.join(_FIELDS)}"
+            )
+        stored = [name for name in arrays if name.rpartition(".")[0] == path]
+        needed = {f"{path}.{field}": "of its box" for field in known if field != "zero"}
+        if f"{path}.zero" in stored and "zero" in known:
+            needed[f"{path}.zero"] = "of its box"
+        check_names(stored, needed, str(source))

@@ -1,0 +1,132 @@
+"""Calibration batches: what a GLM reads, and how well it predicts the next token.
+
+A batch is a dict of arrays (`B` rows of `T` tokens), the same for scoring and for distillation:
+
+- `tokens` int [B, T];
+- `loss_mask` [B, T], optional: weight of the prediction that position `t` makes of token `t + 1`
+  (the last column is not used). Without it every prediction counts, except of padding and of image
+  and audio placeholders;
+- `images` [B, height, width, channels] and `audio` [B, frames, mel_bins], optional;
+- `positions` and `mask`, optional, as the model takes them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from glm_edge.errors import DataError
+from glm_edge.params.tree import Params
+
+Batch = dict[str, Any]
+INPUTS = ("images", "audio", "positions", "mask")
+_KEYS = ("tokens", "loss_mask", *INPUTS)
+_MODALITIES = (("images", "vision", "image_token_id"), ("audio", "speech", "audio_token_id"))
+
+
+def apply_batch(
+    model: nn.Module, params: Params, batch: Batch, variables: dict[str, Any] | None = None
+) -> Array:
+    """Runs a model on a batch.
+
+    Args:
+      model: called as `model(tokens, **inputs)`; returns logits, alone or first in a tuple.
+      params: its parameters.
+      batch: see the module's docstring.
+      variables: further collections for `apply`.
+
+    Returns:
+      Logits [B, T, V], float32.
+    """
+    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
+    output = model.apply({"params": params, **(variables or {})}, batch["tokens"], **inputs)
+    logits = output[0] if isinstance(output, tuple) else output
+    return logits.astype(jnp.float32)
+
+
+def loss_weights(model: nn.Module, batch: Batch) -> Array:
+    """Weight of each prediction, float32 [B, T - 1]."""
+    if batch.get("loss_mask") is not None:
+        return batch["loss_mask"][:, :-1].astype(jnp.float32)
+    config = getattr(model, "config", None)
+    targets = batch["tokens"][:, 1:]
+    taught = jnp.ones(targets.shape, bool)
+    for name in ("image_token_id", "audio_token_id", "pad_token_id"):
+        token = getattr(config, name, None)
+        if token is not None:
+            taught &= targets != token
+    return taught.astype(jnp.float32)
+
+
+def cross_entropy(logits: Array, tokens: Array) -> Array:
+    """Loss of each prediction of the next token, in nats.
+
+    Args:
+      logits: [B, T, V].
+      tokens: [B, T].
+
+    Returns:
+      [B, T - 1].
+    """
+    scores = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+def row_losses(
+    model: nn.Module, params: Params, batch: Batch, variables: dict[str, Any] | None = None
+) -> Array:
+    """Mean loss of each row over what is taught in it, [B]; zero where nothing is."""
+    weights = loss_weights(model, batch)
+    losses = cross_entropy(apply_batch(model, params, batch, variables), batch["tokens"])
+    return jnp.sum(losses * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+
+
+def mean_loss(model: nn.Module, params: Params, batch: Batch) -> Array:
+    """Mean loss over everything taught in a batch, a scalar."""
+    weights = loss_weights(model, batch)
+    losses = cross_entropy(apply_batch(model, params, batch), batch["tokens"])
+    return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+
+
+def to_device(batch: Batch, where: str = "calibration") -> Batch:
+    """Checks a batch and moves it to the device, leaving out what is None.
+
+    Raises:
+      DataError: a key is unknown, or an array is missing or of another shape.
+    """
+    if not isinstance(batch, dict) or batch.get("tokens") is None:
+        raise DataError(f"{where}: a batch is a dict with at least 'tokens' [B, T]")
+    unknown = sorted(set(batch) - set(_KEYS))
+    if unknown:
+        raise DataError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}")
+    tokens = np.asarray(batch["tokens"])
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 2:
+        raise DataError(
+            f"{where}: tokens must be integers [B, T] with T >= 2, found {tokens.dtype} "
+            f"{tokens.shape}"
+        )
+    weights = batch.get("loss_mask")
+    if weights is not None and np.shape(weights) != tokens.shape:
+        raise DataError(
+            f"{where}: loss_mask must be {tokens.shape} like tokens, found {np.shape(weights)}"
+        )
+    for name in ("images", "audio"):
+        rows = np.shape(batch[name])[:1] if batch.get(name) is not None else (len(tokens),)
+        if rows != (len(tokens),):
+            raise DataError(f"{where}: {name} has {rows} rows, tokens has {len(tokens)}")
+    return {name: jnp.asarray(value) for name, value in batch.items() if value is not None}
+
+
+def missing_modalities(model: nn.Module, calibration: Sequence[Batch]) -> tuple[str, ...]:
+    """Notes on inputs that a model takes and no calibration batch holds."""
+    config = getattr(model, "config", None)
+    return tuple(
+        f"calibration held no {name}: what {encoder} gives the decoder was not seen"
+        for name, encoder, _ in _MODALITIES
+        if getattr(config, encoder, None) is not None
+        and not any(batch.get(name) is not None for batch in calibration)
+    )

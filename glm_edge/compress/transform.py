@@ -1,0 +1,201 @@
+"""Transforms: values that say how to compress a model, and the registry of what carries them out.
+
+A transform is data, `prune.structured(heads=0.25, neurons=0.3)`; calling it maps a model and its
+parameters to a model, its parameters and a report. Transforms compose with `chain`.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax import Array
+
+from glm_edge.compress.report import Report
+from glm_edge.errors import DataError, RecipeError
+from glm_edge.params.tree import Params
+
+Batch = dict[str, Any]
+Progress = Callable[[str, int, int], None]
+Result = tuple[nn.Module, Params, Report]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a transform may use besides the model: data, randomness, and where it started.
+
+    Attributes:
+      calibration: batches that can be read more than once, or None.
+      rng: jax key, or None.
+      original: model and parameters that the outermost transform was given.
+      progress: called as `progress(stage, done, total)`, or None.
+    """
+
+    calibration: Sequence[Batch] | None
+    rng: Array | None
+    original: tuple[nn.Module, Params]
+    progress: Progress | None = None
+
+    def advance(self, stage: str, done: int, total: int) -> None:
+        """Tells the progress callback, where there is one."""
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+
+class Entry(NamedTuple):
+    """The factory that builds a transform from options, and the function that carries it out."""
+
+    factory: Callable[..., "Transform"]
+    apply: Callable[..., Result]
+
+
+_REGISTRY: dict[str, Entry] = {}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Transform:
+    """How to compress, as a value: it prints, compares, round-trips through JSON and is called.
+
+    Attributes:
+      name: of the registered transform, such as `quantize.rtn`.
+      options: JSON-ready, every option spelled out.
+      objects: arguments that JSON cannot hold (a teacher's arrays).
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        entry(self.name)
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        object.__setattr__(self, "objects", MappingProxyType(dict(self.objects)))
+
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Params,
+        calibration: Sequence[Batch] | None = None,
+        rng: Array | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Compresses a model; neither argument is changed.
+
+        Args:
+          model: Linen module.
+          params: its parameters, arrays or boxes.
+          calibration: batches (see `glm_edge.compress.batches`), a list or another collection that
+            can be read more than once; None where the transform needs none.
+          rng: jax key; None where nothing is drawn, or for the order in which data comes.
+          progress: called as `progress(stage, done, total)`.
+
+        Returns:
+          `(model, params, report)`; the model is another one only if shapes changed.
+
+        Raises:
+          RecipeError: options do not fit the model.
+          DataError: calibration is missing or cannot be read more than once.
+        """
+        if isinstance(calibration, Iterator):
+            raise DataError(
+                "calibration is an iterator that can be read only once; pass a list of batches, "
+                "such as list(itertools.islice(batches, 16))"
+            )
+        return self.run(model, params, Context(calibration, rng, (model, params), progress))
+
+    def run(self, model: nn.Module, params: Params, context: Context) -> Result:
+        """As a call, within a chain."""
+        return entry(self.name).apply(model, params, context, **self.options, **self.objects)
+
+    def __repr__(self) -> str:
+        if self.name == CHAIN:
+            inner = ",\n".join(f"  {t!r}" for t in self.options["transforms"])
+            return f"chain(\n{inner},\n)" if inner else "chain()"
+        parameters = inspect.signature(entry(self.name).factory).parameters
+        shown = [f"{k}=…" for k in self.objects] + [
+            f"{key}={value!r}"
+            for key, value in self.options.items()
+            if key not in parameters or parameters[key].default != value
+        ]
+        return f"{self.name}({', '.join(shown)})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Transform):
+            return NotImplemented
+        return (
+            self.name == other.name
+            and dict(self.options) == dict(other.options)
+            and {k: id(v) for k, v in self.objects.items()}
+            == {k: id(v) for k, v in other.objects.items()}
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted(self.options.items()))))
+
+
+def register(name: str, factory: Callable[..., Transform], apply: Callable[..., Result]) -> None:
+    """Makes a transform known by name, to calls and to recipes.
+
+    Args:
+      name: such as `quantize.rtn`.
+      factory: checks options and returns the `Transform`.
+      apply: called as `apply(model, params, context, **options, **objects)`.
+    """
+    _REGISTRY[name] = Entry(factory, apply)
+
+
+def entry(name: str) -> Entry:
+    """Looks up a registered transform.
+
+    Raises:
+      RecipeError: no transform has this name.
+    """
+    if name not in _REGISTRY:
+        raise RecipeError(f"unknown transform {name!r}; known: {', '.join(sorted(_REGISTRY))}")
+    return _REGISTRY[name]
+
+
+CHAIN = "chain"
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Applies transforms from left to right, itself a transform.
+
+    Chains within a chain are flattened, so that grouping changes nothing. Step `i` gets the key
+    folded with `i`, and the model that the chain started from is every step's default teacher.
+
+    Args:
+      *transforms: what to apply.
+
+    Returns:
+      The chain.
+
+    Raises:
+      RecipeError: an argument is not a transform.
+    """
+    flat: list[Transform] = []
+    for transform in transforms:
+        if not isinstance(transform, Transform):
+            raise RecipeError(f"chain takes transforms, found {type(transform).__name__}")
+        inner = transform.options["transforms"] if transform.name == CHAIN else (transform,)
+        flat.extend(inner)
+    return Transform(CHAIN, {"transforms": tuple(flat)})
+
+
+def _apply_chain(
+    model: nn.Module, params: Params, context: Context, transforms: tuple[Transform, ...]
+) -> Result:
+    report = Report.start(params)
+    for index, transform in enumerate(transforms):
+        rng = None if context.rng is None else jax.random.fold_in(context.rng, index)
+        step = dataclasses.replace(context, rng=rng)
+        model, params, done = transform.run(model, params, step)
+        report = report + done
+    return model, params, report
+
+
+register(CHAIN, chain, _apply_chain)

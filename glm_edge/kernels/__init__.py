@@ -1,0 +1,1 @@
+"""Reference kernels: pure jitted functions on plain arrays."""

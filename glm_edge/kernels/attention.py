@@ -1,0 +1,64 @@
+"""Grouped-query attention."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+MASKED_SCORE = -1e9
+
+
+def attention_weights(query: Array, key: Array, mask: Array | None = None) -> Array:
+    """Softmax of scaled scores, in float32.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H], where query head `n` reads key head `n // (N / K)`.
+      mask: bool, broadcastable to [B, 1, T, S]; False hides a key from a query.
+
+    Returns:
+      [B, K, N / K, T, S] weights that sum to one over `S`.
+    """
+    batch, length, heads, width = query.shape
+    grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], width)
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts", grouped * width**-0.5, key, preferred_element_type=jnp.float32
+    )
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, MASKED_SCORE)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def attend(weights: Array, value: Array) -> Array:
+    """Weighted sum of values.
+
+    Args:
+      weights: [B, K, N / K, T, S] from `attention_weights`.
+      value: [B, S, K, H].
+
+    Returns:
+      [B, T, N, H].
+    """
+    mixed = jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
+    return mixed.reshape(*mixed.shape[:2], -1, mixed.shape[-1])
+
+
+def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+    """Grouped-query attention; arguments and result as in `attention_weights` and `attend`.
+
+    References:
+      GQA, https://arxiv.org/abs/2305.13245.
+    """
+    return attend(attention_weights(query, key, mask), value)
+
+
+def causal_mask(query_slots: Array, num_slots: int) -> Array:
+    """Lets a query at slot `t` see the slots `0..t`.
+
+    Args:
+      query_slots: [T] slot of each query in the key sequence.
+      num_slots: number of key slots `S`.
+
+    Returns:
+      bool [1, 1, T, S].
+    """
+    return (jnp.arange(num_slots) <= query_slots[:, None])[None, None]

@@ -1,0 +1,125 @@
+"""Products of activations with a weight stored `[out, in]`: dense, bf16, and low-bit."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+FEW_ROWS = 4
+
+
+def dense(x: Array, weight: Array) -> Array:
+    """Product in full precision: `[..., in] x [out, in] -> [..., out]`."""
+    return jax.lax.dot_general(
+        x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+@jax.custom_vjp
+def dense_bf16(x: Array, weight: Array) -> Array:
+    """Product of bfloat16 inputs with float32 accumulation, forward and backward."""
+    return _bf16_dot(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _bf16_dot(a: Array, b: Array, dimensions) -> Array:
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _dense_bf16_forward(x, weight):
+    return dense_bf16(x, weight), (x, weight)
+
+
+def _dense_bf16_backward(saved, gradient):
+    x, weight = saved
+    rows = tuple(range(x.ndim - 1))
+    x_gradient = _bf16_dot(gradient, weight, (((x.ndim - 1,), (0,)), ((), ())))
+    weight_gradient = _bf16_dot(gradient, x, ((rows, rows), ((), ())))
+    return x_gradient.astype(x.dtype), weight_gradient.astype(weight.dtype)
+
+
+dense_bf16.defvjp(_dense_bf16_forward, _dense_bf16_backward)
+
+
+def low_bit(x: Array, integers: Array, scale: Array, zero: Array | None = None) -> Array:
+    """Product with a quantized weight, `f' = scale * (q - zero)`.
+
+    For few rows the weight is never materialised in float: its integers are multiplied and
+    reduced in one fused loop. For many rows it is dequantized once.
+
+    Args:
+      x: [..., in] activations.
+      integers: int8 [out, in].
+      scale: [out, in / g] of one group of `g` columns each.
+      zero: None (symmetric) or integers like `scale`.
+
+    Returns:
+      [..., out].
+    """
+    rows = x.size // x.shape[-1]
+    if rows > FEW_ROWS:
+        return dense(x, dequantize(integers, scale, zero).astype(x.dtype))
+    groups = scale.shape[-1]
+    grouped = integers.reshape(integers.shape[0], groups, -1)
+    steps = grouped.astype(x.dtype)
+    if zero is not None:
+        steps = steps - zero[..., None].astype(x.dtype)
+    flat = x.reshape(rows, 1, groups, -1)
+    partial = jnp.sum(flat * steps[None], axis=-1)
+    return jnp.sum(partial * scale.astype(x.dtype), axis=-1).reshape(*x.shape[:-1], -1)
+
+
+def dequantize(integers: Array, scale: Array, zero: Array | None = None) -> Array:
+    """`f' = scale * (q - zero)` by groups of columns.
+
+    Args:
+      integers: int8 [..., out, in].
+      scale: [..., out, in / g].
+      zero: None or integers like `scale`.
+
+    Returns:
+      float32 [..., out, in].
+    """
+    grouped = integers.reshape(*scale.shape, -1).astype(jnp.float32)
+    if zero is not None:
+        grouped = grouped - zero[..., None].astype(jnp.float32)
+    return (grouped * scale[..., None].astype(jnp.float32)).reshape(integers.shape)
+
+
+def quantize(weight: Array, scale: Array, zero: Array | None, bits: int) -> Array:
+    """`q = round(f / scale + zero)`, clipped to the signed range of `bits`.
+
+    Args:
+      weight: [..., out, in].
+      scale: [..., out, in / g].
+      zero: None or integers like `scale`.
+      bits: width of the integers.
+
+    Returns:
+      int8 [..., out, in].
+    """
+    limit = 2 ** (bits - 1)
+    grouped = weight.reshape(*scale.shape, -1).astype(jnp.float32)
+    steps = grouped / scale[..., None].astype(jnp.float32)
+    if zero is not None:
+        steps = steps + zero[..., None].astype(jnp.float32)
+    integers = jnp.clip(jnp.round(steps), -limit, limit - 1)
+    return integers.astype(jnp.int8).reshape(weight.shape)
+
+
+def round_rows_to_int8(x: Array) -> Array:
+    """Rounds each row to its own asymmetric int8 grid, as a phone's dynamic kernels do.
+
+    The grid spans the row's minimum and maximum, zero included, and represents zero exactly.
+
+    Args:
+      x: [..., C] activations.
+
+    Returns:
+      [..., C] of the same type, on at most 256 values a row.
+    """
+    low = jnp.minimum(x.min(axis=-1, keepdims=True), 0.0)
+    high = jnp.maximum(x.max(axis=-1, keepdims=True), 0.0)
+    step = jnp.where(high == low, 1.0, (high - low) / 255.0)
+    zero = jnp.clip(jnp.round(-128.0 - low / step), -128, 127)
+    integers = jnp.clip(jnp.round(x / step + zero), -128, 127)
+    return ((integers - zero) * step).astype(x.dtype)

@@ -1,0 +1,171 @@
+"""The GLM decoder: RMSNorm, grouped-query attention, interleaved rotary, gated feed-forward."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.configs import DecoderConfig
+from glm_edge.kernels import attention as attention_kernels
+from glm_edge.kernels import rotary
+from glm_edge.models.layers import GatedMLP, Linear, RMSNorm, Stack
+
+LayerCache = dict[str, Array]
+Cache = dict[str, Any]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and an explicit cache."""
+
+    config: DecoderConfig
+    layer: int
+    compute: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Array, angle: Array, mask: Array, cache: LayerCache | None, slot: Array
+    ) -> tuple[Array, LayerCache | None]:
+        config = self.config
+        heads, kv_heads = config.heads(self.layer), config.kv_heads(self.layer)
+
+        def project(name: str, count: int) -> Array:
+            projected = Linear(
+                count * config.head_dim, config.attention_bias, self.compute, name=name
+            )(x)
+            return projected.reshape(*x.shape[:2], count, config.head_dim)
+
+        query = rotary.rotate_interleaved(project("q_proj", heads), angle)
+        key = rotary.rotate_interleaved(project("k_proj", kv_heads), angle)
+        value = project("v_proj", kv_heads)
+        if cache is not None:
+            cache = {
+                "key": jax.lax.dynamic_update_slice(cache["key"], key, (0, slot, 0, 0)),
+                "value": jax.lax.dynamic_update_slice(cache["value"], value, (0, slot, 0, 0)),
+            }
+            key, value = cache["key"], cache["value"]
+        weights = attention_kernels.attention_weights(query, key, mask)
+        if self.is_mutable_collection("attention"):
+            self.sow("attention", "weights", weights)
+        mixed = attention_kernels.attend(weights, value)
+        if self.has_variable("gates", "heads"):
+            mixed = mixed * self.get_variable("gates", "heads")[:, None]
+        mixed = mixed.reshape(*x.shape[:2], heads * config.head_dim)
+        return Linear(config.hidden_size, False, self.compute, name="o_proj")(mixed), cache
+
+
+class Layer(nn.Module):
+    """One transformer layer; with `sandwich_norm`, each branch is normed before and after."""
+
+    config: DecoderConfig
+    layer: int
+    compute: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Array, angle: Array, mask: Array, cache: LayerCache | None, slot: Array
+    ) -> tuple[Array, LayerCache | None]:
+        config = self.config
+
+        def rms(name: str) -> RMSNorm:
+            return RMSNorm(config.rms_norm_eps, name=name)
+
+        attended, cache = Attention(config, self.layer, self.compute, name="attention")(
+            rms("input_norm")(x), angle, mask, cache, slot
+        )
+        if config.sandwich_norm:
+            attended = rms("post_self_attention_norm")(attended)
+        x = x + attended
+        neurons = config.neurons(self.layer)
+        mixed = GatedMLP(neurons, config.hidden_size, compute=self.compute, name="mlp")(
+            rms("post_attention_norm")(x)
+        )
+        if config.sandwich_norm:
+            mixed = rms("post_mlp_norm")(mixed)
+        return x + mixed, cache
+
+
+class Decoder(nn.Module):
+    """The layers and final norm of a GLM decoder, on embedded inputs."""
+
+    config: DecoderConfig
+    compute: str = "float32"
+
+    def setup(self):
+        self.layers = Stack(
+            tuple(Layer(self.config, i, self.compute) for i in range(self.config.num_layers))
+        )
+        self.norm = RMSNorm(self.config.rms_norm_eps)
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        mask: Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Array, list[Array], Cache | None]:
+        """Runs all layers.
+
+        Args:
+          x: [B, T, D] embedded tokens.
+          positions: [B, T], or [3, B, T] for three-dimensional rotary positions.
+          mask: bool, broadcastable to [B, 1, T, S]; combined with causality when None is given
+            only causality holds.
+          cache: from `init_cache`, or None.
+
+        Returns:
+          `(final, hidden, cache)`: normed [B, T, D], the input of every layer and the output of
+          the last, and the cache after these tokens.
+        """
+        angle, mask, slot = self.prepare(x, positions, mask, cache)
+        hidden, layer_caches = [x], []
+        for index in range(self.config.num_layers):
+            layer_cache = None if cache is None else cache["layers"][index]
+            x, layer_cache = self.run_layer(index, x, angle, mask, layer_cache, slot)
+            hidden.append(x)
+            layer_caches.append(layer_cache)
+        if cache is not None:
+            cache = {"layers": layer_caches, "length": slot + x.shape[1]}
+        return self.norm(x), hidden, cache
+
+    def prepare(
+        self, x: Array, positions: Array, mask: Array | None, cache: Cache | None
+    ) -> tuple[Array, Array, Array]:
+        """Rotary angles, mask and first cache slot shared by all layers."""
+        config = self.config
+        frequencies = rotary.inverse_frequencies(config.rotary_dim, config.rope_theta)
+        angle = rotary.angles(positions, frequencies, config.mrope_section)
+        slot = jnp.zeros((), jnp.int32) if cache is None else cache["length"]
+        if mask is None:
+            slots = x.shape[1] if cache is None else cache["layers"][0]["key"].shape[1]
+            mask = attention_kernels.causal_mask(slot + jnp.arange(x.shape[1]), slots)
+        return angle, mask, slot
+
+    def run_layer(
+        self, index: int, x: Array, angle: Array, mask: Array, cache: Any, slot: Array
+    ) -> tuple[Array, Any]:
+        """Runs one layer, for calibration and block-wise training."""
+        return self.layers[index](x, angle, mask, cache, slot)
+
+
+def init_cache(
+    config: DecoderConfig, batch: int, num_slots: int, dtype: Any = jnp.float32
+) -> Cache:
+    """Returns an empty cache.
+
+    Args:
+      config: of the decoder.
+      batch: rows.
+      num_slots: tokens that fit.
+      dtype: type of keys and values.
+
+    Returns:
+      `{"layers": [{"key", "value"}: [B, S, K, H]], "length": 0}`.
+    """
+
+    def empty(layer: int) -> Array:
+        return jnp.zeros((batch, num_slots, config.kv_heads(layer), config.head_dim), dtype)
+
+    layers = [{"key": empty(i), "value": empty(i)} for i in range(config.num_layers)]
+    return {"layers": layers, "length": jnp.zeros((), jnp.int32)}

@@ -1,0 +1,144 @@
+"""Linear, Embed and norms that every architecture here is made of; weights are `[out, in]`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge import params
+from glm_edge.errors import CheckpointError
+from glm_edge.kernels import norm
+
+Initializer = Callable[..., Array]
+normal = nn.initializers.normal
+
+
+class Linear(nn.Module):
+    """Multiplies with a weight stored `[features, in]`, taking it in its box.
+
+    Attributes:
+      features: width of the result.
+      use_bias: adds a learned bias.
+      compute: see `glm_edge.params.linear`.
+    """
+
+    features: int
+    use_bias: bool = False
+    compute: str = "float32"
+    kernel_init: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "normal", -1, -2)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = boxed_param(self, "weight", self.kernel_init, (self.features, x.shape[-1]))
+        self.sow_input(x)
+        y = params.linear(x, weight, self.compute)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,))
+        return y
+
+    def sow_input(self, x: Array) -> None:
+        """Leaves the input where calibration asked for it, in the collection `inputs`."""
+        if self.is_mutable_collection("inputs") and not self.is_initializing():
+            self.sow("inputs", "rows", x.reshape(-1, x.shape[-1]))
+
+
+class Embed(nn.Module):
+    """Embedding `[num_embeddings, features]`, also usable as the output head of a tied model."""
+
+    num_embeddings: int
+    features: int
+    compute: str = "float32"
+
+    def setup(self):
+        self.weight = boxed_param(
+            self, "weight", normal(self.features**-0.5), (self.num_embeddings, self.features)
+        )
+
+    def __call__(self, tokens: Array) -> Array:
+        return params.lookup(self.weight, tokens)
+
+    def attend(self, x: Array) -> Array:
+        """Scores `[..., features]` against every row."""
+        return params.linear(x, self.weight, self.compute)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return norm.rms_norm(x, self.param("weight", nn.initializers.ones, x.shape[-1:]), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a learned scale and shift."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = self.param("weight", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return norm.layer_norm(x, weight, bias, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """`down(up * silu(gate))` with gate and up fused in one matrix, gate first.
+
+    References:
+      GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202.
+    """
+
+    neurons: int
+    features: int
+    use_bias: bool = False
+    compute: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        fused = Linear(2 * self.neurons, self.use_bias, self.compute, name="gate_up_proj")(x)
+        gate, up = jnp.split(fused, 2, axis=-1)
+        hidden = up * nn.silu(gate)
+        hidden = self.perturb_neurons(hidden)
+        return Linear(self.features, self.use_bias, self.compute, name="down_proj")(hidden)
+
+    def perturb_neurons(self, hidden: Array) -> Array:
+        """Scales each neuron by a gate when one is given, for importance scores."""
+        if not self.has_variable("gates", "neurons"):
+            return hidden
+        return hidden * self.get_variable("gates", "neurons")
+
+
+class Stack(nn.Module):
+    """Layers named `0`, `1`, …, so that their parameters lie at `layers/<i>`."""
+
+    layers: tuple[nn.Module, ...]
+
+    def setup(self):
+        for index, layer in enumerate(self.layers):
+            setattr(self, str(index), layer.copy(parent=None))
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return getattr(self, str(index))
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def boxed_param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> Any:
+    """Declares a parameter that may be a box of the given dense shape, and returns it boxed.
+
+    Raises:
+      CheckpointError: the stored parameter has another dense shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape)
+    stored = module.get_variable("params", name)
+    if tuple(stored.shape) != tuple(shape):
+        where = "/".join((*module.scope.path, name))
+        raise CheckpointError(f"{where}: shape {tuple(stored.shape)}, the model needs {shape}")
+    return stored

@@ -1,0 +1,93 @@
+"""A bidirectional text encoder: BERT, or DistilBERT when there are no token types."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.configs import TextConfig
+from glm_edge.kernels import attention as attention_kernels
+from glm_edge.models.layers import Embed, LayerNorm, Linear, Stack
+
+
+class TextLayer(nn.Module):
+    """One post-norm layer."""
+
+    config: TextConfig
+    compute: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        config = self.config
+
+        def linear(name: str, features: int) -> Linear:
+            return Linear(features, True, self.compute, name=name)
+
+        def heads(name: str) -> Array:
+            projected = linear(name, config.hidden_size)(x)
+            return projected.reshape(*x.shape[:2], config.num_heads, -1)
+
+        mixed = attention_kernels.attention(heads("q_proj"), heads("k_proj"), heads("v_proj"), mask)
+        attended = linear("o_proj", config.hidden_size)(mixed.reshape(x.shape))
+        x = LayerNorm(config.layer_norm_eps, name="attention_norm")(x + attended)
+        hidden = nn.gelu(linear("fc1", config.intermediate_size)(x), approximate=False)
+        hidden = linear("fc2", config.hidden_size)(hidden)
+        return LayerNorm(config.layer_norm_eps, name="output_norm")(x + hidden)
+
+
+class TextEncoder(nn.Module):
+    """Encodes whole sentences; with `num_labels`, also classifies them by their first token.
+
+    References:
+      BERT, https://arxiv.org/abs/1810.04805; DistilBERT, https://arxiv.org/abs/1910.01108.
+    """
+
+    config: TextConfig
+    compute: str = "float32"
+
+    def setup(self):
+        config = self.config
+        self.embed = Embed(config.vocab_size, config.hidden_size)
+        self.position = self.param(
+            "position",
+            nn.initializers.normal(0.02),
+            (config.max_position_embeddings, config.hidden_size),
+        )
+        if config.type_vocab_size:
+            self.token_type = Embed(config.type_vocab_size, config.hidden_size)
+        self.norm = LayerNorm(config.layer_norm_eps)
+        self.layers = Stack(
+            tuple(TextLayer(config, self.compute) for _ in range(config.num_layers))
+        )
+        if config.num_labels:
+            self.pooler = Linear(config.hidden_size, True, self.compute)
+            self.classifier = Linear(config.num_labels, True, self.compute)
+
+    def __call__(
+        self, tokens: Array, valid: Array | None = None, token_types: Array | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """Encodes tokens.
+
+        Args:
+          tokens: [B, T].
+          valid: bool [B, T]; False hides padding. None means all are valid.
+          token_types: [B, T] segment of each token; None means the first.
+
+        Returns:
+          `(output, intermediates)`: logits [B, num_labels], or [B, T, D] without labels, and
+          `hidden`, the input of every layer and the output of the last.
+        """
+        x = self.embed(tokens) + self.position[: tokens.shape[1]]
+        if self.config.type_vocab_size:
+            types = jnp.zeros_like(tokens) if token_types is None else token_types
+            x = x + self.token_type(types)
+        x = self.norm(x)
+        mask = None if valid is None else valid[:, None, None, :]
+        hidden = [x]
+        for index in range(self.config.num_layers):
+            x = self.layers[index](x, mask)
+            hidden.append(x)
+        if not self.config.num_labels:
+            return x, {"hidden": hidden}
+        return self.classifier(jnp.tanh(self.pooler(x[:, 0]))), {"hidden": hidden}

@@ -1,0 +1,39 @@
+"""Boxed parameters, paths and rules over them, byte counts, and flat storage."""
+
+from glm_edge.params.boxes import Format, Masked, Quantized, dense, is_box, mask, quantized
+from glm_edge.params.flat import from_flat, to_flat
+from glm_edge.params.linear import linear, lookup
+from glm_edge.params.tree import (
+    cast,
+    combine,
+    count,
+    is_matrix,
+    map_with_path,
+    partition,
+    path_items,
+    select,
+    stored_bytes,
+)
+
+__all__ = [
+    "Format",
+    "Masked",
+    "Quantized",
+    "cast",
+    "combine",
+    "count",
+    "dense",
+    "from_flat",
+    "is_box",
+    "is_matrix",
+    "linear",
+    "lookup",
+    "map_with_path",
+    "mask",
+    "partition",
+    "path_items",
+    "quantized",
+    "select",
+    "stored_bytes",
+    "to_flat",
+]

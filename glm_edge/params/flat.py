@@ -1,0 +1,55 @@
+"""One flat form of a parameter tree, for safetensors, Orbax, export and hashing."""
+
+from typing import Any
+
+from jax import Array
+
+from glm_edge.errors import BoxError
+from glm_edge.params.boxes import describe, is_box, rebuild
+from glm_edge.params.tree import Params, _array_fields, nested, path_items
+
+Spec = dict[str, dict[str, Any]]
+
+
+def to_flat(params: Params) -> tuple[dict[str, Array], Spec]:
+    """Flattens a tree into named arrays and the description of its boxes.
+
+    Args:
+      params: tree of arrays and boxes.
+
+    Returns:
+      `(arrays, spec)`: a plain parameter is `arrays[path]`; a box is `arrays[path + "." + field]`
+      with its static fields in `spec[path]`.
+    """
+    arrays, spec = {}, {}
+    for path, leaf in path_items(params):
+        if not is_box(leaf):
+            arrays[path] = leaf
+            continue
+        spec[path] = describe(leaf)
+        for name, value in _array_fields(leaf).items():
+            if value is not None:
+                arrays[f"{path}.{name}"] = value
+    return arrays, spec
+
+
+def from_flat(arrays: dict[str, Array], spec: Spec) -> Params:
+    """Inverse of `to_flat`.
+
+    Raises:
+      BoxError: an array of a described box is missing, or arrays and description do not fit.
+    """
+    plain = dict(arrays)
+    leaves = {}
+    for path, static in spec.items():
+        names = [name for name in plain if name.rpartition(".")[0] == path]
+        fields = {name.rpartition(".")[2]: plain.pop(name) for name in names}
+        required = {"value", "mask"} if static.get("box") == "Masked" else {"data", "scale"}
+        if required - set(fields):
+            raise BoxError(f"{path}: array {sorted(required - set(fields))[0]!r} is missing")
+        try:
+            leaves[path] = rebuild(fields, static)
+        except BoxError as error:
+            raise BoxError(f"{path}: {error}") from error
+    leaves.update(plain)
+    return nested(leaves)

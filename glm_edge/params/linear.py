@@ -1,0 +1,51 @@
+"""Products and look-ups that take a parameter in its box."""
+
+from typing import Any
+
+from jax import Array
+
+from glm_edge.kernels import embedding, matmul
+from glm_edge.params.boxes import Quantized, dense
+
+COMPUTE = ("float32", "bfloat16", "int8_dynamic")
+
+
+def linear(x: Array, weight: Any, compute: str = "float32") -> Array:
+    """Multiplies activations with a weight or box, `[..., in] x [out, in] -> [..., out]`.
+
+    Args:
+      x: [..., in].
+      weight: array or box of dense shape [out, in].
+      compute: `float32` (reference), `bfloat16` inputs with float32 accumulation, or
+        `int8_dynamic`: rows meeting a quantized weight are first rounded to int8, as a phone does.
+
+    Returns:
+      [..., out].
+    """
+    if isinstance(weight, Quantized) and not weight.kernel_shape:
+        if compute == "int8_dynamic":
+            x = matmul.round_rows_to_int8(x)
+        return matmul.low_bit(x, weight.integers(), weight.scale, weight.zero)
+    if compute == "bfloat16":
+        return matmul.dense_bf16(x, dense(weight))
+    return matmul.dense(x, dense(weight).astype(x.dtype))
+
+
+def lookup(weight: Any, tokens: Array) -> Array:
+    """Reads rows of an embedding, dequantizing only the rows that are read.
+
+    Args:
+      weight: array or box of dense shape [V, D].
+      tokens: integers of any shape.
+
+    Returns:
+      [..., D].
+    """
+    if not isinstance(weight, Quantized) or weight.kernel_shape:
+        return embedding.take_rows(dense(weight), tokens)
+    rows = weight.replace(
+        data=weight.data[tokens],
+        scale=weight.scale[tokens],
+        zero=None if weight.zero is None else weight.zero[tokens],
+    )
+    return rows.unbox()

@@ -1,0 +1,136 @@
+"""Paths, selection and arithmetic over trees of arrays and boxes."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax import Array
+
+from glm_edge.errors import RecipeError
+from glm_edge.params.boxes import Masked, Quantized, is_box, tree_leaves
+
+Params = dict[str, Any]
+
+
+def path_items(params: Params) -> Iterator[tuple[str, Any]]:
+    """Yields `(path, array or box)` with `/` between names, in the tree's order."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]:
+        yield path_string(path), leaf
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """Joins a key path of `jax.tree_util` with `/`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def map_with_path(function: Callable[[str, Any], Any], params: Params) -> Params:
+    """Maps `(path, array or box)` over a tree, boxes kept whole."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(path_string(path), leaf), params, is_leaf=is_box
+    )
+
+
+def is_matrix(path: str, leaf: Any) -> bool:
+    """True for a weight that multiplies or embeds: what rounding and masking act on."""
+    name = path.rsplit("/", 1)[-1]
+    floating = isinstance(leaf, Masked | Quantized) or jnp.issubdtype(leaf.dtype, jnp.floating)
+    return name in ("weight", "kernel", "embedding") and len(leaf.shape) >= 2 and floating
+
+
+def select(params: Params, where: str | None) -> list[str]:
+    """Paths of the matrices that a pattern selects.
+
+    Args:
+      params: tree of arrays and boxes.
+      where: regular expression searched in each path; None selects every matrix.
+
+    Returns:
+      Paths in the tree's order.
+
+    Raises:
+      RecipeError: the pattern is malformed or selects nothing.
+    """
+    try:
+        pattern = re.compile(where or "")
+    except re.error as error:
+        raise RecipeError(f"where={where!r} is not a regular expression: {error}") from error
+    matrices = [path for path, leaf in path_items(params) if is_matrix(path, leaf)]
+    chosen = [path for path in matrices if pattern.search(path)]
+    if not chosen:
+        examples = ", ".join(matrices[:3])
+        raise RecipeError(f"where={where!r} matches none of {len(matrices)} matrices ({examples}…)")
+    return chosen
+
+
+def partition(params: Params) -> tuple[Params, Params]:
+    """Splits a tree into what trains and what does not, the only door into `grad` and optimizers.
+
+    Floating arrays and the trainable fields of boxes go left; integers, masks, packed data and
+    frozen scales go right. Each side holds None where the other holds an array.
+
+    Args:
+      params: tree of arrays and boxes.
+
+    Returns:
+      `(trainable, frozen)`; `combine` puts them back together.
+    """
+
+    def split(leaf: Any, left: bool) -> Any:
+        if is_box(leaf):
+            fields = {
+                name: value if (name in leaf.trainable) == left else None
+                for name, value in _array_fields(leaf).items()
+            }
+            return leaf.replace(**fields)
+        return leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) == left else None
+
+    return (
+        jax.tree.map(lambda leaf: split(leaf, True), params, is_leaf=is_box),
+        jax.tree.map(lambda leaf: split(leaf, False), params, is_leaf=is_box),
+    )
+
+
+def combine(trainable: Params, frozen: Params) -> Params:
+    """Inverse of `partition`."""
+    return jax.tree.map(
+        lambda left, right: right if left is None else left,
+        trainable,
+        frozen,
+        is_leaf=lambda node: node is None,
+    )
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Casts what trains to a floating type; masks, integers and scales keep theirs."""
+    trainable, frozen = partition(params)
+    return combine(jax.tree.map(lambda array: array.astype(dtype), trainable), frozen)
+
+
+def count(params: Params) -> int:
+    """Number of parameters: entries of the dense arrays, pruned zeros included."""
+    return sum(_size(leaf.shape) for leaf in tree_leaves(params))
+
+
+def stored_bytes(params: Params) -> int:
+    """Bytes of every array that is stored: packed integers, scales, zero points, masks."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
+def nested(flat: dict[str, Any]) -> Params:
+    """Builds a nested tree from `{path: leaf}`."""
+    return traverse_util.unflatten_dict({tuple(path.split("/")): v for path, v in flat.items()})
+
+
+def _array_fields(box: Any) -> dict[str, Array | None]:
+    names = ("value", "mask") if isinstance(box, Masked) else ("data", "scale", "zero")
+    return {name: getattr(box, name) for name in names}
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for extent in shape:
+        size *= extent
+    return size
