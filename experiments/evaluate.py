@@ -115,7 +115,7 @@ def held_out_recordings(
         recorded = speech.fsdd_folder(folder)
         return speech.split_speakers(recorded, speakers)[1] if speakers else recorded
     try:
-        return list(speech.synthesize_digits(seed))
+        return list(speech.synthesize_digits(seed, speech.VOICES["eval"]))
     except MissingExtraError as error:
         print(f"spoken questions are left out: {error}", file=sys.stderr)
         return []

@@ -30,7 +30,8 @@ import glm_edge as ge
 from experiments.nano import objectives, stages
 from experiments.nano.batches import ScreenBatches, fit, speech_batches, text_batches
 from experiments.phone_screens import digits, generator, speech
-from experiments.text.corpora import read_text
+from experiments.text.corpora import pydoc_topics, read_text
+from experiments.text.tokenizer import encode_text
 from glm_edge import configs
 from glm_edge import params as params_lib
 from glm_edge.errors import DataError
@@ -39,12 +40,13 @@ from glm_edge.models.multimodal import MultimodalGLM
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out_dir", None, "Directory of the run; an existing run is resumed.")
 flags.DEFINE_string("text", None, "UTF-8 file to learn text from.")
+flags.DEFINE_bool("pydoc", True, "Learn the calibration half of CPython's help topics as well.")
 flags.DEFINE_string("held_out_text", None, "UTF-8 file whose loss is followed.")
 flags.DEFINE_string("digits_dir", None, "Folder of MNIST files; scikit-learn's digits join them.")
 flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
 flags.DEFINE_list("holdout_speakers", [], "Speakers of --speech_dir that are only measured.")
 flags.DEFINE_string(
-    "tokenizer", str(ge.shipped("nano") / "tokenizer.json"), "tokenizer.json of the model."
+    "tokenizer", str(Path(ge.__file__).parent / "assets/nano/tokenizer.json"), "tokenizer.json of the model."
 )
 flags.DEFINE_string("init_from", None, "Checkpoint whose weights the joint stage starts from.")
 flags.DEFINE_float("vision_minutes", 30.0, "Minutes of the vision stage, on one core.")
@@ -79,24 +81,32 @@ def screen_batches(split: str, seed: int) -> ScreenBatches:
         sources.append(digits.mnist_folder(FLAGS.digits_dir, split))
     drawers = [generator.ScreenGenerator(images) for images in sources]
     rng = generator.random_stream(split, seed)
-    return ScreenBatches(config, load_tokenizer(), drawers, utterances(split), rng)
+    spoken = [clip for group in utterances(split) for clip in group]
+    return ScreenBatches(config, load_tokenizer(), drawers, spoken, rng)
 
 
 @functools.cache
-def utterances(split: str) -> tuple[speech.Utterance, ...]:
-    """Recordings of one split: named speakers are held out, never clips."""
-    recorded = speech.fsdd_folder(FLAGS.speech_dir) if FLAGS.speech_dir else []
-    train, held_out = speech.split_speakers(recorded, FLAGS.holdout_speakers)
-    if split != "train":
-        return tuple(held_out)
-    return tuple(train) + tuple(speech.synthesize_digits(FLAGS.seed))
+def utterances(split: str) -> tuple[list[speech.Utterance], ...]:
+    """Recordings of one split, real and synthetic: speakers are held out, never clips."""
+    recorded = []
+    if FLAGS.speech_dir:
+        parts = speech.split_speakers(speech.fsdd_folder(FLAGS.speech_dir), FLAGS.holdout_speakers)
+        recorded = parts[0 if split == "train" else 1]
+    synthetic = speech.synthesize_digits(FLAGS.seed, speech.VOICES[split])
+    return tuple(group for group in (recorded, synthetic) if group)
 
 
 def tokens_of(path: str) -> np.ndarray:
     """Token ids of a text file."""
-    lines = read_text(path).splitlines(keepends=True)
-    encoded = load_tokenizer().encode_batch(lines)
-    return np.concatenate([np.asarray(line.ids, np.int32) for line in encoded])
+    return encode_text(load_tokenizer(), read_text(path))
+
+
+def text_to_learn() -> np.ndarray:
+    """Token ids of everything that text is learned from."""
+    tokens = [tokens_of(FLAGS.text)]
+    if FLAGS.pydoc:
+        tokens.append(encode_text(load_tokenizer(), pydoc_topics("calibration")))
+    return np.concatenate(tokens)
 
 
 def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
@@ -169,7 +179,7 @@ def train_text(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -
         3e-3,
         {"params": {name: params[name] for name in ("embed", "decoder")}},
         stages.make_optimizer(0.1, lambda name: 1.0),
-        {"text": (text_batches(tokens_of(FLAGS.text), 16, TEXT_LENGTH, FLAGS.seed + 2), loss)},
+        {"text": (text_batches(text_to_learn(), 16, TEXT_LENGTH, FLAGS.seed + 2), loss)},
         ("text",),
         evaluate,
     )
@@ -190,16 +200,21 @@ def train_speech(directory: Path, params: dict[str, Any], heads: dict[str, Any])
         scores = features.mean(axis=-2) @ state["heads"]["digit"].T
         return value, {"loss": value, "accuracy": jnp.mean(scores.argmax(-1) == spoken)}
 
-    held_out = utterances("eval")
     measure = jax.jit(lambda state, batch: loss(state, batch, None)[1]["accuracy"])
 
     def evaluate(state):
-        if not held_out:
-            return {}
-        samples = np.stack([fit(u.samples, length) for u in held_out]).astype(np.float32)
-        spoken = np.array([u.digit for u in held_out])
-        return {"eval.accuracy": float(measure(state, (samples, spoken)))}
+        rates = {}
+        for group in utterances("eval"):
+            samples = np.stack([fit(u.samples, length) for u in group]).astype(np.float32)
+            spoken = np.array([u.digit for u in group])
+            for speaker in sorted({u.speaker for u in group}):
+                own = np.array([u.speaker == speaker for u in group])
+                rates[f"eval.{speaker}"] = float(measure(state, (samples[own], spoken[own])))
+        return rates
 
+    groups = utterances("train")
+    shares = (0.7, 0.3) if len(groups) == 2 else (1.0,)
+    batches = speech_batches(groups, shares, 48, length, FLAGS.seed + 3)
     state = {"params": {"speech": params["speech"]}, "heads": {"digit": heads["digit"]}}
     stages.run_stage(
         "speech",
@@ -208,7 +223,7 @@ def train_speech(directory: Path, params: dict[str, Any], heads: dict[str, Any])
         1.5e-3,
         state,
         stages.make_optimizer(0.05, lambda name: 1.0),
-        {"speech": (speech_batches(utterances("train"), 48, length, FLAGS.seed + 3), loss)},
+        {"speech": (batches, loss)},
         ("speech",),
         evaluate,
         evaluate_every=1.0,
@@ -244,12 +259,11 @@ def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) 
         return value, {"loss": value}
 
     tasks = {name: (questions(train, shape), screen_task(shape)) for name, shape in shapes.items()}
-    tokens = tokens_of(FLAGS.text)
+    tokens = text_to_learn()
     tasks["text"] = (text_batches(tokens, 8, TEXT_LENGTH, FLAGS.seed + 5), text_task)
     measured = {
         name: [held_out.draw(*shape) for _ in range(8)]
         for name, shape in shapes.items()
-        if name == "written" or utterances("eval")
     }
 
     @functools.partial(jax.jit, static_argnums=2)

@@ -203,17 +203,28 @@ def fit(samples: np.ndarray, length: int) -> np.ndarray:
 
 
 def speech_batches(
-    utterances: Sequence[Utterance], size: int, length: int, seed: int
+    groups: Sequence[Sequence[Utterance]], shares: Sequence[float], size: int, length: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields augmented `(samples [B, L], digits [B])` for ever, balanced over speakers."""
+    """Yields augmented `(samples [B, L], digits [B])` for ever.
+
+    Args:
+      groups: recordings of a kind each; within a kind, speakers come equally often.
+      shares: how often each kind comes, summing to 1.
+      size: `B`.
+      length: samples of a row.
+      seed: of what is drawn.
+    """
     rng = np.random.default_rng(seed)
-    speakers = sorted({utterance.speaker for utterance in utterances})
-    by_speaker = [[u for u in utterances if u.speaker == speaker] for speaker in speakers]
+    speakers = []
+    for group in groups:
+        names = sorted({utterance.speaker for utterance in group})
+        speakers.append([[u for u in group if u.speaker == name] for name in names])
     while True:
         drawn = []
         for _ in range(size):
-            choices = by_speaker[rng.integers(len(by_speaker))]
-            drawn.append(choices[rng.integers(len(choices))])
+            group = speakers[rng.choice(len(groups), p=shares)]
+            clips = group[rng.integers(len(group))]
+            drawn.append(clips[rng.integers(len(clips))])
         samples = np.stack([fit(augment(rng, u.samples), length) for u in drawn])
         yield samples.astype(np.float32), np.array([u.digit for u in drawn], np.int32)
 

@@ -181,6 +181,8 @@ def parse_action(text: str) -> Action:
     for keyword in call.keywords:
         if keyword.arg is None:
             raise DataError(f"{_shown(answer)} unpacks a mapping; named fields are needed")
+        if keyword.arg in fields:
+            raise DataError(f"{_shown(answer)} has the field {keyword.arg!r} twice")
         fields[keyword.arg] = _literal(keyword.value, answer)
     kind = FINISH if call.func.id == FINISH else fields.pop("action", None)
     known = {field.name for field in dataclasses.fields(Action)} - {"kind"}

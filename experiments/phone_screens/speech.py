@@ -57,7 +57,7 @@ def resample(samples: np.ndarray, rate: int, target: int = SAMPLE_RATE) -> np.nd
     """Changes the sampling rate by cutting or padding the spectrum.
 
     Args:
-      samples: float32 `[N]`.
+      samples: float32 `[N]` in -1..1.
       rate: samples per second given.
       target: samples per second wanted.
 
@@ -68,7 +68,9 @@ def resample(samples: np.ndarray, rate: int, target: int = SAMPLE_RATE) -> np.nd
         return np.asarray(samples, np.float32)
     count = max(1, round(len(samples) * target / rate))
     spectrum = np.fft.rfft(samples)[: count // 2 + 1]
-    return (np.fft.irfft(spectrum, count) * (count / len(samples))).astype(np.float32)
+    # A cut spectrum overshoots at loud edges.
+    wave = np.clip(np.fft.irfft(spectrum, count) * (count / len(samples)), -1, 1)
+    return wave.astype(np.float32)
 
 
 def fsdd_folder(path: str | Path) -> list[Utterance]:
@@ -96,7 +98,7 @@ def _read_npz(file: Path) -> list[Utterance]:
     try:
         # Indexing an NpzFile decompresses the array anew each time.
         with np.load(file, allow_pickle=False) as opened:
-            data = dict(opened)
+            data = {key: np.asarray(value) for key, value in opened.items()}
     except (
         OSError,
         ValueError,
@@ -144,7 +146,7 @@ def _read_npz(file: Path) -> list[Utterance]:
             raise DataError(f"{file}: name {name!r}; digit_speaker_index is needed")
         wave = samples[offsets[i] : offsets[i + 1]].astype(np.float32) * scale
         speaker = "_".join(parts[1:-1])
-        utterances.append(Utterance(resample(wave, int(rate)), int(parts[0]), speaker))
+        utterances.append(Utterance(resample(wave, int(rate.item())), int(parts[0]), speaker))
     return utterances
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,9 +79,9 @@ def write_text(path: str | Path, text: str, overwrite: bool = False) -> None:
 def pydoc_topics(split: Literal["calibration", "evaluation"]) -> str:
     """Returns half of the topics that CPython's `help()` explains, in plain English.
 
-    Every second topic by name belongs to each half. Many topics repeat others' paragraphs; only a
-    paragraph's first appearance is kept, so that the halves share none. The text depends on the
-    version of Python.
+    The name of a topic decides its half, so that it is the same in every version of Python. Many
+    topics repeat others' paragraphs; only a paragraph's first appearance is kept, so that the
+    halves share none.
 
     Args:
       split: which half.
@@ -102,12 +103,13 @@ def pydoc_topics(split: Literal["calibration", "evaluation"]) -> str:
         ) from error
     seen: set[str] = set()
     kept: tuple[list[str], list[str]] = ([], [])
-    for index, name in enumerate(sorted(topics)):
+    for name in sorted(topics):
+        half = zlib.crc32(name.encode()) % 2
         for paragraph in re.split(r"\n\s*\n", topics[name]):
             words = " ".join(paragraph.split())
             if words and words not in seen:
                 seen.add(words)
-                kept[index % 2].append(paragraph.strip("\n"))
+                kept[half].append(paragraph.strip("\n"))
     return "\n\n".join(kept[halves.index(split)]) + "\n"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.errors import CheckpointError, OutputError
@@ -33,7 +33,7 @@ DTYPES = {
     "U64": np.dtype("<u8"),
     "I64": np.dtype("<i8"),
     "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BF16": np.dtype(jnp.bfloat16),
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
@@ -128,7 +128,7 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> Te
     offsets = fields.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: header entry must hold dtype, shape and two data_offsets")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{where}: type {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     begin, end = start + offsets[0], start + offsets[1]
     if end > size:

@@ -145,7 +145,9 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
         return tokenizers.Tokenizer.from_file(str(file))
     # The library raises plain Exception for a file that it cannot read.
     except Exception as error:
-        raise CheckpointError(f"{file}: not a tokenizer of the tokenizers library: {error}") from error
+        raise CheckpointError(
+            f"{file}: not a tokenizer of the tokenizers library: {error}"
+        ) from error
 
 
 def _check_dtype(dtype: str | None) -> None:
@@ -164,7 +166,7 @@ def _without_config(directory: Path) -> str:
 
 
 def _read_extra(name: str, source: str | os.PathLike | bytes) -> bytes:
-    if name != Path(name).name or name in _OWN_FILES:
+    if not name or name != Path(name).name or name in _OWN_FILES:
         raise OutputError(f"extra file {name!r} must be a plain name other than {_OWN_FILES}")
     if isinstance(source, bytes):
         return source

@@ -43,7 +43,7 @@ def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
       CheckpointError: arrays are missing, damaged, or not as described.
     """
     source = directory / ARRAYS
-    if not isinstance(described, dict):
+    if not _is_description(described):
         raise CheckpointError(f"{directory}: config.json must describe the arrays of {source}")
     if not source.is_dir():
         raise CheckpointError(f"{source}: Orbax directory is missing; config.json describes it")
@@ -64,3 +64,11 @@ def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
         if str(arrays[name].dtype) != dtype:
             raise CheckpointError(f"{where}: is {arrays[name].dtype}, config.json says {dtype}")
     return arrays
+
+
+def _is_description(value: Any) -> bool:
+    """True for `{name: [type, [sizes]]}`."""
+    return isinstance(value, dict) and all(
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
+        for entry in value.values()
+    )

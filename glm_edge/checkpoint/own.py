@@ -91,7 +91,7 @@ def read(directory: Path, fields: dict[str, Any]) -> tuple[MultimodalGLM, Any]:
     arrays = {name: jnp.array(array, copy=True) for name, array in arrays.items()}
     try:
         params = boxes.from_flat(arrays, spec)
-    except (BoxError, KeyError, TypeError) as error:
+    except (BoxError, KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     check_params(params, model, str(source))
     return model, params

@@ -1,5 +1,6 @@
 """What a model's parameters must look like, and the errors when a checkpoint's do not."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,8 +24,13 @@ def expected_shapes(model: MultimodalGLM) -> Shapes:
     Returns:
       Parameter path to shape.
     """
+    return dict(_traced_shapes(model.config))
+
+
+@functools.lru_cache(maxsize=8)
+def _traced_shapes(config: GLMConfig) -> Shapes:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    variables = jax.eval_shape(MultimodalGLM(config).init, jax.random.key(0), tokens)
     return {path: tuple(leaf.shape) for path, leaf in path_items(variables["params"])}
 
 
@@ -102,6 +108,8 @@ def config_from_json(fields: Any, where: str) -> GLMConfig:
     Raises:
       ConfigError: a field is unknown, missing, or of a type that makes no model.
     """
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{where}: field 'config' must hold an object of fields")
     try:
         return from_dict(fields)
     except ConfigError as error:

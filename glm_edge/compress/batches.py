@@ -10,7 +10,7 @@ A batch is a dict of arrays (`B` rows of `T` tokens), the same for scoring and f
 - `positions` and `mask`, optional, as the model takes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +25,6 @@ from glm_edge.params.tree import Params
 Batch = dict[str, Any]
 INPUTS = ("images", "audio", "positions", "mask")
 _KEYS = ("tokens", "loss_mask", *INPUTS)
-_MODALITIES = (("images", "vision", "image_token_id"), ("audio", "speech", "audio_token_id"))
 
 
 def apply_batch(
@@ -121,12 +120,16 @@ def to_device(batch: Batch, where: str = "calibration") -> Batch:
     return {name: jnp.asarray(value) for name, value in batch.items() if value is not None}
 
 
-def missing_modalities(model: nn.Module, calibration: Sequence[Batch]) -> tuple[str, ...]:
-    """Notes on inputs that a model takes and no calibration batch holds."""
+def missing_modalities(model: nn.Module, seen: Collection[str]) -> tuple[str, ...]:
+    """Notes on inputs that a model takes and that no calibration batch held.
+
+    Args:
+      model: with a configuration, or any other.
+      seen: keys of the batches that were read.
+    """
     config = getattr(model, "config", None)
     return tuple(
-        f"calibration held no {name}: what {encoder} gives the decoder was not seen"
-        for name, encoder, _ in _MODALITIES
-        if getattr(config, encoder, None) is not None
-        and not any(batch.get(name) is not None for batch in calibration)
+        f"calibration held no {name}: what the {encoder} encoder gives the decoder was not seen"
+        for name, encoder in (("images", "vision"), ("audio", "speech"))
+        if getattr(config, encoder, None) is not None and name not in seen
     )

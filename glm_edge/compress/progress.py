@@ -15,12 +15,13 @@ class ProgressLine:
 
     def __init__(self, stream: TextIO | None = None, width: int = 30):
         self.stream, self.width = stream, width
-        self.stage, self.started = "", 0.0
+        self.stage, self.done, self.started = "", 0, 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         name = stage.split(":", 1)[0]
-        if name != self.stage:
+        if name != self.stage or done <= self.done:
             self.stage, self.started = name, time.monotonic()
+        self.done = done
         filled = self.width * done // max(total, 1)
         bar = "#" * filled + "." * (self.width - filled)
         seconds = time.monotonic() - self.started

@@ -12,10 +12,18 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.transform import Context, Result, Transform, register
+from glm_edge.compress.transform import (
+    Context,
+    Result,
+    Transform,
+    check_pattern,
+    check_whole,
+    register,
+)
 from glm_edge.errors import BoxError, RecipeError
 from glm_edge.kernels import matmul
 from glm_edge.params import Format, Quantized
+from glm_edge.params.boxes import num_groups
 from glm_edge.params.tree import Params
 
 SCALES = ("max", "extreme", "mse")
@@ -65,6 +73,9 @@ def rtn(
       Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
       https://arxiv.org/abs/1712.05877.
     """
+    check_pattern("quantize.rtn", "where", where)
+    check_pattern("quantize.rtn", "stacked", stacked)
+    check_whole("quantize.rtn", bits=bits, group_size=1 if group_size is None else group_size)
     if scale not in SCALES:
         raise RecipeError(f"quantize.rtn: scale must be one of {', '.join(SCALES)}, not {scale!r}")
     if scale == "extreme" and not symmetric:
@@ -129,7 +140,8 @@ def quantize_leaf(
     """Rounds one parameter.
 
     Args:
-      path: of the parameter; a leaf named `kernel` is `[..., in, out]`, others are `[..., out, in]`.
+      path: of the parameter; a leaf named `kernel` is `[..., in, out]`, any other
+        `[..., out, in]`.
       leaf: array or `Masked`.
       format: to store it in.
       scale: see `rtn`.
@@ -167,7 +179,7 @@ def round_to_nearest(
       int8 zero points like it, or None; and the relative error, a scalar.
     """
     weight = weight.astype(jnp.float32)
-    groups = boxes.boxes.num_groups(weight.shape[-1], format)
+    groups = num_groups(weight.shape[-1], format)
     grouped = weight.reshape(*weight.shape[:-1], groups, -1)
     low, high = _extremes(grouped, format.symmetric)
     ratio = jnp.ones(low.shape, jnp.float32)
@@ -227,7 +239,8 @@ def _best_ratio(grouped: Array, low: Array, high: Array, format: Format) -> Arra
 
 
 def _format(bits: int, group_size: int | None, symmetric: bool, scale_dtype: str | None) -> Format:
-    return Format(bits, group_size, symmetric, scale_dtype or ("bfloat16" if group_size else "float32"))
+    default = "bfloat16" if group_size else "float32"
+    return Format(bits, group_size, symmetric, scale_dtype or default)
 
 
 def _not_yet_quantized(params: Params, where: str | None) -> list[str]:
@@ -269,8 +282,7 @@ def leaf_dtype(leaf: Any) -> Any:
 
 
 def _row(path: str, before: Any, after: Quantized, error: float, fell_back: bool) -> Row:
-    size = boxes.count({"": after})
-    kept = float(boxes.dense(before).astype(bool).mean()) if isinstance(before, boxes.Masked) else 1.0
+    kept = float(before.mask.mean()) if isinstance(before, boxes.Masked) else 1.0
     action = f"{after.format}{' (fallback)' if fell_back else ''}"
     stored = boxes.stored_bytes(after)
     return Row(
@@ -278,7 +290,7 @@ def _row(path: str, before: Any, after: Quantized, error: float, fell_back: bool
         path,
         action,
         kept,
-        8 * stored / size,
+        8 * stored / boxes.count(after),
         boxes.stored_bytes(before),
         stored,
         error,

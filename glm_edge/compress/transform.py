@@ -6,6 +6,7 @@ parameters to a model, its parameters and a report. Transforms compose with `cha
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -146,6 +147,27 @@ def register(name: str, factory: Callable[..., Transform], apply: Callable[..., 
       apply: called as `apply(model, params, context, **options, **objects)`.
     """
     _REGISTRY[name] = Entry(factory, apply)
+
+
+def check_pattern(transform: str, option: str, pattern: Any) -> None:
+    """Raises RecipeError unless an option is None or a regular expression."""
+    if pattern is None:
+        return
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise RecipeError(
+            f"{transform}: {option}={pattern!r} is not a regular expression: {error}"
+        ) from error
+
+
+def check_whole(transform: str, **numbers: Any) -> None:
+    """Raises RecipeError unless every option is a whole number of at least one."""
+    for option, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise RecipeError(
+                f"{transform}: {option} must be a whole number of at least 1, not {number!r}"
+            )
 
 
 def entry(name: str) -> Entry:

@@ -65,6 +65,8 @@ def log_mel(
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(fft_size) / fft_size)
     frames = samples[:, index] * window.astype(np.float32)
     power = jnp.abs(jnp.fft.rfft(frames, axis=-1)) ** 2
-    mel = jnp.log10(jnp.maximum(power @ mel_filters(mel_bins, fft_size, rate).T, 1e-10))
+    filters = mel_filters(mel_bins, fft_size, rate)
+    mel = jnp.matmul(power, filters.T, precision="highest")
+    mel = jnp.log10(jnp.maximum(mel, 1e-10))
     floor = mel.max(axis=(1, 2), keepdims=True) - 8.0
     return (jnp.maximum(mel, floor) + 4.0) / 4.0

@@ -1,5 +1,6 @@
 """The multimodal GLM: a decoder that reads image and speech features at placeholder tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -48,8 +49,8 @@ class MultimodalGLM(nn.Module):
 
         Args:
           tokens: [B, T]; placeholders stand where image and speech features go.
-          images: [B, height, width, channels], one image a row, or None.
-          audio: [B, num_frames, mel_bins], one recording a row, or None.
+          images: [B, height, width, channels], or [B, K, …] for K images a row, or None.
+          audio: [B, num_frames, mel_bins], or [B, K, …] for K recordings a row, or None.
           positions: [B, T] or [3, B, T]; None counts from the cache's length.
           mask: bool, broadcastable to [B, 1, T, S], which must include causality; None is causal.
           cache: from `glm_edge.models.glm.init_cache`, or None.
@@ -82,12 +83,12 @@ class MultimodalGLM(nn.Module):
         return x, encoded
 
     def encode_images(self, images: Array) -> Array:
-        """Image features [B, num_tokens, D]."""
-        return self.vision(images)[0]
+        """Image features [B, num_tokens, D], or [B, K * num_tokens, D] of K images a row."""
+        return _encode_rows(lambda rows: self.vision(rows)[0], images, item_axes=3)
 
     def encode_audio(self, audio: Array) -> Array:
-        """Speech features [B, num_tokens, D]."""
-        return self.speech(audio)[0]
+        """Speech features [B, num_tokens, D], or [B, K * num_tokens, D] of K recordings a row."""
+        return _encode_rows(lambda rows: self.speech(rows)[0], audio, item_axes=2)
 
     def predict(self, final: Array) -> Array:
         """Scores of every token from the normed output of the decoder."""
@@ -102,6 +103,12 @@ class MultimodalGLM(nn.Module):
             self.vision(jnp.zeros((1, *vision.image_size, vision.channels)))
         if speech is not None:
             self.speech(jnp.zeros((1, speech.num_frames, speech.mel_bins)))
+
+
+def _encode_rows(encode: Callable[[Array], Array], inputs: Array, item_axes: int) -> Array:
+    item = inputs.shape[inputs.ndim - item_axes :]
+    features = encode(inputs.reshape(-1, *item))
+    return features.reshape(inputs.shape[0], -1, features.shape[-1])
 
 
 def place_features(x: Array, placeholder: Array, features: Array) -> Array:

@@ -127,9 +127,7 @@ class Quantized(struct.PyTreeNode, _Box):
         dense_rows = matmul.dequantize(self.integers(), self.scale, self.zero).astype(self.dtype)
         if not self.kernel_shape:
             return dense_rows
-        return jnp.swapaxes(dense_rows, -1, -2).reshape(
-            *self.data.shape[:-2], *self.kernel_shape
-        )
+        return jnp.swapaxes(dense_rows, -1, -2).reshape(*self.data.shape[:-2], *self.kernel_shape)
 
     def replace_boxed(self, val: Array) -> Array:
         """Returns `val` unboxed: a changed value no longer lies on this box's grid."""
@@ -164,9 +162,7 @@ def mask(value: Array, keep: Array) -> Masked:
     if is_box(value):
         raise BoxError(f"cannot mask a {type(value).__name__}: prune before quantizing")
     if value.shape != keep.shape or keep.dtype != jnp.bool_:
-        raise BoxError(
-            f"mask must be bool of shape {value.shape}, found {keep.dtype} {keep.shape}"
-        )
+        raise BoxError(f"mask must be bool of shape {value.shape}, found {keep.dtype} {keep.shape}")
     return Masked(value=value, mask=keep)
 
 
@@ -260,7 +256,7 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Quantized | Mas
         format=Format(**static["format"]),
         columns=static["columns"],
         kernel_shape=tuple(static["kernel_shape"]),
-        dtype=static["dtype"],
+        dtype=str(jnp.dtype(static["dtype"])),
     )
     width = -(-box.columns // 2) if box.format.bits == 4 else box.columns
     stored = jnp.uint8 if box.format.bits == 4 else jnp.int8
@@ -271,9 +267,17 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Quantized | Mas
             f"{box.columns}, found {box.data.dtype} {box.data.shape}"
         )
     if box.scale.shape != (*box.data.shape[:-1], groups):
-        raise BoxError(f"scale {box.scale.shape} does not fit data {box.data.shape} of {box.format}")
+        raise BoxError(
+            f"scale {box.scale.shape} does not fit data {box.data.shape} of {box.format}"
+        )
+    if str(box.scale.dtype) != box.format.scale_dtype:
+        raise BoxError(f"scale is {box.scale.dtype}, {box.format} says {box.format.scale_dtype}")
     if (box.zero is None) != box.format.symmetric:
         raise BoxError(f"zero points go with an affine format, and only there: {box.format}")
+    if box.zero is not None and (box.zero.shape, box.zero.dtype) != (box.scale.shape, jnp.int8):
+        raise BoxError(
+            f"zero points must be int8 {box.scale.shape}, found {box.zero.dtype} {box.zero.shape}"
+        )
     return box
 
 

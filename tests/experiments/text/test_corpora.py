@@ -28,7 +28,9 @@ def test_read_text_names_file_and_fault_in_one_line(tmp_path, data, expected):
     with pytest.raises(DataError) as caught:
         corpora.read_text(path)
     message = str(caught.value)
-    assert str(path) in message and expected in message and "\n" not in message
+    assert str(path) in message
+    assert expected in message
+    assert "\n" not in message
 
 
 def test_read_text_of_what_is_no_file(tmp_path):

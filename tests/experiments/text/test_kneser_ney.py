@@ -93,9 +93,11 @@ def test_discounts_are_estimated_where_the_text_allows():
     rng = np.random.default_rng(0)
     tokens = np.minimum(rng.zipf(1.3, 20000), 500) - 1
     model = kneser_ney.train(tokens, 500, 3)
-    assert model.order == 3 and model.discounts.shape == (3, 3)
+    assert model.order == 3
+    assert model.discounts.shape == (3, 3)
     assert tuple(model.discounts[2]) != kneser_ney.FALLBACK_DISCOUNTS
-    assert np.all(model.discounts >= 0) and np.all(model.discounts <= [1, 2, 3])
+    assert np.all(model.discounts >= 0)
+    assert np.all(model.discounts <= [1, 2, 3])
 
 
 def test_longer_contexts_predict_a_repeating_text_better():

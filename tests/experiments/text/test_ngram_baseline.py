@@ -19,12 +19,15 @@ def test_reports_every_text_as_table_and_json(tmp_path):
     done = run(f"--eval={held_out}", f"--eval={held_out}", "--order=3", f"--out={out}")
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
-    assert result["order"] == 3 and result["vocab_size"] == 2304 and len(result["rows"]) == 2
+    assert result["order"] == 3
+    assert result["vocab_size"] == 2304
+    assert len(result["rows"]) == 2
     row = result["rows"][0]
     assert row["bytes"] == len(held_out.read_bytes())
     bits = np.log2(row["perplexity"]) * row["tokens"]
     assert row["bits_per_byte"] == pytest.approx(bits / row["bytes"])
-    assert f"{row['bits_per_byte']:.4f}" in done.stdout and str(held_out) in done.stdout
+    assert f"{row['bits_per_byte']:.4f}" in done.stdout
+    assert str(held_out) in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -41,5 +44,8 @@ def test_bad_input_is_one_line_and_a_failure(tmp_path, flag, content, expected):
     if content is not None:
         path.write_bytes(content)
     done = run(f"--{flag}={path}")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and expected in done.stderr and str(path) in done.stderr
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert expected in done.stderr
+    assert str(path) in done.stderr

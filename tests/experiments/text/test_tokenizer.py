@@ -111,7 +111,8 @@ def test_building_twice_gives_the_same_bytes(tmp_path):
         assert digests[-1] in printed
     assert digests[0] == digests[1]
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1 and "exists already" in again.stderr
+    assert again.returncode == 1
+    assert "exists already" in again.stderr
 
 
 def test_build_needs_enough_text():
@@ -126,4 +127,5 @@ def test_load_of_what_is_no_tokenizer(tmp_path):
             path.write_text(content)
         with pytest.raises(DataError) as caught:
             nano_tokenizer.load(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,52 @@
+"""Figures of the scripts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from glm_edge.errors import require
+
+
+def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws what each stage of compression kept against what it weighs.
+
+    Args:
+      rows: of the main job's report.
+      path: PNG file to write.
+    """
+    matplotlib = require("matplotlib", extra="plot")
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot", extra="plot")
+    taps = [name for name in TAPS if any(row[name] is not None for row in rows)]
+    figure, axes = pyplot.subplots(
+        1, 1 + bool(taps), figsize=(5.2 * (1 + bool(taps)), 3.8), squeeze=False, layout="constrained"
+    )
+    loss_axis = axes[0, 0]
+    _steps(loss_axis, rows, "bits_per_byte", "loss on text", "o-", "tab:blue")
+    loss_axis.set_ylabel("bits per byte of text (lower is better)")
+    for name in taps:
+        _steps(axes[0, 1], rows, name, TAPS[name], MARKERS[name], None)
+    if taps:
+        axes[0, 1].set_ylabel("taps in the box (higher is better)")
+        axes[0, 1].set_ylim(0, 1)
+        axes[0, 1].legend(loc="lower left")
+    for axis in axes.flat:
+        axis.set_xscale("log")
+        axis.set_xlabel("stored megabytes (log)")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+TAPS = {"tap_in_box_text": "written instructions", "tap_in_box_speech": "spoken instructions"}
+MARKERS = {"tap_in_box_text": "o-", "tap_in_box_speech": "s--"}
+
+
+def _steps(axis: Any, rows: Sequence[dict[str, Any]], name: str, label: str, style, color) -> None:
+    kept = [row for row in rows if row[name] is not None]
+    sizes = [row["bytes"] / 1e6 for row in kept]
+    axis.plot(sizes, [row[name] for row in kept], style, label=label, color=color)
+    for size, row in zip(sizes, kept, strict=True):
+        axis.annotate(
+            row["stage"], (size, row[name]), textcoords="offset points", xytext=(4, 6), fontsize=8
+        )

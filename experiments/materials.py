@@ -1,0 +1,250 @@
+"""What the main job measures with: screens, recordings, text, and calibration batches."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+import glm_edge as ge
+from experiments import calibration, exam
+from experiments import exported as exported_lib
+from experiments.console import bar
+from experiments.phone_screens import metrics, speech
+from experiments.text import corpora
+from experiments.text import tokenizer as text_tokenizer
+from glm_edge import params as params_lib
+from glm_edge.configs import GLMConfig
+from glm_edge.errors import DataError, MissingExtraError
+from glm_edge.models.glm import init_cache
+
+LATENCY_STEPS = 40
+LATENCY_CONTEXT = 128
+KINDS = {"written": "tap_in_box_text", "spoken": "tap_in_box_speech"}
+
+
+@dataclasses.dataclass
+class Materials:
+    """Everything that rows of the main job's table are measured with.
+
+    Attributes:
+      tokenizer: of the model, or None.
+      windows: of held-out text.
+      written: questions in writing; empty for a model without vision.
+      spoken: questions in speech; empty for a model without speech.
+      calibration: batches that pruning and healing learn from.
+      notes: what a reader should know of the choice.
+      hits: of each stage and kind, one 0 or 1 a question, in the order measured.
+    """
+
+    tokenizer: Tokenizer | None
+    windows: corpora.Windows
+    written: list[exam.Item]
+    spoken: list[exam.Item]
+    calibration: list[dict[str, Any]]
+    notes: list[str]
+    hits: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
+
+    def measure(
+        self,
+        stage: str,
+        model: Any,
+        params: Any,
+        reference: tuple[Any, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Measures one stage: a row of the table."""
+        taps = {
+            kind: exam.answers(model, params, self.tokenizer, items, bar(f"{stage}, {kind}"))
+            for kind, items in (("written", self.written), ("spoken", self.spoken))
+            if items
+        }
+        text = exam.text_loss(model, params, self.windows, reference)
+        return self._row(stage, params, text, taps, decode_latency_ms(model, params))
+
+    def measure_exported(
+        self, exported: Any, reference: tuple[Any, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Measures a file by running it: its row, and how far it agrees with its JAX model."""
+        phone = ge.export.LiteRTModel(exported.path)
+        taps = {
+            kind: exported_lib.answers(phone, self.tokenizer, items, f"exported, {kind}")
+            for kind, items in (("written", self.written), ("spoken", self.spoken))
+            if items
+        }
+        text = exported_lib.text_loss(phone, self.windows, reference)
+        latency_ms = exported_lib.decode_latency_ms(phone)
+        row = self._row("exported", exported.params, text, taps, latency_ms)
+        items, texts = [], []
+        for kind, answered in taps.items():
+            items += getattr(self, kind)[: exported_lib.VERIFY_ITEMS // 2]
+            texts += answered[: exported_lib.VERIFY_ITEMS // 2]
+        windows = exported_lib.verification_windows(
+            phone.config, self.tokenizer, self.windows, items, texts
+        )
+        result = exported.verify(windows, check=False)
+        agreement = {
+            "agreement": result.agreement,
+            "tokens": result.tokens,
+            "max_abs_error": result.max_abs_error,
+            "mean_kl": result.mean_kl,
+            "free_running_agreement": result.free_running_agreement,
+            "free_running_tokens": result.free_running_tokens,
+            "file_bytes": exported.file_bytes,
+            "stored_bytes": exported.stored_bytes,
+            "conversions": [str(conversion) for conversion in exported.conversions],
+        }
+        return row, agreement
+
+    def _row(self, stage, params, text, taps, latency_ms) -> dict[str, Any]:
+        count, stored = params_lib.count(params), params_lib.stored_bytes(params)
+        rates: dict[str, float | None] = dict.fromkeys(KINDS.values())
+        self.hits[stage] = {}
+        for kind, texts in taps.items():
+            hits = exam.hits(getattr(self, kind), texts)
+            self.hits[stage][kind] = hits
+            rates[KINDS[kind]] = float(np.mean(hits)) if hits else None
+        return {
+            "stage": stage,
+            "parameters": count,
+            "bytes": stored,
+            "bits_per_weight": 8 * stored / count,
+            **text,
+            **rates,
+            "ms_per_token": latency_ms,
+        }
+
+    def tap_loss(self, first: str = "dense", last: str = "quantized") -> dict[str, Any] | None:
+        """Taps that compression lost on the same screens, with the interval of the difference."""
+        if not self.hits.get(first) or last not in self.hits:
+            return None
+        return {
+            kind: vars(metrics.paired_difference(self.hits[last][kind], hits))
+            for kind, hits in self.hits[first].items()
+        }
+
+
+def gather(
+    config: GLMConfig,
+    checkpoint: Path,
+    text: str | None,
+    digits_dir: str | None,
+    speech_dir: str | None,
+    screens: int,
+    text_tokens: int,
+    seed: int,
+    calibration_batches: int,
+) -> Materials:
+    """Draws screens, reads text and recordings, and makes calibration batches.
+
+    Args:
+      config: of the model.
+      checkpoint: directory whose tokenizer.json is read.
+      text: UTF-8 file to measure on; None takes the evaluation half of CPython's help topics. The
+        calibration half is what text is calibrated on, in either case.
+      digits_dir: folder of MNIST files; None takes scikit-learn's digits.
+      speech_dir: folder of spoken digits to measure on; None synthesises them, where the extra
+        `speech` is installed.
+      screens: questions of each kind.
+      text_tokens: tokens to score at most.
+      seed: of everything drawn.
+      calibration_batches: how many.
+
+    Returns:
+      The materials.
+    """
+    notes = []
+    held_out = corpora.read_text(text) if text else corpora.pydoc_topics("evaluation")
+    learned = corpora.pydoc_topics("calibration")
+    tokenizer = ge.checkpoint.load_tokenizer(checkpoint)
+    if tokenizer is None:
+        notes.append(f"{checkpoint} has no tokenizer.json: bytes of text are taken as token ids")
+        if config.decoder.vocab_size < 256:
+            raise DataError(f"{checkpoint}: no tokenizer.json, and fewer than 256 tokens for bytes")
+        encode: Callable[[str], np.ndarray] = _bytes_as_ids
+        bytes_of_token = np.ones(config.decoder.vocab_size, np.int32)
+    else:
+        encode = functools.partial(text_tokenizer.encode_text, tokenizer)
+        bytes_of_token = text_tokenizer.token_bytes(tokenizer)
+    windows = corpora.windows(encode(held_out)[:text_tokens], bytes_of_token, exam.WINDOW)
+    from_text = calibration.token_batches(encode(learned), calibration_batches)
+    written, spoken, from_screens = [], [], []
+    if config.vision is not None and tokenizer is not None:
+        written = exam.draw_items(screens, seed, digits_dir)
+        heard, learned_from = [], []
+        if config.speech is not None:
+            heard, learned_from, note = recordings(speech_dir, seed)
+            notes.extend(note)
+        if heard:
+            spoken = exam.draw_items(screens, seed, digits_dir, heard)
+        from_screens = calibration.screen_batches(
+            config, tokenizer, learned_from, digits_dir, seed, calibration_batches
+        )
+    mixed = [batch for pair in _alternate(from_text, from_screens) for batch in pair]
+    return Materials(tokenizer, windows, written, spoken, mixed, notes)
+
+
+def recordings(
+    folder: str | None, seed: int
+) -> tuple[list[speech.Utterance], list[speech.Utterance], list[str]]:
+    """Recordings to measure on, recordings to calibrate on, and notes; speakers are disjoint."""
+    try:
+        synthetic = {
+            split: list(speech.synthesize_digits(seed, speech.VOICES[split]))
+            for split in ("eval", "calibration")
+        }
+    except MissingExtraError as error:
+        if folder:
+            return speech.fsdd_folder(folder), [], [f"speech is not calibrated on: {error}"]
+        return [], [], [f"spoken questions are left out: {error}"]
+    measured = speech.fsdd_folder(folder) if folder else synthetic["eval"]
+    return measured, synthetic["calibration"], []
+
+
+def decode_latency_ms(model: Any, params: Any) -> float:
+    """Median milliseconds of one greedy step for one row, after `LATENCY_CONTEXT` tokens."""
+    cache = init_cache(model.config.decoder, 1, 2 * LATENCY_CONTEXT)
+    cache["length"] = jnp.int32(LATENCY_CONTEXT)
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def step(params, token, cache):
+        logits, aux = model.apply({"params": params}, token, cache=cache)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), aux["cache"]
+
+    token = jnp.zeros((1, 1), jnp.int32)
+    seconds = []
+    for _ in range(LATENCY_STEPS):
+        start = time.perf_counter()
+        token, cache = step(params, token, cache)
+        token.block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 1000 * float(np.median(seconds[5:]))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    names = ("jax", "flax", "optax", "numpy", "tensorflow-cpu", "ai-edge-litert", "tokenizers")
+    found = {"python": platform.python_version(), "glm_edge": ge.__version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _bytes_as_ids(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+
+def _alternate(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[Any, ...]]:
+    if not second:
+        return [(item,) for item in first]
+    return [(first[i % len(first)], item) for i, item in enumerate(second)]

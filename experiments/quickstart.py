@@ -1,0 +1,227 @@
+"""The main job: measure a model, prune, heal, quantize, export, run the exported file, measure.
+
+    python -m experiments.quickstart --out_dir=out
+
+takes the shipped model, and writes `report.json`, `table.md`, `pareto.png` and `model.tflite` under
+--out_dir. Another model comes by --checkpoint (a directory of ours or from Hugging Face), other text
+by --text, another way of compressing by --recipe (a name or a JSON file); what a checkpoint cannot
+do, such as taps of a text-only model, is null in the report.
+"""
+
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+
+import jax
+from absl import app, flags
+
+import glm_edge as ge
+from experiments import exported as exported_lib
+from experiments import materials as materials_lib
+from experiments.console import fail_in_one_line, text_table
+from experiments.figures import pareto
+from experiments.text.corpora import write_text
+from glm_edge.compress import recipe as recipes
+from glm_edge.compress.progress import ProgressLine
+from glm_edge.compress.transform import CHAIN, Context, Transform
+from glm_edge.errors import OutputError
+
+FLAGS = flags.FLAGS
+COLUMNS = {
+    "stage": "stage",
+    "parameters": "parameters",
+    "bytes": "bytes",
+    "bits_per_weight": "bits/weight",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits/byte",
+    "kl": "KL (nats)",
+    "flips": "top-1 flips",
+    "tap_in_box_text": "taps, written",
+    "tap_in_box_speech": "taps, spoken",
+    "ms_per_token": "ms/token",
+}
+STAGES = {"prune": "pruned", "distill": "healed", "quantize": "quantized"}
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    flags.DEFINE_string("out_dir", "out", "Directory for the results; it must not hold any yet.")
+    flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
+    flags.DEFINE_string("text", None, "UTF-8 file to measure on; default: CPython's help topics.")
+    flags.DEFINE_string("recipe", "quickstart", "Name of a recipe, or a JSON file.")
+    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
+    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits to measure on.")
+    flags.DEFINE_integer("screens", 200, "Questions of each kind (written, spoken).", 1)
+    flags.DEFINE_integer("text_tokens", 8192, "At most this many tokens are scored.", 512)
+    flags.DEFINE_integer("seed", 0, "Seed of screens, calibration and training.")
+    flags.DEFINE_bool("overwrite", False, "Replace results that lie in --out_dir.")
+    flags.DEFINE_bool("smoke", False, "A few screens and steps: does it run at all?")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    started = time.monotonic()
+    directory = prepare_directory(Path(FLAGS.out_dir), FLAGS.overwrite)
+    recipe = recipes.find(FLAGS.recipe)
+    checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
+    model, params = ge.load(checkpoint)
+    materials = materials_lib.gather(
+        model.config,
+        checkpoint,
+        text=FLAGS.text,
+        digits_dir=FLAGS.digits_dir,
+        speech_dir=FLAGS.speech_dir,
+        screens=8 if FLAGS.smoke else FLAGS.screens,
+        text_tokens=1024 if FLAGS.smoke else FLAGS.text_tokens,
+        seed=FLAGS.seed,
+        calibration_batches=4 if FLAGS.smoke else 48,
+    )
+    for note in materials.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+    rows = [materials.measure("dense", model, params)]
+    show(rows[-1:])
+    dense = (model, params)
+    for stage, transforms in stages_of(recipe):
+        model, params = run_stage(transforms, model, params, materials.calibration, dense)
+        rows.append(materials.measure(stage, model, params, reference=dense))
+        show(rows[-1:])
+    context = model.config.decoder.max_position_embeddings
+    exported = ge.export.tflite(
+        model,
+        params,
+        directory / "model.tflite",
+        prefill_lengths=exported_lib.prefill_lengths(context),
+        cache_slots=exported_lib.cache_slots(context),
+        overwrite=True,
+    )
+    row, verification = materials.measure_exported(exported, reference=dense)
+    rows.append(row)
+
+    report = {
+        "rows": rows,
+        "export": verification,
+        "run": {
+            "command": " ".join(["python -m experiments.quickstart", *sys.argv[1:]]),
+            "recipe": json.loads(recipes.to_json(recipe)),
+            "screens": len(materials.written) or None,
+            "tap_loss": materials.tap_loss(),
+            "seed": FLAGS.seed,
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "versions": materials_lib.versions(),
+            "commit": commit(),
+        },
+    }
+    table = text_table(list(COLUMNS.values()), [cells(row) for row in rows])
+    write_text(directory / "report.json", json.dumps(report, indent=2) + "\n", overwrite=True)
+    write_text(directory / "table.md", table + "\n", overwrite=True)
+    pareto(rows, directory / "pareto.png")
+    print(f"\n{table}\n")
+    print(summary(report))
+
+
+def prepare_directory(directory: Path, overwrite: bool) -> Path:
+    """Creates the output directory.
+
+    Raises:
+      OutputError: it holds results already, is a file, or cannot be written.
+    """
+    if directory.is_file():
+        raise OutputError(f"{directory}: is a file; name a directory with --out_dir")
+    if (directory / "report.json").exists() and not overwrite:
+        raise OutputError(f"{directory}: holds results; name another --out_dir or pass --overwrite")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{directory}: cannot be created ({error.strerror})") from error
+    if not os.access(directory, os.W_OK):
+        raise OutputError(f"{directory}: cannot be written; name another --out_dir")
+    return directory
+
+
+def stages_of(recipe: Transform) -> list[tuple[str, list[Transform]]]:
+    """Groups neighbouring transforms of a kind: what is measured after each group, and its name."""
+    steps = recipe.options["transforms"] if recipe.name == CHAIN else (recipe,)
+    if FLAGS.smoke:
+        steps = [ge.distill(**{**s.options, "steps": 4}) if s.name == "distill" else s for s in steps]
+    grouped = itertools.groupby(steps, key=lambda step: step.name.partition(".")[0])
+    return [(STAGES.get(kind, kind), list(group)) for kind, group in grouped]
+
+
+def run_stage(transforms, model, params, calibration, dense):
+    """Applies transforms one after the other, each with its progress."""
+    for index, transform in enumerate(transforms):
+        rng = jax.random.fold_in(jax.random.key(FLAGS.seed), index)
+        context = Context(calibration, rng, dense, ProgressLine())
+        model, params, _ = transform.run(model, params, context)
+    return model, params
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints rows as they are measured."""
+    for row in rows:
+        values = [f"{COLUMNS[k]} {v}" for k, v in zip(COLUMNS, cells(row), strict=True) if v != "-"]
+        print("; ".join(values[1:]).join([f"{row['stage']}: ", ""]), flush=True)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text, in the order of COLUMNS."""
+    shapes = {
+        "parameters": "{:,}",
+        "bytes": "{:,}",
+        "bits_per_weight": "{:.2f}",
+        "perplexity": "{:.2f}",
+        "bits_per_byte": "{:.3f}",
+        "kl": "{:.4f}",
+        "flips": "{:.1%}",
+        "tap_in_box_text": "{:.1%}",
+        "tap_in_box_speech": "{:.1%}",
+        "ms_per_token": "{:.2f}",
+    }
+    return [
+        "-" if row[name] is None else shapes.get(name, "{}").format(row[name]) for name in COLUMNS
+    ]
+
+
+def summary(report: dict[str, Any]) -> str:
+    """What the table means, in a few lines."""
+    rows, export, run = report["rows"], report["export"], report["run"]
+    lines = [
+        f"size: {rows[-2]['bytes'] / rows[0]['bytes']:.1%} of the dense model's bytes; "
+        f"file {export['file_bytes']:,} bytes",
+        f"file against JAX on the same integers: {export['agreement']:.2%} of likeliest tokens "
+        f"over {export['tokens']} positions, largest error {export['max_abs_error']:.3g}; "
+        f"free-running {export['free_running_agreement']:.2%}",
+    ]
+    for kind, loss in (run["tap_loss"] or {}).items():
+        lines.append(
+            f"taps lost, {kind}: {100 * loss['value']:.1f} points "
+            f"({100 * loss['low']:.1f} to {100 * loss['high']:.1f}, {loss['count']} screens)"
+        )
+    lines.append(f"{run['seconds']:.0f} s, peak {run['peak_rss_bytes'] / 1e9:.2f} GB")
+    return "\n".join(lines)
+
+
+def commit() -> str | None:
+    """The commit of the checkout, or None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(fail_in_one_line(main))

@@ -1,0 +1,24 @@
+"""Compression: parameter transforms, chains of them, recipes and reports."""
+
+from glm_edge.compress import prune, quantize
+from glm_edge.compress import recipe as recipes
+from glm_edge.compress.distill import distill
+from glm_edge.compress.progress import ProgressLine
+from glm_edge.compress.recipe import recipe_from_json, to_json
+from glm_edge.compress.report import Point, Report, Row
+from glm_edge.compress.transform import Transform, chain
+
+__all__ = [
+    "Point",
+    "ProgressLine",
+    "Report",
+    "Row",
+    "Transform",
+    "chain",
+    "distill",
+    "prune",
+    "quantize",
+    "recipe_from_json",
+    "recipes",
+    "to_json",
+]

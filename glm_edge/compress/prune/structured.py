@@ -1,0 +1,283 @@
+"""Removing whole attention heads and neurons, so that arrays and configuration shrink."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_edge import params as boxes
+from glm_edge.compress import batches
+from glm_edge.compress.prune import scores
+from glm_edge.compress.report import Report, Row
+from glm_edge.compress.transform import (
+    Context,
+    Result,
+    Transform,
+    check_pattern,
+    check_whole,
+    register,
+)
+from glm_edge.configs import DecoderConfig
+from glm_edge.errors import RecipeError
+from glm_edge.params.tree import Params
+
+SCORES = ("taylor", "magnitude")
+# A layer this many multiples wide can lose the rest of a multiple without losing much more.
+_WIDE = 4
+Kept = dict[str, np.ndarray]
+
+
+def structured(
+    heads: float = 0.0,
+    neurons: float = 0.0,
+    score: str = "taylor",
+    where: str | None = None,
+    neuron_multiple: int = 32,
+    max_batches: int = 8,
+) -> Transform:
+    """Removes attention heads and neurons of the decoder and shrinks its arrays and configuration.
+
+    Query heads go evenly from every group that shares a key/value head, the lowest scores of each
+    group, so that groups stay alike; where each query head has its own key/value head, both go.
+    The vision and speech encoders are left as they are. At least the asked fraction goes.
+
+    Args:
+      heads: fraction of query heads to remove, in 0..1.
+      neurons: fraction of neurons to remove, in 0..1.
+      score: `taylor`, from gradients of the calibration loss, or `magnitude`, from weights alone.
+      where: regular expression searched in the decoder's paths; layers whose attention (or
+        feed-forward) weights it matches lose heads (or neurons). None is all layers.
+      neuron_multiple: the number of neurons kept is rounded down to a multiple of this in layers at
+        least four times as wide, for kernels and quantization groups.
+      max_batches: calibration batches that are scored, the first of those given.
+
+    Returns:
+      The transform.
+
+    Raises:
+      RecipeError: an option has no meaning; on call, the model has no GLM decoder, nothing would
+        remain, a pattern matches none of its layers, or a weight is quantized.
+      DataError: `taylor` without calibration.
+
+    References:
+      LLM-Pruner, https://arxiv.org/abs/2305.11627; Compact Language Models via Pruning and
+      Knowledge Distillation, https://arxiv.org/abs/2407.14679.
+    """
+    for name, fraction in (("heads", heads), ("neurons", neurons)):
+        if not 0.0 <= fraction < 1.0:
+            raise RecipeError(f"prune.structured: {name} must be in 0..1, not {fraction}")
+    if score not in SCORES:
+        raise RecipeError(f"prune.structured: score must be taylor or magnitude, not {score!r}")
+    check_pattern("prune.structured", "where", where)
+    check_whole("prune.structured", neuron_multiple=neuron_multiple, max_batches=max_batches)
+    options = {
+        "heads": heads,
+        "neurons": neurons,
+        "score": score,
+        "where": where,
+        "neuron_multiple": neuron_multiple,
+        "max_batches": max_batches,
+    }
+    return Transform("prune.structured", options)
+
+
+def _apply_structured(
+    model: nn.Module,
+    params: Params,
+    context: Context,
+    heads: float,
+    neurons: float,
+    score: str,
+    where: str | None,
+    neuron_multiple: int,
+    max_batches: int,
+) -> Result:
+    config = getattr(getattr(model, "config", None), "decoder", None)
+    if not isinstance(config, DecoderConfig):
+        raise RecipeError(
+            f"prune.structured: {type(model).__name__} has no GLM decoder to shrink; "
+            "prune.magnitude masks the weights of any module"
+        )
+    pruned_layers = _layers(config, params, where)
+    calibration = list(itertools.islice(context.calibration or (), max_batches))
+    notes = ()
+    if score == "taylor":
+        importance = scores.taylor(model, params, calibration, context)
+        notes = batches.missing_modalities(model, set().union(*calibration))
+    else:
+        importance = scores.magnitude(config, params)
+    keep = {}
+    for index in range(config.num_layers):
+        kept = {}
+        if heads and index in pruned_layers["attention"]:
+            groups = config.kv_heads(index)
+            kept["heads"] = heads_to_keep(importance[index]["heads"], groups, heads)
+        if neurons and index in pruned_layers["mlp"]:
+            count = neurons_to_keep(config.neurons(index), neurons, neuron_multiple)
+            kept["neurons"] = _highest(importance[index]["neurons"], count)
+        keep[index] = kept
+    smaller, shrunk = shrink(model, params, keep)
+    return smaller, shrunk, Report.of(_rows(params, shrunk), params, shrunk, notes=notes)
+
+
+register("prune.structured", structured, _apply_structured)
+
+
+def heads_to_keep(scores: np.ndarray, groups: int, fraction: float) -> np.ndarray:
+    """Indices of the query heads that stay, ascending.
+
+    Args:
+      scores: [N] importance.
+      groups: `K`, key/value heads; equal to `N` where each head has its own.
+      fraction: of heads to remove, rounded up in each group.
+
+    Returns:
+      The same number of heads in every group.
+
+    Raises:
+      RecipeError: no head would remain.
+    """
+    groups = 1 if groups == len(scores) else groups
+    size = len(scores) // groups
+    count = size - _removed(size, fraction)
+    if count < 1:
+        raise RecipeError(
+            f"prune.structured: heads={fraction} leaves no query head in groups of {size}"
+        )
+    grouped = scores.reshape(groups, size)
+    return np.concatenate([_highest(row, count) + i * size for i, row in enumerate(grouped)])
+
+
+def neurons_to_keep(width: int, fraction: float, multiple: int) -> int:
+    """Number of neurons that stay, see `structured`.
+
+    Raises:
+      RecipeError: none would remain.
+    """
+    count = width - _removed(width, fraction)
+    if width >= _WIDE * multiple:
+        count -= count % multiple
+    if count < 1:
+        raise RecipeError(f"prune.structured: neurons={fraction} leaves none of {width}")
+    return count
+
+
+def _removed(size: int, fraction: float) -> int:
+    # The margin keeps 0.3 * 10 = 3.0000000000000004 from removing four.
+    return math.ceil(fraction * size - 1e-9)
+
+
+def _highest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` highest scores, ascending; the first of equals stay."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def shrink(model: nn.Module, params: Params, keep: dict[int, Kept]) -> tuple[nn.Module, Params]:
+    """Drops heads and neurons of a decoder from arrays and configuration.
+
+    Args:
+      model: with `config.decoder`.
+      params: its parameters.
+      keep: for each layer, ascending indices under `heads` and `neurons`; what is absent stays
+        whole.
+
+    Returns:
+      `(model, params)`, equal to the model with the dropped ones' gates at zero.
+
+    Raises:
+      RecipeError: a weight that must shrink is quantized.
+    """
+    config = model.config.decoder
+    layers = dict(params["decoder"]["layers"])
+    widths = {"num_heads": [], "num_kv_heads": [], "intermediate_size": []}
+    for index in range(config.num_layers):
+        kept = keep.get(index, {})
+        layers[str(index)] = _shrink_layer(config, index, layers[str(index)], kept)
+        own_kv = config.heads(index) == config.kv_heads(index)
+        heads = len(kept.get("heads", range(config.heads(index))))
+        widths["num_heads"].append(heads)
+        widths["num_kv_heads"].append(heads if own_kv else config.kv_heads(index))
+        widths["intermediate_size"].append(len(kept.get("neurons", range(config.neurons(index)))))
+    smaller = dataclasses.replace(
+        config, **{name: _one_or_each(values) for name, values in widths.items()}
+    )
+    params = {**params, "decoder": {**params["decoder"], "layers": layers}}
+    return model.clone(config=dataclasses.replace(model.config, decoder=smaller)), params
+
+
+def _shrink_layer(config: DecoderConfig, index: int, layer: Params, kept: Kept) -> Params:
+    attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
+    where = f"decoder/layers/{index}"
+    if "heads" in kept:
+        columns = (kept["heads"][:, None] * config.head_dim + np.arange(config.head_dim)).ravel()
+        own_kv = config.heads(index) == config.kv_heads(index)
+        for name in ("q_proj", "k_proj", "v_proj") if own_kv else ("q_proj",):
+            attention[name] = _rows_of(attention[name], columns, f"{where}/attention/{name}")
+        path = f"{where}/attention/o_proj"
+        attention["o_proj"] = _columns_of(attention["o_proj"], columns, path)
+    if "neurons" in kept:
+        both = np.concatenate([kept["neurons"], kept["neurons"] + config.neurons(index)])
+        path = f"{where}/mlp/gate_up_proj"
+        mlp["gate_up_proj"] = _rows_of(mlp["gate_up_proj"], both, path)
+        path = f"{where}/mlp/down_proj"
+        mlp["down_proj"] = _columns_of(mlp["down_proj"], kept["neurons"], path)
+    return {**layer, "attention": attention, "mlp": mlp}
+
+
+def _rows_of(linear: Params, index: np.ndarray, path: str) -> Params:
+    return {name: _take(leaf, index, 0, path) for name, leaf in linear.items()}
+
+
+def _columns_of(linear: Params, index: np.ndarray, path: str) -> Params:
+    return {**linear, "weight": _take(linear["weight"], index, -1, path)}
+
+
+def _take(leaf: Any, index: np.ndarray, axis: int, path: str) -> Any:
+    if isinstance(leaf, boxes.Quantized):
+        raise RecipeError(f"prune.structured: {path} is quantized; prune before quantizing")
+    return jax.tree.map(lambda array: jnp.take(array, index, axis=axis), leaf)
+
+
+def _one_or_each(values: list[int]) -> int | tuple[int, ...]:
+    return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+def _layers(config: DecoderConfig, params: Params, where: str | None) -> dict[str, set[int]]:
+    """Layers whose attention, and whose feed-forward network, a pattern selects."""
+    chosen = boxes.select(params, where)
+    found = {
+        branch: {
+            index
+            for index in range(config.num_layers)
+            if any(path.startswith(f"decoder/layers/{index}/{branch}/") for path in chosen)
+        }
+        for branch in ("attention", "mlp")
+    }
+    if not any(found.values()):
+        raise RecipeError(
+            f"prune.structured: where={where!r} matches no decoder layer; "
+            "their weights lie at decoder/layers/<i>/attention and decoder/layers/<i>/mlp"
+        )
+    return found
+
+
+def _rows(before: Params, after: Params) -> list[Row]:
+    rows = []
+    new_leaves = dict(boxes.path_items(after))
+    for path, old in boxes.path_items(before):
+        new = new_leaves[path]
+        if old.shape == new.shape:
+            continue
+        stored, size = boxes.stored_bytes(new), math.prod(new.shape)
+        action = f"shrunk {list(old.shape)} -> {list(new.shape)}"
+        kept = size / math.prod(old.shape)
+        before_bytes = boxes.stored_bytes(old)
+        rows.append(
+            Row("prune.structured", path, action, kept, 8 * stored / size, before_bytes, stored)
+        )
+    return rows

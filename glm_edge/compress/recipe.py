@@ -1,0 +1,145 @@
+"""Recipes: transforms as JSON, and the ones that have a name."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from glm_edge.compress import prune, quantize
+from glm_edge.compress.distill import distill
+from glm_edge.compress.transform import CHAIN, Transform, chain, entry
+from glm_edge.errors import RecipeError
+
+
+def to_json(transform: Transform) -> str:
+    """Writes a transform as JSON, every option spelled out.
+
+    Args:
+      transform: or a chain of them.
+
+    Returns:
+      JSON that `recipe_from_json` reads back to an equal transform.
+
+    Raises:
+      RecipeError: the transform holds arrays (a teacher), which JSON cannot.
+    """
+    return json.dumps(_to_object(transform), indent=2) + "\n"
+
+
+def recipe_from_json(source: str | Path) -> Transform:
+    """Reads a transform from JSON.
+
+    Args:
+      source: JSON text, or the path of a file that holds it.
+
+    Returns:
+      The transform.
+
+    Raises:
+      RecipeError: there is no such file, it is not JSON, or a name or an option is unknown.
+    """
+    where, text = "recipe", source
+    if isinstance(source, Path) or not source.lstrip().startswith("{"):
+        where = str(source)
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(
+                f"{where}: cannot read a recipe ({error}); give a JSON file or one of: "
+                f"{', '.join(NAMED)}"
+            ) from error
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{where}: not JSON ({error})") from error
+    return _from_object(fields, where)
+
+
+def named(name: str) -> Transform:
+    """Returns a recipe by its name.
+
+    Args:
+      name: `phone`, int4 in groups of 32 for the decoder and int8 per channel for the rest;
+        `small`, int4 for the encoders too, save what reads pixels and sound; or `quickstart`, which
+        removes a quarter of the heads and 30 % of the neurons, heals by distillation, and then is
+        `small`.
+
+    Returns:
+      The recipe.
+
+    Raises:
+      RecipeError: no recipe has this name.
+    """
+    if name not in NAMED:
+        raise RecipeError(f"unknown recipe {name!r}; known: {', '.join(NAMED)}")
+    return NAMED[name]()
+
+
+def find(name_or_path: str) -> Transform:
+    """Returns a named recipe, or reads the JSON file of that path.
+
+    Raises:
+      RecipeError: it is neither.
+    """
+    return named(name_or_path) if name_or_path in NAMED else recipe_from_json(name_or_path)
+
+
+def _phone() -> Transform:
+    return chain(
+        quantize.rtn(bits=4, group_size=32, where=r"^decoder/", scale="mse", fallback_bits=8),
+        quantize.rtn(bits=8),
+    )
+
+
+def _small() -> Transform:
+    most = r"^decoder/|^vision/(?!patch/)|^speech/(?!conv1/)"
+    return chain(
+        quantize.rtn(bits=4, group_size=32, where=most, scale="mse", fallback_bits=8),
+        quantize.rtn(bits=8),
+    )
+
+
+def _quickstart() -> Transform:
+    return chain(
+        prune.structured(heads=0.25, neurons=0.30),
+        distill(steps=200, compute="bfloat16"),
+        _small(),
+    )
+
+
+NAMED = {"phone": _phone, "small": _small, "quickstart": _quickstart}
+
+
+def _to_object(transform: Transform) -> dict[str, Any]:
+    if transform.objects:
+        raise RecipeError(
+            f"{transform.name}: {', '.join(transform.objects)}= holds arrays, which JSON cannot; "
+            "leave it out and the model that the chain starts from is used"
+        )
+    options = dict(transform.options)
+    if transform.name == CHAIN:
+        options = {"transforms": [_to_object(inner) for inner in options["transforms"]]}
+    return {"name": transform.name, "options": options}
+
+
+def _from_object(fields: Any, where: str) -> Transform:
+    if not isinstance(fields, dict) or set(fields) - {"name", "options"} or "name" not in fields:
+        raise RecipeError(f'{where}: expected {{"name": …, "options": {{…}}}}')
+    name, options = fields["name"], fields.get("options", {})
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise RecipeError(f"{where}: name must be a string and options an object")
+    factory = entry(name).factory
+    if name == CHAIN:
+        if set(options) != {"transforms"} or not isinstance(options["transforms"], list):
+            raise RecipeError(f"{where}: chain takes one option, a list of transforms")
+        return chain(*(_from_object(inner, where) for inner in options["transforms"]))
+    known = inspect.signature(factory).parameters
+    for option in options:
+        if option not in known:
+            raise RecipeError(
+                f"{where}: {name} has no option {option!r}; known: {', '.join(known)}"
+            )
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise RecipeError(f"{where}: {name}: {error}") from error

@@ -1,0 +1,17 @@
+"""Export of a compressed model to the file that a phone runs, and the check that it runs it."""
+
+from glm_edge.export.container import read_constants, read_metadata
+from glm_edge.export.tflite import Conversion, ExportedModel, tflite
+from glm_edge.export.verify import LiteRTModel, Verification, Window, verify
+
+__all__ = [
+    "Conversion",
+    "ExportedModel",
+    "LiteRTModel",
+    "Verification",
+    "Window",
+    "read_constants",
+    "read_metadata",
+    "tflite",
+    "verify",
+]

@@ -1,0 +1,217 @@
+"""The `.tflite` file around a model: written whole, read back, with buffers outside when large."""
+
+import contextlib
+import functools
+import json
+import mmap
+import os
+import struct
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_edge.errors import ExportError, OutputError, require
+from glm_edge.export.flatbuffer import METADATA, SMALL_BUFFER, Constant, schema
+
+IDENTIFIER = b"TFL3"
+ALIGNMENT = 64
+INLINE_ALIGNMENT = 16
+INLINE_LIMIT = 1 << 30
+SHARED_VECTOR = 1 << 20
+VERIFIED = b'"verified":true '
+
+
+@functools.cache
+def _builder_class() -> type:
+    flatbuffers = require("flatbuffers", extra="export")
+
+    class Builder(flatbuffers.Builder):
+        """Aligns bytes for kernels that read them in place, and stores equal vectors once."""
+
+        def __init__(self):
+            super().__init__(1 << 16)
+            self._offsets = {}
+
+        def StartVector(self, elemSize, numElems, alignment):  # noqa: N802, N803
+            alignment = max(alignment, INLINE_ALIGNMENT) if elemSize == 1 else alignment
+            return super().StartVector(elemSize, numElems, alignment)
+
+        def CreateNumpyVector(self, x):  # noqa: N802
+            if x.nbytes > SHARED_VECTOR:
+                return super().CreateNumpyVector(x)
+            key = (x.dtype.str, x.tobytes())
+            if key not in self._offsets:
+                self._offsets[key] = super().CreateNumpyVector(x)
+            return self._offsets[key]
+
+    return Builder
+
+
+def write(model: Any, path: Path, overwrite: bool, inline_limit: int = INLINE_LIMIT) -> int:
+    """Writes a model beside its place, then moves it there whole.
+
+    Args:
+      model: `ModelT`.
+      path: the file.
+      overwrite: replace a file that exists.
+      inline_limit: bytes of buffers beyond which they lie after the flatbuffer.
+
+    Returns:
+      Bytes of the file.
+
+    Raises:
+      OutputError: the file exists, or its directory cannot be written.
+    """
+    check_target(path, overwrite)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(beside, "xb") as file:
+            _write(model, file, inline_limit)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Refuses a path that cannot take the file, before any work is done.
+
+    Raises:
+      OutputError: the file exists, is a directory, or its directory is missing or read-only.
+    """
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise OutputError(f"{path}: exists; choose another path or pass overwrite=True")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path}: directory {path.parent} is missing or cannot be written")
+
+
+def _write(model: Any, file: Any, inline_limit: int) -> None:
+    buffers = [buffer for buffer in model.buffers if buffer.data is not None]
+    if sum(buffer.data.nbytes for buffer in buffers) <= inline_limit:
+        file.write(_pack(model))
+        return
+    outside = [buffer for buffer in buffers if buffer.data.nbytes >= SMALL_BUFFER]
+    blobs = [buffer.data for buffer in outside]
+    for buffer, blob in zip(outside, blobs, strict=True):
+        # Any offset but zero: a field of the final width, so that the second pass is as long.
+        buffer.data, buffer.offset, buffer.size = None, ALIGNMENT, blob.nbytes
+    end = len(_pack(model))
+    for buffer, blob in zip(outside, blobs, strict=True):
+        buffer.offset = -(-end // ALIGNMENT) * ALIGNMENT
+        end = buffer.offset + blob.nbytes
+    file.write(_pack(model))
+    for buffer, blob in zip(outside, blobs, strict=True):
+        file.seek(buffer.offset)
+        file.write(memoryview(blob))
+        buffer.data, buffer.offset, buffer.size = blob, 0, 0
+
+
+def _pack(model: Any) -> memoryview:
+    builder = _builder_class()()
+    builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
+    return memoryview(builder.Bytes)[builder.Head() :]
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Reads the description that the export stored, without reading the weights.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Its fields.
+
+    Raises:
+      ExportError: the file is missing, not TFLite, damaged, or not written by glm_edge.
+    """
+    with _opened(Path(path)) as (model, content):
+        for index in range(model.MetadataLength()):
+            entry = model.Metadata(index)
+            if entry.Name() == METADATA:
+                return json.loads(_bytes_of(model.Buffers(entry.Buffer()), content))
+    raise ExportError(f"{path}: a TFLite file, but not one that glm_edge exported")
+
+
+def read_constants(path: str | Path) -> dict[str, Constant]:
+    """Reads the weights of an exported file back, as they are stored.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Parameter path to its bytes and scales.
+
+    Raises:
+      ExportError: the file is missing, not TFLite, damaged, or not written by glm_edge.
+    """
+    paths = set(read_metadata(path)["parameters"])
+    types = vars(schema().TensorType)
+    names = {number: name.lower() for name, number in types.items() if isinstance(number, int)}
+    found = {}
+    with _opened(Path(path)) as (model, content):
+        for subgraph in range(model.SubgraphsLength()):
+            graph = model.Subgraphs(subgraph)
+            for index in range(graph.TensorsLength()):
+                tensor = graph.Tensors(index)
+                name = (tensor.Name() or b"").decode()
+                if name in paths and name not in found:
+                    found[name] = _constant(model, graph, tensor, names, content)
+    return found
+
+
+def _constant(model: Any, graph: Any, tensor: Any, names: dict[int, str], content: Any) -> Constant:
+    scale, block_size = None, 0
+    quantization = tensor.Quantization()
+    if quantization is not None and quantization.DetailsType():
+        details = schema().BlockwiseQuantization()
+        details.Init(quantization.Details().Bytes, quantization.Details().Pos)
+        scales, block_size = graph.Tensors(details.Scales()), details.BlockSize()
+        scale = np.frombuffer(_bytes_of(model.Buffers(scales.Buffer()), content), np.float16)
+        scale = scale.reshape(scales.ShapeAsNumpy())
+    elif quantization is not None and quantization.ScaleLength():
+        scale = np.array(quantization.ScaleAsNumpy())
+    return Constant(
+        names[tensor.Type()],
+        tuple(int(extent) for extent in tensor.ShapeAsNumpy()),
+        np.frombuffer(_bytes_of(model.Buffers(tensor.Buffer()), content), np.uint8),
+        scale,
+        block_size,
+    )
+
+
+def _bytes_of(buffer: Any, content: Any) -> bytes:
+    if buffer.Offset():
+        return bytes(content[buffer.Offset() : buffer.Offset() + buffer.Size()])
+    return buffer.DataAsNumpy().tobytes() if buffer.DataLength() else b""
+
+
+def mark_verified(path: str | Path) -> None:
+    """Notes in the description of an exported file that it was run and agreed with JAX."""
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        # Both values are as long, so that nothing else in the file moves.
+        at = view.find(b'"verified":false')
+        if at >= 0:
+            view[at : at + len(VERIFIED)] = VERIFIED
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, np.ndarray]]:
+    """The root table of a file and its bytes, mapped rather than read."""
+    try:
+        content = np.memmap(path, np.uint8, "r")
+        if content[4:8].tobytes() != IDENTIFIER:
+            raise ExportError(f"{path}: not a TFLite file: it lacks the mark {IDENTIFIER.decode()}")
+        yield schema().Model.GetRootAs(content, 0), content
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
+    except ExportError:
+        raise
+    except (ValueError, IndexError, TypeError, KeyError, AttributeError, struct.error) as error:
+        raise ExportError(f"{path}: damaged TFLite file: {error}") from error

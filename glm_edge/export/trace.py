@@ -1,0 +1,206 @@
+"""The signatures of an exported model, and their conversion to a TFLite graph without weights.
+
+Letters of shapes: `T` tokens, `S` cache slots, `D` hidden size, `K` key/value heads, `H` head
+dimension, `M` features of one image or recording, `V` vocabulary.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.errors import ExportError, require
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import nested
+
+Inputs = dict[str, Array]
+VISIBLE = -1.0
+DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One entry point of the file.
+
+    Attributes:
+      name: such as `prefill_128`.
+      inputs: name to shape and type.
+      function: `(params, inputs) -> outputs`, pure.
+      subtrees: first names of the parameter paths that it may read.
+    """
+
+    name: str
+    inputs: dict[str, jax.ShapeDtypeStruct]
+    function: Callable[[Any, Inputs], dict[str, Array]]
+    subtrees: tuple[str, ...]
+
+
+def signatures(
+    model: MultimodalGLM, prefill_lengths: Iterable[int], cache_slots: int
+) -> list[Signature]:
+    """Lists what an exported model offers.
+
+    `embed` and `embed_<T>` turn `tokens` [1, T] into `embeddings` [1, T, D]; `vision` and `speech`
+    turn `images` [1, height, width, channels] and `audio` [1, frames, bins] into `features`
+    [1, M, D], which the caller puts in the places of placeholder embeddings. `decode` (T = 1) and
+    `prefill_<T>` take `embeddings`, `input_pos` [T], an additive `mask` [1, 1, T, S] and the cache,
+    `kv_cache_k_<i>` [1, K, S, H] and `kv_cache_v_<i>` [1, K, H, S], write it from slot
+    `input_pos[0]` on, and give it back with `logits` [1, T, V]. A model with three-dimensional
+    rotary positions also takes `positions` [3, T].
+
+    Args:
+      model: the model; its `compute` decides how the functions multiply.
+      prefill_lengths: lengths `T` of the prefill signatures.
+      cache_slots: slots `S` of the cache.
+
+    Returns:
+      The signatures.
+    """
+    config = model.config
+    offered = []
+    for suffix, length in [("", 1), *((f"_{length}", length) for length in prefill_lengths)]:
+        offered.append(_embed(model, f"embed{suffix}", length))
+        offered.append(_step(model, f"prefill{suffix}" if suffix else DECODE, length, cache_slots))
+    if config.vision is not None:
+        shape = (1, *config.vision.image_size, config.vision.channels)
+        offered.append(_encoder(model, "vision", "images", shape, MultimodalGLM.encode_images))
+    if config.speech is not None:
+        shape = (1, config.speech.num_frames, config.speech.mel_bins)
+        offered.append(_encoder(model, "speech", "audio", shape, MultimodalGLM.encode_audio))
+    return offered
+
+
+def _encoder(
+    model: MultimodalGLM, name: str, argument: str, shape: tuple[int, ...], method: Callable
+) -> Signature:
+    def function(params: Any, inputs: Inputs) -> dict[str, Array]:
+        return {"features": model.apply({"params": params}, inputs[argument], method=method)}
+
+    return Signature(name, {argument: jax.ShapeDtypeStruct(shape, jnp.float32)}, function, (name,))
+
+
+def _embed(model: MultimodalGLM, name: str, length: int) -> Signature:
+    def function(params: Any, inputs: Inputs) -> dict[str, Array]:
+        embedded, _ = model.apply(
+            {"params": params}, inputs["tokens"], method=MultimodalGLM.embed_inputs
+        )
+        return {"embeddings": embedded}
+
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    return Signature(name, {"tokens": tokens}, function, ("embed",))
+
+
+def _step(model: MultimodalGLM, name: str, length: int, slots: int) -> Signature:
+    decoder = model.config.decoder
+
+    def run(module: MultimodalGLM, inputs: Inputs) -> dict[str, Array]:
+        positions = inputs["input_pos"][None]
+        if decoder.mrope_section:
+            positions = inputs["positions"][:, None]
+        cache = {
+            "layers": [
+                {
+                    "key": jnp.swapaxes(inputs[f"kv_cache_k_{layer}"], 1, 2),
+                    "value": jnp.moveaxis(inputs[f"kv_cache_v_{layer}"], 3, 1),
+                }
+                for layer in range(decoder.num_layers)
+            ],
+            "length": inputs["input_pos"][0],
+        }
+        final, _, cache = module.decoder(
+            inputs["embeddings"], positions, inputs["mask"] > VISIBLE, cache
+        )
+        outputs = {"logits": module.predict(final)}
+        for layer, slots_of_layer in enumerate(cache["layers"]):
+            outputs[f"kv_cache_k_{layer}"] = jnp.swapaxes(slots_of_layer["key"], 1, 2)
+            outputs[f"kv_cache_v_{layer}"] = jnp.moveaxis(slots_of_layer["value"], 1, 3)
+        return outputs
+
+    def function(params: Any, inputs: Inputs) -> dict[str, Array]:
+        return model.apply({"params": params}, inputs, method=run)
+
+    inputs = {
+        "embeddings": jax.ShapeDtypeStruct((1, length, decoder.hidden_size), jnp.float32),
+        "input_pos": jax.ShapeDtypeStruct((length,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((1, 1, length, slots), jnp.float32),
+    }
+    if decoder.mrope_section:
+        inputs["positions"] = jax.ShapeDtypeStruct((3, length), jnp.int32)
+    for layer in range(decoder.num_layers):
+        heads, width = decoder.kv_heads(layer), decoder.head_dim
+        key, value = (1, heads, slots, width), (1, heads, width, slots)
+        inputs[f"kv_cache_k_{layer}"] = jax.ShapeDtypeStruct(key, jnp.float32)
+        inputs[f"kv_cache_v_{layer}"] = jax.ShapeDtypeStruct(value, jnp.float32)
+    return Signature(name, inputs, function, ("embed", "decoder", "head"))
+
+
+def skeleton(
+    offered: Iterable[Signature], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[bytes, dict[str, str]]:
+    """Converts signatures to one TFLite graph in which every weight is an input.
+
+    Args:
+      offered: the signatures.
+      shapes: parameter path to dense shape.
+
+    Returns:
+      `(content, arguments)`: the flatbuffer, and input name to parameter path.
+
+    Raises:
+      ExportError: the converter refuses the graph, or needs more than builtin operators.
+    """
+    jax2tf, tf = _tensorflow()
+    arguments = {f"weight_{index}": path for index, path in enumerate(shapes)}
+    module, functions = tf.Module(), {}
+    for signature in offered:
+        weights = {
+            name: jax.ShapeDtypeStruct(shapes[path], jnp.float32)
+            for name, path in arguments.items()
+            if path.split("/")[0] in signature.subtrees
+        }
+        functions[signature.name] = _concrete(jax2tf, tf, signature, weights, arguments)
+    module.functions = functions
+    with tempfile.TemporaryDirectory() as directory:
+        tf.saved_model.save(module, directory, signatures=functions)
+        converter = tf.lite.TFLiteConverter.from_saved_model(
+            directory, signature_keys=list(functions)
+        )
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+        try:
+            return converter.convert(), arguments
+        except Exception as error:  # the converter has no exception class of its own
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ExportError(f"TensorFlow Lite cannot hold this graph: {reason[0]}") from error
+
+
+def _concrete(
+    jax2tf: Any,
+    tf: Any,
+    signature: Signature,
+    weights: dict[str, jax.ShapeDtypeStruct],
+    arguments: Mapping[str, str],
+) -> Any:
+    def call(values: dict[str, Array]) -> dict[str, Array]:
+        params = nested({arguments[name]: values[name] for name in weights})
+        return signature.function(params, {name: values[name] for name in signature.inputs})
+
+    converted = jax2tf.convert(call, with_gradient=False)
+    specs = {
+        name: tf.TensorSpec(struct.shape, tf.as_dtype(struct.dtype), name=name)
+        for name, struct in {**weights, **signature.inputs}.items()
+    }
+    function = tf.function(lambda **values: converted(values), autograph=False)
+    return function.get_concrete_function(**specs)
+
+
+def _tensorflow() -> tuple[Any, Any]:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    tf = require("tensorflow", extra="export")
+    tf.get_logger().setLevel("ERROR")
+    return require("jax.experimental.jax2tf", extra="export"), tf

@@ -1,0 +1,52 @@
+"""Attention against a float64 loop."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge.kernels import attention
+
+
+def attention_loop(query, key, value, mask):
+    batch, length, heads, width = query.shape
+    per_group = heads // key.shape[2]
+    out = np.zeros((batch, length, heads, value.shape[-1]))
+    for b, t, n in np.ndindex(batch, length, heads):
+        k = n // per_group
+        scores = np.array(
+            [query[b, t, n] @ key[b, s, k] / np.sqrt(width) for s in range(key.shape[1])]
+        )
+        scores = np.where(mask[b, 0, t], scores, -np.inf)
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        out[b, t, n] = sum(weights[s] * value[b, s, k] for s in range(key.shape[1]))
+    return out
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
+def test_grouped_query_attention_matches_a_loop(heads, kv_heads):
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, 5, heads, 8))
+    key, value = rng.normal(size=(2, 2, 7, kv_heads, 8))
+    mask = rng.random((2, 1, 5, 7)) < 0.6
+    mask[..., 0] = True
+    arrays = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
+    found = attention.attention(*arrays, jnp.asarray(mask))
+    np.testing.assert_allclose(found, attention_loop(query, key, value, mask), atol=2e-6)
+
+
+def test_weights_sum_to_one_and_hide_what_is_masked():
+    rng = np.random.default_rng(1)
+    query = jnp.asarray(rng.normal(size=(1, 3, 4, 8)), jnp.float32)
+    key = jnp.asarray(rng.normal(size=(1, 3, 2, 8)), jnp.float32)
+    mask = attention.causal_mask(jnp.arange(3), 3)
+    weights = attention.attention_weights(query, key, mask)
+    assert weights.shape == (1, 2, 2, 3, 3)
+    np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-6)
+    assert np.all(np.asarray(weights)[..., np.triu(np.ones((3, 3), bool), 1)] == 0.0)
+
+
+def test_causal_mask_counts_slots_of_a_cache():
+    mask = attention.causal_mask(jnp.array([2, 3]), 5)
+    assert mask.shape == (1, 1, 2, 5)
+    np.testing.assert_array_equal(mask[0, 0], [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])

@@ -1,0 +1,26 @@
+"""Embedding look-up and its two ways of taking a gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge.kernels import embedding
+
+
+@pytest.mark.parametrize("entries", [0, 1 << 26])
+def test_rows_and_gradient_match_a_loop(entries, monkeypatch):
+    monkeypatch.setattr(embedding, "ONE_HOT_ENTRIES", entries)
+    rng = np.random.default_rng(0)
+    weight, upstream = rng.normal(size=(7, 3)), rng.normal(size=(2, 4, 3))
+    tokens = np.array([[0, 6, 2, 2], [2, 0, 5, 6]])
+    expected = np.zeros(weight.shape)
+    for place in np.ndindex(tokens.shape):
+        expected[tokens[place]] += upstream[place]
+
+    def loss(weight):
+        return jnp.sum(embedding.take_rows(weight, jnp.asarray(tokens)) * upstream)
+
+    weight = jnp.asarray(weight, jnp.float32)
+    np.testing.assert_array_equal(embedding.take_rows(weight, tokens), weight[tokens])
+    np.testing.assert_allclose(jax.grad(loss)(weight), expected, atol=2e-6)

@@ -1,0 +1,257 @@
+"""Boxes: what they hold, that any Linen module runs on them, and the rules they obey."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge import params as boxes
+from glm_edge.compress.quantize import quantize_leaf
+from glm_edge.errors import BoxError
+from glm_edge.kernels import matmul
+from glm_edge.models.layers import Embed, Linear
+from glm_edge.params import Format
+
+FORMATS = [
+    Format(8),
+    Format(8, symmetric=False),
+    Format(4),
+    Format(4, group_size=8, scale_dtype="bfloat16"),
+    Format(4, group_size=8, symmetric=False, scale_dtype="float16"),
+]
+
+
+def weight(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def quantize(leaf, format, name="weight"):
+    return quantize_leaf(name, leaf, format)[0]
+
+
+def test_masked_unboxes_to_value_times_mask_and_masks_accumulate():
+    value = weight(3, 4)
+    first = boxes.mask(value, jnp.arange(12).reshape(3, 4) % 2 == 0)
+    both = boxes.mask(first, jnp.arange(12).reshape(3, 4) % 3 == 0)
+    np.testing.assert_array_equal(boxes.dense(first), value * first.mask)
+    np.testing.assert_array_equal(both.mask, jnp.arange(12).reshape(3, 4) % 6 == 0)
+    assert first.shape == (3, 4)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_quantized_unboxes_to_scale_times_steps(format):
+    box = quantize(weight(6, 16), format)
+    integers = np.asarray(box.integers(), np.float64)
+    size = format.group_size or 16
+    scale = np.repeat(np.asarray(box.scale, np.float64), size, axis=1)
+    zero = 0 if box.zero is None else np.repeat(np.asarray(box.zero, np.float64), size, axis=1)
+    np.testing.assert_allclose(boxes.dense(box), scale * (integers - zero), rtol=1e-6)
+    assert box.shape == (6, 16)
+    assert box.scale.dtype == jnp.dtype(format.scale_dtype)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_bytes_are_the_bytes_stored(format):
+    box = quantize(weight(6, 16), format)
+    groups = 16 // (format.group_size or 16)
+    expected = 6 * 16 * format.bits // 8 + 6 * groups * jnp.dtype(format.scale_dtype).itemsize
+    expected += 0 if format.symmetric else 6 * groups
+    assert boxes.stored_bytes({"w": box}) == expected
+    assert boxes.count({"w": box}) == 96
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Dense(6), (2, 9)),
+        (nn.Conv(6, (3, 3)), (2, 5, 5, 4)),
+        (nn.DenseGeneral((2, 3)), (2, 9)),
+        (nn.MultiHeadDotProductAttention(2), (2, 5, 8)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_stock_modules_run_on_boxes_unchanged(module, shape, bits):
+    x = weight(*shape)
+    params = module.init(jax.random.key(1), x)["params"]
+
+    def box(path, leaf):
+        name = path.rsplit("/", 1)[-1]
+        return quantize(leaf, Format(bits), name) if name == "kernel" else leaf
+
+    def cover(path, leaf):
+        return boxes.mask(leaf, jnp.abs(leaf) > 0.1) if path.endswith("kernel") else leaf
+
+    for convert in (box, cover):
+        boxed = boxes.map_with_path(convert, params)
+        plain = jax.tree.map(boxes.dense, boxed, is_leaf=boxes.is_box)
+        assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, params)
+        found = jax.jit(module.apply)({"params": boxed}, x)
+        np.testing.assert_allclose(found, module.apply({"params": plain}, x), atol=1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_a_stock_embedding_runs_on_a_box(format):
+    module, tokens = nn.Embed(10, 16), jnp.array([[0, 9, 3]])
+    params = module.init(jax.random.key(0), tokens)["params"]
+    box = {"embedding": quantize(params["embedding"], format, "embedding")}
+    found = module.apply({"params": box}, tokens)
+    np.testing.assert_allclose(found, boxes.dense(box["embedding"])[tokens], atol=1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_our_linear_hands_the_box_to_the_low_bit_kernel(format, rows, monkeypatch):
+    called = []
+    kernel = matmul.low_bit
+    monkeypatch.setattr(matmul, "low_bit", lambda *args: called.append(1) or kernel(*args))
+    module, x = Linear(6), weight(rows, 16)
+    box = quantize(weight(6, 16, seed=1), format)
+    found = module.apply({"params": {"weight": box}}, x)
+    assert called
+    np.testing.assert_allclose(found, x @ boxes.dense(box).T, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_our_embedding_dequantizes_only_the_rows_it_reads(format, monkeypatch):
+    sizes = []
+    kernel = matmul.dequantize
+    monkeypatch.setattr(
+        matmul, "dequantize", lambda q, *rest: sizes.append(q.shape) or kernel(q, *rest)
+    )
+    box, tokens = quantize(weight(10, 16), format), jnp.array([[0, 9, 3]])
+    found = Embed(10, 16).apply({"params": {"weight": box}}, tokens)
+    assert set(sizes) == {(1, 3, 16)}
+    np.testing.assert_array_equal(found, boxes.dense(box)[tokens])
+
+
+def test_our_tied_head_reaches_the_low_bit_kernel(monkeypatch):
+    called = []
+    kernel = matmul.low_bit
+    monkeypatch.setattr(matmul, "low_bit", lambda *args: called.append(1) or kernel(*args))
+    box, x = quantize(weight(10, 16), Format(8)), weight(2, 16)
+    found = Embed(10, 16).apply({"params": {"weight": box}}, x, method="attend")
+    assert called
+    np.testing.assert_allclose(found, x @ boxes.dense(box).T, atol=1e-5)
+
+
+def test_int8_dynamic_rounds_activation_rows_before_a_quantized_weight_only():
+    x, plain = weight(3, 16), weight(6, 16, seed=1)
+    box = quantize(plain, Format(8))
+    rounded = matmul.round_rows_to_int8(x)
+    found = boxes.linear(x, box, "int8_dynamic")
+    np.testing.assert_allclose(found, rounded @ boxes.dense(box).T, atol=1e-5)
+    np.testing.assert_allclose(boxes.linear(x, plain, "int8_dynamic"), x @ plain.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_scan_runs_over_stacked_boxes(format):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nn.Dense(16)(nn.silu(Linear(16, name="ours")(x))), None
+
+    stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+    x = weight(5, 16)
+    dense = stack.init(jax.random.key(0), x, None)["params"]
+
+    def box(path, leaf):
+        name = path.rsplit("/", 1)[-1]
+        return leaf if leaf.ndim == 1 else quantize(leaf, format, name)
+
+    layers = [
+        boxes.map_with_path(box, jax.tree.map(lambda leaf, i=i: leaf[i], dense)) for i in range(3)
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    expected = x
+    for layer in layers:
+        expected, _ = Block().apply({"params": layer}, expected, None)
+    found, _ = jax.jit(stack.apply)({"params": stacked}, x, None)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(
+        stacked["ours"]["weight"].unbox()[1], layers[1]["ours"]["weight"].unbox()
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_vmap_runs_over_a_batch_of_boxes(format):
+    each = [quantize(weight(6, 16, seed=i), format) for i in range(3)]
+    x = weight(3, 2, 16)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    found = jax.vmap(boxes.linear)(x, stacked)
+    for i, box in enumerate(each):
+        np.testing.assert_allclose(found[i], boxes.linear(x[i], box), atol=1e-5)
+    unboxed = jax.vmap(boxes.dense)(stacked)
+    np.testing.assert_array_equal(unboxed, jnp.stack([boxes.dense(box) for box in each]))
+
+
+def test_static_fields_are_hashable_so_that_a_box_is_traced_once():
+    traces = []
+
+    @jax.jit
+    def unbox(box):
+        traces.append(1)
+        return box.unbox()
+
+    for seed in range(3):
+        unbox(quantize(weight(6, 16, seed=seed), Format(4, 8)))
+    assert len(traces) == 1
+
+
+def test_axis_metadata_is_the_identity_on_axes():
+    box = quantize(weight(6, 16), Format(8))
+    assert box.add_axis(0, {}) is box
+    assert box.remove_axis(0, {}) is box
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: boxes.mask(weight(2, 2), jnp.ones((2, 2))), "mask must be bool"),
+        (lambda: boxes.mask(weight(2, 2), jnp.ones((2, 3), bool)), "mask must be bool"),
+        (
+            lambda: boxes.mask(quantize(weight(2, 2), Format(8)), jnp.ones((2, 2), bool)),
+            "prune before quantizing",
+        ),
+        (lambda: Format(3), "bits must be 4 or 8"),
+        (lambda: Format(4, 0), "group_size must be positive"),
+        (lambda: Format(4, 8, scale_dtype="int8"), "scale_dtype"),
+        (
+            lambda: boxes.quantized(
+                jnp.zeros((2, 9), jnp.int8), jnp.ones((2, 1)), None, Format(4, 8)
+            ),
+            "not whole groups",
+        ),
+        (
+            lambda: boxes.quantized(jnp.zeros((2, 8)), jnp.ones((2, 1)), None, Format(8)),
+            "must be int8",
+        ),
+        (
+            lambda: boxes.quantized(jnp.zeros((2, 8), jnp.int8), jnp.ones((2, 2)), None, Format(8)),
+            "scale must be",
+        ),
+        (
+            lambda: boxes.quantized(
+                jnp.zeros((2, 8), jnp.int8), jnp.ones((2, 1)), None, Format(8, symmetric=False)
+            ),
+            "zero points",
+        ),
+    ],
+)
+def test_factories_refuse_what_has_no_meaning(build, message):
+    with pytest.raises(BoxError, match=message):
+        build()
+
+
+def test_boxes_rebuild_around_placeholders():
+    box = quantize(weight(6, 16), Format(4, 8))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, box)
+    assert shapes.data == (6, 8)
+    assert jax.tree.leaves(jax.tree.map(lambda _: None, box)) == []
+
+
+def test_a_wrong_dense_shape_is_refused_by_name():
+    box = quantize(weight(6, 16), Format(8))
+    with pytest.raises(ValueError, match="weight: shape"):
+        Linear(7).apply({"params": {"weight": box}}, weight(2, 16))

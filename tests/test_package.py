@@ -1,0 +1,121 @@
+"""The installed package: what importing it costs, what it declares, what its errors promise."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import glm_edge
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+CORE = {
+    "jax",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "einops",
+    "absl-py",
+    "safetensors",
+    "tokenizers",
+}
+HEAVY = ("tensorflow", "torch", "matplotlib", "sklearn", "PIL", "ai_edge_litert")
+
+
+def in_fresh_python(program: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def distribution_names(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", line)[0].replace("_", "-").lower() for line in requirements}
+
+
+def required_modules() -> list[tuple[str, str, str]]:
+    """Every `require(module, extra=...)` with literal arguments, as (file, module, extra)."""
+    found = []
+    for folder in ("glm_edge", "experiments"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith("require"):
+                    continue
+                arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+                if all(isinstance(argument, ast.Constant) for argument in arguments):
+                    module, extra = (argument.value for argument in arguments)
+                    found.append((str(path.relative_to(ROOT)), module, extra))
+    return found
+
+
+def test_import_adds_under_two_seconds_to_jax():
+    program = (
+        "import time, jax; start = time.perf_counter(); import glm_edge; "
+        "print(time.perf_counter() - start)"
+    )
+    assert min(float(in_fresh_python(program)) for _ in range(3)) < 2
+
+
+def test_import_leaves_heavy_modules_alone():
+    watched = (*HEAVY, "orbax")
+    program = f"import sys, glm_edge; print([name for name in {watched} if name in sys.modules])"
+    assert in_fresh_python(program).strip() == "[]"
+
+
+def test_public_names_resolve_without_heavy_modules():
+    program = (
+        "import sys, glm_edge\n"
+        "for name in dir(glm_edge): getattr(glm_edge, name)\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert in_fresh_python(program).strip() == "[]"
+
+
+def test_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'prunes'"):
+        _ = glm_edge.prunes
+
+
+def test_version_is_the_installed_one():
+    assert glm_edge.__version__ == importlib.metadata.version("glm_edge")
+
+
+def test_core_dependencies_are_exactly_these():
+    assert distribution_names(PROJECT["dependencies"]) == CORE
+
+
+def test_extra_all_holds_every_other_extra():
+    (line,) = EXTRAS["all"]
+    assert set(re.search(r"\[(.+)\]", line)[1].split(",")) == EXTRAS.keys() - {"all"}
+
+
+def test_lock_pins_every_requirement_and_names_no_host():
+    lock = (ROOT / "requirements.lock").read_text()
+    pinned = distribution_names([line for line in lock.splitlines() if "==" in line])
+    wanted = [line for name, lines in EXTRAS.items() if name != "all" for line in lines]
+    assert distribution_names(PROJECT["dependencies"] + wanted) <= pinned
+    assert not re.search(r"https?:|file:|--(extra-)?index|--find-links", lock)
+
+
+@pytest.mark.parametrize(("where", "module", "extra"), required_modules())
+def test_extra_named_by_an_error_brings_the_module(where, module, extra):
+    assert extra in EXTRAS, f"{where} names the extra {extra!r}"
+    providers = importlib.metadata.packages_distributions()[module.split(".")[0]]
+    assert distribution_names(providers) & (distribution_names(EXTRAS[extra]) | CORE)
+
+
+def test_documents_name_only_extras_that_exist():
+    documents = [*ROOT.glob("*.md"), *(ROOT / "colab").glob("*.ipynb")]
+    named = {
+        extra
+        for path in documents
+        for group in re.findall(r"(?:glm_edge|\.)\[([a-z,]+)\]", path.read_text())
+        for extra in group.split(",")
+    }
+    assert named <= EXTRAS.keys()
