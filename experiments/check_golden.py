@@ -1,6 +1,6 @@
 """Compares a checkpoint with the reference outputs stored beside it, one row per output.
 
-python -m experiments.check_golden --golden_dir=DIR --case=glm_edge
+    python -m experiments.check_golden --golden_dir=DIR --case=glm_edge
 
 Without the flag, the environment variable GLM_EDGE_GOLDEN names the folder.
 """

@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     rows = [materials.measure("dense", model, params)]
     show(rows[-1:])
     dense = (model, params)
-    for stage, transforms in stages_of(recipe):
+    for stage, transforms in stages_of(recipe, distill_steps=4 if FLAGS.smoke else None):
         model, params = run_stage(transforms, model, params, materials.calibration, dense)
         rows.append(materials.measure(stage, model, params, reference=dense))
         show(rows[-1:])
@@ -149,11 +149,26 @@ def prepare_directory(directory: Path, overwrite: bool) -> Path:
     return directory
 
 
-def stages_of(recipe: Transform) -> list[tuple[str, list[Transform]]]:
-    """Groups neighbouring transforms of a kind: what is measured after each group, and its name."""
+def stages_of(
+    recipe: Transform, distill_steps: int | None = None
+) -> list[tuple[str, list[Transform]]]:
+    """Groups neighbouring transforms of a kind: what is measured after each group, and its name.
+
+    Args:
+      recipe: a transform or a chain of them.
+      distill_steps: replaces the steps of distillation, for a trial run.
+
+    Returns:
+      `(stage, transforms)` in order.
+    """
     steps = recipe.options["transforms"] if recipe.name == CHAIN else (recipe,)
-    if FLAGS.smoke:
-        steps = [ge.distill(**{**s.options, "steps": 4}) if s.name == "distill" else s for s in steps]
+    if distill_steps is not None:
+        steps = [
+            ge.distill(**{**step.options, "steps": distill_steps})
+            if step.name == "distill"
+            else step
+            for step in steps
+        ]
     grouped = itertools.groupby(steps, key=lambda step: step.name.partition(".")[0])
     return [(STAGES.get(kind, kind), list(group)) for kind, group in grouped]
 

@@ -156,7 +156,9 @@ class ScreenBatches:
             "box": np.zeros((count, 4), np.float32),
         }
         row["tokens"][: len(layout.prefix)] = layout.prefix
-        spoken = instructions.questions(rng, screen, speech_blocks, instructions.SPEECH_MIX)
+        spoken = []
+        if speech_blocks:
+            spoken = instructions.questions(rng, screen, speech_blocks, instructions.SPEECH_MIX)
         written = instructions.questions(rng, screen, count - speech_blocks)
         for index, question in enumerate([*spoken, *written]):
             if index < speech_blocks:

@@ -106,8 +106,36 @@ def quantize(weight: Array, scale: Array, zero: Array | None, bits: int) -> Arra
     return integers.astype(jnp.int8).reshape(weight.shape)
 
 
+def low_bit_int8(x: Array, integers: Array, scale: Array, zero: Array | None = None) -> Array:
+    """Product of rows rounded to int8 with a quantized weight, as a phone's dynamic kernels do.
+
+    Integers are multiplied and summed first, scales applied after, in the order of XNNPACK's
+    `qd8` kernels, so that a row on the same int8 grid gives the same bits.
+
+    Args:
+      x: [..., in] activations.
+      integers: int8 [out, in].
+      scale: [out, in / g].
+      zero: None or integers like `scale`.
+
+    Returns:
+      [..., out].
+    """
+    centred, step = rows_to_int8(x)
+    if scale.shape[-1] > 1:
+        return low_bit(centred, integers, scale, zero) * step
+    total = low_bit(centred, integers, jnp.ones_like(scale, x.dtype), zero)
+    return total * step * scale[:, 0].astype(x.dtype)
+
+
 def round_rows_to_int8(x: Array) -> Array:
-    """Rounds each row to its own asymmetric int8 grid, as a phone's dynamic kernels do.
+    """Rounds each row to the grid of `rows_to_int8`; [..., C] of the same type."""
+    centred, step = rows_to_int8(x)
+    return (centred * step).astype(x.dtype)
+
+
+def rows_to_int8(x: Array) -> tuple[Array, Array]:
+    """Each row's own asymmetric int8 grid, as a phone's dynamic kernels choose it.
 
     The grid spans the row's minimum and maximum, zero included, and represents zero exactly.
 
@@ -115,11 +143,17 @@ def round_rows_to_int8(x: Array) -> Array:
       x: [..., C] activations.
 
     Returns:
-      [..., C] of the same type, on at most 256 values a row.
+      `(centred, step)`: `q - z` of the same type, [..., C] in -255..255, and [..., 1].
+
+    References:
+      XNNPACK, `xnn_qd8_asymmetric_quantization_params`.
     """
     low = jnp.minimum(x.min(axis=-1, keepdims=True), 0.0)
     high = jnp.maximum(x.max(axis=-1, keepdims=True), 0.0)
-    step = jnp.where(high == low, 1.0, (high - low) / 255.0)
-    zero = jnp.clip(jnp.round(-128.0 - low / step), -128, 127)
-    integers = jnp.clip(jnp.round(x / step + zero), -128, 127)
-    return ((integers - zero) * step).astype(x.dtype)
+    inverse = jnp.where(high == low, 1.0, 255.0 / (high - low))
+    from_low, from_high = low * inverse, high * inverse
+    nearer_low = (-128.0 + from_low) + (127.0 + from_high) > 0.0
+    zero = jnp.where(nearer_low, -128.0 - from_low, 127.0 - from_high)
+    zero = jnp.round(jnp.clip(zero, -128.0, 127.0))
+    integers = jnp.clip(jnp.round(x * inverse) + zero, -128.0, 127.0)
+    return integers - zero, 1.0 / inverse

@@ -46,7 +46,7 @@ class Attention(nn.Module):
             }
             key, value = cache["key"], cache["value"]
         weights = attention_kernels.attention_weights(query, key, mask)
-        if self.is_mutable_collection("attention"):
+        if self.is_mutable_collection("attention") and not self.is_initializing():
             self.sow("attention", "weights", weights)
         mixed = attention_kernels.attend(weights, value)
         if self.has_variable("gates", "heads"):

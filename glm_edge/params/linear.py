@@ -23,9 +23,8 @@ def linear(x: Array, weight: Any, compute: str = "float32") -> Array:
       [..., out].
     """
     if isinstance(weight, Quantized) and not weight.kernel_shape:
-        if compute == "int8_dynamic":
-            x = matmul.round_rows_to_int8(x)
-        return matmul.low_bit(x, weight.integers(), weight.scale, weight.zero)
+        product = matmul.low_bit_int8 if compute == "int8_dynamic" else matmul.low_bit
+        return product(x, weight.integers(), weight.scale, weight.zero)
     if compute == "bfloat16":
         return matmul.dense_bf16(x, dense(weight))
     return matmul.dense(x, dense(weight).astype(x.dtype))

@@ -43,7 +43,7 @@ def temporary_bytes() -> dict[str, int]:
 
 
 def test_temporary_memory_is_under_twice_the_largest_layer():
-    # XLA reads the flag once, before jax is imported, as scripts set it: hence a process of its own.
+    # XLA reads the flag once, before jax is imported: hence a process of its own.
     environment = {**os.environ, "XLA_FLAGS": FLAG, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     ran = subprocess.run(

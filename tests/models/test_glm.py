@@ -1,0 +1,169 @@
+"""The decoder and the multimodal GLM: caching, gates, intermediates, layer-wise running."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge.models.glm import init_cache
+from glm_edge.models.multimodal import MultimodalGLM, place_features
+
+VARIANTS = [
+    {},
+    {"partial_rotary_factor": 0.5, "attention_bias": True, "sandwich_norm": True},
+    {"tie_embeddings": False, "num_kv_heads": 4},
+    {"mrope_section": (1, 1, 2)},
+    {"num_heads": (4, 2), "intermediate_size": (64, 32)},
+]
+
+
+def tokens_of(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(11, 48, shape), jnp.int32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v) or "plain")
+def test_cached_decoding_equals_one_uncached_pass(make_model, variant):
+    model, params = make_model(**variant)
+    tokens = tokens_of((2, 9))
+    run = jax.jit(model.apply)
+    expected, _ = run({"params": params}, tokens)
+    cache, pieces = init_cache(model.config.decoder, 2, 12), []
+    for start, stop in ((0, 4), (4, 5), (5, 6), (6, 9)):
+        logits, aux = run({"params": params}, tokens[:, start:stop], cache=cache)
+        cache = aux["cache"]
+        pieces.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), expected, atol=2e-5)
+    assert int(cache["length"]) == 9
+
+
+def test_a_token_changes_nothing_before_it(make_model):
+    model, params = make_model()
+    tokens = tokens_of((1, 8))
+    changed = tokens.at[0, 5].set(11 + (tokens[0, 5] - 10) % 37)
+    run = jax.jit(model.apply)
+    one, other = (run({"params": params}, t)[0] for t in (tokens, changed))
+    np.testing.assert_allclose(one[:, :5], other[:, :5], atol=1e-6)
+    assert not np.allclose(one[:, 5:], other[:, 5:], atol=1e-4)
+
+
+def test_unit_gates_change_nothing_and_a_zero_gate_removes(make_model):
+    model, params = make_model()
+    tokens = tokens_of((2, 6))
+    config = model.config.decoder
+
+    def gates(neurons, heads):
+        layer = {"mlp": {"neurons": neurons}, "attention": {"heads": heads}}
+        return {"decoder": {"layers": {"0": layer}}}
+
+    ones = gates(jnp.ones(64), jnp.ones(4))
+    run = jax.jit(model.apply)
+    plain, _ = run({"params": params}, tokens)
+    gated, _ = run({"params": params, "gates": ones}, tokens)
+    np.testing.assert_allclose(gated, plain, atol=1e-6)
+
+    zeroed = jax.tree.map(lambda leaf: leaf, params)
+    layer = zeroed["decoder"]["layers"]["0"]
+    down, out = layer["mlp"]["down_proj"], layer["attention"]["o_proj"]
+    down["weight"] = down["weight"].at[:, 7].set(0.0)
+    out["weight"] = out["weight"].at[:, config.head_dim : 2 * config.head_dim].set(0.0)
+    holes = gates(jnp.ones(64).at[7].set(0.0), jnp.ones(4).at[1].set(0.0))
+    found, _ = run({"params": params, "gates": holes}, tokens)
+    expected, _ = run({"params": zeroed}, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_features_replace_placeholders_in_order():
+    x = jnp.zeros((2, 5, 3))
+    placeholder = jnp.array([[0, 1, 0, 1, 0], [1, 1, 0, 0, 0]], bool)
+    features = jnp.arange(12, dtype=jnp.float32).reshape(2, 2, 3) + 1
+    found = place_features(x, placeholder, features)
+    expected = np.zeros((2, 5, 3))
+    expected[0, 1], expected[0, 3] = features[0]
+    expected[1, 0], expected[1, 1] = features[1]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_features_are_placed_where_the_model_has_its_placeholders(make_model):
+    model, params = make_model()
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.random((2, 16, 16, 3)), jnp.float32)
+    audio = jnp.asarray(rng.normal(size=(2, 16, 8)), jnp.float32)
+    tokens = np.asarray(tokens_of((2, 10))).copy()
+    tokens[:, 1:5], tokens[0, 6:8], tokens[1, 7:9] = 5, 8, 8
+    _, aux = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens), images, audio)
+    embedded = params["embed"]["weight"][tokens]
+    first = np.asarray(aux["hidden"][0])
+    np.testing.assert_allclose(first[:, 1:5], aux["vision"], atol=1e-6)
+    np.testing.assert_allclose(first[0, 6:8], aux["speech"][0], atol=1e-6)
+    np.testing.assert_allclose(first[1, 7:9], aux["speech"][1], atol=1e-6)
+    np.testing.assert_allclose(first[:, 9], embedded[:, 9], atol=1e-6)
+    assert aux["vision"].shape == (2, model.config.vision.num_tokens, 32)
+    assert aux["speech"].shape == (2, model.config.speech.num_tokens, 32)
+
+
+def test_inputs_change_the_answer(make_model):
+    model, params = make_model()
+    tokens = np.asarray(tokens_of((1, 8))).copy()
+    tokens[:, :4], tokens[:, 4:6] = 5, 8
+    tokens = jnp.asarray(tokens)
+    rng = np.random.default_rng(1)
+    image = jnp.asarray(rng.random((1, 16, 16, 3)), jnp.float32)
+    audio = jnp.asarray(rng.normal(size=(1, 16, 8)), jnp.float32)
+    run = jax.jit(model.apply)
+    plain, _ = run({"params": params}, tokens, image, audio)
+    for other in ((1.0 - image, audio), (image, -audio)):
+        changed, _ = run({"params": params}, tokens, *other)
+        assert float(jnp.abs(changed - plain)[:, -1].max()) > 1e-4
+
+
+def test_layer_by_layer_equals_the_whole(make_model):
+    model, params = make_model()
+    tokens = tokens_of((2, 6))
+    expected, aux = jax.jit(model.apply)({"params": params}, tokens)
+
+    def step_by_step(module):
+        x, _ = module.embed_inputs(tokens)
+        positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
+        angle, mask, slot = module.decoder.prepare(x, positions, None, None)
+        seen = [x]
+        for index in range(module.config.decoder.num_layers):
+            x, _ = module.decoder.run_layer(index, x, angle, mask, None, slot)
+            seen.append(x)
+        return module.predict(module.decoder.norm(x)), seen
+
+    found, seen = jax.jit(lambda p: model.apply({"params": p}, method=step_by_step))(params)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert len(aux["hidden"]) == len(seen) == 3
+    for one, other in zip(aux["hidden"], seen, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_calibration_collections_are_sown_only_when_asked(make_model):
+    model, params = make_model()
+    tokens = tokens_of((2, 6))
+    _, sown = model.apply({"params": params}, tokens, mutable=["inputs", "attention"])
+    rows = sown["inputs"]["decoder"]["layers"]["0"]["mlp"]["down_proj"]["rows"][0]
+    assert rows.shape == (12, 64)
+    weights = sown["attention"]["decoder"]["layers"]["1"]["attention"]["weights"][0]
+    np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-5)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    assert set(abstract) == {"params"}
+
+
+def test_bfloat16_stays_close_to_the_reference(make_model):
+    model, params = make_model()
+    tokens = tokens_of((2, 6))
+    expected, _ = jax.jit(model.apply)({"params": params}, tokens)
+    rough = model.clone(compute="bfloat16")
+    found, _ = jax.jit(rough.apply)({"params": params}, tokens)
+    assert float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)) < 0.03
+
+
+def test_a_text_only_model_has_no_encoders(make_model):
+    model, _ = make_model()
+    alone = dataclasses.replace(model.config, vision=None, speech=None)
+    init = MultimodalGLM(alone).init
+    params = jax.eval_shape(init, jax.random.key(0), tokens_of((1, 2)))["params"]
+    assert set(params) == {"embed", "decoder"}
