@@ -104,11 +104,11 @@ def decode_latency_ms(phone: Any) -> float:
     """Median milliseconds of one decoding step of the file, after a prompt, embedding included."""
     slots = phone.cache_slots
     tokens = np.zeros(slots - DECODE_STEPS, np.int32)
-    _, cache = phone._extend(phone.embed(tokens), 0, phone._empty_cache())
+    _, cache = phone.extend(phone.embed(tokens), 0, phone.empty_cache())
     seconds = []
     for slot in range(len(tokens), slots):
         start = time.perf_counter()
         embedded = phone.run("embed", tokens=np.zeros((1, 1), np.int32))["embeddings"][0]
-        _, cache = phone._extend(embedded, slot, cache)
+        _, cache = phone.extend(embedded, slot, cache)
         seconds.append(time.perf_counter() - start)
     return 1000 * float(np.median(seconds[5:]))

@@ -30,7 +30,6 @@ from experiments import materials as materials_lib
 from experiments.console import fail_in_one_line, text_table
 from experiments.figures import pareto
 from experiments.text.corpora import write_text
-from glm_edge.compress import recipe as recipes
 from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.transform import CHAIN, Context, Transform
 from glm_edge.errors import OutputError
@@ -71,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     started = time.monotonic()
     directory = prepare_directory(Path(FLAGS.out_dir), FLAGS.overwrite)
-    recipe = recipes.find(FLAGS.recipe)
+    recipe = ge.recipes.find(FLAGS.recipe)
     checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
     model, params = ge.load(checkpoint)
     materials = materials_lib.gather(
@@ -91,8 +90,13 @@ def main(argv: Sequence[str]) -> None:
     rows = [materials.measure("dense", model, params)]
     show(rows[-1:])
     dense = (model, params)
+    step = itertools.count()
     for stage, transforms in stages_of(recipe, distill_steps=4 if FLAGS.smoke else None):
-        model, params = run_stage(transforms, model, params, materials.calibration, dense)
+        for transform in transforms:
+            # The key that a chain would give this step, so that both give the same bytes.
+            rng = jax.random.fold_in(jax.random.key(FLAGS.seed), next(step))
+            context = Context(materials.calibration, rng, dense, ProgressLine())
+            model, params, _ = transform.run(model, params, context)
         rows.append(materials.measure(stage, model, params, reference=dense))
         show(rows[-1:])
     context = model.config.decoder.max_position_embeddings
@@ -112,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
         "export": verification,
         "run": {
             "command": " ".join(["python -m experiments.quickstart", *sys.argv[1:]]),
-            "recipe": json.loads(recipes.to_json(recipe)),
+            "recipe": json.loads(ge.to_json(recipe)),
             "screens": len(materials.written) or None,
             "tap_loss": materials.tap_loss(),
             "seed": FLAGS.seed,
@@ -171,15 +175,6 @@ def stages_of(
         ]
     grouped = itertools.groupby(steps, key=lambda step: step.name.partition(".")[0])
     return [(STAGES.get(kind, kind), list(group)) for kind, group in grouped]
-
-
-def run_stage(transforms, model, params, calibration, dense):
-    """Applies transforms one after the other, each with its progress."""
-    for index, transform in enumerate(transforms):
-        rng = jax.random.fold_in(jax.random.key(FLAGS.seed), index)
-        context = Context(calibration, rng, dense, ProgressLine())
-        model, params, _ = transform.run(model, params, context)
-    return model, params
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

@@ -23,9 +23,11 @@ _WHERE = {
     "distill": "glm_edge.compress",
     "load": "glm_edge.checkpoint",
     "preset": "glm_edge.configs",
+    "load_tokenizer": "glm_edge.checkpoint",
     "recipe_from_json": "glm_edge.compress",
     "save": "glm_edge.checkpoint",
     "shipped": "glm_edge.checkpoint",
+    "to_json": "glm_edge.compress",
 }
 _MODULES = {
     "checkpoint": "glm_edge.checkpoint",
@@ -37,6 +39,7 @@ _MODULES = {
     "preprocess": "glm_edge.preprocess",
     "prune": "glm_edge.compress.prune",
     "quantize": "glm_edge.compress.quantize",
+    "recipes": "glm_edge.compress.recipe",
 }
 
 __all__ = sorted([*_WHERE, *_MODULES])

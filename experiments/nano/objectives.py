@@ -9,6 +9,7 @@ from jax import Array
 
 from experiments.nano.batches import Layout
 from glm_edge.kernels.log_mel import log_mel
+from glm_edge.kernels.norm import rms_norm
 from glm_edge.models.multimodal import MultimodalGLM, place_features
 
 COORDINATE_BINS = 100
@@ -16,22 +17,29 @@ COORDINATE_SIGMA = 2.0
 ATTENTION_WEIGHT = 0.3
 DENSE_WEIGHT = 0.3
 SPEECH_WEIGHT = 0.1
+POSITION_WEIGHT = 0.5
 MATCH_LAYER, READ_LAYER = "1", "2"
 READ_SLOTS = (1, 2)
 
 
 def init_heads(key: Array, width: int, num_classes: int) -> dict[str, Array]:
-    """Read-outs that exist during training only: cell class, offset, centre; digit of a recording."""
+    """Read-outs that exist during training only.
+
+    Class, offset and centre of what lies in a cell; the digit of a recording; and the target's
+    coordinates, from the hidden state of the question and from that of the answer.
+    """
 
     def matrix(key: Array, rows: int) -> Array:
         return jax.random.normal(key, (rows, width)) * width**-0.5
 
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 6)
     return {
         "class": matrix(keys[0], num_classes),
         "offset": matrix(keys[1], 2),
         "centre": matrix(keys[2], 1),
         "digit": matrix(keys[3], 10),
+        "matched": matrix(keys[4], 2 * COORDINATE_BINS),
+        "read": matrix(keys[5], 2 * COORDINATE_BINS),
     }
 
 
@@ -135,7 +143,7 @@ def soft_labels(labels: Array, vocab_size: int, first_x: int) -> Array:
 def screen_logits(
     module: MultimodalGLM, batch: dict[str, Array], layout: Layout, rng: Array | None
 ) -> tuple[Array, dict[str, Array]]:
-    """Scores at the taught slots [B, Q, A, V], with features for the auxiliary losses."""
+    """Scores at the taught slots [B, Q, A, V], with what the auxiliary losses look at."""
     x = module.embed(batch["tokens"])
     features, unplaced = vision_features(module, batch["images"])
     x = place_features(x, batch["tokens"] == module.config.image_token_id, features)
@@ -146,9 +154,11 @@ def screen_logits(
         placeholder = batch["tokens"] == module.config.audio_token_id
         x = place_features(x, placeholder, speech.reshape(x.shape[0], -1, x.shape[-1]))
     positions = jnp.broadcast_to(layout.positions, batch["tokens"].shape)
-    final, _, _ = module.decoder(x, positions, jnp.asarray(layout.mask))
-    rows = jnp.arange(x.shape[0])[:, None, None]
-    return module.predict(final[rows, batch["slots"]]), encoded
+    final, hidden, _ = module.decoder(x, positions, jnp.asarray(layout.mask))
+    rows = jnp.arange(x.shape[0])[:, None]
+    encoded["matched"] = hidden[int(MATCH_LAYER) + 1][rows, batch["assistant"]]
+    encoded["read"] = hidden[int(READ_LAYER) + 1][rows, batch["assistant"] + READ_SLOTS[0]]
+    return module.predict(final[rows[..., None], batch["slots"]]), encoded
 
 
 def screen_loss(
@@ -175,12 +185,40 @@ def screen_loss(
         "answer": answer,
         "attention": attention_loss(sown["attention"], batch, module.config),
         "dense": dense_loss(heads, encoded["cells"], batch),
+        "matched": position_loss(heads["matched"], encoded["matched"], target, batch, first_x),
+        "read": position_loss(heads["read"], encoded["read"], target, batch, first_x),
     }
     loss = answer + ATTENTION_WEIGHT * parts["attention"] + DENSE_WEIGHT * parts["dense"]
+    loss = loss + POSITION_WEIGHT * (parts["matched"] + parts["read"])
     if "speech" in encoded:
         parts["digit"] = digit_loss(heads, encoded["speech"], batch["digits"])
         loss = loss + SPEECH_WEIGHT * parts["digit"]
     return loss, parts
+
+
+def position_loss(
+    head: Array, hidden: Array, target: Array, batch: dict[str, Array], first_x: int
+) -> Array:
+    """Teaches a hidden state to hold the coordinates of what will be tapped, as a large part of it.
+
+    Args:
+      head: [2 * COORDINATE_BINS, D].
+      hidden: [B, Q, D] states of one layer.
+      target: [B, Q, A, V] soft labels of the answers.
+      batch: from `ScreenBatches.draw`.
+      first_x: id of the first x token.
+
+    Returns:
+      Mean cross-entropy over both axes of all taps, in nats.
+    """
+    taps = (batch["target"] >= 0).astype(jnp.float32)
+    normed = rms_norm(hidden, jnp.ones(hidden.shape[-1]), 1e-5)
+    scores = (normed @ head.T).reshape(*hidden.shape[:-1], 2, COORDINATE_BINS)
+    bins = target[..., first_x : first_x + 2 * COORDINATE_BINS]
+    bins = bins.reshape(*bins.shape[:-1], 2, COORDINATE_BINS)
+    labels = jnp.stack([bins[..., READ_SLOTS[0], 0, :], bins[..., READ_SLOTS[1], 1, :]], axis=-2)
+    losses = -jnp.sum(labels * jax.nn.log_softmax(scores), axis=-1).mean(axis=-1)
+    return jnp.sum(losses * taps) / jnp.maximum(jnp.sum(taps), 1.0)
 
 
 def attention_loss(sown: dict[str, Any], batch: dict[str, Array], config: Any) -> Array:

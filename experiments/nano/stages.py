@@ -94,7 +94,7 @@ def run_stage(
     state: Tree,
     optimizer: optax.GradientTransformation,
     tasks: dict[str, tuple[Iterator[Any], Step]],
-    pattern: tuple[str, ...],
+    curriculum: tuple[tuple[float, tuple[str, ...]], ...],
     evaluate: Callable[[Tree], dict[str, float]] | None = None,
     evaluate_every: float = 4.0,
     save_every: float = 1.0,
@@ -109,7 +109,7 @@ def run_stage(
       state: `{"params": …, "heads": …}` to start from.
       optimizer: from `make_optimizer`.
       tasks: by name, batches and the loss `(state, batch, rng) -> (loss, parts)`.
-      pattern: names of tasks in the order in which steps take them.
+      curriculum: `(until, names)`: up to that fraction of the time, steps take these tasks in turn.
       evaluate: measures a state; its numbers go to the curve.
       evaluate_every: minutes between measurements.
       save_every: minutes between saved states.
@@ -137,6 +137,7 @@ def run_stage(
         append_rows(files["csv"], row)
 
     while clock.spent < minutes:
+        pattern = next(names for until, names in curriculum if clock.fraction <= until)
         task = pattern[step % len(pattern)]
         opt_state.hyperparams["rate"] = jnp.float32(learning_rate(clock.fraction, peak_rate))
         key = jax.random.fold_in(jax.random.key(0), step)

@@ -25,7 +25,7 @@ from glm_edge.compress.transform import (
     register,
 )
 from glm_edge.errors import DataError, RecipeError
-from glm_edge.params.tree import Params
+from glm_edge.params.tree import Params, path_string
 
 COMPUTE = ("float32", "bfloat16")
 _PROGRESS_EVERY = 5
@@ -40,7 +40,7 @@ def distill(
     warmup: float = 0.1,
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
-    freeze: str | None = None,
+    where: str | None = None,
     compute: str | None = None,
 ) -> Transform:
     """Trains a (pruned) student on its teacher's predictions and on the labels.
@@ -60,7 +60,9 @@ def distill(
       warmup: fraction of the steps.
       weight_decay: of AdamW.
       clip_norm: largest norm of the gradient.
-      freeze: regular expression of paths that do not train, such as `vision|speech`.
+      where: regular expression searched in each path; what it matches trains, such as
+        `^(decoder|embed|head)/` to leave the encoders as they are. None trains everything.
+        Encoders that student and teacher share and that do not train are run once for both.
       compute: `float32` or `bfloat16` products while training; None leaves both models as they
         are.
 
@@ -76,7 +78,7 @@ def distill(
       Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531.
     """
     check_whole("distill", steps=steps)
-    check_pattern("distill", "freeze", freeze)
+    check_pattern("distill", "where", where)
     if learning_rate <= 0.0 or temperature <= 0.0 or clip_norm <= 0.0:
         raise RecipeError("distill: learning_rate, temperature and clip_norm must be positive")
     if not 0.0 <= alpha <= 1.0 or not 0.0 <= warmup < 1.0 or weight_decay < 0.0:
@@ -95,7 +97,7 @@ def distill(
         "warmup": warmup,
         "weight_decay": weight_decay,
         "clip_norm": clip_norm,
-        "freeze": freeze,
+        "where": where,
         "compute": compute,
     }
     return Transform("distill", options, {} if teacher is None else {"teacher": teacher})
@@ -133,7 +135,7 @@ def _apply_distill(
     steps: int,
     learning_rate: float,
     warmup: float,
-    freeze: str | None,
+    where: str | None,
     compute: str | None,
     teacher: tuple[nn.Module, Params] | None = None,
     **objective: float,
@@ -148,7 +150,8 @@ def _apply_distill(
         raise DataError("distill needs calibration= batches to learn from")
     rates = schedule(steps, learning_rate, warmup)
     student, coach = _computing(model, compute), _computing(teacher_model, compute)
-    trainable, frozen = split(params, freeze)
+    trainable, frozen = split(params, where)
+    teacher_params = _without_shared(teacher_params, frozen)
     trained, curve, seen = _train(
         student, coach, teacher_params, trainable, frozen, Objective(**objective), rates, context
     )
@@ -161,33 +164,46 @@ def _apply_distill(
 register("distill", distill, _apply_distill)
 
 
-def split(params: Params, freeze: str | None) -> tuple[Params, Params]:
-    """As `glm_edge.params.partition`, with the paths that `freeze` matches on the frozen side.
+def split(params: Params, where: str | None) -> tuple[Params, Params]:
+    """As `glm_edge.params.partition`, with what `where` does not match on the frozen side.
 
     Raises:
-      RecipeError: the pattern matches nothing, or nothing is left to train.
+      RecipeError: the pattern matches nothing that can train.
     """
     trainable, frozen = boxes.partition(params)
-    if freeze is not None:
-        held = _matching(params, freeze)
-        frozen = boxes.combine(_keep(trainable, lambda path: path in held), frozen)
-        trainable = _keep(trainable, lambda path: path not in held)
+    if where is None:
+        return trainable, frozen
+    held = _keep(trainable, lambda path: not re.search(where, path))
+    trainable = _keep(trainable, lambda path: bool(re.search(where, path)))
     if not jax.tree.leaves(trainable):
-        raise RecipeError(f"distill: nothing is left to train with freeze={freeze!r}")
-    return trainable, frozen
-
-
-def _matching(params: Params, freeze: str) -> set[str]:
-    held = {path for path, _ in boxes.path_items(params) if re.search(freeze, path)}
-    if not held:
-        raise RecipeError(f"distill: freeze={freeze!r} matches no parameter")
-    return held
+        raise RecipeError(f"distill: where={where!r} matches no parameter that can train")
+    return trainable, boxes.combine(held, frozen)
 
 
 def _keep(tree: Params, wanted: Callable[[str], bool]) -> Params:
     """The tree with None in place of the arrays at other paths."""
     return boxes.map_with_path(
         lambda path, leaf: leaf if wanted(path) else jax.tree.map(lambda _: None, leaf), tree
+    )
+
+
+def _without_shared(teacher_params: Params, frozen: Params) -> Params:
+    """The teacher's parameters with None for the arrays that the student holds frozen too.
+
+    Both then read one array, and the compiler runs an encoder that they share once.
+    """
+    own = dict(boxes.path_items(frozen))
+    return boxes.map_with_path(
+        lambda path, leaf: None if own.get(path) is leaf else leaf, teacher_params
+    )
+
+
+def _with_shared(teacher_params: Params, frozen: Params) -> Params:
+    own = dict(boxes.path_items(frozen))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: own[path_string(path)] if leaf is None else leaf,
+        teacher_params,
+        is_leaf=lambda node: node is None or boxes.is_box(node),
     )
 
 
@@ -251,6 +267,7 @@ def train_step(
     Returns:
       `(trainable, state, (loss, soft, hard))`.
     """
+    teacher_params = _with_shared(teacher_params, frozen)
     targets = jax.lax.stop_gradient(batches.apply_batch(teacher, teacher_params, batch))
     weights = batches.loss_weights(student, batch)
 

@@ -1,6 +1,7 @@
 """Rounding weights to low-bit integers."""
 
 import functools
+import math
 import re
 from typing import Any
 
@@ -114,17 +115,20 @@ def _apply_rtn(
 ) -> Result:
     wanted = _format(bits, group_size, symmetric, scale_dtype)
     fallback = fallback_bits and _format(fallback_bits, None, symmetric, None)
-    chosen = _not_yet_quantized(params, where)
+    has_layer_axis = re.compile(stacked or "(?!)").search
+    formats = {
+        path: _fitting(path, _columns(path, leaf.shape, has_layer_axis(path)), wanted, fallback)
+        for path, leaf in _not_yet_quantized(params, where)
+    }
     rows: list[Row] = []
 
     def convert(path: str, leaf: Any) -> Any:
-        if path not in chosen:
+        if path not in formats:
             return leaf
-        has_layer_axis = bool(stacked and re.search(stacked, path))
-        format = _fitting(path, _as_rows(path, leaf, has_layer_axis)[0].shape[-1], wanted, fallback)
-        box, error = quantize_leaf(path, leaf, format, scale, has_layer_axis)
+        format = formats[path]
+        box, error = quantize_leaf(path, leaf, format, scale, bool(has_layer_axis(path)))
         rows.append(_row(path, leaf, box, error, format is not wanted))
-        context.advance("quantize", len(rows), len(chosen))
+        context.advance("quantize", len(rows), len(formats))
         return box
 
     rounded = boxes.map_with_path(convert, params)
@@ -243,7 +247,7 @@ def _format(bits: int, group_size: int | None, symmetric: bool, scale_dtype: str
     return Format(bits, group_size, symmetric, scale_dtype or default)
 
 
-def _not_yet_quantized(params: Params, where: str | None) -> list[str]:
+def _not_yet_quantized(params: Params, where: str | None) -> list[tuple[str, Any]]:
     leaves = dict(boxes.path_items(params))
     chosen = boxes.select(params, where)
     again = [path for path in chosen if isinstance(leaves[path], Quantized)]
@@ -252,7 +256,7 @@ def _not_yet_quantized(params: Params, where: str | None) -> list[str]:
             f"quantize.rtn: where={where!r} names {again[0]}, which is {leaves[again[0]].format} "
             "already; narrow the pattern"
         )
-    return [path for path in chosen if path not in again]
+    return [(path, leaves[path]) for path in chosen if path not in again]
 
 
 def _fitting(path: str, columns: int, wanted: Format, fallback: Format | None) -> Format:
@@ -264,6 +268,12 @@ def _fitting(path: str, columns: int, wanted: Format, fallback: Format | None) -
         f"{path}: {columns} columns are not whole groups of {wanted.group_size}; choose a divisor, "
         "or fallback_bits=8 to round such a matrix per channel"
     )
+
+
+def _columns(path: str, shape: tuple[int, ...], stacked: Any) -> int:
+    if path.rsplit("/", 1)[-1] != "kernel":
+        return shape[-1]
+    return math.prod(shape[bool(stacked) : -1])
 
 
 def _as_rows(path: str, leaf: Any, stacked: bool) -> tuple[Array, tuple[int, ...]]:

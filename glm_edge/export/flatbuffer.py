@@ -196,11 +196,14 @@ class FlatModel:
         return len(graph.tensors) - 1
 
     def add_metadata(self, fields: Mapping[str, Any]) -> None:
-        """Stores a JSON object that `read_metadata` finds."""
+        """Stores a JSON object that `read_metadata` finds, in place of the converter's metadata.
+
+        The converter names the oldest runtime of the graph before our weights were in it.
+        """
         entry = self.schema.MetadataT()
         text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
         entry.name, entry.buffer = METADATA, self.add_buffer(np.frombuffer(text, np.uint8))
-        self.model.metadata.append(entry)
+        self.model.metadata = [entry]
 
     def compact(self) -> None:
         """Drops tensors and buffers that nothing reads, and the names of unnamed results."""
@@ -239,7 +242,8 @@ def _compact_tensors(graph: Any, signatures: Iterable[Any], buffers: list[Any]) 
         if _scales(tensor) is not None:
             _scales(tensor).scales = place[_scales(tensor).scales]
     graph.tensors = [graph.tensors[i] for i in kept]
-    graph.inputs, graph.outputs = _renumbered(graph.inputs, place), _renumbered(graph.outputs, place)
+    graph.inputs = _renumbered(graph.inputs, place)
+    graph.outputs = _renumbered(graph.outputs, place)
     for operator in graph.operators:
         operator.inputs = _renumbered(operator.inputs, place)
         operator.outputs = _renumbered(operator.outputs, place)

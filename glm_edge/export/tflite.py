@@ -163,10 +163,10 @@ def _check_lengths(
     context = config.decoder.max_position_embeddings
     slots = min(context, DEFAULT_SLOTS) if cache_slots is None else cache_slots
     if not 1 <= slots <= context:
-        raise ExportError(f"cache_slots={slots}: must lie within the model's context, 1 to {context}")
+        raise ExportError(f"cache_slots={slots}: must be 1 to {context}, the model's context")
     for length in lengths:
         if not 2 <= length <= slots:
-            raise ExportError(f"prefill_lengths: {length} must lie between 2 and {slots} cache slots")
+            raise ExportError(f"prefill_lengths: {length} must be 2 to {slots}, the cache's slots")
     return lengths, slots
 
 

@@ -4,9 +4,11 @@ Letters of shapes: `T` tokens, `S` cache slots, `D` hidden size, `K` key/value h
 dimension, `M` features of one image or recording, `V` vocabulary.
 """
 
+import contextlib
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from glm_edge.errors import ExportError, require
+from glm_edge.export.lowering import without_erf
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import nested
 
@@ -172,7 +175,8 @@ def skeleton(
         )
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         try:
-            return converter.convert(), arguments
+            with quiet():
+                return converter.convert(), arguments
         except Exception as error:  # the converter has no exception class of its own
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ExportError(f"TensorFlow Lite cannot hold this graph: {reason[0]}") from error
@@ -189,7 +193,7 @@ def _concrete(
         params = nested({arguments[name]: values[name] for name in weights})
         return signature.function(params, {name: values[name] for name in signature.inputs})
 
-    converted = jax2tf.convert(call, with_gradient=False)
+    converted = jax2tf.convert(without_erf(call), with_gradient=False)
     specs = {
         name: tf.TensorSpec(struct.shape, tf.as_dtype(struct.dtype), name=name)
         for name, struct in {**weights, **signature.inputs}.items()
@@ -198,9 +202,24 @@ def _concrete(
     return function.get_concrete_function(**specs)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what native libraries print to standard error from the terminal."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as sink:
+        terminal = os.dup(2)
+        try:
+            os.dup2(sink.fileno(), 2)
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
 def _tensorflow() -> tuple[Any, Any]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    tf = require("tensorflow", extra="export")
+    with quiet():
+        tf = require("tensorflow", extra="export")
     tf.get_logger().setLevel("ERROR")
     return require("jax.experimental.jax2tf", extra="export"), tf

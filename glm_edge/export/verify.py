@@ -1,24 +1,17 @@
-"""Running an exported file in the LiteRT interpreter, and comparing it with its JAX model.
+"""Comparing an exported file, run in LiteRT, with the JAX model of the same integers."""
 
-Letters of shapes: `T` tokens, `D` hidden size, `M` features of one image or recording, `V`
-vocabulary.
-"""
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from glm_edge.configs import GLMConfig, from_dict
-from glm_edge.errors import DataError, ExportError, require
+from glm_edge.errors import DataError, ExportError
 from glm_edge.export import container
-from glm_edge.export.trace import DECODE, signatures
+from glm_edge.export.runtime import JaxModel, LiteRTModel, PhoneModel
 from glm_edge.models.multimodal import MultimodalGLM
 
-HIDDEN = -1e9
 THRESHOLDS = {"int8_dynamic": 0.99, "float32": 0.97}
 MIN_TOKENS = 1000
 
@@ -73,218 +66,14 @@ class Verification:
         return self.agreement >= self.threshold
 
     def __str__(self) -> str:
-        free = self.free_running_agreement
-        return (
+        line = (
             f"{self.agreement:.2%} of {self.tokens} top-1 tokens as in JAX ({self.compute}), "
             f"max |error| {self.max_abs_error:.3g}, mean KL {self.mean_kl:.3g} nats"
-            + (f", free-running {free:.2%} of {self.free_running_tokens}" if free is not None else "")
         )
-
-
-class _PhoneModel:
-    """Drives the signatures as a phone's runtime does; subclasses run one signature."""
-
-    def __init__(self, config: GLMConfig, prefill_lengths: Iterable[int], cache_slots: int):
-        self.config = config
-        self.prefill_lengths = sorted(prefill_lengths)
-        self.cache_slots = cache_slots
-
-    def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays of exactly its shapes."""
-        raise NotImplementedError
-
-    def encode_images(self, image: np.ndarray) -> np.ndarray:
-        """Features [M, D] of one image [height, width, channels]."""
-        return self._encode("vision", "images", image, self.config.vision)
-
-    def encode_audio(self, audio: np.ndarray) -> np.ndarray:
-        """Features [M, D] of one recording's log-mel frames [num_frames, mel_bins]."""
-        return self._encode("speech", "audio", audio, self.config.speech)
-
-    def _encode(self, signature: str, argument: str, array: np.ndarray, encoder: Any) -> np.ndarray:
-        if encoder is None:
-            raise DataError(f"{argument}: {self.config.name} has no {signature} encoder")
-        inputs = {argument: np.asarray(array, np.float32)[None]}
-        return self.run(signature, **inputs)["features"][0]
-
-    def embed(
-        self,
-        tokens: np.ndarray,
-        image: np.ndarray | None = None,
-        audio: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Embeds tokens and puts encoded image and speech at their placeholders, [T, D]."""
-        tokens = np.asarray(tokens, np.int32).reshape(-1)
-        rows = [
-            self.run(f"embed{_suffix(length)}", tokens=_padded(tokens[start:end], length)[None])
-            for start, end, length in self._chunks(0, len(tokens))
-        ]
-        spans = self._chunks(0, len(tokens))
-        embedded = np.concatenate(
-            [r["embeddings"][0, : end - start] for r, (start, end, _) in zip(rows, spans, strict=True)]
-        )
-        if image is not None:
-            _place(embedded, tokens == self.config.image_token_id, self.encode_images(image))
-        if audio is not None:
-            _place(embedded, tokens == self.config.audio_token_id, self.encode_audio(audio))
-        return embedded
-
-    def score(
-        self,
-        tokens: np.ndarray,
-        image: np.ndarray | None = None,
-        audio: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Scores of the next token at every position of a text.
-
-        Args:
-          tokens: int [T], with placeholders where features go.
-          image: [height, width, channels], or None.
-          audio: [num_frames, mel_bins], or None.
-
-        Returns:
-          float32 [T, V].
-
-        Raises:
-          DataError: the text does not fit the cache.
-        """
-        return self._extend(self.embed(tokens, image, audio), 0, self._empty_cache())[0]
-
-    def generate(
-        self,
-        tokens: np.ndarray,
-        image: np.ndarray | None = None,
-        audio: np.ndarray | None = None,
-        max_new_tokens: int = 16,
-    ) -> list[int]:
-        """Extends a prompt by the likeliest token until a stop token, which is included.
-
-        Args:
-          tokens: int [T].
-          image: [height, width, channels], or None.
-          audio: [num_frames, mel_bins], or None.
-          max_new_tokens: at most so many.
-
-        Returns:
-          The new tokens.
-
-        Raises:
-          DataError: prompt and answer do not fit the cache.
-        """
-        embedded = self.embed(tokens, image, audio)
-        logits, cache = self._extend(embedded, 0, self._empty_cache())
-        generated = [int(logits[-1].argmax())]
-        while len(generated) < max_new_tokens and generated[-1] not in self.config.eos_token_ids:
-            slot = len(embedded) + len(generated) - 1
-            last = self.run("embed", tokens=np.array([generated[-1:]], np.int32))["embeddings"][0]
-            logits, cache = self._extend(last, slot, cache)
-            generated.append(int(logits[-1].argmax()))
-        return generated
-
-    def _extend(
-        self, embedded: np.ndarray, slot: int, cache: dict[str, np.ndarray]
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        logits = []
-        for start, end, length in self._chunks(slot, slot + len(embedded)):
-            positions = np.arange(start, start + length, dtype=np.int32)
-            visible = np.arange(self.cache_slots) <= positions[:, None]
-            inputs = {
-                "embeddings": _padded(embedded[start - slot : end - slot], length)[None],
-                "input_pos": positions,
-                "mask": np.where(visible, 0.0, HIDDEN).astype(np.float32)[None, None],
-            }
-            if self.config.decoder.mrope_section:
-                inputs["positions"] = np.broadcast_to(positions, (3, length))
-            name = f"prefill{_suffix(length)}" if length > 1 else DECODE
-            outputs = self.run(name, **inputs, **cache)
-            logits.append(outputs.pop("logits")[0, : end - start])
-            cache = outputs
-        return np.concatenate(logits), cache
-
-    def _chunks(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Splits slots `start..end` into `(start, end, length of the signature)`."""
-        if end > self.cache_slots:
-            raise DataError(f"{end} tokens do not fit the {self.cache_slots} slots of the cache")
-        while start < end:
-            room = self.cache_slots - start
-            fitting = [length for length in self.prefill_lengths if length <= room]
-            covering = [length for length in fitting if length >= end - start]
-            length = min(covering, default=max(fitting, default=1)) if end - start > 1 else 1
-            yield start, min(end, start + length), length
-            start += length
-
-    def _empty_cache(self) -> dict[str, np.ndarray]:
-        decoder, cache = self.config.decoder, {}
-        for layer in range(decoder.num_layers):
-            heads, width = decoder.kv_heads(layer), decoder.head_dim
-            cache[f"kv_cache_k_{layer}"] = np.zeros((1, heads, self.cache_slots, width), np.float32)
-            cache[f"kv_cache_v_{layer}"] = np.zeros((1, heads, width, self.cache_slots), np.float32)
-        return cache
-
-
-class LiteRTModel(_PhoneModel):
-    """An exported file in the LiteRT interpreter; needs nothing of JAX but this package.
-
-    Args:
-      path: of the file.
-      num_threads: of the interpreter.
-
-    Raises:
-      ExportError: the file is not one that glm_edge exported, or does not load.
-      MissingExtraError: LiteRT is not installed.
-    """
-
-    def __init__(self, path: str | Path, num_threads: int = 2):
-        description = container.read_metadata(path)
-        super().__init__(
-            from_dict(description["config"]),
-            description["prefill_lengths"],
-            description["cache_slots"],
-        )
-        interpreter = require("ai_edge_litert.interpreter", extra="export")
-        try:
-            self.interpreter = interpreter.Interpreter(
-                model_path=str(path), num_threads=num_threads
-            )
-        except (ValueError, RuntimeError) as error:
-            raise ExportError(f"{path}: LiteRT does not load it: {error}") from error
-        self._runners: dict[str, Any] = {}
-
-    def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays of exactly its shapes."""
-        if signature not in self._runners:
-            self._runners[signature] = self.interpreter.get_signature_runner(signature)
-        return self._runners[signature](**inputs)
-
-
-class JaxModel(_PhoneModel):
-    """The functions that an exported file was traced from, on boxed parameters.
-
-    Args:
-      model: its `compute` decides how products with quantized weights round activations.
-      params: as the file holds them.
-      prefill_lengths: of the file.
-      cache_slots: of the file.
-    """
-
-    def __init__(
-        self,
-        model: MultimodalGLM,
-        params: Any,
-        prefill_lengths: Iterable[int],
-        cache_slots: int,
-    ):
-        super().__init__(model.config, prefill_lengths, cache_slots)
-        self._params = params
-        self._functions = {
-            signature.name: jax.jit(signature.function)
-            for signature in signatures(model, self.prefill_lengths, cache_slots)
-        }
-
-    def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays of exactly its shapes."""
-        outputs = self._functions[signature](self._params, inputs)
-        return {name: np.array(value) for name, value in outputs.items()}
+        if self.free_running_agreement is None:
+            return line
+        free = f"{self.free_running_agreement:.2%} of {self.free_running_tokens}"
+        return f"{line}, free-running {free}"
 
 
 def verify(
@@ -318,6 +107,7 @@ def verify(
 
     Raises:
       ExportError: the agreement is below the threshold, or no position is counted.
+      DataError: a window does not fit the cache, or counts other positions than it has.
     """
     phone = LiteRTModel(path)
     reference = JaxModel(
@@ -326,7 +116,7 @@ def verify(
     windows = list(windows) if windows is not None else random_windows(phone, seed)
     same, errors, divergences = [], [], []
     for window in windows:
-        counted = np.ones(len(window.tokens), bool) if window.counted is None else window.counted
+        counted = _counted(window)
         content = (window.tokens, window.image, window.audio)
         expected = reference.score(*content)[counted]
         found = phone.score(*content)[counted]
@@ -355,7 +145,7 @@ def verify(
     return result
 
 
-def random_windows(model: _PhoneModel, seed: int) -> list[Window]:
+def random_windows(model: PhoneModel, seed: int) -> list[Window]:
     """Random texts of at least 1,000 positions together, a third each with image and speech."""
     rng = np.random.default_rng(seed)
     config, slots = model.config, model.cache_slots
@@ -379,8 +169,19 @@ def random_windows(model: _PhoneModel, seed: int) -> list[Window]:
     return windows
 
 
+def _counted(window: Window) -> np.ndarray:
+    if window.counted is None:
+        return np.ones(len(window.tokens), bool)
+    if np.shape(window.counted) != (len(window.tokens),):
+        raise DataError(
+            f"counted has shape {np.shape(window.counted)}; {len(window.tokens)} tokens need one "
+            "bool each"
+        )
+    return np.asarray(window.counted, bool)
+
+
 def _free_running(
-    reference: _PhoneModel, phone: _PhoneModel, window: Window, max_new_tokens: int
+    reference: PhoneModel, phone: PhoneModel, window: Window, max_new_tokens: int
 ) -> tuple[int, int]:
     length = window.prompt_length or max(1, len(window.tokens) // 2)
     room = min(max_new_tokens, phone.cache_slots - length)
@@ -400,17 +201,3 @@ def _kl(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def _place(embedded: np.ndarray, placeholder: np.ndarray, features: np.ndarray) -> None:
-    rank = np.cumsum(placeholder)[placeholder] - 1
-    embedded[placeholder] = features[np.minimum(rank, len(features) - 1)]
-
-
-def _padded(rows: np.ndarray, length: int) -> np.ndarray:
-    padding = [(0, length - len(rows))] + [(0, 0)] * (rows.ndim - 1)
-    return np.pad(rows, padding)
-
-
-def _suffix(length: int) -> str:
-    return f"_{length}" if length > 1 else ""

@@ -1,5 +1,7 @@
 """A multimodal GLM small enough to compile in a second, with every feature of the decoder."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -52,10 +54,11 @@ def small_config(**decoder) -> GLMConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     """Builds `(model, params)` from changes to the decoder's configuration."""
 
+    @functools.cache
     def build(**decoder):
         model = MultimodalGLM(small_config(**decoder))
         params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]

@@ -54,7 +54,7 @@ def structured(
         feed-forward) weights it matches lose heads (or neurons). None is all layers.
       neuron_multiple: the number of neurons kept is rounded down to a multiple of this in layers at
         least four times as wide, for kernels and quantization groups.
-      max_batches: calibration batches that are scored, the first of those given.
+      max_batches: calibration batches that are scored, taken evenly from those given.
 
     Returns:
       The transform.
@@ -104,7 +104,7 @@ def _apply_structured(
             "prune.magnitude masks the weights of any module"
         )
     pruned_layers = _layers(config, params, where)
-    calibration = list(itertools.islice(context.calibration or (), max_batches))
+    calibration = _some(context.calibration, max_batches)
     notes = ()
     if score == "taylor":
         importance = scores.taylor(model, params, calibration, context)
@@ -165,6 +165,14 @@ def neurons_to_keep(width: int, fraction: float, multiple: int) -> int:
     if count < 1:
         raise RecipeError(f"prune.structured: neurons={fraction} leaves none of {width}")
     return count
+
+
+def _some(calibration: Any, count: int) -> list[batches.Batch]:
+    """At most `count` batches: evenly from a list, the first where there is no length."""
+    if not hasattr(calibration, "__len__"):
+        return list(itertools.islice(calibration or (), count))
+    places = np.linspace(0, len(calibration) - 1, min(count, len(calibration)))
+    return [calibration[index] for index in places.round().astype(int).tolist()]
 
 
 def _removed(size: int, fraction: float) -> int:

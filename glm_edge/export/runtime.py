@@ -1,0 +1,277 @@
+"""Running the signatures of an exported model, in LiteRT or in JAX, as a phone's runtime does.
+
+Letters of shapes: `T` tokens, `D` hidden size, `M` features of one image or recording, `V`
+vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from glm_edge.configs import GLMConfig, from_dict
+from glm_edge.errors import DataError, ExportError, require
+from glm_edge.export import container
+from glm_edge.export.trace import DECODE, quiet, signatures
+from glm_edge.models.multimodal import MultimodalGLM
+
+HIDDEN = -1e9
+
+
+class PhoneModel:
+    """Drives the signatures as a phone's runtime does; subclasses run one signature."""
+
+    def __init__(self, config: GLMConfig, prefill_lengths: Iterable[int], cache_slots: int):
+        self.config = config
+        self.prefill_lengths = sorted(prefill_lengths)
+        self.cache_slots = cache_slots
+
+    def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs one signature on arrays of exactly its shapes."""
+        raise NotImplementedError
+
+    def encode_images(self, image: np.ndarray) -> np.ndarray:
+        """Features [M, D] of one image [height, width, channels]."""
+        vision = self.config.vision
+        shape = None if vision is None else (*vision.image_size, vision.channels)
+        return self._encode("vision", "images", image, shape)
+
+    def encode_audio(self, audio: np.ndarray) -> np.ndarray:
+        """Features [M, D] of one recording's log-mel frames [num_frames, mel_bins]."""
+        speech = self.config.speech
+        shape = None if speech is None else (speech.num_frames, speech.mel_bins)
+        return self._encode("speech", "audio", audio, shape)
+
+    def _encode(
+        self, signature: str, argument: str, array: np.ndarray, shape: tuple[int, ...] | None
+    ) -> np.ndarray:
+        if shape is None:
+            raise DataError(f"{argument}: {self.config.name} has no {signature} encoder")
+        if np.shape(array) != shape:
+            raise DataError(f"{argument}: shape {np.shape(array)}, this model takes {shape}")
+        inputs = {argument: np.asarray(array, np.float32)[None]}
+        return self.run(signature, **inputs)["features"][0]
+
+    def embed(
+        self,
+        tokens: np.ndarray,
+        image: np.ndarray | None = None,
+        audio: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Embeds tokens and puts encoded image and speech at their placeholders.
+
+        Args:
+          tokens: int [T].
+          image: [height, width, channels], or None.
+          audio: [num_frames, mel_bins], or None.
+
+        Returns:
+          float32 [T, D].
+
+        Raises:
+          DataError: the text is empty, does not fit the cache, or has an unknown token; the model
+            lacks the encoder; an array has another shape.
+        """
+        tokens, size = np.asarray(tokens, np.int32).reshape(-1), self.config.decoder.vocab_size
+        if not tokens.size or tokens.min() < 0 or tokens.max() >= size:
+            raise DataError(f"tokens: at least one is needed, and all must be 0 to {size - 1}")
+        parts = []
+        for start, end, length in self._chunks(0, len(tokens)):
+            padded = _padded(tokens[start:end], length)[None]
+            parts.append(self.run(f"embed{_suffix(length)}", tokens=padded)["embeddings"][0])
+            parts[-1] = parts[-1][: end - start]
+        embedded = np.concatenate(parts)
+        if image is not None:
+            _place(embedded, tokens == self.config.image_token_id, self.encode_images(image))
+        if audio is not None:
+            _place(embedded, tokens == self.config.audio_token_id, self.encode_audio(audio))
+        return embedded
+
+    def score(
+        self,
+        tokens: np.ndarray,
+        image: np.ndarray | None = None,
+        audio: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Scores of the next token at every position of a text.
+
+        Args:
+          tokens: int [T], with placeholders where features go.
+          image: [height, width, channels], or None.
+          audio: [num_frames, mel_bins], or None.
+
+        Returns:
+          float32 [T, V].
+
+        Raises:
+          DataError: as `embed`.
+        """
+        return self.extend(self.embed(tokens, image, audio), 0, self.empty_cache())[0]
+
+    def generate(
+        self,
+        tokens: np.ndarray,
+        image: np.ndarray | None = None,
+        audio: np.ndarray | None = None,
+        max_new_tokens: int = 16,
+    ) -> list[int]:
+        """Extends a prompt by the likeliest token until a stop token, which is included.
+
+        Args:
+          tokens: int [T].
+          image: [height, width, channels], or None.
+          audio: [num_frames, mel_bins], or None.
+          max_new_tokens: at most so many, and at least one.
+
+        Returns:
+          The new tokens.
+
+        Raises:
+          DataError: as `embed`, or prompt and answer do not fit the cache.
+        """
+        embedded = self.embed(tokens, image, audio)
+        logits, cache = self.extend(embedded, 0, self.empty_cache())
+        generated = [int(logits[-1].argmax())]
+        while len(generated) < max_new_tokens and generated[-1] not in self.config.eos_token_ids:
+            slot = len(embedded) + len(generated) - 1
+            last = self.run("embed", tokens=np.array([generated[-1:]], np.int32))["embeddings"][0]
+            logits, cache = self.extend(last, slot, cache)
+            generated.append(int(logits[-1].argmax()))
+        return generated
+
+    def extend(
+        self, embedded: np.ndarray, slot: int, cache: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Runs embedded tokens from a slot of the cache on.
+
+        Args:
+          embedded: [T, D].
+          slot: that the first token takes; the slots before it are full.
+          cache: from `empty_cache`, or from the call before.
+
+        Returns:
+          `(logits, cache)`: [T, V], and the cache with these tokens.
+
+        Raises:
+          DataError: the tokens do not fit the cache.
+        """
+        logits = []
+        for start, end, length in self._chunks(slot, slot + len(embedded)):
+            positions = np.arange(start, start + length, dtype=np.int32)
+            visible = np.arange(self.cache_slots) <= positions[:, None]
+            inputs = {
+                "embeddings": _padded(embedded[start - slot : end - slot], length)[None],
+                "input_pos": positions,
+                "mask": np.where(visible, 0.0, HIDDEN).astype(np.float32)[None, None],
+            }
+            if self.config.decoder.mrope_section:
+                inputs["positions"] = np.broadcast_to(positions, (3, length))
+            name = f"prefill{_suffix(length)}" if length > 1 else DECODE
+            outputs = self.run(name, **inputs, **cache)
+            logits.append(outputs.pop("logits")[0, : end - start])
+            cache = outputs
+        return np.concatenate(logits), cache
+
+    def _chunks(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Splits slots `start..end` into `(start, end, length of the signature)`."""
+        if end > self.cache_slots:
+            raise DataError(f"{end} tokens do not fit the {self.cache_slots} slots of the cache")
+        while start < end:
+            room = self.cache_slots - start
+            fitting = [length for length in self.prefill_lengths if length <= room]
+            covering = [length for length in fitting if length >= end - start]
+            length = min(covering, default=max(fitting, default=1)) if end - start > 1 else 1
+            yield start, min(end, start + length), length
+            start += length
+
+    def empty_cache(self) -> dict[str, np.ndarray]:
+        """An empty cache, by the names that the signatures use."""
+        decoder, cache = self.config.decoder, {}
+        for layer in range(decoder.num_layers):
+            heads, width = decoder.kv_heads(layer), decoder.head_dim
+            cache[f"kv_cache_k_{layer}"] = np.zeros((1, heads, self.cache_slots, width), np.float32)
+            cache[f"kv_cache_v_{layer}"] = np.zeros((1, heads, width, self.cache_slots), np.float32)
+        return cache
+
+
+class LiteRTModel(PhoneModel):
+    """An exported file in the LiteRT interpreter; needs nothing of JAX but this package.
+
+    Args:
+      path: of the file.
+      num_threads: of the interpreter.
+
+    Raises:
+      ExportError: the file is not one that glm_edge exported, or does not load.
+      MissingExtraError: LiteRT is not installed.
+    """
+
+    def __init__(self, path: str | Path, num_threads: int = 2):
+        description = container.read_metadata(path)
+        super().__init__(
+            from_dict(description["config"]),
+            description["prefill_lengths"],
+            description["cache_slots"],
+        )
+        interpreter = require("ai_edge_litert.interpreter", extra="export")
+        try:
+            with quiet():
+                self.interpreter = interpreter.Interpreter(
+                    model_path=str(path), num_threads=num_threads
+                )
+        except (ValueError, RuntimeError) as error:
+            raise ExportError(f"{path}: LiteRT does not load it: {error}") from error
+        self._runners: dict[str, Any] = {}
+
+    def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs one signature on arrays of exactly its shapes."""
+        if signature not in self._runners:
+            with quiet():
+                self._runners[signature] = self.interpreter.get_signature_runner(signature)
+        return self._runners[signature](**inputs)
+
+
+class JaxModel(PhoneModel):
+    """The functions that an exported file was traced from, on boxed parameters.
+
+    Args:
+      model: its `compute` decides how products with quantized weights round activations.
+      params: as the file holds them.
+      prefill_lengths: of the file.
+      cache_slots: of the file.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalGLM,
+        params: Any,
+        prefill_lengths: Iterable[int],
+        cache_slots: int,
+    ):
+        super().__init__(model.config, prefill_lengths, cache_slots)
+        self._params = params
+        self._functions = {
+            signature.name: jax.jit(signature.function)
+            for signature in signatures(model, self.prefill_lengths, cache_slots)
+        }
+
+    def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs one signature on arrays of exactly its shapes."""
+        outputs = self._functions[signature](self._params, inputs)
+        return {name: np.array(value) for name, value in outputs.items()}
+
+
+def _place(embedded: np.ndarray, placeholder: np.ndarray, features: np.ndarray) -> None:
+    rank = np.cumsum(placeholder)[placeholder] - 1
+    embedded[placeholder] = features[np.minimum(rank, len(features) - 1)]
+
+
+def _padded(rows: np.ndarray, length: int) -> np.ndarray:
+    padding = [(0, length - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+    return np.pad(rows, padding)
+
+
+def _suffix(length: int) -> str:
+    return f"_{length}" if length > 1 else ""

@@ -1,0 +1,84 @@
+"""The report as a table, as files and as a picture."""
+
+import csv
+
+import pytest
+
+from glm_edge.compress import Point, Report, Row
+from glm_edge.errors import MissingExtraError, OutputError
+
+ROWS = (
+    Row("quantize.rtn", "decoder/weight", "int4-g32", 1.0, 4.5, 4096, 576, 0.0971),
+    Row("prune.structured", "embed/weight", "shrunk [2, 3] -> [1, 3]", 0.5, 32.0, 24, 12),
+)
+REPORT = Report(
+    ROWS,
+    5000,
+    1000,
+    1250,
+    1247,
+    curve=(Point(1, 2.0, 1.0, 1.0, 1e-3), Point(2, 1.5, 0.5, 1.0, 5e-4)),
+    notes=("calibration held no audio",),
+)
+
+
+def test_it_prints_aligned_with_totals():
+    lines = str(REPORT).splitlines()
+    assert lines[0].split("  ")[0] == "transform"
+    assert "9.71e-02" in lines[2]
+    ends = {
+        line.index(cell) + len(cell) for line, cell in zip(lines[2:4], ("576", " 12"), strict=True)
+    }
+    assert len(ends) == 1
+    total = next(line for line in lines if line.startswith("total"))
+    assert "5,000" in total
+    assert "1,000" in total
+    assert "1,250 -> 1,247 parameters" in total
+    assert "training: 2 steps, loss 2.0000 -> 1.5000" in lines
+    assert lines[-1] == "note: calibration held no audio"
+
+
+def test_total_bits_are_stored_bytes_over_remaining_parameters():
+    assert REPORT.total.bits == pytest.approx(8 * 1000 / 1247)
+
+
+def test_markdown_has_a_line_for_each_row():
+    lines = REPORT.to_markdown().splitlines()
+    assert len(lines) == 2 + len(ROWS) + 1
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_csv_keeps_numbers_unrounded(tmp_path):
+    REPORT.to_csv(tmp_path / "report.csv")
+    with open(tmp_path / "report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == ["decoder/weight", "embed/weight", "all parameters"]
+    assert float(rows[0]["relative_error"]) == 0.0971
+    assert rows[1]["relative_error"] == ""
+    with pytest.raises(OutputError, match="cannot write the report"):
+        REPORT.to_csv(tmp_path / "missing" / "report.csv")
+
+
+def test_reports_join_from_the_first_to_the_last():
+    later = Report(ROWS[:1], 1000, 700, 1247, 1247, notes=("later",))
+    both = REPORT + later
+    assert len(both.rows) == 3
+    assert (both.bytes_before, both.bytes_after) == (5000, 700)
+    assert (both.count_before, both.count_after) == (1250, 1247)
+    assert both.notes == ("calibration held no audio", "later")
+
+
+def test_it_draws_itself(tmp_path):
+    pytest.importorskip("matplotlib")
+    REPORT.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OutputError, match="cannot write the figure"):
+        REPORT.plot(tmp_path / "missing" / "report.png")
+
+
+def test_drawing_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match="plot"):
+        REPORT.plot(tmp_path / "report.png")

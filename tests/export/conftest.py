@@ -1,0 +1,127 @@
+"""A small multimodal GLM with random weights, boxed in every way that a file can hold."""
+
+import dataclasses
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from glm_edge import configs
+from glm_edge import params as boxes
+from glm_edge.kernels import matmul
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params import Format
+
+if not (find_spec("tensorflow") and find_spec("ai_edge_litert")):
+    collect_ignore_glob = ["test_*.py"]
+
+INT8 = Format(8)
+INT4 = Format(4)
+BLOCKS = Format(4, 32, scale_dtype="bfloat16")
+
+
+def small_config(**decoder) -> configs.GLMConfig:
+    """Nano with fewer layers."""
+    nano = configs.preset("nano")
+    fields = {"num_layers": 2, "vocab_size": 320, "max_position_embeddings": 128, **decoder}
+    return dataclasses.replace(
+        nano,
+        name="small",
+        decoder=dataclasses.replace(nano.decoder, **fields),
+        vision=dataclasses.replace(
+            nano.vision, image_size=(64, 32), num_layers=2, window=(4, 4), global_layers=(1,)
+        ),
+        speech=dataclasses.replace(nano.speech, num_layers=1, num_frames=32),
+    )
+
+
+def random_params(model: MultimodalGLM, seed: int = 0):
+    """Random parameters, with biases and norms that are not their initial constants."""
+    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
+
+    def disturb(path, leaf):
+        return leaf + 0.1 * jax.random.normal(next(keys), leaf.shape) if leaf.ndim == 1 else leaf
+
+    params = boxes.map_with_path(disturb, params)
+    # Spreads the logits: the tied embedding starts with rows of norm one.
+    params["decoder"]["norm"]["weight"] *= 4.0
+    return params
+
+
+def quantize(weight: jax.Array, form: Format) -> boxes.Quantized:
+    """Rounds to nearest, with the largest value of each group at the end of the range."""
+    groups = weight.reshape(len(weight), -1, form.group_size or weight.shape[1])
+    scale = jnp.abs(groups).max(-1) / (2 ** (form.bits - 1) - 1)
+    scale = jnp.where(scale == 0.0, 1.0, scale).astype(form.scale_dtype)
+    zero = None if form.symmetric else jnp.zeros(scale.shape, jnp.int8)
+    integers = matmul.quantize(weight, scale, zero, form.bits)
+    return boxes.quantized(integers, scale, zero, form)
+
+
+def mixed(path: str, leaf):
+    """The rule of the `exported` fixture: every form that a file can hold."""
+    if not boxes.is_matrix(path, leaf):
+        return leaf
+    if path.startswith("decoder"):
+        return quantize(leaf, BLOCKS)
+    if path.startswith("vision/layers/0"):
+        return quantize(leaf, INT4)
+    if path == "speech/linear_1/weight":
+        return boxes.mask(leaf, jnp.abs(leaf) > 0.05)
+    return leaf if path == "speech/linear_2/weight" else quantize(leaf, INT8)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The small model."""
+    return MultimodalGLM(small_config())
+
+
+@pytest.fixture(scope="session")
+def dense_params(model):
+    """Its parameters, not compressed."""
+    return random_params(model)
+
+
+@pytest.fixture(scope="session")
+def params(dense_params):
+    """Its parameters in every form that a file can hold."""
+    return boxes.map_with_path(mixed, dense_params)
+
+
+@pytest.fixture(scope="session")
+def dense_export(model, dense_params, tmp_path_factory):
+    """The float32 file."""
+    from glm_edge import export
+
+    path = tmp_path_factory.mktemp("export") / "dense.tflite"
+    return export.tflite(model, dense_params, path, prefill_lengths=(8, 32), cache_slots=64)
+
+
+@pytest.fixture(scope="session")
+def exported(model, params, tmp_path_factory):
+    """The compressed file."""
+    from glm_edge import export
+
+    path = tmp_path_factory.mktemp("export") / "mixed.tflite"
+    return export.tflite(model, params, path, prefill_lengths=(8, 32), cache_slots=64)
+
+
+@pytest.fixture(scope="session", name="small_config")
+def small_config_fixture():
+    """The function `small_config`."""
+    return small_config
+
+
+@pytest.fixture(scope="session", name="random_params")
+def random_params_fixture():
+    """The function `random_params`."""
+    return random_params
+
+
+@pytest.fixture(scope="session", name="quantize")
+def quantize_fixture():
+    """The function `quantize`."""
+    return quantize
