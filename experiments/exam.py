@@ -112,9 +112,7 @@ def prompt_batches(
     """
     audio_tokens = config.speech.num_tokens if items and items[0].samples is not None else 0
     prompts = [
-        prompt_ids(
-            tokenizer, i.question.instruction_text, config.vision.num_tokens, audio_tokens
-        )
+        prompt_ids(tokenizer, i.question.instruction_text, config.vision.num_tokens, audio_tokens)
         for i in items
     ]
     length = -(-max(len(prompt) for prompt in prompts) // 8) * 8
@@ -220,9 +218,9 @@ def text_loss(
     total = np.zeros(3)
     for start in range(0, len(windows.tokens), batch):
         index = np.minimum(np.arange(start, start + batch), len(windows.tokens) - 1)
-        counted = windows.scored[index] * (np.arange(start, start + batch) < len(windows.tokens))[
-            :, None
-        ]
+        counted = (
+            windows.scored[index] * (np.arange(start, start + batch) < len(windows.tokens))[:, None]
+        )
         statistics = _window_statistics(
             model, params, reference_model, reference_params, windows.tokens[index]
         )

@@ -94,9 +94,7 @@ def verification_windows(
         predicted = [tokenizer.id_to_token(i) or "" for i in answer]
         counted = np.zeros(len(tokens), bool)
         counted[length - 1 : -1] = [token.strip("[],").isdigit() for token in predicted]
-        chosen.append(
-            ge.export.Window(tokens, content["image"], content["audio"], counted, length)
-        )
+        chosen.append(ge.export.Window(tokens, content["image"], content["audio"], counted, length))
     return chosen
 
 

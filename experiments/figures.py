@@ -19,7 +19,11 @@ def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot = require("matplotlib.pyplot", extra="plot")
     taps = [name for name in TAPS if any(row[name] is not None for row in rows)]
     figure, axes = pyplot.subplots(
-        1, 1 + bool(taps), figsize=(5.2 * (1 + bool(taps)), 3.8), squeeze=False, layout="constrained"
+        1,
+        1 + bool(taps),
+        figsize=(5.2 * (1 + bool(taps)), 3.8),
+        squeeze=False,
+        layout="constrained",
     )
     loss_axis = axes[0, 0]
     _steps(loss_axis, rows, "bits_per_byte", "loss on text", "o-", "tab:blue")

@@ -12,6 +12,7 @@ writes `<stage>.csv` (curves), `curve.png`, and `checkpoint/`, which `ge.load` o
 """
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -46,7 +47,9 @@ flags.DEFINE_string("digits_dir", None, "Folder of MNIST files; scikit-learn's d
 flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
 flags.DEFINE_list("holdout_speakers", [], "Speakers of --speech_dir that are only measured.")
 flags.DEFINE_string(
-    "tokenizer", str(Path(ge.__file__).parent / "assets/nano/tokenizer.json"), "tokenizer.json of the model."
+    "tokenizer",
+    str(Path(ge.__file__).parent / "assets/nano/tokenizer.json"),
+    "tokenizer.json of the model.",
 )
 flags.DEFINE_string("init_from", None, "Checkpoint whose weights the joint stage starts from.")
 flags.DEFINE_float("vision_minutes", 30.0, "Minutes of the vision stage, on one core.")
@@ -57,6 +60,11 @@ flags.DEFINE_integer("seed", 0, "Seed of weights and of everything that is drawn
 flags.DEFINE_list("stages", ["vision", "text", "speech", "joint"], "Stages to run or resume.")
 
 TEXT_LENGTH = 256
+CURRICULUM = (
+    (0.12, ("written", "mixed", "written")),
+    (0.3, ("written", "mixed", "written", "text")),
+    (1.0, ("written", "spoken", "text")),
+)
 LANES = (("vision",), ("text", "speech"))
 ENCODER_RATE = {"vision": 0.3, "speech": 0.3}
 
@@ -241,7 +249,7 @@ def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) 
     model = MultimodalGLM(config, compute="bfloat16")
     train, held_out = screen_batches("train", FLAGS.seed + 4), screen_batches("eval", 992)
     first_x = load_tokenizer().token_to_id("[5,")
-    shapes = {"written": (6, 8, 0), "spoken": (6, 4, 4)}
+    shapes = {"written": (6, 8, 0), "mixed": (6, 4, 4), "spoken": (6, 0, 8)}
 
     def questions(source: ScreenBatches, shape: tuple[int, int, int]):
         while True:
@@ -269,6 +277,7 @@ def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) 
     measured = {
         name: [held_out.draw(*shape) for _ in range(8)]
         for name, shape in shapes.items()
+        if name != "mixed"
     }
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -282,10 +291,8 @@ def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) 
     def evaluate(state):
         rates = {}
         for name, batches in measured.items():
-            blocks = slice(0, shapes[name][2] or None)
             inside, asked = zip(*[taps(state, batch, name) for batch in batches], strict=True)
-            inside = np.concatenate([np.asarray(x)[:, blocks].ravel() for x in inside])
-            asked = np.concatenate([np.asarray(x)[:, blocks].ravel() for x in asked])
+            inside, asked = np.concatenate(inside), np.concatenate(asked)
             rates[f"eval.tap.{name}"] = float(inside.sum() / asked.sum())
         return rates
 
@@ -297,7 +304,7 @@ def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) 
         {"params": params, "heads": heads},
         stages.make_optimizer(0.05, lambda name: ENCODER_RATE.get(name, 1.0)),
         tasks,
-        ((0.12, ("written", "spoken", "written")), (1.0, ("written", "spoken", "written", "text"))),
+        CURRICULUM,
         evaluate,
         evaluate_every=2.5,
     )["params"]
@@ -363,7 +370,7 @@ def main(argv: list[str]) -> None:
             sys.exit("a stage failed; its message is above")
     else:
         train = {"vision": train_vision, "text": train_text, "speech": train_speech}
-        for stage in sum(lanes, []):
+        for stage in itertools.chain(*lanes):
             train[stage](directory, params, heads)
         return
     if FLAGS.init_from:

@@ -1,14 +1,14 @@
 """glm_edge: compress a multimodal GLM in JAX, measure what that cost, and write the phone's file.
 
-    import glm_edge as ge
+import glm_edge as ge
 
-    model, params = ge.load("path/to/checkpoint")
-    recipe = ge.chain(
-        ge.prune.structured(heads=0.25, neurons=0.30),
-        ge.quantize.rtn(bits=4, group_size=32, where=r"decoder/.*"),
-    )
-    model, params, report = recipe(model, params, calibration=batches, rng=key)
-    ge.export.tflite(model, params, "phone.tflite").verify()
+model, params = ge.load("path/to/checkpoint")
+recipe = ge.chain(
+    ge.prune.structured(heads=0.25, neurons=0.30),
+    ge.quantize.rtn(bits=4, group_size=32, where=r"decoder/.*"),
+)
+model, params, report = recipe(model, params, calibration=batches, rng=key)
+ge.export.tflite(model, params, "phone.tflite").verify()
 """
 
 import importlib

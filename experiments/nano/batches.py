@@ -1,7 +1,7 @@
 """Training batches for nano: many questions about one screen in one row, text, and speech.
 
-A screen's row is `<|user|> image`, then blocks of one question and its answer each. A block sees the
-image and itself, never another block, so that one encoded screen teaches many questions.
+A screen's row is `<|user|> image`, then blocks of one question and its answer each. A block sees
+the image and itself, never another block, so that one encoded screen teaches many questions.
 """
 
 import functools
@@ -101,9 +101,7 @@ class ScreenBatches:
 
     def layout(self, text_blocks: int, speech_blocks: int) -> Layout:
         """Layout of rows with spoken questions first, then written ones."""
-        return Layout(
-            self.prefix, (SPEECH_BLOCK,) * speech_blocks + (TEXT_BLOCK,) * text_blocks
-        )
+        return Layout(self.prefix, (SPEECH_BLOCK,) * speech_blocks + (TEXT_BLOCK,) * text_blocks)
 
     def draw(self, screens: int, text_blocks: int, speech_blocks: int) -> dict[str, np.ndarray]:
         """Draws one batch.
@@ -205,7 +203,11 @@ def fit(samples: np.ndarray, length: int) -> np.ndarray:
 
 
 def speech_batches(
-    groups: Sequence[Sequence[Utterance]], shares: Sequence[float], size: int, length: int, seed: int
+    groups: Sequence[Sequence[Utterance]],
+    shares: Sequence[float],
+    size: int,
+    length: int,
+    seed: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields augmented `(samples [B, L], digits [B])` for ever.
 

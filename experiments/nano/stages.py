@@ -1,7 +1,9 @@
 """Stages of nano's training: each trains until its minutes are spent and resumes after a kill."""
 
 import csv
+import functools
 import json
+import operator
 import os
 import threading
 import time
@@ -64,7 +66,7 @@ def make_optimizer(
         del params
         scaled = {
             group: {
-                name: jax.tree.map(lambda u, s=scale_of(name): u * s, part)
+                name: jax.tree.map(functools.partial(operator.mul, scale_of(name)), part)
                 for name, part in parts.items()
             }
             for group, parts in updates.items()

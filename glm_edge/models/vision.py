@@ -29,7 +29,9 @@ class VisionAttention(nn.Module):
         config = self.config
 
         def project(name: str) -> Array:
-            projected = Linear(config.hidden_size, config.attention_bias, self.compute, name=name)(x)
+            projected = Linear(config.hidden_size, config.attention_bias, self.compute, name=name)(
+                x
+            )
             return projected.reshape(*x.shape[:2], config.num_heads, -1)
 
         query = rotary.rotate_half(project("q_proj"), angle)
@@ -67,7 +69,9 @@ class VisionLayer(nn.Module):
                 self.window,
             )
         x = x + attended
-        mlp = GatedMLP(config.intermediate_size, config.hidden_size, compute=self.compute, name="mlp")
+        mlp = GatedMLP(
+            config.intermediate_size, config.hidden_size, compute=self.compute, name="mlp"
+        )
         return x + mlp(RMSNorm(config.rms_norm_eps, name="post_attention_norm")(x))
 
 
