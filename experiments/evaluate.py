@@ -3,9 +3,9 @@
     python -m experiments.evaluate --checkpoint=DIR --screens=500 --digits_dir=DIR \\
         --speech_dir=DIR --text=FILE --seed=7 --ablations
 
-prints a table and writes the same numbers as JSON with --json=FILE. Screens are drawn from seeds and
-digit images that training never sees; --ablations repeats the exam with images blanked, with images
-shuffled between screens, and with recordings blanked, to show what answers rest on.
+prints a table and writes the same numbers as JSON with --json=FILE. Screens are drawn from seeds
+and digit images that training never sees; --ablations repeats the exam with images blanked, with
+images shuffled between screens, and with recordings blanked, to show what answers rest on.
 Without --checkpoint the shipped model is measured; without --speech_dir, speech is synthesised when
 the extra `speech` is installed; without --text, half of CPython's help topics are the text.
 """
