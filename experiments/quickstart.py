@@ -4,8 +4,8 @@
 
 takes the shipped model, and writes `report.json`, `table.md`, `pareto.png` and `model.tflite` in
 --out_dir. Another model comes by --checkpoint (a directory of ours or from Hugging Face), other
-text by --text, another way of compressing by --recipe (a name or a JSON file); what a checkpoint cannot
-do, such as taps of a text-only model, is null in the report.
+text by --text, another way of compressing by --recipe (a name or a JSON file); what a checkpoint
+cannot do, such as taps of a text-only model, is null in the report.
 """
 
 import itertools

@@ -227,10 +227,12 @@ class LiteRTModel(PhoneModel):
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""
-        if signature not in self._runners:
-            with quiet():
-                self._runners[signature] = self.interpreter.get_signature_runner(signature)
-        return self._runners[signature](**inputs)
+        if signature in self._runners:
+            return self._runners[signature](**inputs)
+        # The first run allocates, and the runtime announces its delegate then.
+        with quiet():
+            self._runners[signature] = self.interpreter.get_signature_runner(signature)
+            return self._runners[signature](**inputs)
 
 
 class JaxModel(PhoneModel):
