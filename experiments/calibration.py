@@ -47,7 +47,9 @@ def screen_batches(
     count: int,
     screens: int = 4,
 ) -> list[Batch]:
-    """Draws `count` batches of screens with several questions each, every other one a keypad.
+    """Draws `count` batches of screens with several questions each, all of one shape.
+
+    With recordings, every other batch shows keypads and asks half of its questions in speech.
 
     Args:
       config: of the model.
@@ -59,17 +61,18 @@ def screen_batches(
       screens: rows of a batch.
 
     Returns:
-      Batches with tokens, loss_mask, images, positions, mask, and audio in every other one.
+      Batches with tokens, loss_mask, images, positions, mask, and audio where there is any.
     """
     source = digits.mnist_folder(digits_dir, "train") if digits_dir else None
     drawer = generator.ScreenGenerator(source or digits.sklearn_digits("train"))
     rng = generator.random_stream("calibration", seed)
     drawn = ScreenBatches(config, tokenizer, [drawer], utterances, rng)
-    batches = []
-    for index in range(count):
-        blocks = (4, 4) if utterances and index % 2 else (8, 0)
-        batches.append(as_batch(drawn.draw(screens, *blocks), drawn.layout(*blocks), config))
-    return batches
+    blocks = (4, 4) if utterances else (8, 0)
+    layout = drawn.layout(*blocks)
+    return [
+        as_batch(drawn.draw(screens, *blocks, silent=index % 2 == 0), layout, config)
+        for index in range(count)
+    ]
 
 
 def as_batch(drawn: dict[str, np.ndarray], layout: Layout, config: GLMConfig) -> Batch:

@@ -23,12 +23,11 @@ from absl import app, flags
 from tokenizers import Tokenizer
 
 import glm_edge as ge
-from experiments import exam
+from experiments import exam, materials
 from experiments.console import bar, fail_in_one_line, print_table
-from experiments.phone_screens import speech
 from experiments.text import corpora
 from experiments.text import tokenizer as text_tokenizer
-from glm_edge.errors import CheckpointError, MissingExtraError, OutputError
+from glm_edge.errors import CheckpointError, OutputError
 
 FLAGS = flags.FLAGS
 
@@ -61,7 +60,9 @@ def main(argv: Sequence[str]) -> None:
     if model.config.vision is not None:
         items = exam.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir)
         report["written"] = measure(model, params, tokenizer, items, "written")
-        recordings = held_out_recordings(FLAGS.speech_dir, FLAGS.speakers)
+        recordings, _, notes = materials.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
         if model.config.speech is not None and recordings:
             items = exam.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir, recordings)
             report["spoken"] = measure(model, params, tokenizer, items, "spoken")
@@ -105,20 +106,6 @@ def text_windows(tokenizer: Tokenizer, path: str | None, limit: int) -> corpora.
     text = corpora.read_text(path) if path else corpora.pydoc_topics("evaluation")
     tokens = text_tokenizer.encode_text(tokenizer, text)[:limit]
     return corpora.windows(tokens, text_tokenizer.token_bytes(tokenizer), exam.WINDOW)
-
-
-def held_out_recordings(
-    folder: str | None, speakers: Sequence[str] = (), seed: int = 1
-) -> list[speech.Utterance]:
-    """Recordings from a folder, else synthesised ones, else none where the extra is missing."""
-    if folder:
-        recorded = speech.fsdd_folder(folder)
-        return speech.split_speakers(recorded, speakers)[1] if speakers else recorded
-    try:
-        return list(speech.synthesize_digits(seed, speech.VOICES["eval"]))
-    except MissingExtraError as error:
-        print(f"spoken questions are left out: {error}", file=sys.stderr)
-        return []
 
 
 def show(report: dict[str, Any]) -> None:

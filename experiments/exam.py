@@ -107,15 +107,23 @@ def prompt_batches(
     """Yields prompts of `batch` items, padded on the left to one length for all.
 
     Returns:
-      Dictionaries of tokens [B, T], valid [B, T], images, and audio when questions are spoken.
+      Dictionaries of tokens [B, T], valid [B, T], images, and audio for a model with speech.
       The last batch repeats its last item up to the full size.
     """
-    audio_tokens = config.speech.num_tokens if items and items[0].samples is not None else 0
+    spoken = bool(items) and items[0].samples is not None
+    audio_tokens = config.speech.num_tokens if config.speech is not None else 0
     prompts = [
-        prompt_ids(tokenizer, i.question.instruction_text, config.vision.num_tokens, audio_tokens)
-        for i in items
+        prompt_ids(
+            tokenizer,
+            item.question.instruction_text,
+            config.vision.num_tokens,
+            audio_tokens if spoken else 0,
+        )
+        for item in items
     ]
-    length = -(-max(len(prompt) for prompt in prompts) // 8) * 8
+    # Room for a recording, and silence where there is none: one compiled program serves both kinds.
+    longest = max(config.vision.num_tokens + audio_tokens + 8, *map(len, prompts))
+    length = -(-longest // 32) * 32
     for start in range(0, len(items), batch):
         index = [min(i, len(items) - 1) for i in range(start, start + batch)]
         tokens = np.full((batch, length), config.pad_token_id, np.int32)
@@ -125,8 +133,9 @@ def prompt_batches(
             valid[row, length - len(prompts[i]) :] = True
         images = np.stack([items[i].image for i in index]).astype(np.float32)
         audio = None
-        if audio_tokens:
-            audio = mel_of([items[i].samples for i in index], config)
+        if config.speech is not None:
+            silence = np.zeros(1, np.float32)
+            audio = mel_of([items[i].samples if spoken else silence for i in index], config)
         yield {"tokens": tokens, "valid": valid, "images": images, "audio": audio}
 
 

@@ -137,6 +137,7 @@ def gather(
     text: str | None,
     digits_dir: str | None,
     speech_dir: str | None,
+    speakers: Sequence[str],
     screens: int,
     text_tokens: int,
     seed: int,
@@ -152,6 +153,7 @@ def gather(
       digits_dir: folder of MNIST files; None takes scikit-learn's digits.
       speech_dir: folder of spoken digits to measure on; None synthesises them, where the extra
         `speech` is installed.
+      speakers: of that folder to measure on; empty takes all.
       screens: questions of each kind.
       text_tokens: tokens to score at most.
       seed: of everything drawn.
@@ -180,7 +182,7 @@ def gather(
         written = exam.draw_items(screens, seed, digits_dir)
         heard, learned_from = [], []
         if config.speech is not None:
-            heard, learned_from, note = recordings(speech_dir, seed)
+            heard, learned_from, note = recordings(speech_dir, speakers, seed)
             notes.extend(note)
         if heard:
             spoken = exam.draw_items(screens, seed, digits_dir, heard)
@@ -192,7 +194,7 @@ def gather(
 
 
 def recordings(
-    folder: str | None, seed: int
+    folder: str | None, speakers: Sequence[str], seed: int
 ) -> tuple[list[speech.Utterance], list[speech.Utterance], list[str]]:
     """Recordings to measure on, recordings to calibrate on, and notes; speakers are disjoint."""
     try:
@@ -202,10 +204,18 @@ def recordings(
         }
     except MissingExtraError as error:
         if folder:
-            return speech.fsdd_folder(folder), [], [f"speech is not calibrated on: {error}"]
+            return held_out(folder, speakers), [], [f"speech is not calibrated on: {error}"]
         return [], [], [f"spoken questions are left out: {error}"]
-    measured = speech.fsdd_folder(folder) if folder else synthetic["eval"]
+    measured = held_out(folder, speakers) if folder else synthetic["eval"]
     return measured, synthetic["calibration"], []
+
+
+def held_out(folder: str, speakers: Sequence[str]) -> list[speech.Utterance]:
+    """Recordings of a folder by the speakers named, or by all."""
+    recorded = speech.fsdd_folder(folder)
+    if not speakers or set(speakers) == {u.speaker for u in recorded}:
+        return recorded
+    return speech.split_speakers(recorded, speakers)[1]
 
 
 def decode_latency_ms(model: Any, params: Any) -> float:

@@ -59,6 +59,7 @@ def define_flags() -> None:
     flags.DEFINE_string("recipe", "quickstart", "Name of a recipe, or a JSON file.")
     flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
     flags.DEFINE_string("speech_dir", None, "Folder of spoken digits to measure on.")
+    flags.DEFINE_list("speakers", [], "Only these speakers of --speech_dir; default: all.")
     flags.DEFINE_integer("screens", 200, "Questions of each kind (written, spoken).", 1)
     flags.DEFINE_integer("text_tokens", 8192, "At most this many tokens are scored.", 512)
     flags.DEFINE_integer("seed", 0, "Seed of screens, calibration and training.")
@@ -79,6 +80,7 @@ def main(argv: Sequence[str]) -> None:
         text=FLAGS.text,
         digits_dir=FLAGS.digits_dir,
         speech_dir=FLAGS.speech_dir,
+        speakers=FLAGS.speakers,
         screens=8 if FLAGS.smoke else FLAGS.screens,
         text_tokens=1024 if FLAGS.smoke else FLAGS.text_tokens,
         seed=FLAGS.seed,

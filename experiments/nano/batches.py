@@ -103,13 +103,16 @@ class ScreenBatches:
         """Layout of rows with spoken questions first, then written ones."""
         return Layout(self.prefix, (SPEECH_BLOCK,) * speech_blocks + (TEXT_BLOCK,) * text_blocks)
 
-    def draw(self, screens: int, text_blocks: int, speech_blocks: int) -> dict[str, np.ndarray]:
+    def draw(
+        self, screens: int, text_blocks: int, speech_blocks: int, silent: bool = False
+    ) -> dict[str, np.ndarray]:
         """Draws one batch.
 
         Args:
           screens: rows `B`.
           text_blocks: written questions a row.
           speech_blocks: spoken questions a row; screens are keypads where there are any.
+          silent: keeps the shapes, but asks everything in writing, about any screen.
 
         Returns:
           images [B, height, width, 3], cell labels (`cell_class`, `cell_offset`, `cell_centre`),
@@ -118,7 +121,8 @@ class ScreenBatches:
           slot, and the `target` cell (-1 where nothing is tapped) with its `box` in pixels.
         """
         layout = self.layout(text_blocks, speech_blocks)
-        rows = [self._row(layout, speech_blocks) for _ in range(screens)]
+        spoken = 0 if silent else speech_blocks
+        rows = [self._row(layout, speech_blocks, spoken) for _ in range(screens)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def draw_cells(self, screens: int) -> dict[str, np.ndarray]:
@@ -134,9 +138,9 @@ class ScreenBatches:
         generator = self.generators[self.rng.integers(len(self.generators))]
         return generator.draw(self.rng, kind)
 
-    def _row(self, layout: Layout, speech_blocks: int) -> dict[str, np.ndarray]:
+    def _row(self, layout: Layout, speech_blocks: int, num_spoken: int) -> dict[str, np.ndarray]:
         rng, count = self.rng, len(layout.block_lengths)
-        screen = self._screen("keypad" if speech_blocks else "mixed")
+        screen = self._screen("keypad" if num_spoken else "mixed")
         cell_class, cell_offset, cell_centre = dense_labels(screen)
         row = {
             "images": screen.image.astype(np.float32),
@@ -155,11 +159,11 @@ class ScreenBatches:
         }
         row["tokens"][: len(layout.prefix)] = layout.prefix
         spoken = []
-        if speech_blocks:
-            spoken = instructions.questions(rng, screen, speech_blocks, instructions.SPEECH_MIX)
-        written = instructions.questions(rng, screen, count - speech_blocks)
+        if num_spoken:
+            spoken = instructions.questions(rng, screen, num_spoken, instructions.SPEECH_MIX)
+        written = instructions.questions(rng, screen, count - num_spoken)
         for index, question in enumerate([*spoken, *written]):
-            if index < speech_blocks:
+            if index < num_spoken:
                 choices = self.by_digit[question.spoken]
                 utterance = choices[rng.integers(len(choices))]
                 row["digits"][index] = question.spoken
