@@ -110,14 +110,13 @@ def prompt_batches(
       Dictionaries of tokens [B, T], valid [B, T], images, and audio for a model with speech.
       The last batch repeats its last item up to the full size.
     """
-    spoken = bool(items) and items[0].samples is not None
     audio_tokens = config.speech.num_tokens if config.speech is not None else 0
     prompts = [
         prompt_ids(
             tokenizer,
             item.question.instruction_text,
             config.vision.num_tokens,
-            audio_tokens if spoken else 0,
+            0 if item.samples is None else audio_tokens,
         )
         for item in items
     ]
@@ -134,8 +133,9 @@ def prompt_batches(
         images = np.stack([items[i].image for i in index]).astype(np.float32)
         audio = None
         if config.speech is not None:
+            recorded = [items[i].samples for i in index]
             silence = np.zeros(1, np.float32)
-            audio = mel_of([items[i].samples if spoken else silence for i in index], config)
+            audio = mel_of([silence if r is None else r for r in recorded], config)
         yield {"tokens": tokens, "valid": valid, "images": images, "audio": audio}
 
 

@@ -148,8 +148,7 @@ def gather(
     Args:
       config: of the model.
       checkpoint: directory whose tokenizer.json is read.
-      text: UTF-8 file to measure on; None takes the evaluation half of CPython's help topics. The
-        calibration half is what text is calibrated on, in either case.
+      text: UTF-8 file, see `split_text`.
       digits_dir: folder of MNIST files; None takes scikit-learn's digits.
       speech_dir: folder of spoken digits to measure on; None synthesises them, where the extra
         `speech` is installed.
@@ -163,8 +162,7 @@ def gather(
       The materials.
     """
     notes = []
-    held_out = corpora.read_text(text) if text else corpora.pydoc_topics("evaluation")
-    learned = corpora.pydoc_topics("calibration")
+    learned, held_out = split_text(text)
     tokenizer = ge.checkpoint.load_tokenizer(checkpoint)
     if tokenizer is None:
         notes.append(f"{checkpoint} has no tokenizer.json: bytes of text are taken as token ids")
@@ -193,10 +191,31 @@ def gather(
     return Materials(tokenizer, windows, written, spoken, mixed, notes)
 
 
+def split_text(path: str | None) -> tuple[str, str]:
+    """Text to calibrate on, and text to measure on.
+
+    Args:
+      path: UTF-8 file whose first third is calibrated on and whose rest is measured; None takes
+        the two halves of CPython's help topics.
+
+    Returns:
+      `(calibration, evaluation)`.
+    """
+    if path is None:
+        return corpora.pydoc_topics("calibration"), corpora.pydoc_topics("evaluation")
+    whole = corpora.read_text(path)
+    cut = whole.find("\n", len(whole) // 3) + 1 or len(whole) // 3
+    return whole[:cut], whole[cut:]
+
+
 def recordings(
     folder: str | None, speakers: Sequence[str], seed: int
 ) -> tuple[list[speech.Utterance], list[speech.Utterance], list[str]]:
-    """Recordings to measure on, recordings to calibrate on, and notes; speakers are disjoint."""
+    """Recordings to measure on, recordings to calibrate on, and notes; speakers are disjoint.
+
+    Of a folder, the speakers who are not measured are calibrated on, beside synthetic voices.
+    """
+    measured, others = split_folder(folder, speakers) if folder else ([], [])
     try:
         synthetic = {
             split: list(speech.synthesize_digits(seed, speech.VOICES[split]))
@@ -204,18 +223,20 @@ def recordings(
         }
     except MissingExtraError as error:
         if folder:
-            return held_out(folder, speakers), [], [f"speech is not calibrated on: {error}"]
+            return measured, others, [f"no synthetic voices: {error}"]
         return [], [], [f"spoken questions are left out: {error}"]
-    measured = held_out(folder, speakers) if folder else synthetic["eval"]
-    return measured, synthetic["calibration"], []
+    return measured or synthetic["eval"], others + synthetic["calibration"], []
 
 
-def held_out(folder: str, speakers: Sequence[str]) -> list[speech.Utterance]:
-    """Recordings of a folder by the speakers named, or by all."""
+def split_folder(
+    folder: str, speakers: Sequence[str]
+) -> tuple[list[speech.Utterance], list[speech.Utterance]]:
+    """Recordings of a folder by the speakers named, or by all, and those of the others."""
     recorded = speech.fsdd_folder(folder)
     if not speakers or set(speakers) == {u.speaker for u in recorded}:
-        return recorded
-    return speech.split_speakers(recorded, speakers)[1]
+        return recorded, []
+    others, measured = speech.split_speakers(recorded, speakers)
+    return measured, others
 
 
 def decode_latency_ms(model: Any, params: Any) -> float:

@@ -102,7 +102,7 @@ def _small() -> Transform:
 def _quickstart() -> Transform:
     return chain(
         prune.structured(heads=0.25, neurons=0.30),
-        distill(steps=200, where=r"^(decoder|embed|head)/", compute="bfloat16"),
+        distill(steps=400, where=r"^(decoder|embed|head)/", compute="bfloat16"),
         _small(),
     )
 
