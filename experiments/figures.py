@@ -1,5 +1,6 @@
 """Figures of the scripts."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,33 @@ def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("stored megabytes (log)")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def training_curve(stages: Sequence[Path], path: Path) -> None:
+    """Draws what training measured on held-out data, one panel a stage.
+
+    Args:
+      stages: CSV files of the stages: step, minutes, name, value.
+      path: PNG file to write.
+    """
+    matplotlib = require("matplotlib", extra="plot")
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot", extra="plot")
+    width = 3.6 * len(stages)
+    figure, axes = pyplot.subplots(
+        1, len(stages), figsize=(width, 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, stage in zip(axes.flat, stages, strict=True):
+        with stage.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["name"].startswith("eval.")]
+        for name in sorted({row["name"] for row in rows}):
+            points = [(float(r["minutes"]), float(r["value"])) for r in rows if r["name"] == name]
+            axis.plot(*zip(*points, strict=True), "o-", label=name.removeprefix("eval."))
+        axis.set(title=stage.stem, xlabel="minutes")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 

@@ -28,6 +28,7 @@ from absl import app, flags, logging
 from tokenizers import Tokenizer
 
 import glm_edge as ge
+from experiments.figures import training_curve
 from experiments.nano import objectives, stages
 from experiments.nano.batches import ScreenBatches, fit, speech_batches, text_batches
 from experiments.phone_screens import digits, generator, speech
@@ -378,6 +379,8 @@ def main(argv: list[str]) -> None:
     else:
         trained_parts(directory, params, heads)
     save_checkpoint(directory, train_joint(directory, params, heads))
+    measured = [directory / f"{stage}.csv" for stage in ("vision", "text", "speech", "joint")]
+    training_curve([path for path in measured if path.exists()], directory / "curve.png")
 
 
 if __name__ == "__main__":
