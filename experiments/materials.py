@@ -188,6 +188,9 @@ def gather(
             config, tokenizer, learned_from, digits_dir, seed, calibration_batches
         )
     mixed = [batch for pair in _alternate(from_text, from_screens) for batch in pair]
+    # A transform that takes every n-th batch must meet all kinds.
+    order = np.random.default_rng(seed).permutation(len(mixed))
+    mixed = [mixed[index] for index in order]
     return Materials(tokenizer, windows, written, spoken, mixed, notes)
 
 

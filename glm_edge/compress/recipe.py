@@ -101,7 +101,7 @@ def _small() -> Transform:
 
 def _quickstart() -> Transform:
     return chain(
-        prune.structured(heads=0.25, neurons=0.30),
+        prune.structured(heads=0.25, neurons=0.30, max_batches=24),
         distill(steps=400, where=r"^(decoder|embed|head)/", compute="bfloat16"),
         _small(),
     )
