@@ -33,11 +33,12 @@ def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
         _steps(axes[0, 1], rows, name, TAPS[name], MARKERS[name], None)
     if taps:
         axes[0, 1].set_ylabel("taps in the box (higher is better)")
-        axes[0, 1].set_ylim(0, 1)
+        axes[0, 1].margins(y=0.15)
         axes[0, 1].legend(loc="lower left")
     for axis in axes.flat:
-        axis.set_xscale("log")
-        axis.set_xlabel("stored megabytes (log)")
+        axis.set_xlim(left=0)
+        axis.margins(x=0.15)
+        axis.set_xlabel("stored megabytes")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -78,7 +79,10 @@ def _steps(axis: Any, rows: Sequence[dict[str, Any]], name: str, label: str, sty
     kept = [row for row in rows if row[name] is not None]
     sizes = [row["bytes"] / 1e6 for row in kept]
     axis.plot(sizes, [row[name] for row in kept], style, label=label, color=color)
+    labels: dict[tuple[float, float], list[str]] = {}
     for size, row in zip(sizes, kept, strict=True):
+        labels.setdefault((size, round(row[name], 2)), []).append(row["stage"])
+    for place, stages in labels.items():
         axis.annotate(
-            row["stage"], (size, row[name]), textcoords="offset points", xytext=(4, 6), fontsize=8
+            ", ".join(stages), place, textcoords="offset points", xytext=(5, 5), fontsize=8
         )

@@ -1,8 +1,8 @@
 """Trains nano, the shipped multimodal checkpoint, on screens, speech and text.
 
 Four stages: the vision tower learns what lies in each cell of a screen while, on the other core,
-the decoder learns text and then the speech encoder learns digits; last, all of it learns to answer
-questions about screens. Every stage spends its minutes of wall-clock time, saves itself each minute
+the embedding learns from text and then the speech encoder learns digits; last, the whole model,
+its decoder new, learns to answer questions about screens and text together. Every stage spends its minutes of wall-clock time, saves itself each minute
 and, started again with the same --out_dir, goes on where it was killed.
 
     python -m experiments.train_nano --out_dir=runs/nano --text=train.txt \\
