@@ -2,8 +2,9 @@
 
 Four stages: the vision tower learns what lies in each cell of a screen while, on the other core,
 the embedding learns from text and then the speech encoder learns digits; last, the whole model,
-its decoder new, learns to answer questions about screens and text together. Every stage spends its minutes of wall-clock time, saves itself each minute
-and, started again with the same --out_dir, goes on where it was killed.
+its decoder new, learns to answer questions about screens and text together. Every stage spends
+its minutes of wall-clock time, saves itself each minute and, started again with the same
+--out_dir, goes on where it was killed.
 
     python -m experiments.train_nano --out_dir=runs/nano --text=train.txt \\
         --digits_dir=mnist --speech_dir=fsdd --holdout_speakers=lucas
