@@ -366,6 +366,8 @@ def main(argv: list[str]) -> None:
         jax.random.key(FLAGS.seed + 1), config.decoder.hidden_size, generator.NUM_CLASSES
     )
     lanes = [[stage for stage in lane if stage in FLAGS.stages] for lane in LANES]
+    if FLAGS.init_from:
+        lanes = []
     if "joint" in FLAGS.stages:
         children = [run_apart(lane, core) for core, lane in enumerate(lanes) if lane]
         if any(child.wait() for child in children):
