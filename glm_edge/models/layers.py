@@ -125,9 +125,6 @@ class Stack(nn.Module):
     def __getitem__(self, index: int) -> nn.Module:
         return getattr(self, str(index))
 
-    def __len__(self) -> int:
-        return len(self.layers)
-
 
 def boxed_param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> Any:
     """Declares a parameter that may be a box of the given dense shape, and returns it boxed.

@@ -6,7 +6,7 @@ from jax import Array
 
 from glm_edge.errors import BoxError
 from glm_edge.params.boxes import describe, is_box, rebuild
-from glm_edge.params.tree import Params, _array_fields, nested, path_items
+from glm_edge.params.tree import Params, array_fields, nested, path_items
 
 Spec = dict[str, dict[str, Any]]
 
@@ -27,7 +27,7 @@ def to_flat(params: Params) -> tuple[dict[str, Array], Spec]:
             arrays[path] = leaf
             continue
         spec[path] = describe(leaf)
-        for name, value in _array_fields(leaf).items():
+        for name, value in array_fields(leaf).items():
             if value is not None:
                 arrays[f"{path}.{name}"] = value
     return arrays, spec

@@ -1,5 +1,6 @@
 """Paths, selection and arithmetic over trees of arrays and boxes."""
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -82,7 +83,7 @@ def partition(params: Params) -> tuple[Params, Params]:
         if is_box(leaf):
             fields = {
                 name: value if (name in leaf.trainable) == left else None
-                for name, value in _array_fields(leaf).items()
+                for name, value in array_fields(leaf).items()
             }
             return leaf.replace(**fields)
         return leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) == left else None
@@ -111,7 +112,7 @@ def cast(params: Params, dtype: Any) -> Params:
 
 def count(params: Params) -> int:
     """Number of parameters: entries of the dense arrays, pruned zeros included."""
-    return sum(_size(leaf.shape) for leaf in tree_leaves(params))
+    return sum(math.prod(leaf.shape) for leaf in tree_leaves(params))
 
 
 def stored_bytes(params: Params) -> int:
@@ -124,13 +125,7 @@ def nested(flat: dict[str, Any]) -> Params:
     return traverse_util.unflatten_dict({tuple(path.split("/")): v for path, v in flat.items()})
 
 
-def _array_fields(box: Any) -> dict[str, Array | None]:
+def array_fields(box: Any) -> dict[str, Array | None]:
+    """Fields of a box that are arrays, by name; None where a box has none."""
     names = ("value", "mask") if isinstance(box, Masked) else ("data", "scale", "zero")
     return {name: getattr(box, name) for name in names}
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
