@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
     if FLAGS.json and not Path(FLAGS.json).resolve().parent.is_dir():
         raise OutputError(f"{FLAGS.json}: its directory does not exist; create it first")
-    model, params = ge.load(checkpoint)
+    model, params = ge.load(checkpoint, dtype="float32")
     tokenizer = require_tokenizer(checkpoint)
     report: dict[str, Any] = {"checkpoint": str(checkpoint), "seed": FLAGS.seed}
     windows = text_windows(tokenizer, FLAGS.text, FLAGS.text_tokens)

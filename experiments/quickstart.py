@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     directory = prepare_directory(Path(FLAGS.out_dir), FLAGS.overwrite)
     recipe = ge.recipes.find(FLAGS.recipe)
     checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
-    model, params = ge.load(checkpoint)
+    model, params = ge.load(checkpoint, dtype="float32")
     materials = materials_lib.gather(
         model.config,
         checkpoint,

@@ -378,7 +378,7 @@ def main(argv: list[str]) -> None:
             train[stage](directory, params, heads)
         return
     if FLAGS.init_from:
-        _, params = ge.load(FLAGS.init_from)
+        _, params = ge.load(FLAGS.init_from, dtype="float32")
     else:
         trained_parts(directory, params, heads)
     save_checkpoint(directory, train_joint(directory, params, heads))

@@ -1,26 +1,31 @@
-"""Files of a checkpoint: safetensors read by memory map, JSON, directories that appear whole."""
+"""Files of a checkpoint: safetensors in and out, and directories that appear whole."""
 
 import contextlib
 import json
 import math
 import os
 import shutil
-import struct
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_edge.checkpoint.reading import fill, json_object, opened
+from glm_edge.checkpoint.reading import read_json as read_json
 from glm_edge.errors import CheckpointError, OutputError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000
-FINITE_BLOCK = 1 << 22
+MAX_DIMENSIONS = 16
+MAX_NAME_LENGTH = 500
+# What jax asks of a buffer that it takes over without a copy.
+ALIGNMENT = 64
+BLOCK_BYTES = 1 << 19
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -38,9 +43,15 @@ DTYPES = {
     "F64": np.dtype("<f8"),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_EXPONENTS = {
+    np.dtype(jnp.bfloat16): np.uint16(0x7F80),
+    np.dtype(np.float16): np.uint16(0x7C00),
+    np.dtype(np.float32): np.uint32(0x7F800000),
+    np.dtype(np.float64): np.uint64(0x7FF0000000000000),
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where a tensor lies in its file.
 
@@ -56,9 +67,16 @@ class TensorInfo:
     begin: int
     end: int
 
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor in the file."""
+        return self.end - self.begin
+
 
 class SafetensorsFile:
     """A safetensors file whose header has been checked; tensors are read on demand.
+
+    The file is open only while it is read.
 
     Attributes:
       path: of the file.
@@ -78,41 +96,100 @@ class SafetensorsFile:
           https://github.com/huggingface/safetensors#format
         """
         self.path = Path(path)
-        self.tensors = _read_header(self.path)
-        self._bytes = np.memmap(self.path, np.uint8, mode="r")
+        with opened(self.path) as file:
+            self._version = _version(file)
+            self.tensors = _read_header(self.path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a read-only view of a tensor in the memory map."""
+        """Reads a tensor into memory of its own, aligned so that `to_device` need not copy it.
+
+        Args:
+          name: of the tensor.
+
+        Returns:
+          A writable array.
+
+        Raises:
+          CheckpointError: the file was truncated or changed, or is damaged.
+        """
         info = self.tensors[name]
-        raw = self._bytes[info.begin : info.end]
-        return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+        return self._read(name, info.begin, info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Reads `tensor[start:stop]` and no other bytes.
+
+        Args:
+          name: of the tensor, which has at least one dimension.
+          start: first row, at least 0.
+          stop: one past the last row, at most the number of rows.
+
+        Returns:
+          A writable array of shape `[stop - start, ...]`.
+
+        Raises:
+          CheckpointError: there are no such rows, or as `read`.
+        """
+        info = self.tensors[name]
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r}: rows {start} to {stop} do not exist in shape "
+                f"{info.shape}"
+            )
+        row = math.prod(info.shape[1:]) * DTYPES[info.dtype].itemsize
+        return self._read(name, info.begin + start * row, (stop - start, *info.shape[1:]))
+
+    def _read(self, name: str, begin: int, shape: tuple[int, ...]) -> np.ndarray:
+        where, dtype = f"{self.path}: tensor {name!r}", DTYPES[self.tensors[name].dtype]
+        size = math.prod(shape) * dtype.itemsize
+        with opened(self.path) as file:
+            if _version(file) != self._version:
+                raise CheckpointError(
+                    f"{where}: the file changed since its header was read; load it again"
+                )
+            buffer = np.empty(size + ALIGNMENT, np.uint8)
+            raw = buffer[-buffer.ctypes.data % ALIGNMENT :][:size]
+            file.seek(begin)
+            fill(file, raw, where)
+        if dtype == np.bool_ and raw.max(initial=0) > 1:
+            raise CheckpointError(f"{where}: a BOOL is the byte 0 or 1, found {raw.max()}")
+        return raw.view(dtype).reshape(shape)
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(
-                    f"{path}: {size} bytes are too few for a safetensors file (8 of length, "
-                    "a JSON header, tensors)"
-                )
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path}: the first 8 bytes ask for a header of {length} bytes, the file has "
-                    f"{size}; it is truncated or not a safetensors file"
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file, its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: not a safetensors file, its header is not an object")
+def _version(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def to_device(array: np.ndarray, sharding: Any = None) -> jax.Array:
+    """Hands an array over to jax; where the device is the host, its memory becomes the jax array.
+
+    Args:
+      array: of any type; must not be written to any more.
+      sharding: a sharding or device; None is the default device.
+
+    Returns:
+      The jax array, complete: memory of a transfer is not held beyond this call.
+    """
+    array.flags.writeable = False
+    return jax.device_put(array, sharding, may_alias=True).block_until_ready()
+
+
+def _read_header(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
+        raise CheckpointError(
+            f"{path}: {size} bytes are too few for a safetensors file (8 of length, "
+            "a JSON header, tensors)"
+        )
+    prefix = np.empty(8, np.uint8)
+    fill(file, prefix, str(path))
+    length = int.from_bytes(prefix.tobytes(), "little")
+    if length > size - 8:
+        raise CheckpointError(
+            f"{path}: the first 8 bytes ask for a header of {length} bytes, the file has "
+            f"{size}; it is truncated or not a safetensors file"
+        )
+    header = json_object(file, length, f"{path}: not a safetensors file? Its header")
     header.pop("__metadata__", None)
     tensors = {
         name: _tensor_info(path, name, entry, 8 + length, size) for name, entry in header.items()
@@ -123,13 +200,17 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
     where = f"{path}: tensor {name!r}"
+    if len(name) > MAX_NAME_LENGTH:
+        raise CheckpointError(f"{path}: a tensor's name has {len(name)} characters")
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape = fields.get("dtype"), fields.get("shape")
     offsets = fields.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: header entry must hold dtype, shape and two data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{where}: type {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{where}: type {str(dtype)[:40]!r} is unknown; known: {', '.join(DTYPES)}"
+        )
     begin, end = start + offsets[0], start + offsets[1]
     if end > size:
         raise CheckpointError(
@@ -141,11 +222,17 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> Te
             f"{where}: data_offsets span {end - begin} bytes, {dtype} of shape {tuple(shape)} "
             f"takes {needed}"
         )
+    if math.prod(max(length, 1) for length in shape) >= 1 << 48:
+        raise CheckpointError(f"{where}: shape {tuple(shape)} is larger than any array can be")
     return TensorInfo(dtype, tuple(shape), begin, end)
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(x) is int and 0 <= x < 1 << 63 for x in value)
+    )
 
 
 def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: int) -> None:
@@ -153,8 +240,8 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: 
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
             raise CheckpointError(
-                f"{path}: tensor {name!r}: begins at byte {info.begin}, the one before ends at "
-                f"{position}; tensors must follow each other without gap or overlap"
+                f"{path}: tensor {name!r}: begins at byte {info.begin}, the one before ends "
+                f"at {position}; tensors must follow each other without gap or overlap"
             )
         position = info.end
     if position != size:
@@ -163,12 +250,15 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: 
         )
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, Any]) -> None:
+def write_safetensors(
+    path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes arrays one by one; the same arrays give the same bytes.
 
     Args:
       path: of the file.
       arrays: name to array; types as in `DTYPES`.
+      metadata: strings for the header.
 
     Raises:
       CheckpointError: the format has no name for an array's type.
@@ -177,7 +267,8 @@ def write_safetensors(path: Path, arrays: Mapping[str, Any]) -> None:
         if np.dtype(array.dtype) not in _NAMES:
             raise CheckpointError(f"{path}: tensor {name!r}: safetensors has no type {array.dtype}")
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name in order:
         array = arrays[name]
         end = offset + array.size * array.dtype.itemsize
@@ -190,7 +281,7 @@ def write_safetensors(path: Path, arrays: Mapping[str, Any]) -> None:
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.write(len(raw).to_bytes(8, "little") + raw)
         for name in order:
             file.write(np.ascontiguousarray(np.asarray(arrays[name])).tobytes())
 
@@ -208,37 +299,24 @@ def check_finite(array: np.ndarray, where: str) -> None:
     if array.dtype.kind in "biu":
         return
     flat = array.reshape(-1)
-    for start in range(0, flat.size, FINITE_BLOCK):
-        finite = np.isfinite(flat[start : start + FINITE_BLOCK])
+    size = BLOCK_BYTES // array.dtype.itemsize
+    # NaN and infinity have all bits of the exponent set; integers compare faster than bfloat16.
+    exponent = _EXPONENTS.get(array.dtype)
+    bits = flat if exponent is None else flat.view(exponent.dtype)
+    scratch = np.empty(min(size, flat.size), bits.dtype)
+    for start in range(0, flat.size, size):
+        block = bits[start : start + size]
+        if exponent is not None:
+            masked = np.bitwise_and(block, exponent, out=scratch[: block.size])
+            if masked.max() < exponent:
+                continue
+        finite = np.isfinite(flat[start : start + size])
         if not finite.all():
             index = np.unravel_index(start + int(np.argmin(finite)), array.shape)
             value = flat[start + int(np.argmin(finite))]
             raise CheckpointError(
                 f"{where}: holds {value} at {[int(i) for i in index]}; weights must be finite"
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Args:
-      path: of the file.
-
-    Returns:
-      The object.
-
-    Raises:
-      CheckpointError: the file is missing or does not hold a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, found {type(value).__name__}")
-    return value
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,43 +1,60 @@
 """Loading and saving a model with its parameters, whatever the directory's format."""
 
+import functools
 import importlib.resources
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import hugging_face, own
-from glm_edge.checkpoint.files import CONFIG, WEIGHTS, check_finite, new_directory, read_json
+from glm_edge.checkpoint.files import (
+    CONFIG,
+    WEIGHTS,
+    check_finite,
+    new_directory,
+    read_json,
+    to_device,
+)
 from glm_edge.checkpoint.orbax import ARRAYS
-from glm_edge.checkpoint.shapes import check_params
-from glm_edge.configs import GLMConfig
+from glm_edge.checkpoint.shapes import ARCHITECTURES, check_params
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
-from glm_edge.models.multimodal import MultimodalGLM
 
 TOKENIZER = "tokenizer.json"
+FORMATS = ("hugging_face", *own.STORES)
 _OWN_FILES = (CONFIG, WEIGHTS, ARRAYS)
 _ORBAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
 
 
-def load(path: str | os.PathLike, dtype: str | None = "float32") -> tuple[MultimodalGLM, Any]:
+def load(
+    path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None
+) -> tuple[nn.Module, Any]:
     """Opens a checkpoint directory.
 
+    Activations are float32 whatever type the weights are stored in, so a model computes the same
+    numbers from bfloat16 weights as from the same weights cast to float32.
+
     Args:
-      path: directory written by `save` (safetensors or Orbax), or a Hugging Face directory of a
-        GLM (config.json, one or several safetensors files).
+      path: directory written by `save`, or a Hugging Face directory of the GLM family (config.json,
+        one or several safetensors files).
       dtype: type to which trainable weights are cast; None keeps the stored one. Integers, masks
-        and scales of compressed weights always keep theirs.
+        and scales of compressed weights always keep theirs. Train in float32.
+      mesh: devices to spread the parameters over, see `glm_edge.params.sharding`; None puts them
+        on the default device.
 
     Returns:
       `(model, params)`: a Linen module with its `config`, and its tree of arrays and boxes.
 
     Raises:
       CheckpointError: a file is missing, truncated, of another format, or does not fit the model.
-      ConfigError: config.json names an unknown model or lacks a field.
+      ConfigError: config.json names an unknown model, or a field is missing or not known.
     """
     directory = Path(path)
     _check_dtype(dtype)
@@ -47,11 +64,12 @@ def load(path: str | os.PathLike, dtype: str | None = "float32") -> tuple[Multim
     if not (directory / CONFIG).is_file():
         raise CheckpointError(_without_config(directory))
     fields = read_json(directory / CONFIG)
+    place = functools.partial(_place, mesh)
     if fields.get("format") == own.FORMAT:
-        model, params = own.read(directory, fields)
+        model, params = own.read(directory, fields, place)
         return model, params if dtype is None else boxes.cast(params, dtype)
     if "model_type" in fields:
-        return hugging_face.read(directory, fields, dtype)
+        return hugging_face.read(directory, fields, dtype, place)
     raise ConfigError(
         f"{directory / CONFIG}: neither a glm_edge checkpoint ('format': {own.FORMAT!r}) nor a "
         "Hugging Face one ('model_type')"
@@ -59,10 +77,10 @@ def load(path: str | os.PathLike, dtype: str | None = "float32") -> tuple[Multim
 
 
 def save(
-    model: MultimodalGLM,
+    model: nn.Module,
     params: Any,
     path: str | os.PathLike,
-    format: str = "safetensors",
+    format: str | None = None,
     overwrite: bool = False,
     extras: Mapping[str, str | os.PathLike | bytes] | None = None,
 ) -> Path:
@@ -74,7 +92,9 @@ def save(
       model: whose configuration is written.
       params: tree of arrays and boxes; bytes are stored as they are.
       path: directory to create.
-      format: `safetensors` or `orbax`.
+      format: `hugging_face` (what transformers opens: dense models of the family), `safetensors`
+        (ours: anything, compressed or pruned) or `orbax`; None is the first of these that can hold
+        the model.
       overwrite: replaces an existing checkpoint.
       extras: further files by name, such as `{"tokenizer.json": source path or bytes}`.
 
@@ -82,24 +102,36 @@ def save(
       The directory.
 
     Raises:
-      CheckpointError: parameters do not fit the model or are not finite, or an extra is missing.
+      CheckpointError: parameters do not fit the model or are not finite, the format cannot hold
+        them, or an extra is missing.
       OutputError: the directory exists and may not be replaced, or cannot be written.
     """
-    if format not in own.STORES:
-        raise CheckpointError(f"format {format!r} is unknown; known: {', '.join(own.STORES)}")
-    if not isinstance(getattr(model, "config", None), GLMConfig):
+    if format not in (None, *FORMATS):
+        raise CheckpointError(f"format {format!r} is unknown; known: {', '.join(FORMATS)}")
+    if type(model).__name__ not in ARCHITECTURES:
         raise CheckpointError(
-            f"a checkpoint holds a model with a GLMConfig, not a {type(model).__name__}"
+            f"a checkpoint holds one of {', '.join(ARCHITECTURES)}, not a {type(model).__name__}"
         )
     target = Path(path)
     contents = {name: _read_extra(name, source) for name, source in (extras or {}).items()}
     check_params(params, model, str(target))
     for name, array in boxes.to_flat(params)[0].items():
         check_finite(np.asarray(array), f"{target}: tensor {name!r}")
+    described = None
+    if format in (None, "hugging_face"):
+        described = hugging_face.fields_of(model.config, params)
+        if described is None and format:
+            raise CheckpointError(
+                f"{target}: no Hugging Face member holds this model (boxes, widths that differ by "
+                "layer, or encoders of another shape); save it with format='safetensors'"
+            )
     with new_directory(target, overwrite) as temporary:
         for name, content in contents.items():
             (temporary / name).write_bytes(content)
-        own.write(temporary, model, params, format)
+        if described is None:
+            own.write(temporary, model, params, format or "safetensors")
+        else:
+            hugging_face.write(temporary, model.config, params, described)
     return target
 
 
@@ -174,3 +206,9 @@ def _read_extra(name: str, source: str | os.PathLike | bytes) -> bytes:
         return Path(source).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
+
+
+def _place(mesh: Mesh | None, path: str, array: np.ndarray) -> jax.Array:
+    if mesh is None:
+        return to_device(array)
+    raise NotImplementedError

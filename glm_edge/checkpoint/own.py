@@ -1,9 +1,10 @@
 """Our own checkpoints: `config.json` with the model and the boxes, and one file of arrays."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import flax.linen as nn
 import numpy as np
 
 from glm_edge import params as boxes
@@ -16,10 +17,14 @@ from glm_edge.checkpoint.files import (
     write_json,
     write_safetensors,
 )
-from glm_edge.checkpoint.shapes import check_names, check_params, config_from_json
+from glm_edge.checkpoint.shapes import (
+    ARCHITECTURES,
+    check_names,
+    check_params,
+    config_from_json,
+)
 from glm_edge.configs import to_dict
 from glm_edge.errors import BoxError, CheckpointError
-from glm_edge.models.multimodal import MultimodalGLM
 
 FORMAT = "glm_edge"
 VERSION = 1
@@ -27,7 +32,7 @@ STORES = ("safetensors", "orbax")
 _FIELDS = {"Masked": ("value", "mask"), "Quantized": ("data", "scale", "zero")}
 
 
-def write(directory: Path, model: MultimodalGLM, params: Any, store: str) -> None:
+def write(directory: Path, model: nn.Module, params: Any, store: str) -> None:
     """Writes a model and its parameters into an empty directory, config.json last.
 
     Args:
@@ -41,6 +46,7 @@ def write(directory: Path, model: MultimodalGLM, params: Any, store: str) -> Non
         "format": FORMAT,
         "version": VERSION,
         "store": store,
+        "architecture": type(model).__name__,
         "config": to_dict(model.config),
         "params": spec,
     }
@@ -52,12 +58,15 @@ def write(directory: Path, model: MultimodalGLM, params: Any, store: str) -> Non
     write_json(directory / CONFIG, fields)
 
 
-def read(directory: Path, fields: dict[str, Any]) -> tuple[MultimodalGLM, Any]:
+def read(
+    directory: Path, fields: dict[str, Any], place: Callable[[str, np.ndarray], Any]
+) -> tuple[nn.Module, Any]:
     """Reads a directory that `write` wrote.
 
     Args:
       directory: of the checkpoint.
       fields: its config.json.
+      place: puts an array, named as in `glm_edge.params.to_flat`, on the devices.
 
     Returns:
       `(model, params)`.
@@ -79,7 +88,13 @@ def read(directory: Path, fields: dict[str, Any]) -> tuple[MultimodalGLM, Any]:
             f"{where}: 'params' must describe the boxes of the arrays; without it their bytes "
             "have no meaning"
         )
-    model = MultimodalGLM(config_from_json(fields.get("config"), str(where)))
+    architecture = fields.get("architecture", "MultimodalGLM")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{where}: architecture {architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}"
+        )
+    build, kind = ARCHITECTURES[architecture]
+    model = build(config_from_json(fields.get("config"), str(where), kind))
     if store == "orbax":
         source, arrays = directory / orbax.ARRAYS, orbax.read(directory, fields.get("arrays"))
     else:
@@ -87,8 +102,7 @@ def read(directory: Path, fields: dict[str, Any]) -> tuple[MultimodalGLM, Any]:
     _check_box_fields(arrays, spec, source)
     for name, array in arrays.items():
         check_finite(array, f"{source}: tensor {name!r}")
-    # A copy, because jax would otherwise alias the memory map of a file that may change.
-    arrays = {name: jnp.array(array, copy=True) for name, array in arrays.items()}
+    arrays = {name: place(name, array) for name, array in arrays.items()}
     try:
         params = boxes.from_flat(arrays, spec)
     except (BoxError, KeyError, TypeError, ValueError, IndexError) as error:

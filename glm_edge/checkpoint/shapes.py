@@ -4,33 +4,51 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from glm_edge.configs import GLMConfig, from_dict
+from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig, from_dict
 from glm_edge.errors import CheckpointError, ConfigError
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.models.speech import SpeechEncoder
+from glm_edge.models.text import TextEncoder
+from glm_edge.models.vision import VisionEncoder
 from glm_edge.params import path_items
 
 Shapes = dict[str, tuple[int, ...]]
 
+ARCHITECTURES = {
+    "MultimodalGLM": (MultimodalGLM, GLMConfig),
+    "VisionEncoder": (VisionEncoder, VisionConfig),
+    "SpeechEncoder": (SpeechEncoder, SpeechConfig),
+    "TextEncoder": (TextEncoder, TextConfig),
+}
 
-def expected_shapes(model: MultimodalGLM) -> Shapes:
+
+def expected_shapes(model: nn.Module) -> Shapes:
     """Dense shape of every parameter, from tracing `model.init` without computing it.
 
     Args:
-      model: any configuration.
+      model: one of `ARCHITECTURES`, of any configuration.
 
     Returns:
       Parameter path to shape.
     """
-    return dict(_traced_shapes(model.config))
+    return dict(_traced_shapes(type(model), model.config, getattr(model, "out_features", 0)))
 
 
 @functools.lru_cache(maxsize=8)
-def _traced_shapes(config: GLMConfig) -> Shapes:
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(MultimodalGLM(config).init, jax.random.key(0), tokens)
+def _traced_shapes(kind: type, config: Any, out_features: int) -> Shapes:
+    if kind is VisionEncoder:
+        inputs = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
+    elif kind is SpeechEncoder:
+        inputs = jax.ShapeDtypeStruct((1, config.num_frames, config.mel_bins), jnp.float32)
+    else:
+        inputs = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    encoder = kind in (VisionEncoder, SpeechEncoder)
+    model = kind(config, out_features) if encoder else kind(config)
+    variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
     return {path: tuple(leaf.shape) for path, leaf in path_items(variables["params"])}
 
 
@@ -39,7 +57,8 @@ def check_names(found: Iterable[str], expected: Mapping[str, Any], where: str) -
 
     Args:
       found: names that are stored.
-      expected: names that the model needs; values are shown when one is missing.
+      expected: names that the model needs, with the shape of each, or None where several
+        tensors share one.
       where: file or directory, for the message.
 
     Raises:
@@ -48,9 +67,10 @@ def check_names(found: Iterable[str], expected: Mapping[str, Any], where: str) -
     found = set(found)
     missing = [name for name in expected if name not in found]
     if missing:
+        shape = expected[missing[0]]
         raise CheckpointError(
             f"{where}: tensor {missing[0]!r} is missing{_others(missing)}; the model of "
-            f"config.json needs it with shape {expected[missing[0]]}"
+            f"config.json needs it{'' if shape is None else f' with shape {shape}'}"
         )
     extra = sorted(found - set(expected))
     if extra:
@@ -77,7 +97,7 @@ def check_shape(found: Iterable[int], expected: Iterable[int], where: str) -> No
         )
 
 
-def check_params(params: Any, model: MultimodalGLM, where: str) -> None:
+def check_params(params: Any, model: nn.Module, where: str) -> None:
     """Refuses a tree of arrays and boxes that does not fit a model.
 
     Args:
@@ -95,12 +115,13 @@ def check_params(params: Any, model: MultimodalGLM, where: str) -> None:
         check_shape(shape, expected[path], f"{where}: parameter {path!r}")
 
 
-def config_from_json(fields: Any, where: str) -> GLMConfig:
+def config_from_json(fields: Any, where: str, kind: type = GLMConfig) -> Any:
     """Builds a configuration from JSON written by `to_dict`.
 
     Args:
       fields: the JSON value.
       where: file, for the message.
+      kind: class of the configuration.
 
     Returns:
       The configuration.
@@ -111,7 +132,7 @@ def config_from_json(fields: Any, where: str) -> GLMConfig:
     if not isinstance(fields, dict):
         raise ConfigError(f"{where}: field 'config' must hold an object of fields")
     try:
-        return from_dict(fields)
+        return from_dict(fields, kind)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:

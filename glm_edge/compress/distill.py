@@ -48,7 +48,7 @@ def distill(
     The loss is `alpha * T^2 * KL(teacher at T || student at T) + (1 - alpha) * cross-entropy`,
     averaged over the predictions that `loss_mask` weighs. The optimizer is AdamW after clipping,
     with a linear warm-up and a cosine to a tenth of the peak. Masks and quantized weights stay as
-    they are; what trains is what `glm_edge.params.partition` gives.
+    they are; what trains is what `glm_edge.params.partition` gives, in float32.
 
     Args:
       teacher: `(model, params)`; None is the model that the chain was given.
@@ -217,8 +217,9 @@ def _train(
     rates: np.ndarray,
     context: Context,
 ) -> tuple[Params, tuple[Point, ...], set[str]]:
-    # The step reuses its arguments' memory, so it must not be given the caller's own arrays.
-    trainable = jax.tree.map(lambda array: jnp.array(array, copy=True), trainable)
+    # The step reuses its arguments' memory, so it must not be given the caller's own arrays; and
+    # a small step would be lost in the rounding of a weight stored in fewer bits.
+    trainable = jax.tree.map(lambda array: jnp.array(array, jnp.float32, copy=True), trainable)
     state = objective.optimizer().init(trainable)
     losses, seen = [], set()
     data = in_order(context.calibration, context.rng)

@@ -1,14 +1,178 @@
-"""Greedy generation: one jitted prefill, then one jitted loop of single-token steps."""
+"""Generation: one jitted prefill, then one jitted step a token, over a cache of static shape.
 
+Letters of shapes: `B` rows, `T` tokens of a prompt, `N` generated tokens, `S` cache slots, `V`
+vocabulary.
+
+A prompt takes the first slots of the cache, its padding included, wherever that lies; generated
+tokens take the slots after. Lengths are rounded up (`bucket`), so that few of them compile.
+"""
+
+import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from glm_edge.errors import DataError
+from glm_edge.generate.sampling import Sampling, sample
 from glm_edge.models.glm import init_cache
-from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.models.multimodal import Images, MultimodalGLM
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+      tokens: int32 [B, N]; after its stop token, a row repeats that stop token.
+      lengths: int32 [B], tokens before the stop token, `N` where none was generated.
+      logits: float32 [B, N, V], the scores that each token was drawn from, before any penalty or
+        temperature; meaningless after a row's stop token; None unless asked for.
+    """
+
+    tokens: Array
+    lengths: Array
+    logits: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """Everything that one step hands to the next.
+
+    Attributes:
+      cache: keys and values of all slots, and the number of slots in use.
+      logits: float32 [B, V], scores that `token` was drawn from.
+      token: int32 [B], newest token of each row.
+      position: int32 [B], its rotary position.
+      seen: bool [B, S], False at slots that hold padding.
+      stopped: bool [B], True from a row's stop token on.
+      index: int32, generated tokens.
+      keys: [B] PRNG keys, one a row, or None.
+      in_prompt: bool [B, V], see `glm_edge.generate.sampling`, or None.
+      counts: int32 [B, V], likewise.
+    """
+
+    cache: Any
+    logits: Array
+    token: Array
+    position: Array
+    seen: Array
+    stopped: Array
+    index: Array
+    keys: Array | None
+    in_prompt: Array | None
+    counts: Array | None
+
+
+def generate(
+    model: MultimodalGLM,
+    params: Any,
+    tokens: Any,
+    valid: Any = None,
+    images: Images | None = None,
+    audio: Array | None = None,
+    audio_frames: Array | None = None,
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+    stop_tokens: Sequence[int] | None = None,
+    rng: Array | None = None,
+    cache_dtype: Any = jnp.float32,
+    return_logits: bool = False,
+) -> Generation:
+    """Continues a batch of prompts until each row has stopped or holds `max_new_tokens`.
+
+    Token `n` of row `b` is drawn with `fold_in(fold_in(rng, b), n)`, or `fold_in(rng[b], n)` when
+    `rng` holds a key for each row: the same key gives the same tokens whatever the other rows,
+    the padding and the length of the run.
+
+    Args:
+      model: the model.
+      params: its parameters, boxed or not.
+      tokens: int [B, T] prompts; padding may lie anywhere.
+      valid: bool [B, T], False at padding; None means no padding.
+      images: as `MultimodalGLM` takes them, or None.
+      audio: as `MultimodalGLM` takes it, or None.
+      audio_frames: likewise.
+      max_new_tokens: tokens to generate at most.
+      sampling: how tokens are drawn.
+      stop_tokens: token ids that end a row; None takes those of the model's configuration.
+      rng: a PRNG key, or [B] keys; None is key 0.
+      cache_dtype: type of cached keys and values.
+      return_logits: also return the scores.
+
+    Returns:
+      The tokens, their number in each row, and the scores when asked for.
+
+    Raises:
+      DataError: prompts, mask or stop tokens do not fit each other or the model.
+    """
+    prompt = _Prompt.of(model, tokens, valid, max_new_tokens)
+    state = _start(model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype)
+    stops = _stop_tokens(model, stop_tokens)
+    state = _first(state, sampling, stops)
+    found, scores, state = _run(
+        model, params, state, sampling, stops, max_new_tokens, prompt.room, return_logits
+    )
+    found = found[:, :max_new_tokens]
+    lengths = jnp.argmax(jnp.isin(found, stops), axis=1)
+    lengths = jnp.where(state.stopped, lengths, max_new_tokens).astype(jnp.int32)
+    return Generation(found, lengths, scores[:, :max_new_tokens] if return_logits else None)
+
+
+def stream(
+    model: MultimodalGLM,
+    params: Any,
+    tokens: Any,
+    valid: Any = None,
+    images: Images | None = None,
+    audio: Array | None = None,
+    audio_frames: Array | None = None,
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+    stop_tokens: Sequence[int] | None = None,
+    rng: Array | None = None,
+    cache_dtype: Any = jnp.float32,
+) -> Iterator[np.ndarray]:
+    """Yields what `generate` returns, token by token, and ends when every row has stopped.
+
+    Args:
+      model: as in `generate`, like all others.
+      params: its parameters.
+      tokens: int [B, T].
+      valid: bool [B, T].
+      images: or None.
+      audio: or None.
+      audio_frames: or None.
+      max_new_tokens: steps at most.
+      sampling: how tokens are drawn.
+      stop_tokens: token ids that end a row.
+      rng: a PRNG key, or [B] keys.
+      cache_dtype: type of cached keys and values.
+
+    Yields:
+      int32 [B]; a row that has stopped repeats its stop token.
+
+    Raises:
+      DataError: as in `generate`.
+    """
+    prompt = _Prompt.of(model, tokens, valid, max_new_tokens)
+    stops = _stop_tokens(model, stop_tokens)
+    state = _start(model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype)
+    state = _first(state, sampling, stops)
+    for remaining in range(max_new_tokens - 1, -1, -1):
+        token, stopped = jax.device_get((state.token, state.stopped))
+        yield token
+        if not remaining or stopped.all():
+            return
+        state = _step(model, params, state, sampling, stops)
 
 
 def greedy(
@@ -25,55 +189,18 @@ def greedy(
     Args:
       model: whose configuration names the stop tokens.
       params: its parameters, boxed or not.
-      tokens: [B, T] prompts, padded on the left.
+      tokens: [B, T] prompts.
       valid: bool [B, T], False at padding; None means no padding.
-      images: one image a row, or None.
-      audio: one log-mel spectrogram a row, or None.
+      images: as in `generate`.
+      audio: as in `generate`.
       max_new_tokens: tokens to generate.
 
     Returns:
       int32 [B, max_new_tokens]; after a stop token, a row repeats that stop token.
     """
-    tokens = jnp.asarray(tokens, jnp.int32)
-    valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid, bool)
-    return _greedy(model, params, tokens, valid, images, audio, max_new_tokens)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 6))
-def _greedy(model, params, tokens, valid, images, audio, max_new_tokens):
-    batch, length = tokens.shape
-    num_slots = length + max_new_tokens
-    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    seen = jnp.concatenate([valid, jnp.ones((batch, max_new_tokens), bool)], axis=1)
-    cache = init_cache(model.config.decoder, batch, num_slots)
-    logits, aux = model.apply(
-        {"params": params},
-        tokens,
-        images,
-        audio,
-        positions,
-        prompt_mask(seen, jnp.arange(length)),
-        cache,
-    )
-    first = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
-
-    def step(carry, index):
-        token, cache, stopped = carry
-        stopped = stopped | _is_stop(token, model.config.eos_token_ids)
-        logits, aux = model.apply(
-            {"params": params},
-            token[:, None],
-            positions=positions[:, -1:] + 1 + index,
-            mask=prompt_mask(seen, length + index[None]),
-            cache=cache,
-        )
-        following = jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
-        following = jnp.where(stopped, token, following)
-        return (following, aux["cache"], stopped), token
-
-    carry = (first, aux["cache"], jnp.zeros(batch, bool))
-    _, generated = jax.lax.scan(step, carry, jnp.arange(max_new_tokens))
-    return generated.T
+    return generate(
+        model, params, tokens, valid, images, audio, max_new_tokens=max_new_tokens
+    ).tokens
 
 
 def prompt_mask(seen: Array, query_slots: Array) -> Array:
@@ -90,5 +217,201 @@ def prompt_mask(seen: Array, query_slots: Array) -> Array:
     return (causal[None] & seen[:, None])[:, None]
 
 
-def _is_stop(token: Array, stop_tokens: tuple[int, ...]) -> Array:
-    return functools.reduce(jnp.logical_or, [token == stop for stop in stop_tokens], token < 0)
+def bucket(length: int) -> int:
+    """Rounds a length up to a multiple of 32, or of an eighth of the next power of two."""
+    step = max(32, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Checked and padded prompts, and the slots (`room`) for generated tokens."""
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    room: int
+
+    @classmethod
+    def of(cls, model: MultimodalGLM, tokens: Any, valid: Any, max_new_tokens: int) -> "_Prompt":
+        config = model.config
+        tokens = np.asarray(tokens)
+        valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid, bool)
+        if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+            raise DataError(
+                f"prompts must be integers [rows, tokens], found {tokens.dtype} {tokens.shape}"
+            )
+        if valid.shape != tokens.shape:
+            raise DataError(f"valid has shape {valid.shape}, the prompts {tokens.shape}")
+        if not valid.any(axis=1).all():
+            raise DataError(f"prompt {int(np.argmin(valid.any(axis=1)))} holds padding only")
+        if max_new_tokens < 1:
+            raise DataError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        known = (tokens >= 0) & (tokens < config.decoder.vocab_size)
+        if not known[valid].all():
+            raise DataError(
+                f"token {tokens[valid & ~known][0]} is not in 0..{config.decoder.vocab_size - 1}"
+            )
+        # Padding must not take the place of an image or a recording, whatever its token is.
+        placeholders = (config.image_token_id, config.audio_token_id)
+        filler = next(token for token in range(3) if token not in placeholders)
+        extra = ((0, 0), (0, bucket(tokens.shape[1]) - tokens.shape[1]))
+        return cls(
+            np.pad(np.where(valid, tokens, filler).astype(np.int32), extra, constant_values=filler),
+            np.pad(valid, extra),
+            bucket(max_new_tokens),
+        )
+
+
+def _stop_tokens(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> Array:
+    stops = model.config.eos_token_ids if stop_tokens is None else stop_tokens
+    return jnp.asarray(tuple(stops), jnp.int32)
+
+
+def _start(
+    model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype
+) -> DecodeState:
+    """Runs the prompts and prepares what the rules of `sampling` need."""
+    batch = len(prompt.tokens)
+    keys = None
+    if sampling.uses("temperature"):
+        rng = jax.random.key(0) if rng is None else rng
+        keys = _row_keys(rng, batch)
+    penalized = sampling.uses("repetition_penalty"), sampling.uses("frequency_penalty")
+    return _prefill(
+        model,
+        params,
+        prompt.tokens,
+        prompt.valid,
+        images,
+        audio,
+        audio_frames,
+        keys,
+        prompt.room,
+        jnp.dtype(cache_dtype),
+        penalized,
+    )
+
+
+def _row_keys(rng: Array, batch: int) -> Array:
+    """A key for each row: those given, or one derived from the row's number."""
+    if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        rng = jax.random.wrap_key_data(rng)
+    if rng.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(batch))
+    if rng.shape != (batch,):
+        raise DataError(f"rng must be a key or {batch} keys, one a row, found shape {rng.shape}")
+    return rng
+
+
+@functools.partial(jax.jit, static_argnums=(0, 8, 9, 10))
+def _prefill(
+    model,
+    params,
+    tokens,
+    valid,
+    images,
+    audio,
+    audio_frames,
+    keys,
+    room,
+    cache_dtype,
+    penalized,
+) -> DecodeState:
+    """Fills the cache and scores the token after each row's last valid one."""
+    batch, length = tokens.shape
+    slots = jnp.arange(length)
+
+    def run(module):
+        positions, following = module.start_positions(tokens, valid, images)
+        x, _ = module.embed_inputs(tokens, images, audio, audio_frames)
+        cache = init_cache(model.config.decoder, batch, length, cache_dtype)
+        final, _, cache = module.decoder(x, positions, prompt_mask(valid, slots), cache)
+        last = jnp.max(jnp.where(valid, slots, 0), axis=1)
+        final = jnp.take_along_axis(final, last[:, None, None], axis=1)
+        return module.predict(final)[:, 0], following, cache
+
+    logits, following, cache = model.apply({"params": params}, method=run)
+    extend = functools.partial(jnp.pad, pad_width=((0, 0), (0, room), (0, 0), (0, 0)))
+    cache = {**cache, "layers": jax.tree.map(extend, cache["layers"])}
+    vocabulary = jnp.zeros((batch, logits.shape[1]), jnp.int32)
+    rows = jnp.arange(batch)[:, None]
+    return DecodeState(
+        cache=cache,
+        logits=logits.astype(jnp.float32),
+        token=jnp.zeros(batch, jnp.int32),
+        position=following.astype(jnp.int32) - 1,
+        seen=jnp.pad(valid, ((0, 0), (0, room)), constant_values=True),
+        stopped=jnp.zeros(batch, bool),
+        index=jnp.zeros((), jnp.int32),
+        keys=keys,
+        in_prompt=vocabulary.at[rows, tokens].max(valid) > 0 if penalized[0] else None,
+        counts=vocabulary if any(penalized) else None,
+    )
+
+
+def _choose(state: DecodeState, sampling: Sampling, stops: Array) -> DecodeState:
+    """Draws the next token of every row from `state.logits`; a stopped row repeats its token."""
+    keys = state.keys
+    if keys is not None:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.index)
+    token = sample(state.logits, sampling, keys, state.in_prompt, state.counts)
+    token = jnp.where(state.stopped, state.token, token)
+    counts = state.counts
+    if counts is not None:
+        counts = counts.at[jnp.arange(token.size), token].add(1)
+    return dataclasses.replace(
+        state,
+        token=token,
+        position=state.position + 1,
+        stopped=state.stopped | jnp.isin(token, stops),
+        index=state.index + 1,
+        counts=counts,
+    )
+
+
+def _advance(
+    model: MultimodalGLM, params: Any, state: DecodeState, sampling: Sampling, stops: Array
+) -> DecodeState:
+    """Feeds the newest token and draws the one after it."""
+    logits, aux = model.apply(
+        {"params": params},
+        state.token[:, None],
+        positions=state.position[:, None],
+        mask=prompt_mask(state.seen, state.cache["length"][None]),
+        cache=state.cache,
+    )
+    logits = logits[:, 0].astype(jnp.float32)
+    return _choose(dataclasses.replace(state, cache=aux["cache"], logits=logits), sampling, stops)
+
+
+_first = jax.jit(_choose, donate_argnums=0)
+_step = jax.jit(_advance, static_argnums=0, donate_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2)
+def _run(
+    model, params, state, sampling, stops, limit, room, return_logits
+) -> tuple[Array, Array | None, DecodeState]:
+    """Steps until `limit` tokens or all rows have stopped; results are [B, room, ...]."""
+
+    def put(buffer: Array, state: DecodeState, values: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(buffer, values, state.index - 1, axis=1)
+
+    def going(carry: tuple) -> Array:
+        state = carry[0]
+        return (state.index < limit) & ~state.stopped.all()
+
+    def body(carry: tuple) -> tuple:
+        state, found, scores = carry
+        state = _advance(model, params, state, sampling, stops)
+        scores = put(scores, state, state.logits) if return_logits else None
+        return state, put(found, state, state.token), scores
+
+    batch, vocabulary = state.logits.shape
+    found = put(jnp.zeros((batch, room), jnp.int32), state, state.token)
+    scores = None
+    if return_logits:
+        scores = put(jnp.zeros((batch, room, vocabulary)), state, state.logits)
+    state, found, scores = jax.lax.while_loop(going, body, (state, found, scores))
+    found = jnp.where(jnp.arange(room) < state.index, found, state.token[:, None])
+    return found, scores, state

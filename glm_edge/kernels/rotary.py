@@ -1,5 +1,7 @@
 """Rotary position embeddings."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -31,6 +33,38 @@ def angles(positions: Array, frequencies: Array, mrope_section: tuple[int, ...] 
     row_of_frequency = np.repeat(np.arange(len(mrope_section)) % 3, mrope_section)
     chosen = jnp.moveaxis(positions[row_of_frequency], 0, -1)
     return chosen.astype(jnp.float32) * frequencies
+
+
+def block_positions(
+    rank: Array, placeholder: Array, valid: Array, grids: Sequence[tuple[int, int]]
+) -> tuple[Array, Array]:
+    """Positions (time, row, column) of a prompt in which image features stand as grids.
+
+    A text token advances by one in all three; a grid of `r x c` features stands at one time, at
+    its rows and columns counted from there, and what follows goes on `max(r, c)` later.
+
+    Args:
+      rank: [B, T], at a placeholder its place among all features, which `grids` lists in order.
+      placeholder: bool [B, T], True where an image feature stands.
+      valid: bool [B, T], False at padding, which stands at 0 and advances nothing.
+      grids: (rows, columns) of features of each image or temporal patch of a video.
+
+    Returns:
+      `(positions, following)`: [3, B, T], and [B], the position of the next token.
+
+    References:
+      GLM-4.1V-Thinking, https://arxiv.org/abs/2507.01006.
+    """
+    row = np.concatenate([np.repeat(np.arange(r), c) for r, c in grids])
+    column = np.concatenate([np.tile(np.arange(c), r) for r, c in grids])
+    advance = np.concatenate([[0] * (r * c - 1) + [max(r, c)] for r, c in grids])
+    inside = placeholder & valid
+    index = jnp.clip(rank, 0, len(row) - 1)
+    step = jnp.where(inside, jnp.asarray(advance)[index], 1) * valid
+    start = jnp.cumsum(step, axis=1) - step
+    offset = jnp.stack([jnp.zeros_like(index), jnp.asarray(row)[index], jnp.asarray(column)[index]])
+    positions = jnp.where(valid, start + jnp.where(inside, offset, 0), 0)
+    return positions, step.sum(axis=1)
 
 
 def rotate_interleaved(x: Array, angle: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The GLM decoder: RMSNorm, grouped-query attention, interleaved rotary, gated feed-forward."""
+"""The GLM decoder: RMSNorm, grouped-query attention, rotary positions, gated feed-forward."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from glm_edge.configs import DecoderConfig
 from glm_edge.kernels import attention as attention_kernels
 from glm_edge.kernels import rotary
 from glm_edge.models.layers import GatedMLP, Linear, RMSNorm, Stack
+from glm_edge.params.sharding import constrain
 
 LayerCache = dict[str, Array]
 Cache = dict[str, Any]
@@ -30,25 +31,32 @@ class Attention(nn.Module):
         config = self.config
         heads, kv_heads = config.heads(self.layer), config.kv_heads(self.layer)
 
-        def project(name: str, count: int) -> Array:
+        def project(name: str, count: int, axis: str) -> Array:
             projected = Linear(
                 count * config.head_dim, config.attention_bias, self.compute, name=name
             )(x)
-            return projected.reshape(*x.shape[:2], count, config.head_dim)
+            projected = projected.reshape(*x.shape[:2], count, config.head_dim)
+            return constrain(projected, "batch", "length", axis, "head_dim")
 
-        query = rotary.rotate_interleaved(project("q_proj", heads), angle)
-        key = rotary.rotate_interleaved(project("k_proj", kv_heads), angle)
-        value = project("v_proj", kv_heads)
+        rotate = rotary.rotate_interleaved if config.rotary_interleaved else rotary.rotate_half
+        query = rotate(project("q_proj", heads, "heads"), angle)
+        key = rotate(project("k_proj", kv_heads, "kv_heads"), angle)
+        value = project("v_proj", kv_heads, "kv_heads")
         if cache is not None:
             cache = {
                 "key": jax.lax.dynamic_update_slice(cache["key"], key, (0, slot, 0, 0)),
                 "value": jax.lax.dynamic_update_slice(cache["value"], value, (0, slot, 0, 0)),
+            }
+            cache = {
+                name: constrain(array, "batch", "slots", "kv_heads", "head_dim")
+                for name, array in cache.items()
             }
             key, value = cache["key"], cache["value"]
         weights = attention_kernels.attention_weights(query, key, mask)
         if self.is_mutable_collection("attention") and not self.is_initializing():
             self.sow("attention", "weights", weights)
         mixed = attention_kernels.attend(weights, value)
+        mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
         if self.has_variable("gates", "heads"):
             mixed = mixed * self.get_variable("gates", "heads")[:, None]
         mixed = mixed.reshape(*x.shape[:2], heads * config.head_dim)
@@ -76,14 +84,14 @@ class Layer(nn.Module):
         )
         if config.sandwich_norm:
             attended = rms("post_self_attention_norm")(attended)
-        x = x + attended
+        x = constrain(x + attended, "batch", "length", "embed")
         neurons = config.neurons(self.layer)
         mixed = GatedMLP(neurons, config.hidden_size, compute=self.compute, name="mlp")(
             rms("post_attention_norm")(x)
         )
         if config.sandwich_norm:
             mixed = rms("post_mlp_norm")(mixed)
-        return x + mixed, cache
+        return constrain(x + mixed, "batch", "length", "embed"), cache
 
 
 class Decoder(nn.Module):

@@ -10,6 +10,7 @@ from jax import Array
 from glm_edge import params
 from glm_edge.errors import CheckpointError
 from glm_edge.kernels import norm
+from glm_edge.params.sharding import constrain
 
 Initializer = Callable[..., Array]
 normal = nn.initializers.normal
@@ -103,7 +104,7 @@ class GatedMLP(nn.Module):
         fused = Linear(2 * self.neurons, self.use_bias, self.compute, name="gate_up_proj")(x)
         gate, up = jnp.split(fused, 2, axis=-1)
         hidden = up * nn.silu(gate)
-        hidden = self.perturb_neurons(hidden)
+        hidden = constrain(self.perturb_neurons(hidden), "batch", "length", "neurons")
         return Linear(self.features, self.use_bias, self.compute, name="down_proj")(hidden)
 
     def perturb_neurons(self, hidden: Array) -> Array:
@@ -111,6 +112,23 @@ class GatedMLP(nn.Module):
         if not self.has_variable("gates", "neurons"):
             return hidden
         return hidden * self.get_variable("gates", "neurons")
+
+
+class MLP(nn.Module):
+    """`fc2(gelu(fc1))`, with GELU by its tanh approximation or exact."""
+
+    neurons: int
+    features: int
+    use_bias: bool = True
+    compute: str = "float32"
+    approximate: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        hidden = Linear(self.neurons, self.use_bias, self.compute, name="fc1")(x)
+        hidden = nn.gelu(hidden, approximate=self.approximate)
+        hidden = constrain(hidden, "batch", "length", "neurons")
+        return Linear(self.features, self.use_bias, self.compute, name="fc2")(hidden)
 
 
 class Stack(nn.Module):

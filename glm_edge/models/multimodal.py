@@ -1,17 +1,26 @@
-"""The multimodal GLM: a decoder that reads image and speech features at placeholder tokens."""
+"""The multimodal GLM: a decoder that reads image and speech features at placeholder tokens.
 
-from collections.abc import Callable
+Letters of shapes: `B` rows, `T` tokens, `D` hidden size, `V` vocabulary, `K` images or recordings
+of a row, `N` chunks of speech, `M` features.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from glm_edge.configs import GLMConfig
+from glm_edge.configs import GLMConfig, VisionConfig
+from glm_edge.errors import DataError
+from glm_edge.kernels import rotary
 from glm_edge.models.glm import Cache, Decoder
 from glm_edge.models.layers import Embed, Linear
 from glm_edge.models.speech import SpeechEncoder
 from glm_edge.models.vision import VisionEncoder
+from glm_edge.params.sharding import constrain
+
+Images = Array | Sequence[Array]
 
 
 class MultimodalGLM(nn.Module):
@@ -39,21 +48,28 @@ class MultimodalGLM(nn.Module):
     def __call__(
         self,
         tokens: Array,
-        images: Array | None = None,
+        images: Images | None = None,
         audio: Array | None = None,
         positions: Array | None = None,
         mask: Array | None = None,
         cache: Cache | None = None,
+        audio_frames: Array | None = None,
     ) -> tuple[Array, dict[str, Any]]:
         """Scores the next token at every position.
 
         Args:
           tokens: [B, T]; placeholders stand where image and speech features go.
-          images: [B, height, width, channels], or [B, K, …] for K images a row, or None.
-          audio: [B, num_frames, mel_bins], or [B, K, …] for K recordings a row, or None.
-          positions: [B, T] or [3, B, T]; None counts from the cache's length.
+          images: [B, height, width, channels], or [B, K, …] for K images a row; or, for any sizes,
+            the images of all rows in reading order: [height, width, channels] of a still image,
+            [frames, height, width, channels] of a video; or None.
+          audio: [B, frames, mel_bins], or [B, K, …] for K recordings a row; or, with
+            `audio_frames`, chunks [N, frames, mel_bins] of all rows in reading order; or None.
+          positions: [B, T] or [3, B, T]; None counts from the cache's length, taking every token
+            as valid (see `start_positions`).
           mask: bool, broadcastable to [B, 1, T, S], which must include causality; None is causal.
           cache: from `glm_edge.models.glm.init_cache`, or None.
+          audio_frames: [N] frames of each chunk that hold sound; the features of the others are
+            left out.
 
         Returns:
           `(logits, intermediates)`: [B, T, V], and a dictionary of `hidden` (embedded input,
@@ -61,16 +77,47 @@ class MultimodalGLM(nn.Module):
         """
         if self.is_initializing():
             self.initialize_encoders()
-        x, encoded = self.embed_inputs(tokens, images, audio)
+        x, encoded = self.embed_inputs(tokens, images, audio, audio_frames)
         if positions is None:
             start = 0 if cache is None else cache["length"]
-            positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = start + self.start_positions(tokens, None, images)[0]
         final, hidden, cache = self.decoder(x, positions, mask, cache)
         intermediates = {"hidden": hidden, "final": final, "cache": cache, **encoded}
         return self.predict(final), intermediates
 
+    def start_positions(
+        self, tokens: Array, valid: Array | None = None, images: Images | None = None
+    ) -> tuple[Array, Array]:
+        """Positions of prompts, counted from each row's first valid token.
+
+        Args:
+          tokens: [B, T].
+          valid: bool [B, T], False at padding; None means no padding.
+          images: as in `__call__`; only their shapes are used.
+
+        Returns:
+          `(positions, following)`: [B, T], or [3, B, T] with three-dimensional rotary positions,
+          0 at padding; and [B], the position of the first token after the prompt.
+        """
+        valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+        if images is None or not self.config.decoder.mrope_section:
+            count = jnp.cumsum(valid, axis=1)
+            positions = jnp.where(valid, count - 1, 0)
+            if self.config.decoder.mrope_section:
+                positions = jnp.broadcast_to(positions, (3, *positions.shape))
+            return positions, count[:, -1]
+        placeholder = (tokens == self.config.image_token_id) & valid
+        per_row = not isinstance(images, list | tuple)
+        rank = _rank(placeholder, per_row)
+        grids = _feature_grids(images, self.config.vision)
+        return rotary.block_positions(rank, placeholder, valid, grids)
+
     def embed_inputs(
-        self, tokens: Array, images: Array | None = None, audio: Array | None = None
+        self,
+        tokens: Array,
+        images: Images | None = None,
+        audio: Array | None = None,
+        audio_frames: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """Embeds tokens and puts encoded images and speech at their placeholders."""
         x, encoded = self.embed(tokens), {}
@@ -78,23 +125,45 @@ class MultimodalGLM(nn.Module):
             encoded["vision"] = self.encode_images(images)
             x = place_features(x, tokens == self.config.image_token_id, encoded["vision"])
         if audio is not None:
-            encoded["speech"] = self.encode_audio(audio)
+            encoded["speech"] = self.encode_audio(audio, audio_frames)
             x = place_features(x, tokens == self.config.audio_token_id, encoded["speech"])
-        return x, encoded
+        return constrain(x, "batch", "length", "embed"), encoded
 
-    def encode_images(self, images: Array) -> Array:
-        """Image features [B, num_tokens, D], or [B, K * num_tokens, D] of K images a row."""
-        return _encode_rows(lambda rows: self.vision(rows)[0], images, item_axes=3)
+    def encode_images(self, images: Images) -> Array:
+        """Features of images: [B, M, D] of an array, [M, D] of a sequence; see `__call__`."""
+        if not isinstance(images, list | tuple):
+            items = images.reshape(-1, *images.shape[-3:])
+            features = self.vision(items)[0]
+            return features.reshape(images.shape[0], -1, features.shape[-1])
+        # Images of one size are encoded together, which compiles and multiplies fewer times.
+        groups = [_temporal_patches(image, self.config.vision) for image in images]
+        sizes = sorted({group.shape[2:4] for group in groups})
+        features = [None] * len(groups)
+        for size in sizes:
+            members = [index for index, group in enumerate(groups) if group.shape[2:4] == size]
+            encoded = self.vision(jnp.concatenate([groups[index] for index in members]))[0]
+            for index in members:
+                count = groups[index].shape[0]
+                features[index] = encoded[:count].reshape(-1, encoded.shape[-1])
+                encoded = encoded[count:]
+        return jnp.concatenate(features)
 
-    def encode_audio(self, audio: Array) -> Array:
-        """Speech features [B, num_tokens, D], or [B, K * num_tokens, D] of K recordings a row."""
-        return _encode_rows(lambda rows: self.speech(rows)[0], audio, item_axes=2)
+    def encode_audio(self, audio: Array, audio_frames: Array | None = None) -> Array:
+        """Speech features: [B, M, D], or [N * M, D] with `audio_frames`, those that count first."""
+        items = audio.reshape(-1, *audio.shape[-2:])
+        features = self.speech(items)[0]
+        if audio_frames is None:
+            return features.reshape(audio.shape[0], -1, features.shape[-1])
+        count = audio_features(audio_frames, self.config.speech.merge_size)
+        left_out = jnp.arange(features.shape[1]) >= count[:, None]
+        order = jnp.argsort(left_out.reshape(-1), stable=True)
+        return features.reshape(-1, features.shape[-1])[order]
 
     def predict(self, final: Array) -> Array:
         """Scores of every token from the normed output of the decoder."""
-        if self.config.decoder.tie_embeddings:
-            return self.embed.attend(final)
-        return self.head(final)
+        tied = self.config.decoder.tie_embeddings
+        logits = self.embed.attend(final) if tied else self.head(final)
+        return constrain(logits, "batch", "length", "vocab")
 
     def initialize_encoders(self) -> None:
         """Creates the encoders' parameters whatever inputs `init` was given."""
@@ -105,10 +174,53 @@ class MultimodalGLM(nn.Module):
             self.speech(jnp.zeros((1, speech.num_frames, speech.mel_bins)))
 
 
-def _encode_rows(encode: Callable[[Array], Array], inputs: Array, item_axes: int) -> Array:
-    item = inputs.shape[inputs.ndim - item_axes :]
-    features = encode(inputs.reshape(-1, *item))
-    return features.reshape(inputs.shape[0], -1, features.shape[-1])
+def audio_features(audio_frames: Array, merge_size: int) -> Array:
+    """Features of chunks of speech, after a convolution of stride 2 and a merge of whole groups.
+
+    Args:
+      audio_frames: integers, frames that hold sound.
+      merge_size: frames that make one feature.
+
+    Returns:
+      Integers of the same shape.
+    """
+    return (audio_frames + 1) // 2 // merge_size
+
+
+def _temporal_patches(image: Array, config: VisionConfig) -> Array:
+    """[temporal patches, P, height, width, channels] of a still image or a video."""
+    if image.ndim not in (3, 4) or image.shape[-1] != config.channels:
+        raise DataError(
+            f"an image must be [height, width, {config.channels}] and a video [frames, height, "
+            f"width, {config.channels}], found {list(image.shape)}"
+        )
+    size = config.temporal_patch_size
+    if image.ndim == 3:
+        return jnp.broadcast_to(image, (1, size, *image.shape))
+    if image.shape[0] % size:
+        raise DataError(f"a video must be a multiple of {size} frames, found {image.shape[0]}")
+    return image.reshape(-1, size, *image.shape[1:])
+
+
+def _feature_grids(images: Images, config: VisionConfig) -> list[tuple[int, int]]:
+    """(rows, columns) of features of each image, or of each temporal patch of a video."""
+    if not isinstance(images, list | tuple):
+        shapes = [images.shape[-3:]] * (images.shape[1] if images.ndim == 5 else 1)
+    else:
+        shapes = [
+            image.shape[-3:]
+            for image in images
+            for _ in range(image.shape[0] // config.temporal_patch_size if image.ndim == 4 else 1)
+        ]
+    grids = [config.grid_of(shape[:2]) for shape in shapes]
+    return [(rows // config.merge_size, columns // config.merge_size) for rows, columns in grids]
+
+
+def _rank(placeholder: Array, per_row: bool) -> Array:
+    """Place of each placeholder among those of its row, or of all rows in reading order."""
+    if per_row:
+        return jnp.cumsum(placeholder, axis=1) - 1
+    return jnp.cumsum(placeholder.reshape(-1)).reshape(placeholder.shape) - 1
 
 
 def place_features(x: Array, placeholder: Array, features: Array) -> Array:
@@ -116,13 +228,15 @@ def place_features(x: Array, placeholder: Array, features: Array) -> Array:
 
     Args:
       x: [B, T, D] embedded tokens.
-      placeholder: bool [B, T]; each row holds at most `M` of them.
-      features: [B, M, D].
+      placeholder: bool [B, T].
+      features: [B, M, D], a row for each row of `x`, or [M, D] for all rows in reading order.
 
     Returns:
       [B, T, D].
     """
-    rank = jnp.cumsum(placeholder, axis=1) - 1
-    index = jnp.clip(rank, 0, features.shape[1] - 1)
-    placed = jnp.take_along_axis(features, index[..., None], axis=1)
+    per_row = features.ndim == 3
+    index = jnp.clip(_rank(placeholder, per_row), 0, features.shape[-2] - 1)
+    if per_row:
+        index = (jnp.arange(x.shape[0])[:, None], index)
+    placed = features[index]
     return jnp.where(placeholder[..., None], placed.astype(x.dtype), x)

@@ -1,4 +1,4 @@
-"""The GLM-ASR speech encoder: two convolutions, a transformer, a 4x merge and a projector."""
+"""The speech encoders of GLM-ASR and Whisper: convolutions, transformer, merge and projector."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from jax import Array
 from glm_edge.configs import SpeechConfig
 from glm_edge.kernels import attention as attention_kernels
 from glm_edge.kernels import rotary
-from glm_edge.models.layers import LayerNorm, Linear, Stack
+from glm_edge.models.layers import LayerNorm, Linear, Stack, normal
+from glm_edge.params.sharding import constrain
 
 
 class SpeechAttention(nn.Module):
@@ -25,7 +26,8 @@ class SpeechAttention(nn.Module):
 
         def project(name: str, use_bias: bool) -> Array:
             projected = Linear(config.hidden_size, use_bias, self.compute, name=name)(x)
-            return projected.reshape(*x.shape[:2], config.num_heads, -1)
+            projected = projected.reshape(*x.shape[:2], config.num_heads, -1)
+            return constrain(projected, "batch", "length", "heads", "head_dim")
 
         query = rotary.rotate_half(project("q_proj", True), angle)
         key = rotary.rotate_half(project("k_proj", False), angle)
@@ -44,10 +46,12 @@ class SpeechLayer(nn.Module):
         config = self.config
         normed = LayerNorm(config.layer_norm_eps, name="input_norm")(x)
         x = x + SpeechAttention(config, self.compute, name="attention")(normed, angle)
+        x = constrain(x, "batch", "length", "embed")
         hidden = LayerNorm(config.layer_norm_eps, name="post_attention_norm")(x)
         hidden = Linear(config.intermediate_size, True, self.compute, name="fc1")(hidden)
-        hidden = nn.gelu(hidden, approximate=False)
-        return x + Linear(config.hidden_size, True, self.compute, name="fc2")(hidden)
+        hidden = constrain(nn.gelu(hidden, approximate=False), "batch", "length", "neurons")
+        x = x + Linear(config.hidden_size, True, self.compute, name="fc2")(hidden)
+        return constrain(x, "batch", "length", "embed")
 
 
 class SpeechEncoder(nn.Module):
@@ -55,61 +59,67 @@ class SpeechEncoder(nn.Module):
 
     Attributes:
       config: of the encoder.
-      out_features: hidden size of the decoder.
+      out_features: hidden size of the decoder; unused without a projector.
       compute: see `glm_edge.params.linear`.
     """
 
     config: SpeechConfig
-    out_features: int
+    out_features: int = 0
     compute: str = "float32"
 
     def setup(self):
         config = self.config
         self.conv1 = Linear(config.hidden_size, True, self.compute)
         self.conv2 = Linear(config.hidden_size, True, self.compute)
+        if config.learned_positions:
+            table = (config.num_frames // 2, config.hidden_size)
+            self.position = self.param("position", normal(0.02), table)
         self.layers = Stack(
             tuple(SpeechLayer(config, self.compute) for _ in range(config.num_layers))
         )
         self.norm = LayerNorm(config.layer_norm_eps)
-        self.linear_1 = Linear(config.projector_size, True, self.compute)
-        self.linear_2 = Linear(self.out_features, True, self.compute)
+        if config.projector_size:
+            self.linear_1 = Linear(config.projector_size, True, self.compute)
+            self.linear_2 = Linear(self.out_features, True, self.compute)
 
     def __call__(self, mel: Array) -> tuple[Array, dict[str, Any]]:
         """Encodes log-mel spectrograms.
 
         Args:
-          mel: [B, num_frames, mel_bins].
+          mel: [B, frames, mel_bins]; exactly `num_frames` with learned positions.
 
         Returns:
-          `(features, intermediates)`: [B, num_frames / 8, out_features], and `hidden`, the input
-          of every layer and the output of the last.
+          `(features, intermediates)`: [B, frames / (2 merge_size), out_features], or the normed
+          [B, frames / 2, hidden_size] without a projector; and `conv1` and `conv2` before GELU,
+          `hidden` (input of every layer and output of the last), `final` (normed).
         """
-        x = self.embed(mel)
+        conv1 = self.conv1(_neighbours(mel))
+        conv2 = self.conv2(_neighbours(nn.gelu(conv1, approximate=False))[:, ::2])
+        x = nn.gelu(conv2, approximate=False)
+        if self.config.learned_positions:
+            x = x + self.position
+        x = constrain(x, "batch", "length", "embed")
         angle = self.angles(x.shape[1])
         hidden = [x]
         for index in range(self.config.num_layers):
             x = self.layers[index](x, angle)
             hidden.append(x)
-        return self.head(x), {"hidden": hidden}
-
-    def embed(self, mel: Array) -> Array:
-        """The two convolutions, [B, num_frames / 2, hidden_size]."""
-        x = nn.gelu(self.conv1(_neighbours(mel)), approximate=False)
-        return nn.gelu(self.conv2(_neighbours(x)[:, ::2]), approximate=False)
+        final = self.norm(x)
+        intermediates = {"conv1": conv1, "conv2": conv2, "hidden": hidden, "final": final}
+        return self.head(final), intermediates
 
     def angles(self, length: int) -> Array:
         """Rotary angles, [1, length, rotary_dim / 2]."""
-        config = self.config
-        head_dim = config.hidden_size // config.num_heads
-        frequencies = rotary.inverse_frequencies(
-            int(head_dim * config.partial_rotary_factor), config.rope_theta
-        )
+        frequencies = rotary.inverse_frequencies(self.config.rotary_dim, self.config.rope_theta)
         return jnp.asarray(np.arange(length)[:, None] * frequencies, jnp.float32)[None]
 
-    def head(self, x: Array) -> Array:
-        """Final norm, merge of neighbouring frames, and projector."""
-        merged = self.norm(x).reshape(x.shape[0], -1, x.shape[2] * self.config.merge_size)
-        return self.linear_2(nn.gelu(self.linear_1(merged), approximate=False))
+    def head(self, final: Array) -> Array:
+        """Merge of neighbouring frames and projector, of normed frames."""
+        if not self.config.projector_size:
+            return final
+        merged = final.reshape(final.shape[0], -1, final.shape[2] * self.config.merge_size)
+        hidden = nn.gelu(self.linear_1(merged), approximate=False)
+        return self.linear_2(constrain(hidden, "batch", "length", "neurons"))
 
 
 def _neighbours(x: Array) -> Array:

@@ -9,6 +9,7 @@ from jax import Array
 from glm_edge.configs import TextConfig
 from glm_edge.kernels import attention as attention_kernels
 from glm_edge.models.layers import Embed, LayerNorm, Linear, Stack
+from glm_edge.params.sharding import constrain
 
 
 class TextLayer(nn.Module):
@@ -26,14 +27,18 @@ class TextLayer(nn.Module):
 
         def heads(name: str) -> Array:
             projected = linear(name, config.hidden_size)(x)
-            return projected.reshape(*x.shape[:2], config.num_heads, -1)
+            projected = projected.reshape(*x.shape[:2], config.num_heads, -1)
+            return constrain(projected, "batch", "length", "heads", "head_dim")
 
         mixed = attention_kernels.attention(heads("q_proj"), heads("k_proj"), heads("v_proj"), mask)
         attended = linear("o_proj", config.hidden_size)(mixed.reshape(x.shape))
         x = LayerNorm(config.layer_norm_eps, name="attention_norm")(x + attended)
+        x = constrain(x, "batch", "length", "embed")
         hidden = nn.gelu(linear("fc1", config.intermediate_size)(x), approximate=False)
-        hidden = linear("fc2", config.hidden_size)(hidden)
-        return LayerNorm(config.layer_norm_eps, name="output_norm")(x + hidden)
+        hidden = constrain(hidden, "batch", "length", "neurons")
+        x = x + linear("fc2", config.hidden_size)(hidden)
+        x = LayerNorm(config.layer_norm_eps, name="output_norm")(x)
+        return constrain(x, "batch", "length", "embed")
 
 
 class TextEncoder(nn.Module):
@@ -60,8 +65,9 @@ class TextEncoder(nn.Module):
         self.layers = Stack(
             tuple(TextLayer(config, self.compute) for _ in range(config.num_layers))
         )
-        if config.num_labels:
+        if config.pooler:
             self.pooler = Linear(config.hidden_size, True, self.compute)
+        if config.num_labels:
             self.classifier = Linear(config.num_labels, True, self.compute)
 
     def __call__(
@@ -75,19 +81,24 @@ class TextEncoder(nn.Module):
           token_types: [B, T] segment of each token; None means the first.
 
         Returns:
-          `(output, intermediates)`: logits [B, num_labels], or [B, T, D] without labels, and
-          `hidden`, the input of every layer and the output of the last.
+          `(output, intermediates)`: logits [B, num_labels], or [B, T, D] without labels; and
+          `hidden`, the input of every layer and the output of the last, and `pooled` [B, D] with
+          a pooler.
         """
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
         if self.config.type_vocab_size:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             x = x + self.token_type(types)
-        x = self.norm(x)
+        x = constrain(self.norm(x), "batch", "length", "embed")
         mask = None if valid is None else valid[:, None, None, :]
         hidden = [x]
         for index in range(self.config.num_layers):
             x = self.layers[index](x, mask)
             hidden.append(x)
+        intermediates, first = {"hidden": hidden}, x[:, 0]
+        if self.config.pooler:
+            activation = jnp.tanh if self.config.pooler == "tanh" else nn.relu
+            first = intermediates["pooled"] = activation(self.pooler(first))
         if not self.config.num_labels:
-            return x, {"hidden": hidden}
-        return self.classifier(jnp.tanh(self.pooler(x[:, 0]))), {"hidden": hidden}
+            return x, intermediates
+        return self.classifier(first), intermediates

@@ -1,7 +1,7 @@
-"""The GLM vision tower: patches, pre-norm transformer, 2x2 merge and gated projector.
+"""Vision towers of GLM-4.1V, GLM-OCR and SigLIP: patches, transformer, merge, gated projector.
 
 Patches and merges are reshapes followed by a `Linear`, so that they compress and export like any
-other matrix.
+other matrix. Letters of shapes: `B` images, `P` frames of a temporal patch, `L` patches.
 """
 
 from typing import Any
@@ -15,7 +15,11 @@ from jax import Array
 from glm_edge.configs import VisionConfig
 from glm_edge.kernels import attention as attention_kernels
 from glm_edge.kernels import rotary
-from glm_edge.models.layers import GatedMLP, LayerNorm, Linear, RMSNorm, Stack, normal
+from glm_edge.models.layers import MLP, GatedMLP, LayerNorm, Linear, RMSNorm, Stack, normal
+from glm_edge.params.sharding import constrain
+
+Grid = tuple[int, int]
+PROJECTOR_EPS = 1e-5
 
 
 class VisionAttention(nn.Module):
@@ -29,50 +33,56 @@ class VisionAttention(nn.Module):
         config = self.config
 
         def project(name: str) -> Array:
-            projected = Linear(config.hidden_size, config.attention_bias, self.compute, name=name)(
-                x
-            )
-            return projected.reshape(*x.shape[:2], config.num_heads, -1)
+            linear = Linear(config.hidden_size, config.attention_bias, self.compute, name=name)
+            heads = linear(x).reshape(*x.shape[:2], config.num_heads, -1)
+            return constrain(heads, "batch", "length", "heads", "head_dim")
 
-        query = rotary.rotate_half(project("q_proj"), angle)
-        key = rotary.rotate_half(project("k_proj"), angle)
-        mixed = attention_kernels.attention(query, key, project("v_proj"))
-        mixed = mixed.reshape(*x.shape)
-        return Linear(config.hidden_size, False, self.compute, name="o_proj")(mixed)
+        query, key = project("q_proj"), project("k_proj")
+        if config.qk_norm:
+            query = RMSNorm(config.norm_eps, name="q_norm")(query)
+            key = RMSNorm(config.norm_eps, name="k_norm")(key)
+        if config.rotary:
+            query, key = rotary.rotate_half(query, angle), rotary.rotate_half(key, angle)
+        mixed = attention_kernels.attention(query, key, project("v_proj")).reshape(*x.shape)
+        o_proj = Linear(config.hidden_size, config.projection_bias, self.compute, name="o_proj")
+        return o_proj(mixed)
 
 
 class VisionLayer(nn.Module):
     """One pre-norm layer; `window` patches attend to each other, all of them when it is None."""
 
     config: VisionConfig
-    window: tuple[int, int] | None
+    window: Grid | None
     compute: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Array, angle: Array) -> Array:
+    def __call__(self, x: Array, angle: Array, grid: Grid) -> Array:
         config = self.config
-        normed = RMSNorm(config.rms_norm_eps, name="input_norm")(x)
+        normed = _norm(config, "input_norm")(x)
         attention = VisionAttention(config, self.compute, name="attention")
         if self.window is None:
             attended = attention(normed, angle)
         else:
+            angle = jnp.broadcast_to(angle, (x.shape[0], *angle.shape[1:]))
             attended = _join_windows(
                 attention(
-                    _split_windows(normed, config.grid, self.window),
-                    _split_windows(
-                        jnp.broadcast_to(angle, (x.shape[0], *angle.shape[1:])),
-                        config.grid,
-                        self.window,
-                    ),
+                    _split_windows(normed, grid, self.window),
+                    _split_windows(angle, grid, self.window),
                 ),
-                config.grid,
+                grid,
                 self.window,
             )
-        x = x + attended
-        mlp = GatedMLP(
-            config.intermediate_size, config.hidden_size, compute=self.compute, name="mlp"
+        x = constrain(x + attended, "batch", "length", "embed")
+        kind = GatedMLP if config.gated_mlp else MLP
+        mlp = kind(
+            config.intermediate_size,
+            config.hidden_size,
+            config.projection_bias,
+            self.compute,
+            name="mlp",
         )
-        return x + mlp(RMSNorm(config.rms_norm_eps, name="post_attention_norm")(x))
+        mixed = mlp(_norm(config, "post_attention_norm")(x))
+        return constrain(x + mixed, "batch", "length", "embed")
 
 
 class Projector(nn.Module):
@@ -85,8 +95,36 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = Linear(self.features, False, self.compute, name="proj")(x)
-        x = nn.gelu(LayerNorm(1e-5, name="norm")(x), approximate=False)
+        x = constrain(x, "batch", "length", "projected")
+        x = nn.gelu(LayerNorm(PROJECTOR_EPS, name="norm")(x), approximate=False)
         return GatedMLP(self.neurons, self.features, compute=self.compute, name="mlp")(x)
+
+
+class PoolingHead(nn.Module):
+    """One learned query attends to all patches (SigLIP)."""
+
+    config: VisionConfig
+    compute: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+
+        def linear(name: str, x: Array) -> Array:
+            return Linear(config.hidden_size, True, self.compute, name=name)(x)
+
+        def heads(name: str, x: Array) -> Array:
+            projected = linear(name, x).reshape(*x.shape[:2], config.num_heads, -1)
+            return constrain(projected, "batch", "length", "heads", "head_dim")
+
+        probe = self.param("probe", normal(0.02), (config.hidden_size,))
+        query = jnp.broadcast_to(probe, (x.shape[0], 1, config.hidden_size))
+        mixed = attention_kernels.attention(
+            heads("q_proj", query), heads("k_proj", x), heads("v_proj", x)
+        )
+        pooled = linear("o_proj", mixed.reshape(query.shape))
+        mlp = MLP(config.intermediate_size, config.hidden_size, True, self.compute, name="mlp")
+        return (pooled + mlp(LayerNorm(config.norm_eps, name="norm")(pooled)))[:, 0]
 
 
 class VisionEncoder(nn.Module):
@@ -94,100 +132,134 @@ class VisionEncoder(nn.Module):
 
     Attributes:
       config: of the tower.
-      out_features: hidden size of the decoder.
+      out_features: hidden size of the decoder; unused without a projector.
       compute: see `glm_edge.params.linear`.
     """
 
     config: VisionConfig
-    out_features: int
+    out_features: int = 0
     compute: str = "float32"
 
     def setup(self):
         config = self.config
         self.patch = Linear(config.hidden_size, True, self.compute)
         if config.post_conv_norm:
-            self.post_conv_norm = RMSNorm(config.rms_norm_eps)
-        rows, columns = config.position_grid
-        self.position = self.param("position", normal(0.02), (rows * columns, config.hidden_size))
+            self.post_conv_norm = _norm(config, None)
+        if config.learned_positions:
+            table = (config.position_grid[0] * config.position_grid[1], config.hidden_size)
+            self.position = self.param("position", normal(0.02), table)
         windows = [
             None if index in config.global_layers else config.window
             for index in range(config.num_layers)
         ]
         self.layers = Stack(tuple(VisionLayer(config, window, self.compute) for window in windows))
-        self.norm = RMSNorm(config.rms_norm_eps)
+        self.norm = _norm(config, None)
+        if config.pooling_head:
+            self.pool = PoolingHead(config, self.compute)
+        if not config.projector_size:
+            return
         self.merge = Linear(self.out_features, True, self.compute)
         self.projector = Projector(self.out_features, config.projector_size, self.compute)
+        if config.boundary_embeddings:
+            self.begin = self.param("begin", normal(0.02), (self.out_features,))
+            self.end = self.param("end", normal(0.02), (self.out_features,))
         if config.separable_positions:
             grid = [extent // config.merge_size for extent in config.grid]
             self.row = self.param("row", normal(0.3), (grid[0], self.out_features))
             self.column = self.param("column", normal(0.3), (grid[1], self.out_features))
 
     def __call__(self, images: Array) -> tuple[Array, dict[str, Any]]:
-        """Encodes still images of the configured size.
+        """Encodes still images, or groups of frames, of one size.
 
         Args:
-          images: [B, height, width, channels], preprocessed.
+          images: [B, height, width, channels], or [B, P, height, width, channels] of the
+            `temporal_patch_size` frames that make one temporal patch of a video; preprocessed.
 
         Returns:
-          `(features, intermediates)`: [B, num_tokens, out_features], merged cells in row-major
-          order, and `hidden`, the input of every layer and the output of the last.
+          `(features, intermediates)`: [B, tokens, out_features], merged cells in row-major order,
+          or [B, L, hidden_size] normed patches without a projector; and `patches` before anything
+          is added, `hidden` (input of every layer and output of the last), `final` (normed), and
+          `pooled` [B, hidden_size] with a pooling head.
         """
-        x = self.embed(images)
-        angle = self.angles()
+        grid = self.config.grid_of(images.shape[-3:-1])
+        x, projected = self.embed(images)
+        angle = self.angles(grid)
         hidden = [x]
         for index in range(self.config.num_layers):
-            x = self.layers[index](x, angle)
+            x = self.layers[index](x, angle, grid)
             hidden.append(x)
-        return self.head(x), {"hidden": hidden}
+        final = self.norm(x)
+        intermediates = {"patches": projected, "hidden": hidden, "final": final}
+        if self.config.pooling_head:
+            intermediates["pooled"] = self.pool(final)
+        return self.head(final, grid), intermediates
 
-    def embed(self, images: Array) -> Array:
-        """Patches with their position embedding, [B, rows * columns, hidden_size]."""
+    def embed(self, images: Array) -> tuple[Array, Array]:
+        """Patches with and without norm and position embedding, [B, L, hidden_size] each."""
         config = self.config
-        x = self.patch(patches(images, config))
-        if config.post_conv_norm:
-            x = self.post_conv_norm(x)
-        return x + _resize_positions(self.position, config.position_grid, config.grid)
+        grid = config.grid_of(images.shape[-3:-1])
+        projected = self.patch(patches(images, config))
+        x = self.post_conv_norm(projected) if config.post_conv_norm else projected
+        if config.learned_positions:
+            x = x + _resize_positions(self.position, config.position_grid, grid)
+        return constrain(x, "batch", "length", "embed"), projected
 
-    def angles(self) -> Array:
+    def angles(self, grid: Grid) -> Array:
         """Rotary angles of rows, then columns, [1, rows * columns, head_dim / 2]."""
         config = self.config
-        rows, columns = config.grid
         quarter = rotary.inverse_frequencies(
             config.hidden_size // config.num_heads // 2, config.rope_theta
         )
-        row, column = np.divmod(np.arange(rows * columns), columns)
+        row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
         angle = np.concatenate([row[:, None] * quarter, column[:, None] * quarter], axis=-1)
         return jnp.asarray(angle, jnp.float32)[None]
 
-    def head(self, x: Array) -> Array:
-        """Final norm, 2x2 merge, projector and, where configured, positions."""
+    def head(self, final: Array, grid: Grid) -> Array:
+        """Merge, projector and, where configured, positions and boundaries, of normed patches."""
         config = self.config
-        rows, columns = config.grid
+        if not config.projector_size:
+            return final
         merged = rearrange(
-            self.norm(x),
+            final,
             "b (r i c j) d -> b (r c) (i j d)",
-            r=rows // config.merge_size,
+            r=grid[0] // config.merge_size,
             i=config.merge_size,
-            c=columns // config.merge_size,
+            c=grid[1] // config.merge_size,
             j=config.merge_size,
         )
         features = self.projector(self.merge(merged))
         if config.separable_positions:
             cells = self.row[:, None] + self.column[None]
             features = features + cells.reshape(-1, self.out_features)
+        if config.boundary_embeddings:
+            edge = (features.shape[0], 1, self.out_features)
+            begin, end = jnp.broadcast_to(self.begin, edge), jnp.broadcast_to(self.end, edge)
+            features = jnp.concatenate([begin, features, end], axis=1)
         return features
 
 
+def _norm(config: VisionConfig, name: str | None) -> nn.Module:
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.norm_eps, name=name)
+
+
 def patches(images: Array, config: VisionConfig) -> Array:
-    """Cuts images into (overlapping) windows.
+    """Cuts images into (overlapping) windows; pixels beyond the last whole patch are left out.
 
     Args:
-      images: [B, height, width, channels].
+      images: [B, height, width, channels], or [B, P, height, width, channels].
       config: of the tower.
 
     Returns:
-      [B, rows * columns, temporal * patch_size ** 2 * channels], rows first; edges repeat.
+      [B, rows * columns, P * patch_size ** 2 * channels], rows first; edges repeat, and a still
+      image stands for all `P` frames.
     """
+    if images.ndim == 4:
+        return jnp.concatenate([_windows(images, config)] * config.temporal_patch_size, axis=-1)
+    frames = [_windows(images[:, frame], config) for frame in range(images.shape[1])]
+    return jnp.concatenate(frames, axis=-1)
+
+
+def _windows(images: Array, config: VisionConfig) -> Array:
     overlap = config.patch_size - config.patch_stride
     stride, size = config.patch_stride, config.patch_size
     height, width = images.shape[1:3]
@@ -201,8 +273,7 @@ def patches(images: Array, config: VisionConfig) -> Array:
     cut = jnp.stack(
         [strips[:, :, :, j : j + (columns - 1) * stride + 1 : stride] for j in range(size)], axis=3
     )
-    flat = rearrange(cut, "b r y x c k -> b (r c) (y x k)")
-    return jnp.concatenate([flat] * config.temporal_patch_size, axis=-1)
+    return rearrange(cut, "b r y x c k -> b (r c) (y x k)")
 
 
 def _split_windows(x: Array, grid: tuple[int, int], window: tuple[int, int]) -> Array:

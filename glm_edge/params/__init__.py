@@ -1,8 +1,10 @@
-"""Boxed parameters, paths and rules over them, byte counts, and flat storage."""
+"""Boxed parameters, paths and rules over them, byte counts, flat storage, and meshes of devices."""
 
+from glm_edge.params import sharding
 from glm_edge.params.boxes import Format, Masked, Quantized, dense, is_box, mask, quantized
 from glm_edge.params.flat import from_flat, to_flat
 from glm_edge.params.linear import linear, lookup
+from glm_edge.params.sharding import logical_axes, shard
 from glm_edge.params.tree import (
     cast,
     combine,
@@ -27,6 +29,7 @@ __all__ = [
     "is_box",
     "is_matrix",
     "linear",
+    "logical_axes",
     "lookup",
     "map_with_path",
     "mask",
@@ -34,6 +37,8 @@ __all__ = [
     "path_items",
     "quantized",
     "select",
+    "shard",
+    "sharding",
     "stored_bytes",
     "to_flat",
 ]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 
 from glm_edge.kernels import embedding, matmul
@@ -27,11 +28,20 @@ def linear(x: Array, weight: Any, compute: str = "float32") -> Array:
         return product(x, weight.integers(), weight.scale, weight.zero)
     if compute == "bfloat16":
         return matmul.dense_bf16(x, dense(weight))
-    return matmul.dense(x, dense(weight).astype(x.dtype))
+    weight = dense(weight)
+    if (x.dtype, weight.dtype) == (jnp.float32, jnp.bfloat16) and _rows(x) <= matmul.SPLIT_ROWS:
+        return matmul.dense_split(x, weight)
+    return matmul.dense(x, weight.astype(x.dtype))
+
+
+def _rows(x: Array) -> int:
+    return x.size // x.shape[-1]
 
 
 def lookup(weight: Any, tokens: Array) -> Array:
     """Reads rows of an embedding, dequantizing only the rows that are read.
+
+    Activations start here: rows stored in a narrower type come out in float32.
 
     Args:
       weight: array or box of dense shape [V, D].
@@ -41,10 +51,14 @@ def lookup(weight: Any, tokens: Array) -> Array:
       [..., D].
     """
     if not isinstance(weight, Quantized) or weight.kernel_shape:
-        return embedding.take_rows(dense(weight), tokens)
+        return _widen(embedding.take_rows(dense(weight), tokens))
     rows = weight.replace(
         data=weight.data[tokens],
         scale=weight.scale[tokens],
         zero=None if weight.zero is None else weight.zero[tokens],
     )
-    return rows.unbox()
+    return _widen(rows.unbox())
+
+
+def _widen(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

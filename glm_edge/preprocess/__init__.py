@@ -1,15 +1,38 @@
-"""From files and samples to what the models read: images, speech, prompts."""
+"""From files, samples and conversations to what the models read."""
 
-from glm_edge.preprocess.audio import load_wav, prepare_audio, resample
+from glm_edge.preprocess.audio import load_wav, prepare_audio, prepare_recording, resample
+from glm_edge.preprocess.chat import family_template, render, split_thinking
 from glm_edge.preprocess.image import load_image, prepare_images, resize
+from glm_edge.preprocess.patches import from_patches, to_patches
+from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing, VideoProcessing
+from glm_edge.preprocess.processor import Inputs, Processor
+from glm_edge.preprocess.resizing import resize_uint8, smart_resize
 from glm_edge.preprocess.tokens import prompt_ids
+from glm_edge.preprocess.vision import Video, prepare_image, prepare_video, sample_frames
 
 __all__ = [
+    "AudioProcessing",
+    "ImageProcessing",
+    "Inputs",
+    "Processor",
+    "Video",
+    "VideoProcessing",
+    "family_template",
+    "from_patches",
     "load_image",
     "load_wav",
     "prepare_audio",
+    "prepare_image",
     "prepare_images",
+    "prepare_recording",
+    "prepare_video",
     "prompt_ids",
+    "render",
     "resample",
     "resize",
+    "resize_uint8",
+    "sample_frames",
+    "smart_resize",
+    "split_thinking",
+    "to_patches",
 ]

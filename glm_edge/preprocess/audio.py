@@ -12,6 +12,7 @@ import numpy as np
 from glm_edge.configs import SpeechConfig
 from glm_edge.errors import DataError
 from glm_edge.kernels.log_mel import log_mel
+from glm_edge.preprocess.processing import AudioProcessing
 
 FILTER_ZEROS = 32
 KAISER_BETA = 8.6
@@ -119,6 +120,45 @@ def prepare_audio(samples: np.ndarray, config: SpeechConfig) -> np.ndarray:
         )
     )
     return mel[0] if samples.ndim == 1 else mel
+
+
+def prepare_recording(
+    samples: np.ndarray, processing: AudioProcessing
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts a recording into chunks and makes the log-mel frames of each, silence after the last.
+
+    Args:
+      samples: [L] at `processing.sample_rate`, in -1..1; what exceeds `max_s` is left out.
+      processing: the parameters.
+
+    Returns:
+      `(mel, audio_frames)`: float32 [N, frames of a chunk, mel_bins], and int32 [N], the frames
+      of each chunk that are not silence added here.
+
+    Raises:
+      DataError: samples are not one finite row, or too short for a single feature.
+    """
+    row = _checked(samples, 1)
+    length, hop = processing.chunk_samples, processing.hop_length
+    row = row[: processing.max_chunks * length]
+    count = -(-len(row) // length)
+    lengths = np.full(count, length)
+    lengths[-1] = len(row) - (count - 1) * length
+    audio_frames = np.minimum(-(-lengths // hop), length // hop).astype(np.int32)
+    if not processing.num_tokens(audio_frames):
+        raise DataError(
+            f"a recording of {len(row)} samples is too short: a feature covers "
+            f"{2 * processing.merge_size * hop} samples"
+        )
+    chunks = np.pad(row, (0, count * length - len(row))).reshape(count, 1, length)
+    # One chunk at a time: the compiled function stays the same for every recording.
+    mel = [
+        _compiled_log_mel()(
+            chunk, processing.mel_bins, processing.fft_size, hop, processing.sample_rate
+        )
+        for chunk in chunks
+    ]
+    return np.concatenate(mel), audio_frames
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Images: reading files, bicubic resizing, and batches of a model's size."""
 
 import functools
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,11 @@ CUBIC = -0.5
 CUBIC_SUPPORT = 2.0
 
 
-def load_image(path: str | os.PathLike) -> np.ndarray:
+def load_image(path: str | os.PathLike | bytes) -> np.ndarray:
     """Reads an image file (PNG, JPEG, …), turned upright.
 
     Args:
-      path: of the file.
+      path: of the file, or its bytes.
 
     Returns:
       float32 [height, width, 3] RGB in 0..1.
@@ -29,9 +30,10 @@ def load_image(path: str | os.PathLike) -> np.ndarray:
     """
     pillow = require("PIL.Image", extra="data")
     upright = require("PIL.ImageOps", extra="data").exif_transpose
-    file = Path(path)
+    in_memory = isinstance(path, bytes)
+    file = "image" if in_memory else Path(path)
     try:
-        with pillow.open(file) as image:
+        with pillow.open(io.BytesIO(path) if in_memory else file) as image:
             image.load()
             mode, pixels = image.mode, np.asarray(upright(image).convert("RGB"))
     except pillow.UnidentifiedImageError as error:
@@ -105,12 +107,29 @@ def _weights(source: int, target: int) -> np.ndarray:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _checked(image: np.ndarray, where: str, channels: int) -> np.ndarray:
+def check_pixels(image: np.ndarray, where: str, channels: int, axes: int = 3) -> np.ndarray:
+    """Refuses what is no image, or no frames of a video.
+
+    Args:
+      image: [height, width, channels], or [frames, …]: floats in 0..1 or uint8.
+      where: what it is, for messages.
+      channels: that it must have.
+      axes: 3 for an image, 4 for frames.
+
+    Returns:
+      The array as it is.
+
+    Raises:
+      DataError: it is of another shape or type, holds NaN, or leaves 0..1.
+    """
     image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] != channels or 0 in image.shape:
-        raise DataError(f"{where}: must be [height, width, {channels}], found {list(image.shape)}")
+    if image.ndim != axes or image.shape[-1] != channels or 0 in image.shape:
+        frames = "frames, " if axes == 4 else ""
+        raise DataError(
+            f"{where}: must be [{frames}height, width, {channels}], found {list(image.shape)}"
+        )
     if image.dtype == np.uint8:
-        return image.astype(np.float32) / 255.0
+        return image
     if not np.issubdtype(image.dtype, np.floating):
         raise DataError(f"{where}: must be floats in 0..1 or uint8, found {image.dtype}")
     if not np.isfinite(image).all():
@@ -120,3 +139,8 @@ def _checked(image: np.ndarray, where: str, channels: int) -> np.ndarray:
             f"{where}: values lie in {image.min():g}..{image.max():g}; floats must lie in 0..1"
         )
     return image
+
+
+def _checked(image: np.ndarray, where: str, channels: int) -> np.ndarray:
+    image = check_pixels(image, where, channels)
+    return image.astype(np.float32) / 255.0 if image.dtype == np.uint8 else image

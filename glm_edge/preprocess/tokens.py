@@ -37,7 +37,7 @@ def prompt_ids(
             ids.append(_special(tokenizer, begin))
             ids.extend([_special(tokenizer, placeholder)] * count)
             ids.append(_special(tokenizer, end))
-    return [*ids, *_text_ids(tokenizer, instruction), _special(tokenizer, ASSISTANT)]
+    return [*ids, *text_ids(tokenizer, instruction), _special(tokenizer, ASSISTANT)]
 
 
 def _special(tokenizer: Any, token: str) -> int:
@@ -47,7 +47,16 @@ def _special(tokenizer: Any, token: str) -> int:
     return index
 
 
-def _text_ids(tokenizer: Any, text: str) -> list[int]:
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Encodes text in which names of special tokens are no more than text.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+      text: to encode.
+
+    Returns:
+      Token ids, none of them special.
+    """
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:

@@ -1,4 +1,4 @@
-"""Model configurations: frozen dataclasses and presets.
+"""Model configurations: frozen dataclasses, and their JSON.
 
 Letters used for shapes in this package: `B` batch, `T` tokens, `S` cache slots, `D` hidden size,
 `N` query heads, `K` key/value heads, `H` head dimension, `F` neurons, `V` vocabulary.
@@ -16,8 +16,10 @@ class DecoderConfig:
     """Shape of a GLM decoder.
 
     `num_heads`, `num_kv_heads` and `intermediate_size` are one number for all layers, or, after
-    structured pruning, one number per layer. `mrope_section` splits the rotary frequencies over
-    (time, height, width) positions.
+    structured pruning, one number per layer. Rotary positions turn neighbouring dimensions of a
+    head (`rotary_interleaved`, GLM) or dimensions half a head apart (Llama). `mrope_section` splits
+    the rotary frequencies over (time, height, width) positions. `sandwich_norm` norms each branch
+    after it as well as before.
     """
 
     vocab_size: int
@@ -30,6 +32,7 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0
+    rotary_interleaved: bool = True
     attention_bias: bool = False
     sandwich_norm: bool = False
     mrope_section: tuple[int, ...] = ()
@@ -74,7 +77,14 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Shape of a GLM vision tower: patches, pre-norm transformer, 2x2 merge, gated projector.
+    """Shape of a vision tower: patches, pre-norm transformer, merge, gated projector.
+
+    The defaults are GLM-4.1V's tower. SigLIP has layer norms with biases (`norm`), a plain
+    feed-forward network (`gated_mlp`), biases everywhere (`attention_bias` on query, key and value,
+    `projection_bias` on the rest), no `rotary` positions and a `pooling_head`; GLM-OCR norms
+    queries and keys (`qk_norm`) and has no `learned_positions`. A tower on its own merges nothing
+    and has no projector (`merge_size=1`, `projector_size=0`). `boundary_embeddings` puts a learned
+    vector before and after the features of an image (GLM-Edge-V).
 
     A window of `patch_size` pixels is read every `patch_stride` pixels (equal in GLM-4.1V; twice
     as large in nano, which overlaps). Attention is local to windows of `window` patches (rows,
@@ -95,44 +105,75 @@ class VisionConfig:
     channels: int = 3
     merge_size: int = 2
     position_grid: tuple[int, int] = (24, 24)
+    learned_positions: bool = True
+    rotary: bool = True
+    norm: str = "rms"
+    norm_eps: float = 1e-5
     post_conv_norm: bool = True
-    rms_norm_eps: float = 1e-5
+    qk_norm: bool = False
     rope_theta: float = 10000.0
     attention_bias: bool = False
+    projection_bias: bool = False
+    gated_mlp: bool = True
+    pooling_head: bool = False
+    boundary_embeddings: bool = False
     window: tuple[int, int] | None = None
     global_layers: tuple[int, ...] = ()
     separable_positions: bool = False
 
     def __post_init__(self):
-        rows, columns = self.grid
-        if rows % self.merge_size or columns % self.merge_size:
+        if self.norm not in ("rms", "layer"):
+            raise ConfigError(f"vision: norm must be 'rms' or 'layer', not {self.norm!r}")
+        if self.hidden_size % self.num_heads:
             raise ConfigError(
-                f"vision: {rows}x{columns} patches of image_size {self.image_size} must divide "
-                f"by merge_size {self.merge_size}"
+                f"vision: hidden_size {self.hidden_size} must be a multiple of num_heads "
+                f"{self.num_heads}"
             )
+        if not self.projector_size and self.merge_size != 1:
+            raise ConfigError("vision: a tower without projector must have merge_size 1")
         if (self.patch_size - self.patch_stride) % 2 or self.patch_size < self.patch_stride:
             raise ConfigError(
                 f"vision: patch_size {self.patch_size} must exceed patch_stride "
                 f"{self.patch_stride} by an even number of pixels"
             )
+        self.grid_of(self.image_size)
+
+    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Patches (rows, columns) of an image of that many pixels.
+
+        Raises:
+          ConfigError: they do not divide into merged cells or windows.
+        """
+        rows, columns = (pixels // self.patch_stride for pixels in image_size)
+        if rows % self.merge_size or columns % self.merge_size or not rows * columns:
+            raise ConfigError(
+                f"vision: {rows}x{columns} patches of an image of {tuple(image_size)} pixels must "
+                f"divide by merge_size {self.merge_size}"
+            )
         if self.window and (rows % self.window[0] or columns % self.window[1]):
             raise ConfigError(f"vision: window {self.window} must divide {rows}x{columns} patches")
+        return rows, columns
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches (rows, columns) of the default image size."""
-        return self.image_size[0] // self.patch_stride, self.image_size[1] // self.patch_stride
+        return self.grid_of(self.image_size)
 
     @property
     def num_tokens(self) -> int:
-        """Features that one image gives to the decoder."""
+        """Features that one image of the default size gives to the decoder."""
         rows, columns = self.grid
-        return rows * columns // self.merge_size**2
+        return rows * columns // self.merge_size**2 + 2 * self.boundary_embeddings
 
 
 @dataclass(frozen=True)
 class SpeechConfig:
-    """Shape of a GLM-ASR speech encoder: log-mel, two convolutions, transformer, 4x merge."""
+    """Shape of a speech encoder: log-mel, two convolutions, transformer, merge, projector.
+
+    The defaults are GLM-ASR's. Whisper's encoder adds `learned_positions` and turns nothing
+    (`partial_rotary_factor=0`); on its own it merges nothing and has no projector (`merge_size=1`,
+    `projector_size=0`).
+    """
 
     mel_bins: int
     num_frames: int
@@ -142,6 +183,7 @@ class SpeechConfig:
     intermediate_size: int
     projector_size: int
     merge_size: int = 4
+    learned_positions: bool = False
     layer_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 0.5
@@ -155,16 +197,32 @@ class SpeechConfig:
                 f"speech: num_frames {self.num_frames} must be a multiple of "
                 f"{2 * self.merge_size} (convolution stride 2, merge {self.merge_size})"
             )
+        if self.hidden_size % self.num_heads or self.rotary_dim % 2:
+            raise ConfigError(
+                f"speech: hidden_size {self.hidden_size} must be {self.num_heads} heads of which "
+                f"an even number of dimensions rotates, partial_rotary_factor is "
+                f"{self.partial_rotary_factor}"
+            )
+        if not self.projector_size and self.merge_size != 1:
+            raise ConfigError("speech: an encoder without projector must have merge_size 1")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that rotate; the rest pass through."""
+        return int(self.hidden_size // self.num_heads * self.partial_rotary_factor)
 
     @property
     def num_tokens(self) -> int:
-        """Features that one recording gives to the decoder."""
+        """Features that one whole recording gives to the decoder."""
         return self.num_frames // (2 * self.merge_size)
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Shape of a bidirectional text encoder (BERT; DistilBERT has no token types)."""
+    """Shape of a bidirectional text encoder (BERT; DistilBERT has no token types).
+
+    `pooler` reads the first token: `tanh` (BERT), `relu` (DistilBERT's classifier), or None.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -175,11 +233,25 @@ class TextConfig:
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     num_labels: int = 0
+    pooler: str | None = None
+
+    def __post_init__(self):
+        if self.pooler not in (None, "tanh", "relu"):
+            raise ConfigError(f"text: pooler must be 'tanh', 'relu' or None, not {self.pooler!r}")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"text: hidden_size {self.hidden_size} must be a multiple of num_heads "
+                f"{self.num_heads}"
+            )
 
 
 @dataclass(frozen=True)
 class GLMConfig:
-    """A multimodal GLM: a decoder and, where present, its encoders and placeholder tokens."""
+    """A multimodal GLM: a decoder and, where present, its encoders and placeholder tokens.
+
+    Frames of a video stand at `image_token_id` too. The remaining ids of tokens are for prompts:
+    `image_boundary_ids` and `video_boundary_ids` are (begin, end).
+    """
 
     name: str
     decoder: DecoderConfig
@@ -189,6 +261,9 @@ class GLMConfig:
     audio_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    video_token_id: int | None = None
+    image_boundary_ids: tuple[int, ...] = ()
+    video_boundary_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         for encoder, token in (("vision", "image_token_id"), ("speech", "audio_token_id")):
@@ -204,16 +279,17 @@ def _of_layer(value: int | tuple[int, ...], layer: int, field: str) -> int:
     return value[layer]
 
 
-def to_dict(config: GLMConfig) -> dict[str, Any]:
-    """Turns a configuration into JSON-ready dictionaries."""
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turns a configuration (of a GLM or of one encoder) into JSON-ready dictionaries."""
     return dataclasses.asdict(config)
 
 
-def from_dict(fields: dict[str, Any]) -> GLMConfig:
+def from_dict(fields: dict[str, Any], kind: type = GLMConfig) -> Any:
     """Rebuilds a configuration from `to_dict`'s output, or from its JSON.
 
     Args:
       fields: nested dictionaries; lists are read as tuples.
+      kind: class of the configuration.
 
     Returns:
       The configuration.
@@ -221,11 +297,13 @@ def from_dict(fields: dict[str, Any]) -> GLMConfig:
     Raises:
       ConfigError: a field is unknown or missing.
     """
+    if kind is not GLMConfig:
+        return _build(kind, fields, "config")
     nested = {"decoder": DecoderConfig, "vision": VisionConfig, "speech": SpeechConfig}
     values = dict(fields)
-    for name, kind in nested.items():
+    for name, part in nested.items():
         if values.get(name) is not None:
-            values[name] = _build(kind, values[name], name)
+            values[name] = _build(part, values[name], name)
     return _build(GLMConfig, values, "config")
 
 
@@ -244,192 +322,3 @@ def _build(kind: type, fields: Any, where: str) -> Any:
     if missing:
         raise ConfigError(f"{where}: field {missing[0]!r} is missing")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
-def preset(name: str) -> GLMConfig:
-    """Returns a named configuration.
-
-    Args:
-      name: `nano` (shipped with weights), `tiny` (86 M parameters), `mobile` (340 M), `large`
-        (GLM-Edge-1.5B's shape) or `phone_9b` (GLM-4.1V-9B's shape with GLM-ASR's encoder).
-
-    Returns:
-      The configuration.
-
-    Raises:
-      ConfigError: no preset has this name.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-_GLM_EDGE_TOKENS = {
-    "image_token_id": 59256,
-    "audio_token_id": 59260,
-    "eos_token_ids": (59246, 59253, 59255),
-    "pad_token_id": 59246,
-}
-
-PRESETS = {
-    "nano": GLMConfig(
-        name="nano",
-        decoder=DecoderConfig(
-            vocab_size=2304,
-            hidden_size=256,
-            num_layers=4,
-            num_heads=8,
-            num_kv_heads=2,
-            head_dim=32,
-            intermediate_size=512,
-            partial_rotary_factor=0.5,
-            max_position_embeddings=512,
-        ),
-        vision=VisionConfig(
-            image_size=(192, 96),
-            hidden_size=128,
-            num_layers=3,
-            num_heads=4,
-            intermediate_size=256,
-            projector_size=256,
-            patch_size=16,
-            patch_stride=8,
-            temporal_patch_size=1,
-            position_grid=(24, 12),
-            window=(4, 12),
-            global_layers=(2,),
-            separable_positions=True,
-        ),
-        speech=SpeechConfig(
-            mel_bins=40,
-            num_frames=160,
-            hidden_size=128,
-            num_layers=3,
-            num_heads=4,
-            intermediate_size=384,
-            projector_size=256,
-            sample_rate=8000,
-            fft_size=200,
-            hop_length=80,
-        ),
-        image_token_id=5,
-        audio_token_id=8,
-        eos_token_ids=(0,),
-        pad_token_id=10,
-    ),
-    "tiny": GLMConfig(
-        name="tiny",
-        decoder=DecoderConfig(
-            vocab_size=59264,
-            hidden_size=512,
-            num_layers=10,
-            num_heads=8,
-            num_kv_heads=2,
-            head_dim=64,
-            intermediate_size=1536,
-            max_position_embeddings=4096,
-        ),
-        vision=VisionConfig(
-            image_size=(448, 224),
-            hidden_size=384,
-            num_layers=8,
-            num_heads=6,
-            intermediate_size=1024,
-            projector_size=1024,
-            position_grid=(32, 16),
-        ),
-        speech=SpeechConfig(
-            mel_bins=80,
-            num_frames=3000,
-            hidden_size=384,
-            num_layers=4,
-            num_heads=6,
-            intermediate_size=1536,
-            projector_size=1024,
-        ),
-        **_GLM_EDGE_TOKENS,
-    ),
-    "mobile": GLMConfig(
-        name="mobile",
-        decoder=DecoderConfig(
-            vocab_size=59264,
-            hidden_size=1024,
-            num_layers=16,
-            num_heads=16,
-            num_kv_heads=4,
-            head_dim=64,
-            intermediate_size=3072,
-        ),
-        vision=VisionConfig(
-            image_size=(672, 336),
-            hidden_size=512,
-            num_layers=12,
-            num_heads=8,
-            intermediate_size=1536,
-            projector_size=3072,
-            position_grid=(24, 24),
-        ),
-        speech=SpeechConfig(
-            mel_bins=128,
-            num_frames=3000,
-            hidden_size=512,
-            num_layers=6,
-            num_heads=8,
-            intermediate_size=2048,
-            projector_size=2048,
-        ),
-        **_GLM_EDGE_TOKENS,
-    ),
-    "large": GLMConfig(
-        name="large",
-        decoder=DecoderConfig(
-            vocab_size=59264,
-            hidden_size=2048,
-            num_layers=28,
-            num_heads=16,
-            num_kv_heads=4,
-            head_dim=128,
-            intermediate_size=6144,
-        ),
-        eos_token_ids=(59246, 59253, 59255),
-        pad_token_id=59246,
-    ),
-    "phone_9b": GLMConfig(
-        name="phone_9b",
-        decoder=DecoderConfig(
-            vocab_size=151552,
-            hidden_size=4096,
-            num_layers=40,
-            num_heads=32,
-            num_kv_heads=2,
-            head_dim=128,
-            intermediate_size=13696,
-            partial_rotary_factor=0.5,
-            attention_bias=True,
-            sandwich_norm=True,
-            mrope_section=(8, 12, 12),
-            tie_embeddings=False,
-        ),
-        vision=VisionConfig(
-            image_size=(672, 336),
-            hidden_size=1536,
-            num_layers=24,
-            num_heads=12,
-            intermediate_size=4096,
-            projector_size=13696,
-        ),
-        speech=SpeechConfig(
-            mel_bins=128,
-            num_frames=3000,
-            hidden_size=1280,
-            num_layers=32,
-            num_heads=20,
-            intermediate_size=5120,
-            projector_size=8192,
-        ),
-        image_token_id=151343,
-        audio_token_id=151344,
-        eos_token_ids=(151329, 151336, 151338, 151348),
-        pad_token_id=151329,
-    ),
-}

@@ -1,0 +1,90 @@
+"""Folders of reference cases: a checkpoint, inputs, outputs and the reference's own noise."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_edge.errors import DataError
+
+ABSOLUTE = 1e-4
+NOISE_FACTOR = 10
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One folder.
+
+    Attributes:
+      folder: where it lies.
+      meta: its meta.json.
+      inputs: arrays by subcase and name.
+      outputs: likewise.
+    """
+
+    folder: Path
+    meta: dict[str, Any]
+    inputs: dict[str, Arrays]
+    outputs: dict[str, Arrays]
+
+    @property
+    def has_model(self) -> bool:
+        """True with a checkpoint, False for inputs and outputs of a processor."""
+        return (self.folder / "config.json").is_file()
+
+    def tolerance(self, output: str) -> float:
+        """Largest difference allowed: 1e-4 and ten times the reference's own rounding noise."""
+        noise = self.meta.get("fp32_vs_fp64_max_abs", {})
+        key = output if output in noise else output.replace("greedy_logits", "logits")
+        return ABSOLUTE + NOISE_FACTOR * float(noise.get(key, 0.0))
+
+
+def read_case(folder: Path) -> Case:
+    """Reads a case.
+
+    Args:
+      folder: with inputs.npz, outputs.npz and meta.json.
+
+    Returns:
+      The case.
+
+    Raises:
+      DataError: the folder is not a case.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        inputs = _by_subcase(np.load(folder / "inputs.npz"))
+        outputs = _by_subcase(np.load(folder / "outputs.npz"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: not a reference case: {error}") from error
+    if not isinstance(meta, dict) or not outputs or set(outputs) - set(inputs):
+        raise DataError(
+            f"{folder}: not a reference case: arrays must be named <subcase>.<name> and every "
+            f"subcase with outputs ({', '.join(outputs)}) needs inputs ({', '.join(inputs)})"
+        )
+    return Case(folder, meta, inputs, outputs)
+
+
+def find_cases(folder: Path) -> list[Path]:
+    """Folders of cases under a folder, or the folder itself when it is one.
+
+    Raises:
+      DataError: there is none.
+    """
+    if (folder / "outputs.npz").is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("*/outputs.npz"))
+    if not found:
+        raise DataError(f"{folder}: holds no folder with outputs.npz, inputs.npz and meta.json")
+    return found
+
+
+def _by_subcase(arrays: Any) -> dict[str, Arrays]:
+    grouped: dict[str, Arrays] = {}
+    for key in arrays.files:
+        subcase, _, name = key.partition(".")
+        grouped.setdefault(subcase, {})[name] = arrays[key]
+    return grouped

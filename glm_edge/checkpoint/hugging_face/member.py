@@ -1,0 +1,102 @@
+"""What a member of the family is: how its config.json and its tensors map to ours and back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from glm_edge.checkpoint.hugging_face.fields import Fields
+
+Arrays = tuple[np.ndarray, ...]
+
+
+def _unchanged(*arrays: np.ndarray) -> Arrays:
+    return arrays
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Parameters of ours and the tensors of the file that hold the same numbers.
+
+    Attributes:
+      paths: of our parameters.
+      names: of the tensors.
+      read: makes our arrays from the tensors, in these orders.
+      write: the inverse of `read`.
+    """
+
+    paths: tuple[str, ...]
+    names: tuple[str, ...]
+    read: Callable[..., Arrays] = _unchanged
+    write: Callable[..., Arrays] = _unchanged
+
+    @property
+    def unchanged(self) -> bool:
+        """True where our array is the tensor."""
+        return self.read is _unchanged
+
+
+@dataclass(frozen=True)
+class Member:
+    """One `model_type` of config.json.
+
+    Attributes:
+      read_config: makes our configuration from the fields; the string is the model's name.
+      write_config: makes the fields from our configuration; raises ConfigError for one that this
+        member cannot express.
+      build: makes the module from our configuration.
+      entries: lists all parameters of a configuration.
+      renames: `(pattern, replacement)` in turn, from the names of other dialects to those of
+        `entries`.
+      ignored: regular expression of tensors that may be stored and are not read.
+    """
+
+    read_config: Callable[[Fields, str], Any]
+    write_config: Callable[[Any], dict[str, Any]]
+    build: Callable[[Any], nn.Module]
+    entries: Callable[[Any], list[Entry]]
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: Callable[[Any], str] = lambda config: r"(?!)"
+
+
+def same(path: str, name: str, *fields: str) -> list[Entry]:
+    """Entries for `path/field` held as `name.field`, unchanged."""
+    return [Entry((f"{path}/{field}",), (f"{name}.{field}",)) for field in fields or ("weight",)]
+
+
+def split(paths: tuple[str, ...], name: str) -> Entry:
+    """Entry for matrices (or biases) of equal height that the file stacks in one tensor."""
+    return Entry(
+        paths,
+        (name,),
+        read=lambda stacked: tuple(np.split(stacked, len(paths))),
+        write=lambda *parts: (np.concatenate(parts),),
+    )
+
+
+def join(path: str, names: tuple[str, ...]) -> Entry:
+    """Entry for one matrix (or bias) of ours whose rows the file keeps in several tensors."""
+    return Entry(
+        (path,),
+        names,
+        read=lambda *parts: (np.concatenate(parts),),
+        write=lambda joined: tuple(np.split(joined, len(names))),
+    )
+
+
+def convolution(path: str, name: str, shape: tuple[int, ...]) -> list[Entry]:
+    """Entries for a convolution's bias and its kernel `[out, channels, *shape]`.
+
+    Ours is a matrix whose columns run over `shape` first and channels last.
+    """
+
+    def read(kernel: np.ndarray) -> Arrays:
+        return (np.moveaxis(kernel, 1, -1).reshape(kernel.shape[0], -1),)
+
+    def write(matrix: np.ndarray) -> Arrays:
+        return (np.moveaxis(matrix.reshape(matrix.shape[0], *shape, -1), -1, 1),)
+
+    kernel = Entry((f"{path}/weight",), (f"{name}.weight",), read, write)
+    return [kernel, *same(path, name, "bias")]

@@ -1,0 +1,75 @@
+"""The family: which member reads a config.json, and which one writes a model."""
+
+from typing import Any
+
+from glm_edge.checkpoint.hugging_face import decoders, speech, text, vision
+from glm_edge.checkpoint.hugging_face.fields import Fields
+from glm_edge.checkpoint.hugging_face.member import Member
+from glm_edge.errors import ConfigError
+
+MEMBERS = {
+    "glm": decoders.GLM,
+    "glm4": decoders.GLM4,
+    "glm4v": vision.GLM4V,
+    "glm46v": vision.GLM46V,
+    "glm_ocr": vision.GLM_OCR,
+    "glm_edge_v": vision.GLM_EDGE_V,
+    "glmasr": speech.GLM_ASR,
+    "siglip_vision_model": vision.SIGLIP,
+    "siglip": vision.SIGLIP,
+    "whisper": speech.WHISPER,
+    "bert": text.BERT,
+    "distilbert": text.DISTILBERT,
+}
+
+
+def read_config(fields: dict[str, Any], where: str, name: str) -> tuple[Member, Any]:
+    """Finds the member of a config.json and reads it.
+
+    Args:
+      fields: the JSON object.
+      where: file, for messages.
+      name: of the model.
+
+    Returns:
+      `(member, config)`.
+
+    Raises:
+      ConfigError: the model_type is unknown, or a field is missing, malformed or not known.
+    """
+    model_type = fields.get("model_type")
+    # GLM-Edge-V calls itself `glm` and is told by its vision tower.
+    if model_type == "glm" and fields.get("vision_config") is not None:
+        model_type = "glm_edge_v"
+    if not isinstance(model_type, str) or model_type not in MEMBERS:
+        raise ConfigError(
+            f"{where}: model_type {model_type!r} is unknown; known: {', '.join(MEMBERS)}"
+        )
+    member, reader = MEMBERS[model_type], Fields(fields, where)
+    try:
+        config = member.read_config(reader, name)
+    except ConfigError as error:
+        raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from error
+    reader.finish()
+    return member, config
+
+
+def write_config(config: Any) -> tuple[Member, dict[str, Any]] | None:
+    """Finds the member that can express a configuration, and writes it.
+
+    Args:
+      config: of a model.
+
+    Returns:
+      `(member, fields)` such that `read_config` of the fields gives the configuration back, or None
+      when no member can.
+    """
+    for member in MEMBERS.values():
+        try:
+            fields = member.write_config(config)
+            if read_config(fields, "config.json", getattr(config, "name", ""))[1] == config:
+                return member, fields
+        # A configuration of another kind lacks what this member writes.
+        except (ConfigError, AttributeError, TypeError, ValueError):
+            continue
+    return None

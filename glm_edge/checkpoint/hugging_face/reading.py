@@ -1,0 +1,170 @@
+"""Reading a Hugging Face directory, tensor by tensor."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from glm_edge.checkpoint.files import CONFIG, WEIGHTS, SafetensorsFile, check_finite, read_json
+from glm_edge.checkpoint.hugging_face.member import Entry, Member
+from glm_edge.checkpoint.hugging_face.members import read_config
+from glm_edge.checkpoint.shapes import Shapes, check_names, check_shape, expected_shapes
+from glm_edge.errors import CheckpointError
+from glm_edge.params.tree import nested
+
+INDEX = "model.safetensors.index.json"
+FLOATING = ("BF16", "F16", "F32", "F64")
+Place = Callable[[str, np.ndarray], Any]
+
+
+def read(
+    directory: Path, fields: dict[str, Any], dtype: str | None, place: Place
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Reads a Hugging Face directory, one entry of its name table after the other.
+
+    Args:
+      directory: of the checkpoint.
+      fields: its config.json.
+      dtype: type of the parameters, or None for the stored one.
+      place: puts the array of a path on the devices.
+
+    Returns:
+      `(model, params)`.
+
+    Raises:
+      CheckpointError: files are missing or damaged, or do not fit the configuration.
+      ConfigError: config.json names an unknown model, or a field is missing or not known.
+    """
+    name = str(fields.get("_name_or_path") or directory.resolve().name)
+    member, config = read_config(fields, str(directory / CONFIG), name)
+    model = member.build(config)
+    files = tensor_files(directory)
+    stored = _canonical_names(member, config, files, directory)
+    expected = expected_shapes(model)
+    entries = member.entries(config)
+    _check_headers(entries, stored, files, expected, directory)
+    leaves = {}
+    for entry in entries:
+        for path, array in _read_entry(entry, stored, files, expected, dtype):
+            leaves[path] = place(path, array)
+    check_names(leaves, expected, str(directory))
+    return model, nested(leaves)
+
+
+def _read_entry(
+    entry: Entry,
+    stored: dict[str, str],
+    files: dict[str, SafetensorsFile],
+    expected: Shapes,
+    dtype: str | None,
+) -> list[tuple[str, np.ndarray]]:
+    names = [stored[name] for name in entry.names]
+    where = f"{files[names[0]].path}: tensor {', '.join(repr(name) for name in names)}"
+    tensors = [files[name].read(name) for name in names]
+    try:
+        arrays = entry.read(*tensors)
+    except ValueError as error:
+        shapes = ", ".join(str(tensor.shape) for tensor in tensors)
+        raise CheckpointError(f"{where}: shape {shapes} does not make {entry.paths}") from error
+    found = []
+    for path, array in zip(entry.paths, arrays, strict=True):
+        check_shape(array.shape, expected[path], where)
+        target = array.dtype if dtype is None else jnp.dtype(dtype)
+        if array.dtype == np.float64 and dtype is None:
+            target = np.dtype(np.float32)
+        with np.errstate(over="ignore"):
+            array = array.astype(target, copy=False)
+        check_finite(array, f"{where} as {target}")
+        found.append((path, array))
+    return found
+
+
+def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
+    """Opens the one safetensors file of a directory, or all that its index lists.
+
+    Args:
+      directory: of the checkpoint.
+
+    Returns:
+      Tensor name to the file that holds it.
+
+    Raises:
+      CheckpointError: a file is missing or damaged, a tensor is stored twice, or the index and
+        the files disagree.
+    """
+    if (directory / WEIGHTS).is_file():
+        file = SafetensorsFile(directory / WEIGHTS)
+        return dict.fromkeys(file.tensors, file)
+    if not (directory / INDEX).is_file():
+        pickled = next(iter(sorted(directory.glob("*.bin"))), None)
+        found = f"; {pickled.name} is a pickle: convert it to safetensors" if pickled else ""
+        raise CheckpointError(f"{directory}: holds neither {WEIGHTS} nor {INDEX}{found}")
+    listed = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{directory / INDEX}: 'weight_map' must list tensors and files")
+    held: dict[str, SafetensorsFile] = {}
+    for name in sorted({str(name) for name in listed.values()}):
+        if name != Path(name).name:
+            raise CheckpointError(
+                f"{directory / INDEX}: file {name!r} must be a plain name in the same directory"
+            )
+        file = SafetensorsFile(directory / name)
+        twice = sorted(set(file.tensors) & set(held))
+        if twice:
+            other = held[twice[0]].path.name
+            raise CheckpointError(f"{file.path}: tensor {twice[0]!r} is in {other} as well")
+        held.update(dict.fromkeys(file.tensors, file))
+    for name, file_name in listed.items():
+        if name not in held or held[name].path.name != file_name:
+            raise CheckpointError(
+                f"{directory / file_name}: tensor {name!r} is missing; {INDEX} says it is there"
+            )
+    return held
+
+
+def _canonical_names(
+    member: Member, config: Any, files: dict[str, SafetensorsFile], directory: Path
+) -> dict[str, str]:
+    """Names of the member's own dialect to those in the files, without what is ignored."""
+    ignored = re.compile(member.ignored(config))
+    stored: dict[str, str] = {}
+    for name in files:
+        renamed = name
+        for pattern, replacement in member.renames:
+            renamed = re.sub(pattern, replacement, renamed)
+        if ignored.fullmatch(renamed) or ignored.fullmatch(name):
+            continue
+        if renamed in stored:
+            raise CheckpointError(
+                f"{directory}: tensors {stored[renamed]!r} and {name!r} are two names of one"
+            )
+        stored[renamed] = name
+    return stored
+
+
+def _check_headers(
+    entries: list[Entry],
+    stored: dict[str, str],
+    files: dict[str, SafetensorsFile],
+    expected: Shapes,
+    directory: Path,
+) -> None:
+    """Checks names, types and, where nothing is rearranged, shapes before a tensor is read."""
+    needed = {
+        name: expected[entry.paths[0]] if entry.unchanged else None
+        for entry in entries
+        for name in entry.names
+    }
+    check_names(stored, needed, str(directory))
+    for canonical, name in stored.items():
+        info, where = files[name].tensors[name], f"{files[name].path}: tensor {name!r}"
+        if info.dtype not in FLOATING:
+            raise CheckpointError(
+                f"{where}: is of type {info.dtype}, a weight must be one of {', '.join(FLOATING)}"
+            )
+        if needed[canonical] is not None:
+            check_shape(info.shape, needed[canonical], where)

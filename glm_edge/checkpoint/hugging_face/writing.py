@@ -1,0 +1,89 @@
+"""Writing a Hugging Face directory that transformers opens."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_edge import params as boxes
+from glm_edge.checkpoint.files import CONFIG, WEIGHTS, write_json, write_safetensors
+from glm_edge.checkpoint.hugging_face.member import Member
+from glm_edge.checkpoint.hugging_face.members import write_config
+from glm_edge.checkpoint.hugging_face.reading import INDEX
+
+SHARD_BYTES = 5_000_000_000
+
+
+def fields_of(config: Any, params: Any) -> tuple[Member, dict[str, Any]] | None:
+    """Says how a model would be written, or None when only our own format can hold it.
+
+    Args:
+      config: of the model.
+      params: its tree; boxes and integers have no place in a Hugging Face directory.
+
+    Returns:
+      `(member, fields of config.json)`, or None.
+    """
+    if any(boxes.is_box(leaf) for _, leaf in boxes.path_items(params)):
+        return None
+    found = write_config(config)
+    if found is None:
+        return None
+    member, fields = found
+    dtypes = {str(leaf.dtype) for _, leaf in boxes.path_items(params)}
+    fields["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+    if getattr(config, "name", ""):
+        fields["_name_or_path"] = config.name
+    return member, fields
+
+
+def write(
+    directory: Path,
+    config: Any,
+    params: Any,
+    described: tuple[Member, dict[str, Any]],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes weights and config.json into an empty directory, config.json last.
+
+    Args:
+      directory: to write into.
+      config: of the model.
+      params: its dense parameters.
+      described: what `fields_of` returned.
+      shard_bytes: above which the weights are spread over several files.
+    """
+    member, fields = described
+    leaves = dict(boxes.path_items(params))
+    tensors: dict[str, np.ndarray] = {}
+    for entry in member.entries(config):
+        arrays = entry.write(*(np.asarray(leaves[path]) for path in entry.paths))
+        tensors.update(zip(entry.names, arrays, strict=True))
+    # transformers refuses a file that does not say which framework's layout it holds.
+    metadata = {"format": "pt"}
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        write_safetensors(directory / WEIGHTS, tensors, metadata)
+    else:
+        weight_map = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(directory / name, shard, metadata)
+            weight_map |= dict.fromkeys(shard, name)
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / INDEX, index)
+    write_json(directory / CONFIG, fields)
+
+
+def _shards(tensors: dict[str, np.ndarray], limit: int) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard

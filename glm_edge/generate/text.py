@@ -1,0 +1,174 @@
+"""Generated tokens as text: whole characters only, and nothing of a stop string."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from glm_edge.errors import ConfigError
+from glm_edge.generate.decoding import stream
+from glm_edge.models.multimodal import MultimodalGLM
+
+_REPLACEMENT = "\ufffd"
+_UNFINISHED = 3
+
+
+class TextStream:
+    """Turns tokens into pieces of text that can be shown at once.
+
+    A piece never ends inside a character whose other bytes are still to come, nor with what may be
+    the beginning of a stop string. The pieces, joined, are the text of all tokens up to the first
+    stop string.
+
+    Attributes:
+      stopped: True once a stop string was found; later tokens give no text.
+    """
+
+    def __init__(
+        self, tokenizer: Any, stop_strings: Sequence[str] = (), skip_special_tokens: bool = True
+    ):
+        """Starts an empty text.
+
+        Args:
+          tokenizer: a `tokenizers.Tokenizer`.
+          stop_strings: texts that end the text and are not part of it.
+          skip_special_tokens: leave special tokens out of the text.
+
+        Raises:
+          ConfigError: a stop string is empty.
+        """
+        if isinstance(stop_strings, str) or not all(stop_strings):
+            raise ConfigError(f"stop_strings must be a list of texts, none empty: {stop_strings!r}")
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop_strings = tuple(stop_strings)
+        self._skip_special_tokens = skip_special_tokens
+        self._context: list[int] = []
+        self._recent: list[int] = []
+        self._shown = 0
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Adds a token.
+
+        Args:
+          token: its id.
+
+        Returns:
+          The text that has become certain, often empty.
+        """
+        if self.stopped:
+            return ""
+        self._recent.append(int(token))
+        before, text = self._decoded()
+        # An unfinished character, of at most three bytes, decodes to as many replacements at most.
+        end = len(text)
+        while end > len(text) - _UNFINISHED and text[:end].endswith(_REPLACEMENT):
+            end -= 1
+        piece = text[before + self._shown : end]
+        self._shown += len(piece)
+        if piece and end == len(text):
+            self._context, self._recent, self._shown = self._recent, [], 0
+        return self._certain(piece)
+
+    def finish(self) -> str:
+        """Returns the text held back so far, as no token follows."""
+        if self.stopped:
+            return ""
+        before, text = self._decoded()
+        piece = self._certain(text[before + self._shown :]) + ("" if self.stopped else self._held)
+        self._recent, self._shown, self._held = [], 0, ""
+        return piece
+
+    def _decoded(self) -> tuple[int, str]:
+        """Text of the tokens that lie in the open, with some before them, and where they begin.
+
+        Decoders treat the first token of a text in their own way, hence the tokens before.
+        """
+
+        def decode(ids: list[int]) -> str:
+            return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+
+        return len(decode(self._context)), decode(self._context + self._recent)
+
+    def _certain(self, piece: str) -> str:
+        """Cuts at a stop string, and holds back what may begin one."""
+        text = self._held + piece
+        found = [at for stop in self._stop_strings if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of `stop` that `text` ends with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def stream_text(
+    model: MultimodalGLM,
+    params: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    stop_strings: Sequence[str] = (),
+    stop_tokens: Sequence[int] | None = None,
+    skip_special_tokens: bool = True,
+    **options: Any,
+) -> Iterator[str]:
+    """Continues one prompt and yields the text as it becomes certain.
+
+    Args:
+      model: the model.
+      params: its parameters, boxed or not.
+      tokenizer: a `tokenizers.Tokenizer`.
+      prompt: token ids.
+      stop_strings: texts that end the answer and are not part of it.
+      stop_tokens: token ids that end it; None takes those of the model's configuration.
+      skip_special_tokens: leave special tokens out of the text.
+      **options: of `glm_edge.generate.stream`, such as `images`, `sampling`, `max_new_tokens`.
+
+    Yields:
+      Pieces of text, none empty.
+
+    Raises:
+      ConfigError: a stop string is empty.
+      DataError: the prompt does not fit the model.
+    """
+    stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
+    text = TextStream(tokenizer, stop_strings, skip_special_tokens)
+    tokens = np.asarray(prompt)[None]
+    for (token,) in stream(model, params, tokens, stop_tokens=stops, **options):
+        if token in stops:
+            break
+        if piece := text.push(token):
+            yield piece
+        if text.stopped:
+            return
+    if piece := text.finish():
+        yield piece
+
+
+def generate_text(
+    model: MultimodalGLM, params: Any, tokenizer: Any, prompt: Sequence[int], **options: Any
+) -> str:
+    """Continues one prompt.
+
+    Args:
+      model: the model.
+      params: its parameters, boxed or not.
+      tokenizer: a `tokenizers.Tokenizer`.
+      prompt: token ids.
+      **options: of `stream_text`.
+
+    Returns:
+      The text, up to a stop token or stop string, or of `max_new_tokens` tokens.
+
+    Raises:
+      ConfigError: a stop string is empty.
+      DataError: the prompt does not fit the model.
+    """
+    return "".join(stream_text(model, params, tokenizer, prompt, **options))

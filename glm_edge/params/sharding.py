@@ -1,0 +1,242 @@
+"""Which logical axes parameters and activations have, and how those lie on a mesh of devices.
+
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    model, params = glm_edge.load("path/to/checkpoint", mesh=mesh)
+    with glm_edge.params.sharding.on(mesh):
+        logits, _ = jax.jit(model.apply)({"params": params}, tokens)
+
+A layout changes where numbers are computed, never which: XLA moves what a device lacks. Fused
+gate and up rows are cut across both halves, for instance, and their halves meet after the product.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from glm_edge.errors import ConfigError
+from glm_edge.params.boxes import Masked, Quantized
+from glm_edge.params.tree import Params, map_with_path
+
+Axes = tuple[str | None, ...]
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+RULES: Rules = (
+    ("batch", "data"),
+    ("vocab", "model"),
+    ("heads", "model"),
+    ("kv_heads", "model"),
+    ("neurons", "model"),
+    ("merged", "model"),
+    ("projected", "model"),
+    ("embed", None),
+)
+"""Tensor parallelism over the mesh axis `model`, rows of a batch over `data`."""
+
+FULLY_SHARDED: Rules = (*RULES[:-1], ("embed", "data"))
+"""As `RULES`, and every matrix is cut over `data` as well."""
+
+# The first pattern that ends a path names its axes; those of biases and norms are one.
+_TABLE: tuple[tuple[str, Axes], ...] = (
+    (r"(embed|head)/weight", ("vocab", "embed")),
+    (r"token_type/weight", ("token_types", "embed")),
+    (r"q_proj/weight", ("heads", "embed")),
+    (r"q_proj/bias", ("heads",)),
+    (r"[kv]_proj/weight", ("kv_heads", "embed")),
+    (r"[kv]_proj/bias", ("kv_heads",)),
+    (r"o_proj/weight", ("embed", "heads")),
+    (r"(gate_up_proj|fc1)/weight", ("neurons", "embed")),
+    (r"(gate_up_proj|fc1|linear_1)/bias", ("neurons",)),
+    (r"(down_proj|fc2|linear_2)/weight", ("embed", "neurons")),
+    (r"linear_1/weight", ("neurons", "merged")),
+    (r"merge/weight", ("embed", "merged")),
+    (r"(projector/proj|pooler)/weight", ("projected", "embed")),
+    (r"pooler/bias", ("projected",)),
+    (r"(patch|conv1|conv2)/weight", ("embed", "window")),
+    (r"classifier/weight", ("labels", "embed")),
+    (r"classifier/bias", ("labels",)),
+    (r"[qk]_norm/(weight|bias)", ("head_dim",)),
+    (r"(position|row|column)", ("positions", "embed")),
+    (r"(\w*norm|o_proj|down_proj|fc2|linear_2|merge|patch|conv1|conv2)/(weight|bias)", ("embed",)),
+    (r"(begin|end|probe)", ("embed",)),
+)
+_PATTERNS = tuple((re.compile(rf"(?:.*/)?{pattern}"), axes) for pattern, axes in _TABLE)
+
+
+def logical_axes(path: str, shape: tuple[int, ...]) -> Axes:
+    """Names the axes of a parameter.
+
+    Args:
+      path: of the parameter, such as `decoder/layers/0/attention/q_proj/weight`.
+      shape: of the dense array; axes before those of the table (stacked layers) have no name.
+
+    Returns:
+      A name or None for each axis; all None for a path that the table does not know.
+    """
+    for pattern, axes in _PATTERNS:
+        if pattern.fullmatch(path) and len(axes) <= len(shape):
+            return (*[None] * (len(shape) - len(axes)), *axes)
+    return (None,) * len(shape)
+
+
+def named_sharding(
+    path: str, leaf: Any, mesh: Mesh, rules: Rules = RULES, config: Any = None
+) -> Any:
+    """Where a parameter lies: an axis is cut only into equal parts, heads and groups kept whole.
+
+    Args:
+      path: of the parameter.
+      leaf: array, abstract array or box; of arrays, only the shape is used.
+      mesh: of the devices.
+      rules: `(logical axis, mesh axis, tuple of mesh axes or None)`, the first of them first;
+        mesh axes that `mesh` lacks count as None.
+      config: of the model, which says how many heads there are; without it key and value heads
+        are replicated, and query heads may be cut.
+
+    Returns:
+      A `NamedSharding`, or, for a box, the box of those of its arrays.
+
+    Raises:
+      ConfigError: the rules name no axis of the mesh.
+    """
+    mesh, rules = automatic(mesh), _rules_of(mesh, rules)
+    axes = logical_axes(path, leaf.shape)
+    units = tuple(_units(*axis, path, config) for axis in zip(axes, leaf.shape, strict=True))
+    if isinstance(leaf, Masked):
+        both = _sharding(mesh, rules, axes, units)
+        return leaf.replace(value=both, mask=both)
+    if not isinstance(leaf, Quantized):
+        return _sharding(mesh, rules, axes, units)
+    if leaf.kernel_shape:
+        axes, units = (None,) * leaf.data.ndim, (1,) * leaf.data.ndim
+    groups, packed = leaf.scale.shape[-1], leaf.data.shape[-1]
+    whole_bytes = packed if leaf.columns * leaf.format.bits == packed * 8 else 1
+    columns = math.gcd(units[-1], whole_bytes, groups if groups > 1 else 0)
+    data = _sharding(mesh, rules, axes, (*units[:-1], columns))
+    scale = data if groups > 1 else _sharding(mesh, rules, axes, (*units[:-1], 1))
+    return leaf.replace(data=data, scale=scale, zero=None if leaf.zero is None else scale)
+
+
+def shardings(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) -> Params:
+    """`named_sharding` of every parameter, in a tree like `params`."""
+    return map_with_path(lambda path, leaf: named_sharding(path, leaf, mesh, rules, config), params)
+
+
+def shard(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) -> Params:
+    """Moves parameters onto a mesh.
+
+    Args:
+      params: tree of arrays and boxes.
+      mesh: of the devices.
+      rules: see `named_sharding`.
+      config: likewise.
+
+    Returns:
+      The tree with every array spread as `named_sharding` says.
+
+    Raises:
+      ConfigError: the rules name no axis of the mesh.
+    """
+    return jax.device_put(params, shardings(params, mesh, rules, config))
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
+    """Within it, models keep their activations where the rules say, and new arrays are on `mesh`.
+
+    A function that jit compiled on a mesh keeps the rules of that time.
+
+    Args:
+      mesh: of the devices.
+      rules: see `named_sharding`.
+
+    Yields:
+      The mesh with axes of the type that the models need, see `automatic`.
+
+    Raises:
+      ConfigError: the rules name no axis of the mesh.
+    """
+    mesh, rules = automatic(mesh), _rules_of(mesh, rules)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield mesh
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Keeps an activation where the rules of `on` say; outside of `on` returns it as it is.
+
+    Args:
+      x: any array.
+      axes: name or None of each axis; one that the devices do not divide is replicated. An array
+        of another number of axes is left to XLA.
+
+    Returns:
+      The same numbers.
+    """
+    rules = nn.get_logical_axis_rules()
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if not rules or not sizes or x.ndim != len(axes):
+        return x
+    cut = nn.logical_to_mesh_axes(axes, rules)
+    names = [
+        name if x.shape[index] % _ways(sizes, cut[index]) == 0 else None
+        for index, name in enumerate(axes)
+    ]
+    return nn.with_logical_constraint(x, tuple(names))
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The same mesh with axes along which XLA, not the program, decides how products are cut."""
+    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _rules_of(mesh: Mesh, rules: Rules) -> Rules:
+    """The rules whose mesh axes exist; others, and those of None, replicate."""
+    known = [
+        (name, target)
+        for name, target in rules
+        if target and set(_as_tuple(target)) <= set(mesh.axis_names)
+    ]
+    if not known:
+        named = sorted({axis for _, target in rules for axis in _as_tuple(target)})
+        raise ConfigError(
+            f"mesh with axes {tuple(mesh.axis_names)}: the sharding rules name none of them, only "
+            f"{tuple(named)}; name the mesh's axes so, or pass rules"
+        )
+    return tuple(known)
+
+
+def _as_tuple(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (target,) if isinstance(target, str) else tuple(target or ())
+
+
+def _ways(sizes: dict[str, int], target: str | tuple[str, ...] | None) -> int:
+    return math.prod(sizes[axis] for axis in _as_tuple(target))
+
+
+def _sharding(mesh: Mesh, rules: Rules, axes: Axes, units: tuple[int, ...]) -> NamedSharding:
+    """Cuts each axis whose number of units divides by the devices along its mesh axis."""
+    cut = nn.logical_to_mesh_axes(axes, rules)
+    spec = [
+        target if count % _ways(mesh.shape, target) == 0 else None
+        for target, count in zip(cut, units, strict=True)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _units(name: str | None, size: int, path: str, config: Any) -> int:
+    """Parts of an axis that must stay whole: heads, or else single rows or columns."""
+    if name not in ("heads", "kv_heads"):
+        return size
+    if config is None:
+        return size if name == "heads" else 1
+    part = getattr(config, path.split("/", 1)[0], config)
+    layer = re.search(r"layers/(\d+)/", path)
+    if layer and hasattr(part, "heads"):
+        return getattr(part, name)(int(layer[1]))
+    return part.num_heads

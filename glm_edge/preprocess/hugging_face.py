@@ -1,0 +1,371 @@
+"""What a Hugging Face directory says about its tokenizer and processors."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tokenizers
+
+from glm_edge.errors import CheckpointError, ConfigError
+from glm_edge.preprocess.processing import (
+    GLM4V,
+    GLM4V_VIDEO,
+    GLM_ASR,
+    GLM_EDGE_V,
+    AudioProcessing,
+    ImageProcessing,
+    VideoProcessing,
+)
+
+GLM_EDGE_VOCAB = 59264
+FAMILY_OF_TYPE = {"glm4": "glm_4_0414", "glm4v": "glm_4_1v", "glmasr": "glm_asr"}
+SMART_TYPES = ("glm4v", "glm46v", "glm_ocr")
+RESAMPLE_CODES = {2: "bilinear", 3: "bicubic"}
+# Processors of Hugging Face: how they reach a size, and their default filter. A suffix Fast or Pil
+# changes nothing here.
+IMAGE_PROCESSORS = {
+    "Glm4vImageProcessor": ("smart", "bicubic"),
+    "Glm46VImageProcessor": ("smart", "bicubic"),
+    "SiglipImageProcessor": ("stretch", "bicubic"),
+    "MllamaImageProcessor": ("pad", "bilinear"),
+}
+VIDEO_PROCESSOR = "Glm4vVideoProcessor"
+AUDIO_PROCESSOR = "WhisperFeatureExtractor"
+
+
+Processing = TypeVar("Processing", bound=ImageProcessing)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of a checkpoint.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Its fields; none where the file is absent.
+
+    Raises:
+      CheckpointError: the file cannot be read or holds no JSON object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, found {type(fields).__name__}")
+    return fields
+
+
+def read_image_processing(directory: Path, base: ImageProcessing) -> ImageProcessing:
+    """Reads how a checkpoint wants its images.
+
+    Args:
+      directory: with `processor_config.json` or `preprocessor_config.json`, or neither.
+      base: what holds where a file says nothing.
+
+    Returns:
+      The parameters.
+
+    Raises:
+      CheckpointError: a file is damaged.
+      ConfigError: a field asks for what this library does not do, or contradicts config.json.
+    """
+    return _image_fields(*_section(directory, "image_processor"), base)
+
+
+def read_video_processing(directory: Path, base: VideoProcessing) -> VideoProcessing | None:
+    """Reads how a checkpoint wants its videos; None where its sampling is not known here."""
+    fields, where = _section(directory, "video_processor", "video_preprocessor_config.json")
+    kind = fields.get("video_processor_type", VIDEO_PROCESSOR)
+    if kind != VIDEO_PROCESSOR:
+        return None
+    processing = _image_fields(fields, where, base)
+    return dataclasses.replace(
+        processing,
+        fps=_number(fields, where, "fps", base.fps),
+        max_duration_s=_number(fields, where, "max_duration", base.max_duration_s),
+    )
+
+
+def read_audio_processing(directory: Path, base: AudioProcessing) -> AudioProcessing:
+    """Reads how a checkpoint wants its recordings; the errors are `read_image_processing`'s."""
+    fields, where = _section(directory, "feature_extractor")
+    _expect(fields, where, "feature_extractor_type", AUDIO_PROCESSOR)
+    for field in ("dither", "padding_value", "do_normalize"):
+        _expect(fields, where, field, 0)
+    names = {
+        "mel_bins": "feature_size",
+        "sample_rate": "sampling_rate",
+        "fft_size": "n_fft",
+        "hop_length": "hop_length",
+        "chunk_s": "chunk_length",
+    }
+    values = {
+        field: _number(fields, where, name, getattr(base, field)) for field, name in names.items()
+    }
+    if values["mel_bins"] != base.mel_bins:
+        raise ConfigError(
+            f"{where}: field 'feature_size' is {values['mel_bins']}; "
+            f"config.json's encoder reads {base.mel_bins} mel bins"
+        )
+    file = directory / "processor_config.json"
+    values["max_s"] = _number(read_json(file), str(file), "max_audio_len", base.max_s)
+    return dataclasses.replace(base, **values)
+
+
+def _section(directory: Path, name: str, *files: str) -> tuple[dict[str, Any], str]:
+    """Fields of one processor and where they stand: transformers 5 nests them in one file."""
+    shared = directory / "processor_config.json"
+    nested = read_json(shared).get(name)
+    if nested is not None:
+        if not isinstance(nested, dict):
+            raise ConfigError(f"{shared}: field {name!r} must be an object")
+        return nested, f"{shared}: {name}"
+    for file in (*files, "preprocessor_config.json"):
+        fields = read_json(directory / file)
+        if fields:
+            return fields, str(directory / file)
+    return {}, str(directory / "preprocessor_config.json")
+
+
+def _image_fields(fields: dict[str, Any], where: str, base: Processing) -> Processing:
+    if not fields:
+        return base
+    values: dict[str, Any] = {}
+    kind = fields.get("image_processor_type")
+    if kind is not None:
+        stem = str(kind).removesuffix("Fast").removesuffix("Pil")
+        if stem not in IMAGE_PROCESSORS:
+            known = ", ".join(IMAGE_PROCESSORS)
+            raise ConfigError(
+                f"{where}: field 'image_processor_type' is {kind!r}; known are {known}"
+            )
+        values["sizing"], values["resample"] = IMAGE_PROCESSORS[stem]
+    for field in ("do_resize", "do_rescale", "do_normalize"):
+        _expect(fields, where, field, True)
+    _expect(fields, where, "do_center_crop", False)
+    if values.get("sizing") == "pad" and fields.get("max_image_tiles") != 1:
+        raise ConfigError(
+            f"{where}: field 'max_image_tiles' is {fields.get('max_image_tiles')!r}; it must be 1"
+        )
+    factor = fields.get("rescale_factor")
+    if factor is not None and not (
+        _is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-6)
+    ):
+        raise ConfigError(f"{where}: field 'rescale_factor' is {factor!r}; only 1/255 is known")
+    code = fields.get("resample")
+    if code is not None:
+        if code not in list(RESAMPLE_CODES):
+            raise ConfigError(
+                f"{where}: field 'resample' is {code!r}; it must be 2 (bilinear) or 3 (bicubic)"
+            )
+        values["resample"] = RESAMPLE_CODES[code]
+    for field, name in (("mean", "image_mean"), ("std", "image_std")):
+        numbers = fields.get(name)
+        if numbers is not None:
+            if not isinstance(numbers, list) or not all(_is_number(n) for n in numbers):
+                raise ConfigError(f"{where}: field {name!r} is {numbers!r}; it must be numbers")
+            values[field] = tuple(float(n) for n in numbers)
+    for field in ("patch_size", "temporal_patch_size", "merge_size"):
+        _expect(fields, where, field, getattr(base, field))
+    values.update(_size_fields(fields, where, values.get("sizing", base.sizing)))
+    return dataclasses.replace(base, **values)
+
+
+def _size_fields(fields: dict[str, Any], where: str, sizing: str) -> dict[str, Any]:
+    size = fields.get("size")
+    if size is None:
+        return {}
+    if sizing == "smart":
+        names, field_names = ("shortest_edge", "longest_edge"), ("min_pixels", "max_pixels")
+    else:
+        names, field_names = ("height", "width"), None
+    if not isinstance(size, dict) or not all(_is_number(size.get(name)) for name in names):
+        raise ConfigError(
+            f"{where}: field 'size' is {size!r}; it must give {names[0]} and {names[1]} in pixels"
+        )
+    values = tuple(int(size[name]) for name in names)
+    if min(values) < 1:
+        raise ConfigError(f"{where}: field 'size' is {size!r}; it must be positive")
+    return dict(zip(field_names, values, strict=True)) if field_names else {"size": values}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _number(fields: dict[str, Any], where: str, name: str, default: float) -> float:
+    value = fields.get(name)
+    if value is None:
+        return default
+    if not _is_number(value) or value <= 0:
+        raise ConfigError(f"{where}: field {name!r} is {value!r}; it must be a positive number")
+    return value
+
+
+def _expect(fields: dict[str, Any], where: str, name: str, known: Any) -> None:
+    value = fields.get(name)
+    if value is not None and value != known:
+        raise ConfigError(f"{where}: field {name!r} is {value!r}; it must be {known!r} here")
+
+
+def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    """Reads tokenizer.json, without the padding and truncation that it may ask for.
+
+    Args:
+      file: path of tokenizer.json.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      CheckpointError: the file is missing or damaged.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: is missing; the checkpoint's tokenizer.json is needed")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    # The binding raises plain Exception for whatever is wrong with the file.
+    except Exception as error:
+        raise CheckpointError(f"{file}: is no tokenizer: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def read_family(config: Mapping[str, Any]) -> str | None:
+    """Names the family whose prompts a model was trained on; None where it is not known here.
+
+    Args:
+      config: fields of config.json.
+
+    Returns:
+      One of `glm_edge.preprocess.chat.FAMILIES`, or None.
+    """
+    if config["model_type"] != "glm":
+        return FAMILY_OF_TYPE.get(config["model_type"])
+    if config.get("vision_config"):
+        return "glm_edge_v"
+    return "glm_edge" if config.get("vocab_size") == GLM_EDGE_VOCAB else "glm_4"
+
+
+def read_encoders(directory: Path, config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Reads how images, videos and recordings are prepared, and their placeholders.
+
+    Args:
+      directory: of the checkpoint.
+      config: fields of its config.json.
+      tokenizer: its tokenizer.
+
+    Returns:
+      Of `image`, `video`, `audio`, `image_token` and `audio_token`, those that the model needs.
+
+    Raises:
+      CheckpointError: a file is damaged.
+      ConfigError: a field asks for what this library does not do, or files contradict each other.
+    """
+    kind, where = config["model_type"], str(directory / "config.json")
+    vision, speech = (_part(config, where, name) for name in ("vision_config", "audio_config"))
+    values: dict[str, Any] = {}
+    if kind in SMART_TYPES:
+        names = {"merge_size": "spatial_merge_size"}
+        sides = {
+            field: _integer(vision, where, names.get(field, field), getattr(GLM4V, field))
+            for field in ("patch_size", "temporal_patch_size", "merge_size")
+        }
+        values["image"] = read_image_processing(directory, dataclasses.replace(GLM4V, **sides))
+        if kind == "glm4v":
+            base = dataclasses.replace(GLM4V_VIDEO, **sides)
+            values["video"] = read_video_processing(directory, base)
+        values["image_token"] = _token(config, where, tokenizer, "image_token_id", "<|image|>")
+    elif kind == "glm" and vision:
+        side = _integer(vision, where, "image_size", GLM_EDGE_V.size[0])
+        patch_size = _integer(vision, where, "patch_size", GLM_EDGE_V.patch_size)
+        base = dataclasses.replace(GLM_EDGE_V, size=(side, side), patch_size=patch_size)
+        values["image"] = read_image_processing(directory, base)
+        if values["image"].size != base.size:
+            raise ConfigError(
+                f"{directory}: images of {values['image'].size} pixels are prepared for a tower "
+                f"that reads {base.size}"
+            )
+        token = _token(config, where, tokenizer, "boi_token_id", "<|begin_of_image|>")
+        values["image_token"] = token
+    elif kind == "glmasr":
+        bins = _integer(speech, where, "num_mel_bins", GLM_ASR.mel_bins)
+        base = dataclasses.replace(GLM_ASR, mel_bins=bins)
+        values["audio"] = read_audio_processing(directory, base)
+        values["audio_token"] = _token(config, where, tokenizer, "audio_token_id", "<|pad|>")
+    return values
+
+
+def read_pad_token_id(config: Mapping[str, Any], names: Mapping[str, Any], tokenizer: Any) -> int:
+    """Reads the token that fills rows: config.json's, tokenizer_config.json's, or the end of text.
+
+    Args:
+      config: fields of config.json.
+      names: fields of tokenizer_config.json.
+      tokenizer: the tokenizer.
+
+    Returns:
+      Its id, 0 where none is named.
+    """
+    for source in (config, config.get("text_config") or {}):
+        if isinstance(source.get("pad_token_id"), int):
+            return source["pad_token_id"]
+    token = token_text(names.get("pad_token")) or token_text(names.get("eos_token"))
+    return (tokenizer.token_to_id(token) if token else None) or 0
+
+
+def read_stop_token_ids(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Reads the tokens that end an answer: generation_config.json's, else config.json's.
+
+    Args:
+      directory: of the checkpoint.
+      config: fields of its config.json.
+
+    Returns:
+      Their ids.
+    """
+    generation = read_json(directory / "generation_config.json")
+    for source in (generation, config, config.get("text_config") or {}):
+        ids = source.get("eos_token_id")
+        ids = [ids] if isinstance(ids, int) else ids
+        if isinstance(ids, list) and all(isinstance(token, int) for token in ids):
+            return tuple(ids)
+    return ()
+
+
+def token_text(token: Any) -> str | None:
+    """Returns a special token of tokenizer_config.json, which is a string or an object."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def _part(config: Mapping[str, Any], where: str, name: str) -> Mapping[str, Any]:
+    part = config.get(name) or {}
+    if not isinstance(part, Mapping):
+        raise ConfigError(f"{where}: field {name!r} must be an object")
+    return part
+
+
+def _integer(fields: Mapping[str, Any], where: str, name: str, default: int) -> int:
+    value = fields.get(name)
+    value = default if value is None else value
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{where}: field {name!r} is {value!r}; it must be a positive integer")
+    return value
+
+
+def _token(config: Mapping[str, Any], where: str, tokenizer: Any, name: str, token: str) -> str:
+    index, expected = tokenizer.token_to_id(token), config.get(name)
+    if index is None or expected not in (None, index):
+        raise ConfigError(
+            f"{where}: field {name!r} is {expected}, but {token} has id {index} in tokenizer.json"
+        )
+    return token

@@ -1,0 +1,125 @@
+"""Images, videos and recordings of a conversation, in reading order."""
+
+import base64
+import binascii
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from glm_edge.errors import DataError
+from glm_edge.preprocess.audio import load_wav, resample
+from glm_edge.preprocess.chat import MEDIA_TYPES, Message
+from glm_edge.preprocess.image import load_image
+from glm_edge.preprocess.vision import Video
+
+KINDS = ("image", "video", "audio")
+
+
+def gather(
+    conversations: Sequence[Sequence[Message]], supplied: Mapping[str, Iterable[Any] | None]
+) -> list[list[tuple[str, Any]]]:
+    """Finds what each conversation shows and plays.
+
+    Args:
+      conversations: messages; a part of a message brings its own image, video or recording, or
+        takes the next supplied one.
+      supplied: of `image`, `video` and `audio`, those that parts do not bring, in reading order
+        over all conversations.
+
+    Returns:
+      Of each conversation `(kind, value)` in reading order.
+
+    Raises:
+      DataError: more or fewer are supplied than parts ask for.
+    """
+    queues = {kind: list(supplied.get(kind) or []) for kind in KINDS}
+    offered = {kind: len(queue) for kind, queue in queues.items()}
+    found = []
+    for conversation in conversations:
+        media = []
+        for kind, value in _parts(conversation):
+            if value is None:
+                if not queues[kind]:
+                    raise DataError(
+                        f"messages hold more parts of type {kind!r} than the {offered[kind]} given"
+                    )
+                value = queues[kind].pop(0)
+            media.append((kind, value))
+        found.append(media)
+    for kind, queue in queues.items():
+        if queue:
+            raise DataError(
+                f"{len(queue)} of {offered[kind]} given as {kind} are not asked for; messages must "
+                f"hold a part of type {kind!r} for each"
+            )
+    return found
+
+
+def open_image(value: Any) -> np.ndarray:
+    """Returns pixels [H, W, C] of an array, a Pillow image, a path, bytes or a data URL."""
+    if hasattr(value, "convert"):
+        return np.asarray(value.convert("RGB"))
+    if isinstance(value, str) and value.startswith("data:"):
+        return load_image(_decoded(value))
+    return load_image(_local(value)) if isinstance(value, str | bytes | os.PathLike) else value
+
+
+def open_recording(value: Any, sample_rate: int) -> np.ndarray:
+    """Returns samples [L] of an array, `(samples, rate)`, or the path of a WAV file."""
+    if isinstance(value, str | os.PathLike):
+        value = load_wav(_local(value))
+    if isinstance(value, tuple):
+        samples, rate = value
+        return resample(samples, rate, sample_rate)
+    return value
+
+
+def open_video(value: Any) -> Video:
+    """Returns a `Video`, also of `(frames, fps)`."""
+    if isinstance(value, tuple) and len(value) == 2:
+        return Video(value[0], fps=value[1])
+    if not isinstance(value, Video):
+        raise DataError(
+            f"video: must be a Video or (frames, fps), found {type(value).__name__}; files are "
+            "not decoded here"
+        )
+    return value
+
+
+def _parts(conversation: Sequence[Message]) -> Iterable[tuple[str, Any]]:
+    for message in conversation:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, str) or not isinstance(content, Sequence):
+            continue
+        for part in content:
+            kind = MEDIA_TYPES.get(part.get("type")) if isinstance(part, Mapping) else None
+            if kind is not None:
+                yield kind, _own(part, kind)
+
+
+def _own(part: Mapping[str, Any], kind: str) -> Any:
+    for name in (kind, part["type"], "url", "path"):
+        value = part.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("url")
+        if value is not None:
+            return value
+    return None
+
+
+def _decoded(url: str) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise DataError("image: a data URL must be base64, as in data:image/png;base64,…")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"image: the data URL is not base64: {error}") from error
+
+
+def _local(value: Any) -> Any:
+    if isinstance(value, str) and "://" in value:
+        raise DataError(f"{value[:80]}: is not fetched; give the path of a file or the data itself")
+    return value

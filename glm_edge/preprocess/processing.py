@@ -1,0 +1,108 @@
+"""Parameters of preprocessing, and what the families publish."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from glm_edge.errors import ConfigError
+from glm_edge.preprocess.resizing import FILTERS
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SIZINGS = ("smart", "stretch", "pad")
+
+
+@dataclass(frozen=True)
+class ImageProcessing:
+    """How an image becomes what a vision encoder reads.
+
+    `sizing` is `smart` (nearly the same shape, sides multiples of `patch_size * merge_size`,
+    between `min_pixels` and `max_pixels` counted over `temporal_patch_size` frames), `stretch`
+    (to `size`, whatever the shape was) or `pad` (as large as fits into `size`, black below and on
+    the right). Grey levels over 255 are normalised with `mean` and `std`, one number a channel.
+    `marker_tokens` are features that the model adds to each image's.
+    """
+
+    sizing: str = "smart"
+    size: tuple[int, int] | None = None
+    min_pixels: int = 112 * 112
+    max_pixels: int = 28 * 28 * 15000
+    resample: str = "bicubic"
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    marker_tokens: int = 0
+
+    def __post_init__(self):
+        if self.sizing not in SIZINGS:
+            raise ConfigError(f"image: sizing {self.sizing!r} must be one of {', '.join(SIZINGS)}")
+        if self.resample not in FILTERS:
+            raise ConfigError(
+                f"image: resample {self.resample!r} must be one of {', '.join(FILTERS)}"
+            )
+        if self.sizing != "smart" and not self.size:
+            raise ConfigError(f"image: sizing {self.sizing!r} needs a size (height, width)")
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(
+                f"image: min_pixels {self.min_pixels} must not exceed max_pixels {self.max_pixels}"
+            )
+        if len(self.mean) != len(self.std) or not all(self.std):
+            raise ConfigError(f"image: mean {self.mean} and std {self.std} must fit, std not be 0")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a merge block's side."""
+        return self.patch_size * self.merge_size
+
+    def num_tokens(self, image: np.ndarray) -> int:
+        """Features that a prepared image [H, W, C] or one frame group of a video has."""
+        height, width = image.shape[-3:-1]
+        return (height // self.factor) * (width // self.factor) + self.marker_tokens
+
+
+@dataclass(frozen=True)
+class VideoProcessing(ImageProcessing):
+    """How a video becomes frames: sampled at `fps`, from at most `max_duration_s` evenly."""
+
+    max_pixels: int = 28 * 28 * 2 * 30000
+    fps: float = 2.0
+    max_duration_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class AudioProcessing:
+    """How a recording becomes log-mel chunks: each of `chunk_s` seconds, `max_s` in all."""
+
+    mel_bins: int = 128
+    sample_rate: int = 16000
+    fft_size: int = 400
+    hop_length: int = 160
+    chunk_s: float = 30
+    max_s: float = 655
+    merge_size: int = 4
+
+    @property
+    def chunk_samples(self) -> int:
+        """Samples of a chunk."""
+        return int(self.chunk_s * self.sample_rate)
+
+    @property
+    def max_chunks(self) -> int:
+        """Chunks of the longest recording; what follows is cut off."""
+        return max(1, int(self.max_s // self.chunk_s))
+
+    def num_tokens(self, audio_frames: np.ndarray) -> int:
+        """Features of all chunks whose valid frames are given."""
+        halved = (np.asarray(audio_frames) - 1) // 2 + 1
+        return int(np.maximum((halved - self.merge_size) // self.merge_size + 1, 0).sum())
+
+
+GLM4V = ImageProcessing()
+GLM4V_VIDEO = VideoProcessing()
+# The published preprocessor keeps the shape and pads, as one tile of Llama 3.2's.
+GLM_EDGE_V = ImageProcessing(
+    sizing="pad", size=(672, 672), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), marker_tokens=2
+)
+GLM_ASR = AudioProcessing()

@@ -1,0 +1,295 @@
+"""Conversations with images, videos and recordings as what a model reads."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_edge.errors import CheckpointError, ConfigError, DataError
+from glm_edge.preprocess import chat, hugging_face, media
+from glm_edge.preprocess.audio import prepare_recording
+from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing, VideoProcessing
+from glm_edge.preprocess.tokens import text_ids
+from glm_edge.preprocess.vision import prepare_image, prepare_video
+
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+# Characters for private use stand for a special token's name in a user's text until it is encoded.
+HIDDEN = re.compile("\ue000([0-9]+)\ue001")
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs(Mapping):
+    """What a model reads; also a mapping of those that are there, as `model(**inputs)` wants.
+
+    `tokens` int32 [B, T], padded on the left; `valid` bool [B, T], False at padding; `images` in
+    reading order over the batch, [H, W, C] or a video's [F, H, W, C]; `audio` float32 [N, frames,
+    mel_bins], chunks in reading order, and `audio_frames` int32 [N], their valid frames.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    images: list[np.ndarray] | None = None
+    audio: np.ndarray | None = None
+    audio_frames: np.ndarray | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in tuple(self):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        fields = dataclasses.fields(self)
+        return (item.name for item in fields if getattr(self, item.name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Turns conversations into model inputs, as the checkpoint's family was trained.
+
+    Attributes:
+      tokenizer: a `tokenizers.Tokenizer`.
+      template: Jinja source of the chat template.
+      image: how images are prepared; None for a model that reads none.
+      video: how videos are prepared, or None.
+      audio: how recordings are prepared, or None.
+      image_token: placeholder of an image feature.
+      video_token: placeholder that a template writes for a video.
+      audio_token: placeholder of a speech feature.
+      pad_token_id: fills rows on the left.
+      stop_token_ids: end an answer.
+      variables: what the template reads besides messages, such as `bos_token`.
+    """
+
+    tokenizer: Any
+    template: str
+    image: ImageProcessing | None = None
+    video: VideoProcessing | None = None
+    audio: AudioProcessing | None = None
+    image_token: str = "<|image|>"
+    video_token: str = "<|video|>"
+    audio_token: str = "<|pad|>"
+    pad_token_id: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_checkpoint(
+        cls, directory: str | Path, family: str | None = None, template: str | None = None
+    ) -> "Processor":
+        """Reads a Hugging Face directory: config.json, tokenizer.json and the processors' files.
+
+        Args:
+          directory: of the checkpoint.
+          family: one of `glm_edge.preprocess.chat.FAMILIES`, whose template is taken where the
+            checkpoint has none; None recognises it by config.json.
+          template: Jinja source, instead of both.
+
+        Returns:
+          The processor.
+
+        Raises:
+          CheckpointError: a file is missing or damaged.
+          ConfigError: the files contradict each other, or ask for what this library does not do.
+        """
+        directory = Path(directory)
+        config = hugging_face.read_json(directory / "config.json")
+        if "model_type" not in config:
+            raise CheckpointError(
+                f"{directory / 'config.json'}: is missing or names no 'model_type'; a Hugging "
+                "Face checkpoint is needed"
+            )
+        tokenizer = hugging_face.read_tokenizer(directory / "tokenizer.json")
+        names = hugging_face.read_json(directory / "tokenizer_config.json")
+        template = template or chat.checkpoint_template(directory)
+        if template is None:
+            family = family or hugging_face.read_family(config)
+            if family is None:
+                raise ConfigError(
+                    f"{directory}: has no chat template, and this library has none for model_type "
+                    f"{config['model_type']!r}; give template= or family="
+                )
+            template = chat.family_template(family)
+        tokens = {name: hugging_face.token_text(names.get(name)) for name in NAMED_TOKENS}
+        return cls(
+            tokenizer=tokenizer,
+            template=template,
+            **hugging_face.read_encoders(directory, config, tokenizer),
+            pad_token_id=hugging_face.read_pad_token_id(config, names, tokenizer),
+            stop_token_ids=hugging_face.read_stop_token_ids(directory, config),
+            variables={name: token for name, token in tokens.items() if token is not None},
+        )
+
+    def __call__(
+        self,
+        messages: Sequence[Any],
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+        audio: Sequence[Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        special_tokens_in_text: bool = False,
+        **variables: Any,
+    ) -> Inputs:
+        """Prepares a batch.
+
+        Args:
+          messages: one conversation or several; see `glm_edge.preprocess.chat.render`. A part
+            `{"type": "image", "image": …}` brings an array, a path or a data URL; one without a
+            value takes the next of `images` (and so `videos` and `audio`).
+          images: [height, width, C] in 0..1 or uint8, paths or Pillow images, in reading order.
+          videos: `Video` or `(frames, fps)`, in reading order.
+          audio: samples at the model's rate, `(samples, rate)`, or paths of WAV files.
+          tools: JSON schemas of functions.
+          add_generation_prompt: whether the assistant's turn is opened at the end.
+          special_tokens_in_text: whether names of special tokens become tokens in messages that
+            are not the assistant's, as elsewhere; otherwise they are read as text.
+          **variables: what else the template reads.
+
+        Returns:
+          The inputs.
+
+        Raises:
+          DataError: messages, images or recordings are malformed, too few or too many.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        if not conversations:
+            raise DataError("messages: there is no conversation")
+        supplied = {"image": images, "video": videos, "audio": audio}
+        shown, chunks, rows = [], [], []
+        for conversation, found in zip(
+            conversations, media.gather(conversations, supplied), strict=True
+        ):
+            spelled: list[str] = []
+            if not special_tokens_in_text:
+                conversation = self._hide(conversation, spelled)
+            text = self.render(conversation, tools, add_generation_prompt, **variables)
+            placeholders = []
+            for kind, value in found:
+                arrays, placeholder = getattr(self, f"_prepare_{kind}")(value)
+                (chunks if kind == "audio" else shown).append(arrays)
+                placeholders.append((kind, placeholder))
+            rows.append(self._encode(self._expand(text, placeholders), spelled))
+        length = max(map(len, rows))
+        tokens = np.full((len(rows), length), self.pad_token_id, np.int32)
+        valid = np.zeros((len(rows), length), bool)
+        for index, row in enumerate(rows):
+            tokens[index, length - len(row) :] = row
+            valid[index, length - len(row) :] = True
+        if not length:
+            raise DataError("messages: the chat template wrote nothing")
+        speech = [np.concatenate(parts) for parts in zip(*chunks, strict=True)] or [None, None]
+        return Inputs(tokens, valid, shown or None, *speech)
+
+    def render(
+        self,
+        messages: Sequence[chat.Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Renders one conversation, one placeholder for each image, video and recording."""
+        values = {**self.variables, **variables}
+        return chat.render(self.template, messages, tools, add_generation_prompt, **values)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of generated tokens [T] up to the first stop token, which is left out.
+
+        Special tokens inside, such as `<think>`, are kept.
+        """
+        ids = [int(token) for token in tokens]
+        stops = [index for index, token in enumerate(ids) if token in self.stop_token_ids]
+        return self.tokenizer.decode(ids[: min(stops, default=len(ids))], skip_special_tokens=False)
+
+    def _prepare_image(self, value: Any) -> tuple[np.ndarray, str]:
+        if self.image is None:
+            raise DataError("messages show an image; this model reads none")
+        image = prepare_image(media.open_image(value), self.image)
+        return image, self.image_token * self.image.num_tokens(image)
+
+    def _prepare_video(self, value: Any) -> tuple[np.ndarray, str]:
+        if self.video is None:
+            raise DataError("messages show a video; this model reads none")
+        frames, seconds = prepare_video(media.open_video(value), self.video)
+        features = self.image_token * self.video.num_tokens(frames)
+        return frames, "".join(
+            f"<|begin_of_image|>{features}<|end_of_image|>{int(second)}" for second in seconds
+        )
+
+    def _prepare_audio(self, value: Any) -> tuple[tuple[np.ndarray, np.ndarray], str]:
+        if self.audio is None:
+            raise DataError("messages play a recording; this model hears none")
+        samples = media.open_recording(value, self.audio.sample_rate)
+        mel, audio_frames = prepare_recording(samples, self.audio)
+        return (mel, audio_frames), self.audio_token * self.audio.num_tokens(audio_frames)
+
+    def _expand(self, text: str, placeholders: list[tuple[str, str]]) -> str:
+        """Puts as many placeholder tokens as there are features where the template wrote one."""
+        kinds = {}
+        if self.audio is not None:
+            kinds[self.audio_token] = "audio"
+        if self.video is not None:
+            kinds[self.video_token] = "video"
+        if self.image is not None:
+            kinds[self.image_token] = "image"
+            if self.image.size is not None:
+                # Templates of a fixed size may write every placeholder themselves.
+                features = self.image.num_tokens(np.empty((*self.image.size, 0)))
+                text = text.replace(self.image_token * features, self.image_token)
+        if not kinds:
+            return text
+        pattern = re.compile("|".join(map(re.escape, kinds)))
+        written = [kinds[token] for token in pattern.findall(text)]
+        asked = [kind for kind, _ in placeholders]
+        if written != asked:
+            raise DataError(
+                f"the chat template wrote placeholders for {written or 'nothing'}, messages hold "
+                f"{asked or 'nothing'}; it must write one for each, in order"
+            )
+        remaining = iter(placeholders)
+        return pattern.sub(lambda _: next(remaining)[1], text)
+
+    def _hide(self, messages: Sequence[Any], spelled: list[str]) -> list[Any]:
+        """Replaces names of special tokens in texts by marks that `_encode` reads back as text."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        marks = ["\ue000", "\ue001"]
+
+        def hide(text: Any, sought: list[str]) -> Any:
+            def mark(match: re.Match) -> str:
+                spelled.append(match.group())
+                return f"\ue000{len(spelled) - 1}\ue001"
+
+            pattern = "|".join(map(re.escape, sought))
+            return re.sub(pattern, mark, text) if isinstance(text, str) else text
+
+        hidden = []
+        for message in messages:
+            if isinstance(message, Mapping):
+                sought = marks if message.get("role") == "assistant" else names + marks
+                content = message.get("content")
+                if isinstance(content, list | tuple):
+                    content = [
+                        {**part, "text": hide(part["text"], sought)}
+                        if isinstance(part, Mapping) and "text" in part
+                        else part
+                        for part in content
+                    ]
+                message = {**message, "content": hide(content, sought)}
+            hidden.append(message)
+        return hidden
+
+    def _encode(self, text: str, spelled: list[str]) -> list[int]:
+        ids: list[int] = []
+        for index, piece in enumerate(HIDDEN.split(text) if spelled else [text]):
+            if index % 2:
+                ids += text_ids(self.tokenizer, spelled[int(piece)])
+            else:
+                ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
+        return ids

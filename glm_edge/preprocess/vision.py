@@ -1,0 +1,153 @@
+"""Images and videos as a GLM's vision encoder reads them: resized and normalised.
+
+Letters: `F` frames, `H`, `W` pixels, `C` channels.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from glm_edge.errors import DataError
+from glm_edge.preprocess.image import check_pixels
+from glm_edge.preprocess.processing import ImageProcessing, VideoProcessing
+from glm_edge.preprocess.resizing import fit_size, resize_uint8, smart_resize
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames [F, H, W, C] in 0..1 or uint8, with their rate or the seconds they stand for.
+
+    With `fps`, frames are those of a recording and are sampled; with `timestamps` [F] they have
+    been sampled and all are kept. `duration_s` is the recording's; F / fps unless given.
+    """
+
+    frames: np.ndarray
+    fps: float | None = None
+    timestamps: Sequence[float] | None = None
+    duration_s: float | None = None
+
+
+def prepare_image(image: np.ndarray, processing: ImageProcessing) -> np.ndarray:
+    """Resizes and normalises an image.
+
+    Args:
+      image: [height, width, C]: floats in 0..1 or uint8.
+      processing: the parameters.
+
+    Returns:
+      float32 [H, W, C], normalised.
+
+    Raises:
+      DataError: the image is of another shape or type, holds NaN, leaves 0..1, or is more than
+        200 times as long as wide.
+    """
+    pixels = _grey_levels(image, "image", 3, len(processing.mean))
+    size = _target_size(processing, processing.temporal_patch_size, *pixels.shape[:2])
+    return _normalise(_reshape(pixels, size, processing), processing)
+
+
+def prepare_video(video: Video, processing: VideoProcessing) -> tuple[np.ndarray, np.ndarray]:
+    """Samples, resizes and normalises the frames of a video.
+
+    Args:
+      video: frames and their times.
+      processing: the parameters.
+
+    Returns:
+      `(frames, seconds)`: float32 [F, H, W, C], F a multiple of `temporal_patch_size` (the last
+      frame is repeated), and float64 [F / temporal_patch_size], the second at which each group of
+      frames begins.
+
+    Raises:
+      DataError: frames are not what `prepare_image` takes, or their times are missing.
+    """
+    frames = _grey_levels(video.frames, "video", 4, len(processing.mean))
+    if (video.fps is None) == (video.timestamps is None):
+        raise DataError("video: either its frames a second (fps) or timestamps must be given")
+    if video.timestamps is None:
+        kept = sample_frames(len(frames), video.fps, processing, video.duration_s)
+        frames, seconds = frames[kept], kept / video.fps
+    else:
+        seconds = np.asarray(video.timestamps, np.float64)
+        if seconds.shape != (len(frames),) or not np.isfinite(seconds).all():
+            raise DataError(
+                f"video: timestamps must be finite [{len(frames)}], found {list(seconds.shape)}"
+            )
+    group = processing.temporal_patch_size
+    size = _target_size(processing, max(len(frames), group), *frames.shape[1:3])
+    resized = [_normalise(_reshape(frame, size, processing), processing) for frame in frames]
+    resized += resized[-1:] * (-len(resized) % group)
+    return np.stack(resized), seconds[::group]
+
+
+def sample_frames(
+    num_frames: int, fps: float, processing: VideoProcessing, duration_s: float | None = None
+) -> np.ndarray:
+    """Chooses frames of a video: `processing.fps` a second, or fewer where it is long.
+
+    Args:
+      num_frames: of the recording.
+      fps: frames a second of the recording.
+      processing: the parameters.
+      duration_s: of the recording; `num_frames / fps` unless given.
+
+    Returns:
+      int64 indices, without repeats but for the last, which makes their number even.
+
+    Raises:
+      DataError: there is no frame, or a number is not positive.
+    """
+    if num_frames < 1:
+        raise DataError("video: it has no frames")
+    duration_s = num_frames / fps if duration_s is None and fps > 0 else duration_s
+    if not all(value and 0 < value < math.inf for value in (fps, duration_s)):
+        raise DataError(f"video: fps {fps} and duration {duration_s} s must be positive")
+    last = num_frames - 1
+    if duration_s <= processing.max_duration_s:
+        count = max(int(duration_s * processing.fps), 1)
+        kept = [min(last, math.ceil(i * fps / processing.fps)) for i in range(count)]
+    else:
+        count = int(processing.max_duration_s * processing.fps)
+        seconds = np.linspace(0, duration_s, count)
+        kept = [min(last, math.ceil(second * fps)) for second in seconds]
+        kept = kept if count < num_frames else range(num_frames)
+    kept = list(dict.fromkeys(kept))
+    return np.array(kept + kept[-1:] * (len(kept) % 2), np.int64)
+
+
+def _target_size(processing: ImageProcessing, frames: int, height: int, width: int):
+    if processing.sizing != "smart":
+        return processing.size
+    return smart_resize(
+        frames,
+        height,
+        width,
+        processing.factor,
+        processing.min_pixels,
+        processing.max_pixels,
+        processing.temporal_patch_size,
+    )
+
+
+def _reshape(pixels: np.ndarray, size: tuple[int, int], processing: ImageProcessing) -> np.ndarray:
+    if processing.sizing != "pad":
+        return resize_uint8(pixels, size, processing.resample)
+    height, width = fit_size(*pixels.shape[:2], size)
+    canvas = np.zeros((*size, pixels.shape[2]), np.uint8)
+    canvas[:height, :width] = resize_uint8(pixels, (height, width), processing.resample)
+    return canvas
+
+
+def _normalise(pixels: np.ndarray, processing: ImageProcessing) -> np.ndarray:
+    """Looks up each grey level's float32 value."""
+    mean, std = np.float32(processing.mean), np.float32(processing.std)
+    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+    table = (levels[:, None] - mean) / std
+    return table[pixels, np.arange(len(mean))]
+
+
+def _grey_levels(image: np.ndarray, where: str, axes: int, channels: int) -> np.ndarray:
+    image = check_pixels(image, where, channels, axes)
+    return image if image.dtype == np.uint8 else np.rint(image * 255.0).astype(np.uint8)
