@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 MASKED_SCORE = -1e9
+MAX_SCORES = 1 << 26
 
 
 def attention_weights(query: Array, key: Array, mask: Array | None = None) -> Array:
@@ -45,10 +46,31 @@ def attend(weights: Array, value: Array) -> Array:
 def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
     """Grouped-query attention; arguments and result as in `attention_weights` and `attend`.
 
+    Where all scores would be more than `MAX_SCORES`, queries take turns in blocks, so that memory
+    grows with the length of a prompt or image and not with its square.
+
     References:
       GQA, https://arxiv.org/abs/2305.13245.
     """
-    return attend(attention_weights(query, key, mask), value)
+    batch, length, heads, width = query.shape
+    size = max(1, MAX_SCORES // (batch * heads * key.shape[1]))
+    if size >= length:
+        return attend(attention_weights(query, key, mask), value)
+    count = -(-length // size)
+    room = count * size - length
+
+    def blocks(x: Array, axis: int) -> Array:
+        padding = [(0, room if i == axis else 0) for i in range(x.ndim)]
+        split = jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(split, axis, 0)
+
+    if mask is None or mask.shape[2] == 1:
+        run = jax.checkpoint(lambda part: attend(attention_weights(part, key, mask), value))
+        mixed = jax.lax.map(run, blocks(query, 1))
+    else:
+        run = jax.checkpoint(lambda part: attend(attention_weights(part[0], key, part[1]), value))
+        mixed = jax.lax.map(run, (blocks(query, 1), blocks(mask, 2)))
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, count * size, heads, width)[:, :length]
 
 
 def causal_mask(query_slots: Array, num_slots: int) -> Array:

@@ -52,10 +52,9 @@ class Attention(nn.Module):
                 for name, array in cache.items()
             }
             key, value = cache["key"], cache["value"]
-        weights = attention_kernels.attention_weights(query, key, mask)
         if self.is_mutable_collection("attention") and not self.is_initializing():
-            self.sow("attention", "weights", weights)
-        mixed = attention_kernels.attend(weights, value)
+            self.sow("attention", "weights", attention_kernels.attention_weights(query, key, mask))
+        mixed = attention_kernels.attention(query, key, value, mask)
         mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
         if self.has_variable("gates", "heads"):
             mixed = mixed * self.get_variable("gates", "heads")[:, None]

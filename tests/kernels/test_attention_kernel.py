@@ -1,5 +1,6 @@
 """Attention against a float64 loop."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,3 +51,23 @@ def test_causal_mask_counts_slots_of_a_cache():
     mask = attention.causal_mask(jnp.array([2, 3]), 5)
     assert mask.shape == (1, 1, 2, 5)
     np.testing.assert_array_equal(mask[0, 0], [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize("mask_shape", [None, (2, 1, 1, 7), (1, 1, 5, 7), (2, 1, 5, 7)])
+def test_blocks_of_queries_give_what_all_at_once_give(monkeypatch, mask_shape):
+    rng = np.random.default_rng(2)
+    query = jnp.asarray(rng.normal(size=(2, 5, 4, 8)), jnp.float32)
+    key, value = jnp.asarray(rng.normal(size=(2, 2, 7, 2, 8)), jnp.float32)
+    mask = None
+    if mask_shape is not None:
+        mask = jnp.asarray(rng.random(mask_shape) < 0.6).at[..., 0].set(True)
+
+    def loss(query):
+        return jnp.sum(attention.attention(query, key, value, mask) ** 2)
+
+    whole, gradient = attention.attention(query, key, value, mask), jax.grad(loss)(query)
+    monkeypatch.setattr(attention, "MAX_SCORES", 2 * 2 * 4 * 7)
+    np.testing.assert_allclose(
+        attention.attention(query, key, value, mask), whole, rtol=1e-6, atol=1e-6
+    )
+    np.testing.assert_allclose(jax.grad(loss)(query), gradient, rtol=1e-5, atol=1e-6)
