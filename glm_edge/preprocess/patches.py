@@ -98,8 +98,12 @@ def from_patches(
       DataError: the grids do not describe these patches.
     """
     pixel_values, grid_thw = np.asarray(pixel_values), np.asarray(grid_thw)
-    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or (grid_thw < 1).any():
-        raise DataError(f"grid_thw: must be positive [images, 3], found {list(grid_thw.shape)}")
+    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.dtype.kind not in "iu":
+        raise DataError(
+            f"grid_thw: must be integers [images, 3], found {grid_thw.dtype} {list(grid_thw.shape)}"
+        )
+    if (grid_thw < 1).any():
+        raise DataError(f"grid_thw: must be positive, found {int(grid_thw.min())}")
     expected = (int(grid_thw.prod(axis=1).sum()), channels * temporal_patch_size * patch_size**2)
     if pixel_values.shape != expected:
         raise DataError(

@@ -23,7 +23,7 @@ HIDDEN = re.compile("\ue000([0-9]+)\ue001")
 
 @dataclass(frozen=True, eq=False)
 class Inputs(Mapping):
-    """What a model reads; also a mapping of those that are there, as `model(**inputs)` wants.
+    """What a model reads: `generate(model, params, **inputs)` takes the arrays that are there.
 
     `tokens` int32 [B, T], padded on the left; `valid` bool [B, T], False at padding; `images` in
     reading order over the batch, [H, W, C] or a video's [F, H, W, C]; `audio` float32 [N, frames,
@@ -215,7 +215,7 @@ class Processor:
 
     def _prepare_video(self, value: Any) -> tuple[np.ndarray, str]:
         if self.video is None:
-            raise DataError("messages show a video; this model reads none")
+            raise DataError("messages show a video; how this model samples one is not known")
         frames, seconds = prepare_video(media.open_video(value), self.video)
         features = self.image_token * self.video.num_tokens(frames)
         return frames, "".join(

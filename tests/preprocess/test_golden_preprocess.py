@@ -1,5 +1,7 @@
 """The reference's own preprocessing: Whisper's log-mel and GLM-4.1V's resized patches."""
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +11,14 @@ import pytest
 from glm_edge import preprocess
 from glm_edge.configs import SpeechConfig
 from glm_edge.kernels.log_mel import mel_filters
+from glm_edge.preprocess import (
+    AudioProcessing,
+    from_patches,
+    prepare_image,
+    prepare_recording,
+    to_patches,
+)
+from glm_edge.preprocess.processing import GLM4V
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(os.environ.get("GLM_EDGE_GOLDEN") or ROOT.parent / "shared" / "golden")
@@ -17,9 +27,6 @@ pytestmark = pytest.mark.skipif(
     not (CASE / "outputs.npz").is_file(),
     reason=f"no reference case at {CASE}; set GLM_EDGE_GOLDEN to the folder of cases",
 )
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])
-PATCH, MERGE = 14, 2
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +55,25 @@ def test_mel_filters_are_whispers(case):
     np.testing.assert_allclose(mel_filters(expected.shape[0], 400, 16000), expected, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["glm4v_exact", "glm4v_resize", "glm4v_tiny_up", "glm4v_down"])
-def test_resizing_is_within_two_grey_levels(case, name):
+def test_recordings_are_whispers_chunks(case):
     inputs, outputs = case
-    _, rows, columns = outputs[f"{name}.image_grid_thw"][0]
-    patches = outputs[f"{name}.pixel_values"].reshape(
-        rows // MERGE, columns // MERGE, MERGE, MERGE, 3, 2, PATCH, PATCH
+    processing = AudioProcessing(mel_bins=16, chunk_s=2)
+    mel, audio_frames = prepare_recording(inputs["whisper.waveform"], processing)
+    expected = outputs["whisper.input_features"].transpose(0, 2, 1)
+    np.testing.assert_allclose(mel, expected, atol=1e-5)
+    np.testing.assert_array_equal(audio_frames, outputs["whisper.attention_mask"].sum(axis=1))
+
+
+@pytest.mark.parametrize("name", ["glm4v_exact", "glm4v_resize", "glm4v_tiny_up", "glm4v_down"])
+def test_images_are_glm4vs(case, name):
+    inputs, outputs = case
+    size = json.loads((CASE / "meta.json").read_text())["subcases"][name]["size"]
+    processing = dataclasses.replace(
+        GLM4V, min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]
     )
-    planes = patches[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4)
-    expected = planes.reshape(rows * PATCH, columns * PATCH, 3) * CLIP_STD + CLIP_MEAN
-    found = preprocess.resize(inputs[f"{name}.image"] / 255.0, expected.shape[:2])
-    # Pillow rounds 8-bit images to whole grey levels after each of its two passes.
-    np.testing.assert_allclose(found, expected, atol=2 / 255)
+    image = prepare_image(inputs[f"{name}.image"], processing)
+    pixel_values, grids = to_patches([image])
+    np.testing.assert_array_equal(grids, outputs[f"{name}.image_grid_thw"])
+    np.testing.assert_allclose(pixel_values, outputs[f"{name}.pixel_values"], atol=1e-6)
+    [unpacked] = from_patches(outputs[f"{name}.pixel_values"], grids)
+    np.testing.assert_allclose(unpacked, image, atol=1e-6)
