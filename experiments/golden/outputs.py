@@ -54,8 +54,9 @@ def _encoder(model: nn.Module, params: Any, inputs: Arrays) -> Arrays:
     assert isinstance(model, TextEncoder)
     tokens = _take(inputs, "input_ids")
     output, aux = run(tokens, inputs.get("attention_mask"), inputs.get("token_type_ids"))
-    found = _hidden(aux["hidden"])
-    found["logits" if model.config.num_labels else "hidden.final"] = output
+    found = {**_hidden(aux["hidden"]), "hidden.final": aux["hidden"][-1]}
+    if model.config.num_labels:
+        found["logits"] = output
     return found | ({"pooler_output": aux["pooled"]} if "pooled" in aux else {})
 
 
@@ -170,8 +171,10 @@ def _vision_in_order(
     config, names, parts = model.config.vision, [], []
     run = jax.jit(functools.partial(model.apply, method=lambda module, x: module.vision(x)))
     for image in images:
-        frames = image.reshape(-1, config.temporal_patch_size, *image.shape[-3:])
-        features, aux = run(variables, frames if image.ndim == 4 else image[None])
+        frames = image[None]
+        if image.ndim == 4:
+            frames = image.reshape(-1, config.temporal_patch_size, *image.shape[-3:])
+        features, aux = run(variables, frames)
         if not packed:
             parts.append({"vision.features": np.asarray(features)})
             continue

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_edge.checkpoint.reading import check_finite as check_finite
 from glm_edge.checkpoint.reading import fill, json_object, opened
 from glm_edge.checkpoint.reading import read_json as read_json
 from glm_edge.errors import CheckpointError, OutputError
@@ -25,7 +26,6 @@ MAX_DIMENSIONS = 16
 MAX_NAME_LENGTH = 500
 # What jax asks of a buffer that it takes over without a copy.
 ALIGNMENT = 64
-BLOCK_BYTES = 1 << 19
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -43,12 +43,6 @@ DTYPES = {
     "F64": np.dtype("<f8"),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_EXPONENTS = {
-    np.dtype(jnp.bfloat16): np.uint16(0x7F80),
-    np.dtype(np.float16): np.uint16(0x7C00),
-    np.dtype(np.float32): np.uint32(0x7F800000),
-    np.dtype(np.float64): np.uint64(0x7FF0000000000000),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,40 +277,7 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in order:
-            file.write(np.ascontiguousarray(np.asarray(arrays[name])).tobytes())
-
-
-def check_finite(array: np.ndarray, where: str) -> None:
-    """Refuses NaN and infinity, block by block so that a large tensor needs no copy.
-
-    Args:
-      array: of any type; integers and booleans pass.
-      where: file and tensor, for the message.
-
-    Raises:
-      CheckpointError: an entry is not finite.
-    """
-    if array.dtype.kind in "biu":
-        return
-    flat = array.reshape(-1)
-    size = BLOCK_BYTES // array.dtype.itemsize
-    # NaN and infinity have all bits of the exponent set; integers compare faster than bfloat16.
-    exponent = _EXPONENTS.get(array.dtype)
-    bits = flat if exponent is None else flat.view(exponent.dtype)
-    scratch = np.empty(min(size, flat.size), bits.dtype)
-    for start in range(0, flat.size, size):
-        block = bits[start : start + size]
-        if exponent is not None:
-            masked = np.bitwise_and(block, exponent, out=scratch[: block.size])
-            if masked.max() < exponent:
-                continue
-        finite = np.isfinite(flat[start : start + size])
-        if not finite.all():
-            index = np.unravel_index(start + int(np.argmin(finite)), array.shape)
-            value = flat[start + int(np.argmin(finite))]
-            raise CheckpointError(
-                f"{where}: holds {value} at {[int(i) for i in index]}; weights must be finite"
-            )
+            file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Loading and saving a model with its parameters, whatever the directory's format."""
 
-import functools
 import importlib.resources
 import os
 from collections.abc import Mapping
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -21,11 +19,12 @@ from glm_edge.checkpoint.files import (
     check_finite,
     new_directory,
     read_json,
-    to_device,
 )
 from glm_edge.checkpoint.orbax import ARRAYS
+from glm_edge.checkpoint.placement import Placement
 from glm_edge.checkpoint.shapes import ARCHITECTURES, check_params
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
+from glm_edge.params.sharding import RULES, Rules
 
 TOKENIZER = "tokenizer.json"
 FORMATS = ("hugging_face", *own.STORES)
@@ -34,7 +33,10 @@ _ORBAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
 
 
 def load(
-    path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None
+    path: str | os.PathLike,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
 ) -> tuple[nn.Module, Any]:
     """Opens a checkpoint directory.
 
@@ -46,15 +48,18 @@ def load(
         one or several safetensors files).
       dtype: type to which trainable weights are cast; None keeps the stored one. Integers, masks
         and scales of compressed weights always keep theirs. Train in float32.
-      mesh: devices to spread the parameters over, see `glm_edge.params.sharding`; None puts them
-        on the default device.
+      mesh: devices to spread the parameters over, maybe of several processes; None puts them on
+        the default device.
+      rules: which logical axis of a parameter is cut along which axis of the mesh, see
+        `glm_edge.params.sharding`.
 
     Returns:
       `(model, params)`: a Linen module with its `config`, and its tree of arrays and boxes.
 
     Raises:
       CheckpointError: a file is missing, truncated, of another format, or does not fit the model.
-      ConfigError: config.json names an unknown model, or a field is missing or not known.
+      ConfigError: config.json names an unknown model, or a field is missing or not known;
+        or `rules` name no axis of the mesh.
     """
     directory = Path(path)
     _check_dtype(dtype)
@@ -64,12 +69,12 @@ def load(
     if not (directory / CONFIG).is_file():
         raise CheckpointError(_without_config(directory))
     fields = read_json(directory / CONFIG)
-    place = functools.partial(_place, mesh)
+    placement = Placement(mesh, rules)
     if fields.get("format") == own.FORMAT:
-        model, params = own.read(directory, fields, place)
+        model, params = own.read(directory, fields, placement)
         return model, params if dtype is None else boxes.cast(params, dtype)
     if "model_type" in fields:
-        return hugging_face.read(directory, fields, dtype, place)
+        return hugging_face.read(directory, fields, dtype, placement)
     raise ConfigError(
         f"{directory / CONFIG}: neither a glm_edge checkpoint ('format': {own.FORMAT!r}) nor a "
         "Hugging Face one ('model_type')"
@@ -206,9 +211,3 @@ def _read_extra(name: str, source: str | os.PathLike | bytes) -> bytes:
         return Path(source).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
-
-
-def _place(mesh: Mesh | None, path: str, array: np.ndarray) -> jax.Array:
-    if mesh is None:
-        return to_device(array)
-    raise NotImplementedError

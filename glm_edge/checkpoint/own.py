@@ -1,22 +1,23 @@
 """Our own checkpoints: `config.json` with the model and the boxes, and one file of arrays."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
+import jax
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import orbax
 from glm_edge.checkpoint.files import (
     CONFIG,
+    DTYPES,
     WEIGHTS,
     SafetensorsFile,
     check_finite,
     write_json,
     write_safetensors,
 )
+from glm_edge.checkpoint.placement import Placement
 from glm_edge.checkpoint.shapes import (
     ARCHITECTURES,
     check_names,
@@ -58,15 +59,13 @@ def write(directory: Path, model: nn.Module, params: Any, store: str) -> None:
     write_json(directory / CONFIG, fields)
 
 
-def read(
-    directory: Path, fields: dict[str, Any], place: Callable[[str, np.ndarray], Any]
-) -> tuple[nn.Module, Any]:
+def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple[nn.Module, Any]:
     """Reads a directory that `write` wrote.
 
     Args:
       directory: of the checkpoint.
       fields: its config.json.
-      place: puts an array, named as in `glm_edge.params.to_flat`, on the devices.
+      placement: says on which devices the arrays go.
 
     Returns:
       `(model, params)`.
@@ -96,24 +95,26 @@ def read(
     build, kind = ARCHITECTURES[architecture]
     model = build(config_from_json(fields.get("config"), str(where), kind))
     if store == "orbax":
-        source, arrays = directory / orbax.ARRAYS, orbax.read(directory, fields.get("arrays"))
+        source, stored = directory / orbax.ARRAYS, orbax.read(directory, fields.get("arrays"))
     else:
-        source, arrays = directory / WEIGHTS, _read_arrays(directory / WEIGHTS)
-    _check_box_fields(arrays, spec, source)
-    for name, array in arrays.items():
-        check_finite(array, f"{source}: tensor {name!r}")
-    arrays = {name: place(name, array) for name, array in arrays.items()}
+        source = directory / WEIGHTS
+        file = SafetensorsFile(source)
+        stored = {
+            name: jax.ShapeDtypeStruct(info.shape, DTYPES[info.dtype])
+            for name, info in file.tensors.items()
+        }
+    _check_box_fields(stored, spec, source)
     try:
-        params = boxes.from_flat(arrays, spec)
+        params = boxes.from_flat(stored, spec)
     except (BoxError, KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     check_params(params, model, str(source))
-    return model, params
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    file = SafetensorsFile(path)
-    return {name: file.read(name) for name in file.tensors}
+    arrays = {}
+    for name, destination in placement.plan(params, model.config).items():
+        array = stored[name] if store == "orbax" else destination.read(file, name)
+        check_finite(array, f"{source}: tensor {name!r}")
+        arrays[name] = destination.put(array)
+    return model, boxes.from_flat(arrays, spec)
 
 
 def _check_box_fields(arrays: dict[str, Any], spec: dict[str, Any], source: Path) -> None:

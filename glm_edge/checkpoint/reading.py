@@ -1,4 +1,4 @@
-"""Reading files that may be damaged or hostile: links, pipes, truncation, JSON within limits."""
+"""Reading files that may be damaged or hostile: links, pipes, truncation, JSON, NaN."""
 
 import contextlib
 import functools
@@ -9,14 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.errors import CheckpointError
 
-MAX_JSON_BYTES = 1 << 24
+MAX_JSON_BYTES = 1 << 23
 MAX_JSON_VALUES = 500_000
 MAX_JSON_DEPTH = 64
 MAX_DIGITS = 20
+BLOCK_BYTES = 1 << 19
+
+_EXPONENTS = {
+    np.dtype(jnp.bfloat16): np.uint16(0x7F80),
+    np.dtype(np.float16): np.uint16(0x7C00),
+    np.dtype(np.float32): np.uint32(0x7F800000),
+    np.dtype(np.float64): np.uint64(0x7FF0000000000000),
+}
 
 
 def file_inside(directory: Path, name: str) -> Path:
@@ -128,6 +137,39 @@ def fill(file: BinaryIO, target: np.ndarray, where: str) -> None:
         done += count
 
 
+def check_finite(array: np.ndarray, where: str) -> None:
+    """Refuses NaN and infinity, block by block so that a large tensor needs no copy.
+
+    Args:
+      array: of any type; integers and booleans pass.
+      where: file and tensor, for the message.
+
+    Raises:
+      CheckpointError: an entry is not finite.
+    """
+    if array.dtype.kind in "biu":
+        return
+    flat = array.reshape(-1)
+    size = BLOCK_BYTES // array.dtype.itemsize
+    # NaN and infinity have all bits of the exponent set; integers compare faster than bfloat16.
+    exponent = _EXPONENTS.get(array.dtype)
+    bits = flat if exponent is None else flat.view(exponent.dtype)
+    scratch = np.empty(min(size, flat.size), bits.dtype)
+    for start in range(0, flat.size, size):
+        block = bits[start : start + size]
+        if exponent is not None:
+            masked = np.bitwise_and(block, exponent, out=scratch[: block.size])
+            if masked.max() < exponent:
+                continue
+        finite = np.isfinite(flat[start : start + size])
+        if not finite.all():
+            index = np.unravel_index(start + int(np.argmin(finite)), array.shape)
+            value = flat[start + int(np.argmin(finite))]
+            raise CheckpointError(
+                f"{where}: holds {value} at {[int(i) for i in index]}; weights must be finite"
+            )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object of at most `MAX_JSON_BYTES`.
 
@@ -165,6 +207,7 @@ def json_object(file: BinaryIO, size: int, where: str) -> dict[str, Any]:
     target = np.empty(size, np.uint8)
     fill(file, target, where)
     raw = target.tobytes()
+    del target
     # Three bytes such as `[],` become 70 in memory, so what they hold is counted first.
     if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise CheckpointError(f"{where}: holds more than {MAX_JSON_VALUES} JSON values")

@@ -129,6 +129,11 @@ class VisionConfig:
                 f"vision: hidden_size {self.hidden_size} must be a multiple of num_heads "
                 f"{self.num_heads}"
             )
+        if self.rotary and self.hidden_size // self.num_heads % 4:
+            raise ConfigError(
+                f"vision: hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a "
+                "multiple of 4, since rows and columns each turn pairs of a head's dimensions"
+            )
         if not self.projector_size and self.merge_size != 1:
             raise ConfigError("vision: a tower without projector must have merge_size 1")
         if (self.patch_size - self.patch_stride) % 2 or self.patch_size < self.patch_stride:

@@ -94,10 +94,11 @@ class TextStream:
     def _certain(self, piece: str) -> str:
         """Cuts at a stop string, and holds back what may begin one."""
         text = self._held + piece
-        found = [at for stop in self._stop_strings if (at := text.find(stop)) >= 0]
+        found = [(at + len(s), at) for s in self._stop_strings if (at := text.find(s)) >= 0]
         if found:
+            # The first to be complete, so that the cut does not depend on how tokens part the text.
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         held = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -117,7 +117,8 @@ class PoolingHead(nn.Module):
             projected = linear(name, x).reshape(*x.shape[:2], config.num_heads, -1)
             return constrain(projected, "batch", "length", "heads", "head_dim")
 
-        probe = self.param("probe", normal(0.02), (config.hidden_size,))
+        # A probe stored in bfloat16 must not make the activations that begin with it so.
+        probe = self.param("probe", normal(0.02), (config.hidden_size,)).astype(jnp.float32)
         query = jnp.broadcast_to(probe, (x.shape[0], 1, config.hidden_size))
         mixed = attention_kernels.attention(
             heads("q_proj", query), heads("k_proj", x), heads("v_proj", x)

@@ -97,6 +97,8 @@ def read_audio_processing(directory: Path, base: AudioProcessing) -> AudioProces
     """Reads how a checkpoint wants its recordings; the errors are `read_image_processing`'s."""
     fields, where = _section(directory, "feature_extractor")
     _expect(fields, where, "feature_extractor_type", AUDIO_PROCESSOR)
+    if "feature_extractor_type" in fields:
+        base = dataclasses.replace(base, silence=False, max_s=GLM_ASR.max_s)
     for field in ("dither", "padding_value", "do_normalize"):
         _expect(fields, where, field, 0)
     names = {
@@ -147,6 +149,7 @@ def _image_fields(fields: dict[str, Any], where: str, base: Processing) -> Proce
                 f"{where}: field 'image_processor_type' is {kind!r}; known are {known}"
             )
         values["sizing"], values["resample"] = IMAGE_PROCESSORS[stem]
+        values["eight_bit"] = True
     for field in ("do_resize", "do_rescale", "do_normalize"):
         _expect(fields, where, field, True)
     _expect(fields, where, "do_center_crop", False)
@@ -248,8 +251,9 @@ def read_family(config: Mapping[str, Any]) -> str | None:
     Returns:
       One of `glm_edge.preprocess.chat.FAMILIES`, or None.
     """
-    if config["model_type"] != "glm":
-        return FAMILY_OF_TYPE.get(config["model_type"])
+    kind = config.get("model_type")
+    if kind != "glm":
+        return FAMILY_OF_TYPE.get(kind)
     if config.get("vision_config"):
         return "glm_edge_v"
     return "glm_edge" if config.get("vocab_size") == GLM_EDGE_VOCAB else "glm_4"

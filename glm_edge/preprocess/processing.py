@@ -19,7 +19,9 @@ class ImageProcessing:
     `sizing` is `smart` (nearly the same shape, sides multiples of `patch_size * merge_size`,
     between `min_pixels` and `max_pixels` counted over `temporal_patch_size` frames), `stretch`
     (to `size`, whatever the shape was) or `pad` (as large as fits into `size`, black below and on
-    the right). Grey levels over 255 are normalised with `mean` and `std`, one number a channel.
+    the right). With `eight_bit`, pixels are rounded to grey levels and resized as Pillow does;
+    otherwise they stay what they are, and `resample` is bicubic. In 0..1 they are normalised with
+    `mean` and `std`, one number a channel. Patches begin every `patch_size` pixels.
     `marker_tokens` are features that the model adds to each image's.
     """
 
@@ -28,6 +30,7 @@ class ImageProcessing:
     min_pixels: int = 112 * 112
     max_pixels: int = 28 * 28 * 15000
     resample: str = "bicubic"
+    eight_bit: bool = True
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     patch_size: int = 14
@@ -41,6 +44,11 @@ class ImageProcessing:
         if self.resample not in FILTERS:
             raise ConfigError(
                 f"image: resample {self.resample!r} must be one of {', '.join(FILTERS)}"
+            )
+        if not self.eight_bit and (self.sizing != "stretch" or self.resample != "bicubic"):
+            raise ConfigError(
+                f"image: sizing {self.sizing!r} with {self.resample!r} needs 8-bit pixels; without "
+                "them images are stretched, bicubic"
             )
         if self.sizing != "smart" and not self.size:
             raise ConfigError(f"image: sizing {self.sizing!r} needs a size (height, width)")
@@ -73,7 +81,11 @@ class VideoProcessing(ImageProcessing):
 
 @dataclass(frozen=True)
 class AudioProcessing:
-    """How a recording becomes log-mel chunks: each of `chunk_s` seconds, `max_s` in all."""
+    """How a recording becomes log-mel chunks: each of `chunk_s` seconds, `max_s` in all.
+
+    The model is given the features of the frames that hold sound, or, with `silence`, those of
+    whole chunks.
+    """
 
     mel_bins: int = 128
     sample_rate: int = 16000
@@ -82,11 +94,17 @@ class AudioProcessing:
     chunk_s: float = 30
     max_s: float = 655
     merge_size: int = 4
+    silence: bool = False
 
     @property
     def chunk_samples(self) -> int:
         """Samples of a chunk."""
-        return int(self.chunk_s * self.sample_rate)
+        return round(self.chunk_s * self.sample_rate)
+
+    @property
+    def chunk_frames(self) -> int:
+        """Log-mel frames of a chunk."""
+        return self.chunk_samples // self.hop_length
 
     @property
     def max_chunks(self) -> int:
@@ -95,7 +113,10 @@ class AudioProcessing:
 
     def num_tokens(self, audio_frames: np.ndarray) -> int:
         """Features of all chunks whose valid frames are given."""
-        halved = (np.asarray(audio_frames) - 1) // 2 + 1
+        audio_frames = np.asarray(audio_frames)
+        if self.silence:
+            audio_frames = np.full_like(audio_frames, self.chunk_frames)
+        halved = (audio_frames - 1) // 2 + 1
         return int(np.maximum((halved - self.merge_size) // self.merge_size + 1, 0).sum())
 
 

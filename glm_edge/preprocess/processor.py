@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from glm_edge.errors import CheckpointError, ConfigError, DataError
-from glm_edge.preprocess import chat, hugging_face, media
+from glm_edge.preprocess import chat, hugging_face, media, own
 from glm_edge.preprocess.audio import prepare_recording
 from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing, VideoProcessing
 from glm_edge.preprocess.tokens import text_ids
@@ -83,10 +83,10 @@ class Processor:
     def from_checkpoint(
         cls, directory: str | Path, family: str | None = None, template: str | None = None
     ) -> "Processor":
-        """Reads a Hugging Face directory: config.json, tokenizer.json and the processors' files.
+        """Reads a checkpoint's config.json, tokenizer.json and, where there are, further files.
 
         Args:
-          directory: of the checkpoint.
+          directory: from Hugging Face, or of our own format, see `glm_edge.preprocess.own`.
           family: one of `glm_edge.preprocess.chat.FAMILIES`, whose template is taken where the
             checkpoint has none; None recognises it by config.json.
           template: Jinja source, instead of both.
@@ -99,28 +99,37 @@ class Processor:
           ConfigError: the files contradict each other, or ask for what this library does not do.
         """
         directory = Path(directory)
+        where = str(directory / "config.json")
         config = hugging_face.read_json(directory / "config.json")
-        if "model_type" not in config:
+        ours = config.get("format") == own.FORMAT
+        if not ours and "model_type" not in config:
             raise CheckpointError(
-                f"{directory / 'config.json'}: is missing or names no 'model_type'; a Hugging "
-                "Face checkpoint is needed"
+                f"{where}: is missing, or neither a glm_edge checkpoint ('format': {own.FORMAT!r}) "
+                "nor a Hugging Face one ('model_type')"
             )
         tokenizer = hugging_face.read_tokenizer(directory / "tokenizer.json")
         names = hugging_face.read_json(directory / "tokenizer_config.json")
+        if ours:
+            shape = own.read_config(config, where)
+            encoders = own.read_encoders(directory, shape, tokenizer)
+            config = {"pad_token_id": shape.pad_token_id, "eos_token_id": list(shape.eos_token_ids)}
+        else:
+            encoders = hugging_face.read_encoders(directory, config, tokenizer)
         template = template or chat.checkpoint_template(directory)
         if template is None:
             family = family or hugging_face.read_family(config)
             if family is None:
+                kind = config.get("model_type", own.FORMAT)
                 raise ConfigError(
                     f"{directory}: has no chat template, and this library has none for model_type "
-                    f"{config['model_type']!r}; give template= or family="
+                    f"{kind!r}; give template= or family="
                 )
             template = chat.family_template(family)
         tokens = {name: hugging_face.token_text(names.get(name)) for name in NAMED_TOKENS}
         return cls(
             tokenizer=tokenizer,
             template=template,
-            **hugging_face.read_encoders(directory, config, tokenizer),
+            **encoders,
             pad_token_id=hugging_face.read_pad_token_id(config, names, tokenizer),
             stop_token_ids=hugging_face.read_stop_token_ids(directory, config),
             variables={name: token for name, token in tokens.items() if token is not None},
@@ -227,6 +236,8 @@ class Processor:
             raise DataError("messages play a recording; this model hears none")
         samples = media.open_recording(value, self.audio.sample_rate)
         mel, audio_frames = prepare_recording(samples, self.audio)
+        if self.audio.silence:
+            audio_frames = np.full_like(audio_frames, mel.shape[1])
         return (mel, audio_frames), self.audio_token * self.audio.num_tokens(audio_frames)
 
     def _expand(self, text: str, placeholders: list[tuple[str, str]]) -> str:
@@ -238,7 +249,7 @@ class Processor:
             kinds[self.video_token] = "video"
         if self.image is not None:
             kinds[self.image_token] = "image"
-            if self.image.size is not None:
+            if self.image.sizing != "smart":
                 # Templates of a fixed size may write every placeholder themselves.
                 features = self.image.num_tokens(np.empty((*self.image.size, 0)))
                 text = text.replace(self.image_token * features, self.image_token)
@@ -257,39 +268,44 @@ class Processor:
 
     def _hide(self, messages: Sequence[Any], spelled: list[str]) -> list[Any]:
         """Replaces names of special tokens in texts by marks that `_encode` reads back as text."""
-        added = self.tokenizer.get_added_tokens_decoder().values()
-        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        marks = ["\ue000", "\ue001"]
+        marks = "\ue000|\ue001"
+        names = "|".join(filter(None, (self._special_names(), marks)))
 
-        def hide(text: Any, sought: list[str]) -> Any:
+        def hide(text: Any, pattern: str) -> Any:
             def mark(match: re.Match) -> str:
                 spelled.append(match.group())
                 return f"\ue000{len(spelled) - 1}\ue001"
 
-            pattern = "|".join(map(re.escape, sought))
             return re.sub(pattern, mark, text) if isinstance(text, str) else text
 
         hidden = []
         for message in messages:
             if isinstance(message, Mapping):
-                sought = marks if message.get("role") == "assistant" else names + marks
+                pattern = marks if message.get("role") == "assistant" else names
                 content = message.get("content")
                 if isinstance(content, list | tuple):
                     content = [
-                        {**part, "text": hide(part["text"], sought)}
+                        {**part, "text": hide(part["text"], pattern)}
                         if isinstance(part, Mapping) and "text" in part
                         else part
                         for part in content
                     ]
-                message = {**message, "content": hide(content, sought)}
+                message = {**message, "content": hide(content, pattern)}
             hidden.append(message)
         return hidden
 
     def _encode(self, text: str, spelled: list[str]) -> list[int]:
         ids: list[int] = []
-        for index, piece in enumerate(HIDDEN.split(text) if spelled else [text]):
-            if index % 2:
-                ids += text_ids(self.tokenizer, spelled[int(piece)])
+        # Text that spells a token is encoded together with the text around it.
+        for piece in re.split(f"({self._special_names()})", text) if spelled else [text]:
+            if HIDDEN.search(piece):
+                piece = HIDDEN.sub(lambda mark: spelled[int(mark[1])], piece)
+                ids += text_ids(self.tokenizer, piece)
             else:
                 ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
         return ids
+
+    def _special_names(self) -> str:
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return "|".join(map(re.escape, names))

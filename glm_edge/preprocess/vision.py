@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glm_edge.errors import DataError
-from glm_edge.preprocess.image import check_pixels
+from glm_edge.preprocess.image import check_pixels, resize
 from glm_edge.preprocess.processing import ImageProcessing, VideoProcessing
 from glm_edge.preprocess.resizing import fit_size, resize_uint8, smart_resize
 
@@ -43,6 +43,8 @@ def prepare_image(image: np.ndarray, processing: ImageProcessing) -> np.ndarray:
       DataError: the image is of another shape or type, holds NaN, leaves 0..1, or is more than
         200 times as long as wide.
     """
+    if not processing.eight_bit:
+        return _prepare_floats(image, processing)
     pixels = _grey_levels(image, "image", 3, len(processing.mean))
     size = _target_size(processing, processing.temporal_patch_size, *pixels.shape[:2])
     return _normalise(_reshape(pixels, size, processing), processing)
@@ -115,6 +117,14 @@ def sample_frames(
         kept = kept if count < num_frames else range(num_frames)
     kept = list(dict.fromkeys(kept))
     return np.array(kept + kept[-1:] * (len(kept) % 2), np.int64)
+
+
+def _prepare_floats(image: np.ndarray, processing: ImageProcessing) -> np.ndarray:
+    pixels = check_pixels(image, "image", len(processing.mean))
+    if pixels.dtype == np.uint8:
+        pixels = pixels.astype(np.float32) / 255.0
+    mean, std = np.float32(processing.mean), np.float32(processing.std)
+    return (resize(pixels, processing.size) - mean) / std
 
 
 def _target_size(processing: ImageProcessing, frames: int, height: int, width: int):

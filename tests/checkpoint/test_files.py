@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import struct
 import subprocess
 import sys
 import textwrap
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,14 +17,16 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glm_edge.checkpoint import files
 from glm_edge.checkpoint.files import (
     DTYPES,
     SafetensorsFile,
     check_finite,
     new_directory,
-    read_json,
+    to_device,
     write_safetensors,
 )
+from glm_edge.checkpoint.reading import fill
 from glm_edge.errors import CheckpointError, OutputError
 
 RNG = np.random.default_rng(0)
@@ -128,7 +132,7 @@ def test_a_changed_byte_reads_or_is_refused_but_never_crashes(tmp_path_factory, 
     [
         (b"", "too few"),
         (b"PK\x03\x04 a pickle in a zip archive", "not a safetensors file"),
-        (with_header(b"[1, 2]"), "not an object"),
+        (with_header(b"[1, 2]"), "must hold a JSON object"),
         (with_header(b"{nonsense"), "not JSON"),
         (with_header(b"[" * 100000), "not JSON"),
         (with_header({"x": 3}), "must hold dtype, shape"),
@@ -143,6 +147,20 @@ def test_a_changed_byte_reads_or_is_refused_but_never_crashes(tmp_path_factory, 
         (with_header({"x": entry(offsets=(8, 16))}, b"\0" * 16), "gap or overlap"),
         (with_header({"x": entry(), "y": entry()}), "gap or overlap"),
         (with_header({"x": entry()}, b"\0" * 9), "nothing may follow"),
+        (with_header(b'{"x": 1, "x": 2}'), "'x' stands twice"),
+        (with_header(b"\xff{}"), "not JSON"),
+        (with_header({"x": entry(offsets=(0.0, 8.0))}), "must hold dtype, shape"),
+        (with_header({"x": entry(offsets=(False, 8))}), "must hold dtype, shape"),
+        (with_header({"x": entry(offsets=(-8, 0))}), "must hold dtype, shape"),
+        (with_header({"x": entry(shape=(2**62, 2**62))}), "takes 85070591730234615865843651857942"),
+        (with_header({"x": entry(shape=(2**63,))}), "must hold dtype, shape"),
+        (
+            with_header({"x": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}, b""),
+            "larger than any",
+        ),
+        (with_header({"x": entry(shape=(1,) * 65 + (2,))}), "must hold dtype, shape"),
+        (with_header({"x" * 501: entry()}), "a tensor's name has 501 characters"),
+        (with_header({"x": entry(dtype="BOOL", shape=(8,))}, b"\2" * 8), "byte 0 or 1, found 2"),
     ],
     ids=lambda value: value if isinstance(value, str) else "file",
 )
@@ -150,8 +168,90 @@ def test_a_damaged_file_says_what_is_wrong(tmp_path, content, expected):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=expected) as excinfo:
-        SafetensorsFile(path)
+        SafetensorsFile(path).read("x")
     assert str(path) in message(excinfo)
+
+
+def test_a_tensor_is_read_into_aligned_memory_of_its_own(tmp_path):
+    path = tmp_path / "a"
+    whole = valid_file(path)
+    file = SafetensorsFile(path)
+    for name, info in file.tensors.items():
+        array = file.read(name)
+        assert array.ctypes.data % 64 == 0
+        assert array.flags.writeable
+        assert array.nbytes == info.bytes
+        array[...] = 0
+    assert path.read_bytes() == whole
+    np.testing.assert_array_equal(file.read("b"), ARRAYS["b"])
+
+
+def test_no_descriptor_stays_open(tmp_path):
+    valid_file(tmp_path / "a")
+    before = len(os.listdir("/dev/fd"))
+    file = SafetensorsFile(tmp_path / "a")
+    file.read("b")
+    assert len(os.listdir("/dev/fd")) == before
+
+
+@given(start=st.integers(0, 3), stop=st.integers(0, 3))
+def test_rows_are_read_alone(tmp_path_factory, start, stop):
+    path = tmp_path_factory.mktemp("rows") / "a"
+    valid_file(path)
+    file, read = SafetensorsFile(path), []
+    if stop < start:
+        with pytest.raises(CheckpointError, match="tensor 'b': rows"):
+            file.read_rows("b", start, stop)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "fill", lambda *args: read.append(args[1].size) or fill(*args))
+        rows = file.read_rows("b", start, stop)
+    np.testing.assert_array_equal(rows, ARRAYS["b"][start:stop])
+    assert read == [rows.nbytes]
+
+
+@pytest.mark.parametrize(("name", "stop"), [("b", 4), ("scalar", 1)])
+def test_rows_that_do_not_exist_are_refused(tmp_path, name, stop):
+    valid_file(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=f"tensor '{name}': rows 0 to {stop} do not exist"):
+        SafetensorsFile(tmp_path / "a").read_rows(name, 0, stop)
+
+
+def test_a_file_that_changed_since_its_header_was_read_is_refused(tmp_path):
+    path = tmp_path / "a"
+    valid_file(path)
+    file = SafetensorsFile(path)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(CheckpointError, match="a: tensor 'b': the file changed"):
+        file.read("b")
+
+
+def test_a_file_truncated_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    valid_file(path)
+    file = SafetensorsFile(path)
+    os.truncate(path, file.tensors["b"].end - 3)
+    monkeypatch.setattr(files, "_version", lambda opened: file._version)
+    with pytest.raises(CheckpointError, match="a: tensor 'b': 3 of 60 bytes are missing"):
+        file.read("b")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int8, np.bool_], ids=str)
+def test_to_device_takes_over_the_memory(tmp_path, dtype):
+    write_safetensors(tmp_path / "a", {"x": np.ones((3, 5), dtype)})
+    array = SafetensorsFile(tmp_path / "a").read("x")
+    placed = to_device(array)
+    assert placed.unsafe_buffer_pointer() == array.ctypes.data
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 0
+    del array
+    assert bool((placed == 1).all())
+
+
+def test_donating_what_to_device_took_over_leaves_the_array_alone(tmp_path):
+    array = np.ones((300, 500), np.float32)
+    jax.jit(lambda x: -x, donate_argnums=0)(to_device(array)).block_until_ready()
+    assert (array == 1).all()
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -159,7 +259,7 @@ def test_a_missing_file_is_named(tmp_path):
         SafetensorsFile(tmp_path / "absent.safetensors")
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, np.float64])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_found_where_it_is(dtype, value):
     array = np.ones((2300, 2000), np.float32)
@@ -173,14 +273,18 @@ def test_finite_arrays_and_integers_pass():
         check_finite(array, "x")
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [(b"{", "not JSON"), (b"\xff{}", "not JSON"), (b"[]", "JSON object"), (b"", "not JSON")],
-)
-def test_json_that_is_not_an_object_is_refused(tmp_path, content, expected):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=expected):
-        read_json(tmp_path / "config.json")
+@pytest.mark.parametrize("bits", [16, 32])
+def test_every_pattern_of_the_exponent_is_judged_as_numpy_does(bits):
+    dtypes = (jnp.bfloat16, np.float16) if bits == 16 else (np.float32,)
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    for dtype in dtypes:
+        # The upper half of a float32 holds its sign and exponent.
+        values = (patterns.astype(np.uint32) << (bits - 16)).astype(f"u{bits // 8}").view(dtype)
+        finite = np.isfinite(values)
+        check_finite(values[finite], "x")
+        for value in values[~finite][::97]:
+            with pytest.raises(CheckpointError, match=r"holds (nan|-?inf) at \[1\]"):
+                check_finite(np.array([1, value], dtype), "x")
 
 
 def test_a_directory_appears_with_all_its_files(tmp_path):

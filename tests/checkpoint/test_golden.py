@@ -1,26 +1,57 @@
-"""The GLM-Edge reference case: hidden states, logits and greedy tokens of transformers."""
+"""Reference cases: what transformers computes, and what `check_golden` says of it."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import check_golden
 from glm_edge.errors import DataError
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = Path(os.environ.get("GLM_EDGE_GOLDEN") or ROOT.parent / "shared" / "golden")
-needs_golden = pytest.mark.skipif(
-    not (GOLDEN / "glm_edge" / "config.json").is_file(),
-    reason=f"no reference case at {GOLDEN}; set GLM_EDGE_GOLDEN to the folder of cases",
-)
+COMMITTED = Path(__file__).parent / "golden"
+SHARED = Path(os.environ.get("GLM_EDGE_GOLDEN") or ROOT.parent / "shared" / "golden")
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess:
+def cases(folder: Path) -> list:
+    found = sorted(path.parent for path in folder.glob("*/outputs.npz"))
+    return [pytest.param(path, id=path.name) for path in found]
+
+
+@pytest.fixture
+def quick_compilation():
+    """Small models take longer to compile than to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Returns a function that copies a committed case to where it may be changed."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(COMMITTED / name, tmp_path / "cases" / name))
+
+    return copy
+
+
+def change_outputs(case: Path, **changes: np.ndarray) -> dict[str, np.ndarray]:
+    outputs = dict(np.load(case / "outputs.npz")) | changes
+    np.savez(case / "outputs.npz", **outputs)
+    return outputs
+
+
+def run_script(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "experiments.check_golden", *arguments],
+        [sys.executable, "-m", "experiments.check_golden", f"--dir={folder}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -28,32 +59,105 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@needs_golden
-def test_glm_edge_case_is_within_tolerance():
-    rows = check_golden.compare(GOLDEN / "glm_edge")
-    names = {row.name for row in rows}
-    for subcase in ("single", "batch"):
-        assert {f"{subcase}.{name}" for name in ("logits", "greedy_ids", "hidden.final")} <= names
-    assert [row for row in rows if not row.passed] == []
+def test_every_member_has_a_committed_case():
+    members = "bert distilbert glm glm4 glm4v glm_ocr glmasr siglip whisper"
+    assert [case.id for case in cases(COMMITTED)] == members.split()
 
 
-@needs_golden
-def test_an_output_that_is_off_is_reported(tmp_path):
-    case = tmp_path / "case"
-    case.mkdir()
-    for path in (GOLDEN / "glm_edge").iterdir():
-        (case / path.name).write_bytes(path.read_bytes())
-    config = (case / "config.json").read_text()
-    (case / "config.json").write_text(config.replace('"rope_theta": 10000.0', '"rope_theta": 9e3'))
-    done = run_script(f"--golden_dir={tmp_path}", "--case=case")
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("folder", cases(COMMITTED))
+def test_committed_case_is_within_tolerance(folder):
+    report = check_golden.compare(folder)
+    assert report.unclear == []
+    assert [row for row in report.rows if not row.passed] == []
+    subcase = next(iter(json.loads((folder / "meta.json").read_text())["subcases"]))
+    assert f"{subcase}.hidden.final" in {row.name for row in report.rows}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", cases(SHARED))
+def test_shared_case_is_within_tolerance(folder):
+    report = check_golden.compare(folder)
+    assert report.rows
+    assert [row for row in report.rows if not row.passed] == []
+
+
+def test_a_model_that_computes_something_else_is_reported(copied):
+    case = copied("bert")
+    fields = json.loads((case / "config.json").read_text())
+    (case / "config.json").write_text(json.dumps(fields | {"layer_norm_eps": 0.01}))
+    done = run_script(case)
     assert done.returncode == 1
-    assert "OFF" in done.stdout
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {line[0]: line[-1] for line in lines}["batch.hidden.layer0"] == "OFF"
+    assert "0 of 1 cases pass" in done.stdout
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_another_greedy_token_fails_with_and_without_the_cache(copied):
+    case = copied("glm")
+    tokens = np.load(case / "outputs.npz")["batch.greedy_ids"]
+    tokens[0, -1] += 1
+    change_outputs(case, **{"batch.greedy_ids": tokens})
+    off = {row.name: row.error for row in check_golden.compare(case).rows if not row.passed}
+    assert off == {"batch.greedy_ids": 1, "batch.plain_greedy_ids": 1}
+
+
+def test_an_output_that_is_not_a_number_fails(copied):
+    case = copied("bert")
+    logits = np.load(case / "outputs.npz")["batch.logits"]
+    logits[0, 0] = np.nan
+    change_outputs(case, **{"batch.logits": logits})
+    report = check_golden.compare(case)
+    assert [row.name for row in report.rows if not row.passed] == ["batch.logits"]
+    assert not report.passed
+
+
+def test_an_output_of_another_shape_is_refused(copied):
+    case = copied("bert")
+    logits = np.load(case / "outputs.npz")["batch.logits"]
+    change_outputs(case, **{"batch.logits": logits[:, :1]})
+    with pytest.raises(DataError, match=r"batch\.logits has shape \(2, 1\)"):
+        check_golden.compare(case)
+
+
+def test_an_unknown_output_is_listed_as_not_compared(copied):
+    case = copied("bert")
+    change_outputs(case, **{"batch.entropy": np.zeros(2, np.float32)})
+    done = run_script(case)
+    assert done.returncode == 0
+    assert "not compared, since no output here has the name: batch.entropy" in done.stdout
+
+
+def test_a_case_of_which_nothing_is_compared_does_not_pass(copied):
+    case = copied("bert")
+    np.savez(case / "outputs.npz", **{"batch.entropy": np.zeros(2, np.float32)})
+    report = check_golden.compare(case)
+    assert report.unclear == ["batch.entropy"]
+    assert not report.passed
+
+
+def test_a_checkpoint_that_cannot_be_loaded_fails_and_the_others_are_run(copied):
+    case = copied("bert")
+    copied("distilbert")
+    (case / "model.safetensors").unlink()
+    done = run_script(case.parent)
+    assert done.returncode == 1
+    assert "cannot be run" in done.stdout
+    assert "1 of 2 cases pass" in done.stdout
 
 
 def test_a_folder_that_is_no_case_is_refused(tmp_path):
     with pytest.raises(DataError, match="not a reference case"):
         check_golden.compare(tmp_path)
-    done = run_script(f"--golden_dir={tmp_path}")
+    done = run_script(tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("check_golden: ") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_outputs_without_inputs_are_refused(copied):
+    case = copied("bert")
+    change_outputs(case, **{"other.logits": np.zeros(2, np.float32)})
+    with pytest.raises(DataError, match="every subcase with outputs"):
+        check_golden.compare(case)

@@ -174,10 +174,14 @@ def test_weights_do_not_alias_the_file(fields, tensors, write_hugging_face):
     np.testing.assert_array_equal(params["embed"]["weight"], before)
 
 
-def test_a_loaded_model_saves_as_our_own(tmp_path, fields, tensors, write_hugging_face):
+@pytest.mark.parametrize("format", [None, "hugging_face", "safetensors", "orbax"])
+def test_a_loaded_model_saves(tmp_path, fields, tensors, write_hugging_face, format):
     model, params = ge.load(write_hugging_face(fields, tensors))
-    ge.save(model, params, tmp_path / "own")
-    read_model, read = ge.load(tmp_path / "own")
+    ge.save(model, params, tmp_path / "out", format=format)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("model_type" in written) == (format in (None, "hugging_face"))
+    assert (written.get("format") == "glm_edge") == (format in ("safetensors", "orbax"))
+    read_model, read = ge.load(tmp_path / "out")
     assert read_model.config == model.config
     jax.tree.map(np.testing.assert_array_equal, read, params)
 
@@ -220,11 +224,15 @@ def test_a_missing_width_is_named(fields, tensors, write_hugging_face, name):
         ({"rope_theta": "big"}, "'rope_theta' is 'big'"),
         ({"attention_bias": 1}, "'attention_bias' is 1; it must be true or false"),
         ({"eos_token_id": "end"}, "'eos_token_id' is 'end'; it must be token ids"),
-        ({"hidden_act": "gelu"}, "'hidden_act' is not known .* it must be 'silu'"),
-        ({"vision_config": {}}, "'vision_config' is not known"),
-        ({"quantization_config": {"bits": 4}}, "'quantization_config' is not known"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.rope_type is 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type is 'yarn'"),
+        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', .* not known here; it must be 'silu'"),
+        ({"vision_config": {}}, "'boi_token_id' is missing"),
+        ({"text_config": {"x": 1}}, r"'text_config' \({'x': 1}\) is not known here"),
+        ({"logit_scale": 0.5}, r"'logit_scale' \(0\.5\) is not known here"),
+        ({"quantization_config": {"bits": 4}}, "'quantization_config' is {.*it must be absent"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: field 'type' is 'linear'"),
+        ({"rope_scaling": {"factor": 2}}, r"rope_scaling: field 'factor' \(2\) is not known here"),
+        ({"rope_scaling": {"mrope_section": [1, 1, 2]}}, "'mrope_section' is not known for this"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: field 'rope_type' is 'yarn"),
         ({"rope_parameters": [1]}, "'rope_parameters' must be an object"),
         ({"num_attention_heads": 3}, "num_heads 3 must be a multiple of num_kv_heads 2"),
         ({"partial_rotary_factor": 0.4}, "must be even"),

@@ -113,8 +113,10 @@ def test_stored_bytes_are_the_bytes_of_the_file(tmp_path, model, params):
 
 
 def test_weights_are_cast_and_scales_are_not(tmp_path, model, params):
-    ge.save(model, TREES["mixed"](boxes.cast(params, jnp.bfloat16)), tmp_path / "out")
-    _, read = ge.load(tmp_path / "out")
+    stored = TREES["mixed"](boxes.cast(params, jnp.bfloat16))
+    ge.save(model, stored, tmp_path / "out")
+    assert_same(ge.load(tmp_path / "out")[1], stored)
+    _, read = ge.load(tmp_path / "out", dtype="float32")
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(boxes.partition(read)[0])}
     assert kinds == {"float32"}
     scales = {str(b.scale.dtype) for _, b in boxes.path_items(read) if hasattr(b, "scale")}
@@ -172,7 +174,7 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path, model, params, store):
 
 
 def test_a_model_without_our_config_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="a model with a GLMConfig, not a dict"):
+    with pytest.raises(CheckpointError, match=r"holds one of MultimodalGLM, .*, not a dict"):
         ge.save({}, {}, tmp_path / "out")
 
 
@@ -209,18 +211,20 @@ def test_a_full_disk_leaves_nothing(tmp_path, model, params, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_save_leaves_nothing_that_loads(tmp_path):
+@pytest.mark.parametrize("format", [*STORES, "hugging_face"])
+def test_a_killed_save_leaves_nothing_that_loads(tmp_path, format):
     program = f"""
         import os
         import jax
         import glm_edge as ge
         from glm_edge import configs
         from glm_edge.checkpoint import own
+        from glm_edge.checkpoint.hugging_face import writing
         config = configs.GLMConfig("small", configs.DecoderConfig(8, 4, 1, 1, 1, 4, 4))
         model = ge.MultimodalGLM(config)
         params = model.init(jax.random.key(0), jax.numpy.zeros((1, 1), int))["params"]
-        own.write_json = lambda *_: os._exit(9)
-        ge.save(model, params, {str(tmp_path / "out")!r})
+        own.write_json = writing.write_json = lambda *_: os._exit(9)
+        ge.save(model, params, {str(tmp_path / "out")!r}, format={format!r})
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
     assert done.returncode == 9

@@ -39,20 +39,22 @@ def decoder_config(
     fields.expect("hidden_act", "silu")
     rope = fields.rope()
     section = rope.take("mrope_section", list(mrope_section))
-    if not isinstance(section, list) or not all(type(n) is int and n > 0 for n in section):
+    if not isinstance(section, list) or not all(type(n) is int and n >= 0 for n in section):
         raise ConfigError(
-            f"{rope.where}: field 'mrope_section' is {section!r}; it must be positive integers"
+            f"{rope.where}: field 'mrope_section' is {section!r}; it must be whole numbers"
         )
     if section and not mrope_section:
         raise ConfigError(f"{rope.where}: field 'mrope_section' is not known for this model_type")
     hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
+    settled.setdefault("head_dim", fields.get("head_dim", int, max(1, hidden // heads)))
+    # Null means as many as queries; an absent field has another default in every class.
+    kv_default = [heads] if "num_key_value_heads" in fields.values else []
     config = DecoderConfig(
         vocab_size=fields.get("vocab_size", int),
         hidden_size=hidden,
         num_layers=fields.get("num_hidden_layers", int),
         num_heads=heads,
-        num_kv_heads=fields.get("num_key_value_heads", int, heads),
-        head_dim=fields.get("head_dim", int, max(1, hidden // heads)),
+        num_kv_heads=fields.get("num_key_value_heads", int, *kv_default),
         intermediate_size=fields.get("intermediate_size", int),
         rms_norm_eps=fields.get("rms_norm_eps", float, eps),
         rope_theta=rope.get("rope_theta", float, 10000.0),
@@ -155,6 +157,7 @@ def _text_member(model_type: str, architecture: str, sandwich_norm: bool) -> Mem
             context=131072,
             eps=GLM_EPS,
             partial=0.5,
+            head_dim=fields.get("head_dim", int),
             sandwich_norm=sandwich_norm,
             attention_bias=fields.get("attention_bias", bool, True),
             tie_embeddings=fields.get("tie_word_embeddings", bool, False),

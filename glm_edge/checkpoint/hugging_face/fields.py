@@ -35,9 +35,11 @@ WITHOUT_EFFECT = frozenset(
         "exponential_decay_length_penalty",
         "finetuning_task",
         "forced_bos_token_id",
+        "forced_decoder_ids",
         "forced_eos_token_id",
         "gradient_checkpointing",
         "hidden_dropout",
+        "hidden_dropout_prob",
         "id2label",
         "initializer_factor",
         "initializer_range",
@@ -143,8 +145,8 @@ class Fields:
         value = self.take(name, default)
         if value is not None and not any(type(value) is type(k) and value == k for k in known):
             raise ConfigError(
-                f"{self.where}: field {name!r} is {value!r}, which is not known here; it must be "
-                f"{' or '.join(repr(k) for k in known) or 'absent'}"
+                f"{self.where}: field {name!r} is {value!r:.60}, which is not known here; it must "
+                f"be {' or '.join(repr(k) for k in known) or 'absent'}"
             )
         return value
 
@@ -161,6 +163,12 @@ class Fields:
             found = "is missing" if value is None else f"is a {type(value).__name__}"
             raise ConfigError(f"{self.where}: field {name!r} {found}; it must be an object")
         return Fields(value, f"{self.where}: {name}")
+
+    def repeats(self, section: "Fields") -> None:
+        """Takes fields that say the same as those of a section, as some files do."""
+        for name, value in self.values.items():
+            if name in section.values and section.values[name] == value:
+                self._taken.add(name)
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """Returns a field that holds a token id, several, or none."""
@@ -184,6 +192,7 @@ class Fields:
           *types: values of `rope_type` that are known; `default` always is.
         """
         merged = {name: self.take(name) for name in ("rope_theta", "partial_rotary_factor")}
+        where = self.where
         for part in ("rope_scaling", "rope_parameters"):
             nested = self.take(part)
             if nested is None:
@@ -191,7 +200,8 @@ class Fields:
             if not isinstance(nested, dict):
                 raise ConfigError(f"{self.where}: field {part!r} must be an object")
             merged.update({name: value for name, value in nested.items() if value is not None})
-        rope = Fields(merged, f"{self.where}: rope_parameters")
+            where = f"{self.where}: {part}"
+        rope = Fields(merged, where)
         rope.expect("rope_type", "default", *types)
         # Old files name the same type twice; `mrope` was the default type with sections.
         rope.expect("type", "default", "mrope", *types)

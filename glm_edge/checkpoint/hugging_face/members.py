@@ -2,21 +2,23 @@
 
 from typing import Any
 
-from glm_edge.checkpoint.hugging_face import decoders, speech, text, vision
+from glm_edge.checkpoint.hugging_face import chatglm, decoders, siglip, speech, text, vision
 from glm_edge.checkpoint.hugging_face.fields import Fields
 from glm_edge.checkpoint.hugging_face.member import Member
 from glm_edge.errors import ConfigError
 
 MEMBERS = {
     "glm": decoders.GLM,
+    "chatglm": chatglm.CHATGLM,
     "glm4": decoders.GLM4,
     "glm4v": vision.GLM4V,
     "glm46v": vision.GLM46V,
     "glm_ocr": vision.GLM_OCR,
-    "glm_edge_v": vision.GLM_EDGE_V,
+    "glm_edge_v": siglip.GLM_EDGE_V,
     "glmasr": speech.GLM_ASR,
-    "siglip_vision_model": vision.SIGLIP,
-    "siglip": vision.SIGLIP,
+    "glmasr_first": speech.FIRST_GLM_ASR,
+    "siglip_vision_model": siglip.SIGLIP,
+    "siglip": siglip.SIGLIP,
     "whisper": speech.WHISPER,
     "bert": text.BERT,
     "distilbert": text.DISTILBERT,
@@ -41,6 +43,8 @@ def read_config(fields: dict[str, Any], where: str, name: str) -> tuple[Member, 
     # GLM-Edge-V calls itself `glm` and is told by its vision tower.
     if model_type == "glm" and fields.get("vision_config") is not None:
         model_type = "glm_edge_v"
+    if model_type in ("glmasr", "Glmasr") and "whisper_config" in fields:
+        model_type = "glmasr_first"
     if not isinstance(model_type, str) or model_type not in MEMBERS:
         raise ConfigError(
             f"{where}: model_type {model_type!r} is unknown; known: {', '.join(MEMBERS)}"

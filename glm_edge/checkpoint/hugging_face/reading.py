@@ -1,28 +1,29 @@
 """Reading a Hugging Face directory, tensor by tensor."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.checkpoint.files import CONFIG, WEIGHTS, SafetensorsFile, check_finite, read_json
 from glm_edge.checkpoint.hugging_face.member import Entry, Member
 from glm_edge.checkpoint.hugging_face.members import read_config
+from glm_edge.checkpoint.hugging_face.tying import untie, untied_if_heads_differ
+from glm_edge.checkpoint.placement import Destination, Placement
 from glm_edge.checkpoint.shapes import Shapes, check_names, check_shape, expected_shapes
 from glm_edge.errors import CheckpointError
 from glm_edge.params.tree import nested
 
 INDEX = "model.safetensors.index.json"
 FLOATING = ("BF16", "F16", "F32", "F64")
-Place = Callable[[str, np.ndarray], Any]
 
 
 def read(
-    directory: Path, fields: dict[str, Any], dtype: str | None, place: Place
+    directory: Path, fields: dict[str, Any], dtype: str | None, placement: Placement
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Reads a Hugging Face directory, one entry of its name table after the other.
 
@@ -30,7 +31,7 @@ def read(
       directory: of the checkpoint.
       fields: its config.json.
       dtype: type of the parameters, or None for the stored one.
-      place: puts the array of a path on the devices.
+      placement: says on which devices the arrays go.
 
     Returns:
       `(model, params)`.
@@ -41,16 +42,20 @@ def read(
     """
     name = str(fields.get("_name_or_path") or directory.resolve().name)
     member, config = read_config(fields, str(directory / CONFIG), name)
-    model = member.build(config)
     files = tensor_files(directory)
+    whole = _canonical_names(member, untie(config) or config, files, directory)
+    config = untied_if_heads_differ(member, config, whole, files)
+    model = member.build(config)
     stored = _canonical_names(member, config, files, directory)
     expected = expected_shapes(model)
     entries = member.entries(config)
     _check_headers(entries, stored, files, expected, directory)
+    abstract = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in expected.items()}
+    plan = placement.plan(nested(abstract), config)
     leaves = {}
     for entry in entries:
-        for path, array in _read_entry(entry, stored, files, expected, dtype):
-            leaves[path] = place(path, array)
+        for path, array in _read_entry(entry, stored, files, plan, dtype):
+            leaves[path] = plan[path].put(array)
     check_names(leaves, expected, str(directory))
     return model, nested(leaves)
 
@@ -59,20 +64,18 @@ def _read_entry(
     entry: Entry,
     stored: dict[str, str],
     files: dict[str, SafetensorsFile],
-    expected: Shapes,
+    plan: dict[str, Destination],
     dtype: str | None,
 ) -> list[tuple[str, np.ndarray]]:
     names = [stored[name] for name in entry.names]
     where = f"{files[names[0]].path}: tensor {', '.join(repr(name) for name in names)}"
-    tensors = [files[name].read(name) for name in names]
-    try:
-        arrays = entry.read(*tensors)
-    except ValueError as error:
-        shapes = ", ".join(str(tensor.shape) for tensor in tensors)
-        raise CheckpointError(f"{where}: shape {shapes} does not make {entry.paths}") from error
+    if entry.unchanged:
+        held = zip(entry.paths, names, strict=True)
+        arrays = [plan[path].read(files[name], name) for path, name in held]
+    else:
+        arrays = _rearrange(entry, [files[name].read(name) for name in names], plan, where)
     found = []
     for path, array in zip(entry.paths, arrays, strict=True):
-        check_shape(array.shape, expected[path], where)
         target = array.dtype if dtype is None else jnp.dtype(dtype)
         if array.dtype == np.float64 and dtype is None:
             target = np.dtype(np.float32)
@@ -81,6 +84,19 @@ def _read_entry(
         check_finite(array, f"{where} as {target}")
         found.append((path, array))
     return found
+
+
+def _rearrange(
+    entry: Entry, tensors: list[np.ndarray], plan: dict[str, Destination], where: str
+) -> tuple[np.ndarray, ...]:
+    try:
+        arrays = entry.read(*tensors)
+    except ValueError as error:
+        shapes = ", ".join(str(tensor.shape) for tensor in tensors)
+        raise CheckpointError(f"{where}: shape {shapes} does not make {entry.paths}") from error
+    for path, array in zip(entry.paths, arrays, strict=True):
+        check_shape(array.shape, plan[path].shape, where)
+    return arrays
 
 
 def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:

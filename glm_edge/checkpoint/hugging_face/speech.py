@@ -1,7 +1,10 @@
-"""GLM-ASR (`glmasr`) and the encoder of Whisper (`whisper`)."""
+"""GLM-ASR (`glmasr`), its first upload, and the encoder of Whisper (`whisper`)."""
 
+import dataclasses
 import re
 from typing import Any
+
+import numpy as np
 
 from glm_edge.checkpoint.hugging_face.decoders import (
     ROTARY_BUFFERS,
@@ -13,16 +16,18 @@ from glm_edge.checkpoint.hugging_face.decoders import (
     write_tokens,
 )
 from glm_edge.checkpoint.hugging_face.fields import Fields
-from glm_edge.checkpoint.hugging_face.member import Entry, Member, convolution, same
-from glm_edge.configs import GLMConfig, SpeechConfig
+from glm_edge.checkpoint.hugging_face.member import Arrays, Entry, Member, convolution, same
+from glm_edge.configs import DecoderConfig, GLMConfig, SpeechConfig
 from glm_edge.errors import ConfigError
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.speech import SpeechEncoder
 
 HEAD = "language_model.lm_head"
+MERGED_FRAMES = 4
 _GLM_ASR_LAYER = {
     "input_norm": "input_layernorm",
     "attention/q_proj": "self_attn.q_proj",
+    "attention/k_proj": "self_attn.k_proj",
     "attention/v_proj": "self_attn.v_proj",
     "attention/o_proj": "self_attn.o_proj",
     "post_attention_norm": "post_attention_layernorm",
@@ -32,6 +37,7 @@ _GLM_ASR_LAYER = {
 _WHISPER_LAYER = {
     "input_norm": "self_attn_layer_norm",
     "attention/q_proj": "self_attn.q_proj",
+    "attention/k_proj": "self_attn.k_proj",
     "attention/v_proj": "self_attn.v_proj",
     "attention/o_proj": "self_attn.out_proj",
     "post_attention_norm": "final_layer_norm",
@@ -41,29 +47,58 @@ _WHISPER_LAYER = {
 
 
 def _encoder_entries(
-    config: SpeechConfig, ours: str, prefix: str, layer_names: dict[str, str], norm: str
+    config: SpeechConfig,
+    ours: str,
+    prefix: str,
+    layer_names: dict[str, str],
+    norm: str,
+    interleaved: bool = False,
 ) -> list[Entry]:
     both = ("weight", "bias")
     entries = [
         *convolution(f"{ours}conv1", f"{prefix}conv1", (3,)),
         *convolution(f"{ours}conv2", f"{prefix}conv2", (3,)),
-        *same(f"{ours}norm", f"{prefix}{norm}", *both),
+        *same(f"{ours}norm", norm, *both),
     ]
     for layer in range(config.num_layers):
-        path, tensor = f"{ours}layers/{layer}", f"{prefix}layers.{layer}"
+        found = []
         for name, stored in layer_names.items():
-            entries += same(f"{path}/{name}", f"{tensor}.{stored}", *both)
-        entries += same(f"{path}/attention/k_proj", f"{tensor}.self_attn.k_proj")
+            path, tensor = f"{ours}layers/{layer}/{name}", f"{prefix}layers.{layer}.{stored}"
+            found += same(path, tensor, *(both if name != "attention/k_proj" else both[:1]))
+        if interleaved:
+            found = [_half_split(config, entry) for entry in found]
+        entries += found
     return entries
+
+
+def _half_split(config: SpeechConfig, entry: Entry) -> Entry:
+    """For queries and keys whose neighbouring rows turn together; ours are half a head apart."""
+    if not re.search(r"/[qk]_proj/", entry.paths[0]):
+        return entry
+    pairs = np.arange(config.rotary_dim).reshape(-1, 2).T.reshape(-1)
+    head = np.arange(config.hidden_size // config.num_heads)
+    head[: config.rotary_dim] = pairs
+    order = (np.arange(config.num_heads)[:, None] * head.size + head).reshape(-1)
+
+    def read(stored: np.ndarray) -> Arrays:
+        if len(stored) != order.size:
+            raise ValueError(f"{order.size} rows are needed")
+        return (stored[order],)
+
+    def write(array: np.ndarray) -> Arrays:
+        return (array[np.argsort(order)],)
+
+    return Entry(entry.paths, entry.names, read, write)
 
 
 def _read_glm_asr_encoder(fields: Fields, hidden: int) -> SpeechConfig:
     fields.expect("hidden_act", "gelu", default="gelu")
     width, neurons = fields.get("hidden_size", int), fields.get("intermediate_size", int)
     heads = fields.get("num_attention_heads", int)
-    if neurons % width:
+    # The reference merges intermediate_size / hidden_size frames and counts them in fours.
+    if neurons != MERGED_FRAMES * width:
         raise ConfigError(
-            f"{fields.where}: field 'intermediate_size' is {neurons}; it must be a multiple of "
+            f"{fields.where}: field 'intermediate_size' is {neurons}; it must be {MERGED_FRAMES} x "
             f"hidden_size {width}, since so many frames are merged"
         )
     fields.expect("num_key_value_heads", heads)
@@ -77,7 +112,7 @@ def _read_glm_asr_encoder(fields: Fields, hidden: int) -> SpeechConfig:
         num_heads=heads,
         intermediate_size=neurons,
         projector_size=2 * hidden,
-        merge_size=neurons // width,
+        merge_size=MERGED_FRAMES,
         rope_theta=rope.get("rope_theta", float, 10000.0),
         partial_rotary_factor=rope.get("partial_rotary_factor", float, 0.5),
     )
@@ -86,26 +121,28 @@ def _read_glm_asr_encoder(fields: Fields, hidden: int) -> SpeechConfig:
     return config
 
 
-def _read_glm_asr(fields: Fields, name: str) -> GLMConfig:
-    text = fields.section("text_config")
-    fields.expect("projector_hidden_act", "gelu")
+def _read_llama(text: Fields, tied: bool) -> DecoderConfig:
     text.expect("model_type", "llama")
     for bias in ("attention_bias", "mlp_bias"):
         text.expect(bias, False)
     text.expect("pretraining_tp", 1)
-    tied = text.get("tie_word_embeddings", bool, True)
-    decoder = decoder_config(
-        text,
-        context=8192,
-        rotary_interleaved=False,
-        tie_embeddings=fields.get("tie_word_embeddings", bool, tied),
-    )
+    return decoder_config(text, context=8192, rotary_interleaved=False, tie_embeddings=tied)
+
+
+def _read_glm_asr(fields: Fields, name: str) -> GLMConfig:
+    text, audio = fields.section("text_config"), fields.section("audio_config")
+    for section in (text, audio):
+        fields.repeats(section)
+    fields.expect("projector_hidden_act", "gelu")
+    # Only the outer field counts, whose default is not that of a lone decoder.
+    text.take("tie_word_embeddings")
+    decoder = _read_llama(text, tied=fields.get("tie_word_embeddings", bool, True))
     inner, outer = read_tokens(text), read_tokens(fields)
     text.finish()
     return GLMConfig(
         name=name,
         decoder=decoder,
-        speech=_read_glm_asr_encoder(fields.section("audio_config"), decoder.hidden_size),
+        speech=_read_glm_asr_encoder(audio, decoder.hidden_size),
         audio_token_id=fields.get("audio_token_id", int),
         eos_token_ids=inner["eos_token_ids"] or outer["eos_token_ids"],
         pad_token_id=inner["pad_token_id"]
@@ -148,8 +185,11 @@ def _write_glm_asr(config: GLMConfig) -> dict[str, Any]:
 
 
 def _glm_asr_entries(config: GLMConfig) -> list[Entry]:
+    speech = config.speech
     entries = decoder_entries(config.decoder, "language_model.model.", HEAD, fused_mlp=False)
-    entries += _encoder_entries(config.speech, "speech/", "audio_tower.", _GLM_ASR_LAYER, "norm")
+    entries += _encoder_entries(
+        speech, "speech/", "audio_tower.", _GLM_ASR_LAYER, "audio_tower.norm"
+    )
     for name in ("linear_1", "linear_2"):
         entries += same(f"speech/{name}", f"multi_modal_projector.{name}", "weight", "bias")
     return entries
@@ -164,26 +204,9 @@ GLM_ASR = Member(
         # Inside transformers 5.
         (r"^model\.(audio_tower|multi_modal_projector)\.", r"\1."),
         (r"^model\.language_model\.", "language_model.model."),
-        # The first upload.
-        (r"^audio_encoder\.whisper\.", "audio_tower."),
-        (r"^audio_encoder\.adapting\.0\.", "multi_modal_projector.linear_1."),
-        (r"^audio_encoder\.adapting\.2\.", "multi_modal_projector.linear_2."),
-        (r"^audio_encoder\.layer_norm\.", "audio_tower.norm."),
-        (r"^(audio_tower\.layers\.\d+)\.self_attn\.out_proj\.", r"\1.self_attn.o_proj."),
-        (r"^(audio_tower\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.input_layernorm."),
-        (r"^(audio_tower\.layers\.\d+)\.final_layer_norm\.", r"\1.post_attention_layernorm."),
-        (r"^(audio_tower\.layers\.\d+)\.(fc[12])\.", r"\1.mlp.\2."),
-        (r"^audio_tower\.layer_norm\.", "audio_tower.norm."),
-        (r"^model\.", "language_model.model."),
         (r"^lm_head\.", f"{HEAD}."),
     ),
-    ignored=lambda config: "|".join(
-        (
-            ignored_head(config, re.escape(f"{HEAD}.weight")),
-            r"audio_encoder\.(proj|audio_bos_eos_token)\..*",
-            r"audio_tower\.embed_positions\.weight",
-        )
-    ),
+    ignored=lambda config: ignored_head(config, re.escape(f"{HEAD}.weight")),
 )
 
 
@@ -261,4 +284,76 @@ WHISPER = Member(
     entries=_whisper_entries,
     renames=((r"^(model\.)?encoder\.", ""),),
     ignored=lambda config: rf"{ROTARY_BUFFERS}|(model\.)?decoder\..*|proj_out\.weight",
+)
+
+
+def _read_first_glm_asr(fields: Fields, name: str) -> GLMConfig:
+    text = fields.section("lm_config")
+    fields.expect("adapter_type", "mlp")
+    fields.expect("mlp_adapter_act", "gelu")
+    if not fields.get("use_rope", bool, False):
+        raise ConfigError(f"{fields.where}: field 'use_rope' must be true")
+    for unused in ("max_whisper_length", "spec_aug"):
+        fields.take(unused)
+    decoder = _read_llama(text, tied=text.get("tie_word_embeddings", bool, False))
+    inner, outer = read_tokens(text), read_tokens(fields)
+    text.finish()
+    # Its code is told where audio stands; the later uploads put the padding token there.
+    audio = fields.token_id("audio_token_id")
+    pads = [pad for pad in (inner["pad_token_id"], outer["pad_token_id"]) if pad is not None]
+    if audio is None and not pads:
+        raise ConfigError(
+            f"{fields.where}: field 'audio_token_id' is missing; it must be the id of the token "
+            "at which audio stands"
+        )
+    speech = dataclasses.replace(
+        _read_whisper(fields.section("whisper_config"), name),
+        learned_positions=False,
+        partial_rotary_factor=0.5,
+        projector_size=2 * decoder.hidden_size,
+        merge_size=fields.get("merge_factor", int, 2),
+    )
+    return GLMConfig(
+        name=name,
+        decoder=decoder,
+        speech=speech,
+        audio_token_id=pads[0] if audio is None else audio,
+        eos_token_ids=inner["eos_token_ids"] or outer["eos_token_ids"],
+        pad_token_id=pads[0] if pads else None,
+    )
+
+
+def _write_first_glm_asr(config: GLMConfig) -> dict[str, Any]:
+    raise ConfigError("a GLM-ASR is written in its later form, whose code is part of transformers")
+
+
+def _first_glm_asr_entries(config: GLMConfig) -> list[Entry]:
+    prefix = "audio_encoder"
+    entries = decoder_entries(config.decoder, "model.", "lm_head", fused_mlp=False)
+    entries += _encoder_entries(
+        config.speech,
+        "speech/",
+        f"{prefix}.whisper.",
+        _WHISPER_LAYER,
+        f"{prefix}.layer_norm",
+        interleaved=True,
+    )
+    for number, name in ((0, "linear_1"), (2, "linear_2")):
+        entries += same(f"speech/{name}", f"{prefix}.adapting.{number}", "weight", "bias")
+    return entries
+
+
+FIRST_GLM_ASR = Member(
+    read_config=_read_first_glm_asr,
+    write_config=_write_first_glm_asr,
+    build=MultimodalGLM,
+    entries=_first_glm_asr_entries,
+    # The boundary tokens' vectors are rows of the embedding too; the others are never used.
+    ignored=lambda config: "|".join(
+        (
+            ignored_head(config),
+            r"audio_encoder\.(proj|audio_bos_eos_token)\..*",
+            r"audio_encoder\.whisper\.embed_positions\.weight",
+        )
+    ),
 )

@@ -1,0 +1,48 @@
+"""Whether the output head is the embedding: config.json says so, and the stored tensors decide."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from glm_edge.checkpoint.files import SafetensorsFile
+from glm_edge.checkpoint.hugging_face.member import Member
+
+HEAD, EMBEDDING = ("head/weight",), ("embed/weight",)
+
+
+def untied_if_heads_differ(
+    member: Member, config: Any, stored: dict[str, str], files: dict[str, SafetensorsFile]
+) -> Any:
+    """Unties a model whose file holds a head that is not its embedding, as transformers 5 does.
+
+    Args:
+      member: of the model.
+      config: of the model.
+      stored: names of the untied model's tensors, to those in the files.
+      files: names in the files, to the file that holds each.
+
+    Returns:
+      The configuration, or the same one without tied embeddings.
+    """
+    untied = untie(config)
+    if untied is None:
+        return config
+    names = {entry.paths: stored.get(entry.names[0]) for entry in member.entries(untied)}
+    head, embedding = names[HEAD], names[EMBEDDING]
+    if head is None or embedding is None:
+        return config
+    same = _bytes_of(head, files[head]), _bytes_of(embedding, files[embedding])
+    return config if np.array_equal(*same) else untied
+
+
+def untie(config: Any) -> Any:
+    """The same configuration without tied embeddings; None where it has none."""
+    decoder = getattr(config, "decoder", None)
+    if decoder is None or not decoder.tie_embeddings:
+        return None
+    return dataclasses.replace(config, decoder=dataclasses.replace(decoder, tie_embeddings=False))
+
+
+def _bytes_of(name: str, file: SafetensorsFile) -> np.ndarray:
+    return file.read(name).reshape(-1).view(np.uint8)

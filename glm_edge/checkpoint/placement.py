@@ -1,0 +1,84 @@
+"""Where the arrays of a checkpoint go: the default device, or shards on a mesh of devices."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from glm_edge import params as boxes
+from glm_edge.checkpoint.files import SafetensorsFile, to_device
+from glm_edge.params.sharding import RULES, Rules, shardings
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where one array goes.
+
+    Attributes:
+      shape: of the whole array.
+      sharding: on a mesh, or None for the default device.
+    """
+
+    shape: tuple[int, ...]
+    sharding: NamedSharding | None = None
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """First and one past the last row that this process needs, None where it needs all."""
+        if self.sharding is None or not self.shape:
+            return None
+        held = self.sharding.addressable_devices_indices_map(self.shape).values()
+        spans = [index[0].indices(self.shape[0]) for index in held]
+        rows = min(start for start, _, _ in spans), max(stop for _, stop, _ in spans)
+        return None if rows == (0, self.shape[0]) else rows
+
+    def read(self, file: SafetensorsFile, name: str) -> np.ndarray:
+        """Reads a tensor of this shape, or the rows of it that this process needs."""
+        return file.read(name) if self.rows is None else file.read_rows(name, *self.rows)
+
+    def put(self, array: np.ndarray) -> jax.Array:
+        """Hands the array, whole or as `read` returns it, over to the devices of this process."""
+        if self.sharding is None:
+            return to_device(array)
+        skipped = 0 if array.shape == self.shape else self.rows[0]
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if skipped:
+                index = (slice(index[0].start - skipped, index[0].stop - skipped), *index[1:])
+            return array[index]
+
+        return jax.make_array_from_callback(self.shape, self.sharding, part)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the arrays of a checkpoint are spread.
+
+    Attributes:
+      mesh: of the devices, or None for the default device.
+      rules: see `glm_edge.params.sharding`.
+    """
+
+    mesh: Mesh | None = None
+    rules: Rules = RULES
+
+    def plan(self, params: Any, config: Any) -> dict[str, Destination]:
+        """Where every array goes.
+
+        Args:
+          params: tree of arrays, abstract or not, and boxes of such.
+          config: of the model.
+
+        Returns:
+          Name, as in `glm_edge.params.to_flat`, to destination.
+
+        Raises:
+          ConfigError: the rules name no axis of the mesh.
+        """
+        shapes = {name: tuple(array.shape) for name, array in boxes.to_flat(params)[0].items()}
+        if self.mesh is None:
+            return {name: Destination(shape) for name, shape in shapes.items()}
+        spread = boxes.to_flat(shardings(params, self.mesh, self.rules, config))[0]
+        return {name: Destination(shape, spread[name]) for name, shape in shapes.items()}

@@ -1,0 +1,129 @@
+"""What a directory of our own format says about its prompts, images and recordings."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from glm_edge.configs import GLMConfig, SpeechConfig, VisionConfig, from_dict
+from glm_edge.errors import ConfigError
+from glm_edge.preprocess import hugging_face
+from glm_edge.preprocess.processing import (
+    GLM4V,
+    GLM4V_VIDEO,
+    GLM_EDGE_V,
+    AudioProcessing,
+    ImageProcessing,
+)
+
+FORMAT = "glm_edge"
+
+
+def read_config(fields: Mapping[str, Any], where: str) -> GLMConfig:
+    """Reads the model's configuration.
+
+    Args:
+      fields: of config.json.
+      where: file, for messages.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      ConfigError: it is malformed, or that of an encoder, which takes no conversations.
+    """
+    architecture = fields.get("architecture", "MultimodalGLM")
+    if architecture != "MultimodalGLM":
+        raise ConfigError(f"{where}: a {architecture!r} takes no conversations; a GLM is needed")
+    if not isinstance(fields.get("config"), dict):
+        raise ConfigError(f"{where}: field 'config' must hold an object of fields")
+    try:
+        return from_dict(fields["config"])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ConfigError(f"{where}: a field has a value of the wrong type: {error}") from error
+
+
+def read_encoders(directory: Path, config: GLMConfig, tokenizer: Any) -> dict[str, Any]:
+    """Reads how images, videos and recordings are prepared, and their placeholders.
+
+    A model of GLM-4.1V's or GLM-Edge-V's shape is shown images as those are. Any other sees them
+    stretched to its size, as they are in 0..1, and hears one recording of its length, the silence
+    after it included. Files of a Hugging Face processor in the directory go before.
+
+    Args:
+      directory: of the checkpoint.
+      config: of its model.
+      tokenizer: its tokenizer.
+
+    Returns:
+      Of `image`, `video`, `audio` and their placeholders, those that the model needs.
+
+    Raises:
+      CheckpointError: a file is damaged.
+      ConfigError: a field asks for what this library does not do, or files contradict each other.
+    """
+    where = str(directory / "config.json")
+    values: dict[str, Any] = {}
+    if config.vision is not None:
+        values["image"] = hugging_face.read_image_processing(directory, _image_base(config))
+        values["image_token"] = _token(config, where, tokenizer, "image_token_id")
+        if config.video_token_id is not None:
+            base = dataclasses.replace(GLM4V_VIDEO, **_sides(config.vision))
+            values["video"] = hugging_face.read_video_processing(directory, base)
+            values["video_token"] = _token(config, where, tokenizer, "video_token_id")
+    if config.speech is not None:
+        base = _audio_base(config.speech)
+        values["audio"] = hugging_face.read_audio_processing(directory, base)
+        values["audio_token"] = _token(config, where, tokenizer, "audio_token_id")
+    return values
+
+
+def _image_base(config: GLMConfig) -> ImageProcessing:
+    vision = config.vision
+    if config.decoder.mrope_section:
+        return dataclasses.replace(GLM4V, **_sides(vision))
+    if vision.boundary_embeddings:
+        return dataclasses.replace(GLM_EDGE_V, size=vision.image_size, **_sides(vision))
+    return ImageProcessing(
+        sizing="stretch",
+        size=vision.image_size,
+        eight_bit=False,
+        mean=(0.0,) * vision.channels,
+        std=(1.0,) * vision.channels,
+        **_sides(vision),
+    )
+
+
+def _sides(vision: VisionConfig) -> dict[str, int]:
+    return {
+        # Windows may overlap: features lie a stride apart.
+        "patch_size": vision.patch_stride,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.merge_size,
+    }
+
+
+def _audio_base(speech: SpeechConfig) -> AudioProcessing:
+    seconds = speech.num_frames * speech.hop_length / speech.sample_rate
+    return AudioProcessing(
+        mel_bins=speech.mel_bins,
+        sample_rate=speech.sample_rate,
+        fft_size=speech.fft_size,
+        hop_length=speech.hop_length,
+        chunk_s=seconds,
+        max_s=seconds,
+        merge_size=speech.merge_size,
+        silence=True,
+    )
+
+
+def _token(config: GLMConfig, where: str, tokenizer: Any, name: str) -> str:
+    token = tokenizer.id_to_token(getattr(config, name))
+    if token is None:
+        raise ConfigError(
+            f"{where}: field {name!r} is {getattr(config, name)}, an id that tokenizer.json "
+            "does not have"
+        )
+    return token

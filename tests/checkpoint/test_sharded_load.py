@@ -1,0 +1,141 @@
+"""What `eight_devices.py` measures in one process of 8 simulated devices."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import glm_edge as ge
+from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
+from glm_edge.checkpoint.placement import Destination
+from glm_edge.errors import ConfigError
+
+# Sums of up to 256 float32 products, in another order.
+TOLERANCE = 1e-5
+MESHES = [0, 1]
+MODELS = ["text", "images", "quantized"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    script = Path(__file__).with_name("eight_devices.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path_factory.mktemp("checkpoints"))],
+        capture_output=True,
+        text=True,
+        cwd=Path(ge.__file__).parents[1],
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("model", MODELS)
+def test_sharded_logits_equal_those_of_one_device(measured, model, mesh):
+    found = measured[model][mesh]
+    assert found["error"] < TOLERANCE
+    assert "'model'" in found["spec"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_cached_generation_gives_the_same_tokens(measured, model):
+    one, eight = measured[model][0]["tokens"]
+    assert one == eight
+    assert len({tuple(row) for row in one}) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_device_holds_a_part_of_each_matrix(measured, model, mesh):
+    found = measured[model][mesh]
+    part = 1 / found["mesh"][1]
+    shares = found["shares"]
+    suffix = ".data" if model == "quantized" else ""
+    for name in ("attention/q_proj", "mlp/gate_up_proj"):
+        assert shares[f"decoder/layers/0/{name}/weight{suffix}"] == part
+    assert shares[f"embed/weight{suffix}"] == part
+
+
+@pytest.mark.slow
+def test_key_value_heads_stay_whole(measured):
+    path = "decoder/layers/0/attention/k_proj/weight"
+    assert [found["shares"][path] for found in measured["text"]] == [1 / 4, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_columns_are_cut_only_where_groups_stay_whole(measured, mesh):
+    found = measured["quantized"][mesh]
+    eight_groups, two_groups = "mlp/down_proj/weight", "attention/o_proj/weight"
+    for field in ("data", "scale"):
+        share = found["shares"][f"decoder/layers/0/{eight_groups}.{field}"]
+        assert share == 1 / found["mesh"][1]
+        assert found["shares"][f"decoder/layers/0/{two_groups}.{field}"] == 1
+
+
+@pytest.mark.slow
+def test_gradients_of_a_fully_sharded_step_equal_those_of_one_device(measured):
+    found = measured["gradients"]
+    np.testing.assert_allclose(*found["loss"], rtol=TOLERANCE)
+    assert found["error"] < TOLERANCE
+    assert found["share"] == 1 / 8
+
+
+@pytest.mark.slow
+def test_orbax_arrays_are_spread_unchanged(measured):
+    assert measured["orbax"]
+    assert all(measured["orbax"])
+
+
+class RowsOfOneProcess:
+    """A sharding whose devices here hold rows 4 to 8 of an array of 12."""
+
+    def addressable_devices_indices_map(self, shape):
+        whole = slice(None)
+        return {0: (slice(4, 6), whole), 1: (slice(6, 8), whole)}
+
+
+def test_a_process_reads_no_rows_but_its_own(tmp_path):
+    array = np.arange(36, dtype=np.float32).reshape(12, 3)
+    write_safetensors(tmp_path / "model.safetensors", {"weight": array})
+    file = SafetensorsFile(tmp_path / "model.safetensors")
+    destination = Destination((12, 3), RowsOfOneProcess())
+    assert destination.rows == (4, 8)
+    np.testing.assert_array_equal(destination.read(file, "weight"), array[4:8])
+
+
+@pytest.mark.parametrize("given", [slice(0, 12), slice(4, 8)])
+def test_rows_land_where_they_belong(monkeypatch, given):
+    array = np.arange(36, dtype=np.float32).reshape(12, 3)
+    monkeypatch.setattr(
+        jax,
+        "make_array_from_callback",
+        lambda shape, sharding, part: [part((slice(6, 8), slice(None)))],
+    )
+    (part,) = Destination((12, 3), RowsOfOneProcess()).put(array[given])
+    np.testing.assert_array_equal(part, array[6:8])
+
+
+def test_a_mesh_whose_axes_no_rule_names_is_refused():
+    mesh = jax.make_mesh((1,), ("x",))
+    with pytest.raises(ConfigError, match=r"mesh with axes \('x',\): .*'data', 'model'"):
+        ge.load(ge.shipped(), mesh=mesh)
+
+
+def test_a_mesh_of_one_device_holds_the_same_parameters():
+    mesh = jax.make_mesh((1, 1), ("data", "model"))
+    _, expected = ge.load(ge.shipped())
+    _, params = ge.load(ge.shipped(), mesh=mesh)
+    for (path, array), (_, same) in zip(
+        ge.params.path_items(expected), ge.params.path_items(params), strict=True
+    ):
+        np.testing.assert_array_equal(array, same, err_msg=path)
+        assert same.sharding.mesh.axis_names == ("data", "model")

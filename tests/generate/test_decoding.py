@@ -1,0 +1,238 @@
+"""Cached generation against the uncached forward pass, its stops, seeds, streams and errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glm_edge.errors import DataError
+from glm_edge.generate import Sampling, decoding, generate, greedy, stream
+
+IMAGE, AUDIO, FIRST_TEXT, VOCABULARY = 5, 8, 11, 48
+STEPS = 6
+DRAWN = Sampling(temperature=1.5, top_k=30, top_p=0.95)
+PENALIZED = Sampling(temperature=0.9, repetition_penalty=1.4, frequency_penalty=0.5)
+VARIANTS = [
+    {},
+    {"partial_rotary_factor": 0.5, "attention_bias": True, "sandwich_norm": True},
+    {"tie_embeddings": False, "rotary_interleaved": False},
+    {"mrope_section": (1, 1, 2)},
+]
+
+
+def text_of(length, seed):
+    return np.random.default_rng(seed).integers(FIRST_TEXT, VOCABULARY, length)
+
+
+def spread(prompts, places, width):
+    """Prompts as `(tokens, valid)`, the tokens of each row at the given slots."""
+    tokens = np.full((len(prompts), width), IMAGE, np.int32)
+    valid = np.zeros(tokens.shape, bool)
+    for row, (prompt, slots) in enumerate(zip(prompts, places, strict=True)):
+        tokens[row, slots], valid[row, slots] = prompt, True
+    return tokens, valid
+
+
+@st.composite
+def padded_batches(draw):
+    """Prompts of several lengths, padded on the left, on the right, or anywhere."""
+    width = draw(st.integers(1, 31))
+    prompts, places = [], []
+    for _ in range(draw(st.sampled_from([1, 3]))):
+        length = draw(st.integers(1, width))
+        side = draw(st.sampled_from(["left", "right", "holes"]))
+        start = {"left": width - length, "right": 0}.get(side)
+        slots = np.arange(length) + (start or 0)
+        if side == "holes":
+            slots = np.sort(draw(st.permutations(range(width)))[:length])
+        prompts.append(text_of(length, draw(st.integers(0, 999))))
+        places.append(slots)
+    return prompts, *spread(prompts, places, width)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v) or "plain")
+@settings(max_examples=12)
+@given(batch=padded_batches())
+def test_cached_generation_equals_running_everything_again(
+    make_model, continue_uncached, variant, batch
+):
+    prompts, tokens, valid = batch
+    model, params = make_model(**variant)
+    found = generate(
+        model, params, tokens, valid, max_new_tokens=STEPS, stop_tokens=(), return_logits=True
+    )
+    for row, prompt in enumerate(prompts):
+        ids, scores = continue_uncached(model, params, prompt, STEPS)
+        np.testing.assert_allclose(found.logits[row], scores, atol=1e-4)
+        assert found.tokens[row].tolist() == ids.tolist()
+    assert found.lengths.tolist() == [STEPS] * len(prompts)
+
+
+@pytest.mark.parametrize("variant", [{}, {"mrope_section": (1, 1, 2)}], ids=["rope", "mrope"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_images_and_audio_in_padded_rows(make_model, continue_uncached, variant, listed):
+    model, params = make_model(**variant)
+    rng = np.random.default_rng(4)
+    images = jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32)
+    audio = jnp.asarray(rng.normal(size=(2, 16, 8)), jnp.float32)
+    seen = [IMAGE] * 4 + [11] + [AUDIO] * 2
+    prompts = [np.array([12, 13, *seen, 14]), np.array([*seen, 15])]
+    tokens, valid = spread(prompts, [np.arange(10) + 2, [0, 1, 3, 4, 5, 7, 9, 10]], 12)
+    options = {"max_new_tokens": STEPS, "stop_tokens": (IMAGE, AUDIO), "return_logits": True}
+    given_images = list(images) if listed else images
+    found = generate(model, params, tokens, valid, given_images, audio, **options)
+    for row, prompt in enumerate(prompts):
+        ids, scores = continue_uncached(
+            model, params, prompt, STEPS, images[row : row + 1], audio[row : row + 1], (5, 8)
+        )
+        assert found.tokens[row, : len(ids)].tolist() == ids.tolist()
+        np.testing.assert_allclose(found.logits[row, : len(ids)], scores, atol=1e-4)
+
+
+def test_images_of_other_sizes_move_the_positions_that_follow(make_model, continue_uncached):
+    model, params = make_model(mrope_section=(1, 1, 2))
+    rng = np.random.default_rng(5)
+    images = [jnp.asarray(rng.normal(size=(h, w, 3)), jnp.float32) for h, w in [(8, 24), (16, 16)]]
+    prompts = [[12, *[IMAGE] * 3, 13, 14], [*[IMAGE] * 4, 15]]
+    tokens, valid = spread(prompts, [np.arange(6), np.arange(5) + 3], 8)
+    options = {"max_new_tokens": STEPS, "stop_tokens": (IMAGE, AUDIO)}
+    found = generate(model, params, tokens, valid, images, **options).tokens
+    for row, prompt in enumerate(prompts):
+        ids, _ = continue_uncached(
+            model, params, prompt, STEPS, [images[row]], stops=(IMAGE, AUDIO)
+        )
+        assert found[row, : len(ids)].tolist() == ids.tolist()
+
+
+def test_a_row_stops_at_its_stop_token_and_repeats_it(make_model):
+    model, params = make_model()
+    tokens = np.stack([text_of(5, seed) for seed in range(3)])
+    free = np.asarray(generate(model, params, tokens, max_new_tokens=20, stop_tokens=()).tokens)
+    stop = next(int(token) for token in free[0] if token != free[0, 0])
+    found = generate(model, params, tokens, max_new_tokens=20, stop_tokens=(stop,))
+    for row in range(3):
+        places = np.flatnonzero(free[row] == stop)
+        length = places[0] if len(places) else 20
+        assert found.lengths[row] == length
+        assert found.tokens[row, :length].tolist() == free[row, :length].tolist()
+        assert (found.tokens[row, length:] == stop).all()
+    assert 0 < found.lengths[0] < 20
+
+
+def test_generation_ends_when_all_rows_have_stopped(make_model):
+    model, params = make_model()
+    tokens = text_of((1, 5), 0)
+    free = generate(model, params, tokens, max_new_tokens=20, stop_tokens=()).tokens[0].tolist()
+    steps = list(stream(model, params, tokens, max_new_tokens=20, stop_tokens=(free[2],)))
+    assert len(steps) == free.index(free[2]) + 1
+    options = {"stop_tokens": (free[2],), "max_new_tokens": 20, "return_logits": True}
+    logits = generate(model, params, tokens, **options).logits[0]
+    assert np.abs(logits[: len(steps)]).max(axis=1).min() > 0
+    assert not logits[len(steps) :].any()
+
+
+def test_stop_tokens_are_those_of_the_configuration_unless_given(make_model):
+    model, params = make_model()
+    tokens = text_of((8, 3), 0)
+    options = {"max_new_tokens": 24, "sampling": Sampling(5.0)}
+    found = generate(model, params, tokens, **options)
+    assert found.lengths.min() < 24
+    assert (found.tokens[jnp.arange(8), jnp.minimum(found.lengths, 23)] == 0)[
+        found.lengths < 24
+    ].all()
+    assert (generate(model, params, tokens, stop_tokens=(), **options).lengths == 24).all()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN, PENALIZED], ids=["greedy", "drawn", "pen"])
+def test_streaming_yields_the_tokens_of_the_batch_form(make_model, sampling):
+    model, params = make_model()
+    tokens, valid = spread([text_of(4, 1), text_of(7, 2)], [np.arange(4) + 3, np.arange(7)], 7)
+    options = {"max_new_tokens": 10, "sampling": sampling, "rng": jax.random.key(7)}
+    whole = generate(model, params, tokens, valid, **options).tokens
+    steps = np.stack(list(stream(model, params, tokens, valid, **options)), axis=1)
+    assert steps.tolist() == whole[:, : steps.shape[1]].tolist()
+
+
+def test_penalties_act_on_what_was_generated(make_model):
+    model, params = make_model()
+    tokens = text_of((1, 5), 3)
+    options = {"max_new_tokens": VOCABULARY, "stop_tokens": ()}
+    found = generate(model, params, tokens, sampling=Sampling(frequency_penalty=1e6), **options)
+    assert sorted(found.tokens[0].tolist()) == list(range(VOCABULARY))
+    found = generate(model, params, tokens, sampling=Sampling(repetition_penalty=1e6), **options)
+    fresh = found.tokens[0, :3].tolist()
+    assert len({*fresh, *tokens[0].tolist()}) == 3 + len(set(tokens[0].tolist()))
+
+
+def test_the_same_key_gives_the_same_tokens(make_model):
+    model, params = make_model()
+    tokens = text_of((2, 6), 4)
+
+    def draw(seed):
+        options = {"max_new_tokens": 12, "sampling": DRAWN, "stop_tokens": ()}
+        return generate(model, params, tokens, rng=jax.random.key(seed), **options).tokens.tolist()
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    assert draw(0)[0] != draw(0)[1]
+
+
+def test_a_row_does_not_depend_on_the_others_nor_on_padding(make_model):
+    model, params = make_model()
+    prompts = [text_of(length, length) for length in (3, 9, 6)]
+    keys = jax.random.split(jax.random.key(2), 3)
+    options = {"max_new_tokens": 12, "sampling": PENALIZED, "stop_tokens": ()}
+    padded = spread(prompts, [np.arange(len(p)) + 1 for p in prompts], 12)
+    together = generate(model, params, *padded, rng=keys, **options).tokens
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, params, prompt[None], rng=keys[row : row + 1], **options).tokens
+        assert alone[0].tolist() == together[row].tolist()
+    first = generate(model, params, prompts[0][None], rng=jax.random.key(5), **options).tokens
+    rows = generate(model, params, *padded, rng=jax.random.key(5), **options).tokens
+    assert first[0].tolist() == rows[0].tolist()
+
+
+def test_lengths_of_one_bucket_compile_once(make_model):
+    model, params = make_model(num_layers=1)
+    compiled = []
+    for length, steps in ((3, 2), (32, 9), (17, 32)):
+        generate(model, params, text_of((1, length), 0), max_new_tokens=steps)
+        compiled.append(decoding._prefill._cache_size() + decoding._run._cache_size())
+    assert len(set(compiled)) == 1
+
+
+def test_buckets_hold_their_length_and_waste_little():
+    sizes = [decoding.bucket(length) for length in range(1, 8193)]
+    for length, size in enumerate(sizes, start=1):
+        assert length <= size < length + max(32, length / 4)
+    assert len(set(sizes)) == 28
+
+
+def test_greedy_is_generation_at_temperature_zero(make_model):
+    model, params = make_model()
+    tokens = text_of((2, 6), 5)
+    found = greedy(model, params, tokens, max_new_tokens=8)
+    assert found.shape == (2, 8)
+    assert found.tolist() == generate(model, params, tokens, max_new_tokens=8).tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": np.zeros((2, 3))}, "integers"),
+        ({"tokens": np.zeros(3, int)}, "integers"),
+        ({"tokens": np.full((1, 3), VOCABULARY)}, f"token {VOCABULARY} is not in 0..47"),
+        ({"tokens": np.full((1, 3), -1)}, "token -1"),
+        ({"valid": np.ones((1, 2), bool)}, "valid has shape"),
+        ({"valid": np.array([[False] * 3])}, "prompt 0 holds padding only"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"rng": jnp.stack([jax.random.key(0)] * 2), "sampling": DRAWN}, "rng must be"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_unfit_input_is_named(make_model, change, message):
+    model, params = make_model()
+    with pytest.raises(DataError, match=message):
+        generate(model, params, **{"tokens": np.full((1, 3), 12), **change})

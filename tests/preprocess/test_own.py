@@ -1,0 +1,256 @@
+"""Our own directories: the shipped model's prompts, and those of other shapes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import glm_edge as ge
+from experiments import exam
+from glm_edge import configs, preprocess
+from glm_edge.errors import CheckpointError, ConfigError, DataError
+from glm_edge.preprocess import AudioProcessing, Processor
+from glm_edge.preprocess.processing import GLM4V, GLM4V_VIDEO, GLM_EDGE_V
+
+RNG = np.random.default_rng(0)
+NANO = ge.shipped("nano")
+CONFIG = ge.preset("nano")
+SAMPLES = (0.1 * RNG.normal(size=9_000)).astype(np.float32)
+IMAGE, AUDIO = {"type": "image"}, {"type": "audio"}
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def text(content):
+    return {"type": "text", "text": content}
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return Processor.from_checkpoint(NANO)
+
+
+@pytest.mark.parametrize("instruction", ["tap the star icon", "", "say <|image|> <|user|>"])
+@pytest.mark.parametrize("spoken", [False, True])
+@pytest.mark.parametrize("seen", [False, True])
+def test_prompts_are_those_of_training(nano, instruction, spoken, seen):
+    if not (instruction or spoken):
+        pytest.skip("nothing is asked")
+    parts = [IMAGE] * seen + [AUDIO] * spoken + [text(instruction)] * bool(instruction)
+    picture = RNG.random((192, 96, 3), np.float32)
+    inputs = nano(
+        user(*parts), images=[picture] if seen else None, audio=[SAMPLES] if spoken else None
+    )
+    expected = preprocess.prompt_ids(
+        nano.tokenizer,
+        instruction,
+        CONFIG.vision.num_tokens * seen,
+        CONFIG.speech.num_tokens * spoken,
+    )
+    assert inputs.tokens.tolist() == [expected]
+
+
+def test_text_goes_after_the_image_wherever_it_stands(nano):
+    picture = np.zeros((192, 96, 3), np.float32)
+    first, last = user(text("tap 3"), IMAGE), user(IMAGE, text("tap 3"))
+    np.testing.assert_array_equal(
+        nano(first, images=[picture]).tokens, nano(last, images=[picture]).tokens
+    )
+
+
+def test_earlier_answers_end_with_the_end_of_text(nano):
+    messages = [
+        *user(text("a")),
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert nano.render(messages) == "<|user|>a<|assistant|>b<|endoftext|><|user|>c<|assistant|>"
+    with pytest.raises(DataError, match="role 'system' is unknown here"):
+        nano.render([{"role": "system", "content": "a"}])
+
+
+@pytest.mark.parametrize("size", [(192, 96), (100, 311)])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_images_are_those_of_training(nano, size, dtype):
+    picture = RNG.random((*size, 3), np.float32)
+    picture = (picture * 255).astype(dtype) if dtype == np.uint8 else picture
+    [image] = nano(user(IMAGE, text("a")), images=[picture]).images
+    np.testing.assert_array_equal(image, preprocess.prepare_images(picture, CONFIG.vision)[0])
+
+
+@pytest.mark.parametrize("count", [300, 9_000, 40_000])
+def test_recordings_are_those_of_training(nano, count):
+    samples = (0.1 * RNG.normal(size=count)).astype(np.float32)
+    inputs = nano(user(AUDIO), audio=[samples])
+    expected = preprocess.prepare_audio(samples, CONFIG.speech)
+    np.testing.assert_array_equal(inputs.audio, expected[None])
+    np.testing.assert_array_equal(inputs.audio_frames, [CONFIG.speech.num_frames])
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return ge.load(NANO)
+
+
+def test_answers_are_those_of_the_exam(nano, loaded):
+    items = exam.draw_items(3, 3)
+    items[1] = dataclasses.replace(items[1], samples=SAMPLES)
+    batch = [
+        user(
+            {"type": "image", "image": item.image},
+            *([] if item.samples is None else [{"type": "audio", "audio": item.samples}]),
+            text(item.question.instruction_text),
+        )
+        for item in items
+    ]
+    options = {"max_new_tokens": exam.ANSWER_TOKENS, "return_logits": True}
+    found = ge.generate.generate(*loaded, **nano(batch), **options)
+    [prompts] = exam.prompt_batches(items, CONFIG, nano.tokenizer, batch=len(items))
+    expected = ge.generate.generate(*loaded, **prompts, **options)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    for ours, theirs, length in zip(found.logits, expected.logits, found.lengths, strict=True):
+        np.testing.assert_allclose(ours[: length + 1], theirs[: length + 1], atol=1e-4)
+    assert nano.decode(found.tokens[0]).startswith("do(action=")
+
+
+def test_saved_with_its_files_it_reads_the_same(nano, loaded, tmp_path):
+    extras = {name: NANO / name for name in ("tokenizer.json", "chat_template.jinja")}
+    directory = ge.save(*loaded, tmp_path / "copy", format="safetensors", extras=extras)
+    found = Processor.from_checkpoint(directory)
+    for field in dataclasses.fields(Processor)[1:]:
+        assert getattr(found, field.name) == getattr(nano, field.name)
+
+
+@pytest.fixture
+def own(checkpoint):
+    """Writes a directory of our own format: `own(config, **files)`."""
+
+    def write(config, **files):
+        fields = {"format": "glm_edge", "version": 1, "config": configs.to_dict(config)}
+        return checkpoint(fields, chat_template_jinja="{{ messages[0].content }}", **files)
+
+    return write
+
+
+VISION = configs.VisionConfig(
+    image_size=(56, 84),
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    intermediate_size=16,
+    projector_size=16,
+)
+TURNING = dataclasses.replace(
+    CONFIG.decoder, partial_rotary_factor=1.0, mrope_section=(4, 6, 6), vocab_size=280
+)
+
+
+def seeing(vision=VISION, decoder=CONFIG.decoder, **fields):
+    # `<|image|>` of the byte tokenizer.
+    return configs.GLMConfig("seeing", decoder, vision, image_token_id=267, **fields)
+
+
+def test_images_of_the_families_are_theirs(own):
+    found = Processor.from_checkpoint(own(seeing(decoder=TURNING, video_token_id=268)))
+    assert (found.image, found.video) == (GLM4V, GLM4V_VIDEO)
+    assert (found.image_token, found.video_token) == ("<|image|>", "<|video|>")
+    vision = dataclasses.replace(VISION, boundary_embeddings=True)
+    found = Processor.from_checkpoint(own(seeing(vision)))
+    assert found.image == dataclasses.replace(GLM_EDGE_V, size=(56, 84))
+
+
+def test_files_of_a_processor_go_before(own):
+    directory = own(
+        seeing(),
+        preprocessor_config_json={
+            "image_processor_type": "Glm4vImageProcessor",
+            "image_mean": list(GLM4V.mean),
+            "image_std": list(GLM4V.std),
+        },
+        generation_config_json={"eos_token_id": [3, 4]},
+    )
+    found = Processor.from_checkpoint(directory)
+    assert dataclasses.replace(found.image, size=None) == GLM4V
+    assert found.stop_token_ids == (3, 4)
+    speech = configs.GLMConfig("a", CONFIG.decoder, speech=CONFIG.speech, audio_token_id=271)
+    directory = own(
+        speech,
+        preprocessor_config_json={
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": 40,
+            "sampling_rate": 8000,
+            "n_fft": 200,
+            "hop_length": 80,
+            "chunk_length": 2,
+        },
+    )
+    expected = AudioProcessing(40, 8000, 200, 80, chunk_s=2, max_s=655, merge_size=4)
+    assert Processor.from_checkpoint(directory).audio == expected
+
+
+def test_a_model_of_text_alone_reads_text(own):
+    decoder = dataclasses.replace(CONFIG.decoder, vocab_size=280)
+    config = configs.GLMConfig("text", decoder, eos_token_ids=(256, 260), pad_token_id=256)
+    found = Processor.from_checkpoint(own(config))
+    assert (found.image, found.audio) == (None, None)
+    assert (found.stop_token_ids, found.pad_token_id) == ((256, 260), 256)
+    assert dict(found([{"role": "user", "content": "hi"}])).keys() == {"tokens", "valid"}
+    with pytest.raises(DataError, match="this model reads none"):
+        found(user(IMAGE), images=[np.zeros((9, 9, 3), np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "pattern"),
+    [
+        ({"architecture": "TextEncoder"}, ConfigError, "a 'TextEncoder' takes no conversations"),
+        ({"config": None}, ConfigError, "field 'config' must hold an object"),
+        (
+            {"config": {"name": "a"}},
+            ConfigError,
+            r"config\.json: config: field 'decoder' is missing",
+        ),
+        ({"config": {"name": "a", "decoder": 3}}, ConfigError, "decoder: expected an object"),
+        ({"format": "other"}, CheckpointError, "neither a glm_edge checkpoint"),
+    ],
+    ids=range(5),
+)
+def test_configurations_that_are_none_are_refused(own, change, error, pattern):
+    directory = own(seeing())
+    fields = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(fields | change))
+    with pytest.raises(error, match=pattern):
+        Processor.from_checkpoint(directory)
+
+
+def test_a_field_of_the_wrong_type_is_refused(own):
+    directory = own(seeing())
+    fields = json.loads((directory / "config.json").read_text())
+    fields["config"]["decoder"]["num_layers"] = "many"
+    (directory / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match="a field has a value of the wrong type"):
+        Processor.from_checkpoint(directory)
+
+
+def test_a_placeholder_that_the_tokenizer_lacks_is_named(own):
+    config = dataclasses.replace(seeing(), image_token_id=5000)
+    with pytest.raises(ConfigError, match=r"'image_token_id' is 5000, an id that tokenizer\.json"):
+        Processor.from_checkpoint(own(config))
+
+
+def test_a_missing_template_is_asked_for(own):
+    directory = own(seeing())
+    (directory / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"has no chat template.*give template= or family="):
+        Processor.from_checkpoint(directory)
+    assert Processor.from_checkpoint(directory, family="glm_4_1v").template
+
+
+@pytest.mark.parametrize("change", [{"sizing": "smart"}, {"resample": "bilinear"}])
+def test_pixels_that_are_not_rounded_are_stretched_bicubic(change):
+    with pytest.raises(ConfigError, match="needs 8-bit pixels"):
+        preprocess.ImageProcessing(
+            **{"sizing": "stretch", "size": (8, 8), "eight_bit": False} | change
+        )
