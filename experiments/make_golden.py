@@ -21,13 +21,16 @@ from absl import app, flags
 
 from experiments.console import bar, fail_in_one_line
 from experiments.golden.cases import Arrays
+from experiments.golden.reference_decoders import DECODERS
+from experiments.golden.reference_encoders import ENCODERS
 from experiments.golden.reference_inputs import draw_inputs
-from experiments.golden.reference_plans import EOS, MEMBERS, Draw, Plan, plan
+from experiments.golden.reference_plans import EOS, Draw, Plan
 from glm_edge.checkpoint.files import new_directory
 from glm_edge.errors import DataError
 
 FLAGS = flags.FLAGS
 TRIES = 200
+MEMBERS = DECODERS | ENCODERS
 
 
 def define_flags() -> None:
@@ -57,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         name = member if count == 1 else f"{member}_{index:02d}"
         rng = np.random.default_rng([FLAGS.seed, index, *member.encode()])
         with new_directory(Path(FLAGS.out_dir) / name, overwrite=False) as folder:
-            make_case(plan(member, Draw(rng, FLAGS.tiny)), folder, rng)
+            make_case(MEMBERS[member](Draw(rng, FLAGS.tiny)), folder, rng)
 
 
 def make_case(drawn: Plan, folder: Path, rng: np.random.Generator) -> None:

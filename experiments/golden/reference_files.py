@@ -143,10 +143,12 @@ def _as_version_4(fields: dict[str, Any]) -> dict[str, Any]:
 def _leave_out_defaults(fields: dict[str, Any], rng: np.random.Generator) -> None:
     """Drops some fields that hold their default, which transformers adds again."""
     known = transformers.CONFIG_MAPPING[fields["model_type"]]().to_dict()
+    # Every file says how wide a model is, and glm_edge asks for it.
+    for width in ("model_type", "num_key_value_heads", "head_dim"):
+        known.pop(width, None)
     for name in list(fields):
         if name.endswith("_config"):
             _leave_out_defaults(fields[name], rng)
             continue
-        default = name in known and fields[name] == known[name] and name != "model_type"
-        if default and rng.random() < 0.5:
+        if name in known and fields[name] == known[name] and rng.random() < 0.5:
             del fields[name]

@@ -19,6 +19,12 @@ import numpy as np
 from jax import Array
 
 from glm_edge.errors import DataError
+from glm_edge.generate.prompts import (
+    Prompt,
+    check_placeholders,
+    count_placeholders,
+    prompt_mask,
+)
 from glm_edge.generate.sampling import Sampling, sample
 from glm_edge.models.glm import init_cache
 from glm_edge.models.multimodal import Images, MultimodalGLM
@@ -114,7 +120,7 @@ def generate(
     Raises:
       DataError: prompts, mask or stop tokens do not fit each other or the model.
     """
-    prompt = _Prompt.of(model, tokens, valid, max_new_tokens)
+    prompt = Prompt.of(model.config, tokens, valid, max_new_tokens)
     state = _start(model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype)
     stops = _stop_tokens(model, stop_tokens)
     state = _first(state, sampling, stops)
@@ -163,7 +169,7 @@ def stream(
     Raises:
       DataError: as in `generate`.
     """
-    prompt = _Prompt.of(model, tokens, valid, max_new_tokens)
+    prompt = Prompt.of(model.config, tokens, valid, max_new_tokens)
     stops = _stop_tokens(model, stop_tokens)
     state = _start(model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype)
     state = _first(state, sampling, stops)
@@ -203,65 +209,6 @@ def greedy(
     ).tokens
 
 
-def prompt_mask(seen: Array, query_slots: Array) -> Array:
-    """Causal mask that also hides padding.
-
-    Args:
-      seen: bool [B, S], False at slots that hold padding.
-      query_slots: [T] slot of each query.
-
-    Returns:
-      bool [B, 1, T, S].
-    """
-    causal = jnp.arange(seen.shape[1]) <= query_slots[:, None]
-    return (causal[None] & seen[:, None])[:, None]
-
-
-def bucket(length: int) -> int:
-    """Rounds a length up to a multiple of 32, or of an eighth of the next power of two."""
-    step = max(32, (1 << (length - 1).bit_length()) // 8)
-    return -(-length // step) * step
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """Checked and padded prompts, and the slots (`room`) for generated tokens."""
-
-    tokens: np.ndarray
-    valid: np.ndarray
-    room: int
-
-    @classmethod
-    def of(cls, model: MultimodalGLM, tokens: Any, valid: Any, max_new_tokens: int) -> "_Prompt":
-        config = model.config
-        tokens = np.asarray(tokens)
-        valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid, bool)
-        if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
-            raise DataError(
-                f"prompts must be integers [rows, tokens], found {tokens.dtype} {tokens.shape}"
-            )
-        if valid.shape != tokens.shape:
-            raise DataError(f"valid has shape {valid.shape}, the prompts {tokens.shape}")
-        if not valid.any(axis=1).all():
-            raise DataError(f"prompt {int(np.argmin(valid.any(axis=1)))} holds padding only")
-        if max_new_tokens < 1:
-            raise DataError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        known = (tokens >= 0) & (tokens < config.decoder.vocab_size)
-        if not known[valid].all():
-            raise DataError(
-                f"token {tokens[valid & ~known][0]} is not in 0..{config.decoder.vocab_size - 1}"
-            )
-        # Padding must not take the place of an image or a recording, whatever its token is.
-        placeholders = (config.image_token_id, config.audio_token_id)
-        filler = next(token for token in range(3) if token not in placeholders)
-        extra = ((0, 0), (0, bucket(tokens.shape[1]) - tokens.shape[1]))
-        return cls(
-            np.pad(np.where(valid, tokens, filler).astype(np.int32), extra, constant_values=filler),
-            np.pad(valid, extra),
-            bucket(max_new_tokens),
-        )
-
-
 def _stop_tokens(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> Array:
     stops = model.config.eos_token_ids if stop_tokens is None else stop_tokens
     return jnp.asarray(tuple(stops), jnp.int32)
@@ -277,7 +224,7 @@ def _start(
         rng = jax.random.key(0) if rng is None else rng
         keys = _row_keys(rng, batch)
     penalized = sampling.uses("repetition_penalty"), sampling.uses("frequency_penalty")
-    return _prefill(
+    state, counts = _prefill(
         model,
         params,
         prompt.tokens,
@@ -290,6 +237,8 @@ def _start(
         jnp.dtype(cache_dtype),
         penalized,
     )
+    check_placeholders(jax.device_get(counts))
+    return state
 
 
 def _row_keys(rng: Array, batch: int) -> Array:
@@ -316,26 +265,26 @@ def _prefill(
     room,
     cache_dtype,
     penalized,
-) -> DecodeState:
-    """Fills the cache and scores the token after each row's last valid one."""
+) -> tuple[DecodeState, dict[str, tuple[Array, Array]]]:
+    """Fills the cache, scores the token after each row's last valid one, counts placeholders."""
     batch, length = tokens.shape
     slots = jnp.arange(length)
 
     def run(module):
         positions, following = module.start_positions(tokens, valid, images)
-        x, _ = module.embed_inputs(tokens, images, audio, audio_frames)
+        x, encoded = module.embed_inputs(tokens, images, audio, audio_frames)
         cache = init_cache(model.config.decoder, batch, length, cache_dtype)
         final, _, cache = module.decoder(x, positions, prompt_mask(valid, slots), cache)
         last = jnp.max(jnp.where(valid, slots, 0), axis=1)
         final = jnp.take_along_axis(final, last[:, None, None], axis=1)
-        return module.predict(final)[:, 0], following, cache
+        return module.predict(final)[:, 0], following, cache, encoded
 
-    logits, following, cache = model.apply({"params": params}, method=run)
+    logits, following, cache, encoded = model.apply({"params": params}, method=run)
     extend = functools.partial(jnp.pad, pad_width=((0, 0), (0, room), (0, 0), (0, 0)))
     cache = {**cache, "layers": jax.tree.map(extend, cache["layers"])}
     vocabulary = jnp.zeros((batch, logits.shape[1]), jnp.int32)
     rows = jnp.arange(batch)[:, None]
-    return DecodeState(
+    state = DecodeState(
         cache=cache,
         logits=logits.astype(jnp.float32),
         token=jnp.zeros(batch, jnp.int32),
@@ -347,6 +296,7 @@ def _prefill(
         in_prompt=vocabulary.at[rows, tokens].max(valid) > 0 if penalized[0] else None,
         counts=vocabulary if any(penalized) else None,
     )
+    return state, count_placeholders(model.config, tokens, valid, encoded, audio_frames)
 
 
 def _choose(state: DecodeState, sampling: Sampling, stops: Array) -> DecodeState:

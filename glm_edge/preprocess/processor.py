@@ -297,7 +297,8 @@ class Processor:
     def _encode(self, text: str, spelled: list[str]) -> list[int]:
         ids: list[int] = []
         # Text that spells a token is encoded together with the text around it.
-        for piece in re.split(f"({self._special_names()})", text) if spelled else [text]:
+        names = self._special_names() if spelled else ""
+        for piece in re.split(f"({names})", text) if names else [text]:
             if HIDDEN.search(piece):
                 piece = HIDDEN.sub(lambda mark: spelled[int(mark[1])], piece)
                 ids += text_ids(self.tokenizer, piece)

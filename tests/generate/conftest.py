@@ -68,25 +68,23 @@ def make_model():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(model, params, tokens, images, audio):
-    return model.apply({"params": params}, tokens, images, audio)[0]
-
-
-def uncached_scores(model, params, ids, images=None, audio=None, width=80) -> np.ndarray:
-    """Scores of the token after `ids` by a forward pass over all of them, without a cache."""
-    tokens = np.full((1, width), 11, np.int32)
-    tokens[0, : len(ids)] = ids
-    return np.asarray(_forward(model, params, tokens, images, audio)[0, len(ids) - 1])
+def _forward(model, params, tokens, images, audio, audio_frames):
+    return model.apply({"params": params}, tokens, images, audio, audio_frames=audio_frames)[0]
 
 
 @pytest.fixture(scope="session")
 def continue_uncached():
     """`(ids, scores)` of greedy decoding that runs everything again for each token."""
 
-    def run(model, params, ids, steps, images=None, audio=None, stops=()):
+    def run(
+        model, params, ids, steps, images=None, audio=None, audio_frames=None, stops=(), width=80
+    ):
         ids, start, scores = list(ids), len(ids), []
         while len(scores) < steps and not (scores and ids[-1] in stops):
-            scores.append(uncached_scores(model, params, ids, images, audio))
+            tokens = np.full((1, width), 11, np.int32)
+            tokens[0, : len(ids)] = ids
+            logits = _forward(model, params, tokens, images, audio, audio_frames)
+            scores.append(np.asarray(logits[0, len(ids) - 1]))
             ids.append(int(scores[-1].argmax()))
         return np.array(ids[start:]), np.stack(scores)
 

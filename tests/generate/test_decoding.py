@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from glm_edge.errors import DataError
 from glm_edge.generate import Sampling, decoding, generate, greedy, stream
+from glm_edge.generate.prompts import bucket
 
 IMAGE, AUDIO, FIRST_TEXT, VOCABULARY = 5, 8, 11, 48
 STEPS = 6
@@ -85,7 +86,7 @@ def test_images_and_audio_in_padded_rows(make_model, continue_uncached, variant,
     found = generate(model, params, tokens, valid, given_images, audio, **options)
     for row, prompt in enumerate(prompts):
         ids, scores = continue_uncached(
-            model, params, prompt, STEPS, images[row : row + 1], audio[row : row + 1], (5, 8)
+            model, params, prompt, STEPS, images[row : row + 1], audio[row : row + 1], stops=(5, 8)
         )
         assert found.tokens[row, : len(ids)].tolist() == ids.tolist()
         np.testing.assert_allclose(found.logits[row, : len(ids)], scores, atol=1e-4)
@@ -102,6 +103,21 @@ def test_images_of_other_sizes_move_the_positions_that_follow(make_model, contin
     for row, prompt in enumerate(prompts):
         ids, _ = continue_uncached(
             model, params, prompt, STEPS, [images[row]], stops=(IMAGE, AUDIO)
+        )
+        assert found[row, : len(ids)].tolist() == ids.tolist()
+
+
+def test_recordings_in_chunks_of_several_lengths(make_model, continue_uncached):
+    model, params = make_model()
+    audio = jnp.asarray(np.random.default_rng(6).normal(size=(3, 16, 8)), jnp.float32)
+    frames = jnp.array([16, 8, 16])
+    prompts = [[12, *[AUDIO] * 3, 13], [*[AUDIO] * 2, 14]]
+    tokens, valid = spread(prompts, [np.arange(5), np.arange(3) + 2], 5)
+    options = {"max_new_tokens": STEPS, "stop_tokens": (IMAGE, AUDIO)}
+    found = generate(model, params, tokens, valid, None, audio, frames, **options).tokens
+    for row, chunks in enumerate([slice(0, 2), slice(2, 3)]):
+        ids, _ = continue_uncached(
+            model, params, prompts[row], STEPS, None, audio[chunks], frames[chunks], (IMAGE, AUDIO)
         )
         assert found[row, : len(ids)].tolist() == ids.tolist()
 
@@ -177,6 +193,10 @@ def test_the_same_key_gives_the_same_tokens(make_model):
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
     assert draw(0)[0] != draw(0)[1]
+    even = generate(
+        model, params, tokens, max_new_tokens=12, sampling=Sampling(1e6), stop_tokens=()
+    )
+    assert min(len(set(row)) for row in even.tokens.tolist()) > 6
 
 
 def test_a_row_does_not_depend_on_the_others_nor_on_padding(make_model):
@@ -204,7 +224,7 @@ def test_lengths_of_one_bucket_compile_once(make_model):
 
 
 def test_buckets_hold_their_length_and_waste_little():
-    sizes = [decoding.bucket(length) for length in range(1, 8193)]
+    sizes = [bucket(length) for length in range(1, 8193)]
     for length, size in enumerate(sizes, start=1):
         assert length <= size < length + max(32, length / 4)
     assert len(set(sizes)) == 28
@@ -236,3 +256,25 @@ def test_unfit_input_is_named(make_model, change, message):
     model, params = make_model()
     with pytest.raises(DataError, match=message):
         generate(model, params, **{"tokens": np.full((1, 3), 12), **change})
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("listed", [False, True])
+def test_placeholders_and_features_must_be_as_many(make_model, rows, listed):
+    model, params = make_model()
+    tokens = np.full((rows, 6), 12)
+    tokens[-1, :3] = IMAGE
+    images = jnp.zeros((rows, 16, 16, 3))
+    gives = 4 * rows if listed else 4
+    with pytest.raises(DataError, match=f"3 placeholders of vision, the input gives {gives}"):
+        generate(model, params, tokens, images=list(images) if listed else images)
+
+
+def test_a_row_may_have_no_image(make_model):
+    model, params = make_model()
+    tokens = np.full((2, 6), 12)
+    tokens[1, :4] = IMAGE
+    images = jnp.zeros((2, 16, 16, 3))
+    options = {"max_new_tokens": 4, "stop_tokens": ()}
+    found = generate(model, params, tokens, images=images, **options).tokens
+    assert found[0].tolist() == generate(model, params, tokens[:1], **options).tokens[0].tolist()

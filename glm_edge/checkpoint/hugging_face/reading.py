@@ -14,6 +14,7 @@ from glm_edge.checkpoint.hugging_face.member import Entry, Member
 from glm_edge.checkpoint.hugging_face.members import read_config
 from glm_edge.checkpoint.hugging_face.tying import untie, untied_if_heads_differ
 from glm_edge.checkpoint.placement import Destination, Placement
+from glm_edge.checkpoint.reading import file_inside
 from glm_edge.checkpoint.shapes import Shapes, check_names, check_shape, expected_shapes
 from glm_edge.errors import CheckpointError
 from glm_edge.params.tree import nested
@@ -113,22 +114,18 @@ def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
         the files disagree.
     """
     if (directory / WEIGHTS).is_file():
-        file = SafetensorsFile(directory / WEIGHTS)
+        file = SafetensorsFile(file_inside(directory, WEIGHTS))
         return dict.fromkeys(file.tensors, file)
     if not (directory / INDEX).is_file():
         pickled = next(iter(sorted(directory.glob("*.bin"))), None)
         found = f"; {pickled.name} is a pickle: convert it to safetensors" if pickled else ""
         raise CheckpointError(f"{directory}: holds neither {WEIGHTS} nor {INDEX}{found}")
-    listed = read_json(directory / INDEX).get("weight_map")
+    listed = read_json(file_inside(directory, INDEX)).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{directory / INDEX}: 'weight_map' must list tensors and files")
     held: dict[str, SafetensorsFile] = {}
     for name in sorted({str(name) for name in listed.values()}):
-        if name != Path(name).name:
-            raise CheckpointError(
-                f"{directory / INDEX}: file {name!r} must be a plain name in the same directory"
-            )
-        file = SafetensorsFile(directory / name)
+        file = SafetensorsFile(file_inside(directory, name))
         twice = sorted(set(file.tensors) & set(held))
         if twice:
             other = held[twice[0]].path.name
@@ -175,7 +172,9 @@ def _check_headers(
         for entry in entries
         for name in entry.names
     }
-    check_names(stored, needed, str(directory))
+    # What has no place is named as it is stored.
+    found = (name if name in needed else stored[name] for name in stored)
+    check_names(found, needed, str(directory))
     for canonical, name in stored.items():
         info, where = files[name].tensors[name], f"{files[name].path}: tensor {name!r}"
         if info.dtype not in FLOATING:

@@ -126,7 +126,13 @@ def _read_llama(text: Fields, tied: bool) -> DecoderConfig:
     for bias in ("attention_bias", "mlp_bias"):
         text.expect(bias, False)
     text.expect("pretraining_tp", 1)
-    return decoder_config(text, context=8192, rotary_interleaved=False, tie_embeddings=tied)
+    decoder = decoder_config(text, context=8192, rotary_interleaved=False, tie_embeddings=tied)
+    if decoder.partial_rotary_factor != 1:
+        raise ConfigError(
+            f"{text.where}: field 'partial_rotary_factor' is {decoder.partial_rotary_factor}; it "
+            "must be 1, since a llama turns whole heads"
+        )
+    return decoder
 
 
 def _read_glm_asr(fields: Fields, name: str) -> GLMConfig:
@@ -134,6 +140,9 @@ def _read_glm_asr(fields: Fields, name: str) -> GLMConfig:
     for section in (text, audio):
         fields.repeats(section)
     fields.expect("projector_hidden_act", "gelu")
+    # transformers prefers its own rope_parameters to a lone rope_theta.
+    if not {"rope_parameters", "rope_scaling"} & set(text.values):
+        text.expect("rope_theta", 10000, 10000.0)
     # Only the outer field counts, whose default is not that of a lone decoder.
     text.take("tie_word_embeddings")
     decoder = _read_llama(text, tied=fields.get("tie_word_embeddings", bool, True))

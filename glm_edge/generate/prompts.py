@@ -1,0 +1,138 @@
+"""Prompts made ready: checked, padded to lengths of which few compile.
+
+Letters of shapes: `B` rows, `T` tokens of a prompt, `S` cache slots, `D` hidden size, `M` features.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from glm_edge.configs import GLMConfig
+from glm_edge.errors import DataError
+from glm_edge.models.multimodal import audio_features
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prompts of a length that is a bucket.
+
+    Attributes:
+      tokens: int32 [B, T]; at padding a token that is no placeholder.
+      valid: bool [B, T], False at padding.
+      room: cache slots for generated tokens.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    room: int
+
+    @classmethod
+    def of(cls, config: GLMConfig, tokens: Any, valid: Any, max_new_tokens: int) -> "Prompt":
+        """Checks prompts and pads them.
+
+        Args:
+          config: of the model.
+          tokens: int [B, T].
+          valid: bool [B, T], or None when there is no padding.
+          max_new_tokens: tokens to generate at most.
+
+        Raises:
+          DataError: prompts and mask do not fit each other or the model.
+        """
+        tokens = np.asarray(tokens)
+        valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid, bool)
+        if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+            raise DataError(
+                f"prompts must be integers [rows, tokens], found {tokens.dtype} {tokens.shape}"
+            )
+        if valid.shape != tokens.shape:
+            raise DataError(f"valid has shape {valid.shape}, the prompts {tokens.shape}")
+        if not valid.any(axis=1).all():
+            raise DataError(f"prompt {int(np.argmin(valid.any(axis=1)))} holds padding only")
+        if max_new_tokens < 1:
+            raise DataError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        known = (tokens >= 0) & (tokens < config.decoder.vocab_size)
+        if not known[valid].all():
+            raise DataError(
+                f"token {tokens[valid & ~known][0]} is not in 0..{config.decoder.vocab_size - 1}"
+            )
+        # Padding must not take the place of an image or a recording, whatever its token is.
+        placeholders = (config.image_token_id, config.audio_token_id)
+        filler = next(token for token in range(3) if token not in placeholders)
+        extra = ((0, 0), (0, bucket(tokens.shape[1]) - tokens.shape[1]))
+        return cls(
+            np.pad(np.where(valid, tokens, filler).astype(np.int32), extra, constant_values=filler),
+            np.pad(valid, extra),
+            bucket(max_new_tokens),
+        )
+
+
+def count_placeholders(
+    config: GLMConfig,
+    tokens: Array,
+    valid: Array,
+    features: dict[str, Array],
+    audio_frames: Array | None = None,
+) -> dict[str, tuple[Array, Array]]:
+    """Placeholders in prompts, and the features there are for them.
+
+    Args:
+      config: of the model.
+      tokens: [B, T].
+      valid: bool [B, T].
+      features: `vision` and `speech`, each [B, M, D] of the rows or [M, D] of all rows together.
+      audio_frames: as `MultimodalGLM` takes it.
+
+    Returns:
+      Of each encoder, both numbers: [B] when features belong to rows, else scalars.
+    """
+    token_ids = {"vision": config.image_token_id, "speech": config.audio_token_id}
+    counts = {}
+    for encoder, encoded in features.items():
+        placeholder = (tokens == token_ids[encoder]) & valid
+        found = placeholder.sum(axis=1) if encoded.ndim == 3 else placeholder.sum()
+        expected = jnp.full_like(found, encoded.shape[-2])
+        if encoder == "speech" and audio_frames is not None:
+            expected = audio_features(audio_frames, config.speech.merge_size).sum()
+        counts[encoder] = found, expected
+    return counts
+
+
+def check_placeholders(counts: dict[str, tuple[Any, Any]]) -> None:
+    """Compares the numbers of `count_placeholders`; a row may lack images or recordings altogether.
+
+    Raises:
+      DataError: a prompt holds another number of placeholders than there are features.
+    """
+    for encoder, (found, expected) in counts.items():
+        found, expected = np.atleast_1d(found), np.atleast_1d(expected)
+        unfit = (found != expected) & ((found != 0) | (found.size == 1))
+        if unfit.any():
+            row = int(np.argmax(unfit))
+            where = f"prompt {row} holds" if found.size > 1 else "the prompts hold"
+            raise DataError(
+                f"{where} {found[row]} placeholders of {encoder}, the input gives {expected[row]}"
+            )
+
+
+def bucket(length: int) -> int:
+    """Rounds a length up to a multiple of 32, or of an eighth of the next power of two."""
+    step = max(32, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
+
+
+def prompt_mask(seen: Array, query_slots: Array) -> Array:
+    """Causal mask that also hides padding.
+
+    Args:
+      seen: bool [B, S], False at slots that hold padding.
+      query_slots: [T] slot of each query.
+
+    Returns:
+      bool [B, 1, T, S].
+    """
+    causal = jnp.arange(seen.shape[1]) <= query_slots[:, None]
+    return (causal[None] & seen[:, None])[:, None]

@@ -1,0 +1,114 @@
+"""The notebooks: cells that compile, names that exist, and no need of a network."""
+
+import ast
+import importlib
+import json
+import re
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import glm_edge as ge
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+ONLINE = re.compile(r"https?://|urlopen|snapshot_download|hf_hub|requests\.|wget|curl|%pip|!git")
+COLAB = 'if "google.colab" in sys.modules:'
+
+
+def code_cells(notebook: Path) -> list[str]:
+    cells = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def parsed(cell: str) -> ast.Module:
+    # Lines that only IPython understands.
+    return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", cell, flags=re.MULTILINE))
+
+
+def load_a_glm(*names: str) -> dict:
+    """Defines the functions of these names, with the imports of their cells."""
+    space = {"Path": Path}
+    for cell in code_cells(ROOT / "colab" / "load_a_glm.ipynb"):
+        body = parsed(cell).body
+        if any(isinstance(node, ast.FunctionDef) and node.name in names for node in body):
+            kept = [n for n in body if isinstance(n, ast.FunctionDef | ast.Import | ast.ImportFrom)]
+            exec(compile(ast.Module(kept, []), "cell", "exec"), space)
+    return space
+
+
+def test_both_notebooks_are_there():
+    assert [notebook.stem for notebook in NOTEBOOKS] == ["load_a_glm", "quickstart"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_compile_and_hold_no_outputs(notebook):
+    fields = json.loads(notebook.read_text())
+    assert (fields["nbformat"], fields["metadata"]["kernelspec"]["name"]) == (4, "python3")
+    assert len({cell["id"] for cell in fields["cells"]}) == len(fields["cells"])
+    for cell in fields["cells"]:
+        assert "".join(cell["source"]).strip()
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+            compile(parsed("".join(cell["source"])), notebook.name, "exec")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_imported_exists(notebook):
+    for cell in code_cells(notebook):
+        for node in ast.walk(parsed(cell)):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.module.partition(".")[0] not in ("glm_edge", "experiments"):
+                continue
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                found = hasattr(module, name.name)
+                assert found or importlib.import_module(f"{node.module}.{name.name}")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_only_colab_and_a_named_repository_need_a_network(notebook):
+    for cell in code_cells(notebook):
+        lines = cell.splitlines()
+        online = [number for number, line in enumerate(lines) if ONLINE.search(line)]
+        if not online:
+            continue
+        if COLAB in lines:
+            assert all(lines[number].startswith("    ") for number in online)
+            continue
+        guarded = {
+            number
+            for node in ast.walk(parsed(cell))
+            if isinstance(node, ast.Try)
+            for number in range(node.lineno, node.handlers[0].lineno)
+        }
+        assert guarded.issuperset(number + 1 for number in online)
+
+
+def test_a_checkpoint_is_found_without_a_network(monkeypatch, tmp_path):
+    asked = []
+
+    def refuse(address, timeout):
+        asked.append((address, timeout))
+        raise OSError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    find = load_a_glm("answers", "find_checkpoint")["find_checkpoint"]
+    assert find("") == ge.shipped("nano")
+    assert find(str(tmp_path)) == tmp_path
+    assert not asked
+    assert find("nobody/nothing") == ge.shipped("nano")
+    # None where huggingface_hub is not installed.
+    assert all(timeout <= 5 for _, timeout in asked)
+
+
+def test_what_is_counted_and_heard_lies_in_the_clone():
+    [counting] = [c for c in code_cells(ROOT / "colab" / "load_a_glm.ipynb") if "PUBLISHED" in c]
+    names = re.findall(r'^    "([^"]+)": [\d_]+,$', counting, flags=re.MULTILINE)
+    assert len(names) >= 9
+    for name in names:
+        assert (ROOT / "tests" / "checkpoint" / "published" / f"{name}.json").is_file()
+    samples, rate = ge.preprocess.load_wav(ROOT / "colab" / "press_seven.wav")
+    assert (rate, len(samples)) == (8000, 8760)
