@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,11 +88,14 @@ def build(fields: dict[str, Any], dtype: str = "float32", seed: int = 0) -> tupl
 
 
 def _draw(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Multiples of a power of two, so that no machine and no type rounds them."""
     rng = np.random.default_rng([seed, *path.encode()])
-    if len(shape) == 1:
-        gain = "norm" in path and path.endswith("weight")
-        return rng.uniform(0.5, 1.5, shape) if gain else rng.normal(size=shape) * 0.2
-    return rng.normal(size=shape) * 1.5 * shape[1] ** -0.5
+    if len(shape) > 1:
+        scale = 2.0 ** round(1 - math.log2(shape[1]) / 2)
+        return rng.integers(-96, 97, shape) / 64 * scale
+    if "norm" in path and path.endswith("weight"):
+        return rng.integers(32, 97, shape) / 64
+    return rng.integers(-16, 17, shape) / 64
 
 
 def draw_inputs(model: nn.Module, seed: int = 1) -> Arrays:
@@ -102,12 +106,12 @@ def draw_inputs(model: nn.Module, seed: int = 1) -> Arrays:
       seed: to draw from.
 
     Returns:
-      Arrays by name; numbers are multiples of 1/64, which JSON holds exactly.
+      Arrays by name; numbers are multiples of 1/64.
     """
     rng, config = np.random.default_rng(seed), model.config
 
     def numbers(*shape: int) -> np.ndarray:
-        return np.round(rng.normal(size=shape) * 64).astype(np.float32) / 64
+        return rng.integers(-96, 97, shape).astype(np.float32) / 64
 
     if isinstance(model, VisionEncoder):
         side = config.position_grid[0] * config.patch_size + 1

@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 _WHERE = {
     "GLMConfig": "glm_edge.configs",
     "MultimodalGLM": "glm_edge.models.multimodal",
+    "Processor": "glm_edge.preprocess",
+    "build": "glm_edge.checkpoint",
     "chain": "glm_edge.compress",
     "distill": "glm_edge.compress",
     "load": "glm_edge.checkpoint",

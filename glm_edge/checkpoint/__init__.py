@@ -1,5 +1,5 @@
 """Checkpoints: our own safetensors and Orbax directories, and Hugging Face directories."""
 
-from glm_edge.checkpoint.load import load, load_tokenizer, save, shipped
+from glm_edge.checkpoint.load import build, load, load_tokenizer, save, shipped
 
-__all__ = ["load", "load_tokenizer", "save", "shipped"]
+__all__ = ["build", "load", "load_tokenizer", "save", "shipped"]

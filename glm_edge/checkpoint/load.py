@@ -81,6 +81,28 @@ def load(
     )
 
 
+def build(path: str | os.PathLike) -> nn.Module:
+    """Makes the module that a config.json describes, without weights.
+
+    Args:
+      path: directory of a checkpoint, or the file itself.
+
+    Returns:
+      The module, whose parameters `jax.eval_shape` counts and `init` draws at random.
+
+    Raises:
+      CheckpointError: the file is missing or damaged.
+      ConfigError: it names an unknown model, or a field is missing or not known.
+    """
+    file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
+    fields = read_json(file)
+    if fields.get("format") == own.FORMAT:
+        return own.build(fields, file)
+    name = str(fields.get("_name_or_path") or file.resolve().parent.name)
+    member, config = hugging_face.read_config(fields, str(file), name)
+    return member.build(config)
+
+
 def save(
     model: nn.Module,
     params: Any,

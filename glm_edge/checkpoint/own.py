@@ -59,6 +59,29 @@ def write(directory: Path, model: nn.Module, params: Any, store: str) -> None:
     write_json(directory / CONFIG, fields)
 
 
+def build(fields: dict[str, Any], where: Path) -> nn.Module:
+    """Makes the module that a config.json of ours describes.
+
+    Args:
+      fields: of the file.
+      where: the file, for messages.
+
+    Returns:
+      The module, without parameters.
+
+    Raises:
+      CheckpointError: the architecture is unknown.
+      ConfigError: the configuration is not one.
+    """
+    architecture = fields.get("architecture", "MultimodalGLM")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{where}: architecture {architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}"
+        )
+    module, kind = ARCHITECTURES[architecture]
+    return module(config_from_json(fields.get("config"), str(where), kind))
+
+
 def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple[nn.Module, Any]:
     """Reads a directory that `write` wrote.
 
@@ -87,13 +110,7 @@ def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple
             f"{where}: 'params' must describe the boxes of the arrays; without it their bytes "
             "have no meaning"
         )
-    architecture = fields.get("architecture", "MultimodalGLM")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{where}: architecture {architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}"
-        )
-    build, kind = ARCHITECTURES[architecture]
-    model = build(config_from_json(fields.get("config"), str(where), kind))
+    model = build(fields, where)
     if store == "orbax":
         source, stored = directory / orbax.ARRAYS, orbax.read(directory, fields.get("arrays"))
     else:

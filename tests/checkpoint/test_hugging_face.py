@@ -216,6 +216,7 @@ def test_a_missing_width_is_named(fields, tensors, write_hugging_face, name):
         ({"model_type": "llama"}, "model_type 'llama' is unknown; known: glm"),
         ({"model_type": None}, "model_type None is unknown"),
         ({"model_type": ["glm"]}, "is unknown"),
+        ({"model_type": "glm_edge_v"}, "model_type 'glm_edge_v' is unknown"),
         ({"hidden_size": "24"}, "'hidden_size' is '24'; it must be a positive integer"),
         ({"hidden_size": 0}, "'hidden_size' is 0"),
         ({"hidden_size": True}, "'hidden_size' is True"),

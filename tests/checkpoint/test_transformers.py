@@ -1,6 +1,8 @@
 """Both ways with transformers itself: what one writes, the other opens with the same numbers."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -60,6 +62,18 @@ def test_transformers_opens_what_we_write_and_we_what_it_writes(tmp_path, name):
     # The name is that of the directory it was read from; all else is the same model.
     written = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("ours", "again")]
     assert {**written[0], "_name_or_path": ""} == {**written[1], "_name_or_path": ""}
+
+
+def test_the_record_is_made_again(tmp_path):
+    (tmp_path / "configs.json").write_text(json.dumps({"glm4": TINY["glm4"]}))
+    flags = [f"--configs={tmp_path / 'configs.json'}", f"--out_dir={tmp_path / 'out'}"]
+    program = [sys.executable, "-m", "experiments.make_round_trip", *flags]
+    subprocess.run(program, cwd=FOLDER.parents[1], check=True, capture_output=True)
+    found = json.loads((tmp_path / "out" / "glm4.json").read_text())
+    committed = json.loads((FOLDER / "round_trip" / "glm4.json").read_text())
+    outputs = [record.pop("outputs")["logits"] for record in (found, committed)]
+    assert found == committed
+    np.testing.assert_allclose(*outputs, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -48,7 +48,7 @@ def test_greedy_tokens_are_clear(tmp_path):
     assert margin >= 0.02
 
 
-def test_random_models_of_a_member_differ(tmp_path):
+def test_random_models_of_a_member_differ():
     rng = np.random.default_rng(0)
     configs = [str(make_golden.MEMBERS["glm4v"](Draw(rng, False)).config) for _ in range(5)]
     assert len(set(configs)) == 5

@@ -82,6 +82,8 @@ WITHOUT_EFFECT = frozenset(
         "transformers_version",
         "typical_p",
         "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
         "use_bfloat16",
         "use_cache",
     )

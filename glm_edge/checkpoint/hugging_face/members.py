@@ -24,6 +24,9 @@ MEMBERS = {
     "distilbert": text.DISTILBERT,
 }
 
+# Members that share a model_type with another and are told by a field.
+VARIANTS = {"glm_edge_v": ("glm", "vision_config"), "glmasr_first": ("glmasr", "whisper_config")}
+
 
 def read_config(fields: dict[str, Any], where: str, name: str) -> tuple[Member, Any]:
     """Finds the member of a config.json and reads it.
@@ -39,23 +42,26 @@ def read_config(fields: dict[str, Any], where: str, name: str) -> tuple[Member, 
     Raises:
       ConfigError: the model_type is unknown, or a field is missing, malformed or not known.
     """
-    model_type = fields.get("model_type")
-    # GLM-Edge-V calls itself `glm` and is told by its vision tower.
-    if model_type == "glm" and fields.get("vision_config") is not None:
-        model_type = "glm_edge_v"
-    if model_type in ("glmasr", "Glmasr") and "whisper_config" in fields:
-        model_type = "glmasr_first"
-    if not isinstance(model_type, str) or model_type not in MEMBERS:
-        raise ConfigError(
-            f"{where}: model_type {model_type!r} is unknown; known: {', '.join(MEMBERS)}"
-        )
-    member, reader = MEMBERS[model_type], Fields(fields, where)
+    member, reader = MEMBERS[_member_name(fields, where)], Fields(fields, where)
     try:
         config = member.read_config(reader, name)
     except ConfigError as error:
         raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from error
     reader.finish()
     return member, config
+
+
+def _member_name(fields: dict[str, Any], where: str) -> str:
+    model_type = fields.get("model_type")
+    for name, (shared, field) in VARIANTS.items():
+        if str(model_type).lower() == shared and fields.get(field) is not None:
+            return name
+    known = [name for name in MEMBERS if name not in VARIANTS]
+    if model_type not in known:
+        raise ConfigError(
+            f"{where}: model_type {model_type!r:.60} is unknown; known: {', '.join(known)}"
+        )
+    return model_type
 
 
 def write_config(config: Any) -> tuple[Member, dict[str, Any]] | None:
