@@ -145,6 +145,20 @@ def _decoder(model: torch.nn.Module) -> tuple[Points, Callable]:
     return points, lambda inputs: {"logits": model(**inputs, use_cache=False).logits}
 
 
+def _edge_v(model: torch.nn.Module) -> tuple[Points, Callable]:
+    points, _ = _decoder(model)
+
+    def run(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        positions = torch.as_tensor(positions_of(inputs["attention_mask"].numpy()))
+        logits = model(**inputs, position_ids=positions, use_cache=False).logits
+        if "pixel_values" not in inputs:
+            return {"logits": logits}
+        features = model.adapter(model.vit(inputs["pixel_values"]).last_hidden_state)
+        return {"logits": logits, "vision.features": features}
+
+    return points, run
+
+
 def _with_vision(model: torch.nn.Module) -> tuple[Points, Callable]:
     points, _ = _decoder(model)
     visual = model.model.visual
@@ -237,6 +251,7 @@ _PARTS: dict[str, Callable[[torch.nn.Module], tuple[Points, Callable]]] = {
     "Glm4vForConditionalGeneration": _with_vision,
     "GlmOcrForConditionalGeneration": _with_vision,
     "GlmAsrForConditionalGeneration": _with_speech,
+    "GlmEdgeV": _edge_v,
     "WhisperForConditionalGeneration": _whisper,
     "WhisperModel": _whisper,
     "WhisperEncoder": _whisper,

@@ -70,7 +70,8 @@ def _sections(draw: Draw, half: int) -> list[int]:
     """Numbers of frequencies, mostly three, that sum to half the rotary dimensions."""
     number = min(half, draw.of(3, 3, 1, 2, 4, 5, 6))
     cuts = sorted(draw.rng.choice(np.arange(1, half), number - 1, replace=False).tolist())
-    return [end - start for start, end in zip([0, *cuts], [*cuts, half], strict=True)]
+    sections = [end - start for start, end in zip([0, *cuts], [*cuts, half], strict=True)]
+    return draw.of(sections, sections, [0, *sections])
 
 
 def _media(draw: Draw) -> dict[str, Rows]:
@@ -215,10 +216,39 @@ def _glmasr(draw: Draw) -> Plan:
     )
 
 
+def _glm_edge_v(draw: Draw) -> Plan:
+    drawn = _text(draw, "GlmEdgeV", tied=True)
+    heads, patch, grid = draw.of(1, 2, 3), draw.of(2, 3, 6), draw.of(2, 4, 6)
+    vision = {
+        "hidden_size": heads * draw.of(8, 5, 16),
+        "num_attention_heads": heads,
+        "num_hidden_layers": draw.of(1, 2, 3),
+        "intermediate_size": draw.of(20, 33, 64),
+        "image_size": patch * grid,
+        "patch_size": patch,
+        "num_channels": draw.of(3, 3, 1),
+        "layer_norm_eps": draw.of(1e-6, 1e-5, 1e-2),
+        "vision_use_head": draw.of(False, True),
+    }
+    last = drawn.config["vocab_size"] - 1
+    drawn.config |= {"vision_config": vision, "boi_token_id": last, "eoi_token_id": last - 1}
+    image = ("whole image", patch * grid, (grid // 2) ** 2 + 2)
+    drawn.subcases = {
+        "one": [[draw.count(0, 4), image, draw.count(1, 4)]],
+        "batch": [[draw.count(0, 4), image, 2], [draw.count(1, 6), image, 1]],
+        "text": [[draw.count(1, 8)]],
+    }
+    if draw.tiny:
+        del drawn.subcases["one"], drawn.subcases["text"]
+    drawn.stored_head = False
+    return drawn
+
+
 DECODERS: dict[str, Callable[[Draw], Plan]] = {
     "glm": _glm,
     "glm4": _glm4,
     "glm4v": _glm4v,
     "glm_ocr": _glm_ocr,
     "glmasr": _glmasr,
+    "glm_edge_v": _glm_edge_v,
 }

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from experiments.golden.reference_edge_v import GlmEdgeV
 from experiments.golden.reference_plans import EOS, SPECIAL_IDS, Plan
 
 # Spread of the scores of a token, so that the best is rarely close to the second.
@@ -32,6 +33,8 @@ def write_checkpoint(plan: Plan, folder: Path, rng: np.random.Generator) -> torc
     Returns:
       The model in float32, as transformers reads it.
     """
+    if plan.architecture == GlmEdgeV.__name__:
+        return _write_edge_v(plan, folder, rng)
     kind = _architecture(plan.architecture)
     model = kind(kind.config_class(**plan.config))
     _draw_weights(model, rng)
@@ -45,11 +48,7 @@ def write_checkpoint(plan: Plan, folder: Path, rng: np.random.Generator) -> torc
     if plan.extra_layer:
         tensors |= _extra_layer(tensors, plan.config["text_config"]["num_hidden_layers"])
     _write_shards(folder, tensors, plan.shards)
-    fields = json.loads((folder / "config.json").read_text())
-    if plan.style == 4:
-        fields = _as_version_4(fields)
-    _leave_out_defaults(fields, rng)
-    (folder / "config.json").write_text(json.dumps(fields, indent=1))
+    _write_fields(plan, folder, json.loads((folder / "config.json").read_text()), rng)
     (folder / "generation_config.json").unlink(missing_ok=True)
     opened, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -59,6 +58,27 @@ def write_checkpoint(plan: Plan, folder: Path, rng: np.random.Generator) -> torc
             path.unlink()
         _write_shards(folder, _renamed(tensors, plan.renames), plan.shards)
     return opened.eval()
+
+
+def _write_edge_v(plan: Plan, folder: Path, rng: np.random.Generator) -> torch.nn.Module:
+    model = GlmEdgeV(plan.config)
+    _draw_weights(model, rng)
+    model.to(getattr(torch, plan.dtype))
+    _write_shards(folder, model.stored(), plan.shards)
+    _write_fields(plan, folder, model.fields() | {"dtype": plan.dtype}, rng)
+    # A new model, since rotary frequencies are not stored and must not be rounded with the rest.
+    opened = GlmEdgeV(plan.config)
+    opened.load_state_dict(model.state_dict())
+    return opened.eval()
+
+
+def _write_fields(
+    plan: Plan, folder: Path, fields: dict[str, Any], rng: np.random.Generator
+) -> None:
+    if plan.style == 4:
+        fields = _as_version_4(fields)
+    _leave_out_defaults(fields, rng)
+    (folder / "config.json").write_text(json.dumps(fields, indent=1))
 
 
 def _architecture(name: str) -> Any:
@@ -73,7 +93,7 @@ def _draw_weights(model: torch.nn.Module, rng: np.random.Generator) -> None:
             values = rng.uniform(0.5, 1.5, weight.shape)
         elif name.endswith("bias"):
             values *= 0.3
-        elif name.endswith(EMBEDDINGS) or name == "lm_head.weight":
+        elif name.endswith(EMBEDDINGS) or name.endswith("lm_head.weight"):
             values *= SCORE_SPREAD / np.sqrt(weight.shape[-1])
             values[[*EOS, *range(-SPECIAL_IDS, 0)]] *= UNLIKELY
         elif "position" not in name and "probe" not in name and "token_type" not in name:

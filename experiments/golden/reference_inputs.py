@@ -63,6 +63,8 @@ def _prompts(config: dict[str, Any], rows: Rows, rng: np.random.Generator) -> Ar
                 kind = 0
             elif item[0] == "audio":
                 new, kind = _sound(config, item, media, rng), 0
+            elif item[0] == "whole image":
+                new, kind = _whole_image(config, item, media, rng), 0
             else:
                 new, kind = _picture(config, item, media, rng)
             row_ids += new
@@ -80,7 +82,7 @@ def _prompts(config: dict[str, Any], rows: Rows, rng: np.random.Generator) -> Ar
     }
     if "vision_config" not in config:
         inputs["position_ids"] = positions_of(inputs["attention_mask"])
-    elif media:
+    elif media and "image_token_id" in config:
         inputs["mm_token_type_ids"] = np.array(
             [[0] * n + row for n, row in zip(padding, types, strict=True)]
         )
@@ -116,6 +118,16 @@ def _picture(
     time = [FIRST_TEXT_ID + 3]
     tokens = [config["video_start_token_id"], *(one + time) * frames, config["video_end_token_id"]]
     return tokens, kind
+
+
+def _whole_image(
+    config: dict[str, Any], item: tuple[Any, ...], media: dict, rng: np.random.Generator
+) -> list[int]:
+    """Adds an image that is not cut into patches, and gives its tokens."""
+    _, side, features = item
+    shape = (1, config["vision_config"]["num_channels"], side, side)
+    media.setdefault("pixel_values", []).append(rng.normal(size=shape).astype(np.float32))
+    return [config["boi_token_id"]] * features
 
 
 def _sound(

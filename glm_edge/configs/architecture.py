@@ -47,10 +47,10 @@ class DecoderConfig:
                     f"decoder layer {layer}: num_heads {heads} must be a multiple of "
                     f"num_kv_heads {kv_heads}"
                 )
-        if self.rotary_dim % 2:
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ConfigError(
                 f"decoder: head_dim {self.head_dim} x partial_rotary_factor "
-                f"{self.partial_rotary_factor} must be even"
+                f"{self.partial_rotary_factor} must be even and no more than head_dim"
             )
         if self.mrope_section and 2 * sum(self.mrope_section) != self.rotary_dim:
             raise ConfigError(
@@ -202,11 +202,16 @@ class SpeechConfig:
                 f"speech: num_frames {self.num_frames} must be a multiple of "
                 f"{2 * self.merge_size} (convolution stride 2, merge {self.merge_size})"
             )
-        if self.hidden_size % self.num_heads or self.rotary_dim % 2:
+        if self.hidden_size % self.num_heads:
             raise ConfigError(
-                f"speech: hidden_size {self.hidden_size} must be {self.num_heads} heads of which "
-                f"an even number of dimensions rotates, partial_rotary_factor is "
-                f"{self.partial_rotary_factor}"
+                f"speech: hidden_size {self.hidden_size} must be a multiple of num_heads "
+                f"{self.num_heads}"
+            )
+        head_dim = self.hidden_size // self.num_heads
+        if self.rotary_dim % 2 or self.rotary_dim > head_dim:
+            raise ConfigError(
+                f"speech: hidden_size / num_heads {head_dim} x partial_rotary_factor "
+                f"{self.partial_rotary_factor} must be even and no more than {head_dim}"
             )
         if not self.projector_size and self.merge_size != 1:
             raise ConfigError("speech: an encoder without projector must have merge_size 1")

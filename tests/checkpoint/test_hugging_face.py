@@ -235,7 +235,10 @@ def test_a_missing_width_is_named(fields, tensors, write_hugging_face, name):
         ({"rope_scaling": {"mrope_section": [1, 1, 2]}}, "'mrope_section' is not known for this"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: field 'rope_type' is 'yarn"),
         ({"rope_parameters": [1]}, "'rope_parameters' must be an object"),
-        ({"num_attention_heads": 3}, "num_heads 3 must be a multiple of num_kv_heads 2"),
+        (
+            {"num_attention_heads": 3},
+            "'num_key_value_heads' is 2; it must divide 'num_attention_heads', which is 3",
+        ),
         ({"partial_rotary_factor": 0.4}, "must be even"),
     ],
 )

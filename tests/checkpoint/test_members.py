@@ -202,7 +202,12 @@ def test_an_unknown_field_is_an_error_that_names_it(name, place):
         ("siglip-so400m-patch14-384", ("vision_config",), {"image_size": 9}, "hold a patch of 14"),
         ("whisper-large-v3", (), {"scale_embedding": True}, "'scale_embedding' is True"),
         ("whisper-large-v3", (), {"activation_function": "relu"}, "'activation_function' is"),
-        ("whisper-large-v3", (), {"d_model": 1281}, "hidden_size 1281 must be 20 heads"),
+        (
+            "whisper-large-v3",
+            (),
+            {"d_model": 1281},
+            "'encoder_attention_heads' is 20; it must divide 'd_model', which is 1281",
+        ),
     ],
 )
 def test_a_field_that_changes_the_function_is_an_error(name, place, change, pattern):

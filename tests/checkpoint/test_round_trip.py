@@ -117,9 +117,8 @@ def test_shards_return(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["glm4v", "glmasr", "siglip_vision_model", "whisper", "bert"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_orbax_returns(tmp_path, name, dtype):
-    model, params = make_round_trip.build(TINY[name], dtype)
+def test_orbax_returns(tmp_path, name):
+    model, params = make_round_trip.build(TINY[name], "bfloat16")
     ge.save(model, params, tmp_path / "out", format="orbax")
     read_model, read = ge.load(tmp_path / "out")
     assert read_model == model

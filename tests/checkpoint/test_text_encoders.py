@@ -179,7 +179,7 @@ def test_labels_are_counted(fields, labels, change):
         ("bert", "architectures", ["BertForTokenClassification"]),
         ("bert", "id2label", {}),
         ("bert", "pooler_type", "mean"),
-        ("bert", "hidden_size", 15),
+        ("bert", "num_attention_heads", 3),
         ("bert", "embedding_size", 8),
         ("distilbert", "activation", "relu"),
         ("distilbert", "architectures", ["DistilBertForQuestionAnswering"]),

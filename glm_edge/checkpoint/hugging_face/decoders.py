@@ -39,9 +39,10 @@ def decoder_config(
     fields.expect("hidden_act", "silu")
     rope = fields.rope()
     section = rope.take("mrope_section", list(mrope_section))
-    if not isinstance(section, list) or not all(type(n) is int and n >= 0 for n in section):
+    known = isinstance(section, list) and all(type(n) is int and n >= 0 for n in section)
+    if not known or (mrope_section and not section):
         raise ConfigError(
-            f"{rope.where}: field 'mrope_section' is {section!r}; it must be whole numbers"
+            f"{rope.where}: field 'mrope_section' is {section!r:.60}; it must be whole numbers"
         )
     if section and not mrope_section:
         raise ConfigError(f"{rope.where}: field 'mrope_section' is not known for this model_type")
@@ -54,7 +55,9 @@ def decoder_config(
         hidden_size=hidden,
         num_layers=fields.get("num_hidden_layers", int),
         num_heads=heads,
-        num_kv_heads=fields.get("num_key_value_heads", int, *kv_default),
+        num_kv_heads=fields.divisor(
+            "num_key_value_heads", "num_attention_heads", heads, *kv_default
+        ),
         intermediate_size=fields.get("intermediate_size", int),
         rms_norm_eps=fields.get("rms_norm_eps", float, eps),
         rope_theta=rope.get("rope_theta", float, 10000.0),

@@ -134,9 +134,31 @@ class Fields:
         accepted = (int, float) if kind is float else (kind,)
         if type(value) not in accepted or (kind is not bool and not 0 < value < float("inf")):
             raise ConfigError(
-                f"{self.where}: field {name!r} is {value!r}; it must be {_KINDS[kind]}"
+                f"{self.where}: field {name!r} is {value!r:.60}; it must be {_KINDS[kind]}"
             )
         return kind(value)
+
+    def divisor(self, name: str, of: str, total: int, *default: int) -> int:
+        """Returns a field that must divide another one, as heads divide a width.
+
+        Args:
+          name: of the field.
+          of: name of the other.
+          total: its value.
+          *default: where the field is absent or null; without one it is required.
+
+        Returns:
+          The value.
+
+        Raises:
+          ConfigError: the field is missing, malformed, or does not divide the other.
+        """
+        value = self.get(name, int, *default)
+        if total % value:
+            raise ConfigError(
+                f"{self.where}: field {name!r} is {value}; it must divide {of!r}, which is {total}"
+            )
+        return value
 
     def expect(self, name: str, *known: Any, default: Any = None) -> Any:
         """Returns a field that must hold one of the known values, or `default` where absent.
@@ -177,7 +199,9 @@ class Fields:
         value = self.take(name, [])
         ids = value if isinstance(value, list) else [value]
         if not all(type(token) is int and token >= 0 for token in ids):
-            raise ConfigError(f"{self.where}: field {name!r} is {value!r}; it must be token ids")
+            raise ConfigError(
+                f"{self.where}: field {name!r} is {value!r:.60}; it must be token ids"
+            )
         return tuple(ids)
 
     def token_id(self, name: str) -> int | None:
@@ -219,6 +243,6 @@ class Fields:
             known = name in self._taken or name in WITHOUT_EFFECT or name.startswith("_")
             if not known and value not in (None, False, [], {}):
                 raise ConfigError(
-                    f"{self.where}: field {name!r} ({value!r:.60}) is not known here; a model that "
-                    "needs it would be computed wrongly"
+                    f"{self.where}: field {name!r:.60} ({value!r:.60}) is not known here; a model "
+                    "that needs it would be computed wrongly"
                 )

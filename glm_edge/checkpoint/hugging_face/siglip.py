@@ -36,11 +36,12 @@ def _siglip_config(fields: Fields, **adapter: Any) -> VisionConfig:
     patch = fields.get("patch_size", int, 16)
     grid = square_grid(fields, patch, 224)
     merge = adapter.get("merge_size", 1)
+    hidden = fields.get("hidden_size", int, 768)
     config = VisionConfig(
         image_size=tuple(extent // merge * merge * patch for extent in grid),
-        hidden_size=fields.get("hidden_size", int, 768),
+        hidden_size=hidden,
         num_layers=fields.get("num_hidden_layers", int, 12),
-        num_heads=fields.get("num_attention_heads", int, 12),
+        num_heads=fields.divisor("num_attention_heads", "hidden_size", hidden, 12),
         intermediate_size=fields.get("intermediate_size", int, 3072),
         patch_size=patch,
         patch_stride=patch,

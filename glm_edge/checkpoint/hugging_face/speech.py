@@ -94,7 +94,13 @@ def _half_split(config: SpeechConfig, entry: Entry) -> Entry:
 def _read_glm_asr_encoder(fields: Fields, hidden: int) -> SpeechConfig:
     fields.expect("hidden_act", "gelu", default="gelu")
     width, neurons = fields.get("hidden_size", int), fields.get("intermediate_size", int)
-    heads = fields.get("num_attention_heads", int)
+    heads = fields.divisor("num_attention_heads", "hidden_size", width)
+    length = fields.get("max_position_embeddings", int, 1500)
+    if length % MERGED_FRAMES:
+        raise ConfigError(
+            f"{fields.where}: field 'max_position_embeddings' is {length}; it must be a multiple "
+            f"of {MERGED_FRAMES}, since so many frames are merged"
+        )
     # The reference merges intermediate_size / hidden_size frames and counts them in fours.
     if neurons != MERGED_FRAMES * width:
         raise ConfigError(
@@ -106,7 +112,7 @@ def _read_glm_asr_encoder(fields: Fields, hidden: int) -> SpeechConfig:
     rope = fields.rope()
     config = SpeechConfig(
         mel_bins=fields.get("num_mel_bins", int, 128),
-        num_frames=2 * fields.get("max_position_embeddings", int, 1500),
+        num_frames=2 * length,
         hidden_size=width,
         num_layers=fields.get("num_hidden_layers", int),
         num_heads=heads,
@@ -224,12 +230,13 @@ def _read_whisper(fields: Fields, name: str) -> SpeechConfig:
     fields.expect("scale_embedding", False)
     for unused in _WHISPER_UNUSED:
         fields.take(unused)
+    hidden = fields.get("d_model", int)
     config = SpeechConfig(
         mel_bins=fields.get("num_mel_bins", int, 80),
         num_frames=2 * fields.get("max_source_positions", int, 1500),
-        hidden_size=fields.get("d_model", int),
+        hidden_size=hidden,
         num_layers=fields.get("encoder_layers", int),
-        num_heads=fields.get("encoder_attention_heads", int),
+        num_heads=fields.divisor("encoder_attention_heads", "d_model", hidden),
         intermediate_size=fields.get("encoder_ffn_dim", int),
         projector_size=0,
         merge_size=1,

@@ -73,8 +73,8 @@ def _written_by(
     names = fields.take("architectures") or [next(iter(classes))]
     if not isinstance(names, list) or len(names) != 1 or names[0] not in classes:
         raise ConfigError(
-            f"{fields.where}: field 'architectures' is {names!r}, which is not known here; it must "
-            f"be one of {', '.join(classes)}"
+            f"{fields.where}: field 'architectures' is {names!r:.60}, which is not known here; it "
+            f"must be one of {', '.join(classes)}"
         )
     pooler, classifies = classes[names[0]]
     return pooler, _num_labels(fields) if classifies else 0
@@ -131,11 +131,12 @@ def _read_bert(fields: Fields, name: str) -> TextConfig:
     for unused in _BERT_UNUSED:
         fields.take(unused)
     pooler, num_labels = _written_by(fields, _BERT_CLASSES)
+    hidden = fields.get("hidden_size", int)
     return TextConfig(
         vocab_size=fields.get("vocab_size", int),
-        hidden_size=fields.get("hidden_size", int),
+        hidden_size=hidden,
         num_layers=fields.get("num_hidden_layers", int),
-        num_heads=fields.get("num_attention_heads", int),
+        num_heads=fields.divisor("num_attention_heads", "hidden_size", hidden),
         intermediate_size=fields.get("intermediate_size", int),
         max_position_embeddings=fields.get("max_position_embeddings", int, 512),
         type_vocab_size=fields.get("type_vocab_size", int, 2),
@@ -193,11 +194,12 @@ def _read_distilbert(fields: Fields, name: str) -> TextConfig:
     for unused in _DISTILBERT_UNUSED:
         fields.take(unused)
     pooler, num_labels = _written_by(fields, _DISTILBERT_CLASSES)
+    hidden = fields.get("dim", int)
     return TextConfig(
         vocab_size=fields.get("vocab_size", int),
-        hidden_size=fields.get("dim", int),
+        hidden_size=hidden,
         num_layers=fields.get("n_layers", int),
-        num_heads=fields.get("n_heads", int),
+        num_heads=fields.divisor("n_heads", "dim", hidden),
         intermediate_size=fields.get("hidden_dim", int),
         max_position_embeddings=fields.get("max_position_embeddings", int, 512),
         type_vocab_size=0,

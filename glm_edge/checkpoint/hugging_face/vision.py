@@ -43,13 +43,13 @@ def _tower_config(fields: Fields, ocr: bool) -> VisionConfig:
     patch, merge = fields.get("patch_size", int), fields.get("spatial_merge_size", int, 2)
     width, out = fields.get("intermediate_size", int), fields.get("out_hidden_size", int)
     bias, channels = fields.get("attention_bias", bool, ocr), fields.get("in_channels", int, 3)
-    grid = square_grid(fields, patch, 336)
+    grid, hidden = square_grid(fields, patch, 336), fields.get("hidden_size", int)
     rope = fields.rope("axial")
     config = VisionConfig(
         image_size=tuple(max(1, extent // merge) * merge * patch for extent in grid),
-        hidden_size=fields.get("hidden_size", int),
+        hidden_size=hidden,
         num_layers=fields.get("depth", int),
-        num_heads=fields.get("num_heads", int),
+        num_heads=fields.divisor("num_heads", "hidden_size", hidden),
         # GLM-4.1V's blocks are as wide as the decoder and its projector has the width of the
         # field; GLM-OCR's blocks have it, and its projector is the decoder's width times channels.
         intermediate_size=width if ocr else out,
