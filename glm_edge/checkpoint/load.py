@@ -22,6 +22,7 @@ from glm_edge.checkpoint.files import (
 )
 from glm_edge.checkpoint.orbax import ARRAYS
 from glm_edge.checkpoint.placement import Placement
+from glm_edge.checkpoint.reading import file_inside
 from glm_edge.checkpoint.shapes import ARCHITECTURES, check_params
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
 from glm_edge.params.sharding import RULES, Rules
@@ -66,9 +67,9 @@ def load(
     if not directory.is_dir():
         found = "is a file" if directory.exists() else "does not exist"
         raise CheckpointError(f"{directory}: {found}; a checkpoint is a directory with {CONFIG}")
-    if not (directory / CONFIG).is_file():
+    if not os.path.lexists(directory / CONFIG):
         raise CheckpointError(_without_config(directory))
-    fields = read_json(directory / CONFIG)
+    fields = read_json(file_inside(directory, CONFIG))
     placement = Placement(mesh, rules)
     if fields.get("format") == own.FORMAT:
         model, params = own.read(directory, fields, placement)

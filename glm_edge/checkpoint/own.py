@@ -76,7 +76,7 @@ def build(fields: dict[str, Any], where: Path) -> nn.Module:
     architecture = fields.get("architecture", "MultimodalGLM")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
-            f"{where}: architecture {architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}"
+            f"{where}: architecture {architecture!r:.60} is unknown; known: {', '.join(ARCHITECTURES)}"
         )
     module, kind = ARCHITECTURES[architecture]
     return module(config_from_json(fields.get("config"), str(where), kind))
@@ -100,11 +100,11 @@ def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple
     where = directory / CONFIG
     if fields.get("version") != VERSION:
         raise CheckpointError(
-            f"{where}: version {fields.get('version')!r} is unknown; this library reads {VERSION}"
+            f"{where}: version {fields.get('version')!r:.60} is unknown; this library reads {VERSION}"
         )
     store, spec = fields.get("store"), fields.get("params")
     if store not in STORES:
-        raise CheckpointError(f"{where}: store {store!r} is unknown; known: {', '.join(STORES)}")
+        raise CheckpointError(f"{where}: store {store!r:.60} is unknown; known: {', '.join(STORES)}")
     if not isinstance(spec, dict) or not all(isinstance(box, dict) for box in spec.values()):
         raise CheckpointError(
             f"{where}: 'params' must describe the boxes of the arrays; without it their bytes "
@@ -140,7 +140,7 @@ def _check_box_fields(arrays: dict[str, Any], spec: dict[str, Any], source: Path
         known = _FIELDS.get(static.get("box"))
         if known is None:
             raise CheckpointError(
-                f"{source}: parameter {path!r}: unknown box {static.get('box')!r}; known: "
+                f"{source}: parameter {path!r:.200}: unknown box {static.get('box')!r:.60}; known: "
                 f"{', '.join(_FIELDS)}"
             )
         stored = [name for name in arrays if name.rpartition(".")[0] == path]

@@ -18,6 +18,7 @@ MAX_JSON_BYTES = 1 << 23
 MAX_JSON_VALUES = 500_000
 MAX_JSON_DEPTH = 64
 MAX_DIGITS = 20
+MAX_FILE_NAME = 255
 BLOCK_BYTES = 1 << 19
 
 _EXPONENTS = {
@@ -50,6 +51,8 @@ def file_inside(directory: Path, name: str) -> Path:
         raise CheckpointError(
             f"{directory}: file {str(name)[:200]!r} must be a plain name in the same directory"
         )
+    if len(name) > MAX_FILE_NAME:
+        raise CheckpointError(f"{directory}: file {name[:60]!r}… has a name of {len(name)} letters")
     path = directory / name
     try:
         mode = path.stat().st_mode

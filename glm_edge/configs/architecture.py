@@ -123,7 +123,7 @@ class VisionConfig:
 
     def __post_init__(self):
         if self.norm not in ("rms", "layer"):
-            raise ConfigError(f"vision: norm must be 'rms' or 'layer', not {self.norm!r}")
+            raise ConfigError(f"vision: norm must be 'rms' or 'layer', not {self.norm!r:.60}")
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"vision: hidden_size {self.hidden_size} must be a multiple of num_heads "
@@ -247,7 +247,7 @@ class TextConfig:
 
     def __post_init__(self):
         if self.pooler not in (None, "tanh", "relu"):
-            raise ConfigError(f"text: pooler must be 'tanh', 'relu' or None, not {self.pooler!r}")
+            raise ConfigError(f"text: pooler must be 'tanh', 'relu' or None, not {self.pooler!r:.60}")
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"text: hidden_size {self.hidden_size} must be a multiple of num_heads "
@@ -323,7 +323,7 @@ def _build(kind: type, fields: Any, where: str) -> Any:
     known = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(set(fields) - set(known))
     if unknown:
-        raise ConfigError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(known)}")
+        raise ConfigError(f"{where}: unknown field {unknown[0]!r:.60}; known: {', '.join(known)}")
     missing = [
         name
         for name, field in known.items()
