@@ -14,7 +14,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
@@ -24,6 +23,8 @@ import numpy as np
 from absl import app, flags
 
 from experiments.console import fail_in_one_line, print_table
+from experiments.quickstart import commit
+from experiments.text.corpora import write_text
 from glm_edge import generate
 from glm_edge.configs import GLMConfig, preset
 from glm_edge.errors import require
@@ -47,6 +48,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("threads", 2, "Threads of torch; JAX takes the cores it is given.", 1)
     flags.DEFINE_integer("seed", 0, "Seed of weights and prompts.")
     flags.DEFINE_string("out", None, "JSON file for the results.")
+    flags.DEFINE_bool("overwrite", False, "Replace --out where it exists already.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,21 +69,21 @@ def main(argv: Sequence[str]) -> None:
     print_table(list(rows[0]), [[_shown(v) for v in row.values()] for row in rows])
     print(f"same greedy tokens: {same}; load average {os.getloadavg()[0]:.1f}")
     if FLAGS.out:
-        log = {
-            "shape": FLAGS.shape,
-            "dtype": FLAGS.dtype,
-            "compute": FLAGS.compute,
-            "rounds": FLAGS.rounds,
-            "decode_tokens": FLAGS.decode_tokens,
-            "seed": FLAGS.seed,
-            "threads": FLAGS.threads,
-            "versions": {"jax": jax.__version__, **peer.versions},
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "load_average": os.getloadavg()[0],
-            "same_tokens": same,
-            "results": rows,
-        }
-        Path(FLAGS.out).write_text(json.dumps(log, indent=1) + "\n")
+        log = provenance(peer) | {"same_tokens": same, "results": rows}
+        write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", FLAGS.overwrite)
+
+
+def provenance(peer: "Transformers") -> dict[str, Any]:
+    """What was run, where, and beside what."""
+    flags_used = ("shape", "dtype", "compute", "rounds", "decode_tokens", "threads", "seed")
+    command = " ".join(f"--{name}={getattr(FLAGS, name)}" for name in flags_used)
+    return {
+        "command": f"python -m experiments.bench_decode {command}",
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load_average": os.getloadavg()[0],
+        "versions": {"jax": jax.__version__, **peer.versions},
+    }
 
 
 def text_only(config: GLMConfig) -> GLMConfig:

@@ -169,12 +169,11 @@ def _vision_in_order(
 ) -> Arrays:
     """Outputs of the tower, patches of all images one after the other as the reference has them."""
     config, names, parts = model.config.vision, [], []
-    run = jax.jit(functools.partial(model.apply, method=lambda module, x: module.vision(x)))
     for image in images:
         frames = image[None]
         if image.ndim == 4:
             frames = image.reshape(-1, config.temporal_patch_size, *image.shape[-3:])
-        features, aux = run(variables, frames)
+        features, aux = _encode_images(model, variables, frames)
         if not packed:
             parts.append({"vision.features": np.asarray(features)})
             continue
@@ -186,6 +185,11 @@ def _vision_in_order(
         merged = np.asarray(features).reshape(-1, features.shape[-1])
         parts.append({**dict(zip(names, ordered, strict=True)), "vision.merged": merged})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_images(model: MultimodalGLM, variables: Any, images: Any) -> Any:
+    return model.apply(variables, images, method=lambda module, x: module.vision(x))
 
 
 def _merge_blocks(x: Any, grid: tuple[int, int], config: VisionConfig) -> np.ndarray:

@@ -85,7 +85,7 @@ def _media(draw: Draw) -> dict[str, Rows]:
     video = ("video", frames, rows, columns)
     if draw.tiny:
         return {
-            "images": [[2, ("image", 1, 2), 1], [1, ("image", 2, 1), 0, ("image", 1, 1), 2]],
+            "images": [[2, ("image", 1, 2), 1], [1, ("image", 2, 1), 0, ("image", 1, 2), 2]],
             "video": [[2, video, 1]],
         }
     between = draw.of(0, 1, 3)
@@ -200,7 +200,7 @@ def _glmasr(draw: Draw) -> Plan:
             [2, sound(), draw.count(1, 6)],
             [draw.count(1, 4), sound(2), draw.count(1, 4)],
         ],
-        "one": [[draw.count(1, 4), ("audio", frames, [draw.count(8, frames)]), 3]],
+        "one": [[draw.count(1, 4), ("audio", frames, [draw.count(1, frames)]), 3]],
         "several": [[1, sound(3), 2, sound(2), 2]],
         "text": [[draw.count(1, 9)]],
     }

@@ -15,6 +15,7 @@ def dense(x: Array, weight: Array) -> Array:
     )
 
 
+@jax.custom_vjp
 def dense_split(x: Array, weight: Array) -> Array:
     """Product of few float32 rows with a bfloat16 weight, without a float32 copy of the weight.
 
@@ -43,6 +44,19 @@ def dense_split(x: Array, weight: Array) -> Array:
     )
     terms = product.reshape(weight.shape[0], 3, -1)
     return (terms[:, 2] + terms[:, 1] + terms[:, 0]).T.reshape(*x.shape[:-1], -1)
+
+
+def _dense_split_forward(x, weight):
+    return dense_split(x, weight), (x, weight)
+
+
+def _dense_split_backward(saved, gradient):
+    x, weight = saved
+    _, pull = jax.vjp(lambda x, weight: dense(x, weight.astype(x.dtype)), x, weight)
+    return pull(gradient)
+
+
+dense_split.defvjp(_dense_split_forward, _dense_split_backward)
 
 
 @jax.custom_vjp

@@ -43,18 +43,23 @@ class Attention(nn.Module):
         key = rotate(project("k_proj", kv_heads, "kv_heads"), angle)
         value = project("v_proj", kv_heads, "kv_heads")
         if cache is not None:
+            new = {"key": key, "value": value}
             cache = {
-                "key": jax.lax.dynamic_update_slice(cache["key"], key, (0, slot, 0, 0)),
-                "value": jax.lax.dynamic_update_slice(cache["value"], value, (0, slot, 0, 0)),
-            }
-            cache = {
-                name: constrain(array, "batch", "slots", "kv_heads", "head_dim")
-                for name, array in cache.items()
+                name: constrain(
+                    jax.lax.dynamic_update_slice(
+                        held, new[name].astype(held.dtype), (0, slot, 0, 0)
+                    ),
+                    "batch",
+                    "slots",
+                    "kv_heads",
+                    "head_dim",
+                )
+                for name, held in cache.items()
             }
             key, value = cache["key"], cache["value"]
         if self.is_mutable_collection("attention") and not self.is_initializing():
             self.sow("attention", "weights", attention_kernels.attention_weights(query, key, mask))
-        mixed = attention_kernels.attention(query, key, value, mask)
+        mixed = attention_kernels.attention(query, key, value, mask).astype(x.dtype)
         mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
         if self.has_variable("gates", "heads"):
             mixed = mixed * self.get_variable("gates", "heads")[:, None]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from glm_edge.configs import TextConfig
+from glm_edge.errors import DataError
 from glm_edge.kernels import attention as attention_kernels
 from glm_edge.models.layers import Embed, LayerNorm, Linear, Stack
 from glm_edge.params.sharding import constrain
@@ -84,7 +85,13 @@ class TextEncoder(nn.Module):
           `(output, intermediates)`: logits [B, num_labels], or [B, T, D] without labels; and
           `hidden`, the input of every layer and the output of the last, and `pooled` [B, D] with
           a pooler.
+
+        Raises:
+          DataError: a row has more tokens than the model has positions.
         """
+        limit = self.config.max_position_embeddings
+        if tokens.shape[1] > limit:
+            raise DataError(f"tokens: {tokens.shape[1]} a row, this encoder reads at most {limit}")
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
         if self.config.type_vocab_size:
             types = jnp.zeros_like(tokens) if token_types is None else token_types

@@ -26,11 +26,11 @@ def linear(x: Array, weight: Any, compute: str = "float32") -> Array:
     if isinstance(weight, Quantized) and not weight.kernel_shape:
         product = matmul.low_bit_int8 if compute == "int8_dynamic" else matmul.low_bit
         return product(x, weight.integers(), weight.scale, weight.zero)
-    if compute == "bfloat16":
-        return matmul.dense_bf16(x, dense(weight))
     weight = dense(weight)
     if (x.dtype, weight.dtype) == (jnp.float32, jnp.bfloat16) and _rows(x) <= matmul.SPLIT_ROWS:
         return matmul.dense_split(x, weight)
+    if compute == "bfloat16":
+        return matmul.dense_bf16(x, weight)
     return matmul.dense(x, weight.astype(x.dtype))
 
 

@@ -261,3 +261,37 @@ def test_links_of_the_hub_cache_end_in_its_own_blobs(tmp_path, cached):
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "blobs")
     cached.rename(tmp_path / "a")
     assert "cannot be read" in refused(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 500},
+        {"num_hidden_layers": 10**6},
+        {"head_dim": 2**31},
+        {"vocab_size": 2**62},
+        {"partial_rotary_factor": 2**31},
+    ],
+    ids=str,
+)
+def test_sizes_beyond_reason_are_refused_before_they_cost(directory, fields, change):
+    (directory / CONFIG).write_text(json.dumps(fields | change))
+    assert peak_of(refused, directory) <= CONSTANT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("vision", {"image_size": [2**16, 2**16]}),
+        ("vision", {"num_layers": 300}),
+        ("speech", {"num_frames": 2**31 - 8}),
+        ("decoder", {"head_dim": 2**31 - 8}),
+    ],
+    ids=str,
+)
+def test_our_own_sizes_beyond_reason_are_refused_too(tmp_path, model, params, part, change):
+    path = ge.save(model, params, tmp_path / "out", format="safetensors") / CONFIG
+    values = json.loads(path.read_text())
+    values["config"][part] |= change
+    path.write_text(json.dumps(values))
+    assert peak_of(refused, path.parent) <= CONSTANT_BYTES

@@ -13,7 +13,7 @@ import glm_edge as ge
 from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
 from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.configs import TextConfig
-from glm_edge.errors import CheckpointError, ConfigError
+from glm_edge.errors import CheckpointError, ConfigError, DataError
 from glm_edge.models.text import TextEncoder
 from glm_edge.params.tree import nested
 
@@ -191,6 +191,12 @@ def test_what_is_not_known_is_named(name, field, value, change):
     with pytest.raises(ConfigError, match=field) as error:
         ge.load(case)
     assert str(case / "config.json") in str(error.value)
+
+
+def test_more_tokens_than_positions_are_refused():
+    model = TextEncoder(WRITABLE["BertModel"])
+    with pytest.raises(DataError, match="10 a row, this encoder reads at most 9"):
+        model.apply({"params": random_params(model)}, np.zeros((1, 10), int))
 
 
 def test_padding_changes_nothing_and_token_types_default_to_the_first():

@@ -182,6 +182,20 @@ def test_penalties_act_on_what_was_generated(make_model):
     assert len({*fresh, *tokens[0].tolist()}) == 3 + len(set(tokens[0].tolist()))
 
 
+def test_the_frequency_penalty_counts_each_time(make_model):
+    model, params = make_model()
+    penalty = 0.4
+    options = {"max_new_tokens": 32, "stop_tokens": (), "return_logits": True}
+    found = generate(
+        model, params, text_of((1, 5), 3), sampling=Sampling(frequency_penalty=penalty), **options
+    )
+    counts = np.zeros(VOCABULARY)
+    for token, logits in zip(found.tokens[0], found.logits[0], strict=True):
+        assert token == np.argmax(logits - penalty * counts)
+        counts[token] += 1
+    assert counts.max() >= 3
+
+
 def test_the_same_key_gives_the_same_tokens(make_model):
     model, params = make_model()
     tokens = text_of((2, 6), 4)
@@ -278,3 +292,15 @@ def test_a_row_may_have_no_image(make_model):
     options = {"max_new_tokens": 4, "stop_tokens": ()}
     found = generate(model, params, tokens, images=images, **options).tokens
     assert found[0].tolist() == generate(model, params, tokens[:1], **options).tokens[0].tolist()
+
+
+def test_a_bfloat16_cache_gives_nearly_the_same_scores(make_model):
+    model, params = make_model()
+    prompt = text_of(9, 3)[None]
+    exact = generate(model, params, prompt, max_new_tokens=STEPS, return_logits=True)
+    found = generate(
+        model, params, prompt, max_new_tokens=1, cache_dtype=jnp.bfloat16, return_logits=True
+    )
+    scale = float(jnp.abs(exact.logits[:, 0]).max())
+    difference = float(jnp.abs(found.logits[:, 0] - exact.logits[:, 0]).max())
+    assert 0 < difference < 0.02 * scale

@@ -93,6 +93,17 @@ def test_held_text_comes_out_at_the_end():
     assert pieces_of(BYTES, BYTES.encode("a</").ids, ["</s>"]) == ["a", "", "", "</"]
 
 
+def test_only_the_newest_tokens_are_decoded_again():
+    class Recorder:
+        def decode(self, ids, skip_special_tokens):
+            lengths.append(len(ids))
+            return BYTES.decode(ids, skip_special_tokens)
+
+    lengths = []
+    pieces_of(Recorder(), BYTES.encode("中🙂 text " * 20).ids)
+    assert max(lengths) <= 8
+
+
 def test_special_tokens_are_left_out_unless_wanted():
     ids = BYTES.encode(f"a{END}b").ids
     assert "".join(pieces_of(BYTES, ids)) == "ab"

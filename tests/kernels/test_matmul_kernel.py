@@ -118,3 +118,18 @@ def test_rows_are_rounded_to_int8_as_a_loop_does():
     found = np.asarray(matmul.round_rows_to_int8(jnp.asarray(x)))
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert all(len(np.unique(row)) <= 256 for row in found)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_split_in_three_are_as_accurate_as_a_float32_product(rows):
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(rows, 300)) * 10.0 ** rng.integers(-3, 4, (rows, 300))
+    x = x.astype(np.float32)
+    weight = jnp.asarray(rng.normal(size=(40, 300)), jnp.bfloat16)
+    exact = x.astype(np.float64) @ np.asarray(weight, np.float64).T
+    scale = np.abs(x).astype(np.float64) @ np.abs(np.asarray(weight, np.float64)).T
+    found = jax.jit(matmul.dense_split)(x, weight)
+    assert np.max(np.abs(found - exact) / scale) < 2e-7
+    plain = jax.grad(lambda x: jnp.sum(matmul.dense(x, weight.astype(jnp.float32)) ** 2))(x)
+    split = jax.grad(lambda x: jnp.sum(matmul.dense_split(x, weight) ** 2))(x)
+    np.testing.assert_allclose(split, plain, rtol=1e-4, atol=1e-6 * np.abs(plain).max())
