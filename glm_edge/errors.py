@@ -3,9 +3,18 @@
 import importlib
 from types import ModuleType
 
+MAX_MESSAGE = 2000
+
 
 class GlmEdgeError(Exception):
-    """Base of every error that glm_edge raises on purpose."""
+    """Base of every error that glm_edge raises on purpose; its message is one line, and short."""
+
+    def __str__(self) -> str:
+        # A hostile file's names and values stand in messages.
+        text = super().__str__()
+        if len(text) > MAX_MESSAGE:
+            text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(GlmEdgeError, ValueError):

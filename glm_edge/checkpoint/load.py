@@ -196,9 +196,9 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     Raises:
       CheckpointError: the file is not a tokenizer.
     """
-    file = Path(path) / TOKENIZER
-    if not file.is_file():
+    if not os.path.lexists(Path(path) / TOKENIZER):
         return None
+    file = file_inside(Path(path), TOKENIZER)
     import tokenizers
 
     try:

@@ -45,8 +45,10 @@ def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
     source = directory / ARRAYS
     if not _is_description(described):
         raise CheckpointError(f"{directory}: config.json must describe the arrays of {source}")
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: Orbax directory is missing; config.json describes it")
+    if source.is_symlink() or not source.is_dir():
+        raise CheckpointError(
+            f"{source}: Orbax directory is missing or a link; config.json describes it"
+        )
     import orbax.checkpoint as ocp
 
     as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in described}

@@ -18,8 +18,10 @@ from glm_edge.checkpoint.files import (
     write_safetensors,
 )
 from glm_edge.checkpoint.placement import Placement
+from glm_edge.checkpoint.reading import file_inside
 from glm_edge.checkpoint.shapes import (
     ARCHITECTURES,
+    check_depth,
     check_names,
     check_params,
     config_from_json,
@@ -104,7 +106,9 @@ def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple
         )
     store, spec = fields.get("store"), fields.get("params")
     if store not in STORES:
-        raise CheckpointError(f"{where}: store {store!r:.60} is unknown; known: {', '.join(STORES)}")
+        raise CheckpointError(
+            f"{where}: store {store!r:.60} is unknown; known: {', '.join(STORES)}"
+        )
     if not isinstance(spec, dict) or not all(isinstance(box, dict) for box in spec.values()):
         raise CheckpointError(
             f"{where}: 'params' must describe the boxes of the arrays; without it their bytes "
@@ -115,12 +119,13 @@ def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple
         source, stored = directory / orbax.ARRAYS, orbax.read(directory, fields.get("arrays"))
     else:
         source = directory / WEIGHTS
-        file = SafetensorsFile(source)
+        file = SafetensorsFile(file_inside(directory, WEIGHTS))
         stored = {
             name: jax.ShapeDtypeStruct(info.shape, DTYPES[info.dtype])
             for name, info in file.tensors.items()
         }
     _check_box_fields(stored, spec, source)
+    check_depth(model.config, len(stored), str(source))
     try:
         params = boxes.from_flat(stored, spec)
     except (BoxError, KeyError, TypeError, ValueError, IndexError) as error:

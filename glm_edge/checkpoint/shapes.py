@@ -1,5 +1,6 @@
 """What a model's parameters must look like, and the errors when a checkpoint's do not."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,8 +9,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig, from_dict
-from glm_edge.errors import CheckpointError, ConfigError
+from glm_edge.configs import (
+    DecoderConfig,
+    GLMConfig,
+    SpeechConfig,
+    TextConfig,
+    VisionConfig,
+    from_dict,
+)
+from glm_edge.errors import CheckpointError, ConfigError, GlmEdgeError
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.speech import SpeechEncoder
 from glm_edge.models.text import TextEncoder
@@ -17,6 +25,7 @@ from glm_edge.models.vision import VisionEncoder
 from glm_edge.params import path_items
 
 Shapes = dict[str, tuple[int, ...]]
+LAYERS = "decoder/layers/"
 
 ARCHITECTURES = {
     "MultimodalGLM": (MultimodalGLM, GLMConfig),
@@ -35,7 +44,33 @@ def expected_shapes(model: nn.Module) -> Shapes:
     Returns:
       Parameter path to shape.
     """
-    return dict(_traced_shapes(type(model), model.config, getattr(model, "out_features", 0)))
+    try:
+        return dict(_traced_shapes(type(model), model.config, getattr(model, "out_features", 0)))
+    except GlmEdgeError:
+        raise
+    # Sizes that contradict each other or exceed any machine raise all sorts of errors while traced.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"config.json: its fields make no model: {reason}") from error
+
+
+def check_depth(config: Any, num_tensors: int, where: str) -> None:
+    """Refuses more layers than there are tensors, before they are traced one by one.
+
+    Args:
+      config: of a model or an encoder.
+      num_tensors: that are stored.
+      where: file or directory, for the message.
+
+    Raises:
+      CheckpointError: there are more layers.
+    """
+    parts = [config, *(getattr(config, name, None) for name in ("decoder", "vision", "speech"))]
+    depth = sum(getattr(part, "num_layers", 0) for part in parts)
+    if depth > num_tensors:
+        raise CheckpointError(
+            f"{where}: config.json says {depth} layers, which {num_tensors} tensors cannot fill"
+        )
 
 
 @functools.lru_cache(maxsize=8)
@@ -46,10 +81,40 @@ def _traced_shapes(kind: type, config: Any, out_features: int) -> Shapes:
         inputs = jax.ShapeDtypeStruct((1, config.num_frames, config.mel_bins), jnp.float32)
     else:
         inputs = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    like: list[int] = []
+    if kind is MultimodalGLM:
+        # Tracing takes time by the layer, and layers of the same widths are alike.
+        decoder, like = _one_of_each(config.decoder)
+        config = dataclasses.replace(config, decoder=decoder)
     encoder = kind in (VisionEncoder, SpeechEncoder)
     model = kind(config, out_features) if encoder else kind(config)
     variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
-    return {path: tuple(leaf.shape) for path, leaf in path_items(variables["params"])}
+    shapes = {path: tuple(leaf.shape) for path, leaf in path_items(variables["params"])}
+    layers = {path: shapes.pop(path) for path in list(shapes) if path.startswith(LAYERS)}
+    for layer, traced in enumerate(like):
+        prefix = f"{LAYERS}{traced}/"
+        for path, shape in layers.items():
+            if path.startswith(prefix):
+                shapes[f"{LAYERS}{layer}/{path.removeprefix(prefix)}"] = shape
+    return shapes
+
+
+def _one_of_each(config: DecoderConfig) -> tuple[DecoderConfig, list[int]]:
+    """A decoder with one layer of each width, and for every layer the one of these like it."""
+    widths = [
+        (config.heads(layer), config.kv_heads(layer), config.neurons(layer))
+        for layer in range(config.num_layers)
+    ]
+    kinds = list(dict.fromkeys(widths))
+    heads, kv_heads, neurons = zip(*kinds, strict=True)
+    small = dataclasses.replace(
+        config,
+        num_layers=len(kinds),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        intermediate_size=neurons,
+    )
+    return small, [kinds.index(width) for width in widths]
 
 
 def check_names(found: Iterable[str], expected: Mapping[str, Any], where: str) -> None:

@@ -5,10 +5,18 @@ Letters used for shapes in this package: `B` batch, `T` tokens, `S` cache slots,
 """
 
 import dataclasses
+import math
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any
 
 from glm_edge.errors import ConfigError
+
+MAX_LAYERS = 1000
+MAX_HEAD_DIM = 4096
+MAX_PATCHES = 1 << 16
+MAX_FRAMES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class DecoderConfig:
     max_position_embeddings: int = 8192
 
     def __post_init__(self):
+        if self.num_layers > MAX_LAYERS:
+            raise ConfigError(f"decoder: num_layers {self.num_layers} exceeds {MAX_LAYERS}")
         for layer in range(self.num_layers):
             heads, kv_heads = self.heads(layer), self.kv_heads(layer)
             if kv_heads < 1 or heads % kv_heads:
@@ -47,6 +57,8 @@ class DecoderConfig:
                     f"decoder layer {layer}: num_heads {heads} must be a multiple of "
                     f"num_kv_heads {kv_heads}"
                 )
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ConfigError(f"decoder: head_dim {self.head_dim} exceeds {MAX_HEAD_DIM}")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ConfigError(
                 f"decoder: head_dim {self.head_dim} x partial_rotary_factor "
@@ -141,7 +153,9 @@ class VisionConfig:
                 f"vision: patch_size {self.patch_size} must exceed patch_stride "
                 f"{self.patch_stride} by an even number of pixels"
             )
-        self.grid_of(self.image_size)
+        rows, columns = self.grid_of(self.image_size)
+        if rows * columns > MAX_PATCHES:
+            raise ConfigError(f"vision: {rows}x{columns} patches exceed {MAX_PATCHES}")
 
     def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patches (rows, columns) of an image of that many pixels.
@@ -197,6 +211,8 @@ class SpeechConfig:
     hop_length: int = 160
 
     def __post_init__(self):
+        if self.num_frames > MAX_FRAMES:
+            raise ConfigError(f"speech: num_frames {self.num_frames} exceeds {MAX_FRAMES}")
         if self.num_frames % (2 * self.merge_size):
             raise ConfigError(
                 f"speech: num_frames {self.num_frames} must be a multiple of "
@@ -247,7 +263,9 @@ class TextConfig:
 
     def __post_init__(self):
         if self.pooler not in (None, "tanh", "relu"):
-            raise ConfigError(f"text: pooler must be 'tanh', 'relu' or None, not {self.pooler!r:.60}")
+            raise ConfigError(
+                f"text: pooler must be 'tanh', 'relu' or None, not {self.pooler!r:.60}"
+            )
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"text: hidden_size {self.hidden_size} must be a multiple of num_heads "
@@ -277,8 +295,16 @@ class GLMConfig:
 
     def __post_init__(self):
         for encoder, token in (("vision", "image_token_id"), ("speech", "audio_token_id")):
-            if getattr(self, encoder) is not None and getattr(self, token) is None:
+            if getattr(self, encoder) is None:
+                continue
+            placeholder = getattr(self, token)
+            if placeholder is None:
                 raise ConfigError(f"{self.name}: a model with {encoder} needs {token}")
+            if placeholder >= self.decoder.vocab_size:
+                raise ConfigError(
+                    f"{self.name}: {token} {placeholder} must be below vocab_size "
+                    f"{self.decoder.vocab_size}"
+                )
 
 
 def _of_layer(value: int | tuple[int, ...], layer: int, field: str) -> int:
@@ -331,4 +357,29 @@ def _build(kind: type, fields: Any, where: str) -> Any:
     ]
     if missing:
         raise ConfigError(f"{where}: field {missing[0]!r} is missing")
+    hints = typing.get_type_hints(kind)
+    for name, value in fields.items():
+        if not _fits(value, hints[name]):
+            raise ConfigError(
+                f"{where}: field {name!r} is {value!r:.200}, a value of the wrong type; it must be "
+                f"{getattr(hints[name], '__name__', hints[name])}"
+            )
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """True where a JSON value is what a field's annotation says; sizes are below 2 ** 31."""
+    arguments = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        if arguments[-1] is ...:
+            arguments = arguments[:1] * len(value)
+        return len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if hint is int:
+        return type(value) is int and 0 <= value < 2**31
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, hint)

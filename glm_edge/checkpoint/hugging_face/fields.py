@@ -5,6 +5,7 @@ from typing import Any
 from glm_edge.errors import ConfigError
 
 _REQUIRED = object()
+MAX_NUMBER = 2**31
 _KINDS = {
     int: "a positive integer",
     float: "a positive number",
@@ -132,7 +133,7 @@ class Fields:
                 )
             return default
         accepted = (int, float) if kind is float else (kind,)
-        if type(value) not in accepted or (kind is not bool and not 0 < value < float("inf")):
+        if type(value) not in accepted or (kind is not bool and not 0 < value < MAX_NUMBER):
             raise ConfigError(
                 f"{self.where}: field {name!r} is {value!r:.60}; it must be {_KINDS[kind]}"
             )

@@ -1,5 +1,6 @@
 """Reading a Hugging Face directory, tensor by tensor."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from glm_edge.checkpoint.hugging_face.members import read_config
 from glm_edge.checkpoint.hugging_face.tying import untie, untied_if_heads_differ
 from glm_edge.checkpoint.placement import Destination, Placement
 from glm_edge.checkpoint.reading import file_inside
-from glm_edge.checkpoint.shapes import Shapes, check_names, check_shape, expected_shapes
+from glm_edge.checkpoint.shapes import (
+    Shapes,
+    check_depth,
+    check_names,
+    check_shape,
+    expected_shapes,
+)
 from glm_edge.errors import CheckpointError
 from glm_edge.params.tree import nested
 
@@ -44,6 +51,7 @@ def read(
     name = str(fields.get("_name_or_path") or directory.resolve().name)
     member, config = read_config(fields, str(directory / CONFIG), name)
     files = tensor_files(directory)
+    check_depth(config, len(files), str(directory))
     whole = _canonical_names(member, untie(config) or config, files, directory)
     config = untied_if_heads_differ(member, config, whole, files)
     model = member.build(config)
@@ -113,10 +121,10 @@ def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
       CheckpointError: a file is missing or damaged, a tensor is stored twice, or the index and
         the files disagree.
     """
-    if (directory / WEIGHTS).is_file():
+    if os.path.lexists(directory / WEIGHTS):
         file = SafetensorsFile(file_inside(directory, WEIGHTS))
         return dict.fromkeys(file.tensors, file)
-    if not (directory / INDEX).is_file():
+    if not os.path.lexists(directory / INDEX):
         pickled = next(iter(sorted(directory.glob("*.bin"))), None)
         found = f"; {pickled.name} is a pickle: convert it to safetensors" if pickled else ""
         raise CheckpointError(f"{directory}: holds neither {WEIGHTS} nor {INDEX}{found}")
