@@ -78,7 +78,8 @@ def build(fields: dict[str, Any], where: Path) -> nn.Module:
     architecture = fields.get("architecture", "MultimodalGLM")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
-            f"{where}: architecture {architecture!r:.60} is unknown; known: {', '.join(ARCHITECTURES)}"
+            f"{where}: architecture {architecture!r:.60} is unknown; known: "
+            f"{', '.join(ARCHITECTURES)}"
         )
     module, kind = ARCHITECTURES[architecture]
     return module(config_from_json(fields.get("config"), str(where), kind))
@@ -102,7 +103,8 @@ def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple
     where = directory / CONFIG
     if fields.get("version") != VERSION:
         raise CheckpointError(
-            f"{where}: version {fields.get('version')!r:.60} is unknown; this library reads {VERSION}"
+            f"{where}: version {fields.get('version')!r:.60} is unknown; this library reads "
+            f"{VERSION}"
         )
     store, spec = fields.get("store"), fields.get("params")
     if store not in STORES:
