@@ -140,11 +140,13 @@ def decoder_entries(
     return entries
 
 
-def read_tokens(fields: Fields) -> dict[str, Any]:
-    """Stop and padding tokens, by the names of `GLMConfig`."""
+def read_tokens(*sections: Fields) -> dict[str, Any]:
+    """Stop and padding tokens, by the names of `GLMConfig`, of the first section that has them."""
+    stops = [section.token_ids("eos_token_id") for section in sections]
+    pads = [section.token_id("pad_token_id") for section in sections]
     return {
-        "eos_token_ids": fields.token_ids("eos_token_id"),
-        "pad_token_id": fields.token_id("pad_token_id"),
+        "eos_token_ids": next(filter(None, stops), ()),
+        "pad_token_id": next((pad for pad in pads if pad is not None), None),
     }
 
 

@@ -152,17 +152,14 @@ def _read_glm_asr(fields: Fields, name: str) -> GLMConfig:
     # Only the outer field counts, whose default is not that of a lone decoder.
     text.take("tie_word_embeddings")
     decoder = _read_llama(text, tied=fields.get("tie_word_embeddings", bool, True))
-    inner, outer = read_tokens(text), read_tokens(fields)
+    tokens = read_tokens(text, fields)
     text.finish()
     return GLMConfig(
         name=name,
         decoder=decoder,
         speech=_read_glm_asr_encoder(audio, decoder.hidden_size),
         audio_token_id=fields.get("audio_token_id", int),
-        eos_token_ids=inner["eos_token_ids"] or outer["eos_token_ids"],
-        pad_token_id=inner["pad_token_id"]
-        if inner["pad_token_id"] is not None
-        else outer["pad_token_id"],
+        **tokens,
     )
 
 
@@ -312,12 +309,13 @@ def _read_first_glm_asr(fields: Fields, name: str) -> GLMConfig:
     for unused in ("max_whisper_length", "spec_aug"):
         fields.take(unused)
     decoder = _read_llama(text, tied=text.get("tie_word_embeddings", bool, False))
-    inner, outer = read_tokens(text), read_tokens(fields)
+    tokens = read_tokens(text, fields)
     text.finish()
     # Its code is told where audio stands; the later uploads put the padding token there.
     audio = fields.token_id("audio_token_id")
-    pads = [pad for pad in (inner["pad_token_id"], outer["pad_token_id"]) if pad is not None]
-    if audio is None and not pads:
+    if audio is None:
+        audio = tokens["pad_token_id"]
+    if audio is None:
         raise ConfigError(
             f"{fields.where}: field 'audio_token_id' is missing; it must be the id of the token "
             "at which audio stands"
@@ -333,9 +331,8 @@ def _read_first_glm_asr(fields: Fields, name: str) -> GLMConfig:
         name=name,
         decoder=decoder,
         speech=speech,
-        audio_token_id=pads[0] if audio is None else audio,
-        eos_token_ids=inner["eos_token_ids"] or outer["eos_token_ids"],
-        pad_token_id=pads[0] if pads else None,
+        audio_token_id=audio,
+        **tokens,
     )
 
 

@@ -164,7 +164,7 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> Member:
                 f"hidden_size, {decoder.hidden_size}"
             )
         # Stop tokens stand in the text's section, in older files also or only outside it.
-        outer, inner = read_tokens(fields), read_tokens(text)
+        tokens = read_tokens(text, fields)
         for token in (*IMAGE_TOKENS, *VIDEO_TOKENS, "image_token_id", "video_token_id"):
             text.take(token)
         if text is not fields:
@@ -177,10 +177,7 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> Member:
             video_token_id=fields.token_id("video_token_id"),
             image_boundary_ids=_pair(fields, IMAGE_TOKENS),
             video_boundary_ids=_pair(fields, VIDEO_TOKENS),
-            eos_token_ids=inner["eos_token_ids"] or outer["eos_token_ids"],
-            pad_token_id=outer["pad_token_id"]
-            if inner["pad_token_id"] is None
-            else inner["pad_token_id"],
+            **tokens,
         )
 
     def write_config(config: GLMConfig) -> dict[str, Any]:
