@@ -22,6 +22,7 @@ _WHERE = {
     "Processor": "glm_edge.preprocess",
     "build": "glm_edge.checkpoint",
     "chain": "glm_edge.compress",
+    "compress_checkpoint": "glm_edge.compress.stream",
     "distill": "glm_edge.compress",
     "load": "glm_edge.checkpoint",
     "preset": "glm_edge.configs",

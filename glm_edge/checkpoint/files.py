@@ -286,25 +286,28 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
+def new_directory(target: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
     """Gives a temporary directory beside `target` that takes its place when all went well.
 
     Args:
       target: directory to create; an empty one may exist.
       overwrite: replaces an existing checkpoint (a directory that holds a config.json).
+      keep: the temporary directory has a name that a later call finds again, with what an earlier
+        one left in it, and survives errors.
 
     Yields:
-      The temporary directory. After an error it is removed and `target` is as it was.
+      The temporary directory. After an error it is removed, unless kept, and `target` is as it was.
 
     Raises:
       OutputError: `target` exists and may not be replaced, or its parent cannot be written.
     """
     target = Path(os.path.abspath(target))
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    mark = "" if keep else f".{uuid.uuid4().hex[:8]}"
+    temporary = target.parent / f".{target.name}{mark}.partial"
     try:
         _check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        temporary.mkdir(exist_ok=keep)
     except OutputError:
         raise
     except OSError as error:
@@ -317,7 +320,8 @@ def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -1,10 +1,12 @@
 """Our own checkpoints: `config.json` with the model and the boxes, and one file of arrays."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import orbax
@@ -17,7 +19,7 @@ from glm_edge.checkpoint.files import (
     write_json,
     write_safetensors,
 )
-from glm_edge.checkpoint.placement import Placement
+from glm_edge.checkpoint.placement import Destination, Placement
 from glm_edge.checkpoint.reading import file_inside
 from glm_edge.checkpoint.shapes import (
     ARCHITECTURES,
@@ -32,7 +34,12 @@ from glm_edge.errors import BoxError, CheckpointError
 FORMAT = "glm_edge"
 VERSION = 1
 STORES = ("safetensors", "orbax")
-_FIELDS = {"Masked": ("value", "mask"), "Quantized": ("data", "scale", "zero")}
+_FIELDS = {
+    "Masked": ("value", "mask"),
+    "Quantized": ("data", "scale", "zero", "input_scale", "input_zero"),
+    "FakeQuantized": ("value", "scale", "zero"),
+}
+_OPTIONAL = ("zero", "input_scale", "input_zero")
 
 
 def write(directory: Path, model: nn.Module, params: Any, store: str) -> None:
@@ -45,7 +52,24 @@ def write(directory: Path, model: nn.Module, params: Any, store: str) -> None:
       store: `safetensors` or `orbax`.
     """
     arrays, spec = boxes.to_flat(params)
-    fields = {
+    fields = describe(model, spec, store)
+    if store == "orbax":
+        fields["arrays"] = orbax.write(directory, arrays)
+    else:
+        write_safetensors(directory / WEIGHTS, arrays)
+    # A directory without config.json does not load, so an interrupted one never looks whole.
+    write_json(directory / CONFIG, fields)
+
+
+def describe(model: nn.Module, spec: dict[str, Any], store: str = "safetensors") -> dict[str, Any]:
+    """Fields of config.json.
+
+    Args:
+      model: whose configuration is written.
+      spec: of the boxes, see `glm_edge.params.to_flat`.
+      store: `safetensors` or `orbax`.
+    """
+    return {
         "format": FORMAT,
         "version": VERSION,
         "store": store,
@@ -53,12 +77,6 @@ def write(directory: Path, model: nn.Module, params: Any, store: str) -> None:
         "config": to_dict(model.config),
         "params": spec,
     }
-    if store == "orbax":
-        fields["arrays"] = orbax.write(directory, arrays)
-    else:
-        write_safetensors(directory / WEIGHTS, arrays)
-    # A directory without config.json does not load, so an interrupted one never looks whole.
-    write_json(directory / CONFIG, fields)
 
 
 def build(fields: dict[str, Any], where: Path) -> nn.Module:
@@ -100,6 +118,48 @@ def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple
       CheckpointError: files are missing or damaged, or do not fit the configuration.
       ConfigError: the configuration is not one.
     """
+    source = open_directory(directory, fields)
+    arrays = {}
+    for name, destination in placement.plan(source.params, source.model.config).items():
+        arrays[name] = destination.put(source.read(name, destination))
+    return source.model, boxes.from_flat(arrays, source.spec)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory whose headers have been checked and whose arrays are read on demand.
+
+    Attributes:
+      model: without parameters.
+      params: abstract arrays and boxes.
+      spec: of the boxes, see `glm_edge.params.to_flat`.
+      files: name of an array to its file; empty for Orbax.
+      restored: arrays of an Orbax directory, which is read whole.
+    """
+
+    model: nn.Module
+    params: Any
+    spec: dict[str, Any]
+    files: dict[str, SafetensorsFile]
+    restored: dict[str, Any]
+
+    def read(self, name: str, destination: Destination) -> np.ndarray:
+        """Reads one array.
+
+        Raises:
+          CheckpointError: it is damaged or not finite.
+        """
+        if name in self.restored:
+            array, where = self.restored[name], orbax.ARRAYS
+        else:
+            file = self.files[name]
+            array, where = destination.read(file, name), file.path
+        check_finite(array, f"{where}: tensor {name!r}")
+        return array
+
+
+def open_directory(directory: Path, fields: dict[str, Any]) -> Source:
+    """Checks the headers of a directory; arguments and errors as in `read`."""
     where = directory / CONFIG
     if fields.get("version") != VERSION:
         raise CheckpointError(
@@ -117,14 +177,16 @@ def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple
             "have no meaning"
         )
     model = build(fields, where)
+    files, restored = {}, {}
     if store == "orbax":
-        source, stored = directory / orbax.ARRAYS, orbax.read(directory, fields.get("arrays"))
+        source = directory / orbax.ARRAYS
+        stored = restored = orbax.read(directory, fields.get("arrays"))
     else:
         source = directory / WEIGHTS
-        file = SafetensorsFile(file_inside(directory, WEIGHTS))
+        files = _tensor_files(directory, fields.get("files", [WEIGHTS]))
         stored = {
-            name: jax.ShapeDtypeStruct(info.shape, DTYPES[info.dtype])
-            for name, info in file.tensors.items()
+            name: jax.ShapeDtypeStruct(file.tensors[name].shape, DTYPES[file.tensors[name].dtype])
+            for name, file in files.items()
         }
     _check_box_fields(stored, spec, source)
     check_depth(model.config, len(stored), str(source))
@@ -133,12 +195,24 @@ def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple
     except (BoxError, KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     check_params(params, model, str(source))
-    arrays = {}
-    for name, destination in placement.plan(params, model.config).items():
-        array = stored[name] if store == "orbax" else destination.read(file, name)
-        check_finite(array, f"{source}: tensor {name!r}")
-        arrays[name] = destination.put(array)
-    return model, boxes.from_flat(arrays, spec)
+    return Source(model, params, spec, files, restored)
+
+
+def _tensor_files(directory: Path, names: Any) -> dict[str, SafetensorsFile]:
+    where = directory / CONFIG
+    plain = isinstance(names, list) and all(
+        isinstance(name, str) and name == Path(name).name for name in names
+    )
+    if not plain or not names:
+        raise CheckpointError(f"{where}: 'files' must list safetensors files of the directory")
+    held: dict[str, SafetensorsFile] = {}
+    for name in names:
+        file = SafetensorsFile(file_inside(directory, name))
+        twice = sorted(set(file.tensors) & set(held))
+        if twice:
+            raise CheckpointError(f"{file.path}: tensor {twice[0]!r} is in another file as well")
+        held.update(dict.fromkeys(file.tensors, file))
+    return held
 
 
 def _check_box_fields(arrays: dict[str, Any], spec: dict[str, Any], source: Path) -> None:
@@ -151,7 +225,9 @@ def _check_box_fields(arrays: dict[str, Any], spec: dict[str, Any], source: Path
                 f"{', '.join(_FIELDS)}"
             )
         stored = [name for name in arrays if name.rpartition(".")[0] == path]
-        needed = {f"{path}.{field}": "of its box" for field in known if field != "zero"}
-        if f"{path}.zero" in stored and "zero" in known:
-            needed[f"{path}.zero"] = "of its box"
+        needed = {
+            f"{path}.{field}": "of its box"
+            for field in known
+            if field not in _OPTIONAL or f"{path}.{field}" in stored
+        }
         check_names(stored, needed, str(source))

@@ -10,7 +10,7 @@ A batch is a dict of arrays (`B` rows of `T` tokens), the same for scoring and f
 - `positions` and `mask`, optional, as the model takes them.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -118,6 +118,46 @@ def to_device(batch: Batch, where: str = "calibration") -> Batch:
         if rows != (len(tokens),):
             raise DataError(f"{where}: {name} has {rows} rows, tokens has {len(tokens)}")
     return {name: jnp.asarray(value) for name, value in batch.items() if value is not None}
+
+
+def check(
+    model: nn.Module, calibration: Sequence[Batch] | None, transform: str, without: Sequence[str]
+) -> None:
+    """Checks that calibration is there and holds what the model reads.
+
+    Args:
+      model: with a configuration, or any other.
+      calibration: batches.
+      transform: name, for messages.
+      without: inputs that are known to be missing.
+
+    Raises:
+      DataError: there are no batches, one is malformed, token ids lie beyond the vocabulary, or
+        no batch holds an input that the model takes.
+    """
+    if calibration is None or not len(calibration):
+        raise DataError(f"{transform} needs calibration= batches, and there are none")
+    config = getattr(model, "config", None)
+    vocabulary = getattr(getattr(config, "decoder", None), "vocab_size", None)
+    seen: set[str] = set()
+    for index, batch in enumerate(calibration):
+        where = f"{transform}: calibration batch {index}"
+        to_device(batch, where)
+        seen |= {name for name, value in batch.items() if value is not None}
+        tokens = np.asarray(batch["tokens"])
+        low, high = tokens.min(initial=0), tokens.max(initial=0)
+        if vocabulary is not None and (low < 0 or high >= vocabulary):
+            raise DataError(
+                f"{where}: token {low if low < 0 else high} is none of the model's {vocabulary}; "
+                "was the text cut with another tokenizer?"
+            )
+    for name, encoder in (("images", "vision"), ("audio", "speech")):
+        takes = getattr(config, encoder, None) is not None
+        if takes and name not in seen and name not in without:
+            raise DataError(
+                f"{transform}: the model reads {name} and no calibration batch holds any; add "
+                f"some, or pass without=[{name!r}] to calibrate on the rest knowingly"
+            )
 
 
 def missing_modalities(model: nn.Module, seen: Collection[str]) -> tuple[str, ...]:

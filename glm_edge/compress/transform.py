@@ -34,12 +34,22 @@ class Context:
       rng: jax key, or None.
       original: model and parameters that the outermost transform was given.
       progress: called as `progress(stage, done, total)`, or None.
+      without: inputs (`images`, `audio`) that calibration is known to lack.
+      reference: the original after transforms that changed its numbers but not its function, such
+        as a rotation; layers of a compressed model are compared with this one's. None is the
+        original.
     """
 
     calibration: Sequence[Batch] | None
     rng: Array | None
     original: tuple[nn.Module, Params]
     progress: Progress | None = None
+    without: tuple[str, ...] = ()
+    reference: tuple[nn.Module, Params] | None = None
+
+    def __post_init__(self):
+        if self.reference is None:
+            object.__setattr__(self, "reference", self.original)
 
     def advance(self, stage: str, done: int, total: int) -> None:
         """Tells the progress callback, where there is one."""
@@ -52,6 +62,7 @@ class Entry(NamedTuple):
 
     factory: Callable[..., "Transform"]
     apply: Callable[..., Result]
+    exact: bool = False
 
 
 _REGISTRY: dict[str, Entry] = {}
@@ -83,6 +94,7 @@ class Transform:
         calibration: Sequence[Batch] | None = None,
         rng: Array | None = None,
         progress: Progress | None = None,
+        without: Sequence[str] = (),
     ) -> Result:
         """Compresses a model; neither argument is changed.
 
@@ -93,6 +105,8 @@ class Transform:
             can be read more than once; None where the transform needs none.
           rng: jax key; None where nothing is drawn, or for the order in which data comes.
           progress: called as `progress(stage, done, total)`.
+          without: inputs that the model takes and calibration is known to lack, of `images` and
+            `audio`; any other lack is an error.
 
         Returns:
           `(model, params, report)`; the model is another one only if shapes changed.
@@ -106,7 +120,8 @@ class Transform:
                 "calibration is an iterator that can be read only once; pass a list of batches, "
                 "such as list(itertools.islice(batches, 16))"
             )
-        return self.run(model, params, Context(calibration, rng, (model, params), progress))
+        context = Context(calibration, rng, (model, params), progress, tuple(without))
+        return self.run(model, params, context)
 
     def run(self, model: nn.Module, params: Params, context: Context) -> Result:
         """As a call, within a chain."""
@@ -138,15 +153,21 @@ class Transform:
         return hash((self.name, tuple(sorted(self.options.items()))))
 
 
-def register(name: str, factory: Callable[..., Transform], apply: Callable[..., Result]) -> None:
+def register(
+    name: str,
+    factory: Callable[..., Transform],
+    apply: Callable[..., Result],
+    exact: bool = False,
+) -> None:
     """Makes a transform known by name, to calls and to recipes.
 
     Args:
       name: such as `quantize.rtn`.
       factory: checks options and returns the `Transform`.
       apply: called as `apply(model, params, context, **options, **objects)`.
+      exact: leaves the function of the model as it was.
     """
-    _REGISTRY[name] = Entry(factory, apply)
+    _REGISTRY[name] = Entry(factory, apply, exact)
 
 
 def check_pattern(transform: str, option: str, pattern: Any) -> None:
@@ -215,7 +236,10 @@ def _apply_chain(
     for index, transform in enumerate(transforms):
         rng = None if context.rng is None else jax.random.fold_in(context.rng, index)
         step = dataclasses.replace(context, rng=rng)
+        before = params
         model, params, done = transform.run(model, params, step)
+        if entry(transform.name).exact and context.reference[1] is before:
+            context = dataclasses.replace(context, reference=(model, params))
         report = report + done
     return model, params, report
 

@@ -194,7 +194,7 @@ def _quantized_constant(path: str, box: Quantized) -> tuple[Constant, Quantized,
     data = np.ascontiguousarray(np.asarray(box.data)).reshape(-1).view(np.uint8)
     scale, conversion = np.asarray(box.scale), None
     _check_finite(path, scale)
-    kind = f"int{box.format.bits}"
+    kind = box.format.qtype
     if scale.shape[-1] == 1:
         written = scale.astype(np.float32)
         return Constant(kind, box.shape, data, written.reshape(-1)), box, None
@@ -215,11 +215,15 @@ def _refuse_unfit(path: str, box: Quantized) -> None:
         reason, right = "it is stored [in, out] or stacked", "a matrix [out, in] of one layer"
     elif not form.symmetric:
         reason, right = "LiteRT multiplies with weights that have no zero point", "symmetric=True"
-    elif form.bits == 4 and box.columns % 2:
+    elif form.qtype not in ("int8", "int4"):
+        reason = "LiteRT's converter here writes int8 and int4"
+    elif form.group_size == "tensor":
+        reason = "a scale for the whole matrix is none for each row"
+    elif form.qtype == "int4" and box.columns % 2:
         reason = f"XNNPACK needs an even number of columns at 4 bits, here {box.columns}"
         right = "int8 per channel"
-    elif box.scale.shape[-1] > 1 and form.bits != 4:
-        reason = f"XNNPACK has no kernel for int{form.bits} in groups"
+    elif box.scale.shape[-1] > 1 and form.qtype != "int4":
+        reason = f"XNNPACK has no kernel for {form.qtype} in groups"
     elif box.scale.shape[-1] > 1 and form.group_size % BLOCK_MULTIPLE:
         reason = f"XNNPACK needs groups of a multiple of {BLOCK_MULTIPLE}"
     if reason is not None:

@@ -1,34 +1,202 @@
-"""Packing of small integers into bytes, along the last axis, low nibble first."""
+"""Packing of small codes into bytes, along the last axis, the first code in the lowest bits.
 
+A code is a signed integer (`int8`, `int4`, `int3`, `int2`), a sign or zero (`ternary`,
+`ternary34`), or an index into `NF4_LEVELS` (`nf4`).
+"""
+
+import functools
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+# 4-bit NormalFloat: quantiles of a normal distribution, zero and both ends included.
+# https://arxiv.org/abs/2305.14314, appendix E.
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
-def pack_int4(values: Array) -> Array:
-    """Packs two signed four-bit integers to a byte.
+# Codes that fill a whole number of bytes, and that number.
+_UNITS = {
+    "int8": (1, 1),
+    "int4": (2, 1),
+    "nf4": (2, 1),
+    "int3": (8, 3),
+    "int2": (4, 1),
+    "ternary": (5, 1),
+    "ternary34": (32, 5),
+}
+QTYPES = tuple(_UNITS)
+
+
+def unit(qtype: str) -> int:
+    """Codes that fill a whole number of bytes: a row may be cut only between such units."""
+    return _UNITS[qtype][0]
+
+
+def packed_columns(columns: int, qtype: str) -> int:
+    """Bytes that `columns` codes of a row take."""
+    codes, size = _UNITS[qtype]
+    return -(-columns // codes) * size
+
+
+def stored_dtype(qtype: str) -> np.dtype:
+    """Type of packed codes."""
+    return np.dtype(np.int8 if qtype == "int8" else np.uint8)
+
+
+@functools.partial(jax.jit, static_argnames="qtype")
+def pack(codes: Array, qtype: str) -> Array:
+    """Packs the codes of each row.
 
     Args:
-      values: int8 [..., C] in -8..7.
+      codes: int8 [..., C] within the range of `qtype`; of `ternary34`, each four neighbours hold
+        exactly one zero, and at most one where fewer than four are left at the end.
+      qtype: one of `QTYPES`.
 
     Returns:
-      uint8 [..., ceil(C / 2)]; column `2i` is the low nibble of byte `i`; an odd `C` is padded
-      with zero.
+      uint8 [..., packed_columns(C)], a last unit filled up with zeros; int8 `codes` for `int8`.
     """
-    columns = values.shape[-1]
-    padding = [(0, 0)] * (values.ndim - 1) + [(0, columns % 2)]
-    nibbles = jnp.pad(values, padding).astype(jnp.uint8) & 0xF
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    if qtype == "int8":
+        return codes
+    codes = _filled(codes, qtype)
+    if qtype == "ternary":
+        digits = (codes + 1).astype(jnp.uint8)
+        number = sum(digits[..., i] * jnp.uint8(3 ** (4 - i)) for i in range(5))
+        # The fraction number / 243 in 256ths, rounded up: digits come back by multiplication.
+        return ((number.astype(jnp.uint32) * 256 + 242) // 243).astype(jnp.uint8)
+    if qtype == "ternary34":
+        return _pack_ternary34(codes)
+    if qtype == "int3":
+        return _pack_int3(codes.astype(jnp.uint8) & 7)
+    width = 2 if qtype == "int2" else 4
+    return _join(codes.astype(jnp.uint8) & (2**width - 1), width)
 
 
-def unpack_int4(data: Array, columns: int) -> Array:
-    """Inverse of `pack_int4`.
+@functools.partial(jax.jit, static_argnames=("columns", "qtype"))
+def unpack(data: Array, columns: int, qtype: str) -> Array:
+    """Inverse of `pack`.
 
     Args:
-      data: uint8 [..., ceil(C / 2)].
+      data: uint8 [..., packed_columns(C)]; int8 [..., C] for `int8`.
       columns: `C`.
+      qtype: one of `QTYPES`.
 
     Returns:
-      int8 [..., C] in -8..7.
+      int8 [..., C].
     """
-    nibbles = jnp.stack([data & 0xF, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
-    return ((nibbles[..., :columns] ^ 8).astype(jnp.int8)) - 8
+    if qtype == "int8":
+        return data
+    words, count = _words(data, qtype)
+    codes = _code(words[..., None], jnp.arange(count), qtype)
+    return codes.reshape(*data.shape[:-1], -1)[..., :columns]
+
+
+def planes(data: Array, qtype: str) -> list[Array]:
+    """Codes apart from their neighbours, so that nothing need be interleaved.
+
+    Args:
+      data: as `unpack` takes it.
+      qtype: one of `QTYPES`.
+
+    Returns:
+      `n` arrays int8 [..., W]; array `i` holds the codes of columns `i`, `i + n`, `i + 2 n` and so
+      on, and codes that fill up the last unit.
+    """
+    if qtype == "int8":
+        return [data]
+    words, count = _words(data, qtype)
+    return [_code(words, i, qtype) for i in range(count)]
+
+
+def _words(data: Array, qtype: str) -> tuple[Array, int]:
+    """Whole numbers that each hold the same number of neighbouring codes, and that number."""
+    if qtype == "int3":
+        parts = data.reshape(*data.shape[:-1], -1, 3).astype(jnp.int32)
+        return parts[..., 0] | (parts[..., 1] << 8) | (parts[..., 2] << 16), 8
+    if qtype == "ternary34":
+        units = data.reshape(*data.shape[:-1], -1, 5)
+        shift = jnp.arange(8, dtype=jnp.uint8)
+        low = (jnp.repeat(units[..., :4], 2, axis=-1) >> (4 * (shift % 2))) & 0xF
+        words = low | (((units[..., 4:] >> shift) & 1) << 4)
+        return words.reshape(*data.shape[:-1], -1), 4
+    return data, unit(qtype)
+
+
+def _code(words: Array, index: Array | int, qtype: str) -> Array:
+    """Code at place `index` of each word, as int8."""
+    if qtype == "ternary":
+        # The product wraps: what remains is the fraction after the digits before. A digit is the
+        # whole part of three fractions, (3 * fraction) >> 8.
+        fraction = words * (jnp.asarray(3, jnp.uint8) ** jnp.asarray(index, jnp.uint8))
+        return (fraction > 85).astype(jnp.int8) + (fraction > 170).astype(jnp.int8) - 1
+    if qtype == "ternary34":
+        place, index = words >> 3, jnp.asarray(index, jnp.uint8)
+        sign = (words >> jnp.minimum(index - (index > place), 2)) & 1
+        return jnp.where(place == index, 0, 2 * sign.astype(jnp.int8) - 1).astype(jnp.int8)
+    if qtype == "int3":
+        return ((words << (29 - 3 * index)) >> 29).astype(jnp.int8)
+    width = 2 if qtype == "int2" else 4
+    index = jnp.asarray(index, jnp.uint8)
+    if qtype == "nf4":
+        return ((words >> (width * index)) & 0xF).astype(jnp.int8)
+    top = (words << (8 - width - width * index)).astype(jnp.int8)
+    return top >> (8 - width)
+
+
+def _filled(codes: Array, qtype: str) -> Array:
+    """[..., units, codes of a unit], the last unit filled up."""
+    size, columns = unit(qtype), codes.shape[-1]
+    missing = -columns % size
+    if qtype == "ternary34" and missing:
+        tail = jnp.asarray(np.arange(columns, columns + missing) % 4 != 0, jnp.int8)
+        tail = jnp.broadcast_to(tail, (*codes.shape[:-1], missing))
+        if columns % 4:
+            cut = codes[..., columns - columns % 4 :]
+            tail = tail.at[..., 0].set(jnp.any(cut == 0, axis=-1).astype(jnp.int8))
+        codes = jnp.concatenate([codes, tail], axis=-1)
+    elif missing:
+        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)])
+    return codes.reshape(*codes.shape[:-1], -1, size)
+
+
+def _join(fields: Array, width: int) -> Array:
+    shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
+    return jnp.sum(fields << shifts, axis=-1, dtype=jnp.uint8)
+
+
+def _pack_int3(fields: Array) -> Array:
+    """[..., units, 8] to [..., 3 bytes of each unit]."""
+    shifts = 3 * jnp.arange(8, dtype=jnp.uint32)
+    number = jnp.sum(fields.astype(jnp.uint32) << shifts, axis=-1, dtype=jnp.uint32)
+    parts = (number[..., None] >> (8 * jnp.arange(3, dtype=jnp.uint32))) & 0xFF
+    return parts.astype(jnp.uint8).reshape(*parts.shape[:-2], -1)
+
+
+def _pack_ternary34(codes: Array) -> Array:
+    """Place of the zero in two bits and three signs in three: five bits, four low and one high."""
+    fours = codes.reshape(*codes.shape[:-1], 8, 4)
+    place = jnp.argmin(jnp.abs(fours), axis=-1)
+    slots = jnp.arange(3) + (jnp.arange(3) >= place[..., None])
+    signs = jnp.take_along_axis(fours, slots, axis=-1) > 0
+    fields = place * 8 + jnp.sum(signs << jnp.arange(3), axis=-1)
+    low = _join((fields & 0xF).astype(jnp.uint8).reshape(*fields.shape[:-1], 4, 2), 4)
+    high = _join((fields >> 4).astype(jnp.uint8), 1)
+    packed = jnp.concatenate([low, high[..., None]], axis=-1)
+    return packed.reshape(*packed.shape[:-2], -1)

@@ -93,12 +93,7 @@ class SpeechEncoder(nn.Module):
           [B, frames / 2, hidden_size] without a projector; and `conv1` and `conv2` before GELU,
           `hidden` (input of every layer and output of the last), `final` (normed).
         """
-        conv1 = self.conv1(_neighbours(mel))
-        conv2 = self.conv2(_neighbours(nn.gelu(conv1, approximate=False))[:, ::2])
-        x = nn.gelu(conv2, approximate=False)
-        if self.config.learned_positions:
-            x = x + self.position
-        x = constrain(x, "batch", "length", "embed")
+        x, conv1, conv2 = self.embed(mel)
         angle = self.angles(x.shape[1])
         hidden = [x]
         for index in range(self.config.num_layers):
@@ -107,6 +102,15 @@ class SpeechEncoder(nn.Module):
         final = self.norm(x)
         intermediates = {"conv1": conv1, "conv2": conv2, "hidden": hidden, "final": final}
         return self.head(final), intermediates
+
+    def embed(self, mel: Array) -> tuple[Array, Array, Array]:
+        """Input of the first layer, [B, frames / 2, hidden_size], and `conv1` and `conv2`."""
+        conv1 = self.conv1(_neighbours(mel))
+        conv2 = self.conv2(_neighbours(nn.gelu(conv1, approximate=False))[:, ::2])
+        x = nn.gelu(conv2, approximate=False)
+        if self.config.learned_positions:
+            x = x + self.position
+        return constrain(x, "batch", "length", "embed"), conv1, conv2
 
     def angles(self, length: int) -> Array:
         """Rotary angles, [1, length, rotary_dim / 2]."""

@@ -1,8 +1,19 @@
 """Boxed parameters, paths and rules over them, byte counts, flat storage, and meshes of devices."""
 
 from glm_edge.params import sharding
-from glm_edge.params.boxes import Format, Masked, Quantized, dense, is_box, mask, quantized
+from glm_edge.params.boxes import (
+    FakeQuantized,
+    Masked,
+    Quantized,
+    array_fields,
+    dense,
+    fake_quantized,
+    is_box,
+    mask,
+    quantized,
+)
 from glm_edge.params.flat import from_flat, to_flat
+from glm_edge.params.formats import Format
 from glm_edge.params.linear import linear, lookup
 from glm_edge.params.sharding import logical_axes, shard
 from glm_edge.params.tree import (
@@ -18,13 +29,16 @@ from glm_edge.params.tree import (
 )
 
 __all__ = [
+    "FakeQuantized",
     "Format",
     "Masked",
     "Quantized",
+    "array_fields",
     "cast",
     "combine",
     "count",
     "dense",
+    "fake_quantized",
     "from_flat",
     "is_box",
     "is_matrix",

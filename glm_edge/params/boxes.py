@@ -5,8 +5,9 @@ fields are hashable and describe trailing axes only; leading axes (layers stacke
 vmapped batch) come from the arrays.
 """
 
+import dataclasses
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import jax
@@ -16,36 +17,8 @@ from flax.core import meta
 from jax import Array
 
 from glm_edge.errors import BoxError
-from glm_edge.kernels import matmul, packing
-
-
-@dataclass(frozen=True)
-class Format:
-    """How the numbers of a weight are stored.
-
-    Attributes:
-      bits: 8, or 4 (two to a byte).
-      group_size: columns that share a scale; None for one scale a row (per channel).
-      symmetric: True for `f' = s q`; False for `f' = s (q - z)` with an integer zero point.
-      scale_dtype: type in which scales are stored.
-    """
-
-    bits: int = 8
-    group_size: int | None = None
-    symmetric: bool = True
-    scale_dtype: str = "float32"
-
-    def __post_init__(self):
-        if self.bits not in (4, 8):
-            raise BoxError(f"format: bits must be 4 or 8, not {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise BoxError(f"format: group_size must be positive, not {self.group_size}")
-        if self.scale_dtype not in ("float32", "float16", "bfloat16"):
-            raise BoxError(f"format: scale_dtype {self.scale_dtype!r} is not a float type")
-
-    def __str__(self) -> str:
-        grouping = f"g{self.group_size}" if self.group_size else "channel"
-        return f"int{self.bits}-{grouping}{'' if self.symmetric else '-affine'}"
+from glm_edge.kernels import grid, packing
+from glm_edge.params.formats import Format
 
 
 class _Box(meta.AxisMetadata):
@@ -63,11 +36,11 @@ class _Box(meta.AxisMetadata):
 class Masked(struct.PyTreeNode, _Box):
     """A pruned weight: `unbox()` is `value * mask`.
 
-    Build with `mask`. `value` may itself be boxed only by `FakeQuantized`-like training boxes;
-    quantizing a masked weight keeps its zeros exactly and drops the mask.
+    Build with `mask`. `value` may itself be a `FakeQuantized`; quantizing a masked weight keeps its
+    zeros exactly and drops the mask.
     """
 
-    value: Array
+    value: Any
     mask: Array
     trainable: ClassVar[tuple[str, ...]] = ("value",)
 
@@ -78,7 +51,8 @@ class Masked(struct.PyTreeNode, _Box):
 
     def unbox(self) -> Array:
         """Returns the dense weight with its pruned entries at zero."""
-        return self.value * self.mask.astype(self.value.dtype)
+        value = meta.unbox(self.value)
+        return value * self.mask.astype(value.dtype)
 
     def replace_boxed(self, val: Array) -> "Masked":
         """Returns the same mask around new values."""
@@ -86,15 +60,18 @@ class Masked(struct.PyTreeNode, _Box):
 
 
 class Quantized(struct.PyTreeNode, _Box):
-    """A weight in low-bit integers: `unbox()` is `scale * (q - zero)`.
+    """A weight in packed codes: `unbox()` is `scale * (level - zero)`.
 
     Build with `quantized`. Matrices are held `[..., out, in]`; groups and packing run along `in`.
 
     Attributes:
-      data: int8 [..., out, in], or uint8 [..., out, ceil(in / 2)] at 4 bits, low nibble first.
-      scale: [..., out, in / group_size], or [..., out, 1] per channel.
-      zero: None, or int8 zero points like `scale`.
-      format: bits, grouping, symmetry, scale type.
+      data: codes as `glm_edge.kernels.packing.pack` leaves them, [..., out, bytes].
+      scale: [..., out, groups], or [..., 1, 1] per tensor.
+      zero: None, or zero points like `scale`.
+      input_scale: None, or the step of the static int8 grid of the activations that meet this
+        weight, [...].
+      input_zero: None, or its int8 zero point, [...].
+      format: type, grouping, symmetry, types of scales and zero points.
       columns: `in`.
       kernel_shape: empty for a weight kept `[out, in]`; else the trailing shape of a stock kernel
         `[..., in, out]` that `unbox()` transposes and reshapes back to.
@@ -104,8 +81,10 @@ class Quantized(struct.PyTreeNode, _Box):
     data: Array
     scale: Array
     zero: Array | None
-    format: Format = struct.field(pytree_node=False)
-    columns: int = struct.field(pytree_node=False)
+    input_scale: Array | None = None
+    input_zero: Array | None = None
+    format: Format = struct.field(pytree_node=False, default=Format())
+    columns: int = struct.field(pytree_node=False, default=0)
     kernel_shape: tuple[int, ...] = struct.field(pytree_node=False, default=())
     dtype: str = struct.field(pytree_node=False, default="float32")
 
@@ -116,22 +95,96 @@ class Quantized(struct.PyTreeNode, _Box):
             return (*self.data.shape[:-2], *self.kernel_shape)
         return (*self.data.shape[:-1], self.columns)
 
-    def integers(self) -> Array:
-        """Returns the signed integers as int8 [..., out, in]."""
-        if self.format.bits == 4:
-            return packing.unpack_int4(self.data, self.columns)
-        return self.data
+    def codes(self) -> Array:
+        """Returns the unpacked codes as int8 [..., out, in]."""
+        return packing.unpack(self.data, self.columns, self.format.qtype)
+
+    def levels(self) -> Array:
+        """Returns the level of each code: int8, or float32 of nf4, [..., out, in]."""
+        return grid.levels(self.codes(), self.format.qtype)
+
+    def rows(self) -> Array:
+        """Returns the dense weight as float32 [..., out, in]."""
+        return grid.dequantize(self.levels(), self.scale, self.zero)
 
     def unbox(self) -> Array:
         """Returns the dense weight."""
-        dense_rows = matmul.dequantize(self.integers(), self.scale, self.zero).astype(self.dtype)
-        if not self.kernel_shape:
-            return dense_rows
-        return jnp.swapaxes(dense_rows, -1, -2).reshape(*self.data.shape[:-2], *self.kernel_shape)
+        return _as_kernel(self.rows().astype(self.dtype), self.kernel_shape)
 
     def replace_boxed(self, val: Array) -> Array:
         """Returns `val` unboxed: a changed value no longer lies on this box's grid."""
         return val
+
+
+class FakeQuantized(struct.PyTreeNode, _Box):
+    """A weight in training that its module reads as if it were quantized.
+
+    `unbox()` gives exactly what `Quantized` of the same scales gives; gradients pass straight
+    through the rounding where it does not clip, and reach the scales as in learned step size
+    quantization. Build with `fake_quantized`, end with `finalize`.
+
+    Attributes:
+      value: float32 [..., out, in].
+      scale: float32 [..., out, groups] or [..., 1, 1]; read as rounded to the stored type.
+      zero: None, or zero points like `scale`; integers do not train.
+      format: to train for.
+      kernel_shape: as in `Quantized`.
+      dtype: type of the dense weight.
+
+    References:
+      Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
+    """
+
+    value: Array
+    scale: Array
+    zero: Array | None
+    format: Format = struct.field(pytree_node=False, default=Format())
+    kernel_shape: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    dtype: str = struct.field(pytree_node=False, default="float32")
+    trainable: ClassVar[tuple[str, ...]] = ("value", "scale")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        if self.kernel_shape:
+            return (*self.value.shape[:-2], *self.kernel_shape)
+        return self.value.shape
+
+    def stored_scale(self) -> Array:
+        """Returns the scales as their stored type holds them, in float32; gradients pass."""
+        exponent, mantissa = _FLOAT_BITS[self.format.scale_dtype]
+        return grid.with_gradient_of(
+            self.scale, jax.lax.reduce_precision(self.scale, exponent, mantissa)
+        )
+
+    def unbox(self) -> Array:
+        """Returns the rounded dense weight."""
+        low, high = grid.code_range(self.format.qtype)
+        reach = max(abs(low), high) if self.format.qtype != "nf4" else 1
+        group = self.value.size / max(self.scale.size, 1)
+        scale = self.stored_scale()
+        scale = grid.with_gradient_of(scale * (group * reach) ** -0.5, scale)
+        dense = grid.straight_through(self.value, scale, self.zero, self.format.qtype)
+        return _as_kernel(dense.astype(self.dtype), self.kernel_shape)
+
+    def finalize(self) -> Quantized:
+        """Returns the packed box whose dense weight is this one's."""
+        scale = self.stored_scale().astype(self.format.scale_dtype)
+        codes = grid.encode(self.value, scale, self.zero, self.format.qtype)
+        return quantized(codes, scale, self.zero, self.format, self.kernel_shape, self.dtype)
+
+    def replace_boxed(self, val: Array) -> Array:
+        """Returns `val` unboxed."""
+        return val
+
+
+_FLOAT_BITS = {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7)}
+
+
+def _as_kernel(rows: Array, kernel_shape: tuple[int, ...]) -> Array:
+    if not kernel_shape:
+        return rows
+    return jnp.swapaxes(rows, -1, -2).reshape(*rows.shape[:-2], *kernel_shape)
 
 
 def is_box(node: Any) -> bool:
@@ -159,7 +212,7 @@ def mask(value: Array, keep: Array) -> Masked:
     """
     if isinstance(value, Masked):
         value, keep = value.value, jnp.logical_and(value.mask, keep)
-    if is_box(value):
+    if is_box(value) and not isinstance(value, FakeQuantized):
         raise BoxError(f"cannot mask a {type(value).__name__}: prune before quantizing")
     if value.shape != keep.shape or keep.dtype != jnp.bool_:
         raise BoxError(f"mask must be bool of shape {value.shape}, found {keep.dtype} {keep.shape}")
@@ -167,22 +220,26 @@ def mask(value: Array, keep: Array) -> Masked:
 
 
 def quantized(
-    integers: Array,
+    codes: Array,
     scale: Array,
     zero: Array | None,
     format: Format,
     kernel_shape: tuple[int, ...] = (),
     dtype: str = "float32",
+    input_scale: Array | None = None,
+    input_zero: Array | None = None,
 ) -> Quantized:
-    """Boxes integers with their scales, packing them.
+    """Boxes codes with their scales, packing them.
 
     Args:
-      integers: int8 [..., out, in] within the signed range of `format.bits`.
-      scale: [..., out, groups].
-      zero: None when symmetric, else int8 like `scale`.
+      codes: int8 [..., out, in] within the range of `format.qtype`.
+      scale: as `format.scale_shape` says.
+      zero: None when symmetric, else like `scale`.
       format: how they are stored.
       kernel_shape: trailing shape of a stock kernel, or empty for `[out, in]`.
       dtype: type of the dense weight.
+      input_scale: step of the grid of activations, or None.
+      input_zero: its zero point, or None.
 
     Returns:
       The box.
@@ -190,55 +247,82 @@ def quantized(
     Raises:
       BoxError: shapes or types do not fit the format.
     """
-    columns = integers.shape[-1]
-    groups = num_groups(columns, format)
-    expected = (*integers.shape[:-1], groups)
-    if integers.dtype != jnp.int8:
-        raise BoxError(f"integers must be int8, found {integers.dtype}")
-    if scale.shape != expected:
-        raise BoxError(f"scale must be {expected} for {format}, found {scale.shape}")
-    if (zero is None) != format.symmetric or (zero is not None and zero.shape != expected):
-        raise BoxError(f"zero points of shape {expected} go with an affine format, and only there")
-    if kernel_shape and math.prod(kernel_shape) != integers.shape[-2] * columns:
-        raise BoxError(f"kernel_shape {kernel_shape} does not hold {integers.shape[-2:]} weights")
+    if codes.dtype != jnp.int8:
+        raise BoxError(f"codes must be int8, found {codes.dtype}")
+    _check_grid(codes.shape, scale, zero, format)
+    if kernel_shape and math.prod(kernel_shape) != math.prod(codes.shape[-2:]):
+        raise BoxError(f"kernel_shape {kernel_shape} does not hold {codes.shape[-2:]} weights")
     return Quantized(
-        data=packing.pack_int4(integers) if format.bits == 4 else integers,
+        data=packing.pack(codes, format.qtype),
         scale=scale.astype(format.scale_dtype),
-        zero=None if zero is None else zero.astype(jnp.int8),
+        zero=None if zero is None else zero.astype(format.zero_dtype),
+        input_scale=input_scale,
+        input_zero=input_zero,
         format=format,
-        columns=columns,
+        columns=codes.shape[-1],
         kernel_shape=tuple(kernel_shape),
         dtype=str(jnp.dtype(dtype)),
     )
 
 
-def num_groups(columns: int, format: Format) -> int:
-    """Number of scales a row.
+def fake_quantized(
+    value: Array,
+    scale: Array,
+    zero: Array | None,
+    format: Format,
+    kernel_shape: tuple[int, ...] = (),
+    dtype: str = "float32",
+) -> FakeQuantized:
+    """Boxes a weight to train as if it were quantized; arguments as in `quantized`.
 
     Raises:
-      BoxError: `columns` is not a whole number of groups.
+      BoxError: shapes do not fit the format.
     """
-    if format.group_size is None:
-        return 1
-    if columns % format.group_size:
-        raise BoxError(f"{columns} columns are not whole groups of {format.group_size}")
-    return columns // format.group_size
+    _check_grid(value.shape, scale, zero, format)
+    return FakeQuantized(
+        value=value.astype(jnp.float32),
+        scale=scale.astype(jnp.float32),
+        zero=zero,
+        format=format,
+        kernel_shape=tuple(kernel_shape),
+        dtype=str(jnp.dtype(dtype)),
+    )
 
 
-def describe(box: Quantized | Masked) -> dict[str, Any]:
-    """Static fields of a box as JSON-ready values, the inverse of `rebuild`."""
-    if isinstance(box, Masked):
-        return {"box": "Masked"}
-    return {
-        "box": "Quantized",
-        "format": asdict(box.format),
-        "columns": box.columns,
-        "kernel_shape": list(box.kernel_shape),
-        "dtype": box.dtype,
+def _check_grid(shape: tuple[int, ...], scale: Array, zero: Array | None, format: Format) -> None:
+    if format.plain:
+        raise BoxError(f"{format} is a plain array, not a box")
+    expected = format.scale_shape(shape)
+    if scale.shape != expected:
+        raise BoxError(f"scale must be {expected} for {format}, found {scale.shape}")
+    if (zero is None) != format.symmetric:
+        raise BoxError(f"zero points go with an affine format, and only there: {format}")
+    if zero is not None and zero.shape != expected:
+        raise BoxError(f"zero points must be {expected} for {format}, found {zero.shape}")
+
+
+def describe(box: Any) -> dict[str, Any]:
+    """Static fields of a box as JSON-ready values, the inverse of `rebuild`.
+
+    Raises:
+      BoxError: the box is not one of ours, or holds another box.
+    """
+    if type(box) not in BOXES.values():
+        raise BoxError(f"a {type(box).__name__} cannot be stored; known: {', '.join(BOXES)}")
+    held = next((type(v).__name__ for v in vars(box).values() if is_box(v)), None)
+    if held:
+        raise BoxError(f"a {held} inside a {type(box).__name__} cannot be stored; finish training")
+    static = {
+        field.name: getattr(box, field.name)
+        for field in dataclasses.fields(box)
+        if not field.metadata.get("pytree_node", True)
     }
+    if "format" in static:
+        static |= {"format": asdict(box.format), "kernel_shape": list(box.kernel_shape)}
+    return {"box": type(box).__name__, **static}
 
 
-def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Quantized | Masked:
+def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
     """Rebuilds a box from its arrays and the output of `describe`.
 
     Raises:
@@ -247,38 +331,46 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Quantized | Mas
     kind = static.get("box")
     if kind == "Masked":
         return mask(fields["value"], fields["mask"])
-    if kind != "Quantized":
-        raise BoxError(f"unknown box {kind!r}; known: Masked, Quantized")
-    box = Quantized(
-        data=fields["data"],
-        scale=fields["scale"],
-        zero=fields.get("zero"),
-        format=Format(**static["format"]),
-        columns=static["columns"],
-        kernel_shape=tuple(static["kernel_shape"]),
-        dtype=str(jnp.dtype(static["dtype"])),
-    )
-    width = -(-box.columns // 2) if box.format.bits == 4 else box.columns
-    stored = jnp.uint8 if box.format.bits == 4 else jnp.int8
-    groups = num_groups(box.columns, box.format)
-    if box.data.dtype != stored or box.data.shape[-1] != width:
-        raise BoxError(
-            f"data must be {jnp.dtype(stored)} with {width} columns for {box.format} of "
-            f"{box.columns}, found {box.data.dtype} {box.data.shape}"
+    if kind not in BOXES:
+        raise BoxError(f"unknown box {kind!r}; known: {', '.join(BOXES)}")
+    format, kernel_shape = Format(**static["format"]), tuple(static["kernel_shape"])
+    dtype = str(jnp.dtype(static["dtype"]))
+    if kind == "FakeQuantized":
+        return fake_quantized(
+            fields["value"], fields["scale"], fields.get("zero"), format, kernel_shape, dtype
         )
-    if box.scale.shape != (*box.data.shape[:-1], groups):
+    columns, data = static["columns"], fields["data"]
+    width = packing.packed_columns(columns, format.qtype)
+    stored = packing.stored_dtype(format.qtype)
+    if data.dtype != stored or data.ndim < 2 or data.shape[-1] != width:
         raise BoxError(
-            f"scale {box.scale.shape} does not fit data {box.data.shape} of {box.format}"
+            f"data must be {stored} with {width} columns for {format} of {columns}, found "
+            f"{data.dtype} {data.shape}"
         )
-    if str(box.scale.dtype) != box.format.scale_dtype:
-        raise BoxError(f"scale is {box.scale.dtype}, {box.format} says {box.format.scale_dtype}")
-    if (box.zero is None) != box.format.symmetric:
-        raise BoxError(f"zero points go with an affine format, and only there: {box.format}")
-    if box.zero is not None and (box.zero.shape, box.zero.dtype) != (box.scale.shape, jnp.int8):
-        raise BoxError(
-            f"zero points must be int8 {box.scale.shape}, found {box.zero.dtype} {box.zero.shape}"
-        )
-    return box
+    scale, zero = fields["scale"], fields.get("zero")
+    _check_grid((*data.shape[:-1], columns), scale, zero, format)
+    if str(scale.dtype) != format.scale_dtype:
+        raise BoxError(f"scale is {scale.dtype}, {format} says {format.scale_dtype}")
+    if zero is not None and str(zero.dtype) != format.zero_dtype:
+        raise BoxError(f"zero points are {zero.dtype}, {format} says {format.zero_dtype}")
+    inputs = fields.get("input_scale"), fields.get("input_zero")
+    if (inputs[0] is None) != (inputs[1] is None):
+        raise BoxError("input_scale and input_zero come together")
+    if inputs[0] is not None and {inputs[0].shape, inputs[1].shape} != {data.shape[:-2]}:
+        raise BoxError(f"input_scale and input_zero must be {data.shape[:-2]} each")
+    return Quantized(data, scale, zero, *inputs, format, columns, kernel_shape, dtype)
+
+
+BOXES = {"Masked": Masked, "Quantized": Quantized, "FakeQuantized": FakeQuantized}
+
+
+def array_fields(box: Any) -> dict[str, Any]:
+    """Fields of a box that hold arrays, by name; None where a box has none."""
+    return {
+        field.name: getattr(box, field.name)
+        for field in dataclasses.fields(box)
+        if field.metadata.get("pytree_node", True)
+    }
 
 
 def tree_leaves(tree: Any) -> list[Any]:

@@ -5,10 +5,15 @@ from typing import Any
 from jax import Array
 
 from glm_edge.errors import BoxError
-from glm_edge.params.boxes import describe, is_box, rebuild
-from glm_edge.params.tree import Params, array_fields, nested, path_items
+from glm_edge.params.boxes import array_fields, describe, is_box, rebuild
+from glm_edge.params.tree import Params, nested, path_items
 
 Spec = dict[str, dict[str, Any]]
+REQUIRED = {
+    "Masked": {"value", "mask"},
+    "Quantized": {"data", "scale"},
+    "FakeQuantized": {"value", "scale"},
+}
 
 
 def to_flat(params: Params) -> tuple[dict[str, Array], Spec]:
@@ -44,7 +49,7 @@ def from_flat(arrays: dict[str, Array], spec: Spec) -> Params:
     for path, static in spec.items():
         names = [name for name in plain if name.rpartition(".")[0] == path]
         fields = {name.rpartition(".")[2]: plain.pop(name) for name in names}
-        required = {"value", "mask"} if static.get("box") == "Masked" else {"data", "scale"}
+        required = REQUIRED.get(static.get("box"), set())
         if required - set(fields):
             raise BoxError(f"{path}: array {sorted(required - set(fields))[0]!r} is missing")
         try:

@@ -8,7 +8,7 @@ from jax import Array
 from glm_edge.kernels import embedding, matmul
 from glm_edge.params.boxes import Quantized, dense
 
-COMPUTE = ("float32", "bfloat16", "int8_dynamic")
+COMPUTE = ("float32", "bfloat16", "int8_dynamic", "int8_static")
 
 
 def linear(x: Array, weight: Any, compute: str = "float32") -> Array:
@@ -17,21 +17,33 @@ def linear(x: Array, weight: Any, compute: str = "float32") -> Array:
     Args:
       x: [..., in].
       weight: array or box of dense shape [out, in].
-      compute: `float32` (reference), `bfloat16` inputs with float32 accumulation, or
-        `int8_dynamic`: rows meeting a quantized weight are first rounded to int8, as a phone does.
+      compute: `float32` (reference); `bfloat16` inputs with float32 accumulation;
+        `int8_dynamic`: rows meeting a quantized weight are first rounded to int8, each on its own
+        grid, as a phone does; or `int8_static`: on the calibrated grid of the box, and on each
+        row's own where the box has none.
 
     Returns:
       [..., out].
     """
     if isinstance(weight, Quantized) and not weight.kernel_shape:
-        product = matmul.low_bit_int8 if compute == "int8_dynamic" else matmul.low_bit
-        return product(x, weight.integers(), weight.scale, weight.zero)
+        return _low_bit(x, weight, compute)
     weight = dense(weight)
     if (x.dtype, weight.dtype) == (jnp.float32, jnp.bfloat16) and _rows(x) <= matmul.SPLIT_ROWS:
         return matmul.dense_split(x, weight)
     if compute == "bfloat16":
         return matmul.dense_bf16(x, weight)
     return matmul.dense(x, weight.astype(x.dtype))
+
+
+def _low_bit(x: Array, weight: Quantized, compute: str) -> Array:
+    groups = (weight.data.shape[-2], weight.scale.shape[-1])
+    scale = jnp.broadcast_to(weight.scale, groups)
+    zero = None if weight.zero is None else jnp.broadcast_to(weight.zero, groups)
+    if compute == "int8_static" and weight.input_scale is not None:
+        grid = (weight.input_scale, weight.input_zero)
+        return matmul.low_bit_static(x, weight.levels(), scale, zero, *grid)
+    product = matmul.low_bit_int8 if compute.startswith("int8") else matmul.low_bit
+    return product(x, weight.levels(), scale, zero)
 
 
 def _rows(x: Array) -> int:
@@ -52,10 +64,11 @@ def lookup(weight: Any, tokens: Array) -> Array:
     """
     if not isinstance(weight, Quantized) or weight.kernel_shape:
         return _widen(embedding.take_rows(dense(weight), tokens))
+    per_row = weight.scale.shape[-2] == weight.data.shape[-2]
     rows = weight.replace(
         data=weight.data[tokens],
-        scale=weight.scale[tokens],
-        zero=None if weight.zero is None else weight.zero[tokens],
+        scale=weight.scale[tokens] if per_row else weight.scale[0],
+        zero=weight.zero[tokens] if per_row and weight.zero is not None else weight.zero,
     )
     return _widen(rows.unbox())
 

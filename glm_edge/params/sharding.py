@@ -21,7 +21,8 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glm_edge.errors import ConfigError
-from glm_edge.params.boxes import Masked, Quantized
+from glm_edge.kernels import packing
+from glm_edge.params.boxes import FakeQuantized, Masked, Quantized
 from glm_edge.params.tree import Params, map_with_path
 
 Axes = tuple[str | None, ...]
@@ -109,18 +110,31 @@ def named_sharding(
     axes = logical_axes(path, leaf.shape)
     units = tuple(_units(*axis, path, config) for axis in zip(axes, leaf.shape, strict=True))
     if isinstance(leaf, Masked):
-        both = _sharding(mesh, rules, axes, units)
-        return leaf.replace(value=both, mask=both)
-    if not isinstance(leaf, Quantized):
+        value = named_sharding(path, leaf.value, mesh, rules, config)
+        return leaf.replace(value=value, mask=_sharding(mesh, rules, axes, units))
+    if not isinstance(leaf, Quantized | FakeQuantized):
         return _sharding(mesh, rules, axes, units)
     if leaf.kernel_shape:
-        axes, units = (None,) * leaf.data.ndim, (1,) * leaf.data.ndim
-    groups, packed = leaf.scale.shape[-1], leaf.data.shape[-1]
-    whole_bytes = packed if leaf.columns * leaf.format.bits == packed * 8 else 1
-    columns = math.gcd(units[-1], whole_bytes, groups if groups > 1 else 0)
-    data = _sharding(mesh, rules, axes, (*units[:-1], columns))
-    scale = data if groups > 1 else _sharding(mesh, rules, axes, (*units[:-1], 1))
-    return leaf.replace(data=data, scale=scale, zero=None if leaf.zero is None else scale)
+        axes = (None,) * (len(axes) - len(leaf.kernel_shape) + 2)
+        units = (1,) * len(axes)
+    scale_rows, groups = leaf.scale.shape[-2:]
+    whole = math.gcd(units[-1], _cuttable(leaf), groups if groups > 1 else 0)
+    data = _sharding(mesh, rules, axes, (*units[:-1], whole))
+    rows = units[-2] if scale_rows > 1 else 1
+    scale = _sharding(mesh, rules, axes, (*units[:-2], rows, whole if groups > 1 else 1))
+    grid = {"scale": scale, "zero": None if leaf.zero is None else scale}
+    if isinstance(leaf, FakeQuantized):
+        return leaf.replace(value=data, **grid)
+    layers = NamedSharding(mesh, PartitionSpec())
+    inputs = None if leaf.input_scale is None else layers
+    return leaf.replace(data=data, input_scale=inputs, input_zero=inputs, **grid)
+
+
+def _cuttable(leaf: Quantized | FakeQuantized) -> int:
+    """Equal parts of a row that end at whole bytes, or 1."""
+    columns = leaf.value.shape[-1] if isinstance(leaf, FakeQuantized) else leaf.columns
+    unit = 1 if isinstance(leaf, FakeQuantized) else packing.unit(leaf.format.qtype)
+    return columns // unit if columns % unit == 0 else 1
 
 
 def shardings(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) -> Params:

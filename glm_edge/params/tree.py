@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax import Array
 
 from glm_edge.errors import RecipeError
-from glm_edge.params.boxes import Masked, Quantized, is_box, tree_leaves
+from glm_edge.params.boxes import BOXES, Quantized, array_fields, is_box, tree_leaves
 
 Params = dict[str, Any]
 
@@ -37,7 +36,7 @@ def map_with_path(function: Callable[[str, Any], Any], params: Params) -> Params
 def is_matrix(path: str, leaf: Any) -> bool:
     """True for a weight that multiplies or embeds: what rounding and masking act on."""
     name = path.rsplit("/", 1)[-1]
-    floating = isinstance(leaf, Masked | Quantized) or jnp.issubdtype(leaf.dtype, jnp.floating)
+    floating = isinstance(leaf, tuple(BOXES.values())) or jnp.issubdtype(leaf.dtype, jnp.floating)
     return name in ("weight", "kernel", "embedding") and len(leaf.shape) >= 2 and floating
 
 
@@ -66,7 +65,7 @@ def select(params: Params, where: str | None) -> list[str]:
     return chosen
 
 
-def partition(params: Params) -> tuple[Params, Params]:
+def partition(params: Params, scales: bool = False) -> tuple[Params, Params]:
     """Splits a tree into what trains and what does not, the only door into `grad` and optimizers.
 
     Floating arrays and the trainable fields of boxes go left; integers, masks, packed data and
@@ -74,19 +73,25 @@ def partition(params: Params) -> tuple[Params, Params]:
 
     Args:
       params: tree of arrays and boxes.
+      scales: also trains scales and floating zero points of quantized weights.
 
     Returns:
       `(trainable, frozen)`; `combine` puts them back together.
     """
 
+    def trains(box: Any, name: str, value: Any) -> bool:
+        if scales and isinstance(box, Quantized) and name in ("scale", "zero"):
+            return value is not None and jnp.issubdtype(value.dtype, jnp.inexact)
+        return name in box.trainable
+
     def split(leaf: Any, left: bool) -> Any:
-        if is_box(leaf):
-            fields = {
-                name: value if (name in leaf.trainable) == left else None
-                for name, value in array_fields(leaf).items()
-            }
-            return leaf.replace(**fields)
-        return leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) == left else None
+        if not is_box(leaf):
+            return leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) == left else None
+        fields = {}
+        for name, value in array_fields(leaf).items():
+            stays = trains(leaf, name, value) == left
+            fields[name] = split(value, left) if is_box(value) else value if stays else None
+        return leaf.replace(**fields)
 
     return (
         jax.tree.map(lambda leaf: split(leaf, True), params, is_leaf=is_box),
@@ -123,9 +128,3 @@ def stored_bytes(params: Params) -> int:
 def nested(flat: dict[str, Any]) -> Params:
     """Builds a nested tree from `{path: leaf}`."""
     return traverse_util.unflatten_dict({tuple(path.split("/")): v for path, v in flat.items()})
-
-
-def array_fields(box: Any) -> dict[str, Array | None]:
-    """Fields of a box that are arrays, by name; None where a box has none."""
-    names = ("value", "mask") if isinstance(box, Masked) else ("data", "scale", "zero")
-    return {name: getattr(box, name) for name in names}

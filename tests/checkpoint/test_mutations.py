@@ -143,7 +143,9 @@ def own(tmp_path, model, params):
             return boxes.mask(leaf, jnp.asarray(rng.random(leaf.shape) < 0.5))
         integers = jnp.asarray(rng.integers(-8, 8, leaf.shape), jnp.int8)
         scale = jnp.asarray(rng.uniform(0.01, 0.1, (len(leaf), leaf.shape[1] // 4)), jnp.float32)
-        return boxes.quantized(integers, scale, None, boxes.Format(int(rng.choice([4, 8])), 4))
+        return boxes.quantized(
+            integers, scale, None, boxes.Format(str(rng.choice(["int4", "int8"])), 4)
+        )
 
     directory = ge.save(model, boxes.map_with_path(box, params), tmp_path / "saved")
     return {path.name: path.read_bytes() for path in directory.iterdir()}, str

@@ -88,7 +88,7 @@ def test_the_public_names_are_on_the_package():
     [
         ('{"name": "quantize.gptq"}', "unknown transform 'quantize.gptq'; known: .*quantize.rtn"),
         ('{"name": "quantize.rtn", "options": {"bit": 4}}', "no option 'bit'; known: bits"),
-        ('{"name": "quantize.rtn", "options": {"bits": 5}}', "bits must be 4 or 8"),
+        ('{"name": "quantize.rtn", "options": {"bits": 5}}', "bits must be 8, 4, 3 or 2"),
         ('{"name": "prune.magnitude", "options": {"sparsity": "x"}}', "prune.magnitude"),
         ('{"name": "prune.magnitude"}', "prune.magnitude: .*sparsity"),
         ('{"name": "chain", "options": {"steps": []}}', "chain takes one option"),
@@ -165,8 +165,8 @@ def test_progress_is_told(small, calibration, capsys):
     assert [stage for stage, done, total in seen if done == total] == [
         "score",
         "distill",
-        "quantize",
-        "quantize",
+        "quantize.rtn",
+        "quantize.rtn",
     ]
     quantize.rtn(8)(model, params, progress=ProgressLine())
     assert "13/13 quantize" in capsys.readouterr().err

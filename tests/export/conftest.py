@@ -9,16 +9,16 @@ import pytest
 
 from glm_edge import configs
 from glm_edge import params as boxes
-from glm_edge.kernels import matmul
+from glm_edge.kernels import grid
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 
 if not (find_spec("tensorflow") and find_spec("ai_edge_litert")):
     collect_ignore_glob = ["test_*.py"]
 
-INT8 = Format(8)
-INT4 = Format(4)
-BLOCKS = Format(4, 32, scale_dtype="bfloat16")
+INT8 = Format("int8")
+INT4 = Format("int4")
+BLOCKS = Format("int4", 32, scale_dtype="bfloat16")
 
 
 def small_config(**decoder) -> configs.GLMConfig:
@@ -56,8 +56,8 @@ def quantize(weight: jax.Array, form: Format) -> boxes.Quantized:
     scale = jnp.abs(groups).max(-1) / (2 ** (form.bits - 1) - 1)
     scale = jnp.where(scale == 0.0, 1.0, scale).astype(form.scale_dtype)
     zero = None if form.symmetric else jnp.zeros(scale.shape, jnp.int8)
-    integers = matmul.quantize(weight, scale, zero, form.bits)
-    return boxes.quantized(integers, scale, zero, form)
+    codes = grid.encode(weight, scale, zero, form.qtype)
+    return boxes.quantized(codes, scale, zero, form)
 
 
 def mixed(path: str, leaf):

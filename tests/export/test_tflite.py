@@ -15,9 +15,9 @@ from glm_edge.export.flatbuffer import FlatModel
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Masked, Quantized
 
-INT8 = Format(8)
-INT4 = Format(4)
-BLOCKS = Format(4, 32, scale_dtype="bfloat16")
+INT8 = Format("int8")
+INT4 = Format("int4")
+BLOCKS = Format("int4", 32, scale_dtype="bfloat16")
 
 
 def replaced(params, path, leaf):
@@ -37,7 +37,7 @@ def test_file_holds_our_integers_and_scales_bit_for_bit(exported, params):
             np.testing.assert_array_equal(found, np.asarray(boxes.dense(leaf)))
             continue
         seen.add(str(leaf.format))
-        assert constant.type == f"int{leaf.format.bits}"
+        assert constant.type == leaf.format.qtype
         assert constant.data.tobytes() == np.asarray(leaf.data).tobytes()
         assert constant.block_size == (leaf.format.group_size or 0)
         scale = np.asarray(leaf.scale.astype(jnp.float32))
@@ -78,7 +78,7 @@ def test_conversions_are_reported(exported, model, dense_params, quantize, tmp_p
     assert not exported.conversions[0].changes_values
     assert not isinstance(exported.params["speech"]["linear_1"]["weight"], Masked)
 
-    wide = Format(4, 32)
+    wide = Format("int4", 32)
     path = "decoder/layers/1/mlp/down_proj/weight"
     box = quantize(dense_params["decoder"]["layers"]["1"]["mlp"]["down_proj"]["weight"], wide)
     halved = replaced(dense_params, path, box)
@@ -92,16 +92,16 @@ def test_conversions_are_reported(exported, model, dense_params, quantize, tmp_p
     held = export.read_constants(written.path)[path]
     effective = written.params["decoder"]["layers"]["1"]["mlp"]["down_proj"]["weight"]
     np.testing.assert_array_equal(held.scale.astype(np.float32), np.asarray(effective.scale))
-    np.testing.assert_array_equal(effective.integers(), box.integers())
+    np.testing.assert_array_equal(effective.codes(), box.codes())
 
 
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Format(8, 32), "no kernel for int8 in groups; right would be int8"),
-        (Format(4, 32, symmetric=False), "no zero point; right would be symmetric=True"),
-        (Format(8, symmetric=False), "right would be symmetric=True"),
-        (Format(4, 16), "groups of a multiple of 32"),
+        (Format("int8", 32), "no kernel for int8 in groups; right would be int8"),
+        (Format("int4", 32, symmetric=False), "no zero point; right would be symmetric=True"),
+        (Format("int8", symmetric=False), "right would be symmetric=True"),
+        (Format("int4", 16), "groups of a multiple of 32"),
     ],
     ids=str,
 )

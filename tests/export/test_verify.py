@@ -17,7 +17,12 @@ from glm_edge.generate.decoding import greedy
 from glm_edge.kernels import matmul
 from glm_edge.params import Format
 
-FORMS = [Format(8), Format(4), Format(4, 32, scale_dtype="bfloat16"), Format(4, 64)]
+FORMS = [
+    Format("int8"),
+    Format("int4"),
+    Format("int4", 32, scale_dtype="bfloat16"),
+    Format("int4", 64),
+]
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ import pytest
 from glm_edge import params as boxes
 from glm_edge.compress.quantize import quantize_leaf
 from glm_edge.errors import BoxError
-from glm_edge.kernels import matmul
+from glm_edge.kernels import grid, matmul
 from glm_edge.models.layers import Embed, Linear
 from glm_edge.params import Format
 
 FORMATS = [
-    Format(8),
-    Format(8, symmetric=False),
-    Format(4),
-    Format(4, group_size=8, scale_dtype="bfloat16"),
-    Format(4, group_size=8, symmetric=False, scale_dtype="float16"),
+    Format("int8"),
+    Format("int8", symmetric=False),
+    Format("int4"),
+    Format("int4", group_size=8, scale_dtype="bfloat16"),
+    Format("int4", group_size=8, symmetric=False, scale_dtype="float16"),
 ]
 
 
@@ -42,7 +42,7 @@ def test_masked_unboxes_to_value_times_mask_and_masks_accumulate():
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_quantized_unboxes_to_scale_times_steps(format):
     box = quantize(weight(6, 16), format)
-    integers = np.asarray(box.integers(), np.float64)
+    integers = np.asarray(box.codes(), np.float64)
     size = format.group_size or 16
     scale = np.repeat(np.asarray(box.scale, np.float64), size, axis=1)
     zero = 0 if box.zero is None else np.repeat(np.asarray(box.zero, np.float64), size, axis=1)
@@ -78,7 +78,7 @@ def test_stock_modules_run_on_boxes_unchanged(module, shape, bits):
 
     def box(path, leaf):
         name = path.rsplit("/", 1)[-1]
-        return quantize(leaf, Format(bits), name) if name == "kernel" else leaf
+        return quantize(leaf, Format(f"int{bits}"), name) if name == "kernel" else leaf
 
     def cover(path, leaf):
         return boxes.mask(leaf, jnp.abs(leaf) > 0.1) if path.endswith("kernel") else leaf
@@ -116,9 +116,9 @@ def test_our_linear_hands_the_box_to_the_low_bit_kernel(format, rows, monkeypatc
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_our_embedding_dequantizes_only_the_rows_it_reads(format, monkeypatch):
     sizes = []
-    kernel = matmul.dequantize
+    kernel = grid.dequantize
     monkeypatch.setattr(
-        matmul, "dequantize", lambda q, *rest: sizes.append(q.shape) or kernel(q, *rest)
+        grid, "dequantize", lambda q, *rest: sizes.append(q.shape) or kernel(q, *rest)
     )
     box, tokens = quantize(weight(10, 16), format), jnp.array([[0, 9, 3]])
     found = Embed(10, 16).apply({"params": {"weight": box}}, tokens)
@@ -130,7 +130,7 @@ def test_our_tied_head_reaches_the_low_bit_kernel(monkeypatch):
     called = []
     kernel = matmul.low_bit
     monkeypatch.setattr(matmul, "low_bit", lambda *args: called.append(1) or kernel(*args))
-    box, x = quantize(weight(10, 16), Format(8)), weight(2, 16)
+    box, x = quantize(weight(10, 16), Format("int8")), weight(2, 16)
     found = Embed(10, 16).apply({"params": {"weight": box}}, x, method="attend")
     assert called
     np.testing.assert_allclose(found, x @ boxes.dense(box).T, atol=1e-5)
@@ -138,7 +138,7 @@ def test_our_tied_head_reaches_the_low_bit_kernel(monkeypatch):
 
 def test_int8_dynamic_rounds_activation_rows_before_a_quantized_weight_only():
     x, plain = weight(3, 16), weight(6, 16, seed=1)
-    box = quantize(plain, Format(8))
+    box = quantize(plain, Format("int8"))
     rounded = matmul.round_rows_to_int8(x)
     found = boxes.linear(x, box, "int8_dynamic")
     np.testing.assert_allclose(found, rounded @ boxes.dense(box).T, atol=1e-5)
@@ -195,12 +195,12 @@ def test_static_fields_are_hashable_so_that_a_box_is_traced_once():
         return box.unbox()
 
     for seed in range(3):
-        unbox(quantize(weight(6, 16, seed=seed), Format(4, 8)))
+        unbox(quantize(weight(6, 16, seed=seed), Format("int4", 8)))
     assert len(traces) == 1
 
 
 def test_axis_metadata_is_the_identity_on_axes():
-    box = quantize(weight(6, 16), Format(8))
+    box = quantize(weight(6, 16), Format("int8"))
     assert box.add_axis(0, {}) is box
     assert box.remove_axis(0, {}) is box
 
@@ -211,29 +211,31 @@ def test_axis_metadata_is_the_identity_on_axes():
         (lambda: boxes.mask(weight(2, 2), jnp.ones((2, 2))), "mask must be bool"),
         (lambda: boxes.mask(weight(2, 2), jnp.ones((2, 3), bool)), "mask must be bool"),
         (
-            lambda: boxes.mask(quantize(weight(2, 2), Format(8)), jnp.ones((2, 2), bool)),
+            lambda: boxes.mask(quantize(weight(2, 2), Format("int8")), jnp.ones((2, 2), bool)),
             "prune before quantizing",
         ),
-        (lambda: Format(3), "bits must be 4 or 8"),
-        (lambda: Format(4, 0), "group_size must be positive"),
-        (lambda: Format(4, 8, scale_dtype="int8"), "scale_dtype"),
+        (lambda: Format("int5"), "qtype 'int5' is unknown"),
+        (lambda: Format("int4", 0), "group_size must be positive"),
+        (lambda: Format("int4", 8, scale_dtype="int8"), "scale_dtype"),
         (
             lambda: boxes.quantized(
-                jnp.zeros((2, 9), jnp.int8), jnp.ones((2, 1)), None, Format(4, 8)
+                jnp.zeros((2, 9), jnp.int8), jnp.ones((2, 1)), None, Format("int4", 8)
             ),
             "not whole groups",
         ),
         (
-            lambda: boxes.quantized(jnp.zeros((2, 8)), jnp.ones((2, 1)), None, Format(8)),
+            lambda: boxes.quantized(jnp.zeros((2, 8)), jnp.ones((2, 1)), None, Format("int8")),
             "must be int8",
         ),
         (
-            lambda: boxes.quantized(jnp.zeros((2, 8), jnp.int8), jnp.ones((2, 2)), None, Format(8)),
+            lambda: boxes.quantized(
+                jnp.zeros((2, 8), jnp.int8), jnp.ones((2, 2)), None, Format("int8")
+            ),
             "scale must be",
         ),
         (
             lambda: boxes.quantized(
-                jnp.zeros((2, 8), jnp.int8), jnp.ones((2, 1)), None, Format(8, symmetric=False)
+                jnp.zeros((2, 8), jnp.int8), jnp.ones((2, 1)), None, Format("int8", symmetric=False)
             ),
             "zero points",
         ),
@@ -245,13 +247,13 @@ def test_factories_refuse_what_has_no_meaning(build, message):
 
 
 def test_boxes_rebuild_around_placeholders():
-    box = quantize(weight(6, 16), Format(4, 8))
+    box = quantize(weight(6, 16), Format("int4", 8))
     shapes = jax.tree.map(lambda leaf: leaf.shape, box)
     assert shapes.data == (6, 8)
     assert jax.tree.leaves(jax.tree.map(lambda _: None, box)) == []
 
 
 def test_a_wrong_dense_shape_is_refused_by_name():
-    box = quantize(weight(6, 16), Format(8))
+    box = quantize(weight(6, 16), Format("int8"))
     with pytest.raises(ValueError, match="weight: shape"):
         Linear(7).apply({"params": {"weight": box}}, weight(2, 16))

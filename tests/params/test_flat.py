@@ -19,8 +19,10 @@ def tree():
     weight = jax.random.normal(jax.random.key(0), (4, 16))
     return {
         "a": {"weight": boxes.mask(weight, weight > 0)},
-        "b": {"weight": quantize_leaf("weight", weight, Format(4, 8, scale_dtype="bfloat16"))[0]},
-        "c": {"kernel": quantize_leaf("kernel", weight, Format(8, symmetric=False))[0]},
+        "b": {
+            "weight": quantize_leaf("weight", weight, Format("int4", 8, scale_dtype="bfloat16"))[0]
+        },
+        "c": {"kernel": quantize_leaf("kernel", weight, Format("int8", symmetric=False))[0]},
         "d": {"weight": weight, "bias": jnp.zeros(4, jnp.bfloat16)},
     }
 

@@ -171,14 +171,14 @@ def quantized(columns: int, **options) -> ge.params.Quantized:
 @pytest.mark.parametrize(
     ("box", "ways", "data", "scale"),
     [
-        (quantized(256, bits=4, group_size=32), 4, "model", "model"),
-        (quantized(256, bits=4, group_size=32, symmetric=False), 8, "model", "model"),
-        (quantized(128, bits=4, group_size=32), 8, None, None),
-        (quantized(96, bits=8, group_size=32), 2, None, None),
-        (quantized(256, bits=8), 4, "model", None),
-        (quantized(256, bits=4, group_size=256), 4, "model", None),
-        (quantized(12, bits=4), 4, None, None),
-        (quantized(7, bits=4), 4, None, None),
+        (quantized(256, qtype="int4", group_size=32), 4, "model", "model"),
+        (quantized(256, qtype="int4", group_size=32, symmetric=False), 8, "model", "model"),
+        (quantized(128, qtype="int4", group_size=32), 8, None, None),
+        (quantized(96, qtype="int8", group_size=32), 2, None, None),
+        (quantized(256, qtype="int8"), 4, "model", None),
+        (quantized(256, qtype="int4", group_size=256), 4, "model", None),
+        (quantized(12, qtype="int4"), 4, None, None),
+        (quantized(7, qtype="int4"), 4, None, None),
     ],
 )
 def test_columns_are_cut_at_whole_groups_and_bytes(box, ways, data, scale):
@@ -191,12 +191,12 @@ def test_columns_are_cut_at_whole_groups_and_bytes(box, ways, data, scale):
 
 
 def test_rows_of_boxes_are_cut_like_those_of_arrays():
-    found = sharding.named_sharding("embed/weight", quantized(64, bits=8), mesh_of(1, 4))
+    found = sharding.named_sharding("embed/weight", quantized(64, qtype="int8"), mesh_of(1, 4))
     assert (found.data.spec, found.scale.spec) == (P("model", None), P("model", None))
     masked = ge.params.mask(jnp.ones((8, 4)), jnp.ones((8, 4), bool))
     found = sharding.named_sharding("embed/weight", masked, mesh_of(1, 4))
     assert found.value.spec == found.mask.spec == P("model", None)
-    stock = quantized(64, bits=8).replace(kernel_shape=(64, 8))
+    stock = quantized(64, qtype="int8").replace(kernel_shape=(64, 8))
     found = sharding.named_sharding("embed/weight", stock, mesh_of(1, 4))
     assert found.data.spec == P(None, None)
 
@@ -237,7 +237,9 @@ def test_jit_compiles_anew_on_a_mesh(nano):
 def test_boxes_are_sharded_unchanged():
     params = {
         "embed": {"weight": ge.params.mask(jnp.ones((8, 4)), jnp.eye(8, 4) > 0)},
-        "mlp": {"down_proj": {"weight": quantized(64, bits=4, group_size=32, symmetric=False)}},
+        "mlp": {
+            "down_proj": {"weight": quantized(64, qtype="int4", group_size=32, symmetric=False)}
+        },
         "norm": {"weight": jnp.arange(4.0)},
     }
     mesh = jax.make_mesh((1, 1), ("data", "model"))

@@ -20,8 +20,8 @@ def tree():
     return {
         "layers": {
             "0": {"weight": boxes.mask(masked, jnp.abs(masked) > 0.5), "bias": jnp.ones(4)},
-            "1": {"weight": quantize_leaf("weight", rounded, Format(4, 8))[0]},
-            "2": {"weight": quantize_leaf("weight", rounded, Format(8, symmetric=False))[0]},
+            "1": {"weight": quantize_leaf("weight", rounded, Format("int4", 8))[0]},
+            "2": {"weight": quantize_leaf("weight", rounded, Format("int8", symmetric=False))[0]},
         },
         "steps": jnp.arange(3),
         "plain": {"weight": jax.random.normal(keys[2], (4, 8))},

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,61 @@ def read(
       CheckpointError: files are missing or damaged, or do not fit the configuration.
       ConfigError: config.json names an unknown model, or a field is missing or not known.
     """
+    source = open_directory(directory, fields)
+    plan = placement.plan(nested(source.abstract()), source.model.config)
+    leaves = {}
+    for entry in source.entries:
+        for path, array in source.read(entry, plan, dtype):
+            leaves[path] = plan[path].put(array)
+    check_names(leaves, source.expected, str(directory))
+    return source.model, nested(leaves)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory whose headers have been checked and whose tensors are read on demand.
+
+    Attributes:
+      model: without parameters.
+      entries: tensors beside our parameters, in the order of the member's table.
+      stored: names of the table to names in the files.
+      files: name in the files to the file that holds it.
+      expected: shape of each parameter.
+    """
+
+    model: nn.Module
+    entries: list[Entry]
+    stored: dict[str, str]
+    files: dict[str, SafetensorsFile]
+    expected: Shapes
+
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Parameters by path, without numbers."""
+        return {
+            path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in self.expected.items()
+        }
+
+    def read(
+        self, entry: Entry, plan: Mapping[str, Destination], dtype: str | None
+    ) -> list[tuple[str, np.ndarray]]:
+        """Reads the parameters of one entry.
+
+        Args:
+          entry: one of `entries`.
+          plan: where each parameter goes.
+          dtype: type to cast to, or None for the stored one.
+
+        Returns:
+          Pairs of path and array.
+
+        Raises:
+          CheckpointError: a tensor is damaged, of another shape, or not finite.
+        """
+        return _read_entry(entry, self.stored, self.files, plan, dtype)
+
+
+def open_directory(directory: Path, fields: dict[str, Any]) -> Source:
+    """Checks the headers of a directory; arguments and errors as in `read`."""
     name = str(fields.get("_name_or_path") or directory.resolve().name)
     member, config = read_config(fields, str(directory / CONFIG), name)
     files = tensor_files(directory)
@@ -59,21 +116,14 @@ def read(
     expected = expected_shapes(model)
     entries = member.entries(config)
     _check_headers(entries, stored, files, expected, directory)
-    abstract = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in expected.items()}
-    plan = placement.plan(nested(abstract), config)
-    leaves = {}
-    for entry in entries:
-        for path, array in _read_entry(entry, stored, files, plan, dtype):
-            leaves[path] = plan[path].put(array)
-    check_names(leaves, expected, str(directory))
-    return model, nested(leaves)
+    return Source(model, entries, stored, files, expected)
 
 
 def _read_entry(
     entry: Entry,
     stored: dict[str, str],
     files: dict[str, SafetensorsFile],
-    plan: dict[str, Destination],
+    plan: Mapping[str, Destination],
     dtype: str | None,
 ) -> list[tuple[str, np.ndarray]]:
     names = [stored[name] for name in entry.names]
@@ -96,7 +146,7 @@ def _read_entry(
 
 
 def _rearrange(
-    entry: Entry, tensors: list[np.ndarray], plan: dict[str, Destination], where: str
+    entry: Entry, tensors: list[np.ndarray], plan: Mapping[str, Destination], where: str
 ) -> tuple[np.ndarray, ...]:
     try:
         arrays = entry.read(*tensors)

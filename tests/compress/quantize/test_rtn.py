@@ -54,7 +54,7 @@ def test_matches_a_loop(bits, group, symmetric, scale_dtype):
     _, params, report = transform(nn.Dense(6), {"weight": values})
     stored = {None: ml_dtypes.bfloat16 if group else np.float32, "float16": np.float16}[scale_dtype]
     expected, integers = rtn_loop(np.asarray(values), bits, group, symmetric, stored)
-    np.testing.assert_array_equal(params["weight"].integers(), integers)
+    np.testing.assert_array_equal(params["weight"].codes(), integers)
     np.testing.assert_allclose(boxes.dense(params["weight"]), expected, rtol=1e-6, atol=1e-7)
     error = np.linalg.norm(expected - values) / np.linalg.norm(values)
     assert report.rows[0].relative_error == pytest.approx(error, rel=1e-4)
@@ -65,7 +65,7 @@ def test_a_second_rounding_changes_no_integer(bits, group, symmetric):
     transform = quantize.rtn(bits, group, symmetric)
     _, once, _ = transform(None, {"weight": weight(6, 32)})
     _, twice, _ = transform(None, {"weight": boxes.dense(once["weight"])})
-    np.testing.assert_array_equal(once["weight"].integers(), twice["weight"].integers())
+    np.testing.assert_array_equal(once["weight"].codes(), twice["weight"].codes())
     np.testing.assert_allclose(
         boxes.dense(twice["weight"]), boxes.dense(once["weight"]), rtol=3e-7, atol=0
     )
@@ -204,13 +204,13 @@ def test_a_matrix_that_is_not_whole_groups_falls_back_if_asked():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, "bits must be 4 or 8"),
-        ({"bits": "4"}, "bits must be a whole number"),
-        ({"group_size": 0}, "group_size must be a whole number"),
+        ({"bits": 5}, "bits must be 8, 4, 3 or 2"),
+        ({"bits": "4"}, "bits must be 8, 4, 3 or 2"),
+        ({"group_size": 0}, "group_size must be positive"),
         ({"scale": "median"}, "scale must be one of max, extreme, mse"),
         ({"scale": "extreme", "symmetric": False}, "extreme"),
         ({"scale_dtype": "int8"}, "scale_dtype"),
-        ({"fallback_bits": 5}, "bits must be 4 or 8"),
+        ({"fallback_bits": 5}, "bits must be 8, 4, 3 or 2"),
         ({"where": "decoder/("}, "not a regular expression"),
         ({"where": 3}, "not a regular expression"),
     ],

@@ -1,0 +1,111 @@
+"""A checkpoint whose parameters are read on demand, a few at a time."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from glm_edge import params as boxes
+from glm_edge.checkpoint import hugging_face, own
+from glm_edge.checkpoint.files import CONFIG, read_json
+from glm_edge.checkpoint.placement import Placement
+from glm_edge.checkpoint.reading import file_inside
+from glm_edge.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class LazyCheckpoint:
+    """A directory that has been checked up to its headers.
+
+    Attributes:
+      model: without parameters.
+      abstract: path to abstract array or box, every parameter of the model.
+      files: that hold the numbers.
+    """
+
+    model: nn.Module
+    abstract: dict[str, Any]
+    files: tuple[Path, ...]
+    _source: Any
+
+    def read(self, paths: Iterable[str]) -> dict[str, Any]:
+        """Reads parameters as they are stored.
+
+        Args:
+          paths: of the parameters.
+
+        Returns:
+          Path to array or box, in the order of `paths`.
+
+        Raises:
+          CheckpointError: a tensor is damaged or not finite.
+        """
+        wanted = list(paths)
+        if isinstance(self._source, own.Source):
+            found = self._read_own(wanted)
+        else:
+            found = self._read_hugging_face(wanted)
+        return {path: found[path] for path in wanted}
+
+    def fingerprint(self) -> str:
+        """Changes when a file is replaced: a digest of names, sizes and times of change."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            status = os.stat(file)
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def _read_own(self, wanted: list[str]) -> dict[str, Any]:
+        leaves = {}
+        for path in wanted:
+            leaf = self.abstract[path]
+            plan = Placement().plan({path: leaf}, self.model.config)
+            arrays = {name: to.put(self._source.read(name, to)) for name, to in plan.items()}
+            spec = {path: self._source.spec[path]} if boxes.is_box(leaf) else {}
+            leaves |= dict(boxes.path_items(boxes.from_flat(arrays, spec)))
+        return leaves
+
+    def _read_hugging_face(self, wanted: list[str]) -> dict[str, Any]:
+        plan, leaves = Placement().plan(self.abstract, self.model.config), {}
+        for entry in self._source.entries:
+            if not set(entry.paths) & set(wanted):
+                continue
+            for path, array in self._source.read(entry, plan, None):
+                leaves[path] = plan[path].put(array)
+        return leaves
+
+
+def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
+    """Opens a checkpoint directory without reading its numbers.
+
+    Args:
+      path: directory that `glm_edge.load` opens; not one stored with Orbax.
+
+    Returns:
+      The checkpoint.
+
+    Raises:
+      CheckpointError: a file is missing, damaged or does not fit the model, or Orbax holds it.
+      ConfigError: config.json names an unknown model, or a field is missing or not known.
+    """
+    directory = Path(path)
+    fields = read_json(file_inside(directory, CONFIG))
+    if fields.get("format") != own.FORMAT:
+        source = hugging_face.open_directory(directory, fields)
+        return LazyCheckpoint(source.model, source.abstract(), _paths(source.files), source)
+    if fields.get("store") == "orbax":
+        raise CheckpointError(
+            f"{directory}: an Orbax directory is restored whole; load it and save it with "
+            "format='safetensors' first"
+        )
+    source = own.open_directory(directory, fields)
+    abstract = dict(boxes.path_items(source.params))
+    return LazyCheckpoint(source.model, abstract, _paths(source.files), source)
+
+
+def _paths(files: dict[str, Any]) -> tuple[Path, ...]:
+    return tuple(sorted({file.path for file in files.values()}))

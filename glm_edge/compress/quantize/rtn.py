@@ -1,0 +1,94 @@
+"""Rounding weights to the nearest level."""
+
+import re
+
+from glm_edge.compress.quantize.leaves import columns_of, quantize_leaf, row
+from glm_edge.compress.quantize.options import (
+    check_rounding,
+    fitting,
+    format_options,
+    spelled_out,
+)
+from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
+from glm_edge.compress.transform import Transform, check_pattern
+
+
+def rtn(
+    bits: int = 8,
+    group_size: int | str | None = None,
+    symmetric: bool = True,
+    where: str | None = None,
+    scale: str = "max",
+    scale_dtype: str | None = None,
+    qtype: str | None = None,
+    fallback_bits: int | None = None,
+    stacked: str | None = None,
+) -> Transform:
+    """Rounds weights to the nearest level, `q = round(f / s + z)`, `f' = s (q - z)`.
+
+    Symmetric scales have no zero point; affine grids span zero, which they hold exactly. A scale
+    is rounded to its stored type before the codes are computed, and a group of zeros gets scale
+    one. Zeros of a masked weight stay zero and its mask is dropped. Biases and norms are left.
+
+    Args:
+      bits: 8, 4, 3 or 2.
+      group_size: columns (inputs) that share a scale; None for one scale a row (per channel),
+        `tensor` for one scale a matrix.
+      symmetric: False for affine, with an integer zero point.
+      where: regular expression searched in each path; None rounds every matrix that is not yet
+        quantized.
+      scale: `max`, the largest magnitude lands on the largest level; `mse`, the fraction of it
+        that gives the least squared error; `extreme`, the signed extreme lands on
+        `-2^(bits-1)` (symmetric integers only; scales may be negative, which phone kernels refuse).
+      scale_dtype: `float32`, `float16` or `bfloat16`; None is float32 per channel and bfloat16 for
+        groups.
+      qtype: another format than integers, such as `nf4`, `ternary`, `ternary34` or `bfloat16`; see
+        `glm_edge.params.Format`.
+      fallback_bits: per-channel width for a matrix whose columns are not whole groups; None raises
+        there.
+      stacked: regular expression of stock kernels whose first axis is a layer axis (`nn.scan`).
+
+    Returns:
+      The transform.
+
+    Raises:
+      RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
+        weight, columns are not whole groups, or weights are not finite.
+
+    References:
+      Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
+      https://arxiv.org/abs/1712.05877.
+    """
+    options = spelled_out(locals())
+    format = format_options("quantize.rtn", bits, group_size, symmetric, scale_dtype, qtype)
+    check_rounding("quantize.rtn", where, scale, format, fallback_bits)
+    check_pattern("quantize.rtn", "stacked", stacked)
+    return Transform("quantize.rtn", options)
+
+
+def _round_stage(
+    work: StageWork,
+    bits: int,
+    group_size: int | str | None,
+    symmetric: bool,
+    scale: str,
+    scale_dtype: str | None,
+    qtype: str | None,
+    fallback_bits: int | None,
+    stacked: str | None,
+) -> Replaced:
+    wanted = format_options("quantize.rtn", bits, group_size, symmetric, scale_dtype, qtype)
+    has_layer_axis = re.compile(stacked or "(?!)").search
+    replaced, rows = {}, []
+    for path in work.selected:
+        leaf, layers = work.leaves[path], bool(has_layer_axis(path))
+        columns = columns_of(path, leaf.shape, layers)
+        format = fitting(path, columns, wanted, fallback_bits)
+        replaced[path], error = quantize_leaf(path, leaf, format, scale, layers)
+        note = "" if format is wanted else "fallback"
+        rows.append(row("quantize.rtn", path, leaf, replaced[path], error, note))
+        work.advance(path)
+    return replaced, rows
+
+
+register_stagewise("quantize.rtn", rtn, _round_stage)

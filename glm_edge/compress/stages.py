@@ -1,0 +1,342 @@
+"""A model as a list of stages, run one after the other on all calibration batches.
+
+Statistics are collected and weights replaced one stage at a time, so that memory holds one layer
+and its statistics, not the model. The stages of a GLM are `vision/front`, `vision/layers/<i>`,
+`vision/end`, the same of `speech`, `embed`, `decoder/layers/<i>` and `head`; any other module is
+one stage, `model`.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.compress import batches
+from glm_edge.models.glm import Layer
+from glm_edge.models.multimodal import MultimodalGLM, place_features
+from glm_edge.models.speech import SpeechEncoder, SpeechLayer
+from glm_edge.models.vision import VisionEncoder, VisionLayer
+from glm_edge.params.tree import nested
+
+State = dict[str, Array]
+Leaves = dict[str, Any]
+
+
+class Statistic(NamedTuple):
+    """A reduction of the rows that meet a weight.
+
+    Attributes:
+      measure: maps rows float32 [N, in] to a pytree; traced inside the compiled stage.
+      join: puts the results of two batches together.
+    """
+
+    measure: Callable[[Array], Any]
+    join: Callable[[Any, Any], Any]
+
+
+def _gram(rows: Array) -> dict[str, Array]:
+    product = jax.lax.dot_general(rows, rows, (((0,), (0,)), ((), ())))
+    return {"gram": product, "count": jnp.float32(rows.shape[0])}
+
+
+def _column_sums(rows: Array) -> dict[str, Array]:
+    return {"sum": jnp.sum(jnp.abs(rows), axis=0), "count": jnp.float32(rows.shape[0])}
+
+
+def _range(rows: Array) -> dict[str, Array]:
+    return {"low": rows.min(axis=0), "high": rows.max(axis=0)}
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _join_ranges(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
+    return {"low": jnp.minimum(a["low"], b["low"]), "high": jnp.maximum(a["high"], b["high"])}
+
+
+def _identity(rows: Array) -> Array:
+    return rows
+
+
+def _stack(a: Array, b: Array) -> Array:
+    return jnp.concatenate([a, b])
+
+
+def _abs_max(rows: Array) -> Array:
+    return jnp.max(jnp.abs(rows), axis=0)
+
+
+GRAM = Statistic(_gram, _add)
+"""`{"gram": sum of x x^T [in, in], "count": rows}`."""
+ABS_SUM = Statistic(_column_sums, _add)
+"""`{"sum": sum of |x| [in], "count": rows}`."""
+ABS_MAX = Statistic(_abs_max, jnp.maximum)
+"""Largest `|x|` of each column, [in]."""
+RANGE = Statistic(_range, _join_ranges)
+"""`{"low": [in], "high": [in]}`."""
+ROWS = Statistic(_identity, _stack)
+"""All rows, [N, in]."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a model.
+
+    Attributes:
+      name: such as `decoder/layers/3`.
+      root: where the module's parameters lie in the model's tree, empty for the whole tree.
+      owns: prefixes of the parameters that belong to this stage and no other.
+      module: runs it.
+      forward: called as `forward(bound module, state)`, returns the next state.
+      reads: entries of a state without which a batch skips the stage.
+      borrows: parameters of an earlier stage, where there are such, that it reads too.
+    """
+
+    name: str
+    root: str
+    owns: tuple[str, ...]
+    module: nn.Module
+    forward: Callable[[nn.Module, State], State]
+    reads: str = "tokens"
+    borrows: tuple[str, ...] = ()
+
+    def holds(self, path: str) -> bool:
+        """True for a parameter that belongs to this stage."""
+        return any(path.startswith(prefix) for prefix in self.owns)
+
+    def run(self, leaves: Leaves, states: Iterable[State]) -> list[State]:
+        """Runs every batch that the stage concerns, and hands on the others.
+
+        Args:
+          leaves: parameters by their full path, borrowed ones included.
+          states: of the batches.
+
+        Returns:
+          The states after the stage.
+        """
+        params = self._params(leaves)
+        return [
+            _run(self.module, self.forward, params, state)[0] if self.reads in state else state
+            for state in states
+        ]
+
+    def collect(
+        self, leaves: Leaves, states: Iterable[State], statistic: Statistic
+    ) -> dict[str, Any]:
+        """Reduces the rows that meet each weight over all batches.
+
+        Args:
+          leaves: parameters by their full path, borrowed ones included.
+          states: before the stage.
+          statistic: the reduction.
+
+        Returns:
+          Path of the weight to the joined result.
+        """
+        params, total = self._params(leaves), {}
+        for state in states:
+            if self.reads not in state:
+                continue
+            measured = _run(self.module, self.forward, params, state, statistic.measure)[1]
+            for path, value in measured.items():
+                path = f"{self.root}/{path}" if self.root else path
+                total[path] = statistic.join(total[path], value) if path in total else value
+        return total
+
+    def _params(self, leaves: Leaves) -> Any:
+        start = len(self.root) + 1 if self.root else 0
+        return nested(
+            {path[start:]: leaf for path, leaf in leaves.items() if path.startswith(self.root)}
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("module", "forward", "measure"))
+def _run(
+    module: nn.Module,
+    forward: Callable[[nn.Module, State], State],
+    params: Any,
+    state: State,
+    measure: Callable[[Array], Any] | None = None,
+) -> tuple[State, dict[str, Any]]:
+    if measure is None:
+        return module.apply({"params": params}, state, method=forward), {}
+    rows: dict[str, Array] = {}
+
+    def see(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
+            seen = args[0].reshape(-1, args[0].shape[-1])
+            rows["/".join((*context.module.path, "kernel"))] = seen
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(see):
+        state, variables = module.apply(
+            {"params": params}, state, method=forward, mutable=["inputs"]
+        )
+    for path, sown in jax.tree_util.tree_flatten_with_path(variables.get("inputs", {}))[0]:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        rows["/".join((*names[:-1], "weight"))] = sown
+    return state, {path: measure(seen.astype(jnp.float32)) for path, seen in rows.items()}
+
+
+def stages(model: nn.Module) -> tuple[Stage, ...]:
+    """The stages of a model, in the order in which they run."""
+    if not isinstance(model, MultimodalGLM):
+        return (Stage("model", "", ("",), model, _whole),)
+    config, found = model.config, []
+    width = config.decoder.hidden_size
+    if config.vision is not None:
+        encoder = VisionEncoder(config.vision, width, model.compute)
+        windows = [
+            None if index in config.vision.global_layers else config.vision.window
+            for index in range(config.vision.num_layers)
+        ]
+        layers = [VisionLayer(config.vision, window, model.compute) for window in windows]
+        found += _encoder("vision", "images", encoder, layers, _vision_functions)
+    if config.speech is not None:
+        encoder = SpeechEncoder(config.speech, width, model.compute)
+        layers = [SpeechLayer(config.speech, model.compute)] * config.speech.num_layers
+        found += _encoder("speech", "audio", encoder, layers, _speech_functions)
+    found.append(Stage("embed", "", ("embed/",), model, _embed))
+    for index in range(config.decoder.num_layers):
+        root = f"decoder/layers/{index}"
+        layer = Layer(config.decoder, _first_alike(config.decoder, index), model.compute)
+        found.append(Stage(root, root, (f"{root}/",), layer, _decode))
+    tied = ("embed/weight",) if config.decoder.tie_embeddings else ()
+    found.append(Stage("head", "", ("decoder/norm/", "head/"), model, _predict, "tokens", tied))
+    return tuple(found)
+
+
+def _first_alike(decoder: Any, index: int) -> int:
+    """The first layer of the same widths, whose compiled program serves this one."""
+    widths = [(decoder.heads(i), decoder.kv_heads(i), decoder.neurons(i)) for i in range(index + 1)]
+    return widths.index(widths[index])
+
+
+def _encoder(
+    name: str, reads: str, encoder: nn.Module, layers: list[nn.Module], functions: Mapping[str, Any]
+) -> list[Stage]:
+    # An encoder declares tables of its own when any part of it is called, so its end needs them.
+    tables = tuple(f"{name}/{table}" for table in functions["tables"])
+    front = (*(f"{name}/{part}/" for part in functions["front_owns"]), *tables)
+    found = [Stage(f"{name}/front", name, front, encoder, functions["front"], reads)]
+    for index, layer in enumerate(layers):
+        root = f"{name}/layers/{index}"
+        found.append(Stage(root, root, (f"{root}/",), layer, functions["layer"], reads))
+    end = tuple(f"{name}/{part}/" for part in functions["end_owns"])
+    found.append(Stage(f"{name}/end", name, end, encoder, functions["end"], reads, tables))
+    return found
+
+
+def _vision_front(encoder: VisionEncoder, state: State) -> State:
+    items = state["images"].reshape(-1, *state["images"].shape[-3:])
+    angle = encoder.angles(encoder.config.grid_of(items.shape[-3:-1]))
+    return {**state, "x": encoder.embed(items)[0], "angle": angle}
+
+
+def _vision_layer(layer: VisionLayer, state: State) -> State:
+    grid = layer.config.grid_of(state["images"].shape[-3:-1])
+    return {**state, "x": layer(state["x"], state["angle"], grid)}
+
+
+def _vision_end(encoder: VisionEncoder, state: State) -> State:
+    grid = encoder.config.grid_of(state["images"].shape[-3:-1])
+    features = encoder.head(encoder.norm(state["x"]), grid)
+    return _encoded(state, "images", "vision", features)
+
+
+def _speech_front(encoder: SpeechEncoder, state: State) -> State:
+    items = state["audio"].reshape(-1, *state["audio"].shape[-2:])
+    x = encoder.embed(items)[0]
+    return {**state, "x": x, "angle": encoder.angles(x.shape[1])}
+
+
+def _speech_layer(layer: SpeechLayer, state: State) -> State:
+    return {**state, "x": layer(state["x"], state["angle"])}
+
+
+def _speech_end(encoder: SpeechEncoder, state: State) -> State:
+    return _encoded(state, "audio", "speech", encoder.head(encoder.norm(state["x"])))
+
+
+def _encoded(state: State, source: str, name: str, features: Array) -> State:
+    rest = {key: value for key, value in state.items() if key not in ("x", "angle", source)}
+    return {**rest, name: features.reshape(state["tokens"].shape[0], -1, features.shape[-1])}
+
+
+_vision_functions = {
+    "front": _vision_front,
+    "layer": _vision_layer,
+    "end": _vision_end,
+    "front_owns": ("patch", "post_conv_norm"),
+    "end_owns": ("norm", "pool", "merge", "projector"),
+    "tables": ("position", "begin", "end", "row", "column"),
+}
+_speech_functions = {
+    "front": _speech_front,
+    "layer": _speech_layer,
+    "end": _speech_end,
+    "front_owns": ("conv1", "conv2"),
+    "end_owns": ("norm", "linear_1", "linear_2"),
+    "tables": ("position",),
+}
+
+
+def _embed(model: MultimodalGLM, state: State) -> State:
+    tokens, x = state["tokens"], model.embed(state["tokens"])
+    for name, token in (
+        ("vision", model.config.image_token_id),
+        ("speech", model.config.audio_token_id),
+    ):
+        if name in state:
+            x = place_features(x, tokens == token, state[name])
+    angle, mask, _ = model.decoder.prepare(x, state["positions"], state.get("mask"), None)
+    return {"tokens": tokens, "x": x, "angle": angle, "mask": mask}
+
+
+def _decode(layer: Layer, state: State) -> State:
+    x, _ = layer(state["x"], state["angle"], state["mask"], None, jnp.zeros((), jnp.int32))
+    return {**state, "x": x}
+
+
+def _predict(model: MultimodalGLM, state: State) -> State:
+    return {"tokens": state["tokens"], "x": model.predict(model.decoder.norm(state["x"]))}
+
+
+def _whole(model: nn.Module, state: State) -> State:
+    inputs = {name: state[name] for name in batches.INPUTS if name in state}
+    output = model(state["tokens"], **inputs)
+    return {**state, "x": output[0] if isinstance(output, tuple) else output}
+
+
+def first_states(model: nn.Module, calibration: Iterable[batches.Batch]) -> list[State]:
+    """States before the first stage.
+
+    Args:
+      model: the batches are for.
+      calibration: batches, see `glm_edge.compress.batches`.
+
+    Returns:
+      One state for each batch.
+
+    Raises:
+      DataError: a batch is malformed.
+    """
+    states = []
+    for batch in calibration:
+        state = {k: v for k, v in batches.to_device(batch).items() if k != "loss_mask"}
+        if isinstance(model, MultimodalGLM) and "positions" not in state:
+            state["positions"] = _positions(model, state)
+        states.append(state)
+    return states
+
+
+def _positions(model: MultimodalGLM, state: State) -> Array:
+    return model.apply(
+        {}, state["tokens"], None, state.get("images"), method=MultimodalGLM.start_positions
+    )[0]

@@ -1,0 +1,318 @@
+"""Transforms that act on one stage of a model after the other.
+
+Such a transform is one function of a `StageWork`. The same function serves a call in memory, a
+chain, and `compress_checkpoint`, which holds one stage at a time.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress import batches
+from glm_edge.compress.report import Report, Row
+from glm_edge.compress.stages import Leaves, Stage, State, Statistic, first_states, stages
+from glm_edge.compress.transform import Context, Result, Transform, register
+from glm_edge.errors import RecipeError
+from glm_edge.params import Quantized
+from glm_edge.params.tree import Params, nested
+
+NEEDS = ("nothing", "inputs", "both")
+Replaced = tuple[Leaves, list[Row]]
+
+
+@dataclass
+class View:
+    """One stage of a model with its parameters, and with what comes in.
+
+    Attributes:
+      stage: which.
+      leaves: its parameters by full path, arrays and boxes.
+      states: of each calibration batch before the stage; none where no inputs are needed.
+      borrowed: parameters of earlier stages that it reads too.
+    """
+
+    stage: Stage
+    leaves: Leaves
+    states: Sequence[State] = ()
+    borrowed: Leaves = field(default_factory=dict)
+
+    def collect(self, statistic: Statistic, leaves: Leaves | None = None) -> dict[str, Any]:
+        """Reduces the rows that meet each weight; `{weight path: value}`.
+
+        Args:
+          statistic: such as `GRAM`, see `glm_edge.compress.stages`.
+          leaves: parameters to use in place of the stage's own, by path.
+        """
+        return self.stage.collect(self._all(leaves), self.states, statistic)
+
+    def outputs(self, leaves: Leaves | None = None) -> list[Array]:
+        """Activations after the stage, of the batches that pass it."""
+        return [state["x"] for state in self.run(leaves) if "x" in state]
+
+    def run(self, leaves: Leaves | None = None) -> list[State]:
+        """States after the stage."""
+        return self.stage.run(self._all(leaves), self.states)
+
+    def _all(self, leaves: Leaves | None) -> Leaves:
+        return {**self.borrowed, **self.leaves, **(leaves or {})}
+
+
+@dataclass
+class StageWork(View):
+    """What a stage-wise transform is given for one stage.
+
+    Attributes:
+      model: the whole model.
+      selected: paths that the transform's `where` selects here, none of them quantized yet.
+      original: the same stage before any rounding, with its own inputs; only for needs="both".
+      context: of the transform.
+      rng: a key of this stage, or None.
+      done: called with the path of a parameter that is finished.
+    """
+
+    model: nn.Module | None = None
+    selected: tuple[str, ...] = ()
+    original: View | None = None
+    context: Context | None = None
+    rng: Array | None = None
+    done: Callable[[str], None] = lambda path: None
+
+    def advance(self, path: str) -> None:
+        """Tells the progress callback that a parameter is finished."""
+        self.done(path)
+
+
+class Stagewise(NamedTuple):
+    """A registered transform that acts by stages.
+
+    Attributes:
+      compress_stage: called as `compress_stage(work, **options)` without the option `where`;
+        returns the parameters it replaces by path, and rows of the report.
+      needs: `nothing`; `inputs`, the calibration batches run up to each stage; or `both`, also
+        through the uncompressed model.
+      rounds: refuses a `where` that names what is quantized already.
+      exact: leaves the function of the model as it was.
+    """
+
+    compress_stage: Callable[..., Replaced]
+    needs: str = "nothing"
+    rounds: bool = True
+    exact: bool = False
+
+
+_REGISTRY: dict[str, Stagewise] = {}
+
+
+def register_stagewise(
+    name: str,
+    factory: Callable[..., Transform],
+    compress_stage: Callable[..., Replaced],
+    needs: str = "nothing",
+    rounds: bool = True,
+    exact: bool = False,
+) -> None:
+    """Makes a stage-wise transform known by name, to calls, chains, recipes and streams.
+
+    Args:
+      name: such as `quantize.gptq`.
+      factory: checks options and returns the `Transform`.
+      compress_stage: see `Stagewise`.
+      needs: see `Stagewise`.
+      rounds: see `Stagewise`.
+      exact: see `Stagewise`.
+    """
+    if needs not in NEEDS:
+        raise ValueError(f"needs must be one of {NEEDS}, not {needs!r}")
+    _REGISTRY[name] = Stagewise(compress_stage, needs, rounds, exact)
+    register(name, factory, functools.partial(apply_by_stage, name), exact=exact)
+
+
+def stagewise(name: str) -> Stagewise | None:
+    """The stage-wise form of a transform, or None where it has none."""
+    return _REGISTRY.get(name)
+
+
+def apply_by_stage(
+    name: str, model: nn.Module, params: Params, context: Context, **options: Any
+) -> Result:
+    """Applies a registered transform in memory."""
+    step = Step(name, options, context.rng)
+    leaves = dict(boxes.path_items(params))
+    step.select(leaves, set())
+    walk = Walk(model, [step], context)
+    reference = None
+    if step.kind.needs == "both":
+        reference = dict(boxes.path_items(context.reference[1]))
+    rows: list[Row] = []
+    for stage in walk.stages:
+        mine = {path: leaf for path, leaf in leaves.items() if stage.holds(path)}
+        theirs = reference and {p: leaf for p, leaf in reference.items() if stage.holds(p)}
+        after, found = walk.compress(stage, mine, theirs)
+        leaves.update(after)
+        rows += found
+    changed = nested(leaves)
+    return model, changed, Report.of(rows, params, changed, notes=walk.notes)
+
+
+class Step:
+    """A stage-wise transform with its options, ready to walk."""
+
+    def __init__(self, name: str, options: Mapping[str, Any], rng: Array | None = None):
+        self.name, self.kind, self.rng = name, _REGISTRY[name], rng
+        self.options = {key: value for key, value in options.items() if key != "where"}
+        self.where = options.get("where")
+        self.selected: frozenset[str] = frozenset()
+
+    def select(self, leaves: Leaves, rounded: set[str]) -> None:
+        """Notes which parameters the step acts on, and adds them to `rounded`.
+
+        Args:
+          leaves: all parameters of the model by path; abstract arrays do.
+          rounded: paths that earlier steps of the same walk round.
+
+        Raises:
+          RecipeError: the pattern matches nothing, or what is quantized already.
+        """
+        chosen = boxes.select(nested(leaves), self.where)
+        again = [p for p in chosen if p in rounded or isinstance(leaves[p], Quantized)]
+        if self.kind.rounds and self.where is not None and again:
+            held = getattr(leaves[again[0]], "format", "quantized by an earlier transform")
+            raise RecipeError(
+                f"{self.name}: where={self.where!r} names {again[0]}, which is {held} already; "
+                "narrow the pattern"
+            )
+        self.selected = frozenset(chosen) - frozenset(again)
+        if self.kind.rounds:
+            rounded |= self.selected
+
+
+class Walk:
+    """Steps applied stage by stage, with the calibration batches carried along.
+
+    Attributes:
+      stages: of the model.
+      notes: for the report.
+    """
+
+    def __init__(self, model: nn.Module, steps: Sequence[Step], context: Context):
+        """Checks calibration where a step needs it.
+
+        Raises:
+          DataError: calibration is missing, empty or malformed, or lacks a modality.
+        """
+        self.model, self.steps, self.context = model, steps, context
+        self.stages, self.notes = stages(model), ()
+        self.needs = max((step.kind.needs for step in steps), key=NEEDS.index, default="nothing")
+        self._states: list[State] = []
+        if self.needs != "nothing":
+            name = next(step.name for step in steps if step.kind.needs != "nothing")
+            batches.check(model, context.calibration, name, context.without)
+            self._states = first_states(model, context.calibration)
+        self._original_states = self._states
+        self._lent, self._lent_original = {}, {}
+        self._total = sum(len(step.selected) for step in steps)
+        self._done = 0
+
+    def compress(
+        self, stage: Stage, leaves: Leaves, original: Leaves | None = None
+    ) -> tuple[Leaves, list[Row]]:
+        """Applies every step to one stage and runs the batches through the result.
+
+        Args:
+          stage: the next of `stages`.
+          leaves: its parameters by full path.
+          original: those of the uncompressed model; None takes what steps that change no function
+            leave of `leaves`.
+
+        Returns:
+          `(parameters after, rows)`.
+        """
+        rows: list[Row] = []
+        given = original
+        original = original or leaves
+        for index, step in enumerate(self.steps):
+            replaced, found = step.kind.compress_stage(
+                self._work(stage, step, leaves, original), **step.options
+            )
+            leaves = {**leaves, **replaced}
+            rows += found
+            if given is None and step.kind.exact and all(s.kind.exact for s in self.steps[:index]):
+                original = leaves
+        self.carry(stage, leaves, original)
+        self._advance_to(stage)
+        return leaves, rows
+
+    def skip(self, stage: Stage, leaves: Leaves, after: Leaves) -> None:
+        """Passes a stage that an earlier run finished.
+
+        Args:
+          stage: the next of `stages`.
+          leaves: its parameters before.
+          after: its parameters as that run left them.
+        """
+        original = leaves
+        if self.needs == "both":
+            for step in self.steps:
+                if not step.kind.exact:
+                    break
+                work = self._work(stage, step, original, original)
+                original = {**original, **step.kind.compress_stage(work, **step.options)[0]}
+        self.carry(stage, after, original)
+        self._advance_to(stage)
+
+    def carry(self, stage: Stage, leaves: Leaves, original: Leaves) -> None:
+        """Runs the batches through a finished stage."""
+        self._lent |= {p: leaf for p, leaf in leaves.items() if self._is_borrowed(p)}
+        self._lent_original |= {p: leaf for p, leaf in original.items() if self._is_borrowed(p)}
+        if stage is self.stages[-1]:
+            self._states = self._original_states = []
+        if self._states:
+            self._states = self._view(stage, leaves).run()
+        if self.needs == "both" and self._original_states:
+            self._original_states = self._view_original(stage, original).run()
+
+    def _work(self, stage: Stage, step: Step, leaves: Leaves, original: Leaves) -> StageWork:
+        view = self._view(stage, leaves)
+        rng = step.rng
+        return StageWork(
+            **vars(view),
+            model=self.model,
+            selected=tuple(path for path in leaves if path in step.selected),
+            original=self._view_original(stage, original) if step.kind.needs == "both" else None,
+            context=self.context,
+            rng=None if rng is None else jax.random.fold_in(rng, self.stages.index(stage)),
+            done=functools.partial(self._advance, step.name),
+        )
+
+    def _view(self, stage: Stage, leaves: Leaves) -> View:
+        return View(stage, leaves, self._states, self._borrowed(stage, self._lent))
+
+    def _view_original(self, stage: Stage, leaves: Leaves) -> View:
+        lent = self._borrowed(stage, self._lent_original)
+        return View(stage, leaves, self._original_states, lent)
+
+    def _borrowed(self, stage: Stage, lent: Leaves) -> Leaves:
+        return {path: lent[path] for path in stage.borrows if path in lent}
+
+    def _is_borrowed(self, path: str) -> bool:
+        return any(path in stage.borrows for stage in self.stages)
+
+    def _advance(self, name: str, path: str) -> None:
+        self._done = min(self._done + 1, self._total)
+        self.context.advance(f"{name}: {path}", self._done, self._total)
+
+    def _advance_to(self, stage: Stage) -> None:
+        """Counts what the steps did not report one by one."""
+        passed = self.stages[: self.stages.index(stage) + 1]
+        due = sum(
+            any(s.holds(path) for s in passed) for step in self.steps for path in step.selected
+        )
+        if due > self._done:
+            self._done = due
+            self.context.advance(f"{self.steps[-1].name}: {stage.name}", due, self._total)

@@ -1,0 +1,228 @@
+"""Compressing a checkpoint that need not fit in memory, one stage at a time, from disk to disk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.checkpoint import own
+from glm_edge.checkpoint.files import (
+    CONFIG,
+    SafetensorsFile,
+    new_directory,
+    read_json,
+    to_device,
+    write_json,
+    write_safetensors,
+)
+from glm_edge.checkpoint.lazy import LazyCheckpoint, open_lazily
+from glm_edge.compress import recipe as recipes
+from glm_edge.compress.report import Report, Row
+from glm_edge.compress.stages import Leaves
+from glm_edge.compress.stagewise import Step, Walk, stagewise
+from glm_edge.compress.transform import CHAIN, Batch, Context, Progress, Transform
+from glm_edge.errors import OutputError, RecipeError
+from glm_edge.params.tree import nested
+
+REPORT = "report.json"
+_JOB = "job.json"
+
+
+def compress_checkpoint(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    recipe: Transform,
+    calibration: Sequence[Batch] | None = None,
+    rng: Array | None = None,
+    progress: Progress | None = None,
+    without: Sequence[str] = (),
+    overwrite: bool = False,
+    extras: Mapping[str, str | os.PathLike] | None = None,
+) -> Report:
+    """Compresses a checkpoint directory into another, holding one layer in memory at a time.
+
+    Layer by layer, parameters are read, every transform of the recipe is applied, the result is
+    written as one file, and the calibration batches are run through it. A later layer is therefore
+    calibrated on what all earlier ones give after the whole recipe, whereas a chain in memory
+    finishes a transform before the next begins: with several transforms that read calibration, the
+    numbers of the two differ.
+
+    A run that was killed is taken up again by the same call, and its result has the same bytes.
+    What it has finished lies beside `output`, in `.<name>.partial`; `output` itself appears only
+    when all is written.
+
+    Args:
+      source: directory that `glm_edge.load` opens.
+      output: directory to create, in this library's format.
+      recipe: a stage-wise transform (`quantize.*`), or a chain of them.
+      calibration: batches, see `glm_edge.compress.batches`; None where no transform needs them.
+      rng: jax key; None where nothing is drawn.
+      progress: called as `progress(stage, done, total)`.
+      without: inputs (`images`, `audio`) that calibration is known to lack.
+      overwrite: replaces an existing checkpoint at `output`.
+      extras: further files to copy by name, such as `{"tokenizer.json": path}`.
+
+    Returns:
+      The report, which also lies in `output` as report.json.
+
+    Raises:
+      CheckpointError: the source is damaged, or stored with Orbax.
+      RecipeError: a transform needs the whole model, or does not fit it.
+      DataError: calibration is missing, malformed, or lacks a modality.
+      OutputError: `output` exists, cannot be written, or an unfinished run of other arguments lies
+        beside it.
+    """
+    opened = open_lazily(source)
+    steps = _steps(recipe, rng)
+    rounded: set[str] = set()
+    for step in steps:
+        step.select(opened.abstract, rounded)
+    context = Context(calibration, rng, (opened.model, {}), progress, tuple(without))
+    walk = Walk(opened.model, steps, context)
+    copied = {name: Path(path).read_bytes() for name, path in (extras or {}).items()}
+    with new_directory(Path(output), overwrite, keep=True) as partial:
+        _check_job(partial, Path(output), _job(opened, recipe, calibration, rng, without))
+        rows, spec, names, before, after = [], {}, [], Totals(), Totals()
+        for index, stage in enumerate(walk.stages):
+            file = f"model-{index + 1:05d}-of-{len(walk.stages):05d}.safetensors"
+            mine = [path for path in opened.abstract if stage.holds(path)]
+            if not mine:
+                continue
+            leaves = opened.read(mine)
+            before.add(leaves)
+            done = _finished(partial, file)
+            if done is None:
+                leaves, found = walk.compress(stage, leaves)
+                described = _write_stage(partial, file, leaves, found)
+            else:
+                compressed, found, described = done
+                walk.skip(stage, leaves, compressed)
+                leaves = compressed
+            after.add(leaves)
+            names.append(file)
+            spec |= described
+            rows += found
+        report = Report(
+            tuple(rows), before.bytes, after.bytes, before.count, after.count, notes=walk.notes
+        )
+        _finish(partial, opened, spec, names, report, copied)
+    return report
+
+
+class Totals:
+    """Running sums over stages."""
+
+    def __init__(self):
+        self.bytes, self.count = 0, 0
+
+    def add(self, leaves: Leaves) -> None:
+        """Adds the parameters of a stage."""
+        tree = nested(leaves)
+        self.bytes += boxes.stored_bytes(tree)
+        self.count += boxes.count(tree)
+
+
+def _steps(recipe: Transform, rng: Array | None) -> list[Step]:
+    chained = recipe.name == CHAIN
+    found = []
+    for index, inner in enumerate(recipe.options["transforms"] if chained else (recipe,)):
+        if stagewise(inner.name) is None or inner.objects:
+            raise RecipeError(
+                f"{inner.name} needs the whole model in memory; load the checkpoint and call the "
+                "recipe, or leave this transform out"
+            )
+        key = jax.random.fold_in(rng, index) if chained and rng is not None else rng
+        found.append(Step(inner.name, inner.options, key))
+    if not found:
+        raise RecipeError("the recipe is empty: there is nothing to do")
+    return found
+
+
+def _job(
+    opened: LazyCheckpoint,
+    recipe: Transform,
+    calibration: Sequence[Batch] | None,
+    rng: Array | None,
+    without: Sequence[str],
+) -> dict[str, Any]:
+    """What determines the bytes of the result."""
+    digest = hashlib.sha256()
+    for batch in calibration or ():
+        for name in sorted(batch):
+            if batch[name] is not None:
+                array = np.ascontiguousarray(batch[name])
+                digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+                digest.update(array.reshape(-1).view(np.uint8))
+    return {
+        "source": opened.fingerprint(),
+        "recipe": json.loads(recipes.to_json(recipe)),
+        "calibration": digest.hexdigest(),
+        "rng": None if rng is None else np.asarray(jax.random.key_data(rng)).tolist(),
+        "without": sorted(without),
+    }
+
+
+def _check_job(partial: Path, output: Path, job: dict[str, Any]) -> None:
+    held = partial / _JOB
+    if not held.exists():
+        _replace(held, lambda path: write_json(path, job))
+        return
+    found = read_json(held)
+    for name, value in job.items():
+        if found.get(name) != value:
+            raise OutputError(
+                f"{partial}: holds an unfinished run with another {name}; repeat its arguments to "
+                f"finish it, or remove the directory to begin {output.name} anew"
+            )
+
+
+def _write_stage(partial: Path, file: str, leaves: Leaves, rows: list[Row]) -> dict[str, Any]:
+    """Writes what came of a stage; the file of arrays comes last and marks it as finished."""
+    arrays, spec = boxes.to_flat(nested(leaves))
+    notes = {"spec": spec, "rows": [asdict(row) for row in rows]}
+    _replace(partial / f"{file}.json", lambda path: write_json(path, notes))
+    _replace(partial / file, lambda path: write_safetensors(path, arrays))
+    return spec
+
+
+def _finished(partial: Path, file: str) -> tuple[Leaves, list[Row], dict[str, Any]] | None:
+    if not (partial / file).exists() or not (partial / f"{file}.json").exists():
+        return None
+    notes, held = read_json(partial / f"{file}.json"), SafetensorsFile(partial / file)
+    arrays = {name: to_device(held.read(name)) for name in held.tensors}
+    leaves = dict(boxes.path_items(boxes.from_flat(arrays, notes["spec"])))
+    return leaves, [Row(**row) for row in notes["rows"]], notes["spec"]
+
+
+def _finish(
+    partial: Path,
+    opened: LazyCheckpoint,
+    spec: dict[str, Any],
+    names: list[str],
+    report: Report,
+    extras: dict[str, bytes],
+) -> None:
+    for name, content in extras.items():
+        (partial / name).write_bytes(content)
+    write_json(partial / REPORT, asdict(report))
+    fields = own.describe(opened.model, spec)
+    _replace(partial / CONFIG, lambda path: write_json(path, {**fields, "files": names}))
+    for left_over in {path.name for path in partial.iterdir()} - {*names, *extras, REPORT, CONFIG}:
+        (partial / left_over).unlink()
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Writes a file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
