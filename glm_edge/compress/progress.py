@@ -6,7 +6,9 @@ from typing import TextIO
 
 
 class ProgressLine:
-    """Rewrites one line with a bar, the stage and the seconds so far; pass it as `progress=`.
+    """Rewrites one line with a bar, the stage, the seconds so far and those left.
+
+    Pass it as `progress=`.
 
     Args:
       stream: where to write; None is standard error.
@@ -25,7 +27,8 @@ class ProgressLine:
         filled = self.width * done // max(total, 1)
         bar = "#" * filled + "." * (self.width - filled)
         seconds = time.monotonic() - self.started
+        left = f", {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
         stream = self.stream or sys.stderr
         end = "\n" if done >= total else ""
-        stream.write(f"\r[{bar}] {done}/{total} {stage} {seconds:.0f} s{end}")
+        stream.write(f"\r[{bar}] {done}/{total} {stage} {seconds:.0f} s{left}\033[K{end}")
         stream.flush()

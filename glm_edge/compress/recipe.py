@@ -1,5 +1,6 @@
 """Recipes: transforms as JSON, and the ones that have a name."""
 
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -107,7 +108,34 @@ def _quickstart() -> Transform:
     )
 
 
-NAMED = {"phone": _phone, "small": _small, "quickstart": _quickstart}
+def _rtn_4bit() -> Transform:
+    return chain(
+        quantize.rtn(bits=4, group_size=32, where="^decoder/", fallback_bits=8), quantize.rtn(bits=8)
+    )
+
+
+def _gptq(bits: int, **grid: Any) -> Transform:
+    most = {"where": "^decoder/", "group_size": 32, "fallback_bits": 8, **grid}
+    return chain(quantize.gptq(bits=bits, **most), quantize.rtn(bits=8))
+
+
+def _int8_float16_embeddings() -> Transform:
+    return chain(
+        quantize.rtn(qtype="float16", where=r"(^|/)(embed|position|token_type)/weight|^head/"),
+        quantize.rtn(bits=8, where=r"^(decoder|vision|speech)/"),
+    )
+
+
+NAMED = {
+    "phone": _phone,
+    "small": _small,
+    "quickstart": _quickstart,
+    "rtn_4bit": _rtn_4bit,
+    "gptq_4bit": functools.partial(_gptq, 4),
+    "gptq_3bit": functools.partial(_gptq, 3),
+    "gptq_2bit": functools.partial(_gptq, 2),
+    "int8_float16_embeddings": _int8_float16_embeddings,
+}
 
 
 def _to_object(transform: Transform) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jax import Array
 
 from glm_edge.compress import batches
 from glm_edge.models.glm import Layer
+from glm_edge.models.layers import Linear
 from glm_edge.models.multimodal import MultimodalGLM, place_features
 from glm_edge.models.speech import SpeechEncoder, SpeechLayer
 from glm_edge.models.vision import VisionEncoder, VisionLayer
@@ -127,7 +128,11 @@ class Stage:
         ]
 
     def collect(
-        self, leaves: Leaves, states: Iterable[State], statistic: Statistic
+        self,
+        leaves: Leaves,
+        states: Iterable[State],
+        statistic: Statistic,
+        paths: Iterable[str] | None = None,
     ) -> dict[str, Any]:
         """Reduces the rows that meet each weight over all batches.
 
@@ -135,19 +140,49 @@ class Stage:
           leaves: parameters by their full path, borrowed ones included.
           states: before the stage.
           statistic: the reduction.
+          paths: of the weights; None is all. What only others need is not computed.
 
         Returns:
           Path of the weight to the joined result.
         """
         params, total = self._params(leaves), {}
+        start = len(self.root) + 1 if self.root else 0
+        wanted = None if paths is None else tuple(sorted(path[start:] for path in paths))
         for state in states:
             if self.reads not in state:
                 continue
-            measured = _run(self.module, self.forward, params, state, statistic.measure)[1]
+            measured = _run(self.module, self.forward, params, state, statistic.measure, wanted)[1]
             for path, value in measured.items():
                 path = f"{self.root}/{path}" if self.root else path
                 total[path] = statistic.join(total[path], value) if path in total else value
         return total
+
+    def readers(self, leaves: Leaves, state: State) -> list[tuple[str, ...]]:
+        """Weights that read the same rows, group by group in the order in which they run.
+
+        Args:
+          leaves: parameters by their full path, borrowed ones included.
+          state: of one batch before the stage.
+        """
+        # The rows are kept, so that no two of them have one address.
+        groups: dict[int, tuple[Any, list[str]]] = {}
+
+        def see(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            linear = isinstance(context.module, nn.Dense | Linear)
+            if linear and context.method_name == "__call__":
+                leaf = "weight" if isinstance(context.module, Linear) else "kernel"
+                path = "/".join((*context.module.path, leaf))
+                found = groups.setdefault(id(args[0]), (args[0], []))[1]
+                found.append(f"{self.root}/{path}" if self.root else path)
+            return call(*args, **kwargs)
+
+        def run(params: Any, state: State) -> Any:
+            with nn.intercept_methods(see):
+                return self.module.apply({"params": params}, state, method=self.forward)
+
+        if self.reads in state:
+            jax.eval_shape(run, self._params(leaves), state)
+        return [tuple(dict.fromkeys(paths)) for _, paths in groups.values()]
 
     def _params(self, leaves: Leaves) -> Any:
         start = len(self.root) + 1 if self.root else 0
@@ -156,13 +191,14 @@ class Stage:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("module", "forward", "measure"))
+@functools.partial(jax.jit, static_argnames=("module", "forward", "measure", "wanted"))
 def _run(
     module: nn.Module,
     forward: Callable[[nn.Module, State], State],
     params: Any,
     state: State,
     measure: Callable[[Array], Any] | None = None,
+    wanted: tuple[str, ...] | None = None,
 ) -> tuple[State, dict[str, Any]]:
     if measure is None:
         return module.apply({"params": params}, state, method=forward), {}
@@ -181,7 +217,12 @@ def _run(
     for path, sown in jax.tree_util.tree_flatten_with_path(variables.get("inputs", {}))[0]:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
         rows["/".join((*names[:-1], "weight"))] = sown
-    return state, {path: measure(seen.astype(jnp.float32)) for path, seen in rows.items()}
+    # Without the state, the compiler leaves out what the statistic does not need.
+    return {}, {
+        path: measure(seen.astype(jnp.float32))
+        for path, seen in rows.items()
+        if wanted is None or path in wanted
+    }
 
 
 def stages(model: nn.Module) -> tuple[Stage, ...]:

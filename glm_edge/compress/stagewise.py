@@ -5,7 +5,7 @@ chain, and `compress_checkpoint`, which holds one stage at a time.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,14 +42,31 @@ class View:
     states: Sequence[State] = ()
     borrowed: Leaves = field(default_factory=dict)
 
-    def collect(self, statistic: Statistic, leaves: Leaves | None = None) -> dict[str, Any]:
+    def collect(
+        self,
+        statistic: Statistic,
+        leaves: Leaves | None = None,
+        paths: Iterable[str] | None = None,
+    ) -> dict[str, Any]:
         """Reduces the rows that meet each weight; `{weight path: value}`.
 
         Args:
           statistic: such as `GRAM`, see `glm_edge.compress.stages`.
           leaves: parameters to use in place of the stage's own, by path.
+          paths: of the weights; None is all.
         """
-        return self.stage.collect(self._all(leaves), self.states, statistic)
+        return self.stage.collect(self._all(leaves), self.states, statistic, paths)
+
+    def readers(self) -> list[tuple[str, ...]]:
+        """Weights that read the same rows, group by group in the order in which they run."""
+        found: dict[tuple[str, ...], None] = {}
+        for state in self.states:
+            found.update(dict.fromkeys(self.stage.readers(self._all(None), state)))
+        return list(found)
+
+    def batches(self) -> list["View"]:
+        """The same stage with one batch at a time."""
+        return [View(self.stage, self.leaves, [state], self.borrowed) for state in self.states]
 
     def outputs(self, leaves: Leaves | None = None) -> list[Array]:
         """Activations after the stage, of the batches that pass it."""
@@ -70,6 +87,7 @@ class StageWork(View):
     Attributes:
       model: the whole model.
       selected: paths that the transform's `where` selects here, none of them quantized yet.
+      named: all that it matches here, quantized or not.
       original: the same stage before any rounding, with its own inputs; only for needs="both".
       context: of the transform.
       rng: a key of this stage, or None.
@@ -78,6 +96,7 @@ class StageWork(View):
 
     model: nn.Module | None = None
     selected: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
     original: View | None = None
     context: Context | None = None
     rng: Array | None = None
@@ -98,12 +117,15 @@ class Stagewise(NamedTuple):
         through the uncompressed model.
       rounds: refuses a `where` that names what is quantized already.
       exact: leaves the function of the model as it was.
+      check: called as `check(name, {path: shape}, options)` before anything is computed, and raises
+        where the options do not fit the selected parameters.
     """
 
     compress_stage: Callable[..., Replaced]
     needs: str = "nothing"
     rounds: bool = True
     exact: bool = False
+    check: Callable[[str, Mapping[str, tuple[int, ...]], Mapping[str, Any]], None] | None = None
 
 
 _REGISTRY: dict[str, Stagewise] = {}
@@ -116,6 +138,7 @@ def register_stagewise(
     needs: str = "nothing",
     rounds: bool = True,
     exact: bool = False,
+    check: Callable[[str, Mapping[str, tuple[int, ...]], Mapping[str, Any]], None] | None = None,
 ) -> None:
     """Makes a stage-wise transform known by name, to calls, chains, recipes and streams.
 
@@ -126,10 +149,11 @@ def register_stagewise(
       needs: see `Stagewise`.
       rounds: see `Stagewise`.
       exact: see `Stagewise`.
+      check: see `Stagewise`.
     """
     if needs not in NEEDS:
         raise ValueError(f"needs must be one of {NEEDS}, not {needs!r}")
-    _REGISTRY[name] = Stagewise(compress_stage, needs, rounds, exact)
+    _REGISTRY[name] = Stagewise(compress_stage, needs, rounds, exact, check)
     register(name, factory, functools.partial(apply_by_stage, name), exact=exact)
 
 
@@ -168,6 +192,7 @@ class Step:
         self.options = {key: value for key, value in options.items() if key != "where"}
         self.where = options.get("where")
         self.selected: frozenset[str] = frozenset()
+        self.named: frozenset[str] = frozenset()
 
     def select(self, leaves: Leaves, rounded: set[str]) -> None:
         """Notes which parameters the step acts on, and adds them to `rounded`.
@@ -187,9 +212,13 @@ class Step:
                 f"{self.name}: where={self.where!r} names {again[0]}, which is {held} already; "
                 "narrow the pattern"
             )
-        self.selected = frozenset(chosen) - frozenset(again)
+        self.named = frozenset(chosen)
+        self.selected = self.named - frozenset(again)
         if self.kind.rounds:
             rounded |= self.selected
+        if self.kind.check is not None:
+            shapes = {path: tuple(leaves[path].shape) for path in sorted(self.selected)}
+            self.kind.check(self.name, shapes, self.options)
 
 
 class Walk:
@@ -284,6 +313,7 @@ class Walk:
             **vars(view),
             model=self.model,
             selected=tuple(path for path in leaves if path in step.selected),
+            named=tuple(path for path in leaves if path in step.named),
             original=self._view_original(stage, original) if step.kind.needs == "both" else None,
             context=self.context,
             rng=None if rng is None else jax.random.fold_in(rng, self.stages.index(stage)),

@@ -130,6 +130,12 @@ class Totals:
         self.count += boxes.count(tree)
 
 
+def is_streamable(recipe: Transform) -> bool:
+    """True where every transform of a recipe acts on one stage at a time."""
+    inner = recipe.options["transforms"] if recipe.name == CHAIN else (recipe,)
+    return all(stagewise(step.name) is not None and not step.objects for step in inner)
+
+
 def _steps(recipe: Transform, rng: Array | None) -> list[Step]:
     chained = recipe.name == CHAIN
     found = []
@@ -172,7 +178,7 @@ def _job(
 
 def _check_job(partial: Path, output: Path, job: dict[str, Any]) -> None:
     held = partial / _JOB
-    if not held.exists():
+    if not held.exists() or not any(partial.glob("*.safetensors")):
         _replace(held, lambda path: write_json(path, job))
         return
     found = read_json(held)

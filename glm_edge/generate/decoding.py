@@ -26,6 +26,7 @@ from glm_edge.generate.prompts import (
     prompt_mask,
 )
 from glm_edge.generate.sampling import Sampling, sample
+from glm_edge.kernels import cache as cache_kernels
 from glm_edge.models.glm import init_cache
 from glm_edge.models.multimodal import Images, MultimodalGLM
 
@@ -111,14 +112,16 @@ def generate(
       sampling: how tokens are drawn.
       stop_tokens: token ids that end a row; None takes those of the model's configuration.
       rng: a PRNG key, or [B] keys; None is key 0.
-      cache_dtype: type of cached keys and values.
+      cache_dtype: type of cached keys and values: a floating one, or `int8` or `int4` with a scale
+        for each token and head.
       return_logits: also return the scores.
 
     Returns:
       The tokens, their number in each row, and the scores when asked for.
 
     Raises:
-      DataError: prompts, mask or stop tokens do not fit each other or the model.
+      DataError: prompts, mask or stop tokens do not fit each other or the model, or a cache cannot
+        be of that type.
     """
     prompt = Prompt.of(model.config, tokens, valid, max_new_tokens)
     state = _start(model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype)
@@ -234,11 +237,23 @@ def _start(
         audio_frames,
         keys,
         prompt.room,
-        jnp.dtype(cache_dtype),
+        _cache_dtype(cache_dtype),
         penalized,
     )
     check_placeholders(jax.device_get(counts))
     return state
+
+
+def _cache_dtype(dtype: Any) -> str:
+    """Name of a type that a cache may have."""
+    known = ("float32", "bfloat16", "float16", *cache_kernels.LARGEST)
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in known:
+        raise DataError(f"cache_dtype: one of {', '.join(known)}, not {dtype!r}")
+    return name
 
 
 def _row_keys(rng: Array, batch: int) -> Array:

@@ -1,11 +1,24 @@
-"""Products of activations with a weight stored `[out, in]`: dense, bf16, and low-bit."""
+"""Products of activations with a weight stored `[out, in]`: dense, bf16, and low-bit.
+
+A low-bit weight is decoded a block of rows at a time, into a buffer that stays in a core's cache
+and meets the activations there: memory carries packed bytes only, and no dense copy exists. Codes
+that share a byte are decoded into separate arrays, which meet every second (fourth, ...) column of
+the activations, since interleaving them costs more than the product.
+"""
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from glm_edge.kernels import grid, packing
+
 FEW_ROWS = 4
 SPLIT_ROWS = 32
+BLOCK = 1 << 19
+"""Weights decoded at a time, 2 MB in float32."""
 
 
 def dense(x: Array, weight: Array) -> Array:
@@ -85,101 +98,262 @@ def _dense_bf16_backward(saved, gradient):
 dense_bf16.defvjp(_dense_bf16_forward, _dense_bf16_backward)
 
 
-def low_bit(x: Array, integers: Array, scale: Array, zero: Array | None = None) -> Array:
-    """Product with a quantized weight, `f' = scale * (q - zero)`.
-
-    For few rows the weight is never materialised in float: its integers are multiplied and
-    reduced in one fused loop. For many rows it is dequantized once.
+def low_bit(
+    x: Array,
+    data: Array,
+    scale: Array,
+    zero: Array | None = None,
+    qtype: str = "int8",
+    inputs: str = "float32",
+) -> Array:
+    """Product with a quantized weight, `f' = scale * (level - zero)`.
 
     Args:
       x: [..., in] activations.
-      integers: int8 [out, in].
-      scale: [out, in / g] of one group of `g` columns each.
-      zero: None (symmetric) or integers like `scale`.
+      data: packed codes [out, bytes], see `glm_edge.kernels.packing`; with `int8`, also levels of
+        any type, [out, in].
+      scale: [out, in / g], one for each group of `g` columns.
+      zero: None (symmetric), or zero points like `scale`.
+      qtype: of the codes.
+      inputs: type of the numbers multiplied, `float32` or `bfloat16`; sums are float32.
 
     Returns:
-      [..., out].
+      [..., out] of the type of `x`.
     """
-    rows = x.size // x.shape[-1]
-    if rows > FEW_ROWS:
-        return dense(x, dequantize(integers, scale, zero).astype(x.dtype))
-    groups = scale.shape[-1]
-    grouped = integers.reshape(integers.shape[0], groups, -1)
-    steps = grouped.astype(x.dtype)
-    if zero is not None:
-        steps = steps - zero[..., None].astype(x.dtype)
-    flat = x.reshape(rows, 1, groups, -1)
-    partial = jnp.sum(flat * steps[None], axis=-1)
-    return jnp.sum(partial * scale.astype(x.dtype), axis=-1).reshape(*x.shape[:-1], -1)
+    block = functools.partial(_decoded_product, qtype=qtype, inputs=inputs)
+    found = _by_blocks(block, x.reshape(-1, x.shape[-1]), data, scale, zero)
+    return found.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
-def dequantize(integers: Array, scale: Array, zero: Array | None = None) -> Array:
-    """`f' = scale * (q - zero)` by groups of columns.
-
-    Args:
-      integers: int8 [..., out, in].
-      scale: [..., out, in / g].
-      zero: None or integers like `scale`.
-
-    Returns:
-      float32 [..., out, in].
-    """
-    grouped = integers.reshape(*scale.shape, -1).astype(jnp.float32)
-    if zero is not None:
-        grouped = grouped - zero[..., None].astype(jnp.float32)
-    return (grouped * scale[..., None].astype(jnp.float32)).reshape(integers.shape)
-
-
-def quantize(weight: Array, scale: Array, zero: Array | None, bits: int) -> Array:
-    """`q = round(f / scale + zero)`, clipped to the signed range of `bits`.
-
-    Args:
-      weight: [..., out, in].
-      scale: [..., out, in / g].
-      zero: None or integers like `scale`.
-      bits: width of the integers.
-
-    Returns:
-      int8 [..., out, in].
-    """
-    limit = 2 ** (bits - 1)
-    grouped = weight.reshape(*scale.shape, -1).astype(jnp.float32)
-    steps = grouped / scale[..., None].astype(jnp.float32)
-    if zero is not None:
-        steps = steps + zero[..., None].astype(jnp.float32)
-    integers = jnp.clip(jnp.round(steps), -limit, limit - 1)
-    return integers.astype(jnp.int8).reshape(weight.shape)
-
-
-def low_bit_int8(x: Array, integers: Array, scale: Array, zero: Array | None = None) -> Array:
+def low_bit_int8(
+    x: Array, data: Array, scale: Array, zero: Array | None = None, qtype: str = "int8"
+) -> Array:
     """Product of rows rounded to int8 with a quantized weight, as a phone's dynamic kernels do.
 
-    Integers are multiplied and summed first, scales applied after, in the order of XNNPACK's
-    `qd8` kernels, so that a row on the same int8 grid gives the same bits.
+    With one scale a row of the weight, int8 meets int8 and sums are int32; scales are applied
+    after, in the order of XNNPACK's `qd8` kernels, so that a row on the same int8 grid gives the
+    same bits. Gradients pass straight through the rounding.
 
     Args:
       x: [..., in] activations.
-      integers: int8 [out, in].
+      data: as in `low_bit`, like all others.
       scale: [out, in / g].
-      zero: None or integers like `scale`.
+      zero: None or zero points like `scale`.
+      qtype: of the codes.
 
     Returns:
-      [..., out].
+      [..., out] of the type of `x`.
     """
-    centred, step = rows_to_int8(x)
-    if scale.shape[-1] > 1:
-        return low_bit(centred, integers, scale, zero) * step
-    total = low_bit(centred, integers, jnp.ones_like(scale, x.dtype), zero)
-    return total * step * scale[:, 0].astype(x.dtype)
+    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    integers, offset, step = jax.lax.stop_gradient(rows_to_int8(flat))
+    centred = grid.with_gradient_of(flat / step, integers - offset)
+    found = _integer_product(centred, offset, step, data, scale, zero, qtype)
+    return found.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def low_bit_static(
+    x: Array,
+    data: Array,
+    scale: Array,
+    zero: Array | None,
+    input_scale: Array,
+    input_zero: Array,
+    qtype: str = "int8",
+) -> Array:
+    """As `low_bit_int8`, on a calibrated grid of the activations.
+
+    Gradients pass straight through the rounding where it does not clip, and reach `input_scale` as
+    in learned step size quantization.
+
+    Args:
+      x: [..., in] activations.
+      data: as in `low_bit`.
+      scale: likewise.
+      zero: likewise.
+      input_scale: step of the grid, a scalar.
+      input_zero: its int8 zero point.
+      qtype: of the codes.
+
+    Returns:
+      [..., out] of the type of `x`.
+    """
+    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    step = jnp.broadcast_to(input_scale.astype(jnp.float32), (flat.shape[0], 1))
+    offset = jnp.broadcast_to(input_zero.astype(jnp.float32), step.shape)
+    inside = jnp.clip(flat / step, -128.0 - offset, 127.0 - offset)
+    centred = grid.with_gradient_of(inside, jnp.round(inside))
+    found = _integer_product(centred, offset, step, data, scale, zero, qtype)
+    return found.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _integer_product(
+    centred: Array,
+    offset: Array,
+    step: Array,
+    data: Array,
+    scale: Array,
+    zero: Array | None,
+    qtype: str,
+) -> Array:
+    """`_centred_product` in integers, where the weight has one scale a row.
+
+    Args:
+      centred: float32 [rows, in], whole numbers; int8 once `offset` is added.
+      offset: float32 [rows, 1], whole numbers.
+      step: float32 [rows, 1].
+      data: as in `low_bit`.
+      scale: likewise.
+      zero: likewise.
+      qtype: likewise.
+
+    Returns:
+      float32 [rows, out].
+    """
+    if scale.shape[-1] > 1 or qtype == "nf4" or not jnp.issubdtype(data.dtype, jnp.integer):
+        return _centred_product(centred, step, data, scale, zero, qtype)
+    few = centred.shape[0] <= FEW_ROWS
+    rows = (centred if few else centred + offset).astype(jnp.int32 if few else jnp.int8)
+    offset = offset.astype(jnp.int32)
+    sums = jnp.sum(centred, axis=-1, keepdims=True, dtype=jnp.int32)
+
+    def block(x: Array, data: Array, scale: Array, zero: Array | None) -> Array:
+        planes = packing.planes(data, x.shape[-1], qtype)
+        total = _product(x, planes, x.dtype, jnp.int32)
+        if not few:
+            total = total - offset * sum(jnp.sum(w, axis=-1, dtype=jnp.int32) for w in planes)
+        if zero is not None:
+            if zero.dtype == jnp.int8:
+                zero = zero.astype(jnp.int32)
+            total = total - sums * zero[:, 0]
+        return total.astype(jnp.float32) * step * scale[:, 0].astype(jnp.float32)
+
+    return _by_blocks(block, rows, data, scale, zero)
+
+
+def _centred_product(centred, step, data, scale, zero, qtype) -> Array:
+    return low_bit(centred, data, scale, zero, qtype) * step
+
+
+def _integer_product_forward(centred, offset, step, data, scale, zero, qtype):
+    saved = centred, offset, step, data, scale, zero
+    return _integer_product(*saved, qtype), saved
+
+
+def _integer_product_backward(qtype, saved, gradient):
+    centred, _, step, data, scale, zero = saved
+    trained = zero if zero is not None and jnp.issubdtype(zero.dtype, jnp.floating) else None
+
+    def product(centred: Array, step: Array, scale: Array, trained: Array | None) -> Array:
+        points = zero if trained is None else trained
+        return _centred_product(centred, step, data, scale, points, qtype)
+
+    found = jax.vjp(product, centred, step, scale, trained)[1](gradient)
+    return found[0], None, found[1], None, found[2], found[3]
+
+
+_integer_product.defvjp(_integer_product_forward, _integer_product_backward)
+
+
+def _by_blocks(block: Callable, x: Array, data: Array, scale: Array, zero: Array | None) -> Array:
+    """Joins `block(x, data, scale, zero)`, float32 [rows, R], over the R rows of each block."""
+    count = round(data.shape[0] * x.shape[-1] / BLOCK)
+    # On a mesh the rows of a weight may lie on several devices, which must not take turns.
+    if count < 2 or not jax.sharding.get_abstract_mesh().empty:
+        return block(x, data, scale, zero)
+    size = data.shape[0] // count
+
+    def run(x: Array, data: Array, scale: Array, zero: Array | None) -> Array:
+        weight = data, scale, zero
+        parts = jax.tree.map(lambda a: a[: count * size].reshape(count, size, -1), weight)
+        step = jax.checkpoint(lambda part: block(x, *part), prevent_cse=False)
+        found = jnp.moveaxis(jax.lax.map(step, parts), 0, 1).reshape(x.shape[0], -1)
+        rest = jax.tree.map(lambda a: a[count * size :], weight)
+        return jnp.concatenate([found, block(x, *rest)], axis=-1) if rest[0].size else found
+
+    return jax.lax.platform_dependent(x, data, scale, zero, cpu=run, default=block)
+
+
+def _decoded_product(
+    x: Array, data: Array, scale: Array, zero: Array | None, qtype: str, inputs: str
+) -> Array:
+    planes, pending = _decoded(data, scale, zero, qtype, x.shape[-1])
+
+    found = _product(x.astype(jnp.float32), planes, inputs, jnp.float32)
+    return found if pending is None else found * pending
+
+
+def _product(x: Array, planes: list[Array], inputs, sums) -> Array:
+    """Product of [rows, in] with the planes of a weight, see `packing.planes`.
+
+    Args:
+      x: [rows, in].
+      planes: arrays [out, ceil(in / n)].
+      inputs: type of the numbers multiplied.
+      sums: type of their sums.
+
+    Returns:
+      [rows, out].
+    """
+    count, width = len(planes), planes[0].shape[-1]
+    x = jnp.pad(x, ((0, 0), (0, count * width - x.shape[-1])))
+    pairs = [(x[:, i::count], plane) for i, plane in enumerate(planes)]
+
+    def multiplied(pairs: list[tuple[Array, Array]]) -> Array:
+        return sum(dot(a.astype(inputs), w.astype(inputs), sums) for a, w in pairs)
+
+    def reduced(pairs: list[tuple[Array, Array]]) -> Array:
+        terms = sum(a[:, None].astype(sums) * w.astype(sums) for a, w in pairs)
+        return jnp.sum(terms, axis=-1)
+
+    if x.shape[0] > FEW_ROWS:
+        return multiplied(pairs)
+    # On a GPU, a reduction decodes as it reads.
+    return jax.lax.platform_dependent(pairs, cpu=multiplied, default=reduced)
+
+
+def dot(x: Array, weight: Array, sums) -> Array:
+    """Product whose sums have their own type.
+
+    Args:
+      x: [rows, in].
+      weight: [out, in] of the same type; int8 meets int8 exactly for up to 2^17 columns.
+      sums: type of the sums and of the result.
+
+    Returns:
+      [rows, out].
+    """
+    return jax.lax.dot_general(
+        x,
+        weight,
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=sums,
+    )
+
+
+def _decoded(
+    data: Array, scale: Array, zero: Array | None, qtype: str, columns: int
+) -> tuple[list[Array], Array | None]:
+    """Planes of the weight in float32, and scales [out] that are yet to be applied, or None."""
+    groups, planes = scale.shape[-1], packing.planes(data, columns, qtype)
+    if groups == 1:
+        levels = [grid.levels(plane, qtype).astype(jnp.float32) for plane in planes]
+        if zero is not None:
+            levels = [level - zero.astype(jnp.float32) for level in levels]
+        return levels, scale[:, 0].astype(jnp.float32)
+    if columns // groups % len(planes):
+        planes = [packing.unpack(data, columns, qtype)]
+    return [grid.decode(plane, scale, zero, qtype) for plane in planes], None
 
 
 def round_rows_to_int8(x: Array) -> Array:
     """Rounds each row to the grid of `rows_to_int8`; [..., C] of the same type."""
-    centred, step = rows_to_int8(x)
-    return (centred * step).astype(x.dtype)
+    integers, zero, step = rows_to_int8(x)
+    return ((integers - zero) * step).astype(x.dtype)
 
 
-def rows_to_int8(x: Array) -> tuple[Array, Array]:
+def rows_to_int8(x: Array) -> tuple[Array, Array, Array]:
     """Each row's own asymmetric int8 grid, as a phone's dynamic kernels choose it.
 
     The grid spans the row's minimum and maximum, zero included, and represents zero exactly.
@@ -188,7 +362,7 @@ def rows_to_int8(x: Array) -> tuple[Array, Array]:
       x: [..., C] activations.
 
     Returns:
-      `(centred, step)`: `q - z` of the same type, [..., C] in -255..255, and [..., 1].
+      `(integers, zero, step)`, all of the same type: [..., C] in -128..127, [..., 1], [..., 1].
 
     References:
       XNNPACK, `xnn_qd8_asymmetric_quantization_params`.
@@ -200,5 +374,4 @@ def rows_to_int8(x: Array) -> tuple[Array, Array]:
     nearer_low = (-128.0 + from_low) + (127.0 + from_high) > 0.0
     zero = jnp.where(nearer_low, -128.0 - from_low, 127.0 - from_high)
     zero = jnp.round(jnp.clip(zero, -128.0, 127.0))
-    integers = jnp.clip(jnp.round(x * inverse) + zero, -128.0, 127.0)
-    return integers - zero, 1.0 / inverse
+    return jnp.clip(jnp.round(x * inverse) + zero, -128.0, 127.0), zero, 1.0 / inverse

@@ -108,20 +108,22 @@ def unpack(data: Array, columns: int, qtype: str) -> Array:
     return codes.reshape(*data.shape[:-1], -1)[..., :columns]
 
 
-def planes(data: Array, qtype: str) -> list[Array]:
-    """Codes apart from their neighbours, so that nothing need be interleaved.
+def planes(data: Array, columns: int, qtype: str) -> list[Array]:
+    """Unpacks to several arrays, so that nothing need be interleaved.
 
     Args:
-      data: as `unpack` takes it.
+      data: as in `unpack`, like all others.
+      columns: `C`.
       qtype: one of `QTYPES`.
 
     Returns:
-      `n` arrays int8 [..., W]; array `i` holds the codes of columns `i`, `i + n`, `i + 2 n` and so
-      on, and codes that fill up the last unit.
+      `n` arrays int8 [..., ceil(C / n)]; array `i` holds the codes of columns `i`, `i + n`,
+      `i + 2 n` and so on; the last may be filled up with the code zero.
     """
     if qtype == "int8":
         return [data]
     words, count = _words(data, qtype)
+    words = words[..., : -(-columns // count)]
     return [_code(words, i, qtype) for i in range(count)]
 
 
@@ -129,12 +131,14 @@ def _words(data: Array, qtype: str) -> tuple[Array, int]:
     """Whole numbers that each hold the same number of neighbouring codes, and that number."""
     if qtype == "int3":
         parts = data.reshape(*data.shape[:-1], -1, 3).astype(jnp.int32)
-        return parts[..., 0] | (parts[..., 1] << 8) | (parts[..., 2] << 16), 8
+        # XLA computes a sum once, and a chain of bit operations once for each plane.
+        return jnp.sum(parts << jnp.asarray([0, 8, 16]), axis=-1, dtype=jnp.int32), 8
     if qtype == "ternary34":
         units = data.reshape(*data.shape[:-1], -1, 5)
-        shift = jnp.arange(8, dtype=jnp.uint8)
-        low = (jnp.repeat(units[..., :4], 2, axis=-1) >> (4 * (shift % 2))) & 0xF
-        words = low | (((units[..., 4:] >> shift) & 1) << 4)
+        # XLA computes stacked numbers once, and broadcast ones once for each plane.
+        low = jnp.stack([units[..., :4] & 0xF, units[..., :4] >> 4], axis=-1)
+        high = (units[..., 4:] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+        words = low.reshape(high.shape) | (high << 4)
         return words.reshape(*data.shape[:-1], -1), 4
     return data, unit(qtype)
 

@@ -9,7 +9,8 @@ from jax import Array
 
 from glm_edge.configs import DecoderConfig
 from glm_edge.kernels import attention as attention_kernels
-from glm_edge.kernels import rotary
+from glm_edge.kernels import cache as cache_kernels
+from glm_edge.kernels import packing, rotary
 from glm_edge.models.layers import GatedMLP, Linear, RMSNorm, Stack
 from glm_edge.params.sharding import constrain
 
@@ -43,20 +44,8 @@ class Attention(nn.Module):
         key = rotate(project("k_proj", kv_heads, "kv_heads"), angle)
         value = project("v_proj", kv_heads, "kv_heads")
         if cache is not None:
-            new = {"key": key, "value": value}
-            cache = {
-                name: constrain(
-                    jax.lax.dynamic_update_slice(
-                        held, new[name].astype(held.dtype), (0, slot, 0, 0)
-                    ),
-                    "batch",
-                    "slots",
-                    "kv_heads",
-                    "head_dim",
-                )
-                for name, held in cache.items()
-            }
-            key, value = cache["key"], cache["value"]
+            cache = write_cache(cache, {"key": key, "value": value}, slot)
+            key, value = (read_cache(cache, name, config.head_dim) for name in ("key", "value"))
         if self.is_mutable_collection("attention") and not self.is_initializing():
             self.sow("attention", "weights", attention_kernels.attention_weights(query, key, mask))
         mixed = attention_kernels.attention(query, key, value, mask).astype(x.dtype)
@@ -170,14 +159,58 @@ def init_cache(
       config: of the decoder.
       batch: rows.
       num_slots: tokens that fit.
-      dtype: type of keys and values.
+      dtype: type of keys and values: a floating one, or `int8` or `int4`, which round each head of
+        a token to its own symmetric grid.
 
     Returns:
-      `{"layers": [{"key", "value"}: [B, S, K, H]], "length": 0}`.
+      `{"layers": [{"key", "value"}: [B, S, K, H]], "length": 0}`; of integers, also `key_scale` and
+      `value_scale` [B, S, K, 1], and int4 packed, [B, S, K, ceil(H / 2)].
     """
+    qtype = jnp.dtype(dtype).name
 
-    def empty(layer: int) -> Array:
-        return jnp.zeros((batch, num_slots, config.kv_heads(layer), config.head_dim), dtype)
+    def empty(layer: int) -> LayerCache:
+        rows = (batch, num_slots, config.kv_heads(layer))
+        if qtype not in cache_kernels.LARGEST:
+            return {name: jnp.zeros((*rows, config.head_dim), dtype) for name in ("key", "value")}
+        width, stored = packing.packed_columns(config.head_dim, qtype), packing.stored_dtype(qtype)
+        data = {name: jnp.zeros((*rows, width), stored) for name in ("key", "value")}
+        scales = {
+            f"{name}_scale": jnp.zeros((*rows, 1), cache_kernels.SCALE_DTYPE) for name in data
+        }
+        return data | scales
 
-    layers = [{"key": empty(i), "value": empty(i)} for i in range(config.num_layers)]
+    layers = [empty(i) for i in range(config.num_layers)]
     return {"layers": layers, "length": jnp.zeros((), jnp.int32)}
+
+
+def write_cache(cache: LayerCache, new: dict[str, Array], slot: Array) -> LayerCache:
+    """Puts the keys and values of tokens into the slots from `slot` on, as the cache stores them.
+
+    Args:
+      cache: one layer's, from `init_cache`.
+      new: `key` and `value`, [B, T, K, H].
+      slot: first of `T` slots.
+
+    Returns:
+      The cache with these rows.
+    """
+    rows = dict(new)
+    if "key_scale" in cache:
+        qtype = "int8" if cache["key"].dtype == jnp.int8 else "int4"
+        for name, values in new.items():
+            rows[name], rows[f"{name}_scale"] = cache_kernels.quantize_rows(values, qtype)
+    axes = ("batch", "slots", "kv_heads", "head_dim")
+    place = (0, slot, 0, 0)
+    return {
+        name: constrain(
+            jax.lax.dynamic_update_slice(held, rows[name].astype(held.dtype), place), *axes
+        )
+        for name, held in cache.items()
+    }
+
+
+def read_cache(cache: LayerCache, name: str, head_dim: int) -> Array:
+    """Returns `key` or `value` of all slots, [B, S, K, H]; integers in float32."""
+    if "key_scale" not in cache:
+        return cache[name]
+    return cache_kernels.dequantize_rows(cache[name], cache[f"{name}_scale"], head_dim)

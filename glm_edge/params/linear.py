@@ -39,11 +39,12 @@ def _low_bit(x: Array, weight: Quantized, compute: str) -> Array:
     groups = (weight.data.shape[-2], weight.scale.shape[-1])
     scale = jnp.broadcast_to(weight.scale, groups)
     zero = None if weight.zero is None else jnp.broadcast_to(weight.zero, groups)
+    packed, qtype = (weight.data, scale, zero), weight.format.qtype
     if compute == "int8_static" and weight.input_scale is not None:
-        grid = (weight.input_scale, weight.input_zero)
-        return matmul.low_bit_static(x, weight.levels(), scale, zero, *grid)
-    product = matmul.low_bit_int8 if compute.startswith("int8") else matmul.low_bit
-    return product(x, weight.levels(), scale, zero)
+        return matmul.low_bit_static(x, *packed, weight.input_scale, weight.input_zero, qtype)
+    if compute.startswith("int8"):
+        return matmul.low_bit_int8(x, *packed, qtype)
+    return matmul.low_bit(x, *packed, qtype, "bfloat16" if compute == "bfloat16" else "float32")
 
 
 def _rows(x: Array) -> int:

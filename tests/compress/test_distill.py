@@ -8,14 +8,14 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain, distill, prune, quantize
-from glm_edge.compress.distill import (
+from glm_edge.compress.distill import split
+from glm_edge.compress.training import (
     Objective,
-    _without_shared,
     distillation_loss,
     in_order,
     schedule,
-    split,
     train_step,
+    without_shared,
 )
 from glm_edge.errors import DataError, RecipeError
 
@@ -139,7 +139,7 @@ def test_an_encoder_that_is_shared_and_frozen_runs_once(make_model):
         trainable, frozen = split(shrunk, r"^(decoder|embed)/")
         objective = Objective(2.0, 0.9, weight_decay=0.0, clip_norm=1.0)
         state = objective.optimizer().init(trainable)
-        teacher_params = _without_shared(teacher_params, frozen)
+        teacher_params = without_shared(teacher_params, frozen)
         rate = np.float32(1e-3)
         arguments = (smaller, model, objective, trainable, state, rate, frozen, teacher_params)
         return train_step.lower(*arguments, batch).compile().cost_analysis()["flops"]

@@ -1,11 +1,11 @@
-"""Products, dense and low-bit, against float64 loops."""
+"""Products, dense and low-bit, against float64 ones."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_edge.kernels import matmul
+from glm_edge.kernels import grid, matmul, packing
 
 
 def product_loop(x, weight):
@@ -13,24 +13,6 @@ def product_loop(x, weight):
     for r, o in np.ndindex(out.shape):
         out[r, o] = sum(x[r, i] * weight[o, i] for i in range(x.shape[1]))
     return out
-
-
-def dequantize_loop(integers, scale, zero):
-    size = integers.shape[1] // scale.shape[1]
-    out = np.zeros(integers.shape)
-    for o, i in np.ndindex(integers.shape):
-        g = i // size
-        offset = 0 if zero is None else int(zero[o, g])
-        out[o, i] = float(scale[o, g]) * (int(integers[o, i]) - offset)
-    return out
-
-
-def low_bit_case(groups, affine, seed=0):
-    rng = np.random.default_rng(seed)
-    integers = rng.integers(-8, 8, (6, 12)).astype(np.int8)
-    scale = rng.uniform(0.01, 0.2, (6, groups)).astype(np.float32)
-    zero = rng.integers(-8, 8, (6, groups)).astype(np.int8) if affine else None
-    return integers, scale, zero
 
 
 def test_dense_matches_a_loop():
@@ -59,48 +41,184 @@ def test_bfloat16_product_and_gradients_are_within_their_rounding():
         assert float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other)) < 0.02
 
 
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("groups", [1, 3, 6])
-@pytest.mark.parametrize("rows", [1, matmul.FEW_ROWS, matmul.FEW_ROWS + 1, 9])
-def test_low_bit_product_matches_a_loop(rows, groups, affine):
-    integers, scale, zero = low_bit_case(groups, affine)
-    x = np.random.default_rng(2).normal(size=(rows, 12))
-    expected = product_loop(x, dequantize_loop(integers, scale, zero))
-    zero = None if zero is None else jnp.asarray(zero)
-    found = matmul.low_bit(jnp.asarray(x, jnp.float32), integers, jnp.asarray(scale), zero)
-    np.testing.assert_allclose(found, expected, atol=5e-6)
+def random_codes(qtype, rows, columns, seed=0):
+    rng = np.random.default_rng(seed)
+    if qtype == "ternary34":
+        codes = rng.choice([-1, 1], (rows, columns // 4, 4))
+        np.put_along_axis(codes, rng.integers(0, 4, (*codes.shape[:2], 1)), 0, axis=-1)
+        return codes.reshape(rows, columns).astype(np.int8)
+    low, high = grid.code_range(qtype)
+    return rng.integers(low, high + 1, (rows, columns)).astype(np.int8)
 
 
-def test_low_bit_keeps_leading_axes():
-    integers, scale, zero = low_bit_case(3, False)
-    x = jnp.ones((2, 3, 12))
-    assert matmul.low_bit(x, jnp.asarray(integers), jnp.asarray(scale), zero).shape == (2, 3, 6)
+def case(qtype, groups, affine=False, rows=6, columns=60, zero_dtype=np.int8):
+    """Arguments of the kernels, and the dense weight in float64."""
+    rng = np.random.default_rng(1)
+    codes = random_codes(qtype, rows, columns)
+    scale = rng.uniform(0.01, 0.2, (rows, groups)).astype(np.float32)
+    zero = rng.uniform(-3, 4, (rows, groups)).astype(zero_dtype) if affine else None
+    levels = np.array(packing.NF4_LEVELS)[codes] if qtype == "nf4" else codes.astype(np.float64)
+    weight = np.zeros(codes.shape)
+    for r, c in np.ndindex(codes.shape):
+        g = c // (columns // groups)
+        offset = 0 if zero is None else float(zero[r, g])
+        weight[r, c] = float(scale[r, g]) * (levels[r, c] - offset)
+    data = packing.pack(jnp.asarray(codes), qtype)
+    return (data, jnp.asarray(scale), None if zero is None else jnp.asarray(zero), qtype), weight
 
 
-@pytest.mark.parametrize("affine", [False, True])
-def test_dequantize_matches_a_loop(affine):
-    integers, scale, zero = low_bit_case(4, affine)
-    found = matmul.dequantize(
-        jnp.asarray(integers), jnp.asarray(scale), None if zero is None else jnp.asarray(zero)
-    )
-    np.testing.assert_allclose(found, dequantize_loop(integers, scale, zero), rtol=1e-6)
+CASES = [
+    *((qtype, groups, False) for qtype in packing.QTYPES for groups in (1, 5)),
+    *((qtype, groups, True) for qtype in ("int8", "int4", "int3", "int2") for groups in (1, 5)),
+    # Groups that end within a byte.
+    ("int4", 20, False),
+    ("int2", 10, True),
+    ("ternary", 15, False),
+]
 
 
-@pytest.mark.parametrize(("bits", "affine"), [(4, False), (4, True), (8, False), (8, True)])
-def test_quantize_matches_the_published_formula(bits, affine):
-    rng = np.random.default_rng(3)
-    weight = rng.normal(size=(5, 12)).astype(np.float32)
-    scale = rng.uniform(0.02, 0.2, (5, 3)).astype(np.float32)
-    zero = rng.integers(-3, 4, (5, 3)).astype(np.int8) if affine else None
-    expected = np.zeros(weight.shape, int)
-    for o, i in np.ndindex(weight.shape):
-        steps = weight[o, i] / scale[o, i // 4] + (0 if zero is None else zero[o, i // 4])
-        expected[o, i] = np.clip(np.round(steps), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    found = matmul.quantize(
-        jnp.asarray(weight), jnp.asarray(scale), None if zero is None else jnp.asarray(zero), bits
-    )
-    assert found.dtype == jnp.int8
+def relative(found, expected):
+    return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
+
+
+def rows_of(count, columns=60, seed=2):
+    x = np.random.default_rng(seed).normal(size=(count, columns)) + 0.3
+    return jnp.asarray(x, jnp.float32)
+
+
+@pytest.mark.parametrize(("qtype", "groups", "affine"), CASES)
+@pytest.mark.parametrize("rows", [1, matmul.FEW_ROWS + 1])
+def test_low_bit_product_matches_a_float64_product(qtype, groups, affine, rows):
+    packed, weight = case(qtype, groups, affine)
+    x = rows_of(rows)
+    expected = np.asarray(x, np.float64) @ weight.T
+    assert relative(jax.jit(matmul.low_bit, static_argnums=4)(x, *packed), expected) < 1e-6
+    assert relative(matmul.low_bit(x, *packed, "bfloat16"), expected) < 0.02
+
+
+@pytest.mark.parametrize(("qtype", "groups", "affine"), CASES)
+@pytest.mark.parametrize("rows", [1, matmul.FEW_ROWS + 1])
+def test_int8_products_match_float64_products_of_rounded_rows(qtype, groups, affine, rows):
+    packed, weight = case(qtype, groups, affine)
+    x = rows_of(rows)
+    rounded = np.asarray(matmul.round_rows_to_int8(x), np.float64)
+    assert relative(matmul.low_bit_int8(x, *packed), rounded @ weight.T) < 1e-6
+    step, zero = np.float32(0.021), -40
+    rounded = np.clip(np.round(np.asarray(x) / step) + zero, -128, 127) - zero
+    found = matmul.low_bit_static(x, *packed[:3], jnp.float32(step), jnp.int8(zero), packed[3])
+    assert np.abs(rounded).max() == 127 - zero or rounded.min() == -128 - zero, "nothing clips"
+    assert relative(found, rounded * float(step) @ weight.T) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_integer_sums_are_exact_where_float32_sums_are_not(rows):
+    columns = 4096
+    x = np.full((rows, columns), 3.0, np.float32)
+    x[:, 0], x[:, 1] = 254.0, 0.0
+    codes = np.full((3, columns), 127, np.int8)
+    codes[1], codes[2, ::2] = -128, -127
+    found = matmul.low_bit_int8(jnp.asarray(x), jnp.asarray(codes), jnp.ones((3, 1)))
+    integers, zero, step = (np.asarray(a, np.float64) for a in matmul.rows_to_int8(jnp.asarray(x)))
+    total = (integers - zero).astype(np.int64) @ codes.astype(np.int64).T
+    expected = total.astype(np.float32) * step.astype(np.float32)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_int8_dot_matches_int64_at_the_extremes():
+    rng = np.random.default_rng(0)
+    x = rng.choice([-128, 127], (5, 3000)).astype(np.int8)
+    weight = rng.choice([-128, 127], (7, 3000)).astype(np.int8)
+    weight[0], x[0] = -128, -128
+    found = matmul.dot(jnp.asarray(x), jnp.asarray(weight), jnp.int32)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, x.astype(np.int64) @ weight.astype(np.int64).T)
+
+
+@pytest.mark.parametrize("qtype", ["int8", "int4", "ternary"])
+@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize("out", [16, 19])
+def test_a_weight_met_in_blocks_gives_the_same_product(qtype, groups, out, monkeypatch):
+    packed = case(qtype, groups, rows=out)[0]
+    x = rows_of(3)
+    products = (matmul.low_bit, matmul.low_bit_int8)
+    whole = [product(x, *packed) for product in products]
+    monkeypatch.setattr(matmul, "BLOCK", 4 * 60)
+    for product, expected in zip(products, whole, strict=True):
+        assert "while" in jax.jit(product, static_argnums=4).lower(x, *packed).as_text()
+        np.testing.assert_allclose(product(x, *packed), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("zero_dtype", [None, np.int8, np.float32])
+@pytest.mark.parametrize("groups", [1, 5])
+def test_gradients_reach_rows_scales_and_float_zero_points(groups, zero_dtype, blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr(matmul, "BLOCK", 4 * 60)
+    affine = zero_dtype is not None
+    (data, scale, zero, qtype), _ = case("int4", groups, affine, 18, zero_dtype=zero_dtype)
+    x, pull = rows_of(3), jnp.cos(jnp.arange(54.0)).reshape(3, 18)
+    levels = packing.unpack(data, 60, qtype)
+    trained = (0, 1, 2) if zero_dtype is np.float32 else (0, 1)
+
+    def dense(x, scale, zero):
+        return jnp.sum(pull * matmul.dense(x, grid.dequantize(levels, scale, zero)))
+
+    for product, rows in (
+        (matmul.low_bit, x),
+        (matmul.low_bit_int8, matmul.round_rows_to_int8(x)),
+    ):
+
+        def loss(x, scale, zero, product=product):
+            return jnp.sum(pull * product(x, data, scale, zero, qtype))
+
+        found = jax.jit(jax.grad(loss, trained))(x, scale, zero)
+        for one, other in zip(found, jax.grad(dense, trained)(rows, scale, zero), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_static_rounding_passes_gradients_where_it_does_not_clip():
+    (data, scale, zero, qtype), weight = case("int8", 1)
+    x = rows_of(2).at[0, 3].set(99.0)
+    rest = data, scale, zero
+
+    def loss(x, step):
+        return jnp.sum(matmul.low_bit_static(x, *rest, step, jnp.int8(5), qtype))
+
+    step = np.float32(0.03)
+    by_row, by_step = jax.grad(loss, (0, 1))(x, jnp.float32(step))
+    inside = (np.asarray(x) / step + 5 < 127) & (np.asarray(x) / step + 5 > -128)
+    assert not inside.all()
+    np.testing.assert_allclose(by_row, np.where(inside, weight.sum(0), 0.0), rtol=1e-4, atol=1e-5)
+    # Learned step size quantization, equation 3.
+    steps = np.asarray(x, np.float64) / step
+    slope = np.where(inside, np.round(steps) - steps, np.clip(np.round(steps), -133, 122))
+    np.testing.assert_allclose(by_step, np.sum(slope * weight.sum(0)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("qtype", ["int8", "int4", "int3", "int2", "ternary", "nf4"])
+def test_few_rows_never_meet_a_dense_copy_of_the_weight(qtype):
+    out, columns = 4096, 1024
+    shape = jax.ShapeDtypeStruct
+    arguments = (
+        shape((1, columns), jnp.float32),
+        shape((out, packing.packed_columns(columns, qtype)), packing.stored_dtype(qtype)),
+        shape((out, 1), jnp.float32),
+    )
+    for product in (matmul.low_bit, matmul.low_bit_int8):
+        run = jax.jit(lambda *a, product=product: product(*a, None, qtype))
+        memory = run.lower(*arguments).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 2 * 4 * matmul.BLOCK < out * columns * 4 / 2
+
+
+def test_low_bit_keeps_leading_axes_and_type_and_works_under_vmap():
+    packed = case("int4", 5)[0]
+    x = rows_of(6).reshape(2, 3, 60)
+    found = matmul.low_bit(x, *packed)
+    assert found.shape == (2, 3, 6)
+    assert matmul.low_bit(x.astype(jnp.bfloat16), *packed).dtype == jnp.bfloat16
+    stacked = [jnp.stack([a, a]) for a in packed[:2]]
+    each = jax.vmap(lambda x, data, scale: matmul.low_bit(x, data, scale, None, "int4"))
+    np.testing.assert_allclose(each(x, *stacked), found, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_are_rounded_to_int8_as_a_loop_does():

@@ -1,4 +1,6 @@
-"""Four-bit packing against a loop over bytes."""
+"""Packing of codes into bytes, against a loop that knows only the documented layout."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +11,130 @@ from hypothesis import strategies as st
 
 from glm_edge.kernels import packing
 
-
-def pack_loop(values):
-    rows, columns = values.shape
-    out = np.zeros((rows, (columns + 1) // 2), np.uint8)
-    for r, c in np.ndindex(rows, columns):
-        out[r, c // 2] |= (int(values[r, c]) % 16) << (4 * (c % 2))
-    return out
-
-
-@pytest.mark.parametrize("columns", [1, 2, 7, 32])
-def test_bytes_match_a_loop_low_nibble_first(columns):
-    values = np.random.default_rng(0).integers(-8, 8, (3, columns)).astype(np.int8)
-    np.testing.assert_array_equal(packing.pack_int4(jnp.asarray(values)), pack_loop(values))
+RANGES = {
+    "int8": (-128, 127),
+    "int4": (-8, 7),
+    "nf4": (0, 15),
+    "int3": (-4, 3),
+    "int2": (-2, 1),
+    "ternary": (-1, 1),
+}
+WIDTHS = {"int4": 4, "nf4": 4, "int3": 3, "int2": 2}
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 2**31))
-def test_unpacking_undoes_packing(layers, rows, columns, seed):
-    values = np.random.default_rng(seed).integers(-8, 8, (layers, rows, columns)).astype(np.int8)
-    packed = packing.pack_int4(jnp.asarray(values))
-    assert packed.dtype == jnp.uint8
-    assert packed.shape == (layers, rows, -(-columns // 2))
-    np.testing.assert_array_equal(packing.unpack_int4(packed, columns), values)
+def draw(shape, qtype, seed=0):
+    """Random codes; of ternary34, one zero in each four and at most one in what is left."""
+    rng = np.random.default_rng(seed)
+    if qtype != "ternary34":
+        low, high = RANGES[qtype]
+        return rng.integers(low, high + 1, shape).astype(np.int8)
+    columns = shape[-1]
+    codes = rng.choice([-1, 1], (*shape[:-1], -(-columns // 4), 4))
+    np.put_along_axis(codes, rng.integers(0, 4, (*codes.shape[:-1], 1)), 0, axis=-1)
+    return codes.reshape(*shape[:-1], -1)[..., :columns].astype(np.int8)
 
 
-def test_packing_works_under_jit_and_vmap():
-    values = jnp.arange(-8, 8, dtype=jnp.int8).reshape(2, 8)
-    packed = jax.jit(jax.vmap(packing.pack_int4))(values)
-    unpacked = jax.vmap(lambda row: packing.unpack_int4(row, 8))(packed)
-    np.testing.assert_array_equal(unpacked, values)
+def pack_row(row, qtype):
+    """Bytes of one row, by Python integers."""
+    if qtype in WIDTHS:
+        width = WIDTHS[qtype]
+        stream = sum((int(code) % 2**width) << (width * i) for i, code in enumerate(row))
+        return np.frombuffer(
+            stream.to_bytes(packing.packed_columns(len(row), qtype), "little"), np.uint8
+        )
+    if qtype == "ternary":
+        found = []
+        for start in range(0, len(row), 5):
+            digits = [int(code) + 1 for code in row[start : start + 5]]
+            number = int("".join(map(str, digits + [1] * (5 - len(digits)))), 3)
+            found.append(-(-number * 256 // 243))
+        return np.array(found, np.uint8)
+    fields = []
+    for start in range(0, len(row), 4):
+        four = [int(code) for code in row[start : start + 4]]
+        place = four.index(0)
+        signs = [code > 0 for code in four if code]
+        fields.append(place * 8 + sum(sign << i for i, sign in enumerate(signs)))
+    units = [fields[i : i + 8] for i in range(0, len(fields), 8)]
+    found = []
+    for unit in units:
+        found += [(unit[i] & 15) | (unit[i + 1] & 15) << 4 for i in range(0, 8, 2)]
+        found.append(sum((field >> 4) << i for i, field in enumerate(unit)))
+    return np.array(found, np.uint8)
+
+
+@pytest.mark.parametrize("qtype", [q for q in packing.QTYPES if q != "int8"])
+def test_bytes_match_a_loop(qtype):
+    columns = 64 if qtype == "ternary34" else 43
+    codes = draw((5, columns), qtype)
+    found = np.asarray(packing.pack(jnp.asarray(codes), qtype))
+    np.testing.assert_array_equal(found, [pack_row(row, qtype) for row in codes])
+
+
+@pytest.mark.parametrize("qtype", packing.QTYPES)
+@settings(max_examples=12, deadline=None)
+@given(
+    leading=st.lists(st.integers(1, 3), max_size=2).map(tuple),
+    columns=st.integers(1, 70),
+    seed=st.integers(0, 2**31),
+)
+def test_unpacking_undoes_packing(qtype, leading, columns, seed):
+    codes = draw((*leading, columns), qtype, seed)
+    packed = packing.pack(jnp.asarray(codes), qtype)
+    assert packed.dtype == packing.stored_dtype(qtype)
+    assert packed.shape == (*leading, packing.packed_columns(columns, qtype))
+    found = packing.unpack(packed, columns, qtype)
+    assert found.dtype == jnp.int8
+    np.testing.assert_array_equal(found, codes)
+
+
+@pytest.mark.parametrize("qtype", packing.QTYPES)
+@pytest.mark.parametrize("columns", [37, 64, 160])
+def test_planes_hold_every_nth_column(qtype, columns):
+    columns -= columns % 4 if qtype == "ternary34" else 0
+    codes = draw((3, columns), qtype)
+    planes = packing.planes(packing.pack(jnp.asarray(codes), qtype), columns, qtype)
+    together = np.stack(planes, axis=-1).reshape(3, -1)
+    assert together.shape[1] - columns < len(planes)
+    np.testing.assert_array_equal(together[:, :columns], codes)
+    np.testing.assert_array_equal(together[:, columns:], 0)
+
+
+@pytest.mark.parametrize("qtype", packing.QTYPES)
+def test_rows_cut_at_units_are_packed_by_themselves(qtype):
+    unit = packing.unit(qtype)
+    codes = draw((2, 4 * unit), qtype)
+    whole = packing.pack(jnp.asarray(codes), qtype)
+    cut = packing.packed_columns(unit, qtype)
+    for part in range(4):
+        alone = packing.pack(jnp.asarray(codes[:, part * unit : (part + 1) * unit]), qtype)
+        np.testing.assert_array_equal(whole[:, part * cut : (part + 1) * cut], alone)
+
+
+@pytest.mark.parametrize("qtype", packing.QTYPES)
+def test_packing_works_under_jit_and_vmap(qtype):
+    codes = draw((3, 2, 20), qtype)
+    packed = jax.jit(jax.vmap(lambda c: packing.pack(c, qtype)))(jnp.asarray(codes))
+    np.testing.assert_array_equal(packed, packing.pack(jnp.asarray(codes), qtype))
+    unpack = jax.vmap(jax.vmap(lambda row: packing.unpack(row, 20, qtype)))
+    np.testing.assert_array_equal(jax.jit(unpack)(packed), codes)
+
+
+def test_every_byte_of_trits_is_one_of_243():
+    digits = np.stack(np.meshgrid(*[[-1, 0, 1]] * 5, indexing="ij"), -1).reshape(-1, 5)
+    packed = np.asarray(packing.pack(jnp.asarray(digits, jnp.int8), "ternary"))
+    assert len(np.unique(packed)) == 243
+    np.testing.assert_array_equal(packing.unpack(packed, 5, "ternary"), digits)
+
+
+def test_levels_of_nf4_split_a_normal_distribution_evenly():
+    levels = np.array(packing.NF4_LEVELS)
+    assert (len(levels), levels[0], levels[7], levels[-1]) == (16, -1.0, 0.0, 1.0)
+    assert np.all(np.diff(levels) > 0)
+    quantiles = np.vectorize(_normal_cdf)(levels * 1.8481)
+    np.testing.assert_allclose(np.diff(quantiles[:8]), np.diff(quantiles[:8]).mean(), atol=2e-3)
+    np.testing.assert_allclose(np.diff(quantiles[7:]), np.diff(quantiles[7:]).mean(), atol=2e-3)
+
+
+def _normal_cdf(x):
+    return 0.5 * (1 + math.erf(x / 2**0.5))

@@ -20,11 +20,6 @@ from glm_edge.params import FakeQuantized, Format, Masked, Quantized
 BAND = 1 << 24
 
 
-def columns_of(path: str, shape: tuple[int, ...], stacked: bool = False) -> int:
-    """Columns of a parameter seen as `[out, in]`."""
-    return math.prod(shape[stacked:-1]) if _is_kernel(path) else shape[-1]
-
-
 def as_rows(path: str, leaf: Any, stacked: bool = False) -> tuple[Array, tuple[int, ...]]:
     """The dense weight as `[..., out, in]`, and the kernel shape that undoes it.
 

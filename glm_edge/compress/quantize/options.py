@@ -1,5 +1,9 @@
 """Options that transforms which round weights have in common."""
 
+import inspect
+import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from glm_edge.compress.rounding.grid import SCALES
@@ -81,6 +85,38 @@ def fitting(path: str, columns: int, wanted: Format, fallback_bits: int | None) 
             "channel"
         ) from error
     return wanted
+
+
+def check_groups(
+    transform: str, shapes: Mapping[str, tuple[int, ...]], options: Mapping[str, Any]
+) -> None:
+    """Refuses matrices whose columns are not whole groups.
+
+    Args:
+      transform: name, for messages.
+      shapes: of the matrices by path.
+      options: of the transform.
+
+    Raises:
+      RecipeError: one does not fit, and there is no fallback.
+    """
+    names = inspect.signature(format_options).parameters
+    format = format_options(transform, **{k: v for k, v in options.items() if k in names})
+    stacked = re.compile(options.get("stacked") or "(?!)")
+    for path, shape in shapes.items():
+        columns = columns_of(path, shape, bool(stacked.search(path)))
+        fitting(path, columns, format, options.get("fallback_bits"))
+
+
+def columns_of(path: str, shape: tuple[int, ...], stacked: bool = False) -> int:
+    """Columns of a parameter seen as `[out, in]`; a leaf named `kernel` is `[..., in, out]`.
+
+    Args:
+      path: of the parameter.
+      shape: of its dense array.
+      stacked: a kernel's first axis is a layer axis.
+    """
+    return math.prod(shape[stacked:-1]) if path.rsplit("/", 1)[-1] == "kernel" else shape[-1]
 
 
 def spelled_out(values: dict[str, Any], *objects: str) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 import re
 
-from glm_edge.compress.quantize.leaves import columns_of, quantize_leaf, row
+from glm_edge.compress.quantize.leaves import quantize_leaf, row
 from glm_edge.compress.quantize.options import (
+    check_groups,
     check_rounding,
+    columns_of,
     fitting,
     format_options,
     spelled_out,
@@ -91,4 +93,4 @@ def _round_stage(
     return replaced, rows
 
 
-register_stagewise("quantize.rtn", rtn, _round_stage)
+register_stagewise("quantize.rtn", rtn, _round_stage, check=check_groups)

@@ -1,0 +1,346 @@
+"""Compares ways of rounding weights: ours and those of other projects, on one model and one text.
+
+    python -m experiments.bench_quality --text=wt103_valid.txt \\
+        --calibration_text=wt103_train_head.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
+
+quantizes the decoder of the shipped model with every method of `experiments/peers/methods.py`, puts
+the weights that each method multiplies with into one float32 model, and scores them all by the same
+compiled program: perplexity of --text, taps on phone screens asked in writing and in speech, and
+the mean KL divergence (nats) and share of changed likeliest tokens against float32, for each
+modality (of questions: along the float32 model's own answers). Bits are those that a method stores,
+scales, zero points and headers included; "packed" says what they would be if codes were packed to
+their width, which some peers leave to their kernels. Two rows without compression show the noise.
+
+Everyone calibrates on the same --calibration_windows of --calibration_text, and on screens where a
+method takes inputs of layers; screens, digits, speakers and text are not those measured on. Without
+--calibration_text, --text is split: a third to calibrate on, the rest to measure.
+
+A peer runs in a process of its own and may have its own environment:
+
+    --torchao_python=/path/to/venv/bin/python --ggml_library=/path/to/libggml-base.so
+
+and is left out, with the reason, where it is not installed: `pip install qwix`, `torchao`, `gguf`
+and a build of llama.cpp's libggml-base (llama-cpp-python holds one), `ai-edge-quantizer`,
+`gptqmodel`, `auto-round`. Results lie in --out_dir, one JSON a method; a method that has one is not
+run again, so an interrupted run continues where it was; delete a file to measure its row anew.
+--methods='^(fp32|glm_edge|qwix)' picks rows by name; `table.md`, `report.json` and `quality.png`
+are made of all results found, and the peers are named that no row of ours matches in perplexity
+with equal or fewer packed bits.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import glm_edge as ge
+from experiments import calibration, exam, materials
+from experiments.console import fail_in_one_line, text_table
+from experiments.evaluate import require_tokenizer
+from experiments.peers import exchange
+from experiments.peers.methods import DECODER, METHODS, OURS, REFERENCE, Method, as_json
+from experiments.peers.scoring import Scorer
+from experiments.peers.table import cells, figure, titles, unreached
+from experiments.text import corpora
+from experiments.text import tokenizer as text_tokenizer
+from glm_edge import params as boxes
+from glm_edge.compress.batches import INPUTS
+from glm_edge.errors import DataError, OutputError
+
+FLAGS = flags.FLAGS
+PEERS = ("qwix", "ggml", "torchao", "ai_edge", "gptqmodel", "auto_round")
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    flags.DEFINE_string("out_dir", None, "Directory of results, one JSON a method.", required=True)
+    flags.DEFINE_string("text", None, "UTF-8 file to measure on.", required=True)
+    flags.DEFINE_string("calibration_text", None, "UTF-8 file to calibrate on.")
+    flags.DEFINE_integer("text_tokens", 60000, "At most this many tokens are scored.", 512)
+    flags.DEFINE_integer("calibration_windows", 64, "Windows of text to calibrate on.", 8)
+    flags.DEFINE_integer("calibration_screens", 32, "Screens of several questions, likewise.", 4)
+    flags.DEFINE_integer("screens", 200, "Questions measured, of each kind.", 1)
+    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys.")
+    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to measure on; default: all.")
+    flags.DEFINE_string("methods", "", "Regular expression searched in names of methods.")
+    flags.DEFINE_integer("seed", 0, "Seed of screens and questions.")
+    flags.DEFINE_string("ggml_library", None, "libggml-base.so (dylib, dll) of llama.cpp.")
+    for peer in PEERS:
+        flags.DEFINE_string(f"{peer}_python", None, f"Interpreter with {peer}; default: this one.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    chosen = chosen_methods(FLAGS.methods)
+    directory = Path(FLAGS.out_dir).resolve()
+    results = directory / "results"
+    settings = run_settings()
+    waiting = [method for method in chosen if not finished(results, method, settings)]
+    if waiting:
+        bench = Bench(directory, settings)
+        for number, method in enumerate(waiting, 1):
+            row = bench.run(method)
+            if row is None:
+                continue
+            path = results / f"{slug(method)}.json"
+            corpora.write_text(path, json.dumps(row, indent=1) + "\n", overwrite=True)
+            shown = [f"{title} {cell}" for title, cell in zip(titles(), cells(row), strict=True)]
+            print(f"[{number}/{len(waiting)}] " + "; ".join(shown), flush=True)
+        shutil.rmtree(bench.work)
+    conclude(directory, results)
+
+
+def chosen_methods(pattern: str) -> list[Method]:
+    """Methods whose names match, float32 always among them.
+
+    Raises:
+      DataError: the pattern is not a regular expression, or matches nothing.
+    """
+    try:
+        found = [m for m in METHODS if m.peer == REFERENCE or re.search(pattern, m.name)]
+    except re.error as error:
+        raise DataError(f"--methods: {pattern!r} is not a regular expression: {error}") from error
+    if not any(re.search(pattern, method.name) for method in found):
+        raise DataError(
+            f"--methods: {pattern!r} matches none of {', '.join(m.name for m in METHODS)}"
+        )
+    return found
+
+
+def run_settings() -> dict[str, Any]:
+    """What all rows of a table must share; text by its checksum."""
+    names = ("text_tokens", "calibration_windows", "calibration_screens", "screens", "seed")
+    settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    for name in ("text", "calibration_text"):
+        path = FLAGS[name].value
+        settings[name] = path and f"{zlib.crc32(corpora.read_text(path).encode()):08x}"
+    for name in ("digits_dir", "speech_dir"):
+        settings[name] = FLAGS[name].value and Path(FLAGS[name].value).name
+    return {**settings, "speakers": ",".join(FLAGS.speakers)}
+
+
+def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
+    """Whether a method has a result.
+
+    Raises:
+      OutputError: it has one, measured with other settings.
+    """
+    path = results / f"{slug(method)}.json"
+    if not path.exists():
+        return False
+    row = json.loads(path.read_text(encoding="utf-8"))
+    if row["settings"] != settings:
+        other = next(k for k in settings if row["settings"].get(k) != settings[k])
+        raise OutputError(
+            f"{path}: measured with {other} {row['settings'].get(other)!r}, asked for "
+            f"{settings[other]!r}; name another --out_dir"
+        )
+    return row["options"] == json.loads(as_json(method))
+
+
+def slug(method: Method) -> str:
+    """File name of a method."""
+    return re.sub(r"[^a-z0-9_.]+", "-", method.name.lower())
+
+
+class Bench:
+    """The model, its scores, and the files that peers read.
+
+    Args:
+      directory: to work in.
+      settings: noted with every row.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any]):
+        self.settings, self.work = settings, directory / "exchange"
+        self.checkpoint = ge.shipped("nano")
+        self.model, self.params = ge.load(self.checkpoint, dtype="float32")
+        self.tokenizer = require_tokenizer(self.checkpoint)
+        encode = text_tokenizer.encode_text
+        if FLAGS.calibration_text:
+            learned = corpora.read_text(FLAGS.calibration_text)
+            held_out = corpora.read_text(FLAGS.text)
+        else:
+            learned, held_out = materials.split_text(FLAGS.text)
+        tokens = encode(self.tokenizer, held_out)[: FLAGS.text_tokens]
+        windows = corpora.windows(tokens, text_tokenizer.token_bytes(self.tokenizer), exam.WINDOW)
+        heard, others, notes = materials.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        draw = [FLAGS.screens, FLAGS.seed, FLAGS.digits_dir]
+        questions = {"image": exam.draw_items(*draw)}
+        questions["spoken"] = exam.draw_items(*draw, heard) if heard else []
+        batches = calibration.token_batches(
+            encode(self.tokenizer, learned), FLAGS.calibration_windows // 8
+        )
+        screens = calibration.screen_batches(
+            self.model.config, self.tokenizer, others, FLAGS.digits_dir, FLAGS.seed,
+            FLAGS.calibration_screens // 4,
+        )  # fmt: skip
+        self._write(batches, screens)
+        self.scorer = Scorer(self.model, self.params, self.tokenizer, windows, questions)
+        self.fp32 = self.scorer.score(self.model, self.params)["perplexity"]
+
+    def run(self, method: Method) -> dict[str, Any] | None:
+        """Quantizes by a method and scores it; None, with a line, where its peer is absent."""
+        start = time.perf_counter()
+        quantized = {REFERENCE: self._reference, OURS: self._ours}.get(method.peer, self._peer)
+        found = quantized(method)
+        if found is None:
+            return None
+        model, params, meta = found
+        measured = self.scorer.score(model, params)
+        return {
+            "method": method.name,
+            "peer": method.peer,
+            "kind": method.kind,
+            "calibration": method.calibration,
+            "where": method.where,
+            "options": method.options,
+            "bits": meta["stored_bits"] / meta["weights"],
+            "packed_bits": meta["packed_bits"] / meta["weights"],
+            "increase": measured["perplexity"] / self.fp32 - 1,
+            **measured,
+            **{key: meta.get(key) for key in ("seconds", "peak_rss_bytes", "weights", "versions")},
+            "total_seconds": time.perf_counter() - start,
+            "settings": self.settings,
+        }
+
+    def _reference(self, method: Method) -> tuple[Any, Any, dict[str, Any]]:
+        return self.model, self.params, {"stored_bits": 32, "packed_bits": 32, "weights": 1}
+
+    def _ours(self, method: Method) -> tuple[Any, Any, dict[str, Any]] | None:
+        out = self.work / OURS
+        command = [sys.executable, "-m", "experiments.peers.ours"]
+        command += [f"--checkpoint={self.checkpoint}", f"--out={out}", f"--where={method.where}"]
+        command += [f"--calibration={self.work / 'calibration'}", f"--recipe={as_json(method)}"]
+        if not self._call(method, command):
+            return None
+        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+        return *ge.load(out, dtype="float32"), meta
+
+    def _peer(self, method: Method) -> tuple[Any, Any, dict[str, Any]] | None:
+        python, options = FLAGS[f"{method.peer}_python"].value or sys.executable, method.options
+        if method.peer == "ggml":
+            options = {**options, "library": FLAGS.ggml_library}
+        out = self.work / "out.npz"
+        command = [python, "-m", f"experiments.peers.{method.peer}", f"--out={out}"]
+        command += [f"--weights={self.work / 'weights.npz'}", f"--options={json.dumps(options)}"]
+        command.append(f"--checkpoint={self.work / 'hugging_face'}")
+        if method.calibration != "none":
+            command.append(f"--inputs={self.work / f'inputs_{method.calibration}.npz'}")
+        if not self._call(method, command):
+            return None
+        dense, meta = exchange.read(out)
+        params = boxes.map_with_path(
+            lambda path, leaf: jnp.asarray(dense.get(path, leaf)), self.params
+        )
+        return self.model, params, meta
+
+    def _call(self, method: Method, command: list[str]) -> bool:
+        return _call(method, command, self.work.parent / "results" / f"{slug(method)}.log")
+
+    def _write(self, texts: list[dict[str, Any]], screens: list[dict[str, Any]]) -> None:
+        """Writes weights, calibration batches and the inputs that they make, for all peers."""
+        (self.work / "calibration").mkdir(parents=True, exist_ok=True)
+        for index, batch in enumerate(x for pair in _alternate(texts, screens) for x in pair):
+            np.savez(self.work / "calibration" / f"{index:03d}.npz", **batch)
+        leaves = dict(boxes.path_items(self.params))
+        decoder = {p: np.asarray(leaves[p]) for p in boxes.select(self.params, DECODER)}
+        np.savez(self.work / "weights.npz", **decoder)
+        tokens = np.concatenate([batch["tokens"] for batch in texts])
+        seen = [[self._inputs(batch, set(decoder)) for batch in part] for part in (texts, screens)]
+        for name, parts in (("text", seen[0]), ("both", seen[0] + seen[1])):
+            rows = {path: np.concatenate([part[path] for part in parts]) for path in decoder}
+            exchange.write_inputs(self.work / f"inputs_{name}.npz", rows, tokens)
+        config = dataclasses.replace(
+            self.model.config, vision=None, speech=None, image_token_id=None, audio_token_id=None
+        )
+        params = {name: self.params[name] for name in ("embed", "decoder")}
+        ge.save(
+            ge.MultimodalGLM(config), params, self.work / "hugging_face", "hugging_face", True,
+            {"tokenizer.json": self.checkpoint / "tokenizer.json"},
+        )  # fmt: skip
+
+    def _inputs(self, batch: dict[str, Any], paths: set[str]) -> dict[str, np.ndarray]:
+        sown = boxes.path_items(_sown_inputs(self.model, self.params, batch)["inputs"])
+        rows = {path.replace("/rows", "/weight").removesuffix("/0"): leaf for path, leaf in sown}
+        return {path: np.asarray(rows[path], np.float32) for path in paths}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sown_inputs(model, params, batch):
+    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
+    return model.apply({"params": params}, batch["tokens"], **inputs, mutable=["inputs"])[1]
+
+
+def _call(method: Method, command: list[str], log: Path) -> bool:
+    """Runs a peer; False, with its reason printed and all it said in `log`, where it fails."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=root
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        print(f"left out: {method.name}: {last}", file=sys.stderr, flush=True)
+        corpora.write_text(log, done.stdout + done.stderr, overwrite=True)
+    return done.returncode == 0
+
+
+def _alternate(first: list[Any], second: list[Any]) -> list[list[Any]]:
+    longest = max(len(first), len(second))
+    return [[*first[i : i + 1], *second[i : i + 1]] for i in range(longest)]
+
+
+def conclude(directory: Path, results: Path) -> None:
+    """Writes table, report and figure of all results, in the order of METHODS."""
+    paths = [results / f"{slug(method)}.json" for method in METHODS]
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    table = text_table(titles(), [cells(row) for row in rows])
+    ahead = unreached(rows)
+    report = {"run": circumstances(rows), "unreached": ahead, "rows": rows}
+    corpora.write_text(directory / "report.json", json.dumps(report, indent=1) + "\n", True)
+    corpora.write_text(directory / "table.md", table + "\n", True)
+    print(f"\n{table}\n")
+    print(f"peers that no row of ours matches at equal or fewer bits: {', '.join(ahead) or 'none'}")
+    figure(rows, directory / "quality.png")
+
+
+def circumstances(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Settings, versions and machine, without paths of the machine."""
+    from experiments.quickstart import commit
+
+    versions: dict[str, str] = {}
+    for row in rows:
+        versions |= row["versions"] or {}
+    return {
+        "settings": rows[0]["settings"],
+        "commit": commit(),
+        "versions": {**materials.versions(), **versions},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(fail_in_one_line(main))

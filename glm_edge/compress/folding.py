@@ -1,0 +1,312 @@
+"""Where a factor for each channel moves between matrices without changing what a model computes.
+
+A norm, a value projection or the `up` half of a gated network produces channels that linear maps
+consume. Dividing what produces a channel and multiplying the columns that consume it by the same
+number changes nothing. GELU stands between `fc1` and `fc2`, and between a projector's norm and its
+network, so no factor passes there; queries and keys meet in a product, which weights never see.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.configs import (
+    DecoderConfig,
+    GLMConfig,
+    SpeechConfig,
+    TextConfig,
+    VisionConfig,
+)
+from glm_edge.errors import RecipeError
+
+KINDS = ("norm", "value", "neurons", "linear")
+Leaves = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One set of channels: what produces them and which columns consume them.
+
+    Attributes:
+      kind: `norm` (of the layer's input), `value` (of attention), `neurons` (the `up` half of a
+        gated network) or `linear` (one matrix follows another).
+      producers: paths of vectors and matrices; their rows from `start` produce the channels.
+      start: first of those rows.
+      consumers: paths of matrices `[out, columns]`.
+      blocks: how columns repeat channels, `(count, repeats, width)`: channel `width * i + c` is
+        read by the columns `width * (repeats * i + r) + c` for every `r < repeats`.
+    """
+
+    kind: str
+    producers: tuple[str, ...]
+    start: int
+    consumers: tuple[str, ...]
+    blocks: tuple[int, int, int]
+
+    @property
+    def channels(self) -> int:
+        """Number of factors."""
+        return self.blocks[0] * self.blocks[2]
+
+    def spread(self, factor: Array) -> Array:
+        """Factors of the columns, [columns], from those of the channels, [channels]."""
+        count, repeats, width = self.blocks
+        channels = jnp.reshape(factor, (count, 1, width))
+        return jnp.broadcast_to(channels, (count, repeats, width)).reshape(-1)
+
+    def repeated(self, columns: Array) -> Array:
+        """Values of the columns, [columns], as [repeats, channels]: what shares a factor."""
+        by_block = jnp.reshape(columns, self.blocks)
+        return jnp.moveaxis(by_block, 1, 0).reshape(self.blocks[1], -1)
+
+    def within(self, leaves: Leaves) -> bool:
+        """True where all its leaves are there, as arrays or masked."""
+        return all(
+            path in leaves and _scales(leaves[path]) for path in (*self.producers, *self.consumers)
+        )
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What a decoder's residual stream meets; all of it can be rotated at once.
+
+    Attributes:
+      reads: `(norm, matrices)`, the path of an RMS norm's weight and of the matrices [out, D] that
+        read what it norms.
+      writes: paths of matrices [D, in] whose product is added to the stream.
+      tables: paths of arrays [..., D] whose rows are.
+    """
+
+    reads: tuple[tuple[str, tuple[str, ...]], ...]
+    writes: tuple[str, ...]
+    tables: tuple[str, ...]
+
+
+def folds(config: GLMConfig | VisionConfig | SpeechConfig | TextConfig) -> tuple[Fold, ...]:
+    """Every fold of a model, in the order of its layers.
+
+    Within a layer those of matrices come before those of norms, so that a scale chosen for a norm
+    sees the matrices as they will be.
+
+    Args:
+      config: of a GLM, or of an encoder on its own.
+
+    Returns:
+      The folds; paths are those of the model's parameters.
+
+    Raises:
+      RecipeError: the model is of another kind.
+    """
+    if isinstance(config, VisionConfig):
+        return _of_vision(config, "", None)
+    if isinstance(config, SpeechConfig):
+        return _of_speech(config, "")
+    if isinstance(config, TextConfig):
+        return _of_text(config)
+    if not isinstance(config, GLMConfig):
+        raise RecipeError(
+            "no factor is known to move between the matrices of this model; the GLMs and the "
+            "encoders of glm_edge.models are known"
+        )
+    found: tuple[Fold, ...] = ()
+    if config.vision is not None:
+        found += _of_vision(config.vision, "vision/", config.decoder.hidden_size)
+    if config.speech is not None:
+        found += _of_speech(config.speech, "speech/")
+    for layer in range(config.decoder.num_layers):
+        found += _of_decoder_layer(config.decoder, layer)
+    if not config.decoder.tie_embeddings:
+        found += (_norm("decoder/norm", ("head/weight",), config.decoder.hidden_size),)
+    return found
+
+
+def residual(config: GLMConfig) -> Residual:
+    """The residual stream of a GLM's decoder.
+
+    Args:
+      config: of a GLM with a head of its own.
+
+    Returns:
+      What it meets.
+
+    Raises:
+      RecipeError: the stream cannot be rotated; the message says why.
+    """
+    if not isinstance(config, GLMConfig):
+        raise RecipeError("only a GLM has a residual stream that can be rotated: residual=False")
+    if config.decoder.sandwich_norm:
+        raise RecipeError(
+            f"{config.name}: norms after attention and feed-forward (sandwich_norm) scale the "
+            "channels that are added to the residual stream, so it cannot be rotated: "
+            "residual=False still rotates heads"
+        )
+    if config.decoder.tie_embeddings:
+        raise RecipeError(
+            f"{config.name}: the final norm folds into the head, which this model shares with its "
+            "embedding (tie_embeddings); rotate it in memory, where it gets a head of its own, or "
+            "say residual=False"
+        )
+    tables, writes = ["embed/weight"], []
+    if config.vision is not None:
+        _check_projector(config.name, "vision", config.vision)
+        writes += ["vision/projector/mlp/down_proj/weight"]
+        tables += ["vision/begin", "vision/end"] if config.vision.boundary_embeddings else []
+        tables += ["vision/row", "vision/column"] if config.vision.separable_positions else []
+    if config.speech is not None:
+        _check_projector(config.name, "speech", config.speech)
+        writes, tables = [*writes, "speech/linear_2/weight"], [*tables, "speech/linear_2/bias"]
+    reads: list[tuple[str, tuple[str, ...]]] = []
+    for index in range(config.decoder.num_layers):
+        layer = f"decoder/layers/{index}"
+        qkv = tuple(f"{layer}/attention/{name}_proj/weight" for name in "qkv")
+        reads.append((f"{layer}/input_norm/weight", qkv))
+        reads.append((f"{layer}/post_attention_norm/weight", (f"{layer}/mlp/gate_up_proj/weight",)))
+        writes += [f"{layer}/attention/o_proj/weight", f"{layer}/mlp/down_proj/weight"]
+    reads.append(("decoder/norm/weight", ("head/weight",)))
+    return Residual(tuple(reads), tuple(writes), tuple(tables))
+
+
+def _check_projector(name: str, encoder: str, config: VisionConfig | SpeechConfig) -> None:
+    if not config.projector_size:
+        raise RecipeError(
+            f"{name}: its {encoder} encoder has no projector, so its norm writes into the residual "
+            "stream, which then cannot be rotated: residual=False still rotates heads"
+        )
+
+
+def move(fold: Fold, leaves: Leaves, factor: Array) -> dict[str, Any]:
+    """Divides producers by a factor and multiplies the consumers' columns by it.
+
+    A norm stored in a narrow type rounds; consumers are multiplied by what its rounding left, so
+    that this costs nothing.
+
+    Args:
+      fold: which channels.
+      leaves: arrays or `Masked` by path.
+      factor: [channels], positive.
+
+    Returns:
+      The changed leaves, each in its type.
+    """
+    factor = jnp.asarray(factor, jnp.float32)
+    changed = {path: divide_rows(leaves[path], fold.start, factor) for path in fold.producers}
+    if fold.kind == "norm":
+        factor = _left_by(leaves[fold.producers[0]], changed[fold.producers[0]], factor)
+    columns = fold.spread(factor)
+    return changed | {path: multiply(leaves[path], columns) for path in fold.consumers}
+
+
+def divide_rows(leaf: Any, start: int, factor: Array) -> Any:
+    """Divides the rows of a matrix, or entries of a vector, from `start` on."""
+    rows = jnp.ones(leaf.shape[0], jnp.float32).at[start : start + factor.size].divide(factor)
+    return multiply(leaf, rows.reshape(-1, *[1] * (len(leaf.shape) - 1)))
+
+
+def multiply(leaf: Any, factor: Array) -> Any:
+    """Multiplies an array or `Masked` by a broadcast factor, in float32, and keeps its type."""
+    values = leaf.value if isinstance(leaf, boxes.Masked) else leaf
+    scaled = (values.astype(jnp.float32) * factor).astype(values.dtype)
+    return leaf.replace(value=scaled) if isinstance(leaf, boxes.Masked) else scaled
+
+
+def _left_by(before: Array, after: Array, factor: Array) -> Array:
+    wide = before.astype(jnp.float32), after.astype(jnp.float32)
+    usable = (wide[0] != 0) & (wide[1] != 0) & jnp.isfinite(wide[1])
+    return jnp.where(usable, wide[0] / jnp.where(usable, wide[1], 1.0), factor)
+
+
+def _scales(leaf: Any) -> bool:
+    return isinstance(leaf, boxes.Masked) or not boxes.is_box(leaf)
+
+
+def _norm(
+    norm: str, consumers: tuple[str, ...], width: int, bias: bool = False, repeats: int = 1
+) -> Fold:
+    names = ("weight", "bias") if bias else ("weight",)
+    producers = tuple(f"{norm}/{name}" for name in names)
+    return Fold("norm", producers, 0, consumers, (1, repeats, width))
+
+
+def _linear(producer: str, bias: bool) -> tuple[str, ...]:
+    return (f"{producer}/weight", f"{producer}/bias") if bias else (f"{producer}/weight",)
+
+
+def _attention(
+    layer: str, width: int, layer_norm: bool, bias: bool, heads: tuple[int, int, int]
+) -> tuple[Fold, ...]:
+    attention = f"{layer}/attention"
+    read = tuple(f"{attention}/{name}_proj/weight" for name in "qkv")
+    values = _linear(f"{attention}/v_proj", bias)
+    return (
+        Fold("value", values, 0, (f"{attention}/o_proj/weight",), heads),
+        _norm(f"{layer}/input_norm", read, width, layer_norm),
+    )
+
+
+def _gated(mlp: str, neurons: int, bias: bool) -> Fold:
+    up = _linear(f"{mlp}/gate_up_proj", bias)
+    return Fold("neurons", up, neurons, (f"{mlp}/down_proj/weight",), (1, 1, neurons))
+
+
+def _of_decoder_layer(config: DecoderConfig, index: int) -> tuple[Fold, ...]:
+    layer, width = f"decoder/layers/{index}", config.hidden_size
+    kv_heads = config.kv_heads(index)
+    heads = (kv_heads, config.heads(index) // kv_heads, config.head_dim)
+    return (
+        *_attention(layer, width, False, config.attention_bias, heads),
+        _gated(f"{layer}/mlp", config.neurons(index), False),
+        _norm(f"{layer}/post_attention_norm", (f"{layer}/mlp/gate_up_proj/weight",), width),
+    )
+
+
+def _of_vision(config: VisionConfig, root: str, features: int | None) -> tuple[Fold, ...]:
+    width, layer_norm = config.hidden_size, config.norm == "layer"
+    heads = (config.num_heads, 1, width // config.num_heads)
+    found: list[Fold] = []
+    for index in range(config.num_layers):
+        layer = f"{root}layers/{index}"
+        first = "gate_up_proj" if config.gated_mlp else "fc1"
+        found += _attention(layer, width, layer_norm, config.attention_bias, heads)
+        if config.gated_mlp:
+            found += (_gated(f"{layer}/mlp", config.intermediate_size, config.projection_bias),)
+        read = (f"{layer}/mlp/{first}/weight",)
+        found += (_norm(f"{layer}/post_attention_norm", read, width, layer_norm),)
+    # Without a projector the normed patches are the tower's output.
+    if not config.projector_size:
+        return tuple(found)
+    if features is not None:
+        merged = _linear(f"{root}merge", True)
+        blocks = (1, 1, features)
+        found += (Fold("linear", merged, 0, (f"{root}projector/proj/weight",), blocks),)
+    found += (_gated(f"{root}projector/mlp", config.projector_size, False),)
+    if not config.pooling_head:
+        repeats = config.merge_size**2
+        found += (_norm(f"{root}norm", (f"{root}merge/weight",), width, layer_norm, repeats),)
+    return tuple(found)
+
+
+def _of_speech(config: SpeechConfig, root: str) -> tuple[Fold, ...]:
+    width = config.hidden_size
+    heads = (config.num_heads, 1, width // config.num_heads)
+    found: list[Fold] = []
+    for index in range(config.num_layers):
+        layer = f"{root}layers/{index}"
+        found += _attention(layer, width, True, True, heads)
+        found += (_norm(f"{layer}/post_attention_norm", (f"{layer}/fc1/weight",), width, True),)
+    if config.projector_size:
+        read = (f"{root}linear_1/weight",)
+        found += (_norm(f"{root}norm", read, width, True, config.merge_size),)
+    return tuple(found)
+
+
+def _of_text(config: TextConfig) -> tuple[Fold, ...]:
+    # Norms come after what they norm, and their output is also the residual stream.
+    heads = (config.num_heads, 1, config.hidden_size // config.num_heads)
+    return tuple(
+        Fold("value", _linear(f"layers/{i}/v_proj", True), 0, (f"layers/{i}/o_proj/weight",), heads)
+        for i in range(config.num_layers)
+    )

@@ -1,0 +1,181 @@
+"""Learned rounding of each layer on its calibration inputs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress.quantize import leaves
+from glm_edge.compress.quantize.options import (
+    check_rounding,
+    columns_of,
+    fitting,
+    format_options,
+    spelled_out,
+)
+from glm_edge.compress.rounding import grid as grids
+from glm_edge.compress.rounding.adaround import METHODS, Layer, learn_rounding
+from glm_edge.compress.stages import ROWS
+from glm_edge.compress.stagewise import Replaced, StageWork, View, register_stagewise
+from glm_edge.compress.transform import Transform, check_whole
+from glm_edge.errors import RecipeError
+from glm_edge.params import Masked
+
+NAME = "quantize.adaround"
+
+
+def adaround(
+    bits: int = 4,
+    group_size: int | str | None = None,
+    symmetric: bool = True,
+    where: str | None = None,
+    scale: str = "mse",
+    scale_dtype: str | None = None,
+    qtype: str | None = None,
+    fallback_bits: int | None = None,
+    method: str = "adaround",
+    steps: int = 500,
+    learning_rate: float = 0.03,
+    regularization: float = 5.0,
+    sweeps: int = 4,
+) -> Transform:
+    """Learns how each weight is rounded, so that its layer gives what the original layer gave.
+
+    Layers are rounded one after the other. Each sees what the rounded ones before it give, and
+    learns to give what the original model's layer gives on its own inputs. An output whose error
+    does not fall below that of rounding to nearest keeps nearest rounding. Matrices whose inputs no
+    layer shows, such as an embedding, are rounded to nearest.
+
+    Args:
+      bits: 8, 4, 3 or 2.
+      group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
+      symmetric: False for affine.
+      where: regular expression searched in each path; None rounds every matrix that is not yet
+        quantized.
+      scale: how the grid is chosen, see `rtn`.
+      scale_dtype: see `rtn`.
+      qtype: another format than integers, see `rtn`; not `ternary34`.
+      fallback_bits: see `rtn`.
+      method: `adaround`, a soft choice between two levels that hardens, then `descent`, which gives
+        one weight after the other its best level; or `descent` alone, which is faster.
+      steps: of `adaround`.
+      learning_rate: of `adaround`.
+      regularization: weight of what hardens its choices.
+      sweeps: of `descent` over all columns.
+
+    Returns:
+      The transform.
+
+    Raises:
+      RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
+        weight, columns are not whole groups, or weights are not finite.
+      DataError: calibration is missing or lacks a modality.
+
+    References:
+      Up or Down? Adaptive Rounding for Post-Training Quantization,
+      https://arxiv.org/abs/2004.10568.
+      QuantEase: Optimization-based Quantization for Language Models,
+      https://arxiv.org/abs/2309.01885.
+    """
+    options = spelled_out(locals())
+    format = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
+    if format.plain or format.qtype == "ternary34":
+        raise RecipeError(f"{NAME}: {format} has no two levels to choose between; use rtn")
+    check_rounding(NAME, where, scale, format, fallback_bits)
+    if method not in METHODS:
+        raise RecipeError(f"{NAME}: method must be one of {', '.join(METHODS)}, not {method!r}")
+    check_whole(NAME, steps=steps, sweeps=sweeps)
+    if learning_rate <= 0.0 or regularization < 0.0:
+        raise RecipeError(f"{NAME}: learning_rate must be positive, regularization not negative")
+    return Transform(NAME, options)
+
+
+def _round_stage(
+    work: StageWork,
+    bits: int | None,
+    group_size: int | str | None,
+    symmetric: bool,
+    scale: str,
+    scale_dtype: str | None,
+    qtype: str | None,
+    fallback_bits: int | None,
+    method: str,
+    steps: int,
+    learning_rate: float,
+    regularization: float,
+    sweeps: int,
+) -> Replaced:
+    wanted = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
+    replaced, dense, rows = {}, {}, []
+    for path in work.selected:
+        leaf = work.leaves[path]
+        format = fitting(path, columns_of(path, leaf.shape), wanted, fallback_bits)
+        matrix, kernel_shape = leaves.dense_rows(path, leaf)
+        sums = moments(work, path, dense)
+        note = "fallback" if format is not wanted else ""
+        if sums is None or path not in work.original.leaves:
+            replaced[path], error = leaves.quantize_leaf(path, leaf, format, scale)
+            note = "nearest: no inputs seen"
+        else:
+            original, _ = leaves.dense_rows(path, work.original.leaves[path])
+            layer = layer_of(matrix, original, *sums)
+            grid = grids.choose(matrix, format, scale)
+            done = learn_rounding(
+                layer, grid, format, method, steps, learning_rate, regularization, sweeps
+            )
+            codes = done.codes
+            if isinstance(leaf, Masked):
+                mask, _ = leaves.as_rows(path, leaf.mask)
+                codes = jnp.where(mask, codes, grids.encode(jnp.zeros_like(matrix), grid, format))
+            replaced[path] = leaves.box_of(path, leaf, codes, grid, format, kernel_shape)
+            error = leaves.relative_error(leaf, replaced[path])
+        # Dense, so that the stage keeps the tree that it was compiled for.
+        dense[path] = boxes.dense(replaced[path])
+        rows.append(leaves.row(NAME, path, leaf, replaced[path], error, note))
+        work.advance(path)
+    return replaced, rows
+
+
+register_stagewise(NAME, adaround, _round_stage, needs="both")
+
+
+def moments(work: StageWork, path: str, replaced: dict[str, Any]) -> tuple[Array, Array] | None:
+    """Mean of `x x^T` and of `x0 x^T` over the rows that meet a weight.
+
+    Args:
+      work: of the stage.
+      path: of the weight.
+      replaced: parameters of the stage that are rounded already.
+
+    Returns:
+      [I, I] each, where `x` comes from the rounded layers before and `x0` from the original's; or
+      None where no rows are seen.
+    """
+    total, count = None, 0
+    for state, first in zip(work.states, work.original.states, strict=True):
+        now = _rows(dataclasses.replace(work, states=[state]), path, replaced)
+        before = _rows(dataclasses.replace(work.original, states=[first]), path, {})
+        if now is None or before is None:
+            continue
+        sums = _products(now, before)
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        count += len(now)
+    return None if total is None else tuple(x / count for x in total)
+
+
+def _rows(view: View, path: str, replaced: dict[str, Any]) -> Array | None:
+    return view.collect(ROWS, replaced).get(path)
+
+
+@jax.jit
+def _products(now: Array, before: Array) -> tuple[Array, Array]:
+    return now.T @ now, before.T @ now
+
+
+@jax.jit
+def layer_of(weight: Array, original: Array, gram: Array, cross: Array) -> Layer:
+    """The layer whose rounded form should give what the original gives on its own inputs."""
+    return Layer(weight, gram, weight @ gram - original @ cross)

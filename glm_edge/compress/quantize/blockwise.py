@@ -1,0 +1,270 @@
+"""Quantization-aware distillation block by block."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress.quantize import leaves
+from glm_edge.compress.quantize.options import check_rounding, format_options, spelled_out
+from glm_edge.compress.quantize.qat import fake, finalize, pace_of, split
+from glm_edge.compress.stages import Leaves, Stage, State
+from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
+from glm_edge.compress.training import COMPUTE, in_order, schedule
+from glm_edge.compress.transform import Transform, check_whole
+from glm_edge.errors import RecipeError
+from glm_edge.params.tree import nested
+
+NAME = "quantize.blockwise"
+_OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0, b2=0.98))
+
+
+def blockwise(
+    bits: int = 4,
+    group_size: int | str | None = None,
+    symmetric: bool = True,
+    where: str | None = None,
+    scale: str = "mse",
+    scale_dtype: str | None = None,
+    qtype: str | None = None,
+    fallback_bits: int | None = None,
+    learned_scale: bool = True,
+    scale_rate: float = 1.0,
+    norms: bool = True,
+    steps: int = 200,
+    learning_rate: float = 1e-3,
+    warmup: float = 0.1,
+    mix: float = 0.0,
+    compute: str | None = None,
+) -> Transform:
+    """Trains each block, read as if it were quantized, to give what the original block gives.
+
+    Blocks are trained one after the other, each on what the quantized ones before it give, by
+    squared error against the original's activations on its own inputs (for logits, by KL). Memory
+    holds one block. Follow it by `qat` or `distill_scales` to train end to end.
+
+    Args:
+      bits: 8, 4, 3 or 2.
+      group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
+      symmetric: False for affine; zero points keep their first values.
+      where: regular expression searched in each path of what is rounded; None is every matrix that
+        is not yet quantized.
+      scale: how grids are first chosen, see `rtn`.
+      scale_dtype: see `rtn`.
+      qtype: another format than integers, see `rtn`.
+      fallback_bits: see `rtn`.
+      learned_scale: scales train too.
+      scale_rate: their learning rate, in units of `learning_rate` times what each scale was.
+      norms: norms and biases of a block train too.
+      steps: of the optimizer for each block, one calibration batch each.
+      learning_rate: peak; falls by a cosine to a tenth.
+      warmup: fraction of the steps.
+      mix: fraction of the steps that read the original's inputs instead.
+      compute: `float32` or `bfloat16` products while training; None leaves the model as it is.
+
+    Returns:
+      The transform.
+
+    Raises:
+      RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
+        weight, columns are not whole groups, or a loss is not finite.
+      DataError: calibration is missing or lacks a modality.
+
+    References:
+      EfficientQAT: Efficient Quantization-Aware Training for Large Language Models (its first
+      phase), https://arxiv.org/abs/2407.11062.
+    """
+    options = spelled_out(locals())
+    format = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
+    if format.plain:
+        raise RecipeError(f"{NAME}: {format} is not rounded to levels; use rtn(qtype=...)")
+    check_rounding(NAME, where, scale, format, fallback_bits)
+    check_whole(NAME, steps=steps)
+    if learning_rate <= 0.0 or scale_rate <= 0.0:
+        raise RecipeError(f"{NAME}: learning_rate and scale_rate must be positive")
+    if not 0.0 <= warmup < 1.0 or not 0.0 <= mix <= 1.0:
+        raise RecipeError(f"{NAME}: warmup and mix must be in 0..1")
+    if compute is not None and compute not in COMPUTE:
+        raise RecipeError(f"{NAME}: compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
+    return Transform(NAME, options)
+
+
+def _train_stage(
+    work: StageWork,
+    bits: int | None,
+    group_size: int | str | None,
+    symmetric: bool,
+    scale: str,
+    scale_dtype: str | None,
+    qtype: str | None,
+    fallback_bits: int | None,
+    learned_scale: bool,
+    scale_rate: float,
+    norms: bool,
+    **training: Any,
+) -> Replaced:
+    if not work.selected:
+        return {}, []
+    wanted = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
+    student = dict(work.leaves)
+    for path in work.selected:
+        student[path] = fake(path, student[path], wanted, scale, fallback_bits)
+
+    def trains(path: str, leaf: Any) -> bool:
+        return path in work.selected or (norms and not boxes.is_matrix(path, leaf))
+
+    trainable, frozen = split(student, trains, learned_scale)
+    trained, losses = _train(work, trainable, frozen, pace_of(trainable, scale_rate), **training)
+    replaced, rows = {}, []
+    for path, leaf in boxes.combine(trained, frozen).items():
+        before = work.leaves[path]
+        if path in work.selected:
+            replaced[path] = finalize(path, leaf, before)
+            error = leaves.relative_error(before, replaced[path])
+            note = f"block error {losses[0]:.2g} to {losses[1]:.2g}"
+            rows.append(leaves.row(NAME, path, before, replaced[path], error, note))
+            work.advance(path)
+        elif jax.tree.leaves(trainable[path]):
+            replaced[path] = jax.tree.map(lambda new, old: new.astype(old.dtype), leaf, before)
+    return replaced, rows
+
+
+register_stagewise(NAME, blockwise, _train_stage, needs="both")
+
+
+def _train(
+    work: StageWork,
+    trainable: Leaves,
+    frozen: Leaves,
+    pace: Leaves,
+    steps: int,
+    learning_rate: float,
+    warmup: float,
+    mix: float,
+    compute: str | None,
+) -> tuple[Leaves, tuple[float, float]]:
+    """Trains one block; returns what trained, and the mean error of the first and last steps."""
+    stage = work.stage
+    module = stage.module
+    if compute is not None and hasattr(module, "compute"):
+        module = module.clone(compute=compute)
+    pairs = _pairs(work)
+    if not pairs:
+        raise RecipeError(
+            f"{NAME}: no calibration batch reaches {stage.name}; add batches that hold its input, "
+            "or narrow where"
+        )
+    own = jax.tree.map(lambda array: jnp.array(array, jnp.float32, copy=True), trainable)
+    own, frozen, pace, borrowed = (
+        _within(stage, tree) for tree in (own, frozen, pace, work.borrowed)
+    )
+    state = _OPTIMIZER.init(own)
+    draws = np.random.default_rng(0 if work.rng is None else _seed(work.rng)).random(steps)
+    errors, data = [], in_order(pairs, work.rng)
+    for rate, draw in zip(schedule(steps, learning_rate, warmup), draws, strict=True):
+        inputs, original, target = next(data)
+        own, state, error = block_step(
+            module,
+            stage.forward,
+            _output_key(stage),
+            own,
+            state,
+            rate,
+            pace,
+            frozen,
+            borrowed,
+            original if draw < mix else inputs,
+            target,
+        )
+        errors.append(error)
+    errors = np.asarray(jax.device_get(errors))
+    if not np.isfinite(errors).all():
+        raise RecipeError(f"{NAME}: the loss of {stage.name} is not finite; lower learning_rate")
+    few = max(1, min(len(pairs), steps // 4))
+    trained = {path: own[_inner(stage, path)] for path in trainable}
+    return trained, (float(errors[:few].mean()), float(errors[-few:].mean()))
+
+
+def _within(stage: Stage, leaves: Leaves) -> Leaves:
+    """Leaves by their path within the stage, so that layers that are alike share a program."""
+    return {_inner(stage, path): leaf for path, leaf in leaves.items()}
+
+
+def _inner(stage: Stage, path: str) -> str:
+    return path[len(stage.root) + 1 :] if stage.root else path
+
+
+def _pairs(work: StageWork) -> list[tuple[State, State, Array]]:
+    """For each batch: inputs of the rounded stream, of the original's, and the latter's output."""
+    key = _output_key(work.stage)
+    return [
+        (now, before, after["x" if key == "logits" else key])
+        for now, before, after in zip(
+            work.states, work.original.states, work.original.run(), strict=True
+        )
+        if work.stage.reads in now
+    ]
+
+
+def _output_key(stage: Stage) -> str:
+    """Entry of a state that the stage gives: activations, logits, or features of an encoder."""
+    root, _, last = stage.name.rpartition("/")
+    if last in ("head", "model"):
+        return "logits"
+    return root if last == "end" else "x"
+
+
+def _seed(rng: Array) -> int:
+    return int(jax.random.bits(jax.random.fold_in(rng, 1)))
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("module", "forward", "key"),
+    donate_argnames=("trainable", "state"),
+)
+def block_step(
+    module: nn.Module,
+    forward: Callable[[nn.Module, State], State],
+    key: str,
+    trainable: Leaves,
+    state: optax.OptState,
+    rate: Array,
+    pace: Leaves,
+    frozen: Leaves,
+    borrowed: Leaves,
+    inputs: State,
+    target: Array,
+) -> tuple[Leaves, optax.OptState, Array]:
+    """One step of the optimizer on one batch of a block.
+
+    Returns:
+      `(trainable, state, error)`, the error before the step.
+    """
+
+    def loss(trainable: Leaves) -> Array:
+        params = nested({**borrowed, **boxes.combine(trainable, frozen)})
+        given = module.apply({"params": params}, inputs, method=forward)
+        return block_error(given["x" if key == "logits" else key], target, key == "logits")
+
+    error, gradient = jax.value_and_grad(loss)(trainable)
+    updates, state = _OPTIMIZER.update(gradient, state, trainable)
+    updates = jax.tree.map(lambda update, factor: rate * factor * update, updates, pace)
+    return optax.apply_updates(trainable, updates), state, error
+
+
+def block_error(given: Array, target: Array, logits: bool) -> Array:
+    """KL from the target's predictions, or squared error in units of the target's square."""
+    if logits:
+        wanted = jax.nn.log_softmax(target)
+        lost = wanted - jax.nn.log_softmax(given)
+        return jnp.mean(jnp.sum(jnp.exp(wanted) * lost, axis=-1))
+    square = jnp.maximum(jnp.mean(jnp.square(target)), 1e-30)
+    return jnp.mean(jnp.square(given - target)) / square

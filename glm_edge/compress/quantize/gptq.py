@@ -1,0 +1,239 @@
+"""Rounding weights column by column, against the inputs that meet them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.compress.quantize.leaves import (
+    box_of,
+    dense_rows,
+    quantize_leaf,
+    relative_error,
+    row,
+)
+from glm_edge.compress.quantize.options import (
+    check_groups,
+    check_rounding,
+    columns_of,
+    fitting,
+    format_options,
+    spelled_out,
+)
+from glm_edge.compress.rounding.gptq import damped_factor, solve
+from glm_edge.compress.stages import GRAM, ROWS, Leaves
+from glm_edge.compress.stagewise import Replaced, StageWork, View, register_stagewise
+from glm_edge.compress.transform import Transform
+from glm_edge.errors import RecipeError
+from glm_edge.params import Masked
+
+NAME = "quantize.gptq"
+
+
+def gptq(
+    bits: int = 4,
+    group_size: int | str | None = None,
+    symmetric: bool = True,
+    where: str | None = None,
+    scale: str = "mse",
+    scale_dtype: str | None = None,
+    qtype: str | None = None,
+    fallback_bits: int | None = None,
+    act_order: bool = True,
+    damping: float = 0.01,
+    sequential: bool = True,
+    propagate: float = 0.5,
+    refit: bool = True,
+    sweeps: int = 3,
+) -> Transform:
+    """Rounds columns in turn, each making up for the errors of those before it.
+
+    Scales are searched while a group is rounded, by the error at the output; then scales and codes
+    are improved in turns. Matrices that no input is seen to meet (embeddings) are rounded to
+    nearest, and the report says so.
+
+    Args:
+      bits: 8, 4, 3 or 2.
+      group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
+      symmetric: False for affine, with an integer zero point.
+      where: regular expression searched in each path; None is every matrix not yet quantized.
+      scale: `mse`, searched; `max`, from the largest magnitude; `extreme`, searched with both signs
+        (symmetric integers only; scales may be negative, which phone kernels refuse).
+      scale_dtype: `float32`, `float16` or `bfloat16`; None is float32 per channel and bfloat16 for
+        groups.
+      qtype: another format than integers, such as `ternary`, `ternary34` or `nf4`.
+      fallback_bits: per-channel width for a matrix whose columns are not whole groups; None raises
+        there.
+      act_order: takes columns by falling input energy, groups staying whole.
+      damping: fraction of the mean diagonal of the Gram matrix that is added to it, times ten until
+        it has a factor.
+      sequential: within a layer, collects the inputs of a matrix again when those before it are
+        rounded; False collects once a layer.
+      propagate: in 0..1, how much of the error of the inputs the weights make up for before they
+        are rounded; at zero only the weights' own errors count.
+      refit: fits scales by least squares after rounding.
+      sweeps: passes of coordinate descent over the codes.
+
+    Returns:
+      The transform; it needs calibration.
+
+    Raises:
+      RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
+        weight, columns are not whole groups, or weights or inputs are not finite.
+      DataError: on call, calibration is missing.
+
+    References:
+      GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
+      https://arxiv.org/abs/2210.17323;
+      QuantEase: Optimization-based Quantization for Language Models,
+      https://arxiv.org/abs/2309.01885;
+      Quantization Error Propagation, https://arxiv.org/abs/2504.09629.
+    """
+    options = spelled_out(locals())
+    format = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
+    check_rounding(NAME, where, scale, format, fallback_bits)
+    if format.plain:
+        raise RecipeError(f"{NAME}: {format} has no levels to choose; use quantize.rtn")
+    for name in ("act_order", "sequential", "refit"):
+        if not isinstance(options[name], bool):
+            raise RecipeError(f"{NAME}: {name} must be True or False, not {options[name]!r}")
+    if not _is_number(damping) or not 0 <= damping < float("inf"):
+        raise RecipeError(f"{NAME}: damping must be a number of at least 0, not {damping!r}")
+    if not _is_number(propagate) or not 0 <= propagate <= 1:
+        raise RecipeError(f"{NAME}: propagate must be a number in 0..1, not {propagate!r}")
+    if not isinstance(sweeps, int) or isinstance(sweeps, bool) or sweeps < 0:
+        raise RecipeError(f"{NAME}: sweeps must be a whole number of at least 0, not {sweeps!r}")
+    return Transform(NAME, options)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _round_stage(
+    work: StageWork,
+    bits: int,
+    group_size: int | str | None,
+    symmetric: bool,
+    scale: str,
+    scale_dtype: str | None,
+    qtype: str | None,
+    fallback_bits: int | None,
+    act_order: bool,
+    damping: float,
+    sequential: bool,
+    propagate: float,
+    refit: bool,
+    sweeps: int,
+) -> Replaced:
+    if not work.selected:
+        return {}, []
+    wanted = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
+    formats = {
+        path: fitting(path, columns_of(path, work.leaves[path].shape), wanted, fallback_bits)
+        for path in work.selected
+    }
+    groups = [tuple(path for path in group if path in formats) for group in work.readers()]
+    if not sequential:
+        groups = [tuple(path for group in groups for path in group)]
+    replaced: Leaves = {}
+    notes: dict[str, str] = {}
+    for group in filter(None, groups):
+        grams, drifts = _measured(work, replaced, group, propagate > 0)
+        for path in group:
+            _check_inputs(path, grams[path], drifts.get(path))
+            leaf = work.leaves[path]
+            weight, kernel_shape = dense_rows(path, leaf)
+            if path in drifts:
+                weight = _corrected(weight, grams[path], drifts[path], propagate, damping)
+            mask = None
+            if isinstance(leaf, Masked):
+                mask = dense_rows(path, leaf.mask.astype(jnp.float32))[0] != 0
+            codes, grid, info = solve(
+                weight,
+                grams[path],
+                formats[path],
+                scale,
+                act_order,
+                damping,
+                mask=mask,
+                refit=refit,
+                sweeps=sweeps,
+            )
+            if not bool(jnp.isfinite(grid.scale).all()):
+                raise RecipeError(f"{path}: its scales do not fit {formats[path].scale_dtype}")
+            replaced[path] = box_of(path, leaf, codes, grid, formats[path], kernel_shape)
+            notes[path] = f"output error {info.loss:.3g}"
+            if info.damping != damping:
+                notes[path] += f", damping {info.damping:g}"
+            work.advance(path)
+    for path in work.selected:
+        if path not in replaced:
+            replaced[path] = quantize_leaf(path, work.leaves[path], formats[path], scale)[0]
+            notes[path] = "to nearest: nothing is seen to multiply it"
+            work.advance(path)
+    return replaced, [_row(work, path, replaced[path], notes[path]) for path in work.selected]
+
+
+register_stagewise(NAME, gptq, _round_stage, needs="both", check=check_groups)
+
+
+def _row(work: StageWork, path: str, box: Any, note: str) -> Any:
+    before = work.leaves[path]
+    return row(NAME, path, before, box, relative_error(before, box), note)
+
+
+def _measured(
+    work: StageWork, replaced: Leaves, paths: tuple[str, ...], paired: bool
+) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
+    """Gram matrices of the inputs, and of what they miss of the original ones with them."""
+    if not paired or work.original is None:
+        return {p: m["gram"] for p, m in work.collect(GRAM, replaced, paths).items()}, {}
+    grams: dict[str, Array] = {}
+    drifts: dict[str, Array] = {}
+    for ours, theirs in zip(work.batches(), work.original.batches(), strict=True):
+        seen, meant = ours.collect(ROWS, replaced, paths), _rows(theirs, paths)
+        for path, rows in seen.items():
+            gram, drift = _products(rows, meant[path])
+            grams[path] = grams[path] + gram if path in grams else gram
+            drifts[path] = drifts[path] + drift if path in drifts else drift
+    return grams, drifts
+
+
+def _rows(view: View, paths: tuple[str, ...]) -> Mapping[str, Array]:
+    return view.collect(ROWS, None, paths)
+
+
+@jax.jit
+def _products(rows: Array, meant: Array) -> tuple[Array, Array]:
+    return (
+        jnp.matmul(rows.T, rows, precision="highest"),
+        jnp.matmul((meant - rows).T, rows, precision="highest"),
+    )
+
+
+def _corrected(
+    weight: Array, gram: Array, drift: Array, propagate: float, damping: float
+) -> Array:
+    """The weight that gives on the inputs as they are what it gave on the original ones."""
+    factor, _, _ = damped_factor(gram, damping)
+    return _shifted(weight, factor, drift, propagate)
+
+
+@jax.jit
+def _shifted(weight: Array, factor: Array, drift: Array, propagate: float) -> Array:
+    pull = jnp.matmul(weight, drift, precision="highest").T
+    half = jax.scipy.linalg.solve_triangular(factor, pull, lower=False)
+    return weight + propagate * jax.scipy.linalg.solve_triangular(factor, half, trans=1).T
+
+
+def _check_inputs(path: str, gram: Array, drift: Array | None) -> None:
+    if not bool(jnp.isfinite(gram).all()) or not (
+        drift is None or bool(jnp.isfinite(drift).all())
+    ):
+        raise RecipeError(
+            f"{NAME}: {path}: calibration gives NaN or infinity at its input; mend the weights "
+            "before it or the batch"
+        )

@@ -1,0 +1,115 @@
+"""Rounding weights without calibration, by half-quadratic steps."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from glm_edge.compress.quantize.leaves import (
+    box_of,
+    dense_rows,
+    relative_error,
+    row,
+)
+from glm_edge.compress.quantize.options import (
+    check_groups,
+    check_rounding,
+    columns_of,
+    fitting,
+    format_options,
+    spelled_out,
+)
+from glm_edge.compress.rounding import hqq as half_quadratic
+from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
+from glm_edge.compress.transform import Transform, check_whole
+from glm_edge.errors import RecipeError
+
+NAME = "quantize.hqq"
+
+
+def hqq(
+    bits: int = 4,
+    group_size: int | str | None = 64,
+    symmetric: bool = False,
+    where: str | None = None,
+    scale: str = "max",
+    scale_dtype: str | None = None,
+    zero_dtype: str = "float16",
+    qtype: str | None = None,
+    fallback_bits: int | None = None,
+    exponent: float = 0.7,
+    steps: int = 20,
+) -> Transform:
+    """Fits grids that leave few weights far wrong, without calibration, and rounds to nearest.
+
+    Args:
+      bits: 8, 4, 3 or 2.
+      group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
+      symmetric: True fits scales; False fits zero points, which lie between levels.
+      where: regular expression searched in each path; None is every matrix not yet quantized.
+      scale: of the grid to start from: `max`, `mse` or `extreme`, see `rtn`.
+      scale_dtype: `float32`, `float16` or `bfloat16`; None is float32 per channel and bfloat16 for
+        groups.
+      zero_dtype: type of zero points, `int8` for whole ones.
+      qtype: another format than integers, such as `ternary` or `nf4`; symmetric only.
+      fallback_bits: per-channel width for a matrix whose columns are not whole groups; None raises
+        there.
+      exponent: in (0, 1], of the norm of the error.
+      steps: grids tried.
+
+    Returns:
+      The transform.
+
+    Raises:
+      RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
+        weight, columns are not whole groups, weights are not finite, or a mask holds zeros that
+        zero points between levels cannot.
+
+    References:
+      Half-Quadratic Quantization of Large Machine Learning Models,
+      https://mobiusml.github.io/hqq_blog/.
+    """
+    options = spelled_out(locals())
+    format = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype, zero_dtype)
+    check_rounding(NAME, where, scale, format, fallback_bits)
+    check_whole(NAME, steps=steps)
+    if format.plain:
+        raise RecipeError(f"{NAME}: {format} has no grid to fit; use quantize.rtn")
+    number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
+    if not number or not 0 < exponent <= 1:
+        raise RecipeError(f"{NAME}: exponent must be a number above 0 and up to 1: {exponent!r}")
+    return Transform(NAME, options)
+
+
+def _round_stage(
+    work: StageWork,
+    bits: int,
+    group_size: int | str | None,
+    symmetric: bool,
+    scale: str,
+    scale_dtype: str | None,
+    zero_dtype: str,
+    qtype: str | None,
+    fallback_bits: int | None,
+    exponent: float,
+    steps: int,
+) -> Replaced:
+    wanted = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype, zero_dtype)
+    replaced, rows = {}, []
+    for path in work.selected:
+        leaf: Any = work.leaves[path]
+        format = fitting(path, columns_of(path, leaf.shape), wanted, fallback_bits)
+        weight, kernel_shape = dense_rows(path, leaf)
+        codes, grid = half_quadratic.solve(
+            weight, format, scale, exponent=float(exponent), steps=steps
+        )
+        if not bool(jnp.isfinite(grid.scale).all()):
+            raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
+        box = box_of(path, leaf, codes, grid, format, kernel_shape)
+        note = "" if format is wanted else "fallback"
+        replaced[path] = box
+        rows.append(row(NAME, path, leaf, box, relative_error(leaf, box), note))
+        work.advance(path)
+    return replaced, rows
+
+
+register_stagewise(NAME, hqq, _round_stage, check=check_groups)

@@ -1,0 +1,281 @@
+"""Quantization-aware training: a model learns while it is read as if it were quantized."""
+
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glm_edge import params as boxes
+from glm_edge.compress.quantize import leaves
+from glm_edge.compress.quantize.options import (
+    check_rounding,
+    columns_of,
+    fitting,
+    format_options,
+    spelled_out,
+)
+from glm_edge.compress.report import Report
+from glm_edge.compress.rounding import grid as grids
+from glm_edge.compress.rounding.grid import Grid
+from glm_edge.compress.training import Training, learn
+from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
+from glm_edge.errors import RecipeError
+from glm_edge.params import FakeQuantized, Format, Masked, Quantized
+from glm_edge.params.tree import Params
+
+NAME = "quantize.qat"
+
+
+def qat(
+    bits: int = 4,
+    group_size: int | str | None = None,
+    symmetric: bool = True,
+    where: str | None = None,
+    scale: str = "mse",
+    scale_dtype: str | None = None,
+    qtype: str | None = None,
+    fallback_bits: int | None = None,
+    learned_scale: bool = True,
+    scale_rate: float = 1.0,
+    where_train: str | None = None,
+    teacher: tuple[nn.Module, Params] | None = None,
+    steps: int = 1000,
+    learning_rate: float = 1e-3,
+    temperature: float = 1.0,
+    alpha: float = 1.0,
+    warmup: float = 0.05,
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+    compute: str | None = None,
+) -> Transform:
+    """Trains weights that are rounded on every use, then rounds them for good.
+
+    Gradients pass straight through the rounding where it does not clip; scales learn as in learned
+    step size quantization. The loss is that of `glm_edge.compress.distill`. A weight that is
+    `Quantized` already, as after GPTQ, starts from its dense values, and on its own grid when that
+    has the same format. Masks keep their zeros. The result's dense weights are those of the last
+    forward pass, bit for bit.
+
+    Args:
+      bits: 8, 4, 3 or 2.
+      group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
+      symmetric: False for affine; zero points keep their first values.
+      where: regular expression searched in each path of what is rounded; None is every matrix.
+      scale: how grids are first chosen, see `rtn`.
+      scale_dtype: see `rtn`.
+      qtype: another format than integers, see `rtn`.
+      fallback_bits: see `rtn`.
+      learned_scale: scales train too.
+      scale_rate: their learning rate, in units of `learning_rate` times what each scale was.
+      where_train: regular expression of everything that trains; None is what is rounded, and norms
+        and biases under the same roots (`decoder`, `vision`, …).
+      teacher: `(model, params)`; None is the model that the chain was given.
+      steps: of the optimizer, one calibration batch each.
+      learning_rate: peak.
+      temperature: softens both predictions.
+      alpha: weight of the teacher, in 0..1; the rest is the labels'.
+      warmup: fraction of the steps.
+      weight_decay: of AdamW.
+      clip_norm: largest norm of the gradient.
+      compute: `float32` or `bfloat16` products while training; None leaves the model as it is.
+
+    Returns:
+      The transform; its report holds the `curve`.
+
+    Raises:
+      RecipeError: an option has no meaning; on call, a pattern matches nothing, columns are not
+        whole groups, weights are not finite, or the loss is not.
+      DataError: calibration is missing or not a batch.
+
+    References:
+      Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
+      LLM-QAT: Data-Free Quantization Aware Training, https://arxiv.org/abs/2305.17888.
+    """
+    options = spelled_out(locals(), "teacher")
+    format = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
+    if format.plain:
+        raise RecipeError(f"{NAME}: {format} is not rounded to levels; use rtn(qtype=...)")
+    check_rounding(NAME, where, scale, format, fallback_bits)
+    check_pattern(NAME, "where_train", where_train)
+    if scale_rate <= 0.0:
+        raise RecipeError(f"{NAME}: scale_rate must be positive, not {scale_rate!r}")
+    training = Training(
+        steps, learning_rate, temperature, alpha, warmup, weight_decay, clip_norm, compute
+    )
+    training.check(NAME, teacher)
+    return Transform(NAME, options, {} if teacher is None else {"teacher": teacher})
+
+
+def _apply_qat(
+    model: nn.Module,
+    params: Params,
+    context: Context,
+    bits: int | None,
+    group_size: int | str | None,
+    symmetric: bool,
+    scale_dtype: str | None,
+    qtype: str | None,
+    where: str | None,
+    scale: str,
+    fallback_bits: int | None,
+    learned_scale: bool,
+    scale_rate: float,
+    where_train: str | None,
+    teacher: tuple[nn.Module, Params] | None = None,
+    **training: float,
+) -> Result:
+    wanted = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
+    selected = frozenset(boxes.select(params, where))
+
+    def prepare(path: str, leaf: Any) -> Any:
+        return fake(path, leaf, wanted, scale, fallback_bits) if path in selected else leaf
+
+    student = boxes.map_with_path(prepare, params)
+    trainable, frozen = split(student, _trains(selected, where_train), learned_scale)
+    trained, curve, notes = learn(
+        NAME,
+        model,
+        trainable,
+        frozen,
+        teacher or context.original,
+        Training(**training),
+        context,
+        pace_of(trainable, scale_rate),
+    )
+    trained = boxes.combine(trained, frozen)
+
+    def finish(path: str, leaf: Any, before: Any) -> Any:
+        if path in selected:
+            return finalize(path, leaf, before)
+        return leaf if boxes.is_box(leaf) else leaf.astype(before.dtype)
+
+    old = dict(boxes.path_items(params))
+    rounded = boxes.map_with_path(lambda path, leaf: finish(path, leaf, old[path]), trained)
+    new = dict(boxes.path_items(rounded))
+    rows = [
+        leaves.row(NAME, path, old[path], new[path], leaves.relative_error(old[path], new[path]))
+        for path in old
+        if path in selected
+    ]
+    return model, rounded, Report.of(rows, params, rounded, curve=curve, notes=notes)
+
+
+register(NAME, qat, _apply_qat)
+
+
+def fake(path: str, leaf: Any, wanted: Format, scale: str, fallback_bits: int | None = None) -> Any:
+    """Boxes a parameter to train as if it were quantized.
+
+    Args:
+      path: of the parameter.
+      leaf: array, `Masked` or `Quantized`.
+      wanted: format to train for.
+      scale: how its grid is chosen, unless a `Quantized` leaf of this format brings its own.
+      fallback_bits: per-channel width where columns are not whole groups.
+
+    Returns:
+      `FakeQuantized`, in the mask of a masked weight.
+
+    Raises:
+      RecipeError: the weight is not finite, or its columns are not whole groups.
+    """
+    format = fitting(path, columns_of(path, leaf.shape), wanted, fallback_bits)
+    matrix, kernel_shape = leaves.dense_rows(path, leaf)
+    if isinstance(leaf, Quantized) and leaf.format == format:
+        grid = Grid(leaf.scale, leaf.zero)
+    else:
+        grid = grids.choose(matrix, format, scale)
+    dtype = str(leaves.leaf_dtype(leaf))
+    box = boxes.fake_quantized(matrix, *grid, format, kernel_shape, dtype)
+    return boxes.mask(box, leaf.mask) if isinstance(leaf, Masked) else box
+
+
+def split(
+    student: Params, wanted: Callable[[str, Any], bool], learned_scale: bool
+) -> tuple[Params, Params]:
+    """As `glm_edge.params.partition`, with only what should train on the left.
+
+    Args:
+      student: parameters, some of them `FakeQuantized`.
+      wanted: called with the path and the leaf; True for what trains.
+      learned_scale: the scales of what trains do so too.
+
+    Raises:
+      RecipeError: nothing is left to train.
+    """
+    chosen = {path for path, leaf in boxes.path_items(student) if wanted(path, leaf)}
+    trainable, frozen = boxes.partition(student)
+
+    def left(path: str, leaf: Any) -> Any:
+        if path not in chosen:
+            return jax.tree.map(lambda _: None, leaf)
+        return leaf if learned_scale else _without_scale(leaf)
+
+    kept = boxes.map_with_path(left, trainable)
+    if not jax.tree.leaves(kept):
+        raise RecipeError(f"{NAME}: where_train matches nothing that can train")
+    held = jax.tree.map(
+        lambda before, after: before if after is None else None,
+        trainable,
+        kept,
+        is_leaf=lambda node: node is None,
+    )
+    return kept, boxes.combine(held, frozen)
+
+
+def _trains(selected: Collection[str], pattern: str | None) -> Callable[[str, Any], bool]:
+    """What `where_train` matches, or what is rounded with the norms and biases beside it."""
+    if pattern is not None:
+        return lambda path, leaf: bool(re.search(pattern, path))
+    roots = {path.split("/", 1)[0] for path in selected}
+    return lambda path, leaf: (
+        path in selected or (path.split("/", 1)[0] in roots and not boxes.is_matrix(path, leaf))
+    )
+
+
+def _without_scale(leaf: Any) -> Any:
+    if isinstance(leaf, Masked) and boxes.is_box(leaf.value):
+        return leaf.replace(value=_without_scale(leaf.value))
+    return leaf.replace(scale=None) if isinstance(leaf, FakeQuantized) else leaf
+
+
+def pace_of(trainable: Params, scale_rate: float) -> Params:
+    """Factors of the learning rate: one, and for scales what they are, times `scale_rate`."""
+
+    def pace(path: tuple[Any, ...], array: Any) -> Any:
+        field = getattr(path[-1], "name", None)
+        return scale_rate * jnp.abs(array) if field == "scale" else jnp.float32(1.0)
+
+    return jax.tree_util.tree_map_with_path(pace, trainable)
+
+
+def finalize(path: str, leaf: Any, before: Any) -> Quantized:
+    """The packed box of a trained one, whose dense weight is the same.
+
+    Args:
+      path: of the parameter.
+      leaf: `FakeQuantized`, perhaps `Masked`.
+      before: the parameter as it was, for its mask.
+
+    Raises:
+      RecipeError: the trained weight is not finite, or its format cannot hold the zeros of a mask.
+    """
+    box = leaf
+    if isinstance(leaf, Masked):
+        box = leaf.value
+        matrix, _ = leaves.as_rows(path, leaf)
+        box = box.replace(value=jnp.where(matrix == 0, 0.0, box.value))
+    quantized = box.finalize()
+    if not bool(jnp.isfinite(quantized.scale).all()):
+        raise RecipeError(f"{path}: a scale left the range of {box.format.scale_dtype}")
+    return leaves.box_of(
+        path,
+        before,
+        quantized.codes(),
+        Grid(quantized.scale, quantized.zero),
+        box.format,
+        box.kernel_shape,
+    )

@@ -1,0 +1,207 @@
+"""Rotating what flows between matrices, so that outliers spread and fewer bits hold it."""
+
+import dataclasses
+import zlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress import folding
+from glm_edge.compress.quantize.leaves import BAND, row
+from glm_edge.compress.quantize.options import spelled_out
+from glm_edge.compress.report import Row
+from glm_edge.compress.rounding import hadamard
+from glm_edge.compress.rounding.hadamard import Rotation
+from glm_edge.compress.stages import Leaves
+from glm_edge.compress.stagewise import (
+    Replaced,
+    StageWork,
+    apply_by_stage,
+    register_stagewise,
+)
+from glm_edge.compress.transform import Context, Result, Transform, check_whole, register
+from glm_edge.configs import GLMConfig
+from glm_edge.errors import RecipeError
+from glm_edge.params.tree import Params
+
+NAME = "quantize.rotate"
+
+
+def rotate(
+    residual: bool = True, heads: bool = True, encoders: bool = False, seed: int = 0
+) -> Transform:
+    """Rotates the decoder's residual stream and the values of its heads; the function stays.
+
+    Norm weights are folded into the matrices that follow and become ones, since only a norm
+    without weights lets a rotation pass. What writes into the residual stream (embedding, output
+    and down projections, the encoders' last matrices and tables) is rotated, what reads it is
+    rotated back. A model whose head is its embedding gets a head of its own, `head/weight`, because
+    the final norm folds into one of the two. Do this before rounding and pruning.
+
+    Args:
+      residual: rotates the residual stream; not possible with norms after attention and
+        feed-forward (`sandwich_norm`).
+      heads: rotates the values of each key/value head.
+      encoders: rotates the values of the encoders' heads too.
+      seed: of the random rotations.
+
+    Returns:
+      The transform.
+
+    Raises:
+      RecipeError: an option has no meaning; on call, the model cannot be rotated, or is pruned or
+        quantized already.
+
+    References:
+      QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, https://arxiv.org/abs/2404.00456.
+    """
+    for name, value in (("residual", residual), ("heads", heads), ("encoders", encoders)):
+        if not isinstance(value, bool):
+            raise RecipeError(f"{NAME}: {name} must be True or False, not {value!r}")
+    if not (residual or heads or encoders):
+        raise RecipeError(f"{NAME}: nothing to rotate; choose residual, heads or encoders")
+    if seed != 0:
+        check_whole(NAME, seed=seed)
+    return Transform(NAME, spelled_out(locals(), "name", "value"))
+
+
+def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
+    config = getattr(model, "config", None)
+    if not (options["residual"] and isinstance(config, GLMConfig)):
+        return apply_by_stage(NAME, model, params, context, **options)
+    folding.residual(_untied(config))
+    if not config.decoder.tie_embeddings:
+        return apply_by_stage(NAME, model, params, context, **options)
+    embedding = params["embed"]["weight"]
+    _check_plain("embed/weight", embedding)
+    own_head = model.clone(config=_untied(config))
+    # A buffer of its own: donating one parameter must not take the other with it.
+    with_head = {**params, "head": {"weight": jnp.array(embedding, copy=True)}}
+    model, rotated, report = apply_by_stage(NAME, own_head, with_head, context, **options)
+    note = "the head was the embedding and has a matrix of its own now"
+    totals = {
+        "bytes_before": boxes.stored_bytes(params),
+        "count_before": boxes.count(params),
+        "notes": (*report.notes, note),
+    }
+    return model, rotated, dataclasses.replace(report, **totals)
+
+
+def _untied(config: GLMConfig) -> GLMConfig:
+    decoder = dataclasses.replace(config.decoder, tie_embeddings=False)
+    return dataclasses.replace(config, decoder=decoder)
+
+
+def _rotate_stage(
+    work: StageWork, residual: bool, heads: bool, encoders: bool, seed: int
+) -> Replaced:
+    config, leaves = getattr(work.model, "config", None), dict(work.leaves)
+    key, notes = jax.random.key(seed), {}
+    if residual:
+        _rotate_residual(folding.residual(config), config.decoder.hidden_size, key, leaves, notes)
+    for fold in folding.folds(config):
+        inside = fold.consumers[0] in leaves and fold.kind == "value"
+        if inside and (heads if fold.producers[0].startswith("decoder/") else encoders):
+            _rotate_values(fold, key, leaves, notes)
+    rows = [_row(path, work.leaves[path], leaves[path], notes[path]) for path in notes]
+    for path in work.selected:
+        work.advance(path)
+    return {path: leaves[path] for path in notes}, rows
+
+
+register_stagewise(NAME, rotate, _rotate_stage, rounds=False, exact=True)
+# In memory, a model whose head is its embedding gets a head first.
+register(NAME, rotate, _apply, exact=True)
+
+
+def _rotate_residual(
+    stream: folding.Residual, width: int, key: Array, leaves: Leaves, notes: dict[str, list[str]]
+) -> None:
+    rotation = hadamard.random_rotation(key, width)
+    for norm, matrices in stream.reads:
+        if norm not in leaves:
+            continue
+        _check_plain(norm, leaves[norm])
+        weight = leaves[norm].astype(jnp.float32)
+        for path in matrices:
+            _check_plain(path, leaves[path])
+            leaves[path] = _by_bands(leaves[path], rotation, weight)
+            notes.setdefault(path, []).append("norm folded, columns rotated")
+        leaves[norm] = jnp.ones_like(leaves[norm])
+        notes.setdefault(norm, []).append("folded")
+    for path in stream.writes:
+        if path in leaves:
+            _check_plain(path, leaves[path])
+            leaves[path] = _turn_rows(leaves[path], rotation)
+            notes.setdefault(path, []).append("rows rotated")
+    for path in stream.tables:
+        if path in leaves:
+            _check_plain(path, leaves[path])
+            leaves[path] = _by_bands(leaves[path], rotation)
+            notes.setdefault(path, []).append("rotated")
+
+
+def _rotate_values(
+    fold: folding.Fold, key: Array, leaves: Leaves, notes: dict[str, list[str]]
+) -> None:
+    count, repeats, width = fold.blocks
+    # Each layer its own rotation, the same in memory and streamed.
+    own = jax.random.fold_in(key, zlib.crc32(fold.consumers[0].encode()))
+    rotation = hadamard.random_rotation(own, width)
+    for path in fold.producers:
+        leaf = leaves[path]
+        _check_plain(path, leaf)
+        by_head = leaf.reshape(count, width, -1)
+        leaves[path] = _turn_middle(by_head, rotation).reshape(leaf.shape).astype(leaf.dtype)
+        notes.setdefault(path, []).append("values of each head rotated")
+    for path in fold.consumers:
+        leaf = leaves[path]
+        _check_plain(path, leaf)
+        by_head = leaf.reshape(leaf.shape[0], count * repeats, width)
+        turned = hadamard.rotate(by_head, rotation)
+        leaves[path] = turned.reshape(leaf.shape).astype(leaf.dtype)
+        notes.setdefault(path, []).append("columns of each head rotated")
+
+
+def _by_bands(leaf: Array, rotation: Rotation, norm: Array | None = None) -> Array:
+    """Rows times the norm's weight and the rotation; a few at a time, in float32."""
+    rows = leaf.reshape(-1, leaf.shape[-1])
+    band = max(1, BAND // rows.shape[1])
+    parts = [_turned(rows[i : i + band], rotation, norm) for i in range(0, len(rows), band)]
+    turned = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    return turned.reshape(leaf.shape)
+
+
+@jax.jit
+def _turned(rows: Array, rotation: Rotation, norm: Array | None) -> Array:
+    wide = rows.astype(jnp.float32)
+    wide = wide if norm is None else wide * norm
+    return hadamard.rotate(wide, rotation).astype(rows.dtype)
+
+
+@jax.jit
+def _turn_rows(matrix: Array, rotation: Rotation) -> Array:
+    return hadamard.rotate(matrix.T, rotation).T.astype(matrix.dtype)
+
+
+def _turn_middle(stack: Array, rotation: Rotation) -> Array:
+    return jnp.swapaxes(hadamard.rotate(jnp.swapaxes(stack, -1, -2), rotation), -1, -2)
+
+
+def _check_plain(path: str, leaf: Any) -> None:
+    if isinstance(leaf, boxes.Masked):
+        raise RecipeError(f"{NAME}: {path} is pruned, and zeros do not stay; rotate, then prune")
+    if boxes.is_box(leaf):
+        raise RecipeError(f"{NAME}: {path} is quantized; rotate before quantizing")
+
+
+def _row(path: str, before: Array, after: Array, done: list[str]) -> Row:
+    note = ", ".join(done)
+    if after.ndim == 2:
+        change = f"{float(hadamard.kurtosis(before)):.2f} -> {float(hadamard.kurtosis(after)):.2f}"
+        note = f"{note}, kurtosis {change}"
+    return row(NAME, path, before, after, None, note)

@@ -1,0 +1,148 @@
+"""Moving the spread of activations into weights, so that both fit a coarse grid."""
+
+import collections
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress import folding
+from glm_edge.compress.folding import Fold
+from glm_edge.compress.quantize.leaves import row
+from glm_edge.compress.quantize.options import spelled_out
+from glm_edge.compress.stages import ABS_MAX, Leaves
+from glm_edge.compress.stagewise import (
+    Replaced,
+    StageWork,
+    apply_by_stage,
+    register_stagewise,
+)
+from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
+from glm_edge.errors import DataError, RecipeError
+from glm_edge.params.tree import Params
+
+NAME = "quantize.smoothquant"
+
+
+def smoothquant(
+    alpha: float = 0.5, where: str | None = None, kinds: tuple[str, ...] | None = None
+) -> Transform:
+    """Divides channels of activations by `max|X|^alpha / max|W|^(1 - alpha)`; the function stays.
+
+    The factor moves into what produces the channel (see `glm_edge.compress.folding`) and the
+    columns that read it are multiplied by it. Weights change and are not rounded: chain a rounding
+    transform after this, and run with int8 activations.
+
+    Args:
+      alpha: in 0..1, how much of the spread leaves the activations.
+      where: regular expression searched in paths of the matrices that read the channels; None is
+        all of them. Matrices that share an input change together or not at all.
+      kinds: of folds, `norm`, `value`, `neurons`, `linear`; None is all.
+
+    Returns:
+      The transform; it needs calibration.
+
+    Raises:
+      RecipeError: an option has no meaning; on call, no factor can move in this model.
+      DataError: on call, calibration is missing, or gives activations that are not finite.
+
+    References:
+      SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models,
+      https://arxiv.org/abs/2211.10438.
+    """
+    check_pattern(NAME, "where", where)
+    if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+        raise RecipeError(f"{NAME}: alpha must be a number in 0..1, not {alpha!r}")
+    kinds = None if kinds is None else tuple(kinds)
+    if kinds is not None and (not kinds or set(kinds) - set(folding.KINDS)):
+        known = ", ".join(folding.KINDS)
+        raise RecipeError(f"{NAME}: kinds must be some of {known}, not {list(kinds)}")
+    return Transform(NAME, spelled_out(locals(), "known"))
+
+
+def _smooth_stage(work: StageWork, alpha: float, kinds: tuple[str, ...] | None) -> Replaced:
+    found = [fold for fold in selected_folds(work) if kinds is None or fold.kind in kinds]
+    if not found:
+        return {}, []
+    leaves, notes = dict(work.leaves), collections.defaultdict(list)
+    largest = work.collect(ABS_MAX)
+    for fold in found:
+        factor = _factor(fold, leaves, largest[fold.consumers[0]], alpha)
+        leaves |= folding.move(fold, leaves, factor)
+        spread = f"{float(factor.min()):.3g} to {float(factor.max()):.3g}"
+        for path in fold.producers:
+            notes[path].append(f"rows divided by {spread}")
+        for path in fold.consumers:
+            notes[path].append(f"columns times {spread}")
+    for path in work.selected:
+        work.advance(path)
+    replaced = {path: leaves[path] for path in notes}
+    return replaced, [
+        row(NAME, path, work.leaves[path], leaf, None, ", ".join(notes[path]))
+        for path, leaf in replaced.items()
+    ]
+
+
+def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
+    found = apply_by_stage(NAME, model, params, context, **options)
+    if not found[2].rows:
+        raise RecipeError(
+            f"{NAME}: where={options['where']!r} and kinds={options['kinds']} name no matrices "
+            "between which a factor moves; those that share an input go together (query, key, "
+            "value), and none moves through GELU"
+        )
+    return found
+
+
+register_stagewise(NAME, smoothquant, _smooth_stage, needs="inputs", rounds=False, exact=True)
+register(NAME, smoothquant, _apply, exact=True)
+
+
+def selected_folds(work: StageWork) -> list[Fold]:
+    """Folds of a stage whose consumers are all selected.
+
+    Raises:
+      RecipeError: the model is of a kind in which no factor is known to move.
+    """
+    selected = set(work.selected)
+    return [
+        fold
+        for fold in folding.folds(getattr(work.model, "config", None))
+        if selected.issuperset(fold.consumers) and fold.within(work.leaves)
+    ]
+
+
+def _factor(fold: Fold, leaves: Leaves, largest: Array, alpha: float) -> Array:
+    if not bool(jnp.isfinite(largest).all()):
+        raise DataError(f"{NAME}: calibration gives {fold.consumers[0]} inputs that are not finite")
+    weights = jnp.max(jnp.stack([_columns(boxes.dense(leaves[p])) for p in fold.consumers]), axis=0)
+    if not bool(jnp.isfinite(weights).all()):
+        raise RecipeError(f"{NAME}: {fold.consumers[0]}: NaN or infinity in the weights")
+    return smooth_factor(
+        jnp.max(fold.repeated(largest), axis=0), jnp.max(fold.repeated(weights), axis=0), alpha
+    )
+
+
+@jax.jit
+def smooth_factor(activations: Array, weights: Array, alpha: float) -> Array:
+    """`activations ** alpha / weights ** (1 - alpha)`, one where either is zero.
+
+    Args:
+      activations: [channels] largest magnitude of each.
+      weights: [channels] largest magnitude of the columns that read it.
+      alpha: in 0..1.
+
+    Returns:
+      float32 [channels], what activations are divided by.
+    """
+    alive = (activations > 0) & (weights > 0)
+    activations, weights = (jnp.where(alive, x, 1.0) for x in (activations, weights))
+    return activations**alpha / weights ** (1 - alpha)
+
+
+@jax.jit
+def _columns(matrix: Array) -> Array:
+    return jnp.max(jnp.abs(matrix.astype(jnp.float32)), axis=0)

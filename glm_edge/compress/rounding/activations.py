@@ -1,0 +1,163 @@
+"""Ranges of activations for a static int8 grid, from a histogram of what was seen.
+
+Letters: `n` bins of equal width between the lowest and the highest value seen, zero included.
+
+References:
+  8-bit Inference with TensorRT (entropy), GTC 2017;
+  Integer Quantization for Deep Learning Inference, https://arxiv.org/abs/2004.09602.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+METHODS = ("minmax", "percentile", "mse", "entropy")
+BINS = 2048
+_LEVELS = 256
+# Ends of the range that "mse" tries, as fractions of those seen, and widths that "entropy" tries.
+_FRACTIONS = np.linspace(1.0, 1.0 / 32, 32)
+_WIDTHS = 128
+# Probability of a bin that the rounded distribution leaves empty.
+_LEAST = 1e-6
+
+
+@functools.partial(jax.jit, static_argnames="bins")
+def histogram(rows: Array, low: Array, high: Array, bins: int = BINS) -> Array:
+    """Counts values in bins of equal width.
+
+    Args:
+      rows: of any shape.
+      low: lower edge of the first bin, a scalar.
+      high: upper edge of the last; values beyond either edge count in the bin there.
+      bins: number of bins.
+
+    Returns:
+      int32 [bins].
+    """
+    width = jnp.where(high > low, (high - low) / bins, 1.0)
+    place = jnp.clip((rows.reshape(-1) - low) / width, 0, bins - 1).astype(jnp.int32)
+    return jnp.zeros(bins, jnp.int32).at[place].add(1)
+
+
+def widened(low: float, high: float, symmetric: bool) -> tuple[float, float]:
+    """The range with zero in it, and with ends of one magnitude where it is symmetric."""
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    if symmetric:
+        high = max(-low, high)
+        low = -high
+    return low, high
+
+
+def choose_range(
+    counts: np.ndarray,
+    low: float,
+    high: float,
+    method: str,
+    percentile: float = 99.99,
+    symmetric: bool = False,
+) -> tuple[float, float]:
+    """The range that an int8 grid should span.
+
+    Args:
+      counts: [n] values in each bin.
+      low: lower edge of the first bin, at most zero; `-high` where the range is symmetric.
+      high: upper edge of the last bin, at least zero.
+      method: `minmax`, all that was seen; `percentile`, all but an equal share at either end;
+        `mse`, the least squared error; `entropy`, the least Kullback-Leibler divergence of the
+        values rounded from the values seen.
+      percentile: share of the values that `percentile` keeps, in percent.
+      symmetric: both ends move together.
+
+    Returns:
+      `(low, high)`, zero included.
+    """
+    counts = np.asarray(counts, np.float64)
+    if method == "minmax" or counts.sum() == 0 or high <= low:
+        return low, high
+    if method == "percentile":
+        return _percentile(counts, low, high, percentile, symmetric)
+    if method == "mse":
+        return _least_squares(counts, low, high, symmetric)
+    return _least_divergence(counts, low, high)
+
+
+def int8_grid(low: float, high: float, symmetric: bool = False) -> tuple[np.float32, np.int8]:
+    """Scale and zero point of int8 on a range that includes zero.
+
+    Args:
+      low: at most zero.
+      high: at least zero.
+      symmetric: zero point zero, levels -127..127.
+
+    Returns:
+      `(scale, zero)`; scale one for an empty range.
+    """
+    if symmetric:
+        return np.float32(max(-low, high) / 127 or 1.0), np.int8(0)
+    scale = np.float32((high - low) / (_LEVELS - 1) or 1.0)
+    return scale, np.int8(np.clip(np.round(-128 - low / np.float64(scale)), -128, 127))
+
+
+def _percentile(
+    counts: np.ndarray, low: float, high: float, percentile: float, symmetric: bool
+) -> tuple[float, float]:
+    edges = np.linspace(low, high, len(counts) + 1)
+    if symmetric:
+        # Magnitudes: bins that mirror each other are one.
+        half = len(counts) // 2
+        folded = counts[half:] + counts[:half][::-1]
+        total = np.concatenate([[0.0], np.cumsum(folded)])
+        end = float(np.interp(percentile / 100 * total[-1], total, edges[half:]))
+        return -end, end
+    total = np.concatenate([[0.0], np.cumsum(counts)])
+    share = (100 - percentile) / 200
+    ends = np.interp([share * total[-1], (1 - share) * total[-1]], total, edges)
+    return widened(*ends, False)
+
+
+def _least_squares(
+    counts: np.ndarray, low: float, high: float, symmetric: bool
+) -> tuple[float, float]:
+    middles = low + (np.arange(len(counts)) + 0.5) * (high - low) / len(counts)
+    best = (np.inf, low, high)
+    for lower in _FRACTIONS if low < 0 and not symmetric else (1.0,):
+        for upper in _FRACTIONS if high > 0 else (1.0,):
+            ends = (low * (upper if symmetric else lower), high * upper)
+            scale, zero = int8_grid(*ends, symmetric)
+            codes = np.clip(np.round(middles / scale) + zero, -127 if symmetric else -128, 127)
+            error = np.sum(counts * np.square(scale * (codes - zero) - middles))
+            if error < best[0]:
+                best = (error, *ends)
+    return best[1:]
+
+
+def _least_divergence(counts: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    bins = len(counts)
+    middle = round(-low / (high - low) * bins)
+    best = (np.inf, 0, bins)
+    for width in np.linspace(min(_LEVELS, bins), bins, _WIDTHS):
+        start = round(middle * (1 - width / bins))
+        stop = min(bins, start + round(width))
+        found = _divergence(counts, start, stop)
+        if found < best[0]:
+            best = (found, start, stop)
+    edges = np.linspace(low, high, bins + 1)
+    return widened(edges[best[1]], edges[best[2]], False)
+
+
+def _divergence(counts: np.ndarray, start: int, stop: int) -> float:
+    """Of the values clipped to bins `start..stop`, rounded to int8, from the values clipped."""
+    inside = counts[start:stop]
+    clipped = inside.copy()
+    clipped[0] += counts[:start].sum()
+    clipped[-1] += counts[stop:].sum()
+    held = clipped > 0
+    level = np.arange(len(inside)) * _LEVELS // len(inside)
+    mass = np.bincount(level, inside, _LEVELS)
+    sharing = np.bincount(level, held, _LEVELS)
+    rounded = np.where(held, (mass / np.maximum(sharing, 1))[level], 0.0)
+    p, q = clipped[held] / clipped.sum(), rounded[held] / max(rounded.sum(), 1.0)
+    return float(np.sum(p * np.log(p / np.maximum(q, _LEAST))))

@@ -1,0 +1,99 @@
+"""Static grids of activations: what was seen fits them, and the model computes on them."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge import params as boxes
+from glm_edge.compress import batches, chain
+from glm_edge.compress.quantize.activations import activations
+from glm_edge.compress.quantize.rtn import rtn
+from glm_edge.compress.rounding.activations import METHODS
+from glm_edge.compress.stages import ROWS, first_states, stages
+from glm_edge.compress.stagewise import View
+from glm_edge.errors import DataError, RecipeError
+
+LAYERS = r"layers/"
+
+
+@pytest.fixture
+def rounded(make_member, batch_of):
+    model, params = make_member("edge")
+    calibration = [batch_of(model, rows=4, seed=seed) for seed in (1, 2)]
+    return model, rtn(8, where=LAYERS)(model, params)[1], calibration
+
+
+def rows_of(model, params, calibration):
+    leaves, states, found = dict(boxes.path_items(params)), first_states(model, calibration), {}
+    for stage in stages(model):
+        view = View(stage, leaves, states)
+        found |= view.collect(ROWS)
+        states = view.run()
+    return found
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_minmax_spans_what_was_seen(rounded, symmetric):
+    model, params, calibration = rounded
+    _, found, report = activations(symmetric=symmetric)(model, params, calibration)
+    rows = rows_of(model, params, calibration)
+    held = {p: leaf for p, leaf in boxes.path_items(found) if isinstance(leaf, boxes.Quantized)}
+    assert {row.path for row in report.rows} == set(held)
+    for path, box in held.items():
+        low, high = min(float(rows[path].min()), 0.0), max(float(rows[path].max()), 0.0)
+        if symmetric:
+            scale, zero = max(-low, high) / 127, 0
+        else:
+            scale = (high - low) / 255
+            zero = round(-128 - low / scale)
+        assert float(box.input_scale) == pytest.approx(scale, rel=1e-5)
+        assert int(box.input_zero) == zero
+        np.testing.assert_array_equal(box.data, dict(boxes.path_items(params))[path].data)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_static_logits_are_near_those_of_float(rounded, method):
+    model, params, calibration = rounded
+    found = activations(method)(model, params, calibration)[1]
+    static = dataclasses.replace(model, compute="int8_static")
+    expected = batches.apply_batch(model, params, calibration[0])
+    lost = batches.apply_batch(static, found, calibration[0]) - expected
+    assert 0 < jnp.linalg.norm(lost) < 0.1 * jnp.linalg.norm(expected)
+
+
+def test_methods_other_than_minmax_clip(rounded):
+    model, params, calibration = rounded
+    scales = {}
+    for method in METHODS:
+        found = activations(method, percentile=90.0)(model, params, calibration)[1]
+        boxed = [leaf for _, leaf in boxes.path_items(found) if isinstance(leaf, boxes.Quantized)]
+        scales[method] = sum(float(box.input_scale) for box in boxed)
+    assert scales["percentile"] < 0.9 * scales["minmax"]
+    assert scales["mse"] <= scales["minmax"]
+    assert scales["entropy"] <= scales["minmax"]
+
+
+def test_chains_after_rounding_and_needs_something_rounded(make_member, batch_of):
+    model, params = make_member("edge")
+    calibration = [batch_of(model)]
+    found = chain(rtn(8, where=LAYERS), activations())(model, params, calibration)[1]
+    held = [leaf for _, leaf in boxes.path_items(found) if isinstance(leaf, boxes.Quantized)]
+    assert all(box.input_scale is not None for box in held)
+    with pytest.raises(RecipeError, match="quantize first"):
+        activations()(model, params, calibration)
+    with pytest.raises(DataError, match="calibration"):
+        activations()(model, params)
+
+
+def test_options_without_meaning_are_refused():
+    for options in (
+        {"method": "max"},
+        {"percentile": 20},
+        {"percentile": 101},
+        {"symmetric": 1},
+        {"where": "("},
+    ):
+        with pytest.raises(RecipeError, match=r"quantize\.activations"):
+            activations(**options)

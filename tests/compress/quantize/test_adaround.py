@@ -1,0 +1,107 @@
+"""Learned rounding of a model's layers: closer outputs, masks, chains, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge import params as boxes
+from glm_edge.compress import chain, prune
+from glm_edge.compress.quantize import rtn
+from glm_edge.compress.quantize.adaround import adaround
+from glm_edge.compress.stages import ROWS, first_states, stages
+from glm_edge.errors import DataError, RecipeError
+from glm_edge.params import Masked, Quantized
+
+DECODER = r"^decoder/"
+
+
+def layer_outputs(model, params, calibration):
+    """What each matrix of the decoder gives on the inputs that it meets, by path."""
+    states, leaves, found = first_states(model, calibration), dict(boxes.path_items(params)), {}
+    for stage in stages(model):
+        for path, rows in stage.collect(leaves, states, ROWS).items():
+            if path.startswith("decoder/"):
+                found[path] = np.asarray(rows) @ np.asarray(boxes.dense(leaves[path])).T
+        states = stage.run(leaves, states)
+    return found
+
+
+@pytest.mark.parametrize("method", ["adaround", "descent"])
+def test_each_layers_output_is_closer_to_the_originals_than_by_nearest(small, calibration, method):
+    model, params = small
+    options = {"bits": 3, "group_size": 16, "where": DECODER, "scale": "mse"}
+    nearest = rtn(**options)(model, params)[1]
+    _, learned, report = adaround(**options, method=method)(model, params, calibration=calibration)
+    wanted, first, found = (
+        layer_outputs(model, tree, calibration) for tree in (params, nearest, learned)
+    )
+    assert len(wanted) == 12
+    errors = [
+        [np.linalg.norm(given[path] - wanted[path]) for path in wanted] for given in (first, found)
+    ]
+    assert sum(errors[1]) < 0.7 * sum(errors[0])
+    assert errors[1][-1] < 0.8 * errors[0][-1]
+    assert all(row.action == "int3-g16" for row in report.rows)
+    for path, leaf in boxes.path_items(learned):
+        assert isinstance(leaf, Quantized) == ("proj/weight" in path), path
+
+
+def test_a_mask_stays_and_a_matrix_without_inputs_is_rounded_to_nearest(small, calibration):
+    model, params = small
+    masked = prune.magnitude(0.5, where=r"mlp")(model, params)[1]
+    _, learned, report = adaround(4, 16, steps=20)(model, masked, calibration=calibration)
+    for path, leaf in boxes.path_items(masked):
+        if isinstance(leaf, Masked):
+            stored = dict(boxes.path_items(learned))[path].unbox()
+            assert np.all(np.asarray(stored)[~np.asarray(leaf.mask)] == 0.0)
+    notes = {row.path: row.action for row in report.rows}
+    assert notes["embed/weight"] == "int4-g16 (nearest: no inputs seen)"
+    nearest = rtn(4, 16, scale="mse", where="^embed")(model, masked)[1]["embed"]["weight"]
+    np.testing.assert_array_equal(learned["embed"]["weight"].data, nearest.data)
+
+
+def test_what_was_rounded_before_is_made_up_for(small, calibration):
+    model, params = small
+    recipe = chain(rtn(2, where=r"layers/0/"), adaround(4, where=r"layers/1/", scale="max"))
+    learned = recipe(model, params, calibration=calibration)[1]
+    plain = chain(rtn(2, where=r"layers/0/"), rtn(4, where=r"layers/1/"))(model, params)[1]
+    wanted, first, found = (
+        layer_outputs(model, tree, calibration) for tree in (params, plain, learned)
+    )
+    path = "decoder/layers/1/attention/q_proj/weight"
+    assert np.linalg.norm(found[path] - wanted[path]) < np.linalg.norm(first[path] - wanted[path])
+
+
+@pytest.mark.slow
+def test_every_stage_of_every_member_is_rounded(member, make_member, batch_of):
+    model, params = make_member(member)
+    transform = adaround(4, fallback_bits=8, steps=5)
+    _, learned, _ = transform(model, params, calibration=[batch_of(model)])
+    for path, leaf in boxes.path_items(learned):
+        assert isinstance(leaf, Quantized) == boxes.is_matrix(path, leaf), path
+
+
+def test_what_cannot_be_rounded_is_refused(small, calibration):
+    model, params = small
+    with pytest.raises(DataError, match="needs calibration="):
+        adaround()(model, params)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    with pytest.raises(RecipeError, match="NaN or infinity"):
+        adaround()(model, broken, calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "signround"}, "method must be one of adaround, descent"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"sweeps": 0}, "sweeps must be a whole number"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"qtype": "ternary34"}, "no two levels to choose between"),
+        ({"bits": 5}, "bits must be"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(options, message):
+    with pytest.raises(RecipeError, match=message):
+        adaround(**options)

@@ -1,0 +1,135 @@
+"""AWQ as a transform: folds are exact, errors fall, boxes are what was asked for."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glm_edge as ge
+from glm_edge import params as boxes
+from glm_edge.compress import batches, folding, recipe_from_json, to_json
+from glm_edge.compress.quantize.awq import awq
+from glm_edge.compress.quantize.rtn import rtn
+from glm_edge.compress.quantize.smoothquant import smoothquant
+from glm_edge.compress.stream import compress_checkpoint
+from glm_edge.errors import DataError, RecipeError
+
+module = importlib.import_module("glm_edge.compress.quantize.awq")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, params, batch):
+    return batches.apply_batch(model, params, batch)
+
+
+@pytest.mark.parametrize("name", ["edge_v", "pruned"])
+def test_folds_are_exact_before_rounding(make_member, batch_of, monkeypatch, name):
+    model, params = make_member(name)
+    monkeypatch.setattr(module, "_rounded", lambda path, leaf, *rest: leaf)
+    changed = awq(bits=3)(model, params, [batch_of(model, seed=1)])[1]
+    batch = batch_of(model)
+    expected = logits(model, params, batch)
+    assert jnp.abs(logits(model, changed, batch) - expected).max() < 1e-5 * jnp.abs(expected).max()
+    before, after = (dict(boxes.path_items(tree)) for tree in (params, changed))
+    moved = [
+        fold
+        for fold in folding.folds(model.config)
+        if not np.allclose(before[fold.consumers[0]], after[fold.consumers[0]])
+    ]
+    assert {fold.kind for fold in moved} >= {"norm", "value", "neurons"}
+
+
+def test_loses_less_than_rounding_to_nearest(make_member, batch_of):
+    model, params = make_member("edge", 2)
+    leaves = dict(boxes.path_items(params))
+    rng = np.random.default_rng(0)
+    for fold in folding.folds(model.config):
+        spread = np.float32(np.exp(rng.normal(0, 1.5, fold.channels)))
+        leaves |= folding.move(fold, leaves, spread)
+    params = boxes.tree.nested(leaves)
+    calibration = [batch_of(model, rows=4, seed=seed) for seed in (1, 2)]
+    batch = batch_of(model, rows=4, seed=3)
+    expected = logits(model, params, batch)
+
+    def error(transform):
+        found = transform(model, params, calibration)[1]
+        return float(jnp.linalg.norm(logits(model, found, batch) - expected))
+
+    where = r"^decoder/layers/0/"
+    plain = error(rtn(bits=4, where=where))
+    assert error(awq(bits=4, where=where, clip=False)) < 0.8 * plain
+
+
+def test_boxes_and_report(make_member, batch_of):
+    model, params = make_member("asr")
+    calibration = [batch_of(model)]
+    recipe = awq(bits=4, group_size=16, fallback_bits=8)
+    _, changed, report = recipe(model, params, calibration)
+    after = dict(boxes.path_items(changed))
+    for path in boxes.select(params, None):
+        whole = after[path].shape[-1] % 16 == 0
+        assert str(after[path].format) == ("int4-g16" if whole else "int8-channel"), path
+    actions = {row.path: row.action for row in report.rows}
+    assert "ratio" in actions["speech/layers/0/fc1/weight"]
+    assert "fallback" in actions["decoder/layers/0/mlp/down_proj/weight"]
+    assert "ratio" not in actions["speech/layers/0/fc2/weight"]
+    assert report.bytes_after == boxes.stored_bytes(changed)
+    assert recipe_from_json(to_json(recipe)) == recipe
+
+
+def test_part_of_a_group_is_rounded_without_factors(make_member, batch_of):
+    model, params = make_member("edge")
+    _, changed, report = awq(bits=8, where="q_proj")(model, params, [batch_of(model)])
+    assert {row.path.split("/")[-2] for row in report.rows} == {"q_proj"}
+    leaves = dict(boxes.path_items(changed))
+    path = "decoder/layers/0/input_norm/weight"
+    np.testing.assert_array_equal(leaves[path], dict(boxes.path_items(params))[path])
+
+
+def test_masked_and_bfloat16_weights(make_member, batch_of):
+    model, params = make_member("edge")
+    path = "decoder/layers/0/mlp/gate_up_proj/weight"
+    keep = jnp.asarray(np.random.default_rng(0).random((80, 24)) > 0.5)
+
+    def narrow(name, leaf):
+        leaf = leaf.astype(jnp.bfloat16)
+        return boxes.mask(leaf, keep) if name == path else leaf
+
+    params = boxes.map_with_path(narrow, params)
+    _, changed, _ = awq(bits=8)(model, params, [batch_of(model)])
+    leaves = dict(boxes.path_items(changed))
+    assert leaves[path].dtype == "bfloat16"
+    np.testing.assert_array_equal(boxes.dense(leaves[path])[~keep], 0)
+    batch = batch_of(model, seed=4)
+    expected = logits(model, params, batch)
+    rounded = rtn(bits=8)(model, params)[1]
+    errors = [jnp.linalg.norm(logits(model, tree, batch) - expected) for tree in (changed, rounded)]
+    assert errors[0] < 1.5 * errors[1]
+
+
+def test_streams_the_same(make_member, batch_of, tmp_path):
+    model, params = make_member("edge")
+    calibration = [batch_of(model)]
+    ge.save(model, params, tmp_path / "dense")
+    for number, recipe in enumerate((smoothquant(), awq(bits=4))):
+        output = tmp_path / str(number)
+        compress_checkpoint(tmp_path / "dense", output, recipe, calibration)
+        streamed = boxes.to_flat(ge.load(output)[1])[0]
+        expected = boxes.to_flat(recipe(model, params, calibration)[1])[0]
+        assert set(streamed) == set(expected)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(streamed[name], array, err_msg=name)
+
+
+def test_refuses(make_member, batch_of):
+    for options in ({"bits": 5}, {"steps": 0}, {"clip": 1}, {"qtype": "bfloat16"}, {"scale": "x"}):
+        with pytest.raises(RecipeError, match=r"quantize\.awq"):
+            awq(**options)
+    model, params = make_member("edge")
+    with pytest.raises(DataError, match="calibration"):
+        awq()(model, params)
+    with pytest.raises(RecipeError, match="whole groups"):
+        awq(group_size=7)(model, params, [batch_of(model)])

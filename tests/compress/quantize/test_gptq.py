@@ -1,0 +1,165 @@
+"""GPTQ as a transform: less error than rounding to nearest, and what it refuses."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge import params as boxes
+from glm_edge.compress import batches, chain, recipe_from_json, to_json
+from glm_edge.compress.quantize.gptq import gptq
+from glm_edge.compress.quantize.rtn import rtn
+from glm_edge.compress.stages import GRAM, first_states, stages
+from glm_edge.compress.stagewise import View
+from glm_edge.errors import DataError, RecipeError
+
+LAYERS = r"layers/"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, params, batch):
+    return batches.apply_batch(model, params, batch)
+
+
+def error(model, params, changed, batch):
+    return float(jnp.linalg.norm(logits(model, changed, batch) - logits(model, params, batch)))
+
+
+@pytest.mark.parametrize("options", [{}, {"propagate": 0.0, "sequential": False}])
+def test_loses_less_than_rounding_to_nearest(make_member, batch_of, options):
+    model, params = make_member("nano")
+    calibration = [batch_of(model, rows=8, seed=seed) for seed in (1, 2, 3)]
+    held_out = batch_of(model, rows=8, seed=9)
+    format = {"bits": 3, "group_size": 8, "where": LAYERS}
+    nearest = rtn(**format, scale="mse")(model, params)[1]
+    _, found, report = gptq(**format, **options)(model, params, calibration)
+    assert error(model, params, found, held_out) < 0.95 * error(model, params, nearest, held_out)
+    assert {row.action.split(" ")[0] for row in report.rows} == {"int3-g8"}
+    assert all("output error" in row.action for row in report.rows)
+    assert set(boxes.select(params, LAYERS)) == {row.path for row in report.rows}
+
+
+def test_each_stage_loses_less_at_its_output(make_member, batch_of):
+    model, params = make_member("edge")
+    calibration = [batch_of(model, rows=8, seed=seed) for seed in (1, 2, 3)]
+    format = {"bits": 2, "group_size": 8, "where": LAYERS}
+    changed = {
+        "nearest": rtn(**format, scale="mse")(model, params)[1],
+        "gptq": gptq(**format, propagate=0.0)(model, params, calibration)[1],
+    }
+    leaves = dict(boxes.path_items(params))
+    states = first_states(model, calibration)
+    for stage in stages(model):
+        view = View(stage, leaves, states)
+        if "layers" in stage.name:
+            meant, lost = view.outputs(), {}
+            for name, tree in changed.items():
+                other = dict(boxes.path_items(tree))
+                pairs = zip(view.outputs(other), meant, strict=True)
+                lost[name] = sum(float(jnp.sum(jnp.square(a - b))) for a, b in pairs)
+            assert lost["gptq"] < lost["nearest"]
+        states = view.run()
+
+
+def test_weights_with_one_input_are_one_group_in_the_order_in_which_they_run(make_member, batch_of):
+    model, params = make_member("edge")
+    states = first_states(model, [batch_of(model)])
+    leaves = dict(boxes.path_items(params))
+    front, first = stages(model)[:2]
+    states = front.run(leaves, states)
+    names = [
+        [path.rsplit("/", 2)[1] for path in group] for group in first.readers(leaves, states[0])
+    ]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]
+    whole = first.collect(leaves, states, GRAM)
+    some = [path for path in whole if "o_proj" in path]
+    part = first.collect(leaves, states, GRAM, some)
+    assert list(part) == some
+    np.testing.assert_allclose(part[some[0]]["gram"], whole[some[0]]["gram"], rtol=1e-5)
+
+
+def test_chains_with_rounding_the_rest_and_goes_through_json(make_member, batch_of):
+    model, params = make_member("tied")
+    recipe = chain(gptq(4, 8, where=LAYERS, qtype="ternary"), rtn(8, where="embed"))
+    again = recipe_from_json(to_json(recipe))
+    calibration = [batch_of(model)]
+    first, second = (r(model, params, calibration)[1] for r in (recipe, again))
+    formats = {p: str(leaf.format) for p, leaf in boxes.path_items(first) if boxes.is_box(leaf)}
+    assert formats.pop("embed/weight") == "int8-channel"
+    assert set(formats.values()) == {"ternary-g8"}
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_what_no_input_meets_is_rounded_to_nearest(make_member, batch_of):
+    model, params = make_member("tied")
+    _, found, report = gptq(8, where="embed")(model, params, [batch_of(model)])
+    assert "to nearest" in report.rows[0].action
+    expected = rtn(8, where="embed", scale="mse")(model, params)[1]["embed"]["weight"]
+    np.testing.assert_array_equal(found["embed"]["weight"].codes(), expected.codes())
+
+
+def test_zeros_of_a_mask_stay(make_member, batch_of):
+    model, params = make_member("edge")
+    path = "decoder/layers/0/mlp/down_proj/weight"
+    leaves = dict(boxes.path_items(params))
+    keep = jax.random.bernoulli(jax.random.key(0), 0.5, leaves[path].shape)
+    leaves[path] = boxes.mask(leaves[path], keep)
+    masked = boxes.tree.nested(leaves)
+    found = gptq(4, 8, where="down_proj")(model, masked, [batch_of(model)])[1]
+    dense = dict(boxes.path_items(found))[path].unbox()
+    assert not bool(jnp.any(dense[~keep] != 0))
+    with pytest.raises(RecipeError, match="cannot hold the zeros"):
+        gptq(group_size=8, qtype="ternary34", where="down_proj")(model, masked, [batch_of(model)])
+
+
+def test_stock_kernels_are_rounded_by_their_inputs():
+    class Stock(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            x = nn.Embed(40, 16, name="embed")(tokens)
+            return nn.Dense(40, name="out")(nn.relu(nn.Dense(32, name="hidden")(x)))
+
+    model, tokens = Stock(), np.random.default_rng(0).integers(0, 40, (8, 12)).astype(np.int32)
+    params = model.init(jax.random.key(0), tokens)["params"]
+    batch = {"tokens": tokens}
+    format = {"bits": 2, "where": "kernel"}
+    found = gptq(**format)(model, params, [batch])[1]
+    nearest = rtn(**format, scale="mse")(model, params)[1]
+    assert error(model, params, found, batch) < 0.8 * error(model, params, nearest, batch)
+
+
+def test_what_is_not_finite_is_refused(make_member, batch_of):
+    model, params = make_member("edge")
+    batch, leaves = batch_of(model), dict(boxes.path_items(params))
+    path = "decoder/layers/0/attention/q_proj/weight"
+    broken = boxes.tree.nested({**leaves, path: leaves[path].at[0, 0].set(jnp.inf)})
+    with pytest.raises(RecipeError, match="q_proj/weight: NaN or infinity in the weights"):
+        gptq(where="layers/0")(model, broken, [batch])
+    path = "decoder/layers/0/input_norm/weight"
+    broken = boxes.tree.nested({**leaves, path: leaves[path].at[0].set(jnp.nan)})
+    with pytest.raises(RecipeError, match="NaN or infinity at its input"):
+        gptq(where="layers/0")(model, broken, [batch])
+
+
+def test_options_without_meaning_are_refused(make_member, batch_of):
+    model, params = make_member("edge")
+    for options in (
+        {"bits": 5},
+        {"qtype": "bfloat16"},
+        {"scale": "least"},
+        {"damping": -1.0},
+        {"propagate": 2.0},
+        {"sweeps": -1},
+        {"refit": 1},
+        {"act_order": None},
+        {"where": "("},
+    ):
+        with pytest.raises(RecipeError, match=r"quantize\.gptq"):
+            gptq(**options)
+    with pytest.raises(DataError, match="calibration"):
+        gptq(where=LAYERS)(model, params)
+    with pytest.raises(RecipeError, match="whole groups of 7"):
+        gptq(4, 7, where=LAYERS)(model, params, [batch_of(model)])

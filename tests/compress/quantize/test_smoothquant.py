@@ -1,0 +1,139 @@
+"""SmoothQuant: the published factor, moved exactly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge import params as boxes
+from glm_edge.compress import batches, folding, recipe_from_json, to_json
+from glm_edge.compress.quantize.rtn import rtn
+from glm_edge.compress.quantize.smoothquant import smooth_factor, smoothquant
+from glm_edge.errors import DataError, RecipeError
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, params, batch):
+    inputs = {name: batch[name] for name in batches.INPUTS if name in batch}
+    output, sown = model.apply({"params": params}, batch["tokens"], **inputs, mutable=["inputs"])
+    return output[0], sown["inputs"]
+
+
+def rows_of(model, params, calibration, path):
+    """What meets a weight, from the collection `inputs` of whole runs."""
+    names, found = path.split("/")[:-1], []
+    for batch in calibration:
+        sown = run(model, params, batch)[1]
+        for name in names:
+            sown = sown[name]
+        found.append(np.float64(sown["rows"][0]))
+    return np.concatenate(found)
+
+
+def factor_loop(rows, weights, alpha, blocks):
+    count, repeats, width = blocks
+    factor = np.ones(count * width)
+    for head in range(count):
+        for channel in range(width):
+            columns = [width * (repeats * head + r) + channel for r in range(repeats)]
+            largest = max(abs(rows[:, c]).max() for c in columns)
+            weight = max(abs(w[:, c]).max() for w in weights for c in columns)
+            factor[width * head + channel] = largest**alpha / weight ** (1 - alpha)
+    return factor
+
+
+@pytest.mark.parametrize("name", ["asr", "sandwich", "pruned"])
+def test_matches_a_loop_and_keeps_the_function(make_member, batch_of, name):
+    model, params = make_member(name)
+    calibration = [batch_of(model, seed=seed) for seed in (1, 2)]
+    changed_model, changed, report = smoothquant(alpha=0.7)(model, params, calibration)
+    assert changed_model is model
+    before, after = (dict(boxes.path_items(tree)) for tree in (params, changed))
+    expected = {path: np.float64(leaf) for path, leaf in before.items()}
+    for fold in folding.folds(model.config):
+        rows = rows_of(model, params, calibration, fold.consumers[0])
+        weights = [expected[path] for path in fold.consumers]
+        factor = factor_loop(rows, weights, 0.7, fold.blocks)
+        columns = np.broadcast_to(
+            factor.reshape(fold.blocks[0], 1, fold.blocks[2]), fold.blocks
+        ).ravel()
+        for path in fold.producers:
+            divided = expected[path].copy()
+            ending = (slice(fold.start, fold.start + len(factor)),)
+            divided[ending] /= factor.reshape(-1, *[1] * (divided.ndim - 1))
+            expected[path] = divided
+        for path in fold.consumers:
+            expected[path] = expected[path] * columns
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(after[path], leaf, rtol=2e-4, atol=1e-6, err_msg=path)
+    batch = batch_of(model, seed=9)
+    logits = run(model, params, batch)[0]
+    assert np.abs(run(model, changed, batch)[0] - logits).max() < 1e-5 * np.abs(logits).max()
+    assert {row.path for row in report.rows} == {
+        path for fold in folding.folds(model.config) for path in (*fold.producers, *fold.consumers)
+    }
+
+
+def test_a_factor_by_hand():
+    activations, weights = jnp.float32([4.0, 0.0, 9.0, 1.0]), jnp.float32([1.0, 2.0, 0.0, 16.0])
+    np.testing.assert_allclose(smooth_factor(activations, weights, 0.5), [2.0, 1.0, 1.0, 0.25])
+    np.testing.assert_allclose(smooth_factor(activations, weights, 1.0), [4.0, 1.0, 1.0, 1.0])
+    np.testing.assert_allclose(smooth_factor(activations, weights, 0.0), [1, 1, 1, 1 / 16])
+
+
+def test_eases_int8_activations(make_member, batch_of):
+    model, params = make_member("edge", 5)
+    leaves = dict(boxes.path_items(params))
+    spike = jnp.ones(24).at[7].set(100.0)
+    for layer in range(2):
+        leaves |= folding.move(
+            next(
+                f
+                for f in folding.folds(model.config)
+                if f"{layer}/input_norm/weight" in f.producers[0]
+            ),
+            leaves,
+            1 / spike,
+        )
+    params = boxes.tree.nested(leaves)
+    batch = batch_of(model, rows=4)
+    expected = run(model, params, batch)[0]
+    phone = model.clone(compute="int8_dynamic")
+
+    def error(tree):
+        rounded = rtn(bits=8)(model, tree)[1]
+        return float(jnp.linalg.norm(run(phone, rounded, batch)[0] - expected))
+
+    smooth = smoothquant()(model, params, [batch_of(model, seed=3)])[1]
+    assert error(smooth) < 0.7 * error(params)
+
+
+def test_kinds_and_where(make_member, batch_of):
+    model, params = make_member("edge")
+    calibration = [batch_of(model)]
+    recipe = smoothquant(kinds=["value"], where=r"layers/1/")
+    report = recipe(model, params, calibration)[2]
+    attention = "decoder/layers/1/attention"
+    assert {row.path for row in report.rows} == {
+        f"{attention}/v_proj/weight",
+        f"{attention}/o_proj/weight",
+    }
+    assert recipe_from_json(to_json(recipe)) == recipe
+    with pytest.raises(RecipeError, match="between which a factor moves"):
+        smoothquant(where="q_proj")(model, params, calibration)
+
+
+def test_refuses(make_member, batch_of):
+    for options in ({"alpha": 1.5}, {"alpha": "half"}, {"kinds": ["up"]}, {"where": "("}):
+        with pytest.raises(RecipeError, match=r"quantize\.smoothquant"):
+            smoothquant(**options)
+    model, params = make_member("edge")
+    with pytest.raises(DataError, match="calibration"):
+        smoothquant()(model, params)
+    params = boxes.map_with_path(
+        lambda path, leaf: leaf.at[0].set(jnp.inf) if "input_norm" in path else leaf, params
+    )
+    with pytest.raises(DataError, match="weight inputs that are not finite"):
+        smoothquant()(model, params, [batch_of(model)])

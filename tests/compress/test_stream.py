@@ -1,0 +1,228 @@
+"""Compressing from disk to disk: the same bytes as in memory, after any interruption, or nothing."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import glm_edge as ge
+from glm_edge import params as boxes
+from glm_edge.checkpoint import files
+from glm_edge.compress import chain, distill, quantize
+from glm_edge.compress.stream import compress_checkpoint, is_streamable
+from glm_edge.errors import CheckpointError, DataError, OutputError, RecipeError
+
+ROUNDED = chain(
+    quantize.rtn(bits=4, group_size=8, where="^decoder/", scale="mse"), quantize.rtn(bits=8)
+)
+CALIBRATED = chain(
+    quantize.smoothquant(where="^decoder/"),
+    quantize.gptq(bits=4, group_size=8, where="^decoder/"),
+    quantize.rtn(bits=8),
+)
+
+
+@pytest.fixture
+def saved(make_member, tmp_path):
+    model, params = make_member("nano")
+    return ge.save(model, params, tmp_path / "source", format="safetensors")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def hidden(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir() if path.name.startswith(".")]
+
+
+def test_rounding_gives_the_bytes_of_a_call_in_memory(saved, tmp_path):
+    report = compress_checkpoint(saved, tmp_path / "out", ROUNDED)
+    model, params = ge.load(saved)
+    _, expected, in_memory = ROUNDED(model, params)
+    found = boxes.to_flat(ge.load(tmp_path / "out")[1])
+    arrays, spec = boxes.to_flat(expected)
+    assert found[1] == spec
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[0][name], array)
+    assert report.bytes_after == in_memory.bytes_after == boxes.stored_bytes(expected)
+    assert {row.path for row in report.rows} == {row.path for row in in_memory.rows}
+    assert hidden(tmp_path) == []
+
+
+def test_one_calibrated_transform_gives_the_bytes_of_a_call_in_memory(saved, batch_of, tmp_path):
+    transform = quantize.gptq(bits=4, group_size=8, where="^decoder/")
+    model, params = ge.load(saved)
+    batches = [batch_of(model, seed=seed) for seed in range(2)]
+    compress_checkpoint(saved, tmp_path / "out", transform, batches)
+    _, expected, _ = transform(model, params, batches)
+    found = boxes.to_flat(ge.load(tmp_path / "out")[1])[0]
+    for name, array in boxes.to_flat(expected)[0].items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("name", ["edge", "glm4", "asr"])
+def test_hugging_face_directories_are_read(make_member, name, tmp_path):
+    model, params = make_member(name)
+    source = ge.save(model, params, tmp_path / "source", format=None)
+    compress_checkpoint(source, tmp_path / "out", quantize.rtn(8))
+    after, compressed = ge.load(tmp_path / "out")
+    assert after.config == model.config
+    found = {path for path, leaf in boxes.path_items(compressed) if boxes.is_box(leaf)}
+    assert found == set(boxes.select(params, None))
+
+
+def job(source, output, batches, ready):
+    """What a child process runs until it is killed."""
+    ready.set()
+    compress_checkpoint(source, output, CALIBRATED, batches, rng=jax.random.key(3))
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_points_the_result_has_the_same_bytes(saved, batch_of, tmp_path):
+    model, _ = ge.load(saved)
+    batches = [batch_of(model, seed=seed) for seed in range(2)]
+    started = time.monotonic()
+    compress_checkpoint(saved, tmp_path / "whole", CALIBRATED, batches, rng=jax.random.key(3))
+    took = time.monotonic() - started
+    expected = contents(tmp_path / "whole")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["glm_edge.compress.stream", "glm_edge.compress"])
+    rng, output, kills, resumed = np.random.default_rng(0), tmp_path / "out", 0, 0
+    while kills < 20:
+        ready = context.Event()
+        child = context.Process(target=job, args=(saved, output, batches, ready))
+        child.start()
+        ready.wait()
+        child.join(rng.uniform(0.0, took))
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.join()
+        partial = tmp_path / ".out.partial"
+        resumed += partial.exists() and any(partial.glob("*.safetensors"))
+        if output.exists():
+            assert contents(output) == expected
+            for path in output.iterdir():
+                path.unlink()
+            output.rmdir()
+    assert resumed > 0
+    compress_checkpoint(saved, output, CALIBRATED, batches, rng=jax.random.key(3))
+    assert contents(output) == expected
+    assert hidden(tmp_path) == []
+
+
+def stop_after(count: int, monkeypatch, error: Exception):
+    """Makes the `count`-th file of arrays fail."""
+    from glm_edge.compress import stream
+
+    written = []
+
+    def write(path, arrays, metadata=None):
+        written.append(path)
+        if len(written) == count:
+            path.write_bytes(b"half a file")
+            raise error
+        files.write_safetensors(path, arrays, metadata)
+
+    monkeypatch.setattr(stream, "write_safetensors", write)
+
+
+@pytest.mark.parametrize("count", [1, 5, 11])
+def test_a_full_disk_leaves_nothing_that_loads_and_can_be_finished(
+    saved, tmp_path, monkeypatch, count
+):
+    with monkeypatch.context() as patch:
+        stop_after(count, patch, OSError(28, "No space left on device"))
+        with pytest.raises(OutputError, match="No space left on device"):
+            compress_checkpoint(saved, tmp_path / "out", ROUNDED)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError):
+        ge.load(tmp_path / ".out.partial")
+    compress_checkpoint(saved, tmp_path / "out", ROUNDED)
+    compress_checkpoint(saved, tmp_path / "whole", ROUNDED)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_finished_stages_are_not_computed_again(saved, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(6, patch, OSError(28, "No space left on device"))
+        with pytest.raises(OutputError):
+            compress_checkpoint(saved, tmp_path / "out", ROUNDED)
+    rounded = []
+    kernel = quantize.rtn.__globals__["quantize_leaf"]
+    monkeypatch.setitem(
+        quantize.rtn.__globals__,
+        "quantize_leaf",
+        lambda path, *rest: rounded.append(path) or kernel(path, *rest),
+    )
+    report = compress_checkpoint(saved, tmp_path / "out", ROUNDED)
+    assert 0 < len(rounded) < len(report.rows)
+
+
+def test_other_arguments_do_not_finish_a_run(saved, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(3, patch, OSError(28, "No space left on device"))
+        with pytest.raises(OutputError):
+            compress_checkpoint(saved, tmp_path / "out", ROUNDED)
+    with pytest.raises(OutputError, match="unfinished run with another recipe"):
+        compress_checkpoint(saved, tmp_path / "out", quantize.rtn(8))
+    os.utime(saved / files.WEIGHTS)
+    with pytest.raises(OutputError, match="unfinished run with another source"):
+        compress_checkpoint(saved, tmp_path / "out", ROUNDED)
+
+
+def test_the_report_lies_beside_the_weights(saved, tmp_path):
+    report = compress_checkpoint(saved, tmp_path / "out", ROUNDED)
+    held = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert held["bytes_after"] == report.bytes_after
+    assert len(held["rows"]) == len(report.rows)
+
+
+def test_extras_are_copied(saved, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    extras = {"tokenizer.json": tmp_path / "tokenizer.json"}
+    compress_checkpoint(saved, tmp_path / "out", ROUNDED, extras=extras)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error", "message"),
+    [
+        (distill(steps=1), RecipeError, "distill needs the whole model in memory"),
+        (chain(), RecipeError, "the recipe is empty"),
+        (quantize.rtn(4, group_size=7), RecipeError, "not whole groups of 7"),
+        (quantize.rtn(8, where="banana"), RecipeError, "matches none"),
+        (
+            chain(quantize.rtn(4, where="^decoder/"), quantize.rtn(8, where="o_proj")),
+            RecipeError,
+            "quantized by an earlier transform already",
+        ),
+        (CALIBRATED, DataError, "needs calibration= batches"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_leaves_nothing(saved, tmp_path, recipe, error, message):
+    with pytest.raises(error, match=message):
+        compress_checkpoint(saved, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_stage_wise_recipes_stream():
+    assert is_streamable(ROUNDED)
+    assert not is_streamable(chain(ROUNDED, distill(steps=1)))
+
+
+def test_an_existing_output_is_kept(saved, tmp_path):
+    compress_checkpoint(saved, tmp_path / "out", ROUNDED)
+    before = contents(tmp_path / "out")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        compress_checkpoint(saved, tmp_path / "out", quantize.rtn(8))
+    assert contents(tmp_path / "out") == before
+    compress_checkpoint(saved, tmp_path / "out", quantize.rtn(8), overwrite=True)
+    assert contents(tmp_path / "out") != before

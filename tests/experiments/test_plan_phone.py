@@ -1,0 +1,98 @@
+"""Sizes on paper equal those of quantized trees, and the verdict follows from them."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import plan_phone
+from glm_edge import params as boxes
+from glm_edge.compress.rounding import grid as grids
+from glm_edge.configs import preset
+from glm_edge.errors import RecipeError
+from glm_edge.params import Format
+
+
+def quantized_abstractly(params, formats):
+    """The tree that rounding would make, as abstract values."""
+
+    def convert(path, leaf):
+        if path not in formats or formats[path].plain:
+            return leaf
+
+        def store(weight, format):
+            codes, grid, _ = grids.nearest(weight, format)
+            return boxes.quantized(codes, grid.scale, grid.zero, format, dtype="bfloat16")
+
+        return jax.eval_shape(functools.partial(store, format=formats[path]), leaf)
+
+    return boxes.map_with_path(convert, params)
+
+
+@pytest.mark.parametrize(
+    ("body", "ends", "tower"),
+    [
+        ("int8", "int8", "int8"),
+        ("int4-g32", "int8", "int4"),
+        ("int3", "int4-g64", "int4-g32-affine"),
+        ("ternary-g128", "int4", "int4"),
+        ("ternary34-g128", "ternary", "int2"),
+    ],
+)
+def test_totals_are_those_of_quantized_trees(body, ends, tower):
+    params = plan_phone.shapes(preset("phone_9b"))
+    chosen = [plan_phone.read_format(name) for name in (body, ends, tower)]
+    formats = plan_phone.formats_of(params, *chosen)
+    tree = quantized_abstractly(params, formats)
+    assert sum(plan_phone.total(params, *chosen).values()) == boxes.stored_bytes(tree)
+    assert plan_phone.total(params, *chosen)["vision"] == boxes.stored_bytes(tree["vision"])
+    assert sum(plan_phone.counts(params).values()) == boxes.count(params)
+
+
+def test_layers_that_fit_are_the_most_that_fit():
+    config = plan_phone.with_vocabulary(preset("phone_9b"), 65536)
+    body, ends, tower = Format.parse("int2"), Format.parse("int4"), Format.parse("int4")
+    budget = 1_800_000_000
+    count = plan_phone.most_layers(config, body, ends, tower, {"GB": budget})["GB"]
+
+    def bytes_of(layers):
+        params = plan_phone.shapes(plan_phone.with_layers(config, layers))
+        return plan_phone.total(params, body, ends, tower)["text"]
+
+    assert bytes_of(count) <= budget < bytes_of(count + 1)
+
+
+def test_a_smaller_vocabulary_is_still_a_model():
+    config = plan_phone.with_vocabulary(preset("phone_9b"), 1000)
+    params = plan_phone.shapes(config)
+    assert params["embed"]["weight"].shape[0] == params["head"]["weight"].shape[0] == 1000
+    assert params["embed"]["weight"].dtype == jnp.bfloat16
+    assert config.image_token_id != config.audio_token_id
+
+
+def test_the_claim_is_impossible_and_the_script_says_what_is_not(tmp_path):
+    file = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "experiments.plan_phone", f"--json={file}"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "arithmetically impossible" in printed
+    report = json.loads(file.read_text())
+    text = sum(
+        leaf.size
+        for path, leaf in boxes.path_items(plan_phone.shapes(preset("phone_9b")))
+        if not path.startswith(("vision/", "speech/"))
+    )
+    assert report["claim"]["parameters"] == text
+    # A byte a weight and more, whatever the scales take.
+    assert report["claim"]["bytes_needed"] > text > 5 * report["budgets"]["GB"]
+    fitting = {row["format"] for row in report["claim"]["uniform_formats_that_fit"]}
+    assert "ternary34-g128" in fitting
+    assert not fitting & {"int8", "int4", "int3", "int2", "ternary-g128"}
+
+
+def test_unknown_formats_are_refused():
+    with pytest.raises(RecipeError, match="int5"):
+        plan_phone.read_format("int5")

@@ -1,0 +1,190 @@
+"""Every format: bytes told in advance, stored and loaded, and alive under jax's transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import glm_edge as ge
+from glm_edge import params as boxes
+from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
+from glm_edge.compress.quantize import quantize_leaf
+from glm_edge.errors import BoxError
+from glm_edge.kernels import grid, packing
+from glm_edge.params import Format
+from glm_edge.params.formats import QTYPES
+
+FORMATS = [
+    Format("int8"),
+    Format("int8", "tensor"),
+    Format("int4", 16, scale_dtype="float16"),
+    Format("int4", 8, False, "bfloat16"),
+    Format("int3", 8),
+    Format("int3", None, False, zero_dtype="bfloat16"),
+    Format("int2", 16, False),
+    Format("int2"),
+    Format("ternary", 16, scale_dtype="bfloat16"),
+    Format("ternary", "tensor"),
+    Format("ternary34", 16),
+    Format("nf4", 16, scale_dtype="bfloat16"),
+]
+
+
+def weight(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def quantize(leaf, format):
+    return quantize_leaf("weight", leaf, format, "mse")[0]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+def test_bytes_told_are_bytes_held_and_bytes_in_the_file(format, tmp_path):
+    box = quantize(weight(6, 48), format)
+    arrays, spec = boxes.to_flat({"w": box})
+    write_safetensors(tmp_path / "w.safetensors", arrays)
+    file = SafetensorsFile(tmp_path / "w.safetensors")
+    assert sum(info.bytes for info in file.tensors.values()) == boxes.stored_bytes({"w": box})
+    assert format.stored_bytes((6, 48)) == boxes.stored_bytes({"w": box})
+    read = boxes.from_flat({name: jnp.asarray(file.read(name)) for name in file.tensors}, spec)
+    np.testing.assert_array_equal(boxes.dense(read["w"]), boxes.dense(box))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+def test_dense_is_scale_times_level_less_zero(format):
+    box = quantize(weight(6, 48), format)
+    levels = np.asarray(grid.levels(box.codes(), format.qtype), np.float64)
+    groups = box.scale.shape[-1]
+    scale = np.repeat(np.float64(box.scale), 48 // groups, axis=1)
+    zero = 0.0 if box.zero is None else np.repeat(np.float64(box.zero), 48 // groups, axis=1)
+    np.testing.assert_allclose(boxes.dense(box), scale * (levels - zero), rtol=1e-6, atol=1e-7)
+    low, high = grid.code_range(format.qtype)
+    assert low <= np.asarray(box.codes()).min() <= np.asarray(box.codes()).max() <= high
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+def test_jit_vmap_and_scan_see_the_same_weight(format):
+    stack = [quantize(weight(6, 48, seed=seed), format) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
+    expected = jnp.stack([boxes.dense(box) for box in stack])
+    assert stacked.shape == expected.shape
+    np.testing.assert_array_equal(boxes.dense(stacked), expected)
+    np.testing.assert_array_equal(jax.jit(boxes.dense)(stacked), expected)
+    np.testing.assert_array_equal(jax.vmap(boxes.dense)(stacked), expected)
+    scanned = jax.lax.scan(lambda carry, box: (carry, boxes.dense(box)), 0, stacked)[1]
+    np.testing.assert_array_equal(scanned, expected)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+def test_scales_train_through_partition(format):
+    box, x = quantize(weight(6, 48), format), weight(3, 48, seed=1)
+    trainable, frozen = boxes.partition({"w": box}, scales=True)
+    assert boxes.partition({"w": box})[0]["w"].scale is None
+
+    def loss(trainable):
+        return jnp.sum(boxes.linear(x, boxes.combine(trainable, frozen)["w"]) ** 2)
+
+    gradient = jax.jit(jax.grad(loss))(trainable)["w"]
+    assert gradient.scale.shape == box.scale.shape
+    step = 1e-3 * jnp.max(jnp.abs(box.scale.astype(jnp.float32)))
+    moved = box.replace(scale=box.scale.astype(jnp.float32))
+    bumps = [
+        loss({"w": trainable["w"].replace(scale=moved.scale.at[0, 0].add(sign * step))})
+        for sign in (1, -1)
+    ]
+    difference = (bumps[0] - bumps[1]) / (2 * step)
+    np.testing.assert_allclose(gradient.scale[0, 0], difference, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_products_and_lookups_are_those_of_the_dense_weight(format, rows):
+    box, x = quantize(weight(10, 48), format), weight(rows, 48, seed=1)
+    np.testing.assert_allclose(boxes.linear(x, box), x @ boxes.dense(box).T, rtol=2e-5, atol=2e-5)
+    tokens = jnp.array([[0, 9, 3]])
+    np.testing.assert_array_equal(boxes.lookup(box, tokens), boxes.dense(box)[tokens])
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+def test_fake_quantized_reads_as_its_packed_form(format):
+    plain = weight(6, 48)
+    box = quantize(plain, format)
+    fake = boxes.fake_quantized(plain, box.scale, box.zero, format)
+    np.testing.assert_array_equal(boxes.dense(fake), boxes.dense(box))
+    np.testing.assert_array_equal(jax.jit(boxes.dense)(fake), boxes.dense(box))
+    final = fake.finalize()
+    np.testing.assert_array_equal(final.codes(), box.codes())
+    np.testing.assert_array_equal(final.scale, box.scale)
+    gradient = jax.grad(lambda value: boxes.dense(fake.replace(value=value)).sum())(plain)
+    assert set(np.unique(np.round(gradient, 4))) <= {0.0, 0.5, 1.0}
+    assert float(gradient.mean()) > 0.2
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+def test_shards_hold_whole_bytes(format):
+    mesh = jax.make_mesh((1,), ("model",))
+    path = "decoder/layers/0/mlp/down_proj/weight"
+    box = quantize(weight(8, 48), format)
+    placed = ge.params.sharding.named_sharding(path, box, mesh)
+    moved = jax.device_put(box, placed)
+    np.testing.assert_array_equal(boxes.dense(moved), boxes.dense(box))
+
+
+@given(
+    st.sampled_from([f for f in QTYPES if f not in ("float16", "bfloat16")]),
+    st.sampled_from([None, "tensor", 4, 8, 32]),
+    st.integers(1, 5),
+    st.integers(1, 6),
+)
+def test_any_grouping_survives_packing(qtype, group_size, rows, units):
+    columns = units * (group_size if isinstance(group_size, int) else 4)
+    format = Format(qtype, group_size)
+    box = quantize(weight(rows, columns, seed=rows), format)
+    codes = packing.unpack(box.data, columns, qtype)
+    again = boxes.quantized(codes, box.scale, box.zero, format)
+    np.testing.assert_array_equal(again.data, box.data)
+    assert box.data.shape[-1] == packing.packed_columns(columns, qtype)
+    assert format.stored_bytes((rows, columns)) == boxes.stored_bytes({"w": box})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["int8-channel", "int4-g32", "int4-g32-affine", "ternary-tensor", "nf4-g64", "bfloat16"],
+)
+def test_formats_are_read_from_their_names(text):
+    assert str(Format.parse(text)) == text
+    assert Format.parse("int8") == Format("int8")
+    assert Format.parse("int4-g32").scale_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Format("int5"), "qtype 'int5' is unknown"),
+        (lambda: Format("int4", 0), "group_size must be positive"),
+        (lambda: Format("int4", "row"), "group_size must be positive"),
+        (lambda: Format("nf4", symmetric=False), "nf4 is symmetric"),
+        (lambda: Format("bfloat16", 32), "no scales"),
+        (lambda: Format("ternary34", 6), "whole fours"),
+        (lambda: Format("int8", zero_dtype="int4"), "zero_dtype"),
+        (lambda: Format.parse("int4-32"), "is none such as"),
+        (lambda: Format("int4", 32).num_groups(48), "not whole groups of 32"),
+        (lambda: Format("ternary34").num_groups(10), "whole fours"),
+    ],
+)
+def test_formats_without_a_meaning_are_refused(build, message):
+    with pytest.raises(BoxError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("qtype", ["int8", "int2", "ternary", "ternary34", "nf4"])
+def test_channels_of_zeros_stay_zero_and_constants_are_exact(qtype):
+    values = jnp.stack([jnp.zeros(32), jnp.full(32, 3.0)])
+    box = quantize(values, Format(qtype))
+    dense = np.asarray(boxes.dense(box))
+    assert np.isfinite(dense).all()
+    if qtype != "ternary34":
+        np.testing.assert_array_equal(dense[0], 0.0)
+        np.testing.assert_allclose(dense[1], 3.0, rtol=0.05)
