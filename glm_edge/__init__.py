@@ -25,6 +25,7 @@ _WHERE = {
     "compress_checkpoint": "glm_edge.compress.stream",
     "distill": "glm_edge.compress",
     "load": "glm_edge.checkpoint",
+    "plan": "glm_edge.compress.plan",
     "preset": "glm_edge.configs",
     "load_tokenizer": "glm_edge.checkpoint",
     "recipe_from_json": "glm_edge.compress",

@@ -114,6 +114,8 @@ def _torchao() -> list[Method]:
                     rows.append(Method(f"{label} {short}", "torchao", options))
         hqq = {"config": "hqq", "bits": bits, "group_size": 32}
         rows.append(Method(f"torchao int{bits} g32 hqq", "torchao", hqq))
+        hqq = {**hqq, "scale_dtype": "bfloat16"}
+        rows.append(Method(f"torchao int{bits} g32 bf16 hqq", "torchao", hqq))
     return rows
 
 

@@ -86,8 +86,13 @@ def _hqq(task: Task, path: str, weight: np.ndarray) -> Stored:
         device="cpu",
         raw_output=True,
     )
+    if task.options.get("scale_dtype"):
+        dtype = getattr(torch, task.options["scale_dtype"])
+        scale, zero = scale.to(dtype), zero.to(dtype)
     group = task.options["group_size"]
-    dense = (codes.reshape(-1, group).float() - zero.reshape(-1, 1)) * scale.reshape(-1, 1)
+    dense = (
+        codes.reshape(-1, group).float() - zero.float().reshape(-1, 1)
+    ) * scale.float().reshape(-1, 1)
     scales = _bits(scale) + _bits(zero)
     stored = _bits(codes) + scales
     return Stored(dense.reshape(weight.shape).numpy(), stored, bits * weight.size + scales)

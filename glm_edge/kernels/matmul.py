@@ -223,9 +223,8 @@ def _integer_product(
         if not few:
             total = total - offset * sum(jnp.sum(w, axis=-1, dtype=jnp.int32) for w in planes)
         if zero is not None:
-            if zero.dtype == jnp.int8:
-                zero = zero.astype(jnp.int32)
-            total = total - sums * zero[:, 0]
+            whole = jnp.issubdtype(zero.dtype, jnp.integer)
+            total = total - sums * zero[:, 0].astype(jnp.int32 if whole else jnp.float32)
         return total.astype(jnp.float32) * step * scale[:, 0].astype(jnp.float32)
 
     return _by_blocks(block, rows, data, scale, zero)

@@ -12,6 +12,7 @@ from glm_edge import params as boxes
 from glm_edge.compress import batches, folding
 from glm_edge.configs import TextConfig
 from glm_edge.errors import RecipeError
+from glm_edge.models.text import TextEncoder
 from glm_edge.params.tree import nested
 
 
@@ -133,6 +134,23 @@ def test_encoders_alone(make_member):
     assert all(fold.within(alone) for fold in folding.folds(model.config.vision))
     alone = leaves_of(params["speech"])
     assert all(fold.within(alone) for fold in folding.folds(model.config.speech))
-    text = TextConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8)
-    with pytest.raises(RecipeError, match="TextConfig"):
-        folding.folds(text)
+    with pytest.raises(RecipeError, match="are known"):
+        folding.folds(None)
+
+
+def test_a_text_encoder_moves_values_alone():
+    config = TextConfig(
+        vocab_size=8, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=8, pooler=None
+    )
+    model, tokens = TextEncoder(config), jnp.arange(6).reshape(2, 3)
+    params = model.init(jax.random.key(0), tokens)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape), params)
+    leaves = leaves_of(params)
+    found = folding.folds(config)
+    assert [fold.kind for fold in found] == ["value", "value"]
+    for fold in found:
+        leaves |= folding.move(fold, leaves, factors(fold))
+    expected = model.apply({"params": params}, tokens)[0]
+    moved = model.apply({"params": nested(leaves)}, tokens)[0]
+    assert jnp.abs(moved - expected).max() < 1e-5 * jnp.abs(expected).max()

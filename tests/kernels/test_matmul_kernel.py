@@ -110,6 +110,16 @@ def test_int8_products_match_float64_products_of_rounded_rows(qtype, groups, aff
     assert relative(found, rounded * float(step) @ weight.T) < 1e-6
 
 
+@pytest.mark.parametrize("zero_dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_int8_products_take_zero_points_between_levels(rows, zero_dtype):
+    packed, weight = case("int4", 1, True, zero_dtype=zero_dtype)
+    x = rows_of(rows)
+    rounded = np.asarray(matmul.round_rows_to_int8(x), np.float64)
+    assert np.any(np.asarray(packed[2], np.float64) % 1)
+    assert relative(matmul.low_bit_int8(x, *packed), rounded @ weight.T) < 1e-6
+
+
 @pytest.mark.parametrize("rows", [1, 9])
 def test_integer_sums_are_exact_where_float32_sums_are_not(rows):
     columns = 4096

@@ -65,9 +65,7 @@ def activations(
     return Transform(NAME, spelled_out(locals(), "known", "number"))
 
 
-def _calibrate_stage(
-    work: StageWork, method: str, percentile: float, symmetric: bool
-) -> Replaced:
+def _calibrate_stage(work: StageWork, method: str, percentile: float, symmetric: bool) -> Replaced:
     named = [path for path in work.named if isinstance(work.leaves[path], Quantized)]
     groups = [tuple(path for path in group if path in named) for group in work.readers()]
     # What reads the same rows gets the same grid, and is measured once.

@@ -136,24 +136,28 @@ def _round_stage(
         for path in work.selected
     }
     groups = [tuple(path for path in group if path in formats) for group in work.readers()]
+    # What reads the same rows is measured once.
+    first = {path: group[0] for group in groups for path in group}
     if not sequential:
         groups = [tuple(path for group in groups for path in group)]
     replaced: Leaves = {}
     notes: dict[str, str] = {}
     for group in filter(None, groups):
-        grams, drifts = _measured(work, replaced, group, propagate > 0)
+        met = tuple(dict.fromkeys(first[path] for path in group))
+        grams, drifts = _measured(work, replaced, met, propagate > 0)
         for path in group:
-            _check_inputs(path, grams[path], drifts.get(path))
+            gram, drift = grams[first[path]], drifts.get(first[path])
+            _check_inputs(path, gram, drift)
             leaf = work.leaves[path]
             weight, kernel_shape = dense_rows(path, leaf)
-            if path in drifts:
-                weight = _corrected(weight, grams[path], drifts[path], propagate, damping)
+            if drift is not None:
+                weight = _corrected(weight, gram, drift, propagate, damping)
             mask = None
             if isinstance(leaf, Masked):
                 mask = dense_rows(path, leaf.mask.astype(jnp.float32))[0] != 0
             codes, grid, info = solve(
                 weight,
-                grams[path],
+                gram,
                 formats[path],
                 scale,
                 act_order,
@@ -214,9 +218,7 @@ def _products(rows: Array, meant: Array) -> tuple[Array, Array]:
     )
 
 
-def _corrected(
-    weight: Array, gram: Array, drift: Array, propagate: float, damping: float
-) -> Array:
+def _corrected(weight: Array, gram: Array, drift: Array, propagate: float, damping: float) -> Array:
     """The weight that gives on the inputs as they are what it gave on the original ones."""
     factor, _, _ = damped_factor(gram, damping)
     return _shifted(weight, factor, drift, propagate)
@@ -230,9 +232,7 @@ def _shifted(weight: Array, factor: Array, drift: Array, propagate: float) -> Ar
 
 
 def _check_inputs(path: str, gram: Array, drift: Array | None) -> None:
-    if not bool(jnp.isfinite(gram).all()) or not (
-        drift is None or bool(jnp.isfinite(drift).all())
-    ):
+    if not bool(jnp.isfinite(gram).all()) or not (drift is None or bool(jnp.isfinite(drift).all())):
         raise RecipeError(
             f"{NAME}: {path}: calibration gives NaN or infinity at its input; mend the weights "
             "before it or the batch"

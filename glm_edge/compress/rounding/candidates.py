@@ -10,7 +10,6 @@ from jax import Array
 
 from glm_edge.compress.rounding import grid as grids
 from glm_edge.compress.rounding.grid import Grid
-from glm_edge.kernels import grid as kernels
 from glm_edge.params import Format
 from glm_edge.params.formats import PER_TENSOR
 

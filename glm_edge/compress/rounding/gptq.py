@@ -97,7 +97,7 @@ def solve(
     gram = gram if order is None else gram[order][:, order]
     factor, damped, used = damped_factor(gram, damping)
     codes, grid = _by_groups(ordered, factor, kept, format, scale, block)
-    together = refit and 1 < groups and weight.shape[1] // groups <= SEARCHED
+    together = refit and groups > 1 and weight.shape[1] // groups <= SEARCHED
     for _ in range(max(sweeps, int(refit))):
         if together and sweeps:
             codes, grid = _descend_by_groups(ordered, damped, codes, grid, kept, format)

@@ -28,6 +28,7 @@ def error(model, params, changed, batch):
     return float(jnp.linalg.norm(logits(model, changed, batch) - logits(model, params, batch)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"propagate": 0.0, "sequential": False}])
 def test_loses_less_than_rounding_to_nearest(make_member, batch_of, options):
     model, params = make_member("nano")

@@ -79,7 +79,11 @@ def divergence_loop(counts, start, stop):
             q[j] = sum(raw[m] for m in members) / len(held)
     total = sum(p)
     rest = max(sum(q), 1.0)
-    terms = [a / total * np.log((a / total) / max(b / rest, 1e-6)) for a, b in zip(p, q, strict=True) if a > 0]
+    terms = [
+        a / total * np.log((a / total) / max(b / rest, 1e-6))
+        for a, b in zip(p, q, strict=True)
+        if a > 0
+    ]
     return sum(terms)
 
 

@@ -1,4 +1,4 @@
-"""The column-wise solver beside the published loop in float64, and on matrices that are not nice."""
+"""The column-wise solver beside the published loop in float64, and on awkward matrices."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def problem(rows=24, columns=64, samples=400, seed=0):
 def published(weight, gram, format, order=None, damping=0.01):
     """GPTQ through the Cholesky factor of the inverse, one column at a time, in float64."""
     work, gram = np.float64(weight), np.float64(gram)
-    rows, columns = work.shape
+    columns = work.shape[1]
     order = np.arange(columns) if order is None else np.asarray(order)
     gram = gram + damping * np.mean(np.diag(gram)) * np.eye(columns)
     work, gram = work[:, order].copy(), gram[order][:, order]
@@ -81,7 +81,7 @@ def test_blocks_change_no_code(block):
 def test_every_quality_option_lowers_the_error_at_the_output(name):
     weight, gram = problem()
     format = Format.parse(name)
-    codes, held, square = grid.nearest(weight, format, "mse")
+    codes, held, _ = grid.nearest(weight, format, "mse")
     nearest = objective(weight, gram, codes, held, format)
     scale = "mse"
     plain, searched, refit, swept = (
@@ -188,7 +188,7 @@ def test_dead_columns_go_to_the_nearest_level():
 def test_without_any_input_all_goes_to_the_nearest_level():
     weight, gram = problem()
     format = Format.parse("int4-g16")
-    codes, held, info = gptq.solve(weight, 0 * gram, format, act_order=True, sweeps=1)
+    codes, _, info = gptq.solve(weight, 0 * gram, format, act_order=True, sweeps=1)
     np.testing.assert_array_equal(codes, grid.nearest(weight, format)[0])
     assert info.loss == 0.0
 

@@ -28,7 +28,9 @@ def loop(values, format, held, exponent=0.7, beta=10.0, growth=1.01, steps=20):
 
     def rounded(part, scale, zero):
         if format.qtype == "nf4":
-            return np.array([min(NF4_LEVELS, key=lambda level: abs(x / scale - level)) for x in part])
+            return np.array(
+                [min(NF4_LEVELS, key=lambda level: abs(x / scale - level)) for x in part]
+            )
         return np.clip(np.round(part / scale + zero), low, high) - zero
 
     for r in range(rows):
@@ -87,7 +89,9 @@ def test_scales_are_those_of_the_loop(qtype):
     np.testing.assert_allclose(lost.reshape(6, 4, 16).sum(-1), losses, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["int4-channel", "int3-g16-affine", "ternary34-g16", "int2-tensor"])
+@pytest.mark.parametrize(
+    "name", ["int4-channel", "int3-g16-affine", "ternary34-g16", "int2-tensor"]
+)
 def test_is_never_worse_than_where_it_started(name):
     values = jnp.asarray(weights())
     format = Format.parse(name)
