@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
             0, fields["vocab_size"], (SEQUENCES, LENGTH), dtype=np.int32
         )
         np.savez(work / "tokens.npz", tokens=tokens)
-        command += ["--calibration", work / "tokens.npz"]
+        command += ["--calibration", work / "tokens.npz", "--compute=bfloat16"]
     command = [sys.executable, "-m", "experiments.compress", *map(str, command)]
     if subprocess.run(command, check=False).returncode:
         raise DataError(f"{FLAGS.run}: the run failed; see its message above")

@@ -2,17 +2,17 @@
 
     python -m experiments.bench_gptq --work_dir=DIR --gptqmodel_python=PYTHON --out=FILE.json
 
-The checkpoint has the shape of the decoder `mobile` (1024 wide, 20 layers, 16 query and 4 key-value
-heads of 64, a vocabulary of 32,000, tied); calibration is 16 random sequences of 512 tokens; the
-decoder's matrices are rounded to int4 in groups of 32. Each tool runs in a process of its own,
-loading and saving included, one after the other: first ours, then GPTQModel in the environment whose
-interpreter --gptqmodel_python names (pip install gptqmodel torch transformers; without it only ours
-is timed), then ours again, so that a machine that changes pace shows. Weights are random: the
-times say nothing about quality, which `python -m experiments.bench_quality` measures.
+The checkpoint is a decoder 1024 wide with 20 layers, 16 query and 4 key-value heads of 64, and a
+tied vocabulary of 32,000; calibration is 16 random sequences of 512 tokens; the decoder's matrices
+are rounded to int4 in groups of 32. Each tool runs in a process of its own, loading and saving
+included, one after the other: first ours, then GPTQModel in the environment whose interpreter
+--gptqmodel_python names (pip install gptqmodel torch transformers; without it only ours is timed),
+then ours again, so that a machine that changes pace shows. Weights are random: the times say
+nothing about quality, which `python -m experiments.bench_quality` measures.
 
-Two settings of ours are timed: `gptq`, the default, which also makes up for the errors of its inputs,
-searches scales and descends on the codes; and `plain`, the published algorithm that GPTQModel
-runs. The script ends with status 1 unless the default takes at most half of GPTQModel's time.
+Two settings of ours are timed: `gptq`, the default, which also makes up for the errors of its
+inputs, searches scales and descends on the codes; and `plain`, the published algorithm that
+GPTQModel runs. The script ends with status 1 unless the default takes at most half of GPTQModel's time.
 """
 
 import json
@@ -122,6 +122,7 @@ def ours(work: Path, source: Path, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=work) as out:
         command = [sys.executable, "-m", "experiments.compress", "--checkpoint", source]
         command += ["--recipe", recipe, "--calibration", work / "tokens.npz", "--out_dir", out]
+        command += ["--compute=bfloat16"]
         started = time.monotonic()
         _run(command, name)
         seconds = time.monotonic() - started

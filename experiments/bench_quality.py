@@ -75,6 +75,7 @@ def define_flags() -> None:
     flags.DEFINE_string("calibration_text", None, "UTF-8 file to calibrate on.")
     flags.DEFINE_integer("text_tokens", 60000, "At most this many tokens are scored.", 512)
     flags.DEFINE_integer("calibration_windows", 64, "Windows of text to calibrate on.", 8)
+    flags.DEFINE_integer("training_windows", 4800, "Windows of text for trained rows of ours.", 8)
     flags.DEFINE_integer("calibration_screens", 32, "Screens of several questions, likewise.", 4)
     flags.DEFINE_integer("screens", 200, "Questions measured, of each kind.", 1)
     flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys.")
@@ -96,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     settings = run_settings()
     waiting = [method for method in chosen if not finished(results, method, settings)]
     if waiting:
-        bench = Bench(directory, settings)
+        bench = Bench(directory, settings, waiting)
         for number, method in enumerate(waiting, 1):
             row = bench.run(method)
             if row is None:
@@ -168,9 +169,10 @@ class Bench:
     Args:
       directory: to work in.
       settings: noted with every row.
+      chosen: methods that will run.
     """
 
-    def __init__(self, directory: Path, settings: dict[str, Any]):
+    def __init__(self, directory: Path, settings: dict[str, Any], chosen: Sequence[Method]):
         self.settings, self.work = settings, directory / "exchange"
         self.checkpoint = ge.shipped("nano")
         self.model, self.params = ge.load(self.checkpoint, dtype="float32")
@@ -197,6 +199,8 @@ class Bench:
             FLAGS.calibration_screens // 4,
         )  # fmt: skip
         self._write(batches, screens)
+        if any(method.calibration == "training" for method in chosen):
+            self._write_training(encode(self.tokenizer, learned), others)
         self.scorer = Scorer(self.model, self.params, self.tokenizer, windows, questions)
         self.fp32 = self.scorer.score(self.model, self.params)["perplexity"]
 
@@ -232,7 +236,8 @@ class Bench:
         out = self.work / OURS
         command = [sys.executable, "-m", "experiments.peers.ours"]
         command += [f"--checkpoint={self.checkpoint}", f"--out={out}", f"--where={method.where}"]
-        command += [f"--calibration={self.work / 'calibration'}", f"--recipe={as_json(method)}"]
+        data = "training" if method.calibration == "training" else "calibration"
+        command += [f"--calibration={self.work / data}", f"--recipe={as_json(method)}"]
         if not self._call(method, command):
             return None
         meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
@@ -280,6 +285,17 @@ class Bench:
             ge.MultimodalGLM(config), params, self.work / "hugging_face", "hugging_face", True,
             {"tokenizer.json": self.checkpoint / "tokenizer.json"},
         )  # fmt: skip
+
+    def _write_training(self, tokens: np.ndarray, utterances: Sequence[Any]) -> None:
+        """Writes batches of four rows, a fifth of them screens, for methods that train."""
+        texts = calibration.token_batches(tokens, FLAGS.training_windows // 4, 4)
+        screens = calibration.screen_batches(
+            self.model.config, self.tokenizer, utterances, FLAGS.digits_dir, FLAGS.seed,
+            len(texts) // 8,
+        )  # fmt: skip
+        (self.work / "training").mkdir(parents=True, exist_ok=True)
+        for index, batch in enumerate([*texts, *screens, *screens]):
+            np.savez(self.work / "training" / f"{index:05d}.npz", **batch)
 
     def _inputs(self, batch: dict[str, Any], paths: set[str]) -> dict[str, np.ndarray]:
         sown = boxes.path_items(_sown_inputs(self.model, self.params, batch)["inputs"])

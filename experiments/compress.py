@@ -69,6 +69,12 @@ def define_flags() -> None:
     flags.DEFINE_string("text", None, "Text file to measure perplexity on, before and after.")
     flags.DEFINE_integer("text_tokens", 20000, "At most this many tokens of it are scored.", 2)
     flags.DEFINE_integer("seed", 0, "Seed of what transforms draw.")
+    flags.DEFINE_enum(
+        "compute",
+        "float32",
+        ["float32", "bfloat16"],
+        "Products of calibration; bfloat16 is faster.",
+    )
     flags.DEFINE_string("out_dir", None, "Directory for checkpoint and report.", required=True)
     flags.DEFINE_bool("overwrite", False, "Replace a checkpoint that lies in --out_dir.")
 
@@ -94,6 +100,7 @@ def main(argv: Sequence[str]) -> None:
             FLAGS.without,
             FLAGS.overwrite,
             extras,
+            FLAGS.compute,
         )
     else:
         model, params = ge.load(source, dtype="float32")

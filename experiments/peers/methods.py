@@ -17,7 +17,7 @@ class Method:
       peer: module of this package, or REFERENCE.
       options: of the peer's module; of ours, a recipe as JSON data.
       kind: `none`, `training-free` or `trained`.
-      calibration: `none`, `text` or `both` (text and screens).
+      calibration: `none`, `text`, `both` (text and screens), or `training`, more of both.
       where: matrices that are compressed and whose bits are counted.
     """
 
@@ -34,6 +34,7 @@ def ours(
     *transforms: dict[str, Any],
     kind: str = "training-free",
     where: str = DECODER,
+    calibration: str = "both",
 ) -> Method:
     """A recipe of ours: transforms as `{"name": ..., "options": {...}}`, run in order.
 
@@ -44,12 +45,58 @@ def ours(
         for t in transforms
     ]
     recipe = steps[0] if len(steps) == 1 else {"name": "chain", "options": {"transforms": steps}}
-    return Method(f"glm_edge {name}", OURS, recipe, kind, "both", where)
+    return Method(f"glm_edge {name}", OURS, recipe, kind, calibration, where)
 
 
 def rtn(name: str, where: str = DECODER, **options: Any) -> Method:
     """Round-to-nearest of ours."""
     return ours(f"rtn {name}", {"name": "quantize.rtn", "options": options}, where=where)
+
+
+# Rows of groups keep scales in bfloat16; so do rows per channel where few bits are left.
+_SHAPES = {
+    "int8-channel": {"bits": 8},
+    "int4-channel": {"bits": 4},
+    "int4-g64": {"bits": 4, "group_size": 64},
+    "int4-g32": {"bits": 4, "group_size": 32},
+    "int3-channel": {"bits": 3, "scale_dtype": "bfloat16"},
+    "int3-g64": {"bits": 3, "group_size": 64},
+    "int3-g32": {"bits": 3, "group_size": 32},
+    "int2-channel": {"bits": 2, "scale_dtype": "bfloat16"},
+    "int2-g32": {"bits": 2, "group_size": 32},
+    "int2-g32 affine": {"bits": 2, "group_size": 32, "symmetric": False},
+    "ternary-channel": {"qtype": "ternary", "scale_dtype": "bfloat16"},
+    "ternary34-channel": {"qtype": "ternary34", "scale_dtype": "bfloat16"},
+}
+_TRAINED = ("int4-g32", "int3-g32", "int2-g32", "int2-channel", "ternary-channel")
+
+
+def _calibrated() -> list[Method]:
+    """GPTQ of ours at every width, and what else rounds well at some."""
+
+    def row(name: str, shape: str, label: str = "", **options: Any) -> Method:
+        step = {"name": f"quantize.{name}", "options": {**_SHAPES[shape], **options}}
+        return ours(f"{name} {shape}{label}", step)
+
+    rows = [row("gptq", shape) for shape in _SHAPES]
+    rows += [row("gptq", f"int{b}-g32", " extreme", scale="extreme") for b in (4, 3, 2)]
+    rows += [row("hqq", f"int{b}-g32", " affine", symmetric=False) for b in (4, 3, 2)]
+    rows += [row("awq", f"int{b}-g32") for b in (4, 3)]
+    rows += [row("adaround", f"int{b}-g32") for b in (4, 3)]
+    rotated = row("gptq", "int4-g32").options
+    transforms = {"transforms": [{"name": "quantize.rotate", "options": {}}, rotated]}
+    recipe = {"name": "chain", "options": transforms}
+    return [*rows, Method("glm_edge rotate, gptq int4-g32", OURS, recipe, calibration="both")]
+
+
+def _trained() -> list[Method]:
+    """Quantization-aware distillation of ours: the float32 model teaches, labels are not read."""
+    rows = []
+    for shape in _TRAINED:
+        options = {**_SHAPES[shape], "steps": 1000, "learning_rate": 6e-4, "compute": "bfloat16"}
+        step = {"name": "quantize.qat", "options": options}
+        rows.append(ours(f"qat {shape}", step, kind="trained", calibration="training"))
+    return rows
 
 
 def _qwix() -> list[Method]:
@@ -170,6 +217,8 @@ METHODS: tuple[Method, ...] = (
     rtn("int4-g32", bits=4, group_size=32),
     rtn("int4-g32 mse", bits=4, group_size=32, scale="mse"),
     rtn("int4-g32 extreme", bits=4, group_size=32, scale="extreme"),
+    *_calibrated(),
+    *_trained(),
     *_qwix(),
     *_ggml(),
     *_torchao(),

@@ -110,7 +110,8 @@ def _quickstart() -> Transform:
 
 def _rtn_4bit() -> Transform:
     return chain(
-        quantize.rtn(bits=4, group_size=32, where="^decoder/", fallback_bits=8), quantize.rtn(bits=8)
+        quantize.rtn(bits=4, group_size=32, where="^decoder/", fallback_bits=8),
+        quantize.rtn(bits=8),
     )
 
 

@@ -74,7 +74,9 @@ class Stock(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        return nn.Dense(7, name="second")(nn.relu(nn.Dense(16, name="first")(nn.Embed(9, 5)(tokens))))
+        return nn.Dense(7, name="second")(
+            nn.relu(nn.Dense(16, name="first")(nn.Embed(9, 5)(tokens)))
+        )
 
 
 def test_a_stock_module_is_one_stage_whose_inputs_are_seen():

@@ -1,4 +1,4 @@
-"""Compressing from disk to disk: the same bytes as in memory, after any interruption, or nothing."""
+"""Compressing from disk to disk: the bytes of a call in memory, after any interruption."""
 
 import json
 import multiprocessing

@@ -1,5 +1,6 @@
 """Rounding weights column by column, against the inputs that meet them."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from glm_edge.compress.stages import GRAM, ROWS, Leaves
 from glm_edge.compress.stagewise import Replaced, StageWork, View, register_stagewise
 from glm_edge.compress.transform import Transform
 from glm_edge.errors import RecipeError
+from glm_edge.kernels import matmul
 from glm_edge.params import Masked
 
 NAME = "quantize.gptq"
@@ -200,7 +202,7 @@ def _measured(
     for ours, theirs in zip(work.batches(), work.original.batches(), strict=True):
         seen, meant = ours.collect(ROWS, replaced, paths), _rows(theirs, paths)
         for path, rows in seen.items():
-            gram, drift = _products(rows, meant[path])
+            gram, drift = _products(rows, meant[path], work.model.compute)
             grams[path] = grams[path] + gram if path in grams else gram
             drifts[path] = drifts[path] + drift if path in drifts else drift
     return grams, drifts
@@ -210,12 +212,10 @@ def _rows(view: View, paths: tuple[str, ...]) -> Mapping[str, Array]:
     return view.collect(ROWS, None, paths)
 
 
-@jax.jit
-def _products(rows: Array, meant: Array) -> tuple[Array, Array]:
-    return (
-        jnp.matmul(rows.T, rows, precision="highest"),
-        jnp.matmul((meant - rows).T, rows, precision="highest"),
-    )
+@functools.partial(jax.jit, static_argnames="compute")
+def _products(rows: Array, meant: Array, compute: str) -> tuple[Array, Array]:
+    product = matmul.dense_bf16 if compute == "bfloat16" else matmul.dense
+    return product(rows.T, rows.T), product((meant - rows).T, rows.T)
 
 
 def _corrected(weight: Array, gram: Array, drift: Array, propagate: float, damping: float) -> Array:
