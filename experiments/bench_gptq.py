@@ -12,7 +12,8 @@ nothing about quality, which `python -m experiments.bench_quality` measures.
 
 Two settings of ours are timed: `gptq`, the default, which also makes up for the errors of its
 inputs, searches scales and descends on the codes; and `plain`, the published algorithm that
-GPTQModel runs. The script ends with status 1 unless the default takes at most half of GPTQModel's time.
+GPTQModel runs. The script ends with status 1 unless the default takes at most half of GPTQModel's
+time.
 """
 
 import json

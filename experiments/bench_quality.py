@@ -238,6 +238,8 @@ class Bench:
         command += [f"--checkpoint={self.checkpoint}", f"--out={out}", f"--where={method.where}"]
         data = "training" if method.calibration == "training" else "calibration"
         command += [f"--calibration={self.work / data}", f"--recipe={as_json(method)}"]
+        if method.calibration == "text":
+            command.append("--text_only")
         if not self._call(method, command):
             return None
         meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))

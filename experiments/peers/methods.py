@@ -74,11 +74,15 @@ _TRAINED = ("int4-g32", "int3-g32", "int2-g32", "int2-channel", "ternary-channel
 def _calibrated() -> list[Method]:
     """GPTQ of ours at every width, and what else rounds well at some."""
 
-    def row(name: str, shape: str, label: str = "", **options: Any) -> Method:
+    def row(
+        name: str, shape: str, label: str = "", calibration: str = "both", **options: Any
+    ) -> Method:
         step = {"name": f"quantize.{name}", "options": {**_SHAPES[shape], **options}}
-        return ours(f"{name} {shape}{label}", step)
+        return ours(f"{name} {shape}{label}", step, calibration=calibration)
 
     rows = [row("gptq", shape) for shape in _SHAPES]
+    read_by_others = ("int4-g32", "int3-channel", "int3-g32", "int2-g32")
+    rows += [row("gptq", shape, " text only", "text") for shape in read_by_others]
     rows += [row("gptq", f"int{b}-g32", " extreme", scale="extreme") for b in (4, 3, 2)]
     rows += [row("hqq", f"int{b}-g32", " affine", symmetric=False) for b in (4, 3, 2)]
     rows += [row("awq", f"int{b}-g32") for b in (4, 3)]

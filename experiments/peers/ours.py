@@ -29,13 +29,17 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--where", default="")
+    parser.add_argument("--text_only", action="store_true", help="leave screens out")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     model, params = ge.load(given.checkpoint, dtype="float32")
     transform = ge.recipe_from_json(given.recipe)
     batches = [dict(np.load(path)) for path in sorted(given.calibration.glob("*.npz"))]
+    without = ("images", "audio") if given.text_only else ()
+    if given.text_only:
+        batches = [batch for batch in batches if "images" not in batch]
     start = time.perf_counter()
-    model, params, _ = transform(model, params, calibration=batches, rng=jax.random.key(0))
+    model, params, _ = transform(model, params, batches, jax.random.key(0), without=without)
     jax.block_until_ready(jax.tree.leaves(params))
     seconds = time.perf_counter() - start
     meta = {"seconds": seconds, "peak_rss_bytes": peak_bytes(), **sizes(params, given.where)}

@@ -114,7 +114,7 @@ class Stagewise(NamedTuple):
       compress_stage: called as `compress_stage(work, **options)` without the option `where`;
         returns the parameters it replaces by path, and rows of the report.
       needs: `nothing`; `inputs`, the calibration batches run up to each stage; or `both`, also
-        through the uncompressed model.
+        through the uncompressed model. A function of the options says which where they decide.
       rounds: refuses a `where` that names what is quantized already.
       exact: leaves the function of the model as it was.
       check: called as `check(name, {path: shape}, options)` before anything is computed, and raises
@@ -122,7 +122,7 @@ class Stagewise(NamedTuple):
     """
 
     compress_stage: Callable[..., Replaced]
-    needs: str = "nothing"
+    needs: str | Callable[[Mapping[str, Any]], str] = "nothing"
     rounds: bool = True
     exact: bool = False
     check: Callable[[str, Mapping[str, tuple[int, ...]], Mapping[str, Any]], None] | None = None
@@ -135,7 +135,7 @@ def register_stagewise(
     name: str,
     factory: Callable[..., Transform],
     compress_stage: Callable[..., Replaced],
-    needs: str = "nothing",
+    needs: str | Callable[[Mapping[str, Any]], str] = "nothing",
     rounds: bool = True,
     exact: bool = False,
     check: Callable[[str, Mapping[str, tuple[int, ...]], Mapping[str, Any]], None] | None = None,
@@ -151,7 +151,7 @@ def register_stagewise(
       exact: see `Stagewise`.
       check: see `Stagewise`.
     """
-    if needs not in NEEDS:
+    if not callable(needs) and needs not in NEEDS:
         raise ValueError(f"needs must be one of {NEEDS}, not {needs!r}")
     _REGISTRY[name] = Stagewise(compress_stage, needs, rounds, exact, check)
     register(name, factory, functools.partial(apply_by_stage, name), exact=exact)
@@ -171,7 +171,7 @@ def apply_by_stage(
     step.select(leaves, set())
     walk = Walk(model, [step], context)
     reference = None
-    if step.kind.needs == "both":
+    if step.needs == "both":
         reference = dict(boxes.path_items(context.reference[1]))
     rows: list[Row] = []
     for stage in walk.stages:
@@ -191,6 +191,8 @@ class Step:
         self.name, self.kind, self.rng = name, _REGISTRY[name], rng
         self.options = {key: value for key, value in options.items() if key != "where"}
         self.where = options.get("where")
+        asked = self.kind.needs
+        self.needs = asked(self.options) if callable(asked) else asked
         self.selected: frozenset[str] = frozenset()
         self.named: frozenset[str] = frozenset()
 
@@ -237,10 +239,10 @@ class Walk:
         """
         self.model, self.steps, self.context = model, steps, context
         self.stages, self.notes = stages(model), ()
-        self.needs = max((step.kind.needs for step in steps), key=NEEDS.index, default="nothing")
+        self.needs = max((step.needs for step in steps), key=NEEDS.index, default="nothing")
         self._states: list[State] = []
         if self.needs != "nothing":
-            name = next(step.name for step in steps if step.kind.needs != "nothing")
+            name = next(step.name for step in steps if step.needs != "nothing")
             batches.check(model, context.calibration, name, context.without)
             self._states = first_states(model, context.calibration)
         self._original_states = self._states
@@ -314,7 +316,7 @@ class Walk:
             model=self.model,
             selected=tuple(path for path in leaves if path in step.selected),
             named=tuple(path for path in leaves if path in step.named),
-            original=self._view_original(stage, original) if step.kind.needs == "both" else None,
+            original=self._view_original(stage, original) if step.needs == "both" else None,
             context=self.context,
             rng=None if rng is None else jax.random.fold_in(rng, self.stages.index(stage)),
             done=functools.partial(self._advance, step.name),

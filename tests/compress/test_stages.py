@@ -1,5 +1,8 @@
 """A model as stages: the same numbers as the whole, and statistics of what meets each weight."""
 
+import gc
+import weakref
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from glm_edge.compress import chain, quantize, stages
 from glm_edge.compress.batches import apply_batch
 from glm_edge.compress.stagewise import stagewise
 from glm_edge.errors import DataError, RecipeError
+from glm_edge.models.multimodal import MultimodalGLM
 
 
 def leaves_of(stage, leaves):
@@ -136,3 +140,23 @@ def test_what_is_quantized_already_is_refused_by_name(make_member):
     recipe = chain(quantize.rtn(4, where="^decoder/"), quantize.rtn(8, where="o_proj"))
     with pytest.raises(RecipeError, match="o_proj/weight, which is int4-channel already"):
         recipe(model, params)
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "qat"])
+def test_no_full_precision_copy_stays_alive(make_member, batch_of, name):
+    model = MultimodalGLM(make_member("tied")[0].config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    options = {"steps": 2} if name == "qat" else {}
+    transform = getattr(quantize, name)(bits=4, **options)
+    dense = [
+        weakref.ref(leaf) for path, leaf in boxes.path_items(params) if boxes.is_matrix(path, leaf)
+    ]
+    _, small, _ = transform(model, params, [batch_of(model)], rng=jax.random.key(0))
+    del params
+    gc.collect()
+    assert [ref() for ref in dense if ref() is not None] == []
+    assert all(isinstance(leaf, boxes.Quantized) for leaf in matrices(small))
+
+
+def matrices(params):
+    return [leaf for path, leaf in boxes.path_items(params) if boxes.is_matrix(path, leaf)]

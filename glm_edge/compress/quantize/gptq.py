@@ -183,7 +183,11 @@ def _round_stage(
     return replaced, [_row(work, path, replaced[path], notes[path]) for path in work.selected]
 
 
-register_stagewise(NAME, gptq, _round_stage, needs="both", check=check_groups)
+def _needs(options: Mapping[str, Any]) -> str:
+    return "both" if options["propagate"] > 0 else "inputs"
+
+
+register_stagewise(NAME, gptq, _round_stage, needs=_needs, check=check_groups)
 
 
 def _row(work: StageWork, path: str, box: Any, note: str) -> Any:
