@@ -201,12 +201,13 @@ def _measured(
     """Gram matrices of the inputs, and of what they miss of the original ones with them."""
     if not paired or work.original is None:
         return {p: m["gram"] for p, m in work.collect(GRAM, replaced, paths).items()}, {}
+    compute = getattr(work.model, "compute", "float32")
     grams: dict[str, Array] = {}
     drifts: dict[str, Array] = {}
     for ours, theirs in zip(work.batches(), work.original.batches(), strict=True):
         seen, meant = ours.collect(ROWS, replaced, paths), _rows(theirs, paths)
         for path, rows in seen.items():
-            gram, drift = _products(rows, meant[path], work.model.compute)
+            gram, drift = _products(rows, meant[path], compute)
             grams[path] = grams[path] + gram if path in grams else gram
             drifts[path] = drifts[path] + drift if path in drifts else drift
     return grams, drifts
