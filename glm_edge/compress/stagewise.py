@@ -209,7 +209,9 @@ class Step:
         chosen = boxes.select(nested(leaves), self.where)
         again = [p for p in chosen if p in rounded or isinstance(leaves[p], Quantized)]
         if self.kind.rounds and self.where is not None and again:
-            held = getattr(leaves[again[0]], "format", "quantized by an earlier transform")
+            first = leaves[again[0]]
+            rounded_now = not isinstance(first, Quantized)
+            held = "quantized by an earlier transform" if rounded_now else first.format
             raise RecipeError(
                 f"{self.name}: where={self.where!r} names {again[0]}, which is {held} already; "
                 "narrow the pattern"

@@ -86,7 +86,7 @@ def test_the_public_names_are_on_the_package():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"name": "quantize.gptq"}', "unknown transform 'quantize.gptq'; known: .*quantize.rtn"),
+        ('{"name": "quantize.magic"}', "unknown transform 'quantize.magic'; known: .*quantize.rtn"),
         ('{"name": "quantize.rtn", "options": {"bit": 4}}', "no option 'bit'; known: bits"),
         ('{"name": "quantize.rtn", "options": {"bits": 5}}', "bits must be 8, 4, 3 or 2"),
         ('{"name": "prune.magnitude", "options": {"sparsity": "x"}}', "prune.magnitude"),

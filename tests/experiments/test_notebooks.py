@@ -38,8 +38,8 @@ def load_a_glm(*names: str) -> dict:
     return space
 
 
-def test_both_notebooks_are_there():
-    assert [notebook.stem for notebook in NOTEBOOKS] == ["load_a_glm", "quickstart"]
+def test_all_notebooks_are_there():
+    assert [notebook.stem for notebook in NOTEBOOKS] == ["load_a_glm", "quantize", "quickstart"]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

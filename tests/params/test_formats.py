@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import glm_edge as ge
@@ -132,6 +132,7 @@ def test_shards_hold_whole_bytes(format):
     np.testing.assert_array_equal(boxes.dense(moved), boxes.dense(box))
 
 
+@settings(max_examples=25)
 @given(
     st.sampled_from([f for f in QTYPES if f not in ("float16", "bfloat16")]),
     st.sampled_from([None, "tensor", 4, 8, 32]),
