@@ -28,7 +28,7 @@ from experiments import make_checkpoint
 from experiments.console import fail_in_one_line, print_table
 from experiments.materials import versions
 from experiments.text.corpora import write_text
-from glm_edge.errors import DataError, OutputError
+from glm_edge.errors import DataError
 
 FLAGS = flags.FLAGS
 SEQUENCES, LENGTH = 16, 512
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     fields = make_checkpoint.CONFIGS[run.shape]
     source, target = work / run.shape, work / FLAGS.run
-    check_disk(work, source, fields)
+    check_disk(source, fields)
     if not source.is_dir():
         make_checkpoint.write(fields, str(source), 2e9, seed=0)
     command = ["--checkpoint", source, "--recipe", run.recipe, "--out_dir", target]
@@ -117,19 +117,14 @@ MEASURED = (
 )
 
 
-def check_disk(work: Path, source: Path, fields: dict) -> None:
+def check_disk(source: Path, fields: dict) -> None:
     """Refuses to begin where checkpoint and result do not fit.
 
     Raises:
       OutputError: the disk is too full.
     """
     total = sum(2 * np.prod(s, dtype=float) for s in make_checkpoint.tensor_shapes(fields).values())
-    needed = 0.3 * total + (0 if source.is_dir() else total)
-    free = shutil.disk_usage(work).free
-    if free < needed:
-        raise OutputError(
-            f"{work}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; name another disk"
-        )
+    make_checkpoint.require_space(source, 0.3 * total + (0 if source.is_dir() else total))
 
 
 if __name__ == "__main__":

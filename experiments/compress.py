@@ -43,6 +43,7 @@ from experiments.text import tokenizer as text_tokenizer
 from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.report import Report
 from glm_edge.compress.stream import compress_checkpoint, is_streamable
+from glm_edge.compress.transform import Transform
 from glm_edge.errors import CheckpointError, DataError
 
 FLAGS = flags.FLAGS
@@ -109,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
         )
         ge.save(model, params, target, "safetensors", FLAGS.overwrite, extras)
     spent = time.monotonic() - started
-    summary = summarize(source, target, report, spent)
+    summary = summarize(source, target, recipe, report, spent)
     if FLAGS.text:
         summary["text"] = measure_text(source, target)
     corpora.write_text(out / "report.json", json.dumps(summary, indent=1) + "\n", overwrite=True)
@@ -141,11 +142,13 @@ def read_calibration(source: Path) -> list[dict[str, Any]] | None:
     return found or None
 
 
-def summarize(source: Path, target: Path, report: Report, seconds: float) -> dict[str, Any]:
+def summarize(
+    source: Path, target: Path, recipe: Transform, report: Report, seconds: float
+) -> dict[str, Any]:
     """What report.json holds, without the text."""
     return {
         "checkpoint": source.name,
-        "recipe": json.loads(ge.to_json(ge.recipes.find(FLAGS.recipe))),
+        "recipe": json.loads(ge.to_json(recipe)),
         "bytes_before": report.bytes_before,
         "bytes_after": report.bytes_after,
         "bits_per_weight": report.total.bits,

@@ -139,7 +139,7 @@ def write(
     order = {name: place for place, name in enumerate(shapes)}
     shards = split(shapes, shard_bytes)
     total = sum(map(_bytes, shapes.values()))
-    _check_disk(Path(out), total)
+    require_space(Path(out), total + (64 << 20))
     weight_map = {}
     with new_directory(Path(out), overwrite) as directory:
         for number, names in enumerate(shards, start=1):
@@ -244,10 +244,18 @@ def _bytes(shape: tuple[int, ...]) -> int:
     return ITEM_BYTES * math.prod(shape)
 
 
-def _check_disk(out: Path, total: int) -> None:
+def require_space(out: Path, needed: float) -> None:
+    """Refuses to begin where a disk is too full.
+
+    Args:
+      out: to be written; it need not exist.
+      needed: bytes.
+
+    Raises:
+      OutputError: fewer bytes are free.
+    """
     existing = next(parent for parent in out.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
-    needed = total + (64 << 20)
     if free < needed:
         raise OutputError(
             f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or name "

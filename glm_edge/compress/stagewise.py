@@ -139,6 +139,7 @@ def register_stagewise(
     rounds: bool = True,
     exact: bool = False,
     check: Callable[[str, Mapping[str, tuple[int, ...]], Mapping[str, Any]], None] | None = None,
+    apply: Callable[..., Result] | None = None,
 ) -> None:
     """Makes a stage-wise transform known by name, to calls, chains, recipes and streams.
 
@@ -150,11 +151,13 @@ def register_stagewise(
       rounds: see `Stagewise`.
       exact: see `Stagewise`.
       check: see `Stagewise`.
+      apply: carries it out in memory, as `glm_edge.compress.transform.register` says; None is
+        `apply_by_stage`.
     """
     if not callable(needs) and needs not in NEEDS:
         raise ValueError(f"needs must be one of {NEEDS}, not {needs!r}")
     _REGISTRY[name] = Stagewise(compress_stage, needs, rounds, exact, check)
-    register(name, factory, functools.partial(apply_by_stage, name), exact=exact)
+    register(name, factory, apply or functools.partial(apply_by_stage, name), exact=exact)
 
 
 def stagewise(name: str) -> Stagewise | None:

@@ -99,10 +99,10 @@ def test_the_disk_is_looked_at_first(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_compress.shutil, "disk_usage", lambda path: free)
     fields = make_checkpoint.CONFIGS["glm_4_9b"]
     with pytest.raises(OutputError, match=r"needs 24\.4 GB, 1\.0 GB are free"):
-        bench_compress.check_disk(tmp_path, tmp_path / "source", fields)
+        bench_compress.check_disk(tmp_path / "source", fields)
     (tmp_path / "source").mkdir()
     with pytest.raises(OutputError, match=r"needs 5\.6 GB"):
-        bench_compress.check_disk(tmp_path, tmp_path / "source", fields)
+        bench_compress.check_disk(tmp_path / "source", fields)
 
 
 def test_the_raced_decoder_has_as_many_parameters():

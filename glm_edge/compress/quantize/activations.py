@@ -16,7 +16,7 @@ from glm_edge.compress.stagewise import (
     apply_by_stage,
     register_stagewise,
 )
-from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
+from glm_edge.compress.transform import Context, Result, Transform, check_pattern
 from glm_edge.errors import RecipeError
 from glm_edge.params import Quantized
 from glm_edge.params.tree import Params
@@ -108,5 +108,4 @@ def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -
     return found
 
 
-register_stagewise(NAME, activations, _calibrate_stage, needs="inputs", rounds=False)
-register(NAME, activations, _apply)
+register_stagewise(NAME, activations, _calibrate_stage, needs="inputs", rounds=False, apply=_apply)

@@ -23,7 +23,7 @@ from glm_edge.compress.stagewise import (
     apply_by_stage,
     register_stagewise,
 )
-from glm_edge.compress.transform import Context, Result, Transform, check_whole, register
+from glm_edge.compress.transform import Context, Result, Transform, check_whole
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
@@ -113,9 +113,8 @@ def _rotate_stage(
     return {path: leaves[path] for path in notes}, rows
 
 
-register_stagewise(NAME, rotate, _rotate_stage, rounds=False, exact=True)
+register_stagewise(NAME, rotate, _rotate_stage, rounds=False, exact=True, apply=_apply)
 # In memory, a model whose head is its embedding gets a head first.
-register(NAME, rotate, _apply, exact=True)
 
 
 def _rotate_residual(

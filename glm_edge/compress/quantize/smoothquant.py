@@ -20,7 +20,7 @@ from glm_edge.compress.stagewise import (
     apply_by_stage,
     register_stagewise,
 )
-from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
+from glm_edge.compress.transform import Context, Result, Transform, check_pattern
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.tree import Params
 
@@ -97,8 +97,9 @@ def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -
     return found
 
 
-register_stagewise(NAME, smoothquant, _smooth_stage, needs="inputs", rounds=False, exact=True)
-register(NAME, smoothquant, _apply, exact=True)
+register_stagewise(
+    NAME, smoothquant, _smooth_stage, needs="inputs", rounds=False, exact=True, apply=_apply
+)
 
 
 def selected_folds(work: StageWork) -> list[Fold]:
