@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -147,6 +147,22 @@ class SafetensorsFile:
         if dtype == np.bool_ and raw.max(initial=0) > 1:
             raise CheckpointError(f"{where}: a BOOL is the byte 0 or 1, found {raw.max()}")
         return raw.view(dtype).reshape(shape)
+
+
+def by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+    """The file that holds each tensor.
+
+    Raises:
+      CheckpointError: two files hold a tensor of one name.
+    """
+    held: dict[str, SafetensorsFile] = {}
+    for file in files:
+        twice = sorted(set(file.tensors) & set(held))
+        if twice:
+            other = held[twice[0]].path.name
+            raise CheckpointError(f"{file.path}: tensor {twice[0]!r} is in {other} as well")
+        held.update(dict.fromkeys(file.tensors, file))
+    return held
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:

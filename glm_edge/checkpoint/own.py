@@ -15,6 +15,7 @@ from glm_edge.checkpoint.files import (
     DTYPES,
     WEIGHTS,
     SafetensorsFile,
+    by_tensor,
     check_finite,
     write_json,
     write_safetensors,
@@ -205,14 +206,7 @@ def _tensor_files(directory: Path, names: Any) -> dict[str, SafetensorsFile]:
     )
     if not plain or not names:
         raise CheckpointError(f"{where}: 'files' must list safetensors files of the directory")
-    held: dict[str, SafetensorsFile] = {}
-    for name in names:
-        file = SafetensorsFile(file_inside(directory, name))
-        twice = sorted(set(file.tensors) & set(held))
-        if twice:
-            raise CheckpointError(f"{file.path}: tensor {twice[0]!r} is in another file as well")
-        held.update(dict.fromkeys(file.tensors, file))
-    return held
+    return by_tensor(SafetensorsFile(file_inside(directory, name)) for name in names)
 
 
 def _check_box_fields(arrays: dict[str, Any], spec: dict[str, Any], source: Path) -> None:

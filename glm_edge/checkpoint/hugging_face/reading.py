@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_edge.checkpoint.files import CONFIG, WEIGHTS, SafetensorsFile, check_finite, read_json
+from glm_edge.checkpoint.files import (
+    CONFIG,
+    WEIGHTS,
+    SafetensorsFile,
+    by_tensor,
+    check_finite,
+    read_json,
+)
 from glm_edge.checkpoint.hugging_face.member import Entry, Member
 from glm_edge.checkpoint.hugging_face.members import read_config
 from glm_edge.checkpoint.hugging_face.tying import untie, untied_if_heads_differ
@@ -181,14 +188,8 @@ def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
     listed = read_json(file_inside(directory, INDEX)).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{directory / INDEX}: 'weight_map' must list tensors and files")
-    held: dict[str, SafetensorsFile] = {}
-    for name in sorted({str(name) for name in listed.values()}):
-        file = SafetensorsFile(file_inside(directory, name))
-        twice = sorted(set(file.tensors) & set(held))
-        if twice:
-            other = held[twice[0]].path.name
-            raise CheckpointError(f"{file.path}: tensor {twice[0]!r} is in {other} as well")
-        held.update(dict.fromkeys(file.tensors, file))
+    names = sorted({str(name) for name in listed.values()})
+    held = by_tensor(SafetensorsFile(file_inside(directory, name)) for name in names)
     for name, file_name in listed.items():
         if name not in held or held[name].path.name != file_name:
             raise CheckpointError(
