@@ -5,19 +5,19 @@
 The checkpoint is a decoder 1024 wide with 20 layers, 16 query and 4 key-value heads of 64, and a
 tied vocabulary of 32,000; calibration is 16 random sequences of 512 tokens; the decoder's matrices
 are rounded to int4 in groups of 32. Each tool runs in a process of its own, loading and saving
-included, one after the other: first ours, then GPTQModel in the environment whose interpreter
+included, one after the other: ours, then GPTQModel in the environment whose interpreter
 --gptqmodel_python names (pip install gptqmodel torch transformers; without it only ours is timed),
 then ours again, so that a machine that changes pace shows. Weights are random: the times say
 nothing about quality, which `python -m experiments.bench_quality` measures.
 
-Two settings of ours are timed: `gptq`, the default, which also makes up for the errors of its
-inputs, searches scales and descends on the codes; and `plain`, the published algorithm that
-GPTQModel runs. The script ends with status 1 unless the default takes at most half of GPTQModel's
-time.
+Two settings of ours are timed: `plain`, the published algorithm that GPTQModel runs, before and
+after it; and `gptq`, the default, which also makes up for the errors of its inputs, searches scales
+and descends on the codes. Their seconds are given as fractions of GPTQModel's.
 """
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -39,7 +39,6 @@ from glm_edge.errors import DataError
 
 FLAGS = flags.FLAGS
 SEQUENCES, LENGTH = 16, 512
-MAX_RATIO = 0.5
 MOBILE = make_checkpoint.CONFIGS["glm_edge_1_5b"] | {
     "vocab_size": 32000,
     "hidden_size": 1024,
@@ -78,6 +77,7 @@ def define_flags() -> None:
     """Defines this script's flags."""
     flags.DEFINE_string("work_dir", None, "Directory for the checkpoint.", required=True)
     flags.DEFINE_string("gptqmodel_python", None, "Interpreter of GPTQModel's environment.")
+    flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "Products of ours.")
     flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
 
 
@@ -92,18 +92,23 @@ def main(argv: Sequence[str]) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, MOBILE["vocab_size"], (SEQUENCES, LENGTH), dtype=np.int32)
     np.savez(work / "tokens.npz", tokens=tokens)
-    runs = [ours(work, source, "gptq"), ours(work, source, "plain")]
+    runs = [ours(work, source, "plain")]
     if FLAGS.gptqmodel_python:
-        runs += [peer(work, source), ours(work, source, "gptq")]
+        runs += [peer(work, source), ours(work, source, "plain")]
+    runs.append(ours(work, source, "gptq"))
     by_name: dict[str, list[float]] = {}
     for run in runs:
         by_name.setdefault(run["tool"], []).append(run["seconds"])
     summary: dict[str, Any] = {"runs": runs}
     if "GPTQModel" in by_name:
-        summary["ratio"] = max(by_name["gptq"]) / by_name["GPTQModel"][0]
-        summary["max_ratio"] = MAX_RATIO
+        (theirs,) = by_name["GPTQModel"]
+        summary["of_gptqmodel"] = {
+            name: [seconds / theirs for seconds in by_name[name]] for name in OURS
+        }
     summary |= {
         "command": "python -m experiments.bench_gptq --work_dir=DIR --gptqmodel_python=PYTHON",
+        "compute": FLAGS.compute,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "versions": versions(),
     }
     print_table(
@@ -112,8 +117,8 @@ def main(argv: Sequence[str]) -> None:
     )
     if FLAGS.out:
         write_text(FLAGS.out, json.dumps(summary, indent=1) + "\n", overwrite=True)
-    if summary.get("ratio", 0.0) > MAX_RATIO:
-        sys.exit(f"ours takes {summary['ratio']:.2f} of GPTQModel's time, more than {MAX_RATIO}")
+    for name, ratios in summary.get("of_gptqmodel", {}).items():
+        print(f"{name}: {', '.join(f'{ratio:.2f}' for ratio in ratios)} of GPTQModel's time")
 
 
 def ours(work: Path, source: Path, name: str) -> dict[str, Any]:
@@ -123,7 +128,7 @@ def ours(work: Path, source: Path, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=work) as out:
         command = [sys.executable, "-m", "experiments.compress", "--checkpoint", source]
         command += ["--recipe", recipe, "--calibration", work / "tokens.npz", "--out_dir", out]
-        command += ["--compute=bfloat16"]
+        command += [f"--compute={FLAGS.compute}"]
         started = time.monotonic()
         _run(command, name)
         seconds = time.monotonic() - started

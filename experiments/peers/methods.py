@@ -56,6 +56,9 @@ def rtn(name: str, where: str = DECODER, **options: Any) -> Method:
 # Rows of groups keep scales in bfloat16; so do rows per channel where few bits are left.
 _SHAPES = {
     "int8-channel": {"bits": 8},
+    "int6-channel": {"bits": 6},
+    "int6-g32": {"bits": 6, "group_size": 32},
+    "int5-g32": {"bits": 5, "group_size": 32},
     "int4-channel": {"bits": 4},
     "int4-g64": {"bits": 4, "group_size": 64},
     "int4-g32": {"bits": 4, "group_size": 32},
@@ -128,7 +131,7 @@ def _qwix() -> list[Method]:
 
 
 def _ggml() -> list[Method]:
-    plain = ["Q8_0", "Q6_K", "Q4_0", "Q4_K", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS"]
+    plain = ["Q8_0", "Q6_K", "Q5_K", "Q4_0", "Q4_K", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS"]
     plain += ["Q2_K", "TQ2_0", "TQ1_0"]
     weighted = [*plain[2:-2], "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"]
     return [Method(f"llama.cpp {name}", "ggml", {"type": name}) for name in plain] + [

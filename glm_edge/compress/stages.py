@@ -40,11 +40,6 @@ class Statistic(NamedTuple):
     join: Callable[[Any, Any], Any]
 
 
-def _gram(rows: Array) -> dict[str, Array]:
-    product = jax.lax.dot_general(rows, rows, (((0,), (0,)), ((), ())))
-    return {"gram": product, "count": jnp.float32(rows.shape[0])}
-
-
 def _column_sums(rows: Array) -> dict[str, Array]:
     return {"sum": jnp.sum(jnp.abs(rows), axis=0), "count": jnp.float32(rows.shape[0])}
 
@@ -73,8 +68,6 @@ def _abs_max(rows: Array) -> Array:
     return jnp.max(jnp.abs(rows), axis=0)
 
 
-GRAM = Statistic(_gram, _add)
-"""`{"gram": sum of x x^T [in, in], "count": rows}`."""
 ABS_SUM = Statistic(_column_sums, _add)
 """`{"sum": sum of |x| [in], "count": rows}`."""
 ABS_MAX = Statistic(_abs_max, jnp.maximum)

@@ -51,11 +51,11 @@ class View:
         """Reduces the rows that meet each weight; `{weight path: value}`.
 
         Args:
-          statistic: such as `GRAM`, see `glm_edge.compress.stages`.
+          statistic: such as `ROWS`, see `glm_edge.compress.stages`.
           leaves: parameters to use in place of the stage's own, by path.
           paths: of the weights; None is all.
         """
-        return self.stage.collect(self._all(leaves), self.states, statistic, paths)
+        return self.stage.collect(self._decoded(leaves), self.states, statistic, paths)
 
     def readers(self) -> list[tuple[str, ...]]:
         """Weights that read the same rows, group by group in the order in which they run."""
@@ -74,10 +74,20 @@ class View:
 
     def run(self, leaves: Leaves | None = None) -> list[State]:
         """States after the stage."""
-        return self.stage.run(self._all(leaves), self.states)
+        return self.stage.run(self._decoded(leaves), self.states)
 
     def _all(self, leaves: Leaves | None) -> Leaves:
         return {**self.borrowed, **self.leaves, **(leaves or {})}
+
+    def _decoded(self, leaves: Leaves | None) -> Leaves:
+        """All parameters, quantized ones decoded once for all batches where that gives the same."""
+        found = self._all(leaves)
+        if getattr(self.stage.module, "compute", None) != "float32":
+            return found
+        return {
+            path: leaf.replace(dtype="float32").unbox() if isinstance(leaf, Quantized) else leaf
+            for path, leaf in found.items()
+        }
 
 
 @dataclass

@@ -10,7 +10,7 @@ from jax import Array
 
 from glm_edge.kernels.packing import NF4_LEVELS
 
-INTEGERS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+INTEGERS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
 
 
 def code_range(qtype: str) -> tuple[int, int]:

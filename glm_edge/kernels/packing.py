@@ -1,7 +1,7 @@
 """Packing of small codes into bytes, along the last axis, the first code in the lowest bits.
 
-A code is a signed integer (`int8`, `int4`, `int3`, `int2`), a sign or zero (`ternary`,
-`ternary34`), or an index into `NF4_LEVELS` (`nf4`).
+A code is a signed integer (`int8` to `int2`), a sign or zero (`ternary`, `ternary34`), or an index
+into `NF4_LEVELS` (`nf4`).
 """
 
 import functools
@@ -35,6 +35,8 @@ NF4_LEVELS = (
 # Codes that fill a whole number of bytes, and that number.
 _UNITS = {
     "int8": (1, 1),
+    "int6": (4, 3),
+    "int5": (8, 5),
     "int4": (2, 1),
     "nf4": (2, 1),
     "int3": (8, 3),
@@ -43,6 +45,8 @@ _UNITS = {
     "ternary34": (32, 5),
 }
 QTYPES = tuple(_UNITS)
+# Widths whose units of three bytes are read as one number.
+_IN_THREE_BYTES = {"int6": 6, "int3": 3}
 
 
 def unit(qtype: str) -> int:
@@ -83,8 +87,10 @@ def pack(codes: Array, qtype: str) -> Array:
         return ((number.astype(jnp.uint32) * 256 + 242) // 243).astype(jnp.uint8)
     if qtype == "ternary34":
         return _pack_ternary34(codes)
-    if qtype == "int3":
-        return _pack_int3(codes.astype(jnp.uint8) & 7)
+    if qtype in _IN_THREE_BYTES:
+        return _join_three_bytes(codes, _IN_THREE_BYTES[qtype])
+    if qtype == "int5":
+        return _join_fives(codes.astype(jnp.uint8) & 31)
     width = 2 if qtype == "int2" else 4
     return _join(codes.astype(jnp.uint8) & (2**width - 1), width)
 
@@ -129,17 +135,18 @@ def planes(data: Array, columns: int, qtype: str) -> list[Array]:
 
 def _words(data: Array, qtype: str) -> tuple[Array, int]:
     """Whole numbers that each hold the same number of neighbouring codes, and that number."""
-    if qtype == "int3":
+    if qtype in _IN_THREE_BYTES:
         parts = data.reshape(*data.shape[:-1], -1, 3).astype(jnp.int32)
         # XLA computes a sum once, and a chain of bit operations once for each plane.
-        return jnp.sum(parts << jnp.asarray([0, 8, 16]), axis=-1, dtype=jnp.int32), 8
-    if qtype == "ternary34":
+        words = jnp.sum(parts << jnp.asarray([0, 8, 16]), axis=-1, dtype=jnp.int32)
+        return words, unit(qtype)
+    if qtype in ("int5", "ternary34"):
         units = data.reshape(*data.shape[:-1], -1, 5)
         # XLA computes stacked numbers once, and broadcast ones once for each plane.
         low = jnp.stack([units[..., :4] & 0xF, units[..., :4] >> 4], axis=-1)
         high = (units[..., 4:] >> jnp.arange(8, dtype=jnp.uint8)) & 1
         words = low.reshape(high.shape) | (high << 4)
-        return words.reshape(*data.shape[:-1], -1), 4
+        return words.reshape(*data.shape[:-1], -1), unit(qtype) // 8
     return data, unit(qtype)
 
 
@@ -154,8 +161,11 @@ def _code(words: Array, index: Array | int, qtype: str) -> Array:
         place, index = words >> 3, jnp.asarray(index, jnp.uint8)
         sign = (words >> jnp.minimum(index - (index > place), 2)) & 1
         return jnp.where(place == index, 0, 2 * sign.astype(jnp.int8) - 1).astype(jnp.int8)
-    if qtype == "int3":
-        return ((words << (29 - 3 * index)) >> 29).astype(jnp.int8)
+    if qtype in _IN_THREE_BYTES:
+        width = _IN_THREE_BYTES[qtype]
+        return ((words << (32 - width * (1 + index))) >> (32 - width)).astype(jnp.int8)
+    if qtype == "int5":
+        return (words << 3).astype(jnp.int8) >> 3
     width = 2 if qtype == "int2" else 4
     index = jnp.asarray(index, jnp.uint8)
     if qtype == "nf4":
@@ -185,10 +195,11 @@ def _join(fields: Array, width: int) -> Array:
     return jnp.sum(fields << shifts, axis=-1, dtype=jnp.uint8)
 
 
-def _pack_int3(fields: Array) -> Array:
-    """[..., units, 8] to [..., 3 bytes of each unit]."""
-    shifts = 3 * jnp.arange(8, dtype=jnp.uint32)
-    number = jnp.sum(fields.astype(jnp.uint32) << shifts, axis=-1, dtype=jnp.uint32)
+def _join_three_bytes(codes: Array, width: int) -> Array:
+    """[..., units, codes of a unit] to [..., 3 bytes of each unit]."""
+    fields = (codes.astype(jnp.uint8) & (2**width - 1)).astype(jnp.uint32)
+    shifts = width * jnp.arange(codes.shape[-1], dtype=jnp.uint32)
+    number = jnp.sum(fields << shifts, axis=-1, dtype=jnp.uint32)
     parts = (number[..., None] >> (8 * jnp.arange(3, dtype=jnp.uint32))) & 0xFF
     return parts.astype(jnp.uint8).reshape(*parts.shape[:-2], -1)
 
@@ -199,8 +210,12 @@ def _pack_ternary34(codes: Array) -> Array:
     place = jnp.argmin(jnp.abs(fours), axis=-1)
     slots = jnp.arange(3) + (jnp.arange(3) >= place[..., None])
     signs = jnp.take_along_axis(fours, slots, axis=-1) > 0
-    fields = place * 8 + jnp.sum(signs << jnp.arange(3), axis=-1)
-    low = _join((fields & 0xF).astype(jnp.uint8).reshape(*fields.shape[:-1], 4, 2), 4)
-    high = _join((fields >> 4).astype(jnp.uint8), 1)
+    return _join_fives((place * 8 + jnp.sum(signs << jnp.arange(3), axis=-1)).astype(jnp.uint8))
+
+
+def _join_fives(fields: Array) -> Array:
+    """[..., units, 8] numbers of five bits to [..., 5 bytes of each unit]: low bits, then high."""
+    low = _join((fields & 0xF).reshape(*fields.shape[:-1], 4, 2), 4)
+    high = _join(fields >> 4, 1)
     packed = jnp.concatenate([low, high[..., None]], axis=-1)
     return packed.reshape(*packed.shape[:-2], -1)

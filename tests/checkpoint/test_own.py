@@ -294,7 +294,7 @@ def test_a_damaged_config_says_what_is_wrong(saved, edit, kind, pattern):
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
-        ({"format": {"qtype": "int5"}}, "qtype 'int5' is unknown"),
+        ({"format": {"qtype": "int7"}}, "qtype 'int7' is unknown"),
         ({"format": {"color": 3}}, "color"),
         ({"format": {"qtype": "int8", "group_size": 2, "symmetric": False}}, "data must be int8"),
         ({"format": {"qtype": "int4", "group_size": 4, "symmetric": False}}, "scale"),

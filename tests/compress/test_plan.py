@@ -134,7 +134,7 @@ def test_refuses(make_member, batch_of):
     calibration = [batch_of(model)]
     with pytest.raises(RecipeError, match="the smallest size"):
         plan(model, params, 100, FORMATS, calibration)
-    for formats in (("int5",), ()):
+    for formats in (("int7",), ()):
         with pytest.raises(RecipeError, match="plan: format"):
             plan(model, params, 9000, formats, calibration)
     with pytest.raises(RecipeError, match="match no matrix"):

@@ -17,7 +17,16 @@ from glm_edge.compress.quantize.rtn import rtn
 from glm_edge.errors import BoxError, RecipeError
 from glm_edge.params import Format
 
-NAMES = ["int8", "int4-g32", "int4-g16-affine", "int3", "int2-g16", "ternary-g32", "ternary34"]
+NAMES = [
+    "int8",
+    "int6-g16",
+    "int4-g32",
+    "int4-g16-affine",
+    "int3",
+    "int2-g16",
+    "ternary-g32",
+    "ternary34",
+]
 NAMES += ["nf4-g16", "int4-tensor", "bfloat16"]
 
 

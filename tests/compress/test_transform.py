@@ -88,7 +88,7 @@ def test_the_public_names_are_on_the_package():
     [
         ('{"name": "quantize.magic"}', "unknown transform 'quantize.magic'; known: .*quantize.rtn"),
         ('{"name": "quantize.rtn", "options": {"bit": 4}}', "no option 'bit'; known: bits"),
-        ('{"name": "quantize.rtn", "options": {"bits": 5}}', "bits must be 8, 4, 3 or 2"),
+        ('{"name": "quantize.rtn", "options": {"bits": 7}}', "bits must be 8, 6, 5, 4, 3 or 2"),
         ('{"name": "prune.magnitude", "options": {"sparsity": "x"}}', "prune.magnitude"),
         ('{"name": "prune.magnitude"}', "prune.magnitude: .*sparsity"),
         ('{"name": "chain", "options": {"steps": []}}', "chain takes one option"),

@@ -94,5 +94,5 @@ def test_the_claim_is_impossible_and_the_script_says_what_is_not(tmp_path):
 
 
 def test_unknown_formats_are_refused():
-    with pytest.raises(RecipeError, match="int5"):
-        plan_phone.read_format("int5")
+    with pytest.raises(RecipeError, match="int7"):
+        plan_phone.read_format("int7")

@@ -69,7 +69,11 @@ def case(qtype, groups, affine=False, rows=6, columns=60, zero_dtype=np.int8):
 
 CASES = [
     *((qtype, groups, False) for qtype in packing.QTYPES for groups in (1, 5)),
-    *((qtype, groups, True) for qtype in ("int8", "int4", "int3", "int2") for groups in (1, 5)),
+    *(
+        (qtype, groups, True)
+        for qtype in ("int8", "int6", "int5", "int4", "int3", "int2")
+        for groups in (1, 5)
+    ),
     # Groups that end within a byte.
     ("int4", 20, False),
     ("int2", 10, True),
@@ -205,7 +209,9 @@ def test_static_rounding_passes_gradients_where_it_does_not_clip():
     np.testing.assert_allclose(by_step, np.sum(slope * weight.sum(0)), rtol=1e-3)
 
 
-@pytest.mark.parametrize("qtype", ["int8", "int4", "int3", "int2", "ternary", "nf4"])
+@pytest.mark.parametrize(
+    "qtype", ["int8", "int6", "int5", "int4", "int3", "int2", "ternary", "nf4"]
+)
 def test_few_rows_never_meet_a_dense_copy_of_the_weight(qtype):
     out, columns = 4096, 1024
     shape = jax.ShapeDtypeStruct

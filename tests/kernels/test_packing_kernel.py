@@ -13,13 +13,15 @@ from glm_edge.kernels import packing
 
 RANGES = {
     "int8": (-128, 127),
+    "int6": (-32, 31),
+    "int5": (-16, 15),
     "int4": (-8, 7),
     "nf4": (0, 15),
     "int3": (-4, 3),
     "int2": (-2, 1),
     "ternary": (-1, 1),
 }
-WIDTHS = {"int4": 4, "nf4": 4, "int3": 3, "int2": 2}
+WIDTHS = {"int6": 6, "int4": 4, "nf4": 4, "int3": 3, "int2": 2}
 
 
 def draw(shape, qtype, seed=0):
@@ -49,18 +51,22 @@ def pack_row(row, qtype):
             number = int("".join(map(str, digits + [1] * (5 - len(digits)))), 3)
             found.append(-(-number * 256 // 243))
         return np.array(found, np.uint8)
-    fields = []
-    for start in range(0, len(row), 4):
-        four = [int(code) for code in row[start : start + 4]]
-        place = four.index(0)
-        signs = [code > 0 for code in four if code]
-        fields.append(place * 8 + sum(sign << i for i, sign in enumerate(signs)))
+    if qtype == "int5":
+        fields = [int(code) % 32 for code in row] + [0] * (-len(row) % 8)
+    else:
+        fields = [_place_and_signs(row[start : start + 4]) for start in range(0, len(row), 4)]
     units = [fields[i : i + 8] for i in range(0, len(fields), 8)]
     found = []
     for unit in units:
         found += [(unit[i] & 15) | (unit[i + 1] & 15) << 4 for i in range(0, 8, 2)]
         found.append(sum((field >> 4) << i for i, field in enumerate(unit)))
     return np.array(found, np.uint8)
+
+
+def _place_and_signs(four):
+    codes = [int(code) for code in four]
+    signs = [code > 0 for code in codes if code]
+    return codes.index(0) * 8 + sum(sign << i for i, sign in enumerate(signs))
 
 
 @pytest.mark.parametrize("qtype", [q for q in packing.QTYPES if q != "int8"])

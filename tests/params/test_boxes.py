@@ -214,7 +214,7 @@ def test_axis_metadata_is_the_identity_on_axes():
             lambda: boxes.mask(quantize(weight(2, 2), Format("int8")), jnp.ones((2, 2), bool)),
             "prune before quantizing",
         ),
-        (lambda: Format("int5"), "qtype 'int5' is unknown"),
+        (lambda: Format("int7"), "qtype 'int7' is unknown"),
         (lambda: Format("int4", 0), "group_size must be positive"),
         (lambda: Format("int4", 8, scale_dtype="int8"), "scale_dtype"),
         (

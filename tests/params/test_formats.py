@@ -21,6 +21,8 @@ FORMATS = [
     Format("int8", "tensor"),
     Format("int4", 16, scale_dtype="float16"),
     Format("int4", 8, False, "bfloat16"),
+    Format("int6", 16),
+    Format("int5", 8, False),
     Format("int3", 8),
     Format("int3", None, False, zero_dtype="bfloat16"),
     Format("int2", 16, False),
@@ -163,7 +165,7 @@ def test_formats_are_read_from_their_names(text):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Format("int5"), "qtype 'int5' is unknown"),
+        (lambda: Format("int7"), "qtype 'int7' is unknown"),
         (lambda: Format("int4", 0), "group_size must be positive"),
         (lambda: Format("int4", "row"), "group_size must be positive"),
         (lambda: Format("nf4", symmetric=False), "nf4 is symmetric"),

@@ -9,13 +9,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress.quantize import leaves
-from glm_edge.compress.quantize.options import (
-    check_rounding,
-    columns_of,
-    fitting,
-    format_options,
-    spelled_out,
-)
+from glm_edge.compress.quantize.options import Rounding, spelled_out
 from glm_edge.compress.rounding import grid as grids
 from glm_edge.compress.rounding.adaround import METHODS, Layer, learn_rounding
 from glm_edge.compress.stages import ROWS
@@ -23,6 +17,7 @@ from glm_edge.compress.stagewise import Replaced, StageWork, View, register_stag
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import RecipeError
 from glm_edge.params import Masked
+from glm_edge.params.formats import PLAIN
 
 NAME = "quantize.adaround"
 
@@ -50,7 +45,7 @@ def adaround(
     layer shows, such as an embedding, are rounded to nearest.
 
     Args:
-      bits: 8, 4, 3 or 2.
+      bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
       symmetric: False for affine.
       where: regular expression searched in each path; None rounds every matrix that is not yet
@@ -81,10 +76,7 @@ def adaround(
       https://arxiv.org/abs/2309.01885.
     """
     options = spelled_out(locals())
-    format = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
-    if format.plain or format.qtype == "ternary34":
-        raise RecipeError(f"{NAME}: {format} has no two levels to choose between; use rtn")
-    check_rounding(NAME, where, scale, format, fallback_bits)
+    Rounding.of(NAME, options, without=(*PLAIN, "ternary34"))
     if method not in METHODS:
         raise RecipeError(f"{NAME}: method must be one of {', '.join(METHODS)}, not {method!r}")
     check_whole(NAME, steps=steps, sweeps=sweeps)
@@ -95,34 +87,28 @@ def adaround(
 
 def _round_stage(
     work: StageWork,
-    bits: int | None,
-    group_size: int | str | None,
-    symmetric: bool,
-    scale: str,
-    scale_dtype: str | None,
-    qtype: str | None,
-    fallback_bits: int | None,
     method: str,
     steps: int,
     learning_rate: float,
     regularization: float,
     sweeps: int,
+    **shared: Any,
 ) -> Replaced:
-    wanted = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
+    rounding = Rounding.of(NAME, shared)
     replaced, dense, rows = {}, {}, []
     for path in work.selected:
         leaf = work.leaves[path]
-        format = fitting(path, columns_of(path, leaf.shape), wanted, fallback_bits)
+        format = rounding.format_of(path, leaf.shape)
         matrix, kernel_shape = leaves.dense_rows(path, leaf)
         sums = moments(work, path, dense)
-        note = "fallback" if format is not wanted else ""
+        note = "fallback" if format is not rounding.format else ""
         if sums is None or path not in work.original.leaves:
-            replaced[path], error = leaves.quantize_leaf(path, leaf, format, scale)
+            replaced[path], error = leaves.quantize_leaf(path, leaf, format, rounding.scale)
             note = "nearest: no inputs seen"
         else:
             original, _ = leaves.dense_rows(path, work.original.leaves[path])
             layer = layer_of(matrix, original, *sums)
-            grid = grids.choose(matrix, format, scale)
+            grid = grids.choose(matrix, format, rounding.scale)
             done = learn_rounding(
                 layer, grid, format, method, steps, learning_rate, regularization, sweeps
             )

@@ -17,12 +17,7 @@ from glm_edge.compress.quantize.leaves import (
     relative_error,
     row,
 )
-from glm_edge.compress.quantize.options import (
-    check_rounding,
-    fitting,
-    format_options,
-    spelled_out,
-)
+from glm_edge.compress.quantize.options import Rounding, spelled_out
 from glm_edge.compress.quantize.smoothquant import selected_folds
 from glm_edge.compress.rounding import awq as search
 from glm_edge.compress.rounding import grid as grids
@@ -31,6 +26,7 @@ from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params import Format, Masked
+from glm_edge.params.formats import PLAIN
 
 NAME = "quantize.awq"
 
@@ -56,7 +52,7 @@ def awq(
     inputs nothing can divide are clipped and rounded; embeddings are rounded.
 
     Args:
-      bits: 8, 4, 3 or 2.
+      bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
       symmetric: False for affine, with an integer zero point.
       where: regular expression searched in each path; None is every matrix not yet quantized.
@@ -82,11 +78,8 @@ def awq(
       AWQ: Activation-aware Weight Quantization, https://arxiv.org/abs/2306.00978.
     """
     options = spelled_out(locals())
-    format = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
-    check_rounding(NAME, where, scale, format, fallback_bits)
+    Rounding.of(NAME, options, without=PLAIN)
     check_whole(NAME, steps=steps)
-    if format.plain:
-        raise RecipeError(f"{NAME}: {format} has no levels to search; use quantize.rtn")
     if not isinstance(clip, bool):
         raise RecipeError(f"{NAME}: clip must be True or False, not {clip!r}")
     return Transform(NAME, options)
@@ -106,25 +99,12 @@ STATISTIC = Statistic(_measure, _join)
 """`{"gram": sum of x x^T [in, in], "magnitude": sum of |x| [in], "count": rows}`."""
 
 
-def _round_stage(
-    work: StageWork,
-    bits: int,
-    group_size: int | str | None,
-    symmetric: bool,
-    scale: str,
-    scale_dtype: str | None,
-    qtype: str | None,
-    fallback_bits: int | None,
-    steps: int,
-    clip: bool,
-) -> Replaced:
+def _round_stage(work: StageWork, steps: int, clip: bool, **shared: Any) -> Replaced:
     if not work.selected:
         return {}, []
-    wanted = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
-    formats = {
-        path: fitting(path, work.leaves[path].shape[-1], wanted, fallback_bits)
-        for path in work.selected
-    }
+    rounding = Rounding.of(NAME, shared)
+    scale = rounding.scale
+    formats = {p: rounding.format_of(p, work.leaves[p].shape) for p in work.selected}
     measured = work.collect(STATISTIC)
     # Float32 until rounded: a factor costs no bits of a narrow type.
     leaves = {path: _widened(leaf, path in formats) for path, leaf in work.leaves.items()}
@@ -145,7 +125,7 @@ def _round_stage(
         before = work.leaves[path]
         if path in formats:
             after = _rounded(path, leaf, before, grams.get(path), formats[path], steps, scale, clip)
-            note = _joined(notes.get(path), formats[path] is not wanted)
+            note = _joined(notes.get(path), formats[path] is not rounding.format)
             error = _error(leaf, after)
             work.advance(path)
         elif leaf is not before:
@@ -200,8 +180,6 @@ def _rounded(
     if clip:
         matrix = search.search_clip(matrix, gram, format, steps, scale)
     grid = grids.choose(matrix, format, scale)
-    if not bool(jnp.isfinite(grid.scale).all()):
-        raise RecipeError(f"{path}: scales beyond {format.scale_dtype}")
     return box_of(path, before, grids.encode(matrix, grid, format), grid, format, kernel_shape)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,17 +13,26 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress.quantize import leaves
-from glm_edge.compress.quantize.options import check_rounding, format_options, spelled_out
+from glm_edge.compress.quantize.options import Rounding, spelled_out
 from glm_edge.compress.quantize.qat import fake, finalize, pace_of, split
 from glm_edge.compress.stages import Leaves, Stage, State
 from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.training import COMPUTE, in_order, schedule
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import RecipeError
+from glm_edge.params.formats import PLAIN
 from glm_edge.params.tree import nested
 
 NAME = "quantize.blockwise"
 _OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0, b2=0.98))
+
+
+class _Plan(NamedTuple):
+    steps: int
+    learning_rate: float
+    warmup: float
+    mix: float
+    compute: str | None
 
 
 def blockwise(
@@ -51,7 +60,7 @@ def blockwise(
     holds one block. Follow it by `qat` or `distill_scales` to train end to end.
 
     Args:
-      bits: 8, 4, 3 or 2.
+      bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
       symmetric: False for affine; zero points keep their first values.
       where: regular expression searched in each path of what is rounded; None is every matrix that
@@ -82,10 +91,7 @@ def blockwise(
       phase), https://arxiv.org/abs/2407.11062.
     """
     options = spelled_out(locals())
-    format = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
-    if format.plain:
-        raise RecipeError(f"{NAME}: {format} is not rounded to levels; use rtn(qtype=...)")
-    check_rounding(NAME, where, scale, format, fallback_bits)
+    Rounding.of(NAME, options, without=PLAIN)
     check_whole(NAME, steps=steps)
     if learning_rate <= 0.0 or scale_rate <= 0.0:
         raise RecipeError(f"{NAME}: learning_rate and scale_rate must be positive")
@@ -98,30 +104,24 @@ def blockwise(
 
 def _train_stage(
     work: StageWork,
-    bits: int | None,
-    group_size: int | str | None,
-    symmetric: bool,
-    scale: str,
-    scale_dtype: str | None,
-    qtype: str | None,
-    fallback_bits: int | None,
     learned_scale: bool,
     scale_rate: float,
     norms: bool,
-    **training: Any,
+    **options: Any,
 ) -> Replaced:
     if not work.selected:
         return {}, []
-    wanted = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
+    plan = _Plan(**{name: options.pop(name) for name in _Plan._fields})
+    rounding = Rounding.of(NAME, options)
     student = dict(work.leaves)
     for path in work.selected:
-        student[path] = fake(path, student[path], wanted, scale, fallback_bits)
+        student[path] = fake(path, student[path], rounding)
 
     def trains(path: str, leaf: Any) -> bool:
         return path in work.selected or (norms and not boxes.is_matrix(path, leaf))
 
     trainable, frozen = split(student, trains, learned_scale)
-    trained, losses = _train(work, trainable, frozen, pace_of(trainable, scale_rate), **training)
+    trained, losses = _train(work, trainable, frozen, pace_of(trainable, scale_rate), plan)
     replaced, rows = {}, []
     for path, leaf in boxes.combine(trained, frozen).items():
         before = work.leaves[path]
@@ -144,17 +144,13 @@ def _train(
     trainable: Leaves,
     frozen: Leaves,
     pace: Leaves,
-    steps: int,
-    learning_rate: float,
-    warmup: float,
-    mix: float,
-    compute: str | None,
+    plan: _Plan,
 ) -> tuple[Leaves, tuple[float, float]]:
     """Trains one block; returns what trained, and the mean error of the first and last steps."""
     stage = work.stage
     module = stage.module
-    if compute is not None and hasattr(module, "compute"):
-        module = module.clone(compute=compute)
+    if plan.compute is not None and hasattr(module, "compute"):
+        module = module.clone(compute=plan.compute)
     pairs = _pairs(work)
     if not pairs:
         raise RecipeError(
@@ -166,9 +162,10 @@ def _train(
         _within(stage, tree) for tree in (own, frozen, pace, work.borrowed)
     )
     state = _OPTIMIZER.init(own)
-    draws = np.random.default_rng(0 if work.rng is None else _seed(work.rng)).random(steps)
+    draws = np.random.default_rng(0 if work.rng is None else _seed(work.rng)).random(plan.steps)
     errors, data = [], in_order(pairs, work.rng)
-    for rate, draw in zip(schedule(steps, learning_rate, warmup), draws, strict=True):
+    rates = schedule(plan.steps, plan.learning_rate, plan.warmup)
+    for rate, draw in zip(rates, draws, strict=True):
         inputs, original, target = next(data)
         own, state, error = block_step(
             module,
@@ -180,14 +177,14 @@ def _train(
             pace,
             frozen,
             borrowed,
-            original if draw < mix else inputs,
+            original if draw < plan.mix else inputs,
             target,
         )
         errors.append(error)
     errors = np.asarray(jax.device_get(errors))
     if not np.isfinite(errors).all():
         raise RecipeError(f"{NAME}: the loss of {stage.name} is not finite; lower learning_rate")
-    few = max(1, min(len(pairs), steps // 4))
+    few = max(1, min(len(pairs), plan.steps // 4))
     trained = {path: own[_inner(stage, path)] for path in trainable}
     return trained, (float(errors[:few].mean()), float(errors[-few:].mean()))
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from itertools import repeat
 from typing import Any
 
 import jax
@@ -15,23 +16,19 @@ from glm_edge.compress.quantize.leaves import (
     relative_error,
     row,
 )
-from glm_edge.compress.quantize.options import (
-    check_groups,
-    check_rounding,
-    columns_of,
-    fitting,
-    format_options,
-    spelled_out,
-)
+from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
 from glm_edge.compress.rounding.gptq import damped_factor, solve
-from glm_edge.compress.stages import GRAM, ROWS, Leaves
-from glm_edge.compress.stagewise import Replaced, StageWork, View, register_stagewise
+from glm_edge.compress.stages import ROWS, Leaves
+from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.transform import Transform
 from glm_edge.errors import RecipeError
 from glm_edge.kernels import matmul
 from glm_edge.params import Masked
+from glm_edge.params.formats import PLAIN
 
 NAME = "quantize.gptq"
+# Numbers of rows that are multiplied at once: few large products are faster than many small.
+ROWS_AT_ONCE = 1 << 24
 
 
 def gptq(
@@ -57,7 +54,7 @@ def gptq(
     nearest, and the report says so.
 
     Args:
-      bits: 8, 4, 3 or 2.
+      bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
       symmetric: False for affine, with an integer zero point.
       where: regular expression searched in each path; None is every matrix not yet quantized.
@@ -94,10 +91,7 @@ def gptq(
       Quantization Error Propagation, https://arxiv.org/abs/2504.09629.
     """
     options = spelled_out(locals())
-    format = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
-    check_rounding(NAME, where, scale, format, fallback_bits)
-    if format.plain:
-        raise RecipeError(f"{NAME}: {format} has no levels to choose; use quantize.rtn")
+    Rounding.of(NAME, options, without=PLAIN)
     for name in ("act_order", "sequential", "refit"):
         if not isinstance(options[name], bool):
             raise RecipeError(f"{NAME}: {name} must be True or False, not {options[name]!r}")
@@ -116,27 +110,18 @@ def _is_number(value: Any) -> bool:
 
 def _round_stage(
     work: StageWork,
-    bits: int,
-    group_size: int | str | None,
-    symmetric: bool,
-    scale: str,
-    scale_dtype: str | None,
-    qtype: str | None,
-    fallback_bits: int | None,
     act_order: bool,
     damping: float,
     sequential: bool,
     propagate: float,
     refit: bool,
     sweeps: int,
+    **shared: Any,
 ) -> Replaced:
     if not work.selected:
         return {}, []
-    wanted = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
-    formats = {
-        path: fitting(path, columns_of(path, work.leaves[path].shape), wanted, fallback_bits)
-        for path in work.selected
-    }
+    rounding = Rounding.of(NAME, shared)
+    formats = {p: rounding.format_of(p, work.leaves[p].shape) for p in work.selected}
     groups = [tuple(path for path in group if path in formats) for group in work.readers()]
     # What reads the same rows is measured once.
     first = {path: group[0] for group in groups for path in group}
@@ -161,15 +146,13 @@ def _round_stage(
                 weight,
                 gram,
                 formats[path],
-                scale,
+                rounding.scale,
                 act_order,
                 damping,
                 mask=mask,
                 refit=refit,
                 sweeps=sweeps,
             )
-            if not bool(jnp.isfinite(grid.scale).all()):
-                raise RecipeError(f"{path}: its scales do not fit {formats[path].scale_dtype}")
             replaced[path] = box_of(path, leaf, codes, grid, formats[path], kernel_shape)
             notes[path] = f"output error {info.loss:.3g}"
             if info.damping != damping:
@@ -177,7 +160,9 @@ def _round_stage(
             work.advance(path)
     for path in work.selected:
         if path not in replaced:
-            replaced[path] = quantize_leaf(path, work.leaves[path], formats[path], scale)[0]
+            replaced[path] = quantize_leaf(path, work.leaves[path], formats[path], rounding.scale)[
+                0
+            ]
             notes[path] = "to nearest: nothing is seen to multiply it"
             work.advance(path)
     return replaced, [_row(work, path, replaced[path], notes[path]) for path in work.selected]
@@ -199,28 +184,41 @@ def _measured(
     work: StageWork, replaced: Leaves, paths: tuple[str, ...], paired: bool
 ) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
     """Gram matrices of the inputs, and of what they miss of the original ones with them."""
-    if not paired or work.original is None:
-        return {p: m["gram"] for p, m in work.collect(GRAM, replaced, paths).items()}, {}
     compute = getattr(work.model, "compute", "float32")
+    paired = paired and work.original is not None
+    ours, theirs = work.batches(), work.original.batches() if paired else repeat(None)
     grams: dict[str, Array] = {}
     drifts: dict[str, Array] = {}
-    for ours, theirs in zip(work.batches(), work.original.batches(), strict=True):
-        seen, meant = ours.collect(ROWS, replaced, paths), _rows(theirs, paths)
+    waiting: dict[str, list[tuple[Array, ...]]] = {}
+
+    def add(path: str) -> None:
+        rows, *meant = (jnp.concatenate(parts) for parts in zip(*waiting.pop(path), strict=True))
+        found = _products(rows, *meant, compute=compute)
+        for sums, found_now in zip((grams, drifts), found, strict=False):
+            sums[path] = sums[path] + found_now if path in sums else found_now
+
+    for now, before in zip(ours, theirs, strict=False):
+        seen = now.collect(ROWS, replaced, paths)
+        meant = before.collect(ROWS, None, paths) if paired else {}
         for path, rows in seen.items():
-            gram, drift = _products(rows, meant[path], compute)
-            grams[path] = grams[path] + gram if path in grams else gram
-            drifts[path] = drifts[path] + drift if path in drifts else drift
+            parts = waiting.setdefault(path, [])
+            parts.append((rows, meant[path]) if paired else (rows,))
+            if sum(part[0].size for part in parts) >= ROWS_AT_ONCE:
+                add(path)
+    for path in list(waiting):
+        add(path)
     return grams, drifts
 
 
-def _rows(view: View, paths: tuple[str, ...]) -> Mapping[str, Array]:
-    return view.collect(ROWS, None, paths)
-
-
 @functools.partial(jax.jit, static_argnames="compute")
-def _products(rows: Array, meant: Array, compute: str) -> tuple[Array, Array]:
+def _products(rows: Array, meant: Array | None = None, *, compute: str) -> tuple[Array, ...]:
     product = matmul.dense_bf16 if compute == "bfloat16" else matmul.dense
-    return product(rows.T, rows.T), product((meant - rows).T, rows.T)
+    # Laid out anew: a product along the first axis of both takes twice the time on CPU.
+    columns = jax.lax.optimization_barrier(rows.T)
+    gram = product(columns, columns)
+    if meant is None:
+        return (gram,)
+    return gram, product(jax.lax.optimization_barrier((meant - rows).T), columns)
 
 
 def _corrected(weight: Array, gram: Array, drift: Array, propagate: float, damping: float) -> Array:

@@ -2,26 +2,18 @@
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from glm_edge.compress.quantize.leaves import (
     box_of,
     dense_rows,
     relative_error,
     row,
 )
-from glm_edge.compress.quantize.options import (
-    check_groups,
-    check_rounding,
-    columns_of,
-    fitting,
-    format_options,
-    spelled_out,
-)
+from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
 from glm_edge.compress.rounding import hqq as half_quadratic
 from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import RecipeError
+from glm_edge.params.formats import PLAIN
 
 NAME = "quantize.hqq"
 
@@ -42,7 +34,7 @@ def hqq(
     """Fits grids that leave few weights far wrong, without calibration, and rounds to nearest.
 
     Args:
-      bits: 8, 4, 3 or 2.
+      bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
       symmetric: True fits scales; False fits zero points, which lie between levels.
       where: regular expression searched in each path; None is every matrix not yet quantized.
@@ -69,43 +61,26 @@ def hqq(
       https://mobiusml.github.io/hqq_blog/.
     """
     options = spelled_out(locals())
-    format = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype, zero_dtype)
-    check_rounding(NAME, where, scale, format, fallback_bits)
+    Rounding.of(NAME, options, without=PLAIN)
     check_whole(NAME, steps=steps)
-    if format.plain:
-        raise RecipeError(f"{NAME}: {format} has no grid to fit; use quantize.rtn")
     number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
     if not number or not 0 < exponent <= 1:
         raise RecipeError(f"{NAME}: exponent must be a number above 0 and up to 1: {exponent!r}")
     return Transform(NAME, options)
 
 
-def _round_stage(
-    work: StageWork,
-    bits: int,
-    group_size: int | str | None,
-    symmetric: bool,
-    scale: str,
-    scale_dtype: str | None,
-    zero_dtype: str,
-    qtype: str | None,
-    fallback_bits: int | None,
-    exponent: float,
-    steps: int,
-) -> Replaced:
-    wanted = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype, zero_dtype)
+def _round_stage(work: StageWork, exponent: float, steps: int, **shared: Any) -> Replaced:
+    rounding = Rounding.of(NAME, shared)
     replaced, rows = {}, []
     for path in work.selected:
         leaf: Any = work.leaves[path]
-        format = fitting(path, columns_of(path, leaf.shape), wanted, fallback_bits)
+        format = rounding.format_of(path, leaf.shape)
         weight, kernel_shape = dense_rows(path, leaf)
         codes, grid = half_quadratic.solve(
-            weight, format, scale, exponent=float(exponent), steps=steps
+            weight, format, rounding.scale, exponent=float(exponent), steps=steps
         )
-        if not bool(jnp.isfinite(grid.scale).all()):
-            raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
         box = box_of(path, leaf, codes, grid, format, kernel_shape)
-        note = "" if format is wanted else "fallback"
+        note = "" if format is rounding.format else "fallback"
         replaced[path] = box
         rows.append(row(NAME, path, leaf, box, relative_error(leaf, box), note))
         work.advance(path)

@@ -144,8 +144,11 @@ def box_of(
       The box.
 
     Raises:
-      RecipeError: a weight that a mask keeps at zero would no longer be zero.
+      RecipeError: scales do not fit their type, or a weight that a mask keeps at zero would no
+        longer be zero.
     """
+    if not bool(jnp.isfinite(grid.scale).all()):
+        raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
     box = boxes.quantized(codes, *grid, format, kernel_shape, str(leaf_dtype(leaf)))
     _check_mask(path, leaf, box)
     return box

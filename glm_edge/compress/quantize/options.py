@@ -1,90 +1,111 @@
 """Options that transforms which round weights have in common."""
 
-import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from glm_edge.compress.rounding.grid import SCALES
 from glm_edge.compress.transform import check_pattern
 from glm_edge.errors import BoxError, RecipeError
+from glm_edge.kernels.grid import INTEGERS
 from glm_edge.params import Format
 from glm_edge.params.formats import default_scale_dtype
 
+_WIDTHS = tuple(INTEGERS.values())
 
-def format_options(
-    transform: str,
-    bits: int | None,
-    group_size: int | str | None = None,
-    symmetric: bool = True,
-    scale_dtype: str | None = None,
-    qtype: str | None = None,
-    zero_dtype: str = "int8",
-) -> Format:
-    """The format that a transform's options name.
 
-    Args:
-      transform: name, for messages.
-      bits: 8, 4, 3 or 2 for integers; not read when `qtype` is given.
-      group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
-      symmetric: False for affine.
-      scale_dtype: None is float32 per channel and bfloat16 for groups.
-      qtype: see `glm_edge.params.Format`; None is integers of `bits`.
-      zero_dtype: of zero points.
+@dataclass(frozen=True)
+class Rounding:
+    """What a weight is rounded to.
 
-    Returns:
-      The format.
-
-    Raises:
-      RecipeError: there is none such.
+    Attributes:
+      format: of the weight.
+      scale: how scales are chosen, see `glm_edge.quantize.rtn`.
+      fallback_bits: per-channel width for a matrix whose columns are not whole groups; None refuses
+        such a matrix.
     """
-    if qtype is None and (not isinstance(bits, int) or bits not in (8, 4, 3, 2)):
+
+    format: Format
+    scale: str = "max"
+    fallback_bits: int | None = None
+
+    @classmethod
+    def of(
+        cls, transform: str, options: Mapping[str, Any], without: Container[str] = ()
+    ) -> "Rounding":
+        """Reads and checks the options of a transform; those it does not know are left.
+
+        Args:
+          transform: name, for messages.
+          options: `bits`, `group_size`, `symmetric`, `where`, `scale`, `scale_dtype`, `zero_dtype`,
+            `qtype` and `fallback_bits`, as `glm_edge.quantize.rtn` and `hqq` explain them.
+          without: qtypes that the transform cannot round to.
+
+        Raises:
+          RecipeError: one has no meaning.
+        """
+        get = options.get
+        format = _format(transform, get("bits"), options)
+        if format.qtype in without:
+            raise RecipeError(f"{transform} cannot round to {format}; quantize.rtn can")
+        check_pattern(transform, "where", get("where"))
+        scale, fallback_bits = get("scale", "max"), get("fallback_bits")
+        if scale not in SCALES:
+            raise RecipeError(
+                f"{transform}: scale must be one of {', '.join(SCALES)}, not {scale!r}"
+            )
+        if scale == "extreme" and (not format.symmetric or format.qtype not in INTEGERS):
+            raise RecipeError(
+                f"{transform}: scale='extreme' is for symmetric integers; {format} takes max or mse"
+            )
+        if fallback_bits is not None:
+            _format(transform, fallback_bits, {})
+        return cls(format, scale, fallback_bits)
+
+    def format_of(self, path: str, shape: tuple[int, ...], stacked: bool = False) -> Format:
+        """The format of one parameter: the wanted one, or the fallback.
+
+        Args:
+          path: of the parameter; `kernel` leaves are `[..., in, out]`, others `[..., out, in]`.
+          shape: of its dense array.
+          stacked: a kernel's first axis is a layer axis.
+
+        Raises:
+          RecipeError: its columns are not whole groups and there is no fallback.
+        """
+        kernel = path.rsplit("/", 1)[-1] == "kernel"
+        columns = math.prod(shape[stacked:-1]) if kernel else shape[-1]
+        try:
+            self.format.num_groups(columns)
+        except BoxError as error:
+            if self.fallback_bits is not None:
+                return Format(f"int{self.fallback_bits}", None, self.format.symmetric)
+            raise RecipeError(
+                f"{path}: {error}; choose a divisor, or fallback_bits=8 to round such a matrix per "
+                "channel"
+            ) from error
+        return self.format
+
+
+def _format(transform: str, bits: Any, options: Mapping[str, Any]) -> Format:
+    qtype, group_size = options.get("qtype"), options.get("group_size")
+    if qtype is None and (not isinstance(bits, int) or bits not in _WIDTHS):
+        known = f"{', '.join(map(str, _WIDTHS[:-1]))} or {_WIDTHS[-1]}"
         raise RecipeError(
-            f"{transform}: bits must be 8, 4, 3 or 2, not {bits!r}; other formats go by qtype="
+            f"{transform}: bits must be {known}, not {bits!r}; other formats go by qtype="
         )
-    held = scale_dtype or default_scale_dtype(group_size)
     try:
-        return Format(qtype or f"int{bits}", group_size, symmetric, held, zero_dtype)
+        return Format(
+            qtype or f"int{bits}",
+            group_size,
+            options.get("symmetric", True),
+            options.get("scale_dtype") or default_scale_dtype(group_size),
+            options.get("zero_dtype", "int8"),
+        )
     except BoxError as error:
         raise RecipeError(f"{transform}: {error}") from error
-
-
-def check_rounding(
-    transform: str, where: str | None, scale: str, format: Format, fallback_bits: int | None
-) -> None:
-    """Checks the options `where`, `scale` and `fallback_bits`.
-
-    Raises:
-      RecipeError: one has no meaning.
-    """
-    check_pattern(transform, "where", where)
-    if scale not in SCALES:
-        raise RecipeError(f"{transform}: scale must be one of {', '.join(SCALES)}, not {scale!r}")
-    if scale == "extreme" and (not format.symmetric or not format.qtype.startswith("int")):
-        raise RecipeError(
-            f"{transform}: scale='extreme' is for symmetric integers; {format} takes max or mse"
-        )
-    if fallback_bits is not None:
-        format_options(transform, fallback_bits)
-
-
-def fitting(path: str, columns: int, wanted: Format, fallback_bits: int | None) -> Format:
-    """The wanted format, or the fallback where columns are not whole groups.
-
-    Raises:
-      RecipeError: there is no fallback.
-    """
-    try:
-        wanted.num_groups(columns)
-    except BoxError as error:
-        if fallback_bits is not None:
-            return Format(f"int{fallback_bits}", None, wanted.symmetric)
-        raise RecipeError(
-            f"{path}: {error}; choose a divisor, or fallback_bits=8 to round such a matrix per "
-            "channel"
-        ) from error
-    return wanted
 
 
 def check_groups(
@@ -100,23 +121,10 @@ def check_groups(
     Raises:
       RecipeError: one does not fit, and there is no fallback.
     """
-    names = inspect.signature(format_options).parameters
-    format = format_options(transform, **{k: v for k, v in options.items() if k in names})
+    rounding = Rounding.of(transform, options)
     stacked = re.compile(options.get("stacked") or "(?!)")
     for path, shape in shapes.items():
-        columns = columns_of(path, shape, bool(stacked.search(path)))
-        fitting(path, columns, format, options.get("fallback_bits"))
-
-
-def columns_of(path: str, shape: tuple[int, ...], stacked: bool = False) -> int:
-    """Columns of a parameter seen as `[out, in]`; a leaf named `kernel` is `[..., in, out]`.
-
-    Args:
-      path: of the parameter.
-      shape: of its dense array.
-      stacked: a kernel's first axis is a layer axis.
-    """
-    return math.prod(shape[stacked:-1]) if path.rsplit("/", 1)[-1] == "kernel" else shape[-1]
+        rounding.format_of(path, shape, bool(stacked.search(path)))
 
 
 def spelled_out(values: dict[str, Any], *objects: str) -> dict[str, Any]:

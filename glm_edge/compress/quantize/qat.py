@@ -10,20 +10,15 @@ import jax.numpy as jnp
 
 from glm_edge import params as boxes
 from glm_edge.compress.quantize import leaves
-from glm_edge.compress.quantize.options import (
-    check_rounding,
-    columns_of,
-    fitting,
-    format_options,
-    spelled_out,
-)
+from glm_edge.compress.quantize.options import Rounding, spelled_out
 from glm_edge.compress.report import Report
 from glm_edge.compress.rounding import grid as grids
 from glm_edge.compress.rounding.grid import Grid
 from glm_edge.compress.training import Training, learn
 from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
 from glm_edge.errors import RecipeError
-from glm_edge.params import FakeQuantized, Format, Masked, Quantized
+from glm_edge.params import FakeQuantized, Masked, Quantized
+from glm_edge.params.formats import PLAIN
 from glm_edge.params.tree import Params
 
 NAME = "quantize.qat"
@@ -60,7 +55,7 @@ def qat(
     forward pass, bit for bit.
 
     Args:
-      bits: 8, 4, 3 or 2.
+      bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
       symmetric: False for affine; zero points keep their first values.
       where: regular expression searched in each path of what is rounded; None is every matrix.
@@ -95,10 +90,7 @@ def qat(
       LLM-QAT: Data-Free Quantization Aware Training, https://arxiv.org/abs/2305.17888.
     """
     options = spelled_out(locals(), "teacher")
-    format = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
-    if format.plain:
-        raise RecipeError(f"{NAME}: {format} is not rounded to levels; use rtn(qtype=...)")
-    check_rounding(NAME, where, scale, format, fallback_bits)
+    Rounding.of(NAME, options, without=PLAIN)
     check_pattern(NAME, "where_train", where_train)
     if scale_rate <= 0.0:
         raise RecipeError(f"{NAME}: scale_rate must be positive, not {scale_rate!r}")
@@ -113,25 +105,19 @@ def _apply_qat(
     model: nn.Module,
     params: Params,
     context: Context,
-    bits: int | None,
-    group_size: int | str | None,
-    symmetric: bool,
-    scale_dtype: str | None,
-    qtype: str | None,
     where: str | None,
-    scale: str,
-    fallback_bits: int | None,
     learned_scale: bool,
     scale_rate: float,
     where_train: str | None,
     teacher: tuple[nn.Module, Params] | None = None,
-    **training: float,
+    **options: Any,
 ) -> Result:
-    wanted = format_options(NAME, bits, group_size, symmetric, scale_dtype, qtype)
+    training = Training(**{name: options.pop(name) for name in Training._fields})
+    rounding = Rounding.of(NAME, options)
     selected = frozenset(boxes.select(params, where))
 
     def prepare(path: str, leaf: Any) -> Any:
-        return fake(path, leaf, wanted, scale, fallback_bits) if path in selected else leaf
+        return fake(path, leaf, rounding) if path in selected else leaf
 
     student = boxes.map_with_path(prepare, params)
     trainable, frozen = split(student, _trains(selected, where_train), learned_scale)
@@ -141,7 +127,7 @@ def _apply_qat(
         trainable,
         frozen,
         teacher or context.original,
-        Training(**training),
+        training,
         context,
         pace_of(trainable, scale_rate),
     )
@@ -166,15 +152,13 @@ def _apply_qat(
 register(NAME, qat, _apply_qat)
 
 
-def fake(path: str, leaf: Any, wanted: Format, scale: str, fallback_bits: int | None = None) -> Any:
+def fake(path: str, leaf: Any, rounding: Rounding) -> Any:
     """Boxes a parameter to train as if it were quantized.
 
     Args:
       path: of the parameter.
       leaf: array, `Masked` or `Quantized`.
-      wanted: format to train for.
-      scale: how its grid is chosen, unless a `Quantized` leaf of this format brings its own.
-      fallback_bits: per-channel width where columns are not whole groups.
+      rounding: what to train for; a `Quantized` leaf of its format brings its own scales.
 
     Returns:
       `FakeQuantized`, in the mask of a masked weight.
@@ -182,12 +166,12 @@ def fake(path: str, leaf: Any, wanted: Format, scale: str, fallback_bits: int | 
     Raises:
       RecipeError: the weight is not finite, or its columns are not whole groups.
     """
-    format = fitting(path, columns_of(path, leaf.shape), wanted, fallback_bits)
+    format = rounding.format_of(path, leaf.shape)
     matrix, kernel_shape = leaves.dense_rows(path, leaf)
     if isinstance(leaf, Quantized) and leaf.format == format:
         grid = Grid(leaf.scale, leaf.zero)
     else:
-        grid = grids.choose(matrix, format, scale)
+        grid = grids.choose(matrix, format, rounding.scale)
     dtype = str(leaves.leaf_dtype(leaf))
     box = boxes.fake_quantized(matrix, *grid, format, kernel_shape, dtype)
     return boxes.mask(box, leaf.mask) if isinstance(leaf, Masked) else box

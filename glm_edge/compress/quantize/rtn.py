@@ -1,18 +1,14 @@
 """Rounding weights to the nearest level."""
 
 import re
+from typing import Any
 
 from glm_edge.compress.quantize.leaves import quantize_leaf, row
-from glm_edge.compress.quantize.options import (
-    check_groups,
-    check_rounding,
-    columns_of,
-    fitting,
-    format_options,
-    spelled_out,
-)
+from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
 from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.transform import Transform, check_pattern
+
+NAME = "quantize.rtn"
 
 
 def rtn(
@@ -33,7 +29,7 @@ def rtn(
     one. Zeros of a masked weight stay zero and its mask is dropped. Biases and norms are left.
 
     Args:
-      bits: 8, 4, 3 or 2.
+      bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns (inputs) that share a scale; None for one scale a row (per channel),
         `tensor` for one scale a matrix.
       symmetric: False for affine, with an integer zero point.
@@ -62,35 +58,23 @@ def rtn(
       https://arxiv.org/abs/1712.05877.
     """
     options = spelled_out(locals())
-    format = format_options("quantize.rtn", bits, group_size, symmetric, scale_dtype, qtype)
-    check_rounding("quantize.rtn", where, scale, format, fallback_bits)
-    check_pattern("quantize.rtn", "stacked", stacked)
-    return Transform("quantize.rtn", options)
+    Rounding.of(NAME, options)
+    check_pattern(NAME, "stacked", stacked)
+    return Transform(NAME, options)
 
 
-def _round_stage(
-    work: StageWork,
-    bits: int,
-    group_size: int | str | None,
-    symmetric: bool,
-    scale: str,
-    scale_dtype: str | None,
-    qtype: str | None,
-    fallback_bits: int | None,
-    stacked: str | None,
-) -> Replaced:
-    wanted = format_options("quantize.rtn", bits, group_size, symmetric, scale_dtype, qtype)
+def _round_stage(work: StageWork, stacked: str | None, **shared: Any) -> Replaced:
+    rounding = Rounding.of(NAME, shared)
     has_layer_axis = re.compile(stacked or "(?!)").search
     replaced, rows = {}, []
     for path in work.selected:
         leaf, layers = work.leaves[path], bool(has_layer_axis(path))
-        columns = columns_of(path, leaf.shape, layers)
-        format = fitting(path, columns, wanted, fallback_bits)
-        replaced[path], error = quantize_leaf(path, leaf, format, scale, layers)
-        note = "" if format is wanted else "fallback"
-        rows.append(row("quantize.rtn", path, leaf, replaced[path], error, note))
+        format = rounding.format_of(path, leaf.shape, layers)
+        replaced[path], error = quantize_leaf(path, leaf, format, rounding.scale, layers)
+        note = "" if format is rounding.format else "fallback"
+        rows.append(row(NAME, path, leaf, replaced[path], error, note))
         work.advance(path)
     return replaced, rows
 
 
-register_stagewise("quantize.rtn", rtn, _round_stage, check=check_groups)
+register_stagewise(NAME, rtn, _round_stage, check=check_groups)

@@ -14,7 +14,7 @@ from glm_edge.params import Format
 from glm_edge.params.formats import PER_TENSOR
 
 # Smallest fraction of the range that "max" spans that is tried; the fewer levels, the smaller.
-_LEAST = {"int8": 0.9, "int4": 0.55, "int3": 0.4, "nf4": 0.6}
+_LEAST = {"int8": 0.9, "int6": 0.8, "int5": 0.7, "int4": 0.55, "int3": 0.4, "nf4": 0.6}
 _LEAST_OF_FEW = 0.2
 _COARSE, _FINE = 12, (-0.67, -0.33, 0.33, 0.67)
 _COARSE_AFFINE = 6

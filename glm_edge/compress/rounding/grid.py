@@ -14,7 +14,7 @@ from glm_edge.params.formats import PER_TENSOR
 
 SCALES = ("max", "extreme", "mse")
 # Fractions of the largest magnitude that "mse" tries; 0.875 is 7/8, the whole range of int4.
-_RATIOS = {8: np.linspace(1.0, 0.7, 13), 4: np.linspace(1.0, 0.5, 41)}
+_RATIOS = {8: np.linspace(1.0, 0.7, 13), 6: np.linspace(1.0, 0.6, 25), 4: np.linspace(1.0, 0.5, 41)}
 _FEW_LEVELS = np.linspace(1.0, 0.2, 65)
 
 

@@ -98,8 +98,8 @@ def test_what_cannot_be_rounded_is_refused(small, calibration):
         ({"steps": 0}, "steps must be a whole number"),
         ({"sweeps": 0}, "sweeps must be a whole number"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"qtype": "ternary34"}, "no two levels to choose between"),
-        ({"bits": 5}, "bits must be"),
+        ({"qtype": "ternary34"}, "cannot round to"),
+        ({"bits": 7}, "bits must be"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options, message):

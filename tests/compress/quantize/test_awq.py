@@ -125,7 +125,7 @@ def test_streams_the_same(make_member, batch_of, tmp_path):
 
 
 def test_refuses(make_member, batch_of):
-    for options in ({"bits": 5}, {"steps": 0}, {"clip": 1}, {"qtype": "bfloat16"}, {"scale": "x"}):
+    for options in ({"bits": 7}, {"steps": 0}, {"clip": 1}, {"qtype": "bfloat16"}, {"scale": "x"}):
         with pytest.raises(RecipeError, match=r"quantize\.awq"):
             awq(**options)
     model, params = make_member("edge")

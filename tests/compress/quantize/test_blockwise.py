@@ -135,8 +135,8 @@ def test_what_cannot_be_trained_is_refused(small, calibration, make_member, batc
         ({"learning_rate": 0.0}, "must be positive"),
         ({"mix": 2.0}, "must be in 0..1"),
         ({"compute": "int8"}, "compute must be one of"),
-        ({"qtype": "bfloat16"}, "not rounded to levels"),
-        ({"bits": 5}, "bits must be"),
+        ({"qtype": "bfloat16"}, "cannot round to"),
+        ({"bits": 7}, "bits must be"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options, message):

@@ -235,7 +235,7 @@ def test_what_cannot_be_trained_is_refused(small, calibration):
         ({"compute": "int8"}, "compute must be one of"),
         ({"teacher": 3}, "teacher must be"),
         ({"where_train": "("}, "not a regular expression"),
-        ({"qtype": "float16"}, "not rounded to levels"),
+        ({"qtype": "float16"}, "cannot round to"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options, message):

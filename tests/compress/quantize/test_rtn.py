@@ -204,13 +204,13 @@ def test_a_matrix_that_is_not_whole_groups_falls_back_if_asked():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 5}, "bits must be 8, 4, 3 or 2"),
-        ({"bits": "4"}, "bits must be 8, 4, 3 or 2"),
+        ({"bits": 7}, "bits must be 8, 6, 5, 4, 3 or 2"),
+        ({"bits": "4"}, "bits must be 8, 6, 5, 4, 3 or 2"),
         ({"group_size": 0}, "group_size must be positive"),
         ({"scale": "median"}, "scale must be one of max, extreme, mse"),
         ({"scale": "extreme", "symmetric": False}, "extreme"),
         ({"scale_dtype": "int8"}, "scale_dtype"),
-        ({"fallback_bits": 5}, "bits must be 8, 4, 3 or 2"),
+        ({"fallback_bits": 7}, "bits must be 8, 6, 5, 4, 3 or 2"),
         ({"where": "decoder/("}, "not a regular expression"),
         ({"where": 3}, "not a regular expression"),
     ],
