@@ -108,6 +108,7 @@ def main(argv: Sequence[str]) -> None:
         directory / "model.tflite",
         prefill_lengths=exported_lib.prefill_lengths(context),
         cache_slots=exported_lib.cache_slots(context),
+        prefill_logits=True,
         overwrite=True,
     )
     row, verification = materials.measure_exported(exported, reference=dense)

@@ -1,8 +1,9 @@
 """Export of a compressed model to the file that a phone runs, and the check that it runs it."""
 
+from glm_edge.export.constants import Conversion
 from glm_edge.export.container import read_constants, read_metadata
 from glm_edge.export.runtime import LiteRTModel
-from glm_edge.export.tflite import Conversion, ExportedModel, tflite
+from glm_edge.export.tflite import ExportedModel, tflite
 from glm_edge.export.verify import Verification, Window, verify
 
 __all__ = [

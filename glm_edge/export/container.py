@@ -22,6 +22,18 @@ INLINE_ALIGNMENT = 16
 INLINE_LIMIT = 1 << 30
 SHARED_VECTOR = 1 << 20
 VERIFIED = b'"verified":true '
+# What reading of tables, names and JSON raises where bytes are not what they should be.
+DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 @functools.cache
@@ -131,7 +143,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
       ExportError: the file is missing, not TFLite, damaged, or not written by glm_edge.
     """
-    with _opened(Path(path)) as (model, content):
+    with opened(Path(path)) as (model, content):
         for index in range(model.MetadataLength()):
             entry = model.Metadata(index)
             if entry.Name() == METADATA:
@@ -155,7 +167,7 @@ def read_constants(path: str | Path) -> dict[str, Constant]:
     types = vars(schema().TensorType)
     names = {number: name.lower() for name, number in types.items() if isinstance(number, int)}
     found = {}
-    with _opened(Path(path)) as (model, content):
+    with opened(Path(path)) as (model, content):
         for subgraph in range(model.SubgraphsLength()):
             graph = model.Subgraphs(subgraph)
             for index in range(graph.TensorsLength()):
@@ -202,7 +214,7 @@ def mark_verified(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, np.ndarray]]:
+def opened(path: Path) -> Iterator[tuple[Any, np.ndarray]]:
     """The root table of a file and its bytes, mapped rather than read."""
     try:
         content = np.memmap(path, np.uint8, "r")
@@ -213,5 +225,5 @@ def _opened(path: Path) -> Iterator[tuple[Any, np.ndarray]]:
         raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
     except ExportError:
         raise
-    except (ValueError, IndexError, TypeError, KeyError, AttributeError, struct.error) as error:
+    except DAMAGE as error:
         raise ExportError(f"{path}: damaged TFLite file: {error}") from error

@@ -12,6 +12,8 @@ from glm_edge.errors import ExportError, require
 
 METADATA = b"glm_edge"
 FULLY_CONNECTED_VERSION = 12
+FULLY_CONNECTED_INT2_VERSION = 13
+DEQUANTIZE_VERSION = 3
 EMBEDDING_LOOKUP_VERSION = 4
 SMALL_BUFFER = 1024
 
@@ -26,7 +28,7 @@ class Constant:
     """A weight in the bytes and terms of TFLite.
 
     Attributes:
-      type: `float32`, `int8`, or `int4` (two to a byte, low nibble first).
+      type: `float32`, `float16`, or `int8`, `int4`, `int2`, the first code in the lowest bits.
       shape: dense shape.
       data: uint8, the packed bytes.
       scale: None, float32 [out] per channel, or float16 [out, in / block_size].
@@ -87,13 +89,27 @@ class FlatModel:
                     continue
                 if path not in stored:
                     stored[path] = self._store(constant)
+                if constant.type == "float16":
+                    index = self._widened(graph, index)
                 self._describe(graph, index, path, constant, stored[path])
+                if constant.type == "float16":
+                    continue
                 for operator, position in consumers[index]:
                     self._read_constant(graph, operator, position, path, constant)
 
     def _store(self, constant: Constant) -> tuple[int, int]:
         data = self.add_buffer(constant.data)
         return data, self.add_buffer(constant.scale) if constant.block_size else 0
+
+    def _widened(self, graph: Any, index: int) -> int:
+        """Index of a new tensor, from which an operator now makes the float32 tensor `index`."""
+        source = self.add_tensor(graph, "", tuple(graph.tensors[index].shape), "FLOAT16")
+        operator = self.schema.OperatorT()
+        operator.opcodeIndex = self._operator_code("DEQUANTIZE", DEQUANTIZE_VERSION)
+        operator.inputs = np.array([source], np.int32)
+        operator.outputs = np.array([index], np.int32)
+        graph.operators.insert(0, operator)
+        return source
 
     def _describe(
         self, graph: Any, index: int, path: str, constant: Constant, buffers: tuple[int, int]
@@ -126,7 +142,9 @@ class FlatModel:
         name = self.operator_name(operator)
         if name == "FULLY_CONNECTED" and position == 1:
             code = self.model.operatorCodes[operator.opcodeIndex]
-            code.version = max(code.version, FULLY_CONNECTED_VERSION)
+            two_bits = constant.type == "int2"
+            version = FULLY_CONNECTED_INT2_VERSION if two_bits else FULLY_CONNECTED_VERSION
+            code.version = max(code.version, version)
             # Read only where XNNPACK declines the operator: keeps that kernel's grid the same.
             operator.builtinOptions.asymmetricQuantizeInputs = constant.scale is not None
         elif name in ("GATHER", "GATHER_ND") and position == 0 and len(constant.shape) == 2:

@@ -23,8 +23,15 @@ HIDDEN = -1e9
 class PhoneModel:
     """Drives the signatures as a phone's runtime does; subclasses run one signature."""
 
-    def __init__(self, config: GLMConfig, prefill_lengths: Iterable[int], cache_slots: int):
+    def __init__(
+        self,
+        config: GLMConfig,
+        prefill_lengths: Iterable[int],
+        cache_slots: int,
+        prefill_logits: bool = True,
+    ):
         self.config = config
+        self.prefill_logits = prefill_logits
         self.prefill_lengths = sorted(prefill_lengths)
         self.cache_slots = cache_slots
 
@@ -108,7 +115,7 @@ class PhoneModel:
         Raises:
           DataError: as `embed`.
         """
-        return self.extend(self.embed(tokens, image, audio), 0, self.empty_cache())[0]
+        return self.extend(self.embed(tokens, image, audio), 0, self.empty_cache(), True)[0]
 
     def generate(
         self,
@@ -142,42 +149,72 @@ class PhoneModel:
         return generated
 
     def extend(
-        self, embedded: np.ndarray, slot: int, cache: dict[str, np.ndarray]
+        self,
+        embedded: np.ndarray,
+        slot: int,
+        cache: dict[str, np.ndarray],
+        every_position: bool = False,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Runs embedded tokens from a slot of the cache on.
+
+        Where prefill gives no logits, the last token is decoded after the others; so is every token
+        where all positions are asked for.
 
         Args:
           embedded: [T, D].
           slot: that the first token takes; the slots before it are full.
           cache: from `empty_cache`, or from the call before.
+          every_position: scores all tokens, not the last alone.
 
         Returns:
-          `(logits, cache)`: [T, V], and the cache with these tokens.
+          `(logits, cache)`: [T, V] or [1, V], and the cache with these tokens.
 
         Raises:
           DataError: the tokens do not fit the cache.
         """
-        logits = []
-        for start, end, length in self._chunks(slot, slot + len(embedded)):
-            positions = np.arange(start, start + length, dtype=np.int32)
-            visible = np.arange(self.cache_slots) <= positions[:, None]
-            inputs = {
-                "embeddings": _padded(embedded[start - slot : end - slot], length)[None],
-                "input_pos": positions,
-                "mask": np.where(visible, 0.0, HIDDEN).astype(np.float32)[None, None],
-            }
-            if self.config.decoder.mrope_section:
-                inputs["positions"] = np.broadcast_to(positions, (3, length))
+        logits, end = [], slot + len(embedded)
+        if self.prefill_logits:
+            chunks = self._chunks(slot, end)
+        elif every_position:
+            chunks = ((at, at + 1, 1) for at in self._within(slot, end))
+        else:
+            chunks = (*self._chunks(slot, end - 1), (end - 1, end, 1))
+        for start, end, length in chunks:
+            inputs = self.step_inputs(embedded[start - slot : end - slot], start, length)
             name = f"prefill{_suffix(length)}" if length > 1 else DECODE
             outputs = self.run(name, **inputs, **cache)
-            logits.append(outputs.pop("logits")[0, : end - start])
+            if "logits" in outputs:
+                logits.append(outputs.pop("logits")[0, : end - start])
             cache = outputs
-        return np.concatenate(logits), cache
+        return np.concatenate(logits) if every_position else logits[-1][-1:], cache
+
+    def step_inputs(self, embedded: np.ndarray, slot: int, length: int) -> dict[str, np.ndarray]:
+        """What `decode` or `prefill_<length>` takes beside the cache.
+
+        Args:
+          embedded: at most [length, D]; the rest is padded.
+          slot: that the first token takes.
+          length: of the signature.
+        """
+        positions = np.arange(slot, slot + length, dtype=np.int32)
+        visible = np.arange(self.cache_slots) <= positions[:, None]
+        inputs = {
+            "embeddings": _padded(embedded, length)[None],
+            "input_pos": positions,
+            "mask": np.where(visible, 0.0, HIDDEN).astype(np.float32)[None, None],
+        }
+        if self.config.decoder.mrope_section:
+            inputs["positions"] = np.broadcast_to(positions, (3, length))
+        return inputs
+
+    def _within(self, start: int, end: int) -> range:
+        if end > self.cache_slots:
+            raise DataError(f"{end} tokens do not fit the {self.cache_slots} slots of the cache")
+        return range(start, end)
 
     def _chunks(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Splits slots `start..end` into `(start, end, length of the signature)`."""
-        if end > self.cache_slots:
-            raise DataError(f"{end} tokens do not fit the {self.cache_slots} slots of the cache")
+        self._within(start, end)
         while start < end:
             room = self.cache_slots - start
             fitting = [length for length in self.prefill_lengths if length <= room]
@@ -214,6 +251,7 @@ class LiteRTModel(PhoneModel):
             from_dict(description["config"]),
             description["prefill_lengths"],
             description["cache_slots"],
+            description["prefill_logits"],
         )
         interpreter = require("ai_edge_litert.interpreter", extra="export")
         try:
@@ -243,6 +281,7 @@ class JaxModel(PhoneModel):
       params: as the file holds them.
       prefill_lengths: of the file.
       cache_slots: of the file.
+      prefill_logits: as the file.
     """
 
     def __init__(
@@ -251,13 +290,12 @@ class JaxModel(PhoneModel):
         params: Any,
         prefill_lengths: Iterable[int],
         cache_slots: int,
+        prefill_logits: bool = True,
     ):
-        super().__init__(model.config, prefill_lengths, cache_slots)
+        super().__init__(model.config, prefill_lengths, cache_slots, prefill_logits)
         self._params = params
-        self._functions = {
-            signature.name: jax.jit(signature.function)
-            for signature in signatures(model, self.prefill_lengths, cache_slots)
-        }
+        offered = signatures(model, self.prefill_lengths, cache_slots, prefill_logits)
+        self._functions = {signature.name: jax.jit(signature.function) for signature in offered}
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""

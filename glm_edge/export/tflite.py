@@ -1,13 +1,9 @@
 """Export to a `.tflite` file that holds our own integers and scales, bit for bit."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 
 from glm_edge import __version__
 from glm_edge import params as boxes
@@ -15,32 +11,13 @@ from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.configs import GLMConfig, to_dict
 from glm_edge.errors import ExportError
 from glm_edge.export import container
-from glm_edge.export.flatbuffer import Constant, FlatModel
-from glm_edge.export.trace import signatures, skeleton
+from glm_edge.export.constants import Conversion, Held, constants_of
+from glm_edge.export.flatbuffer import FlatModel
+from glm_edge.export.trace import Signature, signatures, skeleton
 from glm_edge.models.multimodal import MultimodalGLM
-from glm_edge.params import Masked, Quantized
-from glm_edge.params.tree import Params, nested
+from glm_edge.params.tree import Params
 
-BLOCK_MULTIPLE = 32
 DEFAULT_SLOTS = 1024
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A parameter that the file holds in another form than the tree.
-
-    Attributes:
-      path: of the parameter.
-      rule: what was done.
-      changes_values: False when the dense weight is the same.
-    """
-
-    path: str
-    rule: str
-    changes_values: bool
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.rule}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +55,7 @@ def tflite(
     path: str | Path,
     prefill_lengths: Iterable[int] = (128,),
     cache_slots: int | None = None,
+    prefill_logits: bool = False,
     overwrite: bool = False,
 ) -> ExportedModel:
     """Writes a model as a `.tflite` file with builtin operators only.
@@ -88,11 +66,11 @@ def tflite(
 
     Args:
       model: the model; see `glm_edge.export.trace.signatures` for what the file offers.
-      params: its parameters: arrays; `Masked` (written dense, with zeros); `Quantized` symmetric,
-        at 8 or 4 bits per channel, or at 4 bits in groups of a multiple of 32.
+      params: its parameters, see `glm_edge.export.constants.constants_of`.
       path: of the file.
       prefill_lengths: lengths of the prefill signatures.
       cache_slots: slots of the cache; None takes the model's context, at most 1024.
+      prefill_logits: prefill scores every token, which takes time that generation does not need.
       overwrite: replace a file that exists.
 
     Returns:
@@ -108,38 +86,65 @@ def tflite(
     shapes = _check_model(model, params)
     lengths, cache_slots = _check_lengths(model.config, prefill_lengths, cache_slots)
 
-    constants, written, conversions = {}, {}, []
-    for name, leaf in boxes.path_items(params):
-        constants[name], written[name], conversion = _constant(name, leaf)
-        conversions += [] if conversion is None else [conversion]
+    held = constants_of(params)
+    offered = signatures(model.clone(compute="float32"), lengths, cache_slots, prefill_logits)
+    fields = {
+        "config": to_dict(model.config),
+        "prefill_lengths": lengths,
+        "prefill_logits": prefill_logits,
+        "cache_slots": cache_slots,
+    }
+    return ExportedModel(
+        path=path,
+        file_bytes=write_signatures(offered, shapes, held, path, overwrite, fields),
+        stored_bytes=held.stored_bytes,
+        signatures=tuple(signature.name for signature in offered),
+        conversions=held.conversions,
+        model=model,
+        params=held.params,
+    )
 
-    offered = signatures(model.clone(compute="float32"), lengths, cache_slots)
+
+def write_signatures(
+    offered: Sequence[Signature],
+    shapes: Mapping[str, tuple[int, ...]],
+    held: Held,
+    path: Path,
+    overwrite: bool = False,
+    fields: Mapping[str, Any] | None = None,
+) -> int:
+    """Writes functions of a model as one `.tflite` file.
+
+    Args:
+      offered: the functions.
+      shapes: dense shapes of the parameters that they may read, by path.
+      held: the parameters.
+      path: of the file.
+      overwrite: replace a file that exists.
+      fields: of the description that `glm_edge.export.read_metadata` finds.
+
+    Returns:
+      Bytes of the file.
+
+    Raises:
+      ExportError: the graph cannot be converted, or reads a weight in a way that LiteRT cannot.
+      OutputError: the file exists already, or cannot be written.
+    """
     content, arguments = skeleton(offered, shapes)
     graph = FlatModel(content)
-    graph.attach({name: (where, constants[where]) for name, where in arguments.items()})
+    graph.attach({name: (where, held.constants[where]) for name, where in arguments.items()})
     graph.add_metadata(
         {
+            **(fields or {}),
             "version": __version__,
-            "config": to_dict(model.config),
             "signatures": [signature.name for signature in offered],
-            "prefill_lengths": lengths,
-            "cache_slots": cache_slots,
-            "parameters": sorted(constants),
-            "conversions": [str(conversion) for conversion in conversions],
+            "parameters": sorted(shapes),
+            "conversions": [str(conversion) for conversion in held.conversions],
             "verified": False,
         }
     )
     graph.compact()
-    file_bytes = container.write(graph.model, path, overwrite)
-    return ExportedModel(
-        path=path,
-        file_bytes=file_bytes,
-        stored_bytes=sum(_stored_bytes(constant) for constant in constants.values()),
-        signatures=tuple(signature.name for signature in offered),
-        conversions=tuple(conversions),
-        model=model,
-        params=nested(written),
-    )
+    return container.write(graph.model, path, overwrite)
 
 
 def _check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
@@ -168,72 +173,3 @@ def _check_lengths(
         if not 2 <= length <= slots:
             raise ExportError(f"prefill_lengths: {length} must be 2 to {slots}, the cache's slots")
     return lengths, slots
-
-
-def _constant(path: str, leaf: Any) -> tuple[Constant, Any, Conversion | None]:
-    """What the file holds of a parameter, the same as a leaf, and the rule where they differ."""
-    if isinstance(leaf, Quantized):
-        return _quantized_constant(path, leaf)
-    conversion = None
-    if isinstance(leaf, Masked):
-        leaf = boxes.dense(leaf)
-        conversion = Conversion(path, "mask written as zeros of a dense float32 weight", False)
-    elif boxes.is_box(leaf):
-        raise ExportError(f"{path}: a {type(leaf).__name__} is for training; finalize it first")
-    values = np.ascontiguousarray(np.asarray(leaf, np.float32))
-    _check_finite(path, values)
-    if jnp.dtype(leaf.dtype) != jnp.float32:
-        exact = jnp.dtype(leaf.dtype).itemsize < 4
-        conversion = Conversion(path, f"{leaf.dtype} written as float32", not exact)
-    constant = Constant("float32", values.shape, values.reshape(-1).view(np.uint8))
-    return constant, jnp.asarray(values), conversion
-
-
-def _quantized_constant(path: str, box: Quantized) -> tuple[Constant, Quantized, Conversion | None]:
-    _refuse_unfit(path, box)
-    data = np.ascontiguousarray(np.asarray(box.data)).reshape(-1).view(np.uint8)
-    scale, conversion = np.asarray(box.scale), None
-    _check_finite(path, scale)
-    kind = box.format.qtype
-    if scale.shape[-1] == 1:
-        written = scale.astype(np.float32)
-        return Constant(kind, box.shape, data, written.reshape(-1)), box, None
-    held = scale.astype(ml_dtypes.bfloat16).astype(np.float16)
-    if not np.array_equal(held.astype(np.float32), scale.astype(np.float32)):
-        rule = f"scales rounded from {scale.dtype} to bfloat16, which XNNPACK multiplies with"
-        conversion = Conversion(path, rule, True)
-        # Through float16 too, whose subnormals are coarser than bfloat16.
-        rounded = held.astype(np.float32).astype(ml_dtypes.bfloat16)
-        box = box.replace(scale=jnp.asarray(rounded.astype(scale.dtype)))
-    return Constant(kind, box.shape, data, held, box.format.group_size), box, conversion
-
-
-def _refuse_unfit(path: str, box: Quantized) -> None:
-    form, right = box.format, "int8 or int4 per channel, or int4 in groups of 32"
-    reason = None
-    if box.kernel_shape or box.data.ndim != 2:
-        reason, right = "it is stored [in, out] or stacked", "a matrix [out, in] of one layer"
-    elif not form.symmetric:
-        reason, right = "LiteRT multiplies with weights that have no zero point", "symmetric=True"
-    elif form.qtype not in ("int8", "int4"):
-        reason = "LiteRT's converter here writes int8 and int4"
-    elif form.group_size == "tensor":
-        reason = "a scale for the whole matrix is none for each row"
-    elif form.qtype == "int4" and box.columns % 2:
-        reason = f"XNNPACK needs an even number of columns at 4 bits, here {box.columns}"
-        right = "int8 per channel"
-    elif box.scale.shape[-1] > 1 and form.qtype != "int4":
-        reason = f"XNNPACK has no kernel for {form.qtype} in groups"
-    elif box.scale.shape[-1] > 1 and form.group_size % BLOCK_MULTIPLE:
-        reason = f"XNNPACK needs groups of a multiple of {BLOCK_MULTIPLE}"
-    if reason is not None:
-        raise ExportError(f"{path}: {form} cannot be written: {reason}; right would be {right}")
-
-
-def _check_finite(path: str, values: np.ndarray) -> None:
-    if not np.isfinite(values.astype(np.float32)).all():
-        raise ExportError(f"{path}: holds NaN or infinity; export finite weights")
-
-
-def _stored_bytes(constant: Constant) -> int:
-    return constant.data.nbytes + (0 if constant.scale is None else constant.scale.nbytes)

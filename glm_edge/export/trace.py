@@ -18,11 +18,11 @@ from jax import Array
 
 from glm_edge.errors import ExportError, require
 from glm_edge.export.lowering import without_erf
+from glm_edge.models.glm import KEY_BY_HEAD, VALUE_BY_HEAD
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import nested
 
 Inputs = dict[str, Array]
-VISIBLE = -1.0
 DECODE = "decode"
 
 
@@ -44,7 +44,10 @@ class Signature:
 
 
 def signatures(
-    model: MultimodalGLM, prefill_lengths: Iterable[int], cache_slots: int
+    model: MultimodalGLM,
+    prefill_lengths: Iterable[int],
+    cache_slots: int,
+    prefill_logits: bool = False,
 ) -> list[Signature]:
     """Lists what an exported model offers.
 
@@ -53,13 +56,14 @@ def signatures(
     [1, M, D], which the caller puts in the places of placeholder embeddings. `decode` (T = 1) and
     `prefill_<T>` take `embeddings`, `input_pos` [T], an additive `mask` [1, 1, T, S] and the cache,
     `kv_cache_k_<i>` [1, K, S, H] and `kv_cache_v_<i>` [1, K, H, S], write it from slot
-    `input_pos[0]` on, and give it back with `logits` [1, T, V]. A model with three-dimensional
-    rotary positions also takes `positions` [3, T].
+    `input_pos[0]` on, and give it back; `decode` gives `logits` [1, 1, V] with it. A model with
+    three-dimensional rotary positions also takes `positions` [3, T].
 
     Args:
       model: the model; its `compute` decides how the functions multiply.
       prefill_lengths: lengths `T` of the prefill signatures.
       cache_slots: slots `S` of the cache.
+      prefill_logits: prefill gives `logits` [1, T, V], too.
 
     Returns:
       The signatures.
@@ -68,7 +72,9 @@ def signatures(
     offered = []
     for suffix, length in [("", 1), *((f"_{length}", length) for length in prefill_lengths)]:
         offered.append(_embed(model, f"embed{suffix}", length))
-        offered.append(_step(model, f"prefill{suffix}" if suffix else DECODE, length, cache_slots))
+        name = f"prefill{suffix}" if suffix else DECODE
+        logits = prefill_logits or name == DECODE
+        offered.append(_step(model, name, length, cache_slots, logits))
     if config.vision is not None:
         shape = (1, *config.vision.image_size, config.vision.channels)
         offered.append(_encoder(model, "vision", "images", shape, MultimodalGLM.encode_images))
@@ -98,7 +104,7 @@ def _embed(model: MultimodalGLM, name: str, length: int) -> Signature:
     return Signature(name, {"tokens": tokens}, function, ("embed",))
 
 
-def _step(model: MultimodalGLM, name: str, length: int, slots: int) -> Signature:
+def _step(model: MultimodalGLM, name: str, length: int, slots: int, with_logits: bool) -> Signature:
     decoder = model.config.decoder
 
     def run(module: MultimodalGLM, inputs: Inputs) -> dict[str, Array]:
@@ -108,20 +114,18 @@ def _step(model: MultimodalGLM, name: str, length: int, slots: int) -> Signature
         cache = {
             "layers": [
                 {
-                    "key": jnp.swapaxes(inputs[f"kv_cache_k_{layer}"], 1, 2),
-                    "value": jnp.moveaxis(inputs[f"kv_cache_v_{layer}"], 3, 1),
+                    KEY_BY_HEAD: inputs[f"kv_cache_k_{layer}"],
+                    VALUE_BY_HEAD: inputs[f"kv_cache_v_{layer}"],
                 }
                 for layer in range(decoder.num_layers)
             ],
             "length": inputs["input_pos"][0],
         }
-        final, _, cache = module.decoder(
-            inputs["embeddings"], positions, inputs["mask"] > VISIBLE, cache
-        )
-        outputs = {"logits": module.predict(final)}
+        final, _, cache = module.decoder(inputs["embeddings"], positions, inputs["mask"], cache)
+        outputs = {"logits": module.predict(final)} if with_logits else {}
         for layer, slots_of_layer in enumerate(cache["layers"]):
-            outputs[f"kv_cache_k_{layer}"] = jnp.swapaxes(slots_of_layer["key"], 1, 2)
-            outputs[f"kv_cache_v_{layer}"] = jnp.moveaxis(slots_of_layer["value"], 1, 3)
+            outputs[f"kv_cache_k_{layer}"] = slots_of_layer[KEY_BY_HEAD]
+            outputs[f"kv_cache_v_{layer}"] = slots_of_layer[VALUE_BY_HEAD]
         return outputs
 
     def function(params: Any, inputs: Inputs) -> dict[str, Array]:

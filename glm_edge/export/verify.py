@@ -111,7 +111,11 @@ def verify(
     """
     phone = LiteRTModel(path)
     reference = JaxModel(
-        model.clone(compute=compute), params, phone.prefill_lengths, phone.cache_slots
+        model.clone(compute=compute),
+        params,
+        phone.prefill_lengths,
+        phone.cache_slots,
+        phone.prefill_logits,
     )
     windows = list(windows) if windows is not None else random_windows(phone, seed)
     same, errors, divergences = [], [], []

@@ -73,6 +73,30 @@ def attention(query: Array, key: Array, value: Array, mask: Array | None = None)
     return jnp.moveaxis(mixed, 0, 1).reshape(batch, count * size, heads, width)[:, :length]
 
 
+def attention_by_head(query: Array, key: Array, value: Array, mask: Array) -> Array:
+    """Grouped-query attention on a cache laid out as phones' runtimes hold it.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, K, S, H].
+      value: [B, K, H, S].
+      mask: added to the scores, [B, 1, T, S].
+
+    Returns:
+      [B, T, N, H].
+    """
+    batch, length, heads, width = query.shape
+    groups, slots = key.shape[1], key.shape[2]
+    grouped = (query * width**-0.5).reshape(batch, length, groups, -1, width)
+    rows = jnp.transpose(grouped, (0, 2, 3, 1, 4)).reshape(batch, groups, -1, width)
+    scores = jnp.einsum("bkrh,bksh->bkrs", rows, key)
+    scores = scores.reshape(batch, -1, length, slots) + mask
+    weights = jax.nn.softmax(scores, axis=-1).reshape(batch, groups, -1, slots)
+    mixed = jnp.einsum("bkrs,bkhs->bkrh", weights, value)
+    mixed = mixed.reshape(batch, heads, length, width)
+    return jnp.swapaxes(mixed, 1, 2)
+
+
 def causal_mask(query_slots: Array, num_slots: int) -> Array:
     """Lets a query at slot `t` see the slots `0..t`.
 

@@ -16,6 +16,8 @@ from glm_edge.params.sharding import constrain
 
 LayerCache = dict[str, Array]
 Cache = dict[str, Any]
+# Entries of a layer's cache that is laid out for a phone's runtime, in place of `key` and `value`.
+KEY_BY_HEAD, VALUE_BY_HEAD = "key_by_head", "value_by_head"
 
 
 class Attention(nn.Module):
@@ -43,12 +45,17 @@ class Attention(nn.Module):
         query = rotate(project("q_proj", heads, "heads"), angle)
         key = rotate(project("k_proj", kv_heads, "kv_heads"), angle)
         value = project("v_proj", kv_heads, "kv_heads")
-        if cache is not None:
+        by_head = cache is not None and KEY_BY_HEAD in cache
+        if by_head:
+            cache = write_cache_by_head(cache, key, value, slot)
+            key, value = cache[KEY_BY_HEAD], cache[VALUE_BY_HEAD]
+        elif cache is not None:
             cache = write_cache(cache, {"key": key, "value": value}, slot)
             key, value = (read_cache(cache, name, config.head_dim) for name in ("key", "value"))
         if self.is_mutable_collection("attention") and not self.is_initializing():
             self.sow("attention", "weights", attention_kernels.attention_weights(query, key, mask))
-        mixed = attention_kernels.attention(query, key, value, mask).astype(x.dtype)
+        attend = attention_kernels.attention_by_head if by_head else attention_kernels.attention
+        mixed = attend(query, key, value, mask).astype(x.dtype)
         mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
         if self.has_variable("gates", "heads"):
             mixed = mixed * self.get_variable("gates", "heads")[:, None]
@@ -206,6 +213,17 @@ def write_cache(cache: LayerCache, new: dict[str, Array], slot: Array) -> LayerC
             jax.lax.dynamic_update_slice(held, rows[name].astype(held.dtype), place), *axes
         )
         for name, held in cache.items()
+    }
+
+
+def write_cache_by_head(cache: LayerCache, key: Array, value: Array, slot: Array) -> LayerCache:
+    """As `write_cache`, for `KEY_BY_HEAD` [B, K, S, H] and `VALUE_BY_HEAD` [B, K, H, S]."""
+    update = jax.lax.dynamic_update_slice
+    return {
+        KEY_BY_HEAD: update(cache[KEY_BY_HEAD], jnp.swapaxes(key, 1, 2), (0, 0, slot, 0)),
+        VALUE_BY_HEAD: update(
+            cache[VALUE_BY_HEAD], jnp.transpose(value, (0, 2, 3, 1)), (0, 0, 0, slot)
+        ),
     }
 
 

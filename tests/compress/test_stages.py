@@ -88,9 +88,9 @@ def test_a_stock_module_is_one_stage_whose_inputs_are_seen():
     (stage,) = stages.stages(model)
     states = stages.first_states(model, [{"tokens": tokens}])
     found = stage.collect(dict(boxes.path_items(params)), states, stages.ROWS)
-    assert {path: value["gram"].shape for path, value in found.items()} == {
-        "first/kernel": (5, 5),
-        "second/kernel": (16, 16),
+    assert {path: rows.shape for path, rows in found.items()} == {
+        "first/kernel": (8, 5),
+        "second/kernel": (8, 16),
     }
 
 

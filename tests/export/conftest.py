@@ -97,7 +97,9 @@ def dense_export(model, dense_params, tmp_path_factory):
     from glm_edge import export
 
     path = tmp_path_factory.mktemp("export") / "dense.tflite"
-    return export.tflite(model, dense_params, path, prefill_lengths=(8, 32), cache_slots=64)
+    return export.tflite(
+        model, dense_params, path, prefill_lengths=(8, 32), cache_slots=64, prefill_logits=True
+    )
 
 
 @pytest.fixture(scope="session")

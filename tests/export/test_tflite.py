@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import glm_edge as ge
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, MissingExtraError, OutputError
 from glm_edge.export import container
+from glm_edge.export.constants import constant_of
 from glm_edge.export.flatbuffer import FlatModel
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Masked, Quantized
@@ -67,13 +69,13 @@ def test_weights_are_stored_once_for_all_signatures(exported):
             if tensor.name in (b"embed/weight", b"decoder/layers/0/mlp/down_proj/weight"):
                 buffers.setdefault(tensor.name, []).append(tensor.buffer)
     assert {name: len(set(found)) for name, found in buffers.items()} == dict.fromkeys(buffers, 1)
-    assert len(buffers[b"embed/weight"]) == 6
+    assert len(buffers[b"embed/weight"]) == 4
     assert len(buffers[b"decoder/layers/0/mlp/down_proj/weight"]) == 3
 
 
 def test_conversions_are_reported(exported, model, dense_params, quantize, tmp_path):
     assert [str(c) for c in exported.conversions] == [
-        "speech/linear_1/weight: mask written as zeros of a dense float32 weight"
+        "speech/linear_1/weight: mask written as zeros of a dense weight"
     ]
     assert not exported.conversions[0].changes_values
     assert not isinstance(exported.params["speech"]["linear_1"]["weight"], Masked)
@@ -116,14 +118,77 @@ def test_forms_that_litert_cannot_run_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_odd_columns_at_four_bits_and_stock_kernels_are_refused(quantize):
-    from glm_edge.export.tflite import _constant
-
-    with pytest.raises(ExportError, match="even number of columns"):
-        _constant("w", quantize(jnp.ones((4, 33)), INT4))
+def test_stock_kernels_are_refused():
     stock = boxes.quantized(jnp.ones((4, 6), jnp.int8), jnp.ones((4, 1)), None, INT8, (6, 4))
     with pytest.raises(ExportError, match=r"stored \[in, out\]"):
-        _constant("w", stock)
+        constant_of("w", stock)
+
+
+@pytest.mark.parametrize(
+    ("form", "columns", "held"),
+    [
+        ("int2", 64, None),
+        ("int2", 66, "int4-channel"),
+        ("int4", 33, "int8-channel"),
+        ("int6", 64, "int8-channel"),
+        ("int5", 64, "int8-channel"),
+        ("int3", 64, "int4-channel"),
+        ("ternary", 64, "int2-channel"),
+        ("ternary34", 64, "int2-channel"),
+        ("int8-tensor", 64, "int8-channel"),
+        ("int4-tensor", 64, "int4-channel"),
+        ("int2-g32", 64, "int4-g32"),
+        ("int3-g32", 64, "int4-g32"),
+        ("ternary-g64", 64, "int4-g64"),
+    ],
+)
+def test_codes_move_to_a_wider_type_that_runs_and_values_stay(form, columns, held):
+    weight = jax.random.normal(jax.random.key(0), (6, columns))
+    box = ge.quantize.rtn(qtype=form.split("-")[0], group_size=group_of(form))(
+        None, {"weight": weight}
+    )
+    box = box.params["weight"]
+    constant, effective, conversions = constant_of("w", box)
+    assert [str(c) for c in conversions] == (
+        [f"w: {form if '-' in form else f'{form}-channel'} written as {held}, of the same values"]
+        if held
+        else []
+    )
+    assert not any(conversion.changes_values for conversion in conversions)
+    np.testing.assert_array_equal(box.unbox(), effective.unbox())
+    np.testing.assert_array_equal(box.codes(), effective.codes())
+    assert constant.data.tobytes() == np.asarray(effective.data).tobytes()
+    assert constant.type == effective.format.qtype
+
+
+def group_of(form):
+    grouping = form.partition("-")[2]
+    return int(grouping[1:]) if grouping.startswith("g") else grouping or None
+
+
+def test_halves_are_held_as_they_are_where_float16_can():
+    weight = jax.random.normal(jax.random.key(0), (4, 8))
+    half, _, conversions = constant_of("w", weight.astype(jnp.float16))
+    assert (half.type, conversions) == ("float16", [])
+    brain, effective, conversions = constant_of("w", weight.astype(jnp.bfloat16))
+    assert (brain.type, conversions[0].changes_values) == ("float16", False)
+    np.testing.assert_array_equal(effective, weight.astype(jnp.bfloat16).astype(jnp.float32))
+    large, _, conversions = constant_of("w", (1e6 * weight).astype(jnp.bfloat16))
+    assert (large.type, conversions[0].changes_values) == ("float32", False)
+    bias, _, _ = constant_of("b", weight[0].astype(jnp.float16))
+    assert bias.type == "float32"
+
+
+def test_float16_and_two_bits_run(model, dense_params, tmp_path):
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), dense_params)
+    rtn = ge.quantize.rtn(2, scale_dtype="bfloat16", where="decoder/layers")
+    written = export.tflite(
+        model, rtn(model, half).params, tmp_path / "a.tflite", prefill_lengths=(8,), cache_slots=64
+    )
+    held = export.read_constants(written.path)
+    assert {constant.type for constant in held.values()} == {"float16", "float32", "int2"}
+    assert written.file_bytes <= 1.02 * written.stored_bytes + 1e6
+    assert written.verify(free_running=3).passed
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

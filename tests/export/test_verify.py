@@ -9,9 +9,9 @@ from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError
 from glm_edge.export import container
+from glm_edge.export.constants import constant_of
 from glm_edge.export.flatbuffer import FlatModel
 from glm_edge.export.runtime import JaxModel
-from glm_edge.export.tflite import _constant
 from glm_edge.export.trace import Signature, skeleton
 from glm_edge.generate.decoding import greedy
 from glm_edge.kernels import matmul
@@ -20,6 +20,7 @@ from glm_edge.params import Format
 FORMS = [
     Format("int8"),
     Format("int4"),
+    Format("int2"),
     Format("int4", 32, scale_dtype="bfloat16"),
     Format("int4", 64),
 ]
@@ -57,7 +58,7 @@ def test_one_product_has_the_bits_of_the_int8_dynamic_kernel(form, rows, quantiz
         ("weight",),
     )
     content, arguments = skeleton([signature], {"weight": box.shape})
-    constant, effective, _ = _constant("weight", box)
+    constant, effective, _ = constant_of("weight", box)
     graph = FlatModel(content)
     graph.attach({name: (path, constant) for name, path in arguments.items()})
     graph.compact()

@@ -71,3 +71,19 @@ def test_blocks_of_queries_give_what_all_at_once_give(monkeypatch, mask_shape):
         attention.attention(query, key, value, mask), whole, rtol=1e-6, atol=1e-6
     )
     np.testing.assert_allclose(jax.grad(loss)(query), gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 2, 1), (6, 2, 5), (3, 3, 4)])
+def test_a_cache_by_head_gives_the_same(heads, kv_heads, length):
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (2, length, heads, 8))
+    key, value = (jax.random.normal(k, (2, 7, kv_heads, 8)) for k in keys[1:])
+    mask = attention.causal_mask(2 + jnp.arange(length), 7)
+    found = attention.attention_by_head(
+        query,
+        jnp.swapaxes(key, 1, 2),
+        jnp.transpose(value, (0, 2, 3, 1)),
+        jnp.where(mask, 0.0, attention.MASKED_SCORE),
+    )
+    expected = attention.attention(query, key, value, mask)
+    np.testing.assert_allclose(found, expected, atol=1e-6)

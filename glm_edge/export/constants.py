@@ -1,0 +1,178 @@
+"""What a TFLite file holds of each parameter: our own integers and scales, in its terms."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from glm_edge import params as boxes
+from glm_edge.errors import ExportError
+from glm_edge.export.flatbuffer import Constant
+from glm_edge.params import Format, Masked, Quantized
+from glm_edge.params.formats import PER_TENSOR
+from glm_edge.params.tree import Params, nested
+
+BLOCK_MULTIPLE = 32
+# Types whose codes are codes of a wider type that runs, so that scales and values stay.
+_WIDER = {"int6": "int8", "int5": "int8", "int3": "int4", "ternary": "int2", "ternary34": "int2"}
+_WIDER_IN_GROUPS = dict.fromkeys(("int3", "int2", "ternary", "ternary34"), "int4")
+# Columns that fill a byte, of which kernels want a whole number in a row.
+_WHOLE_BYTES = {"int8": 1, "int4": 2, "int2": 4}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A parameter that the file holds in another form than the tree.
+
+    Attributes:
+      path: of the parameter.
+      rule: what was done.
+      changes_values: False when the dense weight is the same.
+    """
+
+    path: str
+    rule: str
+    changes_values: bool
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.rule}"
+
+
+@dataclass(frozen=True)
+class Held:
+    """The parameters of a model as a file holds them.
+
+    Attributes:
+      constants: by path.
+      params: the same as a tree that the JAX model runs on.
+      conversions: what is held in another form than it was given.
+    """
+
+    constants: dict[str, Constant]
+    params: Params
+    conversions: tuple[Conversion, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all weights, packed, with their scales."""
+        return sum(
+            constant.data.nbytes + (0 if constant.scale is None else constant.scale.nbytes)
+            for constant in self.constants.values()
+        )
+
+
+def constants_of(params: Params) -> Held:
+    """Puts parameters in the terms of TFLite.
+
+    Args:
+      params: arrays; `Masked` (held dense, with zeros); `Quantized` symmetric integers: int8, int4
+        and int2 per channel and int4 in groups of a multiple of 32 as they are, other types in a
+        wider one that holds their codes.
+
+    Returns:
+      The constants.
+
+    Raises:
+      ExportError: a parameter cannot be held; the message says what would be right.
+    """
+    constants, written, conversions = {}, {}, []
+    for path, leaf in boxes.path_items(params):
+        constants[path], written[path], found = constant_of(path, leaf)
+        conversions += found
+    return Held(constants, nested(written), tuple(conversions))
+
+
+def constant_of(path: str, leaf: Any) -> tuple[Constant, Any, list[Conversion]]:
+    """One parameter: its constant, the same as a leaf of the tree, and what was converted."""
+    if isinstance(leaf, Quantized):
+        return _of_box(path, leaf)
+    conversions = []
+    if isinstance(leaf, Masked):
+        leaf = boxes.dense(leaf)
+        conversions.append(Conversion(path, "mask written as zeros of a dense weight", False))
+    elif boxes.is_box(leaf):
+        raise ExportError(f"{path}: a {type(leaf).__name__} is for training; finalize it first")
+    given, values = jnp.dtype(leaf.dtype), np.asarray(leaf)
+    _check_finite(path, values)
+    kind = "float16" if _fits_half(values) else "float32"
+    held = np.ascontiguousarray(values.astype(kind))
+    if given != held.dtype:
+        exact = bool(np.array_equal(held.astype(np.float64), values.astype(np.float64)))
+        conversions.append(Conversion(path, f"{given} written as {kind}", not exact))
+    constant = Constant(kind, held.shape, held.reshape(-1).view(np.uint8))
+    return constant, jnp.asarray(held), conversions
+
+
+def _fits_half(values: np.ndarray) -> bool:
+    """True for a matrix of 16-bit numbers that are all float16 numbers."""
+    if values.ndim != 2 or values.dtype.itemsize != 2:
+        return False
+    if values.dtype == np.float16:
+        return True
+    wide = values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return bool(np.array_equal(wide.astype(np.float16).astype(np.float32), wide))
+
+
+def _of_box(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conversion]]:
+    box, conversions = _runnable(path, box)
+    if box.input_scale is not None:
+        box = box.replace(input_scale=None, input_zero=None)
+        rule = "static range of its inputs left out: the file rounds each row to its own range"
+        conversions.append(Conversion(path, rule, True))
+    data = np.ascontiguousarray(np.asarray(box.data)).reshape(-1).view(np.uint8)
+    scale = np.asarray(box.scale)
+    _check_finite(path, scale)
+    kind = box.format.qtype
+    if scale.shape[-1] == 1:
+        written = scale.astype(np.float32).reshape(-1)
+        return Constant(kind, box.shape, data, written), box, conversions
+    held = scale.astype(ml_dtypes.bfloat16).astype(np.float16)
+    if not np.array_equal(held.astype(np.float32), scale.astype(np.float32)):
+        rule = f"scales rounded from {scale.dtype} to bfloat16, which XNNPACK multiplies with"
+        conversions.append(Conversion(path, rule, True))
+        # Through float16 too, whose subnormals are coarser than bfloat16.
+        rounded = held.astype(np.float32).astype(ml_dtypes.bfloat16)
+        box = box.replace(scale=jnp.asarray(rounded.astype(scale.dtype)))
+    return Constant(kind, box.shape, data, held, box.format.group_size), box, conversions
+
+
+def _runnable(path: str, box: Quantized) -> tuple[Quantized, list[Conversion]]:
+    """A box of a format that LiteRT runs, of the same dense weight."""
+    form = box.format
+    per_channel = box.scale.shape[-1] == 1
+    wanted = (_WIDER if per_channel else _WIDER_IN_GROUPS).get(form.qtype, form.qtype)
+    while per_channel and wanted in _WHOLE_BYTES and box.columns % _WHOLE_BYTES[wanted]:
+        wanted = {"int2": "int4", "int4": "int8"}[wanted]
+    _refuse_unfit(path, box, wanted)
+    if wanted == form.qtype and form.group_size != PER_TENSOR:
+        return box, []
+    scale = jnp.broadcast_to(box.scale, (box.shape[0], box.scale.shape[-1]))
+    target = Format(wanted, None if per_channel else form.group_size, True, form.scale_dtype)
+    same = boxes.quantized(box.codes(), scale, None, target, (), box.dtype)
+    rule = f"{form} written as {target}, of the same values"
+    return same, [Conversion(path, rule, False)]
+
+
+def _refuse_unfit(path: str, box: Quantized, wanted: str) -> None:
+    form, right = box.format, "int8, int4 or int2 per channel, or int4 in groups of 32"
+    reason = None
+    if box.kernel_shape or box.data.ndim != 2:
+        reason, right = "it is stored [in, out] or stacked", "a matrix [out, in] of one layer"
+    elif not form.symmetric:
+        reason, right = "LiteRT multiplies with weights that have no zero point", "symmetric=True"
+    elif wanted not in _WHOLE_BYTES:
+        reason = "its levels are not evenly spaced"
+    elif box.scale.shape[-1] > 1 and wanted != "int4":
+        reason = f"XNNPACK has no kernel for {form.qtype} in groups"
+    elif box.scale.shape[-1] > 1 and form.group_size % BLOCK_MULTIPLE:
+        reason = f"XNNPACK needs groups of a multiple of {BLOCK_MULTIPLE}"
+    if reason is not None:
+        raise ExportError(f"{path}: {form} cannot be written: {reason}; right would be {right}")
+
+
+def _check_finite(path: str, values: np.ndarray) -> None:
+    if not np.isfinite(values.astype(np.float32)).all():
+        raise ExportError(f"{path}: holds NaN or infinity; export finite weights")
