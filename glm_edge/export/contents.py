@@ -64,6 +64,14 @@ class Tensor:
         """Number of elements, 0 where an extent is unknown."""
         return 0 if -1 in self.shape else math.prod(self.shape)
 
+    def fits(self, array: Any) -> bool:
+        """True for an array, or what has its shape and dtype, that this tensor can hold."""
+        return (
+            np.dtype(array.dtype).name == self.type
+            and len(array.shape) == self.rank
+            and all(e in (-1, n) for e, n in zip(self.shape, array.shape, strict=True))
+        )
+
     def __str__(self) -> str:
         suffix = {"": "", "tensor": "", "channel": "/channel"}
         return self.type + suffix.get(self.quantization, f"/{self.quantization}")

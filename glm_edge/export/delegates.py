@@ -1,7 +1,7 @@
 """What each delegate asks of an operator before it takes it from the CPU, as published.
 
-The rules are those of the delegates' own sources at one commit of LiteRT, and are re-read from
-there, not guessed: an operator that a delegate's table lacks is refused by it.
+The rules are those of the delegates' own sources at one commit of LiteRT. An operator that a
+delegate's table lacks is refused by it; what an entry asks beyond its fields is named in `checks`.
 """
 
 from collections.abc import Mapping
@@ -85,15 +85,15 @@ _NNAPI = {
     **_each("SQUARED_DIFFERENCE", Rule(2, {0: NUMBERS}, 4)),
     **_each("MAXIMUM MINIMUM", Rule(3, {0: NUMBERS})),
     **_each("AVERAGE_POOL_2D MAX_POOL_2D", Rule(2, {0: FLOAT_OR_BYTES})),
-    **_each("CONV_2D", Rule(5)),
-    **_each("DEPTHWISE_CONV_2D", Rule(3)),
+    **_each("CONV_2D", Rule(5, checks=("unread",))),
+    **_each("DEPTHWISE_CONV_2D", Rule(3, checks=("unread",))),
     **_each("FULLY_CONNECTED", Rule(5, checks=("output_not_int16",))),
     **_each("HARD_SWISH", Rule(None, {0: FLOAT_OR_BYTES})),
     **_each("SOFTMAX", Rule(2, {0: FLOAT_OR_BYTES}, 4)),
     **_each("RESHAPE", Rule(1, {0: NUMBERS}, 4, constant=(1,), checks=("output_rank_4",))),
     **_each("SQUEEZE", Rule(1)),
     **_each("CONCATENATION", Rule(2, {0: (*FLOATS, *BYTES)}, 4, checks=("no_activation",))),
-    **_each("DEQUANTIZE", Rule(2, {0: BYTES}, checks=("half_precision",))),
+    **_each("DEQUANTIZE", Rule(None, {0: (*BYTES, "float16")}, checks=("half_precision",))),
     **_each("FLOOR", Rule(1)),
     **_each("RELU RELU_N1_TO_1 RELU6 LOGISTIC", Rule(2, {0: FLOAT_OR_BYTES})),
     **_each("TANH", Rule(2, {0: FLOAT_OR_BYTES})),
@@ -130,6 +130,15 @@ _NNAPI = {
     ),
 }
 
+# Where a condition stands that is not in the file of the rule that names it.
+SOURCES = {
+    "gpu_tensors": GPU_BUILDER,
+    "no_blocks_in_graph": QNN_PLUGIN,
+    "qnn_not_hybrid": QNN_PLUGIN,
+    "qnn_tensors": QNN_GRAPH,
+    "static_shapes": DYNAMIC,
+}
+
 _ONE = Rule(2, runtime=(1,), checks=("no_constants", "one_output"), source=GPU_SHAPES)
 _TWO = Rule(2, checks=("two_operands", "known_activation"), source=GPU_SHAPES)
 _AXES = Rule(None, {1: INDEX}, constant=(1,), runtime=(1,), source=GPU_SHAPES)
@@ -146,9 +155,10 @@ _GPU = {
     **_each("BATCH_MATMUL", Rule(checks=("two_inputs", "flat_constant"), source=GPU_BUILDER)),
     **_each("CAST", Rule(runtime=(1,), checks=("gpu_cast",), source=GPU_SHAPES)),
     **_each("CONCATENATION SOFTMAX", Rule(2, checks=("beta_one",), source=GPU_SHAPES)),
-    **_each("CONV_2D DEPTHWISE_CONV_2D", Rule(6, runtime=(1, 2))),
-    **_each("TRANSPOSE_CONV", Rule(3, runtime=(1, 2))),
-    **_each("AVERAGE_POOL_2D MAX_POOL_2D QUANTIZE", Rule(2, runtime=(1,))),
+    **_each("CONV_2D DEPTHWISE_CONV_2D", Rule(6, runtime=(1, 2), checks=("unread",))),
+    **_each("TRANSPOSE_CONV", Rule(3, runtime=(1, 2), checks=("unread",))),
+    **_each("AVERAGE_POOL_2D MAX_POOL_2D", Rule(2, runtime=(1,), checks=("unread",))),
+    **_each("QUANTIZE", Rule(2, runtime=(1,))),
     **_each("CUMSUM", Rule(1, {0: FLOATS, 1: INDEX}, constant=(1,))),
     **_each("DEPTH_TO_SPACE HARD_SWISH TILE", Rule(runtime=(1,))),
     **_each("SPACE_TO_DEPTH", Rule(2, runtime=(1,))),
@@ -185,7 +195,9 @@ _HEXAGON = {
     ),
     **_each("CONCATENATION PACK", Rule(2, checks=("all_bytes",))),
     **_each("AVERAGE_POOL_2D MAX_POOL_2D", Rule(2, {0: BYTES}, checks=("no_activation",))),
-    **_each("CONV_2D DEPTHWISE_CONV_2D", Rule(3, {0: BYTES, 1: BYTES, 2: INDEX})),
+    **_each(
+        "CONV_2D DEPTHWISE_CONV_2D", Rule(3, {0: BYTES, 1: BYTES, 2: INDEX}, checks=("unread",))
+    ),
     **_each("RESHAPE NEG HARD_SWISH", Rule(1, {0: BYTES})),
     **_each("SOFTMAX RELU6 TANH LOGISTIC QUANTIZE", Rule(2, {0: BYTES})),
     **_each("RELU", Rule(2, {0: BYTES})),
@@ -214,8 +226,8 @@ _COREML = {
             source=f"{COREML_BUILDERS}/concatenation_op_builder.cc",
         ),
     ),
-    **_each("CONV_2D TRANSPOSE_CONV", Rule(1, {1: FLOATS}, constant=(1,))),
-    **_each("DEPTHWISE_CONV_2D", Rule(2, {1: FLOATS}, constant=(1,))),
+    **_each("CONV_2D TRANSPOSE_CONV", Rule(1, {1: FLOATS}, constant=(1,), checks=("unread",))),
+    **_each("DEPTHWISE_CONV_2D", Rule(2, {1: FLOATS}, constant=(1,), checks=("unread",))),
     **_each(
         "FULLY_CONNECTED",
         Rule(
@@ -232,16 +244,16 @@ _COREML = {
         Rule(
             1,
             constant=(1,),
-            checks=("rank_4", "kept_dims"),
+            checks=("rank_4", "kept_dims", "unread"),
             source=f"{COREML_BUILDERS}/pooling_layer_builder.cc",
         ),
     ),
-    **_each("PAD PADV2 MIRROR_PAD", Rule(1, constant=(1,), checks=("rank_4",))),
+    **_each("PAD PADV2 MIRROR_PAD", Rule(1, constant=(1,), checks=("rank_4", "unread"))),
     **_each(
         "RESHAPE",
         Rule(1, checks=("never_from_ios_13",), source=f"{COREML_BUILDERS}/reshape_op_builder.cc"),
     ),
-    **_each("RESIZE_BILINEAR", Rule(1)),
+    **_each("RESIZE_BILINEAR", Rule(1, checks=("unread",))),
     **_each("SOFTMAX", Rule(1, checks=("beta_one",))),
     **_each("DEQUANTIZE", Rule(None, {0: ("float16",)}, constant=(0,))),
 }
@@ -292,7 +304,7 @@ DELEGATES = (
         "Qualcomm AI Engine Direct (HTP) through LiteRT's compiler plugin",
         QNN_LIST,
         _QNN,
-        ("qnn_tensors", "no_blocks_in_graph", "qnn_static_shapes", "qnn_not_hybrid"),
+        ("qnn_tensors", "no_blocks_in_graph", "static_shapes", "qnn_not_hybrid"),
         "yes means mapped to QNN operators, which QNN's own library may still refuse on a chip",
     ),
     Delegate(

@@ -107,6 +107,7 @@ def litertlm(
     if config.speech is not None:
         speech = lm_signatures.speech_encoder(reference, processor.audio)
         sections["AUDIO_ENCODER_HW"] = [speech]
+        sections["AUDIO_ADAPTER"] = [lm_signatures.speech_adapter(reference)]
 
     # Beside the target, so that the last step is a rename on one disk.
     try:

@@ -81,16 +81,6 @@ def embedder(model: MultimodalGLM) -> Signature:
     return dataclasses.replace(embed, function=function)
 
 
-def embedded_token(model: MultimodalGLM, token: int) -> Signature:
-    """The section END_OF_AUDIO: the embedding of one token, for any input [1, 1]."""
-    embed = embedder(model)
-
-    def function(params: Any, inputs: Inputs) -> dict[str, Array]:
-        return embed.function(params, {"tokens": inputs["tokens"] * 0 + token})
-
-    return dataclasses.replace(embed, function=function)
-
-
 def vision_encoder(
     model: MultimodalGLM, processing: ImageProcessing, image_size: tuple[int, int]
 ) -> Signature:
@@ -128,7 +118,7 @@ def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signatu
 
     Returns:
       `src_inputs` [1, F, hop_length], samples in -1..1, and `mask` bool [1, F], True at frames that
-      sound, to `features` [1, M, D] and `mask` bool [1, M], True at features that count.
+      sound, to `features` [1, M, D] and `mask_out` bool [1, M], True at features that count.
     """
     frames = model.config.speech.num_frames
     every = 2 * processing.merge_size
@@ -142,13 +132,33 @@ def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signatu
         counted = inputs["mask"][:, every - 2 :: every]
         if processing.silence:
             counted = jnp.broadcast_to(inputs["mask"][:, :1], counted.shape)
-        return {"features": features, "mask": counted}
+        # The runtime swaps the buffers of an input and an output that share a name.
+        return {"features": features, "mask_out": counted}
 
     inputs = {
         "src_inputs": jax.ShapeDtypeStruct((1, frames, processing.hop_length), jnp.float32),
         "mask": jax.ShapeDtypeStruct((1, frames), jnp.bool_),
     }
     return Signature("speech", inputs, function, ("speech",))
+
+
+def speech_adapter(model: MultimodalGLM) -> Signature:
+    """The section AUDIO_ADAPTER: `features` [1, M, D] where `mask` bool [1, M], and zeros.
+
+    A bundle without this section has its recordings kept back until a chunk is full, and the rest
+    of one is then heard in the next prompt.
+    """
+    features = model.config.speech.num_tokens
+    width = model.config.decoder.hidden_size + CARRIED * carries_positions(model.config)
+    inputs = {
+        "features": jax.ShapeDtypeStruct((1, features, width), jnp.float32),
+        "mask": jax.ShapeDtypeStruct((1, features), jnp.bool_),
+    }
+
+    def function(_: Any, given: Inputs) -> dict[str, Array]:
+        return {"embeddings": jnp.where(given["mask"][..., None], given["features"], 0.0)}
+
+    return Signature("adapter", inputs, function, ())
 
 
 def log_mel_of_samples(samples: Array, processing: AudioProcessing) -> Array:

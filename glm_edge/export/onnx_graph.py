@@ -4,7 +4,7 @@ A converter that is handed weights folds them to float; here a weight stays a na
 reads what the file stores under it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,7 @@ class GraphBuilder:
       weights: path to what the file stores.
       nodes: `NodeProto`s in order.
       initializers: name to `TensorProto`.
+      products: output of each product with a weight, to the weight's path.
     """
 
     def __init__(self, weights: Mapping[str, StoredWeight]):
@@ -99,6 +100,7 @@ class GraphBuilder:
         self.weights = weights
         self.nodes: list[Any] = []
         self.initializers: dict[str, Any] = {}
+        self.products: dict[str, str] = {}
         self._constants: dict[tuple, str] = {}
         self._read: dict[tuple[str, bool], str] = {}
 
@@ -121,9 +123,9 @@ class GraphBuilder:
             self.initializers[name] = self.onnx.numpy_helper.from_array(array, name)
         return self._constants[key]
 
-    def sizes(self, values: Sequence[int]) -> str:
+    def sizes(self, values: Iterable[int]) -> str:
         """Name of a constant list of int64."""
-        return self.constant(np.asarray(values, np.int64))
+        return self.constant(np.asarray(list(values), np.int64))
 
     def named(self, value: Value) -> str:
         """Name of a value's tensor, which may still have to broadcast."""
@@ -263,6 +265,10 @@ class GraphBuilder:
         ]
 
     def _elementwise(self, operator: str, inputs: list[Value], **attributes: Any) -> Value:
+        if operator == "Max":
+            least = [v.array is not None and (v.array == -np.inf).all() for v in inputs]
+            if any(least):
+                return inputs[least.index(False)]
         name = self.node(operator, *[self.named(value) for value in inputs], **attributes)
         return Value(name, np.broadcast_shapes(*[value.shape for value in inputs]))
 
@@ -323,14 +329,19 @@ class GraphBuilder:
 
     def _lower_slice(self, equation: JaxprEqn, inputs: list[Value]) -> str:
         starts, ends = equation.params["start_indices"], equation.params["limit_indices"]
-        steps = equation.params["strides"] or [1] * len(starts)
         shape = equation.invars[0].aval.shape
-        axes = [a for a in range(len(shape)) if (starts[a], ends[a], steps[a]) != (0, shape[a], 1)]
-        if not axes:
-            return self.full(inputs[0], shape)
-        bounds = [self.sizes([b[a] for a in axes]) for b in (starts, ends)]
-        chosen = self.sizes(axes), self.sizes([steps[a] for a in axes])
-        return self.node("Slice", *self._all(equation, inputs), *bounds, *chosen)
+        steps = equation.params["strides"] or [1] * len(shape)
+        source = self.full(inputs[0], shape)
+        axes = [a for a in range(len(shape)) if (starts[a], ends[a]) != (0, shape[a])]
+        plain = [a for a in axes if steps[a] == 1]
+        if plain:
+            bounds = [self.sizes([bound[a] for a in plain]) for bound in (starts, ends)]
+            source = self.node("Slice", source, *bounds, self.sizes(plain))
+        for axis in (a for a in range(len(shape)) if steps[a] != 1):
+            # MNN 3.6.1 reads wrong rows where a Slice with steps follows a Concat.
+            rows = self.sizes(range(starts[axis], ends[axis], steps[axis]))
+            source = self.node("Gather", source, rows, axis=axis)
+        return source
 
     def _lower_pad(self, equation: JaxprEqn, inputs: list[Value]) -> str:
         low, high, interior = zip(*equation.params["padding_config"], strict=True)
@@ -381,20 +392,30 @@ class GraphBuilder:
     def _lower_dynamic_update_slice(self, equation: JaxprEqn, inputs: list[Value]) -> str:
         shape, extent = (variable.aval.shape for variable in equation.invars[:2])
         moving = [a for a in range(len(shape)) if shape[a] != extent[a]]
-        starts = inputs[2:]
         if not moving:
             return self.full(inputs[1], extent)
-        axis = moving[0]
         if len(moving) > 1:
             raise ExportError("ONNX: dynamic_update_slice along several axes")
-        grid = np.stack(np.meshgrid(*map(np.arange, extent[: axis + 1]), indexing="ij"), axis=-1)
-        start = self.node("Cast", self.named(starts[axis]), to=self.onnx.TensorProto.INT64)
-        last = np.eye(axis + 1, dtype=np.int64)[axis]
-        shift = self.node("Mul", start, self.constant(last))
-        places = self.node("Add", self.constant(grid.astype(np.int64)), shift)
-        return self.node(
-            "ScatterND", self.full(inputs[0], shape), places, self.full(inputs[1], extent)
-        )
+        return self._update(moving[0], equation, inputs)
+
+    def _update(self, axis: int, equation: JaxprEqn, inputs: list[Value]) -> str:
+        """Chooses, slot by slot, between the update and what is there."""
+        shape, extent = (variable.aval.shape for variable in equation.invars[:2])
+        slots, length = shape[axis], extent[axis]
+        start = self.node("Max", self.named(inputs[2 + axis]), self.constant(np.int32(0)))
+        start = self.node("Min", start, self.constant(np.int32(slots - length)))
+        place = self.node("Sub", self.constant(np.arange(slots, dtype=np.int32)), start)
+        first, last = self.constant(np.int32(0)), self.constant(np.int32(length - 1))
+        update = self.full(inputs[1], extent)
+        if length == 1:
+            inside = self.node("Equal", place, first)
+        else:
+            after = self.node("GreaterOrEqual", place, first)
+            inside = self.node("And", after, self.node("LessOrEqual", place, last))
+            nearest = self.node("Min", self.node("Max", place, first), last)
+            update = self.node("Gather", update, nearest, axis=axis)
+        inside = self._reshape(inside, [slots if a == axis else 1 for a in range(len(shape))])
+        return self.node("Where", inside, update, self.full(inputs[0], shape))
 
     def _lower_dot_general(self, equation: JaxprEqn, inputs: list[Value]) -> str:
         contract, batch = equation.params["dimension_numbers"]
@@ -404,6 +425,7 @@ class GraphBuilder:
             weight = self.read(inputs[1].weight, transposed=True)
             product = self.node("MatMul", self.full(inputs[0], left.aval.shape), weight)
             self.nodes[-1].name = inputs[1].weight
+            self.products[product] = inputs[1].weight
             return product
         operands = []
         for side, variable in enumerate((left, right)):

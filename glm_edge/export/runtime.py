@@ -4,6 +4,7 @@ Letters of shapes: `T` tokens, `D` hidden size, `M` features of one image or rec
 vocabulary.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import jax
 import numpy as np
 
 from glm_edge.configs import GLMConfig, from_dict
-from glm_edge.errors import DataError, ExportError, require
+from glm_edge.errors import DataError, ExportError, GlmEdgeError, require
 from glm_edge.export import container
+from glm_edge.export.child import TIMEOUT, ChildInterpreter
+from glm_edge.export.interface import checked_graphs
 from glm_edge.export.trace import DECODE, quiet, signatures
 from glm_edge.models.multimodal import MultimodalGLM
 
@@ -239,20 +242,41 @@ class LiteRTModel(PhoneModel):
     Args:
       path: of the file.
       num_threads: of the interpreter.
+      isolated: checks all that the file says and runs it in a process of its own, where a damaged
+        file can crash nothing else. The caches stay in that process; what travels costs time.
+      timeout: seconds for one answer of that process.
 
     Raises:
-      ExportError: the file is not one that glm_edge exported, or does not load.
+      ExportError: the file is not one that glm_edge exported, is damaged, or does not load.
       MissingExtraError: LiteRT is not installed.
     """
 
-    def __init__(self, path: str | Path, num_threads: int = 2):
+    def __init__(
+        self,
+        path: str | Path,
+        num_threads: int = 2,
+        isolated: bool = False,
+        timeout: float = TIMEOUT,
+    ):
         description = container.read_metadata(path)
-        super().__init__(
-            from_dict(description["config"]),
-            description["prefill_lengths"],
-            description["cache_slots"],
-            description["prefill_logits"],
-        )
+        try:
+            super().__init__(
+                from_dict(description["config"]),
+                description["prefill_lengths"],
+                description["cache_slots"],
+                description["prefill_logits"],
+            )
+        except (*container.DAMAGE, GlmEdgeError) as error:
+            raise ExportError(f"{path}: damaged: its description: {error}") from error
+        self.path, self.description = path, description
+        self._graphs, self._child = None, None
+        self._runners: dict[str, Any] = {}
+        if isolated:
+            self._graphs = checked_graphs(
+                path, self.config, self.prefill_lengths, self.cache_slots, self.prefill_logits
+            )
+            self._child = ChildInterpreter(path, num_threads, timeout)
+            return
         interpreter = require("ai_edge_litert.interpreter", extra="export")
         try:
             with quiet():
@@ -261,16 +285,33 @@ class LiteRTModel(PhoneModel):
                 )
         except (ValueError, RuntimeError) as error:
             raise ExportError(f"{path}: LiteRT does not load it: {error}") from error
-        self._runners: dict[str, Any] = {}
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""
+        if self._child is not None:
+            return self._run_isolated(signature, inputs)
         if signature in self._runners:
             return self._runners[signature](**inputs)
         # The first run allocates, and the runtime announces its delegate then.
         with quiet():
             self._runners[signature] = self.interpreter.get_signature_runner(signature)
             return self._runners[signature](**inputs)
+
+    def _run_isolated(self, signature: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        graph = self._graphs[signature]
+        for name, tensor in graph.inputs.items():
+            if name not in inputs or not tensor.fits(inputs[name]):
+                raise DataError(f"{signature}: {name} must be {tensor.type} {list(tensor.shape)}")
+        outputs = self._child.run(signature, inputs, graph.inputs.keys() & graph.outputs.keys())
+        for name, tensor in graph.outputs.items():
+            if name not in outputs or not tensor.fits(outputs[name]):
+                raise ExportError(f"{self.path}: {signature} gives no {tensor.type} {name!r}")
+        return outputs
+
+    def close(self) -> None:
+        """Ends the process of an isolated file, which otherwise ends with this object."""
+        if self._child is not None:
+            self._child.close()
 
 
 class JaxModel(PhoneModel):
@@ -294,13 +335,22 @@ class JaxModel(PhoneModel):
     ):
         super().__init__(model.config, prefill_lengths, cache_slots, prefill_logits)
         self._params = params
-        offered = signatures(model, self.prefill_lengths, cache_slots, prefill_logits)
-        self._functions = {signature.name: jax.jit(signature.function) for signature in offered}
+        lengths = tuple(self.prefill_lengths)
+        self._functions = _compiled(model, lengths, cache_slots, prefill_logits)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""
         outputs = self._functions[signature](self._params, inputs)
         return {name: np.array(value) for name, value in outputs.items()}
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(
+    model: MultimodalGLM, lengths: tuple[int, ...], cache_slots: int, prefill_logits: bool
+) -> dict[str, Any]:
+    """The functions of a model, compiled once however many of its files are compared with them."""
+    offered = signatures(model, lengths, cache_slots, prefill_logits)
+    return {signature.name: jax.jit(signature.function) for signature in offered}
 
 
 def _place(embedded: np.ndarray, placeholder: np.ndarray, features: np.ndarray) -> None:

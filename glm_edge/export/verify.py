@@ -87,6 +87,7 @@ def verify(
     max_new_tokens: int = 32,
     seed: int = 0,
     check: bool = True,
+    isolated: bool = True,
 ) -> Verification:
     """Runs an exported file against the JAX model of the same integers.
 
@@ -101,15 +102,20 @@ def verify(
       max_new_tokens: of each continuation.
       seed: of random windows.
       check: raise when the agreement is below the threshold.
+      isolated: run the file in a process of its own, so that a damaged one can crash nothing else;
+        False is faster, for a file that was just written.
 
     Returns:
       The comparison. When it passes, the file's description is marked as verified.
 
     Raises:
-      ExportError: the agreement is below the threshold, or no position is counted.
+      ExportError: the agreement is below the threshold, no position is counted, the file is
+        damaged, or is one of another model.
       DataError: a window does not fit the cache, or counts other positions than it has.
     """
-    phone = LiteRTModel(path)
+    phone = LiteRTModel(path, isolated=isolated)
+    if phone.config != model.config:
+        raise ExportError(f"{path}: holds another model than {model.config.name}")
     reference = JaxModel(
         model.clone(compute=compute),
         params,
@@ -122,8 +128,9 @@ def verify(
     for window in windows:
         counted = _counted(window)
         content = (window.tokens, window.image, window.audio)
-        expected = reference.score(*content)[counted]
+        # The file first: a damaged one fails before JAX compiles anything.
         found = phone.score(*content)[counted]
+        expected = reference.score(*content)[counted]
         same.append(expected.argmax(-1) == found.argmax(-1))
         errors.append(np.abs(expected - found).max(initial=0.0))
         divergences.append(_kl(expected, found))

@@ -1,0 +1,174 @@
+"""Running a TFLite file in a child process, whose death is an error and not our own."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_edge.errors import ExportError, require
+from glm_edge.export import interpreter_host
+from glm_edge.export.interpreter_host import ProtocolError, receive, send
+
+TIMEOUT = 600.0
+LONGEST_LINE = 200
+
+
+class Kept:
+    """An array that stayed in the child: given back as an input, it need not travel.
+
+    Attributes:
+      dtype: of the array.
+      shape: of the array.
+    """
+
+    def __init__(self, child: "ChildInterpreter", key: int, dtype: np.dtype, shape: tuple):
+        self.child, self.key, self.dtype, self.shape = child, key, dtype, shape
+        weakref.finalize(self, child.dropped.append, key)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.child.fetch(self.key)
+        return array if dtype is None else array.astype(dtype)
+
+
+class ChildInterpreter:
+    """The LiteRT interpreter of one file, in a process of its own.
+
+    Args:
+      path: of the file.
+      num_threads: of the interpreter.
+      timeout: seconds for one answer, loading included.
+
+    Raises:
+      ExportError: the file does not load, the child dies on it, or does not answer in time.
+      MissingExtraError: LiteRT is not installed.
+    """
+
+    def __init__(self, path: str | Path, num_threads: int = 2, timeout: float = TIMEOUT):
+        require("ai_edge_litert", extra="export")
+        self._path, self._timeout = path, timeout
+        self.dropped: list[int] = []
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        # `-P`: the folder of the script holds names of packages, which must not hide them.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", interpreter_host.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+        self._close = weakref.finalize(self, _end, self._process)
+        self._ask({"do": "load", "path": str(path), "num_threads": num_threads}, {}, "load it")
+
+    def run(
+        self, signature: str, inputs: Mapping[str, Any], keep: Iterable[str] = ()
+    ) -> dict[str, Any]:
+        """Runs a signature.
+
+        Args:
+          signature: its name.
+          inputs: arrays, or `Kept` ones of this child, by name.
+          keep: outputs that stay in the child and come back as `Kept`.
+
+        Returns:
+          The outputs by name.
+
+        Raises:
+          ExportError: LiteRT refuses, the child dies, or does not answer in time.
+        """
+        held = {
+            name: value.key
+            for name, value in inputs.items()
+            if isinstance(value, Kept) and value.child is self
+        }
+        arrays = {name: np.asarray(v) for name, v in inputs.items() if name not in held}
+        fields = {"do": "run", "signature": signature, "kept": held, "keep": list(keep)}
+        answer, outputs = self._ask(fields, arrays, f"run {signature}")
+        try:
+            kept = {
+                name: Kept(self, key, np.dtype(kind), tuple(shape))
+                for name, (key, kind, shape) in answer["kept"].items()
+            }
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ExportError(f"{self._path}: its process gave no valid answer") from error
+        return {**outputs, **kept}
+
+    def fetch(self, key: int) -> np.ndarray:
+        """Brings an array that was kept."""
+        return self._ask({"do": "fetch", "key": key}, {}, "give an array back")[1]["array"]
+
+    def close(self) -> None:
+        """Ends the child; the object is of no use afterwards."""
+        self._close()
+
+    def _ask(
+        self, fields: dict[str, Any], arrays: Mapping[str, np.ndarray], task: str
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        if not self._close.alive:
+            raise ExportError(f"{self._path}: its process has ended; load it again")
+        fields = {**fields, "drop": [self.dropped.pop() for _ in range(len(self.dropped))]}
+        late = threading.Event()
+        timer = threading.Timer(self._timeout, self._stop, [late])
+        timer.daemon = True
+        timer.start()
+        try:
+            send(self._process.stdin, fields, arrays)
+            answer = receive(self._process.stdout)
+        except (OSError, ProtocolError):
+            answer = None
+        except BaseException:
+            # An answer may be half read: what follows in the pipe could not be told from it.
+            self._close()
+            raise
+        finally:
+            timer.cancel()
+        if answer is None:
+            raise ExportError(f"{self._path}: {self._cause(task, late)}")
+        if "error" in answer[0]:
+            raise ExportError(f"{self._path}: LiteRT does not {task}: {answer[0]['error']}")
+        return answer
+
+    def _stop(self, late: threading.Event) -> None:
+        late.set()
+        self._process.kill()
+
+    def _cause(self, task: str, late: threading.Event) -> str:
+        """Why there was no answer."""
+        try:
+            # A process that crashes closes its pipes a moment before it has ended.
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        self._close()
+        if late.is_set():
+            return f"LiteRT did not {task} within {self._timeout:g} s; its process was ended"
+        how = f"exit status {code}"
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                how = f"signal {signal.Signals(-code).name}"
+        return (
+            f"LiteRT's process died when asked to {task} ({how}{self._last_line()}); the file is "
+            "damaged or not meant for this release"
+        )
+
+    def _last_line(self) -> str:
+        size = self._errors.seek(0, 2)
+        self._errors.seek(max(0, size - 4096))
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        lines = [line.strip() for line in lines if line.strip()]
+        return f": {lines[-1][:LONGEST_LINE]}" if lines else ""
+
+
+def _end(process: subprocess.Popen) -> None:
+    for stream in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):
+            stream.close()
+    process.kill()
+    process.wait()

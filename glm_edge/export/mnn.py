@@ -1,0 +1,276 @@
+"""Export to MNN, through its converter from ONNX, with our integers put in afterwards."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from glm_edge import __version__
+from glm_edge import params as boxes
+from glm_edge.configs import to_dict
+from glm_edge.errors import ExportError, require
+from glm_edge.export.integers import RANGES, Weight, dequantized, weight_of
+from glm_edge.export.onnx import graph_of, model_of, store
+from glm_edge.export.onnx_graph import GraphBuilder, StoredWeight
+from glm_edge.export.package import Package, bytes_of, check_target, written_whole
+from glm_edge.export.tflite import _check_lengths, _check_model
+from glm_edge.export.trace import signatures
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
+
+DESCRIPTION, WEIGHTS = "glm_edge.json", "weights.bin"
+CONVERTED = "__matmul_converted"
+BITS = {"int8": 8, "int4": 4}
+# The converter's own command line calls home and installs packages when it is imported.
+CONVERTER = "import sys, _tools; sys.exit(not _tools.mnnconvert(['mnnconvert', *sys.argv[1:]]))"
+SHORT = 1 << 16
+
+
+def mnn(
+    model: MultimodalGLM,
+    params: Params,
+    path: str | Path,
+    prefill_lengths: Iterable[int] = (128,),
+    cache_slots: int | None = None,
+    prefill_logits: bool = False,
+    overwrite: bool = False,
+) -> Package:
+    """Writes a model as MNN graphs that hold our own integers.
+
+    The directory holds a graph for each signature (`decode.mnn` and so on, see
+    `glm_edge.export.trace.signatures`), one file of weights that all of them read (give it to
+    `Interpreter.setExternalFile`), and a description. Outputs that carry the cache are named like
+    the inputs with `_out` appended.
+
+    MNN's converter keeps no integers of an ONNX file: it refuses int4, and dequantizes int8. So it
+    is given float32 numbers, which takes four bytes of memory a parameter, and each convolution it
+    made of a product is then given our codes and scales: symmetric, 8 or 4 bits, per row or in
+    groups. Narrower integers are written as 4 bits. MNN multiplies with scales that it rounds when
+    it loads them, to within 1e-4 of the largest result. Embeddings are looked up as int8.
+
+    Args:
+      model: the model.
+      params: its parameters: arrays; `Masked` (written dense, with zeros); symmetric `Quantized`.
+      path: of the directory.
+      prefill_lengths: lengths of the prefill graphs.
+      cache_slots: slots of the cache; None takes the model's context, at most 1024.
+      prefill_logits: prefill scores every token, which takes time that generation does not need.
+      overwrite: replace a directory that an export wrote.
+
+    Returns:
+      What was written.
+
+    Raises:
+      ExportError: a parameter or the model cannot be written; the message says what would be right.
+      OutputError: the directory exists already, or cannot be written.
+      MissingExtraError: MNN or onnx is not installed.
+
+    References:
+      MNN, https://arxiv.org/abs/2002.12418.
+    """
+    path = Path(path)
+    require("MNN", extra="mnn")
+    library = require("onnx", extra="onnx")
+    check_target(path, overwrite, DESCRIPTION)
+    shapes = _check_model(model, params)
+    lengths, cache_slots = _check_lengths(model.config, prefill_lengths, cache_slots)
+    offered = signatures(model.clone(compute="float32"), lengths, cache_slots, prefill_logits)
+    weights, conversions = {}, []
+    for name, leaf in boxes.path_items(params):
+        weights[name], found = weight_of(name, leaf, "MNN", affine=False)
+        conversions += found
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        written_whole(path, overwrite, DESCRIPTION) as directory,
+    ):
+        stored = {}
+        with open(Path(scratch) / WEIGHTS, "xb") as file:
+            for name, weight in weights.items():
+                dense = Weight(dequantized(weight), "float32")
+                turned = boxes.is_matrix(name, dense.values)
+                stored[name] = store(library, file, name, dense, turned)
+            tables = _tables(library, file, weights)
+        with open(directory / WEIGHTS, "xb") as file:
+            writer = _Writer(file, weights)
+            for signature in offered:
+                builder = _LookUps(stored, tables)
+                graph = graph_of(signature, shapes, stored, builder)
+                source = Path(scratch) / f"{signature.name}.onnx"
+                source.write_bytes(model_of(library, graph).SerializeToString())
+                _convert(source, directory, _products(builder), writer)
+        description = {
+            "version": __version__,
+            "config": to_dict(model.config),
+            "signatures": [signature.name for signature in offered],
+            "prefill_lengths": lengths,
+            "cache_slots": cache_slots,
+            "parameters": writer.places,
+            "conversions": [str(conversion) for conversion in conversions],
+            "verified": False,
+        }
+        (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))
+    names = tuple(signature.name for signature in offered)
+    return Package(path, bytes_of(path), names, tuple(conversions))
+
+
+class _LookUps(GraphBuilder):
+    """Looks rows up among integers, in operators that MNN's converter leaves alone."""
+
+    def __init__(self, stored: Mapping[str, StoredWeight], tables: Mapping[str, StoredWeight]):
+        super().__init__(stored)
+        self.tables = tables
+
+    def look_up(self, path: str, indices: str, count: int) -> str:
+        if path not in self.tables:
+            return super().look_up(path, indices, count)
+        table = self.tables[path]
+        self.initializers |= {tensor.name: tensor for tensor in (table.values, table.scale)}
+        rows, groups = table.scale.dims
+        codes = self.node("Gather", table.values.name, indices, axis=0)
+        codes = self.node("Cast", codes, to=self.onnx.TensorProto.FLOAT)
+        codes = self.node("Reshape", codes, self.sizes([count, groups, -1]))
+        scale = table.scale.name
+        if rows > 1:
+            scale = self.node("Gather", scale, indices, axis=0)
+        scale = self.node("Reshape", scale, self.sizes([-1, groups, 1]))
+        product = self.node("Mul", codes, scale)
+        return self.node("Reshape", product, self.sizes([count, table.values.dims[1]]))
+
+
+def _tables(library: Any, file: BinaryIO, weights: Mapping[str, Weight]) -> dict[str, StoredWeight]:
+    """The embedding's codes as int8, whatever their width, where it has codes."""
+    found = {}
+    for path in (path for path in weights if path.split("/")[0] == "embed"):
+        weight = weights[path]
+        if weight.scale is not None:
+            codes = store(library, file, f"{path}.codes", Weight(weight.values, "int8"), False)
+            scale = store(library, file, f"{path}.scale", Weight(weight.scale, "float32"), False)
+            found[path] = StoredWeight(codes.values, scale.values)
+    return found
+
+
+def _products(builder: GraphBuilder) -> dict[str, str]:
+    """Outputs that the converter names its convolutions after, to paths of weights."""
+    named = dict(builder.products)
+    for node in builder.nodes:
+        # It takes a bias into the convolution, and the name of the sum with it.
+        if node.op_type == "Add":
+            named |= {node.output[0]: named[name] for name in node.input if name in named}
+    return named
+
+
+@dataclass
+class _Writer:
+    """Writes the file of weights.
+
+    Attributes:
+      file: open for writing.
+      weights: by path.
+      places: path to place and lengths, as a convolution names them.
+      copied: digest to place.
+    """
+
+    file: BinaryIO
+    weights: Mapping[str, Weight]
+    places: dict[str, list[int]] = field(default_factory=dict)
+    copied: dict[bytes, int] = field(default_factory=dict)
+
+    def quantized(self, path: str, bias: bytes) -> list[int]:
+        """Place and lengths of a weight's codes, scales and bias, which lie one after another."""
+        if path not in self.places:
+            weight, start = self.weights[path], self.file.tell()
+            self.file.write(_header(weight) + _unsigned(weight).tobytes())
+            middle = self.file.tell()
+            self.file.write(weight.scale.tobytes())
+            end = self.file.tell()
+            self.file.write(bias)
+            self.places[path] = [start, middle - start, end - middle, len(bias), 0]
+        return self.places[path]
+
+    def copy(self, data: bytes) -> int:
+        """Place of bytes that are no codes of ours, stored once for all graphs."""
+        key = hashlib.sha256(data).digest()
+        if key not in self.copied:
+            self.copied[key] = self.file.tell()
+            self.file.write(data)
+        return self.copied[key]
+
+
+def _header(weight: Weight) -> bytes:
+    low, high = RANGES[weight.type]
+    kind = np.uint32 if max(weight.values.shape) >= SHORT else np.uint16
+    levels = np.arange(low, high + 1, dtype=np.int8)
+    # A length of 256 does not fit the byte and reads as 0.
+    return (
+        b"\x02"
+        + np.array(weight.values.shape, kind).tobytes()
+        + bytes([len(levels) % 256])
+        + levels.tobytes()
+    )
+
+
+def _unsigned(weight: Weight) -> np.ndarray:
+    codes = (weight.values.reshape(-1).astype(np.int16) - RANGES[weight.type][0]).astype(np.uint8)
+    if weight.type == "int8":
+        return codes
+    codes = np.concatenate([codes, np.zeros(len(codes) % 2, np.uint8)])
+    return (codes[0::2] << 4) | codes[1::2]
+
+
+def _convert(source: Path, directory: Path, products: Mapping[str, str], writer: _Writer) -> None:
+    raw, text = source.with_suffix(".mnn"), source.with_suffix(".json")
+    _run("-f", "ONNX", "--modelFile", source, "--MNNModel", raw, "--saveExternalData")
+    _run("-f", "MNN", "--modelFile", raw, "--JsonFile", text)
+    graph = json.loads(text.read_text())
+    outside = raw.with_name(f"{raw.name}.weight")
+    held = np.memmap(outside, np.uint8, "r") if outside.exists() else np.zeros(0, np.uint8)
+    for operator in graph["oplists"]:
+        main = operator.get("main", {})
+        if "external" not in main:
+            continue
+        start, *lengths = main["external"]
+        path = products.get(operator["name"].removesuffix(CONVERTED))
+        if operator["type"] == "Convolution" and path and writer.weights[path].scale is not None:
+            bias = held[start + lengths[0] : start + sum(lengths[:2])].tobytes()
+            main["quanParameter"] = _parameters(writer.weights[path])
+            main["external"] = writer.quantized(path, bias)
+        else:
+            data = held[start : start + sum(lengths)].tobytes()
+            main["external"] = [writer.copy(data), *lengths]
+    text.write_text(json.dumps(graph))
+    _run("-f", "JSON", "--modelFile", text, "--MNNModel", directory / f"{source.stem}.mnn")
+
+
+def _parameters(weight: Weight) -> dict[str, Any]:
+    return {
+        "type": 1,
+        "aMaxOrBits": BITS[weight.type],
+        "aMin": 0,
+        "readType": 0,
+        "quantScale": 1.0,
+        "scaleIn": 0.0,
+        "scaleOut": 0.0,
+        "useInt32": False,
+        "has_scaleInt": False,
+        "shapeInt32": max(weight.values.shape) >= SHORT,
+        "weightSize": 0,
+    }
+
+
+def _run(*arguments: Any) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERTER, "--bizCode", "glm_edge", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = (done.stderr + done.stdout).strip().splitlines() or ["no message"]
+        raise ExportError(f"MNN's converter failed: {lines[-1]}")

@@ -1,0 +1,87 @@
+"""Exports that are a directory: what the caller gets, and writing it whole."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_edge.errors import OutputError
+from glm_edge.export.constants import Conversion
+
+
+@dataclass(frozen=True)
+class Package:
+    """A written directory.
+
+    Attributes:
+      path: the directory.
+      file_bytes: of all its files.
+      signatures: names of its entry points.
+      conversions: parameters held in another form than they were given.
+    """
+
+    path: Path
+    file_bytes: int
+    signatures: tuple[str, ...]
+    conversions: tuple[Conversion, ...]
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, overwrite: bool, mark: str) -> Iterator[Path]:
+    """Gives a directory beside `path` to write into, and moves it there when all went well.
+
+    Args:
+      path: the directory to write.
+      overwrite: replace a directory that exists, if an export wrote it.
+      mark: name of a file that such a directory holds.
+
+    Raises:
+      OutputError: `path` exists, is no export, or cannot be written.
+    """
+    check_target(path, overwrite, mark)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    before = beside.with_name(f"{beside.name}.before")
+    try:
+        beside.mkdir()
+        yield beside
+        for file in beside.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as held:
+                    os.fsync(held.fileno())
+        if path.exists():
+            os.replace(path, before)
+        try:
+            os.replace(beside, path)
+        except OSError:
+            if before.exists():
+                os.replace(before, path)
+            raise
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def check_target(path: Path, overwrite: bool, mark: str) -> None:
+    """Refuses a path that cannot take the directory, before any work is done.
+
+    Raises:
+      OutputError: it exists, is no export, or its directory is missing or read-only.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path}: exists; choose another path or pass overwrite=True")
+    if path.exists() and not (path / mark).is_file():
+        raise OutputError(f"{path}: holds no {mark}, so no export wrote it; choose another path")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path}: directory {path.parent} is missing or cannot be written")
+
+
+def bytes_of(path: Path) -> int:
+    """Bytes of all files of a directory."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
