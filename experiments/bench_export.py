@@ -10,7 +10,8 @@ activations keep their size: no float copy ever exists, and the numbers mean not
 Two processes run in turn, so that each has a peak of its own: `convert` makes the parameters and
 writes the file; `run` loads the file in LiteRT and decodes after contexts of --contexts tokens. A
 step is timed as the runtime alone, the cache staying in its buffers, and again through the
-signature runner of Python, which copies the cache in and out. `of limit` is the time that reading
+signature runner of Python, which copies the cache in and out; --one_step, for files that fit
+memory only once, decodes a single token. `of limit` is the time that reading
 the stored weights takes at the bandwidth measured in the same process, as a fraction of the step.
 """
 
@@ -61,6 +62,7 @@ def define_flags() -> None:
     flags.DEFINE_list("contexts", ["128"], "Tokens in the cache before a timed step.")
     flags.DEFINE_integer("slots", 1280, "Slots of the cache.", 2)
     flags.DEFINE_integer("threads", 2, "Threads of LiteRT.", 1)
+    flags.DEFINE_bool("one_step", False, "Decode one token only: every signature packs a copy.")
     flags.DEFINE_bool("keep", False, "Keep the exported file.")
     flags.DEFINE_enum("step", "all", ["all", "convert", "run"], "Which process this is.")
     flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
@@ -167,12 +169,13 @@ def run(path: Path) -> dict[str, Any]:
     started = time.monotonic()
     phone = ge.export.LiteRTModel(path, num_threads=FLAGS.threads)
     rng, config = np.random.default_rng(0), phone.config
-    tokens = rng.integers(0, config.decoder.vocab_size, max(map(int, FLAGS.contexts)))
-    embedded = phone.embed(tokens.astype(np.int32))
+    embedded = phone.embed(rng.integers(0, config.decoder.vocab_size, 1))
     numbers: dict[str, Any] = {"load_seconds": time.monotonic() - started}
     started = time.monotonic()
     phone.extend(embedded[:1], 0, phone.empty_cache())
     numbers["first_step_seconds"] = time.monotonic() - started
+    if FLAGS.one_step:
+        return numbers | {"peak_rss_bytes": peak_rss_bytes()}
     resident = Resident(path, phone, FLAGS.threads)
     for length in map(int, FLAGS.prefill):
         rows = np.resize(embedded, (length, embedded.shape[1]))

@@ -11,7 +11,6 @@ and written in blocks.
 
 import json
 import math
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,8 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.console import bar, fail_in_one_line
-from glm_edge.checkpoint.files import CONFIG, new_directory, write_json
-from glm_edge.errors import OutputError
+from glm_edge.checkpoint.files import CONFIG, new_directory, require_space, write_json
 
 FLAGS = flags.FLAGS
 INDEX = "model.safetensors.index.json"
@@ -242,25 +240,6 @@ def _header(shapes: Shapes) -> bytes:
 
 def _bytes(shape: tuple[int, ...]) -> int:
     return ITEM_BYTES * math.prod(shape)
-
-
-def require_space(out: Path, needed: float) -> None:
-    """Refuses to begin where a disk is too full.
-
-    Args:
-      out: to be written; it need not exist.
-      needed: bytes.
-
-    Raises:
-      OutputError: fewer bytes are free.
-    """
-    existing = next(parent for parent in out.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise OutputError(
-            f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or name "
-            "a directory on another disk"
-        )
 
 
 if __name__ == "__main__":

@@ -301,6 +301,25 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def require_space(out: Path, needed: float) -> None:
+    """Refuses to begin where a disk is too full.
+
+    Args:
+      out: to be written; it need not exist.
+      needed: bytes.
+
+    Raises:
+      OutputError: fewer bytes are free.
+    """
+    existing = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or name "
+            "a directory on another disk"
+        )
+
+
 @contextlib.contextmanager
 def new_directory(target: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
     """Gives a temporary directory beside `target` that takes its place when all went well.

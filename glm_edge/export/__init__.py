@@ -1,5 +1,6 @@
 """Export of a compressed model to the file that a phone runs, and the check that it runs it."""
 
+from glm_edge.export.compatibility import Compatibility, compatibility
 from glm_edge.export.constants import Conversion
 from glm_edge.export.container import read_constants, read_metadata
 from glm_edge.export.runtime import LiteRTModel
@@ -7,11 +8,13 @@ from glm_edge.export.tflite import ExportedModel, tflite
 from glm_edge.export.verify import Verification, Window, verify
 
 __all__ = [
+    "Compatibility",
     "Conversion",
     "ExportedModel",
     "LiteRTModel",
     "Verification",
     "Window",
+    "compatibility",
     "read_constants",
     "read_metadata",
     "tflite",

@@ -19,6 +19,7 @@ from glm_edge.export.interpreter_host import ProtocolError, receive, send
 
 TIMEOUT = 600.0
 LONGEST_LINE = 200
+NEWS = ("INFO", "WARNING")
 
 
 class Kept:
@@ -162,7 +163,8 @@ class ChildInterpreter:
         size = self._errors.seek(0, 2)
         self._errors.seek(max(0, size - 4096))
         lines = self._errors.read().decode(errors="replace").split("\n")
-        lines = [line.strip() for line in lines if line.strip()]
+        # What the runtime announces is no cause.
+        lines = [line.strip() for line in lines if line.strip() and not line.startswith(NEWS)]
         return f": {lines[-1][:LONGEST_LINE]}" if lines else ""
 
 

@@ -66,6 +66,11 @@ class Compatibility:
         """Names of the graphs, in the file's order."""
         return tuple(dict.fromkeys(row.signature for row in self.rows))
 
+    @property
+    def delegates(self) -> tuple[str, ...]:
+        """Names of the delegates."""
+        return tuple(delegate.name for delegate in DELEGATES)
+
     def fallback(self, delegate: str, signature: str | None = None) -> list[Row]:
         """What a delegate leaves to the CPU.
 
@@ -111,11 +116,10 @@ class Compatibility:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        names = [delegate.name for delegate in DELEGATES]
-        cells, reasons = [["signature", "operator", "count", "types", *names]], {}
+        cells, reasons = [["signature", "operator", "count", "types", *self.delegates]], {}
         for row in self.rows:
             marks = []
-            for name in names:
+            for name in self.delegates:
                 verdict = row.verdicts[name]
                 mark = verdict.accepted
                 if verdict.reason:

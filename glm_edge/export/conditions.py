@@ -349,7 +349,9 @@ def same_rank_if_kept(operator: Operator, context: Context) -> str | None:
 @condition
 def gpu_broadcast(operator: Operator, context: Context) -> str | None:
     """Shapes broadcast as the GPU does it."""
-    a, b = _present(operator.inputs)[:2]
+    if len(_present(operator.inputs)) != 2:
+        return "an absent input"
+    a, b = _present(operator.inputs)
     if a.rank <= 1 or b.rank <= 1 or a.rank == b.rank:
         return None
     long, short = (a.shape, b.shape) if a.rank > b.rank else (b.shape, a.shape)

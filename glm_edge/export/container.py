@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from glm_edge.checkpoint.files import require_space
 from glm_edge.errors import ExportError, OutputError, require
 from glm_edge.export.flatbuffer import METADATA, SMALL_BUFFER, Constant, schema
 
@@ -75,10 +76,11 @@ def write(model: Any, path: Path, overwrite: bool, inline_limit: int = INLINE_LI
       Bytes of the file.
 
     Raises:
-      OutputError: the file exists, or its directory cannot be written.
+      OutputError: the file exists, its directory cannot be written, or its disk is too full.
     """
-    check_target(path, overwrite)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    held = sum(buffer.data.nbytes for buffer in model.buffers if buffer.data is not None)
+    check_target(path, overwrite, held)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(beside, "xb") as file:
             _write(model, file, inline_limit)
@@ -92,16 +94,23 @@ def write(model: Any, path: Path, overwrite: bool, inline_limit: int = INLINE_LI
     return path.stat().st_size
 
 
-def check_target(path: Path, overwrite: bool) -> None:
+def check_target(path: Path, overwrite: bool, needed: int = 0) -> None:
     """Refuses a path that cannot take the file, before any work is done.
 
+    Args:
+      path: of the file.
+      overwrite: replace a file that exists.
+      needed: bytes that its disk must have free; the file that is replaced goes last.
+
     Raises:
-      OutputError: the file exists, is a directory, or its directory is missing or read-only.
+      OutputError: the file exists, is a directory, its directory is missing or read-only, or its
+        disk is too full.
     """
     if path.is_dir() or (path.exists() and not overwrite):
         raise OutputError(f"{path}: exists; choose another path or pass overwrite=True")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path}: directory {path.parent} is missing or cannot be written")
+    require_space(path, needed)
 
 
 def _write(model: Any, file: Any, inline_limit: int) -> None:

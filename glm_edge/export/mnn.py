@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -100,11 +100,11 @@ def mnn(
         with open(directory / WEIGHTS, "xb") as file:
             writer = _Writer(file, weights)
             for signature in offered:
-                builder = _LookUps(stored, tables)
+                builder = _Graph(stored, tables)
                 graph = graph_of(signature, shapes, stored, builder)
                 source = Path(scratch) / f"{signature.name}.onnx"
                 source.write_bytes(model_of(library, graph).SerializeToString())
-                _convert(source, directory, _products(builder), writer)
+                _convert(source, directory, builder, writer)
         description = {
             "version": __version__,
             "config": to_dict(model.config),
@@ -120,12 +120,20 @@ def mnn(
     return Package(path, bytes_of(path), names, tuple(conversions))
 
 
-class _LookUps(GraphBuilder):
-    """Looks rows up among integers, in operators that MNN's converter leaves alone."""
+class _Graph(GraphBuilder):
+    """Written in operators that MNN's converter leaves alone; looks rows up among integers."""
 
     def __init__(self, stored: Mapping[str, StoredWeight], tables: Mapping[str, StoredWeight]):
         super().__init__(stored)
         self.tables = tables
+
+    def node(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        divisor = self.initializers.get(inputs[1]) if operator == "Div" else None
+        if divisor is not None:
+            # The converter would do the same, and print the reciprocal with six digits.
+            array = self.onnx.numpy_helper.to_array(divisor)
+            operator, inputs = "Mul", (inputs[0], self.constant(np.float32(1.0) / array))
+        return super().node(operator, *inputs, outputs=outputs, **attributes)
 
     def look_up(self, path: str, indices: str, count: int) -> str:
         if path not in self.tables:
@@ -161,8 +169,9 @@ def _products(builder: GraphBuilder) -> dict[str, str]:
     named = dict(builder.products)
     for node in builder.nodes:
         # It takes a bias into the convolution, and the name of the sum with it.
-        if node.op_type == "Add":
-            named |= {node.output[0]: named[name] for name in node.input if name in named}
+        weighted = [named[name] for name in node.input if name in named]
+        if node.op_type == "Add" and weighted:
+            named[node.output[0]] = weighted[0]
     return named
 
 
@@ -224,15 +233,17 @@ def _unsigned(weight: Weight) -> np.ndarray:
     return (codes[0::2] << 4) | codes[1::2]
 
 
-def _convert(source: Path, directory: Path, products: Mapping[str, str], writer: _Writer) -> None:
+def _convert(source: Path, directory: Path, builder: _Graph, writer: _Writer) -> None:
     raw, text = source.with_suffix(".mnn"), source.with_suffix(".json")
     _run("-f", "ONNX", "--modelFile", source, "--MNNModel", raw, "--saveExternalData")
     _run("-f", "MNN", "--modelFile", raw, "--JsonFile", text)
     graph = json.loads(text.read_text())
     outside = raw.with_name(f"{raw.name}.weight")
     held = np.memmap(outside, np.uint8, "r") if outside.exists() else np.zeros(0, np.uint8)
+    products = _products(builder)
     for operator in graph["oplists"]:
         main = operator.get("main", {})
+        _restore(operator, builder, writer.weights)
         if "external" not in main:
             continue
         start, *lengths = main["external"]
@@ -246,6 +257,40 @@ def _convert(source: Path, directory: Path, products: Mapping[str, str], writer:
             main["external"] = [writer.copy(data), *lengths]
     text.write_text(json.dumps(graph))
     _run("-f", "JSON", "--modelFile", text, "--MNNModel", directory / f"{source.stem}.mnn")
+
+
+def _restore(operator: Any, builder: _Graph, weights: Mapping[str, Weight]) -> None:
+    """Puts exact numbers where the converter's JSON holds six digits behind the point."""
+    main = operator.get("main", {})
+    if "float32s" not in main and "external" in main:
+        return
+    exact = _exact(operator["name"], builder, weights) if "float32s" in main else None
+    if exact is not None:
+        main["float32s"] = exact.reshape(-1).tolist()
+    elif any(value != round(value) for value in _floats(main)):
+        raise ExportError(
+            f"MNN: the converter made numbers of its own ({operator['type']} {operator['name']}), "
+            "which its JSON does not hold exactly"
+        )
+
+
+def _exact(name: str, builder: _Graph, weights: Mapping[str, Weight]) -> np.ndarray | None:
+    path = name.removesuffix(".scale")
+    if path in weights and path != name:
+        return weights[path].scale
+    if path in weights:
+        dense = dequantized(weights[path])
+        return dense.T if boxes.is_matrix(path, dense) else dense
+    tensor = builder.initializers.get(name)
+    return None if tensor is None else builder.onnx.numpy_helper.to_array(tensor)
+
+
+def _floats(tree: Any) -> Iterator[float]:
+    if isinstance(tree, float):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _floats(value)
 
 
 def _parameters(weight: Weight) -> dict[str, Any]:

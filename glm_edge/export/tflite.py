@@ -82,7 +82,7 @@ def tflite(
       MissingExtraError: TensorFlow or LiteRT is not installed.
     """
     path = Path(path)
-    container.check_target(path, overwrite)
+    container.check_target(path, overwrite, boxes.stored_bytes(params))
     shapes = _check_model(model, params)
     lengths, cache_slots = _check_lengths(model.config, prefill_lengths, cache_slots)
 

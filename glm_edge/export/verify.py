@@ -130,6 +130,8 @@ def verify(
         content = (window.tokens, window.image, window.audio)
         # The file first: a damaged one fails before JAX compiles anything.
         found = phone.score(*content)[counted]
+        if not np.isfinite(found).all():
+            raise ExportError(f"{path}: gives scores that are not finite")
         expected = reference.score(*content)[counted]
         same.append(expected.argmax(-1) == found.argmax(-1))
         errors.append(np.abs(expected - found).max(initial=0.0))

@@ -62,9 +62,7 @@ def test_nothing_is_overwritten_unasked_nor_begun_on_a_full_disk(tmp_path, monke
     with pytest.raises(OutputError, match="not empty"):
         make_checkpoint.write(SMALL, str(out), 1e9, seed=0)
     make_checkpoint.write(SMALL, str(out), 1e9, seed=0, overwrite=True)
-    monkeypatch.setattr(
-        make_checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**7)
-    )
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**7))
     with pytest.raises(OutputError, match=r"needs 0\.1 GB, 0\.0 GB are free"):
         make_checkpoint.write(SMALL, str(tmp_path / "other"), 1e9, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,196 @@
+"""Writes the file that a phone runs, from any checkpoint that the library loads.
+
+    python -m experiments.export --checkpoint=DIR --format=tflite --out=phone.tflite --verify
+
+--format is `tflite` (LiteRT), `litertlm` (a bundle with tokenizer and chat template, for the apps
+of LiteRT-LM), `onnx`, `mnn` or `coreml`, each with an extra of its own. A compressed checkpoint
+(`experiments.compress` makes them) keeps its integers; what a format cannot hold as it is, is
+converted by a rule that is printed, or refused with what would be right.
+
+--verify runs a .tflite file, in a process of its own, against JAX on the same integers, and fails
+below --threshold: on the first --text_tokens of --text, or on random tokens. The script prints the
+file's size, its conversions, which accelerators would take its operators, and the verification;
+--report writes the same to report.json beside the file.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+
+import numpy as np
+from absl import app, flags
+
+import glm_edge as ge
+from experiments import materials
+from experiments.console import fail_in_one_line, print_table
+from experiments.text import corpora
+from experiments.text import tokenizer as text_tokenizer
+from glm_edge.errors import DataError, ExportError, OutputError
+
+FLAGS = flags.FLAGS
+FORMATS = ("tflite", "litertlm", "onnx", "mnn", "coreml")
+REPORT = "report.json"
+SHOWN_CONVERSIONS = 8
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
+    flags.DEFINE_enum("format", "tflite", FORMATS, "What to write.")
+    flags.DEFINE_string("out", None, "File to write; a directory for onnx and mnn.", required=True)
+    flags.DEFINE_list("prefill_lengths", ["128"], "Tokens that one call of prefill takes.")
+    flags.DEFINE_integer(
+        "cache_slots", None, "Tokens of the cache; default: the model's context, at most 1024.", 1
+    )
+    flags.DEFINE_bool("verify", False, "Run the file and compare it with JAX (tflite).")
+    flags.DEFINE_float("threshold", None, "Least agreement of --verify; default: 0.99.", 0.0, 1.0)
+    flags.DEFINE_string("text", None, "UTF-8 file to verify on; default: random tokens.")
+    flags.DEFINE_integer("text_tokens", 1024, "At most this many tokens of it are compared.", 2)
+    flags.DEFINE_integer("seed", 0, "Seed of random tokens.")
+    flags.DEFINE_bool("report", False, "Write report.json beside the file.")
+    flags.DEFINE_bool("overwrite", False, "Replace what --out and --report name.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    started = time.monotonic()
+    out = Path(FLAGS.out)
+    source = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
+    check_flags(out)
+    options = {"prefill_lengths": lengths(), "overwrite": FLAGS.overwrite}
+    if FLAGS.cache_slots is not None:
+        options["cache_slots"] = FLAGS.cache_slots
+    write = exporter(FLAGS.format)
+    model, params = ge.load(source)
+    arguments = (model, params, source) if FLAGS.format == "litertlm" else (model, params)
+    result = write(*arguments, out, **options)
+    summary = {
+        "checkpoint": source.name,
+        "format": FLAGS.format,
+        "file": out.name,
+        "file_bytes": result.file_bytes,
+        "parameter_bytes": ge.params.stored_bytes(params),
+        "conversions": [dataclasses.asdict(c) for c in result.conversions],
+        "compatibility": accelerators(out) if FLAGS.format == "tflite" else None,
+        "verification": verification(result, source) if FLAGS.verify else None,
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "run": {
+            "command": " ".join(["python -m experiments.export", *sys.argv[1:]]),
+            "seed": FLAGS.seed,
+            "versions": materials.versions(),
+        },
+    }
+    show(summary)
+    if FLAGS.report:
+        text = json.dumps(summary, indent=1) + "\n"
+        corpora.write_text(out.parent / REPORT, text, overwrite=FLAGS.overwrite)
+    passed = summary["verification"] is None or summary["verification"]["passed"]
+    if not passed:
+        raise ExportError(f"{out}: verification failed: see the agreement above")
+
+
+def check_flags(out: Path) -> None:
+    """Refuses what would fail after the work is done.
+
+    Raises:
+      DataError: the format cannot be verified.
+      OutputError: a file exists already, or has no directory.
+    """
+    if FLAGS.verify and FLAGS.format != "tflite":
+        raise DataError(
+            f"--verify: a {FLAGS.format} file is not run here; leave --verify out, or export tflite"
+        )
+    for path in (out, out.parent / REPORT) if FLAGS.report else (out,):
+        if path.exists() and not FLAGS.overwrite:
+            raise OutputError(f"{path}: exists already; name another place or pass --overwrite")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: its directory does not exist; make it first")
+
+
+def lengths() -> list[int]:
+    """The numbers of --prefill_lengths."""
+    try:
+        return [int(length) for length in FLAGS.prefill_lengths]
+    except ValueError as error:
+        raise DataError(f"--prefill_lengths: {error}; numbers such as 128,512 are right") from error
+
+
+def exporter(name: str) -> Any:
+    """The function that writes a format; its heavy imports come with it."""
+    return getattr(importlib.import_module(f"glm_edge.export.{name}"), name)
+
+
+def accelerators(out: Path) -> dict[str, Any]:
+    """Operators that each delegate takes, in numbers, and what it leaves to the CPU."""
+    table = ge.export.compatibility(out)
+    return {
+        delegate: {
+            **table.counts(delegate),
+            "fallback": sorted({row.operator for row in table.fallback(delegate)}),
+        }
+        for delegate in table.delegates
+    }
+
+
+def verification(result: Any, source: Path) -> dict[str, Any]:
+    """The comparison with JAX."""
+    windows = None
+    if FLAGS.text:
+        tokenizer = ge.load_tokenizer(source)
+        if tokenizer is None:
+            raise DataError(f"{source}: --text needs a tokenizer.json beside the model")
+        ids = text_tokenizer.encode_text(tokenizer, corpora.read_text(FLAGS.text))
+        ids = np.asarray(ids[: FLAGS.text_tokens], np.int32)
+        slots = ge.export.read_metadata(result.path)["cache_slots"]
+        windows = [ge.export.Window(ids[at : at + slots]) for at in range(0, len(ids), slots)]
+    found = result.verify(windows, threshold=FLAGS.threshold, seed=FLAGS.seed, check=False)
+    return {**dataclasses.asdict(found), "passed": found.passed}
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Prints sizes, conversions, accelerators and the verification."""
+    held = summary["parameter_bytes"]
+    rows = [
+        ["file", summary["file"]],
+        ["bytes", f"{summary['file_bytes']:,} (parameters {held:,})"],
+        ["seconds", f"{summary['seconds']:.1f}"],
+        ["peak RSS", f"{summary['peak_rss_bytes'] / 1e9:.2f} GB"],
+    ]
+    for name, counts in (summary["compatibility"] or {}).items():
+        total = counts["yes"] + counts["no"] + counts["unknown"]
+        unknown = f", {counts['unknown']} unknown" if counts["unknown"] else ""
+        rows.append([f"operators on {name}", f"{counts['yes']} of {total}{unknown}"])
+    found = summary["verification"]
+    if found is None:
+        rows.append(["verified", "no: the file was not run"])
+    else:
+        rows += [
+            ["verified", "yes" if found["passed"] else "no"],
+            ["top-1 agreement", f"{found['agreement']:.2%} of {found['tokens']} tokens"],
+            ["least asked for", f"{found['threshold']:.2%}"],
+            ["largest error", f"{found['max_abs_error']:.3g}"],
+            ["mean KL (nats)", f"{found['mean_kl']:.3g}"],
+        ]
+    print_table(["quantity", "value"], rows)
+    conversions = summary["conversions"]
+    for conversion in conversions[:SHOWN_CONVERSIONS]:
+        changed = "changes values" if conversion["changes_values"] else "same values"
+        print(f"converted {conversion['path']}: {conversion['rule']} ({changed})")
+    if len(conversions) > SHOWN_CONVERSIONS:
+        print(f"and {len(conversions) - SHOWN_CONVERSIONS} more")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(fail_in_one_line(main))
