@@ -27,7 +27,7 @@ from typing import Any
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 import glm_edge as ge
 from experiments import materials
@@ -39,7 +39,6 @@ from glm_edge.errors import DataError, ExportError, OutputError
 FLAGS = flags.FLAGS
 FORMATS = ("tflite", "litertlm", "onnx", "mnn", "coreml")
 REPORT = "report.json"
-SHOWN_CONVERSIONS = 8
 
 
 def define_flags() -> None:
@@ -52,7 +51,15 @@ def define_flags() -> None:
         "cache_slots", None, "Tokens of the cache; default: the model's context, at most 1024.", 1
     )
     flags.DEFINE_bool("verify", False, "Run the file and compare it with JAX (tflite).")
-    flags.DEFINE_float("threshold", None, "Least agreement of --verify; default: 0.99.", 0.0, 1.0)
+    flags.DEFINE_enum(
+        "compute",
+        "int8_dynamic",
+        ["int8_dynamic", "float32"],
+        "What --verify compares with: JAX as the file multiplies, or on dequantized weights.",
+    )
+    flags.DEFINE_float(
+        "threshold", None, "Least agreement; default: 0.99, or 0.97 with float32.", 0.0, 1.0
+    )
     flags.DEFINE_string("text", None, "UTF-8 file to verify on; default: random tokens.")
     flags.DEFINE_integer("text_tokens", 1024, "At most this many tokens of it are compared.", 2)
     flags.DEFINE_integer("seed", 0, "Seed of random tokens.")
@@ -64,13 +71,15 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
     started = time.monotonic()
+    # TensorFlow tells of every step of a conversion.
+    logging.set_verbosity(logging.WARNING)
     out = Path(FLAGS.out)
     source = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
     check_flags(out)
     options = {"prefill_lengths": lengths(), "overwrite": FLAGS.overwrite}
     if FLAGS.cache_slots is not None:
         options["cache_slots"] = FLAGS.cache_slots
-    write = exporter(FLAGS.format)
+    write, ids = exporter(FLAGS.format), text_ids(source)
     model, params = ge.load(source)
     arguments = (model, params, source) if FLAGS.format == "litertlm" else (model, params)
     result = write(*arguments, out, **options)
@@ -82,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
         "parameter_bytes": ge.params.stored_bytes(params),
         "conversions": [dataclasses.asdict(c) for c in result.conversions],
         "compatibility": accelerators(out) if FLAGS.format == "tflite" else None,
-        "verification": verification(result, source) if FLAGS.verify else None,
+        "verification": verification(result, ids) if FLAGS.verify else None,
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "run": {
@@ -109,7 +118,7 @@ def check_flags(out: Path) -> None:
     """
     if FLAGS.verify and FLAGS.format != "tflite":
         raise DataError(
-            f"--verify: a {FLAGS.format} file is not run here; leave --verify out, or export tflite"
+            f"--verify: {FLAGS.format} files are not run here; leave --verify out, or export tflite"
         )
     for path in (out, out.parent / REPORT) if FLAGS.report else (out,):
         if path.exists() and not FLAGS.overwrite:
@@ -143,18 +152,34 @@ def accelerators(out: Path) -> dict[str, Any]:
     }
 
 
-def verification(result: Any, source: Path) -> dict[str, Any]:
+def text_ids(source: Path) -> np.ndarray | None:
+    """Tokens of --text, or None.
+
+    Raises:
+      DataError: the checkpoint has no tokenizer, or the text cannot be read.
+    """
+    if not FLAGS.text:
+        return None
+    tokenizer = ge.load_tokenizer(source)
+    if tokenizer is None:
+        raise DataError(f"{source}: --text needs a tokenizer.json beside the model")
+    ids = text_tokenizer.encode_text(tokenizer, corpora.read_text(FLAGS.text))
+    return np.asarray(ids[: FLAGS.text_tokens], np.int32)
+
+
+def verification(result: Any, ids: np.ndarray | None) -> dict[str, Any]:
     """The comparison with JAX."""
     windows = None
-    if FLAGS.text:
-        tokenizer = ge.load_tokenizer(source)
-        if tokenizer is None:
-            raise DataError(f"{source}: --text needs a tokenizer.json beside the model")
-        ids = text_tokenizer.encode_text(tokenizer, corpora.read_text(FLAGS.text))
-        ids = np.asarray(ids[: FLAGS.text_tokens], np.int32)
+    if ids is not None:
         slots = ge.export.read_metadata(result.path)["cache_slots"]
         windows = [ge.export.Window(ids[at : at + slots]) for at in range(0, len(ids), slots)]
-    found = result.verify(windows, threshold=FLAGS.threshold, seed=FLAGS.seed, check=False)
+    found = result.verify(
+        windows,
+        threshold=FLAGS.threshold,
+        compute=FLAGS.compute,
+        seed=FLAGS.seed,
+        check=False,
+    )
     return {**dataclasses.asdict(found), "passed": found.passed}
 
 
@@ -183,12 +208,21 @@ def show(summary: dict[str, Any]) -> None:
             ["mean KL (nats)", f"{found['mean_kl']:.3g}"],
         ]
     print_table(["quantity", "value"], rows)
-    conversions = summary["conversions"]
-    for conversion in conversions[:SHOWN_CONVERSIONS]:
-        changed = "changes values" if conversion["changes_values"] else "same values"
-        print(f"converted {conversion['path']}: {conversion['rule']} ({changed})")
-    if len(conversions) > SHOWN_CONVERSIONS:
-        print(f"and {len(conversions) - SHOWN_CONVERSIONS} more")
+    for line in grouped(summary["conversions"]):
+        print(line)
+
+
+def grouped(conversions: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each rule: how many parameters it changed, and the first of them."""
+    by_rule: dict[tuple[str, bool], list[str]] = {}
+    for conversion in conversions:
+        rule = (conversion["rule"], conversion["changes_values"])
+        by_rule.setdefault(rule, []).append(conversion["path"])
+    return [
+        f"converted {len(paths)}: {rule} ({'changes values' if changed else 'same values'}), "
+        f"such as {paths[0]}"
+        for (rule, changed), paths in by_rule.items()
+    ]
 
 
 if __name__ == "__main__":

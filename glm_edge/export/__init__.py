@@ -3,11 +3,13 @@
 from glm_edge.export.compatibility import Compatibility, compatibility
 from glm_edge.export.constants import Conversion
 from glm_edge.export.container import read_constants, read_metadata
+from glm_edge.export.litertlm import Bundle, litertlm
 from glm_edge.export.runtime import LiteRTModel
 from glm_edge.export.tflite import ExportedModel, tflite
 from glm_edge.export.verify import Verification, Window, verify
 
 __all__ = [
+    "Bundle",
     "Compatibility",
     "Conversion",
     "ExportedModel",
@@ -15,6 +17,7 @@ __all__ = [
     "Verification",
     "Window",
     "compatibility",
+    "litertlm",
     "read_constants",
     "read_metadata",
     "tflite",

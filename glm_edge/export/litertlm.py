@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from glm_edge import __version__
+from glm_edge import params as boxes
 from glm_edge.errors import ExportError, OutputError, require
 from glm_edge.export import container, lm_signatures
 from glm_edge.export.constants import Conversion, constants_of
-from glm_edge.export.tflite import _check_lengths, _check_model, write_signatures
+from glm_edge.export.tflite import check_lengths, check_model, write_signatures
 from glm_edge.export.trace import Signature
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
@@ -64,9 +65,15 @@ def litertlm(
     """Writes a model as a `.litertlm` bundle, which LiteRT-LM's engines and apps open.
 
     The runtime renders the chat template, tokenizes, and puts an image or a recording where the
-    template writes a placeholder. Two of its habits differ from `Processor`. It stretches images to
-    one size, with its own resampling: an image of `image_size` is read as it is. Of a recording,
-    samples after the last whole `hop_length` are left out.
+    template writes a placeholder. Its habits differ from `Processor`'s:
+
+    * It stretches images to one size with its own resampling; one of `image_size` stays as it is.
+    * It hears a recording to the end, but for samples after the last whole `hop_length`.
+    * Names of special tokens in a user's text become these tokens.
+    * An answer cut off by a limit of tokens, in a conversation with an image, loses its last token
+      for the next turn (litert-lm 0.18.1).
+
+    Where embeddings are read, their table stands in the file twice if the head is tied to it.
 
     Args:
       model: the model.
@@ -88,12 +95,13 @@ def litertlm(
       MissingExtraError: TensorFlow, LiteRT or LiteRT-LM's builder is not installed.
     """
     path = Path(path)
-    container.check_target(path, overwrite)
+    # The sections lie beside the bundle until it is whole.
+    container.check_target(path, overwrite, 2 * boxes.stored_bytes(params))
     builder = require("litert_lm_builder.litertlm_builder", extra=EXTRA)
     processor = _processor(processor)
     config = model.config
-    shapes = _check_model(model, params)
-    lengths, slots = _check_lengths(config, prefill_lengths, cache_slots)
+    shapes = check_model(model, params)
+    lengths, slots = check_lengths(config, prefill_lengths, cache_slots)
     image_size = _check_encoders(model, processor, image_size)
     held = constants_of(params)
 

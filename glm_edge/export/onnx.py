@@ -16,7 +16,7 @@ from glm_edge.errors import ExportError, require
 from glm_edge.export.integers import Weight, packed_nibbles, weight_of
 from glm_edge.export.onnx_graph import GraphBuilder, StoredWeight
 from glm_edge.export.package import Package, bytes_of, check_target, written_whole
-from glm_edge.export.tflite import _check_lengths, _check_model
+from glm_edge.export.tflite import check_lengths, check_model
 from glm_edge.export.trace import Signature, signatures
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
@@ -70,8 +70,8 @@ def onnx(
     """
     path, library = Path(path), require("onnx", extra="onnx")
     check_target(path, overwrite, DESCRIPTION)
-    shapes = _check_model(model, params)
-    lengths, cache_slots = _check_lengths(model.config, prefill_lengths, cache_slots)
+    shapes = check_model(model, params)
+    lengths, cache_slots = check_lengths(model.config, prefill_lengths, cache_slots)
     offered = signatures(model.clone(compute="float32"), lengths, cache_slots, prefill_logits)
     with written_whole(path, overwrite, DESCRIPTION) as directory:
         stored, parameters, conversions = {}, {}, []

@@ -372,15 +372,15 @@ class GraphBuilder:
 
     def _lower_gather(self, equation: JaxprEqn, inputs: list[Value]) -> str:
         numbers, (operand, index) = equation.params["dimension_numbers"], equation.invars
-        columns = operand.aval.shape[-1]
+        inner, rank = operand.aval.shape[1:], len(equation.outvars[0].aval.shape)
         if (
             numbers.collapsed_slice_dims != (0,)
             or numbers.start_index_map != (0,)
             or numbers.operand_batching_dims
-            or tuple(equation.params["slice_sizes"]) != (1, columns)
-            or numbers.offset_dims != (len(equation.outvars[0].aval.shape) - 1,)
+            or tuple(equation.params["slice_sizes"]) != (1, *inner)
+            or tuple(numbers.offset_dims) != tuple(range(rank - len(inner), rank))
         ):
-            raise ExportError("ONNX: gather of anything but rows of a matrix")
+            raise ExportError("ONNX: gather of anything but rows")
         count = int(np.prod(index.aval.shape))
         indices = self._reshape(self.full(inputs[1], index.aval.shape), [count])
         if inputs[0].weight is not None:

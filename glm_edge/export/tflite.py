@@ -83,8 +83,8 @@ def tflite(
     """
     path = Path(path)
     container.check_target(path, overwrite, boxes.stored_bytes(params))
-    shapes = _check_model(model, params)
-    lengths, cache_slots = _check_lengths(model.config, prefill_lengths, cache_slots)
+    shapes = check_model(model, params)
+    lengths, cache_slots = check_lengths(model.config, prefill_lengths, cache_slots)
 
     held = constants_of(params)
     offered = signatures(model.clone(compute="float32"), lengths, cache_slots, prefill_logits)
@@ -147,7 +147,12 @@ def write_signatures(
     return container.write(graph.model, path, overwrite)
 
 
-def _check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
+def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a model by path.
+
+    Raises:
+      ExportError: it is no `MultimodalGLM`, or the parameters are those of another model.
+    """
     if not isinstance(getattr(model, "config", None), GLMConfig):
         raise ExportError(f"{type(model).__name__}: only a MultimodalGLM can be exported to TFLite")
     expected = expected_shapes(model)
@@ -161,9 +166,14 @@ def _check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
     return expected
 
 
-def _check_lengths(
+def check_lengths(
     config: GLMConfig, prefill_lengths: Iterable[int], cache_slots: int | None
 ) -> tuple[list[int], int]:
+    """Lengths of prefill in rising order, and slots of the cache.
+
+    Raises:
+      ExportError: one does not fit the model's context.
+    """
     lengths = sorted(set(prefill_lengths))
     context = config.decoder.max_position_embeddings
     slots = min(context, DEFAULT_SLOTS) if cache_slots is None else cache_slots

@@ -15,7 +15,7 @@ if not (find_spec("tensorflow") and find_spec("ai_edge_litert")):
     pytest.skip("needs the extra 'export'", allow_module_level=True)
 
 SMALL = make_checkpoint.CONFIGS["glm_edge_1_5b"] | {
-    "vocab_size": 64,
+    "vocab_size": 2304,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -37,22 +37,30 @@ def run(*flags):
     )
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("source") / "small"
-    make_checkpoint.write(SMALL, str(directory), 1e9, seed=0)
-    return directory
+def compressed(directory, strength):
+    """A text model of random weights, with the shipped model's tokenizer.
 
-
-@pytest.mark.slow
-def test_a_checkpoint_becomes_a_verified_file_and_a_report(checkpoint, tmp_path):
-    model, params = ge.load(checkpoint)
+    The stronger its layers beside the residual that they add to, the likelier rounding changes a
+    token.
+    """
+    make_checkpoint.write(SMALL, str(directory / "dense"), 1e9, seed=0)
     recipe = ge.chain(
         ge.quantize.rtn(bits=4, group_size=32, where="^decoder/"), ge.quantize.rtn(bits=8)
     )
+    model, params = ge.load(directory / "dense")
+    params = ge.params.map_with_path(
+        lambda path, leaf: strength * leaf if path.startswith("decoder/layers") else leaf, params
+    )
     model, params, _ = recipe(model, params)
-    ge.save(model, params, tmp_path / "compressed")
-    flags = ["--checkpoint", tmp_path / "compressed", "--out", tmp_path / "phone.tflite"]
+    extras = {"tokenizer.json": ge.shipped("nano") / "tokenizer.json"}
+    ge.save(model, params, directory / "small", extras=extras)
+    return directory / "small"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_becomes_a_verified_file_and_a_report(tmp_path):
+    checkpoint = compressed(tmp_path, strength=1)
+    flags = ["--checkpoint", checkpoint, "--out", tmp_path / "phone.tflite"]
     flags += ["--prefill_lengths=16", "--cache_slots=32", "--verify", "--report"]
     done = run(*flags)
     assert done.returncode == 0, done.stderr
@@ -79,19 +87,23 @@ def test_a_checkpoint_becomes_a_verified_file_and_a_report(checkpoint, tmp_path)
 
 @pytest.mark.slow
 def test_a_file_that_disagrees_is_a_failure(tmp_path):
-    (tmp_path / "text.txt").write_text("Functions defined with def may return a value. " * 20)
-    flags = ["--out", tmp_path / "phone.tflite", "--cache_slots=64", "--prefill_lengths=32"]
-    flags += ["--verify", "--threshold=1.0", "--text", tmp_path / "text.txt", "--text_tokens=64"]
-    done = run(*flags)
-    shown = [line for line in done.stdout.splitlines() if "top-1 agreement" in line][0]
-    assert "of 64 tokens" in shown
-    assert (done.returncode == 0) == ("100.00%" in shown)
+    checkpoint = compressed(tmp_path, strength=2)
+    (tmp_path / "text.txt").write_text(" ".join(str(i**3) for i in range(400)))
+    flags = ["--checkpoint", checkpoint, "--out", tmp_path / "phone.tflite", "--cache_slots=64"]
+    flags += ["--prefill_lengths=32", "--text", tmp_path / "text.txt", "--text_tokens=300"]
+    # Rounded activations against none: not every token agrees.
+    done = run(*flags, "--verify", "--compute=float32", "--threshold=1.0")
+    assert done.returncode == 1
+    assert "verification failed" in done.stderr.splitlines()[-1]
+    shown = next(line for line in done.stdout.splitlines() if "top-1 agreement" in line)
+    assert "of 300 tokens" in shown
+    assert ge.export.read_metadata(tmp_path / "phone.tflite")["verified"] is False
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--format=onnx", "--verify"], "a onnx file is not run here"),
+        (["--format=onnx", "--verify"], "onnx files are not run here"),
         (["--prefill_lengths=many"], "numbers such as 128,512 are right"),
         (["--checkpoint=nowhere"], "nowhere"),
         (["--out=nowhere/phone.tflite"], "its directory does not exist"),

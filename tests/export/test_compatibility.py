@@ -13,7 +13,7 @@ from glm_edge.export.compatibility import NO, UNKNOWN, YES, judge
 from glm_edge.export.conditions import CONDITIONS, Context
 from glm_edge.export.contents import Graph, Operator, Tensor, read_graphs
 from glm_edge.export.delegates import COMMIT, DELEGATES, SOURCES
-from glm_edge.export.flatbuffer import FlatModel
+from glm_edge.export.flatbuffer import FlatModel, schema
 
 BY_NAME = {delegate.name: delegate for delegate in DELEGATES}
 
@@ -125,7 +125,7 @@ def test_conditions_that_are_not_read_are_unknown_not_guessed():
 
 
 def test_every_rule_names_what_exists_and_where_it_stands():
-    operators = set(vars(FlatModel.__init__.__globals__["schema"]().BuiltinOperator))
+    operators = set(vars(schema().BuiltinOperator))
     for delegate in DELEGATES:
         assert set(delegate.rules) <= operators
         for rule in delegate.rules.values():
@@ -198,7 +198,11 @@ def test_another_programs_file_is_listed_too(exported, tmp_path):
     ).counts("gpu")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no model", b"\x10\0\0\0TFL3" + b"\xff" * 40])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"no model", b"\x10\0\0\0TFL3" + b"\xff" * 40],
+    ids=["absent", "empty", "text", "marked"],
+)
 def test_files_that_are_none_are_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "a.tflite").write_bytes(content)

@@ -1,0 +1,169 @@
+"""Core ML packages hold our integers under the names of our functions; nothing here runs them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge import params as boxes
+from glm_edge.errors import ExportError, MissingExtraError, OutputError
+from glm_edge.export.coreml import METADATA, coreml, read_weights
+from glm_edge.export.five_axes import within_five_axes
+from glm_edge.export.trace import signatures
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params import Format, Quantized
+
+coremltools = pytest.importorskip("coremltools")
+pytest.importorskip("stablehlo_coreml")
+
+SLOTS, LENGTH = 64, 8
+
+
+BLOCKS = Format("int4", 32, scale_dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def model(small_config):
+    """One layer each: the converter takes a second or two a layer."""
+    config = small_config(num_layers=1)
+    vision = dataclasses.replace(
+        config.vision, image_size=(32, 32), num_layers=1, window=(4, 4), global_layers=()
+    )
+    return MultimodalGLM(dataclasses.replace(config, vision=vision))
+
+
+@pytest.fixture(scope="module")
+def dense_params(model, random_params):
+    return random_params(model)
+
+
+@pytest.fixture(scope="module")
+def params(dense_params, quantize):
+    def box(path, leaf):
+        if not boxes.is_matrix(path, leaf) or path == "speech/linear_2/weight":
+            return leaf
+        return quantize(leaf, BLOCKS if path.startswith("decoder") else Format("int8"))
+
+    return boxes.map_with_path(box, dense_params)
+
+
+@pytest.fixture(scope="module")
+def exported_coreml(model, params, tmp_path_factory):
+    path = tmp_path_factory.mktemp("coreml") / "small.mlpackage"
+    return coreml(model, params, path, prefill_lengths=(LENGTH,), cache_slots=SLOTS)
+
+
+@pytest.fixture(scope="module")
+def specification(exported_coreml):
+    return coremltools.models.MLModel(str(exported_coreml.path), skip_model_load=True).get_spec()
+
+
+def test_package_holds_our_integers_and_scales_bit_for_bit(exported_coreml, params):
+    held = read_weights(exported_coreml.path)
+    boxed = {p: leaf for p, leaf in boxes.path_items(params) if isinstance(leaf, Quantized)}
+    assert held.keys() == boxed.keys()
+    for path, leaf in boxed.items():
+        assert held[path].type == leaf.format.qtype
+        np.testing.assert_array_equal(held[path].values, np.asarray(leaf.codes()))
+        np.testing.assert_array_equal(held[path].scale, np.asarray(leaf.scale.astype(jnp.float32)))
+
+
+def test_specification_names_our_functions_inputs_and_outputs(
+    exported_coreml, specification, model
+):
+    described = {function.name: function for function in specification.description.functions}
+    offered = {s.name: s for s in signatures(model, (LENGTH,), SLOTS)}
+    assert described.keys() == offered.keys() == set(exported_coreml.signatures)
+    # iOS 18, the first that has blocks of int4.
+    assert specification.specificationVersion >= 9
+    for name, signature in offered.items():
+        shapes = {i.name: tuple(i.type.multiArrayType.shape) for i in described[name].input}
+        assert shapes == {n: struct.shape for n, struct in signature.inputs.items()}
+    outputs = {output.name for output in described["decode"].output}
+    assert outputs >= {"logits", "kv_cache_k_0_out", "kv_cache_v_0_out"}
+    described = json.loads(specification.description.metadata.userDefined[METADATA])
+    assert described["cache_slots"] == SLOTS
+    assert described["verified"] is False
+
+
+def test_products_read_packed_constants(specification, params):
+    block = specification.mlProgram.functions["decode"].block_specializations["CoreML8"]
+    kinds = [operation.type for operation in block.operations]
+    boxed = [p for p, leaf in boxes.path_items(params["decoder"]) if isinstance(leaf, Quantized)]
+    # And the head, which is the embedding.
+    assert kinds.count("constexpr_blockwise_shift_scale") == len(boxed) + 1
+    packed = {
+        operation.outputs[0].name
+        for operation in block.operations
+        if operation.type == "constexpr_blockwise_shift_scale"
+    }
+    read = {
+        argument.name
+        for operation in block.operations
+        if operation.type == "matmul"
+        for argument in operation.inputs["y"].arguments
+    }
+    assert packed <= read
+
+
+def test_functions_share_their_weights(exported_coreml, specification):
+    places = {}
+    for function in specification.mlProgram.functions.values():
+        for operation in function.block_specializations["CoreML8"].operations:
+            if operation.type == "constexpr_blockwise_shift_scale":
+                data = operation.inputs["data"].arguments[0].value.blobFileValue.offset
+                places.setdefault(operation.outputs[0].name, []).append(data)
+    assert {len(set(found)) for found in places.values()} == {1}
+    # `embed`, `embed_8`, and the head in `decode`.
+    assert len(places["embed_weight"]) == 3
+    files = [file for file in exported_coreml.path.rglob("*") if file.is_file()]
+    assert exported_coreml.file_bytes == sum(file.stat().st_size for file in files)
+
+
+def test_six_axes_become_five_with_the_same_result():
+    def windows(x):
+        cut = jnp.transpose(x.reshape(1, 2, 3, 4, 5, 6), (0, 1, 3, 2, 4, 5))
+        cells = cut.reshape(1, 2, 4, 3, 30)
+        return cut.reshape(8, -1), jnp.stack([cells, 2.0 * cells], axis=3).reshape(8, -1)
+
+    def most_axes(function):
+        equations = jax.make_jaxpr(function)(x).eqns
+        return max(variable.aval.ndim for e in equations for variable in e.outvars)
+
+    x = jax.random.normal(jax.random.key(0), (1, 6, 4, 30))
+    assert most_axes(windows) == 6
+    assert most_axes(within_five_axes(windows)) == 5
+    for found, expected in zip(within_five_axes(windows)(x), windows(x), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_what_cannot_be_written_is_refused(model, dense_params, quantize, tmp_path):
+    with pytest.raises(ExportError, match=r"end it in \.mlpackage"):
+        coreml(model, dense_params, tmp_path / "a")
+    taken = tmp_path / "a.mlpackage"
+    taken.mkdir()
+    with pytest.raises(OutputError, match="exists"):
+        coreml(model, dense_params, taken)
+    path = "decoder/layers/0/mlp/down_proj/weight"
+
+    def box(where, leaf):
+        made = quantize(leaf, Format("int4", 32)) if where == path else leaf
+        return (
+            made
+            if where != path
+            else boxes.quantized(made.codes() & 15, made.scale, None, Format("nf4", 32))
+        )
+
+    with pytest.raises(ExportError, match="levels of nf4 are no integers"):
+        coreml(model, boxes.map_with_path(box, dense_params), tmp_path / "b.mlpackage")
+    assert list(tmp_path.iterdir()) == [taken]
+
+
+def test_a_missing_extra_is_named(model, params, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "coremltools", None)
+    with pytest.raises(MissingExtraError, match="glm_edge\\[coreml\\]"):
+        coreml(model, params, tmp_path / "a.mlpackage")
+    assert not list(tmp_path.iterdir())

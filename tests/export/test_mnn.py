@@ -1,0 +1,164 @@
+"""MNN files hold our integers and agree with JAX in MNN's interpreter."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge import params as boxes
+from glm_edge.errors import ExportError, MissingExtraError, OutputError
+from glm_edge.export.mnn import CONVERTER, DESCRIPTION, mnn, read_weights
+from glm_edge.export.trace import signatures
+from glm_edge.params import Format, Quantized
+
+MNN = pytest.importorskip("MNN")
+pytest.importorskip("onnx")
+
+SLOTS, LENGTH = 64, 8
+TOLERANCE = 1e-5
+
+
+def feed(signature, seed=0):
+    """Random inputs; a step writes from slot 20 on and sees what is before."""
+    rng, found = np.random.default_rng(seed), {}
+    for name, struct in signature.inputs.items():
+        whole = np.issubdtype(struct.dtype, np.integer)
+        found[name] = (
+            rng.integers(0, 60, struct.shape).astype(np.int32)
+            if whole
+            else rng.normal(size=struct.shape).astype(np.float32)
+        )
+    if "input_pos" in found:
+        found["input_pos"] = np.arange(20, 20 + len(found["input_pos"]), dtype=np.int32)
+        visible = np.arange(SLOTS) <= found["input_pos"][:, None]
+        found["mask"] = np.where(visible, 0.0, -1e9).astype(np.float32)[None, None]
+    return found
+
+
+def tensor(array):
+    kind = MNN.Halide_Type_Int if array.dtype == np.int32 else MNN.Halide_Type_Float
+    return MNN.Tensor(array.shape, kind, array, MNN.Tensor_DimensionType_Caffe)
+
+
+def run(directory, signature, inputs, params):
+    """Runs a graph; returns the largest error of each output, in parts of its largest number."""
+    expected = jax.jit(signature.function)(params, inputs)
+    interpreter = MNN.Interpreter(str(directory / f"{signature.name}.mnn"))
+    interpreter.setExternalFile(str(directory / "weights.bin"))
+    session = interpreter.createSession({"backend": "CPU", "numThread": 1, "precision": "high"})
+    for name, array in inputs.items():
+        interpreter.getSessionInput(session, name).copyFrom(tensor(array))
+    interpreter.runSession(session)
+    outputs = interpreter.getSessionOutputAll(session)
+    assert {name.removesuffix("_out") for name in outputs} == expected.keys()
+    worst = {}
+    for name, output in outputs.items():
+        reference = np.asarray(expected[name.removesuffix("_out")])
+        # A tensor does not keep the array that it is a view of.
+        held = np.zeros(reference.shape, np.float32)
+        found = tensor(held)
+        output.copyToHostTensor(found)
+        found = np.array(found.getNumpyData()).reshape(reference.shape)
+        worst[name] = float(np.abs(found - reference).max() / np.abs(reference).max())
+    return worst
+
+
+@pytest.fixture(scope="module")
+def exported_mnn(model, params, tmp_path_factory):
+    path = tmp_path_factory.mktemp("mnn") / "small"
+    return mnn(model, params, path, prefill_lengths=(LENGTH,), cache_slots=SLOTS)
+
+
+@pytest.fixture(scope="module")
+def offered(model):
+    return {s.name: s for s in signatures(model, (LENGTH,), SLOTS)}
+
+
+def test_files_hold_our_integers_and_scales_bit_for_bit(exported_mnn, params):
+    held = read_weights(exported_mnn.path)
+    boxed = {p: leaf for p, leaf in boxes.path_items(params) if isinstance(leaf, Quantized)}
+    assert held.keys() == boxed.keys()
+    for path, leaf in boxed.items():
+        assert held[path].type == leaf.format.qtype
+        np.testing.assert_array_equal(held[path].values, np.asarray(leaf.codes()))
+        np.testing.assert_array_equal(held[path].scale, np.asarray(leaf.scale.astype(jnp.float32)))
+
+
+def test_weights_are_stored_once_and_packed(exported_mnn, params):
+    # The embedding is stored for look-ups and for the head; scales are float32.
+    embed = params["embed"]["weight"].codes().size
+    stored = boxes.stored_bytes(params) + embed
+    files = list(exported_mnn.path.iterdir())
+    assert exported_mnn.file_bytes == sum(file.stat().st_size for file in files)
+    assert (exported_mnn.path / "weights.bin").stat().st_size <= 1.1 * stored
+
+
+@pytest.mark.parametrize("name", ["embed", "decode", f"prefill_{LENGTH}", "vision", "speech"])
+def test_graphs_agree_with_jax(name, exported_mnn, offered, params):
+    worst = run(exported_mnn.path, offered[name], feed(offered[name]), params)
+    assert max(worst.values()) < TOLERANCE
+
+
+def test_other_integers_give_other_results(exported_mnn, offered, params, tmp_path):
+    """The bytes in the file are the ones that are multiplied with."""
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for file in exported_mnn.path.iterdir():
+        (changed / file.name).write_bytes(file.read_bytes())
+    places = json.loads((changed / DESCRIPTION).read_text())["parameters"]
+    _, start, length, _ = places["decoder/layers/1/mlp/down_proj/weight"]
+    content = bytearray((changed / "weights.bin").read_bytes())
+    content[start + length - 1] ^= 0xF0
+    (changed / "weights.bin").write_bytes(content)
+    inputs = feed(offered["decode"])
+    assert run(changed, offered["decode"], inputs, params)["logits"] > 10 * TOLERANCE
+
+
+def test_narrow_types_are_widened_and_zero_points_refused(
+    model, dense_params, quantize, offered, tmp_path
+):
+    def boxed(form):
+        path = "decoder/layers/0/mlp/down_proj/weight"
+        return boxes.map_with_path(
+            lambda p, leaf: quantize(leaf, form) if p == path else leaf, dense_params
+        )
+
+    params = boxed(Format("int2", 64))
+    written = mnn(model, params, tmp_path / "a", prefill_lengths=(), cache_slots=SLOTS)
+    assert ["int2 written as int4" in str(c) for c in written.conversions] == [True]
+    worst = run(written.path, offered["decode"], feed(offered["decode"]), params)
+    assert max(worst.values()) < TOLERANCE
+    with pytest.raises(ExportError, match="right would be symmetric=True"):
+        mnn(model, boxed(Format("int4", 32, False)), tmp_path / "b", (), SLOTS)
+    with pytest.raises(OutputError, match="exists"):
+        mnn(model, params, tmp_path / "a", (), SLOTS)
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failed_conversion_leaves_nothing(model, params, tmp_path, monkeypatch):
+    # The package has a function of the module's name.
+    module = sys.modules["glm_edge.export.mnn"]
+    monkeypatch.setattr(module, "CONVERTER", "import sys; print('no memory'); sys.exit(1)")
+    with pytest.raises(ExportError, match="MNN's converter failed: no memory"):
+        mnn(model, params, tmp_path / "a", prefill_lengths=(), cache_slots=SLOTS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_converter_runs_without_its_command_line():
+    """That module calls home and installs packages when it is imported."""
+    assert "MNN.tools" not in CONVERTER
+
+
+def test_a_directory_that_is_no_export_is_refused(tmp_path):
+    with pytest.raises(ExportError, match="no whole MNN export"):
+        read_weights(tmp_path)
+
+
+def test_a_missing_extra_is_named(model, params, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "MNN", None)
+    with pytest.raises(MissingExtraError, match="glm_edge\\[mnn\\]"):
+        mnn(model, params, tmp_path / "a")
+    assert not list(tmp_path.iterdir())

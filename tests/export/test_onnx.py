@@ -1,0 +1,259 @@
+"""ONNX files hold our integers, pass the checker, and agree with JAX in onnxruntime."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge import params as boxes
+from glm_edge.errors import ExportError, MissingExtraError, OutputError
+from glm_edge.export.onnx import DESCRIPTION, onnx, read_weights
+from glm_edge.export.onnx_graph import GraphBuilder
+from glm_edge.export.trace import signatures
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params import Format, Quantized
+
+onnx_library = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+SLOTS, LENGTH = 64, 8
+FORMS = {
+    "decoder/layers/0/attention/q_proj/weight": Format("int4", 32, False),
+    "decoder/layers/0/attention/k_proj/weight": Format("int8", 64),
+    "decoder/layers/0/attention/v_proj/weight": Format("int8", "tensor"),
+    "decoder/layers/0/mlp/gate_up_proj/weight": Format("int3", 32),
+    "decoder/layers/1/attention/q_proj/weight": Format("int2"),
+    "decoder/layers/1/mlp/down_proj/weight": Format("int8", None, False),
+    "embed/weight": Format("int4"),
+}
+
+
+def feed(signature, seed=0):
+    """Random inputs; a step writes from slot 20 on and sees what is before."""
+    rng, found = np.random.default_rng(seed), {}
+    for name, struct in signature.inputs.items():
+        whole = np.issubdtype(struct.dtype, np.integer)
+        found[name] = (
+            rng.integers(0, 60, struct.shape).astype(np.int32)
+            if whole
+            else rng.normal(size=struct.shape).astype(np.float32)
+        )
+    if "input_pos" in found:
+        length = len(found["input_pos"])
+        found["input_pos"] = np.arange(20, 20 + length, dtype=np.int32)
+        visible = np.arange(SLOTS) <= found["input_pos"][:, None]
+        found["mask"] = np.where(visible, 0.0, -1e9).astype(np.float32)[None, None]
+    return found
+
+
+def run(path, inputs, accuracy_level):
+    """Runs a graph; level 1 multiplies in float32, level 4 rounds activations to int8."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", accuracy_level)
+    session = onnxruntime.InferenceSession(str(path), options)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, inputs), strict=True))
+
+
+def errors(signature, params, inputs, found):
+    """Largest error of each output, in parts of its largest number."""
+    expected = jax.jit(signature.function)(params, inputs)
+    assert {name.removesuffix("_out") for name in found} == expected.keys()
+    worst = {}
+    for name, value in found.items():
+        reference = np.asarray(expected[name.removesuffix("_out")])
+        worst[name] = float(np.abs(value - reference).max() / np.abs(reference).max())
+    return worst
+
+
+@pytest.fixture(scope="module")
+def exported_onnx(model, params, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "small"
+    return onnx(model, params, path, prefill_lengths=(LENGTH,), cache_slots=SLOTS)
+
+
+@pytest.fixture(scope="module")
+def offered(model):
+    return {s.name: s for s in signatures(model, (LENGTH,), SLOTS)}
+
+
+def assert_held(weight, leaf):
+    if not isinstance(leaf, Quantized):
+        np.testing.assert_array_equal(weight.values, np.asarray(boxes.dense(leaf)))
+        return
+    np.testing.assert_array_equal(weight.values, np.asarray(leaf.codes()))
+    scale = np.asarray(leaf.scale.astype(jnp.float32))
+    np.testing.assert_array_equal(weight.scale, scale)
+    if leaf.zero is not None:
+        np.testing.assert_array_equal(weight.zero, np.asarray(leaf.zero))
+
+
+def test_files_hold_our_integers_and_scales_bit_for_bit(exported_onnx, params):
+    held = read_weights(exported_onnx.path)
+    assert held.keys() == {path for path, _ in boxes.path_items(params)}
+    for path, leaf in boxes.path_items(params):
+        assert_held(held[path], leaf)
+    assert {weight.type for weight in held.values()} == {"int8", "int4", "float32"}
+    assert [c.path for c in exported_onnx.conversions] == ["speech/linear_1/weight"]
+
+
+def test_weights_are_stored_once_and_packed(exported_onnx, params):
+    files = list(exported_onnx.path.iterdir())
+    assert exported_onnx.file_bytes == sum(file.stat().st_size for file in files)
+    # Scales are float32 here and bfloat16 in the boxes; graphs take some kilobytes each.
+    stored = boxes.stored_bytes(params)
+    assert (exported_onnx.path / "weights.bin").stat().st_size <= 1.1 * stored
+    assert max(file.stat().st_size for file in files if file.suffix == ".onnx") < 100_000
+
+
+@pytest.mark.parametrize("name", ["embed", "decode", f"prefill_{LENGTH}", "vision", "speech"])
+def test_graphs_are_valid_and_agree_with_jax(name, exported_onnx, offered, params):
+    path = exported_onnx.path / f"{name}.onnx"
+    onnx_library.checker.check_model(str(path), full_check=True)
+    graph = onnx_library.load(path, load_external_data=False)
+    assert [opset.version for opset in graph.opset_import] == [21]
+    inferred = onnx_library.shape_inference.infer_shapes(graph, strict_mode=True, data_prop=True)
+    shapes = {value.name for value in inferred.graph.value_info}
+    produced = {o for node in inferred.graph.node for o in node.output}
+    assert produced <= shapes | {output.name for output in inferred.graph.output}
+    inputs = feed(offered[name])
+    exact = errors(offered[name], params, inputs, run(path, inputs, "1"))
+    assert max(exact.values()) < 1e-5
+    rounded = errors(offered[name], params, inputs, run(path, inputs, "4"))
+    assert max(rounded.values()) < 0.05
+
+
+def test_products_with_integers_run_on_the_packed_kernel(exported_onnx, tmp_path, params):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(exported_onnx.path / "decode.onnx"), options)
+    graph = onnx_library.load(options.optimized_model_filepath, load_external_data=False).graph
+    operators = [node.op_type for node in graph.node]
+    products = [p for p, leaf in boxes.path_items(params["decoder"]) if isinstance(leaf, Quantized)]
+    # And the head, which is the embedding.
+    assert operators.count("MatMulNBits") == len(products) + 1
+    assert "DequantizeLinear" not in operators
+
+
+@pytest.fixture(scope="module")
+def other_forms(model, dense_params, quantize, tmp_path_factory):
+    def box(path, leaf):
+        if path not in FORMS:
+            return leaf.astype(jnp.bfloat16) if path.endswith("o_proj/weight") else leaf
+        form = FORMS[path]
+        if form.group_size == "tensor":
+            scale = jnp.abs(leaf).max(keepdims=True) / 127
+            return boxes.quantized(jnp.round(leaf / scale).astype(jnp.int8), scale, None, form)
+        made = quantize(leaf, form)
+        return made if made.zero is None else made.replace(zero=made.zero + 1)
+
+    params = boxes.map_with_path(box, dense_params)
+    path = tmp_path_factory.mktemp("onnx") / "forms"
+    written = onnx(model, params, path, prefill_lengths=(), cache_slots=SLOTS)
+    return written, params
+
+
+def test_groups_zero_points_and_narrow_types_are_held_and_run(other_forms, offered):
+    written, params = other_forms
+    held = read_weights(written.path)
+    for path in FORMS:
+        leaf = dict(boxes.path_items(params))[path]
+        assert_held(held[path], leaf)
+    rules = {c.path: c for c in written.conversions}
+    assert "int3 written as int4" in rules["decoder/layers/0/mlp/gate_up_proj/weight"].rule
+    assert "int2 written as int4" in rules["decoder/layers/1/attention/q_proj/weight"].rule
+    assert not any(conversion.changes_values for conversion in written.conversions)
+    for name in ("embed", "decode"):
+        inputs = feed(offered[name], seed=1)
+        found = run(written.path / f"{name}.onnx", inputs, "1")
+        assert max(errors(offered[name], params, inputs, found).values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (Format("nf4", 32), "nf4-g32: levels of nf4 are no integers"),
+        (Format("int4", 32, False, zero_dtype="float32"), "zero points must be integers"),
+    ],
+    ids=str,
+)
+def test_forms_that_onnx_cannot_hold_are_refused(
+    form, message, model, dense_params, quantize, tmp_path
+):
+    path = "decoder/layers/0/mlp/down_proj/weight"
+
+    def box(where, leaf):
+        if where != path:
+            return leaf
+        made = quantize(leaf, Format("int4", 32, form.symmetric))
+        zero = None if form.symmetric else made.zero.astype(jnp.float32) + 0.5
+        codes = made.codes() & 15 if form.qtype == "nf4" else made.codes()
+        return boxes.quantized(codes, made.scale, zero, form)
+
+    with pytest.raises(ExportError, match=message) as caught:
+        onnx(model, boxes.map_with_path(box, dense_params), tmp_path / "a", (), SLOTS)
+    assert str(caught.value).startswith(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_function_without_an_operator_is_refused():
+    struct = {"x": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    with pytest.raises(ExportError, match="no operator for sort"):
+        GraphBuilder({}).lower(lambda _, inputs: {"y": jnp.sort(inputs["x"])}, {}, struct)
+
+
+def test_targets_are_written_whole_or_not_at_all(model, params, tmp_path, monkeypatch):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("before")
+    with pytest.raises(OutputError, match="exists"):
+        onnx(model, params, taken, (), SLOTS)
+    with pytest.raises(OutputError, match="no export wrote it"):
+        onnx(model, params, taken, (), SLOTS, overwrite=True)
+    assert (taken / "mine.txt").read_text() == "before"
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        onnx(model, params, tmp_path / "a", (), SLOTS)
+    assert list(tmp_path.iterdir()) == [taken]
+
+
+def test_a_directory_that_is_no_export_is_refused(exported_onnx, tmp_path):
+    with pytest.raises(ExportError, match="no whole ONNX export"):
+        read_weights(tmp_path)
+    (tmp_path / DESCRIPTION).write_text(json.dumps({"signatures": ["decode"]}))
+    with pytest.raises(ExportError, match="no whole ONNX export"):
+        read_weights(tmp_path)
+
+
+def test_a_missing_extra_is_named(model, params, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    with pytest.raises(MissingExtraError, match="glm_edge\\[onnx\\]"):
+        onnx(model, params, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_three_dimensional_positions_and_an_own_head(small_config, random_params, tmp_path):
+    import dataclasses
+
+    config = dataclasses.replace(
+        small_config(tie_embeddings=False, num_layers=1, mrope_section=(2, 3, 3)),
+        vision=None,
+        speech=None,
+    )
+    text = MultimodalGLM(config)
+    params = random_params(text)
+    written = onnx(text, params, tmp_path / "a", (LENGTH,), SLOTS, prefill_logits=True)
+    assert written.signatures == ("embed", "decode", f"embed_{LENGTH}", f"prefill_{LENGTH}")
+    for signature in signatures(text, (LENGTH,), SLOTS, prefill_logits=True):
+        inputs = feed(signature)
+        found = run(written.path / f"{signature.name}.onnx", inputs, "1")
+        assert max(errors(signature, params, inputs, found).values()) < 1e-5
