@@ -3,7 +3,11 @@
 from glm_edge.export.compatibility import Compatibility, compatibility
 from glm_edge.export.constants import Conversion
 from glm_edge.export.container import read_constants, read_metadata
+from glm_edge.export.coreml import coreml
 from glm_edge.export.litertlm import Bundle, litertlm
+from glm_edge.export.mnn import mnn
+from glm_edge.export.onnx import onnx
+from glm_edge.export.package import Package
 from glm_edge.export.runtime import LiteRTModel
 from glm_edge.export.tflite import ExportedModel, tflite
 from glm_edge.export.verify import Verification, Window, verify
@@ -14,10 +18,14 @@ __all__ = [
     "Conversion",
     "ExportedModel",
     "LiteRTModel",
+    "Package",
     "Verification",
     "Window",
     "compatibility",
+    "coreml",
     "litertlm",
+    "mnn",
+    "onnx",
     "read_constants",
     "read_metadata",
     "tflite",
