@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import JaxprEqn
 
 from glm_edge.errors import ExportError
-from glm_edge.export.lowering import CALLS
+from glm_edge.export.rewriting import rewritten
 
 MOST = 5
 
@@ -23,37 +22,12 @@ def within_five_axes(function: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
       The rewritten function, of the same arguments and result.
     """
-
-    def rewritten(*arguments: Any) -> Any:
-        closed, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        outputs = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arguments))
-        return jax.tree.unflatten(jax.tree.structure(result), outputs)
-
-    return rewritten
+    return rewritten(function, _within)
 
 
-def _evaluate(jaxpr: Jaxpr, constants: list[Array], arguments: list[Array]) -> list[Array]:
-    values = dict(zip(jaxpr.constvars, constants, strict=True))
-    values.update(zip(jaxpr.invars, arguments, strict=True))
-
-    def read(variable: Any) -> Array:
-        return variable.val if isinstance(variable, Literal) else values[variable]
-
-    for equation in jaxpr.eqns:
-        outputs = _apply(equation, [read(variable) for variable in equation.invars])
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(variable) for variable in jaxpr.outvars]
-
-
-def _apply(equation: JaxprEqn, inputs: list[Array]) -> list[Array]:
-    primitive = equation.primitive
-    if primitive.name in CALLS:
-        inner = next(v for v in equation.params.values() if isinstance(v, ClosedJaxpr | Jaxpr))
-        body, constants = (inner, []) if isinstance(inner, Jaxpr) else (inner.jaxpr, inner.consts)
-        return _evaluate(body, constants, inputs)
+def _within(equation: JaxprEqn, inputs: list[Array]) -> list[Array] | None:
     if all(v.aval.ndim <= MOST for v in (*equation.invars, *equation.outvars)):
-        outputs = primitive.bind(*inputs, **equation.params)
-        return outputs if primitive.multiple_results else [outputs]
+        return None
     return [_narrow(equation, inputs)]
 
 

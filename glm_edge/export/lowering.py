@@ -9,13 +9,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import JaxprEqn
 
-CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"}
+from glm_edge.export.rewriting import rewritten
+
 LARGEST = 10.0
 
 
@@ -28,13 +28,7 @@ def without_erf(function: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
       The rewritten function, of the same arguments and result.
     """
-
-    def rewritten(*arguments: Any) -> Any:
-        closed, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        outputs = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arguments))
-        return jax.tree.unflatten(jax.tree.structure(result), outputs)
-
-    return rewritten
+    return rewritten(function, _without_erf)
 
 
 def erfc(x: Array) -> Array:
@@ -71,28 +65,7 @@ def _fit(x: np.ndarray, y: np.ndarray, degree: int) -> tuple[float, ...]:
     return tuple(float(coefficient) for coefficient in fitted.coef)
 
 
-def _evaluate(jaxpr: Jaxpr, constants: list[Array], arguments: list[Array]) -> list[Array]:
-    values = dict(zip(jaxpr.constvars, constants, strict=True))
-    values.update(zip(jaxpr.invars, arguments, strict=True))
-
-    def read(variable: Any) -> Array:
-        return variable.val if isinstance(variable, Literal) else values[variable]
-
-    for equation in jaxpr.eqns:
-        outputs = _apply(equation, [read(variable) for variable in equation.invars])
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(variable) for variable in jaxpr.outvars]
-
-
-def _apply(equation: JaxprEqn, inputs: list[Array]) -> list[Array]:
-    primitive = equation.primitive
-    if primitive is lax.erfc_p:
+def _without_erf(equation: JaxprEqn, inputs: list[Array]) -> list[Array] | None:
+    if equation.primitive is lax.erfc_p:
         return [erfc(*inputs)]
-    if primitive is lax.erf_p:
-        return [1.0 - erfc(*inputs)]
-    if primitive.name in CALLS:
-        inner = next(v for v in equation.params.values() if isinstance(v, ClosedJaxpr | Jaxpr))
-        body, constants = (inner, []) if isinstance(inner, Jaxpr) else (inner.jaxpr, inner.consts)
-        return _evaluate(body, constants, inputs)
-    outputs = primitive.bind(*inputs, **equation.params)
-    return outputs if primitive.multiple_results else [outputs]
+    return [1.0 - erfc(*inputs)] if equation.primitive is lax.erf_p else None

@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from glm_edge.errors import ExportError, require
-from glm_edge.export.lowering import CALLS
+from glm_edge.export.rewriting import CALLS
 
 ELEMENTWISE = {
     "abs": "Abs",
