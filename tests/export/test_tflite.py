@@ -139,15 +139,13 @@ def test_stock_kernels_are_refused():
         ("int4-tensor", 64, "int4-channel"),
         ("int2-g32", 64, "int4-g32"),
         ("int3-g32", 64, "int4-g32"),
-        ("ternary-g64", 64, "int4-g64"),
+        ("ternary-g64", 128, "int4-g64"),
     ],
 )
 def test_codes_move_to_a_wider_type_that_runs_and_values_stay(form, columns, held):
     weight = jax.random.normal(jax.random.key(0), (6, columns))
-    box = ge.quantize.rtn(qtype=form.split("-")[0], group_size=group_of(form))(
-        None, {"weight": weight}
-    )
-    box = box.params["weight"]
+    rtn = ge.quantize.rtn(qtype=form.split("-")[0], group_size=group_of(form))
+    box = rtn(None, {"weight": weight})[1]["weight"]
     constant, effective, conversions = constant_of("w", box)
     assert [str(c) for c in conversions] == (
         [f"w: {form if '-' in form else f'{form}-channel'} written as {held}, of the same values"]
@@ -183,7 +181,7 @@ def test_float16_and_two_bits_run(model, dense_params, tmp_path):
     half = jax.tree.map(lambda x: x.astype(jnp.float16), dense_params)
     rtn = ge.quantize.rtn(2, scale_dtype="bfloat16", where="decoder/layers")
     written = export.tflite(
-        model, rtn(model, half).params, tmp_path / "a.tflite", prefill_lengths=(8,), cache_slots=64
+        model, rtn(model, half)[1], tmp_path / "a.tflite", prefill_lengths=(8,), cache_slots=64
     )
     held = export.read_constants(written.path)
     assert {constant.type for constant in held.values()} == {"float16", "float32", "int2"}
