@@ -159,7 +159,9 @@ def test_a_weight_met_in_blocks_gives_the_same_product(qtype, groups, out, monke
     monkeypatch.setattr(matmul, "BLOCK", 4 * 60)
     for product, expected in zip(products, whole, strict=True):
         assert "while" in jax.jit(product, static_argnums=4).lower(x, *packed).as_text()
-        np.testing.assert_allclose(product(x, *packed), expected, rtol=1e-5, atol=1e-6)
+        # Sums of another order differ in proportion to what is summed, not to what is left of it.
+        atol = 1e-6 * np.abs(expected).max()
+        np.testing.assert_allclose(product(x, *packed), expected, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("blocks", [False, True])
