@@ -88,12 +88,7 @@ def constant_of(path: str, leaf: Any) -> tuple[Constant, Any, list[Conversion]]:
     """One parameter: its constant, the same as a leaf of the tree, and what was converted."""
     if isinstance(leaf, Quantized):
         return _of_box(path, leaf)
-    conversions = []
-    if isinstance(leaf, Masked):
-        leaf = boxes.dense(leaf)
-        conversions.append(Conversion(path, "mask written as zeros of a dense weight", False))
-    elif boxes.is_box(leaf):
-        raise ExportError(f"{path}: a {type(leaf).__name__} is for training; finalize it first")
+    leaf, conversions = dense_of(path, leaf)
     given, values = jnp.dtype(leaf.dtype), np.asarray(leaf)
     _check_finite(path, values)
     kind = "float16" if _fits_half(values) else "float32"
@@ -103,6 +98,20 @@ def constant_of(path: str, leaf: Any) -> tuple[Constant, Any, list[Conversion]]:
         conversions.append(Conversion(path, f"{given} written as {kind}", not exact))
     constant = Constant(kind, held.shape, held.reshape(-1).view(np.uint8))
     return constant, jnp.asarray(held), conversions
+
+
+def dense_of(path: str, leaf: Any) -> tuple[Any, list[Conversion]]:
+    """A parameter that is not quantized as an array, and what that converted.
+
+    Raises:
+      ExportError: it is a box for training.
+    """
+    if isinstance(leaf, Masked):
+        rule = "mask written as zeros of a dense weight"
+        return boxes.dense(leaf), [Conversion(path, rule, False)]
+    if boxes.is_box(leaf):
+        raise ExportError(f"{path}: a {type(leaf).__name__} is for training; finalize it first")
+    return leaf, []
 
 
 def _fits_half(values: np.ndarray) -> bool:

@@ -7,10 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from glm_edge import params as boxes
 from glm_edge.errors import ExportError
-from glm_edge.export.constants import Conversion
-from glm_edge.params import Masked, Quantized
+from glm_edge.export.constants import Conversion, dense_of
+from glm_edge.params import Quantized
 
 # A type whose integers are held exactly by a wider one that runtimes know.
 WIDER = {
@@ -65,12 +64,7 @@ def weight_of(
     """
     if isinstance(leaf, Quantized):
         return _of_box(path, leaf, target, affine)
-    conversions = []
-    if isinstance(leaf, Masked):
-        leaf = boxes.dense(leaf)
-        conversions.append(Conversion(path, "mask written as zeros of a dense weight", False))
-    elif boxes.is_box(leaf):
-        raise ExportError(f"{path}: a {type(leaf).__name__} is for training; finalize it first")
+    leaf, conversions = dense_of(path, leaf)
     values, given = np.asarray(leaf), str(jnp.dtype(leaf.dtype))
     _check_finite(path, values)
     if given not in floats:
