@@ -39,7 +39,12 @@ def load_a_glm(*names: str) -> dict:
 
 
 def test_all_notebooks_are_there():
-    assert [notebook.stem for notebook in NOTEBOOKS] == ["load_a_glm", "quantize", "quickstart"]
+    assert [notebook.stem for notebook in NOTEBOOKS] == [
+        "load_a_glm",
+        "quantize",
+        "quickstart",
+        "to_the_phone",
+    ]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
