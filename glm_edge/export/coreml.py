@@ -14,15 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_edge import __version__
 from glm_edge import params as boxes
-from glm_edge.configs import to_dict
 from glm_edge.errors import ExportError, require
 from glm_edge.export.five_axes import within_five_axes
 from glm_edge.export.integers import Weight, weight_of
+from glm_edge.export.offer import offer
 from glm_edge.export.package import Package, bytes_of, check_target, written_whole
-from glm_edge.export.tflite import check_lengths, check_model
-from glm_edge.export.trace import Signature, quiet, signatures
+from glm_edge.export.trace import Signature, quiet
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
 
@@ -79,31 +77,19 @@ def coreml(
     if path.suffix != ".mlpackage":
         raise ExportError(f"{path}: Core ML opens packages by their name: end it in .mlpackage")
     check_target(path, overwrite, MARK)
-    shapes = check_model(model, params)
-    lengths, cache_slots = check_lengths(model.config, prefill_lengths, cache_slots)
-    offered = signatures(model.clone(compute="float32"), lengths, cache_slots, prefill_logits)
+    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits)
     weights, conversions = {}, []
     for name, leaf in boxes.path_items(params):
         weights[name], found = weight_of(name, leaf, "Core ML", floats=("float32", "float16"))
         conversions += found
-    names = [signature.name for signature in offered]
-    description = {
-        "version": __version__,
-        "config": to_dict(model.config),
-        "signatures": names,
-        "prefill_lengths": lengths,
-        "cache_slots": cache_slots,
-        "parameters": sorted(weights),
-        "conversions": [str(conversion) for conversion in conversions],
-        "verified": False,
-    }
+    description = offered.description(sorted(weights), conversions)
     with tempfile.TemporaryDirectory() as scratch:
         merged = tools.utils.MultiFunctionDescriptor()
-        for signature in offered:
+        for signature in offered.signatures:
             part = Path(scratch) / f"{signature.name}.mlpackage"
-            _function(tools, signature, shapes, weights).save(str(part))
+            _function(tools, signature, offered.shapes, weights).save(str(part))
             merged.add_function(str(part), "main", signature.name)
-        merged.default_function_name = names[0]
+        merged.default_function_name = offered.names[0]
         whole = Path(scratch) / path.name
         with quiet():
             tools.utils.save_multifunction(merged, str(whole))
@@ -111,7 +97,7 @@ def coreml(
         with written_whole(path, overwrite, MARK) as directory:
             directory.rmdir()
             whole.rename(directory)
-    return Package(path, bytes_of(path), tuple(names), tuple(conversions))
+    return Package(path, bytes_of(path), offered.names, tuple(conversions))
 
 
 def read_weights(path: str | Path) -> dict[str, Weight]:

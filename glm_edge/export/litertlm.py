@@ -13,7 +13,8 @@ from glm_edge import params as boxes
 from glm_edge.errors import ExportError, OutputError, require
 from glm_edge.export import container, lm_signatures
 from glm_edge.export.constants import Conversion, constants_of
-from glm_edge.export.tflite import check_lengths, check_model, write_signatures
+from glm_edge.export.offer import check_lengths, check_model
+from glm_edge.export.tflite import write_signatures
 from glm_edge.export.trace import Signature
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params

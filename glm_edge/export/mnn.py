@@ -12,16 +12,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from glm_edge import __version__
 from glm_edge import params as boxes
-from glm_edge.configs import to_dict
 from glm_edge.errors import ExportError, require
 from glm_edge.export.integers import RANGES, Weight, dequantized, weight_of
+from glm_edge.export.offer import offer
 from glm_edge.export.onnx import graph_of, model_of, store
 from glm_edge.export.onnx_graph import GraphBuilder, StoredWeight
 from glm_edge.export.package import Package, bytes_of, check_target, written_whole
-from glm_edge.export.tflite import check_lengths, check_model
-from glm_edge.export.trace import signatures
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
 
@@ -79,9 +76,7 @@ def mnn(
     require("MNN", extra="mnn")
     library = require("onnx", extra="onnx")
     check_target(path, overwrite, DESCRIPTION)
-    shapes = check_model(model, params)
-    lengths, cache_slots = check_lengths(model.config, prefill_lengths, cache_slots)
-    offered = signatures(model.clone(compute="float32"), lengths, cache_slots, prefill_logits)
+    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits)
     weights, conversions = {}, []
     for name, leaf in boxes.path_items(params):
         weights[name], found = weight_of(name, leaf, "MNN", affine=False)
@@ -99,28 +94,19 @@ def mnn(
             tables = _tables(library, file, weights)
         with open(directory / WEIGHTS, "xb") as file:
             writer = _Writer(file, weights)
-            for signature in offered:
+            for signature in offered.signatures:
                 builder = _Graph(stored, tables)
-                graph = graph_of(signature, shapes, stored, builder)
+                graph = graph_of(signature, offered.shapes, stored, builder)
                 source = Path(scratch) / f"{signature.name}.onnx"
                 source.write_bytes(model_of(library, graph).SerializeToString())
                 _convert(source, directory, builder, writer)
-        description = {
-            "version": __version__,
-            "config": to_dict(model.config),
-            "signatures": [signature.name for signature in offered],
-            "prefill_lengths": lengths,
-            "cache_slots": cache_slots,
-            "parameters": {
-                name: [max(weights[name].values.shape) >= SHORT, *place[:3]]
-                for name, place in writer.places.items()
-            },
-            "conversions": [str(conversion) for conversion in conversions],
-            "verified": False,
+        parameters = {
+            name: [max(weights[name].values.shape) >= SHORT, *place[:3]]
+            for name, place in writer.places.items()
         }
+        description = offered.description(parameters, conversions)
         (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))
-    names = tuple(signature.name for signature in offered)
-    return Package(path, bytes_of(path), names, tuple(conversions))
+    return Package(path, bytes_of(path), offered.names, tuple(conversions))
 
 
 class _Graph(GraphBuilder):

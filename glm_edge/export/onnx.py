@@ -11,13 +11,12 @@ import numpy as np
 
 from glm_edge import __version__
 from glm_edge import params as boxes
-from glm_edge.configs import to_dict
 from glm_edge.errors import ExportError, require
 from glm_edge.export.integers import Weight, packed_nibbles, weight_of
+from glm_edge.export.offer import offer
 from glm_edge.export.onnx_graph import GraphBuilder, StoredWeight
 from glm_edge.export.package import Package, bytes_of, check_target, written_whole
-from glm_edge.export.tflite import check_lengths, check_model
-from glm_edge.export.trace import Signature, signatures
+from glm_edge.export.trace import Signature
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
 
@@ -70,9 +69,7 @@ def onnx(
     """
     path, library = Path(path), require("onnx", extra="onnx")
     check_target(path, overwrite, DESCRIPTION)
-    shapes = check_model(model, params)
-    lengths, cache_slots = check_lengths(model.config, prefill_lengths, cache_slots)
-    offered = signatures(model.clone(compute="float32"), lengths, cache_slots, prefill_logits)
+    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits)
     with written_whole(path, overwrite, DESCRIPTION) as directory:
         stored, parameters, conversions = {}, {}, []
         with open(directory / WEIGHTS, "xb") as file:
@@ -82,24 +79,14 @@ def onnx(
                 stored[name] = store(library, file, name, weight, turned)
                 parameters[name] = (turned, weight.group_size)
                 conversions += found
-        for signature in offered:
-            graph = graph_of(signature, shapes, stored)
+        for signature in offered.signatures:
+            graph = graph_of(signature, offered.shapes, stored)
             target = directory / f"{signature.name}.onnx"
             target.write_bytes(model_of(library, graph).SerializeToString())
             library.checker.check_model(str(target))
-        description = {
-            "version": __version__,
-            "config": to_dict(model.config),
-            "signatures": [signature.name for signature in offered],
-            "prefill_lengths": lengths,
-            "cache_slots": cache_slots,
-            "parameters": parameters,
-            "conversions": [str(conversion) for conversion in conversions],
-            "verified": False,
-        }
+        description = offered.description(parameters, conversions)
         (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))
-    names = tuple(signature.name for signature in offered)
-    return Package(path, bytes_of(path), names, tuple(conversions))
+    return Package(path, bytes_of(path), offered.names, tuple(conversions))
 
 
 def is_product(path: str, leaf: Any, params: Params) -> bool:

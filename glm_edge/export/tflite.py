@@ -7,17 +7,13 @@ from typing import Any
 
 from glm_edge import __version__
 from glm_edge import params as boxes
-from glm_edge.checkpoint.shapes import expected_shapes
-from glm_edge.configs import GLMConfig, to_dict
-from glm_edge.errors import ExportError
 from glm_edge.export import container
 from glm_edge.export.constants import Conversion, Held, constants_of
 from glm_edge.export.flatbuffer import FlatModel
-from glm_edge.export.trace import Signature, signatures, skeleton
+from glm_edge.export.offer import offer
+from glm_edge.export.trace import Signature, skeleton
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
-
-DEFAULT_SLOTS = 1024
 
 
 @dataclass(frozen=True)
@@ -83,22 +79,16 @@ def tflite(
     """
     path = Path(path)
     container.check_target(path, overwrite, boxes.stored_bytes(params))
-    shapes = check_model(model, params)
-    lengths, cache_slots = check_lengths(model.config, prefill_lengths, cache_slots)
-
+    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits)
     held = constants_of(params)
-    offered = signatures(model.clone(compute="float32"), lengths, cache_slots, prefill_logits)
-    fields = {
-        "config": to_dict(model.config),
-        "prefill_lengths": lengths,
-        "prefill_logits": prefill_logits,
-        "cache_slots": cache_slots,
-    }
+    fields = offered.description(sorted(offered.shapes), held.conversions)
     return ExportedModel(
         path=path,
-        file_bytes=write_signatures(offered, shapes, held, path, overwrite, fields),
+        file_bytes=write_signatures(
+            offered.signatures, offered.shapes, held, path, overwrite, fields
+        ),
         stored_bytes=held.stored_bytes,
-        signatures=tuple(signature.name for signature in offered),
+        signatures=offered.names,
         conversions=held.conversions,
         model=model,
         params=held.params,
@@ -135,51 +125,13 @@ def write_signatures(
     graph.attach({name: (where, held.constants[where]) for name, where in arguments.items()})
     graph.add_metadata(
         {
-            **(fields or {}),
             "version": __version__,
             "signatures": [signature.name for signature in offered],
             "parameters": sorted(shapes),
             "conversions": [str(conversion) for conversion in held.conversions],
             "verified": False,
+            **(fields or {}),
         }
     )
     graph.compact()
     return container.write(graph.model, path, overwrite)
-
-
-def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of a model by path.
-
-    Raises:
-      ExportError: it is no `MultimodalGLM`, or the parameters are those of another model.
-    """
-    if not isinstance(getattr(model, "config", None), GLMConfig):
-        raise ExportError(f"{type(model).__name__}: only a MultimodalGLM can be exported to TFLite")
-    expected = expected_shapes(model)
-    found = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ExportError(
-                f"{name}: shape {found.get(name, 'missing')} in the parameters, "
-                f"{expected.get(name, 'no place')} in the model"
-            )
-    return expected
-
-
-def check_lengths(
-    config: GLMConfig, prefill_lengths: Iterable[int], cache_slots: int | None
-) -> tuple[list[int], int]:
-    """Lengths of prefill in rising order, and slots of the cache.
-
-    Raises:
-      ExportError: one does not fit the model's context.
-    """
-    lengths = sorted(set(prefill_lengths))
-    context = config.decoder.max_position_embeddings
-    slots = min(context, DEFAULT_SLOTS) if cache_slots is None else cache_slots
-    if not 1 <= slots <= context:
-        raise ExportError(f"cache_slots={slots}: must be 1 to {context}, the model's context")
-    for length in lengths:
-        if not 2 <= length <= slots:
-            raise ExportError(f"prefill_lengths: {length} must be 2 to {slots}, the cache's slots")
-    return lengths, slots
