@@ -41,6 +41,7 @@ from glm_edge.errors import DataError
 
 FLAGS = flags.FLAGS
 SEQUENCES, LENGTH = 16, 512
+TOKENS = "tokens.npz"
 MOBILE = make_checkpoint.CONFIGS["glm_edge_1_5b"] | {
     "vocab_size": 32000,
     "hidden_size": 1024,
@@ -97,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         _write_tokenizer(source)
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, MOBILE["vocab_size"], (SEQUENCES, LENGTH), dtype=np.int32)
-    np.savez(work / "tokens.npz", tokens=tokens)
+    np.savez(work / TOKENS, tokens=tokens)
     runs = [ours(work, source, name) for name in FLAGS.settings]
     if FLAGS.gptqmodel_python:
         runs.append(peer(work, source))
@@ -141,7 +142,7 @@ def ours(work: Path, source: Path, name: str) -> dict[str, Any]:
     recipe.write_text(ge.to_json(OURS[name]), encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=work) as out:
         command = [sys.executable, "-m", "experiments.compress", "--checkpoint", source]
-        command += ["--recipe", recipe, "--calibration", work / "tokens.npz", "--out_dir", out]
+        command += ["--recipe", recipe, "--calibration", work / TOKENS, "--out_dir", out]
         command += [f"--compute={FLAGS.compute}"]
         started = time.monotonic()
         _run(command, name)
@@ -154,19 +155,17 @@ def peer(work: Path, source: Path) -> dict[str, Any]:
     """Times GPTQModel, start to finish."""
     out = work / "gptqmodel"
     shutil.rmtree(out, ignore_errors=True)
-    command = [FLAGS.gptqmodel_python, "-c", PEER, source, work / "tokens.npz", out]
+    command = [FLAGS.gptqmodel_python, "-c", PEER, *map(Path.resolve, (source, work / TOKENS, out))]
     started = time.monotonic()
-    # On two cores it starts one worker and then asks for two.
-    _run(command, "GPTQModel", {"GPTQMODEL_CPU_WORKERS": "2"})
+    # On two cores it starts one worker and then asks for two; it writes a log where it is started.
+    _run(command, "GPTQModel", env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}, cwd=work)
     seconds = time.monotonic() - started
     shutil.rmtree(out, ignore_errors=True)
     return {"tool": "GPTQModel", "seconds": seconds}
 
 
-def _run(command: Sequence[Any], name: str, environment: dict[str, str] | None = None) -> None:
-    done = subprocess.run(
-        list(map(str, command)), check=False, env={**os.environ, **(environment or {})}
-    )
+def _run(command: Sequence[Any], name: str, **options: Any) -> None:
+    done = subprocess.run(list(map(str, command)), check=False, **options)
     if done.returncode:
         raise DataError(f"{name}: the run failed; see its message above")
 
