@@ -1,268 +1,470 @@
-"""Exports decoders of published shapes with random integers, and runs what was written.
+"""Speed of our exported files beside other runtimes: one run, alternating bursts, medians.
 
-    python -m experiments.bench_export --shape=mobile --format=int4 --work_dir=DIR --out=FILE.json
+    python -m experiments.bench_export --work_dir=DIR --llama_python=PYTHON --onnx_python=PYTHON \\
+        --torch_python=PYTHON --profile --figure=speed.png --out=speed.json
 
-Shapes are decoders without encoders: `mobile` (a tied vocabulary of 59,264, 0.27 billion
-parameters), `glm_edge_1_5b` (1.5 billion) and `glm_4_9b` (9.4 billion, its own head). Every matrix
-is of --format, as `Format.parse` reads it, its codes drawn at random and its scales such that
-activations keep their size: no float copy ever exists, and the numbers mean nothing.
+writes a decoder of --shape with random weights for every runtime (the numbers mean nothing, their
+sizes do), loads each in a process of its own with --threads threads, and lets them take turns:
+--steps steps of decoding behind each of --contexts tokens, and a prompt of each of --prefill
+tokens, in --rounds rounds, every second one in reverse order. A step counts from the token to its
+scores, a prompt from its tokens to the scores of the last.
 
-Two processes run in turn, so that each has a peak of its own: `convert` makes the parameters and
-writes the file; `run` loads the file in LiteRT and decodes after contexts of --contexts tokens. A
-step is timed as the runtime alone, the cache staying in its buffers, and again through the
-signature runner of Python, which copies the cache in and out; --one_step, for files that fit
-memory only once, decodes a single token. `of limit` is the time that reading
-the stored weights takes at the bandwidth measured in the same process, as a fraction of the step.
+Rows are ours in LiteRT (int8, int4, int4-g32, int2, float16), llama.cpp (stock build, through
+llama-cpp-python), onnxruntime on our ONNX graphs, torch and torchao (eager) on transformers' GLM,
+and JAX, compiled. A peer's interpreter needs:
+
+    --llama_python    llama-cpp-python, gguf
+    --onnx_python     glm_edge with its extra `onnx`, onnxruntime
+    --torch_python    torch, transformers, torchao
+
+and a peer that is absent is left out, with the reason. --engines='LiteRT|llama.cpp Q' picks rows by
+a regular expression. As many engines are resident at a time as leave --reserve_gb of memory; those
+that do not fit run afterwards, with llama.cpp again beside them, so that ratios pair bursts of one
+round. What takes more than eight seconds is run in the first four rounds only.
+
+`of limit` is the time that reading the weights takes, at the bandwidth measured in the same round,
+as a part of the step. Where a goal is missed, --profile tells which operators of our file the time
+goes to. "RSS" is the process' peak: after decoding alone, and after prompts too; "before" is what
+the runtime's imports take. Files are in the page cache when they are loaded; "load" ends with the
+first scores. Ours keep the weights that XNNPACK packs in a file (--noweight_cache: in memory, once
+for each signature), which the first load writes; "load" is a later one.
 """
 
-import dataclasses
 import json
 import os
 import platform
-import resource
-import subprocess
+import re
+import shutil
+import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 
-import glm_edge as ge
+from experiments.bench_conversion import bandwidth
 from experiments.bench_decode import text_only
 from experiments.console import fail_in_one_line, print_table
 from experiments.materials import versions
 from experiments.quickstart import commit
+from experiments.runtimes import child as children
+from experiments.runtimes import compare
+from experiments.runtimes.child import Child, EngineError, Spec
+from experiments.runtimes.compare import Burst, Bursts, shown
+from experiments.runtimes.engine import Task
 from experiments.text.corpora import write_text
-from glm_edge import params as boxes
-from glm_edge.checkpoint.shapes import expected_shapes
-from glm_edge.configs import GLMConfig, preset
-from glm_edge.errors import DataError, require
-from glm_edge.kernels import packing
-from glm_edge.models.multimodal import MultimodalGLM
-from glm_edge.params import Format, Quantized
-from glm_edge.params.tree import nested
+from glm_edge.configs import DecoderConfig, GLMConfig, preset, to_dict
+from glm_edge.errors import DataError, OutputError
 
 FLAGS = flags.FLAGS
-SHAPES = ("mobile", "glm_edge_1_5b", "glm_4_9b")
-STEPS, BURSTS = 10, 5
-BANDWIDTH_BYTES = 1 << 28
+SHAPES = ("mobile", "tiny", "toy")
+TOY = GLMConfig("toy", DecoderConfig(512, 256, 2, 4, 2, 64, 512))
+# Family, module, label of a row, and the bits of each form.
+ENGINES = (
+    ("ours", "litert", "LiteRT", {"int8": 8, "int4": 4, "int4-g32": 4, "int2": 2, "float16": 16}),
+    (
+        "llama.cpp",
+        "llama",
+        "llama.cpp",
+        {"F16": 16, "Q8_0": 8, "Q4_0": 4, "Q4_K_M": 4, "Q2_K": 2, "TQ2_0": 2},
+    ),
+    ("onnxruntime", "onnx_", "onnxruntime", {"int8": 8, "int4-g32": 4}),
+    (
+        "torch",
+        "torch_",
+        "torch",
+        {"float32": 32, "bfloat16": 16, "int8-weight-only": 8, "int8-dynamic": 8},
+    ),
+    ("jax", "jax_", "JAX", {"float32": 32, "int8": 8}),
+)
+PEERS = {"llama.cpp": "llama", "onnxruntime": "onnx", "torch": "torch"}
+SUFFIXES = {"ours": ".tflite", "llama.cpp": ".gguf", "onnxruntime": "_onnx"}
+# Copies of the weights that an engine is expected to hold, to tell whether it fits.
+COPIES = {"ours": 4, "llama.cpp": 1.3, "onnxruntime": 4, "torch": 6, "jax": 3}
+# Threads of some runtimes spin for a while after their work and would slow who runs next.
+PAUSE_S = 0.3
+# What takes longer than this takes part in the first few rounds only.
+SLOW_S, SLOW_ROUNDS = 8.0, 4
 
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_enum("shape", "mobile", SHAPES, "Shape of the decoder.")
-    flags.DEFINE_string("format", "int8", "Of every matrix, such as int8, int4, int4-g32, int2.")
-    flags.DEFINE_string("work_dir", None, "Directory for the exported file.", required=True)
-    flags.DEFINE_list("prefill", ["128"], "Lengths of the prefill signatures.")
-    flags.DEFINE_list("contexts", ["128"], "Tokens in the cache before a timed step.")
+    flags.DEFINE_enum("shape", "mobile", SHAPES, "Shape of the decoder; toy has two small layers.")
+    flags.DEFINE_string("work_dir", None, "Directory for the models.", required=True)
+    for family, peer in PEERS.items():
+        flags.DEFINE_string(f"{peer}_python", None, f"Interpreter of {family}; default: this one.")
+    flags.DEFINE_string("engines", "", "Regular expression searched in names of rows.")
+    flags.DEFINE_list("contexts", ["128", "1024"], "Tokens in the cache before timed steps.")
+    flags.DEFINE_list("prefill", ["128", "512"], "Tokens of prompts.")
     flags.DEFINE_integer("slots", 1280, "Slots of the cache.", 2)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT.", 1)
-    flags.DEFINE_bool("one_step", False, "Decode one token only: every signature packs a copy.")
-    flags.DEFINE_bool("keep", False, "Keep the exported file.")
-    flags.DEFINE_enum("step", "all", ["all", "convert", "run"], "Which process this is.")
-    flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
+    flags.DEFINE_integer("threads", 2, "Threads of every runtime; JAX takes the cores.", 1)
+    flags.DEFINE_integer("rounds", 12, "Rounds of bursts.", 1)
+    flags.DEFINE_integer("steps", 10, "Steps of a burst of decoding.", 1)
+    flags.DEFINE_float("reserve_gb", 3.0, "Memory to leave free.", 0.0)
+    flags.DEFINE_bool("weight_cache", True, "Keep what XNNPACK packs in a file.")
+    flags.DEFINE_bool("profile", False, "Time operators of our files that miss a goal.")
+    flags.DEFINE_integer("profile_runs", 20, "Runs of a profile.", 1)
+    flags.DEFINE_bool("keep", False, "Keep the models.")
+    flags.DEFINE_string("figure", None, "PNG file to draw; needs matplotlib.")
+    flags.DEFINE_string("out", None, "JSON file for the numbers.")
+    flags.DEFINE_bool("overwrite", False, "Replace --out where it exists already.")
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    path = Path(FLAGS.work_dir) / f"{FLAGS.shape}_{FLAGS.format}.tflite"
-    if FLAGS.step != "all":
-        print(json.dumps(convert(path) if FLAGS.step == "convert" else run(path)))
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = {step: process(step) for step in ("convert", "run")}
-    if not FLAGS.keep:
-        path.unlink()
-    for step, numbers in found.items():
-        print_table([step, "value"], [[name, value] for name, value in numbers.items()])
-    names = ("shape", "format", "prefill", "contexts", "slots", "threads")
-    shown = (f"--{n}={','.join(v) if isinstance(v := FLAGS[n].value, list) else v}" for n in names)
-    log = found | {
-        "command": f"python -m experiments.bench_export {' '.join(shown)} --work_dir=DIR",
+    if FLAGS.out and Path(FLAGS.out).exists() and not FLAGS.overwrite:
+        raise OutputError(f"{FLAGS.out}: exists already; name another place or pass --overwrite")
+    work = Path(FLAGS.work_dir).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    specs = chosen(specs_of(work), FLAGS.engines)
+    bench = Bench(specs)
+    try:
+        bench.prepare()
+        bench.run(phases())
+        log = bench.report(phases())
+        if FLAGS.profile:
+            log["profiles"] = profiles(specs, log["goals"])
+    finally:
+        bench.close()
+        if not FLAGS.keep:
+            remove(work, [spec.task.path for spec in specs])
+    show(log)
+    if FLAGS.figure:
+        compare.figure(log["results"], FLAGS.figure)
+    if FLAGS.out:
+        text = json.dumps(log | provenance(), indent=1) + "\n"
+        write_text(FLAGS.out, text, FLAGS.overwrite)
+
+
+def phases() -> list[str]:
+    """What is timed, such as `decode 128`."""
+    return [f"decode {n}" for n in FLAGS.contexts] + [f"prefill {n}" for n in FLAGS.prefill]
+
+
+def specs_of(work: Path) -> list[Spec]:
+    """All rows of the comparison.
+
+    Raises:
+      DataError: a length is no number, or does not fit the cache.
+    """
+    try:
+        contexts, lengths = (tuple(map(int, FLAGS[n].value)) for n in ("contexts", "prefill"))
+    except ValueError as error:
+        raise DataError(f"--contexts, --prefill: {error}; 128,1024 is right") from error
+    longest = max(*lengths, *(context + FLAGS.steps for context in contexts))
+    if longest > FLAGS.slots or min(lengths) < 2 or min(contexts) < 1:
+        raise DataError(
+            f"--contexts, --prefill: contexts of at least 1 and prompts of at least 2 tokens that "
+            f"fit --slots={FLAGS.slots} with --steps={FLAGS.steps} are right"
+        )
+    config = TOY if FLAGS.shape == "toy" else text_only(preset(FLAGS.shape))
+    options = {"weight_cache": str(work / "packed")} if FLAGS.weight_cache else {}
+    return [
+        Spec(
+            name=f"{label} {form}",
+            family=family,
+            bits=bits,
+            module=module,
+            python=(family in PEERS and FLAGS[f"{PEERS[family]}_python"].value) or sys.executable,
+            task=Task(
+                form=form,
+                path=str(work / f"{FLAGS.shape}_{form}{SUFFIXES[family]}")
+                if family in SUFFIXES
+                else "",
+                config=to_dict(config),
+                slots=FLAGS.slots,
+                contexts=contexts,
+                lengths=lengths,
+                threads=FLAGS.threads,
+                options=options if family == "ours" else {},
+            ),
+        )
+        for family, module, label, forms in ENGINES
+        for form, bits in forms.items()
+    ]
+
+
+def chosen(specs: Sequence[Spec], pattern: str) -> list[Spec]:
+    """Rows whose names match.
+
+    Raises:
+      DataError: the pattern is not a regular expression, or matches nothing.
+    """
+    try:
+        found = [spec for spec in specs if re.search(pattern, spec.name)]
+    except re.error as error:
+        raise DataError(f"--engines: {pattern!r} is not a regular expression: {error}") from error
+    if not found:
+        raise DataError(
+            f"--engines: {pattern!r} matches none of {', '.join(s.name for s in specs)}"
+        )
+    return found
+
+
+class Bench:
+    """Engines, what is known of them, and their bursts.
+
+    Args:
+      specs: of the engines.
+    """
+
+    def __init__(self, specs: Sequence[Spec]):
+        self.specs = list(specs)
+        self.found: dict[str, dict[str, Any]] = {}
+        self.left_out: dict[str, str] = {}
+        self.samples: dict[str, Bursts] = {}
+        self.bandwidth: dict[int, float] = {}
+        self.resident: dict[str, Child] = {}
+        self.groups: list[list[str]] = []
+
+    def prepare(self) -> None:
+        """Writes every model; an engine that cannot is left out."""
+        for spec in self.specs:
+            started = time.monotonic()
+            try:
+                self.found[spec.name] = children.prepare(spec)
+            except EngineError as error:
+                self._leave_out(spec.name, str(error))
+                continue
+            print(f"{spec.name}: written in {time.monotonic() - started:.0f} s", flush=True)
+
+    def run(self, phases: Sequence[str]) -> None:
+        """Times all phases of all engines, in as few groups as fit memory."""
+        waiting = [spec for spec in self.specs if spec.name in self.found]
+        while waiting:
+            waiting = self._start(waiting)
+            if set(self.resident) - set(self.samples):
+                self.groups.append(list(self.resident))
+                self._rounds(phases)
+            self.close()
+
+    def report(self, phases: Sequence[str]) -> dict[str, Any]:
+        """Everything that was found, for JSON."""
+        data = (self.specs, self.samples, self.found, self.bandwidth)
+        return {
+            "engines": {
+                name: facts for name, facts in self.found.items() if name not in self.left_out
+            },
+            "results": {
+                phase: rows for phase in phases if (rows := compare.phase_rows(phase, *data))
+            },
+            "goals": compare.goals(self.specs, phases, *data[1:]),
+            "left_out": self.left_out,
+            "groups": self.groups,
+            "bytes_per_second": self.bandwidth,
+            "seconds": self.samples,
+        }
+
+    def close(self) -> None:
+        """Ends all engines."""
+        for engine in self.resident.values():
+            engine.close()
+        self.resident = {}
+
+    def _start(self, waiting: Sequence[Spec]) -> list[Spec]:
+        """Starts what fits, llama.cpp first, and returns what did not fit."""
+        first = {spec.name for spec in waiting}
+        anchors = [s for s in self.specs if s.family == "llama.cpp" and s.name in self.found]
+        rest, started = [], 0
+        for spec in anchors + [s for s in waiting if s.family != "llama.cpp"]:
+            if spec.name in self.left_out:
+                continue
+            need = COPIES[spec.family] * self.found[spec.name]["weight_bytes"]
+            fits = children.available_bytes() - need > 1e9 * FLAGS.reserve_gb
+            if started and spec.name in first and spec.family != "llama.cpp" and not fits:
+                rest.append(spec)
+                continue
+            try:
+                engine, facts = children.start(spec)
+            except EngineError as error:
+                self._leave_out(spec.name, str(error))
+                continue
+            self.resident[spec.name] = engine
+            started += spec.family != "llama.cpp"
+            known = self.found[spec.name]
+            known.update({name: value for name, value in facts.items() if name not in known})
+        return rest
+
+    def _rounds(self, phases: Sequence[str]) -> None:
+        begin, slow = len(self.bandwidth), set()
+        for turn in range(begin, begin + FLAGS.rounds):
+            self.bandwidth[turn] = bandwidth()
+            names = list(self.resident)
+            for name in names if turn % 2 else names[::-1]:
+                for phase in phases:
+                    if turn - begin >= SLOW_ROUNDS and (name, phase) in slow:
+                        continue
+                    time.sleep(PAUSE_S)
+                    started = time.monotonic()
+                    try:
+                        seconds = self._burst(self.resident[name], phase)
+                    except EngineError as error:
+                        self._leave_out(name, str(error))
+                        self.resident.pop(name).close()
+                        break
+                    if time.monotonic() - started > SLOW_S:
+                        slow.add((name, phase))
+                    bursts = self.samples.setdefault(name, {}).setdefault(phase, [])
+                    bursts.append(Burst(turn, seconds))
+            print(f"round {turn - begin + 1} of {FLAGS.rounds}", flush=True)
+
+    def _burst(self, engine: Child, phase: str) -> float:
+        kind, count = phase.split()
+        if kind == "prefill":
+            return engine.ask("prefill", length=int(count))["seconds"]
+        return statistics.median(
+            engine.ask("decode", context=int(count), steps=FLAGS.steps)["seconds"]
+        )
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self.left_out[name] = reason
+        print(f"{name}: left out: {reason}", flush=True)
+
+
+def profiles(specs: Sequence[Spec], goals: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Operators of every signature of ours that misses a goal, by `engine: signature`."""
+    found: dict[str, Any] = {}
+    paths = {spec.name: spec.task.path for spec in specs}
+    for goal in goals:
+        kind, count = goal["phase"].split()
+        signature = "decode" if kind == "decode" else f"prefill_{count}"
+        key = f"{goal['engine']}: {signature}"
+        if goal["reached"] or key in found:
+            continue
+        try:
+            found[key] = children.profile(
+                paths[goal["engine"]], signature, FLAGS.threads, FLAGS.profile_runs
+            )
+        except EngineError as error:
+            found[key] = {"error": str(error)}
+    return found
+
+
+def remove(work: Path, paths: Sequence[str]) -> None:
+    """Removes what a run wrote to its directory."""
+    for path in (
+        *map(Path, filter(None, paths)),
+        work / "packed",
+        work / f"{FLAGS.shape}_F16.gguf",
+    ):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def provenance() -> dict[str, Any]:
+    """What was run, and where."""
+    names = ("shape", "contexts", "prefill", "slots", "threads", "rounds", "steps", "weight_cache")
+    return provenance_of("bench_export", names, tuple(PEERS.values()))
+
+
+def provenance_of(script: str, names: Sequence[str], peers: Sequence[str]) -> dict[str, Any]:
+    """Command, commit, machine and versions of a run.
+
+    Args:
+      script: of `experiments`.
+      names: of the flags that matter.
+      peers: whose interpreters may be named by a flag.
+    """
+    values = {name: FLAGS[name].value for name in names}
+    given = [
+        f"--{n}={','.join(v) if isinstance(v, list) else v}".replace(" ", "_")
+        for n, v in values.items()
+    ]
+    given += [f"--{peer}_python=PYTHON" for peer in peers if FLAGS[f"{peer}_python"].value]
+    return {
+        "command": f"python -m experiments.{script} {' '.join(given)} --work_dir=DIR",
         "commit": commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "load_average": os.getloadavg()[0],
         "versions": versions(),
     }
-    if FLAGS.out:
-        write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", overwrite=True)
 
 
-def process(step: str) -> dict[str, Any]:
-    """Runs one step in a process of its own and reads the numbers from its last line.
-
-    Raises:
-      DataError: the process failed.
-    """
-    command = [sys.executable, "-m", "experiments.bench_export", *sys.argv[1:], f"--step={step}"]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise DataError(f"{step}: the process ended with status {done.returncode}; see above")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def shape_of(name: str) -> GLMConfig:
-    """The decoder of a shape."""
-    config = text_only(preset({"glm_edge_1_5b": "large", "glm_4_9b": "phone_9b"}.get(name, name)))
-    if name != "glm_4_9b":
-        return config
-    plain = dataclasses.replace(config.decoder, sandwich_norm=False, mrope_section=())
-    return dataclasses.replace(config, name=name, decoder=plain)
-
-
-def random_params(model: MultimodalGLM, format: Format, seed: int = 0) -> Any:
-    """Parameters of a model whose matrices are random codes; norms are one, biases zero."""
-    rng, leaves = np.random.default_rng(seed), {}
-    for path, shape in expected_shapes(model).items():
-        if len(shape) == 2:
-            leaves[path] = random_box(rng, shape, format)
-        else:
-            leaves[path] = jnp.full(shape, 0.0 if path.endswith("bias") else 1.0, jnp.float32)
-    return nested(leaves)
-
-
-def random_box(rng: np.random.Generator, shape: tuple[int, int], format: Format) -> Quantized:
-    """A weight of random bytes, each of which is codes of integer types."""
-    columns = packing.packed_columns(shape[1], format.qtype)
-    data = np.frombuffer(rng.bytes(shape[0] * columns), np.uint8).reshape(shape[0], columns)
-    spread = 2.0 ** (format.bits - 1) / 3**0.5
-    scale = np.full(format.scale_shape(shape), 1.0 / (spread * shape[1] ** 0.5))
-    return Quantized(
-        data=jnp.asarray(data.view(np.int8) if format.qtype == "int8" else data),
-        scale=jnp.asarray(scale, format.scale_dtype),
-        zero=None,
-        format=format,
-        columns=shape[1],
+def show(log: dict[str, Any]) -> None:
+    """Prints the tables."""
+    mega = 1e-6
+    print_table(
+        ["engine", "file MB", "weights a token MB", "load s", "RSS MB before/decode/all", "notes"],
+        [
+            [
+                name,
+                shown(facts["file_bytes"] and mega * facts["file_bytes"]),
+                shown(mega * facts["weight_bytes"]),
+                shown(facts["load_seconds"]),
+                "/".join(
+                    shown(mega * facts[f"{kind}_rss_bytes"])
+                    for kind in ("baseline", "decode", "peak")
+                ),
+                "; ".join(
+                    [*facts["notes"], *([] if facts["batched"] else ["prompts token by token"])]
+                ),
+            ]
+            for name, facts in log["engines"].items()
+        ],
     )
-
-
-def convert(path: Path) -> dict[str, Any]:
-    """Writes the file; seconds and memory are those of the export, parameters included."""
-    model = MultimodalGLM(shape_of(FLAGS.shape))
-    params = random_params(model, Format.parse(FLAGS.format))
-    started = time.monotonic()
-    exported = ge.export.tflite(
-        model,
-        params,
-        path,
-        prefill_lengths=map(int, FLAGS.prefill),
-        cache_slots=FLAGS.slots,
-        overwrite=True,
-    )
-    return {
-        "parameters": sum(boxes.count(leaf) for _, leaf in boxes.path_items(params)),
-        "stored_bytes": exported.stored_bytes,
-        "file_bytes": exported.file_bytes,
-        "seconds": time.monotonic() - started,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-
-
-def run(path: Path) -> dict[str, Any]:
-    """Loads the file and times steps of decoding and prefill."""
-    started = time.monotonic()
-    phone = ge.export.LiteRTModel(path, num_threads=FLAGS.threads)
-    rng, config = np.random.default_rng(0), phone.config
-    embedded = phone.embed(rng.integers(0, config.decoder.vocab_size, 1))
-    numbers: dict[str, Any] = {"load_seconds": time.monotonic() - started}
-    started = time.monotonic()
-    phone.extend(embedded[:1], 0, phone.empty_cache())
-    numbers["first_step_seconds"] = time.monotonic() - started
-    if FLAGS.one_step:
-        return numbers | {"peak_rss_bytes": peak_rss_bytes()}
-    resident = Resident(path, phone, FLAGS.threads)
-    for length in map(int, FLAGS.prefill):
-        rows = np.resize(embedded, (length, embedded.shape[1]))
-        cache, times = phone.empty_cache(), []
-        inputs = phone.step_inputs(rows, 0, length)
-        for _ in range(BURSTS + 1):
-            started = time.monotonic()
-            phone.run(f"prefill_{length}", **inputs, **cache)
-            times.append(time.monotonic() - started)
-        numbers[f"prefill_{length}_tokens_per_second"] = length / float(np.median(times[1:]))
-    for context in map(int, FLAGS.contexts):
-        cache, times = phone.empty_cache(), []
-        for burst in range(BURSTS):
-            for step in range(STEPS):
-                started = time.monotonic()
-                _, cache = phone.extend(embedded[:1], context + burst * STEPS + step, cache)
-                times.append(time.monotonic() - started)
-        copied = float(np.median(times))
-        alone = float(np.median([resident.step(embedded[:1], context + i) for i in range(50)]))
-        numbers |= {
-            f"decode_{context}_ms": 1e3 * alone,
-            f"decode_{context}_copying_ms": 1e3 * copied,
-            f"decode_{context}_of_limit": resident.weight_bytes / bandwidth() / alone,
-        }
-    return numbers | {"weight_bytes": resident.weight_bytes, "peak_rss_bytes": peak_rss_bytes()}
-
-
-class Resident:
-    """Decodes with the cache in two sets of buffers that take turns, as a phone's runtime does."""
-
-    def __init__(self, path: Path, phone: Any, threads: int):
-        compiled = require("ai_edge_litert.compiled_model", extra="export")
-        options = require("ai_edge_litert.options", extra="export")
-        cpu = require("ai_edge_litert.cpu_options", extra="export")
-        self.phone = phone
-        self.model = compiled.CompiledModel.from_file(
-            str(path), options=options.Options(cpu_options=cpu.CpuOptions(num_threads=threads))
+    for phase, rows in log["results"].items():
+        print()
+        print_table(
+            [phase, "ms", "tokens/s", "of limit", "x llama.cpp at the same bits"],
+            [
+                [
+                    row["engine"],
+                    _quartiles(row["ms"]),
+                    shown(row["tokens_per_second"][1]),
+                    _quartiles(row["of_limit"]) if "of_limit" in row else "-",
+                    ", ".join(f"{shown(v[1])} {n}" for n, v in row["times_llama"].items()),
+                ]
+                for row in rows
+            ],
         )
-        index = self.model.get_signature_index("decode")
-        details = self.model.get_signature_by_index(index)
-        self.given = {n: self._input(n) for n in details["inputs"] if not n.startswith("kv_")}
-        caches = [n for n in details["inputs"] if n.startswith("kv_")]
-        self.caches = [{n: make(n) for n in caches} for make in (self._input, self._output)]
-        for name, array in phone.empty_cache().items():
-            self.caches[0][name].write(array)
-        self.logits = self._output("logits")
-        constants = ge.export.read_constants(path)
-        self.weight_bytes = sum(
-            constant.data.nbytes + (0 if constant.scale is None else constant.scale.nbytes)
-            for name, constant in constants.items()
-            if name != "embed/weight" or phone.config.decoder.tie_embeddings
+    if log["goals"]:
+        print()
+        print_table(
+            ["goal", "ours", "beside", "wanted", "found", "verdict"],
+            [
+                [
+                    goal["phase"],
+                    goal["engine"],
+                    goal["beside"],
+                    shown(goal["wanted"]),
+                    _quartiles(goal["found"]),
+                    "reached" if goal["reached"] else "missed",
+                ]
+                for goal in log["goals"]
+            ],
         )
-
-    def _input(self, name: str) -> Any:
-        return self.model.create_input_buffer_by_name("decode", name)
-
-    def _output(self, name: str) -> Any:
-        return self.model.create_output_buffer_by_name("decode", name)
-
-    def step(self, embedded: np.ndarray, slot: int) -> float:
-        """Decodes one token and returns the seconds it took."""
-        for name, array in self.phone.step_inputs(embedded, slot, 1).items():
-            self.given[name].write(np.ascontiguousarray(array))
-        before, after = self.caches
-        started = time.monotonic()
-        self.model.run_by_name("decode", self.given | before, {"logits": self.logits} | after)
-        seconds = time.monotonic() - started
-        self.caches.reverse()
-        return seconds
+    for key, profile in log.get("profiles", {}).items():
+        show_profile(key, profile)
+    for name, reason in log["left_out"].items():
+        print(f"left out: {name}: {reason}")
+    print(f"bandwidth, GB/s: {shown(1e-9 * statistics.median(log['bytes_per_second'].values()))}")
 
 
-def bandwidth() -> float:
-    """Bytes a second that two cores read from memory."""
-    array = np.ones(BANDWIDTH_BYTES // 8)
-    halves = np.array_split(array, 2)
-    with ThreadPoolExecutor(2) as pool:
-        times = []
-        for _ in range(7):
-            started = time.monotonic()
-            list(pool.map(np.add.reduce, halves))
-            times.append(time.monotonic() - started)
-    return array.nbytes / min(times)
+def show_profile(key: str, profile: dict[str, Any], most: int = 10) -> None:
+    """Prints operators and their part of a run, slowest first."""
+    print()
+    if "error" in profile:
+        print(f"{key}: {profile['error']}")
+        return
+    total = profile["us"]
+    rows = [
+        [found["operator"], found["count"], shown(found["us"]), f"{found['us'] / total:.1%}"]
+        for found in profile["operators"][:most]
+    ]
+    elsewhere = profile["elsewhere_us"]
+    rows.append(["between operators", "", shown(elsewhere), f"{elsewhere / total:.1%}"])
+    rows.append(["one run", "", shown(total), ""])
+    print_table([key, "count", "us", "share"], rows)
 
 
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _quartiles(values: Sequence[float]) -> str:
+    low, median, high = values
+    return str(compare.Quartiles(median, low, high))
 
 
 if __name__ == "__main__":

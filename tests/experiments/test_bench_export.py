@@ -1,27 +1,139 @@
-"""Shapes and random parameters of the export benchmark."""
+"""Runtimes beside each other: bursts, goals, and a small run of our own engines."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import bench_export
-from glm_edge import params as boxes
-from glm_edge.checkpoint.shapes import expected_shapes
-from glm_edge.models.multimodal import MultimodalGLM
-from glm_edge.params import Format
+import glm_edge as ge
+from experiments.bench_export import TOY
+from experiments.runtimes import compare, profiler
+from experiments.runtimes.child import EngineError, Spec, prepare
+from experiments.runtimes.compare import Burst, Quartiles
+from experiments.runtimes.engine import Task
+from experiments.runtimes.litert import LiteRT
+from glm_edge.configs import to_dict
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTH, SLOTS = 16, 64
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("glm_edge_1_5b", 1_472_055_296), ("glm_4_9b", 9_399_951_360)],
-)
-def test_shapes_have_the_published_counts(name, parameters):
-    shapes = expected_shapes(MultimodalGLM(bench_export.shape_of(name)))
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
+def task(path, form="int8"):
+    return Task(form, str(path), to_dict(TOY), SLOTS, (8,), (LENGTH,), 1)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4", "int4-g32", "int2"])
-def test_random_weights_keep_the_size_of_what_they_meet(form):
-    box = bench_export.random_box(np.random.default_rng(0), (256, 512), Format.parse(form))
-    assert boxes.stored_bytes(box) == Format.parse(form).stored_bytes((256, 512))
-    x = np.random.default_rng(1).normal(size=(64, 512))
-    assert 0.5 < float(np.std(x @ np.asarray(box.unbox(), np.float64).T)) < 2
+def spec(name, family, bits, python=sys.executable):
+    return Spec(name, family, bits, "litert", python, task("unused"))
+
+
+def test_speed_is_compared_within_a_round():
+    """A slow round slows both sides; medians over all rounds would say 1.5."""
+    ours = [Burst(0, 1.0), Burst(1, 10.0), Burst(2, 2.0)]
+    theirs = [Burst(0, 3.0), Burst(1, 30.0), Burst(7, 3.0)]
+    assert compare.speedup(ours, theirs) == Quartiles(3.0, 3.0, 3.0)
+    assert compare.speedup(ours, [Burst(9, 4.0)]).median == 2.0
+    assert compare.speedup(ours, []) is None
+
+
+def test_goals_name_every_rival_of_the_same_bits():
+    specs = [
+        spec("LiteRT int4", "ours", 4),
+        spec("LiteRT float16", "ours", 16),
+        spec("llama.cpp Q4_0", "llama.cpp", 4),
+        spec("llama.cpp Q4_K_M", "llama.cpp", 4),
+        spec("llama.cpp Q8_0", "llama.cpp", 8),
+        spec("onnxruntime int4-g32", "onnxruntime", 4),
+    ]
+    times = (1.0, 0.1, 1.3, 1.1, 0.2, 3.9)
+    samples = {
+        s.name: {phase: [Burst(0, t), Burst(1, t)] for phase in ("decode 8", "prefill 16")}
+        for s, t in zip(specs, times, strict=True)
+    }
+    found = {s.name: {"weight_bytes": 60} for s in specs}
+    bandwidth = {0: 100.0, 1: 80.0}
+    rows = compare.goals(specs, ["decode 8", "prefill 16"], samples, found, bandwidth)
+    verdicts = {(row["phase"], row["beside"]): row["reached"] for row in rows}
+    assert {row["engine"] for row in rows} == {"LiteRT int4"}
+    assert verdicts == {
+        ("decode 8", "llama.cpp Q4_0"): True,
+        ("decode 8", "llama.cpp Q4_K_M"): False,
+        ("decode 8", "onnxruntime int4-g32"): True,
+        ("decode 8", "bandwidth limit"): False,
+        ("prefill 16", "onnxruntime int4-g32"): False,
+    }
+    limit = next(row["found"] for row in rows if row["beside"] == "bandwidth limit")
+    assert limit[1] == pytest.approx((60 / 100 + 60 / 80) / 2)
+
+
+def test_a_missing_interpreter_or_package_is_said(tmp_path):
+    with pytest.raises(EngineError, match="no_python"):
+        prepare(spec("absent", "ours", 8, str(tmp_path / "no_python")))
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho \'{"missing": "gguf is not installed"}\'\n')
+    script.chmod(0o755)
+    with pytest.raises(EngineError, match="gguf is not installed"):
+        prepare(spec("absent", "ours", 8, str(script)))
+
+
+@pytest.fixture(scope="module")
+def toy_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy") / "toy_int8.tflite"
+    LiteRT().prepare(task(path))
+    return path
+
+
+def test_what_is_timed_gives_the_scores_of_the_file(toy_file):
+    tokens = np.random.default_rng(0).integers(0, TOY.decoder.vocab_size, LENGTH).astype(np.int32)
+    engine = LiteRT()
+    engine.load(task(toy_file))
+    engine.decode(8, 2)
+    engine._clear()
+    engine._run(engine._embed(tokens), 0, LENGTH)
+    scores = engine._step(tokens[-1], LENGTH - 1).read(TOY.decoder.vocab_size, np.float32)
+    phone = ge.export.LiteRTModel(toy_file)
+    expected, _ = phone.extend(phone.embed(tokens), 0, phone.empty_cache())
+    np.testing.assert_allclose(scores, expected[0], atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_profile_counts_every_product_and_adds_up(toy_file):
+    command = [sys.executable, "-m", "experiments.runtimes.profiler", toy_file, "decode", "1", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    found = json.loads(done.stdout)
+    counts = {row["operator"]: row["count"] for row in found["operators"]}
+    # Query, key, value, output, gate with up, down, in two layers; and the head.
+    assert sum(n for name, n in counts.items() if name.startswith("Fully Connected")) == 13
+    assert counts["DYNAMIC_UPDATE_SLICE"] == 4
+    total = sum(row["us"] for row in found["operators"]) + found["elsewhere_us"]
+    assert total == pytest.approx(found["us"])
+
+
+def test_events_of_unequal_runs_are_refused():
+    events = [profiler.Event(tag=b"ADD", kind=profiler.OPERATOR, elapsed_us=1)] * 3
+    with pytest.raises(RuntimeError, match="3 events of 2 runs"):
+        profiler.by_operator(events, 2, 1e-6)
+
+
+@pytest.mark.slow
+def test_a_small_run_compares_our_engines(tmp_path):
+    out, work = tmp_path / "speed.json", tmp_path / "models"
+    command = [sys.executable, "-m", "experiments.bench_export", "--shape=toy", "--slots=64"]
+    command += ["--contexts=8,32", "--prefill=16", "--rounds=2", "--steps=3", "--profile"]
+    command += ["--engines=^(LiteRT int8|JAX int8|llama.cpp Q8_0)$", "--reserve_gb=0"]
+    command += [f"--work_dir={work}", f"--out={out}", f"--llama_python={tmp_path / 'none'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    log = json.loads(out.read_text())
+    assert list(log["results"]) == ["decode 8", "decode 32", "prefill 16"]
+    for rows in log["results"].values():
+        assert [row["engine"] for row in rows] == ["LiteRT int8", "JAX int8"]
+        assert all(0 < row["ms"][0] <= row["ms"][1] <= row["ms"][2] for row in rows)
+    assert list(log["left_out"]) == ["llama.cpp Q8_0"]
+    assert {row["beside"] for row in log["goals"]} == {"bandwidth limit"}
+    assert log["profiles"].keys() == {"LiteRT int8: decode"}
+    facts = log["engines"]["LiteRT int8"]
+    assert facts["weight_bytes"] < facts["file_bytes"] < facts["peak_rss_bytes"]
+    assert "left out: llama.cpp Q8_0" in done.stdout
+    assert not list(work.iterdir())

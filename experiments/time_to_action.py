@@ -1,0 +1,402 @@
+"""Time from a screenshot and an instruction to an action, measured and on paper.
+
+    python -m experiments.time_to_action --work_dir=DIR --mnn_python=PYTHON --out=FILE.json
+
+Three tables, each beside what was claimed of such models:
+
+1. Measured: the file of --shape with random weights in LiteRT, at each of --forms. An image is
+   encoded, its features and --text_tokens tokens of text go through one prefill, and then
+   --action_tokens tokens are decoded greedily, looking up and choosing included.
+2. On paper: the same for --paper_shape on a device of --bandwidth_gbs and --tops. A part takes as
+   long as reading its bytes or doing its operations, whichever is longer, at --share of the peaks.
+   The defaults are those of a Snapdragon 8 Gen 3: LPDDR5X at 4800 MHz on 64 bits, 76.8 GB/s, and
+   the 45 int8 TOPS that the press gives (Qualcomm publishes none).
+3. Start-up, latency and size of the decoder of the `nano` preset at int8, in LiteRT and in MNN.
+   Start-up is from opening the file, which the page cache holds, to the first scores, each in a
+   new process; latency is one step behind 128 tokens. --mnn_python names an interpreter with
+   glm_edge and its extra `mnn`; where that is absent MNN is left out, with the reason.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments.bench_export import PAUSE_S, TOY, provenance_of
+from experiments.console import fail_in_one_line, print_table
+from experiments.runtimes import child as children
+from experiments.runtimes.child import EngineError, Spec
+from experiments.runtimes.compare import Quartiles, shown
+from experiments.runtimes.engine import Task
+from experiments.text.corpora import write_text
+from glm_edge.checkpoint.shapes import expected_shapes
+from glm_edge.configs import GLMConfig, VisionConfig, preset, to_dict
+from glm_edge.errors import DataError, OutputError
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params import Format
+
+FLAGS = flags.FLAGS
+CLAIMS_S = (3.0, 0.45)
+CLAIMED = {"LiteRT": (15.0, 28.0, 4.2), "MNN": (12.0, 22.0, 3.8)}
+PARTS = ("image", "prefill", "decode")
+TOY_VISION = VisionConfig((56, 28), 64, 2, 2, 128, 128, position_grid=(4, 2))
+STEP_CONTEXT, STEP_SLOTS, STEPS = 128, 256, 20
+# Of a number in the exported cache.
+CACHE_BYTES = 4
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    flags.DEFINE_string("work_dir", None, "Directory for the models.", required=True)
+    flags.DEFINE_enum("shape", "mobile", ["mobile", "tiny", "nano", "toy"], "Measured model.")
+    flags.DEFINE_list("forms", ["int8", "int4"], "Formats of the measured model.")
+    flags.DEFINE_integer("text_tokens", 96, "Tokens of template and instruction.", 1)
+    flags.DEFINE_integer("action_tokens", 40, "Tokens of the action.", 1)
+    flags.DEFINE_integer("rounds", 9, "Times that each is measured, taking turns.", 1)
+    flags.DEFINE_integer("threads", 2, "Threads of the runtimes.", 1)
+    flags.DEFINE_enum("paper_shape", "phone_9b", ["phone_9b", "mobile"], "Model on paper.")
+    flags.DEFINE_string("paper_form", "int4", "Format of the model on paper.")
+    flags.DEFINE_float("bandwidth_gbs", 76.8, "Gigabytes a second of the device's memory.", 0.01)
+    flags.DEFINE_float("tops", 45.0, "Int8 operations a second of the device, in 10^12.", 0.01)
+    flags.DEFINE_list("share", ["1.0", "0.5"], "Parts of both peaks that are reached.")
+    flags.DEFINE_string("device", "Snapdragon 8 Gen 3", "Name of the device on paper.")
+    flags.DEFINE_string("mnn_python", None, "Interpreter with MNN; default: this one.")
+    flags.DEFINE_bool("keep", False, "Keep the models.")
+    flags.DEFINE_string("out", None, "JSON file for the numbers.")
+    flags.DEFINE_bool("overwrite", False, "Replace --out where it exists already.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    if FLAGS.out and Path(FLAGS.out).exists() and not FLAGS.overwrite:
+        raise OutputError(f"{FLAGS.out}: exists already; name another place or pass --overwrite")
+    try:
+        shares = [float(share) for share in FLAGS.share]
+    except ValueError as error:
+        raise DataError(f"--share: {error}; 1.0,0.5 is right") from error
+    work = Path(FLAGS.work_dir).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    log: dict[str, Any] = {"claims_s": CLAIMS_S}
+    log["measured"] = measured(work)
+    show_measured(log["measured"])
+    tokens = FLAGS.text_tokens, FLAGS.action_tokens
+    peaks = FLAGS.device, 1e9 * FLAGS.bandwidth_gbs, 1e12 * FLAGS.tops
+    log["paper"] = [
+        paper(preset(FLAGS.paper_shape), FLAGS.paper_form, *tokens, Device(*peaks, share))
+        for share in shares
+    ]
+    for found in log["paper"]:
+        show_paper(found)
+    log["runtimes"] = runtimes(work)
+    show_runtimes(log["runtimes"])
+    if FLAGS.out:
+        names = ("shape", "forms", "text_tokens", "action_tokens", "rounds", "threads")
+        names += ("paper_shape", "paper_form", "bandwidth_gbs", "tops", "share", "device")
+        log |= provenance_of("time_to_action", names, ("mnn",))
+        write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", FLAGS.overwrite)
+
+
+def seeing(name: str) -> GLMConfig:
+    """A shape with its vision encoder and without the one of speech."""
+    if name == "toy":
+        return dataclasses.replace(TOY, vision=TOY_VISION, image_token_id=1)
+    return dataclasses.replace(preset(name), speech=None, audio_token_id=None)
+
+
+def features_of(vision: VisionConfig) -> tuple[int, int]:
+    """Patches of an image, and features that the decoder reads."""
+    rows, columns = (extent // vision.patch_stride for extent in vision.image_size)
+    patches = rows * columns
+    return patches, patches // vision.merge_size**2 + 2 * vision.boundary_embeddings
+
+
+def measured(work: Path) -> dict[str, Any]:
+    """Runs every format in turn; seconds of each part by format."""
+    config = seeing(FLAGS.shape)
+    features = features_of(config.vision)[1]
+    prompt = features + FLAGS.text_tokens
+    slots = 64 * math.ceil((prompt + FLAGS.action_tokens) / 64)
+    if slots > config.decoder.max_position_embeddings:
+        raise DataError(
+            f"--text_tokens, --action_tokens: {slots} tokens exceed the "
+            f"{config.decoder.max_position_embeddings} of {FLAGS.shape}"
+        )
+    resident, found = {}, {}
+    try:
+        for form in FLAGS.forms:
+            task = Task(
+                form=form,
+                path=str(work / f"action_{FLAGS.shape}_{form}.tflite"),
+                config=to_dict(config),
+                slots=slots,
+                contexts=(prompt,),
+                lengths=(prompt,),
+                threads=FLAGS.threads,
+                options={"weight_cache": str(work / "packed"), "prefix": FLAGS.text_tokens // 2},
+            )
+            spec = Spec(form, "ours", 0, "litert", sys.executable, task)
+            written = children.prepare(spec)
+            resident[form] = children.Child(spec)
+            loaded = resident[form].load()
+            resident[form].ask("action", tokens=prompt, steps=FLAGS.action_tokens)
+            found[form] = {
+                "file_bytes": written["file_bytes"],
+                "load_seconds": loaded["seconds"],
+                "runs": [],
+            }
+        for turn in range(FLAGS.rounds):
+            for form in FLAGS.forms if turn % 2 else FLAGS.forms[::-1]:
+                answer = resident[form].ask("action", tokens=prompt, steps=FLAGS.action_tokens)
+                found[form]["runs"].append(answer["seconds"])
+        for form, engine in resident.items():
+            found[form]["peak_rss_bytes"] = engine.ask("rss")["peak_rss_bytes"]
+    except EngineError as error:
+        raise DataError(f"LiteRT does not run {FLAGS.shape}: {error}") from error
+    finally:
+        for engine in resident.values():
+            engine.close()
+        tidy(work)
+    return {"features": features, "prompt_tokens": prompt, "forms": found}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a model on paper runs on.
+
+    Attributes:
+      name: of the device.
+      bandwidth: bytes a second of its memory, at best.
+      operations: a second, at best.
+      share: of both that is reached.
+    """
+
+    name: str
+    bandwidth: float
+    operations: float
+    share: float
+
+
+def paper(
+    config: GLMConfig, form: str, text_tokens: int, action_tokens: int, device: Device
+) -> dict[str, Any]:
+    """Bytes and operations of each part, and the seconds they take on a device.
+
+    Args:
+      config: of a model with a vision encoder.
+      form: of its matrices, as `Format.parse` reads it.
+      text_tokens: of template and instruction.
+      action_tokens: of the action.
+      device: that it runs on.
+
+    Returns:
+      Numbers of each part and the total.
+    """
+    parsed, decoder, vision = Format.parse(form), config.decoder, config.vision
+    patches, features = features_of(vision)
+    prompt = features + text_tokens
+    weights = {
+        path: shape
+        for path, shape in expected_shapes(MultimodalGLM(config)).items()
+        if len(shape) == 2 and path.endswith("weight")
+    }
+
+    def select(*prefixes: str) -> dict[str, tuple[int, ...]]:
+        return {path: shape for path, shape in weights.items() if path.startswith(prefixes)}
+
+    def size(found: dict[str, tuple[int, ...]]) -> int:
+        return sum(math.prod(shape) for shape in found.values())
+
+    def stored(found: dict[str, tuple[int, ...]]) -> int:
+        return sum(parsed.stored_bytes(shape) for shape in found.values())
+
+    tower, seen = select("vision/layers", "vision/patch"), select("vision")
+    layers = select("decoder")
+    head = select("embed" if decoder.tie_embeddings else "head")
+    width = sum(decoder.heads(i) * decoder.head_dim for i in range(decoder.num_layers))
+    cached = sum(2 * decoder.kv_heads(i) * decoder.head_dim for i in range(decoder.num_layers))
+    per_feature = size(seen) - size(tower)
+    parts = {
+        "image": (
+            stored(seen),
+            2 * size(tower) * patches
+            + 2 * per_feature * features
+            + 4 * patches**2 * vision.hidden_size * vision.num_layers,
+        ),
+        # Causal attention does half of the square; scores of the last token only.
+        "prefill": (
+            stored(layers) + stored(head),
+            2 * size(layers) * prompt + 2 * size(head) + 2 * prompt**2 * width,
+        ),
+        "decode": (
+            action_tokens * (stored(layers) + stored(head) + CACHE_BYTES * cached * prompt),
+            action_tokens * (2 * size(layers) + 2 * size(head) + 4 * prompt * width),
+        ),
+    }
+    bandwidth, operations = device.share * device.bandwidth, device.share * device.operations
+    rows = {
+        part: {
+            "bytes": read,
+            "operations": done,
+            "memory_s": read / bandwidth,
+            "arithmetic_s": done / operations,
+            "seconds": max(read / bandwidth, done / operations),
+        }
+        for part, (read, done) in parts.items()
+    }
+    return {
+        "shape": config.name,
+        "form": form,
+        "device": dataclasses.asdict(device),
+        "prompt_tokens": prompt,
+        "parts": rows,
+        "seconds": sum(row["seconds"] for row in rows.values()),
+    }
+
+
+def runtimes(work: Path) -> dict[str, Any]:
+    """Start-up, latency and size of nano in LiteRT and MNN."""
+    config = dataclasses.replace(
+        preset("nano"), vision=None, speech=None, image_token_id=None, audio_token_id=None
+    )
+    found: dict[str, Any] = {}
+    resident = {}
+    for name, module, suffix in (("LiteRT", "litert", ".tflite"), ("MNN", "mnn_", "_mnn")):
+        task = Task(
+            form="int8",
+            path=str(work / f"action_nano_int8{suffix}"),
+            config=to_dict(config),
+            slots=STEP_SLOTS,
+            contexts=(STEP_CONTEXT,),
+            lengths=(16,),
+            threads=FLAGS.threads,
+        )
+        python = (name == "MNN" and FLAGS.mnn_python) or sys.executable
+        spec = Spec(name, "ours", 8, module, python, task)
+        try:
+            written, starts = children.prepare(spec), []
+            for _ in range(FLAGS.rounds):
+                engine = children.Child(spec)
+                try:
+                    starts.append(engine.load()["seconds"])
+                finally:
+                    engine.close()
+            resident[name] = children.Child(spec)
+            resident[name].load()
+        except EngineError as error:
+            found[name] = {"left_out": str(error)}
+            continue
+        found[name] = {"size_bytes": written["file_bytes"], "start_s": starts, "step_s": []}
+    try:
+        for turn in range(FLAGS.rounds):
+            for name in list(resident) if turn % 2 else list(resident)[::-1]:
+                time.sleep(PAUSE_S)
+                answer = resident[name].ask("decode", context=STEP_CONTEXT, steps=STEPS)
+                found[name]["step_s"].append(statistics.median(answer["seconds"]))
+    except EngineError as error:
+        raise DataError(f"nano: {error}") from error
+    finally:
+        for engine in resident.values():
+            engine.close()
+        tidy(work)
+    return found
+
+
+def tidy(work: Path) -> None:
+    """Removes the models, unless they are kept."""
+    if FLAGS.keep:
+        return
+    for path in (*work.glob("action_*"), work / "packed"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def verdicts(seconds: float) -> list[str]:
+    """Of each claim, whether so many seconds keep it."""
+    return ["reached" if seconds <= claim else "missed" for claim in CLAIMS_S]
+
+
+def show_measured(found: dict[str, Any]) -> None:
+    """Prints the measured table."""
+    rows = []
+    for form, facts in found["forms"].items():
+        totals = [sum(run.values()) for run in facts["runs"]]
+        parts = [Quartiles.of([run[part] for run in facts["runs"]]) for part in PARTS]
+        rows.append(
+            [
+                form,
+                *map(str, parts),
+                str(Quartiles.of(totals)),
+                *verdicts(statistics.median(totals)),
+                shown(1e-6 * facts["file_bytes"]),
+                shown(1e-6 * facts["peak_rss_bytes"]),
+            ]
+        )
+    title = f"measured, {FLAGS.shape}, {found['features']} features of {found['prompt_tokens']}"
+    claims = [f"claimed {shown(claim)} s" for claim in CLAIMS_S]
+    header = [title, "image s", "prefill s", f"{FLAGS.action_tokens} tokens s", "total s"]
+    print_table([*header, *claims, "file MB", "RSS MB"], rows)
+
+
+def show_paper(found: dict[str, Any]) -> None:
+    """Prints the table on paper."""
+    print()
+    rows = [
+        [
+            part,
+            shown(1e-9 * row["bytes"]),
+            shown(1e-12 * row["operations"]),
+            shown(row["memory_s"]),
+            shown(row["arithmetic_s"]),
+            shown(row["seconds"]),
+            *[""] * len(CLAIMS_S),
+        ]
+        for part, row in found["parts"].items()
+    ]
+    rows.append(["total", "", "", "", "", shown(found["seconds"]), *verdicts(found["seconds"])])
+    device = Device(**found["device"])
+    title = (
+        f"on paper, {found['shape']} {found['form']}, {device.name} at {device.share:.0%} of "
+        f"{1e-9 * device.bandwidth:g} GB/s and {1e-12 * device.operations:g} TOPS"
+    )
+    header = [title, "GB", "10^12 operations", "memory s", "arithmetic s", "s"]
+    print_table([*header, *(f"claimed {shown(claim)} s" for claim in CLAIMS_S)], rows)
+
+
+def show_runtimes(found: dict[str, Any]) -> None:
+    """Prints the table of runtimes."""
+    print()
+    rows = []
+    for name, facts in found.items():
+        claimed = [shown(value) for value in CLAIMED[name]]
+        if "left_out" in facts:
+            rows.append([name, *(part for c in claimed for part in ("-", c))])
+            continue
+        values = [
+            Quartiles.of([1e3 * s for s in facts["start_s"]]),
+            Quartiles.of([1e3 * s for s in facts["step_s"]]),
+            shown(1e-6 * facts["size_bytes"]),
+        ]
+        rows.append(
+            [name, *(str(part) for pair in zip(values, claimed, strict=True) for part in pair)]
+        )
+    header = ["nano int8", "start-up ms", "claimed", "latency ms", "claimed", "size MB", "claimed"]
+    print_table(header, rows)
+    for name, facts in found.items():
+        if "left_out" in facts:
+            print(f"left out: {name}: {facts['left_out']}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(fail_in_one_line(main))
