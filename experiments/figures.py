@@ -71,6 +71,38 @@ def training_curve(stages: Sequence[Path], path: Path) -> None:
     pyplot.close(figure)
 
 
+def skipping_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws accuracy and tokens per second of each way of skipping against its threshold.
+
+    Args:
+      rows: of `experiments.bench_skipping`; the first skips nothing.
+      path: PNG file to write.
+    """
+    matplotlib = require("matplotlib", extra="plot")
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot", extra="plot")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10.4, 3.8), layout="constrained")
+    whole, kinds = rows[0], {row["name"].split()[0]: [] for row in rows[1:]}
+    for row in rows[1:]:
+        kinds[row["name"].split()[0]].append(row)
+    for kind, points in kinds.items():
+        points = sorted(points, key=lambda row: row["value"])
+        axes[0].plot(
+            [p["value"] for p in points], [p["accuracy"] for p in points], "o-", label=kind
+        )
+        speed, accuracy = ([p[name] for p in points] for name in ("tokens_per_second", "accuracy"))
+        axes[1].plot(speed, accuracy, "o-", label=kind)
+    axes[0].axhline(whole["accuracy"], color="0.6", linestyle="--", label=whole["name"])
+    axes[1].plot([whole["tokens_per_second"]], [whole["accuracy"]], "k*", label=whole["name"])
+    axes[0].set(xlabel="threshold, or fraction of neurons", ylabel="accuracy")
+    axes[1].set(xlabel="decoded tokens per second", ylabel="accuracy")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 TAPS = {"tap_in_box_text": "written instructions", "tap_in_box_speech": "spoken instructions"}
 MARKERS = {"tap_in_box_text": "o-", "tap_in_box_speech": "s--"}
 

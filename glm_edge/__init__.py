@@ -29,6 +29,7 @@ _WHERE = {
     "preset": "glm_edge.configs",
     "load_tokenizer": "glm_edge.checkpoint",
     "recipe_from_json": "glm_edge.compress",
+    "reparameterize": "glm_edge.compress",
     "save": "glm_edge.checkpoint",
     "shipped": "glm_edge.checkpoint",
     "to_json": "glm_edge.compress",
@@ -36,6 +37,7 @@ _WHERE = {
 _MODULES = {
     "checkpoint": "glm_edge.checkpoint",
     "configs": "glm_edge.configs",
+    "cost": "glm_edge.compress.cost",
     "errors": "glm_edge.errors",
     "export": "glm_edge.export",
     "generate": "glm_edge.generate",

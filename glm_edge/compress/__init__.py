@@ -5,6 +5,7 @@ from glm_edge.compress import recipe as recipes
 from glm_edge.compress.distill import distill
 from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.recipe import recipe_from_json, to_json
+from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.compress.report import Point, Report, Row
 from glm_edge.compress.transform import Transform, chain
 
@@ -20,5 +21,6 @@ __all__ = [
     "quantize",
     "recipe_from_json",
     "recipes",
+    "reparameterize",
     "to_json",
 ]

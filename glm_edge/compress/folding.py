@@ -265,14 +265,14 @@ def _of_decoder_layer(config: DecoderConfig, index: int) -> tuple[Fold, ...]:
 
 def _of_vision(config: VisionConfig, root: str, features: int | None) -> tuple[Fold, ...]:
     width, layer_norm = config.hidden_size, config.norm == "layer"
-    heads = (config.num_heads, 1, width // config.num_heads)
     found: list[Fold] = []
     for index in range(config.num_layers):
         layer = f"{root}layers/{index}"
+        heads = (config.heads(index), 1, config.head_size)
         first = "gate_up_proj" if config.gated_mlp else "fc1"
         found += _attention(layer, width, layer_norm, config.attention_bias, heads)
         if config.gated_mlp:
-            found += (_gated(f"{layer}/mlp", config.intermediate_size, config.projection_bias),)
+            found += (_gated(f"{layer}/mlp", config.neurons(index), config.projection_bias),)
         read = (f"{layer}/mlp/{first}/weight",)
         found += (_norm(f"{layer}/post_attention_norm", read, width, layer_norm),)
     # Without a projector the normed patches are the tower's output.
@@ -291,10 +291,10 @@ def _of_vision(config: VisionConfig, root: str, features: int | None) -> tuple[F
 
 def _of_speech(config: SpeechConfig, root: str) -> tuple[Fold, ...]:
     width = config.hidden_size
-    heads = (config.num_heads, 1, width // config.num_heads)
     found: list[Fold] = []
     for index in range(config.num_layers):
         layer = f"{root}layers/{index}"
+        heads = (config.heads(index), 1, config.head_size)
         found += _attention(layer, width, True, True, heads)
         found += (_norm(f"{layer}/post_attention_norm", (f"{layer}/fc1/weight",), width, True),)
     if config.projector_size:
@@ -305,8 +305,13 @@ def _of_speech(config: SpeechConfig, root: str) -> tuple[Fold, ...]:
 
 def _of_text(config: TextConfig) -> tuple[Fold, ...]:
     # Norms come after what they norm, and their output is also the residual stream.
-    heads = (config.num_heads, 1, config.hidden_size // config.num_heads)
     return tuple(
-        Fold("value", _linear(f"layers/{i}/v_proj", True), 0, (f"layers/{i}/o_proj/weight",), heads)
+        Fold(
+            "value",
+            _linear(f"layers/{i}/v_proj", True),
+            0,
+            (f"layers/{i}/o_proj/weight",),
+            (config.heads(i), 1, config.head_size),
+        )
         for i in range(config.num_layers)
     )

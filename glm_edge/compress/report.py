@@ -2,8 +2,8 @@
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,35 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """Measured time of one kind of work, before and after, from `glm_edge.compress.cost.measure`.
+
+    Attributes:
+      work: `token`, `image`, `clip` or `sentence`.
+      before_ms: median milliseconds.
+      after_ms: likewise.
+      speedup: median over rounds of before / after.
+      low: its lower quartile.
+      high: its upper quartile.
+      rounds: in which both took turns.
+    """
+
+    work: str
+    before_ms: float
+    after_ms: float
+    speedup: float
+    low: float
+    high: float
+    rounds: int
+
+    def __str__(self) -> str:
+        return (
+            f"latency per {self.work}: {self.before_ms:.3f} -> {self.after_ms:.3f} ms "
+            f"({self.speedup:.2f} x, quartiles {self.low:.2f} to {self.high:.2f} of {self.rounds})"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """A table of rows, totals over all parameters, and training curves.
 
@@ -72,6 +101,9 @@ class Report:
       count_after: and after.
       curve: steps of training, where there were any.
       notes: what the reader should know, such as a modality that calibration lacked.
+      flops_before: see `glm_edge.compress.cost.flops`; None where shapes did not change.
+      flops_after: and after.
+      latency: measured times, where they were asked for.
     """
 
     rows: tuple[Row, ...]
@@ -81,6 +113,9 @@ class Report:
     count_after: int
     curve: tuple[Point, ...] = ()
     notes: tuple[str, ...] = ()
+    flops_before: Mapping[str, int] | None = None
+    flops_after: Mapping[str, int] | None = None
+    latency: tuple[Latency, ...] = ()
 
     @classmethod
     def start(cls, params: Params) -> "Report":
@@ -109,7 +144,14 @@ class Report:
             later.count_after,
             self.curve + later.curve,
             self.notes + later.notes,
+            later.flops_before if self.flops_before is None else self.flops_before,
+            self.flops_after if later.flops_after is None else later.flops_after,
+            self.latency + later.latency,
         )
+
+    def with_latency(self, latency: Sequence[Latency]) -> "Report":
+        """The same report with measured times."""
+        return replace(self, latency=tuple(latency))
 
     @property
     def total(self) -> Row:
@@ -137,7 +179,16 @@ class Report:
         ]
         rule = "-" * max(len(line) for line in lines)
         notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._training(), *notes])
+        below = [*self._costs(), *self._training(), *notes]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *below])
+
+    def _costs(self) -> list[str]:
+        before, after = self.flops_before or {}, self.flops_after or {}
+        return [
+            f"FLOPs per {work}: {before[work]:,} -> {count:,} ({count / before[work]:.1%})"
+            for work, count in after.items()
+            if work in before
+        ] + [str(latency) for latency in self.latency]
 
     def _training(self) -> list[str]:
         if not self.curve:
@@ -146,13 +197,15 @@ class Report:
         return [f"training: {len(self.curve)} steps, loss {first.loss:.4f} -> {last.loss:.4f}"]
 
     def to_markdown(self) -> str:
-        """The table in Markdown, with its totals line."""
+        """The table in Markdown, with its totals line, and what is known of FLOPs and latency."""
         lines = [
             "| " + " | ".join(_HEADINGS.values()) + " |",
             "|" + "|".join(" --- " if name in _TEXT else " ---: " for name in _HEADINGS) + "|",
         ]
         for row in (*self.rows, self.total):
             lines.append("| " + " | ".join(_format(row)) + " |")
+        if self._costs():
+            lines += ["", *(f"- {line}" for line in self._costs())]
         return "\n".join(lines) + "\n"
 
     def to_csv(self, path: str | Path) -> None:

@@ -230,11 +230,17 @@ def stages(model: nn.Module) -> tuple[Stage, ...]:
             None if index in config.vision.global_layers else config.vision.window
             for index in range(config.vision.num_layers)
         ]
-        layers = [VisionLayer(config.vision, window, model.compute) for window in windows]
+        layers = [
+            VisionLayer(config.vision, window, _first_alike(config.vision, i), model.compute)
+            for i, window in enumerate(windows)
+        ]
         found += _encoder("vision", "images", encoder, layers, _vision_functions)
     if config.speech is not None:
         encoder = SpeechEncoder(config.speech, width, model.compute)
-        layers = [SpeechLayer(config.speech, model.compute)] * config.speech.num_layers
+        layers = [
+            SpeechLayer(config.speech, _first_alike(config.speech, i), model.compute)
+            for i in range(config.speech.num_layers)
+        ]
         found += _encoder("speech", "audio", encoder, layers, _speech_functions)
     found.append(Stage("embed", "", ("embed/",), model, _embed))
     for index in range(config.decoder.num_layers):
@@ -246,9 +252,9 @@ def stages(model: nn.Module) -> tuple[Stage, ...]:
     return tuple(found)
 
 
-def _first_alike(decoder: Any, index: int) -> int:
+def _first_alike(part: Any, index: int) -> int:
     """The first layer of the same widths, whose compiled program serves this one."""
-    widths = [(decoder.heads(i), decoder.kv_heads(i), decoder.neurons(i)) for i in range(index + 1)]
+    widths = [(part.heads(i), part.kv_heads(i), part.neurons(i)) for i in range(index + 1)]
     return widths.index(widths[index])
 
 

@@ -87,8 +87,60 @@ class DecoderConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
 
+class EncoderWidths:
+    """Widths of an encoder's layers.
+
+    `num_heads` and `intermediate_size` are one number for all layers, or, after structured pruning,
+    one number per layer; `head_dim` is then given, and otherwise `hidden_size / num_heads`.
+    """
+
+    def heads(self, layer: int) -> int:
+        """Heads of one layer."""
+        return _of_layer(self.num_heads, layer, "num_heads", self._name)
+
+    def kv_heads(self, layer: int) -> int:
+        """Key/value heads of one layer: each query head has its own."""
+        return self.heads(layer)
+
+    def neurons(self, layer: int) -> int:
+        """Width of the feed-forward network of one layer."""
+        return _of_layer(self.intermediate_size, layer, "intermediate_size", self._name)
+
+    @property
+    def head_size(self) -> int:
+        """Dimensions of a head."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__.removesuffix("Config").lower()
+
+    def _check_widths(self, entries: int) -> None:
+        """Refuses widths that make no layers; `entries` of a tuple, where one is given."""
+        for field in ("num_heads", "intermediate_size"):
+            widths = getattr(self, field)
+            if not isinstance(widths, int) and (len(widths) != entries or min(widths) < 1):
+                raise ConfigError(
+                    f"{self._name}: {field} {widths!s:.60} must be one number, or {entries} of at "
+                    "least 1"
+                )
+        if self.head_dim is not None:
+            if not 1 <= self.head_dim <= MAX_HEAD_DIM:
+                raise ConfigError(
+                    f"{self._name}: head_dim {self.head_dim} must be in 1..{MAX_HEAD_DIM}"
+                )
+            return
+        if not isinstance(self.num_heads, int):
+            raise ConfigError(f"{self._name}: num_heads that differ by layer need head_dim")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"{self._name}: hidden_size {self.hidden_size} must be a multiple of num_heads "
+                f"{self.num_heads}"
+            )
+
+
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(EncoderWidths):
     """Shape of a vision tower: patches, pre-norm transformer, merge, gated projector.
 
     The defaults are GLM-4.1V's tower. SigLIP has layer norms with biases (`norm`), a plain
@@ -102,14 +154,15 @@ class VisionConfig:
     as large in nano, which overlaps). Attention is local to windows of `window` patches (rows,
     columns) in every layer not listed in `global_layers`; `window=None` is global throughout.
     `separable_positions` adds a learned row and column embedding to the projected features, so
-    that the decoder can read off where a feature lies.
+    that the decoder can read off where a feature lies. Widths that differ by layer have one more
+    entry, the last, for a pooling head.
     """
 
     image_size: tuple[int, int]
     hidden_size: int
     num_layers: int
-    num_heads: int
-    intermediate_size: int
+    num_heads: int | tuple[int, ...]
+    intermediate_size: int | tuple[int, ...]
     projector_size: int
     patch_size: int = 14
     patch_stride: int = 14
@@ -132,16 +185,13 @@ class VisionConfig:
     window: tuple[int, int] | None = None
     global_layers: tuple[int, ...] = ()
     separable_positions: bool = False
+    head_dim: int | None = None
 
     def __post_init__(self):
         if self.norm not in ("rms", "layer"):
             raise ConfigError(f"vision: norm must be 'rms' or 'layer', not {self.norm!r:.60}")
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"vision: hidden_size {self.hidden_size} must be a multiple of num_heads "
-                f"{self.num_heads}"
-            )
-        if self.rotary and self.hidden_size // self.num_heads % 4:
+        self._check_widths(self.num_layers + self.pooling_head)
+        if self.rotary and self.head_size % 4:
             raise ConfigError(
                 f"vision: hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a "
                 "multiple of 4, since rows and columns each turn pairs of a head's dimensions"
@@ -186,7 +236,7 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class SpeechConfig:
+class SpeechConfig(EncoderWidths):
     """Shape of a speech encoder: log-mel, two convolutions, transformer, merge, projector.
 
     The defaults are GLM-ASR's. Whisper's encoder adds `learned_positions` and turns nothing
@@ -198,8 +248,8 @@ class SpeechConfig:
     num_frames: int
     hidden_size: int
     num_layers: int
-    num_heads: int
-    intermediate_size: int
+    num_heads: int | tuple[int, ...]
+    intermediate_size: int | tuple[int, ...]
     projector_size: int
     merge_size: int = 4
     learned_positions: bool = False
@@ -209,6 +259,7 @@ class SpeechConfig:
     sample_rate: int = 16000
     fft_size: int = 400
     hop_length: int = 160
+    head_dim: int | None = None
 
     def __post_init__(self):
         if self.num_frames > MAX_FRAMES:
@@ -218,16 +269,11 @@ class SpeechConfig:
                 f"speech: num_frames {self.num_frames} must be a multiple of "
                 f"{2 * self.merge_size} (convolution stride 2, merge {self.merge_size})"
             )
-        if self.hidden_size % self.num_heads:
+        self._check_widths(self.num_layers)
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_size:
             raise ConfigError(
-                f"speech: hidden_size {self.hidden_size} must be a multiple of num_heads "
-                f"{self.num_heads}"
-            )
-        head_dim = self.hidden_size // self.num_heads
-        if self.rotary_dim % 2 or self.rotary_dim > head_dim:
-            raise ConfigError(
-                f"speech: hidden_size / num_heads {head_dim} x partial_rotary_factor "
-                f"{self.partial_rotary_factor} must be even and no more than {head_dim}"
+                f"speech: hidden_size / num_heads {self.head_size} x partial_rotary_factor "
+                f"{self.partial_rotary_factor} must be even and no more than {self.head_size}"
             )
         if not self.projector_size and self.merge_size != 1:
             raise ConfigError("speech: an encoder without projector must have merge_size 1")
@@ -235,7 +281,7 @@ class SpeechConfig:
     @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that rotate; the rest pass through."""
-        return int(self.hidden_size // self.num_heads * self.partial_rotary_factor)
+        return int(self.head_size * self.partial_rotary_factor)
 
     @property
     def num_tokens(self) -> int:
@@ -244,7 +290,7 @@ class SpeechConfig:
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(EncoderWidths):
     """Shape of a bidirectional text encoder (BERT; DistilBERT has no token types).
 
     `pooler` reads the first token: `tanh` (BERT), `relu` (DistilBERT's classifier), or None.
@@ -253,24 +299,21 @@ class TextConfig:
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_heads: int
-    intermediate_size: int
+    num_heads: int | tuple[int, ...]
+    intermediate_size: int | tuple[int, ...]
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     num_labels: int = 0
     pooler: str | None = None
+    head_dim: int | None = None
 
     def __post_init__(self):
         if self.pooler not in (None, "tanh", "relu"):
             raise ConfigError(
                 f"text: pooler must be 'tanh', 'relu' or None, not {self.pooler!r:.60}"
             )
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"text: hidden_size {self.hidden_size} must be a multiple of num_heads "
-                f"{self.num_heads}"
-            )
+        self._check_widths(self.num_layers)
 
 
 @dataclass(frozen=True)
@@ -307,11 +350,11 @@ class GLMConfig:
                 )
 
 
-def _of_layer(value: int | tuple[int, ...], layer: int, field: str) -> int:
+def _of_layer(value: int | tuple[int, ...], layer: int, field: str, part: str = "decoder") -> int:
     if isinstance(value, int):
         return value
     if layer >= len(value):
-        raise ConfigError(f"decoder: {field} lists {len(value)} layers, layer {layer} is missing")
+        raise ConfigError(f"{part}: {field} lists {len(value)} layers, layer {layer} is missing")
     return value[layer]
 
 

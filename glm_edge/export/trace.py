@@ -161,7 +161,7 @@ def skeleton(
     Raises:
       ExportError: the converter refuses the graph, or needs more than builtin operators.
     """
-    jax2tf, tf = _tensorflow()
+    jax2tf, tf = tensorflow()
     arguments = {f"weight_{index}": path for index, path in enumerate(shapes)}
     module, functions = tf.Module(), {}
     for signature in offered:
@@ -220,7 +220,8 @@ def quiet() -> Iterator[None]:
             os.close(terminal)
 
 
-def _tensorflow() -> tuple[Any, Any]:
+def tensorflow() -> tuple[Any, Any]:
+    """jax2tf and TensorFlow, told to keep quiet."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with quiet():

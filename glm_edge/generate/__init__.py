@@ -1,17 +1,27 @@
 """Generation with a static-shape cache."""
 
 from glm_edge.generate.decoding import Generation, generate, greedy, prompt_mask, stream
+from glm_edge.generate.early_exit import EarlyExit, early_exit, fit_exits
 from glm_edge.generate.sampling import Sampling
+from glm_edge.generate.skipping import skip_neurons
+from glm_edge.generate.sweep import Setting, SweepRow, sweep
 from glm_edge.generate.text import TextStream, generate_text, stream_text
 
 __all__ = [
+    "EarlyExit",
     "Generation",
     "Sampling",
+    "Setting",
+    "SweepRow",
     "TextStream",
+    "early_exit",
+    "fit_exits",
     "generate",
     "generate_text",
     "greedy",
     "prompt_mask",
+    "skip_neurons",
     "stream",
     "stream_text",
+    "sweep",
 ]

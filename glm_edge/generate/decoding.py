@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from glm_edge.errors import DataError
+from glm_edge.generate.early_exit import EarlyExit, run_until_sure
 from glm_edge.generate.prompts import (
     Prompt,
     check_placeholders,
@@ -42,11 +43,14 @@ class Generation:
       lengths: int32 [B], tokens before the stop token, `N` where none was generated.
       logits: float32 [B, N, V], the scores that each token was drawn from, before any penalty or
         temperature; meaningless after a row's stop token; None unless asked for.
+      layers: int32 [B, N], decoder layers that each token ran, 0 after a row's stop token; None
+        without early exit.
     """
 
     tokens: Array
     lengths: Array
     logits: Array | None = None
+    layers: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +69,7 @@ class DecodeState:
       keys: [B] PRNG keys, one a row, or None.
       in_prompt: bool [B, V], see `glm_edge.generate.sampling`, or None.
       counts: int32 [B, V], likewise.
+      layers: int32 [B], layers that gave `logits`, or None.
     """
 
     cache: Any
@@ -77,6 +82,7 @@ class DecodeState:
     keys: Array | None
     in_prompt: Array | None
     counts: Array | None
+    layers: Array | None = None
 
 
 def generate(
@@ -93,6 +99,7 @@ def generate(
     rng: Array | None = None,
     cache_dtype: Any = jnp.float32,
     return_logits: bool = False,
+    early_exit: EarlyExit | None = None,
 ) -> Generation:
     """Continues a batch of prompts until each row has stopped or holds `max_new_tokens`.
 
@@ -115,6 +122,7 @@ def generate(
       cache_dtype: type of cached keys and values: a floating one, or `int8` or `int4` with a scale
         for each token and head.
       return_logits: also return the scores.
+      early_exit: from `glm_edge.generate.early_exit`; None runs all layers for each token.
 
     Returns:
       The tokens, their number in each row, and the scores when asked for.
@@ -124,16 +132,25 @@ def generate(
         be of that type.
     """
     prompt = Prompt.of(model.config, tokens, valid, max_new_tokens)
-    state = _start(model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype)
-    stops = _stop_tokens(model, stop_tokens)
-    state = _first(state, sampling, stops)
-    found, scores, state = _run(
-        model, params, state, sampling, stops, max_new_tokens, prompt.room, return_logits
+    state = start(model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype)
+    stops = stops_of(model, stop_tokens)
+    state = with_first_token(model, state, sampling, stops, early_exit)
+    found, scores, layers, state = decode(
+        model,
+        params,
+        state,
+        sampling,
+        stops,
+        max_new_tokens,
+        prompt.room,
+        return_logits,
+        early_exit,
     )
     found = found[:, :max_new_tokens]
     lengths = jnp.argmax(jnp.isin(found, stops), axis=1)
     lengths = jnp.where(state.stopped, lengths, max_new_tokens).astype(jnp.int32)
-    return Generation(found, lengths, scores[:, :max_new_tokens] if return_logits else None)
+    scores, layers = (None if x is None else x[:, :max_new_tokens] for x in (scores, layers))
+    return Generation(found, lengths, scores, layers)
 
 
 def stream(
@@ -149,6 +166,7 @@ def stream(
     stop_tokens: Sequence[int] | None = None,
     rng: Array | None = None,
     cache_dtype: Any = jnp.float32,
+    early_exit: EarlyExit | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields what `generate` returns, token by token, and ends when every row has stopped.
 
@@ -165,6 +183,7 @@ def stream(
       stop_tokens: token ids that end a row.
       rng: a PRNG key, or [B] keys.
       cache_dtype: type of cached keys and values.
+      early_exit: or None.
 
     Yields:
       int32 [B]; a row that has stopped repeats its stop token.
@@ -173,15 +192,15 @@ def stream(
       DataError: as in `generate`.
     """
     prompt = Prompt.of(model.config, tokens, valid, max_new_tokens)
-    stops = _stop_tokens(model, stop_tokens)
-    state = _start(model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype)
-    state = _first(state, sampling, stops)
+    stops = stops_of(model, stop_tokens)
+    state = start(model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype)
+    state = with_first_token(model, state, sampling, stops, early_exit)
     for remaining in range(max_new_tokens - 1, -1, -1):
         token, stopped = jax.device_get((state.token, state.stopped))
         yield token
         if not remaining or stopped.all():
             return
-        state = _step(model, params, state, sampling, stops)
+        state = _step(model, params, state, sampling, stops, early_exit)
 
 
 def greedy(
@@ -212,12 +231,13 @@ def greedy(
     ).tokens
 
 
-def _stop_tokens(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> Array:
+def stops_of(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> Array:
+    """The tokens that end a row: those given, or the configuration's."""
     stops = model.config.eos_token_ids if stop_tokens is None else stop_tokens
     return jnp.asarray(tuple(stops), jnp.int32)
 
 
-def _start(
+def start(
     model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype
 ) -> DecodeState:
     """Runs the prompts and prepares what the rules of `sampling` need."""
@@ -242,6 +262,15 @@ def _start(
     )
     check_placeholders(jax.device_get(counts))
     return state
+
+
+def with_first_token(model, state, sampling, stops, early_exit=None) -> DecodeState:
+    """Draws the first token, which the prompt gives after all layers."""
+    state = _first(state, sampling, stops)
+    if early_exit is None:
+        return state
+    layers = jnp.full(state.token.shape, model.config.decoder.num_layers, jnp.int32)
+    return dataclasses.replace(state, layers=layers)
 
 
 def _cache_dtype(dtype: Any) -> str:
@@ -335,18 +364,27 @@ def _choose(state: DecodeState, sampling: Sampling, stops: Array) -> DecodeState
 
 
 def _advance(
-    model: MultimodalGLM, params: Any, state: DecodeState, sampling: Sampling, stops: Array
+    model: MultimodalGLM,
+    params: Any,
+    state: DecodeState,
+    sampling: Sampling,
+    stops: Array,
+    early_exit: EarlyExit | None = None,
 ) -> DecodeState:
     """Feeds the newest token and draws the one after it."""
-    logits, aux = model.apply(
-        {"params": params},
-        state.token[:, None],
-        positions=state.position[:, None],
-        mask=prompt_mask(state.seen, state.cache["length"][None]),
-        cache=state.cache,
-    )
-    logits = logits[:, 0].astype(jnp.float32)
-    return _choose(dataclasses.replace(state, cache=aux["cache"], logits=logits), sampling, stops)
+    token, positions = state.token[:, None], state.position[:, None]
+    mask, layers = prompt_mask(state.seen, state.cache["length"][None]), None
+    if early_exit is None:
+        logits, aux = model.apply(
+            {"params": params}, token, positions=positions, mask=mask, cache=state.cache
+        )
+        logits, cache = logits[:, 0].astype(jnp.float32), aux["cache"]
+    else:
+        logits, cache, layers = run_until_sure(
+            model, params, token, positions, mask, state.cache, early_exit, state.stopped
+        )
+    state = dataclasses.replace(state, cache=cache, logits=logits, layers=layers)
+    return _choose(state, sampling, stops)
 
 
 _first = jax.jit(_choose, donate_argnums=0)
@@ -354,9 +392,9 @@ _step = jax.jit(_advance, static_argnums=0, donate_argnums=2)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2)
-def _run(
-    model, params, state, sampling, stops, limit, room, return_logits
-) -> tuple[Array, Array | None, DecodeState]:
+def decode(
+    model, params, state, sampling, stops, limit, room, return_logits, early_exit=None
+) -> tuple[Array, Array | None, Array | None, DecodeState]:
     """Steps until `limit` tokens or all rows have stopped; results are [B, room, ...]."""
 
     def put(buffer: Array, state: DecodeState, values: Array) -> Array:
@@ -367,16 +405,21 @@ def _run(
         return (state.index < limit) & ~state.stopped.all()
 
     def body(carry: tuple) -> tuple:
-        state, found, scores = carry
-        state = _advance(model, params, state, sampling, stops)
+        state, found, scores, layers = carry
+        state = _advance(model, params, state, sampling, stops, early_exit)
         scores = put(scores, state, state.logits) if return_logits else None
-        return state, put(found, state, state.token), scores
+        layers = None if early_exit is None else put(layers, state, state.layers)
+        return state, put(found, state, state.token), scores, layers
 
     batch, vocabulary = state.logits.shape
     found = put(jnp.zeros((batch, room), jnp.int32), state, state.token)
     scores = None
     if return_logits:
         scores = put(jnp.zeros((batch, room, vocabulary)), state, state.logits)
-    state, found, scores = jax.lax.while_loop(going, body, (state, found, scores))
+    layers = None
+    if early_exit is not None:
+        layers = put(jnp.zeros((batch, room), jnp.int32), state, state.layers)
+    carry = jax.lax.while_loop(going, body, (state, found, scores, layers))
+    state, found, scores, layers = carry
     found = jnp.where(jnp.arange(room) < state.index, found, state.token[:, None])
-    return found, scores, state
+    return found, scores, layers, state

@@ -11,13 +11,15 @@ from glm_edge.configs import DecoderConfig
 from glm_edge.kernels import attention as attention_kernels
 from glm_edge.kernels import cache as cache_kernels
 from glm_edge.kernels import packing, rotary
-from glm_edge.models.layers import GatedMLP, Linear, RMSNorm, Stack
+from glm_edge.models.layers import GatedMLP, Linear, RMSNorm, Stack, gated
 from glm_edge.params.sharding import constrain
 
 LayerCache = dict[str, Array]
 Cache = dict[str, Any]
 # Entries of a layer's cache that is laid out for a phone's runtime, in place of `key` and `value`.
 KEY_BY_HEAD, VALUE_BY_HEAD = "key_by_head", "value_by_head"
+# What of a layer runs, see `Decoder.run_layer`.
+WHOLE, KEYS, REST = "whole", "keys", "rest"
 
 
 class Attention(nn.Module):
@@ -29,7 +31,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, angle: Array, mask: Array, cache: LayerCache | None, slot: Array
+        self,
+        x: Array,
+        angle: Array,
+        mask: Array,
+        cache: LayerCache | None,
+        slot: Array,
+        part: str = WHOLE,
     ) -> tuple[Array, LayerCache | None]:
         config = self.config
         heads, kv_heads = config.heads(self.layer), config.kv_heads(self.layer)
@@ -42,23 +50,27 @@ class Attention(nn.Module):
             return constrain(projected, "batch", "length", axis, "head_dim")
 
         rotate = rotary.rotate_interleaved if config.rotary_interleaved else rotary.rotate_half
-        query = rotate(project("q_proj", heads, "heads"), angle)
-        key = rotate(project("k_proj", kv_heads, "kv_heads"), angle)
-        value = project("v_proj", kv_heads, "kv_heads")
         by_head = cache is not None and KEY_BY_HEAD in cache
+        if part != KEYS:
+            query = rotate(project("q_proj", heads, "heads"), angle)
+        if part != REST:
+            key = rotate(project("k_proj", kv_heads, "kv_heads"), angle)
+            value = project("v_proj", kv_heads, "kv_heads")
+            if by_head:
+                cache = write_cache_by_head(cache, key, value, slot)
+            elif cache is not None:
+                cache = write_cache(cache, {"key": key, "value": value}, slot)
+            if part == KEYS:
+                return x, cache
         if by_head:
-            cache = write_cache_by_head(cache, key, value, slot)
             key, value = cache[KEY_BY_HEAD], cache[VALUE_BY_HEAD]
         elif cache is not None:
-            cache = write_cache(cache, {"key": key, "value": value}, slot)
             key, value = (read_cache(cache, name, config.head_dim) for name in ("key", "value"))
         if self.is_mutable_collection("attention") and not self.is_initializing():
             self.sow("attention", "weights", attention_kernels.attention_weights(query, key, mask))
         attend = attention_kernels.attention_by_head if by_head else attention_kernels.attention
         mixed = attend(query, key, value, mask).astype(x.dtype)
-        mixed = constrain(mixed, "batch", "length", "heads", "head_dim")
-        if self.has_variable("gates", "heads"):
-            mixed = mixed * self.get_variable("gates", "heads")[:, None]
+        mixed = gated(self, "heads", constrain(mixed, "batch", "length", "heads", "head_dim"))
         mixed = mixed.reshape(*x.shape[:2], heads * config.head_dim)
         return Linear(config.hidden_size, False, self.compute, name="o_proj")(mixed), cache
 
@@ -72,7 +84,13 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, angle: Array, mask: Array, cache: LayerCache | None, slot: Array
+        self,
+        x: Array,
+        angle: Array,
+        mask: Array,
+        cache: LayerCache | None,
+        slot: Array,
+        part: str = WHOLE,
     ) -> tuple[Array, LayerCache | None]:
         config = self.config
 
@@ -80,8 +98,10 @@ class Layer(nn.Module):
             return RMSNorm(config.rms_norm_eps, name=name)
 
         attended, cache = Attention(config, self.layer, self.compute, name="attention")(
-            rms("input_norm")(x), angle, mask, cache, slot
+            rms("input_norm")(x), angle, mask, cache, slot, part
         )
+        if part == KEYS:
+            return x, cache
         if config.sandwich_norm:
             attended = rms("post_self_attention_norm")(attended)
         x = constrain(x + attended, "batch", "length", "embed")
@@ -151,10 +171,31 @@ class Decoder(nn.Module):
         return angle, mask, slot
 
     def run_layer(
-        self, index: int, x: Array, angle: Array, mask: Array, cache: Any, slot: Array
+        self,
+        index: int,
+        x: Array,
+        angle: Array,
+        mask: Array,
+        cache: Any,
+        slot: Array,
+        part: str = WHOLE,
     ) -> tuple[Array, Any]:
-        """Runs one layer, for calibration and block-wise training."""
-        return self.layers[index](x, angle, mask, cache, slot)
+        """Runs one layer, for calibration, block-wise training and early exit.
+
+        Args:
+          index: of the layer.
+          x: [B, T, D], its input.
+          angle: from `prepare`, like `mask` and `slot`.
+          mask: or None.
+          cache: of this layer, or None.
+          slot: first slot to write.
+          part: `whole`; `keys`, which writes the cache and leaves `x` as it is; or `rest`, which
+            takes keys and values from a cache that `keys` wrote.
+
+        Returns:
+          `(x, cache)` after the layer.
+        """
+        return self.layers[index](x, angle, mask, cache, slot, part)
 
 
 def init_cache(

@@ -9,11 +9,14 @@ from jax import Array
 
 from glm_edge import params
 from glm_edge.errors import CheckpointError
+from glm_edge.kernels import neurons as neuron_kernels
 from glm_edge.kernels import norm
 from glm_edge.params.sharding import constrain
 
 Initializer = Callable[..., Array]
 normal = nn.initializers.normal
+# Weights laid out by neuron, in place of a gated network's matrices; see `kernels.neurons`.
+SKIPPING = "skipping"
 
 
 class Linear(nn.Module):
@@ -101,17 +104,13 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        if self.has_variable("params", SKIPPING):
+            return neuron_kernels.sparse_mlp(x, self.get_variable("params", SKIPPING))
         fused = Linear(2 * self.neurons, self.use_bias, self.compute, name="gate_up_proj")(x)
         gate, up = jnp.split(fused, 2, axis=-1)
-        hidden = up * nn.silu(gate)
-        hidden = constrain(self.perturb_neurons(hidden), "batch", "length", "neurons")
+        hidden = gated(self, "neurons", up * nn.silu(gate))
+        hidden = constrain(hidden, "batch", "length", "neurons")
         return Linear(self.features, self.use_bias, self.compute, name="down_proj")(hidden)
-
-    def perturb_neurons(self, hidden: Array) -> Array:
-        """Scales each neuron by a gate when one is given, for importance scores."""
-        if not self.has_variable("gates", "neurons"):
-            return hidden
-        return hidden * self.get_variable("gates", "neurons")
 
 
 class MLP(nn.Module):
@@ -126,7 +125,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         hidden = Linear(self.neurons, self.use_bias, self.compute, name="fc1")(x)
-        hidden = nn.gelu(hidden, approximate=self.approximate)
+        hidden = gated(self, "neurons", nn.gelu(hidden, approximate=self.approximate))
         hidden = constrain(hidden, "batch", "length", "neurons")
         return Linear(self.features, self.use_bias, self.compute, name="fc2")(hidden)
 
@@ -142,6 +141,24 @@ class Stack(nn.Module):
 
     def __getitem__(self, index: int) -> nn.Module:
         return getattr(self, str(index))
+
+
+def gated(module: nn.Module, name: str, x: Array) -> Array:
+    """Scales heads or neurons by a gate when one is given, for importance scores.
+
+    Args:
+      module: whose collection `gates` may hold the gate.
+      name: `neurons`, which broadcasts against `x`; or `heads`, [..., N, 1] without the axis of
+        tokens.
+      x: [B, T, F] neurons, or [B, T, N, H] heads.
+
+    Returns:
+      Of the shape of `x`.
+    """
+    if not module.has_variable("gates", name):
+        return x
+    gate = module.get_variable("gates", name)
+    return x * (gate[:, None] if name == "heads" else gate)
 
 
 def boxed_param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> Any:

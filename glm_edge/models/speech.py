@@ -10,7 +10,7 @@ from jax import Array
 from glm_edge.configs import SpeechConfig
 from glm_edge.kernels import attention as attention_kernels
 from glm_edge.kernels import rotary
-from glm_edge.models.layers import LayerNorm, Linear, Stack, normal
+from glm_edge.models.layers import LayerNorm, Linear, Stack, gated, normal
 from glm_edge.params.sharding import constrain
 
 
@@ -18,38 +18,44 @@ class SpeechAttention(nn.Module):
     """Full attention with half-split partial rotary positions; keys have no bias."""
 
     config: SpeechConfig
+    layer: int
     compute: str = "float32"
 
     @nn.compact
     def __call__(self, x: Array, angle: Array) -> Array:
         config = self.config
 
+        count, width = config.heads(self.layer), config.head_size
+
         def project(name: str, use_bias: bool) -> Array:
-            projected = Linear(config.hidden_size, use_bias, self.compute, name=name)(x)
-            projected = projected.reshape(*x.shape[:2], config.num_heads, -1)
+            projected = Linear(count * width, use_bias, self.compute, name=name)(x)
+            projected = projected.reshape(*x.shape[:2], count, width)
             return constrain(projected, "batch", "length", "heads", "head_dim")
 
         query = rotary.rotate_half(project("q_proj", True), angle)
         key = rotary.rotate_half(project("k_proj", False), angle)
         mixed = attention_kernels.attention(query, key, project("v_proj", True))
-        return Linear(config.hidden_size, True, self.compute, name="o_proj")(mixed.reshape(x.shape))
+        mixed = gated(self, "heads", mixed).reshape(*x.shape[:2], count * width)
+        return Linear(config.hidden_size, True, self.compute, name="o_proj")(mixed)
 
 
 class SpeechLayer(nn.Module):
     """One pre-norm layer with a GELU feed-forward network."""
 
     config: SpeechConfig
+    layer: int
     compute: str = "float32"
 
     @nn.compact
     def __call__(self, x: Array, angle: Array) -> Array:
         config = self.config
         normed = LayerNorm(config.layer_norm_eps, name="input_norm")(x)
-        x = x + SpeechAttention(config, self.compute, name="attention")(normed, angle)
+        x = x + SpeechAttention(config, self.layer, self.compute, name="attention")(normed, angle)
         x = constrain(x, "batch", "length", "embed")
         hidden = LayerNorm(config.layer_norm_eps, name="post_attention_norm")(x)
-        hidden = Linear(config.intermediate_size, True, self.compute, name="fc1")(hidden)
-        hidden = constrain(nn.gelu(hidden, approximate=False), "batch", "length", "neurons")
+        hidden = Linear(config.neurons(self.layer), True, self.compute, name="fc1")(hidden)
+        hidden = gated(self, "neurons", nn.gelu(hidden, approximate=False))
+        hidden = constrain(hidden, "batch", "length", "neurons")
         x = x + Linear(config.hidden_size, True, self.compute, name="fc2")(hidden)
         return constrain(x, "batch", "length", "embed")
 
@@ -75,7 +81,7 @@ class SpeechEncoder(nn.Module):
             table = (config.num_frames // 2, config.hidden_size)
             self.position = self.param("position", normal(0.02), table)
         self.layers = Stack(
-            tuple(SpeechLayer(config, self.compute) for _ in range(config.num_layers))
+            tuple(SpeechLayer(config, i, self.compute) for i in range(config.num_layers))
         )
         self.norm = LayerNorm(config.layer_norm_eps)
         if config.projector_size:

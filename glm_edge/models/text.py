@@ -9,7 +9,7 @@ from jax import Array
 from glm_edge.configs import TextConfig
 from glm_edge.errors import DataError
 from glm_edge.kernels import attention as attention_kernels
-from glm_edge.models.layers import Embed, LayerNorm, Linear, Stack
+from glm_edge.models.layers import Embed, LayerNorm, Linear, Stack, gated
 from glm_edge.params.sharding import constrain
 
 
@@ -17,26 +17,29 @@ class TextLayer(nn.Module):
     """One post-norm layer."""
 
     config: TextConfig
+    layer: int
     compute: str = "float32"
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None) -> Array:
         config = self.config
+        count, width = config.heads(self.layer), config.head_size
 
         def linear(name: str, features: int) -> Linear:
             return Linear(features, True, self.compute, name=name)
 
         def heads(name: str) -> Array:
-            projected = linear(name, config.hidden_size)(x)
-            projected = projected.reshape(*x.shape[:2], config.num_heads, -1)
+            projected = linear(name, count * width)(x)
+            projected = projected.reshape(*x.shape[:2], count, width)
             return constrain(projected, "batch", "length", "heads", "head_dim")
 
         mixed = attention_kernels.attention(heads("q_proj"), heads("k_proj"), heads("v_proj"), mask)
-        attended = linear("o_proj", config.hidden_size)(mixed.reshape(x.shape))
+        mixed = gated(self, "heads", mixed).reshape(*x.shape[:2], count * width)
+        attended = linear("o_proj", config.hidden_size)(mixed)
         x = LayerNorm(config.layer_norm_eps, name="attention_norm")(x + attended)
         x = constrain(x, "batch", "length", "embed")
-        hidden = nn.gelu(linear("fc1", config.intermediate_size)(x), approximate=False)
-        hidden = constrain(hidden, "batch", "length", "neurons")
+        hidden = nn.gelu(linear("fc1", config.neurons(self.layer))(x), approximate=False)
+        hidden = constrain(gated(self, "neurons", hidden), "batch", "length", "neurons")
         x = x + linear("fc2", config.hidden_size)(hidden)
         x = LayerNorm(config.layer_norm_eps, name="output_norm")(x)
         return constrain(x, "batch", "length", "embed")
@@ -64,7 +67,7 @@ class TextEncoder(nn.Module):
             self.token_type = Embed(config.type_vocab_size, config.hidden_size)
         self.norm = LayerNorm(config.layer_norm_eps)
         self.layers = Stack(
-            tuple(TextLayer(config, self.compute) for _ in range(config.num_layers))
+            tuple(TextLayer(config, i, self.compute) for i in range(config.num_layers))
         )
         if config.pooler:
             self.pooler = Linear(config.hidden_size, True, self.compute)

@@ -15,7 +15,7 @@ from jax import Array
 from glm_edge.configs import VisionConfig
 from glm_edge.kernels import attention as attention_kernels
 from glm_edge.kernels import rotary
-from glm_edge.models.layers import MLP, GatedMLP, LayerNorm, Linear, RMSNorm, Stack, normal
+from glm_edge.models.layers import MLP, GatedMLP, LayerNorm, Linear, RMSNorm, Stack, gated, normal
 from glm_edge.params.sharding import constrain
 
 Grid = tuple[int, int]
@@ -26,15 +26,17 @@ class VisionAttention(nn.Module):
     """Full attention within each window, with two-dimensional rotary positions."""
 
     config: VisionConfig
+    layer: int
     compute: str = "float32"
 
     @nn.compact
     def __call__(self, x: Array, angle: Array) -> Array:
         config = self.config
+        count, width = config.heads(self.layer), config.head_size
 
         def project(name: str) -> Array:
-            linear = Linear(config.hidden_size, config.attention_bias, self.compute, name=name)
-            heads = linear(x).reshape(*x.shape[:2], config.num_heads, -1)
+            linear = Linear(count * width, config.attention_bias, self.compute, name=name)
+            heads = linear(x).reshape(*x.shape[:2], count, width)
             return constrain(heads, "batch", "length", "heads", "head_dim")
 
         query, key = project("q_proj"), project("k_proj")
@@ -43,9 +45,9 @@ class VisionAttention(nn.Module):
             key = RMSNorm(config.norm_eps, name="k_norm")(key)
         if config.rotary:
             query, key = rotary.rotate_half(query, angle), rotary.rotate_half(key, angle)
-        mixed = attention_kernels.attention(query, key, project("v_proj")).reshape(*x.shape)
+        mixed = gated(self, "heads", attention_kernels.attention(query, key, project("v_proj")))
         o_proj = Linear(config.hidden_size, config.projection_bias, self.compute, name="o_proj")
-        return o_proj(mixed)
+        return o_proj(mixed.reshape(*x.shape[:2], count * width))
 
 
 class VisionLayer(nn.Module):
@@ -53,13 +55,14 @@ class VisionLayer(nn.Module):
 
     config: VisionConfig
     window: Grid | None
+    layer: int
     compute: str = "float32"
 
     @nn.compact
     def __call__(self, x: Array, angle: Array, grid: Grid) -> Array:
         config = self.config
         normed = _norm(config, "input_norm")(x)
-        attention = VisionAttention(config, self.compute, name="attention")
+        attention = VisionAttention(config, self.layer, self.compute, name="attention")
         if self.window is None:
             attended = attention(normed, angle)
         else:
@@ -75,7 +78,7 @@ class VisionLayer(nn.Module):
         x = constrain(x + attended, "batch", "length", "embed")
         kind = GatedMLP if config.gated_mlp else MLP
         mlp = kind(
-            config.intermediate_size,
+            config.neurons(self.layer),
             config.hidden_size,
             config.projection_bias,
             self.compute,
@@ -109,12 +112,15 @@ class PoolingHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         config = self.config
+        # Its widths come after those of the layers.
+        count, neurons = config.heads(config.num_layers), config.neurons(config.num_layers)
 
-        def linear(name: str, x: Array) -> Array:
-            return Linear(config.hidden_size, True, self.compute, name=name)(x)
+        def linear(name: str, x: Array, features: int) -> Array:
+            return Linear(features, True, self.compute, name=name)(x)
 
         def heads(name: str, x: Array) -> Array:
-            projected = linear(name, x).reshape(*x.shape[:2], config.num_heads, -1)
+            projected = linear(name, x, count * config.head_size)
+            projected = projected.reshape(*x.shape[:2], count, config.head_size)
             return constrain(projected, "batch", "length", "heads", "head_dim")
 
         # A probe stored in bfloat16 must not make the activations that begin with it so.
@@ -123,8 +129,8 @@ class PoolingHead(nn.Module):
         mixed = attention_kernels.attention(
             heads("q_proj", query), heads("k_proj", x), heads("v_proj", x)
         )
-        pooled = linear("o_proj", mixed.reshape(query.shape))
-        mlp = MLP(config.intermediate_size, config.hidden_size, True, self.compute, name="mlp")
+        pooled = linear("o_proj", mixed.reshape(*query.shape[:2], -1), config.hidden_size)
+        mlp = MLP(neurons, config.hidden_size, True, self.compute, name="mlp")
         return (pooled + mlp(LayerNorm(config.norm_eps, name="norm")(pooled)))[:, 0]
 
 
@@ -153,7 +159,9 @@ class VisionEncoder(nn.Module):
             None if index in config.global_layers else config.window
             for index in range(config.num_layers)
         ]
-        self.layers = Stack(tuple(VisionLayer(config, window, self.compute) for window in windows))
+        self.layers = Stack(
+            tuple(VisionLayer(config, w, i, self.compute) for i, w in enumerate(windows))
+        )
         self.norm = _norm(config, None)
         if config.pooling_head:
             self.pool = PoolingHead(config, self.compute)
@@ -208,9 +216,7 @@ class VisionEncoder(nn.Module):
     def angles(self, grid: Grid) -> Array:
         """Rotary angles of rows, then columns, [1, rows * columns, head_dim / 2]."""
         config = self.config
-        quarter = rotary.inverse_frequencies(
-            config.hidden_size // config.num_heads // 2, config.rope_theta
-        )
+        quarter = rotary.inverse_frequencies(config.head_size // 2, config.rope_theta)
         row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
         angle = np.concatenate([row[:, None] * quarter, column[:, None] * quarter], axis=-1)
         return jnp.asarray(angle, jnp.float32)[None]

@@ -251,6 +251,5 @@ def _units(name: str | None, size: int, path: str, config: Any) -> int:
         return size if name == "heads" else 1
     part = getattr(config, path.split("/", 1)[0], config)
     layer = re.search(r"layers/(\d+)/", path)
-    if layer and hasattr(part, "heads"):
-        return getattr(part, name)(int(layer[1]))
-    return part.num_heads
+    # A pooling head comes after the layers.
+    return getattr(part, name)(int(layer[1]) if layer else part.num_layers)

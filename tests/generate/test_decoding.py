@@ -233,7 +233,7 @@ def test_lengths_of_one_bucket_compile_once(make_model):
     compiled = []
     for length, steps in ((3, 2), (32, 9), (17, 32)):
         generate(model, params, text_of((1, length), 0), max_new_tokens=steps)
-        compiled.append(decoding._prefill._cache_size() + decoding._run._cache_size())
+        compiled.append(decoding._prefill._cache_size() + decoding.decode._cache_size())
     assert len(set(compiled)) == 1
 
 

@@ -76,7 +76,7 @@ def _half_split(config: SpeechConfig, entry: Entry) -> Entry:
     if not re.search(r"/[qk]_proj/", entry.paths[0]):
         return entry
     pairs = np.arange(config.rotary_dim).reshape(-1, 2).T.reshape(-1)
-    head = np.arange(config.hidden_size // config.num_heads)
+    head = np.arange(config.head_size)
     head[: config.rotary_dim] = pairs
     order = (np.arange(config.num_heads)[:, None] * head.size + head).reshape(-1)
 

@@ -1,6 +1,46 @@
-"""Pruning: masks over single weights, and shrinking by whole heads and neurons."""
+"""Pruning: scores, mask shapes, allocation and schedules, and shrinking by whole units."""
 
+from glm_edge.compress.prune import vision_tokens, weight_scores
+from glm_edge.compress.prune.depth import depth, shrink_depth
+from glm_edge.compress.prune.encoders import encoders, shrink_encoder
 from glm_edge.compress.prune.magnitude import magnitude
+from glm_edge.compress.prune.mask import mask
+from glm_edge.compress.prune.model_scores import scores_of
+from glm_edge.compress.prune.schedules import (
+    boxed,
+    cubic,
+    iterative,
+    one_shot,
+    scheduled,
+    staircase,
+)
+from glm_edge.compress.prune.sparsegpt import sparsegpt
 from glm_edge.compress.prune.structured import shrink, structured
+from glm_edge.compress.prune.tokens import frequent_tokens, shrink_tokenizer
+from glm_edge.compress.prune.vocabulary import map_tokens, shrink_vocabulary, vocabulary
 
-__all__ = ["magnitude", "shrink", "structured"]
+__all__ = [
+    "boxed",
+    "cubic",
+    "depth",
+    "encoders",
+    "frequent_tokens",
+    "iterative",
+    "magnitude",
+    "map_tokens",
+    "mask",
+    "one_shot",
+    "scheduled",
+    "scores_of",
+    "shrink",
+    "shrink_depth",
+    "shrink_encoder",
+    "shrink_tokenizer",
+    "shrink_vocabulary",
+    "sparsegpt",
+    "staircase",
+    "structured",
+    "vision_tokens",
+    "vocabulary",
+    "weight_scores",
+]

@@ -2,18 +2,23 @@
 
 import dataclasses
 import itertools
-import math
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.prune import scores
-from glm_edge.compress.report import Report, Row
+from glm_edge.compress.prune.arrays import (
+    check_kept,
+    columns_of,
+    highest,
+    one_or_each,
+    removed,
+    rows_of,
+    shrunk_report,
+)
 from glm_edge.compress.transform import (
     Context,
     Result,
@@ -26,6 +31,7 @@ from glm_edge.configs import DecoderConfig
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
 
+NAME = "prune.structured"
 SCORES = ("taylor", "magnitude")
 # A layer this many multiples wide can lose the rest of a multiple without losing much more.
 _WIDE = 4
@@ -83,7 +89,7 @@ def structured(
         "neuron_multiple": neuron_multiple,
         "max_batches": max_batches,
     }
-    return Transform("prune.structured", options)
+    return Transform(NAME, options)
 
 
 def _apply_structured(
@@ -104,7 +110,7 @@ def _apply_structured(
             "prune.magnitude masks the weights of any module"
         )
     pruned_layers = _layers(config, params, where)
-    calibration = _some(context.calibration, max_batches)
+    calibration = some(context.calibration, max_batches)
     notes = ()
     if score == "taylor":
         importance = scores.taylor(model, params, calibration, context)
@@ -119,22 +125,26 @@ def _apply_structured(
             kept["heads"] = heads_to_keep(importance[index]["heads"], groups, heads)
         if neurons and index in pruned_layers["mlp"]:
             count = neurons_to_keep(config.neurons(index), neurons, neuron_multiple)
-            kept["neurons"] = _highest(importance[index]["neurons"], count)
+            kept["neurons"] = highest(importance[index]["neurons"], count)
         keep[index] = kept
     smaller, shrunk = shrink(model, params, keep)
-    return smaller, shrunk, Report.of(_rows(params, shrunk), params, shrunk, notes=notes)
+    report = shrunk_report(NAME, (model, params), (smaller, shrunk), notes)
+    return smaller, shrunk, report
 
 
-register("prune.structured", structured, _apply_structured)
+register(NAME, structured, _apply_structured)
 
 
-def heads_to_keep(scores: np.ndarray, groups: int, fraction: float) -> np.ndarray:
+def heads_to_keep(
+    scores: np.ndarray, groups: int, fraction: float, transform: str = NAME
+) -> np.ndarray:
     """Indices of the query heads that stay, ascending.
 
     Args:
       scores: [N] importance.
       groups: `K`, key/value heads; equal to `N` where each head has its own.
       fraction: of heads to remove, rounded up in each group.
+      transform: name, for the message.
 
     Returns:
       The same number of heads in every group.
@@ -144,45 +154,33 @@ def heads_to_keep(scores: np.ndarray, groups: int, fraction: float) -> np.ndarra
     """
     groups = 1 if groups == len(scores) else groups
     size = len(scores) // groups
-    count = size - _removed(size, fraction)
+    count = size - removed(size, fraction)
     if count < 1:
-        raise RecipeError(
-            f"prune.structured: heads={fraction} leaves no query head in groups of {size}"
-        )
+        raise RecipeError(f"{transform}: heads={fraction} leaves no query head in groups of {size}")
     grouped = scores.reshape(groups, size)
-    return np.concatenate([_highest(row, count) + i * size for i, row in enumerate(grouped)])
+    return np.concatenate([highest(row, count) + i * size for i, row in enumerate(grouped)])
 
 
-def neurons_to_keep(width: int, fraction: float, multiple: int) -> int:
+def neurons_to_keep(width: int, fraction: float, multiple: int, transform: str = NAME) -> int:
     """Number of neurons that stay, see `structured`.
 
     Raises:
       RecipeError: none would remain.
     """
-    count = width - _removed(width, fraction)
+    count = width - removed(width, fraction)
     if width >= _WIDE * multiple:
         count -= count % multiple
     if count < 1:
-        raise RecipeError(f"prune.structured: neurons={fraction} leaves none of {width}")
+        raise RecipeError(f"{transform}: neurons={fraction} leaves none of {width}")
     return count
 
 
-def _some(calibration: Any, count: int) -> list[batches.Batch]:
+def some(calibration: Any, count: int) -> list[batches.Batch]:
     """At most `count` batches: evenly from a list, the first where there is no length."""
     if not hasattr(calibration, "__len__"):
         return list(itertools.islice(calibration or (), count))
     places = np.linspace(0, len(calibration) - 1, min(count, len(calibration)))
     return [calibration[index] for index in places.round().astype(int).tolist()]
-
-
-def _removed(size: int, fraction: float) -> int:
-    # The margin keeps 0.3 * 10 = 3.0000000000000004 from removing four.
-    return math.ceil(fraction * size - 1e-9)
-
-
-def _highest(scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` highest scores, ascending; the first of equals stay."""
-    return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
 def shrink(model: nn.Module, params: Params, keep: dict[int, Kept]) -> tuple[nn.Module, Params]:
@@ -192,19 +190,23 @@ def shrink(model: nn.Module, params: Params, keep: dict[int, Kept]) -> tuple[nn.
       model: with `config.decoder`.
       params: its parameters.
       keep: for each layer, ascending indices under `heads` and `neurons`; what is absent stays
-        whole.
+        whole. Every group that shares a key/value head keeps as many query heads.
 
     Returns:
       `(model, params)`, equal to the model with the dropped ones' gates at zero.
 
     Raises:
-      RecipeError: a weight that must shrink is quantized.
+      RecipeError: a layer or an index does not exist, nothing would remain of a layer or a group,
+        groups keep different numbers of heads, or a weight that must shrink is quantized.
     """
     config = model.config.decoder
+    unknown = sorted(set(keep) - set(range(config.num_layers)))
+    if unknown:
+        raise RecipeError(f"{NAME}: the decoder has no layer {unknown[0]!r} of {config.num_layers}")
     layers = dict(params["decoder"]["layers"])
     widths = {"num_heads": [], "num_kv_heads": [], "intermediate_size": []}
     for index in range(config.num_layers):
-        kept = keep.get(index, {})
+        kept = _checked(config, index, keep.get(index, {}))
         layers[str(index)] = _shrink_layer(config, index, layers[str(index)], kept)
         own_kv = config.heads(index) == config.kv_heads(index)
         heads = len(kept.get("heads", range(config.heads(index))))
@@ -212,47 +214,58 @@ def shrink(model: nn.Module, params: Params, keep: dict[int, Kept]) -> tuple[nn.
         widths["num_kv_heads"].append(heads if own_kv else config.kv_heads(index))
         widths["intermediate_size"].append(len(kept.get("neurons", range(config.neurons(index)))))
     smaller = dataclasses.replace(
-        config, **{name: _one_or_each(values) for name, values in widths.items()}
+        config, **{name: one_or_each(values) for name, values in widths.items()}
     )
     params = {**params, "decoder": {**params["decoder"], "layers": layers}}
     return model.clone(config=dataclasses.replace(model.config, decoder=smaller)), params
+
+
+def _checked(config: DecoderConfig, index: int, kept: Kept) -> Kept:
+    """Indices that make a layer, as arrays."""
+    where = f"{NAME}: decoder layer {index}"
+    sizes = {"heads": config.heads(index), "neurons": config.neurons(index)}
+    unknown = sorted(set(kept) - set(sizes))
+    if unknown:
+        raise RecipeError(f"{where}: {unknown[0]!r} is unknown; heads and neurons are kept")
+    kept = {name: check_kept(kept[name], sizes[name], f"{where}: {name}") for name in kept}
+    groups = config.kv_heads(index)
+    if "heads" in kept and groups != sizes["heads"]:
+        size = sizes["heads"] // groups
+        counts = np.bincount(kept["heads"] // size, minlength=groups)
+        if not counts.all():
+            raise RecipeError(
+                f"{where}: group {int(np.argmin(counts))} would lose all {size} query heads that "
+                "share its key/value head; keep at least one of each group"
+            )
+        if len(set(counts.tolist())) > 1:
+            raise RecipeError(
+                f"{where}: groups would keep {counts.tolist()} query heads; each must keep as many"
+            )
+    return kept
 
 
 def _shrink_layer(config: DecoderConfig, index: int, layer: Params, kept: Kept) -> Params:
     attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
     where = f"decoder/layers/{index}"
     if "heads" in kept:
-        columns = (kept["heads"][:, None] * config.head_dim + np.arange(config.head_dim)).ravel()
+        columns = channels(kept["heads"], config.head_dim)
         own_kv = config.heads(index) == config.kv_heads(index)
         for name in ("q_proj", "k_proj", "v_proj") if own_kv else ("q_proj",):
-            attention[name] = _rows_of(attention[name], columns, f"{where}/attention/{name}")
+            attention[name] = rows_of(attention[name], columns, f"{where}/attention/{name}", NAME)
         path = f"{where}/attention/o_proj"
-        attention["o_proj"] = _columns_of(attention["o_proj"], columns, path)
+        attention["o_proj"] = columns_of(attention["o_proj"], columns, path, NAME)
     if "neurons" in kept:
         both = np.concatenate([kept["neurons"], kept["neurons"] + config.neurons(index)])
         path = f"{where}/mlp/gate_up_proj"
-        mlp["gate_up_proj"] = _rows_of(mlp["gate_up_proj"], both, path)
+        mlp["gate_up_proj"] = rows_of(mlp["gate_up_proj"], both, path, NAME)
         path = f"{where}/mlp/down_proj"
-        mlp["down_proj"] = _columns_of(mlp["down_proj"], kept["neurons"], path)
+        mlp["down_proj"] = columns_of(mlp["down_proj"], kept["neurons"], path, NAME)
     return {**layer, "attention": attention, "mlp": mlp}
 
 
-def _rows_of(linear: Params, index: np.ndarray, path: str) -> Params:
-    return {name: _take(leaf, index, 0, path) for name, leaf in linear.items()}
-
-
-def _columns_of(linear: Params, index: np.ndarray, path: str) -> Params:
-    return {**linear, "weight": _take(linear["weight"], index, -1, path)}
-
-
-def _take(leaf: Any, index: np.ndarray, axis: int, path: str) -> Any:
-    if isinstance(leaf, boxes.Quantized):
-        raise RecipeError(f"prune.structured: {path} is quantized; prune before quantizing")
-    return jax.tree.map(lambda array: jnp.take(array, index, axis=axis), leaf)
-
-
-def _one_or_each(values: list[int]) -> int | tuple[int, ...]:
-    return values[0] if len(set(values)) == 1 else tuple(values)
+def channels(heads: np.ndarray, head_dim: int) -> np.ndarray:
+    """Indices of the dimensions of heads, ascending."""
+    return (heads[:, None] * head_dim + np.arange(head_dim)).ravel()
 
 
 def _layers(config: DecoderConfig, params: Params, where: str | None) -> dict[str, set[int]]:
@@ -272,20 +285,3 @@ def _layers(config: DecoderConfig, params: Params, where: str | None) -> dict[st
             "their weights lie at decoder/layers/<i>/attention and decoder/layers/<i>/mlp"
         )
     return found
-
-
-def _rows(before: Params, after: Params) -> list[Row]:
-    rows = []
-    new_leaves = dict(boxes.path_items(after))
-    for path, old in boxes.path_items(before):
-        new = new_leaves[path]
-        if old.shape == new.shape:
-            continue
-        stored, size = boxes.stored_bytes(new), math.prod(new.shape)
-        action = f"shrunk {list(old.shape)} -> {list(new.shape)}"
-        kept = size / math.prod(old.shape)
-        before_bytes = boxes.stored_bytes(old)
-        rows.append(
-            Row("prune.structured", path, action, kept, 8 * stored / size, before_bytes, stored)
-        )
-    return rows

@@ -1,9 +1,9 @@
 """Rounding weights column by column, against the inputs that meet them."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,42 +122,26 @@ def _round_stage(
         return {}, []
     rounding = Rounding.of(NAME, shared)
     formats = {p: rounding.format_of(p, work.leaves[p].shape) for p in work.selected}
-    groups = [tuple(path for path in group if path in formats) for group in work.readers()]
-    # What reads the same rows is measured once.
-    first = {path: group[0] for group in groups for path in group}
-    if not sequential:
-        groups = [tuple(path for group in groups for path in group)]
     replaced: Leaves = {}
     notes: dict[str, str] = {}
-    for group in filter(None, groups):
-        met = tuple(dict.fromkeys(first[path] for path in group))
-        grams, drifts = _measured(work, replaced, met, propagate > 0)
-        for path in group:
-            gram, drift = grams[first[path]], drifts.get(first[path])
-            _check_inputs(path, gram, drift)
-            leaf = work.leaves[path]
-            weight, kernel_shape = dense_rows(path, leaf)
-            if drift is not None:
-                weight = _corrected(weight, gram, drift, propagate, damping)
-            mask = None
-            if isinstance(leaf, Masked):
-                mask = dense_rows(path, leaf.mask.astype(jnp.float32))[0] != 0
-            codes, grid, info = solve(
-                weight,
-                gram,
-                formats[path],
-                rounding.scale,
-                act_order,
-                damping,
-                mask=mask,
-                refit=refit,
-                sweeps=sweeps,
-            )
-            replaced[path] = box_of(path, leaf, codes, grid, formats[path], kernel_shape)
-            notes[path] = f"output error {info.loss:.3g}"
-            if info.damping != damping:
-                notes[path] += f", damping {info.damping:g}"
-            work.advance(path)
+    for met in matrices(NAME, work, replaced, sequential, propagate, damping):
+        path, leaf = met.path, work.leaves[met.path]
+        codes, grid, info = solve(
+            met.weight,
+            met.gram,
+            formats[path],
+            rounding.scale,
+            act_order,
+            damping,
+            mask=met.mask,
+            refit=refit,
+            sweeps=sweeps,
+        )
+        replaced[path] = box_of(path, leaf, codes, grid, formats[path], met.kernel_shape)
+        notes[path] = f"output error {info.loss:.3g}"
+        if info.damping != damping:
+            notes[path] += f", damping {info.damping:g}"
+        work.advance(path)
     for path in work.selected:
         if path not in replaced:
             replaced[path] = quantize_leaf(path, work.leaves[path], formats[path], rounding.scale)[
@@ -168,11 +152,76 @@ def _round_stage(
     return replaced, [_row(work, path, replaced[path], notes[path]) for path in work.selected]
 
 
-def _needs(options: Mapping[str, Any]) -> str:
+class Met(NamedTuple):
+    """A matrix and the inputs that are seen to meet it.
+
+    Attributes:
+      path: of the parameter.
+      weight: float32 [out, in], with what it makes up for of the error of its inputs.
+      mask: bool [out, in], or None where nothing is masked.
+      gram: float32 [in, in], the sum of `x x^T`.
+      kernel_shape: see `glm_edge.compress.quantize.leaves.as_rows`.
+    """
+
+    path: str
+    weight: Array
+    mask: Array | None
+    gram: Array
+    kernel_shape: tuple[int, ...]
+
+
+def matrices(
+    name: str,
+    work: StageWork,
+    replaced: Leaves,
+    sequential: bool,
+    propagate: float,
+    damping: float,
+) -> Iterator[Met]:
+    """The selected matrices of a stage in the order in which they run, with their inputs.
+
+    Args:
+      name: of the transform, for messages.
+      work: on the stage.
+      replaced: parameters by path; what the caller puts there between two matrices makes the inputs
+        of those that run later.
+      sequential: see `gptq`.
+      propagate: see `gptq`.
+      damping: see `gptq`.
+
+    Yields:
+      Those that an input is seen to meet.
+
+    Raises:
+      RecipeError: weights or inputs are not finite.
+    """
+    groups = [tuple(path for path in group if path in work.selected) for group in work.readers()]
+    # What reads the same rows is measured once.
+    first = {path: group[0] for group in groups for path in group}
+    if not sequential:
+        groups = [tuple(path for group in groups for path in group)]
+    for group in filter(None, groups):
+        met = tuple(dict.fromkeys(first[path] for path in group))
+        grams, drifts = _measured(work, replaced, met, propagate > 0)
+        for path in group:
+            gram, drift = grams[first[path]], drifts.get(first[path])
+            _check_inputs(name, path, gram, drift)
+            leaf = work.leaves[path]
+            weight, kernel_shape = dense_rows(path, leaf)
+            if drift is not None:
+                weight = _corrected(weight, gram, drift, propagate, damping)
+            mask = None
+            if isinstance(leaf, Masked):
+                mask = dense_rows(path, leaf.mask.astype(jnp.float32))[0] != 0
+            yield Met(path, weight, mask, gram, kernel_shape)
+
+
+def needs(options: Mapping[str, Any]) -> str:
+    """What a stage needs: both models where errors of the inputs are made up for."""
     return "both" if options["propagate"] > 0 else "inputs"
 
 
-register_stagewise(NAME, gptq, _round_stage, needs=_needs, check=check_groups)
+register_stagewise(NAME, gptq, _round_stage, needs=needs, check=check_groups)
 
 
 def _row(work: StageWork, path: str, box: Any, note: str) -> Any:
@@ -234,9 +283,9 @@ def _shifted(weight: Array, factor: Array, drift: Array, propagate: float) -> Ar
     return weight + propagate * jax.scipy.linalg.solve_triangular(factor, half, trans=1).T
 
 
-def _check_inputs(path: str, gram: Array, drift: Array | None) -> None:
+def _check_inputs(name: str, path: str, gram: Array, drift: Array | None) -> None:
     if not bool(jnp.isfinite(gram).all()) or not (drift is None or bool(jnp.isfinite(drift).all())):
         raise RecipeError(
-            f"{NAME}: {path}: calibration gives NaN or infinity at its input; mend the weights "
+            f"{name}: {path}: calibration gives NaN or infinity at its input; mend the weights "
             "before it or the batch"
         )

@@ -1,0 +1,1 @@
+"""Tables that set published claims beside what is measured here."""

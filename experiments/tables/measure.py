@@ -1,0 +1,165 @@
+"""Latency in turns, operations of a traced function, and files run by LiteRT."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.errors import require
+from glm_edge.export.function import write_function
+
+# A runtime's threads spin for a while after their work and would slow what is measured next.
+PAUSE_S = 0.02
+IMAGES, LOGITS = "images", "logits"
+
+
+def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side, measured in turns so that a busy machine slows all of them alike.
+
+    Args:
+      sides: what is run, by name; each is run twice first.
+      rounds: measurements of each.
+
+    Returns:
+      Seconds by name, in the order measured: entry `i` of all sides belongs together.
+    """
+    for run in sides.values():
+        run()
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds):
+        names = list(sides)
+        for name in names if turn % 2 else reversed(names):
+            time.sleep(PAUSE_S)
+            start = time.perf_counter()
+            sides[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ms(seconds: list[float]) -> float:
+    """Median of seconds, in milliseconds."""
+    return 1e3 * statistics.median(seconds)
+
+
+def ratio_quartiles(seconds: list[float], other: list[float]) -> list[float]:
+    """Quartiles of `seconds / other`, pair by pair."""
+    return np.quantile(np.divide(seconds, other), [0.25, 0.5, 0.75]).tolist()
+
+
+def in_jax(model: Any, variables: Any, images: np.ndarray) -> Callable[[], np.ndarray]:
+    """A call that runs a classifier of `glm_edge.models.cnn` once it is compiled."""
+    run = jax.jit(lambda variables, images: model.apply(variables, images)[0])
+    variables, images = jax.device_put((variables, jnp.asarray(images)))
+    return lambda: np.asarray(run(variables, images))
+
+
+def export(
+    model: Any, variables: Any, path: Path, examples: np.ndarray | None = None, batch: int = 1
+) -> int:
+    """Writes a classifier as a `.tflite` file that takes `images` and gives `logits`.
+
+    Args:
+      model: of `glm_edge.models.cnn`.
+      variables: boxes are written dense.
+      path: of the file, replaced if it exists.
+      examples: images [E, H, W, C] to choose int8 grids with, or None for float32.
+      batch: images that the file takes at once.
+
+    Returns:
+      Bytes of the file.
+    """
+    dense = jax.tree.map(boxes.dense, variables, is_leaf=boxes.is_box)
+    shape = (batch, *model.config.image_size)
+    given = None
+    if examples is not None:
+        images = np.resize(examples, (max(len(examples), batch), *shape[1:]))
+        given = [{IMAGES: images[i : i + batch]} for i in range(0, len(images) - batch + 1, batch)]
+    return write_function(
+        lambda inputs: {LOGITS: model.apply(dense, inputs[IMAGES])[0]},
+        {IMAGES: jax.ShapeDtypeStruct(shape, jnp.float32)},
+        path,
+        given,
+        overwrite=True,
+    )
+
+
+class LiteRT:
+    """A file of one input and one output, run by LiteRT."""
+
+    def __init__(self, path: Path, threads: int = 2):
+        interpreter = require("ai_edge_litert.interpreter", extra="export")
+        self._run = interpreter.Interpreter(model_path=str(path), num_threads=threads)
+        self._run.allocate_tensors()
+        self._in = self._run.get_input_details()[0]
+        self._out = self._run.get_output_details()[0]["index"]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        self._run.set_tensor(self._in["index"], np.asarray(images, self._in["dtype"]))
+        self._run.invoke()
+        return self._run.get_tensor(self._out)
+
+    def classify(self, images: np.ndarray) -> np.ndarray:
+        """Likeliest class of each image, [E]."""
+        batch = int(self._in["shape"][0])
+        found = []
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            found.append(self(np.resize(part, (batch, *part.shape[1:])))[: len(part)].argmax(-1))
+        return np.concatenate(found)
+
+
+def multiply_accumulates(function: Callable[..., Any], *arguments: Any) -> int:
+    """Counts the products of convolutions and matrix products; zeros count like other numbers.
+
+    Args:
+      function: traceable.
+      *arguments: arrays or abstract arrays.
+
+    Returns:
+      Multiply-accumulates; an operation count is twice that.
+    """
+    return sum(_products(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def _products(jaxpr: Any) -> Iterator[int]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            spec = equation.params["dimension_numbers"].rhs_spec
+            yield math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[spec[0]]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            size = math.prod(shape[axis] for axis in contracted)
+            yield math.prod(equation.outvars[0].aval.shape) * size
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _products(inner)
+
+
+def random_variables(model: Any, seed: int) -> dict[str, Any]:
+    """Variables of a classifier drawn so that activations keep their size; nothing is trained."""
+    shape = jnp.zeros((1, *model.config.image_size))
+    abstract = jax.eval_shape(model.init, jax.random.key(0), shape)
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, leaf: Any) -> Array:
+        name = path.rsplit("/", 1)[-1]
+        if name in ("var", "scale"):
+            return jnp.asarray(rng.uniform(0.5, 1.0, leaf.shape), jnp.float32)
+        if name in ("mean", "bias"):
+            return jnp.asarray(0.1 * rng.standard_normal(leaf.shape, np.float32))
+        inputs = leaf.shape[-1] if name == "weight" else math.prod(leaf.shape[:-1])
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * (1 / inputs) ** 0.5)
+
+    return boxes.map_with_path(draw, abstract)

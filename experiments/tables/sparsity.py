@@ -1,0 +1,173 @@
+"""Table (c): unstructured pruning from 50 M to 35 M parameters, and what it does to time.
+
+    python -m experiments.tables.sparsity --preset=quick
+
+The claim: 100 -> 78 ms. A text encoder of 50 M parameters with random weights reads 128 tokens.
+`masked` has 30 % of each matrix at zero, the smallest; dense kernels multiply zeros like any other
+number, so nothing is expected of it. `masked, in its box` keeps mask and values apart as training
+does, and multiplies them in every call. `narrow` has 35 M parameters too, but in fewer neurons.
+All are run in turns. Bytes are those of what is stored, the mask's own included.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments.console import fail_in_one_line
+from experiments.tables import measure, table
+from experiments.tables.table import PHONE, Row
+from glm_edge import params as boxes
+from glm_edge.compress import prune
+from glm_edge.configs import TextConfig
+from glm_edge.export.function import write_function
+from glm_edge.models.text import TextEncoder
+
+FLAGS = flags.FLAGS
+NAME = "sparsity"
+CLAIMED_MS, CLAIMED_MILLIONS = (100.0, 78.0), (50.0, 35.0)
+ROUNDS = {"quick": 9, "full": 40}
+ENGINES = {"jax": "JAX", "litert": "LiteRT"}
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    table.define_flags(NAME)
+    flags.DEFINE_float("sparsity", 0.3, "Fraction of zeros, in 0..1.", 0.0, 1.0)
+    flags.DEFINE_integer("hidden_size", 768, "Of the encoder; 768 makes 50 M parameters.", 64)
+    flags.DEFINE_integer("tokens", 128, "Read at once.", 1)
+    flags.DEFINE_integer("rounds", None, "Measurements of each; default: 9, or 40 in full.", 1)
+    flags.DEFINE_integer("threads", 2, "Threads of LiteRT; JAX takes the cores it is given.", 1)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    table.prepare()
+    sides = models(FLAGS.hidden_size, FLAGS.sparsity, FLAGS.seed)
+    rounds = FLAGS.rounds or ROUNDS[FLAGS.preset]
+    seconds = times(sides, FLAGS.tokens, rounds, FLAGS.threads)
+    sizes = {name: size_of(params) for name, (_, params) in sides.items()}
+    table.publish(
+        NAME,
+        "Unstructured pruning: claimed 50 M -> 35 M parameters and 100 -> 78 ms",
+        rows_of(seconds, sizes),
+        ("sparsity", "hidden_size", "tokens", "rounds", "threads"),
+        {"seconds": seconds, "sizes": sizes},
+    )
+
+
+def models(width: int, sparsity: float, seed: int) -> dict[str, tuple[TextEncoder, Any]]:
+    """Dense, masked (as an array and in its box) and narrow encoders with their parameters."""
+    config = TextConfig(
+        vocab_size=13 * width,
+        hidden_size=width,
+        num_layers=6,
+        num_heads=max(1, width // 64),
+        intermediate_size=4 * width,
+        max_position_embeddings=512,
+        type_vocab_size=0,
+    )
+    dense = random_encoder(config, seed)
+    _, masked, _ = prune.magnitude(sparsity)(*dense)
+    zeros = jax.tree.map(boxes.dense, masked, is_leaf=boxes.is_box)
+    masked_out = boxes.count(masked) - size_of(masked)["parameters"]
+    surplus = masked_out / (2 * config.num_layers * width)
+    neurons = max(8, round((config.intermediate_size - surplus) / 8) * 8)
+    narrow = random_encoder(dataclasses.replace(config, intermediate_size=neurons), seed)
+    model = dense[0]
+    return {
+        "dense": dense,
+        "masked": (model, zeros),
+        "masked, in its box": (model, masked),
+        "narrow": narrow,
+    }
+
+
+def random_encoder(config: TextConfig, seed: int) -> tuple[TextEncoder, Any]:
+    """An encoder whose weights mean nothing."""
+    model = TextEncoder(config)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: Any) -> jax.Array:
+        if len(leaf.shape) == 1:
+            return jnp.ones(leaf.shape, leaf.dtype)
+        weights = rng.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(weights * leaf.shape[-1] ** -0.5)
+
+    return model, jax.tree.map(draw, abstract["params"])
+
+
+def size_of(params: Any) -> dict[str, float]:
+    """Parameters that are not zero by a mask, and bytes stored."""
+    masks = [leaf.mask for _, leaf in boxes.path_items(params) if isinstance(leaf, boxes.Masked)]
+    zeros = sum(int(jnp.sum(~mask)) for mask in masks)
+    return {"parameters": boxes.count(params) - zeros, "bytes": boxes.stored_bytes(params)}
+
+
+def times(
+    sides: dict[str, tuple[TextEncoder, Any]], tokens: int, rounds: int, threads: int
+) -> dict[str, list[float]]:
+    """Seconds of `<engine> <name>`; a mask in its box runs in JAX only."""
+    calls: dict[str, Callable[[], Any]] = {}
+    vocabulary = next(iter(sides.values()))[0].config.vocab_size
+    read = np.random.default_rng(0).integers(0, vocabulary, (1, tokens)).astype(np.int32)
+    with tempfile.TemporaryDirectory() as directory:
+        for name, (model, params) in sides.items():
+            run = jax.jit(
+                lambda params, tokens, model=model: model.apply({"params": params}, tokens)[0]
+            )
+            calls[f"jax {name}"] = lambda run=run, params=params: np.asarray(run(params, read))
+            if name == "masked, in its box":
+                continue
+            path = Path(directory) / f"{name}.tflite"
+            write_function(
+                lambda inputs, model=model, params=params: {
+                    "hidden": model.apply({"params": params}, inputs["tokens"])[0]
+                },
+                {"tokens": jax.ShapeDtypeStruct(read.shape, jnp.int32)},
+                path,
+            )
+            file = measure.LiteRT(path, threads)
+            calls[f"litert {name}"] = lambda file=file: file(read)
+        return measure.alternate(calls, rounds)
+
+
+def rows_of(seconds: dict[str, list[float]], sizes: dict[str, dict[str, float]]) -> list[Row]:
+    """The table's rows."""
+    claims = {"dense": 0, "masked": 1}
+    rows = []
+    for name, kind in (("dense", "dense"), ("masked", "masked, in its box"), ("narrow", "narrow")):
+        claim = CLAIMED_MILLIONS[claims[name]] if name in claims else None
+        rows.append(
+            Row(f"parameters, {name}", "M", claim, sizes[kind]["parameters"] / 1e6, note="not zero")
+        )
+        rows.append(Row(f"stored, {kind}", "MB", None, sizes[kind]["bytes"] / 1e6))
+    for engine, title in ENGINES.items():
+        base = seconds[f"{engine} dense"]
+        for key, found in seconds.items():
+            if not key.startswith(f"{engine} "):
+                continue
+            name = key.removeprefix(f"{engine} ")
+            claim = CLAIMED_MS[claims[name]] if name in claims else None
+            rows.append(Row(f"{name}, {title}", "ms", claim, measure.median_ms(found)))
+            if name != "dense":
+                low, middle, high = measure.ratio_quartiles(found, base)
+                claim = CLAIMED_MS[1] / CLAIMED_MS[0] if name == "masked" else None
+                note = f"quartiles {low:.2f} - {high:.2f}"
+                rows.append(Row(f"{name} over dense, {title}", "x", claim, middle, note=note))
+    note = f"{PHONE}; a kernel for sparse matrices, which neither runtime here has"
+    rows.append(Row("masked, by a sparse kernel", "ms", CLAIMED_MS[1], None, note=note))
+    return rows
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(fail_in_one_line(main))

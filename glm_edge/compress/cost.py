@@ -1,0 +1,194 @@
+"""What a model costs to run: floating-point operations from its configuration, measured latency.
+
+Letters: `D` hidden size, `L` tokens of an encoder, `S` tokens attended to.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_edge.compress.report import Latency
+from glm_edge.configs import DecoderConfig, GLMConfig, SpeechConfig, TextConfig, VisionConfig
+from glm_edge.errors import RecipeError
+from glm_edge.models.glm import init_cache
+from glm_edge.params.tree import Params
+
+CONTEXT = 128
+Model = tuple[nn.Module, Params]
+
+
+def flops(model: nn.Module, context: int = CONTEXT) -> dict[str, int] | None:
+    """Counts floating-point operations of products, two for each weight that multiplies a number.
+
+    Norms, activations, softmax and the resampling of position tables are left out: below 2 % of
+    the shapes of phones. Masked zeros count, since they are multiplied.
+
+    Args:
+      model: a GLM or one of its encoders.
+      context: tokens that a decoded token attends to, and tokens of a text encoder's sentence.
+
+    Returns:
+      Of `token` (one decoding step, its head included), `image` and `clip` (one of the default
+      size, through its projector), those that the model reads; `sentence` of a text encoder; None
+      for another module.
+    """
+    config, out = getattr(model, "config", None), getattr(model, "out_features", 0)
+    if isinstance(config, GLMConfig):
+        decoder = config.decoder
+        found = {"token": _decoder_flops(decoder, context)}
+        if config.vision is not None:
+            found["image"] = _vision_flops(config.vision, decoder.hidden_size)
+        if config.speech is not None:
+            found["clip"] = _speech_flops(config.speech, decoder.hidden_size)
+        return found
+    if isinstance(config, VisionConfig):
+        return {"image": _vision_flops(config, out)}
+    if isinstance(config, SpeechConfig):
+        return {"clip": _speech_flops(config, out)}
+    if isinstance(config, TextConfig):
+        return {"sentence": _text_flops(config, context)}
+    return None
+
+
+def _text_flops(config: TextConfig, context: int) -> int:
+    length, width = min(context, config.max_position_embeddings), config.hidden_size
+    ends = width * (width * (config.pooler is not None) + config.num_labels)
+    return _layers_flops(config, length, length, 2) + 2 * ends
+
+
+def _decoder_flops(config: DecoderConfig, slots: int) -> int:
+    width, total = config.hidden_size, 2 * config.hidden_size * config.vocab_size
+    for layer in range(config.num_layers):
+        queries = config.heads(layer) * config.head_dim
+        keys = config.kv_heads(layer) * config.head_dim
+        total += 2 * width * (2 * queries + 2 * keys) + 4 * queries * slots
+        total += 2 * 3 * width * config.neurons(layer)
+    return total
+
+
+def _layers_flops(config: Any, tokens: int, slots: Any, matrices: int) -> int:
+    """Layers of an encoder; `slots` are tokens attended to, one number or one of each layer."""
+    total = 0
+    for layer in range(config.num_layers):
+        attended = slots if isinstance(slots, int) else slots[layer]
+        heads = config.heads(layer) * config.head_size
+        total += tokens * (8 * config.hidden_size * heads + 4 * heads * attended)
+        total += tokens * 2 * matrices * config.hidden_size * config.neurons(layer)
+    return total
+
+
+def _vision_flops(config: VisionConfig, out: int) -> int:
+    width, length = config.hidden_size, config.grid[0] * config.grid[1]
+    window = length if config.window is None else config.window[0] * config.window[1]
+    slots = [length if i in config.global_layers else window for i in range(config.num_layers)]
+    pixels = config.patch_size**2 * config.channels * config.temporal_patch_size
+    total = 2 * length * pixels * width
+    total += _layers_flops(config, length, slots, 3 if config.gated_mlp else 2)
+    if config.pooling_head:
+        heads = config.heads(config.num_layers) * config.head_size
+        total += 4 * width * heads * (1 + length) + 4 * heads * length
+        total += 4 * width * config.neurons(config.num_layers)
+    if config.projector_size:
+        merged = length // config.merge_size**2
+        total += 2 * merged * out * (config.merge_size**2 * width + out + 3 * config.projector_size)
+    return total
+
+
+def _speech_flops(config: SpeechConfig, out: int) -> int:
+    width, length = config.hidden_size, config.num_frames // 2
+    total = 2 * config.num_frames * 3 * config.mel_bins * width + 2 * length * 3 * width * width
+    total += _layers_flops(config, length, length, 2)
+    if config.projector_size:
+        merged = length // config.merge_size
+        total += 2 * merged * config.projector_size * (config.merge_size * width + out)
+    return total
+
+
+def measure(
+    before: Model, after: Model, rounds: int = 15, calls: int = 4, context: int = CONTEXT
+) -> tuple[Latency, ...]:
+    """Times two models in turn: a decoding step of one row, one image, one clip or sentence.
+
+    Both take turns within a round, the first alternately, so that what else the machine does
+    falls on both; a speed-up compares times of one round.
+
+    Args:
+      before: model and parameters.
+      after: and what was made of them.
+      rounds: in which both are timed, after one that is not counted.
+      calls: timed together in a round.
+      context: tokens in the cache before the step.
+
+    Returns:
+      A row for each kind of work that both do, for `Report.with_latency`.
+
+    Raises:
+      RecipeError: there is nothing that both do.
+    """
+    sides = [_work(*model, context) for model in (before, after)]
+    shared = [work for work in sides[0] if work in sides[1]]
+    if not shared:
+        raise RecipeError("cost.measure: the models share no kind of input to time")
+    rows = []
+    for work in shared:
+        seconds = np.zeros((rounds + 1, 2))
+        for turn in range(rounds + 1):
+            for side in (0, 1) if turn % 2 else (1, 0):
+                start = time.perf_counter()
+                for _ in range(calls):
+                    jax.block_until_ready(sides[side][work]())
+                seconds[turn, side] = (time.perf_counter() - start) / calls
+        seconds = seconds[1:]
+        low, middle, high = np.quantile(seconds[:, 0] / seconds[:, 1], [0.25, 0.5, 0.75])
+        medians = 1e3 * np.median(seconds, axis=0)
+        rows.append(Latency(work, *map(float, (*medians, middle, low, high)), rounds))
+    return tuple(rows)
+
+
+def _work(model: nn.Module, params: Params, context: int) -> dict[str, Callable[[], Any]]:
+    """What a model does for its input, ready to be called again and again."""
+    config, found = getattr(model, "config", None), {}
+    encodes = isinstance(config, VisionConfig | SpeechConfig)
+    vision = config if isinstance(config, VisionConfig) else getattr(config, "vision", None)
+    speech = config if isinstance(config, SpeechConfig) else getattr(config, "speech", None)
+    run = jax.jit(
+        lambda params, x, method: model.apply({"params": params}, x, method=method),
+        static_argnames="method",
+    )
+    if isinstance(config, GLMConfig):
+        found["token"] = _decoding(model, params, context)
+    if isinstance(config, TextConfig):
+        tokens = jnp.zeros((1, min(context, config.max_position_embeddings)), jnp.int32)
+        found["sentence"] = functools.partial(run, params, tokens, None)
+    if vision is not None:
+        image = jnp.zeros((1, *vision.image_size, vision.channels))
+        found["image"] = functools.partial(run, params, image, None if encodes else "encode_images")
+    if speech is not None:
+        mel = jnp.zeros((1, speech.num_frames, speech.mel_bins))
+        found["clip"] = functools.partial(run, params, mel, None if encodes else "encode_audio")
+    return found
+
+
+def _decoding(model: nn.Module, params: Params, context: int) -> Callable[[], Any]:
+    """A greedy step of one row at one place of the cache."""
+    cache = init_cache(model.config.decoder, 1, 2 * context)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(params, layers, token):
+        cache = {"layers": layers, "length": jnp.int32(context)}
+        logits, aux = model.apply({"params": params}, token, cache=cache)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), aux["cache"]["layers"]
+
+    state = [jnp.zeros((1, 1), jnp.int32), cache["layers"]]
+
+    def once() -> Any:
+        state[:] = step(params, state[1], state[0])
+        return state[0]
+
+    return once

@@ -1,0 +1,331 @@
+"""How sparsity rises over time: as functions of the step, during training, and in rounds."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress.distill import distill
+from glm_edge.compress.prune import shapes, weight_scores
+from glm_edge.compress.prune.mask import mask
+from glm_edge.compress.prune.shapes import as_matrix, extent, from_matrix
+from glm_edge.compress.transform import Transform, chain, check_pattern, check_whole
+from glm_edge.errors import RecipeError
+from glm_edge.params.tree import Params, path_string
+
+Schedule = Callable[[Any], Array]
+_RISES = ("linear", "cubic")
+
+
+def one_shot(sparsity: float, step: int = 0) -> Schedule:
+    """All at once: nothing before `step`, `sparsity` from it on.
+
+    Args:
+      sparsity: fraction of zeros, in 0..1, below 1.
+      step: of the optimizer, counted from 0.
+
+    Returns:
+      A function of the step.
+
+    Raises:
+      RecipeError: an argument has no meaning.
+    """
+    _check_sparsity("one_shot", sparsity=sparsity)
+    return lambda now: jnp.where(jnp.asarray(now) >= step, jnp.float32(sparsity), 0.0)
+
+
+def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> Schedule:
+    """Fast at first, then slower: `s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3`.
+
+    Args:
+      final: sparsity from step `end` on.
+      begin: step at which pruning begins; before it there is none.
+      end: step at which it ends.
+      initial: sparsity at step `begin`.
+
+    Returns:
+      A function of the step.
+
+    Raises:
+      RecipeError: an argument has no meaning.
+
+    References:
+      To prune, or not to prune, https://arxiv.org/abs/1710.01878.
+    """
+    _check_sparsity("cubic", final=final, initial=initial)
+    _check_steps("cubic", begin, end)
+
+    def sparsity(now: Any) -> Array:
+        now = jnp.asarray(now, jnp.float32)
+        left = 1.0 - jnp.clip((now - begin) / (end - begin), 0.0, 1.0)
+        return jnp.where(now >= begin, final + (initial - final) * left**3, 0.0)
+
+    return sparsity
+
+
+def staircase(
+    final: float, begin: int, end: int, initial: float = 0.05, rounds: int = 6
+) -> Schedule:
+    """In equal rounds from `initial` to `final`, with training between them.
+
+    Args:
+      final: sparsity of the last round.
+      begin: step of the first round; before it there is none.
+      end: step of the last round.
+      initial: sparsity of the first round.
+      rounds: number of them, at least 2.
+
+    Returns:
+      A function of the step.
+
+    Raises:
+      RecipeError: an argument has no meaning.
+    """
+    _check_sparsity("staircase", final=final, initial=initial)
+    _check_steps("staircase", begin, end)
+    _check_rounds("staircase", rounds, initial, final)
+    levels = jnp.asarray(np.linspace(initial, final, rounds), jnp.float32)
+
+    def sparsity(now: Any) -> Array:
+        now = jnp.asarray(now)
+        index = jnp.clip((now - begin) * (rounds - 1) // (end - begin), 0, rounds - 1)
+        return jnp.where(now >= begin, levels[index], 0.0)
+
+    return sparsity
+
+
+class MaskState(NamedTuple):
+    """State of `scheduled`.
+
+    Attributes:
+      step: int32, updates so far.
+      masks: bool, laid out like the parameters; None where nothing is masked.
+      inner: state of the optimizer within.
+    """
+
+    step: Array
+    masks: Any
+    inner: Any
+
+
+def scheduled(
+    optimizer: optax.GradientTransformation,
+    sparsity: Schedule,
+    score: str = "magnitude",
+    shape: str = "unstructured",
+    where: str | None = None,
+    every: int = 100,
+) -> optax.GradientTransformation:
+    """Wraps an optimizer so that weights are masked by a schedule and masked ones stay zero.
+
+    Masks are drawn anew at every `every`-th update from the weights as they then are; what is
+    masked stays masked. The gradient of a masked weight is zero to the optimizer within, and its
+    update takes it to zero exactly. `boxed` gives the result of training its masks.
+
+    Args:
+      optimizer: any that maps gradients to updates.
+      sparsity: a function of the step, such as `cubic` gives.
+      score: `magnitude`, an L_n norm `l<n>`, or `sensitivity`, `|g w|` of the gradient at hand.
+      shape: `unstructured`, `N:M`, `block:RxC` or `channel`, see `mask`. `N:M` is at its own
+        sparsity as soon as the schedule is above zero.
+      where: regular expression searched in each path; None is every matrix.
+      every: updates between two new sets of masks.
+
+    Returns:
+      The transformation; `update` needs `params`. It can be jitted.
+
+    Raises:
+      RecipeError: an option has no meaning; in `init`, the pattern matches nothing, or rows or
+        columns are not whole groups.
+
+    References:
+      To prune, or not to prune, https://arxiv.org/abs/1710.01878.
+    """
+    name = "prune.scheduled"
+    found_score, found_shape = weight_scores.parse(name, score), shapes.parse(name, shape)
+    if found_score.kind not in ("norm", "sensitivity") or not found_shape.of_matrix:
+        raise RecipeError(
+            f"{name}: score must be magnitude, l<n> or sensitivity and shape lie within a matrix; "
+            f"found {score!r} and {shape!r}"
+        )
+    check_whole(name, every=every)
+    check_pattern(name, "where", where)
+    by_gradient = found_score.kind == "sensitivity"
+
+    def init(params: Params) -> MaskState:
+        chosen = _selected(name, params, where)
+        sizes = {path: extent(path, leaf.shape) for path, leaf in chosen.items()}
+        shapes.matrix_pools(found_shape, sizes)
+        masks = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.ones(leaf.shape, bool) if _name(path) in chosen else None, params
+        )
+        return MaskState(jnp.zeros((), jnp.int32), masks, optimizer.init(params))
+
+    def update(
+        updates: Params, state: MaskState, params: Params | None = None
+    ) -> tuple[Params, MaskState]:
+        if params is None:
+            raise RecipeError(f"{name}: update needs params=")
+
+        def drawn(masks: Params) -> Params:
+            level = sparsity(state.step)
+
+            def draw(path: str, keep: Array, weight: Array, gradient: Array) -> Array:
+                pool = _pool(found_shape, path, weight.shape)
+                values = weight_scores.sensitivity(weight, gradient) if by_gradient else weight
+                scores = pool.reduced({path: as_matrix(path, values)}, found_score.order)
+                left = pool.reduced({path: as_matrix(path, keep.astype(jnp.float32))}, jnp.inf)
+                rank = jnp.argsort(jnp.argsort(jnp.where(left > 0, scores, -jnp.inf), axis=1))
+                count = jnp.round(level * pool.units)
+                if found_shape.sparsity is not None:
+                    count = jnp.where(level > 0, found_shape.sparsity * pool.units, 0)
+                count = jnp.minimum(count, pool.units - pool.at_least)
+                stays = pool.spread((rank >= count) & (left > 0))[path]
+                return from_matrix(path, stays, weight.shape)
+
+            return _map(draw, masks, params, updates)
+
+        masks = jax.lax.cond(state.step % every == 0, drawn, lambda masks: masks, state.masks)
+        live = _map(lambda _, keep, own: jnp.where(keep, own, 0), masks, updates, rest=updates)
+        steps, inner = optimizer.update(live, state.inner, params)
+        steps = _map(
+            lambda _, keep, own, weight: jnp.where(keep, own, -weight),
+            masks,
+            steps,
+            params,
+            rest=steps,
+        )
+        return steps, MaskState(state.step + 1, masks, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def boxed(params: Params, state: MaskState) -> Params:
+    """Parameters that were trained under `scheduled`, boxed with their masks.
+
+    Args:
+      params: after the last update.
+      state: of the transformation.
+
+    Returns:
+      The tree with `Masked` in place of what the pattern chose.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(state.masks)[0]
+    masks = {_name(path): keep for path, keep in flat}
+    return boxes.map_with_path(
+        lambda path, leaf: boxes.mask(leaf, masks[path]) if path in masks else leaf, params
+    )
+
+
+def iterative(
+    sparsity: float = 0.3,
+    initial: float = 0.05,
+    rounds: int = 6,
+    rise: str = "linear",
+    steps: int = 100,
+    score: str = "magnitude",
+    shape: str = "unstructured",
+    allocation: str = "uniform",
+    where: str | None = None,
+    train_where: str | None = None,
+    **training: Any,
+) -> Transform:
+    """Prunes a little, trains, prunes more: from `initial` to `sparsity` in rounds.
+
+    Each round masks (see `mask`) and then trains on the teacher and the labels (see `distill`), its
+    learning rate rising shortly and falling by a cosine.
+
+    Args:
+      sparsity: of the last round, in 0..1, below 1.
+      initial: of the first round.
+      rounds: number of them, at least 2.
+      rise: `linear`, equal steps of sparsity; `cubic`, large ones first.
+      steps: of the optimizer after each round.
+      score: see `mask`.
+      shape: see `mask`; not `N:M`, whose sparsity does not rise.
+      allocation: see `mask`.
+      where: what is masked, see `mask`.
+      train_where: what trains, see `distill`; None is everything.
+      **training: further options of `distill`, such as `learning_rate`, `alpha` (0 learns from
+        labels alone) or `temperature`.
+
+    Returns:
+      The chain of all rounds, itself a recipe.
+
+    Raises:
+      RecipeError: an option has no meaning.
+
+    References:
+      To prune, or not to prune, https://arxiv.org/abs/1710.01878; SGDR: Stochastic Gradient Descent
+      with Warm Restarts, https://arxiv.org/abs/1608.03983.
+    """
+    _check_sparsity("iterative", sparsity=sparsity, initial=initial)
+    _check_rounds("iterative", rounds, initial, sparsity)
+    if rise not in _RISES:
+        raise RecipeError(f"prune.iterative: rise must be {' or '.join(_RISES)}, not {rise!r}")
+    done = np.linspace(0.0, 1.0, rounds)
+    if rise == "cubic":
+        done = 1.0 - (1.0 - done) ** 3
+    found: list[Transform] = []
+    for level in (initial + (sparsity - initial) * done).tolist():
+        found.append(mask(round(level, 6), score, shape, allocation, where))
+        found.append(distill(steps=steps, where=train_where, **training))
+    return chain(*found)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """The path of the parameter that an array is of, in a box or bare."""
+    return path_string(path).removesuffix("/.value")
+
+
+def _selected(name: str, params: Params, where: str | None) -> dict[str, Array]:
+    """Trainable matrices by path, in boxes or bare."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    matrices = {_name(path): leaf for path, leaf in flat if boxes.is_matrix(_name(path), leaf)}
+    found = {path: leaf for path, leaf in matrices.items() if re.search(where or "", path)}
+    if not found:
+        raise RecipeError(f"{name}: where={where!r} matches none of {len(matrices)} matrices")
+    return found
+
+
+def _pool(shape: shapes.Shape, path: str, size: tuple[int, ...]) -> shapes.Pool:
+    return shapes.matrix_pools(shape, {path: extent(path, size)})[0]
+
+
+def _map(function: Callable[..., Any], masks: Params, *trees: Params, rest: Any = None) -> Params:
+    """Maps `(path, mask, *leaves)` where there is a mask; elsewhere takes `rest`, or None."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(masks, is_leaf=lambda x: x is None)
+    columns = [treedef.flatten_up_to(tree) for tree in trees]
+    others = [None] * len(flat) if rest is None else treedef.flatten_up_to(rest)
+    found = [
+        other if keep is None else function(_name(path), keep, *leaves)
+        for (path, keep), other, *leaves in zip(flat, others, *columns, strict=True)
+    ]
+    return treedef.unflatten(found)
+
+
+def _check_sparsity(name: str, **options: float) -> None:
+    for option, value in options.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0.0 <= value < 1.0:
+            raise RecipeError(f"prune.{name}: {option} must be in 0..1 and below 1, not {value!r}")
+
+
+def _check_steps(name: str, begin: int, end: int) -> None:
+    if not 0 <= begin < end:
+        raise RecipeError(f"prune.{name}: begin must be below end, found {begin} and {end}")
+
+
+def _check_rounds(name: str, rounds: int, initial: float, final: float) -> None:
+    check_whole(f"prune.{name}", rounds=rounds)
+    if rounds < 2 or not initial < final:
+        raise RecipeError(
+            f"prune.{name}: sparsity must rise in 2 or more rounds, not from {initial} to {final} "
+            f"in {rounds}"
+        )

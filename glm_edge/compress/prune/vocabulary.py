@@ -1,0 +1,172 @@
+"""Removing rows of the embedding and the head: tokens that are never read or written."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_edge import params as boxes
+from glm_edge.compress.prune.arrays import check_kept, shrunk_report
+from glm_edge.compress.prune.tokens import NAME, check_tokens, named_tokens
+from glm_edge.compress.transform import Context, Result, Transform, register
+from glm_edge.configs import GLMConfig, TextConfig
+from glm_edge.errors import DataError, RecipeError
+from glm_edge.params.tree import Params
+
+MAX_TOKENS = 1 << 24
+_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+def vocabulary(keep: str | Sequence[int], tokenizer: Any = None) -> Transform:
+    """Removes tokens: their rows of the embedding and of the head.
+
+    The tokens that stay are numbered anew in their order, in the model's configuration too. Later
+    steps read other ids, so map their batches (`map_tokens`) or let this step come last;
+    `shrink_tokenizer` makes the tokenizer that belongs to the smaller model.
+
+    Args:
+      keep: ascending ids that stay, from `frequent_tokens`, or the same as text, `0-10,12,40-99`.
+      tokenizer: a `tokenizers.Tokenizer` that is asked whether it can do with these tokens; it is
+        not kept, so that a recipe remains data.
+
+    Returns:
+      The transform.
+
+    Raises:
+      RecipeError: ids do not ascend, a special token, a byte or a part of another token would go;
+        on call, a token that the configuration names would go, or ids exceed the vocabulary.
+
+    References:
+      Efficient Multilingual Language Model Compression through Vocabulary Trimming,
+      https://arxiv.org/abs/2305.15020.
+    """
+    ids = from_ranges(keep) if isinstance(keep, str) else np.asarray(keep)
+    ids = check_kept(ids, MAX_TOKENS, f"{NAME}: tokens")
+    if tokenizer is not None:
+        check_tokens(tokenizer, ids)
+    return Transform(NAME, {"keep": to_ranges(ids)})
+
+
+def _apply_vocabulary(model: nn.Module, params: Params, context: Context, keep: str) -> Result:
+    smaller, shrunk = shrink_vocabulary(model, params, from_ranges(keep))
+    return smaller, shrunk, shrunk_report(NAME, (model, params), (smaller, shrunk))
+
+
+register(NAME, vocabulary, _apply_vocabulary)
+
+
+def shrink_vocabulary(
+    model: nn.Module, params: Params, keep: Sequence[int]
+) -> tuple[nn.Module, Params]:
+    """Keeps some rows of the embedding and the head.
+
+    Args:
+      model: a GLM or a text encoder.
+      params: its parameters; rows of quantized weights are taken with their scales.
+      keep: ascending ids of the tokens that stay.
+
+    Returns:
+      `(model, params)`, whose logits are those of the model at the tokens that stay.
+
+    Raises:
+      RecipeError: the model has no vocabulary, an id does not exist, or a token would go that the
+        configuration names.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, GLMConfig | TextConfig):
+        raise RecipeError(f"{NAME}: {type(model).__name__} has no vocabulary")
+    holder = config.decoder if isinstance(config, GLMConfig) else config
+    keep = check_kept(keep, holder.vocab_size, f"{NAME}: tokens")
+    number = {old: new for new, old in enumerate(keep.tolist())}
+    for index, field in named_tokens(config).items():
+        if index not in number:
+            raise RecipeError(
+                f"{NAME}: token {index} must stay, since it is {field} of the model; keep= lacks it"
+            )
+    params = dict(params)
+    for name in ("embed", "head"):
+        if name in params:
+            path = f"{name}/weight"
+            params[name] = {**params[name], "weight": _rows(params[name]["weight"], keep, path)}
+    smaller = dataclasses.replace(holder, vocab_size=len(keep))
+    if isinstance(config, GLMConfig):
+        fields = {field: getattr(config, field) for field in set(named_tokens(config).values())}
+        renumbered = {
+            field: tuple(number[i] for i in value) if isinstance(value, tuple) else number[value]
+            for field, value in fields.items()
+        }
+        smaller = dataclasses.replace(config, decoder=smaller, **renumbered)
+    return model.clone(config=smaller), params
+
+
+def map_tokens(tokens: Any, keep: Sequence[int]) -> np.ndarray:
+    """Numbers token ids as the smaller model does.
+
+    Args:
+      tokens: integers of any shape, of the larger vocabulary.
+      keep: ascending ids that stayed.
+
+    Returns:
+      int32 of the same shape.
+
+    Raises:
+      DataError: a token did not stay.
+    """
+    tokens, keep = np.asarray(tokens), np.asarray(keep)
+    places = np.searchsorted(keep, tokens).clip(max=len(keep) - 1)
+    lost = keep[places] != tokens
+    if lost.any():
+        raise DataError(
+            f"{NAME}: token {tokens[lost].flat[0]} did not stay, nor did {int(lost.sum())} of "
+            f"{tokens.size} in all; encode the text with the smaller tokenizer"
+        )
+    return places.astype(np.int32)
+
+
+def to_ranges(ids: Sequence[int]) -> str:
+    """Ascending ids as text, `0-10,12`."""
+    ids = np.asarray(ids)
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)
+    ends = np.append(starts[1:], len(ids)) - 1
+    pairs = zip(ids[starts].tolist(), ids[ends].tolist(), strict=True)
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
+
+
+def from_ranges(text: str) -> np.ndarray:
+    """Inverse of `to_ranges`.
+
+    Raises:
+      RecipeError: it is no such text.
+    """
+    if not _RANGES.fullmatch(text):
+        raise RecipeError(f"{NAME}: keep must be ids such as '0-10,12,40-99', not {text!r:.60}")
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if int(last or first) >= MAX_TOKENS:
+            raise RecipeError(f"{NAME}: keep holds {part:.40}, which is no id of a token")
+        found.extend(range(int(first), int(last or first) + 1))
+    return np.array(found, np.int64)
+
+
+def _rows(leaf: Any, index: np.ndarray, path: str) -> Any:
+    """Rows of an array or box, whose scales may be one a row or one for all."""
+    if not isinstance(leaf, boxes.Quantized | boxes.FakeQuantized):
+        return jax.tree.map(lambda array: jnp.take(array, index, axis=0), leaf)
+    if leaf.kernel_shape:
+        raise RecipeError(f"{NAME}: {path} is a quantized kernel of a stock module")
+    held = leaf.data if isinstance(leaf, boxes.Quantized) else leaf.value
+    names = ("data" if isinstance(leaf, boxes.Quantized) else "value", "scale", "zero")
+    arrays = {name: getattr(leaf, name) for name in names}
+    return leaf.replace(
+        **{
+            name: jnp.take(array, index, axis=0)
+            for name, array in arrays.items()
+            if array is not None and array.shape[0] == held.shape[0]
+        }
+    )

@@ -1,0 +1,190 @@
+"""The same function in fewer operations: norms folded into the matrices and kernels beside them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress import folding
+from glm_edge.compress.quantize.leaves import relative_error
+from glm_edge.compress.quantize.leaves import row as row_of
+from glm_edge.compress.report import Report, Row
+from glm_edge.compress.stagewise import Replaced, StageWork, apply_by_stage, register_stagewise
+from glm_edge.compress.transform import Context, Result, Transform
+from glm_edge.errors import RecipeError
+from glm_edge.models.cnn import NORM_EPS
+from glm_edge.params.tree import Params
+
+NAME = "reparameterize"
+STATISTICS = "batch_stats"
+DENSE, POINT, IDENTITY = "branch_3x3", "branch_1x1", "branch_identity"
+Leaves = Mapping[str, Any]
+
+
+def reparameterize() -> Transform:
+    """Folds norms, and joins parallel branches; the function of the model stays.
+
+    What is folded depends on the model:
+
+    - `glm_edge.models.cnn`, called with variables, `{"params": …, "batch_stats": …}`: every batch
+      norm goes into the convolution before it, and RepVGG's three branches become one 3x3 kernel
+      with a bias. The result is the model with `deploy` and its variables, `{"params": …}`. A
+      masked kernel keeps its mask, save in RepVGG's branches.
+    - A GLM, or one of its encoders alone: the weight of every RMS norm goes into the columns of the
+      matrices that read what it norms, and is one afterwards. The norm before a head that is the
+      embedding too stays, and so do layer norms, whose shift no column holds.
+
+    Do this before quantizing.
+
+    Returns:
+      The transform.
+
+    Raises:
+      RecipeError: on call, the model is of another kind, is deployed already, holds no statistics,
+        or a weight is quantized.
+
+    References:
+      RepVGG: Making VGG-style ConvNets Great Again, https://arxiv.org/abs/2101.03697; Quantization
+      and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference (folding of
+      batch norms), https://arxiv.org/abs/1712.05877.
+    """
+    return Transform(NAME, {})
+
+
+def _apply(model: nn.Module, params: Params, context: Context) -> Result:
+    if not hasattr(model, "deploy"):
+        return apply_by_stage(NAME, model, params, context)
+    if model.deploy:
+        raise RecipeError(f"{NAME}: this {type(model).__name__} is deployed already")
+    if STATISTICS not in params or "params" not in params:
+        raise RecipeError(
+            f'{NAME}: a {type(model).__name__} comes with its variables, {{"params": …, '
+            f'"{STATISTICS}": …}}; found {", ".join(map(repr, params)) or "nothing"}'
+        )
+    rows: list[Row] = []
+    deployed = {"params": _deployed(params["params"], params[STATISTICS], "params", rows)}
+    for done, row in enumerate(rows, start=1):
+        context.advance(f"{NAME}: {row.path}", done, len(rows))
+    statistics = boxes.count(params[STATISTICS])
+    note = f"{statistics:,} running statistics were counted before, and are in the biases now"
+    return model.clone(deploy=True), deployed, Report.of(rows, params, deployed, notes=(note,))
+
+
+def _fold_stage(work: StageWork) -> Replaced:
+    replaced: dict[str, Any] = {}
+    rows: list[Row] = []
+    for fold in folding.folds(getattr(work.model, "config", None)):
+        norm = fold.producers[0]
+        if fold.kind != "norm" or len(fold.producers) > 1 or norm not in work.leaves:
+            continue
+        factor = fold.spread(work.leaves[norm].astype(jnp.float32))
+        for path in fold.consumers:
+            leaf = work.leaves[path]
+            _check_scales(path, leaf)
+            replaced[path] = folding.multiply(leaf, factor)
+            error = relative_error(leaf, replaced[path])
+            rows.append(row_of(NAME, path, leaf, replaced[path], error, f"{norm} folded"))
+        replaced[norm] = jnp.ones_like(work.leaves[norm])
+    for path in work.selected:
+        work.advance(path)
+    return replaced, rows
+
+
+register_stagewise(NAME, reparameterize, _fold_stage, rounds=False, exact=True, apply=_apply)
+
+
+def fold_batch_norm(
+    kernel: Any, bias: Array | None, norm: Leaves, statistics: Leaves, eps: float = NORM_EPS
+) -> tuple[Any, Array]:
+    """Folds a batch norm into the convolution (or product) before it.
+
+    Args:
+      kernel: array or `Masked` [..., out].
+      bias: [out], or None.
+      norm: `scale` and `bias`, [out] each.
+      statistics: `mean` and `var`, [out] each.
+      eps: of the norm.
+
+    Returns:
+      `(kernel, bias)` whose result is that of the convolution and the norm.
+    """
+    factor = norm["scale"] * jax.lax.rsqrt(statistics["var"] + eps)
+    mean = statistics["mean"] if bias is None else statistics["mean"] - bias
+    return folding.multiply(kernel, factor), norm["bias"] - factor * mean
+
+
+def join_branches(*branches: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Adds convolutions of one input and one stride, padded to keep the size, to a single one.
+
+    Args:
+      *branches: `(kernel, bias)`, [height, width, in / groups, out] and [out]; odd sizes.
+
+    Returns:
+      `(kernel, bias)` of the largest size among them.
+    """
+    size = max(kernel.shape[0] for kernel, _ in branches)
+    padded = []
+    for kernel, _ in branches:
+        border = (size - kernel.shape[0]) // 2
+        padded.append(jnp.pad(kernel, ((border, border), (border, border), (0, 0), (0, 0))))
+    return sum(padded[1:], start=padded[0]), sum(bias for _, bias in branches)
+
+
+def identity_kernel(channels: int, groups: int = 1) -> Array:
+    """The 1x1 convolution that changes nothing, [1, 1, channels / groups, channels]."""
+    inside = channels // groups
+    return jnp.tile(jnp.eye(inside, dtype=jnp.float32), (1, groups))[None, None]
+
+
+def _deployed(params: Params, statistics: Params, path: str, rows: list[Row]) -> Params:
+    """The parameters of the deployed model; `rows` is extended by what was folded."""
+    if DENSE in params:
+        kernel, bias = _merged(params, statistics, path)
+        action = "branches joined, norms folded"
+        after = {"merged": {"conv": {"kernel": kernel, "bias": bias}}}
+    elif set(params) == {"conv", "norm"}:
+        kernel, bias = _folded(params, statistics, path)
+        action, after = "norm folded", {"conv": {"kernel": kernel, "bias": bias}}
+    else:
+        return {
+            name: _deployed(child, statistics.get(name, {}), f"{path}/{name}", rows)
+            if isinstance(child, Mapping)
+            else child
+            for name, child in params.items()
+        }
+    before, stored = boxes.stored_bytes((params, statistics)), boxes.stored_bytes(after)
+    bits = 8 * stored / boxes.count(after)
+    kept = float(kernel.mask.mean()) if isinstance(kernel, boxes.Masked) else 1.0
+    rows.append(Row(NAME, path, action, kept, bits, before, stored))
+    return after
+
+
+def _folded(params: Params, statistics: Params, path: str) -> tuple[Any, Array]:
+    kernel = params["conv"]["kernel"]
+    _check_scales(f"{path}/conv/kernel", kernel)
+    return fold_batch_norm(kernel, params["conv"].get("bias"), params["norm"], statistics["norm"])
+
+
+def _merged(params: Params, statistics: Params, path: str) -> tuple[Array, Array]:
+    branches = []
+    for name in (DENSE, POINT):
+        at = f"{path}/{name}"
+        if isinstance(params[name]["conv"]["kernel"], boxes.Masked):
+            raise RecipeError(
+                f"{NAME}: {at} is masked, and masks of branches do not join; reparameterize first"
+            )
+        branches.append(_folded(params[name], statistics[name], at))
+    if IDENTITY in params:
+        inside, channels = branches[0][0].shape[-2:]
+        kernel = identity_kernel(channels, channels // inside)
+        branches.append(fold_batch_norm(kernel, None, params[IDENTITY], statistics[IDENTITY]))
+    return join_branches(*branches)
+
+
+def _check_scales(path: str, leaf: Any) -> None:
+    if boxes.is_box(leaf) and not isinstance(leaf, boxes.Masked):
+        raise RecipeError(f"{NAME}: {path} is quantized; reparameterize before quantizing")

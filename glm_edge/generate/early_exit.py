@@ -1,0 +1,240 @@
+"""Early exit: a token stops at the layer whose scores are sure enough.
+
+Letters of shapes: `B` rows, `D` hidden size, `V` vocabulary.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from glm_edge.errors import DataError, RecipeError
+from glm_edge.kernels import matmul
+from glm_edge.models.glm import KEYS, REST, WHOLE
+from glm_edge.models.multimodal import MultimodalGLM
+
+THRESHOLD = 0.95
+_INPUTS = ("images", "audio", "positions", "mask")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EarlyExit:
+    """Where decoding may stop, and how sure it must be; made by `early_exit`.
+
+    Attributes:
+      threshold: scalar; the largest probability that ends a token.
+      maps: of each exit, `weight` [D, D] and `bias` [D] that guess the last layer's output from
+        what has been computed; empty takes that itself.
+      after: ascending numbers of layers after which the head is asked.
+    """
+
+    threshold: Array
+    maps: Mapping[str, Any]
+    after: tuple[int, ...] = field(metadata={"static": True})
+
+
+def early_exit(
+    model: MultimodalGLM,
+    after: Sequence[int],
+    threshold: float = THRESHOLD,
+    maps: Mapping[str, Any] | None = None,
+) -> EarlyExit:
+    """Says where decoding may stop, for `generate`.
+
+    After each of these layers the head scores the next token; where its largest probability
+    reaches the threshold, the remaining layers are not run. They get the keys and values of what
+    was computed so far, so that later tokens find their cache filled. Prompts run all layers.
+
+    Args:
+      model: a GLM.
+      after: numbers of layers after which the head is asked, each at least 1 and below the number
+        of layers. Asking costs as much as the head does.
+      threshold: in 0..1; 0 always stops at the first exit, 1 almost never.
+      maps: from `fit_exits`; None scores what has been computed as if it were the last output.
+
+    Returns:
+      The exits. Another threshold compiles nothing anew.
+
+    Raises:
+      RecipeError: the threshold is not in 0..1, a layer is none of the model's, or maps lack one.
+
+    References:
+      Confident Adaptive Language Modeling, https://arxiv.org/abs/2207.07061; Jump to Conclusions
+      (maps), https://arxiv.org/abs/2303.09435.
+    """
+    layers, maps = model.config.decoder.num_layers, dict(maps or {})
+    if not 0.0 <= threshold <= 1.0:
+        raise RecipeError(f"early_exit: threshold must be in 0..1, not {threshold}")
+    after = _checked_exits(after, layers)
+    lacking = [index for index in after if maps and str(index) not in maps]
+    if lacking:
+        raise RecipeError(f"early_exit: maps lack exit {lacking[0]}; they hold {sorted(maps)}")
+    maps = {str(index): maps[str(index)] for index in after if maps}
+    return EarlyExit(jnp.float32(threshold), maps, after)
+
+
+def _checked_exits(after: Sequence[int], layers: int) -> tuple[int, ...]:
+    after = tuple(sorted(set(after)))
+    if not after or after[0] < 1 or after[-1] >= layers:
+        raise RecipeError(
+            f"early_exit: after must name layers in 1..{layers - 1}, those after which a token of "
+            f"{layers} layers may stop, not {list(after)}"
+        )
+    return after
+
+
+def fit_exits(
+    model: MultimodalGLM,
+    params: Any,
+    data: Iterable[Mapping[str, Any]],
+    after: Sequence[int],
+    ridge: float = 1e-3,
+) -> dict[str, dict[str, Array]]:
+    """Fits, by least squares, maps from what exits have to what the last layer gives out.
+
+    Args:
+      model: a GLM.
+      params: its parameters.
+      data: batches of `tokens` [B, T] and, where they go with them, `images`, `audio`, `positions`
+        and `mask`; with `loss_mask` [B, T], only positions where it is not zero count, and padding
+        never does.
+      after: exits, see `early_exit`.
+      ridge: added to the diagonal, as a fraction of its mean.
+
+    Returns:
+      Maps for `early_exit`.
+
+    Raises:
+      RecipeError: an exit is none of the model's layers.
+      DataError: there are no data, or activations are not finite.
+
+    References:
+      Jump to Conclusions: Short-Cutting Transformers With Linear Transformations,
+      https://arxiv.org/abs/2303.09435.
+    """
+    after = _checked_exits(after, model.config.decoder.num_layers)
+    sums: dict[int, np.ndarray] = {}
+    for batch in data:
+        found = jax.device_get(_moments(model, params, dict(batch), after))
+        for index, moment in zip(after, found, strict=True):
+            sums[index] = sums.get(index, 0.0) + np.float64(moment)
+    if not sums:
+        raise DataError("fit_exits: there are no batches to fit on")
+    maps = {}
+    for index, moment in sums.items():
+        if not np.isfinite(moment).all():
+            raise DataError("fit_exits: activations are not finite")
+        # Rows and columns: what the exit has, a one, what the last layer adds to it.
+        inputs = (len(moment) + 1) // 2
+        gram, target = moment[:inputs, :inputs], moment[:inputs, inputs:]
+        gram = gram + ridge * np.mean(np.diag(gram)[:-1]) * np.eye(inputs)
+        solved = np.linalg.solve(gram, target).T
+        weight = solved[:, :-1] + np.eye(inputs - 1)
+        maps[str(index)] = {"weight": jnp.float32(weight), "bias": jnp.float32(solved[:, -1])}
+    return maps
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _moments(model, params, batch, after) -> list[Array]:
+    """Of each exit, second moments [2 D + 1, 2 D + 1] of `(exit, 1, last - exit)`."""
+    inputs = {name: batch[name] for name in _INPUTS if batch.get(name) is not None}
+    hidden = model.apply({"params": params}, batch["tokens"], **inputs)[1]["hidden"]
+    rows = [x.reshape(-1, x.shape[-1]) for x in hidden]
+    valid = jnp.ones((len(rows[0]), 1))
+    if batch.get("loss_mask") is not None:
+        valid = (batch["loss_mask"] != 0).reshape(-1, 1).astype(jnp.float32)
+    elif model.config.pad_token_id is not None:
+        valid = (batch["tokens"] != model.config.pad_token_id).reshape(-1, 1).astype(jnp.float32)
+    found = []
+    for index in after:
+        joined = jnp.concatenate([rows[index], valid, rows[-1] - rows[index]], axis=-1) * valid
+        found.append(jax.lax.dot(joined.T, joined, precision=jax.lax.Precision.HIGHEST))
+    return found
+
+
+def run_until_sure(
+    model: MultimodalGLM,
+    params: Any,
+    token: Array,
+    positions: Array,
+    mask: Array,
+    cache: Any,
+    exits: EarlyExit,
+    stopped: Array,
+) -> tuple[Array, Any, Array]:
+    """One decoding step that runs no more layers than its rows need.
+
+    Rows leave one by one and a layer is skipped when all have left, so that what a row gives does
+    not depend on the others.
+
+    Args:
+      model: a GLM.
+      params: its parameters.
+      token: int [B, 1].
+      positions: as the model takes them.
+      mask: likewise.
+      cache: likewise.
+      exits: see `early_exit`.
+      stopped: bool [B], rows whose scores no one needs.
+
+    Returns:
+      `(logits, cache, layers)`: float32 [B, V]; the cache after this token; and int32 [B], the
+      layers that each row ran, 0 where it had stopped.
+    """
+    total = model.config.decoder.num_layers
+
+    def call(method: Any, *args: Any) -> Any:
+        return model.apply({"params": params}, *args, method=method)
+
+    x = call("embed_inputs", token)[0]
+    angle, mask, slot = call(lambda module, x: module.decoder.prepare(x, positions, mask, cache), x)
+
+    def layer(index: int, x: Array, held: Any, part: str) -> tuple[Array, Any]:
+        return call(
+            lambda module, x: module.decoder.run_layer(index, x, angle, mask, held, slot, part), x
+        )
+
+    def scores(x: Array, fitted: Any = None) -> Array:
+        if fitted is not None:
+            x = matmul.dense(x, fitted["weight"]) + fitted["bias"]
+        score = call(lambda module, x: module.predict(module.decoder.norm(x)), x)
+        return score[:, 0].astype(jnp.float32)
+
+    # All that reads the cache takes it as written, so that no branch copies it.
+    done, used, layers = stopped, jnp.where(stopped, 0, total).astype(jnp.int32), []
+    logits = jnp.zeros((len(token), model.config.decoder.vocab_size), jnp.float32)
+    for index in range(total):
+        if index in exits.after:
+            asked = functools.partial(scores, x, exits.maps.get(str(index)))
+            found = jax.lax.cond(done.all(), jnp.zeros_like, lambda _, asked=asked: asked(), logits)
+            sure = jnp.max(jax.nn.softmax(found, axis=-1), axis=-1) >= exits.threshold
+            leaves = sure & ~done
+            logits = jnp.where(leaves[:, None], found, logits)
+            used = jnp.where(leaves, index, used)
+            done = done | leaves
+        held = cache["layers"][index]
+        if index < exits.after[0]:
+            x, held = layer(index, x, held, WHOLE)
+        else:
+            held = layer(index, x, held, KEYS)[1]
+            run = functools.partial(layer, index, held=held, part=REST)
+            x = jax.lax.cond(
+                done.all(),
+                lambda x: x,
+                lambda x, run=run, done=done: jnp.where(done[:, None, None], x, run(x)[0]),
+                x,
+            )
+        layers.append(held)
+    logits = jax.lax.cond(
+        done.all(),
+        lambda logits: logits,
+        lambda logits: jnp.where(done[:, None], logits, scores(x)),
+        logits,
+    )
+    return logits, {"layers": layers, "length": slot + 1}, used

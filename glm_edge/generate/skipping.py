@@ -1,0 +1,93 @@
+"""Skipping neurons at run time: each token reads only those that its gates open."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from glm_edge import params as boxes
+from glm_edge.configs import GLMConfig
+from glm_edge.errors import RecipeError
+from glm_edge.kernels.neurons import SparseMLP
+from glm_edge.models.layers import SKIPPING
+from glm_edge.models.multimodal import MultimodalGLM
+
+# With a threshold, programs are compiled for these fractions of the neurons.
+FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1)
+
+
+def skip_neurons(
+    model: MultimodalGLM,
+    params: Any,
+    keep: float | None = None,
+    threshold: float | None = None,
+    layers: Sequence[int] | None = None,
+) -> Any:
+    """Lays the decoder's feed-forward weights out by neuron, so that decoding skips some.
+
+    The result takes the place of the parameters wherever the model runs. It is a view for running:
+    it cannot be saved, compressed or exported. One row of one token (decoding) reads fewer weights;
+    a prompt is computed in full with the same neurons left out.
+
+    Args:
+      model: a GLM.
+      params: its parameters, dense or masked.
+      keep: fraction of neurons that each token uses, those with the largest `|silu(gate)|`; above
+        0, up to 1. Compute is the same for every token.
+      threshold: instead, a neuron is used when its `|silu(gate)|` is at least this fraction of the
+        largest of its token, in 0..1. Compute follows the token, in steps of an eighth, a quarter,
+        half and all of the neurons.
+      layers: indices of the layers that skip; None is all.
+
+    Returns:
+      Parameters for `model`.
+
+    Raises:
+      RecipeError: neither or both of `keep` and `threshold` are given, one is out of range, a layer
+        does not exist, or a weight is quantized.
+
+    References:
+      CATS: Contextually-Aware Thresholding for Sparsity, https://arxiv.org/abs/2404.08763.
+    """
+    if not isinstance(getattr(model, "config", None), GLMConfig):
+        raise RecipeError(f"skip_neurons: {type(model).__name__} has no GLM decoder")
+    if (keep is None) == (threshold is None):
+        raise RecipeError("skip_neurons: give keep= or threshold=, one of them")
+    if keep is not None and not 0.0 < keep <= 1.0:
+        raise RecipeError(f"skip_neurons: keep must be above 0 and up to 1, not {keep}")
+    if threshold is not None and not 0.0 <= threshold <= 1.0:
+        raise RecipeError(f"skip_neurons: threshold must be in 0..1, not {threshold}")
+    config = model.config.decoder
+    chosen = range(config.num_layers) if layers is None else layers
+    unknown = sorted(set(chosen) - set(range(config.num_layers)))
+    if unknown:
+        raise RecipeError(f"skip_neurons: the decoder has no layer {unknown[0]}")
+    changed = dict(params["decoder"]["layers"])
+    for index in chosen:
+        neurons = config.neurons(index)
+        fractions = FRACTIONS if keep is None else (keep,)
+        sizes = sorted({max(1, math.ceil(part * neurons - 1e-9)) for part in fractions})
+        layer = changed[str(index)]
+        if SKIPPING in layer["mlp"]:
+            raise RecipeError(f"skip_neurons: layer {index} skips already; start from its weights")
+        fused, down = (_dense(layer["mlp"], name, index) for name in ("gate_up_proj", "down_proj"))
+        gate, up = jnp.split(fused, 2)
+        laid_out = SparseMLP(
+            gate=gate,
+            rows=jnp.concatenate([up, down.T], axis=-1),
+            threshold=jnp.float32(0.0 if threshold is None else threshold),
+            sizes=tuple(sizes),
+        )
+        changed[str(index)] = {**layer, "mlp": {SKIPPING: laid_out}}
+    return {**params, "decoder": {**params["decoder"], "layers": changed}}
+
+
+def _dense(mlp: Any, name: str, index: int) -> Any:
+    weight = mlp[name]["weight"]
+    if isinstance(weight, boxes.Quantized | boxes.FakeQuantized):
+        raise RecipeError(
+            f"skip_neurons: decoder/layers/{index}/mlp/{name} is quantized; rows of neurons are "
+            "laid out from dense weights"
+        )
+    return boxes.dense(weight)

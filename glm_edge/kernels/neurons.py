@@ -1,0 +1,96 @@
+"""A gated feed-forward network of which each token uses some neurons only.
+
+Letters of shapes: `R` rows, `D` hidden size, `F` neurons. The gate says which neurons matter, with
+no predictor: a neuron whose `silu(gate)` is small adds little, whatever its other weights. So the
+gate is computed in full, and of the other two matrices only the rows of neurons that are chosen are
+read.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.kernels import matmul
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SparseMLP:
+    """Weights of a gated feed-forward network laid out by neuron.
+
+    Attributes:
+      gate: [F, D].
+      rows: [F, 2 D], of each neuron what it reads (`up`) and, after it, what it writes (`down`).
+      threshold: scalar; a neuron takes part when its `|silu(gate)|` is at least this fraction of
+        the largest of its token.
+      sizes: ascending numbers of neurons for which a program is compiled; the least that holds all
+        neurons that take part is run. More than the last never take part, the largest first.
+    """
+
+    gate: Array
+    rows: Array
+    threshold: Array
+    sizes: tuple[int, ...] = field(metadata={"static": True})
+
+
+def sparse_mlp(x: Array, weights: SparseMLP) -> Array:
+    """`down(up * silu(gate))` over the neurons that take part.
+
+    One row reads only the rows of its neurons. Several rows are computed in full and masked: the
+    same numbers, at no gain.
+
+    Args:
+      x: [..., D].
+      weights: see `SparseMLP`.
+
+    Returns:
+      [..., D].
+
+    References:
+      CATS: Contextually-Aware Thresholding for Sparsity, https://arxiv.org/abs/2404.08763.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    gate = jax.nn.silu(matmul.dense(rows, weights.gate.astype(rows.dtype)))
+    size = jnp.abs(gate)
+    active = size >= weights.threshold * jnp.max(size, axis=-1, keepdims=True)
+    if rows.shape[0] == 1:
+        mixed = _one_row(rows, gate[0], size[0], active[0], weights)
+    else:
+        mixed = _all_neurons(rows, gate * _limited(active, size, weights.sizes[-1]), weights.rows)
+    return mixed.reshape(x.shape)
+
+
+def _limited(active: Array, size: Array, count: int) -> Array:
+    """Of the neurons that take part, the `count` largest of each row, the first of equals."""
+    if count == size.shape[-1]:
+        return active
+    _, index = jax.lax.top_k(size, count)
+    largest = jnp.zeros_like(active).at[jnp.arange(len(size))[:, None], index].set(True)
+    return active & largest
+
+
+def _one_row(x: Array, gate: Array, size: Array, active: Array, weights: SparseMLP) -> Array:
+    def with_count(count: int):
+        if count == len(gate):
+            return lambda: _all_neurons(x, (gate * active)[None], weights.rows)
+
+        def gathered() -> Array:
+            _, index = jax.lax.top_k(size, count)
+            return _all_neurons(x, (gate * active)[index][None], weights.rows[index])
+
+        return gathered
+
+    branches = [with_count(count) for count in weights.sizes]
+    if len(branches) == 1:
+        return branches[0]()
+    limits = jnp.asarray(weights.sizes[:-1])
+    return jax.lax.switch(jnp.sum(jnp.sum(active) > limits), branches)
+
+
+def _all_neurons(x: Array, gate: Array, rows: Array) -> Array:
+    """`x` [R, D] through neurons [F', 2 D] whose activated gates are [R, F']."""
+    up, down = jnp.split(rows.astype(x.dtype), 2, axis=-1)
+    hidden = gate * matmul.dense(x, up)
+    return jax.lax.dot(hidden, down, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,431 @@
+"""Convolutional classifiers: ResNet, MobileNet of depthwise-separable blocks, MobileNetV2, RepVGG.
+
+A model is called with variables, as `init` returns them: `params`, and `batch_stats` with the
+running statistics of its batch norms. With `deploy` its convolutions have biases and no norms
+follow them; `glm_edge.compress.reparameterize` turns the variables of the one into those of the
+other. Kernels are `[height, width, in / groups, out]`.
+
+Letters of shapes: `B` images, `H` rows, `W` columns, `C` channels, `N` classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.errors import ConfigError
+from glm_edge.models.layers import Linear
+
+NORM_EPS = 1e-5
+NORM_MOMENTUM = 0.9
+Outputs = tuple[Array, dict[str, Any]]
+
+_he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+@dataclass(frozen=True)
+class Stem:
+    """The first convolution.
+
+    Attributes:
+      features: its channels.
+      kernel: its height and width.
+      stride: of the convolution.
+      pool: halves the result by a 3x3 maximum.
+    """
+
+    features: int
+    kernel: int = 3
+    stride: int = 2
+    pool: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks of one width; the first of them has the stride."""
+
+    features: int
+    depth: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """One inverted residual: widen to `hidden`, filter each channel, narrow to `features`.
+
+    Attributes:
+      features: channels of the result.
+      hidden: channels in between.
+      stride: of the depthwise convolution.
+      expand: False where the input has `hidden` channels already and is not widened.
+    """
+
+    features: int
+    hidden: int
+    stride: int
+    expand: bool = True
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """A residual network; `expansion` 1 takes blocks of two 3x3 convolutions, 4 bottlenecks."""
+
+    name: str
+    stem: Stem
+    stages: tuple[Stage, ...]
+    expansion: int = 4
+    num_classes: int = 1000
+    image_size: tuple[int, int, int] = (224, 224, 3)
+
+
+@dataclass(frozen=True)
+class SeparableConfig:
+    """A network of depthwise-separable blocks, `(features, stride)` each."""
+
+    name: str
+    stem: Stem
+    blocks: tuple[tuple[int, int], ...]
+    num_classes: int = 1000
+    image_size: tuple[int, int, int] = (224, 224, 3)
+
+
+@dataclass(frozen=True)
+class MobileNetV2Config:
+    """A network of inverted residuals, ending in a 1x1 convolution to `head_features`."""
+
+    name: str
+    stem: Stem
+    blocks: tuple[Inverted, ...]
+    head_features: int = 1280
+    num_classes: int = 1000
+    image_size: tuple[int, int, int] = (224, 224, 3)
+
+
+@dataclass(frozen=True)
+class RepVGGConfig:
+    """A plain stack of 3x3 blocks; the stem is one of them."""
+
+    name: str
+    stem: Stem
+    stages: tuple[Stage, ...]
+    num_classes: int = 1000
+    image_size: tuple[int, int, int] = (224, 224, 3)
+
+
+CNNConfig = ResNetConfig | SeparableConfig | MobileNetV2Config | RepVGGConfig
+
+
+class ConvNorm(nn.Module):
+    """A convolution and its batch norm; with `deploy`, a convolution with a bias.
+
+    Attributes:
+      features: channels of the result.
+      kernel: height and width; odd, and padded so that stride 1 keeps the size.
+      stride: in both directions.
+      groups: channels are split in so many groups that do not meet.
+      deploy: without the norm.
+    """
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    groups: int = 1
+    deploy: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        x = nn.Conv(
+            self.features,
+            (self.kernel, self.kernel),
+            self.stride,
+            padding=self.kernel // 2,
+            feature_group_count=self.groups,
+            use_bias=self.deploy,
+            kernel_init=_he,
+            name="conv",
+        )(x)
+        return x if self.deploy else batch_norm(train, "norm")(x)
+
+
+def batch_norm(train: bool, name: str) -> nn.BatchNorm:
+    """A batch norm over B, H and W, as every model here has it."""
+    return nn.BatchNorm(not train, momentum=NORM_MOMENTUM, epsilon=NORM_EPS, name=name)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, or a bottleneck of three, beside a shortcut."""
+
+    features: int
+    stride: int
+    expansion: int
+    deploy: bool
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        def conv(name: str, features: int, kernel: int, stride: int = 1) -> ConvNorm:
+            return ConvNorm(features, kernel, stride, deploy=self.deploy, name=name)
+
+        wide = self.features * self.expansion
+        if self.expansion == 1:
+            y = nn.relu(conv("conv1", self.features, 3, self.stride)(x, train))
+            y = conv("conv2", wide, 3)(y, train)
+        else:
+            y = nn.relu(conv("conv1", self.features, 1)(x, train))
+            y = nn.relu(conv("conv2", self.features, 3, self.stride)(y, train))
+            y = conv("conv3", wide, 1)(y, train)
+        if x.shape != y.shape:
+            x = conv("shortcut", wide, 1, self.stride)(x, train)
+        return nn.relu(x + y)
+
+
+class SeparableBlock(nn.Module):
+    """A 3x3 convolution of each channel alone, then a 1x1 convolution across channels.
+
+    References:
+      MobileNets, https://arxiv.org/abs/1704.04861.
+    """
+
+    features: int
+    stride: int = 1
+    deploy: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        channels = x.shape[-1]
+        x = ConvNorm(channels, 3, self.stride, channels, self.deploy, name="depthwise")(x, train)
+        return nn.relu(
+            ConvNorm(self.features, 1, deploy=self.deploy, name="pointwise")(nn.relu(x), train)
+        )
+
+
+class InvertedBlock(nn.Module):
+    """An inverted residual; its narrow ends are linear.
+
+    References:
+      MobileNetV2, https://arxiv.org/abs/1801.04381.
+    """
+
+    block: Inverted
+    deploy: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        block, y = self.block, x
+        if block.expand:
+            y = nn.relu6(ConvNorm(block.hidden, 1, deploy=self.deploy, name="expand")(y, train))
+        depthwise = ConvNorm(
+            block.hidden, 3, block.stride, block.hidden, self.deploy, name="depthwise"
+        )
+        y = nn.relu6(depthwise(y, train))
+        y = ConvNorm(block.features, 1, deploy=self.deploy, name="project")(y, train)
+        return x + y if x.shape == y.shape else y
+
+
+class RepVGGBlock(nn.Module):
+    """In training a 3x3, a 1x1 and (where shapes allow) an identity branch; deployed one 3x3.
+
+    References:
+      RepVGG: Making VGG-style ConvNets Great Again, https://arxiv.org/abs/2101.03697.
+    """
+
+    features: int
+    stride: int = 1
+    deploy: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        if self.deploy:
+            return nn.relu(ConvNorm(self.features, 3, self.stride, deploy=True, name="merged")(x))
+        y = ConvNorm(self.features, 3, self.stride, name="branch_3x3")(x, train)
+        y = y + ConvNorm(self.features, 1, self.stride, name="branch_1x1")(x, train)
+        if x.shape == y.shape:
+            y = y + batch_norm(train, "branch_identity")(x)
+        return nn.relu(y)
+
+
+class CNN(nn.Module):
+    """An image classifier; which architecture, its configuration says.
+
+    Attributes:
+      config: of one of the architectures of this file.
+      deploy: convolutions have biases instead of norms, see the module's docstring.
+
+    References:
+      Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385; and those of
+      the blocks.
+    """
+
+    config: CNNConfig
+    deploy: bool = False
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False) -> Outputs:
+        """Scores classes.
+
+        Args:
+          images: [B, H, W, C].
+          train: norms use the batch's statistics, and update the running ones where `batch_stats`
+            is mutable.
+
+        Returns:
+          `(logits, intermediates)`: [B, N]; and `hidden`, the output [B, H, W, C] of the stem and
+          of every block, and `pooled` [B, C].
+        """
+        stem = self.config.stem
+        if isinstance(self.config, RepVGGConfig):
+            x = RepVGGBlock(stem.features, stem.stride, self.deploy, name="stem")(images, train)
+        else:
+            first = ConvNorm(
+                stem.features, stem.kernel, stem.stride, deploy=self.deploy, name="stem"
+            )
+            relu = nn.relu6 if isinstance(self.config, MobileNetV2Config) else nn.relu
+            x = relu(first(images, train))
+        if stem.pool:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        hidden = [x]
+        for block in _blocks(self.config, self.deploy):
+            x = block(x, train)
+            hidden.append(x)
+        if isinstance(self.config, MobileNetV2Config):
+            x = ConvNorm(self.config.head_features, 1, deploy=self.deploy, name="head")(x, train)
+            x = nn.relu6(x)
+        pooled = jnp.mean(x, axis=(1, 2))
+        logits = Linear(self.config.num_classes, use_bias=True, name="classifier")(pooled)
+        return logits, {"hidden": hidden, "pooled": pooled}
+
+
+def _blocks(config: CNNConfig, deploy: bool) -> list[nn.Module]:
+    """The blocks between stem and head, named `blocks_<i>` within the calling module."""
+    if isinstance(config, MobileNetV2Config):
+        return [
+            InvertedBlock(block, deploy, name=f"blocks_{index}")
+            for index, block in enumerate(config.blocks)
+        ]
+    if isinstance(config, SeparableConfig):
+        return [
+            SeparableBlock(features, stride, deploy, name=f"blocks_{index}")
+            for index, (features, stride) in enumerate(config.blocks)
+        ]
+    strides = [
+        (stage.features, stage.stride if index == 0 else 1)
+        for stage in config.stages
+        for index in range(stage.depth)
+    ]
+    if isinstance(config, RepVGGConfig):
+        return [
+            RepVGGBlock(features, stride, deploy, name=f"blocks_{index}")
+            for index, (features, stride) in enumerate(strides)
+        ]
+    return [
+        ResidualBlock(features, stride, config.expansion, deploy, name=f"blocks_{index}")
+        for index, (features, stride) in enumerate(strides)
+    ]
+
+
+def mobilenet_v2(width: float = 1.0) -> MobileNetV2Config:
+    """MobileNetV2 with all channels times `width`, in whole eights.
+
+    Args:
+      width: at least 0.1.
+
+    Raises:
+      ConfigError: the width is smaller.
+    """
+    if not width >= 0.1:
+        raise ConfigError(f"mobilenet_v2: width must be at least 0.1, not {width}")
+    table = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1))
+    table = (*table, (6, 160, 3, 2), (6, 320, 1, 1))
+    stem = channels = _eights(32 * width)
+    blocks = []
+    for expansion, features, depth, stride in table:
+        for index in range(depth):
+            block_stride = stride if index == 0 else 1
+            hidden, features_now = channels * expansion, _eights(features * width)
+            blocks.append(Inverted(features_now, hidden, block_stride, expansion > 1))
+            channels = features_now
+    head = _eights(1280 * max(1.0, width))
+    return MobileNetV2Config(f"mobilenet_v2_{width:g}", Stem(stem), tuple(blocks), head)
+
+
+def _eights(channels: float) -> int:
+    whole = max(8, int(channels + 4) // 8 * 8)
+    return whole + 8 if whole < 0.9 * channels else whole
+
+
+def _repvgg(name: str, depths: tuple[int, ...], widths: tuple[int, ...]) -> RepVGGConfig:
+    stages = tuple(Stage(width, depth, 2) for width, depth in zip(widths, depths, strict=True))
+    return RepVGGConfig(name, Stem(min(64, widths[0])), stages)
+
+
+_V1_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2))
+_V1_BLOCKS = (*_V1_BLOCKS, *((512, 1),) * 5, (1024, 2), (1024, 1))
+_DIGITS = {"num_classes": 10, "image_size": (28, 28, 1)}
+
+PRESETS: Mapping[str, CNNConfig] = MappingProxyType(
+    {
+        config.name: config
+        for config in (
+            ResNetConfig(
+                "resnet_50",
+                Stem(64, 7, 2, pool=True),
+                (Stage(64, 3, 1), Stage(128, 4, 2), Stage(256, 6, 2), Stage(512, 3, 2)),
+            ),
+            SeparableConfig("mobilenet_v1", Stem(32), _V1_BLOCKS),
+            mobilenet_v2(),
+            _repvgg("repvgg_a2", (2, 4, 14, 1), (96, 192, 384, 1408)),
+            _repvgg("repvgg_b1", (4, 6, 16, 1), (128, 256, 512, 2048)),
+            ResNetConfig(
+                "resnet_digits",
+                Stem(24, stride=1),
+                (Stage(24, 2, 1), Stage(48, 2, 2), Stage(96, 2, 2)),
+                expansion=1,
+                **_DIGITS,
+            ),
+            SeparableConfig(
+                "separable_digits", Stem(8, stride=1), ((16, 2), (32, 2), (32, 1)), **_DIGITS
+            ),
+            MobileNetV2Config(
+                "mobilenet_v2_digits",
+                Stem(16, stride=1),
+                (
+                    Inverted(16, 64, 2),
+                    Inverted(16, 64, 1),
+                    Inverted(32, 96, 2),
+                    Inverted(32, 128, 1),
+                    Inverted(32, 128, 1),
+                ),
+                head_features=128,
+                **_DIGITS,
+            ),
+            RepVGGConfig(
+                "repvgg_digits",
+                Stem(16, stride=1),
+                (Stage(16, 2, 1), Stage(32, 2, 2), Stage(64, 1, 2)),
+                **_DIGITS,
+            ),
+        )
+    }
+)
+
+
+def preset(name: str) -> CNNConfig:
+    """A published architecture, or a small one for digits of 28x28 or 8x8 pixels.
+
+    Args:
+      name: `resnet_50`, `mobilenet_v1`, `mobilenet_v2_1`, `repvgg_a2`, `repvgg_b1`; or
+        `resnet_digits`, `separable_digits`, `mobilenet_v2_digits`, `repvgg_digits`, whose
+        `image_size` `dataclasses.replace` changes to `(8, 8, 1)`: they read any size.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      ConfigError: no preset has this name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,190 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glm_edge as ge
+from glm_edge.compress import batches
+from glm_edge.compress.prune.encoders import (
+    encoders,
+    magnitude,
+    parts,
+    shrink_encoder,
+    taylor,
+    unit_gates,
+)
+from glm_edge.compress.quantize import rtn
+from glm_edge.compress.transform import Context
+from glm_edge.configs import TextConfig
+from glm_edge.errors import DataError, RecipeError
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.models.text import TextEncoder
+from glm_edge.models.vision import VisionEncoder
+
+apply = jax.jit(batches.apply_batch, static_argnums=0)
+
+
+def zeroed(tree, keep, head_size):
+    """Weights that read from removed heads and neurons at zero, nothing else changed."""
+    layers = dict(tree["layers"])
+    for index, kept in keep.items():
+        layer = jax.tree.map(np.array, layers[str(index)])
+        attention = layer.get("attention", layer)
+        mlp = layer.get("mlp", layer)
+        if "heads" in kept:
+            weight = attention["o_proj"]["weight"]
+            gone = np.ones(weight.shape[1] // head_size, bool)
+            gone[kept["heads"]] = False
+            weight[:, np.repeat(gone, head_size)] = 0
+        if "neurons" in kept:
+            weight = (mlp.get("down_proj") or mlp["fc2"])["weight"]
+            weight[:, np.setdiff1d(np.arange(weight.shape[1]), kept["neurons"])] = 0
+        layers[str(index)] = jax.tree.map(jnp.asarray, layer)
+    return {**tree, "layers": layers}
+
+
+KEEP = {0: {"heads": [1], "neurons": [0, 1, 7, 12, 23]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("nano", "vision"), ("nano", "speech"), ("edge_v", "vision")]
+)
+def test_a_shrunk_encoder_gives_the_outputs_of_the_zeroed_one(make_member, batch_of, name, part):
+    model, params = make_member(name)
+    batch = batch_of(model)
+    smaller, small = shrink_encoder(model, params, KEEP, part)
+    masked = {**params, part: zeroed(params[part], KEEP, 8)}
+    expected = apply(model, masked, batch)
+    np.testing.assert_allclose(apply(smaller, small, batch), expected, atol=1e-5)
+    assert float(jnp.abs(expected - apply(model, params, batch)).max()) > 1e-3
+    config = getattr(smaller.config, part)
+    assert (config.num_heads, config.head_dim, config.intermediate_size) == (1, 8, 5)
+
+
+def test_a_tower_on_its_own_with_windows_and_a_pooling_head(make_member):
+    vision = make_member("edge_v")[0].config.vision
+    changes = {"num_layers": 2, "window": (2, 4), "global_layers": (1,), "pooling_head": True}
+    changes |= {"projector_size": 0, "merge_size": 1, "boundary_embeddings": False}
+    model = VisionEncoder(dataclasses.replace(vision, **changes))
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    smaller, small = shrink_encoder(model, params, KEEP)
+    assert smaller.config.num_heads == (1, 2, 2)
+    assert smaller.config.intermediate_size == (5, 24, 24)
+    found, between = smaller.apply({"params": small}, images)
+    expected, whole = model.apply({"params": zeroed(params, KEEP, 8)}, images)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(between["pooled"], whole["pooled"], atol=1e-5)
+
+
+def test_a_text_encoder_shrinks():
+    model = TextEncoder(TextConfig(30, 16, 2, 2, 24, num_labels=3, pooler="tanh"))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 7)), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    smaller, small = shrink_encoder(model, params, KEEP)
+    expected = model.apply({"params": zeroed(params, KEEP, 8)}, tokens)[0]
+    np.testing.assert_allclose(smaller.apply({"params": small}, tokens)[0], expected, atol=1e-5)
+    scores = magnitude(model.config, params)
+    layer = jax.tree.map(np.asarray, params["layers"]["1"])
+    owned = np.concatenate([layer["fc1"]["weight"][3], layer["fc2"]["weight"][:, 3]])
+    assert scores[1]["neurons"][3] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def nano(make_member, batch_of):
+    model, params = make_member("nano")
+    return model, params, batch_of(model)
+
+
+def test_taylor_is_the_slope_of_each_rows_loss(nano):
+    model, params, batch = nano
+    context = Context(None, None, (model, params))
+    found = taylor(model, params, [batch], ("vision", "speech"), context)
+    step = 1e-2
+
+    @jax.jit
+    def losses(gates):
+        return batches.row_losses(model, params, batch, {"gates": gates})
+
+    def slope(part, at, index):
+        sides = []
+        for gate in (1 + step, 1 - step):
+            gates = unit_gates(model, ("vision", "speech"))
+            layer = gates[part]["layers"]["0"]
+            for key in at[:-1]:
+                layer = layer[key]
+            layer[at[-1]] = layer[at[-1]].at[index].set(gate)
+            sides.append(np.asarray(losses(gates), np.float64))
+        return np.mean(np.abs(sides[0] - sides[1])) / (2 * step)
+
+    heads, neurons = found["vision"][0]["heads"], found["speech"][0]["neurons"]
+    assert heads.shape == (2,)
+    assert neurons.shape == (24,)
+    expected = slope("vision", ("attention", "heads"), (0, 1, 0))
+    assert heads[1] == pytest.approx(expected, rel=0.03)
+    expected = slope("speech", ("neurons",), int(np.argmax(neurons)))
+    assert neurons.max() == pytest.approx(expected, rel=0.03)
+
+
+def test_the_transform_shrinks_both_encoders_and_saves(nano, tmp_path):
+    model, params, batch = nano
+    transform = encoders(heads=0.5, neurons=0.5, neuron_multiple=4)
+    smaller, small, report = transform(model, params, calibration=[batch])
+    for part in ("vision", "speech"):
+        config = getattr(smaller.config, part)
+        assert (config.num_heads, config.head_dim, config.intermediate_size) == (1, 8, 12)
+        work = {"vision": "image", "speech": "clip"}[part]
+        assert report.flops_after[work] < report.flops_before[work]
+    assert smaller.config.decoder == model.config.decoder
+    assert report.bytes_after < report.bytes_before
+    ge.save(smaller, small, tmp_path / "out")
+    loaded, read = ge.load(tmp_path / "out")
+    assert loaded.config == smaller.config
+    found = apply(loaded, read, batch)
+    np.testing.assert_array_equal(found, apply(smaller, small, batch))
+    _, rounded, _ = rtn(8, where="^(vision|speech)/layers")(loaded, read)
+    assert float(jnp.abs(apply(loaded, rounded, batch) - found).max()) < 0.5
+    assert ge.recipe_from_json(ge.to_json(transform)) == transform
+
+
+def test_where_takes_one_encoder_or_one_kind(nano):
+    model, params, _ = nano
+    transform = encoders(0.5, 0.5, score="magnitude", where=r"^speech/layers/\d+/fc")
+    smaller, _, _ = transform(model, params)
+    assert smaller.config.vision == model.config.vision
+    assert smaller.config.speech.num_heads == 2
+    assert smaller.config.speech.intermediate_size == 12
+    with pytest.raises(RecipeError, match="matches no layer of an encoder"):
+        encoders(0.5, score="magnitude", where="^decoder")(model, params)
+
+
+def test_bad_input_is_refused(nano, make_member):
+    model, params, batch = nano
+    with pytest.raises(DataError, match="needs calibration= batches with images"):
+        encoders(0.5)(model, params, calibration=[{"tokens": batch["tokens"]}])
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    with pytest.raises(DataError, match="not finite"):
+        encoders(0.5)(model, broken, calibration=[batch])
+    with pytest.raises(RecipeError, match="leaves no query head"):
+        encoders(heads=0.9, score="magnitude")(model, params)
+    with pytest.raises(RecipeError, match="leaves none of 24"):
+        encoders(neurons=0.99, score="magnitude")(model, params)
+    with pytest.raises(RecipeError, match="heads must be in"):
+        encoders(heads=1.0)
+    with pytest.raises(RecipeError, match="score must be taylor or magnitude"):
+        encoders(score="loss")
+    with pytest.raises(RecipeError, match="has no encoder"):
+        encoders(0.5)(*make_member("edge"))
+    with pytest.raises(RecipeError, match="no encoder 'text'"):
+        shrink_encoder(model, params, {}, "text")
+    with pytest.raises(RecipeError, match="no layer 3 of 1"):
+        shrink_encoder(model, params, {3: {}}, "speech")
+    _, rounded, _ = rtn(8)(model, params)
+    with pytest.raises(RecipeError, match="prune before quantizing"):
+        encoders(0.5, score="magnitude")(model, rounded)
+    alone = VisionEncoder(dataclasses.replace(parts(model)["vision"]), 24)
+    with pytest.raises(RecipeError, match="score by magnitude"):
+        encoders(0.5)(alone, params["vision"], calibration=[batch])
+    assert isinstance(model, MultimodalGLM)

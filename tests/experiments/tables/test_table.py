@@ -1,0 +1,78 @@
+"""Rows with their ratio, and the files of a table."""
+
+import pytest
+from absl import flags
+
+from experiments.tables import (
+    distillation,
+    healing,
+    int8_pruned,
+    precision_memory,
+    repvgg,
+    sparsity,
+    table,
+)
+from experiments.tables.table import Row
+from glm_edge.errors import OutputError
+
+SCRIPTS = (distillation, healing, int8_pruned, precision_memory, repvgg, sparsity)
+
+
+class Small:
+    """A script of one row."""
+
+    NAME = "small"
+    rows = (
+        Row("latency", "ms", 4.0, 3.0, 0.5, "here"),
+        Row("elsewhere", "ms", 4.0, None, note=table.PHONE),
+    )
+
+    def define_flags(self):
+        table.define_flags(self.NAME)
+        flags.DEFINE_list("kinds", ["a", "b"], "Of them.")
+
+    def main(self, argv):
+        table.prepare()
+        table.publish(self.NAME, "A claim", self.rows, ["kinds"], {"seconds": [1, 2]})
+
+
+def test_a_ratio_is_measured_over_claimed():
+    assert Row("x", "ms", 4.0, 3.0).ratio == 0.75
+    assert Row("x", "ms", None, 3.0).ratio is None
+    assert Row("x", "ms", 4.0, None).ratio is None
+    assert Row("x", "ms", 0.0, 3.0).ratio is None
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(None, "-"), (0.0, "0"), (0.01234, "0.0123"), (3.14159, "3.14"), (25557032, "25,557,032")],
+)
+def test_numbers_are_shown_in_three_digits(number, text):
+    assert table.shown(number) == text
+
+
+def test_a_table_is_four_files_with_the_command(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows, log = run(Small(), "--kinds=b", "--seed=3")
+    printed = capsys.readouterr().out
+    assert rows["latency"] == {
+        "quantity": "latency", "unit": "ms", "claim": "4.0", "measured": "3.0", "spread": "0.5",
+        "ratio": "0.75", "note": "here",
+    }  # fmt: skip
+    assert rows["elsewhere"]["measured"] == ""
+    command = "python -m experiments.tables.small --preset=quick --seed=3 --kinds=b"
+    assert log["command"] == command
+    assert command in printed
+    assert "not reachable here: hardware" in printed
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert command in (tmp_path / "table.md").read_text()
+    with pytest.raises(OutputError, match="holds a table already"):
+        run(Small())
+    run(Small(), "--overwrite")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.NAME)
+def test_help_names_the_claim_and_a_command(script):
+    assert script.__name__ == f"experiments.tables.{script.NAME}"
+    assert f"python -m experiments.tables.{script.NAME} --preset=quick" in script.__doc__
+    assert "claim" in script.__doc__

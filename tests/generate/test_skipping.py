@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glm_edge as ge
+from glm_edge.compress import prune, quantize
+from glm_edge.errors import CheckpointError, RecipeError
+from glm_edge.generate import generate, skip_neurons
+from glm_edge.kernels.neurons import SparseMLP, sparse_mlp
+
+WIDTH, NEURONS = 24, 64
+
+
+@pytest.fixture(scope="module")
+def weights():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(NEURONS, WIDTH)), rng.normal(size=(NEURONS, 2 * WIDTH))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    x = np.random.default_rng(1).normal(size=(6, WIDTH)) * np.geomspace(0.02, 1.0, 6)[:, None]
+    return x.astype(np.float32)
+
+
+def laid_out(weights, threshold, sizes):
+    gate, rows = (jnp.asarray(w, jnp.float32) for w in weights)
+    return SparseMLP(gate, rows, jnp.float32(threshold), sizes)
+
+
+def in_float64(x, weights, threshold, limit):
+    """Neuron by neuron: those above the threshold, the `limit` largest of them."""
+    gate, rows = weights
+    total = np.zeros_like(x, np.float64)
+    counts = []
+    for row, out in zip(np.float64(x), total, strict=True):
+        activated = gate @ row / (1 + np.exp(-(gate @ row)))
+        size = np.abs(activated)
+        active = np.flatnonzero(size >= threshold * size.max())
+        active = active[np.argsort(-size[active], kind="stable")][:limit]
+        counts.append(len(active))
+        for neuron in active:
+            out += activated[neuron] * (rows[neuron, :WIDTH] @ row) * rows[neuron, WIDTH:]
+    return total, counts
+
+
+@pytest.mark.parametrize(
+    ("threshold", "sizes"),
+    [(0.0, (16,)), (0.0, (64,)), (0.1, (8, 16, 32, 64)), (0.5, (8, 16, 32, 64)), (0.3, (4,))],
+)
+def test_a_row_uses_the_neurons_whose_gates_are_open(weights, rows, threshold, sizes):
+    expected, counts = in_float64(rows, weights, threshold, sizes[-1])
+    run = jax.jit(sparse_mlp)
+    one = np.concatenate([run(row[None], laid_out(weights, threshold, sizes)) for row in rows])
+    scale = np.abs(expected).max(axis=1, keepdims=True)
+    np.testing.assert_allclose(one / scale, expected / scale, atol=2e-6)
+    together = run(rows[None], laid_out(weights, threshold, sizes))[0]
+    np.testing.assert_allclose(together / scale, expected / scale, atol=2e-6)
+    if threshold == 0.1:
+        # Programs of several sizes ran.
+        assert len({int(np.searchsorted(sizes, count)) for count in counts}) > 1
+
+
+def test_compute_falls_with_the_neurons_that_are_kept(weights):
+    x = jnp.ones((1, WIDTH))
+
+    def flops(size):
+        compiled = jax.jit(sparse_mlp).lower(x, laid_out(weights, 0.0, (size,))).compile()
+        return compiled.cost_analysis()["flops"]
+
+    # The gate is computed in full: a third of all products.
+    assert flops(8) < 0.6 * flops(NEURONS)
+
+
+def test_all_neurons_are_the_model_itself(make_model):
+    model, params = make_model()
+    tokens = np.arange(10, 20)[None]
+    expected = generate(model, params, tokens, max_new_tokens=8, return_logits=True)
+    for options in ({"keep": 1.0}, {"threshold": 0.0}):
+        skipping = skip_neurons(model, params, **options)
+        found = generate(model, skipping, tokens, max_new_tokens=8, return_logits=True)
+        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def test_skipping_follows_masks_and_layers_and_cannot_be_saved(make_model, tmp_path):
+    model, params = make_model()
+    tokens = jnp.asarray(np.arange(10, 20)[None])
+    _, masked, _ = prune.magnitude(0.5, where="mlp")(model, params)
+    expected = model.apply({"params": masked}, tokens)[0]
+    found = model.apply({"params": skip_neurons(model, masked, keep=1.0)}, tokens)[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    one = skip_neurons(model, params, keep=0.1, layers=[1])
+    assert "skipping" in one["decoder"]["layers"]["1"]["mlp"]
+    assert one["decoder"]["layers"]["0"] is params["decoder"]["layers"]["0"]
+    other = model.apply({"params": one}, tokens)[0]
+    assert float(jnp.abs(other - model.apply({"params": params}, tokens)[0]).max()) > 1e-4
+    with pytest.raises(CheckpointError, match="skipping"):
+        ge.save(model, one, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give keep= or threshold="),
+        ({"keep": 0.5, "threshold": 0.5}, "give keep= or threshold="),
+        ({"keep": 0.0}, "keep must be above 0 and up to 1, not 0.0"),
+        ({"keep": 1.5}, "keep must be above 0"),
+        ({"threshold": 1.5}, r"threshold must be in 0\.\.1, not 1.5"),
+        ({"threshold": -0.5}, r"threshold must be in 0\.\.1"),
+        ({"keep": 0.5, "layers": [2]}, "no layer 2"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(make_model, options, message):
+    with pytest.raises(RecipeError, match=message):
+        skip_neurons(*make_model(), **options)
+
+
+def test_weights_that_are_rounded_or_laid_out_already_are_refused(make_model):
+    model, params = make_model()
+    _, rounded, _ = quantize.rtn(8, where="mlp")(model, params)
+    with pytest.raises(RecipeError, match="mlp/gate_up_proj is quantized"):
+        skip_neurons(model, rounded, keep=0.5)
+    with pytest.raises(RecipeError, match="layer 0 skips already"):
+        skip_neurons(model, skip_neurons(model, params, keep=0.5), keep=0.5)
