@@ -137,7 +137,7 @@ def test_a_static_product_is_no_hybrid_one_for_delegates(written):
     rows = [
         row
         for row in export.compatibility(written.path).rows
-        if row.operator == "FULLY_CONNECTED" and "int8[" in row.types.split("->")[1]
+        if row.operator == "FULLY_CONNECTED" and row.types.endswith("-> int8")
     ]
     assert sum(row.count for row in rows) == 2 * len(STATIC)
     assert all("float activations" not in row.verdicts["qnn"].reason for row in rows)

@@ -12,6 +12,7 @@ from glm_edge.errors import BoxError
 from glm_edge.kernels import grid, matmul
 from glm_edge.models.layers import Embed, Linear
 from glm_edge.params import Format
+from glm_edge.params.boxes import describe, rebuild
 
 FORMATS = [
     Format("int8"),
@@ -277,15 +278,15 @@ def test_static_grids_come_whole_and_outputs_after_inputs(missing, message):
     box = quantize(weight(4, 8), Format("int8"))
     scale, zero = jnp.float32(0.5), jnp.int8(3)
     held = {name: scale if name.endswith("scale") else zero for name in GRIDS - missing}
-    static = boxes.describe(box)
+    static = describe(box)
     fields = {name: v for name, v in boxes.array_fields(box).items() if v is not None} | held
     if message:
         with pytest.raises(BoxError, match=message):
-            boxes.rebuild(fields, static)
+            rebuild(fields, static)
         return
-    rebuilt = boxes.rebuild(fields, static)
+    rebuilt = rebuild(fields, static)
     found = {name for name in GRIDS if getattr(rebuilt, name) is not None}
     assert found == GRIDS - missing
     if held:
         with pytest.raises(BoxError, match=r"must be \(\) each"):
-            boxes.rebuild(fields | {"input_scale": jnp.ones(2)}, static)
+            rebuild(fields | {"input_scale": jnp.ones(2)}, static)
