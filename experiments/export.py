@@ -53,9 +53,10 @@ def define_flags() -> None:
     flags.DEFINE_bool("verify", False, "Run the file and compare it with JAX (tflite).")
     flags.DEFINE_enum(
         "compute",
-        "int8_dynamic",
-        ["int8_dynamic", "float32"],
-        "What --verify compares with: JAX as the file multiplies, or on dequantized weights.",
+        None,
+        ["int8_dynamic", "int8_static", "float32"],
+        "What --verify compares with: JAX on integers, or on dequantized weights; default: as the "
+        "file multiplies.",
     )
     flags.DEFINE_float(
         "threshold", None, "Least agreement; default: 0.99, or 0.97 with float32.", 0.0, 1.0

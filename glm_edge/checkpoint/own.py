@@ -35,12 +35,13 @@ from glm_edge.errors import BoxError, CheckpointError
 FORMAT = "glm_edge"
 VERSION = 1
 STORES = ("safetensors", "orbax")
+_STATIC = ("input_scale", "input_zero", "output_scale", "output_zero")
 _FIELDS = {
     "Masked": ("value", "mask"),
-    "Quantized": ("data", "scale", "zero", "input_scale", "input_zero"),
+    "Quantized": ("data", "scale", "zero", *_STATIC),
     "FakeQuantized": ("value", "scale", "zero"),
 }
-_OPTIONAL = ("zero", "input_scale", "input_zero")
+_OPTIONAL = ("zero", *_STATIC)
 
 
 def write(directory: Path, model: nn.Module, params: Any, store: str) -> None:

@@ -9,12 +9,16 @@ import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError
-from glm_edge.export.flatbuffer import Constant
+from glm_edge.export.flatbuffer import Constant, Grid
 from glm_edge.params import Format, Masked, Quantized
 from glm_edge.params.formats import PER_TENSOR
 from glm_edge.params.tree import Params, nested
 
 BLOCK_MULTIPLE = 32
+# Types of weights whose kernels multiply with activations of a static int8 grid.
+STATIC_TYPES = ("int8", "int4")
+# Rows of this matrix are looked up, too, which no int8 activation meets.
+LOOKED_UP = "embed/weight"
 # Types whose codes are codes of a wider type that runs, so that scales and values stay.
 _WIDER = {"int6": "int8", "int5": "int8", "int3": "int4", "ternary": "int2", "ternary34": "int2"}
 _WIDER_IN_GROUPS = dict.fromkeys(("int3", "int2", "ternary", "ternary34"), "int4")
@@ -69,7 +73,9 @@ def constants_of(params: Params) -> Held:
     Args:
       params: arrays; `Masked` (held dense, with zeros); `Quantized` symmetric integers: int8, int4
         and int2 per channel and int4 in groups of a multiple of 32 as they are, other types in a
-        wider one that holds their codes.
+        wider one that holds their codes. Where int8 or int4 per channel has static grids of its
+        inputs and its products, the file multiplies on them; all others round each row to its own
+        range.
 
     Returns:
       The constants.
@@ -127,17 +133,23 @@ def _fits_half(values: np.ndarray) -> bool:
 
 def _of_box(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conversion]]:
     box, conversions = _runnable(path, box)
+    grids = (None, None)
     if box.input_scale is not None:
-        box = box.replace(input_scale=None, input_zero=None)
-        rule = "static range of its inputs left out: the file rounds each row to its own range"
-        conversions.append(Conversion(path, rule, True))
+        reason = _not_static(path, box)
+        if reason is None:
+            grids = _grid(path, box, "input"), _grid(path, box, "output")
+        else:
+            none = dict.fromkeys(("input_scale", "input_zero", "output_scale", "output_zero"))
+            box = box.replace(**none)
+            rule = f"static ranges left out, {reason}: the file rounds each row to its own range"
+            conversions.append(Conversion(path, rule, True))
     data = np.ascontiguousarray(np.asarray(box.data)).reshape(-1).view(np.uint8)
     scale = np.asarray(box.scale)
     _check_finite(path, scale)
     kind = box.format.qtype
     if scale.shape[-1] == 1:
         written = scale.astype(np.float32).reshape(-1)
-        return Constant(kind, box.shape, data, written), box, conversions
+        return Constant(kind, box.shape, data, written, 0, *grids), box, conversions
     held = scale.astype(ml_dtypes.bfloat16).astype(np.float16)
     if not np.array_equal(held.astype(np.float32), scale.astype(np.float32)):
         rule = f"scales rounded from {scale.dtype} to bfloat16, which XNNPACK multiplies with"
@@ -146,6 +158,25 @@ def _of_box(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conver
         rounded = held.astype(np.float32).astype(ml_dtypes.bfloat16)
         box = box.replace(scale=jnp.asarray(rounded.astype(scale.dtype)))
     return Constant(kind, box.shape, data, held, box.format.group_size), box, conversions
+
+
+def _not_static(path: str, box: Quantized) -> str | None:
+    """Why products with a box cannot run on its static ranges, or None."""
+    if path == LOOKED_UP:
+        return "as its rows are looked up, too"
+    if box.output_scale is None:
+        return "as its products have none"
+    if box.scale.shape[-1] > 1 or box.format.qtype not in STATIC_TYPES:
+        return f"as {box.format} has no kernel for them"
+    return None
+
+
+def _grid(path: str, box: Quantized, side: str) -> Grid:
+    scale, zero = np.float32(getattr(box, f"{side}_scale")), int(getattr(box, f"{side}_zero"))
+    _check_finite(path, scale)
+    if scale <= 0:
+        raise ExportError(f"{path}: {side}_scale is {scale}; right would be above zero")
+    return Grid(float(scale), zero)
 
 
 def _runnable(path: str, box: Quantized) -> tuple[Quantized, list[Conversion]]:
@@ -160,7 +191,8 @@ def _runnable(path: str, box: Quantized) -> tuple[Quantized, list[Conversion]]:
         return box, []
     scale = jnp.broadcast_to(box.scale, (box.shape[0], box.scale.shape[-1]))
     target = Format(wanted, None if per_channel else form.group_size, True, form.scale_dtype)
-    same = boxes.quantized(box.codes(), scale, None, target, (), box.dtype)
+    grids = box.input_scale, box.input_zero, box.output_scale, box.output_zero
+    same = boxes.quantized(box.codes(), scale, None, target, (), box.dtype, *grids)
     rule = f"{form} written as {target}, of the same values"
     return same, [Conversion(path, rule, False)]
 

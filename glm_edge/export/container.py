@@ -1,6 +1,7 @@
 """The `.tflite` file around a model: written whole, read back, with buffers outside when large."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import mmap
@@ -15,7 +16,7 @@ import numpy as np
 
 from glm_edge.checkpoint.files import require_space
 from glm_edge.errors import ExportError, OutputError, require
-from glm_edge.export.flatbuffer import METADATA, SMALL_BUFFER, Constant, schema
+from glm_edge.export.flatbuffer import METADATA, SMALL_BUFFER, Constant, Grid, schema
 
 IDENTIFIER = b"TFL3"
 ALIGNMENT = 64
@@ -184,7 +185,30 @@ def read_constants(path: str | Path) -> dict[str, Constant]:
                 name = (tensor.Name() or b"").decode()
                 if name in paths and name not in found:
                     found[name] = _constant(model, graph, tensor, names, content)
+            for name, grids in _static_grids(graph):
+                if name in found:
+                    found[name] = dataclasses.replace(found[name], **grids)
     return found
+
+
+def _static_grids(graph: Any) -> Iterator[tuple[str, dict[str, Grid]]]:
+    """Names of the weights that meet int8 activations, with the grids of these."""
+    for index in range(graph.OperatorsLength()):
+        operator = graph.Operators(index)
+        if operator.InputsLength() < 2 or not operator.OutputsLength():
+            continue
+        ends = {"inputs": operator.Inputs(0), "outputs": operator.Outputs(0)}
+        if operator.Inputs(1) < 0 or min(ends.values()) < 0:
+            continue
+        tensors = {side: graph.Tensors(at) for side, at in ends.items()}
+        if all(tensor.Type() == schema().TensorType.INT8 for tensor in tensors.values()):
+            name = (graph.Tensors(operator.Inputs(1)).Name() or b"").decode()
+            yield name, {side: _grid(tensor) for side, tensor in tensors.items()}
+
+
+def _grid(tensor: Any) -> Grid:
+    quantization = tensor.Quantization()
+    return Grid(float(quantization.Scale(0)), int(quantization.ZeroPoint(0)))
 
 
 def _constant(model: Any, graph: Any, tensor: Any, names: dict[int, str], content: Any) -> Constant:

@@ -14,6 +14,8 @@ METADATA = b"glm_edge"
 FULLY_CONNECTED_VERSION = 12
 FULLY_CONNECTED_INT2_VERSION = 13
 DEQUANTIZE_VERSION = 3
+DEQUANTIZE_INT8_VERSION = 2
+QUANTIZE_VERSION = 1
 EMBEDDING_LOOKUP_VERSION = 4
 SMALL_BUFFER = 1024
 
@@ -21,6 +23,19 @@ SMALL_BUFFER = 1024
 def schema() -> Any:
     """The generated classes of the TFLite schema."""
     return require("ai_edge_litert.schema_py_generated", extra="export")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A static int8 grid of activations, `f' = scale * (code - zero)`.
+
+    Attributes:
+      scale: a float32 number.
+      zero: -128 to 127.
+    """
+
+    scale: float
+    zero: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,8 @@ class Constant:
       data: uint8, the packed bytes.
       scale: None, float32 [out] per channel, or float16 [out, in / block_size].
       block_size: columns that share a scale, 0 per channel.
+      inputs: None, or the grid of the activations that meet it.
+      outputs: None, or the grid of the products; both are there, or neither.
     """
 
     type: str
@@ -40,6 +57,8 @@ class Constant:
     data: np.ndarray
     scale: np.ndarray | None = None
     block_size: int = 0
+    inputs: Grid | None = None
+    outputs: Grid | None = None
 
 
 class FlatModel:
@@ -77,6 +96,7 @@ class FlatModel:
           ExportError: a quantized weight is used by an operator that cannot read it.
         """
         stored: dict[str, tuple[int, int]] = {}
+        rounded: dict[tuple[int, int, Grid], int] = {}
         for signature in self.model.signatureDefs:
             graph = self.model.subgraphs[signature.subgraphIndex]
             consumers = _consumers(graph)
@@ -96,6 +116,8 @@ class FlatModel:
                     continue
                 for operator, position in consumers[index]:
                     self._read_constant(graph, operator, position, path, constant)
+                    if constant.inputs is not None:
+                        self._make_static(graph, operator, path, constant, rounded)
 
     def _store(self, constant: Constant) -> tuple[int, int]:
         data = self.add_buffer(constant.data)
@@ -104,11 +126,8 @@ class FlatModel:
     def _widened(self, graph: Any, index: int) -> int:
         """Index of a new tensor, from which an operator now makes the float32 tensor `index`."""
         source = self.add_tensor(graph, "", tuple(graph.tensors[index].shape), "FLOAT16")
-        operator = self.schema.OperatorT()
-        operator.opcodeIndex = self._operator_code("DEQUANTIZE", DEQUANTIZE_VERSION)
-        operator.inputs = np.array([source], np.int32)
-        operator.outputs = np.array([index], np.int32)
-        graph.operators.insert(0, operator)
+        code = self._operator_code("DEQUANTIZE", DEQUANTIZE_VERSION)
+        graph.operators.insert(0, self._conversion(code, source, index))
         return source
 
     def _describe(
@@ -153,6 +172,58 @@ class FlatModel:
             raise ExportError(
                 f"{path}: {name} cannot read {constant.type}; leave this weight unquantized"
             )
+
+    def _make_static(
+        self,
+        graph: Any,
+        product: Any,
+        path: str,
+        constant: Constant,
+        rounded: dict[tuple[int, int, Grid], int],
+    ) -> None:
+        """Rounds what a product reads and gives to the grids of its constant.
+
+        Args:
+          graph: the subgraph.
+          product: an operator of it.
+          path: of the weight.
+          constant: with grids.
+          rounded: `(subgraph, tensor, grid)` to the int8 tensor that other products read.
+        """
+        biased = any(int(index) >= 0 for index in product.inputs[2:])
+        if self.operator_name(product) != "FULLY_CONNECTED" or biased:
+            raise ExportError(f"{path}: only a product without bias runs on static ranges")
+        source, result = int(product.inputs[0]), int(product.outputs[0])
+        key = (id(graph), source, constant.inputs)
+        if key not in rounded:
+            rounded[key] = self._add_int8(graph, source, constant.inputs)
+            code = self._operator_code("QUANTIZE", QUANTIZE_VERSION)
+            quantize = self._conversion(code, source, rounded[key])
+            # Right after what makes its input, so that every reader comes later.
+            made = [i for i, o in enumerate(graph.operators) if source in o.outputs]
+            graph.operators.insert(made[0] + 1 if made else 0, quantize)
+        reached = self._add_int8(graph, result, constant.outputs)
+        product.inputs = np.array([rounded[key], *product.inputs[1:]], np.int32)
+        product.outputs = np.array([reached], np.int32)
+        product.builtinOptions.asymmetricQuantizeInputs = False
+        code = self._operator_code("DEQUANTIZE", DEQUANTIZE_INT8_VERSION)
+        at = next(i for i, operator in enumerate(graph.operators) if operator is product)
+        graph.operators.insert(at + 1, self._conversion(code, reached, result))
+
+    def _add_int8(self, graph: Any, like: int, grid: Grid) -> int:
+        index = self.add_tensor(graph, "", tuple(graph.tensors[like].shape), "INT8")
+        parameters = self.schema.QuantizationParametersT()
+        parameters.scale = np.array([grid.scale], np.float32)
+        parameters.zeroPoint = np.array([grid.zero], np.int64)
+        graph.tensors[index].quantization = parameters
+        return index
+
+    def _conversion(self, code: int, source: int, target: int) -> Any:
+        operator = self.schema.OperatorT()
+        operator.opcodeIndex = code
+        operator.inputs = np.array([source], np.int32)
+        operator.outputs = np.array([target], np.int32)
+        return operator
 
     def _gather_to_lookup(self, graph: Any, gather: Any) -> None:
         table, indices = (int(i) for i in gather.inputs[:2])

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError
 from glm_edge.export import container
 from glm_edge.export.runtime import JaxModel, LiteRTModel, PhoneModel
 from glm_edge.models.multimodal import MultimodalGLM
 
-THRESHOLDS = {"int8_dynamic": 0.99, "float32": 0.97}
+THRESHOLDS = {"int8_dynamic": 0.99, "int8_static": 0.99, "float32": 0.97}
 MIN_TOKENS = 1000
 
 
@@ -82,7 +83,7 @@ def verify(
     params: Any,
     windows: Iterable[Window] | None = None,
     threshold: float | None = None,
-    compute: str = "int8_dynamic",
+    compute: str | None = None,
     free_running: int = 8,
     max_new_tokens: int = 32,
     seed: int = 0,
@@ -96,8 +97,9 @@ def verify(
       model: that it was traced from.
       params: as the file holds them: `ExportedModel.params`.
       windows: texts to compare on; None draws random ones with at least 1,000 positions.
-      threshold: least agreement; None takes 0.99 against `int8_dynamic`, 0.97 against `float32`.
-      compute: how the JAX model multiplies.
+      threshold: least agreement; None takes 0.97 against `float32`, 0.99 against integers.
+      compute: how the JAX model multiplies; None takes `int8_static` where the parameters have
+        static grids, which the file then has, and else `int8_dynamic`.
       free_running: windows that are also continued greedily from their first tokens.
       max_new_tokens: of each continuation.
       seed: of random windows.
@@ -116,6 +118,9 @@ def verify(
     phone = LiteRTModel(path, isolated=isolated)
     if phone.config != model.config:
         raise ExportError(f"{path}: holds another model than {model.config.name}")
+    if compute is None:
+        static = any(getattr(p, "input_scale", None) is not None for p in boxes.tree_leaves(params))
+        compute = "int8_static" if static else "int8_dynamic"
     reference = JaxModel(
         model.clone(compute=compute),
         params,

@@ -159,11 +159,15 @@ def low_bit_static(
     input_scale: Array,
     input_zero: Array,
     qtype: str = "int8",
+    output_scale: Array | None = None,
+    output_zero: Array | None = None,
 ) -> Array:
-    """As `low_bit_int8`, on a calibrated grid of the activations.
+    """As `low_bit_int8`, on a calibrated grid of the activations, and of the products if given.
 
-    Gradients pass straight through the rounding where it does not clip, and reach `input_scale` as
-    in learned step size quantization.
+    The order of the scales is that of XNNPACK's `qs8` kernels: sums are multiplied by one float32
+    number a row of the weight, rounded to even, and clipped. Gradients pass straight through the
+    rounding where it does not clip, and reach the scales of the grids as in learned step size
+    quantization.
 
     Args:
       x: [..., in] activations.
@@ -173,6 +177,8 @@ def low_bit_static(
       input_scale: step of the grid, a scalar.
       input_zero: its int8 zero point.
       qtype: of the codes.
+      output_scale: None, or the step of the grid of the products, a scalar.
+      output_zero: None, or its int8 zero point.
 
     Returns:
       [..., out] of the type of `x`.
@@ -180,10 +186,22 @@ def low_bit_static(
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     step = jnp.broadcast_to(input_scale.astype(jnp.float32), (flat.shape[0], 1))
     offset = jnp.broadcast_to(input_zero.astype(jnp.float32), step.shape)
-    inside = jnp.clip(flat / step, -128.0 - offset, 127.0 - offset)
-    centred = grid.with_gradient_of(inside, jnp.round(inside))
-    found = _integer_product(centred, offset, step, data, scale, zero, qtype)
+    # Multiplied by the inverse, as the kernels do: a quotient may round to the neighbour.
+    centred = _rounded(flat * (1.0 / step), offset)
+    if output_scale is None:
+        found = _integer_product(centred, offset, step, data, scale, zero, qtype)
+    else:
+        products = output_scale.astype(jnp.float32)
+        ratio = step[0] * scale.astype(jnp.float32) / products
+        steps = _integer_product(centred, offset, jnp.ones_like(step), data, ratio, zero, qtype)
+        found = _rounded(steps, output_zero.astype(jnp.float32)) * products
     return found.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def _rounded(steps: Array, zero: Array) -> Array:
+    """The nearest whole numbers that are int8 once `zero` is added; gradients pass."""
+    inside = jnp.clip(steps, -128.0 - zero, 127.0 - zero)
+    return grid.with_gradient_of(inside, jnp.round(inside))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -71,6 +71,9 @@ class Quantized(struct.PyTreeNode, _Box):
       input_scale: None, or the step of the static int8 grid of the activations that meet this
         weight, [...].
       input_zero: None, or its int8 zero point, [...].
+      output_scale: None, or the step of the static int8 grid of the products, [...]; only beside
+        `input_scale`.
+      output_zero: None, or its int8 zero point, [...].
       format: type, grouping, symmetry, types of scales and zero points.
       columns: `in`.
       kernel_shape: empty for a weight kept `[out, in]`; else the trailing shape of a stock kernel
@@ -83,6 +86,8 @@ class Quantized(struct.PyTreeNode, _Box):
     zero: Array | None
     input_scale: Array | None = None
     input_zero: Array | None = None
+    output_scale: Array | None = None
+    output_zero: Array | None = None
     format: Format = struct.field(pytree_node=False, default=Format())
     columns: int = struct.field(pytree_node=False, default=0)
     kernel_shape: tuple[int, ...] = struct.field(pytree_node=False, default=())
@@ -228,6 +233,8 @@ def quantized(
     dtype: str = "float32",
     input_scale: Array | None = None,
     input_zero: Array | None = None,
+    output_scale: Array | None = None,
+    output_zero: Array | None = None,
 ) -> Quantized:
     """Boxes codes with their scales, packing them.
 
@@ -240,6 +247,8 @@ def quantized(
       dtype: type of the dense weight.
       input_scale: step of the grid of activations, or None.
       input_zero: its zero point, or None.
+      output_scale: step of the grid of products, or None.
+      output_zero: its zero point, or None.
 
     Returns:
       The box.
@@ -258,6 +267,8 @@ def quantized(
         zero=None if zero is None else zero.astype(format.zero_dtype),
         input_scale=input_scale,
         input_zero=input_zero,
+        output_scale=output_scale,
+        output_zero=output_zero,
         format=format,
         columns=codes.shape[-1],
         kernel_shape=tuple(kernel_shape),
@@ -353,12 +364,21 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
         raise BoxError(f"scale is {scale.dtype}, {format} says {format.scale_dtype}")
     if zero is not None and str(zero.dtype) != format.zero_dtype:
         raise BoxError(f"zero points are {zero.dtype}, {format} says {format.zero_dtype}")
-    inputs = fields.get("input_scale"), fields.get("input_zero")
-    if (inputs[0] is None) != (inputs[1] is None):
-        raise BoxError("input_scale and input_zero come together")
-    if inputs[0] is not None and {inputs[0].shape, inputs[1].shape} != {data.shape[:-2]}:
-        raise BoxError(f"input_scale and input_zero must be {data.shape[:-2]} each")
-    return Quantized(data, scale, zero, *inputs, format, columns, kernel_shape, dtype)
+    grids = _static_grid(fields, "input", data), _static_grid(fields, "output", data)
+    if grids[0][0] is None and grids[1][0] is not None:
+        raise BoxError("output_scale needs input_scale: products have a grid where inputs do")
+    return Quantized(data, scale, zero, *grids[0], *grids[1], format, columns, kernel_shape, dtype)
+
+
+def _static_grid(
+    fields: dict[str, Array], side: str, data: Array
+) -> tuple[Array | None, Array | None]:
+    scale, zero = fields.get(f"{side}_scale"), fields.get(f"{side}_zero")
+    if (scale is None) != (zero is None):
+        raise BoxError(f"{side}_scale and {side}_zero come together")
+    if scale is not None and {scale.shape, zero.shape} != {data.shape[:-2]}:
+        raise BoxError(f"{side}_scale and {side}_zero must be {data.shape[:-2]} each")
+    return scale, zero
 
 
 BOXES = {"Masked": Masked, "Quantized": Quantized, "FakeQuantized": FakeQuantized}

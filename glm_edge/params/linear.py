@@ -20,7 +20,8 @@ def linear(x: Array, weight: Any, compute: str = "float32") -> Array:
       compute: `float32` (reference); `bfloat16` inputs with float32 accumulation;
         `int8_dynamic`: rows meeting a quantized weight are first rounded to int8, each on its own
         grid, as a phone does; or `int8_static`: on the calibrated grid of the box, and on each
-        row's own where the box has none.
+        row's own where the box has none. Where the box has a grid of the products, they are
+        rounded to it.
 
     Returns:
       [..., out].
@@ -41,7 +42,11 @@ def _low_bit(x: Array, weight: Quantized, compute: str) -> Array:
     zero = None if weight.zero is None else jnp.broadcast_to(weight.zero, groups)
     packed, qtype = (weight.data, scale, zero), weight.format.qtype
     if compute == "int8_static" and weight.input_scale is not None:
-        return matmul.low_bit_static(x, *packed, weight.input_scale, weight.input_zero, qtype)
+        inputs, outputs = (
+            (weight.input_scale, weight.input_zero),
+            (weight.output_scale, weight.output_zero),
+        )
+        return matmul.low_bit_static(x, *packed, *inputs, qtype, *outputs)
     if compute.startswith("int8"):
         return matmul.low_bit_int8(x, *packed, qtype)
     return matmul.low_bit(x, *packed, qtype, "bfloat16" if compute == "bfloat16" else "float32")

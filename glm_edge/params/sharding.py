@@ -126,8 +126,10 @@ def named_sharding(
     if isinstance(leaf, FakeQuantized):
         return leaf.replace(value=data, **grid)
     layers = NamedSharding(mesh, PartitionSpec())
-    inputs = None if leaf.input_scale is None else layers
-    return leaf.replace(data=data, input_scale=inputs, input_zero=inputs, **grid)
+    for side in ("input", "output"):
+        static = None if getattr(leaf, f"{side}_scale") is None else layers
+        grid |= {f"{side}_scale": static, f"{side}_zero": static}
+    return leaf.replace(data=data, **grid)
 
 
 def _cuttable(leaf: Quantized | FakeQuantized) -> int:

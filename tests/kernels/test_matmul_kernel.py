@@ -114,6 +114,28 @@ def test_int8_products_match_float64_products_of_rounded_rows(qtype, groups, aff
     assert relative(found, rounded * float(step) @ weight.T) < 1e-6
 
 
+@pytest.mark.parametrize(("qtype", "groups", "affine"), [("int8", 1, False), ("int4", 1, True)])
+@pytest.mark.parametrize("rows", [1, matmul.FEW_ROWS + 1])
+def test_static_products_lie_where_a_float64_loop_rounds_them(qtype, groups, affine, rows):
+    packed, weight = case(qtype, groups, affine)
+    x, step, zero = rows_of(rows), np.float32(0.021), -40
+    expected, ties = np.zeros((rows, len(weight))), 0
+    steps = np.clip(np.round(np.asarray(x, np.float64) / step) + zero, -128, 127) - zero
+    products = steps * np.float64(step) @ weight.T
+    out_step, out_zero = np.float32(0.7 * np.ptp(products) / 255), 9
+    for i, j in np.ndindex(expected.shape):
+        place = products[i, j] / np.float64(out_step)
+        ties += abs(place - np.floor(place) - 0.5) < 1e-4
+        expected[i, j] = np.clip(np.round(place) + out_zero, -128, 127) - out_zero
+    found = matmul.low_bit_static(
+        x, *packed[:3], jnp.float32(step), jnp.int8(zero), qtype, out_step, jnp.int8(out_zero)
+    )
+    assert {expected.min(), expected.max()} & {-137.0, 118.0}, "nothing clips"
+    assert ties < 3
+    wrong = np.abs(np.asarray(found, np.float64) / out_step - expected) > 1e-3
+    assert wrong.sum() <= ties
+
+
 @pytest.mark.parametrize("zero_dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows", [1, 9])
 def test_int8_products_take_zero_points_between_levels(rows, zero_dtype):

@@ -12,6 +12,7 @@ from glm_edge.errors import BoxError
 from glm_edge.kernels import grid, matmul
 from glm_edge.models.layers import Embed, Linear
 from glm_edge.params import Format
+from glm_edge.params.boxes import describe, rebuild
 
 FORMATS = [
     Format("int8"),
@@ -257,3 +258,35 @@ def test_a_wrong_dense_shape_is_refused_by_name():
     box = quantize(weight(6, 16), Format("int8"))
     with pytest.raises(ValueError, match="weight: shape"):
         Linear(7).apply({"params": {"weight": box}}, weight(2, 16))
+
+
+GRIDS = {f"{side}_{name}" for side in ("input", "output") for name in ("scale", "zero")}
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ({"output_scale", "output_zero"}, None),
+        (GRIDS, None),
+        (set(), None),
+        ({"output_zero"}, "output_scale and output_zero come together"),
+        ({"input_scale"}, "input_scale and input_zero come together"),
+        ({"input_scale", "input_zero"}, "output_scale needs input_scale"),
+    ],
+)
+def test_static_grids_come_whole_and_outputs_after_inputs(missing, message):
+    box = quantize(weight(4, 8), Format("int8"))
+    scale, zero = jnp.float32(0.5), jnp.int8(3)
+    held = {name: scale if name.endswith("scale") else zero for name in GRIDS - missing}
+    static = describe(box)
+    fields = {name: v for name, v in boxes.array_fields(box).items() if v is not None} | held
+    if message:
+        with pytest.raises(BoxError, match=message):
+            rebuild(fields, static)
+        return
+    rebuilt = rebuild(fields, static)
+    found = {name for name in GRIDS if getattr(rebuilt, name) is not None}
+    assert found == GRIDS - missing
+    if held:
+        with pytest.raises(BoxError, match=r"must be \(\) each"):
+            rebuild(fields | {"input_scale": jnp.ones(2)}, static)

@@ -1,15 +1,18 @@
-"""Static int8 grids for the inputs of quantized matrices."""
+"""Static int8 grids for the inputs and products of quantized matrices."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from glm_edge.compress.quantize.leaves import row
 from glm_edge.compress.quantize.options import spelled_out
 from glm_edge.compress.rounding import activations as ranges
-from glm_edge.compress.stages import RANGE, ROWS
+from glm_edge.compress.stages import ROWS
 from glm_edge.compress.stagewise import (
     Replaced,
     StageWork,
@@ -18,6 +21,7 @@ from glm_edge.compress.stagewise import (
 )
 from glm_edge.compress.transform import Context, Result, Transform, check_pattern
 from glm_edge.errors import RecipeError
+from glm_edge.kernels import matmul
 from glm_edge.params import Quantized
 from glm_edge.params.tree import Params
 
@@ -30,10 +34,11 @@ def activations(
     where: str | None = None,
     symmetric: bool = False,
 ) -> Transform:
-    """Chooses a static int8 grid for the activations that meet each quantized matrix.
+    """Chooses static int8 grids for what meets each quantized matrix, and for their products.
 
-    A model computes on these grids when its `compute` is `int8_static`; put this after what rounds
-    the weights. Matrices whose inputs are not seen (a tied head) keep a grid for each row.
+    Matrices that read the same rows get one grid for them. A model computes on these grids when its
+    `compute` is `int8_static`; put this after what rounds the weights. Matrices whose inputs are
+    not seen (a tied head) keep a grid for each row.
 
     Args:
       method: `minmax`, `percentile`, `mse` or `entropy`, see
@@ -65,37 +70,80 @@ def activations(
     return Transform(NAME, spelled_out(locals(), "known", "number"))
 
 
+@jax.jit
+def _product(rows: Array, box: Quantized) -> Array:
+    return matmul.dense(rows, box.rows())
+
+
+@jax.jit
+def _ends(values: Array) -> tuple[Array, Array]:
+    return values.min(), values.max()
+
+
+class _Seen:
+    """The values of one activation over all calibration batches."""
+
+    def __init__(self, path: str, side: str):
+        self.path, self.side = path, side
+        self.low, self.high, self.counts = np.inf, -np.inf, 0
+
+    def widen(self, values: Array) -> None:
+        low, high = (float(end) for end in _ends(values))
+        if not np.isfinite([low, high]).all():
+            raise RecipeError(
+                f"{NAME}: calibration gives {self.path} {self.side} that are not finite"
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+    def count(self, values: Array, symmetric: bool) -> None:
+        ends = ranges.widened(self.low, self.high, symmetric)
+        # int64, since a long calibration has more values than int32 counts.
+        self.counts = self.counts + np.asarray(ranges.histogram(values, *ends), np.int64)
+
+    def grid(self, method: str, percentile: float, symmetric: bool) -> tuple[dict[str, Array], str]:
+        """Fields of the box, and a note."""
+        low, high = ranges.widened(self.low, self.high, symmetric)
+        ends = ranges.choose_range(self.counts, low, high, method, percentile, symmetric)
+        scale, zero = ranges.int8_grid(*ends, symmetric)
+        name = self.side.removesuffix("s")
+        fields = {f"{name}_scale": jnp.asarray(scale), f"{name}_zero": jnp.asarray(zero)}
+        note = f"{self.side} {ends[0]:.4g} to {ends[1]:.4g}, seen {low:.4g} to {high:.4g}"
+        return fields, note
+
+
 def _calibrate_stage(work: StageWork, method: str, percentile: float, symmetric: bool) -> Replaced:
     named = [path for path in work.named if isinstance(work.leaves[path], Quantized)]
     groups = [tuple(path for path in group if path in named) for group in work.readers()]
     # What reads the same rows gets the same grid, and is measured once.
     groups = [group for group in groups if group]
-    firsts = [group[0] for group in groups]
-    if not firsts:
+    if not groups:
         return {}, []
-    seen = {}
-    for path, found in work.collect(RANGE, paths=firsts).items():
-        low, high = float(jnp.min(found["low"])), float(jnp.max(found["high"]))
-        if not np.isfinite([low, high]).all():
-            raise RecipeError(f"{NAME}: calibration gives {path} inputs that are not finite")
-        seen[path] = ranges.widened(low, high, symmetric)
-    counts = dict.fromkeys(firsts, 0)
-    for view in work.batches() if method != "minmax" else ():
-        for path, rows in view.collect(ROWS, paths=firsts).items():
-            # int64, since a long calibration has more values than int32 counts.
-            counts[path] = counts[path] + np.asarray(ranges.histogram(rows, *seen[path]), np.int64)
-    replaced, rows = {}, []
+    inputs = {group[0]: _Seen(group[0], "inputs") for group in groups}
+    outputs = {path: _Seen(path, "outputs") for group in groups for path in group}
+
+    def each() -> Iterator[tuple[_Seen, Array]]:
+        for view in work.batches():
+            found = view.collect(ROWS, paths=inputs)
+            for group in groups:
+                if group[0] in found:
+                    rows = found.pop(group[0])
+                    yield inputs[group[0]], rows
+                    yield from ((outputs[p], _product(rows, work.leaves[p])) for p in group)
+
+    for seen, values in each():
+        seen.widen(values)
+    for seen, values in each() if method != "minmax" else ():
+        seen.count(values, symmetric)
+    replaced, report = {}, []
     for group in groups:
-        low, high = seen[group[0]]
-        ends = ranges.choose_range(counts[group[0]], low, high, method, percentile, symmetric)
-        scale, zero = ranges.int8_grid(*ends, symmetric)
+        fields, note = inputs[group[0]].grid(method, percentile, symmetric)
         for path in group:
+            products, after_note = outputs[path].grid(method, percentile, symmetric)
             before = work.leaves[path]
-            after = before.replace(input_scale=jnp.asarray(scale), input_zero=jnp.asarray(zero))
-            replaced[path] = after
-            note = f"inputs {ends[0]:.4g} to {ends[1]:.4g}, seen {low:.4g} to {high:.4g}"
-            rows.append(row(NAME, path, before, after, None, note))
-    return replaced, rows
+            replaced[path] = before.replace(**fields, **products)
+            notes = f"{note}; {after_note}"
+            report.append(row(NAME, path, before, replaced[path], None, notes))
+    return replaced, report
 
 
 def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:

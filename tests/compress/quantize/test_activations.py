@@ -50,6 +50,15 @@ def test_minmax_spans_what_was_seen(rounded, symmetric):
             zero = round(-128 - low / scale)
         assert float(box.input_scale) == pytest.approx(scale, rel=1e-5)
         assert int(box.input_zero) == zero
+        products = np.asarray(rows[path], np.float64) @ np.asarray(box.rows(), np.float64).T
+        low, high = min(products.min(), 0.0), max(products.max(), 0.0)
+        if symmetric:
+            scale, zero = max(-low, high) / 127, 0
+        else:
+            scale = (high - low) / 255
+            zero = round(-128 - low / scale)
+        assert float(box.output_scale) == pytest.approx(scale, rel=1e-5)
+        assert int(box.output_zero) == zero
         np.testing.assert_array_equal(box.data, dict(boxes.path_items(params))[path].data)
 
 
@@ -65,11 +74,14 @@ def test_static_logits_are_near_those_of_float(rounded, method):
 
 def test_methods_other_than_minmax_clip(rounded):
     model, params, calibration = rounded
-    scales = {}
+    scales, products = {}, {}
     for method in METHODS:
         found = activations(method, percentile=90.0)(model, params, calibration)[1]
         boxed = [leaf for _, leaf in boxes.path_items(found) if isinstance(leaf, boxes.Quantized)]
         scales[method] = sum(float(box.input_scale) for box in boxed)
+        products[method] = sum(float(box.output_scale) for box in boxed)
+    assert products["percentile"] < 0.9 * products["minmax"]
+    assert products["mse"] <= products["minmax"]
     assert scales["percentile"] < 0.9 * scales["minmax"]
     assert scales["mse"] <= scales["minmax"]
     assert scales["entropy"] <= scales["minmax"]
