@@ -2,6 +2,7 @@
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 MAX_MESSAGE = 2000
 
@@ -31,6 +32,20 @@ class DataError(GlmEdgeError, ValueError):
 
 class RecipeError(GlmEdgeError, ValueError):
     """A recipe names an unknown transform, an unfit option, or a pattern that matches nothing."""
+
+
+class TrainingError(RecipeError):
+    """A loss or a gradient became NaN or infinite.
+
+    Attributes:
+      step: at which it did, counted from one.
+      params: of the student as they were before that step.
+    """
+
+    def __init__(self, message: str, step: int, params: Any):
+        """Keeps what the last good step left."""
+        super().__init__(message)
+        self.step, self.params = step, params
 
 
 class BoxError(GlmEdgeError, ValueError):

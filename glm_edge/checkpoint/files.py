@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -299,6 +299,20 @@ def write_safetensors(
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a JSON object, keys in the order given."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file that is there whole or not at all, whenever the process is killed.
+
+    Args:
+      path: of the file; one that exists is replaced.
+      write: called with the path of a temporary file beside it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    _sync_path(temporary)
+    os.replace(temporary, path)
+    _sync_path(path.parent)
 
 
 def require_space(out: Path, needed: float) -> None:

@@ -24,7 +24,7 @@ from glm_edge.params.tree import Params
 
 Batch = dict[str, Any]
 INPUTS = ("images", "audio", "positions", "mask")
-_KEYS = ("tokens", "loss_mask", *INPUTS)
+KEYS = ("tokens", "loss_mask", *INPUTS)
 
 
 def apply_batch(
@@ -99,9 +99,9 @@ def to_device(batch: Batch, where: str = "calibration") -> Batch:
     """
     if not isinstance(batch, dict) or batch.get("tokens") is None:
         raise DataError(f"{where}: a batch is a dict with at least 'tokens' [B, T]")
-    unknown = sorted(set(batch) - set(_KEYS))
+    unknown = sorted(set(batch) - set(KEYS))
     if unknown:
-        raise DataError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}")
+        raise DataError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}")
     tokens = np.asarray(batch["tokens"])
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 2:
         raise DataError(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from glm_edge import params as boxes
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.training import Training, learn
+from glm_edge.compress.training import Course, Training, learn
 from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
@@ -26,6 +27,9 @@ def distill(
     clip_norm: float = 1.0,
     where: str | None = None,
     compute: str | None = None,
+    accumulate: int = 1,
+    state_dir: str | None = None,
+    save_every: int = 100,
 ) -> Transform:
     """Trains a (pruned) student on its teacher's predictions and on the labels.
 
@@ -49,14 +53,23 @@ def distill(
         Encoders that student and teacher share and that do not train are run once for both.
       compute: `float32` or `bfloat16` products while training; None leaves both models as they
         are.
+      accumulate: batches of each step; their gradients are added up to that of one batch with all
+        their rows, and each step reads so many.
+      state_dir: directory that keeps what training needs to go on: the same call after a kill gives
+        the bytes of a run that was left alone. It also holds the curve, as `curve.csv`, and what
+        the last good step left when the loss is not finite.
+      save_every: steps between two states.
 
     Returns:
       The transform; its report holds the `curve`.
 
     Raises:
       RecipeError: an option has no meaning; on call, there is no teacher, it predicts another
-        vocabulary, everything is frozen, or the loss is not finite.
+        vocabulary, or everything is frozen.
+      TrainingError: the loss or its gradient is not finite; the error holds the step, and the
+        parameters before it.
       DataError: calibration is missing or not a batch.
+      OutputError: `state_dir` cannot be written, or holds the state of other arguments.
 
     References:
       Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531.
@@ -66,7 +79,9 @@ def distill(
         steps, learning_rate, temperature, alpha, warmup, weight_decay, clip_norm, compute
     )
     training.check("distill", teacher)
-    options = {**training._asdict(), "where": where}
+    course = Course(accumulate, None if state_dir is None else str(state_dir), save_every)
+    course.check("distill")
+    options = {**training._asdict(), "where": where, **course._asdict()}
     return Transform("distill", options, {} if teacher is None else {"teacher": teacher})
 
 
@@ -76,20 +91,22 @@ def _apply_distill(
     context: Context,
     where: str | None,
     teacher: tuple[nn.Module, Params] | None = None,
-    **training: float,
+    **options: Any,
 ) -> Result:
     if teacher is None and context.original[1] is params:
         raise RecipeError(
             "distill: the model would be its own teacher; pass teacher=(model, params), or put "
             "distill after a transform in a chain"
         )
-    options = Training(**training)
+    course = Course(**{field: options.pop(field) for field in Course._fields})
+    training = Training(**options)
+    teacher = teacher or context.original
     trainable, frozen = split(params, where)
     trained, curve, notes = learn(
-        "distill", model, trainable, frozen, teacher or context.original, options, context
+        "distill", model, trainable, frozen, teacher, training, context, course=course
     )
     healed = boxes.combine(trained, frozen)
-    row = row_of("distill", f"trained {options.steps} steps", trainable, trained)
+    row = row_of("distill", f"trained {training.steps} steps", trainable, trained)
     return model, healed, Report.of([row], params, healed, curve=curve, notes=notes)
 
 

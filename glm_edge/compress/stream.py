@@ -22,6 +22,7 @@ from glm_edge.checkpoint.files import (
     to_device,
     write_json,
     write_safetensors,
+    write_whole,
 )
 from glm_edge.checkpoint.lazy import LazyCheckpoint, open_lazily
 from glm_edge.compress import recipe as recipes
@@ -184,7 +185,7 @@ def _job(
 def _check_job(partial: Path, output: Path, job: dict[str, Any]) -> None:
     held = partial / _JOB
     if not held.exists() or not any(partial.glob("*.safetensors")):
-        _replace(held, lambda path: write_json(path, job))
+        write_whole(held, lambda path: write_json(path, job))
         return
     found = read_json(held)
     for name, value in job.items():
@@ -199,8 +200,8 @@ def _write_stage(partial: Path, file: str, leaves: Leaves, rows: list[Row]) -> d
     """Writes what came of a stage; the file of arrays comes last and marks it as finished."""
     arrays, spec = boxes.to_flat(nested(leaves))
     notes = {"spec": spec, "rows": [asdict(row) for row in rows]}
-    _replace(partial / f"{file}.json", lambda path: write_json(path, notes))
-    _replace(partial / file, lambda path: write_safetensors(path, arrays))
+    write_whole(partial / f"{file}.json", lambda path: write_json(path, notes))
+    write_whole(partial / file, lambda path: write_safetensors(path, arrays))
     return spec
 
 
@@ -225,15 +226,6 @@ def _finish(
         (partial / name).write_bytes(content)
     write_json(partial / REPORT, asdict(report))
     fields = own.describe(opened.model, spec)
-    _replace(partial / CONFIG, lambda path: write_json(path, {**fields, "files": names}))
+    write_whole(partial / CONFIG, lambda path: write_json(path, {**fields, "files": names}))
     for left_over in {path.name for path in partial.iterdir()} - {*names, *extras, REPORT, CONFIG}:
         (partial / left_over).unlink()
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -15,12 +15,15 @@ from jax import Array
 from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.report import Point
+from glm_edge.compress.training_state import StateDirectory, digest
 from glm_edge.compress.transform import Context, check_whole
-from glm_edge.errors import DataError, RecipeError
+from glm_edge.errors import DataError, RecipeError, TrainingError
 from glm_edge.params.tree import Params, path_string
 
 COMPUTE = ("float32", "bfloat16")
 _PROGRESS_EVERY = 5
+# In place of the weight of a batch that teaches nothing.
+_NO_WEIGHT = 1e-6
 
 
 class Objective(NamedTuple):
@@ -74,6 +77,43 @@ class Training(NamedTuple):
             raise RecipeError(f"{name}: teacher must be (model, params)")
 
 
+class Course(NamedTuple):
+    """What only `glm_edge.compress.distill` can ask of the loop."""
+
+    accumulate: int = 1
+    state_dir: str | None = None
+    save_every: int = 100
+
+    def check(self, name: str) -> None:
+        """Raises RecipeError where an option of the transform `name` has no meaning."""
+        check_whole(name, accumulate=self.accumulate, save_every=self.save_every)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The options that the result depends on."""
+        kept = self._asdict()
+        return {name: kept[name] for name in kept if name not in ("state_dir", "save_every")}
+
+
+_PLAIN = Course()
+
+
+class Losses(NamedTuple):
+    """Of one step, in nats; `soft` carries its factor `T^2`."""
+
+    loss: Array
+    soft: Array
+    hard: Array
+
+
+class Sums(NamedTuple):
+    """Over the batches of one step, each times its weight, and the sum of these weights."""
+
+    gradient: Params
+    losses: Losses
+    weight: Array
+
+
 def schedule(steps: int, learning_rate: float, warmup: float) -> np.ndarray:
     """Learning rate of each step: a linear warm-up, then a cosine down to a tenth of the peak."""
     rising = max(1, round(warmup * steps))
@@ -92,6 +132,7 @@ def learn(
     training: Training,
     context: Context,
     pace: Params | None = None,
+    course: Course = _PLAIN,
 ) -> tuple[Params, tuple[Point, ...], tuple[str, ...]]:
     """Trains a student on its teacher's predictions and on the labels.
 
@@ -104,13 +145,15 @@ def learn(
       training: options.
       context: with calibration.
       pace: factors of the learning rate, a tree like `trainable` of what broadcasts to each array.
+      course: further options.
 
     Returns:
       `(trained, curve, notes)`: like `trainable` in float32, a point for each step, and what the
       report should say of calibration.
 
     Raises:
-      RecipeError: the teacher predicts another vocabulary, or the loss is not finite.
+      RecipeError: the teacher predicts another vocabulary.
+      TrainingError: the loss or its gradient is not finite.
       DataError: calibration is missing or not a batch.
     """
     if not context.calibration:
@@ -124,39 +167,86 @@ def learn(
     # a small step would be lost in the rounding of a weight stored in fewer bits.
     trainable = jax.tree.map(lambda array: jnp.array(array, jnp.float32, copy=True), trainable)
     state = training.objective.optimizer().init(trainable)
-    losses, seen = [], set()
-    data = in_order(context.calibration, context.rng)
-    for step, rate in enumerate(rates, start=1):
-        batch = batches.to_device(next(data))
-        seen |= set(batch)
-        trainable, state, parts = train_step(
-            student,
-            coach,
-            training.objective,
-            trainable,
-            state,
-            rate,
-            frozen,
-            teacher_params,
-            batch,
-            pace,
-        )
-        losses.append(parts)
-        if step % _PROGRESS_EVERY == 0 or step == len(rates):
-            loss = float(parts[0])
-            if not np.isfinite(loss):
-                raise RecipeError(
-                    f"{name}: the loss is {loss} at step {step}; lower learning_rate or check "
-                    "the calibration batches"
+    losses, seen, directory = [], set(), None
+    if course.state_dir is not None:
+        job = _job(student, coach, trainable, frozen, teacher_params, training, course, context)
+        directory = StateDirectory(name, course.state_dir, job)
+        (trainable, state), losses, seen = directory.restore((trainable, state))
+    first = len(losses) + 1
+    data = in_order(context.calibration, context.rng, len(losses) * course.accumulate)
+    fixed = (student, coach, training.objective)
+
+    def keep() -> None:
+        if directory is not None:
+            directory.save((trainable, state), losses, seen)
+            directory.write_curve(_curve(losses, rates))
+
+    for step, rate in enumerate(rates[len(losses) :], start=first):
+        taken = (batches.to_device(batch) for batch in itertools.islice(data, course.accumulate))
+        if course.accumulate == 1:
+            batch = next(taken)
+            seen |= set(batch)
+            trainable, state, found, norm = train_step(
+                *fixed, trainable, state, rate, frozen, teacher_params, batch, pace
+            )
+        else:
+            sums = None
+            for batch in taken:
+                seen |= set(batch)
+                sums = add_gradient(*fixed, sums, trainable, frozen, teacher_params, batch)
+            trainable, state, found, norm = apply_gradient(
+                training.objective, trainable, state, rate, sums, pace
+            )
+        found = [float(part) for part in jax.device_get(found)]
+        for what, value in (("loss", found[0]), ("gradient's norm", float(norm))):
+            if not np.isfinite(value):
+                keep()
+                raise TrainingError(
+                    f"{name}: the {what} is {value} at step {step}; lower learning_rate or check "
+                    "the calibration batches",
+                    step,
+                    boxes.combine(trainable, frozen),
                 )
-            context.advance(f"{name}: loss {loss:.3f}", step, len(rates))
-    curve = tuple(
-        Point(step, *(float(part) for part in parts), learning_rate=float(rate))
-        for step, (parts, rate) in enumerate(
-            zip(jax.device_get(losses), rates, strict=True), start=1
-        )
+        losses.append(found)
+        if step % course.save_every == 0 or step == len(rates):
+            keep()
+        if step % _PROGRESS_EVERY == 0 or step == len(rates):
+            context.advance(f"{name}: loss {found[0]:.3f}", step, len(rates))
+    return trainable, _curve(losses, rates), batches.missing_modalities(model, seen)
+
+
+def _curve(losses: list[list[float]], rates: np.ndarray) -> tuple[Point, ...]:
+    return tuple(
+        Point(step, *found, learning_rate=float(rate))
+        for step, (found, rate) in enumerate(zip(losses, rates, strict=False), start=1)
     )
-    return trainable, curve, batches.missing_modalities(model, seen)
+
+
+def _job(
+    student: nn.Module,
+    teacher: nn.Module,
+    trainable: Params,
+    frozen: Params,
+    teacher_params: Params,
+    training: Training,
+    course: Course,
+    context: Context,
+) -> dict[str, Any]:
+    """What determines the bytes of the result."""
+
+    def described(model: nn.Module, *params: Params) -> list[str]:
+        compute = getattr(model, "compute", None)
+        return [type(model).__name__, repr(getattr(model, "config", None)), compute, digest(params)]
+
+    return {
+        "recipe": {**training._asdict(), **course.result},
+        "student": described(student, trainable, frozen),
+        "teacher": described(teacher, teacher_params),
+        "calibration": digest([digest(batch) for batch in context.calibration]),
+        "rng": None
+        if context.rng is None
+        else np.asarray(jax.random.key_data(context.rng)).tolist(),
+    }
 
 
 @functools.partial(
@@ -175,15 +265,68 @@ def train_step(
     teacher_params: Params,
     batch: batches.Batch,
     pace: Params | None = None,
-) -> tuple[Params, optax.OptState, tuple[Array, Array, Array]]:
+) -> tuple[Params, optax.OptState, Losses, Array]:
     """One step of the optimizer; compiled once for each shape of batch.
 
     Returns:
-      `(trainable, state, (loss, soft, hard))`.
+      `(trainable, state, losses, norm)`, the last of the gradient; where the loss or the norm is
+      not finite, the first two are the arguments.
 
     Raises:
       RecipeError: student and teacher predict different vocabularies.
     """
+    found = _gradient(student, teacher, objective, trainable, frozen, teacher_params, batch)
+    return _descend(objective, trainable, state, rate, found.gradient, found.losses, pace)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("student", "teacher", "objective"), donate_argnames=("sums",)
+)
+def add_gradient(
+    student: nn.Module,
+    teacher: nn.Module,
+    objective: Objective,
+    sums: Sums | None,
+    trainable: Params,
+    frozen: Params,
+    teacher_params: Params,
+    batch: batches.Batch,
+) -> Sums:
+    """Adds what a batch gives, times its weight, to `sums`; None is nothing yet.
+
+    Raises:
+      RecipeError: student and teacher predict different vocabularies.
+    """
+    found = _gradient(student, teacher, objective, trainable, frozen, teacher_params, batch)
+    weighed = jax.tree.map(lambda part: part * found.weight, found[:2])
+    added = Sums(*weighed, found.weight)
+    return added if sums is None else jax.tree.map(jnp.add, sums, added)
+
+
+@functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("trainable", "state"))
+def apply_gradient(
+    objective: Objective,
+    trainable: Params,
+    state: optax.OptState,
+    rate: Array,
+    sums: Sums,
+    pace: Params | None = None,
+) -> tuple[Params, optax.OptState, Losses, Array]:
+    """As `train_step`, with the weighted mean of what several batches gave."""
+    gradient, losses = jax.tree.map(lambda part: part / sums.weight, sums[:2])
+    return _descend(objective, trainable, state, rate, gradient, losses, pace)
+
+
+def _gradient(
+    student: nn.Module,
+    teacher: nn.Module,
+    objective: Objective,
+    trainable: Params,
+    frozen: Params,
+    teacher_params: Params,
+    batch: batches.Batch,
+) -> Sums:
+    """Gradient and losses of a batch, and the weight that they are a mean over."""
     teacher_params = _with_shared(teacher_params, frozen)
     targets = jax.lax.stop_gradient(batches.apply_batch(teacher, teacher_params, batch))
     weights = batches.loss_weights(student, batch)
@@ -193,11 +336,29 @@ def train_step(
         return distillation_loss(logits, targets, batch["tokens"], weights, objective)
 
     (total, (soft, hard)), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
-    updates, state = objective.optimizer().update(gradient, state, trainable)
+    return Sums(gradient, Losses(total, soft, hard), jnp.maximum(jnp.sum(weights), _NO_WEIGHT))
+
+
+def _descend(
+    objective: Objective,
+    trainable: Params,
+    state: optax.OptState,
+    rate: Array,
+    gradient: Params,
+    losses: Losses,
+    pace: Params | None,
+) -> tuple[Params, optax.OptState, Losses, Array]:
+    norm = optax.tree.norm(gradient)
+    updates, after = objective.optimizer().update(gradient, state, trainable)
     updates = jax.tree.map(lambda update: rate * update, updates)
     if pace is not None:
         updates = jax.tree.map(jnp.multiply, updates, pace)
-    return optax.apply_updates(trainable, updates), state, (total, soft, hard)
+    moved = optax.apply_updates(trainable, updates)
+    good = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
+    trainable, state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), (moved, after), (trainable, state)
+    )
+    return trainable, state, losses, norm
 
 
 def distillation_loss(
@@ -227,7 +388,7 @@ def distillation_loss(
     teacher = jax.nn.log_softmax(targets[:, :-1] / temperature)
     student = jax.nn.log_softmax(logits[:, :-1] / temperature)
     divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    total = jnp.maximum(jnp.sum(weights), 1e-6)
+    total = jnp.maximum(jnp.sum(weights), _NO_WEIGHT)
     soft = temperature**2 * jnp.sum(divergence * weights) / total
     hard = jnp.sum(batches.cross_entropy(logits, tokens) * weights) / total
     return objective.alpha * soft + (1.0 - objective.alpha) * hard, (soft, hard)
@@ -253,17 +414,28 @@ def _with_shared(teacher_params: Params, frozen: Params) -> Params:
     )
 
 
-def in_order(calibration: Sequence[batches.Batch], rng: Array | None) -> Iterator[batches.Batch]:
+def in_order(
+    calibration: Sequence[batches.Batch], rng: Array | None, skip: int = 0
+) -> Iterator[batches.Batch]:
     """Yields batches for ever, each once before any comes again.
 
     Args:
       calibration: batches; those without a length are read in their own order.
       rng: jax key that shuffles each round, or None for the order given.
+      skip: batches at the beginning to leave out; whole rounds are not read where there is a
+        length.
 
     Raises:
       DataError: there are none.
     """
-    for epoch in itertools.count():
+    rounds, rest = divmod(skip, len(calibration) or 1) if _sized(calibration) else (0, skip)
+    return itertools.islice(_rounds(calibration, rng, rounds), rest, None)
+
+
+def _rounds(
+    calibration: Sequence[batches.Batch], rng: Array | None, first: int
+) -> Iterator[batches.Batch]:
+    for epoch in itertools.count(first):
         read = 0
         for batch in _shuffled(calibration, rng, epoch):
             yield batch
@@ -273,10 +445,14 @@ def in_order(calibration: Sequence[batches.Batch], rng: Array | None) -> Iterato
 
 
 def _shuffled(calibration: Any, rng: Array | None, epoch: int) -> Iterator[batches.Batch]:
-    if rng is None or not hasattr(calibration, "__len__"):
+    if rng is None or not _sized(calibration):
         return iter(calibration)
     order = jax.random.permutation(jax.random.fold_in(rng, epoch), len(calibration))
     return (calibration[index] for index in np.asarray(order).tolist())
+
+
+def _sized(calibration: Any) -> bool:
+    return hasattr(calibration, "__len__")
 
 
 def _computing(name: str, model: nn.Module, compute: str | None) -> nn.Module:

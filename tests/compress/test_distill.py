@@ -9,6 +9,7 @@ import pytest
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain, distill, prune, quantize
 from glm_edge.compress.distill import split
+from glm_edge.compress.recipe import recipe_from_json, to_json
 from glm_edge.compress.training import (
     Objective,
     distillation_loss,
@@ -17,7 +18,7 @@ from glm_edge.compress.training import (
     train_step,
     without_shared,
 )
-from glm_edge.errors import DataError, RecipeError
+from glm_edge.errors import DataError, RecipeError, TrainingError
 
 
 def arrays_of(params):
@@ -274,3 +275,88 @@ def test_what_cannot_be_distilled_is_refused(small, pruned, calibration, make_mo
 def test_options_without_a_meaning_are_refused(options, message):
     with pytest.raises(RecipeError, match=message):
         distill(**options)
+
+
+class Bigram(nn.Module):
+    """Predicts the next token from the last: compiles in no time."""
+
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(40)(nn.Embed(40, self.width)(tokens))
+
+
+@pytest.fixture(scope="module")
+def bigrams():
+    """Student and teacher of one model."""
+    model = Bigram()
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return model, *(model.init(jax.random.key(seed), tokens)["params"] for seed in range(2))
+
+
+def test_accumulated_batches_are_one_big_batch(bigrams, calibration):
+    model, student, teacher = bigrams
+    rng = np.random.default_rng(0)
+    weighed = [{**batch, "loss_mask": rng.random((4, 12))} for batch in calibration]
+    joined = {name: np.concatenate([batch[name] for batch in weighed]) for name in weighed[0]}
+    options = {"teacher": (model, teacher), "steps": 6, "learning_rate": 0.02}
+    _, found, parts = distill(**options, accumulate=4)(model, student, calibration=weighed)
+    _, expected, whole = distill(**options)(model, student, calibration=[joined])
+    _, other, _ = distill(**options)(model, student, calibration=weighed)
+    for name, array in arrays_of(found).items():
+        np.testing.assert_allclose(array, arrays_of(expected)[name], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(arrays_of(found)[name], arrays_of(other)[name], atol=1e-3)
+    for one, all_at_once in zip(parts.curve, whole.curve, strict=True):
+        assert one.loss == pytest.approx(all_at_once.loss, rel=1e-5)
+        assert one.hard == pytest.approx(all_at_once.hard, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_that_is_not_finite_stops_at_its_step(bigrams, calibration, accumulate):
+    model, student, teacher = bigrams
+    read = []
+
+    class Poisoned:
+        """The batches of steps 1 and 2 are sound, one of step 3 is not; no length, so in order."""
+
+        def __iter__(self):
+            for index in range(100):
+                read.append(index)
+                bad = index == 3 * accumulate - 1
+                weights = np.full((4, 12), np.nan if bad else 1.0)
+                yield {**calibration[index % 4], "loss_mask": weights}
+
+    options = {"teacher": (model, teacher), "accumulate": accumulate}
+    with pytest.raises(TrainingError, match="loss is nan at step 3") as caught:
+        distill(**options, steps=9)(model, student, calibration=Poisoned())
+    assert caught.value.step == 3
+    assert len(read) == 3 * accumulate
+    healthy = arrays_of(caught.value.params)
+    assert all(np.isfinite(array).all() for array in healthy.values())
+    assert any(not np.array_equal(healthy[name], arrays_of(student)[name]) for name in healthy)
+
+
+def test_a_gradient_that_is_not_finite_stops_too(calibration):
+    class Root(nn.Module):
+        """At zero the loss is finite and its derivative is not."""
+
+        @nn.compact
+        def __call__(self, tokens):
+            scores = nn.Embed(40, 40)(tokens)
+            return scores + jnp.sqrt(self.param("root", nn.initializers.zeros, ()))
+
+    model = Root()
+    params = model.init(jax.random.key(0), calibration[0]["tokens"])["params"]
+    other = model.init(jax.random.key(1), calibration[0]["tokens"])["params"]
+    with pytest.raises(TrainingError, match=r"gradient's norm is (nan|inf) at step 1;") as caught:
+        distill(teacher=(model, other), steps=3)(model, params, calibration=calibration)
+    for name, array in arrays_of(caught.value.params).items():
+        np.testing.assert_array_equal(array, arrays_of(params)[name])
+
+
+def test_the_options_of_the_loop_survive_json():
+    transform = distill(steps=3, accumulate=2)
+    assert recipe_from_json(to_json(transform)) == transform
+    with pytest.raises(RecipeError, match="accumulate must be a whole number"):
+        distill(accumulate=0)

@@ -1,0 +1,151 @@
+"""A directory from which training goes on after its process was killed."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from glm_edge.checkpoint.files import (
+    SafetensorsFile,
+    read_json,
+    write_json,
+    write_safetensors,
+    write_whole,
+)
+from glm_edge.compress import batches
+from glm_edge.compress.report import Point
+from glm_edge.errors import CheckpointError, OutputError
+
+STATE, CURVE, JOB = "state.safetensors", "curve.csv", "job.json"
+_LOSSES, _SEEN = "losses", "seen"
+
+
+class StateDirectory:
+    """Holds what the last saved step left: arrays, optimizer, and the losses of all steps so far.
+
+    The order of data follows from the number of steps, the key and the batches, which the job
+    names; so the arrays and that number are all that must be kept.
+
+    Attributes:
+      path: of the directory: `state.safetensors`, each time written beside and renamed, so that
+        the file is always whole; `curve.csv`, a line for each saved step; and `job.json`.
+    """
+
+    def __init__(self, name: str, path: str | Path, job: dict[str, Any]):
+        """Makes the directory, or takes up the one that an equal job left.
+
+        Args:
+          name: of the transform, for messages.
+          path: of the directory.
+          job: JSON-ready: everything that determines the bytes of the result.
+
+        Raises:
+          OutputError: the directory cannot be written, or holds the state of another job.
+        """
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / JOB).exists():
+                write_whole(self.path / JOB, lambda file: write_json(file, job))
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        held = read_json(self.path / JOB)
+        for field, value in json.loads(json.dumps(job)).items():
+            if held.get(field) != value:
+                raise OutputError(
+                    f"{path}: holds the state of a {name} with another {field}; repeat its "
+                    "arguments to go on, or name another state_dir"
+                )
+
+    def save(self, trained: Any, losses: Sequence[Sequence[float]], seen: Collection[str]) -> None:
+        """Replaces the state by that after `len(losses)` steps.
+
+        Args:
+          trained: tree of arrays: parameters and optimizer.
+          losses: of each step, in the order of `Losses`.
+          seen: keys of the batches read so far.
+
+        Raises:
+          OutputError: the directory cannot be written.
+        """
+        arrays = {path: np.asarray(leaf) for path, leaf in _named(trained).items()}
+        arrays[_LOSSES] = np.asarray(losses, np.float32)
+        arrays[_SEEN] = np.asarray([key in seen for key in batches.KEYS], np.uint8)
+        try:
+            write_whole(self.path / STATE, lambda file: write_safetensors(file, arrays))
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be written: {error.strerror or error}"
+            ) from error
+
+    def restore(self, trained: Any) -> tuple[Any, list[list[float]], set[str]]:
+        """Reads the state.
+
+        Args:
+          trained: tree of arrays of the same shapes; what to begin with.
+
+        Returns:
+          `(trained, losses, seen)`: the arrays that were saved, where those of the argument lie, a
+          line for each step that is done, and keys of batches; without a state, the argument, no
+          line and no key.
+
+        Raises:
+          CheckpointError: the state is damaged.
+        """
+        file = self.path / STATE
+        if not file.exists():
+            return trained, [], set()
+        held = SafetensorsFile(file)
+        named = _named(trained)
+        if set(held.tensors) != {*named, _LOSSES, _SEEN}:
+            raise CheckpointError(f"{file}: is not the state of these parameters; remove it")
+        # A step reuses the memory of its arguments, so they must be the device's own.
+        arrays = {path: jnp.array(held.read(path), copy=True) for path in named}
+        leaves = [
+            jax.device_put(arrays[path], leaf.sharding) if leaf.committed else arrays[path]
+            for path, leaf in named.items()
+        ]
+        seen = {key for key, was in zip(batches.KEYS, held.read(_SEEN), strict=True) if was}
+        trained = jax.tree.unflatten(jax.tree.structure(trained), leaves)
+        return trained, held.read(_LOSSES).tolist(), seen
+
+    def write_curve(self, curve: Sequence[Point]) -> None:
+        """Writes `curve.csv`, numbers unrounded.
+
+        Raises:
+          OutputError: the directory cannot be written.
+        """
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in curve)
+        try:
+            write_whole(self.path / CURVE, lambda file: file.write_text(text.getvalue()))
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be written: {error.strerror or error}"
+            ) from error
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of the names, types, shapes and bytes of a tree's arrays."""
+    found = hashlib.sha256()
+    for path, leaf in _named(tree).items():
+        array = np.ascontiguousarray(leaf)
+        found.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        found.update(array.reshape(-1).view(np.uint8))
+    return found.hexdigest()
+
+
+def _named(tree: Any) -> dict[str, Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
