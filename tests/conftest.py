@@ -12,7 +12,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 # Folders whose tests are of many small programs, which take longer to optimize than to run. In the
 # others programs are compiled as a user's are.
-COMPILED_QUICKLY = ("checkpoint", "compress", "models", "params")
+COMPILED_QUICKLY = ("checkpoint", "compress", "generate", "models", "params")
 
 
 # Each compiled program keeps pages mapped, and Linux lets a process map 65,530 of them.

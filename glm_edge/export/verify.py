@@ -119,7 +119,9 @@ def verify(
     if phone.config != model.config:
         raise ExportError(f"{path}: holds another model than {model.config.name}")
     if compute is None:
-        static = any(getattr(p, "input_scale", None) is not None for p in boxes.tree_leaves(params))
+        static = any(
+            getattr(leaf, "input_scale", None) is not None for _, leaf in boxes.path_items(params)
+        )
         compute = "int8_static" if static else "int8_dynamic"
     reference = JaxModel(
         model.clone(compute=compute),

@@ -155,9 +155,7 @@ def test_static_ranges_that_no_kernel_reads_are_left_out_and_named(quantize):
     assert (constant.inputs, effective.input_scale) == (None, None)
     assert "as its products have none" in str(conversions[0])
     assert conversions[0].changes_values
-    narrow = with_grids(
-        ge.quantize.rtn(6)(None, {"w": weight})[1]["w"], Grid(0.02, 3), Grid(0.1, -5)
-    )
+    narrow = with_grids(quantize(weight, Format("int6")), Grid(0.02, 3), Grid(0.1, -5))
     constant, effective, _ = constant_of("w", narrow)
     assert constant.type == "int8"
     assert (constant.inputs.zero, constant.outputs.zero) == (3, -5)
