@@ -28,6 +28,10 @@ from typing import Any
 
 import numpy as np
 
+# What the exported graphs of every runtime share.
+HIDDEN = -1e9
+CACHE = "kv_cache_"
+
 
 @dataclass(frozen=True)
 class Task:

@@ -17,10 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runtimes.engine import Engine, Task, serve, timed
-
-HIDDEN = -1e9
-CACHE = "kv_cache_"
+from experiments.runtimes.engine import CACHE, HIDDEN, Engine, Task, serve, timed
 
 
 class LiteRT(Engine):
@@ -28,17 +25,9 @@ class LiteRT(Engine):
 
     def prepare(self, task: Task) -> dict[str, Any]:
         import glm_edge as ge
-        from experiments.runtimes.random_model import random_model
+        from experiments.runtimes import random_model
 
-        model, params = random_model(task.config, task.form)
-        exported = ge.export.tflite(
-            model,
-            params,
-            task.path,
-            prefill_lengths=task.lengths,
-            cache_slots=task.slots,
-            overwrite=True,
-        )
+        exported = random_model.exported(task, ge.export.tflite)
         notes = sorted({conversion.rule for conversion in exported.conversions})
         packed = packed_path(task)
         if packed is not None:
@@ -48,7 +37,7 @@ class LiteRT(Engine):
             notes.append(f"first load, which packs: {seconds:.2f} s")
         return {
             "file_bytes": exported.file_bytes,
-            "weight_bytes": weight_bytes(task.path, model.config),
+            "weight_bytes": weight_bytes(task.path, exported.model.config),
             "notes": notes,
         }
 

@@ -10,10 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runtimes.engine import Engine, Task, serve, timed
-
-HIDDEN = -1e9
-CACHE = "kv_cache_"
+from experiments.runtimes.engine import CACHE, HIDDEN, Engine, Task, serve, timed
 
 
 class Mnn(Engine):
@@ -21,24 +18,16 @@ class Mnn(Engine):
 
     def prepare(self, task: Task) -> dict[str, Any]:
         import glm_edge as ge
-        from experiments.runtimes.random_model import random_model
+        from experiments.runtimes import random_model
 
-        model, params = random_model(task.config, task.form)
-        package = ge.export.mnn(
-            model,
-            params,
-            task.path,
-            prefill_lengths=task.lengths,
-            cache_slots=task.slots,
-            overwrite=True,
-        )
+        package = random_model.exported(task, ge.export.mnn)
         stored = (package.path / "weights.bin").stat().st_size
         return {"file_bytes": package.file_bytes, "weight_bytes": stored, "notes": []}
 
     def load(self, task: Task) -> None:
         import MNN
 
-        self.task, self.library = task, MNN
+        self.task, self.mnn = task, MNN
         self.rng = np.random.default_rng(0)
         self.graphs = {name: self._open(name) for name in ("embed", "decode")}
 
@@ -48,7 +37,7 @@ class Mnn(Engine):
 
     def _open(self, name: str) -> tuple[Any, Any]:
         path = Path(self.task.path)
-        interpreter = self.library.Interpreter(str(path / f"{name}.mnn"))
+        interpreter = self.mnn.Interpreter(str(path / f"{name}.mnn"))
         interpreter.setExternalFile(str(path / "weights.bin"))
         # `low` memory multiplies the integers; otherwise they become float weights at loading.
         session = interpreter.createSession(
@@ -85,10 +74,8 @@ class Mnn(Engine):
 
     def _tensor(self, array: np.ndarray) -> Any:
         whole = array.dtype == np.int32
-        kind = self.library.Halide_Type_Int if whole else self.library.Halide_Type_Float
-        return self.library.Tensor(
-            array.shape, kind, array, self.library.Tensor_DimensionType_Caffe
-        )
+        kind = self.mnn.Halide_Type_Int if whole else self.mnn.Halide_Type_Float
+        return self.mnn.Tensor(array.shape, kind, array, self.mnn.Tensor_DimensionType_Caffe)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runtimes.engine import Engine, Task, serve, timed
+from experiments.runtimes.engine import CACHE, HIDDEN, Engine, Task, serve, timed
 
-HIDDEN = -1e9
-CACHE = "kv_cache_"
 PRODUCTS = ("MatMulNBits", "MatMul", "Gemm", "FusedMatMul", "MatMulIntegerToFloat")
 SETTINGS = {"session.qdq_matmulnbits_accuracy_level": "4"}
 
@@ -27,17 +25,9 @@ class OnnxRuntime(Engine):
 
     def prepare(self, task: Task) -> dict[str, Any]:
         import glm_edge as ge
-        from experiments.runtimes.random_model import random_model
+        from experiments.runtimes import random_model
 
-        model, params = random_model(task.config, task.form)
-        package = ge.export.onnx(
-            model,
-            params,
-            task.path,
-            prefill_lengths=task.lengths,
-            cache_slots=task.slots,
-            overwrite=True,
-        )
+        package = random_model.exported(task, ge.export.onnx)
         # A tied embedding is stored once, as the product reads it.
         stored = (package.path / "weights.bin").stat().st_size
         operators = optimized_operators(Path(task.path) / "decode.onnx", task.threads)
@@ -49,7 +39,7 @@ class OnnxRuntime(Engine):
     def load(self, task: Task) -> None:
         import onnxruntime
 
-        self.task, self.library = task, onnxruntime
+        self.task, self.runtime = task, onnxruntime
         self.rng = np.random.default_rng(0)
         self.sessions: dict[str, Any] = {}
         decoder, slots = task.decoder, task.slots
@@ -84,8 +74,8 @@ class OnnxRuntime(Engine):
     def _session(self, name: str) -> Any:
         if name not in self.sessions:
             path = Path(self.task.path) / f"{name}.onnx"
-            options = session_options(self.library, self.task.threads)
-            self.sessions[name] = self.library.InferenceSession(
+            options = session_options(self.runtime, self.task.threads)
+            self.sessions[name] = self.runtime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
         return self.sessions[name]

@@ -55,7 +55,7 @@ class Profiled:
 
     def __init__(self, path: str, signature: str, threads: int):
         folder = Path(importlib.util.find_spec("ai_edge_litert").origin).parent
-        self.library = ctypes.CDLL(str(folder / "libLiteRt.so"))
+        self.litert = ctypes.CDLL(str(folder / "libLiteRt.so"))
         environment = self._made("LiteRtCreateEnvironment", 0, None)
         model = self._made("LiteRtCreateModelFromFile", environment, path.encode())
         options = self._made("LiteRtCreateOptions")
@@ -103,7 +103,7 @@ class Profiled:
         return list(found), seconds
 
     def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self.library, name)(*arguments)
+        status = getattr(self.litert, name)(*arguments)
         if status:
             raise RuntimeError(f"{name}: LiteRT answered with status {status}")
 

@@ -1,12 +1,13 @@
 """Our models with random weights, in any form, without a float copy of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench_conversion import random_box
-from experiments.runtimes.engine import random_matrix
+from experiments.runtimes.engine import Task, random_matrix
 from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.configs import from_dict
 from glm_edge.models.multimodal import MultimodalGLM
@@ -38,3 +39,16 @@ def random_model(config: dict[str, Any], form: str, seed: int = 0) -> tuple[Mult
         else:
             leaves[path] = random_box(rng, shape, Format.parse(form))
     return model, nested(leaves)
+
+
+def exported(task: Task, write: Callable[..., Any]) -> Any:
+    """Writes a random model of a task by one of `ge.export`, and returns what that returns."""
+    model, params = random_model(task.config, task.form)
+    return write(
+        model,
+        params,
+        task.path,
+        prefill_lengths=task.lengths,
+        cache_slots=task.slots,
+        overwrite=True,
+    )

@@ -8,9 +8,9 @@ import mmap
 import os
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -81,10 +81,19 @@ def write(model: Any, path: Path, overwrite: bool, inline_limit: int = INLINE_LI
     """
     held = sum(buffer.data.nbytes for buffer in model.buffers if buffer.data is not None)
     check_target(path, overwrite, held)
+    return write_beside(path, lambda file: _write(model, file, inline_limit))
+
+
+def write_beside(path: Path, write: Callable[[BinaryIO], Any]) -> int:
+    """Writes a file beside its place, then moves it there whole, and returns its bytes.
+
+    Raises:
+      OutputError: it cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(beside, "xb") as file:
-            _write(model, file, inline_limit)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

@@ -4,8 +4,6 @@ What `glm_edge.export.tflite` does for a GLM's signatures keeps our own integers
 way for other models, such as the convolutional ones, by the converter's own rules.
 """
 
-import os
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from glm_edge.errors import ExportError, OutputError
+from glm_edge.errors import ExportError
 from glm_edge.export import container, trace
 from glm_edge.export.lowering import without_erf
 
@@ -52,18 +50,7 @@ def write_function(
     path = Path(path)
     container.check_target(path, overwrite)
     content = _converted(function, inputs, examples)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(beside, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
-    return len(content)
+    return container.write_beside(path, lambda file: file.write(content))
 
 
 def _converted(

@@ -264,7 +264,13 @@ def start(
     return state
 
 
-def with_first_token(model, state, sampling, stops, early_exit=None) -> DecodeState:
+def with_first_token(
+    model: MultimodalGLM,
+    state: DecodeState,
+    sampling: Sampling,
+    stops: Array,
+    early_exit: EarlyExit | None = None,
+) -> DecodeState:
     """Draws the first token, which the prompt gives after all layers."""
     state = _first(state, sampling, stops)
     if early_exit is None:

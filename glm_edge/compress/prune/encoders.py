@@ -24,6 +24,7 @@ from glm_edge.compress.prune.arrays import (
 from glm_edge.compress.prune.structured import (
     Kept,
     channels,
+    checked,
     heads_to_keep,
     neurons_to_keep,
     some,
@@ -32,8 +33,6 @@ from glm_edge.compress.transform import (
     Context,
     Result,
     Transform,
-    check_pattern,
-    check_whole,
     register,
 )
 from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig
@@ -92,22 +91,7 @@ def encoders(
     References:
       Are Sixteen Heads Really Better than One?, https://arxiv.org/abs/1905.10650.
     """
-    for name, fraction in (("heads", heads), ("neurons", neurons)):
-        if not 0.0 <= fraction < 1.0:
-            raise RecipeError(f"{NAME}: {name} must be in 0..1, not {fraction}")
-    if score not in SCORES:
-        raise RecipeError(f"{NAME}: score must be taylor or magnitude, not {score!r}")
-    check_pattern(NAME, "where", where)
-    check_whole(NAME, neuron_multiple=neuron_multiple, max_batches=max_batches)
-    options = {
-        "heads": heads,
-        "neurons": neurons,
-        "score": score,
-        "where": where,
-        "neuron_multiple": neuron_multiple,
-        "max_batches": max_batches,
-    }
-    return Transform(NAME, options)
+    return checked(NAME, heads, neurons, score, where, neuron_multiple, max_batches)
 
 
 def _apply_encoders(

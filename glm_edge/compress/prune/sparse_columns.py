@@ -13,27 +13,14 @@ References:
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from glm_edge.compress.rounding.gptq import damped_factor
+from glm_edge.compress.rounding.gptq import Info, damped_factor
 
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-
-class Info(NamedTuple):
-    """What a solution cost.
-
-    Attributes:
-      damping: fraction of the mean diagonal that was added to it.
-      loss: `tr((W - Q) H (W - Q)^T) / tr(W H W^T)`, zero where nothing comes in.
-    """
-
-    damping: float
-    loss: float
 
 
 def solve(

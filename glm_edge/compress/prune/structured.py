@@ -74,13 +74,30 @@ def structured(
       LLM-Pruner, https://arxiv.org/abs/2305.11627; Compact Language Models via Pruning and
       Knowledge Distillation, https://arxiv.org/abs/2407.14679.
     """
-    for name, fraction in (("heads", heads), ("neurons", neurons)):
+    return checked(NAME, heads, neurons, score, where, neuron_multiple, max_batches)
+
+
+def checked(
+    name: str,
+    heads: float,
+    neurons: float,
+    score: str,
+    where: str | None,
+    neuron_multiple: int,
+    max_batches: int,
+) -> Transform:
+    """The transform `name` of options that `structured` and `encoders` share.
+
+    Raises:
+      RecipeError: an option has no meaning.
+    """
+    for option, fraction in (("heads", heads), ("neurons", neurons)):
         if not 0.0 <= fraction < 1.0:
-            raise RecipeError(f"prune.structured: {name} must be in 0..1, not {fraction}")
+            raise RecipeError(f"{name}: {option} must be in 0..1, not {fraction}")
     if score not in SCORES:
-        raise RecipeError(f"prune.structured: score must be taylor or magnitude, not {score!r}")
-    check_pattern("prune.structured", "where", where)
-    check_whole("prune.structured", neuron_multiple=neuron_multiple, max_batches=max_batches)
+        raise RecipeError(f"{name}: score must be taylor or magnitude, not {score!r}")
+    check_pattern(name, "where", where)
+    check_whole(name, neuron_multiple=neuron_multiple, max_batches=max_batches)
     options = {
         "heads": heads,
         "neurons": neurons,
@@ -89,7 +106,7 @@ def structured(
         "neuron_multiple": neuron_multiple,
         "max_batches": max_batches,
     }
-    return Transform(NAME, options)
+    return Transform(name, options)
 
 
 def _apply_structured(
