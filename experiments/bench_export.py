@@ -99,6 +99,9 @@ def define_flags() -> None:
     flags.DEFINE_list("contexts", ["128", "1024"], "Tokens in the cache before timed steps.")
     flags.DEFINE_list("prefill", ["128", "512"], "Tokens of prompts.")
     flags.DEFINE_integer("slots", 1280, "Slots of the cache.", 2)
+    flags.DEFINE_list(
+        "attended_slots", ["256", "512"], "Slots that faster signatures of ours look at."
+    )
     flags.DEFINE_integer("threads", 2, "Threads of every runtime; JAX takes the cores.", 1)
     flags.DEFINE_integer("rounds", 12, "Rounds of bursts.", 1)
     flags.DEFINE_integer("steps", 10, "Steps of a burst of decoding.", 1)
@@ -161,7 +164,9 @@ def specs_of(work: Path) -> list[Spec]:
             f"fit --slots={FLAGS.slots} with --steps={FLAGS.steps} are right"
         )
     config = TOY if FLAGS.shape == "toy" else text_only(preset(FLAGS.shape))
-    options = {"weight_cache": str(work / "packed")} if FLAGS.weight_cache else {}
+    options = {"attended_slots": [n for n in map(int, FLAGS.attended_slots) if n < FLAGS.slots]}
+    if FLAGS.weight_cache:
+        options["weight_cache"] = str(work / "packed")
     return [
         Spec(
             name=f"{label} {form}",

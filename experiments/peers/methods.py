@@ -90,20 +90,30 @@ def _calibrated() -> list[Method]:
     rows += [row("hqq", f"int{b}-g32", " affine", symmetric=False) for b in (4, 3, 2)]
     rows += [row("awq", f"int{b}-g32") for b in (4, 3)]
     rows += [row("adaround", f"int{b}-g32") for b in (4, 3)]
-    rotated = row("gptq", "int4-g32").options
-    transforms = {"transforms": [{"name": "quantize.rotate", "options": {}}, rotated]}
-    recipe = {"name": "chain", "options": transforms}
-    return [*rows, Method("glm_edge rotate, gptq int4-g32", OURS, recipe, calibration="both")]
+    return [*rows, _rotated("int4-g32")]
+
+
+def _rotated(shape: str, *after: dict[str, Any], kind: str = "training-free") -> Method:
+    """GPTQ behind a rotation, and what comes after."""
+    transforms = [
+        {"name": "quantize.rotate", "options": {}},
+        {"name": "quantize.gptq", "options": {"where": DECODER, **_SHAPES[shape]}},
+        *after,
+    ]
+    names = ", ".join(transform["name"].removeprefix("quantize.") for transform in transforms)
+    recipe = {"name": "chain", "options": {"transforms": transforms}}
+    return Method(f"glm_edge {names} {shape}", OURS, recipe, kind, calibration="both")
 
 
 def _trained() -> list[Method]:
-    """Quantization-aware distillation of ours: the float32 model teaches, labels are not read."""
+    """Distillation of ours: the float32 model teaches, labels are not read."""
     rows = []
     for shape in _TRAINED:
         options = {**_SHAPES[shape], "steps": 1000, "learning_rate": 6e-4, "compute": "bfloat16"}
         step = {"name": "quantize.qat", "options": options}
         rows.append(ours(f"qat {shape}", step, kind="trained", calibration="training"))
-    return rows
+    scales = {"name": "quantize.distill_scales", "options": {"where": DECODER, "steps": 200}}
+    return [*rows, *(_rotated(shape, scales, kind="trained") for shape in ("int4-g32", "int3-g32"))]
 
 
 def _qwix() -> list[Method]:

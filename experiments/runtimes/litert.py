@@ -6,8 +6,8 @@ its token up, runs the layers and leaves the scores in a buffer. A prompt is one
 signature and one step for the last token, whose scores prefill does not give.
 
 Forms are those of `glm_edge.params.Format`, or float32 and float16. Options: `weight_cache`, a
-folder where XNNPACK keeps packed weights for all signatures to share; `prefix`, tokens ahead of
-the image in `action`.
+folder where XNNPACK keeps packed weights for all signatures to share; `attended_slots`, as in
+`ge.export.tflite`; `prefix`, tokens ahead of the image in `action`.
 """
 
 import itertools
@@ -27,7 +27,8 @@ class LiteRT(Engine):
         import glm_edge as ge
         from experiments.runtimes import random_model
 
-        exported = random_model.exported(task, ge.export.tflite)
+        attended = task.option("attended_slots", [])
+        exported = random_model.exported(task, ge.export.tflite, attended_slots=attended)
         notes = sorted({conversion.rule for conversion in exported.conversions})
         packed = packed_path(task)
         if packed is not None:
@@ -143,10 +144,15 @@ class LiteRT(Engine):
         return np.array(rows, np.float32).reshape(len(tokens), width)
 
     def _run(self, rows: np.ndarray, slot: int, length: int) -> dict[str, Any]:
-        name = "decode" if length == 1 else f"prefill_{length}"
+        from glm_edge.export.trace import attended_by, step_name
+
+        offered = self.task.option("attended_slots", [])
+        fitting = [slots for slots in attended_by(length, offered) if slot + length <= slots]
+        attended = min(fitting, default=None)
+        name = step_name(length, attended)
         inputs = self._buffers(name)[0]
         positions = np.arange(slot, slot + length, dtype=np.int32)
-        visible = np.arange(self.task.slots) <= positions[:, None]
+        visible = np.arange(attended or self.task.slots) <= positions[:, None]
         inputs["embeddings"].write(rows)
         inputs["input_pos"].write(positions)
         inputs["mask"].write(np.where(visible, 0.0, HIDDEN).astype(np.float32))

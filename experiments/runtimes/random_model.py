@@ -41,8 +41,14 @@ def random_model(config: dict[str, Any], form: str, seed: int = 0) -> tuple[Mult
     return model, nested(leaves)
 
 
-def exported(task: Task, write: Callable[..., Any]) -> Any:
-    """Writes a random model of a task by one of `ge.export`, and returns what that returns."""
+def exported(task: Task, write: Callable[..., Any], **options: Any) -> Any:
+    """Writes a random model of a task by one of `ge.export`, and returns what that returns.
+
+    Args:
+      task: names the file.
+      write: `ge.export.tflite` or another.
+      **options: of `write`.
+    """
     model, params = random_model(task.config, task.form)
     return write(
         model,
@@ -51,4 +57,5 @@ def exported(task: Task, write: Callable[..., Any]) -> Any:
         prefill_lengths=task.lengths,
         cache_slots=task.slots,
         overwrite=True,
+        **options,
     )

@@ -7,7 +7,7 @@ from glm_edge.configs import GLMConfig
 from glm_edge.errors import ExportError, GlmEdgeError
 from glm_edge.export.container import DAMAGE
 from glm_edge.export.contents import Graph, Tensor, read_graphs
-from glm_edge.export.trace import DECODE, signatures
+from glm_edge.export.trace import DECODE, signatures, step_name
 from glm_edge.models.multimodal import MultimodalGLM
 
 CACHE = "kv_cache_"
@@ -19,6 +19,7 @@ def checked_graphs(
     prefill_lengths: Iterable[int],
     cache_slots: int,
     prefill_logits: bool,
+    attended_slots: Iterable[int] = (),
 ) -> dict[str, Graph]:
     """Reads a file's signatures and compares them with those of its own description.
 
@@ -28,6 +29,7 @@ def checked_graphs(
       prefill_lengths: as its description says.
       cache_slots: as its description says.
       prefill_logits: as its description says.
+      attended_slots: as its description says.
 
     Returns:
       The signatures by name.
@@ -36,10 +38,10 @@ def checked_graphs(
       ExportError: the file is damaged, or its description is not of these signatures.
     """
     graphs = {graph.name: graph for graph in read_graphs(path)}
-    lengths = list(prefill_lengths)
+    lengths, attended = list(prefill_lengths), list(attended_slots)
     try:
-        _check_sizes(graphs, config, lengths)
-        offered = signatures(MultimodalGLM(config), lengths, cache_slots, prefill_logits)
+        _check_sizes(graphs, config, lengths, attended)
+        offered = signatures(MultimodalGLM(config), lengths, cache_slots, prefill_logits, attended)
         for signature in offered:
             graph = graphs[signature.name]
             inputs = {
@@ -47,7 +49,7 @@ def checked_graphs(
                 for name, struct in signature.inputs.items()
             }
             _compare(graph.inputs, inputs, f"inputs of {signature.name}")
-            scored = prefill_logits or signature.name == DECODE
+            scored = prefill_logits or signature.name.startswith(DECODE)
             outputs = _outputs(signature.name, inputs, config, scored)
             _compare(graph.outputs, outputs, f"outputs of {signature.name}")
     except (*DAMAGE, GlmEdgeError) as error:
@@ -57,14 +59,19 @@ def checked_graphs(
     return graphs
 
 
-def _check_sizes(graphs: dict[str, Graph], config: GLMConfig, lengths: list[int]) -> None:
+def _check_sizes(
+    graphs: dict[str, Graph], config: GLMConfig, lengths: list[int], attended: list[int]
+) -> None:
     """Refuses counts that would take long to list before anything is compared."""
     caches = sum(name.startswith(f"{CACHE}k_") for name in graphs[DECODE].inputs)
     if config.decoder.num_layers != caches:
         raise ValueError(f"{config.decoder.num_layers} layers, caches of {caches}")
-    missing = [length for length in lengths if f"prefill_{length}" not in graphs]
+    missing = [length for length in lengths if step_name(length) not in graphs]
     if missing or len(set(lengths)) != len(lengths):
         raise ValueError(f"prefill lengths {lengths[:8]}")
+    missing = [slots for slots in attended if step_name(1, slots) not in graphs]
+    if missing or len(set(attended)) != len(attended):
+        raise ValueError(f"attended slots {attended[:8]}")
 
 
 def _outputs(

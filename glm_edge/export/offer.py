@@ -27,6 +27,7 @@ class Offer:
       prefill_lengths: lengths of the prefill signatures, rising.
       cache_slots: slots of the cache.
       prefill_logits: prefill scores every token.
+      attended_slots: numbers of slots for which there are faster signatures, rising.
       signatures: the functions.
     """
 
@@ -35,6 +36,7 @@ class Offer:
     prefill_lengths: list[int]
     cache_slots: int
     prefill_logits: bool
+    attended_slots: list[int]
     signatures: list[Signature]
 
     @property
@@ -51,6 +53,7 @@ class Offer:
             "prefill_lengths": self.prefill_lengths,
             "prefill_logits": self.prefill_logits,
             "cache_slots": self.cache_slots,
+            "attended_slots": self.attended_slots,
             "parameters": parameters,
             "conversions": [str(conversion) for conversion in conversions],
             "verified": False,
@@ -63,6 +66,7 @@ def offer(
     prefill_lengths: Iterable[int],
     cache_slots: int | None,
     prefill_logits: bool,
+    attended_slots: Iterable[int] = (),
 ) -> Offer:
     """Checks a model and lists what its file offers; see `glm_edge.export.trace.signatures`.
 
@@ -72,8 +76,12 @@ def offer(
     """
     shapes = check_model(model, params)
     lengths, slots = check_lengths(model.config, prefill_lengths, cache_slots)
-    offered = signatures(model.clone(compute="float32"), lengths, slots, prefill_logits)
-    return Offer(model.config, shapes, lengths, slots, prefill_logits, offered)
+    attended = sorted(set(attended_slots))
+    if attended and not 2 <= attended[0] <= attended[-1] < slots:
+        raise ExportError(f"attended_slots: {attended} must be 2 to {slots - 1}, fewer than all")
+    float32 = model.clone(compute="float32")
+    offered = signatures(float32, lengths, slots, prefill_logits, attended)
+    return Offer(model.config, shapes, lengths, slots, prefill_logits, attended, offered)
 
 
 def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:

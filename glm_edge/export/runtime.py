@@ -17,7 +17,7 @@ from glm_edge.errors import DataError, ExportError, GlmEdgeError, require
 from glm_edge.export import container
 from glm_edge.export.child import TIMEOUT, ChildInterpreter
 from glm_edge.export.interface import checked_graphs
-from glm_edge.export.trace import DECODE, quiet, signatures
+from glm_edge.export.trace import attended_by, quiet, signatures, step_name
 from glm_edge.models.multimodal import MultimodalGLM
 
 HIDDEN = -1e9
@@ -32,11 +32,13 @@ class PhoneModel:
         prefill_lengths: Iterable[int],
         cache_slots: int,
         prefill_logits: bool = True,
+        attended_slots: Iterable[int] = (),
     ):
         self.config = config
         self.prefill_logits = prefill_logits
         self.prefill_lengths = sorted(prefill_lengths)
         self.cache_slots = cache_slots
+        self.attended_slots = sorted(attended_slots)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""
@@ -183,24 +185,33 @@ class PhoneModel:
         else:
             chunks = (*self._chunks(slot, end - 1), (end - 1, end, 1))
         for start, end, length in chunks:
-            inputs = self.step_inputs(embedded[start - slot : end - slot], start, length)
-            name = f"prefill{_suffix(length)}" if length > 1 else DECODE
-            outputs = self.run(name, **inputs, **cache)
+            attended = self.attended(start, length)
+            rows = embedded[start - slot : end - slot]
+            inputs = self.step_inputs(rows, start, length, attended)
+            outputs = self.run(step_name(length, attended), **inputs, **cache)
             if "logits" in outputs:
                 logits.append(outputs.pop("logits")[0, : end - start])
             cache = outputs
         return np.concatenate(logits) if every_position else logits[-1][-1:], cache
 
-    def step_inputs(self, embedded: np.ndarray, slot: int, length: int) -> dict[str, np.ndarray]:
+    def attended(self, slot: int, length: int) -> int | None:
+        """Slots of the fastest signature for so many tokens from a slot on; None for all."""
+        fitting = attended_by(length, self.attended_slots)
+        return next((attended for attended in fitting if slot + length <= attended), None)
+
+    def step_inputs(
+        self, embedded: np.ndarray, slot: int, length: int, attended: int | None = None
+    ) -> dict[str, np.ndarray]:
         """What `decode` or `prefill_<length>` takes beside the cache.
 
         Args:
           embedded: at most [length, D]; the rest is padded.
           slot: that the first token takes.
           length: of the signature.
+          attended: slots that it looks at; None for all.
         """
         positions = np.arange(slot, slot + length, dtype=np.int32)
-        visible = np.arange(self.cache_slots) <= positions[:, None]
+        visible = np.arange(attended or self.cache_slots) <= positions[:, None]
         inputs = {
             "embeddings": _padded(embedded, length)[None],
             "input_pos": positions,
@@ -265,6 +276,7 @@ class LiteRTModel(PhoneModel):
                 description["prefill_lengths"],
                 description["cache_slots"],
                 description["prefill_logits"],
+                description["attended_slots"],
             )
         except (*container.DAMAGE, GlmEdgeError) as error:
             raise ExportError(f"{path}: damaged: its description: {error}") from error
@@ -273,7 +285,12 @@ class LiteRTModel(PhoneModel):
         self._runners: dict[str, Any] = {}
         if isolated:
             self._graphs = checked_graphs(
-                path, self.config, self.prefill_lengths, self.cache_slots, self.prefill_logits
+                path,
+                self.config,
+                self.prefill_lengths,
+                self.cache_slots,
+                self.prefill_logits,
+                self.attended_slots,
             )
             self._child = ChildInterpreter(path, num_threads, timeout)
             return

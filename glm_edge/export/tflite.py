@@ -52,6 +52,7 @@ def tflite(
     prefill_lengths: Iterable[int] = (128,),
     cache_slots: int | None = None,
     prefill_logits: bool = False,
+    attended_slots: Iterable[int] = (),
     overwrite: bool = False,
 ) -> ExportedModel:
     """Writes a model as a `.tflite` file with builtin operators only.
@@ -67,6 +68,8 @@ def tflite(
       prefill_lengths: lengths of the prefill signatures.
       cache_slots: slots of the cache; None takes the model's context, at most 1024.
       prefill_logits: prefill scores every token, which takes time that generation does not need.
+      attended_slots: numbers of slots, such as `(256, 512)`. For each the file gets signatures that
+        look at no more slots than that, which is faster while few are filled.
       overwrite: replace a file that exists.
 
     Returns:
@@ -79,7 +82,7 @@ def tflite(
     """
     path = Path(path)
     container.check_target(path, overwrite, boxes.stored_bytes(params))
-    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits)
+    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
     held = constants_of(params)
     fields = offered.description(sorted(offered.shapes), held.conversions)
     return ExportedModel(

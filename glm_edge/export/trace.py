@@ -48,6 +48,7 @@ def signatures(
     prefill_lengths: Iterable[int],
     cache_slots: int,
     prefill_logits: bool = False,
+    attended_slots: Iterable[int] = (),
 ) -> list[Signature]:
     """Lists what an exported model offers.
 
@@ -57,24 +58,28 @@ def signatures(
     `prefill_<T>` take `embeddings`, `input_pos` [T], an additive `mask` [1, 1, T, S] and the cache,
     `kv_cache_k_<i>` [1, K, S, H] and `kv_cache_v_<i>` [1, K, H, S], write it from slot
     `input_pos[0]` on, and give it back; `decode` gives `logits` [1, 1, V] with it. A model with
-    three-dimensional rotary positions also takes `positions` [3, T].
+    three-dimensional rotary positions also takes `positions` [3, T]. `decode_<A>` and
+    `prefill_<T>_<A>` do the same where the first `A` slots hold all tokens, and look at no others:
+    their `mask` is [1, 1, T, A].
 
     Args:
       model: the model; its `compute` decides how the functions multiply.
       prefill_lengths: lengths `T` of the prefill signatures.
       cache_slots: slots `S` of the cache.
       prefill_logits: prefill gives `logits` [1, T, V], too.
+      attended_slots: numbers `A` of slots; prefill has the least that holds `T` tokens.
 
     Returns:
       The signatures.
     """
     config = model.config
+    attended_slots = tuple(attended_slots)
     offered = []
-    for suffix, length in [("", 1), *((f"_{length}", length) for length in prefill_lengths)]:
-        offered.append(_embed(model, f"embed{suffix}", length))
-        name = f"prefill{suffix}" if suffix else DECODE
-        logits = prefill_logits or name == DECODE
-        offered.append(_step(model, name, length, cache_slots, logits))
+    for length in (1, *prefill_lengths):
+        offered.append(_embed(model, "embed" if length == 1 else f"embed_{length}", length))
+        for attended in (None, *attended_by(length, attended_slots)):
+            logits = prefill_logits or length == 1
+            offered.append(_step(model, length, cache_slots, attended, logits))
     if config.vision is not None:
         shape = (1, *config.vision.image_size, config.vision.channels)
         offered.append(_encoder(model, "vision", "images", shape, MultimodalGLM.encode_images))
@@ -82,6 +87,18 @@ def signatures(
         shape = (1, config.speech.num_frames, config.speech.mel_bins)
         offered.append(_encoder(model, "speech", "audio", shape, MultimodalGLM.encode_audio))
     return offered
+
+
+def step_name(length: int, attended: int | None = None) -> str:
+    """Name of the signature for so many tokens that looks at so many slots, None for all."""
+    name = DECODE if length == 1 else f"prefill_{length}"
+    return name if attended is None else f"{name}_{attended}"
+
+
+def attended_by(length: int, attended_slots: Iterable[int]) -> list[int]:
+    """Of numbers of slots, those that have a signature for so many tokens, rising."""
+    fitting = sorted(attended for attended in attended_slots if attended >= length)
+    return fitting if length == 1 else fitting[:1]
 
 
 def _encoder(
@@ -104,7 +121,9 @@ def _embed(model: MultimodalGLM, name: str, length: int) -> Signature:
     return Signature(name, {"tokens": tokens}, function, ("embed",))
 
 
-def _step(model: MultimodalGLM, name: str, length: int, slots: int, with_logits: bool) -> Signature:
+def _step(
+    model: MultimodalGLM, length: int, slots: int, attended: int | None, with_logits: bool
+) -> Signature:
     decoder = model.config.decoder
 
     def run(module: MultimodalGLM, inputs: Inputs) -> dict[str, Array]:
@@ -134,7 +153,7 @@ def _step(model: MultimodalGLM, name: str, length: int, slots: int, with_logits:
     inputs = {
         "embeddings": jax.ShapeDtypeStruct((1, length, decoder.hidden_size), jnp.float32),
         "input_pos": jax.ShapeDtypeStruct((length,), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((1, 1, length, slots), jnp.float32),
+        "mask": jax.ShapeDtypeStruct((1, 1, length, attended or slots), jnp.float32),
     }
     if decoder.mrope_section:
         inputs["positions"] = jax.ShapeDtypeStruct((3, length), jnp.int32)
@@ -143,6 +162,7 @@ def _step(model: MultimodalGLM, name: str, length: int, slots: int, with_logits:
         key, value = (1, heads, slots, width), (1, heads, width, slots)
         inputs[f"kv_cache_k_{layer}"] = jax.ShapeDtypeStruct(key, jnp.float32)
         inputs[f"kv_cache_v_{layer}"] = jax.ShapeDtypeStruct(value, jnp.float32)
+    name = step_name(length, attended)
     return Signature(name, inputs, function, ("embed", "decoder", "head"))
 
 

@@ -63,7 +63,8 @@ class Attention(nn.Module):
             if part == KEYS:
                 return x, cache
         if by_head:
-            key, value = cache[KEY_BY_HEAD], cache[VALUE_BY_HEAD]
+            attended = mask.shape[-1]
+            key, value = cache[KEY_BY_HEAD][:, :, :attended], cache[VALUE_BY_HEAD][..., :attended]
         elif cache is not None:
             key, value = (read_cache(cache, name, config.head_dim) for name in ("key", "value"))
         if self.is_mutable_collection("attention") and not self.is_initializing():

@@ -306,3 +306,36 @@ def test_a_text_model_with_its_own_head_has_no_encoders(small_config, random_par
     expected, _ = text.apply({"params": written.params}, tokens[None])
     np.testing.assert_allclose(phone.score(np.asarray(tokens)), expected[0], atol=1e-4)
     assert jax.numpy.isfinite(expected).all()
+
+
+def test_signatures_that_look_at_few_slots_give_the_same(small_config, random_params, tmp_path):
+    import dataclasses
+
+    config = dataclasses.replace(small_config(num_layers=1), vision=None, speech=None)
+    text = MultimodalGLM(config)
+    options = {"prefill_lengths": (4,), "cache_slots": 32}
+    with pytest.raises(ExportError, match=r"attended_slots: \[8, 32\] must be 2 to 31"):
+        export.tflite(
+            text, random_params(text), tmp_path / "a.tflite", attended_slots=(8, 32), **options
+        )
+    written = export.tflite(
+        text, random_params(text), tmp_path / "a.tflite", attended_slots=(16, 8), **options
+    )
+    steps = ("decode", "decode_8", "decode_16", "prefill_4", "prefill_4_8")
+    assert sorted(set(written.signatures) - {"embed", "embed_4"}) == sorted(steps)
+    phone, used = export.LiteRTModel(written.path), []
+    run = phone.run
+    phone.run = lambda name, **inputs: used.append(name) or run(name, **inputs)
+    tokens = np.arange(20, 42)
+    cache, rows = phone.empty_cache(), phone.embed(tokens)
+    logits, cache = phone.extend(rows[:8], 0, cache)
+    scores = [logits]
+    for slot in range(8, len(tokens)):
+        logits, cache = phone.extend(rows[slot : slot + 1], slot, cache)
+        scores.append(logits)
+    assert set(used) == {*steps, "embed_4"} - {"prefill_4"}
+    expected, _ = text.apply({"params": written.params}, jnp.asarray(tokens)[None])
+    np.testing.assert_allclose(np.concatenate(scores), expected[0, 7:], atol=1e-4)
+    phone.extend(rows[8:13], 8, cache)
+    assert used[-2:] == ["prefill_4", "decode_16"]
+    assert written.verify(isolated=True).passed
