@@ -39,7 +39,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ from experiments.evaluate import require_tokenizer
 from experiments.peers import exchange
 from experiments.peers.methods import DECODER, METHODS, OURS, REFERENCE, Method, as_json
 from experiments.peers.scoring import Scorer
-from experiments.peers.table import cells, figure, titles, unreached
+from experiments.peers.table import COLUMNS, Columns, cells, figure, titles, unreached
 from experiments.text import corpora
 from experiments.text import tokenizer as text_tokenizer
 from glm_edge import params as boxes
@@ -70,6 +70,14 @@ PEERS = ("qwix", "ggml", "torchao", "ai_edge", "gptqmodel", "auto_round")
 
 def define_flags() -> None:
     """Defines this script's flags."""
+    define_shared_flags()
+    flags.DEFINE_string("ggml_library", None, "libggml-base.so (dylib, dll) of llama.cpp.")
+    for peer in PEERS:
+        flags.DEFINE_string(f"{peer}_python", None, f"Interpreter with {peer}; default: this one.")
+
+
+def define_shared_flags() -> None:
+    """Defines the flags of what is measured on, learned from, and chosen."""
     flags.DEFINE_string("out_dir", None, "Directory of results, one JSON a method.", required=True)
     flags.DEFINE_string("text", None, "UTF-8 file to measure on.", required=True)
     flags.DEFINE_string("calibration_text", None, "UTF-8 file to calibrate on.")
@@ -83,9 +91,6 @@ def define_flags() -> None:
     flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to measure on; default: all.")
     flags.DEFINE_string("methods", "", "Regular expression searched in names of methods.")
     flags.DEFINE_integer("seed", 0, "Seed of screens and questions.")
-    flags.DEFINE_string("ggml_library", None, "libggml-base.so (dylib, dll) of llama.cpp.")
-    for peer in PEERS:
-        flags.DEFINE_string(f"{peer}_python", None, f"Interpreter with {peer}; default: this one.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -98,33 +103,51 @@ def main(argv: Sequence[str]) -> None:
     waiting = [method for method in chosen if not finished(results, method, settings)]
     if waiting:
         bench = Bench(directory, settings, waiting)
-        for number, method in enumerate(waiting, 1):
-            row = bench.run(method)
-            if row is None:
-                continue
-            path = results / f"{slug(method)}.json"
-            corpora.write_text(path, json.dumps(row, indent=1) + "\n", overwrite=True)
-            shown = [f"{title} {cell}" for title, cell in zip(titles(), cells(row), strict=True)]
-            print(f"[{number}/{len(waiting)}] " + "; ".join(shown), flush=True)
+        measure(bench.run, waiting, results, COLUMNS)
         shutil.rmtree(bench.work)
     conclude(directory, results)
 
 
-def chosen_methods(pattern: str) -> list[Method]:
+def chosen_methods(pattern: str, methods: Sequence[Method] = METHODS) -> list[Method]:
     """Methods whose names match, float32 always among them.
 
     Raises:
       DataError: the pattern is not a regular expression, or matches nothing.
     """
     try:
-        found = [m for m in METHODS if m.peer == REFERENCE or re.search(pattern, m.name)]
+        found = [m for m in methods if m.peer == REFERENCE or re.search(pattern, m.name)]
     except re.error as error:
         raise DataError(f"--methods: {pattern!r} is not a regular expression: {error}") from error
     if not any(re.search(pattern, method.name) for method in found):
         raise DataError(
-            f"--methods: {pattern!r} matches none of {', '.join(m.name for m in METHODS)}"
+            f"--methods: {pattern!r} matches none of {', '.join(m.name for m in methods)}"
         )
     return found
+
+
+def measure(
+    run: Callable[[Method], dict[str, Any] | None],
+    waiting: Sequence[Method],
+    results: Path,
+    columns: Columns,
+) -> None:
+    """Runs methods; each row is printed and written before the next method starts.
+
+    Args:
+      run: gives the row of a method, or None where it cannot be had.
+      waiting: methods without a result.
+      results: folder of rows.
+      columns: that are printed.
+    """
+    for number, method in enumerate(waiting, 1):
+        row = run(method)
+        if row is None:
+            continue
+        path = results / f"{slug(method)}.json"
+        corpora.write_text(path, json.dumps(row, indent=1) + "\n", overwrite=True)
+        pairs = zip(titles(columns), cells(row, columns), strict=True)
+        shown = [f"{title} {cell}" for title, cell in pairs]
+        print(f"[{number}/{len(waiting)}] " + "; ".join(shown), flush=True)
 
 
 def run_settings() -> dict[str, Any]:
@@ -163,6 +186,63 @@ def slug(method: Method) -> str:
     return re.sub(r"[^a-z0-9_.]+", "-", method.name.lower())
 
 
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """The model, and what it is measured on and learns from.
+
+    Attributes:
+      checkpoint: directory of the model.
+      model: of float32.
+      params: its parameters.
+      tokenizer: of the model.
+      learned: token ids to learn from.
+      windows: of held-out text.
+      questions: kind (`image`, `spoken`) to questions.
+      utterances: recordings to learn from.
+    """
+
+    checkpoint: Path
+    model: Any
+    params: Any
+    tokenizer: Any
+    learned: np.ndarray
+    windows: corpora.Windows
+    questions: dict[str, list[exam.Item]]
+    utterances: Sequence[Any]
+
+    def texts(self, count: int, size: int = 8) -> list[dict[str, Any]]:
+        """Batches of text to learn from."""
+        return calibration.token_batches(self.learned, count, size)
+
+    def screens(self, count: int) -> list[dict[str, Any]]:
+        """Batches of four screens to learn from."""
+        return calibration.screen_batches(
+            self.model.config, self.tokenizer, self.utterances, FLAGS.digits_dir, FLAGS.seed, count
+        )
+
+
+def gather() -> Gathered:
+    """Loads the shipped model and reads what the flags name."""
+    checkpoint = ge.shipped("nano")
+    model, params = ge.load(checkpoint, dtype="float32")
+    tokenizer = require_tokenizer(checkpoint)
+    if FLAGS.calibration_text:
+        learned = corpora.read_text(FLAGS.calibration_text)
+        held_out = corpora.read_text(FLAGS.text)
+    else:
+        learned, held_out = materials.split_text(FLAGS.text)
+    learned = text_tokenizer.encode_text(tokenizer, learned)
+    tokens = text_tokenizer.encode_text(tokenizer, held_out)[: FLAGS.text_tokens]
+    windows = corpora.windows(tokens, text_tokenizer.token_bytes(tokenizer), exam.WINDOW)
+    heard, others, notes = materials.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    draw = [FLAGS.screens, FLAGS.seed, FLAGS.digits_dir]
+    questions = {"image": exam.draw_items(*draw)}
+    questions["spoken"] = exam.draw_items(*draw, heard) if heard else []
+    return Gathered(checkpoint, model, params, tokenizer, learned, windows, questions, others)
+
+
 class Bench:
     """The model, its scores, and the files that peers read.
 
@@ -174,34 +254,18 @@ class Bench:
 
     def __init__(self, directory: Path, settings: dict[str, Any], chosen: Sequence[Method]):
         self.settings, self.work = settings, directory / "exchange"
-        self.checkpoint = ge.shipped("nano")
-        self.model, self.params = ge.load(self.checkpoint, dtype="float32")
-        self.tokenizer = require_tokenizer(self.checkpoint)
-        encode = text_tokenizer.encode_text
-        if FLAGS.calibration_text:
-            learned = corpora.read_text(FLAGS.calibration_text)
-            held_out = corpora.read_text(FLAGS.text)
-        else:
-            learned, held_out = materials.split_text(FLAGS.text)
-        tokens = encode(self.tokenizer, held_out)[: FLAGS.text_tokens]
-        windows = corpora.windows(tokens, text_tokenizer.token_bytes(self.tokenizer), exam.WINDOW)
-        heard, others, notes = materials.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-        draw = [FLAGS.screens, FLAGS.seed, FLAGS.digits_dir]
-        questions = {"image": exam.draw_items(*draw)}
-        questions["spoken"] = exam.draw_items(*draw, heard) if heard else []
-        batches = calibration.token_batches(
-            encode(self.tokenizer, learned), FLAGS.calibration_windows // 8
+        self.data = gather()
+        self.checkpoint, self.model = self.data.checkpoint, self.data.model
+        self.params = self.data.params
+        self._write(
+            self.data.texts(FLAGS.calibration_windows // 8),
+            self.data.screens(FLAGS.calibration_screens // 4),
         )
-        screens = calibration.screen_batches(
-            self.model.config, self.tokenizer, others, FLAGS.digits_dir, FLAGS.seed,
-            FLAGS.calibration_screens // 4,
-        )  # fmt: skip
-        self._write(batches, screens)
         if any(method.calibration == "training" for method in chosen):
-            self._write_training(encode(self.tokenizer, learned), others)
-        self.scorer = Scorer(self.model, self.params, self.tokenizer, windows, questions)
+            self._write_training()
+        self.scorer = Scorer(
+            self.model, self.params, self.data.tokenizer, self.data.windows, self.data.questions
+        )
         self.fp32 = self.scorer.score(self.model, self.params)["perplexity"]
 
     def run(self, method: Method) -> dict[str, Any] | None:
@@ -269,7 +333,7 @@ class Bench:
     def _write(self, texts: list[dict[str, Any]], screens: list[dict[str, Any]]) -> None:
         """Writes weights, calibration batches and the inputs that they make, for all peers."""
         (self.work / "calibration").mkdir(parents=True, exist_ok=True)
-        for index, batch in enumerate(x for pair in _alternate(texts, screens) for x in pair):
+        for index, batch in enumerate(alternate(texts, screens)):
             np.savez(self.work / "calibration" / f"{index:03d}.npz", **batch)
         leaves = dict(boxes.path_items(self.params))
         decoder = {p: np.asarray(leaves[p]) for p in boxes.select(self.params, DECODER)}
@@ -288,21 +352,33 @@ class Bench:
             {"tokenizer.json": self.checkpoint / "tokenizer.json"},
         )  # fmt: skip
 
-    def _write_training(self, tokens: np.ndarray, utterances: Sequence[Any]) -> None:
+    def _write_training(self) -> None:
         """Writes batches of four rows, a fifth of them screens, for methods that train."""
-        texts = calibration.token_batches(tokens, FLAGS.training_windows // 4, 4)
-        screens = calibration.screen_batches(
-            self.model.config, self.tokenizer, utterances, FLAGS.digits_dir, FLAGS.seed,
-            len(texts) // 8,
-        )  # fmt: skip
         (self.work / "training").mkdir(parents=True, exist_ok=True)
-        for index, batch in enumerate([*texts, *screens, *screens]):
+        for index, batch in enumerate(training_batches(self.data)):
             np.savez(self.work / "training" / f"{index:05d}.npz", **batch)
 
     def _inputs(self, batch: dict[str, Any], paths: set[str]) -> dict[str, np.ndarray]:
-        sown = boxes.path_items(_sown_inputs(self.model, self.params, batch)["inputs"])
-        rows = {path.replace("/rows", "/weight").removesuffix("/0"): leaf for path, leaf in sown}
-        return {path: np.asarray(rows[path], np.float32) for path in paths}
+        return sown_inputs(self.model, self.params, batch, paths)
+
+
+def training_batches(data: Gathered) -> list[dict[str, Any]]:
+    """Batches of four rows: --training_windows of text, and a quarter as many batches of screens.
+
+    Half of these are drawn and read twice, so that a fifth of all batches are screens.
+    """
+    texts = data.texts(FLAGS.training_windows // 4, 4)
+    screens = data.screens(len(texts) // 8)
+    return [*texts, *screens, *screens]
+
+
+def sown_inputs(
+    model: Any, params: Any, batch: dict[str, Any], paths: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Rows float32 [N, in] that meet each of some matrices."""
+    sown = boxes.path_items(_sown_inputs(model, params, batch)["inputs"])
+    rows = {path.replace("/rows", "/weight").removesuffix("/0"): leaf for path, leaf in sown}
+    return {path: np.asarray(rows[path], np.float32) for path in paths}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -325,15 +401,21 @@ def _call(method: Method, command: list[str], log: Path) -> bool:
     return done.returncode == 0
 
 
-def _alternate(first: list[Any], second: list[Any]) -> list[list[Any]]:
+def alternate(first: list[Any], second: list[Any]) -> list[Any]:
+    """Takes from both lists in turn, and what is left of the longer one at the end."""
     longest = max(len(first), len(second))
-    return [[*first[i : i + 1], *second[i : i + 1]] for i in range(longest)]
+    return [x for i in range(longest) for x in (*first[i : i + 1], *second[i : i + 1])]
+
+
+def rows_found(results: Path, methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Rows of the methods that have a result, in their order."""
+    paths = [results / f"{slug(method)}.json" for method in methods]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
 def conclude(directory: Path, results: Path) -> None:
     """Writes table, report and figure of all results, in the order of METHODS."""
-    paths = [results / f"{slug(method)}.json" for method in METHODS]
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    rows = rows_found(results, METHODS)
     table = text_table(titles(), [cells(row) for row in rows])
     ahead = unreached(rows)
     report = {"run": circumstances(rows), "unreached": ahead, "rows": rows}

@@ -15,7 +15,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,10 @@ def main(argv: Sequence[str]) -> None:
     rows = [materials.measure("dense", model, params)]
     show(rows[-1:])
     dense = (model, params)
-    step = itertools.count()
-    for stage, transforms in stages_of(recipe, distill_steps=4 if FLAGS.smoke else None):
-        for transform in transforms:
-            # The key that a chain would give this step, so that both give the same bytes.
-            rng = jax.random.fold_in(jax.random.key(FLAGS.seed), next(step))
-            context = Context(materials.calibration, rng, dense, ProgressLine())
-            model, params, _ = transform.run(model, params, context)
+    stages = compressed(
+        recipe, dense, materials.calibration, FLAGS.seed, distill_steps=4 if FLAGS.smoke else None
+    )
+    for stage, model, params in stages:
         rows.append(materials.measure(stage, model, params, reference=dense))
         show(rows[-1:])
     context = model.config.decoder.max_position_embeddings
@@ -154,6 +151,35 @@ def prepare_directory(directory: Path, overwrite: bool) -> Path:
     if not os.access(directory, os.W_OK):
         raise OutputError(f"{directory}: cannot be written; name another --out_dir")
     return directory
+
+
+def compressed(
+    recipe: Transform,
+    dense: tuple[Any, Any],
+    calibration: Sequence[Any],
+    seed: int,
+    distill_steps: int | None = None,
+) -> Iterator[tuple[str, Any, Any]]:
+    """Runs a recipe, and stops after each stage.
+
+    Args:
+      recipe: a transform or a chain of them.
+      dense: `(model, params)`; it teaches.
+      calibration: batches.
+      seed: of what is drawn.
+      distill_steps: see `stages_of`.
+
+    Yields:
+      `(stage, model, params)`.
+    """
+    (model, params), step = dense, itertools.count()
+    for stage, transforms in stages_of(recipe, distill_steps):
+        for transform in transforms:
+            # The key that a chain would give this step, so that both give the same bytes.
+            rng = jax.random.fold_in(jax.random.key(seed), next(step))
+            context = Context(calibration, rng, dense, ProgressLine())
+            model, params, _ = transform.run(model, params, context)
+        yield stage, model, params
 
 
 def stages_of(

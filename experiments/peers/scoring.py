@@ -61,7 +61,8 @@ class Scorer:
           params: its parameters; dense float32 ones of the reference's structure compile nothing.
 
         Returns:
-          `perplexity`, `bits_per_byte`, `kl_text` (nats), `flips_text`; for each kind of question
+          `perplexity`, `bits_per_byte`, `kl_text` (nats), `flips_text`, `window_nats` (summed loss
+          of each window); for each kind of question
           `tap_in_box_<kind>` with `hits_<kind>` (a 0 or 1 for each tap), and `kl_<kind>` and
           `flips_<kind>` over the reference's own answers.
         """
@@ -92,17 +93,20 @@ class Scorer:
             yield self.windows.tokens[index], self.windows.scored[index] & fresh[:, None]
 
     def _text(self, model: Any, params: Any) -> dict[str, float]:
-        total = np.zeros(3)
+        total, windows = np.zeros(3), []
         for (tokens, counted), expected in zip(self._batches(), self.expected, strict=True):
             scores = _window_scores(model, params, tokens)
             measured = _window_statistics(scores, expected, tokens)
-            total += [np.sum(np.asarray(m, np.float64) * counted) for m in measured]
+            sums = [np.sum(np.asarray(m, np.float64) * counted, axis=1) for m in measured]
+            total += np.sum(sums, axis=1)
+            windows += sums[0].tolist()
         nats, kl, flips = total / self.windows.num_scored
         return {
             "perplexity": float(np.exp(nats)),
             "bits_per_byte": corpora.bits_per_byte(total[0], self.windows.num_bytes),
             "kl_text": float(kl),
             "flips_text": float(flips),
+            "window_nats": [round(nats, 4) for nats in windows[: len(self.windows.tokens)]],
         }
 
     def _generate(self, model: Any, params: Any, batches: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -1,13 +1,15 @@
 """What is shown of the results: a table, peers that ours do not reach, and a figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.peers.methods import DECODER, OURS, REFERENCE
 from glm_edge.errors import require
 
-COLUMNS = {
+# Names of fields, each with its title and the shape of its numbers.
+Columns = Mapping[str, tuple[str, str]]
+COLUMNS: Columns = {
     "method": ("method", "{}"),
     "kind": ("kind", "{}"),
     "bits": ("bits", "{:.3f}"),
@@ -31,18 +33,18 @@ FLOOR = 1e-5
 TOLERANCE = 1e-6
 
 
-def titles() -> list[str]:
+def titles(columns: Columns = COLUMNS) -> list[str]:
     """Column titles."""
-    return [title for title, _ in COLUMNS.values()]
+    return [title for title, _ in columns.values()]
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row as text, in the order of COLUMNS."""
+def cells(row: Mapping[str, Any], columns: Columns = COLUMNS) -> list[str]:
+    """A row as text, in the order of the columns."""
     values = {**row}
-    values["peak_rss_bytes"] = row["peak_rss_bytes"] and row["peak_rss_bytes"] / 1e9
+    values["peak_rss_bytes"] = row.get("peak_rss_bytes") and row["peak_rss_bytes"] / 1e9
     return [
         "-" if values[name] is None else shape.format(values[name])
-        for name, (_, shape) in COLUMNS.items()
+        for name, (_, shape) in columns.items()
     ]
 
 

@@ -18,6 +18,7 @@ from absl import app, flags
 
 from experiments.console import bar, fail_in_one_line
 from experiments.tables import table, vision
+from experiments.tables.learning import Training
 from experiments.tables.table import IMAGENET, Row
 from glm_edge import params as boxes
 
@@ -48,10 +49,10 @@ def main(argv: Sequence[str]) -> None:
     teacher = vision.classifier("resnet_digits", data)
     student = vision.classifier("separable_digits", data)
     taught = vision.trained(
-        directory, "teacher", teacher, data, vision.Training(teacher_steps, 2e-3), FLAGS.seed
+        directory, "teacher", teacher, data, Training(teacher_steps, 2e-3), FLAGS.seed
     )
     targets = vision.logits_of(teacher, taught, data.train_images)
-    alone = vision.Training(student_steps)
+    alone = Training(student_steps)
     found: dict[str, list[float]] = {"student": [], "distilled student": []}
     for seed in bar("students")(
         range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds or SEEDS[FLAGS.preset]))
@@ -97,7 +98,7 @@ def rows_of(found: dict[str, list[float]], data: str) -> list[Row]:
             claim,
             mean[kind],
             statistics.stdev(found[kind]) if len(found[kind]) > 1 else None,
-            f"{data}, {len(found[kind])} seed(s)",
+            f"{data}, {len(found[kind])} seed(s); claim on ImageNet",
         )
         for kind, claim in CLAIMS.items()
     ]

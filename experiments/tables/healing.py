@@ -14,11 +14,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import app, flags
 
 from experiments.console import bar, fail_in_one_line
-from experiments.tables import channels, table, vision
+from experiments.tables import table, vision
+from experiments.tables.learning import Training
 from experiments.tables.table import IMAGENET, Row
 from glm_edge import params as boxes
 
@@ -81,16 +81,14 @@ def repeat(
       Percent right of the dense and the pruned model and of both healed ones, and parameters left
       in percent.
     """
-    model = vision.classifier("mobilenet_v2_digits", data)
-    whole = vision.Training(dense_steps)
-    dense = vision.trained(directory, f"dense_{seed}", model, data, whole, seed)
-    targets = vision.logits_of(model, dense, data.train_images)
-    small, pruned = channels.remove(model, dense, fraction)
-    labels = vision.Training(heal_steps, 2e-3)
+    model, dense, targets, small, pruned = vision.pruned(
+        directory, data, seed, dense_steps, fraction
+    )
+    labels = Training(heal_steps, 2e-3)
     first = labels._replace(steps=heal_steps // 2, alpha=0.9)
     last = labels._replace(steps=heal_steps - heal_steps // 2)
 
-    def heal(name: str, training: vision.Training, start: dict, teacher=None) -> dict:
+    def heal(name: str, training: Training, start: dict, teacher=None) -> dict:
         return vision.trained(
             directory, f"{name}_{seed}", small, data, training, seed, start, teacher
         )
@@ -104,7 +102,6 @@ def repeat(
         "fine-tuned": vision.accuracy(small, alone, data),
         "distilled, then fine-tuned": vision.accuracy(small, both, data),
     }
-    jax.clear_caches()
     kept = boxes.count(pruned["params"]) / boxes.count(dense["params"])
     return {**accuracy, "parameters left": 100.0 * kept}
 
@@ -120,7 +117,7 @@ def rows_of(found: dict[str, list[float]], data: str) -> list[Row]:
 
     rows = [row("dense", None), row("pruned", None, ", before healing")]
     for kind, (claim, spread) in CLAIMS.items():
-        rows.append(row(kind, claim, f"; claimed spread {spread}"))
+        rows.append(row(kind, claim, f"; claim on other data, spread {spread}"))
     taught, alone = (found[kind] for kind in ("distilled, then fine-tuned", "fine-tuned"))
     gains = [a - b for a, b in zip(taught, alone, strict=True)]
     rows += [

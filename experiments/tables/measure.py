@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,10 +16,12 @@ from jax import Array
 from glm_edge import params as boxes
 from glm_edge.errors import require
 from glm_edge.export.function import write_function
+from glm_edge.models.text import TextEncoder
 
 # A runtime's threads spin for a while after their work and would slow what is measured next.
 PAUSE_S = 0.02
 IMAGES, LOGITS = "images", "logits"
+ENGINES = {"jax": "JAX", "litert": "LiteRT"}
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -115,6 +118,44 @@ class LiteRT:
             part = images[start : start + batch]
             found.append(self(np.resize(part, (batch, *part.shape[1:])))[: len(part)].argmax(-1))
         return np.concatenate(found)
+
+
+def encoder_times(
+    sides: Mapping[str, tuple[TextEncoder, Any]], tokens: int, rounds: int, threads: int
+) -> dict[str, list[float]]:
+    """Runs text encoders of one vocabulary in turns, in JAX and from files in LiteRT.
+
+    Args:
+      sides: `(model, params)` by name; parameters in boxes run in JAX only.
+      tokens: read at once.
+      rounds: measurements of each.
+      threads: of LiteRT; JAX takes the cores it is given.
+
+    Returns:
+      Seconds by `<engine> <name>`.
+    """
+    calls: dict[str, Callable[[], Any]] = {}
+    vocabulary = next(iter(sides.values()))[0].config.vocab_size
+    read = np.random.default_rng(0).integers(0, vocabulary, (1, tokens)).astype(np.int32)
+    with tempfile.TemporaryDirectory() as directory:
+        for name, (model, params) in sides.items():
+            run = jax.jit(
+                lambda params, tokens, model=model: model.apply({"params": params}, tokens)[0]
+            )
+            calls[f"jax {name}"] = lambda run=run, params=params: np.asarray(run(params, read))
+            if any(boxes.is_box(leaf) for _, leaf in boxes.path_items(params)):
+                continue
+            path = Path(directory) / f"{len(calls)}.tflite"
+            write_function(
+                lambda inputs, model=model, params=params: {
+                    "scores": model.apply({"params": params}, inputs["tokens"])[0]
+                },
+                {"tokens": jax.ShapeDtypeStruct(read.shape, jnp.int32)},
+                path,
+            )
+            file = LiteRT(path, threads)
+            calls[f"litert {name}"] = lambda file=file: file(read)
+        return alternate(calls, rounds)
 
 
 def multiply_accumulates(function: Callable[..., Any], *arguments: Any) -> int:

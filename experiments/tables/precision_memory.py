@@ -102,7 +102,10 @@ def rows_of(found: dict[str, dict[str, int]]) -> list[Row]:
     for what in base:
         for name, claim in CLAIMS.items():
             saved = 100.0 * (1.0 - found[name][what] / base[what])
-            note = "" if what == "stored" else f"forward pass, {what.split()[1]} token(s), by XLA"
+            note = "every array, scales included"
+            if what != "stored":
+                note = f"forward pass, {what.split()[1]} token(s), by XLA"
+            note += "; claim on another model and device"
             label = what.split()[0]
             rows.append(Row(f"{label}, {name}", "% saved", claim, saved, note=note))
     return rows

@@ -28,7 +28,6 @@ from glm_edge.models.cnn import CNN, CNNConfig, preset
 FLAGS = flags.FLAGS
 NAME = "repvgg"
 RESNET_MS, REPVGG_MS = 8.7, 6.2
-ENGINES = {"jax": "JAX", "litert": "LiteRT"}
 ROUNDS = {"quick": 7, "full": 25}
 
 
@@ -95,7 +94,7 @@ def rows_of(
 ) -> list[Row]:
     """The table's rows: milliseconds, and RepVGG's time as a fraction of ResNet's."""
     rows = []
-    for engine, title in ENGINES.items():
+    for engine, title in measure.ENGINES.items():
         base = seconds[f"{engine} {resnet}"]
         note = f"{2 * macs[resnet] / 1e9:.1f} GOPs; claim on another device"
         rows.append(Row(f"{resnet}, {title}", "ms", RESNET_MS, measure.median_ms(base), note=note))

@@ -10,9 +10,7 @@ All are run in turns. Bytes are those of what is stored, the mask's own included
 """
 
 import dataclasses
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,14 +24,12 @@ from experiments.tables.table import PHONE, Row
 from glm_edge import params as boxes
 from glm_edge.compress import prune
 from glm_edge.configs import TextConfig
-from glm_edge.export.function import write_function
 from glm_edge.models.text import TextEncoder
 
 FLAGS = flags.FLAGS
 NAME = "sparsity"
 CLAIMED_MS, CLAIMED_MILLIONS = (100.0, 78.0), (50.0, 35.0)
 ROUNDS = {"quick": 9, "full": 40}
-ENGINES = {"jax": "JAX", "litert": "LiteRT"}
 
 
 def define_flags() -> None:
@@ -52,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     table.prepare()
     sides = models(FLAGS.hidden_size, FLAGS.sparsity, FLAGS.seed)
     rounds = FLAGS.rounds or ROUNDS[FLAGS.preset]
-    seconds = times(sides, FLAGS.tokens, rounds, FLAGS.threads)
+    seconds = measure.encoder_times(sides, FLAGS.tokens, rounds, FLAGS.threads)
     sizes = {name: size_of(params) for name, (_, params) in sides.items()}
     table.publish(
         NAME,
@@ -112,34 +108,6 @@ def size_of(params: Any) -> dict[str, float]:
     return {"parameters": boxes.count(params) - zeros, "bytes": boxes.stored_bytes(params)}
 
 
-def times(
-    sides: dict[str, tuple[TextEncoder, Any]], tokens: int, rounds: int, threads: int
-) -> dict[str, list[float]]:
-    """Seconds of `<engine> <name>`; a mask in its box runs in JAX only."""
-    calls: dict[str, Callable[[], Any]] = {}
-    vocabulary = next(iter(sides.values()))[0].config.vocab_size
-    read = np.random.default_rng(0).integers(0, vocabulary, (1, tokens)).astype(np.int32)
-    with tempfile.TemporaryDirectory() as directory:
-        for name, (model, params) in sides.items():
-            run = jax.jit(
-                lambda params, tokens, model=model: model.apply({"params": params}, tokens)[0]
-            )
-            calls[f"jax {name}"] = lambda run=run, params=params: np.asarray(run(params, read))
-            if name == "masked, in its box":
-                continue
-            path = Path(directory) / f"{name}.tflite"
-            write_function(
-                lambda inputs, model=model, params=params: {
-                    "hidden": model.apply({"params": params}, inputs["tokens"])[0]
-                },
-                {"tokens": jax.ShapeDtypeStruct(read.shape, jnp.int32)},
-                path,
-            )
-            file = measure.LiteRT(path, threads)
-            calls[f"litert {name}"] = lambda file=file: file(read)
-        return measure.alternate(calls, rounds)
-
-
 def rows_of(seconds: dict[str, list[float]], sizes: dict[str, dict[str, float]]) -> list[Row]:
     """The table's rows."""
     claims = {"dense": 0, "masked": 1}
@@ -150,14 +118,15 @@ def rows_of(seconds: dict[str, list[float]], sizes: dict[str, dict[str, float]])
             Row(f"parameters, {name}", "M", claim, sizes[kind]["parameters"] / 1e6, note="not zero")
         )
         rows.append(Row(f"stored, {kind}", "MB", None, sizes[kind]["bytes"] / 1e6))
-    for engine, title in ENGINES.items():
+    for engine, title in measure.ENGINES.items():
         base = seconds[f"{engine} dense"]
         for key, found in seconds.items():
             if not key.startswith(f"{engine} "):
                 continue
             name = key.removeprefix(f"{engine} ")
             claim = CLAIMED_MS[claims[name]] if name in claims else None
-            rows.append(Row(f"{name}, {title}", "ms", claim, measure.median_ms(found)))
+            note = "claim on another device" if claim else ""
+            rows.append(Row(f"{name}, {title}", "ms", claim, measure.median_ms(found), note=note))
             if name != "dense":
                 low, middle, high = measure.ratio_quartiles(found, base)
                 claim = CLAIMED_MS[1] / CLAIMED_MS[0] if name == "masked" else None

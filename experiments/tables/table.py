@@ -15,6 +15,7 @@ from absl import flags
 
 from experiments.console import print_table, text_table
 from experiments.materials import versions
+from experiments.phone_screens.metrics import Rate
 from experiments.quickstart import commit
 from experiments.text.corpora import write_text
 from glm_edge.errors import OutputError, require
@@ -67,6 +68,11 @@ def shown(number: float | None) -> str:
         return str(number)
     digits = max(0, 2 - math.floor(math.log10(abs(number)))) if number else 0
     return f"{number:,.{min(digits, 4)}f}"
+
+
+def interval(rate: Rate) -> str:
+    """The 95 % interval of a rate, in percent."""
+    return f"95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f}"
 
 
 def define_flags(name: str) -> None:

@@ -1,35 +1,21 @@
-"""Digits as a vision task: data, training of small classifiers, and what is kept of it.
-
-A finished training is a file under --out_dir, named by its settings, so that a killed script goes
-on where it stopped.
-"""
+"""Digits as a vision task: data, and small classifiers that are trained on them."""
 
 import dataclasses
-import functools
-import hashlib
-import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from absl import flags, logging
+from absl import flags
 from jax import Array
-from safetensors.numpy import load_file, save_file
 
 from experiments.phone_screens import digits as mnist
-from glm_edge import params as boxes
-from glm_edge.errors import DataError, require
+from experiments.tables import learning
+from experiments.tables.learning import Classifier, Training, Variables
+from glm_edge.compress import prune
+from glm_edge.errors import require
 from glm_edge.models.cnn import CNN, preset
-from glm_edge.params.tree import nested
-
-Variables = dict[str, Any]
-CHECKED = 50
-_SCORED = 512
 
 
 class Digits(NamedTuple):
@@ -88,22 +74,13 @@ def classifier(name: str, data: Digits) -> CNN:
     return CNN(dataclasses.replace(preset(name), image_size=data.size))
 
 
-class Training(NamedTuple):
-    """How a classifier learns.
-
-    Attributes:
-      steps: of the optimizer.
-      learning_rate: peak; it rises over a tenth of the steps and falls by a cosine.
-      batch: images a step.
-      alpha: weight of the teacher's predictions, in 0..1; the rest is the labels'.
-      temperature: softens both predictions.
-    """
-
-    steps: int
-    learning_rate: float = 4e-3
-    batch: int = 64
-    alpha: float = 0.0
-    temperature: float = 4.0
+def _apply(
+    model: CNN, variables: Variables, images: Array, key: Array | None
+) -> tuple[Array, Variables]:
+    if key is None:
+        return model.apply(variables, images)[0], {}
+    (logits, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    return logits, {"batch_stats": updated["batch_stats"]}
 
 
 def fresh(model: CNN, seed: int) -> Variables:
@@ -120,105 +97,14 @@ def train(
     seed: int,
     targets: np.ndarray | None = None,
 ) -> Variables:
-    """Trains on the training images.
-
-    Args:
-      model: the classifier.
-      variables: to start from; they are left as they are.
-      data: digits.
-      training: options.
-      seed: of the order of images.
-      targets: logits [E, N] of a teacher for the training images; None where alpha is zero.
-
-    Returns:
-      The trained variables.
-
-    Raises:
-      DataError: the loss is not finite, or a teacher is needed and absent.
-    """
-    if training.alpha and targets is None:
-        raise DataError("training: alpha is above zero, and there are no targets of a teacher")
-    count = len(data.train_images)
-    if targets is None:
-        targets = np.zeros((count, model.config.num_classes), np.float32)
-    rising = max(1, training.steps // 10)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, training.learning_rate, rising, training.steps + 1
-    )
-    rates = np.asarray(schedule(np.arange(1, training.steps + 1)), np.float32)
-    rng = np.random.default_rng(seed)
-    rounds = -(-training.steps * training.batch // count)
-    order = np.concatenate([rng.permutation(count) for _ in range(rounds)])
-    order = order[: training.steps * training.batch].reshape(training.steps, training.batch)
-    arrays = jax.device_put((data.train_images, data.train_labels, targets))
-    state = _optimizer().init(variables["params"])
-    shared, losses = training._replace(steps=0, learning_rate=0.0), []
-    for step, (rate, rows) in enumerate(zip(rates, order, strict=True), start=1):
-        variables, state, loss = _step(model, shared, variables, state, rate, rows, *arrays)
-        losses.append(loss)
-        if step % CHECKED == 0 or step == training.steps:
-            finite = np.isfinite(jax.device_get(losses))
-            if not finite.all():
-                first = step - len(finite) + 1 + int(np.argmin(finite))
-                raise DataError(f"training: the loss is not finite at step {first}; lower its rate")
-            losses = []
-    return variables
-
-
-def _optimizer() -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
-
-
-# Not a scan: XLA compiles convolutions within a loop for the CPU to code that is many times slower.
-@functools.partial(jax.jit, static_argnames=("model", "training"))
-def _step(
-    model: CNN,
-    training: Training,
-    variables: Variables,
-    state: optax.OptState,
-    rate: Array,
-    rows: Array,
-    images: Array,
-    labels: Array,
-    targets: Array,
-) -> tuple[Variables, optax.OptState, Array]:
-    def loss(params: Variables) -> tuple[Array, Variables]:
-        (logits, _), updated = model.apply(
-            {**variables, "params": params}, images[rows], train=True, mutable=["batch_stats"]
-        )
-        return _loss(logits, labels[rows], targets[rows], training), updated["batch_stats"]
-
-    params = variables["params"]
-    (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, state = _optimizer().update(gradient, state, params)
-    params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-    return {"params": params, "batch_stats": stats}, state, value
-
-
-def _loss(logits: Array, labels: Array, targets: Array, training: Training) -> Array:
-    """Cross-entropy with the labels mixed with `T^2 KL(teacher at T || student at T)`."""
-    hard = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    if not training.alpha:
-        return hard
-    teacher = jax.nn.log_softmax(targets / training.temperature)
-    student = jax.nn.log_softmax(logits / training.temperature)
-    soft = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1).mean()
-    return training.alpha * training.temperature**2 * soft + (1.0 - training.alpha) * hard
+    """Trains on the training images; see `learning.train`."""
+    examples = data.train_images, data.train_labels
+    return learning.train(Classifier(model, _apply), variables, *examples, training, seed, targets)
 
 
 def logits_of(model: CNN, variables: Variables, images: np.ndarray) -> np.ndarray:
     """Scores of all images, float32 [E, N]."""
-    parts = []
-    for start in range(0, len(images), _SCORED):
-        part = images[start : start + _SCORED]
-        padded = np.resize(part, (min(_SCORED, len(images)), *part.shape[1:]))
-        parts.append(np.asarray(_logits(model, variables, padded))[: len(part)])
-    return np.concatenate(parts)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _logits(model: CNN, variables: Variables, images: Array) -> Array:
-    return model.apply(variables, images)[0]
+    return learning.logits_of(Classifier(model, _apply), variables, images)
 
 
 def accuracy(model: CNN, variables: Variables, data: Digits) -> float:
@@ -229,34 +115,6 @@ def accuracy(model: CNN, variables: Variables, data: Digits) -> float:
 def percent_right(classes: np.ndarray, data: Digits) -> float:
     """Test images that were given their class, in percent."""
     return 100.0 * float(np.mean(classes == data.test_labels))
-
-
-def kept(
-    directory: Path, name: str, settings: dict[str, Any], make: Callable[[], Variables]
-) -> Variables:
-    """Variables that an earlier run left, or those that `make` returns, which are then left.
-
-    Args:
-      directory: of the table; files lie in its `runs`.
-      name: of the run, for a reader.
-      settings: all that the result depends on, JSON-ready or printable.
-      make: trains.
-
-    Returns:
-      The variables.
-    """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    path = directory / "runs" / f"{name}_{digest.hexdigest()[:12]}.safetensors"
-    if path.exists():
-        logging.info("%s: found %s", name, path)
-        return jax.tree.map(jnp.asarray, nested(load_file(path)))
-    logging.info("%s: training", name)
-    variables = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({p: np.asarray(leaf) for p, leaf in boxes.path_items(variables)}, beside)
-    os.replace(beside, path)
-    return variables
 
 
 def trained(
@@ -284,25 +142,41 @@ def trained(
     Returns:
       The trained variables.
     """
-    given = {"start": start, "targets": targets}
-    settings = {
-        "config": repr(model.config),
-        "data": [data.name, len(data.train_images)],
-        "training": training._asdict(),
-        "seed": seed,
-        **{key: None if value is None else fingerprint(value) for key, value in given.items()},
-    }
+    examples = [data.name, len(data.train_images)]
 
     def make() -> Variables:
         begin = fresh(model, seed) if start is None else start
         return train(model, begin, data, training, seed, targets)
 
-    return kept(directory, name, settings, make)
+    settings = learning.settings(model, examples, training, seed, start, targets)
+    return learning.kept(directory, name, settings, make)
 
 
-def fingerprint(tree: Any) -> str:
-    """A hash of all numbers of a tree."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+class Pruned(NamedTuple):
+    """A trained model of digits, what it says of the training images, and what pruning leaves."""
+
+    model: CNN
+    dense: Variables
+    targets: np.ndarray
+    small: CNN
+    left: Variables
+
+
+def pruned(directory: Path, data: Digits, seed: int, steps: int, fraction: float) -> Pruned:
+    """Trains a MobileNetV2 of digits, and removes hidden channels of its blocks.
+
+    Args:
+      directory: of the table.
+      data: digits.
+      seed: of initial variables and of the order of images.
+      steps: of training.
+      fraction: of the hidden channels removed, in 0..1.
+
+    Returns:
+      Both models; nothing is healed.
+    """
+    model = classifier("mobilenet_v2_digits", data)
+    dense = trained(directory, f"dense_{seed}", model, data, Training(steps), seed)
+    targets = logits_of(model, dense, data.train_images)
+    small, left, _ = prune.channels(fraction)(model, dense)
+    return Pruned(model, dense, targets, small, left)

@@ -64,9 +64,14 @@ class View:
             found.update(dict.fromkeys(self.stage.readers(self._all(None), state)))
         return list(found)
 
-    def batches(self) -> list["View"]:
-        """The same stage with one batch at a time."""
-        return [View(self.stage, self.leaves, [state], self.borrowed) for state in self.states]
+    def batches(self, leaves: Leaves | None = None) -> list["View"]:
+        """The same stage with one batch at a time, and what is quantized decoded once for all.
+
+        Args:
+          leaves: parameters to use in place of the stage's own, by path.
+        """
+        decoded = self._decoded(leaves)
+        return [View(self.stage, decoded, [state]) for state in self.states]
 
     def outputs(self, leaves: Leaves | None = None) -> list[Array]:
         """Activations after the stage, of the batches that pass it."""

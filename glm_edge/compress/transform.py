@@ -191,6 +191,17 @@ def check_whole(transform: str, **numbers: Any) -> None:
             )
 
 
+def check_fraction(transform: str, **fractions: Any) -> None:
+    """Raises RecipeError unless every option is a fraction that removes less than everything."""
+    for option, fraction in fractions.items():
+        number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+        if not number or not 0.0 <= fraction < 1.0:
+            raise RecipeError(
+                f"{transform}: {option} must be in 0..1 and below 1, so that the keep ratio is "
+                f"above 0 and at most 1, not {fraction!r}"
+            )
+
+
 def entry(name: str) -> Entry:
     """Looks up a registered transform.
 

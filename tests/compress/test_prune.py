@@ -20,7 +20,7 @@ def weight(*shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
 def test_the_smallest_of_each_tensor_go_exactly(sparsity):
     params = {"a": {"kernel": weight(7, 9)}, "b": {"kernel": 10 * weight(5, 4, seed=1)}}
     model, pruned, report = prune.magnitude(sparsity)(nn.Dense(9), params)
@@ -28,7 +28,7 @@ def test_the_smallest_of_each_tensor_go_exactly(sparsity):
     for name, leaf in params.items():
         values, keep = np.abs(leaf["kernel"]), np.asarray(pruned[name]["kernel"].mask)
         assert (~keep).sum() == round(sparsity * keep.size)
-        if 0.0 < sparsity < 1.0:
+        if sparsity:
             assert values[~keep].max() <= values[keep].min()
     assert report.rows[0].kept == pytest.approx(1.0 - sparsity, abs=0.01)
 
@@ -70,8 +70,11 @@ def test_a_stock_module_runs_masked():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.5}, "sparsity must be in 0..1"),
+        ({"sparsity": 1.0}, "keep ratio is above 0 and at most 1, not 1.0"),
+        ({"sparsity": 1.5}, "sparsity must be in 0..1 and below 1"),
+        ({"sparsity": -0.5}, "keep ratio is above 0 and at most 1, not -0.5"),
         ({"sparsity": float("nan")}, "sparsity must be in 0..1"),
+        ({"sparsity": "half"}, "sparsity must be in 0..1"),
         ({"sparsity": 0.5, "scope": "layer"}, "scope must be tensor or global"),
         ({"sparsity": 0.5, "where": "("}, "not a regular expression"),
     ],
@@ -307,8 +310,10 @@ def test_only_a_model_with_a_glm_decoder_shrinks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 1.0}, "heads must be in 0..1"),
-        ({"neurons": -0.1}, "neurons must be in 0..1"),
+        ({"heads": 1.0}, "heads must be in 0..1 and below 1"),
+        ({"heads": True}, "keep ratio is above 0 and at most 1, not True"),
+        ({"neurons": 1.2}, "neurons must be in 0..1 and below 1"),
+        ({"neurons": -0.1}, "keep ratio is above 0 and at most 1, not -0.1"),
         ({"score": "wanda"}, "score must be taylor or magnitude"),
         ({"neuron_multiple": 0}, "neuron_multiple must be a whole number"),
         ({"max_batches": 1.5}, "max_batches must be a whole number"),

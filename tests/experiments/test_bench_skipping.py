@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import bench_skipping
+from experiments import bench_skipping, skipping
 from experiments.figures import skipping_figure
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import RecipeError
@@ -44,14 +44,16 @@ def row(name, value, accuracy=0.5, tokens_per_second=100.0):
     return SweepRow(name, value, accuracy, 0.9, 1.5, tokens_per_second, 1.25, 1.1, 1.4)
 
 
-def test_settings_are_all_exits_and_neurons_asked_for(small):
-    options = {"thresholds": [0.8, 0.95], "keep": [0.5], "neuron_thresholds": [0.1]}
-    found = bench_skipping.settings_of(*small, [1], None, **options)
-    assert [s.name for s in found] == ["all", "exit 0.8", "exit 0.95", "keep 0.5", "gate 0.1"]
-    assert found[0].early_exit is None
-    assert found[2].early_exit.after == (1,)
+def test_settings_are_the_exits_and_neurons_asked_for(small):
+    exits = skipping.exit_settings(*small, [1], [0.8, 0.95])
+    assert [setting.name for setting in exits] == ["exit 0.8", "exit 0.95"]
+    assert exits[1].early_exit.after == (1,)
+    assert skipping.exit_settings(*small, [], [0.8]) == []
+    neurons = skipping.neuron_settings(*small, [0.5], [0.1])
+    assert [setting.name for setting in neurons] == ["keep 0.5", "gate 0.1"]
+    assert all(setting.early_exit is None for setting in neurons)
     with pytest.raises(RecipeError, match="threshold must be in"):
-        bench_skipping.settings_of(*small, [1], None, [1.2], [], [])
+        skipping.exit_settings(*small, [1], [1.2])
 
 
 def test_a_row_says_what_was_lost_beside_what_was_published():

@@ -41,6 +41,7 @@ def load_a_glm(*names: str) -> dict:
 def test_all_notebooks_are_there():
     assert [notebook.stem for notebook in NOTEBOOKS] == [
         "load_a_glm",
+        "prune_and_distill",
         "quantize",
         "quickstart",
         "to_the_phone",

@@ -1,6 +1,7 @@
 """Pruning: scores, mask shapes, allocation and schedules, and shrinking by whole units."""
 
 from glm_edge.compress.prune import vision_tokens, weight_scores
+from glm_edge.compress.prune.channels import channels
 from glm_edge.compress.prune.depth import depth, shrink_depth
 from glm_edge.compress.prune.encoders import encoders, shrink_encoder
 from glm_edge.compress.prune.magnitude import magnitude
@@ -21,6 +22,7 @@ from glm_edge.compress.prune.vocabulary import map_tokens, shrink_vocabulary, vo
 
 __all__ = [
     "boxed",
+    "channels",
     "cubic",
     "depth",
     "encoders",

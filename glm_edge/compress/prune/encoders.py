@@ -69,8 +69,8 @@ def encoders(
     so does the projector. At least the asked fraction goes.
 
     Args:
-      heads: fraction of heads to remove, in 0..1.
-      neurons: fraction of neurons to remove, in 0..1.
+      heads: fraction of heads to remove, in 0..1, below 1.
+      neurons: fraction of neurons to remove, in 0..1, below 1.
       score: `taylor`, from gradients of a GLM's calibration loss, or `magnitude`, from weights
         alone.
       where: regular expression searched in the encoders' paths, such as `^speech/`; layers whose

@@ -7,7 +7,14 @@ from glm_edge.compress.prune.mask import mask_model
 from glm_edge.compress.prune.masking import TENSOR, Masking
 from glm_edge.compress.prune.shapes import SINGLE, Shape
 from glm_edge.compress.prune.weight_scores import Score
-from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
+from glm_edge.compress.transform import (
+    Context,
+    Result,
+    Transform,
+    check_fraction,
+    check_pattern,
+    register,
+)
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
 
@@ -23,7 +30,7 @@ def magnitude(sparsity: float, where: str | None = None, scope: str = "tensor") 
     bytes grow until the weight is quantized.
 
     Args:
-      sparsity: fraction of zeros, in 0..1.
+      sparsity: fraction of zeros, in 0..1, below 1.
       where: regular expression searched in each path; None masks every matrix.
       scope: `tensor` prunes this fraction of each matrix, `global` of all of them together.
 
@@ -39,8 +46,7 @@ def magnitude(sparsity: float, where: str | None = None, scope: str = "tensor") 
       https://arxiv.org/abs/1506.02626.
     """
     check_pattern(NAME, "where", where)
-    if not 0.0 <= sparsity <= 1.0:
-        raise RecipeError(f"{NAME}: sparsity must be in 0..1, not {sparsity}")
+    check_fraction(NAME, sparsity=sparsity)
     if scope not in SCOPES:
         raise RecipeError(f"{NAME}: scope must be tensor or global, not {scope!r}")
     return Transform(NAME, {"sparsity": sparsity, "where": where, "scope": scope})

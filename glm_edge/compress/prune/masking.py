@@ -15,7 +15,7 @@ from glm_edge.compress.prune import shapes, weight_scores
 from glm_edge.compress.prune.shapes import Pool, Shape, as_matrix, from_matrix
 from glm_edge.compress.prune.weight_scores import Score
 from glm_edge.compress.report import Row
-from glm_edge.compress.transform import check_pattern
+from glm_edge.compress.transform import check_fraction, check_pattern
 from glm_edge.errors import RecipeError
 
 TENSOR, ROW = "tensor", "row"
@@ -109,13 +109,8 @@ class Masking:
         if len(given) + (self.sparsity is not None) != 1 or fixed is not None:
             said = f"the shape says {fixed:g}" if fixed is not None else "give it or one budget"
             raise RecipeError(f"{self.name}: sparsity is {self.sparsity!r} and {said}")
-        if self.sparsity is not None and not (
-            _is_number(self.sparsity) and 0.0 <= self.sparsity < 1.0
-        ):
-            raise RecipeError(
-                f"{self.name}: sparsity must be in 0..1 and below 1, so that the keep ratio is "
-                f"above 0 and at most 1, not {self.sparsity}"
-            )
+        if self.sparsity is not None:
+            check_fraction(self.name, sparsity=self.sparsity)
         return self.sparsity
 
     @property

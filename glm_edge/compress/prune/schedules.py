@@ -15,7 +15,13 @@ from glm_edge.compress.distill import distill
 from glm_edge.compress.prune import shapes, weight_scores
 from glm_edge.compress.prune.mask import mask
 from glm_edge.compress.prune.shapes import as_matrix, extent, from_matrix
-from glm_edge.compress.transform import Transform, chain, check_pattern, check_whole
+from glm_edge.compress.transform import (
+    Transform,
+    chain,
+    check_fraction,
+    check_pattern,
+    check_whole,
+)
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params, path_string
 
@@ -36,7 +42,7 @@ def one_shot(sparsity: float, step: int = 0) -> Schedule:
     Raises:
       RecipeError: an argument has no meaning.
     """
-    _check_sparsity("one_shot", sparsity=sparsity)
+    check_fraction("prune.one_shot", sparsity=sparsity)
     return lambda now: jnp.where(jnp.asarray(now) >= step, jnp.float32(sparsity), 0.0)
 
 
@@ -58,7 +64,7 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> Schedule:
     References:
       To prune, or not to prune, https://arxiv.org/abs/1710.01878.
     """
-    _check_sparsity("cubic", final=final, initial=initial)
+    check_fraction("prune.cubic", final=final, initial=initial)
     _check_steps("cubic", begin, end)
 
     def sparsity(now: Any) -> Array:
@@ -87,7 +93,7 @@ def staircase(
     Raises:
       RecipeError: an argument has no meaning.
     """
-    _check_sparsity("staircase", final=final, initial=initial)
+    check_fraction("prune.staircase", final=final, initial=initial)
     _check_steps("staircase", begin, end)
     _check_rounds("staircase", rounds, initial, final)
     levels = jnp.asarray(np.linspace(initial, final, rounds), jnp.float32)
@@ -265,7 +271,7 @@ def iterative(
       To prune, or not to prune, https://arxiv.org/abs/1710.01878; SGDR: Stochastic Gradient Descent
       with Warm Restarts, https://arxiv.org/abs/1608.03983.
     """
-    _check_sparsity("iterative", sparsity=sparsity, initial=initial)
+    check_fraction("prune.iterative", sparsity=sparsity, initial=initial)
     _check_rounds("iterative", rounds, initial, sparsity)
     if rise not in _RISES:
         raise RecipeError(f"prune.iterative: rise must be {' or '.join(_RISES)}, not {rise!r}")
@@ -308,13 +314,6 @@ def _map(function: Callable[..., Any], masks: Params, *trees: Params, rest: Any 
         for (path, keep), other, *leaves in zip(flat, others, *columns, strict=True)
     ]
     return treedef.unflatten(found)
-
-
-def _check_sparsity(name: str, **options: float) -> None:
-    for option, value in options.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0.0 <= value < 1.0:
-            raise RecipeError(f"prune.{name}: {option} must be in 0..1 and below 1, not {value!r}")
 
 
 def _check_steps(name: str, begin: int, end: int) -> None:

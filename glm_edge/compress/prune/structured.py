@@ -23,6 +23,7 @@ from glm_edge.compress.transform import (
     Context,
     Result,
     Transform,
+    check_fraction,
     check_pattern,
     check_whole,
     register,
@@ -53,8 +54,8 @@ def structured(
     The vision and speech encoders are left as they are. At least the asked fraction goes.
 
     Args:
-      heads: fraction of query heads to remove, in 0..1.
-      neurons: fraction of neurons to remove, in 0..1.
+      heads: fraction of query heads to remove, in 0..1, below 1.
+      neurons: fraction of neurons to remove, in 0..1, below 1.
       score: `taylor`, from gradients of the calibration loss, or `magnitude`, from weights alone.
       where: regular expression searched in the decoder's paths; layers whose attention (or
         feed-forward) weights it matches lose heads (or neurons). None is all layers.
@@ -91,9 +92,7 @@ def checked(
     Raises:
       RecipeError: an option has no meaning.
     """
-    for option, fraction in (("heads", heads), ("neurons", neurons)):
-        if not 0.0 <= fraction < 1.0:
-            raise RecipeError(f"{name}: {option} must be in 0..1, not {fraction}")
+    check_fraction(name, heads=heads, neurons=neurons)
     if score not in SCORES:
         raise RecipeError(f"{name}: score must be taylor or magnitude, not {score!r}")
     check_pattern(name, "where", where)

@@ -235,7 +235,7 @@ def _measured(
     """Gram matrices of the inputs, and of what they miss of the original ones with them."""
     compute = getattr(work.model, "compute", "float32")
     paired = paired and work.original is not None
-    ours, theirs = work.batches(), work.original.batches() if paired else repeat(None)
+    ours, theirs = work.batches(replaced), work.original.batches() if paired else repeat(None)
     grams: dict[str, Array] = {}
     drifts: dict[str, Array] = {}
     waiting: dict[str, list[tuple[Array, ...]]] = {}
@@ -247,8 +247,8 @@ def _measured(
             sums[path] = sums[path] + found_now if path in sums else found_now
 
     for now, before in zip(ours, theirs, strict=False):
-        seen = now.collect(ROWS, replaced, paths)
-        meant = before.collect(ROWS, None, paths) if paired else {}
+        seen = now.collect(ROWS, paths=paths)
+        meant = before.collect(ROWS, paths=paths) if paired else {}
         for path, rows in seen.items():
             parts = waiting.setdefault(path, [])
             parts.append((rows, meant[path]) if paired else (rows,))

@@ -171,8 +171,9 @@ def test_bad_input_is_refused(nano, make_member):
         encoders(heads=0.9, score="magnitude")(model, params)
     with pytest.raises(RecipeError, match="leaves none of 24"):
         encoders(neurons=0.99, score="magnitude")(model, params)
-    with pytest.raises(RecipeError, match="heads must be in"):
-        encoders(heads=1.0)
+    for options in ({"heads": 1.0}, {"heads": -0.1}, {"neurons": 1.5}):
+        with pytest.raises(RecipeError, match=r"must be in 0\.\.1 and below 1"):
+            encoders(**options)
     with pytest.raises(RecipeError, match="score must be taylor or magnitude"):
         encoders(score="loss")
     with pytest.raises(RecipeError, match="has no encoder"):

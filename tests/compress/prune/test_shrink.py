@@ -15,6 +15,9 @@ from glm_edge.compress.prune.structured import shrink
 from glm_edge.compress.report import Report
 from glm_edge.errors import ConfigError, RecipeError
 from glm_edge.generate import greedy
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.models.speech import SpeechEncoder
+from glm_edge.models.vision import VisionEncoder
 
 apply = jax.jit(batches.apply_batch, static_argnums=0)
 
@@ -72,23 +75,59 @@ def test_a_shrunk_model_saves_loads_and_generates(shrunk, tmp_path):
     np.testing.assert_array_equal(found, ids[:, 10:])
 
 
-def test_the_report_shows_parameters_bytes_flops_and_measured_latency(make_member):
-    model, params = make_member("edge")
-    transform = ge.prune.structured(heads=0.5, neurons=0.5, score="magnitude")
+def wide(part):
+    """A model whose time goes into what is removed: a decoder, or an encoder on its own."""
+    if part == "decoder":
+        sizes = {"vocab_size": 8192, "hidden_size": 256, "num_layers": 4, "num_heads": 8}
+        sizes |= {"num_kv_heads": 2, "head_dim": 32, "intermediate_size": 1024}
+        model = MultimodalGLM(configs.GLMConfig("wide", configs.DecoderConfig(**sizes)))
+        given = jnp.zeros((1, 2), jnp.int32)
+    elif part == "vision":
+        changes = {"image_size": (64, 32), "window": (4, 4), "global_layers": (1,)}
+        config = configs.preset("nano").vision
+        changes |= {"num_layers": 2, "intermediate_size": 4096}
+        model = VisionEncoder(dataclasses.replace(config, **changes), 256)
+        given = jnp.zeros((1, 64, 32, 3))
+    else:
+        config = configs.preset("nano").speech
+        changes = {"num_layers": 2, "intermediate_size": 4096}
+        model = SpeechEncoder(dataclasses.replace(config, **changes), 256)
+        given = jnp.zeros((1, config.num_frames, config.mel_bins))
+    return model, jax.jit(model.init)(jax.random.key(0), given)["params"]
+
+
+@pytest.mark.parametrize(
+    ("part", "transform", "work"),
+    [
+        ("decoder", ge.prune.structured(0.75, 0.9, score="magnitude"), "token"),
+        ("decoder", ge.prune.depth([0, 1, 3]), "token"),
+        ("decoder", ge.prune.vocabulary("0-127"), "token"),
+        ("vision", ge.prune.encoders(0.5, 0.9, score="magnitude"), "image"),
+        ("speech", ge.prune.encoders(0.5, 0.9, score="magnitude"), "clip"),
+    ],
+    ids=["heads and neurons", "layers", "vocabulary", "vision", "speech"],
+)
+def test_parameters_bytes_flops_and_latency_fall_and_are_shown(part, transform, work):
+    model, params = wide(part)
     smaller, small, report = transform(model, params)
-    assert report.count_after < report.count_before
-    assert report.bytes_after < report.bytes_before
     assert report.flops_before == cost.flops(model)
     assert report.flops_after == cost.flops(smaller)
-    assert report.flops_after["token"] < report.flops_before["token"]
-    rows = cost.measure((model, params), (smaller, small), rounds=3, calls=2, context=16)
-    text = str(report.with_latency(rows))
-    assert [row.work for row in rows] == ["token"]
-    assert all(row.before_ms > 0 and row.after_ms > 0 for row in rows)
-    for shown in ("parameters", "bytes after", "FLOPs per token", "latency per token"):
-        assert shown in text
+    rows = cost.measure((model, params), (smaller, small), rounds=7, calls=2)
+    assert [row.work for row in rows] == [work]
+    before = report.count_before, report.bytes_before, report.flops_before[work], rows[0].before_ms
+    after = report.count_after, report.bytes_after, report.flops_after[work], rows[0].after_ms
+    assert all(0 < new < old for new, old in zip(after, before, strict=True))
+    assert rows[0].speedup > 1.0
     assert "latency" not in str(report)
-    assert "FLOPs per token" in report.to_markdown()
+    measured = report.with_latency(rows)
+    for text in (str(measured), measured.to_markdown()):
+        for shown in (
+            f"{before[0]:,} -> {after[0]:,} parameters",
+            f"{after[1]:,}",
+            f"FLOPs per {work}: {before[2]:,} -> {after[2]:,}",
+            f"latency per {work}: {before[3]:.3f} -> {after[3]:.3f} ms",
+        ):
+            assert shown in text
 
 
 def test_costs_run_from_the_first_report_of_a_chain_to_the_last():

@@ -1,4 +1,4 @@
-"""Operations against published counts, removal of channels, files in LiteRT, and rows."""
+"""Operations against published counts, files in LiteRT, and rows."""
 
 import dataclasses
 
@@ -9,7 +9,6 @@ import pytest
 
 from experiments import bench_reparameterize
 from experiments.tables import (
-    channels,
     int8_pruned,
     measure,
     precision_memory,
@@ -19,7 +18,7 @@ from experiments.tables import (
 )
 from glm_edge import configs
 from glm_edge import params as boxes
-from glm_edge.errors import ExportError, RecipeError
+from glm_edge.errors import ExportError
 from glm_edge.export.function import write_function
 from glm_edge.models.cnn import CNN, preset
 from glm_edge.models.multimodal import MultimodalGLM
@@ -62,34 +61,6 @@ def mobile():
     config = dataclasses.replace(preset("mobilenet_v2_digits"), image_size=(8, 8, 1))
     model = CNN(config)
     return model, measure.random_variables(model, 0)
-
-
-def test_a_model_with_fewer_channels_is_the_one_with_their_weights_at_zero(mobile):
-    model, variables = mobile
-    small, fewer = channels.remove(model, variables, 0.6)
-    assert channels.widths(small.config) == [24, 24, 36, 48, 48]
-    params = dict(variables["params"])
-    for index in range(5):
-        name = f"blocks_{index}"
-        block, after = params[name], fewer["params"][name]
-        kernel = np.asarray(block["project"]["conv"]["kernel"])
-        kept = np.asarray(after["project"]["conv"]["kernel"])[0, 0]
-        stays = [any(np.array_equal(row, other) for other in kept) for row in kernel[0, 0]]
-        assert sum(stays) == len(kept)
-        masked = jnp.asarray(kernel * np.array(stays)[:, None])
-        params[name] = {**block, "project": {**block["project"], "conv": {"kernel": masked}}}
-    images = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
-    expected = vision.logits_of(model, {**variables, "params": params}, images)
-    found = vision.logits_of(small, fewer, images)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert np.abs(found - vision.logits_of(model, variables, images)).max() > 1e-3
-
-
-def test_channels_that_cannot_be_removed_are_refused(mobile):
-    with pytest.raises(RecipeError, match="below 1, not 1"):
-        channels.remove(*mobile, 1.0)
-    with pytest.raises(RecipeError, match="only a MobileNetV2"):
-        channels.remove(CNN(preset("resnet_digits")), {}, 0.5)
 
 
 def test_files_agree_with_jax_in_float32_and_int8(mobile, tmp_path):
@@ -148,10 +119,19 @@ def test_masks_and_narrow_leave_as_many_parameters():
     np.testing.assert_allclose(boxed, plain, atol=1e-5)
 
 
+def test_encoders_run_in_both_engines_and_boxes_in_jax():
+    pytest.importorskip("tensorflow")
+    sides = sparsity.models(64, 0.3, seed=0)
+    chosen = {"one": sides["narrow"], "boxed": sides["masked, in its box"]}
+    seconds = measure.encoder_times(chosen, tokens=5, rounds=2, threads=1)
+    assert set(seconds) == {"jax one", "litert one", "jax boxed"}
+    assert all(len(found) == 2 and min(found) > 0 for found in seconds.values())
+
+
 def test_rows_of_sparsity_say_how_time_changed():
     seconds = {
         f"{engine} {name}": [0.1 * factor] * 3
-        for engine in sparsity.ENGINES
+        for engine in measure.ENGINES
         for name, factor in (("dense", 1.0), ("masked", 1.02), ("narrow", 0.7))
     }
     kinds = ("dense", "masked", "masked, in its box", "narrow")
@@ -178,7 +158,7 @@ def test_rows_of_int8_and_pruning_give_factors_and_losses():
 def test_rows_of_repvgg_are_ratios_pair_by_pair():
     seconds = {
         f"{engine} {name}": times
-        for engine in repvgg.ENGINES
+        for engine in measure.ENGINES
         for name, times in (
             ("resnet_50", [0.1, 0.2, 0.3]),
             ("repvgg_a2", [0.2, 0.4, 0.6]),

@@ -3,11 +3,18 @@
 import pytest
 from absl import flags
 
+from experiments.phone_screens import metrics
 from experiments.tables import (
+    bits,
     distillation,
+    dynamic,
+    early_exit,
     healing,
     int8_pruned,
+    intent,
+    lightweight,
     precision_memory,
+    precision_speed,
     repvgg,
     sparsity,
     table,
@@ -15,7 +22,20 @@ from experiments.tables import (
 from experiments.tables.table import Row
 from glm_edge.errors import OutputError
 
-SCRIPTS = (distillation, healing, int8_pruned, precision_memory, repvgg, sparsity)
+SCRIPTS = (
+    bits,
+    distillation,
+    dynamic,
+    early_exit,
+    healing,
+    int8_pruned,
+    intent,
+    lightweight,
+    precision_memory,
+    precision_speed,
+    repvgg,
+    sparsity,
+)
 
 
 class Small:
@@ -49,6 +69,10 @@ def test_a_ratio_is_measured_over_claimed():
 )
 def test_numbers_are_shown_in_three_digits(number, text):
     assert table.shown(number) == text
+
+
+def test_an_interval_is_in_percent():
+    assert table.interval(metrics.wilson(9, 10)) == "95 % interval 59.6 to 98.2"
 
 
 def test_a_table_is_four_files_with_the_command(run, tmp_path, capsys):

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from experiments.tables import distillation, healing, vision
+from experiments.tables import distillation, healing, learning, vision
+from experiments.tables.learning import Training
 from glm_edge.errors import DataError
 from glm_edge.models.cnn import CNN, Inverted, MobileNetV2Config, Stem
 
-STEPS = vision.Training(60, 1e-2, batch=20)
+STEPS = Training(60, 1e-2, batch=20)
 NARROW = MobileNetV2Config(
     "narrow", Stem(8, stride=1), (Inverted(8, 40, 2), Inverted(8, 40, 1)), 16, 10, (8, 8, 1)
 )
@@ -21,12 +22,12 @@ def student(tiny):
 
 def test_training_learns_and_leaves_what_it_was_given(tiny, student):
     model, before = student
-    start = vision.fingerprint(before)
+    start = learning.fingerprint(before)
     after = vision.train(model, before, tiny, STEPS, seed=0)
     assert vision.accuracy(model, after, tiny) > 60.0 > vision.accuracy(model, before, tiny) + 20
-    assert vision.fingerprint(before) == start
+    assert learning.fingerprint(before) == start
     again = vision.train(model, before, tiny, STEPS, seed=0)
-    assert vision.fingerprint(again) == vision.fingerprint(after)
+    assert learning.fingerprint(again) == learning.fingerprint(after)
 
 
 def test_the_loss_is_the_mixture_that_is_documented():
@@ -41,10 +42,10 @@ def test_the_loss_is_the_mixture_that_is_documented():
     hard = -np.log(softmax(logits)[np.arange(6), labels]).mean()
     teacher, guess = softmax(targets / 4.0), softmax(logits / 4.0)
     soft = 16.0 * (teacher * np.log(teacher / guess)).sum(-1).mean()
-    training = vision.Training(1, alpha=0.7, temperature=4.0)
-    found = float(vision._loss(logits, labels, targets, training))
+    training = Training(1, alpha=0.7, temperature=4.0)
+    found = float(learning._loss(logits, labels, targets, training))
     assert found == pytest.approx(0.7 * soft + 0.3 * hard, rel=1e-5)
-    assert float(vision._loss(logits, labels, targets, vision.Training(1))) == pytest.approx(hard)
+    assert float(learning._loss(logits, labels, targets, Training(1))) == pytest.approx(hard)
 
 
 def test_what_cannot_be_trained_is_refused(tiny, student):
@@ -57,12 +58,12 @@ def test_what_cannot_be_trained_is_refused(tiny, student):
 
 def test_a_finished_training_is_found_unless_its_settings_changed(tiny, student, tmp_path):
     model, _ = student
-    short = vision.Training(2, batch=20)
+    short = Training(2, batch=20)
     first = vision.trained(tmp_path, "one", model, tiny, short, 0)
     files = list((tmp_path / "runs").iterdir())
     written = files[0].stat().st_mtime_ns
     again = vision.trained(tmp_path, "one", model, tiny, short, 0)
-    assert vision.fingerprint(again) == vision.fingerprint(first)
+    assert learning.fingerprint(again) == learning.fingerprint(first)
     assert files[0].stat().st_mtime_ns == written
     vision.trained(tmp_path, "one", model, tiny, short, 1)
     vision.trained(tmp_path, "one", model, tiny, short, 0, start=first)

@@ -1,0 +1,178 @@
+"""Table (h): what fewer bits lose.
+
+    python -m experiments.tables.bits --preset=quick
+    python -m experiments.tables.bits --preset=full --text=FILE --digits_dir=MNIST --speech_dir=FSDD
+
+The claim: 8 bits lose 2 %, 4 bits 10 %, 2 bits over 20 %; of what, it does not say. The matrices
+named by --where of the shipped model (or --checkpoint) are rounded to 8, 4, 3 and 2 bits, in groups
+of 32 columns and, in full, per channel too (one scale a row), each to nearest (`rtn`) and by
+`gptq`, calibrated on text and screens that are not measured on. Two losses are set against the
+claim, both relative to the model before rounding: perplexity of held-out text, which grows, and
+taps in the box, which get fewer. `stored` counts scales too. All are run in float32 by the same
+programs.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import glm_edge as ge
+from experiments import exam, materials
+from experiments.console import bar, fail_in_one_line
+from experiments.tables import table
+from experiments.tables.table import Row
+from glm_edge import params as boxes
+from glm_edge.compress import quantize
+from glm_edge.compress.transform import Transform
+
+FLAGS = flags.FLAGS
+NAME = "bits"
+CLAIMS = {8: 2.0, 4: 10.0, 2: 20.0}
+ELSEWHERE = "claim on another model"
+NOTES = {2: f"claimed: over 20 %; {ELSEWHERE}"}
+SIZES = {
+    "quick": {"screens": 32, "text_tokens": 4_000, "batches": 2, "groups": [32]},
+    "full": {"screens": 500, "text_tokens": 60_000, "batches": 16, "groups": [32, 0]},
+}
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    table.define_flags(NAME)
+    flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
+    flags.DEFINE_string("where", "^decoder/", "Regular expression of the matrices rounded.")
+    flags.DEFINE_list("bits", ["8", "4", "3", "2"], "Of a weight.")
+    flags.DEFINE_list(
+        "groups", None, "Columns that share a scale, 0 for one scale a row; default: the preset's."
+    )
+    flags.DEFINE_string("text", None, "UTF-8 file: a third to calibrate on, the rest to measure.")
+    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
+    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to measure on; default: all.")
+    flags.DEFINE_integer("screens", None, "Questions of each kind; default: the preset's.", 1)
+    flags.DEFINE_integer("text_tokens", None, "Scored at most; default: the preset's.", 512)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    table.prepare()
+    checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
+    model, params = ge.load(checkpoint, dtype="float32")
+    amount = SIZES[FLAGS.preset]
+    data = materials.gather(
+        model.config,
+        checkpoint,
+        FLAGS.text,
+        FLAGS.digits_dir,
+        FLAGS.speech_dir,
+        FLAGS.speakers,
+        FLAGS.screens or amount["screens"],
+        FLAGS.text_tokens or amount["text_tokens"],
+        FLAGS.seed,
+        amount["batches"],
+    )
+    found = {"float32": measured(model, params, data, FLAGS.where)}
+    groups = [int(size) for size in FLAGS.groups or amount["groups"]]
+    ways = recipes([int(width) for width in FLAGS.bits], groups)
+    for name, transform in bar("ways of rounding")(ways.items()):
+        found[name] = measured(
+            model, rounded(transform, model, params, data.calibration), data, FLAGS.where
+        )
+    table.publish(
+        NAME,
+        "Bits against loss: claimed 2 % at 8 bits, 10 % at 4, over 20 % at 2",
+        rows_of(found),
+        ("checkpoint", "where", "bits", "groups", "text", "digits_dir", "speech_dir", "screens",
+         "text_tokens"),
+        {"settings": found, "notes": data.notes, "tokens": data.windows.num_scored},
+    )  # fmt: skip
+
+
+def recipes(bits: Sequence[int], groups: Sequence[int]) -> dict[str, Transform]:
+    """Ways of rounding by their names, such as `4 bits, gptq, groups of 32`."""
+    found = {}
+    for width in bits:
+        for size in groups:
+            label = f"groups of {size}" if size else "per channel"
+            options = {"bits": width, "group_size": size or None, "where": FLAGS.where}
+            found[f"{width} bits, rtn, {label}"] = quantize.rtn(**options)
+            found[f"{width} bits, gptq, {label}"] = quantize.gptq(**options)
+    return found
+
+
+def rounded(transform: Transform, model: Any, params: Any, batches: Sequence[Any]) -> Any:
+    """Parameters in boxes, by a transform and the calibration there is."""
+    seen = {name for batch in batches for name in batch}
+    lacking = [name for name in ("images", "audio") if name not in seen]
+    key = jax.random.key(FLAGS.seed)
+    return transform(model, params, batches, key, without=lacking)[1]
+
+
+def measured(
+    model: Any, params: Any, data: materials.Materials, where: str
+) -> dict[str, float | None]:
+    """Perplexity, taps in the box in percent by kind of question, and bits of a weight.
+
+    Args:
+      model: a GLM.
+      params: arrays or boxes; boxes are made dense, so that one program runs them all.
+      data: to measure on.
+      where: of the matrices whose bits count.
+
+    Returns:
+      `perplexity`, `bits stored`, and `taps, written` and `taps, spoken` where there are any.
+    """
+    leaves = dict(boxes.path_items(params))
+    chosen = {path: leaves[path] for path in boxes.select(params, where)}
+    bits = 8 * boxes.stored_bytes(chosen) / boxes.count(chosen)
+    dense = jax.tree.map(boxes.dense, params, is_leaf=boxes.is_box)
+    found = {
+        "bits stored": bits,
+        "perplexity": exam.text_loss(model, dense, data.windows)["perplexity"],
+    }
+    for kind, items in (("written", data.written), ("spoken", data.spoken)):
+        if items:
+            texts = exam.answers(model, dense, data.tokenizer, items)
+            found[f"taps, {kind}"] = 100.0 * float(np.mean(exam.hits(items, texts)))
+    return found
+
+
+def rows_of(found: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """The table's rows: float32, and what every way of rounding loses of it.
+
+    Args:
+      found: of `measured` by `float32` and the names of `recipes`.
+
+    Returns:
+      The rows.
+    """
+    base = found["float32"]
+    rows = [Row("perplexity, float32", "perplexity", None, base["perplexity"])]
+    kinds = [kind for kind in base if kind.startswith("taps")]
+    rows += [Row(f"{kind}, float32", "% of taps", None, base[kind]) for kind in kinds]
+    for name, now in found.items():
+        if name == "float32":
+            continue
+        bits = int(name.split()[0])
+        claim = CLAIMS.get(bits)
+        note = NOTES.get(bits, ELSEWHERE) if claim else ""
+        growth = 100.0 * (now["perplexity"] / base["perplexity"] - 1.0)
+        rows.append(Row(f"{name}: perplexity grows", "% lost", claim, growth, note=note))
+        for kind in kinds:
+            lost = 100.0 * (1.0 - now[kind] / base[kind]) if base[kind] else None
+            rows.append(Row(f"{name}: {kind}", "% lost", claim, lost, note=note))
+        rows.append(Row(f"{name}: stored", "bits a weight", None, now["bits stored"]))
+    return rows
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(fail_in_one_line(main))

@@ -1,0 +1,155 @@
+"""Table (d): run-time pruning of a fifth and of half of the FFN neurons, chosen by each token.
+
+    python -m experiments.tables.dynamic --preset=quick
+    python -m experiments.tables.dynamic --preset=full --digits_dir=MNIST
+
+The claim: 20 % give 1.15 x at a loss under 1 %, 50 % give 1.42 x at 3 %; of what, it does not say.
+Nothing is trained: in every layer of the shipped model (or --checkpoint) a token uses the neurons
+whose gates are widest open, and the weights of the others are not read. `tokens a second` is of
+decoding answers in one compiled loop, the prompt not counted; all settings take turns at the same
+question. Two losses are set against the claim, both relative to the whole model: taps in the box
+(for a checkpoint without vision, agreement with its own tokens) and perplexity of held-out text.
+
+The gate is computed in full, so that half of the neurons still read two thirds of the weights, and
+a small model's step is mostly made of other things. The decoder of --shape has random weights: it
+says what skipping can gain, and nothing of quality.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+
+from absl import app, flags
+
+from experiments import exam, skipping
+from experiments.console import fail_in_one_line
+from experiments.evaluate import text_windows
+from experiments.tables import table
+from experiments.tables.table import Row
+from glm_edge.errors import RecipeError
+from glm_edge.generate import Setting, SweepRow
+
+FLAGS = flags.FLAGS
+NAME = "dynamic"
+# By percent of neurons skipped: speed-up, and percent lost.
+CLAIMS = {20: (1.15, 1.0), 50: (1.42, 3.0)}
+UNDER = {20: "claimed: under 1 %; "}
+SHAPES = {"quick": "", "full": "mobile"}
+TEXT_TOKENS = {"quick": 4_000, "full": 60_000}
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    table.define_flags(NAME)
+    skipping.define_flags()
+    flags.DEFINE_list("skip", ["20", "50"], "Percent of the neurons that a token does not use.")
+    flags.DEFINE_string("text", None, "UTF-8 file to measure on; default: CPython's help topics.")
+    flags.DEFINE_integer("text_tokens", None, "Scored at most; default: the preset's.", 2)
+    flags.DEFINE_string(
+        "shape", None, "Preset to time with random weights; default: none, or mobile in full."
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    table.prepare()
+    keep = [1.0 - percent / 100.0 for percent in skipping.floats("skip")]
+    if not keep:
+        raise RecipeError("--skip: lists nothing; 20,50 is right")
+    model, params, tokenizer = skipping.opened()
+    settings = [Setting("all", params), *skipping.neuron_settings(model, params, keep)]
+    windows = text_windows(tokenizer, FLAGS.text, FLAGS.text_tokens or TEXT_TOKENS[FLAGS.preset])
+    perplexity = {
+        setting.name: exam.text_loss(model, setting.params, windows, (model, params))["perplexity"]
+        for setting in settings
+    }
+    rows = skipping.run(model, tokenizer, settings)
+    shape = SHAPES[FLAGS.preset] if FLAGS.shape is None else FLAGS.shape
+    timed = []
+    if shape:
+        timed = skipping.time_shape(
+            shape,
+            skipping.size()["rounds"],
+            FLAGS.seed,
+            lambda model, params: skipping.neuron_settings(model, params, keep),
+        )
+    quality = "taps in the box" if model.config.vision is not None else "tokens as without skipping"
+    table.publish(
+        NAME,
+        "FFN neurons skipped by input: claimed 1.15 x under 1 % (20 %), 1.42 x at 3 % (50 %)",
+        [
+            *rows_of(rows, perplexity, quality, skipping.size()["screens"]),
+            *shape_rows(timed, shape),
+        ],
+        ("checkpoint", "skip", "screens", "rounds", "digits_dir", "text", "text_tokens", "shape"),
+        {
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "shape": [dataclasses.asdict(row) for row in timed],
+            "perplexity": perplexity,
+        },
+    )
+
+
+def rows_of(
+    found: Sequence[SweepRow], perplexity: Mapping[str, float], quality: str, questions: int
+) -> list[Row]:
+    """The table's rows of the model that has been trained.
+
+    Args:
+      found: of the sweep; the first skips nothing.
+      perplexity: by the names of settings.
+      quality: what the sweep's accuracy is.
+      questions: that were asked.
+
+    Returns:
+      The rows.
+    """
+    whole, note = found[0], f"{questions} questions"
+    rows = [
+        Row(quality, "%", None, 100.0 * whole.accuracy, note=note),
+        Row("perplexity", "perplexity", None, perplexity[whole.name]),
+        Row("decoding", "tokens/s", None, whole.tokens_per_second, note="one row"),
+    ]
+    for row in found[1:]:
+        percent = skipped(row)
+        gain, loss = CLAIMS.get(percent, (None, None))
+        under = f"{UNDER.get(percent, '')}claim {skipping.ELSEWHERE}" if loss else ""
+        lost = 100.0 * (1.0 - row.accuracy / whole.accuracy) if whole.accuracy else None
+        growth = 100.0 * (perplexity[row.name] / perplexity[whole.name] - 1.0)
+        label = f"{percent} % skipped"
+        rows += [
+            Row(f"{label}: decoding", "tokens/s", None, row.tokens_per_second),
+            _speedup(row, label, gain),
+            Row(f"{label}: {quality}", "% lost", loss, lost, note=under),
+            Row(f"{label}: perplexity grows", "% lost", loss, growth, note=under),
+            Row(f"{label}: FFN weights read", "%", None, 100.0 * (1.0 + 2.0 * row.value) / 3.0),
+        ]
+    return rows
+
+
+def shape_rows(found: Sequence[SweepRow], shape: str) -> list[Row]:
+    """The table's rows of a shape with random weights."""
+    return [
+        _speedup(row, f"{skipped(row)} % skipped, {shape}", CLAIMS.get(skipped(row), (None,))[0])
+        for row in found[1:]
+    ]
+
+
+def skipped(row: SweepRow) -> int:
+    """Percent of the neurons that a setting does not use."""
+    return round(100.0 * (1.0 - row.value))
+
+
+def _speedup(row: SweepRow, label: str, claim: float | None) -> Row:
+    note = f"quartiles {row.low:.2f} - {row.high:.2f}" + (
+        f"; claim {skipping.ELSEWHERE}" if claim else ""
+    )
+    return Row(f"{label}: speed-up", "x", claim, row.speedup, note=note)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(fail_in_one_line(main))

@@ -1,0 +1,136 @@
+"""Table (g): tokens that leave at the layer whose scores are sure enough.
+
+    python -m experiments.tables.early_exit --preset=quick
+    python -m experiments.tables.early_exit --preset=full --digits_dir=MNIST
+
+The claim, at a threshold of 0.95: 120 ms and 98.2 % become 76 ms and 97.8 %. After each layer of
+--exits the shipped model (or --checkpoint) asks its head; where the largest probability reaches the
+threshold, the other layers are not run. An exit scores what it has (`exit`), or first maps it to
+what the last layer would give, by a matrix fitted on text and screens (`exit+map`). The claim says
+neither which is meant, so both are set against it. Quality is taps in the box (for a checkpoint
+without vision, agreement with its own tokens), `layers` the mean that a decoded token ran. Time is
+of a token in one compiled loop, the prompt not counted; all settings take turns at the same
+question, and times are compared within rounds.
+
+In nano a layer costs about as much as asking the head. The decoder of --shape has random weights,
+leaves at half its depth, and says what an exit can gain, nothing of quality.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+
+from absl import app, flags
+
+from experiments import skipping
+from experiments.console import fail_in_one_line
+from experiments.tables import table
+from experiments.tables.table import PHONE, Row
+from glm_edge.generate import Setting, SweepRow
+
+FLAGS = flags.FLAGS
+NAME = "early_exit"
+THRESHOLD = 0.95
+CLAIMED_MS, CLAIMED_QUALITY = (120.0, 76.0), (98.2, 97.8)
+THRESHOLDS = {"quick": (0.5, 0.8, 0.95), "full": (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)}
+SHAPES = {"quick": "", "full": "mobile"}
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    table.define_flags(NAME)
+    skipping.define_flags()
+    flags.DEFINE_list("exits", ["3"], "Layers after which a token may stop.")
+    flags.DEFINE_list("thresholds", None, "Of the largest probability; default: the preset's.")
+    flags.DEFINE_string(
+        "shape", None, "Preset to time with random weights; default: none, or mobile in full."
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    table.prepare()
+    exits = [int(value) for value in skipping.floats("exits")]
+    thresholds = skipping.floats("thresholds") or THRESHOLDS[FLAGS.preset]
+    model, params, tokenizer = skipping.opened()
+    settings = [Setting("all", params)]
+    settings += skipping.exit_settings(model, params, exits, thresholds)
+    maps = skipping.fitted_maps(model, params, tokenizer, exits)
+    settings += skipping.exit_settings(model, params, exits, thresholds, maps)
+    rows = skipping.run(model, tokenizer, settings)
+    shape = SHAPES[FLAGS.preset] if FLAGS.shape is None else FLAGS.shape
+    timed = []
+    if shape:
+        rounds = skipping.size()["rounds"]
+        timed = skipping.time_shape(shape, rounds, FLAGS.seed, skipping.half_depth)
+    quality = "taps in the box" if model.config.vision is not None else "tokens as without exits"
+    table.publish(
+        NAME,
+        "Early exit at 0.95: claimed 120 -> 76 ms, 98.2 -> 97.8 %",
+        [*rows_of(rows, quality, skipping.size()["screens"]), *shape_rows(timed, shape)],
+        ("checkpoint", "exits", "thresholds", "screens", "rounds", "digits_dir", "shape"),
+        {
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "shape": [dataclasses.asdict(row) for row in timed],
+        },
+    )
+
+
+def rows_of(found: Sequence[SweepRow], quality: str, questions: int) -> list[Row]:
+    """The table's rows of the model that has been trained.
+
+    Args:
+      found: of the sweep; the first runs all layers.
+      quality: what the sweep's accuracy is.
+      questions: that were asked.
+
+    Returns:
+      The rows.
+    """
+    whole = found[0]
+    rows = []
+    for row in found:
+        first, claimed = row is whole, row.value == THRESHOLD
+        place = 0 if first else 1
+        ms, percent = (
+            (CLAIMED_MS[place], CLAIMED_QUALITY[place]) if first or claimed else (None, None)
+        )
+        label = "all layers" if first else row.name
+        tail = f"; claim {skipping.ELSEWHERE}" if percent else ""
+        note = f"{questions} questions; {row.agreement:.1%} of the tokens of all layers{tail}"
+        rows += [
+            Row(f"{label}: {quality}", "%", percent, 100.0 * row.accuracy, note=note),
+            Row(f"{label}: layers", "layers", None, row.layers),
+            Row(f"{label}: time of a token", "ms", None, 1e3 / row.tokens_per_second),
+        ]
+        if not first:
+            lost = 100.0 * (whole.accuracy - row.accuracy)
+            claim = CLAIMED_QUALITY[0] - CLAIMED_QUALITY[1] if claimed else None
+            rows += [
+                Row(f"{label}: lost", "points", claim, lost),
+                _relative_time(row, label, claimed),
+            ]
+        if ms is not None:
+            rows.append(Row(f"{label}: time", "ms", ms, None, note=PHONE))
+    return rows
+
+
+def shape_rows(found: Sequence[SweepRow], shape: str) -> list[Row]:
+    """The table's rows of a shape with random weights."""
+    return [_relative_time(row, f"{row.name}, {shape}", False) for row in found[1:]]
+
+
+def _relative_time(row: SweepRow, label: str, claimed: bool) -> Row:
+    note = f"quartiles {1 / row.high:.2f} - {1 / row.low:.2f}"
+    claim = None
+    if claimed:
+        note, claim = f"{note}; claim {skipping.ELSEWHERE}", CLAIMED_MS[1] / CLAIMED_MS[0]
+    return Row(f"{label}: time over all layers", "x", claim, 1 / row.speedup, note=note)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(fail_in_one_line(main))

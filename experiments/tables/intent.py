@@ -1,0 +1,352 @@
+"""Table (k): intents by a whole text encoder, and by distilled ones of half its depth.
+
+    python -m experiments.tables.intent --preset=quick --intent_dir=CLINC150
+    python -m experiments.tables.intent --preset=full --intent_dir=CLINC150
+
+The claim: 94.2 % for the full encoder and 91.7 % for the distilled one; it names neither data nor
+encoder, and its kind begins with weights pretrained on billions of words, which this table has no
+access to. Here a BERT of --layers layers learns the 150 intents of CLINC150, and texts that are
+none of them, from the training texts alone. Three encoders of half the layers follow: one learns
+from labels only, one also from the teacher's predictions (alpha 0.9, temperature 4), and one that
+does so begins as every second layer of the teacher, as DistilBERT does. The three see the same
+texts in the same order for as many steps; in training one token in ten is hidden. Accuracy is that
+of texts with an intent, in the folder's test part, or in its dev part where there is none; nothing
+is chosen by it.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax import Array
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from experiments.console import bar, fail_in_one_line
+from experiments.phone_screens import metrics
+from experiments.tables import learning, measure, table
+from experiments.tables.learning import Classifier, Training, Variables
+from experiments.tables.table import Row
+from experiments.text.corpora import read_text
+from glm_edge import params as boxes
+from glm_edge.compress import prune
+from glm_edge.configs import TextConfig
+from glm_edge.errors import DataError
+from glm_edge.models.text import TextEncoder
+
+FLAGS = flags.FLAGS
+NAME = "intent"
+HALVES = ("half", "half, distilled", "half, from the teacher's layers")
+CLAIMS = {"full": 94.2} | dict.fromkeys(HALVES[1:], 91.7)
+STEPS = {"quick": (1400, 800), "full": (5000, 4000)}
+SHAPES = {"quick": (4, 64), "full": (6, 128)}
+LEARNING = Training(0, learning_rate=2e-3, batch=32)
+SEEDS = {"quick": 1, "full": 3}
+ROUNDS = {"quick": 15, "full": 50}
+NONE = "oos"
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+PAD, UNKNOWN = 0, 1
+HIDDEN_WORDS = 0.1
+ELSEWHERE = "not reachable here: data (the claim names none) and pretrained weights"
+
+
+class Intents(NamedTuple):
+    """Texts as tokens [E, T] and classes [E]; `scored` says which test texts have an intent."""
+
+    name: str
+    vocabulary: int
+    classes: int
+    train_tokens: np.ndarray
+    train_labels: np.ndarray
+    test_tokens: np.ndarray
+    test_labels: np.ndarray
+    scored: np.ndarray
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    table.define_flags(NAME)
+    flags.DEFINE_string(
+        "intent_dir",
+        None,
+        "Folder of CLINC150: data_full.json, or clinc150_train.tsv and clinc150_test.tsv or _dev.",
+        required=True,
+    )
+    flags.DEFINE_integer("layers", None, "Of the full encoder, even; default: 4, or 6 in full.", 2)
+    flags.DEFINE_integer(
+        "hidden_size", None, "Of all encoders, a multiple of 32; default: 64, or 128 in full.", 32
+    )
+    flags.DEFINE_integer("vocabulary", 4000, "Tokens, at most.", 64)
+    flags.DEFINE_integer("tokens", 20, "Of a text, at most; the rest is left out.", 4)
+    flags.DEFINE_integer("teacher_steps", None, "Default: as the preset says.", 1)
+    flags.DEFINE_integer("student_steps", None, "Of each student; default: as the preset says.", 1)
+    flags.DEFINE_integer("seeds", None, "Students of each kind; default: 1, or 3 in full.", 1)
+    flags.DEFINE_integer("threads", 2, "Threads of LiteRT; JAX takes the cores it is given.", 1)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    layers, width = SHAPES[FLAGS.preset]
+    layers, width = FLAGS.layers or layers, FLAGS.hidden_size or width
+    if layers % 2 or width % 32:
+        raise DataError("--layers must be even, and --hidden_size a multiple of 32")
+    directory = table.prepare()
+    teacher_steps, student_steps = STEPS[FLAGS.preset]
+    data = load(FLAGS.intent_dir, FLAGS.vocabulary, FLAGS.tokens)
+    full = TextEncoder(config_of(data, layers, width))
+    alone = LEARNING._replace(steps=FLAGS.teacher_steps or teacher_steps)
+    taught = trained(directory, "full", full, data, alone, FLAGS.seed)
+    targets = learning.logits_of(Classifier(full, _apply), taught, data.train_tokens)
+    every_second = prune.depth(tuple(range(1, layers, 2)))
+    half, begun, _ = every_second(full, taught["params"])
+    labels = LEARNING._replace(steps=FLAGS.student_steps or student_steps)
+    teacher = labels._replace(alpha=0.9)
+    ways = ((labels, None, None), (teacher, None, targets), (teacher, {"params": begun}, targets))
+    hits: dict[str, list[np.ndarray]] = {"full": [hits_of(full, taught, data)]}
+    for seed in bar("students")(
+        range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds or SEEDS[FLAGS.preset]))
+    ):
+        for kind, (training, start, learned) in zip(HALVES, ways, strict=True):
+            variables = trained(
+                directory, f"{kind}_{seed}", half, data, training, seed, start, learned
+            )
+            hits.setdefault(kind, []).append(hits_of(half, variables, data))
+    sides = {"full": (full, taught["params"]), "half": (half, variables["params"])}
+    seconds = measure.encoder_times(sides, FLAGS.tokens, ROUNDS[FLAGS.preset], FLAGS.threads)
+    counts = {name: boxes.count(params) for name, (_, params) in sides.items()}
+    table.publish(
+        NAME,
+        "Intents by a full and a half-depth text encoder: claimed 94.2 % and 91.7 %",
+        rows_of(hits, data, counts, seconds),
+        (
+            "intent_dir", "layers", "hidden_size", "vocabulary", "tokens", "teacher_steps",
+            "student_steps", "seeds", "threads",
+        ),
+        {
+            "accuracy": {
+                kind: [percent(run, data.scored) for run in runs] for kind, runs in hits.items()
+            },
+            "data": data.name,
+            "test_texts": len(data.scored),
+            "seconds": seconds,
+        },
+    )  # fmt: skip
+
+
+def config_of(data: Intents, layers: int, width: int) -> TextConfig:
+    """A BERT without segments for these texts."""
+    return TextConfig(
+        vocab_size=data.vocabulary,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=width // 32,
+        intermediate_size=4 * width,
+        max_position_embeddings=data.train_tokens.shape[1],
+        type_vocab_size=0,
+        num_labels=data.classes,
+        pooler="tanh",
+    )
+
+
+def load(folder: str, vocabulary: int, length: int) -> Intents:
+    """Reads CLINC150, and makes tokens of its training texts.
+
+    Args:
+      folder: with `data_full.json`, or with `clinc150_train.tsv` and a test or dev part, whose
+        lines after the first are a text, a tab and an intent.
+      vocabulary: tokens, at most.
+      length: tokens of a text.
+
+    Returns:
+      The data.
+
+    Raises:
+      DataError: a file is missing or not of that form, or the test part has other intents.
+    """
+    part, train, test = _parts(Path(folder))
+    names = sorted({intent for _, intent in train})
+    unknown = {intent for _, intent in test} - set(names)
+    if unknown:
+        raise DataError(f"{folder}: the {part} part has the intent {min(unknown)!r}, training not")
+    tokenizer = tokenizer_of([text for text, _ in train], vocabulary, length)
+
+    def arrays(rows: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = tokenizer.encode_batch([text for text, _ in rows])
+        labels = [names.index(intent) for _, intent in rows]
+        return np.array([row.ids for row in encoded], np.int32), np.array(labels, np.int32)
+
+    scored = np.array([intent != NONE for _, intent in test])
+    return Intents(
+        f"CLINC150, {part} part",
+        tokenizer.get_vocab_size(),
+        len(names),
+        *arrays(train),
+        *arrays(test),
+        scored,
+    )
+
+
+def _parts(folder: Path) -> tuple[str, list[tuple[str, str]], list[tuple[str, str]]]:
+    whole = folder / "data_full.json"
+    if whole.exists():
+        try:
+            found = json.loads(read_text(whole))
+            rows = {
+                part: [
+                    (text, intent) for name in (part, f"oos_{part}") for text, intent in found[name]
+                ]
+                for part in ("train", "test")
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{whole}: not CLINC150's data_full.json ({error!r:.80})") from error
+        return "test", rows["train"], rows["test"]
+    part = "test" if (folder / "clinc150_test.tsv").exists() else "dev"
+    return part, *(_lines(folder / f"clinc150_{name}.tsv") for name in ("train", part))
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    if not path.exists():
+        raise DataError(f"{path}: is missing; --intent_dir must hold it, or data_full.json")
+    lines = read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")[1:]
+    rows = [tuple(line.split("\t")) for line in lines]
+    bad = next((index for index, row in enumerate(rows, start=2) if len(row) != 2), None)
+    if bad or not rows:
+        raise DataError(f"{path}: line {bad or 2} is not a text, a tab and an intent")
+    return rows
+
+
+def tokenizer_of(texts: Sequence[str], vocabulary: int, length: int) -> Tokenizer:
+    """Byte pairs of lower-case texts, framed as BERT frames a sentence, in `length` tokens.
+
+    The same texts give the same tokenizer, which WordPiece's trainer would not promise.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=SPECIALS[UNKNOWN]))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(SPECIALS), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    begin, end = ((name, tokenizer.token_to_id(name)) for name in SPECIALS[2:])
+    tokenizer.post_processor = processors.BertProcessing(end, begin)
+    tokenizer.enable_padding(length=length, pad_id=PAD, pad_token=SPECIALS[PAD])
+    tokenizer.enable_truncation(length)
+    return tokenizer
+
+
+def _apply(
+    model: TextEncoder, variables: Variables, tokens: Array, key: Array | None
+) -> tuple[Array, Variables]:
+    if key is not None:
+        hidden = jax.random.bernoulli(key, HIDDEN_WORDS, tokens.shape)
+        tokens = jnp.where(hidden & (tokens >= len(SPECIALS)), UNKNOWN, tokens)
+    return model.apply(variables, tokens, tokens != PAD)[0], {}
+
+
+def trained(
+    directory: Path,
+    name: str,
+    model: TextEncoder,
+    data: Intents,
+    training: Training,
+    seed: int,
+    start: Variables | None = None,
+    targets: np.ndarray | None = None,
+) -> Variables:
+    """Trains an encoder unless an earlier run did; see `vision.trained`."""
+
+    def make() -> Variables:
+        begin = start
+        if begin is None:
+            begin = jax.jit(model.init)(jax.random.key(seed), data.train_tokens[:1])
+        examples = data.train_tokens, data.train_labels
+        return learning.train(Classifier(model, _apply), begin, *examples, training, seed, targets)
+
+    examples = [data.name, learning.fingerprint((data.train_tokens, data.train_labels))]
+    settings = learning.settings(model, examples, training, seed, start, targets)
+    return learning.kept(directory, re.sub(r"\W+", "_", name), settings, make)
+
+
+def hits_of(model: TextEncoder, variables: Variables, data: Intents) -> np.ndarray:
+    """Which test texts were given their class, bool [E]."""
+    logits = learning.logits_of(Classifier(model, _apply), variables, data.test_tokens)
+    return logits.argmax(-1) == data.test_labels
+
+
+def percent(hits: np.ndarray, chosen: np.ndarray) -> float:
+    """Hits among the chosen texts, in percent."""
+    return 100.0 * float(np.mean(hits[chosen]))
+
+
+def rows_of(
+    hits: dict[str, list[np.ndarray]],
+    data: Intents,
+    counts: dict[str, int],
+    seconds: dict[str, list[float]],
+) -> list[Row]:
+    """The table's rows.
+
+    Args:
+      hits: of every seed on the test texts, by kind of encoder.
+      data: that they were measured on.
+      counts: parameters by encoder.
+      seconds: by engine and encoder.
+    """
+    # Seeds are answers to the same texts: their mean is one number a text.
+    mean = {kind: np.mean(runs, axis=0) for kind, runs in hits.items()}
+    rows = []
+    for kind, runs in hits.items():
+        found = [percent(run, data.scored) for run in runs]
+        rate = metrics.bootstrap(mean[kind][data.scored])
+        note = f"{data.name}, {len(runs)} seed(s), {table.interval(rate)}; claim on other data"
+        spread = float(np.std(found, ddof=1)) if len(found) > 1 else None
+        rows.append(
+            Row(f"top-1, {kind}", "%", CLAIMS.get(kind), float(np.mean(found)), spread, note)
+        )
+    for title, first, second, claim in (
+        (
+            "lost by half the depth, distilled",
+            HALVES[1],
+            "full",
+            CLAIMS["full"] - CLAIMS[HALVES[1]],
+        ),
+        (
+            "lost by half the depth, from the teacher's layers",
+            HALVES[2],
+            "full",
+            CLAIMS["full"] - CLAIMS[HALVES[2]],
+        ),
+        ("gain of distillation", HALVES[0], HALVES[1], None),
+        ("gain of the teacher's layers", HALVES[1], HALVES[2], None),
+    ):
+        pair = (mean[kind][data.scored] for kind in (first, second))
+        rate = metrics.paired_difference(*pair)
+        note = f"paired by text, {table.interval(rate)}"
+        rows.append(Row(title, "points", claim, 100.0 * rate.value, note=note))
+    if not data.scored.all():
+        for kind in hits:
+            found = 100.0 * float(np.mean(mean[kind][~data.scored]))
+            note = f"{int(np.sum(~data.scored))} texts of no intent"
+            rows.append(Row(f"found to be of no intent, {kind}", "%", None, found, note=note))
+    rows += [Row(f"parameters, {kind}", "M", None, n / 1e6) for kind, n in counts.items()]
+    for engine, title in measure.ENGINES.items():
+        base = seconds[f"{engine} full"]
+        for kind in counts:
+            millis = measure.median_ms(seconds[f"{engine} {kind}"])
+            rows.append(Row(f"latency, {kind}, {title}", "ms", None, millis))
+        low, middle, high = measure.ratio_quartiles(seconds[f"{engine} half"], base)
+        note = f"quartiles {low:.2f} - {high:.2f}"
+        rows.append(Row(f"half over full, {title}", "x", None, middle, note=note))
+    rows.append(Row("top-1, full, the claim's data", "%", CLAIMS["full"], None, note=ELSEWHERE))
+    return rows
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(fail_in_one_line(main))

@@ -1,0 +1,245 @@
+"""Training of classifiers, and what is kept of it.
+
+A classifier is a model and a function that applies it. A finished training is a file under
+--out_dir, named by its settings, so that a killed script goes on where it stopped.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax import Array
+from safetensors.numpy import load_file, save_file
+
+from glm_edge import params as boxes
+from glm_edge.errors import DataError
+from glm_edge.params.tree import nested
+
+Variables = dict[str, Any]
+Apply = Callable[[Any, Variables, Array, Array | None], tuple[Array, Variables]]
+CHECKED = 50
+_SCORED = 512
+
+
+class Classifier(NamedTuple):
+    """A model and how it is called; both can be hashed.
+
+    Attributes:
+      model: a module of Linen, with a field `config`.
+      apply: takes the model, variables, inputs [B, ...], and in training a key, else None; gives
+        logits [B, N], and the collections beside `params` that training changed.
+    """
+
+    model: Any
+    apply: Apply
+
+
+class Training(NamedTuple):
+    """How a classifier learns.
+
+    Attributes:
+      steps: of the optimizer.
+      learning_rate: peak; it rises over a tenth of the steps and falls by a cosine.
+      batch: examples a step.
+      alpha: weight of the teacher's predictions, in 0..1; the rest is the labels'.
+      temperature: softens both predictions.
+    """
+
+    steps: int
+    learning_rate: float = 4e-3
+    batch: int = 64
+    alpha: float = 0.0
+    temperature: float = 4.0
+
+
+def train(
+    classifier: Classifier,
+    variables: Variables,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    training: Training,
+    seed: int,
+    targets: np.ndarray | None = None,
+) -> Variables:
+    """Trains on examples.
+
+    Args:
+      classifier: what learns.
+      variables: to start from; they are left as they are.
+      inputs: examples [E, ...].
+      labels: their classes [E].
+      training: options.
+      seed: of the order of examples, and of what `apply` draws.
+      targets: logits [E, N] of a teacher; None where alpha is zero.
+
+    Returns:
+      The trained variables.
+
+    Raises:
+      DataError: the loss is not finite, or a teacher is needed and absent.
+    """
+    if training.alpha and targets is None:
+        raise DataError("training: alpha is above zero, and there are no targets of a teacher")
+    count = len(inputs)
+    if targets is None:
+        targets = np.zeros((count, 1), np.float32)
+    rising = max(1, training.steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, training.learning_rate, rising, training.steps + 1
+    )
+    rates = np.asarray(schedule(np.arange(1, training.steps + 1)), np.float32)
+    rng = np.random.default_rng(seed)
+    rounds = -(-training.steps * training.batch // count)
+    order = np.concatenate([rng.permutation(count) for _ in range(rounds)])
+    order = order[: training.steps * training.batch].reshape(training.steps, training.batch)
+    arrays = jax.device_put((inputs, labels, targets))
+    state = _optimizer().init(variables["params"])
+    shared, losses = training._replace(steps=0, learning_rate=0.0), []
+    for step, (rate, rows) in enumerate(zip(rates, order, strict=True), start=1):
+        drawn = np.uint32([seed, step])
+        variables, state, loss = _step(
+            classifier, shared, variables, state, rate, drawn, rows, *arrays
+        )
+        losses.append(loss)
+        if step % CHECKED == 0 or step == training.steps:
+            finite = np.isfinite(jax.device_get(losses))
+            if not finite.all():
+                first = step - len(finite) + 1 + int(np.argmin(finite))
+                raise DataError(f"training: the loss is not finite at step {first}; lower its rate")
+            losses = []
+    return variables
+
+
+def _optimizer() -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
+
+
+# Not a scan: XLA compiles convolutions within a loop for the CPU to code that is many times slower.
+@functools.partial(jax.jit, static_argnames=("classifier", "training"))
+def _step(
+    classifier: Classifier,
+    training: Training,
+    variables: Variables,
+    state: optax.OptState,
+    rate: Array,
+    drawn: Array,
+    rows: Array,
+    inputs: Array,
+    labels: Array,
+    targets: Array,
+) -> tuple[Variables, optax.OptState, Array]:
+    key = jax.random.wrap_key_data(drawn)
+
+    def loss(params: Variables) -> tuple[Array, Variables]:
+        logits, changed = classifier.apply(
+            classifier.model, {**variables, "params": params}, inputs[rows], key
+        )
+        return _loss(logits, labels[rows], targets[rows], training), changed
+
+    params = variables["params"]
+    (value, changed), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, state = _optimizer().update(gradient, state, params)
+    params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+    return {**variables, **changed, "params": params}, state, value
+
+
+def _loss(logits: Array, labels: Array, targets: Array, training: Training) -> Array:
+    """Cross-entropy with the labels mixed with `T^2 KL(teacher at T || student at T)`."""
+    hard = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    if not training.alpha:
+        return hard
+    teacher = jax.nn.log_softmax(targets / training.temperature)
+    student = jax.nn.log_softmax(logits / training.temperature)
+    soft = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1).mean()
+    return training.alpha * training.temperature**2 * soft + (1.0 - training.alpha) * hard
+
+
+def logits_of(classifier: Classifier, variables: Variables, inputs: np.ndarray) -> np.ndarray:
+    """Scores of all inputs, float32 [E, N]."""
+    parts = []
+    for start in range(0, len(inputs), _SCORED):
+        part = inputs[start : start + _SCORED]
+        padded = np.resize(part, (min(_SCORED, len(inputs)), *part.shape[1:]))
+        parts.append(np.asarray(_logits(classifier, variables, padded))[: len(part)])
+    return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnames="classifier")
+def _logits(classifier: Classifier, variables: Variables, inputs: Array) -> Array:
+    return classifier.apply(classifier.model, variables, inputs, None)[0]
+
+
+def kept(
+    directory: Path, name: str, settings: dict[str, Any], make: Callable[[], Variables]
+) -> Variables:
+    """Variables that an earlier run left, or those that `make` returns, which are then left.
+
+    Args:
+      directory: of the table; files lie in its `runs`.
+      name: of the run, for a reader.
+      settings: all that the result depends on, JSON-ready or printable.
+      make: trains.
+
+    Returns:
+      The variables.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    path = directory / "runs" / f"{name}_{digest.hexdigest()[:12]}.safetensors"
+    if path.exists():
+        logging.info("%s: found %s", name, path)
+        return jax.tree.map(jnp.asarray, nested(load_file(path)))
+    logging.info("%s: training", name)
+    variables = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    save_file({p: np.asarray(leaf) for p, leaf in boxes.path_items(variables)}, beside)
+    os.replace(beside, path)
+    return variables
+
+
+def settings(
+    model: Any,
+    data: Any,
+    training: Training,
+    seed: int,
+    start: Variables | None = None,
+    targets: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """All that the result of a training depends on, for `kept`.
+
+    Args:
+      model: the classifier's.
+      data: what names the examples, JSON-ready.
+      training: options.
+      seed: of initial variables and order.
+      start: variables to go on from, or None.
+      targets: of a teacher, or None.
+
+    Returns:
+      The settings; arrays by their fingerprint.
+    """
+    given = {"start": start, "targets": targets}
+    return {
+        "config": repr(model.config),
+        "data": data,
+        "training": training._asdict(),
+        "seed": seed,
+        **{key: None if value is None else fingerprint(value) for key, value in given.items()},
+    }
+
+
+def fingerprint(tree: Any) -> str:
+    """A hash of all numbers of a tree."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,287 @@
+"""Table (l): the shipped model, compressed and not, as files that LiteRT runs.
+
+    python -m experiments.tables.lightweight --preset=quick
+    python -m experiments.tables.lightweight --preset=full --digits_dir=MNIST --speech_dir=FSDD \\
+        --speakers=lucas
+
+The claim: 85 ms, 86.2 % and 5.1 GB for the lightweight model against 210 ms, 91.7 % and 32.4 GB
+for the native one, on a phone and data that it does not name. `native` is the shipped model (or
+--checkpoint) in float32, and `lightweight` what --recipe makes of it: a quarter of the heads and
+30 % of the neurons removed, healed by distillation, rounded to int4 and int8. Both are exported and
+then measured by running their files: accuracy is the share of taps that fall in their box on
+screens that neither has seen; latency is that of a screenshot, a prompt of 128 tokens with the
+image among them, and the tokens of one tap; memory is what is stored, what the file weighs, and the
+most that a process holds which runs nothing else.
+"""
+
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+import glm_edge as ge
+from experiments import exam
+from experiments import exported as exported_lib
+from experiments import materials as materials_lib
+from experiments.console import fail_in_one_line
+from experiments.phone_screens import metrics
+from experiments.quickstart import compressed
+from experiments.runtimes.child import Child, EngineError, Spec
+from experiments.runtimes.engine import Task
+from experiments.tables import measure, table
+from experiments.tables.table import PHONE, Row
+from glm_edge import params as boxes
+from glm_edge.configs import to_dict
+from glm_edge.errors import DataError
+
+FLAGS = flags.FLAGS
+NAME = "lightweight"
+KINDS = ("native", "lightweight")
+CLAIMED_MS, CLAIMED_PERCENT, CLAIMED_GB = (210.0, 85.0), (91.7, 86.2), (32.4, 5.1)
+SCREENS = {"quick": 100, "full": 1000}
+DISTILL_STEPS = {"quick": 50, "full": None}
+ROUNDS = {"quick": 9, "full": 40}
+PROMPT, DECODED = 128, 20
+ELSEWHERE = "; claim on another device, model and data"
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    table.define_flags(NAME)
+    flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
+    flags.DEFINE_string("recipe", "quickstart", "Name of a recipe, or a JSON file.")
+    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
+    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits to measure on.")
+    flags.DEFINE_list("speakers", [], "Only these speakers of --speech_dir; default: all.")
+    flags.DEFINE_integer("screens", None, "Of each kind; default: 100, or 1000 in full.", 1)
+    flags.DEFINE_integer("distill_steps", None, "Default: 50, or as the recipe says in full.", 1)
+    flags.DEFINE_integer("answer_tokens", 5, "Of a tap, its end included.", 1)
+    flags.DEFINE_integer("rounds", None, "Measurements of each; default: 9, or 40 in full.", 1)
+    flags.DEFINE_integer("threads", 2, "Threads of LiteRT.", 1)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    table.prepare()
+    recipe = ge.recipes.find(FLAGS.recipe)
+    checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
+    dense = ge.load(checkpoint, dtype="float32")
+    materials = materials_lib.gather(
+        dense[0].config,
+        checkpoint,
+        text=None,
+        digits_dir=FLAGS.digits_dir,
+        speech_dir=FLAGS.speech_dir,
+        speakers=FLAGS.speakers,
+        screens=FLAGS.screens or SCREENS[FLAGS.preset],
+        text_tokens=exam.WINDOW,
+        seed=FLAGS.seed,
+        calibration_batches=96,
+    )
+    if not materials.written:
+        raise DataError(f"{checkpoint}: taps are measured on screens, which this model cannot see")
+    for note in materials.notes:
+        print(f"note: {note}", file=sys.stderr)
+    steps = FLAGS.distill_steps or DISTILL_STEPS[FLAGS.preset]
+    for _, *stage in compressed(recipe, dense, materials.calibration, FLAGS.seed, steps):
+        small = stage
+    rounds = FLAGS.rounds or ROUNDS[FLAGS.preset]
+    with tempfile.TemporaryDirectory() as directory:
+        files = {
+            kind: write(model, params, Path(directory) / f"{kind}.tflite")
+            for kind, (model, params) in zip(KINDS, (dense, small), strict=True)
+        }
+        hits = {kind: taps(file, materials) for kind, file in files.items()}
+        runs = timed(files, rounds, FLAGS.threads, FLAGS.answer_tokens)
+    sizes = {
+        kind: {
+            "parameters": boxes.count(file.params),
+            "stored": boxes.stored_bytes(file.params),
+            "file": file.file_bytes,
+        }
+        for kind, file in files.items()
+    }
+    table.publish(
+        NAME,
+        "Lightweight against native: claimed 85 ms, 86.2 %, 5.1 GB against 210 ms, 91.7 %, 32.4 GB",
+        rows_of(hits, sizes, runs),
+        (
+            "checkpoint", "recipe", "digits_dir", "speech_dir", "speakers", "screens",
+            "distill_steps", "answer_tokens", "rounds", "threads",
+        ),
+        {"hits": hits, "sizes": sizes, "runs": runs},
+    )  # fmt: skip
+
+
+def write(model: Any, params: Any, path: Path) -> Any:
+    """Exports a model for prompts of up to `PROMPT` tokens."""
+    slots = exported_lib.cache_slots(model.config.decoder.max_position_embeddings)
+    return ge.export.tflite(model, params, path, prefill_lengths=(PROMPT,), cache_slots=slots)
+
+
+def taps(file: Any, materials: materials_lib.Materials) -> dict[str, list[float]]:
+    """Of written and spoken questions that ask for a tap: did the file's fall in the box."""
+    phone = ge.export.LiteRTModel(file.path)
+    asked = {"written": materials.written, "spoken": materials.spoken}
+    return {
+        kind: exam.hits(
+            items,
+            exported_lib.answers(
+                phone, materials.tokenizer, items, f"{Path(file.path).stem}, {kind}"
+            ),
+        )
+        for kind, items in asked.items()
+        if items
+    }
+
+
+def timed(
+    files: dict[str, Any], rounds: int, threads: int, answer_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """Runs every file in a process of its own, in turns; an earlier one has packed its weights.
+
+    Args:
+      files: exported models, by kind.
+      rounds: measurements of each.
+      threads: of LiteRT.
+      answer_tokens: decoded after an image and its prompt.
+
+    Returns:
+      By kind: `load_seconds`; `actions`, seconds of image, prefill and decoding in each round;
+      `steps`, the median seconds of a decoding step in each round; `baseline_rss_bytes` of a
+      process with nothing loaded, and `peak_rss_bytes`.
+
+    Raises:
+      DataError: a file does not run.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        resident = {}
+        try:
+            for kind, file in files.items():
+                spec = spec_of(kind, file, threads)
+                with contextlib.closing(Child(spec)) as packing:
+                    packing.load()
+                resident[kind] = Child(spec)
+                stack.callback(resident[kind].close)
+                loaded = resident[kind].load()
+                act(resident[kind], answer_tokens)
+                found[kind] = {
+                    "load_seconds": loaded["seconds"],
+                    "baseline_rss_bytes": loaded["baseline_rss_bytes"],
+                    "actions": [],
+                    "steps": [],
+                }
+            for turn in range(rounds):
+                for kind in list(files) if turn % 2 else list(files)[::-1]:
+                    time.sleep(measure.PAUSE_S)
+                    found[kind]["actions"].append(act(resident[kind], answer_tokens))
+                    steps = resident[kind].ask("decode", context=PROMPT, steps=DECODED)["seconds"]
+                    found[kind]["steps"].append(statistics.median(steps))
+            for kind, engine in resident.items():
+                found[kind] |= engine.ask("rss")
+        except EngineError as error:
+            raise DataError(f"LiteRT does not run a file: {error}") from error
+    return found
+
+
+def act(engine: Child, answer_tokens: int) -> dict[str, float]:
+    """Seconds of one image, its prompt and the answer."""
+    return engine.ask("action", tokens=PROMPT, steps=answer_tokens)["seconds"]
+
+
+def spec_of(kind: str, file: Any, threads: int) -> Spec:
+    """What a child must know to run a file."""
+    config = file.model.config
+    task = Task(
+        form=kind,
+        path=str(Path(file.path).resolve()),
+        config=to_dict(config),
+        slots=exported_lib.cache_slots(config.decoder.max_position_embeddings),
+        contexts=(PROMPT,),
+        lengths=(PROMPT,),
+        threads=threads,
+        options={
+            "weight_cache": str(Path(file.path).parent / "packed"),
+            "prefix": (PROMPT - config.vision.num_tokens) // 2,
+        },
+    )
+    return Spec(kind, "ours", 0, "litert", sys.executable, task)
+
+
+def rows_of(
+    hits: dict[str, dict[str, list[float]]],
+    sizes: dict[str, dict[str, int]],
+    runs: dict[str, dict[str, Any]],
+) -> list[Row]:
+    """The table's rows.
+
+    Args:
+      hits: 1 or 0 of each tap, by kind of model and of question.
+      sizes: parameters and bytes, by kind.
+      runs: as from `timed`.
+    """
+    totals = {kind: [sum(run.values()) for run in runs[kind]["actions"]] for kind in KINDS}
+    steps = {kind: runs[kind]["steps"] for kind in KINDS}
+    rows = []
+    for name, seconds, claims in (("a tap", totals, CLAIMED_MS), ("a token", steps, None)):
+        for index, kind in enumerate(KINDS):
+            claim, note = (claims[index], "LiteRT" + ELSEWHERE) if claims else (None, "LiteRT")
+            millis = measure.median_ms(seconds[kind])
+            rows.append(Row(f"latency of {name}, {kind}", "ms", claim, millis, note=note))
+        low, middle, high = measure.ratio_quartiles(seconds["lightweight"], seconds["native"])
+        claim = claims[1] / claims[0] if claims else None
+        note = f"quartiles {low:.2f} - {high:.2f}"
+        title = f"latency of {name}, lightweight over native"
+        rows.append(Row(title, "x", claim, middle, note=note))
+    for question in hits["native"]:
+        # What the claim's accuracy is of is not said; the written questions are set against it.
+        claims = CLAIMED_PERCENT if question == "written" else (None, None)
+        found = [hits[kind][question] for kind in KINDS]
+        for kind, claim, values in zip(KINDS, claims, found, strict=True):
+            rate = metrics.wilson(int(sum(values)), len(values))
+            note = f"{rate.count} screens, {table.interval(rate)}" + (ELSEWHERE if claim else "")
+            title = f"taps in their box, {question}, {kind}"
+            rows.append(Row(title, "%", claim, 100.0 * rate.value, note=note))
+        rate = metrics.paired_difference(found[1], found[0])
+        claim = claims[0] - claims[1] if question == "written" else None
+        note = f"paired by screen, {table.interval(rate)}"
+        rows.append(Row(f"taps lost, {question}", "points", claim, 100.0 * rate.value, note=note))
+    rows += [
+        Row(f"parameters, {kind}", "M", None, sizes[kind]["parameters"] / 1e6) for kind in KINDS
+    ]
+    peaks = {kind: runs[kind]["peak_rss_bytes"] for kind in KINDS}
+    above = {kind: peaks[kind] - runs[kind]["baseline_rss_bytes"] for kind in KINDS}
+    notes = {
+        "stored": "parameters, scales included",
+        "file": "all signatures",
+        "peak of the process": "resident; Python and LiteRT included",
+        "peak above an empty runtime": "resident; weights as LiteRT packs them, and its buffers",
+    }
+    memory = {
+        "stored": {kind: sizes[kind]["stored"] for kind in KINDS},
+        "file": {kind: sizes[kind]["file"] for kind in KINDS},
+        "peak of the process": peaks,
+        "peak above an empty runtime": above,
+    }
+    for name, numbers in memory.items():
+        for kind in KINDS:
+            rows.append(Row(f"{name}, {kind}", "MB", None, numbers[kind] / 1e6, note=notes[name]))
+        factor = numbers["lightweight"] / numbers["native"]
+        claim = CLAIMED_GB[1] / CLAIMED_GB[0]
+        rows.append(Row(f"{name}, lightweight over native", "x", claim, factor))
+    for kind, claim in zip(KINDS, CLAIMED_GB, strict=True):
+        rows.append(Row(f"memory of the claim's model, {kind}", "GB", claim, None, note=PHONE))
+    return rows
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(fail_in_one_line(main))
