@@ -1,12 +1,13 @@
 """Distillation: a student learns to predict what its teacher predicts."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.compress.report import Report, Row
@@ -30,6 +31,11 @@ def distill(
     accumulate: int = 1,
     state_dir: str | None = None,
     save_every: int = 100,
+    hidden: float = 0.0,
+    attention: float = 0.0,
+    layers: Sequence[int] | None = None,
+    vocabulary: Sequence[int] | None = None,
+    mixture: Mapping[str, float] | None = None,
 ) -> Transform:
     """Trains a (pruned) student on its teacher's predictions and on the labels.
 
@@ -59,16 +65,26 @@ def distill(
         the bytes of a run that was left alone. It also holds the curve, as `curve.csv`, and what
         the last good step left when the loss is not finite.
       save_every: steps between two states.
+      hidden: weight of the squared distance between the outputs of layers, relative to the
+        teacher's squared norm. Where widths differ, a linear projection trains along and is
+        dropped.
+      attention: weight of the divergence between attention, in nats; where numbers of heads
+        differ, their means are compared.
+      layers: the teacher's layer for each of the student's, from 0; None spaces them evenly.
+      vocabulary: the teacher's token for each of the student's, as vocabulary pruning leaves them;
+        the teacher reads these tokens and is asked about no others. None is one vocabulary.
+      mixture: share of batches of each kind, such as `{"text": 2, "images": 1, "audio": 1}`; None
+        takes them as they come.
 
     Returns:
       The transform; its report holds the `curve`.
 
     Raises:
       RecipeError: an option has no meaning; on call, there is no teacher, it predicts another
-        vocabulary, or everything is frozen.
+        vocabulary, everything is frozen, or a layer or a token is named that a model lacks.
       TrainingError: the loss or its gradient is not finite; the error holds the step, and the
         parameters before it.
-      DataError: calibration is missing or not a batch.
+      DataError: calibration is missing or not a batch, or lacks a kind of `mixture`.
       OutputError: `state_dir` cannot be written, or holds the state of other arguments.
 
     References:
@@ -79,7 +95,16 @@ def distill(
         steps, learning_rate, temperature, alpha, warmup, weight_decay, clip_norm, compute
     )
     training.check("distill", teacher)
-    course = Course(accumulate, None if state_dir is None else str(state_dir), save_every)
+    course = Course(
+        accumulate,
+        None if state_dir is None else str(state_dir),
+        save_every,
+        hidden,
+        attention,
+        _whole_numbers("layers", layers),
+        _whole_numbers("vocabulary", vocabulary),
+        _shares(mixture),
+    )
     course.check("distill")
     options = {**training._asdict(), "where": where, **course._asdict()}
     return Transform("distill", options, {} if teacher is None else {"teacher": teacher})
@@ -111,6 +136,27 @@ def _apply_distill(
 
 
 register("distill", distill, _apply_distill)
+
+
+def _whole_numbers(option: str, values: Any) -> tuple[int, ...] | None:
+    if values is None:
+        return None
+    array = np.asarray(values)
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu" or array.min() < 0:
+        raise RecipeError(f"distill: {option} must be whole numbers, none negative")
+    return tuple(array.tolist())
+
+
+def _shares(mixture: Any) -> tuple[tuple[str, float], ...] | None:
+    if mixture is None:
+        return None
+    try:
+        pairs = [(str(kind), float(share)) for kind, share in dict(mixture).items()]
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"distill: mixture must hold shares by kind, not {mixture!r}") from error
+    if not pairs:
+        raise RecipeError("distill: mixture names no kind")
+    return tuple(sorted(pairs))
 
 
 def split(params: Params, where: str | None) -> tuple[Params, Params]:
