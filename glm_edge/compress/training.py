@@ -1,7 +1,5 @@
 """The training loop that distillation and quantization-aware training share."""
 
-import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,39 +7,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.compress import batches, transfer
+from glm_edge.compress import batches, on_policy, transfer
 from glm_edge.compress.batches import in_order
 from glm_edge.compress.report import Point
 from glm_edge.compress.training_state import StateDirectory, job_of
+from glm_edge.compress.training_step import (
+    Objective,
+    add_gradient,
+    apply_gradient,
+    train_step,
+    with_shared,
+    without_shared,
+)
 from glm_edge.compress.transform import Context, check_whole
 from glm_edge.errors import DataError, RecipeError, TrainingError
-from glm_edge.params.tree import Params, path_string
+from glm_edge.params.tree import Params
 
 COMPUTE = ("float32", "bfloat16")
 _PROGRESS_EVERY = 5
-
-
-class Objective(NamedTuple):
-    """What one training step minimises and how: static when it is compiled."""
-
-    temperature: float
-    alpha: float
-    weight_decay: float
-    clip_norm: float
-    hidden: float = 0.0
-    attention: float = 0.0
-    layers: tuple[int, ...] | None = None
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """Clipping, then AdamW at a learning rate of one."""
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(1.0, b2=0.98, weight_decay=self.weight_decay),
-        )
 
 
 class Training(NamedTuple):
@@ -90,6 +75,10 @@ class Course(NamedTuple):
     layers: tuple[int, ...] | None = None
     vocabulary: tuple[int, ...] | None = None
     mixture: tuple[tuple[str, float], ...] | None = None
+    beta: float = 0.0
+    on_policy: float = 0.0
+    prompt: int | None = None
+    sampling_temperature: float = 1.0
 
     def check(self, name: str) -> None:
         """Raises RecipeError where an option of the transform `name` has no meaning."""
@@ -98,6 +87,14 @@ class Course(NamedTuple):
             raise RecipeError(f"{name}: hidden and attention must be finite and not negative")
         if self.layers is not None and not self.hidden and not self.attention:
             raise RecipeError(f"{name}: layers= needs hidden= or attention= above zero")
+        if not (0.0 <= self.beta <= 1.0 and 0.0 <= self.on_policy <= 1.0):
+            raise RecipeError(f"{name}: beta and on_policy must be in 0..1")
+        if not 0.0 <= self.sampling_temperature < np.inf:
+            raise RecipeError(f"{name}: sampling_temperature must be finite and not negative")
+        if self.prompt is not None:
+            check_whole(name, prompt=self.prompt)
+            if not self.on_policy:
+                raise RecipeError(f"{name}: prompt= needs on_policy= above zero")
         for kind, share in self.mixture or ():
             if kind not in batches.KINDS or not 0.0 < share < np.inf:
                 raise RecipeError(
@@ -119,24 +116,6 @@ class Course(NamedTuple):
 
 
 _PLAIN = Course()
-
-
-class Losses(NamedTuple):
-    """Of one step; `soft` carries its factor `T^2`, the last two not yet their weights."""
-
-    loss: Array
-    soft: Array
-    hard: Array
-    hidden: Array
-    attention: Array
-
-
-class Sums(NamedTuple):
-    """Over the batches of one step, each times its weight, and the sum of these weights."""
-
-    gradient: Params
-    losses: Losses
-    weight: Array
 
 
 def schedule(steps: int, learning_rate: float, warmup: float) -> np.ndarray:
@@ -192,11 +171,16 @@ def learn(
     # a small step would be lost in the rounding of a weight stored in fewer bits.
     trainable = jax.tree.map(lambda array: jnp.array(array, jnp.float32, copy=True), trainable)
     objective = training.objective._replace(
-        hidden=course.hidden, attention=course.attention, layers=course.layers
+        hidden=course.hidden,
+        attention=course.attention,
+        layers=course.layers,
+        beta=course.beta,
     )
+    # What a student wrote itself teaches nothing as a label.
+    without_labels = objective._replace(alpha=1.0)
     vocabulary = None
     if course.vocabulary is not None or course.hidden:
-        whole = (boxes.combine(trainable, frozen), _with_shared(teacher_params, frozen))
+        whole = (boxes.combine(trainable, frozen), with_shared(teacher_params, frozen))
         sample = batches.to_device(next(iter(context.calibration)))
         sizes = [
             transfer.sizes(model, params, sample, bool(course.hidden))
@@ -219,8 +203,17 @@ def learn(
         (trainable, state), losses, seen = directory.restore((trainable, state))
         directory.write_curve(_curve(losses, rates, objective))
     first = len(losses) + 1
-    data = course.data(context, len(losses) * course.accumulate)
-    fixed = (student, coach, objective)
+    data = enumerate(course.data(context, read := len(losses) * course.accumulate), start=read)
+
+    def taken() -> tuple[batches.Batch, Objective]:
+        """The next batch and what to learn from it."""
+        number, batch = next(data)
+        batch = batches.to_device(batch)
+        seen.update(batch)
+        if not on_policy.is_written(course.on_policy, context.rng, number):
+            return batch, objective
+        own = (student, trainable, frozen, batch, course.prompt, course.sampling_temperature)
+        return on_policy.written(*own, context.rng, number), without_labels
 
     def keep() -> None:
         if directory is not None:
@@ -228,19 +221,35 @@ def learn(
             directory.write_curve(_curve(losses, rates, objective))
 
     for step, rate in enumerate(rates[len(losses) :], start=first):
-        taken = (batches.to_device(batch) for batch in itertools.islice(data, course.accumulate))
         if course.accumulate == 1:
-            batch = next(taken)
-            seen |= set(batch)
+            batch, aim = taken()
             trainable, state, found, norm = train_step(
-                *fixed, trainable, state, rate, frozen, teacher_params, batch, pace, vocabulary
+                student,
+                coach,
+                aim,
+                trainable,
+                state,
+                rate,
+                frozen,
+                teacher_params,
+                batch,
+                pace,
+                vocabulary,
             )
         else:
             sums = None
-            for batch in taken:
-                seen |= set(batch)
+            for _ in range(course.accumulate):
+                batch, aim = taken()
                 sums = add_gradient(
-                    *fixed, sums, trainable, frozen, teacher_params, batch, vocabulary
+                    student,
+                    coach,
+                    aim,
+                    sums,
+                    trainable,
+                    frozen,
+                    teacher_params,
+                    batch,
+                    vocabulary,
                 )
             trainable, state, found, norm = apply_gradient(
                 objective, trainable, state, rate, sums, pace
@@ -270,200 +279,6 @@ def _curve(losses: list[list[float]], rates: np.ndarray, objective: Objective) -
     return tuple(
         kind(step, *found[:3], float(rate), *(found[3:] if inside else ()))
         for step, (found, rate) in enumerate(zip(losses, rates, strict=False), start=1)
-    )
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("student", "teacher", "objective"),
-    donate_argnames=("trainable", "state"),
-)
-def train_step(
-    student: nn.Module,
-    teacher: nn.Module,
-    objective: Objective,
-    trainable: Params,
-    state: optax.OptState,
-    rate: Array,
-    frozen: Params,
-    teacher_params: Params,
-    batch: batches.Batch,
-    pace: Params | None = None,
-    vocabulary: Array | None = None,
-) -> tuple[Params, optax.OptState, Losses, Array]:
-    """One step of the optimizer; compiled once for each shape of batch.
-
-    Returns:
-      `(trainable, state, losses, norm)`, the last of the gradient; where the loss or the norm is
-      not finite, the first two are the arguments.
-
-    Raises:
-      RecipeError: student and teacher predict different vocabularies.
-    """
-    found = _gradient(
-        student, teacher, objective, trainable, frozen, teacher_params, batch, vocabulary
-    )
-    return _descend(objective, trainable, state, rate, found.gradient, found.losses, pace)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("student", "teacher", "objective"), donate_argnames=("sums",)
-)
-def add_gradient(
-    student: nn.Module,
-    teacher: nn.Module,
-    objective: Objective,
-    sums: Sums | None,
-    trainable: Params,
-    frozen: Params,
-    teacher_params: Params,
-    batch: batches.Batch,
-    vocabulary: Array | None,
-) -> Sums:
-    """Adds what a batch gives, times its weight, to `sums`; None is nothing yet.
-
-    Raises:
-      RecipeError: student and teacher predict different vocabularies.
-    """
-    found = _gradient(
-        student, teacher, objective, trainable, frozen, teacher_params, batch, vocabulary
-    )
-    weighed = jax.tree.map(lambda part: part * found.weight, found[:2])
-    added = Sums(*weighed, found.weight)
-    return added if sums is None else jax.tree.map(jnp.add, sums, added)
-
-
-@functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("trainable", "state"))
-def apply_gradient(
-    objective: Objective,
-    trainable: Params,
-    state: optax.OptState,
-    rate: Array,
-    sums: Sums,
-    pace: Params | None = None,
-) -> tuple[Params, optax.OptState, Losses, Array]:
-    """As `train_step`, with the weighted mean of what several batches gave."""
-    gradient, losses = jax.tree.map(lambda part: part / sums.weight, sums[:2])
-    return _descend(objective, trainable, state, rate, gradient, losses, pace)
-
-
-def _gradient(
-    student: nn.Module,
-    teacher: nn.Module,
-    objective: Objective,
-    trainable: Params,
-    frozen: Params,
-    teacher_params: Params,
-    batch: batches.Batch,
-    vocabulary: Array | None,
-) -> Sums:
-    """Gradient and losses of a batch, and the weight that they are a mean over."""
-    teacher_params = _with_shared(teacher_params, frozen)
-    asked = (objective.hidden > 0.0, objective.attention > 0.0)
-    read = batch
-    if vocabulary is not None:
-        read = {**batch, "tokens": vocabulary[batch["tokens"]]}
-    targets, aims = jax.lax.stop_gradient(transfer.observe(teacher, teacher_params, read, *asked))
-    if vocabulary is not None:
-        targets = targets[..., vocabulary]
-    weights = batches.loss_weights(student, batch)
-
-    def loss(trainable: Params) -> tuple[Array, Losses]:
-        own, projection = transfer.without_projection(trainable)
-        params = boxes.combine(own, frozen)
-        logits, inside = transfer.observe(student, params, batch, *asked)
-        total, (soft, hard) = distillation_loss(
-            logits, targets, batch["tokens"], weights, objective
-        )
-        hidden = attention = jnp.zeros(())
-        if asked[0]:
-            hidden = transfer.hidden_loss(
-                inside.hidden, aims.hidden, objective.layers, weights, projection
-            )
-            total += objective.hidden * hidden
-        if asked[1]:
-            attention = transfer.attention_loss(
-                inside.attention, aims.attention, objective.layers, weights
-            )
-            total += objective.attention * attention
-        return total, Losses(total, soft, hard, hidden, attention)
-
-    (_, losses), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
-    return Sums(gradient, losses, jnp.maximum(jnp.sum(weights), batches.NO_WEIGHT))
-
-
-def _descend(
-    objective: Objective,
-    trainable: Params,
-    state: optax.OptState,
-    rate: Array,
-    gradient: Params,
-    losses: Losses,
-    pace: Params | None,
-) -> tuple[Params, optax.OptState, Losses, Array]:
-    norm = optax.tree.norm(gradient)
-    updates, after = objective.optimizer().update(gradient, state, trainable)
-    updates = jax.tree.map(lambda update: rate * update, updates)
-    if pace is not None:
-        updates = jax.tree.map(jnp.multiply, updates, pace)
-    moved = optax.apply_updates(trainable, updates)
-    good = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
-    trainable, state = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old), (moved, after), (trainable, state)
-    )
-    return trainable, state, losses, norm
-
-
-def distillation_loss(
-    logits: Array, targets: Array, tokens: Array, weights: Array, objective: Objective
-) -> tuple[Array, tuple[Array, Array]]:
-    """Weighted mean of soft and hard losses over predictions.
-
-    Args:
-      logits: [B, T, V] of the student.
-      targets: [B, T, V] of the teacher.
-      tokens: [B, T].
-      weights: [B, T - 1] of each prediction.
-      objective: temperature and alpha.
-
-    Returns:
-      `(loss, (soft, hard))`, where `soft` carries its factor `T^2`.
-
-    Raises:
-      RecipeError: student and teacher predict different vocabularies.
-    """
-    if logits.shape != targets.shape:
-        raise RecipeError(
-            f"distill: the student predicts {logits.shape[-1]} tokens, its teacher "
-            f"{targets.shape[-1]}; give the teacher's id of each student token as vocabulary="
-        )
-    temperature = objective.temperature
-    teacher = jax.nn.log_softmax(targets[:, :-1] / temperature)
-    student = jax.nn.log_softmax(logits[:, :-1] / temperature)
-    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    total = jnp.maximum(jnp.sum(weights), batches.NO_WEIGHT)
-    soft = temperature**2 * jnp.sum(divergence * weights) / total
-    hard = jnp.sum(batches.cross_entropy(logits, tokens) * weights) / total
-    return objective.alpha * soft + (1.0 - objective.alpha) * hard, (soft, hard)
-
-
-def without_shared(teacher_params: Params, frozen: Params) -> Params:
-    """The teacher's parameters with None for the arrays that the student holds frozen too.
-
-    Both then read one array, and the compiler runs an encoder that they share once.
-    """
-    own = dict(boxes.path_items(frozen))
-    return boxes.map_with_path(
-        lambda path, leaf: None if own.get(path) is leaf else leaf, teacher_params
-    )
-
-
-def _with_shared(teacher_params: Params, frozen: Params) -> Params:
-    own = dict(boxes.path_items(frozen))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: own[path_string(path)] if leaf is None else leaf,
-        teacher_params,
-        is_leaf=lambda node: node is None or boxes.is_box(node),
     )
 
 

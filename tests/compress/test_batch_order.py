@@ -3,7 +3,9 @@
 import collections
 import itertools
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +13,20 @@ from glm_edge.compress import distill
 from glm_edge.compress.batches import in_proportion
 from glm_edge.compress.recipe import recipe_from_json, to_json
 from glm_edge.errors import DataError, RecipeError
+
+
+class Senses(nn.Module):
+    """Predicts from the last token and from the sum of what it sees and hears."""
+
+    @nn.compact
+    def __call__(self, tokens, images=None, audio=None):
+        logits = nn.Embed(6, 6, name="tokens")(tokens)
+        for name, array in (("images", images), ("audio", audio)):
+            weight = self.param(name, nn.initializers.ones, (6,))
+            if array is not None:
+                logits += weight * jnp.sum(array)
+        return logits
+
 
 MIXTURE = {"text": 0.5, "images": 0.3, "audio": 0.2}
 
@@ -82,3 +98,37 @@ def test_mixtures_without_a_meaning_are_refused():
         next(in_proportion(data()[:3], MIXTURE, None))
     with pytest.raises(DataError, match="needs calibration with a length"):
         next(in_proportion(iter(data()), MIXTURE, None))
+
+
+def test_a_mixture_goes_on_after_a_kill_as_if_left_alone(tmp_path):
+    model, read = Senses(), []
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    rng = np.random.default_rng(0)
+    student, teacher = (
+        jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
+        for _ in range(2)
+    )
+
+    class Counted(list):
+        def __getitem__(self, index):
+            read.append(KIND[index])
+            return super().__getitem__(index)
+
+    batches = Counted(
+        {name: array + (name != "tokens") for name, array in batch.items()} for batch in data()
+    )
+    call = {"calibration": batches, "rng": jax.random.key(0)}
+    options = {"mixture": MIXTURE, "steps": 10, "save_every": 3, "accumulate": 2}
+    _, expected, whole = distill((model, teacher), **options)(model, student, **call)
+    assert collections.Counter(read[-20:]) == {"text": 10, "images": 6, "audio": 4}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    transform = distill((model, teacher), state_dir=tmp_path, **options)
+    with pytest.raises(KeyboardInterrupt):
+        transform(model, student, **call, progress=stop)
+    _, found, report = transform(model, student, **call)
+    assert report.curve == whole.curve
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
