@@ -113,9 +113,12 @@ def losses(report) -> list[list[float]]:
 
 
 def error(found, expected) -> float:
-    """Largest difference of any parameter."""
+    """Norm of what all parameters differ by."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    return max(float(np.abs(np.asarray(one) - np.asarray(other)).max()) for one, other in pairs)
+    return (
+        sum(float(np.square(np.asarray(one) - np.asarray(other)).sum()) for one, other in pairs)
+        ** 0.5
+    )
 
 
 if __name__ == "__main__":

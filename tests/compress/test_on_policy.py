@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_edge import params as boxes
 from glm_edge.compress import batches, distill, on_policy
 from glm_edge.compress.recipe import recipe_from_json, to_json
 from glm_edge.compress.training_step import divergence
@@ -24,8 +25,8 @@ def texts(make_member):
 
 
 def write(model, params, batch, prompt=None, temperature=0.0, number=0):
-    batch = batches.to_device(batch)
-    written = on_policy.written(model, params, {}, batch, prompt, temperature, None, number)
+    batch, parts = batches.to_device(batch), boxes.partition(params)
+    written = on_policy.written(model, *parts, batch, prompt, temperature, None, number)
     return written, np.asarray(written["tokens"]), np.asarray(written["loss_mask"])
 
 

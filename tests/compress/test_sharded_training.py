@@ -34,15 +34,13 @@ def test_losses_equal_those_of_one_device(measured):
 
 @pytest.mark.slow
 def test_parameters_equal_those_of_one_device_and_stay_spread(measured):
-    assert measured["error"] < 0.02 * measured["moved"]
+    assert measured["error"] < 1e-3 * measured["moved"]
     assert set(measured["shares"]) == {1 / 8}
 
 
 @pytest.mark.slow
 def test_moments_are_spread_as_parameters_are(measured):
-    # All but those of the projection between the two widths.
-    assert measured["moments"].count(1 / 8) == 2 * len(measured["shares"])
-    assert len(measured["moments"]) == 2 * len(measured["shares"]) + 2
+    assert measured["moments"].count(1 / 8) >= 2 * len(measured["shares"])
 
 
 @pytest.mark.slow
