@@ -212,7 +212,7 @@ def test_a_student_is_healed_after_pruning_and_after_rounding(small, calibration
     recipe = chain(
         prune.structured(heads=0.25, neurons=0.5, score="magnitude"),
         distill(steps=20, learning_rate=3e-3, alpha=1.0),
-        quantize.rtn(bits=3, group_size=32, where="^decoder/"),
+        quantize.rtn(bits=3, group_size=16, where="^decoder/"),
         distill(steps=20, learning_rate=3e-3, alpha=1.0),
     )
     call = {"calibration": calibration, "rng": jax.random.key(0)}
