@@ -10,7 +10,8 @@ A batch is a dict of arrays (`B` rows of `T` tokens), the same for scoring and f
 - `positions` and `mask`, optional, as the model takes them.
 """
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +24,10 @@ from glm_edge.errors import DataError
 from glm_edge.params.tree import Params
 
 Batch = dict[str, Any]
+# In place of the weight of a batch that teaches nothing.
+NO_WEIGHT = 1e-6
 INPUTS = ("images", "audio", "positions", "mask")
+KINDS = ("text", "images", "audio")
 KEYS = ("tokens", "loss_mask", *INPUTS)
 
 
@@ -73,6 +77,11 @@ def cross_entropy(logits: Array, tokens: Array) -> Array:
     """
     scores = jax.nn.log_softmax(logits[:, :-1])
     return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+def weighted_mean(values: Array, weights: Array) -> Array:
+    """Mean of values [B, T - 1] by the weights of predictions; zero where nothing is taught."""
+    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), NO_WEIGHT)
 
 
 def row_losses(
@@ -173,3 +182,86 @@ def missing_modalities(model: nn.Module, seen: Collection[str]) -> tuple[str, ..
         for name, encoder in (("images", "vision"), ("audio", "speech"))
         if getattr(config, encoder, None) is not None and name not in seen
     )
+
+
+def in_order(calibration: Sequence[Batch], rng: Array | None, skip: int = 0) -> Iterator[Batch]:
+    """Yields batches for ever, each once before any comes again.
+
+    Args:
+      calibration: batches; those without a length are read in their own order.
+      rng: jax key that shuffles each round, or None for the order given.
+      skip: batches at the beginning to leave out; whole rounds are not read where there is a
+        length.
+
+    Raises:
+      DataError: there are none.
+    """
+    rounds, rest = divmod(skip, len(calibration) or 1) if _sized(calibration) else (0, skip)
+    return itertools.islice(_rounds(calibration, rng, rounds), rest, None)
+
+
+def in_proportion(
+    calibration: Sequence[Batch], mixture: Mapping[str, float], rng: Array | None, skip: int = 0
+) -> Iterator[Batch]:
+    """Yields batches for ever, of each kind its share at any time, to within a batch or so.
+
+    The next kind is the one that is furthest behind its share. Each kind's batches come in an order
+    of their own, as `in_order` gives them.
+
+    Args:
+      calibration: batches, with a length; one with `audio` is of that kind, then one with `images`,
+        and all others are `text`.
+      mixture: share of each kind, in any unit; kinds that it does not name are left out.
+      rng: jax key that shuffles each round, or None for the order given.
+      skip: batches at the beginning to leave out.
+
+    Raises:
+      DataError: no batch is of a kind, or there is no length.
+    """
+    if not _sized(calibration):
+        raise DataError("mixture= needs calibration with a length, such as a list of batches")
+    held: dict[str, list[int]] = {kind: [] for kind in KINDS if kind in mixture}
+    for index in range(len(calibration)):
+        batch = calibration[index]
+        kind = next((name for name in KINDS[:0:-1] if batch.get(name) is not None), KINDS[0])
+        held.get(kind, []).append(index)
+    for kind, indices in held.items():
+        if not indices:
+            raise DataError(f"mixture= asks for {kind}, and no calibration batch is of that kind")
+    taken, total = dict.fromkeys(held, 0), sum(mixture.values())
+
+    def next_kind() -> str:
+        number = 1 + sum(taken.values())
+        kind = max(held, key=lambda kind: mixture[kind] / total * number - taken[kind])
+        taken[kind] += 1
+        return kind
+
+    for _ in range(skip):
+        next_kind()
+    keys = {
+        kind: None if rng is None else jax.random.fold_in(rng, KINDS.index(kind)) for kind in held
+    }
+    orders = {kind: in_order(held[kind], keys[kind], taken[kind]) for kind in held}
+    while True:
+        yield calibration[next(orders[next_kind()])]
+
+
+def _rounds(calibration: Sequence[Batch], rng: Array | None, first: int) -> Iterator[Batch]:
+    for epoch in itertools.count(first):
+        read = 0
+        for batch in _shuffled(calibration, rng, epoch):
+            yield batch
+            read += 1
+        if not read:
+            raise DataError("calibration holds no batches")
+
+
+def _shuffled(calibration: Any, rng: Array | None, epoch: int) -> Iterator[Batch]:
+    if rng is None or not _sized(calibration):
+        return iter(calibration)
+    order = jax.random.permutation(jax.random.fold_in(rng, epoch), len(calibration))
+    return (calibration[index] for index in np.asarray(order).tolist())
+
+
+def _sized(calibration: Any) -> bool:
+    return hasattr(calibration, "__len__")

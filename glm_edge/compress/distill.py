@@ -1,12 +1,13 @@
 """Distillation: a student learns to predict what its teacher predicts."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
+import optax
 
 from glm_edge import params as boxes
 from glm_edge.compress.report import Report, Row
@@ -30,6 +31,15 @@ def distill(
     accumulate: int = 1,
     state_dir: str | None = None,
     save_every: int = 100,
+    hidden: float = 0.0,
+    attention: float = 0.0,
+    layers: Sequence[int] | None = None,
+    vocabulary: Sequence[int] | None = None,
+    mixture: Mapping[str, float] | None = None,
+    beta: float = 0.0,
+    on_policy: float = 0.0,
+    prompt: int | None = None,
+    sampling_temperature: float = 1.0,
 ) -> Transform:
     """Trains a (pruned) student on its teacher's predictions and on the labels.
 
@@ -37,6 +47,9 @@ def distill(
     averaged over the predictions that `loss_mask` weighs. The optimizer is AdamW after clipping,
     with a linear warm-up and a cosine to a tenth of the peak. Masks and quantized weights stay as
     they are; what trains is what `glm_edge.params.partition` gives, in float32.
+
+    Under `glm_edge.params.sharding.on(mesh)`, with parameters on that mesh, training runs on all
+    its devices: parameters, gradients and the optimizer's moments are cut alike.
 
     Args:
       teacher: `(model, params)`; None is the model that the chain was given.
@@ -59,27 +72,58 @@ def distill(
         the bytes of a run that was left alone. It also holds the curve, as `curve.csv`, and what
         the last good step left when the loss is not finite.
       save_every: steps between two states.
+      hidden: weight of the squared distance between the outputs of layers, relative to the
+        teacher's squared norm. Where widths differ, a linear projection trains along and is
+        dropped.
+      attention: weight of the divergence between attention, in nats; where numbers of heads
+        differ, their means are compared.
+      layers: the teacher's layer for each of the student's, from 0; None spaces them evenly.
+      vocabulary: the teacher's token for each of the student's, as vocabulary pruning leaves them;
+        the teacher reads these tokens and is asked about no others. None is one vocabulary.
+      mixture: share of batches of each kind, such as `{"text": 2, "images": 1, "audio": 1}`; None
+        takes them as they come.
+      beta: 0 is the divergence above; 1 is the reverse, `KL(student || teacher)`; between them it
+        is the generalized Jensen-Shannon divergence (see the second reference).
+      on_policy: share of the batches that the student goes on with itself: it samples what follows
+        each prompt, and the teacher's predictions there are the only lesson (`alpha` is 1).
+      prompt: tokens of each row that the student goes on from; None is all before the first that
+        `loss_mask` teaches. Placeholders of images and audio stay in any case.
+      sampling_temperature: of what the student writes; 0 takes the likeliest token.
 
     Returns:
       The transform; its report holds the `curve`.
 
     Raises:
       RecipeError: an option has no meaning; on call, there is no teacher, it predicts another
-        vocabulary, or everything is frozen.
+        vocabulary, everything is frozen, or a layer or a token is named that a model lacks.
       TrainingError: the loss or its gradient is not finite; the error holds the step, and the
         parameters before it.
-      DataError: calibration is missing or not a batch.
+      DataError: calibration is missing or not a batch, or lacks a kind of `mixture`.
       OutputError: `state_dir` cannot be written, or holds the state of other arguments.
 
     References:
       Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531.
+      On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649.
     """
     check_pattern("distill", "where", where)
     training = Training(
         steps, learning_rate, temperature, alpha, warmup, weight_decay, clip_norm, compute
     )
     training.check("distill", teacher)
-    course = Course(accumulate, None if state_dir is None else str(state_dir), save_every)
+    course = Course(
+        accumulate,
+        None if state_dir is None else str(state_dir),
+        save_every,
+        hidden,
+        attention,
+        _whole_numbers("layers", layers),
+        _whole_numbers("vocabulary", vocabulary),
+        _shares(mixture),
+        float(beta),
+        float(on_policy),
+        prompt,
+        float(sampling_temperature),
+    )
     course.check("distill")
     options = {**training._asdict(), "where": where, **course._asdict()}
     return Transform("distill", options, {} if teacher is None else {"teacher": teacher})
@@ -113,6 +157,27 @@ def _apply_distill(
 register("distill", distill, _apply_distill)
 
 
+def _whole_numbers(option: str, values: Any) -> tuple[int, ...] | None:
+    if values is None:
+        return None
+    array = np.asarray(values)
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu" or array.min() < 0:
+        raise RecipeError(f"distill: {option} must be whole numbers, none negative")
+    return tuple(array.tolist())
+
+
+def _shares(mixture: Any) -> tuple[tuple[str, float], ...] | None:
+    if mixture is None:
+        return None
+    try:
+        pairs = [(str(kind), float(share)) for kind, share in dict(mixture).items()]
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"distill: mixture must hold shares by kind, not {mixture!r}") from error
+    if not pairs:
+        raise RecipeError("distill: mixture names no kind")
+    return tuple(sorted(pairs))
+
+
 def split(params: Params, where: str | None) -> tuple[Params, Params]:
     """As `glm_edge.params.partition`, with what `where` does not match on the frozen side.
 
@@ -138,18 +203,23 @@ def _keep(tree: Params, wanted: Callable[[str], bool]) -> Params:
 
 def row_of(transform: str, action: str, before: Params, after: Params) -> Row:
     """One line for all trained arrays: how far they moved."""
-    pairs = list(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
-    moved = sum(float(jnp.sum(jnp.square(new - old))) for old, new in pairs)
-    norm = sum(float(jnp.sum(jnp.square(old))) for old, _ in pairs)
-    stored = sum(old.nbytes for old, _ in pairs)
-    size = sum(old.size for old, _ in pairs)
+    old, new = jax.tree.leaves(before), jax.tree.leaves(after)
+    moved, norm = (float(part) for part in _distance(old, new))
+    stored = sum(array.nbytes for array in old)
+    size = sum(array.size for array in old)
     return Row(
         transform,
-        f"{len(pairs)} arrays",
+        f"{len(old)} arrays",
         action,
         1.0,
         8 * stored / size,
         stored,
         stored,
-        (moved / norm) ** 0.5 if norm else 0.0,
+        moved / norm if norm else 0.0,
     )
+
+
+@jax.jit
+def _distance(old: list[jax.Array], new: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Norms of what lists of arrays differ by, and of the first."""
+    return optax.tree.norm(optax.tree.sub(new, old)), optax.tree.norm(old)

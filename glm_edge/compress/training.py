@@ -1,45 +1,32 @@
 """The training loop that distillation and quantization-aware training share."""
 
-import functools
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.compress import batches
+from glm_edge.compress import batches, on_policy, transfer
+from glm_edge.compress.batches import in_order
 from glm_edge.compress.report import Point
-from glm_edge.compress.training_state import StateDirectory, digest
+from glm_edge.compress.training_state import StateDirectory, job_of
+from glm_edge.compress.training_step import (
+    Objective,
+    add_gradient,
+    apply_gradient,
+    train_step,
+    with_shared,
+    without_shared,
+)
 from glm_edge.compress.transform import Context, check_whole
 from glm_edge.errors import DataError, RecipeError, TrainingError
-from glm_edge.params.tree import Params, path_string
+from glm_edge.params.tree import Params
 
 COMPUTE = ("float32", "bfloat16")
 _PROGRESS_EVERY = 5
-# In place of the weight of a batch that teaches nothing.
-_NO_WEIGHT = 1e-6
-
-
-class Objective(NamedTuple):
-    """What one training step minimises and how: static when it is compiled."""
-
-    temperature: float
-    alpha: float
-    weight_decay: float
-    clip_norm: float
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """Clipping, then AdamW at a learning rate of one."""
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(1.0, b2=0.98, weight_decay=self.weight_decay),
-        )
 
 
 class Training(NamedTuple):
@@ -83,10 +70,43 @@ class Course(NamedTuple):
     accumulate: int = 1
     state_dir: str | None = None
     save_every: int = 100
+    hidden: float = 0.0
+    attention: float = 0.0
+    layers: tuple[int, ...] | None = None
+    vocabulary: tuple[int, ...] | None = None
+    mixture: tuple[tuple[str, float], ...] | None = None
+    beta: float = 0.0
+    on_policy: float = 0.0
+    prompt: int | None = None
+    sampling_temperature: float = 1.0
 
     def check(self, name: str) -> None:
         """Raises RecipeError where an option of the transform `name` has no meaning."""
         check_whole(name, accumulate=self.accumulate, save_every=self.save_every)
+        if not (0.0 <= self.hidden < np.inf and 0.0 <= self.attention < np.inf):
+            raise RecipeError(f"{name}: hidden and attention must be finite and not negative")
+        if self.layers is not None and not self.hidden and not self.attention:
+            raise RecipeError(f"{name}: layers= needs hidden= or attention= above zero")
+        if not (0.0 <= self.beta <= 1.0 and 0.0 <= self.on_policy <= 1.0):
+            raise RecipeError(f"{name}: beta and on_policy must be in 0..1")
+        if not 0.0 <= self.sampling_temperature < np.inf:
+            raise RecipeError(f"{name}: sampling_temperature must be finite and not negative")
+        if self.prompt is not None:
+            check_whole(name, prompt=self.prompt)
+            if not self.on_policy:
+                raise RecipeError(f"{name}: prompt= needs on_policy= above zero")
+        for kind, share in self.mixture or ():
+            if kind not in batches.KINDS or not 0.0 < share < np.inf:
+                raise RecipeError(
+                    f"{name}: mixture= takes positive shares of {', '.join(batches.KINDS)}, not "
+                    f"{share!r} of {kind!r}"
+                )
+
+    def data(self, context: Context, skip: int) -> Iterator[batches.Batch]:
+        """Batches for ever, without the first `skip`."""
+        if self.mixture is None:
+            return in_order(context.calibration, context.rng, skip)
+        return batches.in_proportion(context.calibration, dict(self.mixture), context.rng, skip)
 
     @property
     def result(self) -> dict[str, Any]:
@@ -96,22 +116,6 @@ class Course(NamedTuple):
 
 
 _PLAIN = Course()
-
-
-class Losses(NamedTuple):
-    """Of one step, in nats; `soft` carries its factor `T^2`."""
-
-    loss: Array
-    soft: Array
-    hard: Array
-
-
-class Sums(NamedTuple):
-    """Over the batches of one step, each times its weight, and the sum of these weights."""
-
-    gradient: Params
-    losses: Losses
-    weight: Array
 
 
 def schedule(steps: int, learning_rate: float, warmup: float) -> np.ndarray:
@@ -166,36 +170,89 @@ def learn(
     # The step reuses its arguments' memory, so it must not be given the caller's own arrays; and
     # a small step would be lost in the rounding of a weight stored in fewer bits.
     trainable = jax.tree.map(lambda array: jnp.array(array, jnp.float32, copy=True), trainable)
-    state = training.objective.optimizer().init(trainable)
+    objective = training.objective._replace(
+        hidden=course.hidden,
+        attention=course.attention,
+        layers=course.layers,
+        beta=course.beta,
+    )
+    # What a student wrote itself teaches nothing as a label.
+    without_labels = objective._replace(alpha=1.0)
+    vocabulary = None
+    if course.vocabulary is not None or course.hidden:
+        whole = (boxes.combine(trainable, frozen), with_shared(teacher_params, frozen))
+        sample = batches.to_device(next(iter(context.calibration)))
+        sizes = [
+            transfer.sizes(model, params, sample, bool(course.hidden))
+            for model, params in zip((student, coach), whole, strict=True)
+        ]
+        vocabulary = transfer.vocabulary(course.vocabulary, *(size[0] for size in sizes))
+        trainable = transfer.with_projection(
+            trainable, tuple(size[1] for size in sizes), context.rng
+        )
+    state = objective.optimizer().init(trainable)
     losses, seen, directory = [], set(), None
     if course.state_dir is not None:
-        job = _job(student, coach, trainable, frozen, teacher_params, training, course, context)
+        job = job_of(
+            {**training._asdict(), **course.result},
+            (student, (trainable, frozen)),
+            (coach, teacher[1]),
+            context,
+        )
         directory = StateDirectory(name, course.state_dir, job)
         (trainable, state), losses, seen = directory.restore((trainable, state))
+        directory.write_curve(_curve(losses, rates, objective))
     first = len(losses) + 1
-    data = in_order(context.calibration, context.rng, len(losses) * course.accumulate)
-    fixed = (student, coach, training.objective)
+    data = enumerate(course.data(context, read := len(losses) * course.accumulate), start=read)
+
+    def taken() -> tuple[batches.Batch, Objective]:
+        """The next batch and what to learn from it."""
+        number, batch = next(data)
+        batch = batches.to_device(batch)
+        seen.update(batch)
+        if not on_policy.is_written(course.on_policy, context.rng, number):
+            return batch, objective
+        own = (student, trainable, frozen, batch, course.prompt, course.sampling_temperature)
+        return on_policy.written(*own, context.rng, number), without_labels
 
     def keep() -> None:
         if directory is not None:
             directory.save((trainable, state), losses, seen)
-            directory.write_curve(_curve(losses, rates))
+            directory.write_curve(_curve(losses, rates, objective))
 
     for step, rate in enumerate(rates[len(losses) :], start=first):
-        taken = (batches.to_device(batch) for batch in itertools.islice(data, course.accumulate))
         if course.accumulate == 1:
-            batch = next(taken)
-            seen |= set(batch)
+            batch, aim = taken()
             trainable, state, found, norm = train_step(
-                *fixed, trainable, state, rate, frozen, teacher_params, batch, pace
+                student,
+                coach,
+                aim,
+                trainable,
+                state,
+                rate,
+                frozen,
+                teacher_params,
+                batch,
+                pace,
+                vocabulary,
             )
         else:
             sums = None
-            for batch in taken:
-                seen |= set(batch)
-                sums = add_gradient(*fixed, sums, trainable, frozen, teacher_params, batch)
+            for _ in range(course.accumulate):
+                batch, aim = taken()
+                sums = add_gradient(
+                    student,
+                    coach,
+                    aim,
+                    sums,
+                    trainable,
+                    frozen,
+                    teacher_params,
+                    batch,
+                    vocabulary,
+                )
             trainable, state, found, norm = apply_gradient(
-                training.objective, trainable, state, rate, sums, pace
+                objective, trainable, state, rate, sums, pace
             )
         found = [float(part) for part in jax.device_get(found)]
         for what, value in (("loss", found[0]), ("gradient's norm", float(norm))):
@@ -205,254 +262,24 @@ def learn(
                     f"{name}: the {what} is {value} at step {step}; lower learning_rate or check "
                     "the calibration batches",
                     step,
-                    boxes.combine(trainable, frozen),
+                    boxes.combine(transfer.without_projection(trainable)[0], frozen),
                 )
         losses.append(found)
         if step % course.save_every == 0 or step == len(rates):
             keep()
         if step % _PROGRESS_EVERY == 0 or step == len(rates):
             context.advance(f"{name}: loss {found[0]:.3f}", step, len(rates))
-    return trainable, _curve(losses, rates), batches.missing_modalities(model, seen)
+    trained, _ = transfer.without_projection(trainable)
+    return trained, _curve(losses, rates, objective), batches.missing_modalities(model, seen)
 
 
-def _curve(losses: list[list[float]], rates: np.ndarray) -> tuple[Point, ...]:
+def _curve(losses: list[list[float]], rates: np.ndarray, objective: Objective) -> tuple[Point, ...]:
+    inside = objective.hidden or objective.attention
+    kind = transfer.TransferPoint if inside else Point
     return tuple(
-        Point(step, *found, learning_rate=float(rate))
+        kind(step, *found[:3], float(rate), *(found[3:] if inside else ()))
         for step, (found, rate) in enumerate(zip(losses, rates, strict=False), start=1)
     )
-
-
-def _job(
-    student: nn.Module,
-    teacher: nn.Module,
-    trainable: Params,
-    frozen: Params,
-    teacher_params: Params,
-    training: Training,
-    course: Course,
-    context: Context,
-) -> dict[str, Any]:
-    """What determines the bytes of the result."""
-
-    def described(model: nn.Module, *params: Params) -> list[str]:
-        compute = getattr(model, "compute", None)
-        return [type(model).__name__, repr(getattr(model, "config", None)), compute, digest(params)]
-
-    return {
-        "recipe": {**training._asdict(), **course.result},
-        "student": described(student, trainable, frozen),
-        "teacher": described(teacher, teacher_params),
-        "calibration": digest([digest(batch) for batch in context.calibration]),
-        "rng": None
-        if context.rng is None
-        else np.asarray(jax.random.key_data(context.rng)).tolist(),
-    }
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("student", "teacher", "objective"),
-    donate_argnames=("trainable", "state"),
-)
-def train_step(
-    student: nn.Module,
-    teacher: nn.Module,
-    objective: Objective,
-    trainable: Params,
-    state: optax.OptState,
-    rate: Array,
-    frozen: Params,
-    teacher_params: Params,
-    batch: batches.Batch,
-    pace: Params | None = None,
-) -> tuple[Params, optax.OptState, Losses, Array]:
-    """One step of the optimizer; compiled once for each shape of batch.
-
-    Returns:
-      `(trainable, state, losses, norm)`, the last of the gradient; where the loss or the norm is
-      not finite, the first two are the arguments.
-
-    Raises:
-      RecipeError: student and teacher predict different vocabularies.
-    """
-    found = _gradient(student, teacher, objective, trainable, frozen, teacher_params, batch)
-    return _descend(objective, trainable, state, rate, found.gradient, found.losses, pace)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("student", "teacher", "objective"), donate_argnames=("sums",)
-)
-def add_gradient(
-    student: nn.Module,
-    teacher: nn.Module,
-    objective: Objective,
-    sums: Sums | None,
-    trainable: Params,
-    frozen: Params,
-    teacher_params: Params,
-    batch: batches.Batch,
-) -> Sums:
-    """Adds what a batch gives, times its weight, to `sums`; None is nothing yet.
-
-    Raises:
-      RecipeError: student and teacher predict different vocabularies.
-    """
-    found = _gradient(student, teacher, objective, trainable, frozen, teacher_params, batch)
-    weighed = jax.tree.map(lambda part: part * found.weight, found[:2])
-    added = Sums(*weighed, found.weight)
-    return added if sums is None else jax.tree.map(jnp.add, sums, added)
-
-
-@functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("trainable", "state"))
-def apply_gradient(
-    objective: Objective,
-    trainable: Params,
-    state: optax.OptState,
-    rate: Array,
-    sums: Sums,
-    pace: Params | None = None,
-) -> tuple[Params, optax.OptState, Losses, Array]:
-    """As `train_step`, with the weighted mean of what several batches gave."""
-    gradient, losses = jax.tree.map(lambda part: part / sums.weight, sums[:2])
-    return _descend(objective, trainable, state, rate, gradient, losses, pace)
-
-
-def _gradient(
-    student: nn.Module,
-    teacher: nn.Module,
-    objective: Objective,
-    trainable: Params,
-    frozen: Params,
-    teacher_params: Params,
-    batch: batches.Batch,
-) -> Sums:
-    """Gradient and losses of a batch, and the weight that they are a mean over."""
-    teacher_params = _with_shared(teacher_params, frozen)
-    targets = jax.lax.stop_gradient(batches.apply_batch(teacher, teacher_params, batch))
-    weights = batches.loss_weights(student, batch)
-
-    def loss(trainable: Params) -> tuple[Array, tuple[Array, Array]]:
-        logits = batches.apply_batch(student, boxes.combine(trainable, frozen), batch)
-        return distillation_loss(logits, targets, batch["tokens"], weights, objective)
-
-    (total, (soft, hard)), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
-    return Sums(gradient, Losses(total, soft, hard), jnp.maximum(jnp.sum(weights), _NO_WEIGHT))
-
-
-def _descend(
-    objective: Objective,
-    trainable: Params,
-    state: optax.OptState,
-    rate: Array,
-    gradient: Params,
-    losses: Losses,
-    pace: Params | None,
-) -> tuple[Params, optax.OptState, Losses, Array]:
-    norm = optax.tree.norm(gradient)
-    updates, after = objective.optimizer().update(gradient, state, trainable)
-    updates = jax.tree.map(lambda update: rate * update, updates)
-    if pace is not None:
-        updates = jax.tree.map(jnp.multiply, updates, pace)
-    moved = optax.apply_updates(trainable, updates)
-    good = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
-    trainable, state = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old), (moved, after), (trainable, state)
-    )
-    return trainable, state, losses, norm
-
-
-def distillation_loss(
-    logits: Array, targets: Array, tokens: Array, weights: Array, objective: Objective
-) -> tuple[Array, tuple[Array, Array]]:
-    """Weighted mean of soft and hard losses over predictions.
-
-    Args:
-      logits: [B, T, V] of the student.
-      targets: [B, T, V] of the teacher.
-      tokens: [B, T].
-      weights: [B, T - 1] of each prediction.
-      objective: temperature and alpha.
-
-    Returns:
-      `(loss, (soft, hard))`, where `soft` carries its factor `T^2`.
-
-    Raises:
-      RecipeError: student and teacher predict different vocabularies.
-    """
-    if logits.shape != targets.shape:
-        raise RecipeError(
-            f"distill: the student predicts {logits.shape[-1]} tokens, its teacher "
-            f"{targets.shape[-1]}"
-        )
-    temperature = objective.temperature
-    teacher = jax.nn.log_softmax(targets[:, :-1] / temperature)
-    student = jax.nn.log_softmax(logits[:, :-1] / temperature)
-    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    total = jnp.maximum(jnp.sum(weights), _NO_WEIGHT)
-    soft = temperature**2 * jnp.sum(divergence * weights) / total
-    hard = jnp.sum(batches.cross_entropy(logits, tokens) * weights) / total
-    return objective.alpha * soft + (1.0 - objective.alpha) * hard, (soft, hard)
-
-
-def without_shared(teacher_params: Params, frozen: Params) -> Params:
-    """The teacher's parameters with None for the arrays that the student holds frozen too.
-
-    Both then read one array, and the compiler runs an encoder that they share once.
-    """
-    own = dict(boxes.path_items(frozen))
-    return boxes.map_with_path(
-        lambda path, leaf: None if own.get(path) is leaf else leaf, teacher_params
-    )
-
-
-def _with_shared(teacher_params: Params, frozen: Params) -> Params:
-    own = dict(boxes.path_items(frozen))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: own[path_string(path)] if leaf is None else leaf,
-        teacher_params,
-        is_leaf=lambda node: node is None or boxes.is_box(node),
-    )
-
-
-def in_order(
-    calibration: Sequence[batches.Batch], rng: Array | None, skip: int = 0
-) -> Iterator[batches.Batch]:
-    """Yields batches for ever, each once before any comes again.
-
-    Args:
-      calibration: batches; those without a length are read in their own order.
-      rng: jax key that shuffles each round, or None for the order given.
-      skip: batches at the beginning to leave out; whole rounds are not read where there is a
-        length.
-
-    Raises:
-      DataError: there are none.
-    """
-    rounds, rest = divmod(skip, len(calibration) or 1) if _sized(calibration) else (0, skip)
-    return itertools.islice(_rounds(calibration, rng, rounds), rest, None)
-
-
-def _rounds(
-    calibration: Sequence[batches.Batch], rng: Array | None, first: int
-) -> Iterator[batches.Batch]:
-    for epoch in itertools.count(first):
-        read = 0
-        for batch in _shuffled(calibration, rng, epoch):
-            yield batch
-            read += 1
-        if not read:
-            raise DataError("calibration holds no batches")
-
-
-def _shuffled(calibration: Any, rng: Array | None, epoch: int) -> Iterator[batches.Batch]:
-    if rng is None or not _sized(calibration):
-        return iter(calibration)
-    order = jax.random.permutation(jax.random.fold_in(rng, epoch), len(calibration))
-    return (calibration[index] for index in np.asarray(order).tolist())
-
-
-def _sized(calibration: Any) -> bool:
-    return hasattr(calibration, "__len__")
 
 
 def _computing(name: str, model: nn.Module, compute: str | None) -> nn.Module:

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from glm_edge.checkpoint.files import (
 )
 from glm_edge.compress import batches
 from glm_edge.compress.report import Point
+from glm_edge.compress.transform import Context
 from glm_edge.errors import CheckpointError, OutputError
 
 STATE, CURVE, JOB = "state.safetensors", "curve.csv", "job.json"
@@ -125,7 +127,8 @@ class StateDirectory:
           OutputError: the directory cannot be written.
         """
         text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
+        names = [field.name for field in fields(curve[0] if curve else Point)]
+        writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(point) for point in curve)
         try:
@@ -134,6 +137,35 @@ class StateDirectory:
             raise OutputError(
                 f"{self.path}: cannot be written: {error.strerror or error}"
             ) from error
+
+
+def job_of(
+    recipe: dict[str, Any],
+    student: tuple[nn.Module, Any],
+    teacher: tuple[nn.Module, Any],
+    context: Context,
+) -> dict[str, Any]:
+    """What determines the bytes that training gives, JSON-ready.
+
+    Args:
+      recipe: options.
+      student: `(model, params)`, as any tree.
+      teacher: likewise.
+      context: with calibration.
+    """
+
+    def described(model: nn.Module, params: Any) -> list[str | None]:
+        config = repr(getattr(model, "config", None))
+        return [type(model).__name__, config, getattr(model, "compute", None), digest(params)]
+
+    rng = context.rng
+    return {
+        "recipe": recipe,
+        "student": described(*student),
+        "teacher": described(*teacher),
+        "calibration": digest([digest(batch) for batch in context.calibration]),
+        "rng": None if rng is None else np.asarray(jax.random.key_data(rng)).tolist(),
+    }
 
 
 def digest(tree: Any) -> str:

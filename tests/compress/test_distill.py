@@ -10,11 +10,10 @@ from glm_edge import params as boxes
 from glm_edge.compress import batches, chain, distill, prune, quantize
 from glm_edge.compress.distill import split
 from glm_edge.compress.recipe import recipe_from_json, to_json
-from glm_edge.compress.training import (
+from glm_edge.compress.training import in_order, schedule
+from glm_edge.compress.training_step import (
     Objective,
     distillation_loss,
-    in_order,
-    schedule,
     train_step,
     without_shared,
 )
@@ -206,6 +205,30 @@ def test_a_chain_teaches_with_the_model_it_was_given(small, calibration):
     )
     for name, array in arrays_of(found).items():
         np.testing.assert_array_equal(array, arrays_of(expected)[name])
+
+
+def test_a_student_is_healed_after_pruning_and_after_rounding(small, calibration):
+    model, params = small
+    recipe = chain(
+        prune.structured(heads=0.25, neurons=0.5, score="magnitude"),
+        distill(steps=20, learning_rate=3e-3, alpha=1.0),
+        quantize.rtn(bits=3, group_size=16, where="^decoder/"),
+        distill(steps=20, learning_rate=3e-3, alpha=1.0),
+    )
+    call = {"calibration": calibration, "rng": jax.random.key(0)}
+    smaller, found, report = recipe(model, params, **call)
+    first, second = report.curve[:20], report.curve[20:]
+    assert [point.step for point in second] == list(range(1, 21))
+    assert np.mean([point.soft for point in first[-4:]]) < 0.6 * first[0].soft
+    assert np.mean([point.soft for point in second[-4:]]) < 0.8 * second[0].soft
+    # Codes and scales are those that rounding left; embeddings and norms went on.
+    rounded = chain(*recipe.options["transforms"][:3])(model, params, **call)[1]
+    old, new = arrays_of(rounded), arrays_of(found)
+    assert jax.tree.structure(rounded) == jax.tree.structure(found)
+    still = {name for name in old if np.array_equal(old[name], new[name])}
+    assert still == {name for name in old if name.endswith((".data", ".scale"))}
+    assert boxes.stored_bytes(found) < 0.5 * boxes.stored_bytes(params)
+    assert smaller.config.decoder.neurons(0) == 64
 
 
 def test_any_module_that_gives_logits_learns(calibration):

@@ -138,7 +138,11 @@ def test_an_interrupted_run_goes_on_where_it_was_saved(tmp_path):
 
 def test_a_finished_run_is_not_repeated(tmp_path):
     expected, whole = train(tmp_path)
+    # As if killed after the last state and before its curve.
+    curve = (tmp_path / "curve.csv").read_text()
+    (tmp_path / "curve.csv").write_text(curve[: len(curve) // 2])
     found, report = train(tmp_path, progress=stop)
+    assert (tmp_path / "curve.csv").read_text() == curve
     assert bytes_of(found) == bytes_of(expected)
     assert report.curve == whole.curve
 
