@@ -144,15 +144,13 @@ class LiteRT(Engine):
         return np.array(rows, np.float32).reshape(len(tokens), width)
 
     def _run(self, rows: np.ndarray, slot: int, length: int) -> dict[str, Any]:
-        from glm_edge.export.trace import attended_by, step_name
-
-        offered = self.task.option("attended_slots", [])
-        fitting = [slots for slots in attended_by(length, offered) if slot + length <= slots]
-        attended = min(fitting, default=None)
-        name = step_name(length, attended)
+        name = "decode" if length == 1 else f"prefill_{length}"
+        attended = [n for n in self.task.option("attended_slots", []) if slot + length <= n]
+        if attended:
+            name += f"_{min(attended)}"
         inputs = self._buffers(name)[0]
         positions = np.arange(slot, slot + length, dtype=np.int32)
-        visible = np.arange(attended or self.task.slots) <= positions[:, None]
+        visible = np.arange(min(attended, default=self.task.slots)) <= positions[:, None]
         inputs["embeddings"].write(rows)
         inputs["input_pos"].write(positions)
         inputs["mask"].write(np.where(visible, 0.0, HIDDEN).astype(np.float32))

@@ -190,7 +190,7 @@ def apply_by_stage(
     walk = Walk(model, [step], context)
     reference = None
     if step.needs == "both":
-        reference = dict(boxes.path_items(context.reference[1]))
+        reference = _compared_with(leaves, context)
     rows: list[Row] = []
     for stage in walk.stages:
         mine = {path: leaf for path, leaf in leaves.items() if stage.holds(path)}
@@ -200,6 +200,13 @@ def apply_by_stage(
         rows += found
     changed = nested(leaves)
     return model, changed, Report.of(rows, params, changed, notes=walk.notes)
+
+
+def _compared_with(leaves: Leaves, context: Context) -> Leaves:
+    """The reference, or the model as it is where earlier transforms took layers or widths out."""
+    reference = dict(boxes.path_items(context.reference[1]))
+    before, now = ({p: tuple(x.shape) for p, x in tree.items()} for tree in (reference, leaves))
+    return reference if before == now else dict(leaves)
 
 
 class Step:

@@ -36,8 +36,8 @@ class Context:
       progress: called as `progress(stage, done, total)`, or None.
       without: inputs (`images`, `audio`) that calibration is known to lack.
       reference: the original after transforms that changed its numbers but not its function, such
-        as a rotation; layers of a compressed model are compared with this one's. None is the
-        original.
+        as a rotation; layers of a compressed model are compared with this one's while they have its
+        shapes. None is the original.
     """
 
     calibration: Sequence[Batch] | None

@@ -10,6 +10,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain, recipe_from_json, to_json
+from glm_edge.compress.prune import depth, structured
 from glm_edge.compress.quantize.gptq import gptq
 from glm_edge.compress.quantize.rtn import rtn
 from glm_edge.compress.stages import ROWS, first_states, stages
@@ -164,3 +165,18 @@ def test_options_without_meaning_are_refused(make_member, batch_of):
         gptq(where=LAYERS)(model, params)
     with pytest.raises(RecipeError, match="whole groups of 7"):
         gptq(4, 7, where=LAYERS)(model, params, [batch_of(model)])
+
+
+@pytest.mark.parametrize(
+    "shrink", [structured(heads=0.25, neurons=0.5, score="magnitude"), depth(layers=1)]
+)
+def test_after_shrinking_layers_are_compared_with_the_smaller_models(small, calibration, shrink):
+    model, params = small
+    rounding = gptq(bits=4, group_size=16, where=LAYERS)
+    smaller, fewer, _ = shrink(model, params, calibration=calibration)
+    alone = rounding(smaller, fewer, calibration=calibration)[1]
+    _, chained, _ = chain(shrink, rounding)(model, params, calibration=calibration)
+    for (path, one), (_, other) in zip(
+        boxes.path_items(alone), boxes.path_items(chained), strict=True
+    ):
+        np.testing.assert_array_equal(boxes.dense(one), boxes.dense(other), err_msg=path)
