@@ -14,9 +14,10 @@ JaxPruner's magnitude as published, restated in float64 numpy (`experiments/peer
 JaxPruner itself no longer imports with current jax), beside ours. 30 % of the decoder's parameters:
 heads and neurons leave the arrays, and what stays is healed by distillation. Everybody calibrates
 on the same --calibration_windows of --calibration_text and --calibration_screens; healing reads
---training_windows of it and, for a fifth of its batches, screens, half of which are asked in
-speech. Screens, digits, speakers and text are not those measured on. Labels are a tenth of the
-healing loss, so `nothing removed, trained likewise` says what more training alone gives.
+--training_windows of it and screens, half of which are asked in speech: a fifth of the batches
+under a mask, two fifths after a removal. Screens, digits, speakers and text are not those measured
+on. Labels are a tenth of the healing loss, so `nothing removed, trained likewise` says what more
+training alone gives.
 
 Bytes are those of the decoder as stored, masks included: no mask saves any by itself. With
 --speed_shape the same heads and neurons are removed from that shape with random weights, both are

@@ -18,6 +18,7 @@ from experiments.peers import sparsity
 from experiments.peers.methods import DECODER, OURS, Method
 from experiments.pruning.rows import RESTATED
 from glm_edge import params as boxes
+from glm_edge.compress import batches
 from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.transform import Context
 
@@ -87,6 +88,11 @@ class Worker:
             model, params, report = transform.run(model, params, context)
             notes += report.notes
         if heal is not None:
+            if "mixture" in heal:
+                kinds = {batches.kind_of(batch) for batch in self.training}
+                # Without recordings there is nothing spoken.
+                shares = heal["mixture"].items()
+                heal = {**heal, "mixture": {k: share for k, share in shares if k in kinds}}
             # Other options, such as more steps, are another training.
             options = json.dumps([prune, heal], sort_keys=True).encode()
             state = str(self.directory / f"{slug}-{zlib.crc32(options):08x}")

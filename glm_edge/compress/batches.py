@@ -209,8 +209,7 @@ def in_proportion(
     of their own, as `in_order` gives them.
 
     Args:
-      calibration: batches, with a length; one with `audio` is of that kind, then one with `images`,
-        and all others are `text`.
+      calibration: batches, with a length.
       mixture: share of each kind, in any unit; kinds that it does not name are left out.
       rng: jax key that shuffles each round, or None for the order given.
       skip: batches at the beginning to leave out.
@@ -222,9 +221,7 @@ def in_proportion(
         raise DataError("mixture= needs calibration with a length, such as a list of batches")
     held: dict[str, list[int]] = {kind: [] for kind in KINDS if kind in mixture}
     for index in range(len(calibration)):
-        batch = calibration[index]
-        kind = next((name for name in KINDS[:0:-1] if batch.get(name) is not None), KINDS[0])
-        held.get(kind, []).append(index)
+        held.get(kind_of(calibration[index]), []).append(index)
     for kind, indices in held.items():
         if not indices:
             raise DataError(f"mixture= asks for {kind}, and no calibration batch is of that kind")
@@ -244,6 +241,11 @@ def in_proportion(
     orders = {kind: in_order(held[kind], keys[kind], taken[kind]) for kind in held}
     while True:
         yield calibration[next(orders[next_kind()])]
+
+
+def kind_of(batch: Batch) -> str:
+    """`audio` for a batch that holds any, else `images` likewise, else `text`."""
+    return next((name for name in KINDS[:0:-1] if batch.get(name) is not None), KINDS[0])
 
 
 def _rounds(calibration: Sequence[Batch], rng: Array | None, first: int) -> Iterator[Batch]:

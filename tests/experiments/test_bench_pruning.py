@@ -208,7 +208,7 @@ def test_masks_are_counted_and_save_nothing(worker):
 
 def test_a_healed_row_shrinks_arrays_and_resumes_to_the_same_bytes(worker):
     prune = rows.structured(heads=0.5, neurons=0.25)
-    heal = {"steps": 4, "where": rows.TRAINS, "alpha": 0.9}
+    heal = {"steps": 4, "where": rows.TRAINS, "alpha": 0.9, "mixture": rows.MIXTURE}
     method = Method("x", OURS, {"prune": prune, "heal": heal}, "trained", "training")
     first = worker.run(method, "healed")
     states = list(worker.directory.glob("healed-*/state.safetensors"))
