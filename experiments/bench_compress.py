@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import make_checkpoint
-from experiments.console import fail_in_one_line, print_table
+from experiments.console import fail_in_one_line, print_table, refuse_arguments
 from experiments.materials import versions
 from experiments.text.corpora import write_text
 from glm_edge.errors import DataError
@@ -69,8 +69,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     run, work = RUNS[FLAGS.run], Path(FLAGS.work_dir)
     work.mkdir(parents=True, exist_ok=True)
     fields = make_checkpoint.CONFIGS[run.shape]

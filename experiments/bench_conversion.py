@@ -34,7 +34,7 @@ from absl import app, flags
 
 import glm_edge as ge
 from experiments.bench_decode import text_only
-from experiments.console import fail_in_one_line, print_table
+from experiments.console import fail_in_one_line, print_table, refuse_arguments
 from experiments.materials import versions
 from experiments.quickstart import commit
 from experiments.text.corpora import write_text
@@ -69,8 +69,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     path = Path(FLAGS.work_dir) / f"{FLAGS.shape}_{FLAGS.format}.tflite"
     if FLAGS.step != "all":
         print(json.dumps(convert(path) if FLAGS.step == "convert" else run(path)))

@@ -36,7 +36,6 @@ import platform
 import re
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,17 +45,16 @@ from absl import app, flags
 
 from experiments.bench_conversion import bandwidth
 from experiments.bench_decode import text_only
-from experiments.console import fail_in_one_line, print_table
+from experiments.console import fail_in_one_line, print_table, refuse_arguments
 from experiments.materials import versions
 from experiments.quickstart import commit
 from experiments.runtimes import child as children
 from experiments.runtimes import compare
-from experiments.runtimes.child import Child, EngineError, Spec
+from experiments.runtimes.child import PAUSE_S, Child, EngineError, Spec
 from experiments.runtimes.compare import Burst, Bursts, shown
-from experiments.runtimes.engine import Task
-from experiments.text.corpora import write_text
-from glm_edge.configs import DecoderConfig, GLMConfig, preset, to_dict
-from glm_edge.errors import DataError, OutputError
+from experiments.text.corpora import check_absent, write_text
+from glm_edge.configs import DecoderConfig, GLMConfig, preset
+from glm_edge.errors import DataError
 
 FLAGS = flags.FLAGS
 SHAPES = ("mobile", "tiny", "toy")
@@ -83,8 +81,6 @@ PEERS = {"llama.cpp": "llama", "onnxruntime": "onnx", "torch": "torch"}
 SUFFIXES = {"ours": ".tflite", "llama.cpp": ".gguf", "onnxruntime": "_onnx"}
 # Copies of the weights that an engine is expected to hold, to tell whether it fits.
 COPIES = {"ours": 4, "llama.cpp": 1.3, "onnxruntime": 4, "torch": 6, "jax": 3}
-# Threads of some runtimes spin for a while after their work and would slow who runs next.
-PAUSE_S = 0.3
 # What takes longer than this takes part in the first few rounds only.
 SLOW_S, SLOW_ROUNDS = 8.0, 4
 
@@ -116,10 +112,8 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    if FLAGS.out and Path(FLAGS.out).exists() and not FLAGS.overwrite:
-        raise OutputError(f"{FLAGS.out}: exists already; name another place or pass --overwrite")
+    refuse_arguments(argv)
+    check_absent(FLAGS.out, FLAGS.overwrite)
     work = Path(FLAGS.work_dir).resolve()
     work.mkdir(parents=True, exist_ok=True)
     specs = chosen(specs_of(work), FLAGS.engines)
@@ -147,6 +141,11 @@ def phases() -> list[str]:
     return [f"decode {n}" for n in FLAGS.contexts] + [f"prefill {n}" for n in FLAGS.prefill]
 
 
+def decoder_of(shape: str) -> GLMConfig:
+    """A decoder without encoders: of a preset, or `toy`."""
+    return TOY if shape == "toy" else text_only(preset(shape))
+
+
 def specs_of(work: Path) -> list[Spec]:
     """All rows of the comparison.
 
@@ -163,29 +162,25 @@ def specs_of(work: Path) -> list[Spec]:
             f"--contexts, --prefill: contexts of at least 1 and prompts of at least 2 tokens that "
             f"fit --slots={FLAGS.slots} with --steps={FLAGS.steps} are right"
         )
-    config = TOY if FLAGS.shape == "toy" else text_only(preset(FLAGS.shape))
+    config = decoder_of(FLAGS.shape)
     options = {"attended_slots": [n for n in map(int, FLAGS.attended_slots) if n < FLAGS.slots]}
     if FLAGS.weight_cache:
         options["weight_cache"] = str(work / "packed")
     return [
-        Spec(
-            name=f"{label} {form}",
-            family=family,
+        children.spec_of(
+            f"{label} {form}",
+            form,
+            work / f"{FLAGS.shape}_{form}{SUFFIXES[family]}" if family in SUFFIXES else "",
+            config,
+            FLAGS.slots,
+            contexts,
+            lengths,
+            FLAGS.threads,
             bits=bits,
+            options=options if family == "ours" else {},
+            family=family,
             module=module,
-            python=(family in PEERS and FLAGS[f"{PEERS[family]}_python"].value) or sys.executable,
-            task=Task(
-                form=form,
-                path=str(work / f"{FLAGS.shape}_{form}{SUFFIXES[family]}")
-                if family in SUFFIXES
-                else "",
-                config=to_dict(config),
-                slots=FLAGS.slots,
-                contexts=contexts,
-                lengths=lengths,
-                threads=FLAGS.threads,
-                options=options if family == "ours" else {},
-            ),
+            python=FLAGS[f"{PEERS[family]}_python"].value if family in PEERS else None,
         )
         for family, module, label, forms in ENGINES
         for form, bits in forms.items()
@@ -302,27 +297,19 @@ class Bench:
                 for phase in phases:
                     if turn - begin >= SLOW_ROUNDS and (name, phase) in slow:
                         continue
-                    time.sleep(PAUSE_S)
+                    kind, count = phase.split()
                     started = time.monotonic()
                     try:
-                        seconds = self._burst(self.resident[name], phase)
+                        seconds = self.resident[name].burst(kind, int(count), FLAGS.steps)
                     except EngineError as error:
                         self._leave_out(name, str(error))
                         self.resident.pop(name).close()
                         break
-                    if time.monotonic() - started > SLOW_S:
+                    if time.monotonic() - started > PAUSE_S + SLOW_S:
                         slow.add((name, phase))
                     bursts = self.samples.setdefault(name, {}).setdefault(phase, [])
                     bursts.append(Burst(turn, seconds))
             print(f"round {turn - begin + 1} of {FLAGS.rounds}", flush=True)
-
-    def _burst(self, engine: Child, phase: str) -> float:
-        kind, count = phase.split()
-        if kind == "prefill":
-            return engine.ask("prefill", length=int(count))["seconds"]
-        return statistics.median(
-            engine.ask("decode", context=int(count), steps=FLAGS.steps)["seconds"]
-        )
 
     def _leave_out(self, name: str, reason: str) -> None:
         self.left_out[name] = reason

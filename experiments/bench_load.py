@@ -34,7 +34,7 @@ from typing import Any
 
 from absl import app, flags
 
-from glm_edge.errors import CheckpointError, DataError, OutputError
+from glm_edge.errors import CheckpointError, DataError
 
 FLAGS = flags.FLAGS
 OURS = "glm_edge"
@@ -73,10 +73,9 @@ def compare(argv: Sequence[str]) -> None:
     """Runs the readers in turns, prints a table, writes the log, and judges."""
     del argv
     from experiments.console import bar, print_table
-    from experiments.text.corpora import write_text
+    from experiments.text.corpora import check_absent, write_text
 
-    if FLAGS.out and Path(FLAGS.out).exists() and not FLAGS.overwrite:
-        raise OutputError(f"{FLAGS.out}: exists already; name another place or pass --overwrite")
+    check_absent(FLAGS.out, FLAGS.overwrite)
     readers = chosen_readers(FLAGS.readers)
     size = read_once(Path(FLAGS.checkpoint))
     order = [reader for _ in range(FLAGS.rounds) for reader in readers]

@@ -42,7 +42,7 @@ import jax
 from absl import app, flags
 
 from experiments import bench_quality
-from experiments.console import fail_in_one_line, text_table
+from experiments.console import fail_in_one_line, refuse_arguments, text_table
 from experiments.peers.methods import Method
 from experiments.peers.scoring import Scorer
 from experiments.peers.table import cells, titles
@@ -66,8 +66,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     methods = rows.methods(FLAGS.steps, FLAGS.sparse_steps)
     chosen = bench_quality.chosen_methods(FLAGS.methods, methods)
     directory = Path(FLAGS.out_dir).resolve()

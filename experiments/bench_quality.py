@@ -52,7 +52,7 @@ from absl import app, flags
 
 import glm_edge as ge
 from experiments import calibration, exam, materials
-from experiments.console import fail_in_one_line, text_table
+from experiments.console import fail_in_one_line, refuse_arguments, text_table
 from experiments.evaluate import require_tokenizer
 from experiments.peers import exchange
 from experiments.peers.methods import DECODER, METHODS, OURS, REFERENCE, Method, as_json
@@ -94,8 +94,7 @@ def define_shared_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     chosen = chosen_methods(FLAGS.methods)
     directory = Path(FLAGS.out_dir).resolve()
     results = directory / "results"

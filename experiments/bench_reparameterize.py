@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments.console import bar, fail_in_one_line, print_table
+from experiments.console import bar, fail_in_one_line, print_table, refuse_arguments
 from experiments.materials import versions
 from experiments.quickstart import commit
 from experiments.tables import measure
@@ -44,8 +44,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     configs = [preset(name) for name in FLAGS.models]
     results = [
         run(config, FLAGS.rounds, FLAGS.threads, FLAGS.seed) for config in bar("models")(configs)

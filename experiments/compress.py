@@ -37,7 +37,7 @@ from absl import app, flags
 import glm_edge as ge
 from experiments import calibration as calibration_lib
 from experiments import exam, materials
-from experiments.console import fail_in_one_line, print_table
+from experiments.console import fail_in_one_line, print_table, refuse_arguments
 from experiments.text import corpora
 from experiments.text import tokenizer as text_tokenizer
 from glm_edge.compress.progress import ProgressLine
@@ -81,10 +81,9 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     started = time.monotonic()
-    source = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
+    source = materials.checkpoint_of(FLAGS.checkpoint)
     recipe = ge.recipes.find(FLAGS.recipe)
     out, rng = Path(FLAGS.out_dir), jax.random.key(FLAGS.seed)
     target = out / "checkpoint"

@@ -1,11 +1,19 @@
-"""What scripts show: progress bars, tables, and errors in one line."""
+"""What scripts share at the console: flags alone, progress bars, tables, errors in one line."""
 
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from absl import app
+
 from glm_edge.errors import GlmEdgeError, MissingExtraError, require
+
+
+def refuse_arguments(argv: Sequence[str]) -> None:
+    """Raises UsageError if a script was given more than its name and flags."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
 
 
 def bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:

@@ -48,7 +48,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
+    checkpoint = materials.checkpoint_of(FLAGS.checkpoint)
     if FLAGS.json and not Path(FLAGS.json).resolve().parent.is_dir():
         raise OutputError(f"{FLAGS.json}: its directory does not exist; create it first")
     model, params = ge.load(checkpoint, dtype="float32")

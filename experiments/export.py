@@ -31,7 +31,7 @@ from absl import app, flags, logging
 
 import glm_edge as ge
 from experiments import materials
-from experiments.console import fail_in_one_line, print_table
+from experiments.console import fail_in_one_line, print_table, refuse_arguments
 from experiments.text import corpora
 from experiments.text import tokenizer as text_tokenizer
 from glm_edge.errors import DataError, ExportError, OutputError
@@ -69,13 +69,12 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     started = time.monotonic()
     # TensorFlow tells of every step of a conversion.
     logging.set_verbosity(logging.WARNING)
     out = Path(FLAGS.out)
-    source = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
+    source = materials.checkpoint_of(FLAGS.checkpoint)
     check_flags(out)
     options = {"prefill_lengths": lengths(), "overwrite": FLAGS.overwrite}
     if FLAGS.cache_slots is not None:
@@ -122,8 +121,7 @@ def check_flags(out: Path) -> None:
             f"--verify: {FLAGS.format} files are not run here; leave --verify out, or export tflite"
         )
     for path in (out, out.parent / REPORT) if FLAGS.report else (out,):
-        if path.exists() and not FLAGS.overwrite:
-            raise OutputError(f"{path}: exists already; name another place or pass --overwrite")
+        corpora.check_absent(path, FLAGS.overwrite)
     if not out.parent.is_dir():
         raise OutputError(f"{out}: its directory does not exist; make it first")
 

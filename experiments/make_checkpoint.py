@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.console import bar, fail_in_one_line
+from experiments.console import bar, fail_in_one_line, refuse_arguments
 from glm_edge.checkpoint.files import CONFIG, new_directory, require_space, write_json
 
 FLAGS = flags.FLAGS
@@ -110,8 +110,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     write(CONFIGS[FLAGS.shape], FLAGS.out, FLAGS.shard_gb * 1e9, FLAGS.seed, FLAGS.overwrite)
 
 

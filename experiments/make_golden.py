@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.console import bar, fail_in_one_line
+from experiments.console import bar, fail_in_one_line, refuse_arguments
 from experiments.golden.cases import Arrays
 from experiments.golden.reference_decoders import DECODERS
 from experiments.golden.reference_encoders import ENCODERS
@@ -43,8 +43,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     unknown = sorted(set(FLAGS.members) - set(MEMBERS))
     if unknown:
         raise DataError(f"--members: {unknown[0]!r} is unknown; known: {', '.join(MEMBERS)}")

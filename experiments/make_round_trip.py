@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 import glm_edge as ge
-from experiments.console import fail_in_one_line
+from experiments.console import fail_in_one_line, refuse_arguments
 from glm_edge.checkpoint.files import CONFIG, SafetensorsFile
 from glm_edge.checkpoint.hugging_face.members import read_config
 from glm_edge.checkpoint.shapes import expected_shapes
@@ -46,8 +46,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise DataError(f"{package} is not installed; outputs are computed with it")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from experiments.console import refuse_arguments
 from experiments.text import tokenizer as nano_tokenizer
 from experiments.text.corpora import read_text, write_text
 from glm_edge.errors import GlmEdgeError
@@ -28,8 +29,7 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a tokenizer.json that
 
 def main(argv: list[str]) -> None:
     """Trains, writes and reports."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     try:
         text = read_text(TEXT.value)
         tokenizer = nano_tokenizer.build(text.splitlines(keepends=True))

@@ -262,6 +262,17 @@ def decode_latency_ms(model: Any, params: Any) -> float:
     return 1000 * float(np.median(seconds[5:]))
 
 
+def checkpoint_of(given: str | None) -> Path:
+    """The directory that --checkpoint names, or that of the shipped nano."""
+    return Path(given) if given else ge.shipped("nano")
+
+
+def opened(given: str | None) -> tuple[Path, Any, Any]:
+    """The directory of `checkpoint_of`, its model in float32, and the parameters."""
+    checkpoint = checkpoint_of(given)
+    return checkpoint, *ge.load(checkpoint, dtype="float32")
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on."""
     names = ("jax", "flax", "optax", "numpy", "tensorflow-cpu", "ai-edge-litert", "tokenizers")

@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 from tokenizers import Tokenizer
 
+from experiments.console import refuse_arguments
 from experiments.text import corpora, kneser_ney
 from experiments.text import tokenizer as nano_tokenizer
 from glm_edge.errors import DataError, GlmEdgeError
@@ -137,8 +138,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     """Trains, scores and reports."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
+    refuse_arguments(argv)
     try:
         result = run(TOKENIZER.value, TRAIN.value, EVAL.value, ORDER.value, WINDOW.value)
         print(table(result))

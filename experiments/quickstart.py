@@ -72,8 +72,7 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     directory = prepare_directory(Path(FLAGS.out_dir), FLAGS.overwrite)
     recipe = ge.recipes.find(FLAGS.recipe)
-    checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
-    model, params = ge.load(checkpoint, dtype="float32")
+    checkpoint, model, params = materials_lib.opened(FLAGS.checkpoint)
     materials = materials_lib.gather(
         model.config,
         checkpoint,

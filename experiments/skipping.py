@@ -1,7 +1,6 @@
 """What scripts of run-time pruning share: questions, settings, and a sweep over both."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +8,6 @@ import numpy as np
 from absl import flags
 from tokenizers import Tokenizer
 
-import glm_edge as ge
 from experiments import calibration, exam, materials
 from experiments.bench_decode import text_only
 from experiments.evaluate import require_tokenizer
@@ -57,8 +55,8 @@ def floats(name: str) -> list[float]:
 
 def opened() -> tuple[MultimodalGLM, Any, Tokenizer]:
     """The model of --checkpoint in float32, its parameters and its tokenizer."""
-    checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
-    return *ge.load(checkpoint, dtype="float32"), require_tokenizer(checkpoint)
+    checkpoint, model, params = materials.opened(FLAGS.checkpoint)
+    return model, params, require_tokenizer(checkpoint)
 
 
 def run(model: Any, tokenizer: Tokenizer, settings: Sequence[Setting]) -> list[SweepRow]:

@@ -22,24 +22,21 @@ import json
 import math
 import shutil
 import statistics
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
-from experiments.bench_export import PAUSE_S, TOY, provenance_of
-from experiments.console import fail_in_one_line, print_table
+from experiments.bench_export import TOY, provenance_of
+from experiments.console import fail_in_one_line, print_table, refuse_arguments
 from experiments.runtimes import child as children
-from experiments.runtimes.child import EngineError, Spec
+from experiments.runtimes.child import EngineError
 from experiments.runtimes.compare import Quartiles, shown
-from experiments.runtimes.engine import Task
-from experiments.text.corpora import write_text
+from experiments.text.corpora import check_absent, write_text
 from glm_edge.checkpoint.shapes import expected_shapes
-from glm_edge.configs import GLMConfig, VisionConfig, preset, to_dict
-from glm_edge.errors import DataError, OutputError
+from glm_edge.configs import GLMConfig, VisionConfig, preset
+from glm_edge.errors import DataError
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 
@@ -75,10 +72,8 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    if FLAGS.out and Path(FLAGS.out).exists() and not FLAGS.overwrite:
-        raise OutputError(f"{FLAGS.out}: exists already; name another place or pass --overwrite")
+    refuse_arguments(argv)
+    check_absent(FLAGS.out, FLAGS.overwrite)
     try:
         shares = [float(share) for share in FLAGS.share]
     except ValueError as error:
@@ -133,21 +128,21 @@ def measured(work: Path) -> dict[str, Any]:
     resident, found = {}, {}
     try:
         for form in FLAGS.forms:
-            task = Task(
-                form=form,
-                path=str(work / f"action_{FLAGS.shape}_{form}.tflite"),
-                config=to_dict(config),
-                slots=slots,
+            spec = children.spec_of(
+                form,
+                form,
+                work / f"action_{FLAGS.shape}_{form}.tflite",
+                config,
+                slots,
                 contexts=(prompt,),
                 lengths=(prompt,),
                 threads=FLAGS.threads,
                 options={"weight_cache": str(work / "packed"), "prefix": FLAGS.text_tokens // 2},
             )
-            spec = Spec(form, "ours", 0, "litert", sys.executable, task)
             written = children.prepare(spec)
             resident[form] = children.Child(spec)
             loaded = resident[form].load()
-            resident[form].ask("action", tokens=prompt, steps=FLAGS.action_tokens)
+            resident[form].action(prompt, FLAGS.action_tokens)
             found[form] = {
                 "file_bytes": written["file_bytes"],
                 "load_seconds": loaded["seconds"],
@@ -155,10 +150,9 @@ def measured(work: Path) -> dict[str, Any]:
             }
         for turn in range(FLAGS.rounds):
             for form in FLAGS.forms if turn % 2 else FLAGS.forms[::-1]:
-                answer = resident[form].ask("action", tokens=prompt, steps=FLAGS.action_tokens)
-                found[form]["runs"].append(answer["seconds"])
+                found[form]["runs"].append(resident[form].action(prompt, FLAGS.action_tokens))
         for form, engine in resident.items():
-            found[form]["peak_rss_bytes"] = engine.ask("rss")["peak_rss_bytes"]
+            found[form]["peak_rss_bytes"] = engine.peak_bytes()
     except EngineError as error:
         raise DataError(f"LiteRT does not run {FLAGS.shape}: {error}") from error
     finally:
@@ -270,17 +264,19 @@ def runtimes(work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     resident = {}
     for name, module, suffix in (("LiteRT", "litert", ".tflite"), ("MNN", "mnn_", "_mnn")):
-        task = Task(
-            form="int8",
-            path=str(work / f"action_nano_int8{suffix}"),
-            config=to_dict(config),
-            slots=STEP_SLOTS,
+        spec = children.spec_of(
+            name,
+            "int8",
+            work / f"action_nano_int8{suffix}",
+            config,
+            STEP_SLOTS,
             contexts=(STEP_CONTEXT,),
             lengths=(16,),
             threads=FLAGS.threads,
+            bits=8,
+            module=module,
+            python=FLAGS.mnn_python if name == "MNN" else None,
         )
-        python = (name == "MNN" and FLAGS.mnn_python) or sys.executable
-        spec = Spec(name, "ours", 8, module, python, task)
         try:
             written, starts = children.prepare(spec), []
             for _ in range(FLAGS.rounds):
@@ -298,9 +294,7 @@ def runtimes(work: Path) -> dict[str, Any]:
     try:
         for turn in range(FLAGS.rounds):
             for name in list(resident) if turn % 2 else list(resident)[::-1]:
-                time.sleep(PAUSE_S)
-                answer = resident[name].ask("decode", context=STEP_CONTEXT, steps=STEPS)
-                found[name]["step_s"].append(statistics.median(answer["seconds"]))
+                found[name]["step_s"].append(resident[name].burst("decode", STEP_CONTEXT, STEPS))
     except EngineError as error:
         raise DataError(f"nano: {error}") from error
     finally:

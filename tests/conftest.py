@@ -1,7 +1,10 @@
 """What all tests share."""
 
 import gc
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -29,3 +32,18 @@ def compiled_programs(request):
     if not MAPPED.exists() or MAPPED.read_bytes().count(b"\n") > MAPPED_ENOUGH:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def eight_devices(request, tmp_path_factory):
+    """What `eight_devices.py` beside the tests prints, run in a process of 8 simulated devices."""
+    script = Path(request.node.path).with_name("eight_devices.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path_factory.mktemp("eight_devices"))],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)

@@ -1,20 +1,15 @@
 """Decoding speed in LiteRT of a shape, whole and after the removal that the table heals."""
 
 import dataclasses
-import statistics
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from experiments.bench_export import PAUSE_S, TOY, text_only
+from experiments.bench_export import decoder_of
 from experiments.pruning.rows import HEADS, NEURONS
 from experiments.runtimes import child as children
-from experiments.runtimes.child import Spec
 from experiments.runtimes.compare import Burst, Quartiles, speedup
-from experiments.runtimes.engine import Task
 from glm_edge.compress.prune.structured import heads_to_keep, neurons_to_keep
-from glm_edge.configs import GLMConfig, preset, to_dict
+from glm_edge.configs import GLMConfig
 
 FORM, BITS = "int8", 8
 DENSE, PRUNED = "dense", "pruned"
@@ -63,24 +58,19 @@ def measure(
     Raises:
       EngineError: LiteRT is not installed, or refuses.
     """
-    whole = TOY if shape == "toy" else text_only(preset(shape))
+    whole = decoder_of(shape)
     configs = {DENSE: whole, PRUNED: smaller(whole)}
     specs = {
-        name: Spec(
-            name=name,
-            family="ours",
+        name: children.spec_of(
+            name,
+            FORM,
+            work / f"{shape}_{name}.tflite",
+            config,
+            slots,
+            contexts=(context,),
+            lengths=(2,),
+            threads=threads,
             bits=BITS,
-            module="litert",
-            python=sys.executable,
-            task=Task(
-                form=FORM,
-                path=str(work / f"{shape}_{name}.tflite"),
-                config=to_dict(config),
-                slots=slots,
-                contexts=(context,),
-                lengths=(2,),
-                threads=threads,
-            ),
         )
         for name, config in configs.items()
     }
@@ -93,9 +83,8 @@ def measure(
             engines[name], _ = children.start(spec)
         for turn in range(rounds):
             for name in (DENSE, PRUNED) if turn % 2 else (PRUNED, DENSE):
-                time.sleep(PAUSE_S)
-                seconds = engines[name].ask("decode", context=context, steps=steps)["seconds"]
-                bursts[name].append(Burst(turn, statistics.median(seconds)))
+                seconds = engines[name].burst("decode", context, steps)
+                bursts[name].append(Burst(turn, seconds))
     finally:
         for engine in engines.values():
             engine.close()

@@ -6,18 +6,23 @@ import json
 import os
 import select
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.runtimes.engine import Task
+from glm_edge.configs import GLMConfig, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 1800.0
 LONGEST = 300
+# Threads of some runtimes spin for a while after their work and would slow who runs next.
+PAUSE_S = 0.3
 
 
 class EngineError(Exception):
@@ -43,6 +48,54 @@ class Spec:
     module: str
     python: str
     task: Task
+
+
+def spec_of(
+    name: str,
+    form: str,
+    path: str | Path,
+    config: GLMConfig,
+    slots: int,
+    contexts: Sequence[int],
+    lengths: Sequence[int],
+    threads: int,
+    bits: int = 0,
+    options: Mapping[str, Any] | None = None,
+    family: str = "ours",
+    module: str = "litert",
+    python: str | None = None,
+) -> Spec:
+    """A row of one configuration: our file in LiteRT, unless told otherwise.
+
+    Args:
+      name: of the row.
+      form: of the weights.
+      path: of the file, or empty.
+      config: of the model.
+      slots: of the cache.
+      contexts: tokens in the cache before a timed step.
+      lengths: of prompts.
+      threads: of the runtime.
+      bits: of a weight; 0 where nothing is compared by them.
+      options: of the runtime.
+      family: who wrote the runtime.
+      module: of `experiments.runtimes`.
+      python: the interpreter; None is this one.
+
+    Returns:
+      The row.
+    """
+    task = Task(
+        form=form,
+        path=str(path),
+        config=to_dict(config),
+        slots=slots,
+        contexts=tuple(contexts),
+        lengths=tuple(lengths),
+        threads=threads,
+        options=None if options is None else dict(options),
+    )
+    return Spec(name, family, bits, module, python or sys.executable, task)
 
 
 class Child:
@@ -99,6 +152,31 @@ class Child:
     def prepare(self) -> dict[str, Any]:
         """Writes the file of the spec."""
         return self.ask("prepare", task=dataclasses.asdict(self.spec.task))
+
+    def burst(self, phase: str, count: int, steps: int = 1, pause_s: float = PAUSE_S) -> float:
+        """Takes a turn: pauses, then runs one phase.
+
+        Args:
+          phase: `decode` or `prefill`.
+          count: tokens in the cache before the steps, or of the prompt.
+          steps: of decoding.
+          pause_s: seconds to wait first.
+
+        Returns:
+          Seconds of a step (the median of all), or of the prompt.
+        """
+        time.sleep(pause_s)
+        if phase == "prefill":
+            return self.ask("prefill", length=count)["seconds"]
+        return statistics.median(self.ask(phase, context=count, steps=steps)["seconds"])
+
+    def action(self, tokens: int, steps: int) -> dict[str, float]:
+        """Seconds of an image, of a prompt of so many tokens that holds it, and of `steps` more."""
+        return self.ask("action", tokens=tokens, steps=steps)["seconds"]
+
+    def peak_bytes(self) -> int:
+        """The most memory that the process held since it loaded."""
+        return self.ask("rss")["peak_rss_bytes"]
 
     def close(self) -> None:
         """Ends the process."""
@@ -181,10 +259,10 @@ def _start(spec: Spec, steps: int) -> tuple[Child, dict[str, Any]]:
         loaded = child.load()
         for context in spec.task.contexts:
             child.ask("decode", context=context, steps=steps)
-        decoding = child.ask("rss")["peak_rss_bytes"]
+        decoding = child.peak_bytes()
         for length in spec.task.lengths:
             child.ask("prefill", length=length)
-        peak = child.ask("rss")["peak_rss_bytes"]
+        peak = child.peak_bytes()
     except BaseException:
         child.close()
         raise

@@ -14,7 +14,6 @@ programs.
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
@@ -23,7 +22,6 @@ import jax
 import numpy as np
 from absl import app, flags
 
-import glm_edge as ge
 from experiments import exam, materials
 from experiments.console import bar, fail_in_one_line
 from experiments.tables import table
@@ -61,11 +59,8 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    table.prepare()
-    checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
-    model, params = ge.load(checkpoint, dtype="float32")
+    table.prepare(argv)
+    checkpoint, model, params = materials.opened(FLAGS.checkpoint)
     amount = SIZES[FLAGS.preset]
     data = materials.gather(
         model.config,

@@ -39,9 +39,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    directory = table.prepare()
+    directory = table.prepare(argv)
     teacher_steps, student_steps = STEPS[FLAGS.preset]
     teacher_steps = FLAGS.teacher_steps or teacher_steps
     student_steps = FLAGS.student_steps or student_steps
@@ -54,9 +52,7 @@ def main(argv: Sequence[str]) -> None:
     targets = vision.logits_of(teacher, taught, data.train_images)
     alone = Training(student_steps)
     found: dict[str, list[float]] = {"student": [], "distilled student": []}
-    for seed in bar("students")(
-        range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds or SEEDS[FLAGS.preset]))
-    ):
+    for seed in bar("students")(table.seeds(SEEDS)):
         ways = {"student": (alone, None), "distilled student": (alone._replace(alpha=0.9), targets)}
         for kind, (training, learned) in ways.items():
             name = f"{kind.replace(' ', '_')}_{seed}"

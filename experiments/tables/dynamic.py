@@ -53,9 +53,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    table.prepare()
+    table.prepare(argv)
     keep = [1.0 - percent / 100.0 for percent in skipping.floats("skip")]
     if not keep:
         raise RecipeError("--skip: lists nothing; 20,50 is right")

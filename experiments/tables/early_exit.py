@@ -50,9 +50,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    table.prepare()
+    table.prepare(argv)
     exits = [int(value) for value in skipping.floats("exits")]
     thresholds = skipping.floats("thresholds") or THRESHOLDS[FLAGS.preset]
     model, params, tokenizer = skipping.opened()

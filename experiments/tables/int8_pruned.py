@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.console import bar, fail_in_one_line
+from experiments.console import fail_in_one_line
 from experiments.tables import measure, table, vision
 from experiments.tables.learning import Training
 from experiments.tables.table import IMAGENET, Row
@@ -51,16 +51,13 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    directory = table.prepare()
+    directory = table.prepare(argv)
     dense_steps, heal_steps = STEPS[FLAGS.preset]
     steps = FLAGS.dense_steps or dense_steps, FLAGS.heal_steps or heal_steps
     data = vision.load(FLAGS.digits_dir)
-    found: dict[str, list[float]] = {}
-    for seed in bar("seeds")(range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds or SEEDS[FLAGS.preset]))):
-        for kind, value in accuracies(directory, data, seed, *steps, FLAGS.remove).items():
-            found.setdefault(kind, []).append(value)
+    found = table.by_seed(
+        SEEDS, lambda seed: accuracies(directory, data, seed, *steps, FLAGS.remove)
+    )
     costs = published(FLAGS.shape, FLAGS.remove, ROUNDS[FLAGS.preset], FLAGS.threads, FLAGS.seed)
     table.publish(
         NAME,

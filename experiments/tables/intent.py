@@ -90,13 +90,11 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
     layers, width = SHAPES[FLAGS.preset]
     layers, width = FLAGS.layers or layers, FLAGS.hidden_size or width
     if layers % 2 or width % 32:
         raise DataError("--layers must be even, and --hidden_size a multiple of 32")
-    directory = table.prepare()
+    directory = table.prepare(argv)
     teacher_steps, student_steps = STEPS[FLAGS.preset]
     data = load(FLAGS.intent_dir, FLAGS.vocabulary, FLAGS.tokens)
     full = TextEncoder(config_of(data, layers, width))
@@ -109,9 +107,7 @@ def main(argv: Sequence[str]) -> None:
     teacher = labels._replace(alpha=0.9)
     ways = ((labels, None, None), (teacher, None, targets), (teacher, {"params": begun}, targets))
     hits: dict[str, list[np.ndarray]] = {"full": [hits_of(full, taught, data)]}
-    for seed in bar("students")(
-        range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds or SEEDS[FLAGS.preset]))
-    ):
+    for seed in bar("students")(table.seeds(SEEDS)):
         for kind, (training, start, learned) in zip(HALVES, ways, strict=True):
             variables = trained(
                 directory, f"{kind}_{seed}", half, data, training, seed, start, learned

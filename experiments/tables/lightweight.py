@@ -15,7 +15,6 @@ most that a process holds which runs nothing else.
 """
 
 import contextlib
-import statistics
 import sys
 import tempfile
 import time
@@ -32,12 +31,10 @@ from experiments import materials as materials_lib
 from experiments.console import fail_in_one_line
 from experiments.phone_screens import metrics
 from experiments.quickstart import compressed
-from experiments.runtimes.child import Child, EngineError, Spec
-from experiments.runtimes.engine import Task
+from experiments.runtimes.child import Child, EngineError, Spec, spec_of
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
 from glm_edge import params as boxes
-from glm_edge.configs import to_dict
 from glm_edge.errors import DataError
 
 FLAGS = flags.FLAGS
@@ -67,14 +64,11 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    table.prepare()
+    table.prepare(argv)
     recipe = ge.recipes.find(FLAGS.recipe)
-    checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
-    dense = ge.load(checkpoint, dtype="float32")
+    checkpoint, model, params = materials_lib.opened(FLAGS.checkpoint)
     materials = materials_lib.gather(
-        dense[0].config,
+        model.config,
         checkpoint,
         text=None,
         digits_dir=FLAGS.digits_dir,
@@ -90,13 +84,13 @@ def main(argv: Sequence[str]) -> None:
     for note in materials.notes:
         print(f"note: {note}", file=sys.stderr)
     steps = FLAGS.distill_steps or DISTILL_STEPS[FLAGS.preset]
-    for _, *stage in compressed(recipe, dense, materials.calibration, FLAGS.seed, steps):
+    for _, *stage in compressed(recipe, (model, params), materials.calibration, FLAGS.seed, steps):
         small = stage
     rounds = FLAGS.rounds or ROUNDS[FLAGS.preset]
     with tempfile.TemporaryDirectory() as directory:
         files = {
-            kind: write(model, params, Path(directory) / f"{kind}.tflite")
-            for kind, (model, params) in zip(KINDS, (dense, small), strict=True)
+            kind: write(*side, Path(directory) / f"{kind}.tflite")
+            for kind, side in zip(KINDS, ((model, params), small), strict=True)
         }
         hits = {kind: taps(file, materials) for kind, file in files.items()}
         runs = timed(files, rounds, FLAGS.threads, FLAGS.answer_tokens)
@@ -166,13 +160,13 @@ def timed(
         resident = {}
         try:
             for kind, file in files.items():
-                spec = spec_of(kind, file, threads)
+                spec = engine_of(kind, file, threads)
                 with contextlib.closing(Child(spec)) as packing:
                     packing.load()
                 resident[kind] = Child(spec)
                 stack.callback(resident[kind].close)
                 loaded = resident[kind].load()
-                act(resident[kind], answer_tokens)
+                resident[kind].action(PROMPT, answer_tokens)
                 found[kind] = {
                     "load_seconds": loaded["seconds"],
                     "baseline_rss_bytes": loaded["baseline_rss_bytes"],
@@ -182,38 +176,33 @@ def timed(
             for turn in range(rounds):
                 for kind in list(files) if turn % 2 else list(files)[::-1]:
                     time.sleep(measure.PAUSE_S)
-                    found[kind]["actions"].append(act(resident[kind], answer_tokens))
-                    steps = resident[kind].ask("decode", context=PROMPT, steps=DECODED)["seconds"]
-                    found[kind]["steps"].append(statistics.median(steps))
+                    found[kind]["actions"].append(resident[kind].action(PROMPT, answer_tokens))
+                    step = resident[kind].burst("decode", PROMPT, DECODED, pause_s=0.0)
+                    found[kind]["steps"].append(step)
             for kind, engine in resident.items():
-                found[kind] |= engine.ask("rss")
+                found[kind]["peak_rss_bytes"] = engine.peak_bytes()
         except EngineError as error:
             raise DataError(f"LiteRT does not run a file: {error}") from error
     return found
 
 
-def act(engine: Child, answer_tokens: int) -> dict[str, float]:
-    """Seconds of one image, its prompt and the answer."""
-    return engine.ask("action", tokens=PROMPT, steps=answer_tokens)["seconds"]
-
-
-def spec_of(kind: str, file: Any, threads: int) -> Spec:
+def engine_of(kind: str, file: Any, threads: int) -> Spec:
     """What a child must know to run a file."""
-    config = file.model.config
-    task = Task(
-        form=kind,
-        path=str(Path(file.path).resolve()),
-        config=to_dict(config),
-        slots=exported_lib.cache_slots(config.decoder.max_position_embeddings),
+    config, path = file.model.config, Path(file.path)
+    return spec_of(
+        kind,
+        kind,
+        path.resolve(),
+        config,
+        exported_lib.cache_slots(config.decoder.max_position_embeddings),
         contexts=(PROMPT,),
         lengths=(PROMPT,),
         threads=threads,
         options={
-            "weight_cache": str(Path(file.path).parent / "packed"),
+            "weight_cache": str(path.parent / "packed"),
             "prefix": (PROMPT - config.vision.num_tokens) // 2,
         },
     )
-    return Spec(kind, "ours", 0, "litert", sys.executable, task)
 
 
 def rows_of(

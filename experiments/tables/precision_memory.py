@@ -11,7 +11,6 @@ outputs and temporaries.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import glm_edge as ge
+from experiments import materials
 from experiments.console import bar, fail_in_one_line
 from experiments.tables import table
 from experiments.tables.table import Row
@@ -42,11 +42,8 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    table.prepare()
-    checkpoint = Path(FLAGS.checkpoint) if FLAGS.checkpoint else ge.shipped("nano")
-    model, params = ge.load(checkpoint, dtype="float32")
+    table.prepare(argv)
+    _, model, params = materials.opened(FLAGS.checkpoint)
     lengths = [int(n) for n in FLAGS.tokens or TOKENS[FLAGS.preset]]
     found = {"float32": sizes(model, params, lengths)}
     for name, recipe in bar("precisions")(recipes().items()):

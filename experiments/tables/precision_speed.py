@@ -16,10 +16,7 @@ rows of inputs that it rounds to int8 itself; the vocabulary is rounded like the
 """
 
 import dataclasses
-import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,7 @@ from typing import Any
 from absl import app, flags
 
 import glm_edge as ge
-from experiments.bench_decode import text_only
-from experiments.bench_export import TOY
+from experiments.bench_export import decoder_of
 from experiments.console import bar, fail_in_one_line
 from experiments.runtimes import child as children
 from experiments.runtimes import compare, random_model
@@ -38,7 +34,7 @@ from experiments.runtimes.engine import Task
 from experiments.runtimes.litert import weight_bytes
 from experiments.tables import table
 from experiments.tables.table import Row
-from glm_edge.configs import GLMConfig, preset, to_dict
+from glm_edge.configs import GLMConfig
 from glm_edge.errors import DataError, ExportError
 
 FLAGS = flags.FLAGS
@@ -55,8 +51,6 @@ FORMS = {
 }
 SHAPES = {"quick": "mobile_quarter", "full": "mobile"}
 ROUNDS = {"quick": 9, "full": 30}
-# Threads of LiteRT spin for a while after their work and would slow who runs next.
-PAUSE_S = 0.3
 PHASES = ("decode", "prefill")
 
 
@@ -79,9 +73,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    table.prepare()
+    table.prepare(argv)
     name = FLAGS.shape or SHAPES[FLAGS.preset]
     with tempfile.TemporaryDirectory() as directory:
         specs = specs_of(shape_of(name), FLAGS.forms, Path(directory))
@@ -98,11 +90,9 @@ def main(argv: Sequence[str]) -> None:
 
 def shape_of(name: str) -> GLMConfig:
     """A decoder without encoders."""
-    if name == "toy":
-        return TOY
-    config = text_only(preset("mobile"))
-    if name == "mobile":
-        return config
+    if name != "mobile_quarter":
+        return decoder_of(name)
+    config = decoder_of("mobile")
     decoder = config.decoder
     fewer = dataclasses.replace(
         decoder, num_layers=decoder.num_layers // 4, vocab_size=decoder.vocab_size // 4
@@ -128,22 +118,17 @@ def specs_of(config: GLMConfig, forms: Sequence[str], directory: Path) -> list[S
         )
     options = {"weight_cache": str(directory / "packed")}
     return [
-        Spec(
-            name=form,
-            family="ours",
+        children.spec_of(
+            form,
+            form,
+            directory / f"{form}.tflite",
+            config,
+            FLAGS.slots,
+            contexts=(FLAGS.context,),
+            lengths=(FLAGS.prompt,),
+            threads=FLAGS.threads,
             bits=FORMS[form][0],
-            module="litert",
-            python=sys.executable,
-            task=Task(
-                form=form,
-                path=str(directory / f"{form}.tflite"),
-                config=to_dict(config),
-                slots=FLAGS.slots,
-                contexts=(FLAGS.context,),
-                lengths=(FLAGS.prompt,),
-                threads=FLAGS.threads,
-                options=options,
-            ),
+            options=options,
         )
         for form in dict.fromkeys([BASE, *forms])
     ]
@@ -179,13 +164,9 @@ def bursts(specs: Sequence[Spec], rounds: int, steps: int) -> dict[str, Bursts]:
             names = list(resident)
             for name in names if turn % 2 else names[::-1]:
                 task = resident[name].spec.task
-                time.sleep(PAUSE_S)
-                decoded = resident[name].ask("decode", context=task.contexts[0], steps=steps)
-                seconds = statistics.median(decoded["seconds"])
-                found[name]["decode"].append(Burst(turn, seconds))
-                time.sleep(PAUSE_S)
-                read = resident[name].ask("prefill", length=task.lengths[0])
-                found[name]["prefill"].append(Burst(turn, read["seconds"]))
+                for phase, count in zip(PHASES, task.contexts + task.lengths, strict=True):
+                    seconds = resident[name].burst(phase, count, steps)
+                    found[name][phase].append(Burst(turn, seconds))
         return found
     except EngineError as error:
         raise ExportError(f"LiteRT could not run a file: {error}") from error

@@ -41,9 +41,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    table.prepare()
+    table.prepare(argv)
     names = FLAGS.repvgg or ["repvgg_a2", "repvgg_b1"][: 1 + (FLAGS.preset == "full")]
     configs = {name: preset(name) for name in (FLAGS.resnet, *names)}
     rounds = FLAGS.rounds or ROUNDS[FLAGS.preset]

@@ -43,9 +43,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
-    table.prepare()
+    table.prepare(argv)
     sides = models(FLAGS.hidden_size, FLAGS.sparsity, FLAGS.seed)
     rounds = FLAGS.rounds or ROUNDS[FLAGS.preset]
     seconds = measure.encoder_times(sides, FLAGS.tokens, rounds, FLAGS.threads)

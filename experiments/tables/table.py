@@ -7,13 +7,13 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments.console import print_table, text_table
+from experiments.console import bar, print_table, refuse_arguments, text_table
 from experiments.materials import versions
 from experiments.phone_screens.metrics import Rate
 from experiments.quickstart import commit
@@ -91,12 +91,17 @@ def define_flags(name: str) -> None:
     flags.DEFINE_bool("overwrite", False, "Replace a table that lies in --out_dir.")
 
 
-def prepare() -> Path:
+def prepare(argv: Sequence[str]) -> Path:
     """The directory of --out_dir, made if absent.
 
+    Args:
+      argv: the script's name, and nothing else.
+
     Raises:
+      UsageError: there is more.
       OutputError: it holds a table already and --overwrite was not passed, or cannot be made.
     """
+    refuse_arguments(argv)
     directory = Path(FLAGS.out_dir)
     if (directory / "table.csv").exists() and not FLAGS.overwrite:
         raise OutputError(
@@ -107,6 +112,30 @@ def prepare() -> Path:
     except OSError as error:
         raise OutputError(f"{directory}: cannot be made ({error.strerror})") from error
     return directory
+
+
+def seeds(defaults: Mapping[str, int]) -> range:
+    """The seeds of a table: from --seed on, as many as --seeds or the preset says."""
+    return range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds or defaults[FLAGS.preset]))
+
+
+def by_seed(
+    defaults: Mapping[str, int], run: Callable[[int], Mapping[str, float]]
+) -> dict[str, list[float]]:
+    """Runs everything once for each seed.
+
+    Args:
+      defaults: how many seeds, by preset.
+      run: takes a seed and returns numbers by kind.
+
+    Returns:
+      Numbers by kind, in the order of seeds.
+    """
+    found: dict[str, list[float]] = {}
+    for seed in bar("seeds")(seeds(defaults)):
+        for kind, value in run(seed).items():
+            found.setdefault(kind, []).append(value)
+    return found
 
 
 def publish(

@@ -43,6 +43,20 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def check_absent(path: str | Path | None, overwrite: bool = False) -> None:
+    """Refuses a file that exists, before the work that it is to hold.
+
+    Args:
+      path: the file, or None where none is asked for.
+      overwrite: whether an existing file may be replaced.
+
+    Raises:
+      OutputError: the file exists already.
+    """
+    if path and Path(path).exists() and not overwrite:
+        raise OutputError(f"{path}: exists already; name another place or pass --overwrite")
+
+
 def write_text(path: str | Path, text: str, overwrite: bool = False) -> None:
     """Writes a UTF-8 file beside its place, then renames it: no half of it is ever seen.
 
@@ -57,8 +71,7 @@ def write_text(path: str | Path, text: str, overwrite: bool = False) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise OutputError(f"{path}: exists already; name another place or pass --overwrite")
+        check_absent(path, overwrite and not path.is_dir())
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "w", encoding="utf-8", newline="") as file:

@@ -1,10 +1,5 @@
 """What `eight_devices.py` measures in one process of 8 simulated devices."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -20,33 +15,19 @@ MESHES = [0, 1]
 MODELS = ["text", "images", "quantized"]
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    script = Path(__file__).with_name("eight_devices.py")
-    run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path_factory.mktemp("checkpoints"))],
-        capture_output=True,
-        text=True,
-        cwd=Path(ge.__file__).parents[1],
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("model", MODELS)
-def test_sharded_logits_equal_those_of_one_device(measured, model, mesh):
-    found = measured[model][mesh]
+def test_sharded_logits_equal_those_of_one_device(eight_devices, model, mesh):
+    found = eight_devices[model][mesh]
     assert found["error"] < TOLERANCE
     assert "'model'" in found["spec"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_cached_generation_gives_the_same_tokens(measured, model):
-    one, eight = measured[model][0]["tokens"]
+def test_cached_generation_gives_the_same_tokens(eight_devices, model):
+    one, eight = eight_devices[model][0]["tokens"]
     assert one == eight
     assert len({tuple(row) for row in one}) > 1
 
@@ -54,8 +35,8 @@ def test_cached_generation_gives_the_same_tokens(measured, model):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_device_holds_a_part_of_each_matrix(measured, model, mesh):
-    found = measured[model][mesh]
+def test_a_device_holds_a_part_of_each_matrix(eight_devices, model, mesh):
+    found = eight_devices[model][mesh]
     part = 1 / found["mesh"][1]
     shares = found["shares"]
     suffix = ".data" if model == "quantized" else ""
@@ -65,15 +46,15 @@ def test_a_device_holds_a_part_of_each_matrix(measured, model, mesh):
 
 
 @pytest.mark.slow
-def test_key_value_heads_stay_whole(measured):
+def test_key_value_heads_stay_whole(eight_devices):
     path = "decoder/layers/0/attention/k_proj/weight"
-    assert [found["shares"][path] for found in measured["text"]] == [1 / 4, 1]
+    assert [found["shares"][path] for found in eight_devices["text"]] == [1 / 4, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
-def test_columns_are_cut_only_where_groups_stay_whole(measured, mesh):
-    found = measured["quantized"][mesh]
+def test_columns_are_cut_only_where_groups_stay_whole(eight_devices, mesh):
+    found = eight_devices["quantized"][mesh]
     eight_groups, two_groups = "mlp/down_proj/weight", "attention/o_proj/weight"
     for field in ("data", "scale"):
         share = found["shares"][f"decoder/layers/0/{eight_groups}.{field}"]
@@ -82,17 +63,17 @@ def test_columns_are_cut_only_where_groups_stay_whole(measured, mesh):
 
 
 @pytest.mark.slow
-def test_gradients_of_a_fully_sharded_step_equal_those_of_one_device(measured):
-    found = measured["gradients"]
+def test_gradients_of_a_fully_sharded_step_equal_those_of_one_device(eight_devices):
+    found = eight_devices["gradients"]
     np.testing.assert_allclose(*found["loss"], rtol=TOLERANCE)
     assert found["error"] < TOLERANCE
     assert found["share"] == 1 / 8
 
 
 @pytest.mark.slow
-def test_orbax_arrays_are_spread_unchanged(measured):
-    assert measured["orbax"]
-    assert all(measured["orbax"])
+def test_orbax_arrays_are_spread_unchanged(eight_devices):
+    assert eight_devices["orbax"]
+    assert all(eight_devices["orbax"])
 
 
 class RowsOfOneProcess:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import glm_edge as ge
 from experiments.bench_export import TOY
 from experiments.runtimes import compare, profiler
-from experiments.runtimes.child import EngineError, Spec, prepare
+from experiments.runtimes.child import PAUSE_S, Child, EngineError, Spec, prepare, spec_of
 from experiments.runtimes.compare import Burst, Quartiles
 from experiments.runtimes.engine import Task
 from experiments.runtimes.litert import LiteRT
@@ -76,6 +77,31 @@ def test_a_missing_interpreter_or_package_is_said(tmp_path):
     script.chmod(0o755)
     with pytest.raises(EngineError, match="gguf is not installed"):
         prepare(spec("absent", "ours", 8, str(script)))
+
+
+def test_a_row_is_ours_in_litert_unless_told_otherwise(tmp_path):
+    sizes = (TOY, SLOTS, (8,), (LENGTH,), 1)
+    assert spec_of("row", "int8", "unused", *sizes) == spec("row", "ours", 0)
+    other = spec_of("row", "int8", "unused", *sizes, bits=4, family="jax", python="other")
+    assert other == spec("row", "jax", 4, "other")
+
+
+def test_a_turn_is_a_pause_and_the_median_of_its_steps(tmp_path):
+    asked, script = tmp_path / "asked", tmp_path / "python"
+    answers = ['{"seconds": [3.0, 1.0, 9.0]}', '{"seconds": 5.0}']
+    lines = [f"read -r line; echo \"$line\" >> {asked}; echo '{answer}'" for answer in answers]
+    script.write_text("\n".join(["#!/bin/sh", "echo '{\"versions\": {}}'", *lines]) + "\n")
+    script.chmod(0o755)
+    engine = Child(spec("fixed", "ours", 8, str(script)))
+    started = time.monotonic()
+    assert engine.burst("decode", 8, 3) == 3.0
+    assert time.monotonic() - started > PAUSE_S
+    assert engine.burst("prefill", 16, pause_s=0.0) == 5.0
+    engine.close()
+    assert [json.loads(line) for line in asked.read_text().splitlines()] == [
+        {"do": "decode", "context": 8, "steps": 3},
+        {"do": "prefill", "length": 16},
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,14 @@ import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.compress.prune.arrays import highest, removed, shrunk_report, take
-from glm_edge.compress.transform import Context, Result, Transform, check_whole, register
+from glm_edge.compress.transform import (
+    Context,
+    Result,
+    Transform,
+    check_fraction,
+    check_whole,
+    register,
+)
 from glm_edge.errors import RecipeError
 from glm_edge.models.cnn import MobileNetV2Config
 from glm_edge.params.tree import Params
@@ -38,8 +45,7 @@ def channels(fraction: float, multiple: int = 4) -> Transform:
       Learning Efficient Convolutional Networks through Network Slimming,
       https://arxiv.org/abs/1708.06519.
     """
-    if not 0.0 <= fraction < 1.0:
-        raise RecipeError(f"{NAME}: fraction must be in 0..1 and below 1, not {fraction}")
+    check_fraction(NAME, fraction=fraction)
     check_whole(NAME, multiple=multiple)
     return Transform(NAME, {"fraction": fraction, "multiple": multiple})
 

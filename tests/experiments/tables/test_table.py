@@ -1,7 +1,7 @@
 """Rows with their ratio, and the files of a table."""
 
 import pytest
-from absl import flags
+from absl import app, flags
 
 from experiments.phone_screens import metrics
 from experiments.tables import (
@@ -52,8 +52,21 @@ class Small:
         flags.DEFINE_list("kinds", ["a", "b"], "Of them.")
 
     def main(self, argv):
-        table.prepare()
+        table.prepare(argv)
         table.publish(self.NAME, "A claim", self.rows, ["kinds"], {"seconds": [1, 2]})
+
+
+class Seeded(Small):
+    """A script that runs once for each seed."""
+
+    def define_flags(self):
+        table.define_flags(self.NAME)
+        flags.DEFINE_integer("seeds", None, "Of them.", 1)
+
+    def main(self, argv):
+        table.prepare(argv)
+        found = table.by_seed({"quick": 3, "full": 9}, lambda seed: {"a": seed, "b": -seed})
+        table.publish(self.NAME, "A claim", self.rows, ["seeds"], found)
 
 
 def test_a_ratio_is_measured_over_claimed():
@@ -93,6 +106,17 @@ def test_a_table_is_four_files_with_the_command(run, tmp_path, capsys):
     with pytest.raises(OutputError, match="holds a table already"):
         run(Small())
     run(Small(), "--overwrite")
+
+
+def test_a_table_runs_once_for_each_seed(run):
+    pytest.importorskip("matplotlib")
+    assert run(Seeded(), "--seed=4")[1]["measured"] == {"a": [4, 5, 6], "b": [-4, -5, -6]}
+    assert run(Seeded(), "--seeds=1", "--overwrite")[1]["measured"] == {"a": [0], "b": [0]}
+
+
+def test_a_table_takes_flags_alone():
+    with pytest.raises(app.UsageError, match="unexpected argument 'quick'"):
+        table.prepare(["small", "quick"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.NAME)

@@ -53,6 +53,16 @@ def test_write_text_refuses_to_replace_and_leaves_no_partial_file(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["out.json"]
 
 
+def test_a_file_in_the_way_is_refused_before_the_work(tmp_path):
+    path = tmp_path / "out.json"
+    corpora.check_absent(None)
+    corpora.check_absent(path)
+    path.write_text("{}")
+    with pytest.raises(OutputError, match=r"out\.json: exists already; .* pass --overwrite"):
+        corpora.check_absent(str(path))
+    corpora.check_absent(path, overwrite=True)
+
+
 def test_pydoc_halves_share_no_paragraph():
     halves = [corpora.pydoc_topics(split) for split in ("calibration", "evaluation")]
     assert min(map(len, halves)) > 100_000
