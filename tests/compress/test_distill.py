@@ -284,18 +284,15 @@ def test_any_module_that_gives_logits_learns(calibration):
         )
 
 
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_a_classifier_has_no_next_token_to_learn(small, calibration, temperature):
+def test_a_classifier_has_no_next_token_to_learn(small, calibration):
     classifier = TextEncoder(TextConfig(40, 16, 1, 2, 24, num_labels=3))
     tokens = calibration[0]["tokens"]
-    params, other = (
-        jax.jit(classifier.init)(jax.random.key(seed), tokens)["params"] for seed in range(2)
-    )
-    transform = distill(teacher=(classifier, other), steps=1, temperature=temperature)
+    shapes = jax.eval_shape(classifier.init, jax.random.key(0), tokens)["params"]
+    params, other = (jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes) for _ in range(2))
+    transform = distill(teacher=(classifier, other), steps=1)
     expected = r"distill: the student gives logits \[4, 3\] for tokens \[4, 12\]; .*classifier's"
     with pytest.raises(RecipeError, match=expected):
         transform(classifier, params, calibration=calibration)
-    transform = distill(teacher=(classifier, other), steps=1)
     with pytest.raises(RecipeError, match=r"distill: the teacher gives logits \[4, 3\]"):
         transform(*small, calibration=calibration)
     with pytest.raises(RecipeError, match=r"the model gives logits \[4, 3\]"):
