@@ -8,7 +8,9 @@ Early exit: after each layer of --exits the head is asked; where its largest pro
 the threshold, the other layers are not run. An exit scores what it has (`exit`), or first maps it
 to what the last layer would give, by a matrix fitted on calibration screens and text (`exit+map`).
 Neurons: each token uses the --keep fraction of neurons whose gates are widest open (`keep`), or
-those within a fraction of the widest (`gate`). Neither trains anything.
+those within a fraction of the widest (`gate`). Vision tokens: after two layers the --vision_keep
+fraction of a screen's tokens stay, those to which the text attends most (`vision`). None trains
+anything.
 
 Accuracy is taps in the box on unseen screens of the shipped model, or, for a checkpoint without
 vision, agreement with its own tokens. `tokens/s` is of decoding the answer to one question in one
@@ -64,6 +66,7 @@ def define_flags() -> None:
     flags.DEFINE_list("thresholds", ["0.5", "0.8", "0.95"], "Of the largest probability, 0 to 1.")
     flags.DEFINE_list("keep", ["0.8", "0.5"], "Fractions of neurons that a token uses.")
     flags.DEFINE_list("neuron_thresholds", ["0.05"], "Of |silu(gate)| over its largest, 0 to 1.")
+    flags.DEFINE_list("vision_keep", [], "Fractions of vision tokens that stay.")
     flags.DEFINE_bool("maps", True, "Also fit maps for the exits.")
     flags.DEFINE_string("shape", "", "Preset to time with random weights, such as mobile.")
     flags.DEFINE_integer("seed", 0, "Seed of screens and calibration.")
@@ -85,6 +88,7 @@ def main(argv: Sequence[str]) -> None:
         maps = skipping.fitted_maps(model, params, tokenizer, exits)
         settings += skipping.exit_settings(model, params, exits, thresholds, maps)
     settings += skipping.neuron_settings(model, params, keep, gates)
+    settings += skipping.vision_settings(model, params, floats("vision_keep"))
     rows = skipping.run(model, tokenizer, settings)
     timed = []
     if FLAGS.shape:

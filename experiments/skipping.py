@@ -15,7 +15,15 @@ from experiments.text import tokenizer as text_tokenizer
 from glm_edge import configs
 from glm_edge.compress.progress import ProgressLine
 from glm_edge.errors import DataError
-from glm_edge.generate import Setting, SweepRow, early_exit, fit_exits, skip_neurons, sweep
+from glm_edge.generate import (
+    Setting,
+    SweepRow,
+    drop_vision_tokens,
+    early_exit,
+    fit_exits,
+    skip_neurons,
+    sweep,
+)
 from glm_edge.models.multimodal import MultimodalGLM
 
 FLAGS = flags.FLAGS
@@ -109,6 +117,14 @@ def neuron_settings(
     return kept + [
         Setting(f"gate {value:g}", skip_neurons(model, params, threshold=value), None, value)
         for value in thresholds
+    ]
+
+
+def vision_settings(model: Any, params: Any, keep: Sequence[float]) -> list[Setting]:
+    """Fractions of an image's tokens that stay, by what attention the text pays them."""
+    return [
+        Setting(f"vision {value:g}", params, None, value, drop_vision_tokens(model, value))
+        for value in keep
     ]
 
 

@@ -98,13 +98,15 @@ def rows_of(found: dict[str, list[float]], data: str) -> list[Row]:
         )
         for kind, claim in CLAIMS.items()
     ]
+    gains = [a - b for a, b in zip(found["distilled student"], found["student"], strict=True)]
     rows.append(
         Row(
             "gain of distillation",
             "points",
             CLAIMS["distilled student"] - CLAIMS["student"],
-            mean["distilled student"] - mean["student"],
-            note="paired by seed",
+            statistics.fmean(gains),
+            statistics.stdev(gains) if len(gains) > 1 else None,
+            f"paired by seed; better in {sum(g > 0 for g in gains)} of {len(gains)}",
         )
     )
     gap = mean["teacher"] - mean["student"]

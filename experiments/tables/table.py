@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from experiments.text.corpora import write_text
 from glm_edge.errors import OutputError, require
 
 FLAGS = flags.FLAGS
+STARTED_S = time.monotonic()
 PRESETS = ("quick", "full")
 COLUMNS = ("quantity", "unit", "claim", "measured", "spread", "ratio", "note")
 IMAGENET = "not reachable here: data (ImageNet)"
@@ -158,7 +160,8 @@ def publish(
     where = provenance(name, flag_names)
     print(title)
     print_table(COLUMNS, [row.cells() for row in rows])
-    print(f"command: {where['command']}\nload average {where['load_average']:.1f}")
+    print(f"command: {where['command']}")
+    print(f"{where['seconds']:.0f} s, load average {where['load_average']:.1f}")
     lines = [f"# {title}", "", text_table(COLUMNS, [row.cells() for row in rows]), ""]
     lines += [f"- {key}: {value}" for key, value in where.items()]
     write_text(directory / "table.md", "\n".join(lines) + "\n", overwrite=True)
@@ -174,7 +177,11 @@ def publish(
 
 
 def provenance(name: str, flag_names: Sequence[str] = ()) -> dict[str, Any]:
-    """The command, commit, machine, load and versions behind a table."""
+    """The command, commit, machine, time, load and versions behind a table.
+
+    `seconds` are those since the script's imports; a training that lay finished in --out_dir was
+    not run again and does not count.
+    """
     values = {flag: FLAGS[flag].value for flag in ("preset", "seed", *flag_names)}
     given = [
         f"--{flag}={','.join(map(str, value)) if isinstance(value, list) else value}"
@@ -186,6 +193,7 @@ def provenance(name: str, flag_names: Sequence[str] = ()) -> dict[str, Any]:
         "seed": FLAGS.seed,
         "commit": commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "seconds": round(time.monotonic() - STARTED_S, 1),
         "load_average": os.getloadavg()[0],
         "versions": versions(),
     }

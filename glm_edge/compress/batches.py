@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from glm_edge.errors import DataError
+from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.tree import Params
 
 Batch = dict[str, Any]
@@ -74,9 +74,22 @@ def cross_entropy(logits: Array, tokens: Array) -> Array:
 
     Returns:
       [B, T - 1].
+
+    Raises:
+      RecipeError: logits are those of a classifier.
     """
+    check_predictions("the model", logits, tokens)
     scores = jax.nn.log_softmax(logits[:, :-1])
     return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+def check_predictions(whose: str, logits: Array, tokens: Array) -> None:
+    """Raises RecipeError unless logits are [B, T, V]; `whose` is for the message."""
+    if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+        raise RecipeError(
+            f"{whose} gives logits {list(logits.shape)} for tokens {list(tokens.shape)}; they must "
+            "predict the next token at every position, [B, T, V], and a classifier's do not"
+        )
 
 
 def weighted_mean(values: Array, weights: Array) -> Array:

@@ -116,7 +116,8 @@ def measure(
     """Times two models in turn: a decoding step of one row, one image, one clip or sentence.
 
     Both take turns within a round, the first alternately, so that what else the machine does
-    falls on both; a speed-up compares times of one round.
+    falls on both; a speed-up compares times of one round. No transform measures by itself: a
+    report shows latency after `report.with_latency(measure((model, params), (smaller, shrunk)))`.
 
     Args:
       before: model and parameters.

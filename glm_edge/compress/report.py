@@ -22,6 +22,17 @@ _HEADINGS = {
     "relative_error": "relative error",
 }
 _TEXT = ("transform", "path", "action")
+# Columns of the CSV file that only its rows of FLOPs and latency fill.
+_COSTS = (
+    "flops_before",
+    "flops_after",
+    "before_ms",
+    "after_ms",
+    "speedup",
+    "low",
+    "high",
+    "rounds",
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,9 @@ class Latency:
 class Report:
     """A table of rows, totals over all parameters, and training curves.
 
+    What is counted is there at once; time is measured on demand, and the report then shows it:
+    `report.with_latency(glm_edge.cost.measure((model, params), (smaller, shrunk)))`.
+
     Attributes:
       rows: one for each parameter and transform that acted on it.
       bytes_before: stored bytes of all parameters before, untouched ones included.
@@ -150,7 +164,7 @@ class Report:
         )
 
     def with_latency(self, latency: Sequence[Latency]) -> "Report":
-        """The same report with measured times."""
+        """The same report with measured times, from `glm_edge.compress.cost.measure`."""
         return replace(self, latency=tuple(latency))
 
     @property
@@ -182,12 +196,15 @@ class Report:
         below = [*self._costs(), *self._training(), *notes]
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *below])
 
-    def _costs(self) -> list[str]:
+    def _flops(self) -> list[tuple[str, int, int]]:
+        """Kinds of work that both models do, with their counts before and after."""
         before, after = self.flops_before or {}, self.flops_after or {}
+        return [(work, before[work], count) for work, count in after.items() if work in before]
+
+    def _costs(self) -> list[str]:
         return [
-            f"FLOPs per {work}: {before[work]:,} -> {count:,} ({count / before[work]:.1%})"
-            for work, count in after.items()
-            if work in before
+            f"FLOPs per {work}: {before:,} -> {after:,} ({after / before:.1%})"
+            for work, before, after in self._flops()
         ] + [str(latency) for latency in self.latency]
 
     def _training(self) -> list[str]:
@@ -209,15 +226,27 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes rows and totals, numbers unrounded.
+        """Writes rows and totals, then FLOPs, latency and notes; numbers unrounded.
+
+        A row of `FLOPs` or `latency` names in `path` what is done once (`token`, `image`) and fills
+        the last columns, whose names are those of `Report` and `Latency`. A row of `note` holds the
+        note in `action`.
 
         Raises:
           OutputError: the file cannot be written.
         """
         text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+        names = [*(field.name for field in fields(Row)), *_COSTS]
+        writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in (*self.rows, self.total))
+        for work, before, after in self._flops():
+            counts = {"flops_before": before, "flops_after": after}
+            writer.writerow({"transform": "FLOPs", "path": work, **counts})
+        for latency in self.latency:
+            times = asdict(latency)
+            writer.writerow({"transform": "latency", "path": times.pop("work"), **times})
+        writer.writerows({"transform": "note", "action": note} for note in self.notes)
         try:
             Path(path).write_text(text.getvalue(), encoding="utf-8")
         except OSError as error:

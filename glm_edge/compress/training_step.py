@@ -210,8 +210,10 @@ def distillation_loss(
       `(loss, (soft, hard))`, where `soft` carries its factor `T^2`.
 
     Raises:
-      RecipeError: student and teacher predict different vocabularies.
+      RecipeError: student and teacher predict different vocabularies, or classes.
     """
+    batches.check_predictions("distill: the student", logits, tokens)
+    batches.check_predictions("distill: the teacher", targets, tokens)
     if logits.shape != targets.shape:
         raise RecipeError(
             f"distill: the student predicts {logits.shape[-1]} tokens, its teacher "

@@ -6,6 +6,7 @@ from glm_edge.generate.sampling import Sampling
 from glm_edge.generate.skipping import skip_neurons
 from glm_edge.generate.sweep import Setting, SweepRow, sweep
 from glm_edge.generate.text import TextStream, generate_text, stream_text
+from glm_edge.generate.vision_tokens import VisionTokens, drop_vision_tokens
 
 __all__ = [
     "EarlyExit",
@@ -14,6 +15,8 @@ __all__ = [
     "Setting",
     "SweepRow",
     "TextStream",
+    "VisionTokens",
+    "drop_vision_tokens",
     "early_exit",
     "fit_exits",
     "generate",

@@ -27,6 +27,7 @@ from glm_edge.generate.prompts import (
     prompt_mask,
 )
 from glm_edge.generate.sampling import Sampling, sample
+from glm_edge.generate.vision_tokens import VisionTokens, read_thinned, thinning
 from glm_edge.kernels import cache as cache_kernels
 from glm_edge.models.glm import init_cache
 from glm_edge.models.multimodal import Images, MultimodalGLM
@@ -100,6 +101,7 @@ def generate(
     cache_dtype: Any = jnp.float32,
     return_logits: bool = False,
     early_exit: EarlyExit | None = None,
+    vision_tokens: VisionTokens | None = None,
 ) -> Generation:
     """Continues a batch of prompts until each row has stopped or holds `max_new_tokens`.
 
@@ -123,6 +125,7 @@ def generate(
         for each token and head.
       return_logits: also return the scores.
       early_exit: from `glm_edge.generate.early_exit`; None runs all layers for each token.
+      vision_tokens: from `glm_edge.generate.drop_vision_tokens`; None keeps all.
 
     Returns:
       The tokens, their number in each row, and the scores when asked for.
@@ -132,7 +135,8 @@ def generate(
         be of that type.
     """
     prompt = Prompt.of(model.config, tokens, valid, max_new_tokens)
-    state = start(model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype)
+    inputs = (images, audio, audio_frames)
+    state = start(model, params, prompt, *inputs, sampling, rng, cache_dtype, vision_tokens)
     stops = stops_of(model, stop_tokens)
     state = with_first_token(model, state, sampling, stops, early_exit)
     found, scores, layers, state = decode(
@@ -167,6 +171,7 @@ def stream(
     rng: Array | None = None,
     cache_dtype: Any = jnp.float32,
     early_exit: EarlyExit | None = None,
+    vision_tokens: VisionTokens | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields what `generate` returns, token by token, and ends when every row has stopped.
 
@@ -184,6 +189,7 @@ def stream(
       rng: a PRNG key, or [B] keys.
       cache_dtype: type of cached keys and values.
       early_exit: or None.
+      vision_tokens: or None.
 
     Yields:
       int32 [B]; a row that has stopped repeats its stop token.
@@ -193,7 +199,8 @@ def stream(
     """
     prompt = Prompt.of(model.config, tokens, valid, max_new_tokens)
     stops = stops_of(model, stop_tokens)
-    state = start(model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype)
+    inputs = (images, audio, audio_frames)
+    state = start(model, params, prompt, *inputs, sampling, rng, cache_dtype, vision_tokens)
     state = with_first_token(model, state, sampling, stops, early_exit)
     for remaining in range(max_new_tokens - 1, -1, -1):
         token, stopped = jax.device_get((state.token, state.stopped))
@@ -238,10 +245,22 @@ def stops_of(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> Array:
 
 
 def start(
-    model, params, prompt, images, audio, audio_frames, sampling, rng, cache_dtype
+    model,
+    params,
+    prompt,
+    images,
+    audio,
+    audio_frames,
+    sampling,
+    rng,
+    cache_dtype,
+    vision_tokens=None,
 ) -> DecodeState:
     """Runs the prompts and prepares what the rules of `sampling` need."""
     batch = len(prompt.tokens)
+    how = keep = None
+    if vision_tokens is not None and images is not None:
+        how, keep = thinning(model.config, prompt, vision_tokens)
     keys = None
     if sampling.uses("temperature"):
         rng = jax.random.key(0) if rng is None else rng
@@ -259,6 +278,8 @@ def start(
         prompt.room,
         _cache_dtype(cache_dtype),
         penalized,
+        how,
+        keep,
     )
     check_placeholders(jax.device_get(counts))
     return state
@@ -302,7 +323,7 @@ def _row_keys(rng: Array, batch: int) -> Array:
     return rng
 
 
-@functools.partial(jax.jit, static_argnums=(0, 8, 9, 10))
+@functools.partial(jax.jit, static_argnums=(0, 8, 9, 10, 11))
 def _prefill(
     model,
     params,
@@ -315,21 +336,34 @@ def _prefill(
     room,
     cache_dtype,
     penalized,
+    how,
+    keep,
 ) -> tuple[DecodeState, dict[str, tuple[Array, Array]]]:
     """Fills the cache, scores the token after each row's last valid one, counts placeholders."""
     batch, length = tokens.shape
-    slots = jnp.arange(length)
+    run = functools.partial(model.apply, {"params": params})
 
-    def run(module):
+    def embed(module):
         positions, following = module.start_positions(tokens, valid, images)
-        x, encoded = module.embed_inputs(tokens, images, audio, audio_frames)
-        cache = init_cache(model.config.decoder, batch, length, cache_dtype)
-        final, _, cache = module.decoder(x, positions, prompt_mask(valid, slots), cache)
-        last = jnp.max(jnp.where(valid, slots, 0), axis=1)
-        final = jnp.take_along_axis(final, last[:, None, None], axis=1)
-        return module.predict(final)[:, 0], following, cache, encoded
+        return positions, following, *module.embed_inputs(tokens, images, audio, audio_frames)
 
-    logits, following, cache, encoded = model.apply({"params": params}, method=run)
+    def read(module, x, positions):
+        cache = init_cache(model.config.decoder, batch, length, cache_dtype)
+        final, _, cache = module.decoder(
+            x, positions, prompt_mask(valid, jnp.arange(length)), cache
+        )
+        return final, valid, cache
+
+    positions, following, x, encoded = run(method=embed)
+    if how is None:
+        final, seen, cache = run(x, positions, method=read)
+    else:
+        placeholder = (tokens == model.config.image_token_id) & valid
+        inputs = (x, positions, valid, placeholder)
+        final, seen, cache = read_thinned(model, params, *inputs, cache_dtype, how, keep)
+    last = jnp.max(jnp.where(seen, jnp.arange(seen.shape[1]), 0), axis=1)
+    final = jnp.take_along_axis(final, last[:, None, None], axis=1)
+    logits = run(final, method="predict")[:, 0]
     extend = functools.partial(jnp.pad, pad_width=((0, 0), (0, room), (0, 0), (0, 0)))
     cache = {**cache, "layers": jax.tree.map(extend, cache["layers"])}
     vocabulary = jnp.zeros((batch, logits.shape[1]), jnp.int32)
@@ -339,7 +373,7 @@ def _prefill(
         logits=logits.astype(jnp.float32),
         token=jnp.zeros(batch, jnp.int32),
         position=following.astype(jnp.int32) - 1,
-        seen=jnp.pad(valid, ((0, 0), (0, room)), constant_values=True),
+        seen=jnp.pad(seen, ((0, 0), (0, room)), constant_values=True),
         stopped=jnp.zeros(batch, bool),
         index=jnp.zeros((), jnp.int32),
         keys=keys,

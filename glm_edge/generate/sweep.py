@@ -13,6 +13,7 @@ from glm_edge.errors import DataError
 from glm_edge.generate import decoding
 from glm_edge.generate.early_exit import EarlyExit
 from glm_edge.generate.prompts import Prompt
+from glm_edge.generate.vision_tokens import VisionTokens
 from glm_edge.models.multimodal import MultimodalGLM
 
 Answers = list[np.ndarray]
@@ -27,12 +28,14 @@ class Setting:
       params: dense, or from `skip_neurons`.
       early_exit: or None.
       value: threshold or fraction, for tables and figures.
+      vision_tokens: or None.
     """
 
     name: str
     params: Any
     early_exit: EarlyExit | None = None
     value: float | None = None
+    vision_tokens: VisionTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,8 @@ def decode_rate(
     ready = Prompt.of(model.config, fields["tokens"], fields.get("valid"), max_new_tokens)
     inputs = (fields.get(name) for name in ("images", "audio", "audio_frames"))
     stops, greedy = decoding.stops_of(model, None), decoding.GREEDY
-    state = decoding.start(model, setting.params, ready, *inputs, greedy, None, jnp.float32)
+    options = (greedy, None, jnp.float32, setting.vision_tokens)
+    state = decoding.start(model, setting.params, ready, *inputs, *options)
     state = decoding.with_first_token(model, state, greedy, stops, setting.early_exit)
     rules = (greedy, stops, max_new_tokens, ready.room, False, setting.early_exit)
     jax.block_until_ready(state)
@@ -183,6 +187,7 @@ def _answer(model, setting, questions, max_new_tokens):
             **question,
             max_new_tokens=max_new_tokens,
             early_exit=setting.early_exit,
+            vision_tokens=setting.vision_tokens,
         )
         tokens.append(np.asarray(made.tokens))
         # The stop token counts too.

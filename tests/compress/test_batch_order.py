@@ -132,3 +132,43 @@ def test_a_mixture_goes_on_after_a_kill_as_if_left_alone(tmp_path):
     assert report.curve == whole.curve
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_glm_learns_from_text_images_and_speech(make_member, batch_of):
+    model, teacher = make_member("nano")
+    config, read, given = model.config, [], []
+    senses = {"images": config.image_token_id, "audio": config.audio_token_id}
+    for seed in range(6):
+        whole = batch_of(model, rows=4, seed=seed)
+        for kind in MIXTURE:
+            tokens = whole["tokens"]
+            for sense, placeholder in senses.items():
+                tokens = np.where((tokens == placeholder) & (sense != kind), 10, tokens)
+            given.append({"tokens": tokens, **({kind: whole[kind]} if kind in senses else {})})
+
+    def kind_of(batch):
+        return next((kind for kind in senses if kind in batch), "text")
+
+    class Counted(list):
+        def __getitem__(self, index):
+            read.append(kind_of(super().__getitem__(index)))
+            return super().__getitem__(index)
+
+    rng = np.random.default_rng(0)
+    student = jax.tree.map(
+        lambda leaf: leaf * jnp.float32(rng.uniform(0.7, 1.3, leaf.shape)), teacher
+    )
+    transform = distill((model, teacher), 20, 3e-3, alpha=1.0, temperature=1.0, mixture=MIXTURE)
+    call = {"calibration": Counted(given), "rng": jax.random.key(0)}
+    _, taught, report = transform(model, student, **call)
+    assert not report.notes
+    assert collections.Counter(read[-20:]) == {"text": 10, "images": 6, "audio": 4}
+    for name in ("vision", "speech", "decoder"):
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), taught[name], student[name])
+        assert all(jax.tree.leaves(moved)), name
+    # Batches of a kind have hardly begun to come again: each step is on what was not seen before.
+    for kind in MIXTURE:
+        soft = [
+            point.soft for point, of in zip(report.curve, read[-20:], strict=True) if of == kind
+        ]
+        assert soft[-1] < 0.6 * soft[0], kind

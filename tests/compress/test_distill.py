@@ -1,5 +1,8 @@
 """Distillation: its loss, what trains, masks, and determinism."""
 
+import collections
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,9 @@ from glm_edge.compress.training_step import (
     train_step,
     without_shared,
 )
+from glm_edge.configs import TextConfig
 from glm_edge.errors import DataError, RecipeError, TrainingError
+from glm_edge.models.text import TextEncoder
 
 
 def arrays_of(params):
@@ -182,6 +187,26 @@ def test_a_step_is_compiled_once_for_each_shape(small, pruned, calibration):
     assert train_step._cache_size() == 2
 
 
+def products(model, params, batch):
+    """How often a training step multiplies matrices of which types."""
+    objective = Objective(2.0, 0.9, weight_decay=0.0, clip_norm=1.0)
+    trainable, frozen = boxes.partition(params)
+    state, rate = objective.optimizer().init(trainable), np.float32(1e-3)
+    step = functools.partial(train_step, model, model, objective)
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                yield tuple(operand.aval.dtype.name for operand in equation.invars)
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from walk(inner)
+
+    jaxpr = jax.make_jaxpr(step)(trainable, state, rate, frozen, params, batch)
+    return collections.Counter(walk(jaxpr.jaxpr))
+
+
 def test_bfloat16_products_train_float32_parameters(small, pruned, calibration):
     model, params = pruned
     transform = distill(teacher=small, steps=2, compute="bfloat16")
@@ -190,6 +215,15 @@ def test_bfloat16_products_train_float32_parameters(small, pruned, calibration):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trained))
     plain = distill(teacher=small, steps=2)(model, params, calibration=calibration)[2]
     assert report.curve[0].loss == pytest.approx(plain.curve[0].loss, rel=0.05)
+    assert report.curve[0].soft != plain.curve[0].soft
+    half = products(model.clone(compute="bfloat16"), params, calibration[0])
+    full = products(model, params, calibration[0])
+    assert set(full) == {("float32", "float32")}
+    # Of student and teacher the products with six matrices a layer and the embedding, and their
+    # two gradients in the student; attention alone stays as it was.
+    weights = 6 * model.config.decoder.num_layers + 1
+    assert half["bfloat16", "bfloat16"] == (1 + 3) * weights
+    assert half.total() == full.total()
 
 
 def test_a_chain_teaches_with_the_model_it_was_given(small, calibration):
@@ -248,6 +282,21 @@ def test_any_module_that_gives_logits_learns(calibration):
         distill(teacher=(model, teacher), compute="bfloat16")(
             model, student, calibration=calibration
         )
+
+
+def test_a_classifier_has_no_next_token_to_learn(small, calibration):
+    classifier = TextEncoder(TextConfig(40, 16, 1, 2, 24, num_labels=3))
+    tokens = calibration[0]["tokens"]
+    shapes = jax.eval_shape(classifier.init, jax.random.key(0), tokens)["params"]
+    params, other = (jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes) for _ in range(2))
+    transform = distill(teacher=(classifier, other), steps=1)
+    expected = r"distill: the student gives logits \[4, 3\] for tokens \[4, 12\]; .*classifier's"
+    with pytest.raises(RecipeError, match=expected):
+        transform(classifier, params, calibration=calibration)
+    with pytest.raises(RecipeError, match=r"distill: the teacher gives logits \[4, 3\]"):
+        transform(*small, calibration=calibration)
+    with pytest.raises(RecipeError, match=r"the model gives logits \[4, 3\]"):
+        batches.mean_loss(classifier, params, calibration[0])
 
 
 def test_each_batch_comes_once_before_any_comes_again():

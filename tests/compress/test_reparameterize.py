@@ -16,11 +16,46 @@ from glm_edge.compress.reparameterize import (
     reparameterize,
 )
 from glm_edge.errors import RecipeError
-from glm_edge.models.cnn import CNN, NORM_EPS, preset
+from glm_edge.models.cnn import (
+    CNN,
+    NORM_EPS,
+    Inverted,
+    MobileNetV2Config,
+    ResNetConfig,
+    Stage,
+    Stem,
+    preset,
+)
 from glm_edge.models.layers import Linear
 
 LOGITS = jax.jit(batches.apply_batch, static_argnums=0)
-SMALL = tuple(f"{name}_digits" for name in ("resnet", "separable", "mobilenet_v2", "repvgg"))
+# The published models' other parts in small: ResNet-50's stem of 7x7 with its maximum, and its
+# bottlenecks; MobileNetV2's stem of stride 2 and its first block, which does not widen.
+PARTS = {
+    config.name: config
+    for config in (
+        ResNetConfig(
+            "bottlenecks",
+            Stem(8, 7, 2, pool=True),
+            (Stage(8, 2, 1), Stage(12, 2, 2)),
+            num_classes=10,
+            image_size=(32, 32, 3),
+        ),
+        MobileNetV2Config(
+            "mobilenet_v2_narrow",
+            Stem(8),
+            (Inverted(8, 8, 1, False), Inverted(12, 12, 2), Inverted(6, 12, 1, False)),
+            head_features=16,
+            num_classes=10,
+            image_size=(16, 16, 3),
+        ),
+    )
+}
+DIGITS = {
+    name: dataclasses.replace(preset(name), image_size=(8, 8, 1))
+    for name in (f"{kind}_digits" for kind in ("resnet", "separable", "mobilenet_v2", "repvgg"))
+}
+SMALL = {**DIGITS, **PARTS}
 
 
 def convolve(x, kernel, stride=1, groups=1):
@@ -37,6 +72,15 @@ def convolve(x, kernel, stride=1, groups=1):
             for j in range(kernel.shape[1]):
                 seen = read[:, i : i + rows * stride : stride, j : j + rows * stride : stride]
                 result[..., written] += seen[:, :rows, :rows] @ kernel[i, j][:, written]
+    return result
+
+
+def maximum(x):
+    """The greatest of each 3x3 window, every second row and column, in float64."""
+    result = np.full((len(x), -(-x.shape[1] // 2), -(-x.shape[2] // 2), x.shape[3]), -np.inf)
+    for i, j in np.ndindex(result.shape[1:3]):
+        rows, columns = (slice(max(0, 2 * at - 1), 2 * at + 2) for at in (i, j))
+        result[:, i, j] = x[:, rows, columns].max((1, 2))
     return result
 
 
@@ -76,11 +120,15 @@ class Reference:
             y = relu(self.conv(x, name, "depthwise", stride=stride, groups=x.shape[-1]))
             return relu(self.conv(y, name, "pointwise"))
         if "project" in kinds:
-            y = np.clip(self.conv(x, name, "expand"), 0, 6)
+            y = np.clip(self.conv(x, name, "expand"), 0, 6) if "expand" in kinds else x
             y = self.conv(y, name, "depthwise", stride=stride, groups=y.shape[-1])
             y = self.conv(np.clip(y, 0, 6), name, "project")
             return x + y if x.shape == y.shape else y
-        y = self.conv(relu(self.conv(x, name, "conv1", stride=stride)), name, "conv2")
+        if "conv3" in kinds:
+            y = relu(self.conv(relu(self.conv(x, name, "conv1")), name, "conv2", stride=stride))
+            y = self.conv(y, name, "conv3")
+        else:
+            y = self.conv(relu(self.conv(x, name, "conv1", stride=stride)), name, "conv2")
         return relu(
             y + (self.conv(x, name, "shortcut", stride=stride) if "shortcut" in kinds else x)
         )
@@ -88,9 +136,12 @@ class Reference:
     def __call__(self, images):
         x, config = np.asarray(images, np.float64), self.config
         if "conv" in self.params["stem"]:
-            x = np.clip(self.conv(x, "stem"), 0, 6 if "v2" in config.name else np.inf)
+            x = self.conv(x, "stem", stride=config.stem.stride)
+            x = np.clip(x, 0, 6 if "v2" in config.name else np.inf)
         else:
             x = self.block(x, "stem", 1)
+        if config.stem.pool:
+            x = maximum(x)
         if hasattr(config, "stages"):
             strides = [s.stride if i == 0 else 1 for s in config.stages for i in range(s.depth)]
         else:
@@ -124,14 +175,14 @@ def variables_of(model, seed=0):
 
 @pytest.fixture(scope="module")
 def built():
-    """`(model, variables, images, logits)` by name, 8x8 pixels."""
+    """`(model, variables, images, logits)` by name, of few pixels."""
     found = {}
 
     def build(name):
         if name not in found:
-            model = CNN(dataclasses.replace(preset(name), image_size=(8, 8, 1)))
+            model = CNN(SMALL[name])
             variables = variables_of(model)
-            images = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
+            images = jax.random.normal(jax.random.key(1), (3, *model.config.image_size))
             logits = jax.jit(lambda v, x: model.apply(v, x)[0])(variables, images)
             found[name] = model, variables, images, logits
         return found[name]

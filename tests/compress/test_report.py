@@ -1,10 +1,12 @@
 """The report as a table, as files and as a picture."""
 
 import csv
+import dataclasses
 
 import pytest
 
 from glm_edge.compress import Point, Report, Row
+from glm_edge.compress.report import Latency
 from glm_edge.errors import MissingExtraError, OutputError
 
 ROWS = (
@@ -52,11 +54,34 @@ def test_csv_keeps_numbers_unrounded(tmp_path):
     REPORT.to_csv(tmp_path / "report.csv")
     with open(tmp_path / "report.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["path"] for row in rows] == ["decoder/weight", "embed/weight", "all parameters"]
+    paths = [row["path"] for row in rows]
+    assert paths == ["decoder/weight", "embed/weight", "all parameters", ""]
     assert float(rows[0]["relative_error"]) == 0.0971
     assert rows[1]["relative_error"] == ""
     with pytest.raises(OutputError, match="cannot write the report"):
         REPORT.to_csv(tmp_path / "missing" / "report.csv")
+
+
+def test_csv_holds_flops_latency_and_notes(tmp_path):
+    times = Latency("token", 3.25, 2.5, 1.3, 1.2, 1.45, 15)
+    flops = {"flops_before": {"token": 3000, "clip": 70}, "flops_after": {"token": 2001}}
+    report = dataclasses.replace(REPORT, **flops).with_latency([times])
+    report.to_csv(tmp_path / "report.csv")
+    with open(tmp_path / "report.csv", newline="") as file:
+        *parameters, counted, timed, note = csv.DictReader(file)
+    assert [row["transform"] for row in parameters] == ["quantize.rtn", "prune.structured", "total"]
+    assert not any(row[name] for row in parameters for name in ("flops_after", "before_ms"))
+
+    def filled(row):
+        return {name: cell for name, cell in row.items() if cell}
+
+    expected = {"flops_before": "3000", "flops_after": "2001"}
+    assert filled(counted) == {"transform": "FLOPs", "path": "token", **expected}
+    measured = {name: str(value) for name, value in dataclasses.asdict(times).items()}
+    assert filled(timed) == {"transform": "latency", "path": measured.pop("work"), **measured}
+    assert filled(note) == {"transform": "note", "action": "calibration held no audio"}
+    assert "FLOPs per token: 3,000 -> 2,001 (66.7%)" in str(report)
+    assert "latency per token: 3.250 -> 2.500 ms (1.30 x" in report.to_markdown()
 
 
 def test_reports_join_from_the_first_to_the_last():

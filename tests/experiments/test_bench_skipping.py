@@ -52,6 +52,9 @@ def test_settings_are_the_exits_and_neurons_asked_for(small):
     neurons = skipping.neuron_settings(*small, [0.5], [0.1])
     assert [setting.name for setting in neurons] == ["keep 0.5", "gate 0.1"]
     assert all(setting.early_exit is None for setting in neurons)
+    with pytest.raises(RecipeError, match="this MultimodalGLM reads no images"):
+        skipping.vision_settings(*small, [0.5])
+    assert skipping.vision_settings(*small, []) == []
     with pytest.raises(RecipeError, match="threshold must be in"):
         skipping.exit_settings(*small, [1], [1.2])
 
@@ -75,7 +78,14 @@ def test_the_figure_is_written(tmp_path):
 
 @pytest.mark.slow
 def test_the_script_runs_to_the_end_and_refuses_bad_thresholds(tmp_path):
-    few = ["--screens=4", "--rounds=1", "--keep=0.5", "--neuron_thresholds=", "--nomaps"]
+    few = [
+        "--screens=4",
+        "--rounds=1",
+        "--keep=0.5",
+        "--neuron_thresholds=",
+        "--nomaps",
+        "--vision_keep=0.5",
+    ]
     out = f"--out_dir={tmp_path / 'out'}"
     bad = run_script(*few, out, "--thresholds=1.5")
     assert bad.returncode == 1
@@ -83,7 +93,9 @@ def test_the_script_runs_to_the_end_and_refuses_bad_thresholds(tmp_path):
     done = run_script(*few, out, "--thresholds=0.9", "--overwrite")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [r["name"] for r in report["rows"]] == ["all", "exit 0.9", "keep 0.5"]
+    assert [r["name"] for r in report["rows"]] == [
+        "all", "exit 0.9", "keep 0.5", "vision 0.5"
+    ]  # fmt: skip
     assert report["rows"][0]["speedup"] == 1.0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "report.json",

@@ -6,6 +6,7 @@ import pytest
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.generate import (
     Setting,
+    decoding,
     early_exit,
     fit_exits,
     generate,
@@ -102,6 +103,21 @@ def test_the_ends_of_the_threshold(deep, prompts):
     np.testing.assert_allclose(never.logits, whole.logits, atol=1e-4)
     always = generate(model, params, prompts, early_exit=early_exit(model, (1, 2), 0.0), **OPTIONS)
     assert (np.asarray(always.layers)[:, 1:] == 1).all()
+
+
+def test_another_threshold_compiles_nothing_anew(deep, prompts, threshold):
+    model, params = deep
+    compiled, layers = [], []
+    for value in (threshold, 0.0, 0.95):
+        exits = early_exit(model, (1, 2), value)
+        found = generate(model, params, prompts, early_exit=exits, **OPTIONS)
+        options = {"max_new_tokens": 3, "stop_tokens": (-1,), "early_exit": exits}
+        list(stream(model, params, prompts, **options))
+        layers.append(float(found.layers.mean()))
+        programs = (decoding._prefill, decoding._first, decoding._step, decoding.decode)
+        compiled.append([program._cache_size() for program in programs])
+    assert compiled[0] == compiled[1] == compiled[2]
+    assert len(set(layers)) > 1
 
 
 def test_stopped_rows_run_no_layer(deep, prompts, threshold):

@@ -6,7 +6,7 @@ import pytest
 import glm_edge as ge
 from glm_edge.compress import prune, quantize
 from glm_edge.errors import CheckpointError, RecipeError
-from glm_edge.generate import generate, skip_neurons
+from glm_edge.generate import decoding, generate, skip_neurons
 from glm_edge.kernels.neurons import SparseMLP, sparse_mlp
 
 WIDTH, NEURONS = 24, 64
@@ -82,6 +82,18 @@ def test_all_neurons_are_the_model_itself(make_model):
         found = generate(model, skipping, tokens, max_new_tokens=8, return_logits=True)
         np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4)
         np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def test_another_threshold_compiles_nothing_anew(make_model):
+    model, params = make_model()
+    tokens, compiled, scores = np.arange(10, 20)[None], [], []
+    for threshold in (0.05, 0.2, 0.6):
+        skipping = skip_neurons(model, params, threshold=threshold)
+        found = generate(model, skipping, tokens, max_new_tokens=8, return_logits=True)
+        scores.append(np.asarray(found.logits[:, 0]))
+        compiled.append(decoding._prefill._cache_size() + decoding.decode._cache_size())
+    assert len(set(compiled)) == 1
+    assert not np.allclose(scores[0], scores[2], atol=1e-3)
 
 
 def test_skipping_follows_masks_and_layers_and_cannot_be_saved(make_model, tmp_path):

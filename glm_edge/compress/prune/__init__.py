@@ -1,6 +1,6 @@
 """Pruning: scores, mask shapes, allocation and schedules, and shrinking by whole units."""
 
-from glm_edge.compress.prune import vision_tokens, weight_scores
+from glm_edge.compress.prune import weight_scores
 from glm_edge.compress.prune.channels import channels
 from glm_edge.compress.prune.depth import depth, shrink_depth
 from glm_edge.compress.prune.encoders import encoders, shrink_encoder
@@ -19,6 +19,7 @@ from glm_edge.compress.prune.sparsegpt import sparsegpt
 from glm_edge.compress.prune.structured import shrink, structured
 from glm_edge.compress.prune.tokens import frequent_tokens, shrink_tokenizer
 from glm_edge.compress.prune.vocabulary import map_tokens, shrink_vocabulary, vocabulary
+from glm_edge.kernels import vision_tokens
 
 __all__ = [
     "boxed",

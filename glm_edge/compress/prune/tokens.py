@@ -17,6 +17,15 @@ from glm_edge.errors import RecipeError
 NAME = "prune.vocabulary"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")
+_FIELDS = (
+    "eos_token_ids",
+    "pad_token_id",
+    "image_token_id",
+    "audio_token_id",
+    "video_token_id",
+    "image_boundary_ids",
+    "video_boundary_ids",
+)
 
 
 class Vocabulary:
@@ -231,22 +240,20 @@ def shrink_tokenizer(tokenizer: Any, keep: Sequence[int]) -> Any:
     return made
 
 
-def named_tokens(config: Any) -> dict[int, str]:
-    """Ids that a configuration names, and the field that does."""
+def named_fields(config: Any) -> dict[str, tuple[int, ...]]:
+    """Fields of a configuration that name tokens, and their ids; those that name none left out."""
     found = {}
-    for field in (
-        "eos_token_ids",
-        "pad_token_id",
-        "image_token_id",
-        "audio_token_id",
-        "video_token_id",
-        "image_boundary_ids",
-        "video_boundary_ids",
-    ):
+    for field in _FIELDS:
         value = getattr(config, field, None)
-        for index in value if isinstance(value, tuple) else () if value is None else (value,):
-            found[index] = field
+        ids = value if isinstance(value, tuple) else () if value is None else (value,)
+        if ids:
+            found[field] = ids
     return found
+
+
+def named_tokens(config: Any) -> dict[int, str]:
+    """Ids that a configuration names, and a field that does."""
+    return {index: field for field, ids in named_fields(config).items() for index in ids}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.compress.prune.arrays import check_kept, shrunk_report
-from glm_edge.compress.prune.tokens import NAME, check_tokens, named_tokens
+from glm_edge.compress.prune.tokens import NAME, check_tokens, named_fields, named_tokens
 from glm_edge.compress.transform import Context, Result, Transform, register
 from glm_edge.configs import GLMConfig, TextConfig
 from glm_edge.errors import DataError, RecipeError
@@ -29,17 +29,23 @@ def vocabulary(keep: str | Sequence[int], tokenizer: Any = None) -> Transform:
     steps read other ids, so map their batches (`map_tokens`) or let this step come last;
     `shrink_tokenizer` makes the tokenizer that belongs to the smaller model.
 
+    Without `tokenizer` only tokens are protected that the model's configuration names (ends of
+    text, padding, placeholders). The tokenizer's other special tokens, such as `<|user|>`, its
+    bytes and the parts that merges are made of are then removed like any others, and what needs
+    them can no longer be written.
+
     Args:
       keep: ascending ids that stay, from `frequent_tokens`, or the same as text, `0-10,12,40-99`.
-      tokenizer: a `tokenizers.Tokenizer` that is asked whether it can do with these tokens; it is
-        not kept, so that a recipe remains data.
+      tokenizer: a `tokenizers.Tokenizer` that is asked at once whether it can do with these tokens;
+        it is not kept, so that a recipe remains data.
 
     Returns:
       The transform.
 
     Raises:
-      RecipeError: ids do not ascend, a special token, a byte or a part of another token would go;
-        on call, a token that the configuration names would go, or ids exceed the vocabulary.
+      RecipeError: ids do not ascend; with `tokenizer`, a special token, a byte or a part of another
+        token would go; on call, a token that the configuration names would go, or ids exceed the
+        vocabulary.
 
     References:
       Efficient Multilingual Language Model Compression through Vocabulary Trimming,
@@ -54,7 +60,12 @@ def vocabulary(keep: str | Sequence[int], tokenizer: Any = None) -> Transform:
 
 def _apply_vocabulary(model: nn.Module, params: Params, context: Context, keep: str) -> Result:
     smaller, shrunk = shrink_vocabulary(model, params, from_ranges(keep))
-    return smaller, shrunk, shrunk_report(NAME, (model, params), (smaller, shrunk))
+    names = ", ".join(named_fields(model.config)) or "it names none"
+    note = (
+        f"tokens that the configuration names stayed ({names}); other special tokens, bytes and "
+        "parts of tokens are checked where vocabulary is given tokenizer="
+    )
+    return smaller, shrunk, shrunk_report(NAME, (model, params), (smaller, shrunk), (note,))
 
 
 register(NAME, vocabulary, _apply_vocabulary)
@@ -95,7 +106,7 @@ def shrink_vocabulary(
             params[name] = {**params[name], "weight": _rows(params[name]["weight"], keep, path)}
     smaller = dataclasses.replace(holder, vocab_size=len(keep))
     if isinstance(config, GLMConfig):
-        fields = {field: getattr(config, field) for field in set(named_tokens(config).values())}
+        fields = {field: getattr(config, field) for field in named_fields(config)}
         renumbered = {
             field: tuple(number[i] for i in value) if isinstance(value, tuple) else number[value]
             for field, value in fields.items()

@@ -139,6 +139,9 @@ def test_placeholders_and_stop_tokens_are_renumbered(make_member):
     config = smaller.config
     assert (config.image_token_id, config.audio_token_id, config.pad_token_id) == (2, 3, 0)
     assert "head" not in small
+    ends = dataclasses.replace(model.config, eos_token_ids=(8,), pad_token_id=8)
+    config = shrink_vocabulary(model.clone(config=ends), params, keep)[0].config
+    assert (config.eos_token_ids, config.pad_token_id) == ((3,), 3)
     with pytest.raises(RecipeError, match="token 5 must stay, since it is image_token_id"):
         shrink_vocabulary(model, params, [0, 8, 20])
 
@@ -204,7 +207,13 @@ def test_special_tokens_and_bytes_cannot_go(tokenizer, keep, missing, message):
         shrink_tokenizer(tokenizer, fewer)
 
 
-def test_the_end_of_text_cannot_go_even_without_a_tokenizer(small, keep):
+def test_without_a_tokenizer_only_what_the_configuration_names_is_safe(tokenizer, small, keep):
+    user = tokenizer.token_to_id("<|user|>")
+    smaller, _, report = vocabulary(keep[keep != user])(*small)
+    assert smaller.config.decoder.vocab_size == len(keep) - 1
+    (note,) = report.notes
+    assert "the configuration names stayed (eos_token_ids, pad_token_id)" in note
+    assert "checked where vocabulary is given tokenizer=" in note
     with pytest.raises(RecipeError, match="token 0 must stay, since it is"):
         vocabulary(keep[1:])(*small)
 

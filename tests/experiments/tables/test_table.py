@@ -1,5 +1,7 @@
 """Rows with their ratio, and the files of a table."""
 
+import time
+
 import pytest
 from absl import app, flags
 
@@ -88,8 +90,9 @@ def test_an_interval_is_in_percent():
     assert table.interval(metrics.wilson(9, 10)) == "95 % interval 59.6 to 98.2"
 
 
-def test_a_table_is_four_files_with_the_command(run, tmp_path, capsys):
+def test_a_table_is_four_files_with_the_command(run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(table, "STARTED_S", time.monotonic() - 75)
     rows, log = run(Small(), "--kinds=b", "--seed=3")
     printed = capsys.readouterr().out
     assert rows["latency"] == {
@@ -102,7 +105,11 @@ def test_a_table_is_four_files_with_the_command(run, tmp_path, capsys):
     assert command in printed
     assert "not reachable here: hardware" in printed
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
-    assert command in (tmp_path / "table.md").read_text()
+    assert 75 <= log["seconds"] < 75 + 60
+    assert f"{log['seconds']:.0f} s, load average" in printed
+    written = (tmp_path / "table.md").read_text()
+    assert command in written
+    assert f"- seconds: {log['seconds']}\n- load_average: " in written
     with pytest.raises(OutputError, match="holds a table already"):
         run(Small())
     run(Small(), "--overwrite")

@@ -100,7 +100,9 @@ def test_the_gap_that_distillation_closes():
     found = {"teacher": [98.0], "student": [90.0, 92.0], "distilled student": [94.0, 95.0]}
     rows = {row.quantity: row for row in distillation.rows_of(found, "d")}
     assert rows["gap recovered"].measured == pytest.approx(50.0)
-    assert rows["gain of distillation"].measured == pytest.approx(3.5)
+    gain = rows["gain of distillation"]
+    assert (gain.measured, gain.spread) == pytest.approx((3.5, 0.5**0.5))
+    assert "better in 2 of 2" in gain.note
     assert rows["top-1, student"].spread == pytest.approx(2**0.5)
     found["teacher"] = [90.0]
     rows = {row.quantity: row for row in distillation.rows_of(found, "d")}
