@@ -1,6 +1,7 @@
 """Running an exported model in a child process, whose death is an error and not our own."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ class ChildInterpreter:
 
     Args:
       path: of the file, or of the directory for `onnx` and `mnn`.
-      num_threads: of the runtime.
+      num_threads: of the runtime, at most as many as this process has cores.
       timeout: seconds for one answer, loading included.
       runtime: `litert`, `onnx`, `mnn`, or `litertlm`, which replies and runs no signatures.
       **options: of the runtime's class in `glm_edge.export.interpreter_host`.
@@ -93,7 +94,9 @@ class ChildInterpreter:
         )
         self._close = weakref.finalize(self, _end, self._process)
         fields = {"do": "load", "runtime": runtime, "path": str(path)}
-        self._ask({**fields, "options": {"num_threads": num_threads, **options}}, {}, "load it")
+        # Threads of runtimes wait for each other by spinning, which stalls them on one core.
+        options["num_threads"] = min(num_threads, _cores())
+        self._ask({**fields, "options": options}, {}, "load it")
 
     def run(
         self, signature: str, inputs: Mapping[str, Any], keep: Iterable[str] = ()
@@ -210,6 +213,12 @@ class ChildInterpreter:
         # What the runtime announces is no cause.
         lines = [line.strip() for line in lines if line.strip() and not line.startswith(NEWS)]
         return f": {lines[-1][:LONGEST_LINE]}" if lines else ""
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _end(process: subprocess.Popen) -> None:
