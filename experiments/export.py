@@ -7,10 +7,18 @@ of LiteRT-LM), `onnx`, `mnn` or `coreml`, each with an extra of its own. A compr
 (`experiments.compress` makes them) keeps its integers; what a format cannot hold as it is, is
 converted by a rule that is printed, or refused with what would be right.
 
---verify runs a .tflite file, in a process of its own, against JAX on the same integers, and fails
-below --threshold: on the first --text_tokens of --text, or on random tokens. The script prints the
-file's size, its conversions, which accelerators would take its operators, and the verification;
---report writes the same to report.json beside the file.
+--verify runs what was written, in a process of its own, against JAX on the same integers, and fails
+below --threshold: on the first --text_tokens of --text, or on random tokens.
+
+* tflite: every signature, in LiteRT.
+* onnx, mnn: every graph, in onnxruntime or MNN, in float32; integers and scales bit for bit first.
+* litertlm: LiteRT-LM's engine answers prompts of text, images and speech, and JAX the same ones
+  through the processor; the answers' tokens are compared, and integers and scales bit for bit.
+* coreml: nothing runs it here. The specification is opened, and its functions, integers and scales
+  are compared with the model's; the package stays marked as not verified.
+
+The script prints the file's size, its conversions, which accelerators would take its operators
+(tflite), and the verification; --report writes the same to report.json beside the file.
 """
 
 import dataclasses
@@ -35,10 +43,15 @@ from experiments.console import fail_in_one_line, print_table, refuse_arguments
 from experiments.text import corpora
 from experiments.text import tokenizer as text_tokenizer
 from glm_edge.errors import DataError, ExportError, OutputError
+from glm_edge.export.child import require_runtime
 
 FLAGS = flags.FLAGS
 FORMATS = ("tflite", "litertlm", "onnx", "mnn", "coreml")
+FLOAT32 = ("onnx", "mnn")
+RUNTIMES = {"tflite": "litert", "litertlm": "litertlm", "onnx": "onnx", "mnn": "mnn"}
 REPORT = "report.json"
+# Tokens of --text in one prompt of an engine.
+PROMPT = 24
 
 
 def define_flags() -> None:
@@ -50,16 +63,21 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "cache_slots", None, "Tokens of the cache; default: the model's context, at most 1024.", 1
     )
-    flags.DEFINE_bool("verify", False, "Run the file and compare it with JAX (tflite).")
+    flags.DEFINE_bool("verify", False, "Run what was written and compare it with JAX.")
     flags.DEFINE_enum(
         "compute",
         None,
         ["int8_dynamic", "int8_static", "float32"],
         "What --verify compares with: JAX on integers, or on dequantized weights; default: as the "
-        "file multiplies.",
+        "file multiplies. onnx and mnn take float32 alone, coreml none.",
     )
     flags.DEFINE_float(
-        "threshold", None, "Least agreement; default: 0.99, or 0.97 with float32.", 0.0, 1.0
+        "threshold",
+        None,
+        "Least agreement; default: 0.99, or 0.97 where tflite and litertlm, which round "
+        "activations, meet --compute=float32.",
+        0.0,
+        1.0,
     )
     flags.DEFINE_string("text", None, "UTF-8 file to verify on; default: random tokens.")
     flags.DEFINE_integer("text_tokens", 1024, "At most this many tokens of it are compared.", 2)
@@ -91,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
         "parameter_bytes": ge.params.stored_bytes(params),
         "conversions": [dataclasses.asdict(c) for c in result.conversions],
         "compatibility": accelerators(out) if FLAGS.format == "tflite" else None,
-        "verification": verification(result, ids) if FLAGS.verify else None,
+        "verification": verification(result, ids, source) if FLAGS.verify else None,
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "run": {
@@ -104,8 +122,8 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.report:
         text = json.dumps(summary, indent=1) + "\n"
         corpora.write_text(out.parent / REPORT, text, overwrite=FLAGS.overwrite)
-    passed = summary["verification"] is None or summary["verification"]["passed"]
-    if not passed:
+    found = summary["verification"]
+    if found is not None and found["ran"] and not found["passed"]:
         raise ExportError(f"{out}: verification failed: see the agreement above")
 
 
@@ -113,17 +131,38 @@ def check_flags(out: Path) -> None:
     """Refuses what would fail after the work is done.
 
     Raises:
-      DataError: the format cannot be verified.
+      DataError: a flag has no meaning for the format.
+      MissingExtraError: what runs the format is not installed.
       OutputError: a file exists already, or has no directory.
     """
-    if FLAGS.verify and FLAGS.format != "tflite":
-        raise DataError(
-            f"--verify: {FLAGS.format} files are not run here; leave --verify out, or export tflite"
-        )
+    if FLAGS.verify:
+        check_verify_flags()
     for path in (out, out.parent / REPORT) if FLAGS.report else (out,):
         corpora.check_absent(path, FLAGS.overwrite)
     if not out.parent.is_dir():
         raise OutputError(f"{out}: its directory does not exist; make it first")
+
+
+def check_verify_flags() -> None:
+    """Refuses flags of --verify that would do nothing, and a runtime that is missing.
+
+    Raises:
+      DataError: a flag has no meaning for the format.
+      MissingExtraError: what runs the format is not installed.
+    """
+    given = [name for name in ("compute", "threshold", "text") if FLAGS[name].value is not None]
+    if FLAGS.format == "coreml":
+        if given:
+            raise DataError(
+                f"--{given[0]}: nothing runs a coreml package here, its specification is read; "
+                "leave the flag out"
+            )
+        return
+    if FLAGS.format in FLOAT32 and FLAGS.compute not in (None, "float32"):
+        raise DataError(
+            f"--compute: {FLAGS.format} graphs are run in float32; leave it out, or give float32"
+        )
+    require_runtime(RUNTIMES[FLAGS.format])
 
 
 def lengths() -> list[int]:
@@ -166,20 +205,32 @@ def text_ids(source: Path) -> np.ndarray | None:
     return np.asarray(ids[: FLAGS.text_tokens], np.int32)
 
 
-def verification(result: Any, ids: np.ndarray | None) -> dict[str, Any]:
-    """The comparison with JAX."""
-    windows = None
-    if ids is not None:
-        slots = ge.export.read_metadata(result.path)["cache_slots"]
-        windows = [ge.export.Window(ids[at : at + slots]) for at in range(0, len(ids), slots)]
+def verification(result: Any, ids: np.ndarray | None, source: Path) -> dict[str, Any]:
+    """The comparison with JAX, or what was read where nothing runs the format."""
+    if FLAGS.format == "coreml":
+        found = result.verify()
+        return {"ran": False, **dataclasses.asdict(found), "summary": str(found)}
     found = result.verify(
-        windows,
+        compared(result, ids, source),
         threshold=FLAGS.threshold,
         compute=FLAGS.compute,
         seed=FLAGS.seed,
         check=False,
     )
-    return {**dataclasses.asdict(found), "passed": found.passed}
+    return {"ran": True, **dataclasses.asdict(found), "passed": found.passed}
+
+
+def compared(result: Any, ids: np.ndarray | None, source: Path) -> list[Any] | None:
+    """The text in pieces: windows as long as the cache, or prompts for an engine."""
+    if ids is None:
+        return None
+    if FLAGS.format == "litertlm":
+        tokenizer = ge.load_tokenizer(source)
+        pieces = (ids[at : at + PROMPT] for at in range(0, len(ids), PROMPT))
+        texts = (tokenizer.decode(piece.tolist()).strip() for piece in pieces)
+        return [text for text in texts if text]
+    slots = ge.export.read_metadata(result.path)["cache_slots"]
+    return [ge.export.Window(ids[at : at + slots]) for at in range(0, len(ids), slots)]
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -195,20 +246,30 @@ def show(summary: dict[str, Any]) -> None:
         total = counts["yes"] + counts["no"] + counts["unknown"]
         unknown = f", {counts['unknown']} unknown" if counts["unknown"] else ""
         rows.append([f"operators on {name}", f"{counts['yes']} of {total}{unknown}"])
-    found = summary["verification"]
-    if found is None:
-        rows.append(["verified", "no: the file was not run"])
-    else:
-        rows += [
-            ["verified", "yes" if found["passed"] else "no"],
-            ["top-1 agreement", f"{found['agreement']:.2%} of {found['tokens']} tokens"],
-            ["least asked for", f"{found['threshold']:.2%}"],
-            ["largest error", f"{found['max_abs_error']:.3g}"],
-            ["mean KL (nats)", f"{found['mean_kl']:.3g}"],
-        ]
-    print_table(["quantity", "value"], rows)
+    print_table(["quantity", "value"], rows + verification_rows(summary["verification"]))
     for line in grouped(summary["conversions"]):
         print(line)
+
+
+def verification_rows(found: dict[str, Any] | None) -> list[list[str]]:
+    """What the table says of the verification."""
+    if found is None:
+        return [["verified", "no: the file was not run"]]
+    if not found["ran"]:
+        return [["verified", "no: nothing ran it"], ["specification", found["summary"]]]
+    rows = [
+        ["verified", "yes" if found["passed"] else "no"],
+        ["top-1 agreement", f"{found['agreement']:.2%} of {found['tokens']} tokens"],
+        ["least asked for", f"{found['threshold']:.2%}"],
+        ["compared with", f"JAX, {found['compute']}"],
+    ]
+    if found["max_abs_error"] is not None:
+        rows.append(["largest error", f"{found['max_abs_error']:.3g}"])
+        rows.append(["mean KL (nats)", f"{found['mean_kl']:.3g}"])
+    if found["free_running_agreement"] is not None:
+        free = f"{found['free_running_agreement']:.2%} of {found['free_running_tokens']} tokens"
+        rows.append(["free-running agreement", free])
+    return rows
 
 
 def grouped(conversions: Sequence[dict[str, Any]]) -> list[str]:

@@ -2,12 +2,15 @@
 
 from glm_edge.export.compatibility import Compatibility, compatibility
 from glm_edge.export.constants import Conversion
-from glm_edge.export.container import read_constants, read_metadata
+from glm_edge.export.container import read_constants
 from glm_edge.export.coreml import coreml
+from glm_edge.export.inspection import Inspection
 from glm_edge.export.litertlm import Bundle, litertlm
+from glm_edge.export.metadata import read_metadata
 from glm_edge.export.mnn import mnn
 from glm_edge.export.onnx import onnx
 from glm_edge.export.package import Package
+from glm_edge.export.package_model import PackageModel
 from glm_edge.export.runtime import LiteRTModel
 from glm_edge.export.tflite import ExportedModel, tflite
 from glm_edge.export.verify import Verification, Window, verify
@@ -17,8 +20,10 @@ __all__ = [
     "Compatibility",
     "Conversion",
     "ExportedModel",
+    "Inspection",
     "LiteRTModel",
     "Package",
+    "PackageModel",
     "Verification",
     "Window",
     "compatibility",

@@ -1,6 +1,7 @@
-"""Running a TFLite file in a child process, whose death is an error and not our own."""
+"""Running an exported model in a child process, whose death is an error and not our own."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,24 @@ from glm_edge.export.interpreter_host import ProtocolError, receive, send
 TIMEOUT = 600.0
 LONGEST_LINE = 200
 NEWS = ("INFO", "WARNING")
+# Of each runtime its name in messages, its module, and the extra that installs it.
+RUNTIMES = {
+    "litert": ("LiteRT", "ai_edge_litert", "export"),
+    "onnx": ("onnxruntime", "onnxruntime", "onnx"),
+    "mnn": ("MNN", "MNN", "mnn"),
+    "litertlm": ("LiteRT-LM", "litert_lm", "litertlm"),
+}
+
+
+def require_runtime(runtime: str) -> str:
+    """Name of a runtime of `RUNTIMES`, once it is found to be installed.
+
+    Raises:
+      MissingExtraError: it is not.
+    """
+    name, module, extra = RUNTIMES[runtime]
+    require(module, extra=extra)
+    return name
 
 
 class Kept:
@@ -40,20 +59,29 @@ class Kept:
 
 
 class ChildInterpreter:
-    """The LiteRT interpreter of one file, in a process of its own.
+    """The runtime of one exported model, in a process of its own.
 
     Args:
-      path: of the file.
-      num_threads: of the interpreter.
+      path: of the file, or of the directory for `onnx` and `mnn`.
+      num_threads: of the runtime, at most as many as this process has cores.
       timeout: seconds for one answer, loading included.
+      runtime: `litert`, `onnx`, `mnn`, or `litertlm`, which replies and runs no signatures.
+      **options: of the runtime's class in `glm_edge.export.interpreter_host`.
 
     Raises:
       ExportError: the file does not load, the child dies on it, or does not answer in time.
-      MissingExtraError: LiteRT is not installed.
+      MissingExtraError: the runtime is not installed.
     """
 
-    def __init__(self, path: str | Path, num_threads: int = 2, timeout: float = TIMEOUT):
-        require("ai_edge_litert", extra="export")
+    def __init__(
+        self,
+        path: str | Path,
+        num_threads: int = 2,
+        timeout: float = TIMEOUT,
+        runtime: str = "litert",
+        **options: Any,
+    ):
+        self._name = require_runtime(runtime)
         self._path, self._timeout = path, timeout
         self.dropped: list[int] = []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -65,7 +93,10 @@ class ChildInterpreter:
             stderr=self._errors,
         )
         self._close = weakref.finalize(self, _end, self._process)
-        self._ask({"do": "load", "path": str(path), "num_threads": num_threads}, {}, "load it")
+        fields = {"do": "load", "runtime": runtime, "path": str(path)}
+        # Threads of runtimes wait for each other by spinning, which stalls them on one core.
+        options["num_threads"] = min(num_threads, _cores())
+        self._ask({**fields, "options": options}, {}, "load it")
 
     def run(
         self, signature: str, inputs: Mapping[str, Any], keep: Iterable[str] = ()
@@ -81,7 +112,7 @@ class ChildInterpreter:
           The outputs by name.
 
         Raises:
-          ExportError: LiteRT refuses, the child dies, or does not answer in time.
+          ExportError: the runtime refuses, the child dies, or does not answer in time.
         """
         held = {
             name: value.key
@@ -103,6 +134,22 @@ class ChildInterpreter:
     def fetch(self, key: int) -> np.ndarray:
         """Brings an array that was kept."""
         return self._ask({"do": "fetch", "key": key}, {}, "give an array back")[1]["array"]
+
+    def reply(self, content: Any, max_new_tokens: int) -> str:
+        """What the engine of a bundle answers greedily to one message of a user.
+
+        Args:
+          content: text, or a list of parts as LiteRT-LM takes them, JSON-ready.
+          max_new_tokens: at most so many.
+
+        Raises:
+          ExportError: as `run`.
+        """
+        fields = {"do": "reply", "content": content, "max_new_tokens": max_new_tokens}
+        text = self._ask(fields, {}, "answer a message")[0].get("text")
+        if not isinstance(text, str):
+            raise ExportError(f"{self._path}: its process gave no valid answer")
+        return text
 
     def close(self) -> None:
         """Ends the child; the object is of no use afterwards."""
@@ -132,7 +179,7 @@ class ChildInterpreter:
         if answer is None:
             raise ExportError(f"{self._path}: {self._cause(task, late)}")
         if "error" in answer[0]:
-            raise ExportError(f"{self._path}: LiteRT does not {task}: {answer[0]['error']}")
+            raise ExportError(f"{self._path}: {self._name} does not {task}: {answer[0]['error']}")
         return answer
 
     def _stop(self, late: threading.Event) -> None:
@@ -149,14 +196,14 @@ class ChildInterpreter:
             code = self._process.wait()
         self._close()
         if late.is_set():
-            return f"LiteRT did not {task} within {self._timeout:g} s; its process was ended"
+            return f"{self._name} did not {task} within {self._timeout:g} s; its process was ended"
         how = f"exit status {code}"
         if code < 0:
             with contextlib.suppress(ValueError):
                 how = f"signal {signal.Signals(-code).name}"
         return (
-            f"LiteRT's process died when asked to {task} ({how}{self._last_line()}); the file is "
-            "damaged or not meant for this release"
+            f"{self._name}'s process died when asked to {task} ({how}{self._last_line()}); the "
+            "file is damaged or not meant for this release"
         )
 
     def _last_line(self) -> str:
@@ -166,6 +213,12 @@ class ChildInterpreter:
         # What the runtime announces is no cause.
         lines = [line.strip() for line in lines if line.strip() and not line.startswith(NEWS)]
         return f": {lines[-1][:LONGEST_LINE]}" if lines else ""
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -23,7 +23,7 @@ ALIGNMENT = 64
 INLINE_ALIGNMENT = 16
 INLINE_LIMIT = 1 << 30
 SHARED_VECTOR = 1 << 20
-VERIFIED = b'"verified":true '
+UNVERIFIED, VERIFIED = b'"verified":false', b'"verified":true '
 # What reading of tables, names and JSON raises where bytes are not what they should be.
 DAMAGE = (
     ArithmeticError,
@@ -247,12 +247,13 @@ def _bytes_of(buffer: Any, content: Any) -> bytes:
 
 
 def mark_verified(path: str | Path) -> None:
-    """Notes in the description of an exported file that it was run and agreed with JAX."""
+    """Notes in the descriptions of an exported file that it was run and agreed with JAX."""
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
         # Both values are as long, so that nothing else in the file moves.
-        at = view.find(b'"verified":false')
-        if at >= 0:
+        at = view.find(UNVERIFIED)
+        while at >= 0:
             view[at : at + len(VERIFIED)] = VERIFIED
+            at = view.find(UNVERIFIED, at)
 
 
 @contextlib.contextmanager

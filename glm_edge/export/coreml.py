@@ -16,8 +16,9 @@ import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, require
+from glm_edge.export.container import DAMAGE
 from glm_edge.export.five_axes import within_five_axes
-from glm_edge.export.integers import Weight, weight_of
+from glm_edge.export.integers import Weight, held_params, weight_of
 from glm_edge.export.offer import offer
 from glm_edge.export.package import Package, bytes_of, check_target, written_whole
 from glm_edge.export.trace import Signature, quiet
@@ -49,7 +50,7 @@ def coreml(
     float32 scales (`constexpr_blockwise_shift_scale`), 8 or 4 bits, per row or in groups.
 
     Core ML runs on Apple's systems only. Elsewhere the package is written and its specification
-    can be checked, as the tests here do, but nothing has run it: compare it with JAX on a Mac
+    is checked, as `Package.verify` does, but nothing has run it: compare it with JAX on a Mac
     before relying on it. Computation is in float32; the Neural Engine takes float16.
 
     Args:
@@ -72,7 +73,7 @@ def coreml(
     References:
       MIL operations, https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html.
     """
-    path, tools = Path(path), _tools()
+    path, tools = Path(path), core_ml_tools()
     require("stablehlo_coreml", extra="coreml")
     if path.suffix != ".mlpackage":
         raise ExportError(f"{path}: Core ML opens packages by their name: end it in .mlpackage")
@@ -97,7 +98,8 @@ def coreml(
         with written_whole(path, overwrite, MARK) as directory:
             directory.rmdir()
             whole.rename(directory)
-    return Package(path, bytes_of(path), offered.names, tuple(conversions))
+    held = held_params(params, weights)
+    return Package(path, bytes_of(path), offered.names, tuple(conversions), model, held)
 
 
 def read_weights(path: str | Path) -> dict[str, Weight]:
@@ -113,7 +115,7 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
       ExportError: the package is missing, damaged, or no export.
       MissingExtraError: coremltools is not installed.
     """
-    tools, found = _tools(), {}
+    tools, found = core_ml_tools(), {}
     try:
         package = tools.models.MLModel(str(path), skip_model_load=True)
         described = json.loads(package.user_defined_metadata[METADATA])
@@ -122,7 +124,7 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
             for operation in function.operations:
                 if operation.op_type == "constexpr_blockwise_shift_scale":
                     found[names[operation.outputs[0].name]] = _weight(operation)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, RuntimeError, *DAMAGE) as error:
         raise ExportError(f"{path}: no whole Core ML export of glm_edge: {error}") from error
     return found
 
@@ -145,7 +147,12 @@ def _weight(operation: Any) -> Weight:
     return Weight(np.asarray(data).astype(np.int8), kind, scale, zero, size)
 
 
-def _tools() -> Any:
+def core_ml_tools() -> Any:
+    """coremltools, told to keep quiet.
+
+    Raises:
+      MissingExtraError: it is not installed.
+    """
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     with quiet():
         return require("coremltools", extra="coreml")

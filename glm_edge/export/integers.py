@@ -1,15 +1,19 @@
 """Parameters in the terms of formats that dequantize: `f' = scale * (code - zero)`."""
 
-from collections.abc import Collection
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from glm_edge import params as boxes
 from glm_edge.errors import ExportError
 from glm_edge.export.constants import Conversion, dense_of
 from glm_edge.params import Quantized
+from glm_edge.params.tree import Params, nested
 
 # A type whose integers are held exactly by a wider one that runtimes know.
 WIDER = {
@@ -113,6 +117,72 @@ def _refuse_unfit(path: str, box: Quantized, target: str, affine: bool) -> None:
 def _check_finite(path: str, values: np.ndarray) -> None:
     if not np.isfinite(values.astype(np.float32)).all():
         raise ExportError(f"{path}: holds NaN or infinity; export finite weights")
+
+
+def held_params(params: Params, weights: Mapping[str, Weight]) -> Params:
+    """Parameters with the values that a file holds, as a tree that the JAX model runs on.
+
+    Args:
+      params: as they were given.
+      weights: what `weight_of` made of each.
+
+    Returns:
+      Boxes with the same codes, float32 scales and no static ranges; all else as arrays.
+    """
+    none = dict.fromkeys(("input_scale", "input_zero", "output_scale", "output_zero"))
+
+    def held(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Quantized):
+            return jnp.asarray(weights[path].values)
+        form = dataclasses.replace(leaf.format, scale_dtype="float32")
+        scale = jnp.asarray(weights[path].scale)
+        return leaf.replace(scale=scale, format=form, dtype="float32", **none)
+
+    return nested({path: held(path, leaf) for path, leaf in boxes.path_items(params)})
+
+
+def check_weights(held: Mapping[str, Weight], params: Params, where: str | Path) -> int:
+    """Compares weights that were read back from a file with parameters, bit for bit.
+
+    Args:
+      held: by path; plain numbers may be missing, which some formats hold inside their graphs.
+      params: from `held_params`.
+      where: the file, for messages.
+
+    Returns:
+      Parameters compared.
+
+    Raises:
+      ExportError: one is missing, or has other codes, scales, zero points or numbers.
+    """
+    compared = 0
+    for path, leaf in boxes.path_items(params):
+        if path not in held:
+            if isinstance(leaf, Quantized):
+                raise ExportError(f"{where}: damaged: holds no {path}")
+            continue
+        weight, expected = held[path], {"values": leaf, "scale": None, "zero": None}
+        if isinstance(leaf, Quantized):
+            expected = {"values": leaf.codes(), "scale": leaf.scale, "zero": leaf.zero}
+        for field, wanted in expected.items():
+            wrong = _different(getattr(weight, field), wanted)
+            if wrong:
+                raise ExportError(
+                    f"{where}: damaged, or of other parameters: {wrong} {field} of {path} are not "
+                    "those of the model"
+                )
+        compared += 1
+    return compared
+
+
+def _different(found: np.ndarray | None, wanted: Any) -> int:
+    """How many numbers are not the same, all of them where shapes differ."""
+    if found is None or wanted is None:
+        return int(found is not wanted)
+    wanted = np.asarray(wanted).astype(np.float32)
+    if found.shape != wanted.shape:
+        return max(found.size, wanted.size, 1)
+    return int((found.astype(np.float32) != wanted).sum())
 
 
 def dequantized(weight: Weight) -> np.ndarray:

@@ -41,22 +41,39 @@ def checked_graphs(
     lengths, attended = list(prefill_lengths), list(attended_slots)
     try:
         _check_sizes(graphs, config, lengths, attended)
-        offered = signatures(MultimodalGLM(config), lengths, cache_slots, prefill_logits, attended)
-        for signature in offered:
-            graph = graphs[signature.name]
-            inputs = {
-                name: Tensor("", struct.dtype.name, tuple(struct.shape))
-                for name, struct in signature.inputs.items()
-            }
-            _compare(graph.inputs, inputs, f"inputs of {signature.name}")
-            scored = prefill_logits or signature.name.startswith(DECODE)
-            outputs = _outputs(signature.name, inputs, config, scored)
-            _compare(graph.outputs, outputs, f"outputs of {signature.name}")
+        expected = expected_tensors(config, lengths, cache_slots, prefill_logits, attended)
+        for name, (inputs, outputs) in expected.items():
+            _compare(graphs[name].inputs, inputs, f"inputs of {name}")
+            _compare(graphs[name].outputs, outputs, f"outputs of {name}")
     except (*DAMAGE, GlmEdgeError) as error:
         raise ExportError(
             f"{path}: damaged: its description does not fit its signatures: {error}"
         ) from error
     return graphs
+
+
+def expected_tensors(
+    config: GLMConfig,
+    prefill_lengths: Iterable[int],
+    cache_slots: int,
+    prefill_logits: bool,
+    attended_slots: Iterable[int] = (),
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What the signatures of an exported model take and give, see `trace.signatures`.
+
+    Returns:
+      Name of a signature to `(inputs, outputs)`, by name.
+    """
+    found, model = {}, MultimodalGLM(config)
+    offered = signatures(model, prefill_lengths, cache_slots, prefill_logits, attended_slots)
+    for signature in offered:
+        inputs = {
+            name: Tensor("", struct.dtype.name, tuple(struct.shape))
+            for name, struct in signature.inputs.items()
+        }
+        scored = prefill_logits or signature.name.startswith(DECODE)
+        found[signature.name] = inputs, _outputs(signature.name, inputs, config, scored)
+    return found
 
 
 def _check_sizes(

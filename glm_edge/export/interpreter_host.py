@@ -1,6 +1,6 @@
-"""A process that runs one TFLite file for another process, so that a crash ends this one alone.
+"""A process that runs one exported model for another process, so that a crash ends this one alone.
 
-Run by its path, it imports numpy and LiteRT and nothing of glm_edge. Requests come on standard
+Run by its path, it imports numpy and one runtime and nothing of glm_edge. Requests come on standard
 input, answers leave on standard output: eight bytes with the length of a JSON object, the object,
 then the bytes of the arrays that it lists.
 """
@@ -20,7 +20,9 @@ LENGTH = struct.Struct("<Q")
 MAX_HEADER = 1 << 24
 MAX_ARRAYS = 1 << 36
 ROOM_BYTES = 8 << 30
-FILE_COPIES = 4
+# MNN turns packed weights to float32 for each signature that reads them.
+FILE_COPIES = {"litert": 4, "onnx": 8, "mnn": 24, "litertlm": 8}
+CARRIED_ON = "_out"
 
 
 class ProtocolError(Exception):
@@ -85,12 +87,122 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
     return content
 
 
+class LiteRT:
+    """The interpreter of a TFLite file."""
+
+    def __init__(self, path: str, num_threads: int):
+        from ai_edge_litert.interpreter import Interpreter
+
+        self._interpreter = Interpreter(model_path=path, num_threads=num_threads)
+        self._runners: dict[str, Any] = {}
+
+    def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs a signature."""
+        if signature not in self._runners:
+            self._runners[signature] = self._interpreter.get_signature_runner(signature)
+        return self._runners[signature](**inputs)
+
+
+class ONNXRuntime:
+    """Sessions of a directory's ONNX graphs; products are taken in float32."""
+
+    def __init__(self, path: str, num_threads: int):
+        import onnxruntime
+
+        self._library, self._path = onnxruntime, path
+        self._options = onnxruntime.SessionOptions()
+        self._options.log_severity_level = 3
+        self._options.intra_op_num_threads = num_threads
+        # Its default rounds the activations that meet packed weights to int8.
+        self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        self._sessions: dict[str, Any] = {}
+
+    def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs a graph; the outputs that carry the cache get the names of its inputs."""
+        if signature not in self._sessions:
+            graph = os.path.join(self._path, f"{signature}.onnx")
+            self._sessions[signature] = self._library.InferenceSession(
+                graph, self._options, providers=["CPUExecutionProvider"]
+            )
+        session = self._sessions[signature]
+        names = [output.name.removesuffix(CARRIED_ON) for output in session.get_outputs()]
+        return dict(zip(names, session.run(None, dict(inputs)), strict=True))
+
+
+class MNNRuntime:
+    """Interpreters of a directory's MNN graphs."""
+
+    def __init__(self, path: str, num_threads: int):
+        import MNN
+
+        self._library, self._path = MNN, path
+        self._config = {"backend": "CPU", "numThread": num_threads, "precision": "high"}
+        self._opened: dict[str, Any] = {}
+
+    def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs a graph; the outputs that carry the cache get the names of its inputs."""
+        if signature not in self._opened:
+            interpreter = self._library.Interpreter(os.path.join(self._path, f"{signature}.mnn"))
+            interpreter.setExternalFile(os.path.join(self._path, "weights.bin"))
+            self._opened[signature] = interpreter, interpreter.createSession(self._config)
+        interpreter, session = self._opened[signature]
+        for name, array in inputs.items():
+            # A tensor does not keep the array that it is a view of.
+            held = np.array(array)
+            interpreter.getSessionInput(session, name).copyFrom(self._tensor(held))
+        interpreter.runSession(session)
+        outputs = {}
+        for name, output in interpreter.getSessionOutputAll(session).items():
+            held = np.zeros(output.getShape(), np.float32)
+            found = self._tensor(held)
+            output.copyToHostTensor(found)
+            values = np.array(found.getNumpyData(), np.float32).reshape(held.shape)
+            outputs[name.removesuffix(CARRIED_ON)] = values
+        return outputs
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        library = self._library
+        whole = array.dtype == np.int32
+        kind = library.Halide_Type_Int if whole else library.Halide_Type_Float
+        return library.Tensor(array.shape, kind, array, library.Tensor_DimensionType_Caffe)
+
+
+class Engine:
+    """LiteRT-LM's engine of a bundle, which answers with its likeliest tokens."""
+
+    def __init__(self, path: str, num_threads: int, images: int, audio: bool, cache_dir: str):
+        import litert_lm
+
+        litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
+        cpu = litert_lm.Backend.CPU(thread_count=num_threads)
+        options = {"cache_dir": cache_dir}
+        if images:
+            options |= {"vision_backend": cpu, "max_num_images": images}
+        if audio:
+            options["audio_backend"] = cpu
+        self._library, self._engine = litert_lm, litert_lm.Engine(path, cpu, **options)
+
+    def reply(self, content: Any, max_new_tokens: int) -> str:
+        """The text that follows one message of a user."""
+        sampler = self._library.SamplerConfig(top_k=1, top_p=0.0, temperature=1.0)
+        conversation = self._engine.create_conversation(
+            sampler_config=sampler, max_output_tokens=max_new_tokens
+        )
+        try:
+            found = conversation.send_message({"role": "user", "content": content})
+        finally:
+            conversation.close()
+        return "".join(part.get("text", "") for part in found.get("content", ()))
+
+
+RUNTIMES = {"litert": LiteRT, "onnx": ONNXRuntime, "mnn": MNNRuntime, "litertlm": Engine}
+
+
 class Host:
-    """Holds the interpreter and the arrays that stay here between two runs."""
+    """Holds the runtime and the arrays that stay here between two runs."""
 
     def __init__(self) -> None:
-        self._interpreter: Any = None
-        self._runners: dict[str, Any] = {}
+        self._runtime: Any = None
         self._kept: dict[int, np.ndarray] = {}
         self._next = 0
 
@@ -101,26 +213,23 @@ class Host:
         for key in fields.get("drop", ()):
             self._kept.pop(key, None)
         if fields["do"] == "load":
-            self._load(fields["path"], fields["num_threads"])
+            self._load(fields["runtime"], fields["path"], fields["options"])
             return {}, {}
         if fields["do"] == "fetch":
             return {}, {"array": self._kept[fields["key"]]}
+        if fields["do"] == "reply":
+            return {"text": self._runtime.reply(fields["content"], fields["max_new_tokens"])}, {}
         return self._run(fields, arrays)
 
-    def _load(self, path: str, num_threads: int) -> None:
-        from ai_edge_litert.interpreter import Interpreter
-
-        _limit(os.path.getsize(path))
-        self._interpreter = Interpreter(model_path=path, num_threads=num_threads)
+    def _load(self, runtime: str, path: str, options: Mapping[str, Any]) -> None:
+        _limit(_bytes_of(path), FILE_COPIES[runtime])
+        self._runtime = RUNTIMES[runtime](path, **options)
 
     def _run(
         self, fields: dict[str, Any], arrays: dict[str, np.ndarray]
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        name = fields["signature"]
-        if name not in self._runners:
-            self._runners[name] = self._interpreter.get_signature_runner(name)
         held = {argument: self._kept[key] for argument, key in fields["kept"].items()}
-        outputs = self._runners[name](**arrays, **held)
+        outputs = self._runtime.run(fields["signature"], {**arrays, **held})
         kept = {}
         for output in set(fields["keep"]) & set(outputs):
             array = outputs.pop(output)
@@ -130,13 +239,19 @@ class Host:
         return {"kept": kept}, outputs
 
 
-def _limit(file_bytes: int) -> None:
+def _bytes_of(path: str) -> int:
+    if not os.path.isdir(path):
+        return os.path.getsize(path)
+    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+
+
+def _limit(file_bytes: int, copies: int) -> None:
     """Keeps a hostile file from taking the machine's memory, or leaving a core on its disk."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        most = FILE_COPIES * file_bytes + ROOM_BYTES
+        most = copies * file_bytes + ROOM_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")

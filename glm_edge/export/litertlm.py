@@ -4,9 +4,10 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from glm_edge import __version__
 from glm_edge import params as boxes
@@ -51,6 +52,12 @@ class Bundle:
     model: MultimodalGLM = field(repr=False)
     params: Params = field(repr=False)
     processor: Processor = field(repr=False)
+
+    def verify(self, texts: Sequence[str] | None = None, **options: Any) -> Any:
+        """Compares the engine's answers with JAX's; see `bundle_verify.verify_bundle`."""
+        from glm_edge.export.bundle_verify import verify_bundle
+
+        return verify_bundle(self, texts, **options)
 
 
 def litertlm(

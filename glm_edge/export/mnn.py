@@ -14,15 +14,24 @@ import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, require
-from glm_edge.export.integers import RANGES, Weight, dequantized, weight_of
+from glm_edge.export.container import DAMAGE
+from glm_edge.export.integers import RANGES, Weight, dequantized, held_params, weight_of
 from glm_edge.export.offer import offer
 from glm_edge.export.onnx import graph_of, model_of, store
 from glm_edge.export.onnx_graph import GraphBuilder, StoredWeight
-from glm_edge.export.package import Package, bytes_of, check_target, written_whole
+from glm_edge.export.package import (
+    DESCRIPTION,
+    Package,
+    bytes_of,
+    check_target,
+    read_description,
+    write_description,
+    written_whole,
+)
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
 
-DESCRIPTION, WEIGHTS = "glm_edge.json", "weights.bin"
+WEIGHTS = "weights.bin"
 CONVERTED = "__matmul_converted"
 BITS = {"int8": 8, "int4": 4}
 # The converter's own command line calls home and installs packages when it is imported.
@@ -105,8 +114,9 @@ def mnn(
             for name, place in writer.places.items()
         }
         description = offered.description(parameters, conversions)
-        (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))
-    return Package(path, bytes_of(path), offered.names, tuple(conversions))
+        write_description(directory, description)
+    held = held_params(params, weights)
+    return Package(path, bytes_of(path), offered.names, tuple(conversions), model, held)
 
 
 class _Graph(GraphBuilder):
@@ -178,11 +188,11 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
     """
     path, found = Path(path), {}
     try:
-        places = json.loads((path / DESCRIPTION).read_text())["parameters"]
+        places = read_description(path)["parameters"]
         content = np.memmap(path / WEIGHTS, np.uint8, "r")
         for name, (wide, start, length, scales) in places.items():
             found[name] = _weight(np.array(content[start : start + length + scales]), length, wide)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, *DAMAGE) as error:
         raise ExportError(f"{path}: no whole MNN export of glm_edge: {error}") from error
     return found
 

@@ -1,6 +1,5 @@
 """Export to ONNX: our integers through `DequantizeLinear`, weights beside the graphs."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,16 +11,25 @@ import numpy as np
 from glm_edge import __version__
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, require
-from glm_edge.export.integers import Weight, packed_nibbles, weight_of
+from glm_edge.export.container import DAMAGE
+from glm_edge.export.integers import Weight, held_params, packed_nibbles, weight_of
 from glm_edge.export.offer import offer
 from glm_edge.export.onnx_graph import GraphBuilder, StoredWeight
-from glm_edge.export.package import Package, bytes_of, check_target, written_whole
+from glm_edge.export.package import (
+    DESCRIPTION,
+    Package,
+    bytes_of,
+    check_target,
+    read_description,
+    write_description,
+    written_whole,
+)
 from glm_edge.export.trace import Signature
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
 
 OPSET, IR_VERSION = 21, 10
-DESCRIPTION, WEIGHTS = "glm_edge.json", "weights.bin"
+WEIGHTS = "weights.bin"
 ALIGNMENT = 64
 
 
@@ -71,12 +79,13 @@ def onnx(
     check_target(path, overwrite, DESCRIPTION)
     offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits)
     with written_whole(path, overwrite, DESCRIPTION) as directory:
-        stored, parameters, conversions = {}, {}, []
+        weights, stored, parameters, conversions = {}, {}, {}, []
         with open(directory / WEIGHTS, "xb") as file:
             for name, leaf in boxes.path_items(params):
                 weight, found = weight_of(name, leaf, "ONNX", floats=("float32", "float16"))
                 turned = is_product(name, leaf, params)
                 stored[name] = store(library, file, name, weight, turned)
+                weights[name] = weight
                 parameters[name] = (turned, weight.group_size)
                 conversions += found
         for signature in offered.signatures:
@@ -85,8 +94,9 @@ def onnx(
             target.write_bytes(model_of(library, graph).SerializeToString())
             library.checker.check_model(str(target))
         description = offered.description(parameters, conversions)
-        (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))
-    return Package(path, bytes_of(path), offered.names, tuple(conversions))
+        write_description(directory, description)
+    held = held_params(params, weights)
+    return Package(path, bytes_of(path), offered.names, tuple(conversions), model, held)
 
 
 def is_product(path: str, leaf: Any, params: Params) -> bool:
@@ -185,8 +195,10 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
       MissingExtraError: onnx is not installed.
     """
     path, library = Path(path), require("onnx", extra="onnx")
+    message = require("google.protobuf.message", extra="onnx")
+    damage = (*DAMAGE, message.DecodeError, library.checker.ValidationError)
     try:
-        description = json.loads((path / DESCRIPTION).read_text())
+        description = read_description(path)
         held = {}
         for name in description["signatures"]:
             model = library.load(path / f"{name}.onnx", load_external_data=False)
@@ -209,6 +221,6 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
                 scale = scale.reshape(shape)
                 zero = None if zero is None else zero.astype(np.int8).reshape(shape)
             found[name] = Weight(values, kind, scale, zero, group_size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *damage) as error:
         raise ExportError(f"{path}: no whole ONNX export of glm_edge: {error}") from error
     return found

@@ -1,15 +1,22 @@
 """Exports that are a directory: what the caller gets, and writing it whole."""
 
 import contextlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from glm_edge.errors import OutputError
+from glm_edge.errors import ExportError, OutputError
 from glm_edge.export.constants import Conversion
+from glm_edge.export.container import write_beside
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
+
+DESCRIPTION = "glm_edge.json"
 
 
 @dataclass(frozen=True)
@@ -21,12 +28,35 @@ class Package:
       file_bytes: of all its files.
       signatures: names of its entry points.
       conversions: parameters held in another form than they were given.
+      model: the model it was traced from.
+      params: the parameters as the directory holds them.
     """
 
     path: Path
     file_bytes: int
     signatures: tuple[str, ...]
     conversions: tuple[Conversion, ...]
+    model: MultimodalGLM = field(repr=False)
+    params: Params = field(repr=False)
+
+    def verify(self, windows: Any = None, **options: Any) -> Any:
+        """Compares the directory with the JAX model of the same integers; see `verify.verify`.
+
+        ONNX runs in onnxruntime and MNN in its own runtime. Core ML runs on Apple's systems only:
+        the result is what `inspection.inspect` read in the package, which stays unverified.
+        """
+        if self.path.suffix == ".mlpackage":
+            from glm_edge.export.inspection import inspect
+
+            if windows is not None or options:
+                raise ExportError(
+                    f"{self.path}: Core ML packages are not run here, so that there is nothing to "
+                    "choose: call verify()"
+                )
+            return inspect(self.path, self.model, self.params)
+        from glm_edge.export.verify import verify
+
+        return verify(self.path, self.model, self.params, windows, **options)
 
 
 @contextlib.contextmanager
@@ -80,6 +110,31 @@ def check_target(path: Path, overwrite: bool, mark: str) -> None:
         raise OutputError(f"{path}: holds no {mark}, so no export wrote it; choose another path")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path}: directory {path.parent} is missing or cannot be written")
+
+
+def write_description(directory: Path, description: dict[str, Any]) -> None:
+    """Writes what a directory says about itself, whole or not at all.
+
+    Raises:
+      OutputError: it cannot be written.
+    """
+    content = json.dumps(description, indent=1).encode()
+    write_beside(directory / DESCRIPTION, lambda file: file.write(content))
+
+
+def read_description(directory: str | Path) -> dict[str, Any]:
+    """Reads what an exported directory of graphs says about itself.
+
+    Raises:
+      ExportError: it is missing or damaged.
+    """
+    try:
+        description = json.loads((Path(directory) / DESCRIPTION).read_text())
+        if not isinstance(description, dict):
+            raise ValueError(f"{DESCRIPTION} is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{directory}: no whole export of glm_edge: {error}") from error
+    return description
 
 
 def bytes_of(path: Path) -> int:

@@ -5,7 +5,7 @@ vocabulary.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from glm_edge.configs import GLMConfig, from_dict
 from glm_edge.errors import DataError, ExportError, GlmEdgeError, require
 from glm_edge.export import container
 from glm_edge.export.child import TIMEOUT, ChildInterpreter
+from glm_edge.export.contents import Tensor
 from glm_edge.export.interface import checked_graphs
 from glm_edge.export.trace import attended_by, quiet, signatures, step_name
 from glm_edge.models.multimodal import MultimodalGLM
@@ -24,7 +25,13 @@ HIDDEN = -1e9
 
 
 class PhoneModel:
-    """Drives the signatures as a phone's runtime does; subclasses run one signature."""
+    """Drives the signatures as a phone's runtime does; subclasses run one signature.
+
+    Attributes:
+      float32: True where products are known to be taken in float32, on dequantized weights.
+    """
+
+    float32 = False
 
     def __init__(
         self,
@@ -316,19 +323,45 @@ class LiteRTModel(PhoneModel):
 
     def _run_isolated(self, signature: str, inputs: dict[str, Any]) -> dict[str, Any]:
         graph = self._graphs[signature]
-        for name, tensor in graph.inputs.items():
-            if name not in inputs or not tensor.fits(inputs[name]):
-                raise DataError(f"{signature}: {name} must be {tensor.type} {list(tensor.shape)}")
-        outputs = self._child.run(signature, inputs, graph.inputs.keys() & graph.outputs.keys())
-        for name, tensor in graph.outputs.items():
-            if name not in outputs or not tensor.fits(outputs[name]):
-                raise ExportError(f"{self.path}: {signature} gives no {tensor.type} {name!r}")
-        return outputs
+        tensors = graph.inputs, graph.outputs
+        return run_checked(self._child, self.path, signature, inputs, *tensors)
 
     def close(self) -> None:
         """Ends the process of an isolated file, which otherwise ends with this object."""
         if self._child is not None:
             self._child.close()
+
+
+def run_checked(
+    child: ChildInterpreter,
+    path: str | Path,
+    signature: str,
+    inputs: Mapping[str, Any],
+    takes: Mapping[str, Tensor],
+    gives: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Runs a signature in a child, where outputs named like inputs stay.
+
+    Args:
+      child: that runs it.
+      path: of the exported model, for messages.
+      signature: its name.
+      inputs: by name.
+      takes: what `inputs` must be.
+      gives: what the outputs must be.
+
+    Raises:
+      DataError: an input is missing, or of another type or shape.
+      ExportError: so is an output, or the child fails.
+    """
+    for name, tensor in takes.items():
+        if name not in inputs or not tensor.fits(inputs[name]):
+            raise DataError(f"{signature}: {name} must be {tensor.type} {list(tensor.shape)}")
+    outputs = child.run(signature, inputs, takes.keys() & gives.keys())
+    for name, tensor in gives.items():
+        if name not in outputs or not tensor.fits(outputs[name]):
+            raise ExportError(f"{path}: {signature} gives no {tensor.type} {name!r}")
+    return outputs
 
 
 class JaxModel(PhoneModel):

@@ -1,4 +1,4 @@
-"""Comparing an exported file, run in LiteRT, with the JAX model of the same integers."""
+"""Comparing an exported model, run in its runtime, with the JAX model of the same integers."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,10 +10,16 @@ import numpy as np
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError
 from glm_edge.export import container
+from glm_edge.export.integers import check_weights
+from glm_edge.export.package import write_description
+from glm_edge.export.package_model import PackageModel
 from glm_edge.export.runtime import JaxModel, LiteRTModel, PhoneModel
 from glm_edge.models.multimodal import MultimodalGLM
 
-THRESHOLDS = {"int8_dynamic": 0.99, "int8_static": 0.99, "float32": 0.97}
+# Where a file multiplies as JAX does, nearly every token is the same.
+ALIKE = 0.99
+# LiteRT rounds activations, which `float32` does not.
+ROUNDED = {"float32": 0.97}
 MIN_TOKENS = 1000
 
 
@@ -44,8 +50,8 @@ class Verification:
     Attributes:
       agreement: fraction of counted positions with the same likeliest token, teacher-forced.
       tokens: counted positions.
-      max_abs_error: largest difference of a logit at them.
-      mean_kl: mean of KL(JAX || file) in nats at them.
+      max_abs_error: largest difference of a logit at them; None where a runtime gives no logits.
+      mean_kl: mean of KL(JAX || file) in nats at them; None likewise.
       free_running_agreement: fraction of greedily generated tokens that are the same.
       free_running_tokens: tokens generated.
       compute: how the JAX model multiplied.
@@ -54,8 +60,8 @@ class Verification:
 
     agreement: float
     tokens: int
-    max_abs_error: float
-    mean_kl: float
+    max_abs_error: float | None
+    mean_kl: float | None
     free_running_agreement: float | None
     free_running_tokens: int
     compute: str
@@ -67,10 +73,9 @@ class Verification:
         return self.agreement >= self.threshold
 
     def __str__(self) -> str:
-        line = (
-            f"{self.agreement:.2%} of {self.tokens} top-1 tokens as in JAX ({self.compute}), "
-            f"max |error| {self.max_abs_error:.3g}, mean KL {self.mean_kl:.3g} nats"
-        )
+        line = f"{self.agreement:.2%} of {self.tokens} top-1 tokens as in JAX ({self.compute})"
+        if self.max_abs_error is not None:
+            line += f", max |error| {self.max_abs_error:.3g}, mean KL {self.mean_kl:.3g} nats"
         if self.free_running_agreement is None:
             return line
         free = f"{self.free_running_agreement:.2%} of {self.free_running_tokens}"
@@ -92,20 +97,26 @@ def verify(
 ) -> Verification:
     """Runs an exported file against the JAX model of the same integers.
 
+    A `.tflite` file runs in LiteRT. The graphs of a directory run in onnxruntime or MNN, in float32
+    on dequantized weights, after its integers and scales were found to be the model's bit for bit
+    (of MNN, those that products read).
+
     Args:
-      path: the file.
+      path: the file, or the directory of ONNX or MNN graphs.
       model: that it was traced from.
-      params: as the file holds them: `ExportedModel.params`.
+      params: as the file holds them: `ExportedModel.params` or `Package.params`.
       windows: texts to compare on; None draws random ones with at least 1,000 positions.
-      threshold: least agreement; None takes 0.97 against `float32`, 0.99 against integers.
+      threshold: least agreement; None takes 0.99, but 0.97 of a `.tflite` file, which rounds
+        activations, against `float32`.
       compute: how the JAX model multiplies; None takes `int8_static` where the parameters have
-        static grids, which the file then has, and else `int8_dynamic`.
+        static grids, which the file then has, and else `int8_dynamic`. ONNX and MNN graphs are
+        compared with `float32` alone.
       free_running: windows that are also continued greedily from their first tokens.
       max_new_tokens: of each continuation.
       seed: of random windows.
       check: raise when the agreement is below the threshold.
       isolated: run the file in a process of its own, so that a damaged one can crash nothing else;
-        False is faster, for a file that was just written.
+        False is faster, for a `.tflite` file that was just written. Directories always run so.
 
     Returns:
       The comparison. When it passes, the file's description is marked as verified.
@@ -115,14 +126,19 @@ def verify(
         damaged, or is one of another model.
       DataError: a window does not fit the cache, or counts other positions than it has.
     """
-    phone = LiteRTModel(path, isolated=isolated)
+    package = Path(path).is_dir()
+    phone = PackageModel(path) if package else LiteRTModel(path, isolated=isolated)
     if phone.config != model.config:
         raise ExportError(f"{path}: holds another model than {model.config.name}")
-    if compute is None:
-        static = any(
-            getattr(leaf, "input_scale", None) is not None for _, leaf in boxes.path_items(params)
+    if package:
+        check_weights(phone.read_weights(), params, path)
+    if phone.float32 and compute not in (None, "float32"):
+        raise ExportError(
+            f"{path}: is run in float32, so that {compute} would compare other sums; right would "
+            "be compute='float32'"
         )
-        compute = "int8_static" if static else "int8_dynamic"
+    if compute is None:
+        compute = "float32" if phone.float32 else compute_of(params)
     reference = JaxModel(
         model.clone(compute=compute),
         params,
@@ -160,13 +176,32 @@ def verify(
         free_running_agreement=equal / generated if generated else None,
         free_running_tokens=generated,
         compute=compute,
-        threshold=THRESHOLDS.get(compute, 0.99) if threshold is None else threshold,
+        threshold=threshold_of(compute, phone.float32) if threshold is None else threshold,
     )
-    if result.passed:
+    if result.passed and package:
+        write_description(phone.path, {**phone.description, "verified": True})
+    elif result.passed:
         container.mark_verified(path)
     elif check:
         raise ExportError(f"{path}: {result}; at least {result.threshold:.2%} must agree")
     return result
+
+
+def compute_of(params: Any) -> str:
+    """How LiteRT multiplies with parameters: on static grids where they have some."""
+    leaves = boxes.path_items(params)
+    static = any(getattr(leaf, "input_scale", None) is not None for _, leaf in leaves)
+    return "int8_static" if static else "int8_dynamic"
+
+
+def threshold_of(compute: str, float32: bool = False) -> float:
+    """Least agreement with a JAX model that multiplies so, of a file that rounds activations.
+
+    Args:
+      compute: of the JAX model.
+      float32: the file rounds none.
+    """
+    return ALIKE if float32 else ROUNDED.get(compute, ALIKE)
 
 
 def random_windows(model: PhoneModel, seed: int) -> list[Window]:

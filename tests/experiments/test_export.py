@@ -52,7 +52,8 @@ def compressed(directory, strength):
         lambda path, leaf: strength * leaf if path.startswith("decoder/layers") else leaf, params
     )
     model, params, _ = recipe(model, params)
-    extras = {"tokenizer.json": ge.shipped("nano") / "tokenizer.json"}
+    names = ("tokenizer.json", "chat_template.jinja")
+    extras = {name: ge.shipped("nano") / name for name in names}
     ge.save(model, params, directory / "small", extras=extras)
     return directory / "small"
 
@@ -100,10 +101,60 @@ def test_a_file_that_disagrees_is_a_failure(tmp_path):
     assert ge.export.read_metadata(tmp_path / "phone.tflite")["verified"] is False
 
 
+EXTRAS = {
+    "onnx": ("onnx", "onnxruntime"),
+    "mnn": ("MNN", "onnx"),
+    "coreml": ("coremltools", "stablehlo_coreml"),
+    "litertlm": ("litert_lm", "litert_lm_builder"),
+}
+
+
+def installed(name):
+    return all(find_spec(module) for module in EXTRAS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXTRAS)
+def test_every_format_is_verified_or_says_that_nothing_ran_it(name, tmp_path):
+    if not installed(name):
+        pytest.skip(f"needs the extra {name!r}")
+    checkpoint = compressed(tmp_path, strength=1)
+    out = tmp_path / ("phone.mlpackage" if name == "coreml" else f"phone.{name}")
+    flags = ["--checkpoint", checkpoint, "--format", name, "--out", out, "--verify", "--report"]
+    done = run(*flags, "--prefill_lengths=16", "--cache_slots=96")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "report.json").read_text())["verification"]
+    assert found["ran"] is (name != "coreml")
+    if name == "coreml":
+        assert "no: nothing ran it" in done.stdout
+        assert "quantized weights as in the model, bit for bit; nothing was run" in done.stdout
+        assert ge.export.read_metadata(out)["verified"] is False
+        return
+    assert found["passed"]
+    assert found["compute"] == ("int8_dynamic" if name == "litertlm" else "float32")
+    assert found["tokens"] >= (100 if name == "litertlm" else 1000)
+    assert "top-1 agreement" in done.stdout
+    if name != "litertlm":
+        assert ge.export.read_metadata(out)["verified"] is True
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_a_runtime_that_is_missing_is_named_before_anything_is_done(name, tmp_path):
+    if installed(name) or name == "coreml":
+        pytest.skip("the runtime is installed, or not needed")
+    refused = run("--format", name, "--out", tmp_path / "phone", "--verify")
+    assert refused.returncode == 1
+    assert f"glm_edge[{name}]" in refused.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--format=onnx", "--verify"], "onnx files are not run here"),
+        (["--format=onnx", "--verify", "--compute=int8_dynamic"], "onnx graphs are run in float32"),
+        (["--format=mnn", "--verify", "--compute=int8_static"], "mnn graphs are run in float32"),
+        (["--format=coreml", "--verify", "--compute=float32"], "nothing runs a coreml package"),
+        (["--format=coreml", "--verify", "--text=a.txt"], "--text: nothing runs a coreml package"),
         (["--prefill_lengths=many"], "numbers such as 128,512 are right"),
         (["--checkpoint=nowhere"], "nowhere"),
         (["--out=nowhere/phone.tflite"], "its directory does not exist"),

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, MissingExtraError, OutputError
 from glm_edge.export.coreml import METADATA, coreml, read_weights
 from glm_edge.export.five_axes import within_five_axes
+from glm_edge.export.inspection import inspect
 from glm_edge.export.trace import signatures
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
@@ -121,6 +124,53 @@ def test_functions_share_their_weights(exported_coreml, specification):
     assert len(places["embed_weight"]) == 3
     files = [file for file in exported_coreml.path.rglob("*") if file.is_file()]
     assert exported_coreml.file_bytes == sum(file.stat().st_size for file in files)
+
+
+def test_what_cannot_run_is_read_and_says_so(exported_coreml, params):
+    found = exported_coreml.verify()
+    boxed = [path for path, leaf in boxes.path_items(params) if isinstance(leaf, Quantized)]
+    assert (found.functions, found.weights) == (len(exported_coreml.signatures), len(boxed))
+    assert "nothing was run" in str(found)
+    assert export.read_metadata(exported_coreml.path)["verified"] is False
+    with pytest.raises(ExportError, match="Core ML packages are not run here"):
+        exported_coreml.verify(threshold=0.5)
+
+
+def test_one_other_byte_of_a_weight_is_found(exported_coreml, model, tmp_path):
+    held = read_weights(exported_coreml.path)["decoder/layers/0/mlp/down_proj/weight"]
+    low, high = held.values.reshape(-1)[0::2], held.values.reshape(-1)[1::2]
+    packed = ((low & 15) | ((high & 15) << 4)).astype(np.uint8).tobytes()
+    changed = shutil.copytree(exported_coreml.path, tmp_path / "a.mlpackage")
+    file = changed / "Data/com.apple.CoreML/weights/weight.bin"
+    content = bytearray(file.read_bytes())
+    content[content.index(packed)] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ExportError, match=r"damaged, .*1 values of decoder/layers/0/mlp/down_proj"):
+        inspect(changed, model, exported_coreml.params)
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ExportError, match=f"^{changed}: "):
+        inspect(changed, model, exported_coreml.params)
+
+
+def test_a_package_of_other_functions_is_refused(exported_coreml, model, tmp_path):
+    other = model.clone(config=dataclasses.replace(model.config, name="other"))
+    with pytest.raises(ExportError, match="holds another model than other"):
+        inspect(exported_coreml.path, other, exported_coreml.params)
+    changed = shutil.copytree(exported_coreml.path, tmp_path / "a.mlpackage")
+    file = changed / "Data/com.apple.CoreML/model.mlmodel"
+    specification = coremltools.proto.Model_pb2.Model()
+    specification.ParseFromString(file.read_bytes())
+    described = {function.name: function for function in specification.description.functions}
+    described["decode"].input[0].type.multiArrayType.shape[0] += 1
+    file.write_bytes(specification.SerializeToString())
+    with pytest.raises(ExportError, match=r"no whole Core ML export.*inputs of decode"):
+        inspect(changed, model, exported_coreml.params)
+    del specification.description.functions[0]
+    file.write_bytes(specification.SerializeToString())
+    with pytest.raises(ExportError, match=r"no whole Core ML export.*functions"):
+        inspect(changed, model, exported_coreml.params)
+    with pytest.raises(ExportError, match="no whole Core ML export"):
+        inspect(tmp_path, model, exported_coreml.params)
 
 
 def test_six_axes_become_five_with_the_same_result():

@@ -437,3 +437,6 @@ def test_the_shipped_model_sees_and_hears(tmp_path):
     opened = engine(bundle)
     for content in ([question], [image, question], [short], [image, short], [image, long], [long]):
         assert answer(opened, content) == expected(bundle, content)[0]
+    result = bundle.verify(prompts=12, max_new_tokens=16)
+    assert result.passed
+    assert result.tokens >= 12

@@ -1,6 +1,7 @@
 """MNN files hold our integers and agree with JAX in MNN's interpreter."""
 
 import json
+import shutil
 import sys
 
 import jax
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, MissingExtraError, OutputError
 from glm_edge.export.mnn import CONVERTER, DESCRIPTION, mnn, read_weights
+from glm_edge.export.package import write_description
 from glm_edge.export.trace import signatures
 from glm_edge.params import Format, Quantized
 
@@ -102,12 +105,13 @@ def test_graphs_agree_with_jax(name, exported_mnn, offered, params):
     assert max(worst.values()) < TOLERANCE
 
 
-def test_other_integers_give_other_results(exported_mnn, offered, params, tmp_path):
+def short_windows(count=1):
+    return [export.Window(np.arange(3 + n, 15 + n, dtype=np.int32)) for n in range(count)]
+
+
+def test_other_integers_give_other_results(exported_mnn, offered, model, params, tmp_path):
     """The bytes in the file are the ones that are multiplied with."""
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    for file in exported_mnn.path.iterdir():
-        (changed / file.name).write_bytes(file.read_bytes())
+    changed = shutil.copytree(exported_mnn.path, tmp_path / "changed")
     places = json.loads((changed / DESCRIPTION).read_text())["parameters"]
     _, start, length, _ = places["decoder/layers/1/mlp/down_proj/weight"]
     content = bytearray((changed / "weights.bin").read_bytes())
@@ -115,6 +119,69 @@ def test_other_integers_give_other_results(exported_mnn, offered, params, tmp_pa
     (changed / "weights.bin").write_bytes(content)
     inputs = feed(offered["decode"])
     assert run(changed, offered["decode"], inputs, params)["logits"] > 10 * TOLERANCE
+    path = "decoder/layers/1/mlp/down_proj/weight"
+    with pytest.raises(ExportError, match=f"damaged, .*1 values of {path} are not"):
+        export.verify(changed, model, exported_mnn.params, short_windows())
+
+
+def test_a_directory_that_runs_as_jax_does_is_marked_as_verified(exported_mnn):
+    description = export.read_metadata(exported_mnn.path)
+    assert description["verified"] is False
+    result = exported_mnn.verify(free_running=3)
+    assert (result.compute, result.threshold, result.passed) == ("float32", 0.99, True)
+    assert result.tokens >= 1000
+    assert result.mean_kl < 1e-6
+    assert result.max_abs_error < 1e-2
+    assert result.free_running_tokens > 0
+    assert export.read_metadata(exported_mnn.path) == description | {"verified": True}
+    with pytest.raises(ExportError, match="right would be compute='float32'"):
+        exported_mnn.verify(compute="int8_dynamic")
+
+
+def test_a_graph_that_computes_something_else_fails(exported_mnn, model, tmp_path):
+    changed = shutil.copytree(exported_mnn.path, tmp_path / "a")
+    write_description(changed, export.read_metadata(changed) | {"verified": False})
+    # Numbers that no product reads, such as norms and biases, stand behind the codes and in
+    # graphs: they are not compared bit for bit, but what is computed with them is.
+    places = json.loads((changed / DESCRIPTION).read_text())["parameters"]
+    content = bytearray((changed / "weights.bin").read_bytes())
+    held = np.zeros(len(content), bool)
+    for _, start, length, scales in places.values():
+        held[start : start + length + scales] = True
+    rest = np.flatnonzero(~held)
+    for at in rest[len(rest) // 4 :]:
+        content[at] = 0
+    (changed / "weights.bin").write_bytes(content)
+    with pytest.raises(ExportError, match=r"at least 99\.00% must agree"):
+        export.verify(changed, model, exported_mnn.params, short_windows(3), free_running=0)
+    assert export.read_metadata(changed)["verified"] is False
+
+
+def outcome(path, model, params):
+    """`passed`, or the message of the refusal."""
+    try:
+        return "passed" if export.verify(path, model, params, short_windows()).passed else "failed"
+    except ExportError as error:
+        return str(error)
+
+
+def test_damaged_directories_are_refused(exported_mnn, model, tmp_path):
+    for index, name in enumerate(["decode.mnn", "weights.bin", DESCRIPTION]):
+        changed = shutil.copytree(exported_mnn.path, tmp_path / f"{index}")
+        content = (changed / name).read_bytes()
+        (changed / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(ExportError, match=f"^{changed}: ") as caught:
+            export.verify(changed, model, exported_mnn.params, short_windows(), free_running=0)
+        assert "\n" not in str(caught.value)
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        changed = shutil.copytree(exported_mnn.path, tmp_path / f"f{index}")
+        content = bytearray((changed / "decode.mnn").read_bytes())
+        for at in rng.integers(0, len(content), 8):
+            content[at] ^= 1 << int(rng.integers(8))
+        (changed / "decode.mnn").write_bytes(content)
+        says = outcome(changed, model, exported_mnn.params)
+        assert says == "passed" or (str(changed) in says and "\n" not in says)
 
 
 def test_narrow_types_are_widened_and_zero_points_refused(
@@ -131,6 +198,7 @@ def test_narrow_types_are_widened_and_zero_points_refused(
     assert ["int2 written as int4" in str(c) for c in written.conversions] == [True]
     worst = run(written.path, offered["decode"], feed(offered["decode"]), params)
     assert max(worst.values()) < TOLERANCE
+    assert written.verify(short_windows(2), free_running=0).agreement == 1.0
     with pytest.raises(ExportError, match="right would be symmetric=True"):
         mnn(model, boxed(Format("int4", 32, False)), tmp_path / "b", (), SLOTS)
     with pytest.raises(OutputError, match="exists"):

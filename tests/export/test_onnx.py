@@ -1,17 +1,21 @@
 """ONNX files hold our integers, pass the checker, and agree with JAX in onnxruntime."""
 
+import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_edge import export
 from glm_edge import params as boxes
-from glm_edge.errors import ExportError, MissingExtraError, OutputError
+from glm_edge.errors import DataError, ExportError, MissingExtraError, OutputError
 from glm_edge.export.onnx import DESCRIPTION, onnx, read_weights
 from glm_edge.export.onnx_graph import GraphBuilder
+from glm_edge.export.package import write_description
 from glm_edge.export.trace import signatures
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
@@ -79,6 +83,18 @@ def exported_onnx(model, params, tmp_path_factory):
 @pytest.fixture(scope="module")
 def offered(model):
     return {s.name: s for s in signatures(model, (LENGTH,), SLOTS)}
+
+
+def short_windows(count=1):
+    return [export.Window(np.arange(3 + n, 15 + n, dtype=np.int32)) for n in range(count)]
+
+
+def other_bytes(source, target, name, change):
+    """A copy of a directory in which one file is another."""
+    shutil.copytree(source, target)
+    content = bytearray((target / name).read_bytes())
+    (target / name).write_bytes(change(content))
+    return target
 
 
 def assert_held(weight, leaf):
@@ -158,6 +174,108 @@ def other_forms(model, dense_params, quantize, tmp_path_factory):
     return written, params
 
 
+def test_a_directory_that_runs_as_jax_does_is_marked_as_verified(exported_onnx):
+    description = export.read_metadata(exported_onnx.path)
+    assert description["verified"] is False
+    result = exported_onnx.verify(free_running=3)
+    assert (result.compute, result.threshold, result.passed) == ("float32", 0.99, True)
+    assert result.tokens >= 1000
+    assert result.mean_kl < 1e-6
+    assert result.max_abs_error < 1e-2
+    assert result.free_running_tokens > 0
+    assert export.read_metadata(exported_onnx.path) == description | {"verified": True}
+    assert not [file for file in exported_onnx.path.iterdir() if file.name.startswith(".")]
+    with pytest.raises(ExportError, match="right would be compute='float32'"):
+        exported_onnx.verify(compute="int8_dynamic")
+
+
+def test_one_other_byte_of_a_weight_is_found(exported_onnx, model, tmp_path):
+    held = onnx_library.load(exported_onnx.path / "decode.onnx", load_external_data=False)
+    places = {tensor.name: tensor.external_data for tensor in held.graph.initializer}
+    for index, name in enumerate(
+        ["decoder/layers/1/mlp/down_proj/weight", "decoder/norm/weight", "embed/weight.scale"]
+    ):
+        start = next(int(e.value) for e in places[name] if e.key == "offset")
+
+        def change(content, start=start):
+            content[start] ^= 1
+            return content
+
+        changed = other_bytes(exported_onnx.path, tmp_path / f"{index}", "weights.bin", change)
+        path = name.removesuffix(".scale")
+        with pytest.raises(ExportError, match=f"damaged, .*1 (values|scale) of {path} are not"):
+            export.verify(changed, model, exported_onnx.params, short_windows())
+
+
+def test_a_graph_that_computes_something_else_fails(exported_onnx, model, tmp_path):
+    def change(content):
+        held = onnx_library.load_model_from_string(bytes(content))
+        sums = [node for node in held.graph.node if node.op_type == "Add"]
+        # Of the residual after the last layer, say.
+        for node in sums[-6:]:
+            node.op_type = "Sub"
+        return held.SerializeToString()
+
+    changed = other_bytes(exported_onnx.path, tmp_path / "a", "decode.onnx", change)
+    write_description(changed, export.read_metadata(changed) | {"verified": False})
+    with pytest.raises(ExportError, match=r"at least 99\.00% must agree"):
+        export.verify(changed, model, exported_onnx.params, short_windows(3), free_running=0)
+    assert export.read_metadata(changed)["verified"] is False
+
+
+def outcome(path, model, params):
+    """`passed`, or the message of the refusal."""
+    try:
+        return "passed" if export.verify(path, model, params, short_windows()).passed else "failed"
+    except ExportError as error:
+        return str(error)
+
+
+def test_damaged_directories_are_refused(exported_onnx, model, tmp_path):
+    rng = np.random.default_rng(0)
+
+    def cut(content):
+        return content[: len(content) // 2]
+
+    def flipped(content):
+        for at in rng.integers(0, len(content), 8):
+            content[at] ^= 1 << int(rng.integers(8))
+        return content
+
+    def fields(**changes):
+        return lambda content: json.dumps({**json.loads(bytes(content)), **changes}).encode()
+
+    changes = [
+        ("decode.onnx", cut),
+        ("weights.bin", cut),
+        (DESCRIPTION, cut),
+        (DESCRIPTION, lambda _: b"[]"),
+        (DESCRIPTION, fields(config={})),
+        (DESCRIPTION, fields(cache_slots=10**12)),
+        (DESCRIPTION, fields(cache_slots=SLOTS // 2)),
+        (DESCRIPTION, fields(prefill_lengths=[LENGTH, LENGTH])),
+        (DESCRIPTION, fields(prefill_lengths=[LENGTH + 1])),
+        (DESCRIPTION, fields(prefill_logits=True)),
+    ]
+    for index, (name, change) in enumerate(changes):
+        changed = other_bytes(exported_onnx.path, tmp_path / f"{index}", name, change)
+        with pytest.raises(ExportError, match=f"^{changed}: ") as caught:
+            export.verify(changed, model, exported_onnx.params, short_windows(), free_running=0)
+        assert "\n" not in str(caught.value)
+    for index in range(8):
+        changed = other_bytes(exported_onnx.path, tmp_path / f"f{index}", "decode.onnx", flipped)
+        says = outcome(changed, model, exported_onnx.params)
+        assert says == "passed" or (str(changed) in says and "\n" not in says)
+
+
+def test_a_directory_of_another_model_is_refused(exported_onnx, model, params):
+    other = model.clone(config=dataclasses.replace(model.config, name="other"))
+    with pytest.raises(ExportError, match="holds another model than other"):
+        export.verify(exported_onnx.path, other, params)
+    with pytest.raises(DataError, match="65 tokens do not fit the 64 slots"):
+        export.PackageModel(exported_onnx.path).score(np.arange(65))
+
+
 def test_groups_zero_points_and_narrow_types_are_held_and_run(other_forms, offered):
     written, params = other_forms
     held = read_weights(written.path)
@@ -172,6 +290,9 @@ def test_groups_zero_points_and_narrow_types_are_held_and_run(other_forms, offer
         inputs = feed(offered[name], seed=1)
         found = run(written.path / f"{name}.onnx", inputs, "1")
         assert max(errors(offered[name], params, inputs, found).values()) < 1e-5
+    result = written.verify(short_windows(2), free_running=0)
+    assert result.agreement == 1.0
+    assert result.mean_kl < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -242,8 +363,6 @@ def test_a_missing_extra_is_named(model, params, tmp_path, monkeypatch):
 
 
 def test_three_dimensional_positions_and_an_own_head(small_config, random_params, tmp_path):
-    import dataclasses
-
     config = dataclasses.replace(
         small_config(tie_embeddings=False, num_layers=1, mrope_section=(2, 3, 3)),
         vision=None,
@@ -257,3 +376,4 @@ def test_three_dimensional_positions_and_an_own_head(small_config, random_params
         inputs = feed(signature)
         found = run(written.path / f"{signature.name}.onnx", inputs, "1")
         assert max(errors(signature, params, inputs, found).values()) < 1e-5
+    assert written.verify(short_windows(2), free_running=1).agreement == 1.0

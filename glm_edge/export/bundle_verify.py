@@ -1,0 +1,284 @@
+"""Comparing what LiteRT-LM's engine answers from a bundle with what JAX answers."""
+
+import dataclasses
+import struct
+import tempfile
+import wave
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_edge.errors import DataError, ExportError, require
+from glm_edge.export import container
+from glm_edge.export.child import TIMEOUT, ChildInterpreter
+from glm_edge.export.constants import constants_of
+from glm_edge.export.flatbuffer import Constant
+from glm_edge.export.litertlm import EXTRA, Bundle
+from glm_edge.export.verify import Verification, compute_of, threshold_of
+from glm_edge.generate.decoding import generate
+from glm_edge.preprocess import AudioProcessing, Processor
+
+PROMPT_TOKENS = 24
+# Bytes of a character cut off by the end of an answer: runtimes show or drop them as they like.
+HALF_A_CHARACTER = "\ufffd"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One message of a user, for the engine and for `Processor`.
+
+    Attributes:
+      to_engine: its parts, media as paths.
+      to_jax: its parts, media as arrays.
+    """
+
+    to_engine: list[dict[str, str]]
+    to_jax: list[dict[str, Any]]
+
+
+def verify_bundle(
+    bundle: Bundle,
+    texts: Sequence[str] | None = None,
+    prompts: int = 48,
+    max_new_tokens: int = 32,
+    threshold: float | None = None,
+    compute: str | None = None,
+    seed: int = 0,
+    check: bool = True,
+    timeout: float = TIMEOUT,
+) -> Verification:
+    """Asks LiteRT-LM's engine and JAX the same questions, and compares the greedy answers.
+
+    The sections' integers and scales are first compared with the model's, bit for bit. The engine
+    then opens the bundle, in a process of its own, and answers one conversation a prompt: text, and
+    where the model has the encoders, every third with an image and every third with a recording.
+    Chat template, tokenizer, resampling and spectrogram so are the runtime's own, against those of
+    the bundle's `Processor`.
+
+    An answer is compared token by token up to the first that differs, since contexts differ from
+    there on: `agreement` is that of predictions from equal contexts, `free_running_agreement` the
+    share of all JAX's tokens that the engine gave before it differed. The engine gives no logits,
+    so that there are no errors and no divergences.
+
+    Args:
+      bundle: the bundle.
+      texts: texts of the prompts, taken in turn; None draws random tokens.
+      prompts: how many.
+      max_new_tokens: tokens of an answer at most.
+      threshold: least agreement; None takes 0.99, but 0.97 against `float32`.
+      compute: how the JAX model multiplies, as `verify.verify` has it.
+      seed: of random texts, images and recordings.
+      check: raise when the agreement is below the threshold.
+      timeout: seconds for one answer.
+
+    Returns:
+      The comparison. When it passes, the descriptions of all sections are marked as verified.
+
+    Raises:
+      ExportError: the agreement is below the threshold, the bundle is damaged, or no prompt fits
+        its cache.
+      DataError: a text is empty.
+      MissingExtraError: LiteRT-LM is not installed.
+    """
+    if texts is not None and not all(text.strip() for text in texts or [""]):
+        raise DataError("texts: at least one is needed, and none may be empty")
+    check_sections(bundle)
+    compute = compute_of(bundle.params) if compute is None else compute
+    model, config = bundle.model.clone(compute=compute), bundle.model.config
+    same = compared = generated = 0
+    with tempfile.TemporaryDirectory() as name:
+        directory, rng = Path(name), np.random.default_rng(seed)
+        engine = ChildInterpreter(
+            bundle.path,
+            timeout=timeout,
+            runtime="litertlm",
+            images=int(config.vision is not None),
+            audio=config.speech is not None,
+            cache_dir=name,
+        )
+        for asked in _batches(bundle, texts, prompts, rng, directory, max_new_tokens):
+            # The file first: a damaged one fails before JAX compiles anything.
+            answers = [engine.reply(prompt.to_engine, max_new_tokens) for prompt in asked]
+            inputs = bundle.processor([_turn(prompt.to_jax) for prompt in asked])
+            found = generate(model, bundle.params, **inputs, max_new_tokens=max_new_tokens)
+            tokens, lengths = np.asarray(found.tokens), np.asarray(found.lengths)
+            for answer, row, length in zip(answers, tokens, lengths, strict=True):
+                # The stop token is one that was predicted, too.
+                expected = [int(token) for token in row[: length + 1]]
+                agreed = agreeing(expected, answer, bundle.processor.decode)
+                same += agreed
+                compared += min(agreed + 1, len(expected))
+                generated += len(expected)
+        engine.close()
+    if not compared:
+        raise ExportError(
+            f"{bundle.path}: no prompt and {max_new_tokens} tokens of an answer fit the "
+            f"{bundle.cache_slots} slots of its cache"
+        )
+    result = Verification(
+        agreement=same / compared,
+        tokens=compared,
+        max_abs_error=None,
+        mean_kl=None,
+        free_running_agreement=same / generated,
+        free_running_tokens=generated,
+        compute=compute,
+        threshold=threshold_of(compute) if threshold is None else threshold,
+    )
+    if result.passed:
+        container.mark_verified(bundle.path)
+    elif check:
+        raise ExportError(f"{bundle.path}: {result}; at least {result.threshold:.2%} must agree")
+    return result
+
+
+def agreeing(expected: Sequence[int], answer: str, decode: Callable[[Sequence[int]], str]) -> int:
+    """How many of JAX's tokens an answer begins with.
+
+    Args:
+      expected: JAX's tokens, a stop token included.
+      answer: what the engine said; it shows no stop token.
+      decode: text of tokens, up to the first stop token.
+    """
+    answer = _shown(answer)
+    if answer == _shown(decode(expected)):
+        return len(expected)
+    counts = range(len(expected) - 1, -1, -1)
+    return next(n for n in counts if answer.startswith(_shown(decode(expected[:n]))))
+
+
+def check_sections(bundle: Bundle) -> None:
+    """Compares the weights of a bundle's sections with its parameters, bit for bit.
+
+    Raises:
+      ExportError: one has other bytes, or the bundle is damaged.
+      MissingExtraError: LiteRT-LM's builder is not installed.
+    """
+    builder = require("litert_lm_builder.litertlm_builder", extra=EXTRA)
+    expected = constants_of(bundle.params).constants
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            builder.unpack(str(bundle.path), name)
+        except (OSError, *container.DAMAGE) as error:
+            raise ExportError(f"{bundle.path}: damaged LiteRT-LM bundle: {error}") from error
+        for section in bundle.sections:
+            files = list(Path(name).glob(f"*{section.lower()}.tflite"))
+            if len(files) != 1:
+                raise ExportError(f"{bundle.path}: damaged: holds {len(files)} sections {section}")
+            try:
+                held = container.read_constants(files[0])
+            except ExportError as error:
+                raise ExportError(f"{bundle.path}: damaged: {section}: {error}") from error
+            for path, constant in held.items():
+                if path not in expected or not _equal(constant, expected[path]):
+                    raise ExportError(
+                        f"{bundle.path}: damaged, or of other parameters: {path} of {section} is "
+                        "not that of the model"
+                    )
+
+
+def _equal(found: Constant, wanted: Constant) -> bool:
+    scales = [None if c.scale is None else np.asarray(c.scale) for c in (found, wanted)]
+    return (
+        (found.type, tuple(found.shape)) == (wanted.type, tuple(wanted.shape))
+        and np.array_equal(found.data, wanted.data)
+        and (scales[0] is None) == (scales[1] is None)
+        and (scales[0] is None or np.array_equal(*scales))
+    )
+
+
+def _shown(text: str) -> str:
+    return text.replace(HALF_A_CHARACTER, "")
+
+
+def _turn(parts: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
+    return [{"role": "user", "content": parts}]
+
+
+def _batches(
+    bundle: Bundle,
+    texts: Sequence[str] | None,
+    prompts: int,
+    rng: np.random.Generator,
+    directory: Path,
+    max_new_tokens: int,
+) -> Iterator[list[Prompt]]:
+    """Prompts of one kind at a time, so that JAX compiles once for each."""
+    config = bundle.model.config
+    encoders = {"image": config.vision, "audio": config.speech}
+    kinds = [None, *(kind for kind, encoder in encoders.items() if encoder is not None)]
+    drawn = 0
+    for index, kind in enumerate(kinds):
+        asked = []
+        for _ in range(len(range(index, prompts, len(kinds)))):
+            text = texts[drawn % len(texts)] if texts else _random_text(bundle.processor, rng)
+            drawn += 1
+            asked.append(_prompt(bundle, kind, text, rng, directory / f"{drawn}"))
+        room = bundle.cache_slots - max_new_tokens
+        fitting = [p for p in asked if _length(bundle.processor, p) <= room]
+        if fitting:
+            yield fitting
+
+
+def _length(processor: Processor, prompt: Prompt) -> int:
+    return processor(_turn(prompt.to_jax)).tokens.shape[1]
+
+
+def _prompt(
+    bundle: Bundle, kind: str | None, text: str, rng: np.random.Generator, file: Path
+) -> Prompt:
+    part = {"type": "text", "text": text}
+    if kind is None:
+        return Prompt([part], [part])
+    if kind == "image":
+        shape = (*bundle.image_size, bundle.model.config.vision.channels)
+        value = rng.integers(0, 256, shape, dtype=np.uint8)
+        file.write_bytes(png(value))
+    else:
+        audio = bundle.processor.audio
+        samples = _recording(audio, rng)
+        value = samples.astype(np.float32) / 32768.0, audio.sample_rate
+        with wave.open(str(file), "wb") as out:
+            out.setparams((1, 2, audio.sample_rate, len(samples), "NONE", ""))
+            out.writeframes(samples.astype("<i2").tobytes())
+    to_engine = [{"type": kind, "path": str(file)}, part]
+    return Prompt(to_engine, [{"type": kind, kind: value}, part])
+
+
+def _recording(audio: AudioProcessing, rng: np.random.Generator) -> np.ndarray:
+    """Noise that grows, of half a chunk to one and a half, in whole hops."""
+    frames = audio.chunk_frames
+    longest = min(3 * frames // 2, audio.max_chunks * frames)
+    count = audio.hop_length * int(rng.integers(frames // 2, longest + 1))
+    loudness = np.linspace(500.0, 8000.0, count)
+    return np.clip(rng.standard_normal(count) * loudness, -32768, 32767).astype(np.int16)
+
+
+def _random_text(processor: Processor, rng: np.random.Generator) -> str:
+    """Text of random tokens that stand for text."""
+    tokenizer = processor.tokenizer
+    special = list(tokenizer.get_added_tokens_decoder())
+    ordinary = np.setdiff1d(np.arange(tokenizer.get_vocab_size()), special)
+    while True:
+        count = int(rng.integers(1, PROMPT_TOKENS + 1))
+        text = tokenizer.decode(rng.choice(ordinary, count).tolist())
+        text = "".join(c for c in _shown(text) if c.isprintable()).strip()
+        if text:
+            return text
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A PNG file of uint8 pixels [height, width, 3], which every decoder gives back as they are."""
+    height, width, _ = pixels.shape
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        content = kind + data
+        return struct.pack(">I", len(data)) + content + struct.pack(">I", zlib.crc32(content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    ends = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(ends)

@@ -1,0 +1,36 @@
+"""What an exported file or directory says about itself, whatever its format."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from glm_edge.errors import ExportError
+from glm_edge.export import container
+from glm_edge.export.coreml import MARK, METADATA, core_ml_tools
+from glm_edge.export.package import read_description
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Reads the description that the export stored, without reading the weights.
+
+    Args:
+      path: a `.tflite` file, an `.mlpackage`, or a directory of ONNX or MNN graphs.
+
+    Returns:
+      Its fields; `verified` is true where the file was run and agreed with JAX.
+
+    Raises:
+      ExportError: it is missing, damaged, of another format, or not written by glm_edge.
+      MissingExtraError: the package that reads the format is not installed.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return container.read_metadata(path)
+    if not (path / MARK).is_file():
+        return read_description(path)
+    tools = core_ml_tools()
+    try:
+        package = tools.models.MLModel(str(path), skip_model_load=True)
+        return json.loads(package.user_defined_metadata[METADATA])
+    except (OSError, RuntimeError, *container.DAMAGE) as error:
+        raise ExportError(f"{path}: no whole Core ML export of glm_edge: {error}") from error
