@@ -13,6 +13,7 @@ from glm_edge.export.constants import constant_of
 from glm_edge.export.flatbuffer import FlatModel
 from glm_edge.export.runtime import JaxModel
 from glm_edge.export.trace import Signature, skeleton
+from glm_edge.export.verify import signature_distances
 from glm_edge.generate.decoding import greedy
 from glm_edge.kernels import matmul
 from glm_edge.params import Format
@@ -127,11 +128,41 @@ def test_compressed_file_agrees_with_jax_on_the_same_integers(exported, prompt):
     result = exported.verify()
     assert result.tokens >= 1000
     assert result.passed
+    assert result.signatures.keys() == set(exported.signatures)
     assert result.mean_kl < 0.01
     assert export.read_metadata(exported.path)["verified"] is True
     weight_only = exported.verify(compute="float32", check=False, free_running=0)
     assert weight_only.mean_kl > result.mean_kl
+    assert weight_only.threshold == 0.97
     assert weight_only.free_running_agreement is None
+
+
+def test_few_tokens_or_a_lower_threshold_mark_nothing(dense_export, prompt):
+    result = dense_export.verify([export.Window(*prompt)], free_running=0)
+    assert result.passed
+    assert result.signatures.keys() == set(dense_export.signatures)
+    dense_export.verify(threshold=0.5, free_running=0)
+    assert export.read_metadata(dense_export.path)["verified"] is False
+
+
+@pytest.mark.parametrize("wrong", ["prefill_8", "embed_32", "decode", "vision", "speech"])
+def test_a_signature_that_texts_do_not_run_must_agree_too(wrong, dense_export, model, dense_params):
+    sizes = (8, 32), 64
+    reference = JaxModel(model, dense_params, *sizes)
+
+    class Other(JaxModel):
+        def run(self, signature, **inputs):
+            outputs = super().run(signature, **inputs)
+            turned = {name: -value for name, value in outputs.items() if "cache" not in name}
+            return outputs | turned if signature == wrong else outputs
+
+    distances = signature_distances(reference, Other(model, dense_params, *sizes))
+    assert distances.keys() == set(dense_export.signatures)
+    expected = {wrong}
+    if wrong == "decode":
+        # A prompt is judged by the step behind it, too.
+        expected |= {"prefill_8", "prefill_32"}
+    assert {name for name, error in distances.items() if error > 0.25} == expected
 
 
 def test_a_file_of_other_weights_fails(dense_export, model, dense_params):
