@@ -68,6 +68,11 @@ class Task:
         """One of `options`."""
         return (self.options or {}).get(name, default)
 
+    def attended(self, filled: int) -> int | None:
+        """Of the option `attended_slots`, the least that holds so many tokens; None for all."""
+        fitting = [slots for slots in self.option("attended_slots", []) if slots >= filled]
+        return min(fitting, default=None)
+
 
 class Engine:
     """One runtime; subclasses hold a model."""

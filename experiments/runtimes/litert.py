@@ -145,12 +145,12 @@ class LiteRT(Engine):
 
     def _run(self, rows: np.ndarray, slot: int, length: int) -> dict[str, Any]:
         name = "decode" if length == 1 else f"prefill_{length}"
-        attended = [n for n in self.task.option("attended_slots", []) if slot + length <= n]
-        if attended:
-            name += f"_{min(attended)}"
+        attended = self.task.attended(slot + length)
+        if attended is not None:
+            name += f"_{attended}"
         inputs = self._buffers(name)[0]
         positions = np.arange(slot, slot + length, dtype=np.int32)
-        visible = np.arange(min(attended, default=self.task.slots)) <= positions[:, None]
+        visible = np.arange(attended or self.task.slots) <= positions[:, None]
         inputs["embeddings"].write(rows)
         inputs["input_pos"].write(positions)
         inputs["mask"].write(np.where(visible, 0.0, HIDDEN).astype(np.float32))

@@ -4,7 +4,8 @@ Writing them needs glm_edge with its extra `onnx` in the same environment; runni
 prompt is one call of its prefill graph and one step for the last token, as in `litert`. Products
 of rounded inputs are allowed (`accuracy_level` 4), which is onnxruntime's fastest way.
 
-Forms are those of `glm_edge.params.Format` or float32.
+Forms are those of `glm_edge.params.Format` or float32. Options: `attended_slots`, as in
+`ge.export.onnx`.
 """
 
 import collections
@@ -27,7 +28,8 @@ class OnnxRuntime(Engine):
         import glm_edge as ge
         from experiments.runtimes import random_model
 
-        package = random_model.exported(task, ge.export.onnx)
+        attended = task.option("attended_slots", [])
+        package = random_model.exported(task, ge.export.onnx, attended_slots=attended)
         # A tied embedding is stored once, as the product reads it.
         stored = (package.path / "weights.bin").stat().st_size
         operators = optimized_operators(Path(task.path) / "decode.onnx", task.threads)
@@ -56,7 +58,7 @@ class OnnxRuntime(Engine):
             for _ in range(2)
         ]
         self._session("embed")
-        self._session("decode")
+        self._session(self._step_name(1, task.contexts[0] + 1))
 
     def decode(self, context: int, steps: int) -> list[float]:
         tokens = self._tokens(steps)
@@ -80,13 +82,18 @@ class OnnxRuntime(Engine):
             )
         return self.sessions[name]
 
-    def _run(self, tokens: np.ndarray, slot: int) -> None:
+    def _step_name(self, count: int, filled: int) -> str:
+        name, attended = "decode" if count == 1 else f"prefill_{count}", self.task.attended(filled)
+        return name if attended is None else f"{name}_{attended}"
+
+    def _run(self, tokens: np.ndarray, slot: int) -> Any:
         count = len(tokens)
-        suffix = "" if count == 1 else f"_{count}"
-        rows = self._session(f"embed{suffix}").run(None, {"tokens": tokens[None]})[0]
-        session = self._session(f"prefill{suffix}" if suffix else "decode")
+        embed = "embed" if count == 1 else f"embed_{count}"
+        rows = self._session(embed).run(None, {"tokens": tokens[None]})[0]
+        session = self._session(self._step_name(count, slot + count))
         positions = np.arange(slot, slot + count, dtype=np.int32)
-        visible = np.arange(self.task.slots) <= positions[:, None]
+        attended = self.task.attended(slot + count) or self.task.slots
+        visible = np.arange(attended) <= positions[:, None]
         inputs = {
             "embeddings": rows,
             "input_pos": positions,
@@ -109,6 +116,7 @@ class OnnxRuntime(Engine):
                 binding.bind_output(output.name)
         session.run_with_iobinding(binding)
         self.caches.reverse()
+        return binding
 
     def _tokens(self, count: int) -> np.ndarray:
         return self.rng.integers(0, self.task.decoder["vocab_size"], count).astype(np.int32)

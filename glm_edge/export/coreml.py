@@ -15,12 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge import params as boxes
+from glm_edge.checkpoint.files import require_space
 from glm_edge.errors import ExportError, require
 from glm_edge.export.container import DAMAGE
 from glm_edge.export.five_axes import within_five_axes
-from glm_edge.export.integers import Weight, held_params, weight_of
-from glm_edge.export.offer import offer
-from glm_edge.export.package import Package, bytes_of, check_target, written_whole
+from glm_edge.export.integers import Weight, held_bytes, held_params, weight_of
+from glm_edge.export.offer import Offer, offer
+from glm_edge.export.package import (
+    Package,
+    bytes_of,
+    check_target,
+    scratch_beside,
+    written_whole,
+)
 from glm_edge.export.trace import Signature, quiet
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
@@ -67,7 +74,7 @@ def coreml(
 
     Raises:
       ExportError: a parameter or the model cannot be written; the message says what would be right.
-      OutputError: the package exists already, or cannot be written.
+      OutputError: the package exists already, cannot be written, or its disk is too full.
       MissingExtraError: coremltools or stablehlo-coreml is not installed.
 
     References:
@@ -79,25 +86,29 @@ def coreml(
         raise ExportError(f"{path}: Core ML opens packages by their name: end it in .mlpackage")
     check_target(path, overwrite, MARK)
     offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits)
+    require_space(path, _needed(offered, params))
     weights, conversions = {}, []
     for name, leaf in boxes.path_items(params):
-        weights[name], found = weight_of(name, leaf, "Core ML", floats=("float32", "float16"))
+        weights[name], found = weight_of(name, leaf, "Core ML")
         conversions += found
     description = offered.description(sorted(weights), conversions)
-    with tempfile.TemporaryDirectory() as scratch:
+    with (
+        written_whole(path, overwrite, MARK) as directory,
+        scratch_beside(path) as scratch,
+        _temporary_in(scratch),
+    ):
         merged = tools.utils.MultiFunctionDescriptor()
         for signature in offered.signatures:
-            part = Path(scratch) / f"{signature.name}.mlpackage"
-            _function(tools, signature, offered.shapes, weights).save(str(part))
+            part = scratch / f"{signature.name}.mlpackage"
+            _function(tools, signature, offered.shapes, weights, part)
             merged.add_function(str(part), "main", signature.name)
         merged.default_function_name = offered.names[0]
-        whole = Path(scratch) / path.name
+        whole = scratch / path.name
         with quiet():
             tools.utils.save_multifunction(merged, str(whole))
         _finish(tools, whole / CONTENT, description)
-        with written_whole(path, overwrite, MARK) as directory:
-            directory.rmdir()
-            whole.rename(directory)
+        directory.rmdir()
+        whole.rename(directory)
     held = held_params(params, weights)
     return Package(path, bytes_of(path), offered.names, tuple(conversions), model, held)
 
@@ -163,8 +174,9 @@ def _function(
     signature: Signature,
     shapes: Mapping[str, tuple[int, ...]],
     weights: Mapping[str, Weight],
-) -> Any:
-    """An `MLModel` of one signature."""
+    path: Path,
+) -> None:
+    """Writes a package of one signature."""
     hlo = require("stablehlo_coreml", extra="coreml")
     paths = sorted(path for path in shapes if path.split("/")[0] in signature.subtrees)
     inputs = sorted(signature.inputs)
@@ -174,17 +186,24 @@ def _function(
             module, outputs = _stablehlo(signature, shapes, paths, inputs)
             program = hlo.convert(module, minimum_deployment_target=target)
             _name(program.functions["main"], paths, inputs, outputs, weights)
-            return tools.convert(
+            tools.convert(
                 program,
                 source="milinternal",
                 minimum_deployment_target=target,
                 compute_precision=tools.precision.FLOAT32,
                 pass_pipeline=hlo.DEFAULT_HLO_PIPELINE,
                 skip_model_load=True,
+                package_dir=str(path),
             )
         except (ValueError, TypeError, NotImplementedError, KeyError, AssertionError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ExportError(f"Core ML cannot hold {signature.name}: {reason[0]}") from error
+
+
+def _needed(offered: Offer, params: Params) -> int:
+    """Bytes on the disk at the most: functions each with its weights, and three merged copies."""
+    sizes = {name: held_bytes(leaf) for name, leaf in boxes.path_items(params)}
+    return sum(offered.read_bytes(sizes)) + 3 * sum(sizes.values())
 
 
 def _finish(tools: Any, content: Path, description: Mapping[str, Any]) -> None:
@@ -301,6 +320,16 @@ def _constant(builder: Any, path: str, weight: Weight, before: Any) -> Any:
     return builder.constexpr_blockwise_shift_scale(
         data=codes(weight.values), scale=weight.scale, name=path, before_op=before, **zero
     )
+
+
+@contextlib.contextmanager
+def _temporary_in(directory: Path) -> Iterator[None]:
+    """Keeps copies that coremltools makes, some until the process ends, on the target's disk."""
+    before, tempfile.tempdir = tempfile.tempdir, str(directory)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 @contextlib.contextmanager

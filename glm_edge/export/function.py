@@ -14,6 +14,7 @@ from jax import Array
 from glm_edge.errors import ExportError
 from glm_edge.export import container, trace
 from glm_edge.export.lowering import without_erf
+from glm_edge.export.offer import check_fixed
 
 Inputs = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -32,7 +33,7 @@ def write_function(
 
     Args:
       function: traceable, from arrays by name to arrays by name; it closes over its weights.
-      inputs: name to shape and type.
+      inputs: name to shape, of fixed extents, and type.
       path: of the file.
       examples: inputs by name that the converter runs to choose int8 grids of activations; weights
         become int8 too, per channel where the runtime takes it. Inputs and outputs stay as they
@@ -43,11 +44,13 @@ def write_function(
       Bytes of the file.
 
     Raises:
-      ExportError: the converter refuses the function.
+      ExportError: an extent is not fixed, or the converter refuses the function.
       OutputError: the file exists already, or cannot be written.
       MissingExtraError: TensorFlow is not installed.
     """
     path = Path(path)
+    for name, struct in inputs.items():
+        check_fixed(f"shape of {name}", struct.shape)
     container.check_target(path, overwrite)
     content = _converted(function, inputs, examples)
     return container.write_beside(path, lambda file: file.write(content))

@@ -1,6 +1,7 @@
 """Parameters in the terms of formats that dequantize: `f' = scale * (code - zero)`."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,25 @@ def weight_of(
         conversions.append(Conversion(path, f"{given} written as float32", given == "float64"))
         values = values.astype(np.float32)
     return Weight(values, str(values.dtype)), conversions
+
+
+def held_bytes(leaf: Any, floats: Collection[str] = ("float32",)) -> int:
+    """Bytes that a parameter takes in these terms, with its scales, before it is put in them.
+
+    Args:
+      leaf: an array or a box.
+      floats: as in `weight_of`.
+
+    Returns:
+      The bytes.
+    """
+    numbers = math.prod(leaf.shape)
+    if not isinstance(leaf, Quantized):
+        given = None if boxes.is_box(leaf) else str(jnp.dtype(leaf.dtype))
+        return numbers * (jnp.dtype(given).itemsize if given in floats else 4)
+    halves = 1 if WIDER.get(leaf.format.qtype) == "int4" else 2
+    zeros = 0 if leaf.zero is None else leaf.zero.size
+    return -(-(numbers + zeros) * halves // 2) + 4 * leaf.scale.size
 
 
 def _of_box(

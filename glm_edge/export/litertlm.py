@@ -14,7 +14,7 @@ from glm_edge import params as boxes
 from glm_edge.errors import ExportError, OutputError, require
 from glm_edge.export import container, lm_signatures
 from glm_edge.export.constants import Conversion, constants_of
-from glm_edge.export.offer import check_lengths, check_model
+from glm_edge.export.offer import check_fixed, check_lengths, check_model
 from glm_edge.export.tflite import write_signatures
 from glm_edge.export.trace import Signature
 from glm_edge.models.multimodal import MultimodalGLM
@@ -188,6 +188,7 @@ def _check_encoders(
             f"{config.name}: boundary_embeddings have no place in three-dimensional positions"
         )
     image_size = config.vision.image_size if image_size is None else tuple(image_size)
+    check_fixed("image_size", image_size)
     config.vision.grid_of(image_size)
     return image_size
 

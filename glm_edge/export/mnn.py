@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +13,18 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from glm_edge import params as boxes
+from glm_edge.checkpoint.files import require_space
 from glm_edge.errors import ExportError, require
 from glm_edge.export.container import DAMAGE
-from glm_edge.export.integers import RANGES, Weight, dequantized, held_params, weight_of
-from glm_edge.export.offer import offer
+from glm_edge.export.integers import (
+    RANGES,
+    Weight,
+    dequantized,
+    held_bytes,
+    held_params,
+    weight_of,
+)
+from glm_edge.export.offer import Offer, offer
 from glm_edge.export.onnx import graph_of, model_of, store
 from glm_edge.export.onnx_graph import GraphBuilder, StoredWeight
 from glm_edge.export.package import (
@@ -25,6 +33,7 @@ from glm_edge.export.package import (
     bytes_of,
     check_target,
     read_description,
+    scratch_beside,
     write_description,
     written_whole,
 )
@@ -46,6 +55,7 @@ def mnn(
     prefill_lengths: Iterable[int] = (128,),
     cache_slots: int | None = None,
     prefill_logits: bool = False,
+    attended_slots: Iterable[int] = (),
     overwrite: bool = False,
 ) -> Package:
     """Writes a model as MNN graphs that hold our own integers.
@@ -68,6 +78,8 @@ def mnn(
       prefill_lengths: lengths of the prefill graphs.
       cache_slots: slots of the cache; None takes the model's context, at most 1024.
       prefill_logits: prefill scores every token, which takes time that generation does not need.
+      attended_slots: numbers of slots, such as `(256, 512)`. For each the directory gets graphs
+        that look at no more slots than that, which is faster while few are filled.
       overwrite: replace a directory that an export wrote.
 
     Returns:
@@ -75,7 +87,7 @@ def mnn(
 
     Raises:
       ExportError: a parameter or the model cannot be written; the message says what would be right.
-      OutputError: the directory exists already, or cannot be written.
+      OutputError: the directory exists already, cannot be written, or its disk is too full.
       MissingExtraError: MNN or onnx is not installed.
 
     References:
@@ -85,17 +97,18 @@ def mnn(
     require("MNN", extra="mnn")
     library = require("onnx", extra="onnx")
     check_target(path, overwrite, DESCRIPTION)
-    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits)
+    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
+    require_space(path, _needed(offered, params))
     weights, conversions = {}, []
     for name, leaf in boxes.path_items(params):
         weights[name], found = weight_of(name, leaf, "MNN", affine=False)
         conversions += found
     with (
-        tempfile.TemporaryDirectory() as scratch,
         written_whole(path, overwrite, DESCRIPTION) as directory,
+        scratch_beside(path) as scratch,
     ):
         stored = {}
-        with open(Path(scratch) / WEIGHTS, "xb") as file:
+        with open(scratch / WEIGHTS, "xb") as file:
             for name, weight in weights.items():
                 dense = Weight(dequantized(weight), "float32")
                 turned = boxes.is_matrix(name, dense.values)
@@ -106,7 +119,7 @@ def mnn(
             for signature in offered.signatures:
                 builder = _Graph(stored, tables)
                 graph = graph_of(signature, offered.shapes, stored, builder)
-                source = Path(scratch) / f"{signature.name}.onnx"
+                source = scratch / f"{signature.name}.onnx"
                 source.write_bytes(model_of(library, graph).SerializeToString())
                 _convert(source, directory, builder, writer)
         parameters = {
@@ -117,6 +130,15 @@ def mnn(
         write_description(directory, description)
     held = held_params(params, weights)
     return Package(path, bytes_of(path), offered.names, tuple(conversions), model, held)
+
+
+def _needed(offered: Offer, params: Params) -> int:
+    """Bytes on the disk at the most: the converter's float32 copies of weights beside the file."""
+    items = dict(boxes.path_items(params))
+    dense = {name: 4 * math.prod(leaf.shape) for name, leaf in items.items()}
+    codes = sum(dense[name] // 4 for name in items if name.split("/")[0] == "embed")
+    held = sum(map(held_bytes, items.values()))
+    return sum(dense.values()) + 2 * max(offered.read_bytes(dense)) + held + 2 * codes
 
 
 class _Graph(GraphBuilder):
@@ -271,8 +293,9 @@ def _unsigned(weight: Weight) -> np.ndarray:
 
 def _convert(source: Path, directory: Path, builder: _Graph, writer: _Writer) -> None:
     raw, text = source.with_suffix(".mnn"), source.with_suffix(".json")
-    _run("-f", "ONNX", "--modelFile", source, "--MNNModel", raw, "--saveExternalData")
-    _run("-f", "MNN", "--modelFile", raw, "--JsonFile", text)
+    scratch, target = source.parent, directory.absolute() / f"{source.stem}.mnn"
+    _run(scratch, "-f", "ONNX", "--modelFile", source, "--MNNModel", raw, "--saveExternalData")
+    _run(scratch, "-f", "MNN", "--modelFile", raw, "--JsonFile", text)
     graph = json.loads(text.read_text())
     outside = raw.with_name(f"{raw.name}.weight")
     held = np.memmap(outside, np.uint8, "r") if outside.exists() else np.zeros(0, np.uint8)
@@ -292,7 +315,10 @@ def _convert(source: Path, directory: Path, builder: _Graph, writer: _Writer) ->
             data = held[start : start + sum(lengths)].tobytes()
             main["external"] = [writer.copy(data), *lengths]
     text.write_text(json.dumps(graph))
-    _run("-f", "JSON", "--modelFile", text, "--MNNModel", directory / f"{source.stem}.mnn")
+    _run(scratch, "-f", "JSON", "--modelFile", text, "--MNNModel", target)
+    del held
+    for file in (source, raw, text, outside):
+        file.unlink(missing_ok=True)
 
 
 def _restore(operator: Any, builder: _Graph, weights: Mapping[str, Weight]) -> None:
@@ -345,12 +371,14 @@ def _parameters(weight: Weight) -> dict[str, Any]:
     }
 
 
-def _run(*arguments: Any) -> None:
+def _run(scratch: Path, *arguments: Any) -> None:
+    # It copies weights to its working folder.
     done = subprocess.run(
         [sys.executable, "-c", CONVERTER, "--bizCode", "glm_edge", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
+        cwd=scratch,
     )
     if done.returncode:
         lines = (done.stderr + done.stdout).strip().splitlines() or ["no message"]

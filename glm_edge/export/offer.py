@@ -1,7 +1,8 @@
 """What every format writes: a checked model, and the functions that the file offers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from glm_edge import __version__
@@ -44,6 +45,13 @@ class Offer:
         """Names of the signatures."""
         return tuple(signature.name for signature in self.signatures)
 
+    def read_bytes(self, sizes: Mapping[str, int]) -> list[int]:
+        """Of each signature, the bytes of all parameters that it may read, given those of each."""
+        return [
+            sum(size for path, size in sizes.items() if path.split("/")[0] in signature.subtrees)
+            for signature in self.signatures
+        ]
+
     def description(self, parameters: Any, conversions: Iterable[Conversion]) -> dict[str, Any]:
         """What a file says about itself, JSON-ready; nothing has verified it yet."""
         return {
@@ -72,11 +80,11 @@ def offer(
 
     Raises:
       ExportError: it is no `MultimodalGLM`, the parameters are those of another model, or a length
-        does not fit its context.
+        is not fixed or does not fit its context.
     """
     shapes = check_model(model, params)
     lengths, slots = check_lengths(model.config, prefill_lengths, cache_slots)
-    attended = sorted(set(attended_slots))
+    attended = fixed_lengths("attended_slots", attended_slots)
     if attended and not 2 <= attended[0] <= attended[-1] < slots:
         raise ExportError(f"attended_slots: {attended} must be 2 to {slots - 1}, fewer than all")
     float32 = model.clone(compute="float32")
@@ -109,14 +117,41 @@ def check_lengths(
     """Lengths of prefill in rising order, and slots of the cache.
 
     Raises:
-      ExportError: one does not fit the model's context.
+      ExportError: one is not fixed, or does not fit the model's context.
     """
-    lengths = sorted(set(prefill_lengths))
+    lengths = fixed_lengths("prefill_lengths", prefill_lengths)
     context = config.decoder.max_position_embeddings
-    slots = min(context, DEFAULT_SLOTS) if cache_slots is None else cache_slots
+    slots = min(context, DEFAULT_SLOTS)
+    if cache_slots is not None:
+        (slots,) = check_fixed("cache_slots", [cache_slots])
     if not 1 <= slots <= context:
         raise ExportError(f"cache_slots={slots}: must be 1 to {context}, the model's context")
     for length in lengths:
         if not 2 <= length <= slots:
             raise ExportError(f"prefill_lengths: {length} must be 2 to {slots}, the cache's slots")
     return lengths, slots
+
+
+def fixed_lengths(name: str, lengths: Iterable[int]) -> list[int]:
+    """Lengths in rising order, each once.
+
+    Raises:
+      ExportError: one is not fixed.
+    """
+    return sorted(set(check_fixed(name, lengths)))
+
+
+def check_fixed(name: str, lengths: Iterable[int]) -> list[int]:
+    """Lengths as they are, of which a graph has one each.
+
+    Raises:
+      ExportError: one is no whole number of at least 1, but None, a symbol or -1.
+    """
+    given = list(lengths) if isinstance(lengths, Iterable) else [lengths]
+    for length in given:
+        if not isinstance(length, Integral) or length < 1:
+            raise ExportError(
+                f"{name}: {length!r} is no fixed length; right would be a whole number of at least "
+                "1, as every graph has one shape"
+            )
+    return [int(length) for length in given]

@@ -10,9 +10,16 @@ import numpy as np
 
 from glm_edge import __version__
 from glm_edge import params as boxes
+from glm_edge.checkpoint.files import require_space
 from glm_edge.errors import ExportError, require
 from glm_edge.export.container import DAMAGE
-from glm_edge.export.integers import Weight, held_params, packed_nibbles, weight_of
+from glm_edge.export.integers import (
+    Weight,
+    held_bytes,
+    held_params,
+    packed_nibbles,
+    weight_of,
+)
 from glm_edge.export.offer import offer
 from glm_edge.export.onnx_graph import GraphBuilder, StoredWeight
 from glm_edge.export.package import (
@@ -31,6 +38,7 @@ from glm_edge.params.tree import Params, nested
 OPSET, IR_VERSION = 21, 10
 WEIGHTS = "weights.bin"
 ALIGNMENT = 64
+FLOATS = ("float32", "float16")
 
 
 def onnx(
@@ -40,6 +48,7 @@ def onnx(
     prefill_lengths: Iterable[int] = (128,),
     cache_slots: int | None = None,
     prefill_logits: bool = False,
+    attended_slots: Iterable[int] = (),
     overwrite: bool = False,
 ) -> Package:
     """Writes a model as ONNX graphs of opset 21 that read our own integers.
@@ -62,6 +71,8 @@ def onnx(
       prefill_lengths: lengths of the prefill graphs.
       cache_slots: slots of the cache; None takes the model's context, at most 1024.
       prefill_logits: prefill scores every token, which takes time that generation does not need.
+      attended_slots: numbers of slots, such as `(256, 512)`. For each the directory gets graphs
+        that look at no more slots than that, which is faster while few are filled.
       overwrite: replace a directory that an export wrote.
 
     Returns:
@@ -69,7 +80,7 @@ def onnx(
 
     Raises:
       ExportError: a parameter or the model cannot be written; the message says what would be right.
-      OutputError: the directory exists already, or cannot be written.
+      OutputError: the directory exists already, cannot be written, or its disk is too full.
       MissingExtraError: onnx is not installed.
 
     References:
@@ -77,12 +88,13 @@ def onnx(
     """
     path, library = Path(path), require("onnx", extra="onnx")
     check_target(path, overwrite, DESCRIPTION)
-    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits)
+    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
+    require_space(path, sum(held_bytes(leaf, FLOATS) for _, leaf in boxes.path_items(params)))
     with written_whole(path, overwrite, DESCRIPTION) as directory:
         weights, stored, parameters, conversions = {}, {}, {}, []
         with open(directory / WEIGHTS, "xb") as file:
             for name, leaf in boxes.path_items(params):
-                weight, found = weight_of(name, leaf, "ONNX", floats=("float32", "float16"))
+                weight, found = weight_of(name, leaf, "ONNX", floats=FLOATS)
                 turned = is_product(name, leaf, params)
                 stored[name] = store(library, file, name, weight, turned)
                 weights[name] = weight

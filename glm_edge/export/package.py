@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -92,10 +93,18 @@ def written_whole(path: Path, overwrite: bool, mark: str) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """Gives a folder on the disk of `path` that is removed with all it holds."""
+    options = {"prefix": f".{path.name}.", "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, **options) as scratch:
+        yield Path(scratch)
 
 
 def check_target(path: Path, overwrite: bool, mark: str) -> None:

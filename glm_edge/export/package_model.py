@@ -52,6 +52,7 @@ class PackageModel(PhoneModel):
                 self.description["prefill_lengths"],
                 self.description["cache_slots"],
                 self.description["prefill_logits"],
+                self.description["attended_slots"],
             )
             self._check_sizes()
         except (*DAMAGE, GlmEdgeError) as error:
@@ -71,8 +72,13 @@ class PackageModel(PhoneModel):
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""
         if not self._tensors:
-            sizes = self.prefill_lengths, self.cache_slots, self.prefill_logits
-            self._tensors = expected_tensors(self.config, *sizes)
+            self._tensors = expected_tensors(
+                self.config,
+                self.prefill_lengths,
+                self.cache_slots,
+                self.prefill_logits,
+                self.attended_slots,
+            )
         return run_checked(self._child, self.path, signature, inputs, *self._tensors[signature])
 
     def read_weights(self) -> dict[str, Weight]:

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LENGTH, SLOTS = 16, 64
 
 
-def task(path, form="int8"):
-    return Task(form, str(path), to_dict(TOY), SLOTS, (8,), (LENGTH,), 1)
+def task(path, form="int8", **options):
+    return Task(form, str(path), to_dict(TOY), SLOTS, (8,), (LENGTH,), 1, options=options)
 
 
 def spec(name, family, bits, python=sys.executable):
@@ -122,6 +122,48 @@ def test_what_is_timed_gives_the_scores_of_the_file(toy_file):
     phone = ge.export.LiteRTModel(toy_file)
     expected, _ = phone.extend(phone.embed(tokens), 0, phone.empty_cache())
     np.testing.assert_allclose(scores, expected[0], atol=1e-5 * np.abs(expected).max())
+
+
+def scores_of(engine, given):
+    """Scores of a prompt and of steps behind it, that cross a number of attended slots."""
+    engine.load(given)
+    engine.decode(3, 2)
+    found, run = [], engine._run
+    engine._run = lambda *arguments: found.append(run(*arguments))
+    engine.prefill(LENGTH)
+    engine.decode(LENGTH, 10)
+    return found
+
+
+def test_a_shorter_look_at_the_cache_changes_no_scores_in_jax():
+    from experiments.runtimes.jax_ import Jax
+
+    whole = scores_of(Jax(), task("", "float32"))
+    short = scores_of(Jax(), task("", "float32", attended_slots=[LENGTH, 20, 32]))
+    assert len(short) == 11
+    for found, expected in zip(short, whole, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_shorter_look_at_the_cache_changes_no_scores_in_onnxruntime(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    from experiments.runtimes.onnx_ import OnnxRuntime
+
+    attended = {"attended_slots": [20, 32]}
+    given = task(tmp_path / "toy", **attended)
+    OnnxRuntime().prepare(given)
+    engine = OnnxRuntime()
+    short = scores_of(engine, given)
+    used = {"embed", "embed_16", "decode_20", "decode_32", "prefill_16_20"}
+    assert engine.sessions.keys() == used
+    whole = scores_of(OnnxRuntime(), task(tmp_path / "toy"))
+    for found, expected in zip(short[1:], whole[1:], strict=True):
+        found, expected = (
+            next(v.numpy() for v in b.get_outputs() if v.shape()[-1] == TOY.decoder.vocab_size)
+            for b in (found, expected)
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_profile_counts_every_product_and_adds_up(toy_file):

@@ -26,6 +26,14 @@ SLOTS, LENGTH = 64, 8
 
 
 BLOCKS = Format("int4", 32, scale_dtype="bfloat16")
+FORMS = {
+    "decoder/layers/0/attention/q_proj/weight": Format("int4"),
+    "decoder/layers/0/attention/k_proj/weight": Format("int4", None, False),
+    "decoder/layers/0/attention/v_proj/weight": Format("int8", 32),
+    "decoder/layers/0/mlp/gate_up_proj/weight": Format("int2"),
+    "decoder/layers/0/mlp/down_proj/weight": Format("int8", 64, False),
+    "embed/weight": Format("int4"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +179,58 @@ def test_a_package_of_other_functions_is_refused(exported_coreml, model, tmp_pat
         inspect(changed, model, exported_coreml.params)
     with pytest.raises(ExportError, match="no whole Core ML export"):
         inspect(tmp_path, model, exported_coreml.params)
+
+
+@pytest.fixture(scope="module")
+def text(small_config, random_params):
+    config = dataclasses.replace(small_config(num_layers=1), vision=None, speech=None)
+    model = MultimodalGLM(config)
+    return model, random_params(model)
+
+
+def test_other_forms_are_held_too(text, quantize, tmp_path):
+    model, dense = text
+
+    def box(path, leaf):
+        if path not in FORMS:
+            return leaf.astype(jnp.float16) if path.endswith("o_proj/weight") else leaf
+        made = quantize(leaf, FORMS[path])
+        return made if made.zero is None else made.replace(zero=made.zero + 1)
+
+    params = boxes.map_with_path(box, dense)
+    written = coreml(model, params, tmp_path / "a.mlpackage", (), SLOTS)
+    held, leaves = read_weights(written.path), dict(boxes.path_items(params))
+    assert held.keys() == FORMS.keys()
+    for path, weight in held.items():
+        leaf = leaves[path]
+        assert weight.type == ("int8" if leaf.format.qtype == "int8" else "int4")
+        assert weight.group_size == (leaf.format.group_size or 0)
+        np.testing.assert_array_equal(weight.values, np.asarray(leaf.codes()))
+        np.testing.assert_array_equal(weight.scale, np.asarray(leaf.scale.astype(jnp.float32)))
+        if leaf.zero is not None:
+            np.testing.assert_array_equal(weight.zero, np.asarray(leaf.zero))
+    rules = {conversion.path: conversion.rule for conversion in written.conversions}
+    assert rules == {
+        "decoder/layers/0/mlp/gate_up_proj/weight": "int2 written as int4: the same integers and "
+        "scales",
+        "decoder/layers/0/attention/o_proj/weight": "float16 written as float32",
+    }
+    assert not any(conversion.changes_values for conversion in written.conversions)
+
+
+def test_codes_of_four_bits_are_packed(exported_coreml, specification, params):
+    blob = exported_coreml.path / "Data/com.apple.CoreML/weights/weight.bin"
+    content, lengths = blob.read_bytes(), {}
+    for function in specification.mlProgram.functions.values():
+        for operation in function.block_specializations["CoreML8"].operations:
+            if operation.type == "constexpr_blockwise_shift_scale":
+                at = operation.inputs["data"].arguments[0].value.blobFileValue.offset
+                # The second number of the record before the bytes.
+                length = int.from_bytes(content[at + 8 : at + 16], "little")
+                lengths[operation.outputs[0].name] = length
+    for path, leaf in boxes.path_items(params):
+        if isinstance(leaf, Quantized):
+            assert lengths[path.replace("/", "_")] == leaf.data.size
 
 
 def test_six_axes_become_five_with_the_same_result():

@@ -1,5 +1,6 @@
 """MNN files hold our integers and agree with JAX in MNN's interpreter."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -15,6 +16,7 @@ from glm_edge.errors import ExportError, MissingExtraError, OutputError
 from glm_edge.export.mnn import CONVERTER, DESCRIPTION, mnn, read_weights
 from glm_edge.export.package import write_description
 from glm_edge.export.trace import signatures
+from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
 
 MNN = pytest.importorskip("MNN")
@@ -49,24 +51,36 @@ def tensor(array):
 def run(directory, signature, inputs, params):
     """Runs a graph; returns the largest error of each output, in parts of its largest number."""
     expected = jax.jit(signature.function)(params, inputs)
-    interpreter = MNN.Interpreter(str(directory / f"{signature.name}.mnn"))
+    return errors(outputs_of(directory, signature.name, inputs, expected), expected)
+
+
+def errors(found, expected):
+    assert {name.removesuffix("_out") for name in found} == expected.keys()
+    worst = {}
+    for name, value in found.items():
+        reference = np.asarray(expected[name.removesuffix("_out")])
+        worst[name] = float(np.abs(value - reference).max() / np.abs(reference).max())
+    return worst
+
+
+def outputs_of(directory, graph, inputs, expected):
+    """Outputs of a graph, of the shapes of those expected."""
+    interpreter = MNN.Interpreter(str(directory / f"{graph}.mnn"))
     interpreter.setExternalFile(str(directory / "weights.bin"))
     session = interpreter.createSession({"backend": "CPU", "numThread": 1, "precision": "high"})
     for name, array in inputs.items():
         interpreter.getSessionInput(session, name).copyFrom(tensor(array))
     interpreter.runSession(session)
     outputs = interpreter.getSessionOutputAll(session)
-    assert {name.removesuffix("_out") for name in outputs} == expected.keys()
-    worst = {}
+    arrays = {}
     for name, output in outputs.items():
-        reference = np.asarray(expected[name.removesuffix("_out")])
+        shape = expected[name.removesuffix("_out")].shape
         # A tensor does not keep the array that it is a view of.
-        held = np.zeros(reference.shape, np.float32)
+        held = np.zeros(shape, np.float32)
         found = tensor(held)
         output.copyToHostTensor(found)
-        found = np.array(found.getNumpyData()).reshape(reference.shape)
-        worst[name] = float(np.abs(found - reference).max() / np.abs(reference).max())
-    return worst
+        arrays[name] = np.array(found.getNumpyData()).reshape(shape)
+    return arrays
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +227,30 @@ def test_a_failed_conversion_leaves_nothing(model, params, tmp_path, monkeypatch
     with pytest.raises(ExportError, match="MNN's converter failed: no memory"):
         mnn(model, params, tmp_path / "a", prefill_lengths=(), cache_slots=SLOTS)
     assert not list(tmp_path.iterdir())
+
+
+def test_graphs_that_look_at_few_slots_give_the_same(small_config, random_params, tmp_path):
+    config = dataclasses.replace(small_config(), vision=None, speech=None)
+    text = MultimodalGLM(config)
+    params, options = random_params(text), {"prefill_lengths": (4,), "cache_slots": SLOTS}
+    with pytest.raises(ExportError, match=r"attended_slots: \[8, 64\] must be 2 to 63"):
+        mnn(text, params, tmp_path / "a", attended_slots=(8, 64), **options)
+    written = mnn(text, params, tmp_path / "a", attended_slots=(24,), **options)
+    steps = ("decode", "decode_24", "embed_4", "prefill_4", "prefill_4_24")
+    assert written.signatures == ("embed", *steps)
+    for signature in signatures(text, (4,), SLOTS):
+        if f"{signature.name}_24" not in steps:
+            continue
+        inputs = feed(signature)
+        expected = jax.jit(signature.function)(params, inputs)
+        inputs["mask"] = inputs["mask"][..., :24].copy()
+        found = outputs_of(written.path, f"{signature.name}_24", inputs, expected)
+        assert max(errors(found, expected).values()) < TOLERANCE
+        # Slots behind the first 24 reach the cache, and nothing else.
+        inputs["kv_cache_v_0"][..., 24:] += 1000.0
+        moved = outputs_of(written.path, f"{signature.name}_24", inputs, expected)
+        changed = [name for name in found if not np.array_equal(found[name], moved[name])]
+        assert changed == ["kv_cache_v_0_out"]
 
 
 def test_the_converter_runs_without_its_command_line():

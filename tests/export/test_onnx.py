@@ -377,3 +377,32 @@ def test_three_dimensional_positions_and_an_own_head(small_config, random_params
         found = run(written.path / f"{signature.name}.onnx", inputs, "1")
         assert max(errors(signature, params, inputs, found).values()) < 1e-5
     assert written.verify(short_windows(2), free_running=1).agreement == 1.0
+
+
+def test_graphs_that_look_at_few_slots_give_the_same(small_config, random_params, tmp_path):
+    import dataclasses
+
+    config = dataclasses.replace(small_config(), vision=None, speech=None)
+    text = MultimodalGLM(config)
+    params, options = random_params(text), {"prefill_lengths": (4,), "cache_slots": SLOTS}
+    with pytest.raises(ExportError, match=r"attended_slots: \[8, 64\] must be 2 to 63"):
+        onnx(text, params, tmp_path / "a", attended_slots=(8, 64), **options)
+    written = onnx(text, params, tmp_path / "a", attended_slots=(32, 24), **options)
+    steps = ("decode", "decode_24", "decode_32", "prefill_4", "prefill_4_24")
+    assert written.signatures == ("embed", *steps[:3], "embed_4", *steps[3:])
+    assert json.loads((tmp_path / "a" / DESCRIPTION).read_text())["attended_slots"] == [24, 32]
+    offered = {s.name: s for s in signatures(text, (4,), SLOTS)}
+    for whole, short in (("decode", 24), ("decode", 32), ("prefill_4", 24)):
+        inputs = feed(offered[whole])
+        expected = run(written.path / f"{whole}.onnx", inputs, "1")
+        inputs["mask"] = inputs["mask"][..., :short]
+        for name in [name for name in inputs if name.startswith("kv_cache")]:
+            # Slots that are not looked at.
+            rest = [slice(None)] * 4
+            rest[2 if "_k_" in name else 3] = slice(short, None)
+            inputs[name][tuple(rest)] = np.nan
+            expected[f"{name}_out"][tuple(rest)] = np.nan
+        found = run(written.path / f"{whole}_{short}.onnx", inputs, "1")
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
