@@ -134,6 +134,7 @@ def test_a_mixture_goes_on_after_a_kill_as_if_left_alone(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_glm_learns_from_text_images_and_speech(make_member, batch_of):
     model, teacher = make_member("nano")
     config, read, given = model.config, [], []

@@ -171,10 +171,8 @@ def test_rows_do_not_depend_on_each_other_nor_on_having_an_image(make_model, pro
     rows = [rows[0], rows[1][FEATURES:], rows[1]]
     drop = drop_vision_tokens(model, 0.25, layer=1)
     together = generate(model, params, *padded(rows), images, vision_tokens=drop, **OPTIONS)
-    for row, seen in ((0, images[:1]), (2, images[1:])):
-        options = {**OPTIONS, "vision_tokens": drop}
-        alone = generate(model, params, [rows[row]], images=seen, **options)
-        assert alone.tokens[0].tolist() == together.tokens[row].tolist()
+    alone = generate(model, params, rows[:1], images=images[:1], vision_tokens=drop, **OPTIONS)
+    assert alone.tokens[0].tolist() == together.tokens[0].tolist()
     options = {"max_new_tokens": STEPS, "stop_tokens": (), "vision_tokens": drop}
     steps = list(stream(model, params, [rows[2]], images=images[1:], **options))
     assert np.concatenate(steps).tolist() == together.tokens[2].tolist()
