@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,26 @@ class Engine:
     def action(self, tokens: int, steps: int) -> dict[str, float]:
         """Seconds of an image, a prompt of so many tokens that holds it, and `steps` tokens."""
         raise NotImplementedError
+
+
+def step_signature(length: int, slot: int, attended_slots: Iterable[int]) -> tuple[str, int | None]:
+    """The fastest signature of our file for so many tokens from a slot on.
+
+    Args:
+      length: tokens of the call.
+      slot: that the first token takes.
+      attended_slots: that the file was written with, see `ge.export.tflite`.
+
+    Returns:
+      Its name, and how many slots it looks at; None for all.
+    """
+    name = "decode" if length == 1 else f"prefill_{length}"
+    fitting = sorted(slots for slots in attended_slots if slots >= length)
+    if length > 1:
+        # A prompt has one such signature.
+        fitting = fitting[:1]
+    attended = next((slots for slots in fitting if slot + length <= slots), None)
+    return (name, None) if attended is None else (f"{name}_{attended}", attended)
 
 
 def timed(run: Callable[[], Any]) -> float:

@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runtimes.engine import CACHE, HIDDEN, Engine, Task, serve, timed
+from experiments.runtimes.engine import (
+    CACHE,
+    HIDDEN,
+    Engine,
+    Task,
+    serve,
+    step_signature,
+    timed,
+)
 
 
 class LiteRT(Engine):
@@ -144,13 +152,10 @@ class LiteRT(Engine):
         return np.array(rows, np.float32).reshape(len(tokens), width)
 
     def _run(self, rows: np.ndarray, slot: int, length: int) -> dict[str, Any]:
-        name = "decode" if length == 1 else f"prefill_{length}"
-        attended = [n for n in self.task.option("attended_slots", []) if slot + length <= n]
-        if attended:
-            name += f"_{min(attended)}"
+        name, attended = step_signature(length, slot, self.task.option("attended_slots", []))
         inputs = self._buffers(name)[0]
         positions = np.arange(slot, slot + length, dtype=np.int32)
-        visible = np.arange(min(attended, default=self.task.slots)) <= positions[:, None]
+        visible = np.arange(attended or self.task.slots) <= positions[:, None]
         inputs["embeddings"].write(rows)
         inputs["input_pos"].write(positions)
         inputs["mask"].write(np.where(visible, 0.0, HIDDEN).astype(np.float32))
@@ -160,6 +165,27 @@ class LiteRT(Engine):
 
     def _step(self, token: int, slot: int) -> Any:
         return self._run(self._embed(np.array([token], np.int32)), slot, 1)["logits"]
+
+
+def timed_signatures(task: Task, phase: str, steps: int) -> list[str]:
+    """Signatures that run in one burst of a phase, beside those that look tokens up.
+
+    Args:
+      task: of the file.
+      phase: `decode 128`, `prefill 512` and so on.
+      steps: of a burst of decoding.
+
+    Returns:
+      Their names, in the order of their first run.
+    """
+    kind, count = phase.split()
+    start = int(count)
+    if kind == "decode":
+        calls = [(1, slot) for slot in range(start, start + steps)]
+    else:
+        calls = [(start, 0), (1, start - 1)]
+    attended = task.option("attended_slots", [])
+    return list(dict.fromkeys(step_signature(*call, attended)[0] for call in calls))
 
 
 def packed_path(task: Task) -> Path | None:
