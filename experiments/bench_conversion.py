@@ -1,64 +1,65 @@
-"""Exports decoders of published shapes with random integers, and runs what was written.
+"""Exports models of published shapes with random integers, and runs what was written.
 
     python -m experiments.bench_conversion --shape=mobile --format=int4 --work_dir=DIR
 
-Shapes are decoders without encoders: `mobile` (a tied vocabulary of 59,264, 0.27 billion
-parameters), `glm_edge_1_5b` (1.5 billion) and `glm_4_9b` (9.4 billion, its own head). Every matrix
-is of --format, as `Format.parse` reads it, its codes drawn at random and its scales such that
-activations keep their size: no float copy ever exists, and the numbers mean nothing.
+Shapes are `mobile` and `nano`, whole presets with encoders of images and speech (334 and 4.6 M
+parameters), and two decoders without: `glm_edge_1_5b` (1.5 billion) and `glm_4_9b` (9.4 billion,
+its own head). Every matrix is of --format, see `experiments.runtimes.random_model`: no float copy
+ever exists, and the numbers mean nothing.
 
 Two processes run in turn, so that each has a peak of its own: `convert` makes the parameters and
-writes the file; `run` loads the file in LiteRT and decodes after contexts of --contexts tokens. A
-step is timed as the runtime alone, the cache staying in its buffers, and again through the
-signature runner of Python, which copies the cache in and out; --one_step, for files that fit
-memory only once, decodes a single token. `of limit` is the time that reading
-the stored weights takes at the bandwidth measured in the same process, as a fraction of the step.
+writes the file, all signatures of the model with --prefill lengths; `run` loads the file in LiteRT,
+runs the encoders, and decodes after contexts of --contexts tokens. `seconds` are those of the
+export alone, memory that of the whole process. A step is timed as the runtime alone, the cache
+staying in its buffers, and again through the signature runner of Python, which copies the cache in
+and out; --one_step, for files that fit memory only once, decodes a single token. `of limit` is the
+time that reading the stored weights takes at the bandwidth measured in the same process, as a
+fraction of the step. The last table holds the file against its bound of size, 1.02 times the stored
+bytes and a megabyte, and the export against the time and memory that it may take.
 """
 
 import dataclasses
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 import glm_edge as ge
 from experiments.bench_decode import text_only
 from experiments.console import fail_in_one_line, print_table, refuse_arguments
-from experiments.materials import versions
-from experiments.quickstart import commit
+from experiments.provenance import provenance_of
+from experiments.runtimes.litert import weight_bytes
+from experiments.runtimes.random_model import random_model
 from experiments.text.corpora import write_text
 from glm_edge import params as boxes
-from glm_edge.checkpoint.shapes import expected_shapes
-from glm_edge.configs import GLMConfig, preset
+from glm_edge.configs import GLMConfig, preset, to_dict
 from glm_edge.errors import DataError, require
-from glm_edge.kernels import packing
-from glm_edge.models.multimodal import MultimodalGLM
-from glm_edge.params import Format, Quantized
-from glm_edge.params.tree import nested
 
 FLAGS = flags.FLAGS
-SHAPES = ("mobile", "glm_edge_1_5b", "glm_4_9b")
+SHAPES = ("mobile", "glm_edge_1_5b", "glm_4_9b", "nano")
+# Seconds of an export, and bytes of its process, that a shape may take.
+LIMITS = {"mobile": (60, 3e9), "glm_edge_1_5b": (240, 4e9), "glm_4_9b": (1200, 8e9)}
+PREFILL = {"mobile": ["128", "512"]}
 STEPS, BURSTS = 10, 5
 BANDWIDTH_BYTES = 1 << 28
 
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_enum("shape", "mobile", SHAPES, "Shape of the decoder.")
+    flags.DEFINE_enum("shape", "mobile", SHAPES, "Shape of the model.")
     flags.DEFINE_string("format", "int8", "Of every matrix, such as int8, int4, int4-g32, int2.")
     flags.DEFINE_string("work_dir", None, "Directory for the exported file.", required=True)
-    flags.DEFINE_list("prefill", ["128"], "Lengths of the prefill signatures.")
+    flags.DEFINE_list(
+        "prefill", None, "Lengths of the prefill signatures; default: 128, and 512 of mobile."
+    )
     flags.DEFINE_list("contexts", ["128"], "Tokens in the cache before a timed step.")
     flags.DEFINE_integer("slots", 1280, "Slots of the cache.", 2)
     flags.DEFINE_integer("threads", 2, "Threads of LiteRT.", 1)
@@ -70,6 +71,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     refuse_arguments(argv)
+    FLAGS.prefill = FLAGS.prefill or PREFILL.get(FLAGS.shape, ["128"])
     path = Path(FLAGS.work_dir) / f"{FLAGS.shape}_{FLAGS.format}.tflite"
     if FLAGS.step != "all":
         print(json.dumps(convert(path) if FLAGS.step == "convert" else run(path)))
@@ -80,15 +82,21 @@ def main(argv: Sequence[str]) -> None:
         path.unlink()
     for step, numbers in found.items():
         print_table([step, "value"], [[name, value] for name, value in numbers.items()])
-    names = ("shape", "format", "prefill", "contexts", "slots", "threads")
-    shown = (f"--{n}={','.join(v) if isinstance(v := FLAGS[n].value, list) else v}" for n in names)
-    log = found | {
-        "command": f"python -m experiments.bench_conversion {' '.join(shown)} --work_dir=DIR",
-        "commit": commit(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "load_average": os.getloadavg()[0],
-        "versions": versions(),
-    }
+    found["goals"] = goals(FLAGS.shape, found["convert"])
+    print_table(
+        ["goal", "at most", "found", "verdict"],
+        [
+            [
+                goal["goal"],
+                goal["at_most"],
+                goal["found"],
+                "reached" if goal["reached"] else "missed",
+            ]
+            for goal in found["goals"]
+        ],
+    )
+    names = ("shape", "format", "prefill", "contexts", "slots", "threads", "one_step", "keep")
+    log = found | provenance_of("bench_conversion", names)
     if FLAGS.out:
         write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", overwrite=True)
 
@@ -113,44 +121,47 @@ def process(step: str) -> dict[str, Any]:
 
 
 def shape_of(name: str) -> GLMConfig:
-    """The decoder of a shape."""
-    config = text_only(preset({"glm_edge_1_5b": "large", "glm_4_9b": "phone_9b"}.get(name, name)))
+    """The model of a shape."""
+    if name in ("mobile", "nano"):
+        return preset(name)
+    config = text_only(preset({"glm_edge_1_5b": "large", "glm_4_9b": "phone_9b"}[name]))
     if name != "glm_4_9b":
         return config
     plain = dataclasses.replace(config.decoder, sandwich_norm=False, mrope_section=())
     return dataclasses.replace(config, name=name, decoder=plain)
 
 
-def random_params(model: MultimodalGLM, format: Format, seed: int = 0) -> Any:
-    """Parameters of a model whose matrices are random codes; norms are one, biases zero."""
-    rng, leaves = np.random.default_rng(seed), {}
-    for path, shape in expected_shapes(model).items():
-        if len(shape) == 2:
-            leaves[path] = random_box(rng, shape, format)
-        else:
-            leaves[path] = jnp.full(shape, 0.0 if path.endswith("bias") else 1.0, jnp.float32)
-    return nested(leaves)
+def size_bound(stored_bytes: int) -> float:
+    """Bytes that a file may have whose parameters take so many."""
+    return 1.02 * stored_bytes + 1e6
 
 
-def random_box(rng: np.random.Generator, shape: tuple[int, int], format: Format) -> Quantized:
-    """A weight of random bytes, each of which is codes of integer types."""
-    columns = packing.packed_columns(shape[1], format.qtype)
-    data = np.frombuffer(rng.bytes(shape[0] * columns), np.uint8).reshape(shape[0], columns)
-    spread = 2.0 ** (format.bits - 1) / 3**0.5
-    scale = np.full(format.scale_shape(shape), 1.0 / (spread * shape[1] ** 0.5))
-    return Quantized(
-        data=jnp.asarray(data.view(np.int8) if format.qtype == "int8" else data),
-        scale=jnp.asarray(scale, format.scale_dtype),
-        zero=None,
-        format=format,
-        columns=shape[1],
-    )
+def goals(shape: str, converted: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `convert` was to keep within, and whether it did.
+
+    Args:
+      shape: of the model.
+      converted: numbers of `convert`.
+
+    Returns:
+      Rows: `goal`, `at_most`, `found`, `reached`.
+    """
+    limits = {"file_bytes": size_bound(converted["stored_bytes"])}
+    limits |= dict(zip(("seconds", "peak_rss_bytes"), LIMITS.get(shape, ()), strict=False))
+    return [
+        {
+            "goal": name,
+            "at_most": limit,
+            "found": converted[name],
+            "reached": converted[name] <= limit,
+        }
+        for name, limit in limits.items()
+    ]
 
 
 def convert(path: Path) -> dict[str, Any]:
-    """Writes the file; seconds and memory are those of the export, parameters included."""
-    model = MultimodalGLM(shape_of(FLAGS.shape))
-    params = random_params(model, Format.parse(FLAGS.format))
+    """Writes the file; the parameters count for memory, not for seconds."""
+    model, params = random_model(to_dict(shape_of(FLAGS.shape)), FLAGS.format)
     started = time.monotonic()
     exported = ge.export.tflite(
         model,
@@ -160,11 +171,13 @@ def convert(path: Path) -> dict[str, Any]:
         cache_slots=FLAGS.slots,
         overwrite=True,
     )
+    seconds = time.monotonic() - started
     return {
         "parameters": sum(boxes.count(leaf) for _, leaf in boxes.path_items(params)),
+        "signatures": list(exported.signatures),
         "stored_bytes": exported.stored_bytes,
         "file_bytes": exported.file_bytes,
-        "seconds": time.monotonic() - started,
+        "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes(),
     }
 
@@ -181,16 +194,13 @@ def run(path: Path) -> dict[str, Any]:
     numbers["first_step_seconds"] = time.monotonic() - started
     if FLAGS.one_step:
         return numbers | {"peak_rss_bytes": peak_rss_bytes()}
+    numbers |= encoders(phone, rng)
     resident = Resident(path, phone, FLAGS.threads)
     for length in map(int, FLAGS.prefill):
         rows = np.resize(embedded, (length, embedded.shape[1]))
-        cache, times = phone.empty_cache(), []
-        inputs = phone.step_inputs(rows, 0, length)
-        for _ in range(BURSTS + 1):
-            started = time.monotonic()
-            phone.run(f"prefill_{length}", **inputs, **cache)
-            times.append(time.monotonic() - started)
-        numbers[f"prefill_{length}_tokens_per_second"] = length / float(np.median(times[1:]))
+        inputs = phone.step_inputs(rows, 0, length) | phone.empty_cache()
+        seconds = median_seconds(lambda n=length, given=inputs: phone.run(f"prefill_{n}", **given))
+        numbers[f"prefill_{length}_tokens_per_second"] = length / seconds
     for context in map(int, FLAGS.contexts):
         cache, times = phone.empty_cache(), []
         for burst in range(BURSTS):
@@ -206,6 +216,28 @@ def run(path: Path) -> dict[str, Any]:
             f"decode_{context}_of_limit": resident.weight_bytes / bandwidth() / alone,
         }
     return numbers | {"weight_bytes": resident.weight_bytes, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def encoders(phone: Any, rng: np.random.Generator) -> dict[str, float]:
+    """Milliseconds that the encoders of a file take for an image, and for a recording."""
+    vision, speech, found = phone.config.vision, phone.config.speech, {}
+    if vision is not None:
+        image = rng.random((*vision.image_size, vision.channels), np.float32)
+        found["vision_ms"] = 1e3 * median_seconds(lambda: phone.encode_images(image))
+    if speech is not None:
+        audio = rng.standard_normal((speech.num_frames, speech.mel_bins), np.float32)
+        found["speech_ms"] = 1e3 * median_seconds(lambda: phone.encode_audio(audio))
+    return found
+
+
+def median_seconds(call: Callable[[], Any]) -> float:
+    """Median seconds of a call, after one that is not counted."""
+    times = []
+    for _ in range(BURSTS + 1):
+        started = time.monotonic()
+        call()
+        times.append(time.monotonic() - started)
+    return float(np.median(times[1:]))
 
 
 class Resident:
@@ -226,12 +258,7 @@ class Resident:
         for name, array in phone.empty_cache().items():
             self.cache[name].write(array)
         self.logits = self.model.create_output_buffer_by_name("decode", "logits")
-        constants = ge.export.read_constants(path)
-        self.weight_bytes = sum(
-            constant.data.nbytes + (0 if constant.scale is None else constant.scale.nbytes)
-            for name, constant in constants.items()
-            if name != "embed/weight" or phone.config.decoder.tie_embeddings
-        )
+        self.weight_bytes = weight_bytes(str(path), phone.config)
 
     def _input(self, name: str) -> Any:
         return self.model.create_input_buffer_by_name("decode", name)

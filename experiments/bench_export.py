@@ -27,20 +27,20 @@ Ours, onnxruntime and JAX hold a cache of --slots, of which a step looks at the 
 
 `of limit` is the time that reading the weights takes, at the bandwidth measured in the same round,
 as a part of the step. Where a goal is missed, --profile tells which operators of our file the time
-goes to. "RSS" is the process' peak: after decoding alone, and after prompts too; "before" is what
-the runtime's imports take. Files are in the page cache when they are loaded; "load" ends with the
-first scores. Ours keep the weights that XNNPACK packs in a file (--noweight_cache: in memory, once
-for each signature), which the first load writes; "load" is a later one.
+goes to, for each signature that was timed but those that look tokens up; --profile_all does so for
+all of ours. To repeat profiles alone, --engines='LiteRT int4$' --rounds=1 --profile_all is enough.
+"RSS" is the process' peak: after decoding alone, and after prompts too; "before" is what the
+runtime's imports take. Files are in the page cache when they are loaded; "load" ends with the first
+scores. Ours keep the weights that XNNPACK packs in a file (--noweight_cache: in memory, once for
+each signature, as profiles do), which the first load writes; "load" is a later one.
 """
 
 import json
-import os
-import platform
 import re
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,12 @@ from absl import app, flags
 from experiments.bench_conversion import bandwidth
 from experiments.bench_decode import text_only
 from experiments.console import fail_in_one_line, print_table, refuse_arguments
-from experiments.materials import versions
-from experiments.quickstart import commit
+from experiments.provenance import provenance_of
 from experiments.runtimes import child as children
 from experiments.runtimes import compare
 from experiments.runtimes.child import PAUSE_S, Child, EngineError, Spec
 from experiments.runtimes.compare import Burst, Bursts, shown
+from experiments.runtimes.litert import timed_signatures
 from experiments.text.corpora import check_absent, write_text
 from glm_edge.configs import DecoderConfig, GLMConfig, preset
 from glm_edge.errors import DataError
@@ -107,6 +107,7 @@ def define_flags() -> None:
     flags.DEFINE_float("reserve_gb", 3.0, "Memory to leave free.", 0.0)
     flags.DEFINE_bool("weight_cache", True, "Keep what XNNPACK packs in a file.")
     flags.DEFINE_bool("profile", False, "Time operators of our files that miss a goal.")
+    flags.DEFINE_bool("profile_all", False, "Time operators of all that is timed of our files.")
     flags.DEFINE_integer("profile_runs", 20, "Runs of a profile.", 1)
     flags.DEFINE_bool("keep", False, "Keep the models.")
     flags.DEFINE_string("figure", None, "PNG file to draw; needs matplotlib.")
@@ -125,8 +126,8 @@ def main(argv: Sequence[str]) -> None:
         bench.prepare()
         bench.run(phases())
         log = bench.report(phases())
-        if FLAGS.profile:
-            log["profiles"] = profiles(specs, log["goals"])
+        if FLAGS.profile or FLAGS.profile_all:
+            log["profiles"] = profiles(specs, to_profile(log, FLAGS.profile_all))
     finally:
         bench.close()
         if not FLAGS.keep:
@@ -323,22 +324,33 @@ class Bench:
         print(f"{name}: left out: {reason}", flush=True)
 
 
-def profiles(specs: Sequence[Spec], goals: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Operators of every signature of ours that misses a goal, by `engine: signature`."""
+def to_profile(log: dict[str, Any], everything: bool) -> list[tuple[str, str]]:
+    """Engines and phases to profile: those of goals that were missed, or all that were timed."""
+    if everything:
+        return [(row["engine"], phase) for phase, rows in log["results"].items() for row in rows]
+    return [(goal["engine"], goal["phase"]) for goal in log["goals"] if not goal["reached"]]
+
+
+def profiles(specs: Sequence[Spec], phases: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Operators of what ran of our files in phases, by `engine: signature`.
+
+    Args:
+      specs: of the engines.
+      phases: pairs of an engine and a phase; those of other runtimes are passed over.
+    """
     found: dict[str, Any] = {}
-    paths = {spec.name: spec.task.path for spec in specs}
-    for goal in goals:
-        kind, count = goal["phase"].split()
-        signature = "decode" if kind == "decode" else f"prefill_{count}"
-        key = f"{goal['engine']}: {signature}"
-        if goal["reached"] or key in found:
-            continue
-        try:
-            found[key] = children.profile(
-                paths[goal["engine"]], signature, FLAGS.threads, FLAGS.profile_runs
-            )
-        except EngineError as error:
-            found[key] = {"error": str(error)}
+    tasks = {spec.name: spec.task for spec in specs if spec.family == "ours"}
+    for name, phase in phases:
+        for signature in timed_signatures(tasks[name], phase, FLAGS.steps) if name in tasks else ():
+            key = f"{name}: {signature}"
+            if key in found:
+                continue
+            try:
+                found[key] = children.profile(
+                    tasks[name].path, signature, FLAGS.threads, FLAGS.profile_runs
+                )
+            except EngineError as error:
+                found[key] = {"error": str(error)}
     return found
 
 
@@ -357,32 +369,9 @@ def remove(work: Path, paths: Sequence[str]) -> None:
 
 def provenance() -> dict[str, Any]:
     """What was run, and where."""
-    names = ("shape", "contexts", "prefill", "slots", "attended_slots", "threads", "rounds")
-    names += ("steps", "weight_cache")
+    names = ("shape", "engines", "contexts", "prefill", "slots", "attended_slots", "threads")
+    names += ("rounds", "steps", "reserve_gb", "weight_cache", "profile", "profile_all")
     return provenance_of("bench_export", names, tuple(PEERS.values()))
-
-
-def provenance_of(script: str, names: Sequence[str], peers: Sequence[str]) -> dict[str, Any]:
-    """Command, commit, machine and versions of a run.
-
-    Args:
-      script: of `experiments`.
-      names: of the flags that matter.
-      peers: whose interpreters may be named by a flag.
-    """
-    values = {name: FLAGS[name].value for name in names}
-    given = [
-        f"--{n}={','.join(v) if isinstance(v, list) else v}".replace(" ", "_")
-        for n, v in values.items()
-    ]
-    given += [f"--{peer}_python=PYTHON" for peer in peers if FLAGS[f"{peer}_python"].value]
-    return {
-        "command": f"python -m experiments.{script} {' '.join(given)} --work_dir=DIR",
-        "commit": commit(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "load_average": os.getloadavg()[0],
-        "versions": versions(),
-    }
 
 
 def show(log: dict[str, Any]) -> None:

@@ -4,17 +4,23 @@
 
 Three tables, each beside what was claimed of such models:
 
-1. Measured: the file of --shape with random weights in LiteRT, at each of --forms. An image is
-   encoded, its features and --text_tokens tokens of text go through one prefill, and then
-   --action_tokens tokens are decoded greedily, looking up and choosing included.
-2. On paper: the same for --paper_shape on a device of --bandwidth_gbs and --tops. A part takes as
-   long as reading its bytes or doing its operations, whichever is longer, at --share of the peaks.
-   The defaults are those of a Snapdragon 8 Gen 3: LPDDR5X at 4800 MHz on 64 bits, 76.8 GB/s, and
-   the 45 int8 TOPS that the press gives (Qualcomm publishes none).
+1. Measured: the file of --shape with random weights in LiteRT, at each of --forms. `Processor`, in
+   Python on this machine, resizes and normalises a screenshot of --screen pixels, renders and
+   tokenizes a conversation of at least --text_tokens tokens beside the image, and turns the tokens
+   of the action back into text ("prepare"; the tokenizer is that of `nano`, a shape of random
+   weights having none). An image is encoded, its features and --text_tokens tokens of text go
+   through one prefill, and then --action_tokens tokens are decoded greedily, looking up and
+   choosing included; these see random pixels and tokens, whose values change no time. Left out:
+   taking the screenshot and carrying out the action.
+2. On paper: the same, without preparation, for --paper_shape on a device of --bandwidth_gbs and
+   --tops. A part takes as long as reading its bytes or doing its operations, whichever is longer,
+   at --share of the peaks. Sources of the defaults are printed beside the table; the operations are
+   an assumption.
 3. Start-up, latency and size of the decoder of the `nano` preset at int8, in LiteRT and in MNN.
    Start-up is from opening the file, which the page cache holds, to the first scores, each in a
    new process; latency is one step behind 128 tokens. --mnn_python names an interpreter with
-   glm_edge and its extra `mnn`; where that is absent MNN is left out, with the reason.
+   glm_edge and its extra `mnn`; where that is absent MNN is left out, with the reason. MNN's
+   interpreter cannot write the cache where the next step reads it: its copies are not timed.
 """
 
 import dataclasses
@@ -26,19 +32,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import app, flags
 
-from experiments.bench_export import TOY, provenance_of
+import glm_edge as ge
+from experiments.bench_export import TOY
 from experiments.console import fail_in_one_line, print_table, refuse_arguments
+from experiments.provenance import provenance_of
 from experiments.runtimes import child as children
 from experiments.runtimes.child import EngineError
 from experiments.runtimes.compare import Quartiles, shown
+from experiments.runtimes.engine import timed
 from experiments.text.corpora import check_absent, write_text
 from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.configs import GLMConfig, VisionConfig, preset
 from glm_edge.errors import DataError
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
+from glm_edge.preprocess import Processor
 
 FLAGS = flags.FLAGS
 CLAIMS_S = (3.0, 0.45)
@@ -46,6 +57,15 @@ CLAIMED = {"LiteRT": (15.0, 28.0, 4.2), "MNN": (12.0, 22.0, 3.8)}
 PARTS = ("image", "prefill", "decode")
 TOY_VISION = VisionConfig((56, 28), 64, 2, 2, 128, 128, position_grid=(4, 2))
 STEP_CONTEXT, STEP_SLOTS, STEPS = 128, 256, 20
+# Of the defaults of --device, --bandwidth_gbs and --tops.
+SOURCES = (
+    "76.8 GB/s: four channels of 16 bits of LPDDR5X at 4800 MHz, "
+    "https://gist.github.com/EwoutH/754fa40ad9ddc93d55084fc46569c759; "
+    "45 TOPS: an assumption, Qualcomm publishes no number, "
+    "https://runlocalai.co/hardware/snapdragon-8-gen-3 gives this one without a source"
+)
+MNN_NOTE = "MNN: copies of its cache between steps are not in the latency"
+INSTRUCTION = "open the settings and press the button below the picture "
 # Of a number in the exported cache.
 CACHE_BYTES = 4
 
@@ -55,6 +75,7 @@ def define_flags() -> None:
     flags.DEFINE_string("work_dir", None, "Directory for the models.", required=True)
     flags.DEFINE_enum("shape", "mobile", ["mobile", "tiny", "nano", "toy"], "Measured model.")
     flags.DEFINE_list("forms", ["int8", "int4"], "Formats of the measured model.")
+    flags.DEFINE_list("screen", ["2400", "1080"], "Height and width of the screenshot.")
     flags.DEFINE_integer("text_tokens", 96, "Tokens of template and instruction.", 1)
     flags.DEFINE_integer("action_tokens", 40, "Tokens of the action.", 1)
     flags.DEFINE_integer("rounds", 9, "Times that each is measured, taking turns.", 1)
@@ -65,6 +86,7 @@ def define_flags() -> None:
     flags.DEFINE_float("tops", 45.0, "Int8 operations a second of the device, in 10^12.", 0.01)
     flags.DEFINE_list("share", ["1.0", "0.5"], "Parts of both peaks that are reached.")
     flags.DEFINE_string("device", "Snapdragon 8 Gen 3", "Name of the device on paper.")
+    flags.DEFINE_string("sources", None, "Where --bandwidth_gbs and --tops are from.")
     flags.DEFINE_string("mnn_python", None, "Interpreter with MNN; default: this one.")
     flags.DEFINE_bool("keep", False, "Keep the models.")
     flags.DEFINE_string("out", None, "JSON file for the numbers.")
@@ -91,10 +113,12 @@ def main(argv: Sequence[str]) -> None:
     ]
     for found in log["paper"]:
         show_paper(found)
+    log["sources"] = sources()
+    print(f"sources: {log['sources']}")
     log["runtimes"] = runtimes(work)
     show_runtimes(log["runtimes"])
     if FLAGS.out:
-        names = ("shape", "forms", "text_tokens", "action_tokens", "rounds", "threads")
+        names = ("shape", "forms", "screen", "text_tokens", "action_tokens", "rounds", "threads")
         names += ("paper_shape", "paper_form", "bandwidth_gbs", "tops", "share", "device")
         log |= provenance_of("time_to_action", names, ("mnn",))
         write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", FLAGS.overwrite)
@@ -159,7 +183,57 @@ def measured(work: Path) -> dict[str, Any]:
         for engine in resident.values():
             engine.close()
         tidy(work)
-    return {"features": features, "prompt_tokens": prompt, "forms": found}
+    return {"features": features, "prompt_tokens": prompt, "forms": found} | prepared(config)
+
+
+def prepared(config: GLMConfig) -> dict[str, Any]:
+    """Times what comes before the file and after it.
+
+    Args:
+      config: of the measured model.
+
+    Returns:
+      `prepare_s`, seconds of each round, and `prepared_tokens`, features and text together.
+
+    Raises:
+      DataError: --screen is no height and width.
+    """
+    try:
+        height, width = map(int, FLAGS.screen)
+    except ValueError as error:
+        raise DataError(f"--screen: {error}; 2400,1080 is right") from error
+    processor, vision = Processor.from_checkpoint(ge.shipped("nano")), config.vision
+    image = dataclasses.replace(
+        processor.image,
+        size=vision.image_size,
+        patch_size=vision.patch_stride,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.merge_size,
+        marker_tokens=2 * vision.boundary_embeddings,
+    )
+    processor = dataclasses.replace(processor, image=image)
+    rng, features = np.random.default_rng(0), features_of(vision)[1]
+    screen = rng.integers(0, 256, (height, width, vision.channels), np.uint8)
+    action = rng.integers(0, processor.tokenizer.get_vocab_size(), FLAGS.action_tokens)
+
+    def prepare(words: str) -> int:
+        content = [{"type": "image", "image": screen}, {"type": "text", "text": words}]
+        inputs = processor([{"role": "user", "content": content}])
+        processor.decode(action)
+        return inputs["tokens"].shape[1]
+
+    words = INSTRUCTION
+    # The first calls compile, too.
+    while (tokens := prepare(words)) < features + FLAGS.text_tokens:
+        words += INSTRUCTION
+    seconds = [timed(lambda: prepare(words)) for _ in range(FLAGS.rounds)]
+    return {"prepare_s": seconds, "prepared_tokens": tokens}
+
+
+def sources() -> str:
+    """Where the numbers of the device on paper are from."""
+    own = [name for name in ("device", "bandwidth_gbs", "tops") if FLAGS[name].present]
+    return FLAGS.sources or (f"as given by --{', --'.join(own)}" if own else SOURCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +365,8 @@ def runtimes(work: Path) -> dict[str, Any]:
             found[name] = {"left_out": str(error)}
             continue
         found[name] = {"size_bytes": written["file_bytes"], "start_s": starts, "step_s": []}
+        if name == "MNN":
+            found[name]["note"] = MNN_NOTE
     try:
         for turn in range(FLAGS.rounds):
             for name in list(resident) if turn % 2 else list(resident)[::-1]:
@@ -324,11 +400,15 @@ def show_measured(found: dict[str, Any]) -> None:
     """Prints the measured table."""
     rows = []
     for form, facts in found["forms"].items():
-        totals = [sum(run.values()) for run in facts["runs"]]
+        totals = [
+            before + sum(run.values())
+            for before, run in zip(found["prepare_s"], facts["runs"], strict=True)
+        ]
         parts = [Quartiles.of([run[part] for run in facts["runs"]]) for part in PARTS]
         rows.append(
             [
                 form,
+                str(Quartiles.of(found["prepare_s"])),
                 *map(str, parts),
                 str(Quartiles.of(totals)),
                 *verdicts(statistics.median(totals)),
@@ -338,7 +418,14 @@ def show_measured(found: dict[str, Any]) -> None:
         )
     title = f"measured, {FLAGS.shape}, {found['features']} features of {found['prompt_tokens']}"
     claims = [f"claimed {shown(claim)} s" for claim in CLAIMS_S]
-    header = [title, "image s", "prefill s", f"{FLAGS.action_tokens} tokens s", "total s"]
+    header = [
+        title,
+        "prepare s",
+        "image s",
+        "prefill s",
+        f"{FLAGS.action_tokens} tokens s",
+        "total s",
+    ]
     print_table([*header, *claims, "file MB", "RSS MB"], rows)
 
 
@@ -389,6 +476,8 @@ def show_runtimes(found: dict[str, Any]) -> None:
     for name, facts in found.items():
         if "left_out" in facts:
             print(f"left out: {name}: {facts['left_out']}")
+        elif "note" in facts:
+            print(facts["note"])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,9 @@ class Task:
         """One of `options`."""
         return (self.options or {}).get(name, default)
 
-    def attended(self, filled: int) -> int | None:
-        """Of the option `attended_slots`, the least that holds so many tokens; None for all."""
-        fitting = [slots for slots in self.option("attended_slots", []) if slots >= filled]
-        return min(fitting, default=None)
+    def step(self, length: int, slot: int) -> tuple[str, int | None]:
+        """`step_signature` by the option `attended_slots`."""
+        return step_signature(length, slot, self.option("attended_slots", []))
 
 
 class Engine:
@@ -100,6 +99,26 @@ class Engine:
     def action(self, tokens: int, steps: int) -> dict[str, float]:
         """Seconds of an image, a prompt of so many tokens that holds it, and `steps` tokens."""
         raise NotImplementedError
+
+
+def step_signature(length: int, slot: int, attended_slots: Iterable[int]) -> tuple[str, int | None]:
+    """The fastest signature of our file for so many tokens from a slot on.
+
+    Args:
+      length: tokens of the call.
+      slot: that the first token takes.
+      attended_slots: that the file was written with, see `ge.export.tflite`.
+
+    Returns:
+      Its name, and how many slots it looks at; None for all.
+    """
+    name = "decode" if length == 1 else f"prefill_{length}"
+    fitting = sorted(slots for slots in attended_slots if slots >= length)
+    if length > 1:
+        # A prompt has one such signature.
+        fitting = fitting[:1]
+    attended = next((slots for slots in fitting if slot + length <= slots), None)
+    return (name, None) if attended is None else (f"{name}_{attended}", attended)
 
 
 def timed(run: Callable[[], Any]) -> float:

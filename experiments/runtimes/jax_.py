@@ -72,7 +72,7 @@ class Jax(Engine):
 
     def _run(self, count: int, slot: int) -> Any:
         tokens = self.rng.integers(0, self.task.decoder["vocab_size"], (1, count))
-        attended = self.task.attended(slot + count)
+        _, attended = self.task.step(count, slot)
         logits, self.cache = self.step(self.params, tokens.astype(np.int32), self.cache, attended)
         return logits.block_until_ready()
 

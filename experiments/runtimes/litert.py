@@ -17,7 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runtimes.engine import CACHE, HIDDEN, Engine, Task, serve, timed
+from experiments.runtimes.engine import (
+    CACHE,
+    HIDDEN,
+    Engine,
+    Task,
+    serve,
+    timed,
+)
 
 
 class LiteRT(Engine):
@@ -144,10 +151,7 @@ class LiteRT(Engine):
         return np.array(rows, np.float32).reshape(len(tokens), width)
 
     def _run(self, rows: np.ndarray, slot: int, length: int) -> dict[str, Any]:
-        name = "decode" if length == 1 else f"prefill_{length}"
-        attended = self.task.attended(slot + length)
-        if attended is not None:
-            name += f"_{attended}"
+        name, attended = self.task.step(length, slot)
         inputs = self._buffers(name)[0]
         positions = np.arange(slot, slot + length, dtype=np.int32)
         visible = np.arange(attended or self.task.slots) <= positions[:, None]
@@ -160,6 +164,26 @@ class LiteRT(Engine):
 
     def _step(self, token: int, slot: int) -> Any:
         return self._run(self._embed(np.array([token], np.int32)), slot, 1)["logits"]
+
+
+def timed_signatures(task: Task, phase: str, steps: int) -> list[str]:
+    """Signatures that run in one burst of a phase, beside those that look tokens up.
+
+    Args:
+      task: of the file.
+      phase: `decode 128`, `prefill 512` and so on.
+      steps: of a burst of decoding.
+
+    Returns:
+      Their names, in the order of their first run.
+    """
+    kind, count = phase.split()
+    start = int(count)
+    if kind == "decode":
+        calls = [(1, slot) for slot in range(start, start + steps)]
+    else:
+        calls = [(start, 0), (1, start - 1)]
+    return list(dict.fromkeys(task.step(*call)[0] for call in calls))
 
 
 def packed_path(task: Task) -> Path | None:

@@ -58,7 +58,7 @@ class OnnxRuntime(Engine):
             for _ in range(2)
         ]
         self._session("embed")
-        self._session(self._step_name(1, task.contexts[0] + 1))
+        self._session(task.step(1, task.contexts[0])[0])
 
     def decode(self, context: int, steps: int) -> list[float]:
         tokens = self._tokens(steps)
@@ -82,18 +82,14 @@ class OnnxRuntime(Engine):
             )
         return self.sessions[name]
 
-    def _step_name(self, count: int, filled: int) -> str:
-        name, attended = "decode" if count == 1 else f"prefill_{count}", self.task.attended(filled)
-        return name if attended is None else f"{name}_{attended}"
-
     def _run(self, tokens: np.ndarray, slot: int) -> Any:
         count = len(tokens)
         embed = "embed" if count == 1 else f"embed_{count}"
         rows = self._session(embed).run(None, {"tokens": tokens[None]})[0]
-        session = self._session(self._step_name(count, slot + count))
+        name, attended = self.task.step(count, slot)
+        session = self._session(name)
         positions = np.arange(slot, slot + count, dtype=np.int32)
-        attended = self.task.attended(slot + count) or self.task.slots
-        visible = np.arange(attended) <= positions[:, None]
+        visible = np.arange(attended or self.task.slots) <= positions[:, None]
         inputs = {
             "embeddings": rows,
             "input_pos": positions,

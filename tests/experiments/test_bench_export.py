@@ -1,6 +1,7 @@
 """Runtimes beside each other: bursts, goals, and a small run of our own engines."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from experiments.bench_export import TOY
+from experiments.bench_export import TOY, to_profile
 from experiments.runtimes import compare, profiler
 from experiments.runtimes.child import PAUSE_S, Child, EngineError, Spec, prepare, spec_of
 from experiments.runtimes.compare import Burst, Quartiles
-from experiments.runtimes.engine import Task
-from experiments.runtimes.litert import LiteRT
+from experiments.runtimes.engine import Task, step_signature
+from experiments.runtimes.litert import LiteRT, timed_signatures
 from glm_edge.configs import to_dict
+from glm_edge.export.runtime import PhoneModel
+from glm_edge.export.trace import step_name
 
 ROOT = Path(__file__).resolve().parents[2]
-LENGTH, SLOTS = 16, 64
+LENGTH, SLOTS, ATTENDED = 16, 64, (16, 32)
 
 
 def task(path, form="int8", **options):
@@ -107,14 +110,14 @@ def test_a_turn_is_a_pause_and_the_median_of_its_steps(tmp_path):
 @pytest.fixture(scope="module")
 def toy_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("toy") / "toy_int8.tflite"
-    LiteRT().prepare(task(path))
+    LiteRT().prepare(task(path, attended_slots=list(ATTENDED)))
     return path
 
 
 def test_what_is_timed_gives_the_scores_of_the_file(toy_file):
     tokens = np.random.default_rng(0).integers(0, TOY.decoder.vocab_size, LENGTH).astype(np.int32)
     engine = LiteRT()
-    engine.load(task(toy_file))
+    engine.load(task(toy_file, attended_slots=list(ATTENDED)))
     engine.decode(8, 2)
     engine._clear()
     engine._run(engine._embed(tokens), 0, LENGTH)
@@ -166,6 +169,54 @@ def test_a_shorter_look_at_the_cache_changes_no_scores_in_onnxruntime(tmp_path):
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_the_fastest_signature_is_the_one_that_a_phone_model_takes():
+    phone = PhoneModel(TOY, (LENGTH,), SLOTS, attended_slots=ATTENDED)
+    for length in (1, LENGTH):
+        for slot in range(SLOTS - length + 1):
+            attended = phone.attended(slot, length)
+            expected = step_name(length, attended), attended
+            assert step_signature(length, slot, reversed(ATTENDED)) == expected
+    assert step_signature(1, 7, ()) == ("decode", None)
+
+
+def test_the_signatures_of_a_profile_are_those_that_ran(toy_file):
+    made, ran = task(toy_file, attended_slots=list(ATTENDED)), []
+    engine = LiteRT()
+    call = engine._call
+    engine._call = lambda name, cached=False: ran.append(name) or call(name, cached)
+    engine.load(made)
+    bursts = {
+        "decode 8": lambda: engine.decode(8, 3),
+        "decode 14": lambda: engine.decode(14, 3),
+        "decode 40": lambda: engine.decode(40, 3),
+        f"prefill {LENGTH}": lambda: engine.prefill(LENGTH),
+    }
+    found = {}
+    for phase, burst in bursts.items():
+        ran.clear()
+        burst()
+        steps = [name for name in ran if not name.startswith("embed")]
+        found[phase] = timed_signatures(made, phase, 3)
+        assert found[phase] == list(dict.fromkeys(steps))
+    assert list(found.values()) == [
+        ["decode_16"],
+        ["decode_16", "decode_32"],
+        ["decode"],
+        ["prefill_16_16", "decode_16"],
+    ]
+
+
+def test_what_missed_a_goal_is_profiled_or_all():
+    goals = [
+        {"engine": "a", "phase": "decode 8", "reached": True},
+        {"engine": "b", "phase": "decode 8", "reached": False},
+    ]
+    rows = [{"engine": "a"}, {"engine": "b"}, {"engine": "c"}]
+    log = {"goals": goals, "results": {"decode 8": rows}}
+    assert to_profile(log, False) == [("b", "decode 8")]
+    assert to_profile(log, True) == [(name, "decode 8") for name in "abc"]
+
+
 def test_a_profile_counts_every_product_and_adds_up(toy_file):
     command = [sys.executable, "-m", "experiments.runtimes.profiler", toy_file, "decode", "1", "5"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -189,6 +240,7 @@ def test_a_small_run_compares_our_engines(tmp_path):
     out, work = tmp_path / "speed.json", tmp_path / "models"
     command = [sys.executable, "-m", "experiments.bench_export", "--shape=toy", "--slots=64"]
     command += ["--contexts=8,32", "--prefill=16", "--rounds=2", "--steps=3", "--profile"]
+    command += ["--attended_slots=16,48"]
     command += ["--engines=^(LiteRT int8|JAX int8|llama.cpp Q8_0)$", "--reserve_gb=0"]
     command += [f"--work_dir={work}", f"--out={out}", f"--llama_python={tmp_path / 'none'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -200,7 +252,11 @@ def test_a_small_run_compares_our_engines(tmp_path):
         assert all(0 < row["ms"][0] <= row["ms"][1] <= row["ms"][2] for row in rows)
     assert list(log["left_out"]) == ["llama.cpp Q8_0"]
     assert {row["beside"] for row in log["goals"]} == {"bandwidth limit"}
-    assert log["profiles"].keys() == {"LiteRT int8: decode"}
+    assert log["profiles"].keys() == {"LiteRT int8: decode_16", "LiteRT int8: decode_48"}
+    command = shlex.split(log["command"])
+    assert "--attended_slots=16,48" in command
+    assert "--engines=^(LiteRT int8|JAX int8|llama.cpp Q8_0)$" in command
+    assert log["memory_bytes"] > 1e9
     facts = log["engines"]["LiteRT int8"]
     assert facts["weight_bytes"] < facts["file_bytes"] < facts["peak_rss_bytes"]
     assert "left out: llama.cpp Q8_0" in done.stdout

@@ -5,9 +5,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from experiments import time_to_action
 from experiments.time_to_action import Device, features_of, paper
 from glm_edge.configs import preset
 
@@ -40,11 +42,31 @@ def test_half_of_the_peaks_takes_twice_as_long():
     assert half["seconds"] == pytest.approx(2 * whole["seconds"])
 
 
+def test_the_total_counts_preparation_and_mnn_says_what_it_leaves_out(capsys, monkeypatch):
+    monkeypatch.setattr(time_to_action, "FLAGS", SimpleNamespace(shape="toy", action_tokens=4))
+    run = dict.fromkeys(("image", "prefill", "decode"), 0.1)
+    form = {"runs": [run] * 3, "file_bytes": 1, "peak_rss_bytes": 1}
+    found = {"features": 8, "prompt_tokens": 16, "prepare_s": [0.2, 0.2, 0.2]}
+    time_to_action.show_measured(found | {"forms": {"int8": form}})
+    header, _, row = (
+        [cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()
+    )
+    cells = dict(zip(header, row, strict=True))
+    assert cells["prepare s"].startswith("0.2 ")
+    assert cells["total s"].startswith("0.5 ")
+    assert (cells["claimed 3 s"], cells["claimed 0.45 s"]) == ("reached", "missed")
+    facts = {"start_s": [0.1], "step_s": [0.1], "size_bytes": 1}
+    noted = facts | {"note": time_to_action.MNN_NOTE}
+    time_to_action.show_runtimes({"LiteRT": facts, "MNN": noted})
+    assert capsys.readouterr().out.strip().endswith(time_to_action.MNN_NOTE)
+
+
 @pytest.mark.slow
 def test_a_small_run(tmp_path):
     out = tmp_path / "action.json"
     command = [sys.executable, "-m", "experiments.time_to_action", "--shape=toy", "--forms=int8"]
     command += ["--text_tokens=14", "--action_tokens=4", "--rounds=2", f"--out={out}"]
+    command += ["--screen=240,108", "--tops=30"]
     command += [f"--work_dir={tmp_path / 'models'}", f"--mnn_python={tmp_path / 'none'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -53,6 +75,11 @@ def test_a_small_run(tmp_path):
     assert len(runs) == 2
     assert all(run.keys() == {"image", "prefill", "decode"} for run in runs)
     assert min(min(run.values()) for run in runs) > 0
+    assert len(log["measured"]["prepare_s"]) == 2
+    assert min(log["measured"]["prepare_s"]) > 0
+    assert log["measured"]["prepared_tokens"] >= log["measured"]["prompt_tokens"]
+    assert log["sources"] == "as given by --tops"
+    assert "sources: as given by --tops" in done.stdout
     assert log["runtimes"]["LiteRT"]["size_bytes"] > 1e6
     assert "none" in log["runtimes"]["MNN"]["left_out"]
     assert "450 ms" in done.stdout or "0.45 s" in done.stdout

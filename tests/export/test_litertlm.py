@@ -50,6 +50,7 @@ HABITS = """{% set seen = namespace(count=0) %}
 {% if add_generation_prompt %}<|assistant|>
 {% endif %}
 """
+AUDIO = AudioProcessing(40, 8000, 200, 80, chunk_s=0.32, max_s=1.0)
 VOCABULARY = 160
 SLOTS = 96
 NEW = 12
@@ -220,32 +221,42 @@ def heard_and_seen(small_config, random_params, tmp_path_factory):
         "stretch", (64, 32), eight_bit=False, mean=(0.5, 0.4, 0.3), std=(0.25, 0.3, 0.35)
     )
     image = dataclasses.replace(image, patch_size=8, temporal_patch_size=1)
-    audio = AudioProcessing(40, 8000, 200, 80, chunk_s=0.32, max_s=1.0)
     path = tmp_path_factory.mktemp("media") / "media.litertlm"
-    prepared = processor(image=image, audio=audio)
+    prepared = processor(image=image, audio=AUDIO)
     return litertlm(model, random_params(model), prepared, path, (32,), SLOTS)
 
 
-@pytest.fixture(scope="module")
-def in_three_dimensions(small_config, random_params, tmp_path_factory):
-    """A model whose rotary positions are time, row and column."""
-    model = MultimodalGLM(
-        tiny(
-            small_config,
-            decoder={"mrope_section": (2, 3, 3), "partial_rotary_factor": 1.0},
-            vision={"separable_positions": False, "temporal_patch_size": 2},
-            speech=None,
-        )
+def with_grid_positions(small_config, random_params, path, lengths, without=(), **encoders):
+    """A bundle of a model whose rotary positions are time, row and column."""
+    config = tiny(
+        small_config,
+        decoder={"mrope_section": (2, 3, 3), "partial_rotary_factor": 1.0},
+        vision={"separable_positions": False, "temporal_patch_size": 2},
     )
+    model = MultimodalGLM(dataclasses.replace(config, **dict.fromkeys(without)))
 
     def sharper(path, leaf):
         # So that where a token stands decides what is attended to.
         return leaf * 3.0 if path.endswith(("q_proj/weight", "k_proj/weight")) else leaf
 
     params = boxes.map_with_path(sharper, random_params(model))
-    image = ImageProcessing(min_pixels=1, patch_size=8)
+    return litertlm(model, params, processor(**encoders), path, lengths, SLOTS)
+
+
+@pytest.fixture(scope="module")
+def in_three_dimensions(small_config, random_params, tmp_path_factory):
+    """Such a model that sees images."""
     path = tmp_path_factory.mktemp("grid") / "grid.litertlm"
-    return litertlm(model, params, processor(image=image), path, (32,), SLOTS)
+    image = ImageProcessing(min_pixels=1, patch_size=8)
+    return with_grid_positions(small_config, random_params, path, (32,), ("speech",), image=image)
+
+
+@pytest.fixture(scope="module")
+def in_short_calls(small_config, random_params, tmp_path_factory):
+    """Such a model that sees and hears, as `phone_9b` does, of short calls of prefill."""
+    path = tmp_path_factory.mktemp("calls") / "calls.litertlm"
+    encoders = {"image": ImageProcessing(min_pixels=1, patch_size=8), "audio": AUDIO}
+    return with_grid_positions(small_config, random_params, path, (8,), **encoders)
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +301,35 @@ def test_text_tokens_are_those_of_the_interpreter(text_bundle, tmp_path):
         assert tokenizer.encode(found).ids == wanted
         assert answer(opened, prompt) == found
         assert answer(opened, [{"type": "text", "text": prompt}]) == found
+
+
+def test_an_answer_ends_before_a_stop_token(text_bundle, tmp_path):
+    opened, whole, at = engine(text_bundle), [], 0
+    for seed in range(8):
+        found = answer(opened, words(seed, 6)).split()
+        latest = max(i for i, word in enumerate(found) if word not in found[:i])
+        if latest > at:
+            prompt, whole, at = words(seed, 6), found, latest
+    # A token that the answer reaches only after others.
+    stop = text_bundle.processor.tokenizer.token_to_id(whole[at])
+    config = dataclasses.replace(text_bundle.model.config, eos_token_ids=(0, stop))
+    prepared = dataclasses.replace(text_bundle.processor, stop_token_ids=(0, stop))
+    model = text_bundle.model.clone(config=config)
+    path = tmp_path / "stops.litertlm"
+    bundle = litertlm(model, text_bundle.params, prepared, path, (8,), SLOTS)
+    found = answer(engine(bundle), prompt)
+    assert found.split() == whole[:at]
+    assert found.split() == expected(bundle, [{"type": "text", "text": prompt}])[0].split()
+
+
+def test_text_alone_has_three_equal_positions(small_config, random_params, tmp_path):
+    without = ("vision", "speech", "image_token_id", "audio_token_id")
+    path = tmp_path / "text.litertlm"
+    bundle = with_grid_positions(small_config, random_params, path, (8,), without)
+    assert set(bundle.sections) == {"PREFILL_DECODE"}
+    opened = engine(bundle)
+    for seed, count in enumerate((3, 9, 30)):
+        assert answer(opened, [text(seed, count)]) == expected(bundle, [text(seed, count)])[0]
 
 
 @pytest.mark.parametrize("family", [*chat.FAMILIES, "habits of Hugging Face"])
@@ -364,6 +404,19 @@ def test_positions_in_three_dimensions_reach_the_decoder(in_three_dimensions, me
     ]
     found = answer(engine(in_three_dimensions), content)
     assert found == expected(in_three_dimensions, content)[0]
+
+
+@pytest.mark.parametrize("layout", ["tit", "tita", "atit", "ta"])
+def test_positions_in_three_dimensions_go_on_from_call_to_call(in_short_calls, media, layout):
+    kinds = {"i": ("image", media["image_1"]), "a": ("audio", media["audio_2560"])}
+    content = [
+        text(seed, 3 + seed) if kind == "t" else {"type": kinds[kind][0], "path": kinds[kind][1]}
+        for seed, kind in enumerate(layout)
+    ]
+    wanted, inputs = expected(in_short_calls, content)
+    # All but the last token are given to prefill.
+    assert inputs["tokens"].shape[1] - 1 > in_short_calls.prefill_lengths[-1]
+    assert answer(engine(in_short_calls), content) == wanted
 
 
 def test_positions_in_a_row_would_not_do(in_three_dimensions, media):

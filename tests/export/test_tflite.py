@@ -1,5 +1,6 @@
 """What the exported file holds, what is refused, and how it is written."""
 
+import dataclasses
 import os
 
 import jax
@@ -20,23 +21,29 @@ from glm_edge.params import Format, Masked, Quantized
 INT8 = Format("int8")
 INT4 = Format("int4")
 BLOCKS = Format("int4", 32, scale_dtype="bfloat16")
+# Bytes that the graphs of all signatures of a small model keep below.
+GRAPHS = 200_000
 
 
 def replaced(params, path, leaf):
     return boxes.map_with_path(lambda p, old: leaf if p == path else old, params)
 
 
-def test_file_holds_our_integers_and_scales_bit_for_bit(exported, params):
-    held = export.read_constants(exported.path)
+def forms_held_bit_for_bit(path, params):
+    """Compares a file with parameters and returns the forms of their matrices."""
+    held = export.read_constants(path)
     assert held.keys() == {path for path, _ in boxes.path_items(params)}
     seen = set()
     for path, leaf in boxes.path_items(params):
         constant = held[path]
         assert constant.shape == tuple(leaf.shape)
         if not isinstance(leaf, Quantized):
-            assert constant.type == "float32"
-            found = constant.data.view(np.float32).reshape(leaf.shape)
-            np.testing.assert_array_equal(found, np.asarray(boxes.dense(leaf)))
+            values = np.asarray(boxes.dense(leaf))
+            kind = "float16" if values.dtype == np.float16 and values.ndim == 2 else "float32"
+            assert constant.type == kind
+            assert constant.data.tobytes() == values.astype(kind).tobytes()
+            assert constant.scale is None
+            seen |= {kind} if values.ndim == 2 else set()
             continue
         seen.add(str(leaf.format))
         assert constant.type == leaf.format.qtype
@@ -44,13 +51,27 @@ def test_file_holds_our_integers_and_scales_bit_for_bit(exported, params):
         assert constant.block_size == (leaf.format.group_size or 0)
         scale = np.asarray(leaf.scale.astype(jnp.float32))
         np.testing.assert_array_equal(constant.scale.astype(np.float32).reshape(scale.shape), scale)
-    assert seen == {str(INT8), str(INT4), str(BLOCKS)}
+    return seen
+
+
+def test_file_holds_our_integers_and_scales_bit_for_bit(exported, params):
+    seen = forms_held_bit_for_bit(exported.path, params)
+    assert seen == {str(INT8), str(INT4), str(BLOCKS), "float32"}
+
+
+def assert_no_part_is_stored_twice(written):
+    """Holds a file against its bound, and its graphs against what a second decoder would take."""
+    assert written.file_bytes == written.path.stat().st_size
+    assert written.file_bytes <= 1.02 * written.stored_bytes + 1e6
+    held = export.read_constants(written.path)
+    decoder = sum(c.data.nbytes for path, c in held.items() if path.startswith("decoder/"))
+    graphs = written.file_bytes - written.stored_bytes
+    assert 0 < graphs < GRAPHS < graphs + min(decoder, held["embed/weight"].data.nbytes)
 
 
 def test_file_is_as_large_as_its_weights_and_needs_builtin_operators_only(exported, dense_export):
     for written in (exported, dense_export):
-        assert written.file_bytes == written.path.stat().st_size
-        assert written.file_bytes <= 1.02 * written.stored_bytes + 1e6
+        assert_no_part_is_stored_twice(written)
         names = FlatModel(written.path.read_bytes()).operator_names()
         assert "FULLY_CONNECTED" in names
         assert "EMBEDDING_LOOKUP" in names
@@ -187,10 +208,36 @@ def test_halves_and_two_bits_run(kind, model, dense_params, tmp_path):
     file = export.tflite(
         model, written, tmp_path / "a.tflite", prefill_lengths=(8,), cache_slots=64
     )
-    held = export.read_constants(file.path)
-    assert {constant.type for constant in held.values()} == {kind, "float32"}
-    assert file.file_bytes <= 1.02 * file.stored_bytes + 1e6
+    layers = {"int2": {"int2-channel", "float32"}, "float16": {"float16"}}[kind]
+    assert forms_held_bit_for_bit(file.path, written) == layers
+    assert_no_part_is_stored_twice(file)
     assert file.verify(free_running=3).passed
+
+
+def test_a_table_of_int4_is_looked_up_and_multiplied_with(
+    small_config, random_params, quantize, tmp_path
+):
+    config = dataclasses.replace(small_config(num_layers=1), vision=None, speech=None)
+    text = MultimodalGLM(config)
+    params = random_params(text)
+    params["embed"]["weight"] = quantize(params["embed"]["weight"], INT4)
+    file = export.tflite(text, params, tmp_path / "a.tflite", prefill_lengths=(4,), cache_slots=32)
+    assert forms_held_bit_for_bit(file.path, params) == {str(INT4), "float32"}
+    flat = FlatModel(file.path.read_bytes())
+    readers = {}
+    for graph in flat.model.subgraphs:
+        for operator in graph.operators:
+            for index in operator.inputs:
+                if graph.tensors[index].name == b"embed/weight":
+                    assert graph.tensors[index].type == flat.schema.TensorType.INT4
+                    name = flat.operator_name(operator)
+                    readers.setdefault(name, set()).add(graph.tensors[index].buffer)
+    assert readers.keys() == {"EMBEDDING_LOOKUP", "FULLY_CONNECTED"}
+    assert len(set().union(*readers.values())) == 1
+    tokens = np.arange(0, config.decoder.vocab_size, 7)
+    rows = export.LiteRTModel(file.path).embed(tokens[:32])
+    np.testing.assert_array_equal(rows, np.asarray(params["embed"]["weight"].unbox())[tokens[:32]])
+    assert file.verify().passed
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -287,8 +334,6 @@ def test_a_missing_extra_is_named(model, dense_params, tmp_path, monkeypatch):
 
 
 def test_a_text_model_with_its_own_head_has_no_encoders(small_config, random_params, tmp_path):
-    import dataclasses
-
     config = dataclasses.replace(
         small_config(tie_embeddings=False, num_layers=1, mrope_section=(2, 3, 3)),
         vision=None,
@@ -309,8 +354,6 @@ def test_a_text_model_with_its_own_head_has_no_encoders(small_config, random_par
 
 
 def test_signatures_that_look_at_few_slots_give_the_same(small_config, random_params, tmp_path):
-    import dataclasses
-
     config = dataclasses.replace(small_config(num_layers=1), vision=None, speech=None)
     text = MultimodalGLM(config)
     options = {"prefill_lengths": (4,), "cache_slots": 32}
