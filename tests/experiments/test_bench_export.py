@@ -26,7 +26,7 @@ LENGTH, SLOTS, ATTENDED = 16, 64, (16, 32)
 
 
 def task(path, form="int8", **options):
-    return Task(form, str(path), to_dict(TOY), SLOTS, (8,), (LENGTH,), 1, options=options)
+    return Task(form, str(path), to_dict(TOY), SLOTS, (8,), (LENGTH,), 1, options=options or None)
 
 
 def spec(name, family, bits, python=sys.executable):

@@ -166,7 +166,7 @@ def test_a_graph_that_computes_something_else_fails(exported_mnn, model, tmp_pat
     for at in rest[len(rest) // 4 :]:
         content[at] = 0
     (changed / "weights.bin").write_bytes(content)
-    with pytest.raises(ExportError, match=r"at least 99\.00% must agree"):
+    with pytest.raises(ExportError, match="speech compute something else than in JAX"):
         export.verify(changed, model, exported_mnn.params, short_windows(3), free_running=0)
     assert export.read_metadata(changed)["verified"] is False
 
