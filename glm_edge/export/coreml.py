@@ -328,6 +328,11 @@ def _temporary_in(directory: Path) -> Iterator[None]:
     before, tempfile.tempdir = tempfile.tempdir, str(directory)
     try:
         yield
+    except RuntimeError as error:
+        if "FileWriter" not in str(error):
+            raise
+        # What its C++ part says of a full disk.
+        raise OSError(str(error)) from error
     finally:
         tempfile.tempdir = before
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +232,19 @@ def test_codes_of_four_bits_are_packed(exported_coreml, specification, params):
     for path, leaf in boxes.path_items(params):
         if isinstance(leaf, Quantized):
             assert lengths[path.replace("/", "_")] == leaf.data.size
+
+
+def test_a_disk_that_fills_up_is_an_error_of_output(text, tmp_path, monkeypatch):
+    model, params = text
+
+    def full(*_):
+        # As coremltools 9.0 says it.
+        raise RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data")
+
+    monkeypatch.setattr(sys.modules["glm_edge.export.coreml"], "_function", full)
+    with pytest.raises(OutputError, match=r"cannot be written: .*writing data"):
+        coreml(model, params, tmp_path / "a.mlpackage", (), SLOTS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_six_axes_become_five_with_the_same_result():
