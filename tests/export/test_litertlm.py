@@ -410,7 +410,7 @@ def test_positions_in_three_dimensions_reach_the_decoder(in_three_dimensions, me
 def test_positions_in_three_dimensions_go_on_from_call_to_call(in_short_calls, media, layout):
     kinds = {"i": ("image", media["image_1"]), "a": ("audio", media["audio_2560"])}
     content = [
-        text(seed, 3 + seed) if kind == "t" else {"type": kinds[kind][0], "path": kinds[kind][1]}
+        text(seed, 6 + seed) if kind == "t" else {"type": kinds[kind][0], "path": kinds[kind][1]}
         for seed, kind in enumerate(layout)
     ]
     wanted, inputs = expected(in_short_calls, content)
