@@ -83,7 +83,7 @@ def test_any_score_masks_any_shape_under_any_allocation(
     model, params = small
     options = {"score": score, "shape": shape, "allocation": allocation, "where": HELD.get(shape)}
     if shape not in ("head", "neuron", *HELD):
-        options["where"] = r"q_proj|down_proj"
+        options["where"] = r"layers/1/.*(q_proj|down_proj)"
     if shape != "2:4":
         options["sparsity"] = 0.5
     if allocation == "measured":
