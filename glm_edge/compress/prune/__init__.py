@@ -2,6 +2,7 @@
 
 from glm_edge.compress.prune import weight_scores
 from glm_edge.compress.prune.channels import channels
+from glm_edge.compress.prune.compact import compact, unmasked
 from glm_edge.compress.prune.depth import depth, shrink_depth
 from glm_edge.compress.prune.encoders import encoders, shrink_encoder
 from glm_edge.compress.prune.magnitude import magnitude
@@ -24,6 +25,7 @@ from glm_edge.kernels import vision_tokens
 __all__ = [
     "boxed",
     "channels",
+    "compact",
     "cubic",
     "depth",
     "encoders",
@@ -43,6 +45,7 @@ __all__ = [
     "sparsegpt",
     "staircase",
     "structured",
+    "unmasked",
     "vision_tokens",
     "vocabulary",
     "weight_scores",

@@ -38,7 +38,8 @@ def columns_of(linear: Params, index: np.ndarray, path: str, transform: str) -> 
 
 def take(leaf: Any, index: np.ndarray, axis: int, path: str, transform: str) -> Any:
     """Keeps entries of one axis of an array or of a mask with its values."""
-    if isinstance(leaf, boxes.Quantized | boxes.FakeQuantized):
+    held = leaf.value if isinstance(leaf, boxes.Masked) else leaf
+    if isinstance(held, boxes.Quantized | boxes.FakeQuantized):
         raise RecipeError(f"{transform}: {path} is quantized; prune before quantizing")
     return jax.tree.map(lambda array: jnp.take(array, index, axis=axis), leaf)
 

@@ -47,7 +47,14 @@ def mask(
     which matrix. Exactly the rounded number of units goes, the first of equals; what is masked
     before goes first. A mask is stored beside its values and counted, so bytes grow until the
     weight is quantized: unstructured zeros save none by themselves. What `head`, `neuron`, `layer`
-    and `vocab` mask can be taken out of the arrays (`structured`, `shrink`).
+    and `vocab` mask is taken out of the arrays by `compact`, with which a budget is spent:
+
+        ge.chain(
+            ge.prune.mask(
+                score="taylor", shape="head", allocation="measured", budget_bytes=10_000_000
+            ),
+            ge.prune.compact(),
+        )
 
     Args:
       sparsity: fraction that goes, in 0..1, below 1. None where `N:M` or a budget says it.
@@ -60,7 +67,7 @@ def mask(
       shape: `unstructured`; `N:M`, N of M neighbours along the inputs stay, such as `2:4`;
         `block:RxC`; `channel`, a row of a matrix; `head`, query heads, as many of each group that
         shares a key/value head; `neuron` of a feed-forward network; `layer` of the decoder;
-        `vocab`, rows of the embedding and of the head.
+        `vocab`, rows of the embedding and of the head, save tokens that the configuration names.
       allocation: `uniform`, the same fraction of each matrix (or layer); `global`, one threshold
         for all; `measured`, each group of matrices is masked alone at each of `levels`, and the sum
         of the divergences of the logits on held-out batches is made least by dynamic programming.
@@ -72,7 +79,7 @@ def mask(
         CPU (unstructured and channel only).
       levels: sparsities that `measured` chooses from.
       budget_bytes: in place of `sparsity` with `measured`, for what can be taken out of the arrays:
-        stored bytes of all parameters once it is.
+        stored bytes of all parameters once it is, by `compact`.
       budget_flops: likewise, floating-point operations of the products with what is left of the
         selected weights, for one row of inputs each: two a weight.
 

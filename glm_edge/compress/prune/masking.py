@@ -136,15 +136,32 @@ def _is_number(value: Any) -> bool:
 def without_masked(
     pools: Sequence[Pool], leaves: Leaves, scores: Sequence[Array]
 ) -> list[np.ndarray]:
-    """Scores on the host, lowest of all where everything is masked already."""
+    """Scores on the host, lowest where everything is masked already, highest of what must stay."""
     found = []
     for pool, values in zip(pools, scores, strict=True):
         values = np.array(values, np.float32)
-        if any(isinstance(leaves[member.path], boxes.Masked) for member in pool.members):
-            left = {m.path: _mask_of(m.path, leaves[m.path]) for m in pool.members}
-            values[np.asarray(pool.reduced(left, np.inf)) == 0] = -np.inf
+        left = units_left(pool, leaves)
+        if left is not None:
+            values[~left] = -np.inf
+        values[:, list(pool.needed)] = np.inf
         found.append(values)
     return found
+
+
+def units_left(pool: Pool, leaves: Leaves) -> np.ndarray | None:
+    """Marks the units that hold a weight which is not masked.
+
+    Args:
+      pool: of units.
+      leaves: parameters by path.
+
+    Returns:
+      bool [g, u]; None where nothing is masked.
+    """
+    if not any(isinstance(leaves[member.path], boxes.Masked) for member in pool.members):
+        return None
+    rows = {member.path: _mask_of(member.path, leaves[member.path]) for member in pool.members}
+    return np.asarray(pool.reduced(rows, np.inf)) > 0
 
 
 def _mask_of(path: str, leaf: Any) -> Array:
@@ -209,5 +226,5 @@ def mask_notes(shape: Shape, masks: Collection[boxes.Masked]) -> tuple[str, ...]
     if shape.of_matrix:
         saved = "zeros of this shape save no bytes by themselves"
     else:
-        saved = "nothing is saved until what is masked is taken out of the arrays"
+        saved = "nothing is saved until what is masked is taken out of the arrays (prune.compact)"
     return (f"masks take {taken:,} bytes, which are counted; {saved}",)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,8 @@ from glm_edge.params.tree import Params, path_string
 
 Schedule = Callable[[Any], Array]
 _RISES = ("linear", "cubic")
+# Schedules are asked about step 0 and these.
+_CHECKED_STEPS = tuple(1 << place for place in range(31))
 
 
 def one_shot(sparsity: float, step: int = 0) -> Schedule:
@@ -136,7 +139,9 @@ def scheduled(
 
     Args:
       optimizer: any that maps gradients to updates.
-      sparsity: a function of the step, such as `cubic` gives.
+      sparsity: a function of the step, such as `cubic` gives, in 0..1 and below 1. This is
+        checked of steps 0, 1, 2, 4 and so on; whatever it gives at others, one unit of each group
+        stays.
       score: `magnitude`, an L_n norm `l<n>`, or `sensitivity`, `|g w|` of the gradient at hand.
       shape: `unstructured`, `N:M`, `block:RxC` or `channel`, see `mask`. `N:M` is at its own
         sparsity as soon as the schedule is above zero.
@@ -147,8 +152,8 @@ def scheduled(
       The transformation; `update` needs `params`. It can be jitted.
 
     Raises:
-      RecipeError: an option has no meaning; in `init`, the pattern matches nothing, or rows or
-        columns are not whole groups.
+      RecipeError: an option has no meaning, or the sparsity of a step is below 0 or not below 1;
+        in `init`, the pattern matches nothing, or rows or columns are not whole groups.
 
     References:
       To prune, or not to prune, https://arxiv.org/abs/1710.01878.
@@ -162,6 +167,7 @@ def scheduled(
         )
     check_whole(name, every=every)
     check_pattern(name, "where", where)
+    _check_schedule(name, sparsity)
     by_gradient = found_score.kind == "sensitivity"
 
     def init(params: Params) -> MaskState:
@@ -188,10 +194,10 @@ def scheduled(
                 scores = pool.reduced({path: as_matrix(path, values)}, found_score.order)
                 left = pool.reduced({path: as_matrix(path, keep.astype(jnp.float32))}, jnp.inf)
                 rank = jnp.argsort(jnp.argsort(jnp.where(left > 0, scores, -jnp.inf), axis=1))
-                count = jnp.round(level * pool.units)
+                count = jnp.round(jnp.nan_to_num(level) * pool.units)
                 if found_shape.sparsity is not None:
                     count = jnp.where(level > 0, found_shape.sparsity * pool.units, 0)
-                count = jnp.minimum(count, pool.units - pool.at_least)
+                count = jnp.minimum(count, pool.units - max(1, pool.at_least))
                 stays = pool.spread((rank >= count) & (left > 0))[path]
                 return from_matrix(path, stays, weight.shape)
 
@@ -259,7 +265,8 @@ def iterative(
       where: what is masked, see `mask`.
       train_where: what trains, see `distill`; None is everything.
       **training: further options of `distill`, such as `learning_rate`, `alpha` (0 learns from
-        labels alone) or `temperature`.
+        labels alone), `temperature`, or `state_dir`, in which each round has a directory of its
+        own, `round_1` first.
 
     Returns:
       The chain of all rounds, itself a recipe.
@@ -278,10 +285,13 @@ def iterative(
     done = np.linspace(0.0, 1.0, rounds)
     if rise == "cubic":
         done = 1.0 - (1.0 - done) ** 3
+    state_dir = training.pop("state_dir", None)
     found: list[Transform] = []
-    for level in (initial + (sparsity - initial) * done).tolist():
+    for number, level in enumerate((initial + (sparsity - initial) * done).tolist(), start=1):
+        # Each round is a training of its own, and a directory keeps the state of one.
+        own = None if state_dir is None else str(Path(state_dir) / f"round_{number}")
         found.append(mask(round(level, 6), score, shape, allocation, where))
-        found.append(distill(steps=steps, where=train_where, **training))
+        found.append(distill(steps=steps, where=train_where, state_dir=own, **training))
     return chain(*found)
 
 
@@ -314,6 +324,18 @@ def _map(function: Callable[..., Any], masks: Params, *trees: Params, rest: Any 
         for (path, keep), other, *leaves in zip(flat, others, *columns, strict=True)
     ]
     return treedef.unflatten(found)
+
+
+def _check_schedule(name: str, sparsity: Schedule) -> None:
+    """Asks a schedule about steps of every size; under `jit` it would be too late to refuse."""
+    for step in (0, *_CHECKED_STEPS):
+        with jax.ensure_compile_time_eval():
+            level = float(sparsity(jnp.int32(step)))
+        if not 0.0 <= level < 1.0:
+            raise RecipeError(
+                f"{name}: sparsity= gives {level:g} at step {step}; it must be in 0..1 and below 1 "
+                "at every step"
+            )
 
 
 def _check_steps(name: str, begin: int, end: int) -> None:

@@ -21,7 +21,7 @@ from glm_edge.errors import RecipeError
 
 SINGLE = "unstructured"
 CHANNEL, HEAD, NEURON, LAYER, VOCAB = "channel", "head", "neuron", "layer", "vocab"
-# What `structured` and its relatives can take out of the arrays.
+# What `compact` can take out of the arrays.
 REMOVABLE = (HEAD, NEURON, LAYER, VOCAB)
 _KNOWN = "unstructured, N:M, block:RxC, channel, head, neuron, layer or vocab"
 
@@ -129,6 +129,7 @@ class Pool:
       units: `u`.
       at_least: units of each group that stay, whatever is asked.
       upward: a fraction of a unit counts as a whole one; else it is rounded to nearest.
+      needed: units that stay whatever they score, at most `at_least`.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Pool:
     units: int
     at_least: int = 0
     upward: bool = False
+    needed: tuple[int, ...] = ()
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -158,8 +160,9 @@ class Pool:
         # The margin keeps 0.3 * 10 = 3.0000000000000004 from removing four.
         count = math.ceil(asked - 1e-9) if self.upward else round(asked)
         if count > self.units - self.at_least:
+            few = "none" if self.at_least == 1 else f"too few, below {self.at_least},"
             raise RecipeError(
-                f"{self.name}: sparsity={sparsity:g} leaves none of {self.units}; ask for less"
+                f"{self.name}: sparsity={sparsity:g} leaves {few} of {self.units}; ask for less"
             )
         return count
 

@@ -16,6 +16,7 @@ from glm_edge.compress.prune.shapes import (
     Pool,
     Shape,
 )
+from glm_edge.compress.prune.tokens import named_tokens
 from glm_edge.errors import RecipeError
 
 _STACKS = ("decoder", "vision", "speech")
@@ -140,7 +141,9 @@ def _vocabulary(config: Any, sizes: Sizes, chosen: Collection[str]) -> list[Pool
     members = tuple(
         Member(path, "v d -> 1 v d", (("v", rows), ("d", sizes[path][1]))) for path in paths
     )
-    return [Pool("vocabulary", (Part(members, members),), 1, rows, at_least=1)]
+    needed = tuple(index for index in sorted(named_tokens(config)) if index < rows)
+    part = Part(members, members)
+    return [Pool("vocabulary", (part,), 1, rows, at_least=max(1, len(needed)), needed=needed)]
 
 
 def _whole(path: str, sizes: Sizes) -> Member:

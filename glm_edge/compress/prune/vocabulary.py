@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -167,8 +166,11 @@ def from_ranges(text: str) -> np.ndarray:
 
 def _rows(leaf: Any, index: np.ndarray, path: str) -> Any:
     """Rows of an array or box, whose scales may be one a row or one for all."""
+    if isinstance(leaf, boxes.Masked):
+        kept = jnp.take(leaf.mask, index, axis=0)
+        return boxes.Masked(value=_rows(leaf.value, index, path), mask=kept)
     if not isinstance(leaf, boxes.Quantized | boxes.FakeQuantized):
-        return jax.tree.map(lambda array: jnp.take(array, index, axis=0), leaf)
+        return jnp.take(leaf, index, axis=0)
     if leaf.kernel_shape:
         raise RecipeError(f"{NAME}: {path} is a quantized kernel of a stock module")
     held = leaf.data if isinstance(leaf, boxes.Quantized) else leaf.value

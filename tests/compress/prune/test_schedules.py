@@ -10,6 +10,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import chain, prune, recipe_from_json, to_json
+from glm_edge.compress.training_state import StateDirectory
 from glm_edge.errors import RecipeError
 
 
@@ -95,6 +96,17 @@ def test_without_sparsity_the_optimizer_is_its_own(problem):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, plain)
 
 
+def test_a_spike_of_a_schedule_leaves_a_weight(problem):
+    params, gradient = problem
+    levels = jnp.float32([0, 0, 0, 1, 0, jnp.nan, 0])
+    optimizer = prune.scheduled(optax.sgd(0.1), lambda step: levels[jnp.minimum(step, 6)], every=1)
+    zeros = [
+        int((~np.asarray(state.masks["a"]["weight"])).sum())
+        for _, state in train(optimizer, params, gradient, 6)
+    ]
+    assert zeros == [0, 0, 0, 127, 127, 127]
+
+
 @pytest.mark.parametrize(("shape", "units"), [("2:4", (32, 4)), ("channel", (8, 16))])
 def test_shapes_are_kept_while_training(problem, shape, units):
     params, gradient = problem
@@ -150,6 +162,47 @@ def test_rounds_of_pruning_and_training_are_a_recipe(small, calibration):
     )
 
 
+def test_rounds_that_were_killed_go_on_to_the_same_bytes(small, calibration, tmp_path, monkeypatch):
+    model, params = small
+
+    def rounds(state_dir=None):
+        recipe = prune.iterative(
+            0.3,
+            initial=0.1,
+            rounds=3,
+            steps=2,
+            where="layers/0/mlp",
+            learning_rate=1e-3,
+            alpha=0.0,
+            state_dir=state_dir,
+            save_every=1,
+        )
+        assert recipe_from_json(to_json(recipe)) == recipe
+        return recipe(model, params, calibration, rng=jax.random.key(0))
+
+    saves, save = [], StateDirectory.save
+
+    def counted(directory, *state):
+        save(directory, *state)
+        saves.append(directory.path.name)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StateDirectory, "save", counted)
+    with pytest.raises(KeyboardInterrupt):
+        rounds(tmp_path)
+    assert saves == ["round_1", "round_1", "round_2"]
+    _, found, report = rounds(str(tmp_path))
+    assert saves[3:] == ["round_2", "round_3", "round_3"]
+    _, expected, alone = rounds()
+    assert report.curve == alone.curve
+    leaves, others = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (found, expected))
+    assert [path for path, _ in leaves] == [path for path, _ in others]
+    for (_, leaf), (_, other) in zip(leaves, others, strict=True):
+        assert leaf.dtype == other.dtype
+        assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
+
+
 def test_a_cubic_rise_has_large_steps_first():
     recipe = prune.iterative(0.8, initial=0.1, rounds=4, rise="cubic")
     levels = [step.options["sparsity"] for step in recipe.options["transforms"][::2]]
@@ -172,6 +225,10 @@ def test_a_cubic_rise_has_large_steps_first():
         (lambda: prune.scheduled(optax.sgd(1), prune.one_shot(0.5), "wanda"), "score must be"),
         (lambda: prune.scheduled(optax.sgd(1), prune.one_shot(0.5), shape="head"), "score must be"),
         (lambda: prune.scheduled(optax.sgd(1), prune.one_shot(0.5), every=0), "every must be"),
+        (lambda: prune.scheduled(optax.sgd(1), lambda step: 1.0), "gives 1 at step 0; it must be"),
+        (lambda: prune.scheduled(optax.sgd(1), lambda step: step / 1000), "1.024 at step 1024"),
+        (lambda: prune.scheduled(optax.sgd(1), lambda step: -0.1), "gives -0.1 at step 0"),
+        (lambda: prune.scheduled(optax.sgd(1), lambda step: jnp.nan), "gives nan at step 0"),
     ],
 )
 def test_arguments_without_meaning_are_refused(build, message):

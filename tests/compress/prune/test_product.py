@@ -1,0 +1,140 @@
+"""Every score with every shape and allocation: what goes is whole units, and as many as asked."""
+
+import jax
+import numpy as np
+import pytest
+
+from glm_edge import params as boxes
+from glm_edge.compress import batches, prune
+from glm_edge.compress.prune import model_scores
+from glm_edge.errors import RecipeError
+
+SCORES = (
+    "magnitude",
+    "l1",
+    "sensitivity",
+    "taylor",
+    "taylor2",
+    "wanda",
+    "activation",
+    "random",
+)
+SHAPES = ("unstructured", "2:4", "block:4x4", "channel", "head", "neuron", "layer", "vocab")
+ALLOCATIONS = ("uniform", "global", "measured")
+HEADS, NEURONS, LAYERS = 8, 128, 2
+HELD = {"vocab": "embed", "layer": "layers"}
+NEEDED = [0, 5]
+
+
+def refusal(score, shape, allocation):
+    """What the documented error says of a combination that means nothing, else None."""
+    if shape == "vocab" and score in ("wanda", "activation"):
+        return "is not for shape='vocab'"
+    if (score, shape) == ("activation", "layer"):
+        return "is not for shape='layer'"
+    if shape == "2:4" and allocation != "uniform":
+        return "shape='2:4' is uniform"
+    return None
+
+
+def units_of(shape, path, mask):
+    """A mask as its units, [units, weights of each]."""
+    rows, columns = mask.shape
+    if shape == "block:4x4":
+        return mask.reshape(rows // 4, 4, columns // 4, 4).swapaxes(1, 2).reshape(-1, 16)
+    if shape == "head":
+        return (mask.T if "o_proj" in path else mask).reshape(HEADS, -1)
+    if shape == "neuron":
+        if "down_proj" in path:
+            return mask.T
+        return mask.reshape(2, NEURONS, columns).swapaxes(0, 1).reshape(NEURONS, -1)
+    if shape == "layer":
+        return mask.reshape(1, -1)
+    return mask.reshape(-1, 1) if shape in ("unstructured", "2:4") else mask
+
+
+@pytest.fixture(scope="module")
+def cached():
+    """Sums over the inputs of calibration, computed once for each set of weights."""
+    found, patch = {}, pytest.MonkeyPatch()
+    compute = model_scores.statistics
+
+    def statistics(model, params, calibration, statistic, paths):
+        key = (statistic, len(calibration), *sorted(paths))
+        if key not in found:
+            found[key] = compute(model, params, calibration, statistic, paths)
+        return found[key]
+
+    patch.setattr(model_scores, "statistics", statistics)
+    yield
+    patch.undo()
+
+
+logits = jax.jit(batches.apply_batch, static_argnums=0)
+
+
+@pytest.mark.usefixtures("cached")
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_score_masks_any_shape_under_any_allocation(
+    small, calibration, shape, score, allocation
+):
+    model, params = small
+    options = {"score": score, "shape": shape, "allocation": allocation, "where": HELD.get(shape)}
+    if shape not in ("head", "neuron", *HELD):
+        options["where"] = r"layers/1/.*(q_proj|down_proj)"
+    if shape != "2:4":
+        options["sparsity"] = 0.5
+    if allocation == "measured":
+        options["levels"] = (0.0, 0.25, 0.5, 0.75)
+    refused = refusal(score, shape, allocation)
+    if refused is not None:
+        with pytest.raises(RecipeError, match=refused):
+            prune.mask(**options)
+        return
+    transform = prune.mask(**options)
+    _, pruned, report = transform(model, params, calibration, rng=jax.random.key(0))
+    masks = {
+        path: np.asarray(leaf.mask)
+        for path, leaf in boxes.path_items(pruned)
+        if isinstance(leaf, boxes.Masked)
+    }
+    assert {row.path for row in report.rows} == set(masks)
+    total = sum(mask.size for mask in masks.values())
+    zeros = sum(int((~mask).sum()) for mask in masks.values())
+    owners, largest = {}, 1
+    for path, mask in masks.items():
+        units = units_of(shape, path, mask)
+        assert bool((units.all(1) | ~units.any(1)).all())
+        owner = "/".join(path.split("/")[:3]) if shape in ("head", "neuron", "layer") else path
+        kept = owners.setdefault(owner, units[:, 0])
+        np.testing.assert_array_equal(units[:, 0], kept)
+        largest = max(largest, units.shape[1])
+    for kept in owners.values():
+        if shape == "2:4":
+            assert set(kept.reshape(-1, 4).sum(1).tolist()) == {2}
+        elif shape == "head":
+            # Query heads 0 to 3 share one key/value head and 4 to 7 the other.
+            counts = kept.reshape(2, 4).sum(1)
+            assert counts[0] == counts[1] > 0
+        elif shape == "vocab":
+            assert kept[NEEDED].all()
+        if allocation == "uniform" and shape != "layer":
+            assert (~kept).sum() == kept.size / 2
+    if shape == "layer":
+        assert len(owners) == LAYERS
+        assert sum(int(kept[0]) for kept in owners.values()) == 1
+    # Heads go from both groups at once, and a unit may be of several matrices.
+    step = largest * 2 * LAYERS * 3
+    if allocation == "global":
+        assert total / 2 - step < zeros <= total / 2
+    elif allocation == "measured":
+        assert zeros >= total / 2
+        assert sum("measured on held-out batches" in note for note in report.notes) == 1
+    else:
+        assert zeros == total / 2
+    dense = jax.tree.map(boxes.dense, pruned, is_leaf=boxes.is_box)
+    found = np.asarray(logits(model, dense, calibration[0]))
+    assert np.isfinite(found).all()
+    assert np.abs(found - np.asarray(logits(model, params, calibration[0]))).max() > 1e-3
