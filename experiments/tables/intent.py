@@ -10,8 +10,8 @@ none of them, from the training texts alone. Three encoders of half the layers f
 from labels only, one also from the teacher's predictions (alpha 0.9, temperature 4), and one that
 does so begins as every second layer of the teacher, as DistilBERT does. The three see the same
 texts in the same order for as many steps; in training one token in ten is hidden. Accuracy is that
-of texts with an intent, in the folder's test part, or in its dev part where there is none; nothing
-is chosen by it.
+of texts with an intent, in the folder's test part, or in its dev part where there is none, which
+the presets were tried on.
 """
 
 import json
