@@ -27,8 +27,9 @@ CORE = {
     "tokenizers",
     "jinja2",
 }
-# Large, needed by comparisons only.
-OUTSIDE_ALL = {"all", "reference", "litertlm", "onnx", "mnn", "coreml"}
+FORMATS = {"litertlm", "onnx", "mnn", "coreml"}
+# Large, and needed by comparisons or by one kind of file only.
+OUTSIDE_ALL = {"all", "formats", "reference", *FORMATS}
 # Where a module that is not installed is called otherwise than its distribution.
 DISTRIBUTIONS = {"stablehlo_coreml": "stablehlo-coreml-experimental"}
 HEAVY = ("tensorflow", "torch", "transformers", "matplotlib", "sklearn", "PIL", "ai_edge_litert")
@@ -100,10 +101,15 @@ def test_extra_all_holds_every_other_extra():
     assert set(re.search(r"\[(.+)\]", line)[1].split(",")) == EXTRAS.keys() - OUTSIDE_ALL
 
 
+def test_extra_formats_holds_those_of_every_file_that_a_phone_runs():
+    (line,) = EXTRAS["formats"]
+    assert set(re.search(r"\[(.+)\]", line)[1].split(",")) == FORMATS
+
+
 def test_lock_pins_every_requirement_and_names_no_host():
     lock = (ROOT / "requirements.lock").read_text()
     pinned = distribution_names([line for line in lock.splitlines() if "==" in line])
-    wanted = [line for name in EXTRAS.keys() - OUTSIDE_ALL for line in EXTRAS[name]]
+    wanted = [line for name in EXTRAS.keys() - OUTSIDE_ALL | FORMATS for line in EXTRAS[name]]
     assert distribution_names(PROJECT["dependencies"] + wanted) <= pinned
     assert not re.search(r"https?:|file:|--(extra-)?index|--find-links", lock)
 

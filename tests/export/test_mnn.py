@@ -138,6 +138,7 @@ def test_other_integers_give_other_results(exported_mnn, offered, model, params,
         export.verify(changed, model, exported_mnn.params, short_windows())
 
 
+@pytest.mark.slow
 def test_a_directory_that_runs_as_jax_does_is_marked_as_verified(exported_mnn):
     description = export.read_metadata(exported_mnn.path)
     assert description["verified"] is False

@@ -109,6 +109,7 @@ def test_parameters_of_the_larger_model_are_no_longer_its_own(shrunk, small_conf
         write((larger, shrunk[1]), tmp_path / "a.tflite")
 
 
+@pytest.mark.slow
 def test_fewer_words_answer_as_all_did_where_only_they_can_be_said(
     small_config, random_params, tmp_path
 ):

@@ -100,6 +100,7 @@ def loaded():
     return ge.load(NANO)
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_exam(nano, loaded):
     items = exam.draw_items(3, 3)
     items[1] = dataclasses.replace(items[1], samples=SAMPLES)

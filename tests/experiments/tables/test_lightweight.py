@@ -9,6 +9,7 @@ from glm_edge.configs import to_dict
 from glm_edge.errors import DataError
 
 
+@pytest.mark.slow
 def test_files_are_timed_and_weighed_each_in_a_process(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow")
     monkeypatch.setattr(lightweight, "PROMPT", 32)
