@@ -269,6 +269,9 @@ def verification_rows(found: dict[str, Any] | None) -> list[list[str]]:
     if found["free_running_agreement"] is not None:
         free = f"{found['free_running_agreement']:.2%} of {found['free_running_tokens']} tokens"
         rows.append(["free-running agreement", free])
+    if found["signatures"]:
+        worst = max(found["signatures"].values())
+        rows.append(["signatures", f"{len(found['signatures'])}, at most {worst:.2g} from JAX"])
     return rows
 
 
