@@ -17,14 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runtimes.engine import (
-    CACHE,
-    HIDDEN,
-    Engine,
-    Task,
-    serve,
-    timed,
-)
+from experiments.runtimes.engine import CACHE, HIDDEN, Engine, Task, serve, timed
 
 
 class LiteRT(Engine):

@@ -111,6 +111,32 @@ def exported(model, params, tmp_path_factory):
     return export.tflite(model, params, path, prefill_lengths=(8, 32), cache_slots=64)
 
 
+@pytest.fixture(scope="session")
+def outcome():
+    """`passed`, `failed`, or the message of the refusal, of a verification."""
+    from glm_edge import export
+    from glm_edge.errors import ExportError
+
+    def verified(*arguments) -> str:
+        try:
+            return "passed" if export.verify(*arguments).passed else "failed"
+        except ExportError as error:
+            return str(error)
+
+    return verified
+
+
+@pytest.fixture(scope="session")
+def rounded():
+    """Boxes the decoder's matrices as int4 in groups of 32, and all others as int8."""
+
+    def box(path, leaf):
+        form = Format("int4", 32) if path.startswith("decoder") else INT8
+        return quantize(leaf, form) if boxes.is_matrix(path, leaf) else leaf
+
+    return lambda params: boxes.map_with_path(box, params)
+
+
 @pytest.fixture(scope="session", name="small_config")
 def small_config_fixture():
     """The function `small_config`."""

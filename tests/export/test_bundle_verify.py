@@ -6,7 +6,6 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError, MissingExtraError
 from glm_edge.export import read_metadata
 from glm_edge.export.bundle_verify import agreeing, png
@@ -53,15 +52,11 @@ def config(small_config):
 
 
 @pytest.fixture(scope="module")
-def text_bundle(config, random_params, quantize, tmp_path_factory):
+def text_bundle(config, random_params, rounded, tmp_path_factory):
     """A model without encoders, of quantized weights."""
     model = MultimodalGLM(dataclasses.replace(config, vision=None, speech=None))
 
-    def rounded(path, leaf):
-        form = boxes.Format("int4", 32) if path.startswith("decoder") else boxes.Format("int8")
-        return quantize(leaf, form) if boxes.is_matrix(path, leaf) else leaf
-
-    params = boxes.map_with_path(rounded, random_params(model))
+    params = rounded(random_params(model))
     path = tmp_path_factory.mktemp("text") / "text.litertlm"
     return litertlm(model, params, processor(), path, (8, 32), SLOTS)
 

@@ -199,16 +199,12 @@ class Sections:
 
 
 @pytest.fixture(scope="module")
-def text_bundle(small_config, random_params, quantize, tmp_path_factory):
+def text_bundle(small_config, random_params, rounded, tmp_path_factory):
     """A model without encoders, of quantized weights."""
     model = MultimodalGLM(tiny(small_config, speech=None))
     model = model.clone(config=dataclasses.replace(model.config, vision=None))
 
-    def rounded(path, leaf):
-        form = boxes.Format("int4", 32) if path.startswith("decoder") else boxes.Format("int8")
-        return quantize(leaf, form) if boxes.is_matrix(path, leaf) else leaf
-
-    params = boxes.map_with_path(rounded, random_params(model))
+    params = rounded(random_params(model))
     path = tmp_path_factory.mktemp("text") / "text.litertlm"
     return litertlm(model, params, processor(), path, (8, 32), SLOTS)
 
