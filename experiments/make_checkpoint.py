@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.console import bar, fail_in_one_line, refuse_arguments
-from glm_edge.checkpoint.files import CONFIG, new_directory, require_space, write_json
+from glm_edge.files import CONFIG, new_directory, require_space, write_json
 
 FLAGS = flags.FLAGS
 INDEX = "model.safetensors.index.json"

@@ -25,8 +25,8 @@ from experiments.golden.reference_decoders import DECODERS
 from experiments.golden.reference_encoders import ENCODERS
 from experiments.golden.reference_inputs import draw_inputs
 from experiments.golden.reference_plans import EOS, Draw, Plan
-from glm_edge.checkpoint.files import new_directory
 from glm_edge.errors import DataError
+from glm_edge.files import new_directory
 
 FLAGS = flags.FLAGS
 TRIES = 200

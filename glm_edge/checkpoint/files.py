@@ -1,12 +1,9 @@
 """Files of a checkpoint: safetensors in and out, and directories that appear whole."""
 
-import contextlib
 import json
 import math
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,17 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_edge.checkpoint.reading import check_finite as check_finite
-from glm_edge.checkpoint.reading import fill, json_object, opened
-from glm_edge.checkpoint.reading import read_json as read_json
-from glm_edge.errors import CheckpointError, OutputError
+from glm_edge.errors import CheckpointError
+from glm_edge.files import fill, json_object, opened
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 MAX_DIMENSIONS = 16
 MAX_NAME_LENGTH = 500
 # What jax asks of a buffer that it takes over without a copy.
 ALIGNMENT = 64
+BLOCK_BYTES = 1 << 19
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -43,6 +38,12 @@ DTYPES = {
     "F64": np.dtype("<f8"),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_EXPONENTS = {
+    np.dtype(jnp.bfloat16): np.uint16(0x7F80),
+    np.dtype(np.float16): np.uint16(0x7C00),
+    np.dtype(np.float32): np.uint32(0x7F800000),
+    np.dtype(np.float64): np.uint64(0x7FF0000000000000),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,123 +297,34 @@ def write_safetensors(
             file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object, keys in the order given."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file that is there whole or not at all, whenever the process is killed.
+def check_finite(array: np.ndarray, where: str) -> None:
+    """Refuses NaN and infinity, block by block so that a large tensor needs no copy.
 
     Args:
-      path: of the file; one that exists is replaced.
-      write: called with the path of a temporary file beside it.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    _sync_path(temporary)
-    os.replace(temporary, path)
-    _sync_path(path.parent)
-
-
-def require_space(out: Path, needed: float) -> None:
-    """Refuses to begin where a disk is too full.
-
-    Args:
-      out: to be written; it need not exist.
-      needed: bytes.
+      array: of any type; integers and booleans pass.
+      where: file and tensor, for the message.
 
     Raises:
-      OutputError: fewer bytes are free.
+      CheckpointError: an entry is not finite.
     """
-    existing = next(parent for parent in out.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise OutputError(
-            f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or name "
-            "a directory on another disk"
-        )
-
-
-@contextlib.contextmanager
-def new_directory(target: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
-    """Gives a temporary directory beside `target` that takes its place when all went well.
-
-    Args:
-      target: directory to create; an empty one may exist.
-      overwrite: replaces an existing checkpoint (a directory that holds a config.json).
-      keep: the temporary directory has a name that a later call finds again, with what an earlier
-        one left in it, and survives errors.
-
-    Yields:
-      The temporary directory. After an error it is removed, unless kept, and `target` is as it was.
-
-    Raises:
-      OutputError: `target` exists and may not be replaced, or its parent cannot be written.
-    """
-    target = Path(os.path.abspath(target))
-    mark = "" if keep else f".{uuid.uuid4().hex[:8]}"
-    temporary = target.parent / f".{target.name}{mark}.partial"
-    try:
-        _check_target(target, overwrite)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir(exist_ok=keep)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
-    try:
-        yield temporary
-        _sync(temporary)
-        _take_place(temporary, target)
-        _sync_path(target.parent)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if not keep:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.is_dir():
-        if not any(target.iterdir()) or (overwrite and (target / CONFIG).is_file()):
-            return
-        if overwrite:
-            raise OutputError(
-                f"{target}: is not a checkpoint (no {CONFIG}), so overwrite=True leaves it alone; "
-                "remove it or name another directory"
-            )
-        raise OutputError(
-            f"{target}: exists and is not empty; name another directory or pass overwrite=True"
-        )
-    if target.exists() or target.is_symlink():
-        raise OutputError(f"{target}: exists and is not a directory; name another path")
-
-
-def _sync(directory: Path) -> None:
-    for folder, _, names in os.walk(directory, topdown=False):
-        for path in (*(os.path.join(folder, name) for name in names), folder):
-            _sync_path(path)
-
-
-def _sync_path(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _take_place(temporary: Path, target: Path) -> None:
-    if not target.is_dir() or not any(target.iterdir()):
-        os.replace(temporary, target)
+    if array.dtype.kind in "biu":
         return
-    # A directory cannot replace a full one in one step: the old one steps aside first.
-    aside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
-    os.replace(target, aside)
-    try:
-        os.replace(temporary, target)
-    except OSError:
-        os.replace(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    flat = array.reshape(-1)
+    size = BLOCK_BYTES // array.dtype.itemsize
+    # NaN and infinity have all bits of the exponent set; integers compare faster than bfloat16.
+    exponent = _EXPONENTS.get(array.dtype)
+    bits = flat if exponent is None else flat.view(exponent.dtype)
+    scratch = np.empty(min(size, flat.size), bits.dtype)
+    for start in range(0, flat.size, size):
+        block = bits[start : start + size]
+        if exponent is not None:
+            masked = np.bitwise_and(block, exponent, out=scratch[: block.size])
+            if masked.max() < exponent:
+                continue
+        finite = np.isfinite(flat[start : start + size])
+        if not finite.all():
+            index = np.unravel_index(start + int(np.argmin(finite)), array.shape)
+            value = flat[start + int(np.argmin(finite))]
+            raise CheckpointError(
+                f"{where}: holds {value} at {[int(i) for i in index]}; weights must be finite"
+            )

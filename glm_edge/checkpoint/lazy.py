@@ -11,10 +11,9 @@ import flax.linen as nn
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import hugging_face, own
-from glm_edge.checkpoint.files import CONFIG, read_json
 from glm_edge.checkpoint.placement import Placement
-from glm_edge.checkpoint.reading import file_inside
 from glm_edge.errors import CheckpointError
+from glm_edge.files import CONFIG, file_inside, read_json
 
 
 @dataclass(frozen=True)

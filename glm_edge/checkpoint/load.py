@@ -13,18 +13,12 @@ from jax.sharding import Mesh
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import hugging_face, own
-from glm_edge.checkpoint.files import (
-    CONFIG,
-    WEIGHTS,
-    check_finite,
-    new_directory,
-    read_json,
-)
+from glm_edge.checkpoint.files import WEIGHTS, check_finite
 from glm_edge.checkpoint.orbax import ARRAYS
 from glm_edge.checkpoint.placement import Placement
-from glm_edge.checkpoint.reading import file_inside
 from glm_edge.checkpoint.shapes import ARCHITECTURES, check_params
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
+from glm_edge.files import CONFIG, file_inside, new_directory, read_json
 from glm_edge.params.sharding import RULES, Rules
 
 TOKENIZER = "tokenizer.json"

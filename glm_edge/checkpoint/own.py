@@ -11,17 +11,14 @@ import numpy as np
 from glm_edge import params as boxes
 from glm_edge.checkpoint import orbax
 from glm_edge.checkpoint.files import (
-    CONFIG,
     DTYPES,
     WEIGHTS,
     SafetensorsFile,
     by_tensor,
     check_finite,
-    write_json,
     write_safetensors,
 )
 from glm_edge.checkpoint.placement import Destination, Placement
-from glm_edge.checkpoint.reading import file_inside
 from glm_edge.checkpoint.shapes import (
     ARCHITECTURES,
     check_depth,
@@ -31,6 +28,7 @@ from glm_edge.checkpoint.shapes import (
 )
 from glm_edge.configs import to_dict
 from glm_edge.errors import BoxError, CheckpointError
+from glm_edge.files import CONFIG, file_inside, write_json
 
 FORMAT = "glm_edge"
 VERSION = 1

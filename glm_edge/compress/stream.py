@@ -14,16 +14,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import own
-from glm_edge.checkpoint.files import (
-    CONFIG,
-    SafetensorsFile,
-    new_directory,
-    read_json,
-    to_device,
-    write_json,
-    write_safetensors,
-    write_whole,
-)
+from glm_edge.checkpoint.files import SafetensorsFile, to_device, write_safetensors
 from glm_edge.checkpoint.lazy import LazyCheckpoint, open_lazily
 from glm_edge.compress import recipe as recipes
 from glm_edge.compress.report import Report, Row
@@ -31,6 +22,7 @@ from glm_edge.compress.stages import Leaves
 from glm_edge.compress.stagewise import Step, Walk, stagewise
 from glm_edge.compress.transform import CHAIN, Batch, Context, Progress, Transform
 from glm_edge.errors import OutputError, RecipeError
+from glm_edge.files import CONFIG, new_directory, read_json, write_json, write_whole
 from glm_edge.params.tree import nested
 
 REPORT = "report.json"

@@ -15,17 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from glm_edge.checkpoint.files import (
-    SafetensorsFile,
-    read_json,
-    write_json,
-    write_safetensors,
-    write_whole,
-)
+from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
 from glm_edge.compress import batches
 from glm_edge.compress.report import Point
 from glm_edge.compress.transform import Context
 from glm_edge.errors import CheckpointError, OutputError
+from glm_edge.files import read_json, write_json, write_whole
 
 STATE, CURVE, JOB = "state.safetensors", "curve.csv", "job.json"
 _LOSSES, _SEEN = "losses", "seen"

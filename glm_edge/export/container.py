@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from glm_edge.checkpoint.files import require_space
 from glm_edge.errors import ExportError, OutputError, require
 from glm_edge.export.flatbuffer import METADATA, SMALL_BUFFER, Constant, Grid, schema
+from glm_edge.files import require_space
 
 IDENTIFIER = b"TFL3"
 ALIGNMENT = 64

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint.files import require_space
 from glm_edge.errors import ExportError, require
 from glm_edge.export.container import DAMAGE
 from glm_edge.export.five_axes import within_five_axes
@@ -29,6 +28,7 @@ from glm_edge.export.package import (
     written_whole,
 )
 from glm_edge.export.trace import Signature, quiet
+from glm_edge.files import require_space
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
 

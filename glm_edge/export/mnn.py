@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint.files import require_space
 from glm_edge.errors import ExportError, require
 from glm_edge.export.container import DAMAGE
 from glm_edge.export.integers import (
@@ -37,6 +36,7 @@ from glm_edge.export.package import (
     write_description,
     written_whole,
 )
+from glm_edge.files import require_space
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from glm_edge import __version__
 from glm_edge import params as boxes
-from glm_edge.checkpoint.files import require_space
 from glm_edge.errors import ExportError, require
 from glm_edge.export.container import DAMAGE
 from glm_edge.export.integers import (
@@ -32,6 +31,7 @@ from glm_edge.export.package import (
     written_whole,
 )
 from glm_edge.export.trace import Signature
+from glm_edge.files import require_space
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
 

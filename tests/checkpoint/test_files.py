@@ -22,12 +22,11 @@ from glm_edge.checkpoint.files import (
     DTYPES,
     SafetensorsFile,
     check_finite,
-    new_directory,
     to_device,
     write_safetensors,
 )
-from glm_edge.checkpoint.reading import fill
 from glm_edge.errors import CheckpointError, OutputError
+from glm_edge.files import fill, new_directory
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -366,7 +365,7 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(tmp_path):
     program = f"""
         import os
         from pathlib import Path
-        from glm_edge.checkpoint.files import new_directory
+        from glm_edge.files import new_directory
         with new_directory(Path({str(tmp_path / "out")!r}), overwrite=False) as temporary:
             (temporary / "model.safetensors").write_bytes(b"half")
             os._exit(9)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from glm_edge.checkpoint import reading
-from glm_edge.checkpoint.files import CONFIG
+from glm_edge import files
 from glm_edge.checkpoint.hugging_face.reading import INDEX
 from glm_edge.errors import GlmEdgeError
+from glm_edge.files import CONFIG
 
 SECONDS = 10
 # JSON at its limits takes the most: text of four bytes a character, twice, and its lists.
@@ -201,10 +201,10 @@ def test_a_header_of_junk_costs_little_memory(directory, damage):
 
 def test_json_at_its_limits_costs_bounded_memory(tmp_path):
     path = tmp_path / "a.json"
-    lists = "[]," * (reading.MAX_JSON_VALUES // 2 - 9)
-    text = "\U0001f600" + "x" * (reading.MAX_JSON_BYTES - len(lists) - 100)
+    lists = "[]," * (files.MAX_JSON_VALUES // 2 - 9)
+    text = "\U0001f600" + "x" * (files.MAX_JSON_BYTES - len(lists) - 100)
     path.write_text(f'{{"a":[{lists}0],"b":"{text}"}}')
-    assert peak_of(reading.read_json, path) <= 2 * path.stat().st_size + CONSTANT_BYTES
+    assert peak_of(files.read_json, path) <= 2 * path.stat().st_size + CONSTANT_BYTES
 
 
 IN_THE_WAY = {

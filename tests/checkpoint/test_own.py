@@ -100,7 +100,7 @@ def test_same_parameters_give_the_same_bytes(tmp_path, model, params):
     tree = TREES["mixed"](params)
     for name in ("a", "b"):
         ge.save(model, tree, tmp_path / name)
-    for name in (files.CONFIG, files.WEIGHTS):
+    for name in ("config.json", files.WEIGHTS):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 

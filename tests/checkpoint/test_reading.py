@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from glm_edge.checkpoint.reading import file_inside, fill, read_json
 from glm_edge.errors import CheckpointError
+from glm_edge.files import file_inside, fill, read_json
 
 
 def test_short_reads_are_continued(tmp_path):

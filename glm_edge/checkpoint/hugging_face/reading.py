@@ -12,19 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_edge.checkpoint.files import (
-    CONFIG,
-    WEIGHTS,
-    SafetensorsFile,
-    by_tensor,
-    check_finite,
-    read_json,
-)
+from glm_edge.checkpoint.files import WEIGHTS, SafetensorsFile, by_tensor, check_finite
 from glm_edge.checkpoint.hugging_face.member import Entry, Member
 from glm_edge.checkpoint.hugging_face.members import read_config
 from glm_edge.checkpoint.hugging_face.tying import untie, untied_if_heads_differ
 from glm_edge.checkpoint.placement import Destination, Placement
-from glm_edge.checkpoint.reading import file_inside
 from glm_edge.checkpoint.shapes import (
     Shapes,
     check_depth,
@@ -33,6 +25,7 @@ from glm_edge.checkpoint.shapes import (
     expected_shapes,
 )
 from glm_edge.errors import CheckpointError
+from glm_edge.files import CONFIG, file_inside, read_json
 from glm_edge.params.tree import nested
 
 INDEX = "model.safetensors.index.json"

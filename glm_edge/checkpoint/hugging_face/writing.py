@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint.files import CONFIG, WEIGHTS, write_json, write_safetensors
+from glm_edge.checkpoint.files import WEIGHTS, write_safetensors
 from glm_edge.checkpoint.hugging_face.member import Member
 from glm_edge.checkpoint.hugging_face.members import write_config
 from glm_edge.checkpoint.hugging_face.reading import INDEX
+from glm_edge.files import CONFIG, write_json
 
 SHARD_BYTES = 5_000_000_000
 

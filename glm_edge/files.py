@@ -1,0 +1,423 @@
+"""Bounded readers of files that a stranger may have written; writers that leave no half file."""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from glm_edge.errors import CheckpointError, GlmEdgeError, OutputError
+
+CONFIG = "config.json"
+MAX_JSON_BYTES = 1 << 23
+MAX_JSON_VALUES = 500_000
+MAX_JSON_DEPTH = 64
+MAX_DIGITS = 20
+MAX_FILE_NAME = 255
+MAX_TEXT_BYTES = 1 << 20
+
+ErrorType = type[GlmEdgeError]
+
+
+def file_inside(directory: Path, name: str, error: ErrorType = CheckpointError) -> Path:
+    """Finds a regular file of a checkpoint; a link may not lead out of it.
+
+    A link is followed inside the directory and, from a snapshot of a Hugging Face cache
+    (`models--*/snapshots/*`), into the `blobs` of the same repository.
+
+    Args:
+      directory: of the checkpoint.
+      name: of the file, as config or index say it.
+      error: raised for a file that is refused.
+
+    Returns:
+      Its path in `directory`.
+
+    Raises:
+      GlmEdgeError: of the type `error`: the name is not a plain one, or the file is missing, not a
+        regular file, or a link that leads elsewhere.
+    """
+    plain = isinstance(name, str) and name.isprintable() and name not in ("", "..")
+    if not plain or name != Path(name).name:
+        raise error(
+            f"{directory}: file {str(name)[:200]!r} must be a plain name in the same directory"
+        )
+    if len(name) > MAX_FILE_NAME:
+        raise error(f"{directory}: file {name[:60]!r}… has a name of {len(name)} letters")
+    path = directory / name
+    try:
+        mode = path.stat().st_mode
+        if path.is_symlink():
+            _check_link(directory, path, error)
+    except (OSError, ValueError) as failure:
+        if isinstance(failure, GlmEdgeError):
+            raise
+        raise _unreadable(path, failure, error) from failure
+    _check_regular(path, mode, error)
+    return path
+
+
+def _check_link(directory: Path, path: Path, error: ErrorType) -> None:
+    root, target = directory.resolve(), path.resolve(strict=True)
+    allowed = [root]
+    for parent in root.parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            allowed.append(parent.parent / "blobs")
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise error(
+            f"{path}: is a link that leads out of the checkpoint, to {target}; put the file itself "
+            "there, or load the directory that holds it"
+        )
+
+
+def _check_regular(path: Path, mode: int, error: ErrorType) -> None:
+    if not stat.S_ISREG(mode):
+        found = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise error(f"{path}: is {found}; it must be a file")
+
+
+def _unreadable(path: Path, failure: Exception, error: ErrorType) -> GlmEdgeError:
+    return error(f"{path}: cannot be read: {getattr(failure, 'strerror', None) or failure}")
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike, error: ErrorType = CheckpointError) -> Iterator[BinaryIO]:
+    """Opens a regular file; never waits for a pipe.
+
+    Args:
+      path: of the file.
+      error: raised for a file that is refused.
+
+    Yields:
+      The unbuffered file.
+
+    Raises:
+      GlmEdgeError: of the type `error`: it cannot be opened or read, or is not a regular file.
+    """
+    path = Path(path)
+
+    def open_regular(name: str, flags: int) -> int:
+        # Without O_NONBLOCK, opening a pipe waits for its writer.
+        descriptor = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+        try:
+            _check_regular(path, os.fstat(descriptor).st_mode, error)
+        except GlmEdgeError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    try:
+        with open(path, "rb", buffering=0, opener=open_regular) as file:
+            yield file
+    except GlmEdgeError:
+        raise
+    # A name that holds a null character is a ValueError.
+    except (OSError, ValueError) as failure:
+        raise _unreadable(path, failure, error) from failure
+
+
+def fill(
+    file: BinaryIO, target: np.ndarray, where: str, error: ErrorType = CheckpointError
+) -> None:
+    """Reads bytes until an array is full; one call of the system reads 2 GB at most.
+
+    Args:
+      file: from `opened`, at the first byte to read.
+      target: bytes `[N]`, contiguous.
+      where: file (and part of it), for the message.
+      error: raised where the file ends before.
+
+    Raises:
+      GlmEdgeError: of the type `error`: the file ends before.
+    """
+    view, done = memoryview(target), 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise error(
+                f"{where}: {len(view) - done} of {len(view)} bytes are missing; the file was "
+                "truncated while it was read"
+            )
+        done += count
+
+
+def read_bytes(path: str | os.PathLike, limit: int, error: ErrorType = CheckpointError) -> bytes:
+    """Reads a regular file of at most `limit` bytes.
+
+    Args:
+      path: of the file.
+      limit: bytes beyond which nothing is read.
+      error: raised for a file that is refused.
+
+    Returns:
+      Its bytes.
+
+    Raises:
+      GlmEdgeError: of the type `error`: it cannot be read, is not a regular file, or is larger.
+    """
+    with opened(path, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise error(f"{path}: holds {size} bytes; at most {limit} are read")
+        target = np.empty(size, np.uint8)
+        fill(file, target, str(path), error)
+        return target.tobytes()
+
+
+def read_text(
+    path: str | os.PathLike, error: ErrorType = CheckpointError, limit: int = MAX_TEXT_BYTES
+) -> str:
+    """Reads a regular file of at most `limit` bytes as UTF-8 text.
+
+    Args:
+      path: of the file.
+      error: raised for a file that is refused.
+      limit: bytes beyond which nothing is read.
+
+    Returns:
+      Its text.
+
+    Raises:
+      GlmEdgeError: of the type `error`: as `read_bytes`, or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit, error).decode()
+    except UnicodeDecodeError as failure:
+        raise error(f"{path}: is not UTF-8 text: {failure}") from failure
+
+
+def read_json(path: str | os.PathLike, error: ErrorType = CheckpointError) -> dict[str, Any]:
+    """Reads a JSON object of at most `MAX_JSON_BYTES`.
+
+    Args:
+      path: of the file.
+      error: raised for a file that is refused.
+
+    Returns:
+      The object.
+
+    Raises:
+      GlmEdgeError: of the type `error`: the file is missing, is too large, or does not hold a JSON
+        object.
+    """
+    with opened(path, error) as file:
+        return json_object(file, os.fstat(file.fileno()).st_size, str(path), error)
+
+
+def json_object(
+    file: BinaryIO, size: int, where: str, error: ErrorType = CheckpointError
+) -> dict[str, Any]:
+    """Reads a JSON object from a part of a file.
+
+    Args:
+      file: from `opened`, at the first byte of the object.
+      size: bytes of the part.
+      where: file (and part of it), for the message.
+      error: raised for a part that is refused.
+
+    Returns:
+      The object.
+
+    Raises:
+      GlmEdgeError: of the type `error`: it is not a JSON object, names something twice, or exceeds
+        a limit.
+    """
+    _check_json_bytes(size, where, error)
+    target = np.empty(size, np.uint8)
+    fill(file, target, where, error)
+    raw = target.tobytes()
+    del target
+    value = parse_json(raw, where, error)
+    if not isinstance(value, dict):
+        raise error(f"{where}: must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def parse_json(raw: bytes | str, where: str, error: ErrorType = CheckpointError) -> Any:
+    """Reads JSON within limits of bytes, values, depth and digits.
+
+    Args:
+      raw: the JSON.
+      where: it comes from, for the message.
+      error: raised for what is refused.
+
+    Returns:
+      The value, of any JSON type.
+
+    Raises:
+      GlmEdgeError: of the type `error`: it is not JSON, names something twice in one object, or
+        exceeds a limit.
+    """
+    try:
+        raw = raw.encode() if isinstance(raw, str) else raw
+    except UnicodeEncodeError as failure:
+        raise error(f"{where}: not JSON: {failure}") from failure
+    _check_json_bytes(len(raw), where, error)
+    # Three bytes such as `[],` become 70 in memory, so what they hold is counted first.
+    if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise error(f"{where}: holds more than {MAX_JSON_VALUES} JSON values")
+    unique = functools.partial(_unique, where=where, error=error)
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_int=_integer)
+    except GlmEdgeError:
+        raise
+    except RecursionError as failure:
+        raise error(f"{where}: not JSON that can be read: nested too deep") from failure
+    except ValueError as failure:
+        raise error(f"{where}: not JSON: {failure}") from failure
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_JSON_DEPTH):
+        nested = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [y for x in nested for y in x if isinstance(y, dict | list)]
+    if level:
+        raise error(f"{where}: is nested deeper than {MAX_JSON_DEPTH}")
+    return value
+
+
+def _check_json_bytes(size: int, where: str, error: ErrorType) -> None:
+    if size > MAX_JSON_BYTES:
+        raise error(f"{where}: is JSON of {size} bytes; more than {MAX_JSON_BYTES} are not read")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[str, Any]], where: str, error: ErrorType) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise error(f"{where}: the name {twice[:200]!r} stands twice in one JSON object")
+    return fields
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object, keys in the order given."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file that is there whole or not at all, whenever the process is killed.
+
+    Args:
+      path: of the file; one that exists is replaced.
+      write: called with the path of a temporary file beside it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    _sync_path(temporary)
+    os.replace(temporary, path)
+    _sync_path(path.parent)
+
+
+def require_space(out: Path, needed: float) -> None:
+    """Refuses to begin where a disk is too full.
+
+    Args:
+      out: to be written; it need not exist.
+      needed: bytes.
+
+    Raises:
+      OutputError: fewer bytes are free.
+    """
+    existing = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or name "
+            "a directory on another disk"
+        )
+
+
+@contextlib.contextmanager
+def new_directory(target: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
+    """Gives a temporary directory beside `target` that takes its place when all went well.
+
+    Args:
+      target: directory to create; an empty one may exist.
+      overwrite: replaces an existing checkpoint (a directory that holds a config.json).
+      keep: the temporary directory has a name that a later call finds again, with what an earlier
+        one left in it, and survives errors.
+
+    Yields:
+      The temporary directory. After an error it is removed, unless kept, and `target` is as it was.
+
+    Raises:
+      OutputError: `target` exists and may not be replaced, or its parent cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    mark = "" if keep else f".{uuid.uuid4().hex[:8]}"
+    temporary = target.parent / f".{target.name}{mark}.partial"
+    try:
+        _check_target(target, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(exist_ok=keep)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+        _sync(temporary)
+        _take_place(temporary, target)
+        _sync_path(target.parent)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if not keep:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_dir():
+        if not any(target.iterdir()) or (overwrite and (target / CONFIG).is_file()):
+            return
+        if overwrite:
+            raise OutputError(
+                f"{target}: is not a checkpoint (no {CONFIG}), so overwrite=True leaves it alone; "
+                "remove it or name another directory"
+            )
+        raise OutputError(
+            f"{target}: exists and is not empty; name another directory or pass overwrite=True"
+        )
+    if target.exists() or target.is_symlink():
+        raise OutputError(f"{target}: exists and is not a directory; name another path")
+
+
+def _sync(directory: Path) -> None:
+    for folder, _, names in os.walk(directory, topdown=False):
+        for path in (*(os.path.join(folder, name) for name in names), folder):
+            _sync_path(path)
+
+
+def _sync_path(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take_place(temporary: Path, target: Path) -> None:
+    if not target.is_dir() or not any(target.iterdir()):
+        os.replace(temporary, target)
+        return
+    # A directory cannot replace a full one in one step: the old one steps aside first.
+    aside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
+    os.replace(target, aside)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
