@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import collections
 import gc
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.monitoring
 import pytest
 
 # Small programs compile two to three times as fast without them; `XLA_FLAGS= pytest` has them back.
@@ -15,8 +17,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 # Folders whose tests are of many small programs, which take longer to optimize than to run. In the
 # others programs are compiled as a user's are.
-COMPILED_QUICKLY = ("checkpoint", "compress", "generate", "models", "params")
+COMPILED_QUICKLY = ("checkpoint", "compress", "generate", "kernels", "models", "params")
 
+# What jax reports after each program that it compiled, or read from a cache of compiled programs.
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 # Each compiled program keeps pages mapped, and Linux lets a process map 65,530 of them.
 MAPPED = Path("/proc/self/maps")
@@ -34,6 +38,15 @@ def compiled_programs(request):
         gc.collect()
 
 
+@pytest.fixture
+def optimized():
+    """Compiles as for a user, where a test asks what the compiler makes of a program."""
+    quickly = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quickly)
+
+
 @pytest.fixture(scope="module")
 def eight_devices(request, tmp_path_factory):
     """What `eight_devices.py` beside the tests prints, run in a process of 8 simulated devices."""
@@ -47,3 +60,45 @@ def eight_devices(request, tmp_path_factory):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
+
+
+class CompiledPrograms(collections.Counter):
+    """Counts the programs that each test compiles, its fixtures' among them."""
+
+    test = ""
+
+    def __call__(self, event, duration, **_):
+        if event == COMPILED:
+            self[self.test] += 1
+
+
+PROGRAMS = CompiledPrograms()
+jax.monitoring.register_event_duration_secs_listener(PROGRAMS)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Attributes what is compiled during a test to it."""
+    PROGRAMS.test = item.nodeid
+    return (yield)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_sessionfinish(session):
+    """Hands the counts of a worker process to the one that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["programs"] = dict(PROGRAMS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Adds the counts of a worker process."""
+    PROGRAMS.update(getattr(node, "workeroutput", {}).get("programs", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the ten tests that compile most, where a run's time goes."""
+    if PROGRAMS.total():
+        terminalreporter.section(f"{PROGRAMS.total()} programs compiled; most of them in")
+        for test, count in PROGRAMS.most_common(10):
+            terminalreporter.line(f"{count:5d} {test}")

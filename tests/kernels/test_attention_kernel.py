@@ -7,6 +7,8 @@ import pytest
 
 from glm_edge.kernels import attention
 
+attend = jax.jit(attention.attention)
+
 
 def attention_loop(query, key, value, mask):
     batch, length, heads, width = query.shape
@@ -31,24 +33,27 @@ def test_grouped_query_attention_matches_a_loop(heads, kv_heads):
     key, value = rng.normal(size=(2, 2, 7, kv_heads, 8))
     mask = rng.random((2, 1, 5, 7)) < 0.6
     mask[..., 0] = True
-    arrays = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
-    found = attention.attention(*arrays, jnp.asarray(mask))
+    found = attend(*(np.float32(x) for x in (query, key, value)), mask)
     np.testing.assert_allclose(found, attention_loop(query, key, value, mask), atol=2e-6)
 
 
 def test_weights_sum_to_one_and_hide_what_is_masked():
     rng = np.random.default_rng(1)
-    query = jnp.asarray(rng.normal(size=(1, 3, 4, 8)), jnp.float32)
-    key = jnp.asarray(rng.normal(size=(1, 3, 2, 8)), jnp.float32)
-    mask = attention.causal_mask(jnp.arange(3), 3)
-    weights = attention.attention_weights(query, key, mask)
+    query = np.float32(rng.normal(size=(1, 3, 4, 8)))
+    key = np.float32(rng.normal(size=(1, 3, 2, 8)))
+
+    @jax.jit
+    def causal(query, key):
+        return attention.attention_weights(query, key, attention.causal_mask(jnp.arange(3), 3))
+
+    weights = np.asarray(causal(query, key))
     assert weights.shape == (1, 2, 2, 3, 3)
     np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-6)
-    assert np.all(np.asarray(weights)[..., np.triu(np.ones((3, 3), bool), 1)] == 0.0)
+    assert np.all(weights[..., np.triu(np.ones((3, 3), bool), 1)] == 0.0)
 
 
 def test_causal_mask_counts_slots_of_a_cache():
-    mask = attention.causal_mask(jnp.array([2, 3]), 5)
+    mask = np.asarray(jax.jit(attention.causal_mask, static_argnums=1)(np.array([2, 3]), 5))
     assert mask.shape == (1, 1, 2, 5)
     np.testing.assert_array_equal(mask[0, 0], [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
 
@@ -56,34 +61,45 @@ def test_causal_mask_counts_slots_of_a_cache():
 @pytest.mark.parametrize("mask_shape", [None, (2, 1, 1, 7), (1, 1, 5, 7), (2, 1, 5, 7)])
 def test_blocks_of_queries_give_what_all_at_once_give(monkeypatch, mask_shape):
     rng = np.random.default_rng(2)
-    query = jnp.asarray(rng.normal(size=(2, 5, 4, 8)), jnp.float32)
-    key, value = jnp.asarray(rng.normal(size=(2, 2, 7, 2, 8)), jnp.float32)
+    query = np.float32(rng.normal(size=(2, 5, 4, 8)))
+    key, value = np.float32(rng.normal(size=(2, 2, 7, 2, 8)))
     mask = None
     if mask_shape is not None:
-        mask = jnp.asarray(rng.random(mask_shape) < 0.6).at[..., 0].set(True)
+        mask = rng.random(mask_shape) < 0.6
+        mask[..., 0] = True
 
-    def loss(query):
-        return jnp.sum(attention.attention(query, key, value, mask) ** 2)
+    def output_and_gradient(query):
+        def loss(query):
+            out = attention.attention(query, key, value, mask)
+            return jnp.sum(out**2), out
 
-    whole, gradient = attention.attention(query, key, value, mask), jax.grad(loss)(query)
+        (_, out), gradient = jax.value_and_grad(loss, has_aux=True)(query)
+        return out, gradient
+
+    whole, gradient = jax.jit(output_and_gradient)(query)
     monkeypatch.setattr(attention, "MAX_SCORES", 2 * 2 * 4 * 7)
-    np.testing.assert_allclose(
-        attention.attention(query, key, value, mask), whole, rtol=1e-6, atol=1e-6
-    )
-    np.testing.assert_allclose(jax.grad(loss)(query), gradient, rtol=1e-5, atol=1e-6)
+    # A function of its own: jit keeps what it traced of the first one.
+    out, by_blocks = jax.jit(lambda query: output_and_gradient(query))(query)
+    np.testing.assert_allclose(out, whole, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(by_blocks, gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 2, 1), (6, 2, 5), (3, 3, 4)])
 def test_a_cache_by_head_gives_the_same(heads, kv_heads, length):
-    keys = jax.random.split(jax.random.key(0), 3)
-    query = jax.random.normal(keys[0], (2, length, heads, 8))
-    key, value = (jax.random.normal(k, (2, 7, kv_heads, 8)) for k in keys[1:])
-    mask = attention.causal_mask(2 + jnp.arange(length), 7)
-    found = attention.attention_by_head(
-        query,
-        jnp.swapaxes(key, 1, 2),
-        jnp.transpose(value, (0, 2, 3, 1)),
-        jnp.where(mask, 0.0, attention.MASKED_SCORE),
-    )
-    expected = attention.attention(query, key, value, mask)
+    rng = np.random.default_rng(3)
+    query = np.float32(rng.normal(size=(2, length, heads, 8)))
+    key, value = np.float32(rng.normal(size=(2, 2, 7, kv_heads, 8)))
+
+    @jax.jit
+    def both(query, key, value):
+        mask = attention.causal_mask(2 + jnp.arange(length), 7)
+        by_head = attention.attention_by_head(
+            query,
+            jnp.swapaxes(key, 1, 2),
+            jnp.transpose(value, (0, 2, 3, 1)),
+            jnp.where(mask, 0.0, attention.MASKED_SCORE),
+        )
+        return by_head, attention.attention(query, key, value, mask)
+
+    found, expected = both(query, key, value)
     np.testing.assert_allclose(found, expected, atol=1e-6)

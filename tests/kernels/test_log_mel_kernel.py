@@ -1,10 +1,12 @@
 """Log-mel spectrogram against a float64 discrete Fourier sum."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
 from glm_edge.kernels import log_mel
+
+spectrogram = jax.jit(log_mel.log_mel, static_argnums=(1, 2, 3, 4))
 
 
 def spectrogram_loop(samples, mel_bins, fft_size, hop, rate):
@@ -27,14 +29,14 @@ def test_log_mel_matches_a_loop(fft_size, hop, rate):
     rng = np.random.default_rng(0)
     time = np.arange(10 * hop) / rate
     samples = 0.5 * np.sin(2 * np.pi * 440 * time) + 0.01 * rng.normal(size=time.shape)
-    found = log_mel.log_mel(jnp.asarray(samples[None], jnp.float32), 20, fft_size, hop, rate)
+    found = np.asarray(spectrogram(np.float32(samples[None]), 20, fft_size, hop, rate))
     assert found.shape == (1, 10, 20)
     expected = spectrogram_loop(samples, 20, fft_size, hop, rate)
     np.testing.assert_allclose(found[0], expected, atol=1e-3)
 
 
 def test_silence_is_finite():
-    assert np.isfinite(log_mel.log_mel(jnp.zeros((1, 1600)), 40, 200, 80, 8000)).all()
+    assert np.isfinite(spectrogram(np.zeros((1, 1600), np.float32), 40, 200, 80, 8000)).all()
 
 
 def test_filters_are_triangles_of_unit_area_in_order():

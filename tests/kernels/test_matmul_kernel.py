@@ -7,6 +7,11 @@ import pytest
 
 from glm_edge.kernels import grid, matmul, packing
 
+FEW, MANY = 1, matmul.FEW_ROWS + 1
+low_bit = jax.jit(matmul.low_bit, static_argnums=4)
+low_bit_int8 = jax.jit(matmul.low_bit_int8, static_argnums=4)
+low_bit_static = jax.jit(matmul.low_bit_static, static_argnums=6)
+
 
 def product_loop(x, weight):
     out = np.zeros((x.shape[0], weight.shape[0]))
@@ -18,27 +23,31 @@ def product_loop(x, weight):
 def test_dense_matches_a_loop():
     rng = np.random.default_rng(0)
     x, weight = rng.normal(size=(3, 9)), rng.normal(size=(5, 9))
-    found = matmul.dense(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32))
+    found = jax.jit(matmul.dense)(np.float32(x), np.float32(weight))
     np.testing.assert_allclose(found, product_loop(x, weight), atol=2e-6)
 
 
 def test_bfloat16_product_and_gradients_are_within_their_rounding():
     rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.normal(size=(4, 64)), jnp.float32)
-    weight = jnp.asarray(rng.normal(size=(8, 64)), jnp.float32)
+    x, weight = np.float32(rng.normal(size=(4, 64))), np.float32(rng.normal(size=(8, 64)))
     # Each of 64 products carries at most 2 roundings of 2^-9 of its magnitude.
-    bound = 64 * 2 * 2.0**-9 * float(jnp.abs(x).max() * jnp.abs(weight).max())
-    np.testing.assert_allclose(matmul.dense_bf16(x, weight), matmul.dense(x, weight), atol=bound)
-    assert matmul.dense_bf16(x, weight).dtype == jnp.float32
+    bound = 64 * 2 * 2.0**-9 * float(np.abs(x).max() * np.abs(weight).max())
 
-    def loss(product):
-        return lambda x, weight: jnp.sum(product(x, weight) ** 2)
+    def output_and_gradients(product):
+        def loss(x, weight):
+            out = product(x, weight)
+            return jnp.sum(out**2), out
 
-    found = jax.grad(loss(matmul.dense_bf16), (0, 1))(x, weight)
-    expected = jax.grad(loss(matmul.dense), (0, 1))(x, weight)
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+
+    found, out = output_and_gradients(matmul.dense_bf16)(x, weight)
+    expected, exact = output_and_gradients(matmul.dense)(x, weight)
+    np.testing.assert_allclose(out, exact, atol=bound)
+    assert out.dtype == jnp.float32
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == jnp.float32
-        assert float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other)) < 0.02
+        one, other = np.asarray(one), np.asarray(other)
+        assert np.linalg.norm(one - other) / np.linalg.norm(other) < 0.02
 
 
 def random_codes(qtype, rows, columns, seed=0):
@@ -63,8 +72,7 @@ def case(qtype, groups, affine=False, rows=6, columns=60, zero_dtype=np.int8):
         g = c // (columns // groups)
         offset = 0 if zero is None else float(zero[r, g])
         weight[r, c] = float(scale[r, g]) * (levels[r, c] - offset)
-    data = packing.pack(jnp.asarray(codes), qtype)
-    return (data, jnp.asarray(scale), None if zero is None else jnp.asarray(zero), qtype), weight
+    return (packing.pack(codes, qtype), scale, zero, qtype), weight
 
 
 CASES = [
@@ -86,32 +94,51 @@ def relative(found, expected):
 
 
 def rows_of(count, columns=60, seed=2):
-    x = np.random.default_rng(seed).normal(size=(count, columns)) + 0.3
-    return jnp.asarray(x, jnp.float32)
+    return np.float32(np.random.default_rng(seed).normal(size=(count, columns)) + 0.3)
 
 
-@pytest.mark.parametrize(("qtype", "groups", "affine"), CASES)
-@pytest.mark.parametrize("rows", [1, matmul.FEW_ROWS + 1])
-def test_low_bit_product_matches_a_float64_product(qtype, groups, affine, rows):
+# Of each type the fewest that reach every branch; the full product is slow.
+SYMMETRIC = ("nf4", "ternary", "ternary34")
+FIRST_CASES = [c for c in CASES if (c[1] == 1) != c[2] or c[0] in SYMMETRIC] + CASES[-3:-1]
+OTHER_CASES = [pytest.param(*c, marks=pytest.mark.slow) for c in CASES if c not in FIRST_CASES]
+
+
+@pytest.mark.parametrize(("qtype", "groups", "affine"), FIRST_CASES + OTHER_CASES)
+def test_low_bit_matches_a_float64_product(qtype, groups, affine):
     packed, weight = case(qtype, groups, affine)
-    x = rows_of(rows)
-    expected = np.asarray(x, np.float64) @ weight.T
-    assert relative(jax.jit(matmul.low_bit, static_argnums=4)(x, *packed), expected) < 1e-6
-    assert relative(matmul.low_bit(x, *packed, "bfloat16"), expected) < 0.02
+
+    @jax.jit
+    def products(few, many, data, scale, zero):
+        return [
+            matmul.low_bit(x, data, scale, zero, qtype, inputs)
+            for inputs in ("float32", "bfloat16")
+            for x in (few, many)
+        ]
+
+    rows = rows_of(FEW), rows_of(MANY)
+    tolerances = (1e-6, 1e-6, 0.02, 0.02)
+    for x, found, tolerance in zip(rows * 2, products(*rows, *packed[:3]), tolerances, strict=True):
+        assert relative(found, np.asarray(x, np.float64) @ weight.T) < tolerance
 
 
-@pytest.mark.parametrize(("qtype", "groups", "affine"), CASES)
-@pytest.mark.parametrize("rows", [1, matmul.FEW_ROWS + 1])
-def test_int8_products_match_float64_products_of_rounded_rows(qtype, groups, affine, rows):
+@pytest.mark.parametrize(("qtype", "groups", "affine"), FIRST_CASES + OTHER_CASES)
+def test_int8_products_match_float64_of_rounded_rows(qtype, groups, affine):
     packed, weight = case(qtype, groups, affine)
-    x = rows_of(rows)
-    rounded = np.asarray(matmul.round_rows_to_int8(x), np.float64)
-    assert relative(matmul.low_bit_int8(x, *packed), rounded @ weight.T) < 1e-6
     step, zero = np.float32(0.021), -40
-    rounded = np.clip(np.round(np.asarray(x) / step) + zero, -128, 127) - zero
-    found = matmul.low_bit_static(x, *packed[:3], jnp.float32(step), jnp.int8(zero), packed[3])
-    assert np.abs(rounded).max() == 127 - zero or rounded.min() == -128 - zero, "nothing clips"
-    assert relative(found, rounded * float(step) @ weight.T) < 1e-6
+
+    @jax.jit
+    def products(x, data, scale, weight_zero):
+        static = matmul.low_bit_static(x, data, scale, weight_zero, step, jnp.int8(zero), qtype)
+        dynamic = matmul.low_bit_int8(x, data, scale, weight_zero, qtype)
+        return matmul.round_rows_to_int8(x), dynamic, static
+
+    for rows in (FEW, MANY):
+        x = rows_of(rows)
+        rounded, dynamic, static = products(x, *packed[:3])
+        assert relative(dynamic, np.asarray(rounded, np.float64) @ weight.T) < 1e-6
+        rounded = np.clip(np.round(x / step) + zero, -128, 127) - zero
+        assert np.abs(rounded).max() == 127 - zero or rounded.min() == -128 - zero, "nothing clips"
+        assert relative(static, rounded * float(step) @ weight.T) < 1e-6
 
 
 @pytest.mark.parametrize(("qtype", "groups", "affine"), [("int8", 1, False), ("int4", 1, True)])
@@ -127,9 +154,7 @@ def test_static_products_lie_where_a_float64_loop_rounds_them(qtype, groups, aff
         place = products[i, j] / np.float64(out_step)
         ties += abs(place - np.floor(place) - 0.5) < 1e-4
         expected[i, j] = np.clip(np.round(place) + out_zero, -128, 127) - out_zero
-    found = matmul.low_bit_static(
-        x, *packed[:3], jnp.float32(step), jnp.int8(zero), qtype, out_step, jnp.int8(out_zero)
-    )
+    found = low_bit_static(x, *packed[:3], step, np.int8(zero), qtype, out_step, np.int8(out_zero))
     assert {expected.min(), expected.max()} & {-137.0, 118.0}, "nothing clips"
     assert ties < 3
     wrong = np.abs(np.asarray(found, np.float64) / out_step - expected) > 1e-3
@@ -141,9 +166,9 @@ def test_static_products_lie_where_a_float64_loop_rounds_them(qtype, groups, aff
 def test_int8_products_take_zero_points_between_levels(rows, zero_dtype):
     packed, weight = case("int4", 1, True, zero_dtype=zero_dtype)
     x = rows_of(rows)
-    rounded = np.asarray(matmul.round_rows_to_int8(x), np.float64)
+    rounded = np.asarray(jax.jit(matmul.round_rows_to_int8)(x), np.float64)
     assert np.any(np.asarray(packed[2], np.float64) % 1)
-    assert relative(matmul.low_bit_int8(x, *packed), rounded @ weight.T) < 1e-6
+    assert relative(low_bit_int8(x, *packed), rounded @ weight.T) < 1e-6
 
 
 @pytest.mark.parametrize("rows", [1, 9])
@@ -153,8 +178,9 @@ def test_integer_sums_are_exact_where_float32_sums_are_not(rows):
     x[:, 0], x[:, 1] = 254.0, 0.0
     codes = np.full((3, columns), 127, np.int8)
     codes[1], codes[2, ::2] = -128, -127
-    found = matmul.low_bit_int8(jnp.asarray(x), jnp.asarray(codes), jnp.ones((3, 1)))
-    integers, zero, step = (np.asarray(a, np.float64) for a in matmul.rows_to_int8(jnp.asarray(x)))
+    found = jax.jit(matmul.low_bit_int8)(x, codes, np.ones((3, 1), np.float32))
+    rounded = jax.jit(matmul.rows_to_int8)(x)
+    integers, zero, step = (np.asarray(a, np.float64) for a in rounded)
     total = (integers - zero).astype(np.int64) @ codes.astype(np.int64).T
     expected = total.astype(np.float32) * step.astype(np.float32)
     np.testing.assert_array_equal(found, expected)
@@ -165,7 +191,7 @@ def test_int8_dot_matches_int64_at_the_extremes():
     x = rng.choice([-128, 127], (5, 3000)).astype(np.int8)
     weight = rng.choice([-128, 127], (7, 3000)).astype(np.int8)
     weight[0], x[0] = -128, -128
-    found = matmul.dot(jnp.asarray(x), jnp.asarray(weight), jnp.int32)
+    found = jax.jit(matmul.dot, static_argnums=2)(x, weight, jnp.int32)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, x.astype(np.int64) @ weight.astype(np.int64).T)
 
@@ -176,14 +202,23 @@ def test_int8_dot_matches_int64_at_the_extremes():
 def test_a_weight_met_in_blocks_gives_the_same_product(qtype, groups, out, monkeypatch):
     packed = case(qtype, groups, rows=out)[0]
     x = rows_of(3)
-    products = (matmul.low_bit, matmul.low_bit_int8)
-    whole = [product(x, *packed) for product in products]
+    *arrays, qtype = packed
+
+    def products(x, data, scale, zero):
+        return [
+            product(x, data, scale, zero, qtype)
+            for product in (matmul.low_bit, matmul.low_bit_int8)
+        ]
+
+    at_once = jax.jit(products)(x, *arrays)
     monkeypatch.setattr(matmul, "BLOCK", 4 * 60)
-    for product, expected in zip(products, whole, strict=True):
-        assert "while" in jax.jit(product, static_argnums=4).lower(x, *packed).as_text()
+    # A function of its own: jit keeps what it traced of the first one.
+    by_blocks = jax.jit(lambda *arguments: products(*arguments))
+    assert by_blocks.lower(x, *arrays).as_text().count("stablehlo.while") == 2
+    for found, expected in zip(by_blocks(x, *arrays), at_once, strict=True):
         # Sums of another order differ in proportion to what is summed, not to what is left of it.
         atol = 1e-6 * np.abs(expected).max()
-        np.testing.assert_allclose(product(x, *packed), expected, rtol=1e-5, atol=atol)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -194,36 +229,38 @@ def test_gradients_reach_rows_scales_and_float_zero_points(groups, zero_dtype, b
         monkeypatch.setattr(matmul, "BLOCK", 4 * 60)
     affine = zero_dtype is not None
     (data, scale, zero, qtype), _ = case("int4", groups, affine, 18, zero_dtype=zero_dtype)
-    x, pull = rows_of(3), jnp.cos(jnp.arange(54.0)).reshape(3, 18)
+    x, pull = rows_of(3), np.float32(np.cos(np.arange(54.0))).reshape(3, 18)
     levels = packing.unpack(data, 60, qtype)
     trained = (0, 1, 2) if zero_dtype is np.float32 else (0, 1)
 
     def dense(x, scale, zero):
         return jnp.sum(pull * matmul.dense(x, grid.dequantize(levels, scale, zero)))
 
+    reference = jax.jit(jax.grad(dense, trained))
     for product, rows in (
         (matmul.low_bit, x),
-        (matmul.low_bit_int8, matmul.round_rows_to_int8(x)),
+        (matmul.low_bit_int8, jax.jit(matmul.round_rows_to_int8)(x)),
     ):
 
         def loss(x, scale, zero, product=product):
             return jnp.sum(pull * product(x, data, scale, zero, qtype))
 
         found = jax.jit(jax.grad(loss, trained))(x, scale, zero)
-        for one, other in zip(found, jax.grad(dense, trained)(rows, scale, zero), strict=True):
+        for one, other in zip(found, reference(rows, scale, zero), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_static_rounding_passes_gradients_where_it_does_not_clip():
     (data, scale, zero, qtype), weight = case("int8", 1)
-    x = rows_of(2).at[0, 3].set(99.0)
+    x = rows_of(2)
+    x[0, 3] = 99.0
     rest = data, scale, zero
 
     def loss(x, step):
         return jnp.sum(matmul.low_bit_static(x, *rest, step, jnp.int8(5), qtype))
 
     step = np.float32(0.03)
-    by_row, by_step = jax.grad(loss, (0, 1))(x, jnp.float32(step))
+    by_row, by_step = jax.jit(jax.grad(loss, (0, 1)))(x, step)
     inside = (np.asarray(x) / step + 5 < 127) & (np.asarray(x) / step + 5 > -128)
     assert not inside.all()
     np.testing.assert_allclose(by_row, np.where(inside, weight.sum(0), 0.0), rtol=1e-4, atol=1e-5)
@@ -236,7 +273,7 @@ def test_static_rounding_passes_gradients_where_it_does_not_clip():
 @pytest.mark.parametrize(
     "qtype", ["int8", "int6", "int5", "int4", "int3", "int2", "ternary", "nf4"]
 )
-def test_few_rows_never_meet_a_dense_copy_of_the_weight(qtype):
+def test_few_rows_never_meet_a_dense_copy_of_the_weight(qtype, optimized):
     out, columns = 4096, 1024
     shape = jax.ShapeDtypeStruct
     arguments = (
@@ -253,11 +290,14 @@ def test_few_rows_never_meet_a_dense_copy_of_the_weight(qtype):
 def test_low_bit_keeps_leading_axes_and_type_and_works_under_vmap():
     packed = case("int4", 5)[0]
     x = rows_of(6).reshape(2, 3, 60)
-    found = matmul.low_bit(x, *packed)
+    found = low_bit(x, *packed)
     assert found.shape == (2, 3, 6)
-    assert matmul.low_bit(x.astype(jnp.bfloat16), *packed).dtype == jnp.bfloat16
-    stacked = [jnp.stack([a, a]) for a in packed[:2]]
-    each = jax.vmap(lambda x, data, scale: matmul.low_bit(x, data, scale, None, "int4"))
+    narrow = jax.eval_shape(
+        low_bit, jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), *packed[:3], "int4"
+    )
+    assert narrow.dtype == jnp.bfloat16
+    stacked = [np.stack([a, a]) for a in packed[:2]]
+    each = jax.jit(jax.vmap(lambda x, *weight: matmul.low_bit(x, *weight, None, "int4")))
     np.testing.assert_allclose(each(x, *stacked), found, rtol=1e-5, atol=1e-6)
 
 
@@ -273,7 +313,7 @@ def test_rows_are_rounded_to_int8_as_a_loop_does():
         for c in range(x.shape[1]):
             q = np.clip(np.round(float(x[r, c]) / step + zero), -128, 127)
             expected[r, c] = (q - zero) * step
-    found = np.asarray(matmul.round_rows_to_int8(jnp.asarray(x)))
+    found = np.asarray(jax.jit(matmul.round_rows_to_int8)(x))
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert all(len(np.unique(row)) <= 256 for row in found)
 
@@ -283,11 +323,15 @@ def test_rows_split_in_three_are_as_accurate_as_a_float32_product(rows):
     rng = np.random.default_rng(5)
     x = rng.normal(size=(rows, 300)) * 10.0 ** rng.integers(-3, 4, (rows, 300))
     x = x.astype(np.float32)
-    weight = jnp.asarray(rng.normal(size=(40, 300)), jnp.bfloat16)
+    weight = rng.normal(size=(40, 300)).astype(jnp.bfloat16)
     exact = x.astype(np.float64) @ np.asarray(weight, np.float64).T
     scale = np.abs(x).astype(np.float64) @ np.abs(np.asarray(weight, np.float64)).T
     found = jax.jit(matmul.dense_split)(x, weight)
     assert np.max(np.abs(found - exact) / scale) < 2e-7
-    plain = jax.grad(lambda x: jnp.sum(matmul.dense(x, weight.astype(jnp.float32)) ** 2))(x)
-    split = jax.grad(lambda x: jnp.sum(matmul.dense_split(x, weight) ** 2))(x)
+
+    def gradient(product, weight):
+        return jax.jit(jax.grad(lambda x: jnp.sum(product(x, weight) ** 2)))(x)
+
+    plain = gradient(matmul.dense, jnp.asarray(weight, jnp.float32))
+    split = gradient(matmul.dense_split, jnp.asarray(weight))
     np.testing.assert_allclose(split, plain, rtol=1e-4, atol=1e-6 * np.abs(plain).max())

@@ -73,20 +73,20 @@ def _place_and_signs(four):
 def test_bytes_match_a_loop(qtype):
     columns = 64 if qtype == "ternary34" else 43
     codes = draw((5, columns), qtype)
-    found = np.asarray(packing.pack(jnp.asarray(codes), qtype))
+    found = np.asarray(packing.pack(codes, qtype))
     np.testing.assert_array_equal(found, [pack_row(row, qtype) for row in codes])
 
 
 @pytest.mark.parametrize("qtype", packing.QTYPES)
 @settings(max_examples=12, deadline=None)
 @given(
-    leading=st.lists(st.integers(1, 3), max_size=2).map(tuple),
-    columns=st.integers(1, 70),
+    leading=st.sampled_from([(), (2, 3)]),
+    columns=st.sampled_from([1, 37, 70]),
     seed=st.integers(0, 2**31),
 )
 def test_unpacking_undoes_packing(qtype, leading, columns, seed):
     codes = draw((*leading, columns), qtype, seed)
-    packed = packing.pack(jnp.asarray(codes), qtype)
+    packed = packing.pack(codes, qtype)
     assert packed.dtype == packing.stored_dtype(qtype)
     assert packed.shape == (*leading, packing.packed_columns(columns, qtype))
     found = packing.unpack(packed, columns, qtype)
@@ -99,7 +99,8 @@ def test_unpacking_undoes_packing(qtype, leading, columns, seed):
 def test_planes_hold_every_nth_column(qtype, columns):
     columns -= columns % 4 if qtype == "ternary34" else 0
     codes = draw((3, columns), qtype)
-    planes = packing.planes(packing.pack(jnp.asarray(codes), qtype), columns, qtype)
+    split = jax.jit(packing.planes, static_argnums=(1, 2))
+    planes = split(packing.pack(codes, qtype), columns, qtype)
     together = np.stack(planes, axis=-1).reshape(3, -1)
     assert together.shape[1] - columns < len(planes)
     np.testing.assert_array_equal(together[:, :columns], codes)
@@ -110,25 +111,25 @@ def test_planes_hold_every_nth_column(qtype, columns):
 def test_rows_cut_at_units_are_packed_by_themselves(qtype):
     unit = packing.unit(qtype)
     codes = draw((2, 4 * unit), qtype)
-    whole = packing.pack(jnp.asarray(codes), qtype)
+    whole = np.asarray(packing.pack(codes, qtype))
     cut = packing.packed_columns(unit, qtype)
     for part in range(4):
-        alone = packing.pack(jnp.asarray(codes[:, part * unit : (part + 1) * unit]), qtype)
+        alone = packing.pack(codes[:, part * unit : (part + 1) * unit], qtype)
         np.testing.assert_array_equal(whole[:, part * cut : (part + 1) * cut], alone)
 
 
 @pytest.mark.parametrize("qtype", packing.QTYPES)
 def test_packing_works_under_jit_and_vmap(qtype):
     codes = draw((3, 2, 20), qtype)
-    packed = jax.jit(jax.vmap(lambda c: packing.pack(c, qtype)))(jnp.asarray(codes))
-    np.testing.assert_array_equal(packed, packing.pack(jnp.asarray(codes), qtype))
+    packed = jax.jit(jax.vmap(lambda c: packing.pack(c, qtype)))(codes)
+    np.testing.assert_array_equal(packed, packing.pack(codes, qtype))
     unpack = jax.vmap(jax.vmap(lambda row: packing.unpack(row, 20, qtype)))
     np.testing.assert_array_equal(jax.jit(unpack)(packed), codes)
 
 
 def test_every_byte_of_trits_is_one_of_243():
     digits = np.stack(np.meshgrid(*[[-1, 0, 1]] * 5, indexing="ij"), -1).reshape(-1, 5)
-    packed = np.asarray(packing.pack(jnp.asarray(digits, jnp.int8), "ternary"))
+    packed = np.asarray(packing.pack(np.int8(digits), "ternary"))
     assert len(np.unique(packed)) == 243
     np.testing.assert_array_equal(packing.unpack(packed, 5, "ternary"), digits)
 

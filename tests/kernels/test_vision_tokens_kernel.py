@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,18 +15,24 @@ def prompt():
     placeholder = np.zeros((2, 12), bool)
     placeholder[0, 2:8] = True
     placeholder[1, 5:10] = True
-    return rng.normal(size=(2, 12, 6)).astype(np.float32), jnp.asarray(placeholder)
+    return rng.normal(size=(2, 12, 6)).astype(np.float32), placeholder
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def keep_highest(x, placeholder, keep, positions, room):
+    best = vision_tokens.highest(vision_tokens.norm_scores(x), placeholder, keep)
+    stays = best | ~placeholder
+    kept = vision_tokens.places(stays, room)
+    moved = vision_tokens.take(positions, kept, axis=2)
+    return stays, kept, moved, vision_tokens.take(x, kept)
 
 
 @pytest.mark.parametrize("keep", [(6, 5), (4, 1), (0, 9)])
 def test_the_lowest_go_and_the_rest_stays_in_order(prompt, keep):
     x, placeholder = prompt
-    scores = vision_tokens.norm_scores(x)
-    best = jax.jit(vision_tokens.highest)(scores, placeholder, jnp.array(keep))
-    stays = best | ~placeholder
-    kept = jax.jit(functools.partial(vision_tokens.places, room=12))(stays)
     positions = np.arange(3 * 2 * 12).reshape(3, 2, 12)
-    moved = vision_tokens.take(positions, kept, axis=2)
+    outputs = keep_highest(x, placeholder, np.array(keep), positions, room=12)
+    stays, kept, moved, taken = map(np.asarray, outputs)
     for row in range(2):
         norms = np.linalg.norm(x[row], axis=1)
         vision = np.flatnonzero(placeholder[row])
@@ -35,23 +40,25 @@ def test_the_lowest_go_and_the_rest_stays_in_order(prompt, keep):
         expected = np.setdiff1d(np.arange(12), gone)
         np.testing.assert_array_equal(np.flatnonzero(stays[row]), expected)
         np.testing.assert_array_equal(kept[row, : len(expected)], expected)
-        np.testing.assert_array_equal(vision_tokens.take(x, kept)[row], x[row][kept[row]])
+        np.testing.assert_array_equal(taken[row], x[row][kept[row]])
         np.testing.assert_array_equal(moved[:, row], positions[:, row][:, kept[row]])
     room = int(stays.sum(1).max())
-    np.testing.assert_array_equal(vision_tokens.places(stays, room), kept[:, :room])
+    places = jax.jit(vision_tokens.places, static_argnums=1)
+    np.testing.assert_array_equal(places(stays, room), kept[:, :room])
 
 
 def test_of_equals_the_first_stay():
-    placeholder = jnp.array([[False, True, True, True, True]])
-    best = vision_tokens.highest(jnp.ones((1, 5)), placeholder, jnp.array([2]))
+    placeholder = np.array([[False, True, True, True, True]])
+    highest = jax.jit(vision_tokens.highest)
+    best = highest(np.ones((1, 5), np.float32), placeholder, np.array([2]))
     assert best.tolist() == [[False, True, True, False, False]]
 
 
 def test_attention_counts_what_is_asked_for(prompt):
     _, placeholder = prompt
     weights = np.random.default_rng(1).random((2, 2, 3, 12, 12)).astype(np.float32)
-    asks = ~placeholder & (jnp.arange(12) < 11)
-    found = vision_tokens.attention_scores(weights, asks)
+    asks = ~placeholder & (np.arange(12) < 11)
+    found = jax.jit(vision_tokens.attention_scores)(weights, asks)
     for row in range(2):
         expected = weights[row].reshape(6, 12, 12)[:, np.asarray(asks[row])].mean((0, 1))
         np.testing.assert_allclose(found[row], expected, rtol=1e-5)
@@ -61,7 +68,7 @@ def test_what_repeats_an_earlier_token_is_not_new(prompt):
     x, placeholder = prompt
     x[0, 6] = 3.0 * x[0, 4]
     x[0, 9] = x[0, 4]
-    found = np.asarray(vision_tokens.novelty_scores(x, placeholder))
+    found = np.asarray(jax.jit(vision_tokens.novelty_scores)(x, placeholder))
     assert found[0, 6] == pytest.approx(0.0, abs=1e-5)
     assert found[0, 4] > 0.1
     assert found[0, 9] == found[0, 2] == 2.0
