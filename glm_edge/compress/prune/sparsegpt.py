@@ -106,11 +106,13 @@ def sparsegpt(
     for option in ("sequential", "act_order", "refit"):
         if not isinstance(options[option], bool):
             raise RecipeError(f"{name}: {option} must be True or False, not {options[option]!r}")
-    for option, low, high in (("damping", 0, float("inf")), ("propagate", 0, 1)):
+    for option, low, high in (("damping", 0, gptq.MOST_DAMPING), ("propagate", 0, 1)):
         value = options[option]
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value <= high or value == float("inf"):
-            raise RecipeError(f"{name}: {option} must be a number of {low} to {high}, not {value}")
+        if not number or not low <= value <= high:
+            raise RecipeError(
+                f"{name}: {option} must be a number of {low} to {high:g}, not {value!r}"
+            )
     for option in ("refine", "sweeps"):
         value = options[option]
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
