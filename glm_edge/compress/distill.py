@@ -1,6 +1,5 @@
 """Distillation: a student learns to predict what its teacher predicts."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from glm_edge.compress.report import Report, Row
 from glm_edge.compress.training import Course, Training, learn
 from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
 from glm_edge.errors import RecipeError
+from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
 
 
@@ -192,8 +192,8 @@ def split(params: Params, where: str | None) -> tuple[Params, Params]:
     trainable, frozen = boxes.partition(params)
     if where is None:
         return trainable, frozen
-    held = _keep(trainable, lambda path: not re.search(where, path))
-    trainable = _keep(trainable, lambda path: bool(re.search(where, path)))
+    held = _keep(trainable, lambda path: not compiled(where).search(path))
+    trainable = _keep(trainable, lambda path: compiled(where).search(path))
     if not jax.tree.leaves(trainable):
         raise RecipeError(f"distill: where={where!r} matches no parameter that can train")
     return trainable, boxes.combine(held, frozen)

@@ -29,6 +29,7 @@ from glm_edge.params import Masked
 from glm_edge.params.formats import PLAIN
 
 NAME = "quantize.gptq"
+MOST_SWEEPS = 10_000
 # Numbers of rows that are multiplied at once: few large products are faster than many small.
 ROWS_AT_ONCE = 1 << 24
 
@@ -103,8 +104,10 @@ def gptq(
         )
     if not _is_number(propagate) or not 0 <= propagate <= 1:
         raise RecipeError(f"{NAME}: propagate must be a number in 0..1, not {propagate!r}")
-    if not isinstance(sweeps, int) or isinstance(sweeps, bool) or sweeps < 0:
-        raise RecipeError(f"{NAME}: sweeps must be a whole number of at least 0, not {sweeps!r}")
+    if not isinstance(sweeps, int) or isinstance(sweeps, bool) or not 0 <= sweeps <= MOST_SWEEPS:
+        raise RecipeError(
+            f"{NAME}: sweeps must be a whole number of 0 to {MOST_SWEEPS}, not {sweeps!r}"
+        )
     return Transform(NAME, options)
 
 

@@ -115,9 +115,7 @@ def _squares(after: Array, before: Array, peak: Array) -> tuple[Array, Array]:
     """Squared error and squared norm of each row, in units in which `peak` is near one."""
     before = before.astype(jnp.float32)
     lost = grids.normalized(after.astype(jnp.float32) - before, peak)
-    return tuple(
-        jnp.sum(jnp.square(x), axis=-1) for x in (lost, grids.normalized(before, peak))
-    )
+    return tuple(jnp.sum(jnp.square(x), axis=-1) for x in (lost, grids.normalized(before, peak)))
 
 
 def box_of(

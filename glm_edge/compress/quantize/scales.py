@@ -1,6 +1,5 @@
 """Distillation of what surrounds the integers of a quantized model: scales, norms and biases."""
 
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +14,7 @@ from glm_edge.compress.transform import Context, Result, Transform, check_patter
 from glm_edge.errors import RecipeError
 from glm_edge.kernels.grid import held_scale
 from glm_edge.params import Quantized
+from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
 
 NAME = "quantize.distill_scales"
@@ -88,7 +88,7 @@ def _apply_scales(
     chosen = {
         path
         for path, leaf in old.items()
-        if isinstance(leaf, Quantized) and re.search(where or "", path)
+        if isinstance(leaf, Quantized) and compiled(where).search(path)
     }
     if not chosen:
         raise RecipeError(f"{NAME}: where={where!r} matches nothing that is quantized")
