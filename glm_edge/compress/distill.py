@@ -1,5 +1,6 @@
 """Distillation: a student learns to predict what its teacher predicts."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -115,6 +116,8 @@ def distill(
         steps, learning_rate, temperature, alpha, warmup, weight_decay, clip_norm, compute
     )
     training.check("distill", teacher)
+    if state_dir is not None and not isinstance(state_dir, str | os.PathLike):
+        raise RecipeError(f"distill: state_dir must be a path, not {state_dir!r:.60}")
     course = Course(
         accumulate,
         None if state_dir is None else str(state_dir),
