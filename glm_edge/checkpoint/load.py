@@ -12,18 +12,28 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint import hugging_face, own
+from glm_edge.checkpoint import hugging_face, orbax, own
 from glm_edge.checkpoint.files import WEIGHTS, check_finite
 from glm_edge.checkpoint.orbax import ARRAYS
 from glm_edge.checkpoint.placement import Placement
 from glm_edge.checkpoint.shapes import ARCHITECTURES, check_params
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
-from glm_edge.files import CONFIG, file_inside, new_directory, read_json
+from glm_edge.files import (
+    CONFIG,
+    MAX_FILE_NAME,
+    check_writable_name,
+    file_inside,
+    moved_aside,
+    new_directory,
+    read_bytes,
+    read_json,
+)
 from glm_edge.params.sharding import RULES, Rules
 
 TOKENIZER = "tokenizer.json"
 FORMATS = ("hugging_face", *own.STORES)
 _OWN_FILES = (CONFIG, WEIGHTS, ARRAYS)
+_MAX_EXTRA_BYTES = 1 << 30
 _ORBAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
 
 
@@ -60,7 +70,11 @@ def load(
     _check_dtype(dtype)
     if not directory.is_dir():
         found = "is a file" if directory.exists() else "does not exist"
-        raise CheckpointError(f"{directory}: {found}; a checkpoint is a directory with {CONFIG}")
+        aside = moved_aside(directory)
+        mend = "" if aside is None else f"; an interrupted save left the old one as {aside.name}"
+        raise CheckpointError(
+            f"{directory}: {found}; a checkpoint is a directory with {CONFIG}{mend}"
+        )
     if not os.path.lexists(directory / CONFIG):
         raise CheckpointError(_without_config(directory))
     fields = read_json(file_inside(directory, CONFIG))
@@ -134,8 +148,10 @@ def save(
         raise CheckpointError(
             f"a checkpoint holds one of {', '.join(ARCHITECTURES)}, not a {type(model).__name__}"
         )
-    target = Path(path)
-    contents = {name: _read_extra(name, source) for name, source in (extras or {}).items()}
+    target = check_writable_name(path)
+    if format == "orbax":
+        orbax.check_path(target, OutputError)
+    contents = read_extras(extras)
     check_params(params, model, str(target))
     for name, array in boxes.to_flat(params)[0].items():
         check_finite(np.asarray(array), f"{target}: tensor {name!r}")
@@ -219,12 +235,29 @@ def _without_config(directory: Path) -> str:
     return f"{directory}: holds no {CONFIG}; a checkpoint is a directory with one"
 
 
+def read_extras(extras: Mapping[str, str | os.PathLike | bytes] | None) -> dict[str, bytes]:
+    """Reads further files that go into a checkpoint.
+
+    Args:
+      extras: path or bytes by name; None for none.
+
+    Returns:
+      Bytes by name.
+
+    Raises:
+      OutputError: a name is not a plain one, or that of a file which the checkpoint has.
+      CheckpointError: a source cannot be read.
+    """
+    return {name: _read_extra(name, source) for name, source in (extras or {}).items()}
+
+
 def _read_extra(name: str, source: str | os.PathLike | bytes) -> bytes:
-    if not name or name != Path(name).name or name in _OWN_FILES:
-        raise OutputError(f"extra file {name!r} must be a plain name other than {_OWN_FILES}")
+    plain = isinstance(name, str) and name == Path(name).name and name.isprintable()
+    ours = name in _OWN_FILES or (plain and name.endswith((".safetensors", ".safetensors.json")))
+    if not plain or name in ("", ".", "..") or len(os.fsencode(name)) > MAX_FILE_NAME or ours:
+        raise OutputError(
+            f"extra file {str(name)[:200]!r} must be a plain name other than {_OWN_FILES}"
+        )
     if isinstance(source, bytes):
         return source
-    try:
-        return Path(source).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
+    return read_bytes(source, _MAX_EXTRA_BYTES)

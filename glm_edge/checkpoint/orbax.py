@@ -1,15 +1,39 @@
 """Flat arrays in an Orbax directory, beside the config.json that says what they are."""
 
-from collections.abc import Mapping
+import contextlib
+import gc
+import logging
+import os
+import stat
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from glm_edge.checkpoint.shapes import check_names, check_shape
-from glm_edge.errors import CheckpointError
+from glm_edge.errors import CheckpointError, GlmEdgeError
 
 ARRAYS = "arrays"
+
+
+def check_path(path: Path, error: type[GlmEdgeError]) -> None:
+    """Refuses paths that Orbax writes and cannot read again, or cannot write.
+
+    Args:
+      path: of the checkpoint.
+      error: raised for one that is refused.
+
+    Raises:
+      GlmEdgeError: of the type `error`: it holds a backslash, or is not UTF-8.
+    """
+    name = str(path.absolute())
+    if "\\" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise error(
+            f"{name!r:.200}: Orbax cannot use a path with a backslash or with bytes that are not "
+            "UTF-8; name another, or use format='safetensors'"
+        )
 
 
 def write(directory: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,16 +73,21 @@ def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
         raise CheckpointError(
             f"{source}: Orbax directory is missing or a link; config.json describes it"
         )
+    check_path(source, CheckpointError)
+    _check_files(source)
     import orbax.checkpoint as ocp
 
     as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in described}
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(source.absolute(), restore_args=as_numpy)
-    # Orbax and tensorstore raise many kinds of error for a damaged directory.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{source}: Orbax cannot restore it: {reason[:200]}") from error
+    reason = None
+    with _quiet_tasks():
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                arrays = checkpointer.restore(source.absolute(), restore_args=as_numpy)
+        # Orbax and tensorstore raise many kinds of error for a damaged directory.
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if reason is not None:
+        raise CheckpointError(f"{source}: Orbax cannot restore it: {reason[:200]}")
     check_names(arrays, {name: entry[1] for name, entry in described.items()}, str(source))
     for name, (dtype, shape) in described.items():
         where = f"{source}: tensor {name!r}"
@@ -66,6 +95,40 @@ def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
         if str(arrays[name].dtype) != dtype:
             raise CheckpointError(f"{where}: is {arrays[name].dtype}, config.json says {dtype}")
     return arrays
+
+
+def _check_files(source: Path) -> None:
+    """Refuses what waits for ever, never ends or lies elsewhere, before Orbax opens it."""
+    root = source.resolve()
+    for folder, directories, names in os.walk(source, onerror=_refuse):
+        for name in (*directories, *names):
+            path = Path(folder, name)
+            try:
+                mode = path.stat().st_mode
+                inside = not path.is_symlink() or path.resolve().is_relative_to(root)
+            except OSError as error:
+                _refuse(error)
+            if not inside or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                kind = "a pipe, socket or device" if inside else "a link that leads out"
+                raise CheckpointError(f"{path}: is {kind}; an Orbax directory holds files")
+
+
+def _refuse(error: OSError) -> None:
+    raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _quiet_tasks() -> Iterator[None]:
+    """Keeps tasks that Orbax gives up on from printing a traceback each."""
+    logger = logging.getLogger("asyncio")
+    disabled, hook = logger.disabled, sys.unraisablehook
+    logger.disabled, sys.unraisablehook = True, lambda _: None
+    try:
+        yield
+    finally:
+        # They speak when they are collected.
+        gc.collect()
+        logger.disabled, sys.unraisablehook = disabled, hook
 
 
 def _is_description(value: Any) -> bool:

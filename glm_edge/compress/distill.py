@@ -1,6 +1,6 @@
 """Distillation: a student learns to predict what its teacher predicts."""
 
-import re
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +14,7 @@ from glm_edge.compress.report import Report, Row
 from glm_edge.compress.training import Course, Training, learn
 from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
 from glm_edge.errors import RecipeError
+from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
 
 
@@ -115,6 +116,8 @@ def distill(
         steps, learning_rate, temperature, alpha, warmup, weight_decay, clip_norm, compute
     )
     training.check("distill", teacher)
+    if state_dir is not None and not isinstance(state_dir, str | os.PathLike):
+        raise RecipeError(f"distill: state_dir must be a path, not {state_dir!r:.60}")
     course = Course(
         accumulate,
         None if state_dir is None else str(state_dir),
@@ -192,8 +195,8 @@ def split(params: Params, where: str | None) -> tuple[Params, Params]:
     trainable, frozen = boxes.partition(params)
     if where is None:
         return trainable, frozen
-    held = _keep(trainable, lambda path: not re.search(where, path))
-    trainable = _keep(trainable, lambda path: bool(re.search(where, path)))
+    held = _keep(trainable, lambda path: not compiled(where).search(path))
+    trainable = _keep(trainable, lambda path: compiled(where).search(path))
     if not jax.tree.leaves(trainable):
         raise RecipeError(f"distill: where={where!r} matches no parameter that can train")
     return trainable, boxes.combine(held, frozen)

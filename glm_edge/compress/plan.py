@@ -33,6 +33,7 @@ from glm_edge.compress.stagewise import stagewise
 from glm_edge.compress.transform import Progress, Transform, chain, check_pattern, entry
 from glm_edge.errors import BoxError, DataError, RecipeError
 from glm_edge.params import Format, Quantized
+from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params, nested
 
 FORMATS = ("bfloat16", "int8", "int4-g32", "int3-g32", "int2-g32")
@@ -181,10 +182,9 @@ def group_paths(params: Params, patterns: Sequence[str]) -> dict[str, tuple[str,
     for path, leaf in boxes.path_items(params):
         if not boxes.is_matrix(path, leaf) or isinstance(leaf, Quantized):
             continue
-        matches = (re.search(pattern, path) for pattern in patterns)
-        found = next((match for match in matches if match), None)
+        found = next(filter(None, (compiled(pattern).match(path) for pattern in patterns)), None)
         if found:
-            groups.setdefault(found.group(0), []).append(path)
+            groups.setdefault(found, []).append(path)
     if not groups:
         raise RecipeError(f"plan: groups={list(patterns)} match no matrix that is not quantized")
     return {name: tuple(paths) for name, paths in groups.items()}

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from glm_edge.compress import prune, quantize
 from glm_edge.compress.distill import distill
 from glm_edge.compress.transform import CHAIN, Transform, chain, entry
 from glm_edge.errors import RecipeError
+from glm_edge.files import parse_json, read_json
+
+MAX_TRANSFORMS = 1000
 
 
 def to_json(transform: Transform) -> str:
@@ -31,29 +35,42 @@ def recipe_from_json(source: str | Path) -> Transform:
     """Reads a transform from JSON.
 
     Args:
-      source: JSON text, or the path of a file that holds it.
+      source: JSON text, the path of a file that holds it, or the name of a recipe, see `named`.
 
     Returns:
       The transform.
 
     Raises:
-      RecipeError: there is no such file, it is not JSON, or a name or an option is unknown.
+      RecipeError: there is no such file, it is not a regular one or not JSON, exceeds a limit, or a
+        name or an option is unknown or has no meaning.
     """
-    where, text = "recipe", source
-    if isinstance(source, Path) or not source.lstrip().startswith("{"):
-        where = str(source)
-        try:
-            text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(
-                f"{where}: cannot read a recipe ({error}); give a JSON file or one of: "
-                f"{', '.join(NAMED)}"
-            ) from error
+    if not isinstance(source, str | os.PathLike):
+        raise RecipeError(
+            f"a recipe is JSON text, a path or a name, not a {type(source).__name__}; names: "
+            f"{', '.join(NAMED)}"
+        )
+    text = source if isinstance(source, str) else ""
+    if text in NAMED:
+        return named(text)
+    if text.lstrip()[:1] in tuple('{["'):
+        return _from_object(parse_json(text, "recipe", RecipeError), "recipe")
     try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{where}: not JSON ({error})") from error
-    return _from_object(fields, where)
+        return _from_object(read_json(source, RecipeError), str(source))
+    except RecipeError as error:
+        if _exists(source):
+            raise
+        raise RecipeError(
+            f"{str(source)[:200]!r}: is no file and no recipe; give JSON text, a JSON file or one "
+            f"of: {', '.join(NAMED)}"
+        ) from error
+
+
+def _exists(source: str | os.PathLike) -> bool:
+    try:
+        return os.path.lexists(source)
+    # A name that holds a null character, or letters that no file name can.
+    except (OSError, ValueError):
+        return False
 
 
 def named(name: str) -> Transform:
@@ -161,6 +178,8 @@ def _from_object(fields: Any, where: str) -> Transform:
     if name == CHAIN:
         if set(options) != {"transforms"} or not isinstance(options["transforms"], list):
             raise RecipeError(f"{where}: chain takes one option, a list of transforms")
+        if len(options["transforms"]) > MAX_TRANSFORMS:
+            raise RecipeError(f"{where}: a chain holds at most {MAX_TRANSFORMS} transforms")
         return chain(*(_from_object(inner, where) for inner in options["transforms"]))
     known = inspect.signature(factory).parameters
     for option in options:
@@ -170,5 +189,8 @@ def _from_object(fields: Any, where: str) -> Transform:
             )
     try:
         return factory(**options)
-    except TypeError as error:
+    except RecipeError:
+        raise
+    # What a factory does with a value of another type.
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RecipeError(f"{where}: {name}: {error}") from error

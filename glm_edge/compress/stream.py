@@ -16,13 +16,17 @@ from glm_edge import params as boxes
 from glm_edge.checkpoint import own
 from glm_edge.checkpoint.files import SafetensorsFile, to_device, write_safetensors
 from glm_edge.checkpoint.lazy import LazyCheckpoint, open_lazily
+from glm_edge.checkpoint.load import read_extras
 from glm_edge.compress import recipe as recipes
 from glm_edge.compress.report import Report, Row
+from glm_edge.compress.rounding.gptq import SEARCHED
 from glm_edge.compress.stages import Leaves
 from glm_edge.compress.stagewise import Step, Walk, stagewise
+from glm_edge.compress.training_state import difference, machine
 from glm_edge.compress.transform import CHAIN, Batch, Context, Progress, Transform
 from glm_edge.errors import OutputError, RecipeError
 from glm_edge.files import CONFIG, new_directory, read_json, write_json, write_whole
+from glm_edge.params.formats import PER_TENSOR
 from glm_edge.params.tree import nested
 
 REPORT = "report.json"
@@ -49,9 +53,13 @@ def compress_checkpoint(
     finishes a transform before the next begins: with several transforms that read calibration, the
     numbers of the two differ.
 
-    A run that was killed is taken up again by the same call, and its result has the same bytes.
-    What it has finished lies beside `output`, in `.<name>.partial`; `output` itself appears only
-    when all is written.
+    A run that was killed is taken up again by the same call, and its result has the same bytes: of
+    the same source, recipe, key and batches in the same order, on the same kind of processor,
+    under the same versions of jax, and on the same number of cores; `rtn`, `hqq`, `gptq` and
+    `sparsegpt` take sums in an order that does not depend on the cores, see `fixed_order`.
+    Elsewhere the call is refused, since last bits of sums may differ there and rounding makes them
+    large. What a run has finished lies beside `output`, in `.<name>.partial`; `output` itself
+    appears only when all is written.
 
     Args:
       source: directory that `glm_edge.load` opens.
@@ -73,8 +81,9 @@ def compress_checkpoint(
       CheckpointError: the source is damaged, or stored with Orbax.
       RecipeError: a transform needs the whole model, or does not fit it.
       DataError: calibration is missing, malformed, or lacks a modality.
-      OutputError: `output` exists, cannot be written, or an unfinished run of other arguments lies
-        beside it.
+      OutputError: `output` exists, is a link, cannot be written, is written by another process, or
+        an unfinished run of other arguments or of another machine lies beside it; or an extra has
+        no plain name.
     """
     opened = open_lazily(source)
     steps = _steps(recipe, rng)
@@ -83,7 +92,7 @@ def compress_checkpoint(
         step.select(opened.abstract, rounded)
     model = opened.model.clone(compute=compute)
     walk = Walk(model, steps, Context(calibration, rng, (model, {}), progress, tuple(without)))
-    copied = {name: Path(path).read_bytes() for name, path in (extras or {}).items()}
+    copied = read_extras(extras)
     with new_directory(Path(output), overwrite, keep=True) as partial:
         _check_job(partial, Path(output), _job(opened, recipe, calibration, rng, without, compute))
         rows, spec, names, before, after = [], {}, [], Totals(), Totals()
@@ -148,6 +157,25 @@ def _steps(recipe: Transform, rng: Array | None) -> list[Step]:
     return found
 
 
+# Transforms whose sums are taken in one order on any number of cores.
+_BY_ROW, _BY_COLUMN = ("quantize.rtn", "quantize.hqq"), ("quantize.gptq", "prune.sparsegpt")
+
+
+def fixed_order(recipe: Transform) -> bool:
+    """True for a recipe whose float32 results have the same bytes on any number of cores."""
+    steps = recipe.options["transforms"] if recipe.name == CHAIN else (recipe,)
+
+    def fixed(step: Transform) -> bool:
+        group_size = step.options.get("group_size")
+        if group_size == PER_TENSOR:
+            return False
+        # Scales of large groups, and of any without sweeps, are refit by LAPACK.
+        searched = group_size is None or (step.options["sweeps"] and group_size <= SEARCHED)
+        return step.name in _BY_ROW or (step.name in _BY_COLUMN and bool(searched))
+
+    return all(map(fixed, steps))
+
+
 def _job(
     opened: LazyCheckpoint,
     recipe: Transform,
@@ -171,6 +199,7 @@ def _job(
         "rng": None if rng is None else np.asarray(jax.random.key_data(rng)).tolist(),
         "without": sorted(without),
         "compute": compute,
+        "machine": machine(fixed_order(recipe) and compute == "float32"),
     }
 
 
@@ -183,8 +212,9 @@ def _check_job(partial: Path, output: Path, job: dict[str, Any]) -> None:
     for name, value in job.items():
         if found.get(name) != value:
             raise OutputError(
-                f"{partial}: holds an unfinished run with another {name}; repeat its arguments to "
-                f"finish it, or remove the directory to begin {output.name} anew"
+                f"{partial}: holds an unfinished run with another {name}{difference(found, job)}; "
+                "repeat its arguments where it ran to finish it, or remove the directory to begin "
+                f"{output.name} anew"
             )
 
 

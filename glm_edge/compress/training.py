@@ -1,5 +1,7 @@
 """The training loop that distillation and quantization-aware training share."""
 
+import math
+import numbers
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +29,12 @@ from glm_edge.params.tree import Params
 
 COMPUTE = ("float32", "bfloat16")
 _PROGRESS_EVERY = 5
+_RATES = ("learning_rate", "temperature", "alpha", "warmup", "weight_decay", "clip_norm")
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 class Training(NamedTuple):
@@ -49,6 +57,8 @@ class Training(NamedTuple):
     def check(self, name: str, teacher: Any) -> None:
         """Raises RecipeError where an option of the transform `name` has no meaning."""
         check_whole(name, steps=self.steps)
+        if not all(_is_finite(getattr(self, field)) for field in _RATES):
+            raise RecipeError(f"{name}: {', '.join(_RATES)} must be finite numbers")
         if self.learning_rate <= 0.0 or self.temperature <= 0.0 or self.clip_norm <= 0.0:
             raise RecipeError(f"{name}: learning_rate, temperature and clip_norm must be positive")
         shares = 0.0 <= self.alpha <= 1.0 and 0.0 <= self.warmup < 1.0

@@ -4,6 +4,8 @@ import csv
 import hashlib
 import io
 import json
+import os
+import platform
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax import Array
 
@@ -20,7 +23,13 @@ from glm_edge.compress import batches
 from glm_edge.compress.report import Point
 from glm_edge.compress.transform import Context
 from glm_edge.errors import CheckpointError, OutputError
-from glm_edge.files import read_json, write_json, write_whole
+from glm_edge.files import (
+    DirectoryLock,
+    check_writable_name,
+    read_json,
+    write_json,
+    write_whole,
+)
 
 STATE, CURVE, JOB = "state.safetensors", "curve.csv", "job.json"
 _LOSSES, _SEEN = "losses", "seen"
@@ -48,19 +57,24 @@ class StateDirectory:
         Raises:
           OutputError: the directory cannot be written, or holds the state of another job.
         """
-        self.path = Path(path)
+        self.path = check_writable_name(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # A run that failed in this process may not have let go of it yet.
+            self._lock = DirectoryLock(self.path, self.path, again=True)
             if not (self.path / JOB).exists():
                 write_whole(self.path / JOB, lambda file: write_json(file, job))
+        except OutputError:
+            raise
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-        held = read_json(self.path / JOB)
-        for field, value in json.loads(json.dumps(job)).items():
+        held, job = read_json(self.path / JOB), json.loads(json.dumps(job))
+        for field, value in job.items():
             if held.get(field) != value:
                 raise OutputError(
-                    f"{path}: holds the state of a {name} with another {field}; repeat its "
-                    "arguments to go on, or name another state_dir"
+                    f"{path}: holds the state of a {name} with another {field}"
+                    f"{difference(held, job)}; repeat its arguments where it ran to go on, or name "
+                    "another state_dir"
                 )
 
     def save(self, trained: Any, losses: Sequence[Sequence[float]], seen: Collection[str]) -> None:
@@ -160,7 +174,44 @@ def job_of(
         "teacher": described(*teacher),
         "calibration": digest([digest(batch) for batch in context.calibration]),
         "rng": None if rng is None else np.asarray(jax.random.key_data(rng)).tolist(),
+        "machine": machine(),
     }
+
+
+def machine(any_cores: bool = False) -> dict[str, Any]:
+    """Describes what last bits of sums depend on, apart from a job's arguments, JSON-ready.
+
+    Args:
+      any_cores: leaves out the number of cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = jax.devices()[0]
+    return {
+        "platform": f"{device.platform} {device.device_kind}",
+        "processor": f"{platform.machine()} {_processor()}".strip(),
+        **({} if any_cores else {"cores": cores}),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+    }
+
+
+def difference(held: dict[str, Any], job: dict[str, Any]) -> str:
+    """Says in brackets in what two machines differ; empty where they do not."""
+    was, now = held.get("machine"), job["machine"]
+    if not isinstance(was, dict) or was == now:
+        return ""
+    parts = (f"{key} {was.get(key)}, now {now[key]}" for key in now if was.get(key) != now[key])
+    return f" ({'; '.join(parts)})"
+
+
+def _processor() -> str:
+    """Name of the processor, whose instructions decide how sums are taken."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            found = (line.partition(":")[2].strip() for line in file if "model name" in line)
+            return next(found, "")
+    except OSError:
+        return platform.processor()
 
 
 def digest(tree: Any) -> str:

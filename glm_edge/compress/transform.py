@@ -6,7 +6,8 @@ parameters to a model, its parameters and a report. Transforms compose with `cha
 
 import dataclasses
 import inspect
-import re
+import numbers
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from jax import Array
 
 from glm_edge.compress.report import Report
 from glm_edge.errors import DataError, RecipeError
+from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
 
 Batch = dict[str, Any]
@@ -66,6 +68,9 @@ class Entry(NamedTuple):
 
 
 _REGISTRY: dict[str, Entry] = {}
+# Largest number of steps, rounds and the like.
+MOST = 10**8
+_LARGEST = 2**62
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,7 +88,7 @@ class Transform:
     objects: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        entry(self.name)
+        check_types(self.name, self.options)
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
         object.__setattr__(self, "objects", MappingProxyType(dict(self.objects)))
 
@@ -175,20 +180,54 @@ def check_pattern(transform: str, option: str, pattern: Any) -> None:
     if pattern is None:
         return
     try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
+        compiled(pattern)
+    except (ValueError, TypeError) as error:
         raise RecipeError(
-            f"{transform}: {option}={pattern!r} is not a regular expression: {error}"
+            f"{transform}: {option}={pattern!r:.100} is not a regular expression that is searched "
+            f"in bounded time: {error}"
         ) from error
 
 
-def check_whole(transform: str, **numbers: Any) -> None:
-    """Raises RecipeError unless every option is a whole number of at least one."""
-    for option, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+def check_whole(transform: str, **options: Any) -> None:
+    """Raises RecipeError unless every option is a whole number of 1 to `MOST`."""
+    for option, number in options.items():
+        if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST:
             raise RecipeError(
-                f"{transform}: {option} must be a whole number of at least 1, not {number!r}"
+                f"{transform}: {option} must be a whole number of at least 1 and at most {MOST}, "
+                f"not {number!r:.60}"
             )
+
+
+def check_types(name: str, options: Mapping[str, Any]) -> None:
+    """Raises RecipeError for a value of another type than its option says, NaN and infinity.
+
+    Options of other types than `bool`, `int`, `float`, `str` and None are left to their transform.
+
+    Args:
+      name: of the registered transform.
+      options: by name.
+    """
+    parameters = inspect.signature(entry(name).factory).parameters
+    for option, value in options.items():
+        annotation = parameters[option].annotation if option in parameters else Any
+        kinds = typing.get_args(annotation) or (annotation,)
+        if not set(kinds) <= {bool, int, float, str, type(None)}:
+            continue
+        if not any(_is_a(value, kind) for kind in kinds):
+            wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise RecipeError(
+                f"{name}: {option} must be {wanted}, finite and of ordinary size, not {value!r:.60}"
+            )
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if kind is type(None) or isinstance(value, bool):
+        return isinstance(value, kind)
+    if kind is int:
+        return isinstance(value, numbers.Integral) and abs(value) <= _LARGEST
+    if kind is float:
+        return isinstance(value, numbers.Real) and abs(value) <= _LARGEST
+    return isinstance(value, kind) and "\0" not in value
 
 
 def check_fraction(transform: str, **fractions: Any) -> None:

@@ -192,7 +192,10 @@ def _runnable(path: str, box: Quantized) -> tuple[Quantized, list[Conversion]]:
     scale = jnp.broadcast_to(box.scale, (box.shape[0], box.scale.shape[-1]))
     target = Format(wanted, None if per_channel else form.group_size, True, form.scale_dtype)
     grids = box.input_scale, box.input_zero, box.output_scale, box.output_zero
-    same = boxes.quantized(box.codes(), scale, None, target, (), box.dtype, *grids)
+    # LiteRT refuses the scale zero that a group of zeros has where no code is level zero.
+    codes = box.codes().reshape(*scale.shape, -1) * (scale != 0)[..., None].astype(jnp.int8)
+    scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
+    same = boxes.quantized(codes.reshape(box.shape), scale, None, target, (), box.dtype, *grids)
     rule = f"{form} written as {target}, of the same values"
     return same, [Conversion(path, rule, False)]
 

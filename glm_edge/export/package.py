@@ -3,9 +3,7 @@
 import contextlib
 import json
 import os
-import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from glm_edge.errors import ExportError, OutputError
 from glm_edge.export.constants import Conversion
 from glm_edge.export.container import write_beside
+from glm_edge.files import new_directory
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
 
@@ -73,30 +72,8 @@ def written_whole(path: Path, overwrite: bool, mark: str) -> Iterator[Path]:
       OutputError: `path` exists, is no export, or cannot be written.
     """
     check_target(path, overwrite, mark)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    before = beside.with_name(f"{beside.name}.before")
-    try:
-        beside.mkdir()
-        yield beside
-        for file in beside.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as held:
-                    os.fsync(held.fileno())
-        if path.exists():
-            os.replace(path, before)
-        try:
-            os.replace(beside, path)
-        except OSError:
-            if before.exists():
-                os.replace(before, path)
-            raise
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+    with new_directory(path, overwrite, mark=mark) as directory:
+        yield directory
 
 
 @contextlib.contextmanager

@@ -20,6 +20,41 @@ def code_range(qtype: str) -> tuple[int, int]:
     return (0, 15) if qtype == "nf4" else (-1, 1)
 
 
+def smallest_scale(dtype: str) -> float:
+    """The smallest positive scale that a type holds.
+
+    Args:
+      dtype: `float32`, `float16` or `bfloat16`.
+
+    Returns:
+      Of float16 the smallest subnormal number, 2^-24. Of the others the smallest normal one, since
+      processors read subnormal float32 as zero.
+    """
+    info = jnp.finfo(dtype)
+    return float(info.smallest_subnormal if dtype == "float16" else info.tiny)
+
+
+def held_scale(scale: Array, dtype: str) -> Array:
+    """Rounds scales to the type in which they are stored, so that none becomes zero.
+
+    Args:
+      scale: float32, of any shape and sign.
+      dtype: to store them in.
+
+    Returns:
+      Scales in `dtype`. One below what the type holds becomes the smallest; a subnormal one is
+      rounded up, so that it does not clip the weights that it spans. Zero stays zero.
+    """
+    info, smallest = jnp.finfo(dtype), smallest_scale(dtype)
+    scale = scale.astype(jnp.float32)
+    size = jnp.abs(scale)
+    raised = jnp.maximum(jnp.ceil(size / smallest), 1.0) * smallest
+    # A cast there and back is what a compiler may leave out; this is not.
+    rounded = jax.lax.reduce_precision(size, info.nexp, info.nmant)
+    size = jnp.where(size < float(info.tiny), raised, rounded)
+    return jnp.where(scale == 0, 0.0, jnp.where(scale < 0, -size, size)).astype(dtype)
+
+
 def encode(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
     """Code of the level nearest to each weight.
 

@@ -157,10 +157,8 @@ class FakeQuantized(struct.PyTreeNode, _Box):
 
     def stored_scale(self) -> Array:
         """Returns the scales as their stored type holds them, in float32; gradients pass."""
-        exponent, mantissa = _FLOAT_BITS[self.format.scale_dtype]
-        return grid.with_gradient_of(
-            self.scale, jax.lax.reduce_precision(self.scale, exponent, mantissa)
-        )
+        stored = grid.held_scale(self.scale, self.format.scale_dtype)
+        return grid.with_gradient_of(self.scale, stored.astype(jnp.float32))
 
     def unbox(self) -> Array:
         """Returns the rounded dense weight."""
@@ -181,9 +179,6 @@ class FakeQuantized(struct.PyTreeNode, _Box):
     def replace_boxed(self, val: Array) -> Array:
         """Returns `val` unboxed."""
         return val
-
-
-_FLOAT_BITS = {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7)}
 
 
 def _as_kernel(rows: Array, kernel_shape: tuple[int, ...]) -> Array:

@@ -45,6 +45,8 @@ class Format:
             raise BoxError(
                 f"format: group_size must be positive, None or {PER_TENSOR!r}, not {size!r}"
             )
+        if not isinstance(self.symmetric, bool):
+            raise BoxError(f"format: symmetric must be True or False, not {self.symmetric!r}")
         if self.plain and (size is not None or not self.symmetric):
             raise BoxError(f"format: {self.qtype} has no scales and no zero points")
         if self.qtype == "ternary34" and whole and size % 4:

@@ -1,7 +1,6 @@
 """Paths, selection and arithmetic over trees of arrays and boxes."""
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from flax import traverse_util
 
 from glm_edge.errors import RecipeError
 from glm_edge.params.boxes import BOXES, Quantized, array_fields, is_box, tree_leaves
+from glm_edge.params.patterns import compiled
 
 Params = dict[str, Any]
 
@@ -54,8 +54,8 @@ def select(params: Params, where: str | None) -> list[str]:
       RecipeError: the pattern is malformed or selects nothing.
     """
     try:
-        pattern = re.compile(where or "")
-    except re.error as error:
+        pattern = compiled(where)
+    except ValueError as error:
         raise RecipeError(f"where={where!r} is not a regular expression: {error}") from error
     matrices = [path for path, leaf in path_items(params) if is_matrix(path, leaf)]
     chosen = [path for path in matrices if pattern.search(path)]

@@ -25,7 +25,7 @@ def quantized_abstractly(params, formats):
             return leaf
 
         def store(weight, format):
-            codes, grid, _ = grids.nearest(weight, format)
+            codes, grid = grids.nearest(weight, format)
             return boxes.quantized(codes, grid.scale, grid.zero, format, dtype="bfloat16")
 
         return jax.eval_shape(functools.partial(store, format=formats[path]), leaf)

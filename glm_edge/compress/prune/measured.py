@@ -1,7 +1,6 @@
 """Sparsities by measurement: what masking each group of matrices alone does to the model."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from glm_edge.compress.prune.masking import Masking, masked_leaves
 from glm_edge.compress.prune.shapes import Pool
 from glm_edge.compress.transform import Context
 from glm_edge.errors import DataError, RecipeError
+from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import nested
 
 
@@ -118,8 +118,8 @@ def _groups(pools: Sequence[Pool], patterns: Sequence[str]) -> dict[str, list[in
     found: dict[str, list[int]] = {}
     for index, pool in enumerate(pools):
         path = pool.members[0].path
-        matches = (re.search(pattern, path) for pattern in patterns)
-        name = next((match.group(0) for match in matches if match), path)
+        matches = (compiled(pattern).match(path) for pattern in patterns)
+        name = next(filter(None, matches), path)
         found.setdefault(name, []).append(index)
     return found
 

@@ -1,6 +1,5 @@
 """How sparsity rises over time: as functions of the step, during training, and in rounds."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from glm_edge.compress.transform import (
     check_whole,
 )
 from glm_edge.errors import RecipeError
+from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params, path_string
 
 Schedule = Callable[[Any], Array]
@@ -304,7 +304,7 @@ def _selected(name: str, params: Params, where: str | None) -> dict[str, Array]:
     """Trainable matrices by path, in boxes or bare."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     matrices = {_name(path): leaf for path, leaf in flat if boxes.is_matrix(_name(path), leaf)}
-    found = {path: leaf for path, leaf in matrices.items() if re.search(where or "", path)}
+    found = {path: leaf for path, leaf in matrices.items() if compiled(where).search(path)}
     if not found:
         raise RecipeError(f"{name}: where={where!r} matches none of {len(matrices)} matrices")
     return found

@@ -16,9 +16,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from glm_edge.compress.rounding.gptq import Info, damped_factor
+from glm_edge.compress.rounding import triangular
+from glm_edge.compress.rounding.gptq import Info, damped_factor, scaled
 
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -52,7 +54,7 @@ def solve(
     Raises:
       FloatingPointError: the Gram matrix is not finite.
     """
-    weight, gram = weight.astype(jnp.float32).T, gram.astype(jnp.float32)
+    weight, gram = weight.astype(jnp.float32).T, scaled(gram)
     factor, damped, used = damped_factor(gram, damping)
     kept = jnp.ones(weight.shape, bool) if mask is None else mask.T
     unit = 1 if n_m is None else n_m[1]
@@ -60,8 +62,10 @@ def solve(
     errors, keep = _by_blocks(weight, factor, kept, sparsity, n_m, size)
     if refine:
         errors = _refined(weight, damped, errors, keep, refine)
-    power = float(jnp.sum(_product(gram, weight) * weight))
-    lost = float(jnp.sum(_product(gram, errors) * errors))
+    power, lost = (
+        float(np.sum(np.asarray(triangular.column_sums(_product(gram, x) * x), np.float64)))
+        for x in (weight, errors)
+    )
     found = jnp.where(keep, weight - errors, 0.0)
     return found.T, keep.T, Info(used, lost / power if power > 0 else 0.0)
 
@@ -89,7 +93,7 @@ def _by_blocks(
         )
         across = part(factor, axis=1)
         within, here, keep = part(across), part(weight), part(kept)
-        pull = _product(across.T, errors)
+        pull = triangular.across(across, errors)
         if n_m is None:
             keep = _kept_of_block(_worth(within, here, pull), keep, sparsity)
         found, keep = _columns(within, here, pull, keep, n_m)
@@ -102,7 +106,7 @@ def _by_blocks(
 
 def _worth(within: Array, weight: Array, pull: Array) -> Array:
     """What each weight costs that goes, [b, out], the errors so far being made up for."""
-    left = weight + jax.scipy.linalg.solve_triangular(within, pull, trans=1, lower=False)
+    left = weight + triangular.solve_upper(within, pull, transposed=True)
     return jnp.square(left * jnp.diagonal(within)[:, None])
 
 
@@ -124,7 +128,7 @@ def _columns(
         first = index * unit
         part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=unit)
         across = part(within, axis=1)
-        own, own_pull = part(across), part(pull) + _product(across.T, errors)
+        own, own_pull = part(across), part(pull) + triangular.across(across, errors)
         here, stays = part(weight), part(keep)
         if n_m is not None:
             worth = jnp.where(stays, _worth(own, here, own_pull), -jnp.inf)
@@ -148,7 +152,7 @@ def _refined(weight: Array, gram: Array, errors: Array, keep: Array, steps: int)
     scale = jnp.diagonal(gram)[:, None]
 
     def inner(a: Array, b: Array) -> Array:
-        return jnp.sum(a * b, axis=0)
+        return triangular.column_sums(a * b)
 
     def step(_: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         errors, residual, direction, power = carry

@@ -17,7 +17,7 @@ from glm_edge.compress.prune.masking import (
 )
 from glm_edge.compress.prune.model_scores import finite_matrix, refuse_quantized
 from glm_edge.compress.prune.shapes import extent, from_matrix
-from glm_edge.compress.quantize.gptq import Met, matrices, needs
+from glm_edge.compress.quantize.gptq import MOST_SWEEPS, Met, matrices, needs
 from glm_edge.compress.quantize.leaves import box_of, leaf_dtype, quantize_leaf, relative_error, row
 from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
 from glm_edge.compress.report import Row
@@ -106,15 +106,19 @@ def sparsegpt(
     for option in ("sequential", "act_order", "refit"):
         if not isinstance(options[option], bool):
             raise RecipeError(f"{name}: {option} must be True or False, not {options[option]!r}")
-    for option, low, high in (("damping", 0, float("inf")), ("propagate", 0, 1)):
+    for option, low, high in (("damping", 0, gptq.MOST_DAMPING), ("propagate", 0, 1)):
         value = options[option]
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value <= high or value == float("inf"):
-            raise RecipeError(f"{name}: {option} must be a number of {low} to {high}, not {value}")
+        if not number or not low <= value <= high:
+            raise RecipeError(
+                f"{name}: {option} must be a number of {low} to {high:g}, not {value!r}"
+            )
     for option in ("refine", "sweeps"):
         value = options[option]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise RecipeError(f"{name}: {option} must be a whole number, not {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST_SWEEPS:
+            raise RecipeError(
+                f"{name}: {option} must be a whole number of 0 to {MOST_SWEEPS}, not {value!r}"
+            )
     return Transform(name, options)
 
 

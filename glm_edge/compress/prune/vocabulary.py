@@ -53,6 +53,11 @@ def vocabulary(keep: str | Sequence[int], tokenizer: Any = None) -> Transform:
     ids = from_ranges(keep) if isinstance(keep, str) else np.asarray(keep)
     ids = check_kept(ids, MAX_TOKENS, f"{NAME}: tokens")
     if tokenizer is not None:
+        if not hasattr(tokenizer, "get_vocab"):
+            raise RecipeError(
+                f"{NAME}: tokenizer must be a tokenizer of the tokenizers library, not a "
+                f"{type(tokenizer).__name__}; JSON cannot hold one"
+            )
         check_tokens(tokenizer, ids)
     return Transform(NAME, {"keep": to_ranges(ids)})
 

@@ -17,7 +17,9 @@ from glm_edge.compress.quantize.leaves import (
     row,
 )
 from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
-from glm_edge.compress.rounding.gptq import damped_factor, solve
+from glm_edge.compress.rounding import triangular
+from glm_edge.compress.rounding.gptq import MOST_DAMPING, damped_factor, solve
+from glm_edge.compress.rounding.grid import normalized
 from glm_edge.compress.stages import ROWS, Leaves
 from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.transform import Transform
@@ -27,6 +29,7 @@ from glm_edge.params import Masked
 from glm_edge.params.formats import PLAIN
 
 NAME = "quantize.gptq"
+MOST_SWEEPS = 10_000
 # Numbers of rows that are multiplied at once: few large products are faster than many small.
 ROWS_AT_ONCE = 1 << 24
 
@@ -95,12 +98,16 @@ def gptq(
     for name in ("act_order", "sequential", "refit"):
         if not isinstance(options[name], bool):
             raise RecipeError(f"{NAME}: {name} must be True or False, not {options[name]!r}")
-    if not _is_number(damping) or not 0 <= damping < float("inf"):
-        raise RecipeError(f"{NAME}: damping must be a number of at least 0, not {damping!r}")
+    if not _is_number(damping) or not 0 <= damping <= MOST_DAMPING:
+        raise RecipeError(
+            f"{NAME}: damping must be a number of 0 to {MOST_DAMPING:g}, not {damping!r}"
+        )
     if not _is_number(propagate) or not 0 <= propagate <= 1:
         raise RecipeError(f"{NAME}: propagate must be a number in 0..1, not {propagate!r}")
-    if not isinstance(sweeps, int) or isinstance(sweeps, bool) or sweeps < 0:
-        raise RecipeError(f"{NAME}: sweeps must be a whole number of at least 0, not {sweeps!r}")
+    if not isinstance(sweeps, int) or isinstance(sweeps, bool) or not 0 <= sweeps <= MOST_SWEEPS:
+        raise RecipeError(
+            f"{NAME}: sweeps must be a whole number of 0 to {MOST_SWEEPS}, not {sweeps!r}"
+        )
     return Transform(NAME, options)
 
 
@@ -273,14 +280,15 @@ def _products(rows: Array, meant: Array | None = None, *, compute: str) -> tuple
 def _corrected(weight: Array, gram: Array, drift: Array, propagate: float, damping: float) -> Array:
     """The weight that gives on the inputs as they are what it gave on the original ones."""
     factor, _, _ = damped_factor(gram, damping)
+    drift = normalized(drift, jnp.max(jnp.abs(gram)))
     return _shifted(weight, factor, drift, propagate)
 
 
 @jax.jit
 def _shifted(weight: Array, factor: Array, drift: Array, propagate: float) -> Array:
-    pull = jnp.matmul(weight, drift, precision="highest").T
-    half = jax.scipy.linalg.solve_triangular(factor, pull, lower=False)
-    return weight + propagate * jax.scipy.linalg.solve_triangular(factor, half, trans=1).T
+    pull = jnp.matmul(weight, drift, precision="highest")
+    half = triangular.solve_upper(factor, jax.lax.optimization_barrier(pull).T)
+    return weight + propagate * triangular.solve_upper(factor, half, transposed=True).T
 
 
 def _check_inputs(name: str, path: str, gram: Array, drift: Array | None) -> None:

@@ -14,6 +14,7 @@ from glm_edge.compress.report import Row
 from glm_edge.compress.rounding import grid as grids
 from glm_edge.compress.rounding.grid import Grid
 from glm_edge.errors import RecipeError
+from glm_edge.kernels import grid as kernels
 from glm_edge.params import FakeQuantized, Format, Masked, Quantized
 
 # Matrices of more weights are rounded by bands of rows, so that float32 copies stay small.
@@ -71,20 +72,22 @@ def quantize_leaf(
     if format.plain:
         return _cast(path, leaf, format)
     matrix, kernel_shape = as_rows(path, leaf, stacked)
-    parts, squares = [], []
+    peak = jnp.max(jnp.abs(matrix), initial=0.0).astype(jnp.float32)
+    if not bool(jnp.isfinite(peak)):
+        raise RecipeError(f"{path}: NaN or infinity in the weights")
+    parts, lost, power = [], 0.0, 0.0
     for band in _bands(matrix, format):
-        codes, grid, square = grids.nearest(band, format, scale)
-        parts.append(boxes.quantized(codes, *grid, format))
-        squares.append(square)
-    error = math.sqrt(sum(float(square) for square in squares))
+        codes, grid = grids.nearest(band, format, scale)
+        part = boxes.quantized(codes, *grid, format, dtype=str(leaf_dtype(leaf)))
+        parts.append(part)
+        squares = np.asarray(_squares(part.unbox(), band, peak), np.float64)
+        lost, power = lost + squares[0].sum(), power + squares[1].sum()
     box = jax.tree.map(lambda *bands: _joined(bands), *parts)
-    if not math.isfinite(error) or not bool(jnp.isfinite(box.scale).all()):
-        raise RecipeError(
-            f"{path}: NaN or infinity in the weights, or scales beyond {format.scale_dtype}"
-        )
-    box = box.replace(kernel_shape=kernel_shape, dtype=str(leaf_dtype(leaf)))
+    if not math.isfinite(lost) or not bool(jnp.isfinite(box.scale).all()):
+        raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
+    box = box.replace(kernel_shape=kernel_shape)
     _check_mask(path, leaf, box)
-    return box, error / (_norm(matrix) or 1.0)
+    return box, math.sqrt(lost / (power or 1.0))
 
 
 def _cast(path: str, leaf: Any, format: Format) -> tuple[Any, float]:
@@ -92,10 +95,8 @@ def _cast(path: str, leaf: Any, format: Format) -> tuple[Any, float]:
     held = weight.astype(format.qtype)
     if not bool(jnp.isfinite(held).all()):
         raise RecipeError(f"{path}: NaN or infinity in the weights, or beyond {format.qtype}")
-    wide = weight.astype(jnp.float32)
-    lost = float(jnp.linalg.norm(held.astype(jnp.float32) - wide))
-    held = boxes.mask(held, leaf.mask) if isinstance(leaf, Masked) else held
-    return held, lost / (float(jnp.linalg.norm(wide)) or 1.0)
+    error = relative_error(weight, held)
+    return boxes.mask(held, leaf.mask) if isinstance(leaf, Masked) else held, error
 
 
 def _bands(matrix: Array, format: Format) -> list[Array]:
@@ -109,17 +110,12 @@ def _joined(parts: Sequence[Array]) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def _norm(matrix: Array) -> float:
-    if matrix.ndim != 2:
-        return float(jnp.linalg.norm(matrix.astype(jnp.float32)))
-    rows = max(1, BAND // matrix.shape[1])
-    squares = (_squares(matrix[start : start + rows]) for start in range(0, len(matrix), rows))
-    return math.sqrt(sum(float(square) for square in squares))
-
-
 @jax.jit
-def _squares(matrix: Array) -> Array:
-    return jnp.sum(jnp.square(matrix.astype(jnp.float32)))
+def _squares(after: Array, before: Array, peak: Array) -> tuple[Array, Array]:
+    """Squared error and squared norm of each row, in units in which `peak` is near one."""
+    before = before.astype(jnp.float32)
+    lost = grids.normalized(after.astype(jnp.float32) - before, peak)
+    return tuple(jnp.sum(jnp.square(x), axis=-1) for x in (lost, grids.normalized(before, peak)))
 
 
 def box_of(
@@ -168,8 +164,13 @@ def leaf_dtype(leaf: Any) -> Any:
 
 def relative_error(before: Any, after: Any) -> float:
     """`|after - before| / |before|` of two parameters of one shape."""
-    old, new = (np.asarray(boxes.dense(leaf), np.float32) for leaf in (before, after))
-    return float(np.linalg.norm(new - old)) / (float(np.linalg.norm(old)) or 1.0)
+    old, new = (np.asarray(boxes.dense(leaf)).reshape(-1) for leaf in (before, after))
+    lost = power = 0.0
+    # In float64, whose range holds the squares of all float32, and in an order without threads.
+    for start in range(0, old.size, BAND >> 2):
+        was, now = (x[start : start + (BAND >> 2)].astype(np.float64) for x in (old, new))
+        lost, power = lost + np.sum(np.square(now - was)), power + np.sum(np.square(was))
+    return math.sqrt(lost / (power or 1.0))
 
 
 def row(
@@ -182,6 +183,7 @@ def row(
         action = str(leaf_dtype(after))
     kept = float(before.mask.mean()) if isinstance(before, Masked) else 1.0
     stored = boxes.stored_bytes(after)
+    note = ", ".join(filter(None, (note, _underflow(before, after))))
     return Row(
         transform,
         path,
@@ -192,6 +194,52 @@ def row(
         stored,
         error,
     )
+
+
+def _underflow(before: Any, after: Any) -> str:
+    """What a stored type was too coarse for, in words; empty where nothing was."""
+    said = []
+    if isinstance(after, Quantized):
+        smallest = kernels.smallest_scale(after.format.scale_dtype)
+        raised = int(jnp.sum(jnp.abs(after.scale.astype(jnp.float32)) == smallest))
+        if raised:
+            said.append(
+                f"{raised} of {after.scale.size} scales are the smallest of "
+                f"{after.format.scale_dtype}"
+            )
+        lost = _zeroed_rows(before, after)
+        if lost:
+            said.append(f"{lost} of {math.prod(after.data.shape[:-1])} rows became zero")
+    elif not boxes.is_box(after):
+        lost = int(_zeroed(boxes.dense(before)[..., None], after[..., None]))
+        if lost:
+            said.append(f"{lost} of {after.size} weights became zero")
+    return ", ".join(said)
+
+
+def _zeroed_rows(before: Any, after: Quantized) -> int:
+    """Rows of which nothing is left, band by band as in `quantize_leaf`."""
+    dense = boxes.dense(before)
+    if after.kernel_shape:
+        leading = dense.shape[: dense.ndim - len(after.kernel_shape)]
+        dense = jnp.swapaxes(dense.reshape(*leading, -1, dense.shape[-1]), -1, -2)
+    bare = after.replace(kernel_shape=())
+    if dense.ndim != 2 or dense.size <= BAND:
+        return int(_zeroed(dense, bare))
+    size, count = max(1, BAND // dense.shape[1]), 0
+    for start in range(0, len(dense), size):
+        rows = slice(start, start + size)
+        own = rows if len(bare.scale) == len(dense) else slice(None)
+        zero = None if bare.zero is None else bare.zero[own]
+        part = bare.replace(data=bare.data[rows], scale=bare.scale[own], zero=zero)
+        count += int(_zeroed(dense[rows], part))
+    return count
+
+
+@jax.jit
+def _zeroed(before: Array, after: Any) -> Array:
+    """Rows, along the last axis, that are zero after and were not before."""
+    return jnp.sum(jnp.any(before != 0, axis=-1) & ~jnp.any(boxes.dense(after) != 0, axis=-1))
 
 
 def _is_kernel(path: str) -> bool:

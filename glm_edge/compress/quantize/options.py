@@ -1,7 +1,6 @@
 """Options that transforms which round weights have in common."""
 
 import math
-import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from glm_edge.errors import BoxError, RecipeError
 from glm_edge.kernels.grid import INTEGERS
 from glm_edge.params import Format
 from glm_edge.params.formats import default_scale_dtype
+from glm_edge.params.patterns import compiled
 
 _WIDTHS = tuple(INTEGERS.values())
 
@@ -122,7 +122,7 @@ def check_groups(
       RecipeError: one does not fit, and there is no fallback.
     """
     rounding = Rounding.of(transform, options)
-    stacked = re.compile(options.get("stacked") or "(?!)")
+    stacked = compiled(options.get("stacked") or "(?!)")
     for path, shape in shapes.items():
         rounding.format_of(path, shape, bool(stacked.search(path)))
 

@@ -1,6 +1,5 @@
 """Quantization-aware training: a model learns while it is read as if it were quantized."""
 
-import re
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -19,6 +18,7 @@ from glm_edge.compress.transform import Context, Result, Transform, check_patter
 from glm_edge.errors import RecipeError
 from glm_edge.params import FakeQuantized, Masked, Quantized
 from glm_edge.params.formats import PLAIN
+from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
 
 NAME = "quantize.qat"
@@ -213,7 +213,7 @@ def split(
 def _trains(selected: Collection[str], pattern: str | None) -> Callable[[str, Any], bool]:
     """What `where_train` matches, or what is rounded with the norms and biases beside it."""
     if pattern is not None:
-        return lambda path, leaf: bool(re.search(pattern, path))
+        return lambda path, leaf: compiled(pattern).search(path)
     roots = {path.split("/", 1)[0] for path in selected}
     return lambda path, leaf: (
         path in selected or (path.split("/", 1)[0] in roots and not boxes.is_matrix(path, leaf))

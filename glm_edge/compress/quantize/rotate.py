@@ -23,7 +23,7 @@ from glm_edge.compress.stagewise import (
     apply_by_stage,
     register_stagewise,
 )
-from glm_edge.compress.transform import Context, Result, Transform, check_whole
+from glm_edge.compress.transform import Context, Result, Transform
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
@@ -64,8 +64,8 @@ def rotate(
             raise RecipeError(f"{NAME}: {name} must be True or False, not {value!r}")
     if not (residual or heads or encoders):
         raise RecipeError(f"{NAME}: nothing to rotate; choose residual, heads or encoders")
-    if seed != 0:
-        check_whole(NAME, seed=seed)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise RecipeError(f"{NAME}: seed must be a whole number of 0 to 2^32 - 1, not {seed!r:.60}")
     return Transform(NAME, spelled_out(locals(), "name", "value"))
 
 

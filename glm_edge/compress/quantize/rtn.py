@@ -1,12 +1,12 @@
 """Rounding weights to the nearest level."""
 
-import re
 from typing import Any
 
 from glm_edge.compress.quantize.leaves import quantize_leaf, row
 from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
 from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.transform import Transform, check_pattern
+from glm_edge.params.patterns import compiled
 
 NAME = "quantize.rtn"
 
@@ -65,7 +65,7 @@ def rtn(
 
 def _round_stage(work: StageWork, stacked: str | None, **shared: Any) -> Replaced:
     rounding = Rounding.of(NAME, shared)
-    has_layer_axis = re.compile(stacked or "(?!)").search
+    has_layer_axis = compiled(stacked or "(?!)").search
     replaced, rows = {}, []
     for path in work.selected:
         leaf, layers = work.leaves[path], bool(has_layer_axis(path))

@@ -1,6 +1,5 @@
 """Distillation of what surrounds the integers of a quantized model: scales, norms and biases."""
 
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +12,9 @@ from glm_edge.compress.report import Report
 from glm_edge.compress.training import Training, learn
 from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
 from glm_edge.errors import RecipeError
+from glm_edge.kernels.grid import held_scale
 from glm_edge.params import Quantized
+from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
 
 NAME = "quantize.distill_scales"
@@ -87,7 +88,7 @@ def _apply_scales(
     chosen = {
         path
         for path, leaf in old.items()
-        if isinstance(leaf, Quantized) and re.search(where or "", path)
+        if isinstance(leaf, Quantized) and compiled(where).search(path)
     }
     if not chosen:
         raise RecipeError(f"{NAME}: where={where!r} matches nothing that is quantized")
@@ -112,7 +113,7 @@ def _apply_scales(
         context,
         jax.tree_util.tree_map_with_path(_pace, trainable),
     )
-    stored = jax.tree.map(lambda array, before: array.astype(before.dtype), trained, trainable)
+    stored = jax.tree_util.tree_map_with_path(_stored, trained, trainable)
     _check_finite(stored)
     tuned = boxes.combine(stored, frozen)
     rows = [
@@ -134,8 +135,17 @@ def _only(tree: Params, paths: set[str]) -> Params:
 
 
 def _pace(path: tuple[Any, ...], array: Any) -> Any:
-    scales = getattr(path[-1], "name", None) == "scale"
-    return jnp.abs(array.astype(jnp.float32)) if scales else jnp.float32(1.0)
+    return jnp.abs(array.astype(jnp.float32)) if _is_scale(path) else jnp.float32(1.0)
+
+
+def _stored(path: tuple[Any, ...], array: Any, before: Any) -> Any:
+    if _is_scale(path):
+        return held_scale(array, str(before.dtype))
+    return array.astype(before.dtype)
+
+
+def _is_scale(path: tuple[Any, ...]) -> bool:
+    return getattr(path[-1], "name", None) == "scale"
 
 
 def _check_finite(trained: Params) -> None:

@@ -96,9 +96,13 @@ def int8_grid(low: float, high: float, symmetric: bool = False) -> tuple[np.floa
       `(scale, zero)`; scale one for an empty range.
     """
     if symmetric:
-        return np.float32(max(-low, high) / 127 or 1.0), np.int8(0)
-    scale = np.float32((high - low) / (_LEVELS - 1) or 1.0)
+        return _held(max(-low, high) / 127), np.int8(0)
+    scale = _held((high - low) / (_LEVELS - 1))
     return scale, np.int8(np.clip(np.round(-128 - low / np.float64(scale)), -128, 127))
+
+
+def _held(scale: float) -> np.float32:
+    return np.float32(max(scale, np.finfo(np.float32).tiny) if scale else 1.0)
 
 
 def _percentile(

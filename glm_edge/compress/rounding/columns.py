@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from glm_edge.compress.rounding import triangular
 from glm_edge.compress.rounding.grid import Grid
 from glm_edge.kernels import grid as kernels
 from glm_edge.params import Format
-
-_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Coupled(NamedTuple):
@@ -79,11 +78,11 @@ def rounded(here: Coupled, grid: Grid, format: Format, block: int) -> tuple[Arra
         )
         codes, errors, loss = _block(inner, grid, format)
         # The block's own targets change too, and are not read again.
-        return targets + _product(coupling.T, errors), (codes, errors, loss)
+        return targets + triangular.across(coupling, errors), (codes, errors, loss)
 
     found = jax.lax.scan(step, here.target, jnp.arange(count // size))[1]
     codes, errors = (x.reshape(here.target.shape) for x in found[:2])
-    return codes, errors, found[2].sum(axis=0)
+    return codes, errors, triangular.column_sums(found[2])
 
 
 def _block(here: Coupled, grid: Grid, format: Format) -> tuple[Array, Array, Array]:
@@ -94,7 +93,7 @@ def _block(here: Coupled, grid: Grid, format: Format) -> tuple[Array, Array, Arr
         codes, moved, loss = carry
         first = index * unit
         part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=unit)
-        target = part(here.target) + _product(part(here.coupling, axis=1).T, moved)
+        target = part(here.target) + triangular.across(part(here.coupling, axis=1), moved)
         own = Coupled(
             target,
             part(here.weight),

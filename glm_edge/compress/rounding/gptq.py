@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from glm_edge.compress.rounding import candidates, columns
+from glm_edge.compress.rounding import candidates, columns, triangular
 from glm_edge.compress.rounding.columns import Coupled
-from glm_edge.compress.rounding.grid import Grid
+from glm_edge.compress.rounding.grid import Grid, normalized
 from glm_edge.errors import BoxError
 from glm_edge.kernels import grid as kernels
 from glm_edge.params import Format
@@ -34,7 +34,7 @@ from glm_edge.params.formats import PER_TENSOR
 
 # Groups of more columns get their scale before they are rounded, not by rounding them.
 SEARCHED = 256
-_MOST_DAMPING = 1e4
+MOST_DAMPING = 1e4
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -93,7 +93,7 @@ def solve(
     order = column_order(gram, groups, format.qtype == "ternary34") if act_order else None
     ordered = _take(weight, order).T
     kept = None if mask is None else _take(mask, order).T
-    gram = gram.astype(jnp.float32)
+    gram = scaled(gram)
     gram = gram if order is None else gram[order][:, order]
     factor, damped, used = damped_factor(gram, damping)
     codes, grid = _by_groups(ordered, factor, kept, format, scale, block)
@@ -124,29 +124,43 @@ def damped_factor(gram: Array, damping: float) -> tuple[Array, Array, float]:
       damping: fraction of the mean diagonal to add to it at first.
 
     Returns:
-      `(R, damped Gram matrix, fraction that was added)`.
+      `(R, damped Gram matrix, fraction that was added)`, of the matrix as `scaled` gives it.
 
     Raises:
-      FloatingPointError: the Gram matrix is not finite.
+      FloatingPointError: the Gram matrix is not finite, or no damping gives it a factor.
     """
     if not bool(jnp.isfinite(gram).all()):
         raise FloatingPointError("the Gram matrix holds NaN or infinity")
+    gram, diagonal_only = scaled(gram), False
     while True:
         factor, damped = _factor(gram, damping)
         if bool(jnp.isfinite(factor).all()):
             return factor, damped, float(damping)
-        if damping > _MOST_DAMPING:
+        if diagonal_only:
+            raise FloatingPointError(f"no damping gives it a factor, at last {damping:g}")
+        if damping > MOST_DAMPING:
             # Only a matrix that is no Gram matrix comes here; its diagonal alone is used.
-            gram = jnp.diag(jnp.abs(jnp.diagonal(gram)))
-        damping = max(10.0 * damping, 1e-6)
+            gram, diagonal_only = jnp.diag(jnp.abs(jnp.diagonal(gram))), True
+        else:
+            damping = max(10.0 * damping, 1e-6)
+
+
+@jax.jit
+def scaled(gram: Array) -> Array:
+    """A Gram matrix times the power of two that brings its largest entry near one, in float32.
+
+    Solutions depend on ratios alone, and sums of what is near the end of float32 would leave it.
+    """
+    gram = gram.astype(jnp.float32)
+    return normalized(gram, jnp.max(jnp.abs(gram)))
 
 
 @jax.jit
 def _factor(gram: Array, damping: float) -> tuple[Array, Array]:
-    mean = jnp.mean(jnp.diagonal(gram))
+    mean = triangular.total(jnp.diagonal(gram)) / gram.shape[0]
     added = jnp.where(mean > 0, jnp.maximum(damping * mean, 0.0), 1.0)
     damped = gram + added * jnp.eye(gram.shape[0], dtype=gram.dtype)
-    return jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1], damped
+    return triangular.cholesky(damped[::-1, ::-1])[::-1, ::-1], damped
 
 
 def column_order(gram: Array, groups: int, by_fours: bool = False) -> Array:
@@ -187,7 +201,7 @@ def _by_groups(
         )
         across = part(factor, axis=1)
         within = part(across)
-        pull = _product(across.T, errors)
+        pull = triangular.across(across, errors)
         scales = jnp.diagonal(within)
         here = Coupled(
             target=part(weight) + pull / scales[:, None],
@@ -197,7 +211,7 @@ def _by_groups(
             kept=None if kept is None else part(kept),
         )
         # Were rounding exact from here on, these weights would leave no further error.
-        left = here.weight + jax.scipy.linalg.solve_triangular(within, pull, trans=1, lower=False)
+        left = here.weight + triangular.solve_upper(within, pull, transposed=True)
         if kept is not None:
             left = jnp.where(here.kept, left, 0.0)
         if size <= SEARCHED and format.group_size != PER_TENSOR:
@@ -208,9 +222,9 @@ def _by_groups(
 
             def loss(grid: Grid) -> Array:
                 lost = candidates.nearest(left, grid, own) - left
-                by_row = jnp.sum(jnp.square(lost) * here.cost[:, None], axis=0)
+                by_row = triangular.column_sums(jnp.square(lost) * here.cost[:, None])
                 whole = format.group_size == PER_TENSOR
-                return jnp.broadcast_to(by_row.sum(), by_row.shape) if whole else by_row
+                return jnp.broadcast_to(triangular.total(by_row), by_row.shape) if whole else by_row
 
         grid = candidates.best(left, format, scale, loss)
         codes, found, _ = columns.rounded(here, grid, own, block)
@@ -245,7 +259,7 @@ def _descend(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
         )
         across, old, scales = part(gram, axis=1), part(errors), part(diagonal)
-        pull = _product(across.T, errors)
+        pull = triangular.across(across, errors)
         here = Coupled(
             target=part(weight) + pull / scales[:, None] - old,
             weight=part(weight),
@@ -286,10 +300,10 @@ def _descend_by_groups(
         )
         across, here, scales = part(gram, axis=1), part(weight), part(diagonal)
         within = part(across)
-        pull = _product(across.T, errors)
+        pull = triangular.across(across, errors)
         levels = _decoded(codes, Grid(jnp.ones_like(scale)[None].astype(jnp.float32), zero), format)
         met = _product(within, levels)
-        gain, bend = jnp.sum(levels * pull, axis=0), jnp.sum(levels * met, axis=0)
+        gain, bend = (triangular.column_sums(levels * x) for x in (pull, met))
         old = scale.astype(jnp.float32)
         new = (old + gain / jnp.where(bend > 0, bend, jnp.inf)).astype(scale.dtype)
         moved = new.astype(jnp.float32) - old
@@ -328,7 +342,7 @@ def _refit(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format)
     ones = Grid(jnp.ones_like(grid.scale, jnp.float32), grid.zero)
     steps = _decoded(codes, ones, format)
     along = _product(gram, weight) * steps
-    against = jnp.sum(along.reshape(groups, -1, along.shape[1]), axis=1)
+    against = triangular.column_sums(along.reshape(groups, -1, along.shape[1]))
     banded = gram.reshape(gram.shape[0], groups, -1)
     old = jnp.broadcast_to(grid.scale.astype(jnp.float32), against.shape)
 
@@ -346,8 +360,12 @@ def _refit(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format)
         return jnp.linalg.solve(matrix, right + ridge * before)
 
     if whole:
-        total = jnp.sum(_product(gram, steps) * steps)
-        new = jnp.broadcast_to(jnp.sum(against) / jnp.where(total > 0, total, 1.0), old.shape)
+        power = triangular.total(triangular.column_sums(_product(gram, steps) * steps))
+        gain = triangular.total(against[0])
+        new = jnp.broadcast_to(gain / jnp.where(power > 0, power, 1.0), old.shape)
+    elif groups == 1:
+        power = triangular.column_sums(_product(gram, steps) * steps)
+        new = against / jnp.where(power > 0, power, 1.0)
     else:
         batch = max(1, (1 << 23) // (gram.shape[0] * groups))
         new = jax.lax.map(fitted, (steps.T, against.T, old.T), batch_size=batch).T
@@ -356,19 +374,19 @@ def _refit(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format)
     tried = Grid(jnp.where(usable, new, old.astype(new.dtype))[:, : grid.scale.shape[1]], grid.zero)
     before, after = (_row_losses(weight, gram, codes, g, format) for g in (grid, tried))
     if whole:
-        before, after = before.sum(keepdims=True), after.sum(keepdims=True)
+        before, after = (triangular.total(x)[None] for x in (before, after))
     return Grid(jnp.where(after < before, tried.scale, grid.scale), grid.zero)
 
 
 def _row_losses(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format) -> Array:
     lost = weight - _decoded(codes, grid, format)
-    return jnp.sum(_product(gram, lost) * lost, axis=0)
+    return triangular.column_sums(_product(gram, lost) * lost)
 
 
 @functools.partial(jax.jit, static_argnames="format")
 def _relative_loss(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format) -> Array:
-    lost = jnp.sum(_row_losses(weight, gram, codes, grid, format))
-    power = jnp.sum(_product(gram, weight) * weight)
+    lost = triangular.total(_row_losses(weight, gram, codes, grid, format))
+    power = triangular.total(triangular.column_sums(_product(gram, weight) * weight))
     return jnp.where(power > 0, lost / jnp.where(power > 0, power, 1.0), 0.0)
 
 

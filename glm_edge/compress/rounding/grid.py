@@ -41,7 +41,8 @@ def choose(weight: Array, format: Format, scale: str = "max") -> Grid:
         integer (symmetric only; scales may be negative).
 
     Returns:
-      The grid. A group of zeros gets scale one.
+      The grid. A group of zeros gets scale one, or zero where no code is level zero (`ternary34`).
+      A scale below what its type holds becomes the smallest that the type holds.
     """
     groups = _grouped(weight.astype(jnp.float32), format)
     low, high = _extremes(groups, format.symmetric)
@@ -64,7 +65,7 @@ def decode(codes: Array, grid: Grid, format: Format) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("format", "scale"))
-def nearest(weight: Array, format: Format, scale: str = "max") -> tuple[Array, Grid, Array]:
+def nearest(weight: Array, format: Format, scale: str = "max") -> tuple[Array, Grid]:
     """Rounds a weight to the nearest level of the grid that `choose` finds.
 
     Args:
@@ -73,12 +74,11 @@ def nearest(weight: Array, format: Format, scale: str = "max") -> tuple[Array, G
       scale: see `choose`.
 
     Returns:
-      `(codes, grid, squared error)`: int8 [..., out, in], its grid, and a scalar.
+      `(codes, grid)`: int8 [..., out, in], and its grid.
     """
     weight = weight.astype(jnp.float32)
     grid = choose(weight, format, scale)
-    codes = encode(weight, grid, format)
-    return codes, grid, jnp.sum(jnp.square(decode(codes, grid, format) - weight))
+    return encode(weight, grid, format), grid
 
 
 def _grouped(weight: Array, format: Format) -> Array:
@@ -100,8 +100,8 @@ def _spanning(low: Array, high: Array, format: Format) -> Grid:
     """The grid whose lowest and highest levels lie at `low` and `high`."""
     lowest, highest = (-1, 1) if format.qtype == "nf4" else kernels.code_range(format.qtype)
     if format.symmetric:
-        return Grid(_stored(high / highest, format))
-    scale = _stored((high - low) / (highest - lowest), format)
+        return Grid(_stored(high, highest, format))
+    scale = _stored(high - low, highest - lowest, format)
     zero = lowest - low / scale.astype(jnp.float32)
     if format.zero_dtype == "int8":
         zero = jnp.clip(jnp.round(zero), lowest, highest)
@@ -111,22 +111,50 @@ def _spanning(low: Array, high: Array, format: Format) -> Grid:
 def _extreme(groups: Array, format: Format) -> Array:
     largest = jnp.argmax(jnp.abs(groups), axis=-1, keepdims=True)
     signed = jnp.take_along_axis(groups, largest, axis=-1)[..., 0]
-    return _stored(signed / kernels.code_range(format.qtype)[0], format)
+    return _stored(signed, kernels.code_range(format.qtype)[0], format)
 
 
-def _stored(scale: Array, format: Format) -> Array:
-    scale = scale.astype(format.scale_dtype)
-    return jnp.where(scale == 0, jnp.ones_like(scale), scale)
+def _stored(span: Array, steps: int, format: Format) -> Array:
+    """The scale under which `steps` levels reach as far as `span`, as it is stored."""
+    # A quotient below the smallest number is zero; the span says whether the weights are.
+    scale = jnp.where(span == 0, 0.0, jnp.sign(span) * _at_least_tiny(jnp.abs(span / steps)))
+    return spared(kernels.held_scale(scale * (1 if steps > 0 else -1), format.scale_dtype), format)
+
+
+def _at_least_tiny(size: Array) -> Array:
+    return jnp.maximum(size, kernels.smallest_scale("float32"))
+
+
+def spared(scale: Array, format: Format) -> Array:
+    """Scales with one in place of zero, where a code of the format is level zero.
+
+    No division needs a case of its own then. Three of four codes of `ternary34` are a sign, so that
+    its groups of zeros keep the scale zero.
+    """
+    return scale if format.qtype == "ternary34" else jnp.where(scale == 0, 1, scale)
+
+
+def normalized(values: Array, peak: Array) -> Array:
+    """Values times the power of two that brings a peak near one; squares then stay in range.
+
+    Args:
+      values: float32.
+      peak: at least zero, of a shape that fits `values`; where it is zero, nothing changes.
+    """
+    exponent = jnp.clip(jnp.frexp(jnp.where(peak > 0, peak, 1.0))[1], -126, 126)
+    return values * jnp.ldexp(jnp.ones_like(peak), -exponent)
 
 
 def _best_ratio(groups: Array, low: Array, high: Array, format: Format) -> Array:
+    peak = jnp.maximum(-low, high)
+
     def error(ratio: Array) -> Array:
         grid = _spanning(low * ratio, high * ratio, format)
         # Each group as a row of its own: whatever shares a scale is rounded together.
         scale, zero = (None if x is None else x[..., None] for x in grid)
         codes = kernels.encode(groups, scale, zero, format.qtype)
         lost = kernels.decode(codes, scale, zero, format.qtype) - groups
-        return jnp.sum(jnp.square(lost), axis=-1)
+        return jnp.sum(jnp.square(normalized(lost, peak[..., None])), axis=-1)
 
     def better(best: tuple[Array, Array], ratio: Array):
         found = error(ratio)

@@ -64,7 +64,8 @@ def solve(
         codes = kernels.encode(groups, *wide, format.qtype)
         steps = kernels.levels(codes, format.qtype).astype(jnp.float32)
         steps = steps if grid.zero is None else steps - wide[1].astype(jnp.float32)
-        return steps, groups / wide[0].astype(jnp.float32) - steps
+        scale = wide[0].astype(jnp.float32)
+        return steps, groups / jnp.where(scale == 0, 1.0, scale) - steps
 
     def loss(grid: Grid) -> Array:
         residual = rounded(grid)[1] * grid.scale.astype(jnp.float32)[..., None]
@@ -100,8 +101,7 @@ def _fitted(grid: Grid, steps: Array, residual: Array) -> Grid:
 
 
 def _stored(grid: Grid, format: Format) -> Grid:
-    scale = grid.scale.astype(format.scale_dtype)
-    scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
+    scale = grids.spared(kernels.held_scale(grid.scale, format.scale_dtype), format)
     if grid.zero is None:
         return Grid(scale)
     zero = grid.zero

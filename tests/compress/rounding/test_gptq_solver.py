@@ -81,7 +81,7 @@ def test_blocks_change_no_code(block):
 def test_every_quality_option_lowers_the_error_at_the_output(name):
     weight, gram = problem()
     format = Format.parse(name)
-    codes, held, _ = grid.nearest(weight, format, "mse")
+    codes, held = grid.nearest(weight, format, "mse")
     nearest = objective(weight, gram, codes, held, format)
     scale = "mse"
     plain, searched, refit, swept = (
@@ -136,7 +136,7 @@ def test_fours_hold_one_zero_and_beat_nearest(name, act_order):
     options = {"scale": "mse", "act_order": act_order, "refit": True, "sweeps": 2}
     codes, held, _ = gptq.solve(weight, gram, format, **options)
     np.testing.assert_array_equal(np.sum(np.asarray(codes).reshape(24, 16, 4) == 0, -1), 1)
-    nearest = grid.nearest(weight, format, "mse")[:2]
+    nearest = grid.nearest(weight, format, "mse")
     found = objective(weight, gram, codes, held, format)
     assert found < 0.9 * objective(weight, gram, *nearest, format)
 

@@ -1,0 +1,156 @@
+"""Cholesky factors and triangular systems whose bytes do not depend on the number of cores.
+
+LAPACK's split their work by the threads that it has, and the last bits follow. Here blocks of a
+fixed size are taken in a fixed order: a loop over columns within a block, products between blocks.
+XLA multiplies plain matrices on CPU in an order that depends on the shapes alone; where it reads
+the first one transposed, or sums along another axis than the last, the threads count. Hence
+`across`, and `column_sums` and `total`, which are products with ones.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+_BLOCK = 64
+# Superblocks of a factorization; more of them save products and cost compilation.
+_PANELS = 8
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def column_sums(matrix: Array) -> Array:
+    """Sums along the last axis but one, [..., in] of [..., rows, in]."""
+    ones = jnp.ones((*matrix.shape[:-2], 1, matrix.shape[-2]), matrix.dtype)
+    return _product(ones, matrix)[..., 0, :]
+
+
+def across(matrix: Array, right: Array) -> Array:
+    """`A^T B` of `A` [n, k] and `B` [n, m], [k, m]."""
+    return _product(jax.lax.optimization_barrier(matrix.T), right)
+
+
+def total(vector: Array) -> Array:
+    """Sum of a vector, a scalar."""
+    return column_sums(vector[:, None])[0]
+
+
+def cholesky(matrix: Array) -> Array:
+    """The lower triangular `L` with `L L^T` a symmetric matrix.
+
+    Args:
+      matrix: float32 [n, n]; only its lower triangle is read.
+
+    Returns:
+      float32 [n, n]; NaN where the matrix is not positive definite.
+    """
+    size = matrix.shape[0]
+    if size <= _BLOCK:
+        return _small_cholesky(matrix)
+    padded = _padded(matrix)
+    blocks = padded.shape[0] // _BLOCK
+    panel = -(-blocks // _PANELS) * _BLOCK
+    done = []
+    for start in range(0, padded.shape[0], panel):
+        # `padded` is what is left of the matrix; its first columns are factored, then go.
+        width = min(panel, padded.shape[0])
+        factor = _panel(padded[:, :width])
+        done.append(jnp.pad(factor, ((start, 0), (0, 0))))
+        below = factor[width:]
+        padded = padded[width:, width:] - _product(below, below.T)
+    return jnp.concatenate(done, axis=1)[:size, :size]
+
+
+def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
+    """Solves `L X = B`, or `L^T X = B`.
+
+    Args:
+      factor: `L`, lower triangular, float32 [n, n].
+      right: `B`, float32 [n, m].
+      transposed: solves with `L^T`.
+
+    Returns:
+      `X`, float32 [n, m].
+    """
+    size = factor.shape[0]
+    if size <= _BLOCK:
+        inverse = _small_inverse(factor)
+        return across(inverse, right) if transposed else _product(inverse, right)
+    factor = _padded(factor)
+    blocks = factor.shape[0] // _BLOCK
+    right = jnp.pad(right, ((0, factor.shape[0] - size), (0, 0)))
+    part = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=_BLOCK)
+
+    def step(index: Array, right: Array) -> Array:
+        start = (blocks - 1 - index if transposed else index) * _BLOCK
+        inverse = _small_inverse(part(part(factor, start), start, axis=1))
+        # What is solved stays as it is, since the factor is zero there; its own rows are replaced.
+        if transposed:
+            solution = across(inverse, part(right, start))
+            right = right - across(part(factor, start), solution)
+        else:
+            solution = _product(inverse, part(right, start))
+            right = right - _product(part(factor, start, axis=1), solution)
+        return jax.lax.dynamic_update_slice_in_dim(right, solution, start, 0)
+
+    return jax.lax.fori_loop(0, blocks, step, right)[:size]
+
+
+def solve_upper(factor: Array, right: Array, transposed: bool = False) -> Array:
+    """Solves `R X = B`, or `R^T X = B`, with an upper triangular `R`; else as `solve_lower`."""
+    return solve_lower(factor[::-1, ::-1], right[::-1], transposed)[::-1]
+
+
+def _padded(matrix: Array) -> Array:
+    """The matrix with ones on a longer diagonal, so that its blocks are whole."""
+    missing = -matrix.shape[0] % _BLOCK
+    grown = jnp.pad(matrix, (0, missing))
+    return grown.at[jnp.arange(missing) + len(matrix), jnp.arange(missing) + len(matrix)].set(1.0)
+
+
+def _panel(columns: Array) -> Array:
+    """The factor's first columns, [n, width], from those of the matrix."""
+    height, width = columns.shape
+    row, column = jnp.arange(height)[:, None], jnp.arange(width)
+    part = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=_BLOCK)
+
+    def step(index: Array, columns: Array) -> Array:
+        start = index * _BLOCK
+        own = part(columns, start, axis=1)
+        factor = _small_cholesky(part(own, start))
+        below = jnp.where(row >= start + _BLOCK, _product(own, _small_inverse(factor).T), 0.0)
+        later = jnp.where(column >= start + _BLOCK, _product(below, below[:width].T), 0.0)
+        columns = columns - later
+        own = jax.lax.dynamic_update_slice_in_dim(below, factor, start, 0)
+        return jax.lax.dynamic_update_slice_in_dim(columns, own, start, 1)
+
+    return jax.lax.fori_loop(0, width // _BLOCK, step, columns)
+
+
+def _small_cholesky(matrix: Array) -> Array:
+    size = matrix.shape[0]
+    row = jnp.arange(size)
+
+    def step(index: Array, factor: Array) -> Array:
+        # Column `index` less what the columns before it stand for; later ones are zero still.
+        before = jax.lax.dynamic_index_in_dim(factor, index, keepdims=False)
+        column = jax.lax.dynamic_index_in_dim(matrix, index, 1, keepdims=False)
+        column = column - _product(factor, before[:, None])[:, 0]
+        pivot = jnp.sqrt(jax.lax.dynamic_index_in_dim(column, index, keepdims=False))
+        column = jnp.where(row >= index, column / pivot, 0.0)
+        return jax.lax.dynamic_update_index_in_dim(factor, column, index, 1)
+
+    return jax.lax.fori_loop(0, size, step, jnp.zeros_like(matrix))
+
+
+def _small_inverse(factor: Array) -> Array:
+    size = factor.shape[0]
+    identity = jnp.eye(size, dtype=factor.dtype)
+
+    def step(index: Array, inverse: Array) -> Array:
+        own = jax.lax.dynamic_slice_in_dim(factor, index, 1)
+        row = jax.lax.dynamic_slice_in_dim(identity, index, 1) - _product(own, inverse)
+        row = row / jax.lax.dynamic_slice_in_dim(own, index, 1, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(inverse, row, index, 0)
+
+    return jax.lax.fori_loop(0, size, step, jnp.zeros_like(factor))

@@ -1,0 +1,254 @@
+"""Regular expressions of recipes, searched in paths in bounded time.
+
+A recipe may come from a stranger, and Python's own search tries the ways to match one after the
+other, of which there can be exponentially many. Here all ways are followed at once: a set of
+positions goes through the expression, each part of which is taken once per position.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from re import _constants as sre
+from re import _parser as parser
+from typing import Any
+
+from glm_edge.errors import RecipeError
+
+MAX_PATTERN = 20_000
+MAX_PATH = 1000
+# Steps of one search, a few seconds; an honest one takes thousands.
+_MAX_STEPS = 2_000_000
+_FLAGS = re.UNICODE | re.IGNORECASE
+# The positions where a part that starts at a position may end, one bit each.
+_Ends = Callable[["_Text", int], int]
+
+
+class Pattern:
+    """A regular expression that can be searched in a path.
+
+    Groups, alternatives, repeats, classes, anchors, lookahead and lookbehind mean what they mean in
+    `re`; the flag `i` alone is known.
+
+    Attributes:
+      text: the expression.
+    """
+
+    def __init__(self, text: str):
+        """Compiles an expression.
+
+        Raises:
+          ValueError: it is not a regular expression, is longer than `MAX_PATTERN`, or uses what
+            bounded search does not know (back references, conditions, atomic groups).
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"a {type(text).__name__} is no text")
+        if len(text) > MAX_PATTERN:
+            raise ValueError(f"it has {len(text)} letters; at most {MAX_PATTERN} are read")
+        self.text = text
+        try:
+            tree = parser.parse(text)
+            if tree.state.flags & ~_FLAGS:
+                raise ValueError("of the flags, only i is known")
+            self._ends = _sequence(tree, bool(tree.state.flags & re.IGNORECASE))
+        except (re.error, OverflowError) as error:
+            raise ValueError(str(error)) from error
+        except RecursionError as error:
+            raise ValueError("it is nested too deep") from error
+
+    def search(self, path: str) -> bool:
+        """True where the expression matches anywhere in a path."""
+        return self.match(path) is not None
+
+    def match(self, path: str) -> str | None:
+        """Returns the first and, of those that begin there, longest part of a path that matches.
+
+        Raises:
+          RecipeError: the path is longer than `MAX_PATH`, or the search takes too long.
+        """
+        if len(path) > MAX_PATH:
+            raise RecipeError(f"a path of {len(path)} letters; patterns search up to {MAX_PATH}")
+        text = _Text(path)
+        for start in range(len(path) + 1):
+            if ends := self._ends(text, start):
+                return path[start : ends.bit_length() - 1]
+        return None
+
+
+@functools.lru_cache(maxsize=256)
+def compiled(pattern: str | None) -> Pattern:
+    """The pattern of an expression; None matches everything."""
+    return Pattern(pattern or "")
+
+
+class _Text:
+    """A path, and where each part ends that was tried at a position."""
+
+    def __init__(self, letters: str):
+        self.letters = letters
+        self.known: dict[tuple[int, int], int] = {}
+        self.steps = 0
+
+
+def _positions(bits: int) -> list[int]:
+    found = []
+    while bits:
+        lowest = bits & -bits
+        found.append(lowest.bit_length() - 1)
+        bits ^= lowest
+    return found
+
+
+def _remembered(ends: _Ends) -> _Ends:
+    def once(text: _Text, start: int) -> int:
+        key = (id(once), start)
+        if key not in text.known:
+            text.known[key] = ends(text, start)
+        return text.known[key]
+
+    return once
+
+
+def _sequence(items: Any, ignore_case: bool) -> _Ends:
+    parts = [_part(operation, argument, ignore_case) for operation, argument in items]
+
+    def ends(text: _Text, start: int) -> int:
+        now = 1 << start
+        for part in parts:
+            now = _union(part, text, now)
+        return now
+
+    return _remembered(ends)
+
+
+def _union(part: _Ends, text: _Text, starts: int) -> int:
+    found, positions = 0, _positions(starts)
+    text.steps += len(positions)
+    if text.steps > _MAX_STEPS:
+        raise RecipeError(
+            f"searching {text.letters[:60]!r} for a pattern takes too long; repeat less in it"
+        )
+    for start in positions:
+        found |= part(text, start)
+    return found
+
+
+def _part(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
+    if operation in (sre.LITERAL, sre.NOT_LITERAL, sre.IN, sre.ANY):
+        return _letter(operation, argument, ignore_case)
+    if operation is sre.BRANCH:
+        branches = [_sequence(items, ignore_case) for items in argument[1]]
+        return lambda text, start: _joined(branch(text, start) for branch in branches)
+    if operation is sre.SUBPATTERN:
+        _, added, removed, items = argument
+        if added or removed:
+            raise ValueError("flags for a part of it are not known")
+        return _sequence(items, ignore_case)
+    if operation in (sre.MAX_REPEAT, sre.MIN_REPEAT):
+        low, high, items = argument
+        return _repeat(int(low), int(high), _sequence(items, ignore_case))
+    if operation is sre.AT:
+        return _anchor(argument)
+    if operation in (sre.ASSERT, sre.ASSERT_NOT):
+        direction, items = argument
+        back = items.getwidth()[0] if direction < 0 else 0
+        return _look(_sequence(items, ignore_case), back, direction < 0, operation is sre.ASSERT)
+    raise ValueError(f"{str(operation).lower()} is not known")
+
+
+def _joined(found: Any) -> int:
+    bits = 0
+    for more in found:
+        bits |= more
+    return bits
+
+
+def _repeat(low: int, high: int, body: _Ends) -> _Ends:
+    def ends(text: _Text, start: int) -> int:
+        now, count = 1 << start, 0
+        # Each round moves on by a letter or stays, so that it settles soon, however high `low` is.
+        while count < low and now:
+            after = _union(body, text, now)
+            if after == now:
+                break
+            now, count = after, count + 1
+        reached, count = now, low
+        while now and count < high:
+            now = _union(body, text, now) & ~reached
+            reached, count = reached | now, count + 1
+        return reached
+
+    return _remembered(ends)
+
+
+def _look(part: _Ends, back: int, behind: bool, wanted: bool) -> _Ends:
+    def ends(text: _Text, start: int) -> int:
+        if behind:
+            held = start >= back and part(text, start - back) >> start & 1
+        else:
+            held = part(text, start)
+        return (1 << start) if bool(held) == wanted else 0
+
+    return ends
+
+
+def _anchor(code: Any) -> _Ends:
+    def holds(letters: str, start: int) -> bool:
+        if code in (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING):
+            return start == 0
+        if code is sre.AT_END:
+            return letters[start:] in ("", "\n")
+        if code is sre.AT_END_STRING:
+            return start == len(letters)
+        before = start > 0 and _is_word(letters[start - 1])
+        after = start < len(letters) and _is_word(letters[start])
+        return (before != after) == (code is sre.AT_BOUNDARY)
+
+    known = (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING, sre.AT_END, sre.AT_END_STRING)
+    if code not in (*known, sre.AT_BOUNDARY, sre.AT_NON_BOUNDARY):
+        raise ValueError(f"{str(code).lower()} is not known")
+    return lambda text, start: (1 << start) if holds(text.letters, start) else 0
+
+
+def _is_word(letter: str) -> bool:
+    return letter.isalnum() or letter == "_"
+
+
+_CATEGORIES = {
+    sre.CATEGORY_DIGIT: str.isdecimal,
+    sre.CATEGORY_SPACE: str.isspace,
+    sre.CATEGORY_WORD: _is_word,
+    sre.CATEGORY_NOT_DIGIT: lambda letter: not letter.isdecimal(),
+    sre.CATEGORY_NOT_SPACE: lambda letter: not letter.isspace(),
+    sre.CATEGORY_NOT_WORD: lambda letter: not _is_word(letter),
+}
+
+
+def _letter(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
+    if operation is sre.IN:
+        negated = argument[0][0] is sre.NEGATE
+        tests = [_test(*item) for item in argument if item[0] is not sre.NEGATE]
+    elif operation is sre.ANY:
+        negated, tests = True, [_test(sre.LITERAL, ord("\n"))]
+    else:
+        negated, tests = operation is sre.NOT_LITERAL, [_test(sre.LITERAL, argument)]
+
+    def matches(letter: str) -> bool:
+        cases = {letter, letter.lower(), letter.upper()} if ignore_case else {letter}
+        return any(test(case) for test in tests for case in cases if len(case) == 1) != negated
+
+    def ends(text: _Text, start: int) -> int:
+        if start >= len(text.letters) or not matches(text.letters[start]):
+            return 0
+        return 1 << (start + 1)
+
+    return ends
+
+
+def _test(operation: Any, argument: Any) -> Callable[[str], bool]:
+    if operation is sre.LITERAL:
+        return lambda letter: ord(letter) == argument
+    if operation is sre.RANGE:
+        return lambda letter: argument[0] <= ord(letter) <= argument[1]
+    if operation is sre.CATEGORY and argument in _CATEGORIES:
+        return _CATEGORIES[argument]
+    raise ValueError(f"{str(operation).lower()} is not known in a class")
