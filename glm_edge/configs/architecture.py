@@ -17,6 +17,8 @@ MAX_LAYERS = 1000
 MAX_HEAD_DIM = 4096
 MAX_PATCHES = 1 << 16
 MAX_FRAMES = 1 << 16
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_IMAGE_SIDE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,11 @@ class VisionConfig(EncoderWidths):
             raise ConfigError(
                 f"vision: patch_size {self.patch_size} must exceed patch_stride "
                 f"{self.patch_stride} by an even number of pixels"
+            )
+        if math.prod(self.image_size) > MAX_IMAGE_PIXELS or max(self.image_size) > MAX_IMAGE_SIDE:
+            raise ConfigError(
+                f"vision: image_size {self.image_size} exceeds {MAX_IMAGE_PIXELS} pixels, or "
+                f"{MAX_IMAGE_SIDE} a side"
             )
         rows, columns = self.grid_of(self.image_size)
         if rows * columns > MAX_PATCHES:

@@ -121,8 +121,6 @@ def sample_frames(
 
 def _prepare_floats(image: np.ndarray, processing: ImageProcessing) -> np.ndarray:
     pixels = check_pixels(image, "image", len(processing.mean))
-    if pixels.dtype == np.uint8:
-        pixels = pixels.astype(np.float32) / 255.0
     mean, std = np.float32(processing.mean), np.float32(processing.std)
     return (resize(pixels, processing.size) - mean) / std
 
