@@ -17,6 +17,7 @@ from glm_edge.checkpoint.files import WEIGHTS, check_finite
 from glm_edge.checkpoint.orbax import ARRAYS
 from glm_edge.checkpoint.placement import Placement
 from glm_edge.checkpoint.shapes import ARCHITECTURES, check_params
+from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
 from glm_edge.files import CONFIG, file_inside, new_directory, read_json
 from glm_edge.params.sharding import RULES, Rules
@@ -95,7 +96,7 @@ def build(path: str | os.PathLike) -> nn.Module:
         return own.build(fields, file)
     name = str(fields.get("_name_or_path") or file.resolve().parent.name)
     member, config = hugging_face.read_config(fields, str(file), name)
-    return member.build(config)
+    return member.build(with_stop_tokens(config, file.parent))
 
 
 def save(

@@ -101,8 +101,9 @@ class EncoderWidths:
         return _of_layer(self.num_heads, layer, "num_heads", self._name)
 
     def kv_heads(self, layer: int) -> int:
-        """Key/value heads of one layer: each query head has its own."""
-        return self.heads(layer)
+        """Key/value heads of one layer; unless `num_kv_heads` says so, as many as query heads."""
+        shared = getattr(self, "num_kv_heads", None)
+        return self.heads(layer) if shared is None else shared
 
     def neurons(self, layer: int) -> int:
         """Width of the feed-forward network of one layer."""
@@ -125,6 +126,12 @@ class EncoderWidths:
                 raise ConfigError(
                     f"{self._name}: {field} {widths!s:.60} must be one number, or {entries} of at "
                     "least 1"
+                )
+        shared = getattr(self, "num_kv_heads", None)
+        for heads in self.num_heads if isinstance(self.num_heads, tuple) else (self.num_heads,):
+            if shared is not None and (shared < 1 or heads % shared):
+                raise ConfigError(
+                    f"{self._name}: num_heads {heads} must be a multiple of num_kv_heads {shared}"
                 )
         if self.head_dim is not None:
             if not 1 <= self.head_dim <= MAX_HEAD_DIM:
@@ -248,7 +255,7 @@ class SpeechConfig(EncoderWidths):
 
     The defaults are GLM-ASR's. Whisper's encoder adds `learned_positions` and turns nothing
     (`partial_rotary_factor=0`); on its own it merges nothing and has no projector (`merge_size=1`,
-    `projector_size=0`).
+    `projector_size=0`). With `num_kv_heads`, several query heads share a key/value head.
     """
 
     mel_bins: int
@@ -267,6 +274,7 @@ class SpeechConfig(EncoderWidths):
     fft_size: int = 400
     hop_length: int = 160
     head_dim: int | None = None
+    num_kv_heads: int | None = None
 
     def __post_init__(self):
         if self.num_frames > MAX_FRAMES:

@@ -189,7 +189,8 @@ def _rate(value: Any, name: str) -> int:
     )
     if not number or not low <= value <= high or value != int(value):
         raise DataError(
-            f"{name} must be a whole number of samples per second in {low}..{high}, not {value!r:.60}"
+            f"{name} must be a whole number of samples per second in {low}..{high}, "
+            f"not {value!r:.60}"
         )
     return int(value)
 
@@ -208,6 +209,7 @@ def _checked(samples: np.ndarray, axes: int) -> np.ndarray:
         raise DataError("samples hold NaN or infinity")
     if loudest > LOUDEST:
         raise DataError(
-            f"samples reach {loudest:g}; floats in -1..1 are needed: divide 16-bit integers by 32768"
+            f"samples reach {loudest:g}; floats in -1..1 are needed: divide 16-bit integers by "
+            "32768"
         )
     return samples.astype(np.float32)

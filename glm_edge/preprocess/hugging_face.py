@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import tokenizers
 
+from glm_edge.configs.stop_tokens import token_ids
 from glm_edge.errors import CheckpointError, ConfigError
 from glm_edge.preprocess.processing import (
     GLM4V,
@@ -336,31 +337,21 @@ def read_pad_token_id(config: Mapping[str, Any], names: Mapping[str, Any], token
 
     Returns:
       Its id, 0 where none is named.
+
+    Raises:
+      ConfigError: a field holds something else than a token id.
     """
-    for source in (config, config.get("text_config") or {}):
-        if isinstance(source.get("pad_token_id"), int):
-            return source["pad_token_id"]
+    for source in sections(config):
+        if ids := token_ids(source.get("pad_token_id"), "config.json: field 'pad_token_id'"):
+            return ids[0]
     token = token_text(names.get("pad_token")) or token_text(names.get("eos_token"))
     return (tokenizer.token_to_id(token) if token else None) or 0
 
 
-def read_stop_token_ids(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Reads the tokens that end an answer: generation_config.json's, else config.json's.
-
-    Args:
-      directory: of the checkpoint.
-      config: fields of its config.json.
-
-    Returns:
-      Their ids.
-    """
-    generation = read_json(directory / "generation_config.json")
-    for source in (generation, config, config.get("text_config") or {}):
-        ids = source.get("eos_token_id")
-        ids = [ids] if isinstance(ids, int) else ids
-        if isinstance(ids, list) and all(isinstance(token, int) for token in ids):
-            return tuple(ids)
-    return ()
+def sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the objects of config.json that may name tokens, in the order in which they count."""
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, Mapping) else [config]
 
 
 def token_text(token: Any) -> str | None:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import io
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -94,8 +94,8 @@ class ImageProcessing:
             largest = np.max(np.abs((np.float32([[0], [1]]) - mean) / std), initial=0.0)
         if not largest <= LARGEST_PIXEL:
             raise ConfigError(
-                f"image: mean {self.mean!s:.90} and std {self.std!s:.90} make pixels of {largest:g}; "
-                f"at most {LARGEST_PIXEL:g} are possible"
+                f"image: mean {self.mean!s:.90} and std {self.std!s:.90} make pixels of "
+                f"{largest:g}; at most {LARGEST_PIXEL:g} are possible"
             )
 
     @property
