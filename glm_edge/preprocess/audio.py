@@ -17,6 +17,7 @@ from glm_edge.preprocess.riff import read_wav
 FILTER_ZEROS = 32
 KAISER_BETA = 8.6
 PASSBAND = 0.95
+WINDOW_STEPS = 1 << 15
 # Full scale is 1. Mixing goes somewhat beyond it; samples that were never divided go far beyond it.
 LOUDEST = 16.0
 MAX_SAMPLES = 1 << 27
@@ -88,6 +89,15 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
     return resampled
 
 
+def _steps() -> np.ndarray:
+    return np.linspace(0.0, 1.0, WINDOW_STEPS)
+
+
+@functools.cache
+def _kaiser() -> np.ndarray:
+    return np.i0(KAISER_BETA * np.sqrt(1.0 - _steps() ** 2))
+
+
 def _filter_bank(phases: int, up: int, down: int, cutoff: float, reach: int) -> np.ndarray:
     """Taps of the first outputs, float32 [phases, 2 * reach + 1], each row of unit gain."""
     around = np.arange(-reach, reach + 1)
@@ -96,7 +106,8 @@ def _filter_bank(phases: int, up: int, down: int, cutoff: float, reach: int) -> 
     for start in range(0, phases, step):
         phase = np.arange(start, min(start + step, phases))
         offset = around - (phase * down % up / up)[:, None]
-        window = np.i0(KAISER_BETA * np.sqrt(np.maximum(0.0, 1.0 - (offset / (reach + 1)) ** 2)))
+        # The window is smooth in its table's steps: what lies between is right to 1e-8.
+        window = np.interp(np.abs(offset) / (reach + 1), _steps(), _kaiser())
         taps = np.sinc(cutoff * offset) * window
         bank[phase] = taps / taps.sum(axis=1, keepdims=True)
     return bank

@@ -17,6 +17,28 @@ CUBIC = -0.5
 CUBIC_SUPPORT = 2.0
 # Orientation, a field of a photo's EXIF: 1 is upright.
 ORIENTATION = 0x0112
+# What Pillow may decode; for others, such as EPS, it would run a program that the file contains.
+FORMATS = (
+    *("PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "DIB", "TIFF", "ICO", "PPM", "TGA"),
+    *("PCX", "JPEG2000", "QOI"),
+)
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "AVIF",
+    "HEIF",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "ICO",
+    "PPM",
+    "TGA",
+    "PCX",
+    "JPEG2000",
+    "QOI",
+]
 # Values that are floats at one time, and entries of one matrix of weights.
 BLOCK = 1 << 22
 
@@ -49,7 +71,8 @@ def load_image(source: Any) -> np.ndarray:
 def _decoder(file: Any, where: str) -> Iterator[Any]:
     pillow = require("PIL.Image", extra="data")
     with _refused(where):
-        image = pillow.open(file)
+        pillow.init()
+        image = pillow.open(file, formats=[name for name in FORMATS if name in pillow.OPEN])
     with image:
         yield image
 

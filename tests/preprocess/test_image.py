@@ -120,6 +120,12 @@ def test_load_image_treats_every_source_alike(tmp_path, format):
         np.testing.assert_array_equal(media.open_image(source), expected)
 
 
+def test_load_image_runs_no_program_of_a_file():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\nshowpage\n"
+    with pytest.raises(DataError, match="not an image that Pillow knows"):
+        preprocess.load_image(postscript)
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
 def test_load_image_refuses_deep_pixels_of_every_source(tmp_path, dtype):
     image = pillow.fromarray(np.ones((4, 5), dtype))
