@@ -19,26 +19,9 @@ CUBIC_SUPPORT = 2.0
 ORIENTATION = 0x0112
 # What Pillow may decode; for others, such as EPS, it would run a program that the file contains.
 FORMATS = (
-    *("PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "DIB", "TIFF", "ICO", "PPM", "TGA"),
-    *("PCX", "JPEG2000", "QOI"),
+    *("PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "DIB", "TIFF", "ICO", "PPM"),
+    *("TGA", "PCX", "JPEG2000", "QOI"),
 )
-    "PNG",
-    "JPEG",
-    "MPO",
-    "WEBP",
-    "AVIF",
-    "HEIF",
-    "GIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "ICO",
-    "PPM",
-    "TGA",
-    "PCX",
-    "JPEG2000",
-    "QOI",
-]
 # Values that are floats at one time, and entries of one matrix of weights.
 BLOCK = 1 << 22
 
