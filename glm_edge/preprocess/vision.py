@@ -123,7 +123,7 @@ def sample_frames(
         if count < num_frames:
             kept = np.ceil(np.linspace(0, duration_s, count) * fps)
     kept = np.unique(np.minimum(kept, last).astype(np.int64))
-    return np.append(kept, kept[-1:] if len(kept) % 2 else [])
+    return np.append(kept, kept[len(kept) - len(kept) % 2 :])
 
 
 def _is_positive(value: Any) -> bool:

@@ -168,6 +168,10 @@ def _read_glm_asr(fields: Fields, name: str) -> GLMConfig:
     )
 
 
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def _write_glm_asr(config: GLMConfig) -> dict[str, Any]:
     speech, decoder = config.speech, config.decoder
     return {
@@ -179,8 +183,8 @@ def _write_glm_asr(config: GLMConfig) -> dict[str, Any]:
             "intermediate_size": speech.intermediate_size,
             "num_hidden_layers": speech.num_layers,
             "num_attention_heads": speech.num_heads,
-            "num_key_value_heads": speech.num_kv_heads or speech.num_heads,
-            **({} if speech.head_dim is None else {"head_dim": speech.head_dim}),
+            # What follows from the others is left to their readers.
+            **_given(num_key_value_heads=speech.num_kv_heads, head_dim=speech.head_dim),
             "num_mel_bins": speech.mel_bins,
             "max_position_embeddings": speech.num_frames // 2,
             "hidden_act": "gelu",
