@@ -190,7 +190,8 @@ class AudioProcessing:
 
 
 def _require_whole(part: str, name: str, value: Any, low: int, high: int) -> None:
-    if type(value) is not int or not low <= value <= high:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:
         raise ConfigError(
             f"{part}: {name} {value!r:.60} must be a positive integer, {low} to {high}"
             if low
@@ -199,7 +200,8 @@ def _require_whole(part: str, name: str, value: Any, low: int, high: int) -> Non
 
 
 def _require_number(part: str, name: str, value: Any, low: float, high: float) -> None:
-    if type(value) not in (int, float) or not low <= value <= high:
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
         raise ConfigError(f"{part}: {name} {value!r:.60} must be a number, {low:g} to {high:g}")
 
 
