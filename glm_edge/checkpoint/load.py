@@ -39,6 +39,9 @@ def load(
     Activations are float32 whatever type the weights are stored in, so a model computes the same
     numbers from bfloat16 weights as from the same weights cast to float32.
 
+    The tokens that end an answer (`model.config.eos_token_ids`) are those of generation_config.json
+    where it names some, else those of config.json, else those of its `text_config`.
+
     Args:
       path: directory written by `save`, or a Hugging Face directory of the GLM family (config.json,
         one or several safetensors files).

@@ -94,10 +94,12 @@ def read_image(content):
 
 def recordings(rng):
     for index in range(150):
-        kind = rng.choice([1, 1, 1, 3, 0xFFFE, 2, 6, 7, 0x55, rng.randrange(65_536)])
-        bits = rng.choice([8, 12, 16, 16, 24, 32, 64, rng.randrange(65_536)])
-        channels = rng.choice([1, 1, 2, 6, 0, rng.randrange(65_536)])
-        rate = rng.choice([8_000, 44_099, 48_000, 999, 768_001, 0, rng.randrange(2**32)])
+        kind = rng.choice([1] * 9 + [3] * 3 + [0xFFFE, 2, 7, rng.randrange(65_536)])
+        bits = rng.choice([8, 12, 16, 16, 16, 24, 32, 32, 64, rng.randrange(65_536)])
+        channels = rng.choice([1] * 6 + [2] * 4 + [6, 0, rng.randrange(65_536)])
+        rate = rng.choice(
+            [8_000, 44_099, 48_000, 96_001] * 3 + [999, 768_001, rng.randrange(2**32)]
+        )
         frame = channels * -(-bits // 8) if rng.random() < 0.9 else rng.randrange(65_536)
         described = struct.pack("<HHIIHH", kind, channels, rate, 0, frame & 0xFFFF, bits)
         described += rng.randbytes(rng.choice([0, 0, 2, 24]))
@@ -134,7 +136,7 @@ def files(rng):
     nasty = [*NUMBERS, *(rng.uniform(-2, 2) * 10 ** rng.randint(-20, 20) for _ in range(9))]
 
     def some(*names):
-        return {name: rng.choice(nasty) for name in names if rng.random() < 0.5}
+        return {name: rng.choice(nasty) for name in names if rng.random() < 0.3}
 
     for index in range(150):
         size = some("shortest_edge", "longest_edge", "height", "width")
@@ -168,8 +170,10 @@ def read_fields(kind, base, fields):
 def answers(rng):
     pieces = ["do(action=", '"Type"', "'Tap'", ", text=", '"', "'", "\\", "\n", ")", "(", "[1,2]"]
     pieces += [", element=", "finish(message=", "<answer>", "</think>", "x" * 50, " ", "你好"]
-    for index in range(200):
+    whole = ['do(action="Tap", element=[4,5])', 'finish(message="a "b"")', 'do(action="Home")']
+    for index in range(150):
         yield f"answer {index}", "".join(rng.choices(pieces, k=rng.choice([9, 60, 900])))
+        yield f"quoted {index}", "".join(rng.choices(whole + pieces, k=rng.randint(1, 6)))
 
 
 def read_answer(text):
