@@ -36,6 +36,13 @@ IMAGE_PROCESSORS = {
 }
 VIDEO_PROCESSOR = "Glm4vVideoProcessor"
 AUDIO_PROCESSOR = "WhisperFeatureExtractor"
+AUDIO_FIELDS = {
+    "mel_bins": "feature_size",
+    "sample_rate": "sampling_rate",
+    "fft_size": "n_fft",
+    "hop_length": "hop_length",
+    "chunk_s": "chunk_length",
+}
 
 
 Processing = TypeVar("Processing", bound=ImageProcessing)
@@ -104,16 +111,11 @@ def read_audio_processing(directory: Path, base: AudioProcessing) -> AudioProces
         base = _replaced(base, where, silence=False, max_s=GLM_ASR.max_s)
     for field in ("dither", "padding_value", "do_normalize"):
         _expect(fields, where, field, 0)
-    names = {
-        "mel_bins": "feature_size",
-        "sample_rate": "sampling_rate",
-        "fft_size": "n_fft",
-        "hop_length": "hop_length",
-    }
     values: dict[str, Any] = {
-        field: _integer(fields, where, name, getattr(base, field)) for field, name in names.items()
+        field: _integer(fields, where, AUDIO_FIELDS[field], getattr(base, field))
+        for field in ("mel_bins", "sample_rate", "fft_size", "hop_length")
     }
-    values["chunk_s"] = _number(fields, where, "chunk_length", base.chunk_s)
+    values["chunk_s"] = _number(fields, where, AUDIO_FIELDS["chunk_s"], base.chunk_s)
     if values["mel_bins"] != base.mel_bins:
         raise ConfigError(
             f"{where}: field 'feature_size' is {values['mel_bins']}; "
@@ -214,7 +216,9 @@ def _replaced(base: Any, where: str, **values: Any) -> Any:
     try:
         return dataclasses.replace(base, **values)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        stored = [name for ours, name in AUDIO_FIELDS.items() if f" {ours} " in str(error)]
+        called = f"; the file calls it {stored[0]!r}" if stored else ""
+        raise ConfigError(f"{where}: {error}{called}") from error
 
 
 def _is_number(value: Any) -> bool:

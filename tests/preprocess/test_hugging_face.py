@@ -100,7 +100,7 @@ def test_transformers_5_nests_its_processors(checkpoint):
         ("glmasr", {"hop_length": 0.1}, "'hop_length' is 0.1; it must be a positive integer"),
         ("glmasr", {"hop_length": 10**6}, "hop_length 1000000 must be .* 1 to 65536"),
         ("glmasr", {"n_fft": 256.5}, "'n_fft' is 256.5; it must be a positive integer"),
-        ("glmasr", {"n_fft": 10**9}, "fft_size 1000000000 must be"),
+        ("glmasr", {"n_fft": 10**9}, "fft_size 1000000000 must be .*'n_fft'"),
         ("glmasr", {"n_fft": 401}, "fft_size 401 must be even"),
         ("glmasr", {"sampling_rate": 10**9}, "sample_rate 1000000000 must be"),
         ("glmasr", {"sampling_rate": 999}, "sample_rate 999 must be"),
