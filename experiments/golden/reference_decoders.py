@@ -162,7 +162,7 @@ def _glm_ocr(draw: Draw) -> Plan:
     return _with_vision(draw, ocr=True)
 
 
-def _glmasr(draw: Draw) -> Plan:
+def _glmasr(draw: Draw, grouped: bool = False) -> Plan:
     style = draw.of(5, 4, 5)
     text = _decoder(draw, draw.of(8, 12, 16))
     text["rope_parameters"] = _rotary(draw)
@@ -183,6 +183,10 @@ def _glmasr(draw: Draw) -> Plan:
         "max_position_embeddings": length,
         "rope_parameters": _rotary(draw, partial_rotary_factor=partial),
     }
+    if grouped:
+        # Query heads share keys and values, and the width is not that of all heads.
+        audio |= {"num_attention_heads": 4, "num_key_value_heads": draw.of(2, 1)}
+        audio["head_dim"] = head_dim
     config = {
         "text_config": text,
         "audio_config": audio,
@@ -250,5 +254,6 @@ DECODERS: dict[str, Callable[[Draw], Plan]] = {
     "glm4v": _glm4v,
     "glm_ocr": _glm_ocr,
     "glmasr": _glmasr,
+    "glmasr_grouped": lambda draw: _glmasr(draw, grouped=True),
     "glm_edge_v": _glm_edge_v,
 }

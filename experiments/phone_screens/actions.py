@@ -11,7 +11,11 @@ References:
 
 import ast
 import dataclasses
+import itertools
+import re
 import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from glm_edge.errors import DataError
 
@@ -23,6 +27,7 @@ _TEXT, _POINT = "text", "point"
 GRAMMAR: dict[str, tuple[tuple[str, str, bool], ...]] = {
     "Tap": (("element", _POINT, True), ("message", _TEXT, False)),
     "Type": (("text", _TEXT, True),),
+    "Type_Name": (("text", _TEXT, True),),
     "Swipe": (("start", _POINT, True), ("end", _POINT, True)),
     "Back": (),
     "Home": (),
@@ -30,10 +35,29 @@ GRAMMAR: dict[str, tuple[tuple[str, str, bool], ...]] = {
     "Long Press": (("element", _POINT, True),),
     "Double Tap": (("element", _POINT, True),),
     "Wait": (("duration", _TEXT, True),),
+    "Take_over": (("message", _TEXT, True),),
+    "Interact": (),
+    "Note": (("message", _TEXT, True),),
+    "Call_API": (("instruction", _TEXT, True),),
     FINISH: (("message", _TEXT, True),),
 }
-_OPENINGS = ("do(action=", "finish(message=")
+_OPENING = re.compile(r"\bdo\s*\(\s*action\s*=|\bfinish\s*\(\s*message\s*=")
+# What an answer begins with: actions before it were only thought of.
+_MARK = re.compile(r"</think>|<answer>|<\|begin_of_box\|>")
+_NAME = re.compile(r"\s*([a-z_]\w*)\s*=\s*")
+_POINT_VALUE = re.compile(r"\[\s*(-?\d{1,6})\s*,\s*(-?\d{1,6})\s*\]")
+_NEXT = re.compile(r"\s*([,)])\s*")
+# An escape, or a quote that closes a string: another field or the end of the call follows.
+_QUOTE = {
+    quote: re.compile(rf"\\.|{quote}(?=\s*(?:\)|,\s*[a-z_]\w*\s*=))", re.DOTALL) for quote in "\"'"
+}
+# Behind a call whose text quotes something: nothing, a tag, or another call.
+_AFTER_CALL = re.compile(r"\s*(?:$|<|\n|do\s*\(|finish\s*\()")
 _LONGEST = 4096
+_LONGEST_ANSWER = 1 << 16
+_MOST_CALLS = 200
+_MOST_QUOTES = 32
+_MOST_FIELDS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +73,7 @@ class Action:
       app: what is launched.
       duration: how long to wait, such as "2 seconds".
       message: what is said with it.
+      instruction: what a service is asked to do with the screens so far.
 
     Raises:
       DataError: the kind is unknown, a field is missing, of another type, or does not belong to it.
@@ -62,6 +87,7 @@ class Action:
     app: str | None = None
     duration: str | None = None
     message: str | None = None
+    instruction: str | None = None
 
     def __post_init__(self):
         if self.kind not in GRAMMAR:
@@ -148,11 +174,21 @@ def format_action(action: Action) -> str:
     return f"{'finish' if action.kind == FINISH else 'do'}({', '.join(parts)})"
 
 
+class _Call(NamedTuple):
+    """A call: `do` or `finish`, its fields in order, and where it ends."""
+
+    name: str
+    fields: list[tuple[str, str | tuple[int, int]]]
+    end: int
+
+
 def parse_action(text: str) -> Action:
     """Reads an action from a model's answer.
 
-    The answer begins at the first `do(action=` or `finish(message=`: thoughts before it are skipped
-    and a closing `</answer>` after it is dropped, as Open-AutoGLM does. Nothing is evaluated.
+    The last well-formed call of `do` or `finish` counts. What stands before `</think>`, `<answer>`
+    or `<|begin_of_box|>` was only thought of; tags, box tokens and other text around the call are
+    skipped. A string may hold line breaks and quotes: it ends where another field or the end of
+    the call follows. Nothing is evaluated.
 
     Args:
       text: the answer.
@@ -161,44 +197,123 @@ def parse_action(text: str) -> Action:
       The action.
 
     Raises:
-      DataError: there is no action, or it does not follow `GRAMMAR`.
+      DataError: there is no such call, or it does not follow `GRAMMAR`.
+
+    References:
+      Open-AutoGLM, https://github.com/zai-org/Open-AutoGLM, issues 59, 154, 286 and 347.
     """
-    starts = [at for opening in _OPENINGS if (at := text.find(opening)) >= 0]
-    if not starts:
+    if len(text) > _LONGEST_ANSWER:
+        raise DataError(f"an answer of {len(text)} characters; at most {_LONGEST_ANSWER} are read")
+    last, malformed, at, count = None, None, 0, 0
+    while opening := _OPENING.search(text, at):
+        count += 1
+        if count > _MOST_CALLS:
+            raise DataError(f"an answer of more than {_MOST_CALLS} calls of do or finish")
+        if _MARK.search(text, at, opening.start()):
+            last = malformed = None
+        call = _read_call(text, opening.start())
+        last, malformed = (call, None) if call else (last, opening.start())
+        at = call.end if call else opening.end()
+    if _MARK.search(text, at):
+        last = malformed = None
+    if last is not None:
+        return _action(last)
+    if malformed is None:
         raise DataError(f"no action in {_shown(text)}; do(action=...) or finish(message=...)")
-    answer = text[min(starts) :].strip().removesuffix("</answer>").strip()
-    if len(answer) > _LONGEST:
-        raise DataError(f"an action of {len(answer)} characters; at most {_LONGEST} are read")
+    answer = text[malformed:]
+    long = f" within {_LONGEST} characters" if len(answer) > _LONGEST else ""
+    raise DataError(f"{_shown(answer)} is not one call of do or finish with named fields{long}")
+
+
+def _read_call(text: str, start: int) -> _Call | None:
+    """Reads the call that begins at `start`; None where there is no whole one."""
+    text = text[: start + _LONGEST]
+    inside = text.index("(", start) + 1
+    found = _read_fields(text, inside, {}, _MOST_FIELDS)
+    return found and _Call(text[start : inside - 1].strip(), *found)
+
+
+def _read_fields(text: str, at: int, known: dict, room: int) -> tuple[list, int] | None:
+    """Up to `room` fields from `at` on, and where the call ends.
+
+    `known` holds what was read before, by place: strings may end at several quotes.
+    """
+    if at not in known:
+        name = _NAME.match(text, at) if room else None
+        known[at] = name and _read_value(text, name.end(), name.group(1), known, room)
+    return known[at]
+
+
+def _read_value(text: str, at: int, name: str, known: dict, room: int) -> tuple[list, int] | None:
+    if text[at : at + 1] in ('"', "'"):
+        return _read_string(text, at, name, known, room)
+    point = _POINT_VALUE.match(text, at)
+    following = point and _read_next(text, point.end(), known, room)
+    if not following:
+        return None
+    return [(name, (int(point.group(1)), int(point.group(2)))), *following[0]], following[1]
+
+
+def _read_next(text: str, at: int, known: dict, room: int) -> tuple[list, int] | None:
+    """What follows a value: further fields, or the end of the call."""
+    after = _NEXT.match(text, at)
+    if after is None:
+        return None
+    if after[1] == ")":
+        return [], after.start(1) + 1
+    return _read_fields(text, after.end(), known, room - 1)
+
+
+def _read_string(text: str, at: int, name: str, known: dict, room: int) -> tuple[list, int] | None:
+    """Reads a string whose quote opens at `at`, and what follows it."""
+    quote, first = text[at], None
+    for close in itertools.islice(_closing_quotes(text, at), _MOST_QUOTES):
+        following = _read_next(text, close + 1, known, room)
+        value = following and _unescaped(text[at + 1 : close], quote)
+        if value is None:
+            continue
+        read = [(name, value), *following[0]], following[1]
+        # A string that quotes a call goes on behind the quoted one's closing parenthesis.
+        if quote not in text[at + 1 : close] or _AFTER_CALL.match(text, read[1]):
+            return read
+        first = first or read
+    return first
+
+
+def _closing_quotes(text: str, at: int) -> Iterator[int]:
+    for found in _QUOTE[text[at]].finditer(text, at + 1):
+        if found[0] == text[at]:
+            yield found.start()
+
+
+def _unescaped(raw: str, quote: str) -> str | None:
+    """Reads escapes as Python does; quotes and line breaks may stand unescaped."""
+    source = re.sub(
+        rf"\\.|[{quote}\n\r]",
+        lambda found: {quote: f"\\{quote}", "\n": "\\n", "\r": "\\r"}.get(found[0], found[0]),
+        raw,
+        flags=re.DOTALL,
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            call = ast.parse(answer, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise DataError(f"{_shown(answer)} is not one call of do or finish") from error
-    if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
-        raise DataError(f"{_shown(answer)} is not one call of do or finish with named fields")
-    fields = {}
-    for keyword in call.keywords:
-        if keyword.arg is None:
-            raise DataError(f"{_shown(answer)} unpacks a mapping; named fields are needed")
-        if keyword.arg in fields:
-            raise DataError(f"{_shown(answer)} has the field {keyword.arg!r} twice")
-        fields[keyword.arg] = _literal(keyword.value, answer)
-    kind = FINISH if call.func.id == FINISH else fields.pop("action", None)
+            return ast.literal_eval(f"{quote}{source}{quote}")
+    except (SyntaxError, ValueError, MemoryError):
+        return None
+
+
+def _action(call: _Call) -> Action:
+    shown = _shown(f"{call.name}({', '.join(f'{name}={value!r}' for name, value in call.fields)})")
+    fields = dict(call.fields)
+    if len(fields) < len(call.fields):
+        raise DataError(f"{shown} has a field twice")
+    kind = FINISH if call.name == FINISH else fields.pop("action", None)
+    if not isinstance(kind, str) or (kind == FINISH) != (call.name == FINISH):
+        raise DataError(f"{shown} names no action of do")
     known = {field.name for field in dataclasses.fields(Action)} - {"kind"}
-    if not isinstance(kind, str) or (kind == FINISH) != (call.func.id == FINISH):
-        raise DataError(f"{_shown(answer)} names no action of do")
     if unknown := sorted(set(fields) - known):
-        raise DataError(f"{_shown(answer)} has the unknown field {unknown[0]!r}")
+        raise DataError(f"{shown} has the unknown field {unknown[0]!r}")
     return Action(kind, **fields)
-
-
-def _literal(node: ast.expr, answer: str):
-    if isinstance(node, ast.Constant) and type(node.value) in (str, int):
-        return node.value
-    if isinstance(node, ast.List) and all(isinstance(e, ast.Constant) for e in node.elts):
-        return tuple(e.value for e in node.elts)
-    raise DataError(f"{_shown(answer)} holds something other than strings and [x,y]")
 
 
 def _shown(text: str) -> str:

@@ -17,6 +17,7 @@ from glm_edge.checkpoint.files import WEIGHTS, check_finite
 from glm_edge.checkpoint.orbax import ARRAYS
 from glm_edge.checkpoint.placement import Placement
 from glm_edge.checkpoint.shapes import ARCHITECTURES, check_params
+from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
 from glm_edge.files import (
     CONFIG,
@@ -47,6 +48,9 @@ def load(
 
     Activations are float32 whatever type the weights are stored in, so a model computes the same
     numbers from bfloat16 weights as from the same weights cast to float32.
+
+    The tokens that end an answer (`model.config.eos_token_ids`) are those of generation_config.json
+    where it names some, else those of config.json, else those of its `text_config`.
 
     Args:
       path: directory written by `save`, or a Hugging Face directory of the GLM family (config.json,
@@ -109,7 +113,7 @@ def build(path: str | os.PathLike) -> nn.Module:
         return own.build(fields, file)
     name = str(fields.get("_name_or_path") or file.resolve().parent.name)
     member, config = hugging_face.read_config(fields, str(file), name)
-    return member.build(config)
+    return member.build(with_stop_tokens(config, file.parent))
 
 
 def save(

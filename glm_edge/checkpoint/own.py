@@ -27,6 +27,7 @@ from glm_edge.checkpoint.shapes import (
     config_from_json,
 )
 from glm_edge.configs import to_dict
+from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import BoxError, CheckpointError
 from glm_edge.files import CONFIG, file_inside, write_json
 
@@ -100,7 +101,8 @@ def build(fields: dict[str, Any], where: Path) -> nn.Module:
             f"{', '.join(ARCHITECTURES)}"
         )
     module, kind = ARCHITECTURES[architecture]
-    return module(config_from_json(fields.get("config"), str(where), kind))
+    config = config_from_json(fields.get("config"), str(where), kind)
+    return module(with_stop_tokens(config, where.parent))
 
 
 def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple[nn.Module, Any]:

@@ -77,8 +77,9 @@ def _layers_flops(config: Any, tokens: int, slots: Any, matrices: int) -> int:
     total = 0
     for layer in range(config.num_layers):
         attended = slots if isinstance(slots, int) else slots[layer]
-        heads = config.heads(layer) * config.head_size
-        total += tokens * (8 * config.hidden_size * heads + 4 * heads * attended)
+        queries = config.heads(layer) * config.head_size
+        keys = config.kv_heads(layer) * config.head_size
+        total += tokens * (4 * config.hidden_size * (queries + keys) + 4 * queries * attended)
         total += tokens * 2 * matrices * config.hidden_size * config.neurons(layer)
     return total
 

@@ -293,8 +293,8 @@ def _of_speech(config: SpeechConfig, root: str) -> tuple[Fold, ...]:
     width = config.hidden_size
     found: list[Fold] = []
     for index in range(config.num_layers):
-        layer = f"{root}layers/{index}"
-        heads = (config.heads(index), 1, config.head_size)
+        layer, shared = f"{root}layers/{index}", config.kv_heads(index)
+        heads = (shared, config.heads(index) // shared, config.head_size)
         found += _attention(layer, width, True, True, heads)
         found += (_norm(f"{layer}/post_attention_norm", (f"{layer}/fc1/weight",), width, True),)
     if config.projector_size:

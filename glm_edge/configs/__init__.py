@@ -1,6 +1,9 @@
 """Frozen dataclasses that say what a model is, and presets."""
 
 from glm_edge.configs.architecture import (
+    MAX_FRAMES,
+    MAX_IMAGE_PIXELS,
+    MAX_IMAGE_SIDE,
     DecoderConfig,
     GLMConfig,
     SpeechConfig,
@@ -12,6 +15,9 @@ from glm_edge.configs.architecture import (
 from glm_edge.configs.presets import PRESETS, preset
 
 __all__ = [
+    "MAX_FRAMES",
+    "MAX_IMAGE_PIXELS",
+    "MAX_IMAGE_SIDE",
     "PRESETS",
     "DecoderConfig",
     "GLMConfig",

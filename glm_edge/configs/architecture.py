@@ -8,6 +8,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,10 @@ MAX_LAYERS = 1000
 MAX_HEAD_DIM = 4096
 MAX_PATCHES = 1 << 16
 MAX_FRAMES = 1 << 16
+# A float32 holds these, their squares' sums and their inverses.
+SCALES = (1e-30, 1e30)
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_IMAGE_SIDE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class DecoderConfig:
     max_position_embeddings: int = 8192
 
     def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "head_dim", "max_position_embeddings")
+        _check_numbers("decoder", self, sizes, ("rms_norm_eps", "rope_theta"))
         if self.num_layers > MAX_LAYERS:
             raise ConfigError(f"decoder: num_layers {self.num_layers} exceeds {MAX_LAYERS}")
         for layer in range(self.num_layers):
@@ -99,8 +106,9 @@ class EncoderWidths:
         return _of_layer(self.num_heads, layer, "num_heads", self._name)
 
     def kv_heads(self, layer: int) -> int:
-        """Key/value heads of one layer: each query head has its own."""
-        return self.heads(layer)
+        """Key/value heads of one layer; unless `num_kv_heads` says so, as many as query heads."""
+        shared = getattr(self, "num_kv_heads", None)
+        return self.heads(layer) if shared is None else shared
 
     def neurons(self, layer: int) -> int:
         """Width of the feed-forward network of one layer."""
@@ -117,12 +125,22 @@ class EncoderWidths:
 
     def _check_widths(self, entries: int) -> None:
         """Refuses widths that make no layers; `entries` of a tuple, where one is given."""
+        sizes = [
+            name for name in ("hidden_size", "num_heads") if isinstance(getattr(self, name), int)
+        ]
+        _check_numbers(self._name, self, sizes, ())
         for field in ("num_heads", "intermediate_size"):
             widths = getattr(self, field)
             if not isinstance(widths, int) and (len(widths) != entries or min(widths) < 1):
                 raise ConfigError(
                     f"{self._name}: {field} {widths!s:.60} must be one number, or {entries} of at "
                     "least 1"
+                )
+        shared = getattr(self, "num_kv_heads", None)
+        for heads in self.num_heads if isinstance(self.num_heads, tuple) else (self.num_heads,):
+            if shared is not None and (shared < 1 or heads % shared):
+                raise ConfigError(
+                    f"{self._name}: num_heads {heads} must be a multiple of num_kv_heads {shared}"
                 )
         if self.head_dim is not None:
             if not 1 <= self.head_dim <= MAX_HEAD_DIM:
@@ -188,6 +206,8 @@ class VisionConfig(EncoderWidths):
     head_dim: int | None = None
 
     def __post_init__(self):
+        sizes = ("patch_size", "patch_stride", "temporal_patch_size", "channels", "merge_size")
+        _check_numbers("vision", self, sizes, ("norm_eps", "rope_theta"))
         if self.norm not in ("rms", "layer"):
             raise ConfigError(f"vision: norm must be 'rms' or 'layer', not {self.norm!r:.60}")
         self._check_widths(self.num_layers + self.pooling_head)
@@ -202,6 +222,11 @@ class VisionConfig(EncoderWidths):
             raise ConfigError(
                 f"vision: patch_size {self.patch_size} must exceed patch_stride "
                 f"{self.patch_stride} by an even number of pixels"
+            )
+        if math.prod(self.image_size) > MAX_IMAGE_PIXELS or max(self.image_size) > MAX_IMAGE_SIDE:
+            raise ConfigError(
+                f"vision: image_size {self.image_size} exceeds {MAX_IMAGE_PIXELS} pixels, or "
+                f"{MAX_IMAGE_SIDE} a side"
             )
         rows, columns = self.grid_of(self.image_size)
         if rows * columns > MAX_PATCHES:
@@ -241,7 +266,7 @@ class SpeechConfig(EncoderWidths):
 
     The defaults are GLM-ASR's. Whisper's encoder adds `learned_positions` and turns nothing
     (`partial_rotary_factor=0`); on its own it merges nothing and has no projector (`merge_size=1`,
-    `projector_size=0`).
+    `projector_size=0`). With `num_kv_heads`, several query heads share a key/value head.
     """
 
     mel_bins: int
@@ -260,8 +285,11 @@ class SpeechConfig(EncoderWidths):
     fft_size: int = 400
     hop_length: int = 160
     head_dim: int | None = None
+    num_kv_heads: int | None = None
 
     def __post_init__(self):
+        sizes = ("mel_bins", "num_frames", "merge_size", "sample_rate", "fft_size", "hop_length")
+        _check_numbers("speech", self, sizes, ("layer_norm_eps", "rope_theta"))
         if self.num_frames > MAX_FRAMES:
             raise ConfigError(f"speech: num_frames {self.num_frames} exceeds {MAX_FRAMES}")
         if self.num_frames % (2 * self.merge_size):
@@ -309,6 +337,8 @@ class TextConfig(EncoderWidths):
     head_dim: int | None = None
 
     def __post_init__(self):
+        sizes = ("vocab_size", "max_position_embeddings")
+        _check_numbers("text", self, sizes, ("layer_norm_eps",))
         if self.pooler not in (None, "tanh", "relu"):
             raise ConfigError(
                 f"text: pooler must be 'tanh', 'relu' or None, not {self.pooler!r:.60}"
@@ -348,6 +378,19 @@ class GLMConfig:
                     f"{self.name}: {token} {placeholder} must be below vocab_size "
                     f"{self.decoder.vocab_size}"
                 )
+
+
+def _check_numbers(part: str, config: Any, sizes: Iterable[str], scales: Iterable[str]) -> None:
+    """Refuses sizes below 1, and scales that are 0 or infinite in float32."""
+    for name in sizes:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{part}: {name} {getattr(config, name)} must be at least 1")
+    for name in scales:
+        low, high = SCALES
+        if not low <= getattr(config, name) <= high:
+            raise ConfigError(
+                f"{part}: {name} {getattr(config, name)} must be in {low:g}..{high:g}"
+            )
 
 
 def _of_layer(value: int | tuple[int, ...], layer: int, field: str, part: str = "decoder") -> int:

@@ -148,16 +148,16 @@ class PhoneModel:
           The new tokens.
 
         Raises:
-          DataError: as `embed`, or prompt and answer do not fit the cache.
+          DataError: as `embed`, prompt and answer do not fit the cache, or scores are not finite.
         """
         embedded = self.embed(tokens, image, audio)
         logits, cache = self.extend(embedded, 0, self.empty_cache())
-        generated = [int(logits[-1].argmax())]
+        generated = [_best(logits[-1])]
         while len(generated) < max_new_tokens and generated[-1] not in self.config.eos_token_ids:
             slot = len(embedded) + len(generated) - 1
             last = self.run("embed", tokens=np.array([generated[-1:]], np.int32))["embeddings"][0]
             logits, cache = self.extend(last, slot, cache)
-            generated.append(int(logits[-1].argmax()))
+            generated.append(_best(logits[-1]))
         return generated
 
     def extend(
@@ -401,6 +401,20 @@ def _compiled(
     """The functions of a model, compiled once however many of its files are compared with them."""
     offered = signatures(model, lengths, cache_slots, prefill_logits)
     return {signature.name: jax.jit(signature.function) for signature in offered}
+
+
+def _best(scores: np.ndarray) -> int:
+    """The top-1 token of scores [V].
+
+    Raises:
+      DataError: they are not finite, so that none is the best.
+    """
+    if not np.isfinite(scores).all():
+        raise DataError(
+            "the exported model's scores are NaN or infinite, so no token is the best; its weights "
+            "or its inputs are damaged"
+        )
+    return int(scores.argmax())
 
 
 def _place(embedded: np.ndarray, placeholder: np.ndarray, features: np.ndarray) -> None:

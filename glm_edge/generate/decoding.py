@@ -9,6 +9,7 @@ tokens take the slots after. Lengths are rounded up (`bucket`), so that few of t
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from glm_edge.errors import DataError
 from glm_edge.generate.early_exit import EarlyExit, run_until_sure
 from glm_edge.generate.prompts import (
     Prompt,
+    check_context,
     check_placeholders,
     count_placeholders,
     prompt_mask,
@@ -71,6 +73,7 @@ class DecodeState:
       in_prompt: bool [B, V], see `glm_edge.generate.sampling`, or None.
       counts: int32 [B, V], likewise.
       layers: int32 [B], layers that gave `logits`, or None.
+      finite: bool [B], False once scores of a row that had not stopped were NaN or infinite.
     """
 
     cache: Any
@@ -84,6 +87,7 @@ class DecodeState:
     in_prompt: Array | None
     counts: Array | None
     layers: Array | None = None
+    finite: Array | None = None
 
 
 def generate(
@@ -102,6 +106,7 @@ def generate(
     return_logits: bool = False,
     early_exit: EarlyExit | None = None,
     vision_tokens: VisionTokens | None = None,
+    beyond_context: bool = False,
 ) -> Generation:
     """Continues a batch of prompts until each row has stopped or holds `max_new_tokens`.
 
@@ -126,15 +131,17 @@ def generate(
       return_logits: also return the scores.
       early_exit: from `glm_edge.generate.early_exit`; None runs all layers for each token.
       vision_tokens: from `glm_edge.generate.drop_vision_tokens`; None keeps all.
+      beyond_context: allows more positions than `max_position_embeddings`, on which the model was
+        not trained.
 
     Returns:
       The tokens, their number in each row, and the scores when asked for.
 
     Raises:
-      DataError: prompts, mask or stop tokens do not fit each other or the model, or a cache cannot
-        be of that type.
+      DataError: prompts, mask or stop tokens do not fit each other or the model, prompt and answer
+        exceed its context, a cache cannot be of that type, or scores are NaN or infinite.
     """
-    prompt = Prompt.of(model.config, tokens, valid, max_new_tokens)
+    prompt = Prompt.of(model.config, tokens, valid, max_new_tokens, beyond_context)
     inputs = (images, audio, audio_frames)
     state = start(model, params, prompt, *inputs, sampling, rng, cache_dtype, vision_tokens)
     stops = stops_of(model, stop_tokens)
@@ -150,6 +157,7 @@ def generate(
         return_logits,
         early_exit,
     )
+    _check_scores(jax.device_get(state.finite))
     found = found[:, :max_new_tokens]
     lengths = jnp.argmax(jnp.isin(found, stops), axis=1)
     lengths = jnp.where(state.stopped, lengths, max_new_tokens).astype(jnp.int32)
@@ -172,6 +180,7 @@ def stream(
     cache_dtype: Any = jnp.float32,
     early_exit: EarlyExit | None = None,
     vision_tokens: VisionTokens | None = None,
+    beyond_context: bool = False,
 ) -> Iterator[np.ndarray]:
     """Yields what `generate` returns, token by token, and ends when every row has stopped.
 
@@ -190,6 +199,7 @@ def stream(
       cache_dtype: type of cached keys and values.
       early_exit: or None.
       vision_tokens: or None.
+      beyond_context: allows more positions than the model was trained on.
 
     Yields:
       int32 [B]; a row that has stopped repeats its stop token.
@@ -197,13 +207,14 @@ def stream(
     Raises:
       DataError: as in `generate`.
     """
-    prompt = Prompt.of(model.config, tokens, valid, max_new_tokens)
+    prompt = Prompt.of(model.config, tokens, valid, max_new_tokens, beyond_context)
     stops = stops_of(model, stop_tokens)
     inputs = (images, audio, audio_frames)
     state = start(model, params, prompt, *inputs, sampling, rng, cache_dtype, vision_tokens)
     state = with_first_token(model, state, sampling, stops, early_exit)
     for remaining in range(max_new_tokens - 1, -1, -1):
-        token, stopped = jax.device_get((state.token, state.stopped))
+        token, stopped, finite = jax.device_get((state.token, state.stopped, state.finite))
+        _check_scores(finite)
         yield token
         if not remaining or stopped.all():
             return
@@ -238,10 +249,35 @@ def greedy(
     ).tokens
 
 
+def stop_ids(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
+    """The tokens that end a row: those given, or the configuration's.
+
+    Raises:
+      DataError: what is given is not a sequence of the model's tokens.
+    """
+    if stop_tokens is None:
+        return model.config.eos_token_ids
+    size = model.config.decoder.vocab_size
+    try:
+        stops = tuple(operator.index(token) for token in stop_tokens)
+    except TypeError as error:
+        raise DataError(f"stop_tokens must be token ids, got {stop_tokens!r:.60}") from error
+    if outside := [token for token in stops if not 0 <= token < size]:
+        raise DataError(f"stop_tokens: {outside[0]} is not in 0..{size - 1}")
+    return stops
+
+
 def stops_of(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> Array:
-    """The tokens that end a row: those given, or the configuration's."""
-    stops = model.config.eos_token_ids if stop_tokens is None else stop_tokens
-    return jnp.asarray(tuple(stops), jnp.int32)
+    """`stop_ids` as an array."""
+    return jnp.asarray(stop_ids(model, stop_tokens), jnp.int32)
+
+
+def _check_scores(finite: np.ndarray) -> None:
+    if not finite.all():
+        raise DataError(
+            f"prompt {int(np.argmin(finite))}: the model's scores are NaN or infinite, so no token "
+            "is the best; its weights or its inputs are damaged"
+        )
 
 
 def start(
@@ -257,6 +293,8 @@ def start(
     vision_tokens=None,
 ) -> DecodeState:
     """Runs the prompts and prepares what the rules of `sampling` need."""
+    if not isinstance(sampling, Sampling):
+        raise DataError(f"sampling must be a Sampling, got {sampling!r:.60}")
     batch = len(prompt.tokens)
     how = keep = None
     if vision_tokens is not None and images is not None:
@@ -281,7 +319,10 @@ def start(
         how,
         keep,
     )
-    check_placeholders(jax.device_get(counts))
+    counts, position = jax.device_get((counts, state.position))
+    check_placeholders(counts)
+    if prompt.new_tokens is not None:
+        check_context(model.config, position + 1, prompt.new_tokens)
     return state
 
 
@@ -314,8 +355,11 @@ def _cache_dtype(dtype: Any) -> str:
 
 def _row_keys(rng: Array, batch: int) -> Array:
     """A key for each row: those given, or one derived from the row's number."""
-    if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-        rng = jax.random.wrap_key_data(rng)
+    try:
+        if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+            rng = jax.random.wrap_key_data(rng)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"rng must be a key, as jax.random.key(0), got {rng!r:.60}") from error
     if rng.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(batch))
     if rng.shape != (batch,):
@@ -379,6 +423,7 @@ def _prefill(
         keys=keys,
         in_prompt=vocabulary.at[rows, tokens].max(valid) > 0 if penalized[0] else None,
         counts=vocabulary if any(penalized) else None,
+        finite=jnp.ones(batch, bool),
     )
     return state, count_placeholders(model.config, tokens, valid, encoded, audio_frames)
 
@@ -390,6 +435,7 @@ def _choose(state: DecodeState, sampling: Sampling, stops: Array) -> DecodeState
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.index)
     token = sample(state.logits, sampling, keys, state.in_prompt, state.counts)
     token = jnp.where(state.stopped, state.token, token)
+    finite = state.finite & (state.stopped | jnp.isfinite(state.logits).all(axis=1))
     counts = state.counts
     if counts is not None:
         counts = counts.at[jnp.arange(token.size), token].add(1)
@@ -400,6 +446,7 @@ def _choose(state: DecodeState, sampling: Sampling, stops: Array) -> DecodeState
         stopped=state.stopped | jnp.isin(token, stops),
         index=state.index + 1,
         counts=counts,
+        finite=finite,
     )
 
 

@@ -3,6 +3,7 @@
 Letters of shapes: `B` rows, `T` tokens of a prompt, `S` cache slots, `D` hidden size, `M` features.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from glm_edge.configs import GLMConfig
 from glm_edge.errors import DataError
 from glm_edge.models.multimodal import audio_features
 
+# A cache of more slots than this would not fit any device.
+MAX_NEW_TOKENS = 1 << 20
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -23,14 +27,23 @@ class Prompt:
       tokens: int32 [B, T]; at padding a token that is no placeholder.
       valid: bool [B, T], False at padding.
       room: cache slots for generated tokens.
+      new_tokens: tokens for which positions must be left, or None where they may run out.
     """
 
     tokens: np.ndarray
     valid: np.ndarray
     room: int
+    new_tokens: int | None = None
 
     @classmethod
-    def of(cls, config: GLMConfig, tokens: Any, valid: Any, max_new_tokens: int) -> "Prompt":
+    def of(
+        cls,
+        config: GLMConfig,
+        tokens: Any,
+        valid: Any,
+        max_new_tokens: int,
+        beyond_context: bool = False,
+    ) -> "Prompt":
         """Checks prompts and pads them.
 
         Args:
@@ -38,12 +51,14 @@ class Prompt:
           tokens: int [B, T].
           valid: bool [B, T], or None when there is no padding.
           max_new_tokens: tokens to generate at most.
+          beyond_context: positions may exceed those that the model was trained on.
 
         Raises:
           DataError: prompts and mask do not fit each other or the model.
         """
-        tokens = np.asarray(tokens)
-        valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid, bool)
+        max_new_tokens = _count(max_new_tokens)
+        tokens = _rows(tokens, "prompts")
+        valid = np.ones(tokens.shape, bool) if valid is None else _rows(valid, "valid") != 0
         if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
             raise DataError(
                 f"prompts must be integers [rows, tokens], found {tokens.dtype} {tokens.shape}"
@@ -52,13 +67,14 @@ class Prompt:
             raise DataError(f"valid has shape {valid.shape}, the prompts {tokens.shape}")
         if not valid.any(axis=1).all():
             raise DataError(f"prompt {int(np.argmin(valid.any(axis=1)))} holds padding only")
-        if max_new_tokens < 1:
-            raise DataError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         known = (tokens >= 0) & (tokens < config.decoder.vocab_size)
         if not known[valid].all():
             raise DataError(
                 f"token {tokens[valid & ~known][0]} is not in 0..{config.decoder.vocab_size - 1}"
             )
+        # With images, three-dimensional positions fall behind the tokens: they are checked later.
+        if not (beyond_context or config.decoder.mrope_section):
+            check_context(config, valid.sum(axis=1), max_new_tokens)
         # Padding must not take the place of an image or a recording, whatever its token is.
         placeholders = (config.image_token_id, config.audio_token_id)
         filler = next(token for token in range(3) if token not in placeholders)
@@ -67,7 +83,54 @@ class Prompt:
             np.pad(np.where(valid, tokens, filler).astype(np.int32), extra, constant_values=filler),
             np.pad(valid, extra),
             bucket(max_new_tokens),
+            None if beyond_context else max_new_tokens,
         )
+
+
+def check_context(config: GLMConfig, lengths: np.ndarray, new_tokens: int) -> None:
+    """Refuses what exceeds the positions that a model was trained on.
+
+    Args:
+      config: of the model.
+      lengths: [B], positions that each prompt takes.
+      new_tokens: tokens to generate at most.
+
+    Raises:
+      DataError: a prompt and its answer take more than `max_position_embeddings`.
+    """
+    context, longest = config.decoder.max_position_embeddings, int(np.max(lengths))
+    if longest + new_tokens > context:
+        room = context - longest
+        cure = f"pass max_new_tokens={room} at most" if room > 0 else "shorten the prompt"
+        raise DataError(
+            f"a prompt of {longest} positions and {new_tokens} new tokens exceed the {context} "
+            f"positions of the model (max_position_embeddings); {cure}, or beyond_context=True "
+            "to go on with worse answers"
+        )
+
+
+def _count(value: Any) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError as error:
+        raise DataError(f"max_new_tokens must be an integer, got {value!r:.60}") from error
+    if not 1 <= count <= MAX_NEW_TOKENS:
+        raise DataError(
+            f"max_new_tokens must be at least 1 and at most {MAX_NEW_TOKENS}, got {count}"
+        )
+    return count
+
+
+def _rows(values: Any, name: str) -> np.ndarray:
+    try:
+        rows = np.asarray(values)
+    except ValueError as error:
+        raise DataError(
+            f"{name} must be rows of one length; pad them and say where in valid"
+        ) from error
+    if rows.dtype.kind not in "biuf":
+        raise DataError(f"{name} must be numbers [rows, tokens], found {rows.dtype} {rows.shape}")
+    return rows
 
 
 def count_placeholders(

@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from glm_edge.errors import ConfigError
-from glm_edge.generate.decoding import stream
+from glm_edge.generate.decoding import stop_ids, stream
 from glm_edge.models.multimodal import MultimodalGLM
 
 _REPLACEMENT = "\ufffd"
@@ -139,10 +137,9 @@ def stream_text(
       ConfigError: a stop string is empty.
       DataError: the prompt does not fit the model.
     """
-    stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
+    stops = stop_ids(model, stop_tokens)
     text = TextStream(tokenizer, stop_strings, skip_special_tokens)
-    tokens = np.asarray(prompt)[None]
-    for (token,) in stream(model, params, tokens, stop_tokens=stops, **options):
+    for (token,) in stream(model, params, [prompt], stop_tokens=stop_tokens, **options):
         if token in stops:
             break
         if piece := text.push(token):

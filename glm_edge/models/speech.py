@@ -15,7 +15,7 @@ from glm_edge.params.sharding import constrain
 
 
 class SpeechAttention(nn.Module):
-    """Full attention with half-split partial rotary positions; keys have no bias."""
+    """Full grouped-query attention with half-split partial rotary positions, no bias for keys."""
 
     config: SpeechConfig
     layer: int
@@ -25,16 +25,18 @@ class SpeechAttention(nn.Module):
     def __call__(self, x: Array, angle: Array) -> Array:
         config = self.config
 
-        count, width = config.heads(self.layer), config.head_size
+        count, shared = config.heads(self.layer), config.kv_heads(self.layer)
+        width = config.head_size
 
-        def project(name: str, use_bias: bool) -> Array:
-            projected = Linear(count * width, use_bias, self.compute, name=name)(x)
-            projected = projected.reshape(*x.shape[:2], count, width)
-            return constrain(projected, "batch", "length", "heads", "head_dim")
+        def project(name: str, heads: int, axis: str, use_bias: bool) -> Array:
+            projected = Linear(heads * width, use_bias, self.compute, name=name)(x)
+            projected = projected.reshape(*x.shape[:2], heads, width)
+            return constrain(projected, "batch", "length", axis, "head_dim")
 
-        query = rotary.rotate_half(project("q_proj", True), angle)
-        key = rotary.rotate_half(project("k_proj", False), angle)
-        mixed = attention_kernels.attention(query, key, project("v_proj", True))
+        query = rotary.rotate_half(project("q_proj", count, "heads", True), angle)
+        key = rotary.rotate_half(project("k_proj", shared, "kv_heads", False), angle)
+        value = project("v_proj", shared, "kv_heads", True)
+        mixed = attention_kernels.attention(query, key, value)
         mixed = gated(self, "heads", mixed).reshape(*x.shape[:2], count * width)
         return Linear(config.hidden_size, True, self.compute, name="o_proj")(mixed)
 

@@ -3,8 +3,7 @@
 import functools
 import math
 import os
-import wave
-from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,92 +11,110 @@ import numpy as np
 from glm_edge.configs import SpeechConfig
 from glm_edge.errors import DataError
 from glm_edge.kernels.log_mel import log_mel
-from glm_edge.preprocess.processing import AudioProcessing
+from glm_edge.preprocess.processing import RATES, AudioProcessing
+from glm_edge.preprocess.riff import read_wav
 
 FILTER_ZEROS = 32
 KAISER_BETA = 8.6
 PASSBAND = 0.95
+WINDOW_STEPS = 1 << 15
+# Full scale is 1. Mixing goes somewhat beyond it; samples that were never divided go far beyond it.
+LOUDEST = 16.0
+MAX_SAMPLES = 1 << 27
+# Taps that are computed, and samples that are gathered, at one time.
+BLOCK = 1 << 20
 
 
-def load_wav(path: str | os.PathLike) -> tuple[np.ndarray, int]:
+def load_wav(source: str | os.PathLike | bytes) -> tuple[np.ndarray, int]:
     """Reads a recording; several channels are averaged.
 
+    Sizes that a phone or ffmpeg left unknown (0, 0xFFFFFFFF) reach to the end of the file.
+
     Args:
-      path: of a WAV file with 16-bit PCM samples.
+      source: path of a WAV file with PCM samples of 8, 16, 24 or 32 bits or floats of 32 or 64
+        bits, or its bytes.
 
     Returns:
-      `(samples, rate)`: float32 [L] in -1..1, and samples a second.
+      `(samples, rate)`: float32 [L] in -1..1, and samples per second.
 
     Raises:
       DataError: the file is missing, truncated, empty, or not such a recording.
     """
-    file = Path(path)
-    try:
-        with wave.open(str(file), "rb") as recording:
-            width, channels = recording.getsampwidth(), recording.getnchannels()
-            rate, count = recording.getframerate(), recording.getnframes()
-            raw = recording.readframes(count)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (wave.Error, EOFError, RuntimeError) as error:
-        reason = str(error) or "it ends too early"
-        raise DataError(f"{file}: not a WAV file of 16-bit PCM: {reason}") from error
-    if width != 2:
-        raise DataError(f"{file}: has {8 * width} bits a sample; 16-bit PCM is needed")
-    if rate < 1 or channels < 1:
-        raise DataError(f"{file}: claims {rate} samples a second in {channels} channels")
-    if len(raw) != count * channels * width:
-        found = len(raw) // (channels * width)
-        raise DataError(f"{file}: is truncated: {found} of {count} samples are there")
-    if not count:
-        raise DataError(f"{file}: holds no samples")
-    samples = np.frombuffer(raw, "<i2").reshape(count, channels).astype(np.float32) / 32768.0
-    return samples.mean(axis=1), rate
+    return read_wav(source)
 
 
 def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """Changes the sampling rate with a Kaiser-windowed sinc filter, one phase at a time.
+    """Changes the sampling rate with a Kaiser-windowed sinc filter.
 
     Args:
       samples: [L] at `rate`.
-      rate: samples a second of `samples`.
-      target: samples a second wanted.
+      rate: samples per second of `samples`, 1,000 to 768,000.
+      target: samples per second wanted, likewise.
 
     Returns:
       float32 [ceil(L * target / rate)].
 
     Raises:
-      DataError: samples are not one finite row, or a rate is not a positive integer.
+      DataError: samples are not one finite row in -1..1, a rate is not an integer of that range,
+        or the result would have more than 2**27 samples.
 
     References:
       Smith, Digital audio resampling, https://ccrma.stanford.edu/~jos/resample/.
     """
     samples = _checked(samples, 1)
-    for name, value in (("rate", rate), ("target", target)):
-        if int(value) != value or value < 1:
-            raise DataError(f"{name} must be a positive number of samples a second, not {value}")
-    rate, target = int(rate), int(target)
+    rate, target = _rate(rate, "rate"), _rate(target, "target")
     if rate == target:
         return samples
     divisor = math.gcd(rate, target)
     up, down = target // divisor, rate // divisor
+    count = -(-len(samples) * up // down)
+    if count > MAX_SAMPLES:
+        raise DataError(
+            f"{len(samples)} samples at rate {rate} would become {count} at {target}; at most "
+            f"{MAX_SAMPLES} are made, resample a part at a time"
+        )
     cutoff = min(1.0, target / rate) * PASSBAND
     reach = math.ceil(FILTER_ZEROS / cutoff)
-    count = -(-len(samples) * up // down)
-    padded = np.pad(samples, (reach, reach + 1))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
+    bank = _filter_bank(min(up, count), up, down, cutoff, reach)
+    windows = np.lib.stride_tricks.sliding_window_view(
+        np.pad(samples, (reach, reach + 1)), bank.shape[1]
+    )
     resampled = np.empty(count, np.float32)
-    for phase in range(min(up, count)):
-        # Output `phase + k * up` lies at input `(phase * down) / up + k * down`.
-        whole, part = divmod(phase * down, up)
-        outputs = resampled[phase::up]
-        taps = _sinc(np.arange(-reach, reach + 1) - part / up, cutoff, reach)
-        outputs[:] = windows[whole::down][: len(outputs)] @ taps
+    step = max(1, BLOCK // bank.shape[1])
+    for start in range(0, count, step):
+        # Output n lies at input n * down / up; outputs `up` apart have the same taps.
+        outputs = np.arange(start, min(start + step, count))
+        gathered = windows[outputs * down // up]
+        resampled[outputs] = np.einsum("nt,nt->n", gathered, bank[outputs % up])
     return resampled
 
 
+def _steps() -> np.ndarray:
+    return np.linspace(0.0, 1.0, WINDOW_STEPS)
+
+
+@functools.cache
+def _kaiser() -> np.ndarray:
+    return np.i0(KAISER_BETA * np.sqrt(1.0 - _steps() ** 2))
+
+
+def _filter_bank(phases: int, up: int, down: int, cutoff: float, reach: int) -> np.ndarray:
+    """Taps of the first outputs, float32 [phases, 2 * reach + 1], each row of unit gain."""
+    around = np.arange(-reach, reach + 1)
+    bank = np.empty((phases, around.size), np.float32)
+    step = max(1, BLOCK // around.size)
+    for start in range(0, phases, step):
+        phase = np.arange(start, min(start + step, phases))
+        offset = around - (phase * down % up / up)[:, None]
+        # The window is smooth in its table's steps: what lies between is right to 1e-8.
+        window = np.interp(np.abs(offset) / (reach + 1), _steps(), _kaiser())
+        taps = np.sinc(cutoff * offset) * window
+        bank[phase] = taps / taps.sum(axis=1, keepdims=True)
+    return bank
+
+
 def prepare_audio(samples: np.ndarray, config: SpeechConfig) -> np.ndarray:
-    """Makes the log-mel frames that a model reads: silence is added or the end cut off.
+    """Makes the log-mel frames that a model reads; silence is added at the end.
 
     Args:
       samples: [L] or [B, L] at `config.sample_rate`, in -1..1.
@@ -107,13 +124,14 @@ def prepare_audio(samples: np.ndarray, config: SpeechConfig) -> np.ndarray:
       float32 [num_frames, mel_bins] or [B, num_frames, mel_bins].
 
     Raises:
-      DataError: samples are of another shape, empty, or not finite.
+      DataError: samples are of another shape, empty, not finite, or more than the model hears.
     """
     samples = np.asarray(samples)
     rows = _checked(samples, samples.ndim if samples.ndim in (1, 2) else 1)
     rows = rows.reshape(-1, rows.shape[-1])
     length = config.num_frames * config.hop_length
-    rows = np.pad(rows[:, :length], ((0, 0), (0, max(0, length - rows.shape[1]))))
+    _check_length(rows.shape[1], length, config.sample_rate)
+    rows = np.pad(rows, ((0, 0), (0, length - rows.shape[1])))
     mel = np.asarray(
         _compiled_log_mel()(
             rows, config.mel_bins, config.fft_size, config.hop_length, config.sample_rate
@@ -128,7 +146,7 @@ def prepare_recording(
     """Cuts a recording into chunks and makes the log-mel frames of each, silence after the last.
 
     Args:
-      samples: [L] at `processing.sample_rate`, in -1..1; what exceeds `max_s` is left out.
+      samples: [L] at `processing.sample_rate`, in -1..1.
       processing: the parameters.
 
     Returns:
@@ -136,11 +154,12 @@ def prepare_recording(
       of each chunk that are not silence added here.
 
     Raises:
-      DataError: samples are not one finite row, or too short for a single feature.
+      DataError: samples are not one finite row, too short for a single feature, or more than the
+        chunks that the model hears.
     """
     row = _checked(samples, 1)
     length, hop = processing.chunk_samples, processing.hop_length
-    row = row[: processing.max_chunks * length]
+    _check_length(len(row), processing.max_chunks * length, processing.sample_rate)
     count = -(-len(row) // length)
     lengths = np.full(count, length)
     lengths[-1] = len(row) - (count - 1) * length
@@ -166,19 +185,42 @@ def _compiled_log_mel():
     return jax.jit(log_mel, static_argnums=(1, 2, 3, 4))
 
 
-def _sinc(offset: np.ndarray, cutoff: float, reach: int) -> np.ndarray:
-    """Taps at `offset` samples from the centre, of unit gain at zero frequency."""
-    window = np.i0(KAISER_BETA * np.sqrt(np.maximum(0.0, 1.0 - (offset / (reach + 1)) ** 2)))
-    taps = np.sinc(cutoff * offset) * window
-    return (taps / taps.sum()).astype(np.float32)
+def _check_length(count: int, limit: int, rate: int) -> None:
+    if count > limit:
+        raise DataError(
+            f"a recording of {count} samples ({count / rate:.2f} s) is longer than the {limit} "
+            f"({limit / rate:.2f} s) that this model hears; cut it, as in samples[:{limit}]"
+        )
+
+
+def _rate(value: Any, name: str) -> int:
+    low, high = RATES
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(
+        value, bool
+    )
+    if not number or not low <= value <= high or value != int(value):
+        raise DataError(
+            f"{name} must be a whole number of samples per second in {low}..{high}, "
+            f"not {value!r:.60}"
+        )
+    return int(value)
 
 
 def _checked(samples: np.ndarray, axes: int) -> np.ndarray:
-    samples = np.asarray(samples)
+    try:
+        samples = np.asarray(samples)
+    except ValueError as error:
+        raise DataError(f"samples must be one row of numbers: {error}") from error
     if samples.ndim != axes or 0 in samples.shape:
         raise DataError(f"samples must be one row, not empty, found {list(samples.shape)}")
     if not np.issubdtype(samples.dtype, np.floating):
         raise DataError(f"samples must be floats in -1..1, found {samples.dtype}")
-    if not np.isfinite(samples).all():
+    loudest = np.max(np.abs(samples))
+    if not np.isfinite(loudest):
         raise DataError("samples hold NaN or infinity")
+    if loudest > LOUDEST:
+        raise DataError(
+            f"samples reach {loudest:g}; floats in -1..1 are needed: divide 16-bit integers by "
+            "32768"
+        )
     return samples.astype(np.float32)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import tokenizers
 
+from glm_edge.configs.stop_tokens import token_ids
 from glm_edge.errors import CheckpointError, ConfigError
 from glm_edge.preprocess.processing import (
     GLM4V,
@@ -23,6 +24,7 @@ from glm_edge.preprocess.processing import (
 GLM_EDGE_VOCAB = 59264
 FAMILY_OF_TYPE = {"glm4": "glm_4_0414", "glm4v": "glm_4_1v", "glmasr": "glm_asr"}
 SMART_TYPES = ("glm4v", "glm46v", "glm_ocr")
+LARGEST_NUMBER = 1e300
 RESAMPLE_CODES = {2: "bilinear", 3: "bicubic"}
 # Processors of Hugging Face: how they reach a size, and their default filter. A suffix Fast or Pil
 # changes nothing here.
@@ -34,6 +36,13 @@ IMAGE_PROCESSORS = {
 }
 VIDEO_PROCESSOR = "Glm4vVideoProcessor"
 AUDIO_PROCESSOR = "WhisperFeatureExtractor"
+AUDIO_FIELDS = {
+    "mel_bins": "feature_size",
+    "sample_rate": "sampling_rate",
+    "fft_size": "n_fft",
+    "hop_length": "hop_length",
+    "chunk_s": "chunk_length",
+}
 
 
 Processing = TypeVar("Processing", bound=ImageProcessing)
@@ -86,8 +95,9 @@ def read_video_processing(directory: Path, base: VideoProcessing) -> VideoProces
     if kind != VIDEO_PROCESSOR:
         return None
     processing = _image_fields(fields, where, base)
-    return dataclasses.replace(
+    return _replaced(
         processing,
+        where,
         fps=_number(fields, where, "fps", base.fps),
         max_duration_s=_number(fields, where, "max_duration", base.max_duration_s),
     )
@@ -98,19 +108,14 @@ def read_audio_processing(directory: Path, base: AudioProcessing) -> AudioProces
     fields, where = _section(directory, "feature_extractor")
     _expect(fields, where, "feature_extractor_type", AUDIO_PROCESSOR)
     if "feature_extractor_type" in fields:
-        base = dataclasses.replace(base, silence=False, max_s=GLM_ASR.max_s)
+        base = _replaced(base, where, silence=False, max_s=GLM_ASR.max_s)
     for field in ("dither", "padding_value", "do_normalize"):
         _expect(fields, where, field, 0)
-    names = {
-        "mel_bins": "feature_size",
-        "sample_rate": "sampling_rate",
-        "fft_size": "n_fft",
-        "hop_length": "hop_length",
-        "chunk_s": "chunk_length",
+    values: dict[str, Any] = {
+        field: _integer(fields, where, AUDIO_FIELDS[field], getattr(base, field))
+        for field in ("mel_bins", "sample_rate", "fft_size", "hop_length")
     }
-    values = {
-        field: _number(fields, where, name, getattr(base, field)) for field, name in names.items()
-    }
+    values["chunk_s"] = _number(fields, where, AUDIO_FIELDS["chunk_s"], base.chunk_s)
     if values["mel_bins"] != base.mel_bins:
         raise ConfigError(
             f"{where}: field 'feature_size' is {values['mel_bins']}; "
@@ -118,7 +123,7 @@ def read_audio_processing(directory: Path, base: AudioProcessing) -> AudioProces
         )
     file = directory / "processor_config.json"
     values["max_s"] = _number(read_json(file), str(file), "max_audio_len", base.max_s)
-    return dataclasses.replace(base, **values)
+    return _replaced(base, where, **values)
 
 
 def _section(directory: Path, name: str, *files: str) -> tuple[dict[str, Any], str]:
@@ -172,13 +177,19 @@ def _image_fields(fields: dict[str, Any], where: str, base: Processing) -> Proce
     for field, name in (("mean", "image_mean"), ("std", "image_std")):
         numbers = fields.get(name)
         if numbers is not None:
-            if not isinstance(numbers, list) or not all(_is_number(n) for n in numbers):
-                raise ConfigError(f"{where}: field {name!r} is {numbers!r}; it must be numbers")
-            values[field] = tuple(float(n) for n in numbers)
+            channels = len(base.mean)
+            if not isinstance(numbers, list) or not all(map(_is_number, numbers)):
+                raise ConfigError(f"{where}: field {name!r} is {numbers!r:.90}; it must be numbers")
+            if len(numbers) != channels:
+                raise ConfigError(
+                    f"{where}: field {name!r} holds {len(numbers)} numbers; images have {channels} "
+                    "channels"
+                )
+            values[field] = tuple(map(float, numbers))
     for field in ("patch_size", "temporal_patch_size", "merge_size"):
         _expect(fields, where, field, getattr(base, field))
     values.update(_size_fields(fields, where, values.get("sizing", base.sizing)))
-    return dataclasses.replace(base, **values)
+    return _replaced(base, where, **values)
 
 
 def _size_fields(fields: dict[str, Any], where: str, sizing: str) -> dict[str, Any]:
@@ -189,18 +200,30 @@ def _size_fields(fields: dict[str, Any], where: str, sizing: str) -> dict[str, A
         names, field_names = ("shortest_edge", "longest_edge"), ("min_pixels", "max_pixels")
     else:
         names, field_names = ("height", "width"), None
-    if not isinstance(size, dict) or not all(_is_number(size.get(name)) for name in names):
+    if not isinstance(size, dict) or not all(type(size.get(name)) is int for name in names):
         raise ConfigError(
-            f"{where}: field 'size' is {size!r}; it must give {names[0]} and {names[1]} in pixels"
+            f"{where}: field 'size' is {size!r:.90}; it must give {names[0]} and {names[1]} in "
+            "whole pixels"
         )
-    values = tuple(int(size[name]) for name in names)
+    values = tuple(size[name] for name in names)
     if min(values) < 1:
-        raise ConfigError(f"{where}: field 'size' is {size!r}; it must be positive")
+        raise ConfigError(f"{where}: field 'size' is {size!r:.90}; it must be positive")
     return dict(zip(field_names, values, strict=True)) if field_names else {"size": values}
 
 
+def _replaced(base: Any, where: str, **values: Any) -> Any:
+    """Replaces fields of a dataclass, whose own check says what is wrong; the file is added."""
+    try:
+        return dataclasses.replace(base, **values)
+    except ConfigError as error:
+        stored = [name for ours, name in AUDIO_FIELDS.items() if f" {ours} " in str(error)]
+        called = f"; the file calls it {stored[0]!r}" if stored else ""
+        raise ConfigError(f"{where}: {error}{called}") from error
+
+
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    # An integer may have more digits than a float can hold.
+    return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
 
 
 def _number(fields: dict[str, Any], where: str, name: str, default: float) -> float:
@@ -283,15 +306,15 @@ def read_encoders(directory: Path, config: Mapping[str, Any], tokenizer: Any) ->
             field: _integer(vision, where, names.get(field, field), getattr(GLM4V, field))
             for field in ("patch_size", "temporal_patch_size", "merge_size")
         }
-        values["image"] = read_image_processing(directory, dataclasses.replace(GLM4V, **sides))
+        values["image"] = read_image_processing(directory, _replaced(GLM4V, where, **sides))
         if kind == "glm4v":
-            base = dataclasses.replace(GLM4V_VIDEO, **sides)
+            base = _replaced(GLM4V_VIDEO, where, **sides)
             values["video"] = read_video_processing(directory, base)
         values["image_token"] = _token(config, where, tokenizer, "image_token_id", "<|image|>")
     elif kind == "glm" and vision:
         side = _integer(vision, where, "image_size", GLM_EDGE_V.size[0])
         patch_size = _integer(vision, where, "patch_size", GLM_EDGE_V.patch_size)
-        base = dataclasses.replace(GLM_EDGE_V, size=(side, side), patch_size=patch_size)
+        base = _replaced(GLM_EDGE_V, where, size=(side, side), patch_size=patch_size)
         values["image"] = read_image_processing(directory, base)
         if values["image"].size != base.size:
             raise ConfigError(
@@ -302,7 +325,7 @@ def read_encoders(directory: Path, config: Mapping[str, Any], tokenizer: Any) ->
         values["image_token"] = token
     elif kind == "glmasr":
         bins = _integer(speech, where, "num_mel_bins", GLM_ASR.mel_bins)
-        base = dataclasses.replace(GLM_ASR, mel_bins=bins)
+        base = _replaced(GLM_ASR, where, mel_bins=bins)
         values["audio"] = read_audio_processing(directory, base)
         values["audio_token"] = _token(config, where, tokenizer, "audio_token_id", "<|pad|>")
     return values
@@ -318,31 +341,21 @@ def read_pad_token_id(config: Mapping[str, Any], names: Mapping[str, Any], token
 
     Returns:
       Its id, 0 where none is named.
+
+    Raises:
+      ConfigError: a field holds something else than a token id.
     """
-    for source in (config, config.get("text_config") or {}):
-        if isinstance(source.get("pad_token_id"), int):
-            return source["pad_token_id"]
+    for source in sections(config):
+        if ids := token_ids(source.get("pad_token_id"), "config.json: field 'pad_token_id'"):
+            return ids[0]
     token = token_text(names.get("pad_token")) or token_text(names.get("eos_token"))
     return (tokenizer.token_to_id(token) if token else None) or 0
 
 
-def read_stop_token_ids(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Reads the tokens that end an answer: generation_config.json's, else config.json's.
-
-    Args:
-      directory: of the checkpoint.
-      config: fields of its config.json.
-
-    Returns:
-      Their ids.
-    """
-    generation = read_json(directory / "generation_config.json")
-    for source in (generation, config, config.get("text_config") or {}):
-        ids = source.get("eos_token_id")
-        ids = [ids] if isinstance(ids, int) else ids
-        if isinstance(ids, list) and all(isinstance(token, int) for token in ids):
-            return tuple(ids)
-    return ()
+def sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the objects of config.json that may name tokens, in the order in which they count."""
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, Mapping) else [config]
 
 
 def token_text(token: Any) -> str | None:

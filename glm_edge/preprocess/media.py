@@ -15,6 +15,8 @@ from glm_edge.preprocess.image import load_image
 from glm_edge.preprocess.vision import Video
 
 KINDS = ("image", "video", "audio")
+# How a file is given: its path or its bytes.
+FILE_TYPES = (str, os.PathLike, bytes, bytearray, memoryview)
 
 
 def gather(
@@ -59,18 +61,20 @@ def gather(
 
 def open_image(value: Any) -> np.ndarray:
     """Returns pixels [H, W, C] of an array, a Pillow image, a path, bytes or a data URL."""
-    if hasattr(value, "convert"):
-        return np.asarray(value.convert("RGB"))
-    if isinstance(value, str) and value.startswith("data:"):
-        return load_image(_decoded(value))
-    return load_image(_local(value)) if isinstance(value, str | bytes | os.PathLike) else value
+    value = _encoded(value, "image")
+    if hasattr(value, "convert") or isinstance(value, FILE_TYPES):
+        return load_image(value)
+    return value
 
 
 def open_recording(value: Any, sample_rate: int) -> np.ndarray:
-    """Returns samples [L] of an array, `(samples, rate)`, or the path of a WAV file."""
-    if isinstance(value, str | os.PathLike):
-        value = load_wav(_local(value))
+    """Returns samples [L] of an array or `(samples, rate)`, or of a WAV file as `open_image`'s."""
+    value = _encoded(value, "audio")
+    if isinstance(value, FILE_TYPES):
+        value = load_wav(value)
     if isinstance(value, tuple):
+        if len(value) != 2:
+            raise DataError(f"audio: a tuple must be (samples, rate), not of {len(value)} values")
         samples, rate = value
         return resample(samples, rate, sample_rate)
     return value
@@ -109,17 +113,23 @@ def _own(part: Mapping[str, Any], kind: str) -> Any:
     return None
 
 
-def _decoded(url: str) -> bytes:
+def _encoded(value: Any, kind: str) -> Any:
+    """Decodes a data URL and refuses other addresses; other values pass."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("data:"):
+        return _decoded(value, kind)
+    if "://" in value:
+        raise DataError(f"{value[:80]}: is not fetched; give the path of a file or the data itself")
+    return value
+
+
+def _decoded(url: str, kind: str) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma or not header.endswith(";base64"):
-        raise DataError("image: a data URL must be base64, as in data:image/png;base64,…")
+        example = {"image": "image/png", "audio": "audio/wav"}[kind]
+        raise DataError(f"{kind}: a data URL must be base64, as in data:{example};base64,…")
     try:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"image: the data URL is not base64: {error}") from error
-
-
-def _local(value: Any) -> Any:
-    if isinstance(value, str) and "://" in value:
-        raise DataError(f"{value[:80]}: is not fetched; give the path of a file or the data itself")
-    return value
+        raise DataError(f"{kind}: the data URL is not base64: {error}") from error

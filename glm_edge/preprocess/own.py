@@ -65,6 +65,17 @@ def read_encoders(directory: Path, config: GLMConfig, tokenizer: Any) -> dict[st
       ConfigError: a field asks for what this library does not do, or files contradict each other.
     """
     where = str(directory / "config.json")
+    try:
+        return _read_encoders(directory, config, tokenizer, where)
+    except ConfigError as error:
+        if str(error).startswith(str(directory)):
+            raise
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _read_encoders(
+    directory: Path, config: GLMConfig, tokenizer: Any, where: str
+) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if config.vision is not None:
         values["image"] = hugging_face.read_image_processing(directory, _image_base(config))

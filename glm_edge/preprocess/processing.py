@@ -1,15 +1,24 @@
 """Parameters of preprocessing, and what the families publish."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from glm_edge.configs import MAX_FRAMES, MAX_IMAGE_PIXELS, MAX_IMAGE_SIDE
 from glm_edge.errors import ConfigError
 from glm_edge.preprocess.resizing import FILTERS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIZINGS = ("smart", "stretch", "pad")
+# Samples per second that recordings have, from telephones to converters of studios.
+RATES = (1_000, 768_000)
+# Normalised pixels beyond this would overflow in the first product.
+LARGEST_PIXEL = 1e6
+# Values of the frames of a chunk, windows included.
+MAX_WINDOWED = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,42 @@ class ImageProcessing:
             )
         if self.sizing != "smart" and not self.size:
             raise ConfigError(f"image: sizing {self.sizing!r} needs a size (height, width)")
+        if self.size:
+            for name, side in zip(("height", "width"), self.size, strict=True):
+                _require_whole("image", name, side, 1, MAX_IMAGE_SIDE)
+            if math.prod(self.size) > MAX_IMAGE_PIXELS:
+                raise ConfigError(
+                    f"image: size {self.size} has more than {MAX_IMAGE_PIXELS} pixels"
+                )
+        # Budgets count a still image as two frames.
+        for name in ("min_pixels", "max_pixels"):
+            _require_whole("image", name, getattr(self, name), 1, 2 * MAX_IMAGE_PIXELS)
+        for name, low, high in (
+            ("patch_size", 1, 4096),
+            ("temporal_patch_size", 1, 64),
+            ("merge_size", 1, 64),
+            ("marker_tokens", 0, 64),
+        ):
+            _require_whole("image", name, getattr(self, name), low, high)
         if self.min_pixels > self.max_pixels:
             raise ConfigError(
                 f"image: min_pixels {self.min_pixels} must not exceed max_pixels {self.max_pixels}"
             )
+        self._check_normalisation()
+
+    def _check_normalisation(self) -> None:
         if len(self.mean) != len(self.std) or not all(self.std):
-            raise ConfigError(f"image: mean {self.mean} and std {self.std} must fit, std not be 0")
+            raise ConfigError(
+                f"image: mean {self.mean!s:.90} and std {self.std!s:.90} must fit, std not be 0"
+            )
+        with np.errstate(all="ignore"):
+            mean, std = (np.asarray(values, np.float32) for values in (self.mean, self.std))
+            largest = np.max(np.abs((np.float32([[0], [1]]) - mean) / std), initial=0.0)
+        if not largest <= LARGEST_PIXEL:
+            raise ConfigError(
+                f"image: mean {self.mean!s:.90} and std {self.std!s:.90} make pixels of "
+                f"{largest:g}; at most {LARGEST_PIXEL:g} are possible"
+            )
 
     @property
     def factor(self) -> int:
@@ -78,6 +117,11 @@ class VideoProcessing(ImageProcessing):
     fps: float = 2.0
     max_duration_s: float = 300.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        _require_number("video", "fps", self.fps, 1e-3, 240)
+        _require_number("video", "max_duration_s", self.max_duration_s, 1e-3, 36_000)
+
 
 @dataclass(frozen=True)
 class AudioProcessing:
@@ -96,6 +140,31 @@ class AudioProcessing:
     merge_size: int = 4
     silence: bool = False
 
+    def __post_init__(self):
+        for name, low, high in (
+            ("mel_bins", 1, 4096),
+            ("sample_rate", *RATES),
+            ("fft_size", 2, 1 << 16),
+            ("hop_length", 1, 1 << 16),
+            ("merge_size", 1, 64),
+        ):
+            _require_whole("audio", name, getattr(self, name), low, high)
+        for name in ("chunk_s", "max_s"):
+            _require_number("audio", name, getattr(self, name), 1e-3, 86_400)
+        if self.fft_size % 2:
+            raise ConfigError(f"audio: fft_size {self.fft_size} must be even")
+        if self.chunk_samples <= self.fft_size // 2 or not self.chunk_frames:
+            raise ConfigError(
+                f"audio: a chunk of {self.chunk_s} s is too short for windows of {self.fft_size} "
+                f"samples every {self.hop_length}"
+            )
+        if self.chunk_frames > MAX_FRAMES or self.chunk_frames * self.fft_size > MAX_WINDOWED:
+            raise ConfigError(
+                f"audio: a chunk of {self.chunk_s} s has {self.chunk_frames} frames of "
+                f"{self.fft_size} samples; at most {MAX_FRAMES} frames, and {MAX_WINDOWED} samples "
+                "in all, are computed at one time"
+            )
+
     @property
     def chunk_samples(self) -> int:
         """Samples of a chunk."""
@@ -108,7 +177,7 @@ class AudioProcessing:
 
     @property
     def max_chunks(self) -> int:
-        """Chunks of the longest recording; what follows is cut off."""
+        """Chunks of the longest recording; a longer one is refused."""
         return max(1, int(self.max_s // self.chunk_s))
 
     def num_tokens(self, audio_frames: np.ndarray) -> int:
@@ -118,6 +187,22 @@ class AudioProcessing:
             audio_frames = np.full_like(audio_frames, self.chunk_frames)
         halved = (audio_frames - 1) // 2 + 1
         return int(np.maximum((halved - self.merge_size) // self.merge_size + 1, 0).sum())
+
+
+def _require_whole(part: str, name: str, value: Any, low: int, high: int) -> None:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:
+        raise ConfigError(
+            f"{part}: {name} {value!r:.60} must be a positive integer, {low} to {high}"
+            if low
+            else f"{part}: {name} {value!r:.60} must be an integer, {low} to {high}"
+        )
+
+
+def _require_number(part: str, name: str, value: Any, low: float, high: float) -> None:
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise ConfigError(f"{part}: {name} {value!r:.60} must be a number, {low:g} to {high:g}")
 
 
 GLM4V = ImageProcessing()

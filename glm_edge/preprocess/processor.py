@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from glm_edge.configs.stop_tokens import read_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, DataError
 from glm_edge.preprocess import chat, hugging_face, media, own
 from glm_edge.preprocess.audio import prepare_recording
@@ -131,7 +132,7 @@ class Processor:
             template=template,
             **encoders,
             pad_token_id=hugging_face.read_pad_token_id(config, names, tokenizer),
-            stop_token_ids=hugging_face.read_stop_token_ids(directory, config),
+            stop_token_ids=read_stop_tokens(directory, *hugging_face.sections(config)),
             variables={name: token for name, token in tokens.items() if token is not None},
         )
 

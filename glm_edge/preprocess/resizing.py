@@ -9,6 +9,8 @@ from glm_edge.errors import DataError
 
 MAX_ASPECT_RATIO = 200
 COEFFICIENT_BITS = 22
+# Values that are summed at one time.
+BLOCK = 1 << 22
 FILTERS = {"bilinear": 1.0, "bicubic": 2.0}
 
 
@@ -118,13 +120,19 @@ def _resample_rows(image: np.ndarray, target: int, resample: str) -> np.ndarray:
     if target == image.shape[0]:
         return image
     first, weights = _integer_weights(image.shape[0], target, resample)
-    half = 1 << (COEFFICIENT_BITS - 1)
-    total = np.full((target, *image.shape[1:]), half, np.int32)
-    last = image.shape[0] - 1
-    for tap in range(weights.shape[1]):
-        rows = image[np.minimum(first + tap, last)]
-        total += rows.astype(np.int32) * weights[:, tap, None, None]
-    return np.clip(total >> COEFFICIENT_BITS, 0, 255).astype(np.uint8)
+    half, last = 1 << (COEFFICIENT_BITS - 1), image.shape[0] - 1
+    resized = np.empty((target, *image.shape[1:]), np.uint8)
+    # A few columns at a time: the sums are four times as large as the image.
+    step = max(1, BLOCK // (target * image.shape[2]))
+    for start in range(0, image.shape[1], step):
+        columns = image[:, start : start + step]
+        total = np.full((target, *columns.shape[1:]), half, np.int32)
+        for tap in range(weights.shape[1]):
+            rows = columns[np.minimum(first + tap, last)]
+            total += rows.astype(np.int32) * weights[:, tap, None, None]
+        levels = np.clip(total >> COEFFICIENT_BITS, 0, 255)
+        resized[:, start : start + step] = levels.astype(np.uint8)
+    return resized
 
 
 @functools.lru_cache(maxsize=32)

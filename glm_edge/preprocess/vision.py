@@ -6,6 +6,7 @@ Letters: `F` frames, `H`, `W` pixels, `C` channels.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,10 @@ def prepare_video(video: Video, processing: VideoProcessing) -> tuple[np.ndarray
         kept = sample_frames(len(frames), video.fps, processing, video.duration_s)
         frames, seconds = frames[kept], kept / video.fps
     else:
-        seconds = np.asarray(video.timestamps, np.float64)
+        try:
+            seconds = np.asarray(video.timestamps, np.float64)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"video: timestamps must be seconds: {error}") from error
         if seconds.shape != (len(frames),) or not np.isfinite(seconds).all():
             raise DataError(
                 f"video: timestamps must be finite [{len(frames)}], found {list(seconds.shape)}"
@@ -103,26 +107,32 @@ def sample_frames(
     """
     if num_frames < 1:
         raise DataError("video: it has no frames")
-    duration_s = num_frames / fps if duration_s is None and fps > 0 else duration_s
-    if not all(value and 0 < value < math.inf for value in (fps, duration_s)):
-        raise DataError(f"video: fps {fps} and duration {duration_s} s must be positive")
+    if duration_s is None and _is_positive(fps):
+        duration_s = num_frames / fps
+    if not _is_positive(fps) or not _is_positive(duration_s):
+        raise DataError(
+            f"video: fps {fps!r:.60} and duration {duration_s!r:.60} s must be positive numbers"
+        )
     last = num_frames - 1
     if duration_s <= processing.max_duration_s:
         count = max(int(duration_s * processing.fps), 1)
-        kept = [min(last, math.ceil(i * fps / processing.fps)) for i in range(count)]
+        kept = np.ceil(np.arange(count) * fps / processing.fps)
     else:
         count = int(processing.max_duration_s * processing.fps)
-        seconds = np.linspace(0, duration_s, count)
-        kept = [min(last, math.ceil(second * fps)) for second in seconds]
-        kept = kept if count < num_frames else range(num_frames)
-    kept = list(dict.fromkeys(kept))
-    return np.array(kept + kept[-1:] * (len(kept) % 2), np.int64)
+        kept = np.arange(num_frames)
+        if count < num_frames:
+            kept = np.ceil(np.linspace(0, duration_s, count) * fps)
+    kept = np.unique(np.minimum(kept, last).astype(np.int64))
+    return np.append(kept, kept[len(kept) - len(kept) % 2 :])
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float | np.integer | np.floating)
+    return number and 0 < value < math.inf
 
 
 def _prepare_floats(image: np.ndarray, processing: ImageProcessing) -> np.ndarray:
     pixels = check_pixels(image, "image", len(processing.mean))
-    if pixels.dtype == np.uint8:
-        pixels = pixels.astype(np.float32) / 255.0
     mean, std = np.float32(processing.mean), np.float32(processing.std)
     return (resize(pixels, processing.size) - mean) / std
 
@@ -155,7 +165,12 @@ def _normalise(pixels: np.ndarray, processing: ImageProcessing) -> np.ndarray:
     mean, std = np.float32(processing.mean), np.float32(processing.std)
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)
     table = (levels[:, None] - mean) / std
-    return table[pixels, np.arange(len(mean))]
+    normalised = np.empty(pixels.shape, np.float32)
+    for channel in range(len(mean)):
+        # Row by row: indices of a whole image are eight times as large as it is.
+        for row, grey in zip(normalised, pixels, strict=True):
+            row[:, channel] = table[:, channel][grey[:, channel]]
+    return normalised
 
 
 def _grey_levels(image: np.ndarray, where: str, axes: int, channels: int) -> np.ndarray:

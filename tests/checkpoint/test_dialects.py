@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -36,7 +37,9 @@ def write(tmp_path):
 
     def write(fields, tensors, shards=1):
         directory = tmp_path / "stored"
-        directory.mkdir(exist_ok=True)
+        # Files of another number of shards would be a second model beside this one.
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
         (directory / "config.json").write_text(json.dumps(fields))
         names = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
         if shards == 1:

@@ -324,3 +324,24 @@ def test_shards_and_index_must_agree(fields, tensors, write_hugging_face):
     refused(directory, CheckpointError, f"tensor '{duplicate}' is in {shards[0]} as well")
     (directory / shards[1]).unlink()
     refused(directory, CheckpointError, f"{shards[1]}: cannot be read: No such file")
+
+
+def test_a_single_file_beside_shards_is_refused(fields, tensors, write_hugging_face):
+    directory = write_hugging_face(fields, tensors, shards=2)
+    stray = directory / "model.safetensors"
+    write_safetensors(stray, {name: array + 1 for name, array in tensors.items()})
+    refused(directory, CheckpointError, "may be two models, so remove")
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    _, params = ge.load(directory)
+    np.testing.assert_array_equal(
+        params["embed"]["weight"], tensors["model.embed_tokens.weight"] + 1
+    )
+    (directory / "adapter_config.json").write_text("{}")
+    refused(directory, CheckpointError, "transformers would apply an adapter")
+
+
+def test_shards_without_their_index_are_named(fields, tensors, write_hugging_face):
+    directory = write_hugging_face(fields, tensors, shards=2)
+    (directory / "model.safetensors.index.json").unlink()
+    refused(directory, CheckpointError, "2 shards such as model-00001-of-00002.safetensors")

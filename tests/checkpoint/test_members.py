@@ -190,7 +190,7 @@ def test_an_unknown_field_is_an_error_that_names_it(name, place):
         ("GLM-ASR-Nano-2512", ("text_config",), {"mlp_bias": True}, "text_config: .*'mlp_bias'"),
         ("GLM-ASR-Nano-2512", ("text_config",), {"model_type": "qwen2"}, "'model_type' is 'qwen2'"),
         ("GLM-ASR-Nano-2512", ("audio_config",), {"intermediate_size": 2560}, "must be 4 x hidden"),
-        ("GLM-ASR-Nano-2512", ("audio_config",), {"num_key_value_heads": 4}, "'num_key_value_head"),
+        ("GLM-ASR-Nano-2512", ("audio_config",), {"num_key_value_heads": 3}, "'num_key_value_head"),
         ("GLM-ASR-Nano-2512-first", (), {"use_rope": False}, "'use_rope' must be true"),
         ("GLM-ASR-Nano-2512-first", (), {"adapter_type": "conv"}, "'adapter_type' is 'conv'"),
         (
@@ -244,3 +244,15 @@ def test_either_place_of_a_tie_counts_in_glm_4_1v(outer, inner):
     fields = copy.deepcopy(PUBLISHED["GLM-OCR"])
     fields["tie_word_embeddings"], fields["text_config"]["tie_word_embeddings"] = outer, inner
     assert read(fields)[1].decoder.tie_embeddings == bool(outer or inner)
+
+
+def test_grouped_heads_of_a_speech_tower_are_read_and_written():
+    fields = copy.deepcopy(PUBLISHED["GLM-ASR-Nano-2512"])
+    for name, value in (("num_key_value_heads", 4), ("head_dim", 48)):
+        fields["audio_config"][name] = value
+    member, config = read(fields)
+    assert (config.speech.num_kv_heads, config.speech.head_size) == (4, 48)
+    assert config.speech.kv_heads(0) == 4
+    written = member.write_config(config)
+    assert written["audio_config"]["num_key_value_heads"] == 4
+    assert read(written)[1].speech == config.speech

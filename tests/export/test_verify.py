@@ -110,6 +110,13 @@ def test_inputs_that_do_not_fit_are_refused(dense_export, prompt):
         phone.encode_audio(audio.T)
 
 
+def test_scores_that_are_not_finite_are_refused(dense_export, monkeypatch):
+    phone = export.LiteRTModel(dense_export.path)
+    monkeypatch.setattr(phone, "extend", lambda *_: (np.full((1, 320), np.nan), {}))
+    with pytest.raises(DataError, match="scores are NaN or infinite"):
+        phone.generate(np.array([30, 31]), max_new_tokens=2)
+
+
 def test_greedy_tokens_are_those_of_the_model(dense_export, model, dense_params, prompt):
     tokens, image, audio = prompt
     expected = greedy(

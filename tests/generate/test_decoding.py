@@ -261,15 +261,65 @@ def test_greedy_is_generation_at_temperature_zero(make_model):
         ({"tokens": np.full((1, 3), -1)}, "token -1"),
         ({"valid": np.ones((1, 2), bool)}, "valid has shape"),
         ({"valid": np.array([[False] * 3])}, "prompt 0 holds padding only"),
+        ({"tokens": [[1, 2], [3]]}, "prompts must be rows of one length"),
+        ({"tokens": [["a"]]}, "prompts must be numbers"),
+        ({"valid": [[True], [True, True]]}, "valid must be rows of one length"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens must be an integer, got 2\.5"),
+        ({"max_new_tokens": "4"}, "max_new_tokens must be an integer, got '4'"),
+        ({"max_new_tokens": 10**12}, "at most 1048576, got 1000000000000"),
+        ({"max_new_tokens": 8190}, "3 positions and 8190 new tokens exceed the 8192 .*=8189"),
+        ({"stop_tokens": [VOCABULARY]}, f"stop_tokens: {VOCABULARY} is not in 0..47"),
+        ({"stop_tokens": [-1]}, "stop_tokens: -1"),
+        ({"stop_tokens": [1.0]}, r"stop_tokens must be token ids, got \[1\.0\]"),
+        ({"stop_tokens": 5}, "stop_tokens must be token ids, got 5"),
+        ({"sampling": 0.7}, r"sampling must be a Sampling, got 0\.7"),
+        ({"rng": 3, "sampling": DRAWN}, "rng must be a key"),
         ({"rng": jnp.stack([jax.random.key(0)] * 2), "sampling": DRAWN}, "rng must be"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+    ids=range(21),
 )
 def test_unfit_input_is_named(make_model, change, message):
     model, params = make_model()
     with pytest.raises(DataError, match=message):
         generate(model, params, **{"tokens": np.full((1, 3), 12), **change})
+
+
+@pytest.mark.parametrize("mrope", [(), (1, 1, 2)])
+def test_generation_beyond_the_context_is_asked_for(make_model, mrope):
+    model, params = make_model(num_layers=1, max_position_embeddings=10, mrope_section=mrope)
+    prompts = np.full((2, 7), 12)
+    valid = np.ones((2, 7), bool)
+    valid[1, :2] = False
+    for run in (generate, lambda *args, **options: list(stream(*args, **options))):
+        with pytest.raises(DataError, match=r"7 positions and 4 new tokens exceed the 10"):
+            run(model, params, prompts, valid, max_new_tokens=4)
+        run(model, params, prompts, valid, max_new_tokens=3)
+        run(model, params, prompts, valid, max_new_tokens=4, beyond_context=True)
+    with pytest.raises(DataError, match="shorten the prompt"):
+        generate(model, params, np.full((1, 10), 12), max_new_tokens=1)
+
+
+def test_an_image_takes_the_positions_of_its_grid(make_model):
+    model, params = make_model(num_layers=1, max_position_embeddings=9, mrope_section=(1, 1, 2))
+    # An image of 2 x 2 features takes 2 positions of three axes, though 4 tokens.
+    tokens = np.full((1, 8), 12)
+    tokens[0, :4] = IMAGE
+    images = [jnp.zeros((16, 16, 3))]
+    generate(model, params, tokens, images=images, max_new_tokens=3, stop_tokens=())
+    with pytest.raises(DataError, match="6 positions and 4 new tokens exceed the 9"):
+        generate(model, params, tokens, images=images, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("options", [{}, {"sampling": DRAWN}])
+def test_scores_that_are_not_finite_are_refused(make_model, options):
+    model, params = make_model(num_layers=1)
+    table = params["embed"]["weight"].at[20].set(jnp.nan)
+    damaged = {**params, "embed": {"weight": table}}
+    with pytest.raises(DataError, match="prompt 0: the model's scores are NaN or infinite"):
+        generate(model, damaged, np.full((2, 3), 12), max_new_tokens=2, **options)
+    with pytest.raises(DataError, match="NaN or infinite"):
+        list(stream(model, damaged, np.full((1, 3), 12), max_new_tokens=2, **options))
 
 
 @pytest.mark.parametrize("rows", [1, 2])

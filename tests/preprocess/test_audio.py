@@ -1,7 +1,7 @@
 """Recordings: WAV files that are ones and files that are not, rates, log-mel frames."""
 
 import dataclasses
-import struct
+import time
 import wave
 
 import numpy as np
@@ -53,28 +53,12 @@ def refused(path, pattern):
 @pytest.mark.parametrize("content", [b"", b"RIFF", b"\x89PNG\r\n\x1a\n" * 9, b"tap the star " * 9])
 def test_a_file_that_is_no_recording_is_named(tmp_path, content):
     (tmp_path / "a.wav").write_bytes(content)
-    refused(tmp_path / "a.wav", "not a WAV file of 16-bit PCM")
+    refused(tmp_path / "a.wav", "not a WAV file")
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
     refused(tmp_path / "absent.wav", "cannot be read: No such file")
-    refused(tmp_path, "cannot be read: Is a directory")
-
-
-def test_other_widths_and_empty_recordings_are_refused(tmp_path):
-    path = tmp_path / "a.wav"
-    refused(write_wav(path, np.zeros(8, np.uint8), width=1), "has 8 bits a sample")
-    refused(write_wav(path, np.zeros(9, np.uint8), width=3), "has 24 bits a sample")
-    refused(write_wav(path, np.zeros(0, "<i2")), "holds no samples")
-
-
-def test_float_and_truncated_recordings_are_refused(tmp_path):
-    path = write_wav(tmp_path / "a.wav", np.ones(100, "<i2"))
-    whole = bytearray(path.read_bytes())
-    path.write_bytes(whole[:-50])
-    refused(path, "is truncated: 75 of 100 samples are there")
-    path.write_bytes(whole[:20] + struct.pack("<H", 3) + whole[22:])
-    refused(path, "not a WAV file of 16-bit PCM: unknown format")
+    refused(tmp_path, "is a directory")
 
 
 @given(st.data())
@@ -115,7 +99,7 @@ def test_resampling_keeps_the_passband():
     np.testing.assert_allclose(found[200:-200], tone(3500, 8000)[200:-200], atol=2e-2)
 
 
-@given(st.integers(1, 2000), st.integers(1, 300), st.integers(1, 300))
+@given(st.integers(1, 2000), st.integers(1000, 9000), st.integers(1000, 9000))
 def test_resampled_length_and_level(length, rate, target):
     found = preprocess.resample(np.full(length, 0.5, np.float32), rate, target)
     assert len(found) == -(-length * target // rate)
@@ -132,13 +116,22 @@ def test_same_rate_changes_nothing():
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        ((np.zeros(0, np.float32), 1, 1), "not empty"),
-        ((np.zeros((2, 2), np.float32), 1, 1), "one row"),
-        ((np.zeros(9, np.int16), 1, 1), "must be floats"),
-        ((np.full(9, np.nan), 1, 1), "NaN"),
-        ((np.zeros(9), 0, 1), "rate must be a positive"),
-        ((np.zeros(9), 1, -8000), "target must be a positive"),
-        ((np.zeros(9), 1, 0.5), "target must be a positive"),
+        ((np.zeros(0, np.float32), 8000, 8000), "not empty"),
+        ((np.zeros((2, 2), np.float32), 8000, 8000), "one row"),
+        (([[0.0], [0.0, 1.0]], 8000, 8000), "one row"),
+        ((np.zeros(9, np.int16), 8000, 8000), "must be floats"),
+        ((np.full(9, np.nan), 8000, 8000), "NaN"),
+        ((np.full(9, 3e38), 8000, 8000), "samples reach 3e"),
+        ((np.full(9, 5000.0), 8000, 8000), "divide 16-bit integers by 32768"),
+        ((np.zeros(9), 999, 8000), r"rate must be a whole number .* in 1000\.\.768000, not 999"),
+        ((np.zeros(9), 8000, 768001), "target must be a whole number"),
+        ((np.zeros(9), 8000.5, 8000), "rate must be"),
+        ((np.zeros(9), np.nan, 8000), "rate must be"),
+        ((np.zeros(9), np.inf, 8000), "rate must be"),
+        ((np.zeros(9), None, 8000), "rate must be"),
+        ((np.zeros(9), "8000", 8000), "rate must be"),
+        ((np.zeros(9), True, 8000), "rate must be"),
+        ((np.zeros(1 << 18), 1000, 768000), "at most 134217728 are made"),
     ],
 )
 def test_samples_that_are_none_are_refused(arguments, pattern):
@@ -183,15 +176,52 @@ def test_log_mel_matches_a_float64_loop(config):
     np.testing.assert_allclose(found, direct_log_mel(samples, config), atol=1e-4)
 
 
-def test_short_recordings_get_silence_and_long_ones_are_cut():
+def test_prepare_audio_pads_short_and_refuses_long_ones():
     length = NANO.num_frames * NANO.hop_length
-    samples = 0.1 * RNG.normal(size=2 * length).astype(np.float32)
+    samples = 0.1 * RNG.normal(size=length + 1).astype(np.float32)
     short = preprocess.prepare_audio(samples[:3000], NANO)
     padded = preprocess.prepare_audio(np.pad(samples[:3000], (0, length - 3000)), NANO)
     np.testing.assert_array_equal(short, padded)
-    np.testing.assert_array_equal(
-        preprocess.prepare_audio(samples, NANO), preprocess.prepare_audio(samples[:length], NANO)
-    )
+    with pytest.raises(DataError, match=rf"longer than the {length} \(1\.60 s\)"):
+        preprocess.prepare_audio(samples, NANO)
+
+
+def test_prepare_recording_hears_all_or_refuses():
+    processing = preprocess.AudioProcessing(chunk_s=0.5, max_s=1.2)
+    samples = np.zeros(2 * 8000, np.float32)
+    assert len(preprocess.prepare_recording(samples, processing)[0]) == 2
+    with pytest.raises(DataError, match=r"samples\[:16000\]"):
+        preprocess.prepare_recording(np.zeros(16001, np.float32), processing)
+
+
+def slow_resample(samples, rate, target, count):
+    """The first outputs, each by itself, in float64, from the same windowed sinc."""
+    cutoff = 0.95 * min(1, target / rate)
+    reach = int(np.ceil(32 / cutoff))
+    padded = np.pad(samples.astype(np.float64), reach + 1)
+    found = []
+    for n in range(min(count, -(-len(samples) * target // rate))):
+        whole, part = divmod(n * rate, target)
+        offset = np.arange(-reach, reach + 1) - part / target
+        taps = np.sinc(cutoff * offset)
+        taps *= np.i0(8.6 * np.sqrt(np.maximum(0, 1 - (offset / (reach + 1)) ** 2)))
+        found.append(taps @ padded[whole + 1 : whole + 2 + 2 * reach] / taps.sum())
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("rate", "target"), [(44099, 16000), (8000, 44100), (767_999, 1000)])
+def test_resample_is_the_sum_over_its_taps(rate, target):
+    samples = 0.1 * RNG.normal(size=4000).astype(np.float32)
+    found = preprocess.resample(samples, rate, target)
+    expected = slow_resample(samples, rate, target, 200)
+    np.testing.assert_allclose(found[:200], expected, atol=2e-6)
+
+
+def test_a_prime_rate_is_resampled_in_bounded_time():
+    before = time.process_time()
+    found = preprocess.resample(tone(1000, 44099, 1.0), 44099, 16000)
+    assert time.process_time() - before < 10
+    np.testing.assert_allclose(found[200:-200], tone(1000, 16000, 1.0)[200:-200], atol=1e-4)
 
 
 def test_a_batch_is_its_rows():

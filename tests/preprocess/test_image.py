@@ -1,6 +1,8 @@
 """Images: files that are ones and files that are not, resizing, batches."""
 
+import base64
 import io
+import os
 import sys
 
 import numpy as np
@@ -10,12 +12,12 @@ from hypothesis import strategies as st
 
 from glm_edge import configs, preprocess
 from glm_edge.errors import DataError, MissingExtraError
+from glm_edge.preprocess import media
 
 pillow = pytest.importorskip("PIL.Image", reason="Pillow comes with the extra 'data'")
 NANO = configs.preset("nano").vision
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 9, 3), dtype=np.uint8)
-UNIT = PIXELS.astype(np.float32) / 255
 
 
 def encoded(pixels, format, **options):
@@ -34,8 +36,8 @@ def message(excinfo):
 def test_lossless_files_are_read_exactly(tmp_path, format):
     (tmp_path / "a").write_bytes(encoded(PIXELS, format, lossless=True))
     image = preprocess.load_image(tmp_path / "a")
-    assert image.dtype == np.float32
-    np.testing.assert_array_equal(image, UNIT)
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, PIXELS)
 
 
 def test_grey_and_transparent_files_become_rgb(tmp_path):
@@ -43,7 +45,7 @@ def test_grey_and_transparent_files_become_rgb(tmp_path):
     assert preprocess.load_image(tmp_path / "grey.png").shape == (12, 9, 3)
     rgba = np.dstack([PIXELS, np.full((12, 9), 255, np.uint8)])
     (tmp_path / "rgba.png").write_bytes(encoded(rgba, "PNG"))
-    np.testing.assert_array_equal(preprocess.load_image(tmp_path / "rgba.png"), UNIT)
+    np.testing.assert_array_equal(preprocess.load_image(tmp_path / "rgba.png"), PIXELS)
 
 
 def test_photos_are_turned_upright(tmp_path):
@@ -51,7 +53,7 @@ def test_photos_are_turned_upright(tmp_path):
     exif[0x0112] = 6
     (tmp_path / "a.png").write_bytes(encoded(PIXELS, "PNG", exif=exif))
     found = preprocess.load_image(tmp_path / "a.png")
-    np.testing.assert_array_equal(found, np.rot90(UNIT, -1))
+    np.testing.assert_array_equal(found, np.rot90(PIXELS, -1))
 
 
 @pytest.mark.parametrize(
@@ -65,9 +67,9 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content):
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"absent\.png: cannot be read as an image: No such file"):
+    with pytest.raises(DataError, match=r"absent\.png: cannot be read: No such file"):
         preprocess.load_image(tmp_path / "absent.png")
-    with pytest.raises(DataError, match="cannot be read as an image"):
+    with pytest.raises(DataError, match="is a directory"):
         preprocess.load_image(tmp_path)
 
 
@@ -100,6 +102,64 @@ def test_sixteen_bit_images_are_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(deep, "PNG"))
     with pytest.raises(DataError, match="8 bits a channel are needed"):
         preprocess.load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_load_image_treats_every_source_alike(tmp_path, format):
+    exif = pillow.Exif()
+    exif[0x0112] = 8
+    palette = pillow.fromarray(PIXELS).convert("P")
+    buffer = io.BytesIO()
+    palette.save(buffer, format, exif=exif)
+    content = buffer.getvalue()
+    (tmp_path / "a").write_bytes(content)
+    url = f"data:image/x;base64,{base64.b64encode(content).decode()}"
+    expected = np.rot90(np.asarray(palette.convert("RGB")), 1)
+    sources = (tmp_path / "a", str(tmp_path / "a"), content, bytearray(content), url)
+    for source in (*sources, pillow.open(io.BytesIO(content))):
+        np.testing.assert_array_equal(media.open_image(source), expected)
+
+
+def test_load_image_runs_no_program_of_a_file():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\nshowpage\n"
+    with pytest.raises(DataError, match="not an image that Pillow knows"):
+        preprocess.load_image(postscript)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
+def test_load_image_refuses_deep_pixels_of_every_source(tmp_path, dtype):
+    image = pillow.fromarray(np.ones((4, 5), dtype))
+    image.save(tmp_path / "a.tiff")
+    for source in (tmp_path / "a.tiff", (tmp_path / "a.tiff").read_bytes(), image):
+        with pytest.raises(DataError, match="8 bits a channel are needed"):
+            media.open_image(source)
+
+
+def test_load_image_refuses_more_than_fifty_megapixels(tmp_path):
+    width, height = 7200, 7000
+    pillow.new("1", (width, height)).save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", pillow.new("1", (width, height))):
+        with pytest.raises(DataError, match=r"has 7200 x 7000 pixels; at most 50000000"):
+            preprocess.load_image(source)
+    with pytest.raises(DataError, match="65537 x 1 pixels"):
+        preprocess.prepare_images(np.zeros((1, 65537, 3), np.uint8), NANO)
+
+
+def test_pipes_and_devices_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        for read in (preprocess.load_image, preprocess.load_wav):
+            with pytest.raises(DataError, match="a pipe, socket or device"):
+                read(path)
+
+
+def test_resize_of_large_images_is_that_of_small_ones(monkeypatch):
+    image = RNG.integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    for size in ((13, 33), (200, 150)):
+        at_once = preprocess.resize(image, size)
+        monkeypatch.setattr("glm_edge.preprocess.image.BLOCK", 300)
+        np.testing.assert_allclose(preprocess.resize(image, size), at_once, atol=1e-6)
+        monkeypatch.undo()
 
 
 def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):

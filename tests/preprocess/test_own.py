@@ -86,7 +86,7 @@ def test_images_are_those_of_training(nano, size, dtype):
     np.testing.assert_array_equal(image, preprocess.prepare_images(picture, CONFIG.vision)[0])
 
 
-@pytest.mark.parametrize("count", [300, 9_000, 40_000])
+@pytest.mark.parametrize("count", [300, 9_000, 12_800])
 def test_recordings_are_those_of_training(nano, count):
     samples = (0.1 * RNG.normal(size=count)).astype(np.float32)
     inputs = nano(user(AUDIO), audio=[samples])
@@ -260,3 +260,24 @@ def test_pixels_that_are_not_rounded_are_stretched_bicubic(change):
         preprocess.ImageProcessing(
             **{"sizing": "stretch", "size": (8, 8), "eight_bit": False} | change
         )
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "pattern"),
+    [
+        ("speech", {"fft_size": 201}, "audio: fft_size 201 must be even"),
+        ("speech", {"sample_rate": 10**9}, "audio: sample_rate 1000000000"),
+        ("speech", {"hop_length": 0}, "speech: hop_length 0 must be at least 1"),
+        ("vision", {"image_size": [60_000, 60_000]}, "vision: image_size .* exceeds 50000000"),
+        ("vision", {"patch_stride": 0}, "vision: patch_stride 0 must be at least 1"),
+        ("decoder", {"rms_norm_eps": 0.0}, "decoder: rms_norm_eps 0.0 must be in 1e-30"),
+        ("decoder", {"rope_theta": 1e300}, "decoder: rope_theta 1e"),
+    ],
+)
+def test_numbers_of_a_configuration_have_ranges(own, part, change, pattern):
+    directory = own(CONFIG)
+    fields = json.loads((directory / "config.json").read_text())
+    fields["config"][part] |= change
+    (directory / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=rf"config\.json: {pattern}"):
+        Processor.from_checkpoint(directory)

@@ -141,7 +141,11 @@ def decoder_entries(
 
 
 def read_tokens(*sections: Fields) -> dict[str, Any]:
-    """Stop and padding tokens, by the names of `GLMConfig`, of the first section that has them."""
+    """Stop and padding tokens, by the names of `GLMConfig`, of the first section that has them.
+
+    As in transformers, config.json itself goes before its `text_config`; generation_config.json,
+    which goes before both, is read with the directory.
+    """
     stops = [section.token_ids("eos_token_id") for section in sections]
     pads = [section.token_id("pad_token_id") for section in sections]
     return {

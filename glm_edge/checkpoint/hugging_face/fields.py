@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from glm_edge.configs.stop_tokens import token_ids
 from glm_edge.errors import ConfigError
 
 _REQUIRED = object()
@@ -197,13 +198,7 @@ class Fields:
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """Returns a field that holds a token id, several, or none."""
-        value = self.take(name, [])
-        ids = value if isinstance(value, list) else [value]
-        if not all(type(token) is int and token >= 0 for token in ids):
-            raise ConfigError(
-                f"{self.where}: field {name!r} is {value!r:.60}; it must be token ids"
-            )
-        return tuple(ids)
+        return token_ids(self.take(name), f"{self.where}: field {name!r}")
 
     def token_id(self, name: str) -> int | None:
         """Returns a field that holds one token id or none."""

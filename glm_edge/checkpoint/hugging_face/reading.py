@@ -24,11 +24,13 @@ from glm_edge.checkpoint.shapes import (
     check_shape,
     expected_shapes,
 )
+from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import CheckpointError
 from glm_edge.files import CONFIG, file_inside, read_json
 from glm_edge.params.tree import nested
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 FLOATING = ("BF16", "F16", "F32", "F64")
 
 
@@ -107,6 +109,7 @@ def open_directory(directory: Path, fields: dict[str, Any]) -> Source:
     """Checks the headers of a directory; arguments and errors as in `read`."""
     name = str(fields.get("_name_or_path") or directory.resolve().name)
     member, config = read_config(fields, str(directory / CONFIG), name)
+    config = with_stop_tokens(config, directory)
     files = tensor_files(directory)
     check_depth(config, len(files), str(directory))
     whole = _canonical_names(member, untie(config) or config, files, directory)
@@ -168,19 +171,30 @@ def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
       Tensor name to the file that holds it.
 
     Raises:
-      CheckpointError: a file is missing or damaged, a tensor is stored twice, or the index and
-        the files disagree.
+      CheckpointError: a file is missing or damaged, a tensor is stored twice, the index and the
+        files disagree, or a single file lies beside an index of others.
     """
-    if os.path.lexists(directory / WEIGHTS):
+    if os.path.lexists(directory / ADAPTER):
+        raise CheckpointError(
+            f"{directory}: holds {ADAPTER}, so transformers would apply an adapter; "
+            "merge it into them, or remove it"
+        )
+    single = os.path.lexists(directory / WEIGHTS)
+    if not os.path.lexists(directory / INDEX):
+        if not single:
+            raise CheckpointError(
+                f"{directory}: holds neither {WEIGHTS} nor {INDEX}{_else(directory)}"
+            )
         file = SafetensorsFile(file_inside(directory, WEIGHTS))
         return dict.fromkeys(file.tensors, file)
-    if not os.path.lexists(directory / INDEX):
-        pickled = next(iter(sorted(directory.glob("*.bin"))), None)
-        found = f"; {pickled.name} is a pickle: convert it to safetensors" if pickled else ""
-        raise CheckpointError(f"{directory}: holds neither {WEIGHTS} nor {INDEX}{found}")
     listed = read_json(file_inside(directory, INDEX)).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{directory / INDEX}: 'weight_map' must list tensors and files")
+    if single and set(map(str, listed.values())) != {WEIGHTS}:
+        raise CheckpointError(
+            f"{directory}: holds {WEIGHTS} and, for other files, {INDEX}; these may be two "
+            "models, so remove the one that does not belong here"
+        )
     names = sorted({str(name) for name in listed.values()})
     held = by_tensor(SafetensorsFile(file_inside(directory, name)) for name in names)
     for name, file_name in listed.items():
@@ -189,6 +203,15 @@ def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
                 f"{directory / file_name}: tensor {name!r} is missing; {INDEX} says it is there"
             )
     return held
+
+
+def _else(directory: Path) -> str:
+    """What is there instead of weights."""
+    shards = sorted(directory.glob("model-*-of-*.safetensors"))
+    if shards:
+        return f"; {len(shards)} shards such as {shards[0].name} are there without their index"
+    pickled = next(iter(sorted(directory.glob("*.bin"))), None)
+    return f"; {pickled.name} is a pickle: convert it to safetensors" if pickled else ""
 
 
 def _canonical_names(

@@ -94,7 +94,12 @@ def _half_split(config: SpeechConfig, entry: Entry) -> Entry:
 def _read_glm_asr_encoder(fields: Fields, hidden: int) -> SpeechConfig:
     fields.expect("hidden_act", "gelu", default="gelu")
     width, neurons = fields.get("hidden_size", int), fields.get("intermediate_size", int)
-    heads = fields.divisor("num_attention_heads", "hidden_size", width)
+    heads, head_dim = fields.get("num_attention_heads", int), fields.take("head_dim")
+    if head_dim is None:
+        fields.divisor("num_attention_heads", "hidden_size", width)
+    else:
+        head_dim = fields.get("head_dim", int)
+    shared = fields.divisor("num_key_value_heads", "num_attention_heads", heads, heads)
     length = fields.get("max_position_embeddings", int, 1500)
     if length % MERGED_FRAMES:
         raise ConfigError(
@@ -107,8 +112,6 @@ def _read_glm_asr_encoder(fields: Fields, hidden: int) -> SpeechConfig:
             f"{fields.where}: field 'intermediate_size' is {neurons}; it must be {MERGED_FRAMES} x "
             f"hidden_size {width}, since so many frames are merged"
         )
-    fields.expect("num_key_value_heads", heads)
-    fields.expect("head_dim", width // heads)
     rope = fields.rope()
     config = SpeechConfig(
         mel_bins=fields.get("num_mel_bins", int, 128),
@@ -121,6 +124,8 @@ def _read_glm_asr_encoder(fields: Fields, hidden: int) -> SpeechConfig:
         merge_size=MERGED_FRAMES,
         rope_theta=rope.get("rope_theta", float, 10000.0),
         partial_rotary_factor=rope.get("partial_rotary_factor", float, 0.5),
+        head_dim=None if head_dim in (None, width / heads) else head_dim,
+        num_kv_heads=None if shared == heads else shared,
     )
     rope.finish()
     fields.finish()
@@ -152,7 +157,7 @@ def _read_glm_asr(fields: Fields, name: str) -> GLMConfig:
     # Only the outer field counts, whose default is not that of a lone decoder.
     text.take("tie_word_embeddings")
     decoder = _read_llama(text, tied=fields.get("tie_word_embeddings", bool, True))
-    tokens = read_tokens(text, fields)
+    tokens = read_tokens(fields, text)
     text.finish()
     return GLMConfig(
         name=name,
@@ -161,6 +166,10 @@ def _read_glm_asr(fields: Fields, name: str) -> GLMConfig:
         audio_token_id=fields.get("audio_token_id", int),
         **tokens,
     )
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _write_glm_asr(config: GLMConfig) -> dict[str, Any]:
@@ -174,6 +183,8 @@ def _write_glm_asr(config: GLMConfig) -> dict[str, Any]:
             "intermediate_size": speech.intermediate_size,
             "num_hidden_layers": speech.num_layers,
             "num_attention_heads": speech.num_heads,
+            # What follows from the others is left to their readers.
+            **_given(num_key_value_heads=speech.num_kv_heads, head_dim=speech.head_dim),
             "num_mel_bins": speech.mel_bins,
             "max_position_embeddings": speech.num_frames // 2,
             "hidden_act": "gelu",
@@ -309,7 +320,7 @@ def _read_first_glm_asr(fields: Fields, name: str) -> GLMConfig:
     for unused in ("max_whisper_length", "spec_aug"):
         fields.take(unused)
     decoder = _read_llama(text, tied=text.get("tie_word_embeddings", bool, False))
-    tokens = read_tokens(text, fields)
+    tokens = read_tokens(fields, text)
     text.finish()
     # Its code is told where audio stands; the later uploads put the padding token there.
     audio = fields.token_id("audio_token_id")

@@ -163,8 +163,8 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> Member:
                 f"{vision.where}: field 'out_hidden_size' is {out}; it must be the decoder's "
                 f"hidden_size, {decoder.hidden_size}"
             )
-        # Stop tokens stand in the text's section, in older files also or only outside it.
-        tokens = read_tokens(text, fields)
+        # Newer files name stop tokens in the text's section, older ones also or only outside it.
+        tokens = read_tokens(fields, text)
         for token in (*IMAGE_TOKENS, *VIDEO_TOKENS, "image_token_id", "video_token_id"):
             text.take(token)
         if text is not fields:

@@ -24,6 +24,7 @@ from glm_edge.compress.prune.arrays import (
 from glm_edge.compress.prune.structured import (
     Kept,
     channels,
+    check_groups,
     checked,
     heads_to_keep,
     neurons_to_keep,
@@ -65,7 +66,8 @@ def encoders(
 ) -> Transform:
     """Removes heads and neurons of the encoders and shrinks their arrays and configurations.
 
-    Each head has its own keys and values, so that all of it goes. A pooling head stays whole, and
+    A head that has its own keys and values goes with them; where query heads share them, as many go
+    from each group and the shared ones stay. A pooling head stays whole, and
     so does the projector. At least the asked fraction goes.
 
     Args:
@@ -126,7 +128,8 @@ def _apply_encoders(
         for index, kinds in layers.items():
             scores, kept = importance[part][index], {}
             if heads and "heads" in kinds:
-                kept["heads"] = heads_to_keep(scores["heads"], 1, heads, NAME)
+                groups = config.kv_heads(index)
+                kept["heads"] = heads_to_keep(scores["heads"], groups, heads, NAME)
             if neurons and "neurons" in kinds:
                 count = neurons_to_keep(config.neurons(index), neurons, neuron_multiple, NAME)
                 kept["neurons"] = highest(scores["neurons"], count)
@@ -188,7 +191,10 @@ def shrink_encoder(
         layer, where = layers[str(index)], f"{part}/layers/{index}".lstrip("/")
         if "heads" in kept:
             index_of = check_kept(kept["heads"], heads[index], f"{NAME}: {where}: heads")
-            layer, heads[index] = _without_heads(config, layer, index_of, where), len(index_of)
+            check_groups(index_of, heads[index], config.kv_heads(index), f"{NAME}: {where}")
+            alone = heads[index] == config.kv_heads(index)
+            layer = _without_heads(config, layer, index_of, where, alone)
+            heads[index] = len(index_of)
         if "neurons" in kept:
             index_of = check_kept(kept["neurons"], neurons[index], f"{NAME}: {where}: neurons")
             layer, neurons[index] = _without_neurons(config, layer, index_of, where), len(index_of)
@@ -203,10 +209,12 @@ def shrink_encoder(
     return model.clone(config=changed), {**params, part: tree}
 
 
-def _without_heads(config: Encoder, layer: Params, kept: np.ndarray, where: str) -> Params:
+def _without_heads(
+    config: Encoder, layer: Params, kept: np.ndarray, where: str, alone: bool
+) -> Params:
     at, columns = _layout(config).attention, channels(kept, config.head_size)
     attention = dict(_inside(layer, at))
-    for name in ("q_proj", "k_proj", "v_proj"):
+    for name in ("q_proj", "k_proj", "v_proj") if alone else ("q_proj",):
         attention[name] = rows_of(attention[name], columns, f"{where}/attention/{name}", NAME)
     path = f"{where}/attention/o_proj"
     attention["o_proj"] = columns_of(attention["o_proj"], columns, path, NAME)
@@ -338,7 +346,8 @@ def magnitude(config: Encoder, tree: Params) -> list[dict[str, np.ndarray]]:
         layer = tree["layers"][str(index)]
         attention, mlp = _inside(layer, layout.attention), _inside(layer, layout.mlp)
         heads, neurons = config.heads(index), config.neurons(index)
-        owned = sum(_square(attention[f"{n}_proj"]).reshape(heads, -1).sum(1) for n in "qkv")
+        names = "qkv" if heads == config.kv_heads(index) else "q"
+        owned = sum(_square(attention[f"{n}_proj"]).reshape(heads, -1).sum(1) for n in names)
         owned = owned + _square(attention["o_proj"]).sum(0).reshape(heads, -1).sum(1)
         first = _square(mlp[layout.first]).reshape(layout.halves, neurons, -1).sum((0, 2))
         neuron = first + _square(mlp[layout.second]).sum(0)

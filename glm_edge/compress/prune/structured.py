@@ -244,20 +244,36 @@ def _checked(config: DecoderConfig, index: int, kept: Kept) -> Kept:
     if unknown:
         raise RecipeError(f"{where}: {unknown[0]!r} is unknown; heads and neurons are kept")
     kept = {name: check_kept(kept[name], sizes[name], f"{where}: {name}") for name in kept}
-    groups = config.kv_heads(index)
-    if "heads" in kept and groups != sizes["heads"]:
-        size = sizes["heads"] // groups
-        counts = np.bincount(kept["heads"] // size, minlength=groups)
-        if not counts.all():
-            raise RecipeError(
-                f"{where}: group {int(np.argmin(counts))} would lose all {size} query heads that "
-                "share its key/value head; keep at least one of each group"
-            )
-        if len(set(counts.tolist())) > 1:
-            raise RecipeError(
-                f"{where}: groups would keep {counts.tolist()} query heads; each must keep as many"
-            )
+    if "heads" in kept:
+        check_groups(kept["heads"], sizes["heads"], config.kv_heads(index), where)
     return kept
+
+
+def check_groups(kept: np.ndarray, heads: int, groups: int, where: str) -> None:
+    """Refuses query heads of which the groups that share a key/value head keep different numbers.
+
+    Args:
+      kept: indices of the query heads that stay.
+      heads: `N`, query heads.
+      groups: `K`, key/value heads; `N` where each query head has its own.
+      where: layer, for the message.
+
+    Raises:
+      RecipeError: a group would lose all its heads, or groups would keep different numbers.
+    """
+    if groups == heads:
+        return
+    size = heads // groups
+    counts = np.bincount(kept // size, minlength=groups)
+    if not counts.all():
+        raise RecipeError(
+            f"{where}: group {int(np.argmin(counts))} would lose all {size} query heads that "
+            "share its key/value head; keep at least one of each group"
+        )
+    if len(set(counts.tolist())) > 1:
+        raise RecipeError(
+            f"{where}: groups would keep {counts.tolist()} query heads; each must keep as many"
+        )
 
 
 def _shrink_layer(config: DecoderConfig, index: int, layer: Params, kept: Kept) -> Params:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
+from glm_edge import params as boxes
 from glm_edge.compress import batches
+from glm_edge.compress.folding import folds, move
 from glm_edge.compress.prune.encoders import (
     encoders,
     magnitude,
@@ -17,11 +19,13 @@ from glm_edge.compress.prune.encoders import (
 )
 from glm_edge.compress.quantize import rtn
 from glm_edge.compress.transform import Context
-from glm_edge.configs import TextConfig
+from glm_edge.configs import SpeechConfig, TextConfig
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.models.speech import SpeechEncoder
 from glm_edge.models.text import TextEncoder
 from glm_edge.models.vision import VisionEncoder
+from glm_edge.params.tree import nested
 
 apply = jax.jit(batches.apply_batch, static_argnums=0)
 
@@ -90,6 +94,43 @@ def test_a_text_encoder_shrinks():
     layer = jax.tree.map(np.asarray, params["layers"]["1"])
     owned = np.concatenate([layer["fc1"]["weight"][3], layer["fc2"]["weight"][:, 3]])
     assert scores[1]["neurons"][3] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def grouped():
+    """A speech encoder whose query heads share keys and values by twos, and frames for it."""
+    sizes = {"mel_bins": 6, "num_frames": 12, "hidden_size": 16, "num_layers": 1, "num_heads": 4}
+    sizes |= {"intermediate_size": 24, "projector_size": 0, "merge_size": 1}
+    model = SpeechEncoder(SpeechConfig(**sizes, head_dim=8, num_kv_heads=2))
+    mel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 6)), jnp.float32)
+    return model, jax.jit(model.init)(jax.random.key(0), mel)["params"], mel
+
+
+def test_query_heads_leave_each_group_and_shared_ones_stay(grouped):
+    model, params, mel = grouped
+    keep = {0: {"heads": [1, 2]}}
+    smaller, small = shrink_encoder(model, params, keep)
+    expected = model.apply({"params": zeroed(params, keep, 8)}, mel)[0]
+    np.testing.assert_allclose(smaller.apply({"params": small}, mel)[0], expected, atol=1e-5)
+    assert small["layers"]["0"]["attention"]["k_proj"]["weight"].shape == (16, 16)
+    assert magnitude(model.config, params)[0]["heads"].shape == (4,)
+    with pytest.raises(RecipeError, match=r"groups would keep .* query heads"):
+        shrink_encoder(model, params, {0: {"heads": [0, 1, 2]}})
+    with pytest.raises(RecipeError, match="group 1 would lose all 2 query heads"):
+        shrink_encoder(model, params, {0: {"heads": [0, 1]}})
+    removed = encoders(heads=0.25, score="magnitude")(model, params)[0]
+    assert (removed.config.num_heads, removed.config.num_kv_heads) == (2, 2)
+
+
+def test_factors_move_through_shared_values(grouped):
+    model, params, mel = grouped
+    expected, leaves = model.apply({"params": params}, mel)[0], dict(boxes.path_items(params))
+    found = folds(model.config)
+    assert [fold.channels for fold in found if fold.kind == "value"] == [16]
+    for fold in found:
+        factor = np.random.default_rng(1).uniform(0.5, 2, fold.channels)
+        leaves |= move(fold, leaves, factor)
+    np.testing.assert_allclose(model.apply({"params": nested(leaves)}, mel)[0], expected, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 
 import pytest
 from hypothesis import given
@@ -61,8 +62,6 @@ def test_spelling():
         "tap the star",
         'do(action="Tap")',
         'do(action="Tap", element=[435,715]',
-        'do(action="Tap", element=[435,715]) and more',
-        'do(action="Tap", element=[435,715])\ndo(action="Back")',
         'do(action="Tap", element=[435])',
         'do(action="Tap", element=[435,715,3])',
         'do(action="Tap", element=[435,1000])',
@@ -91,6 +90,88 @@ def test_spelling():
 def test_what_does_not_follow_the_grammar_is_refused(text):
     with pytest.raises(DataError):
         parse_action(text)
+
+
+TAP = Action("Tap", element=(435, 715))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('do(action="Tap", element=[435,715]) and more', TAP),
+        ('do(action="Back")\ndo(action="Tap", element=[435, 715])', TAP),
+        ('do(action="Tap", element=[435,715])</answer>', TAP),
+        ('do(action="Tap", element=[435,715])</answer><|user|>', TAP),
+        ('<|begin_of_box|>do(action="Launch", app="A")<|end_of_box|>', Action("Launch", app="A")),
+        ('I could do(action="Back") but better do(action="Home")', Action("Home")),
+        ('<think>do(action="Back")?</think><answer>do(action="Home")</answer>', Action("Home")),
+        ('do(action="Home"), not do(action="Tap", element=[4', Action("Home")),
+        (
+            'do(action="Type", text="shall we "eat" now?")',
+            Action("Type", text='shall we "eat" now?'),
+        ),
+        ('do(action="Type", text=""eat"")', Action("Type", text='"eat"')),
+        ("do(action='Type', text='it's ok')", Action("Type", text="it's ok")),
+        (
+            'do(action="Type", text="say do(action="Back") to go")',
+            Action("Type", text='say do(action="Back") to go'),
+        ),
+        (
+            'do(action="Type", text="say "hi"")\ndo(action="Back")',
+            Action("Back"),
+        ),
+        ('do(action="Type", text="a\nb\r\n\nc")', Action("Type", text="a\nb\r\n\nc")),
+        (
+            'do(action="Tap", element=[1,2], message="pay "now"?")',
+            Action("Tap", element=(1, 2), message='pay "now"?'),
+        ),
+        ('do( action = "Wait" , duration = "2 seconds" )', Action("Wait", duration="2 seconds")),
+        (
+            'finish(message="done:\n1. "a"\n2. b")</answer>',
+            Action("finish", message='done:\n1. "a"\n2. b'),
+        ),
+        ('do(action="Type_Name", text="Li")', Action("Type_Name", text="Li")),
+        ('do(action="Interact")', Action("Interact")),
+        ('do(action="Take_over", message="log in")', Action("Take_over", message="log in")),
+        ('do(action="Note", message="True")', Action("Note", message="True")),
+        ('do(action="Call_API", instruction="sum")', Action("Call_API", instruction="sum")),
+    ],
+)
+def test_parse_action_reads_what_models_write(text, expected):
+    assert parse_action(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<think>do(action="Back")</think><answer>do(action="Tap", element=[1000,5])</answer>',
+        '<think>do(action="Back")</think><answer>do(action="Tap", element=[10</answer>',
+        'do(action="Back")</think>I do not know',
+        'do(action="Back") or do(action="Tap", element=[1000,5])',
+        "[{'Type': 'Type'}]",
+    ],
+)
+def test_parse_action_never_takes_a_thought_for_the_answer(text):
+    with pytest.raises(DataError):
+        parse_action(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'do(action="a", ' + 'x="b", ' * 550,
+        'do(action="a", ' + 'x="b" ) ' * 500,
+        "do(action='" * 180 + '", x="' * 9000,
+        'do(action="Type", text="' * 150 + "\\" * 50_000,
+        'finish(message="' + '"")' * 20_000,
+    ],
+    ids=range(5),
+)
+def test_parse_action_ends_soon_on_hostile_text(text):
+    start = time.process_time()
+    with contextlib.suppress(DataError):
+        parse_action(text)
+    assert time.process_time() - start < 5
 
 
 def test_actions_check_their_fields():
