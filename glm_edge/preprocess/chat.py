@@ -14,8 +14,9 @@ import jinja2
 import numpy as np
 
 from glm_edge.errors import CheckpointError, ConfigError, DataError
+from glm_edge.files import file_inside, read_text
 from glm_edge.preprocess.hugging_face import read_json
-from glm_edge.preprocess.sandbox import Budget, Interpreter, Marks, parse
+from glm_edge.preprocess.sandbox import MAX_TEMPLATE, Budget, Interpreter, Marks, parse
 from glm_edge.preprocess.sandbox.marks import PRIVATE
 
 FAMILIES = ("glm_edge", "glm_edge_v", "glm_4", "glm_4_0414", "glm_4_1v", "glm_asr")
@@ -69,9 +70,9 @@ def checkpoint_template(directory: Path) -> str | None:
     """
     name = "chat_template.jinja"
     if os.path.lexists(directory / name):
-        return read_text(file_inside(directory, name), limit=4 * MAX_TEMPLATE)
+        return read_text(file_inside(directory, name), limit=MAX_TEMPLATE)
     for name in ("chat_template.json", "tokenizer_config.json"):
-        template = read_json(directory, name).get("chat_template")
+        template = read_json(directory / name).get("chat_template")
         where = f"{directory / name}: field 'chat_template'"
         if isinstance(template, list):
             named = (item for item in template if isinstance(item, dict))
@@ -82,6 +83,10 @@ def checkpoint_template(directory: Path) -> str | None:
         if template is not None:
             if not isinstance(template, str):
                 raise CheckpointError(f"{where} must be a string or named strings")
+            if len(template) > MAX_TEMPLATE:
+                raise CheckpointError(
+                    f"{where} has {len(template)} characters; at most {MAX_TEMPLATE} are read"
+                )
             return template
     return None
 

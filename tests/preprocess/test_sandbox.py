@@ -15,7 +15,9 @@ MESSAGES = [
     {"role": "assistant", "content": "<think>\nhm\n</think>\n\nDone", "tool_calls": [{"x": 1.5}]},
     {"role": "user", "content": [{"type": "text", "text": "Ünïcode 再见"}, {"type": "image"}]},
 ]
-TOOLS = [{"type": "function", "function": {"name": "天气", "parameters": {"b": [1, None], "a": True}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "天气", "parameters": {"b": [1, None], "a": True}}}
+]
 
 SNIPPETS = {
     "loop": "{% for m in messages %}{{ loop.index }}{{ loop.index0 }}{{ loop.revindex }}"
