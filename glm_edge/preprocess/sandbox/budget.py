@@ -5,7 +5,7 @@ from typing import Any
 
 import jinja2
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 250_000
 STEPS_PER_VALUE = 500
 MAX_BYTES = 1 << 27
 BYTES_PER_CHARACTER = 64
@@ -36,7 +36,7 @@ class Budget:
           values: JSON values that the template is given.
           characters: of the texts among them.
         """
-        self._max_steps = self._steps = MAX_STEPS + STEPS_PER_VALUE * values + characters
+        self._max_steps = self._steps = MAX_STEPS + STEPS_PER_VALUE * values + characters // 2
         self._max_bytes = self._bytes = MAX_BYTES + BYTES_PER_CHARACTER * characters
         self.output = MAX_OUTPUT + OUTPUT_PER_CHARACTER * characters
 

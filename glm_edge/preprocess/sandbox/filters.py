@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 WORD_BREAKS = re.compile(r"([-\s({\[<]+)")
 MAX_INDENT = 64
+NUMBERS = (int, float)
+SERIES = (list, tuple)
 MAX_DIGITS = 300
 MAX_GROUPS = 100_000
 ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"}
@@ -135,7 +137,7 @@ class Filters:
         if isinstance(value, str):
             self._budget.touch(len(value))
             return 1 + len(value)
-        if isinstance(value, list | tuple):
+        if isinstance(value, SERIES):
             return 1 + sum(map(self._size, value))
         if isinstance(value, dict):
             return 1 + sum(self._size(k) + self._size(v) for k, v in value.items())
@@ -311,7 +313,7 @@ class Filters:
         if type(between) not in (list, tuple) or not all(isinstance(x, str) for x in between):
             raise TypeError("separators must be two texts")
         self._narrow(sum(map(len, between)))
-        depth, size = self._depth(value), self._size(value)
+        depth, size = self._json_extent(value)
         self._budget.reserve(size * (6 + pad * depth + sum(map(len, between))))
         self._budget.step(size // 16)
         text = json.dumps(
@@ -324,15 +326,24 @@ class Filters:
             text = "".join(pieces)
         return self._budget.made(text)
 
-    def _depth(self, value: Any) -> int:
+    def _json_extent(self, value: Any) -> tuple[int, int]:
+        """Depth of a JSON value, and a bound of its characters without indents."""
         self._budget.step()
+        if isinstance(value, str):
+            self._budget.touch(len(value))
+            return 1, 2 + len(value)
+        if value is None or isinstance(value, NUMBERS):
+            return 1, 25 + (value.bit_length() // 3 if type(value) is int else 0)
+        depth, size = 0, 1
         if isinstance(value, dict):
-            value = list(value.values())
-        if isinstance(value, list | tuple):
-            return 1 + max(map(self._depth, value), default=0)
-        if not (value is None or isinstance(value, str | int | float)):
+            size += sum(4 + len(self._text(name)) for name in value)
+            value = value.values()
+        elif not isinstance(value, SERIES):
             raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
-        return 1
+        for item in value:
+            inner, length = self._json_extent(item)
+            depth, size = max(depth, inner), size + length + 2
+        return depth + 1, size
 
     # Filters of several values. Those that are generators in Jinja give iterators here, which can
     # be read once and are never false.

@@ -9,6 +9,7 @@ from glm_edge.preprocess.sandbox.budget import OBJECT_BYTES, Budget, TemplateLim
 from glm_edge.preprocess.sandbox.marks import Marks
 
 MAX_WIDTH = 1000
+DIGITS = re.compile(r"\d+")
 # Methods that answer a question, and those that make one text of as many pieces.
 QUESTIONS = (
     "count",
@@ -80,7 +81,7 @@ class Texts:
     def _read(self, *texts: Any) -> tuple[Any, ...]:
         """Texts without marks; searching for a short text in a long one reads both."""
         characters = sum(len(text) for text in texts if isinstance(text, str))
-        self._budget.touch(8 * characters)
+        self._budget.touch(4 * characters)
         return tuple(
             self.plain(text)
             if isinstance(text, str)
@@ -235,7 +236,7 @@ class Texts:
                 name, automatic = str(automatic), automatic + 1
             if not re.fullmatch(r"\w+", name) or "{" in spec or conversion not in (None, "s"):
                 raise TemplateLimitError(f"format field {{{name}}} is more than a name")
-            if any(int(digits[-9:]) > MAX_WIDTH for digits in re.findall(r"[0-9]+", spec)):
+            if any(len(digits) > 4 or int(digits) > MAX_WIDTH for digits in DIGITS.findall(spec)):
                 raise TemplateLimitError(f"format {spec!r} is wider than {MAX_WIDTH}")
             value = args[int(name)] if name.isdecimal() else kwargs[name]
             if type(value) not in (int, float, bool) or conversion:
