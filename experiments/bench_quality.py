@@ -53,7 +53,6 @@ from absl import app, flags
 import glm_edge as ge
 from experiments import calibration, exam, materials
 from experiments.console import fail_in_one_line, refuse_arguments, text_table
-from experiments.evaluate import require_tokenizer
 from experiments.peers import exchange
 from experiments.peers.methods import DECODER, METHODS, OURS, REFERENCE, Method, as_json
 from experiments.peers.scoring import Scorer
@@ -224,7 +223,7 @@ def gather() -> Gathered:
     """Loads the shipped model and reads what the flags name."""
     checkpoint = ge.shipped("nano")
     model, params = ge.load(checkpoint, dtype="float32")
-    tokenizer = require_tokenizer(checkpoint)
+    tokenizer = ge.load_tokenizer(checkpoint)
     if FLAGS.calibration_text:
         learned = corpora.read_text(FLAGS.calibration_text)
         held_out = corpora.read_text(FLAGS.text)

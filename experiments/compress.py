@@ -44,7 +44,7 @@ from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.report import Report
 from glm_edge.compress.stream import compress_checkpoint, is_streamable
 from glm_edge.compress.transform import Transform
-from glm_edge.errors import CheckpointError, DataError
+from glm_edge.errors import CheckpointError
 
 FLAGS = flags.FLAGS
 EXTRAS = (
@@ -122,16 +122,16 @@ def read_calibration(source: Path) -> list[dict[str, Any]] | None:
     if FLAGS.calibration:
         found += calibration_lib.from_file(
             FLAGS.calibration,
-            ge.checkpoint.load_tokenizer(source),
+            None if FLAGS.calibration.endswith(".npz") else ge.load_tokenizer(source),
             FLAGS.sequences,
             FLAGS.length,
             FLAGS.batch,
         )
     if FLAGS.calibration_screens:
-        tokenizer = ge.checkpoint.load_tokenizer(source)
+        tokenizer = ge.load_tokenizer(source)
         config = ge.build(source).config
-        if tokenizer is None or getattr(config, "vision", None) is None:
-            raise CheckpointError(f"{source}: --calibration_screens needs a tokenizer and vision")
+        if getattr(config, "vision", None) is None:
+            raise CheckpointError(f"{source}: --calibration_screens needs a model with vision")
         learned, _, notes = materials.recordings(None, [], FLAGS.seed)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
@@ -166,9 +166,7 @@ def summarize(
 
 def measure_text(source: Path, target: Path) -> dict[str, Any]:
     """Perplexity of both models, and how far their predictions differ."""
-    tokenizer = ge.checkpoint.load_tokenizer(source)
-    if tokenizer is None:
-        raise DataError(f"{source}: --text needs a tokenizer.json beside the model")
+    tokenizer = ge.load_tokenizer(source)
     ids = text_tokenizer.encode_text(tokenizer, corpora.read_text(FLAGS.text))
     windows = corpora.windows(
         ids[: FLAGS.text_tokens], text_tokenizer.token_bytes(tokenizer), FLAGS.length

@@ -27,7 +27,7 @@ from experiments import exam, materials
 from experiments.console import bar, fail_in_one_line, print_table
 from experiments.text import corpora
 from experiments.text import tokenizer as text_tokenizer
-from glm_edge.errors import CheckpointError, OutputError
+from glm_edge.errors import OutputError
 
 FLAGS = flags.FLAGS
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.json and not Path(FLAGS.json).resolve().parent.is_dir():
         raise OutputError(f"{FLAGS.json}: its directory does not exist; create it first")
     model, params = ge.load(checkpoint, dtype="float32")
-    tokenizer = require_tokenizer(checkpoint)
+    tokenizer = ge.load_tokenizer(checkpoint)
     report: dict[str, Any] = {"checkpoint": str(checkpoint), "seed": FLAGS.seed}
     windows = text_windows(tokenizer, FLAGS.text, FLAGS.text_tokens)
     report["text"] = exam.text_loss(model, params, windows) | {"tokens": windows.num_scored}
@@ -87,18 +87,6 @@ def measure(
             for name, rate in exam.outcomes(items, texts).items()
         }
     return results
-
-
-def require_tokenizer(checkpoint: Path) -> Tokenizer:
-    """The checkpoint's tokenizer.
-
-    Raises:
-      CheckpointError: the checkpoint has none.
-    """
-    tokenizer = ge.checkpoint.load_tokenizer(checkpoint)
-    if tokenizer is None:
-        raise CheckpointError(f"{checkpoint}: tokenizer.json is missing; text cannot be read")
-    return tokenizer
 
 
 def text_windows(tokenizer: Tokenizer, path: str | None, limit: int) -> corpora.Windows:

@@ -194,13 +194,12 @@ def text_ids(source: Path) -> np.ndarray | None:
     """Tokens of --text, or None.
 
     Raises:
-      DataError: the checkpoint has no tokenizer, or the text cannot be read.
+      CheckpointError: the checkpoint has no tokenizer.
+      DataError: the text cannot be read.
     """
     if not FLAGS.text:
         return None
     tokenizer = ge.load_tokenizer(source)
-    if tokenizer is None:
-        raise DataError(f"{source}: --text needs a tokenizer.json beside the model")
     ids = text_tokenizer.encode_text(tokenizer, corpora.read_text(FLAGS.text))
     return np.asarray(ids[: FLAGS.text_tokens], np.int32)
 

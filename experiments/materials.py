@@ -164,7 +164,9 @@ def gather(
     """
     notes = []
     learned, held_out = split_text(text)
-    tokenizer = ge.checkpoint.load_tokenizer(checkpoint)
+    tokenizer = None
+    if os.path.lexists(checkpoint / "tokenizer.json"):
+        tokenizer = ge.load_tokenizer(checkpoint)
     if tokenizer is None:
         notes.append(f"{checkpoint} has no tokenizer.json: bytes of text are taken as token ids")
         if config.decoder.vocab_size < 256:

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 
 from experiments import calibration, exam, materials
 from experiments.bench_decode import text_only
-from experiments.evaluate import require_tokenizer
 from experiments.text import tokenizer as text_tokenizer
 from glm_edge import configs
 from glm_edge.compress.progress import ProgressLine
@@ -64,7 +63,7 @@ def floats(name: str) -> list[float]:
 def opened() -> tuple[MultimodalGLM, Any, Tokenizer]:
     """The model of --checkpoint in float32, its parameters and its tokenizer."""
     checkpoint, model, params = materials.opened(FLAGS.checkpoint)
-    return model, params, require_tokenizer(checkpoint)
+    return model, params, ge.load_tokenizer(checkpoint)
 
 
 def run(model: Any, tokenizer: Tokenizer, settings: Sequence[Setting]) -> list[SweepRow]:

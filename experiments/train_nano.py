@@ -35,6 +35,7 @@ from experiments.nano.batches import ScreenBatches, fit, speech_batches, text_ba
 from experiments.phone_screens import digits, generator, speech
 from experiments.text.corpora import pydoc_topics, read_text
 from experiments.text.tokenizer import encode_text
+from experiments.text.tokenizer import load as read_tokenizer
 from glm_edge import configs
 from glm_edge import params as params_lib
 from glm_edge.errors import DataError
@@ -85,7 +86,7 @@ def initial_params(config: configs.GLMConfig, seed: int) -> dict[str, Any]:
 
 def load_tokenizer() -> Tokenizer:
     """The tokenizer given by its flag."""
-    return Tokenizer.from_file(FLAGS.tokenizer)
+    return read_tokenizer(FLAGS.tokenizer)
 
 
 def screen_batches(split: str, seed: int) -> ScreenBatches:

@@ -254,13 +254,21 @@ def json_object(
     return value
 
 
-def parse_json(raw: bytes | str, where: str, error: ErrorType = CheckpointError) -> Any:
+def parse_json(
+    raw: bytes | str,
+    where: str,
+    error: ErrorType = CheckpointError,
+    max_bytes: int = MAX_JSON_BYTES,
+    max_values: int = MAX_JSON_VALUES,
+) -> Any:
     """Reads JSON within limits of bytes, values, depth and digits.
 
     Args:
       raw: the JSON.
       where: it comes from, for the message.
       error: raised for what is refused.
+      max_bytes: beyond which it is not read.
+      max_values: that it may hold.
 
     Returns:
       The value, of any JSON type.
@@ -273,10 +281,10 @@ def parse_json(raw: bytes | str, where: str, error: ErrorType = CheckpointError)
         raw = raw.encode() if isinstance(raw, str) else raw
     except UnicodeEncodeError as failure:
         raise error(f"{where}: not JSON: {failure}") from failure
-    _check_json_bytes(len(raw), where, error)
+    _check_json_bytes(len(raw), where, error, max_bytes)
     # Three bytes such as `[],` become 70 in memory, so what they hold is counted first.
-    if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise error(f"{where}: holds more than {MAX_JSON_VALUES} JSON values")
+    if sum(map(raw.count, (b",", b"[", b"{"))) > max_values:
+        raise error(f"{where}: holds more than {max_values} JSON values")
     unique = functools.partial(_unique, where=where, error=error)
     try:
         value = json.loads(raw.decode(), object_pairs_hook=unique, parse_int=_integer)
@@ -295,9 +303,9 @@ def parse_json(raw: bytes | str, where: str, error: ErrorType = CheckpointError)
     return value
 
 
-def _check_json_bytes(size: int, where: str, error: ErrorType) -> None:
-    if size > MAX_JSON_BYTES:
-        raise error(f"{where}: is JSON of {size} bytes; more than {MAX_JSON_BYTES} are not read")
+def _check_json_bytes(size: int, where: str, error: ErrorType, limit: int = MAX_JSON_BYTES) -> None:
+    if size > limit:
+        raise error(f"{where}: is JSON of {size} bytes; more than {limit} are not read")
 
 
 def _integer(digits: str) -> int:

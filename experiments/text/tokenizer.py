@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from glm_edge.errors import DataError
+from glm_edge.errors import CheckpointError, DataError
+from glm_edge.preprocess.tokenizer_files import read_tokenizer
+from glm_edge.preprocess.tokens import plain_tokenizer
 
 VOCAB_SIZE = 2304
 COORDINATES = tuple(range(5, 1000, 10))
@@ -139,10 +141,9 @@ def load(path: str | Path) -> Tokenizer:
       DataError: the file is missing or holds no tokenizer.
     """
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises plain Exception
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not a tokenizer.json ({reason}); see make_tokenizer") from error
+        return read_tokenizer(path)
+    except CheckpointError as error:
+        raise DataError(f"{error}; see make_tokenizer") from error
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -155,8 +156,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
     Returns:
       int32 [T] ids whose decoding is `text`.
     """
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.encode_special_tokens = True
+    plain = plain_tokenizer(tokenizer)
     paragraphs = re.findall(r"[^\n]*\n|[^\n]+", text)
     encodings = plain.encode_batch_fast(paragraphs, add_special_tokens=False)
     return np.array([i for encoding in encodings for i in encoding.ids], np.int32)

@@ -199,29 +199,24 @@ def shipped(name: str = "nano") -> Path:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
-    """Opens the tokenizer of a checkpoint.
+    """Opens the tokenizer of a checkpoint, as `glm_edge.Processor` does.
+
+    Padding and truncation that its file may ask for are left out: they would cut texts and put
+    padding among tokens that are calibrated on.
 
     Args:
       path: directory of the checkpoint.
 
     Returns:
-      A `tokenizers.Tokenizer`, or None when the directory holds no tokenizer.json.
+      A `tokenizers.Tokenizer`.
 
     Raises:
-      CheckpointError: the file is not a tokenizer.
+      CheckpointError: the directory holds no tokenizer.json, or one that is damaged or that asks
+        for what may not end or takes memory without bound.
     """
-    if not os.path.lexists(Path(path) / TOKENIZER):
-        return None
-    file = file_inside(Path(path), TOKENIZER)
-    import tokenizers
+    from glm_edge.preprocess.tokenizer_files import read_tokenizer
 
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    # The library raises plain Exception for a file that it cannot read.
-    except Exception as error:
-        raise CheckpointError(
-            f"{file}: not a tokenizer of the tokenizers library: {error}"
-        ) from error
+    return read_tokenizer(Path(path) / TOKENIZER)
 
 
 def _check_dtype(dtype: str | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from glm_edge.errors import ConfigError
 from glm_edge.generate.decoding import stop_ids, stream
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.preprocess.tokens import decode
 
 _REPLACEMENT = "\ufffd"
 _UNFINISHED = 3
@@ -84,10 +85,10 @@ class TextStream:
         Decoders treat the first token of a text in their own way, hence the tokens before.
         """
 
-        def decode(ids: list[int]) -> str:
-            return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+        def text(ids: list[int]) -> str:
+            return decode(self._tokenizer, ids, self._skip_special_tokens)
 
-        return len(decode(self._context)), decode(self._context + self._recent)
+        return len(text(self._context)), text(self._context + self._recent)
 
     def _certain(self, piece: str) -> str:
         """Cuts at a stop string, and holds back what may begin one."""

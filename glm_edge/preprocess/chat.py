@@ -1,21 +1,23 @@
-"""Conversations as text: chat templates of checkpoints, rendered in a sandbox."""
+"""Conversations as text: chat templates of checkpoints, interpreted within limits."""
 
 import datetime
 import functools
-import json
+import os
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
-import jinja2.utils
 import numpy as np
 
 from glm_edge.errors import CheckpointError, ConfigError, DataError
+from glm_edge.files import file_inside, read_text
 from glm_edge.preprocess.hugging_face import read_json
+from glm_edge.preprocess.sandbox import MAX_TEMPLATE, Budget, Interpreter, Marks, parse
+from glm_edge.preprocess.sandbox.marks import PRIVATE
 
 FAMILIES = ("glm_edge", "glm_edge_v", "glm_4", "glm_4_0414", "glm_4_1v", "glm_asr")
 MEDIA_TYPES = {
@@ -26,6 +28,11 @@ MEDIA_TYPES = {
     "audio": "audio",
     "audio_url": "audio",
 }
+
+MAX_DEPTH = 64
+MAX_LAYOUT = 200
+# Half of a surrogate pair, of which no text in UTF-8 can be made.
+LONE = re.compile("[\ud800-\udfff]")
 
 Message = Mapping[str, Any]
 
@@ -61,30 +68,40 @@ def checkpoint_template(directory: Path) -> str | None:
     Raises:
       CheckpointError: a file is damaged, or no template is named `default`.
     """
-    file = directory / "chat_template.jinja"
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read as text: {error}") from error
+    name = "chat_template.jinja"
+    if os.path.lexists(directory / name):
+        return read_text(file_inside(directory, name), limit=MAX_TEMPLATE)
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = read_json(directory / name).get("chat_template")
         where = f"{directory / name}: field 'chat_template'"
         if isinstance(template, list):
-            named = {
-                item.get("name"): item.get("template")
-                for item in template
-                if isinstance(item, dict)
-            }
-            template = named.get("default")
+            named = (item for item in template if isinstance(item, dict))
+            defaults = [x.get("template") for x in named if x.get("name") == "default"]
+            template = defaults[0] if defaults else None
             if template is None:
                 raise CheckpointError(f"{where} has no template named 'default'")
         if template is not None:
             if not isinstance(template, str):
                 raise CheckpointError(f"{where} must be a string or named strings")
+            if len(template) > MAX_TEMPLATE:
+                raise CheckpointError(
+                    f"{where} has {len(template)} characters; at most {MAX_TEMPLATE} are read"
+                )
             return template
     return None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt in which marks tell strangers' texts from the template's own.
+
+    Attributes:
+      text: with marks.
+      marks: its `reveal` gives the text without them.
+    """
+
+    text: str
+    marks: Marks
 
 
 def render(
@@ -96,13 +113,13 @@ def render(
 ) -> str:
     """Renders a conversation.
 
-    The template is a stranger's program: it runs in a sandbox, on copies made of plain JSON
-    values. It writes one string, in which the text of a message is not told from the template's
-    own, so a text that spells a special token becomes that token where the string is tokenised;
-    `glm_edge.preprocess.Processor` prevents that.
+    The template is a stranger's program: it is interpreted within limits of time and memory, on
+    copies made of plain JSON values. It writes one string, in which the text of a message is not
+    told from the template's own, so a text that spells a special token becomes that token where the
+    string is tokenised; `glm_edge.preprocess.Processor` prevents that.
 
     Args:
-      template: Jinja source.
+      template: Jinja source, at most `sandbox.MAX_TEMPLATE` characters.
       messages: each with a `role` and a `content`, which is a string or a list of parts such as
         `{"type": "text", "text": …}` and `{"type": "image"}`.
       tools: JSON schemas of functions that the model may call.
@@ -113,22 +130,61 @@ def render(
       The text.
 
     Raises:
-      DataError: messages are malformed, or the template fails or refuses them.
+      DataError: messages are malformed, or the template fails, refuses them or takes more time or
+        memory than it may.
     """
-    values = {
-        "messages": [_message(message, f"messages[{i}]") for i, message in enumerate(messages)],
-        "tools": None if tools is None else [_plain(tool) for tool in tools],
+    return render_marked(template, messages, tools, add_generation_prompt, variables).text
+
+
+def render_marked(
+    template: str,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+    constants: Mapping[str, str] | None = None,
+    special: Sequence[str] = (),
+) -> Rendered:
+    """Renders a conversation so that strangers' texts spell no special token.
+
+    Args:
+      template: as for `render`.
+      messages: as for `render`.
+      tools: as for `render`.
+      add_generation_prompt: as for `render`.
+      variables: what else the template reads, of strangers.
+      constants: the checkpoint's own variables, such as `bos_token`.
+      special: names of special tokens, which marks hide in all that strangers wrote.
+
+    Returns:
+      The prompt.
+
+    Raises:
+      DataError: as for `render`.
+    """
+    copier = _Copier()
+    conversation = [copier.message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    others = {
+        "tools": None if tools is None else [copier.plain(tool, "tools") for tool in tools],
         "documents": None,
-        "add_generation_prompt": add_generation_prompt,
-        **{name: _plain(value) for name, value in variables.items()},
+        **{name: copier.plain(value, name) for name, value in (variables or {}).items()},
     }
+    marks = Marks(special, copier.private)
+    values = {
+        **(constants or {}),
+        "messages": [marks.hide_message(message) for message in conversation],
+        **{name: marks.hide_all(value) for name, value in others.items()},
+        "add_generation_prompt": add_generation_prompt,
+        "raise_exception": functools.partial(_raise_exception, marks),
+        "strftime_now": _strftime_now,
+    }
+    budget = Budget(copier.values, copier.characters)
     try:
-        return _compiled(template).render(values)
+        return Rendered(Interpreter(values, budget, marks).render(parse(template)), marks)
     # A template is a program: it can divide by zero or recurse as well as fail as a template.
     except Exception as error:
-        raise DataError(
-            f"chat template: {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+        shown = marks.reveal(" ".join(str(error).split()))
+        raise DataError(f"chat template: {type(error).__name__}: {shown}") from error
 
 
 def split_thinking(text: str) -> tuple[str, str]:
@@ -149,104 +205,99 @@ def split_thinking(text: str) -> tuple[str, str]:
     return thinking.strip(), answer.partition("</answer>")[0].strip()
 
 
-def _message(message: Message, where: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise DataError(f"{where}: must be an object with a 'role'")
-    plain = {name: _plain(value) for name, value in message.items() if name != "content"}
-    plain["content"] = _content(message.get("content"), where)
-    return plain
+class _Copier:
+    """Copies what a template may see, and counts it.
+
+    Methods of richer objects would lead out of the interpreter.
+
+    Attributes:
+      values: how many JSON values were copied.
+      characters: of their texts.
+      private: characters for private use in them.
+    """
+
+    def __init__(self) -> None:
+        self.values = self.characters = 0
+        self.private: set[str] = set()
+
+    def message(self, message: Message, where: str) -> dict[str, Any]:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(f"{where}: must be an object with a 'role'")
+        plain = {
+            self._name(name, where): self._content(value, where)
+            if name == "content"
+            else self.plain(value, where)
+            for name, value in message.items()
+        }
+        return {"content": None, **plain} if "content" not in plain else plain
+
+    def _content(self, content: Any, where: str) -> Any:
+        if content is None or isinstance(content, str):
+            return self.plain(content, where)
+        if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
+            raise DataError(f"{where}: content must be a string or a list of parts")
+        parts = []
+        for index, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": self.plain(part["text"], where)})
+            elif isinstance(kind, str) and kind in MEDIA_TYPES:
+                # Templates look at the type or for a key of that name.
+                parts.append({"type": MEDIA_TYPES[kind], MEDIA_TYPES[kind]: ""})
+            else:
+                raise DataError(
+                    f"{where}: content[{index}] must be a text part with its 'text', or of type "
+                    f"{', '.join(MEDIA_TYPES)}"
+                )
+            self.values += 1
+        return parts
+
+    def plain(self, value: Any, where: str, depth: int = 0) -> Any:
+        self.values += 1
+        if depth > MAX_DEPTH:
+            raise DataError(f"{where}: is nested deeper than {MAX_DEPTH}")
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, str):
+            return self._text(value, where)
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, int | float):
+            # Enumerations and the like print otherwise than what they are.
+            return int(value) if isinstance(value, int) else float(value)
+        if isinstance(value, Mapping):
+            return {
+                self._name(name, where): self.plain(item, where, depth + 1)
+                for name, item in value.items()
+            }
+        if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+            return [self.plain(item, where, depth + 1) for item in value]
+        raise DataError(
+            f"{where}: a template can be given JSON values only, found {type(value).__name__}"
+        )
+
+    def _name(self, name: Any, where: str) -> str:
+        if name is not None and not isinstance(name, str | int | float):
+            raise DataError(f"{where}: names of fields must be texts, found {type(name).__name__}")
+        return self._text(name if isinstance(name, str) else str(name), where)
+
+    def _text(self, text: str, where: str) -> str:
+        # A subclass may print otherwise than what it is.
+        text = str.__str__(text)
+        self.characters += len(text)
+        if not text.isascii():
+            self.private.update(PRIVATE.findall(text))
+            if LONE.search(text):
+                raise DataError(f"{where}: holds half of a surrogate pair, which is no character")
+        return text
 
 
-def _content(content: Any, where: str) -> Any:
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence):
-        raise DataError(f"{where}: content must be a string or a list of parts")
-    parts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind in MEDIA_TYPES:
-            # Templates look at the type or for a key of that name.
-            parts.append({"type": MEDIA_TYPES[kind], MEDIA_TYPES[kind]: ""})
-        else:
-            raise DataError(
-                f"{where}: content[{index}] must be a text part with its 'text', or of type "
-                f"{', '.join(MEDIA_TYPES)}"
-            )
-    return parts
-
-
-def _plain(value: Any) -> Any:
-    """Copies what a template may see; methods of richer objects would lead out of the sandbox."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    raise DataError(f"a template can be given JSON values only, found {type(value).__name__}")
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what training scores; rendering passes it through."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """`namespace()` whose attributes cannot take the names of Python's own."""
-
-    def __init__(*args: Any, **attributes: Any):
-        for name in dict(*args[1:], **attributes):
-            _check_attribute(name)
-        jinja2.utils.Namespace.__init__(*args, **attributes)
-
-    def __setitem__(self, name: str, value: Any):
-        _check_attribute(name)
-        jinja2.utils.Namespace.__setitem__(self, name, value)
-
-
-def _check_attribute(name: Any) -> None:
-    if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"attribute {name!r} of a namespace is not allowed")
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.globals["namespace"] = _Namespace
-    return environment.from_string(template)
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # Jinja's own filter escapes for HTML.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _raise_exception(marks: Marks, message: Any = "") -> None:
+    raise jinja2.TemplateError(marks.reveal(str(message)))
 
 
 def _strftime_now(layout: str) -> str:
+    # Other directives, such as a width, make texts of any length.
+    if len(layout) > MAX_LAYOUT or re.search(r"%[-_0^#]*[0-9]", layout):
+        raise ValueError("the layout of a date is too long")
     return datetime.datetime.now().strftime(layout)

@@ -1,16 +1,16 @@
 """What a Hugging Face directory says about its tokenizer and processors."""
 
 import dataclasses
-import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tokenizers
-
+from glm_edge import files
 from glm_edge.configs.stop_tokens import token_ids
-from glm_edge.errors import CheckpointError, ConfigError
+from glm_edge.errors import ConfigError
+from glm_edge.files import file_inside
 from glm_edge.preprocess.processing import (
     GLM4V,
     GLM4V_VIDEO,
@@ -58,17 +58,12 @@ def read_json(path: Path) -> dict[str, Any]:
       Its fields; none where the file is absent.
 
     Raises:
-      CheckpointError: the file cannot be read or holds no JSON object.
+      CheckpointError: the file cannot be read, is not a regular file inside the directory, or
+        holds no JSON object.
     """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, found {type(fields).__name__}")
-    return fields
+    return files.read_json(file_inside(path.parent, path.name))
 
 
 def read_image_processing(directory: Path, base: ImageProcessing) -> ImageProcessing:
@@ -239,30 +234,6 @@ def _expect(fields: dict[str, Any], where: str, name: str, known: Any) -> None:
     value = fields.get(name)
     if value is not None and value != known:
         raise ConfigError(f"{where}: field {name!r} is {value!r}; it must be {known!r} here")
-
-
-def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
-    """Reads tokenizer.json, without the padding and truncation that it may ask for.
-
-    Args:
-      file: path of tokenizer.json.
-
-    Returns:
-      The tokenizer.
-
-    Raises:
-      CheckpointError: the file is missing or damaged.
-    """
-    if not file.is_file():
-        raise CheckpointError(f"{file}: is missing; the checkpoint's tokenizer.json is needed")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    # The binding raises plain Exception for whatever is wrong with the file.
-    except Exception as error:
-        raise CheckpointError(f"{file}: is no tokenizer: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def read_family(config: Mapping[str, Any]) -> str | None:

@@ -14,12 +14,11 @@ from glm_edge.errors import CheckpointError, ConfigError, DataError
 from glm_edge.preprocess import chat, hugging_face, media, own
 from glm_edge.preprocess.audio import prepare_recording
 from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing, VideoProcessing
-from glm_edge.preprocess.tokens import text_ids
+from glm_edge.preprocess.tokenizer_files import TOKENIZER, read_tokenizer
+from glm_edge.preprocess.tokens import decode, marked_ids, special_tokens
 from glm_edge.preprocess.vision import prepare_image, prepare_video
 
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-# Characters for private use stand for a special token's name in a user's text until it is encoded.
-HIDDEN = re.compile("\ue000([0-9]+)\ue001")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +107,7 @@ class Processor:
                 f"{where}: is missing, or neither a glm_edge checkpoint ('format': {own.FORMAT!r}) "
                 "nor a Hugging Face one ('model_type')"
             )
-        tokenizer = hugging_face.read_tokenizer(directory / "tokenizer.json")
+        tokenizer = read_tokenizer(directory / TOKENIZER)
         names = hugging_face.read_json(directory / "tokenizer_config.json")
         if ours:
             shape = own.read_config(config, where)
@@ -158,15 +157,18 @@ class Processor:
           audio: samples at the model's rate, `(samples, rate)`, or paths of WAV files.
           tools: JSON schemas of functions.
           add_generation_prompt: whether the assistant's turn is opened at the end.
-          special_tokens_in_text: whether names of special tokens become tokens in messages that
-            are not the assistant's, as elsewhere; otherwise they are read as text.
+          special_tokens_in_text: whether names of special tokens become tokens wherever they are
+            spelled, as elsewhere. Otherwise they are read as text in everything that is passed
+            here: messages with all their fields, tools and variables. An assistant's content and
+            reasoning keep `glm_edge.preprocess.sandbox.marks.ANSWER_TOKENS`, such as `<think>`.
           **variables: what else the template reads.
 
         Returns:
           The inputs.
 
         Raises:
-          DataError: messages, images or recordings are malformed, too few or too many.
+          DataError: messages, images or recordings are malformed, too few or too many, or the
+            chat template fails or takes more time or memory than it may.
         """
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         if not conversations:
@@ -176,16 +178,22 @@ class Processor:
         for conversation, found in zip(
             conversations, media.gather(conversations, supplied), strict=True
         ):
-            spelled: list[str] = []
-            if not special_tokens_in_text:
-                conversation = self._hide(conversation, spelled)
-            text = self.render(conversation, tools, add_generation_prompt, **variables)
+            rendered = chat.render_marked(
+                self.template,
+                conversation,
+                tools,
+                add_generation_prompt,
+                variables,
+                self.variables,
+                () if special_tokens_in_text else special_tokens(self.tokenizer).names,
+            )
             placeholders = []
             for kind, value in found:
                 arrays, placeholder = getattr(self, f"_prepare_{kind}")(value)
                 (chunks if kind == "audio" else shown).append(arrays)
                 placeholders.append((kind, placeholder))
-            rows.append(self._encode(self._expand(text, placeholders), spelled))
+            text = self._expand(rendered.text, placeholders)
+            rows.append(marked_ids(self.tokenizer, text, rendered.marks.reveal(text)))
         length = max(map(len, rows))
         tokens = np.full((len(rows), length), self.pad_token_id, np.int32)
         valid = np.zeros((len(rows), length), bool)
@@ -215,7 +223,7 @@ class Processor:
         """
         ids = [int(token) for token in tokens]
         stops = [index for index, token in enumerate(ids) if token in self.stop_token_ids]
-        return self.tokenizer.decode(ids[: min(stops, default=len(ids))], skip_special_tokens=False)
+        return decode(self.tokenizer, ids[: min(stops, default=len(ids))])
 
     def _prepare_image(self, value: Any) -> tuple[np.ndarray, str]:
         if self.image is None:
@@ -266,48 +274,3 @@ class Processor:
             )
         remaining = iter(placeholders)
         return pattern.sub(lambda _: next(remaining)[1], text)
-
-    def _hide(self, messages: Sequence[Any], spelled: list[str]) -> list[Any]:
-        """Replaces names of special tokens in texts by marks that `_encode` reads back as text."""
-        marks = "\ue000|\ue001"
-        names = "|".join(filter(None, (self._special_names(), marks)))
-
-        def hide(text: Any, pattern: str) -> Any:
-            def mark(match: re.Match) -> str:
-                spelled.append(match.group())
-                return f"\ue000{len(spelled) - 1}\ue001"
-
-            return re.sub(pattern, mark, text) if isinstance(text, str) else text
-
-        hidden = []
-        for message in messages:
-            if isinstance(message, Mapping):
-                pattern = marks if message.get("role") == "assistant" else names
-                content = message.get("content")
-                if isinstance(content, list | tuple):
-                    content = [
-                        {**part, "text": hide(part["text"], pattern)}
-                        if isinstance(part, Mapping) and "text" in part
-                        else part
-                        for part in content
-                    ]
-                message = {**message, "content": hide(content, pattern)}
-            hidden.append(message)
-        return hidden
-
-    def _encode(self, text: str, spelled: list[str]) -> list[int]:
-        ids: list[int] = []
-        # Text that spells a token is encoded together with the text around it.
-        names = self._special_names() if spelled else ""
-        for piece in re.split(f"({names})", text) if names else [text]:
-            if HIDDEN.search(piece):
-                piece = HIDDEN.sub(lambda mark: spelled[int(mark[1])], piece)
-                ids += text_ids(self.tokenizer, piece)
-            else:
-                ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
-        return ids
-
-    def _special_names(self) -> str:
-        added = self.tokenizer.get_added_tokens_decoder().values()
-        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        return "|".join(map(re.escape, names))

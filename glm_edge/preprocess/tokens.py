@@ -1,12 +1,183 @@
-"""Prompts: instruction, image and recording as the token ids that a model was trained on."""
+"""Texts as token ids and back: the door through which all code reaches a tokenizer."""
 
+import functools
+import re
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from glm_edge.errors import DataError
+from glm_edge.preprocess.tokenizer_files import guarded
 
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 IMAGE = ("<|begin_of_image|>", "<|image|>", "<|end_of_image|>")
 AUDIO = ("<|begin_of_audio|>", "<|audio|>", "<|end_of_audio|>")
+
+# Of each tokenizer one that reads names of special tokens as text, and what it was made of.
+_PLAIN: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+class SpecialTokens:
+    """Names of a tokenizer's special tokens and where a text spells them.
+
+    Attributes:
+      names: in order.
+      ids: of each name.
+    """
+
+    def __init__(self, tokens: Iterable[tuple[str, int]]):
+        """Prepares the search.
+
+        Args:
+          tokens: names and ids.
+        """
+        self.ids = dict(sorted(tokens))
+        self.names = tuple(self.ids)
+        self._lengths = sorted({len(name) for name in self.names}, reverse=True)
+        first = "".join(sorted({name[0] for name in self.names}))
+        self._starts = re.compile(f"[{re.escape(first)}]") if first else None
+
+    def find(self, text: str) -> list[tuple[int, int]]:
+        """Returns the spans that spell special tokens, the longest at each place."""
+        spans: list[tuple[int, int]] = []
+        if self._starts is None:
+            return spans
+        end = 0
+        for match in self._starts.finditer(text):
+            start = match.start()
+            if start < end:
+                continue
+            for length in self._lengths:
+                if text[start : start + length] in self.ids:
+                    end = start + length
+                    spans.append((start, end))
+                    break
+        return spans
+
+
+def special_tokens(tokenizer: Any) -> SpecialTokens:
+    """Returns the special tokens of a `tokenizers.Tokenizer`."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    return _special(tuple((token.content, i) for i, token in added if token.special))
+
+
+_special = functools.lru_cache(maxsize=16)(SpecialTokens)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Encodes text in which names of special tokens become those tokens.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+      text: to encode; nothing is put before or after it.
+
+    Returns:
+      Token ids.
+
+    Raises:
+      DataError: the tokenizer fails on the text.
+    """
+    with guarded("text cannot be encoded", DataError):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def decode(tokenizer: Any, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """Returns the text of tokens.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+      tokens: ids [T].
+      skip_special_tokens: leave special tokens out of the text.
+
+    Returns:
+      The text.
+
+    Raises:
+      DataError: an id is negative or too large, or the tokenizer fails on them.
+    """
+    with guarded("tokens cannot be decoded", DataError):
+        return tokenizer.decode(
+            [int(token) for token in tokens], skip_special_tokens=skip_special_tokens
+        )
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Encodes text in which names of special tokens are no more than text.
+
+    The tokenizer is not changed, so that threads can share it.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+      text: to encode.
+
+    Returns:
+      Token ids, none of them special.
+
+    Raises:
+      DataError: the tokenizer fails on the text.
+    """
+    ids = encode(tokenizer, text)
+    special = set(special_tokens(tokenizer).ids.values())
+    return ids if special.isdisjoint(ids) else encode(plain_tokenizer(tokenizer), text)
+
+
+def marked_ids(tokenizer: Any, text: str, plain: str) -> list[int]:
+    """Encodes a prompt in which only the template's own text spells special tokens.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+      text: with marks, of `glm_edge.preprocess.chat.render_marked`.
+      plain: as many characters, without marks.
+
+    Returns:
+      Token ids.
+
+    Raises:
+      DataError: the tokenizer fails on the text.
+    """
+    special = special_tokens(tokenizer)
+    spans = special.find(text)
+    written = [special.ids[text[start:end]] for start, end in spans]
+    ids, known = encode(tokenizer, plain), set(special.ids.values())
+    if [index for index in ids if index in known] == written:
+        return ids
+    # Somebody else's text spells a token too: what lies between the template's tokens is encoded
+    # as text.
+    reader = plain_tokenizer(tokenizer)
+    ids, at = [], 0
+    for (start, end), index in zip(spans, written, strict=True):
+        if plain[at:start]:
+            ids += encode(reader, plain[at:start])
+        ids.append(index)
+        at = end
+    return ids + (encode(reader, plain[at:]) if plain[at:] else [])
+
+
+def plain_tokenizer(tokenizer: Any) -> Any:
+    """Returns a tokenizer that reads names of special tokens as text.
+
+    Made once per tokenizer, and anew when tokens were added to it. The flag on a tokenizer that is
+    shared must not be changed: other threads would encode with it.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+
+    Returns:
+      Another one, which must not be changed.
+    """
+    version = (tokenizer.get_vocab_size(), special_tokens(tokenizer).names)
+    with _LOCK:
+        made, made_of = _PLAIN.get(tokenizer, (None, None))
+        if made_of != version:
+            with guarded("the tokenizer cannot be copied", DataError):
+                made = type(tokenizer).from_str(tokenizer.to_str())
+                made.no_padding()
+                made.no_truncation()
+            made.encode_special_tokens = True
+            _PLAIN[tokenizer] = (made, version)
+        return made
 
 
 def prompt_ids(
@@ -29,37 +200,19 @@ def prompt_ids(
     """
     if not instruction and not audio_tokens:
         raise DataError("a prompt needs an instruction, as text or as a recording")
-    ids = [_special(tokenizer, USER)]
+    ids = [_token_id(tokenizer, USER)]
     for count, (begin, placeholder, end) in ((image_tokens, IMAGE), (audio_tokens, AUDIO)):
         if count < 0:
             raise DataError(f"number of {placeholder} tokens must not be negative, found {count}")
         if count:
-            ids.append(_special(tokenizer, begin))
-            ids.extend([_special(tokenizer, placeholder)] * count)
-            ids.append(_special(tokenizer, end))
-    return [*ids, *text_ids(tokenizer, instruction), _special(tokenizer, ASSISTANT)]
+            ids.append(_token_id(tokenizer, begin))
+            ids.extend([_token_id(tokenizer, placeholder)] * count)
+            ids.append(_token_id(tokenizer, end))
+    return [*ids, *text_ids(tokenizer, instruction), _token_id(tokenizer, ASSISTANT)]
 
 
-def _special(tokenizer: Any, token: str) -> int:
+def _token_id(tokenizer: Any, token: str) -> int:
     index = tokenizer.token_to_id(token)
     if index is None:
         raise DataError(f"the tokenizer has no special token {token!r}, which this prompt needs")
     return index
-
-
-def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Encodes text in which names of special tokens are no more than text.
-
-    Args:
-      tokenizer: a `tokenizers.Tokenizer`.
-      text: to encode.
-
-    Returns:
-      Token ids, none of them special.
-    """
-    before = tokenizer.encode_special_tokens
-    tokenizer.encode_special_tokens = True
-    try:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-    finally:
-        tokenizer.encode_special_tokens = before

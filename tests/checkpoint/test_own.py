@@ -140,9 +140,10 @@ def test_extras_come_along(tmp_path, model, params):
 
 
 def test_tokenizer(tmp_path):
-    assert load_tokenizer(tmp_path) is None
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is missing"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="not a tokenizer"):
+    with pytest.raises(CheckpointError, match="is no tokenizer"):
         load_tokenizer(tmp_path)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     words.save(str(tmp_path / "tokenizer.json"))

@@ -198,12 +198,12 @@ def test_a_checkpoint_brings_its_template(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "pattern"),
     [
-        ("tokenizer_config.json", b"{", "cannot be read as JSON"),
+        ("tokenizer_config.json", b"{", "not JSON"),
         ("tokenizer_config.json", b"[1]", "must hold a JSON object, found list"),
         ("tokenizer_config.json", b'{"chat_template": 3}', "must be a string or named strings"),
         ("tokenizer_config.json", b'{"chat_template": []}', "no template named 'default'"),
-        ("tokenizer_config.json", b"[" * 200_000, "cannot be read as JSON"),
-        ("chat_template.jinja", b"\xff\xfe", "cannot be read as text"),
+        ("tokenizer_config.json", b"[" * 200_000, "not JSON that can be read"),
+        ("chat_template.jinja", b"\xff\xfe", "is not UTF-8 text"),
     ],
     ids=range(6),
 )

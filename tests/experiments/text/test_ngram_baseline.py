@@ -35,7 +35,7 @@ def test_reports_every_text_as_table_and_json(tmp_path):
     [
         ("train", b"\xff\xfe", "byte offset 0"),
         ("eval", b"", "empty"),
-        ("tokenizer", b"{}", "not a tokenizer.json"),
+        ("tokenizer", b"{}", "is no tokenizer"),
         ("train", None, "cannot be read"),
     ],
 )

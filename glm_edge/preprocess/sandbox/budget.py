@@ -1,0 +1,110 @@
+"""What a template may take: steps, bytes of the values that it makes, and characters of output."""
+
+import sys
+from typing import Any
+
+import jinja2
+
+MAX_STEPS = 250_000
+STEPS_PER_VALUE = 500
+MAX_BYTES = 1 << 27
+BYTES_PER_CHARACTER = 64
+MAX_OUTPUT = 1 << 20
+OUTPUT_PER_CHARACTER = 8
+MAX_INTEGER_BITS = 4096
+# A step is about a microsecond; comparing and copying takes less than one per so many characters.
+CHARACTERS_PER_STEP = 256
+# A small object and its slot in a list.
+OBJECT_BYTES = 72
+
+
+class TemplateLimitError(jinja2.TemplateRuntimeError):
+    """A template takes more than it may."""
+
+
+class Budget:
+    """Counts down what one rendering may take; what it reads adds to that.
+
+    Attributes:
+      output: characters that it may write.
+    """
+
+    def __init__(self, values: int = 0, characters: int = 0):
+        """Starts full.
+
+        Args:
+          values: JSON values that the template is given.
+          characters: of the texts among them.
+        """
+        self._max_steps = self._steps = MAX_STEPS + STEPS_PER_VALUE * values + characters // 2
+        self._max_bytes = self._bytes = MAX_BYTES + BYTES_PER_CHARACTER * characters
+        self.output = MAX_OUTPUT + OUTPUT_PER_CHARACTER * characters
+
+    def step(self, count: int = 1) -> None:
+        """Counts steps.
+
+        Raises:
+          TemplateLimitError: there are none left.
+        """
+        self._steps -= count
+        if self._steps < 0:
+            raise TemplateLimitError(f"takes more than {self._max_steps} steps")
+
+    def touch(self, characters: int) -> None:
+        """Counts the steps of reading a text."""
+        self.step(1 + characters // CHARACTERS_PER_STEP)
+
+    def reserve(self, size: int) -> None:
+        """Counts bytes before they are taken.
+
+        Raises:
+          TemplateLimitError: there are not as many left.
+        """
+        self._bytes -= size
+        if self._bytes < 0:
+            raise TemplateLimitError(f"makes values of more than {self._max_bytes} bytes")
+        self.step(size // (CHARACTERS_PER_STEP * 4))
+
+    def items(self, count: int) -> None:
+        """Counts the elements of a list before it is made."""
+        self.step(count // 8)
+        self.reserve(count * OBJECT_BYTES)
+
+    def made(self, text: str) -> str:
+        """Counts a text that was made of counted ones, and returns it."""
+        self.reserve(sys.getsizeof(text))
+        return text
+
+    def number(self, value: Any) -> Any:
+        """Returns a number unless it has too many digits.
+
+        Raises:
+          TemplateLimitError: it has.
+        """
+        if type(value) is int and value.bit_length() > MAX_INTEGER_BITS:
+            raise TemplateLimitError(f"makes an integer of more than {MAX_INTEGER_BITS} bits")
+        return value
+
+
+class Sink:
+    """Output that is written piece by piece."""
+
+    def __init__(self, budget: Budget):
+        """Starts empty."""
+        self._budget, self._pieces, self._length = budget, [], 0
+
+    def write(self, text: str) -> None:
+        """Appends text.
+
+        Raises:
+          TemplateLimitError: there is too much of it.
+        """
+        self._length += len(text)
+        if self._length > self._budget.output:
+            raise TemplateLimitError(f"writes more than {self._budget.output} characters")
+        self._budget.touch(len(text))
+        self._pieces.append(text)
+
+    def text(self) -> str:
+        """Returns all of it."""
+        return self._budget.made("".join(self._pieces))

@@ -1,0 +1,126 @@
+"""Marks that tell a stranger's text from the template's own through a rendering."""
+
+import functools
+import re
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+from glm_edge.errors import DataError
+
+BRACKETS = frozenset("<>|[]{}")
+# The first of Unicode's areas for private use.
+FIRST_MARK, LAST_MARK = 0xE000, 0xF8FF
+PRIVATE = re.compile("[\ue000-\uf8ff]")
+# Parts of an answer that a model writes itself and that its next prompt repeats as tokens. They
+# begin and end no turn.
+ANSWER_TOKENS = (
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<|begin_of_box|>",
+    "<|end_of_box|>",
+)
+ANSWER_FIELDS = ("content", "reasoning_content")
+
+
+class Marks:
+    """Replaces, one to one, characters without which no special token can be spelled.
+
+    A rendered prompt is one string. What a stranger wrote could complete the name of a special
+    token there, also in several pieces that only the template joins. So each bracket of those names
+    is replaced in a stranger's text by a mark, which is drawn anew for each rendering among
+    characters for private use that no text holds. Where a template writes a mark itself, it is read
+    as that bracket in plain text. The interpreter looks through marks where it compares and cuts.
+    """
+
+    def __init__(self, names: Iterable[str] = (), taken: Iterable[str] = ()):
+        """Draws marks.
+
+        Args:
+          names: of special tokens.
+          taken: characters for private use that texts hold.
+
+        Raises:
+          DataError: texts hold nearly all characters for private use.
+        """
+        names = tuple(names)
+        hidden, self._taken = _hidden_characters(names), frozenset(taken)
+        size = LAST_MARK - FIRST_MARK + 1
+        start, free = secrets.randbelow(size), []
+        for index in range(size):
+            if len(free) == len(hidden):
+                break
+            mark = chr(FIRST_MARK + (start + index) % size)
+            if mark not in self._taken:
+                free.append(mark)
+        if len(free) < len(hidden):
+            raise DataError("messages hold nearly all of Unicode's characters for private use")
+        self._pairs = tuple(zip(hidden, free, strict=True))
+        self._special = frozenset(names)
+        self._marks = frozenset(free)
+
+    def hide(self, text: str) -> str:
+        """Returns a stranger's text with marks; it has as many characters."""
+        for character, mark in self._pairs:
+            if character in text:
+                text = text.replace(character, mark)
+        return text
+
+    def reveal(self, text: str) -> str:
+        """Returns a text as it was before marks replaced characters in it."""
+        if text.isascii():
+            return text
+        for character, mark in self._pairs:
+            if mark in text:
+                text = text.replace(mark, character)
+        return text
+
+    def is_mark(self, character: str) -> bool:
+        """True of a mark."""
+        return character in self._marks
+
+    def hide_all(self, value: Any) -> Any:
+        """Returns a JSON value in which all texts and names of fields are hidden."""
+        if not self._pairs:
+            return value
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, dict):
+            return {self.hide(name): self.hide_all(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self.hide_all(item) for item in value]
+        return value
+
+    def hide_message(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Returns a message with all texts hidden; an answer keeps `ANSWER_TOKENS`."""
+        hidden = self.hide_all(message)
+        if message.get("role") == "assistant":
+            for name in ANSWER_FIELDS:
+                if name in message:
+                    hidden[name] = self._hide_answer(message[name])
+        return hidden
+
+    def _hide_answer(self, value: Any) -> Any:
+        if isinstance(value, str):
+            tokens = [token for token in ANSWER_TOKENS if token in self._special]
+            if not tokens:
+                return self.hide(value)
+            pieces = re.split(f"({'|'.join(map(re.escape, tokens))})", value)
+            return "".join(p if p in self._special else self.hide(p) for p in pieces)
+        if isinstance(value, list):
+            return [self._hide_answer(item) for item in value]
+        if isinstance(value, dict):
+            return {self.hide(name): self._hide_answer(item) for name, item in value.items()}
+        return value
+
+
+@functools.lru_cache(maxsize=32)
+def _hidden_characters(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Characters that each of the names needs."""
+    hidden: set[str] = set()
+    for name in names:
+        brackets = BRACKETS & set(name)
+        hidden |= brackets or {c for c in name if not c.isalnum() and c != "_"} or set(name[:1])
+    return tuple(sorted(hidden))

@@ -1,0 +1,335 @@
+"""The one door that opens a tokenizer.json, which a stranger may have written.
+
+The library that reads it is native code: what a hostile file makes it do can end the process or
+never end. So the file's fields are checked first, and one that is not known is refused.
+"""
+
+import base64
+import binascii
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from glm_edge.errors import CheckpointError, GlmEdgeError
+from glm_edge.files import ErrorType, file_inside, parse_json, read_bytes
+from glm_edge.patterns import PatternError, check_pattern
+
+TOKENIZER = "tokenizer.json"
+# The largest of published models have 35 MB and 1.6 million values.
+MAX_BYTES = 1 << 26
+MAX_VALUES = 4_000_000
+MAX_ID = 1 << 24
+MAX_ADDED = 1 << 17
+MAX_SPECIAL = 1 << 14
+MAX_TOKEN_NAME = 256
+MAX_STEPS = 64
+# How many times longer a text may become, before what Unicode's normal forms add.
+MAX_GROWTH = 16
+MAX_CHARSMAP_TEXT = 64
+MAX_TEMPLATE_TOKENS = 64
+MAX_WORD = 1000
+MODELS = ("BPE", "WordPiece", "WordLevel", "Unigram")
+# Characters of many scripts and lengths in UTF-8, so that what a table lacks shows at once.
+PROBE = "".join(map(chr, [*range(32, 127), 9, 10, 13, *range(0xA1, 0x3000, 61), 0x4E2D, 0x1F600]))
+
+
+@contextlib.contextmanager
+def guarded(where: str, error: ErrorType) -> Iterator[None]:
+    """Turns what the library of tokenizers raises into one error.
+
+    Args:
+      where: file or task, which begins the message.
+      error: to raise.
+
+    Raises:
+      GlmEdgeError: of the type `error`.
+    """
+    try:
+        yield
+    except GlmEdgeError:
+        raise
+    except Exception as failure:
+        raise error(f"{where}: {_line(failure)}") from failure
+    except BaseException as failure:
+        # A panic of native code is no Exception, and its class can only be told by name.
+        if type(failure).__name__ != "PanicException":
+            raise
+        raise error(f"{where}: {_line(failure)}") from failure
+
+
+def _line(failure: BaseException) -> str:
+    return " ".join(str(failure).split())
+
+
+def read_tokenizer(file: str | Path) -> tokenizers.Tokenizer:
+    """Opens a tokenizer, without the padding and truncation that its file may ask for.
+
+    Args:
+      file: path of a tokenizer.json.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      CheckpointError: the file is missing, damaged, or asks for what may not end or takes memory
+        without bound.
+    """
+    file = Path(file)
+    if not file.is_symlink() and not file.exists():
+        raise CheckpointError(f"{file}: is missing; the checkpoint's {TOKENIZER} is needed")
+    raw = read_bytes(file_inside(file.parent, file.name), MAX_BYTES)
+    where = f"{file}: is no tokenizer that can be read"
+    fields = parse_json(raw, str(file), max_bytes=MAX_BYTES, max_values=MAX_VALUES)
+    try:
+        _Checker().check(fields)
+    except _RefusedError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    with guarded(where, CheckpointError):
+        tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        ids = tokenizer.encode(PROBE, add_special_tokens=False).ids
+        tokenizer.decode(ids)
+    return tokenizer
+
+
+class _RefusedError(Exception):
+    pass
+
+
+class _Checker:
+    """Checks a tokenizer's fields; `_steps` counts its normalizers and the like."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def check(self, fields: Any) -> None:
+        if not isinstance(fields, dict):
+            raise _RefusedError("it holds no JSON object")
+        self._model(fields.get("model"))
+        self._added(fields.get("added_tokens"))
+        growth = self._tree(fields.get("normalizer"), "normalizer", "normalizers", self._normalizer)
+        self._bounded("normalizer", growth)
+        self._tree(fields.get("pre_tokenizer"), "pre_tokenizer", "pretokenizers", self._splitter)
+        self._tree(fields.get("post_processor"), "post_processor", "processors", self._processor)
+        growth = self._tree(fields.get("decoder"), "decoder", "decoders", self._decoder)
+        self._bounded("decoder", growth)
+
+    def _bounded(self, name: str, growth: float) -> None:
+        if growth > MAX_GROWTH:
+            raise _RefusedError(
+                f"its {name} makes texts {growth:.4g} times longer; at most {MAX_GROWTH} is taken"
+            )
+
+    def _tree(
+        self, node: Any, name: str, children: str, check: Callable[[str, Any], float]
+    ) -> float:
+        """Checks a step, or those of a sequence; returns how many times longer texts become."""
+        if node is None:
+            return 1.0
+        kind = node.get("type") if isinstance(node, dict) else None
+        if not isinstance(kind, str):
+            raise _RefusedError(f"its {name} has no type")
+        self._steps += 1
+        if self._steps > MAX_STEPS:
+            raise _RefusedError(f"it has more than {MAX_STEPS} steps")
+        if kind == "Sequence":
+            inner = node.get(children)
+            if not isinstance(inner, list):
+                raise _RefusedError(f"its {name} is a sequence without {children!r}")
+            return math.prod(self._tree(x, name, children, check) for x in inner)
+        return check(kind, node)
+
+    def _unknown(self, name: str, kind: str) -> float:
+        raise _RefusedError(f"a {name} of type {kind[:80]!r} is not known")
+
+    def _model(self, model: Any) -> None:
+        if not isinstance(model, dict):
+            raise _RefusedError("field 'model' must be an object")
+        vocab, kind = model.get("vocab"), model.get("type")
+        if kind is None:
+            # Older files name no type.
+            kind = "Unigram" if isinstance(vocab, list) else "BPE" if "merges" in model else None
+            kind = kind or ("WordPiece" if "max_input_chars_per_word" in model else "WordLevel")
+        if kind not in MODELS:
+            raise _RefusedError(f"a model of type {str(kind)[:80]!r} is not known")
+        if kind == "Unigram":
+            self._unigram(model, vocab)
+            return
+        if not isinstance(vocab, dict):
+            raise _RefusedError("field 'model.vocab' must be an object of ids")
+        for token, index in vocab.items():
+            if type(index) is not int or not 0 <= index < MAX_ID:
+                raise _RefusedError(
+                    f"token {token[:80]!r} has the id {index!r}; ids are integers below {MAX_ID}"
+                )
+        unknown = model.get("unk_token")
+        default = {"WordPiece": "[UNK]", "WordLevel": "<unk>"}.get(kind)
+        unknown = default if unknown is None else unknown
+        if unknown is not None and unknown not in vocab:
+            raise _RefusedError(
+                f"its unknown token {str(unknown)[:80]!r} is not in the vocabulary of its {kind}"
+            )
+        if model.get("dropout"):
+            raise _RefusedError(
+                f"its dropout is {model['dropout']!r}, which draws tokens at random; set it to null"
+            )
+        width = model.get("max_input_chars_per_word")
+        if width is not None and (type(width) is not int or not 0 <= width <= MAX_WORD):
+            raise _RefusedError(
+                f"max_input_chars_per_word is {width!r}; at most {MAX_WORD} is read"
+            )
+
+    def _unigram(self, model: dict[str, Any], vocab: Any) -> None:
+        pairs = isinstance(vocab, list) and all(
+            isinstance(x, list)
+            and len(x) == 2
+            and isinstance(x[0], str)
+            and type(x[1]) in (int, float)
+            and math.isfinite(x[1])
+            for x in vocab
+        )
+        if not pairs or not vocab:
+            raise _RefusedError("field 'model.vocab' must be pairs of a text and a finite score")
+        unknown = model.get("unk_id")
+        if type(unknown) is not int or not 0 <= unknown < len(vocab):
+            raise _RefusedError(f"unk_id is {unknown!r}; it must be one of {len(vocab)} ids")
+
+    def _added(self, tokens: Any) -> None:
+        if tokens is None:
+            return
+        if not isinstance(tokens, list) or len(tokens) > MAX_ADDED:
+            raise _RefusedError(f"field 'added_tokens' must list at most {MAX_ADDED} tokens")
+        for token in tokens:
+            content = token.get("content") if isinstance(token, dict) else None
+            if not isinstance(content, str) or not 0 < len(content) <= MAX_TOKEN_NAME:
+                raise _RefusedError(
+                    f"an added token needs a content of 1 to {MAX_TOKEN_NAME} characters"
+                )
+            if type(token.get("id")) is not int or not 0 <= token["id"] < MAX_ID:
+                raise _RefusedError(
+                    f"added token {content!r} has the id {token.get('id')!r}; ids are integers "
+                    f"below {MAX_ID}"
+                )
+        special = sum(1 for token in tokens if token.get("special"))
+        if special > MAX_SPECIAL:
+            raise _RefusedError(f"it has {special} special tokens; at most {MAX_SPECIAL} are read")
+
+    def _normalizer(self, kind: str, node: Mapping[str, Any]) -> float:
+        if kind == "Replace":
+            return self._replace(node)
+        if kind == "Prepend":
+            self._short(node, "prepend")
+        elif kind == "Precompiled":
+            _check_charsmap(node.get("precompiled_charsmap"))
+        elif kind not in (
+            *("BertNormalizer", "Strip", "StripAccents", "NFC", "NFD", "NFKC", "NFKD"),
+            *("Lowercase", "Nmt", "ByteLevel"),
+        ):
+            return self._unknown("normalizer", kind)
+        return 1.0
+
+    def _splitter(self, kind: str, node: Mapping[str, Any]) -> float:
+        if kind == "Split":
+            self._pattern(node)
+        elif kind == "FixedLength":
+            if type(node.get("length")) is not int or node["length"] < 1:
+                raise _RefusedError(f"a FixedLength has the length {node.get('length')!r}")
+        elif kind not in (
+            *("BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Metaspace", "Whitespace"),
+            *("Punctuation", "WhitespaceSplit", "Digits", "UnicodeScripts"),
+        ):
+            return self._unknown("pre_tokenizer", kind)
+        return 1.0
+
+    def _processor(self, kind: str, node: Mapping[str, Any]) -> float:
+        if kind == "TemplateProcessing":
+            special = node.get("special_tokens")
+            special = special if isinstance(special, dict) else {}
+            lists = [node.get("single"), node.get("pair"), special]
+            lists += [x.get("ids") for x in special.values() if isinstance(x, dict)]
+            if any(isinstance(x, list | dict) and len(x) > MAX_TEMPLATE_TOKENS for x in lists):
+                raise _RefusedError(
+                    f"its post_processor adds more than {MAX_TEMPLATE_TOKENS} tokens at once"
+                )
+        elif kind not in ("BertProcessing", "RobertaProcessing", "ByteLevel"):
+            return self._unknown("post_processor", kind)
+        return 1.0
+
+    def _decoder(self, kind: str, node: Mapping[str, Any]) -> float:
+        if kind == "Replace":
+            return self._replace(node)
+        if kind == "Strip":
+            for name in ("start", "stop"):
+                if type(node.get(name)) is not int or not 0 <= node[name] <= MAX_WORD:
+                    raise _RefusedError(f"a decoder strips {node.get(name)!r} characters")
+        elif kind not in (
+            *("BPEDecoder", "ByteLevel", "WordPiece", "Metaspace", "Fuse", "ByteFallback", "CTC"),
+        ):
+            return self._unknown("decoder", kind)
+        return 1.0
+
+    def _short(self, node: Mapping[str, Any], name: str) -> str:
+        text = node.get(name)
+        if not isinstance(text, str) or len(text) > MAX_TOKEN_NAME:
+            raise _RefusedError(f"{name!r} must be a text of at most {MAX_TOKEN_NAME} characters")
+        return text
+
+    def _replace(self, node: Mapping[str, Any]) -> float:
+        content = self._short(node, "content")
+        literal = self._pattern(node)
+        if literal == "":
+            # Matches before each character.
+            return 1.0 + len(content)
+        return max(1.0, len(content) / len(literal or "x"))
+
+    def _pattern(self, node: Mapping[str, Any]) -> str | None:
+        """Checks a pattern; returns it if it is a literal text, which it matches alone."""
+        pattern = node.get("pattern")
+        kinds = list(pattern) if isinstance(pattern, dict) else []
+        if kinds not in (["String"], ["Regex"]) or not isinstance(pattern[kinds[0]], str):
+            raise _RefusedError("a pattern must be {'String': text} or {'Regex': text}")
+        if kinds == ["String"]:
+            return self._short(pattern, "String")
+        regex = pattern["Regex"]
+        try:
+            check_pattern(regex, _matches)
+        except PatternError as error:
+            raise _RefusedError(f"its pattern {regex[:80]!r} {error}") from error
+        with guarded(f"its pattern {regex[:80]!r}", CheckpointError):
+            step = tokenizers.normalizers.Replace(tokenizers.Regex(regex), "x")
+            return "" if step.normalize_str("") else None
+
+
+def _matches(source: str, character: str) -> bool:
+    step = tokenizers.normalizers.Replace(tokenizers.Regex(source), "")
+    return not step.normalize_str(character)
+
+
+def _check_charsmap(text: Any) -> None:
+    """Checks the table of a SentencePiece normalizer: a trie's size and units, then texts."""
+    try:
+        table = base64.b64decode(text, validate=True) if isinstance(text, str) else None
+    except (binascii.Error, ValueError):
+        table = None
+    if table is None or len(table) < 4:
+        raise _RefusedError("its precompiled_charsmap is not base64 of a table")
+    size = int.from_bytes(table[:4], "little")
+    if size % 4 or 4 + size > len(table):
+        raise _RefusedError(
+            f"its precompiled_charsmap says that its trie has {size} bytes, of {len(table)} in all"
+        )
+    try:
+        texts = table[4 + size :].decode().split("\0")
+    except UnicodeDecodeError as error:
+        raise _RefusedError(
+            f"its precompiled_charsmap holds texts that are none: {error}"
+        ) from error
+    if max(map(len, texts)) > MAX_CHARSMAP_TEXT:
+        raise _RefusedError(
+            f"its precompiled_charsmap replaces a character by more than {MAX_CHARSMAP_TEXT}"
+        )
