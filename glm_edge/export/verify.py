@@ -149,7 +149,8 @@ def verify(
     if phone.config != model.config:
         raise ExportError(f"{path}: holds another model than {model.config.name}")
     if package:
-        check_weights(phone.read_weights(), params, path)
+        shapes = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
+        check_weights(phone.read_weights(shapes), params, path)
     if phone.float32 and compute not in (None, "float32"):
         raise ExportError(
             f"{path}: is run in float32, so that {compute} would compare other sums; right would "
