@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import mmap
 import os
+import shutil
+import socket
 import struct
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from glm_edge.files import require_space
 
 IDENTIFIER = b"TFL3"
 SMALLEST = 8
+PARTIAL = ".partial"
 ALIGNMENT = 64
 INLINE_ALIGNMENT = 16
 INLINE_LIMIT = 1 << 30
@@ -92,7 +95,7 @@ def write_beside(path: Path, write: Callable[[BinaryIO], Any]) -> int:
     Raises:
       OutputError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    beside = temporary_beside(path)
     try:
         with open(beside, "xb") as file:
             write(file)
@@ -104,6 +107,51 @@ def write_beside(path: Path, write: Callable[[BinaryIO], Any]) -> int:
     finally:
         beside.unlink(missing_ok=True)
     return path.stat().st_size
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name beside `path`, which tells the process that uses it.
+
+    What processes left that were killed while they wrote to `path` is removed.
+    """
+    host = socket.gethostname()
+    start = f".{path.name}.{host}-"
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(path.parent):
+            if entry.name.startswith(start) and entry.name.endswith(PARTIAL):
+                owner = entry.name.removeprefix(start).split("-")[0]
+                if owner.isdecimal() and not _runs(int(owner)):
+                    _remove(Path(entry.path))
+    return path.with_name(f"{start}{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """Gives a folder on the disk of `path` that is removed with all it holds."""
+    scratch = temporary_beside(path.absolute())
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_target(path: Path, overwrite: bool, needed: int = 0) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, GlmEdgeError, require
-from glm_edge.export.container import DAMAGE
+from glm_edge.export.container import DAMAGE, scratch_beside
 from glm_edge.export.five_axes import within_five_axes
 from glm_edge.export.integers import Weight, held_bytes, held_params, weight_of
 from glm_edge.export.offer import Offer, offer
@@ -25,7 +25,6 @@ from glm_edge.export.package import (
     bytes_of,
     check_target,
     check_tree,
-    scratch_beside,
     written_whole,
 )
 from glm_edge.export.trace import Signature, quiet

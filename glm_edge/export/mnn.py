@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.errors import ExportError, GlmEdgeError, require
-from glm_edge.export.container import DAMAGE
+from glm_edge.errors import ExportError, require
+from glm_edge.export.container import DAMAGE, scratch_beside
 from glm_edge.export.integers import (
     RANGES,
     Weight,
@@ -32,7 +32,6 @@ from glm_edge.export.package import (
     bytes_of,
     check_target,
     read_description,
-    scratch_beside,
     write_description,
     written_whole,
 )
@@ -215,8 +214,9 @@ def read_weights(
       ExportError: the directory is missing, damaged, or no export.
     """
     path, found = Path(path), {}
+    description = read_description(path)
     try:
-        places = read_description(path)["parameters"]
+        places = description["parameters"]
         content = mapped(path)
         for name, (wide, start, length, scales) in places.items():
             stored = content[start : start + length + scales]
@@ -226,8 +226,6 @@ def read_weights(
             if max(length, scales // 4) > HEADER_BYTES + math.prod(shape):
                 raise ValueError(f"{name}: {length} bytes of codes, {scales} of scales of {shape}")
             found[name] = _weight(np.array(stored), length, wide)
-    except GlmEdgeError:
-        raise
     except (OSError, *DAMAGE) as error:
         raise ExportError(f"{path}: no whole MNN export of glm_edge: {error}") from error
     return found

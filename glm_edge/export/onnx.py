@@ -11,7 +11,7 @@ import numpy as np
 
 from glm_edge import __version__
 from glm_edge import params as boxes
-from glm_edge.errors import ExportError, GlmEdgeError, require
+from glm_edge.errors import ExportError, require
 from glm_edge.export.container import DAMAGE
 from glm_edge.export.integers import (
     Weight,
@@ -217,8 +217,8 @@ def read_weights(
     path, library = Path(path), require("onnx", extra="onnx")
     message = require("google.protobuf.message", extra="onnx")
     damage = (*DAMAGE, message.DecodeError, library.checker.ValidationError)
+    description = read_description(path)
     try:
-        description = read_description(path)
         held = {}
         for name in description["signatures"]:
             graph = file_inside(path, f"{name}.onnx", ExportError)
@@ -246,8 +246,6 @@ def read_weights(
                 scale = scale.reshape(shape)
                 zero = None if zero is None else zero.astype(np.int8).reshape(shape)
             found[name] = Weight(values, kind, scale, zero, group_size)
-    except GlmEdgeError:
-        raise
     except (OSError, *damage) as error:
         raise ExportError(f"{path}: no whole ONNX export of glm_edge: {error}") from error
     return found

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import stat
-import tempfile
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 from glm_edge.errors import ExportError, OutputError
 from glm_edge.export.constants import Conversion
-from glm_edge.export.container import write_beside
+from glm_edge.export.container import temporary_beside, write_beside
 from glm_edge.files import file_inside, read_json
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
@@ -74,9 +72,10 @@ def written_whole(path: Path, overwrite: bool, mark: str) -> Iterator[Path]:
     Raises:
       OutputError: `path` exists, is no export, or cannot be written.
     """
+    _restore(path)
     check_target(path, overwrite, mark)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    before = beside.with_name(f"{beside.name}.before")
+    beside = temporary_beside(path)
+    before = path.with_name(f".{path.name}.before")
     try:
         beside.mkdir()
         yield beside
@@ -85,6 +84,7 @@ def written_whole(path: Path, overwrite: bool, mark: str) -> Iterator[Path]:
                 with open(file, "rb") as held:
                     os.fsync(held.fileno())
         if path.exists():
+            shutil.rmtree(before, ignore_errors=True)
             os.replace(path, before)
         try:
             os.replace(beside, path)
@@ -101,12 +101,12 @@ def written_whole(path: Path, overwrite: bool, mark: str) -> Iterator[Path]:
         shutil.rmtree(before, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def scratch_beside(path: Path) -> Iterator[Path]:
-    """Gives a folder on the disk of `path` that is removed with all it holds."""
-    options = {"prefix": f".{path.name}.", "ignore_cleanup_errors": True}
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, **options) as scratch:
-        yield Path(scratch)
+def _restore(path: Path) -> None:
+    """Puts a directory back that a killed export had moved aside to replace it."""
+    before = path.with_name(f".{path.name}.before")
+    if before.is_dir() and not path.exists():
+        with contextlib.suppress(OSError):
+            os.replace(before, path)
 
 
 def check_target(path: Path, overwrite: bool, mark: str) -> None:
