@@ -303,7 +303,7 @@ def _grid(tensor: Any) -> Grid:
 
 
 def _constant(model: Any, graph: Any, tensor: Any, names: dict[int, str], content: Any) -> Constant:
-    scale, block_size = None, 0
+    scale, zero, block_size = None, None, 0
     quantization = tensor.Quantization()
     if quantization is not None and quantization.DetailsType():
         details = schema().BlockwiseQuantization()
@@ -313,12 +313,15 @@ def _constant(model: Any, graph: Any, tensor: Any, names: dict[int, str], conten
         scale = np.frombuffer(stored, np.float16).reshape(scales.ShapeAsNumpy())
     elif quantization is not None and quantization.ScaleLength():
         scale = np.array(quantization.ScaleAsNumpy())
+        points = np.array(quantization.ZeroPointAsNumpy())
+        zero = points if points.any() else None
     return Constant(
         names[tensor.Type()],
         tuple(int(extent) for extent in tensor.ShapeAsNumpy()),
         _bytes_of(model.Buffers(tensor.Buffer()), content),
         scale,
         block_size,
+        zero=zero,
     )
 
 

@@ -97,7 +97,10 @@ def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
       ExportError: it is no `MultimodalGLM`, or the parameters are those of another model.
     """
     if not isinstance(getattr(model, "config", None), GLMConfig):
-        raise ExportError(f"{type(model).__name__}: only a MultimodalGLM can be exported")
+        raise ExportError(
+            f"{type(model).__name__}: only a MultimodalGLM can be exported in this format; right "
+            "would be ge.export.function, which writes any traceable function as a .tflite file"
+        )
     expected = expected_shapes(model)
     found = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
     for name in sorted(expected.keys() | found.keys()):
