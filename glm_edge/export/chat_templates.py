@@ -13,6 +13,7 @@ Each rule is simulated here on short conversations, with the template as it is a
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ ANSWERED = """{%- set glm_edge_answered = messages and not add_generation_prompt
 and (messages | last).role == 'assistant' %}
 """
 FOLLOWED = """{%- if glm_edge_answered -%}
-{%- set messages = messages + [{'role': 'user', 'content': NEXT}] -%}
+{%- set messages = messages + [{'role': 'user', 'content': CONTENT}] -%}
 {%- endif -%}
 {%- set glm_edge_rendered %}
 """
@@ -219,12 +220,21 @@ def _candidates(
     inner = template.removesuffix("\n")
     closed = ANSWERED + inner + CLOSED.replace("STOP", _literal(stop))
     cut = CUT.replace("NEXT", _literal(between.removeprefix(stop) + NEXT))
-    stable = ANSWERED + FOLLOWED.replace("NEXT", _literal(NEXT)) + inner + cut
-    turns = [(template, None)]
-    if stop:
-        turns.append((closed, f"{stop} ends an answer, whose token the engine keeps"))
-    turns.append((stable, "earlier turns written as they stay when a message follows"))
-    for join, (body, rule) in itertools.product((False, True) if strings else (False,), turns):
+    for join in (False, True) if strings else (False,):
+        text = _literal(NEXT)
+        content = text if join else f"[{{'type': 'text', 'text': {text}}}]"
+        stable = ANSWERED + FOLLOWED.replace("CONTENT", content) + inner + cut
+        turns = [(template, None)]
+        if stop:
+            turns.append((closed, f"{stop} ends an answer, whose token the engine keeps"))
+        turns.append((stable, "earlier turns written as they stay when a message follows"))
+        yield from _with_rules(constants, join, turns)
+
+
+def _with_rules(
+    constants: str, join: bool, turns: Sequence[tuple[str, str | None]]
+) -> Iterator[tuple[str, list[Conversion]]]:
+    for body, rule in turns:
         rules = ["the text parts of a message joined"] if join else []
         rules += [rule] if rule else []
         source = constants + (JOIN if join else "") + body
@@ -253,6 +263,9 @@ def _rendering(source: str, processor: Processor, strings: bool, lead: str, stop
             context = _context(source, QUESTIONS, [lead + answer for answer in answers], stop)
         except DataError as error:
             return Rendering(True, reason=str(error))
+        read = re.findall("|".join(map(re.escape, (*QUESTIONS, *ANSWERS))), context)
+        if read != [QUESTIONS[0], ANSWERS[0], QUESTIONS[1], ANSWERS[1], QUESTIONS[2]]:
+            return Rendering(True, reason="a message repeats those before it, or leaves them out")
         same.append(context == processor.render(_conversation(QUESTIONS, answers, strings)))
     reason = "" if same[0] else "an answer is written otherwise than it was generated"
     return Rendering(True, True, same[0], all(same), reason)
