@@ -10,8 +10,8 @@ import numpy as np
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError
 from glm_edge.export.flatbuffer import Constant, Grid
-from glm_edge.kernels import grid
-from glm_edge.params import Format, Masked, Quantized
+from glm_edge.kernels import grid, packing
+from glm_edge.params import FakeQuantized, Format, Masked, Quantized
 from glm_edge.params.formats import PER_TENSOR
 from glm_edge.params.tree import Params, nested
 
@@ -121,8 +121,11 @@ def dense_of(path: str, leaf: Any) -> tuple[Any, list[Conversion]]:
     if isinstance(leaf, Masked):
         rule = "mask written as zeros of a dense weight"
         return boxes.dense(leaf), [Conversion(path, rule, False)]
-    if boxes.is_box(leaf):
+    if isinstance(leaf, FakeQuantized):
         raise ExportError(f"{path}: a {type(leaf).__name__} is for training; finalize it first")
+    if boxes.is_box(leaf):
+        rule = f"{type(leaf).__name__} written dense"
+        return boxes.dense(leaf), [Conversion(path, rule, False)]
     return leaf, []
 
 
@@ -197,9 +200,7 @@ def with_held_scales(path: str, box: Quantized, half: bool) -> tuple[Quantized, 
     low, high = grid.code_range(box.format.qtype)
     anew = np.clip(np.round((codes - zero) * ratio + zero), low, high)
     anew = jnp.asarray(np.where(moved, anew, codes).astype(np.int8))
-    grids = box.input_scale, box.input_zero, box.output_scale, box.output_zero
-    kept = box.format, box.kernel_shape, box.dtype, *grids
-    other = boxes.quantized(anew, written, box.zero, *kept)
+    other = box.replace(data=packing.pack(anew, box.format.qtype), scale=written)
     before, after = (np.asarray(each.rows()).astype(np.float64) for each in (box, other))
     error = float(np.linalg.norm(after - before) / max(np.linalg.norm(before), 1e-300))
     count = int((np.abs(held - scale) > np.abs(scale) * BRAIN_STEP).sum())

@@ -5,6 +5,7 @@ parameter is stored as integers and dequantized when the file is loaded, so that
 it: products are taken in float32, as JAX takes those of a stock module.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -244,6 +245,13 @@ def function(
     return ExportedFunction(path, size, stored, tuple(conversions), dict(inputs), function, held)
 
 
+class _Dequantized(Quantized):
+    """A box whose data are its dense rows already."""
+
+    def rows(self) -> Array:
+        return self.data
+
+
 def _held(params: Params) -> tuple[dict[str, Constant], Params, list[Conversion]]:
     """Constants of the quantized parameters, all parameters as held, and what was converted."""
     constants, conversions = {}, []
@@ -314,11 +322,8 @@ def _with_constants(function: Function, held: Params) -> tuple[Function, set[int
         def dense(path: str, leaf: Any) -> Any:
             if not isinstance(leaf, Quantized):
                 return leaf
-            matrix = given[path]
-            if not leaf.kernel_shape:
-                return matrix
-            kernel = jnp.swapaxes(matrix, -1, -2)
-            return kernel.reshape(*matrix.shape[:-2], *leaf.kernel_shape)
+            fields = {item.name: getattr(leaf, item.name) for item in dataclasses.fields(leaf)}
+            return _Dequantized(**{**fields, "data": given[path]}).unbox()
 
         return function(boxes.map_with_path(dense, held), inputs)
 
