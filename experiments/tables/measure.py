@@ -15,7 +15,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.errors import require
-from glm_edge.export.function import write_function
+from glm_edge.export.function import function as write_function
 from glm_edge.models.text import TextEncoder
 
 # A runtime's threads spin for a while after their work and would slow what is measured next.
@@ -87,12 +87,13 @@ def export(
         images = np.resize(examples, (max(len(examples), batch), *shape[1:]))
         given = [{IMAGES: images[i : i + batch]} for i in range(0, len(images) - batch + 1, batch)]
     return write_function(
-        lambda inputs: {LOGITS: model.apply(dense, inputs[IMAGES])[0]},
+        lambda variables, inputs: {LOGITS: model.apply(variables, inputs[IMAGES])[0]},
+        dense,
         {IMAGES: jax.ShapeDtypeStruct(shape, jnp.float32)},
         path,
         given,
         overwrite=True,
-    )
+    ).file_bytes
 
 
 class LiteRT:
@@ -147,9 +148,10 @@ def encoder_times(
                 continue
             path = Path(directory) / f"{len(calls)}.tflite"
             write_function(
-                lambda inputs, model=model, params=params: {
+                lambda params, inputs, model=model: {
                     "scores": model.apply({"params": params}, inputs["tokens"])[0]
                 },
+                params,
                 {"tokens": jax.ShapeDtypeStruct(read.shape, jnp.int32)},
                 path,
             )

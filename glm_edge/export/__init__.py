@@ -4,6 +4,7 @@ from glm_edge.export.compatibility import Compatibility, compatibility
 from glm_edge.export.constants import Conversion
 from glm_edge.export.container import read_constants
 from glm_edge.export.coreml import coreml
+from glm_edge.export.function import ExportedFunction, FunctionVerification, function
 from glm_edge.export.inspection import Inspection
 from glm_edge.export.litertlm import Bundle, litertlm
 from glm_edge.export.metadata import read_metadata
@@ -19,7 +20,9 @@ __all__ = [
     "Bundle",
     "Compatibility",
     "Conversion",
+    "ExportedFunction",
     "ExportedModel",
+    "FunctionVerification",
     "Inspection",
     "LiteRTModel",
     "Package",
@@ -28,6 +31,7 @@ __all__ = [
     "Window",
     "compatibility",
     "coreml",
+    "function",
     "litertlm",
     "mnn",
     "onnx",
@@ -36,3 +40,8 @@ __all__ = [
     "tflite",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that they come from."""
+    return __all__

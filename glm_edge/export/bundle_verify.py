@@ -11,17 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from glm_edge.errors import DataError, ExportError, require
+from glm_edge.errors import DataError, ExportError
 from glm_edge.export import container
+from glm_edge.export.bundle_file import TFLITE, read_sections
+from glm_edge.export.chat_templates import new_text, reads_strings
 from glm_edge.export.child import TIMEOUT, ChildInterpreter
 from glm_edge.export.constants import constants_of
 from glm_edge.export.flatbuffer import Constant
-from glm_edge.export.litertlm import EXTRA, Bundle
+from glm_edge.export.litertlm import Bundle
 from glm_edge.export.verify import Verification, compute_of, threshold_of
 from glm_edge.generate.decoding import generate
 from glm_edge.preprocess import AudioProcessing, Processor
 
 PROMPT_TOKENS = 24
+# Of a conversation: answers that are compared with JAX, the share of the cache that each of them
+# takes, tokens of an answer, and free slots from which on messages are as short as can be.
+COMPARED_TURNS = 3
+EARLY_SHARE = 8
+TURN_TOKENS = 8
+SHORT_OF_SLOTS = 64
 # Bytes of a character cut off by the end of an answer: runtimes show or drop them as they like.
 HALF_A_CHARACTER = "\ufffd"
 
@@ -56,7 +64,11 @@ def verify_bundle(
     then opens the bundle, in a process of its own, and answers one conversation a prompt: text, and
     where the model has the encoders, every third with an image and every third with a recording.
     Chat template, tokenizer, resampling and spectrogram so are the runtime's own, against those of
-    the bundle's `Processor`.
+    the bundle's `Processor`, which is given the text of a message as the checkpoint's template
+    takes it.
+
+    At last one conversation of text is held until the cache is full. The answers to its first three
+    messages are compared, too; all others must come as long as there are slots for them.
 
     An answer is compared token by token up to the first that differs, since contexts differ from
     there on: `agreement` is that of predictions from equal contexts, `free_running_agreement` the
@@ -78,8 +90,8 @@ def verify_bundle(
       The comparison. When it passes, the descriptions of all sections are marked as verified.
 
     Raises:
-      ExportError: the agreement is below the threshold, the bundle is damaged, or no prompt fits
-        its cache.
+      ExportError: the agreement is below the threshold, the conversation ends before its cache is
+        full, the bundle is damaged, or no prompt fits its cache.
       DataError: a text is empty.
       MissingExtraError: LiteRT-LM is not installed.
     """
@@ -88,7 +100,8 @@ def verify_bundle(
     check_sections(bundle)
     compute = compute_of(bundle.params) if compute is None else compute
     model, config = bundle.model.clone(compute=compute), bundle.model.config
-    same = compared = generated = 0
+    strings = reads_strings(bundle.processor)
+    counts = _Counts()
     with tempfile.TemporaryDirectory() as name:
         directory, rng = Path(name), np.random.default_rng(seed)
         engine = ChildInterpreter(
@@ -101,38 +114,122 @@ def verify_bundle(
         )
         for asked in _batches(bundle, texts, prompts, rng, directory, max_new_tokens):
             # The file first: a damaged one fails before JAX compiles anything.
-            answers = [engine.reply(prompt.to_engine, max_new_tokens) for prompt in asked]
-            inputs = bundle.processor([_turn(prompt.to_jax) for prompt in asked])
+            answers = [engine.reply(prompt.to_engine, max_new_tokens)[0] for prompt in asked]
+            inputs = bundle.processor([_turn(prompt.to_jax, strings) for prompt in asked])
             found = generate(model, bundle.params, **inputs, max_new_tokens=max_new_tokens)
             tokens, lengths = np.asarray(found.tokens), np.asarray(found.lengths)
             for answer, row, length in zip(answers, tokens, lengths, strict=True):
                 # The stop token is one that was predicted, too.
-                expected = [int(token) for token in row[: length + 1]]
-                agreed = agreeing(expected, answer, bundle.processor.decode)
-                same += agreed
-                compared += min(agreed + 1, len(expected))
-                generated += len(expected)
+                counts.add(row[: length + 1].tolist(), answer, bundle.processor.decode)
+        if counts.compared:
+            _converse(bundle, model, engine, texts, rng, max_new_tokens, counts)
         engine.close()
-    if not compared:
+    if not counts.compared:
         raise ExportError(
             f"{bundle.path}: no prompt and {max_new_tokens} tokens of an answer fit the "
             f"{bundle.cache_slots} slots of its cache"
         )
     result = Verification(
-        agreement=same / compared,
-        tokens=compared,
+        agreement=counts.same / counts.compared,
+        tokens=counts.compared,
         max_abs_error=None,
         mean_kl=None,
-        free_running_agreement=same / generated,
-        free_running_tokens=generated,
+        free_running_agreement=counts.same / counts.generated,
+        free_running_tokens=counts.generated,
         compute=compute,
         threshold=threshold_of(compute) if threshold is None else threshold,
     )
     if result.passed:
         container.mark_verified(bundle.path)
     elif check:
-        raise ExportError(f"{bundle.path}: {result}; at least {result.threshold:.2%} must agree")
+        raise ExportError(f"{bundle.path}: {result}")
     return result
+
+
+@dataclasses.dataclass
+class _Counts:
+    """Tokens of answers: the same in both, compared, and generated by JAX."""
+
+    same: int = 0
+    compared: int = 0
+    generated: int = 0
+
+    def add(
+        self, expected: Sequence[int], answer: str, decode: Callable[[Sequence[int]], str]
+    ) -> bool:
+        """Counts one answer; True where all of it is the same."""
+        agreed = agreeing(expected, answer, decode)
+        self.same += agreed
+        self.compared += min(agreed + 1, len(expected))
+        self.generated += len(expected)
+        return agreed == len(expected)
+
+
+def _converse(
+    bundle: Bundle,
+    model: Any,
+    engine: ChildInterpreter,
+    texts: Sequence[str] | None,
+    rng: np.random.Generator,
+    max_new_tokens: int,
+    counts: _Counts,
+) -> None:
+    """Holds one conversation until the cache is full, and counts its first answers.
+
+    Raises:
+      ExportError: a message fails though there are slots for it.
+    """
+    processor, slots, reserve = bundle.processor, bundle.cache_slots, bundle.prefill_lengths[0]
+    new_tokens = min(max_new_tokens, TURN_TOKENS)
+    messages: list[dict[str, Any]] = []
+    context: list[int] = []
+    used, comparable = 0, True
+    while True:
+        turn, free = len(messages) // 2, slots - used
+        wanted = slots // EARLY_SHARE if turn < COMPARED_TURNS else free // 2
+        text = _long_text(processor, texts, rng, wanted if free > SHORT_OF_SLOTS else 1)
+        messages.append({"role": "user", "content": text})
+        try:
+            added = _ids(processor, new_text(bundle.template, messages))
+        except DataError as error:
+            raise ExportError(f"{bundle.path}: message {turn + 1}: {error}") from error
+        if used + len(added) + reserve > slots:
+            return
+        try:
+            answer, used = engine.reply(text, new_tokens, same=turn > 0)
+        except ExportError as error:
+            raise ExportError(
+                f"{bundle.path}: message {turn + 1} of a conversation, {len(added)} tokens with "
+                f"{free} of {slots} slots free, gets no answer: {error}"
+            ) from error
+        if comparable and turn < COMPARED_TURNS:
+            context += added
+            found = generate(
+                model, bundle.params, np.array([context], np.int32), max_new_tokens=new_tokens
+            )
+            length = int(found.lengths[0])
+            expected = np.asarray(found.tokens)[0, : length + 1].tolist()
+            context += expected
+            # From the first other token on, the contexts differ.
+            comparable = counts.add(expected, answer, processor.decode)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _ids(processor: Processor, text: str) -> list[int]:
+    return processor.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _long_text(
+    processor: Processor, texts: Sequence[str] | None, rng: np.random.Generator, tokens: int
+) -> str:
+    """Text of at least so many tokens, and a little more."""
+    if tokens == 1:
+        # The shortest message that a user writes.
+        return (texts[0] if texts else _random_text(processor, rng)).split()[0]
+    words: list[str] = []
+    while len(_ids(processor, " ".join(words))) < tokens:
+        words += (texts[len(words) % len(texts)] if texts else _random_text(processor, rng)).split()
+    return " ".join(words)
 
 
 def agreeing(expected: Sequence[int], answer: str, decode: Callable[[Sequence[int]], str]) -> int:
@@ -157,27 +254,22 @@ def check_sections(bundle: Bundle) -> None:
       ExportError: one has other bytes, or the bundle is damaged.
       MissingExtraError: LiteRT-LM's builder is not installed.
     """
-    builder = require("litert_lm_builder.litertlm_builder", extra=EXTRA)
     expected = constants_of(bundle.params).constants
-    with tempfile.TemporaryDirectory() as name:
+    sections = [part for part in read_sections(bundle.path) if part.type == TFLITE]
+    for name in bundle.sections:
+        parts = [part for part in sections if part.model == name.lower()]
+        if len(parts) != 1:
+            raise ExportError(f"{bundle.path}: damaged: holds {len(parts)} sections {name}")
         try:
-            builder.unpack(str(bundle.path), name)
-        except (OSError, *container.DAMAGE) as error:
-            raise ExportError(f"{bundle.path}: damaged LiteRT-LM bundle: {error}") from error
-        for section in bundle.sections:
-            files = list(Path(name).glob(f"*{section.lower()}.tflite"))
-            if len(files) != 1:
-                raise ExportError(f"{bundle.path}: damaged: holds {len(files)} sections {section}")
-            try:
-                held = container.read_constants(files[0])
-            except ExportError as error:
-                raise ExportError(f"{bundle.path}: damaged: {section}: {error}") from error
-            for path, constant in held.items():
-                if path not in expected or not _equal(constant, expected[path]):
-                    raise ExportError(
-                        f"{bundle.path}: damaged, or of other parameters: {path} of {section} is "
-                        "not that of the model"
-                    )
+            held = container.read_constants(bundle.path, parts[0].start, parts[0].size)
+        except ExportError as error:
+            raise ExportError(f"{bundle.path}: damaged: {name}: {error}") from error
+        for path, constant in held.items():
+            if path not in expected or not _equal(constant, expected[path]):
+                raise ExportError(
+                    f"{bundle.path}: damaged, or of other parameters: {path} of {name} is not "
+                    "that of the model"
+                )
 
 
 def _equal(found: Constant, wanted: Constant) -> bool:
@@ -194,8 +286,10 @@ def _shown(text: str) -> str:
     return text.replace(HALF_A_CHARACTER, "")
 
 
-def _turn(parts: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
-    return [{"role": "user", "content": parts}]
+def _turn(parts: list[dict[str, Any]], strings: bool) -> list[Mapping[str, Any]]:
+    """A message as the checkpoint's template takes it: text alone as a string, if it reads one."""
+    alone = len(parts) == 1 and parts[0]["type"] == "text"
+    return [{"role": "user", "content": parts[0]["text"] if strings and alone else parts}]
 
 
 def _batches(
@@ -207,7 +301,7 @@ def _batches(
     max_new_tokens: int,
 ) -> Iterator[list[Prompt]]:
     """Prompts of one kind at a time, so that JAX compiles once for each."""
-    config = bundle.model.config
+    config, strings = bundle.model.config, reads_strings(bundle.processor)
     encoders = {"image": config.vision, "audio": config.speech}
     kinds = [None, *(kind for kind, encoder in encoders.items() if encoder is not None)]
     drawn = 0
@@ -218,13 +312,13 @@ def _batches(
             drawn += 1
             asked.append(_prompt(bundle, kind, text, rng, directory / f"{drawn}"))
         room = bundle.cache_slots - max_new_tokens
-        fitting = [p for p in asked if _length(bundle.processor, p) <= room]
+        fitting = [p for p in asked if _length(bundle.processor, p, strings) <= room]
         if fitting:
             yield fitting
 
 
-def _length(processor: Processor, prompt: Prompt) -> int:
-    return processor(_turn(prompt.to_jax)).tokens.shape[1]
+def _length(processor: Processor, prompt: Prompt, strings: bool) -> int:
+    return processor(_turn(prompt.to_jax, strings)).tokens.shape[1]
 
 
 def _prompt(

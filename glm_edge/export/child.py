@@ -135,21 +135,26 @@ class ChildInterpreter:
         """Brings an array that was kept."""
         return self._ask({"do": "fetch", "key": key}, {}, "give an array back")[1]["array"]
 
-    def reply(self, content: Any, max_new_tokens: int) -> str:
-        """What the engine of a bundle answers greedily to one message of a user.
+    def reply(self, content: Any, max_new_tokens: int, same: bool = False) -> tuple[str, int]:
+        """What the engine of a bundle answers greedily to a message of a user.
 
         Args:
           content: text, or a list of parts as LiteRT-LM takes them, JSON-ready.
-          max_new_tokens: at most so many.
+          max_new_tokens: of each answer of the conversation that this message begins.
+          same: the message goes on with the conversation of the one before.
+
+        Returns:
+          `(text, tokens)`: the answer, and the tokens of the conversation, this answer included.
 
         Raises:
           ExportError: as `run`.
         """
-        fields = {"do": "reply", "content": content, "max_new_tokens": max_new_tokens}
-        text = self._ask(fields, {}, "answer a message")[0].get("text")
-        if not isinstance(text, str):
+        fields = {"do": "reply", "content": content, "max_new_tokens": max_new_tokens, "same": same}
+        answer = self._ask(fields, {}, "answer a message")[0]
+        text, tokens = answer.get("text"), answer.get("tokens")
+        if not isinstance(text, str) or not isinstance(tokens, int):
             raise ExportError(f"{self._path}: its process gave no valid answer")
-        return text
+        return text, tokens
 
     def close(self) -> None:
         """Ends the child; the object is of no use afterwards."""

@@ -10,7 +10,8 @@ import numpy as np
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError
 from glm_edge.export.flatbuffer import Constant, Grid
-from glm_edge.params import Format, Masked, Quantized
+from glm_edge.kernels import grid, packing
+from glm_edge.params import FakeQuantized, Format, Masked, Quantized
 from glm_edge.params.formats import PER_TENSOR
 from glm_edge.params.tree import Params, nested
 
@@ -22,6 +23,11 @@ LOOKED_UP = "embed/weight"
 # Types whose codes are codes of a wider type that runs, so that scales and values stay.
 _WIDER = {"int6": "int8", "int5": "int8", "int3": "int4", "ternary": "int2", "ternary34": "int2"}
 _WIDER_IN_GROUPS = dict.fromkeys(("int3", "int2", "ternary", "ternary34"), "int4")
+# XNNPACK refuses a scale that is zero or subnormal.
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+SMALLEST_HALF, LARGEST_HALF = 2.0**-24, 65280.0
+# The most that rounding to bfloat16 changes a number, relative to it.
+BRAIN_STEP = 2.0**-8
 # Columns that fill a byte, of which kernels want a whole number in a row.
 _WHOLE_BYTES = {"int8": 1, "int4": 2, "int2": 4}
 
@@ -115,8 +121,11 @@ def dense_of(path: str, leaf: Any) -> tuple[Any, list[Conversion]]:
     if isinstance(leaf, Masked):
         rule = "mask written as zeros of a dense weight"
         return boxes.dense(leaf), [Conversion(path, rule, False)]
-    if boxes.is_box(leaf):
+    if isinstance(leaf, FakeQuantized):
         raise ExportError(f"{path}: a {type(leaf).__name__} is for training; finalize it first")
+    if boxes.is_box(leaf):
+        rule = f"{type(leaf).__name__} written dense"
+        return boxes.dense(leaf), [Conversion(path, rule, False)]
     return leaf, []
 
 
@@ -143,21 +152,77 @@ def _of_box(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conver
             box = box.replace(**none)
             rule = f"static ranges left out, {reason}: the file rounds each row to its own range"
             conversions.append(Conversion(path, rule, True))
+    _check_finite(path, np.asarray(box.scale))
+    box, found = with_held_scales(path, box, box.scale.shape[-1] > 1)
+    conversions += found
     data = np.ascontiguousarray(np.asarray(box.data)).reshape(-1).view(np.uint8)
-    scale = np.asarray(box.scale)
-    _check_finite(path, scale)
-    kind = box.format.qtype
+    kind, scale = box.format.qtype, np.asarray(box.scale).astype(np.float32)
     if scale.shape[-1] == 1:
-        written = scale.astype(np.float32).reshape(-1)
-        return Constant(kind, box.shape, data, written, 0, *grids), box, conversions
-    held = scale.astype(ml_dtypes.bfloat16).astype(np.float16)
-    if not np.array_equal(held.astype(np.float32), scale.astype(np.float32)):
-        rule = f"scales rounded from {scale.dtype} to bfloat16, which XNNPACK multiplies with"
-        conversions.append(Conversion(path, rule, True))
-        # Through float16 too, whose subnormals are coarser than bfloat16.
-        rounded = held.astype(np.float32).astype(ml_dtypes.bfloat16)
-        box = box.replace(scale=jnp.asarray(rounded.astype(scale.dtype)))
+        return Constant(kind, box.shape, data, scale.reshape(-1), 0, *grids), box, conversions
+    held = scale.astype(np.float16)
     return Constant(kind, box.shape, data, held, box.format.group_size), box, conversions
+
+
+def with_held_scales(path: str, box: Quantized, half: bool) -> tuple[Quantized, list[Conversion]]:
+    """Makes the scales of a box ones that a file can hold.
+
+    Args:
+      path: of the parameter.
+      box: of finite scales.
+      half: the file holds scales in float16, of which XNNPACK reads the first eight bits; otherwise
+        in float32. None may be zero, negative or, in float32, subnormal.
+
+    Returns:
+      The box, and what was changed. Where a scale moves by more than rounding to bfloat16 moves it,
+      the codes are the nearest at the new one.
+
+    Raises:
+      ExportError: a scale is larger than the file can hold.
+    """
+    scale = np.asarray(box.scale).astype(np.float32)
+    held = _half_scales(path, scale) if half else np.maximum(np.abs(scale), SMALLEST_SCALE)
+    if np.array_equal(held, scale):
+        return box, []
+    conversions = []
+    moved = np.abs(held - scale) > np.abs(scale) * BRAIN_STEP
+    if not np.array_equal(np.where(moved, scale, held), scale):
+        rule = f"scales rounded from {box.scale.dtype} to bfloat16, which XNNPACK multiplies with"
+        conversions.append(Conversion(path, rule, True))
+    written = jnp.asarray(held).astype(box.scale.dtype)
+    if not moved.any():
+        return box.replace(scale=written), conversions
+    codes, zero = np.asarray(box.codes()), 0.0 if box.zero is None else np.asarray(box.zero)
+    groups = codes.shape[-1] // scale.shape[-1]
+    ratio, zero, moved = (
+        np.repeat(np.broadcast_to(x, scale.shape), groups, axis=-1)
+        for x in ((scale / held).astype(np.float64), zero, moved)
+    )
+    low, high = grid.code_range(box.format.qtype)
+    anew = np.clip(np.round((codes - zero) * ratio + zero), low, high)
+    anew = jnp.asarray(np.where(moved, anew, codes).astype(np.int8))
+    other = box.replace(data=packing.pack(anew, box.format.qtype), scale=written)
+    before, after = (np.asarray(each.rows()).astype(np.float64) for each in (box, other))
+    error = float(np.linalg.norm(after - before) / max(np.linalg.norm(before), 1e-300))
+    count = int((np.abs(held - scale) > np.abs(scale) * BRAIN_STEP).sum())
+    rule = (
+        f"{count} of {scale.size} scales that {'float16' if half else 'float32'} cannot hold made "
+        "the nearest that it can, their codes rounded anew (relative change of the weight "
+        f"{error:.2g})"
+    )
+    conversions.append(Conversion(path, rule, error > 0))
+    return other, conversions
+
+
+def _half_scales(path: str, scale: np.ndarray) -> np.ndarray:
+    """Positive scales that both float16, which the file holds, and bfloat16 hold exactly."""
+    size = np.abs(scale).astype(ml_dtypes.bfloat16).astype(np.float32)
+    if size.max(initial=0.0) > LARGEST_HALF:
+        raise ExportError(
+            f"{path}: a scale of {size.max():.3g} is beyond float16, in which the file holds those "
+            f"of groups; right would be at most {LARGEST_HALF:g}, or one scale per channel"
+        )
+    # Upwards, so that no code of the group leaves its range.
+    return np.maximum(np.ceil(size / SMALLEST_HALF), 1.0) * np.float32(SMALLEST_HALF)
 
 
 def _not_static(path: str, box: Quantized) -> str | None:
@@ -174,8 +239,10 @@ def _not_static(path: str, box: Quantized) -> str | None:
 def _grid(path: str, box: Quantized, side: str) -> Grid:
     scale, zero = np.float32(getattr(box, f"{side}_scale")), int(getattr(box, f"{side}_zero"))
     _check_finite(path, scale)
-    if scale <= 0:
-        raise ExportError(f"{path}: {side}_scale is {scale}; right would be above zero")
+    if scale < SMALLEST_SCALE:
+        raise ExportError(
+            f"{path}: {side}_scale is {scale}; right would be at least {SMALLEST_SCALE:.3g}"
+        )
     return Grid(float(scale), zero)
 
 

@@ -3,26 +3,28 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import mmap
 import os
+import shutil
 import struct
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from glm_edge.errors import ExportError, OutputError, require
+from glm_edge import files
+from glm_edge.errors import ExportError, GlmEdgeError, OutputError, require
 from glm_edge.export.flatbuffer import METADATA, SMALL_BUFFER, Constant, Grid, schema
-from glm_edge.files import require_space
+from glm_edge.files import beside, remove_litter, require_space, write_whole
 
 IDENTIFIER = b"TFL3"
+SMALLEST = 8
 ALIGNMENT = 64
 INLINE_ALIGNMENT = 16
 INLINE_LIMIT = 1 << 30
 SHARED_VECTOR = 1 << 20
+MAX_ENTRIES = 1_000_000
 UNVERIFIED, VERIFIED = b'"verified":false', b'"verified":true '
 # What reading of tables, names and JSON raises where bytes are not what they should be.
 DAMAGE = (
@@ -90,18 +92,31 @@ def write_beside(path: Path, write: Callable[[BinaryIO], Any]) -> int:
     Raises:
       OutputError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(beside, "xb") as file:
+
+    def write_to(temporary: Path) -> None:
+        with open(temporary, "xb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+
+    try:
+        write_whole(path, write_to)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return path.stat().st_size
+
+
+@contextlib.contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """Gives a folder on the disk of `path` that is removed with all it holds."""
+    path = path.absolute()
+    remove_litter(path)
+    scratch = beside(path, "partial")
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_target(path: Path, overwrite: bool, needed: int = 0) -> None:
@@ -163,18 +178,50 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
       ExportError: the file is missing, not TFLite, damaged, or not written by glm_edge.
     """
     with opened(Path(path)) as (model, content):
-        for index in range(model.MetadataLength()):
-            entry = model.Metadata(index)
-            if entry.Name() == METADATA:
-                return json.loads(_bytes_of(model.Buffers(entry.Buffer()), content))
+        return _description(model, content, path)
+
+
+def _description(model: Any, content: np.ndarray, path: str | Path) -> dict[str, Any]:
+    entries = Entries()
+    for index in entries(model.MetadataLength()):
+        entry = model.Metadata(index)
+        if entry.Name() == METADATA:
+            text = _bytes_of(model.Buffers(entry.Buffer()), content)
+            where = f"{path}: damaged TFLite file: its description"
+            fields = files.parse_json(text.tobytes(), where, ExportError)
+            if not isinstance(fields, dict):
+                raise ExportError(f"{where}: is a {type(fields).__name__}, not a JSON object")
+            return fields
     raise ExportError(f"{path}: a TFLite file, but not one that glm_edge exported")
 
 
-def read_constants(path: str | Path) -> dict[str, Constant]:
+class Entries:
+    """Counts the entries of all lists of a file; a length in a table of it may be any number."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __call__(self, length: int) -> range:
+        """Returns the indices of one list.
+
+        Raises:
+          ValueError: the lists together have more entries than any export.
+        """
+        self._count += length
+        if self._count > MAX_ENTRIES:
+            raise ValueError(f"lists of more than {MAX_ENTRIES} entries")
+        return range(length)
+
+
+def read_constants(
+    path: str | Path, start: int = 0, size: int | None = None
+) -> dict[str, Constant]:
     """Reads the weights of an exported file back, as they are stored.
 
     Args:
       path: the file.
+      start: first byte of the model, where it is a section of a larger file.
+      size: bytes of the model; None takes all from `start` on.
 
     Returns:
       Parameter path to its bytes and scales.
@@ -182,27 +229,27 @@ def read_constants(path: str | Path) -> dict[str, Constant]:
     Raises:
       ExportError: the file is missing, not TFLite, damaged, or not written by glm_edge.
     """
-    paths = set(read_metadata(path)["parameters"])
     types = vars(schema().TensorType)
     names = {number: name.lower() for name, number in types.items() if isinstance(number, int)}
-    found = {}
-    with opened(Path(path)) as (model, content):
-        for subgraph in range(model.SubgraphsLength()):
+    constants: dict[str, Constant] = {}
+    with opened(Path(path), start, size) as (model, content):
+        paths, entries = set(_description(model, content, path)["parameters"]), Entries()
+        for subgraph in entries(model.SubgraphsLength()):
             graph = model.Subgraphs(subgraph)
-            for index in range(graph.TensorsLength()):
+            for index in entries(graph.TensorsLength()):
                 tensor = graph.Tensors(index)
                 name = (tensor.Name() or b"").decode()
-                if name in paths and name not in found:
-                    found[name] = _constant(model, graph, tensor, names, content)
-            for name, grids in _static_grids(graph):
-                if name in found:
-                    found[name] = dataclasses.replace(found[name], **grids)
-    return found
+                if name in paths and name not in constants:
+                    constants[name] = _constant(model, graph, tensor, names, content)
+            for name, grids in _static_grids(graph, entries):
+                if name in constants:
+                    constants[name] = dataclasses.replace(constants[name], **grids)
+    return constants
 
 
-def _static_grids(graph: Any) -> Iterator[tuple[str, dict[str, Grid]]]:
+def _static_grids(graph: Any, entries: Entries) -> Iterator[tuple[str, dict[str, Grid]]]:
     """Names of the weights that meet int8 activations, with the grids of these."""
-    for index in range(graph.OperatorsLength()):
+    for index in entries(graph.OperatorsLength()):
         operator = graph.Operators(index)
         if operator.InputsLength() < 2 or not operator.OutputsLength():
             continue
@@ -221,29 +268,33 @@ def _grid(tensor: Any) -> Grid:
 
 
 def _constant(model: Any, graph: Any, tensor: Any, names: dict[int, str], content: Any) -> Constant:
-    scale, block_size = None, 0
+    scale, zero, block_size = None, None, 0
     quantization = tensor.Quantization()
     if quantization is not None and quantization.DetailsType():
         details = schema().BlockwiseQuantization()
         details.Init(quantization.Details().Bytes, quantization.Details().Pos)
         scales, block_size = graph.Tensors(details.Scales()), details.BlockSize()
-        scale = np.frombuffer(_bytes_of(model.Buffers(scales.Buffer()), content), np.float16)
-        scale = scale.reshape(scales.ShapeAsNumpy())
+        stored = _bytes_of(model.Buffers(scales.Buffer()), content).tobytes()
+        scale = np.frombuffer(stored, np.float16).reshape(scales.ShapeAsNumpy())
     elif quantization is not None and quantization.ScaleLength():
         scale = np.array(quantization.ScaleAsNumpy())
+        points = np.array(quantization.ZeroPointAsNumpy())
+        zero = points if points.any() else None
     return Constant(
         names[tensor.Type()],
         tuple(int(extent) for extent in tensor.ShapeAsNumpy()),
-        np.frombuffer(_bytes_of(model.Buffers(tensor.Buffer()), content), np.uint8),
+        _bytes_of(model.Buffers(tensor.Buffer()), content),
         scale,
         block_size,
+        zero=zero,
     )
 
 
-def _bytes_of(buffer: Any, content: Any) -> bytes:
+def _bytes_of(buffer: Any, content: np.ndarray) -> np.ndarray:
+    """The bytes of a buffer, as a view: a hole of a terabyte takes no memory."""
     if buffer.Offset():
-        return bytes(content[buffer.Offset() : buffer.Offset() + buffer.Size()])
-    return buffer.DataAsNumpy().tobytes() if buffer.DataLength() else b""
+        return content[buffer.Offset() : buffer.Offset() + buffer.Size()]
+    return buffer.DataAsNumpy() if buffer.DataLength() else np.zeros(0, np.uint8)
 
 
 def mark_verified(path: str | Path) -> None:
@@ -257,16 +308,29 @@ def mark_verified(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[Any, np.ndarray]]:
-    """The root table of a file and its bytes, mapped rather than read."""
+def opened(path: Path, start: int = 0, size: int | None = None) -> Iterator[tuple[Any, np.ndarray]]:
+    """The root table of a file and its bytes, mapped rather than read.
+
+    Args:
+      path: of the file, which must be a regular one.
+      start: first byte of the model, where it is a section of a larger file.
+      size: bytes of the model; None takes all from `start` on.
+
+    Raises:
+      ExportError: the file is missing, not a regular file, not TFLite, or damaged.
+    """
     try:
-        content = np.memmap(path, np.uint8, "r")
+        with files.opened(path, ExportError) as file:
+            size = os.fstat(file.fileno()).st_size - start if size is None else size
+            if size < SMALLEST:
+                raise ExportError(f"{path}: not a TFLite file: it has {size} bytes")
+            content = np.memmap(file, np.uint8, "r", start, (size,))
         if content[4:8].tobytes() != IDENTIFIER:
             raise ExportError(f"{path}: not a TFLite file: it lacks the mark {IDENTIFIER.decode()}")
         yield schema().Model.GetRootAs(content, 0), content
+    except GlmEdgeError:
+        raise
     except OSError as error:
         raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
-    except ExportError:
-        raise
     except DAMAGE as error:
         raise ExportError(f"{path}: damaged TFLite file: {error}") from error

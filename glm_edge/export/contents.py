@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from glm_edge.export.container import opened
+from glm_edge.export.container import Entries, opened
 from glm_edge.export.flatbuffer import schema
 
-MAX_ENTRIES = 1_000_000
 MAX_RANK = 8
 MAX_ELEMENTS = 1 << 40
 _BITS = {
@@ -139,7 +138,7 @@ class _Reader:
 
     def __init__(self, path: str | Path, model: Any, file_bytes: int):
         self._path, self._model, self._file_bytes = path, model, file_bytes
-        self._entries = 0
+        self._range = Entries()
         names = schema()
         self._types = _names_of(names.TensorType)
         self._operators = _names_of(names.BuiltinOperator)
@@ -165,12 +164,6 @@ class _Reader:
             self._graph(model.Subgraphs(i), signatures.get(i))
             for i in self._range(model.SubgraphsLength())
         ]
-
-    def _range(self, length: int) -> range:
-        self._entries += length
-        if self._entries > MAX_ENTRIES:
-            raise ValueError(f"lists of more than {MAX_ENTRIES} entries")
-        return range(length)
 
     def _buffer_bytes(self, index: int) -> int:
         buffer = self._model.Buffers(index)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.errors import ExportError, require
-from glm_edge.export.container import DAMAGE
+from glm_edge.errors import ExportError, GlmEdgeError, require
+from glm_edge.export.container import DAMAGE, scratch_beside
 from glm_edge.export.five_axes import within_five_axes
 from glm_edge.export.integers import Weight, held_bytes, held_params, weight_of
 from glm_edge.export.offer import Offer, offer
@@ -24,11 +24,11 @@ from glm_edge.export.package import (
     Package,
     bytes_of,
     check_target,
-    scratch_beside,
+    check_tree,
     written_whole,
 )
 from glm_edge.export.trace import Signature, quiet
-from glm_edge.files import require_space
+from glm_edge.files import parse_json, require_space
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
 
@@ -126,18 +126,52 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
       ExportError: the package is missing, damaged, or no export.
       MissingExtraError: coremltools is not installed.
     """
-    tools, found = core_ml_tools(), {}
+    found = {}
     try:
-        package = tools.models.MLModel(str(path), skip_model_load=True)
-        described = json.loads(package.user_defined_metadata[METADATA])
+        package = open_package(path)
+        described = described_by(package, path)
         names = {name.replace("/", "_"): name for name in described["parameters"]}
         for function in _program(package).functions.values():
             for operation in function.operations:
                 if operation.op_type == "constexpr_blockwise_shift_scale":
                     found[names[operation.outputs[0].name]] = _weight(operation)
+    except GlmEdgeError:
+        raise
     except (OSError, RuntimeError, *DAMAGE) as error:
         raise ExportError(f"{path}: no whole Core ML export of glm_edge: {error}") from error
     return found
+
+
+def open_package(path: str | Path) -> Any:
+    """Opens a package in coremltools without loading it into a runtime.
+
+    Raises:
+      ExportError: a file of it is a pipe, a device or a link, or coremltools cannot open it.
+      MissingExtraError: coremltools is not installed.
+    """
+    tools, message = core_ml_tools(), require("google.protobuf.message", extra="coreml")
+    check_tree(Path(path))
+    try:
+        return tools.models.MLModel(str(path), skip_model_load=True)
+    # Some of its classes of errors derive from Exception alone.
+    except (OSError, RuntimeError, message.DecodeError, *DAMAGE) as error:
+        raise ExportError(f"{path}: no whole Core ML export of glm_edge: {error}") from error
+
+
+def described_by(package: Any, path: str | Path) -> dict[str, Any]:
+    """Reads the description of a package that `open_package` opened.
+
+    Raises:
+      ExportError: it is missing, or is not a JSON object within the usual limits.
+    """
+    metadata = package.get_spec().description.metadata.userDefined
+    if METADATA not in metadata:
+        raise ExportError(f"{path}: a Core ML package, but not one that glm_edge exported")
+    where = f"{path}: no whole Core ML export of glm_edge: its description"
+    described = parse_json(metadata[METADATA], where, ExportError)
+    if not isinstance(described, dict):
+        raise ExportError(f"{where}: is a {type(described).__name__}, not a JSON object")
+    return described
 
 
 def _program(package: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import collections
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from glm_edge.errors import ExportError, require
 METADATA = b"glm_edge"
 FULLY_CONNECTED_VERSION = 12
 FULLY_CONNECTED_INT2_VERSION = 13
-DEQUANTIZE_VERSION = 3
 DEQUANTIZE_INT8_VERSION = 2
+# Of constants; of integers one scale a channel.
+DEQUANTIZE_VERSIONS = {"float16": 3, "int8": 5, "int4": 6}
 QUANTIZE_VERSION = 1
 EMBEDDING_LOOKUP_VERSION = 4
 SMALL_BUFFER = 1024
@@ -48,6 +49,7 @@ class Constant:
       data: uint8, the packed bytes.
       scale: None, float32 [out] per channel, or float16 [out, in / block_size].
       block_size: columns that share a scale, 0 per channel.
+      zero: None, or zero points like `scale`, of codes that are dequantized before they are used.
       inputs: None, or the grid of the activations that meet it.
       outputs: None, or the grid of the products; both are there, or neither.
     """
@@ -59,6 +61,7 @@ class Constant:
     block_size: int = 0
     inputs: Grid | None = None
     outputs: Grid | None = None
+    zero: np.ndarray | None = None
 
 
 class FlatModel:
@@ -86,11 +89,13 @@ class FlatModel:
             for operator in graph.operators
         }
 
-    def attach(self, weights: Mapping[str, tuple[str, Constant]]) -> None:
+    def attach(self, weights: Mapping[str, tuple[str, Constant]], in_float32: bool = False) -> None:
         """Turns weight inputs of every signature into constants, each stored once.
 
         Args:
           weights: input name to `(path, constant)`.
+          in_float32: quantized weights are dequantized first, so that any operator reads them; a
+            constant may then have another shape of as many numbers.
 
         Raises:
           ExportError: a quantized weight is used by an operator that cannot read it.
@@ -109,10 +114,11 @@ class FlatModel:
                     continue
                 if path not in stored:
                     stored[path] = self._store(constant)
-                if constant.type == "float16":
-                    index = self._widened(graph, index)
+                dense = constant.type == "float16" or (in_float32 and constant.scale is not None)
+                if dense:
+                    index = self._widened(graph, index, constant)
                 self._describe(graph, index, path, constant, stored[path])
-                if constant.type == "float16":
+                if dense:
                     continue
                 for operator, position in consumers[index]:
                     self._read_constant(graph, operator, position, path, constant)
@@ -123,11 +129,19 @@ class FlatModel:
         data = self.add_buffer(constant.data)
         return data, self.add_buffer(constant.scale) if constant.block_size else 0
 
-    def _widened(self, graph: Any, index: int) -> int:
-        """Index of a new tensor, from which an operator now makes the float32 tensor `index`."""
-        source = self.add_tensor(graph, "", tuple(graph.tensors[index].shape), "FLOAT16")
-        code = self._operator_code("DEQUANTIZE", DEQUANTIZE_VERSION)
-        graph.operators.insert(0, self._conversion(code, source, index))
+    def _widened(self, graph: Any, index: int, constant: Constant) -> int:
+        """Index of a new tensor, from which operators now make the float32 tensor `index`."""
+        version = DEQUANTIZE_VERSIONS[constant.type]
+        code = self._operator_code("DEQUANTIZE", version)
+        source = self.add_tensor(graph, "", constant.shape, constant.type.upper())
+        if constant.shape == tuple(graph.tensors[index].shape):
+            graph.operators.insert(0, self._conversion(code, source, index))
+            return source
+        dense = self.add_tensor(graph, "", constant.shape, "FLOAT32")
+        graph.operators[:0] = [
+            self._conversion(code, source, dense),
+            self._reshape(graph, dense, index),
+        ]
         return source
 
     def _describe(
@@ -152,7 +166,8 @@ class FlatModel:
             parameters.detailsType = self.schema.QuantizationDetails.BlockwiseQuantization
         else:
             parameters.scale = constant.scale
-            parameters.zeroPoint = np.zeros(constant.scale.shape, np.int64)
+            zero = np.zeros(constant.scale.shape) if constant.zero is None else constant.zero
+            parameters.zeroPoint = zero.astype(np.int64)
         tensor.quantization = parameters
 
     def _read_constant(
@@ -294,11 +309,15 @@ class FlatModel:
         entry.name, entry.buffer = METADATA, self.add_buffer(np.frombuffer(text, np.uint8))
         self.model.metadata = [entry]
 
-    def compact(self) -> None:
-        """Drops tensors and buffers that nothing reads, and the names of unnamed results."""
+    def compact(self, names: Collection[bytes] = ()) -> None:
+        """Drops tensors and buffers that nothing reads, and the names of unnamed results.
+
+        Args:
+          names: that stay though they look like those of results.
+        """
         for index, graph in enumerate(self.model.subgraphs):
             signatures = [s for s in self.model.signatureDefs if s.subgraphIndex == index]
-            _compact_tensors(graph, signatures, self.model.buffers)
+            _compact_tensors(graph, signatures, self.model.buffers, names)
         _compact_buffers(self.model)
 
 
@@ -310,7 +329,9 @@ def _consumers(graph: Any) -> dict[int, list[tuple[Any, int]]]:
     return consumers
 
 
-def _compact_tensors(graph: Any, signatures: Iterable[Any], buffers: list[Any]) -> None:
+def _compact_tensors(
+    graph: Any, signatures: Iterable[Any], buffers: list[Any], names: Collection[bytes]
+) -> None:
     entries = [entry for s in signatures for entry in (*s.inputs, *s.outputs)]
     used = {int(i) for i in (*graph.inputs, *graph.outputs)}
     used |= {int(entry.tensorIndex) for entry in entries}
@@ -326,7 +347,8 @@ def _compact_tensors(graph: Any, signatures: Iterable[Any], buffers: list[Any]) 
         tensor = graph.tensors[index]
         if buffers[tensor.buffer].data is None:
             tensor.buffer = 0
-        if index not in bound and b"/" not in (tensor.name or b"").split(b".")[0]:
+        name = tensor.name or b""
+        if index not in bound and name not in names and b"/" not in name.split(b".")[0]:
             tensor.name = b""
         if _scales(tensor) is not None:
             _scales(tensor).scales = place[_scales(tensor).scales]

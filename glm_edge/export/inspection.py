@@ -1,6 +1,5 @@
 """Checking a Core ML package against its model where nothing can run it."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from glm_edge.configs import from_dict
 from glm_edge.errors import ExportError, GlmEdgeError
 from glm_edge.export.container import DAMAGE
 from glm_edge.export.contents import Tensor
-from glm_edge.export.coreml import METADATA, core_ml_tools, read_weights
+from glm_edge.export.coreml import core_ml_tools, described_by, open_package, read_weights
 from glm_edge.export.integers import check_weights
 from glm_edge.export.interface import expected_tensors
+from glm_edge.export.offer import described_sizes
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
 
@@ -56,16 +56,15 @@ def inspect(path: str | Path, model: MultimodalGLM, params: Params) -> Inspectio
       ExportError: something does not, or the package is damaged.
       MissingExtraError: coremltools is not installed.
     """
-    tools = core_ml_tools()
+    tools, package = core_ml_tools(), open_package(path)
     try:
-        specification = tools.models.MLModel(str(path), skip_model_load=True).get_spec()
-        described = json.loads(specification.description.metadata.userDefined[METADATA])
+        specification, described = package.get_spec(), described_by(package, path)
         config = from_dict(described["config"])
-        sizes = (described[name] for name in ("prefill_lengths", "cache_slots", "prefill_logits"))
         if config != model.config:
             raise ExportError(f"{path}: holds another model than {model.config.name}")
+        sizes = described_sizes(described, config)
         found = {function.name: function for function in specification.description.functions}
-        expected = expected_tensors(config, *sizes)
+        expected = expected_tensors(config, **vars(sizes))
         if found.keys() != expected.keys():
             raise ValueError(f"functions {sorted(found)}, its signatures are {sorted(expected)}")
         for name, (inputs, outputs) in expected.items():

@@ -181,18 +181,26 @@ class Engine:
         if audio:
             options["audio_backend"] = cpu
         self._library, self._engine = litert_lm, litert_lm.Engine(path, cpu, **options)
+        self._conversation: Any = None
 
-    def reply(self, content: Any, max_new_tokens: int) -> str:
-        """The text that follows one message of a user."""
-        sampler = self._library.SamplerConfig(top_k=1, top_p=0.0, temperature=1.0)
-        conversation = self._engine.create_conversation(
-            sampler_config=sampler, max_output_tokens=max_new_tokens
-        )
-        try:
-            found = conversation.send_message({"role": "user", "content": content})
-        finally:
-            conversation.close()
-        return "".join(part.get("text", "") for part in found.get("content", ()))
+    def reply(self, content: Any, max_new_tokens: int, same: bool) -> tuple[str, int]:
+        """The text that follows a message of a user, and the tokens of the conversation so far.
+
+        Args:
+          content: text or parts.
+          max_new_tokens: of each answer of the conversation that this message begins.
+          same: the message goes on with the conversation of the one before.
+        """
+        if self._conversation is None or not same:
+            if self._conversation is not None:
+                self._conversation.close()
+            sampler = self._library.SamplerConfig(top_k=1, top_p=0.0, temperature=1.0)
+            self._conversation = self._engine.create_conversation(
+                sampler_config=sampler, max_output_tokens=max_new_tokens
+            )
+        found = self._conversation.send_message({"role": "user", "content": content})
+        text = "".join(part.get("text", "") for part in found.get("content", ()))
+        return text, int(self._conversation.token_count)
 
 
 RUNTIMES = {"litert": LiteRT, "onnx": ONNXRuntime, "mnn": MNNRuntime, "litertlm": Engine}
@@ -218,7 +226,9 @@ class Host:
         if fields["do"] == "fetch":
             return {}, {"array": self._kept[fields["key"]]}
         if fields["do"] == "reply":
-            return {"text": self._runtime.reply(fields["content"], fields["max_new_tokens"])}, {}
+            asked = (fields[name] for name in ("content", "max_new_tokens", "same"))
+            text, tokens = self._runtime.reply(*asked)
+            return {"text": text, "tokens": tokens}, {}
         return self._run(fields, arrays)
 
     def _load(self, runtime: str, path: str, options: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from glm_edge import __version__
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, OutputError, require
 from glm_edge.export import container, lm_signatures
+from glm_edge.export.bundle_file import EXTRA, make_repeatable
+from glm_edge.export.chat_templates import bundled_template
 from glm_edge.export.constants import Conversion, constants_of
 from glm_edge.export.offer import check_fixed, check_lengths, check_model
 from glm_edge.export.tflite import write_signatures
@@ -22,7 +23,8 @@ from glm_edge.params.tree import Params
 from glm_edge.preprocess import Processor
 
 DECODER = "PREFILL_DECODE"
-EXTRA = "litertlm"
+# Of prefill signatures that every bundle has.
+SHORT_LENGTHS = (2, 16)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Bundle:
       prefill_lengths: lengths of the prefill signatures.
       cache_slots: slots of the cache.
       image_size: (height, width) to which the runtime stretches images, or None.
-      conversions: parameters held in another form than they were given.
+      conversions: parameters held in another form than they were given, and what was changed in
+        the chat template, or stays otherwise in the engine.
+      template: the chat template of the bundle.
       model: the model it was traced from.
       params: the parameters as the file holds them.
       processor: prepares the same conversations for JAX.
@@ -49,6 +53,7 @@ class Bundle:
     cache_slots: int
     image_size: tuple[int, int] | None
     conversions: tuple[Conversion, ...]
+    template: str = field(repr=False)
     model: MultimodalGLM = field(repr=False)
     params: Params = field(repr=False)
     processor: Processor = field(repr=False)
@@ -78,6 +83,10 @@ def litertlm(
     * It stretches images to one size with its own resampling; one of `image_size` stays as it is.
     * It hears a recording to the end, but for samples after the last whole `hop_length`.
     * Names of special tokens in a user's text become these tokens.
+    * It gives the template `content` as parts, keeps the stop token of an answer, and feeds what a
+      message adds to the conversation: see `glm_edge.export.chat_templates`, by which the template
+      is repaired where needed, or refused. `Bundle.conversions` lists that.
+    * Where a repair counts on the stop token, an answer cut off by a limit of tokens lacks it.
     * An answer cut off by a limit of tokens, in a conversation with an image, loses its last token
       for the next turn (litert-lm 0.18.1).
 
@@ -88,7 +97,8 @@ def litertlm(
       params: its parameters, see `glm_edge.export.constants.constants_of`.
       processor: of the model, or a checkpoint's directory to read it from.
       path: of the file.
-      prefill_lengths: lengths of the prefill signatures.
+      prefill_lengths: lengths of the prefill signatures. Shorter ones of 2 and 16 tokens are added,
+        so that a conversation goes on until the cache is full.
       cache_slots: slots of the cache; None takes the model's context, at most 1024.
       image_size: (height, width) of images; None takes the vision encoder's.
       overwrite: replace a file that exists.
@@ -97,7 +107,8 @@ def litertlm(
       The bundle.
 
     Raises:
-      ExportError: a parameter or the model cannot be written; the message says what would be right.
+      ExportError: a parameter, the model or its chat template cannot be written; the message says
+        what would be right.
       OutputError: the file exists already, or cannot be written.
       CheckpointError: a file of the directory is missing or damaged.
       MissingExtraError: TensorFlow, LiteRT or LiteRT-LM's builder is not installed.
@@ -110,7 +121,10 @@ def litertlm(
     config = model.config
     shapes = check_model(model, params)
     lengths, slots = check_lengths(config, prefill_lengths, cache_slots)
+    lengths = with_short_lengths(lengths, slots)
     image_size = _check_encoders(model, processor, image_size)
+    media = ["image"] * (config.vision is not None) + ["audio"] * (config.speech is not None)
+    template, repairs = bundled_template(processor, media)
     held = constants_of(params)
 
     reference = model.clone(compute="float32")
@@ -127,13 +141,13 @@ def litertlm(
 
     # Beside the target, so that the last step is a rename on one disk.
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
-            directory, sizes = Path(name), {}
+        with container.scratch_beside(path) as directory:
+            sizes = {}
             bundle = builder.LitertLmFileBuilder()
             author = builder.Metadata("Authors", f"glm_edge {__version__}", builder.DType.STRING)
             bundle.add_system_metadata(author)
             metadata = directory / "metadata.pb"
-            metadata.write_bytes(_metadata(model, processor, slots, image_size))
+            metadata.write_bytes(_metadata(model, processor, template, slots, image_size))
             bundle.add_llm_metadata(str(metadata))
             processor.tokenizer.save(str(directory / "tokenizer.json"))
             bundle.add_hf_tokenizer(str(directory / "tokenizer.json"))
@@ -143,8 +157,9 @@ def litertlm(
                 sizes[section] = write_signatures(offered, read, held, file)
                 bundle.add_tflite_model(str(file), builder.TfLiteModelType[section])
             whole = directory / uuid.uuid4().hex
-            with open(whole, "xb") as stream:
+            with open(whole, "x+b") as stream:
                 bundle.build(stream)
+                make_repeatable(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(whole, path)
@@ -157,11 +172,29 @@ def litertlm(
         prefill_lengths=tuple(lengths),
         cache_slots=slots,
         image_size=image_size,
-        conversions=held.conversions,
+        conversions=(*held.conversions, *repairs),
+        template=template,
         model=model,
         params=held.params,
         processor=processor,
     )
+
+
+def with_short_lengths(lengths: Sequence[int], cache_slots: int) -> list[int]:
+    """Adds short prefill signatures to those that were asked for.
+
+    The runtime refuses a message where fewer slots are free than the shortest signature has tokens,
+    however short the message is. The middle one takes a usual message in few calls.
+
+    Args:
+      lengths: of prefill signatures, rising.
+      cache_slots: of the cache.
+
+    Returns:
+      All lengths, rising.
+    """
+    least = min(lengths, default=cache_slots + 1)
+    return [*(length for length in SHORT_LENGTHS if length < min(least, cache_slots)), *lengths]
 
 
 def _reads(offered: Iterable[Signature], path: str) -> bool:
@@ -196,13 +229,14 @@ def _check_encoders(
 def _metadata(
     model: MultimodalGLM,
     processor: Processor,
+    template: str,
     cache_slots: int,
     image_size: tuple[int, int] | None,
 ) -> bytes:
     protocol = require("litert_lm_builder.runtime.proto.llm_metadata_pb2", extra=EXTRA)
     metadata = protocol.LlmMetadata(
         max_num_tokens=cache_slots,
-        jinja_prompt_template=_template(processor),
+        jinja_prompt_template=template,
         supports_thinking=False,
         supports_function_calling=False,
     )
@@ -233,10 +267,3 @@ def _metadata(
 def _repeated(token: str) -> str:
     # Templates of a fixed size may write every placeholder themselves.
     return f"(?:{re.escape(token)})+"
-
-
-def _template(processor: Processor) -> str:
-    """The chat template, in front of which stand the variables that it reads."""
-    used = [name for name in processor.variables if re.search(rf"\b{name}\b", processor.template)]
-    constants = "".join(f"{{%- set {name} = {processor.variables[name]!r} -%}}" for name in used)
-    return constants + processor.template

@@ -1,12 +1,10 @@
 """What an exported file or directory says about itself, whatever its format."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from glm_edge.errors import ExportError
 from glm_edge.export import container
-from glm_edge.export.coreml import MARK, METADATA, core_ml_tools
+from glm_edge.export.coreml import MARK, described_by, open_package
 from glm_edge.export.package import read_description
 
 
@@ -28,9 +26,4 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         return container.read_metadata(path)
     if not (path / MARK).is_file():
         return read_description(path)
-    tools = core_ml_tools()
-    try:
-        package = tools.models.MLModel(str(path), skip_model_load=True)
-        return json.loads(package.user_defined_metadata[METADATA])
-    except (OSError, RuntimeError, *container.DAMAGE) as error:
-        raise ExportError(f"{path}: no whole Core ML export of glm_edge: {error}") from error
+    return described_by(open_package(path), path)

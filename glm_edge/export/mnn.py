@@ -14,7 +14,7 @@ import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, require
-from glm_edge.export.container import DAMAGE
+from glm_edge.export.container import DAMAGE, scratch_beside
 from glm_edge.export.integers import (
     RANGES,
     Weight,
@@ -24,7 +24,7 @@ from glm_edge.export.integers import (
     weight_of,
 )
 from glm_edge.export.offer import Offer, offer
-from glm_edge.export.onnx import graph_of, model_of, store
+from glm_edge.export.onnx import graph_of, mapped, model_of, store
 from glm_edge.export.onnx_graph import GraphBuilder, StoredWeight
 from glm_edge.export.package import (
     DESCRIPTION,
@@ -32,7 +32,6 @@ from glm_edge.export.package import (
     bytes_of,
     check_target,
     read_description,
-    scratch_beside,
     write_description,
     written_whole,
 )
@@ -43,6 +42,8 @@ from glm_edge.params.tree import Params
 WEIGHTS = "weights.bin"
 CONVERTED = "__matmul_converted"
 BITS = {"int8": 8, "int4": 4}
+# In front of a weight's codes, at the most: a mark, two extents, and all levels.
+HEADER_BYTES = 1 + 8 + 1 + 256
 # The converter's own command line calls home and installs packages when it is imported.
 CONVERTER = "import sys, _tools; sys.exit(not _tools.mnnconvert(['mnnconvert', *sys.argv[1:]]))"
 SHORT = 1 << 16
@@ -196,11 +197,15 @@ def _products(builder: GraphBuilder) -> dict[str, str]:
     return named
 
 
-def read_weights(path: str | Path) -> dict[str, Weight]:
+def read_weights(
+    path: str | Path, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Weight]:
     """Reads the quantized weights of an exported directory back, as its convolutions read them.
 
     Args:
       path: the directory.
+      shapes: dense shapes of the parameters by path; None takes those that the file says, whose
+        memory only its size limits.
 
     Returns:
       Parameter path to its codes and scales.
@@ -209,20 +214,31 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
       ExportError: the directory is missing, damaged, or no export.
     """
     path, found = Path(path), {}
+    description = read_description(path)
     try:
-        places = read_description(path)["parameters"]
-        content = np.memmap(path / WEIGHTS, np.uint8, "r")
+        places = description["parameters"]
+        content = mapped(path)
         for name, (wide, start, length, scales) in places.items():
-            found[name] = _weight(np.array(content[start : start + length + scales]), length, wide)
+            stored = content[start : start + length + scales]
+            shape = _shape(stored, wide)
+            if shapes is not None and shapes.get(name) != shape:
+                raise ValueError(f"{name}: shape {shape}, the model's is {shapes.get(name)}")
+            if max(length, scales // 4) > HEADER_BYTES + math.prod(shape):
+                raise ValueError(f"{name}: {length} bytes of codes, {scales} of scales of {shape}")
+            found[name] = _weight(np.array(stored), length, wide)
     except (OSError, *DAMAGE) as error:
         raise ExportError(f"{path}: no whole MNN export of glm_edge: {error}") from error
     return found
 
 
+def _shape(content: np.ndarray, wide: bool) -> tuple[int, ...]:
+    extents = content[1:9].tobytes() if wide else content[1:5].tobytes()
+    return tuple(np.frombuffer(extents, np.uint32 if wide else np.uint16).tolist())
+
+
 def _weight(content: np.ndarray, length: int, wide: bool) -> Weight:
     """Inverse of what `_Writer.quantized` writes."""
-    shape = content[1:5].view(np.uint16) if not wide else content[1:9].view(np.uint32)
-    header, shape = 1 + shape.nbytes, tuple(int(extent) for extent in shape)
+    header, shape = 9 if wide else 5, _shape(content, wide)
     kind = "int8" if content[header] == 0 else "int4"
     codes = content[header + 1 + 2 ** BITS[kind] : length]
     if kind == "int4":

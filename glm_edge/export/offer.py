@@ -84,9 +84,7 @@ def offer(
     """
     shapes = check_model(model, params)
     lengths, slots = check_lengths(model.config, prefill_lengths, cache_slots)
-    attended = fixed_lengths("attended_slots", attended_slots)
-    if attended and not 2 <= attended[0] <= attended[-1] < slots:
-        raise ExportError(f"attended_slots: {attended} must be 2 to {slots - 1}, fewer than all")
+    attended = check_attended(attended_slots, slots)
     float32 = model.clone(compute="float32")
     offered = signatures(float32, lengths, slots, prefill_logits, attended)
     return Offer(model.config, shapes, lengths, slots, prefill_logits, attended, offered)
@@ -99,7 +97,10 @@ def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
       ExportError: it is no `MultimodalGLM`, or the parameters are those of another model.
     """
     if not isinstance(getattr(model, "config", None), GLMConfig):
-        raise ExportError(f"{type(model).__name__}: only a MultimodalGLM can be exported")
+        raise ExportError(
+            f"{type(model).__name__}: only a MultimodalGLM can be exported in this format; right "
+            "would be ge.export.function, which writes any traceable function as a .tflite file"
+        )
     expected = expected_shapes(model)
     found = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
     for name in sorted(expected.keys() | found.keys()):
@@ -132,6 +133,70 @@ def check_lengths(
     return lengths, slots
 
 
+def check_attended(attended_slots: Iterable[int], cache_slots: int) -> list[int]:
+    """Numbers of slots that signatures look at, in rising order.
+
+    Raises:
+      ExportError: one is not fixed, or is not below the cache's slots.
+    """
+    attended = fixed_lengths("attended_slots", attended_slots)
+    if attended and not 2 <= attended[0] <= attended[-1] < cache_slots:
+        shown = f"{attended[:8]}"
+        raise ExportError(f"attended_slots: {shown} must be 2 to {cache_slots - 1}, fewer than all")
+    return attended
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that a file says its signatures have.
+
+    Attributes:
+      prefill_lengths: lengths of the prefill signatures, rising.
+      cache_slots: slots of the cache.
+      prefill_logits: prefill scores every token.
+      attended_slots: numbers of slots for which there are faster signatures, rising.
+    """
+
+    prefill_lengths: list[int]
+    cache_slots: int
+    prefill_logits: bool
+    attended_slots: list[int]
+
+
+def described_sizes(description: Mapping[str, Any], config: GLMConfig) -> Sizes:
+    """Reads the sizes from a description, which a stranger may have written.
+
+    Args:
+      description: of a file or directory.
+      config: of the model, as the description says.
+
+    Returns:
+      The sizes, which an export of that model could have.
+
+    Raises:
+      ExportError: a size is missing, of another type, or could not be one of an export.
+    """
+    names = ("prefill_lengths", "cache_slots", "prefill_logits", "attended_slots")
+    # Core ML packages have no faster signatures, and older ones do not say so.
+    given = {"attended_slots": [], **description}
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ExportError(f"{missing[0]} is missing")
+    for name in ("prefill_lengths", "attended_slots"):
+        if not isinstance(given[name], list):
+            raise ExportError(f"{name}: must be a list, found {type(given[name]).__name__}")
+    if not isinstance(given["prefill_logits"], bool):
+        raise ExportError(f"prefill_logits: must be true or false: {given['prefill_logits']!r}")
+    if given["cache_slots"] is None:
+        raise ExportError("cache_slots: None is no fixed length")
+    lengths, slots = check_lengths(config, given["prefill_lengths"], given["cache_slots"])
+    attended = check_attended(given["attended_slots"], slots)
+    for name, sizes in (("prefill_lengths", lengths), ("attended_slots", attended)):
+        if sizes != given[name]:
+            raise ExportError(f"{name}: {given[name][:8]} must rise, each number once")
+    return Sizes(lengths, slots, given["prefill_logits"], attended)
+
+
 def fixed_lengths(name: str, lengths: Iterable[int]) -> list[int]:
     """Lengths in rising order, each once.
 
@@ -149,7 +214,7 @@ def check_fixed(name: str, lengths: Iterable[int]) -> list[int]:
     """
     given = list(lengths) if isinstance(lengths, Iterable) else [lengths]
     for length in given:
-        if not isinstance(length, Integral) or length < 1:
+        if not isinstance(length, Integral) or isinstance(length, bool) or length < 1:
             raise ExportError(
                 f"{name}: {length!r} is no fixed length; right would be a whole number of at least "
                 "1, as every graph has one shape"

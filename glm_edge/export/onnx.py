@@ -1,5 +1,6 @@
 """Export to ONNX: our integers through `DequantizeLinear`, weights beside the graphs."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +32,7 @@ from glm_edge.export.package import (
     written_whole,
 )
 from glm_edge.export.trace import Signature
-from glm_edge.files import require_space
+from glm_edge.files import file_inside, opened, read_bytes, require_space
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
 
@@ -39,6 +40,9 @@ OPSET, IR_VERSION = 21, 10
 WEIGHTS = "weights.bin"
 ALIGNMENT = 64
 FLOATS = ("float32", "float16")
+# Of a graph, whose weights lie beside it.
+MAX_GRAPH_BYTES = 1 << 28
+BITS = {"FLOAT": 32, "FLOAT16": 16, "INT8": 8, "INT4": 4}
 
 
 def onnx(
@@ -193,11 +197,15 @@ def store(
     return StoredWeight(values, scale, zero, attributes, transposed, rows)
 
 
-def read_weights(path: str | Path) -> dict[str, Weight]:
+def read_weights(
+    path: str | Path, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Weight]:
     """Reads the weights of an exported directory back, as its graphs hold them.
 
     Args:
       path: the directory.
+      shapes: dense shapes of the parameters by path; None takes those that the graphs say, whose
+        memory only the size of the file limits.
 
     Returns:
       Parameter path to its codes, scales and zero points, [out, in] again.
@@ -209,22 +217,27 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
     path, library = Path(path), require("onnx", extra="onnx")
     message = require("google.protobuf.message", extra="onnx")
     damage = (*DAMAGE, message.DecodeError, library.checker.ValidationError)
+    description = read_description(path)
     try:
-        description = read_description(path)
         held = {}
         for name in description["signatures"]:
-            model = library.load(path / f"{name}.onnx", load_external_data=False)
+            graph = file_inside(path, f"{name}.onnx", ExportError)
+            content = read_bytes(graph, MAX_GRAPH_BYTES, ExportError)
+            model = library.load_model_from_string(content)
             held |= {t.name: t for t in model.graph.initializer if t.external_data}
+        stored = mapped(path)
 
         def array(name: str, turned: bool) -> np.ndarray | None:
             if name not in held:
                 return None
-            library.external_data_helper.load_external_data_for_tensor(held[name], str(path))
-            read = library.numpy_helper.to_array(held[name])
+            tensor = _loaded(library, held[name], stored)
+            read = library.numpy_helper.to_array(tensor)
             return read.T if turned else read
 
         found = {}
         for name, (turned, group_size) in description["parameters"].items():
+            if name in held:
+                _check_shape(name, held, turned, shapes)
             values, scale = array(name, turned), array(f"{name}.scale", turned)
             zero, kind = array(f"{name}.zero", turned), str(values.dtype)
             if scale is not None:
@@ -236,3 +249,44 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
     except (OSError, *damage) as error:
         raise ExportError(f"{path}: no whole ONNX export of glm_edge: {error}") from error
     return found
+
+
+def mapped(directory: Path) -> np.ndarray:
+    """The file of weights of a directory as bytes, mapped rather than read.
+
+    Raises:
+      ExportError: it is missing, empty, not a regular file, or a link that leads out.
+    """
+    with opened(file_inside(directory, WEIGHTS, ExportError), ExportError) as file:
+        return np.memmap(file, np.uint8, "r")
+
+
+def _loaded(library: Any, tensor: Any, stored: np.ndarray) -> Any:
+    """A tensor with its bytes, once its place in the file of weights is found to be right."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    if place.get("location") != WEIGHTS:
+        raise ValueError(f"{tensor.name}: lies in {place.get('location')!r}, not in {WEIGHTS}")
+    start, length = int(place["offset"]), int(place["length"])
+    bits = BITS[library.TensorProto.DataType.Name(tensor.data_type)]
+    if length != -(-math.prod(tensor.dims) * bits // 8):
+        raise ValueError(f"{tensor.name}: {length} bytes for {list(tensor.dims)}")
+    if not 0 <= start <= start + length <= len(stored):
+        raise ValueError(f"{tensor.name}: ends behind the {len(stored)} bytes of {WEIGHTS}")
+    whole = library.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    whole.raw_data = stored[start : start + length].tobytes()
+    return whole
+
+
+def _check_shape(
+    name: str,
+    held: Mapping[str, Any],
+    turned: bool,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+) -> None:
+    shape = tuple(held[name].dims)[:: -1 if turned else 1]
+    if shapes is not None and shapes.get(name) != shape:
+        raise ValueError(f"{name}: shape {shape}, the model's is {shapes.get(name)}")
+    for part in ("scale", "zero"):
+        dims = held[f"{name}.{part}"].dims if f"{name}.{part}" in held else ()
+        if math.prod(dims) > math.prod(shape):
+            raise ValueError(f"{name}.{part}: shape {list(dims)} beside {shape}")

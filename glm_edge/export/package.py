@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import tempfile
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from glm_edge.errors import ExportError, OutputError
 from glm_edge.export.constants import Conversion
 from glm_edge.export.container import write_beside
-from glm_edge.files import new_directory
+from glm_edge.files import file_inside, new_directory, read_json, remove_litter
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
 
@@ -71,17 +71,11 @@ def written_whole(path: Path, overwrite: bool, mark: str) -> Iterator[Path]:
     Raises:
       OutputError: `path` exists, is no export, or cannot be written.
     """
+    # What a killed export moved aside is put back before anything is refused.
+    remove_litter(path)
     check_target(path, overwrite, mark)
     with new_directory(path, overwrite, mark=mark) as directory:
         yield directory
-
-
-@contextlib.contextmanager
-def scratch_beside(path: Path) -> Iterator[Path]:
-    """Gives a folder on the disk of `path` that is removed with all it holds."""
-    options = {"prefix": f".{path.name}.", "ignore_cleanup_errors": True}
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, **options) as scratch:
-        yield Path(scratch)
 
 
 def check_target(path: Path, overwrite: bool, mark: str) -> None:
@@ -115,12 +109,29 @@ def read_description(directory: str | Path) -> dict[str, Any]:
       ExportError: it is missing or damaged.
     """
     try:
-        description = json.loads((Path(directory) / DESCRIPTION).read_text())
-        if not isinstance(description, dict):
-            raise ValueError(f"{DESCRIPTION} is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        path = file_inside(Path(directory), DESCRIPTION, ExportError)
+        return read_json(path, ExportError)
+    except ExportError as error:
         raise ExportError(f"{directory}: no whole export of glm_edge: {error}") from error
-    return description
+
+
+def check_tree(directory: Path) -> None:
+    """Refuses a directory that holds anything but files and directories.
+
+    Args:
+      directory: that another library is going to open as it likes.
+
+    Raises:
+      ExportError: it is missing, or holds a link, a pipe or a device.
+    """
+    if not directory.is_dir():
+        raise ExportError(f"{directory}: is not a directory")
+    for folder, directories, names in os.walk(directory):
+        for path in (Path(folder, name) for name in (*directories, *names)):
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                kind = "a link" if stat.S_ISLNK(mode) else "a pipe, socket or device"
+                raise ExportError(f"{path}: is {kind}; an export holds files and directories")
 
 
 def bytes_of(path: Path) -> int:

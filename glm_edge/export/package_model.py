@@ -1,5 +1,6 @@
 """Running an exported directory of ONNX or MNN graphs as a phone's runtime does."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from glm_edge.export.contents import Tensor
 from glm_edge.export.integers import Weight
 from glm_edge.export.interface import expected_tensors
 from glm_edge.export.mnn import read_weights as mnn_weights
-from glm_edge.export.offer import check_lengths
+from glm_edge.export.offer import described_sizes
+from glm_edge.export.onnx import WEIGHTS
 from glm_edge.export.onnx import read_weights as onnx_weights
 from glm_edge.export.package import read_description
 from glm_edge.export.runtime import PhoneModel, run_checked
-from glm_edge.export.trace import DECODE, step_name
+from glm_edge.export.trace import DECODE, attended_by, step_name
+from glm_edge.files import file_inside
 
 READERS = {"onnx": onnx_weights, "mnn": mnn_weights}
 
@@ -42,32 +45,30 @@ class PackageModel(PhoneModel):
 
     def __init__(self, path: str | Path, num_threads: int = 2, timeout: float = TIMEOUT):
         self.path, self.description = Path(path), read_description(path)
-        held = [name for name in READERS if (self.path / f"{DECODE}.{name}").is_file()]
+        held = [name for name in READERS if (self.path / f"{DECODE}.{name}").exists()]
         if not held:
             raise ExportError(f"{path}: damaged: holds no graph named {DECODE}")
         self.runtime = held[0]
         try:
-            super().__init__(
-                from_dict(self.description["config"]),
-                self.description["prefill_lengths"],
-                self.description["cache_slots"],
-                self.description["prefill_logits"],
-                self.description["attended_slots"],
-            )
-            self._check_sizes()
+            config = from_dict(self.description["config"])
+            super().__init__(config, **vars(described_sizes(self.description, config)))
+            self._check_files()
         except (*DAMAGE, GlmEdgeError) as error:
             raise ExportError(f"{path}: damaged: its description: {error}") from error
         self._tensors: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._child = ChildInterpreter(self.path, num_threads, timeout, self.runtime)
 
-    def _check_sizes(self) -> None:
-        """Refuses numbers that would cost much before a graph is found to be of others."""
-        lengths, slots = check_lengths(self.config, self.prefill_lengths, self.cache_slots)
-        if lengths != self.prefill_lengths or not isinstance(slots, int):
-            raise ValueError(f"prefill lengths {self.prefill_lengths[:8]}, {slots} slots")
-        for name in (*map(step_name, lengths), "embed"):
-            if not (self.path / f"{name}.{self.runtime}").is_file():
-                raise ValueError(f"there is no graph {name}")
+    def _check_files(self) -> None:
+        """Refuses a graph that is missing, a pipe, or a link out, before the runtime opens it."""
+        names = ["embed", *(["vision"] if self.config.vision is not None else [])]
+        names += ["speech"] if self.config.speech is not None else []
+        for length in (1, *self.prefill_lengths):
+            names += [f"embed_{length}"] if length > 1 else []
+            attended = (None, *attended_by(length, self.attended_slots))
+            names += [step_name(length, slots) for slots in attended]
+        for name in names:
+            file_inside(self.path, f"{name}.{self.runtime}", ExportError)
+        file_inside(self.path, WEIGHTS, ExportError)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""
@@ -81,9 +82,18 @@ class PackageModel(PhoneModel):
             )
         return run_checked(self._child, self.path, signature, inputs, *self._tensors[signature])
 
-    def read_weights(self) -> dict[str, Weight]:
-        """The weights of the directory, as its graphs hold them."""
-        return READERS[self.runtime](self.path)
+    def read_weights(
+        self, shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> dict[str, Weight]:
+        """The weights of the directory, as its graphs hold them.
+
+        Args:
+          shapes: dense shapes that the parameters must have, by path; None takes any.
+
+        Raises:
+          ExportError: the directory is damaged, or a weight has another shape.
+        """
+        return READERS[self.runtime](self.path, shapes)
 
     def close(self) -> None:
         """Ends the process, which otherwise ends with this object."""

@@ -18,6 +18,7 @@ from glm_edge.export import container
 from glm_edge.export.child import TIMEOUT, ChildInterpreter
 from glm_edge.export.contents import Tensor
 from glm_edge.export.interface import checked_graphs
+from glm_edge.export.offer import described_sizes
 from glm_edge.export.trace import attended_by, quiet, signatures, step_name
 from glm_edge.models.multimodal import MultimodalGLM
 
@@ -278,13 +279,9 @@ class LiteRTModel(PhoneModel):
     ):
         description = container.read_metadata(path)
         try:
-            super().__init__(
-                from_dict(description["config"]),
-                description["prefill_lengths"],
-                description["cache_slots"],
-                description["prefill_logits"],
-                description["attended_slots"],
-            )
+            config = from_dict(description["config"])
+            sizes = described_sizes(description, config)
+            super().__init__(config, **vars(sizes))
         except (*container.DAMAGE, GlmEdgeError) as error:
             raise ExportError(f"{path}: damaged: its description: {error}") from error
         self.path, self.description = path, description

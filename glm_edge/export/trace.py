@@ -167,13 +167,14 @@ def _step(
 
 
 def skeleton(
-    offered: Iterable[Signature], shapes: Mapping[str, tuple[int, ...]]
+    offered: Iterable[Signature], shapes: Mapping[str, tuple[int, ...]], kind: str = "graph"
 ) -> tuple[bytes, dict[str, str]]:
     """Converts signatures to one TFLite graph in which every weight is an input.
 
     Args:
       offered: the signatures.
       shapes: parameter path to dense shape.
+      kind: what is converted, for messages.
 
     Returns:
       `(content, arguments)`: the flatbuffer, and input name to parameter path.
@@ -198,12 +199,21 @@ def skeleton(
             directory, signature_keys=list(functions)
         )
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        try:
-            with quiet():
-                return converter.convert(), arguments
-        except Exception as error:  # the converter has no exception class of its own
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ExportError(f"TensorFlow Lite cannot hold this graph: {reason[0]}") from error
+        return converted(converter, kind), arguments
+
+
+def converted(converter: Any, kind: str) -> bytes:
+    """Runs a converter of TensorFlow.
+
+    Raises:
+      ExportError: it refuses; the message has the first line of its reason.
+    """
+    try:
+        with quiet():
+            return bytes(converter.convert())
+    except Exception as error:  # the converter has no exception class of its own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(f"TensorFlow Lite cannot hold this {kind}: {reason[0]}") from error
 
 
 def _concrete(

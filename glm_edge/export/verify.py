@@ -92,10 +92,29 @@ class Verification:
         if self.signatures:
             worst = max(self.signatures.values())
             line += f", {len(self.signatures)} signatures within {worst:.2g} of their functions"
-        if self.free_running_agreement is None:
-            return line
-        free = f"{self.free_running_agreement:.2%} of {self.free_running_tokens}"
-        return f"{line}, free-running {free}"
+        if self.free_running_agreement is not None:
+            free = f"{self.free_running_agreement:.2%} of {self.free_running_tokens}"
+            line += f", free-running {free}"
+        return f"{'passed' if self.passed else 'failed'}: {line}; {self.reason}"
+
+    @property
+    def reason(self) -> str:
+        """The condition that was met, or the conditions that were not."""
+        asked = f"at least {self.threshold:.2%} must agree"
+        if self.passed:
+            return asked
+        reasons = []
+        if not self.agreement >= self.threshold:
+            reasons.append(
+                f"{asked} (scores that nearly tie differ by rounding, as random tokens or weights "
+                "give them: compare on text that the model knows)"
+            )
+        if self.other_signatures:
+            names = ", ".join(self.other_signatures)
+            reasons.append(
+                f"{names} compute something else than in JAX, by more than {SIGNATURE_LIMIT:g}"
+            )
+        return "; ".join(reasons)
 
 
 def verify(
@@ -149,7 +168,8 @@ def verify(
     if phone.config != model.config:
         raise ExportError(f"{path}: holds another model than {model.config.name}")
     if package:
-        check_weights(phone.read_weights(), params, path)
+        shapes = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
+        check_weights(phone.read_weights(shapes), params, path)
     if phone.float32 and compute not in (None, "float32"):
         raise ExportError(
             f"{path}: is run in float32, so that {compute} would compare other sums; right would "
@@ -199,11 +219,8 @@ def verify(
         threshold=usual if threshold is None else threshold,
         signatures=distances,
     )
-    if check and result.agreement < result.threshold:
-        raise ExportError(f"{path}: {result}; at least {result.threshold:.2%} must agree")
-    if check and result.other_signatures:
-        names = ", ".join(result.other_signatures)
-        raise ExportError(f"{path}: {result}; {names} compute something else than in JAX")
+    if check and not result.passed:
+        raise ExportError(f"{path}: {result}")
     if result.passed and result.tokens >= MIN_TOKENS and result.threshold >= usual:
         if package:
             write_description(phone.path, {**phone.description, "verified": True})

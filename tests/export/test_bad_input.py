@@ -18,7 +18,6 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, OutputError
-from glm_edge.export.function import write_function
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 
@@ -134,7 +133,7 @@ def test_functions_of_a_shape_that_is_not_fixed_are_refused(extent, out):
         (extent,) = jax.export.symbolic_shape("T")
     inputs = {"x": jax.ShapeDtypeStruct((extent, 3), jnp.float32)}
     with pytest.raises(ExportError, match=r"shape of x: .* is no fixed length; right would be"):
-        write_function(lambda given: {"y": 2.0 * given["x"]}, inputs, out / "a.tflite")
+        export.function(lambda _, given: {"y": 2.0 * given["x"]}, {}, inputs, out / "a.tflite")
     assert not list(out.iterdir())
 
 

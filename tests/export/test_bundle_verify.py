@@ -9,6 +9,7 @@ import pytest
 from glm_edge.errors import DataError, ExportError, MissingExtraError
 from glm_edge.export import read_metadata
 from glm_edge.export.bundle_verify import agreeing, png
+from glm_edge.export.child import ChildInterpreter
 from glm_edge.export.litertlm import litertlm
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.preprocess import AudioProcessing, ImageProcessing, Processor
@@ -90,6 +91,8 @@ def test_a_bundle_whose_answers_are_those_of_jax_is_marked(text_bundle, tmp_path
     assert [held["verified"] for held in unpacked(whole, tmp_path / "before")] == [False]
     result = whole.verify(prompts=24, max_new_tokens=12)
     assert result.passed
+    assert str(result).startswith("passed: ")
+    assert str(result).endswith("at least 99.00% must agree")
     assert (result.compute, result.threshold) == ("int8_dynamic", 0.99)
     assert result.free_running_tokens >= result.tokens > 100
     assert result.max_abs_error is result.mean_kl is None
@@ -116,11 +119,46 @@ def test_other_answers_fail(text_bundle, tmp_path):
         other.verify(["w010 w020 w030"], prompts=2, max_new_tokens=12)
     result = other.verify(["w010 w020 w030"], prompts=2, max_new_tokens=12, check=False)
     assert not result.passed
+    assert str(result).startswith("failed: ")
     assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [False]
     with pytest.raises(ExportError, match="fit the 96 slots"):
         whole.verify(prompts=1, max_new_tokens=SLOTS)
     with pytest.raises(DataError, match="none may be empty"):
         whole.verify([" "])
+
+
+def test_a_conversation_goes_on_until_the_cache_is_full(text_bundle, tmp_path, monkeypatch):
+    asked = []
+    reply = ChildInterpreter.reply
+
+    def counted(child, content, max_new_tokens, same=False):
+        answer = reply(child, content, max_new_tokens, same)
+        asked.append((same, answer[1]))
+        return answer
+
+    monkeypatch.setattr(ChildInterpreter, "reply", counted)
+    result = text_bundle.verify(prompts=1, max_new_tokens=4)
+    turns = [used for same, used in asked if same]
+    # The first message of the conversation begins it.
+    assert len(turns) >= 2
+    assert turns == sorted(turns)
+    # One word, its mark and an answer no longer fit.
+    assert turns[-1] > SLOTS - 10
+    assert result.tokens > 4
+
+
+def test_a_conversation_that_ends_early_fails(text_bundle, monkeypatch):
+    reply = ChildInterpreter.reply
+
+    def full(child, content, max_new_tokens, same=False):
+        answer = reply(child, content, max_new_tokens, same)
+        if same and answer[1] > SLOTS // 2:
+            raise ExportError("work group size exceeds available state entries")
+        return answer
+
+    monkeypatch.setattr(ChildInterpreter, "reply", full)
+    with pytest.raises(ExportError, match=r"message \d of a conversation, .* of 96 slots free"):
+        text_bundle.verify(prompts=1, max_new_tokens=4)
 
 
 def test_one_other_byte_and_half_a_bundle_are_refused(text_bundle, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError, OutputError
-from glm_edge.export import container, contents
+from glm_edge.export import container
 from glm_edge.export.child import ChildInterpreter, Kept
 from glm_edge.export.compatibility import Compatibility, compatibility
 from glm_edge.export.flatbuffer import FlatModel
@@ -164,8 +164,8 @@ def described(exported, tmp_path, **fields):
     [
         ({"config": {}}, "its description"),
         ({"config": None}, "its description"),
-        ({"cache_slots": 10**15}, "does not fit its signatures: inputs of decode"),
-        ({"cache_slots": "many"}, "does not fit its signatures"),
+        ({"cache_slots": 10**15}, "its description: cache_slots=1000000000000000: must be"),
+        ({"cache_slots": "many"}, "its description: cache_slots: 'many' is no fixed length"),
         ({"prefill_lengths": [2, 4]}, r"prefill lengths \[2, 4\]"),
         ({"prefill_lengths": 7}, "its description"),
     ],
@@ -196,7 +196,7 @@ def test_a_description_of_nested_lists_is_refused(exported, tmp_path):
 
 
 def test_endless_lists_are_refused(exported, monkeypatch):
-    monkeypatch.setattr(contents, "MAX_ENTRIES", 50)
+    monkeypatch.setattr(container, "MAX_ENTRIES", 50)
     with pytest.raises(ExportError, match="lists of more than 50 entries"):
         compatibility(exported.path)
 
@@ -311,7 +311,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(exported, tmp_path):
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert not list(tmp_path.glob("*.tflite"))
-    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
     # What is left hinders nobody.
     graph = FlatModel(exported.path.read_bytes()).model
     container.write(graph, tmp_path / "a.tflite", overwrite=False)

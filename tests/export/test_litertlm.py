@@ -13,7 +13,8 @@ from glm_edge import params as boxes
 from glm_edge.checkpoint import load, shipped
 from glm_edge.errors import ExportError, OutputError
 from glm_edge.export import lm_signatures
-from glm_edge.export.litertlm import Bundle, litertlm
+from glm_edge.export.chat_templates import bundled_template, new_text
+from glm_edge.export.litertlm import Bundle, litertlm, with_short_lengths
 from glm_edge.export.trace import quiet
 from glm_edge.generate.decoding import generate
 from glm_edge.kernels.log_mel import log_mel
@@ -50,6 +51,13 @@ HABITS = """{% set seen = namespace(count=0) %}
 {% if add_generation_prompt %}<|assistant|>
 {% endif %}
 """
+# Prints `content` as it is, as the template of GLM-4-9B-Chat does.
+PRINTED = """{% for item in messages %}
+{% if item['role'] == 'assistant' %}{{ ' <start> ' }}{% endif %}
+{{ ' ' ~ item['content'] ~ ' ' }}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<begin> ' }}{% endif %}"""
+LAST_ALONE = "' ~ ('<close>' if loop.last else '<image>') ~ '"
 AUDIO = AudioProcessing(40, 8000, 200, 80, chunk_s=0.32, max_s=1.0)
 VOCABULARY = 160
 SLOTS = 96
@@ -341,6 +349,46 @@ def test_the_runtime_renders_chat_templates_as_we_do(text_bundle, family):
         wanted = chat.render(template, [message], None, True)
         assert conversation.render_message_to_string(message) == wanted
     conversation.close()
+
+
+@pytest.mark.parametrize("name", ["printed", "of the last turn", "closed", "plain"])
+def test_the_runtime_feeds_what_a_message_adds(text_bundle, name):
+    template = {
+        "printed": PRINTED,
+        "of the last turn": PRINTED.replace("<start>", LAST_ALONE),
+        "closed": PRINTED.replace("<start>", "<end>"),
+        "plain": TEMPLATE,
+    }[name]
+    prepared = dataclasses.replace(processor(), template=template)
+    source, _ = bundled_template(prepared)
+    talk = engine(text_bundle).create_conversation(chat_template=source, **greedily(NEW))
+    messages, used = [], 0
+    for seed in range(3):
+        question = words(seed, 3 + seed)
+        messages.append({"role": "user", "content": question})
+        added = prepared.tokenizer.encode(new_text(source, messages), add_special_tokens=False).ids
+        reply = "".join(part["text"] for part in talk.send_message(question)["content"])
+        generated = prepared.tokenizer.encode(reply).ids
+        # The engine keeps a stop token, too.
+        ended = len(generated) < NEW
+        used += len(added) + len(generated) + ended
+        assert talk.token_count == used
+        messages.append({"role": "assistant", "content": reply})
+    talk.close()
+
+
+def test_every_bundle_has_short_prefill_signatures(text_bundle, heard_and_seen):
+    assert text_bundle.prefill_lengths == (2, 8, 32)
+    assert heard_and_seen.prefill_lengths == (2, 16, 32)
+    assert with_short_lengths([], 8) == [2]
+    assert with_short_lengths([2], 8) == [2]
+
+
+def test_two_exports_of_one_model_are_the_same_bytes(text_bundle, tmp_path):
+    again = litertlm(
+        text_bundle.model, text_bundle.params, processor(), tmp_path / "a.litertlm", (8, 32), SLOTS
+    )
+    assert again.path.read_bytes() == text_bundle.path.read_bytes()
 
 
 def test_prefill_gives_no_logits_and_weights_are_stored_once(text_bundle, tmp_path):

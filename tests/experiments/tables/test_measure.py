@@ -19,7 +19,7 @@ from experiments.tables import (
 from glm_edge import configs
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError
-from glm_edge.export.function import write_function
+from glm_edge.export import function
 from glm_edge.models.cnn import CNN, preset
 from glm_edge.models.multimodal import MultimodalGLM
 
@@ -82,8 +82,9 @@ def test_files_agree_with_jax_in_float32_and_int8(mobile, tmp_path):
 def test_a_function_that_tflite_cannot_hold_is_refused(tmp_path):
     pytest.importorskip("tensorflow")
     with pytest.raises(ExportError, match="cannot hold this function"):
-        write_function(
-            lambda inputs: {"y": jnp.linalg.svd(inputs["x"])[1]},
+        function(
+            lambda _, inputs: {"y": jnp.linalg.svd(inputs["x"])[1]},
+            {},
             {"x": jax.ShapeDtypeStruct((3, 3), jnp.float32)},
             tmp_path / "svd.tflite",
         )
