@@ -2,6 +2,8 @@
 
 import importlib.resources
 import os
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ from jax.sharding import Mesh
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import hugging_face, own
+from glm_edge.checkpoint.companions import read_companions
 from glm_edge.checkpoint.files import WEIGHTS, check_finite
 from glm_edge.checkpoint.orbax import ARRAYS
 from glm_edge.checkpoint.placement import Placement
 from glm_edge.checkpoint.shapes import ARCHITECTURES, check_params
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
 from glm_edge.files import CONFIG, file_inside, new_directory, read_json
+from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.sharding import RULES, Rules
 
 TOKENIZER = "tokenizer.json"
@@ -59,8 +63,7 @@ def load(
     directory = Path(path)
     _check_dtype(dtype)
     if not directory.is_dir():
-        found = "is a file" if directory.exists() else "does not exist"
-        raise CheckpointError(f"{directory}: {found}; a checkpoint is a directory with {CONFIG}")
+        raise CheckpointError(_no_directory(directory))
     if not os.path.lexists(directory / CONFIG):
         raise CheckpointError(_without_config(directory))
     fields = read_json(file_inside(directory, CONFIG))
@@ -105,6 +108,7 @@ def save(
     format: str | None = None,
     overwrite: bool = False,
     extras: Mapping[str, str | os.PathLike | bytes] | None = None,
+    source: str | os.PathLike | None = None,
 ) -> Path:
     """Writes a model and its parameters as a directory that appears whole or not at all.
 
@@ -118,14 +122,17 @@ def save(
         (ours: anything, compressed or pruned) or `orbax`; None is the first of these that can hold
         the model.
       overwrite: replaces an existing checkpoint.
-      extras: further files by name, such as `{"tokenizer.json": source path or bytes}`.
+      extras: further files by name, such as `{"tokenizer.json": path or bytes}`.
+      source: directory that the model was loaded from: its tokenizer, chat template, processor
+        and generation files are copied, see `glm_edge.checkpoint.companions`; `extras` replace
+        files of the same name.
 
     Returns:
       The directory.
 
     Raises:
       CheckpointError: parameters do not fit the model or are not finite, the format cannot hold
-        them, or an extra is missing.
+        them, or a file to copy is missing.
       OutputError: the directory exists and may not be replaced, or cannot be written.
     """
     if format not in (None, *FORMATS):
@@ -135,7 +142,8 @@ def save(
             f"a checkpoint holds one of {', '.join(ARCHITECTURES)}, not a {type(model).__name__}"
         )
     target = Path(path)
-    contents = {name: _read_extra(name, source) for name, source in (extras or {}).items()}
+    contents = {} if source is None else read_companions(source)
+    contents |= {name: _read_extra(name, extra) for name, extra in (extras or {}).items()}
     check_params(params, model, str(target))
     for name, array in boxes.to_flat(params)[0].items():
         check_finite(np.asarray(array), f"{target}: tensor {name!r}")
@@ -154,6 +162,12 @@ def save(
             own.write(temporary, model, params, format or "safetensors")
         else:
             hugging_face.write(temporary, model.config, params, described)
+    if source is None and extras is None and isinstance(model, MultimodalGLM):
+        warnings.warn(
+            f"{target}: saved without a tokenizer, so it cannot read text by itself; pass source= "
+            "the directory that the model was loaded from, or extras={} where that is meant",
+            stacklevel=2,
+        )
     return target
 
 
@@ -208,6 +222,18 @@ def _check_dtype(dtype: str | None) -> None:
     floating = ("float32", "bfloat16", "float16")
     if dtype is not None and str(jnp.dtype(dtype)) not in floating:
         raise CheckpointError(f"dtype {dtype!r} is unknown; known: {', '.join(floating)} or None")
+
+
+def _no_directory(directory: Path) -> str:
+    found = "is a file" if directory.exists() else "does not exist"
+    message = f"{directory}: {found}; a checkpoint is a directory with {CONFIG}"
+    # `owner/name`, as repositories of a model hub are called.
+    if found == "does not exist" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
+        message += (
+            f"; download a repository first: hf download {directory} --local-dir "
+            f"{directory.name}, then load {directory.name!r}"
+        )
+    return message
 
 
 def _without_config(directory: Path) -> str:
