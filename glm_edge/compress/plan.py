@@ -52,7 +52,7 @@ def plan(
     calibration: Sequence[Batch] | None = None,
     groups: Sequence[str] | None = None,
     transform: str | Transform = "rtn",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     rng: Array | None = None,
     without: Sequence[str] = (),
 ) -> Plan:
@@ -78,7 +78,7 @@ def plan(
         feed-forward network, each part of an encoder, the embedding and the head.
       transform: name of a rounding transform, such as `rtn` or `gptq`, or one whose further
         options are kept.
-      progress: called as `progress(stage, done, total)`.
+      progress: True, or called as `progress(stage, done, total)`.
       rng: jax key for transforms that draw.
       without: inputs that the model takes and calibration is known to lack.
 

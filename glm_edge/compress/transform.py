@@ -16,12 +16,12 @@ import flax.linen as nn
 import jax
 from jax import Array
 
+from glm_edge.compress.progress import Progress, progress_of
 from glm_edge.compress.report import Report
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.tree import Params
 
 Batch = dict[str, Any]
-Progress = Callable[[str, int, int], None]
 Result = tuple[nn.Module, Params, Report]
 
 
@@ -33,7 +33,8 @@ class Context:
       calibration: batches that can be read more than once, or None.
       rng: jax key, or None.
       original: model and parameters that the outermost transform was given.
-      progress: called as `progress(stage, done, total)`, or None.
+      progress: called as `progress(stage, done, total)`, True for a line on standard error, or
+        None.
       without: inputs (`images`, `audio`) that calibration is known to lack.
       reference: the original after transforms that changed its numbers but not its function, such
         as a rotation; layers of a compressed model are compared with this one's while they have its
@@ -43,11 +44,12 @@ class Context:
     calibration: Sequence[Batch] | None
     rng: Array | None
     original: tuple[nn.Module, Params]
-    progress: Progress | None = None
+    progress: Progress | bool | None = None
     without: tuple[str, ...] = ()
     reference: tuple[nn.Module, Params] | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "progress", progress_of(self.progress))
         if self.reference is None:
             object.__setattr__(self, "reference", self.original)
 
@@ -66,6 +68,8 @@ class Entry(NamedTuple):
 
 
 _REGISTRY: dict[str, Entry] = {}
+# Options that a transform prints even at their defaults, as it does its first one.
+_DEFINING = ("bits", "group_size", "method", "steps")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,7 +97,7 @@ class Transform:
         params: Params,
         calibration: Sequence[Batch] | None = None,
         rng: Array | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         without: Sequence[str] = (),
     ) -> Result:
         """Compresses a model; neither argument is changed.
@@ -104,7 +108,8 @@ class Transform:
           calibration: batches (see `glm_edge.compress.batches`), a list or another collection that
             can be read more than once; None where the transform needs none.
           rng: jax key; None where nothing is drawn, or for the order in which data comes.
-          progress: called as `progress(stage, done, total)`.
+          progress: True for a line on standard error, or a function that is called as
+            `progress(stage, done, total)`.
           without: inputs that the model takes and calibration is known to lack, of `images` and
             `audio`; any other lack is an error.
 
@@ -132,10 +137,15 @@ class Transform:
             inner = ",\n".join(f"  {t!r}" for t in self.options["transforms"])
             return f"chain(\n{inner},\n)" if inner else "chain()"
         parameters = inspect.signature(entry(self.name).factory).parameters
+        first = next(iter(parameters), None)
         shown = [f"{k}=…" for k in self.objects] + [
             f"{key}={value!r}"
             for key, value in self.options.items()
-            if key not in parameters or parameters[key].default != value
+            if key not in parameters
+            or parameters[key].default != value
+            or (value is not None and (key == first or key in _DEFINING))
+            # A type that is not bits wide comes in their place.
+            if key != "bits" or self.options.get("qtype") is None
         ]
         return f"{self.name}({', '.join(shown)})"
 

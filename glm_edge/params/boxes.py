@@ -32,8 +32,20 @@ class _Box(meta.AxisMetadata):
     def remove_axis(self, index: int, params: dict[Any, Any]):
         return self
 
+    def __repr__(self) -> str:
+        # One line: the arrays of a tree would fill pages.
+        inner = getattr(self, "format", None) or self.value
+        if not isinstance(inner, Format | _Box):
+            inner = getattr(inner, "dtype", "?")
+        try:
+            shape = "x".join(map(str, self.shape))
+        # Placeholders that tree functions put into a box have none.
+        except (AttributeError, IndexError, TypeError):
+            shape = "?"
+        return f"{type(self).__name__}({shape}, {inner})"
 
-class Masked(struct.PyTreeNode, _Box):
+
+class Masked(struct.PyTreeNode, _Box, repr=False):
     """A pruned weight: `unbox()` is `value * mask`.
 
     Build with `mask`. `value` may itself be a `FakeQuantized`; quantizing a masked weight keeps its
@@ -59,7 +71,7 @@ class Masked(struct.PyTreeNode, _Box):
         return self.replace(value=val)
 
 
-class Quantized(struct.PyTreeNode, _Box):
+class Quantized(struct.PyTreeNode, _Box, repr=False):
     """A weight in packed codes: `unbox()` is `scale * (level - zero)`.
 
     Build with `quantized`. Matrices are held `[..., out, in]`; groups and packing run along `in`.
@@ -121,7 +133,7 @@ class Quantized(struct.PyTreeNode, _Box):
         return val
 
 
-class FakeQuantized(struct.PyTreeNode, _Box):
+class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
     """A weight in training that its module reads as if it were quantized.
 
     `unbox()` gives exactly what `Quantized` of the same scales gives; gradients pass straight

@@ -93,7 +93,7 @@ def test_out_dir_of_compress_is_a_checkpoint(run, tmp_path, capsys):
     assert (out / "checkpoint" / "generation_config.json").is_file()
     _, params = ge.load(checkpoint_of(str(out)))
     assert any(map(ge.params.is_box, dict(ge.params.path_items(params)).values()))
-    with pytest.raises(SystemExit, match="pass --overwrite$"):
+    with pytest.raises(SystemExit, match=r"pass --overwrite$"):
         run(*arguments, "--recipe=rtn_4bit")
     assert json.loads((out / "report.json").read_text())["bytes_after"] > 0
 
@@ -126,7 +126,7 @@ def test_errors_end_a_script_with_one_line():
     def fail(argv):
         raise OutputError("there is a file already")
 
-    with pytest.raises(SystemExit, match="^error: there is a file already$"):
+    with pytest.raises(SystemExit, match=r"^error: there is a file already$"):
         console.fail_in_one_line(fail)([])
 
 
