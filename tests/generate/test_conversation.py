@@ -1,4 +1,4 @@
-"""Conversations answered in text: what reaches the model, what comes back, and what is said of it."""
+"""Conversations answered in text: what reaches the model and what comes back."""
 
 import warnings
 from types import SimpleNamespace
@@ -74,8 +74,8 @@ def test_thinking_is_split_and_stop_strings_cut(answering):
 
 
 def test_an_answer_that_was_cut_is_told(answering):
-    _, chat = answering("one two three four five six seven", "yes", max_new_tokens=8)
-    with pytest.warns(UserWarning, match="1 of 2 answers reached max_new_tokens=8"):
+    _, chat = answering("one two three four five six seven", "yes", max_new_tokens=5)
+    with pytest.warns(UserWarning, match="1 of 2 answers reached max_new_tokens=5"):
         chat([QUESTION, QUESTION])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -84,7 +84,7 @@ def test_an_answer_that_was_cut_is_told(answering):
 
 def test_wrong_arguments_are_refused(answering, processor):
     _, chat = answering("ok")
-    with pytest.raises(DataError, match="must be a glm_edge.Processor, not a Tokenizer"):
+    with pytest.raises(DataError, match=r"must be a glm_edge\.Processor, not a Tokenizer"):
         ge.chat(None, None, processor.tokenizer, "?")
     with pytest.raises(DataError, match="stop_strings"):
         chat("?", stop_strings="stop")
