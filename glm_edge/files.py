@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -85,6 +86,22 @@ def _check_regular(path: Path, mode: int, error: ErrorType) -> None:
 
 def _unreadable(path: Path, failure: Exception, error: ErrorType) -> GlmEdgeError:
     return error(f"{path}: cannot be read: {getattr(failure, 'strerror', None) or failure}")
+
+
+def no_directory(path: Path) -> str:
+    """Returns the message about a path that is no checkpoint directory.
+
+    Args:
+      path: it may look like `owner/name`, as repositories of a model hub are called.
+    """
+    found = "is a file" if path.exists() else "does not exist"
+    message = f"{path}: {found}; a checkpoint is a directory with {CONFIG}"
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        message += (
+            f"; to download a repository: hf download {path} --local-dir {path.name}, then give "
+            f"{path.name!r}"
+        )
+    return message
 
 
 @contextlib.contextmanager

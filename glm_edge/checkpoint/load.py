@@ -2,7 +2,6 @@
 
 import importlib.resources
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from glm_edge.checkpoint.orbax import ARRAYS
 from glm_edge.checkpoint.placement import Placement
 from glm_edge.checkpoint.shapes import ARCHITECTURES, check_params
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
-from glm_edge.files import CONFIG, file_inside, new_directory, read_json
+from glm_edge.files import CONFIG, file_inside, new_directory, no_directory, read_json
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.sharding import RULES, Rules
 
@@ -63,7 +62,7 @@ def load(
     directory = Path(path)
     _check_dtype(dtype)
     if not directory.is_dir():
-        raise CheckpointError(_no_directory(directory))
+        raise CheckpointError(no_directory(directory))
     if not os.path.lexists(directory / CONFIG):
         raise CheckpointError(_without_config(directory))
     fields = read_json(file_inside(directory, CONFIG))
@@ -222,18 +221,6 @@ def _check_dtype(dtype: str | None) -> None:
     floating = ("float32", "bfloat16", "float16")
     if dtype is not None and str(jnp.dtype(dtype)) not in floating:
         raise CheckpointError(f"dtype {dtype!r} is unknown; known: {', '.join(floating)} or None")
-
-
-def _no_directory(directory: Path) -> str:
-    found = "is a file" if directory.exists() else "does not exist"
-    message = f"{directory}: {found}; a checkpoint is a directory with {CONFIG}"
-    # `owner/name`, as repositories of a model hub are called.
-    if found == "does not exist" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
-        message += (
-            f"; download a repository first: hf download {directory} --local-dir "
-            f"{directory.name}, then load {directory.name!r}"
-        )
-    return message
 
 
 def _without_config(directory: Path) -> str:

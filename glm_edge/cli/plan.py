@@ -4,10 +4,10 @@
     glm-edge plan --preset=phone_9b --budget_gb=1.8 --tower_format=int4 --small_vocab=65536 \\
         --json=plan_phone.json
 
-prints three tables. The first checks the published claim (int8 in under 1.8 GB): bytes that the
-matrices need in one format throughout, without and with the vision tower, and whether that fits
-1.8 GB (1.8e9 bytes) and 1.8 GiB (1.8 * 2^30). The second mixes formats and cuts the vocabulary. The
-third asks how many decoder layers fit.
+prints tables, and last what follows from them. The first table checks the published claim (int8 in
+under 1.8 GB): bytes that the matrices need in one format throughout, without and with the vision
+tower, and whether that fits 1.8 GB (1.8e9 bytes) and 1.8 GiB (1.8 * 2^30). The second mixes formats
+and cuts the vocabulary. The third asks how many decoder layers fit.
 
 Every figure is a sum over the shapes of the preset's parameters; nothing is allocated. Packed
 codes, scales and zero points count as they are stored; norms, biases and tables are bfloat16. The
@@ -273,13 +273,14 @@ def show(report: Mapping[str, Any]) -> None:
     print_table(heads, [[_shown(part[h]) for h in heads] for part in report["parts"]])
     print("\nOne format throughout (the tower no narrower than --tower_format):")
     _print_sizes(report["uniform"], budgets)
-    _print_claim(report["claim"], budgets)
     print("\nMixed formats, the whole vocabulary and a part of it:")
     _print_sizes([*report["mixed"], *report["cut"]], budgets)
     print("\nDecoder layers that fit:")
     heads = list(report["layers"][0])
     heads = ["format", *(head for head in heads if head != "format")]
     print_table(heads, [[_shown(row[head]) for head in heads] for row in report["layers"]])
+    # Last, since the tables are longer than a terminal.
+    _print_claim(report["claim"], budgets)
 
 
 def _print_sizes(rows: Sequence[Mapping[str, Any]], budgets: Mapping[str, int]) -> None:

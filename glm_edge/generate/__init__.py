@@ -30,3 +30,7 @@ __all__ = [
     "stream_text",
     "sweep",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from glm_edge.errors import CheckpointError, ConfigError, DataError
+from glm_edge.files import no_directory
 from glm_edge.preprocess import chat, hugging_face, media, own
 from glm_edge.preprocess.audio import prepare_recording
 from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing, VideoProcessing
@@ -99,6 +100,8 @@ class Processor:
           ConfigError: the files contradict each other, or ask for what this library does not do.
         """
         directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(no_directory(directory))
         where = str(directory / "config.json")
         config = hugging_face.read_json(directory / "config.json")
         ours = config.get("format") == own.FORMAT
