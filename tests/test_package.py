@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
@@ -98,6 +99,14 @@ def test_dir_lists_what_users_need_and_nothing_else():
     for name in ("prune", "quantize", "export", "generate", "params", "preprocess", "checkpoint"):
         module = getattr(glm_edge, name)
         assert dir(module) == sorted(module.__all__)
+
+
+def test_signatures_name_arrays_as_users_do():
+    modules = [glm_edge, *(getattr(glm_edge, name) for name in ("prune", "generate", "params"))]
+    listed = {f"{m.__name__}.{n}": getattr(m, n) for m in modules for n in m.__all__}
+    shown = {n: str(inspect.signature(f)) for n, f in listed.items() if inspect.isfunction(f)}
+    assert len(shown) > 40
+    assert [name for name, text in shown.items() if "jaxlib" in text] == []
 
 
 def test_python_versions_are_declared():

@@ -41,6 +41,8 @@ def load(
     Activations are float32 whatever type the weights are stored in, so a model computes the same
     numbers from bfloat16 weights as from the same weights cast to float32.
 
+        model, params = ge.load("path/to/checkpoint", dtype="float32")
+
     Args:
       path: directory written by `save`, or a Hugging Face directory of the GLM family (config.json,
         one or several safetensors files).
@@ -112,6 +114,8 @@ def save(
     """Writes a model and its parameters as a directory that appears whole or not at all.
 
     How products are computed (`model.compute`) is chosen at run time and not stored.
+
+        ge.save(model, params, "copy", source="path/to/checkpoint")
 
     Args:
       model: whose configuration is written.

@@ -5,6 +5,8 @@ References:
   formats are chosen by dynamic programming), https://arxiv.org/abs/2411.17525.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import re
@@ -64,6 +66,9 @@ def plan(
     mean over kinds, is least. Then the recipe is carried out and measured.
 
     Every second batch of a kind is held out: the transform never sees it.
+
+        plan = ge.plan(model, params, budget_bytes=2_500_000, calibration=batches)
+        model, params, report = plan.recipe(model, params)
 
     Args:
       model: Linen module.

@@ -4,6 +4,8 @@ A transform is data, `prune.structured(heads=0.25, neurons=0.3)`; calling it map
 parameters to a model, its parameters and a report. Transforms compose with `chain`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import inspect
 import re
@@ -62,7 +64,7 @@ class Context:
 class Entry(NamedTuple):
     """The factory that builds a transform from options, and the function that carries it out."""
 
-    factory: Callable[..., "Transform"]
+    factory: Callable[..., Transform]
     apply: Callable[..., Result]
     exact: bool = False
 
@@ -231,6 +233,9 @@ def chain(*transforms: Transform) -> Transform:
 
     Chains within a chain are flattened, so that grouping changes nothing. Step `i` gets the key
     folded with `i`, and the model that the chain started from is every step's default teacher.
+
+        recipe = ge.chain(ge.prune.magnitude(sparsity=0.5), ge.quantize.rtn(bits=8))
+        model, params, report = recipe(model, params)
 
     Args:
       *transforms: what to apply.

@@ -1,5 +1,7 @@
 """A conversation answered in text: messages in, an answer out."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any

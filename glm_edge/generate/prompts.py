@@ -3,6 +3,8 @@
 Letters of shapes: `B` rows, `T` tokens of a prompt, `S` cache slots, `D` hidden size, `M` features.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,7 @@ class Prompt:
     room: int
 
     @classmethod
-    def of(cls, config: GLMConfig, tokens: Any, valid: Any, max_new_tokens: int) -> "Prompt":
+    def of(cls, config: GLMConfig, tokens: Any, valid: Any, max_new_tokens: int) -> Prompt:
         """Checks prompts and pads them.
 
         Args:

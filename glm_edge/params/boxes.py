@@ -5,6 +5,8 @@ fields are hashable and describe trailing axes only; leading axes (layers stacke
 vmapped batch) come from the arrays.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from dataclasses import asdict
@@ -66,7 +68,7 @@ class Masked(struct.PyTreeNode, _Box, repr=False):
         value = meta.unbox(self.value)
         return value * self.mask.astype(value.dtype)
 
-    def replace_boxed(self, val: Array) -> "Masked":
+    def replace_boxed(self, val: Array) -> Masked:
         """Returns the same mask around new values."""
         return self.replace(value=val)
 

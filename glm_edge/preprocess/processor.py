@@ -54,6 +54,9 @@ class Inputs(Mapping):
 class Processor:
     """Turns conversations into model inputs, as the checkpoint's family was trained.
 
+        processor = ge.Processor.from_checkpoint("path/to/checkpoint")
+        inputs = processor([{"role": "user", "content": "What is on the screen?"}])
+
     Attributes:
       tokenizer: a `tokenizers.Tokenizer`.
       template: Jinja source of the chat template.

@@ -53,6 +53,9 @@ def gptq(
     are improved in turns. Matrices that no input is seen to meet (embeddings) are rounded to
     nearest, and the report says so.
 
+        recipe = ge.quantize.gptq(bits=4, group_size=32)
+        model, params, report = recipe(model, params, calibration=batches)
+
     Args:
       bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
