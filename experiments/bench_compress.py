@@ -25,9 +25,9 @@ import numpy as np
 from absl import app, flags
 
 from experiments import make_checkpoint
-from experiments.console import fail_in_one_line, print_table, refuse_arguments
-from experiments.materials import versions
-from experiments.text.corpora import write_text
+from glm_edge.cli.console import fail_in_one_line, print_table, refuse_arguments
+from glm_edge.cli.corpora import write_text
+from glm_edge.cli.run import versions
 from glm_edge.errors import DataError
 
 FLAGS = flags.FLAGS

@@ -34,12 +34,12 @@ from absl import app, flags
 
 import glm_edge as ge
 from experiments.bench_decode import text_only
-from experiments.console import fail_in_one_line, print_table, refuse_arguments
 from experiments.provenance import provenance_of
 from experiments.runtimes.litert import weight_bytes
 from experiments.runtimes.random_model import random_model
-from experiments.text.corpora import write_text
 from glm_edge import params as boxes
+from glm_edge.cli.console import fail_in_one_line, print_table, refuse_arguments
+from glm_edge.cli.corpora import write_text
 from glm_edge.configs import GLMConfig, preset, to_dict
 from glm_edge.errors import DataError, require
 

@@ -22,10 +22,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments.console import fail_in_one_line, print_table
 from experiments.quickstart import commit
-from experiments.text.corpora import write_text
 from glm_edge import generate
+from glm_edge.cli.console import fail_in_one_line, print_table
+from glm_edge.cli.corpora import write_text
 from glm_edge.configs import GLMConfig, preset
 from glm_edge.errors import require
 from glm_edge.models.multimodal import MultimodalGLM

@@ -48,14 +48,14 @@ from absl import app, flags
 
 from experiments.bench_conversion import bandwidth
 from experiments.bench_decode import text_only
-from experiments.console import fail_in_one_line, print_table, refuse_arguments
 from experiments.provenance import provenance_of
 from experiments.runtimes import child as children
 from experiments.runtimes import compare
 from experiments.runtimes.child import PAUSE_S, Child, EngineError, Spec
 from experiments.runtimes.compare import Burst, Bursts, shown
 from experiments.runtimes.litert import timed_signatures
-from experiments.text.corpora import check_absent, write_text
+from glm_edge.cli.console import fail_in_one_line, print_table, refuse_arguments
+from glm_edge.cli.corpora import check_absent, write_text
 from glm_edge.configs import DecoderConfig, GLMConfig, preset
 from glm_edge.errors import DataError
 

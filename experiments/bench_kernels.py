@@ -35,11 +35,11 @@ from absl import app, flags
 from jax import Array
 
 from experiments.bench_decode import text_only
-from experiments.console import fail_in_one_line, print_table
 from experiments.kernel_products import Product, boxed, ours, qwix, torchao, tried
 from experiments.materials import decode_latency_ms
 from experiments.quickstart import commit
-from experiments.text.corpora import write_text
+from glm_edge.cli.console import fail_in_one_line, print_table
+from glm_edge.cli.corpora import write_text
 from glm_edge.configs import preset
 from glm_edge.kernels import grid, packing
 from glm_edge.models.multimodal import MultimodalGLM

@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(measure(FLAGS.run, directory)))
         return
     # Not at the top: a reader's own process should hold no more than the reader needs.
-    from experiments.console import fail_in_one_line
+    from glm_edge.cli.console import fail_in_one_line
 
     fail_in_one_line(compare)([])
 
@@ -72,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
 def compare(argv: Sequence[str]) -> None:
     """Runs the readers in turns, prints a table, writes the log, and judges."""
     del argv
-    from experiments.console import bar, print_table
-    from experiments.text.corpora import check_absent, write_text
+    from glm_edge.cli.console import bar, print_table
+    from glm_edge.cli.corpora import check_absent, write_text
 
     check_absent(FLAGS.out, FLAGS.overwrite)
     readers = chosen_readers(FLAGS.readers)

@@ -42,13 +42,13 @@ import jax
 from absl import app, flags
 
 from experiments import bench_quality
-from experiments.console import fail_in_one_line, refuse_arguments, text_table
 from experiments.peers.methods import Method
 from experiments.peers.scoring import Scorer
 from experiments.peers.table import cells, titles
 from experiments.pruning import rows, show, speed, work
 from experiments.runtimes.child import EngineError
-from experiments.text import corpora
+from glm_edge.cli import corpora
+from glm_edge.cli.console import fail_in_one_line, refuse_arguments, text_table
 from glm_edge.errors import OutputError
 
 FLAGS = flags.FLAGS
@@ -57,6 +57,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines this script's flags."""
     bench_quality.define_shared_flags()
+    flags.adopt_module_key_flags(bench_quality)
     FLAGS.set_default("screens", 320)
     flags.DEFINE_integer("steps", 1500, "Steps of distillation after arrays shrink.", 1)
     flags.DEFINE_integer("sparse_steps", 800, "Steps of distillation under a mask.", 1)

@@ -52,14 +52,15 @@ from absl import app, flags
 
 import glm_edge as ge
 from experiments import calibration, exam, materials
-from experiments.console import fail_in_one_line, refuse_arguments, text_table
 from experiments.peers import exchange
 from experiments.peers.methods import DECODER, METHODS, OURS, REFERENCE, Method, as_json
 from experiments.peers.scoring import Scorer
 from experiments.peers.table import COLUMNS, Columns, cells, figure, titles, unreached
-from experiments.text import corpora
-from experiments.text import tokenizer as text_tokenizer
 from glm_edge import params as boxes
+from glm_edge.cli import corpora
+from glm_edge.cli.console import fail_in_one_line, refuse_arguments, text_table
+from glm_edge.cli.loss import WINDOW
+from glm_edge.cli.run import versions as package_versions
 from glm_edge.compress.batches import INPUTS
 from glm_edge.errors import DataError, OutputError
 
@@ -229,9 +230,9 @@ def gather() -> Gathered:
         held_out = corpora.read_text(FLAGS.text)
     else:
         learned, held_out = materials.split_text(FLAGS.text)
-    learned = text_tokenizer.encode_text(tokenizer, learned)
-    tokens = text_tokenizer.encode_text(tokenizer, held_out)[: FLAGS.text_tokens]
-    windows = corpora.windows(tokens, text_tokenizer.token_bytes(tokenizer), exam.WINDOW)
+    learned = corpora.encode_text(tokenizer, learned)
+    tokens = corpora.encode_text(tokenizer, held_out)[: FLAGS.text_tokens]
+    windows = corpora.windows(tokens, corpora.token_bytes(tokenizer), WINDOW)
     heard, others, notes = materials.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
@@ -434,7 +435,7 @@ def circumstances(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "settings": rows[0]["settings"],
         "commit": commit(),
-        "versions": {**materials.versions(), **versions},
+        "versions": {**package_versions(), **versions},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 

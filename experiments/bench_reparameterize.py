@@ -20,12 +20,12 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments.console import bar, fail_in_one_line, print_table, refuse_arguments
-from experiments.materials import versions
 from experiments.quickstart import commit
 from experiments.tables import measure
-from experiments.text.corpora import write_text
 from glm_edge import params as boxes
+from glm_edge.cli.console import bar, fail_in_one_line, print_table, refuse_arguments
+from glm_edge.cli.corpora import write_text
+from glm_edge.cli.run import versions
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.models.cnn import CNN, preset
 

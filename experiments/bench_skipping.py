@@ -41,12 +41,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 import jax
 from absl import app, flags
 
-from experiments import materials, skipping
-from experiments.console import fail_in_one_line, text_table
+from experiments import skipping
 from experiments.figures import skipping_figure
 from experiments.quickstart import commit, prepare_directory
 from experiments.skipping import floats
-from experiments.text.corpora import write_text
+from glm_edge.cli.console import fail_in_one_line, text_table
+from glm_edge.cli.corpora import write_text
+from glm_edge.cli.run import versions
 from glm_edge.generate import Setting, SweepRow
 
 # What the issue's claims say: speed-up and points of accuracy lost.
@@ -115,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
             f"{jax.devices()[0].device_kind}",
             "load_average": os.getloadavg()[0],
-            "versions": materials.versions(),
+            "versions": versions(),
         },
     }
     table = text_table(HEADER, [cells(row, rows[0]) for row in rows])

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.exam import WINDOW, mel_of
+from experiments.exam import mel_of
 from experiments.nano.batches import Layout, ScreenBatches
 from experiments.phone_screens import digits, generator, speech
-from experiments.text import corpora
-from experiments.text import tokenizer as text_tokenizer
+from glm_edge.cli import corpora
+from glm_edge.cli.loss import WINDOW
 from glm_edge.configs import GLMConfig
-from glm_edge.errors import DataError
 
 Batch = dict[str, Any]
 
@@ -29,7 +28,7 @@ def text_batches(tokenizer: Tokenizer, text: str, count: int, size: int = 8) -> 
     Returns:
       Batches of `tokens` [size, WINDOW].
     """
-    return token_batches(text_tokenizer.encode_text(tokenizer, text), count, size)
+    return token_batches(corpora.encode_text(tokenizer, text), count, size)
 
 
 def token_batches(ids: np.ndarray, count: int, size: int = 8) -> list[Batch]:
@@ -38,45 +37,6 @@ def token_batches(ids: np.ndarray, count: int, size: int = 8) -> list[Batch]:
     batches = min(count, len(windows) // size)
     chosen = windows[np.linspace(0, len(windows) - 1, batches * size).astype(int)]
     return [{"tokens": rows} for rows in chosen.reshape(batches, size, WINDOW)]
-
-
-def from_file(
-    path: str, tokenizer: Tokenizer | None, count: int, length: int, batch: int
-) -> list[Batch]:
-    """Reads calibration batches.
-
-    Args:
-      path: UTF-8 text, or an .npz file of arrays with as many rows each.
-      tokenizer: of the model; only text needs it.
-      count: windows of text, taken evenly from it.
-      length: tokens of a window of text.
-      batch: rows of a batch.
-
-    Returns:
-      Batches of `tokens` [batch, length] and of what else an .npz file holds.
-
-    Raises:
-      DataError: the file cannot be read, is too short, or there is no tokenizer.
-    """
-    if path.endswith(".npz"):
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as arrays: {error}") from error
-        rows = {len(array) for array in arrays.values() if array.ndim}
-        if len(rows) != 1:
-            raise DataError(f"{path}: all arrays must have the same number of rows")
-        starts = range(0, rows.pop(), batch)
-        return [{k: v[i : i + batch] for k, v in arrays.items()} for i in starts]
-    if tokenizer is None:
-        raise DataError(f"{path}: text needs the model's tokenizer.json; or give an .npz file")
-    ids = text_tokenizer.encode_text(tokenizer, corpora.read_text(path))
-    if len(ids) < length:
-        raise DataError(f"{path}: {len(ids)} tokens are fewer than one window of {length}")
-    windows = ids[: len(ids) // length * length].reshape(-1, length).astype(np.int32)
-    chosen = windows[np.unique(np.linspace(0, len(windows) - 1, count).astype(int))]
-    return [{"tokens": chosen[i : i + batch]} for i in range(0, len(chosen), batch)]
 
 
 def screen_batches(

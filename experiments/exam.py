@@ -4,17 +4,14 @@ Letters: `N` questions, `T` prompt tokens, `W` windows.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
 from experiments.phone_screens import digits, generator, instructions, metrics, speech
-from experiments.text import corpora
 from glm_edge import generate
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import DataError
@@ -24,7 +21,6 @@ from glm_edge.preprocess.tokens import prompt_ids
 
 ABLATIONS = ("none", "blank_images", "shuffled_images", "blank_audio")
 ANSWER_TOKENS = 12
-WINDOW = 256
 BATCH = 32
 
 
@@ -188,56 +184,3 @@ def hits(items: Sequence[Item], texts: Sequence[str]) -> list[float]:
     """1.0 or 0.0 for each item that asks for a tap: did it fall in the box."""
     judged = [metrics.judge(i.question, text) for i, text in zip(items, texts, strict=True)]
     return [float(outcome.in_box) for outcome in judged if outcome.in_box is not None]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _window_statistics(model, params, reference_model, reference_params, tokens):
-    def log_probabilities(model, params):
-        logits = model.apply({"params": params}, tokens)[0][:, :-1]
-        return jax.nn.log_softmax(logits.astype(jnp.float32))
-
-    scores = log_probabilities(model, params)
-    nats = -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
-    reference = log_probabilities(reference_model, reference_params)
-    kl = jnp.sum(jnp.exp(reference) * (reference - scores), axis=-1)
-    return nats, kl, scores.argmax(-1) != reference.argmax(-1)
-
-
-def text_loss(
-    model: MultimodalGLM,
-    params: Any,
-    windows: corpora.Windows,
-    reference: tuple[MultimodalGLM, Any] | None = None,
-    batch: int = 8,
-) -> dict[str, float]:
-    """Loss on text, and distance from a reference model on the same windows.
-
-    Args:
-      model: to measure.
-      params: its parameters.
-      windows: from `corpora.windows`.
-      reference: dense model and parameters; None compares the model with itself.
-      batch: windows at a time.
-
-    Returns:
-      `perplexity` per token, `bits_per_byte`, `kl` in nats from the reference, and `flips`, the
-      share of positions whose likeliest token differs from the reference's.
-    """
-    reference_model, reference_params = reference or (model, params)
-    total = np.zeros(3)
-    for start in range(0, len(windows.tokens), batch):
-        index = np.minimum(np.arange(start, start + batch), len(windows.tokens) - 1)
-        counted = (
-            windows.scored[index] * (np.arange(start, start + batch) < len(windows.tokens))[:, None]
-        )
-        statistics = _window_statistics(
-            model, params, reference_model, reference_params, windows.tokens[index]
-        )
-        total += [float(np.sum(np.asarray(s) * counted)) for s in statistics]
-    nats, kl, flips = total / windows.num_scored
-    return {
-        "perplexity": float(np.exp(nats)),
-        "bits_per_byte": corpora.bits_per_byte(total[0], windows.num_bytes),
-        "kl": float(kl),
-        "flips": float(flips),
-    }

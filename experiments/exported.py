@@ -10,8 +10,9 @@ import numpy as np
 
 import glm_edge as ge
 from experiments import exam
-from experiments.console import bar
-from experiments.text import corpora
+from glm_edge.cli import corpora
+from glm_edge.cli.console import bar
+from glm_edge.cli.loss import WINDOW
 from glm_edge.preprocess.tokens import prompt_ids
 
 DECODE_STEPS = 40
@@ -21,12 +22,12 @@ VERIFY_ITEMS = 24
 
 def prefill_lengths(context: int) -> tuple[int, ...]:
     """Lengths of the prefill signatures: one for prompts, one for whole windows of text."""
-    return tuple(sorted({min(128, context), min(exam.WINDOW, context)}))
+    return tuple(sorted({min(128, context), min(WINDOW, context)}))
 
 
 def cache_slots(context: int) -> int:
     """Slots that a window of text, or a prompt with its answer, needs."""
-    return min(exam.WINDOW + 32, context)
+    return min(WINDOW + 32, context)
 
 
 def answers(phone: Any, tokenizer: Any, items: Sequence[exam.Item], label: str) -> list[str]:
@@ -49,7 +50,7 @@ def prompt(item: exam.Item, config: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def text_loss(phone: Any, windows: corpora.Windows, reference: tuple[Any, Any]) -> dict[str, float]:
-    """As `exam.text_loss`, with scores from the file."""
+    """As `glm_edge.cli.loss.text_loss`, with scores from the file."""
     model, params = reference
     dense = jax.jit(lambda tokens: jax.nn.log_softmax(model.apply({"params": params}, tokens)[0]))
     total = np.zeros(3)

@@ -27,17 +27,13 @@ def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
         layout="constrained",
     )
     loss_axis = axes[0, 0]
-    _steps(loss_axis, rows, "bits_per_byte", "loss on text", "o-", "tab:blue")
+    _stages(loss_axis, rows, {"bits_per_byte": "loss on text"}, lower_is_better=True)
     loss_axis.set_ylabel("bits per byte of text (lower is better)")
-    for name in taps:
-        _steps(axes[0, 1], rows, name, TAPS[name], MARKERS[name], None)
     if taps:
+        _stages(axes[0, 1], rows, {name: TAPS[name] for name in taps}, lower_is_better=False)
         axes[0, 1].set_ylabel("taps in the box (higher is better)")
-        axes[0, 1].margins(y=0.15)
-        axes[0, 1].legend(loc="lower left")
+        axes[0, 1].legend(loc="lower left", fontsize=8)
     for axis in axes.flat:
-        axis.set_xlim(left=0)
-        axis.margins(x=0.15)
         axis.set_xlabel("stored megabytes")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
@@ -104,17 +100,79 @@ def skipping_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 TAPS = {"tap_in_box_text": "written instructions", "tap_in_box_speech": "spoken instructions"}
-MARKERS = {"tap_in_box_text": "o-", "tap_in_box_speech": "s--"}
+MARKERS = {"tap_in_box_text": "o", "tap_in_box_speech": "s"}
 
 
-def _steps(axis: Any, rows: Sequence[dict[str, Any]], name: str, label: str, style, color) -> None:
-    kept = [row for row in rows if row[name] is not None]
-    sizes = [row["bytes"] / 1e6 for row in kept]
-    axis.plot(sizes, [row[name] for row in kept], style, label=label, color=color)
-    labels: dict[tuple[float, float], list[str]] = {}
-    for size, row in zip(sizes, kept, strict=True):
-        labels.setdefault((size, round(row[name], 2)), []).append(row["stage"])
-    for place, stages in labels.items():
+def _stages(
+    axis: Any, rows: Sequence[dict[str, Any]], names: dict[str, str], lower_is_better: bool
+) -> None:
+    """Draws a point for each stage, the front of those that no other beats, and labels apart."""
+    points: list[tuple[float, float, str]] = []
+    for name, label in names.items():
+        kept = [row for row in rows if row[name] is not None]
+        measured = [(row["bytes"] / 1e6, row[name]) for row in kept]
+        drawn = axis.plot(*zip(*measured, strict=True), MARKERS.get(name, "o"), label=label)
+        edge = front(measured, lower_is_better)
+        axis.plot(*zip(*edge, strict=True), "-", color=drawn[0].get_color(), alpha=0.4)
+        points += [(*at, row["stage"]) for at, row in zip(measured, kept, strict=True)]
+    widest = max(size for size, _, _ in points)
+    # Room for words to the right of the largest model.
+    axis.set_xlim(0, 1.35 * widest)
+    axis.margins(y=0.2)
+    low, high = axis.get_ylim()
+    for (size, value, stage), height in zip(
+        points, label_heights(points, 1.35 * widest, high - low), strict=True
+    ):
         axis.annotate(
-            ", ".join(stages), place, textcoords="offset points", xytext=(5, 5), fontsize=8
+            stage,
+            (size, value),
+            xytext=(size + 0.02 * widest, height),
+            fontsize=8,
+            verticalalignment="center",
         )
+
+
+def front(
+    points: Sequence[tuple[float, float]], lower_is_better: bool
+) -> list[tuple[float, float]]:
+    """Finds the Pareto front: points that none of at most their size is better than.
+
+    Args:
+      points: `(size, value)`.
+      lower_is_better: of two values the better one is the lower.
+
+    Returns:
+      Those of the front, from the smallest to the largest.
+    """
+    sign = 1 if lower_is_better else -1
+    edge: list[tuple[float, float]] = []
+    for size, value in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if not edge or sign * value < sign * edge[-1][1]:
+            edge.append((size, value))
+    return edge
+
+
+def label_heights(
+    points: Sequence[tuple[float, float, str]], width: float, height: float
+) -> list[float]:
+    """Finds heights at which the labels of points do not overlap.
+
+    Args:
+      points: `(x, y, label)`; a label stands to the right of its point.
+      width: of the axis, in units of x.
+      height: of the axis, in units of y.
+
+    Returns:
+      A height for each label, its point's own where that is free.
+    """
+    letter, line = width / 50, height / 16
+    taken: list[tuple[float, float, float]] = []
+    heights = [0.0] * len(points)
+    for index in sorted(range(len(points)), key=lambda i: points[i][1]):
+        left, at, label = points[index]
+        right = left + letter * (len(label) + 2)
+        while any(begin < right and left < end and abs(at - y) < line for begin, end, y in taken):
+            at += line / 4
+        taken.append((left, right, at))
+        heights[index] = at
+    return heights

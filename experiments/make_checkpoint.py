@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.console import bar, fail_in_one_line, refuse_arguments
+from glm_edge.cli.console import bar, fail_in_one_line, refuse_arguments
 from glm_edge.files import CONFIG, new_directory, require_space, write_json
 
 FLAGS = flags.FLAGS

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.console import bar, fail_in_one_line, refuse_arguments
 from experiments.golden.cases import Arrays
 from experiments.golden.reference_decoders import DECODERS
 from experiments.golden.reference_encoders import ENCODERS
 from experiments.golden.reference_inputs import draw_inputs
 from experiments.golden.reference_plans import EOS, Draw, Plan
+from glm_edge.cli.console import bar, fail_in_one_line, refuse_arguments
 from glm_edge.errors import DataError
 from glm_edge.files import new_directory
 

@@ -23,10 +23,10 @@ import numpy as np
 from absl import app, flags
 
 import glm_edge as ge
-from experiments.console import fail_in_one_line, refuse_arguments
 from glm_edge.checkpoint.files import SafetensorsFile
 from glm_edge.checkpoint.hugging_face.members import read_config
 from glm_edge.checkpoint.shapes import expected_shapes
+from glm_edge.cli.console import fail_in_one_line, refuse_arguments
 from glm_edge.errors import DataError
 from glm_edge.files import CONFIG
 from glm_edge.models.multimodal import MultimodalGLM

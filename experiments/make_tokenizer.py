@@ -13,9 +13,9 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments.console import refuse_arguments
 from experiments.text import tokenizer as nano_tokenizer
-from experiments.text.corpora import read_text, write_text
+from glm_edge.cli.console import refuse_arguments
+from glm_edge.cli.corpora import encode_text, read_text, write_text
 from glm_edge.errors import GlmEdgeError
 
 TEXT = flags.DEFINE_string(
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         write_text(path, content, OVERWRITE.value)
     except GlmEdgeError as error:
         sys.exit(f"error: {error}")
-    ids = nano_tokenizer.encode_text(tokenizer, text)
+    ids = encode_text(tokenizer, text)
     print(f"{path}: {tokenizer.get_vocab_size()} ids, {len(content.encode())} bytes")
     print(f"sha256 {hashlib.sha256(content.encode()).hexdigest()}")
     print(f"{len(ids)} tokens, {len(text.encode()) / len(ids):.3f} bytes per token of its text")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import os
 import platform
 import time
@@ -18,11 +17,12 @@ from tokenizers import Tokenizer
 import glm_edge as ge
 from experiments import calibration, exam
 from experiments import exported as exported_lib
-from experiments.console import bar
 from experiments.phone_screens import metrics, speech
-from experiments.text import corpora
-from experiments.text import tokenizer as text_tokenizer
 from glm_edge import params as params_lib
+from glm_edge.cli import corpora
+from glm_edge.cli.checkpoints import checkpoint_of
+from glm_edge.cli.console import bar
+from glm_edge.cli.loss import WINDOW, text_loss
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import DataError, MissingExtraError
 from glm_edge.models.glm import init_cache
@@ -67,7 +67,7 @@ class Materials:
             for kind, items in (("written", self.written), ("spoken", self.spoken))
             if items
         }
-        text = exam.text_loss(model, params, self.windows, reference)
+        text = text_loss(model, params, self.windows, reference)
         return self._row(stage, params, text, taps, decode_latency_ms(model, params))
 
     def measure_exported(
@@ -174,9 +174,9 @@ def gather(
         encode: Callable[[str], np.ndarray] = _bytes_as_ids
         bytes_of_token = np.ones(config.decoder.vocab_size, np.int32)
     else:
-        encode = functools.partial(text_tokenizer.encode_text, tokenizer)
-        bytes_of_token = text_tokenizer.token_bytes(tokenizer)
-    windows = corpora.windows(encode(held_out)[:text_tokens], bytes_of_token, exam.WINDOW)
+        encode = functools.partial(corpora.encode_text, tokenizer)
+        bytes_of_token = corpora.token_bytes(tokenizer)
+    windows = corpora.windows(encode(held_out)[:text_tokens], bytes_of_token, WINDOW)
     from_text = calibration.token_batches(encode(learned), calibration_batches)
     written, spoken, from_screens = [], [], []
     if config.vision is not None and tokenizer is not None:
@@ -265,27 +265,10 @@ def decode_latency_ms(model: Any, params: Any) -> float:
     return 1000 * float(np.median(seconds[5:]))
 
 
-def checkpoint_of(given: str | None) -> Path:
-    """The directory that --checkpoint names, or that of the shipped nano."""
-    return Path(given) if given else ge.shipped("nano")
-
-
 def opened(given: str | None) -> tuple[Path, Any, Any]:
     """The directory of `checkpoint_of`, its model in float32, and the parameters."""
     checkpoint = checkpoint_of(given)
     return checkpoint, *ge.load(checkpoint, dtype="float32")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on."""
-    names = ("jax", "flax", "optax", "numpy", "tensorflow-cpu", "ai-edge-litert", "tokenizers")
-    found = {"python": platform.python_version(), "glm_edge": ge.__version__}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def machine() -> dict[str, Any]:

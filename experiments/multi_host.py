@@ -25,7 +25,7 @@ from absl import app, flags
 from jax.experimental import multihost_utils
 
 import glm_edge as ge
-from experiments.console import fail_in_one_line
+from glm_edge.cli.console import fail_in_one_line
 from glm_edge.errors import ConfigError
 from glm_edge.generate import generate
 from glm_edge.params import sharding

@@ -22,9 +22,10 @@ import numpy as np
 from absl import app, flags
 from tokenizers import Tokenizer
 
-from experiments.console import refuse_arguments
-from experiments.text import corpora, kneser_ney
+from experiments.text import kneser_ney
 from experiments.text import tokenizer as nano_tokenizer
+from glm_edge.cli import corpora
+from glm_edge.cli.console import refuse_arguments
 from glm_edge.errors import DataError, GlmEdgeError
 
 SHIPPED_TOKENIZER = "assets/nano/tokenizer.json"
@@ -65,7 +66,7 @@ def score(
     Raises:
       DataError: `window` leaves no token to score.
     """
-    tokens = nano_tokenizer.encode_text(tokenizer, text)
+    tokens = corpora.encode_text(tokenizer, text)
     scored = np.arange(len(tokens)) % window > 0 if window else np.ones(len(tokens), bool)
     if not scored.any():
         raise DataError(
@@ -73,7 +74,7 @@ def score(
             "use --window of at least 2 and a longer text"
         )
     nats = -model.log_probs(tokens)[scored]
-    num_bytes = int(nano_tokenizer.token_bytes(tokenizer)[tokens[scored]].sum())
+    num_bytes = int(corpora.token_bytes(tokenizer)[tokens[scored]].sum())
     return {
         "text": name,
         "tokens": int(scored.sum()),
@@ -105,7 +106,7 @@ def run(
     tokenizer = nano_tokenizer.load(tokenizer_path or str(shipped))
     started = time.perf_counter()
     texts = [corpora.read_text(path) for path in train] or [corpora.pydoc_topics("calibration")]
-    stream = np.concatenate([nano_tokenizer.encode_text(tokenizer, text) for text in texts])
+    stream = np.concatenate([corpora.encode_text(tokenizer, text) for text in texts])
     model = kneser_ney.train(stream, tokenizer.get_vocab_size(), order)
     held_out = [(path, corpora.read_text(path)) for path in evaluate]
     held_out = held_out or [("pydoc topics (evaluation)", corpora.pydoc_topics("evaluation"))]

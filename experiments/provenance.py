@@ -6,8 +6,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments.materials import machine, versions
+from experiments.materials import machine
 from experiments.quickstart import commit
+from glm_edge.cli.run import versions
 
 FLAGS = flags.FLAGS
 

@@ -27,9 +27,10 @@ from absl import app, flags
 import glm_edge as ge
 from experiments import exported as exported_lib
 from experiments import materials as materials_lib
-from experiments.console import fail_in_one_line, text_table
 from experiments.figures import pareto
-from experiments.text.corpora import write_text
+from glm_edge.cli.console import fail_in_one_line, text_table
+from glm_edge.cli.corpora import write_text
+from glm_edge.cli.run import versions
 from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.transform import CHAIN, Context, Transform
 from glm_edge.errors import OutputError
@@ -121,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
             "seed": FLAGS.seed,
             "seconds": round(time.monotonic() - started, 1),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "versions": materials_lib.versions(),
+            "versions": versions(),
             "commit": commit(),
         },
     }

@@ -8,10 +8,11 @@ import numpy as np
 from absl import flags
 from tokenizers import Tokenizer
 
+import glm_edge as ge
 from experiments import calibration, exam, materials
 from experiments.bench_decode import text_only
-from experiments.text import tokenizer as text_tokenizer
 from glm_edge import configs
+from glm_edge.cli import corpora
 from glm_edge.compress.progress import ProgressLine
 from glm_edge.errors import DataError
 from glm_edge.generate import (
@@ -32,6 +33,8 @@ PRESETS = {
 }
 PROMPT_TOKENS, TIMED_TOKENS = 64, 32
 ELSEWHERE = "on another model and device"
+
+flags.disclaim_key_flags()
 
 
 def define_flags() -> None:
@@ -159,7 +162,7 @@ def questions_of(
             return float(np.mean(exam.hits(items, texts)))
 
         return batches, taps
-    ids = text_tokenizer.encode_text(tokenizer, materials.split_text(None)[1])
+    ids = corpora.encode_text(tokenizer, materials.split_text(None)[1])
     windows = ids[: len(ids) // PROMPT_TOKENS * PROMPT_TOKENS].reshape(-1, PROMPT_TOKENS)
     batches = [{"tokens": windows[:count]}]
     first: list[np.ndarray] = []

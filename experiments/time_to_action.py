@@ -37,14 +37,14 @@ from absl import app, flags
 
 import glm_edge as ge
 from experiments.bench_export import TOY
-from experiments.console import fail_in_one_line, print_table, refuse_arguments
 from experiments.provenance import provenance_of
 from experiments.runtimes import child as children
 from experiments.runtimes.child import EngineError
 from experiments.runtimes.compare import Quartiles, shown
 from experiments.runtimes.engine import timed
-from experiments.text.corpora import check_absent, write_text
 from glm_edge.checkpoint.shapes import expected_shapes
+from glm_edge.cli.console import fail_in_one_line, print_table, refuse_arguments
+from glm_edge.cli.corpora import check_absent, write_text
 from glm_edge.configs import GLMConfig, VisionConfig, preset
 from glm_edge.errors import DataError
 from glm_edge.models.multimodal import MultimodalGLM

@@ -33,11 +33,10 @@ from experiments.figures import training_curve
 from experiments.nano import objectives, stages
 from experiments.nano.batches import ScreenBatches, fit, speech_batches, text_batches
 from experiments.phone_screens import digits, generator, speech
-from experiments.text.corpora import pydoc_topics, read_text
-from experiments.text.tokenizer import encode_text
 from experiments.text.tokenizer import load as read_tokenizer
 from glm_edge import configs
 from glm_edge import params as params_lib
+from glm_edge.cli.corpora import encode_text, pydoc_topics, read_text
 from glm_edge.errors import DataError
 from glm_edge.models.multimodal import MultimodalGLM
 

@@ -15,12 +15,19 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
+# Address of the published repository; empty until there is one. README.md, the notebooks and
+# pyproject.toml hold the same one.
+REPOSITORY_URL = ""
 
 _WHERE = {
     "GLMConfig": "glm_edge.configs",
     "MultimodalGLM": "glm_edge.models.multimodal",
     "Processor": "glm_edge.preprocess",
+    "ProgressLine": "glm_edge.compress",
+    "Report": "glm_edge.compress",
+    "Transform": "glm_edge.compress",
     "build": "glm_edge.checkpoint",
+    "chat": "glm_edge.generate",
     "chain": "glm_edge.compress",
     "compress_checkpoint": "glm_edge.compress.stream",
     "distill": "glm_edge.compress",
@@ -48,7 +55,7 @@ _MODULES = {
     "recipes": "glm_edge.compress.recipe",
 }
 
-__all__ = sorted([*_WHERE, *_MODULES])
+__all__ = sorted([*_WHERE, *_MODULES, "REPOSITORY_URL", "__version__"])
 
 
 def __getattr__(name: str) -> Any:

@@ -101,6 +101,25 @@ def _unreadable(path: Path, failure: Exception, error: ErrorType) -> GlmEdgeErro
     return error(f"{path}: cannot be read: {getattr(failure, 'strerror', None) or failure}")
 
 
+def no_directory(path: Path) -> str:
+    """Returns the message about a path that is no checkpoint directory.
+
+    Args:
+      path: it may look like `owner/name`, as repositories of a model hub are called.
+    """
+    found = "is a file" if path.exists() else "does not exist"
+    message = f"{path}: {found}; a checkpoint is a directory with {CONFIG}"
+    aside = moved_aside(path)
+    if aside is not None:
+        message += f"; an interrupted save left the old one as {aside.name}"
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        message += (
+            f"; to download a repository: hf download {path} --local-dir {path.name}, then give "
+            f"{path.name!r}"
+        )
+    return message
+
+
 @contextlib.contextmanager
 def opened(path: str | os.PathLike, error: ErrorType = CheckpointError) -> Iterator[BinaryIO]:
     """Opens a regular file; never waits for a pipe.

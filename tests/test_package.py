@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
@@ -90,6 +91,28 @@ def test_unknown_attribute_is_an_attribute_error():
 
 def test_version_is_the_installed_one():
     assert glm_edge.__version__ == importlib.metadata.version("glm_edge")
+
+
+def test_dir_lists_what_users_need_and_nothing_else():
+    listed = dir(glm_edge)
+    assert {"Report", "Transform", "ProgressLine", "__version__", "chat", "load"} <= set(listed)
+    for name in ("prune", "quantize", "export", "generate", "params", "preprocess", "checkpoint"):
+        module = getattr(glm_edge, name)
+        assert dir(module) == sorted(module.__all__)
+
+
+def test_signatures_name_arrays_as_users_do():
+    modules = [glm_edge, *(getattr(glm_edge, name) for name in ("prune", "generate", "params"))]
+    listed = {f"{m.__name__}.{n}": getattr(m, n) for m in modules for n in m.__all__}
+    shown = {n: str(inspect.signature(f)) for n, f in listed.items() if inspect.isfunction(f)}
+    assert len(shown) > 40
+    assert [name for name, text in shown.items() if "jaxlib" in text] == []
+
+
+def test_python_versions_are_declared():
+    declared = [line for line in PROJECT["classifiers"] if " :: 3." in line]
+    assert [line.rsplit(" ", 1)[1] for line in declared] == ["3.11", "3.12", "3.13"]
+    assert "Python 3.11 to 3.13" in (ROOT / "README.md").read_text()
 
 
 def test_core_dependencies_are_exactly_these():

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from experiments import exam
-from experiments.text import corpora
+from glm_edge.cli import corpora
 
 WINDOWS = 8
 

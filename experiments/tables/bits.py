@@ -23,10 +23,11 @@ import numpy as np
 from absl import app, flags
 
 from experiments import exam, materials
-from experiments.console import bar, fail_in_one_line
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge import params as boxes
+from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.loss import text_loss
 from glm_edge.compress import quantize
 from glm_edge.compress.transform import Transform
 
@@ -131,7 +132,7 @@ def measured(
     dense = jax.tree.map(boxes.dense, params, is_leaf=boxes.is_box)
     found = {
         "bits stored": bits,
-        "perplexity": exam.text_loss(model, dense, data.windows)["perplexity"],
+        "perplexity": text_loss(model, dense, data.windows)["perplexity"],
     }
     for kind, items in (("written", data.written), ("spoken", data.spoken)):
         if items:

@@ -23,11 +23,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 
 from absl import app, flags
 
-from experiments import exam, skipping
-from experiments.console import fail_in_one_line
-from experiments.evaluate import text_windows
+from experiments import skipping
 from experiments.tables import table
 from experiments.tables.table import Row
+from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.evaluate import text_windows
+from glm_edge.cli.loss import text_loss
 from glm_edge.errors import RecipeError
 from glm_edge.generate import Setting, SweepRow
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     settings = [Setting("all", params), *skipping.neuron_settings(model, params, keep)]
     windows = text_windows(tokenizer, FLAGS.text, FLAGS.text_tokens or TEXT_TOKENS[FLAGS.preset])
     perplexity = {
-        setting.name: exam.text_loss(model, setting.params, windows, (model, params))["perplexity"]
+        setting.name: text_loss(model, setting.params, windows, (model, params))["perplexity"]
         for setting in settings
     }
     rows = skipping.run(model, tokenizer, settings)

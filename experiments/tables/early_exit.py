@@ -25,9 +25,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 from absl import app, flags
 
 from experiments import skipping
-from experiments.console import fail_in_one_line
 from experiments.tables import table
 from experiments.tables.table import PHONE, Row
+from glm_edge.cli.console import fail_in_one_line
 from glm_edge.generate import Setting, SweepRow
 
 FLAGS = flags.FLAGS

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments.console import fail_in_one_line
 from experiments.tables import table, vision
 from experiments.tables.learning import Training
 from experiments.tables.table import IMAGENET, Row
 from glm_edge import params as boxes
+from glm_edge.cli.console import fail_in_one_line
 
 FLAGS = flags.FLAGS
 NAME = "healing"

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.console import fail_in_one_line
 from experiments.tables import measure, table, vision
 from experiments.tables.learning import Training
 from experiments.tables.table import IMAGENET, Row
+from glm_edge.cli.console import fail_in_one_line
 from glm_edge.compress import prune
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.models.cnn import CNN, preset

@@ -27,13 +27,13 @@ from absl import app, flags
 from jax import Array
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from experiments.console import bar, fail_in_one_line
 from experiments.phone_screens import metrics
 from experiments.tables import learning, measure, table
 from experiments.tables.learning import Classifier, Training, Variables
 from experiments.tables.table import Row
-from experiments.text.corpora import read_text
 from glm_edge import params as boxes
+from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.corpora import read_text
 from glm_edge.compress import prune
 from glm_edge.configs import TextConfig
 from glm_edge.errors import DataError

@@ -28,13 +28,14 @@ import glm_edge as ge
 from experiments import exam
 from experiments import exported as exported_lib
 from experiments import materials as materials_lib
-from experiments.console import fail_in_one_line
 from experiments.phone_screens import metrics
 from experiments.quickstart import compressed
 from experiments.runtimes.child import Child, EngineError, Spec, spec_of
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
 from glm_edge import params as boxes
+from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.loss import WINDOW
 from glm_edge.errors import DataError
 
 FLAGS = flags.FLAGS
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
         speech_dir=FLAGS.speech_dir,
         speakers=FLAGS.speakers,
         screens=FLAGS.screens or SCREENS[FLAGS.preset],
-        text_tokens=exam.WINDOW,
+        text_tokens=WINDOW,
         seed=FLAGS.seed,
         calibration_batches=96,
     )

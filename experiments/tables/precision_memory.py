@@ -19,10 +19,10 @@ from absl import app, flags
 
 import glm_edge as ge
 from experiments import materials
-from experiments.console import bar, fail_in_one_line
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge import params as boxes
+from glm_edge.cli.console import bar, fail_in_one_line
 from glm_edge.compress import quantize
 from glm_edge.compress.transform import Transform
 

@@ -25,7 +25,6 @@ from absl import app, flags
 
 import glm_edge as ge
 from experiments.bench_export import decoder_of
-from experiments.console import bar, fail_in_one_line
 from experiments.runtimes import child as children
 from experiments.runtimes import compare, random_model
 from experiments.runtimes.child import Child, EngineError, Spec
@@ -34,6 +33,7 @@ from experiments.runtimes.engine import Task
 from experiments.runtimes.litert import weight_bytes
 from experiments.tables import table
 from experiments.tables.table import Row
+from glm_edge.cli.console import bar, fail_in_one_line
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import DataError, ExportError
 

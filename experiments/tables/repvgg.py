@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.console import bar, fail_in_one_line
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
+from glm_edge.cli.console import bar, fail_in_one_line
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.models.cnn import CNN, CNNConfig, preset
 

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.console import fail_in_one_line
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
 from glm_edge import params as boxes
+from glm_edge.cli.console import fail_in_one_line
 from glm_edge.compress import prune
 from glm_edge.configs import TextConfig
 from glm_edge.models.text import TextEncoder

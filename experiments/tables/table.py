@@ -14,11 +14,11 @@ from typing import Any
 
 from absl import flags
 
-from experiments.console import bar, print_table, refuse_arguments, text_table
-from experiments.materials import versions
 from experiments.phone_screens.metrics import Rate
 from experiments.quickstart import commit
-from experiments.text.corpora import write_text
+from glm_edge.cli.console import bar, print_table, refuse_arguments, text_table
+from glm_edge.cli.corpora import write_text
+from glm_edge.cli.run import versions
 from glm_edge.errors import OutputError, require
 
 FLAGS = flags.FLAGS
@@ -27,6 +27,8 @@ PRESETS = ("quick", "full")
 COLUMNS = ("quantity", "unit", "claim", "measured", "spread", "ratio", "note")
 IMAGENET = "not reachable here: data (ImageNet)"
 PHONE = "not reachable here: hardware (the claim's device)"
+
+flags.disclaim_key_flags()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,8 @@ from glm_edge.compress import prune
 from glm_edge.errors import require
 from glm_edge.models.cnn import CNN, preset
 
+flags.disclaim_key_flags()
+
 
 class Digits(NamedTuple):
     """Images [E, H, W, 1] in 0..1 and labels [E], to train on and to test on."""

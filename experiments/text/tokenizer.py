@@ -6,16 +6,13 @@ shorten actions, `do(action="Tap", element=[505,715])` is four tokens.
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from glm_edge.errors import CheckpointError, DataError
 from glm_edge.preprocess.tokenizer_files import read_tokenizer
-from glm_edge.preprocess.tokens import plain_tokenizer
 
 VOCAB_SIZE = 2304
 COORDINATES = tuple(range(5, 1000, 10))
@@ -144,36 +141,3 @@ def load(path: str | Path) -> Tokenizer:
         return read_tokenizer(path)
     except CheckpointError as error:
         raise DataError(f"{error}; see make_tokenizer") from error
-
-
-def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Encodes ordinary text paragraph by paragraph; `<|user|>` and its like stay plain text.
-
-    Args:
-      tokenizer: as from `load`.
-      text: anything; a paragraph ends after each line feed.
-
-    Returns:
-      int32 [T] ids whose decoding is `text`.
-    """
-    plain = plain_tokenizer(tokenizer)
-    paragraphs = re.findall(r"[^\n]*\n|[^\n]+", text)
-    encodings = plain.encode_batch_fast(paragraphs, add_special_tokens=False)
-    return np.array([i for encoding in encodings for i in encoding.ids], np.int32)
-
-
-def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Counts the UTF-8 bytes that each id stands for.
-
-    Args:
-      tokenizer: as from `load`.
-
-    Returns:
-      int32 [V]; over the ids of a text they sum to the text's bytes.
-    """
-    added = tokenizer.get_added_tokens_decoder()
-    sizes = np.zeros(tokenizer.get_vocab_size(), np.int32)
-    for token, index in tokenizer.get_vocab().items():
-        # A byte-level token has one character per byte.
-        sizes[index] = len(token.encode()) if index in added else len(token)
-    return sizes

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import hugging_face, orbax, own
+from glm_edge.checkpoint.companions import read_companions
 from glm_edge.checkpoint.files import WEIGHTS, check_finite
 from glm_edge.checkpoint.orbax import ARRAYS
 from glm_edge.checkpoint.placement import Placement
@@ -24,11 +26,12 @@ from glm_edge.files import (
     MAX_FILE_NAME,
     check_writable_name,
     file_inside,
-    moved_aside,
     new_directory,
+    no_directory,
     read_bytes,
     read_json,
 )
+from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.sharding import RULES, Rules
 
 TOKENIZER = "tokenizer.json"
@@ -52,6 +55,8 @@ def load(
     The tokens that end an answer (`model.config.eos_token_ids`) are those of generation_config.json
     where it names some, else those of config.json, else those of its `text_config`.
 
+        model, params = ge.load("path/to/checkpoint", dtype="float32")
+
     Args:
       path: directory written by `save`, or a Hugging Face directory of the GLM family (config.json,
         one or several safetensors files).
@@ -73,12 +78,7 @@ def load(
     directory = Path(path)
     _check_dtype(dtype)
     if not directory.is_dir():
-        found = "is a file" if directory.exists() else "does not exist"
-        aside = moved_aside(directory)
-        mend = "" if aside is None else f"; an interrupted save left the old one as {aside.name}"
-        raise CheckpointError(
-            f"{directory}: {found}; a checkpoint is a directory with {CONFIG}{mend}"
-        )
+        raise CheckpointError(no_directory(directory))
     if not os.path.lexists(directory / CONFIG):
         raise CheckpointError(_without_config(directory))
     fields = read_json(file_inside(directory, CONFIG))
@@ -123,10 +123,13 @@ def save(
     format: str | None = None,
     overwrite: bool = False,
     extras: Mapping[str, str | os.PathLike | bytes] | None = None,
+    source: str | os.PathLike | None = None,
 ) -> Path:
     """Writes a model and its parameters as a directory that appears whole or not at all.
 
     How products are computed (`model.compute`) is chosen at run time and not stored.
+
+        ge.save(model, params, "copy", source="path/to/checkpoint")
 
     Args:
       model: whose configuration is written.
@@ -136,14 +139,17 @@ def save(
         (ours: anything, compressed or pruned) or `orbax`; None is the first of these that can hold
         the model.
       overwrite: replaces an existing checkpoint.
-      extras: further files by name, such as `{"tokenizer.json": source path or bytes}`.
+      extras: further files by name, such as `{"tokenizer.json": path or bytes}`.
+      source: directory that the model was loaded from: its tokenizer, chat template, processor
+        and generation files are copied, see `glm_edge.checkpoint.companions`; `extras` replace
+        files of the same name.
 
     Returns:
       The directory.
 
     Raises:
       CheckpointError: parameters do not fit the model or are not finite, the format cannot hold
-        them, or an extra is missing.
+        them, or a file to copy is missing.
       OutputError: the directory exists and may not be replaced, or cannot be written.
     """
     if format not in (None, *FORMATS):
@@ -155,7 +161,8 @@ def save(
     target = check_writable_name(path)
     if format == "orbax":
         orbax.check_path(target, OutputError)
-    contents = read_extras(extras)
+    contents = {} if source is None else read_companions(source)
+    contents |= read_extras(extras)
     check_params(params, model, str(target))
     for name, array in boxes.to_flat(params)[0].items():
         check_finite(np.asarray(array), f"{target}: tensor {name!r}")
@@ -174,6 +181,12 @@ def save(
             own.write(temporary, model, params, format or "safetensors")
         else:
             hugging_face.write(temporary, model.config, params, described)
+    if source is None and extras is None and isinstance(model, MultimodalGLM):
+        warnings.warn(
+            f"{target}: saved without a tokenizer, so it cannot read text by itself; pass source= "
+            "the directory that the model was loaded from, or extras={} where that is meant",
+            stacklevel=2,
+        )
     return target
 
 

@@ -24,3 +24,7 @@ __all__ = [
     "reparameterize",
     "to_json",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -56,6 +56,9 @@ def distill(
     Under `glm_edge.params.sharding.on(mesh)`, with parameters on that mesh, training runs on all
     its devices: parameters, gradients and the optimizer's moments are cut alike.
 
+        recipe = ge.chain(ge.prune.depth(layers=1), ge.distill(steps=200))
+        model, params, report = recipe(model, params, calibration=batches)
+
     Args:
       teacher: `(model, params)`; None is the model that the chain was given.
       steps: of the optimizer, one calibration batch each; batches are read in an order drawn from

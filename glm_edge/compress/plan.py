@@ -5,6 +5,8 @@ References:
   formats are chosen by dynamic programming), https://arxiv.org/abs/2411.17525.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import re
@@ -53,7 +55,7 @@ def plan(
     calibration: Sequence[Batch] | None = None,
     groups: Sequence[str] | None = None,
     transform: str | Transform = "rtn",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     rng: Array | None = None,
     without: Sequence[str] = (),
 ) -> Plan:
@@ -65,6 +67,9 @@ def plan(
     mean over kinds, is least. Then the recipe is carried out and measured.
 
     Every second batch of a kind is held out: the transform never sees it.
+
+        plan = ge.plan(model, params, budget_bytes=2_500_000, calibration=batches)
+        model, params, report = plan.recipe(model, params)
 
     Args:
       model: Linen module.
@@ -79,7 +84,7 @@ def plan(
         feed-forward network, each part of an encoder, the embedding and the head.
       transform: name of a rounding transform, such as `rtn` or `gptq`, or one whose further
         options are kept.
-      progress: called as `progress(stage, done, total)`.
+      progress: True, or called as `progress(stage, done, total)`.
       rng: jax key for transforms that draw.
       without: inputs that the model takes and calibration is known to lack.
 

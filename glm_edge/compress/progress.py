@@ -2,13 +2,24 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
+
+from glm_edge.errors import DataError
+
+Progress = Callable[[str, int, int], None]
+# Seconds between two lines of a stage where the output is a file.
+QUIET_SECONDS = 30.0
 
 
 class ProgressLine:
-    """Rewrites one line with a bar, the stage, the seconds so far and those left.
+    """A line with a bar, the stage, the seconds so far and those left.
 
-    Pass it as `progress=`.
+    A terminal or a notebook shows one line that is rewritten; a file gets a line without control
+    characters at the end of each stage, and now and then before. The first step of a stage shows no
+    time left: what it took, compilation included, says little of the others.
+
+    Pass it as `progress=`; `progress=True` is a line with the defaults.
 
     Args:
       stream: where to write; None is standard error.
@@ -17,18 +28,41 @@ class ProgressLine:
 
     def __init__(self, stream: TextIO | None = None, width: int = 30):
         self.stream, self.width = stream, width
-        self.stage, self.done, self.started = "", 0, 0.0
+        self.stage, self.first, self.done = "", 0, 0
+        self.started = self.written = time.monotonic()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        name = stage.split(":", 1)[0]
+        name, now = stage.split(":", 1)[0], time.monotonic()
         if name != self.stage or done <= self.done:
-            self.stage, self.started = name, time.monotonic()
+            self.stage, self.first, self.started = name, done, now
         self.done = done
         filled = self.width * done // max(total, 1)
         bar = "#" * filled + "." * (self.width - filled)
-        seconds = time.monotonic() - self.started
-        left = f", {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
-        stream = self.stream or sys.stderr
-        end = "\n" if done >= total else ""
-        stream.write(f"\r[{bar}] {done}/{total} {stage} {seconds:.0f} s{left}\033[K{end}")
+        seconds, steps = now - self.started, done - self.first
+        remaining = f", {seconds / steps * (total - done):.0f} s left" if steps > 0 else ""
+        text = f"[{bar}] {done}/{total} {stage} {seconds:.0f} s{remaining if done < total else ''}"
+        stream, ended = self.stream or sys.stderr, done >= total
+        if stream.isatty() or (self.stream is None and "ipykernel" in sys.modules):
+            stream.write(f"\r{text}\033[K{chr(10) if ended else ''}")
+        elif ended or now - self.written >= QUIET_SECONDS:
+            self.written = now
+            stream.write(f"{text}\n")
         stream.flush()
+
+
+def progress_of(progress: Progress | bool | None) -> Progress | None:
+    """Returns the callback that `progress=` means.
+
+    Args:
+      progress: a callback, True for a `ProgressLine`, or None or False for none.
+
+    Raises:
+      DataError: it is anything else.
+    """
+    if progress is None or isinstance(progress, bool):
+        return ProgressLine() if progress else None
+    if not callable(progress):
+        raise DataError(
+            f"progress must be True or a function of (stage, done, total), not {progress!r}"
+        )
+    return progress

@@ -1,8 +1,9 @@
 """What a transform did to each parameter, as a table."""
 
 import csv
+import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ _HEADINGS = {
     "relative_error": "relative error",
 }
 _TEXT = ("transform", "path", "action")
-# Columns of the CSV file that only its rows of FLOPs and latency fill.
+_PAGE_INCHES = 14.0
+# Columns of the CSV file that only its rows of totals, FLOPs and latency fill.
 _COSTS = (
+    "count_before",
+    "count_after",
     "flops_before",
     "flops_after",
     "before_ms",
@@ -48,6 +52,8 @@ class Row:
       bytes_before: stored bytes of the parameter before.
       bytes_after: and after.
       relative_error: `|new - old| / |old|` in the Frobenius norm; None where shapes differ.
+      output_error: `|x (new - old)|^2 / |x old|^2` over the calibration inputs `x`, of transforms
+        that minimize it; None of others.
     """
 
     transform: str
@@ -58,6 +64,17 @@ class Row:
     bytes_before: int
     bytes_after: int
     relative_error: float | None = None
+    output_error: float | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """Returns the row with numbers and words apart.
+
+        Returns:
+          The attributes by name, where `action` holds what the parameter became alone (`int4-g32`)
+          and `note` holds the remark that `action` had in brackets, or nothing.
+        """
+        action, _, note = self.action.partition(" (")
+        return asdict(self) | {"action": action, "note": note.removesuffix(")")}
 
 
 @dataclass(frozen=True)
@@ -213,6 +230,37 @@ class Report:
         first, last = self.curve[0], self.curve[-1]
         return [f"training: {len(self.curve)} steps, loss {first.loss:.4f} -> {last.loss:.4f}"]
 
+    def _repr_html_(self) -> str:
+        """The table as a notebook shows it."""
+        lines = ["<table>", _html_row("th", _HEADINGS.values())]
+        lines += [_html_row("td", _format(row)) for row in self.rows]
+        lines += [_html_row("th", _format(self.total)), "</table>"]
+        notes = [f"note: {note}" for note in self.notes]
+        below = [*self._costs(), *self._training(), *notes]
+        return "\n".join([*lines, *(f"<p>{html.escape(line)}</p>" for line in below)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as dicts, lists and numbers, for JSON or a data frame.
+
+        Returns:
+          `rows` and `total` as `Row.columns` gives them, so that `pandas.DataFrame(
+          report.to_dict()["rows"])` has numeric columns; the other attributes by name.
+        """
+        fields_of = {
+            "rows": [row.columns() for row in self.rows],
+            "total": self.total.columns(),
+            "curve": [asdict(point) for point in self.curve],
+            "notes": list(self.notes),
+            "latency": [asdict(latency) for latency in self.latency],
+        }
+        names = ("bytes", "count", "flops")
+        sides = {f"{name}_{side}" for name in names for side in ("before", "after")}
+        numbers = {name: getattr(self, name) for name in sorted(sides)}
+        return fields_of | {
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name, value in numbers.items()
+        }
+
     def to_markdown(self) -> str:
         """The table in Markdown, with its totals line, and what is known of FLOPs and latency."""
         lines = [
@@ -228,25 +276,28 @@ class Report:
     def to_csv(self, path: str | Path) -> None:
         """Writes rows and totals, then FLOPs, latency and notes; numbers unrounded.
 
-        A row of `FLOPs` or `latency` names in `path` what is done once (`token`, `image`) and fills
-        the last columns, whose names are those of `Report` and `Latency`. A row of `note` holds the
-        note in `action`.
+        Columns are those of `Row.columns`: `action` holds words, and every number has a column. The
+        row of totals also fills `count_before` and `count_after`. A row of `FLOPs` or `latency`
+        names in `path` what is done once (`token`, `image`) and fills the last columns, whose names
+        are those of `Report` and `Latency`. A row of `note` holds the note in `note`.
 
         Raises:
           OutputError: the file cannot be written.
         """
         text = io.StringIO()
-        names = [*(field.name for field in fields(Row)), *_COSTS]
+        names = [*(field.name for field in fields(Row)), "note", *_COSTS]
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in (*self.rows, self.total))
+        writer.writerows(row.columns() for row in self.rows)
+        counts = {"count_before": self.count_before, "count_after": self.count_after}
+        writer.writerow({**self.total.columns(), "action": "", **counts})
         for work, before, after in self._flops():
-            counts = {"flops_before": before, "flops_after": after}
-            writer.writerow({"transform": "FLOPs", "path": work, **counts})
+            flops = {"flops_before": before, "flops_after": after}
+            writer.writerow({"transform": "FLOPs", "path": work, **flops})
         for latency in self.latency:
             times = asdict(latency)
             writer.writerow({"transform": "latency", "path": times.pop("work"), **times})
-        writer.writerows({"transform": "note", "action": note} for note in self.notes)
+        writer.writerows({"transform": "note", "note": note} for note in self.notes)
         try:
             Path(path).write_text(text.getvalue(), encoding="utf-8")
         except OSError as error:
@@ -264,7 +315,8 @@ class Report:
         """
         figures = require("matplotlib.figure", extra="plot")
         panels = 1 + bool(self.curve)
-        size = (7.0 * panels, max(3.0, 0.22 * len(self.rows)))
+        # Beyond a page, labels are shown of some parameters only.
+        size = (7.0 * panels, min(max(3.0, 0.22 * len(self.rows)), _PAGE_INCHES))
         figure = figures.Figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
         _plot_bytes(axes[0], self.rows)
@@ -290,6 +342,10 @@ def _format(row: Row) -> list[str]:
     ]
 
 
+def _html_row(tag: str, cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
 def _plot_bytes(axes: Any, rows: Sequence[Row]) -> None:
     first = {}
     for row in rows:
@@ -298,7 +354,8 @@ def _plot_bytes(axes: Any, rows: Sequence[Row]) -> None:
     places = range(len(first))
     axes.barh(places, list(first.values()), color="0.8", label="before")
     axes.barh(places, [last[path] for path in first], height=0.5, label="after")
-    axes.set_yticks(places, list(first), fontsize=7)
+    step = -(-len(first) // int(_PAGE_INCHES / 0.15))
+    axes.set_yticks(places[::step], list(first)[::step], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("stored bytes")
     axes.legend()

@@ -1,5 +1,7 @@
 """Compressing a checkpoint that need not fit in memory, one stage at a time, from disk to disk."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -39,7 +41,7 @@ def compress_checkpoint(
     recipe: Transform,
     calibration: Sequence[Batch] | None = None,
     rng: Array | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     without: Sequence[str] = (),
     overwrite: bool = False,
     extras: Mapping[str, str | os.PathLike] | None = None,
@@ -67,7 +69,7 @@ def compress_checkpoint(
       recipe: a stage-wise transform (`quantize.*`), or a chain of them.
       calibration: batches, see `glm_edge.compress.batches`; None where no transform needs them.
       rng: jax key; None where nothing is drawn.
-      progress: called as `progress(stage, done, total)`.
+      progress: True, or called as `progress(stage, done, total)`.
       without: inputs (`images`, `audio`) that calibration is known to lack.
       overwrite: replaces an existing checkpoint at `output`.
       extras: further files to copy by name, such as `{"tokenizer.json": path}`.

@@ -4,6 +4,8 @@ A transform is data, `prune.structured(heads=0.25, neurons=0.3)`; calling it map
 parameters to a model, its parameters and a report. Transforms compose with `chain`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import inspect
 import numbers
@@ -17,13 +19,13 @@ import flax.linen as nn
 import jax
 from jax import Array
 
+from glm_edge.compress.progress import Progress, progress_of
 from glm_edge.compress.report import Report
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
 
 Batch = dict[str, Any]
-Progress = Callable[[str, int, int], None]
 Result = tuple[nn.Module, Params, Report]
 
 
@@ -35,7 +37,8 @@ class Context:
       calibration: batches that can be read more than once, or None.
       rng: jax key, or None.
       original: model and parameters that the outermost transform was given.
-      progress: called as `progress(stage, done, total)`, or None.
+      progress: called as `progress(stage, done, total)`, True for a line on standard error, or
+        None.
       without: inputs (`images`, `audio`) that calibration is known to lack.
       reference: the original after transforms that changed its numbers but not its function, such
         as a rotation; layers of a compressed model are compared with this one's while they have its
@@ -45,11 +48,12 @@ class Context:
     calibration: Sequence[Batch] | None
     rng: Array | None
     original: tuple[nn.Module, Params]
-    progress: Progress | None = None
+    progress: Progress | bool | None = None
     without: tuple[str, ...] = ()
     reference: tuple[nn.Module, Params] | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "progress", progress_of(self.progress))
         if self.reference is None:
             object.__setattr__(self, "reference", self.original)
 
@@ -62,7 +66,7 @@ class Context:
 class Entry(NamedTuple):
     """The factory that builds a transform from options, and the function that carries it out."""
 
-    factory: Callable[..., "Transform"]
+    factory: Callable[..., Transform]
     apply: Callable[..., Result]
     exact: bool = False
 
@@ -71,6 +75,8 @@ _REGISTRY: dict[str, Entry] = {}
 # Largest number of steps, rounds and the like.
 MOST = 10**8
 _LARGEST = 2**62
+# Options that a transform prints even at their defaults, as it does its first one.
+_DEFINING = ("bits", "group_size", "method", "steps")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,7 +104,7 @@ class Transform:
         params: Params,
         calibration: Sequence[Batch] | None = None,
         rng: Array | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         without: Sequence[str] = (),
     ) -> Result:
         """Compresses a model; neither argument is changed.
@@ -109,7 +115,8 @@ class Transform:
           calibration: batches (see `glm_edge.compress.batches`), a list or another collection that
             can be read more than once; None where the transform needs none.
           rng: jax key; None where nothing is drawn, or for the order in which data comes.
-          progress: called as `progress(stage, done, total)`.
+          progress: True for a line on standard error, or a function that is called as
+            `progress(stage, done, total)`.
           without: inputs that the model takes and calibration is known to lack, of `images` and
             `audio`; any other lack is an error.
 
@@ -137,10 +144,15 @@ class Transform:
             inner = ",\n".join(f"  {t!r}" for t in self.options["transforms"])
             return f"chain(\n{inner},\n)" if inner else "chain()"
         parameters = inspect.signature(entry(self.name).factory).parameters
+        first = next(iter(parameters), None)
         shown = [f"{k}=…" for k in self.objects] + [
             f"{key}={value!r}"
             for key, value in self.options.items()
-            if key not in parameters or parameters[key].default != value
+            if key not in parameters
+            or parameters[key].default != value
+            or (value is not None and (key == first or key in _DEFINING))
+            # A type that is not bits wide comes in their place.
+            if key != "bits" or self.options.get("qtype") is None
         ]
         return f"{self.name}({', '.join(shown)})"
 
@@ -260,6 +272,9 @@ def chain(*transforms: Transform) -> Transform:
 
     Chains within a chain are flattened, so that grouping changes nothing. Step `i` gets the key
     folded with `i`, and the model that the chain started from is every step's default teacher.
+
+        recipe = ge.chain(ge.prune.magnitude(sparsity=0.5), ge.quantize.rtn(bits=8))
+        model, params, report = recipe(model, params)
 
     Args:
       *transforms: what to apply.

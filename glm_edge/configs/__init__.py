@@ -28,3 +28,7 @@ __all__ = [
     "preset",
     "to_dict",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

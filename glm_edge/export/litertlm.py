@@ -92,6 +92,9 @@ def litertlm(
 
     Where embeddings are read, their table stands in the file twice if the head is tied to it.
 
+        bundle = ge.export.litertlm(model, params, "path/to/checkpoint", "phone.litertlm")
+        print(bundle.verify())
+
     Args:
       model: the model.
       params: its parameters, see `glm_edge.export.constants.constants_of`.

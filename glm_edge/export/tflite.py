@@ -61,6 +61,9 @@ def tflite(
     as they are, once for all signatures. What LiteRT cannot run is refused; what it can only run in
     another form is converted by a rule that the result lists.
 
+        exported = ge.export.tflite(model, params, "phone.tflite")
+        print(exported.verify())
+
     Args:
       model: the model; see `glm_edge.export.trace.signatures` for what the file offers.
       params: its parameters, see `glm_edge.export.constants.constants_of`.

@@ -1,5 +1,6 @@
 """Generation with a static-shape cache."""
 
+from glm_edge.generate.conversation import chat
 from glm_edge.generate.decoding import Generation, generate, greedy, prompt_mask, stream
 from glm_edge.generate.early_exit import EarlyExit, early_exit, fit_exits
 from glm_edge.generate.sampling import Sampling
@@ -16,6 +17,7 @@ __all__ = [
     "SweepRow",
     "TextStream",
     "VisionTokens",
+    "chat",
     "drop_vision_tokens",
     "early_exit",
     "fit_exits",
@@ -28,3 +30,7 @@ __all__ = [
     "stream_text",
     "sweep",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,6 +7,8 @@ A prompt takes the first slots of the cache, its padding included, wherever that
 tokens take the slots after. Lengths are rounded up (`bucket`), so that few of them compile.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import operator
@@ -113,6 +115,10 @@ def generate(
     Token `n` of row `b` is drawn with `fold_in(fold_in(rng, b), n)`, or `fold_in(rng[b], n)` when
     `rng` holds a key for each row: the same key gives the same tokens whatever the other rows,
     the padding and the length of the run.
+
+        inputs = processor([{"role": "user", "content": "What is on the screen?"}])
+        generation = ge.generate.generate(model, params, **inputs, max_new_tokens=64)
+        text = processor.decode(generation.tokens[0])
 
     Args:
       model: the model.

@@ -3,6 +3,8 @@
 Letters of shapes: `B` rows, `D` hidden size, `V` vocabulary.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -3,6 +3,8 @@
 Letters of shapes: `B` rows, `T` tokens of a prompt, `S` cache slots, `D` hidden size, `M` features.
 """
 
+from __future__ import annotations
+
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +45,7 @@ class Prompt:
         valid: Any,
         max_new_tokens: int,
         beyond_context: bool = False,
-    ) -> "Prompt":
+    ) -> Prompt:
         """Checks prompts and pads them.
 
         Args:

@@ -5,6 +5,8 @@ fields are hashable and describe trailing axes only; leading axes (layers stacke
 vmapped batch) come from the arrays.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from dataclasses import asdict
@@ -32,8 +34,20 @@ class _Box(meta.AxisMetadata):
     def remove_axis(self, index: int, params: dict[Any, Any]):
         return self
 
+    def __repr__(self) -> str:
+        # One line: the arrays of a tree would fill pages.
+        inner = getattr(self, "format", None) or self.value
+        if not isinstance(inner, Format | _Box):
+            inner = getattr(inner, "dtype", "?")
+        try:
+            shape = "x".join(map(str, self.shape))
+        # Placeholders that tree functions put into a box have none.
+        except (AttributeError, IndexError, TypeError):
+            shape = "?"
+        return f"{type(self).__name__}({shape}, {inner})"
 
-class Masked(struct.PyTreeNode, _Box):
+
+class Masked(struct.PyTreeNode, _Box, repr=False):
     """A pruned weight: `unbox()` is `value * mask`.
 
     Build with `mask`. `value` may itself be a `FakeQuantized`; quantizing a masked weight keeps its
@@ -54,12 +68,12 @@ class Masked(struct.PyTreeNode, _Box):
         value = meta.unbox(self.value)
         return value * self.mask.astype(value.dtype)
 
-    def replace_boxed(self, val: Array) -> "Masked":
+    def replace_boxed(self, val: Array) -> Masked:
         """Returns the same mask around new values."""
         return self.replace(value=val)
 
 
-class Quantized(struct.PyTreeNode, _Box):
+class Quantized(struct.PyTreeNode, _Box, repr=False):
     """A weight in packed codes: `unbox()` is `scale * (level - zero)`.
 
     Build with `quantized`. Matrices are held `[..., out, in]`; groups and packing run along `in`.
@@ -121,7 +135,7 @@ class Quantized(struct.PyTreeNode, _Box):
         return val
 
 
-class FakeQuantized(struct.PyTreeNode, _Box):
+class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
     """A weight in training that its module reads as if it were quantized.
 
     `unbox()` gives exactly what `Quantized` of the same scales gives; gradients pass straight

@@ -1,5 +1,7 @@
 """One flat form of a parameter tree, for safetensors, Orbax, export and hashing."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from jax import Array

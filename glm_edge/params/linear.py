@@ -1,5 +1,7 @@
 """Products and look-ups that take a parameter in its box."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax.numpy as jnp

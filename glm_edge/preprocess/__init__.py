@@ -48,3 +48,7 @@ __all__ = [
     "split_thinking",
     "to_patches",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,6 +11,7 @@ import numpy as np
 
 from glm_edge.configs.stop_tokens import read_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, DataError
+from glm_edge.files import no_directory
 from glm_edge.preprocess import chat, hugging_face, media, own
 from glm_edge.preprocess.audio import prepare_recording
 from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing, VideoProcessing
@@ -52,6 +53,9 @@ class Inputs(Mapping):
 @dataclass(frozen=True)
 class Processor:
     """Turns conversations into model inputs, as the checkpoint's family was trained.
+
+        processor = ge.Processor.from_checkpoint("path/to/checkpoint")
+        inputs = processor([{"role": "user", "content": "What is on the screen?"}])
 
     Attributes:
       tokenizer: a `tokenizers.Tokenizer`.
@@ -99,6 +103,8 @@ class Processor:
           ConfigError: the files contradict each other, or ask for what this library does not do.
         """
         directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(no_directory(directory))
         where = str(directory / "config.json")
         config = hugging_face.read_json(directory / "config.json")
         ours = config.get("format") == own.FORMAT

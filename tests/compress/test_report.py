@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import json
+from xml.etree import ElementTree
 
 import pytest
 
@@ -62,6 +64,43 @@ def test_csv_keeps_numbers_unrounded(tmp_path):
         REPORT.to_csv(tmp_path / "missing" / "report.csv")
 
 
+def test_words_and_numbers_have_columns_of_their_own(tmp_path):
+    action = "int4-g32 (output error 0.00397, damping 0.1)"
+    row = dataclasses.replace(ROWS[0], action=action, output_error=0.003971)
+    report = dataclasses.replace(REPORT, rows=(row, ROWS[1]))
+    report.to_csv(tmp_path / "report.csv")
+    with open(tmp_path / "report.csv", newline="") as file:
+        first, second, total, _ = csv.DictReader(file)
+    assert (first["action"], float(first["output_error"])) == ("int4-g32", 0.003971)
+    assert first["note"] == "output error 0.00397, damping 0.1"
+    assert (second["action"], second["note"]) == ("shrunk [2, 3] -> [1, 3]", "")
+    assert (total["action"], total["count_before"], total["count_after"]) == ("", "1250", "1247")
+    assert report.to_dict()["rows"][0] == row.columns()
+    assert action in str(report)
+
+
+def test_to_dict_is_json_with_every_attribute():
+    latency = Latency("token", 3.25, 2.5, 1.3, 1.2, 1.45, 15)
+    report = dataclasses.replace(REPORT, flops_before={"token": 3}).with_latency([latency])
+    fields = json.loads(json.dumps(report.to_dict()))
+    assert fields.keys() == {field.name for field in dataclasses.fields(Report)} | {"total"}
+    assert (fields["flops_before"], fields["flops_after"]) == ({"token": 3}, None)
+    assert fields["curve"][1]["loss"] == 1.5
+    assert fields["latency"] == [dataclasses.asdict(latency)]
+    assert fields["total"]["bytes_after"] == 1000
+
+
+def test_a_notebook_shows_a_table_whose_words_are_escaped():
+    row = dataclasses.replace(ROWS[0], path="a<b>/weight")
+    shown = dataclasses.replace(REPORT, rows=(row,), notes=("x & y",))._repr_html_()
+    tree = ElementTree.fromstring(f"<div>{shown}</div>")
+    cells = [[cell.text or "" for cell in line] for line in tree.find("table")]
+    assert cells[0][:3] == ["transform", "path", "action"]
+    assert cells[1][1] == "a<b>/weight"
+    assert cells[2][0] == "total"
+    assert [line.text for line in tree.findall("p")][-1] == "note: x & y"
+
+
 def test_csv_holds_flops_latency_and_notes(tmp_path):
     times = Latency("token", 3.25, 2.5, 1.3, 1.2, 1.45, 15)
     flops = {"flops_before": {"token": 3000, "clip": 70}, "flops_after": {"token": 2001}}
@@ -79,7 +118,7 @@ def test_csv_holds_flops_latency_and_notes(tmp_path):
     assert filled(counted) == {"transform": "FLOPs", "path": "token", **expected}
     measured = {name: str(value) for name, value in dataclasses.asdict(times).items()}
     assert filled(timed) == {"transform": "latency", "path": measured.pop("work"), **measured}
-    assert filled(note) == {"transform": "note", "action": "calibration held no audio"}
+    assert filled(note) == {"transform": "note", "note": "calibration held no audio"}
     assert "FLOPs per token: 3,000 -> 2,001 (66.7%)" in str(report)
     assert "latency per token: 3.250 -> 2.500 ms (1.30 x" in report.to_markdown()
 
@@ -99,6 +138,17 @@ def test_it_draws_itself(tmp_path):
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(OutputError, match="cannot write the figure"):
         REPORT.plot(tmp_path / "missing" / "report.png")
+
+
+def test_large_models_fit_on_a_page(monkeypatch, tmp_path):
+    figures = pytest.importorskip("matplotlib.figure")
+    sizes = []
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda figure, path, dpi: sizes.append(figure.get_size_inches())
+    )
+    rows = [dataclasses.replace(ROWS[0], path=f"{i}/weight") for i in range(300)]
+    dataclasses.replace(REPORT, rows=tuple(rows)).plot(tmp_path / "report.png")
+    assert sizes[0][1] <= 14
 
 
 def test_drawing_without_matplotlib_names_the_extra(monkeypatch, tmp_path):

@@ -29,11 +29,14 @@ def digest(params):
     return total.hexdigest()
 
 
-def test_a_transform_prints_what_differs_from_its_defaults():
+def test_a_transform_prints_what_defines_it_and_what_differs():
     assert repr(prune.structured(heads=0.25, neurons=0.3)) == (
         "prune.structured(heads=0.25, neurons=0.3)"
     )
-    assert repr(quantize.rtn()) == "quantize.rtn()"
+    assert repr(quantize.rtn()) == "quantize.rtn(bits=8)"
+    assert repr(quantize.hqq()) == "quantize.hqq(bits=4, group_size=64, steps=20)"
+    assert repr(quantize.rtn(qtype="nf4")) == "quantize.rtn(qtype='nf4')"
+    assert repr(quantize.smoothquant()) == "quantize.smoothquant(alpha=0.5)"
     assert repr(chain()) == "chain()"
     assert repr(chain(quantize.rtn(4, 32))) == ("chain(\n  quantize.rtn(bits=4, group_size=32),\n)")
 
@@ -168,8 +171,14 @@ def test_progress_is_told(small, calibration, capsys):
         "quantize.rtn",
         "quantize.rtn",
     ]
-    quantize.rtn(8)(model, params, progress=ProgressLine())
-    assert "13/13 quantize" in capsys.readouterr().err
+    for progress in (ProgressLine(), True):
+        quantize.rtn(8)(model, params, progress=progress)
+        shown = capsys.readouterr().err
+        # A file gets whole lines, a terminal one line that is rewritten.
+        assert "13/13 quantize" in shown
+        assert "\r" not in shown
+    with pytest.raises(DataError, match="progress must be True or a function"):
+        quantize.rtn(8)(model, params, progress="yes")
 
 
 def test_calibration_is_read_more_than_once(small, calibration):

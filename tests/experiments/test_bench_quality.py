@@ -13,8 +13,8 @@ from experiments import bench_quality, exam
 from experiments.peers import methods, table
 from experiments.peers.methods import DECODER, METHODS, OURS, Method
 from experiments.peers.scoring import Scorer
-from experiments.text import corpora
 from glm_edge import configs
+from glm_edge.cli import corpora
 from glm_edge.errors import DataError, OutputError
 from glm_edge.models.multimodal import MultimodalGLM
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from experiments import bench_compress, bench_gptq, calibration, make_checkpoint
+from experiments import bench_compress, bench_gptq, make_checkpoint
+from glm_edge.cli import calibration
 from glm_edge.errors import DataError, OutputError
 
 SMALL = make_checkpoint.CONFIGS["glm_edge_1_5b"] | {
@@ -48,7 +49,7 @@ def test_a_hugging_face_directory_is_compressed_and_reported(tmp_path):
     flags += ["--out_dir", tmp_path / "out"]
     refused = run(*flags)
     assert refused.returncode == 1
-    assert "needs calibration= batches" in refused.stderr.splitlines()[-1]
+    assert "needs --calibration batches" in refused.stderr.splitlines()[-1]
     done = run(*flags, "--calibration", tmp_path / "tokens.npz")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())

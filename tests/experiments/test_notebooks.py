@@ -4,8 +4,11 @@ import ast
 import importlib
 import json
 import re
+import shutil
+import sys
 import urllib.request
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -91,6 +94,83 @@ def test_only_colab_and_a_named_repository_need_a_network(notebook):
             for number in range(node.lineno, node.handlers[0].lineno)
         }
         assert guarded.issuperset(number + 1 for number in online)
+
+
+def first_cell(notebook: Path) -> tuple[str, str]:
+    """The line of extras, and the rest of the first cell."""
+    extras, rest = code_cells(notebook)[0].split("\n", 1)
+    return extras, rest
+
+
+def test_first_cells_are_the_same_but_for_extras():
+    cells = [first_cell(notebook) for notebook in NOTEBOOKS]
+    assert len({rest for _, rest in cells}) == 1
+    assert all(re.fullmatch(r'EXTRAS = "[a-z,]+"', extras) for extras, _ in cells)
+    assert f'REPOSITORY = "{ge.REPOSITORY_URL}"  # @param' in cells[0][1]
+
+
+@pytest.fixture
+def colab(monkeypatch, tmp_path):
+    """Runs a first cell as Colab would, in an empty folder, and returns its commands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    checkout = tmp_path / "elsewhere" / "glm_edge-main"
+    (checkout / "experiments").mkdir(parents=True)
+    (checkout / "experiments" / "__init__.py").touch()
+    shutil.make_archive(str(tmp_path / "kept"), "zip", tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "elsewhere")
+
+    def run(repository=""):
+        ran = []
+
+        def command(line):
+            ran.append(line)
+            if line.startswith("git clone"):
+                shutil.unpack_archive(tmp_path / "kept.zip", tmp_path)
+                (tmp_path / "glm_edge-main").rename(tmp_path / line.split()[-1])
+
+        extras, rest = first_cell(NOTEBOOKS[0])
+        rest = rest.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
+        lines = re.sub(r"^(\s*)[%!](.*)$", r"\1command(f'\2')", rest, flags=re.MULTILINE)
+        exec(f"{extras}\n{lines}", {"command": command})
+        return ran, tmp_path
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("uploaded", "repository", "source"),
+    [
+        ("clone", "", "."),
+        ("glm_edge-main (1).zip", "", "glm_edge_archive/glm_edge-main"),
+        ("glm_edge-0.1.0-py3-none-any.whl", "", "glm_edge-0.1.0-py3-none-any.whl"),
+        ("glm_edge-0.1.0-py3-none-any.whl", "https://host/x", "glm_edge-0.1.0-py3-none-any.whl"),
+        ("", "https://host/x", "glm_edge_checkout"),
+    ],
+)
+def test_colab_installs_what_is_there(uploaded, repository, source, colab, tmp_path, capsys):
+    if uploaded == "clone":
+        (tmp_path / "experiments").mkdir()
+        (tmp_path / "experiments" / "__init__.py").touch()
+    elif uploaded.endswith(".zip"):
+        (tmp_path / "kept.zip").rename(tmp_path / uploaded)
+    elif uploaded:
+        (tmp_path / uploaded).touch()
+    ran, folder = colab(repository)
+    installs = [line for line in ran if line.startswith("pip")]
+    editable = "" if source.endswith(".whl") else "-e"
+    assert installs == [f'pip install -q {editable} "{folder / source}[data,plot]"']
+    # Nothing is downloaded where something was uploaded, and nothing twice.
+    assert len(ran) - 1 == (source == "glm_edge_checkout")
+    printed = capsys.readouterr().out
+    assert f"glm_edge {ge.__version__} of {Path(ge.__file__).parent}" in printed
+    assert ("no folder experiments/" in printed) == source.endswith(".whl")
+
+
+def test_colab_without_anything_says_what_to_upload(colab):
+    with pytest.raises(FileNotFoundError, match="upload an archive"):
+        colab()
 
 
 def test_a_checkpoint_is_found_without_a_network(monkeypatch, tmp_path):

@@ -40,6 +40,21 @@ def test_masked_unboxes_to_value_times_mask_and_masks_accumulate():
     assert first.shape == (3, 4)
 
 
+def test_boxes_print_on_one_line():
+    format = Format("int4", group_size=8)
+    box = quantize(weight(6, 16), format)
+    assert repr(box) == f"Quantized(6x16, {format})"
+    trained = boxes.fake_quantized(weight(6, 16), box.scale, box.zero, format)
+    assert repr(trained) == f"FakeQuantized(6x16, {format})"
+    keep = jnp.ones((6, 16), bool)
+    assert repr(boxes.mask(weight(6, 16), keep)) == "Masked(6x16, float32)"
+    assert repr(boxes.mask(trained, keep)) == f"Masked(6x16, {trained!r})"
+    stock = quantize(weight(8, 2, 3), format, "kernel")
+    assert repr(stock).startswith("Quantized(8x2x3, ")
+    assert "?" in repr(jax.tree.map(lambda leaf: None, box))
+    assert repr({"w": jax.eval_shape(lambda: box)}).count("\n") == 0
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_quantized_unboxes_to_scale_times_steps(format):
     box = quantize(weight(6, 16), format)

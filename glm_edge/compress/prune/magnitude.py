@@ -29,6 +29,8 @@ def magnitude(sparsity: float, where: str | None = None, scope: str = "tensor") 
     masked, the first of equals; weights masked before count. A mask is stored beside its values, so
     bytes grow until the weight is quantized.
 
+        model, params, report = ge.prune.magnitude(sparsity=0.5)(model, params)
+
     Args:
       sparsity: fraction of zeros, in 0..1, below 1.
       where: regular expression searched in each path; None masks every matrix.

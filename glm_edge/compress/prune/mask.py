@@ -56,6 +56,9 @@ def mask(
             ge.prune.compact(),
         )
 
+        recipe = ge.prune.mask(0.5, score="wanda", shape="2:4")
+        model, params, report = recipe(model, params, calibration=batches)
+
     Args:
       sparsity: fraction that goes, in 0..1, below 1. None where `N:M` or a budget says it.
       score: `magnitude` (`|w|`); `l<n>`, an L_n norm such as `l1`, `l2` or `linf`; `sensitivity`

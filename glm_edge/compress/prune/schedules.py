@@ -1,5 +1,7 @@
 """How sparsity rises over time: as functions of the step, during training, and in rounds."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

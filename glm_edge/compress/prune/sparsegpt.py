@@ -199,7 +199,8 @@ def _one(
         if rounding is None:
             value = _as_leaf(met.path, weight, before).astype(leaf_dtype(before))
             after = boxes.mask(value, _as_leaf(met.path, keep, before))
-            return after, mask_row(masking, met.path, before, after, _cost(info, options))
+            masked = mask_row(masking, met.path, before, after, _cost(info, options))
+            return after, dataclasses.replace(masked, output_error=info.loss)
     format = rounding.format_of(met.path, before.shape)
     codes, grid, info = gptq.solve(
         met.weight,
@@ -214,7 +215,8 @@ def _one(
     )
     held = before if keep is None else boxes.mask(_bare(before), _as_leaf(met.path, keep, before))
     box = box_of(met.path, held, codes, grid, format, met.kernel_shape)
-    return box, _rounded_row(name, met.path, before, held, box, said + _cost(info, options))
+    rounded = _rounded_row(name, met.path, before, held, box, said + _cost(info, options))
+    return box, dataclasses.replace(rounded, output_error=info.loss)
 
 
 def _unmet(

@@ -53,6 +53,9 @@ def structured(
     group, so that groups stay alike; where each query head has its own key/value head, both go.
     The vision and speech encoders are left as they are. At least the asked fraction goes.
 
+        recipe = ge.prune.structured(heads=0.25, neurons=0.3)
+        model, params, report = recipe(model, params, calibration=batches)
+
     Args:
       heads: fraction of query heads to remove, in 0..1, below 1.
       neurons: fraction of neurons to remove, in 0..1, below 1.

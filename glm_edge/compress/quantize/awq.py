@@ -51,6 +51,9 @@ def awq(
     range is tried for everything that shares a scale, and the weights are rounded. Matrices whose
     inputs nothing can divide are clipped and rounded; embeddings are rounded.
 
+        recipe = ge.quantize.awq(bits=4, group_size=32)
+        model, params, report = recipe(model, params, calibration=batches)
+
     Args:
       bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.

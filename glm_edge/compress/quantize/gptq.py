@@ -56,6 +56,9 @@ def gptq(
     are improved in turns. Matrices that no input is seen to meet (embeddings) are rounded to
     nearest, and the report says so.
 
+        recipe = ge.quantize.gptq(bits=4, group_size=32)
+        model, params, report = recipe(model, params, calibration=batches)
+
     Args:
       bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
@@ -131,6 +134,7 @@ def _round_stage(
     formats = {p: rounding.format_of(p, work.leaves[p].shape) for p in work.selected}
     replaced: Leaves = {}
     notes: dict[str, str] = {}
+    errors: dict[str, float] = {}
     for met in matrices(NAME, work, replaced, sequential, propagate, damping):
         path, leaf = met.path, work.leaves[met.path]
         codes, grid, info = solve(
@@ -145,6 +149,7 @@ def _round_stage(
             sweeps=sweeps,
         )
         replaced[path] = box_of(path, leaf, codes, grid, formats[path], met.kernel_shape)
+        errors[path] = info.loss
         notes[path] = f"output error {info.loss:.3g}"
         if info.damping != damping:
             notes[path] += f", damping {info.damping:g}"
@@ -156,7 +161,9 @@ def _round_stage(
             ]
             notes[path] = "to nearest: nothing is seen to multiply it"
             work.advance(path)
-    return replaced, [_row(work, path, replaced[path], notes[path]) for path in work.selected]
+    return replaced, [
+        _row(work, path, replaced[path], notes[path], errors.get(path)) for path in work.selected
+    ]
 
 
 class Met(NamedTuple):
@@ -231,9 +238,9 @@ def needs(options: Mapping[str, Any]) -> str:
 register_stagewise(NAME, gptq, _round_stage, needs=needs, check=check_groups)
 
 
-def _row(work: StageWork, path: str, box: Any, note: str) -> Any:
+def _row(work: StageWork, path: str, box: Any, note: str, output_error: float | None) -> Any:
     before = work.leaves[path]
-    return row(NAME, path, before, box, relative_error(before, box), note)
+    return row(NAME, path, before, box, relative_error(before, box), note, output_error)
 
 
 def _measured(

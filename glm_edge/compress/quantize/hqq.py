@@ -33,6 +33,8 @@ def hqq(
 ) -> Transform:
     """Fits grids that leave few weights far wrong, without calibration, and rounds to nearest.
 
+        model, params, report = ge.quantize.hqq(bits=4, group_size=64)(model, params)
+
     Args:
       bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.

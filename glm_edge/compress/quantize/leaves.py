@@ -174,7 +174,13 @@ def relative_error(before: Any, after: Any) -> float:
 
 
 def row(
-    transform: str, path: str, before: Any, after: Any, error: float | None, note: str = ""
+    transform: str,
+    path: str,
+    before: Any,
+    after: Any,
+    error: float | None,
+    note: str = "",
+    output_error: float | None = None,
 ) -> Row:
     """The report's row about a parameter that was rounded."""
     if isinstance(after, Quantized | FakeQuantized):
@@ -193,6 +199,7 @@ def row(
         boxes.stored_bytes(before),
         stored,
         error,
+        output_error,
     )
 
 

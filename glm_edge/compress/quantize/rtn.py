@@ -28,6 +28,9 @@ def rtn(
     is rounded to its stored type before the codes are computed, and a group of zeros gets scale
     one. Zeros of a masked weight stay zero and its mask is dropped. Biases and norms are left.
 
+        recipe = ge.quantize.rtn(bits=4, group_size=32, where=r"^decoder/")
+        model, params, report = recipe(model, params)
+
     Args:
       bits: 8, 6, 5, 4, 3 or 2.
       group_size: columns (inputs) that share a scale; None for one scale a row (per channel),

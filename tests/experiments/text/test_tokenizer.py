@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.text import corpora
 from experiments.text import tokenizer as nano_tokenizer
+from glm_edge.cli import corpora
 from glm_edge.configs import preset
 from glm_edge.errors import DataError
 
 SHIPPED = nano_tokenizer.load(str(resources.files("glm_edge") / "assets/nano/tokenizer.json"))
-SIZES = nano_tokenizer.token_bytes(SHIPPED)
+SIZES = corpora.token_bytes(SHIPPED)
 
 pieces = st.sampled_from(
     [
@@ -34,7 +34,7 @@ texts = st.one_of(st.text(), st.lists(st.one_of(st.text(max_size=4), pieces)).ma
 
 @given(texts)
 def test_text_survives_encoding(text):
-    ids = nano_tokenizer.encode_text(SHIPPED, text)
+    ids = corpora.encode_text(SHIPPED, text)
     assert SHIPPED.decode(ids.tolist(), skip_special_tokens=False) == text
     assert SIZES[ids].sum() == len(text.encode())
     assert not (ids < len(nano_tokenizer.SPECIALS)).any()
@@ -93,7 +93,7 @@ def test_instruction_words_are_single_tokens():
 
 
 def test_coordinates_hardly_ever_appear_in_ordinary_text():
-    ids = nano_tokenizer.encode_text(SHIPPED, corpora.pydoc_topics("evaluation"))
+    ids = corpora.encode_text(SHIPPED, corpora.pydoc_topics("evaluation"))
     assert np.mean(ids >= SHIPPED.token_to_id("[5,")) < 1e-3
     assert max(SHIPPED.encode("in 1915] and x5]").ids) < SHIPPED.token_to_id("[5,")
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import plan_phone
 from glm_edge import params as boxes
+from glm_edge.cli import plan
 from glm_edge.compress.rounding import grid as grids
 from glm_edge.configs import preset
 from glm_edge.errors import RecipeError
@@ -44,31 +44,31 @@ def quantized_abstractly(params, formats):
     ],
 )
 def test_totals_are_those_of_quantized_trees(body, ends, tower):
-    params = plan_phone.shapes(preset("phone_9b"))
-    chosen = [plan_phone.read_format(name) for name in (body, ends, tower)]
-    formats = plan_phone.formats_of(params, *chosen)
+    params = plan.shapes(preset("phone_9b"))
+    chosen = [plan.read_format(name) for name in (body, ends, tower)]
+    formats = plan.formats_of(params, *chosen)
     tree = quantized_abstractly(params, formats)
-    assert sum(plan_phone.total(params, *chosen).values()) == boxes.stored_bytes(tree)
-    assert plan_phone.total(params, *chosen)["vision"] == boxes.stored_bytes(tree["vision"])
-    assert sum(plan_phone.counts(params).values()) == boxes.count(params)
+    assert sum(plan.total(params, *chosen).values()) == boxes.stored_bytes(tree)
+    assert plan.total(params, *chosen)["vision"] == boxes.stored_bytes(tree["vision"])
+    assert sum(plan.counts(params).values()) == boxes.count(params)
 
 
 def test_layers_that_fit_are_the_most_that_fit():
-    config = plan_phone.with_vocabulary(preset("phone_9b"), 65536)
+    config = plan.with_vocabulary(preset("phone_9b"), 65536)
     body, ends, tower = Format.parse("int2"), Format.parse("int4"), Format.parse("int4")
     budget = 1_800_000_000
-    count = plan_phone.most_layers(config, body, ends, tower, {"GB": budget})["GB"]
+    count = plan.most_layers(config, body, ends, tower, {"GB": budget})["GB"]
 
     def bytes_of(layers):
-        params = plan_phone.shapes(plan_phone.with_layers(config, layers))
-        return plan_phone.total(params, body, ends, tower)["text"]
+        params = plan.shapes(plan.with_layers(config, layers))
+        return plan.total(params, body, ends, tower)["text"]
 
     assert bytes_of(count) <= budget < bytes_of(count + 1)
 
 
 def test_a_smaller_vocabulary_is_still_a_model():
-    config = plan_phone.with_vocabulary(preset("phone_9b"), 1000)
-    params = plan_phone.shapes(config)
+    config = plan.with_vocabulary(preset("phone_9b"), 1000)
+    params = plan.shapes(config)
     assert params["embed"]["weight"].shape[0] == params["head"]["weight"].shape[0] == 1000
     assert params["embed"]["weight"].dtype == jnp.bfloat16
     assert config.image_token_id != config.audio_token_id
@@ -82,7 +82,7 @@ def test_the_claim_is_impossible_and_the_script_says_what_is_not(tmp_path):
     report = json.loads(file.read_text())
     text = sum(
         leaf.size
-        for path, leaf in boxes.path_items(plan_phone.shapes(preset("phone_9b")))
+        for path, leaf in boxes.path_items(plan.shapes(preset("phone_9b")))
         if not path.startswith(("vision/", "speech/"))
     )
     assert report["claim"]["parameters"] == text
@@ -95,4 +95,4 @@ def test_the_claim_is_impossible_and_the_script_says_what_is_not(tmp_path):
 
 def test_unknown_formats_are_refused():
     with pytest.raises(RecipeError, match="int7"):
-        plan_phone.read_format("int7")
+        plan.read_format("int7")

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.text import corpora
+from glm_edge.cli import corpora
 from glm_edge.errors import DataError, OutputError
 
 

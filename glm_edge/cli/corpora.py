@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from glm_edge.errors import DataError, OutputError
+from glm_edge.preprocess.tokens import plain_tokenizer
 
 
 def read_text(path: str | Path) -> str:
@@ -154,7 +156,7 @@ def windows(tokens: np.ndarray, token_bytes: np.ndarray, length: int) -> Windows
 
     Args:
       tokens: int [T] ids.
-      token_bytes: int [V] bytes that each id stands for, as from `tokenizer.token_bytes`.
+      token_bytes: int [V] bytes that each id stands for, as from `token_bytes`.
       length: tokens of a window, at least 2; a last window of one token is left out.
 
     Returns:
@@ -181,3 +183,38 @@ def windows(tokens: np.ndarray, token_bytes: np.ndarray, length: int) -> Windows
 def bits_per_byte(total_nats: float, num_bytes: int) -> float:
     """Bits per UTF-8 byte of a text whose tokens cost `total_nats` together."""
     return float(total_nats / np.log(2.0) / num_bytes)
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Encodes ordinary text paragraph by paragraph; `<|user|>` and its like stay plain text.
+
+    Args:
+      tokenizer: of the model.
+      text: anything; a paragraph ends after each line feed.
+
+    Returns:
+      int32 [T] ids whose decoding is `text`.
+    """
+    plain = plain_tokenizer(tokenizer)
+    paragraphs = re.findall(r"[^\n]*\n|[^\n]+", text)
+    encodings = plain.encode_batch_fast(paragraphs, add_special_tokens=False)
+    return np.array([i for encoding in encodings for i in encoding.ids], np.int32)
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Counts the UTF-8 bytes that each id stands for.
+
+    Args:
+      tokenizer: of the model.
+
+    Returns:
+      int32 [V]; over the ids of a text they sum to the text's bytes.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    vocabulary = tokenizer.get_vocab()
+    # Ids may have gaps, so the largest one sizes the table.
+    sizes = np.zeros(max(vocabulary.values()) + 1, np.int32)
+    for token, index in vocabulary.items():
+        # A byte-level token has one character per byte.
+        sizes[index] = len(token.encode()) if index in added else len(token)
+    return sizes

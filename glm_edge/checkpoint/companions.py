@@ -1,0 +1,58 @@
+"""Files that make a checkpoint usable on text, images and sound: they travel with the weights."""
+
+import os
+from pathlib import Path
+
+from glm_edge.errors import CheckpointError
+from glm_edge.files import file_inside, read_bytes
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+# A vocabulary of 150,000 tokens takes 20 MB of JSON.
+MAX_COMPANION_BYTES = 1 << 27
+
+
+def companion_paths(directory: str | os.PathLike) -> dict[str, Path]:
+    """Finds the tokenizer, chat template, processor and generation files of a checkpoint.
+
+    Args:
+      directory: of the checkpoint.
+
+    Returns:
+      Paths by name, of those that exist.
+
+    Raises:
+      CheckpointError: the directory does not exist, or one of them is not a regular file inside it.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: is not a directory that holds a checkpoint's files")
+    return {
+        name: file_inside(directory, name)
+        for name in COMPANIONS
+        if os.path.lexists(directory / name)
+    }
+
+
+def read_companions(directory: str | os.PathLike) -> dict[str, bytes]:
+    """Reads the files of `companion_paths`.
+
+    Raises:
+      CheckpointError: as `companion_paths`, or a file cannot be read or is too large.
+    """
+    paths = companion_paths(directory)
+    return {name: read_bytes(path, MAX_COMPANION_BYTES) for name, path in paths.items()}

@@ -1,0 +1,1 @@
+"""The command `glm-edge`; scripts under experiments/ run the same code."""

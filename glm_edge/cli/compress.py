@@ -1,0 +1,182 @@
+"""Compresses any checkpoint that the library loads, and says what that did to every parameter.
+
+    glm-edge compress --checkpoint=DIR --recipe=gptq_4bit --calibration=FILE --text=FILE \\
+        --out_dir=DIR
+
+writes --out_dir/checkpoint (which `glm_edge.load` opens) and --out_dir/report.json: bytes, bits and
+error of every parameter, bytes before and after, seconds and peak memory, and, with --text,
+perplexity before and after and the distance between the two models. Other commands take --out_dir
+as their --checkpoint. Tokenizer, chat template and processor files are copied along.
+
+--recipe is a name or a JSON file (`glm_edge.to_json` writes one). A recipe of `quantize.*`
+transforms is carried out one layer at a time, so the model need not fit in memory; killed, the same
+command takes it up again. Other recipes (pruning, distillation) load the whole model.
+
+--calibration is a UTF-8 text file, cut into --sequences windows of --length tokens, or an .npz file
+of arrays `tokens` [N, T] and, where the model has encoders, `images` [N, ...] and `audio` [N, ...].
+A model that reads images or audio refuses calibration without them unless --without says so.
+"""
+
+import dataclasses
+import json
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+import glm_edge as ge
+from glm_edge.checkpoint.companions import companion_paths
+from glm_edge.cli import calibration, corpora
+from glm_edge.cli.checkpoints import checkpoint_of
+from glm_edge.cli.console import print_table, refuse_arguments
+from glm_edge.cli.loss import text_loss
+from glm_edge.cli.run import run_of
+from glm_edge.compress.progress import ProgressLine
+from glm_edge.compress.report import Report
+from glm_edge.compress.stream import compress_checkpoint, is_streamable
+from glm_edge.compress.transform import Transform
+
+FLAGS = flags.FLAGS
+Batches = list[dict[str, Any]]
+
+flags.disclaim_key_flags()
+
+
+def define_flags() -> None:
+    """Defines the command's flags."""
+    flags.DEFINE_string("checkpoint", None, "Directory to compress; default: shipped nano.")
+    flags.DEFINE_string("recipe", "phone", f"JSON file, or one of {', '.join(ge.recipes.NAMED)}.")
+    flags.DEFINE_string("calibration", None, "Text file, or .npz of batches.")
+    flags.DEFINE_integer("sequences", 64, "Windows of calibration text.", 1)
+    flags.DEFINE_integer("length", 256, "Tokens of a window, of calibration and of --text.", 2)
+    flags.DEFINE_integer("batch", 4, "Windows that run together.", 1)
+    flags.DEFINE_list("without", [], "Inputs that calibration is known to lack: images, audio.")
+    flags.DEFINE_string("text", None, "Text file to measure perplexity on, before and after.")
+    flags.DEFINE_integer("text_tokens", 20000, "At most this many tokens of it are scored.", 2)
+    flags.DEFINE_integer("seed", 0, "Seed of what transforms draw.")
+    flags.DEFINE_enum(
+        "compute",
+        "float32",
+        ["float32", "bfloat16"],
+        "Products of calibration; bfloat16 is faster.",
+    )
+    flags.DEFINE_string("out_dir", None, "Directory for checkpoint and report.", required=True)
+    flags.DEFINE_bool("overwrite", False, "Replace a checkpoint that lies in --out_dir.")
+
+
+def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+      argv: the program's name.
+      draw: further calibration batches of a checkpoint, or None.
+    """
+    refuse_arguments(argv)
+    started = time.monotonic()
+    source = checkpoint_of(FLAGS.checkpoint)
+    recipe = ge.recipes.find(FLAGS.recipe)
+    out, rng = Path(FLAGS.out_dir), jax.random.key(FLAGS.seed)
+    target = out / "checkpoint"
+    batches = (read_calibration(source) + (draw(source) if draw else [])) or None
+    extras = companion_paths(source)
+    if is_streamable(recipe):
+        report = compress_checkpoint(
+            source,
+            target,
+            recipe,
+            batches,
+            rng,
+            ProgressLine(),
+            FLAGS.without,
+            FLAGS.overwrite,
+            extras,
+            FLAGS.compute,
+        )
+    else:
+        model, params = ge.load(source, dtype="float32")
+        model, params, report = recipe(
+            model, params, batches, rng, ProgressLine(), without=FLAGS.without
+        )
+        ge.save(model, params, target, "safetensors", FLAGS.overwrite, extras)
+    spent = time.monotonic() - started
+    summary = summarize(source, target, recipe, report, spent)
+    if FLAGS.text:
+        summary["text"] = measure_text(source, target)
+    corpora.write_text(out / "report.json", json.dumps(summary, indent=1) + "\n", overwrite=True)
+    show(summary)
+
+
+def read_calibration(source: Path) -> Batches:
+    """Reads the calibration batches that the flags name, none without --calibration."""
+    if not FLAGS.calibration:
+        return []
+    return calibration.from_file(
+        FLAGS.calibration,
+        None if FLAGS.calibration.endswith(".npz") else ge.load_tokenizer(source),
+        FLAGS.sequences,
+        FLAGS.length,
+        FLAGS.batch,
+    )
+
+
+def summarize(
+    source: Path, target: Path, recipe: Transform, report: Report, seconds: float
+) -> dict[str, Any]:
+    """Returns what report.json holds, without the text."""
+    return {
+        "checkpoint": source.name,
+        "recipe": json.loads(ge.to_json(recipe)),
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "bits_per_weight": report.total.bits,
+        "file_bytes": sum(file.stat().st_size for file in target.glob("*.safetensors")),
+        "seconds": round(seconds, 2),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "parameters": [dataclasses.asdict(row) for row in report.rows],
+        "notes": list(report.notes),
+        "run": run_of(FLAGS.seed),
+    }
+
+
+def measure_text(source: Path, target: Path) -> dict[str, Any]:
+    """Measures the perplexity of both models, and how far their predictions differ."""
+    tokenizer = ge.load_tokenizer(source)
+    ids = corpora.encode_text(tokenizer, corpora.read_text(FLAGS.text))
+    windows = corpora.windows(
+        ids[: FLAGS.text_tokens], corpora.token_bytes(tokenizer), FLAGS.length
+    )
+    dense = ge.load(source)
+    before = text_loss(*dense, windows)
+    after = text_loss(*ge.load(target), windows, dense)
+    return {
+        "tokens": windows.num_scored,
+        "before": before,
+        "after": after,
+        "relative_increase": after["perplexity"] / before["perplexity"] - 1.0,
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Prints the totals."""
+    before, after = summary["bytes_before"], summary["bytes_after"]
+    rows = [
+        ["bytes before", f"{before:,}"],
+        ["bytes after", f"{after:,} ({after / before:.1%})"],
+        ["bits per weight", f"{summary['bits_per_weight']:.3f}"],
+        ["seconds", f"{summary['seconds']:.1f}"],
+        ["peak RSS", f"{summary['peak_rss_bytes'] / 1e9:.2f} GB"],
+    ]
+    text = summary.get("text")
+    if text:
+        rows += [
+            ["perplexity before", f"{text['before']['perplexity']:.3f}"],
+            ["perplexity after", f"{text['after']['perplexity']:.3f}"],
+            ["relative increase", f"{text['relative_increase']:+.2%}"],
+            ["KL (nats)", f"{text['after']['kl']:.4f}"],
+            ["top-1 flips", f"{text['after']['flips']:.2%}"],
+        ]
+    print_table(["quantity", "value"], rows)

@@ -1,0 +1,85 @@
+"""Measures the loss of any checkpoint on text, and its distance from a reference.
+
+    glm-edge evaluate --checkpoint=DIR --reference=DIR --text=FILE --json=FILE
+
+prints perplexity per token and bits per byte; with --reference, also the KL divergence from that
+checkpoint's predictions in nats and the fraction of positions whose top-1 token differs. --json
+writes the same numbers. Without --checkpoint the shipped model is measured; without --text, half of
+CPython's help topics are the text.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from tokenizers import Tokenizer
+
+import glm_edge as ge
+from glm_edge.cli import corpora
+from glm_edge.cli.checkpoints import checkpoint_of
+from glm_edge.cli.console import refuse_arguments
+from glm_edge.cli.loss import WINDOW, text_loss
+from glm_edge.errors import OutputError
+
+FLAGS = flags.FLAGS
+Further = Callable[[Any, Any, Tokenizer], dict[str, Any]]
+
+flags.disclaim_key_flags()
+
+
+def define_flags() -> None:
+    """Defines the command's flags."""
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Directory that ge.load opens, or --out_dir of compress; default: shipped nano.",
+    )
+    flags.DEFINE_string("reference", None, "Checkpoint whose predictions are compared with.")
+    flags.DEFINE_string("text", None, "UTF-8 file whose loss is measured.")
+    flags.DEFINE_integer("text_tokens", 60000, "At most this many tokens of it are scored.", 2)
+    flags.DEFINE_string("json", None, "File to write the numbers to.")
+
+
+def main(argv: Sequence[str], further: Further | None = None) -> None:
+    """Runs the command.
+
+    Args:
+      argv: the program's name.
+      further: called with model, parameters and tokenizer; prints and returns further numbers.
+    """
+    refuse_arguments(argv)
+    checkpoint = checkpoint_of(FLAGS.checkpoint)
+    if FLAGS.json and not Path(FLAGS.json).resolve().parent.is_dir():
+        raise OutputError(f"{FLAGS.json}: its directory does not exist; create it first")
+    model, params = ge.load(checkpoint, dtype="float32")
+    tokenizer = ge.load_tokenizer(checkpoint)
+    windows = text_windows(tokenizer, FLAGS.text, FLAGS.text_tokens)
+    reference = None
+    if FLAGS.reference:
+        reference = ge.load(checkpoint_of(FLAGS.reference), dtype="float32")
+    text = text_loss(model, params, windows, reference) | {"tokens": windows.num_scored}
+    show(text, reference is not None)
+    report = {"checkpoint": str(checkpoint), "reference": FLAGS.reference, "text": text}
+    if further:
+        report |= further(model, params, tokenizer)
+    if FLAGS.json:
+        corpora.write_text(FLAGS.json, json.dumps(report, indent=2) + "\n", overwrite=True)
+
+
+def text_windows(tokenizer: Tokenizer, path: str | None, limit: int) -> corpora.Windows:
+    """Cuts a file, or CPython's help topics, into evaluation windows."""
+    text = corpora.read_text(path) if path else corpora.pydoc_topics("evaluation")
+    tokens = corpora.encode_text(tokenizer, text)[:limit]
+    return corpora.windows(tokens, corpora.token_bytes(tokenizer), WINDOW)
+
+
+def show(text: dict[str, Any], compared: bool) -> None:
+    """Prints the numbers."""
+    print(
+        f"text: perplexity {text['perplexity']:.2f}, {text['bits_per_byte']:.3f} bits per byte "
+        f"over {text['tokens']} tokens"
+    )
+    if compared:
+        print(f"from the reference: KL {text['kl']:.4f} nats, top-1 flips {text['flips']:.2%}")

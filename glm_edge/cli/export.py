@@ -1,0 +1,286 @@
+"""Writes the file that a phone runs, from any checkpoint that the library loads.
+
+    glm-edge export --checkpoint=DIR --format=tflite --out=phone.tflite --verify
+
+--format is `tflite` (LiteRT), `litertlm` (a bundle with tokenizer and chat template, for the apps
+of LiteRT-LM), `onnx`, `mnn` or `coreml`, each with an extra of its own. A compressed checkpoint
+(`glm-edge compress` makes them) keeps its integers; what a format cannot hold as it is, is
+converted by a rule that is printed, or refused with what would be right.
+
+--verify runs what was written, in a process of its own, against JAX on the same integers, and fails
+below --threshold: on the first --text_tokens of --text, or on random tokens.
+
+* tflite: every signature, in LiteRT.
+* onnx, mnn: every graph, in onnxruntime or MNN, in float32; integers and scales bit for bit first.
+* litertlm: LiteRT-LM's engine answers prompts of text, images and speech, and JAX the same ones
+  through the processor; the answers' tokens are compared, and integers and scales bit for bit.
+  One conversation is held until the cache is full.
+* coreml: nothing runs it here. The specification is opened, and its functions, integers and scales
+  are compared with the model's; the package stays marked as not verified.
+
+The command prints the file's size, its conversions, which accelerators would take its operators
+(tflite), and the verification; --report writes the same to report.json beside the file.
+"""
+
+import dataclasses
+import importlib
+import json
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+
+import glm_edge as ge
+from glm_edge.cli import corpora
+from glm_edge.cli.checkpoints import checkpoint_of
+from glm_edge.cli.console import print_table, refuse_arguments
+from glm_edge.cli.run import run_of
+from glm_edge.errors import DataError, ExportError, OutputError
+from glm_edge.export.child import require_runtime
+
+FLAGS = flags.FLAGS
+FORMATS = ("tflite", "litertlm", "onnx", "mnn", "coreml")
+FLOAT32 = ("onnx", "mnn")
+RUNTIMES = {"tflite": "litert", "litertlm": "litertlm", "onnx": "onnx", "mnn": "mnn"}
+REPORT = "report.json"
+# Tokens of --text in one prompt of an engine.
+PROMPT = 24
+
+flags.disclaim_key_flags()
+
+
+def define_flags() -> None:
+    """Defines the command's flags."""
+    flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
+    flags.DEFINE_enum("format", "tflite", FORMATS, "What to write.")
+    flags.DEFINE_string("out", None, "File to write; a directory for onnx and mnn.", required=True)
+    flags.DEFINE_list(
+        "prefill_lengths",
+        ["128"],
+        "Tokens that one call of prefill takes; litertlm gets shorter ones of 2 and 16, too.",
+    )
+    flags.DEFINE_integer(
+        "cache_slots", None, "Tokens of the cache; default: the model's context, at most 1024.", 1
+    )
+    flags.DEFINE_bool("verify", False, "Run what was written and compare it with JAX.")
+    flags.DEFINE_enum(
+        "compute",
+        None,
+        ["int8_dynamic", "int8_static", "float32"],
+        "What --verify compares with: JAX on integers, or on dequantized weights; default: as the "
+        "file multiplies. onnx and mnn take float32 alone, coreml none.",
+    )
+    flags.DEFINE_float(
+        "threshold",
+        None,
+        "Least agreement; default: 0.99, or 0.97 where tflite and litertlm, which round "
+        "activations, meet --compute=float32.",
+        0.0,
+        1.0,
+    )
+    flags.DEFINE_string("text", None, "UTF-8 file to verify on; default: random tokens.")
+    flags.DEFINE_integer("text_tokens", 1024, "At most this many tokens of it are compared.", 2)
+    flags.DEFINE_integer("seed", 0, "Seed of random tokens.")
+    flags.DEFINE_bool("report", False, "Write report.json beside the file.")
+    flags.DEFINE_bool("overwrite", False, "Replace what --out and --report name.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    refuse_arguments(argv)
+    started = time.monotonic()
+    # TensorFlow tells of every step of a conversion.
+    logging.set_verbosity(logging.WARNING)
+    out = Path(FLAGS.out)
+    source = checkpoint_of(FLAGS.checkpoint)
+    check_flags(out)
+    options = {"prefill_lengths": lengths(), "overwrite": FLAGS.overwrite}
+    if FLAGS.cache_slots is not None:
+        options["cache_slots"] = FLAGS.cache_slots
+    write, ids = exporter(FLAGS.format), text_ids(source)
+    model, params = ge.load(source)
+    arguments = (model, params, source) if FLAGS.format == "litertlm" else (model, params)
+    result = write(*arguments, out, **options)
+    summary = {
+        "checkpoint": source.name,
+        "format": FLAGS.format,
+        "file": out.name,
+        "file_bytes": result.file_bytes,
+        "parameter_bytes": ge.params.stored_bytes(params),
+        "conversions": [dataclasses.asdict(c) for c in result.conversions],
+        "compatibility": accelerators(out) if FLAGS.format == "tflite" else None,
+        "verification": verification(result, ids, source) if FLAGS.verify else None,
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "run": run_of(FLAGS.seed),
+    }
+    show(summary)
+    if FLAGS.report:
+        text = json.dumps(summary, indent=1) + "\n"
+        corpora.write_text(out.parent / REPORT, text, overwrite=FLAGS.overwrite)
+    found = summary["verification"]
+    if found is not None and found["ran"] and not found["passed"]:
+        raise ExportError(f"{out}: verification failed: {found['reason']}")
+
+
+def check_flags(out: Path) -> None:
+    """Refuses what would fail after the work is done.
+
+    Raises:
+      DataError: a flag has no meaning for the format.
+      MissingExtraError: what runs the format is not installed.
+      OutputError: a file exists already, or has no directory.
+    """
+    if FLAGS.verify:
+        check_verify_flags()
+    for path in (out, out.parent / REPORT) if FLAGS.report else (out,):
+        corpora.check_absent(path, FLAGS.overwrite)
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: its directory does not exist; make it first")
+
+
+def check_verify_flags() -> None:
+    """Refuses flags of --verify that would do nothing, and a runtime that is missing.
+
+    Raises:
+      DataError: a flag has no meaning for the format.
+      MissingExtraError: what runs the format is not installed.
+    """
+    given = [name for name in ("compute", "threshold", "text") if FLAGS[name].value is not None]
+    if FLAGS.format == "coreml":
+        if given:
+            raise DataError(
+                f"--{given[0]}: nothing runs a coreml package here, its specification is read; "
+                "leave the flag out"
+            )
+        return
+    if FLAGS.format in FLOAT32 and FLAGS.compute not in (None, "float32"):
+        raise DataError(
+            f"--compute: {FLAGS.format} graphs are run in float32; leave it out, or give float32"
+        )
+    require_runtime(RUNTIMES[FLAGS.format])
+
+
+def lengths() -> list[int]:
+    """The numbers of --prefill_lengths."""
+    try:
+        return [int(length) for length in FLAGS.prefill_lengths]
+    except ValueError as error:
+        raise DataError(f"--prefill_lengths: {error}; numbers such as 128,512 are right") from error
+
+
+def exporter(name: str) -> Any:
+    """The function that writes a format; its heavy imports come with it."""
+    return getattr(importlib.import_module(f"glm_edge.export.{name}"), name)
+
+
+def accelerators(out: Path) -> dict[str, Any]:
+    """Operators that each delegate takes, in numbers, and what it leaves to the CPU."""
+    table = ge.export.compatibility(out)
+    return {
+        delegate: {
+            **table.counts(delegate),
+            "fallback": sorted({row.operator for row in table.fallback(delegate)}),
+        }
+        for delegate in table.delegates
+    }
+
+
+def text_ids(source: Path) -> np.ndarray | None:
+    """Tokens of --text, or None.
+
+    Raises:
+      DataError: the checkpoint has no tokenizer, or the text cannot be read.
+    """
+    if not FLAGS.text:
+        return None
+    ids = corpora.encode_text(ge.load_tokenizer(source), corpora.read_text(FLAGS.text))
+    return np.asarray(ids[: FLAGS.text_tokens], np.int32)
+
+
+def verification(result: Any, ids: np.ndarray | None, source: Path) -> dict[str, Any]:
+    """The comparison with JAX, or what was read where nothing runs the format."""
+    if FLAGS.format == "coreml":
+        found = result.verify()
+        return {"ran": False, **dataclasses.asdict(found), "summary": str(found)}
+    found = result.verify(
+        compared(result, ids, source),
+        threshold=FLAGS.threshold,
+        compute=FLAGS.compute,
+        seed=FLAGS.seed,
+        check=False,
+    )
+    summary = {"passed": found.passed, "reason": found.reason}
+    return {"ran": True, **dataclasses.asdict(found), **summary}
+
+
+def compared(result: Any, ids: np.ndarray | None, source: Path) -> list[Any] | None:
+    """The text in pieces: windows as long as the cache, or prompts for an engine."""
+    if ids is None:
+        return None
+    if FLAGS.format == "litertlm":
+        tokenizer = ge.load_tokenizer(source)
+        pieces = (ids[at : at + PROMPT] for at in range(0, len(ids), PROMPT))
+        texts = (tokenizer.decode(piece.tolist()).strip() for piece in pieces)
+        return [text for text in texts if text]
+    slots = ge.export.read_metadata(result.path)["cache_slots"]
+    return [ge.export.Window(ids[at : at + slots]) for at in range(0, len(ids), slots)]
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Prints sizes, conversions, accelerators and the verification."""
+    held = summary["parameter_bytes"]
+    rows = [
+        ["file", summary["file"]],
+        ["bytes", f"{summary['file_bytes']:,} (parameters {held:,})"],
+        ["seconds", f"{summary['seconds']:.1f}"],
+        ["peak RSS", f"{summary['peak_rss_bytes'] / 1e9:.2f} GB"],
+    ]
+    for name, counts in (summary["compatibility"] or {}).items():
+        total = counts["yes"] + counts["no"] + counts["unknown"]
+        unknown = f", {counts['unknown']} unknown" if counts["unknown"] else ""
+        rows.append([f"operators on {name}", f"{counts['yes']} of {total}{unknown}"])
+    print_table(["quantity", "value"], rows + verification_rows(summary["verification"]))
+    for line in grouped(summary["conversions"]):
+        print(line)
+
+
+def verification_rows(found: dict[str, Any] | None) -> list[list[str]]:
+    """What the table says of the verification."""
+    if found is None:
+        return [["verified", "no: the file was not run"]]
+    if not found["ran"]:
+        return [["verified", "no: nothing ran it"], ["specification", found["summary"]]]
+    rows = [
+        ["verified", "yes" if found["passed"] else f"no: {found['reason']}"],
+        ["top-1 agreement", f"{found['agreement']:.2%} of {found['tokens']} tokens"],
+        ["least asked for", f"{found['threshold']:.2%}"],
+        ["compared with", f"JAX, {found['compute']}"],
+    ]
+    if found["max_abs_error"] is not None:
+        rows.append(["largest error", f"{found['max_abs_error']:.3g}"])
+        rows.append(["mean KL (nats)", f"{found['mean_kl']:.3g}"])
+    if found["free_running_agreement"] is not None:
+        free = f"{found['free_running_agreement']:.2%} of {found['free_running_tokens']} tokens"
+        rows.append(["free-running agreement", free])
+    if found["signatures"]:
+        worst = max(found["signatures"].values())
+        rows.append(["signatures", f"{len(found['signatures'])}, at most {worst:.2g} from JAX"])
+    return rows
+
+
+def grouped(conversions: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each rule: how many parameters it changed, and the first of them."""
+    by_rule: dict[tuple[str, bool], list[str]] = {}
+    for conversion in conversions:
+        rule = (conversion["rule"], conversion["changes_values"])
+        by_rule.setdefault(rule, []).append(conversion["path"])
+    return [
+        f"converted {len(paths)}: {rule} ({'changes values' if changed else 'same values'}), "
+        f"such as {paths[0]}"
+        for (rule, changed), paths in by_rule.items()
+    ]

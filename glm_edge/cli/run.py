@@ -1,0 +1,34 @@
+"""What a report says of the run that made it: command, seed and versions."""
+
+import importlib.metadata
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import glm_edge as ge
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    names = ("jax", "flax", "optax", "numpy", "tensorflow-cpu", "ai-edge-litert", "tokenizers")
+    found = {"python": platform.python_version(), "glm_edge": ge.__version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line() -> str:
+    """Returns the command that started this process, without the folders of its program."""
+    module = sys.modules["__main__"].__spec__
+    program = Path(sys.argv[0]).name if module is None else f"python -m {module.name}"
+    return " ".join([program.removesuffix(".__main__"), *map(shlex.quote, sys.argv[1:])])
+
+
+def run_of(seed: int) -> dict[str, Any]:
+    """Returns what a report says of its run: command, seed and versions."""
+    return {"command": command_line(), "seed": seed, "versions": versions()}
