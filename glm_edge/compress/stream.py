@@ -19,7 +19,7 @@ from glm_edge.checkpoint.lazy import LazyCheckpoint, open_lazily
 from glm_edge.compress import recipe as recipes
 from glm_edge.compress.report import Report, Row
 from glm_edge.compress.stages import Leaves
-from glm_edge.compress.stagewise import Step, Walk, stagewise
+from glm_edge.compress.stagewise import Step, Walk, fallback_notes, stagewise
 from glm_edge.compress.transform import CHAIN, Batch, Context, Progress, Transform
 from glm_edge.errors import OutputError, RecipeError
 from glm_edge.files import CONFIG, new_directory, read_json, write_json, write_whole
@@ -80,7 +80,7 @@ def compress_checkpoint(
     steps = _steps(recipe, rng)
     rounded: set[str] = set()
     for step in steps:
-        step.select(opened.abstract, rounded)
+        step.select(opened.abstract, rounded, opened.model)
     model = opened.model.clone(compute=compute)
     walk = Walk(model, steps, Context(calibration, rng, (model, {}), progress, tuple(without)))
     copied = {name: Path(path).read_bytes() for name, path in (extras or {}).items()}
@@ -107,7 +107,12 @@ def compress_checkpoint(
             spec |= described
             rows += found
         report = Report(
-            tuple(rows), before.bytes, after.bytes, before.count, after.count, notes=walk.notes
+            tuple(rows),
+            before.bytes,
+            after.bytes,
+            before.count,
+            after.count,
+            notes=(*walk.notes, *fallback_notes(rows)),
         )
         _finish(partial, opened, spec, names, report, copied)
     return report
