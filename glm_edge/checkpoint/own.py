@@ -1,6 +1,7 @@
 """Our own checkpoints: `config.json` with the model and the boxes, and one file of arrays."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,39 @@ def describe(model: nn.Module, spec: dict[str, Any], store: str = "safetensors")
 def is_stock(model: Any) -> bool:
     """True for a Linen module whose class a checkpoint cannot name, so that `load` is given it."""
     return type(model).__name__ not in ARCHITECTURES
+
+
+def check_stock(model: Any, params: Any, where: str) -> None:
+    """Refuses what is not a Linen module with its parameters.
+
+    Args:
+      model: to save.
+      params: its parameters.
+      where: directory, for messages.
+
+    Raises:
+      CheckpointError: an argument is something else, or paths do not tell parameters apart.
+    """
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(
+            f"{where}: model is a {type(model).__name__}, not a Linen module; of nnx, save "
+            "nnx.to_pure_dict(nnx.state(module)) with a Linen module of the same parameters"
+        )
+    leaves = dict(boxes.path_items(params)) if isinstance(params, Mapping) else {}
+    arrays = all(boxes.is_box(leaf) or hasattr(leaf, "dtype") for leaf in leaves.values())
+    if not leaves or not arrays:
+        raise CheckpointError(
+            f"{where}: params is a {type(params).__name__}; it must be the nested dict of "
+            "model.init(...)['params'], arrays and boxes (of a TrainState, its params)"
+        )
+    stored, spec = boxes.to_flat(params)
+    again = dict(boxes.path_items(boxes.from_flat(stored, spec)))
+    if {path: leaf.shape for path, leaf in again.items()} != {
+        path: leaf.shape for path, leaf in leaves.items()
+    }:
+        raise CheckpointError(
+            f"{where}: names of parameters must not hold '/' nor end like a field of a box"
+        )
 
 
 def _plain_fields(module: nn.Module) -> dict[str, Any]:

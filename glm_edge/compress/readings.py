@@ -46,10 +46,9 @@ class Reading(NamedTuple):
       layout: within that shape, or None where the layer does not say it.
       x: what the layer reads.
       kind: layers of one kind that read the same array read the same rows.
-      multiplies: its rows are known to calibration, by `rows` or because the layer sows them.
-      rows: gives what the kernel multiplies, [..., in], leading axes as in `x`; None where the
-        layer sows it or it cannot be told.
-      reason: why it cannot be told.
+      rows: gives what the matrix multiplies, [..., in], leading axes as in `x`; None where this
+        cannot be told.
+      reason: why not.
     """
 
     path: str
@@ -57,7 +56,6 @@ class Reading(NamedTuple):
     layout: Layout | None
     x: Any = None
     kind: Hashable = ()
-    multiplies: bool = False
     rows: Callable[[], Array] | None = None
     reason: str = UNWATCHED
 
@@ -68,9 +66,13 @@ def watched(note: Callable[[Reading], None]) -> AbstractContextManager[None]:
 
     def see(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if not roots:
-            roots.append(module.scope.root)
-        outcome = call(*args, **kwargs)
+        roots.append(module.scope.root)
+        # A lifted transform runs its module in a scope of its own.
+        lifted = roots[-1] is not roots[0]
+        try:
+            outcome = call(*args, **kwargs)
+        finally:
+            roots.pop()
         if context.method_name != "__call__":
             return outcome
         x = args[0] if args else kwargs.get("inputs")
@@ -80,8 +82,8 @@ def watched(note: Callable[[Reading], None]) -> AbstractContextManager[None]:
                 continue
             path = "/".join((*module.path, name))
             reading = _reading(module, path, name, tuple(leaf.shape), x, einsum)
-            if reading.multiplies and module.scope.root is not roots[0]:
-                reading = reading._replace(multiplies=False, rows=None, reason=_LIFTED)
+            if reading.rows is not None and lifted:
+                reading = reading._replace(rows=None, reason=_LIFTED)
             note(reading)
         return outcome
 
@@ -94,11 +96,11 @@ def _reading(
     if isinstance(module, Embed | nn.Embed):
         return Reading(path, shape, by_name(name, shape), x, reason=LOOKED_UP)
     if isinstance(module, Linear) and name == "weight":
-        return Reading(path, shape, by_name(name, shape), x, "last", True)
+        return Reading(path, shape, by_name(name, shape), x, "last", lambda: x)
     if name != "kernel":
         return Reading(path, shape, by_name(name, shape), x)
     if isinstance(module, nn.Dense):
-        return Reading(path, shape, Layout(0, (0,)), x, "last", True, lambda: x)
+        return Reading(path, shape, Layout(0, (0,)), x, "last", lambda: x)
     if isinstance(module, nn.DenseGeneral):
         return _general(module, path, shape, x)
     if isinstance(module, nn.Einsum):
@@ -121,7 +123,7 @@ def _general(module: nn.DenseGeneral, path: str, shape: tuple[int, ...], x: Arra
     if batch:
         return Reading(path, shape, layout, x, reason=_BATCHED)
     kind = "last" if axes == (x.ndim - 1,) else axes
-    return Reading(path, shape, layout, x, kind, True, lambda: _last(x, axes))
+    return Reading(path, shape, layout, x, kind, lambda: _last(x, axes))
 
 
 def _last(x: Array, axes: tuple[int, ...]) -> Array:
@@ -151,7 +153,7 @@ def _einsum(text: str, path: str, shape: tuple[int, ...], x: Array) -> Reading:
         return Reading(path, shape, layout, x)
     axes = tuple(source.index(letter) for letter in letters)
     kind = "last" if axes == (x.ndim - 1,) else axes
-    return Reading(path, shape, layout, x, kind, True, lambda: _last(x, axes))
+    return Reading(path, shape, layout, x, kind, lambda: _last(x, axes))
 
 
 def _convolution(module: nn.Conv, path: str, shape: tuple[int, ...], x: Array) -> Reading:
@@ -169,7 +171,7 @@ def _convolution(module: nn.Conv, path: str, shape: tuple[int, ...], x: Array) -
         return patches.apply({"params": {"kernel": identity}}, x)
 
     geometry = (module.strides, module.padding, module.input_dilation, module.kernel_dilation)
-    return Reading(path, shape, layout, x, (shape[:-1], repr(geometry)), True, rows)
+    return Reading(path, shape, layout, x, (shape[:-1], repr(geometry)), rows)
 
 
 class Layouts(Mapping[str, Layout]):
@@ -182,12 +184,10 @@ class Layouts(Mapping[str, Layout]):
         self._name, self._shapes, self._known = name, shapes, known
 
     def __getitem__(self, path: str) -> Layout:
-        found = self._known.get(path, path)
+        found = self._known[path]
         if isinstance(found, Layout):
             return found
-        if path not in self._shapes:
-            raise KeyError(path)
-        why = "its shape does not say which axes are inputs" if found == path else found
+        why = found or "its shape does not say which axes are inputs"
         raise RecipeError(
             f"{self._name}: {path} {list(self._shapes[path])}: {why}; pass calibration= with a "
             "batch that the model runs on, name it in stacked= if its first axis numbers the "

@@ -178,7 +178,7 @@ class Stage:
         groups: dict[Any, tuple[Any, list[str]]] = {}
 
         def see(reading: Reading) -> None:
-            if reading.multiplies:
+            if reading.rows is not None:
                 group = groups.setdefault((id(reading.x), reading.kind), (reading.x, []))
                 group[1].append(reading.path)
 
@@ -191,7 +191,7 @@ class Stage:
         seen: set[str] = set()
 
         def see(reading: Reading) -> None:
-            if reading.multiplies:
+            if reading.rows is not None:
                 seen.add(reading.path)
             else:
                 reasons.setdefault(reading.path, reading.reason)
@@ -223,21 +223,14 @@ def _run(
     rows: dict[str, list[Array]] = {}
     readings: list[Reading] = []
     with watched(readings.append):
-        state, variables = module.apply(
-            {"params": params}, state, method=forward, mutable=["inputs"]
-        )
+        module.apply({"params": params}, state, method=forward)
     # Patches of a convolution are another run of its layer, which is not to be watched itself.
     for reading in readings:
         if reading.rows is not None and (wanted is None or reading.path in wanted):
             rows.setdefault(reading.path, []).append(reading.rows())
-    for path, sown in jax.tree_util.tree_flatten_with_path(variables.get("inputs", {}))[0]:
-        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        rows.setdefault("/".join((*names[:-1], "weight")), []).append(sown)
     # Without the state, the compiler leaves out what the statistic does not need.
     return {}, {
-        path: measure(_joined_rows(calls).astype(jnp.float32))
-        for path, calls in rows.items()
-        if wanted is None or path in wanted
+        path: measure(_joined_rows(calls).astype(jnp.float32)) for path, calls in rows.items()
     }
 
 
