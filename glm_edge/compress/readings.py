@@ -25,8 +25,8 @@ from glm_edge.params.boxes import is_box
 from glm_edge.params.layouts import Layout, by_name, from_bias
 from glm_edge.params.tree import nested
 
-LOOKED_UP = "its rows are looked up, not multiplied"
-UNWATCHED = "no layer that calibration can watch multiplies it"
+LOOKED_UP = "nothing is seen to multiply it, its rows are looked up"
+UNWATCHED = "nothing is seen to multiply it, no layer that calibration can watch"
 _LIFTED = "its layer runs inside nn.scan, nn.vmap or nn.remat, whose inputs cannot be taken out"
 _GROUPED = "its convolution is grouped or masked"
 _BATCHED = "its layer multiplies each batch entry with a matrix of its own"

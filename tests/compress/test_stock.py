@@ -1,4 +1,4 @@
-"""Stock Linen layers: which axes are inputs, what calibration sees of them, and stacks of layers."""
+"""Stock Linen layers: which axes are inputs, what calibration sees, and stacks of layers."""
 
 import inspect
 
@@ -72,7 +72,10 @@ EXTENTS = {
 
 
 def initial(model, x):
-    return model.init(jax.random.key(0), x)["params"]
+    """Parameters of any values: drawing them by `init` costs a compilation for each."""
+    rng = np.random.default_rng(0)
+    shapes = abstract(model, x)
+    return jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), shapes)
 
 
 def abstract(model, x):
@@ -87,7 +90,7 @@ IMAGE = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
 def towers():
     """The unrolled model and the scanned one with the same numbers, `{kind: (model, params)}`."""
     model = Tower()
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    params = initial(model, TOKENS)
     blocks = jax.tree.map(lambda *x: jnp.stack(x), params["block_0"], params["block_1"])
     scanned = {"blocks": blocks, "embed": params["embed"], "head": params["head"]}
     return {"unrolled": (model, params), "scanned": (Tower(kind="scanned"), scanned)}
@@ -100,9 +103,8 @@ def test_layouts_of_every_stock_kernel_come_from_the_module():
     assert {p.split("/")[0]: layouts[p].extent(shapes[p]) for p in shapes} == EXTENTS
     for path, shape in shapes.items():
         array = np.arange(np.prod(shape)).reshape(shape)
-        np.testing.assert_array_equal(
-            layouts[path].restored(layouts[path].rows(array), shape), array
-        )
+        rows = layouts[path].rows(array)
+        np.testing.assert_array_equal(layouts[path].restored(rows, shape), array)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +129,8 @@ def test_what_cannot_be_known_is_refused_by_name():
         def __call__(self, x, y):
             return nn.DenseGeneral((2, 4), use_bias=False, name="layer")(x + y)
 
-    x = jnp.ones((1, 8))
     model = Own()
-    params = model.init(jax.random.key(0), x, x)["params"]
+    params = {"layer": {"kernel": jnp.ones((8, 2, 4))}}
     for transform in (quantize.rtn(4), quantize.hqq(), prune.mask(shape="2:4")):
         with pytest.raises(RecipeError, match=r"layer/kernel \[8, 2, 4\].*calibration=.*stacked="):
             transform(model, params)
@@ -227,7 +228,7 @@ def test_gptq_counts_what_it_rounds_to_nearest(kind, unseen):
     _, _, report = rounding(model, params, batches)
     (note,) = report.notes
     assert unseen in note
-    assert "1 as its rows are looked up" in note
+    assert "1 as nothing is seen to multiply it, its rows are looked up" in note
     assert ("nn.remat" in note) == (kind == "remat")
     errors = [row for row in report.rows if "output error" in row.action]
     assert len(errors) == (11 if kind == "unrolled" else 1)
@@ -286,10 +287,7 @@ def test_stacks_along_another_axis_are_refused():
     leaves = dict(boxes.path_items(abstract(model, x)))
 
     def watch(note):
-        stage = stages.Stage(
-            "model", "", ("",), model, lambda module, state: module(state["x"], None)
-        )
-        stage = stages.Stage(**{**vars(stage), "reads": "x"})
+        stage = stages.Stage("model", "", ("",), model, lambda m, state: m(state["x"], None), "x")
         stage.watch(leaves, {"x": x}, note)
 
     layouts = layouts_of("test", model, leaves, None, watch)
