@@ -18,7 +18,7 @@ from glm_edge.checkpoint.companions import read_companions
 from glm_edge.checkpoint.files import WEIGHTS, check_finite
 from glm_edge.checkpoint.orbax import ARRAYS
 from glm_edge.checkpoint.placement import Placement
-from glm_edge.checkpoint.shapes import ARCHITECTURES, check_params
+from glm_edge.checkpoint.shapes import check_params
 from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
 from glm_edge.files import (
@@ -46,6 +46,8 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
+    model: nn.Module | None = None,
+    like: Any = None,
 ) -> tuple[nn.Module, Any]:
     """Opens a checkpoint directory.
 
@@ -66,6 +68,11 @@ def load(
         the default device.
       rules: which logical axis of a parameter is cut along which axis of the mesh, see
         `glm_edge.params.sharding`.
+      model: the module whose parameters the directory holds, where it is not one of this library;
+        its class and its plain fields must be those of the module that was saved.
+      like: parameters of `model`, abstract ones do, such as
+        `jax.eval_shape(model.init, key, x)["params"]`: paths and dense shapes are checked against
+        theirs.
 
     Returns:
       `(model, params)`: a Linen module with its `config`, and its tree of arrays and boxes.
@@ -84,9 +91,11 @@ def load(
     fields = read_json(file_inside(directory, CONFIG))
     placement = Placement(mesh, rules)
     if fields.get("format") == own.FORMAT:
-        model, params = own.read(directory, fields, placement)
+        model, params = own.read(directory, fields, placement, model, like)
         return model, params if dtype is None else boxes.cast(params, dtype)
     if "model_type" in fields:
+        if model is not None:
+            raise CheckpointError(f"{directory}: names its own model; leave out model=")
         return hugging_face.read(directory, fields, dtype, placement)
     raise ConfigError(
         f"{directory / CONFIG}: neither a glm_edge checkpoint ('format': {own.FORMAT!r}) nor a "
@@ -127,12 +136,17 @@ def save(
 ) -> Path:
     """Writes a model and its parameters as a directory that appears whole or not at all.
 
-    How products are computed (`model.compute`) is chosen at run time and not stored.
+    How products are computed (`model.compute`) is chosen at run time and not stored. Of a module
+    that is not one of this library, parameters are stored with their boxes, and `load` is given the
+    module:
+
+        ge.save(module, params, "compressed")
+        module, params = ge.load("compressed", model=module)
 
         ge.save(model, params, "copy", source="path/to/checkpoint")
 
     Args:
-      model: whose configuration is written.
+      model: whose configuration is written; any Linen module.
       params: tree of arrays and boxes; bytes are stored as they are.
       path: directory to create.
       format: `hugging_face` (what transformers opens: dense models of the family), `safetensors`
@@ -154,20 +168,22 @@ def save(
     """
     if format not in (None, *FORMATS):
         raise CheckpointError(f"format {format!r} is unknown; known: {', '.join(FORMATS)}")
-    if type(model).__name__ not in ARCHITECTURES:
-        raise CheckpointError(
-            f"a checkpoint holds one of {', '.join(ARCHITECTURES)}, not a {type(model).__name__}"
-        )
     target = check_writable_name(path)
     if format == "orbax":
         orbax.check_path(target, OutputError)
     contents = {} if source is None else read_companions(source)
     contents |= read_extras(extras)
-    check_params(params, model, str(target))
+    stock = own.is_stock(model)
+    if stock:
+        own.check_stock(model, params, str(target))
+    else:
+        check_params(params, model, str(target))
     for name, array in boxes.to_flat(params)[0].items():
         check_finite(np.asarray(array), f"{target}: tensor {name!r}")
     described = None
-    if format in (None, "hugging_face"):
+    if stock and format == "hugging_face":
+        raise CheckpointError(f"{target}: no Hugging Face member is a {type(model).__name__}")
+    if not stock and format in (None, "hugging_face"):
         described = hugging_face.fields_of(model.config, params)
         if described is None and format:
             raise CheckpointError(

@@ -1,5 +1,7 @@
 """Our own checkpoints: `config.json` with the model and the boxes, and one file of arrays."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from glm_edge.checkpoint.files import (
 from glm_edge.checkpoint.placement import Destination, Placement
 from glm_edge.checkpoint.shapes import (
     ARCHITECTURES,
+    check_against,
     check_depth,
     check_names,
     check_params,
@@ -33,12 +36,15 @@ from glm_edge.files import CONFIG, file_inside, write_json
 
 FORMAT = "glm_edge"
 VERSION = 1
+# The architecture of modules that are not ours.
+STOCK = "linen"
 STORES = ("safetensors", "orbax")
 _STATIC = ("input_scale", "input_zero", "output_scale", "output_zero")
 _FIELDS = {
     "Masked": ("value", "mask"),
     "Quantized": ("data", "scale", "zero", *_STATIC),
     "FakeQuantized": ("value", "scale", "zero"),
+    "Narrow": ("value",),
 }
 _OPTIONAL = ("zero", *_STATIC)
 
@@ -66,35 +72,93 @@ def describe(model: nn.Module, spec: dict[str, Any], store: str = "safetensors")
     """Fields of config.json.
 
     Args:
-      model: whose configuration is written.
+      model: whose configuration is written; of a module that is not one of ours, its class and
+        those of its fields that JSON holds.
       spec: of the boxes, see `glm_edge.params.to_flat`.
       store: `safetensors` or `orbax`.
     """
+    fields = {"format": FORMAT, "version": VERSION, "store": store}
+    if is_stock(model):
+        stock = {"class": type(model).__name__, "fields": _plain_fields(model)}
+        return {**fields, "architecture": STOCK, "module": stock, "params": spec}
+    fields |= {"architecture": type(model).__name__, "config": to_dict(model.config)}
+    return {**fields, "params": spec}
+
+
+def is_stock(model: Any) -> bool:
+    """True for a Linen module whose class a checkpoint cannot name, so that `load` is given it."""
+    return type(model).__name__ not in ARCHITECTURES
+
+
+def check_stock(model: Any, params: Any, where: str) -> None:
+    """Refuses what is not a Linen module with its parameters.
+
+    Args:
+      model: to save.
+      params: its parameters.
+      where: directory, for messages.
+
+    Raises:
+      CheckpointError: an argument is something else, or paths do not tell parameters apart.
+    """
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(
+            f"{where}: model is a {type(model).__name__}, not a Linen module; of nnx, save "
+            "nnx.to_pure_dict(nnx.state(module)) with a Linen module of the same parameters"
+        )
+    leaves = dict(boxes.path_items(params)) if isinstance(params, Mapping) else {}
+    arrays = all(boxes.is_box(leaf) or hasattr(leaf, "dtype") for leaf in leaves.values())
+    if not leaves or not arrays:
+        raise CheckpointError(
+            f"{where}: params is a {type(params).__name__}; it must be the nested dict of "
+            "model.init(...)['params'], arrays and boxes (of a TrainState, its params)"
+        )
+    stored, spec = boxes.to_flat(params)
+    again = dict(boxes.path_items(boxes.from_flat(stored, spec)))
+    if {path: leaf.shape for path, leaf in again.items()} != {
+        path: leaf.shape for path, leaf in leaves.items()
+    }:
+        raise CheckpointError(
+            f"{where}: names of parameters must not hold '/' nor end like a field of a box"
+        )
+
+
+def _plain_fields(module: nn.Module) -> dict[str, Any]:
+    fields = {
+        field.name: getattr(module, field.name, None)
+        for field in dataclasses.fields(module)
+        if field.name not in ("parent", "name")
+    }
+    plain = (bool, int, float, str)
     return {
-        "format": FORMAT,
-        "version": VERSION,
-        "store": store,
-        "architecture": type(model).__name__,
-        "config": to_dict(model.config),
-        "params": spec,
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in fields.items()
+        if all(isinstance(x, plain) for x in (value if isinstance(value, tuple) else (value,)))
     }
 
 
-def build(fields: dict[str, Any], where: Path) -> nn.Module:
+def build(fields: dict[str, Any], where: Path, model: nn.Module | None = None) -> nn.Module:
     """Makes the module that a config.json of ours describes.
 
     Args:
       fields: of the file.
       where: the file, for messages.
+      model: the module itself, for a checkpoint of one that is not ours.
 
     Returns:
       The module, without parameters.
 
     Raises:
-      CheckpointError: the architecture is unknown.
+      CheckpointError: the architecture is unknown, or `model` is missing or another one.
       ConfigError: the configuration is not one.
     """
     architecture = fields.get("architecture", "MultimodalGLM")
+    if architecture == STOCK:
+        return _checked_stock(fields.get("module"), where, model)
+    if model is not None:
+        raise CheckpointError(
+            f"{where}: holds a {architecture!r:.60}, which is built from it; leave out model="
+        )
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{where}: architecture {architecture!r:.60} is unknown; known: "
@@ -105,13 +169,46 @@ def build(fields: dict[str, Any], where: Path) -> nn.Module:
     return module(with_stop_tokens(config, where.parent))
 
 
-def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple[nn.Module, Any]:
+def _checked_stock(stored: Any, where: Path, model: nn.Module | None) -> nn.Module:
+    named = isinstance(stored, dict) and isinstance(stored.get("class"), str)
+    if not named or not isinstance(stored.get("fields"), dict):
+        raise CheckpointError(f"{where}: 'module' must name the class and fields of a module")
+    if model is None:
+        raise CheckpointError(
+            f"{where}: holds the parameters of a {stored['class']!r:.60}, a module of yours; pass "
+            "it: load(path, model=module)"
+        )
+    if type(model).__name__ != stored["class"]:
+        raise CheckpointError(
+            f"{where}: holds the parameters of a {stored['class']!r:.60}, not of a "
+            f"{type(model).__name__}"
+        )
+    fields = _plain_fields(model)
+    for name in sorted(set(fields) & set(stored["fields"])):
+        if fields[name] != stored["fields"][name]:
+            raise CheckpointError(
+                f"{where}: {name} of the module is {stored['fields'][name]!r:.60} in the "
+                f"checkpoint and {fields[name]!r:.60} in model="
+            )
+    return model
+
+
+def read(
+    directory: Path,
+    fields: dict[str, Any],
+    placement: Placement,
+    model: nn.Module | None = None,
+    like: Any = None,
+) -> tuple[nn.Module, Any]:
     """Reads a directory that `write` wrote.
 
     Args:
       directory: of the checkpoint.
       fields: its config.json.
       placement: says on which devices the arrays go.
+      model: see `build`.
+      like: parameters, abstract ones do, whose paths and dense shapes those of a module that is not
+        ours must have; None checks none.
 
     Returns:
       `(model, params)`.
@@ -120,9 +217,9 @@ def read(directory: Path, fields: dict[str, Any], placement: Placement) -> tuple
       CheckpointError: files are missing or damaged, or do not fit the configuration.
       ConfigError: the configuration is not one.
     """
-    source = open_directory(directory, fields)
-    arrays = {}
-    for name, destination in placement.plan(source.params, source.model.config).items():
+    source = open_directory(directory, fields, model, like)
+    arrays, config = {}, getattr(source.model, "config", None)
+    for name, destination in placement.plan(source.params, config).items():
         arrays[name] = destination.put(source.read(name, destination))
     return source.model, boxes.from_flat(arrays, source.spec)
 
@@ -160,7 +257,9 @@ class Source:
         return array
 
 
-def open_directory(directory: Path, fields: dict[str, Any]) -> Source:
+def open_directory(
+    directory: Path, fields: dict[str, Any], model: nn.Module | None = None, like: Any = None
+) -> Source:
     """Checks the headers of a directory; arguments and errors as in `read`."""
     where = directory / CONFIG
     if fields.get("version") != VERSION:
@@ -178,7 +277,7 @@ def open_directory(directory: Path, fields: dict[str, Any]) -> Source:
             f"{where}: 'params' must describe the boxes of the arrays; without it their bytes "
             "have no meaning"
         )
-    model = build(fields, where)
+    model = build(fields, where, model)
     files, restored = {}, {}
     if store == "orbax":
         source = directory / orbax.ARRAYS
@@ -191,12 +290,17 @@ def open_directory(directory: Path, fields: dict[str, Any]) -> Source:
             for name, file in files.items()
         }
     _check_box_fields(stored, spec, source)
-    check_depth(model.config, len(stored), str(source))
+    if not is_stock(model):
+        check_depth(model.config, len(stored), str(source))
     try:
         params = boxes.from_flat(stored, spec)
     except (BoxError, KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{source}: {error}") from error
-    check_params(params, model, str(source))
+    if not is_stock(model):
+        check_params(params, model, str(source))
+    elif like is not None:
+        expected = {path: tuple(leaf.shape) for path, leaf in boxes.path_items(like)}
+        check_against(params, expected, str(source))
     return Source(model, params, spec, files, restored)
 
 
@@ -213,7 +317,8 @@ def _tensor_files(directory: Path, names: Any) -> dict[str, SafetensorsFile]:
 def _check_box_fields(arrays: dict[str, Any], spec: dict[str, Any], source: Path) -> None:
     """Every array of a described box is a field of it, so that none is dropped in silence."""
     for path, static in spec.items():
-        known = _FIELDS.get(static.get("box"))
+        kind = static.get("box")
+        known = _FIELDS.get(kind) if isinstance(kind, str) else None
         if known is None:
             raise CheckpointError(
                 f"{source}: parameter {path!r:.200}: unknown box {static.get('box')!r:.60}; known: "

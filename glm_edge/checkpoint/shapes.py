@@ -173,7 +173,20 @@ def check_params(params: Any, model: nn.Module, where: str) -> None:
     Raises:
       CheckpointError: a parameter is missing, has no place, or is of another dense shape.
     """
-    expected = expected_shapes(model)
+    check_against(params, expected_shapes(model), where)
+
+
+def check_against(params: Any, expected: Shapes, where: str) -> None:
+    """Refuses a tree of arrays and boxes whose paths or dense shapes are others.
+
+    Args:
+      params: tree of arrays and boxes.
+      expected: shape of each parameter by path.
+      where: file or directory, for the message.
+
+    Raises:
+      CheckpointError: a parameter is missing, has no place, or is of another dense shape.
+    """
     found = {path: tuple(leaf.shape) for path, leaf in path_items(params)}
     check_names(found, expected, where)
     for path, shape in found.items():

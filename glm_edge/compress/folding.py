@@ -137,7 +137,10 @@ def residual(config: GLMConfig) -> Residual:
       RecipeError: the stream cannot be rotated; the message says why.
     """
     if not isinstance(config, GLMConfig):
-        raise RecipeError("only a GLM has a residual stream that can be rotated: residual=False")
+        raise RecipeError(
+            "quantize.rotate: only a GLM has a residual stream that can be rotated; pass "
+            "residual=False to rotate the values of heads alone"
+        )
     if config.decoder.sandwich_norm:
         raise RecipeError(
             f"{config.name}: norms after attention and feed-forward (sandwich_norm) scale the "

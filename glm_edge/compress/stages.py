@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from glm_edge.compress import batches
+from glm_edge.compress.readings import Reading, watched
 from glm_edge.models.glm import Layer
-from glm_edge.models.layers import Linear
 from glm_edge.models.multimodal import MultimodalGLM, place_features
 from glm_edge.models.speech import SpeechEncoder, SpeechLayer
 from glm_edge.models.vision import VisionEncoder, VisionLayer
@@ -150,6 +150,23 @@ class Stage:
                 total[path] = statistic.join(total[path], value) if path in total else value
         return total
 
+    def watch(self, leaves: Leaves, state: State, note: Callable[[Reading], None]) -> None:
+        """Runs one batch abstractly and notes how each layer reads its weights.
+
+        Args:
+          leaves: parameters by their full path, borrowed ones included.
+          state: of one batch before the stage.
+          note: called with each reading, whose path is the full one.
+        """
+        prefix = f"{self.root}/" if self.root else ""
+
+        def run(params: Any, state: State) -> Any:
+            with watched(lambda reading: note(reading._replace(path=prefix + reading.path))):
+                return self.module.apply({"params": params}, state, method=self.forward)
+
+        if self.reads in state:
+            jax.eval_shape(run, self._params(leaves), state)
+
     def readers(self, leaves: Leaves, state: State) -> list[tuple[str, ...]]:
         """Weights that read the same rows, group by group in the order in which they run.
 
@@ -157,25 +174,33 @@ class Stage:
           leaves: parameters by their full path, borrowed ones included.
           state: of one batch before the stage.
         """
-        # The rows are kept, so that no two of them have one address.
-        groups: dict[int, tuple[Any, list[str]]] = {}
+        # The arrays are kept, so that no two of them have one address.
+        groups: dict[Any, tuple[Any, list[str]]] = {}
 
-        def see(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            linear = isinstance(context.module, nn.Dense | Linear)
-            if linear and context.method_name == "__call__":
-                leaf = "weight" if isinstance(context.module, Linear) else "kernel"
-                path = "/".join((*context.module.path, leaf))
-                found = groups.setdefault(id(args[0]), (args[0], []))[1]
-                found.append(f"{self.root}/{path}" if self.root else path)
-            return call(*args, **kwargs)
+        def see(reading: Reading) -> None:
+            if reading.rows is not None:
+                group = groups.setdefault((id(reading.x), reading.kind), (reading.x, []))
+                group[1].append(reading.path)
 
-        def run(params: Any, state: State) -> Any:
-            with nn.intercept_methods(see):
-                return self.module.apply({"params": params}, state, method=self.forward)
-
-        if self.reads in state:
-            jax.eval_shape(run, self._params(leaves), state)
+        self.watch(leaves, state, see)
         return [tuple(dict.fromkeys(paths)) for _, paths in groups.values()]
+
+    def unseen(self, leaves: Leaves, states: Iterable[State]) -> dict[str, str]:
+        """Why the inputs of a weight cannot be seen, by path; weights that are seen are absent."""
+        reasons: dict[str, str] = {}
+        seen: set[str] = set()
+
+        def see(reading: Reading) -> None:
+            if reading.rows is not None:
+                seen.add(reading.path)
+            else:
+                reasons.setdefault(reading.path, reading.reason)
+
+        for state in states:
+            if self.reads in state:
+                self.watch(leaves, state, see)
+                break
+        return {path: reason for path, reason in reasons.items() if path not in seen}
 
     def _params(self, leaves: Leaves) -> Any:
         start = len(self.root) + 1 if self.root else 0
@@ -195,27 +220,23 @@ def _run(
 ) -> tuple[State, dict[str, Any]]:
     if measure is None:
         return module.apply({"params": params}, state, method=forward), {}
-    rows: dict[str, Array] = {}
-
-    def see(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
-            seen = args[0].reshape(-1, args[0].shape[-1])
-            rows["/".join((*context.module.path, "kernel"))] = seen
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(see):
-        state, variables = module.apply(
-            {"params": params}, state, method=forward, mutable=["inputs"]
-        )
-    for path, sown in jax.tree_util.tree_flatten_with_path(variables.get("inputs", {}))[0]:
-        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        rows["/".join((*names[:-1], "weight"))] = sown
+    rows: dict[str, list[Array]] = {}
+    readings: list[Reading] = []
+    with watched(readings.append):
+        module.apply({"params": params}, state, method=forward)
+    # Patches of a convolution are another run of its layer, which is not to be watched itself.
+    for reading in readings:
+        if reading.rows is not None and (wanted is None or reading.path in wanted):
+            rows.setdefault(reading.path, []).append(reading.rows())
     # Without the state, the compiler leaves out what the statistic does not need.
     return {}, {
-        path: measure(seen.astype(jnp.float32))
-        for path, seen in rows.items()
-        if wanted is None or path in wanted
+        path: measure(_joined_rows(calls).astype(jnp.float32)) for path, calls in rows.items()
     }
+
+
+def _joined_rows(calls: list[Array]) -> Array:
+    """Rows [N, in] of all calls of a layer."""
+    return jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in calls])
 
 
 def stages(model: nn.Module) -> tuple[Stage, ...]:

@@ -4,8 +4,12 @@ Such a transform is one function of a `StageWork`. The same function serves a ca
 chain, and `compress_checkpoint`, which holds one stage at a time.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,11 +19,13 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
+from glm_edge.compress.readings import UNWATCHED, Layouts, layouts_of
 from glm_edge.compress.report import Report, Row
 from glm_edge.compress.stages import Leaves, Stage, State, Statistic, first_states, stages
 from glm_edge.compress.transform import Context, Result, Transform, register
-from glm_edge.errors import RecipeError
+from glm_edge.errors import DataError, RecipeError
 from glm_edge.params import Quantized
+from glm_edge.params.layouts import Layout
 from glm_edge.params.tree import Params, nested
 
 NEEDS = ("nothing", "inputs", "both")
@@ -103,6 +109,7 @@ class StageWork(View):
       model: the whole model.
       selected: paths that the transform's `where` selects here, none of them quantized yet.
       named: all that it matches here, quantized or not.
+      layouts: which axes of each parameter are inputs; reading one that is not known raises.
       original: the same stage before any rounding, with its own inputs; only for needs="both".
       context: of the transform.
       rng: a key of this stage, or None.
@@ -112,14 +119,26 @@ class StageWork(View):
     model: nn.Module | None = None
     selected: tuple[str, ...] = ()
     named: tuple[str, ...] = ()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     original: View | None = None
     context: Context | None = None
     rng: Array | None = None
     done: Callable[[str], None] = lambda path: None
+    _reasons: dict[str, str] | None = None
 
     def advance(self, path: str) -> None:
         """Tells the progress callback that a parameter is finished."""
         self.done(path)
+
+    def columns(self, path: str) -> int:
+        """Inputs of a matrix."""
+        return self.layouts[path].extent(self.leaves[path].shape)[1]
+
+    def unseen(self, path: str) -> str:
+        """Why calibration cannot see the inputs of a weight."""
+        if self._reasons is None:
+            self._reasons = self.stage.unseen(self._all(None), self.states)
+        return self._reasons.get(path, UNWATCHED)
 
 
 class Stagewise(NamedTuple):
@@ -132,15 +151,15 @@ class Stagewise(NamedTuple):
         through the uncompressed model. A function of the options says which where they decide.
       rounds: refuses a `where` that names what is quantized already.
       exact: leaves the function of the model as it was.
-      check: called as `check(name, {path: shape}, options)` before anything is computed, and raises
-        where the options do not fit the selected parameters.
+      check: called as `check(name, {path: (out, in)}, options)` before anything is computed, and
+        raises where the options do not fit the selected parameters.
     """
 
     compress_stage: Callable[..., Replaced]
     needs: str | Callable[[Mapping[str, Any]], str] = "nothing"
     rounds: bool = True
     exact: bool = False
-    check: Callable[[str, Mapping[str, tuple[int, ...]], Mapping[str, Any]], None] | None = None
+    check: Callable[[str, Mapping[str, tuple[int, int]], Mapping[str, Any]], None] | None = None
 
 
 _REGISTRY: dict[str, Stagewise] = {}
@@ -186,7 +205,7 @@ def apply_by_stage(
     """Applies a registered transform in memory."""
     step = Step(name, options, context.rng)
     leaves = dict(boxes.path_items(params))
-    step.select(leaves, set())
+    step.select(leaves, set(), model, context.calibration)
     walk = Walk(model, [step], context)
     reference = None
     if step.needs == "both":
@@ -199,7 +218,73 @@ def apply_by_stage(
         leaves.update(after)
         rows += found
     changed = nested(leaves)
-    return model, changed, Report.of(rows, params, changed, notes=walk.notes)
+    notes = (*walk.notes, *fallback_notes(rows))
+    return model, changed, Report.of(rows, params, changed, notes=notes)
+
+
+def fallback_notes(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Notes that count what calibration could not see, with the reasons.
+
+    Args:
+      rows: of the report; an action says `to nearest: reason` or `by magnitude: reason`.
+    """
+    reasons: dict[tuple[str, str], Counter[str]] = {}
+    for row in rows:
+        fallback = re.search(r"[( ](to nearest|by magnitude): (.+)\)$", row.action)
+        if fallback:
+            reasons.setdefault((row.transform, fallback[1]), Counter())[fallback[2]] += 1
+    totals = Counter(row.transform for row in rows)
+    return tuple(
+        f"{name}: {sum(counts.values())} of {totals[name]} matrices went {how}, as calibration "
+        f"does not see their inputs: {'; '.join(f'{n} as {why}' for why, n in counts.items())}"
+        for (name, how), counts in reasons.items()
+    )
+
+
+class _Extents(Mapping[str, tuple[int, int]]):
+    """`(out, in)` by path; reading one that is not known raises RecipeError."""
+
+    def __init__(self, layouts: Layouts, leaves: Leaves, paths: Iterable[str]):
+        self._layouts, self._leaves, self._paths = layouts, leaves, sorted(paths)
+
+    def __getitem__(self, path: str) -> tuple[int, int]:
+        return self._layouts[path].extent(tuple(self._leaves[path].shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def layouts_in(
+    name: str,
+    model: nn.Module | None,
+    leaves: Leaves,
+    calibration: Sequence[batches.Batch] | None,
+    stacked: str | None,
+) -> Layouts:
+    """Tells which axes of each parameter are inputs, see `glm_edge.compress.readings.layouts_of`.
+
+    Args:
+      name: of the transform, for messages.
+      model: Linen module, or None.
+      leaves: its parameters by path.
+      calibration: batches of which the first shows how the model reads its parameters, or None.
+      stacked: see `glm_edge.quantize.rtn`.
+
+    Raises:
+      RecipeError: `stacked` names a parameter that is no stack.
+    """
+    watch = None
+    if calibration is not None and isinstance(model, nn.Module):
+        with contextlib.suppress(DataError):
+            # A transform that reads no data may be called with batches of any kind.
+            states = first_states(model, itertools.islice(calibration, 1))
+            (stage,) = stages(model) if len(stages(model)) == 1 else (None,)
+            if states and stage is not None:
+                watch = functools.partial(stage.watch, leaves, states[0])
+    return layouts_of(name, model, leaves, stacked, watch)
 
 
 def _compared_with(leaves: Leaves, context: Context) -> Leaves:
@@ -220,13 +305,22 @@ class Step:
         self.needs = asked(self.options) if callable(asked) else asked
         self.selected: frozenset[str] = frozenset()
         self.named: frozenset[str] = frozenset()
+        self.layouts: Mapping[str, Layout] = {}
 
-    def select(self, leaves: Leaves, rounded: set[str]) -> None:
+    def select(
+        self,
+        leaves: Leaves,
+        rounded: set[str],
+        model: nn.Module | None = None,
+        calibration: Sequence[batches.Batch] | None = None,
+    ) -> None:
         """Notes which parameters the step acts on, and adds them to `rounded`.
 
         Args:
           leaves: all parameters of the model by path; abstract arrays do.
           rounded: paths that earlier steps of the same walk round.
+          model: that reads the parameters.
+          calibration: batches for it, or None.
 
         Raises:
           RecipeError: the pattern matches nothing, or what is quantized already.
@@ -245,9 +339,10 @@ class Step:
         self.selected = self.named - frozenset(again)
         if self.kind.rounds:
             rounded |= self.selected
+        stacked = self.options.get("stacked")
+        self.layouts = layouts_in(self.name, model, leaves, calibration, stacked)
         if self.kind.check is not None:
-            shapes = {path: tuple(leaves[path].shape) for path in sorted(self.selected)}
-            self.kind.check(self.name, shapes, self.options)
+            self.kind.check(self.name, _Extents(self.layouts, leaves, self.selected), self.options)
 
 
 class Walk:
@@ -343,6 +438,7 @@ class Walk:
             model=self.model,
             selected=tuple(path for path in leaves if path in step.selected),
             named=tuple(path for path in leaves if path in step.named),
+            layouts=step.layouts,
             original=self._view_original(stage, original) if step.needs == "both" else None,
             context=self.context,
             rng=None if rng is None else jax.random.fold_in(rng, self.stages.index(stage)),

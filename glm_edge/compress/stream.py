@@ -23,7 +23,7 @@ from glm_edge.compress import recipe as recipes
 from glm_edge.compress.report import Report, Row
 from glm_edge.compress.rounding.gptq import SEARCHED
 from glm_edge.compress.stages import Leaves
-from glm_edge.compress.stagewise import Step, Walk, stagewise
+from glm_edge.compress.stagewise import Step, Walk, fallback_notes, stagewise
 from glm_edge.compress.training_state import difference, machine
 from glm_edge.compress.transform import CHAIN, Batch, Context, Progress, Transform
 from glm_edge.errors import OutputError, RecipeError
@@ -91,7 +91,7 @@ def compress_checkpoint(
     steps = _steps(recipe, rng)
     rounded: set[str] = set()
     for step in steps:
-        step.select(opened.abstract, rounded)
+        step.select(opened.abstract, rounded, opened.model)
     model = opened.model.clone(compute=compute)
     walk = Walk(model, steps, Context(calibration, rng, (model, {}), progress, tuple(without)))
     copied = read_extras(extras)
@@ -118,7 +118,12 @@ def compress_checkpoint(
             spec |= described
             rows += found
         report = Report(
-            tuple(rows), before.bytes, after.bytes, before.count, after.count, notes=walk.notes
+            tuple(rows),
+            before.bytes,
+            after.bytes,
+            before.count,
+            after.count,
+            notes=(*walk.notes, *fallback_notes(rows)),
         )
         _finish(partial, opened, spec, names, report, copied)
     return report

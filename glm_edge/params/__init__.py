@@ -4,12 +4,14 @@ from glm_edge.params import sharding
 from glm_edge.params.boxes import (
     FakeQuantized,
     Masked,
+    Narrow,
     Quantized,
     array_fields,
     dense,
     fake_quantized,
     is_box,
     mask,
+    narrow,
     quantized,
 )
 from glm_edge.params.flat import from_flat, to_flat
@@ -32,6 +34,7 @@ __all__ = [
     "FakeQuantized",
     "Format",
     "Masked",
+    "Narrow",
     "Quantized",
     "array_fields",
     "cast",
@@ -47,6 +50,7 @@ __all__ = [
     "lookup",
     "map_with_path",
     "mask",
+    "narrow",
     "partition",
     "path_items",
     "quantized",

@@ -20,6 +20,7 @@ from jax import Array
 
 from glm_edge.errors import BoxError
 from glm_edge.kernels import grid, packing
+from glm_edge.params.formats import FLOATING as DENSE
 from glm_edge.params.formats import Format
 
 
@@ -91,7 +92,9 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
       format: type, grouping, symmetry, types of scales and zero points.
       columns: `in`.
       kernel_shape: empty for a weight kept `[out, in]`; else the trailing shape of a stock kernel
-        `[..., in, out]` that `unbox()` transposes and reshapes back to.
+        that `unbox()` transposes and reshapes back to.
+      kernel_axes: axes of `kernel_shape`, inputs before outputs, where the kernel has them in
+        another order; else empty.
       dtype: type of the dense weight.
     """
 
@@ -105,6 +108,7 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
     format: Format = struct.field(pytree_node=False, default=Format())
     columns: int = struct.field(pytree_node=False, default=0)
     kernel_shape: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    kernel_axes: tuple[int, ...] = struct.field(pytree_node=False, default=())
     dtype: str = struct.field(pytree_node=False, default="float32")
 
     @property
@@ -128,7 +132,7 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
 
     def unbox(self) -> Array:
         """Returns the dense weight."""
-        return _as_kernel(self.rows().astype(self.dtype), self.kernel_shape)
+        return _as_kernel(self.rows().astype(self.dtype), self.kernel_shape, self.kernel_axes)
 
     def replace_boxed(self, val: Array) -> Array:
         """Returns `val` unboxed: a changed value no longer lies on this box's grid."""
@@ -148,6 +152,7 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
       zero: None, or zero points like `scale`; integers do not train.
       format: to train for.
       kernel_shape: as in `Quantized`.
+      kernel_axes: as in `Quantized`.
       dtype: type of the dense weight.
 
     References:
@@ -159,6 +164,7 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
     zero: Array | None
     format: Format = struct.field(pytree_node=False, default=Format())
     kernel_shape: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    kernel_axes: tuple[int, ...] = struct.field(pytree_node=False, default=())
     dtype: str = struct.field(pytree_node=False, default="float32")
     trainable: ClassVar[tuple[str, ...]] = ("value", "scale")
 
@@ -182,23 +188,62 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
         scale = self.stored_scale()
         scale = grid.with_gradient_of(scale * (group * reach) ** -0.5, scale)
         dense = grid.straight_through(self.value, scale, self.zero, self.format.qtype)
-        return _as_kernel(dense.astype(self.dtype), self.kernel_shape)
+        return _as_kernel(dense.astype(self.dtype), self.kernel_shape, self.kernel_axes)
 
     def finalize(self) -> Quantized:
         """Returns the packed box whose dense weight is this one's."""
         scale = self.stored_scale().astype(self.format.scale_dtype)
         codes = grid.encode(self.value, scale, self.zero, self.format.qtype)
-        return quantized(codes, scale, self.zero, self.format, self.kernel_shape, self.dtype)
+        box = quantized(codes, scale, self.zero, self.format, self.kernel_shape, self.dtype)
+        return box.replace(kernel_axes=self.kernel_axes)
 
     def replace_boxed(self, val: Array) -> Array:
         """Returns `val` unboxed."""
         return val
 
 
-def _as_kernel(rows: Array, kernel_shape: tuple[int, ...]) -> Array:
-    if not kernel_shape:
+class Narrow(struct.PyTreeNode, _Box):
+    """A weight of a stock module in a narrower floating type: `unbox()` widens it again.
+
+    A stock layer computes in the widest type of its inputs and parameters, so bare bfloat16 weights
+    would change the types of activations, which `nn.scan` refuses. Build with `narrow`.
+
+    Attributes:
+      value: weight, of the parameter's own shape.
+      dtype: type of the dense weight.
+    """
+
+    value: Array
+    dtype: str = struct.field(pytree_node=False, default="float32")
+    trainable: ClassVar[tuple[str, ...]] = ("value",)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        return self.value.shape
+
+    def unbox(self) -> Array:
+        """Returns the dense weight."""
+        return self.value.astype(self.dtype)
+
+    def replace_boxed(self, val: Array) -> Array:
+        """Returns `val` unboxed."""
+        return val
+
+
+_FLOAT_BITS = {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7)}
+
+
+def _as_kernel(rows: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    if not shape:
         return rows
-    return jnp.swapaxes(rows, -1, -2).reshape(*rows.shape[:-2], *kernel_shape)
+    stack = rows.shape[:-2]
+    columns = jnp.swapaxes(rows, -1, -2)
+    if not axes:
+        return columns.reshape(*stack, *shape)
+    ordered = columns.reshape(*stack, *(shape[axis] for axis in axes))
+    back = sorted(range(len(axes)), key=axes.__getitem__)
+    return ordered.transpose(*range(len(stack)), *(len(stack) + axis for axis in back))
 
 
 def is_box(node: Any) -> bool:
@@ -231,6 +276,25 @@ def mask(value: Array, keep: Array) -> Masked:
     if value.shape != keep.shape or keep.dtype != jnp.bool_:
         raise BoxError(f"mask must be bool of shape {value.shape}, found {keep.dtype} {keep.shape}")
     return Masked(value=value, mask=keep)
+
+
+def narrow(value: Array, dtype: Any) -> Narrow:
+    """Boxes a weight that is stored in a narrower type than its module computes with.
+
+    Args:
+      value: weight of any shape, of a floating type.
+      dtype: type of the dense weight.
+
+    Returns:
+      The box.
+
+    Raises:
+      BoxError: a type is not a floating one.
+    """
+    dtype = str(jnp.dtype(dtype))
+    if dtype not in DENSE or str(value.dtype) not in DENSE:
+        raise BoxError(f"types must be of {', '.join(DENSE)}, found {value.dtype} and {dtype}")
+    return Narrow(value, dtype)
 
 
 def quantized(
@@ -339,6 +403,8 @@ def describe(box: Any) -> dict[str, Any]:
     }
     if "format" in static:
         static |= {"format": asdict(box.format), "kernel_shape": list(box.kernel_shape)}
+        axes = static.pop("kernel_axes")
+        static |= {"kernel_axes": list(axes)} if axes else {}
     return {"box": type(box).__name__, **static}
 
 
@@ -349,16 +415,24 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
       BoxError: the description names no known box, or the arrays do not fit it.
     """
     kind = static.get("box")
+    if not isinstance(kind, str) or kind not in BOXES:
+        raise BoxError(f"unknown box {kind!r:.60}; known: {', '.join(BOXES)}")
     if kind == "Masked":
         return mask(fields["value"], fields["mask"])
-    if kind not in BOXES:
-        raise BoxError(f"unknown box {kind!r}; known: {', '.join(BOXES)}")
+    dtype = static.get("dtype")
+    if dtype not in DENSE:
+        raise BoxError(f"dtype must be one of {', '.join(DENSE)}, found {dtype!r:.60}")
+    if kind == "Narrow":
+        return narrow(fields["value"], dtype)
     format, kernel_shape = Format(**static["format"]), tuple(static["kernel_shape"])
-    dtype = str(jnp.dtype(static["dtype"]))
+    axes = tuple(static.get("kernel_axes", ()))
+    if axes and sorted(axes) != list(range(len(kernel_shape))):
+        raise BoxError(f"kernel_axes {axes} do not name the axes of {kernel_shape}")
     if kind == "FakeQuantized":
-        return fake_quantized(
+        box = fake_quantized(
             fields["value"], fields["scale"], fields.get("zero"), format, kernel_shape, dtype
         )
+        return box.replace(kernel_axes=axes)
     columns, data = static["columns"], fields["data"]
     width = packing.packed_columns(columns, format.qtype)
     stored = packing.stored_dtype(format.qtype)
@@ -376,7 +450,10 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
     grids = _static_grid(fields, "input", data), _static_grid(fields, "output", data)
     if grids[0][0] is None and grids[1][0] is not None:
         raise BoxError("output_scale needs input_scale: products have a grid where inputs do")
-    return Quantized(data, scale, zero, *grids[0], *grids[1], format, columns, kernel_shape, dtype)
+    if kernel_shape and math.prod(kernel_shape) != data.shape[-2] * columns:
+        raise BoxError(f"kernel_shape {kernel_shape} does not hold {data.shape[-2]} x {columns}")
+    static = (format, columns, kernel_shape, axes, dtype)
+    return Quantized(data, scale, zero, *grids[0], *grids[1], *static)
 
 
 def _static_grid(
@@ -390,7 +467,12 @@ def _static_grid(
     return scale, zero
 
 
-BOXES = {"Masked": Masked, "Quantized": Quantized, "FakeQuantized": FakeQuantized}
+BOXES = {
+    "Masked": Masked,
+    "Quantized": Quantized,
+    "FakeQuantized": FakeQuantized,
+    "Narrow": Narrow,
+}
 
 
 def array_fields(box: Any) -> dict[str, Any]:

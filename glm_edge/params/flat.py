@@ -15,6 +15,7 @@ REQUIRED = {
     "Masked": {"value", "mask"},
     "Quantized": {"data", "scale"},
     "FakeQuantized": {"value", "scale"},
+    "Narrow": {"value"},
 }
 
 
@@ -51,7 +52,8 @@ def from_flat(arrays: dict[str, Array], spec: Spec) -> Params:
     for path, static in spec.items():
         names = [name for name in plain if name.rpartition(".")[0] == path]
         fields = {name.rpartition(".")[2]: plain.pop(name) for name in names}
-        required = REQUIRED.get(static.get("box"), set())
+        kind = static.get("box")
+        required = REQUIRED.get(kind, set()) if isinstance(kind, str) else set()
         if required - set(fields):
             raise BoxError(f"{path}: array {sorted(required - set(fields))[0]!r} is missing")
         try:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from glm_edge.errors import BoxError
 from glm_edge.kernels import grid, packing
 
+# Types of dense weights and of scales.
 FLOATING = ("float32", "float16", "bfloat16")
 PLAIN = ("float16", "bfloat16")
 QTYPES = (*packing.QTYPES, *PLAIN)

@@ -13,6 +13,7 @@ from glm_edge.kernels import grid, matmul
 from glm_edge.models.layers import Embed, Linear
 from glm_edge.params import Format
 from glm_edge.params.boxes import describe, rebuild
+from glm_edge.params.layouts import Layout
 
 FORMATS = [
     Format("int8"),
@@ -28,7 +29,8 @@ def weight(*shape, seed=0):
 
 
 def quantize(leaf, format, name="weight"):
-    return quantize_leaf(name, leaf, format)[0]
+    layout = Layout(0, tuple(range(leaf.ndim - 1))) if name == "kernel" else None
+    return quantize_leaf(name, leaf, format, layout=layout)[0]
 
 
 def test_masked_unboxes_to_value_times_mask_and_masks_accumulate():

@@ -11,7 +11,8 @@ from glm_edge.compress.prune.arrays import shrunk_report
 from glm_edge.compress.prune.depth import shrink_depth
 from glm_edge.compress.prune.encoders import shrink_encoder
 from glm_edge.compress.prune.masking import units_left
-from glm_edge.compress.prune.shapes import HEAD, LAYER, NEURON, VOCAB, Pool, Shape, extent
+from glm_edge.compress.prune.model_scores import extents
+from glm_edge.compress.prune.shapes import HEAD, LAYER, NEURON, VOCAB, Pool, Shape
 from glm_edge.compress.prune.structured import Kept, shrink
 from glm_edge.compress.prune.tokens import named_tokens
 from glm_edge.compress.prune.units import unit_pools
@@ -137,7 +138,7 @@ def _thinned(
     model: nn.Module, kind: str, leaves: Mapping[str, Any]
 ) -> list[tuple[Pool, np.ndarray]]:
     """Pools of which some units are masked, with those that are left, bool [g, u]."""
-    sizes = {path: extent(path, leaf.shape) for path, leaf in leaves.items() if leaf.shape}
+    sizes = extents(leaves)
     pools = unit_pools(NAME, model, Shape(kind), sizes, list(leaves))
     found = [(pool, units_left(pool, leaves)) for pool in pools]
     return [(pool, left) for pool, left in found if left is not None and not left.all()]

@@ -7,6 +7,7 @@ from glm_edge.compress.prune.mask import mask_model
 from glm_edge.compress.prune.masking import TENSOR, Masking
 from glm_edge.compress.prune.shapes import SINGLE, Shape
 from glm_edge.compress.prune.weight_scores import Score
+from glm_edge.compress.quantize.options import spelled_out
 from glm_edge.compress.transform import (
     Context,
     Result,
@@ -22,7 +23,12 @@ NAME = "prune.magnitude"
 SCOPES = ("tensor", "global")
 
 
-def magnitude(sparsity: float, where: str | None = None, scope: str = "tensor") -> Transform:
+def magnitude(
+    sparsity: float,
+    where: str | None = None,
+    scope: str = "tensor",
+    stacked: str | None = None,
+) -> Transform:
     """Masks the weights of least magnitude in any Linen module's parameters.
 
     As `mask`, of which it is the simplest case: exactly `round(sparsity * size)` weights are
@@ -35,6 +41,7 @@ def magnitude(sparsity: float, where: str | None = None, scope: str = "tensor") 
       sparsity: fraction of zeros, in 0..1, below 1.
       where: regular expression searched in each path; None masks every matrix.
       scope: `tensor` prunes this fraction of each matrix, `global` of all of them together.
+      stacked: see `mask`.
 
     Returns:
       The transform.
@@ -48,10 +55,11 @@ def magnitude(sparsity: float, where: str | None = None, scope: str = "tensor") 
       https://arxiv.org/abs/1506.02626.
     """
     check_pattern(NAME, "where", where)
+    check_pattern(NAME, "stacked", stacked)
     check_fraction(NAME, sparsity=sparsity)
     if scope not in SCOPES:
         raise RecipeError(f"{NAME}: scope must be tensor or global, not {scope!r}")
-    return Transform(NAME, {"sparsity": sparsity, "where": where, "scope": scope})
+    return Transform(NAME, spelled_out(locals()))
 
 
 def _apply_magnitude(
@@ -61,6 +69,7 @@ def _apply_magnitude(
     sparsity: float,
     where: str | None,
     scope: str,
+    stacked: str | None,
 ) -> Result:
     masking = Masking(
         name=NAME,
@@ -72,7 +81,7 @@ def _apply_magnitude(
         ties=allocations.FIRST,
         levels=(),
     )
-    return mask_model(masking, where, model, params, context)
+    return mask_model(masking, where, model, params, context, stacked)
 
 
 register(NAME, magnitude, _apply_magnitude)

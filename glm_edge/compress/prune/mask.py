@@ -1,7 +1,7 @@
 """Masks: what is scored, in which shape it goes, and how much of it where."""
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,10 +19,19 @@ from glm_edge.compress.prune.masking import (
     without_masked,
 )
 from glm_edge.compress.quantize.options import spelled_out
+from glm_edge.compress.readings import UNWATCHED
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.stagewise import Replaced, StageWork, apply_by_stage, register_stagewise
+from glm_edge.compress.stagewise import (
+    Replaced,
+    StageWork,
+    apply_by_stage,
+    fallback_notes,
+    layouts_in,
+    register_stagewise,
+)
 from glm_edge.compress.transform import Context, Result, Transform
 from glm_edge.errors import RecipeError
+from glm_edge.params.layouts import Layout
 from glm_edge.params.tree import Params
 
 NAME = "prune.mask"
@@ -40,6 +49,7 @@ def mask(
     levels: Sequence[float] = LEVELS,
     budget_bytes: int | None = None,
     budget_flops: int | None = None,
+    stacked: str | None = None,
 ) -> Transform:
     """Masks what scores lowest; arrays keep their shapes.
 
@@ -85,6 +95,8 @@ def mask(
         stored bytes of all parameters once it is, by `compact`.
       budget_flops: likewise, floating-point operations of the products with what is left of the
         selected weights, for one row of inputs each: two a weight.
+      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
+        where the model itself does not show it; each layer is masked as a matrix of its own.
 
     Returns:
       The transform.
@@ -117,12 +129,14 @@ def _mask_stage(work: StageWork, **options: Any) -> Replaced:
         return {}, []
     score, shape = masking.score, masking.shape
     by_row = masking.within == ROW
-    pools = model_scores.pools_of(NAME, shape, work.model, work.leaves, work.selected, by_row)
+    pools = model_scores.pools_of(
+        NAME, shape, work.model, work.leaves, work.selected, work.layouts, by_row
+    )
     rows = model_scores.matrices_of(pools, work.leaves)
     met = {}
     if score.reads_inputs:
         met = work.collect(model_scores.statistic_of(score, shape), paths=work.selected)
-    # What no input is seen to meet, such as an embedding, goes by magnitude.
+    # Where calibration sees no inputs, such as those of an embedding, weights go by magnitude.
     if score.kind == "activation":
         model_scores.refuse_unmet(NAME, score, rows, met)
     scores = model_scores.from_weights(NAME, score, shape, pools, rows, met, work.rng)
@@ -131,29 +145,29 @@ def _mask_stage(work: StageWork, **options: Any) -> Replaced:
     masked = masked_leaves(masking, work.leaves, pools, scores, counts)
     for path in masked:
         work.advance(path)
-    return masked, _table(masking, work.leaves, masked, met)
+    reasons = {path: work.unseen(path) for path in masked if path not in met}
+    return masked, _table(masking, work.leaves, masked, reasons)
 
 
 def _needs(options: Mapping[str, Any]) -> str:
     return "inputs" if Masking.of(NAME, options).score.reads_inputs else "nothing"
 
 
-def _check(name: str, sizes: Mapping[str, tuple[int, ...]], options: Mapping[str, Any]) -> None:
+def _check(name: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str, Any]) -> None:
     masking = Masking.of(name, options)
     if not masking.by_stage:
         raise RecipeError(
             f"{name}: {masking.label} under {masking.allocation} allocation needs the whole model "
             "in memory; load the checkpoint and call the recipe"
         )
-    shapes.matrix_pools(
-        masking.shape, {path: shapes.extent(path, size) for path, size in sizes.items()}
-    )
+    if masking.shape.kind != shapes.SINGLE:
+        shapes.matrix_pools(masking.shape, sizes, dict.fromkeys(sizes, Layout()))
 
 
 def _apply_mask(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
     masking = Masking.of(NAME, options)
     if not masking.by_stage:
-        return mask_model(masking, options["where"], model, params, context)
+        return mask_model(masking, options["where"], model, params, context, options.get("stacked"))
     model, masked, report = apply_by_stage(NAME, model, params, context, **options)
     paths = {row.path for row in report.rows}
     found = [leaf for path, leaf in boxes.path_items(masked) if path in paths]
@@ -167,7 +181,12 @@ register_stagewise(
 
 
 def mask_model(
-    masking: Masking, where: str | None, model: nn.Module, params: Params, context: Context
+    masking: Masking,
+    where: str | None,
+    model: nn.Module,
+    params: Params,
+    context: Context,
+    stacked: str | None = None,
 ) -> Result:
     """Masks a model that is in memory as a whole.
 
@@ -177,6 +196,7 @@ def mask_model(
       model: Linen module; any object where scores come from weights alone.
       params: its parameters.
       context: with calibration where the score or the allocation reads it.
+      stacked: regular expression, see `mask`.
 
     Returns:
       `(model, params, report)`.
@@ -187,7 +207,8 @@ def mask_model(
     """
     name, score, leaves = masking.name, masking.score, dict(boxes.path_items(params))
     chosen, by_row = boxes.select(params, where), masking.within == ROW
-    pools = model_scores.pools_of(name, masking.shape, model, leaves, chosen, by_row)
+    layouts = layouts_in(name, model, leaves, context.calibration, stacked)
+    pools = model_scores.pools_of(name, masking.shape, model, leaves, chosen, layouts, by_row)
     notes, held_out = (), {}
     if masking.reads:
         batches.check(model, context.calibration, name, context.without)
@@ -209,7 +230,9 @@ def mask_model(
         context.advance(f"{name}: {path}", index + 1, len(masked))
     pruned = boxes.map_with_path(lambda path, leaf: masked.get(path, leaf), params)
     notes = (*notes, *mask_notes(masking.shape, masked.values()))
-    table = _table(masking, leaves, masked, met)
+    reasons = {path: UNWATCHED for path in masked if path not in met}
+    table = _table(masking, leaves, masked, reasons)
+    notes = (*notes, *fallback_notes(table))
     return model, pruned, Report.of(table, params, pruned, notes=notes)
 
 
@@ -217,16 +240,17 @@ def _table(
     masking: Masking,
     before: Mapping[str, Any],
     after: Mapping[str, boxes.Masked],
-    met: Container[str],
+    reasons: Mapping[str, str],
 ) -> list[Row]:
-    note = "by magnitude: nothing is seen to multiply it"
     return [
         mask_row(
             masking,
             path,
             before[path],
             leaf,
-            note if masking.score.reads_inputs and path not in met else "",
+            f"by magnitude: {reasons[path]}"
+            if masking.score.reads_inputs and path in reasons
+            else "",
         )
         for path, leaf in after.items()
     ]

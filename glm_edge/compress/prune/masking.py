@@ -12,7 +12,7 @@ from jax import Array
 from glm_edge import params as boxes
 from glm_edge.compress.prune import allocation as allocations
 from glm_edge.compress.prune import shapes, weight_scores
-from glm_edge.compress.prune.shapes import Pool, Shape, as_matrix, from_matrix
+from glm_edge.compress.prune.shapes import Member, Pool, Shape
 from glm_edge.compress.prune.weight_scores import Score
 from glm_edge.compress.report import Row
 from glm_edge.compress.transform import check_fraction, check_pattern
@@ -49,6 +49,7 @@ class Masking:
         score, shape = weight_scores.parse(name, get("score")), shapes.parse(name, get("shape"))
         score.fits(name, shape)
         check_pattern(name, "where", get("where"))
+        check_pattern(name, "stacked", get("stacked"))
         known = (allocations.UNIFORM, allocations.GLOBAL, allocations.MEASURED)
         allocation, within, ties = get("allocation"), get("within"), get("ties")
         if allocation not in known:
@@ -160,13 +161,13 @@ def units_left(pool: Pool, leaves: Leaves) -> np.ndarray | None:
     """
     if not any(isinstance(leaves[member.path], boxes.Masked) for member in pool.members):
         return None
-    rows = {member.path: _mask_of(member.path, leaves[member.path]) for member in pool.members}
+    rows = {member.path: _mask_of(member, leaves[member.path]) for member in pool.members}
     return np.asarray(pool.reduced(rows, np.inf)) > 0
 
 
-def _mask_of(path: str, leaf: Any) -> Array:
+def _mask_of(member: Member, leaf: Any) -> Array:
     keep = leaf.mask if isinstance(leaf, boxes.Masked) else jnp.ones(leaf.shape, bool)
-    return as_matrix(path, keep.astype(jnp.float32))
+    return member.layout.matrices(keep.astype(jnp.float32))
 
 
 def masked_leaves(
@@ -188,17 +189,18 @@ def masked_leaves(
     Returns:
       Boxes by path.
     """
-    found = {}
+    keeps = []
     as_units = masking.ties == allocations.TORCH and masking.shape.kind == shapes.CHANNEL
-    for pool, values, count in zip(pools, scores, counts, strict=True):
+    for values, count in zip(scores, counts, strict=True):
         if as_units:
-            keep = allocations.kept_as_torch(values, count)
+            keeps.append(allocations.kept_as_torch(values, count))
         else:
-            keep = allocations.kept(values, count, masking.ties)
-        for path, matrix in pool.spread(keep).items():
-            leaf = leaves[path]
-            found[path] = boxes.mask(leaf, jnp.asarray(from_matrix(path, matrix, leaf.shape)))
-    return found
+            keeps.append(allocations.kept(values, count, masking.ties))
+    sizes = {member.path: leaves[member.path].shape for pool in pools for member in pool.members}
+    return {
+        path: boxes.mask(leaves[path], jnp.asarray(keep))
+        for path, keep in shapes.spread_over(pools, keeps, sizes).items()
+    }
 
 
 def mask_row(masking: Masking, path: str, before: Any, after: boxes.Masked, note: str = "") -> Row:

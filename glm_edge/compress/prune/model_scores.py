@@ -19,13 +19,15 @@ from jax import Array
 from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.prune import shapes, weight_scores
-from glm_edge.compress.prune.shapes import CHANNEL, HEAD, NEURON, Pool, Shape, as_matrix
+from glm_edge.compress.prune.shapes import CHANNEL, HEAD, NEURON, Pool, Shape
 from glm_edge.compress.prune.units import unit_pools
 from glm_edge.compress.prune.weight_scores import Score
+from glm_edge.compress.readings import Layouts
 from glm_edge.compress.stages import Statistic, first_states, stages
-from glm_edge.compress.stagewise import View
+from glm_edge.compress.stagewise import View, layouts_in
 from glm_edge.compress.transform import Batch, Context
 from glm_edge.errors import DataError, RecipeError
+from glm_edge.params.layouts import Layout
 from glm_edge.params.tree import Params, nested
 
 Leaves = Mapping[str, Any]
@@ -40,6 +42,7 @@ def scores_of(
     calibration: Sequence[Batch] | None = None,
     rng: Array | None = None,
     without: Sequence[str] = (),
+    stacked: str | None = None,
 ) -> dict[str, Array]:
     """Scores of all weights, or units, that a pattern selects; nothing is masked.
 
@@ -52,6 +55,7 @@ def scores_of(
       calibration: batches, where the score reads them.
       rng: jax key of `random`.
       without: inputs that calibration is known to lack.
+      stacked: see `glm_edge.prune.mask`.
 
     Returns:
       For single weights an array shaped like the parameter, by its path. For units, [groups, units]
@@ -65,7 +69,8 @@ def scores_of(
     parsed, form = weight_scores.parse(name, score), shapes.parse(name, shape)
     parsed.fits(name, form)
     leaves = dict(boxes.path_items(params))
-    pools = pools_of(name, form, model, leaves, boxes.select(params, where))
+    layouts = layouts_in(name, model, leaves, calibration, stacked)
+    pools = pools_of(name, form, model, leaves, boxes.select(params, where), layouts)
     if parsed.reads_inputs or parsed.reads_gradients:
         batches.check(model, calibration, name, without)
     found, _ = of_units(
@@ -73,12 +78,7 @@ def scores_of(
     )
     if form.kind not in (shapes.SINGLE, "n:m"):
         return {pool.name: values for pool, values in zip(pools, found, strict=True)}
-    return {
-        pool.name: shapes.from_matrix(
-            pool.name, pool.spread(values)[pool.name], leaves[pool.name].shape
-        )
-        for pool, values in zip(pools, found, strict=True)
-    }
+    return shapes.spread_over(pools, found, {path: leaf.shape for path, leaf in leaves.items()})
 
 
 def pools_of(
@@ -87,6 +87,7 @@ def pools_of(
     model: nn.Module,
     leaves: Leaves,
     chosen: Sequence[str],
+    layouts: Mapping[str, Layout] | None = None,
     by_row: bool = False,
 ) -> list[Pool]:
     """The units of a shape among the selected weights.
@@ -97,6 +98,7 @@ def pools_of(
       model: Linen module; a GLM for shapes that are more than one matrix.
       leaves: all parameters by path.
       chosen: paths that a pattern selects.
+      layouts: of the parameters; None takes all to be stored `[..., out, in]`.
       by_row: single weights compete within their row only.
 
     Raises:
@@ -104,12 +106,22 @@ def pools_of(
     """
     if shape.of_matrix:
         refuse_quantized(transform, leaves, chosen)
-        sizes = {path: shapes.extent(path, leaves[path].shape) for path in chosen}
-        return shapes.matrix_pools(shape, sizes, by_row)
-    sizes = {path: shapes.extent(path, leaf.shape) for path, leaf in leaves.items() if leaf.shape}
+        sizes = {path: tuple(leaves[path].shape) for path in chosen}
+        if layouts is None:
+            layouts = {path: Layout.of_rows(len(size)) for path, size in sizes.items()}
+        elif shape.kind == shapes.SINGLE and not by_row and isinstance(layouts, Layouts):
+            # Single weights compete wherever they are.
+            layouts = {path: layouts.known(path) for path in sizes}
+        return shapes.matrix_pools(shape, sizes, layouts, by_row)
+    sizes = extents(leaves)
     pools = unit_pools(transform, model, shape, sizes, chosen)
     refuse_quantized(transform, leaves, [m.path for pool in pools for m in pool.members])
     return pools
+
+
+def extents(leaves: Leaves) -> dict[str, tuple[int, int]]:
+    """`(rows, columns)` of every parameter of a GLM by path."""
+    return {path: Layout().extent(tuple(leaf.shape)) for path, leaf in leaves.items() if leaf.shape}
 
 
 def refuse_quantized(transform: str, leaves: Leaves, paths: Sequence[str]) -> None:
@@ -119,8 +131,8 @@ def refuse_quantized(transform: str, leaves: Leaves, paths: Sequence[str]) -> No
         raise RecipeError(f"{transform}: {found} is quantized; prune before quantizing")
 
 
-def finite_matrix(path: str, leaf: Any) -> Array:
-    """The dense weight as float32 `[r, c]`.
+def finite_matrix(path: str, leaf: Any, layout: Layout) -> Array:
+    """The dense weight as float32 `[r, c]`, or `[matrices, r, c]` of a stack.
 
     Raises:
       RecipeError: it holds NaN or infinity.
@@ -128,7 +140,7 @@ def finite_matrix(path: str, leaf: Any) -> Array:
     dense = boxes.dense(leaf).astype(jnp.float32)
     if not bool(jnp.isfinite(dense).all()):
         raise RecipeError(f"{path}: NaN or infinity in the weights")
-    return as_matrix(path, dense)
+    return layout.matrices(dense)
 
 
 def of_units(
@@ -171,9 +183,9 @@ def of_units(
 
 
 def matrices_of(pools: Sequence[Pool], leaves: Leaves) -> dict[str, Array]:
-    """The weights of all units, `[r, c]` by path; raises as `finite_matrix`."""
-    paths = dict.fromkeys(member.path for pool in pools for member in pool.members)
-    return {path: finite_matrix(path, leaves[path]) for path in paths}
+    """The weights of all units by path; gives and raises what `finite_matrix` does."""
+    layouts = {member.path: member.layout for pool in pools for member in pool.members}
+    return {path: finite_matrix(path, leaves[path], layout) for path, layout in layouts.items()}
 
 
 def refuse_unmet(transform: str, score: Score, paths: Iterable[str], met: Leaves) -> None:
@@ -323,12 +335,12 @@ def by_gradients(
     leaves = dict(boxes.path_items(params))
     gates = score.kind != "sensitivity"
     members = [m for pool in pools for part in pool.parts for m in part[int(gates)]]
-    paths = tuple(sorted({member.path for member in members}))
     measure = _row_terms if gates else _gradients
+    layouts = tuple(sorted({(member.path, member.layout) for member in members}, key=str))
     total, count = None, 0
     for index, batch in enumerate(context.calibration):
         batch = batches.to_device(batch, f"calibration batch {index}")
-        found = measure(model, leaves, batch, paths, tuple(pools) if gates else ())
+        found = measure(model, leaves, batch, layouts, tuple(pools) if gates else ())
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found)):
             raise DataError(f"calibration batch {index}: the loss or its gradient is not finite")
         total = found if total is None else _add(total, found)
@@ -339,12 +351,21 @@ def by_gradients(
     if score.kind == "taylor2":
         sums, squares = total["sum"], total["square"]
         return [jnp.abs(a - 0.5 * b) / count for a, b in zip(sums, squares, strict=True)]
-    weighed = {path: jnp.abs(total[path]) / count for path in paths}
+    weighed = {path: jnp.abs(value) / count for path, value in total.items()}
     return [pool.reduced(weighed, score.order) for pool in pools]
 
 
-def _dense_rows(leaves: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Array]:
-    return {path: boxes.dense(leaves[path]).astype(jnp.float32) for path in paths}
+def _dense(leaves: Mapping[str, Any], layouts: tuple[tuple[str, Layout], ...]) -> dict[str, Array]:
+    return {path: boxes.dense(leaves[path]).astype(jnp.float32) for path, _ in layouts}
+
+
+def _terms(
+    gradient: Mapping[str, Array],
+    dense: Mapping[str, Array],
+    layouts: tuple[tuple[str, Layout], ...],
+) -> dict[str, Array]:
+    """`g w` of each weight, arranged as `finite_matrix` says."""
+    return {path: layout.matrices(gradient[path] * dense[path]) for path, layout in layouts}
 
 
 def _loss(
@@ -353,34 +374,34 @@ def _loss(
     return jnp.sum(batches.row_losses(model, nested({**leaves, **dense}), batch))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "paths", "pools"))
+@functools.partial(jax.jit, static_argnames=("model", "layouts", "pools"))
 def _gradients(
     model: nn.Module,
     leaves: Mapping[str, Any],
     batch: batches.Batch,
-    paths: tuple[str, ...],
+    layouts: tuple[tuple[str, Layout], ...],
     pools: tuple[Pool, ...],
 ) -> dict[str, Array]:
     """`g w` summed over rows of the batch, `[r, c]` by path."""
-    dense = _dense_rows(leaves, paths)
+    dense = _dense(leaves, layouts)
     gradient = jax.grad(functools.partial(_loss, model, leaves, batch))(dense)
-    return {path: as_matrix(path, gradient[path] * dense[path]) for path in paths}
+    return _terms(gradient, dense, layouts)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "paths", "pools"))
+@functools.partial(jax.jit, static_argnames=("model", "layouts", "pools"))
 def _row_terms(
     model: nn.Module,
     leaves: Mapping[str, Any],
     batch: batches.Batch,
-    paths: tuple[str, ...],
+    layouts: tuple[tuple[str, Layout], ...],
     pools: tuple[Pool, ...],
 ) -> dict[str, list[Array]]:
     """Sums over the rows of a batch of each unit's term, its magnitude and its square."""
-    dense = _dense_rows(leaves, paths)
+    dense = _dense(leaves, layouts)
 
     def step(total: Any, row: batches.Batch) -> tuple[Any, None]:
         gradient = jax.grad(functools.partial(_loss, model, leaves, row))(dense)
-        products = {path: as_matrix(path, gradient[path] * dense[path]) for path in paths}
+        products = _terms(gradient, dense, layouts)
         terms = [pool.reduced(products, gates=True) for pool in pools]
         return {
             "sum": _add(total["sum"], terms),

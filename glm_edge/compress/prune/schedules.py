@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,9 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress.distill import distill
-from glm_edge.compress.prune import shapes, weight_scores
+from glm_edge.compress.prune import model_scores, shapes, weight_scores
 from glm_edge.compress.prune.mask import mask
-from glm_edge.compress.prune.shapes import as_matrix, extent, from_matrix
+from glm_edge.compress.readings import Layouts, layouts_of
 from glm_edge.compress.transform import (
     Transform,
     chain,
@@ -132,12 +134,24 @@ def scheduled(
     shape: str = "unstructured",
     where: str | None = None,
     every: int = 100,
+    stacked: str | None = None,
+    model: nn.Module | None = None,
 ) -> optax.GradientTransformation:
     """Wraps an optimizer so that weights are masked by a schedule and masked ones stay zero.
 
     Masks are drawn anew at every `every`-th update from the weights as they then are; what is
     masked stays masked. The gradient of a masked weight is zero to the optimizer within, and its
-    update takes it to zero exactly. `boxed` gives the result of training its masks.
+    update takes it to zero exactly. `boxed` gives the result of training its masks:
+
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(1.0),
+            ge.prune.scheduled(optax.adamw(1e-3), ge.prune.cubic(0.5, begin=0, end=1000)),
+        )
+        ...
+        params = ge.prune.boxed(params, opt_state)
+
+    Whatever changes updates comes before it or within it. What comes after it in a chain, such as
+    weight decay, would undo the masks: the next update then raises, and so does `boxed`.
 
     Args:
       optimizer: any that maps gradients to updates.
@@ -149,13 +163,16 @@ def scheduled(
         sparsity as soon as the schedule is above zero.
       where: regular expression searched in each path; None is every matrix.
       every: updates between two new sets of masks.
+      stacked: see `mask`.
+      model: that reads the parameters; tells which axes of stock kernels without biases are inputs.
 
     Returns:
       The transformation; `update` needs `params`. It can be jitted.
 
     Raises:
       RecipeError: an option has no meaning, or the sparsity of a step is below 0 or not below 1;
-        in `init`, the pattern matches nothing, or rows or columns are not whole groups.
+        in `init`, the pattern matches nothing, or rows or columns are not whole groups; in
+        `update`, masked weights are no longer zero (under `jit` inside an error of JAX's).
 
     References:
       To prune, or not to prune, https://arxiv.org/abs/1710.01878.
@@ -172,10 +189,22 @@ def scheduled(
     _check_schedule(name, sparsity)
     by_gradient = found_score.kind == "sensitivity"
 
+    @functools.lru_cache(maxsize=8)
+    def layouts(sizes: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Layouts:
+        leaves = {path: jax.ShapeDtypeStruct(size, dtype) for path, size, dtype in sizes}
+        return layouts_of(name, model, leaves, stacked)
+
+    def pools_in(params: Params) -> Callable[[str], list[shapes.Pool]]:
+        """Says the units of a parameter by its path."""
+        leaves = _by_name(params)
+        known = layouts(tuple((path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()))
+        return lambda path: model_scores.pools_of(name, found_shape, None, leaves, [path], known)
+
     def init(params: Params) -> MaskState:
         chosen = _selected(name, params, where)
-        sizes = {path: extent(path, leaf.shape) for path, leaf in chosen.items()}
-        shapes.matrix_pools(found_shape, sizes)
+        pools_of = pools_in(params)
+        for path in chosen:
+            pools_of(path)
         masks = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.ones(leaf.shape, bool) if _name(path) in chosen else None, params
         )
@@ -190,20 +219,32 @@ def scheduled(
         def drawn(masks: Params) -> Params:
             level = sparsity(state.step)
 
-            def draw(path: str, keep: Array, weight: Array, gradient: Array) -> Array:
-                pool = _pool(found_shape, path, weight.shape)
-                values = weight_scores.sensitivity(weight, gradient) if by_gradient else weight
-                scores = pool.reduced({path: as_matrix(path, values)}, found_score.order)
-                left = pool.reduced({path: as_matrix(path, keep.astype(jnp.float32))}, jnp.inf)
+            def of_pool(pool: shapes.Pool, values: Array, keep: Array) -> Array:
+                (member,) = pool.members
+                keep = {member.path: member.layout.matrices(keep.astype(jnp.float32))}
+                values = {member.path: member.layout.matrices(values)}
+                scores, left = pool.reduced(values, found_score.order), pool.reduced(keep, jnp.inf)
                 rank = jnp.argsort(jnp.argsort(jnp.where(left > 0, scores, -jnp.inf), axis=1))
                 count = jnp.round(jnp.nan_to_num(level) * pool.units)
                 if found_shape.sparsity is not None:
                     count = jnp.where(level > 0, found_shape.sparsity * pool.units, 0)
                 count = jnp.minimum(count, pool.units - max(1, pool.at_least))
-                stays = pool.spread((rank >= count) & (left > 0))[path]
-                return from_matrix(path, stays, weight.shape)
+                return (rank >= count) & (left > 0)
 
+            def draw(path: str, keep: Array, weight: Array, gradient: Array) -> Array:
+                values = weight_scores.sensitivity(weight, gradient) if by_gradient else weight
+                pools = pools_of(path)
+                stay = [of_pool(pool, values, keep) for pool in pools]
+                return shapes.spread_over(pools, stay, {path: weight.shape})[path]
+
+            pools_of = pools_in(params)
             return _map(draw, masks, params, updates)
+
+        undone = _any_undone(state.masks, params)
+        if isinstance(undone, jax.core.Tracer):
+            jax.lax.cond(undone, lambda: jax.debug.callback(_refuse_undone), lambda: None)
+        elif undone:
+            _refuse_undone()
 
         masks = jax.lax.cond(state.step % every == 0, drawn, lambda masks: masks, state.masks)
         live = _map(lambda _, keep, own: jnp.where(keep, own, 0), masks, updates, rest=updates)
@@ -220,18 +261,30 @@ def scheduled(
     return optax.GradientTransformation(init, update)
 
 
-def boxed(params: Params, state: MaskState) -> Params:
-    """Parameters that were trained under `scheduled`, boxed with their masks.
+def boxed(params: Params, state: Any) -> Params:
+    """Boxes parameters that were trained under `scheduled` with their masks.
 
     Args:
       params: after the last update.
-      state: of the transformation.
+      state: of the optimizer: that of `scheduled`, or of any that wraps it, such as `optax.chain`,
+        `optax.MultiSteps` or `optax.inject_hyperparams`.
 
     Returns:
       The tree with `Masked` in place of what the pattern chose.
+
+    Raises:
+      RecipeError: the state holds none of `scheduled`, or several; or masked weights are not zero.
     """
-    flat = jax.tree_util.tree_flatten_with_path(state.masks)[0]
-    masks = {_name(path): keep for path, keep in flat}
+    held = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MaskState))
+    states = [node for node in held if isinstance(node, MaskState)]
+    if len(states) != 1:
+        raise RecipeError(
+            f"prune.boxed: the state must hold the masks of one prune.scheduled, not of "
+            f"{len(states)}; pass the optimizer's state after its last update"
+        )
+    if _any_undone(states[0].masks, params):
+        _refuse_undone()
+    masks = _by_name(states[0].masks)
     return boxes.map_with_path(
         lambda path, leaf: boxes.mask(leaf, masks[path]) if path in masks else leaf, params
     )
@@ -302,18 +355,36 @@ def _name(path: tuple[Any, ...]) -> str:
     return path_string(path).removesuffix("/.value")
 
 
+def _by_name(params: Params) -> dict[str, Array]:
+    """Arrays by the path of the parameter that they are of."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {_name(path): leaf for path, leaf in flat}
+
+
 def _selected(name: str, params: Params, where: str | None) -> dict[str, Array]:
     """Trainable matrices by path, in boxes or bare."""
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    matrices = {_name(path): leaf for path, leaf in flat if boxes.is_matrix(_name(path), leaf)}
+    leaves = _by_name(params)
+    matrices = {path: leaf for path, leaf in leaves.items() if boxes.is_matrix(path, leaf)}
     found = {path: leaf for path, leaf in matrices.items() if compiled(where).search(path)}
     if not found:
         raise RecipeError(f"{name}: where={where!r} matches none of {len(matrices)} matrices")
     return found
 
 
-def _pool(shape: shapes.Shape, path: str, size: tuple[int, ...]) -> shapes.Pool:
-    return shapes.matrix_pools(shape, {path: extent(path, size)})[0]
+def _any_undone(masks: Params, params: Params) -> Array:
+    """True where a masked weight is not zero."""
+    weights = _by_name(params)
+    undone = [
+        jnp.any(jnp.where(keep, 0, weights[path]) != 0) for path, keep in _by_name(masks).items()
+    ]
+    return functools.reduce(jnp.logical_or, undone, jnp.zeros((), bool))
+
+
+def _refuse_undone() -> None:
+    raise RecipeError(
+        "prune.scheduled: masked weights are not zero after its update; what comes after it in the "
+        "chain, such as weight decay, must come before it or into the optimizer that it wraps"
+    )
 
 
 def _map(function: Callable[..., Any], masks: Params, *trees: Params, rest: Any = None) -> Params:

@@ -5,6 +5,7 @@ compete with one another, every group loses as many, and `w` weights make a unit
 `r` rows (out), `c` columns (in).
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -18,6 +19,7 @@ from einops import rearrange
 from jax import Array
 
 from glm_edge.errors import RecipeError
+from glm_edge.params.layouts import AS_ROWS, Layout
 
 SINGLE = "unstructured"
 CHANNEL, HEAD, NEURON, LAYER, VOCAB = "channel", "head", "neuron", "layer", "vocab"
@@ -80,14 +82,18 @@ class Member:
     """How the weights of one matrix belong to units.
 
     Attributes:
-      path: of the matrix.
+      path: of the parameter.
       pattern: for einops, from its rows `[r, c]` to `[g, u, w]`.
       sizes: of every axis that the pattern names.
+      layout: of the parameter.
+      index: of the matrix where the parameter is a stack of them, else None.
     """
 
     path: str
     pattern: str
     sizes: tuple[tuple[str, int], ...]
+    layout: Layout = AS_ROWS
+    index: int | None = None
 
     @property
     def weights(self) -> int:
@@ -95,7 +101,8 @@ class Member:
         return math.prod(size for _, size in self.sizes)
 
     def arrange(self, rows: Array) -> Array:
-        """`[r, c]` as `[g, u, w]`."""
+        """`[r, c]`, of a stack `[matrices, r, c]`, as `[g, u, w]`."""
+        rows = rows if self.index is None else rows[self.index]
         return rearrange(rows, self.pattern, **dict(self.sizes))
 
     def spread(self, units: Array | np.ndarray) -> Array | np.ndarray:
@@ -172,7 +179,7 @@ class Pool:
         """Numbers of weights as numbers of units.
 
         Args:
-          rows: `[r, c]` by path.
+          rows: `[r, c]` by path, or `[matrices, r, c]` of a stack.
           order: of the norm over the weights of a unit; None adds them up with their signs.
           gates: of a unit's gates rather than of its own weights.
 
@@ -194,6 +201,40 @@ class Pool:
             for member in part.owned
         }
 
+    @property
+    def index(self) -> int | None:
+        """Of the matrix that the units lie in where a parameter is a stack of them, else None."""
+        return self.parts[0].owned[0].index
+
+
+def spread_over(
+    pools: Sequence[Pool], units: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """What is said of the units of all pools, said of each weight.
+
+    Args:
+      pools: of units.
+      units: [g, u] of each pool.
+      shapes: of the parameters by path.
+
+    Returns:
+      Arrays shaped like the parameters, by path.
+    """
+    matrices: dict[str, list[Any]] = {}
+    layouts = {member.path: member.layout for pool in pools for member in pool.members}
+    for pool, values in zip(pools, units, strict=True):
+        for path, matrix in pool.spread(values).items():
+            matrices.setdefault(path, []).append(matrix)
+
+    def stacked(parts: list[Any]) -> Any:
+        # The pools of a stack follow one another in its order.
+        return (jnp if isinstance(parts[0], Array) else np).stack(parts)
+
+    return {
+        path: layouts[path].restored(stacked(parts), shapes[path])
+        for path, parts in matrices.items()
+    }
+
 
 def _norm(weights: Sequence[Array], order: float | None) -> Array:
     if order is None:
@@ -210,22 +251,46 @@ def _norm(weights: Sequence[Array], order: float | None) -> Array:
 
 
 def matrix_pools(
-    shape: Shape, sizes: Mapping[str, tuple[int, int]], by_row: bool = False
+    shape: Shape,
+    sizes: Mapping[str, tuple[int, ...]],
+    layouts: Mapping[str, Layout],
+    by_row: bool = False,
 ) -> list[Pool]:
     """The units of shapes that lie within one matrix.
 
     Args:
       shape: one for which `of_matrix` holds.
-      sizes: `(r, c)` of each matrix by path.
+      sizes: shape of each parameter by path.
+      layouts: of each parameter.
       by_row: single weights compete within their row only.
 
     Returns:
-      A pool for each matrix.
+      A pool for each matrix, those of a stack in its order.
 
     Raises:
       RecipeError: rows or columns are not whole groups or blocks.
     """
-    return [_matrix_pool(shape, path, *size, by_row) for path, size in sizes.items()]
+    return [
+        pool
+        for path, size in sizes.items()
+        for pool in _pools_of_parameter(shape, path, size, layouts[path], by_row)
+    ]
+
+
+def _pools_of_parameter(
+    shape: Shape, path: str, size: tuple[int, ...], layout: Layout, by_row: bool
+) -> list[Pool]:
+    pool = _matrix_pool(shape, path, *layout.extent(size), by_row, layout.inputs is not None)
+    (member,) = pool.members
+    return [
+        dataclasses.replace(
+            pool,
+            name=path if index is None else f"{path}[{index}]",
+            parts=(Part((each,), (each,)),),
+        )
+        for index in (range(layout.count(size)) if layout.stack else (None,))
+        for each in (dataclasses.replace(member, layout=layout, index=index),)
+    ]
 
 
 def pool_of(
@@ -236,7 +301,9 @@ def pool_of(
     return Pool(path, (Part((member,), (member,)),), groups, units, at_least)
 
 
-def _matrix_pool(shape: Shape, path: str, rows: int, columns: int, by_row: bool) -> Pool:
+def _matrix_pool(
+    shape: Shape, path: str, rows: int, columns: int, by_row: bool, inputs_first: bool
+) -> Pool:
     if shape.kind == CHANNEL:
         return pool_of(path, "r c -> 1 r c", 1, rows, 1, r=rows, c=columns)
     if shape.kind == "n:m":
@@ -255,23 +322,5 @@ def _matrix_pool(shape: Shape, path: str, rows: int, columns: int, by_row: bool)
     if by_row:
         return pool_of(path, "r c -> r c 1", rows, columns, r=rows, c=columns)
     # Of equals the first go, in the order in which the parameter itself is laid out.
-    order = "(c r)" if path.rsplit("/", 1)[-1] == "kernel" else "(r c)"
+    order = "(c r)" if inputs_first else "(r c)"
     return pool_of(path, f"r c -> 1 {order} 1", 1, rows * columns, r=rows, c=columns)
-
-
-def as_matrix(path: str, array: Array) -> Array:
-    """What is said of a parameter, as `[r, c]`: a `kernel` is transposed, leading axes are rows."""
-    if path.rsplit("/", 1)[-1] == "kernel":
-        return array.reshape(-1, array.shape[-1]).T
-    return array.reshape(-1, array.shape[-1])
-
-
-def from_matrix(path: str, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `as_matrix`."""
-    return (matrix.T if path.rsplit("/", 1)[-1] == "kernel" else matrix).reshape(shape)
-
-
-def extent(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """`(r, c)` of a parameter of some shape, see `as_matrix`."""
-    last, others = shape[-1], math.prod(shape[:-1])
-    return (last, others) if path.rsplit("/", 1)[-1] == "kernel" else (others, last)

@@ -16,7 +16,6 @@ from glm_edge.compress.prune.masking import (
     without_masked,
 )
 from glm_edge.compress.prune.model_scores import finite_matrix, refuse_quantized
-from glm_edge.compress.prune.shapes import extent, from_matrix
 from glm_edge.compress.quantize.gptq import MOST_SWEEPS, Met, matrices, needs
 from glm_edge.compress.quantize.leaves import box_of, leaf_dtype, quantize_leaf, relative_error, row
 from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
@@ -27,6 +26,7 @@ from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import RecipeError
 from glm_edge.params.formats import PLAIN
+from glm_edge.params.layouts import Layout
 
 NAME = "prune.sparsegpt"
 # Of its own, since what is masked may be rounded later and what is rounded may not.
@@ -53,14 +53,16 @@ def sparsegpt(
     act_order: bool = True,
     refit: bool = True,
     sweeps: int = 3,
+    stacked: str | None = None,
 ) -> Transform:
     """Prunes columns in turn, each making up for the errors of those before it, and rounds.
 
     Without `bits` and `qtype`, the result is masks around weights that make up for what went. With
     them, the weights that stay are rounded by `glm_edge.quantize.gptq` against the same inputs,
     making up for pruning and rounding together; zeros stay zeros and no mask is stored. `ternary34`
-    is both by itself: of each four weights one is zero and the others have a sign. Matrices that no
-    input is seen to meet (embeddings) are masked by magnitude and rounded to nearest.
+    is both by itself: of each four weights one is zero and the others have a sign. Matrices whose
+    inputs calibration cannot see, such as embeddings, are masked by magnitude and rounded to
+    nearest; the report counts them and says why.
 
     Args:
       sparsity: fraction of zeros, in 0..1, below 1; None where the shape says it.
@@ -83,6 +85,7 @@ def sparsegpt(
       act_order: see `glm_edge.quantize.gptq`, as are the next two.
       refit: fits scales after rounding.
       sweeps: passes of coordinate descent over the codes.
+      stacked: see `glm_edge.prune.mask`.
 
     Returns:
       The transform; it needs calibration.
@@ -145,6 +148,7 @@ def _masking(name: str, options: Mapping[str, Any]) -> Masking | None:
             "shape": options["shape"],
             "allocation": allocations.UNIFORM,
             "where": options["where"],
+            "stacked": options["stacked"],
             "ties": allocations.FIRST,
             "levels": (0.0,),
         },
@@ -170,7 +174,7 @@ def _prune_stage(work: StageWork, **options: Any) -> Replaced:
     for path in work.selected:
         if path not in replaced:
             before = work.leaves[path]
-            replaced[path], rows[path] = _unmet(name, path, before, masking, rounding)
+            replaced[path], rows[path] = _unmet(name, work, path, masking, rounding)
             work.advance(path)
     return replaced, [rows[path] for path in work.selected]
 
@@ -197,11 +201,11 @@ def _one(
         )
         said = f"{options['shape']}, "
         if rounding is None:
-            value = _as_leaf(met.path, weight, before).astype(leaf_dtype(before))
-            after = boxes.mask(value, _as_leaf(met.path, keep, before))
+            value = _as_leaf(met, weight, before).astype(leaf_dtype(before))
+            after = boxes.mask(value, _as_leaf(met, keep, before))
             masked = mask_row(masking, met.path, before, after, _cost(info, options))
             return after, dataclasses.replace(masked, output_error=info.loss)
-    format = rounding.format_of(met.path, before.shape)
+    format = rounding.format_of(met.path, met.weight.shape[1])
     codes, grid, info = gptq.solve(
         met.weight,
         met.gram,
@@ -213,27 +217,30 @@ def _one(
         refit=options["refit"],
         sweeps=options["sweeps"],
     )
-    held = before if keep is None else boxes.mask(_bare(before), _as_leaf(met.path, keep, before))
-    box = box_of(met.path, held, codes, grid, format, met.kernel_shape)
+    held = before if keep is None else boxes.mask(_bare(before), _as_leaf(met, keep, before))
+    box = box_of(met.path, held, codes, grid, format, met.layout)
     rounded = _rounded_row(name, met.path, before, held, box, said + _cost(info, options))
     return box, dataclasses.replace(rounded, output_error=info.loss)
 
 
 def _unmet(
-    name: str, path: str, before: Any, masking: Masking | None, rounding: Rounding | None
+    name: str, work: StageWork, path: str, masking: Masking | None, rounding: Rounding | None
 ) -> tuple[Any, Row]:
-    """Masks by magnitude and rounds to nearest what nothing is seen to multiply."""
-    held, note = before, "nothing is seen to multiply it"
+    """Masks by magnitude and rounds to nearest a weight whose inputs calibration cannot see."""
+    held = before = work.leaves[path]
+    note, layout = work.unseen(path), work.layouts[path]
     if masking is not None:
-        rows = {path: finite_matrix(path, before)}
-        pools = shapes.matrix_pools(masking.shape, {path: extent(path, before.shape)})
-        scores = without_masked(pools, {path: before}, [pools[0].reduced(rows, 2.0)])
+        rows = {path: finite_matrix(path, before, layout)}
+        sizes = {path: tuple(before.shape)}
+        pools = shapes.matrix_pools(masking.shape, sizes, {path: layout})
+        scores = [pool.reduced(rows, 2.0) for pool in pools]
+        scores = without_masked(pools, {path: before}, scores)
         counts = allocations.uniform(pools, masking.sparsity)
         held = masked_leaves(masking, {path: before}, pools, scores, counts)[path]
     if rounding is None:
         return held, mask_row(masking, path, before, held, f"by magnitude: {note}")
-    format = rounding.format_of(path, before.shape)
-    box = quantize_leaf(path, held, format, rounding.scale)[0]
+    format = rounding.format_of(path, work.columns(path))
+    box = quantize_leaf(path, held, format, rounding.scale, layout)[0]
     return box, _rounded_row(name, path, before, held, box, f"to nearest: {note}")
 
 
@@ -253,16 +260,15 @@ def _bare(leaf: Any) -> Any:
     return leaf.value if isinstance(leaf, boxes.Masked) else leaf
 
 
-def _as_leaf(path: str, matrix: Array, leaf: Any) -> Array:
-    return from_matrix(path, matrix, leaf.shape)
+def _as_leaf(met: Met, matrix: Array, leaf: Any) -> Array:
+    return met.layout.restored(matrix, leaf.shape)
 
 
-def _check(name: str, sizes: Mapping[str, tuple[int, ...]], options: Mapping[str, Any]) -> None:
+def _check(name: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str, Any]) -> None:
     options = {"where": None, **options}
     masking = _masking(name, options)
     if masking is not None:
-        found = {path: extent(path, size) for path, size in sizes.items()}
-        shapes.matrix_pools(masking.shape, found)
+        shapes.matrix_pools(masking.shape, sizes, dict.fromkeys(sizes, Layout()))
     if _rounds(options):
         check_groups(name, sizes, options)
 

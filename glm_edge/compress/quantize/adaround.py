@@ -36,13 +36,15 @@ def adaround(
     learning_rate: float = 0.03,
     regularization: float = 5.0,
     sweeps: int = 4,
+    stacked: str | None = None,
 ) -> Transform:
     """Learns how each weight is rounded, so that its layer gives what the original layer gave.
 
     Layers are rounded one after the other. Each sees what the rounded ones before it give, and
     learns to give what the original model's layer gives on its own inputs. An output whose error
-    does not fall below that of rounding to nearest keeps nearest rounding. Matrices whose inputs no
-    layer shows, such as an embedding, are rounded to nearest.
+    does not fall below that of rounding to nearest keeps nearest rounding. Matrices whose inputs
+    calibration cannot see, such as embeddings, are rounded to nearest; the report counts them and
+    says why.
 
     Args:
       bits: 8, 6, 5, 4, 3 or 2.
@@ -60,6 +62,8 @@ def adaround(
       learning_rate: of `adaround`.
       regularization: weight of what hardens its choices.
       sweeps: of `descent` over all columns.
+      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
+        where the model itself does not show it.
 
     Returns:
       The transform.
@@ -98,15 +102,15 @@ def _round_stage(
     replaced, dense, rows = {}, {}, []
     for path in work.selected:
         leaf = work.leaves[path]
-        format = rounding.format_of(path, leaf.shape)
-        matrix, kernel_shape = leaves.dense_rows(path, leaf)
+        format, layout = rounding.format_of(path, work.columns(path)), work.layouts[path]
+        matrix = leaves.dense_rows(path, leaf, layout)
         sums = moments(work, path, dense)
         note = "fallback" if format is not rounding.format else ""
         if sums is None or path not in work.original.leaves:
-            replaced[path], error = leaves.quantize_leaf(path, leaf, format, rounding.scale)
-            note = "nearest: no inputs seen"
+            replaced[path], error = leaves.quantize_leaf(path, leaf, format, rounding.scale, layout)
+            note = f"to nearest: {work.unseen(path)}"
         else:
-            original, _ = leaves.dense_rows(path, work.original.leaves[path])
+            original = leaves.dense_rows(path, work.original.leaves[path], layout)
             layer = layer_of(matrix, original, *sums)
             grid = grids.choose(matrix, format, rounding.scale)
             done = learn_rounding(
@@ -114,9 +118,9 @@ def _round_stage(
             )
             codes = done.codes
             if isinstance(leaf, Masked):
-                mask, _ = leaves.as_rows(path, leaf.mask)
+                mask = layout.rows(leaf.mask)
                 codes = jnp.where(mask, codes, grids.encode(jnp.zeros_like(matrix), grid, format))
-            replaced[path] = leaves.box_of(path, leaf, codes, grid, format, kernel_shape)
+            replaced[path] = leaves.box_of(path, leaf, codes, grid, format, layout)
             error = leaves.relative_error(leaf, replaced[path])
         # Dense, so that the stage keeps the tree that it was compiled for.
         dense[path] = boxes.dense(replaced[path])

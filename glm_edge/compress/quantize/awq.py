@@ -42,6 +42,7 @@ def awq(
     fallback_bits: int | None = None,
     steps: int = 20,
     clip: bool = True,
+    stacked: str | None = None,
 ) -> Transform:
     """Scales up the channels that matter most, clips, and rounds to the nearest level.
 
@@ -68,6 +69,8 @@ def awq(
         there.
       steps: powers tried, and twentieths of the range (at 20) that clipping takes off.
       clip: tries smaller ranges.
+      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
+        where the model itself does not show it.
 
     Returns:
       The transform; it needs calibration.
@@ -107,7 +110,7 @@ def _round_stage(work: StageWork, steps: int, clip: bool, **shared: Any) -> Repl
         return {}, []
     rounding = Rounding.of(NAME, shared)
     scale = rounding.scale
-    formats = {p: rounding.format_of(p, work.leaves[p].shape) for p in work.selected}
+    formats = {p: rounding.format_of(p, work.columns(p)) for p in work.selected}
     measured = work.collect(STATISTIC)
     # Float32 until rounded: a factor costs no bits of a narrow type.
     leaves = {path: _widened(leaf, path in formats) for path, leaf in work.leaves.items()}
@@ -117,7 +120,7 @@ def _round_stage(work: StageWork, steps: int, clip: bool, **shared: Any) -> Repl
             grams[path] = measured[path]["gram"] / measured[path]["count"]
             _check_finite(path, grams[path])
     for fold in selected_folds(work):
-        factor, note = _search(fold, leaves, grams, measured, formats, steps, scale)
+        factor, note = _search(fold, work, leaves, grams, measured, formats, steps, scale)
         leaves |= folding.move(fold, leaves, factor)
         columns = fold.spread(factor)
         for path in fold.consumers:
@@ -127,8 +130,9 @@ def _round_stage(work: StageWork, steps: int, clip: bool, **shared: Any) -> Repl
     for path, leaf in leaves.items():
         before = work.leaves[path]
         if path in formats:
-            after = _rounded(path, leaf, before, grams.get(path), formats[path], steps, scale, clip)
-            note = _joined(notes.get(path), formats[path] is not rounding.format)
+            after = _rounded(work, path, leaf, grams.get(path), formats[path], steps, scale, clip)
+            note = notes.get(path) if path in grams else f"to nearest: {work.unseen(path)}"
+            note = _joined(note, formats[path] is not rounding.format)
             error = _error(leaf, after)
             work.advance(path)
         elif leaf is not before:
@@ -145,6 +149,7 @@ register_stagewise(NAME, awq, _round_stage, needs="inputs")
 
 def _search(
     fold: Fold,
+    work: StageWork,
     leaves: Leaves,
     grams: Mapping[str, Array],
     measured: Mapping[str, Any],
@@ -154,7 +159,7 @@ def _search(
 ) -> tuple[Array, str]:
     first = fold.consumers[0]
     factor, errors = search.search_factor(
-        tuple(dense_rows(path, leaves[path])[0] for path in fold.consumers),
+        tuple(dense_rows(path, leaves[path], work.layouts[path]) for path in fold.consumers),
         grams[first],
         measured[first]["magnitude"] / measured[first]["count"],
         tuple(formats[path] for path in fold.consumers),
@@ -168,22 +173,23 @@ def _search(
 
 
 def _rounded(
+    work: StageWork,
     path: str,
     leaf: Any,
-    before: Any,
     gram: Array | None,
     format: Format,
     steps: int,
     scale: str,
     clip: bool,
 ) -> Any:
+    before, layout = work.leaves[path], work.layouts[path]
     if gram is None:
-        return quantize_leaf(path, before, format, scale)[0]
-    matrix, kernel_shape = dense_rows(path, leaf)
+        return quantize_leaf(path, before, format, scale, layout)[0]
+    matrix = dense_rows(path, leaf, layout)
     if clip:
         matrix = search.search_clip(matrix, gram, format, steps, scale)
     grid = grids.choose(matrix, format, scale)
-    return box_of(path, before, grids.encode(matrix, grid, format), grid, format, kernel_shape)
+    return box_of(path, before, grids.encode(matrix, grid, format), grid, format, layout)
 
 
 def _widened(leaf: Any, selected: bool) -> Any:

@@ -52,6 +52,7 @@ def blockwise(
     warmup: float = 0.1,
     mix: float = 0.0,
     compute: str | None = None,
+    stacked: str | None = None,
 ) -> Transform:
     """Trains each block, read as if it were quantized, to give what the original block gives.
 
@@ -77,6 +78,8 @@ def blockwise(
       warmup: fraction of the steps.
       mix: fraction of the steps that read the original's inputs instead.
       compute: `float32` or `bfloat16` products while training; None leaves the model as it is.
+      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
+        where the model itself does not show it.
 
     Returns:
       The transform.
@@ -115,7 +118,7 @@ def _train_stage(
     rounding = Rounding.of(NAME, options)
     student = dict(work.leaves)
     for path in work.selected:
-        student[path] = fake(path, student[path], rounding)
+        student[path] = fake(path, student[path], rounding, work.layouts[path])
 
     def trains(path: str, leaf: Any) -> bool:
         return path in work.selected or (norms and not boxes.is_matrix(path, leaf))
@@ -126,7 +129,7 @@ def _train_stage(
     for path, leaf in boxes.combine(trained, frozen).items():
         before = work.leaves[path]
         if path in work.selected:
-            replaced[path] = finalize(path, leaf, before)
+            replaced[path] = finalize(path, leaf, before, work.layouts[path])
             error = leaves.relative_error(before, replaced[path])
             note = f"block error {losses[0]:.2g} to {losses[1]:.2g}"
             rows.append(leaves.row(NAME, path, before, replaced[path], error, note))

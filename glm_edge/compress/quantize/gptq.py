@@ -27,6 +27,7 @@ from glm_edge.errors import RecipeError
 from glm_edge.kernels import matmul
 from glm_edge.params import Masked
 from glm_edge.params.formats import PLAIN
+from glm_edge.params.layouts import Layout
 
 NAME = "quantize.gptq"
 MOST_SWEEPS = 10_000
@@ -49,12 +50,13 @@ def gptq(
     propagate: float = 0.5,
     refit: bool = True,
     sweeps: int = 3,
+    stacked: str | None = None,
 ) -> Transform:
     """Rounds columns in turn, each making up for the errors of those before it.
 
     Scales are searched while a group is rounded, by the error at the output; then scales and codes
-    are improved in turns. Matrices that no input is seen to meet (embeddings) are rounded to
-    nearest, and the report says so.
+    are improved in turns. Matrices whose inputs calibration cannot see, such as embeddings, are
+    rounded to nearest; the report counts them and says why.
 
         recipe = ge.quantize.gptq(bits=4, group_size=32)
         model, params, report = recipe(model, params, calibration=batches)
@@ -80,6 +82,8 @@ def gptq(
         are rounded; at zero only the weights' own errors count.
       refit: fits scales by least squares after rounding.
       sweeps: passes of coordinate descent over the codes.
+      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
+        where the model itself does not show it.
 
     Returns:
       The transform; it needs calibration.
@@ -131,7 +135,7 @@ def _round_stage(
     if not work.selected:
         return {}, []
     rounding = Rounding.of(NAME, shared)
-    formats = {p: rounding.format_of(p, work.leaves[p].shape) for p in work.selected}
+    formats = {p: rounding.format_of(p, work.columns(p)) for p in work.selected}
     replaced: Leaves = {}
     notes: dict[str, str] = {}
     errors: dict[str, float] = {}
@@ -148,7 +152,7 @@ def _round_stage(
             refit=refit,
             sweeps=sweeps,
         )
-        replaced[path] = box_of(path, leaf, codes, grid, formats[path], met.kernel_shape)
+        replaced[path] = box_of(path, leaf, codes, grid, formats[path], met.layout)
         errors[path] = info.loss
         notes[path] = f"output error {info.loss:.3g}"
         if info.damping != damping:
@@ -156,10 +160,9 @@ def _round_stage(
         work.advance(path)
     for path in work.selected:
         if path not in replaced:
-            replaced[path] = quantize_leaf(path, work.leaves[path], formats[path], rounding.scale)[
-                0
-            ]
-            notes[path] = "to nearest: nothing is seen to multiply it"
+            leaf, layout = work.leaves[path], work.layouts[path]
+            replaced[path] = quantize_leaf(path, leaf, formats[path], rounding.scale, layout)[0]
+            notes[path] = f"to nearest: {work.unseen(path)}"
             work.advance(path)
     return replaced, [
         _row(work, path, replaced[path], notes[path], errors.get(path)) for path in work.selected
@@ -174,14 +177,14 @@ class Met(NamedTuple):
       weight: float32 [out, in], with what it makes up for of the error of its inputs.
       mask: bool [out, in], or None where nothing is masked.
       gram: float32 [in, in], the sum of `x x^T`.
-      kernel_shape: see `glm_edge.compress.quantize.leaves.as_rows`.
+      layout: of the parameter.
     """
 
     path: str
     weight: Array
     mask: Array | None
     gram: Array
-    kernel_shape: tuple[int, ...]
+    layout: Layout
 
 
 def matrices(
@@ -220,14 +223,14 @@ def matrices(
         for path in group:
             gram, drift = grams[first[path]], drifts.get(first[path])
             _check_inputs(name, path, gram, drift)
-            leaf = work.leaves[path]
-            weight, kernel_shape = dense_rows(path, leaf)
+            leaf, layout = work.leaves[path], work.layouts[path]
+            weight = dense_rows(path, leaf, layout)
             if drift is not None:
                 weight = _corrected(weight, gram, drift, propagate, damping)
             mask = None
             if isinstance(leaf, Masked):
-                mask = dense_rows(path, leaf.mask.astype(jnp.float32))[0] != 0
-            yield Met(path, weight, mask, gram, kernel_shape)
+                mask = layout.rows(leaf.mask)
+            yield Met(path, weight, mask, gram, layout)
 
 
 def needs(options: Mapping[str, Any]) -> str:

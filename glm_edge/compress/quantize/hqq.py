@@ -1,10 +1,12 @@
 """Rounding weights without calibration, by half-quadratic steps."""
 
+import functools
 from typing import Any
 
 from glm_edge.compress.quantize.leaves import (
     box_of,
     dense_rows,
+    each_matrix,
     relative_error,
     row,
 )
@@ -30,6 +32,7 @@ def hqq(
     fallback_bits: int | None = None,
     exponent: float = 0.7,
     steps: int = 20,
+    stacked: str | None = None,
 ) -> Transform:
     """Fits grids that leave few weights far wrong, without calibration, and rounds to nearest.
 
@@ -49,6 +52,8 @@ def hqq(
         there.
       exponent: in (0, 1], of the norm of the error.
       steps: grids tried.
+      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
+        where the model itself does not show it.
 
     Returns:
       The transform.
@@ -76,12 +81,16 @@ def _round_stage(work: StageWork, exponent: float, steps: int, **shared: Any) ->
     replaced, rows = {}, []
     for path in work.selected:
         leaf: Any = work.leaves[path]
-        format = rounding.format_of(path, leaf.shape)
-        weight, kernel_shape = dense_rows(path, leaf)
-        codes, grid = half_quadratic.solve(
-            weight, format, rounding.scale, exponent=float(exponent), steps=steps
+        format, layout = rounding.format_of(path, work.columns(path)), work.layouts[path]
+        solve = functools.partial(
+            half_quadratic.solve,
+            format=format,
+            scale=rounding.scale,
+            exponent=float(exponent),
+            steps=steps,
         )
-        box = box_of(path, leaf, codes, grid, format, kernel_shape)
+        codes, grid = each_matrix(solve, dense_rows(path, leaf, layout))
+        box = box_of(path, leaf, codes, grid, format, layout)
         note = "" if format is rounding.format else "fallback"
         replaced[path] = box
         rows.append(row(NAME, path, leaf, box, relative_error(leaf, box), note))

@@ -1,7 +1,7 @@
 """From one parameter to its quantized box, and the report's row about it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,63 +15,72 @@ from glm_edge.compress.rounding import grid as grids
 from glm_edge.compress.rounding.grid import Grid
 from glm_edge.errors import RecipeError
 from glm_edge.kernels import grid as kernels
-from glm_edge.params import FakeQuantized, Format, Masked, Quantized
+from glm_edge.params import FakeQuantized, Format, Masked, Narrow, Quantized
+from glm_edge.params.layouts import Layout, by_name
 
 # Matrices of more weights are rounded by bands of rows, so that float32 copies stay small.
 BAND = 1 << 24
 
 
-def as_rows(path: str, leaf: Any, stacked: bool = False) -> tuple[Array, tuple[int, ...]]:
-    """The dense weight as `[..., out, in]`, and the kernel shape that undoes it.
-
-    Args:
-      path: of the parameter; a leaf named `kernel` is `[..., in, out]`, any other `[..., out, in]`.
-      leaf: array or box.
-      stacked: a kernel's first axis is a layer axis.
-    """
-    weight = boxes.dense(leaf)
-    if not _is_kernel(path):
-        return weight, ()
-    layers, kernel_shape = weight.shape[:stacked], weight.shape[stacked:]
-    flat = weight.reshape(*layers, -1, weight.shape[-1])
-    return jnp.swapaxes(flat, -1, -2), kernel_shape
+def as_rows(leaf: Any, layout: Layout) -> Array:
+    """The dense weight of an array or box as `[..., out, in]`."""
+    return layout.rows(boxes.dense(leaf))
 
 
-def dense_rows(path: str, leaf: Any) -> tuple[Array, tuple[int, ...]]:
+def dense_rows(path: str, leaf: Any, layout: Layout) -> Array:
     """As `as_rows` in float32.
 
     Raises:
       RecipeError: the weight holds NaN or infinity.
     """
-    weight, kernel_shape = as_rows(path, leaf)
-    weight = weight.astype(jnp.float32)
+    weight = as_rows(leaf, layout).astype(jnp.float32)
     if not bool(jnp.isfinite(weight).all()):
         raise RecipeError(f"{path}: NaN or infinity in the weights")
-    return weight, kernel_shape
+    return weight
+
+
+def each_matrix(solve: Callable[[Array], Any], rows: Array) -> Any:
+    """Calls `solve` with each matrix of a stack `[..., out, in]` and stacks what it returns."""
+    if rows.ndim == 2:
+        return solve(rows)
+    solved = [solve(matrix) for matrix in rows.reshape(-1, *rows.shape[-2:])]
+    return jax.tree.map(
+        lambda *parts: jnp.stack(parts).reshape(*rows.shape[:-2], *parts[0].shape), *solved
+    )
 
 
 def quantize_leaf(
-    path: str, leaf: Any, format: Format, scale: str = "max", stacked: bool = False
+    path: str,
+    leaf: Any,
+    format: Format,
+    scale: str = "max",
+    layout: Layout | None = None,
+    stock: bool = False,
 ) -> tuple[Any, float]:
     """Rounds one parameter to the nearest levels.
 
     Args:
-      path: of the parameter, see `as_rows`.
+      path: of the parameter, for messages.
       leaf: array or `Masked`.
       format: to store it in.
       scale: see `glm_edge.compress.rounding.grid.choose`.
-      stacked: a kernel's first axis is a layer axis.
+      layout: of the parameter; None takes what its name says.
+      stock: a stock layer reads it, whose activations keep their type only if its weights do.
 
     Returns:
-      `(box, relative error)`; a plain array where the format is a floating type.
+      `(box, relative error)`; where the format is a floating type, a plain array, or of a stock
+      layer a `Narrow`.
 
     Raises:
-      RecipeError: the weight is not finite, its scales do not fit the format's scale type, or the
-        format cannot hold the zeros of its mask.
+      RecipeError: the weight is not finite, its scales do not fit the format's scale type, the
+        format cannot hold the zeros of its mask, or the name does not say which axes are inputs.
     """
     if format.plain:
-        return _cast(path, leaf, format)
-    matrix, kernel_shape = as_rows(path, leaf, stacked)
+        return _cast(path, leaf, format, stock)
+    layout = by_name(path, tuple(leaf.shape)) if layout is None else layout
+    if layout is None:
+        raise RecipeError(f"{path} {list(leaf.shape)}: pass layout=, which says its inputs")
+    matrix = as_rows(leaf, layout)
     peak = jnp.max(jnp.abs(matrix), initial=0.0).astype(jnp.float32)
     if not bool(jnp.isfinite(peak)):
         raise RecipeError(f"{path}: NaN or infinity in the weights")
@@ -85,18 +94,23 @@ def quantize_leaf(
     box = jax.tree.map(lambda *bands: _joined(bands), *parts)
     if not math.isfinite(lost) or not bool(jnp.isfinite(box.scale).all()):
         raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
-    box = box.replace(kernel_shape=kernel_shape)
+    box = box.replace(**layout.kernel(leaf.shape), dtype=str(leaf_dtype(leaf)))
     _check_mask(path, leaf, box)
     return box, math.sqrt(lost / (power or 1.0))
 
 
-def _cast(path: str, leaf: Any, format: Format) -> tuple[Any, float]:
+def _cast(path: str, leaf: Any, format: Format, stock: bool) -> tuple[Any, float]:
     weight = boxes.dense(leaf)
     held = weight.astype(format.qtype)
     if not bool(jnp.isfinite(held).all()):
         raise RecipeError(f"{path}: NaN or infinity in the weights, or beyond {format.qtype}")
     error = relative_error(weight, held)
-    return boxes.mask(held, leaf.mask) if isinstance(leaf, Masked) else held, error
+    if stock and weight.dtype != held.dtype:
+        # Zeros of a mask are zeros of the value, as in other rounded weights.
+        held = boxes.narrow(held, weight.dtype)
+    elif isinstance(leaf, Masked):
+        held = boxes.mask(held, leaf.mask)
+    return held, error
 
 
 def _bands(matrix: Array, format: Format) -> list[Array]:
@@ -124,7 +138,7 @@ def box_of(
     codes: Array,
     grid: Grid,
     format: Format,
-    kernel_shape: tuple[int, ...] = (),
+    layout: Layout,
 ) -> Quantized:
     """Boxes the codes of a parameter.
 
@@ -134,7 +148,7 @@ def box_of(
       codes: int8 [..., out, in].
       grid: of the codes.
       format: to store them in.
-      kernel_shape: as `as_rows` gave it.
+      layout: of the parameter.
 
     Returns:
       The box.
@@ -145,7 +159,8 @@ def box_of(
     """
     if not bool(jnp.isfinite(grid.scale).all()):
         raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
-    box = boxes.quantized(codes, *grid, format, kernel_shape, str(leaf_dtype(leaf)))
+    box = boxes.quantized(codes, *grid, format, dtype=str(leaf_dtype(leaf)))
+    box = box.replace(**layout.kernel(leaf.shape))
     _check_mask(path, leaf, box)
     return box
 
@@ -160,6 +175,11 @@ def leaf_dtype(leaf: Any) -> Any:
     if isinstance(leaf, Masked):
         return leaf_dtype(leaf.value)
     return jnp.dtype(leaf.dtype)
+
+
+def is_stock(path: str) -> bool:
+    """True for a parameter of a stock layer; those of `glm_edge.models` are named `weight`."""
+    return path.rsplit("/", 1)[-1] in ("kernel", "embedding")
 
 
 def relative_error(before: Any, after: Any) -> float:
@@ -185,6 +205,8 @@ def row(
     """The report's row about a parameter that was rounded."""
     if isinstance(after, Quantized | FakeQuantized):
         action = str(after.format)
+    elif isinstance(after, Narrow):
+        action = str(after.value.dtype)
     else:
         action = str(leaf_dtype(after))
     kept = float(before.mask.mean()) if isinstance(before, Masked) else 1.0
@@ -226,11 +248,8 @@ def _underflow(before: Any, after: Any) -> str:
 
 def _zeroed_rows(before: Any, after: Quantized) -> int:
     """Rows of which nothing is left, band by band as in `quantize_leaf`."""
-    dense = boxes.dense(before)
-    if after.kernel_shape:
-        leading = dense.shape[: dense.ndim - len(after.kernel_shape)]
-        dense = jnp.swapaxes(dense.reshape(*leading, -1, dense.shape[-1]), -1, -2)
-    bare = after.replace(kernel_shape=())
+    dense = _rows_like(after, boxes.dense(before))
+    bare = after.replace(kernel_shape=(), kernel_axes=())
     if dense.ndim != 2 or dense.size <= BAND:
         return int(_zeroed(dense, bare))
     size, count = max(1, BAND // dense.shape[1]), 0
@@ -243,11 +262,18 @@ def _zeroed_rows(before: Any, after: Quantized) -> int:
     return count
 
 
+def _rows_like(box: Quantized, dense: Array) -> Array:
+    """Arranges a dense weight as `[..., out, in]`, in the order of a box's rows and columns."""
+    if not box.kernel_shape:
+        return dense
+    stack = dense.ndim - len(box.kernel_shape)
+    if box.kernel_axes:
+        dense = dense.transpose(*range(stack), *(stack + axis for axis in box.kernel_axes))
+    columns = dense.reshape(*dense.shape[:stack], -1, box.data.shape[-2])
+    return jnp.swapaxes(columns, -1, -2)
+
+
 @jax.jit
 def _zeroed(before: Array, after: Any) -> Array:
     """Rows, along the last axis, that are zero after and were not before."""
     return jnp.sum(jnp.any(before != 0, axis=-1) & ~jnp.any(boxes.dense(after) != 0, axis=-1))
-
-
-def _is_kernel(path: str) -> bool:
-    return path.rsplit("/", 1)[-1] == "kernel"

@@ -1,6 +1,5 @@
 """Options that transforms which round weights have in common."""
 
-import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,6 @@ from glm_edge.errors import BoxError, RecipeError
 from glm_edge.kernels.grid import INTEGERS
 from glm_edge.params import Format
 from glm_edge.params.formats import default_scale_dtype
-from glm_edge.params.patterns import compiled
 
 _WIDTHS = tuple(INTEGERS.values())
 
@@ -51,6 +49,7 @@ class Rounding:
         if format.qtype in without:
             raise RecipeError(f"{transform} cannot round to {format}; quantize.rtn can")
         check_pattern(transform, "where", get("where"))
+        check_pattern(transform, "stacked", get("stacked"))
         scale, fallback_bits = get("scale", "max"), get("fallback_bits")
         if scale not in SCALES:
             raise RecipeError(
@@ -64,19 +63,16 @@ class Rounding:
             _format(transform, fallback_bits, {})
         return cls(format, scale, fallback_bits)
 
-    def format_of(self, path: str, shape: tuple[int, ...], stacked: bool = False) -> Format:
+    def format_of(self, path: str, columns: int) -> Format:
         """The format of one parameter: the wanted one, or the fallback.
 
         Args:
-          path: of the parameter; `kernel` leaves are `[..., in, out]`, others `[..., out, in]`.
-          shape: of its dense array.
-          stacked: a kernel's first axis is a layer axis.
+          path: of the parameter, for messages.
+          columns: inputs of its matrix.
 
         Raises:
           RecipeError: its columns are not whole groups and there is no fallback.
         """
-        kernel = path.rsplit("/", 1)[-1] == "kernel"
-        columns = math.prod(shape[stacked:-1]) if kernel else shape[-1]
         try:
             self.format.num_groups(columns)
         except BoxError as error:
@@ -109,22 +105,23 @@ def _format(transform: str, bits: Any, options: Mapping[str, Any]) -> Format:
 
 
 def check_groups(
-    transform: str, shapes: Mapping[str, tuple[int, ...]], options: Mapping[str, Any]
+    transform: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str, Any]
 ) -> None:
     """Refuses matrices whose columns are not whole groups.
 
     Args:
       transform: name, for messages.
-      shapes: of the matrices by path.
+      sizes: `(out, in)` of the matrices by path.
       options: of the transform.
 
     Raises:
       RecipeError: one does not fit, and there is no fallback.
     """
     rounding = Rounding.of(transform, options)
-    stacked = compiled(options.get("stacked") or "(?!)")
-    for path, shape in shapes.items():
-        rounding.format_of(path, shape, bool(stacked.search(path)))
+    if rounding.format.plain:
+        return
+    for path, (_, columns) in sizes.items():
+        rounding.format_of(path, columns)
 
 
 def spelled_out(values: dict[str, Any], *objects: str) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from glm_edge.compress.quantize.options import Rounding, spelled_out
 from glm_edge.compress.report import Report
 from glm_edge.compress.rounding import grid as grids
 from glm_edge.compress.rounding.grid import Grid
+from glm_edge.compress.stagewise import layouts_in
 from glm_edge.compress.training import Training, learn
 from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
 from glm_edge.errors import RecipeError
 from glm_edge.params import FakeQuantized, Masked, Quantized
 from glm_edge.params.formats import PLAIN
+from glm_edge.params.layouts import Layout
 from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
 
@@ -45,6 +47,7 @@ def qat(
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
     compute: str | None = None,
+    stacked: str | None = None,
 ) -> Transform:
     """Trains weights that are rounded on every use, then rounds them for good.
 
@@ -76,6 +79,8 @@ def qat(
       weight_decay: of AdamW.
       clip_norm: largest norm of the gradient.
       compute: `float32` or `bfloat16` products while training; None leaves the model as it is.
+      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
+        where the model itself does not show it.
 
     Returns:
       The transform; its report holds the `curve`.
@@ -115,9 +120,12 @@ def _apply_qat(
     training = Training(**{name: options.pop(name) for name in Training._fields})
     rounding = Rounding.of(NAME, options)
     selected = frozenset(boxes.select(params, where))
+    layouts = layouts_in(
+        NAME, model, dict(boxes.path_items(params)), context.calibration, options["stacked"]
+    )
 
     def prepare(path: str, leaf: Any) -> Any:
-        return fake(path, leaf, rounding) if path in selected else leaf
+        return fake(path, leaf, rounding, layouts[path]) if path in selected else leaf
 
     student = boxes.map_with_path(prepare, params)
     trainable, frozen = split(student, _trains(selected, where_train), learned_scale)
@@ -135,7 +143,7 @@ def _apply_qat(
 
     def finish(path: str, leaf: Any, before: Any) -> Any:
         if path in selected:
-            return finalize(path, leaf, before)
+            return finalize(path, leaf, before, layouts[path])
         return leaf if boxes.is_box(leaf) else leaf.astype(before.dtype)
 
     old = dict(boxes.path_items(params))
@@ -152,13 +160,14 @@ def _apply_qat(
 register(NAME, qat, _apply_qat)
 
 
-def fake(path: str, leaf: Any, rounding: Rounding) -> Any:
+def fake(path: str, leaf: Any, rounding: Rounding, layout: Layout) -> Any:
     """Boxes a parameter to train as if it were quantized.
 
     Args:
       path: of the parameter.
       leaf: array, `Masked` or `Quantized`.
       rounding: what to train for; a `Quantized` leaf of its format brings its own scales.
+      layout: of the parameter.
 
     Returns:
       `FakeQuantized`, in the mask of a masked weight.
@@ -166,14 +175,15 @@ def fake(path: str, leaf: Any, rounding: Rounding) -> Any:
     Raises:
       RecipeError: the weight is not finite, or its columns are not whole groups.
     """
-    format = rounding.format_of(path, leaf.shape)
-    matrix, kernel_shape = leaves.dense_rows(path, leaf)
+    format = rounding.format_of(path, layout.extent(leaf.shape)[1])
+    matrix = leaves.dense_rows(path, leaf, layout)
     if isinstance(leaf, Quantized) and leaf.format == format:
         grid = Grid(leaf.scale, leaf.zero)
     else:
         grid = grids.choose(matrix, format, rounding.scale)
     dtype = str(leaves.leaf_dtype(leaf))
-    box = boxes.fake_quantized(matrix, *grid, format, kernel_shape, dtype)
+    box = boxes.fake_quantized(matrix, *grid, format, dtype=dtype)
+    box = box.replace(**layout.kernel(leaf.shape))
     return boxes.mask(box, leaf.mask) if isinstance(leaf, Masked) else box
 
 
@@ -236,13 +246,14 @@ def pace_of(trainable: Params, scale_rate: float) -> Params:
     return jax.tree_util.tree_map_with_path(pace, trainable)
 
 
-def finalize(path: str, leaf: Any, before: Any) -> Quantized:
+def finalize(path: str, leaf: Any, before: Any, layout: Layout) -> Quantized:
     """The packed box of a trained one, whose dense weight is the same.
 
     Args:
       path: of the parameter.
       leaf: `FakeQuantized`, perhaps `Masked`.
       before: the parameter as it was, for its mask.
+      layout: of the parameter.
 
     Raises:
       RecipeError: the trained weight is not finite, or its format cannot hold the zeros of a mask.
@@ -250,7 +261,7 @@ def finalize(path: str, leaf: Any, before: Any) -> Quantized:
     box = leaf
     if isinstance(leaf, Masked):
         box = leaf.value
-        matrix, _ = leaves.as_rows(path, leaf)
+        matrix = leaves.as_rows(leaf, layout)
         box = box.replace(value=jnp.where(matrix == 0, 0.0, box.value))
     quantized = box.finalize()
     if not bool(jnp.isfinite(quantized.scale).all()):
@@ -261,5 +272,5 @@ def finalize(path: str, leaf: Any, before: Any) -> Quantized:
         quantized.codes(),
         Grid(quantized.scale, quantized.zero),
         box.format,
-        box.kernel_shape,
+        layout,
     )

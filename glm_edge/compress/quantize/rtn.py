@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from glm_edge.compress.quantize.leaves import quantize_leaf, row
+from glm_edge.compress.quantize.leaves import is_stock, quantize_leaf, row
 from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
 from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
-from glm_edge.compress.transform import Transform, check_pattern
-from glm_edge.params.patterns import compiled
+from glm_edge.compress.transform import Transform
 
 NAME = "quantize.rtn"
 
@@ -47,7 +46,8 @@ def rtn(
         `glm_edge.params.Format`.
       fallback_bits: per-channel width for a matrix whose columns are not whole groups; None raises
         there.
-      stacked: regular expression of stock kernels whose first axis is a layer axis (`nn.scan`).
+      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
+        where the model itself does not show it.
 
     Returns:
       The transform.
@@ -62,18 +62,21 @@ def rtn(
     """
     options = spelled_out(locals())
     Rounding.of(NAME, options)
-    check_pattern(NAME, "stacked", stacked)
     return Transform(NAME, options)
 
 
-def _round_stage(work: StageWork, stacked: str | None, **shared: Any) -> Replaced:
+def _round_stage(work: StageWork, **shared: Any) -> Replaced:
     rounding = Rounding.of(NAME, shared)
-    has_layer_axis = compiled(stacked or "(?!)").search
     replaced, rows = {}, []
     for path in work.selected:
-        leaf, layers = work.leaves[path], bool(has_layer_axis(path))
-        format = rounding.format_of(path, leaf.shape, layers)
-        replaced[path], error = quantize_leaf(path, leaf, format, rounding.scale, layers)
+        leaf = work.leaves[path]
+        if rounding.format.plain:
+            format, layout = rounding.format, None
+        else:
+            format, layout = rounding.format_of(path, work.columns(path)), work.layouts[path]
+        replaced[path], error = quantize_leaf(
+            path, leaf, format, rounding.scale, layout, stock=is_stock(path)
+        )
         note = "" if format is rounding.format else "fallback"
         rows.append(row(NAME, path, leaf, replaced[path], error, note))
         work.advance(path)

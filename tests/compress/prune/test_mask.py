@@ -48,8 +48,9 @@ def test_blocks_go_by_their_norm(score, order):
 
 
 def test_channels_of_a_convolution_are_its_outputs():
-    kernel = weight(3, 3, 4, 10)
-    pruned = masked({"kernel": kernel}, 0.3, score="l2", shape="channel")["kernel"]
+    kernel, model = weight(3, 3, 4, 10), nn.Conv(10, (3, 3), use_bias=False)
+    channels = prune.mask(0.3, score="l2", shape="channel")
+    pruned = channels(model, {"kernel": kernel})[1]["kernel"]
     norms = np.sqrt(np.square(kernel).sum((0, 1, 2)))
     gone = np.flatnonzero(~np.asarray(pruned.mask).any((0, 1, 2)))
     np.testing.assert_array_equal(gone, np.sort(np.argsort(norms)[:3]))

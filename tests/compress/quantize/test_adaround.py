@@ -9,6 +9,7 @@ from glm_edge import params as boxes
 from glm_edge.compress import chain, prune
 from glm_edge.compress.quantize import rtn
 from glm_edge.compress.quantize.adaround import adaround
+from glm_edge.compress.readings import LOOKED_UP
 from glm_edge.compress.stages import ROWS, first_states, stages
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params import Masked, Quantized
@@ -56,7 +57,7 @@ def test_a_mask_stays_and_a_matrix_without_inputs_is_rounded_to_nearest(small, c
             stored = dict(boxes.path_items(learned))[path].unbox()
             assert np.all(np.asarray(stored)[~np.asarray(leaf.mask)] == 0.0)
     notes = {row.path: row.action for row in report.rows}
-    assert notes["embed/weight"] == "int4-g16 (nearest: no inputs seen)"
+    assert notes["embed/weight"] == f"int4-g16 (to nearest: {LOOKED_UP})"
     nearest = rtn(4, 16, scale="mse", where="^embed")(model, masked)[1]["embed"]["weight"]
     np.testing.assert_array_equal(learned["embed"]["weight"].data, nearest.data)
 
