@@ -23,6 +23,7 @@ from glm_edge.errors import RecipeError
 from glm_edge.models.layers import Embed, Linear
 from glm_edge.params.boxes import is_box
 from glm_edge.params.layouts import Layout, by_name, from_bias
+from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import nested
 
 LOOKED_UP = "nothing is seen to multiply it, its rows are looked up"
