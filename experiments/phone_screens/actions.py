@@ -226,11 +226,11 @@ def parse_action(text: str) -> Action:
 
 
 def _read_call(text: str, start: int) -> _Call | None:
-    """Reads the call that begins at `start`; None where there is no whole one."""
+    """Reads the call that begins at `start`; None where it is cut off."""
     text = text[: start + _LONGEST]
     inside = text.index("(", start) + 1
-    found = _read_fields(text, inside, {}, _MOST_FIELDS)
-    return found and _Call(text[start : inside - 1].strip(), *found)
+    parsed = _read_fields(text, inside, {}, _MOST_FIELDS)
+    return parsed and _Call(text[start : inside - 1].strip(), *parsed)
 
 
 def _read_fields(text: str, at: int, known: dict, room: int) -> tuple[list, int] | None:
@@ -281,16 +281,16 @@ def _read_string(text: str, at: int, name: str, known: dict, room: int) -> tuple
 
 
 def _closing_quotes(text: str, at: int) -> Iterator[int]:
-    for found in _QUOTE[text[at]].finditer(text, at + 1):
-        if found[0] == text[at]:
-            yield found.start()
+    for match in _QUOTE[text[at]].finditer(text, at + 1):
+        if match[0] == text[at]:
+            yield match.start()
 
 
 def _unescaped(raw: str, quote: str) -> str | None:
     """Reads escapes as Python does; quotes and line breaks may stand unescaped."""
     source = re.sub(
         rf"\\.|[{quote}\n\r]",
-        lambda found: {quote: f"\\{quote}", "\n": "\\n", "\r": "\\r"}.get(found[0], found[0]),
+        lambda match: {quote: f"\\{quote}", "\n": "\\n", "\r": "\\r"}.get(match[0], match[0]),
         raw,
         flags=re.DOTALL,
     )

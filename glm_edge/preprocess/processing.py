@@ -190,8 +190,8 @@ class AudioProcessing:
 
 
 def _require_whole(part: str, name: str, value: Any, low: int, high: int) -> None:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not low <= value <= high:
+    integral = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integral or not low <= value <= high:
         raise ConfigError(
             f"{part}: {name} {value!r:.60} must be a positive integer, {low} to {high}"
             if low

@@ -113,17 +113,17 @@ def _read(file: BinaryIO, total: int, where: str) -> tuple[np.ndarray, int]:
 
 def _chunks(file: BinaryIO, total: int, where: str) -> tuple[list[Chunk], int]:
     """All chunks, and the byte at which the last ends by its own account."""
-    found, at = [], 12
+    chunks, at = [], 12
     while at + 8 <= total:
         file.seek(at)
         head = file.read(8)
         if not head[:4].isascii() or not head[:4].decode().isprintable():
             break
-        if len(found) == MAX_CHUNKS:
+        if len(chunks) == MAX_CHUNKS:
             raise DataError(f"{where}: has more than {MAX_CHUNKS} chunks")
-        found.append(Chunk(head[:4], struct.unpack("<I", head[4:])[0], at + 8))
-        at = found[-1].start + found[-1].size + found[-1].size % 2
-    return found, at
+        chunks.append(Chunk(head[:4], struct.unpack("<I", head[4:])[0], at + 8))
+        at = chunks[-1].start + chunks[-1].size + chunks[-1].size % 2
+    return chunks, at
 
 
 def _contents(file: BinaryIO, chunk: Chunk, limit: int) -> bytes:

@@ -116,14 +116,14 @@ def sample_frames(
     last = num_frames - 1
     if duration_s <= processing.max_duration_s:
         count = max(int(duration_s * processing.fps), 1)
-        kept = np.ceil(np.arange(count) * fps / processing.fps)
+        indices = np.ceil(np.arange(count) * fps / processing.fps)
     else:
         count = int(processing.max_duration_s * processing.fps)
-        kept = np.arange(num_frames)
+        indices = np.arange(num_frames)
         if count < num_frames:
-            kept = np.ceil(np.linspace(0, duration_s, count) * fps)
-    kept = np.unique(np.minimum(kept, last).astype(np.int64))
-    return np.append(kept, kept[len(kept) - len(kept) % 2 :])
+            indices = np.ceil(np.linspace(0, duration_s, count) * fps)
+    indices = np.unique(np.minimum(indices, last).astype(np.int64))
+    return np.append(indices, indices[len(indices) - len(indices) % 2 :])
 
 
 def _is_positive(value: Any) -> bool:

@@ -16,7 +16,7 @@ from glm_edge.generate import (
 
 LAYERS, LENGTH, NEW = 3, 7, 10
 # The same shapes everywhere, so that few programs are compiled; no token is -1.
-OPTIONS = {"max_new_tokens": NEW, "stop_tokens": (-1,), "return_logits": True}
+OPTIONS = {"max_new_tokens": NEW, "stop_tokens": (), "return_logits": True}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_tokens_stop_where_they_are_sure_and_later_ones_see_what_they_left(
         ran = layers[:, 1:]
         assert (sure[ran == exit_at] >= threshold - 1e-5).all()
         assert (sure[ran > exit_at] < threshold + 1e-5).all()
-    options = {"max_new_tokens": NEW, "stop_tokens": (-1,), "early_exit": exits}
+    options = {"max_new_tokens": NEW, "stop_tokens": (), "early_exit": exits}
     tokens = list(stream(model, params, prompts, **options))
     np.testing.assert_array_equal(np.stack(tokens, axis=1), found.tokens)
 
@@ -111,7 +111,7 @@ def test_another_threshold_compiles_nothing_anew(deep, prompts, threshold):
     for value in (threshold, 0.0, 0.95):
         exits = early_exit(model, (1, 2), value)
         found = generate(model, params, prompts, early_exit=exits, **OPTIONS)
-        options = {"max_new_tokens": 3, "stop_tokens": (-1,), "early_exit": exits}
+        options = {"max_new_tokens": 3, "stop_tokens": (), "early_exit": exits}
         list(stream(model, params, prompts, **options))
         layers.append(float(found.layers.mean()))
         programs = (decoding._prefill, decoding._first, decoding._step, decoding.decode)
