@@ -21,8 +21,8 @@ from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import GlmEdgeError
 from glm_edge.export import container
 from glm_edge.export.flatbuffer import FlatModel
-from glm_edge.export.onnx import read_weights
 from glm_edge.export.package import DESCRIPTION
+from glm_edge.export.package_model import READERS
 from glm_edge.kernels import grid
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
@@ -38,6 +38,7 @@ pytestmark = [
 ]
 
 SEED = 20_260_000
+MODULES = {"onnx": ("onnx", "onnxruntime"), "mnn": ("MNN", "onnx")}
 VOCABULARY, SLOTS = 48, 24
 SECONDS, BYTES = 120, 3 << 30
 WORDS = ("<end>", "<|user|>", "<|assistant|>")
@@ -110,12 +111,13 @@ def tflite(model, params, tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module")
-def package(model, params, tmp_path_factory):
-    for module in ("onnx", "onnxruntime"):
+@pytest.fixture(scope="module", params=READERS)
+def package(request, model, params, tmp_path_factory):
+    for module in MODULES[request.param]:
         pytest.importorskip(module)
-    path = tmp_path_factory.mktemp("onnx") / "a"
-    return export.onnx(model, params, path, (4,), SLOTS, attended_slots=(8,))
+    path = tmp_path_factory.mktemp(request.param) / "a"
+    write = getattr(export, request.param)
+    return write(model, params, path, (4,), SLOTS, attended_slots=(8,))
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +268,10 @@ def test_mutated_bundles(bundle, tmp_path):
 
 
 def directory(path, exported):
+    kind = "onnx" if (exported.path / "decode.onnx").is_file() else "mnn"
     return outcomes(
         lambda: export.read_metadata(path),
-        lambda: read_weights(path),
+        lambda: READERS[kind](path),
         lambda: export.verify(path, exported.model, exported.params, windows(), free_running=0),
     )
 
@@ -280,7 +283,7 @@ def copied(exported, tmp_path):
     return path
 
 
-def test_mutated_onnx_directories(package, tmp_path):
+def test_mutated_directories(package, tmp_path):
     seen = set()
     names = sorted(file.name for file in package.path.iterdir())
     for seed in range(40):
@@ -291,7 +294,7 @@ def test_mutated_onnx_directories(package, tmp_path):
     assert seen == {"refused", "answered"}
 
 
-def test_lying_onnx_descriptions(package, tmp_path):
+def test_lying_descriptions_of_directories(package, tmp_path):
     described, seen = json.loads((package.path / DESCRIPTION).read_text()), set()
     for seed in range(40):
         path = copied(package, tmp_path)
@@ -302,7 +305,7 @@ def test_lying_onnx_descriptions(package, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/dev/random", "/etc/passwd", "hole"])
-def test_odd_files_in_onnx_directories(kind, package, tmp_path):
+def test_odd_files_in_directories(kind, package, tmp_path):
     for name in sorted(file.name for file in package.path.iterdir()):
         path = copied(package, tmp_path)
         os.remove(path / name)
