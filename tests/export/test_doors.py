@@ -9,7 +9,6 @@ import pytest
 from glm_edge import export
 from glm_edge.configs import preset, to_dict
 from glm_edge.errors import ExportError
-from glm_edge.export import container
 from glm_edge.export.coreml import open_package
 from glm_edge.export.mnn import read_weights as mnn_weights
 from glm_edge.export.offer import described_sizes
@@ -140,19 +139,3 @@ def test_described_sizes_are_those_of_an_export(fields, message):
         described_sizes({**right, **fields}, config)
     with pytest.raises(ExportError, match="cache_slots is missing"):
         described_sizes({"prefill_lengths": [8]}, config)
-
-
-def test_temporary_beside_removes_what_dead_processes_left(tmp_path):
-    target = tmp_path / "a.tflite"
-    mine, other = (container.temporary_beside(target) for _ in range(2))
-    assert mine != other
-    process = str(os.getpid())
-    for number in ("4194303", "4194302"):
-        left = tmp_path / mine.name.replace(f"-{process}-", f"-{number}-")
-        left.mkdir()
-        (left / "weights.bin").write_bytes(b"1")
-    foreign = tmp_path / ".b.tflite.partial"
-    mine.touch()
-    foreign.touch()
-    container.temporary_beside(target)
-    assert {path.name for path in tmp_path.iterdir()} == {mine.name, foreign.name}
