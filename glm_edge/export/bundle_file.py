@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from glm_edge import files
-from glm_edge.errors import ExportError, GlmEdgeError, require
+from glm_edge.errors import ExportError, require
 from glm_edge.export.container import DAMAGE, Entries
 
 EXTRA = "litertlm"
@@ -53,8 +53,8 @@ def read_sections(path: str | Path) -> list[Section]:
     library = require("litert_lm_builder.litertlm_header_schema_py_generated", extra=EXTRA)
     protocol = require("litert_lm_builder.runtime.proto.llm_metadata_pb2", extra=EXTRA)
     message = require("google.protobuf.message", extra=EXTRA)
-    try:
-        with files.opened(path, ExportError) as file:
+    with files.opened(path, ExportError) as file:
+        try:
             size = os.fstat(file.fileno()).st_size
             header = library.LiteRTLMMetaData.GetRootAs(_header(file, size), 0)
             sections = _sections(library, header.SectionMetadata(), size)
@@ -64,10 +64,8 @@ def read_sections(path: str | Path) -> list[Section]:
                         raise ValueError(f"metadata of {section.size} bytes")
                     file.seek(section.start)
                     protocol.LlmMetadata().ParseFromString(file.read(section.size))
-    except GlmEdgeError:
-        raise
-    except (OSError, message.DecodeError, *DAMAGE) as error:
-        raise ExportError(f"{path}: damaged LiteRT-LM bundle: {error}") from error
+        except (message.DecodeError, *DAMAGE) as error:
+            raise ExportError(f"{path}: damaged LiteRT-LM bundle: {error}") from error
     return sections
 
 

@@ -1,6 +1,7 @@
 """Comparing what LiteRT-LM's engine answers from a bundle with what JAX answers."""
 
 import dataclasses
+import itertools
 import struct
 import tempfile
 import wave
@@ -30,6 +31,7 @@ COMPARED_TURNS = 3
 EARLY_SHARE = 8
 TURN_TOKENS = 8
 SHORT_OF_SLOTS = 64
+LONGEST_WORD = 12
 # Bytes of a character cut off by the end of an answer: runtimes show or drop them as they like.
 HALF_A_CHARACTER = "\ufffd"
 
@@ -187,14 +189,18 @@ def _converse(
     while True:
         turn, free = len(messages) // 2, slots - used
         wanted = slots // EARLY_SHARE if turn < COMPARED_TURNS else free // 2
-        text = _long_text(processor, texts, rng, wanted if free > SHORT_OF_SLOTS else 1)
-        messages.append({"role": "user", "content": text})
-        try:
-            added = _ids(processor, new_text(bundle.template, messages))
-        except DataError as error:
-            raise ExportError(f"{bundle.path}: message {turn + 1}: {error}") from error
-        if used + len(added) + reserve > slots:
+        for count in (wanted, 1) if free > SHORT_OF_SLOTS else (1,):
+            text = _text_of(processor, texts, rng, count)
+            asked = [*messages, {"role": "user", "content": text}]
+            try:
+                added = _ids(processor, new_text(bundle.template, asked))
+            except DataError as error:
+                raise ExportError(f"{bundle.path}: message {turn + 1}: {error}") from error
+            if used + len(added) + reserve <= slots:
+                break
+        else:
             return
+        messages = asked
         try:
             answer, used = engine.reply(text, new_tokens, same=turn > 0)
         except ExportError as error:
@@ -219,16 +225,18 @@ def _ids(processor: Processor, text: str) -> list[int]:
     return processor.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _long_text(
+def _text_of(
     processor: Processor, texts: Sequence[str] | None, rng: np.random.Generator, tokens: int
 ) -> str:
-    """Text of at least so many tokens, and a little more."""
-    if tokens == 1:
-        # The shortest message that a user writes.
-        return (texts[0] if texts else _random_text(processor, rng)).split()[0]
+    """Text of as many words as make so many tokens; a long word is cut."""
     words: list[str] = []
+    source = itertools.cycle(texts or [None])
     while len(_ids(processor, " ".join(words))) < tokens:
-        words += (texts[len(words) % len(texts)] if texts else _random_text(processor, rng)).split()
+        text = next(source) or _random_text(processor, rng)
+        for word in text.split():
+            words.append(word[:LONGEST_WORD])
+            if len(_ids(processor, " ".join(words))) >= tokens:
+                break
     return " ".join(words)
 
 

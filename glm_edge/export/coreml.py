@@ -149,8 +149,8 @@ def open_package(path: str | Path) -> Any:
       ExportError: a file of it is a pipe, a device or a link, or coremltools cannot open it.
       MissingExtraError: coremltools is not installed.
     """
-    tools, message = core_ml_tools(), require("google.protobuf.message", extra="coreml")
     check_tree(Path(path))
+    tools, message = core_ml_tools(), require("google.protobuf.message", extra="coreml")
     try:
         return tools.models.MLModel(str(path), skip_model_load=True)
     # Some of its classes of errors derive from Exception alone.

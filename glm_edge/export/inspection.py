@@ -56,7 +56,7 @@ def inspect(path: str | Path, model: MultimodalGLM, params: Params) -> Inspectio
       ExportError: something does not, or the package is damaged.
       MissingExtraError: coremltools is not installed.
     """
-    tools, package = core_ml_tools(), open_package(path)
+    package, tools = open_package(path), core_ml_tools()
     try:
         specification, described = package.get_spec(), described_by(package, path)
         config = from_dict(described["config"])

@@ -86,7 +86,8 @@ def litertlm(
     * It gives the template `content` as parts, keeps the stop token of an answer, and feeds what a
       message adds to the conversation: see `glm_edge.export.chat_templates`, by which the template
       is repaired where needed, or refused. `Bundle.conversions` lists that.
-    * Where a repair counts on the stop token, an answer cut off by a limit of tokens lacks it.
+    * Where a repair counts on the stop token, an answer that a limit of tokens cuts off, or that
+      another stop token ends, lacks it for the next turn.
     * An answer cut off by a limit of tokens, in a conversation with an image, loses its last token
       for the next turn (litert-lm 0.18.1).
 

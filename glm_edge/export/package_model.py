@@ -14,7 +14,7 @@ from glm_edge.export.integers import Weight
 from glm_edge.export.interface import expected_tensors
 from glm_edge.export.mnn import read_weights as mnn_weights
 from glm_edge.export.offer import described_sizes
-from glm_edge.export.onnx import WEIGHTS
+from glm_edge.export.onnx import MAX_GRAPH_BYTES, WEIGHTS
 from glm_edge.export.onnx import read_weights as onnx_weights
 from glm_edge.export.package import read_description
 from glm_edge.export.runtime import PhoneModel, run_checked
@@ -67,7 +67,9 @@ class PackageModel(PhoneModel):
             attended = (None, *attended_by(length, self.attended_slots))
             names += [step_name(length, slots) for slots in attended]
         for name in names:
-            file_inside(self.path, f"{name}.{self.runtime}", ExportError)
+            graph = file_inside(self.path, f"{name}.{self.runtime}", ExportError)
+            if graph.stat().st_size > MAX_GRAPH_BYTES:
+                raise ValueError(f"{graph.name} has {graph.stat().st_size} bytes, without weights")
         file_inside(self.path, WEIGHTS, ExportError)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:

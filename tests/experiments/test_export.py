@@ -95,7 +95,8 @@ def test_a_file_that_disagrees_is_a_failure(tmp_path):
     # Rounded activations against none: not every token agrees.
     done = run(*flags, "--verify", "--compute=float32", "--threshold=1.0")
     assert done.returncode == 1
-    assert "verification failed" in done.stderr.splitlines()[-1]
+    reason = "verification failed: at least 100.00% must agree"
+    assert reason in done.stderr.splitlines()[-1]
     shown = next(line for line in done.stdout.splitlines() if "top-1 agreement" in line)
     assert "of 300 tokens" in shown
     assert ge.export.read_metadata(tmp_path / "phone.tflite")["verified"] is False

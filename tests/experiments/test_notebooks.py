@@ -198,3 +198,10 @@ def test_what_is_counted_and_heard_lies_in_the_clone():
         assert (ROOT / "tests" / "checkpoint" / "published" / f"{name}.json").is_file()
     samples, rate = ge.preprocess.load_wav(ROOT / "colab" / "press_seven.wav")
     assert (rate, len(samples)) == (8000, 8760)
+
+
+def test_commands_that_write_a_bundle_verify_it():
+    text = "".join(notebook.read_text() for notebook in NOTEBOOKS)
+    commands = re.findall(r"experiments\.export [^\n]*--format=litertlm.*", text)
+    assert len(commands) >= 2
+    assert all("--verify" in command for command in commands)

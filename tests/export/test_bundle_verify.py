@@ -113,7 +113,9 @@ def test_images_and_recordings_are_verified_too(media_bundle, tmp_path):
 
 def test_other_answers_fail(text_bundle, tmp_path):
     whole = copied(text_bundle, tmp_path / "text.litertlm")
-    swapped = dataclasses.replace(processor(), template=TEMPLATE.replace("item.text", "'w100'"))
+    swapped = dataclasses.replace(
+        processor(), template=TEMPLATE.replace("item.text", "item.text ~ ' w100'")
+    )
     other = dataclasses.replace(whole, processor=swapped)
     with pytest.raises(ExportError, match=r"at least 99\.00% must agree"):
         other.verify(["w010 w020 w030"], prompts=2, max_new_tokens=12)

@@ -312,7 +312,8 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(exported, tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert not list(tmp_path.glob("*.tflite"))
     assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
-    # What is left hinders nobody.
+    # What is left hinders nobody, and the next export removes it.
     graph = FlatModel(exported.path.read_bytes()).model
     container.write(graph, tmp_path / "a.tflite", overwrite=False)
     compatibility(tmp_path / "a.tflite")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tflite"]

@@ -385,10 +385,13 @@ def test_every_bundle_has_short_prefill_signatures(text_bundle, heard_and_seen):
 
 
 def test_two_exports_of_one_model_are_the_same_bytes(text_bundle, tmp_path):
-    again = litertlm(
-        text_bundle.model, text_bundle.params, processor(), tmp_path / "a.litertlm", (8, 32), SLOTS
-    )
-    assert again.path.read_bytes() == text_bundle.path.read_bytes()
+    model, params = text_bundle.model, text_bundle.params
+    paths = [tmp_path / name for name in ("a.litertlm", "b.litertlm")]
+    for path in paths:
+        litertlm(model, params, processor(), path, (), SLOTS)
+    first, second = (path.read_bytes() for path in paths)
+    assert first == second
+    assert b"1970-01-01T00:00:00" in first
 
 
 def test_prefill_gives_no_logits_and_weights_are_stored_once(text_bundle, tmp_path):

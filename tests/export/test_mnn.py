@@ -252,7 +252,7 @@ def test_the_converter_runs_without_its_command_line():
 
 
 def test_a_directory_that_is_no_export_is_refused(tmp_path):
-    with pytest.raises(ExportError, match="no whole MNN export"):
+    with pytest.raises(ExportError, match="no whole export of glm_edge"):
         read_weights(tmp_path)
 
 
