@@ -28,3 +28,7 @@ __all__ = [
     "stream_text",
     "sweep",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

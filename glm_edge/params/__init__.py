@@ -60,3 +60,7 @@ __all__ = [
     "stored_bytes",
     "to_flat",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

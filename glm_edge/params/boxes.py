@@ -463,6 +463,23 @@ BOXES = {
 }
 
 
+def check_reach(box: Any, where: str) -> None:
+    """Raises BoxError where a level times its scale is beyond the type of the dense weight.
+
+    Args:
+      box: with arrays, or any other parameter, which is not checked.
+      where: of it, for the message.
+    """
+    if not isinstance(box, Quantized | FakeQuantized):
+        return
+    low, high = (1, 1) if box.format.qtype == "nf4" else grid.code_range(box.format.qtype)
+    zero = 0.0 if box.zero is None else float(jnp.max(jnp.abs(box.zero.astype(jnp.float32))))
+    steps = max(abs(low), high) + zero
+    largest = float(jnp.max(jnp.abs(box.scale.astype(jnp.float32)), initial=0.0)) * steps
+    if not largest <= float(jnp.finfo(box.dtype).max):
+        raise BoxError(f"{where}: scales up to {largest:.3g} make weights that are not finite")
+
+
 def array_fields(box: Any) -> dict[str, Any]:
     """Fields of a box that hold arrays, by name; None where a box has none."""
     return {

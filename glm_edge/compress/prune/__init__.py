@@ -50,3 +50,7 @@ __all__ = [
     "vocabulary",
     "weight_scores",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,7 +31,6 @@ from glm_edge.compress.stagewise import (
 )
 from glm_edge.compress.transform import Context, Result, Transform
 from glm_edge.errors import RecipeError
-from glm_edge.params.layouts import Layout
 from glm_edge.params.tree import Params
 
 NAME = "prune.mask"
@@ -158,7 +157,7 @@ def _check(name: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str
             "in memory; load the checkpoint and call the recipe"
         )
     if masking.shape.kind != shapes.SINGLE:
-        shapes.matrix_pools(masking.shape, sizes, dict.fromkeys(sizes, Layout()))
+        shapes.matrix_pools(masking.shape, sizes)
 
 
 def _apply_mask(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
