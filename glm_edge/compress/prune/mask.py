@@ -65,6 +65,9 @@ def mask(
             ge.prune.compact(),
         )
 
+    Masked parameters train in the two parts that `glm_edge.params.partition` makes of them, as
+    `glm_edge.params.Masked` shows.
+
     Args:
       sparsity: fraction that goes, in 0..1, below 1. None where `N:M` or a budget says it.
       score: `magnitude` (`|w|`); `l<n>`, an L_n norm such as `l1`, `l2` or `linf`; `sensitivity`
