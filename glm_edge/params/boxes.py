@@ -40,7 +40,8 @@ class Masked(struct.PyTreeNode, _Box):
     Build with `mask`. `value` may itself be a `FakeQuantized`; quantizing a masked weight keeps its
     zeros exactly and drops the mask.
 
-    A mask is boolean, so `jax.grad` refuses a tree of masked parameters. Train what `glm_edge.params.partition` gives, and put it together within the loss:
+    A mask is boolean, so `jax.grad` refuses a tree of masked parameters. Train what
+    `glm_edge.params.partition` gives, and put it together within the loss:
 
         trainable, frozen = ge.params.partition(params)
         state = TrainState.create(apply_fn=model.apply, params=trainable, tx=optax.adam(1e-3))
