@@ -61,7 +61,7 @@ def test_another_module_is_refused(compressed, options, message, tmp_path):
 @pytest.mark.parametrize(
     ("model", "params", "message"),
     [
-        (object(), SHAPES, "not a Linen module; of nnx"),
+        (object(), SHAPES, "a Linen module of yours, not a object; of nnx"),
         (Net(), None, "params is a NoneType"),
         (Net(), Net(), "params is a Net"),
         (Net(), {"a/b": {"c": jnp.ones(3)}, "a": {"b/c": jnp.ones(2)}}, "hold no '/'"),
