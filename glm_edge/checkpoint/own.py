@@ -105,8 +105,8 @@ def check_stock(model: Any, params: Any, where: str) -> None:
     if not isinstance(model, nn.Module):
         raise CheckpointError(
             f"{where}: a checkpoint holds one of {', '.join(ARCHITECTURES)} or a Linen module of "
-            f"yours, not a {type(model).__name__}; of nnx, save nnx.to_pure_dict(nnx.state(module)) "
-            "with a Linen module of the same parameters"
+            f"yours, not a {type(model).__name__}; of nnx, save "
+            "nnx.to_pure_dict(nnx.state(module)) with a Linen module of the same parameters"
         )
     leaves = dict(boxes.path_items(params)) if isinstance(params, Mapping) else {}
     arrays = all(boxes.is_box(leaf) or hasattr(leaf, "dtype") for leaf in leaves.values())
