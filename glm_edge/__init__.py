@@ -12,7 +12,37 @@ ge.export.tflite(model, params, "phone.tflite").verify()
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # What `__getattr__` finds when the program runs, for type checkers and editors.
+    from glm_edge import checkpoint as checkpoint
+    from glm_edge import configs as configs
+    from glm_edge import errors as errors
+    from glm_edge import export as export
+    from glm_edge import generate as generate
+    from glm_edge import params as params
+    from glm_edge import preprocess as preprocess
+    from glm_edge.checkpoint import build as build
+    from glm_edge.checkpoint import load as load
+    from glm_edge.checkpoint import load_tokenizer as load_tokenizer
+    from glm_edge.checkpoint import save as save
+    from glm_edge.checkpoint import shipped as shipped
+    from glm_edge.compress import chain as chain
+    from glm_edge.compress import cost as cost
+    from glm_edge.compress import distill as distill
+    from glm_edge.compress import prune as prune
+    from glm_edge.compress import quantize as quantize
+    from glm_edge.compress import recipe_from_json as recipe_from_json
+    from glm_edge.compress import recipes as recipes
+    from glm_edge.compress import reparameterize as reparameterize
+    from glm_edge.compress import to_json as to_json
+    from glm_edge.compress.plan import plan as plan
+    from glm_edge.compress.stream import compress_checkpoint as compress_checkpoint
+    from glm_edge.configs import GLMConfig as GLMConfig
+    from glm_edge.configs import preset as preset
+    from glm_edge.models.multimodal import MultimodalGLM as MultimodalGLM
+    from glm_edge.preprocess import Processor as Processor
 
 __version__ = "0.1.0"
 # Address of the published repository; empty until there is one. README.md, the notebooks and
@@ -58,12 +88,14 @@ _MODULES = {
 __all__ = sorted([*_WHERE, *_MODULES, "REPOSITORY_URL", "__version__"])
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(_MODULES[name])
+        if name in _WHERE:
+            return getattr(importlib.import_module(_WHERE[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

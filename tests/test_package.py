@@ -156,3 +156,17 @@ def test_documents_name_only_extras_that_exist():
         for extra in group.split(",")
     }
     assert named <= EXTRAS.keys()
+
+
+def test_type_checkers_see_every_public_name():
+    tree = ast.parse((ROOT / "glm_edge/__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and node.body[0].lineno < 40)
+    seen = {alias.asname for node in block.body for alias in node.names}
+    assert seen == set(glm_edge.__all__)
+    assert (ROOT / "glm_edge/py.typed").exists()
+
+
+@pytest.mark.parametrize("name", ["prune", "quantize", "params", "generate", "cost"])
+def test_completion_of_a_package_offers_its_public_names(name):
+    package = getattr(glm_edge, name)
+    assert dir(package) == sorted(package.__all__)

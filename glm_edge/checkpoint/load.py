@@ -180,6 +180,7 @@ def save(
         check_params(params, model, str(target))
     for name, array in boxes.to_flat(params)[0].items():
         check_finite(np.asarray(array), f"{target}: tensor {name!r}")
+    own.check_reaches(params, str(target))
     described = None
     if stock and format == "hugging_face":
         raise CheckpointError(f"{target}: no Hugging Face member is a {type(model).__name__}")

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.core import unfreeze
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import orbax
@@ -33,6 +34,7 @@ from glm_edge.configs import to_dict
 from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import BoxError, CheckpointError
 from glm_edge.files import CONFIG, file_inside, write_json
+from glm_edge.params.boxes import check_reach
 
 FORMAT = "glm_edge"
 VERSION = 1
@@ -103,7 +105,8 @@ def check_stock(model: Any, params: Any, where: str) -> None:
     """
     if not isinstance(model, nn.Module):
         raise CheckpointError(
-            f"{where}: model is a {type(model).__name__}, not a Linen module; of nnx, save "
+            f"{where}: a checkpoint holds one of {', '.join(ARCHITECTURES)} or a Linen module of "
+            f"yours, not a {type(model).__name__}; of nnx, save "
             "nnx.to_pure_dict(nnx.state(module)) with a Linen module of the same parameters"
         )
     leaves = dict(boxes.path_items(params)) if isinstance(params, Mapping) else {}
@@ -113,13 +116,11 @@ def check_stock(model: Any, params: Any, where: str) -> None:
             f"{where}: params is a {type(params).__name__}; it must be the nested dict of "
             "model.init(...)['params'], arrays and boxes (of a TrainState, its params)"
         )
-    stored, spec = boxes.to_flat(params)
-    again = dict(boxes.path_items(boxes.from_flat(stored, spec)))
-    if {path: leaf.shape for path, leaf in again.items()} != {
-        path: leaf.shape for path, leaf in leaves.items()
-    }:
+    again = boxes.from_flat(*boxes.to_flat(params))
+    if jax.tree.structure(again) != jax.tree.structure(unfreeze(params)):
         raise CheckpointError(
-            f"{where}: names of parameters must not hold '/' nor end like a field of a box"
+            f"{where}: params must be nested dicts whose names hold no '/' and do not end like a "
+            "field of a box"
         )
 
 
@@ -221,7 +222,22 @@ def read(
     arrays, config = {}, getattr(source.model, "config", None)
     for name, destination in placement.plan(source.params, config).items():
         arrays[name] = destination.put(source.read(name, destination))
-    return source.model, boxes.from_flat(arrays, source.spec)
+    params = boxes.from_flat(arrays, source.spec)
+    check_reaches(params, str(directory))
+    return source.model, params
+
+
+def check_reaches(params: Any, where: str) -> None:
+    """Refuses boxes whose dense weights would not be finite.
+
+    Raises:
+      CheckpointError: one has scales beyond its type.
+    """
+    for path, leaf in boxes.path_items(params):
+        try:
+            check_reach(leaf, f"{where}: parameter {path!r}")
+        except BoxError as error:
+            raise CheckpointError(str(error)) from error
 
 
 @dataclass(frozen=True)

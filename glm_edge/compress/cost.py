@@ -194,3 +194,10 @@ def _decoding(model: nn.Module, params: Params, context: int) -> Callable[[], An
         return state[0]
 
     return once
+
+
+__all__ = ["flops", "measure"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -34,6 +34,8 @@ _BATCHED = "its layer multiplies each batch entry with a matrix of its own"
 # What image models are called with where no batch says it.
 _SIDES = (28, 32, 224, 8, 16, 64, 96, 128, 256, 384)
 _CHANNELS = (1, 3, 4)
+# Axes of the kernel of a convolution over images.
+_IMAGE_KERNEL = 4
 _FLAGS = {"train": False, "training": False, "is_training": False, "deterministic": True}
 
 
@@ -221,7 +223,7 @@ def layouts_of(
 
     Args:
       name: of the transform, for messages.
-      model: Linen module; None says nothing.
+      model: Linen module; with None, kernels of four axes are taken to be those of convolutions.
       leaves: its parameters by path, arrays or boxes.
       stacked: regular expression of parameters whose first axis numbers layers.
       watch: runs the model with a function that takes readings; None tries usual inputs.
@@ -246,6 +248,8 @@ def layouts_of(
         found = _from_reading(readings.get(path), shape, bias)
         asked = 1 if is_stack(path) else None
         known[path] = from_bias(shape, bias, asked) if found is None else found
+        if known[path] is None and model is None and len(shape) == _IMAGE_KERNEL:
+            known[path] = Layout(0, tuple(range(_IMAGE_KERNEL - 1)))
         if asked and isinstance(known[path], Layout) and not known[path].stack:
             raise RecipeError(
                 f"{name}: stacked={stacked!r} names {path} {list(shape)}, which is one matrix"
@@ -311,6 +315,8 @@ def _usual_inputs(leaves: Mapping[str, Any]) -> Iterator[jax.ShapeDtypeStruct]:
     """Tokens, then images of some sizes where a kernel has the axes of an image's."""
     yield jax.ShapeDtypeStruct((1, 2), jnp.int32)
     sizes = [leaf.shape for path, leaf in leaves.items() if _is_kernel(path)]
-    channels = [c for c in _CHANNELS if any(len(size) >= 4 and size[-2] == c for size in sizes)]
+    channels = [
+        c for c in _CHANNELS if any(len(size) >= _IMAGE_KERNEL and size[-2] == c for size in sizes)
+    ]
     for side, channel in itertools.product(_SIDES, channels):
         yield jax.ShapeDtypeStruct((1, side, side, channel), jnp.float32)

@@ -53,6 +53,19 @@ class Masked(struct.PyTreeNode, _Box, repr=False):
 
     Build with `mask`. `value` may itself be a `FakeQuantized`; quantizing a masked weight keeps its
     zeros exactly and drops the mask.
+
+    A mask is boolean, so `jax.grad` refuses a tree of masked parameters. Train what
+    `glm_edge.params.partition` gives, and put it together within the loss:
+
+        trainable, frozen = ge.params.partition(params)
+        state = TrainState.create(apply_fn=model.apply, params=trainable, tx=optax.adam(1e-3))
+
+        def loss(trainable):
+            params = ge.params.combine(trainable, frozen)
+            return jnp.mean(jnp.square(model.apply({"params": params}, x) - y))
+
+        state = state.apply_gradients(grads=jax.grad(loss)(state.params))
+        params = ge.params.combine(state.params, frozen)
     """
 
     value: Any
@@ -473,6 +486,23 @@ BOXES = {
     "FakeQuantized": FakeQuantized,
     "Narrow": Narrow,
 }
+
+
+def check_reach(box: Any, where: str) -> None:
+    """Raises BoxError where a level times its scale is beyond the type of the dense weight.
+
+    Args:
+      box: with arrays, or any other parameter, which is not checked.
+      where: of it, for the message.
+    """
+    if not isinstance(box, Quantized | FakeQuantized):
+        return
+    low, high = (1, 1) if box.format.qtype == "nf4" else grid.code_range(box.format.qtype)
+    zero = 0.0 if box.zero is None else float(jnp.max(jnp.abs(box.zero.astype(jnp.float32))))
+    steps = max(abs(low), high) + zero
+    largest = float(jnp.max(jnp.abs(box.scale.astype(jnp.float32)), initial=0.0)) * steps
+    if not largest <= float(jnp.finfo(box.dtype).max):
+        raise BoxError(f"{where}: scales up to {largest:.3g} make weights that are not finite")
 
 
 def array_fields(box: Any) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def partition(params: Params, scales: bool = False) -> tuple[Params, Params]:
       scales: also trains scales and floating zero points of quantized weights.
 
     Returns:
-      `(trainable, frozen)`; `combine` puts them back together.
+      `(trainable, frozen)`; `combine` puts them back together, as `glm_edge.params.Masked` shows.
     """
 
     def trains(box: Any, name: str, value: Any) -> bool:

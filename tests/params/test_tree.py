@@ -1,10 +1,12 @@
 """Partition, casts, selection and counts over trees of arrays and boxes."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.training.train_state import TrainState
 
 from glm_edge import params as boxes
 from glm_edge.compress.quantize import quantize_leaf
@@ -128,3 +130,22 @@ def test_selection_is_by_regular_expression_and_never_empty(tree):
         boxes.select(tree, "decoder")
     with pytest.raises(RecipeError, match="not a regular expression"):
         boxes.select(tree, "layers/(")
+
+
+def test_masked_parameters_train_in_a_train_state_and_keep_zeros():
+    model, x = nn.Dense(3), jnp.ones((2, 4))
+    mask = jnp.arange(12).reshape(4, 3) % 2 == 0
+    masked = {"kernel": boxes.mask(jnp.ones((4, 3)), mask), "bias": jnp.zeros(3)}
+    with pytest.raises(TypeError, match="bool"):
+        jax.grad(lambda params: model.apply({"params": params}, x).sum())(masked)
+    trainable, frozen = boxes.partition(masked)
+    state = TrainState.create(apply_fn=model.apply, params=trainable, tx=optax.adam(0.1))
+
+    def loss(trainable):
+        params = boxes.combine(trainable, frozen)
+        return jnp.sum(jnp.square(model.apply({"params": params}, x) - 5.0))
+
+    for _ in range(3):
+        state = state.apply_gradients(grads=jax.grad(loss)(state.params))
+    kernel = boxes.combine(state.params, frozen)["kernel"]
+    assert bool(jnp.all(jnp.where(mask, kernel.unbox() > 1, kernel.unbox() == 0)))

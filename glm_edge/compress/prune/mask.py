@@ -31,7 +31,6 @@ from glm_edge.compress.stagewise import (
 )
 from glm_edge.compress.transform import Context, Result, Transform
 from glm_edge.errors import RecipeError
-from glm_edge.params.layouts import Layout
 from glm_edge.params.tree import Params
 
 NAME = "prune.mask"
@@ -68,6 +67,9 @@ def mask(
 
         recipe = ge.prune.mask(0.5, score="wanda", shape="2:4")
         model, params, report = recipe(model, params, calibration=batches)
+
+    Masked parameters train in the two parts that `glm_edge.params.partition` makes of them, as
+    `glm_edge.params.Masked` shows.
 
     Args:
       sparsity: fraction that goes, in 0..1, below 1. None where `N:M` or a budget says it.
@@ -161,7 +163,7 @@ def _check(name: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str
             "in memory; load the checkpoint and call the recipe"
         )
     if masking.shape.kind != shapes.SINGLE:
-        shapes.matrix_pools(masking.shape, sizes, dict.fromkeys(sizes, Layout()))
+        shapes.matrix_pools(masking.shape, sizes)
 
 
 def _apply_mask(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:

@@ -253,7 +253,7 @@ def _norm(weights: Sequence[Array], order: float | None) -> Array:
 def matrix_pools(
     shape: Shape,
     sizes: Mapping[str, tuple[int, ...]],
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, Layout] | None = None,
     by_row: bool = False,
 ) -> list[Pool]:
     """The units of shapes that lie within one matrix.
@@ -261,7 +261,7 @@ def matrix_pools(
     Args:
       shape: one for which `of_matrix` holds.
       sizes: shape of each parameter by path.
-      layouts: of each parameter.
+      layouts: of each parameter; None takes each to be one matrix, stored `[..., in]`.
       by_row: single weights compete within their row only.
 
     Returns:
@@ -273,7 +273,9 @@ def matrix_pools(
     return [
         pool
         for path, size in sizes.items()
-        for pool in _pools_of_parameter(shape, path, size, layouts[path], by_row)
+        for pool in _pools_of_parameter(
+            shape, path, size, layouts[path] if layouts else AS_ROWS, by_row
+        )
     ]
 
 

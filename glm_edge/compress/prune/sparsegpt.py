@@ -26,7 +26,6 @@ from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import RecipeError
 from glm_edge.params.formats import PLAIN
-from glm_edge.params.layouts import Layout
 
 NAME = "prune.sparsegpt"
 # Of its own, since what is masked may be rounded later and what is rounded may not.
@@ -268,7 +267,7 @@ def _check(name: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str
     options = {"where": None, **options}
     masking = _masking(name, options)
     if masking is not None:
-        shapes.matrix_pools(masking.shape, sizes, dict.fromkeys(sizes, Layout()))
+        shapes.matrix_pools(masking.shape, sizes)
     if _rounds(options):
         check_groups(name, sizes, options)
 

@@ -19,7 +19,7 @@ from glm_edge.compress.transform import Context, Result, Transform, check_patter
 from glm_edge.errors import RecipeError
 from glm_edge.params import FakeQuantized, Masked, Quantized
 from glm_edge.params.formats import PLAIN
-from glm_edge.params.layouts import Layout
+from glm_edge.params.layouts import AS_ROWS, Layout
 from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
 
@@ -160,7 +160,7 @@ def _apply_qat(
 register(NAME, qat, _apply_qat)
 
 
-def fake(path: str, leaf: Any, rounding: Rounding, layout: Layout) -> Any:
+def fake(path: str, leaf: Any, rounding: Rounding, layout: Layout = AS_ROWS) -> Any:
     """Boxes a parameter to train as if it were quantized.
 
     Args:
@@ -246,7 +246,7 @@ def pace_of(trainable: Params, scale_rate: float) -> Params:
     return jax.tree_util.tree_map_with_path(pace, trainable)
 
 
-def finalize(path: str, leaf: Any, before: Any, layout: Layout) -> Quantized:
+def finalize(path: str, leaf: Any, before: Any, layout: Layout = AS_ROWS) -> Quantized:
     """The packed box of a trained one, whose dense weight is the same.
 
     Args:

@@ -245,3 +245,62 @@ def test_what_does_not_fit_the_parameters_is_refused(problem):
     optimizer = prune.scheduled(optax.sgd(1.0), prune.one_shot(0.5))
     with pytest.raises(RecipeError, match="update needs params="):
         optimizer.update(gradient(params), optimizer.init(params))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: optax.chain(optax.clip_by_global_norm(1.0), inner),
+        lambda inner: optax.MultiSteps(inner, 2).gradient_transformation(),
+        lambda inner: optax.chain(optax.chain(inner)),
+    ],
+)
+def test_masks_are_found_within_other_optimizers(problem, wrap):
+    params, gradient = problem
+    optimizer = wrap(prune.scheduled(optax.adamw(1e-2), prune.one_shot(0.5), every=1))
+    *_, (trained, state) = train(optimizer, params, gradient, 4)
+    weight = prune.boxed(trained, state)["a"]["weight"]
+    assert float(weight.mask.mean()) == 0.5
+    np.testing.assert_array_equal(weight.unbox(), trained["a"]["weight"])
+
+
+def test_masks_that_a_later_transformation_undoes_are_refused(problem):
+    params, gradient = problem
+    inner = prune.scheduled(optax.adam(1e-2), prune.one_shot(0.5))
+    optimizer = optax.chain(inner, optax.add_decayed_weights(0.1))
+    state = optimizer.init(params)
+    updates, state = optimizer.update(gradient(params), state, params)
+    after = optax.apply_updates(params, updates)
+    message = "masked weights are not zero after its update; what comes after it"
+    with pytest.raises(RecipeError, match=message):
+        prune.boxed(after, state)
+    with pytest.raises(RecipeError, match=message):
+        optimizer.update(gradient(after), state, after)
+
+    def jitted():
+        jax.block_until_ready(jax.jit(optimizer.update)(gradient(after), state, after))
+        jax.effects_barrier()
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jitted()
+
+
+def test_states_without_one_set_of_masks_are_refused(problem):
+    params, _ = problem
+    pruning = prune.scheduled(optax.sgd(1.0), prune.one_shot(0.5))
+    for optimizer, count in ((optax.adam(1e-3), 0), (optax.chain(pruning, pruning), 2)):
+        with pytest.raises(RecipeError, match=f"one prune.scheduled, not of {count}"):
+            prune.boxed(params, optimizer.init(params))
+
+
+def test_attention_is_scheduled_along_its_inputs():
+    params = {"query": {"kernel": jnp.arange(1.0, 65).reshape(8, 2, 4), "bias": jnp.ones((2, 4))}}
+    optimizer = prune.scheduled(optax.sgd(0.0), prune.one_shot(0.5), shape="2:4")
+    updates, state = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
+    keep = prune.boxed(optax.apply_updates(params, updates), state)["query"]["kernel"].mask
+    np.testing.assert_array_equal(keep[:, 0, 0], [False, False, True, True] * 2)
+    bare = {"query": {"kernel": params["query"]["kernel"]}}
+    with pytest.raises(RecipeError, match=r"query/kernel \[8, 2, 4\]: its shape does not say"):
+        optimizer.init(bare)
