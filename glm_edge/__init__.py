@@ -17,6 +17,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Calibration": "glm_edge.compress",
     "GLMConfig": "glm_edge.configs",
     "MultimodalGLM": "glm_edge.models.multimodal",
     "Processor": "glm_edge.preprocess",

@@ -156,10 +156,23 @@ def _apply_distill(
     )
     healed = boxes.combine(trained, frozen)
     row = row_of("distill", f"trained {training.steps} steps", trainable, trained)
+    notes += _widened(trainable)
     return model, healed, Report.of([row], params, healed, curve=curve, notes=notes)
 
 
 register("distill", distill, _apply_distill)
+
+
+def _widened(trainable: Params) -> tuple[str, ...]:
+    """Says that narrower types did not stay."""
+    narrow = [leaf for leaf in jax.tree.leaves(trainable) if leaf.dtype.itemsize < 4]
+    if not narrow:
+        return ()
+    types = ", ".join(sorted({str(leaf.dtype) for leaf in narrow}))
+    return (
+        f"distill: {len(narrow)} arrays of {types} were trained and are float32 now; "
+        f"glm_edge.params.cast(params, '{narrow[0].dtype}') stores what trains in it again",
+    )
 
 
 def _whole_numbers(option: str, values: Any) -> tuple[int, ...] | None:
@@ -190,6 +203,8 @@ def split(params: Params, where: str | None) -> tuple[Params, Params]:
       RecipeError: the pattern matches nothing that can train.
     """
     trainable, frozen = boxes.partition(params)
+    if not jax.tree.leaves(trainable):
+        raise RecipeError("distill: nothing left to train: every parameter is stored in integers")
     if where is None:
         return trainable, frozen
     held = _keep(trainable, lambda path: not re.search(where, path))

@@ -15,6 +15,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
+from glm_edge.compress.calibration import called
 from glm_edge.compress.report import Report, Row
 from glm_edge.compress.stages import Leaves, Stage, State, Statistic, first_states, stages
 from glm_edge.compress.transform import Context, Result, Transform, register
@@ -220,6 +221,7 @@ class Step:
         self.needs = asked(self.options) if callable(asked) else asked
         self.selected: frozenset[str] = frozenset()
         self.named: frozenset[str] = frozenset()
+        self.notes: tuple[str, ...] = ()
 
     def select(self, leaves: Leaves, rounded: set[str]) -> None:
         """Notes which parameters the step acts on, and adds them to `rounded`.
@@ -243,6 +245,11 @@ class Step:
             )
         self.named = frozenset(chosen)
         self.selected = self.named - frozenset(again)
+        if self.kind.rounds and not self.selected:
+            self.notes = (
+                f"{self.name}: nothing left to do: all {len(chosen)} matrices are quantized "
+                "already; put it before what rounded them, or narrow that one's where=",
+            )
         if self.kind.rounds:
             rounded |= self.selected
         if self.kind.check is not None:
@@ -265,13 +272,15 @@ class Walk:
           DataError: calibration is missing, empty or malformed, or lacks a modality.
         """
         self.model, self.steps, self.context = model, steps, context
-        self.stages, self.notes = stages(model), ()
+        self.notes = tuple(note for step in steps for note in step.notes)
         self.needs = max((step.needs for step in steps), key=NEEDS.index, default="nothing")
         self._states: list[State] = []
         if self.needs != "nothing":
             name = next(step.name for step in steps if step.needs != "nothing")
-            batches.check(model, context.calibration, name, context.without)
+            self.notes += batches.check(model, context.calibration, name, context.without)
+            model = called(model, context.calibration)
             self._states = first_states(model, context.calibration)
+        self.stages = stages(model)
         self._original_states = self._states
         self._lent, self._lent_original = {}, {}
         self._total = sum(len(step.selected) for step in steps)

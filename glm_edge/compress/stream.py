@@ -1,6 +1,5 @@
 """Compressing a checkpoint that need not fit in memory, one stage at a time, from disk to disk."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from glm_edge.compress import recipe as recipes
 from glm_edge.compress.report import Report, Row
 from glm_edge.compress.stages import Leaves
 from glm_edge.compress.stagewise import Step, Walk, stagewise
+from glm_edge.compress.training_state import calibration_digest
 from glm_edge.compress.transform import CHAIN, Batch, Context, Progress, Transform
 from glm_edge.errors import OutputError, RecipeError
 from glm_edge.files import CONFIG, new_directory, read_json, write_json, write_whole
@@ -157,17 +157,10 @@ def _job(
     compute: str,
 ) -> dict[str, Any]:
     """What determines the bytes of the result."""
-    digest = hashlib.sha256()
-    for batch in calibration or ():
-        for name in sorted(batch):
-            if batch[name] is not None:
-                array = np.ascontiguousarray(batch[name])
-                digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-                digest.update(array.reshape(-1).view(np.uint8))
     return {
         "source": opened.fingerprint(),
         "recipe": json.loads(recipes.to_json(recipe)),
-        "calibration": digest.hexdigest(),
+        "calibration": calibration_digest(() if calibration is None else calibration),
         "rng": None if rng is None else np.asarray(jax.random.key_data(rng)).tolist(),
         "without": sorted(without),
         "compute": compute,

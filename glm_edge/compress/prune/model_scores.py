@@ -16,6 +16,8 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
+from glm_edge.compress import calibration as calibrations
+from glm_edge.compress.calibration import Called, called
 from glm_edge.compress.prune import shapes, weight_scores
 from glm_edge.compress.prune.shapes import CHANNEL, HEAD, NEURON, Pool, Shape, as_matrix
 from glm_edge.compress.prune.units import unit_pools
@@ -207,11 +209,11 @@ def from_weights(
     return [pool.reduced(rows, score.order) for pool in pools]
 
 
-def _squares(rows: Array) -> Array:
+def _squares(rows: Array, valid: Array | None) -> Array:
     return jnp.sum(jnp.square(rows), axis=0)
 
 
-def _gram(rows: Array) -> Array:
+def _gram(rows: Array, valid: Array | None) -> Array:
     return jnp.matmul(rows.T, rows, precision="highest")
 
 
@@ -251,6 +253,7 @@ def statistics(
       The joined result by path; weights that nothing is seen to meet are absent.
     """
     leaves, wanted, found = dict(boxes.path_items(params)), set(paths), {}
+    model = called(model, calibration)
     states = first_states(model, calibration)
     for stage in stages(model):
         own = {path: leaf for path, leaf in leaves.items() if stage.holds(path)}
@@ -285,7 +288,9 @@ def by_inputs(
             raise DataError(f"calibration gives {path} inputs that are not finite")
     if score.kind == "wanda":
         weighed = {
-            path: weight_scores.wanda(weight, met[path]) if path in met else jnp.abs(weight)
+            path: weight_scores.wanda(weight, met[path])
+            if path in met
+            else weight_scores.magnitude(weight)
             for path, weight in rows.items()
         }
         return [pool.reduced(weighed, score.order) for pool in pools]
@@ -322,22 +327,24 @@ def by_gradients(
     gates = score.kind != "sensitivity"
     members = [m for pool in pools for part in pool.parts for m in part[int(gates)]]
     paths = tuple(sorted({member.path for member in members}))
-    measure = _row_terms if gates else _gradients
+    measure = _terms if gates else _gradients
+    model = called(model, context.calibration)
     total, count = None, 0
     for index, batch in enumerate(context.calibration):
-        batch = batches.to_device(batch, f"calibration batch {index}")
+        batch = batches.to_device(model, batch, f"calibration batch {index}")
         found = measure(model, leaves, batch, paths, tuple(pools) if gates else ())
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found)):
             raise DataError(f"calibration batch {index}: the loss or its gradient is not finite")
         total = found if total is None else _add(total, found)
-        count += batch["tokens"].shape[0]
+        count += batches.count_rows(batch)
         context.advance("score", index + 1, len(context.calibration))
     if score.kind == "taylor":
-        return [terms / count for terms in total["magnitude"]]
+        return [weight_scores.taylor(terms, count) for terms in total["magnitude"]]
     if score.kind == "taylor2":
-        sums, squares = total["sum"], total["square"]
-        return [jnp.abs(a - 0.5 * b) / count for a, b in zip(sums, squares, strict=True)]
-    weighed = {path: jnp.abs(total[path]) / count for path in paths}
+        pairs = zip(total["sum"], total["square"], strict=True)
+        return [weight_scores.second_order_taylor(*sums, count) for sums in pairs]
+    rows = {path: as_matrix(path, dense) for path, dense in _dense_rows(leaves, paths).items()}
+    weighed = {path: weight_scores.sensitivity(rows[path], total[path] / count) for path in paths}
     return [pool.reduced(weighed, score.order) for pool in pools]
 
 
@@ -359,36 +366,84 @@ def _gradients(
     paths: tuple[str, ...],
     pools: tuple[Pool, ...],
 ) -> dict[str, Array]:
-    """`g w` summed over rows of the batch, `[r, c]` by path."""
+    """Gradient of the losses of all rows of the batch, `[r, c]` by path."""
     dense = _dense_rows(leaves, paths)
     gradient = jax.grad(functools.partial(_loss, model, leaves, batch))(dense)
-    return {path: as_matrix(path, gradient[path] * dense[path]) for path in paths}
+    return {path: as_matrix(path, gradient[path]) for path in paths}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "paths", "pools"))
-def _row_terms(
-    model: nn.Module,
+def _terms(
+    model: nn.Module | Called,
     leaves: Mapping[str, Any],
     batch: batches.Batch,
     paths: tuple[str, ...],
     pools: tuple[Pool, ...],
 ) -> dict[str, list[Array]]:
     """Sums over the rows of a batch of each unit's term, its magnitude and its square."""
-    dense = _dense_rows(leaves, paths)
+    if isinstance(model, Called):
+        rows = calibrations.single_rows(batch)
+        rows = jax.tree.map(lambda array: array[None], batch["batch"]) if rows is None else rows
+        wrapped = {"batch": rows, "variables": batch["variables"]}
+        return _row_terms(model, leaves, wrapped, paths, pools)
+    apart = batches.single_rows(model, batch)
+    if apart is None:
+        return _row_terms(model, leaves, _single_rows(batch), paths, pools)
+    # Rows with images of their own sizes share no array.
+    found = [_one_row_terms(model, leaves, row, paths, pools) for row in apart]
+    return functools.reduce(_add, found)
 
-    def step(total: Any, row: batches.Batch) -> tuple[Any, None]:
-        gradient = jax.grad(functools.partial(_loss, model, leaves, row))(dense)
-        products = {path: as_matrix(path, gradient[path] * dense[path]) for path in paths}
-        terms = [pool.reduced(products, gates=True) for pool in pools]
-        return {
-            "sum": _add(total["sum"], terms),
-            "magnitude": _add(total["magnitude"], [jnp.abs(term) for term in terms]),
-            "square": _add(total["square"], [jnp.square(term) for term in terms]),
-        }, None
+
+@functools.partial(jax.jit, static_argnames=("model", "paths", "pools"))
+def _one_row_terms(
+    model: nn.Module,
+    leaves: Mapping[str, Any],
+    row: batches.Batch,
+    paths: tuple[str, ...],
+    pools: tuple[Pool, ...],
+) -> dict[str, list[Array]]:
+    return _terms_of(model, leaves, row, paths, pools, _dense_rows(leaves, paths))
+
+
+def _terms_of(
+    model: nn.Module | Called,
+    leaves: Mapping[str, Any],
+    row: batches.Batch,
+    paths: tuple[str, ...],
+    pools: tuple[Pool, ...],
+    dense: Mapping[str, Array],
+) -> dict[str, list[Array]]:
+    """Each unit's term in one row, its magnitude and its square."""
+    gradient = jax.grad(functools.partial(_loss, model, leaves, row))(dense)
+    products = {path: as_matrix(path, gradient[path] * dense[path]) for path in paths}
+    terms = [pool.reduced(products, gates=True) for pool in pools]
+    return {
+        "sum": terms,
+        "magnitude": [jnp.abs(term) for term in terms],
+        "square": [jnp.square(term) for term in terms],
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("model", "paths", "pools"))
+def _row_terms(
+    model: nn.Module | Called,
+    leaves: Mapping[str, Any],
+    rows: batches.Batch,
+    paths: tuple[str, ...],
+    pools: tuple[Pool, ...],
+) -> dict[str, list[Array]]:
+    """As `_terms`, of rows that are stacked."""
+    dense = _dense_rows(leaves, paths)
+    shared = {}
+    if isinstance(model, Called):
+        rows, shared = rows["batch"], {"variables": rows["variables"]}
+
+    def step(total: Any, row: Any) -> tuple[Any, None]:
+        row = {**shared, "batch": row} if shared else row
+        return _add(total, _terms_of(model, leaves, row, paths, pools, dense)), None
 
     nothing = [jnp.zeros((pool.groups, pool.units)) for pool in pools]
     start = dict.fromkeys(("sum", "magnitude", "square"), nothing)
-    return jax.lax.scan(step, start, _single_rows(batch))[0]
+    return jax.lax.scan(step, start, rows)[0]
 
 
 def _single_rows(batch: batches.Batch) -> batches.Batch:
