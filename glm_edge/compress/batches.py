@@ -411,6 +411,10 @@ def check(
       DataError: there are no batches, one is malformed, token ids lie beyond the vocabulary, or
         no batch holds an input that the model takes.
     """
+    if isinstance(calibration, Iterator):
+        raise DataError(
+            f"{transform}: calibration is an iterator that can be read only once; pass a list"
+        )
     if is_empty(calibration):
         raise DataError(f"{transform} needs calibration= batches, and there are none")
     reader = calibrations.called(model, calibration)

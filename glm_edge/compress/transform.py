@@ -124,6 +124,12 @@ class Transform:
                 "such as list(itertools.islice(batches, 16))"
             )
         _check_arguments(self.name, model, params)
+        if calibration is not None and isinstance(params.get("params"), Mapping):
+            others = ", ".join(sorted(set(params) - {"params"})) or "none other"
+            raise RecipeError(
+                f"{self.name}: params holds whole collections (params and {others}); pass "
+                "variables['params'], and the others by Calibration(batches, variables=...)"
+            )
         context = Context(calibration, rng, (model, params), progress, tuple(without))
         model, changed, report = self.run(model, params, context)
         notes = (*report.notes, *_unnamed(self, model, params))
@@ -177,7 +183,7 @@ def _check_arguments(name: str, model: Any, params: Any) -> None:
             f"{type(params).__name__}{inside}"
         )
     for path, leaf in path_items(params):
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        if not is_box(leaf) and not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise RecipeError(f"{form}; params/{path} is {type(leaf).__name__}, not an array")
 
 

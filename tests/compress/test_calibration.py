@@ -265,3 +265,16 @@ def test_digests_tell_functions_apart():
     }
     assert len(found) == 6
     assert calibration_digest(Calibration(data(), apply=apply)) in found
+
+
+def test_whole_variables_are_refused_by_name(models):
+    model, params, variables = models["cnn"]
+    whole = {**variables, "params": params}
+    with pytest.raises(RecipeError, match=r"params and batch_stats.*variables\['params'\]"):
+        quantize.gptq(bits=4)(model, whole, Calibration(data(), apply=apply))
+
+
+def test_batches_that_can_be_read_once_are_refused(models):
+    model, params, _ = models["vit"]
+    with pytest.raises(DataError, match="read only once"):
+        plan(model, params, 1000, ("int8",), iter(data()))

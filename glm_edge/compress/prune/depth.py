@@ -169,6 +169,9 @@ def influence(
     for index, batch in enumerate(calibration):
         if isinstance(model.config, GLMConfig):
             batch = batches.to_device(model, batch, f"{NAME}: calibration batch {index}")
+        elif isinstance(model.config, TextConfig):
+            read = {name: batch.get(name) for name in ("tokens", "valid", "loss_mask")}
+            batch = batches.to_device(model, read, f"{NAME}: calibration batch {index}")
         sums, count = jax.device_get(_distances(model, params, batch, part, span))
         if not np.isfinite(sums).all():
             raise DataError(f"{NAME}: calibration batch {index}: activations are not finite")
@@ -181,20 +184,21 @@ def _distances(model, params, batch, part, span):
     config = model.config
     if not isinstance(config, GLMConfig):
         read = next(batch[name] for name in _inputs_of(model, part) if name in batch)
-        hidden = model.apply({"params": params}, read)[1]["hidden"]
-    elif part == "decoder":
+        valid = batch.get("valid") if isinstance(config, TextConfig) else None
+        told = {} if valid is None else {"valid": valid}
+        return _sums(model.apply({"params": params}, read, **told)[1]["hidden"], span, valid)
+    if part == "decoder":
         inputs = batches.inputs_of(model, batch)
         hidden = model.apply({"params": params}, batch["tokens"], **inputs)[1]["hidden"]
+        return _sums(hidden, span, batch.get("valid"))
+    items = batch[_READS[part]]
+    if isinstance(items, list):
+        groups = image_groups(items, config.vision)[0]
     else:
-        items = batch[_READS[part]]
-        if isinstance(items, list):
-            groups = image_groups(items, config.vision)[0]
-        else:
-            groups = [items.reshape(-1, *items.shape[-(3 if part == "vision" else 2) :])]
-        parts = [model.apply({"params": params}, g, method=_encoders[part]) for g in groups]
-        sums, counts = zip(*(_sums(hidden, span, None) for hidden in parts), strict=True)
-        return sum(sums), sum(counts)
-    return _sums(hidden, span, batch.get("valid") if part == "decoder" else None)
+        groups = [items.reshape(-1, *items.shape[-(3 if part == "vision" else 2) :])]
+    parts = [model.apply({"params": params}, group, method=_encoders[part]) for group in groups]
+    sums, counts = zip(*(_sums(hidden, span, None) for hidden in parts), strict=True)
+    return sum(sums), sum(counts)
 
 
 def _sums(hidden, span, valid):
