@@ -128,7 +128,8 @@ def check_predictions(whose: str, logits: Array, tokens: Array) -> None:
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         raise RecipeError(
             f"{whose} gives logits {list(logits.shape)} for tokens {list(tokens.shape)}; they must "
-            "predict the next token at every position, [B, T, V], and a classifier's do not"
+            "predict the next token at every position, [B, T, V], and a classifier's do not; give "
+            "it calibration=glm_edge.Calibration(batches, apply=..., loss=...)"
         )
 
 
@@ -326,7 +327,7 @@ def _features(config: Any, batch: Batch, name: str) -> np.ndarray:
     if "audio_frames" in batch:
         return np.asarray(audio_features(np.asarray(batch["audio_frames"]), merge))
     chunks = _shape(value, name, "")[1] if np.ndim(value) == 4 else 1
-    return np.asarray([chunks * (frames // 2 // merge)])
+    return np.asarray([chunks * audio_features(frames, merge)])
 
 
 def _check_placeholders(config: Any, batch: Batch, where: str) -> None:

@@ -49,8 +49,9 @@ def distill(
     they are; what trains is what `glm_edge.params.partition` gives, in float32.
 
     Any module learns whose logits are [B, T, V], predictions of the next token at every position;
-    the labels are the tokens themselves. A classifier, with logits [B, N], has no such labels and
-    is refused.
+    the labels are the tokens themselves. A classifier, with logits [B, N], learns from a
+    `glm_edge.Calibration`: its `apply` gives the logits, of which every one counts alike, and its
+    `loss` the labels' part, which `alpha=1` does without. A teacher is run by the same functions.
 
     Under `glm_edge.params.sharding.on(mesh)`, with parameters on that mesh, training runs on all
     its devices: parameters, gradients and the optimizer's moments are cut alike.
@@ -99,8 +100,8 @@ def distill(
 
     Raises:
       RecipeError: an option has no meaning; on call, there is no teacher, it predicts another
-        vocabulary, student or teacher is a classifier, everything is frozen, or a layer or a token
-        is named that a model lacks.
+        vocabulary, student or teacher is a classifier without `Calibration`, everything is frozen,
+        or a layer or a token is named that a model lacks.
       TrainingError: the loss or its gradient is not finite; the error holds the step, and the
         parameters before it.
       DataError: calibration is missing or not a batch, or lacks a kind of `mixture`.

@@ -337,7 +337,8 @@ def by_gradients(
             raise DataError(f"calibration batch {index}: the loss or its gradient is not finite")
         total = found if total is None else _add(total, found)
         count += batches.count_rows(batch)
-        context.advance("score", index + 1, len(context.calibration))
+        known = calibrations.has_length(context.calibration)
+        context.advance("score", index + 1, len(context.calibration) if known else index + 1)
     if score.kind == "taylor":
         return [weight_scores.taylor(terms, count) for terms in total["magnitude"]]
     if score.kind == "taylor2":
