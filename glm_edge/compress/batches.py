@@ -49,10 +49,10 @@ KEYS = ("tokens", "loss_mask", *INPUTS, "valid")
 
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """What a model reads besides tokens, by the names of its arguments."""
-    found = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
+    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
     if batch.get("valid") is not None and reads_valid(model):
-        found["valid"] = batch["valid"]
-    return found
+        inputs["valid"] = batch["valid"]
+    return inputs
 
 
 def reads_valid(model: nn.Module) -> bool:
@@ -207,19 +207,24 @@ def to_device(model: Any, batch: Any, where: str = "calibration") -> Batch:
         )
     config = getattr(model, "config", None)
     _check_images(config, batch, len(tokens), where)
+    if isinstance(batch.get("images"), list | tuple):
+        batch["images"] = [
+            image if isinstance(image, jax.Array) else np.asarray(image)
+            for image in batch["images"]
+        ]
     _check_audio(config, batch, len(tokens), where)
     if "mask" in batch and _numbers(batch["mask"], "mask", where).dtype.kind not in "bui":
         raise DataError(f"{where}: mask must be booleans, found {np.asarray(batch['mask']).dtype}")
     valid = valid_tokens(config, batch, tokens, where)
     _check_vocabulary(config, tokens[valid], where)
-    found = without_padding(batch, valid, _filler(config), where)
+    compact = without_padding(batch, valid, _filler(config), where)
     if isinstance(model, MultimodalGLM):
-        _check_placeholders(config, found, where)
+        _check_placeholders(config, compact, where)
     return {
         name: [jnp.asarray(image) for image in value]
         if isinstance(value, list | tuple) and name == "images"
         else jnp.asarray(value)
-        for name, value in found.items()
+        for name, value in compact.items()
     }
 
 
@@ -368,7 +373,7 @@ def single_rows(model: nn.Module, batch: Batch) -> list[Batch] | None:
     if not names:
         return None
     rows = len(batch["tokens"])
-    found = [_row(batch, index, rows, names) for index in range(rows)]
+    apart = [_row(batch, index, rows, names) for index in range(rows)]
     for name in names:
         token = _placeholders(model.config)[name]
         counts = (np.asarray(batch["tokens"]) == token) & np.asarray(batch.get("valid", True))
@@ -376,22 +381,22 @@ def single_rows(model: nn.Module, batch: Batch) -> list[Batch] | None:
         stops = np.searchsorted(ends, np.cumsum(counts.sum(axis=1)), side="right")
         for index, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True)):
             if stop > start:
-                found[index][name] = batch[name][start:stop]
+                apart[index][name] = batch[name][start:stop]
                 if name == "audio":
-                    found[index]["audio_frames"] = batch["audio_frames"][start:stop]
-    return found
+                    apart[index]["audio_frames"] = batch["audio_frames"][start:stop]
+    return apart
 
 
 def _row(batch: Batch, index: int, rows: int, without: Sequence[str]) -> Batch:
     axes = {"positions": -2, "mask": -4}
-    found = {}
+    row = {}
     for name, value in batch.items():
         if name in without or (name == "audio_frames" and "audio" in without):
             continue
         axis = value.ndim + axes[name] if name in axes else 0
-        whole = axis < 0 or value.shape[axis] != rows
-        found[name] = value if whole else jax.lax.slice_in_dim(value, index, index + 1, axis=axis)
-    return found
+        shared = axis < 0 or value.shape[axis] != rows
+        row[name] = value if shared else jax.lax.slice_in_dim(value, index, index + 1, axis=axis)
+    return row
 
 
 def check(
@@ -534,8 +539,8 @@ def in_proportion(
 
 def kind_of(batch: Any) -> str:
     """`audio` for a batch that holds any, else `images` likewise, else `text`."""
-    held = keys_of(batch)
-    return next((name for name in KINDS[:0:-1] if name in held), KINDS[0])
+    names = keys_of(batch)
+    return next((name for name in KINDS[:0:-1] if name in names), KINDS[0])
 
 
 def _rounds(calibration: Sequence[Batch], rng: Array | None, first: int) -> Iterator[Batch]:

@@ -129,14 +129,14 @@ class Called:
                 "calibration has no loss=; pass Calibration(batches, loss=...), called as "
                 "loss(model, variables, batch) for a scalar or one loss per row"
             )
-        found = self.loss(self.model, _variables(params, batch), batch["batch"])
+        losses = self.loss(self.model, _variables(params, batch), batch["batch"])
         rows = rows_of(batch["batch"])
-        if not _is_floating(found) or found.shape not in ((), (rows,)):
+        if not _is_floating(losses) or losses.shape not in ((), (rows,)):
             raise RecipeError(
                 f"Calibration: loss must return a scalar or one loss per row [{rows}], not "
-                f"{_described(found)}"
+                f"{_described(losses)}"
             )
-        return jnp.broadcast_to(found.astype(jnp.float32), (rows,))
+        return jnp.broadcast_to(losses.astype(jnp.float32), (rows,))
 
 
 def _variables(params: Params, batch: Mapping[str, Any]) -> dict[str, Any]:

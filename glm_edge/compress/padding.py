@@ -123,21 +123,21 @@ def without_padding(
     def take(name: str) -> np.ndarray:
         return np.take_along_axis(np.asarray(batch[name])[rows], order, axis=1)
 
-    found = {**batch, "tokens": np.where(moved, take("tokens"), filler)}
+    result = {**batch, "tokens": np.where(moved, take("tokens"), filler)}
     if "loss_mask" in batch:
-        found["loss_mask"] = take("loss_mask") * moved
+        result["loss_mask"] = take("loss_mask") * moved
     if "positions" in batch:
-        found["positions"] = _moved_positions(np.asarray(batch["positions"]), rows, order, moved)
+        result["positions"] = _moved_positions(np.asarray(batch["positions"]), rows, order, moved)
     if "mask" in batch:
         mask = _moved_mask(np.asarray(batch["mask"]), shape, rows, order, where)
         # A query of padding sees something, so that its softmax is defined.
-        found["mask"] = mask | ~moved[:, None, :, None]
+        result["mask"] = mask | ~moved[:, None, :, None]
     for name in ("images", "audio"):
         if name in batch and _of_rows(name, batch):
-            found[name] = np.asarray(batch[name])[rows]
+            result[name] = np.asarray(batch[name])[rows]
     if not moved.all():
-        found["valid"] = moved
-    return found
+        result["valid"] = moved
+    return result
 
 
 def _of_rows(name: str, batch: dict[str, Any]) -> bool:

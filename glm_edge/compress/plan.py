@@ -202,8 +202,8 @@ def kind_of(batch: Any, calibration: Any = None) -> str:
     """
     if isinstance(calibration, Calibration) and (calibration.apply or calibration.loss):
         return "batches"
-    held = batches.keys_of(batch)
-    return "+".join(name for name in ("images", "audio") if name in held) or "text"
+    names = batches.keys_of(batch)
+    return "+".join(name for name in ("images", "audio") if name in names) or "text"
 
 
 def split(calibration: Any, reads: bool) -> tuple[Any, dict[str, list[Any]]]:

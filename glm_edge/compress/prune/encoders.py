@@ -288,8 +288,8 @@ def _terms(model: nn.Module, params: Params, batch: batches.Batch, wanted: tuple
     if apart is None:
         return _row_terms(model, params, batch, wanted)
     # A row that lacks an input leaves its encoder's gates without effect.
-    found = [_one_row_terms(model, params, row, wanted) for row in apart]
-    return jax.tree.map(lambda *terms: sum(terms), *found)
+    slopes = [_one_row_terms(model, params, row, wanted) for row in apart]
+    return jax.tree.map(lambda *terms: sum(terms), *slopes)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -390,8 +390,8 @@ def _terms(
     if apart is None:
         return _row_terms(model, leaves, _single_rows(batch), paths, pools)
     # Rows with images of their own sizes share no array.
-    found = [_one_row_terms(model, leaves, row, paths, pools) for row in apart]
-    return functools.reduce(_add, found)
+    terms = [_one_row_terms(model, leaves, row, paths, pools) for row in apart]
+    return functools.reduce(_add, terms)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "paths", "pools"))
