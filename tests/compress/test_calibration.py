@@ -98,8 +98,17 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["vit", "cnn"])
-@pytest.mark.parametrize("name", TRANSFORMS)
+QUICK = {("gptq", "vit"), ("taylor", "vit"), ("blockwise", "cnn"), ("distill", "cnn")}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow)
+        for name in TRANSFORMS
+        for kind in ("vit", "cnn")
+    ],
+)
 def test_every_transform_reads_any_batch(models, name, kind):
     model, params, variables = models[kind]
     calibration = Calibration(data(), apply=apply, loss=loss, variables=variables)

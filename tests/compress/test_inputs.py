@@ -31,38 +31,39 @@ def prompt(model, images_of_rows, seed=0):
     return Inputs(tokens, valid, shown or None)
 
 
-SHOWN = {
-    "one image": [[(16, 16)]],
-    "none and one": [[], [(8, 16)]],
-    "two of different size": [[(16, 16), (8, 24)]],
-    "several rows": [[(8, 8)], [(16, 8), (8, 8)], []],
-}
+# Rows with two images of different size, with none, and with one.
+SHOWN = [[(16, 8), (8, 8)], [], [(8, 8)]]
+APPLY = jax.jit(batches.apply_batch, static_argnums=0)
 
 
 def test_rows_of_images_reach_the_layers_as_in_the_model(make_member):
     model, params = make_member("ocr")
-    given = [prompt(model, shown, seed) for seed, shown in enumerate(SHOWN.values())]
+    given = [prompt(model, SHOWN)]
     states = stages.first_states(model, given)
     leaves = dict(boxes.path_items(params))
     for stage in stages.stages(model):
         own = {p: x for p, x in leaves.items() if stage.holds(p) or p in stage.borrows}
-        found = stage.collect(own, states, stages.MARKED_ROWS)
-        if stage.name.startswith("decoder"):
+        if stage.name == "vision/layers/0":
+            found = stage.collect(own, states, stages.ROWS)
+            patches = 4 * 2 + 2 * (2 * 2)
+            assert {len(rows) for rows in found.values()} == {patches}
+        if stage.name == "decoder/layers/1":
+            found = stage.collect(own, states, stages.MARKED_ROWS)
             valid = sum(int(inputs.valid.sum()) for inputs in given)
             assert {int(value["valid"].sum()) for value in found.values()} == {valid}
         states = stage.run(own, states)
     for inputs, state in zip(given, states, strict=True):
         batch = batches.to_device(model, inputs)
-        expected = batches.apply_batch(model, params, batch)
+        expected = APPLY(model, params, batch)
         np.testing.assert_allclose(state["x"], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_inputs_calibrate_as_they_are(make_member):
     model, params = make_member("ocr")
-    given = [prompt(model, shown) for shown in ([[(16, 16)], []], [[(8, 8), (16, 8)], [(8, 8)]])]
-    transform = quantize.gptq(bits=4, where="layers/0/mlp/down_proj|vision/merge")
+    given = [prompt(model, SHOWN)]
+    transform = quantize.gptq(bits=4, where="decoder/layers/0/mlp/down_proj|vision/merge")
     _, small, report = transform(model, params, given)
-    assert len(report.rows) == 3
+    assert len(report.rows) == 2
     assert not any("nothing is seen" in row.action for row in report.rows)
     wide = [
         {"tokens": np.pad(x.tokens, ((0, 0), (0, 3))), "images": x.images}
@@ -73,6 +74,7 @@ def test_inputs_calibrate_as_they_are(make_member):
     jax.tree.map(np.testing.assert_array_equal, small, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["taylor", "encoders"])
 def test_scores_take_rows_with_their_own_images(make_member, name):
     """A row scores the same beside others as alone."""
@@ -131,7 +133,7 @@ def test_recordings_count_where_they_sound(make_member):
             found = stage.collect(own, states, stages.MARKED_ROWS)
             assert {int(v["valid"].sum()) for v in found.values()} == {int(counts.sum())}
         states = stage.run(own, states)
-    expected = batches.apply_batch(model, params, batches.to_device(model, batch))
+    expected = APPLY(model, params, batches.to_device(model, batch))
     np.testing.assert_allclose(states[0]["x"], expected, rtol=1e-3, atol=1e-3)
 
 

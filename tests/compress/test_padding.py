@@ -92,14 +92,30 @@ def tiny(make_model):
     return make_model(num_layers=2, num_heads=4, hidden_size=16, intermediate_size=24)
 
 
+@pytest.fixture(scope="module")
+def alone(make_model):
+    """A single layer, for programs of a whole model."""
+    return make_model(num_layers=1, num_heads=4, hidden_size=16, intermediate_size=24)
+
+
 def bytes_of(params):
     arrays, _ = boxes.to_flat(params)
     return {path: np.asarray(array).tobytes() for path, array in arrays.items()}
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_every_transform_gives_the_same_bytes(tiny, name):
-    model, params = tiny
+# Others are slow only because each compiles programs of its own; padding has one door.
+QUICK = ("gptq", "activations", "blockwise", "wanda", "taylor", "distill")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name)
+        for name in TRANSFORMS
+    ],
+)
+def test_every_transform_gives_the_same_bytes(tiny, alone, name):
+    model, params = tiny if "depth" in name else alone
     transform = TRANSFORMS[name]()
     found = {}
     for layout, calibration in LAYOUTS.items():
@@ -109,6 +125,7 @@ def test_every_transform_gives_the_same_bytes(tiny, name):
         assert found[layout] == found["none"], layout
 
 
+@pytest.mark.slow
 def test_plans_are_the_same_with_and_without_padding(tiny):
     model, params = tiny
     size = boxes.stored_bytes(params) // 3
@@ -119,6 +136,7 @@ def test_plans_are_the_same_with_and_without_padding(tiny):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_streams_give_the_same_bytes(tiny, tmp_path):
     save(*tiny, tmp_path / "dense")
     found = []
