@@ -54,8 +54,9 @@ def test_rows_of_images_reach_the_layers_as_in_the_model(make_member):
         states = stage.run(own, states)
     for inputs, state in zip(given, states, strict=True):
         batch = batches.to_device(model, inputs)
-        expected = APPLY(model, params, batch)
-        np.testing.assert_allclose(state["x"], expected, rtol=1e-3, atol=1e-3)
+        valid = np.asarray(batch["valid"])
+        found, expected = np.asarray(state["x"]), np.asarray(APPLY(model, params, batch))
+        np.testing.assert_allclose(found[valid], expected[valid], rtol=1e-3, atol=1e-3)
 
 
 def test_inputs_calibrate_as_they_are(make_member):
