@@ -98,7 +98,7 @@ TRANSFORMS = {
 }
 
 
-QUICK = {("gptq", "vit"), ("taylor", "vit"), ("blockwise", "cnn"), ("distill", "cnn")}
+QUICK = {("gptq", "vit"), ("taylor", "vit"), ("distill", "cnn")}
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,7 @@ def test_every_transform_reads_any_batch(models, name, kind):
     assert boxes.to_flat(changed)[0].keys() != boxes.to_flat(params)[0].keys() or name == "distill"
 
 
+@pytest.mark.slow
 def test_gptq_reads_what_the_function_runs(models):
     """The error at the output of a layer on its own inputs is below that of rounding to nearest."""
     model, params, variables = models["cnn"]
@@ -144,6 +145,7 @@ def test_gptq_reads_what_the_function_runs(models):
     assert error(quantize.gptq(bits=3, where="hidden"), calibration=calibration) < 0.9 * nearest
 
 
+@pytest.mark.slow
 def test_a_loss_alone_runs_what_needs_no_logits(models):
     model, params, _ = models["vit"]
     calibration = Calibration(data(), loss=mean_loss)
@@ -161,6 +163,7 @@ def test_a_loss_alone_runs_what_needs_no_logits(models):
         distill(steps=1, teacher=(model, params))(model, params, apart)
 
 
+@pytest.mark.slow
 def test_losses_of_rows_and_their_mean_score_alike(models):
     model, params, variables = models["cnn"]
     found = [

@@ -104,7 +104,7 @@ def bytes_of(params):
 
 
 # Others are slow only because each compiles programs of its own; padding has one door.
-QUICK = ("gptq", "activations", "blockwise", "wanda", "taylor", "distill")
+QUICK = ("gptq", "wanda", "taylor")
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,7 @@ def test_streams_give_the_same_bytes(tiny, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_padding_that_is_called_valid_changes_the_result(tiny):
     model, params = tiny
     transform = quantize.gptq(bits=3, where=WHERE)
@@ -160,6 +161,7 @@ def test_padding_that_is_called_valid_changes_the_result(tiny):
     assert found[0] != found[1]
 
 
+@pytest.mark.slow
 def test_statistics_of_shorter_rows_are_those_of_rows_alone(tiny):
     """Attention sums over other shapes: float32 rounding of a few sums is the only difference."""
     model, params = tiny
