@@ -50,6 +50,7 @@ __version__ = "0.1.0"
 REPOSITORY_URL = ""
 
 _WHERE = {
+    "Calibration": "glm_edge.compress",
     "GLMConfig": "glm_edge.configs",
     "MultimodalGLM": "glm_edge.models.multimodal",
     "Processor": "glm_edge.preprocess",

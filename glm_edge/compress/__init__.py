@@ -2,6 +2,7 @@
 
 from glm_edge.compress import prune, quantize
 from glm_edge.compress import recipe as recipes
+from glm_edge.compress.calibration import Calibration
 from glm_edge.compress.distill import distill
 from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.recipe import recipe_from_json, to_json
@@ -10,6 +11,7 @@ from glm_edge.compress.report import Point, Report, Row
 from glm_edge.compress.transform import Transform, chain
 
 __all__ = [
+    "Calibration",
     "Point",
     "ProgressLine",
     "Report",

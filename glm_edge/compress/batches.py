@@ -1,15 +1,27 @@
 """Calibration batches: what a GLM reads, and how well it predicts the next token.
 
-A batch is a dict of arrays (`B` rows of `T` tokens), the same for scoring and for distillation:
+A batch is a dict of arrays (`B` rows of `T` tokens), the same for scoring and for distillation, or
+what `glm_edge.Processor` gives:
 
 - `tokens` int [B, T];
+- `valid` bool [B, T], optional, False at padding. Without it, padding is where
+  `glm_edge.compress.padding` says. Padding enters neither attention nor positions nor statistics
+  nor losses: on either side, it gives what the batch without it gives;
 - `loss_mask` [B, T], optional: weight of the prediction that position `t` makes of token `t + 1`
   (the last column is not used). Without it every prediction counts, except of padding and of image
   and audio placeholders;
-- `images` [B, height, width, channels] and `audio` [B, frames, mel_bins], optional;
-- `positions` and `mask`, optional, as the model takes them.
+- `images` [B, height, width, channels] or [B, K, ...], or a list of the images of all rows in
+  reading order, [height, width, channels] of any size or [frames, height, width, channels] of a
+  video; optional, as are all that follow;
+- `audio` [B, frames, mel_bins] or [B, K, ...]; or, with `audio_frames` int [N], chunks [N, frames,
+  mel_bins] of all rows in reading order;
+- `positions` and `mask`, as the model takes them.
+
+Other models read any pytree of arrays, by functions: see `glm_edge.Calibration`.
 """
 
+import functools
+import inspect
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,32 +32,57 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from glm_edge.compress import calibration as calibrations
+from glm_edge.compress.calibration import Called, has_length, is_empty
+from glm_edge.compress.padding import valid_tokens, without_padding
 from glm_edge.errors import DataError, RecipeError
+from glm_edge.models.multimodal import MultimodalGLM, audio_features, feature_counts
 from glm_edge.params.tree import Params
 
 Batch = dict[str, Any]
 # In place of the weight of a batch that teaches nothing.
 NO_WEIGHT = 1e-6
-INPUTS = ("images", "audio", "positions", "mask")
+INPUTS = ("images", "audio", "positions", "mask", "audio_frames")
 KINDS = ("text", "images", "audio")
-KEYS = ("tokens", "loss_mask", *INPUTS)
+KEYS = ("tokens", "loss_mask", *INPUTS, "valid")
+
+
+def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What a model reads besides tokens, by the names of its arguments."""
+    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
+    if batch.get("valid") is not None and reads_valid(model):
+        inputs["valid"] = batch["valid"]
+    return inputs
+
+
+def reads_valid(model: nn.Module) -> bool:
+    """True for a model that is told which tokens are padding, as `TextEncoder` is."""
+    return _reads_valid(type(model))
+
+
+@functools.cache
+def _reads_valid(kind: type) -> bool:
+    return "valid" in inspect.signature(kind.__call__).parameters
 
 
 def apply_batch(
-    model: nn.Module, params: Params, batch: Batch, variables: dict[str, Any] | None = None
+    model: nn.Module | Called, params: Params, batch: Batch, variables: dict[str, Any] | None = None
 ) -> Array:
     """Runs a model on a batch.
 
     Args:
-      model: called as `model(tokens, **inputs)`; returns logits, alone or first in a tuple.
+      model: called as `model(tokens, **inputs)`; returns logits, alone or first in a tuple. Or
+        `Called`, which brings its own function.
       params: its parameters.
       batch: see the module's docstring.
       variables: further collections for `apply`.
 
     Returns:
-      Logits [B, T, V], float32.
+      Logits [B, T, V], or [..., N] of `Called`, float32.
     """
-    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
+    if isinstance(model, Called):
+        return model.logits(params, batch)
+    inputs = inputs_of(model, batch)
     output = model.apply({"params": params, **(variables or {})}, batch["tokens"], **inputs)
     logits = output[0] if isinstance(output, tuple) else output
     return logits.astype(jnp.float32)
@@ -54,14 +91,17 @@ def apply_batch(
 def loss_weights(model: nn.Module, batch: Batch) -> Array:
     """Weight of each prediction, float32 [B, T - 1]."""
     if batch.get("loss_mask") is not None:
-        return batch["loss_mask"][:, :-1].astype(jnp.float32)
-    config = getattr(model, "config", None)
-    targets = batch["tokens"][:, 1:]
-    taught = jnp.ones(targets.shape, bool)
-    for name in ("image_token_id", "audio_token_id", "pad_token_id"):
-        token = getattr(config, name, None)
-        if token is not None:
-            taught &= targets != token
+        taught = batch["loss_mask"][:, :-1].astype(jnp.float32)
+    else:
+        config = getattr(model, "config", None)
+        targets = batch["tokens"][:, 1:]
+        taught = jnp.ones(targets.shape, bool)
+        for name in ("image_token_id", "audio_token_id", "pad_token_id"):
+            token = getattr(config, name, None)
+            if token is not None:
+                taught &= targets != token
+    if batch.get("valid") is not None:
+        taught = taught * batch["valid"][:, 1:]
     return taught.astype(jnp.float32)
 
 
@@ -88,7 +128,8 @@ def check_predictions(whose: str, logits: Array, tokens: Array) -> None:
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         raise RecipeError(
             f"{whose} gives logits {list(logits.shape)} for tokens {list(tokens.shape)}; they must "
-            "predict the next token at every position, [B, T, V], and a classifier's do not"
+            "predict the next token at every position, [B, T, V], and a classifier's do not; give "
+            "it calibration=glm_edge.Calibration(batches, apply=..., loss=...)"
         )
 
 
@@ -98,33 +139,62 @@ def weighted_mean(values: Array, weights: Array) -> Array:
 
 
 def row_losses(
-    model: nn.Module, params: Params, batch: Batch, variables: dict[str, Any] | None = None
+    model: nn.Module | Called, params: Params, batch: Batch, variables: dict[str, Any] | None = None
 ) -> Array:
     """Mean loss of each row over what is taught in it, [B]; zero where nothing is."""
+    if isinstance(model, Called):
+        return model.row_losses(params, batch)
     weights = loss_weights(model, batch)
     losses = cross_entropy(apply_batch(model, params, batch, variables), batch["tokens"])
     return jnp.sum(losses * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
 
 
-def mean_loss(model: nn.Module, params: Params, batch: Batch) -> Array:
+def mean_loss(model: nn.Module | Called, params: Params, batch: Batch) -> Array:
     """Mean loss over everything taught in a batch, a scalar."""
+    if isinstance(model, Called):
+        return jnp.mean(model.row_losses(params, batch))
     weights = loss_weights(model, batch)
     losses = cross_entropy(apply_batch(model, params, batch), batch["tokens"])
     return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
-def to_device(batch: Batch, where: str = "calibration") -> Batch:
-    """Checks a batch and moves it to the device, leaving out what is None.
+def count_rows(batch: Batch) -> int:
+    """Rows of a batch from `to_device`."""
+    if "tokens" in batch:
+        return batch["tokens"].shape[0]
+    return calibrations.rows_of(batch["batch"])
+
+
+def to_device(model: Any, batch: Any, where: str = "calibration") -> Batch:
+    """Checks a batch, takes padding out of it and moves it to the device.
+
+    Args:
+      model: that reads it, for its tokens and its padding; or `Called`.
+      batch: see the module's docstring.
+      where: for messages.
+
+    Returns:
+      The batch without what is None, each row's tokens from its first valid one on, and cut after
+      the longest row; with `valid` only where rows differ in length.
 
     Raises:
-      DataError: a key is unknown, or an array is missing or of another shape.
+      DataError: a key is unknown, or an array is missing, of another shape or of another type.
     """
-    if not isinstance(batch, dict) or batch.get("tokens") is None:
-        raise DataError(f"{where}: a batch is a dict with at least 'tokens' [B, T]")
-    unknown = sorted(set(batch) - set(KEYS))
+    if isinstance(model, Called):
+        return calibrations.to_device(model, batch, where)
+    if not isinstance(batch, Mapping) or batch.get("tokens") is None:
+        raise DataError(
+            f"{where}: a batch is a dict with at least 'tokens' [B, T]; for batches of any other "
+            "shape pass calibration=glm_edge.Calibration(batches, apply=..., loss=...)"
+        )
+    batch = {name: value for name, value in dict(batch).items() if value is not None}
+    unknown = sorted(set(batch) - set(KEYS), key=str)
     if unknown:
-        raise DataError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}")
-    tokens = np.asarray(batch["tokens"])
+        raise DataError(
+            f"{where}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}. Models that read "
+            "anything else take glm_edge.Calibration(batches, apply=..., loss=...)"
+        )
+    tokens = _numbers(batch["tokens"], "tokens", where)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 2:
         raise DataError(
             f"{where}: tokens must be integers [B, T] with T >= 2, found {tokens.dtype} "
@@ -135,51 +205,262 @@ def to_device(batch: Batch, where: str = "calibration") -> Batch:
         raise DataError(
             f"{where}: loss_mask must be {tokens.shape} like tokens, found {np.shape(weights)}"
         )
-    for name in ("images", "audio"):
-        rows = np.shape(batch[name])[:1] if batch.get(name) is not None else (len(tokens),)
-        if rows != (len(tokens),):
-            raise DataError(f"{where}: {name} has {rows} rows, tokens has {len(tokens)}")
-    return {name: jnp.asarray(value) for name, value in batch.items() if value is not None}
+    config = getattr(model, "config", None)
+    _check_images(config, batch, len(tokens), where)
+    if isinstance(batch.get("images"), list | tuple):
+        batch["images"] = [
+            image if isinstance(image, jax.Array) else np.asarray(image)
+            for image in batch["images"]
+        ]
+    _check_audio(config, batch, len(tokens), where)
+    if "mask" in batch and _numbers(batch["mask"], "mask", where).dtype.kind not in "bui":
+        raise DataError(f"{where}: mask must be booleans, found {np.asarray(batch['mask']).dtype}")
+    valid = valid_tokens(config, batch, tokens, where)
+    _check_vocabulary(config, tokens[valid], where)
+    compact = without_padding(batch, valid, _filler(config), where)
+    if isinstance(model, MultimodalGLM):
+        _check_placeholders(config, compact, where)
+    return {
+        name: [jnp.asarray(image) for image in value]
+        if isinstance(value, list | tuple) and name == "images"
+        else jnp.asarray(value)
+        for name, value in compact.items()
+    }
+
+
+def _numbers(value: Any, name: str, where: str) -> np.ndarray:
+    """The array of the host that a value is."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise DataError(f"{where}: {name} is not one array: its parts differ in shape") from error
+    if array.dtype.kind not in "biufV":
+        raise DataError(f"{where}: {name} must be numbers, found {array.dtype}")
+    return array
+
+
+def _shape(value: Any, name: str, where: str) -> tuple[int, ...]:
+    """The shape of an array of any kind, without moving it."""
+    return tuple(value.shape) if hasattr(value, "shape") else _numbers(value, name, where).shape
+
+
+def _check_images(config: Any, batch: Batch, rows: int, where: str) -> None:
+    if "images" not in batch:
+        return
+    images, vision = batch["images"], getattr(config, "vision", None)
+    if isinstance(images, list | tuple):
+        shapes = [_shape(image, f"images[{i}]", where) for i, image in enumerate(images)]
+        layout, axes = "[height, width, channels], or [frames, ...] of a video,", (3, 4)
+        if not shapes:
+            raise DataError(f"{where}: images is an empty list; leave it out or None instead")
+    else:
+        shapes = [_shape(images, "images", where)]
+        layout, axes = "[B, height, width, channels] or [B, K, ...]", (4, 5)
+        if shapes[0][:1] != (rows,):
+            raise DataError(
+                f"{where}: images has {shapes[0][:1]} rows, tokens has {rows}; give images of rows "
+                "that differ in number as a list in reading order"
+            )
+    for shape in shapes if vision is not None else ():
+        if len(shape) not in axes or shape[-1] != vision.channels:
+            raise DataError(
+                f"{where}: images must be {layout} with {vision.channels} channels, found "
+                f"{list(shape)}"
+            )
+
+
+def _check_audio(config: Any, batch: Batch, rows: int, where: str) -> None:
+    if "audio_frames" in batch and "audio" not in batch:
+        raise DataError(f"{where}: audio_frames without audio")
+    if "audio" not in batch:
+        return
+    shape, speech = _shape(batch["audio"], "audio", where), getattr(config, "speech", None)
+    axes, layout = (3, 4), "[B, frames, mel_bins] or [B, K, ...]"
+    if "audio_frames" in batch:
+        frames = _numbers(batch["audio_frames"], "audio_frames", where)
+        axes, layout = (3,), "[N, frames, mel_bins]"
+        if frames.shape != shape[:1] or frames.dtype.kind not in "iu":
+            raise DataError(
+                f"{where}: audio_frames must be integers {list(shape[:1])}, one per chunk of "
+                f"audio, found {frames.dtype} {list(frames.shape)}"
+            )
+    elif shape[:1] != (rows,):
+        raise DataError(
+            f"{where}: audio has {shape[:1]} rows, tokens has {rows}; chunks in reading order go "
+            "with audio_frames"
+        )
+    if speech is not None and (len(shape) not in axes or shape[-1] != speech.mel_bins):
+        raise DataError(
+            f"{where}: audio must be {layout} with {speech.mel_bins} mel_bins, found {list(shape)}"
+        )
+
+
+def _check_vocabulary(config: Any, tokens: np.ndarray, where: str) -> None:
+    vocabulary = getattr(getattr(config, "decoder", None), "vocab_size", None)
+    low, high = tokens.min(initial=0), tokens.max(initial=0)
+    if vocabulary is not None and (low < 0 or high >= vocabulary):
+        raise DataError(
+            f"{where}: token {low if low < 0 else high} is none of the model's {vocabulary}; "
+            "was the text cut with another tokenizer?"
+        )
+
+
+def _placeholders(config: Any) -> dict[str, int | None]:
+    return {
+        "images": getattr(config, "image_token_id", None),
+        "audio": getattr(config, "audio_token_id", None),
+    }
+
+
+def _filler(config: Any) -> int:
+    """A token that takes the place of no image and no recording."""
+    tokens = (getattr(config, "pad_token_id", None), 0, 1, 2)
+    placeholders = tuple(_placeholders(config).values())
+    return next(token for token in tokens if token is not None and token not in placeholders)
+
+
+def _features(config: Any, batch: Batch, name: str) -> np.ndarray:
+    """Features that the images or recordings of a batch give: of each, or of each row's alike."""
+    value = batch[name]
+    if name == "images" and isinstance(value, list | tuple):
+        return np.asarray(feature_counts(value, config.vision))
+    if name == "images":
+        shape = _shape(value, name, "")
+        items = [np.broadcast_to(np.float32(0), shape[-3:])] * (shape[1] if len(shape) == 5 else 1)
+        return np.asarray([sum(feature_counts(items, config.vision))])
+    frames, merge = _shape(value, name, "")[-2], config.speech.merge_size
+    if "audio_frames" in batch:
+        return np.asarray(audio_features(np.asarray(batch["audio_frames"]), merge))
+    chunks = _shape(value, name, "")[1] if np.ndim(value) == 4 else 1
+    return np.asarray([chunks * audio_features(frames, merge)])
+
+
+def _check_placeholders(config: Any, batch: Batch, where: str) -> None:
+    """Compares placeholders with the images and recordings that there are for them."""
+    valid = batch.get("valid", True)
+    for name, token in _placeholders(config).items():
+        encoder = "vision" if name == "images" else "speech"
+        if token is None or name not in batch or getattr(config, encoder) is None:
+            continue
+        counts = ((np.asarray(batch["tokens"]) == token) & valid).sum(axis=1)
+        features = _features(config, batch, name)
+        if _in_reading_order(batch, name):
+            if counts.sum() != features.sum():
+                raise DataError(
+                    f"{where}: tokens hold {counts.sum()} placeholders of {name} (token {token}), "
+                    f"its {len(features)} {name} give {features.sum()} features"
+                )
+        elif not np.isin(counts, (0, features[0])).all():
+            row = int(np.argmax(~np.isin(counts, (0, features[0]))))
+            raise DataError(
+                f"{where}: row {row} holds {counts[row]} placeholders of {name} (token {token}), "
+                f"its {name} give {features[0]} features"
+            )
+
+
+def _in_reading_order(batch: Batch, name: str) -> bool:
+    """True where images or recordings are those of all rows, not an array with a row for each."""
+    return isinstance(batch[name], list | tuple) or (name == "audio" and "audio_frames" in batch)
+
+
+def single_rows(model: nn.Module, batch: Batch) -> list[Batch] | None:
+    """The rows of a batch on the device as batches of one row, each with its images and recordings.
+
+    Returns:
+      None where every array has an axis of rows, so that they can be taken along it.
+    """
+    names = [n for n in ("images", "audio") if n in batch and _in_reading_order(batch, n)]
+    if not names:
+        return None
+    rows = len(batch["tokens"])
+    apart = [_row(batch, index, rows, names) for index in range(rows)]
+    for name in names:
+        token = _placeholders(model.config)[name]
+        counts = (np.asarray(batch["tokens"]) == token) & np.asarray(batch.get("valid", True))
+        ends = np.cumsum(_features(model.config, batch, name))
+        stops = np.searchsorted(ends, np.cumsum(counts.sum(axis=1)), side="right")
+        for index, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True)):
+            if stop > start:
+                apart[index][name] = batch[name][start:stop]
+                if name == "audio":
+                    apart[index]["audio_frames"] = batch["audio_frames"][start:stop]
+    return apart
+
+
+def _row(batch: Batch, index: int, rows: int, without: Sequence[str]) -> Batch:
+    axes = {"positions": -2, "mask": -4}
+    row = {}
+    for name, value in batch.items():
+        if name in without or (name == "audio_frames" and "audio" in without):
+            continue
+        axis = value.ndim + axes[name] if name in axes else 0
+        shared = axis < 0 or value.shape[axis] != rows
+        row[name] = value if shared else jax.lax.slice_in_dim(value, index, index + 1, axis=axis)
+    return row
 
 
 def check(
-    model: nn.Module, calibration: Sequence[Batch] | None, transform: str, without: Sequence[str]
-) -> None:
+    model: nn.Module, calibration: Any, transform: str, without: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Checks that calibration is there and holds what the model reads.
 
     Args:
       model: with a configuration, or any other.
-      calibration: batches.
+      calibration: batches, or `glm_edge.Calibration`.
       transform: name, for messages.
       without: inputs that are known to be missing.
+
+    Returns:
+      Notes for the report.
 
     Raises:
       DataError: there are no batches, one is malformed, token ids lie beyond the vocabulary, or
         no batch holds an input that the model takes.
     """
-    if calibration is None or not len(calibration):
+    if isinstance(calibration, Iterator):
+        raise DataError(
+            f"{transform}: calibration is an iterator that can be read only once; pass a list"
+        )
+    if is_empty(calibration):
         raise DataError(f"{transform} needs calibration= batches, and there are none")
+    reader = calibrations.called(model, calibration)
     config = getattr(model, "config", None)
-    vocabulary = getattr(getattr(config, "decoder", None), "vocab_size", None)
     seen: set[str] = set()
+    ragged = False
     for index, batch in enumerate(calibration):
         where = f"{transform}: calibration batch {index}"
-        to_device(batch, where)
-        seen |= {name for name, value in batch.items() if value is not None}
-        tokens = np.asarray(batch["tokens"])
-        low, high = tokens.min(initial=0), tokens.max(initial=0)
-        if vocabulary is not None and (low < 0 or high >= vocabulary):
-            raise DataError(
-                f"{where}: token {low if low < 0 else high} is none of the model's {vocabulary}; "
-                "was the text cut with another tokenizer?"
-            )
+        ragged |= "valid" in to_device(reader, batch, where)
+        seen |= keys_of(batch)
     for name, encoder in (("images", "vision"), ("audio", "speech")):
-        takes = getattr(config, encoder, None) is not None
+        takes = getattr(config, encoder, None) is not None and not isinstance(reader, Called)
         if takes and name not in seen and name not in without:
             raise DataError(
                 f"{transform}: the model reads {name} and no calibration batch holds any; add "
                 f"some, or pass without=[{name!r}] to calibrate on the rest knowingly"
             )
+    return padding_notes(model, ragged)
+
+
+def padding_notes(model: nn.Module, ragged: bool) -> tuple[str, ...]:
+    """Says where padding may enter after all.
+
+    Args:
+      model: that reads the batches.
+      ragged: rows of a batch differ in length.
+    """
+    if ragged and not isinstance(model, MultimodalGLM) and not reads_valid(model):
+        return (
+            f"rows of calibration differ in length, and {type(model).__name__} takes no valid=: "
+            "where its attention is not causal, it reads the padding behind shorter rows",
+        )
+    return ()
+
+
+def keys_of(batch: Any) -> set[str]:
+    """Names of what a batch holds."""
+    if not isinstance(batch, Mapping):
+        return set()
+    return {str(name) for name in batch if batch[name] is not None}
 
 
 def missing_modalities(model: nn.Module, seen: Collection[str]) -> tuple[str, ...]:
@@ -209,7 +490,7 @@ def in_order(calibration: Sequence[Batch], rng: Array | None, skip: int = 0) -> 
     Raises:
       DataError: there are none.
     """
-    rounds, rest = divmod(skip, len(calibration) or 1) if _sized(calibration) else (0, skip)
+    rounds, rest = divmod(skip, len(calibration) or 1) if has_length(calibration) else (0, skip)
     return itertools.islice(_rounds(calibration, rng, rounds), rest, None)
 
 
@@ -230,7 +511,7 @@ def in_proportion(
     Raises:
       DataError: no batch is of a kind, or there is no length.
     """
-    if not _sized(calibration):
+    if not has_length(calibration):
         raise DataError("mixture= needs calibration with a length, such as a list of batches")
     held: dict[str, list[int]] = {kind: [] for kind in KINDS if kind in mixture}
     for index in range(len(calibration)):
@@ -256,9 +537,10 @@ def in_proportion(
         yield calibration[next(orders[next_kind()])]
 
 
-def kind_of(batch: Batch) -> str:
+def kind_of(batch: Any) -> str:
     """`audio` for a batch that holds any, else `images` likewise, else `text`."""
-    return next((name for name in KINDS[:0:-1] if batch.get(name) is not None), KINDS[0])
+    names = keys_of(batch)
+    return next((name for name in KINDS[:0:-1] if name in names), KINDS[0])
 
 
 def _rounds(calibration: Sequence[Batch], rng: Array | None, first: int) -> Iterator[Batch]:
@@ -272,11 +554,7 @@ def _rounds(calibration: Sequence[Batch], rng: Array | None, first: int) -> Iter
 
 
 def _shuffled(calibration: Any, rng: Array | None, epoch: int) -> Iterator[Batch]:
-    if rng is None or not _sized(calibration):
+    if rng is None or not has_length(calibration):
         return iter(calibration)
     order = jax.random.permutation(jax.random.fold_in(rng, epoch), len(calibration))
     return (calibration[index] for index in np.asarray(order).tolist())
-
-
-def _sized(calibration: Any) -> bool:
-    return hasattr(calibration, "__len__")

@@ -50,8 +50,9 @@ def distill(
     they are; what trains is what `glm_edge.params.partition` gives, in float32.
 
     Any module learns whose logits are [B, T, V], predictions of the next token at every position;
-    the labels are the tokens themselves. A classifier, with logits [B, N], has no such labels and
-    is refused.
+    the labels are the tokens themselves. A classifier, with logits [B, N], learns from a
+    `glm_edge.Calibration`: its `apply` gives the logits, of which every one counts alike, and its
+    `loss` the labels' part, which `alpha=1` does without. A teacher is run by the same functions.
 
     Under `glm_edge.params.sharding.on(mesh)`, with parameters on that mesh, training runs on all
     its devices: parameters, gradients and the optimizer's moments are cut alike.
@@ -103,8 +104,8 @@ def distill(
 
     Raises:
       RecipeError: an option has no meaning; on call, there is no teacher, it predicts another
-        vocabulary, student or teacher is a classifier, everything is frozen, or a layer or a token
-        is named that a model lacks.
+        vocabulary, student or teacher is a classifier without `Calibration`, everything is frozen,
+        or a layer or a token is named that a model lacks.
       TrainingError: the loss or its gradient is not finite; the error holds the step, and the
         parameters before it.
       DataError: calibration is missing or not a batch, or lacks a kind of `mixture`.
@@ -162,10 +163,23 @@ def _apply_distill(
     )
     healed = boxes.combine(trained, frozen)
     row = row_of("distill", f"trained {training.steps} steps", trainable, trained)
+    notes += _widened(trainable)
     return model, healed, Report.of([row], params, healed, curve=curve, notes=notes)
 
 
 register("distill", distill, _apply_distill)
+
+
+def _widened(trainable: Params) -> tuple[str, ...]:
+    """Says that narrower types did not stay."""
+    narrow = [leaf for leaf in jax.tree.leaves(trainable) if leaf.dtype.itemsize < 4]
+    if not narrow:
+        return ()
+    types = ", ".join(sorted({str(leaf.dtype) for leaf in narrow}))
+    return (
+        f"distill: {len(narrow)} arrays of {types} were trained and are float32 now; "
+        f"glm_edge.params.cast(params, '{narrow[0].dtype}') stores what trains in it again",
+    )
 
 
 def _whole_numbers(option: str, values: Any) -> tuple[int, ...] | None:
@@ -196,6 +210,8 @@ def split(params: Params, where: str | None) -> tuple[Params, Params]:
       RecipeError: the pattern matches nothing that can train.
     """
     trainable, frozen = boxes.partition(params)
+    if not jax.tree.leaves(trainable):
+        raise RecipeError("distill: nothing left to train: every parameter is stored in integers")
     if where is None:
         return trainable, frozen
     held = _keep(trainable, lambda path: not compiled(where).search(path))

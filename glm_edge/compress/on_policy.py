@@ -68,8 +68,8 @@ def written(
     """
     if not hasattr(model, "embed_inputs") or not hasattr(model, "start_positions"):
         raise RecipeError(
-            f"distill: on_policy= needs a model that generates, a GLM; {type(model).__name__} has "
-            "no cache"
+            "distill: on_policy= needs a model that generates, a GLM; "
+            f"{type(getattr(model, 'model', model)).__name__} has no cache"
         )
     for name in ("positions", "mask"):
         if name in batch:
@@ -86,7 +86,8 @@ def written(
     tokens, weights = _write(
         model, trainable, frozen, batch, starts, key, int(prefix), float(temperature)
     )
-    return {**batch, "tokens": tokens, "loss_mask": weights}
+    read = {name: value for name, value in batch.items() if name != "valid"}
+    return {**read, "tokens": tokens, "loss_mask": weights}
 
 
 def first_written(model: nn.Module, batch: batches.Batch, prompt: int | None) -> np.ndarray:
@@ -98,7 +99,10 @@ def first_written(model: nn.Module, batch: batches.Batch, prompt: int | None) ->
         starts = np.where(taught.any(axis=1), np.argmax(taught, axis=1) + 1, length)
     else:
         starts = np.full(len(tokens), min(prompt, length))
-    placed = np.isin(tokens, _placeholders(model))
+    if "valid" in batch:
+        # A row that is shorter than the others goes on behind its own end.
+        starts = np.minimum(starts, np.asarray(batch["valid"]).sum(axis=1))
+    placed = np.isin(tokens, _placeholders(model)) & np.asarray(batch.get("valid", True))
     after = np.where(placed.any(axis=1), length - np.argmax(placed[:, ::-1], axis=1), 0)
     return np.maximum(starts, after).astype(np.int32)
 
@@ -123,7 +127,8 @@ def _write(
     barred = jnp.asarray(_placeholders(model), jnp.int32)
 
     def read(module: nn.Module) -> tuple[Any, ...]:
-        x, _ = module.embed_inputs(given, batch.get("images"), batch.get("audio"))
+        sound = batch.get("audio"), batch.get("audio_frames")
+        x, _ = module.embed_inputs(given, batch.get("images"), *sound)
         positions, _ = module.start_positions(given, None, batch.get("images"))
         cache = init_cache(module.config.decoder, rows, length)
         final, _, cache = module.decoder(x[:, :prefix], positions[..., :prefix], None, cache)

@@ -21,6 +21,7 @@ from jax import Array
 from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.batches import Batch
+from glm_edge.compress.calibration import Calibration, Called, called, with_batches
 from glm_edge.compress.plan_table import (
     KEEP,
     GroupRow,
@@ -107,7 +108,8 @@ def plan(
         maker.check(chosen)
     batches.check(model, calibration, "plan", without)
     seen, held_out = split(calibration, maker.reads)
-    measure = Divergence(model, params, held_out)
+    reader = called(model, calibration)
+    measure = Divergence(reader, params, held_out)
     leaves = dict(boxes.path_items(params))
     inside = {path for paths in members.values() for path in paths}
     fixed = boxes.stored_bytes([leaf for path, leaf in leaves.items() if path not in inside])
@@ -149,7 +151,8 @@ def plan(
             f"plan: {maker.name} stored {boxes.stored_bytes(made):,} bytes where its formats take "
             f"{point.bytes:,}; it stores more than codes and scales and cannot be planned with"
         )
-    measured = measure(dict(boxes.path_items(made)), made_model)
+    made_reader = called(made_model, calibration)
+    measured = measure(dict(boxes.path_items(made)), made_reader)
     if progress is not None:
         progress("plan: measured", total, total)
     return Plan(
@@ -195,19 +198,24 @@ def group_paths(params: Params, patterns: Sequence[str]) -> dict[str, tuple[str,
     return {name: tuple(paths) for name, paths in groups.items()}
 
 
-def kind_of(batch: Batch) -> str:
-    """What a batch holds: `text`, `images`, `audio` or `images+audio`."""
-    names = [name for name in ("images", "audio") if batch.get(name) is not None]
-    return "+".join(names) or "text"
+def kind_of(batch: Any, calibration: Any = None) -> str:
+    """What a batch holds: `text`, `images`, `audio` or `images+audio`.
+
+    Args:
+      batch: of `calibration`.
+      calibration: where it brings functions, all its batches are of one kind, `batches`.
+    """
+    if isinstance(calibration, Calibration) and (calibration.apply or calibration.loss):
+        return "batches"
+    names = batches.keys_of(batch)
+    return "+".join(name for name in ("images", "audio") if name in names) or "text"
 
 
-def split(
-    calibration: Sequence[Batch], reads: bool
-) -> tuple[list[Batch] | None, dict[str, list[Batch]]]:
+def split(calibration: Any, reads: bool) -> tuple[Any, dict[str, list[Any]]]:
     """Batches for the transform, and those held out by kind.
 
     Args:
-      calibration: all of them.
+      calibration: all of them, or a `Calibration`, which what the transform gets then is too.
       reads: whether the transform reads any; if not, none is set aside for it.
 
     Returns:
@@ -218,7 +226,7 @@ def split(
     """
     kinds: dict[str, list[Batch]] = {}
     for batch in calibration:
-        kinds.setdefault(kind_of(batch), []).append(batch)
+        kinds.setdefault(kind_of(batch, calibration), []).append(batch)
     if not reads:
         return None, kinds
     lone = [kind for kind, found in kinds.items() if len(found) < 2]
@@ -228,7 +236,7 @@ def split(
             "second is held out from the transform to measure on"
         )
     seen = [batch for found in kinds.values() for batch in found[::2]]
-    return seen, {kind: found[1::2] for kind, found in kinds.items()}
+    return with_batches(calibration, seen), {kind: found[1::2] for kind, found in kinds.items()}
 
 
 class Divergence:
@@ -238,19 +246,26 @@ class Divergence:
       kinds: of batches, the keys of the results.
     """
 
-    def __init__(self, model: nn.Module, params: Params, held_out: Mapping[str, Sequence[Batch]]):
+    def __init__(
+        self, model: nn.Module | Called, params: Params, held_out: Mapping[str, Sequence[Batch]]
+    ):
         """Runs the uncompressed model on every batch."""
         self.kinds = tuple(held_out)
         self._model, self._cases = model, []
         dense = _dense(dict(boxes.path_items(params)))
         for kind, found in held_out.items():
             for batch in found:
-                batch = batches.to_device(batch, "plan")
-                weights = batches.loss_weights(model, batch)
-                self._cases.append((kind, batch, weights, _logits(model, dense, batch)))
+                batch = batches.to_device(model, batch, "plan")
+                reference = _logits(model, dense, batch)
+                weights = (
+                    jnp.ones(reference.shape[:-1])
+                    if isinstance(model, Called)
+                    else batches.loss_weights(model, batch)
+                )
+                self._cases.append((kind, batch, weights, reference))
 
     def __call__(
-        self, leaves: Mapping[str, Any], model: nn.Module | None = None
+        self, leaves: Mapping[str, Any], model: nn.Module | Called | None = None
     ) -> dict[str, float]:
         """Divergence in nats a token by kind of batch."""
         dense = _dense(leaves)
@@ -274,7 +289,8 @@ def _dense(leaves: Mapping[str, Any]) -> Params:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _logits(model: nn.Module, params: Params, batch: Batch) -> Array:
-    return batches.apply_batch(model, params, batch)[:, :-1]
+    logits = batches.apply_batch(model, params, batch)
+    return logits if isinstance(model, Called) else logits[:, :-1]
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -282,7 +298,7 @@ def _divergence(
     model: nn.Module, params: Params, batch: Batch, weights: Array, reference: Array
 ) -> tuple[Array, Array]:
     expected = jax.nn.log_softmax(reference)
-    found = jax.nn.log_softmax(batches.apply_batch(model, params, batch)[:, :-1])
+    found = jax.nn.log_softmax(_logits(model, params, batch))
     lost = jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)
     return jnp.sum(lost * weights), jnp.sum(weights)
 
@@ -387,5 +403,5 @@ def _assign(params: Params, name: str) -> dict[str, Format]:
 
 
 def _lacking(model: nn.Module, seen: Sequence[Batch] | None) -> tuple[str, ...]:
-    kinds = {name for batch in seen or () for name, value in batch.items() if value is not None}
+    kinds = set().union(*map(batches.keys_of, () if seen is None else seen))
     return tuple(name for name in ("images", "audio") if name not in kinds)

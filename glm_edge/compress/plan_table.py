@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glm_edge import params as boxes
+from glm_edge.compress.prune.shapes import extent
 from glm_edge.compress.recipe import to_json
 from glm_edge.compress.transform import Transform
 from glm_edge.errors import BoxError, RecipeError
@@ -40,9 +41,16 @@ def bytes_with(params: Params, formats: Mapping[str, Format]) -> int:
       Bytes.
     """
     return sum(
-        bytes_of(leaf.shape, formats[path]) if path in formats else boxes.stored_bytes(leaf)
+        bytes_of(_as_rows(path, leaf.shape), formats[path])
+        if path in formats
+        else boxes.stored_bytes(leaf)
         for path, leaf in boxes.path_items(params)
     )
+
+
+def _as_rows(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which a matrix is stored: a `kernel` of Flax as [out, in]."""
+    return extent(path, shape) if path.rsplit("/", 1)[-1] == "kernel" else shape
 
 
 def format_everything(params: Params, format: Format, fallback: Format) -> dict[str, Format]:
@@ -51,7 +59,7 @@ def format_everything(params: Params, format: Format, fallback: Format) -> dict[
     for path, leaf in boxes.path_items(params):
         if is_matrix(path, leaf) and not isinstance(leaf, boxes.Quantized):
             try:
-                format.num_groups(leaf.shape[-1])
+                format.num_groups(_as_rows(path, leaf.shape)[-1])
                 found[path] = format
             except BoxError:
                 found[path] = fallback

@@ -17,14 +17,22 @@ import jax.numpy as jnp
 from jax import Array
 
 from glm_edge.compress import batches
+from glm_edge.compress.calibration import Called
 from glm_edge.compress.readings import Reading, watched
 from glm_edge.models.glm import Layer
-from glm_edge.models.multimodal import MultimodalGLM, place_features
+from glm_edge.models.multimodal import (
+    MultimodalGLM,
+    image_groups,
+    in_reading_order,
+    place_features,
+    sounding,
+    sounding_first,
+)
 from glm_edge.models.speech import SpeechEncoder, SpeechLayer
 from glm_edge.models.vision import VisionEncoder, VisionLayer
 from glm_edge.params.tree import nested
 
-State = dict[str, Array]
+State = dict[str, Any]
 Leaves = dict[str, Any]
 
 
@@ -32,20 +40,31 @@ class Statistic(NamedTuple):
     """A reduction of the rows that meet a weight.
 
     Attributes:
-      measure: maps rows float32 [N, in] to a pytree; traced inside the compiled stage.
+      measure: called as `measure(rows, valid)` with rows float32 [N, in] and bool [N], False at
+        padding, whose rows are zero; None where there is none. Returns a pytree; traced inside the
+        compiled stage.
       join: puts the results of two batches together.
     """
 
-    measure: Callable[[Array], Any]
+    measure: Callable[[Array, Array | None], Any]
     join: Callable[[Any, Any], Any]
 
 
-def _column_sums(rows: Array) -> dict[str, Array]:
-    return {"sum": jnp.sum(jnp.abs(rows), axis=0), "count": jnp.float32(rows.shape[0])}
+def count_valid(rows: Array, valid: Array | None) -> Array:
+    """Rows that are not padding, float32."""
+    return jnp.float32(rows.shape[0]) if valid is None else jnp.sum(valid, dtype=jnp.float32)
 
 
-def _range(rows: Array) -> dict[str, Array]:
-    return {"low": rows.min(axis=0), "high": rows.max(axis=0)}
+def _column_sums(rows: Array, valid: Array | None) -> dict[str, Array]:
+    return {"sum": jnp.sum(jnp.abs(rows), axis=0), "count": count_valid(rows, valid)}
+
+
+def _range(rows: Array, valid: Array | None) -> dict[str, Array]:
+    low, high = rows, rows
+    if valid is not None:
+        low = jnp.where(valid[:, None], rows, jnp.inf)
+        high = jnp.where(valid[:, None], rows, -jnp.inf)
+    return {"low": low.min(axis=0), "high": high.max(axis=0)}
 
 
 def _add(a: Any, b: Any) -> Any:
@@ -56,15 +75,19 @@ def _join_ranges(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
     return {"low": jnp.minimum(a["low"], b["low"]), "high": jnp.maximum(a["high"], b["high"])}
 
 
-def _identity(rows: Array) -> Array:
+def _rows(rows: Array, valid: Array | None) -> Array:
     return rows
 
 
-def _stack(a: Array, b: Array) -> Array:
-    return jnp.concatenate([a, b])
+def _marked(rows: Array, valid: Array | None) -> dict[str, Array]:
+    return {"rows": rows, "valid": jnp.ones(len(rows), bool) if valid is None else valid}
 
 
-def _abs_max(rows: Array) -> Array:
+def _stack(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda one, other: jnp.concatenate([one, other]), a, b)
+
+
+def _abs_max(rows: Array, valid: Array | None) -> Array:
     return jnp.max(jnp.abs(rows), axis=0)
 
 
@@ -74,8 +97,24 @@ ABS_MAX = Statistic(_abs_max, jnp.maximum)
 """Largest `|x|` of each column, [in]."""
 RANGE = Statistic(_range, _join_ranges)
 """`{"low": [in], "high": [in]}`."""
-ROWS = Statistic(_identity, _stack)
-"""All rows, [N, in]."""
+ROWS = Statistic(_rows, _stack)
+"""All rows, [N, in]; zero at padding, which adds nothing to a sum of products."""
+MARKED_ROWS = Statistic(_marked, _stack)
+"""`{"rows": [N, in], "valid": bool [N]}`, rows zero where they are not valid."""
+
+
+def _all_rows(state: State) -> Array | None:
+    return None
+
+
+def _rows_of_tokens(state: State) -> Array | None:
+    """Marks the rows [B * T] of tokens that are not padding."""
+    return state["valid"].reshape(-1) if "valid" in state else None
+
+
+def _rows_of_sound(state: State) -> Array | None:
+    """Marks the rows [N * M] of speech features that the decoder reads."""
+    return state["sounding"].reshape(-1) if "sounding" in state else None
 
 
 @dataclass(frozen=True)
@@ -90,6 +129,8 @@ class Stage:
       forward: called as `forward(bound module, state)`, returns the next state.
       reads: entries of a state without which a batch skips the stage.
       borrows: parameters of an earlier stage, where there are such, that it reads too.
+      counted: maps a state to bool [N], the rows that count in statistics where a weight meets so
+        many; None where all do.
     """
 
     name: str
@@ -99,6 +140,12 @@ class Stage:
     forward: Callable[[nn.Module, State], State]
     reads: str = "tokens"
     borrows: tuple[str, ...] = ()
+    counted: Callable[[State], Array | None] = _rows_of_tokens
+
+    @property
+    def of_tokens(self) -> bool:
+        """True where rows are tokens, of which some may be padding."""
+        return self.counted is _rows_of_tokens
 
     def holds(self, path: str) -> bool:
         """True for a parameter that belongs to this stage."""
@@ -144,10 +191,19 @@ class Stage:
         for state in states:
             if self.reads not in state:
                 continue
-            measured = _run(self.module, self.forward, params, state, statistic.measure, wanted)[1]
-            for path, value in measured.items():
+            measured = _run(
+                self.module,
+                self.forward,
+                params,
+                state,
+                statistic.measure,
+                wanted,
+                self.counted,
+            )[1]
+            for path, values in measured.items():
                 path = f"{self.root}/{path}" if self.root else path
-                total[path] = statistic.join(total[path], value) if path in total else value
+                for value in values:
+                    total[path] = statistic.join(total[path], value) if path in total else value
         return total
 
     def watch(self, leaves: Leaves, state: State, note: Callable[[Reading], None]) -> None:
@@ -162,7 +218,7 @@ class Stage:
 
         def run(params: Any, state: State) -> Any:
             with watched(lambda reading: note(reading._replace(path=prefix + reading.path))):
-                return self.module.apply({"params": params}, state, method=self.forward)
+                return advance(self.module, self.forward, params, state)
 
         if self.reads in state:
             jax.eval_shape(run, self._params(leaves), state)
@@ -209,38 +265,65 @@ class Stage:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("module", "forward", "measure", "wanted"))
+def advance(module: nn.Module, forward: Callable[..., State], params: Any, state: State) -> State:
+    """Runs the module of a stage, or the functions of its `Calibration`."""
+    if isinstance(forward, Through):
+        return forward(params, state)
+    return module.apply({"params": params}, state, method=forward)
+
+
+@dataclass(frozen=True)
+class Through:
+    """Runs a whole model by the functions that its calibration brings."""
+
+    model: Called
+
+    def __call__(self, params: Any, state: State) -> State:
+        output = self.model.run(params, state)
+        # What a loss gives is no output to compare.
+        if self.model.apply is None:
+            return state
+        return {**state, "x": self.model.logits_of(output)}
+
+
+@functools.partial(jax.jit, static_argnames=("module", "forward", "measure", "wanted", "counted"))
 def _run(
     module: nn.Module,
-    forward: Callable[[nn.Module, State], State],
+    forward: Callable[..., State],
     params: Any,
     state: State,
-    measure: Callable[[Array], Any] | None = None,
+    measure: Callable[[Array, Array | None], Any] | None = None,
     wanted: tuple[str, ...] | None = None,
-) -> tuple[State, dict[str, Any]]:
+    counted: Callable[[State], Array | None] = _all_rows,
+) -> tuple[State, dict[str, list[Any]]]:
     if measure is None:
-        return module.apply({"params": params}, state, method=forward), {}
-    rows: dict[str, list[Array]] = {}
+        return advance(module, forward, params, state), {}
     readings: list[Reading] = []
     with watched(readings.append):
-        module.apply({"params": params}, state, method=forward)
+        after = advance(module, forward, params, state)
+    # A module that runs several times meets several arrays.
+    rows: dict[str, list[Array]] = {}
     # Patches of a convolution are another run of its layer, which is not to be watched itself.
     for reading in readings:
         if reading.rows is not None and (wanted is None or reading.path in wanted):
-            rows.setdefault(reading.path, []).append(reading.rows())
+            x = reading.rows()
+            rows.setdefault(reading.path, []).append(x.reshape(-1, x.shape[-1]))
+    valid = counted(after if counted is _rows_of_sound else state)
+
+    def reduce(x: Array) -> Any:
+        x = x.astype(jnp.float32)
+        if valid is None or valid.shape[0] != x.shape[0]:
+            return measure(x, None)
+        return measure(jnp.where(valid[:, None], x, 0.0), valid)
+
     # Without the state, the compiler leaves out what the statistic does not need.
-    return {}, {
-        path: measure(_joined_rows(calls).astype(jnp.float32)) for path, calls in rows.items()
-    }
+    return {}, {path: [reduce(x) for x in calls] for path, calls in rows.items()}
 
 
-def _joined_rows(calls: list[Array]) -> Array:
-    """Rows [N, in] of all calls of a layer."""
-    return jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in calls])
-
-
-def stages(model: nn.Module) -> tuple[Stage, ...]:
+def stages(model: nn.Module | Called) -> tuple[Stage, ...]:
     """The stages of a model, in the order in which they run."""
+    if isinstance(model, Called):
+        return (Stage("model", "", ("",), model.model, Through(model), "batch", (), _all_rows),)
     if not isinstance(model, MultimodalGLM):
         return (Stage("model", "", ("",), model, _whole),)
     config, found = model.config, []
@@ -285,30 +368,48 @@ def _encoder(
     # An encoder declares tables of its own when any part of it is called, so its end needs them.
     tables = tuple(f"{name}/{table}" for table in functions["tables"])
     front = (*(f"{name}/{part}/" for part in functions["front_owns"]), *tables)
-    found = [Stage(f"{name}/front", name, front, encoder, functions["front"], reads)]
+    found = [Stage(f"{name}/front", name, front, encoder, functions["front"], reads, (), _all_rows)]
     for index, layer in enumerate(layers):
         root = f"{name}/layers/{index}"
-        found.append(Stage(root, root, (f"{root}/",), layer, functions["layer"], reads))
+        found.append(
+            Stage(root, root, (f"{root}/",), layer, functions["layer"], reads, (), _all_rows)
+        )
     end = tuple(f"{name}/{part}/" for part in functions["end_owns"])
-    found.append(Stage(f"{name}/end", name, end, encoder, functions["end"], reads, tables))
+    counted = _rows_of_sound if name == "speech" else _all_rows
+    found.append(Stage(f"{name}/end", name, end, encoder, functions["end"], reads, tables, counted))
     return found
 
 
+def _images(images: Any, config: Any) -> list[Array]:
+    """Images of each size: one array of all rows, or those of a list by size."""
+    if isinstance(images, list | tuple):
+        return image_groups(images, config)[0]
+    return [images.reshape(-1, *images.shape[-3:])]
+
+
+def _grids(state: State, config: Any) -> list[tuple[int, int]]:
+    return [config.grid_of(group.shape[-3:-1]) for group in _images(state["images"], config)]
+
+
 def _vision_front(encoder: VisionEncoder, state: State) -> State:
-    items = state["images"].reshape(-1, *state["images"].shape[-3:])
-    angle = encoder.angles(encoder.config.grid_of(items.shape[-3:-1]))
-    return {**state, "x": encoder.embed(items)[0], "angle": angle}
+    groups = _images(state["images"], encoder.config)
+    angles = [encoder.angles(grid) for grid in _grids(state, encoder.config)]
+    # One entry for each size of image.
+    return {**state, "x": [encoder.embed(group)[0] for group in groups], "angle": angles}
 
 
 def _vision_layer(layer: VisionLayer, state: State) -> State:
-    grid = layer.config.grid_of(state["images"].shape[-3:-1])
-    return {**state, "x": layer(state["x"], state["angle"], grid)}
+    parts = zip(state["x"], state["angle"], _grids(state, layer.config), strict=True)
+    return {**state, "x": [layer(x, angle, grid) for x, angle, grid in parts]}
 
 
 def _vision_end(encoder: VisionEncoder, state: State) -> State:
-    grid = encoder.config.grid_of(state["images"].shape[-3:-1])
-    features = encoder.head(encoder.norm(state["x"]), grid)
-    return _encoded(state, "images", "vision", features)
+    parts = zip(state["x"], _grids(state, encoder.config), strict=True)
+    features = [encoder.head(encoder.norm(x), grid) for x, grid in parts]
+    if isinstance(state["images"], list | tuple):
+        order = image_groups(state["images"], encoder.config)[1]
+        return _encoded(state, "images", "vision", in_reading_order(features, order))
+    return _encoded(state, "images", "vision", _by_row(state, features[0]))
 
 
 def _speech_front(encoder: SpeechEncoder, state: State) -> State:
@@ -322,12 +423,21 @@ def _speech_layer(layer: SpeechLayer, state: State) -> State:
 
 
 def _speech_end(encoder: SpeechEncoder, state: State) -> State:
-    return _encoded(state, "audio", "speech", encoder.head(encoder.norm(state["x"])))
+    features = encoder.head(encoder.norm(state["x"]))
+    if "audio_frames" not in state:
+        return _encoded(state, "audio", "speech", _by_row(state, features))
+    asked = (features, state["audio_frames"], encoder.config.merge_size)
+    after = _encoded(state, "audio", "speech", sounding_first(*asked))
+    return {**after, "sounding": sounding(*asked)}
+
+
+def _by_row(state: State, features: Array) -> Array:
+    return features.reshape(state["tokens"].shape[0], -1, features.shape[-1])
 
 
 def _encoded(state: State, source: str, name: str, features: Array) -> State:
     rest = {key: value for key, value in state.items() if key not in ("x", "angle", source)}
-    return {**rest, name: features.reshape(state["tokens"].shape[0], -1, features.shape[-1])}
+    return {**rest, name: features}
 
 
 _vision_functions = {
@@ -357,7 +467,7 @@ def _embed(model: MultimodalGLM, state: State) -> State:
         if name in state:
             x = place_features(x, tokens == token, state[name])
     angle, mask, _ = model.decoder.prepare(x, state["positions"], state.get("mask"), None)
-    return {"tokens": tokens, "x": x, "angle": angle, "mask": mask}
+    return {**_padded(state), "tokens": tokens, "x": x, "angle": angle, "mask": mask}
 
 
 def _decode(layer: Layer, state: State) -> State:
@@ -366,20 +476,24 @@ def _decode(layer: Layer, state: State) -> State:
 
 
 def _predict(model: MultimodalGLM, state: State) -> State:
-    return {"tokens": state["tokens"], "x": model.predict(model.decoder.norm(state["x"]))}
+    x = model.predict(model.decoder.norm(state["x"]))
+    return {**_padded(state), "tokens": state["tokens"], "x": x}
+
+
+def _padded(state: State) -> State:
+    return {"valid": state["valid"]} if "valid" in state else {}
 
 
 def _whole(model: nn.Module, state: State) -> State:
-    inputs = {name: state[name] for name in batches.INPUTS if name in state}
-    output = model(state["tokens"], **inputs)
+    output = model(state["tokens"], **batches.inputs_of(model, state))
     return {**state, "x": output[0] if isinstance(output, tuple) else output}
 
 
-def first_states(model: nn.Module, calibration: Iterable[batches.Batch]) -> list[State]:
+def first_states(model: nn.Module | Called, calibration: Iterable[Any]) -> list[State]:
     """States before the first stage.
 
     Args:
-      model: the batches are for.
+      model: the batches are for, or `Called`.
       calibration: batches, see `glm_edge.compress.batches`.
 
     Returns:
@@ -390,7 +504,7 @@ def first_states(model: nn.Module, calibration: Iterable[batches.Batch]) -> list
     """
     states = []
     for batch in calibration:
-        state = {k: v for k, v in batches.to_device(batch).items() if k != "loss_mask"}
+        state = {k: v for k, v in batches.to_device(model, batch).items() if k != "loss_mask"}
         if isinstance(model, MultimodalGLM) and "positions" not in state:
             state["positions"] = _positions(model, state)
         states.append(state)
@@ -399,5 +513,9 @@ def first_states(model: nn.Module, calibration: Iterable[batches.Batch]) -> list
 
 def _positions(model: MultimodalGLM, state: State) -> Array:
     return model.apply(
-        {}, state["tokens"], None, state.get("images"), method=MultimodalGLM.start_positions
+        {},
+        state["tokens"],
+        state.get("valid"),
+        state.get("images"),
+        method=MultimodalGLM.start_positions,
     )[0]

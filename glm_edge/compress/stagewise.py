@@ -19,6 +19,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
+from glm_edge.compress.calibration import called
 from glm_edge.compress.readings import UNWATCHED, Layouts, layouts_of
 from glm_edge.compress.report import Report, Row
 from glm_edge.compress.stages import Leaves, Stage, State, Statistic, first_states, stages
@@ -280,10 +281,10 @@ def layouts_in(
     if calibration is not None and isinstance(model, nn.Module):
         with contextlib.suppress(DataError):
             # A transform that reads no data may be called with batches of any kind.
-            states = first_states(model, itertools.islice(calibration, 1))
-            (stage,) = stages(model) if len(stages(model)) == 1 else (None,)
-            if states and stage is not None:
-                watch = functools.partial(stage.watch, leaves, states[0])
+            run = called(model, calibration)
+            states, staged = first_states(run, itertools.islice(calibration, 1)), stages(run)
+            if states and len(staged) == 1:
+                watch = functools.partial(staged[0].watch, leaves, states[0])
     return layouts_of(name, model, leaves, stacked, watch)
 
 
@@ -306,6 +307,7 @@ class Step:
         self.selected: frozenset[str] = frozenset()
         self.named: frozenset[str] = frozenset()
         self.layouts: Mapping[str, Layout] = {}
+        self.notes: tuple[str, ...] = ()
 
     def select(
         self,
@@ -337,6 +339,11 @@ class Step:
             )
         self.named = frozenset(chosen)
         self.selected = self.named - frozenset(again)
+        if self.kind.rounds and not self.selected:
+            self.notes = (
+                f"{self.name}: nothing left to do: all {len(chosen)} matrices are quantized "
+                "already; put it before what rounded them, or narrow that one's where=",
+            )
         if self.kind.rounds:
             rounded |= self.selected
         stacked = self.options.get("stacked")
@@ -360,13 +367,15 @@ class Walk:
           DataError: calibration is missing, empty or malformed, or lacks a modality.
         """
         self.model, self.steps, self.context = model, steps, context
-        self.stages, self.notes = stages(model), ()
+        self.notes = tuple(note for step in steps for note in step.notes)
         self.needs = max((step.needs for step in steps), key=NEEDS.index, default="nothing")
         self._states: list[State] = []
         if self.needs != "nothing":
             name = next(step.name for step in steps if step.needs != "nothing")
-            batches.check(model, context.calibration, name, context.without)
+            self.notes += batches.check(model, context.calibration, name, context.without)
+            model = called(model, context.calibration)
             self._states = first_states(model, context.calibration)
+        self.stages = stages(model)
         self._original_states = self._states
         self._lent, self._lent_original = {}, {}
         self._total = sum(len(step.selected) for step in steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from glm_edge.compress.report import Report, Row
 from glm_edge.compress.rounding.gptq import SEARCHED
 from glm_edge.compress.stages import Leaves
 from glm_edge.compress.stagewise import Step, Walk, fallback_notes, stagewise
-from glm_edge.compress.training_state import difference, machine
+from glm_edge.compress.training_state import calibration_digest, difference, machine
 from glm_edge.compress.transform import CHAIN, Batch, Context, Progress, Transform
 from glm_edge.errors import OutputError, RecipeError
 from glm_edge.files import CONFIG, new_directory, read_json, write_json, write_whole
@@ -192,17 +191,10 @@ def _job(
     compute: str,
 ) -> dict[str, Any]:
     """What determines the bytes of the result."""
-    digest = hashlib.sha256()
-    for batch in calibration or ():
-        for name in sorted(batch):
-            if batch[name] is not None:
-                array = np.ascontiguousarray(batch[name])
-                digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-                digest.update(array.reshape(-1).view(np.uint8))
     return {
         "source": opened.fingerprint(),
         "recipe": json.loads(recipes.to_json(recipe)),
-        "calibration": digest.hexdigest(),
+        "calibration": calibration_digest(() if calibration is None else calibration),
         "rng": None if rng is None else np.asarray(jax.random.key_data(rng)).tolist(),
         "without": sorted(without),
         "compute": compute,

@@ -13,6 +13,7 @@ import numpy as np
 from glm_edge import params as boxes
 from glm_edge.compress import batches, on_policy, transfer
 from glm_edge.compress.batches import in_order
+from glm_edge.compress.calibration import called, is_empty
 from glm_edge.compress.report import Point
 from glm_edge.compress.training_state import StateDirectory, job_of
 from glm_edge.compress.training_step import (
@@ -170,12 +171,14 @@ def learn(
       TrainingError: the loss or its gradient is not finite.
       DataError: calibration is missing or not a batch.
     """
-    if not context.calibration:
+    if is_empty(context.calibration):
         raise DataError(f"{name} needs calibration= batches to learn from")
     teacher_model, teacher_params = teacher
     rates = schedule(training.steps, training.learning_rate, training.warmup)
-    student = _computing(name, model, training.compute)
-    coach = _computing(name, teacher_model, training.compute)
+    student, coach = (
+        called(_computing(name, module, training.compute), context.calibration)
+        for module in (model, teacher_model)
+    )
     teacher_params = without_shared(teacher_params, frozen)
     # The step reuses its arguments' memory, so it must not be given the caller's own arrays; and
     # a small step would be lost in the rounding of a weight stored in fewer bits.
@@ -191,7 +194,7 @@ def learn(
     vocabulary = None
     if course.vocabulary is not None or course.hidden:
         whole = (boxes.combine(trainable, frozen), with_shared(teacher_params, frozen))
-        sample = batches.to_device(next(iter(context.calibration)))
+        sample = batches.to_device(student, next(iter(context.calibration)))
         sizes = [
             transfer.sizes(model, params, sample, bool(course.hidden))
             for model, params in zip((student, coach), whole, strict=True)
@@ -201,7 +204,7 @@ def learn(
             trainable, tuple(size[1] for size in sizes), context.rng
         )
     state = objective.optimizer().init(trainable)
-    losses, seen, directory = [], set(), None
+    losses, seen, directory, ragged = [], set(), None, False
     if course.state_dir is not None:
         job = job_of(
             {**training._asdict(), **course.result},
@@ -217,9 +220,11 @@ def learn(
 
     def taken() -> tuple[batches.Batch, Objective]:
         """The next batch and what to learn from it."""
+        nonlocal ragged
         number, batch = next(data)
-        batch = batches.to_device(batch)
-        seen.update(batch)
+        seen.update(batches.keys_of(batch))
+        batch = batches.to_device(student, batch, f"{name}: calibration")
+        ragged = ragged or "valid" in batch
         if not on_policy.is_written(course.on_policy, context.rng, number):
             return batch, objective
         own = (student, trainable, frozen, batch, course.prompt, course.sampling_temperature)
@@ -280,7 +285,8 @@ def learn(
         if step % _PROGRESS_EVERY == 0 or step == len(rates):
             context.advance(f"{name}: loss {found[0]:.3f}", step, len(rates))
     trained, _ = transfer.without_projection(trainable)
-    return trained, _curve(losses, rates, objective), batches.missing_modalities(model, seen)
+    notes = batches.missing_modalities(student, seen) + batches.padding_notes(model, ragged)
+    return trained, _curve(losses, rates, objective), notes
 
 
 def _curve(losses: list[list[float]], rates: np.ndarray, objective: Objective) -> tuple[Point, ...]:

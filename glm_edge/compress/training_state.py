@@ -6,7 +6,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from jax import Array
 
 from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
 from glm_edge.compress import batches
+from glm_edge.compress.calibration import Calibration
 from glm_edge.compress.report import Point
 from glm_edge.compress.transform import Context
 from glm_edge.errors import CheckpointError, OutputError
@@ -125,7 +126,8 @@ class StateDirectory:
             jax.device_put(arrays[path], leaf.sharding) if leaf.committed else arrays[path]
             for path, leaf in named.items()
         ]
-        seen = {key for key, was in zip(batches.KEYS, held.read(_SEEN), strict=True) if was}
+        # An earlier version knew fewer keys; new ones are at the end.
+        seen = {key for key, was in zip(batches.KEYS, held.read(_SEEN), strict=False) if was}
         trained = jax.tree.unflatten(jax.tree.structure(trained), leaves)
         return trained, held.read(_LOSSES).tolist(), seen
 
@@ -172,7 +174,7 @@ def job_of(
         "recipe": recipe,
         "student": described(*student),
         "teacher": described(*teacher),
-        "calibration": digest([digest(batch) for batch in context.calibration]),
+        "calibration": calibration_digest(context.calibration),
         "rng": None if rng is None else np.asarray(jax.random.key_data(rng)).tolist(),
         "machine": machine(),
     }
@@ -214,9 +216,29 @@ def _processor() -> str:
         return platform.processor()
 
 
+def calibration_digest(calibration: Iterable[Any]) -> str:
+    """SHA-256 of all batches, and of the code of the functions that read them."""
+    parts: list[Any] = [digest(batch) for batch in calibration]
+    if isinstance(calibration, Calibration):
+        parts += [digest(calibration.variables)]
+        parts += [_code(function) for function in (calibration.apply, calibration.loss)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _code(function: Any) -> str:
+    """What tells a function from another: its name and its compiled code."""
+    code = getattr(function, "__code__", None)
+    kind = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+    if code is None:
+        return kind
+    constants = [value for value in code.co_consts if isinstance(value, int | float | str | bytes)]
+    return f"{kind} {hashlib.sha256(code.co_code).hexdigest()} {constants}"
+
+
 def digest(tree: Any) -> str:
     """SHA-256 of the names, types, shapes and bytes of a tree's arrays."""
     found = hashlib.sha256()
+    tree = dict(tree) if isinstance(tree, Mapping) else tree
     for path, leaf in _named(tree).items():
         array = np.ascontiguousarray(leaf)
         found.update(f"{path} {array.dtype} {array.shape}\n".encode())

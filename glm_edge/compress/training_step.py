@@ -11,6 +11,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, transfer
+from glm_edge.compress.calibration import Called
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params, path_string
 
@@ -128,8 +129,8 @@ def apply_gradient(
 
 
 def _gradient(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: nn.Module | Called,
+    teacher: nn.Module | Called,
     objective: Objective,
     trainable: Params,
     frozen: Params,
@@ -141,20 +142,24 @@ def _gradient(
     teacher_params = with_shared(teacher_params, frozen)
     asked = (objective.hidden > 0.0, objective.attention > 0.0)
     read = batch
-    if vocabulary is not None:
+    if vocabulary is not None and not isinstance(student, Called):
         read = {**batch, "tokens": vocabulary[batch["tokens"]]}
     targets, aims = jax.lax.stop_gradient(transfer.observe(teacher, teacher_params, read, *asked))
     if vocabulary is not None:
         targets = targets[..., vocabulary]
-    weights = batches.loss_weights(student, batch)
+    called = isinstance(student, Called)
+    weights = jnp.ones(targets.shape[:-1]) if called else batches.loss_weights(student, batch)
 
     def loss(trainable: Params) -> tuple[Array, Losses]:
         own, projection = transfer.without_projection(trainable)
         params = boxes.combine(own, frozen)
         logits, inside = transfer.observe(student, params, batch, *asked)
-        total, (soft, hard) = distillation_loss(
-            logits, targets, batch["tokens"], weights, objective
-        )
+        if called:
+            total, (soft, hard) = called_loss(student, params, batch, logits, targets, objective)
+        else:
+            total, (soft, hard) = distillation_loss(
+                logits, targets, batch["tokens"], weights, objective
+            )
         hidden = attention = jnp.zeros(())
         if asked[0]:
             hidden = transfer.hidden_loss(
@@ -226,6 +231,49 @@ def distillation_loss(
     total = jnp.maximum(jnp.sum(weights), batches.NO_WEIGHT)
     soft = temperature**2 * jnp.sum(distance * weights) / total
     hard = jnp.sum(batches.cross_entropy(logits, tokens) * weights) / total
+    return objective.alpha * soft + (1.0 - objective.alpha) * hard, (soft, hard)
+
+
+def called_loss(
+    student: Called,
+    params: Params,
+    batch: batches.Batch,
+    logits: Array,
+    targets: Array,
+    objective: Objective,
+) -> tuple[Array, tuple[Array, Array]]:
+    """As `distillation_loss`, of a model with its own functions; every prediction counts alike.
+
+    Args:
+      student: with `loss` where labels count.
+      params: of the student.
+      batch: see `glm_edge.compress.calibration.to_device`.
+      logits: [..., N] of the student.
+      targets: [..., N] of the teacher.
+      objective: temperature, alpha and beta.
+
+    Raises:
+      RecipeError: student and teacher predict different classes, or labels count and there is no
+        `loss`.
+    """
+    if logits.shape != targets.shape:
+        raise RecipeError(
+            f"distill: apply gives logits {list(logits.shape)} of the student and "
+            f"{list(targets.shape)} of its teacher; they must be alike"
+        )
+    if student.loss is None and objective.alpha < 1.0:
+        raise RecipeError(
+            f"distill: alpha={objective.alpha:g} weighs labels and calibration has no loss=; pass "
+            "Calibration(batches, apply=..., loss=...), or alpha=1.0 to learn from the teacher only"
+        )
+    temperature = objective.temperature
+    teacher, own = (jax.nn.log_softmax(x / temperature) for x in (targets, logits))
+    soft = temperature**2 * jnp.mean(divergence(teacher, own, objective.beta))
+    hard = jnp.zeros(())
+    if student.loss is not None:
+        hard = batches.mean_loss(student, params, batch)
+    if objective.alpha == 1.0:
+        return soft, (soft, hard)
     return objective.alpha * soft + (1.0 - objective.alpha) * hard, (soft, hard)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from glm_edge.compress import batches
+from glm_edge.compress.calibration import Called
 from glm_edge.compress.report import Point
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params, path_string
@@ -62,7 +63,12 @@ def observe(
     """
     if not hidden and not attention:
         return batches.apply_batch(model, params, batch), Inside()
-    inputs = {name: batch[name] for name in batches.INPUTS if batch.get(name) is not None}
+    if isinstance(model, Called):
+        raise RecipeError(
+            "distill: hidden= and attention= need a model that reads tokens; leave them out where "
+            "calibration brings apply="
+        )
+    inputs = batches.inputs_of(model, batch)
     output, sown = model.apply(
         {"params": params}, batch["tokens"], **inputs, mutable=["attention"] if attention else []
     )

@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from glm_edge.compress.progress import Progress, progress_of
 from glm_edge.compress.report import Report
 from glm_edge.errors import DataError, RecipeError
+from glm_edge.params import is_box
 from glm_edge.params.patterns import compiled
-from glm_edge.params.tree import Params
+from glm_edge.params.tree import MATRIX_NAMES, Params, path_items
 
 Batch = dict[str, Any]
 Result = tuple[nn.Module, Params, Report]
@@ -113,7 +115,8 @@ class Transform:
           model: Linen module.
           params: its parameters, arrays or boxes.
           calibration: batches (see `glm_edge.compress.batches`), a list or another collection that
-            can be read more than once; None where the transform needs none.
+            can be read more than once, or a `glm_edge.Calibration`, which says how a model reads
+            batches of any other shape; None where the transform needs none.
           rng: jax key; None where nothing is drawn, or for the order in which data comes.
           progress: True for a line on standard error, or a function that is called as
             `progress(stage, done, total)`.
@@ -124,7 +127,7 @@ class Transform:
           `(model, params, report)`; the model is another one only if shapes changed.
 
         Raises:
-          RecipeError: options do not fit the model.
+          RecipeError: options do not fit the model, or an argument is no model or no parameters.
           DataError: calibration is missing or cannot be read more than once.
         """
         if isinstance(calibration, Iterator):
@@ -132,8 +135,17 @@ class Transform:
                 "calibration is an iterator that can be read only once; pass a list of batches, "
                 "such as list(itertools.islice(batches, 16))"
             )
+        _check_arguments(self.name, model, params)
+        if calibration is not None and isinstance(params.get("params"), Mapping):
+            others = ", ".join(sorted(set(params) - {"params"})) or "none other"
+            raise RecipeError(
+                f"{self.name}: params holds whole collections (params and {others}); pass "
+                "variables['params'], and the others by Calibration(batches, variables=...)"
+            )
         context = Context(calibration, rng, (model, params), progress, tuple(without))
-        return self.run(model, params, context)
+        model, changed, report = self.run(model, params, context)
+        notes = (*report.notes, *_unnamed(self, model, params))
+        return model, changed, dataclasses.replace(report, notes=notes)
 
     def run(self, model: nn.Module, params: Params, context: Context) -> Result:
         """As a call, within a chain."""
@@ -168,6 +180,52 @@ class Transform:
 
     def __hash__(self) -> int:
         return hash((self.name, tuple(sorted(self.options.items()))))
+
+
+def _check_arguments(name: str, model: Any, params: Any) -> None:
+    """Raises RecipeError where `params` is something else that holds parameters."""
+    form = f"{name}: call it as transform(model, params)"
+    if isinstance(params, nn.Module):
+        raise RecipeError(f"{form}; params is a {type(params).__name__}, a model")
+    if type(params).__module__.startswith("flax.nnx") or type(model).__module__.startswith(
+        "flax.nnx"
+    ):
+        raise RecipeError(
+            f"{form} of Linen; of nnx, params is nnx.to_pure_dict(nnx.split(module)[1])"
+        )
+    if not isinstance(params, Mapping):
+        inside = " (pass its .params)" if hasattr(params, "params") else ""
+        raise RecipeError(
+            f"{form}; params is the nested dict of model.init(...)['params'], not "
+            f"{type(params).__name__}{inside}"
+        )
+    for path, leaf in path_items(params):
+        if not is_box(leaf) and not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise RecipeError(f"{form}; params/{path} is {type(leaf).__name__}, not an array")
+
+
+def _unnamed(transform: Transform, model: Any, params: Params) -> tuple[str, ...]:
+    """Says which arrays no `where` can reach, since a matrix is told by its name."""
+    steps = transform.options["transforms"] if transform.name == CHAIN else (transform,)
+    acting = [step for step in steps if step.name.startswith(("quantize.", "prune."))]
+    # Tables of this library's models are meant to stay.
+    if not acting or type(model).__module__.startswith("glm_edge.models."):
+        return ()
+    unnamed = [
+        path
+        for path, leaf in path_items(params)
+        if not is_box(leaf)
+        and leaf.ndim >= 2
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+        and path.rsplit("/", 1)[-1] not in MATRIX_NAMES
+    ]
+    if not unnamed:
+        return ()
+    shown = ", ".join(unnamed[:3]) + (", …" if len(unnamed) > 3 else "")
+    return (
+        f"{len(unnamed)} arrays of two axes or more are left as they are: {shown}; only parameters "
+        f"named {', '.join(MATRIX_NAMES)} are considered",
+    )
 
 
 def register(

@@ -135,18 +135,8 @@ class MultimodalGLM(nn.Module):
             items = images.reshape(-1, *images.shape[-3:])
             features = self.vision(items)[0]
             return features.reshape(images.shape[0], -1, features.shape[-1])
-        # Images of one size are encoded together, which compiles and multiplies fewer times.
-        groups = [_temporal_patches(image, self.config.vision) for image in images]
-        sizes = sorted({group.shape[2:4] for group in groups})
-        features = [None] * len(groups)
-        for size in sizes:
-            members = [index for index, group in enumerate(groups) if group.shape[2:4] == size]
-            encoded = self.vision(jnp.concatenate([groups[index] for index in members]))[0]
-            for index in members:
-                count = groups[index].shape[0]
-                features[index] = encoded[:count].reshape(-1, encoded.shape[-1])
-                encoded = encoded[count:]
-        return jnp.concatenate(features)
+        groups, order = image_groups(images, self.config.vision)
+        return in_reading_order([self.vision(group)[0] for group in groups], order)
 
     def encode_audio(self, audio: Array, audio_frames: Array | None = None) -> Array:
         """Speech features: [B, M, D], or [N * M, D] with `audio_frames`, those that count first."""
@@ -154,10 +144,7 @@ class MultimodalGLM(nn.Module):
         features = self.speech(items)[0]
         if audio_frames is None:
             return features.reshape(audio.shape[0], -1, features.shape[-1])
-        count = audio_features(audio_frames, self.config.speech.merge_size)
-        left_out = jnp.arange(features.shape[1]) >= count[:, None]
-        order = jnp.argsort(left_out.reshape(-1), stable=True)
-        return features.reshape(-1, features.shape[-1])[order]
+        return sounding_first(features, audio_frames, self.config.speech.merge_size)
 
     def predict(self, final: Array) -> Array:
         """Scores of every token from the normed output of the decoder."""
@@ -187,6 +174,79 @@ def audio_features(audio_frames: Array, merge_size: int) -> Array:
     return (audio_frames + 1) // 2 // merge_size
 
 
+def sounding(features: Array, audio_frames: Array, merge_size: int) -> Array:
+    """Marks the features [N, M, D] of chunks that stand for sound, bool [N, M]."""
+    count = audio_features(audio_frames, merge_size)
+    return jnp.arange(features.shape[1]) < count[:, None]
+
+
+def sounding_first(features: Array, audio_frames: Array, merge_size: int) -> Array:
+    """Features [N, M, D] of chunks as [N * M, D], those that stand for sound first."""
+    left_out = ~sounding(features, audio_frames, merge_size)
+    order = jnp.argsort(left_out.reshape(-1), stable=True)
+    return features.reshape(-1, features.shape[-1])[order]
+
+
+def image_groups(
+    images: Sequence[Array], config: VisionConfig
+) -> tuple[list[Array], list[tuple[int, int, int]]]:
+    """Images of one size together, so that encoding them compiles and multiplies fewer times.
+
+    Args:
+      images: of any sizes, or videos; see `MultimodalGLM`.
+      config: of the tower.
+
+    Returns:
+      `(groups, order)`: [temporal patches, P, height, width, channels] of each size, and for each
+      image its group, and where it begins and ends there.
+
+    Raises:
+      DataError: an image is none of this tower.
+    """
+    cut = [_temporal_patches(image, config) for image in images]
+    sizes = sorted({patches.shape[2:4] for patches in cut})
+    members: list[list[Array]] = [[] for _ in sizes]
+    order = []
+    for patches in cut:
+        group = sizes.index(patches.shape[2:4])
+        start = sum(len(member) for member in members[group])
+        members[group].append(patches)
+        order.append((group, start, start + len(patches)))
+    return [jnp.concatenate(group) for group in members], order
+
+
+def in_reading_order(groups: Sequence[Array], order: Sequence[tuple[int, int, int]]) -> Array:
+    """Features [n, tokens, D] of each of `image_groups` as [M, D] of all images in their order."""
+    parts = [groups[group][start:stop] for group, start, stop in order]
+    return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def feature_counts(images: Sequence[Array], config: VisionConfig) -> list[int]:
+    """Features that each still image or video gives to the decoder.
+
+    Args:
+      images: [height, width, channels] or [frames, height, width, channels].
+      config: of the tower.
+
+    Raises:
+      DataError: frames are not whole temporal patches.
+      ConfigError: patches do not divide into merged cells or windows.
+    """
+    counts = []
+    for image in images:
+        if image.ndim == 4 and image.shape[0] % config.temporal_patch_size:
+            raise DataError(_frames_error(image, config))
+        grids = _feature_grids([image], config)
+        edges = 2 * config.boundary_embeddings
+        counts.append(sum(rows * columns + edges for rows, columns in grids))
+    return counts
+
+
+def _frames_error(image: Array, config: VisionConfig) -> str:
+    size = config.temporal_patch_size
+    return f"a video must be a multiple of {size} frames, found {image.shape[0]}"
+
+
 def _temporal_patches(image: Array, config: VisionConfig) -> Array:
     """[temporal patches, P, height, width, channels] of a still image or a video."""
     if image.ndim not in (3, 4) or image.shape[-1] != config.channels:
@@ -198,7 +258,7 @@ def _temporal_patches(image: Array, config: VisionConfig) -> Array:
     if image.ndim == 3:
         return jnp.broadcast_to(image, (1, size, *image.shape))
     if image.shape[0] % size:
-        raise DataError(f"a video must be a multiple of {size} frames, found {image.shape[0]}")
+        raise DataError(_frames_error(image, config))
     return image.reshape(-1, size, *image.shape[1:])
 
 

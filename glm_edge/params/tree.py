@@ -13,6 +13,8 @@ from glm_edge.params.boxes import BOXES, Quantized, array_fields, is_box, tree_l
 from glm_edge.params.patterns import compiled
 
 Params = dict[str, Any]
+MATRIX_NAMES = ("weight", "kernel", "embedding")
+"""Names of the parameters that multiply or embed."""
 
 
 def path_items(params: Params) -> Iterator[tuple[str, Any]]:
@@ -37,7 +39,7 @@ def is_matrix(path: str, leaf: Any) -> bool:
     """True for a weight that multiplies or embeds: what rounding and masking act on."""
     name = path.rsplit("/", 1)[-1]
     floating = isinstance(leaf, tuple(BOXES.values())) or jnp.issubdtype(leaf.dtype, jnp.floating)
-    return name in ("weight", "kernel", "embedding") and len(leaf.shape) >= 2 and floating
+    return name in MATRIX_NAMES and len(leaf.shape) >= 2 and floating
 
 
 def select(params: Params, where: str | None) -> list[str]:
@@ -59,6 +61,11 @@ def select(params: Params, where: str | None) -> list[str]:
         raise RecipeError(f"where={where!r} is not a regular expression: {error}") from error
     matrices = [path for path, leaf in path_items(params) if is_matrix(path, leaf)]
     chosen = [path for path in matrices if pattern.search(path)]
+    if not matrices:
+        raise RecipeError(
+            f"where={where!r} matches none of 0 matrices, which are floating arrays of two axes or "
+            f"more named {', '.join(MATRIX_NAMES)}; is params model.init(...)['params']?"
+        )
     if not chosen:
         examples = ", ".join(matrices[:3])
         raise RecipeError(f"where={where!r} matches none of {len(matrices)} matrices ({examples}…)")

@@ -25,7 +25,7 @@ def texts(make_member):
 
 
 def write(model, params, batch, prompt=None, temperature=0.0, number=0):
-    batch, parts = batches.to_device(batch), boxes.partition(params)
+    batch, parts = batches.to_device(model, batch), boxes.partition(params)
     written = on_policy.written(model, *parts, batch, prompt, temperature, None, number)
     return written, np.asarray(written["tokens"]), np.asarray(written["loss_mask"])
 

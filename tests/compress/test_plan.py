@@ -25,7 +25,7 @@ def logits(model, params, batch):
 
 def divergence_loop(model, before, after, batch):
     expected, found = (np.float64(logits(model, tree, batch)) for tree in (before, after))
-    weights = np.asarray(batches.loss_weights(model, batches.to_device(batch)))
+    weights = np.asarray(batches.loss_weights(model, batches.to_device(model, batch)))
     total = 0.0
     for row, place in zip(*np.nonzero(weights), strict=True):
         p, q = (x[row, place] - np.log(np.exp(x[row, place]).sum()) for x in (expected, found))

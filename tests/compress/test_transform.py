@@ -3,9 +3,14 @@
 import hashlib
 import json
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
+from flax.training import train_state
 
 import glm_edge as ge
 from glm_edge import params as boxes
@@ -184,3 +189,85 @@ def test_progress_is_told(small, calibration, capsys):
 def test_calibration_is_read_more_than_once(small, calibration):
     with pytest.raises(DataError, match="can be read only once"):
         RECIPE(*small, calibration=(batch for batch in calibration))
+
+
+AFTER_ROUNDING = {
+    "gptq": lambda: quantize.gptq(bits=4),
+    "awq": lambda: quantize.awq(bits=4),
+    "hqq": lambda: quantize.hqq(bits=4, group_size=None),
+    "rtn": lambda: quantize.rtn(bits=4),
+    "adaround": lambda: quantize.adaround(bits=4),
+    "blockwise": lambda: quantize.blockwise(bits=4, steps=50),
+    "sparsegpt_quantize": lambda: prune.sparsegpt(0.5, bits=4),
+}
+
+
+@pytest.mark.parametrize("name", AFTER_ROUNDING)
+def test_a_transform_with_nothing_left_says_so(small, calibration, name):
+    model, params = small
+    recipe = chain(quantize.rtn(8), AFTER_ROUNDING[name]())
+    _, after, report = recipe(model, params, calibration[:1])
+    found = [note for note in report.notes if "nothing left to do" in note]
+    count = len(boxes.select(params, None))
+    assert len(found) == 1
+    assert f"{name}: nothing left to do: all {count} matrices are quantized already" in found[0]
+    _, alone, _ = quantize.rtn(8)(model, params)
+    jax.tree.map(np.testing.assert_array_equal, after, alone)
+
+
+def test_distillation_of_integers_only_is_refused(calibration):
+    params = {"kernel": quantize.quantize_leaf("kernel", jnp.eye(4), boxes.Format("int8"))[0]}
+    with pytest.raises(RecipeError, match="nothing left to train"):
+        distill(steps=1, teacher=(nn.Dense(4), params))(nn.Dense(4), params, calibration)
+
+
+def test_training_says_that_narrow_types_were_widened(calibration):
+    model, tree = nn.Embed(40, 40), {"embedding": jnp.eye(40)}
+    transform = distill(steps=1, teacher=(model, {"embedding": 2 * jnp.eye(40)}))
+    _, trained, report = transform(model, boxes.cast(tree, jnp.bfloat16), calibration[:1])
+    assert trained["embedding"].dtype == jnp.float32
+    (note,) = report.notes
+    assert "1 arrays of bfloat16 were trained and are float32 now" in note
+    assert "params.cast(params, 'bfloat16')" in note
+    assert not transform(model, tree, calibration[:1])[2].notes
+
+
+class Half(nn.Module):
+    """Half of it has names of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="first")(x)
+        w = self.param("w", nn.initializers.normal(), (4, 3))
+        return x @ w + self.param("b", nn.initializers.zeros, (3,))
+
+
+@pytest.mark.parametrize("transform", [quantize.rtn(8), prune.magnitude(0.5)], ids=str)
+def test_arrays_of_other_names_are_counted(transform):
+    params = Half().init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    _, _, report = transform(Half(), params)
+    assert [row.path for row in report.rows] == ["first/kernel"]
+    (note,) = [note for note in report.notes if "considered" in note]
+    assert note.startswith("1 arrays of two axes or more are left as they are: w; ")
+    assert "named weight, kernel, embedding are considered" in note
+
+
+def test_a_tree_without_matrices_says_which_names_count():
+    with pytest.raises(RecipeError, match=r"none of 0 matrices.*named weight, kernel, embedding"):
+        quantize.rtn(8)(Half(), {"w": jnp.ones((4, 3))})
+
+
+def test_arguments_that_are_no_parameters_are_named():
+    model = Half()
+    params = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
+    module = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    for wrong, message in (
+        ((model, None), "not NoneType"),
+        ((params, model), "params is a Half, a model"),
+        ((model, state), r"not TrainState \(pass its .params\)"),
+        ((module, nnx.state(module)), "nnx.to_pure_dict"),
+        ((model, {"kernel": 3.0}), "params/kernel is float, not an array"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            quantize.rtn(8)(*wrong)

@@ -16,6 +16,7 @@ from glm_edge.compress.prune.structured import some
 from glm_edge.compress.transform import Context, Result, Transform, check_whole, register
 from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig
 from glm_edge.errors import DataError, RecipeError
+from glm_edge.models.multimodal import image_groups
 from glm_edge.params.tree import Params
 
 NAME = "prune.depth"
@@ -167,7 +168,10 @@ def influence(
     total, tokens = 0.0, 0.0
     for index, batch in enumerate(calibration):
         if isinstance(model.config, GLMConfig):
-            batch = batches.to_device(batch, f"{NAME}: calibration batch {index}")
+            batch = batches.to_device(model, batch, f"{NAME}: calibration batch {index}")
+        elif isinstance(model.config, TextConfig):
+            read = {name: batch.get(name) for name in ("tokens", "valid", "loss_mask")}
+            batch = batches.to_device(model, read, f"{NAME}: calibration batch {index}")
         sums, count = jax.device_get(_distances(model, params, batch, part, span))
         if not np.isfinite(sums).all():
             raise DataError(f"{NAME}: calibration batch {index}: activations are not finite")
@@ -180,18 +184,26 @@ def _distances(model, params, batch, part, span):
     config = model.config
     if not isinstance(config, GLMConfig):
         read = next(batch[name] for name in _inputs_of(model, part) if name in batch)
-        hidden = model.apply({"params": params}, read)[1]["hidden"]
-    elif part == "decoder":
-        inputs = {name: batch[name] for name in batches.INPUTS if name in batch}
+        valid = batch.get("valid") if isinstance(config, TextConfig) else None
+        told = {} if valid is None else {"valid": valid}
+        return _sums(model.apply({"params": params}, read, **told)[1]["hidden"], span, valid)
+    if part == "decoder":
+        inputs = batches.inputs_of(model, batch)
         hidden = model.apply({"params": params}, batch["tokens"], **inputs)[1]["hidden"]
+        return _sums(hidden, span, batch.get("valid"))
+    items = batch[_READS[part]]
+    if isinstance(items, list):
+        groups = image_groups(items, config.vision)[0]
     else:
-        items = batch[_READS[part]]
-        items = items.reshape(-1, *items.shape[-(3 if part == "vision" else 2) :])
-        hidden = model.apply({"params": params}, items, method=_encoders[part])
-    valid = jnp.ones(hidden[0].shape[:2])
-    pad = getattr(config, "pad_token_id", None)
-    if part == "decoder" and pad is not None:
-        valid = (batch["tokens"] != pad).astype(jnp.float32)
+        groups = [items.reshape(-1, *items.shape[-(3 if part == "vision" else 2) :])]
+    parts = [model.apply({"params": params}, group, method=_encoders[part]) for group in groups]
+    sums, counts = zip(*(_sums(hidden, span, None) for hidden in parts), strict=True)
+    return sum(sums), sum(counts)
+
+
+def _sums(hidden, span, valid):
+    """Sums of distances over tokens that are not padding, and the number of these."""
+    valid = jnp.ones(hidden[0].shape[:2]) if valid is None else valid.astype(jnp.float32)
 
     def distance(x, y):
         norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
@@ -244,7 +256,7 @@ def _least_loss(model, params, calibration, part, count, context) -> list[int]:
 
 def _loss(model: nn.Module, params: Params, calibration: Sequence[batches.Batch]) -> float:
     losses = [
-        float(_batch_loss(model, params, batches.to_device(batch, f"{NAME}: batch {index}")))
+        float(_batch_loss(model, params, batches.to_device(model, batch, f"{NAME}: batch {index}")))
         for index, batch in enumerate(calibration)
     ]
     if not np.isfinite(losses).all():

@@ -269,9 +269,9 @@ def taylor(
     totals: dict[str, Any] = {}
     rows = dict.fromkeys(wanted, 0)
     for index, batch in enumerate(calibration):
-        batch = batches.to_device(batch, f"{NAME}: calibration batch {index}")
+        batch = batches.to_device(model, batch, f"{NAME}: calibration batch {index}")
         read = tuple(part for part in wanted if _READS[part] in batch)
-        terms = jax.device_get(_row_terms(model, params, batch, read)) if read else {}
+        terms = jax.device_get(_terms(model, params, batch, read)) if read else {}
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(terms)):
             raise DataError(
                 f"{NAME}: calibration batch {index}: the loss or its gradient is not finite"
@@ -288,6 +288,25 @@ def taylor(
                 "are none; add some, restrict where=, or score by magnitude"
             )
     return {part: _by_layer(model, part, totals[part], rows[part]) for part in wanted}
+
+
+def _terms(model: nn.Module, params: Params, batch: batches.Batch, wanted: tuple[str, ...]):
+    """As `_row_terms`; rows with images of their own sizes are taken one after the other."""
+    apart = batches.single_rows(model, batch)
+    if apart is None:
+        return _row_terms(model, params, batch, wanted)
+    # A row that lacks an input leaves its encoder's gates without effect.
+    slopes = [_one_row_terms(model, params, row, wanted) for row in apart]
+    return jax.tree.map(lambda *terms: sum(terms), *slopes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _one_row_terms(model: nn.Module, params: Params, row: batches.Batch, wanted: tuple[str, ...]):
+    def loss(gates: Params) -> Array:
+        return batches.row_losses(model, params, row, {"gates": gates})[0]
+
+    slopes = jax.grad(loss)(unit_gates(model, wanted))
+    return jax.tree.map(lambda slope: jnp.abs(slope).reshape(-1), slopes)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -8,6 +8,7 @@ import flax.linen as nn
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
+from glm_edge.compress.calibration import called
 from glm_edge.compress.prune import allocation as allocations
 from glm_edge.compress.prune import measured, model_scores, shapes
 from glm_edge.compress.prune.masking import (
@@ -212,9 +213,11 @@ def mask_model(
     layouts = layouts_in(name, model, leaves, context.calibration, stacked)
     pools = model_scores.pools_of(name, masking.shape, model, leaves, chosen, layouts, by_row)
     notes, held_out = (), {}
+    reader = called(model, context.calibration)
     if masking.reads:
-        batches.check(model, context.calibration, name, context.without)
-        notes = batches.missing_modalities(model, set().union(*context.calibration))
+        notes = batches.check(model, context.calibration, name, context.without)
+        read = set().union(*map(batches.keys_of, context.calibration))
+        notes += batches.missing_modalities(reader, read)
     if masking.allocation == allocations.MEASURED:
         seen, held_out = measured.split(masking, context.calibration)
         context = dataclasses.replace(context, calibration=seen)
@@ -225,7 +228,7 @@ def mask_model(
     elif masking.allocation == allocations.GLOBAL:
         counts = allocations.over_all(pools, scores, masking.sparsity)
     else:
-        counts, said = measured.allocate(masking, model, leaves, pools, scores, held_out, context)
+        counts, said = measured.allocate(masking, reader, leaves, pools, scores, held_out, context)
         notes = (*notes, *said)
     masked = masked_leaves(masking, leaves, pools, scores, counts)
     for index, path in enumerate(masked):

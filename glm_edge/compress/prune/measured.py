@@ -10,6 +10,7 @@ import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.compress.batches import Batch
+from glm_edge.compress.calibration import Called
 from glm_edge.compress.prune.masking import Masking, masked_leaves
 from glm_edge.compress.prune.shapes import Pool
 from glm_edge.compress.transform import Context
@@ -30,7 +31,7 @@ def split(
     from glm_edge.compress import plan
 
     reads = masking.score.reads_inputs or masking.score.reads_gradients
-    counts = Counter(plan.kind_of(batch) for batch in calibration)
+    counts = Counter(plan.kind_of(batch, calibration) for batch in calibration)
     lone = next((kind for kind, count in counts.items() if count < 2), None)
     if reads and lone is not None:
         raise DataError(
@@ -42,7 +43,7 @@ def split(
 
 def allocate(
     masking: Masking,
-    model: nn.Module,
+    model: nn.Module | Called,
     leaves: Mapping[str, Any],
     pools: Sequence[Pool],
     scores: Sequence[np.ndarray],
@@ -56,7 +57,7 @@ def allocate(
 
     Args:
       masking: how, with `levels` to choose from and a sparsity or a budget.
-      model: Linen module.
+      model: Linen module, or `Called`.
       leaves: parameters by path.
       pools: of units.
       scores: [g, u] of each pool.

@@ -18,6 +18,8 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
+from glm_edge.compress import calibration as calibrations
+from glm_edge.compress.calibration import Called, called
 from glm_edge.compress.prune import shapes, weight_scores
 from glm_edge.compress.prune.shapes import CHANNEL, HEAD, NEURON, Pool, Shape
 from glm_edge.compress.prune.units import unit_pools
@@ -221,11 +223,11 @@ def from_weights(
     return [pool.reduced(rows, score.order) for pool in pools]
 
 
-def _squares(rows: Array) -> Array:
+def _squares(rows: Array, valid: Array | None) -> Array:
     return jnp.sum(jnp.square(rows), axis=0)
 
 
-def _gram(rows: Array) -> Array:
+def _gram(rows: Array, valid: Array | None) -> Array:
     return jnp.matmul(rows.T, rows, precision="highest")
 
 
@@ -265,6 +267,7 @@ def statistics(
       The joined result by path; weights that nothing is seen to meet are absent.
     """
     leaves, wanted, found = dict(boxes.path_items(params)), set(paths), {}
+    model = called(model, calibration)
     states = first_states(model, calibration)
     for stage in stages(model):
         own = {path: leaf for path, leaf in leaves.items() if stage.holds(path)}
@@ -299,7 +302,9 @@ def by_inputs(
             raise DataError(f"calibration gives {path} inputs that are not finite")
     if score.kind == "wanda":
         weighed = {
-            path: weight_scores.wanda(weight, met[path]) if path in met else jnp.abs(weight)
+            path: weight_scores.wanda(weight, met[path])
+            if path in met
+            else weight_scores.magnitude(weight)
             for path, weight in rows.items()
         }
         return [pool.reduced(weighed, score.order) for pool in pools]
@@ -335,23 +340,29 @@ def by_gradients(
     leaves = dict(boxes.path_items(params))
     gates = score.kind != "sensitivity"
     members = [m for pool in pools for part in pool.parts for m in part[int(gates)]]
-    measure = _row_terms if gates else _gradients
     layouts = tuple(sorted({(member.path, member.layout) for member in members}, key=str))
+    measure = _terms if gates else _gradients
+    model = called(model, context.calibration)
     total, count = None, 0
     for index, batch in enumerate(context.calibration):
-        batch = batches.to_device(batch, f"calibration batch {index}")
+        batch = batches.to_device(model, batch, f"calibration batch {index}")
         found = measure(model, leaves, batch, layouts, tuple(pools) if gates else ())
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found)):
             raise DataError(f"calibration batch {index}: the loss or its gradient is not finite")
         total = found if total is None else _add(total, found)
-        count += batch["tokens"].shape[0]
-        context.advance("score", index + 1, len(context.calibration))
+        count += batches.count_rows(batch)
+        known = calibrations.has_length(context.calibration)
+        context.advance("score", index + 1, len(context.calibration) if known else index + 1)
     if score.kind == "taylor":
-        return [terms / count for terms in total["magnitude"]]
+        return [weight_scores.taylor(terms, count) for terms in total["magnitude"]]
     if score.kind == "taylor2":
-        sums, squares = total["sum"], total["square"]
-        return [jnp.abs(a - 0.5 * b) / count for a, b in zip(sums, squares, strict=True)]
-    weighed = {path: jnp.abs(value) / count for path, value in total.items()}
+        pairs = zip(total["sum"], total["square"], strict=True)
+        return [weight_scores.second_order_taylor(*sums, count) for sums in pairs]
+    dense = _dense(leaves, layouts)
+    weighed = {
+        path: weight_scores.sensitivity(layout.matrices(dense[path]), total[path] / count)
+        for path, layout in layouts
+    }
     return [pool.reduced(weighed, score.order) for pool in pools]
 
 
@@ -359,59 +370,100 @@ def _dense(leaves: Mapping[str, Any], layouts: tuple[tuple[str, Layout], ...]) -
     return {path: boxes.dense(leaves[path]).astype(jnp.float32) for path, _ in layouts}
 
 
-def _terms(
-    gradient: Mapping[str, Array],
-    dense: Mapping[str, Array],
-    layouts: tuple[tuple[str, Layout], ...],
-) -> dict[str, Array]:
-    """`g w` of each weight, arranged as `finite_matrix` says."""
-    return {path: layout.matrices(gradient[path] * dense[path]) for path, layout in layouts}
-
-
 def _loss(
-    model: nn.Module, leaves: Mapping[str, Any], batch: batches.Batch, dense: Mapping[str, Array]
+    model: nn.Module | Called,
+    leaves: Mapping[str, Any],
+    batch: batches.Batch,
+    dense: Mapping[str, Array],
 ) -> Array:
     return jnp.sum(batches.row_losses(model, nested({**leaves, **dense}), batch))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layouts", "pools"))
 def _gradients(
-    model: nn.Module,
+    model: nn.Module | Called,
     leaves: Mapping[str, Any],
     batch: batches.Batch,
     layouts: tuple[tuple[str, Layout], ...],
     pools: tuple[Pool, ...],
 ) -> dict[str, Array]:
-    """`g w` summed over rows of the batch, `[r, c]` by path."""
-    dense = _dense(leaves, layouts)
-    gradient = jax.grad(functools.partial(_loss, model, leaves, batch))(dense)
-    return _terms(gradient, dense, layouts)
+    """Gradient of the losses of all rows of the batch, by path, arranged as matrices."""
+    gradient = jax.grad(functools.partial(_loss, model, leaves, batch))(_dense(leaves, layouts))
+    return {path: layout.matrices(gradient[path]) for path, layout in layouts}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "layouts", "pools"))
-def _row_terms(
-    model: nn.Module,
+def _terms(
+    model: nn.Module | Called,
     leaves: Mapping[str, Any],
     batch: batches.Batch,
     layouts: tuple[tuple[str, Layout], ...],
     pools: tuple[Pool, ...],
 ) -> dict[str, list[Array]]:
     """Sums over the rows of a batch of each unit's term, its magnitude and its square."""
-    dense = _dense(leaves, layouts)
+    if isinstance(model, Called):
+        rows = calibrations.single_rows(batch)
+        rows = jax.tree.map(lambda array: array[None], batch["batch"]) if rows is None else rows
+        wrapped = {"batch": rows, "variables": batch["variables"]}
+        return _row_terms(model, leaves, wrapped, layouts, pools)
+    apart = batches.single_rows(model, batch)
+    if apart is None:
+        return _row_terms(model, leaves, _single_rows(batch), layouts, pools)
+    # Rows with images of their own sizes share no array.
+    terms = [_one_row_terms(model, leaves, row, layouts, pools) for row in apart]
+    return functools.reduce(_add, terms)
 
-    def step(total: Any, row: batches.Batch) -> tuple[Any, None]:
-        gradient = jax.grad(functools.partial(_loss, model, leaves, row))(dense)
-        products = _terms(gradient, dense, layouts)
-        terms = [pool.reduced(products, gates=True) for pool in pools]
-        return {
-            "sum": _add(total["sum"], terms),
-            "magnitude": _add(total["magnitude"], [jnp.abs(term) for term in terms]),
-            "square": _add(total["square"], [jnp.square(term) for term in terms]),
-        }, None
+
+@functools.partial(jax.jit, static_argnames=("model", "layouts", "pools"))
+def _one_row_terms(
+    model: nn.Module,
+    leaves: Mapping[str, Any],
+    row: batches.Batch,
+    layouts: tuple[tuple[str, Layout], ...],
+    pools: tuple[Pool, ...],
+) -> dict[str, list[Array]]:
+    return _terms_of(model, leaves, row, layouts, pools, _dense(leaves, layouts))
+
+
+def _terms_of(
+    model: nn.Module | Called,
+    leaves: Mapping[str, Any],
+    row: batches.Batch,
+    layouts: tuple[tuple[str, Layout], ...],
+    pools: tuple[Pool, ...],
+    dense: Mapping[str, Array],
+) -> dict[str, list[Array]]:
+    """Each unit's term in one row, its magnitude and its square."""
+    gradient = jax.grad(functools.partial(_loss, model, leaves, row))(dense)
+    products = {path: layout.matrices(gradient[path] * dense[path]) for path, layout in layouts}
+    terms = [pool.reduced(products, gates=True) for pool in pools]
+    return {
+        "sum": terms,
+        "magnitude": [jnp.abs(term) for term in terms],
+        "square": [jnp.square(term) for term in terms],
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layouts", "pools"))
+def _row_terms(
+    model: nn.Module | Called,
+    leaves: Mapping[str, Any],
+    rows: batches.Batch,
+    layouts: tuple[tuple[str, Layout], ...],
+    pools: tuple[Pool, ...],
+) -> dict[str, list[Array]]:
+    """As `_terms`, of rows that are stacked."""
+    dense = _dense(leaves, layouts)
+    shared = {}
+    if isinstance(model, Called):
+        rows, shared = rows["batch"], {"variables": rows["variables"]}
+
+    def step(total: Any, row: Any) -> tuple[Any, None]:
+        row = {**shared, "batch": row} if shared else row
+        return _add(total, _terms_of(model, leaves, row, layouts, pools, dense)), None
 
     nothing = [jnp.zeros((pool.groups, pool.units)) for pool in pools]
     start = dict.fromkeys(("sum", "magnitude", "square"), nothing)
-    return jax.lax.scan(step, start, _single_rows(batch))[0]
+    return jax.lax.scan(step, start, rows)[0]
 
 
 def _single_rows(batch: batches.Batch) -> batches.Batch:

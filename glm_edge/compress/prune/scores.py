@@ -12,6 +12,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
+from glm_edge.compress.prune import weight_scores
 from glm_edge.compress.transform import Context
 from glm_edge.configs import DecoderConfig
 from glm_edge.errors import DataError
@@ -46,7 +47,7 @@ def taylor(
     """
     total, rows = None, 0
     for index, batch in enumerate(calibration):
-        batch = batches.to_device(batch, f"calibration batch {index}")
+        batch = batches.to_device(model, batch, f"calibration batch {index}")
         terms = jax.device_get(_row_terms(model, params, batch))
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(terms)):
             raise DataError(f"calibration batch {index}: the loss or its gradient is not finite")
@@ -57,7 +58,10 @@ def taylor(
     if total is None:
         raise DataError("prune.structured: score='taylor' needs calibration= batches")
     return [
-        {"heads": layer["attention"]["heads"] / rows, "neurons": layer["mlp"]["neurons"] / rows}
+        {
+            "heads": weight_scores.taylor(layer["attention"]["heads"], rows),
+            "neurons": weight_scores.taylor(layer["mlp"]["neurons"], rows),
+        }
         for layer in (total[str(i)] for i in range(len(total)))
     ]
 

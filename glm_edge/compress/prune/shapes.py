@@ -6,7 +6,6 @@ compete with one another, every group loses as many, and `w` weights make a unit
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from einops import rearrange
 from jax import Array
 
+from glm_edge.compress.prune.weight_scores import l_norm
 from glm_edge.errors import RecipeError
 from glm_edge.params.layouts import AS_ROWS, Layout
 
@@ -239,15 +239,7 @@ def spread_over(
 def _norm(weights: Sequence[Array], order: float | None) -> Array:
     if order is None:
         return sum(jnp.sum(values, axis=-1) for values in weights)
-    if len(weights) == 1 and weights[0].shape[-1] == 1:
-        return jnp.abs(weights[0][..., 0])
-    if math.isinf(order):
-        return functools.reduce(jnp.maximum, (jnp.max(jnp.abs(w), axis=-1) for w in weights))
-    if order == 1.0:
-        return sum(jnp.sum(jnp.abs(w), axis=-1) for w in weights)
-    if order == 2.0:
-        return jnp.sqrt(sum(jnp.sum(jnp.square(w), axis=-1) for w in weights))
-    return sum(jnp.sum(jnp.abs(w) ** order, axis=-1) for w in weights) ** (1.0 / order)
+    return l_norm(list(weights), order, axis=-1)
 
 
 def matrix_pools(

@@ -9,6 +9,7 @@ import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
+from glm_edge.compress.calibration import has_length
 from glm_edge.compress.prune import scores
 from glm_edge.compress.prune.arrays import (
     check_kept,
@@ -133,7 +134,7 @@ def _apply_structured(
     notes = ()
     if score == "taylor":
         importance = scores.taylor(model, params, calibration, context)
-        notes = batches.missing_modalities(model, set().union(*calibration))
+        notes = batches.missing_modalities(model, set().union(*map(batches.keys_of, calibration)))
     else:
         importance = scores.magnitude(config, params)
     keep = {}
@@ -196,7 +197,7 @@ def neurons_to_keep(width: int, fraction: float, multiple: int, transform: str =
 
 def some(calibration: Any, count: int) -> list[batches.Batch]:
     """At most `count` batches: evenly from a list, the first where there is no length."""
-    if not hasattr(calibration, "__len__"):
+    if not has_length(calibration):
         return list(itertools.islice(calibration or (), count))
     places = np.linspace(0, len(calibration) - 1, min(count, len(calibration)))
     return [calibration[index] for index in places.round().astype(int).tolist()]

@@ -1,22 +1,27 @@
-"""How much weights matter, as functions of arrays.
+"""How much weights matter, as functions of arrays: those by which `glm_edge.prune.mask` scores.
 
 Letters: `r` rows (out), `c` columns (in), `s` samples (rows of batches).
 """
 
+import functools
 import math
 import re
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from glm_edge.compress.prune.shapes import LAYER, VOCAB, Shape
 from glm_edge.errors import RecipeError
+
+if TYPE_CHECKING:
+    # `shapes` takes norms from this module.
+    from glm_edge.compress.prune.shapes import Shape
 
 _BY_INPUT = ("wanda", "activation")
 _BY_GRADIENT = ("sensitivity", "taylor", "taylor2")
-_NEITHER = ("activation", LAYER)
+_NEITHER = ("activation", "layer")
 _OTHER = (*_BY_GRADIENT, *_BY_INPUT, "random")
 
 
@@ -30,25 +35,33 @@ def magnitude(weight: Array) -> Array:
     return jnp.abs(weight)
 
 
-def l_norm(weight: Array, order: float, axis: int | tuple[int, ...] | None = None) -> Array:
+def l_norm(
+    weights: Array | Sequence[Array], order: float, axis: int | tuple[int, ...] | None = None
+) -> Array:
     """L_n norm, `(sum |w|^n)^(1/n)`, over some axes.
 
     Args:
-      weight: of any shape.
+      weights: of any shape; several arrays are parts of one, along these axes.
       order: `n` above zero, or infinity for the largest magnitude.
       axis: what is summed over; None is all.
 
     Returns:
-      The weight's shape without these axes.
+      The weights' shape without these axes.
 
     References:
       Pruning Filters for Efficient ConvNets, https://arxiv.org/abs/1608.08710.
     """
+    parts = weights if isinstance(weights, list | tuple) else [weights]
+    if len(parts) == 1 and axis == -1 and parts[0].shape[-1] == 1:
+        # Of one weight, whatever the order; a root of its square would be rounded.
+        return magnitude(parts[0][..., 0])
     if math.isinf(order):
-        return jnp.max(jnp.abs(weight), axis=axis)
+        return functools.reduce(jnp.maximum, (jnp.max(magnitude(w), axis=axis) for w in parts))
+    if order == 1.0:
+        return sum(jnp.sum(magnitude(w), axis=axis) for w in parts)
     if order == 2.0:
-        return jnp.sqrt(jnp.sum(jnp.square(weight), axis=axis))
-    return jnp.sum(jnp.abs(weight) ** order, axis=axis) ** (1.0 / order)
+        return jnp.sqrt(sum(jnp.sum(jnp.square(w), axis=axis) for w in parts))
+    return sum(jnp.sum(magnitude(w) ** order, axis=axis) for w in parts) ** (1.0 / order)
 
 
 def sensitivity(weight: Array, gradient: Array) -> Array:
@@ -61,37 +74,39 @@ def sensitivity(weight: Array, gradient: Array) -> Array:
     return jnp.abs(gradient * weight)
 
 
-def taylor(terms: Array) -> Array:
+def taylor(magnitudes: Array, samples: int) -> Array:
     """First-order change of the loss when a unit goes, `mean_s |t_s|`.
 
-    Args:
-      terms: [s, ...] of each sample, `t_s = sum g_s w` over the weights of the unit, which is the
-        derivative of the sample's loss by a factor on the unit.
+    The term of a sample is `t_s = sum g_s w` over the weights of the unit: the derivative of the
+    sample's loss by a factor on the unit. The absolute value is taken of each, so that samples that
+    pull in opposite directions do not cancel.
 
-    Returns:
-      The shape without samples. The absolute value is taken of each, so that samples that pull in
-      opposite directions do not cancel.
+    Args:
+      magnitudes: sum of `|t_s|` over samples, of any shape.
+      samples: how many there are.
 
     References:
       Importance Estimation for Neural Network Pruning, https://arxiv.org/abs/1906.10771.
     """
-    return jnp.mean(jnp.abs(terms), axis=0)
+    return magnitudes / samples
 
 
-def second_order_taylor(terms: Array) -> Array:
+def second_order_taylor(sums: Array, squares: Array, samples: int) -> Array:
     """Second-order change of the loss when a unit goes, `|mean_s t_s - 1/2 mean_s t_s^2|`.
 
     The second derivative by a factor on the unit is taken from the empirical Fisher information,
     `mean_s t_s^2`; for a single weight that is its diagonal, `mean_s (g_s w)^2`.
 
     Args:
-      terms: as in `taylor`.
+      sums: sum over samples of the terms `t_s` of `taylor`, of any shape.
+      squares: sum of `t_s^2`.
+      samples: how many there are.
 
     References:
       Optimal Brain Damage, https://papers.nips.cc/paper/250-optimal-brain-damage;
       LLM-Pruner, https://arxiv.org/abs/2305.11627.
     """
-    return jnp.abs(jnp.mean(terms, axis=0) - 0.5 * jnp.mean(jnp.square(terms), axis=0))
+    return jnp.abs(sums - 0.5 * squares) / samples
 
 
 def wanda(weight: Array, squares: Array) -> Array:
@@ -153,9 +168,9 @@ class Score(NamedTuple):
         """True where the score needs gradients of the loss."""
         return self.kind in _BY_GRADIENT
 
-    def fits(self, transform: str, shape: Shape) -> None:
+    def fits(self, transform: str, shape: "Shape") -> None:
         """Raises RecipeError where the score says nothing about the units of a shape."""
-        if (shape.kind == VOCAB and self.reads_inputs) or (self.kind, shape.kind) == _NEITHER:
+        if (shape.kind == "vocab" and self.reads_inputs) or (self.kind, shape.kind) == _NEITHER:
             raise RecipeError(
                 f"{transform}: score={self.kind!r} is not for shape={shape.kind!r}; taylor and "
                 "norms are"

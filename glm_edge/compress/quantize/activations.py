@@ -12,7 +12,7 @@ from jax import Array
 from glm_edge.compress.quantize.leaves import row
 from glm_edge.compress.quantize.options import spelled_out
 from glm_edge.compress.rounding import activations as ranges
-from glm_edge.compress.stages import ROWS
+from glm_edge.compress.stages import MARKED_ROWS
 from glm_edge.compress.stagewise import (
     Replaced,
     StageWork,
@@ -95,10 +95,10 @@ class _Seen:
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
 
-    def count(self, values: Array, symmetric: bool) -> None:
+    def count(self, values: Array, valid: Array, symmetric: bool) -> None:
         ends = ranges.widened(self.low, self.high, symmetric)
         # int64, since a long calibration has more values than int32 counts.
-        self.counts = self.counts + np.asarray(ranges.histogram(values, *ends), np.int64)
+        self.counts = self.counts + np.asarray(ranges.histogram(values, *ends, valid), np.int64)
 
     def grid(self, method: str, percentile: float, symmetric: bool) -> tuple[dict[str, Array], str]:
         """Fields of the box, and a note."""
@@ -121,19 +121,20 @@ def _calibrate_stage(work: StageWork, method: str, percentile: float, symmetric:
     inputs = {group[0]: _Seen(group[0], "inputs") for group in groups}
     outputs = {path: _Seen(path, "outputs") for group in groups for path in group}
 
-    def each() -> Iterator[tuple[_Seen, Array]]:
+    def each() -> Iterator[tuple[_Seen, Array, Array]]:
         for view in work.batches():
-            found = view.collect(ROWS, paths=inputs)
+            found = view.collect(MARKED_ROWS, paths=inputs)
             for group in groups:
                 if group[0] in found:
-                    rows = found.pop(group[0])
-                    yield inputs[group[0]], rows
-                    yield from ((outputs[p], _product(rows, work.leaves[p])) for p in group)
+                    rows, valid = (found[group[0]][name] for name in ("rows", "valid"))
+                    yield inputs[group[0]], rows, valid
+                    yield from ((outputs[p], _product(rows, work.leaves[p]), valid) for p in group)
 
-    for seen, values in each():
+    # Rows of padding are zero, which every range spans anyway.
+    for seen, values, _ in each():
         seen.widen(values)
-    for seen, values in each() if method != "minmax" else ():
-        seen.count(values, symmetric)
+    for seen, values, valid in each() if method != "minmax" else ():
+        seen.count(values, valid, symmetric)
     replaced, report = {}, []
     for group in groups:
         fields, note = inputs[group[0]].grid(method, percentile, symmetric)

@@ -12,7 +12,7 @@ from glm_edge.compress.quantize import leaves
 from glm_edge.compress.quantize.options import Rounding, spelled_out
 from glm_edge.compress.rounding import grid as grids
 from glm_edge.compress.rounding.adaround import METHODS, Layer, learn_rounding
-from glm_edge.compress.stages import ROWS
+from glm_edge.compress.stages import MARKED_ROWS
 from glm_edge.compress.stagewise import Replaced, StageWork, View, register_stagewise
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import RecipeError
@@ -142,7 +142,7 @@ def moments(work: StageWork, path: str, replaced: dict[str, Any]) -> tuple[Array
 
     Returns:
       [I, I] each, where `x` comes from the rounded layers before and `x0` from the original's; or
-      None where no rows are seen.
+      None where no rows are seen. Padding does not count.
     """
     total, count = None, 0
     for state, first in zip(work.states, work.original.states, strict=True):
@@ -150,14 +150,14 @@ def moments(work: StageWork, path: str, replaced: dict[str, Any]) -> tuple[Array
         before = _rows(dataclasses.replace(work.original, states=[first]), path, {})
         if now is None or before is None:
             continue
-        sums = _products(now, before)
+        sums = _products(now["rows"], before["rows"])
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        count += len(now)
+        count += int(now["valid"].sum())
     return None if total is None else tuple(x / count for x in total)
 
 
-def _rows(view: View, path: str, replaced: dict[str, Any]) -> Array | None:
-    return view.collect(ROWS, replaced).get(path)
+def _rows(view: View, path: str, replaced: dict[str, Any]) -> dict[str, Array] | None:
+    return view.collect(MARKED_ROWS, replaced).get(path)
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from glm_edge.compress.quantize.options import Rounding, spelled_out
 from glm_edge.compress.quantize.smoothquant import selected_folds
 from glm_edge.compress.rounding import awq as search
 from glm_edge.compress.rounding import grid as grids
-from glm_edge.compress.stages import Leaves, Statistic
+from glm_edge.compress.stages import Leaves, Statistic, count_valid
 from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import DataError, RecipeError
@@ -91,10 +91,10 @@ def awq(
     return Transform(NAME, options)
 
 
-def _measure(rows: Array) -> dict[str, Array]:
+def _measure(rows: Array, valid: Array | None) -> dict[str, Array]:
     product = jnp.matmul(rows.T, rows, precision="highest")
     magnitude = jnp.sum(jnp.abs(rows), axis=0)
-    return {"gram": product, "magnitude": magnitude, "count": jnp.float32(rows.shape[0])}
+    return {"gram": product, "magnitude": magnitude, "count": count_valid(rows, valid)}
 
 
 def _join(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:

@@ -1,5 +1,6 @@
 """Quantization-aware distillation block by block."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from glm_edge import params as boxes
 from glm_edge.compress.quantize import leaves
 from glm_edge.compress.quantize.options import Rounding, spelled_out
 from glm_edge.compress.quantize.qat import fake, finalize, pace_of, split
-from glm_edge.compress.stages import Leaves, Stage, State
+from glm_edge.compress.stages import Leaves, Stage, State, Through, advance
 from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.training import COMPUTE, in_order, schedule
 from glm_edge.compress.transform import Transform, check_whole
@@ -154,7 +155,15 @@ def _train(
     module = stage.module
     if plan.compute is not None and hasattr(module, "compute"):
         module = module.clone(compute=plan.compute)
+    forward = stage.forward
+    if isinstance(forward, Through):
+        forward = Through(dataclasses.replace(forward.model, model=module))
     pairs = _pairs(work)
+    if stage.name == "model" and "batch" in (work.states or [{}])[0] and not pairs:
+        raise RecipeError(
+            f"{NAME}: calibration has no apply=; pass Calibration(batches, apply=...), whose "
+            "logits the rounded model learns to give"
+        )
     if not pairs:
         raise RecipeError(
             f"{NAME}: no calibration batch reaches {stage.name}; add batches that hold its input, "
@@ -172,8 +181,9 @@ def _train(
         inputs, original, target = next(data)
         own, state, error = block_step(
             module,
-            stage.forward,
+            forward,
             _output_key(stage),
+            stage.of_tokens,
             own,
             state,
             rate,
@@ -201,15 +211,16 @@ def _inner(stage: Stage, path: str) -> str:
     return path[len(stage.root) + 1 :] if stage.root else path
 
 
-def _pairs(work: StageWork) -> list[tuple[State, State, Array]]:
+def _pairs(work: StageWork) -> list[tuple[State, State, Any]]:
     """For each batch: inputs of the rounded stream, of the original's, and the latter's output."""
     key = _output_key(work.stage)
+    name = "x" if key == "logits" else key
     return [
-        (now, before, after["x" if key == "logits" else key])
+        (now, before, after[name])
         for now, before, after in zip(
             work.states, work.original.states, work.original.run(), strict=True
         )
-        if work.stage.reads in now
+        if work.stage.reads in now and name in after
     ]
 
 
@@ -227,13 +238,14 @@ def _seed(rng: Array) -> int:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("module", "forward", "key"),
+    static_argnames=("module", "forward", "key", "of_tokens"),
     donate_argnames=("trainable", "state"),
 )
 def block_step(
     module: nn.Module,
-    forward: Callable[[nn.Module, State], State],
+    forward: Callable[..., State],
     key: str,
+    of_tokens: bool,
     trainable: Leaves,
     state: optax.OptState,
     rate: Array,
@@ -241,7 +253,7 @@ def block_step(
     frozen: Leaves,
     borrowed: Leaves,
     inputs: State,
-    target: Array,
+    target: Any,
 ) -> tuple[Leaves, optax.OptState, Array]:
     """One step of the optimizer on one batch of a block.
 
@@ -251,8 +263,9 @@ def block_step(
 
     def loss(trainable: Leaves) -> Array:
         params = nested({**borrowed, **boxes.combine(trainable, frozen)})
-        given = module.apply({"params": params}, inputs, method=forward)
-        return block_error(given["x" if key == "logits" else key], target, key == "logits")
+        given = advance(module, forward, params, inputs)["x" if key == "logits" else key]
+        valid = inputs.get("valid") if of_tokens else None
+        return block_error(given, target, key == "logits", valid)
 
     error, gradient = jax.value_and_grad(loss)(trainable)
     updates, state = _OPTIMIZER.update(gradient, state, trainable)
@@ -260,11 +273,36 @@ def block_step(
     return optax.apply_updates(trainable, updates), state, error
 
 
-def block_error(given: Array, target: Array, logits: bool) -> Array:
-    """KL from the target's predictions, or squared error in units of the target's square."""
+def block_error(given: Any, target: Any, logits: bool, valid: Array | None = None) -> Array:
+    """KL from the target's predictions, or squared error in units of the target's square.
+
+    Args:
+      given: [..., D] activations or logits; a list of such for images of several sizes.
+      target: likewise.
+      logits: compares predictions.
+      valid: bool, of the leading axes of an array of tokens, False at padding; None is all.
+    """
     if logits:
         wanted = jax.nn.log_softmax(target)
         lost = wanted - jax.nn.log_softmax(given)
-        return jnp.mean(jnp.sum(jnp.exp(wanted) * lost, axis=-1))
-    square = jnp.maximum(jnp.mean(jnp.square(target)), 1e-30)
-    return jnp.mean(jnp.square(given - target)) / square
+        return _mean(jnp.sum(jnp.exp(wanted) * lost, axis=-1), valid)
+    pairs = list(zip(jax.tree.leaves(given), jax.tree.leaves(target), strict=True))
+    wrong = [_mean(jnp.square(one - other), valid) for one, other in pairs]
+    square = [_mean(jnp.square(other), valid) for _, other in pairs]
+    # Of several sizes, each counts with its values.
+    sizes = [other.size for _, other in pairs]
+    if len(pairs) == 1:
+        return wrong[0] / jnp.maximum(square[0], 1e-30)
+    wrong, square = (
+        sum(mean * size for mean, size in zip(means, sizes, strict=True)) / sum(sizes)
+        for means in (wrong, square)
+    )
+    return wrong / jnp.maximum(square, 1e-30)
+
+
+def _mean(values: Array, valid: Array | None) -> Array:
+    if valid is None or values.shape[: valid.ndim] != valid.shape:
+        return jnp.mean(values)
+    weights = valid.reshape(valid.shape + (1,) * (values.ndim - valid.ndim))
+    each = values.size // valid.size
+    return jnp.sum(jnp.where(weights, values, 0.0)) / (each * jnp.maximum(jnp.sum(valid), 1))

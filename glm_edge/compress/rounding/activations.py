@@ -25,13 +25,16 @@ _LEAST = 1e-6
 
 
 @functools.partial(jax.jit, static_argnames="bins")
-def histogram(rows: Array, low: Array, high: Array, bins: int = BINS) -> Array:
+def histogram(
+    rows: Array, low: Array, high: Array, valid: Array | None = None, bins: int = BINS
+) -> Array:
     """Counts values in bins of equal width.
 
     Args:
       rows: of any shape.
       low: lower edge of the first bin, a scalar.
       high: upper edge of the last; values beyond either edge count in the bin there.
+      valid: bool, of the first axis of `rows`, False where they do not count; None counts all.
       bins: number of bins.
 
     Returns:
@@ -39,7 +42,10 @@ def histogram(rows: Array, low: Array, high: Array, bins: int = BINS) -> Array:
     """
     width = jnp.where(high > low, (high - low) / bins, 1.0)
     place = jnp.clip((rows.reshape(-1) - low) / width, 0, bins - 1).astype(jnp.int32)
-    return jnp.zeros(bins, jnp.int32).at[place].add(1)
+    if valid is None:
+        return jnp.zeros(bins, jnp.int32).at[place].add(1)
+    counts = jnp.repeat(valid.astype(jnp.int32), rows.size // valid.size)
+    return jnp.zeros(bins, jnp.int32).at[place].add(counts)
 
 
 def widened(low: float, high: float, symmetric: bool) -> tuple[float, float]:

@@ -116,9 +116,11 @@ def test_the_functions_of_arrays_are_their_formulas():
             else (np.abs(weight) ** 3).sum(1) ** (1 / 3),
             **close,
         )
-    np.testing.assert_allclose(weight_scores.taylor(terms), np.abs(terms).mean(0), **close)
+    found = weight_scores.taylor(np.abs(terms).sum(0), len(terms))
+    np.testing.assert_allclose(found, np.abs(terms).mean(0), **close)
     fisher = np.abs(terms.mean(0) - (terms**2).mean(0) / 2)
-    np.testing.assert_allclose(weight_scores.second_order_taylor(terms), fisher, **close)
+    found = weight_scores.second_order_taylor(terms.sum(0), (terms**2).sum(0), len(terms))
+    np.testing.assert_allclose(found, fisher, **close)
     found = weight_scores.wanda(weight, squares)
     np.testing.assert_allclose(found, np.abs(weight) * np.sqrt(squares), **close)
     rows = rng.normal(size=(30, 6))
@@ -243,3 +245,38 @@ def test_one_array_for_each_weight_or_pool_of_units(small, calibration):
         prune.scores_of(model, params, "wanda", where="q_proj")
     with pytest.raises(RecipeError, match="nothing is seen to multiply embed/weight"):
         prune.scores_of(model, params, "wanda", where="embed", calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    ("score", "used"),
+    [
+        ("magnitude", "l_norm"),
+        ("l1", "l_norm"),
+        ("sensitivity", "sensitivity"),
+        ("taylor", "taylor"),
+        ("taylor2", "second_order_taylor"),
+        ("wanda", "wanda"),
+        ("activation", "activation_norm"),
+        ("random", "random"),
+    ],
+)
+def test_masks_score_by_the_public_functions(small, calibration, monkeypatch, score, used):
+    model, params = small
+    plain, asked = getattr(weight_scores, used), []
+
+    def reversed_score(*args, **kwargs):
+        asked.append(used)
+        return 1.0 / (plain(*args, **kwargs) + 1e-9)
+
+    transform = prune.mask(0.5, score=score, where="layers/0/attention/q_proj")
+    call = {"calibration": calibration[:1], "rng": jax.random.key(0)}
+    _, before, _ = transform(model, params, **call)
+    for module in (weight_scores, shapes):
+        if hasattr(module, used):
+            monkeypatch.setattr(module, used, reversed_score)
+    _, after, _ = transform(model, params, **call)
+    assert asked
+    query = "decoder/layers/0/attention/q_proj/weight"
+    masks = [dict(boxes.path_items(tree))[query].mask for tree in (before, after)]
+    # Where the score is reversed, what stayed goes.
+    assert float(jnp.mean(masks[0] == masks[1])) < 0.1

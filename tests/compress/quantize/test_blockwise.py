@@ -86,7 +86,7 @@ def test_every_stage_of_every_member_trains(member, make_member, batch_of):
     _, trained, _ = transform(model, params, calibration=data)
     for path, leaf in boxes.path_items(trained):
         assert isinstance(leaf, Quantized) == boxes.is_matrix(path, leaf), path
-    assert bool(jnp.isfinite(batches.mean_loss(model, trained, batches.to_device(data[0]))))
+    assert bool(jnp.isfinite(batches.mean_loss(model, trained, batches.to_device(model, data[0]))))
 
 
 def test_training_end_to_end_follows_the_blocks(small, calibration):
