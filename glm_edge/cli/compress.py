@@ -116,7 +116,7 @@ def read_calibration(source: Path) -> Batches:
         return []
     return calibration.from_file(
         FLAGS.calibration,
-        ge.load_tokenizer(source),
+        None if FLAGS.calibration.endswith(".npz") else ge.load_tokenizer(source),
         FLAGS.sequences,
         FLAGS.length,
         FLAGS.batch,

@@ -4,8 +4,6 @@ A transform is data, `prune.structured(heads=0.25, neurons=0.3)`; calling it map
 parameters to a model, its parameters and a report. Transforms compose with `chain`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re
