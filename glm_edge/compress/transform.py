@@ -62,7 +62,7 @@ class Context:
 class Entry(NamedTuple):
     """The factory that builds a transform from options, and the function that carries it out."""
 
-    factory: Callable[..., Transform]
+    factory: Callable[..., "Transform"]
     apply: Callable[..., Result]
     exact: bool = False
 
