@@ -40,9 +40,10 @@ class ProgressLine:
         filled = self.width * done // max(total, 1)
         bar = "#" * filled + "." * (self.width - filled)
         seconds, steps = now - self.started, done - self.first
-        remaining = f", {seconds / steps * (total - done):.0f} s left" if steps > 0 else ""
-        text = f"[{bar}] {done}/{total} {stage} {seconds:.0f} s{remaining if done < total else ''}"
-        stream, ended = self.stream or sys.stderr, done >= total
+        stream, ended, remaining = self.stream or sys.stderr, done >= total, ""
+        if steps > 0 and not ended:
+            remaining = f", {(now - self.first_at) / steps * (total - done):.0f} s left"
+        text = f"[{bar}] {done}/{total} {stage} {seconds:.0f} s{remaining}"
         if stream.isatty() or (self.stream is None and "ipykernel" in sys.modules):
             stream.write(f"\r{text}\033[K{chr(10) if ended else ''}")
         elif ended or now - self.written >= QUIET_SECONDS:
