@@ -8,10 +8,11 @@ from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.recipe import recipe_from_json, to_json
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.compress.report import Point, Report, Row
-from glm_edge.compress.transform import Transform, chain
+from glm_edge.compress.transform import Context, Transform, chain, register
 
 __all__ = [
     "Calibration",
+    "Context",
     "Point",
     "ProgressLine",
     "Report",
@@ -23,6 +24,7 @@ __all__ = [
     "quantize",
     "recipe_from_json",
     "recipes",
+    "register",
     "reparameterize",
     "to_json",
 ]

@@ -5,8 +5,6 @@ References:
   formats are chosen by dynamic programming), https://arxiv.org/abs/2411.17525.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

@@ -16,8 +16,9 @@ class ProgressLine:
     """A line with a bar, the stage, the seconds so far and those left.
 
     A terminal or a notebook shows one line that is rewritten; a file gets a line without control
-    characters at the end of each stage, and now and then before. The first step of a stage shows no
-    time left: what it took, compilation included, says little of the others.
+    characters at the end of each stage, and now and then before. A stage's seconds count from the
+    end of the one before, or from when the line was made. Its first step shows no time left: what
+    that took, compilation included, says little of the others.
 
     Pass it as `progress=`; `progress=True` is a line with the defaults.
 
@@ -29,19 +30,20 @@ class ProgressLine:
     def __init__(self, stream: TextIO | None = None, width: int = 30):
         self.stream, self.width = stream, width
         self.stage, self.first, self.done = "", 0, 0
-        self.started = self.written = time.monotonic()
+        self.started = self.first_at = self.called = self.written = time.monotonic()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         name, now = stage.split(":", 1)[0], time.monotonic()
         if name != self.stage or done <= self.done:
-            self.stage, self.first, self.started = name, done, now
-        self.done = done
+            self.stage, self.first, self.first_at, self.started = name, done, now, self.called
+        self.done, self.called = done, now
         filled = self.width * done // max(total, 1)
         bar = "#" * filled + "." * (self.width - filled)
         seconds, steps = now - self.started, done - self.first
-        remaining = f", {seconds / steps * (total - done):.0f} s left" if steps > 0 else ""
-        text = f"[{bar}] {done}/{total} {stage} {seconds:.0f} s{remaining if done < total else ''}"
-        stream, ended = self.stream or sys.stderr, done >= total
+        stream, ended, remaining = self.stream or sys.stderr, done >= total, ""
+        if steps > 0 and not ended:
+            remaining = f", {(now - self.first_at) / steps * (total - done):.0f} s left"
+        text = f"[{bar}] {done}/{total} {stage} {seconds:.0f} s{remaining}"
         if stream.isatty() or (self.stream is None and "ipykernel" in sys.modules):
             stream.write(f"\r{text}\033[K{chr(10) if ended else ''}")
         elif ended or now - self.written >= QUIET_SECONDS:

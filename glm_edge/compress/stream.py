@@ -1,7 +1,5 @@
 """Compressing a checkpoint that need not fit in memory, one stage at a time, from disk to disk."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

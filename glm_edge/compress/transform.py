@@ -4,8 +4,6 @@ A transform is data, `prune.structured(heads=0.25, neurons=0.3)`; calling it map
 parameters to a model, its parameters and a report. Transforms compose with `chain`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import numbers
@@ -68,7 +66,7 @@ class Context:
 class Entry(NamedTuple):
     """The factory that builds a transform from options, and the function that carries it out."""
 
-    factory: Callable[..., Transform]
+    factory: Callable[..., "Transform"]
     apply: Callable[..., Result]
     exact: bool = False
 

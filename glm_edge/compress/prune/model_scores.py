@@ -4,8 +4,6 @@ Letters: `r` rows (out), `c` columns (in), `g`, `u` units as `glm_edge.compress.
 arranges them.
 """
 
-from __future__ import annotations
-
 import functools
 import zlib
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """How sparsity rises over time: as functions of the step, during training, and in rounds."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path
