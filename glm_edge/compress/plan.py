@@ -30,10 +30,11 @@ from glm_edge.compress.plan_table import (
     format_everything,
     frontier,
 )
-from glm_edge.compress.stagewise import stagewise
+from glm_edge.compress.stagewise import layouts_in, stagewise
 from glm_edge.compress.transform import Progress, Transform, chain, check_pattern, entry
 from glm_edge.errors import BoxError, DataError, RecipeError
 from glm_edge.params import Format, Quantized
+from glm_edge.params.layouts import Layout
 from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params, nested
 
@@ -99,7 +100,9 @@ def plan(
         raise RecipeError(f"plan: budget_bytes must be a whole number, not {budget_bytes!r}")
     maker = _Maker(transform)
     members = group_paths(params, GROUPS if groups is None else groups)
-    assigned = {name: _assign(params, name) for name in dict.fromkeys(formats)}
+    leaves = dict(boxes.path_items(params))
+    layouts = layouts_in("plan", model, leaves, calibration, None)
+    assigned = {name: _assign(params, name, layouts) for name in dict.fromkeys(formats)}
     if not assigned:
         raise RecipeError("plan: formats is empty")
     for chosen in assigned.values():
@@ -108,7 +111,6 @@ def plan(
     seen, held_out = split(calibration, maker.reads)
     reader = called(model, calibration)
     measure = Divergence(reader, params, held_out)
-    leaves = dict(boxes.path_items(params))
     inside = {path for paths in members.values() for path in paths}
     fixed = boxes.stored_bytes([leaf for path, leaf in leaves.items() if path not in inside])
 
@@ -135,7 +137,7 @@ def plan(
                 changed = {path: whole[path] for path in paths}
             loss = measure({**leaves, **changed}) if changed else dict.fromkeys(measure.kinds, 0.0)
             own_formats = {path: chosen[path] for path in paths if path in chosen}
-            own_bytes = bytes_with({path: leaves[path] for path in paths}, own_formats)
+            own_bytes = bytes_with({path: leaves[path] for path in paths}, own_formats, layouts)
             options[group].append(Option(name, own_bytes, loss))
             if progress is not None:
                 progress(f"plan: {group} {name}", number * len(members) + place + 1, total)
@@ -390,14 +392,14 @@ def pattern_of(paths: Sequence[str], leaves: Mapping[str, Any]) -> str:
     return f"^(?:{'|'.join(map(re.escape, parts))})(?:/|$)"
 
 
-def _assign(params: Params, name: str) -> dict[str, Format]:
+def _assign(params: Params, name: str, layouts: Mapping[str, Layout]) -> dict[str, Format]:
     if name == KEEP:
         return {}
     try:
         format = Format.parse(name)
     except (BoxError, TypeError) as error:
         raise RecipeError(f"plan: {error}; or {KEEP!r}") from error
-    return format_everything(params, format, Format(f"int{_FALLBACK_BITS}"))
+    return format_everything(params, format, Format(f"int{_FALLBACK_BITS}"), layouts)
 
 
 def _lacking(model: nn.Module, seen: Sequence[Batch] | None) -> tuple[str, ...]:

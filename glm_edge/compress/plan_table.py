@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.compress.prune.shapes import extent
 from glm_edge.compress.recipe import to_json
 from glm_edge.compress.transform import Transform
 from glm_edge.errors import BoxError, RecipeError
 from glm_edge.params import Format
+from glm_edge.params.layouts import Layout, by_name
 from glm_edge.params.tree import Params, is_matrix
 
 KEEP = "keep"
@@ -30,36 +30,51 @@ def bytes_of(shape: tuple[int, ...], format: Format) -> int:
     return format.stored_bytes(shape)
 
 
-def bytes_with(params: Params, formats: Mapping[str, Format]) -> int:
+def bytes_with(
+    params: Params, formats: Mapping[str, Format], layouts: Mapping[str, Layout] | None = None
+) -> int:
     """Stored bytes of a tree once some of its matrices are in other formats.
 
     Args:
       params: arrays and boxes, or their abstract values.
       formats: of matrices by path; what is not named stays as it is.
+      layouts: which axes of each matrix are inputs, by path; None takes what names say.
 
     Returns:
       Bytes.
     """
     return sum(
-        bytes_of(_as_rows(path, leaf.shape), formats[path])
+        bytes_of(_as_rows(path, leaf.shape, layouts), formats[path])
         if path in formats
         else boxes.stored_bytes(leaf)
         for path, leaf in boxes.path_items(params)
     )
 
 
-def _as_rows(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which a matrix is stored: a `kernel` of Flax as [out, in]."""
-    return extent(path, shape) if path.rsplit("/", 1)[-1] == "kernel" else shape
+def _as_rows(
+    path: str, shape: tuple[int, ...], layouts: Mapping[str, Layout] | None
+) -> tuple[int, ...]:
+    """The shape in which a matrix is stored, `[..., out, in]`."""
+    layout = by_name(path, shape) if layouts is None else layouts[path]
+    if layout is None:
+        raise RecipeError(
+            f"plan: {path} {list(shape)}: its name does not say which axes are inputs"
+        )
+    return (*shape[: layout.stack], *layout.extent(shape))
 
 
-def format_everything(params: Params, format: Format, fallback: Format) -> dict[str, Format]:
+def format_everything(
+    params: Params,
+    format: Format,
+    fallback: Format,
+    layouts: Mapping[str, Layout] | None = None,
+) -> dict[str, Format]:
     """The format of every matrix: the one asked for, or the fallback where groups do not divide."""
     found = {}
     for path, leaf in boxes.path_items(params):
         if is_matrix(path, leaf) and not isinstance(leaf, boxes.Quantized):
             try:
-                format.num_groups(_as_rows(path, leaf.shape)[-1])
+                format.num_groups(_as_rows(path, leaf.shape, layouts)[-1])
                 found[path] = format
             except BoxError:
                 found[path] = fallback
