@@ -215,7 +215,7 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
         return val
 
 
-class Narrow(struct.PyTreeNode, _Box):
+class Narrow(struct.PyTreeNode, _Box, repr=False):
     """A weight of a stock module in a narrower floating type: `unbox()` widens it again.
 
     A stock layer computes in the widest type of its inputs and parameters, so bare bfloat16 weights
@@ -242,9 +242,6 @@ class Narrow(struct.PyTreeNode, _Box):
     def replace_boxed(self, val: Array) -> Array:
         """Returns `val` unboxed."""
         return val
-
-
-_FLOAT_BITS = {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7)}
 
 
 def _as_kernel(rows: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
