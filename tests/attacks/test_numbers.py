@@ -119,7 +119,7 @@ def test_sick_gram_matrices_end(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [3e8, 1e9, 2e9, 1e12])
+@pytest.mark.parametrize("size", [1e7, 1e9, 1e12])
 def test_transforms_end_on_activations_near_the_end_of_float32(size):
     decoder = DecoderConfig(
         vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -137,9 +137,9 @@ def test_transforms_end_on_activations_near_the_end_of_float32(size):
     ):
         try:
             _, found, _ = transform(model, nested(leaves), batches, jax.random.key(0))
-        except RecipeError as error:
-            assert "NaN or infinity" in str(error)
-        else:
-            assert all(
-                bool(jnp.isfinite(boxes.dense(leaf)).all()) for _, leaf in boxes.path_items(found)
-            )
+        except RecipeError:
+            # The Gram matrix itself overflows.
+            assert size > 1e9
+            continue
+        for _, leaf in boxes.path_items(found):
+            assert bool(jnp.isfinite(boxes.dense(leaf)).all())

@@ -25,8 +25,7 @@ def outcome(text):
     start = time.monotonic()
     try:
         found = recipe_from_json(text)
-    except RecipeError as error:
-        assert "\n" not in str(error)[:60]
+    except RecipeError:
         found = None
     assert time.monotonic() - start < 10.0
     return found

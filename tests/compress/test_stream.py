@@ -249,8 +249,6 @@ def test_extras_stay_inside_the_output(saved, tmp_path):
     missing = {"a": tmp_path / "missing.txt"}
     with pytest.raises(CheckpointError, match=r"missing.txt: cannot be read"):
         compress_checkpoint(saved, tmp_path / "out", ROUNDED, extras=missing)
-            saved, tmp_path / "out", ROUNDED, extras={"a": tmp_path / "missing.txt"}
-        )
     assert not (tmp_path / "escaped.txt").exists()
     assert hidden(tmp_path) == []
 
