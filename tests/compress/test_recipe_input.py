@@ -23,8 +23,8 @@ def test_recipe_from_json_knows_names(name):
 
 
 REFUSED = {
-    "no file and no recipe; .* phone, small": "phon",
-    "no file and no recipe": "\0",
+    "phon: cannot read a recipe .* phone, small": "phon",
+    "cannot read a recipe": "\0",
     "not JSON text, a path|not a int": 3,
     "not a bytes": b"{}",
     'expected {"name"': "[]",
