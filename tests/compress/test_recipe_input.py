@@ -68,3 +68,8 @@ def test_options_have_the_type_that_they_say():
         ge.quantize.distill_scales(norms=1)
     with pytest.raises(RecipeError, match="exponent must be"):
         ge.quantize.hqq(exponent=float("nan"))
+
+
+def test_options_that_are_sequences_are_left_to_their_transform():
+    recipe = ge.prune.mask(0.5, levels=(0.0, 0.5))
+    assert recipe.options["levels"] == (0.0, 0.5)
