@@ -60,8 +60,8 @@ def recipe_from_json(source: str | Path) -> Transform:
         if _exists(source):
             raise
         raise RecipeError(
-            f"{str(source)[:200]!r}: is no file and no recipe; give JSON text, a JSON file or one "
-            f"of: {', '.join(NAMED)}"
+            f"{str(source)[:200]}: cannot read a recipe (no such file); give JSON text, a JSON "
+            f"file or one of: {', '.join(NAMED)}"
         ) from error
 
 

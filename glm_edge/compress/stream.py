@@ -173,9 +173,11 @@ def fixed_order(recipe: Transform) -> bool:
         group_size = step.options.get("group_size")
         if group_size == PER_TENSOR:
             return False
+        if step.name in _BY_ROW:
+            return True
         # Scales of large groups, and of any without sweeps, are refit by LAPACK.
-        searched = group_size is None or (step.options["sweeps"] and group_size <= SEARCHED)
-        return step.name in _BY_ROW or (step.name in _BY_COLUMN and bool(searched))
+        searched = group_size is None or (step.options.get("sweeps") and group_size <= SEARCHED)
+        return step.name in _BY_COLUMN and bool(searched)
 
     return all(map(fixed, steps))
 

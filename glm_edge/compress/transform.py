@@ -7,6 +7,7 @@ parameters to a model, its parameters and a report. Transforms compose with `cha
 import dataclasses
 import inspect
 import numbers
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -278,7 +279,8 @@ def check_types(name: str, options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(entry(name).factory).parameters
     for option, value in options.items():
         annotation = parameters[option].annotation if option in parameters else Any
-        kinds = typing.get_args(annotation) or (annotation,)
+        union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        kinds = typing.get_args(annotation) if union else (annotation,)
         if not set(kinds) <= {bool, int, float, str, type(None)}:
             continue
         if not any(_is_a(value, kind) for kind in kinds):

@@ -23,8 +23,8 @@ def test_recipe_from_json_knows_names(name):
 
 
 REFUSED = {
-    "no file and no recipe; .* phone, small": "phon",
-    "no file and no recipe": "\0",
+    "phon: cannot read a recipe .* phone, small": "phon",
+    "cannot read a recipe": "\0",
     "not JSON text, a path|not a int": 3,
     "not a bytes": b"{}",
     'expected {"name"': "[]",
@@ -68,3 +68,8 @@ def test_options_have_the_type_that_they_say():
         ge.quantize.distill_scales(norms=1)
     with pytest.raises(RecipeError, match="exponent must be"):
         ge.quantize.hqq(exponent=float("nan"))
+
+
+def test_options_that_are_sequences_are_left_to_their_transform():
+    recipe = ge.prune.mask(0.5, levels=(0.0, 0.5))
+    assert recipe.options["levels"] == (0.0, 0.5)

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import pytest
 import glm_edge as ge
 from glm_edge import params as boxes
 from glm_edge.checkpoint import files
-from glm_edge.compress import chain, distill, quantize
+from glm_edge.compress import chain, distill, quantize, stream
 from glm_edge.compress.stream import compress_checkpoint, is_streamable
+from glm_edge.compress.training_state import machine
 from glm_edge.errors import CheckpointError, DataError, OutputError, RecipeError
 
 ROUNDED = chain(
@@ -237,3 +240,83 @@ def test_an_existing_output_is_kept(saved, tmp_path):
     assert contents(tmp_path / "out") == before
     compress_checkpoint(saved, tmp_path / "out", quantize.rtn(8), overwrite=True)
     assert contents(tmp_path / "out") != before
+
+
+def test_extras_stay_inside_the_output(saved, tmp_path):
+    for name in ("../escaped.txt", "..", "a/b", "", "config.json", "model-00001.safetensors"):
+        with pytest.raises(OutputError, match="must be a plain name"):
+            compress_checkpoint(saved, tmp_path / "out", ROUNDED, extras={name: b"x"})
+    missing = {"a": tmp_path / "missing.txt"}
+    with pytest.raises(CheckpointError, match=r"missing.txt: cannot be read"):
+        compress_checkpoint(saved, tmp_path / "out", ROUNDED, extras=missing)
+    assert not (tmp_path / "escaped.txt").exists()
+    assert hidden(tmp_path) == []
+
+
+def test_a_run_of_another_machine_is_not_taken_up(tmp_path):
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "model-00001-of-00002.safetensors").write_bytes(b"")
+    job = {"source": "a", "machine": machine()}
+    other = {**job, "machine": {**job["machine"], "cores": 512, "jaxlib": "0.0.1"}}
+    (partial / "job.json").write_text(json.dumps(other))
+    with pytest.raises(OutputError, match=r"another machine \(cores 512, now \d+; jaxlib 0\.0\.1"):
+        stream._check_job(partial, tmp_path / "out", job)
+    (partial / "job.json").write_text(json.dumps(job))
+    stream._check_job(partial, tmp_path / "out", job)
+
+
+def test_fixed_order_names_what_no_core_changes():
+    assert stream.fixed_order(ROUNDED)
+    assert stream.fixed_order(quantize.gptq(group_size=32))
+    assert not stream.fixed_order(quantize.gptq(group_size=32, sweeps=0))
+    assert not stream.fixed_order(quantize.rtn(group_size="tensor"))
+    assert not stream.fixed_order(CALIBRATED)
+
+
+RUN = """
+import sys
+import numpy as np
+import glm_edge as ge
+from glm_edge.compress import stream
+
+source, out, stop = sys.argv[1:]
+write = stream._write_stage
+
+def stopping(partial, file, leaves, rows):
+    spec = write(partial, file, leaves, rows)
+    if stop in file:
+        sys.exit(9)
+    return spec
+
+batches = [{"tokens": np.random.default_rng(i).integers(1, 40, (2, 24))} for i in range(3)]
+recipe = ge.chain(
+    ge.quantize.gptq(bits=4, group_size=8, where="mlp"), ge.quantize.gptq(bits=3, where="attn")
+)
+if stop != "-":
+    stream._write_stage = stopping
+ge.compress_checkpoint(source, out, recipe, calibration=batches, compute="float32")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_gptq_gives_the_same_bytes_on_any_number_of_cores(make_member, tmp_path):
+    model, params = make_member("nano")
+    source = ge.save(model, params, tmp_path / "source", format="safetensors")
+    cores = sorted(os.sched_getaffinity(0))
+
+    def run(name: str, used: list[int], stop: str = "-") -> int:
+        program = f"import os; os.sched_setaffinity(0, {used}); exec({RUN!r})"
+        arguments = [sys.executable, "-c", program, str(source), str(tmp_path / name), stop]
+        return subprocess.run(arguments, check=False).returncode
+
+    assert run("many", cores) == run("one", cores[:1]) == 0
+    assert run("mixed", cores, "00002") == 9
+    assert run("mixed", cores[:1]) == 0
+    found = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+        for name in ("many", "one", "mixed")
+    ]
+    assert found[0]
+    assert found[0] == found[1] == found[2]

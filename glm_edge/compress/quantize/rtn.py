@@ -24,8 +24,10 @@ def rtn(
     """Rounds weights to the nearest level, `q = round(f / s + z)`, `f' = s (q - z)`.
 
     Symmetric scales have no zero point; affine grids span zero, which they hold exactly. A scale
-    is rounded to its stored type before the codes are computed, and a group of zeros gets scale
-    one. Zeros of a masked weight stay zero and its mask is dropped. Biases and norms are left.
+    is rounded to its stored type before the codes are computed; one below what the type holds is
+    raised to the smallest, and the report counts those and rows that became zero. A group of zeros
+    gets scale one, or zero in `ternary34`. Zeros of a masked weight stay zero and its mask is
+    dropped. Biases and norms are left.
 
         recipe = ge.quantize.rtn(bits=4, group_size=32, where=r"^decoder/")
         model, params, report = recipe(model, params)

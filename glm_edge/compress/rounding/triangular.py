@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 
 _BLOCK = 64
-# Superblocks of a factorization; more of them save products and cost compilation.
-_PANELS = 8
+# Superblocks of a factorization, and blocks of each; more of them save products, cost compilation.
+_PANELS, _LEAST = 8, 4
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -49,7 +49,7 @@ def cholesky(matrix: Array) -> Array:
         return _small_cholesky(matrix)
     padded = _padded(matrix)
     blocks = padded.shape[0] // _BLOCK
-    panel = -(-blocks // _PANELS) * _BLOCK
+    panel = max(-(-blocks // _PANELS), _LEAST) * _BLOCK
     done = []
     for start in range(0, padded.shape[0], panel):
         # `padded` is what is left of the matrix; its first columns are factored, then go.
