@@ -8,6 +8,7 @@ import numpy as np
 from absl import flags
 from tokenizers import Tokenizer
 
+import glm_edge as ge
 from experiments import calibration, exam, materials
 from experiments.bench_decode import text_only
 from experiments.text import tokenizer as text_tokenizer

@@ -138,14 +138,14 @@ def test_glm_4_writes_calls_and_results(family, gap):
 )
 def test_nothing_of_a_message_vanishes(family, changes):
     message = {"role": "user", "content": "hi", **changes}
-    with pytest.raises(DataError, match="unknown here|only an assistant's message"):
+    with pytest.raises(DataError, match=r"unknown here|only an assistant's message"):
         render(family_template(family), [message])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_of_a_conversation_vanishes(family):
     template = family_template(family)
-    with pytest.raises(DataError, match="documents are unknown here|tools and documents"):
+    with pytest.raises(DataError, match=r"documents are unknown here|tools and documents"):
         render(template, TURNS, documents=[{"text": "a"}])
     if family in CALLING:
         assert "天气" in render(template, TURNS, tools=[TOOL])
