@@ -130,6 +130,8 @@ def test_a_panic_is_an_error(tokenizer, monkeypatch):
         """As native code raises it."""
 
     class Panicking:
+        truncation = padding = None
+
         def encode(self, text, add_special_tokens):
             raise PanicException("index\nout of bounds")
 
@@ -139,6 +141,14 @@ def test_a_panic_is_an_error(tokenizer, monkeypatch):
         tokens.decode(tokenizer, [-1])
     with pytest.raises(DataError, match="text cannot be encoded"):
         tokens.encode(tokenizer, "\ud800")
+
+
+def test_a_tokenizer_that_cuts_texts_is_refused(tokenizer):
+    for change in (lambda: tokenizer.enable_truncation(4), tokenizer.enable_padding):
+        change()
+        with pytest.raises(DataError, match="the tokenizer cuts or pads texts"):
+            tokens.encode(tokenizer, "abcdefg")
+        tokenizer.no_truncation()
 
 
 def test_plain_tokenizer_follows_added_tokens(tokenizer):
