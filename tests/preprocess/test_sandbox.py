@@ -7,7 +7,6 @@ import jinja2.ext
 import jinja2.sandbox
 import pytest
 
-from glm_edge.errors import DataError
 from glm_edge.preprocess.chat import render, render_marked
 
 MESSAGES = [

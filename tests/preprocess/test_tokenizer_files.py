@@ -126,7 +126,7 @@ def test_files_that_are_none_are_refused_at_once(tmp_path, kind):
 
 
 def test_a_panic_is_an_error(tokenizer, monkeypatch):
-    class PanicException(BaseException):  # noqa: N818
+    class PanicException(BaseException):
         """As native code raises it."""
 
     class Panicking:
