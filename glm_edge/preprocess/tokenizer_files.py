@@ -94,6 +94,8 @@ def read_tokenizer(file: str | Path) -> tokenizers.Tokenizer:
         tokenizer.no_truncation()
         ids = tokenizer.encode(PROBE, add_special_tokens=False).ids
         tokenizer.decode(ids)
+    if not ids:
+        raise CheckpointError(f"{where}: it reads no text at all")
     return tokenizer
 
 
@@ -326,9 +328,7 @@ def _check_charsmap(text: Any) -> None:
     try:
         texts = table[4 + size :].decode().split("\0")
     except UnicodeDecodeError as error:
-        raise _RefusedError(
-            f"its precompiled_charsmap holds texts that are none: {error}"
-        ) from error
+        raise _RefusedError(f"its precompiled_charsmap holds no UTF-8: {error}") from error
     if max(map(len, texts)) > MAX_CHARSMAP_TEXT:
         raise _RefusedError(
             f"its precompiled_charsmap replaces a character by more than {MAX_CHARSMAP_TEXT}"

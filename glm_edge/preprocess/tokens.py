@@ -77,9 +77,13 @@ def encode(tokenizer: Any, text: str) -> list[int]:
       Token ids.
 
     Raises:
-      DataError: the tokenizer fails on the text.
+      DataError: the tokenizer cuts or pads texts, or fails on this one.
     """
     with guarded("text cannot be encoded", DataError):
+        if tokenizer.truncation is not None or tokenizer.padding is not None:
+            raise DataError(
+                "the tokenizer cuts or pads texts; call its no_truncation() and no_padding() first"
+            )
         return tokenizer.encode(text, add_special_tokens=False).ids
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import load, shipped
-from glm_edge.errors import ExportError, OutputError
+from glm_edge.errors import DataError, ExportError, OutputError
 from glm_edge.export import lm_signatures
 from glm_edge.export.chat_templates import bundled_template, new_text
 from glm_edge.export.litertlm import Bundle, litertlm, with_short_lengths
@@ -346,7 +346,11 @@ def test_the_runtime_renders_chat_templates_as_we_do(text_bundle, family):
     plain = texts if template == HABITS else "one\nline"
     for content in (plain, texts, kinds["image"] + texts, kinds["audio"] + texts):
         message = {"role": "user", "content": content}
-        wanted = chat.render(template, [message], None, True)
+        try:
+            wanted = chat.render(template, [message], None, True)
+        except DataError:
+            # The family reads no such part; the engine does not say so.
+            continue
         assert conversation.render_message_to_string(message) == wanted
     conversation.close()
 

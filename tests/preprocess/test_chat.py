@@ -15,24 +15,41 @@ from glm_edge.preprocess.chat import (
     split_thinking,
 )
 
+
+def deep(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 TURNS = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi <b>"},
     {"role": "assistant", "content": "Hello"},
     {"role": "user", "content": "再见\n"},
 ]
+VIDEO = {"type": "video"}
 PICTURE = [
     {
         "role": "user",
         "content": [
             {"type": "image"},
             {"type": "text", "text": "What "},
-            {"type": "video"},
+            VIDEO,
             {"type": "text", "text": "is it?"},
         ],
     }
 ]
 RECORDING = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "Go "}]}]
+CALL = {"id": "1", "type": "function", "function": {"name": "天气", "arguments": '{"a": "b"}'}}
+CALLED = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "name": "天气", "content": "sun"},
+    {"role": "user", "content": "And?"},
+]
+CALLING = ("glm_4", "glm_4_0414")
 TOOL = {"type": "function", "function": {"name": "天气", "parameters": {"city": "<x>"}}}
 
 
@@ -43,7 +60,8 @@ def test_glm_edge():
 
 
 def test_glm_edge_v_writes_one_placeholder_an_image():
-    assert render(family_template("glm_edge_v"), PICTURE) == (
+    pictured = [{"role": "user", "content": [p for p in PICTURE[0]["content"] if p != VIDEO]}]
+    assert render(family_template("glm_edge_v"), pictured) == (
         "<|user|>\n<|begin_of_image|>What is it?\n<|assistant|>\n"
     )
 
@@ -85,6 +103,60 @@ def test_glm_4_0414_puts_tools_and_system_messages_first():
     assert render(family_template("glm_4_0414"), TURNS).endswith("再见\n<|assistant|>")
 
 
+@pytest.mark.parametrize(("family", "gap"), [("glm_4", ""), ("glm_4_0414", " ")])
+def test_glm_4_writes_calls_and_results(family, gap):
+    template = family_template(family)
+    text = (
+        f"[gMASK]<sop><|user|>\nHi<|assistant|>天气{gap}\n%s<|observation|>\nsun"
+        "<|user|>\nAnd?<|assistant|>"
+    )
+    assert render(template, CALLED) == text % '{"a": "b"}'
+    function = {"name": "天气", "arguments": {"城": 1}}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    parts = {"role": "tool", "content": [{"type": "text", "text": "sun"}]}
+    assert render(template, [CALLED[0], called, parts, CALLED[3]]) == text % '{"城": 1}'
+    said = {**called, "content": "Let me see."}
+    assert "<|assistant|>\nLet me see.<|assistant|>天气" in render(template, [CALLED[0], said])
+    # An empty result is a result.
+    empty = [*CALLED[:2], {"role": "tool", "content": ""}]
+    assert render(template, empty).endswith("<|observation|>\n<|assistant|>")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"role": "developer"},
+        {"role": "narrator"},
+        {"name": "Ada"},
+        {"reasoning_content": "hm"},
+        {"function_call": {"name": "f", "arguments": "{}"}},
+        {"tool_calls": [CALL]},
+        {"content": [{"type": "text", "text": "a"}, {"type": "audio"}, {"type": "image"}]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_nothing_of_a_message_vanishes(family, changes):
+    message = {"role": "user", "content": "hi", **changes}
+    with pytest.raises(DataError, match=r"unknown here|only an assistant's message"):
+        render(family_template(family), [message])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_of_a_conversation_vanishes(family):
+    template = family_template(family)
+    with pytest.raises(DataError, match=r"documents are unknown here|tools and documents"):
+        render(template, TURNS, documents=[{"text": "a"}])
+    if family in CALLING:
+        assert "天气" in render(template, TURNS, tools=[TOOL])
+    else:
+        with pytest.raises(DataError, match="tools and documents are unknown here"):
+            render(template, TURNS, tools=[TOOL])
+    # Empty fields, which some clients send, say nothing.
+    empty = {"tool_calls": [], "name": None, "function_call": None, "refusal": None}
+    assert render(template, [{**TURNS[1], **empty}]) == render(template, [TURNS[1]])
+
+
 def test_glm_4_1v_keeps_the_order_of_parts_and_opens_no_thinking():
     answered = {"role": "assistant", "content": "<think>A star.</think><answer>Star</answer>"}
     assert render(family_template("glm_4_1v"), [TURNS[0], *PICTURE, answered, TURNS[3]]) == (
@@ -102,10 +174,18 @@ def test_glm_asr_opens_a_second_turn_after_the_recording():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("messages", [TURNS, PICTURE, RECORDING], ids=["text", "image", "audio"])
-def test_rendering_is_transformers(family, messages):
+@pytest.mark.parametrize(
+    ("messages", "reading"),
+    [(TURNS, FAMILIES), (PICTURE, ["glm_4_1v"]), (RECORDING, ["glm_asr"]), (CALLED, CALLING)],
+    ids=["text", "image", "audio", "tools"],
+)
+def test_rendering_is_transformers(family, messages, reading):
     reference = pytest.importorskip("transformers.utils.chat_template_utils")
     template = family_template(family)
+    if family not in reading:
+        with pytest.raises(DataError, match="unknown here"):
+            render(template, messages)
+        return
     for opened in (True, False):
         [expected], _ = reference.render_jinja_template(
             [messages], chat_template=template, add_generation_prompt=opened
@@ -132,6 +212,12 @@ def test_what_templates_may_use_is_transformers(template):
     assert render(template, TURNS, add_generation_prompt=False, **variables) == expected
 
 
+def test_messages_keep_the_order_of_their_fields():
+    assert render("{{ messages }}", [{"role": "user", "content": "a", "n": 1}]) == (
+        "[{'role': 'user', 'content': 'a', 'n': 1}]"
+    )
+
+
 def test_templates_can_ask_for_the_date():
     year = datetime.datetime.now().year
     assert render("{{ strftime_now('%Y') }}", TURNS) in (str(year), str(year + 1))
@@ -150,8 +236,15 @@ def test_templates_can_ask_for_the_date():
         ("{{ namespace(_private=1) }}", "SecurityError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ range(10**9) | list }}", "OverflowError"),
+        ("{% include 'a' %}", "SecurityError: 'include' is not allowed"),
+        ("{{ lipsum() }}", "UndefinedError"),
+        ("{{ 'a' | urlize }}", "TemplateAssertionError: no filter named 'urlize'"),
+        ("{{ 'x' * 10**9 }}", "TemplateLimitError: makes values of more than"),
+        ("{{ '%999999999d' % 1 }}", "TemplateLimitError"),
+        ("{{ strftime_now('%999999999Y') }}", "ValueError: the layout of a date"),
+        ("x" * (1 << 21), "TemplateLimitError: has 2097152 characters"),
     ],
-    ids=range(10),
+    ids=range(17),
 )
 def test_failing_and_hostile_templates_raise_one_error(template, pattern):
     with pytest.raises(DataError, match=f"chat template: {pattern}") as excinfo:
@@ -168,8 +261,13 @@ def test_failing_and_hostile_templates_raise_one_error(template, pattern):
         ({"role": "user", "content": [{"type": "smell"}]}, r"content\[0\] must be a text part"),
         ({"role": "user", "content": [{"type": "text"}]}, "must be a text part with its 'text'"),
         ({"role": "user", "content": "", "extra": np.zeros(2)}, "JSON values only, found ndarray"),
+        ({"role": "user", "content": b"hi"}, "content must be a string or a list"),
+        ({"role": "user", "content": "\ud800"}, "half of a surrogate pair"),
+        ({"role": "user", "content": "", "extra": {(1,): 2}}, "names of fields must be texts"),
+        ({"role": "user", "content": "", "extra": deep(100)}, "nested deeper than 64"),
+        ({"role": "user", "content": [{"type": ["text"]}]}, "must be a text part"),
     ],
-    ids=range(6),
+    ids=range(11),
 )
 def test_malformed_messages_are_refused(message, pattern):
     with pytest.raises(DataError, match=pattern):

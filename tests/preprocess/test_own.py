@@ -75,6 +75,11 @@ def test_earlier_answers_end_with_the_end_of_text(nano):
     assert nano.render(messages) == "<|user|>a<|assistant|>b<|endoftext|><|user|>c<|assistant|>"
     with pytest.raises(DataError, match="role 'system' is unknown here"):
         nano.render([{"role": "system", "content": "a"}])
+    with pytest.raises(DataError, match="tools and documents are unknown here"):
+        nano.render(messages, tools=[{"type": "function"}])
+    for changes in ({"name": "Ada"}, {"content": [{"type": "video"}]}):
+        with pytest.raises(DataError, match="unknown here"):
+            nano.render([{**messages[0], **changes}])
 
 
 @pytest.mark.parametrize("size", [(192, 96), (100, 311)])

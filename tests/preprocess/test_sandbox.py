@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Templates: what the interpreter writes is what Jinja writes, within limits, through marks."""
 
 import json
