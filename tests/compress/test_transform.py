@@ -306,3 +306,13 @@ def test_arguments_that_are_no_parameters_are_named():
     ):
         with pytest.raises(RecipeError, match=message):
             quantize.rtn(8)(*wrong)
+
+
+def test_parameters_of_nnx_pass_as_a_dict():
+    module = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(module)
+    _, rounded, _ = quantize.rtn(8)(None, nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, jax.tree.map(boxes.dense, rounded, is_leaf=boxes.is_box))
+    kernel = np.asarray(nnx.merge(graph, state).kernel[...])
+    scale = np.abs(np.asarray(module.kernel[...])).max(0) / 127
+    assert 0 < np.abs(kernel - np.asarray(module.kernel[...])).max() <= scale.max()
