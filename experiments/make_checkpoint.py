@@ -21,7 +21,8 @@ import numpy as np
 from absl import app, flags
 
 from glm_edge.cli.console import bar, fail_in_one_line, refuse_arguments
-from glm_edge.files import CONFIG, new_directory, require_space, write_json
+from glm_edge.files import CONFIG
+from glm_edge.writers import new_directory, require_space, write_json
 
 FLAGS = flags.FLAGS
 INDEX = "model.safetensors.index.json"

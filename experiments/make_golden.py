@@ -26,7 +26,7 @@ from experiments.golden.reference_inputs import draw_inputs
 from experiments.golden.reference_plans import EOS, Draw, Plan
 from glm_edge.cli.console import bar, fail_in_one_line, refuse_arguments
 from glm_edge.errors import DataError
-from glm_edge.files import new_directory
+from glm_edge.writers import new_directory
 
 FLAGS = flags.FLAGS
 TRIES = 200

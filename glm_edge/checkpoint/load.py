@@ -21,18 +21,10 @@ from glm_edge.checkpoint.placement import Placement
 from glm_edge.checkpoint.shapes import check_params
 from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
-from glm_edge.files import (
-    CONFIG,
-    MAX_FILE_NAME,
-    check_writable_name,
-    file_inside,
-    new_directory,
-    no_directory,
-    read_bytes,
-    read_json,
-)
+from glm_edge.files import CONFIG, MAX_FILE_NAME, file_inside, read_bytes, read_json
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.sharding import RULES, Rules
+from glm_edge.writers import check_writable_name, new_directory, no_directory
 
 TOKENIZER = "tokenizer.json"
 FORMATS = ("hugging_face", *own.STORES)

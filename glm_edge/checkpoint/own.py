@@ -33,8 +33,9 @@ from glm_edge.checkpoint.shapes import (
 from glm_edge.configs import to_dict
 from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import BoxError, CheckpointError
-from glm_edge.files import CONFIG, file_inside, write_json
+from glm_edge.files import CONFIG, file_inside
 from glm_edge.params.boxes import check_reach
+from glm_edge.writers import write_json
 
 FORMAT = "glm_edge"
 VERSION = 1

@@ -24,9 +24,10 @@ from glm_edge.compress.stagewise import Step, Walk, fallback_notes, stagewise
 from glm_edge.compress.training_state import calibration_digest, difference, machine
 from glm_edge.compress.transform import CHAIN, Batch, Context, Progress, Transform
 from glm_edge.errors import OutputError, RecipeError
-from glm_edge.files import CONFIG, new_directory, read_json, write_json, write_whole
+from glm_edge.files import CONFIG, read_json
 from glm_edge.params.formats import PER_TENSOR
 from glm_edge.params.tree import nested
+from glm_edge.writers import new_directory, write_json, write_whole
 
 REPORT = "report.json"
 _JOB = "job.json"

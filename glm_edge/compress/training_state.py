@@ -24,13 +24,8 @@ from glm_edge.compress.calibration import Calibration
 from glm_edge.compress.report import Point
 from glm_edge.compress.transform import Context
 from glm_edge.errors import CheckpointError, OutputError
-from glm_edge.files import (
-    DirectoryLock,
-    check_writable_name,
-    read_json,
-    write_json,
-    write_whole,
-)
+from glm_edge.files import read_json
+from glm_edge.writers import DirectoryLock, check_writable_name, write_json, write_whole
 
 STATE, CURVE, JOB = "state.safetensors", "curve.csv", "job.json"
 _LOSSES, _SEEN = "losses", "seen"

@@ -16,7 +16,7 @@ import numpy as np
 from glm_edge import files
 from glm_edge.errors import ExportError, GlmEdgeError, OutputError, require
 from glm_edge.export.flatbuffer import METADATA, SMALL_BUFFER, Constant, Grid, schema
-from glm_edge.files import beside, remove_litter, require_space, write_whole
+from glm_edge.writers import beside, remove_litter, require_space, write_whole
 
 IDENTIFIER = b"TFL3"
 SMALLEST = 8

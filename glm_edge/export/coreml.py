@@ -28,9 +28,10 @@ from glm_edge.export.package import (
     written_whole,
 )
 from glm_edge.export.trace import Signature, quiet
-from glm_edge.files import parse_json, require_space
+from glm_edge.files import parse_json
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
+from glm_edge.writers import require_space
 
 MARK = "Manifest.json"
 METADATA = "glm_edge"

@@ -35,9 +35,9 @@ from glm_edge.export.package import (
     write_description,
     written_whole,
 )
-from glm_edge.files import require_space
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
+from glm_edge.writers import require_space
 
 WEIGHTS = "weights.bin"
 CONVERTED = "__matmul_converted"

@@ -32,9 +32,10 @@ from glm_edge.export.package import (
     written_whole,
 )
 from glm_edge.export.trace import Signature
-from glm_edge.files import file_inside, opened, read_bytes, require_space
+from glm_edge.files import file_inside, opened, read_bytes
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
+from glm_edge.writers import require_space
 
 OPSET, IR_VERSION = 21, 10
 WEIGHTS = "weights.bin"

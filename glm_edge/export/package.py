@@ -12,9 +12,10 @@ from typing import Any
 from glm_edge.errors import ExportError, OutputError
 from glm_edge.export.constants import Conversion
 from glm_edge.export.container import write_beside
-from glm_edge.files import file_inside, new_directory, read_json, remove_litter
+from glm_edge.files import file_inside, read_json
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
+from glm_edge.writers import new_directory, remove_litter
 
 DESCRIPTION = "glm_edge.json"
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from glm_edge.configs.stop_tokens import read_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, DataError
-from glm_edge.files import no_directory
 from glm_edge.preprocess import chat, hugging_face, media, own
 from glm_edge.preprocess.audio import prepare_recording
 from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing, VideoProcessing
 from glm_edge.preprocess.tokenizer_files import TOKENIZER, read_tokenizer
 from glm_edge.preprocess.tokens import decode, marked_ids, special_tokens
 from glm_edge.preprocess.vision import prepare_image, prepare_video
+from glm_edge.writers import no_directory
 
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 

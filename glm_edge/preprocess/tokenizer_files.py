@@ -16,7 +16,7 @@ import tokenizers
 
 from glm_edge.errors import CheckpointError, GlmEdgeError
 from glm_edge.files import ErrorType, file_inside, parse_json, read_bytes
-from glm_edge.patterns import PatternError, check_pattern
+from glm_edge.regex_check import PatternError, check_pattern
 
 TOKENIZER = "tokenizer.json"
 # The largest of published models have 35 MB and 1.6 million values.

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from glm_edge.files import new_directory
+from glm_edge.writers import new_directory
 
 SIZES = 6
 
@@ -19,7 +19,7 @@ def program(target, mark, pause):
     return textwrap.dedent(f"""
         import os, sys, time
         from pathlib import Path
-        from glm_edge.files import new_directory
+        from glm_edge.writers import new_directory
         print("ready", flush=True)
         number = 0
         while True:

@@ -26,7 +26,8 @@ from glm_edge.checkpoint.files import (
     write_safetensors,
 )
 from glm_edge.errors import CheckpointError, OutputError
-from glm_edge.files import fill, new_directory
+from glm_edge.files import fill
+from glm_edge.writers import new_directory
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -365,7 +366,7 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(tmp_path):
     program = f"""
         import os
         from pathlib import Path
-        from glm_edge.files import new_directory
+        from glm_edge.writers import new_directory
         with new_directory(Path({str(tmp_path / "out")!r}), overwrite=False) as temporary:
             (temporary / "model.safetensors").write_bytes(b"half")
             os._exit(9)

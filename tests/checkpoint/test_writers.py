@@ -7,9 +7,9 @@ import textwrap
 import pytest
 
 import glm_edge
-from glm_edge import files
+from glm_edge import writers
 from glm_edge.errors import CheckpointError, OutputError
-from glm_edge.files import new_directory
+from glm_edge.writers import new_directory
 
 
 def enter(target, overwrite=False):
@@ -27,7 +27,7 @@ def killed_writer(target, program, code=9):
     text = f"""
         import os
         from pathlib import Path
-        from glm_edge import files
+        from glm_edge import writers
         target = Path({str(target)!r})
         {program}
     """
@@ -43,7 +43,7 @@ def checkpoint_at(target, content="old"):
 
 def test_new_directory_removes_what_killed_processes_left(tmp_path):
     target = checkpoint_at(tmp_path / "out")
-    kill = "with files.new_directory(target, True) as d: (d / 'x').write_text('1'); os._exit(9)"
+    kill = "with writers.new_directory(target, True) as d: (d / 'x').write_text('1'); os._exit(9)"
     other = checkpoint_at(tmp_path / "out.more")
     for _ in range(2):
         killed_writer(target, kill)
@@ -63,7 +63,7 @@ def test_new_directory_removes_what_killed_processes_left(tmp_path):
 def test_overwriting_leaves_a_checkpoint_at_every_moment(tmp_path, monkeypatch):
     target = checkpoint_at(tmp_path / "out")
     replaced = []
-    monkeypatch.setattr(files.os, "replace", lambda *names: replaced.append(names))
+    monkeypatch.setattr(writers.os, "replace", lambda *names: replaced.append(names))
     with new_directory(target, overwrite=True) as temporary:
         (temporary / "config.json").write_text("new")
     assert (target / "config.json").read_text() == "new"
@@ -72,8 +72,8 @@ def test_overwriting_leaves_a_checkpoint_at_every_moment(tmp_path, monkeypatch):
 
 def test_a_checkpoint_that_was_moved_aside_is_named_and_restored(tmp_path):
     target = checkpoint_at(tmp_path / "out")
-    killed_writer(target, "os.replace(target, files.beside(target, 'old')); os._exit(9)")
-    assert files.moved_aside(target).name.endswith(".old")
+    killed_writer(target, "os.replace(target, writers.beside(target, 'old')); os._exit(9)")
+    assert writers.moved_aside(target).name.endswith(".old")
     with pytest.raises(CheckpointError, match=r"does not exist; .* left the old one as \.out\."):
         glm_edge.load(target)
     with pytest.raises(KeyError):
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_was_moved_aside_is_named_and_restored(tmp_path):
 
 
 def test_new_directory_without_exchange_of_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    monkeypatch.setattr(writers, "_exchange", lambda *_: False)
     target = checkpoint_at(tmp_path / "out")
     with new_directory(target, overwrite=True) as temporary:
         (temporary / "config.json").write_text("new")
@@ -98,7 +98,7 @@ def test_writers_do_not_replace_a_link(tmp_path):
     with pytest.raises(OutputError, match=r"is a link to .*real"):
         enter(tmp_path / "link", overwrite=True)
     with pytest.raises(OutputError, match="is a link to"):
-        files.write_whole(tmp_path / "file", lambda path: path.write_text("new"))
+        writers.write_whole(tmp_path / "file", lambda path: path.write_text("new"))
     assert (tmp_path / "link").is_symlink()
     assert (target / "config.json").read_text() == "old"
 
@@ -115,7 +115,7 @@ def test_names_that_no_file_can_have(tmp_path):
 
 def test_a_name_of_greatest_length_is_written_and_swept(tmp_path):
     target = tmp_path / ("n" * 250)
-    killed_writer(target, "with files.new_directory(target, False): os._exit(9)")
+    killed_writer(target, "with writers.new_directory(target, False): os._exit(9)")
     assert len(list(tmp_path.iterdir())) == 1
     with new_directory(target, overwrite=False) as temporary:
         (temporary / "a").write_text("1")
@@ -136,7 +136,7 @@ def test_a_kept_directory_has_one_writer(tmp_path):
         program = """
         from glm_edge.errors import OutputError
         try:
-            with files.new_directory(target, False, keep=True): pass
+            with writers.new_directory(target, False, keep=True): pass
         except OutputError as error:
             os._exit(7 if "another run is writing it" in str(error) else 8)
         """
@@ -153,6 +153,6 @@ def test_write_whole_leaves_nothing_after_an_error(tmp_path):
         raise KeyError
 
     with pytest.raises(KeyError):
-        files.write_whole(tmp_path / "a", write)
+        writers.write_whole(tmp_path / "a", write)
     assert (tmp_path / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -11,7 +11,8 @@ from glm_edge.checkpoint.files import WEIGHTS, write_safetensors
 from glm_edge.checkpoint.hugging_face.member import Member
 from glm_edge.checkpoint.hugging_face.members import write_config
 from glm_edge.checkpoint.hugging_face.reading import INDEX
-from glm_edge.files import CONFIG, write_json
+from glm_edge.files import CONFIG
+from glm_edge.writers import write_json
 
 SHARD_BYTES = 5_000_000_000
 

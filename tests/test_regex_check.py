@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import Regex, normalizers
 
-from glm_edge.patterns import PatternError, check_pattern
+from glm_edge.regex_check import PatternError, check_pattern
 
 # What published tokenizers split texts with.
 PUBLISHED = (
