@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -74,6 +75,13 @@ class CompiledPrograms(collections.Counter):
 
 PROGRAMS = CompiledPrograms()
 jax.monitoring.register_event_duration_secs_listener(PROGRAMS)
+
+
+def pytest_runtest_setup():
+    """Skips what would begin after the time that `GLM_EDGE_TEST_DEADLINE` names, in seconds."""
+    deadline = os.environ.get("GLM_EDGE_TEST_DEADLINE")
+    if deadline and time.time() > float(deadline):
+        pytest.skip("GLM_EDGE_TEST_DEADLINE has passed")
 
 
 @pytest.hookimpl(wrapper=True)
