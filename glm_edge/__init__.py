@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from glm_edge.checkpoint import load_tokenizer as load_tokenizer
     from glm_edge.checkpoint import save as save
     from glm_edge.checkpoint import shipped as shipped
+    from glm_edge.compress import Calibration as Calibration
+    from glm_edge.compress import ProgressLine as ProgressLine
+    from glm_edge.compress import Report as Report
+    from glm_edge.compress import Transform as Transform
     from glm_edge.compress import chain as chain
     from glm_edge.compress import cost as cost
     from glm_edge.compress import distill as distill
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from glm_edge.compress.stream import compress_checkpoint as compress_checkpoint
     from glm_edge.configs import GLMConfig as GLMConfig
     from glm_edge.configs import preset as preset
+    from glm_edge.generate import chat as chat
     from glm_edge.models.multimodal import MultimodalGLM as MultimodalGLM
     from glm_edge.preprocess import Processor as Processor
 
