@@ -23,6 +23,7 @@ from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
 from glm_edge.files import CONFIG, MAX_FILE_NAME, file_inside, read_bytes, read_json
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.models.text import TextEncoder
 from glm_edge.params.sharding import RULES, Rules
 from glm_edge.writers import check_writable_name, new_directory, no_directory
 
@@ -190,7 +191,8 @@ def save(
             own.write(temporary, model, params, format or "safetensors")
         else:
             hugging_face.write(temporary, model.config, params, described)
-    if source is None and extras is None and isinstance(model, MultimodalGLM):
+    reads_text = isinstance(model, MultimodalGLM | TextEncoder)
+    if source is None and extras is None and reads_text:
         warnings.warn(
             f"{target}: saved without a tokenizer, so it cannot read text by itself; pass source= "
             "the directory that the model was loaded from, or extras={} where that is meant",

@@ -29,7 +29,6 @@ import jax
 from absl import flags
 
 import glm_edge as ge
-from glm_edge.checkpoint.companions import companion_paths
 from glm_edge.cli import calibration, corpora
 from glm_edge.cli.checkpoints import checkpoint_of
 from glm_edge.cli.console import print_table, refuse_arguments
@@ -82,7 +81,6 @@ def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> 
     out, rng = Path(FLAGS.out_dir), jax.random.key(FLAGS.seed)
     target = out / "checkpoint"
     batches = (read_calibration(source) + (draw(source) if draw else [])) or None
-    extras = companion_paths(source)
     if is_streamable(recipe):
         report = compress_checkpoint(
             source,
@@ -93,15 +91,14 @@ def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> 
             ProgressLine(),
             FLAGS.without,
             FLAGS.overwrite,
-            extras,
-            FLAGS.compute,
+            compute=FLAGS.compute,
         )
     else:
         model, params = ge.load(source, dtype="float32")
         model, params, report = recipe(
             model, params, batches, rng, ProgressLine(), without=FLAGS.without
         )
-        ge.save(model, params, target, "safetensors", FLAGS.overwrite, extras)
+        ge.save(model, params, target, "safetensors", FLAGS.overwrite, source=source)
     spent = time.monotonic() - started
     summary = summarize(source, target, recipe, report, spent)
     if FLAGS.text:

@@ -13,6 +13,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import own
+from glm_edge.checkpoint.companions import read_companions
 from glm_edge.checkpoint.files import SafetensorsFile, to_device, write_safetensors
 from glm_edge.checkpoint.lazy import LazyCheckpoint, open_lazily
 from glm_edge.checkpoint.load import read_extras
@@ -59,7 +60,8 @@ def compress_checkpoint(
     `sparsegpt` take sums in an order that does not depend on the cores, see `fixed_order`.
     Elsewhere the call is refused, since last bits of sums may differ there and rounding makes them
     large. What a run has finished lies beside `output`, in `.<name>.partial`; `output` itself
-    appears only when all is written.
+    appears only when all is written. Tokenizer, chat template and the other files that the source
+    needs to read text, images and sound are copied.
 
     Args:
       source: directory that `glm_edge.load` opens.
@@ -70,7 +72,8 @@ def compress_checkpoint(
       progress: True, or called as `progress(stage, done, total)`.
       without: inputs (`images`, `audio`) that calibration is known to lack.
       overwrite: replaces an existing checkpoint at `output`.
-      extras: further files to copy by name, such as `{"tokenizer.json": path}`.
+      extras: further files to copy by name, such as `{"notes.txt": path}`; they win over the
+        source's.
       compute: `float32`, or `bfloat16` products while calibration runs through the layers, several
         times faster where the processor has them.
 
@@ -92,7 +95,7 @@ def compress_checkpoint(
         step.select(opened.abstract, rounded, opened.model)
     model = opened.model.clone(compute=compute)
     walk = Walk(model, steps, Context(calibration, rng, (model, {}), progress, tuple(without)))
-    copied = read_extras(extras)
+    copied = read_companions(source) | read_extras(extras)
     with new_directory(Path(output), overwrite, keep=True) as partial:
         _check_job(partial, Path(output), _job(opened, recipe, calibration, rng, without, compute))
         rows, spec, names, before, after = [], {}, [], Totals(), Totals()

@@ -96,8 +96,15 @@ def shrunk_report(
       before: model and parameters.
       after: and those that are left; a parameter that is gone has a row that keeps nothing.
       notes: what the reader should know.
+
+    Raises:
+      RecipeError: what is left holds NaN or infinity, which no score may have met.
     """
     new_leaves = dict(boxes.path_items(after[1]))
+    for path, leaf in new_leaves.items():
+        arrays = [x for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
+        if not all(bool(jnp.isfinite(array).all()) for array in arrays):
+            raise RecipeError(f"{transform}: {path}: NaN or infinity in the weights")
     rows = []
     for path, old in boxes.path_items(before[1]):
         new = new_leaves.get(path)

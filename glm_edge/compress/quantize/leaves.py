@@ -211,7 +211,9 @@ def row(
         action = str(leaf_dtype(after))
     kept = float(before.mask.mean()) if isinstance(before, Masked) else 1.0
     stored = boxes.stored_bytes(after)
-    note = ", ".join(filter(None, (note, _underflow(before, after))))
+    # What training or search made of weights that its step size does not fit.
+    worse = "farther from the weight than zero is" if error is not None and error > 1 else ""
+    note = ", ".join(filter(None, (note, _underflow(before, after), worse)))
     return Row(
         transform,
         path,
@@ -239,10 +241,11 @@ def _underflow(before: Any, after: Any) -> str:
         lost = _zeroed_rows(before, after)
         if lost:
             said.append(f"{lost} of {math.prod(after.data.shape[:-1])} rows became zero")
-    elif not boxes.is_box(after):
-        lost = int(_zeroed(boxes.dense(before)[..., None], after[..., None]))
+    elif not isinstance(after, FakeQuantized):
+        value = boxes.dense(after)
+        lost = int(_zeroed(boxes.dense(before)[..., None], value[..., None]))
         if lost:
-            said.append(f"{lost} of {after.size} weights became zero")
+            said.append(f"{lost} of {value.size} weights became zero")
     return ", ".join(said)
 
 

@@ -196,6 +196,8 @@ def _check_plain(path: str, leaf: Any) -> None:
         raise RecipeError(f"{NAME}: {path} is pruned, and zeros do not stay; rotate, then prune")
     if boxes.is_box(leaf):
         raise RecipeError(f"{NAME}: {path} is quantized; rotate before quantizing")
+    if not bool(jnp.isfinite(leaf).all()):
+        raise RecipeError(f"{NAME}: {path}: NaN or infinity in the weights")
 
 
 def _row(path: str, before: Array, after: Array, done: list[str]) -> Row:

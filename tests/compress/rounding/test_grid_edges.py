@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
+from glm_edge import params as boxes
 from glm_edge.compress.quantize.leaves import quantize_leaf, row
 from glm_edge.compress.rounding import gptq
 from glm_edge.compress.rounding import grid as grids
@@ -70,10 +71,18 @@ def test_rtn_says_which_scales_were_raised():
     )
 
 
-def test_a_cast_says_which_weights_became_zero():
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_cast_says_which_weights_became_zero(stock, masked):
     weight = jnp.asarray([[1e-8, 0.0, 1.0, 2.0]])
-    held, error = quantize_leaf("a/weight", weight, Format("float16"))
-    assert "1 of 4 weights became zero" in row("quantize.rtn", "a", weight, held, error).action
+    leaf = boxes.mask(weight, jnp.asarray([[True, True, True, False]])) if masked else weight
+    held, error = quantize_leaf("a/weight", leaf, Format("float16"), stock=stock)
+    assert "1 of 4 weights became zero" in row("quantize.rtn", "a", leaf, held, error).action
+
+
+def test_row_says_where_the_result_is_farther_than_zero():
+    weight = jnp.full((2, 4), 1e-8)
+    assert "farther from the weight than zero" in row("t", "a", weight, weight * 4, 3.0).action
 
 
 def test_rtn_rounds_weights_whose_squares_overflow():
