@@ -311,7 +311,7 @@ def test_a_damaged_config_says_what_is_wrong(saved, edit, kind, pattern):
             },
             "scale is float32",
         ),
-        ({"columns": "many"}, "kernel: columns must be a positive integer, found 'many'"),
+        ({"columns": "many"}, "columns must be a positive integer, found 'many'"),
         ({"columns": True}, "columns must be a positive integer"),
         ({"format": {"qtype": "int4", "colour": 1}}, "format holds the unknown key 'colour'; know"),
         ({"format": {"qtype": ["int4"]}}, "format: qtype .* is unknown"),
