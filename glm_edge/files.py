@@ -19,6 +19,7 @@ MAX_JSON_VALUES = 500_000
 MAX_JSON_DEPTH = 64
 MAX_DIGITS = 20
 MAX_FILE_NAME = 255
+MAX_SHOWN = 400
 MAX_TEXT_BYTES = 1 << 20
 
 ErrorType = type[GlmEdgeError]
@@ -45,10 +46,13 @@ def file_inside(directory: Path, name: str, error: ErrorType = CheckpointError) 
     plain = isinstance(name, str) and name.isprintable() and name not in ("", "..")
     if not plain or name != Path(name).name:
         raise error(
-            f"{directory}: file {str(name)[:200]!r} must be a plain name in the same directory"
+            f"{shown_path(directory)}: file {str(name)[:200]!r} must be a plain name in the same "
+            "directory"
         )
     if len(name) > MAX_FILE_NAME:
-        raise error(f"{directory}: file {name[:60]!r}… has a name of {len(name)} letters")
+        raise error(
+            f"{shown_path(directory)}: file {name[:60]!r}… has a name of {len(name)} letters"
+        )
     path = directory / name
     try:
         mode = path.stat().st_mode
@@ -82,7 +86,16 @@ def _check_regular(path: Path, mode: int, error: ErrorType) -> None:
 
 
 def _unreadable(path: Path, failure: Exception, error: ErrorType) -> GlmEdgeError:
-    return error(f"{path}: cannot be read: {getattr(failure, 'strerror', None) or failure}")
+    reason = getattr(failure, "strerror", None) or failure
+    return error(f"{shown_path(path)}: cannot be read: {reason}")
+
+
+def shown_path(path: str | os.PathLike) -> str:
+    """Returns a path as one short line of a message shows it: quoted and cut where it is odd."""
+    text = os.fspath(path)
+    if text.isprintable() and len(text) <= MAX_SHOWN:
+        return text
+    return repr(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…")
 
 
 @contextlib.contextmanager

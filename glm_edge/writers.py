@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from glm_edge.errors import OutputError
-from glm_edge.files import CONFIG, MAX_FILE_NAME
+from glm_edge.files import CONFIG, MAX_FILE_NAME, shown_path
 
 # Of renameat2: paths as they are, and exchange of the two names.
 _HERE, _EXCHANGE = -100, 2
@@ -40,18 +40,24 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
       write: called with the path of a temporary file beside it.
 
     Raises:
-      OutputError: the file is a link, which would be replaced and not what it leads to.
+      OutputError: the file is a link, which would be replaced and not what it leads to; or it
+        cannot be written.
     """
-    _refuse_link(path)
-    remove_litter(path)
-    temporary = beside(path, "tmp")
+    check_writable_name(path)
     try:
-        write(temporary)
-        _sync_path(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_path(path.parent)
+        refuse_link(path)
+        remove_litter(path)
+        temporary = beside(path, "tmp")
+        try:
+            write(temporary)
+            _sync_path(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_path(path.parent)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"{shown_path(path)}: cannot be written: {reason}") from error
 
 
 def check_writable_name(path: str | os.PathLike) -> Path:
@@ -85,8 +91,13 @@ def check_writable_name(path: str | os.PathLike) -> Path:
         raise OutputError(f"{shown!r:.200}: is no name of a file here: {error}") from error
 
 
-def _refuse_link(path: Path) -> None:
-    if path.is_symlink():
+def refuse_link(path: Path) -> None:
+    """Refuses to write to a link, also one that leads nowhere.
+
+    Raises:
+      OutputError: the path is one.
+    """
+    if os.path.islink(path):
         raise OutputError(
             f"{path}: is a link to {os.readlink(path)}; name that path to write there, or remove "
             "the link"
@@ -160,7 +171,8 @@ def _entries(directory: Path) -> list[os.DirEntry]:
     try:
         with os.scandir(directory) as entries:
             return list(entries)
-    except OSError:
+    # A name that holds a null character is a ValueError.
+    except (OSError, ValueError):
         return []
 
 
@@ -330,7 +342,7 @@ class DirectoryLock:
 
 
 def _check_target(target: Path, overwrite: bool, mark: str) -> None:
-    _refuse_link(target)
+    refuse_link(target)
     if target.is_dir():
         if not any(target.iterdir()) or (overwrite and (target / mark).is_file()):
             return
@@ -396,12 +408,18 @@ def no_directory(path: Path) -> str:
     Args:
       path: it may look like `owner/name`, as repositories of a model hub are called.
     """
-    found = "is a file" if path.exists() else "does not exist"
-    message = f"{path}: {found}; a checkpoint is a directory with {CONFIG}"
+    found = "is a file"
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        found = "does not exist"
+    except (OSError, ValueError) as error:
+        found = f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+    message = f"{shown_path(path)}: {found}; a checkpoint is a directory with {CONFIG}"
     aside = moved_aside(path)
     if aside is not None:
         message += f"; an interrupted save left the old one as {aside.name}"
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if found == "does not exist" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         message += (
             f"; to download a repository: hf download {path} --local-dir {path.name}, then give "
             f"{path.name!r}"

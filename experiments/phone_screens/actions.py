@@ -164,6 +164,9 @@ def format_action(action: Action) -> str:
 
     Returns:
       The text; `parse_action` gives the action back.
+
+    Raises:
+      DataError: the text would be longer than `parse_action` reads.
     """
     parts = [] if action.kind == FINISH else [f'action="{action.kind}"']
     for name, holds, _ in GRAMMAR[action.kind]:
@@ -171,7 +174,12 @@ def format_action(action: Action) -> str:
         if value is not None:
             written = _quote(value) if holds == _TEXT else f"[{value[0]},{value[1]}]"
             parts.append(f"{name}={written}")
-    return f"{'finish' if action.kind == FINISH else 'do'}({', '.join(parts)})"
+    text = f"{'finish' if action.kind == FINISH else 'do'}({', '.join(parts)})"
+    if len(text) > _LONGEST:
+        raise DataError(
+            f"{_shown(text)} has {len(text)} characters; at most {_LONGEST} are read back"
+        )
+    return text
 
 
 class _Call(NamedTuple):

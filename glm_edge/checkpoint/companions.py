@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from glm_edge.errors import CheckpointError
-from glm_edge.files import file_inside, read_bytes
+from glm_edge.files import file_inside, read_bytes, shown_path
 
 COMPANIONS = (
     "tokenizer.json",
@@ -39,8 +39,10 @@ def companion_paths(directory: str | os.PathLike) -> dict[str, Path]:
       CheckpointError: the directory does not exist, or one of them is not a regular file inside it.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: is not a directory that holds a checkpoint's files")
+    if not os.path.isdir(directory):
+        raise CheckpointError(
+            f"{shown_path(directory)}: is not a directory that holds a checkpoint's files"
+        )
     return {
         name: file_inside(directory, name)
         for name in COMPANIONS

@@ -77,7 +77,7 @@ def load(
     """
     directory = Path(path)
     _check_dtype(dtype)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError(no_directory(directory))
     if not os.path.lexists(directory / CONFIG):
         raise CheckpointError(_without_config(directory))
@@ -106,11 +106,11 @@ def build(path: str | os.PathLike) -> nn.Module:
       The module, whose parameters `jax.eval_shape` counts and `init` draws at random.
 
     Raises:
-      CheckpointError: the file is missing or damaged.
+      CheckpointError: the file is missing, damaged, or a link that leads out of its directory.
       ConfigError: it names an unknown model, or a field is missing or not known.
     """
-    file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
-    fields = read_json(file)
+    file = Path(path) / CONFIG if os.path.isdir(path) else Path(path)
+    fields = read_json(file_inside(file.parent, file.name))
     if fields.get("format") == own.FORMAT:
         return own.build(fields, file)
     name = str(fields.get("_name_or_path") or file.resolve().parent.name)

@@ -1,5 +1,6 @@
 """The checkpoint that --checkpoint names."""
 
+import os
 from pathlib import Path
 
 import glm_edge as ge
@@ -20,4 +21,6 @@ def checkpoint_of(given: str | None) -> Path:
         return ge.shipped("nano")
     directory = Path(given)
     inner = directory / "checkpoint"
-    return inner if not (directory / CONFIG).exists() and (inner / CONFIG).exists() else directory
+    # `Path.exists` raises for a name that is too long.
+    outer_holds, inner_holds = (os.path.exists(path / CONFIG) for path in (directory, inner))
+    return inner if inner_holds and not outer_holds else directory

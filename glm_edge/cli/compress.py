@@ -80,6 +80,7 @@ def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> 
     recipe = ge.recipes.find(FLAGS.recipe)
     out, rng = Path(FLAGS.out_dir), jax.random.key(FLAGS.seed)
     target = out / "checkpoint"
+    corpora.check_absent(out / "report.json", overwrite=True)
     batches = (read_calibration(source) + (draw(source) if draw else [])) or None
     if is_streamable(recipe):
         report = compress_checkpoint(

@@ -11,7 +11,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from glm_edge.errors import DataError, OutputError
+from glm_edge.files import read_bytes, shown_path
 from glm_edge.preprocess.tokens import plain_tokenizer
+from glm_edge.writers import check_writable_name, refuse_link, write_whole
+
+MAX_TEXT_BYTES = 1 << 30
 
 
 def read_text(path: str | Path) -> str:
@@ -24,15 +28,10 @@ def read_text(path: str | Path) -> str:
       Its text.
 
     Raises:
-      DataError: the file is missing, not a regular file, empty, or not UTF-8.
+      DataError: the file is missing, not a regular file, larger than `MAX_TEXT_BYTES`, empty, or
+        not UTF-8.
     """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}); give a UTF-8 text file"
-        ) from error
+    data = read_bytes(path, MAX_TEXT_BYTES, DataError)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -53,14 +52,18 @@ def check_absent(path: str | Path | None, overwrite: bool = False) -> None:
       overwrite: whether an existing file may be replaced.
 
     Raises:
-      OutputError: the file exists already.
+      OutputError: the file exists already, is a link, or has a name that none can have.
     """
-    if path and Path(path).exists() and not overwrite:
+    if not path:
+        return
+    check_writable_name(path)
+    refuse_link(Path(path))
+    if os.path.exists(path) and not overwrite:
         raise OutputError(f"{path}: exists already; name another place or pass --overwrite")
 
 
 def write_text(path: str | Path, text: str, overwrite: bool = False) -> None:
-    """Writes a UTF-8 file beside its place, then renames it: no half of it is ever seen.
+    """Writes a UTF-8 file that is there whole or not at all.
 
     Args:
       path: the file; its directory is made if absent.
@@ -68,27 +71,18 @@ def write_text(path: str | Path, text: str, overwrite: bool = False) -> None:
       overwrite: whether an existing file may be replaced.
 
     Raises:
-      OutputError: the file exists already, or cannot be written.
+      OutputError: the file exists already, is a link, or cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    check_absent(path, overwrite and not os.path.isdir(path))
     try:
-        check_absent(path, overwrite and not path.is_dir())
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OutputError:
-        raise
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}); name a writable place"
+            f"{shown_path(path)}: cannot be written: {error.strerror or error}"
         ) from error
+    content = text.encode()
+    write_whole(path, lambda file: file.write_bytes(content))
 
 
 def pydoc_topics(split: Literal["calibration", "evaluation"]) -> str:

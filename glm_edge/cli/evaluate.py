@@ -53,6 +53,7 @@ def main(argv: Sequence[str], further: Further | None = None) -> None:
     checkpoint = checkpoint_of(FLAGS.checkpoint)
     if FLAGS.json and not Path(FLAGS.json).resolve().parent.is_dir():
         raise OutputError(f"{FLAGS.json}: its directory does not exist; create it first")
+    corpora.check_absent(FLAGS.json, overwrite=True)
     model, params = ge.load(checkpoint, dtype="float32")
     tokenizer = ge.load_tokenizer(checkpoint)
     windows = text_windows(tokenizer, FLAGS.text, FLAGS.text_tokens)

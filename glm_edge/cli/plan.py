@@ -28,7 +28,7 @@ from absl import flags
 
 from glm_edge import params as boxes
 from glm_edge.cli.console import print_table, refuse_arguments
-from glm_edge.cli.corpora import write_text
+from glm_edge.cli.corpora import check_absent, write_text
 from glm_edge.compress.plan_table import bytes_with
 from glm_edge.configs import GLMConfig, preset
 from glm_edge.errors import BoxError, RecipeError
@@ -74,6 +74,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     refuse_arguments(argv)
+    check_absent(FLAGS.json, FLAGS.overwrite)
     config = preset(FLAGS.preset)
     budgets = {"GB": int(FLAGS.budget_gb * 1e9), "GiB": int(FLAGS.budget_gb * 2**30)}
     tower, ends = read_format(FLAGS.tower_format), read_format(FLAGS.end_format)

@@ -11,6 +11,7 @@ from typing import Any
 from glm_edge import params as boxes
 from glm_edge.errors import OutputError, require
 from glm_edge.params.tree import Params
+from glm_edge.writers import write_whole
 
 _HEADINGS = {
     "transform": "transform",
@@ -282,7 +283,7 @@ class Report:
         are those of `Report` and `Latency`. A row of `note` holds the note in `note`.
 
         Raises:
-          OutputError: the file cannot be written.
+          OutputError: the file is a link or cannot be written.
         """
         text = io.StringIO()
         names = [*(field.name for field in fields(Row)), "note", *_COSTS]
@@ -298,20 +299,19 @@ class Report:
             times = asdict(latency)
             writer.writerow({"transform": "latency", "path": times.pop("work"), **times})
         writer.writerows({"transform": "note", "note": note} for note in self.notes)
-        try:
-            Path(path).write_text(text.getvalue(), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot write the report ({error.strerror})") from error
+        content = text.getvalue().encode()
+        write_whole(Path(path), lambda file: file.write_bytes(content))
 
     def plot(self, path: str | Path) -> None:
         """Draws bytes before and after for each parameter, and the training curve if there is one.
 
         Args:
-          path: of the picture; its suffix names the format.
+          path: of the picture; its suffix names the format, `.png` is added where it has none.
 
         Raises:
           MissingExtraError: matplotlib is not installed.
-          OutputError: the file cannot be written.
+          OutputError: the file is a link, cannot be written, or matplotlib does not know its
+            format.
         """
         figures = require("matplotlib.figure", extra="plot")
         panels = 1 + bool(self.curve)
@@ -322,10 +322,15 @@ class Report:
         _plot_bytes(axes[0], self.rows)
         if self.curve:
             _plot_curve(axes[1], self.curve)
+        target, content = Path(path), io.BytesIO()
+        if not target.suffix:
+            target = target.with_name(f"{target.name}.png")
         try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot write the figure ({error.strerror})") from error
+            figure.savefig(content, dpi=150, format=target.suffix[1:])
+        # The format is unknown to matplotlib, or needs a package that is missing.
+        except (ValueError, ImportError) as error:
+            raise OutputError(f"{target}: cannot be drawn: {error}") from error
+        write_whole(target, lambda file: file.write_bytes(content.getvalue()))
 
 
 def _format(row: Row) -> list[str]:

@@ -87,12 +87,7 @@ class StateDirectory:
         arrays = {path: np.asarray(leaf) for path, leaf in _named(trained).items()}
         arrays[_LOSSES] = np.asarray(losses, np.float32)
         arrays[_SEEN] = np.asarray([key in seen for key in batches.KEYS], np.uint8)
-        try:
-            write_whole(self.path / STATE, lambda file: write_safetensors(file, arrays))
-        except OSError as error:
-            raise OutputError(
-                f"{self.path}: cannot be written: {error.strerror or error}"
-            ) from error
+        write_whole(self.path / STATE, lambda file: write_safetensors(file, arrays))
 
     def restore(self, trained: Any) -> tuple[Any, list[list[float]], set[str]]:
         """Reads the state.
@@ -137,12 +132,7 @@ class StateDirectory:
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(point) for point in curve)
-        try:
-            write_whole(self.path / CURVE, lambda file: file.write_text(text.getvalue()))
-        except OSError as error:
-            raise OutputError(
-                f"{self.path}: cannot be written: {error.strerror or error}"
-            ) from error
+        write_whole(self.path / CURVE, lambda file: file.write_text(text.getvalue()))
 
 
 def job_of(

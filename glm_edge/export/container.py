@@ -97,12 +97,7 @@ def write_beside(path: Path, write: Callable[[BinaryIO], Any]) -> int:
         with open(temporary, "xb") as file:
             write(file)
 
-    try:
-        write_whole(path, write_to)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    write_whole(path, write_to)
     return path.stat().st_size
 
 

@@ -1,5 +1,6 @@
 """What an exported file or directory says about itself, whatever its format."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
       MissingExtraError: the package that reads the format is not installed.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return container.read_metadata(path)
-    if not (path / MARK).is_file():
+    if not os.path.isfile(path / MARK):
         return read_description(path)
     return described_by(open_package(path), path)

@@ -406,11 +406,7 @@ def describe(box: Any) -> dict[str, Any]:
     held = next((type(v).__name__ for v in vars(box).values() if is_box(v)), None)
     if held:
         raise BoxError(f"a {held} inside a {type(box).__name__} cannot be stored; finish training")
-    static = {
-        field.name: getattr(box, field.name)
-        for field in dataclasses.fields(box)
-        if not field.metadata.get("pytree_node", True)
-    }
+    static = {name: getattr(box, name) for name in _static_fields(type(box))}
     if "format" in static:
         static |= {"format": asdict(box.format), "kernel_shape": list(box.kernel_shape)}
         axes = static.pop("kernel_axes")
@@ -427,15 +423,17 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
     kind = static.get("box")
     if not isinstance(kind, str) or kind not in BOXES:
         raise BoxError(f"unknown box {kind!r:.60}; known: {', '.join(BOXES)}")
+    _check_keys(static, ("box", *_static_fields(BOXES[kind])), f"the description of a {kind}")
     if kind == "Masked":
         return mask(fields["value"], fields["mask"])
     dtype = static.get("dtype")
-    if dtype not in DENSE:
+    if not isinstance(dtype, str) or dtype not in DENSE:
         raise BoxError(f"dtype must be one of {', '.join(DENSE)}, found {dtype!r:.60}")
     if kind == "Narrow":
         return narrow(fields["value"], dtype)
-    format, kernel_shape = Format(**static["format"]), tuple(static["kernel_shape"])
-    axes = tuple(static.get("kernel_axes", ()))
+    format = _read_format(static.get("format"))
+    kernel_shape = _read_integers(static, "kernel_shape")
+    axes = _read_integers(static, "kernel_axes") if "kernel_axes" in static else ()
     if axes and sorted(axes) != list(range(len(kernel_shape))):
         raise BoxError(f"kernel_axes {axes} do not name the axes of {kernel_shape}")
     if kind == "FakeQuantized":
@@ -443,7 +441,9 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
             fields["value"], fields["scale"], fields.get("zero"), format, kernel_shape, dtype
         )
         return box.replace(kernel_axes=axes)
-    columns, data = static["columns"], fields["data"]
+    columns, data = static.get("columns"), fields["data"]
+    if type(columns) is not int or columns < 1:
+        raise BoxError(f"columns must be a positive integer, found {columns!r:.60}")
     width = packing.packed_columns(columns, format.qtype)
     stored = packing.stored_dtype(format.qtype)
     if data.dtype != stored or data.ndim < 2 or data.shape[-1] != width:
@@ -464,6 +464,37 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
         raise BoxError(f"kernel_shape {kernel_shape} does not hold {data.shape[-2]} x {columns}")
     static = (format, columns, kernel_shape, axes, dtype)
     return Quantized(data, scale, zero, *grids[0], *grids[1], *static)
+
+
+def _static_fields(kind: type) -> tuple[str, ...]:
+    return tuple(
+        field.name
+        for field in dataclasses.fields(kind)
+        if not field.metadata.get("pytree_node", True)
+    )
+
+
+def _check_keys(stored: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    """Refuses what this version would ignore; it may change what the bytes mean."""
+    unknown = [key for key in stored if key not in known]
+    if unknown:
+        raise BoxError(
+            f"{where} holds the unknown key {unknown[0]!r:.60}; known: {', '.join(known)}"
+        )
+
+
+def _read_format(stored: Any) -> Format:
+    if not isinstance(stored, dict):
+        raise BoxError(f"format must be an object with a qtype, found {stored!r:.60}")
+    _check_keys(stored, tuple(field.name for field in dataclasses.fields(Format)), "format")
+    return Format(**stored)
+
+
+def _read_integers(static: dict[str, Any], name: str) -> tuple[int, ...]:
+    value = static.get(name)
+    if not isinstance(value, list | tuple) or not all(type(x) is int and x >= 0 for x in value):
+        raise BoxError(f"{name} must list integers, found {value!r:.60}")
+    return tuple(value)
 
 
 def _static_grid(

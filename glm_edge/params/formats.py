@@ -39,15 +39,17 @@ class Format:
 
     def __post_init__(self):
         if self.qtype not in QTYPES:
-            raise BoxError(f"format: qtype {self.qtype!r} is unknown; known: {', '.join(QTYPES)}")
+            raise BoxError(
+                f"format: qtype {self.qtype!r:.60} is unknown; known: {', '.join(QTYPES)}"
+            )
         size = self.group_size
         whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
         if size not in (None, PER_TENSOR) and not whole:
             raise BoxError(
-                f"format: group_size must be positive, None or {PER_TENSOR!r}, not {size!r}"
+                f"format: group_size must be positive, None or {PER_TENSOR!r}, not {size!r:.60}"
             )
         if not isinstance(self.symmetric, bool):
-            raise BoxError(f"format: symmetric must be True or False, not {self.symmetric!r}")
+            raise BoxError(f"format: symmetric must be True or False, not {self.symmetric!r:.60}")
         if self.plain and (size is not None or not self.symmetric):
             raise BoxError(f"format: {self.qtype} has no scales and no zero points")
         if self.qtype == "ternary34" and whole and size % 4:
@@ -55,9 +57,11 @@ class Format:
         if not self.symmetric and self.qtype not in grid.INTEGERS:
             raise BoxError(f"format: {self.qtype} is symmetric; zero points go with integers")
         if self.scale_dtype not in FLOATING:
-            raise BoxError(f"format: scale_dtype {self.scale_dtype!r} is not a float type")
+            raise BoxError(f"format: scale_dtype {self.scale_dtype!r:.60} is not a float type")
         if self.zero_dtype not in ("int8", *FLOATING):
-            raise BoxError(f"format: zero_dtype must be int8 or a float type: {self.zero_dtype!r}")
+            raise BoxError(
+                f"format: zero_dtype must be int8 or a float type: {self.zero_dtype!r:.60}"
+            )
 
     @property
     def plain(self) -> bool:

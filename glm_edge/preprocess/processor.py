@@ -1,6 +1,7 @@
 """Conversations with images, videos and recordings as what a model reads."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ class Processor:
           ConfigError: the files contradict each other, or ask for what this library does not do.
         """
         directory = Path(directory)
-        if not directory.is_dir():
+        if not os.path.isdir(directory):
             raise CheckpointError(no_directory(directory))
         where = str(directory / "config.json")
         config = hugging_face.read_json(directory / "config.json")

@@ -8,6 +8,7 @@ import base64
 import binascii
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from glm_edge.errors import CheckpointError, GlmEdgeError
-from glm_edge.files import ErrorType, file_inside, parse_json, read_bytes
+from glm_edge.files import ErrorType, file_inside, parse_json, read_bytes, shown_path
 from glm_edge.regex_check import PatternError, check_pattern
 
 TOKENIZER = "tokenizer.json"
@@ -79,8 +80,10 @@ def read_tokenizer(file: str | Path) -> tokenizers.Tokenizer:
         without bound.
     """
     file = Path(file)
-    if not file.is_symlink() and not file.exists():
-        raise CheckpointError(f"{file}: is missing; the checkpoint's {TOKENIZER} is needed")
+    if not os.path.lexists(file):
+        raise CheckpointError(
+            f"{shown_path(file)}: is missing; the checkpoint's {TOKENIZER} is needed"
+        )
     raw = read_bytes(file_inside(file.parent, file.name), MAX_BYTES)
     where = f"{file}: is no tokenizer that can be read"
     fields = parse_json(raw, str(file), max_bytes=MAX_BYTES, max_values=MAX_VALUES)

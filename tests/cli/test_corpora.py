@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from glm_edge.cli import corpora
 from glm_edge.errors import DataError, OutputError
+from glm_edge.writers import beside
 
 
 def test_read_text_keeps_every_byte(tmp_path):
@@ -34,9 +37,22 @@ def test_read_text_names_file_and_fault_in_one_line(tmp_path, data, expected):
 
 
 def test_read_text_of_what_is_no_file(tmp_path):
-    for path in (tmp_path / "absent.txt", tmp_path):
-        with pytest.raises(DataError, match="cannot be read"):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large.txt").touch()
+    os.truncate(tmp_path / "large.txt", corpora.MAX_TEXT_BYTES + 1)
+    for path, message in (
+        (tmp_path / "absent.txt", "cannot be read: No such file"),
+        (tmp_path, "is a directory; it must be a file"),
+        (tmp_path / "pipe", "is a pipe, socket or device"),
+        ("/dev/zero", "is a pipe, socket or device"),
+        (tmp_path / "large.txt", "at most 1073741824 are read"),
+        ("a\0/b", r"^'a\\x00/b': cannot be read"),
+        ("a" * 5000, "cannot be read: File name too long"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
             corpora.read_text(path)
+        assert len(str(caught.value).splitlines()) == 1
+        assert len(str(caught.value)) < 1000
 
 
 def test_write_text_refuses_to_replace_and_leaves_no_partial_file(tmp_path):
@@ -51,6 +67,31 @@ def test_write_text_refuses_to_replace_and_leaves_no_partial_file(tmp_path):
     with pytest.raises(OutputError, match="exists already"):
         corpora.write_text(path.parent, "x", overwrite=True)
     assert [p.name for p in path.parent.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_write_text_does_not_replace_a_link(tmp_path, overwrite):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="is a link to"):
+        corpora.check_absent(tmp_path / "dangling", overwrite)
+    with pytest.raises(OutputError, match="is a link to"):
+        corpora.write_text(tmp_path / "dangling", "x", overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["dangling"]
+
+
+def test_write_text_sweeps_what_killed_processes_left(tmp_path):
+    boot = beside(tmp_path / "a.json", "tmp").name.split("-")[2]
+    # No process has this number.
+    (tmp_path / f".a.json.7fffffff-1-{boot}-0000.tmp").write_text("half")
+    corpora.write_text(tmp_path / "a.json", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_write_text_to_names_that_no_file_can_have(tmp_path):
+    for name, message in (("a\0b", "null character"), ("n" * 5000, "cannot be written: File name")):
+        with pytest.raises(OutputError, match=message):
+            corpora.write_text(tmp_path / name, "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_in_the_way_is_refused_before_the_work(tmp_path):

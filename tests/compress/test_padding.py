@@ -73,6 +73,7 @@ TRANSFORMS = {
     "qat": lambda: quantize.qat(bits=3, where=WHERE, steps=3),
     "distill_scales": lambda: chain(quantize.rtn(4), quantize.distill_scales(steps=3)),
     "sparsegpt": lambda: prune.sparsegpt(0.5, where=WHERE),
+    "sparsegpt_quantize": lambda: prune.sparsegpt(0.5, where=WHERE, bits=4),
     "wanda": lambda: prune.mask(0.5, score="wanda", where=WHERE),
     "activation": lambda: prune.mask(0.5, score="activation", shape="neuron"),
     "taylor": lambda: prune.mask(0.5, score="taylor2", where=WHERE),
@@ -123,6 +124,24 @@ def test_every_transform_gives_the_same_bytes(tiny, alone, name):
         found[layout] = bytes_of(transform(model, params, **call)[1])
     for layout in ("left", "right", "both"):
         assert found[layout] == found["none"], layout
+
+
+@pytest.mark.slow
+def test_encoders_are_cut_to_the_same_bytes_with_and_without_padding(make_member, batch_of):
+    """Scores of encoders need images, which each row of every layout brings along."""
+    model, params = make_member("sandwich")
+    drawn = batch_of(model, rows=3, length=24)
+    found = {}
+    for name, left, right in (("none", 0, 0), ("left", 5, 0), ("right", 0, 6), ("both", 3, 2)):
+        wide = ((0, 0), (left, right))
+        batch = drawn | {
+            "tokens": np.pad(drawn["tokens"], wide),
+            "valid": np.pad(np.ones((3, 24), bool), wide),
+        }
+        transform = prune.encoders(heads=0.5, neurons=0.3, neuron_multiple=1)
+        found[name] = bytes_of(transform(model, params, [batch])[1])
+    for name in ("left", "right", "both"):
+        assert found[name] == found["none"], name
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_csv_keeps_numbers_unrounded(tmp_path):
     assert paths == ["decoder/weight", "embed/weight", "all parameters", ""]
     assert float(rows[0]["relative_error"]) == 0.0971
     assert rows[1]["relative_error"] == ""
-    with pytest.raises(OutputError, match="cannot write the report"):
+    with pytest.raises(OutputError, match=r"report\.csv: cannot be written"):
         REPORT.to_csv(tmp_path / "missing" / "report.csv")
 
 
@@ -136,15 +136,34 @@ def test_it_draws_itself(tmp_path):
     pytest.importorskip("matplotlib")
     REPORT.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(OutputError, match="cannot write the figure"):
+    with pytest.raises(OutputError, match=r"report\.png: cannot be written"):
         REPORT.plot(tmp_path / "missing" / "report.png")
+
+
+def test_plot_of_an_odd_name(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(OutputError, match="cannot be drawn: Format 'odd' is not supported"):
+        REPORT.plot(tmp_path / "report.odd")
+    REPORT.plot(tmp_path / "report")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+
+
+@pytest.mark.parametrize("name", ["report.csv", "report.png"])
+def test_a_report_is_not_written_through_a_link(tmp_path, name):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / name).symlink_to(tmp_path / "file")
+    if name.endswith("png"):
+        pytest.importorskip("matplotlib")
+    with pytest.raises(OutputError, match="is a link to"):
+        (REPORT.plot if name.endswith("png") else REPORT.to_csv)(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_large_models_fit_on_a_page(monkeypatch, tmp_path):
     figures = pytest.importorskip("matplotlib.figure")
     sizes = []
     monkeypatch.setattr(
-        figures.Figure, "savefig", lambda figure, path, dpi: sizes.append(figure.get_size_inches())
+        figures.Figure, "savefig", lambda figure, *_, **__: sizes.append(figure.get_size_inches())
     )
     rows = [dataclasses.replace(ROWS[0], path=f"{i}/weight") for i in range(300)]
     dataclasses.replace(REPORT, rows=tuple(rows)).plot(tmp_path / "report.png")

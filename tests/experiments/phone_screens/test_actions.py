@@ -32,6 +32,16 @@ def test_round_trip(action):
     assert parse_action(text) == action
 
 
+@pytest.mark.parametrize("letter", ["x", '"', "\n", "\0", "\U0001f600"])
+def test_format_action_refuses_what_is_not_read_back(letter):
+    bare = len(format_action(Action("Type", text="")))
+    room = (4096 - bare) // (len(format_action(Action("Type", text=letter))) - bare)
+    longest = Action("Type", text=letter * room)
+    assert parse_action(format_action(longest)) == longest
+    with pytest.raises(DataError, match="at most 4096 are read back"):
+        format_action(Action("Type", text=letter * (room + 1)))
+
+
 @given(any_action())
 def test_thoughts_before_and_a_closing_tag_after_do_not_matter(action):
     text = f"<think>where is it?</think>\n<answer>\n{format_action(action)}\n</answer>"
