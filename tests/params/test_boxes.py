@@ -133,12 +133,13 @@ def test_our_linear_hands_the_box_to_the_low_bit_kernel(format, rows, monkeypatc
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_our_embedding_dequantizes_only_the_rows_it_reads(format, monkeypatch):
+    # Rounding decodes what it stores, to measure it.
+    box, tokens = quantize(weight(10, 16), format), jnp.array([[0, 9, 3]])
     sizes = []
     kernel = grid.dequantize
     monkeypatch.setattr(
         grid, "dequantize", lambda q, *rest: sizes.append(q.shape) or kernel(q, *rest)
     )
-    box, tokens = quantize(weight(10, 16), format), jnp.array([[0, 9, 3]])
     found = Embed(10, 16).apply({"params": {"weight": box}}, tokens)
     assert set(sizes) == {(1, 3, 16)}
     np.testing.assert_array_equal(found, boxes.dense(box)[tokens])
