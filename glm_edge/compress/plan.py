@@ -35,7 +35,7 @@ from glm_edge.compress.transform import Progress, Transform, chain, check_patter
 from glm_edge.errors import BoxError, DataError, RecipeError
 from glm_edge.params import Format, Quantized
 from glm_edge.params.layouts import Layout
-from glm_edge.params.patterns import compiled
+from glm_edge.params.patterns import compiled, shared_steps
 from glm_edge.params.tree import Params, nested
 
 FORMATS = ("bfloat16", "int8", "int4-g32", "int3-g32", "int2-g32")
@@ -178,6 +178,7 @@ def plan(
     )
 
 
+@shared_steps()
 def group_paths(params: Params, patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Groups of the matrices that are not quantized yet, in the tree's order.
 

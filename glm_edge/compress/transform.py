@@ -23,7 +23,7 @@ from glm_edge.compress.progress import Progress, progress_of
 from glm_edge.compress.report import Report
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params import is_box
-from glm_edge.params.patterns import compiled
+from glm_edge.params.patterns import compiled, shared_steps
 from glm_edge.params.tree import MATRIX_NAMES, Params, path_items
 
 Batch = dict[str, Any]
@@ -142,7 +142,8 @@ class Transform:
                 "variables['params'], and the others by Calibration(batches, variables=...)"
             )
         context = Context(calibration, rng, (model, params), progress, tuple(without))
-        model, changed, report = self.run(model, params, context)
+        with shared_steps():
+            model, changed, report = self.run(model, params, context)
         notes = (*report.notes, *_unnamed(self, model, params))
         return model, changed, dataclasses.replace(report, notes=notes)
 

@@ -2,12 +2,15 @@
 
 A recipe may come from a stranger, and Python's own search tries the ways to match one after the
 other, of which there can be exponentially many. Here all ways are followed at once: a set of
-positions goes through the expression, each part of which is taken once per position.
+positions goes through the expression, each part of which is taken once per position. A budget of
+steps is shared by all searches that one call makes.
 """
 
+import contextlib
+import contextvars
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from re import _constants as sre
 from re import _parser as parser
 from typing import Any
@@ -16,11 +19,41 @@ from glm_edge.errors import RecipeError
 
 MAX_PATTERN = 20_000
 MAX_PATH = 1000
-# Steps of one search, a few seconds; an honest one takes thousands.
-_MAX_STEPS = 2_000_000
+# Steps of one search, a second or two; an honest one takes thousands.
+_MAX_STEPS = 500_000
+# Steps of all searches of one call, such as a recipe's, some seconds.
+_MAX_SHARED_STEPS = 2_000_000
+# Paths of which a pattern remembers what it found.
+_MAX_KNOWN = 10_000
 _FLAGS = re.UNICODE | re.IGNORECASE
 # The positions where a part that starts at a position may end, one bit each.
 _Ends = Callable[["_Text", int], int]
+
+
+class _Work:
+    """Steps that searches have taken together."""
+
+    def __init__(self, limit: int):
+        self.steps, self.limit = 0, limit
+
+
+_SHARED: contextvars.ContextVar[_Work | None] = contextvars.ContextVar("_SHARED", default=None)
+
+
+@contextlib.contextmanager
+def shared_steps() -> Iterator[None]:
+    """Bounds the time of all searches inside, those of inner calls included; also a decorator.
+
+    Searches that take more steps together raise RecipeError.
+    """
+    if _SHARED.get() is not None:
+        yield
+        return
+    token = _SHARED.set(_Work(_MAX_SHARED_STEPS))
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
 
 
 class Pattern:
@@ -45,6 +78,7 @@ class Pattern:
         if len(text) > MAX_PATTERN:
             raise ValueError(f"it has {len(text)} letters; at most {MAX_PATTERN} are read")
         self.text = text
+        self._known: dict[str, str | None] = {}
         try:
             tree = parser.parse(text)
             if tree.state.flags & ~_FLAGS:
@@ -63,12 +97,21 @@ class Pattern:
         """Returns the first and, of those that begin there, longest part of a path that matches.
 
         Raises:
-          RecipeError: the path is longer than `MAX_PATH`, or the search takes too long.
+          RecipeError: the path is longer than `MAX_PATH`, or the search takes too long, alone or
+            with the others inside `shared_steps`.
         """
         if len(path) > MAX_PATH:
             raise RecipeError(f"a path of {len(path)} letters; patterns search up to {MAX_PATH}")
-        text = _Text(path)
+        if path not in self._known:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[path] = self._match(path)
+        return self._known[path]
+
+    def _match(self, path: str) -> str | None:
+        text = _Text(path, self.text)
         for start in range(len(path) + 1):
+            text.count(1)
             if ends := self._ends(text, start):
                 return path[start : ends.bit_length() - 1]
         return None
@@ -83,10 +126,22 @@ def compiled(pattern: str | None) -> Pattern:
 class _Text:
     """A path, and where each part ends that was tried at a position."""
 
-    def __init__(self, letters: str):
-        self.letters = letters
+    def __init__(self, letters: str, pattern: str):
+        self.letters, self._pattern = letters, pattern
         self.known: dict[tuple[int, int], int] = {}
-        self.steps = 0
+        self._counters = [_Work(_MAX_STEPS)]
+        if (shared := _SHARED.get()) is not None:
+            self._counters.append(shared)
+
+    def count(self, steps: int) -> None:
+        for work in self._counters:
+            work.steps += steps
+            if work.steps > work.limit:
+                shown = self._pattern if len(self._pattern) <= 60 else f"{self._pattern[:60]}…"
+                raise RecipeError(
+                    f"searching for the pattern {shown!r} takes too long at {self.letters[:60]!r}; "
+                    "repeat less in it, or use fewer and shorter patterns"
+                )
 
 
 def _positions(bits: int) -> list[int]:
@@ -114,6 +169,8 @@ def _sequence(items: Any, ignore_case: bool) -> _Ends:
     def ends(text: _Text, start: int) -> int:
         now = 1 << start
         for part in parts:
+            if not now:
+                break
             now = _union(part, text, now)
         return now
 
@@ -121,12 +178,11 @@ def _sequence(items: Any, ignore_case: bool) -> _Ends:
 
 
 def _union(part: _Ends, text: _Text, starts: int) -> int:
+    if isinstance(part, _Letters):
+        text.count(1)
+        return part.after(text, starts)
     found, positions = 0, _positions(starts)
-    text.steps += len(positions)
-    if text.steps > _MAX_STEPS:
-        raise RecipeError(
-            f"searching {text.letters[:60]!r} for a pattern takes too long; repeat less in it"
-        )
+    text.count(len(positions))
     for start in positions:
         found |= part(text, start)
     return found
@@ -137,7 +193,12 @@ def _part(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
         return _letter(operation, argument, ignore_case)
     if operation is sre.BRANCH:
         branches = [_sequence(items, ignore_case) for items in argument[1]]
-        return lambda text, start: _joined(branch(text, start) for branch in branches)
+
+        def any_of(text: _Text, start: int) -> int:
+            text.count(len(branches))
+            return _joined(branch(text, start) for branch in branches)
+
+        return any_of
     if operation is sre.SUBPATTERN:
         _, added, removed, items = argument
         if added or removed:
@@ -145,6 +206,11 @@ def _part(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
         return _sequence(items, ignore_case)
     if operation in (sre.MAX_REPEAT, sre.MIN_REPEAT):
         low, high, items = argument
+        unbounded = high is sre.MAXREPEAT
+        if len(items) == 1 and low <= 1 and (unbounded or high == 1):
+            letter = _part(*items[0], ignore_case)
+            if isinstance(letter, _Letters):
+                return _Letters(letter.matches, low == 1, unbounded)
         return _repeat(int(low), int(high), _sequence(items, ignore_case))
     if operation is sre.AT:
         return _anchor(argument)
@@ -153,6 +219,30 @@ def _part(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
         back = items.getwidth()[0] if direction < 0 else 0
         return _look(_sequence(items, ignore_case), back, direction < 0, operation is sre.ASSERT)
     raise ValueError(f"{str(operation).lower()} is not known")
+
+
+class _Letters:
+    """One letter, at most one, or a run of them: from all positions at once."""
+
+    def __init__(self, matches: Callable[[str], bool], needed: bool = True, many: bool = False):
+        self.matches, self._needed, self._many = matches, needed, many
+
+    def __call__(self, text: _Text, start: int) -> int:
+        return self.after(text, 1 << start)
+
+    def after(self, text: _Text, starts: int) -> int:
+        key = (id(self), -1)
+        if key not in text.known:
+            text.count(1 + len(text.letters) // 4)
+            fits = (1 << at for at, letter in enumerate(text.letters) if self.matches(letter))
+            text.known[key] = sum(fits)
+        fitting = text.known[key]
+        if self._many:
+            # The carry of the sum runs from each start to the end of its run.
+            reached = (((starts & fitting) + fitting) ^ fitting) | starts
+            return (reached & fitting) << 1 if self._needed else reached
+        once = (starts & fitting) << 1
+        return once if self._needed else starts | once
 
 
 def _joined(found: Any) -> int:
@@ -223,7 +313,7 @@ _CATEGORIES = {
 }
 
 
-def _letter(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
+def _letter(operation: Any, argument: Any, ignore_case: bool) -> _Letters:
     if operation is sre.IN:
         negated = argument[0][0] is sre.NEGATE
         tests = [_test(*item) for item in argument if item[0] is not sre.NEGATE]
@@ -236,12 +326,7 @@ def _letter(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
         cases = {letter, letter.lower(), letter.upper()} if ignore_case else {letter}
         return any(test(case) for test in tests for case in cases if len(case) == 1) != negated
 
-    def ends(text: _Text, start: int) -> int:
-        if start >= len(text.letters) or not matches(text.letters[start]):
-            return 0
-        return 1 << (start + 1)
-
-    return ends
+    return _Letters(matches)
 
 
 def _test(operation: Any, argument: Any) -> Callable[[str], bool]:

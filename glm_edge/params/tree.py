@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from glm_edge.errors import RecipeError
 from glm_edge.params.boxes import BOXES, Quantized, array_fields, is_box, tree_leaves
-from glm_edge.params.patterns import compiled
+from glm_edge.params.patterns import compiled, shared_steps
 
 Params = dict[str, Any]
 MATRIX_NAMES = ("weight", "kernel", "embedding")
@@ -42,6 +42,7 @@ def is_matrix(path: str, leaf: Any) -> bool:
     return name in MATRIX_NAMES and len(leaf.shape) >= 2 and floating
 
 
+@shared_steps()
 def select(params: Params, where: str | None) -> list[str]:
     """Paths of the matrices that a pattern selects.
 

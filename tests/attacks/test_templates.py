@@ -95,6 +95,51 @@ FIXED = (
     "{{ 1 }}" * 40000,
 )
 
+# Work inside one call, of which Python says nothing.
+UNSEEN = (
+    "{{ ('a' * 2000000).lstrip(('b' * 2000000) ~ 'a') | length }}",
+    "{{ ('é' * 2000000).rstrip(('b' * 2000000) ~ 'é') | length }}",
+    "{{ ('a' * 2000000) | trim(('b' * 2000000) ~ 'a') | length }}",
+    "{{ ('a' * 1000000).strip('bcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789' ~ 'a') | length }}",
+    "{% set t = 'é' * 20000 %}{% for i in range(99999) %}{% set x = t.lstrip('cdfghijklmné') %}{% endfor %}",
+    "{{ ('a' * 400000).rfind('ab' ~ ('a' * 200000)) }}",
+    "{{ ('a' * 400000).rindex('ab' ~ ('a' * 200000)) }}",
+    "{{ ('a' * 400000).rpartition('ab' ~ ('a' * 200000)) | length }}",
+    "{{ ('a' * 400000).rsplit('ab' ~ ('a' * 200000)) | length }}",
+    "{{ ('a' * 400000).rsplit('ab' ~ ('a' * 200000), 1) | length }}",
+    "{% set t = 'a' * 2400 %}{% set u = 'a' * 600 ~ 'b' ~ 'a' * 600 %}{% for i in range(99999) %}{{ u in t }}{{ t.find(u) }}{% endfor %}",
+    "{% set t = 'a' * 29000 %}{% set u = 'a' * 49 ~ 'b' ~ 'a' * 49 %}{% for i in range(99999) %}{{ t.count(u) }}{{ t.replace(u, '') | length }}{{ t.split(u) | length }}{% endfor %}",
+    "{% set t = 'a' * 400000 %}{% set u = 'a' * 100000 ~ 'b' ~ 'a' * 100000 %}{% for i in range(99999) %}{{ u in t }}{{ t.find(u) }}{{ t.partition(u) | length }}{% endfor %}",
+    "{% set t = 'é' * 400000 %}{% set u = ('é' * 400000,) * 99999 %}{{ ('b' ~ t).startswith(u) }}{{ (t ~ 'b').endswith((t ~ 'c',) * 9999) }}",
+    "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(32) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{% for x in range(2) %}{{ loop.changed(n.a if x else n.b) }}{% endfor %}",
+    "{% set a = 'x' * 10000000 %}{% set b = 'x' * 10000000 %}{% for i in range(99999) %}{{ loop.changed(a if loop.first else b) }}{% endfor %}",
+    "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(32) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ {'a': n.a}.items() == {'a': n.b}.items() }}",
+    "{% set n = namespace(a=(1,), b=(1,)) %}{% for i in range(32) %}{% set n.a = (n.a, n.a) %}{% set n.b = (n.b, n.b) %}{% endfor %}{{ {'a': n.a}.items() > {'a': n.b}.items() }}",
+    "{% for i in range(99999) %}{{ 0.5 in range(99999) }}{% endfor %}",
+    "{% for i in range(99999) %}{{ 99998.0 in range(99999) }}{% endfor %}",
+    "{{ range(0, 60000 * (2 ** 61 - 1), 2 ** 61 - 1) | unique | list | length }}",
+    "{{ ((range(0, 2000 * (2 ** 61 - 1), 2 ** 61 - 1) | list) + [0] * 60000) | unique | list | length }}",
+    "{{ dict(range(0, 60000 * (2 ** 61 - 1), 2 ** 61 - 1) | batch(2)) | length }}",
+    "{% set d = dict(range(0, 5000 * (2 ** 61 - 1), 2 ** 61 - 1) | batch(2)) %}{% for i in range(99999) %}{{ d[0] }}{% endfor %}",
+    "{% set t = ('a' * 10000000) %}{% for i in range(99999) %}{{ messages[0][t] is defined }}{% endfor %}",
+    "{% set t = ('é' * 5000000) %}{% for i in range(99999) %}{{ t in messages[0] }}{{ messages[0].get(t) }}{{ messages[0] | attr(t) }}{% endfor %}",
+    "{% set t = ('a' * 10000000) %}{% for i in range(99999) %}{{ t is filter }}{{ t is test }}{% endfor %}",
+    "{% set n = namespace(a=()) %}{% for i in range(40) %}{% set n.a = (n.a, n.a) %}{% endfor %}{{ n.a is filter }}{{ n.a is test }}",
+    "{% set n = namespace(a=()) %}{% for i in range(40) %}{% set n.a = (n.a, n.a) %}{% endfor %}{{ [1] | select(n.a) | list }}",
+    "{{ messages | map(attribute='.' * 9000000) | list }}",
+    "{{ ([messages] * 999) | sort(attribute='0,' * 100000) | list }}",
+    "{{ ('%' ~ '0' * 1000000) % 1 }}",
+    "{{ ('%' ~ '5' * 1000000) % 1 }}",
+    "{{ ('%0.' ~ '5' * 1000000) % 1 }}",
+    "{{ ['é' ~ '\n' * 20000000] | string | length }}",
+    "{{ (['é' * 1000000] * 9999) | sort | length }}",
+    "{{ (['A' * 1000000] * 9999) | unique | list | length }}",
+    "{{ ('a\r' * 9000000).splitlines() | length }}",
+    "{{ ('ab' * 1000000).replace('ab', 'c') | length }}{{ ('abababab' * 1000000).replace('ababab', 'c') | length }}",
+    "{{ ('a' * 99999) | truncate(99000) | length }}",
+    "{{ ([messages] * 99) | map(attribute='0.' * 100000) | list }}",
+)
+
 
 def templates(seed, count):
     rng = random.Random(seed)
@@ -115,7 +160,15 @@ def templates(seed, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [71, 72])
 def test_templates_end_within_limits(seed):
-    drawn = list(templates(seed, 60))
+    assert_end(list(templates(seed, 60)), SECONDS)
+
+
+@pytest.mark.slow
+def test_work_inside_one_call_is_counted():
+    assert_end(list(UNSEEN), 4)
+
+
+def assert_end(drawn, seconds):
     run = subprocess.run(
         [sys.executable, "-c", CHILD],
         input=json.dumps(drawn),
@@ -129,6 +182,6 @@ def test_templates_end_within_limits(seed):
     assert run.returncode == 0, (drawn[len(ends)][:300], run.stderr[-500:])
     raw = [(t[:300], end) for t, (_, end) in zip(drawn, ends, strict=True) if end.startswith("RAW")]
     assert not raw
-    late = [(t[:300], end) for t, end in zip(drawn, ends, strict=True) if end[0] > SECONDS]
+    late = [(t[:300], end) for t, end in zip(drawn, ends, strict=True) if end[0] > seconds]
     assert not late
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 << 20

@@ -3,10 +3,12 @@
 import re
 import time
 
+import numpy as np
 import pytest
 
 from glm_edge.errors import RecipeError
-from glm_edge.params.patterns import MAX_PATTERN, Pattern
+from glm_edge.params import patterns, select
+from glm_edge.params.patterns import MAX_PATTERN, Pattern, compiled, shared_steps
 
 PATHS = ["", "embed/weight", "decoder/layers/1/mlp/down_proj/weight", "vision/patch/weight", "a_B"]
 HONEST = [
@@ -24,6 +26,8 @@ HONEST = [
     r"[^/]+/[^/]+$",
     r"(?i)A_b",
     r"a?b??(?:c|d)*\D+\W*\s?",
+    "e.*e+i?[a-h]*t$",
+    "^.*?/l+a",
 ]
 
 
@@ -61,3 +65,56 @@ def test_search_gives_up_on_a_flood_of_repeats():
 def test_what_is_no_pattern_is_a_value_error(text):
     with pytest.raises(ValueError, match=r"\w"):
         Pattern(text)
+
+
+def search_all(patterns, count=1000):
+    """Searches as one call does."""
+    with shared_steps():
+        for index in range(count):
+            for text in patterns:
+                compiled(text).search(f"decoder/layers/{index}/mlp/gate_up_proj/weight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [".*" * 300 + "!", "(?:.*|x)*" * 300 + "!"])
+def test_searches_of_one_call_end_within_seconds(text):
+    start = time.process_time()
+    with pytest.raises(RecipeError, match="takes too long"):
+        search_all([text])
+    assert time.process_time() - start < 20.0
+
+
+def test_paths_and_patterns_of_one_call_share_a_budget(monkeypatch):
+    monkeypatch.setattr(patterns, "_MAX_SHARED_STEPS", 50_000)
+    text = ".*" * 30 + "!"
+    search_all([text], 1)
+    with pytest.raises(RecipeError, match=r"pattern '.+' takes too long at") as caught:
+        search_all([text])
+    assert text[:20] in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RecipeError, match="takes too long"):
+        search_all([f"{text}{index}" for index in range(60)], 1)
+    # The next call starts anew.
+    search_all([f"{text}x"], 1)
+
+
+def test_selection_shares_a_budget_with_the_call_around_it(monkeypatch):
+    monkeypatch.setattr(patterns, "_MAX_SHARED_STEPS", 50_000)
+    leaf = np.zeros((2, 2), np.float32)
+    params = {f"layer{index}": {"weight": leaf} for index in range(200)}
+
+    def select_often():
+        with shared_steps():
+            for index in range(200):
+                select(params, f"layer{index}.*weight")
+
+    assert select(params, "layer7.*weight") == [
+        "layer7/weight",
+        *(f"layer7{i}/weight" for i in range(10)),
+    ]
+    with pytest.raises(RecipeError, match="takes too long"):
+        select_often()
+
+
+def test_honest_patterns_search_many_paths():
+    search_all([".*mlp.*gate.*", r"layers/\d+/(mlp|self_attn)/", "^decoder/", "down|up"], 200)

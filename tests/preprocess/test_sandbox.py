@@ -2,11 +2,13 @@
 """Templates: what the interpreter writes is what Jinja writes, within limits, through marks."""
 
 import json
+import time
 
 import jinja2.ext
 import jinja2.sandbox
 import pytest
 
+from glm_edge.errors import DataError
 from glm_edge.preprocess.chat import render, render_marked
 
 MESSAGES = [
@@ -132,3 +134,52 @@ def test_marks_change_nothing_but_who_wrote_it(template):
     expected = render(template, MESSAGES, TOOLS)
     rendered = render_marked(template, MESSAGES, TOOLS, special=special)
     assert rendered.marks.reveal(rendered.text) == expected
+
+
+DOUBLED = (
+    "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(32) %}{% set n.a = [n.a, n.a] %}"
+    "{% set n.b = [n.b, n.b] %}{% endfor %}"
+)
+FULL_PRIMES = "range(0, 60000 * (2 ** 61 - 1), 2 ** 61 - 1)"
+UNSEEN = {
+    "strip": "{{ ('a' * 2000000).lstrip(('b' * 2000000) ~ 'a') }}",
+    "trim": "{{ ('é' * 2000000) | trim(('b' * 2000000) ~ 'é') }}",
+    "rfind": "{{ ('a' * 400000).rfind('ab' ~ ('a' * 200000)) }}",
+    "rsplit": "{{ ('a' * 400000).rsplit('ab' ~ ('a' * 200000), 1) }}",
+    "startswith": "{% set t = 'a' * 4000000 %}{{ (t ~ 'b').startswith((t ~ 'c',) * 50000) }}",
+    "changed": DOUBLED + "{% for x in range(2) %}{{ loop.changed(n.a if x else n.b) }}{% endfor %}",
+    "items": DOUBLED + "{{ {'a': n.a}.items() == {'a': n.b}.items() }}",
+    "unique": f"{{{{ {FULL_PRIMES} | unique | list }}}}",
+    "dict": f"{{{{ dict({FULL_PRIMES} | batch(2)) }}}}",
+    "name": "{% set t = 'a' * 9000000 %}{% for i in range(99999) %}{{ messages[0][t] }}{% endfor %}",
+    "attribute": "{{ messages | map(attribute='.' * 9000000) | list }}",
+    "float": "{% for i in range(99999) %}{{ 0.5 in range(99999) }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", UNSEEN.values(), ids=UNSEEN)
+def test_work_inside_one_call_is_counted(template):
+    start = time.process_time()
+    with pytest.raises(DataError, match=r"TemplateLimitError: .*(steps|bytes)"):
+        render(template, MESSAGES)
+    assert time.process_time() - start < 2.0
+
+
+def test_flags_and_widths_of_a_format_are_read_once():
+    start = time.process_time()
+    with pytest.raises(DataError, match="unsupported format"):
+        render("{{ ('%' ~ '0' * 1000000) % 1 }}", MESSAGES)
+    assert time.process_time() - start < 2.0
+
+
+def test_counted_work_answers_as_jinja_does():
+    template = (
+        "{{ 3.0 in range(5) }}{{ 0.5 in range(5) }}{{ true in range(5) }}{{ 'a' in range(5) }}"
+        "{{ 'xyax'.strip('yxx') }}{{ 'abcab'.rfind('ab') }}{{ 'a--b--c'.rsplit('--', 1) }}"
+        "{{ {'a': [1]}.items() == {'a': [1]}.items() }}{{ {1: 2}.keys() == {1.0: 3}.keys() }}"
+        "{{ [2 ** 60, (1, 2), (1, 2), 2.0 ** 60] | unique | list }}{{ {2 ** 60: 1}[2 ** 60] }}"
+        "{% for x in [[1], [1], [2]] %}{{ loop.changed(x, 'a') }}{% endfor %}"
+        "{{ '%-+5d|%05.1f' % (3, 2.5) }}{{ 'a'.startswith(('b', 'a')) }}{{ 3 is filter }}"
+    )
+    expected = jinja(template.replace("{{ 3 is filter }}", "False"), messages=[])
+    assert render(template, MESSAGES) == expected

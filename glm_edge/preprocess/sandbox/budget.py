@@ -14,8 +14,12 @@ OUTPUT_PER_CHARACTER = 8
 MAX_INTEGER_BITS = 4096
 # A step is about a microsecond; comparing and copying takes less than one per so many characters.
 CHARACTERS_PER_STEP = 256
+# Pairs of numbers, or of short tuples, that are compared in a step.
+COMPARED_PER_STEP = 16
 # A small object and its slot in a list.
 OBJECT_BYTES = 72
+# Python hashes lesser integers to themselves; among larger ones any number have the same hash.
+MAX_OWN_HASH = 1 << 53
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
@@ -54,6 +58,22 @@ class Budget:
         """Counts the steps of reading a text."""
         self.step(1 + characters // CHARACTERS_PER_STEP)
 
+    def search(self, characters: int, wanted: int, backwards: bool = False) -> None:
+        """Counts the steps of searching a text.
+
+        Python searches a long text forwards in time in proportion to its length. Backwards, and in
+        a short text, it may compare all that is searched for at each character.
+
+        Args:
+          characters: of the text.
+          wanted: characters that are searched for in it.
+          backwards: from its end.
+        """
+        self.touch(8 * (characters + wanted))
+        short = characters < 2500 or (characters < 30_000 and wanted < 100)
+        if wanted > 1 and (backwards or short):
+            self.touch(max(characters - wanted + 1, 0) * wanted)
+
     def reserve(self, size: int) -> None:
         """Counts bytes before they are taken.
 
@@ -84,6 +104,26 @@ class Budget:
         if type(value) is int and value.bit_length() > MAX_INTEGER_BITS:
             raise TemplateLimitError(f"makes an integer of more than {MAX_INTEGER_BITS} bits")
         return value
+
+
+class Keys:
+    """Counts what telling the keys of one dict apart takes.
+
+    A dict compares a key with all others of the same hash. A stranger can choose integers and
+    tuples that have one hash; those count as compared with each other. Hashes of texts are random.
+    """
+
+    def __init__(self, budget: Budget):
+        """Starts without keys."""
+        self._budget, self._alike = budget, 0
+
+    def add(self, key: Any) -> Any:
+        """Counts a key, whose comparison is counted already, and returns it."""
+        if not isinstance(key, str):
+            self._budget.step(self._alike // COMPARED_PER_STEP)
+            large = isinstance(key, int) and abs(key) > MAX_OWN_HASH
+            self._alike += large or isinstance(key, tuple)
+        return key
 
 
 class Sink:

@@ -1,5 +1,6 @@
 """Filters and tests of templates, named and answering as Jinja's do."""
 
+import functools
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import TemplateAssertionError
 
-from glm_edge.preprocess.sandbox.budget import OBJECT_BYTES, TemplateLimitError
+from glm_edge.preprocess.sandbox.budget import OBJECT_BYTES, Keys, TemplateLimitError
 from glm_edge.preprocess.sandbox.objects import (
     ITERABLE,
     Cycler,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 WORD_BREAKS = re.compile(r"([-\s({\[<]+)")
 MAX_INDENT = 64
+MAX_NAME = 64
 NUMBERS = (int, float)
 SERIES = (list, tuple)
 MAX_DIGITS = 300
@@ -68,9 +70,9 @@ class Filters:
           TemplateAssertionError: no filter of that name is known.
         """
         self._budget.step()
-        function = getattr(self, f"_filter_{ALIASES.get(name, name)}", None)
+        function = self._named("filter", name)
         if function is None:
-            raise TemplateAssertionError(f"no filter named {name!r} is known here", 0)
+            raise TemplateAssertionError(f"no filter named {name[:80]!r} is known here", 0)
         return function(value, *args, **kwargs)
 
     def test(self, name: str, value: Any, args: list[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -80,13 +82,19 @@ class Filters:
           TemplateAssertionError: no test of that name is known.
         """
         self._budget.step()
+        if self._named("test", name) is None:
+            shown = name[:80] if isinstance(name, str) else type(name).__name__
+            raise TemplateAssertionError(f"no test named {shown!r} is known here", 0)
+        return self._named("test", name)(value, *args, **kwargs)
+
+    def _named(self, kind: str, name: Any) -> Callable[..., Any] | None:
+        """Returns the filter or test of a name, which may be any value of a template."""
+        if not isinstance(name, str) or len(name) > MAX_NAME:
+            return None
         name = ALIASES.get(name, name)
-        if name in ORDERS:
-            return self._run.compare(ORDERS[name], value, *args, **kwargs)
-        function = getattr(self, f"_test_{name}", None)
-        if function is None:
-            raise TemplateAssertionError(f"no test named {name!r} is known here", 0)
-        return function(value, *args, **kwargs)
+        if kind == "test" and name in ORDERS:
+            return functools.partial(self._run.compare, ORDERS[name])
+        return getattr(self, f"_{kind}_{name}", None)
 
     def _listed(self, value: Any) -> list[Any]:
         items = list(self._run.iterate(value))
@@ -97,11 +105,14 @@ class Filters:
         return value if isinstance(value, str) else self._run.show(value)
 
     def _getter(self, path: Any, default: Any = None) -> Callable[[Any], Any]:
+        if isinstance(path, str):
+            self._budget.items(len(path))
         parts = path.split(".") if isinstance(path, str) else [path]
         parts = [int(x) if isinstance(x, str) and x.isdecimal() else x for x in parts]
 
         def read(item: Any) -> Any:
             for part in parts:
+                self._budget.step()
                 item = self._run.item(item, part)
                 if default is not None and isinstance(item, jinja2.Undefined):
                     item = default
@@ -111,6 +122,7 @@ class Filters:
 
     def _sort_key(self, attribute: Any, case_sensitive: bool) -> Callable[[Any], Any]:
         if isinstance(attribute, str) and "," in attribute:
+            self._budget.items(len(attribute))
             getters = [self._getter(part) for part in attribute.split(",")]
             return lambda item: [self._folded(get(item), case_sensitive) for get in getters]
         if attribute is None:
@@ -120,7 +132,9 @@ class Filters:
 
     def _folded(self, value: Any, case_sensitive: bool) -> Any:
         value = self._run.comparable(value)
-        return value if case_sensitive or not isinstance(value, str) else value.lower()
+        if case_sensitive or not isinstance(value, str):
+            return value
+        return self._run.method("lower", value)
 
     def _sorted(self, items: list[Any], key: Callable[[Any], Any], reverse: bool) -> list[Any]:
         keys = [key(item) for item in items]
@@ -502,9 +516,10 @@ class Filters:
     ) -> Iterator[Any]:
         key = self._sort_key(attribute, case_sensitive)
         firsts: dict[Any, Any] = {}
+        keys = Keys(self._budget)
         for item in self._listed(value):
             self._budget.reserve(OBJECT_BYTES)
-            firsts.setdefault(key(item), item)
+            firsts.setdefault(keys.add(key(item)), item)
         return iter(list(firsts.values()))
 
     # Tests.
@@ -537,10 +552,10 @@ class Filters:
         return value is True
 
     def _test_filter(self, value: Any) -> bool:
-        return hasattr(self, f"_filter_{ALIASES.get(value, value)}")
+        return self._named("filter", value) is not None
 
     def _test_test(self, value: Any) -> bool:
-        return value in ORDERS or hasattr(self, f"_test_{ALIASES.get(value, value)}")
+        return self._named("test", value) is not None
 
     def _test_float(self, value: Any) -> bool:
         return type(value) is float

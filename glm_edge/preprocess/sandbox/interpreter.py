@@ -8,7 +8,13 @@ import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateRuntimeError
 
-from glm_edge.preprocess.sandbox.budget import Budget, Sink, TemplateLimitError
+from glm_edge.preprocess.sandbox.budget import (
+    COMPARED_PER_STEP,
+    Budget,
+    Keys,
+    Sink,
+    TemplateLimitError,
+)
 from glm_edge.preprocess.sandbox.filters import Filters
 from glm_edge.preprocess.sandbox.marks import Marks
 from glm_edge.preprocess.sandbox.objects import (
@@ -47,6 +53,8 @@ ARITHMETIC = {
     nodes.Pow: ("**", operator.pow),
 }
 NUMBERS = (int, float, bool)
+# Views of a dict that are compared by what they hold.
+VIEWS = (type({}.items()), type({}.keys()))
 SCALARS = (str, int, float, bool, type(None))
 
 
@@ -140,7 +148,8 @@ class Interpreter:
                     yield item
 
         iterator = self.iterate(items) if node.test is None else chosen()
-        loop = Loop(iterator, depth, recurse if node.recursive else None, self.budget)
+        again = recurse if node.recursive else None
+        loop = Loop(iterator, depth, again, self.budget, self.comparable)
         empty = True
         for item in loop:
             empty = False
@@ -236,8 +245,9 @@ class Interpreter:
 
     def _eval_dict(self, node: nodes.Dict, scope: Scope) -> dict:
         self.budget.items(3 * len(node.items))
+        keys = Keys(self.budget)
         return {
-            self.key(self.evaluate(pair.key, scope)): self.evaluate(pair.value, scope)
+            keys.add(self.key(self.evaluate(pair.key, scope))): self.evaluate(pair.value, scope)
             for pair in node.items
         }
 
@@ -338,14 +348,18 @@ class Interpreter:
         if kind is str or kind is Safe:
             self.budget.touch(len(value))
             return self.plain(value)
-        if isinstance(value, list | tuple):
+        self.budget.step()
+        if isinstance(value, (list, tuple)):
             self.budget.items(len(value))
             items = [self.comparable(item) for item in value]
             return items if kind is list else tuple(items)
         if kind is dict:
             self.budget.items(3 * len(value))
-            return {self.comparable(k): self.comparable(v) for k, v in value.items()}
-        self.budget.step()
+            keys = Keys(self.budget)
+            return {keys.add(self.comparable(k)): self.comparable(v) for k, v in value.items()}
+        if kind in VIEWS:
+            fields = self.comparable(value.mapping.copy())
+            return fields.items() if kind is type({}.items()) else fields.keys()
         return value
 
     def _contains(self, item: Any, container: Any) -> bool:
@@ -353,12 +367,15 @@ class Interpreter:
         if isinstance(container, str):
             if not isinstance(item, str):
                 raise TypeError(f"'in <string>' needs a string, not {type(item).__name__}")
-            self.budget.touch(8 * (len(item) + len(container)))
+            self.budget.search(len(container), len(item))
             return self.plain(item) in self.plain(container)
         if kind is dict:
             return self._find_key(container, item) is not MISSING
         if kind is range:
-            return type(item) in NUMBERS and item in container
+            if type(item) is float and item.is_integer():
+                # Else each number of the range would be compared with it.
+                item = int(item)
+            return type(item) in (int, bool) and item in container
         if isinstance(container, jinja2.Undefined):
             return False
         wanted = self.comparable(item)
@@ -382,6 +399,10 @@ class Interpreter:
             name = self.key(name)
         except TypeError:
             return MISSING
+        if isinstance(name, str):
+            self._touch_name(name)
+        else:
+            self.budget.step(len(fields) // COMPARED_PER_STEP)
         if name in fields:
             return name
         if type(name) is str:
@@ -389,6 +410,11 @@ class Interpreter:
                 if other in fields:
                     return other
         return MISSING
+
+    def _touch_name(self, name: str) -> None:
+        # Names are short but for those that a template makes, which are read several times.
+        if len(name) > 64:
+            self.budget.touch(8 * len(name))
 
     def _eval_getattr(self, node: nodes.Getattr, scope: Scope) -> Any:
         return self.attribute(self.evaluate(node.node, scope), node.attr)
@@ -438,6 +464,7 @@ class Interpreter:
         return self._attribute(value, name)
 
     def _attribute(self, value: Any, name: str) -> Any:
+        self._touch_name(name)
         if isinstance(value, jinja2.Undefined):
             return value[name]
         kind = type(value)
@@ -480,7 +507,7 @@ class Interpreter:
 
     def _copy(self, value: Any) -> Any:
         self.budget.items(3 * len(value))
-        return dict(value) if type(value) is dict else value[:]
+        return value.copy() if type(value) is dict else value[:]
 
     def _index(self, items: Any, wanted: Any) -> int:
         return self.comparable(items).index(self.comparable(wanted))
@@ -619,6 +646,7 @@ class Interpreter:
 
     def _unescape(self, quoted: str) -> str:
         """Puts marks back, which `repr` writes as escapes."""
+        self.budget.items(2 * quoted.count("\\"))
         pieces, at = [], 0
         while (start := quoted.find("\\", at)) >= 0:
             pieces.append(quoted[at:start])
@@ -631,7 +659,6 @@ class Interpreter:
                     continue
             pieces.append(quoted[start:at])
         pieces.append(quoted[at:])
-        self.budget.items(len(pieces))
         return "".join(pieces)
 
     def _bracketed(self, opening: str, pieces: list[str], closing: str) -> str:
@@ -657,11 +684,11 @@ class Interpreter:
         self.budget.items(3)
         if type(args[0]) is dict:
             return self._copy(args[0])
-        fields = {}
+        fields, keys = {}, Keys(self.budget)
         for pair in self.iterate(args[0]):
             name, value = list(self.iterate(pair))
             self.budget.items(3)
-            fields[self.key(name)] = value
+            fields[keys.add(self.key(name))] = value
         return fields
 
     def _namespace(self, *args: Any, **fields: Any) -> Namespace:

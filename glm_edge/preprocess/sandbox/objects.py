@@ -189,6 +189,7 @@ class Loop:
         depth: int,
         recurse: Callable[[Any], str] | None,
         budget: Budget,
+        comparable: Callable[[Any], Any],
     ):
         """Makes one.
 
@@ -197,8 +198,10 @@ class Loop:
           depth: of a recursive loop, from 0.
           recurse: runs the loop over other items; None where it is not recursive.
           budget: that listing the items counts against.
+          comparable: returns a value without marks and counts what comparing it takes.
         """
         self._items, self._depth, self._recurse, self._budget = items, depth, recurse, budget
+        self._comparable = comparable
         self._index = -1
         self._before = self._current = self._after = MISSING
         self._length: int | None = None
@@ -245,6 +248,7 @@ class Loop:
         return items[self._index % len(items)]
 
     def _has_changed(self, *values: Any) -> bool:
+        values = self._comparable(values)
         if self._changed == values:
             return False
         self._changed = values

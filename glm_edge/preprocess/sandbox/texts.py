@@ -9,6 +9,7 @@ from glm_edge.preprocess.sandbox.budget import OBJECT_BYTES, Budget, TemplateLim
 from glm_edge.preprocess.sandbox.marks import Marks
 
 MAX_WIDTH = 1000
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 DIGITS = re.compile(r"\d+")
 # Methods that answer a question, and those that make one text of as many pieces.
 QUESTIONS = (
@@ -30,10 +31,11 @@ QUESTIONS = (
     "rindex",
     "startswith",
 )
+SEARCHES = ("count", "find", "index", "rfind", "rindex")
 CHANGES = ("capitalize", "casefold", "lower", "swapcase", "title", "upper")
 PADDINGS = ("center", "ljust", "rjust", "zfill")
 DIRECTIVE = re.compile(
-    r"%(?:\((?P<name>[^()]*)\))?(?P<flags>[-+ #0]*)(?P<width>\d*)(?:\.(?P<precision>\d*))?"
+    r"%(?:\((?P<name>[^()]*)\))?(?P<flags>[-+ #0]*+)(?P<width>\d*+)(?:\.(?P<precision>\d*+))?"
     r"(?P<kind>[diouxXeEfFgGcs%])"
 )
 
@@ -85,7 +87,7 @@ class Texts:
         return tuple(
             self.plain(text)
             if isinstance(text, str)
-            else tuple(map(self.plain, text))
+            else self._read(*text)
             if isinstance(text, tuple)
             else text
             for text in texts
@@ -93,7 +95,14 @@ class Texts:
 
     def _question(self, name: str) -> Callable[..., Any]:
         method = getattr(str, name)
-        return lambda text, *args: method(*self._read(text, *args))
+
+        def answer(text: str, *args: Any) -> Any:
+            if name in SEARCHES and args and isinstance(args[0], str):
+                self._budget.search(len(text), len(args[0]), backwards=name.startswith("r"))
+            # Each of several texts is compared, however often it is among them.
+            return method(*self._read(text, *args))
+
+        return answer
 
     def _change(self, name: str) -> Callable[..., str]:
         method = getattr(str, name)
@@ -127,8 +136,10 @@ class Texts:
             at += len(piece) + (gap or 0)
         return cut
 
-    def _count_pieces(self, plain: str, separator: str | None) -> None:
+    def _count_pieces(self, plain: str, separator: str | None, backwards: bool = False) -> None:
         # Checked before the pieces exist.
+        if separator:
+            self._budget.search(len(plain), len(separator), backwards)
         pieces = plain.count(separator) if separator else len(plain) // 2
         self._budget.reserve(pieces * OBJECT_BYTES // 2)
 
@@ -139,12 +150,12 @@ class Texts:
 
     def _rsplit(self, text: str, sep: str | None = None, maxsplit: int = -1) -> list[str]:
         plain, sep = self._read(text, sep)
-        self._count_pieces(plain, sep)
+        self._count_pieces(plain, sep, backwards=True)
         return self.cut(text, plain.rsplit(sep, maxsplit), None if sep is None else len(sep))
 
     def _splitlines(self, text: str, keepends: bool = False) -> list[str]:
         plain, _ = self._read(text, "")
-        self._count_pieces(plain, "\n")
+        self._budget.reserve(sum(map(plain.count, LINE_ENDS)) * OBJECT_BYTES // 2)
         lines = plain.splitlines(True)
         cut = self.cut(text, lines, 0)
         if keepends:
@@ -164,6 +175,7 @@ class Texts:
         if not sep:
             raise ValueError("empty separator")
         self._budget.reserve(4 * len(text))
+        self._budget.search(len(text), len(sep), backwards=find is str.rfind)
         at = find(plain, sep)
         if at < 0:
             return text[:missing], "", text[missing:]
@@ -173,12 +185,21 @@ class Texts:
         return self._lstrip(self._rstrip(text, chars), chars)
 
     def _lstrip(self, text: str, chars: str | None = None) -> str:
-        plain, chars = self._read(text, chars)
+        plain, chars = self._stripped(text, chars)
         return self._budget.made(text[len(plain) - len(plain.lstrip(chars)) :])
 
     def _rstrip(self, text: str, chars: str | None = None) -> str:
-        plain, chars = self._read(text, chars)
+        plain, chars = self._stripped(text, chars)
         return self._budget.made(text[: len(plain.rstrip(chars))])
+
+    def _stripped(self, text: str, chars: str | None) -> tuple[str, str | None]:
+        """Returns both without marks, each of `chars` once: each may be tried per character."""
+        plain, chars = self._read(text, chars)
+        if isinstance(chars, str) and len(chars) > 1:
+            self._budget.items(len(chars))
+            chars = "".join(set(chars))
+            self._budget.touch(len(plain) * len(chars))
+        return plain, chars
 
     def _removeprefix(self, text: str, prefix: str) -> str:
         plain, prefix = self._read(text, prefix)
@@ -191,6 +212,7 @@ class Texts:
 
     def _replace(self, text: str, old: str, new: str, count: int = -1) -> str:
         plain, target = self._read(text, old)
+        self._budget.search(len(plain), len(target))
         times = plain.count(target)
         times = min(times, count) if count >= 0 else times
         self._budget.reserve(times * 4 * max(len(new) - len(old), 0))
