@@ -5,6 +5,7 @@ from pathlib import Path
 
 from glm_edge.errors import CheckpointError
 from glm_edge.files import file_inside, read_bytes
+from glm_edge.writers import no_directory
 
 COMPANIONS = (
     "tokenizer.json",
@@ -40,7 +41,7 @@ def companion_paths(directory: str | os.PathLike) -> dict[str, Path]:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: is not a directory that holds a checkpoint's files")
+        raise CheckpointError(no_directory(directory))
     return {
         name: file_inside(directory, name)
         for name in COMPANIONS

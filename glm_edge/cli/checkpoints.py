@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import glm_edge as ge
-from glm_edge.files import CONFIG
+from glm_edge.checkpoint.own import STOCK
+from glm_edge.errors import CheckpointError
+from glm_edge.files import CONFIG, read_json
 
 
 def checkpoint_of(given: str | None) -> Path:
@@ -15,9 +17,28 @@ def checkpoint_of(given: str | None) -> Path:
 
     Returns:
       The directory of the checkpoint.
+
+    Raises:
+      CheckpointError: it holds the parameters of a module that is not one of this library.
     """
     if not given:
         return ge.shipped("nano")
     directory = Path(given)
     inner = directory / "checkpoint"
-    return inner if not (directory / CONFIG).exists() and (inner / CONFIG).exists() else directory
+    if not (directory / CONFIG).exists() and (inner / CONFIG).exists():
+        directory = inner
+    _refuse_stock(directory)
+    return directory
+
+
+def _refuse_stock(directory: Path) -> None:
+    try:
+        fields = read_json(directory / CONFIG)
+    # What is wrong with it is said where the checkpoint is loaded.
+    except CheckpointError:
+        return
+    if fields.get("architecture") == STOCK:
+        raise CheckpointError(
+            f"{directory}: holds the parameters of a module of yours, which the command line "
+            f"cannot build; use ge.load({str(directory)!r}, model=module) in Python"
+        )

@@ -27,6 +27,8 @@ from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import MATRIX_NAMES, Params, path_items
 
 Batch = dict[str, Any]
+# Inputs that a model may take besides tokens.
+INPUTS = ("images", "audio")
 Result = tuple[nn.Module, Params, Report]
 
 
@@ -55,6 +57,12 @@ class Context:
 
     def __post_init__(self):
         object.__setattr__(self, "progress", progress_of(self.progress))
+        for name in self.without:
+            if name not in INPUTS:
+                raise DataError(
+                    f"without=[{name!r:.60}] is no input that calibration may lack; known: "
+                    f"{', '.join(INPUTS)}"
+                )
         if self.reference is None:
             object.__setattr__(self, "reference", self.original)
 
@@ -127,7 +135,8 @@ class Transform:
 
         Raises:
           RecipeError: options do not fit the model, or an argument is no model or no parameters.
-          DataError: calibration is missing or cannot be read more than once.
+          DataError: calibration is missing or cannot be read more than once, or `without` names no
+            input.
         """
         if isinstance(calibration, Iterator):
             raise DataError(
