@@ -107,7 +107,7 @@ def launch(main: Callable[[list[str]], None], help_text: str, argv: Sequence[str
 
     def quietly(argv: list[str]) -> None:
         # jax tells of processors that are not there, TensorFlow of every step of a conversion.
-        if FLAGS["verbosity"].using_default_value:
+        if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         main(argv)
 
