@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from glm_edge.compress.calibration import check_without
 from glm_edge.compress.progress import Progress, progress_of
 from glm_edge.compress.report import Report
 from glm_edge.errors import DataError, RecipeError
@@ -27,8 +28,6 @@ from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import MATRIX_NAMES, Params, path_items
 
 Batch = dict[str, Any]
-# Inputs that a model may take besides tokens.
-INPUTS = ("images", "audio")
 Result = tuple[nn.Module, Params, Report]
 
 
@@ -57,12 +56,7 @@ class Context:
 
     def __post_init__(self):
         object.__setattr__(self, "progress", progress_of(self.progress))
-        for name in self.without:
-            if name not in INPUTS:
-                raise DataError(
-                    f"without=[{name!r:.60}] is no input that calibration may lack; known: "
-                    f"{', '.join(INPUTS)}"
-                )
+        check_without(self.without)
         if self.reference is None:
             object.__setattr__(self, "reference", self.original)
 

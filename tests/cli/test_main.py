@@ -21,6 +21,7 @@ from glm_edge.checkpoint.lazy import open_lazily
 from glm_edge.cli import compress, console, corpora, export, main
 from glm_edge.cli.checkpoints import checkpoint_of
 from glm_edge.cli.whole import as_stored
+from glm_edge.compress import batches
 from glm_edge.compress.report import Report, Row
 from glm_edge.errors import CheckpointError, DataError, OutputError
 
@@ -289,6 +290,8 @@ def test_doors_of_python_hint_at_downloads_too():
 def test_unknown_inputs_to_do_without_are_refused(without):
     with pytest.raises(DataError, match="known: images, audio"):
         ge.quantize.rtn(bits=8)(nn.Dense(4), {"kernel": np.ones((2, 4))}, without=without)
+    with pytest.raises(DataError, match="known: images, audio"):
+        batches.check(nn.Dense(4), [{"tokens": np.ones((1, 2), int)}], "plan", without)
 
 
 @pytest.mark.parametrize("command", ["compress", "export", "evaluate"])
