@@ -341,6 +341,28 @@ class DirectoryLock:
         os.close(file)
 
 
+def check_target(path: str | os.PathLike, overwrite: bool, mark: str = CONFIG) -> None:
+    """Refuses a directory that `new_directory` would refuse when the work is done.
+
+    Args:
+      path: directory to create.
+      overwrite: replaces an existing checkpoint (a directory that holds `mark`).
+      mark: name of a file that a directory holds that may be replaced.
+
+    Raises:
+      OutputError: it exists and may not be replaced, or where it would lie cannot be written.
+    """
+    target = check_writable_name(path)
+    try:
+        _check_target(target, overwrite, mark)
+        parent = next(parent for parent in target.parents if os.path.lexists(parent))
+        writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    if not writable:
+        raise OutputError(f"{target}: cannot be written: {parent} is no directory to write into")
+
+
 def _check_target(target: Path, overwrite: bool, mark: str) -> None:
     refuse_link(target)
     if target.is_dir():

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from glm_edge.errors import CheckpointError
-from glm_edge.files import file_inside, read_bytes, shown_path
+from glm_edge.files import file_inside, read_bytes
+from glm_edge.writers import no_directory
 
 COMPANIONS = (
     "tokenizer.json",
@@ -40,9 +41,7 @@ def companion_paths(directory: str | os.PathLike) -> dict[str, Path]:
     """
     directory = Path(directory)
     if not os.path.isdir(directory):
-        raise CheckpointError(
-            f"{shown_path(directory)}: is not a directory that holds a checkpoint's files"
-        )
+        raise CheckpointError(no_directory(directory))
     return {
         name: file_inside(directory, name)
         for name in COMPANIONS

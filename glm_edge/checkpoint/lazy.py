@@ -14,6 +14,7 @@ from glm_edge.checkpoint import hugging_face, own
 from glm_edge.checkpoint.placement import Placement
 from glm_edge.errors import CheckpointError
 from glm_edge.files import CONFIG, file_inside, read_json
+from glm_edge.writers import no_directory
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
       ConfigError: config.json names an unknown model, or a field is missing or not known.
     """
     directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(no_directory(directory))
     fields = read_json(file_inside(directory, CONFIG))
     if fields.get("format") != own.FORMAT:
         source = hugging_face.open_directory(directory, fields)

@@ -110,6 +110,9 @@ def build(path: str | os.PathLike) -> nn.Module:
       ConfigError: it names an unknown model, or a field is missing or not known.
     """
     file = Path(path) / CONFIG if os.path.isdir(path) else Path(path)
+    # A path with this ending is meant as the file itself, not as a repository.
+    if not os.path.lexists(file) and file.suffix != ".json":
+        raise CheckpointError(no_directory(file))
     fields = read_json(file_inside(file.parent, file.name))
     if fields.get("format") == own.FORMAT:
         return own.build(fields, file)
@@ -235,12 +238,15 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
       A `tokenizers.Tokenizer`.
 
     Raises:
-      CheckpointError: the directory holds no tokenizer.json, or one that is damaged or that asks
-        for what may not end or takes memory without bound.
+      CheckpointError: the directory does not exist, holds no tokenizer.json, or one that is damaged
+        or that asks for what may not end or takes memory without bound.
     """
     from glm_edge.preprocess.tokenizer_files import read_tokenizer
 
-    return read_tokenizer(Path(path) / TOKENIZER)
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(no_directory(directory))
+    return read_tokenizer(directory / TOKENIZER)
 
 
 def _check_dtype(dtype: str | None) -> None:

@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 import glm_edge as ge
-from glm_edge.files import CONFIG
+from glm_edge.checkpoint.own import STOCK
+from glm_edge.errors import CheckpointError
+from glm_edge.files import CONFIG, read_json
 
 
 def checkpoint_of(given: str | None) -> Path:
@@ -16,6 +18,9 @@ def checkpoint_of(given: str | None) -> Path:
 
     Returns:
       The directory of the checkpoint.
+
+    Raises:
+      CheckpointError: it holds the parameters of a module that is not one of this library.
     """
     if not given:
         return ge.shipped("nano")
@@ -23,4 +28,20 @@ def checkpoint_of(given: str | None) -> Path:
     inner = directory / "checkpoint"
     # `Path.exists` raises for a name that is too long.
     outer_holds, inner_holds = (os.path.exists(path / CONFIG) for path in (directory, inner))
-    return inner if inner_holds and not outer_holds else directory
+    if inner_holds and not outer_holds:
+        directory = inner
+    _refuse_stock(directory)
+    return directory
+
+
+def _refuse_stock(directory: Path) -> None:
+    try:
+        fields = read_json(directory / CONFIG)
+    # What is wrong with it is said where the checkpoint is loaded.
+    except CheckpointError:
+        return
+    if fields.get("architecture") == STOCK:
+        raise CheckpointError(
+            f"{directory}: holds the parameters of a module of yours, which the command line "
+            f"cannot build; use ge.load({str(directory)!r}, model=module) in Python"
+        )

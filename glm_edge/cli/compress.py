@@ -10,7 +10,8 @@ as their --checkpoint. Tokenizer, chat template and processor files are copied a
 
 --recipe is a name or a JSON file (`glm_edge.to_json` writes one). A recipe of `quantize.*`
 transforms is carried out one layer at a time, so the model need not fit in memory; killed, the same
-command takes it up again. Other recipes (pruning, distillation) load the whole model.
+command takes it up again. Other recipes (pruning, distillation) load the whole model, and compute
+in float32; what stays floating is stored in the source's type again.
 
 --calibration is a UTF-8 text file, cut into --sequences windows of --length tokens, or an .npz file
 of arrays `tokens` [N, T] and, where the model has encoders, `images` [N, ...] and `audio` [N, ...].
@@ -34,10 +35,12 @@ from glm_edge.cli.checkpoints import checkpoint_of
 from glm_edge.cli.console import print_table, refuse_arguments
 from glm_edge.cli.loss import text_loss
 from glm_edge.cli.run import run_of
+from glm_edge.cli.whole import as_stored, load_wide
 from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.report import Report
 from glm_edge.compress.stream import compress_checkpoint, is_streamable
 from glm_edge.compress.transform import Transform
+from glm_edge.writers import check_target
 
 FLAGS = flags.FLAGS
 Batches = list[dict[str, Any]]
@@ -80,7 +83,9 @@ def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> 
     recipe = ge.recipes.find(FLAGS.recipe)
     out, rng = Path(FLAGS.out_dir), jax.random.key(FLAGS.seed)
     target = out / "checkpoint"
-    corpora.check_absent(out / "report.json", overwrite=True)
+    check_target(target, FLAGS.overwrite)
+    corpora.check_absent(out / "report.json", FLAGS.overwrite)
+    windows = read_windows(source) if FLAGS.text else None
     batches = (read_calibration(source) + (draw(source) if draw else [])) or None
     if is_streamable(recipe):
         report = compress_checkpoint(
@@ -95,16 +100,18 @@ def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> 
             compute=FLAGS.compute,
         )
     else:
-        model, params = ge.load(source, dtype="float32")
+        model, params, stored = load_wide(source)
         model, params, report = recipe(
             model, params, batches, rng, ProgressLine(), without=FLAGS.without
         )
+        params, report = as_stored(params, stored, report)
         ge.save(model, params, target, "safetensors", FLAGS.overwrite, source=source)
     spent = time.monotonic() - started
     summary = summarize(source, target, recipe, report, spent)
-    if FLAGS.text:
-        summary["text"] = measure_text(source, target)
-    corpora.write_text(out / "report.json", json.dumps(summary, indent=1) + "\n", overwrite=True)
+    if windows is not None:
+        summary["text"] = measure_text(source, target, windows)
+    content = json.dumps(summary, indent=1) + "\n"
+    corpora.write_text(out / "report.json", content, FLAGS.overwrite)
     show(summary)
 
 
@@ -140,13 +147,15 @@ def summarize(
     }
 
 
-def measure_text(source: Path, target: Path) -> dict[str, Any]:
-    """Measures the perplexity of both models, and how far their predictions differ."""
+def read_windows(source: Path) -> corpora.Windows:
+    """Cuts --text into evaluation windows."""
     tokenizer = ge.load_tokenizer(source)
     ids = corpora.encode_text(tokenizer, corpora.read_text(FLAGS.text))
-    windows = corpora.windows(
-        ids[: FLAGS.text_tokens], corpora.token_bytes(tokenizer), FLAGS.length
-    )
+    return corpora.windows(ids[: FLAGS.text_tokens], corpora.token_bytes(tokenizer), FLAGS.length)
+
+
+def measure_text(source: Path, target: Path, windows: corpora.Windows) -> dict[str, Any]:
+    """Measures the perplexity of both models, and how far their predictions differ."""
     dense = ge.load(source)
     before = text_loss(*dense, windows)
     after = text_loss(*ge.load(target), windows, dense)
@@ -159,7 +168,7 @@ def measure_text(source: Path, target: Path) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Prints the totals."""
+    """Prints the totals, and what the reader should know."""
     before, after = summary["bytes_before"], summary["bytes_after"]
     rows = [
         ["bytes before", f"{before:,}"],
@@ -178,3 +187,5 @@ def show(summary: dict[str, Any]) -> None:
             ["top-1 flips", f"{text['after']['flips']:.2%}"],
         ]
     print_table(["quantity", "value"], rows)
+    for note in summary["notes"]:
+        print(f"note: {note}")

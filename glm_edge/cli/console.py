@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from glm_edge.errors import GlmEdgeError, MissingExtraError, require
 
@@ -55,6 +55,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def as_flags(message: str, known: flags.FlagValues = FLAGS) -> str:
     """Rewrites arguments of Python that a message names as the flags of the running script.
 
+    An argument is `name=value` anywhere, or `name: ` at the beginning.
+
     Args:
       message: such as `exists; pass overwrite=True`.
       known: flags of the script; what is none of them stays as it is.
@@ -72,7 +74,9 @@ def as_flags(message: str, known: flags.FlagValues = FLAGS) -> str:
         items = re.findall(r"[^\s,'\"\[\]]+", value)
         return f"--{name}={','.join(items)}" if items else f"--{name}"
 
-    return _ARGUMENT.sub(spell, message)
+    message = _ARGUMENT.sub(spell, message)
+    first = re.match(r"([a-z]\w*): ", message)
+    return f"--{message}" if first and first[1] in known else message
 
 
 def fail_in_one_line(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
@@ -84,6 +88,9 @@ def fail_in_one_line(main: Callable[[list[str]], None]) -> Callable[[list[str]],
             main(argv)
         except GlmEdgeError as error:
             sys.exit(f"error: {as_flags(str(error))}")
+        # absl prints the whole help above its message.
+        except app.UsageError as error:
+            sys.exit(f"error: {error}")
 
     return guarded
 
@@ -97,4 +104,11 @@ def launch(main: Callable[[list[str]], None], help_text: str, argv: Sequence[str
       argv: the program's name and its flags.
     """
     sys.modules["__main__"].__doc__ = help_text
-    app.run(fail_in_one_line(main), argv=list(argv))
+
+    def quietly(argv: list[str]) -> None:
+        # jax tells of processors that are not there, TensorFlow of every step of a conversion.
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
+        main(argv)
+
+    app.run(fail_in_one_line(quietly), argv=list(argv))

@@ -10,7 +10,6 @@ CPython's help topics are the text.
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -21,7 +20,7 @@ from glm_edge.cli import corpora
 from glm_edge.cli.checkpoints import checkpoint_of
 from glm_edge.cli.console import refuse_arguments
 from glm_edge.cli.loss import WINDOW, text_loss
-from glm_edge.errors import OutputError
+from glm_edge.cli.outputs import check_output
 
 FLAGS = flags.FLAGS
 Further = Callable[[Any, Any, Tokenizer], dict[str, Any]]
@@ -40,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("text", None, "UTF-8 file whose loss is measured.")
     flags.DEFINE_integer("text_tokens", 60000, "At most this many tokens of it are scored.", 2)
     flags.DEFINE_string("json", None, "File to write the numbers to.")
+    flags.DEFINE_bool("overwrite", False, "Replace --json where it exists already.")
 
 
 def main(argv: Sequence[str], further: Further | None = None) -> None:
@@ -50,10 +50,8 @@ def main(argv: Sequence[str], further: Further | None = None) -> None:
       further: called with model, parameters and tokenizer; prints and returns further numbers.
     """
     refuse_arguments(argv)
+    check_output(FLAGS.json, FLAGS.overwrite)
     checkpoint = checkpoint_of(FLAGS.checkpoint)
-    if FLAGS.json and not Path(FLAGS.json).resolve().parent.is_dir():
-        raise OutputError(f"{FLAGS.json}: its directory does not exist; create it first")
-    corpora.check_absent(FLAGS.json, overwrite=True)
     model, params = ge.load(checkpoint, dtype="float32")
     tokenizer = ge.load_tokenizer(checkpoint)
     windows = text_windows(tokenizer, FLAGS.text, FLAGS.text_tokens)
@@ -66,7 +64,8 @@ def main(argv: Sequence[str], further: Further | None = None) -> None:
     if further:
         report |= further(model, params, tokenizer)
     if FLAGS.json:
-        corpora.write_text(FLAGS.json, json.dumps(report, indent=2) + "\n", overwrite=True)
+        content = json.dumps(report, indent=2) + "\n"
+        corpora.write_text(FLAGS.json, content, overwrite=FLAGS.overwrite)
 
 
 def text_windows(tokenizer: Tokenizer, path: str | None, limit: int) -> corpora.Windows:

@@ -8,7 +8,8 @@ of LiteRT-LM), `onnx`, `mnn` or `coreml`, each with an extra of its own. A compr
 converted by a rule that is printed, or refused with what would be right.
 
 --verify runs what was written, in a process of its own, against JAX on the same integers, and fails
-below --threshold: on the first --text_tokens of --text, or on random tokens.
+below --threshold: on the first --text_tokens of --text. Without --text it takes half of CPython's
+help topics, but random tokens for litertlm and for a checkpoint without a tokenizer.
 
 * tflite: every signature, in LiteRT.
 * onnx, mnn: every graph, in onnxruntime or MNN, in float32; integers and scales bit for bit first.
@@ -32,9 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 import glm_edge as ge
+from glm_edge.checkpoint.load import TOKENIZER
 from glm_edge.cli import corpora
 from glm_edge.cli.checkpoints import checkpoint_of
 from glm_edge.cli.console import print_table, refuse_arguments
@@ -82,7 +84,7 @@ def define_flags() -> None:
         0.0,
         1.0,
     )
-    flags.DEFINE_string("text", None, "UTF-8 file to verify on; default: random tokens.")
+    flags.DEFINE_string("text", None, "UTF-8 file to verify on; default: CPython's help topics.")
     flags.DEFINE_integer("text_tokens", 1024, "At most this many tokens of it are compared.", 2)
     flags.DEFINE_integer("seed", 0, "Seed of random tokens.")
     flags.DEFINE_bool("report", False, "Write report.json beside the file.")
@@ -93,15 +95,14 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     refuse_arguments(argv)
     started = time.monotonic()
-    # TensorFlow tells of every step of a conversion.
-    logging.set_verbosity(logging.WARNING)
     out = Path(FLAGS.out)
     source = checkpoint_of(FLAGS.checkpoint)
     check_flags(out)
     options = {"prefill_lengths": lengths(), "overwrite": FLAGS.overwrite}
     if FLAGS.cache_slots is not None:
         options["cache_slots"] = FLAGS.cache_slots
-    write, ids = exporter(FLAGS.format), text_ids(source)
+    write = exporter(FLAGS.format)
+    ids, named = text_ids(source)
     model, params = ge.load(source)
     arguments = (model, params, source) if FLAGS.format == "litertlm" else (model, params)
     result = write(*arguments, out, **options)
@@ -113,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
         "parameter_bytes": ge.params.stored_bytes(params),
         "conversions": [dataclasses.asdict(c) for c in result.conversions],
         "compatibility": accelerators(out) if FLAGS.format == "tflite" else None,
-        "verification": verification(result, ids, source) if FLAGS.verify else None,
+        "verification": verification(result, ids, source, named) if FLAGS.verify else None,
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "run": run_of(FLAGS.seed),
@@ -190,19 +191,26 @@ def accelerators(out: Path) -> dict[str, Any]:
     }
 
 
-def text_ids(source: Path) -> np.ndarray | None:
-    """Tokens of --text, or None.
+def text_ids(source: Path) -> tuple[np.ndarray | None, str]:
+    """Tokens to verify on, or None for random ones, and what they are in words.
 
     Raises:
-      DataError: the checkpoint has no tokenizer, or the text cannot be read.
+      CheckpointError: the checkpoint has no tokenizer for --text.
+      DataError: the text cannot be read.
     """
-    if not FLAGS.text:
-        return None
-    ids = corpora.encode_text(ge.load_tokenizer(source), corpora.read_text(FLAGS.text))
-    return np.asarray(ids[: FLAGS.text_tokens], np.int32)
+    # The bundle's prompts come with images and speech; LiteRT-LM's engine answers each of them.
+    topics = FLAGS.format in ("tflite", *FLOAT32) and (source / TOKENIZER).exists()
+    if FLAGS.text:
+        text, named = corpora.read_text(FLAGS.text), f"the text of {Path(FLAGS.text).name}"
+    elif FLAGS.verify and topics:
+        text, named = corpora.pydoc_topics("evaluation"), "CPython's help topics"
+    else:
+        return None, "random tokens"
+    ids = corpora.encode_text(ge.load_tokenizer(source), text)
+    return np.asarray(ids[: FLAGS.text_tokens], np.int32), named
 
 
-def verification(result: Any, ids: np.ndarray | None, source: Path) -> dict[str, Any]:
+def verification(result: Any, ids: np.ndarray | None, source: Path, named: str) -> dict[str, Any]:
     """The comparison with JAX, or what was read where nothing runs the format."""
     if FLAGS.format == "coreml":
         found = result.verify()
@@ -215,7 +223,7 @@ def verification(result: Any, ids: np.ndarray | None, source: Path) -> dict[str,
         check=False,
     )
     summary = {"passed": found.passed, "reason": found.reason}
-    return {"ran": True, **dataclasses.asdict(found), **summary}
+    return {"ran": True, "tokens_of": named, **dataclasses.asdict(found), **summary}
 
 
 def compared(result: Any, ids: np.ndarray | None, source: Path) -> list[Any] | None:
@@ -257,6 +265,7 @@ def verification_rows(found: dict[str, Any] | None) -> list[list[str]]:
         return [["verified", "no: nothing ran it"], ["specification", found["summary"]]]
     rows = [
         ["verified", "yes" if found["passed"] else f"no: {found['reason']}"],
+        ["tokens of", found["tokens_of"]],
         ["top-1 agreement", f"{found['agreement']:.2%} of {found['tokens']} tokens"],
         ["least asked for", f"{found['threshold']:.2%}"],
         ["compared with", f"JAX, {found['compute']}"],

@@ -7,7 +7,8 @@
 `.evaluate` and `.plan_phone` run the same code; two of them draw phone screens as well.
 
 Exit status: 0 when the work is done, or the commands were listed; 1 when an input is refused, a
-verification fails, or after COMMAND --help. A refusal is one line on standard error.
+verification fails, or after COMMAND --help. A refusal is one line on standard error; of a flag that
+does not exist or cannot be read, absl adds a line about help.
 """
 
 import importlib

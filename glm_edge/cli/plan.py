@@ -28,7 +28,8 @@ from absl import flags
 
 from glm_edge import params as boxes
 from glm_edge.cli.console import print_table, refuse_arguments
-from glm_edge.cli.corpora import check_absent, write_text
+from glm_edge.cli.corpora import write_text
+from glm_edge.cli.outputs import check_output
 from glm_edge.compress.plan_table import bytes_with
 from glm_edge.configs import GLMConfig, preset
 from glm_edge.errors import BoxError, RecipeError
@@ -74,10 +75,10 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     refuse_arguments(argv)
-    check_absent(FLAGS.json, FLAGS.overwrite)
+    check_output(FLAGS.json, FLAGS.overwrite)
     config = preset(FLAGS.preset)
     budgets = {"GB": int(FLAGS.budget_gb * 1e9), "GiB": int(FLAGS.budget_gb * 2**30)}
-    tower, ends = read_format(FLAGS.tower_format), read_format(FLAGS.end_format)
+    tower, ends = (read_format(FLAGS[name].value, name) for name in ("tower_format", "end_format"))
     report: dict[str, Any] = {"preset": config.name, "budgets": budgets}
     report["parts"] = parts(config, tower)
     report["uniform"] = [
@@ -104,8 +105,12 @@ def main(argv: Sequence[str]) -> None:
         write_text(FLAGS.json, json.dumps(report, indent=2) + "\n", overwrite=FLAGS.overwrite)
 
 
-def read_format(name: str) -> Format:
+def read_format(name: str, flag: str | None = None) -> Format:
     """A format by its name.
+
+    Args:
+      name: such as `int4-g32`.
+      flag: that it comes from, for the message.
 
     Raises:
       RecipeError: there is none such.
@@ -113,7 +118,7 @@ def read_format(name: str) -> Format:
     try:
         return Format.parse(name)
     except BoxError as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(f"{flag}: {error}" if flag else str(error)) from error
 
 
 @functools.cache

@@ -33,7 +33,7 @@ import numpy as np
 from jax import Array
 
 from glm_edge.compress import calibration as calibrations
-from glm_edge.compress.calibration import Called, has_length, is_empty
+from glm_edge.compress.calibration import Called, check_without, has_length, is_empty
 from glm_edge.compress.padding import valid_tokens, without_padding
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM, audio_features, feature_counts
@@ -414,9 +414,10 @@ def check(
       Notes for the report.
 
     Raises:
-      DataError: there are no batches, one is malformed, token ids lie beyond the vocabulary, or
-        no batch holds an input that the model takes.
+      DataError: there are no batches, one is malformed, token ids lie beyond the vocabulary, no
+        batch holds an input that the model takes, or `without` names no input.
     """
+    check_without(without)
     if isinstance(calibration, Iterator):
         raise DataError(
             f"{transform}: calibration is an iterator that can be read only once; pass a list"

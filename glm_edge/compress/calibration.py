@@ -1,6 +1,6 @@
 """Calibration batches of any shape, with the functions by which a model reads them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,9 @@ from jax import Array
 
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.tree import Params
+
+# Inputs that a model may take besides tokens.
+INPUTS = ("images", "audio")
 
 Apply = Callable[[nn.Module, Mapping[str, Any], Any], Any]
 
@@ -246,3 +249,20 @@ def _shared_axis(batch: Any) -> int | None:
     leaves = jax.tree.leaves(batch)
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def check_without(without: Sequence[str]) -> None:
+    """Refuses names of inputs that no model takes.
+
+    Args:
+      without: inputs that calibration is known to lack.
+
+    Raises:
+      DataError: one is not of `INPUTS`.
+    """
+    for name in without:
+        if name not in INPUTS:
+            raise DataError(
+                f"without=[{name!r:.60}] is no input that calibration may lack; known: "
+                f"{', '.join(INPUTS)}"
+            )

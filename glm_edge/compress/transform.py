@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from glm_edge.compress.calibration import check_without
 from glm_edge.compress.progress import Progress, progress_of
 from glm_edge.compress.report import Report
 from glm_edge.errors import DataError, RecipeError
@@ -55,6 +56,7 @@ class Context:
 
     def __post_init__(self):
         object.__setattr__(self, "progress", progress_of(self.progress))
+        check_without(self.without)
         if self.reference is None:
             object.__setattr__(self, "reference", self.original)
 
@@ -127,7 +129,8 @@ class Transform:
 
         Raises:
           RecipeError: options do not fit the model, or an argument is no model or no parameters.
-          DataError: calibration is missing or cannot be read more than once.
+          DataError: calibration is missing or cannot be read more than once, or `without` names no
+            input.
         """
         if isinstance(calibration, Iterator):
             raise DataError(

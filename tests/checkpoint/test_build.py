@@ -27,7 +27,7 @@ def test_a_directory_of_ours_gives_the_module_that_load_gives():
 
 
 def test_what_is_no_config_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         ge.build(tmp_path / "missing")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ConfigError, match="model_type 'llama' is unknown"):

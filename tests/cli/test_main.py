@@ -2,18 +2,28 @@
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 import tomllib
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import flax.linen as nn
+import jax
+import numpy as np
 import pytest
 from absl import app, flags
 
 import glm_edge as ge
 from experiments import make_checkpoint
-from glm_edge.cli import console, main
+from glm_edge.checkpoint.lazy import open_lazily
+from glm_edge.cli import compress, console, corpora, export, main
 from glm_edge.cli.checkpoints import checkpoint_of
-from glm_edge.errors import OutputError
+from glm_edge.cli.whole import as_stored
+from glm_edge.compress import batches
+from glm_edge.compress.report import Report, Row
+from glm_edge.errors import CheckpointError, DataError, OutputError
 
 ROOT = Path(__file__).parents[2]
 ENTRY = "glm_edge.cli.main:main"
@@ -111,6 +121,8 @@ def test_checkpoint_of_nothing_is_nano(tmp_path):
         ("pass without=['images', 'audio'].", "pass --without=images,audio."),
         ("seed=3, and where=None matches none", "--seed=3, and where=None matches none"),
         ("--seed=3 and x.seed=3", "--seed=3 and x.seed=3"),
+        ("seed: 1 must be 2, not seed: 3", "--seed: 1 must be 2, not seed: 3"),
+        ("model: 1 must be 2", "model: 1 must be 2"),
     ],
 )
 def test_messages_name_flags_of_the_script(message, expected):
@@ -145,3 +157,220 @@ def test_wheel_holds_the_command_and_its_entry_point(tmp_path, monkeypatch):
     assert f"glm-edge = {ENTRY}" in wheel.read(declared).decode()
     assert {"glm_edge/cli/compress.py", "glm_edge/__main__.py"} <= set(wheel.namelist())
     assert not any(name.startswith("experiments") for name in wheel.namelist())
+
+
+PRUNE = {
+    "name": "prune.structured",
+    "options": {"heads": 0.5, "neurons": 0.5, "score": "magnitude"},
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A small bfloat16 checkpoint with the shipped tokenizer."""
+    directory = tmp_path / "source"
+    make_checkpoint.write(SMALL | {"vocab_size": 2304}, str(directory), 1e9, seed=0)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (directory / name).write_bytes((ge.shipped("nano") / name).read_bytes())
+    return directory
+
+
+def recipe_file(folder, *steps):
+    path = folder / "recipe.json"
+    path.write_text(json.dumps({"name": "chain", "options": {"transforms": steps}}))
+    return path
+
+
+def test_whole_recipes_store_the_type_of_the_source(run, tmp_path, source, capsys):
+    float16 = {"name": "quantize.rtn", "options": {"qtype": "float16", "where": "^embed/"}}
+    rounded = {"name": "quantize.rtn", "options": {"bits": 8, "where": "q_proj"}}
+    recipe, out = recipe_file(tmp_path, PRUNE, float16, rounded), tmp_path / "out"
+    run("compress", f"--checkpoint={source}", f"--out_dir={out}", f"--recipe={recipe}")
+    _, params = ge.load(out / "checkpoint")
+    leaves = dict(ge.params.path_items(params))
+    plain = {path: str(leaf.dtype) for path, leaf in leaves.items() if not ge.params.is_box(leaf)}
+    assert plain.pop("embed/weight") == "float16"
+    assert set(plain.values()) == {"bfloat16"}
+    assert any(map(ge.params.is_box, leaves.values()))
+    report = json.loads((out / "report.json").read_text())
+    assert report["bytes_before"] == ge.params.stored_bytes(ge.load(source)[1])
+    assert report["bytes_after"] == ge.params.stored_bytes(params)
+    last = {row["path"]: row for row in report["parameters"]}
+    for path, row in last.items():
+        assert row["bytes_after"] == ge.params.stored_bytes(leaves[path])
+    assert last["decoder/layers/0/mlp/down_proj/weight"]["bits"] == 16
+    assert "note: computed in float32; what stayed floating" in capsys.readouterr().out
+
+
+def test_as_stored_narrows_masked_but_no_prepared_weights():
+    wide = np.ones((4, 8), np.float32)
+    stored = {name: jax.ShapeDtypeStruct(wide.shape, "bfloat16") for name in "abc"}
+    stored["d"] = jax.ShapeDtypeStruct(wide.shape, "float32")
+    scale = np.ones((4, 1), np.float32)
+    fake = ge.params.fake_quantized(wide, scale, None, ge.params.Format("int8"))
+    masked = ge.params.mask(wide, wide > 0)
+    params = {"a": masked, "b": wide.astype(np.float16), "c": fake, "d": wide}
+    size = ge.params.stored_bytes(masked)
+    row = Row("prune.magnitude", "a", "50%", 0.5, 8 * size / 32, 128, size)
+    rows = (row, replace(row, bytes_before=size))
+    report = Report(rows, 0, 0, 0, 0)
+    narrowed, report = as_stored(params, stored, report)
+    assert narrowed["a"].value.dtype == "bfloat16"
+    assert narrowed["b"].dtype == np.float16
+    assert narrowed["c"] is fake
+    assert narrowed["d"].dtype == np.float32
+    assert report.bytes_before == 3 * 64 + 128
+    assert report.bytes_after == ge.params.stored_bytes(narrowed)
+    after = ge.params.stored_bytes(narrowed["a"])
+    assert [(r.bytes_before, r.bytes_after) for r in report.rows] == [(64, after), (after, after)]
+    assert report.rows[-1].bits == 8 * after / 32
+    assert report.notes == (
+        "computed in float32; what stayed floating is stored as bfloat16 again",
+    )
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compress_refuses_before_it_loads(whole, run, tmp_path, source, monkeypatch):
+    def no_work(*arguments, **options):
+        raise AssertionError("worked before all inputs were read")
+
+    for name in ("load_wide", "compress_checkpoint"):
+        monkeypatch.setattr(compress, name, no_work)
+    out = tmp_path / "out"
+    recipe = recipe_file(tmp_path, PRUNE) if whole else "rtn_4bit"
+    arguments = ("compress", f"--checkpoint={source}", f"--out_dir={out}", f"--recipe={recipe}")
+    with pytest.raises(SystemExit, match="nofile"):
+        run(*arguments, f"--text={tmp_path / 'nofile'}")
+    with pytest.raises(SystemExit, match="is no directory to write into"):
+        run(*arguments[:2], f"--out_dir={recipe_file(tmp_path) / 'x'}", "--recipe=phone")
+    (out / "checkpoint").mkdir(parents=True)
+    (out / "checkpoint" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"pass --overwrite$"):
+        run(*arguments)
+    (out / "checkpoint" / "config.json").unlink()
+    (out / "report.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"report\.json: exists already"):
+        run(*arguments)
+
+
+def test_show_prints_what_the_reader_should_know(run, tmp_path, source, capsys):
+    numbers = {"bytes_before": 2, "bytes_after": 1, "bits_per_weight": 8.0}
+    more = {"seconds": 1.0, "peak_rss_bytes": 1, "notes": ["one", "two"]}
+    compress.show(numbers | more)
+    assert capsys.readouterr().out.endswith("\nnote: one\nnote: two\n")
+
+
+@pytest.mark.parametrize("command", ["compress", "export", "evaluate"])
+def test_names_of_repositories_come_with_a_hint(command, run, tmp_path):
+    where = {"compress": "--out_dir", "export": "--out", "evaluate": "--json"}[command]
+    with pytest.raises(SystemExit, match="hf download owner/name --local-dir name"):
+        run(command, "--checkpoint=owner/name", f"{where}={tmp_path / 'x'}")
+
+
+def test_doors_of_python_hint_at_downloads_too():
+    model = nn.Dense(4)
+    params = {"kernel": np.ones((1, 4), np.float32)}
+    doors = [
+        ge.build,
+        ge.load,
+        ge.load_tokenizer,
+        open_lazily,
+        lambda path: ge.save(model, params, "unused", source=path),
+        lambda path: ge.compress_checkpoint(path, "unused", ge.quantize.rtn(bits=8)),
+    ]
+    for door in doors:
+        with pytest.raises(CheckpointError, match="hf download owner/name --local-dir name"):
+            door("owner/name")
+    with pytest.raises(CheckpointError) as refused:
+        ge.build("owner/config.json")
+    assert "hf download" not in str(refused.value)
+
+
+@pytest.mark.parametrize("without", [["foo"], "images"])
+def test_unknown_inputs_to_do_without_are_refused(without):
+    with pytest.raises(DataError, match="known: images, audio"):
+        ge.quantize.rtn(bits=8)(nn.Dense(4), {"kernel": np.ones((2, 4))}, without=without)
+    with pytest.raises(DataError, match="known: images, audio"):
+        batches.check(nn.Dense(4), [{"tokens": np.ones((1, 2), int)}], "plan", without)
+
+
+@pytest.mark.parametrize("command", ["compress", "export", "evaluate"])
+def test_modules_of_others_are_for_python(command, run, tmp_path):
+    model = nn.Dense(4)
+    params = model.init(jax.random.key(0), np.ones((1, 4)))["params"]
+    ge.save(model, params, tmp_path / "dense")
+    where = {"compress": "--out_dir", "export": "--out", "evaluate": "--json"}[command]
+    with pytest.raises(SystemExit, match=r"cannot build; use ge\.load\(.*model=module\) in Python"):
+        run(command, f"--checkpoint={tmp_path / 'dense'}", f"{where}={tmp_path / 'x'}")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "plan"])
+def test_json_files_are_checked_before_the_work(command, run, tmp_path, capsys):
+    file = tmp_path / "a.json"
+    file.write_text("mine")
+    for path, said in ((file, "pass --overwrite"), (tmp_path / "no" / "a.json", "does not exist")):
+        with pytest.raises(SystemExit, match=said):
+            run(command, f"--json={path}")
+    assert file.read_text() == "mine"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "stray"], "error: unexpected argument 'stray'; every input is a --flag"),
+        (["plan", "--tower_format=int9"], "error: --tower_format: format: qtype 'int9'"),
+        (["export", "--out=a.tflite", "--prefill_lengths=1"], "error: --prefill_lengths: 1 must"),
+        (["export", "--out=a.tflite", "--prefill_lengths=x"], "error: --prefill_lengths: "),
+        (["compress", "--out_dir=a", "--without=foo"], "error: --without=foo is no input"),
+    ],
+    ids=str,
+)
+def test_refusals_name_the_flag(arguments, message, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        run(*arguments)
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+def test_refusals_of_the_program_are_one_line(tmp_path):
+    command = [sys.executable, "-m", "glm_edge", "compress", f"--out_dir={tmp_path}"]
+    # The backend, which writes a line of its own, starts before this is refused.
+    command += ["--recipe=phone", "--without=foo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: --without=foo ")
+
+
+def test_verify_takes_topics_where_no_text_is_named(run, tmp_path, source, monkeypatch):
+    bare = tmp_path / "bare"
+    make_checkpoint.write(SMALL, str(bare), 1e9, seed=0)
+    (tmp_path / "mine.txt").write_text("Mine alone.")
+    cases = [
+        (source, [], "CPython's help topics"),
+        (source, [f"--text={tmp_path / 'mine.txt'}"], "the text of mine.txt"),
+        (source, ["--format=litertlm"], "random tokens"),
+        (bare, [], "random tokens"),
+    ]
+    found = []
+
+    def note(argv):
+        found.append(export.text_ids(Path(flags.FLAGS.checkpoint)))
+
+    monkeypatch.setattr(export, "main", note)
+    for directory, more, _ in cases:
+        run("export", f"--checkpoint={directory}", "--out=a", "--verify", *more)
+    assert [named for _, named in found] == [case[-1] for case in cases]
+    topics = corpora.encode_text(ge.load_tokenizer(source), corpora.pydoc_topics("evaluation"))
+    np.testing.assert_array_equal(found[0][0], topics[:1024])
+    assert found[2][0] is None
+
+
+def test_verification_rows_say_which_tokens(run):
+    row = {"ran": True, "passed": True, "tokens_of": "random tokens", "agreement": 1.0}
+    row |= {"verified": True, "tokens": 9, "threshold": 0.99, "compute": "float32"}
+    row |= dict.fromkeys(("max_abs_error", "free_running_agreement", "signatures"))
+    assert ["tokens of", "random tokens"] in export.verification_rows(row)

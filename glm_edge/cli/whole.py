@@ -1,0 +1,121 @@
+"""Compressing a checkpoint whose recipe needs all of it in memory, in float32."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import glm_edge as ge
+from glm_edge.compress.report import Report, Row
+from glm_edge.params import FakeQuantized, Masked, is_box, path_items, stored_bytes
+from glm_edge.params.tree import Params, map_with_path
+
+# Recipes compute in it.
+WIDE = jnp.dtype("float32")
+
+
+def load_wide(source: Path) -> tuple[nn.Module, Params, Params]:
+    """Loads a checkpoint to compute on.
+
+    Args:
+      source: its directory.
+
+    Returns:
+      `(model, params, stored)`: parameters in float32, and abstract ones as they are stored.
+    """
+    model, params = ge.load(source)
+    stored = _abstract(params)
+    return model, ge.params.cast(params, WIDE), stored
+
+
+def _abstract(params: Params) -> Params:
+    return jax.eval_shape(lambda tree: tree, params)
+
+
+def as_stored(params: Params, stored: Params, report: Report) -> tuple[Params, Report]:
+    """Casts parameters back to the types that they were stored in.
+
+    What is float32 after the recipe becomes what it was; what the recipe gave another type
+    (integers, float16) keeps that. A parameter that the recipe made new becomes what all others
+    were, where that was one type.
+
+    Args:
+      params: after the recipe, which computed in float32.
+      stored: abstract parameters of the source, from `load_wide`.
+      report: of the recipe.
+
+    Returns:
+      `(parameters, report)`; bytes of the report are those of both checkpoints.
+    """
+    sources = dict(path_items(stored))
+    types = {path: _type_of(leaf) for path, leaf in sources.items()}
+    present = {dtype for dtype in types.values() if dtype is not None}
+    common = present.pop() if len(present) == 1 else None
+
+    again: set[str] = set()
+
+    def narrow(path: str, leaf: Any) -> Any:
+        dtype = types.get(path, common)
+        if dtype is None or dtype.itemsize >= WIDE.itemsize or _type_of(leaf) != WIDE:
+            return leaf
+        # Weights that the recipe prepared for rounding would round to other integers.
+        if isinstance(leaf, FakeQuantized) and not isinstance(sources.get(path), FakeQuantized):
+            return leaf
+        again.add(str(dtype))
+        return ge.params.cast({path: leaf}, dtype)[path]
+
+    narrowed = map_with_path(narrow, params)
+    notes = report.notes
+    if again:
+        names = ", ".join(sorted(again))
+        notes += (f"computed in float32; what stayed floating is stored as {names} again",)
+    report = dataclasses.replace(
+        report,
+        rows=tuple(_restated(report.rows, types, common, sources)),
+        bytes_before=stored_bytes(stored),
+        bytes_after=stored_bytes(narrowed),
+        notes=notes,
+    )
+    return narrowed, report
+
+
+def _type_of(leaf: Any) -> Any:
+    """The floating type of an array, also of a masked one; None of integers."""
+    if isinstance(leaf, Masked | FakeQuantized):
+        return _type_of(leaf.value)
+    if is_box(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return None
+    return jnp.dtype(leaf.dtype)
+
+
+def _restated(
+    rows: Iterable[Row], types: Mapping[str, Any], common: Any, stored: Mapping[str, Any]
+) -> Iterable[Row]:
+    """Rows whose bytes count float32 weights as they are stored."""
+    last: dict[str, tuple[int, int]] = {}
+    fixed: set[str] = set()
+    for row in rows:
+        path, before, after, bits = row.path, row.bytes_before, row.bytes_after, row.bits
+        dtype = types.get(path, common)
+        spared = 0 if dtype is None else max(0, WIDE.itemsize - dtype.itemsize)
+        if path in last and before == last[path][0]:
+            before = last[path][1]
+        elif path in stored and path not in last:
+            size = stored_bytes(stored[path])
+            wide = (
+                size + spared * math.prod(stored[path].shape) if types[path] is not None else size
+            )
+            before = size if before == wide else before
+        # What rounds chooses the type of what it leaves.
+        if row.transform.startswith("quantize."):
+            fixed.add(path)
+        if spared and path not in fixed and bits >= 8 * WIDE.itemsize:
+            after -= round(spared * 8 * after / bits)
+            bits -= 8 * spared
+        last[path] = (row.bytes_after, after)
+        yield dataclasses.replace(row, bytes_before=before, bytes_after=after, bits=bits)
