@@ -42,7 +42,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
       OutputError: the file is a link, which would be replaced and not what it leads to.
     """
-    _refuse_link(path)
+    refuse_link(path)
     remove_litter(path)
     temporary = beside(path, "tmp")
     try:
@@ -85,7 +85,15 @@ def check_writable_name(path: str | os.PathLike) -> Path:
         raise OutputError(f"{shown!r:.200}: is no name of a file here: {error}") from error
 
 
-def _refuse_link(path: Path) -> None:
+def refuse_link(path: Path) -> None:
+    """Refuses a link, which a writer would replace, and not what it leads to.
+
+    Args:
+      path: to be written.
+
+    Raises:
+      OutputError: it is a link, also one that leads nowhere.
+    """
     if path.is_symlink():
         raise OutputError(
             f"{path}: is a link to {os.readlink(path)}; name that path to write there, or remove "
@@ -330,7 +338,7 @@ class DirectoryLock:
 
 
 def _check_target(target: Path, overwrite: bool, mark: str) -> None:
-    _refuse_link(target)
+    refuse_link(target)
     if target.is_dir():
         if not any(target.iterdir()) or (overwrite and (target / mark).is_file()):
             return
