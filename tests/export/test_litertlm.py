@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint import load, shipped
 from glm_edge import writers
+from glm_edge.checkpoint import load, shipped
 from glm_edge.errors import DataError, ExportError, OutputError
 from glm_edge.export import lm_signatures
 from glm_edge.export.chat_templates import bundled_template, new_text
@@ -559,7 +559,7 @@ def test_a_bundle_replaces_no_link_made_meanwhile(text_model, no_conversion, tmp
         return constants_of(params)
 
     monkeypatch.setattr(module, "constants_of", with_link)
-    with pytest.raises(OutputError, match="is a link to .*real"):
+    with pytest.raises(OutputError, match=r"is a link to .*real"):
         litertlm(*text_model, processor(), path, (8,), SLOTS, overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert path.is_symlink()

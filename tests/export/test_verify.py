@@ -148,7 +148,9 @@ def test_few_tokens_or_a_lower_threshold_mark_nothing(dense_export, prompt):
     result = dense_export.verify([export.Window(*prompt)], free_running=0)
     assert result.passed
     assert result.signatures.keys() == set(dense_export.signatures)
-    dense_export.verify(threshold=0.5, free_running=0)
+    assert result.shortfalls == [f"{result.tokens} of at least 1,000 tokens were compared"]
+    result = dense_export.verify(threshold=0.5, free_running=0)
+    assert str(result).endswith("not marked as verified: the threshold is usually 99.00%")
     assert export.read_metadata(dense_export.path)["verified"] is False
 
 
