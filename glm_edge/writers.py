@@ -55,6 +55,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         _sync_path(path.parent)
+    except OutputError:
+        raise
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(f"{shown_path(path)}: cannot be written: {reason}") from error
@@ -92,10 +94,13 @@ def check_writable_name(path: str | os.PathLike) -> Path:
 
 
 def refuse_link(path: Path) -> None:
-    """Refuses to write to a link, also one that leads nowhere.
+    """Refuses a link, which a writer would replace, and not what it leads to.
+
+    Args:
+      path: to be written.
 
     Raises:
-      OutputError: the path is one.
+      OutputError: it is a link, also one that leads nowhere.
     """
     if os.path.islink(path):
         raise OutputError(

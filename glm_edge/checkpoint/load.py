@@ -244,7 +244,7 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     from glm_edge.preprocess.tokenizer_files import read_tokenizer
 
     directory = Path(path)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError(no_directory(directory))
     return read_tokenizer(directory / TOKENIZER)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from glm_edge.checkpoint.shapes import check_names, check_shape
 from glm_edge.errors import CheckpointError, GlmEdgeError
+from glm_edge.process_wide import shared
 
 ARRAYS = "arrays"
 
@@ -117,6 +118,7 @@ def _refuse(error: OSError) -> None:
     raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
+@shared
 @contextlib.contextmanager
 def _quiet_tasks() -> Iterator[None]:
     """Keeps tasks that Orbax gives up on from printing a traceback each."""

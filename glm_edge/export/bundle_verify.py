@@ -20,14 +20,13 @@ from glm_edge.export.child import TIMEOUT, ChildInterpreter
 from glm_edge.export.constants import constants_of
 from glm_edge.export.flatbuffer import Constant
 from glm_edge.export.litertlm import Bundle
-from glm_edge.export.verify import Verification, compute_of, threshold_of
+from glm_edge.export.verify import MIN_TURNS, Verification, compute_of, threshold_of
 from glm_edge.generate.decoding import generate
 from glm_edge.preprocess import AudioProcessing, Processor
 
 PROMPT_TOKENS = 24
-# Of a conversation: answers that are compared with JAX, the share of the cache that each of them
-# takes, tokens of an answer, and free slots from which on messages are as short as can be.
-COMPARED_TURNS = 3
+# Of a conversation: the share of the cache that each message takes whose answer is compared with
+# JAX, tokens of an answer, and free slots from which on messages are as short as can be.
 EARLY_SHARE = 8
 TURN_TOKENS = 8
 SHORT_OF_SLOTS = 64
@@ -89,7 +88,9 @@ def verify_bundle(
       timeout: seconds for one answer.
 
     Returns:
-      The comparison. When it passes, the descriptions of all sections are marked as verified.
+      The comparison. When it passes, at the threshold that None takes, on at least 1,000 tokens and
+      in a conversation of at least three turns, the descriptions of all sections are marked as
+      verified; `Verification.shortfalls` says what that lacked.
 
     Raises:
       ExportError: the agreement is below the threshold, the conversation ends before its cache is
@@ -124,13 +125,14 @@ def verify_bundle(
                 # The stop token is one that was predicted, too.
                 counts.add(row[: length + 1].tolist(), answer, bundle.processor.decode)
         if counts.compared:
-            _converse(bundle, model, engine, texts, rng, max_new_tokens, counts)
+            turns = _converse(bundle, model, engine, texts, rng, max_new_tokens, counts)
         engine.close()
     if not counts.compared:
         raise ExportError(
             f"{bundle.path}: no prompt and {max_new_tokens} tokens of an answer fit the "
             f"{bundle.cache_slots} slots of its cache"
         )
+    usual = threshold_of(compute)
     result = Verification(
         agreement=counts.same / counts.compared,
         tokens=counts.compared,
@@ -139,12 +141,14 @@ def verify_bundle(
         free_running_agreement=counts.same / counts.generated,
         free_running_tokens=counts.generated,
         compute=compute,
-        threshold=threshold_of(compute) if threshold is None else threshold,
+        threshold=usual if threshold is None else threshold,
+        usual_threshold=usual,
+        turns=turns,
     )
-    if result.passed:
-        container.mark_verified(bundle.path)
-    elif check:
+    if check and not result.passed:
         raise ExportError(f"{bundle.path}: {result}")
+    if result.verified:
+        container.mark_verified(bundle.path)
     return result
 
 
@@ -175,8 +179,11 @@ def _converse(
     rng: np.random.Generator,
     max_new_tokens: int,
     counts: _Counts,
-) -> None:
+) -> int:
     """Holds one conversation until the cache is full, and counts its first answers.
+
+    Returns:
+      Its turns.
 
     Raises:
       ExportError: a message fails though there are slots for it.
@@ -188,7 +195,7 @@ def _converse(
     used, comparable = 0, True
     while True:
         turn, free = len(messages) // 2, slots - used
-        wanted = slots // EARLY_SHARE if turn < COMPARED_TURNS else free // 2
+        wanted = slots // EARLY_SHARE if turn < MIN_TURNS else free // 2
         for count in (wanted, 1) if free > SHORT_OF_SLOTS else (1,):
             text = _text_of(processor, texts, rng, count)
             asked = [*messages, {"role": "user", "content": text}]
@@ -199,7 +206,7 @@ def _converse(
             if used + len(added) + reserve <= slots:
                 break
         else:
-            return
+            return turn
         messages = asked
         try:
             answer, used = engine.reply(text, new_tokens, same=turn > 0)
@@ -208,7 +215,7 @@ def _converse(
                 f"{bundle.path}: message {turn + 1} of a conversation, {len(added)} tokens with "
                 f"{free} of {slots} slots free, gets no answer: {error}"
             ) from error
-        if comparable and turn < COMPARED_TURNS:
+        if comparable and turn < MIN_TURNS:
             context += added
             found = generate(
                 model, bundle.params, np.array([context], np.int32), max_new_tokens=new_tokens

@@ -61,6 +61,9 @@ class Kept:
 class ChildInterpreter:
     """The runtime of one exported model, in a process of its own.
 
+    Several threads may ask; they are answered one after the other. An engine has one conversation,
+    so that threads which converse need a child each.
+
     Args:
       path: of the file, or of the directory for `onnx` and `mnn`.
       num_threads: of the runtime, at most as many as this process has cores.
@@ -84,6 +87,8 @@ class ChildInterpreter:
         self._name = require_runtime(runtime)
         self._path, self._timeout = path, timeout
         self.dropped: list[int] = []
+        # A question and its answer are one exchange through the pipes.
+        self._lock = threading.Lock()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         # `-P`: the folder of the script holds names of packages, which must not hide them.
         self._process = subprocess.Popen(
@@ -157,10 +162,17 @@ class ChildInterpreter:
         return text, tokens
 
     def close(self) -> None:
-        """Ends the child; the object is of no use afterwards."""
-        self._close()
+        """Ends the child, once it has answered; the object is of no use afterwards."""
+        with self._lock:
+            self._close()
 
     def _ask(
+        self, fields: dict[str, Any], arrays: Mapping[str, np.ndarray], task: str
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        with self._lock:
+            return self._exchange(fields, arrays, task)
+
+    def _exchange(
         self, fields: dict[str, Any], arrays: Mapping[str, np.ndarray], task: str
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if not self._close.alive:

@@ -16,7 +16,7 @@ import numpy as np
 from glm_edge import files
 from glm_edge.errors import ExportError, GlmEdgeError, OutputError, require
 from glm_edge.export.flatbuffer import METADATA, SMALL_BUFFER, Constant, Grid, schema
-from glm_edge.writers import beside, remove_litter, require_space, write_whole
+from glm_edge.writers import beside, refuse_link, remove_litter, require_space, write_whole
 
 IDENTIFIER = b"TFL3"
 SMALLEST = 8
@@ -89,12 +89,16 @@ def write(model: Any, path: Path, overwrite: bool, inline_limit: int = INLINE_LI
 def write_beside(path: Path, write: Callable[[BinaryIO], Any]) -> int:
     """Writes a file beside its place, then moves it there whole, and returns its bytes.
 
+    Args:
+      path: the file; one that exists is replaced.
+      write: called with the new file, open for reading and writing.
+
     Raises:
-      OutputError: it cannot be written.
+      OutputError: it is a link, or cannot be written.
     """
 
     def write_to(temporary: Path) -> None:
-        with open(temporary, "xb") as file:
+        with open(temporary, "x+b") as file:
             write(file)
 
     write_whole(path, write_to)
@@ -123,9 +127,10 @@ def check_target(path: Path, overwrite: bool, needed: int = 0) -> None:
       needed: bytes that its disk must have free; the file that is replaced goes last.
 
     Raises:
-      OutputError: the file exists, is a directory, its directory is missing or read-only, or its
-        disk is too full.
+      OutputError: the file exists, is a directory or a link, its directory is missing or read-only,
+        or its disk is too full.
     """
+    refuse_link(path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise OutputError(f"{path}: exists; choose another path or pass overwrite=True")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +32,7 @@ from glm_edge.export.trace import Signature, quiet
 from glm_edge.files import parse_json
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
+from glm_edge.process_wide import shared
 from glm_edge.writers import require_space
 
 MARK = "Manifest.json"
@@ -39,6 +41,7 @@ CONTENT = Path("Data/com.apple.CoreML")
 # A file of weights: a header of 64 bytes that counts the blobs, and before each a record of as many
 # that holds a mark, a type, the bytes of data, and where they begin.
 RECORD = 64
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def coreml(
@@ -359,19 +362,24 @@ def _constant(builder: Any, path: str, weight: Weight, before: Any) -> Any:
 
 @contextlib.contextmanager
 def _temporary_in(directory: Path) -> Iterator[None]:
-    """Keeps copies that coremltools makes, some until the process ends, on the target's disk."""
-    before, tempfile.tempdir = tempfile.tempdir, str(directory)
-    try:
-        yield
-    except RuntimeError as error:
-        if "FileWriter" not in str(error):
-            raise
-        # What its C++ part says of a full disk.
-        raise OSError(str(error)) from error
-    finally:
-        tempfile.tempdir = before
+    """Keeps copies that coremltools makes, some until the process ends, on the target's disk.
+
+    The folder is one of the whole process, so that a second export waits for the first.
+    """
+    with _ONE_AT_A_TIME:
+        before, tempfile.tempdir = tempfile.tempdir, str(directory)
+        try:
+            yield
+        except RuntimeError as error:
+            if "FileWriter" not in str(error):
+                raise
+            # What its C++ part says of a full disk.
+            raise OSError(str(error)) from error
+        finally:
+            tempfile.tempdir = before
 
 
+@shared
 @contextlib.contextmanager
 def _progress_off() -> Iterator[None]:
     """Keeps progress bars of the converter's passes from the terminal."""

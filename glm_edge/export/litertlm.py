@@ -1,12 +1,10 @@
 """Bundles for LiteRT-LM: the model, its tokenizer, chat template and encoders in one file."""
 
-import os
 import re
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from glm_edge import __version__
 from glm_edge import params as boxes
@@ -143,7 +141,7 @@ def litertlm(
         sections["AUDIO_ENCODER_HW"] = [speech]
         sections["AUDIO_ADAPTER"] = [lm_signatures.speech_adapter(reference)]
 
-    # Beside the target, so that the last step is a rename on one disk.
+    # Beside the target: the disk that was asked for its room.
     try:
         with container.scratch_beside(path) as directory:
             sizes = {}
@@ -160,18 +158,19 @@ def litertlm(
                 read = {name: shape for name, shape in shapes.items() if _reads(offered, name)}
                 sizes[section] = write_signatures(offered, read, held, file)
                 bundle.add_tflite_model(str(file), builder.TfLiteModelType[section])
-            whole = directory / uuid.uuid4().hex
-            with open(whole, "x+b") as stream:
+
+            def build(stream: BinaryIO) -> None:
                 bundle.build(stream)
                 make_repeatable(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(whole, path)
+
+            file_bytes = container.write_beside(path, build)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     return Bundle(
         path=path,
-        file_bytes=path.stat().st_size,
+        file_bytes=file_bytes,
         sections=sizes,
         prefill_lengths=tuple(lengths),
         cache_slots=slots,

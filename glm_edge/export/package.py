@@ -15,7 +15,7 @@ from glm_edge.export.container import write_beside
 from glm_edge.files import file_inside, read_json
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
-from glm_edge.writers import new_directory, remove_litter
+from glm_edge.writers import new_directory, refuse_link, remove_litter
 
 DESCRIPTION = "glm_edge.json"
 
@@ -83,8 +83,9 @@ def check_target(path: Path, overwrite: bool, mark: str) -> None:
     """Refuses a path that cannot take the directory, before any work is done.
 
     Raises:
-      OutputError: it exists, is no export, or its directory is missing or read-only.
+      OutputError: it exists, is no export or a link, or its directory is missing or read-only.
     """
+    refuse_link(path)
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists; choose another path or pass overwrite=True")
     if path.exists() and not (path / mark).is_file():

@@ -1,5 +1,6 @@
 """Running an exported directory of ONNX or MNN graphs as a phone's runtime does."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +30,8 @@ class PackageModel(PhoneModel):
 
     A damaged graph can crash nothing else there; the caches stay in that process. Products are
     taken in float32: onnxruntime would by default round the activations that meet packed weights to
-    int8, group by group, which is faster and which no `compute` of JAX does.
+    int8, group by group, which is faster and which no `compute` of JAX does. Several threads may
+    call it; the process runs one signature at a time.
 
     Args:
       path: of the directory.
@@ -55,7 +57,7 @@ class PackageModel(PhoneModel):
             self._check_files()
         except (*DAMAGE, GlmEdgeError) as error:
             raise ExportError(f"{path}: damaged: its description: {error}") from error
-        self._tensors: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._described_slots = tuple(self.attended_slots)
         self._child = ChildInterpreter(self.path, num_threads, timeout, self.runtime)
 
     def _check_files(self) -> None:
@@ -74,15 +76,18 @@ class PackageModel(PhoneModel):
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""
-        if not self._tensors:
-            self._tensors = expected_tensors(
-                self.config,
-                self.prefill_lengths,
-                self.cache_slots,
-                self.prefill_logits,
-                self.attended_slots,
-            )
         return run_checked(self._child, self.path, signature, inputs, *self._tensors[signature])
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Inputs and outputs of each signature, once the process has opened the directory."""
+        return expected_tensors(
+            self.config,
+            self.prefill_lengths,
+            self.cache_slots,
+            self.prefill_logits,
+            self._described_slots,
+        )
 
     def read_weights(
         self, shapes: Mapping[str, tuple[int, ...]] | None = None

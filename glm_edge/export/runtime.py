@@ -4,10 +4,12 @@ Letters of shapes: `T` tokens, `D` hidden size, `M` features of one image or rec
 vocabulary.
 """
 
+import copy
 import functools
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -207,6 +209,12 @@ class PhoneModel:
         fitting = attended_by(length, self.attended_slots)
         return next((attended for attended in fitting if slot + length <= attended), None)
 
+    def looking_at_all_slots(self) -> Self:
+        """The same model in the same runtime, which runs no signature that sees fewer slots."""
+        other = copy.copy(self)
+        other.attended_slots = []
+        return other
+
     def step_inputs(
         self, embedded: np.ndarray, slot: int, length: int, attended: int | None = None
     ) -> dict[str, np.ndarray]:
@@ -258,6 +266,8 @@ class PhoneModel:
 class LiteRTModel(PhoneModel):
     """An exported file in the LiteRT interpreter; needs nothing of JAX but this package.
 
+    Several threads may call it; the interpreter runs one signature at a time.
+
     Args:
       path: of the file.
       num_threads: of the interpreter.
@@ -287,6 +297,7 @@ class LiteRTModel(PhoneModel):
         self.path, self.description = path, description
         self._graphs, self._child = None, None
         self._runners: dict[str, Any] = {}
+        self._lock = threading.Lock()
         if isolated:
             self._graphs = checked_graphs(
                 path,
@@ -311,12 +322,14 @@ class LiteRTModel(PhoneModel):
         """Runs one signature on arrays of exactly its shapes."""
         if self._child is not None:
             return self._run_isolated(signature, inputs)
-        if signature in self._runners:
-            return self._runners[signature](**inputs)
-        # The first run allocates, and the runtime announces its delegate then.
-        with quiet():
-            self._runners[signature] = self.interpreter.get_signature_runner(signature)
-            return self._runners[signature](**inputs)
+        # A runner sets inputs, invokes and copies outputs, all in memory of the one interpreter.
+        with self._lock:
+            if signature in self._runners:
+                return self._runners[signature](**inputs)
+            # The first run allocates, and the runtime announces its delegate then.
+            with quiet():
+                self._runners[signature] = self.interpreter.get_signature_runner(signature)
+                return self._runners[signature](**inputs)
 
     def _run_isolated(self, signature: str, inputs: dict[str, Any]) -> dict[str, Any]:
         graph = self._graphs[signature]

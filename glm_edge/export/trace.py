@@ -21,6 +21,7 @@ from glm_edge.export.lowering import without_erf
 from glm_edge.models.glm import KEY_BY_HEAD, VALUE_BY_HEAD
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import nested
+from glm_edge.process_wide import shared
 
 Inputs = dict[str, Array]
 DECODE = "decode"
@@ -236,6 +237,7 @@ def _concrete(
     return function.get_concrete_function(**specs)
 
 
+@shared
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps what native libraries print to standard error from the terminal."""

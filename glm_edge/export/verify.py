@@ -23,6 +23,8 @@ ALIKE = 0.99
 # LiteRT rounds activations, which `float32` does not.
 ROUNDED = {"float32": 0.97}
 MIN_TOKENS = 1000
+# Of a conversation with a bundle's engine.
+MIN_TURNS = 3
 # Another graph is off by about 1; rounding activations alone costs a few hundredths.
 SIGNATURE_LIMIT = 0.25
 
@@ -60,6 +62,8 @@ class Verification:
       free_running_tokens: tokens generated.
       compute: how the JAX model multiplied.
       threshold: the agreement asked for.
+      usual_threshold: the agreement asked for where the caller names none.
+      turns: of the conversation with a bundle's engine; None where none is asked for.
       signatures: by name, the distance between what a signature and its JAX function give for the
         same random inputs, as a fraction of the latter's norm; a step that gives no logits is
         judged by those of the next one, which reads its cache.
@@ -73,12 +77,34 @@ class Verification:
     free_running_tokens: int
     compute: str
     threshold: float
+    usual_threshold: float
+    turns: int | None = None
     signatures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """True when the agreement reaches the threshold and every signature is JAX's function."""
         return self.agreement >= self.threshold and not self.other_signatures
+
+    @property
+    def verified(self) -> bool:
+        """True when the comparison passed and was enough to mark the file as verified."""
+        return self.passed and not self.shortfalls
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """Reasons why the comparison is too small to mark a file as verified."""
+        reasons = []
+        if not self.threshold >= self.usual_threshold:
+            reasons.append(f"the threshold is usually {self.usual_threshold:.2%}")
+        if self.tokens < MIN_TOKENS:
+            reasons.append(f"{self.tokens} of at least {MIN_TOKENS:,} tokens were compared")
+        if self.turns is not None and self.turns < MIN_TURNS:
+            reasons.append(
+                f"the cache is too small for a conversation of {MIN_TURNS} turns, it took "
+                f"{self.turns}"
+            )
+        return reasons
 
     @property
     def other_signatures(self) -> list[str]:
@@ -99,10 +125,12 @@ class Verification:
 
     @property
     def reason(self) -> str:
-        """The condition that was met, or the conditions that were not."""
+        """The condition that was met, the conditions that were not, or why no file is marked."""
         asked = f"at least {self.threshold:.2%} must agree"
-        if self.passed:
+        if self.verified:
             return asked
+        if self.passed:
+            return f"{asked}; not marked as verified: {', and '.join(self.shortfalls)}"
         reasons = []
         if not self.agreement >= self.threshold:
             reasons.append(
@@ -156,7 +184,8 @@ def verify(
 
     Returns:
       The comparison. When it passes, at the threshold that None takes and on at least 1,000
-      positions, the file's description is marked as verified.
+      positions, the file's description is marked as verified; `Verification.shortfalls` says what
+      that lacked.
 
     Raises:
       ExportError: the agreement is below the threshold, a signature computes something else, no
@@ -187,21 +216,19 @@ def verify(
     usual = threshold_of(compute, phone.float32)
     windows = list(windows) if windows is not None else random_windows(phone, seed)
     same, errors, divergences = [], [], []
-    attended_slots = phone.attended_slots
     for index, window in enumerate(windows):
-        # Every second text goes through the signatures that look at all slots.
-        phone.attended_slots = [] if index % 2 else attended_slots
         counted = _counted(window)
         content = (window.tokens, window.image, window.audio)
         # The file first: a damaged one fails before JAX compiles anything.
-        found = phone.score(*content)[counted]
+        # Every second text goes through the signatures that look at all slots.
+        run = phone.looking_at_all_slots() if index % 2 else phone
+        found = run.score(*content)[counted]
         if not np.isfinite(found).all():
             raise ExportError(f"{path}: gives scores that are not finite")
         expected = reference.score(*content)[counted]
         same.append(expected.argmax(-1) == found.argmax(-1))
         errors.append(np.abs(expected - found).max(initial=0.0))
         divergences.append(_kl(expected, found))
-    phone.attended_slots = attended_slots
     distances = signature_distances(reference, phone, seed)
     same = np.concatenate(same) if same else np.zeros(0, bool)
     if not same.size:
@@ -217,11 +244,12 @@ def verify(
         free_running_tokens=generated,
         compute=compute,
         threshold=usual if threshold is None else threshold,
+        usual_threshold=usual,
         signatures=distances,
     )
     if check and not result.passed:
         raise ExportError(f"{path}: {result}")
-    if result.passed and result.tokens >= MIN_TOKENS and result.threshold >= usual:
+    if result.verified:
         if package:
             write_description(phone.path, {**phone.description, "verified": True})
         else:

@@ -145,6 +145,38 @@ def test_a_full_disk_is_found_before_anything_is_done(write, params, out, monkey
     assert not list(out.iterdir())
 
 
+def exporters():
+    """By format, what writes it, what it needs, and the arguments before its path."""
+    formats = {**NEEDED, "litertlm": ("litert_lm_builder",)}
+    found = {name: (getattr(export, name), needed, (None, {})) for name, needed in formats.items()}
+    found["litertlm"] = (export.litertlm, formats["litertlm"], (None, {}, None))
+    return {**found, "function": (export.function, (), (None, {}, {}))}
+
+
+@pytest.mark.parametrize("to", ["nothing", "file", "directory"])
+@pytest.mark.parametrize("name", exporters())
+def test_exporters_do_not_replace_a_link(name, to, out):
+    write, needed, arguments = exporters()[name]
+    for module in needed:
+        pytest.importorskip(module)
+    real = out / "real"
+    if to == "file":
+        real.write_text("old")
+    elif to == "directory":
+        real.mkdir()
+        for mark in ("glm_edge.json", "Manifest.json"):
+            (real / mark).write_text("{}")
+    before = sorted(out.rglob("*"))
+    link = out / "a.mlpackage"
+    link.symlink_to(real)
+    # Neither a model nor parameters: the path is refused before anything is done.
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"is a link to .*real; name that path"):
+            write(*arguments, link, overwrite=overwrite)
+    assert link.is_symlink()
+    assert sorted(path for path in out.rglob("*") if path != link) == before
+
+
 class Watch(threading.Thread):
     """Remembers the most bytes that a folder held."""
 

@@ -1,13 +1,15 @@
 """What the engine answers from a bundle is compared with JAX, and a difference is found."""
 
 import dataclasses
+import re
+import sys
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 from glm_edge.errors import DataError, ExportError, MissingExtraError
-from glm_edge.export import read_metadata
+from glm_edge.export import Verification, read_metadata
 from glm_edge.export.bundle_verify import agreeing, png
 from glm_edge.export.child import ChildInterpreter
 from glm_edge.export.litertlm import litertlm
@@ -89,12 +91,13 @@ def copied(bundle, path, change=lambda content: content):
 def test_a_bundle_whose_answers_are_those_of_jax_is_marked(text_bundle, tmp_path):
     whole = copied(text_bundle, tmp_path / "text.litertlm")
     assert [held["verified"] for held in unpacked(whole, tmp_path / "before")] == [False]
-    result = whole.verify(prompts=24, max_new_tokens=12)
-    assert result.passed
+    result = whole.verify(prompts=100, max_new_tokens=12)
+    assert result.verified
     assert str(result).startswith("passed: ")
     assert str(result).endswith("at least 99.00% must agree")
     assert (result.compute, result.threshold) == ("int8_dynamic", 0.99)
-    assert result.free_running_tokens >= result.tokens > 100
+    assert result.free_running_tokens >= result.tokens >= 1000
+    assert result.turns >= 3
     assert result.max_abs_error is result.mean_kl is None
     assert "nats" not in str(result)
     assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [True]
@@ -102,7 +105,43 @@ def test_a_bundle_whose_answers_are_those_of_jax_is_marked(text_bundle, tmp_path
     assert whole.verify(prompts=2, max_new_tokens=2).agreement == 1.0
 
 
-def test_images_and_recordings_are_verified_too(media_bundle, tmp_path):
+def few_tokens_suffice(monkeypatch):
+    monkeypatch.setattr(sys.modules[Verification.__module__], "MIN_TOKENS", 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "shortfall"),
+    [
+        ({"threshold": 0.0}, r"the threshold is usually 99\.00% and \d+ of at least 1,000 tokens"),
+        ({}, r"\d+ of at least 1,000 tokens were compared"),
+    ],
+)
+def test_an_easy_comparison_marks_nothing(options, shortfall, text_bundle, tmp_path):
+    whole = copied(text_bundle, tmp_path / "text.litertlm")
+    result = whole.verify(prompts=1, max_new_tokens=4, **options)
+    assert result.passed
+    assert not result.verified
+    assert re.search(f"must agree; not marked as verified: {shortfall}", str(result))
+    assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [False]
+
+
+def test_a_cache_without_room_for_three_turns_marks_nothing(text_bundle, tmp_path, monkeypatch):
+    few_tokens_suffice(monkeypatch)
+    whole = copied(text_bundle, tmp_path / "text.litertlm")
+    result = dataclasses.replace(whole, cache_slots=16).verify(
+        ["w010 w020"], prompts=1, max_new_tokens=8
+    )
+    assert result.passed
+    assert result.turns < 3
+    assert str(result).endswith(
+        f"not marked as verified: the cache is too small for a conversation of 3 turns, it took "
+        f"{result.turns}"
+    )
+    assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [False]
+
+
+def test_images_and_recordings_are_verified_too(media_bundle, tmp_path, monkeypatch):
+    few_tokens_suffice(monkeypatch)
     whole = copied(media_bundle, tmp_path / "media.litertlm")
     result = whole.verify(prompts=9, max_new_tokens=4)
     assert result.agreement == 1.0

@@ -1,6 +1,7 @@
 """Bundles open in LiteRT-LM's engine and say what LiteRT's interpreter and JAX say."""
 
 import dataclasses
+import sys
 import wave
 from importlib.util import find_spec
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
+from glm_edge import writers
 from glm_edge.checkpoint import load, shipped
 from glm_edge.errors import DataError, ExportError, OutputError
 from glm_edge.export import lm_signatures
@@ -207,12 +209,17 @@ class Sections:
 
 
 @pytest.fixture(scope="module")
-def text_bundle(small_config, random_params, rounded, tmp_path_factory):
-    """A model without encoders, of quantized weights."""
+def text_model(small_config, random_params, rounded):
+    """A model without encoders, and its quantized weights."""
     model = MultimodalGLM(tiny(small_config, speech=None))
     model = model.clone(config=dataclasses.replace(model.config, vision=None))
+    return model, rounded(random_params(model))
 
-    params = rounded(random_params(model))
+
+@pytest.fixture(scope="module")
+def text_bundle(text_model, tmp_path_factory):
+    """The bundle of a model without encoders."""
+    model, params = text_model
     path = tmp_path_factory.mktemp("text") / "text.litertlm"
     return litertlm(model, params, processor(), path, (8, 32), SLOTS)
 
@@ -512,8 +519,6 @@ def test_what_cannot_be_written_is_refused(text_bundle, heard_and_seen, tmp_path
 
 
 def test_an_interrupted_export_leaves_nothing(text_bundle, tmp_path, monkeypatch):
-    import sys
-
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -521,6 +526,44 @@ def test_an_interrupted_export_leaves_nothing(text_bundle, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         litertlm(text_bundle.model, text_bundle.params, processor(), tmp_path / "new.litertlm")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def no_conversion(monkeypatch):
+    """Writes sections without content, so that no model is converted."""
+
+    def empty(signatures, shapes, held, path):
+        path.write_bytes(bytes(64))
+        return 64
+
+    monkeypatch.setattr(sys.modules[Bundle.__module__], "write_signatures", empty)
+
+
+def test_a_bundle_is_written_whole_and_synced(text_model, no_conversion, tmp_path, monkeypatch):
+    path, synced = tmp_path / "new.litertlm", []
+    path.write_text("old")
+    monkeypatch.setattr(writers, "_sync_path", synced.append)
+    written = litertlm(*text_model, processor(), path, (8,), SLOTS, overwrite=True)
+    assert written.file_bytes == path.stat().st_size > 64
+    assert synced[-1] == tmp_path
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_bundle_replaces_no_link_made_meanwhile(text_model, no_conversion, tmp_path, monkeypatch):
+    path, real = tmp_path / "new.litertlm", tmp_path / "real"
+    module = sys.modules[Bundle.__module__]
+    constants_of = module.constants_of
+
+    def with_link(params):
+        path.symlink_to(real)
+        return constants_of(params)
+
+    monkeypatch.setattr(module, "constants_of", with_link)
+    with pytest.raises(OutputError, match=r"is a link to .*real"):
+        litertlm(*text_model, processor(), path, (8,), SLOTS, overwrite=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert path.is_symlink()
+    assert not real.exists()
 
 
 @pytest.mark.slow
