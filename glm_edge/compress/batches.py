@@ -417,6 +417,7 @@ def check(
       DataError: there are no batches, one is malformed, token ids lie beyond the vocabulary, or
         no batch holds an input that the model takes.
     """
+    calibrations.check_list(calibration, f"{transform}: calibration")
     if isinstance(calibration, Iterator):
         raise DataError(
             f"{transform}: calibration is an iterator that can be read only once; pass a list"

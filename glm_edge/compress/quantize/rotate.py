@@ -101,9 +101,12 @@ def _rotate_stage(
 ) -> Replaced:
     config, leaves = getattr(work.model, "config", None), dict(work.leaves)
     key, notes = jax.random.key(seed), {}
+    where = f"{NAME}: {type(work.model).__name__}"
     if residual:
-        _rotate_residual(folding.residual(config), config.decoder.hidden_size, key, leaves, notes)
-    for fold in folding.folds(config):
+        _rotate_residual(
+            folding.residual(config, where), config.decoder.hidden_size, key, leaves, notes
+        )
+    for fold in folding.folds(config, where):
         inside = fold.consumers[0] in leaves and fold.kind == "value"
         if inside and (heads if fold.producers[0].startswith("decoder/") else encoders):
             _rotate_values(fold, key, leaves, notes)
