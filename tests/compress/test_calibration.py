@@ -330,5 +330,7 @@ def test_a_single_batch_in_place_of_a_list_is_named(models):
         lambda: quantize.gptq(8)(model, params, data(1)[0]),
         lambda: plan(model, params, 1000, calibration=data(1)[0]),
     ):
-        with pytest.raises(DataError, match=r"list of batches, and this is a single one.*\[batch\]"):
+        with pytest.raises(
+            DataError, match=r"list of batches, and this is a single one.*\[batch\]"
+        ):
             wrong()

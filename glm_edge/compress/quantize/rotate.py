@@ -24,7 +24,7 @@ from glm_edge.compress.stagewise import (
     register_stagewise,
 )
 from glm_edge.compress.transform import Context, Result, Transform
-from glm_edge.configs import GLMConfig
+from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
 
@@ -71,6 +71,12 @@ def rotate(
 
 def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
     config = getattr(model, "config", None)
+    encoder = isinstance(config, VisionConfig | SpeechConfig | TextConfig)
+    if encoder and not (options["residual"] or options["encoders"]):
+        raise RecipeError(
+            f"{NAME}: {type(model).__name__} is an encoder, and heads= are those of a decoder; "
+            "pass encoders=True"
+        )
     if not (options["residual"] and isinstance(config, GLMConfig)):
         return apply_by_stage(NAME, model, params, context, **options)
     folding.residual(_untied(config))
