@@ -319,7 +319,7 @@ def test_a_collection_that_is_written_is_named(models):
         return model.apply(variables, batch["images"], train=True)
 
     calibration = Calibration(data(1), apply=train, variables=variables)
-    with pytest.raises(DataError, match="CNN writes a collection.*use_running_average=True"):
+    with pytest.raises(DataError, match=r"CNN writes a collection.*use_running_average=True"):
         quantize.gptq(8)(model, params, calibration)
 
 
@@ -330,7 +330,5 @@ def test_a_single_batch_in_place_of_a_list_is_named(models):
         lambda: quantize.gptq(8)(model, params, data(1)[0]),
         lambda: plan(model, params, 1000, calibration=data(1)[0]),
     ):
-        with pytest.raises(
-            DataError, match=r"list of batches, and this is a single one.*\[batch\]"
-        ):
+        with pytest.raises(DataError, match=r"and this is a single one; pass \[batch\]"):
             wrong()

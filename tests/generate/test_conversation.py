@@ -169,7 +169,7 @@ def test_generate_text_names_chat_for_a_processor(processor):
 @pytest.mark.parametrize("model", [nn.Dense(3), nn.Dense, None])
 def test_what_is_no_glm_does_not_generate(processor, model):
     for run in (ge.generate.generate, lambda *a: list(ge.generate.stream(*a))):
-        with pytest.raises(DataError, match="model must be a glm_edge.MultimodalGLM"):
+        with pytest.raises(DataError, match=r"model must be a glm_edge\.MultimodalGLM"):
             run(model, {}, [[1, 2]])
-    with pytest.raises(DataError, match="model must be a glm_edge.MultimodalGLM"):
+    with pytest.raises(DataError, match=r"model must be a glm_edge\.MultimodalGLM"):
         ge.chat(model, {}, processor, "tap")

@@ -181,7 +181,7 @@ def test_other_models_are_offered_only_what_helps(make_member):
     vision = VisionEncoder(model.config.vision, model.config.decoder.hidden_size)
     with pytest.raises(RecipeError, match="pass residual=False, encoders=True"):
         rotate()(vision, params["vision"])
-    with pytest.raises(RecipeError, match="VisionEncoder is an encoder.*pass encoders=True"):
+    with pytest.raises(RecipeError, match=r"VisionEncoder is an encoder.*pass encoders=True"):
         rotate(residual=False)(vision, params["vision"])
     assert rotate(residual=False, encoders=True)(vision, params["vision"])[2].rows
 
