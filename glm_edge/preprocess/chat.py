@@ -234,7 +234,7 @@ class _Copier:
         # An assistant's turn may hold calls of tools alone.
         if plain.get("content") is None and (plain["role"] in _SPEAKERS or len(plain) == 1):
             raise DataError(f"{where}: a message of {plain['role']!r} must have a 'content'")
-        return {"content": None, **plain}
+        return {"content": None, **plain} if "content" not in plain else plain
 
     def _content(self, content: Any, where: str) -> Any:
         if content is None or isinstance(content, str):
