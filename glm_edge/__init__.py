@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     # What `__getattr__` finds when the program runs, for type checkers and editors.
     from glm_edge import checkpoint as checkpoint
+    from glm_edge import compress as compress
     from glm_edge import configs as configs
     from glm_edge import errors as errors
     from glm_edge import export as export
@@ -79,6 +80,7 @@ _WHERE = {
 }
 _MODULES = {
     "checkpoint": "glm_edge.checkpoint",
+    "compress": "glm_edge.compress",
     "configs": "glm_edge.configs",
     "cost": "glm_edge.compress.cost",
     "errors": "glm_edge.errors",

@@ -4,7 +4,24 @@ import importlib
 from types import ModuleType
 from typing import Any
 
+__all__ = [
+    "BoxError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ExportError",
+    "GlmEdgeError",
+    "MissingExtraError",
+    "OutputError",
+    "RecipeError",
+    "TrainingError",
+    "require",
+]
 MAX_MESSAGE = 2000
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class GlmEdgeError(Exception):

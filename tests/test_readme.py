@@ -1,6 +1,7 @@
 """README's Python blocks: names that exist, and a run in order at small settings."""
 
 import ast
+import builtins
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 
 import glm_edge as ge
 from experiments import make_checkpoint
+from glm_edge.compress.methods import to_markdown
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,8 +58,29 @@ def cheap(block: str) -> str:
     if importlib.util.find_spec("litert_lm_builder") is None:
         block = re.sub(r"^ge\.export\.litertlm.*\n", "", block, flags=re.MULTILINE)
     if importlib.util.find_spec("ai_edge_litert") is None:
-        block = re.sub(r"^.*(ge\.export|compatibility).*\n", "", block, flags=re.MULTILINE)
+        block = re.sub(
+            r"^.*(ge\.export|compatibility|exported\b).*\n", "", block, flags=re.MULTILINE
+        )
     return block
+
+
+def test_cheap_without_litert_leaves_no_name_undefined(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    tree = ast.parse("".join(map(cheap, BLOCKS)))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if isinstance(node.ctx, ast.Store)} | {*dir(builtins)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+    assert {node.id for node in names} - bound == set()
+
+
+def test_table_of_methods_is_the_one_of_the_code():
+    assert f"\n{to_markdown()}\n" in README
 
 
 @pytest.mark.slow
@@ -85,7 +108,9 @@ def test_blocks_run_in_order(tmp_path):
     assert done.returncode == 0, f"{done.stdout[-500:]}\n{done.stderr[-3000:]}"
     assert (tmp_path / "nano-small" / "tokenizer.json").is_file()
     assert (tmp_path / "copy" / "tokenizer.json").is_file()
-    assert re.findall(r"^block (\d)$", done.stdout, re.MULTILINE) == list("012345")
+    assert re.findall(r"^block (\d+)$", done.stdout, re.MULTILINE) == [
+        str(index) for index in range(len(BLOCKS))
+    ]
 
 
 def test_address_is_one_everywhere():

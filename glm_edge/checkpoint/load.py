@@ -75,7 +75,7 @@ def load(
       ConfigError: config.json names an unknown model, or a field is missing or not known;
         or `rules` name no axis of the mesh.
     """
-    directory = Path(path)
+    directory = _checked_path("load", path)
     _check_dtype(dtype)
     if not os.path.isdir(directory):
         raise CheckpointError(no_directory(directory))
@@ -109,7 +109,8 @@ def build(path: str | os.PathLike) -> nn.Module:
       CheckpointError: the file is missing, damaged, or a link that leads out of its directory.
       ConfigError: it names an unknown model, or a field is missing or not known.
     """
-    file = Path(path) / CONFIG if os.path.isdir(path) else Path(path)
+    path = _checked_path("build", path)
+    file = path / CONFIG if os.path.isdir(path) else path
     # A path with this ending is meant as the file itself, not as a repository.
     if not os.path.lexists(file) and file.suffix != ".json":
         raise CheckpointError(no_directory(file))
@@ -164,6 +165,11 @@ def save(
     """
     if format not in (None, *FORMATS):
         raise CheckpointError(f"format {format!r} is unknown; known: {', '.join(FORMATS)}")
+    if isinstance(model, str | os.PathLike) or not isinstance(path, str | os.PathLike):
+        raise CheckpointError(
+            f"call it as save(model, params, path), not save({type(model).__name__}, "
+            f"{type(params).__name__}, {type(path).__name__})"
+        )
     target = check_writable_name(path)
     if format == "orbax":
         orbax.check_path(target, OutputError)
@@ -243,15 +249,27 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     """
     from glm_edge.preprocess.tokenizer_files import read_tokenizer
 
-    directory = Path(path)
+    directory = _checked_path("load_tokenizer", path)
     if not os.path.isdir(directory):
         raise CheckpointError(no_directory(directory))
     return read_tokenizer(directory / TOKENIZER)
 
 
+def _checked_path(name: str, path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(
+            f"{name}: path must be that of a checkpoint's directory, not a {type(path).__name__}"
+        )
+    return Path(path)
+
+
 def _check_dtype(dtype: str | None) -> None:
     floating = ("float32", "bfloat16", "float16")
-    if dtype is not None and str(jnp.dtype(dtype)) not in floating:
+    try:
+        known = dtype is None or str(jnp.dtype(dtype)) in floating
+    except TypeError:
+        known = False
+    if not known:
         raise CheckpointError(f"dtype {dtype!r} is unknown; known: {', '.join(floating)} or None")
 
 

@@ -418,6 +418,7 @@ def check(
         batch holds an input that the model takes, or `without` names no input.
     """
     check_without(without)
+    calibrations.check_list(calibration, f"{transform}: calibration")
     if isinstance(calibration, Iterator):
         raise DataError(
             f"{transform}: calibration is an iterator that can be read only once; pass a list"

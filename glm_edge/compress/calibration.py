@@ -1,5 +1,7 @@
 """Calibration batches of any shape, with the functions by which a model reads them."""
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound
 from jax import Array
 
 from glm_edge.errors import DataError, RecipeError
@@ -52,6 +55,7 @@ class Calibration:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        check_list(self.batches, "Calibration: batches")
         if isinstance(self.batches, Iterator):
             raise DataError(
                 "Calibration: batches is an iterator that can be read only once; pass a list"
@@ -62,6 +66,7 @@ class Calibration:
                     f"Calibration: {name} must be callable as {name}(model, variables, batch), not "
                     f"{type(getattr(self, name)).__name__}"
                 )
+            _check_arguments(name, getattr(self, name))
         if not isinstance(self.variables, Mapping) or "params" in self.variables:
             raise DataError(
                 "Calibration: variables must be a mapping of collections besides 'params', such as "
@@ -76,6 +81,29 @@ class Calibration:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def check_list(batches: Any, name: str) -> None:
+    """Raises DataError for a single batch in the place of a list of them."""
+    if isinstance(batches, Mapping):
+        raise DataError(f"{name} is a list of batches, and this is a single one; pass [batch]")
+
+
+def _check_arguments(name: str, function: Callable[..., Any] | None) -> None:
+    if function is None:
+        return
+    try:
+        signature = inspect.signature(function)
+    # Of what is not written in Python.
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise DataError(
+            f"Calibration: {name}{signature} must be callable as {name}(model, variables, batch): "
+            f"{error}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -96,7 +124,7 @@ class Called:
 
     def run(self, params: Params, batch: Mapping[str, Any]) -> Any:
         """Runs the model in any way, for what its layers read; returns whatever that gives."""
-        return (self.apply or self.loss)(self.model, _variables(params, batch), batch["batch"])
+        return self._called(self.apply or self.loss, params, batch)
 
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Array:
         """Logits [..., N], float32.
@@ -132,7 +160,7 @@ class Called:
                 "calibration has no loss=; pass Calibration(batches, loss=...), called as "
                 "loss(model, variables, batch) for a scalar or one loss per row"
             )
-        losses = self.loss(self.model, _variables(params, batch), batch["batch"])
+        losses = self._called(self.loss, params, batch)
         rows = rows_of(batch["batch"])
         if not _is_floating(losses) or losses.shape not in ((), (rows,)):
             raise RecipeError(
@@ -140,6 +168,24 @@ class Called:
                 f"{_described(losses)}"
             )
         return jnp.broadcast_to(losses.astype(jnp.float32), (rows,))
+
+    def _called(self, function: Apply, params: Params, batch: Mapping[str, Any]) -> Any:
+        try:
+            return function(self.model, _variables(params, batch), batch["batch"])
+        except ScopeCollectionNotFound as error:
+            name = re.search(r'from collection "(\w+)"', str(error))
+            missing = name[1] if name else "batch_stats"
+            if missing in ("params", *self.variables):
+                raise
+            raise DataError(
+                f"{type(self.model).__name__} reads the collection {missing!r}, which calibration "
+                f"lacks; pass Calibration(variables={{{missing!r}: ...}})"
+            ) from error
+        except ModifyScopeVariableError as error:
+            raise DataError(
+                f"Calibration: {type(self.model).__name__} writes a collection, which is to stay; "
+                "run it as at inference, such as by train=False or use_running_average=True"
+            ) from error
 
 
 def _variables(params: Params, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,9 @@ class Residual:
     tables: tuple[str, ...]
 
 
-def folds(config: GLMConfig | VisionConfig | SpeechConfig | TextConfig) -> tuple[Fold, ...]:
+def folds(
+    config: GLMConfig | VisionConfig | SpeechConfig | TextConfig, where: str = "model"
+) -> tuple[Fold, ...]:
     """Every fold of a model, in the order of its layers.
 
     Within a layer those of matrices come before those of norms, so that a scale chosen for a norm
@@ -94,6 +96,7 @@ def folds(config: GLMConfig | VisionConfig | SpeechConfig | TextConfig) -> tuple
 
     Args:
       config: of a GLM, or of an encoder on its own.
+      where: for messages: the transform and the model's class.
 
     Returns:
       The folds; paths are those of the model's parameters.
@@ -109,8 +112,8 @@ def folds(config: GLMConfig | VisionConfig | SpeechConfig | TextConfig) -> tuple
         return _of_text(config)
     if not isinstance(config, GLMConfig):
         raise RecipeError(
-            "no factor is known to move between the matrices of this model; the GLMs and the "
-            "encoders of glm_edge.models are known"
+            f"{where}: no factor is known to move between its matrices; the GLMs and the encoders "
+            "of glm_edge.models are known"
         )
     found: tuple[Fold, ...] = ()
     if config.vision is not None:
@@ -124,11 +127,12 @@ def folds(config: GLMConfig | VisionConfig | SpeechConfig | TextConfig) -> tuple
     return found
 
 
-def residual(config: GLMConfig) -> Residual:
+def residual(config: GLMConfig, where: str = "model") -> Residual:
     """The residual stream of a GLM's decoder.
 
     Args:
       config: of a GLM with a head of its own.
+      where: for messages: the transform and the model's class.
 
     Returns:
       What it meets.
@@ -137,9 +141,11 @@ def residual(config: GLMConfig) -> Residual:
       RecipeError: the stream cannot be rotated; the message says why.
     """
     if not isinstance(config, GLMConfig):
+        encoder = isinstance(config, VisionConfig | SpeechConfig | TextConfig)
+        instead = "; pass residual=False, encoders=True to rotate the values of its heads alone"
         raise RecipeError(
-            "quantize.rotate: only a GLM has a residual stream that can be rotated; pass "
-            "residual=False to rotate the values of heads alone"
+            f"{where}: only a GLM of glm_edge.models has a residual stream that can be rotated"
+            f"{instead if encoder else ''}"
         )
     if config.decoder.sandwich_norm:
         raise RecipeError(

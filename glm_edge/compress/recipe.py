@@ -13,7 +13,12 @@ from glm_edge.compress.transform import CHAIN, Transform, chain, entry
 from glm_edge.errors import RecipeError
 from glm_edge.files import parse_json, read_json
 
+__all__ = ["NAMED", "find", "named", "recipe_from_json", "to_json"]
 MAX_TRANSFORMS = 1000
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def to_json(transform: Transform) -> str:
@@ -78,9 +83,12 @@ def named(name: str) -> Transform:
 
     Args:
       name: `phone`, int4 in groups of 32 for the decoder and int8 per channel for the rest;
-        `small`, int4 for the encoders too, save what reads pixels and sound; or `quickstart`, which
+        `small`, int4 for the encoders too, save what reads pixels and sound; `quickstart`, which
         removes a quarter of the heads and 30 % of the neurons, heals by distillation, and then is
-        `small`.
+        `small`; `rtn_4bit`, as `phone` with scales of the largest magnitude; `gptq_4bit`,
+        `gptq_3bit` or `gptq_2bit`, GPTQ in groups of 32 for the decoder, which needs calibration,
+        and int8 per channel for the rest; or `int8_float16_embeddings`, float16 for embeddings
+        and the head and int8 per channel for the rest.
 
     Returns:
       The recipe.

@@ -77,7 +77,9 @@ def _apply(model: nn.Module, params: Params, context: Context) -> Result:
 def _fold_stage(work: StageWork) -> Replaced:
     replaced: dict[str, Any] = {}
     rows: list[Row] = []
-    for fold in folding.folds(getattr(work.model, "config", None)):
+    for fold in folding.folds(
+        getattr(work.model, "config", None), f"{NAME}: {type(work.model).__name__}"
+    ):
         norm = fold.producers[0]
         if fold.kind != "norm" or len(fold.producers) > 1 or norm not in work.leaves:
             continue

@@ -198,6 +198,12 @@ class Report:
             bytes_after=self.bytes_after,
         )
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self.rows)} rows, {self.bytes_before:,} -> "
+            f"{self.bytes_after:,} bytes)"
+        )
+
     def __str__(self) -> str:
         cells = [list(_HEADINGS.values())]
         cells += [_format(row) for row in (*self.rows, self.total)]

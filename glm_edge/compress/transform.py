@@ -7,6 +7,7 @@ parameters to a model, its parameters and a report. Transforms compose with `cha
 import dataclasses
 import inspect
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,6 +79,12 @@ _REGISTRY: dict[str, Entry] = {}
 # Largest number of steps, rounds and the like.
 MOST = 10**8
 _LARGEST = 2**62
+_OF_NNX = (
+    "of nnx, pass None as the model and nnx.to_pure_dict(nnx.split(module)[1]) as params; "
+    "transforms that need data take Linen modules"
+)
+# Vectors even where heads or a stack of layers give them further axes.
+_VECTORS = ("bias", "scale")
 # Options that a transform prints even at their defaults, as it does its first one.
 _DEFINING = ("bits", "group_size", "method", "steps")
 
@@ -113,7 +120,7 @@ class Transform:
         """Compresses a model; neither argument is changed.
 
         Args:
-          model: Linen module.
+          model: Linen module; None for parameters alone, which transforms take that need no data.
           params: its parameters, arrays or boxes.
           calibration: batches (see `glm_edge.compress.batches`), a list or another collection that
             can be read more than once, or a `glm_edge.Calibration`, which says how a model reads
@@ -132,12 +139,18 @@ class Transform:
           DataError: calibration is missing or cannot be read more than once, or `without` names no
             input.
         """
+        if isinstance(calibration, Mapping):
+            raise DataError(
+                "calibration is a list of batches, and this is a single one; pass [batch]"
+            )
         if isinstance(calibration, Iterator):
             raise DataError(
                 "calibration is an iterator that can be read only once; pass a list of batches, "
                 "such as list(itertools.islice(batches, 16))"
             )
         _check_arguments(self.name, model, params)
+        if model is None:
+            _check_without_model(self, calibration)
         if calibration is not None and isinstance(params.get("params"), Mapping):
             others = ", ".join(sorted(set(params) - {"params"})) or "none other"
             raise RecipeError(
@@ -186,16 +199,19 @@ class Transform:
 
 
 def _check_arguments(name: str, model: Any, params: Any) -> None:
-    """Raises RecipeError where `params` is something else that holds parameters."""
+    """Raises RecipeError where an argument is no model, or no parameters of one."""
     form = f"{name}: call it as transform(model, params)"
     if isinstance(params, nn.Module):
         raise RecipeError(f"{form}; params is a {type(params).__name__}, a model")
-    if type(params).__module__.startswith("flax.nnx") or type(model).__module__.startswith(
-        "flax.nnx"
-    ):
+    if _is_of_nnx(model) or _is_of_nnx(params):
+        raise RecipeError(f"{name}: {_OF_NNX}")
+    if isinstance(model, type):
         raise RecipeError(
-            f"{form} of Linen; of nnx, params is nnx.to_pure_dict(nnx.split(module)[1])"
+            f"{form}; model is the class {model.__name__}, not a module made of it, "
+            f"{model.__name__}(...)"
         )
+    if model is not None and not isinstance(model, nn.Module):
+        raise RecipeError(f"{form}; model is a {type(model).__name__}, not a Linen module")
     if not isinstance(params, Mapping):
         inside = " (pass its .params)" if hasattr(params, "params") else ""
         raise RecipeError(
@@ -207,10 +223,39 @@ def _check_arguments(name: str, model: Any, params: Any) -> None:
             raise RecipeError(f"{form}; params/{path} is {type(leaf).__name__}, not an array")
 
 
+def _is_of_nnx(value: Any) -> bool:
+    """True for a module of nnx, a user's own or its class, and for what nnx makes of one."""
+    # Who has such a value has imported nnx, which costs those who have none.
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    kind = value if isinstance(value, type) else type(value)
+    return issubclass(kind, nnx.Module) or kind.__module__.startswith("flax.nnx")
+
+
+def _check_without_model(transform: Transform, calibration: Any) -> None:
+    """Raises RecipeError where a transform cannot do with parameters alone."""
+    # The table asks this module for the registered transforms.
+    from glm_edge.compress.methods import ANY, METHODS, YES
+
+    apart = {method.name for method in METHODS if method.data == YES or method.models != ANY}
+    names = sorted({step.name for step in _steps(transform)} & apart)
+    if names:
+        raise RecipeError(f"{names[0]}: needs the model, a Linen module, and it is None; {_OF_NNX}")
+    if calibration is not None:
+        raise RecipeError(
+            f"{transform.name}: calibration needs the model, a Linen module, and it is None; "
+            f"{_OF_NNX}"
+        )
+
+
+def _steps(transform: Transform) -> tuple[Transform, ...]:
+    return transform.options["transforms"] if transform.name == CHAIN else (transform,)
+
+
 def _unnamed(transform: Transform, model: Any, params: Params) -> tuple[str, ...]:
     """Says which arrays no `where` can reach, since a matrix is told by its name."""
-    steps = transform.options["transforms"] if transform.name == CHAIN else (transform,)
-    acting = [step for step in steps if step.name.startswith(("quantize.", "prune."))]
+    acting = [step for step in _steps(transform) if step.name.startswith(("quantize.", "prune."))]
     # Tables of this library's models are meant to stay.
     if not acting or type(model).__module__.startswith("glm_edge.models."):
         return ()
@@ -220,7 +265,7 @@ def _unnamed(transform: Transform, model: Any, params: Params) -> tuple[str, ...
         if not is_box(leaf)
         and leaf.ndim >= 2
         and jnp.issubdtype(leaf.dtype, jnp.floating)
-        and path.rsplit("/", 1)[-1] not in MATRIX_NAMES
+        and path.rsplit("/", 1)[-1] not in (*MATRIX_NAMES, *_VECTORS)
     ]
     if not unnamed:
         return ()

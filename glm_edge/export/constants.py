@@ -11,7 +11,7 @@ from glm_edge import params as boxes
 from glm_edge.errors import ExportError
 from glm_edge.export.flatbuffer import Constant, Grid
 from glm_edge.kernels import grid, packing
-from glm_edge.params import FakeQuantized, Format, Masked, Quantized
+from glm_edge.params import FakeQuantized, Format, Masked, Narrow, Quantized
 from glm_edge.params.formats import PER_TENSOR
 from glm_edge.params.tree import Params, nested
 
@@ -123,6 +123,10 @@ def dense_of(path: str, leaf: Any) -> tuple[Any, list[Conversion]]:
         return boxes.dense(leaf), [Conversion(path, rule, False)]
     if isinstance(leaf, FakeQuantized):
         raise ExportError(f"{path}: a {type(leaf).__name__} is for training; finalize it first")
+    if isinstance(leaf, Narrow):
+        stored, rule = leaf.value.dtype, f"{leaf.value.dtype} written as {leaf.dtype}"
+        found = [] if stored == leaf.dtype else [Conversion(path, rule, False)]
+        return boxes.dense(leaf), found
     if boxes.is_box(leaf):
         rule = f"{type(leaf).__name__} written dense"
         return boxes.dense(leaf), [Conversion(path, rule, False)]

@@ -7,11 +7,13 @@ it: products are taken in float32, as JAX takes those of a stock module.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,8 +212,9 @@ def function(
       The exported function; its `verify` runs the file.
 
     Raises:
-      ExportError: an extent is not fixed, the converter refuses the function, the function closes
-        over packed integers, or a parameter cannot be held; the message says what would be right.
+      ExportError: an argument is of another form, an extent is not fixed, the converter refuses the
+        function, the function closes over packed integers, or a parameter cannot be held; the
+        message says what would be right.
       OutputError: the file exists already, or cannot be written.
       MissingExtraError: TensorFlow is not installed.
 
@@ -224,6 +227,7 @@ def function(
       )
       exported.verify()
     """
+    _check_call(function, params, inputs, path)
     path = Path(path)
     for name, struct in inputs.items():
         check_fixed(f"shape of {name}", struct.shape)
@@ -243,6 +247,40 @@ def function(
         size = _write(run, inputs, constants, held, conversions, path, overwrite)
     stored = sum(constant.data.nbytes + constant.scale.nbytes for constant in constants.values())
     return ExportedFunction(path, size, stored, tuple(conversions), dict(inputs), function, held)
+
+
+def _check_call(function: Any, params: Any, inputs: Any, path: Any) -> None:
+    """Raises ExportError where an argument stands in the place of another, or is of another form.
+
+    Args:
+      function: as of `function`, like all others.
+      params: a tree.
+      inputs: by name.
+      path: of the file.
+    """
+    form = "ge.export.function(function, params, inputs, path)"
+    if isinstance(function, nn.Module) or not callable(function):
+        raise ExportError(
+            f"{form}: function is a {type(function).__name__}; right would be lambda params, "
+            'inputs: {"y": module.apply({"params": params}, inputs["x"])}'
+        )
+    if isinstance(params, nn.Module) or callable(params):
+        raise ExportError(
+            f"{form}: params is a {type(params).__name__}; right would be the parameters, such as "
+            'module.init(...)["params"]'
+        )
+    right = 'right would be {"x": jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)}, or arrays'
+    if not isinstance(inputs, Mapping) or not inputs:
+        raise ExportError(f"{form}: inputs is a {type(inputs).__name__}; {right}")
+    for name, struct in inputs.items():
+        if (
+            not isinstance(name, str)
+            or not hasattr(struct, "shape")
+            or not hasattr(struct, "dtype")
+        ):
+            raise ExportError(f"{form}: inputs[{name!r:.60}] is {struct!r:.60}; {right}")
+    if not isinstance(path, str | os.PathLike):
+        raise ExportError(f"{form}: path is a {type(path).__name__}; right would be a file's name")
 
 
 class _Dequantized(Quantized):

@@ -11,10 +11,12 @@ from jax import Array
 
 from glm_edge.errors import DataError
 from glm_edge.generate.decoding import GREEDY, generate
+from glm_edge.generate.prompts import config_of
 from glm_edge.generate.sampling import Sampling
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.preprocess.chat import split_thinking as split
-from glm_edge.preprocess.processor import Processor
+from glm_edge.preprocess.media import KINDS, listed
+from glm_edge.preprocess.processor import Processor, conversations_of
 
 Answer = str | tuple[str, str]
 
@@ -23,10 +25,10 @@ def chat(
     model: MultimodalGLM,
     params: Any,
     processor: Processor,
-    messages: str | Sequence[Any],
-    images: Sequence[Any] = (),
-    videos: Sequence[Any] = (),
-    audio: Sequence[Any] = (),
+    messages: str | Mapping[str, Any] | Sequence[Any],
+    images: Any = (),
+    videos: Any = (),
+    audio: Any = (),
     tools: Sequence[Mapping[str, Any]] | None = None,
     max_new_tokens: int = 256,
     sampling: Sampling = GREEDY,
@@ -45,10 +47,10 @@ def chat(
       model: the model.
       params: its parameters, boxed or not.
       processor: of the same checkpoint.
-      messages: a question; or a conversation, a list of `{"role": …, "content": …}`; or a list of
-        conversations, which are answered as one batch.
-      images: paths or arrays in reading order, see `glm_edge.Processor`; beside a question, they
-        are shown before it.
+      messages: a question; or a message `{"role": …, "content": …}`; or a conversation, a list of
+        them; or a list of conversations, which are answered as one batch.
+      images: paths, Pillow images or arrays in reading order, or a single one, see
+        `glm_edge.Processor`; beside a question, they are shown before it.
       videos: likewise.
       audio: recordings, likewise.
       tools: JSON schemas of functions.
@@ -74,13 +76,15 @@ def chat(
         )
     if isinstance(stop_strings, str) or not all(stop_strings):
         raise DataError(f"stop_strings must be a list of texts, none empty: {stop_strings!r}")
+    images, videos, audio = (
+        listed(kind, values) for kind, values in zip(KINDS, (images, videos, audio), strict=True)
+    )
     if isinstance(messages, str):
         messages = [_question(messages, images, videos, audio)]
-    several = not (messages and isinstance(messages[0], Mapping))
-    inputs = processor(
-        messages, images or None, videos or None, audio or None, tools, **(variables or {})
-    )
-    stops = (*processor.stop_token_ids, *model.config.eos_token_ids)
+    conversations = conversations_of(messages)
+    several = not isinstance(messages, Mapping) and conversations is messages
+    inputs = processor(conversations, images, videos, audio, tools, **(variables or {}))
+    stops = (*processor.stop_token_ids, *config_of(model).eos_token_ids)
     options = {"stop_tokens": tuple(dict.fromkeys(stops)), **options}
     generation = generate(
         model,

@@ -27,6 +27,7 @@ from glm_edge.generate.prompts import (
     Prompt,
     check_context,
     check_placeholders,
+    config_of,
     count_placeholders,
     prompt_mask,
 )
@@ -147,7 +148,7 @@ def generate(
       DataError: prompts, mask or stop tokens do not fit each other or the model, prompt and answer
         exceed its context, a cache cannot be of that type, or scores are NaN or infinite.
     """
-    prompt = Prompt.of(model.config, tokens, valid, max_new_tokens, beyond_context)
+    prompt = Prompt.of(config_of(model), tokens, valid, max_new_tokens, beyond_context)
     inputs = (images, audio, audio_frames)
     state = start(model, params, prompt, *inputs, sampling, rng, cache_dtype, vision_tokens)
     stops = stops_of(model, stop_tokens)
@@ -213,7 +214,7 @@ def stream(
     Raises:
       DataError: as in `generate`.
     """
-    prompt = Prompt.of(model.config, tokens, valid, max_new_tokens, beyond_context)
+    prompt = Prompt.of(config_of(model), tokens, valid, max_new_tokens, beyond_context)
     stops = stops_of(model, stop_tokens)
     inputs = (images, audio, audio_frames)
     state = start(model, params, prompt, *inputs, sampling, rng, cache_dtype, vision_tokens)
@@ -262,8 +263,8 @@ def stop_ids(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> tuple[i
       DataError: what is given is not a sequence of the model's tokens.
     """
     if stop_tokens is None:
-        return model.config.eos_token_ids
-    size = model.config.decoder.vocab_size
+        return config_of(model).eos_token_ids
+    size = config_of(model).decoder.vocab_size
     try:
         stops = tuple(operator.index(token) for token in stop_tokens)
     except TypeError as error:

@@ -89,6 +89,21 @@ class Prompt:
         )
 
 
+def config_of(model: Any) -> GLMConfig:
+    """Configuration of a model that answers.
+
+    Raises:
+      DataError: it is no GLM.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "eos_token_ids"):
+        raise DataError(
+            f"model must be a glm_edge.MultimodalGLM, which predicts tokens, not "
+            f"{model.__name__ + ', a class' if isinstance(model, type) else type(model).__name__}"
+        )
+    return config
+
+
 def check_context(config: GLMConfig, lengths: np.ndarray, new_tokens: int) -> None:
     """Refuses what exceeds the positions that a model was trained on.
 

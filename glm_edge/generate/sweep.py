@@ -12,7 +12,7 @@ import numpy as np
 from glm_edge.errors import DataError
 from glm_edge.generate import decoding
 from glm_edge.generate.early_exit import EarlyExit
-from glm_edge.generate.prompts import Prompt
+from glm_edge.generate.prompts import Prompt, config_of
 from glm_edge.generate.vision_tokens import VisionTokens
 from glm_edge.models.multimodal import MultimodalGLM
 
@@ -151,7 +151,7 @@ def decode_rate(
       Tokens per second, the prompt not counted.
     """
     fields = dict(prompt)
-    ready = Prompt.of(model.config, fields["tokens"], fields.get("valid"), max_new_tokens)
+    ready = Prompt.of(config_of(model), fields["tokens"], fields.get("valid"), max_new_tokens)
     inputs = (fields.get(name) for name in ("images", "audio", "audio_frames"))
     stops, greedy = decoding.stops_of(model, None), decoding.GREEDY
     options = (greedy, None, jnp.float32, setting.vision_tokens)

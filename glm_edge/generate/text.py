@@ -1,11 +1,12 @@
 """Generated tokens as text: whole characters only, and nothing of a stop string."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from glm_edge.errors import ConfigError
+from glm_edge.errors import ConfigError, DataError
 from glm_edge.generate.decoding import stop_ids, stream
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.preprocess.processor import Processor
 from glm_edge.preprocess.tokens import decode
 
 _REPLACEMENT = "\ufffd"
@@ -136,8 +137,9 @@ def stream_text(
 
     Raises:
       ConfigError: a stop string is empty.
-      DataError: the prompt does not fit the model.
+      DataError: the prompt holds no token ids, or does not fit the model.
     """
+    _check_tokens(tokenizer, prompt)
     stops = stop_ids(model, stop_tokens)
     text = TextStream(tokenizer, stop_strings, skip_special_tokens)
     for (token,) in stream(model, params, [prompt], stop_tokens=stop_tokens, **options):
@@ -149,6 +151,15 @@ def stream_text(
             return
     if piece := text.finish():
         yield piece
+
+
+def _check_tokens(tokenizer: Any, prompt: Any) -> None:
+    chat = "glm_edge.chat(model, params, processor, messages) answers conversations"
+    if isinstance(tokenizer, Processor):
+        raise DataError(f"tokenizer is a Processor; pass its .tokenizer; {chat}")
+    parts = prompt if isinstance(prompt, list | tuple) else [prompt]
+    if any(isinstance(part, str | Mapping | list | tuple) for part in parts):
+        raise DataError(f"prompt must be token ids, such as tokenizer.encode(text).ids; {chat}")
 
 
 def generate_text(
@@ -168,6 +179,6 @@ def generate_text(
 
     Raises:
       ConfigError: a stop string is empty.
-      DataError: the prompt does not fit the model.
+      DataError: the prompt holds no token ids, or does not fit the model.
     """
     return "".join(stream_text(model, params, tokenizer, prompt, **options))

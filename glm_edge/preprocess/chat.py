@@ -30,6 +30,8 @@ MEDIA_TYPES = {
 }
 
 MAX_DEPTH = 64
+# Roles whose messages say something themselves.
+_SPEAKERS = ("system", "user")
 MAX_LAYOUT = 200
 # Half of a surrogate pair, of which no text in UTF-8 can be made.
 LONE = re.compile("[\ud800-\udfff]")
@@ -229,6 +231,9 @@ class _Copier:
             else self.plain(value, where)
             for name, value in message.items()
         }
+        # An assistant's turn may hold calls of tools alone.
+        if plain.get("content") is None and (plain["role"] in _SPEAKERS or len(plain) == 1):
+            raise DataError(f"{where}: a message of {plain['role']!r} must have a 'content'")
         return {"content": None, **plain} if "content" not in plain else plain
 
     def _content(self, content: Any, where: str) -> Any:

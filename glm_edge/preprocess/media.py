@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ def gather(
     Raises:
       DataError: more or fewer are supplied than parts ask for.
     """
-    queues = {kind: list(supplied.get(kind) or []) for kind in KINDS}
+    queues = {kind: listed(kind, supplied.get(kind)) for kind in KINDS}
     offered = {kind: len(queue) for kind, queue in queues.items()}
     found = []
     for conversation in conversations:
@@ -57,6 +58,29 @@ def gather(
                 f"hold a part of type {kind!r} for each"
             )
     return found
+
+
+def listed(kind: str, values: Any) -> list[Any]:
+    """Makes a list of what is supplied of one kind; a single image or recording is a list of one.
+
+    Args:
+      kind: of `KINDS`.
+      values: a list, or a single path, array, Pillow image, `Video` or pair with a rate; an array
+        of images [N, height, width, C] is a list of them; None is none.
+
+    Raises:
+      DataError: it is none of these.
+    """
+    if values is None:
+        return []
+    single = isinstance(values, (*FILE_TYPES, Video)) or hasattr(values, "convert")
+    rated = isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], numbers.Real)
+    several = kind == "image" and getattr(values, "ndim", 0) == 4
+    if single or rated or (hasattr(values, "ndim") and not several):
+        return [values]
+    if isinstance(values, Mapping) or not isinstance(values, Iterable):
+        raise DataError(f"{kind}: pass a list of paths or arrays, not a {type(values).__name__}")
+    return list(values)
 
 
 def open_image(value: Any) -> np.ndarray:

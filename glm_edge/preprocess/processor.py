@@ -51,6 +51,37 @@ class Inputs(Mapping):
         return sum(1 for _ in self)
 
 
+def conversations_of(messages: Any) -> Sequence[Sequence[Any]]:
+    """Tells one conversation, or one message of it, from several.
+
+    Args:
+      messages: a message, a list of them, or a list of such lists.
+
+    Returns:
+      The conversations.
+
+    Raises:
+      DataError: it is none of these, or there is no conversation.
+    """
+    if isinstance(messages, Mapping):
+        return [[messages]]
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise DataError(
+            f"messages: pass a list of {{'role': ..., 'content': ...}}, not a "
+            f"{type(messages).__name__}"
+        )
+    if not messages:
+        raise DataError("messages: there is no conversation")
+    conversations = [messages] if isinstance(messages[0], Mapping) else messages
+    for index, conversation in enumerate(conversations):
+        if isinstance(conversation, str) or not isinstance(conversation, Sequence):
+            raise DataError(
+                f"messages[{index}]: must be a list of {{'role': ..., 'content': ...}}, not a "
+                f"{type(conversation).__name__}"
+            )
+    return conversations
+
+
 @dataclass(frozen=True)
 class Processor:
     """Turns conversations into model inputs, as the checkpoint's family was trained.
@@ -156,9 +187,10 @@ class Processor:
         """Prepares a batch.
 
         Args:
-          messages: one conversation or several; see `glm_edge.preprocess.chat.render`. A part
-            `{"type": "image", "image": …}` brings an array, a path or a data URL; one without a
-            value takes the next of `images` (and so `videos` and `audio`).
+          messages: one conversation, several, or one message; see
+            `glm_edge.preprocess.chat.render`. A part `{"type": "image", "image": …}` brings an
+            array, a path or a data URL; one without a value takes the next of `images` (and so
+            `videos` and `audio`).
           images: [height, width, C] in 0..1 or uint8, paths or Pillow images, in reading order.
           videos: `Video` or `(frames, fps)`, in reading order.
           audio: samples at the model's rate, `(samples, rate)`, or paths of WAV files.
@@ -177,9 +209,7 @@ class Processor:
           DataError: messages, images or recordings are malformed, too few or too many, or the
             chat template fails or takes more time or memory than it may.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        if not conversations:
-            raise DataError("messages: there is no conversation")
+        conversations = conversations_of(messages)
         supplied = {"image": images, "video": videos, "audio": audio}
         shown, chunks, rows = [], [], []
         for conversation, found in zip(

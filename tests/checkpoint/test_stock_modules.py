@@ -93,3 +93,20 @@ def test_scales_beyond_the_dense_type_are_refused(compressed, tmp_path):
     params = {**compressed, "DenseGeneral_0": {"kernel": huge, "bias": bias}}
     with pytest.raises(CheckpointError, match=r"DenseGeneral_0/kernel.*not finite"):
         ge.save(Net(), params, tmp_path / "net")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda path: ge.save(path, Net(), {}), r"save\(model, params, path\), not save\("),
+        (lambda path: ge.save(Net(), path, {}), r"save\(model, params, path\), not save\("),
+        (lambda path: ge.load(None), "load: path must be that of .* not a NoneType"),
+        (lambda path: ge.build({}), "build: path must be that of .* not a dict"),
+        (lambda path: ge.load_tokenizer(None), "load_tokenizer: path must be that of"),
+        (lambda path: ge.load(path, dtype="float99"), "dtype 'float99' is unknown; known: float32"),
+        (lambda path: ge.load(path, dtype=7), "dtype 7 is unknown; known: float32"),
+    ],
+)
+def test_arguments_of_another_form_are_named(call, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        call(tmp_path)

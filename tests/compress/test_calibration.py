@@ -293,3 +293,42 @@ def test_batches_that_can_be_read_once_are_refused(models):
     model, params, _ = models["vit"]
     with pytest.raises(DataError, match="read only once"):
         plan(model, params, 1000, ("int8",), iter(data()))
+
+
+@pytest.mark.parametrize("name", ["apply", "loss"])
+def test_functions_of_another_arity_are_refused(name):
+    with pytest.raises(DataError, match=rf"{name}\(variables, batch\) must be callable as {name}"):
+        Calibration(data(1), **{name: lambda variables, batch: None})
+    Calibration(data(1), **{name: lambda model, variables, batch, train=False: None})
+    Calibration(data(1), **{name: lambda *arguments: None})
+
+
+@pytest.mark.parametrize("transform", [quantize.gptq(8), prune.mask(0.5, score="taylor")], ids=str)
+def test_a_collection_that_is_missing_is_named(models, transform):
+    model, params, _ = models["cnn"]
+    calibration = Calibration(data(1), apply=apply, loss=loss)
+    message = r"CNN reads the collection 'batch_stats'.*Calibration\(variables={'batch_stats': "
+    with pytest.raises(DataError, match=message):
+        transform(model, params, calibration)
+
+
+def test_a_collection_that_is_written_is_named(models):
+    model, params, variables = models["cnn"]
+
+    def train(model, variables, batch):
+        return model.apply(variables, batch["images"], train=True)
+
+    calibration = Calibration(data(1), apply=train, variables=variables)
+    with pytest.raises(DataError, match=r"CNN writes a collection.*use_running_average=True"):
+        quantize.gptq(8)(model, params, calibration)
+
+
+def test_a_single_batch_in_place_of_a_list_is_named(models):
+    model, params, _ = models["vit"]
+    for wrong in (
+        lambda: Calibration(data(1)[0], apply=apply),
+        lambda: quantize.gptq(8)(model, params, data(1)[0]),
+        lambda: plan(model, params, 1000, calibration=data(1)[0]),
+    ):
+        with pytest.raises(DataError, match=r"and this is a single one; pass \[batch\]"):
+            wrong()

@@ -1,12 +1,13 @@
 """The table of methods says what the transforms do."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from glm_edge.compress import transform
-from glm_edge.compress.methods import ANY, GLM, METHODS, NO, YES, to_markdown
+from glm_edge.compress.methods import ANY, GLM, MAGNITUDE, METHODS, NEAREST, NO, YES, to_markdown
 from glm_edge.errors import DataError, RecipeError
 
 # Options without which a factory refuses.
@@ -64,10 +65,45 @@ def test_method_that_needs_data_says_so(name, small):
         build(name)(model, params)
 
 
-@pytest.mark.parametrize(
-    "name", [m.name for m in METHODS if m.models == GLM and m.name != "quantize.awq"]
-)
+@pytest.mark.parametrize("name", [m.name for m in METHODS if m.models == GLM])
 def test_method_for_a_glm_refuses_other_models(name):
     batches = [{"tokens": np.zeros((1, 4), np.int32)}]
-    with pytest.raises(RecipeError):
+    with pytest.raises(RecipeError, match=name.replace(".", r"\.")):
         build(name)(Plain(), PARAMS, batches)
+
+
+@pytest.mark.parametrize("name", ["quantize.awq", "quantize.smoothquant", "reparameterize"])
+def test_where_no_factor_moves_transform_and_model_are_named(name):
+    batches = [{"tokens": np.zeros((1, 4), np.int32)}]
+    with pytest.raises(RecipeError, match=f"^{name}: Plain: no factor is known to move"):
+        build(name)(Plain(), PARAMS, batches)
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x, _ = layers(name="layers")(nn.Embed(8, 8, name="embed")(tokens), None)
+        return nn.Dense(8, name="head")(x)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.tanh(nn.Dense(8, name="dense")(x)), None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [m.name for m in METHODS if m.stacked and m.data == YES])
+def test_what_becomes_of_a_scanned_stack_is_what_the_table_says(name):
+    tokens = np.arange(8).reshape(1, 8)
+    shapes = jax.eval_shape(Scanned().init, jax.random.key(0), tokens)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), shapes)
+    options = {"steps": 2} if name in ("quantize.qat", "quantize.blockwise") else {}
+    method = transform.entry(name).factory(**REQUIRED.get(name, {}), **options)
+    _, _, report = method(Scanned(), params, [{"tokens": tokens}])
+    (action,) = [row.action for row in report.rows if row.path == "layers/dense/kernel"]
+    assert [word for word in (NEAREST, MAGNITUDE) if f"{word}: " in action] == [
+        word for word in (NEAREST, MAGNITUDE) if word == NAMES[name].stacked
+    ]

@@ -176,3 +176,7 @@ def test_drawing_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match="plot"):
         REPORT.plot(tmp_path / "report.png")
+
+
+def test_repr_is_one_line():
+    assert repr(REPORT) == "Report(2 rows, 5,000 -> 1,000 bytes)"

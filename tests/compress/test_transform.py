@@ -303,9 +303,83 @@ def test_arguments_that_are_no_parameters_are_named():
         ((model, state), r"not TrainState \(pass its .params\)"),
         ((module, nnx.state(module)), "nnx.to_pure_dict"),
         ((model, {"kernel": 3.0}), "params/kernel is float, not an array"),
+        ((Half, params), "model is the class Half, not a module made of it"),
+        (("Half", params), "model is a str, not a Linen module"),
     ):
         with pytest.raises(RecipeError, match=message):
             quantize.rtn(8)(*wrong)
+
+
+class OfNnx(nnx.Module):
+    """A module of a user."""
+
+    def __init__(self):
+        self.linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+
+NEEDS_A_MODEL = [
+    quantize.gptq(8),
+    quantize.awq(),
+    quantize.qat(steps=1),
+    distill(steps=1),
+    quantize.rotate(),
+    prune.structured(heads=0.5, score="magnitude"),
+    chain(quantize.rtn(8), quantize.gptq(8)),
+]
+
+
+@pytest.mark.parametrize("transform", [quantize.rtn(8), *NEEDS_A_MODEL], ids=lambda t: t.name)
+@pytest.mark.parametrize("wrong", ["module", "kind", "state", "params"])
+def test_modules_of_nnx_are_told_what_to_pass(transform, wrong):
+    module = OfNnx()
+    state = nnx.split(module)[1]
+    pure = nnx.to_pure_dict(state)
+    model, params = {
+        "module": (module, pure),
+        "kind": (OfNnx, pure),
+        "state": (None, state),
+        "params": (None, module),
+    }[wrong]
+    with pytest.raises(RecipeError, match=r"pass None as the model and nnx\.to_pure_dict"):
+        transform(model, params, [{"tokens": np.zeros((1, 4), np.int32)}])
+
+
+@pytest.mark.parametrize("given", [None, "tokens", "calibration"])
+@pytest.mark.parametrize("transform", NEEDS_A_MODEL, ids=lambda t: t.name)
+def test_transforms_that_need_a_model_say_so(transform, given):
+    batches = [{"tokens": np.zeros((1, 4), np.int32)}]
+    data = {None: None, "tokens": batches, "calibration": ge.Calibration(batches, apply=max)}[given]
+    with pytest.raises(RecipeError, match=r"needs the model.*take Linen modules"):
+        transform(None, {"kernel": jnp.ones((4, 4))}, data)
+
+
+def test_calibration_without_a_model_is_refused():
+    with pytest.raises(RecipeError, match="calibration needs the model"):
+        prune.mask(0.5, score="wanda")(None, {"kernel": jnp.ones((4, 4))}, [{}])
+
+
+class Stack(nn.Module):
+    """Attention within a scan, whose biases have several axes, and a table of its own name."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                x = nn.LayerNorm()(x)
+                return nn.MultiHeadDotProductAttention(num_heads=2)(x, x), None
+
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        x, _ = nn.scan(Layer, length=2, **axes)()(x, None)
+        return x + self.param("cls", nn.initializers.zeros, (1, 1, 4))
+
+
+def test_biases_and_norms_hide_no_array_of_another_name():
+    shapes = jax.eval_shape(Stack().init, jax.random.key(0), jnp.ones((1, 3, 4)))["params"]
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
+    _, _, report = quantize.rtn(8, stacked="Scan")(Stack(), params)
+    (note,) = [note for note in report.notes if "considered" in note]
+    assert note.startswith("1 arrays of two axes or more are left as they are: cls; ")
 
 
 def test_parameters_of_nnx_pass_as_a_dict():

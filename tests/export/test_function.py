@@ -9,6 +9,7 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError
+from glm_edge.export.constants import dense_of
 from glm_edge.export.offer import check_model
 from glm_edge.kernels import grid
 from glm_edge.params import Format
@@ -192,6 +193,36 @@ def test_function_refuses_by_name(form, message, tmp_path):
             tmp_path / "a.tflite",
             examples,
         )
+
+
+def identity(params, inputs):
+    return {"x": inputs["x"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((identity, {}, {"x": (8, 16, 16, 3)}, "a"), r"inputs\['x'\] is \(8, 16, 16, 3\); right"),
+        ((identity, {}, np.ones((1, 4)), "a"), "inputs is a ndarray; right would be {"),
+        ((identity, {}, {}, "a"), "inputs is a dict; right would be {"),
+        (({}, identity, {"x": np.ones(4)}, "a"), "function is a dict; right would be lambda"),
+        ((Reader(), {}, {"x": np.ones(4)}, "a"), "function is a Reader; right would be lambda"),
+        ((identity, Reader(), {"x": np.ones(4)}, "a"), "params is a Reader; right would be"),
+        ((identity, {}, "a", {"x": np.ones(4)}), "inputs is a str; right would be {"),
+        ((identity, {}, {"x": np.ones(4)}, None), "path is a NoneType; right would be"),
+    ],
+)
+def test_function_names_the_form_of_its_arguments(arguments, message):
+    with pytest.raises(ExportError, match=message):
+        export.function(*arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_narrow_weight_is_told_by_its_types(dtype):
+    box = boxes.narrow(jnp.ones((3, 2), dtype), "float32")
+    array, conversions = dense_of("w", box)
+    assert array.dtype == jnp.float32
+    assert [c.rule for c in conversions] == [f"{dtype} written as float32"]
 
 
 def test_other_formats_of_a_stock_module_name_function(tmp_path):

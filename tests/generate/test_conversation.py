@@ -3,6 +3,7 @@
 import warnings
 from types import SimpleNamespace
 
+import flax.linen as nn
 import numpy as np
 import pytest
 
@@ -101,3 +102,74 @@ def test_chat_says_what_generate_gives(processor):
         told = ge.chat(model, params, processor, QUESTION, max_new_tokens=4)
     tokens = generate(model, params, **processor(QUESTION), max_new_tokens=4).tokens
     assert told == processor.decode(np.asarray(tokens)[0]).strip() != ""
+
+
+@pytest.mark.parametrize("form", ["array", "float_stack", "path", "text", "pillow"])
+def test_a_single_image_is_a_list_of_one(answering, form, tmp_path):
+    screen = np.zeros((192, 96, 3), np.uint8)
+    if form in ("path", "text", "pillow"):
+        pillow = pytest.importorskip("PIL.Image").fromarray(screen)
+        pillow.save(tmp_path / "x.png")
+        path = tmp_path / "x.png"
+        single = {"path": path, "text": str(path), "pillow": pillow}[form]
+    else:
+        single = screen if form == "array" else np.zeros((1, *screen.shape), np.float32)
+    noted, chat = answering("ok")
+    assert chat("tap the star icon", images=single) == "ok"
+    (found,) = noted["images"]
+    chat("tap the star icon", images=[screen])
+    np.testing.assert_array_equal(found, noted["images"][0])
+
+
+def test_a_single_recording_is_a_list_of_one(answering):
+    sound = np.zeros(4000, np.float32)
+    noted, chat = answering("ok")
+    for single in (sound, (sound, 16000)):
+        chat("tap", audio=single)
+        assert len(noted["audio"]) == 1
+
+
+def test_a_single_message_is_a_conversation(answering, processor):
+    noted, chat = answering("ok")
+    assert chat(QUESTION[0]) == "ok"
+    np.testing.assert_array_equal(noted["tokens"], processor(QUESTION).tokens)
+    np.testing.assert_array_equal(processor(QUESTION[0]).tokens, noted["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "message"),
+    [
+        ({"role": "user"}, {}, "message of 'user' must have a 'content'"),
+        ([{"role": "user", "content": None}], {}, r"messages\[0\].*must have a 'content'"),
+        ([{"role": "assistant"}], {}, "must have a 'content'"),
+        (7, {}, "messages: pass a list of .*not a int"),
+        ([], {}, "no conversation"),
+        (["tap"], {}, r"messages\[0\]: must be a list of"),
+        ("tap", {"images": 3}, "image: pass a list of paths or arrays, not a int"),
+        ("tap", {"audio": {"a": 1}}, "audio: pass a list of paths or arrays, not a dict"),
+    ],
+)
+def test_other_messages_and_media_are_named(answering, messages, options, message):
+    _, chat = answering("ok")
+    with pytest.raises(DataError, match=message):
+        chat(messages, **options)
+
+
+@pytest.mark.parametrize("prompt", ["tap", QUESTION, QUESTION[0], [QUESTION]])
+def test_generate_text_names_chat_for_messages(processor, prompt):
+    with pytest.raises(DataError, match=r"token ids.*glm_edge\.chat"):
+        ge.generate.generate_text(None, {}, processor.tokenizer, prompt)
+
+
+def test_generate_text_names_chat_for_a_processor(processor):
+    with pytest.raises(DataError, match=r"tokenizer is a Processor.*glm_edge\.chat"):
+        ge.generate.generate_text(None, {}, processor, [1, 2])
+
+
+@pytest.mark.parametrize("model", [nn.Dense(3), nn.Dense, None])
+def test_what_is_no_glm_does_not_generate(processor, model):
+    for run in (ge.generate.generate, lambda *a: list(ge.generate.stream(*a))):
+        with pytest.raises(DataError, match=r"model must be a glm_edge\.MultimodalGLM"):
+            run(model, {}, [[1, 2]])
+    with pytest.raises(DataError, match=r"model must be a glm_edge\.MultimodalGLM"):
+        ge.chat(model, {}, processor, "tap")

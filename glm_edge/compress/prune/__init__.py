@@ -1,6 +1,5 @@
 """Pruning: scores, mask shapes, allocation and schedules, and shrinking by whole units."""
 
-from glm_edge.compress.prune import weight_scores
 from glm_edge.compress.prune.channels import channels
 from glm_edge.compress.prune.compact import compact, unmasked
 from glm_edge.compress.prune.depth import depth, shrink_depth
@@ -20,7 +19,6 @@ from glm_edge.compress.prune.sparsegpt import sparsegpt
 from glm_edge.compress.prune.structured import shrink, structured
 from glm_edge.compress.prune.tokens import frequent_tokens, shrink_tokenizer
 from glm_edge.compress.prune.vocabulary import map_tokens, shrink_vocabulary, vocabulary
-from glm_edge.kernels import vision_tokens
 
 __all__ = [
     "boxed",
@@ -46,9 +44,7 @@ __all__ = [
     "staircase",
     "structured",
     "unmasked",
-    "vision_tokens",
     "vocabulary",
-    "weight_scores",
 ]
 
 

@@ -119,7 +119,7 @@ def _round_stage(work: StageWork, steps: int, clip: bool, **shared: Any) -> Repl
         if path in measured:
             grams[path] = measured[path]["gram"] / measured[path]["count"]
             _check_finite(path, grams[path])
-    for fold in selected_folds(work):
+    for fold in selected_folds(NAME, work):
         factor, note = _search(fold, work, leaves, grams, measured, formats, steps, scale)
         leaves |= folding.move(fold, leaves, factor)
         columns = fold.spread(factor)

@@ -24,7 +24,7 @@ from glm_edge.compress.stagewise import (
     register_stagewise,
 )
 from glm_edge.compress.transform import Context, Result, Transform
-from glm_edge.configs import GLMConfig
+from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
 
@@ -71,6 +71,12 @@ def rotate(
 
 def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
     config = getattr(model, "config", None)
+    encoder = isinstance(config, VisionConfig | SpeechConfig | TextConfig)
+    if encoder and not (options["residual"] or options["encoders"]):
+        raise RecipeError(
+            f"{NAME}: {type(model).__name__} is an encoder, and heads= are those of a decoder; "
+            "pass encoders=True"
+        )
     if not (options["residual"] and isinstance(config, GLMConfig)):
         return apply_by_stage(NAME, model, params, context, **options)
     folding.residual(_untied(config))
@@ -101,9 +107,12 @@ def _rotate_stage(
 ) -> Replaced:
     config, leaves = getattr(work.model, "config", None), dict(work.leaves)
     key, notes = jax.random.key(seed), {}
+    where = f"{NAME}: {type(work.model).__name__}"
     if residual:
-        _rotate_residual(folding.residual(config), config.decoder.hidden_size, key, leaves, notes)
-    for fold in folding.folds(config):
+        _rotate_residual(
+            folding.residual(config, where), config.decoder.hidden_size, key, leaves, notes
+        )
+    for fold in folding.folds(config, where):
         inside = fold.consumers[0] in leaves and fold.kind == "value"
         if inside and (heads if fold.producers[0].startswith("decoder/") else encoders):
             _rotate_values(fold, key, leaves, notes)

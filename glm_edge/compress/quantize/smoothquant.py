@@ -64,7 +64,7 @@ def smoothquant(
 
 
 def _smooth_stage(work: StageWork, alpha: float, kinds: tuple[str, ...] | None) -> Replaced:
-    found = [fold for fold in selected_folds(work) if kinds is None or fold.kind in kinds]
+    found = [fold for fold in selected_folds(NAME, work) if kinds is None or fold.kind in kinds]
     if not found:
         return {}, []
     leaves, notes = dict(work.leaves), collections.defaultdict(list)
@@ -102,17 +102,22 @@ register_stagewise(
 )
 
 
-def selected_folds(work: StageWork) -> list[Fold]:
+def selected_folds(name: str, work: StageWork) -> list[Fold]:
     """Folds of a stage whose consumers are all selected.
+
+    Args:
+      name: of the transform, for messages.
+      work: the stage.
 
     Raises:
       RecipeError: the model is of a kind in which no factor is known to move.
     """
     selected = set(work.selected)
+    known = folding.folds(
+        getattr(work.model, "config", None), f"{name}: {type(work.model).__name__}"
+    )
     return [
-        fold
-        for fold in folding.folds(getattr(work.model, "config", None))
-        if selected.issuperset(fold.consumers) and fold.within(work.leaves)
+        fold for fold in known if selected.issuperset(fold.consumers) and fold.within(work.leaves)
     ]
 
 

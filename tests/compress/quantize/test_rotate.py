@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from glm_edge.compress.quantize.rtn import rtn
 from glm_edge.compress.rounding import hadamard
 from glm_edge.compress.stream import compress_checkpoint
 from glm_edge.errors import RecipeError
+from glm_edge.models.vision import VisionEncoder
 
 ROTATABLE = ["asr", "edge_v", "glm4", "nano", "pruned", "tied"]
 
@@ -160,6 +162,28 @@ def test_refuses(make_member):
     pruned = ge.prune.magnitude(0.5, where="down_proj")(model, params)[1]
     with pytest.raises(RecipeError, match=r"down_proj/weight is pruned"):
         rotate()(model, pruned)
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(4)(nn.Embed(4, 4)(tokens))
+
+
+def test_other_models_are_offered_only_what_helps(make_member):
+    dense = {"Dense_0": {"kernel": jnp.ones((4, 4))}}
+    with pytest.raises(RecipeError, match=r"quantize.rotate: Plain: only a GLM") as refused:
+        rotate()(Plain(), dense)
+    assert "residual=False" not in str(refused.value)
+    with pytest.raises(RecipeError, match=r"quantize.rotate: Plain: no factor is known to move"):
+        rotate(residual=False)(Plain(), dense)
+    model, params = make_member("nano")
+    vision = VisionEncoder(model.config.vision, model.config.decoder.hidden_size)
+    with pytest.raises(RecipeError, match="pass residual=False, encoders=True"):
+        rotate()(vision, params["vision"])
+    with pytest.raises(RecipeError, match=r"VisionEncoder is an encoder.*pass encoders=True"):
+        rotate(residual=False)(vision, params["vision"])
+    assert rotate(residual=False, encoders=True)(vision, params["vision"])[2].rows
 
 
 def test_streams_the_same_and_refuses_a_tied_head_there(make_member, tmp_path):
