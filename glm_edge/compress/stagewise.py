@@ -247,7 +247,8 @@ def fallback_notes(rows: Sequence[Row]) -> tuple[str, ...]:
     totals = Counter(
         row.transform
         for row in rows
-        if "divided by" not in row.action or "columns times" in row.action
+        if "divided by" not in row.action
+        or any(words in row.action for words in ("columns times", "without a factor"))
     )
     return tuple(
         f"{name}: {sum(counts.values())} of {totals[name]} matrices went {how}{_FALLBACKS[how]}: "

@@ -81,16 +81,13 @@ def _smooth_stage(work: StageWork, alpha: float, kinds: tuple[str, ...] | None) 
     for path in work.selected:
         work.advance(path)
     replaced = {path: leaves[path] for path in notes}
-    rows = [
-        row(NAME, path, work.leaves[path], leaf, None, ", ".join(notes[path]))
-        for path, leaf in replaced.items()
-    ]
     eased = {path for fold in found for path in fold.consumers}
     for path, why in _reasons(work, kinds, eased).items():
-        if path not in replaced:
-            leaf = work.leaves[path]
-            rows.append(row(NAME, path, leaf, leaf, None, f"without a factor: {why}"))
-    return replaced, rows
+        notes[path].append(f"without a factor: {why}")
+    return replaced, [
+        row(NAME, path, work.leaves[path], leaves[path], None, ", ".join(parts))
+        for path, parts in notes.items()
+    ]
 
 
 def _reasons(
