@@ -30,6 +30,14 @@ from glm_edge.params.layouts import Layout
 from glm_edge.params.tree import Params, nested
 
 NEEDS = ("nothing", "inputs", "both")
+_UNSEEN = ", as calibration does not see their inputs"
+# What a row says of a matrix that a transform could not treat as the others, and why that is.
+_FALLBACKS = {
+    "to nearest": _UNSEEN,
+    "by magnitude": _UNSEEN,
+    "without a range": _UNSEEN,
+    "without a factor": "",
+}
 Replaced = tuple[Leaves, list[Row]]
 
 
@@ -224,20 +232,27 @@ def apply_by_stage(
 
 
 def fallback_notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Notes that count what calibration could not see, with the reasons.
+    """Notes that count what a transform could not treat as the others, with the reasons.
 
     Args:
-      rows: of the report; an action says `to nearest: reason` or `by magnitude: reason`.
+      rows: of the report; an action says `to nearest: reason`, `by magnitude: reason`,
+        `without a range: reason` or `without a factor: reason`.
     """
     reasons: dict[tuple[str, str], Counter[str]] = {}
     for row in rows:
-        fallback = re.search(r"[( ](to nearest|by magnitude): (.+)\)$", row.action)
+        fallback = re.search(rf"[( ]({'|'.join(_FALLBACKS)}): (.+)\)$", row.action)
         if fallback:
             reasons.setdefault((row.transform, fallback[1]), Counter())[fallback[2]] += 1
-    totals = Counter(row.transform for row in rows)
+    # What only gives a factor to others, such as a norm, was not to be treated itself.
+    totals = Counter(
+        row.transform
+        for row in rows
+        if "divided by" not in row.action
+        or any(words in row.action for words in ("columns times", "without a factor"))
+    )
     return tuple(
-        f"{name}: {sum(counts.values())} of {totals[name]} matrices went {how}, as calibration "
-        f"does not see their inputs: {'; '.join(f'{n} as {why}' for why, n in counts.items())}"
+        f"{name}: {sum(counts.values())} of {totals[name]} matrices went {how}{_FALLBACKS[how]}: "
+        f"{'; '.join(f'{n} as {why}' for why, n in counts.items())}"
         for (name, how), counts in reasons.items()
     )
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import urllib.request
 from pathlib import Path
 from types import ModuleType
@@ -111,66 +112,105 @@ def test_first_cells_are_the_same_but_for_extras():
 
 @pytest.fixture
 def colab(monkeypatch, tmp_path):
-    """Runs a first cell as Colab would, in an empty folder, and returns its commands."""
+    """Runs a first cell as Colab would, in a folder of uploads, and returns its commands."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    checkout = tmp_path / "elsewhere" / "glm_edge-main"
-    (checkout / "experiments").mkdir(parents=True)
-    (checkout / "experiments" / "__init__.py").touch()
-    shutil.make_archive(str(tmp_path / "kept"), "zip", tmp_path / "elsewhere")
-    shutil.rmtree(tmp_path / "elsewhere")
 
-    def run(repository=""):
+    def run(repository="", clones=True):
         ran = []
 
         def command(line):
             ran.append(line)
-            if line.startswith("git clone"):
-                shutil.unpack_archive(tmp_path / "kept.zip", tmp_path)
-                (tmp_path / "glm_edge-main").rename(tmp_path / line.split()[-1])
+            if line.startswith("git clone") and clones:
+                write_checkout(tmp_path / line.split()[-1])
 
         extras, rest = first_cell(NOTEBOOKS[0])
         rest = rest.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
         lines = re.sub(r"^(\s*)[%!](.*)$", r"\1command(f'\2')", rest, flags=re.MULTILINE)
         exec(f"{extras}\n{lines}", {"command": command})
-        return ran, tmp_path
+        return ran
 
     return run
 
 
+def write_checkout(root: Path) -> None:
+    (root / "experiments").mkdir(parents=True)
+    (root / "experiments" / "__init__.py").touch()
+
+
+def upload(folder: Path, files: dict[str, str]) -> None:
+    """Writes archives: of a checkout in a folder `…glm…`, of another folder, or broken ones."""
+    for name, inside in files.items():
+        if inside == "broken":
+            (folder / name).write_bytes(b"no archive at all")
+            continue
+        with tempfile.TemporaryDirectory() as made:
+            packed = Path(made, "packed", inside)
+            write_checkout(packed) if "glm" in packed.name else packed.mkdir(parents=True)
+            kind = next(k for k, ends, _ in shutil.get_unpack_formats() if name.endswith((*ends,)))
+            shutil.move(shutil.make_archive(f"{made}/a", kind, f"{made}/packed"), folder / name)
+
+
+WHEEL = "glm_edge-0.1.0-py3-none-any.whl"
+
+
 @pytest.mark.parametrize(
-    ("uploaded", "repository", "source"),
+    ("uploads", "repository", "source"),
     [
-        ("clone", "", "."),
-        ("glm_edge-main (1).zip", "", "glm_edge_archive/glm_edge-main"),
-        ("glm_edge-0.1.0-py3-none-any.whl", "", "glm_edge-0.1.0-py3-none-any.whl"),
-        ("glm_edge-0.1.0-py3-none-any.whl", "https://host/x", "glm_edge-0.1.0-py3-none-any.whl"),
-        ("", "https://host/x", "glm_edge_checkout"),
+        ({}, "", "."),
+        ({"glm_edge-main (1).zip": "glm_edge-main"}, "", "glm_edge_archive/glm_edge-main"),
+        ({"main.zip": "glm_edge-main"}, "", "glm_edge_archive/glm_edge-main"),
+        ({"GLM_Edge-main.zip": "GLM/glm_edge"}, "", "glm_edge_archive/GLM/glm_edge"),
+        ({"a.tgz": "a/b/glm"}, "https://host/x", "glm_edge_archive/a/b/glm"),
+        ({"a.tar.xz": "glm"}, "", "glm_edge_archive/glm"),
+        ({"a.tar.bz2": "glm", WHEEL: "broken"}, "", "glm_edge_archive/glm"),
+        ({"a.zip": "broken", "b.tar.gz": "glm"}, "", "glm_edge_archive/glm"),
+        ({"a.zip": "other", "b.tar": "glm"}, "", "glm_edge_archive/glm"),
+        ({WHEEL: "broken"}, "https://host/x", "glm_edge_checkout"),
+        ({"a.zip": "broken"}, "https://host/x", "glm_edge_checkout"),
     ],
 )
-def test_colab_installs_what_is_there(uploaded, repository, source, colab, tmp_path, capsys):
-    if uploaded == "clone":
-        (tmp_path / "experiments").mkdir()
-        (tmp_path / "experiments" / "__init__.py").touch()
-    elif uploaded.endswith(".zip"):
-        (tmp_path / "kept.zip").rename(tmp_path / uploaded)
-    elif uploaded:
-        (tmp_path / uploaded).touch()
-    ran, folder = colab(repository)
+def test_colab_installs_what_is_there(uploads, repository, source, colab, tmp_path, capsys):
+    upload(tmp_path, uploads)
+    if source == ".":
+        write_checkout(tmp_path)
+    ran = colab(repository)
     installs = [line for line in ran if line.startswith("pip")]
-    editable = "" if source.endswith(".whl") else "-e"
-    assert installs == [f'pip install -q {editable} "{folder / source}[data,plot]"']
-    # Nothing is downloaded where something was uploaded, and nothing twice.
+    assert installs == [f'pip install -q -e "{tmp_path / source}[data,plot]"']
+    assert sys.path[0] == str(tmp_path / source)
+    # Nothing is downloaded where the repository was uploaded, and nothing twice.
     assert len(ran) - 1 == (source == "glm_edge_checkout")
-    printed = capsys.readouterr().out
-    assert f"glm_edge {ge.__version__} of {Path(ge.__file__).parent}" in printed
-    assert ("no folder experiments/" in printed) == source.endswith(".whl")
+    assert f"glm_edge {ge.__version__} of {Path(ge.__file__).parent}" in capsys.readouterr().out
 
 
-def test_colab_without_anything_says_what_to_upload(colab):
-    with pytest.raises(FileNotFoundError, match="upload an archive"):
+@pytest.mark.parametrize(
+    ("uploads", "told"),
+    [
+        ({}, "there is no archive"),
+        ({WHEEL: "broken"}, rf"there is {WHEEL} \(a wheel holds no experiments/\)"),
+        ({"notes.zip": "other"}, r"there is notes\.zip \(holds no experiments/__init__\.py\)"),
+        ({"a.tar.gz": "broken"}, r"there is a\.tar\.gz \(ReadError: [^\n]+\)"),
+    ],
+)
+def test_colab_without_the_repository_says_what_lies_there(uploads, told, colab, tmp_path):
+    upload(tmp_path, uploads)
+    with pytest.raises(FileNotFoundError, match=f"upload an archive of the repository.*{told}$"):
         colab()
+    assert not (tmp_path / "glm_edge_archive").exists()
+
+
+def test_colab_says_that_a_clone_failed(colab):
+    with pytest.raises(FileNotFoundError, match=r"https://host/x \(git clone gave no"):
+        colab("https://host/x", clones=False)
+
+
+def test_notebooks_import_what_users_may():
+    for notebook in NOTEBOOKS:
+        text = "\n".join(code_cells(notebook))
+        assert "experiments" in text.partition("import glm_edge")[2], "cell 1 asks for experiments/"
+        assert "compress.transform" not in text
+        assert ".run(" not in text
 
 
 def test_a_checkpoint_is_found_without_a_network(monkeypatch, tmp_path):

@@ -38,7 +38,7 @@ def activations(
 
     Matrices that read the same rows get one grid for them. A model computes on these grids when its
     `compute` is `int8_static`; put this after what rounds the weights. Matrices whose inputs are
-    not seen (a tied head) keep a grid for each row.
+    not seen (a tied head) keep a grid for each row; the report counts them and says why.
 
     Args:
       method: `minmax`, `percentile`, `mse` or `entropy`, see
@@ -116,8 +116,6 @@ def _calibrate_stage(work: StageWork, method: str, percentile: float, symmetric:
     groups = [tuple(path for path in group if path in named) for group in work.readers()]
     # What reads the same rows gets the same grid, and is measured once.
     groups = [group for group in groups if group]
-    if not groups:
-        return {}, []
     inputs = {group[0]: _Seen(group[0], "inputs") for group in groups}
     outputs = {path: _Seen(path, "outputs") for group in groups for path in group}
 
@@ -144,12 +142,16 @@ def _calibrate_stage(work: StageWork, method: str, percentile: float, symmetric:
             replaced[path] = before.replace(**fields, **products)
             notes = f"{note}; {after_note}"
             report.append(row(NAME, path, before, replaced[path], None, notes))
+    for path in named:
+        if path not in replaced:
+            leaf, note = work.leaves[path], f"without a range: {work.unseen(path)}"
+            report.append(row(NAME, path, leaf, leaf, None, note))
     return replaced, report
 
 
 def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
     found = apply_by_stage(NAME, model, params, context, **options)
-    if not found[2].rows:
+    if all("without a range: " in row.action for row in found[2].rows):
         raise RecipeError(
             f"{NAME}: where={options['where']!r} names no quantized matrix whose inputs are seen; "
             "quantize first"

@@ -120,6 +120,8 @@ def _round_stage(work: StageWork, steps: int, clip: bool, **shared: Any) -> Repl
             grams[path] = measured[path]["gram"] / measured[path]["count"]
             _check_finite(path, grams[path])
     for fold in selected_folds(NAME, work):
+        if fold.consumers[0] not in grams:
+            continue
         factor, note = _search(fold, work, leaves, grams, measured, formats, steps, scale)
         leaves |= folding.move(fold, leaves, factor)
         columns = fold.spread(factor)

@@ -1,6 +1,7 @@
 """Moving the spread of activations into weights, so that both fit a coarse grid."""
 
 import collections
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -34,7 +35,8 @@ def smoothquant(
 
     The factor moves into what produces the channel (see `glm_edge.compress.folding`) and the
     columns that read it are multiplied by it. Weights change and are not rounded: chain a rounding
-    transform after this, and run with int8 activations.
+    transform after this, and run with int8 activations. Matrices that get no factor stay as they
+    are; the report counts them and says why.
 
     Args:
       alpha: in 0..1, how much of the spread leaves the activations.
@@ -65,10 +67,9 @@ def smoothquant(
 
 def _smooth_stage(work: StageWork, alpha: float, kinds: tuple[str, ...] | None) -> Replaced:
     found = [fold for fold in selected_folds(NAME, work) if kinds is None or fold.kind in kinds]
-    if not found:
-        return {}, []
     leaves, notes = dict(work.leaves), collections.defaultdict(list)
-    largest = work.collect(ABS_MAX)
+    largest = work.collect(ABS_MAX) if found else {}
+    found = [fold for fold in found if fold.consumers[0] in largest]
     for fold in found:
         factor = _factor(fold, leaves, largest[fold.consumers[0]], alpha)
         leaves |= folding.move(fold, leaves, factor)
@@ -80,15 +81,40 @@ def _smooth_stage(work: StageWork, alpha: float, kinds: tuple[str, ...] | None) 
     for path in work.selected:
         work.advance(path)
     replaced = {path: leaves[path] for path in notes}
+    eased = {path for fold in found for path in fold.consumers}
+    for path, why in _reasons(work, kinds, eased).items():
+        notes[path].append(f"without a factor: {why}")
     return replaced, [
-        row(NAME, path, work.leaves[path], leaf, None, ", ".join(notes[path]))
-        for path, leaf in replaced.items()
+        row(NAME, path, work.leaves[path], leaves[path], None, ", ".join(parts))
+        for path, parts in notes.items()
     ]
+
+
+def _reasons(
+    work: StageWork, kinds: tuple[str, ...] | None, eased: Collection[str]
+) -> dict[str, str]:
+    """Why a matrix that the pattern names got no factor, by path, but for what `kinds` leaves."""
+    folds = folding.folds(getattr(work.model, "config", None))
+    by_consumer = {path: fold for fold in folds for path in fold.consumers}
+    reasons: dict[str, str] = {}
+    for path in work.named:
+        fold = by_consumer.get(path)
+        if path in eased or (fold is not None and kinds is not None and fold.kind not in kinds):
+            continue
+        if fold is None:
+            reasons[path] = "nothing before it can be divided"
+        elif not fold.within(work.leaves):
+            reasons[path] = "it, what shares its input or what comes before it is quantized already"
+        elif not set(fold.consumers) <= set(work.selected):
+            reasons[path] = "where= leaves out what shares its input"
+        else:
+            reasons[path] = work.unseen(path)
+    return reasons
 
 
 def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
     found = apply_by_stage(NAME, model, params, context, **options)
-    if not found[2].rows:
+    if all("without a factor: " in row.action for row in found[2].rows):
         raise RecipeError(
             f"{NAME}: where={options['where']!r} and kinds={options['kinds']} name no matrices "
             "between which a factor moves; those that share an input go together (query, key, "

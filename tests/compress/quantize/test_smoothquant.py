@@ -9,6 +9,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, folding, recipe_from_json, to_json
+from glm_edge.compress.quantize.awq import awq
 from glm_edge.compress.quantize.rtn import rtn
 from glm_edge.compress.quantize.smoothquant import smooth_factor, smoothquant
 from glm_edge.errors import DataError, RecipeError
@@ -71,9 +72,17 @@ def test_matches_a_loop_and_keeps_the_function(make_member, batch_of, name):
     batch = batch_of(model, seed=9)
     logits = run(model, params, batch)[0]
     assert np.abs(run(model, changed, batch)[0] - logits).max() < 1e-5 * np.abs(logits).max()
-    assert {row.path for row in report.rows} == {
-        path for fold in folding.folds(model.config) for path in (*fold.producers, *fold.consumers)
+    folds = folding.folds(model.config)
+    moved = ("rows divided", "columns times")
+    assert {r.path for r in report.rows if any(words in r.action for words in moved)} == {
+        path for fold in folds for path in (*fold.producers, *fold.consumers)
     }
+    # Of the matrices that nothing eases, each is counted.
+    matrices = set(boxes.select(params, None))
+    (note,) = report.notes
+    eased = {path for fold in folds for path in fold.consumers}
+    counted = f"{len(matrices - eased)} of {len(matrices)} matrices went without a factor"
+    assert note.startswith(f"quantize.smoothquant: {counted}")
 
 
 def test_a_factor_by_hand():
@@ -123,6 +132,23 @@ def test_kinds_and_where(make_member, batch_of):
     assert recipe_from_json(to_json(recipe)) == recipe
     with pytest.raises(RecipeError, match="between which a factor moves"):
         smoothquant(where="q_proj")(model, params, calibration)
+    report = smoothquant(where=r"layers/1/.*(q_proj|o_proj)")(model, params, calibration)[2]
+    assert report.notes == (
+        "quantize.smoothquant: 1 of 2 matrices went without a factor: "
+        "1 as where= leaves out what shares its input",
+    )
+
+
+@pytest.mark.parametrize("transform", [smoothquant(), awq(bits=8)], ids=lambda t: t.name)
+def test_an_encoder_without_inputs_is_counted(make_member, batch_of, transform):
+    model, params = make_member("asr")
+    tokens = batch_of(model)["tokens"]
+    batch = {"tokens": np.where(tokens == model.config.audio_token_id, 10, tokens)}
+    _, _, report = transform(model, params, [batch], without=["audio"])
+    skipped = [row for row in report.rows if row.path.startswith("speech/")]
+    assert skipped
+    assert all("without a factor: " in r.action or "to nearest: " in r.action for r in skipped)
+    assert any(" matrices went " in note for note in report.notes)
 
 
 def test_refuses(make_member, batch_of):
