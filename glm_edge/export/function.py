@@ -271,7 +271,8 @@ def _check_call(function: Any, params: Any, inputs: Any, path: Any) -> None:
         )
     right = 'right would be {"x": jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)}, or arrays'
     if not isinstance(inputs, Mapping) or not inputs:
-        raise ExportError(f"{form}: inputs is a {type(inputs).__name__}; {right}")
+        kind = "empty" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
+        raise ExportError(f"{form}: inputs is {kind}; {right}")
     for name, struct in inputs.items():
         if (
             not isinstance(name, str)

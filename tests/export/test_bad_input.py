@@ -150,7 +150,8 @@ def exporters():
     formats = {**NEEDED, "litertlm": ("litert_lm_builder",)}
     found = {name: (getattr(export, name), needed, (None, {})) for name, needed in formats.items()}
     found["litertlm"] = (export.litertlm, formats["litertlm"], (None, {}, None))
-    return {**found, "function": (export.function, (), (None, {}, {}))}
+    inputs = {"x": jax.ShapeDtypeStruct((1, 3), jnp.float32)}
+    return {**found, "function": (export.function, (), (lambda _, x: x, {}, inputs))}
 
 
 @pytest.mark.parametrize("to", ["nothing", "file", "directory"])

@@ -48,9 +48,9 @@ def test_match_is_the_first_and_longest_part():
     [r"(([a-z/0-9_]+)+)+$X", r"^(([a-z_]|[a-z_])*/?)*!$", r"(.*)*\d\d\d", "(a|a)*(b?){999999}!"],
 )
 def test_search_ends_where_re_does_not(text):
-    start = time.monotonic()
+    start = time.process_time()
     assert not Pattern(text).search("decoder/layers/1/mlp/gate_up_proj/weight")
-    assert time.monotonic() - start < 5.0
+    assert time.process_time() - start < 20.0
 
 
 def test_search_gives_up_on_a_flood_of_repeats():

@@ -162,14 +162,15 @@ def test_work_inside_one_call_is_counted(template):
     start = time.process_time()
     with pytest.raises(DataError, match=r"TemplateLimitError: .*(steps|bytes)"):
         render(template, MESSAGES)
-    assert time.process_time() - start < 2.0
+    # Not a measurement: uncounted, these take minutes.
+    assert time.process_time() - start < 20.0
 
 
 def test_flags_and_widths_of_a_format_are_read_once():
     start = time.process_time()
     with pytest.raises(DataError, match="unsupported format"):
         render("{{ ('%' ~ '0' * 1000000) % 1 }}", MESSAGES)
-    assert time.process_time() - start < 2.0
+    assert time.process_time() - start < 20.0
 
 
 def test_counted_work_answers_as_jinja_does():
