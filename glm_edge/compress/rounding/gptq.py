@@ -157,7 +157,7 @@ def scaled(gram: Array) -> Array:
 
 @jax.jit
 def _factor(gram: Array, damping: float) -> tuple[Array, Array]:
-    mean = triangular.total(jnp.diagonal(gram)) / gram.shape[0]
+    mean = triangular.total(jnp.abs(jnp.diagonal(gram))) / gram.shape[0]
     added = jnp.where(mean > 0, jnp.maximum(damping * mean, 0.0), 1.0)
     damped = gram + added * jnp.eye(gram.shape[0], dtype=gram.dtype)
     return triangular.cholesky(damped[::-1, ::-1])[::-1, ::-1], damped
