@@ -113,13 +113,12 @@ def test_transformers_5_nests_its_processors(checkpoint):
         ("glm", {"size": {"height": 672.5, "width": 672}}, "whole pixels"),
         ("glm4v", {"size": {"shortest_edge": 9, "longest_edge": 10**18}}, "max_pixels 1000"),
         ("glm4v", {"size": {"shortest_edge": 9, "longest_edge": 1e308}}, "whole pixels"),
-        ("glm4v", {"image_mean": [10**400, 0, 0]}, "'image_mean' is .* it must be numbers"),
         ("glm4v", {"image_mean": [1e308, 0, 0]}, "it must be numbers"),
         ("glm4v", {"image_mean": [1e30, 0, 0]}, "make pixels of .* at most 1e"),
         ("glm4v", {"image_std": [1e-299, 1, 1]}, "make pixels of"),
         ("glm4v", {"image_std": [0.5, 0.5]}, "holds 2 numbers; images have 3 channels"),
     ],
-    ids=range(37),
+    ids=range(36),
 )
 def test_fields_that_ask_for_something_else_are_named(checkpoint, model_type, fields, pattern):
     config = {"model_type": model_type, "vision_config": {"patch_size": 14}}
