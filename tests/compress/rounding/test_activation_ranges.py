@@ -15,7 +15,7 @@ def values(seed=0, count=20000):
 def seen(symmetric, bins=2048):
     rows = values()
     low, high = activations.widened(rows.min(), rows.max(), symmetric)
-    counts = activations.histogram(jnp.asarray(rows), low, high, bins)
+    counts = activations.histogram(jnp.asarray(rows), low, high, bins=bins)
     return rows, np.asarray(counts), low, high
 
 
