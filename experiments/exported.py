@@ -12,7 +12,7 @@ import glm_edge as ge
 from experiments import exam
 from glm_edge.cli import corpora
 from glm_edge.cli.console import bar
-from glm_edge.cli.loss import WINDOW
+from glm_edge.cli.loss import WINDOW, summarized
 from glm_edge.preprocess.tokens import prompt_ids
 
 DECODE_STEPS = 40
@@ -63,13 +63,7 @@ def text_loss(phone: Any, windows: corpora.Windows, reference: tuple[Any, Any]) 
         kl = np.sum(np.exp(expected) * (expected - scores), axis=-1)
         flips = scores.argmax(-1) != expected.argmax(-1)
         total += [nats.sum(), kl.sum(), flips.sum()]
-    nats, kl, flips = total / windows.num_scored
-    return {
-        "perplexity": float(np.exp(nats)),
-        "bits_per_byte": corpora.bits_per_byte(total[0], windows.num_bytes),
-        "kl": float(kl),
-        "flips": float(flips),
-    }
+    return summarized(total, windows)
 
 
 def verification_windows(

@@ -263,7 +263,7 @@ def _read_value(text: str, at: int, name: str, known: dict, room: int) -> tuple[
 
 
 def _read_next(text: str, at: int, known: dict, room: int) -> tuple[list, int] | None:
-    """What follows a value: further fields, or the end of the call."""
+    """Matches what follows a value: further fields, or the end of the call."""
     after = _NEXT.match(text, at)
     if after is None:
         return None

@@ -1,4 +1,4 @@
-"""What commands share at the console: flags alone, progress bars, tables, errors in one line."""
+"""Console helpers of the commands: flags, progress bars, tables, errors in one line."""
 
 import functools
 import re

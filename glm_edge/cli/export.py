@@ -258,7 +258,7 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def verification_rows(found: dict[str, Any] | None) -> list[list[str]]:
-    """What the table says of the verification."""
+    """Returns the rows of the verification."""
     if found is None:
         return [["verified", "no: the file was not run"]]
     if not found["ran"]:

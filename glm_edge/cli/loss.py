@@ -58,6 +58,19 @@ def text_loss(
             model, params, reference_model, reference_params, windows.tokens[index]
         )
         total += [float(np.sum(np.asarray(s) * counted)) for s in statistics]
+    return summarized(total, windows)
+
+
+def summarized(total: np.ndarray, windows: corpora.Windows) -> dict[str, float]:
+    """Turns sums over all scored tokens into the measures of a text.
+
+    Args:
+      total: float64 [3], nats of loss, nats of KL divergence and number of top-1 flips.
+      windows: of the text.
+
+    Returns:
+      `perplexity`, `bits_per_byte`, `kl` (nats per token) and `flips` (fraction of tokens).
+    """
     nats, kl, flips = total / windows.num_scored
     return {
         "perplexity": float(np.exp(nats)),

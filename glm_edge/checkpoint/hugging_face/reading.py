@@ -206,7 +206,7 @@ def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
 
 
 def _else(directory: Path) -> str:
-    """What is there instead of weights."""
+    """Says what a directory holds in place of weights."""
     shards = sorted(directory.glob("model-*-of-*.safetensors"))
     if shards:
         return f"; {len(shards)} shards such as {shards[0].name} are there without their index"
