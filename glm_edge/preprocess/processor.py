@@ -215,6 +215,11 @@ class Processor:
         for conversation, found in zip(
             conversations, media.gather(conversations, supplied), strict=True
         ):
+            placeholders = []
+            for kind, value in found:
+                arrays, placeholder = getattr(self, f"_prepare_{kind}")(value)
+                (chunks if kind == "audio" else shown).append(arrays)
+                placeholders.append((kind, placeholder))
             rendered = chat.render_marked(
                 self.template,
                 conversation,
@@ -224,11 +229,6 @@ class Processor:
                 self.variables,
                 () if special_tokens_in_text else special_tokens(self.tokenizer).names,
             )
-            placeholders = []
-            for kind, value in found:
-                arrays, placeholder = getattr(self, f"_prepare_{kind}")(value)
-                (chunks if kind == "audio" else shown).append(arrays)
-                placeholders.append((kind, placeholder))
             text = self._expand(rendered.text, placeholders)
             rows.append(marked_ids(self.tokenizer, text, rendered.marks.reveal(text)))
         length = max(map(len, rows))

@@ -174,7 +174,7 @@ def test_finished_stages_are_not_computed_again(saved, tmp_path, monkeypatch):
     monkeypatch.setitem(
         quantize.rtn.__globals__,
         "quantize_leaf",
-        lambda path, *rest: rounded.append(path) or kernel(path, *rest),
+        lambda path, *rest, **options: rounded.append(path) or kernel(path, *rest, **options),
     )
     report = compress_checkpoint(saved, tmp_path / "out", ROUNDED)
     assert 0 < len(rounded) < len(report.rows)

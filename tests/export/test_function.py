@@ -204,7 +204,7 @@ def identity(params, inputs):
     [
         ((identity, {}, {"x": (8, 16, 16, 3)}, "a"), r"inputs\['x'\] is \(8, 16, 16, 3\); right"),
         ((identity, {}, np.ones((1, 4)), "a"), "inputs is a ndarray; right would be {"),
-        ((identity, {}, {}, "a"), "inputs is a dict; right would be {"),
+        ((identity, {}, {}, "a"), "inputs is empty; right would be {"),
         (({}, identity, {"x": np.ones(4)}, "a"), "function is a dict; right would be lambda"),
         ((Reader(), {}, {"x": np.ones(4)}, "a"), "function is a Reader; right would be lambda"),
         ((identity, Reader(), {"x": np.ones(4)}, "a"), "params is a Reader; right would be"),

@@ -28,7 +28,7 @@ def logits(model, params, batch):
 @pytest.mark.parametrize("name", ["edge_v", "pruned"])
 def test_folds_are_exact_before_rounding(make_member, batch_of, monkeypatch, name):
     model, params = make_member(name)
-    monkeypatch.setattr(module, "_rounded", lambda path, leaf, *rest: leaf)
+    monkeypatch.setattr(module, "_rounded", lambda work, path, leaf, *rest: leaf)
     changed = awq(bits=3)(model, params, [batch_of(model, seed=1)])[1]
     batch = batch_of(model)
     expected = logits(model, params, batch)
