@@ -10,10 +10,10 @@ import threading
 import pytest
 
 from glm_edge.checkpoint import orbax
-from glm_edge.export import trace
+from glm_edge.export.common import signatures as trace
 
 # The package has a function of its name.
-coreml = importlib.import_module("glm_edge.export.coreml")
+coreml = importlib.import_module("glm_edge.export.coreml.export")
 
 
 def state():

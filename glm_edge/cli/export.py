@@ -42,7 +42,7 @@ from glm_edge.cli.checkpoints import checkpoint_of
 from glm_edge.cli.console import print_table, refuse_arguments
 from glm_edge.cli.run import run_of
 from glm_edge.errors import DataError, ExportError, OutputError
-from glm_edge.export.child import require_runtime
+from glm_edge.export.verify.worker import require_runtime
 
 FLAGS = flags.FLAGS
 FORMATS = ("tflite", "litertlm", "onnx", "mnn", "coreml")
@@ -176,7 +176,7 @@ def lengths() -> list[int]:
 
 def exporter(name: str) -> Any:
     """The function that writes a format; its heavy imports come with it."""
-    return getattr(importlib.import_module(f"glm_edge.export.{name}"), name)
+    return getattr(importlib.import_module(f"glm_edge.export.{name}.export"), name)
 
 
 def accelerators(out: Path) -> dict[str, Any]:

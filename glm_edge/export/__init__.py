@@ -1,20 +1,20 @@
 """Export of a compressed model to the file that a phone runs, and the check that it runs it."""
 
-from glm_edge.export.compatibility import Compatibility, compatibility
-from glm_edge.export.constants import Conversion
-from glm_edge.export.container import read_constants
-from glm_edge.export.coreml import coreml
-from glm_edge.export.function import ExportedFunction, FunctionVerification, function
-from glm_edge.export.inspection import Inspection
-from glm_edge.export.litertlm import Bundle, litertlm
+from glm_edge.export.common.directory import Package
+from glm_edge.export.coreml.export import coreml
+from glm_edge.export.coreml.verify import Inspection
+from glm_edge.export.delegates.compatibility import Compatibility, compatibility
+from glm_edge.export.litertlm.export import Bundle, litertlm
 from glm_edge.export.metadata import read_metadata
-from glm_edge.export.mnn import mnn
-from glm_edge.export.onnx import onnx
-from glm_edge.export.package import Package
-from glm_edge.export.package_model import PackageModel
-from glm_edge.export.runtime import LiteRTModel
-from glm_edge.export.tflite import ExportedModel, tflite
-from glm_edge.export.verify import Verification, Window, verify
+from glm_edge.export.mnn.export import mnn
+from glm_edge.export.onnx.export import onnx
+from glm_edge.export.tflite.export import ExportedModel, tflite
+from glm_edge.export.tflite.file import read_constants
+from glm_edge.export.tflite.function import ExportedFunction, FunctionVerification, function
+from glm_edge.export.tflite.weights import Conversion
+from glm_edge.export.verify.graph_directory import PackageModel
+from glm_edge.export.verify.runner import LiteRTModel
+from glm_edge.export.verify.verify import Verification, Window, verify
 
 __all__ = [
     "Bundle",

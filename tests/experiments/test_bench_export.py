@@ -18,8 +18,8 @@ from experiments.runtimes.compare import Burst, Quartiles
 from experiments.runtimes.engine import Task, step_signature
 from experiments.runtimes.litert import LiteRT, timed_signatures
 from glm_edge.configs import to_dict
-from glm_edge.export.runtime import PhoneModel
-from glm_edge.export.trace import step_name
+from glm_edge.export.common.signatures import step_name
+from glm_edge.export.verify.runner import PhoneModel
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, SLOTS, ATTENDED = 16, 64, (16, 32)

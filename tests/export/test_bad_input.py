@@ -73,7 +73,7 @@ def write(form, model, out):
 
 def module_of(form):
     """The module that writes a format; the package has a function of its name."""
-    return sys.modules[f"glm_edge.export.{'container' if form == 'tflite' else form}"]
+    return sys.modules[f"glm_edge.export.{'tflite.file' if form == 'tflite' else f'{form}.export'}"]
 
 
 def replaced(params, path, leaf):
@@ -120,7 +120,7 @@ def test_lengths_that_are_not_fixed_are_refused(length, form, write, params, out
 
 
 def test_one_length_may_be_an_integer_of_numpy(model, params):
-    from glm_edge.export.offer import offer
+    from glm_edge.export.common.offer import offer
 
     made = offer(model, params, np.array([8, 4]), np.int64(16), False, (np.int32(8),))
     assert (made.prefill_lengths, made.cache_slots, made.attended_slots) == ([4, 8], 16, [8])

@@ -13,10 +13,10 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, MissingExtraError, OutputError
-from glm_edge.export.coreml import METADATA, coreml, read_weights
-from glm_edge.export.five_axes import within_five_axes
-from glm_edge.export.inspection import inspect
-from glm_edge.export.trace import signatures
+from glm_edge.export.common.five_axes import within_five_axes
+from glm_edge.export.common.signatures import signatures
+from glm_edge.export.coreml.export import METADATA, coreml, read_weights
+from glm_edge.export.coreml.verify import inspect
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
 
@@ -241,7 +241,7 @@ def test_a_disk_that_fills_up_is_an_error_of_output(text, tmp_path, monkeypatch)
         # As coremltools 9.0 says it.
         raise RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data")
 
-    monkeypatch.setattr(sys.modules["glm_edge.export.coreml"], "_function", full)
+    monkeypatch.setattr(sys.modules["glm_edge.export.coreml.export"], "_function", full)
     with pytest.raises(OutputError, match=r"cannot be written: .*writing data"):
         coreml(model, params, tmp_path / "a.mlpackage", (), SLOTS)
     assert not list(tmp_path.iterdir())

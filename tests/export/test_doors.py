@@ -9,12 +9,12 @@ import pytest
 from glm_edge import export
 from glm_edge.configs import preset, to_dict
 from glm_edge.errors import ExportError
-from glm_edge.export.coreml import open_package
-from glm_edge.export.mnn import read_weights as mnn_weights
-from glm_edge.export.offer import described_sizes
-from glm_edge.export.onnx import read_weights as onnx_weights
-from glm_edge.export.package import DESCRIPTION, check_tree
-from glm_edge.export.package_model import PackageModel
+from glm_edge.export.common.directory import DESCRIPTION, check_tree
+from glm_edge.export.common.offer import described_sizes
+from glm_edge.export.coreml.export import open_package
+from glm_edge.export.mnn.export import read_weights as mnn_weights
+from glm_edge.export.onnx.export import read_weights as onnx_weights
+from glm_edge.export.verify.graph_directory import PackageModel
 
 HOLE = 3 << 30
 
@@ -23,7 +23,7 @@ def questions():
     """What reads a single file."""
     asked = [export.read_metadata, export.read_constants, export.compatibility, export.LiteRTModel]
     if find_spec("litert_lm_builder"):
-        from glm_edge.export.bundle_file import read_sections
+        from glm_edge.export.litertlm.bundle import read_sections
 
         asked.append(read_sections)
     return asked

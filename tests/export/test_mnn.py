@@ -13,9 +13,9 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, MissingExtraError, OutputError
-from glm_edge.export.mnn import CONVERTER, DESCRIPTION, mnn, read_weights
-from glm_edge.export.package import write_description
-from glm_edge.export.trace import signatures
+from glm_edge.export.common.directory import write_description
+from glm_edge.export.common.signatures import signatures
+from glm_edge.export.mnn.export import CONVERTER, DESCRIPTION, mnn, read_weights
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
 
@@ -215,7 +215,7 @@ def test_narrow_types_are_widened_and_zero_points_refused(
 
 def test_a_failed_conversion_leaves_nothing(model, params, tmp_path, monkeypatch):
     # The package has a function of the module's name.
-    module = sys.modules["glm_edge.export.mnn"]
+    module = sys.modules["glm_edge.export.mnn.export"]
     monkeypatch.setattr(module, "CONVERTER", "import sys; print('no memory'); sys.exit(1)")
     with pytest.raises(ExportError, match="MNN's converter failed: no memory"):
         mnn(model, params, tmp_path / "a", prefill_lengths=(), cache_slots=SLOTS)

@@ -13,10 +13,10 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError, MissingExtraError, OutputError
-from glm_edge.export.onnx import DESCRIPTION, onnx, read_weights
-from glm_edge.export.onnx_graph import GraphBuilder
-from glm_edge.export.package import write_description
-from glm_edge.export.trace import signatures
+from glm_edge.export.common.directory import write_description
+from glm_edge.export.common.signatures import signatures
+from glm_edge.export.onnx.export import DESCRIPTION, onnx, read_weights
+from glm_edge.export.onnx.graph import GraphBuilder
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
 

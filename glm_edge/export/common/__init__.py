@@ -1,0 +1,1 @@
+"""What every exported format shares: signatures, weights, rewritten functions, directories."""

@@ -1,0 +1,93 @@
+"""Checking a Core ML package against its model where nothing can run it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm_edge.configs import from_dict
+from glm_edge.errors import ExportError, GlmEdgeError
+from glm_edge.export.common.offer import described_sizes
+from glm_edge.export.common.weights import check_weights
+from glm_edge.export.coreml.export import core_ml_tools, described_by, open_package, read_weights
+from glm_edge.export.tflite.file import DAMAGE
+from glm_edge.export.tflite.interface import expected_tensors
+from glm_edge.export.tflite.reader import Tensor
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What agrees with the model in a package that nothing ran.
+
+    Attributes:
+      functions: entry points with the names, inputs and outputs of the model's signatures.
+      weights: quantized parameters with the model's codes, scales and zero points.
+    """
+
+    functions: int
+    weights: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.functions} functions and {self.weights} quantized weights as in the model, bit "
+            "for bit; nothing was run: Core ML runs on Apple's systems only"
+        )
+
+
+def inspect(path: str | Path, model: MultimodalGLM, params: Params) -> Inspection:
+    """Opens a package and compares its specification with the model, without running it.
+
+    Names, types and shapes of all functions' inputs and outputs are compared, and the integers,
+    scales and zero points of all quantized parameters. Plain numbers, such as those of norms, stand
+    inside the functions and are not compared. The package's description is left as it is: it says
+    that nothing verified it.
+
+    Args:
+      path: the package.
+      model: that it was traced from.
+      params: as the package holds them: `Package.params`.
+
+    Returns:
+      What agrees.
+
+    Raises:
+      ExportError: something does not, or the package is damaged.
+      MissingExtraError: coremltools is not installed.
+    """
+    package, tools = open_package(path), core_ml_tools()
+    try:
+        specification, described = package.get_spec(), described_by(package, path)
+        config = from_dict(described["config"])
+        if config != model.config:
+            raise ExportError(f"{path}: holds another model than {model.config.name}")
+        sizes = described_sizes(described, config)
+        found = {function.name: function for function in specification.description.functions}
+        expected = expected_tensors(config, **vars(sizes))
+        if found.keys() != expected.keys():
+            raise ValueError(f"functions {sorted(found)}, its signatures are {sorted(expected)}")
+        for name, (inputs, outputs) in expected.items():
+            outputs = {
+                f"{key}_out" if key in inputs else key: tensor for key, tensor in outputs.items()
+            }
+            _compare(tools, found[name].input, inputs, f"inputs of {name}")
+            _compare(tools, found[name].output, outputs, f"outputs of {name}")
+    except (OSError, RuntimeError, *DAMAGE) as error:
+        if isinstance(error, GlmEdgeError):
+            raise
+        raise ExportError(f"{path}: no whole Core ML export of glm_edge: {error}") from error
+    return Inspection(len(expected), check_weights(read_weights(path), params, path))
+
+
+def _compare(tools: Any, features: Iterable[Any], wanted: dict[str, Tensor], where: str) -> None:
+    types = tools.proto.FeatureTypes_pb2.ArrayFeatureType
+    kinds = {types.FLOAT32: "float32", types.INT32: "int32"}
+    found = {}
+    for feature in features:
+        array = feature.type.multiArrayType
+        found[feature.name] = kinds.get(array.dataType), tuple(array.shape)
+    for name in sorted(found.keys() | wanted.keys()):
+        tensor = wanted.get(name)
+        if tensor is None or found.get(name) != (tensor.type, tensor.shape):
+            raise ValueError(f"{where}: {name}")

@@ -1,0 +1,459 @@
+"""Lowering of a traced function to an ONNX graph whose weights are named, not traced.
+
+A converter that is handed weights folds them to float; here a weight stays a name, and the graph
+reads what the file stores under it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from glm_edge.errors import ExportError, require
+from glm_edge.export.common.rewriting import CALLS
+
+ELEMENTWISE = {
+    "abs": "Abs",
+    "add": "Add",
+    "and": "And",
+    "cos": "Cos",
+    "div": "Div",
+    "eq": "Equal",
+    "erf": "Erf",
+    "exp": "Exp",
+    "floor": "Floor",
+    "ge": "GreaterOrEqual",
+    "gt": "Greater",
+    "le": "LessOrEqual",
+    "log": "Log",
+    "logistic": "Sigmoid",
+    "lt": "Less",
+    "max": "Max",
+    "min": "Min",
+    "mul": "Mul",
+    "neg": "Neg",
+    "not": "Not",
+    "or": "Or",
+    "sign": "Sign",
+    "sin": "Sin",
+    "sqrt": "Sqrt",
+    "sub": "Sub",
+    "tanh": "Tanh",
+}
+REDUCTIONS = {"reduce_max": "ReduceMax", "reduce_min": "ReduceMin", "reduce_sum": "ReduceSum"}
+PASSED = {"copy", "copy_p", "stop_gradient", "optimization_barrier"}
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight as tensors of the file.
+
+    Attributes:
+      values: `TensorProto` of numbers or integers.
+      scale: `TensorProto` of scales, or None for plain numbers.
+      zero: `TensorProto` of zero points, or None.
+      attributes: of the `DequantizeLinear` that reads it.
+      transposed: stored [in, out], the way `MatMul` reads it.
+      rows: lookups dequantize the rows that they read, and no others.
+    """
+
+    values: Any
+    scale: Any = None
+    zero: Any = None
+    attributes: Mapping[str, int] | None = None
+    transposed: bool = False
+    rows: bool = False
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a variable of the trace is in the graph.
+
+    Attributes:
+      name: of the tensor, or None for a constant that nobody has read yet.
+      shape: of the tensor, which broadcasts to the variable's.
+      array: of a constant.
+      weight: path of a weight that nobody has read yet.
+    """
+
+    name: str | None
+    shape: tuple[int, ...]
+    array: np.ndarray | None = None
+    weight: str | None = None
+
+
+class GraphBuilder:
+    """Collects the nodes and constants of one graph.
+
+    Attributes:
+      weights: path to what the file stores.
+      nodes: `NodeProto`s in order.
+      initializers: name to `TensorProto`.
+      products: output of each product with a weight, to the weight's path.
+    """
+
+    def __init__(self, weights: Mapping[str, StoredWeight]):
+        self.onnx = require("onnx", extra="onnx")
+        self.weights = weights
+        self.nodes: list[Any] = []
+        self.initializers: dict[str, Any] = {}
+        self.products: dict[str, str] = {}
+        self._constants: dict[tuple, str] = {}
+        self._read: dict[tuple[str, bool], str] = {}
+
+    def node(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        """Adds a node; returns the name of its output, or a list of several."""
+        names = [f"{operator}_{len(self.nodes)}_{i}" for i in range(outputs)]
+        name = f"{operator}_{len(self.nodes)}"
+        self.nodes.append(
+            self.onnx.helper.make_node(operator, list(inputs), names, name=name, **attributes)
+        )
+        return names[0] if outputs == 1 else names
+
+    def constant(self, array: Any) -> str:
+        """Name of a constant, stored once."""
+        array = np.asarray(array)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self._constants[key] = name
+            self.initializers[name] = self.onnx.numpy_helper.from_array(array, name)
+        return self._constants[key]
+
+    def sizes(self, values: Iterable[int]) -> str:
+        """Name of a constant list of int64."""
+        return self.constant(np.asarray(list(values), np.int64))
+
+    def named(self, value: Value) -> str:
+        """Name of a value's tensor, which may still have to broadcast."""
+        if value.weight is not None:
+            return self.read(value.weight, transposed=False)
+        return self.constant(value.array) if value.name is None else value.name
+
+    def full(self, value: Value, shape: tuple[int, ...]) -> str:
+        """Name of a value's tensor at the variable's shape."""
+        name = self.named(value)
+        return name if value.shape == shape else self.node("Expand", name, self.sizes(shape))
+
+    def stored(self, path: str) -> tuple[StoredWeight, list[str]]:
+        """A weight and the names of its tensors, which the graph then holds."""
+        weight = self.weights[path]
+        tensors = [t for t in (weight.values, weight.scale, weight.zero) if t is not None]
+        self.initializers.update({tensor.name: tensor for tensor in tensors})
+        return weight, [tensor.name for tensor in tensors]
+
+    def read(self, path: str, transposed: bool) -> str:
+        """Name of the dense float32 weight, [out, in] or transposed."""
+        if (path, transposed) not in self._read:
+            weight, names = self.stored(path)
+            if weight.scale is not None:
+                name = self.node("DequantizeLinear", *names, **(weight.attributes or {}))
+            elif weight.values.data_type == self.onnx.TensorProto.FLOAT:
+                name = names[0]
+            else:
+                name = self.node("Cast", *names, to=self.onnx.TensorProto.FLOAT)
+            if transposed != weight.transposed:
+                name = self.node("Transpose", name, perm=[1, 0])
+            self._read[path, transposed] = name
+        return self._read[path, transposed]
+
+    def look_up(self, path: str, indices: str, count: int) -> str:
+        """Name of [count, columns] rows of a weight [out, in]."""
+        weight, names = self.stored(path)
+        axis = int(weight.transposed)
+        if weight.rows:
+            rows = [self.node("Gather", names[0], indices, axis=axis)]
+            rows += [self.node("Gather", name, indices, axis=0) for name in names[1:]]
+            found = self.node("DequantizeLinear", *rows, axis=axis) if names[1:] else rows[0]
+        else:
+            found = self.node("Gather", self.read(path, weight.transposed), indices, axis=axis)
+        return self.node("Transpose", found, perm=[1, 0]) if weight.transposed else found
+
+    def lower(
+        self,
+        function: Callable[..., Any],
+        params: Mapping[str, jax.ShapeDtypeStruct],
+        inputs: Mapping[str, jax.ShapeDtypeStruct],
+    ) -> Any:
+        """Traces `function(params, inputs)` into nodes.
+
+        Args:
+          function: of two dictionaries; returns a dictionary of arrays.
+          params: weight path to dense shape and type.
+          inputs: name to shape and type.
+
+        Returns:
+          `GraphProto`; an output of an input's name has `_out` appended.
+
+        Raises:
+          ExportError: the function needs what ONNX has no operator for here.
+        """
+        closed, result = jax.make_jaxpr(function, return_shape=True)(dict(params), dict(inputs))
+        names = sorted(params)
+        arguments = [Value(None, params[path].shape, weight=path) for path in names]
+        arguments += [Value(name, inputs[name].shape) for name in sorted(inputs)]
+        constants = [_constant(array) for array in closed.consts]
+        values = self._jaxpr(closed.jaxpr, constants, arguments)
+        outputs = []
+        for value, (name, struct) in zip(values, sorted(result.items()), strict=True):
+            name = f"{name}_out" if name in inputs else name
+            source = self.full(value, struct.shape)
+            self.nodes.append(self.onnx.helper.make_node("Identity", [source], [name], name=name))
+            outputs.append(self._info(name, struct))
+        described = [self._info(name, struct) for name, struct in sorted(inputs.items())]
+        return self.onnx.helper.make_graph(
+            self.nodes, "glm_edge", described, outputs, list(self.initializers.values())
+        )
+
+    def _info(self, name: str, struct: jax.ShapeDtypeStruct) -> Any:
+        return self.onnx.helper.make_tensor_value_info(name, self._type(struct.dtype), struct.shape)
+
+    def _type(self, dtype: Any) -> int:
+        return self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+    def _jaxpr(self, jaxpr: Jaxpr, constants: list[Value], arguments: list[Value]) -> list[Value]:
+        values = dict(zip(jaxpr.constvars, constants, strict=True))
+        values.update(zip(jaxpr.invars, arguments, strict=True))
+
+        def read(variable: Any) -> Value:
+            return _constant(variable.val) if isinstance(variable, Literal) else values[variable]
+
+        for equation in jaxpr.eqns:
+            outputs = self._equation(equation, [read(variable) for variable in equation.invars])
+            values.update(zip(equation.outvars, outputs, strict=True))
+        return [read(variable) for variable in jaxpr.outvars]
+
+    def _equation(self, equation: JaxprEqn, inputs: list[Value]) -> list[Value]:
+        name = equation.primitive.name
+        if name in CALLS:
+            inner = next(v for v in equation.params.values() if isinstance(v, ClosedJaxpr | Jaxpr))
+            body, constants = (
+                (inner, []) if isinstance(inner, Jaxpr) else (inner.jaxpr, inner.consts)
+            )
+            return self._jaxpr(body, [_constant(array) for array in constants], inputs)
+        if name in PASSED:
+            return inputs
+        results = [variable.aval for variable in equation.outvars]
+        if all(0 in aval.shape for aval in results):
+            return [_constant(np.zeros(aval.shape, aval.dtype)) for aval in results]
+        if name == "broadcast_in_dim":
+            return [self._broadcast(equation, inputs[0])]
+        if all(value.array is not None for value in inputs):
+            outputs = equation.primitive.bind(*[v.array for v in inputs], **equation.params)
+            outputs = outputs if equation.primitive.multiple_results else [outputs]
+            return [_constant(array) for array in outputs]
+        if name in ELEMENTWISE:
+            return [self._elementwise(ELEMENTWISE[name], inputs)]
+        lower = getattr(self, f"_lower_{name.replace('-', '_')}", None)
+        if lower is None and name not in REDUCTIONS:
+            raise ExportError(f"ONNX: no operator for {name} in this graph")
+        if lower is None:
+            axes = self.sizes(equation.params["axes"])
+            source = self.full(inputs[0], equation.invars[0].aval.shape)
+            names = [self.node(REDUCTIONS[name], source, axes, keepdims=0)]
+        elif name in ("select_n", "erfc", "rsqrt", "square", "integer_pow", "convert_element_type"):
+            return [lower(equation, inputs)]
+        else:
+            names = lower(equation, inputs)
+            names = [names] if isinstance(names, str) else names
+        return [
+            Value(output, variable.aval.shape)
+            for output, variable in zip(names, equation.outvars, strict=True)
+        ]
+
+    def _elementwise(self, operator: str, inputs: list[Value], **attributes: Any) -> Value:
+        if operator == "Max":
+            least = [v.array is not None and (v.array == -np.inf).all() for v in inputs]
+            if any(least):
+                return inputs[least.index(False)]
+        name = self.node(operator, *[self.named(value) for value in inputs], **attributes)
+        return Value(name, np.broadcast_shapes(*[value.shape for value in inputs]))
+
+    def _broadcast(self, equation: JaxprEqn, value: Value) -> Value:
+        rank = len(equation.outvars[0].aval.shape)
+        extents = [1] * rank
+        held = (1,) * (len(equation.invars[0].aval.shape) - len(value.shape)) + value.shape
+        for axis, extent in zip(equation.params["broadcast_dimensions"], held, strict=True):
+            extents[axis] = extent
+        if _stripped(extents) == _stripped(value.shape):
+            return value
+        if value.array is not None:
+            return _constant(value.array.reshape(extents))
+        return Value(self.node("Reshape", self.named(value), self.sizes(extents)), tuple(extents))
+
+    def _lower_select_n(self, equation: JaxprEqn, inputs: list[Value]) -> Value:
+        which, *cases = inputs
+        if len(cases) != 2 or equation.invars[0].aval.dtype != bool:
+            raise ExportError("ONNX: select_n of more than two cases")
+        return self._elementwise("Where", [which, cases[1], cases[0]])
+
+    def _lower_erfc(self, _: JaxprEqn, inputs: list[Value]) -> Value:
+        return self._elementwise(
+            "Sub", [_constant(np.float32(1.0)), self._elementwise("Erf", inputs)]
+        )
+
+    def _lower_rsqrt(self, _: JaxprEqn, inputs: list[Value]) -> Value:
+        return self._elementwise("Reciprocal", [self._elementwise("Sqrt", inputs)])
+
+    def _lower_square(self, _: JaxprEqn, inputs: list[Value]) -> Value:
+        return self._elementwise("Mul", inputs * 2)
+
+    def _lower_integer_pow(self, equation: JaxprEqn, inputs: list[Value]) -> Value:
+        exponent = np.asarray(equation.params["y"], equation.invars[0].aval.dtype)
+        return self._elementwise("Pow", [*inputs, _constant(exponent)])
+
+    def _lower_convert_element_type(self, equation: JaxprEqn, inputs: list[Value]) -> Value:
+        if equation.invars[0].aval.dtype == equation.outvars[0].aval.dtype:
+            return inputs[0]
+        to = self._type(equation.outvars[0].aval.dtype)
+        return self._elementwise("Cast", inputs, to=to)
+
+    def _all(self, equation: JaxprEqn, inputs: list[Value]) -> list[str]:
+        return [self.full(v, i.aval.shape) for v, i in zip(inputs, equation.invars, strict=True)]
+
+    def _reshape(self, name: str, shape: Sequence[int]) -> str:
+        return self.node("Reshape", name, self.sizes(shape))
+
+    def _lower_reshape(self, equation: JaxprEqn, inputs: list[Value]) -> str:
+        return self._reshape(*self._all(equation, inputs), equation.outvars[0].aval.shape)
+
+    _lower_squeeze = _lower_reshape
+    _lower_expand_dims = _lower_reshape
+
+    def _lower_transpose(self, equation: JaxprEqn, inputs: list[Value]) -> str:
+        permutation = list(equation.params["permutation"])
+        return self.node("Transpose", *self._all(equation, inputs), perm=permutation)
+
+    def _lower_slice(self, equation: JaxprEqn, inputs: list[Value]) -> str:
+        starts, ends = equation.params["start_indices"], equation.params["limit_indices"]
+        shape = equation.invars[0].aval.shape
+        steps = equation.params["strides"] or [1] * len(shape)
+        source = self.full(inputs[0], shape)
+        axes = [a for a in range(len(shape)) if (starts[a], ends[a]) != (0, shape[a])]
+        plain = [a for a in axes if steps[a] == 1]
+        if plain:
+            bounds = [self.sizes([bound[a] for a in plain]) for bound in (starts, ends)]
+            source = self.node("Slice", source, *bounds, self.sizes(plain))
+        for axis in (a for a in range(len(shape)) if steps[a] != 1):
+            # MNN 3.6.1 reads wrong rows where a Slice with steps follows a Concat.
+            rows = self.sizes(range(starts[axis], ends[axis], steps[axis]))
+            source = self.node("Gather", source, rows, axis=axis)
+        return source
+
+    def _lower_pad(self, equation: JaxprEqn, inputs: list[Value]) -> str:
+        low, high, interior = zip(*equation.params["padding_config"], strict=True)
+        if any(interior) or min(low + high) < 0:
+            raise ExportError("ONNX: padding between numbers or less than none")
+        operand, value = self._all(equation, inputs)
+        return self.node("Pad", operand, self.sizes(low + high), value)
+
+    def _lower_concatenate(self, equation: JaxprEqn, inputs: list[Value]) -> str:
+        variables, axis = equation.invars, equation.params["dimension"]
+        # ONNX reads an extent of zero as one to copy from elsewhere.
+        held = [(i, v) for i, v in zip(inputs, variables, strict=True) if v.aval.shape[axis]]
+        parts = [self.full(value, variable.aval.shape) for value, variable in held]
+        return parts[0] if len(parts) == 1 else self.node("Concat", *parts, axis=axis)
+
+    def _lower_stack(self, equation: JaxprEqn, inputs: list[Value]) -> str:
+        axis = equation.params["axis"]
+        shape = list(equation.outvars[0].aval.shape)
+        shape[axis] = 1
+        parts = [self._reshape(name, shape) for name in self._all(equation, inputs)]
+        return self.node("Concat", *parts, axis=axis)
+
+    def _lower_split(self, equation: JaxprEqn, inputs: list[Value]) -> list[str]:
+        sizes, axis = equation.params["sizes"], equation.params["axis"]
+        source = self._all(equation, inputs)
+        names = self.node("Split", *source, self.sizes(sizes), outputs=len(sizes), axis=axis)
+        return [names] if isinstance(names, str) else names
+
+    def _lower_gather(self, equation: JaxprEqn, inputs: list[Value]) -> str:
+        numbers, (operand, index) = equation.params["dimension_numbers"], equation.invars
+        inner, rank = operand.aval.shape[1:], len(equation.outvars[0].aval.shape)
+        if (
+            numbers.collapsed_slice_dims != (0,)
+            or numbers.start_index_map != (0,)
+            or numbers.operand_batching_dims
+            or tuple(equation.params["slice_sizes"]) != (1, *inner)
+            or tuple(numbers.offset_dims) != tuple(range(rank - len(inner), rank))
+        ):
+            raise ExportError("ONNX: gather of anything but rows")
+        count = int(np.prod(index.aval.shape))
+        indices = self._reshape(self.full(inputs[1], index.aval.shape), [count])
+        if inputs[0].weight is not None:
+            rows = self.look_up(inputs[0].weight, indices, count)
+        else:
+            rows = self.node("Gather", self.full(inputs[0], operand.aval.shape), indices, axis=0)
+        return self._reshape(rows, equation.outvars[0].aval.shape)
+
+    def _lower_dynamic_update_slice(self, equation: JaxprEqn, inputs: list[Value]) -> str:
+        shape, extent = (variable.aval.shape for variable in equation.invars[:2])
+        moving = [a for a in range(len(shape)) if shape[a] != extent[a]]
+        if not moving:
+            return self.full(inputs[1], extent)
+        if len(moving) > 1:
+            raise ExportError("ONNX: dynamic_update_slice along several axes")
+        return self._update(moving[0], equation, inputs)
+
+    def _update(self, axis: int, equation: JaxprEqn, inputs: list[Value]) -> str:
+        """Chooses, slot by slot, between the update and what is there."""
+        shape, extent = (variable.aval.shape for variable in equation.invars[:2])
+        slots, length = shape[axis], extent[axis]
+        start = self.node("Max", self.named(inputs[2 + axis]), self.constant(np.int32(0)))
+        start = self.node("Min", start, self.constant(np.int32(slots - length)))
+        place = self.node("Sub", self.constant(np.arange(slots, dtype=np.int32)), start)
+        first, last = self.constant(np.int32(0)), self.constant(np.int32(length - 1))
+        update = self.full(inputs[1], extent)
+        if length == 1:
+            inside = self.node("Equal", place, first)
+        else:
+            after = self.node("GreaterOrEqual", place, first)
+            inside = self.node("And", after, self.node("LessOrEqual", place, last))
+            nearest = self.node("Min", self.node("Max", place, first), last)
+            update = self.node("Gather", update, nearest, axis=axis)
+        inside = self._reshape(inside, [slots if a == axis else 1 for a in range(len(shape))])
+        return self.node("Where", inside, update, self.full(inputs[0], shape))
+
+    def _lower_dot_general(self, equation: JaxprEqn, inputs: list[Value]) -> str:
+        contract, batch = equation.params["dimension_numbers"]
+        left, right = equation.invars
+        rows = right.aval.shape == inputs[1].shape and contract == ((left.aval.ndim - 1,), (1,))
+        if inputs[1].weight is not None and rows:
+            weight = self.read(inputs[1].weight, transposed=True)
+            product = self.node("MatMul", self.full(inputs[0], left.aval.shape), weight)
+            self.nodes[-1].name = inputs[1].weight
+            self.products[product] = inputs[1].weight
+            return product
+        operands = []
+        for side, variable in enumerate((left, right)):
+            free = [a for a in range(variable.aval.ndim) if a not in contract[side] + batch[side]]
+            inner = [list(contract[side]), free] if side else [free, list(contract[side])]
+            order = [*batch[side], *inner[0], *inner[1]]
+            name = self.full(inputs[side], variable.aval.shape)
+            if order != list(range(len(order))):
+                name = self.node("Transpose", name, perm=order)
+            extents = variable.aval.shape
+            shape = [extents[a] for a in batch[side]]
+            shape += [int(np.prod([extents[a] for a in part])) for part in inner]
+            ordered = [extents[a] for a in order]
+            operands.append(name if shape == ordered else self._reshape(name, shape))
+        product = self.node("MatMul", *operands)
+        whole = equation.outvars[0].aval.shape
+        frees = [
+            v.aval.ndim - len(c) - len(b)
+            for v, c, b in zip((left, right), contract, batch, strict=True)
+        ]
+        return product if frees == [1, 1] else self._reshape(product, whole)
+
+
+def _constant(array: Any) -> Value:
+    array = np.asarray(array)
+    return Value(None, array.shape, array=array)
+
+
+def _stripped(shape: Sequence[int]) -> tuple[int, ...]:
+    leading = next((a for a, extent in enumerate(shape) if extent != 1), len(shape))
+    return tuple(shape[leading:])
