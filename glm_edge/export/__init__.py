@@ -1,8 +1,8 @@
 """Export of a compressed model to the file that a phone runs, and the check that it runs it."""
 
-from glm_edge.export.common.directory import Package
+from glm_edge.export.common.weights import Conversion
 from glm_edge.export.coreml.export import coreml
-from glm_edge.export.coreml.verify import Inspection
+from glm_edge.export.coreml.verify import CoreMLPackage, Inspection
 from glm_edge.export.delegates.compatibility import Compatibility, compatibility
 from glm_edge.export.litertlm.export import Bundle, litertlm
 from glm_edge.export.metadata import read_metadata
@@ -11,20 +11,28 @@ from glm_edge.export.onnx.export import onnx
 from glm_edge.export.tflite.export import ExportedModel, tflite
 from glm_edge.export.tflite.file import read_constants
 from glm_edge.export.tflite.function import ExportedFunction, FunctionVerification, function
-from glm_edge.export.tflite.weights import Conversion
-from glm_edge.export.verify.graph_directory import PackageModel
-from glm_edge.export.verify.runner import LiteRTModel
-from glm_edge.export.verify.verify import Verification, Window, verify
+from glm_edge.export.verify.graph_directory import GraphDirectoryRunner
+from glm_edge.export.verify.package import Package
+from glm_edge.export.verify.results import Verification
+from glm_edge.export.verify.runner import LiteRTRunner
+from glm_edge.export.verify.verify import Window, verify
+
+# Names of earlier releases.
+LiteRTModel = LiteRTRunner
+PackageModel = GraphDirectoryRunner
 
 __all__ = [
     "Bundle",
     "Compatibility",
     "Conversion",
+    "CoreMLPackage",
     "ExportedFunction",
     "ExportedModel",
     "FunctionVerification",
+    "GraphDirectoryRunner",
     "Inspection",
     "LiteRTModel",
+    "LiteRTRunner",
     "Package",
     "PackageModel",
     "Verification",
@@ -43,5 +51,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, without the modules that they come from."""
+    """Lists the public names, without the modules that they come from."""
     return __all__

@@ -1,11 +1,11 @@
-"""What an exported file or directory says about itself, whatever its format."""
+"""Description of an exported file or directory, whatever its format."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 from glm_edge.export.common.directory import read_description
-from glm_edge.export.coreml.export import MARK, described_by, open_package
+from glm_edge.export.coreml.reader import MANIFEST, described_by, open_package
 from glm_edge.export.tflite import file as tflite_file
 
 
@@ -25,6 +25,6 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not os.path.isdir(path):
         return tflite_file.read_metadata(path)
-    if not os.path.isfile(path / MARK):
+    if not os.path.isfile(path / MANIFEST):
         return read_description(path)
     return described_by(open_package(path), path)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_edge import export
+from glm_edge import export, writers
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, OutputError
 from glm_edge.models.multimodal import MultimodalGLM
@@ -120,9 +120,9 @@ def test_lengths_that_are_not_fixed_are_refused(length, form, write, params, out
 
 
 def test_one_length_may_be_an_integer_of_numpy(model, params):
-    from glm_edge.export.common.offer import offer
+    from glm_edge.export.common.signatures import make_spec
 
-    made = offer(model, params, np.array([8, 4]), np.int64(16), False, (np.int32(8),))
+    made = make_spec(model, params, np.array([8, 4]), np.int64(16), False, (np.int32(8),))
     assert (made.prefill_lengths, made.cache_slots, made.attended_slots) == ([4, 8], 16, [8])
     assert {type(n) for n in (*made.prefill_lengths, made.cache_slots)} == {int}
 
@@ -219,7 +219,8 @@ def test_an_export_stays_on_its_own_disk_in_the_room_it_asked_for(
 
         monkeypatch.setattr(os, name, within)
     asked = []
-    monkeypatch.setattr(module_of(form), "require_space", lambda _, needed: asked.append(needed))
+    where = writers if form == "tflite" else module_of(form)
+    monkeypatch.setattr(where, "require_space", lambda _, needed: asked.append(needed))
     here, there = Watch(out), Watch(elsewhere)
     written = write(params, prefill_lengths=(4,))
     most, lost = here.end(), there.end()

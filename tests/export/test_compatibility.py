@@ -8,13 +8,14 @@ import pytest
 
 from glm_edge import export
 from glm_edge.errors import ExportError
+from glm_edge.export.common.interface import Tensor
 from glm_edge.export.delegates import rules
 from glm_edge.export.delegates.compatibility import NO, UNKNOWN, YES, judge
 from glm_edge.export.delegates.conditions import CONDITIONS, Context
 from glm_edge.export.delegates.rules import COMMIT, DELEGATES, SOURCES
 from glm_edge.export.tflite import file as tflite_file
 from glm_edge.export.tflite.flatbuffer import FlatModel, schema
-from glm_edge.export.tflite.reader import Graph, Operator, Tensor, read_graphs
+from glm_edge.export.tflite.reader import Graph, Operator, read_graphs
 
 BY_NAME = {delegate.name: delegate for delegate in DELEGATES}
 

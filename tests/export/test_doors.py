@@ -10,18 +10,18 @@ from glm_edge import export
 from glm_edge.configs import preset, to_dict
 from glm_edge.errors import ExportError
 from glm_edge.export.common.directory import DESCRIPTION, check_tree
-from glm_edge.export.common.offer import described_sizes
-from glm_edge.export.coreml.export import open_package
-from glm_edge.export.mnn.export import read_weights as mnn_weights
-from glm_edge.export.onnx.export import read_weights as onnx_weights
-from glm_edge.export.verify.graph_directory import PackageModel
+from glm_edge.export.common.signatures import described_sizes
+from glm_edge.export.coreml.reader import open_package
+from glm_edge.export.mnn.reader import read_weights as mnn_weights
+from glm_edge.export.onnx.reader import read_weights as onnx_weights
+from glm_edge.export.verify.graph_directory import GraphDirectoryRunner
 
 HOLE = 3 << 30
 
 
 def questions():
     """What reads a single file."""
-    asked = [export.read_metadata, export.read_constants, export.compatibility, export.LiteRTModel]
+    asked = [export.read_metadata, export.read_constants, export.compatibility, export.LiteRTRunner]
     if find_spec("litert_lm_builder"):
         from glm_edge.export.litertlm.bundle import read_sections
 
@@ -60,7 +60,7 @@ def test_descriptions_are_regular_files_inside(kind, tmp_path):
     directory = tmp_path / "a"
     directory.mkdir()
     made(kind, directory / DESCRIPTION, tmp_path / "outside")
-    for ask in (export.read_metadata, PackageModel):
+    for ask in (export.read_metadata, GraphDirectoryRunner):
         with pytest.raises(ExportError, match=f"{DESCRIPTION}: (is|holds) ") as caught:
             ask(directory)
         assert "\n" not in str(caught.value)
@@ -86,7 +86,7 @@ def test_graphs_are_regular_files_inside(kind, tmp_path):
     if find_spec("onnx"):
         asked.append(onnx_weights)
     if kind != "hole":
-        asked.append(PackageModel)
+        asked.append(GraphDirectoryRunner)
     for ask in asked:
         with pytest.raises(ExportError) as caught:
             ask(directory)

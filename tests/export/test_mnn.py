@@ -13,9 +13,10 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, MissingExtraError, OutputError
-from glm_edge.export.common.directory import write_description
+from glm_edge.export.common.directory import DESCRIPTION, write_description
 from glm_edge.export.common.signatures import signatures
-from glm_edge.export.mnn.export import CONVERTER, DESCRIPTION, mnn, read_weights
+from glm_edge.export.mnn.export import CONVERTER, mnn
+from glm_edge.export.mnn.reader import read_weights
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
 

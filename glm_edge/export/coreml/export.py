@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import tempfile
 import threading
@@ -16,27 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.errors import ExportError, GlmEdgeError, require
-from glm_edge.export.common.directory import (
-    Package,
-    bytes_of,
-    check_target,
-    check_tree,
-    written_whole,
-)
-from glm_edge.export.common.five_axes import within_five_axes
-from glm_edge.export.common.offer import Offer, offer
-from glm_edge.export.common.signatures import Signature, quiet
-from glm_edge.export.common.weights import Weight, held_bytes, held_params, weight_of
-from glm_edge.export.tflite.file import DAMAGE, scratch_beside
-from glm_edge.files import parse_json
+from glm_edge.errors import ExportError, require
+from glm_edge.export.common.directory import directory_bytes
+from glm_edge.export.common.jaxpr import limit_rank
+from glm_edge.export.common.quiet import quiet
+from glm_edge.export.common.signatures import ExportSpec, Signature, make_spec
+from glm_edge.export.common.weights import COREML, Weight, stored_bytes, to_params, to_weight
+from glm_edge.export.coreml.reader import MANIFEST, METADATA, core_ml_tools
+from glm_edge.export.coreml.verify import CoreMLPackage
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params, nested
 from glm_edge.process_wide import shared
-from glm_edge.writers import require_space
+from glm_edge.writers import check_target, new_directory, require_space, scratch_beside
 
-MARK = "Manifest.json"
-METADATA = "glm_edge"
 CONTENT = Path("Data/com.apple.CoreML")
 # A file of weights: a header of 64 bytes that counts the blobs, and before each a record of as many
 # that holds a mark, a type, the bytes of data, and where they begin.
@@ -52,7 +43,7 @@ def coreml(
     cache_slots: int | None = None,
     prefill_logits: bool = False,
     overwrite: bool = False,
-) -> Package:
+) -> CoreMLPackage:
     """Writes a model as an `.mlpackage` for iOS 18 with a function for each signature.
 
     See `common.signatures.signatures` for the functions; outputs that carry the cache are named
@@ -61,7 +52,7 @@ def coreml(
     float32 scales (`constexpr_blockwise_shift_scale`), 8 or 4 bits, per row or in groups.
 
     Core ML runs on Apple's systems only. Elsewhere the package is written and its specification
-    is checked, as `Package.verify` does, but nothing has run it: compare it with JAX on a Mac
+    is checked, as `CoreMLPackage.verify` does, but nothing has run it: compare it with JAX on a Mac
     before relying on it. Computation is in float32; the Neural Engine takes float16.
 
     Args:
@@ -88,123 +79,35 @@ def coreml(
     require("stablehlo_coreml", extra="coreml")
     if path.suffix != ".mlpackage":
         raise ExportError(f"{path}: Core ML opens packages by their name: end it in .mlpackage")
-    check_target(path, overwrite, MARK)
-    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits)
-    require_space(path, _needed(offered, params))
+    check_target(path, overwrite, MANIFEST)
+    spec = make_spec(model, params, prefill_lengths, cache_slots, prefill_logits)
+    require_space(path, _needed(spec, params))
     weights, conversions = {}, []
     for name, leaf in boxes.path_items(params):
-        weights[name], found = weight_of(name, leaf, "Core ML")
-        conversions += found
-    description = offered.description(sorted(weights), conversions)
+        weights[name], changes = to_weight(name, leaf, COREML)
+        conversions += changes
+    description = spec.description(sorted(weights), conversions)
     with (
-        written_whole(path, overwrite, MARK) as directory,
+        new_directory(path, overwrite, mark=MANIFEST) as directory,
         scratch_beside(path) as scratch,
         _temporary_in(scratch),
     ):
         merged = tools.utils.MultiFunctionDescriptor()
-        for signature in offered.signatures:
+        for signature in spec.signatures:
             part = scratch / f"{signature.name}.mlpackage"
-            _function(tools, signature, offered.shapes, weights, part)
+            _function(tools, signature, spec.shapes, weights, part)
             merged.add_function(str(part), "main", signature.name)
-        merged.default_function_name = offered.names[0]
-        whole = scratch / path.name
+        merged.default_function_name = spec.names[0]
+        package = scratch / path.name
         with quiet():
-            tools.utils.save_multifunction(merged, str(whole))
-        _finish(tools, whole / CONTENT, description)
+            tools.utils.save_multifunction(merged, str(package))
+        _finish(tools, package / CONTENT, description)
         directory.rmdir()
-        whole.rename(directory)
-    held = held_params(params, weights)
-    return Package(path, bytes_of(path), offered.names, tuple(conversions), model, held)
-
-
-def read_weights(path: str | Path) -> dict[str, Weight]:
-    """Reads the quantized weights of a package back, as its functions read them.
-
-    Args:
-      path: the package.
-
-    Returns:
-      Parameter path to its codes, scales and zero points.
-
-    Raises:
-      ExportError: the package is missing, damaged, or no export.
-      MissingExtraError: coremltools is not installed.
-    """
-    found = {}
-    try:
-        package = open_package(path)
-        described = described_by(package, path)
-        names = {name.replace("/", "_"): name for name in described["parameters"]}
-        for function in _program(package).functions.values():
-            for operation in function.operations:
-                if operation.op_type == "constexpr_blockwise_shift_scale":
-                    found[names[operation.outputs[0].name]] = _weight(operation)
-    except GlmEdgeError:
-        raise
-    except (OSError, RuntimeError, *DAMAGE) as error:
-        raise ExportError(f"{path}: no whole Core ML export of glm_edge: {error}") from error
-    return found
-
-
-def open_package(path: str | Path) -> Any:
-    """Opens a package in coremltools without loading it into a runtime.
-
-    Raises:
-      ExportError: a file of it is a pipe, a device or a link, or coremltools cannot open it.
-      MissingExtraError: coremltools is not installed.
-    """
-    check_tree(Path(path))
-    tools, message = core_ml_tools(), require("google.protobuf.message", extra="coreml")
-    try:
-        return tools.models.MLModel(str(path), skip_model_load=True)
-    # Some of its classes of errors derive from Exception alone.
-    except (OSError, RuntimeError, message.DecodeError, *DAMAGE) as error:
-        raise ExportError(f"{path}: no whole Core ML export of glm_edge: {error}") from error
-
-
-def described_by(package: Any, path: str | Path) -> dict[str, Any]:
-    """Reads the description of a package that `open_package` opened.
-
-    Raises:
-      ExportError: it is missing, or is not a JSON object within the usual limits.
-    """
-    metadata = package.get_spec().description.metadata.userDefined
-    if METADATA not in metadata:
-        raise ExportError(f"{path}: a Core ML package, but not one that glm_edge exported")
-    where = f"{path}: no whole Core ML export of glm_edge: its description"
-    described = parse_json(metadata[METADATA], where, ExportError)
-    if not isinstance(described, dict):
-        raise ExportError(f"{where}: is a {type(described).__name__}, not a JSON object")
-    return described
-
-
-def _program(package: Any) -> Any:
-    loader = require("coremltools.converters.mil.frontend.milproto.load", extra="coreml")
-    specification = package.get_spec()
-    return loader.load(
-        specification, specification.specificationVersion, file_weights_dir=package.weights_dir
+        package.rename(directory)
+    stored_params = to_params(params, weights)
+    return CoreMLPackage(
+        path, directory_bytes(path), spec.names, tuple(conversions), model, stored_params
     )
-
-
-def _weight(operation: Any) -> Weight:
-    types = require("coremltools.converters.mil.mil.types", extra="coreml")
-    data, scale = operation.data.val, np.asarray(operation.scale.val)
-    kind = types.builtin_to_string(operation.data.dtype)
-    zero = None if operation.offset is None else np.asarray(operation.offset.val).astype(np.int8)
-    groups = scale.shape[-1]
-    size = data.shape[-1] // groups if groups > 1 else 0
-    return Weight(np.asarray(data).astype(np.int8), kind, scale, zero, size)
-
-
-def core_ml_tools() -> Any:
-    """coremltools, told to keep quiet.
-
-    Raises:
-      MissingExtraError: it is not installed.
-    """
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
-    with quiet():
-        return require("coremltools", extra="coreml")
 
 
 def _function(
@@ -238,10 +141,10 @@ def _function(
             raise ExportError(f"Core ML cannot hold {signature.name}: {reason[0]}") from error
 
 
-def _needed(offered: Offer, params: Params) -> int:
-    """Bytes on the disk at the most: functions each with its weights, and three merged copies."""
-    sizes = {name: held_bytes(leaf) for name, leaf in boxes.path_items(params)}
-    return sum(offered.read_bytes(sizes)) + 3 * sum(sizes.values())
+def _needed(spec: ExportSpec, params: Params) -> int:
+    """Counts the most bytes on the disk: each function's weights, and three merged copies."""
+    sizes = {name: stored_bytes(leaf, COREML) for name, leaf in boxes.path_items(params)}
+    return sum(spec.read_bytes(sizes)) + 3 * sum(sizes.values())
 
 
 def _finish(tools: Any, content: Path, description: Mapping[str, Any]) -> None:
@@ -250,34 +153,36 @@ def _finish(tools: Any, content: Path, description: Mapping[str, Any]) -> None:
     specification.ParseFromString((content / "model.mlmodel").read_bytes())
     specification.description.metadata.userDefined[METADATA] = json.dumps(description)
     source, target = content / "weights" / "weight.bin", content / "weights" / "once.bin"
-    held, places, moved = np.memmap(source, np.uint8, "r"), {}, {}
+    content_bytes, positions, moved = np.memmap(source, np.uint8, "r"), {}, {}
     with open(target, "xb") as file:
-        file.write(held[:RECORD].tobytes())
+        file.write(content_bytes[:RECORD].tobytes())
         for block in _blocks(specification):
             for blob in _blobs(block):
                 if blob.offset not in moved:
-                    moved[blob.offset] = _copy_once(held, blob.offset, file, places)
+                    moved[blob.offset] = _copy_once(content_bytes, blob.offset, file, positions)
                 blob.offset = moved[blob.offset]
         file.seek(0)
-        file.write(np.uint32(len(places)).tobytes())
-    del held
+        file.write(np.uint32(len(positions)).tobytes())
+    del content_bytes
     os.replace(target, source)
     (content / "model.mlmodel").write_bytes(specification.SerializeToString())
 
 
-def _copy_once(held: np.ndarray, offset: int, file: BinaryIO, places: dict[bytes, int]) -> int:
-    record = held[offset : offset + RECORD]
+def _copy_once(
+    content: np.ndarray, offset: int, file: BinaryIO, positions: dict[bytes, int]
+) -> int:
+    record = content[offset : offset + RECORD]
     size, start = (int(number) for number in record[8:24].view(np.uint64))
-    data = held[start : start + size]
+    data = content[start : start + size]
     key = hashlib.sha256(record[4:16].tobytes() + data.tobytes()).digest()
-    if key not in places:
+    if key not in positions:
         file.write(bytes(-file.tell() % RECORD))
-        places[key] = file.tell()
+        positions[key] = file.tell()
         record = np.array(record)
         record[16:24] = np.array([file.tell() + RECORD], np.uint64).view(np.uint8)
         file.write(record.tobytes())
         file.write(data.tobytes())
-    return places[key]
+    return positions[key]
 
 
 def _blocks(specification: Any) -> Iterator[Any]:
@@ -286,11 +191,11 @@ def _blocks(specification: Any) -> Iterator[Any]:
 
 
 def _blobs(block: Any) -> Iterator[Any]:
-    """All references of a block to the file of weights."""
+    """Yields all references of a block to the file of weights."""
     for operation in block.operations:
         for inner in operation.blocks:
             yield from _blobs(inner)
-        arguments = [a.value for given in operation.inputs.values() for a in given.arguments]
+        arguments = [a.value for value in operation.inputs.values() for a in value.arguments]
         for value in (*arguments, *operation.attributes.values()):
             if value.WhichOneof("value") == "blobFileValue":
                 yield value.blobFileValue
@@ -299,19 +204,19 @@ def _blobs(block: Any) -> Iterator[Any]:
 def _stablehlo(
     signature: Signature, shapes: Mapping[str, tuple[int, ...]], paths: list[str], inputs: list[str]
 ) -> tuple[Any, list[str]]:
-    """The traced signature, weights first among its arguments, and the names of its results."""
+    """Traces a signature, weights first among its arguments; lists the names of its results."""
     from jax._src.interpreters import mlir
     from jax._src.lib.mlir import ir
 
-    def function(values: list[Any], given: list[Any]) -> dict[str, Any]:
+    def function(values: list[Any], arguments: list[Any]) -> dict[str, Any]:
         params = nested(dict(zip(paths, values, strict=True)))
-        return signature.function(params, dict(zip(inputs, given, strict=True)))
+        return signature.function(params, dict(zip(inputs, arguments, strict=True)))
 
     structs = [jax.ShapeDtypeStruct(shapes[path], jnp.float32) for path in paths]
-    given = [signature.inputs[name] for name in inputs]
-    narrow = jax.jit(within_five_axes(function), keep_unused=True)
-    exported = jax.export.export(narrow)(structs, given)
-    results = sorted(jax.eval_shape(function, structs, given))
+    arguments = [signature.inputs[name] for name in inputs]
+    narrow = jax.jit(limit_rank(function), keep_unused=True)
+    exported = jax.export.export(narrow)(structs, arguments)
+    results = sorted(jax.eval_shape(function, structs, arguments))
     with mlir.make_ir_context():
         return ir.Module.parse(exported.mlir_module()), results
 

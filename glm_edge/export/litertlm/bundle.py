@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from glm_edge import files
 from glm_edge.errors import ExportError, require
-from glm_edge.export.tflite.file import DAMAGE, Entries
+from glm_edge.export.common.parsing import PARSE_ERRORS, EntryCounter
 
 EXTRA = "litertlm"
 MAX_HEADER = 1 << 20
@@ -38,7 +38,7 @@ class Section:
 
 
 def read_sections(path: str | Path) -> list[Section]:
-    """Reads where the sections of a bundle lie, and checks its metadata.
+    """Reads the positions of a bundle's sections, and checks its metadata.
 
     Args:
       path: of the file.
@@ -64,7 +64,7 @@ def read_sections(path: str | Path) -> list[Section]:
                         raise ValueError(f"metadata of {section.size} bytes")
                     file.seek(section.start)
                     protocol.LlmMetadata().ParseFromString(file.read(section.size))
-        except (message.DecodeError, *DAMAGE) as error:
+        except (message.DecodeError, *PARSE_ERRORS) as error:
             raise ExportError(f"{path}: damaged LiteRT-LM bundle: {error}") from error
     return sections
 
@@ -83,7 +83,7 @@ def _header(file: BinaryIO, size: int) -> bytes:
 
 def _sections(library: Any, metadata: Any, size: int) -> list[Section]:
     kinds = {number: name for name, number in vars(library.AnySectionDataType).items()}
-    entries, sections = Entries(), []
+    entries, sections = EntryCounter(), []
     for index in entries(metadata.ObjectsLength()):
         part = metadata.Objects(index)
         start, end = part.BeginOffset(), part.EndOffset()

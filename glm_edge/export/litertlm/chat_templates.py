@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm_edge.errors import DataError, ExportError
-from glm_edge.export.tflite.weights import Conversion
+from glm_edge.export.common.weights import Conversion
 from glm_edge.preprocess import Processor, chat
 
 PATH = "chat template"

@@ -4,22 +4,30 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from glm_edge import __version__
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, OutputError, require
-from glm_edge.export.common.offer import check_fixed, check_lengths, check_model
-from glm_edge.export.common.signatures import Signature
+from glm_edge.export.common.signatures import (
+    Signature,
+    check_fixed,
+    check_lengths,
+    check_model,
+)
+from glm_edge.export.common.weights import Conversion
 from glm_edge.export.litertlm import signatures as lm_signatures
 from glm_edge.export.litertlm.bundle import EXTRA, make_repeatable
 from glm_edge.export.litertlm.chat_templates import bundled_template
-from glm_edge.export.tflite import file as tflite_file
+from glm_edge.export.litertlm.verify import verify_bundle
 from glm_edge.export.tflite.export import write_signatures
-from glm_edge.export.tflite.weights import Conversion, constants_of
+from glm_edge.export.tflite.weights import to_tflite_weights
+from glm_edge.export.verify.results import Verification
+from glm_edge.export.verify.worker import TIMEOUT
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
 from glm_edge.preprocess import Processor
+from glm_edge.writers import check_target, scratch_beside, write_stream
 
 DECODER = "PREFILL_DECODE"
 # Of prefill signatures that every bundle has.
@@ -28,7 +36,7 @@ SHORT_LENGTHS = (2, 16)
 
 @dataclass(frozen=True)
 class Bundle:
-    """A written bundle and what it was made of.
+    """A written bundle, with its model and parameters.
 
     Attributes:
       path: the file.
@@ -37,11 +45,11 @@ class Bundle:
       prefill_lengths: lengths of the prefill signatures.
       cache_slots: slots of the cache.
       image_size: (height, width) to which the runtime stretches images, or None.
-      conversions: parameters held in another form than they were given, and what was changed in
-        the chat template, or stays otherwise in the engine.
+      conversions: parameters that are stored in another form than in the model; changes of the
+        chat template; and differences that stay in the engine.
       template: the chat template of the bundle.
       model: the model it was traced from.
-      params: the parameters as the file holds them.
+      params: the parameters as the file stores them.
       processor: prepares the same conversations for JAX.
     """
 
@@ -57,11 +65,29 @@ class Bundle:
     params: Params = field(repr=False)
     processor: Processor = field(repr=False)
 
-    def verify(self, texts: Sequence[str] | None = None, **options: Any) -> Any:
-        """Compares the engine's answers with JAX's; see `bundle_verify.verify_bundle`."""
-        from glm_edge.export.litertlm.verify import verify_bundle
-
-        return verify_bundle(self, texts, **options)
+    def verify(
+        self,
+        texts: Sequence[str] | None = None,
+        prompts: int = 48,
+        max_new_tokens: int = 32,
+        threshold: float | None = None,
+        compute: str | None = None,
+        seed: int = 0,
+        check: bool = True,
+        timeout: float = TIMEOUT,
+    ) -> Verification:
+        """Compares the engine's answers with JAX's; see `litertlm.verify.verify_bundle`."""
+        return verify_bundle(
+            self,
+            texts,
+            prompts=prompts,
+            max_new_tokens=max_new_tokens,
+            threshold=threshold,
+            compute=compute,
+            seed=seed,
+            check=check,
+            timeout=timeout,
+        )
 
 
 def litertlm(
@@ -97,7 +123,7 @@ def litertlm(
 
     Args:
       model: the model.
-      params: its parameters, see `tflite.weights.constants_of`.
+      params: its parameters, see `tflite.weights.to_tflite_weights`.
       processor: of the model, or a checkpoint's directory to read it from.
       path: of the file.
       prefill_lengths: lengths of the prefill signatures. Shorter ones of 2 and 16 tokens are added,
@@ -117,10 +143,11 @@ def litertlm(
       MissingExtraError: TensorFlow, LiteRT or LiteRT-LM's builder is not installed.
     """
     path = Path(path)
-    # The sections lie beside the bundle until it is whole.
-    tflite_file.check_target(path, overwrite, 2 * boxes.stored_bytes(params))
+    # The sections are beside the bundle until it is complete.
+    check_target(path, overwrite, None, 2 * boxes.stored_bytes(params))
     builder = require("litert_lm_builder.litertlm_builder", extra=EXTRA)
-    processor = _processor(processor)
+    if not isinstance(processor, Processor):
+        processor = Processor.from_checkpoint(processor)
     config = model.config
     shapes = check_model(model, params)
     lengths, slots = check_lengths(config, prefill_lengths, cache_slots)
@@ -128,7 +155,7 @@ def litertlm(
     image_size = _check_encoders(model, processor, image_size)
     media = ["image"] * (config.vision is not None) + ["audio"] * (config.speech is not None)
     template, repairs = bundled_template(processor, media)
-    held = constants_of(params)
+    weights = to_tflite_weights(params)
 
     reference = model.clone(compute="float32")
     sections = {DECODER: lm_signatures.decoder_signatures(reference, lengths, slots)}
@@ -142,9 +169,9 @@ def litertlm(
         sections["AUDIO_ENCODER_HW"] = [speech]
         sections["AUDIO_ADAPTER"] = [lm_signatures.speech_adapter(reference)]
 
-    # Beside the target: the disk that was asked for its room.
+    # Beside the target: the disk whose free space was checked.
     try:
-        with tflite_file.scratch_beside(path) as directory:
+        with scratch_beside(path) as directory:
             sizes = {}
             bundle = builder.LitertLmFileBuilder()
             author = builder.Metadata("Authors", f"glm_edge {__version__}", builder.DType.STRING)
@@ -154,17 +181,17 @@ def litertlm(
             bundle.add_llm_metadata(str(metadata))
             processor.tokenizer.save(str(directory / "tokenizer.json"))
             bundle.add_hf_tokenizer(str(directory / "tokenizer.json"))
-            for section, offered in sections.items():
+            for section, signatures in sections.items():
                 file = directory / f"{section.lower()}.tflite"
-                read = {name: shape for name, shape in shapes.items() if _reads(offered, name)}
-                sizes[section] = write_signatures(offered, read, held, file)
+                read = {name: shape for name, shape in shapes.items() if _reads(signatures, name)}
+                sizes[section] = write_signatures(signatures, read, weights, file)
                 bundle.add_tflite_model(str(file), builder.TfLiteModelType[section])
 
             def build(stream: BinaryIO) -> None:
                 bundle.build(stream)
                 make_repeatable(stream)
 
-            file_bytes = tflite_file.write_beside(path, build)
+            file_bytes = write_stream(path, build)
     except OutputError:
         raise
     except OSError as error:
@@ -176,16 +203,16 @@ def litertlm(
         prefill_lengths=tuple(lengths),
         cache_slots=slots,
         image_size=image_size,
-        conversions=(*held.conversions, *repairs),
+        conversions=(*weights.conversions, *repairs),
         template=template,
         model=model,
-        params=held.params,
+        params=weights.params,
         processor=processor,
     )
 
 
 def with_short_lengths(lengths: Sequence[int], cache_slots: int) -> list[int]:
-    """Adds short prefill signatures to those that were asked for.
+    """Adds short prefill signatures to the requested ones.
 
     The runtime refuses a message where fewer slots are free than the shortest signature has tokens,
     however short the message is. The middle one takes a usual message in few calls.
@@ -201,12 +228,8 @@ def with_short_lengths(lengths: Sequence[int], cache_slots: int) -> list[int]:
     return [*(length for length in SHORT_LENGTHS if length < min(least, cache_slots)), *lengths]
 
 
-def _reads(offered: Iterable[Signature], path: str) -> bool:
-    return any(path.split("/")[0] in signature.subtrees for signature in offered)
-
-
-def _processor(given: Processor | str | Path) -> Processor:
-    return given if isinstance(given, Processor) else Processor.from_checkpoint(given)
+def _reads(signatures: Iterable[Signature], path: str) -> bool:
+    return any(path.split("/")[0] in signature.subtrees for signature in signatures)
 
 
 def _check_encoders(

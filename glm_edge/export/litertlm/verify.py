@@ -1,4 +1,4 @@
-"""Comparing what LiteRT-LM's engine answers from a bundle with what JAX answers."""
+"""Comparison of the answers of LiteRT-LM's engine, from a bundle, with those of JAX."""
 
 import dataclasses
 import itertools
@@ -8,21 +8,23 @@ import wave
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from glm_edge.errors import DataError, ExportError
 from glm_edge.export.litertlm.bundle import TFLITE, read_sections
 from glm_edge.export.litertlm.chat_templates import new_text, reads_strings
-from glm_edge.export.litertlm.export import Bundle
-from glm_edge.export.tflite import file as tflite_file
+from glm_edge.export.tflite.file import mark_verified, read_constants
 from glm_edge.export.tflite.flatbuffer import Constant
-from glm_edge.export.tflite.weights import constants_of
-from glm_edge.export.verify.verify import MIN_TURNS, Verification, compute_of, threshold_of
-from glm_edge.export.verify.worker import TIMEOUT, ChildInterpreter
+from glm_edge.export.tflite.weights import to_tflite_weights
+from glm_edge.export.verify.results import MIN_TURNS, Verification, compute_of, conclude
+from glm_edge.export.verify.worker import TIMEOUT, InterpreterProcess
 from glm_edge.generate.decoding import generate
 from glm_edge.preprocess import AudioProcessing, Processor
+
+if TYPE_CHECKING:
+    from glm_edge.export.litertlm.export import Bundle
 
 PROMPT_TOKENS = 24
 # Of a conversation: the share of the cache that each message takes whose answer is compared with
@@ -32,7 +34,7 @@ TURN_TOKENS = 8
 SHORT_OF_SLOTS = 64
 LONGEST_WORD = 12
 # Bytes of a character cut off by the end of an answer: runtimes show or drop them as they like.
-HALF_A_CHARACTER = "\ufffd"
+REPLACEMENT_CHARACTER = "\ufffd"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Prompt:
 
 
 def verify_bundle(
-    bundle: Bundle,
+    bundle: "Bundle",
     texts: Sequence[str] | None = None,
     prompts: int = 48,
     max_new_tokens: int = 32,
@@ -82,7 +84,7 @@ def verify_bundle(
       prompts: how many.
       max_new_tokens: tokens of an answer at most.
       threshold: least agreement; None takes 0.99, but 0.97 against `float32`.
-      compute: how the JAX model multiplies, as `verify.verify` has it.
+      compute: how the JAX model multiplies, as in `glm_edge.export.verify`.
       seed: of random texts, images and recordings.
       check: raise when the agreement is below the threshold.
       timeout: seconds for one answer.
@@ -107,7 +109,7 @@ def verify_bundle(
     counts = _Counts()
     with tempfile.TemporaryDirectory() as name:
         directory, rng = Path(name), np.random.default_rng(seed)
-        engine = ChildInterpreter(
+        engine = InterpreterProcess(
             bundle.path,
             timeout=timeout,
             runtime="litertlm",
@@ -119,8 +121,8 @@ def verify_bundle(
             # The file first: a damaged one fails before JAX compiles anything.
             answers = [engine.reply(prompt.to_engine, max_new_tokens)[0] for prompt in asked]
             inputs = bundle.processor([_turn(prompt.to_jax, strings) for prompt in asked])
-            found = generate(model, bundle.params, **inputs, max_new_tokens=max_new_tokens)
-            tokens, lengths = np.asarray(found.tokens), np.asarray(found.lengths)
+            generated = generate(model, bundle.params, **inputs, max_new_tokens=max_new_tokens)
+            tokens, lengths = np.asarray(generated.tokens), np.asarray(generated.lengths)
             for answer, row, length in zip(answers, tokens, lengths, strict=True):
                 # The stop token is one that was predicted, too.
                 counts.add(row[: length + 1].tolist(), answer, bundle.processor.decode)
@@ -132,23 +134,21 @@ def verify_bundle(
             f"{bundle.path}: no prompt and {max_new_tokens} tokens of an answer fit the "
             f"{bundle.cache_slots} slots of its cache"
         )
-    usual = threshold_of(compute)
-    result = Verification(
+    result = conclude(
+        bundle.path,
+        compute,
+        threshold,
+        check,
         agreement=counts.same / counts.compared,
         tokens=counts.compared,
         max_abs_error=None,
         mean_kl=None,
         free_running_agreement=counts.same / counts.generated,
         free_running_tokens=counts.generated,
-        compute=compute,
-        threshold=usual if threshold is None else threshold,
-        usual_threshold=usual,
         turns=turns,
     )
-    if check and not result.passed:
-        raise ExportError(f"{bundle.path}: {result}")
     if result.verified:
-        tflite_file.mark_verified(bundle.path)
+        mark_verified(bundle.path)
     return result
 
 
@@ -172,9 +172,9 @@ class _Counts:
 
 
 def _converse(
-    bundle: Bundle,
+    bundle: "Bundle",
     model: Any,
-    engine: ChildInterpreter,
+    engine: InterpreterProcess,
     texts: Sequence[str] | None,
     rng: np.random.Generator,
     max_new_tokens: int,
@@ -217,11 +217,11 @@ def _converse(
             ) from error
         if comparable and turn < MIN_TURNS:
             context += added
-            found = generate(
+            generated = generate(
                 model, bundle.params, np.array([context], np.int32), max_new_tokens=new_tokens
             )
-            length = int(found.lengths[0])
-            expected = np.asarray(found.tokens)[0, : length + 1].tolist()
+            length = int(generated.lengths[0])
+            expected = np.asarray(generated.tokens)[0, : length + 1].tolist()
             context += expected
             # From the first other token on, the contexts differ.
             comparable = counts.add(expected, answer, processor.decode)
@@ -248,11 +248,11 @@ def _text_of(
 
 
 def agreeing(expected: Sequence[int], answer: str, decode: Callable[[Sequence[int]], str]) -> int:
-    """How many of JAX's tokens an answer begins with.
+    """Counts the tokens of JAX that an answer begins with.
 
     Args:
       expected: JAX's tokens, a stop token included.
-      answer: what the engine said; it shows no stop token.
+      answer: of the engine; it shows no stop token.
       decode: text of tokens, up to the first stop token.
     """
     answer = _shown(answer)
@@ -262,24 +262,24 @@ def agreeing(expected: Sequence[int], answer: str, decode: Callable[[Sequence[in
     return next(n for n in counts if answer.startswith(_shown(decode(expected[:n]))))
 
 
-def check_sections(bundle: Bundle) -> None:
+def check_sections(bundle: "Bundle") -> None:
     """Compares the weights of a bundle's sections with its parameters, bit for bit.
 
     Raises:
       ExportError: one has other bytes, or the bundle is damaged.
       MissingExtraError: LiteRT-LM's builder is not installed.
     """
-    expected = constants_of(bundle.params).constants
+    expected = to_tflite_weights(bundle.params).constants
     sections = [part for part in read_sections(bundle.path) if part.type == TFLITE]
     for name in bundle.sections:
         parts = [part for part in sections if part.model == name.lower()]
         if len(parts) != 1:
             raise ExportError(f"{bundle.path}: damaged: holds {len(parts)} sections {name}")
         try:
-            held = tflite_file.read_constants(bundle.path, parts[0].start, parts[0].size)
+            stored = read_constants(bundle.path, parts[0].start, parts[0].size)
         except ExportError as error:
             raise ExportError(f"{bundle.path}: damaged: {name}: {error}") from error
-        for path, constant in held.items():
+        for path, constant in stored.items():
             if path not in expected or not _equal(constant, expected[path]):
                 raise ExportError(
                     f"{bundle.path}: damaged, or of other parameters: {path} of {name} is not "
@@ -287,18 +287,18 @@ def check_sections(bundle: Bundle) -> None:
                 )
 
 
-def _equal(found: Constant, wanted: Constant) -> bool:
-    scales = [None if c.scale is None else np.asarray(c.scale) for c in (found, wanted)]
+def _equal(stored: Constant, expected: Constant) -> bool:
+    scales = [None if c.scale is None else np.asarray(c.scale) for c in (stored, expected)]
     return (
-        (found.type, tuple(found.shape)) == (wanted.type, tuple(wanted.shape))
-        and np.array_equal(found.data, wanted.data)
+        (stored.type, tuple(stored.shape)) == (expected.type, tuple(expected.shape))
+        and np.array_equal(stored.data, expected.data)
         and (scales[0] is None) == (scales[1] is None)
         and (scales[0] is None or np.array_equal(*scales))
     )
 
 
 def _shown(text: str) -> str:
-    return text.replace(HALF_A_CHARACTER, "")
+    return text.replace(REPLACEMENT_CHARACTER, "")
 
 
 def _turn(parts: list[dict[str, Any]], strings: bool) -> list[Mapping[str, Any]]:
@@ -308,7 +308,7 @@ def _turn(parts: list[dict[str, Any]], strings: bool) -> list[Mapping[str, Any]]
 
 
 def _batches(
-    bundle: Bundle,
+    bundle: "Bundle",
     texts: Sequence[str] | None,
     prompts: int,
     rng: np.random.Generator,
@@ -326,8 +326,8 @@ def _batches(
             text = texts[drawn % len(texts)] if texts else _random_text(bundle.processor, rng)
             drawn += 1
             asked.append(_prompt(bundle, kind, text, rng, directory / f"{drawn}"))
-        room = bundle.cache_slots - max_new_tokens
-        fitting = [p for p in asked if _length(bundle.processor, p, strings) <= room]
+        slots = bundle.cache_slots - max_new_tokens
+        fitting = [p for p in asked if _length(bundle.processor, p, strings) <= slots]
         if fitting:
             yield fitting
 
@@ -337,7 +337,7 @@ def _length(processor: Processor, prompt: Prompt, strings: bool) -> int:
 
 
 def _prompt(
-    bundle: Bundle, kind: str | None, text: str, rng: np.random.Generator, file: Path
+    bundle: "Bundle", kind: str | None, text: str, rng: np.random.Generator, file: Path
 ) -> Prompt:
     part = {"type": "text", "text": text}
     if kind is None:
@@ -380,7 +380,7 @@ def _random_text(processor: Processor, rng: np.random.Generator) -> str:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A PNG file of uint8 pixels [height, width, 3], which every decoder gives back as they are."""
+    """Encodes uint8 pixels [height, width, 3] as PNG, which every decoder gives back unchanged."""
     height, width, _ = pixels.shape
 
     def chunk(kind: bytes, data: bytes) -> bytes:

@@ -16,37 +16,33 @@ from glm_edge import params as boxes
 from glm_edge.errors import ExportError, require
 from glm_edge.export.common.directory import (
     DESCRIPTION,
-    Package,
-    bytes_of,
-    check_target,
-    read_description,
+    WEIGHTS,
+    directory_bytes,
     write_description,
-    written_whole,
 )
-from glm_edge.export.common.offer import Offer, offer
+from glm_edge.export.common.signatures import ExportSpec, make_spec
 from glm_edge.export.common.weights import (
+    MNN,
     RANGES,
     Weight,
-    dequantized,
-    held_bytes,
-    held_params,
-    weight_of,
+    dequantize,
+    stored_bytes,
+    to_params,
+    to_weight,
 )
-from glm_edge.export.onnx.export import graph_of, mapped, model_of, store
+from glm_edge.export.mnn.reader import BITS
 from glm_edge.export.onnx.graph import GraphBuilder, StoredWeight
-from glm_edge.export.tflite.file import DAMAGE, scratch_beside
+from glm_edge.export.onnx.model import graph_of, model_of, store
+from glm_edge.export.verify.package import Package
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
-from glm_edge.writers import require_space
+from glm_edge.writers import check_target, new_directory, require_space, scratch_beside
 
-WEIGHTS = "weights.bin"
 CONVERTED = "__matmul_converted"
-BITS = {"int8": 8, "int4": 4}
-# In front of a weight's codes, at the most: a mark, two extents, and all levels.
-HEADER_BYTES = 1 + 8 + 1 + 256
 # The converter's own command line calls home and installs packages when it is imported.
 CONVERTER = "import sys, _tools; sys.exit(not _tools.mnnconvert(['mnnconvert', *sys.argv[1:]]))"
-SHORT = 1 << 16
+# Extents from here on take 32 bits.
+UINT16_LIMIT = 1 << 16
 
 
 def mnn(
@@ -98,52 +94,54 @@ def mnn(
     require("MNN", extra="mnn")
     library = require("onnx", extra="onnx")
     check_target(path, overwrite, DESCRIPTION)
-    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
-    require_space(path, _needed(offered, params))
+    spec = make_spec(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
+    require_space(path, _needed(spec, params))
     weights, conversions = {}, []
     for name, leaf in boxes.path_items(params):
-        weights[name], found = weight_of(name, leaf, "MNN", affine=False)
-        conversions += found
+        weights[name], changes = to_weight(name, leaf, MNN)
+        conversions += changes
     with (
-        written_whole(path, overwrite, DESCRIPTION) as directory,
+        new_directory(path, overwrite, mark=DESCRIPTION) as directory,
         scratch_beside(path) as scratch,
     ):
         stored = {}
         with open(scratch / WEIGHTS, "xb") as file:
             for name, weight in weights.items():
-                dense = Weight(dequantized(weight), "float32")
+                dense = Weight(dequantize(weight), "float32")
                 turned = boxes.is_matrix(name, dense.values)
                 stored[name] = store(library, file, name, dense, turned)
             tables = _tables(library, file, weights)
         with open(directory / WEIGHTS, "xb") as file:
             writer = _Writer(file, weights)
-            for signature in offered.signatures:
+            for signature in spec.signatures:
                 builder = _Graph(stored, tables)
-                graph = graph_of(signature, offered.shapes, stored, builder)
+                graph = graph_of(signature, spec.shapes, stored, builder)
                 source = scratch / f"{signature.name}.onnx"
                 source.write_bytes(model_of(library, graph).SerializeToString())
                 _convert(source, directory, builder, writer)
         parameters = {
-            name: [max(weights[name].values.shape) >= SHORT, *place[:3]]
-            for name, place in writer.places.items()
+            name: [max(weights[name].values.shape) >= UINT16_LIMIT, *position[:3]]
+            for name, position in writer.positions.items()
         }
-        description = offered.description(parameters, conversions)
+        description = spec.description(parameters, conversions)
         write_description(directory, description)
-    held = held_params(params, weights)
-    return Package(path, bytes_of(path), offered.names, tuple(conversions), model, held)
+    stored_params = to_params(params, weights)
+    return Package(
+        path, directory_bytes(path), spec.names, tuple(conversions), model, stored_params
+    )
 
 
-def _needed(offered: Offer, params: Params) -> int:
-    """Bytes on the disk at the most: the converter's float32 copies of weights beside the file."""
+def _needed(spec: ExportSpec, params: Params) -> int:
+    """Counts the bytes on the disk at the most, with the converter's float32 copies of weights."""
     items = dict(boxes.path_items(params))
     dense = {name: 4 * math.prod(leaf.shape) for name, leaf in items.items()}
     codes = sum(dense[name] // 4 for name in items if name.split("/")[0] == "embed")
-    held = sum(map(held_bytes, items.values()))
-    return sum(dense.values()) + 2 * max(offered.read_bytes(dense)) + held + 2 * codes
+    stored = sum(stored_bytes(leaf, MNN) for leaf in items.values())
+    return sum(dense.values()) + 2 * max(spec.read_bytes(dense)) + stored + 2 * codes
 
 
 class _Graph(GraphBuilder):
-    """Written in operators that MNN's converter leaves alone; looks rows up among integers."""
+    """A graph of operators that MNN's converter leaves alone; looks rows up among integers."""
 
     def __init__(self, stored: Mapping[str, StoredWeight], tables: Mapping[str, StoredWeight]):
         super().__init__(stored)
@@ -175,19 +173,19 @@ class _Graph(GraphBuilder):
 
 
 def _tables(library: Any, file: BinaryIO, weights: Mapping[str, Weight]) -> dict[str, StoredWeight]:
-    """The embedding's codes as int8, whatever their width, where it has codes."""
-    found = {}
+    """Stores the embedding's codes as int8, whatever their width, where it has codes."""
+    tables = {}
     for path in (path for path in weights if path.split("/")[0] == "embed"):
         weight = weights[path]
         if weight.scale is not None:
             codes = store(library, file, f"{path}.codes", Weight(weight.values, "int8"), False)
             scale = store(library, file, f"{path}.scale", Weight(weight.scale, "float32"), False)
-            found[path] = StoredWeight(codes.values, scale.values)
-    return found
+            tables[path] = StoredWeight(codes.values, scale.values)
+    return tables
 
 
 def _products(builder: GraphBuilder) -> dict[str, str]:
-    """Outputs that the converter names its convolutions after, to paths of weights."""
+    """Maps outputs that the converter names its convolutions after to paths of weights."""
     named = dict(builder.products)
     for node in builder.nodes:
         # It takes a bias into the convolution, and the name of the sum with it.
@@ -197,58 +195,6 @@ def _products(builder: GraphBuilder) -> dict[str, str]:
     return named
 
 
-def read_weights(
-    path: str | Path, shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> dict[str, Weight]:
-    """Reads the quantized weights of an exported directory back, as its convolutions read them.
-
-    Args:
-      path: the directory.
-      shapes: dense shapes of the parameters by path; None takes those that the file says, whose
-        memory only its size limits.
-
-    Returns:
-      Parameter path to its codes and scales.
-
-    Raises:
-      ExportError: the directory is missing, damaged, or no export.
-    """
-    path, found = Path(path), {}
-    description = read_description(path)
-    try:
-        places = description["parameters"]
-        content = mapped(path)
-        for name, (wide, start, length, scales) in places.items():
-            stored = content[start : start + length + scales]
-            shape = _shape(stored, wide)
-            if shapes is not None and shapes.get(name) != shape:
-                raise ValueError(f"{name}: shape {shape}, the model's is {shapes.get(name)}")
-            if max(length, scales // 4) > HEADER_BYTES + math.prod(shape):
-                raise ValueError(f"{name}: {length} bytes of codes, {scales} of scales of {shape}")
-            found[name] = _weight(np.array(stored), length, wide)
-    except (OSError, *DAMAGE) as error:
-        raise ExportError(f"{path}: no whole MNN export of glm_edge: {error}") from error
-    return found
-
-
-def _shape(content: np.ndarray, wide: bool) -> tuple[int, ...]:
-    extents = content[1:9].tobytes() if wide else content[1:5].tobytes()
-    return tuple(np.frombuffer(extents, np.uint32 if wide else np.uint16).tolist())
-
-
-def _weight(content: np.ndarray, length: int, wide: bool) -> Weight:
-    """Inverse of what `_Writer.quantized` writes."""
-    header, shape = 9 if wide else 5, _shape(content, wide)
-    kind = "int8" if content[header] == 0 else "int4"
-    codes = content[header + 1 + 2 ** BITS[kind] : length]
-    if kind == "int4":
-        codes = np.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)[: shape[0] * shape[1]]
-    codes = (codes.astype(np.int16) + RANGES[kind][0]).astype(np.int8).reshape(shape)
-    scale = content[length:].view(np.float32).reshape(shape[0], -1)
-    groups = scale.shape[1]
-    return Weight(codes, kind, scale, None, shape[1] // groups if groups > 1 else 0)
-
-
 @dataclass
 class _Writer:
     """Writes the file of weights.
@@ -256,29 +202,29 @@ class _Writer:
     Attributes:
       file: open for writing.
       weights: by path.
-      places: path to place and lengths, as a convolution names them.
-      copied: digest to place.
+      positions: path to position and lengths, as a convolution names them.
+      copied: digest to position.
     """
 
     file: BinaryIO
     weights: Mapping[str, Weight]
-    places: dict[str, list[int]] = field(default_factory=dict)
+    positions: dict[str, list[int]] = field(default_factory=dict)
     copied: dict[bytes, int] = field(default_factory=dict)
 
     def quantized(self, path: str, bias: bytes) -> list[int]:
-        """Place and lengths of a weight's codes, scales and bias, which lie one after another."""
-        if path not in self.places:
+        """Writes codes, scales and bias one after another; returns position and lengths."""
+        if path not in self.positions:
             weight, start = self.weights[path], self.file.tell()
             self.file.write(_header(weight) + _unsigned(weight).tobytes())
             middle = self.file.tell()
             self.file.write(weight.scale.tobytes())
             end = self.file.tell()
             self.file.write(bias)
-            self.places[path] = [start, middle - start, end - middle, len(bias), 0]
-        return self.places[path]
+            self.positions[path] = [start, middle - start, end - middle, len(bias), 0]
+        return self.positions[path]
 
     def copy(self, data: bytes) -> int:
-        """Place of bytes that are no codes of ours, stored once for all graphs."""
+        """Writes bytes that are not codes of ours once for all graphs; returns their position."""
         key = hashlib.sha256(data).digest()
         if key not in self.copied:
             self.copied[key] = self.file.tell()
@@ -288,7 +234,7 @@ class _Writer:
 
 def _header(weight: Weight) -> bytes:
     low, high = RANGES[weight.type]
-    kind = np.uint32 if max(weight.values.shape) >= SHORT else np.uint16
+    kind = np.uint32 if max(weight.values.shape) >= UINT16_LIMIT else np.uint16
     levels = np.arange(low, high + 1, dtype=np.int8)
     # A length of 256 does not fit the byte and reads as 0.
     return (
@@ -314,7 +260,7 @@ def _convert(source: Path, directory: Path, builder: _Graph, writer: _Writer) ->
     _run(scratch, "-f", "MNN", "--modelFile", raw, "--JsonFile", text)
     graph = json.loads(text.read_text())
     outside = raw.with_name(f"{raw.name}.weight")
-    held = np.memmap(outside, np.uint8, "r") if outside.exists() else np.zeros(0, np.uint8)
+    content = np.memmap(outside, np.uint8, "r") if outside.exists() else np.zeros(0, np.uint8)
     products = _products(builder)
     for operator in graph["oplists"]:
         main = operator.get("main", {})
@@ -324,21 +270,21 @@ def _convert(source: Path, directory: Path, builder: _Graph, writer: _Writer) ->
         start, *lengths = main["external"]
         path = products.get(operator["name"].removesuffix(CONVERTED))
         if operator["type"] == "Convolution" and path and writer.weights[path].scale is not None:
-            bias = held[start + lengths[0] : start + sum(lengths[:2])].tobytes()
+            bias = content[start + lengths[0] : start + sum(lengths[:2])].tobytes()
             main["quanParameter"] = _parameters(writer.weights[path])
             main["external"] = writer.quantized(path, bias)
         else:
-            data = held[start : start + sum(lengths)].tobytes()
+            data = content[start : start + sum(lengths)].tobytes()
             main["external"] = [writer.copy(data), *lengths]
     text.write_text(json.dumps(graph))
     _run(scratch, "-f", "JSON", "--modelFile", text, "--MNNModel", target)
-    del held
+    del content
     for file in (source, raw, text, outside):
         file.unlink(missing_ok=True)
 
 
 def _restore(operator: Any, builder: _Graph, weights: Mapping[str, Weight]) -> None:
-    """Puts exact numbers where the converter's JSON holds six digits behind the point."""
+    """Restores exact values where the converter's JSON has six digits behind the point."""
     main = operator.get("main", {})
     if "float32s" not in main and "external" in main:
         return
@@ -357,7 +303,7 @@ def _exact(name: str, builder: _Graph, weights: Mapping[str, Weight]) -> np.ndar
     if path in weights and path != name:
         return weights[path].scale
     if path in weights:
-        dense = dequantized(weights[path])
+        dense = dequantize(weights[path])
         return dense.T if boxes.is_matrix(path, dense) else dense
     tensor = builder.initializers.get(name)
     return None if tensor is None else builder.onnx.numpy_helper.to_array(tensor)
@@ -382,7 +328,7 @@ def _parameters(weight: Weight) -> dict[str, Any]:
         "scaleOut": 0.0,
         "useInt32": False,
         "has_scaleInt": False,
-        "shapeInt32": max(weight.values.shape) >= SHORT,
+        "shapeInt32": max(weight.values.shape) >= UINT16_LIMIT,
         "weightSize": 0,
     }
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from glm_edge.errors import ExportError, require
-from glm_edge.export.common.rewriting import CALLS
+from glm_edge.export.common.jaxpr import CALLS
 
 ELEMENTWISE = {
     "abs": "Abs",

@@ -7,27 +7,31 @@ from typing import Any
 
 from glm_edge import __version__
 from glm_edge import params as boxes
-from glm_edge.export.common.offer import offer
-from glm_edge.export.common.signatures import Signature, skeleton
+from glm_edge.export.common.signatures import Signature, make_spec
+from glm_edge.export.common.weights import Conversion
 from glm_edge.export.tflite import file as tflite_file
+from glm_edge.export.tflite.converter import skeleton
 from glm_edge.export.tflite.flatbuffer import FlatModel
-from glm_edge.export.tflite.weights import Conversion, Held, constants_of
+from glm_edge.export.tflite.weights import TFLiteWeights, to_tflite_weights
+from glm_edge.export.verify.results import Verification
+from glm_edge.export.verify.verify import Window, verify
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
+from glm_edge.writers import check_target
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A written file and what it was made of.
+    """A written file, with its model and parameters.
 
     Attributes:
       path: the file.
       file_bytes: its size.
-      stored_bytes: bytes of the parameters that it holds, packed, with their scales.
+      stored_bytes: bytes of its parameters, packed, with their scales.
       signatures: names of its entry points.
-      conversions: parameters held in another form than they were given.
+      conversions: parameters that are stored in another form than in the model.
       model: the model it was traced from.
-      params: the parameters as the file holds them.
+      params: the parameters as the file stores them.
     """
 
     path: Path
@@ -38,11 +42,34 @@ class ExportedModel:
     model: MultimodalGLM = field(repr=False)
     params: Params = field(repr=False)
 
-    def verify(self, windows: Any = None, **options: Any) -> Any:
-        """Runs the file against the JAX model of the same integers; see `verify.verify`."""
-        from glm_edge.export.verify.verify import verify
+    def verify(
+        self,
+        windows: Iterable[Window] | None = None,
+        threshold: float | None = None,
+        compute: str | None = None,
+        free_running: int = 8,
+        max_new_tokens: int = 32,
+        seed: int = 0,
+        check: bool = True,
+        isolated: bool = True,
+    ) -> Verification:
+        """Compares the file, run in LiteRT, with the JAX model.
 
-        return verify(self.path, self.model, self.params, windows, **options)
+        See `glm_edge.export.verify` for the arguments.
+        """
+        return verify(
+            self.path,
+            self.model,
+            self.params,
+            windows,
+            threshold=threshold,
+            compute=compute,
+            free_running=free_running,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            check=check,
+            isolated=isolated,
+        )
 
 
 def tflite(
@@ -58,15 +85,15 @@ def tflite(
     """Writes a model as a `.tflite` file with builtin operators only.
 
     The graph is converted without weights; the packed integers and scales are then attached to it
-    as they are, once for all signatures. What LiteRT cannot run is refused; what it can only run in
-    another form is converted by a rule that the result lists.
+    as they are, once for all signatures. A parameter that LiteRT cannot run is
+    refused; one that it runs only in another form is converted by a rule that the result lists.
 
         exported = ge.export.tflite(model, params, "phone.tflite")
         print(exported.verify())
 
     Args:
-      model: the model; see `common.signatures.signatures` for what the file offers.
-      params: its parameters, see `tflite.weights.constants_of`.
+      model: the model; see `common.signatures.signatures` for the functions of the file.
+      params: its parameters, see `tflite.weights.to_tflite_weights`.
       path: of the file.
       prefill_lengths: lengths of the prefill signatures.
       cache_slots: slots of the cache; None takes the model's context, at most 1024.
@@ -84,27 +111,25 @@ def tflite(
       MissingExtraError: TensorFlow or LiteRT is not installed.
     """
     path = Path(path)
-    tflite_file.check_target(path, overwrite, boxes.stored_bytes(params))
-    offered = offer(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
-    held = constants_of(params)
-    fields = offered.description(sorted(offered.shapes), held.conversions)
+    check_target(path, overwrite, None, boxes.stored_bytes(params))
+    spec = make_spec(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
+    weights = to_tflite_weights(params)
+    fields = spec.description(sorted(spec.shapes), weights.conversions)
     return ExportedModel(
         path=path,
-        file_bytes=write_signatures(
-            offered.signatures, offered.shapes, held, path, overwrite, fields
-        ),
-        stored_bytes=held.stored_bytes,
-        signatures=offered.names,
-        conversions=held.conversions,
+        file_bytes=write_signatures(spec.signatures, spec.shapes, weights, path, overwrite, fields),
+        stored_bytes=weights.stored_bytes,
+        signatures=spec.names,
+        conversions=weights.conversions,
         model=model,
-        params=held.params,
+        params=weights.params,
     )
 
 
 def write_signatures(
-    offered: Sequence[Signature],
+    signatures: Sequence[Signature],
     shapes: Mapping[str, tuple[int, ...]],
-    held: Held,
+    weights: TFLiteWeights,
     path: Path,
     overwrite: bool = False,
     fields: Mapping[str, Any] | None = None,
@@ -112,9 +137,9 @@ def write_signatures(
     """Writes functions of a model as one `.tflite` file.
 
     Args:
-      offered: the functions.
+      signatures: the functions.
       shapes: dense shapes of the parameters that they may read, by path.
-      held: the parameters.
+      weights: the parameters.
       path: of the file.
       overwrite: replace a file that exists.
       fields: of the description that `glm_edge.export.read_metadata` finds.
@@ -126,15 +151,15 @@ def write_signatures(
       ExportError: the graph cannot be converted, or reads a weight in a way that LiteRT cannot.
       OutputError: the file exists already, or cannot be written.
     """
-    content, arguments = skeleton(offered, shapes)
+    content, arguments = skeleton(signatures, shapes)
     graph = FlatModel(content)
-    graph.attach({name: (where, held.constants[where]) for name, where in arguments.items()})
+    graph.attach({name: (where, weights.constants[where]) for name, where in arguments.items()})
     graph.add_metadata(
         {
             "version": __version__,
-            "signatures": [signature.name for signature in offered],
+            "signatures": [signature.name for signature in signatures],
             "parameters": sorted(shapes),
-            "conversions": [str(conversion) for conversion in held.conversions],
+            "conversions": [str(conversion) for conversion in weights.conversions],
             "verified": False,
             **(fields or {}),
         }

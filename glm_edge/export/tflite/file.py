@@ -1,22 +1,21 @@
-"""The `.tflite` file around a model: written whole, read back, with buffers outside when large."""
+"""The `.tflite` file around a model: written whole, read back, large buffers behind the rest."""
 
 import contextlib
 import dataclasses
 import functools
 import mmap
 import os
-import shutil
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from glm_edge import files
-from glm_edge.errors import ExportError, GlmEdgeError, OutputError, require
+from glm_edge.errors import ExportError, GlmEdgeError, require
+from glm_edge.export.common.parsing import PARSE_ERRORS, EntryCounter
 from glm_edge.export.tflite.flatbuffer import METADATA, SMALL_BUFFER, Constant, Grid, schema
-from glm_edge.writers import beside, refuse_link, remove_litter, require_space, write_whole
+from glm_edge.writers import check_target, write_stream
 
 IDENTIFIER = b"TFL3"
 SMALLEST = 8
@@ -24,20 +23,7 @@ ALIGNMENT = 64
 INLINE_ALIGNMENT = 16
 INLINE_LIMIT = 1 << 30
 SHARED_VECTOR = 1 << 20
-MAX_ENTRIES = 1_000_000
 UNVERIFIED, VERIFIED = b'"verified":false', b'"verified":true '
-# What reading of tables, names and JSON raises where bytes are not what they should be.
-DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
 
 
 @functools.cache
@@ -67,13 +53,13 @@ def _builder_class() -> type:
 
 
 def write(model: Any, path: Path, overwrite: bool, inline_limit: int = INLINE_LIMIT) -> int:
-    """Writes a model beside its place, then moves it there whole.
+    """Writes a model as a file, whole or not at all.
 
     Args:
       model: `ModelT`.
       path: the file.
       overwrite: replace a file that exists.
-      inline_limit: bytes of buffers beyond which they lie after the flatbuffer.
+      inline_limit: bytes of buffers beyond which they are stored behind the flatbuffer.
 
     Returns:
       Bytes of the file.
@@ -81,61 +67,9 @@ def write(model: Any, path: Path, overwrite: bool, inline_limit: int = INLINE_LI
     Raises:
       OutputError: the file exists, its directory cannot be written, or its disk is too full.
     """
-    held = sum(buffer.data.nbytes for buffer in model.buffers if buffer.data is not None)
-    check_target(path, overwrite, held)
-    return write_beside(path, lambda file: _write(model, file, inline_limit))
-
-
-def write_beside(path: Path, write: Callable[[BinaryIO], Any]) -> int:
-    """Writes a file beside its place, then moves it there whole, and returns its bytes.
-
-    Args:
-      path: the file; one that exists is replaced.
-      write: called with the new file, open for reading and writing.
-
-    Raises:
-      OutputError: it is a link, or cannot be written.
-    """
-
-    def write_to(temporary: Path) -> None:
-        with open(temporary, "x+b") as file:
-            write(file)
-
-    write_whole(path, write_to)
-    return path.stat().st_size
-
-
-@contextlib.contextmanager
-def scratch_beside(path: Path) -> Iterator[Path]:
-    """Gives a folder on the disk of `path` that is removed with all it holds."""
-    path = path.absolute()
-    remove_litter(path)
-    scratch = beside(path, "partial")
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def check_target(path: Path, overwrite: bool, needed: int = 0) -> None:
-    """Refuses a path that cannot take the file, before any work is done.
-
-    Args:
-      path: of the file.
-      overwrite: replace a file that exists.
-      needed: bytes that its disk must have free; the file that is replaced goes last.
-
-    Raises:
-      OutputError: the file exists, is a directory or a link, its directory is missing or read-only,
-        or its disk is too full.
-    """
-    refuse_link(path)
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise OutputError(f"{path}: exists; choose another path or pass overwrite=True")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path}: directory {path.parent} is missing or cannot be written")
-    require_space(path, needed)
+    needed = sum(buffer.data.nbytes for buffer in model.buffers if buffer.data is not None)
+    check_target(path, overwrite, None, needed)
+    return write_stream(path, lambda file: _write(model, file, inline_limit))
 
 
 def _write(model: Any, file: Any, inline_limit: int) -> None:
@@ -182,7 +116,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def _description(model: Any, content: np.ndarray, path: str | Path) -> dict[str, Any]:
-    entries = Entries()
+    entries = EntryCounter()
     for index in entries(model.MetadataLength()):
         entry = model.Metadata(index)
         if entry.Name() == METADATA:
@@ -193,24 +127,6 @@ def _description(model: Any, content: np.ndarray, path: str | Path) -> dict[str,
                 raise ExportError(f"{where}: is a {type(fields).__name__}, not a JSON object")
             return fields
     raise ExportError(f"{path}: a TFLite file, but not one that glm_edge exported")
-
-
-class Entries:
-    """Counts the entries of all lists of a file; a length in a table of it may be any number."""
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    def __call__(self, length: int) -> range:
-        """Returns the indices of one list.
-
-        Raises:
-          ValueError: the lists together have more entries than any export.
-        """
-        self._count += length
-        if self._count > MAX_ENTRIES:
-            raise ValueError(f"lists of more than {MAX_ENTRIES} entries")
-        return range(length)
 
 
 def read_constants(
@@ -233,7 +149,7 @@ def read_constants(
     names = {number: name.lower() for name, number in types.items() if isinstance(number, int)}
     constants: dict[str, Constant] = {}
     with opened(Path(path), start, size) as (model, content):
-        paths, entries = set(_description(model, content, path)["parameters"]), Entries()
+        paths, entries = set(_description(model, content, path)["parameters"]), EntryCounter()
         for subgraph in entries(model.SubgraphsLength()):
             graph = model.Subgraphs(subgraph)
             for index in entries(graph.TensorsLength()):
@@ -247,8 +163,8 @@ def read_constants(
     return constants
 
 
-def _static_grids(graph: Any, entries: Entries) -> Iterator[tuple[str, dict[str, Grid]]]:
-    """Names of the weights that meet int8 activations, with the grids of these."""
+def _static_grids(graph: Any, entries: EntryCounter) -> Iterator[tuple[str, dict[str, Grid]]]:
+    """Yields names of the weights that meet int8 activations, with the grids of these."""
     for index in entries(graph.OperatorsLength()):
         operator = graph.Operators(index)
         if operator.InputsLength() < 2 or not operator.OutputsLength():
@@ -291,14 +207,14 @@ def _constant(model: Any, graph: Any, tensor: Any, names: dict[int, str], conten
 
 
 def _bytes_of(buffer: Any, content: np.ndarray) -> np.ndarray:
-    """The bytes of a buffer, as a view: a hole of a terabyte takes no memory."""
+    """Returns the bytes of a buffer as a view: a hole of a terabyte takes no memory."""
     if buffer.Offset():
         return content[buffer.Offset() : buffer.Offset() + buffer.Size()]
     return buffer.DataAsNumpy() if buffer.DataLength() else np.zeros(0, np.uint8)
 
 
 def mark_verified(path: str | Path) -> None:
-    """Notes in the descriptions of an exported file that it was run and agreed with JAX."""
+    """Writes into the descriptions of an exported file that it was run and agreed with JAX."""
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
         # Both values are as long, so that nothing else in the file moves.
         at = view.find(UNVERIFIED)
@@ -309,7 +225,7 @@ def mark_verified(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path, start: int = 0, size: int | None = None) -> Iterator[tuple[Any, np.ndarray]]:
-    """The root table of a file and its bytes, mapped rather than read.
+    """Opens the root table of a file and its bytes, mapped rather than read.
 
     Args:
       path: of the file, which must be a regular one.
@@ -332,5 +248,5 @@ def opened(path: Path, start: int = 0, size: int | None = None) -> Iterator[tupl
         raise
     except OSError as error:
         raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
-    except DAMAGE as error:
+    except PARSE_ERRORS as error:
         raise ExportError(f"{path}: damaged TFLite file: {error}") from error

@@ -23,17 +23,26 @@ from jax.extend.core import ClosedJaxpr
 from glm_edge import __version__
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError
-from glm_edge.export.common import signatures as trace
-from glm_edge.export.common.jaxpr import without_erf
-from glm_edge.export.common.offer import check_fixed
-from glm_edge.export.common.signatures import Signature
-from glm_edge.export.common.weights import WIDER, packed_nibbles
+from glm_edge.export.common.jaxpr import expand_erf
+from glm_edge.export.common.signatures import Signature, check_fixed
+from glm_edge.export.common.weights import (
+    NO_STATIC_RANGES,
+    TFLITE_FUNCTION,
+    Conversion,
+    box_conversions,
+    check_box,
+    check_finite,
+    pack_nibbles,
+    to_array,
+)
 from glm_edge.export.tflite import file as tflite_file
+from glm_edge.export.tflite.converter import run_converter, skeleton, tensorflow
 from glm_edge.export.tflite.flatbuffer import Constant, FlatModel
-from glm_edge.export.tflite.weights import Conversion, dense_of, with_held_scales
-from glm_edge.export.verify.worker import ChildInterpreter
+from glm_edge.export.tflite.weights import with_storable_scales
+from glm_edge.export.verify.worker import InterpreterProcess
 from glm_edge.params import Quantized
 from glm_edge.params.tree import Params
+from glm_edge.writers import check_target, write_stream
 
 Inputs = Mapping[str, jax.ShapeDtypeStruct]
 Function = Callable[[Any, dict[str, Array]], dict[str, Array]]
@@ -44,7 +53,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class FunctionVerification:
-    """How far a file's outputs are from those of its JAX function.
+    """Distances of a file's outputs from those of its JAX function.
 
     Attributes:
       distances: by output, norm of the difference as a fraction of the norm of JAX's output.
@@ -70,16 +79,16 @@ class FunctionVerification:
 
 @dataclass(frozen=True)
 class ExportedFunction:
-    """A written file and what it was made of.
+    """A written file, with its function and parameters.
 
     Attributes:
       path: the file.
       file_bytes: its size.
-      stored_bytes: bytes of the quantized parameters that it holds, packed, with their scales.
-      conversions: parameters held in another form than they were given.
+      stored_bytes: bytes of its quantized parameters, packed, with their scales.
+      conversions: parameters that are stored in another form than in `params`.
       inputs: name to shape and type.
       function: that it was traced from.
-      params: the parameters as the file holds them.
+      params: the parameters as the file stores them.
     """
 
     path: Path
@@ -103,12 +112,12 @@ class ExportedFunction:
           DataError: an input is missing, or of another shape.
           ExportError: LiteRT does not run the file.
         """
-        given = self._checked(inputs)
-        child = ChildInterpreter(self.path)
+        arrays = self._checked(inputs)
+        process = InterpreterProcess(self.path)
         try:
-            return child.run(SIGNATURE, given)
+            return process.run(SIGNATURE, arrays)
         finally:
-            child.close()
+            process.close()
 
     def verify(
         self,
@@ -135,20 +144,20 @@ class ExportedFunction:
           ExportError: an output is farther from JAX's than the tolerance, or LiteRT does not run
             the file.
         """
-        examples = [self._drawn(seed)] if examples is None else list(examples)
+        examples = [self._random_inputs(seed)] if examples is None else list(examples)
         if not examples:
             raise DataError("examples: at least one is needed")
-        run, child = jax.jit(self.function), ChildInterpreter(self.path)
+        run, process = jax.jit(self.function), InterpreterProcess(self.path)
         squares: dict[str, np.ndarray] = {}
         try:
             for example in map(self._checked, examples):
-                found, expected = child.run(SIGNATURE, example), run(self.params, example)
-                for name, wanted in expected.items():
-                    given, wanted = (np.asarray(a, np.float64) for a in (found[name], wanted))
-                    sums = np.array([((given - wanted) ** 2).sum(), (wanted**2).sum()])
+                outputs, expected = process.run(SIGNATURE, example), run(self.params, example)
+                for name in expected:
+                    y, reference = (np.asarray(a[name], np.float64) for a in (outputs, expected))
+                    sums = np.array([((y - reference) ** 2).sum(), (reference**2).sum()])
                     squares[name] = squares.get(name, 0.0) + sums
         finally:
-            child.close()
+            process.close()
         distances = {
             name: math.sqrt(wrong / norm) if norm else math.sqrt(wrong)
             for name, (wrong, norm) in squares.items()
@@ -172,7 +181,7 @@ class ExportedFunction:
                 )
         return arrays
 
-    def _drawn(self, seed: int) -> dict[str, np.ndarray]:
+    def _random_inputs(self, seed: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
         return {
             name: rng.normal(size=struct.shape).astype(struct.dtype)
@@ -232,26 +241,28 @@ def function(
     path = Path(path)
     for name, struct in inputs.items():
         check_fixed(f"shape of {name}", struct.shape)
-    tflite_file.check_target(path, overwrite, boxes.stored_bytes(params))
-    constants, held, conversions = _held(params)
+    check_target(path, overwrite, None, boxes.stored_bytes(params))
+    constants, stored_params, conversions = _to_stored(params)
     if examples is not None and constants:
         raise ExportError(
             f"{next(iter(constants))}: holds integers of its own, and examples= choose others; "
             "leave examples out, or give dense parameters"
         )
-    run, plain = _with_constants(function, held)
-    _check_closure(run, plain, inputs, constants, held)
+    run, plain = _with_constants(function, stored_params)
+    _check_closure(run, plain, inputs, constants, stored_params)
     if examples is not None:
-        content = _calibrated(lambda given: run({}, given), inputs, examples)
-        size = tflite_file.write_beside(path, lambda file: file.write(content))
+        content = _calibrate(lambda values: run({}, values), inputs, examples)
+        size = write_stream(path, lambda file: file.write(content))
     else:
-        size = _write(run, inputs, constants, held, conversions, path, overwrite)
+        size = _write(run, inputs, constants, stored_params, conversions, path, overwrite)
     stored = sum(constant.data.nbytes + constant.scale.nbytes for constant in constants.values())
-    return ExportedFunction(path, size, stored, tuple(conversions), dict(inputs), function, held)
+    return ExportedFunction(
+        path, size, stored, tuple(conversions), dict(inputs), function, stored_params
+    )
 
 
 def _check_call(function: Any, params: Any, inputs: Any, path: Any) -> None:
-    """Raises ExportError where an argument stands in the place of another, or is of another form.
+    """Refuses arguments that are swapped, or of another form.
 
     Args:
       function: as of `function`, like all others.
@@ -292,53 +303,34 @@ class _Dequantized(Quantized):
         return self.data
 
 
-def _held(params: Params) -> tuple[dict[str, Constant], Params, list[Conversion]]:
-    """Constants of the quantized parameters, all parameters as held, and what was converted."""
+def _to_stored(params: Params) -> tuple[dict[str, Constant], Params, list[Conversion]]:
+    """Returns constants of quantized parameters, all parameters as stored, and the conversions."""
     constants, conversions = {}, []
 
-    def hold(path: str, leaf: Any) -> Any:
+    def stored(path: str, leaf: Any) -> Any:
         if isinstance(leaf, Quantized):
-            constants[path], leaf, found = _constant(path, leaf)
+            constants[path], leaf, changes = _to_constant(path, leaf)
         else:
-            leaf, found = dense_of(path, leaf)
+            leaf, changes = to_array(path, leaf)
             leaf = jnp.asarray(leaf)
-            given = leaf.dtype
-            if jnp.issubdtype(given, jnp.floating):
-                if not bool(jnp.isfinite(leaf).all()):
-                    raise ExportError(f"{path}: holds NaN or infinity; export finite weights")
-                if given != jnp.float32:
-                    found = [*found, Conversion(path, f"{given} written as float32", False)]
+            dtype = leaf.dtype
+            if jnp.issubdtype(dtype, jnp.floating):
+                check_finite(path, np.asarray(leaf))
+                if dtype != jnp.float32:
+                    changes = [*changes, Conversion(path, f"{dtype} written as float32", False)]
                     leaf = leaf.astype(jnp.float32)
-        conversions.extend(found)
+        conversions.extend(changes)
         return leaf
 
-    held = boxes.map_with_path(hold, params)
-    return constants, held, conversions
+    return constants, boxes.map_with_path(stored, params), conversions
 
 
-def _constant(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conversion]]:
-    form, conversions = box.format, []
-    if form.qtype not in WIDER:
-        raise ExportError(
-            f"{path}: {form} cannot be written: its levels are no integers times a scale; right "
-            "would be integers of 8 or 4 bits"
-        )
-    if box.zero is not None and form.zero_dtype != "int8":
-        raise ExportError(
-            f"{path}: {form} cannot be written: its zero points lie between levels; right would be "
-            'zero_dtype="int8"'
-        )
-    wider = WIDER[form.qtype]
-    if wider != form.qtype:
-        rule = f"{form.qtype} written as {wider}: the same integers and scales"
-        conversions.append(Conversion(path, rule, False))
-    if box.input_scale is not None:
-        rule = "static range of its input left out: products are taken with float32 inputs"
-        conversions.append(Conversion(path, rule, True))
-    if not np.isfinite(np.asarray(box.scale).astype(np.float32)).all():
-        raise ExportError(f"{path}: holds NaN or infinity; export finite weights")
-    none = dict.fromkeys(("input_scale", "input_zero", "output_scale", "output_zero"))
-    box, found = with_held_scales(path, box.replace(**none, dtype="float32"), half=False)
+def _to_constant(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conversion]]:
+    kind = check_box(path, box, TFLITE_FUNCTION)
+    conversions = box_conversions(path, box, kind)
+    check_finite(path, np.asarray(box.scale))
+    box = box.replace(**NO_STATIC_RANGES, dtype="float32")
+    box, changes = with_storable_scales(path, box, half=False)
     codes = np.asarray(box.codes())
     # A row for each scale, so that groups are channels of the constant.
     per_row = (*codes.shape[:-1], box.scale.shape[-1])
@@ -347,34 +339,38 @@ def _constant(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conv
     zero = None
     if box.zero is not None:
         zero = np.broadcast_to(np.asarray(box.zero), per_row).reshape(-1)
-    data = packed_nibbles(codes) if wider == "int4" else codes.reshape(-1).view(np.uint8)
-    constant = Constant(wider, (len(scale), columns), data, np.array(scale), zero=zero)
-    return constant, box, conversions + found
+    data = pack_nibbles(codes) if kind == "int4" else codes.reshape(-1).view(np.uint8)
+    constant = Constant(kind, (len(scale), columns), data, np.array(scale), zero=zero)
+    return constant, box, conversions + changes
 
 
-def _with_constants(function: Function, held: Params) -> tuple[Function, set[int]]:
-    """The function of dense matrices [..., out, in] by path, and the identities of its arrays."""
-    plain = {id(leaf) for _, leaf in boxes.path_items(held) if not boxes.is_box(leaf)}
+def _with_constants(function: Function, params: Params) -> tuple[Function, set[int]]:
+    """Rewrites the function to take dense matrices [..., out, in] by path.
+
+    Returns:
+      The function, and the identities of its arrays.
+    """
+    plain = {id(leaf) for _, leaf in boxes.path_items(params) if not boxes.is_box(leaf)}
 
     def run(rows: Any, inputs: dict[str, Array]) -> dict[str, Array]:
-        given = dict(boxes.path_items(rows))
+        matrices = dict(boxes.path_items(rows))
 
         def dense(path: str, leaf: Any) -> Any:
             if not isinstance(leaf, Quantized):
                 return leaf
             fields = {item.name: getattr(leaf, item.name) for item in dataclasses.fields(leaf)}
-            return _Dequantized(**{**fields, "data": given[path]}).unbox()
+            return _Dequantized(**{**fields, "data": matrices[path]}).unbox()
 
-        return function(boxes.map_with_path(dense, held), inputs)
+        return function(boxes.map_with_path(dense, params), inputs)
 
     return run, plain
 
 
-def _rows(held: Params, constants: Mapping[str, Constant]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the quantized parameters as matrices [..., out, in], by path."""
+def _row_shapes(params: Params, constants: Mapping[str, Constant]) -> dict[str, tuple[int, ...]]:
+    """Lists shapes of the quantized parameters as matrices [..., out, in], by path."""
     return {
         path: (*leaf.data.shape[:-1], leaf.columns)
-        for path, leaf in boxes.path_items(held)
+        for path, leaf in boxes.path_items(params)
         if path in constants
     }
 
@@ -384,14 +380,14 @@ def _check_closure(
     plain: set[int],
     inputs: Inputs,
     constants: Mapping[str, Constant],
-    held: Params,
+    params: Params,
 ) -> None:
     """Refuses packed integers that came into the function otherwise than as parameters."""
     structs = {
         path: jax.ShapeDtypeStruct(shape, jnp.float32)
-        for path, shape in _rows(held, constants).items()
+        for path, shape in _row_shapes(params, constants).items()
     }
-    closed = jax.make_jaxpr(lambda rows, given: run(rows, given))(structs, dict(inputs))
+    closed = jax.make_jaxpr(lambda rows, values: run(rows, values))(structs, dict(inputs))
     for constant in _closed_over(closed):
         kind = str(getattr(constant, "dtype", ""))
         if kind in ("int8", "uint8") and np.ndim(constant) >= 2 and id(constant) not in plain:
@@ -415,14 +411,14 @@ def _write(
     run: Function,
     inputs: Inputs,
     constants: Mapping[str, Constant],
-    held: Params,
+    params: Params,
     conversions: list[Conversion],
     path: Path,
     overwrite: bool,
 ) -> int:
-    shapes = _rows(held, constants)
+    shapes = _row_shapes(params, constants)
     subtrees = tuple({name.split("/")[0] for name in shapes})
-    content, arguments = trace.skeleton(
+    content, arguments = skeleton(
         [Signature(SIGNATURE, dict(inputs), run, subtrees)], shapes, "function"
     )
     graph = FlatModel(content)
@@ -441,14 +437,14 @@ def _write(
     return tflite_file.write(graph.model, path, overwrite)
 
 
-def _calibrated(
+def _calibrate(
     function: Callable[[dict[str, Array]], dict[str, Array]],
     inputs: Inputs,
     examples: Iterable[Mapping[str, np.ndarray]],
 ) -> bytes:
-    """The bytes of a file of int8 grids that the converter chose."""
-    jax2tf, tf = trace.tensorflow()
-    lowered = jax2tf.convert(without_erf(function), with_gradient=False)
+    """Converts a function to a file of int8 grids that the converter chooses."""
+    jax2tf, tf = tensorflow()
+    lowered = jax2tf.convert(expand_erf(function), with_gradient=False)
     specs = {
         name: tf.TensorSpec(struct.shape, tf.as_dtype(struct.dtype), name=name)
         for name, struct in inputs.items()
@@ -457,7 +453,7 @@ def _calibrated(
     concrete = traced.get_concrete_function(**specs)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], tf.Module())
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-    given = [{name: np.asarray(x, np.float32) for name, x in one.items()} for one in examples]
+    values = [{name: np.asarray(x, np.float32) for name, x in one.items()} for one in examples]
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = lambda: iter(given)
-    return trace.converted(converter, "function")
+    converter.representative_dataset = lambda: iter(values)
+    return run_converter(converter, "function")

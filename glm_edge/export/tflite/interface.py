@@ -1,16 +1,14 @@
-"""Comparing the signatures of an exported file with what its description says they are."""
+"""Comparison of the signatures of a `.tflite` file with its own description."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import ExportError, GlmEdgeError
-from glm_edge.export.common.signatures import DECODE, signatures, step_name
-from glm_edge.export.tflite.file import DAMAGE
-from glm_edge.export.tflite.reader import Graph, Tensor, read_graphs
-from glm_edge.models.multimodal import MultimodalGLM
-
-CACHE = "kv_cache_"
+from glm_edge.export.common.interface import CACHE, Tensor, expected_tensors
+from glm_edge.export.common.parsing import PARSE_ERRORS
+from glm_edge.export.common.signatures import DECODE, step_name
+from glm_edge.export.tflite.reader import Graph, read_graphs
 
 
 def checked_graphs(
@@ -45,35 +43,11 @@ def checked_graphs(
         for name, (inputs, outputs) in expected.items():
             _compare(graphs[name].inputs, inputs, f"inputs of {name}")
             _compare(graphs[name].outputs, outputs, f"outputs of {name}")
-    except (*DAMAGE, GlmEdgeError) as error:
+    except (*PARSE_ERRORS, GlmEdgeError) as error:
         raise ExportError(
             f"{path}: damaged: its description does not fit its signatures: {error}"
         ) from error
     return graphs
-
-
-def expected_tensors(
-    config: GLMConfig,
-    prefill_lengths: Iterable[int],
-    cache_slots: int,
-    prefill_logits: bool,
-    attended_slots: Iterable[int] = (),
-) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """What the signatures of an exported model take and give, see `trace.signatures`.
-
-    Returns:
-      Name of a signature to `(inputs, outputs)`, by name.
-    """
-    found, model = {}, MultimodalGLM(config)
-    offered = signatures(model, prefill_lengths, cache_slots, prefill_logits, attended_slots)
-    for signature in offered:
-        inputs = {
-            name: Tensor("", struct.dtype.name, tuple(struct.shape))
-            for name, struct in signature.inputs.items()
-        }
-        scored = prefill_logits or signature.name.startswith(DECODE)
-        found[signature.name] = inputs, _outputs(signature.name, inputs, config, scored)
-    return found
 
 
 def _check_sizes(
@@ -91,26 +65,8 @@ def _check_sizes(
         raise ValueError(f"attended slots {attended[:8]}")
 
 
-def _outputs(
-    name: str, inputs: dict[str, Tensor], config: GLMConfig, scored: bool
-) -> dict[str, Tensor]:
-    width = config.decoder.hidden_size
-    if name == "vision":
-        return {"features": Tensor("", "float32", (1, config.vision.num_tokens, width))}
-    if name == "speech":
-        return {"features": Tensor("", "float32", (1, config.speech.num_tokens, width))}
-    if "tokens" in inputs:
-        return {"embeddings": Tensor("", "float32", (*inputs["tokens"].shape, width))}
-    outputs = {name: tensor for name, tensor in inputs.items() if name.startswith(CACHE)}
-    if scored:
-        length = inputs["input_pos"].shape[0]
-        shape = (1, length, config.decoder.vocab_size)
-        outputs["logits"] = Tensor("", "float32", shape)
-    return outputs
-
-
-def _compare(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
-    for name in sorted(found.keys() | expected.keys()):
-        have, want = found.get(name), expected.get(name)
-        if have is None or want is None or (have.type, have.shape) != (want.type, want.shape):
+def _compare(stored: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    for name in sorted(stored.keys() | expected.keys()):
+        ours, theirs = expected.get(name), stored.get(name)
+        if not ours or not theirs or (ours.type, ours.shape) != (theirs.type, theirs.shape):
             raise ValueError(f"{where}: {name}")

@@ -1,4 +1,4 @@
-"""What a TFLite file says it holds: graphs, operators and tensors, read without running it.
+"""Reader of graphs, operators and tensors of a TFLite file, which is not run.
 
 Nothing in the file is trusted: every index and extent is compared with what is there.
 """
@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from glm_edge.export.tflite.file import Entries, opened
+from glm_edge.export.common.interface import Tensor
+from glm_edge.export.common.parsing import EntryCounter
+from glm_edge.export.tflite.file import opened
 from glm_edge.export.tflite.flatbuffer import schema
 
 MAX_RANK = 8
@@ -33,47 +35,6 @@ _BITS = {
     "float64": 64,
     "bool": 8,
 }
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of a graph.
-
-    Attributes:
-      name: in the file; ours name weights by their parameter path.
-      type: such as `float32` or `int4`.
-      shape: extents; -1 where one is known only when the graph runs.
-      constant: True when the file holds its values.
-      quantization: `""`, `tensor`, `channel`, or `blocks of 32`.
-    """
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    constant: bool = False
-    quantization: str = ""
-
-    @property
-    def rank(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements, 0 where an extent is unknown."""
-        return 0 if -1 in self.shape else math.prod(self.shape)
-
-    def fits(self, array: Any) -> bool:
-        """True for an array, or what has its shape and dtype, that this tensor can hold."""
-        return (
-            np.dtype(array.dtype).name == self.type
-            and len(array.shape) == self.rank
-            and all(e in (-1, n) for e, n in zip(self.shape, array.shape, strict=True))
-        )
-
-    def __str__(self) -> str:
-        suffix = {"": "", "tensor": "", "channel": "/channel"}
-        return self.type + suffix.get(self.quantization, f"/{self.quantization}")
 
 
 @dataclass(frozen=True)
@@ -134,11 +95,11 @@ def read_graphs(path: str | Path) -> list[Graph]:
 
 
 class _Reader:
-    """Follows the tables of one file; raises what `container.opened` calls damaged."""
+    """Follows the tables of one file; raises `PARSE_ERRORS`."""
 
     def __init__(self, path: str | Path, model: Any, file_bytes: int):
         self._path, self._model, self._file_bytes = path, model, file_bytes
-        self._range = Entries()
+        self._range = EntryCounter()
         names = schema()
         self._types = _names_of(names.TensorType)
         self._operators = _names_of(names.BuiltinOperator)

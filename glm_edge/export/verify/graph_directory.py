@@ -1,4 +1,4 @@
-"""Running an exported directory of ONNX or MNN graphs as a phone's runtime does."""
+"""Runner of an exported directory of ONNX or MNN graphs."""
 
 import functools
 from collections.abc import Mapping
@@ -8,24 +8,21 @@ import numpy as np
 
 from glm_edge.configs import from_dict
 from glm_edge.errors import ExportError, GlmEdgeError
-from glm_edge.export.common.directory import read_description
-from glm_edge.export.common.offer import described_sizes
-from glm_edge.export.common.signatures import DECODE, attended_by, step_name
+from glm_edge.export.common.directory import MAX_GRAPH_BYTES, WEIGHTS, read_description
+from glm_edge.export.common.interface import Tensor, expected_tensors
+from glm_edge.export.common.parsing import PARSE_ERRORS
+from glm_edge.export.common.signatures import DECODE, attended_by, described_sizes, step_name
 from glm_edge.export.common.weights import Weight
-from glm_edge.export.mnn.export import read_weights as mnn_weights
-from glm_edge.export.onnx.export import MAX_GRAPH_BYTES, WEIGHTS
-from glm_edge.export.onnx.export import read_weights as onnx_weights
-from glm_edge.export.tflite.file import DAMAGE
-from glm_edge.export.tflite.interface import expected_tensors
-from glm_edge.export.tflite.reader import Tensor
-from glm_edge.export.verify.runner import PhoneModel, run_checked
-from glm_edge.export.verify.worker import TIMEOUT, ChildInterpreter
+from glm_edge.export.mnn.reader import read_weights as mnn_weights
+from glm_edge.export.onnx.reader import read_weights as onnx_weights
+from glm_edge.export.verify.runner import SignatureRunner, run_checked
+from glm_edge.export.verify.worker import TIMEOUT, InterpreterProcess
 from glm_edge.files import file_inside
 
 READERS = {"onnx": onnx_weights, "mnn": mnn_weights}
 
 
-class PackageModel(PhoneModel):
+class GraphDirectoryRunner(SignatureRunner):
     """An exported directory in onnxruntime or in MNN, in a process of its own.
 
     A damaged graph can crash nothing else there; the caches stay in that process. Products are
@@ -47,18 +44,18 @@ class PackageModel(PhoneModel):
 
     def __init__(self, path: str | Path, num_threads: int = 2, timeout: float = TIMEOUT):
         self.path, self.description = Path(path), read_description(path)
-        held = [name for name in READERS if (self.path / f"{DECODE}.{name}").exists()]
-        if not held:
+        runtimes = [name for name in READERS if (self.path / f"{DECODE}.{name}").exists()]
+        if not runtimes:
             raise ExportError(f"{path}: damaged: holds no graph named {DECODE}")
-        self.runtime = held[0]
+        self.runtime = runtimes[0]
         try:
             config = from_dict(self.description["config"])
             super().__init__(config, **vars(described_sizes(self.description, config)))
             self._check_files()
-        except (*DAMAGE, GlmEdgeError) as error:
+        except (*PARSE_ERRORS, GlmEdgeError) as error:
             raise ExportError(f"{path}: damaged: its description: {error}") from error
         self._described_slots = tuple(self.attended_slots)
-        self._child = ChildInterpreter(self.path, num_threads, timeout, self.runtime)
+        self._process = InterpreterProcess(self.path, num_threads, timeout, self.runtime)
 
     def _check_files(self) -> None:
         """Refuses a graph that is missing, a pipe, or a link out, before the runtime opens it."""
@@ -76,11 +73,11 @@ class PackageModel(PhoneModel):
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""
-        return run_checked(self._child, self.path, signature, inputs, *self._tensors[signature])
+        return run_checked(self._process, self.path, signature, inputs, *self._tensors[signature])
 
     @functools.cached_property
     def _tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Inputs and outputs of each signature, once the process has opened the directory."""
+        """Lists inputs and outputs of each signature, once the process has opened the directory."""
         return expected_tensors(
             self.config,
             self.prefill_lengths,
@@ -92,7 +89,7 @@ class PackageModel(PhoneModel):
     def read_weights(
         self, shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> dict[str, Weight]:
-        """The weights of the directory, as its graphs hold them.
+        """Reads the weights of the directory, as its graphs store them.
 
         Args:
           shapes: dense shapes that the parameters must have, by path; None takes any.
@@ -104,4 +101,4 @@ class PackageModel(PhoneModel):
 
     def close(self) -> None:
         """Ends the process, which otherwise ends with this object."""
-        self._child.close()
+        self._process.close()

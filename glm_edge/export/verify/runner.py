@@ -1,4 +1,4 @@
-"""Running the signatures of an exported model, in LiteRT or in JAX, as a phone's runtime does.
+"""Runners of an exported model's signatures, in LiteRT or in JAX, as a phone's runtime does.
 
 Letters of shapes: `T` tokens, `D` hidden size, `M` features of one image or recording, `V`
 vocabulary.
@@ -16,18 +16,24 @@ import numpy as np
 
 from glm_edge.configs import GLMConfig, from_dict
 from glm_edge.errors import DataError, ExportError, GlmEdgeError, require
-from glm_edge.export.common.offer import described_sizes
-from glm_edge.export.common.signatures import attended_by, quiet, signatures, step_name
-from glm_edge.export.tflite import file as tflite_file
+from glm_edge.export.common.interface import Tensor
+from glm_edge.export.common.parsing import PARSE_ERRORS
+from glm_edge.export.common.quiet import quiet
+from glm_edge.export.common.signatures import (
+    attended_by,
+    described_sizes,
+    signatures,
+    step_name,
+)
+from glm_edge.export.tflite.file import read_metadata
 from glm_edge.export.tflite.interface import checked_graphs
-from glm_edge.export.tflite.reader import Tensor
-from glm_edge.export.verify.worker import TIMEOUT, ChildInterpreter
+from glm_edge.export.verify.worker import TIMEOUT, InterpreterProcess
 from glm_edge.models.multimodal import MultimodalGLM
 
-HIDDEN = -1e9
+MASKED = -1e9
 
 
-class PhoneModel:
+class SignatureRunner:
     """Drives the signatures as a phone's runtime does; subclasses run one signature.
 
     Attributes:
@@ -55,13 +61,13 @@ class PhoneModel:
         raise NotImplementedError
 
     def encode_images(self, image: np.ndarray) -> np.ndarray:
-        """Features [M, D] of one image [height, width, channels]."""
+        """Encodes one image [height, width, channels] to features [M, D]."""
         vision = self.config.vision
         shape = None if vision is None else (*vision.image_size, vision.channels)
         return self._encode("vision", "images", image, shape)
 
     def encode_audio(self, audio: np.ndarray) -> np.ndarray:
-        """Features [M, D] of one recording's log-mel frames [num_frames, mel_bins]."""
+        """Encodes the log-mel frames [num_frames, mel_bins] of one recording to features [M, D]."""
         speech = self.config.speech
         shape = None if speech is None else (speech.num_frames, speech.mel_bins)
         return self._encode("speech", "audio", audio, shape)
@@ -102,13 +108,13 @@ class PhoneModel:
         parts = []
         for start, end, length in self._chunks(0, len(tokens)):
             padded = _padded(tokens[start:end], length)[None]
-            parts.append(self.run(f"embed{_suffix(length)}", tokens=padded)["embeddings"][0])
-            parts[-1] = parts[-1][: end - start]
+            name = "embed" if length == 1 else f"embed_{length}"
+            parts.append(self.run(name, tokens=padded)["embeddings"][0, : end - start])
         embedded = np.concatenate(parts)
         if image is not None:
-            _place(embedded, tokens == self.config.image_token_id, self.encode_images(image))
+            _insert(embedded, tokens == self.config.image_token_id, self.encode_images(image))
         if audio is not None:
-            _place(embedded, tokens == self.config.audio_token_id, self.encode_audio(audio))
+            _insert(embedded, tokens == self.config.audio_token_id, self.encode_audio(audio))
         return embedded
 
     def score(
@@ -139,7 +145,7 @@ class PhoneModel:
         audio: np.ndarray | None = None,
         max_new_tokens: int = 16,
     ) -> list[int]:
-        """Extends a prompt by the likeliest token until a stop token, which is included.
+        """Extends a prompt by the top-1 token until a stop token, which is included.
 
         Args:
           tokens: int [T].
@@ -155,12 +161,12 @@ class PhoneModel:
         """
         embedded = self.embed(tokens, image, audio)
         logits, cache = self.extend(embedded, 0, self.empty_cache())
-        generated = [_best(logits[-1])]
+        generated = [_argmax(logits[-1])]
         while len(generated) < max_new_tokens and generated[-1] not in self.config.eos_token_ids:
             slot = len(embedded) + len(generated) - 1
             last = self.run("embed", tokens=np.array([generated[-1:]], np.int32))["embeddings"][0]
             logits, cache = self.extend(last, slot, cache)
-            generated.append(_best(logits[-1]))
+            generated.append(_argmax(logits[-1]))
         return generated
 
     def extend(
@@ -205,12 +211,12 @@ class PhoneModel:
         return np.concatenate(logits) if every_position else logits[-1][-1:], cache
 
     def attended(self, slot: int, length: int) -> int | None:
-        """Slots of the fastest signature for so many tokens from a slot on; None for all."""
+        """Returns the slots of the fastest signature for tokens from a slot on; None for all."""
         fitting = attended_by(length, self.attended_slots)
         return next((attended for attended in fitting if slot + length <= attended), None)
 
     def looking_at_all_slots(self) -> Self:
-        """The same model in the same runtime, which runs no signature that sees fewer slots."""
+        """Returns a copy in the same runtime that runs no signature of fewer slots."""
         other = copy.copy(self)
         other.attended_slots = []
         return other
@@ -218,10 +224,10 @@ class PhoneModel:
     def step_inputs(
         self, embedded: np.ndarray, slot: int, length: int, attended: int | None = None
     ) -> dict[str, np.ndarray]:
-        """What `decode` or `prefill_<length>` takes beside the cache.
+        """Makes the inputs of `decode` or `prefill_<length>` beside the cache.
 
         Args:
-          embedded: at most [length, D]; the rest is padded.
+          embedded: at most [length, D]; further rows are padding.
           slot: that the first token takes.
           length: of the signature.
           attended: slots that it looks at; None for all.
@@ -231,7 +237,7 @@ class PhoneModel:
         inputs = {
             "embeddings": _padded(embedded, length)[None],
             "input_pos": positions,
-            "mask": np.where(visible, 0.0, HIDDEN).astype(np.float32)[None, None],
+            "mask": np.where(visible, 0.0, MASKED).astype(np.float32)[None, None],
         }
         if self.config.decoder.mrope_section:
             inputs["positions"] = np.broadcast_to(positions, (3, length))
@@ -246,15 +252,15 @@ class PhoneModel:
         """Splits slots `start..end` into `(start, end, length of the signature)`."""
         self._within(start, end)
         while start < end:
-            room = self.cache_slots - start
-            fitting = [length for length in self.prefill_lengths if length <= room]
+            free = self.cache_slots - start
+            fitting = [length for length in self.prefill_lengths if length <= free]
             covering = [length for length in fitting if length >= end - start]
             length = min(covering, default=max(fitting, default=1)) if end - start > 1 else 1
             yield start, min(end, start + length), length
             start += length
 
     def empty_cache(self) -> dict[str, np.ndarray]:
-        """An empty cache, by the names that the signatures use."""
+        """Makes an empty cache, by the names that the signatures use."""
         decoder, cache = self.config.decoder, {}
         for layer in range(decoder.num_layers):
             heads, width = decoder.kv_heads(layer), decoder.head_dim
@@ -263,7 +269,7 @@ class PhoneModel:
         return cache
 
 
-class LiteRTModel(PhoneModel):
+class LiteRTRunner(SignatureRunner):
     """An exported file in the LiteRT interpreter; needs nothing of JAX but this package.
 
     Several threads may call it; the interpreter runs one signature at a time.
@@ -271,8 +277,9 @@ class LiteRTModel(PhoneModel):
     Args:
       path: of the file.
       num_threads: of the interpreter.
-      isolated: checks all that the file says and runs it in a process of its own, where a damaged
-        file can crash nothing else. The caches stay in that process; what travels costs time.
+      isolated: checks all tables of the file and runs it in a process of its own, where a damaged
+        file can crash nothing else. The caches stay in that process; other arrays are copied
+        through a pipe.
       timeout: seconds for one answer of that process.
 
     Raises:
@@ -287,15 +294,15 @@ class LiteRTModel(PhoneModel):
         isolated: bool = False,
         timeout: float = TIMEOUT,
     ):
-        description = tflite_file.read_metadata(path)
+        description = read_metadata(path)
         try:
             config = from_dict(description["config"])
             sizes = described_sizes(description, config)
             super().__init__(config, **vars(sizes))
-        except (*tflite_file.DAMAGE, GlmEdgeError) as error:
+        except (*PARSE_ERRORS, GlmEdgeError) as error:
             raise ExportError(f"{path}: damaged: its description: {error}") from error
         self.path, self.description = path, description
-        self._graphs, self._child = None, None
+        self._graphs, self._process = None, None
         self._runners: dict[str, Any] = {}
         self._lock = threading.Lock()
         if isolated:
@@ -307,7 +314,7 @@ class LiteRTModel(PhoneModel):
                 self.prefill_logits,
                 self.attended_slots,
             )
-            self._child = ChildInterpreter(path, num_threads, timeout)
+            self._process = InterpreterProcess(path, num_threads, timeout)
             return
         interpreter = require("ai_edge_litert.interpreter", extra="export")
         try:
@@ -320,7 +327,7 @@ class LiteRTModel(PhoneModel):
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""
-        if self._child is not None:
+        if self._process is not None:
             return self._run_isolated(signature, inputs)
         # A runner sets inputs, invokes and copies outputs, all in memory of the one interpreter.
         with self._lock:
@@ -334,26 +341,26 @@ class LiteRTModel(PhoneModel):
     def _run_isolated(self, signature: str, inputs: dict[str, Any]) -> dict[str, Any]:
         graph = self._graphs[signature]
         tensors = graph.inputs, graph.outputs
-        return run_checked(self._child, self.path, signature, inputs, *tensors)
+        return run_checked(self._process, self.path, signature, inputs, *tensors)
 
     def close(self) -> None:
         """Ends the process of an isolated file, which otherwise ends with this object."""
-        if self._child is not None:
-            self._child.close()
+        if self._process is not None:
+            self._process.close()
 
 
 def run_checked(
-    child: ChildInterpreter,
+    process: InterpreterProcess,
     path: str | Path,
     signature: str,
     inputs: Mapping[str, Any],
     takes: Mapping[str, Tensor],
     gives: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Runs a signature in a child, where outputs named like inputs stay.
+    """Runs a signature in another process, where outputs named like inputs stay.
 
     Args:
-      child: that runs it.
+      process: that runs it.
       path: of the exported model, for messages.
       signature: its name.
       inputs: by name.
@@ -362,20 +369,20 @@ def run_checked(
 
     Raises:
       DataError: an input is missing, or of another type or shape.
-      ExportError: so is an output, or the child fails.
+      ExportError: so is an output, or the process fails.
     """
     for name, tensor in takes.items():
         if name not in inputs or not tensor.fits(inputs[name]):
             raise DataError(f"{signature}: {name} must be {tensor.type} {list(tensor.shape)}")
-    outputs = child.run(signature, inputs, takes.keys() & gives.keys())
+    outputs = process.run(signature, inputs, takes.keys() & gives.keys())
     for name, tensor in gives.items():
         if name not in outputs or not tensor.fits(outputs[name]):
             raise ExportError(f"{path}: {signature} gives no {tensor.type} {name!r}")
     return outputs
 
 
-class JaxModel(PhoneModel):
-    """The functions that an exported file was traced from, on boxed parameters.
+class JaxRunner(SignatureRunner):
+    """The functions that an exported file was traced from, on boxed parameters, in JAX.
 
     Args:
       model: its `compute` decides how products with quantized weights round activations.
@@ -408,13 +415,13 @@ class JaxModel(PhoneModel):
 def _compiled(
     model: MultimodalGLM, lengths: tuple[int, ...], cache_slots: int, prefill_logits: bool
 ) -> dict[str, Any]:
-    """The functions of a model, compiled once however many of its files are compared with them."""
-    offered = signatures(model, lengths, cache_slots, prefill_logits)
-    return {signature.name: jax.jit(signature.function) for signature in offered}
+    """Compiles the functions of a model once, however many of its files are compared with them."""
+    entries = signatures(model, lengths, cache_slots, prefill_logits)
+    return {entry.name: jax.jit(entry.function) for entry in entries}
 
 
-def _best(scores: np.ndarray) -> int:
-    """The top-1 token of scores [V].
+def _argmax(scores: np.ndarray) -> int:
+    """Returns the top-1 token of scores [V].
 
     Raises:
       DataError: they are not finite, so that none is the best.
@@ -427,7 +434,7 @@ def _best(scores: np.ndarray) -> int:
     return int(scores.argmax())
 
 
-def _place(embedded: np.ndarray, placeholder: np.ndarray, features: np.ndarray) -> None:
+def _insert(embedded: np.ndarray, placeholder: np.ndarray, features: np.ndarray) -> None:
     rank = np.cumsum(placeholder)[placeholder] - 1
     embedded[placeholder] = features[np.minimum(rank, len(features) - 1)]
 
@@ -435,7 +442,3 @@ def _place(embedded: np.ndarray, placeholder: np.ndarray, features: np.ndarray) 
 def _padded(rows: np.ndarray, length: int) -> np.ndarray:
     padding = [(0, length - len(rows))] + [(0, 0)] * (rows.ndim - 1)
     return np.pad(rows, padding)
-
-
-def _suffix(length: int) -> str:
-    return f"_{length}" if length > 1 else ""

@@ -1,7 +1,7 @@
-"""Comparing an exported model, run in its runtime, with the JAX model of the same integers."""
+"""Comparison of an exported model, run in its runtime, with the JAX model of the same integers."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,11 @@ from glm_edge.errors import DataError, ExportError
 from glm_edge.export.common.directory import write_description
 from glm_edge.export.common.signatures import DECODE, attended_by, step_name
 from glm_edge.export.common.weights import check_weights
-from glm_edge.export.tflite import file as tflite_file
-from glm_edge.export.verify.graph_directory import PackageModel
-from glm_edge.export.verify.runner import JaxModel, LiteRTModel, PhoneModel
+from glm_edge.export.tflite.file import mark_verified
+from glm_edge.export.verify.graph_directory import GraphDirectoryRunner
+from glm_edge.export.verify.results import MIN_TOKENS, Verification, compute_of, conclude
+from glm_edge.export.verify.runner import JaxRunner, LiteRTRunner, SignatureRunner
 from glm_edge.models.multimodal import MultimodalGLM
-
-# Where a file multiplies as JAX does, nearly every token is the same.
-ALIKE = 0.99
-# LiteRT rounds activations, which `float32` does not.
-ROUNDED = {"float32": 0.97}
-MIN_TOKENS = 1000
-# Of a conversation with a bundle's engine.
-MIN_TURNS = 3
-# Another graph is off by about 1; rounding activations alone costs a few hundredths.
-SIGNATURE_LIMIT = 0.25
 
 
 @dataclass(frozen=True)
@@ -47,102 +38,6 @@ class Window:
     audio: np.ndarray | None = None
     counted: np.ndarray | None = None
     prompt_length: int | None = None
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How far a file's predictions are from those of its JAX model.
-
-    Attributes:
-      agreement: fraction of counted positions with the same likeliest token, teacher-forced.
-      tokens: counted positions.
-      max_abs_error: largest difference of a logit at them; None where a runtime gives no logits.
-      mean_kl: mean of KL(JAX || file) in nats at them; None likewise.
-      free_running_agreement: fraction of greedily generated tokens that are the same.
-      free_running_tokens: tokens generated.
-      compute: how the JAX model multiplied.
-      threshold: the agreement asked for.
-      usual_threshold: the agreement asked for where the caller names none.
-      turns: of the conversation with a bundle's engine; None where none is asked for.
-      signatures: by name, the distance between what a signature and its JAX function give for the
-        same random inputs, as a fraction of the latter's norm; a step that gives no logits is
-        judged by those of the next one, which reads its cache.
-    """
-
-    agreement: float
-    tokens: int
-    max_abs_error: float | None
-    mean_kl: float | None
-    free_running_agreement: float | None
-    free_running_tokens: int
-    compute: str
-    threshold: float
-    usual_threshold: float
-    turns: int | None = None
-    signatures: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        """True when the agreement reaches the threshold and every signature is JAX's function."""
-        return self.agreement >= self.threshold and not self.other_signatures
-
-    @property
-    def verified(self) -> bool:
-        """True when the comparison passed and was enough to mark the file as verified."""
-        return self.passed and not self.shortfalls
-
-    @property
-    def shortfalls(self) -> list[str]:
-        """Reasons why the comparison is too small to mark a file as verified."""
-        reasons = []
-        if not self.threshold >= self.usual_threshold:
-            reasons.append(f"the threshold is usually {self.usual_threshold:.2%}")
-        if self.tokens < MIN_TOKENS:
-            reasons.append(f"{self.tokens} of at least {MIN_TOKENS:,} tokens were compared")
-        if self.turns is not None and self.turns < MIN_TURNS:
-            reasons.append(
-                f"the cache is too small for a conversation of {MIN_TURNS} turns, it took "
-                f"{self.turns}"
-            )
-        return reasons
-
-    @property
-    def other_signatures(self) -> list[str]:
-        """Signatures that are further from their JAX functions than rounding explains."""
-        return [name for name, error in self.signatures.items() if not error <= SIGNATURE_LIMIT]
-
-    def __str__(self) -> str:
-        line = f"{self.agreement:.2%} of {self.tokens} top-1 tokens as in JAX ({self.compute})"
-        if self.max_abs_error is not None:
-            line += f", max |error| {self.max_abs_error:.3g}, mean KL {self.mean_kl:.3g} nats"
-        if self.signatures:
-            worst = max(self.signatures.values())
-            line += f", {len(self.signatures)} signatures within {worst:.2g} of their functions"
-        if self.free_running_agreement is not None:
-            free = f"{self.free_running_agreement:.2%} of {self.free_running_tokens}"
-            line += f", free-running {free}"
-        return f"{'passed' if self.passed else 'failed'}: {line}; {self.reason}"
-
-    @property
-    def reason(self) -> str:
-        """The condition that was met, the conditions that were not, or why no file is marked."""
-        asked = f"at least {self.threshold:.2%} must agree"
-        if self.verified:
-            return asked
-        if self.passed:
-            return f"{asked}; not marked as verified: {', and '.join(self.shortfalls)}"
-        reasons = []
-        if not self.agreement >= self.threshold:
-            reasons.append(
-                f"{asked} (scores that nearly tie differ by rounding, as random tokens or weights "
-                "give them: compare on text that the model knows)"
-            )
-        if self.other_signatures:
-            names = ", ".join(self.other_signatures)
-            reasons.append(
-                f"{names} compute something else than in JAX, by more than {SIGNATURE_LIMIT:g}"
-            )
-        return "; ".join(reasons)
 
 
 def verify(
@@ -192,144 +87,126 @@ def verify(
         position is counted, the file is damaged, or is one of another model.
       DataError: a window does not fit the cache, or counts other positions than it has.
     """
-    package = Path(path).is_dir()
-    phone = PackageModel(path) if package else LiteRTModel(path, isolated=isolated)
-    if phone.config != model.config:
+    directory = Path(path).is_dir()
+    runner = GraphDirectoryRunner(path) if directory else LiteRTRunner(path, isolated=isolated)
+    if runner.config != model.config:
         raise ExportError(f"{path}: holds another model than {model.config.name}")
-    if package:
+    if directory:
         shapes = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
-        check_weights(phone.read_weights(shapes), params, path)
-    if phone.float32 and compute not in (None, "float32"):
+        check_weights(runner.read_weights(shapes), params, path)
+    if runner.float32 and compute not in (None, "float32"):
         raise ExportError(
             f"{path}: is run in float32, so that {compute} would compare other sums; right would "
             "be compute='float32'"
         )
     if compute is None:
-        compute = "float32" if phone.float32 else compute_of(params)
-    reference = JaxModel(
+        compute = "float32" if runner.float32 else compute_of(params)
+    reference = JaxRunner(
         model.clone(compute=compute),
         params,
-        phone.prefill_lengths,
-        phone.cache_slots,
-        phone.prefill_logits,
+        runner.prefill_lengths,
+        runner.cache_slots,
+        runner.prefill_logits,
     )
-    usual = threshold_of(compute, phone.float32)
-    windows = list(windows) if windows is not None else random_windows(phone, seed)
+    windows = list(windows) if windows is not None else random_windows(runner, seed)
     same, errors, divergences = [], [], []
     for index, window in enumerate(windows):
         counted = _counted(window)
         content = (window.tokens, window.image, window.audio)
         # The file first: a damaged one fails before JAX compiles anything.
         # Every second text goes through the signatures that look at all slots.
-        run = phone.looking_at_all_slots() if index % 2 else phone
-        found = run.score(*content)[counted]
-        if not np.isfinite(found).all():
+        run = runner.looking_at_all_slots() if index % 2 else runner
+        logits = run.score(*content)[counted]
+        if not np.isfinite(logits).all():
             raise ExportError(f"{path}: gives scores that are not finite")
         expected = reference.score(*content)[counted]
-        same.append(expected.argmax(-1) == found.argmax(-1))
-        errors.append(np.abs(expected - found).max(initial=0.0))
-        divergences.append(_kl(expected, found))
-    distances = signature_distances(reference, phone, seed)
+        same.append(expected.argmax(-1) == logits.argmax(-1))
+        errors.append(np.abs(expected - logits).max(initial=0.0))
+        divergences.append(_kl(expected, logits))
+    distances = signature_distances(reference, runner, seed)
     same = np.concatenate(same) if same else np.zeros(0, bool)
     if not same.size:
         raise ExportError(f"{path}: nothing to verify on: no window counts a position")
-    free = [_free_running(reference, phone, w, max_new_tokens) for w in windows[:free_running]]
+    free = [_free_running(reference, runner, w, max_new_tokens) for w in windows[:free_running]]
     equal, generated = (sum(counts) for counts in zip(*free, strict=True)) if free else (0, 0)
-    result = Verification(
+    result = conclude(
+        path,
+        compute,
+        threshold,
+        check,
+        runner.float32,
         agreement=float(same.mean()),
         tokens=int(same.size),
         max_abs_error=float(max(errors)),
         mean_kl=float(np.concatenate(divergences).mean()),
         free_running_agreement=equal / generated if generated else None,
         free_running_tokens=generated,
-        compute=compute,
-        threshold=usual if threshold is None else threshold,
-        usual_threshold=usual,
         signatures=distances,
     )
-    if check and not result.passed:
-        raise ExportError(f"{path}: {result}")
-    if result.verified:
-        if package:
-            write_description(phone.path, {**phone.description, "verified": True})
-        else:
-            tflite_file.mark_verified(path)
+    if result.verified and directory:
+        write_description(runner.path, {**runner.description, "verified": True})
+    elif result.verified:
+        mark_verified(path)
     return result
 
 
 def signature_distances(
-    reference: PhoneModel, phone: PhoneModel, seed: int = 0
+    reference: SignatureRunner, runner: SignatureRunner, seed: int = 0
 ) -> dict[str, float]:
-    """How far each signature of a file is from the JAX function that it was traced from.
+    """Measures how far each signature of a file is from the JAX function that it was traced from.
 
     Args:
       reference: the functions.
-      phone: the file.
+      runner: of the file.
       seed: of the inputs.
 
     Returns:
       `Verification.signatures`.
     """
-    rng, config, found = np.random.default_rng(seed), phone.config, {}
+    rng, config, distances = np.random.default_rng(seed), runner.config, {}
     if config.vision is not None:
         image = _random_image(config.vision, rng)
-        found["vision"] = _distance(reference.encode_images(image), phone.encode_images(image))
+        features = reference.encode_images(image)
+        distances["vision"] = _distance(features, runner.encode_images(image))
     if config.speech is not None:
         audio = _random_audio(config.speech, rng)
-        found["speech"] = _distance(reference.encode_audio(audio), phone.encode_audio(audio))
-    for length in (1, *phone.prefill_lengths):
+        features = reference.encode_audio(audio)
+        distances["speech"] = _distance(features, runner.encode_audio(audio))
+    for length in (1, *runner.prefill_lengths):
         name = "embed" if length == 1 else f"embed_{length}"
-        tokens = rng.choice(_ordinary(config), (1, length)).astype(np.int32)
-        expected, given = (model.run(name, tokens=tokens) for model in (reference, phone))
-        rows = expected["embeddings"]
-        found[name] = _distance(rows, given["embeddings"])
-        expected = _steps(reference, rows[0], None)
-        for attended in (None, *attended_by(length, phone.attended_slots)):
-            given = _steps(phone, rows[0], attended)
-            found[step_name(length, attended)] = _distance(expected, given)
-    return found
+        tokens = rng.choice(_ordinary_tokens(config), (1, length)).astype(np.int32)
+        rows = reference.run(name, tokens=tokens)["embeddings"]
+        distances[name] = _distance(rows, runner.run(name, tokens=tokens)["embeddings"])
+        expected = _logits_of_steps(reference, rows[0], None)
+        for attended in (None, *attended_by(length, runner.attended_slots)):
+            logits = _logits_of_steps(runner, rows[0], attended)
+            distances[step_name(length, attended)] = _distance(expected, logits)
+    return distances
 
 
-def _steps(model: PhoneModel, rows: np.ndarray, attended: int | None) -> np.ndarray:
-    """Logits of the signature for so many rows and of a step behind it, where there is room."""
+def _logits_of_steps(runner: SignatureRunner, rows: np.ndarray, attended: int | None) -> np.ndarray:
+    """Runs the signature for so many rows and a step behind it, where a slot is free."""
     length = len(rows)
-    inputs = model.step_inputs(rows, 0, length, attended)
-    cache = model.run(step_name(length, attended), **inputs, **model.empty_cache())
+    inputs = runner.step_inputs(rows, 0, length, attended)
+    cache = runner.run(step_name(length, attended), **inputs, **runner.empty_cache())
     logits = [cache.pop("logits")[0]] if "logits" in cache else []
-    if length < model.cache_slots:
-        inputs = model.step_inputs(rows[-1:], length, 1)
-        logits.append(model.run(DECODE, **inputs, **cache)["logits"][0])
+    if length < runner.cache_slots:
+        inputs = runner.step_inputs(rows[-1:], length, 1)
+        logits.append(runner.run(DECODE, **inputs, **cache)["logits"][0])
     return np.concatenate(logits)
 
 
-def _distance(expected: np.ndarray, found: np.ndarray) -> float:
+def _distance(expected: np.ndarray, measured: np.ndarray) -> float:
     expected = expected.astype(np.float64)
-    return float(np.linalg.norm(expected - found) / np.linalg.norm(expected))
+    return float(np.linalg.norm(expected - measured) / np.linalg.norm(expected))
 
 
-def compute_of(params: Any) -> str:
-    """How LiteRT multiplies with parameters: on static grids where they have some."""
-    leaves = boxes.path_items(params)
-    static = any(getattr(leaf, "input_scale", None) is not None for _, leaf in leaves)
-    return "int8_static" if static else "int8_dynamic"
-
-
-def threshold_of(compute: str, float32: bool = False) -> float:
-    """Least agreement with a JAX model that multiplies so, of a file that rounds activations.
-
-    Args:
-      compute: of the JAX model.
-      float32: the file rounds none.
-    """
-    return ALIKE if float32 else ROUNDED.get(compute, ALIKE)
-
-
-def random_windows(model: PhoneModel, seed: int) -> list[Window]:
-    """Random texts of at least 1,000 positions together, a third each with image and speech."""
+def random_windows(runner: SignatureRunner, seed: int) -> list[Window]:
+    """Draws texts of at least 1,000 positions together, a third each with image and speech."""
     rng = np.random.default_rng(seed)
-    config, slots = model.config, model.cache_slots
-    length = min(max(model.prefill_lengths, default=32), slots)
-    ordinary = _ordinary(config)
+    config, slots = runner.config, runner.cache_slots
+    length = min(max(runner.prefill_lengths, default=32), slots)
+    ordinary = _ordinary_tokens(config)
     windows, total = [], 0
     while total < MIN_TOKENS:
         tokens = rng.choice(ordinary, length).astype(np.int32)
@@ -347,8 +224,8 @@ def random_windows(model: PhoneModel, seed: int) -> list[Window]:
     return windows
 
 
-def _ordinary(config: GLMConfig) -> np.ndarray:
-    """Tokens that stand for themselves."""
+def _ordinary_tokens(config: GLMConfig) -> np.ndarray:
+    """Lists the tokens that are not placeholders."""
     placeholders = {config.image_token_id, config.audio_token_id} - {None}
     return np.setdiff1d(np.arange(config.decoder.vocab_size), list(placeholders))
 
@@ -373,20 +250,20 @@ def _counted(window: Window) -> np.ndarray:
 
 
 def _free_running(
-    reference: PhoneModel, phone: PhoneModel, window: Window, max_new_tokens: int
+    reference: SignatureRunner, runner: SignatureRunner, window: Window, max_new_tokens: int
 ) -> tuple[int, int]:
     length = window.prompt_length or max(1, len(window.tokens) // 2)
-    room = min(max_new_tokens, phone.cache_slots - length)
-    if room < 1:
+    count = min(max_new_tokens, runner.cache_slots - length)
+    if count < 1:
         return 0, 0
     prompt = (window.tokens[:length], window.image, window.audio)
-    expected = reference.generate(*prompt, max_new_tokens=room)
-    found = phone.generate(*prompt, max_new_tokens=room)
-    return sum(a == b for a, b in zip(expected, found, strict=False)), len(expected)
+    expected = reference.generate(*prompt, max_new_tokens=count)
+    generated = runner.generate(*prompt, max_new_tokens=count)
+    return sum(a == b for a, b in zip(expected, generated, strict=False)), len(expected)
 
 
-def _kl(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
-    log_p, log_q = _log_softmax(expected), _log_softmax(found)
+def _kl(expected: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    log_p, log_q = _log_softmax(expected), _log_softmax(measured)
     return (np.exp(log_p) * (log_p - log_q)).sum(-1)
 
 

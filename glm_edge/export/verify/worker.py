@@ -1,4 +1,4 @@
-"""Running an exported model in a child process, whose death is an error and not our own."""
+"""Interpreter of an exported model in another process, whose death is only an error here."""
 
 import contextlib
 import os
@@ -19,8 +19,8 @@ from glm_edge.export.verify import worker_main
 from glm_edge.export.verify.worker_main import ProtocolError, receive, send
 
 TIMEOUT = 600.0
-LONGEST_LINE = 200
-NEWS = ("INFO", "WARNING")
+MAX_MESSAGE_CHARS = 200
+LOG_PREFIXES = ("INFO", "WARNING")
 # Of each runtime its name in messages, its module, and the extra that installs it.
 RUNTIMES = {
     "litert": ("LiteRT", "ai_edge_litert", "export"),
@@ -31,7 +31,7 @@ RUNTIMES = {
 
 
 def require_runtime(runtime: str) -> str:
-    """Name of a runtime of `RUNTIMES`, once it is found to be installed.
+    """Returns the name of a runtime of `RUNTIMES`, if it is installed.
 
     Raises:
       MissingExtraError: it is not.
@@ -41,28 +41,28 @@ def require_runtime(runtime: str) -> str:
     return name
 
 
-class Kept:
-    """An array that stayed in the child: given back as an input, it need not travel.
+class RemoteArray:
+    """An array that stayed in the other process and need not be copied to be an input there.
 
     Attributes:
       dtype: of the array.
       shape: of the array.
     """
 
-    def __init__(self, child: "ChildInterpreter", key: int, dtype: np.dtype, shape: tuple):
-        self.child, self.key, self.dtype, self.shape = child, key, dtype, shape
-        weakref.finalize(self, child.dropped.append, key)
+    def __init__(self, process: "InterpreterProcess", key: int, dtype: np.dtype, shape: tuple):
+        self.process, self.key, self.dtype, self.shape = process, key, dtype, shape
+        weakref.finalize(self, process.dropped.append, key)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = self.child.fetch(self.key)
+        array = self.process.fetch(self.key)
         return array if dtype is None else array.astype(dtype)
 
 
-class ChildInterpreter:
+class InterpreterProcess:
     """The runtime of one exported model, in a process of its own.
 
     Several threads may ask; they are answered one after the other. An engine has one conversation,
-    so that threads which converse need a child each.
+    so that threads which converse need a process each.
 
     Args:
       path: of the file, or of the directory for `onnx` and `mnn`.
@@ -72,7 +72,7 @@ class ChildInterpreter:
       **options: of the runtime's class in `glm_edge.export.verify.worker_main`.
 
     Raises:
-      ExportError: the file does not load, the child dies on it, or does not answer in time.
+      ExportError: the file does not load, the process dies on it, or does not answer in time.
       MissingExtraError: the runtime is not installed.
     """
 
@@ -110,38 +110,38 @@ class ChildInterpreter:
 
         Args:
           signature: its name.
-          inputs: arrays, or `Kept` ones of this child, by name.
-          keep: outputs that stay in the child and come back as `Kept`.
+          inputs: arrays, or `RemoteArray`s of this process, by name.
+          keep: outputs that stay in the process and come back as `RemoteArray`s.
 
         Returns:
           The outputs by name.
 
         Raises:
-          ExportError: the runtime refuses, the child dies, or does not answer in time.
+          ExportError: the runtime refuses, the process dies, or does not answer in time.
         """
-        held = {
+        remote = {
             name: value.key
             for name, value in inputs.items()
-            if isinstance(value, Kept) and value.child is self
+            if isinstance(value, RemoteArray) and value.process is self
         }
-        arrays = {name: np.asarray(v) for name, v in inputs.items() if name not in held}
-        fields = {"do": "run", "signature": signature, "kept": held, "keep": list(keep)}
+        arrays = {name: np.asarray(v) for name, v in inputs.items() if name not in remote}
+        fields = {"do": "run", "signature": signature, "remote": remote, "keep": list(keep)}
         answer, outputs = self._ask(fields, arrays, f"run {signature}")
         try:
-            kept = {
-                name: Kept(self, key, np.dtype(kind), tuple(shape))
-                for name, (key, kind, shape) in answer["kept"].items()
+            stayed = {
+                name: RemoteArray(self, key, np.dtype(kind), tuple(shape))
+                for name, (key, kind, shape) in answer["remote"].items()
             }
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ExportError(f"{self._path}: its process gave no valid answer") from error
-        return {**outputs, **kept}
+        return {**outputs, **stayed}
 
     def fetch(self, key: int) -> np.ndarray:
-        """Brings an array that was kept."""
+        """Copies an array that stayed in the process."""
         return self._ask({"do": "fetch", "key": key}, {}, "give an array back")[1]["array"]
 
     def reply(self, content: Any, max_new_tokens: int, same: bool = False) -> tuple[str, int]:
-        """What the engine of a bundle answers greedily to a message of a user.
+        """Asks the engine of a bundle for its greedy answer to a message of a user.
 
         Args:
           content: text, or a list of parts as LiteRT-LM takes them, JSON-ready.
@@ -162,7 +162,7 @@ class ChildInterpreter:
         return text, tokens
 
     def close(self) -> None:
-        """Ends the child, once it has answered; the object is of no use afterwards."""
+        """Ends the process, once it has answered; the object is of no use afterwards."""
         with self._lock:
             self._close()
 
@@ -204,7 +204,7 @@ class ChildInterpreter:
         self._process.kill()
 
     def _cause(self, task: str, late: threading.Event) -> str:
-        """Why there was no answer."""
+        """Returns why there was no answer."""
         try:
             # A process that crashes closes its pipes a moment before it has ended.
             code = self._process.wait(timeout=5)
@@ -227,9 +227,11 @@ class ChildInterpreter:
         size = self._errors.seek(0, 2)
         self._errors.seek(max(0, size - 4096))
         lines = self._errors.read().decode(errors="replace").split("\n")
-        # What the runtime announces is no cause.
-        lines = [line.strip() for line in lines if line.strip() and not line.startswith(NEWS)]
-        return f": {lines[-1][:LONGEST_LINE]}" if lines else ""
+        # Announcements of the runtime are not the cause.
+        lines = [
+            line.strip() for line in lines if line.strip() and not line.startswith(LOG_PREFIXES)
+        ]
+        return f": {lines[-1][:MAX_MESSAGE_CHARS]}" if lines else ""
 
 
 def _cores() -> int:

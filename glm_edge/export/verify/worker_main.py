@@ -1,4 +1,4 @@
-"""A process that runs one exported model for another process, so that a crash ends this one alone.
+"""Process that runs one exported model for another process, so that a crash ends this one alone.
 
 Run by its path, it imports numpy and one runtime and nothing of glm_edge. Requests come on standard
 input, answers leave on standard output: eight bytes with the length of a JSON object, the object,
@@ -19,14 +19,14 @@ import numpy as np
 LENGTH = struct.Struct("<Q")
 MAX_HEADER = 1 << 24
 MAX_ARRAYS = 1 << 36
-ROOM_BYTES = 8 << 30
+MEMORY_HEADROOM_BYTES = 8 << 30
 # MNN turns packed weights to float32 for each signature that reads them.
 FILE_COPIES = {"litert": 4, "onnx": 8, "mnn": 24, "litertlm": 8}
-CARRIED_ON = "_out"
+CACHE_OUTPUT_SUFFIX = "_out"
 
 
 class ProtocolError(Exception):
-    """What came through the pipe is no message."""
+    """Bytes from the pipe that are not a message."""
 
 
 def send(stream: BinaryIO, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -57,7 +57,7 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]] | 
       `(fields, arrays)`, or None where the stream ends.
 
     Raises:
-      ProtocolError: the bytes are no message.
+      ProtocolError: the bytes are not a message.
     """
     prefix = stream.read(LENGTH.size)
     if not prefix:
@@ -67,12 +67,12 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]] | 
         if length > MAX_HEADER:
             raise ProtocolError(f"a header of {length} bytes")
         fields = json.loads(_exactly(stream, length))
-        arrays, room = {}, MAX_ARRAYS
+        arrays, allowed = {}, MAX_ARRAYS
         for name, kind, shape in fields.pop("arrays"):
             dtype = np.dtype(kind)
             size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-            room -= size
-            if dtype.hasobject or min(size, room, *shape, 0) < 0:
+            allowed -= size
+            if dtype.hasobject or min(size, allowed, *shape, 0) < 0:
                 raise ProtocolError(f"an array {name} of {kind} {shape}")
             arrays[name] = np.frombuffer(_exactly(stream, size), dtype).reshape(shape)
     except (ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
@@ -125,7 +125,7 @@ class ONNXRuntime:
                 graph, self._options, providers=["CPUExecutionProvider"]
             )
         session = self._sessions[signature]
-        names = [output.name.removesuffix(CARRIED_ON) for output in session.get_outputs()]
+        names = [output.name.removesuffix(CACHE_OUTPUT_SUFFIX) for output in session.get_outputs()]
         return dict(zip(names, session.run(None, dict(inputs)), strict=True))
 
 
@@ -147,28 +147,28 @@ class MNNRuntime:
             self._opened[signature] = interpreter, interpreter.createSession(self._config)
         interpreter, session = self._opened[signature]
         for name, array in inputs.items():
-            # A tensor does not keep the array that it is a view of.
-            held = np.array(array)
-            interpreter.getSessionInput(session, name).copyFrom(self._tensor(held))
+            # A tensor does not keep the array alive that it is a view of.
+            copy = np.array(array)
+            interpreter.getSessionInput(session, name).copyFrom(self._tensor(copy))
         interpreter.runSession(session)
         outputs = {}
         for name, output in interpreter.getSessionOutputAll(session).items():
-            held = np.zeros(output.getShape(), np.float32)
-            found = self._tensor(held)
-            output.copyToHostTensor(found)
-            values = np.array(found.getNumpyData(), np.float32).reshape(held.shape)
-            outputs[name.removesuffix(CARRIED_ON)] = values
+            zeros = np.zeros(output.getShape(), np.float32)
+            tensor = self._tensor(zeros)
+            output.copyToHostTensor(tensor)
+            values = np.array(tensor.getNumpyData(), np.float32).reshape(zeros.shape)
+            outputs[name.removesuffix(CACHE_OUTPUT_SUFFIX)] = values
         return outputs
 
     def _tensor(self, array: np.ndarray) -> Any:
         library = self._library
-        whole = array.dtype == np.int32
-        kind = library.Halide_Type_Int if whole else library.Halide_Type_Float
+        is_integer = array.dtype == np.int32
+        kind = library.Halide_Type_Int if is_integer else library.Halide_Type_Float
         return library.Tensor(array.shape, kind, array, library.Tensor_DimensionType_Caffe)
 
 
 class Engine:
-    """LiteRT-LM's engine of a bundle, which answers with its likeliest tokens."""
+    """LiteRT-LM's engine of a bundle, which answers greedily."""
 
     def __init__(self, path: str, num_threads: int, images: int, audio: bool, cache_dir: str):
         import litert_lm
@@ -184,12 +184,15 @@ class Engine:
         self._conversation: Any = None
 
     def reply(self, content: Any, max_new_tokens: int, same: bool) -> tuple[str, int]:
-        """The text that follows a message of a user, and the tokens of the conversation so far.
+        """Answers a message of a user.
 
         Args:
           content: text or parts.
           max_new_tokens: of each answer of the conversation that this message begins.
           same: the message goes on with the conversation of the one before.
+
+        Returns:
+          `(text, tokens)`: the answer, and the tokens of the conversation so far.
         """
         if self._conversation is None or not same:
             if self._conversation is not None:
@@ -198,33 +201,33 @@ class Engine:
             self._conversation = self._engine.create_conversation(
                 sampler_config=sampler, max_output_tokens=max_new_tokens
             )
-        found = self._conversation.send_message({"role": "user", "content": content})
-        text = "".join(part.get("text", "") for part in found.get("content", ()))
+        answer = self._conversation.send_message({"role": "user", "content": content})
+        text = "".join(part.get("text", "") for part in answer.get("content", ()))
         return text, int(self._conversation.token_count)
 
 
 RUNTIMES = {"litert": LiteRT, "onnx": ONNXRuntime, "mnn": MNNRuntime, "litertlm": Engine}
 
 
-class Host:
-    """Holds the runtime and the arrays that stay here between two runs."""
+class Worker:
+    """The runtime, and the arrays that stay in this process between two runs."""
 
     def __init__(self) -> None:
         self._runtime: Any = None
-        self._kept: dict[int, np.ndarray] = {}
+        self._arrays: dict[int, np.ndarray] = {}
         self._next = 0
 
-    def answer(
+    def handle(
         self, fields: dict[str, Any], arrays: dict[str, np.ndarray]
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Does what one request asks."""
+        """Handles one request."""
         for key in fields.get("drop", ()):
-            self._kept.pop(key, None)
+            self._arrays.pop(key, None)
         if fields["do"] == "load":
             self._load(fields["runtime"], fields["path"], fields["options"])
             return {}, {}
         if fields["do"] == "fetch":
-            return {}, {"array": self._kept[fields["key"]]}
+            return {}, {"array": self._arrays[fields["key"]]}
         if fields["do"] == "reply":
             asked = (fields[name] for name in ("content", "max_new_tokens", "same"))
             text, tokens = self._runtime.reply(*asked)
@@ -238,15 +241,15 @@ class Host:
     def _run(
         self, fields: dict[str, Any], arrays: dict[str, np.ndarray]
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        held = {argument: self._kept[key] for argument, key in fields["kept"].items()}
-        outputs = self._runtime.run(fields["signature"], {**arrays, **held})
-        kept = {}
+        remote = {argument: self._arrays[key] for argument, key in fields["remote"].items()}
+        outputs = self._runtime.run(fields["signature"], {**arrays, **remote})
+        stayed = {}
         for output in set(fields["keep"]) & set(outputs):
             array = outputs.pop(output)
-            kept[output] = [self._next, array.dtype.str, list(array.shape)]
-            self._kept[self._next] = array
+            stayed[output] = [self._next, array.dtype.str, list(array.shape)]
+            self._arrays[self._next] = array
             self._next += 1
-        return {"kept": kept}, outputs
+        return {"remote": stayed}, outputs
 
 
 def _bytes_of(path: str) -> int:
@@ -261,18 +264,18 @@ def _limit(file_bytes: int, copies: int) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        most = copies * file_bytes + ROOM_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        limit = copies * file_bytes + MEMORY_HEADROOM_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
 
 
 @contextlib.contextmanager
-def _own_output() -> Iterator[BinaryIO]:
-    """Standard output for answers alone; what libraries print goes to standard error."""
-    own = os.dup(1)
+def _answers_only() -> Iterator[BinaryIO]:
+    """Gives standard output to answers alone; what libraries print goes to standard error."""
+    answers = os.dup(1)
     os.dup2(2, 1)
-    with os.fdopen(own, "wb") as stream:
+    with os.fdopen(answers, "wb") as stream:
         yield stream
 
 
@@ -280,11 +283,11 @@ def main() -> None:
     """Answers requests until the other process closes the pipe."""
     # An interrupt at the terminal is for the process that asks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    host = Host()
-    with _own_output() as output:
+    worker = Worker()
+    with _answers_only() as output:
         while (request := receive(sys.stdin.buffer)) is not None:
             try:
-                fields, arrays = host.answer(*request)
+                fields, arrays = worker.handle(*request)
             except Exception as error:  # of a library that has no class of its own
                 fields, arrays = {"error": f"{error or type(error).__name__}"}, {}
             send(output, fields, arrays)

@@ -14,7 +14,7 @@ from glm_edge import params as boxes
 from glm_edge import writers
 from glm_edge.checkpoint import load, shipped
 from glm_edge.errors import DataError, ExportError, OutputError
-from glm_edge.export.common.signatures import quiet
+from glm_edge.export.common.quiet import quiet
 from glm_edge.export.litertlm import signatures as lm_signatures
 from glm_edge.export.litertlm.chat_templates import bundled_template, new_text
 from glm_edge.export.litertlm.export import Bundle, litertlm, with_short_lengths
@@ -552,13 +552,13 @@ def test_a_bundle_is_written_whole_and_synced(text_model, no_conversion, tmp_pat
 def test_a_bundle_replaces_no_link_made_meanwhile(text_model, no_conversion, tmp_path, monkeypatch):
     path, real = tmp_path / "new.litertlm", tmp_path / "real"
     module = sys.modules[Bundle.__module__]
-    constants_of = module.constants_of
+    to_tflite_weights = module.to_tflite_weights
 
     def with_link(params):
         path.symlink_to(real)
-        return constants_of(params)
+        return to_tflite_weights(params)
 
-    monkeypatch.setattr(module, "constants_of", with_link)
+    monkeypatch.setattr(module, "to_tflite_weights", with_link)
     with pytest.raises(OutputError, match=r"is a link to .*real"):
         litertlm(*text_model, processor(), path, (8,), SLOTS, overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

@@ -12,7 +12,7 @@ from glm_edge.errors import DataError, ExportError, MissingExtraError
 from glm_edge.export import Verification, read_metadata
 from glm_edge.export.litertlm.export import litertlm
 from glm_edge.export.litertlm.verify import agreeing, png
-from glm_edge.export.verify.worker import ChildInterpreter
+from glm_edge.export.verify.worker import InterpreterProcess
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.preprocess import AudioProcessing, ImageProcessing, Processor
 
@@ -170,14 +170,14 @@ def test_other_answers_fail(text_bundle, tmp_path):
 
 def test_a_conversation_goes_on_until_the_cache_is_full(text_bundle, tmp_path, monkeypatch):
     asked = []
-    reply = ChildInterpreter.reply
+    reply = InterpreterProcess.reply
 
     def counted(child, content, max_new_tokens, same=False):
         answer = reply(child, content, max_new_tokens, same)
         asked.append((same, answer[1]))
         return answer
 
-    monkeypatch.setattr(ChildInterpreter, "reply", counted)
+    monkeypatch.setattr(InterpreterProcess, "reply", counted)
     result = text_bundle.verify(prompts=1, max_new_tokens=4)
     turns = [used for same, used in asked if same]
     # The first message of the conversation begins it.
@@ -189,7 +189,7 @@ def test_a_conversation_goes_on_until_the_cache_is_full(text_bundle, tmp_path, m
 
 
 def test_a_conversation_that_ends_early_fails(text_bundle, monkeypatch):
-    reply = ChildInterpreter.reply
+    reply = InterpreterProcess.reply
 
     def full(child, content, max_new_tokens, same=False):
         answer = reply(child, content, max_new_tokens, same)
@@ -197,7 +197,7 @@ def test_a_conversation_that_ends_early_fails(text_bundle, monkeypatch):
             raise ExportError("work group size exceeds available state entries")
         return answer
 
-    monkeypatch.setattr(ChildInterpreter, "reply", full)
+    monkeypatch.setattr(InterpreterProcess, "reply", full)
     with pytest.raises(ExportError, match=r"message \d of a conversation, .* of 96 slots free"):
         text_bundle.verify(prompts=1, max_new_tokens=4)
 

@@ -15,11 +15,12 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError, OutputError
+from glm_edge.export.common import parsing
 from glm_edge.export.delegates.compatibility import Compatibility, compatibility
 from glm_edge.export.tflite import file as tflite_file
 from glm_edge.export.tflite.flatbuffer import FlatModel
-from glm_edge.export.verify.runner import LiteRTModel
-from glm_edge.export.verify.worker import ChildInterpreter, Kept
+from glm_edge.export.verify.runner import LiteRTRunner
+from glm_edge.export.verify.worker import InterpreterProcess, RemoteArray
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 
@@ -184,7 +185,7 @@ def test_a_description_of_another_model_is_refused(field, value, exported, tmp_p
     config = export.read_metadata(exported.path)["config"]
     config["decoder"][field] = value
     with pytest.raises(ExportError, match="its description"):
-        LiteRTModel(described(exported, tmp_path, config=config), isolated=True)
+        LiteRTRunner(described(exported, tmp_path, config=config), isolated=True)
 
 
 def test_a_description_of_nested_lists_is_refused(exported, tmp_path):
@@ -196,7 +197,7 @@ def test_a_description_of_nested_lists_is_refused(exported, tmp_path):
 
 
 def test_endless_lists_are_refused(exported, monkeypatch):
-    monkeypatch.setattr(tflite_file, "MAX_ENTRIES", 50)
+    monkeypatch.setattr(parsing, "MAX_ENTRIES", 50)
     with pytest.raises(ExportError, match="lists of more than 50 entries"):
         compatibility(exported.path)
 
@@ -210,13 +211,13 @@ def test_a_file_of_another_model_is_not_verified(exported):
 
 
 def test_a_child_gives_the_bits_of_the_interpreter_and_keeps_the_cache(exported):
-    near, far = LiteRTModel(exported.path), LiteRTModel(exported.path, isolated=True)
+    near, far = LiteRTRunner(exported.path), LiteRTRunner(exported.path, isolated=True)
     tokens = np.arange(3, 9)
     np.testing.assert_array_equal(far.score(tokens), near.score(tokens))
     assert far.generate(tokens, max_new_tokens=6) == near.generate(tokens, max_new_tokens=6)
     _, there = far.extend(far.embed(tokens), 0, far.empty_cache())
     _, here = near.extend(near.embed(tokens), 0, near.empty_cache())
-    assert all(isinstance(array, Kept) for array in there.values())
+    assert all(isinstance(array, RemoteArray) for array in there.values())
     for name, array in here.items():
         np.testing.assert_array_equal(np.asarray(there[name]), array)
     with pytest.raises(DataError, match="tokens must be int32"):
@@ -227,14 +228,14 @@ def test_a_child_gives_the_bits_of_the_interpreter_and_keeps_the_cache(exported)
 
 
 def test_the_death_of_a_child_is_an_error(exported):
-    model = LiteRTModel(exported.path, isolated=True)
+    model = LiteRTRunner(exported.path, isolated=True)
     os.kill(model._child._process.pid, signal.SIGKILL)
     with pytest.raises(ExportError, match=r"process died when asked to run embed \(signal SIGKILL"):
         model.score(np.arange(3))
 
 
 def test_a_child_that_does_not_answer_is_ended(exported):
-    child = ChildInterpreter(exported.path, timeout=1.0)
+    child = InterpreterProcess(exported.path, timeout=1.0)
     process = child._process
     process.send_signal(signal.SIGSTOP)
     with pytest.raises(ExportError, match="did not run embed within 1 s"):
@@ -250,18 +251,18 @@ def test_what_libraries_print_does_not_disturb_the_answers(exported, tmp_path):
         import numpy as np
         sys.argv = [{worker_main.__file__!r}]
         host = runpy.run_path(sys.argv[0], run_name="host")
-        load = host["Host"]._load
+        load = host["Worker"]._load
         def loud(self, *arguments):
             os.write(1, b"printed" * 1000)
             load(self, *arguments)
-        host["Host"]._load = loud
+        host["Worker"]._load = loud
         host["main"]()
     """
     loud = tmp_path / "loud.py"
     loud.write_text(textwrap.dedent(script))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker_main, "__file__", str(loud))
-        child = ChildInterpreter(exported.path)
+        child = InterpreterProcess(exported.path)
     outputs = child.run("embed", {"tokens": np.zeros((1, 1), np.int32)})
     assert outputs["embeddings"].shape == (1, 1, 64)
 

@@ -14,7 +14,7 @@ from glm_edge import params as boxes
 from glm_edge.errors import ExportError, MissingExtraError, OutputError
 from glm_edge.export.tflite import file as tflite_file
 from glm_edge.export.tflite.flatbuffer import FlatModel
-from glm_edge.export.tflite.weights import constant_of
+from glm_edge.export.tflite.weights import to_constant
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Masked, Quantized
 
@@ -142,7 +142,7 @@ def test_forms_that_litert_cannot_run_are_refused(
 def test_stock_kernels_are_refused():
     stock = boxes.quantized(jnp.ones((4, 6), jnp.int8), jnp.ones((4, 1)), None, INT8, (6, 4))
     with pytest.raises(ExportError, match=r"stored \[in, out\]"):
-        constant_of("w", stock)
+        to_constant("w", stock)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_codes_move_to_a_wider_type_that_runs_and_values_stay(form, columns, hel
     weight = jax.random.normal(jax.random.key(0), (6, columns))
     rtn = ge.quantize.rtn(qtype=form.split("-")[0], group_size=group_of(form))
     box = rtn(None, {"weight": weight})[1]["weight"]
-    constant, effective, conversions = constant_of("w", box)
+    constant, effective, conversions = to_constant("w", box)
     assert [str(c) for c in conversions] == (
         [f"w: {form if '-' in form else f'{form}-channel'} written as {held}, of the same values"]
         if held
@@ -187,14 +187,14 @@ def group_of(form):
 
 def test_halves_are_held_as_they_are_where_float16_can():
     weight = jax.random.normal(jax.random.key(0), (4, 8))
-    half, _, conversions = constant_of("w", weight.astype(jnp.float16))
+    half, _, conversions = to_constant("w", weight.astype(jnp.float16))
     assert (half.type, conversions) == ("float16", [])
-    brain, effective, conversions = constant_of("w", weight.astype(jnp.bfloat16))
+    brain, effective, conversions = to_constant("w", weight.astype(jnp.bfloat16))
     assert (brain.type, conversions[0].changes_values) == ("float16", False)
     np.testing.assert_array_equal(effective, weight.astype(jnp.bfloat16).astype(jnp.float32))
-    large, _, conversions = constant_of("w", (1e6 * weight).astype(jnp.bfloat16))
+    large, _, conversions = to_constant("w", (1e6 * weight).astype(jnp.bfloat16))
     assert (large.type, conversions[0].changes_values) == ("float32", False)
-    bias, _, _ = constant_of("b", weight[0].astype(jnp.float16))
+    bias, _, _ = to_constant("b", weight[0].astype(jnp.float16))
     assert bias.type == "float32"
 
 
@@ -235,7 +235,7 @@ def test_a_table_of_int4_is_looked_up_and_multiplied_with(
     assert readers.keys() == {"EMBEDDING_LOOKUP", "FULLY_CONNECTED"}
     assert len(set().union(*readers.values())) == 1
     tokens = np.arange(0, config.decoder.vocab_size, 7)
-    rows = export.LiteRTModel(file.path).embed(tokens[:32])
+    rows = export.LiteRTRunner(file.path).embed(tokens[:32])
     np.testing.assert_array_equal(rows, np.asarray(params["embed"]["weight"].unbox())[tokens[:32]])
     assert file.verify().passed
 
@@ -314,7 +314,7 @@ def test_large_buffers_lie_outside_the_flatbuffer_and_run_the_same(exported, tmp
         assert constant.data.tobytes() == outside[name].data.tobytes()
     tokens = np.arange(20, 30)
     np.testing.assert_array_equal(
-        export.LiteRTModel(path).score(tokens), export.LiteRTModel(exported.path).score(tokens)
+        export.LiteRTRunner(path).score(tokens), export.LiteRTRunner(exported.path).score(tokens)
     )
 
 
@@ -344,7 +344,7 @@ def test_a_text_model_with_its_own_head_has_no_encoders(small_config, random_par
         text, random_params(text), tmp_path / "a.tflite", prefill_lengths=(4,), cache_slots=16
     )
     assert written.signatures == ("embed", "decode", "embed_4", "prefill_4")
-    phone = export.LiteRTModel(written.path)
+    phone = export.LiteRTRunner(written.path)
     details = phone.interpreter.get_signature_runner("prefill_4").get_input_details()
     assert tuple(details["positions"]["shape"]) == (3, 4)
     tokens = jnp.arange(20, 27)
@@ -366,7 +366,7 @@ def test_signatures_that_look_at_few_slots_give_the_same(small_config, random_pa
     )
     steps = ("decode", "decode_8", "decode_16", "prefill_4", "prefill_4_8")
     assert sorted(set(written.signatures) - {"embed", "embed_4"}) == sorted(steps)
-    phone, used = export.LiteRTModel(written.path), []
+    phone, used = export.LiteRTRunner(written.path), []
     run = phone.run
     phone.run = lambda name, **inputs: used.append(name) or run(name, **inputs)
     tokens = np.arange(20, 42)

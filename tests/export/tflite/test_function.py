@@ -9,8 +9,8 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError
-from glm_edge.export.common.offer import check_model
-from glm_edge.export.tflite.weights import dense_of
+from glm_edge.export.common.signatures import check_model
+from glm_edge.export.common.weights import to_array
 from glm_edge.kernels import grid
 from glm_edge.params import Format
 
@@ -175,7 +175,7 @@ def test_function_that_closes_over_integers_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Format("nf4"), "w: nf4-channel cannot be written: its levels are no integers"),
+        (Format("nf4"), "w: nf4-channel cannot be written as TFLite: its levels are not integers"),
         (Format("int8"), "w: holds integers of its own, and examples= choose others"),
     ],
 )
@@ -220,7 +220,7 @@ def test_function_names_the_form_of_its_arguments(arguments, message):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_narrow_weight_is_told_by_its_types(dtype):
     box = boxes.narrow(jnp.ones((3, 2), dtype), "float32")
-    array, conversions = dense_of("w", box)
+    array, conversions = to_array("w", box)
     assert array.dtype == jnp.float32
     assert [c.rule for c in conversions] == [f"{dtype} written as float32"]
 

@@ -10,7 +10,7 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError
-from glm_edge.export.tflite.weights import constant_of
+from glm_edge.export.tflite.weights import to_constant
 from glm_edge.kernels import grid
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
@@ -39,7 +39,7 @@ def test_constant_of_small_groups_is_the_nearest_that_is_held(size, dtype):
     dense[1] *= size
     dense[2, :32] *= size
     box = grouped(dense, dtype)
-    constant, held, conversions = constant_of("w", box)
+    constant, held, conversions = to_constant("w", box)
     assert constant.scale.dtype == np.float16
     read = constant.scale.astype(np.float32)
     assert read.min() >= SMALLEST
@@ -60,7 +60,7 @@ def test_constant_of_zero_scales_changes_no_value():
     dense = weight()
     dense[1] = 0.0
     box = grouped(dense, "bfloat16", _1=0.0)
-    _, held, conversions = constant_of("w", box)
+    _, held, conversions = to_constant("w", box)
     np.testing.assert_array_equal(boxes.dense(held), boxes.dense(box))
     (conversion,) = conversions
     assert "2 of 8 scales that float16 cannot hold" in conversion.rule
@@ -71,7 +71,7 @@ def test_constant_of_channels_has_normal_positive_scales():
     codes = jnp.asarray(np.random.default_rng(0).integers(-128, 128, (4, 8)), jnp.int8)
     scale = jnp.asarray([[1.0], [0.0], [1e-42], [-0.5]])
     box = boxes.quantized(codes, scale, None, Format("int8"))
-    constant, held, conversions = constant_of("w", box)
+    constant, held, conversions = to_constant("w", box)
     tiny = np.finfo(np.float32).tiny
     np.testing.assert_array_equal(constant.scale, np.array([1.0, tiny, tiny, 0.5], np.float32))
     anew = np.asarray(held.codes())
@@ -83,7 +83,7 @@ def test_constant_of_channels_has_normal_positive_scales():
 
 def test_constant_of_groups_beyond_float16_is_refused():
     with pytest.raises(ExportError, match=r"w: a scale of 9.99e\+05 is beyond float16.*right"):
-        constant_of("w", grouped(weight(), _2=1e6))
+        to_constant("w", grouped(weight(), _2=1e6))
 
 
 def test_small_groups_run_and_agree(small_config, random_params, tmp_path):

@@ -12,10 +12,11 @@ from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.compress import chain
 from glm_edge.errors import ExportError
-from glm_edge.export.common.signatures import Signature, skeleton
+from glm_edge.export.common.signatures import Signature
 from glm_edge.export.tflite import file as tflite_file
+from glm_edge.export.tflite.converter import skeleton
 from glm_edge.export.tflite.flatbuffer import FlatModel, Grid
-from glm_edge.export.tflite.weights import constant_of
+from glm_edge.export.tflite.weights import to_constant
 from glm_edge.kernels import matmul
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
@@ -80,7 +81,7 @@ def test_one_product_has_the_bits_of_the_static_kernel(form, quantize, tmp_path)
         ("weight",),
     )
     content, arguments = skeleton([signature], {"weight": box.shape})
-    constant, effective, conversions = constant_of("weight", box)
+    constant, effective, conversions = to_constant("weight", box)
     assert not conversions
     graph = FlatModel(content)
     graph.attach({name: (path, constant) for name, path in arguments.items()})
@@ -147,18 +148,18 @@ def test_a_static_product_is_no_hybrid_one_for_delegates(written):
 def test_static_ranges_that_no_kernel_reads_are_left_out_and_named(quantize):
     weight = jax.random.normal(jax.random.key(0), (6, 64))
     full = with_grids(quantize(weight, Format("int8")), Grid(0.02, 3), Grid(0.1, -5))
-    constant, effective, conversions = constant_of("embed/weight", full)
+    constant, effective, conversions = to_constant("embed/weight", full)
     assert (constant.inputs, effective.input_scale, effective.output_scale) == (None, None, None)
     assert "as its rows are looked up, too" in str(conversions[0])
     partial = full.replace(output_scale=None, output_zero=None)
-    constant, effective, conversions = constant_of("w", partial)
+    constant, effective, conversions = to_constant("w", partial)
     assert (constant.inputs, effective.input_scale) == (None, None)
     assert "as its products have none" in str(conversions[0])
     assert conversions[0].changes_values
     narrow = with_grids(quantize(weight, Format("int6")), Grid(0.02, 3), Grid(0.1, -5))
-    constant, effective, _ = constant_of("w", narrow)
+    constant, effective, _ = to_constant("w", narrow)
     assert constant.type == "int8"
     assert (constant.inputs.zero, constant.outputs.zero) == (3, -5)
     assert float(effective.output_scale) == pytest.approx(0.1)
     with pytest.raises(ExportError, match=r"w: output_scale is 0\.0"):
-        constant_of("w", full.replace(output_scale=jnp.float32(0)))
+        to_constant("w", full.replace(output_scale=jnp.float32(0)))

@@ -8,15 +8,15 @@ import pytest
 
 from glm_edge import export
 from glm_edge.errors import ExportError
-from glm_edge.export.verify.runner import PhoneModel
-from glm_edge.export.verify.worker import ChildInterpreter
+from glm_edge.export.verify.runner import SignatureRunner
+from glm_edge.export.verify.worker import InterpreterProcess
 
 THREADS, TURNS = 4, 50
 
 
 @pytest.fixture(params=[False, True], ids=["in this process", "isolated"])
 def phone(request, dense_export):
-    phone = export.LiteRTModel(dense_export.path, num_threads=1, isolated=request.param)
+    phone = export.LiteRTRunner(dense_export.path, num_threads=1, isolated=request.param)
     yield phone
     phone.close()
 
@@ -51,7 +51,7 @@ def test_generate_from_threads_gives_the_right_tokens(phone):
 
 
 def test_close_waits_for_another_thread(dense_export):
-    child, outcomes = ChildInterpreter(dense_export.path, num_threads=1), []
+    child, outcomes = InterpreterProcess(dense_export.path, num_threads=1), []
 
     def ask():
         try:
@@ -71,6 +71,6 @@ def test_close_waits_for_another_thread(dense_export):
 
 
 def test_looking_at_all_slots_leaves_the_model_as_it_is(model):
-    phone = PhoneModel(model.config, (8,), 64, attended_slots=(16, 32))
+    phone = SignatureRunner(model.config, (8,), 64, attended_slots=(16, 32))
     assert phone.looking_at_all_slots().attended(0, 8) is None
     assert phone.attended(0, 8) == 16

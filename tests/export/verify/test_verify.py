@@ -8,11 +8,12 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError
-from glm_edge.export.common.signatures import Signature, skeleton
+from glm_edge.export.common.signatures import Signature
 from glm_edge.export.tflite import file as tflite_file
+from glm_edge.export.tflite.converter import skeleton
 from glm_edge.export.tflite.flatbuffer import FlatModel
-from glm_edge.export.tflite.weights import constant_of
-from glm_edge.export.verify.runner import JaxModel
+from glm_edge.export.tflite.weights import to_constant
+from glm_edge.export.verify.runner import JaxRunner
 from glm_edge.export.verify.verify import signature_distances
 from glm_edge.generate.decoding import greedy
 from glm_edge.kernels import matmul
@@ -59,7 +60,7 @@ def test_one_product_has_the_bits_of_the_int8_dynamic_kernel(form, rows, quantiz
         ("weight",),
     )
     content, arguments = skeleton([signature], {"weight": box.shape})
-    constant, effective, _ = constant_of("weight", box)
+    constant, effective, _ = to_constant("weight", box)
     graph = FlatModel(content)
     graph.attach({name: (path, constant) for name, path in arguments.items()})
     graph.compact()
@@ -79,7 +80,7 @@ def test_float_file_gives_the_logits_of_the_model(dense_export, model, dense_par
     expected, aux = model.apply(
         {"params": dense_params}, tokens[None], jnp.asarray(image[None]), jnp.asarray(audio[None])
     )
-    phone = export.LiteRTModel(dense_export.path)
+    phone = export.LiteRTRunner(dense_export.path)
     np.testing.assert_allclose(phone.encode_images(image), aux["vision"][0], atol=1e-4)
     np.testing.assert_allclose(phone.encode_audio(audio), aux["speech"][0], atol=1e-4)
     np.testing.assert_allclose(phone.score(tokens, image, audio), expected[0], atol=1e-4)
@@ -88,7 +89,7 @@ def test_float_file_gives_the_logits_of_the_model(dense_export, model, dense_par
 def test_a_text_longer_than_the_prefill_is_scored_in_pieces(dense_export, model, dense_params):
     tokens = np.random.default_rng(1).integers(20, 300, 61)
     expected, _ = model.apply({"params": dense_params}, jnp.asarray(tokens[None]))
-    phone = export.LiteRTModel(dense_export.path)
+    phone = export.LiteRTRunner(dense_export.path)
     np.testing.assert_allclose(phone.score(tokens), expected[0], atol=1e-4)
     assert [length for _, _, length in phone._chunks(0, 61)] == [32, 32]
     assert [length for _, _, length in phone._chunks(40, 61)] == [8, 8, 8]
@@ -97,7 +98,7 @@ def test_a_text_longer_than_the_prefill_is_scored_in_pieces(dense_export, model,
 
 def test_inputs_that_do_not_fit_are_refused(dense_export, prompt):
     tokens, image, audio = prompt
-    phone = export.LiteRTModel(dense_export.path)
+    phone = export.LiteRTRunner(dense_export.path)
     with pytest.raises(DataError, match="65 tokens do not fit the 64 slots"):
         phone.score(np.arange(65))
     with pytest.raises(DataError, match="all must be 0 to 319"):
@@ -111,7 +112,7 @@ def test_inputs_that_do_not_fit_are_refused(dense_export, prompt):
 
 
 def test_scores_that_are_not_finite_are_refused(dense_export, monkeypatch):
-    phone = export.LiteRTModel(dense_export.path)
+    phone = export.LiteRTRunner(dense_export.path)
     monkeypatch.setattr(phone, "extend", lambda *_: (np.full((1, 320), np.nan), {}))
     with pytest.raises(DataError, match="scores are NaN or infinite"):
         phone.generate(np.array([30, 31]), max_new_tokens=2)
@@ -127,7 +128,7 @@ def test_greedy_tokens_are_those_of_the_model(dense_export, model, dense_params,
         audio=jnp.asarray(audio[None]),
         max_new_tokens=20,
     )[0]
-    found = export.LiteRTModel(dense_export.path).generate(*prompt, max_new_tokens=20)
+    found = export.LiteRTRunner(dense_export.path).generate(*prompt, max_new_tokens=20)
     np.testing.assert_array_equal(found, expected[: len(found)])
 
 
@@ -157,9 +158,9 @@ def test_few_tokens_or_a_lower_threshold_mark_nothing(dense_export, prompt):
 @pytest.mark.parametrize("wrong", ["prefill_8", "embed_32", "decode", "vision", "speech"])
 def test_a_signature_that_texts_do_not_run_must_agree_too(wrong, dense_export, model, dense_params):
     sizes = (8, 32), 64
-    reference = JaxModel(model, dense_params, *sizes)
+    reference = JaxRunner(model, dense_params, *sizes)
 
-    class Other(JaxModel):
+    class Other(JaxRunner):
         def run(self, signature, **inputs):
             outputs = super().run(signature, **inputs)
             turned = {name: -value for name, value in outputs.items() if "cache" not in name}
@@ -199,8 +200,8 @@ def test_positions_that_are_not_counted_are_left_out(dense_export, prompt):
 
 
 def test_jax_runs_the_same_signatures(dense_export, model, dense_params, prompt):
-    phone = export.LiteRTModel(dense_export.path)
-    reference = JaxModel(model, dense_params, phone.prefill_lengths, phone.cache_slots)
+    phone = export.LiteRTRunner(dense_export.path)
+    reference = JaxRunner(model, dense_params, phone.prefill_lengths, phone.cache_slots)
     np.testing.assert_allclose(reference.score(*prompt), phone.score(*prompt), atol=1e-4)
 
 
@@ -218,7 +219,7 @@ def test_files_that_are_not_ours_are_refused(content, message, tmp_path):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ExportError, match=message):
-        export.LiteRTModel(path)
+        export.LiteRTRunner(path)
 
 
 def test_a_foreign_tflite_file_is_refused(exported, tmp_path):
@@ -226,4 +227,4 @@ def test_a_foreign_tflite_file_is_refused(exported, tmp_path):
     graph.model.metadata = []
     tflite_file.write(graph.model, tmp_path / "a.tflite", overwrite=False)
     with pytest.raises(ExportError, match="not one that glm_edge exported"):
-        export.LiteRTModel(tmp_path / "a.tflite")
+        export.LiteRTRunner(tmp_path / "a.tflite")
