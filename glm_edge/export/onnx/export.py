@@ -39,9 +39,10 @@ def onnx(
     carry the cache are named like the inputs with `_out` appended.
 
     Integers of 8 and 4 bits are stored as they are, with float32 scales and integer zero points,
-    one per matrix, row or group. Each product reads them through a `DequantizeLinear`. Narrower ones are written in the next wider type. Matrices are stored [in, out], as `MatMul`
-    reads them: only so onnxruntime fuses both into one kernel. An embedding of 8 bits per row is
-    looked up before it is dequantized, any other one after, as `Gather` takes no int4.
+    one per matrix, row or group. Each product reads them through a `DequantizeLinear`. Narrower
+    integers are written in the next wider type. Matrices are stored [in, out], as `MatMul` reads
+    them: only so onnxruntime fuses both into one kernel. An embedding of 8 bits per row is looked
+    up before it is dequantized, any other one after, as `Gather` takes no int4.
 
     Args:
       model: the model.
