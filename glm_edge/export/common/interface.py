@@ -68,8 +68,8 @@ def expected_tensors(
       Name of a signature to `(inputs, outputs)`, by name.
     """
     tensors, model = {}, MultimodalGLM(config)
-    offered = signatures(model, prefill_lengths, cache_slots, prefill_logits, attended_slots)
-    for signature in offered:
+    entries = signatures(model, prefill_lengths, cache_slots, prefill_logits, attended_slots)
+    for signature in entries:
         inputs = {
             name: Tensor("", struct.dtype.name, tuple(struct.shape))
             for name, struct in signature.inputs.items()

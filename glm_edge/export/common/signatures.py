@@ -52,11 +52,11 @@ def signatures(
     prefill_logits: bool = False,
     attended_slots: Iterable[int] = (),
 ) -> list[Signature]:
-    """Lists what an exported model offers.
+    """Lists the functions that an exported model offers.
 
     `embed` and `embed_<T>` turn `tokens` [1, T] into `embeddings` [1, T, D]; `vision` and `speech`
     turn `images` [1, height, width, channels] and `audio` [1, frames, bins] into `features`
-    [1, M, D], which the caller puts in the places of placeholder embeddings. `decode` (T = 1) and
+    [1, M, D], which the caller puts where placeholder embeddings are. `decode` (T = 1) and
     `prefill_<T>` take `embeddings`, `input_pos` [T], an additive `mask` [1, 1, T, S] and the cache,
     `kv_cache_k_<i>` [1, K, S, H] and `kv_cache_v_<i>` [1, K, H, S], write it from slot
     `input_pos[0]` on, and give it back; `decode` gives `logits` [1, 1, V] with it. A model with
@@ -76,29 +76,29 @@ def signatures(
     """
     config = model.config
     attended_slots = tuple(attended_slots)
-    offered = []
+    entries = []
     for length in (1, *prefill_lengths):
-        offered.append(_embed(model, "embed" if length == 1 else f"embed_{length}", length))
+        entries.append(_embed(model, "embed" if length == 1 else f"embed_{length}", length))
         for attended in (None, *attended_by(length, attended_slots)):
             logits = prefill_logits or length == 1
-            offered.append(_step(model, length, cache_slots, attended, logits))
+            entries.append(_step(model, length, cache_slots, attended, logits))
     if config.vision is not None:
         shape = (1, *config.vision.image_size, config.vision.channels)
-        offered.append(_encoder(model, "vision", "images", shape, MultimodalGLM.encode_images))
+        entries.append(_encoder(model, "vision", "images", shape, MultimodalGLM.encode_images))
     if config.speech is not None:
         shape = (1, config.speech.num_frames, config.speech.mel_bins)
-        offered.append(_encoder(model, "speech", "audio", shape, MultimodalGLM.encode_audio))
-    return offered
+        entries.append(_encoder(model, "speech", "audio", shape, MultimodalGLM.encode_audio))
+    return entries
 
 
 def step_name(length: int, attended: int | None = None) -> str:
-    """Name of the signature for so many tokens that looks at so many slots, None for all."""
+    """Names the signature for `length` tokens that looks at `attended` slots, None for all."""
     name = DECODE if length == 1 else f"prefill_{length}"
     return name if attended is None else f"{name}_{attended}"
 
 
 def attended_by(length: int, attended_slots: Iterable[int]) -> list[int]:
-    """Of numbers of slots, those that have a signature for so many tokens, rising."""
+    """Lists, rising, the numbers of slots that have a signature for `length` tokens."""
     fitting = sorted(attended for attended in attended_slots if attended >= length)
     return fitting if length == 1 else fitting[:1]
 
@@ -196,7 +196,7 @@ class ExportSpec:
         return tuple(signature.name for signature in self.signatures)
 
     def read_bytes(self, sizes: Mapping[str, int]) -> list[int]:
-        """Of each signature, the bytes of all parameters that it may read, given those of each."""
+        """Sums, for each signature, the bytes of all parameters that it may read."""
         return [
             sum(size for path, size in sizes.items() if path.split("/")[0] in signature.subtrees)
             for signature in self.signatures
@@ -236,12 +236,12 @@ def make_spec(
     lengths, slots = check_lengths(model.config, prefill_lengths, cache_slots)
     attended = check_attended(attended_slots, slots)
     float32 = model.clone(compute="float32")
-    offered = signatures(float32, lengths, slots, prefill_logits, attended)
-    return ExportSpec(model.config, shapes, lengths, slots, prefill_logits, attended, offered)
+    entries = signatures(float32, lengths, slots, prefill_logits, attended)
+    return ExportSpec(model.config, shapes, lengths, slots, prefill_logits, attended, entries)
 
 
 def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of a model by path.
+    """Lists shapes of the parameters of a model by path.
 
     Raises:
       ExportError: it is not a `MultimodalGLM`, or the parameters are those of another model.
@@ -252,12 +252,12 @@ def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
             "would be ge.export.function, which writes any traceable function as a .tflite file"
         )
     expected = expected_shapes(model)
-    found = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    shapes = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
             raise ExportError(
-                f"{name}: shape {found.get(name, 'missing')} in the parameters, "
-                f"{expected.get(name, 'no place')} in the model"
+                f"{name}: shape {shapes.get(name, 'missing')} in the parameters, "
+                f"{expected.get(name, 'missing')} in the model"
             )
     return expected
 
@@ -265,7 +265,7 @@ def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
 def check_lengths(
     config: GLMConfig, prefill_lengths: Iterable[int], cache_slots: int | None
 ) -> tuple[list[int], int]:
-    """Lengths of prefill in rising order, and slots of the cache.
+    """Returns lengths of prefill in rising order, and slots of the cache.
 
     Raises:
       ExportError: one is not fixed, or does not fit the model's context.
@@ -284,7 +284,7 @@ def check_lengths(
 
 
 def check_attended(attended_slots: Iterable[int], cache_slots: int) -> list[int]:
-    """Numbers of slots that signatures look at, in rising order.
+    """Returns the numbers of slots that signatures look at, in rising order.
 
     Raises:
       ExportError: one is not fixed, or is not below the cache's slots.
@@ -298,7 +298,7 @@ def check_attended(attended_slots: Iterable[int], cache_slots: int) -> list[int]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that a file says its signatures have.
+    """The sizes of a file's signatures, from its description.
 
     Attributes:
       prefill_lengths: lengths of the prefill signatures, rising.
@@ -328,27 +328,27 @@ def described_sizes(description: Mapping[str, Any], config: GLMConfig) -> Sizes:
     """
     names = ("prefill_lengths", "cache_slots", "prefill_logits", "attended_slots")
     # Core ML packages have no faster signatures, and older ones do not say so.
-    given = {"attended_slots": [], **description}
-    missing = [name for name in names if name not in given]
+    fields = {"attended_slots": [], **description}
+    missing = [name for name in names if name not in fields]
     if missing:
         raise ExportError(f"{missing[0]} is missing")
     for name in ("prefill_lengths", "attended_slots"):
-        if not isinstance(given[name], list):
-            raise ExportError(f"{name}: must be a list, found {type(given[name]).__name__}")
-    if not isinstance(given["prefill_logits"], bool):
-        raise ExportError(f"prefill_logits: must be true or false: {given['prefill_logits']!r}")
-    if given["cache_slots"] is None:
+        if not isinstance(fields[name], list):
+            raise ExportError(f"{name}: must be a list, is a {type(fields[name]).__name__}")
+    if not isinstance(fields["prefill_logits"], bool):
+        raise ExportError(f"prefill_logits: must be true or false: {fields['prefill_logits']!r}")
+    if fields["cache_slots"] is None:
         raise ExportError("cache_slots: None is no fixed length")
-    lengths, slots = check_lengths(config, given["prefill_lengths"], given["cache_slots"])
-    attended = check_attended(given["attended_slots"], slots)
+    lengths, slots = check_lengths(config, fields["prefill_lengths"], fields["cache_slots"])
+    attended = check_attended(fields["attended_slots"], slots)
     for name, sizes in (("prefill_lengths", lengths), ("attended_slots", attended)):
-        if sizes != given[name]:
-            raise ExportError(f"{name}: {given[name][:8]} must rise, each number once")
-    return Sizes(lengths, slots, given["prefill_logits"], attended)
+        if sizes != fields[name]:
+            raise ExportError(f"{name}: {fields[name][:8]} must rise, each once")
+    return Sizes(lengths, slots, fields["prefill_logits"], attended)
 
 
 def fixed_lengths(name: str, lengths: Iterable[int]) -> list[int]:
-    """Lengths in rising order, each once.
+    """Returns lengths in rising order, each once.
 
     Raises:
       ExportError: one is not fixed.
@@ -357,16 +357,16 @@ def fixed_lengths(name: str, lengths: Iterable[int]) -> list[int]:
 
 
 def check_fixed(name: str, lengths: Iterable[int]) -> list[int]:
-    """Lengths as they are, of which a graph has one each.
+    """Returns lengths as integers, one graph for each.
 
     Raises:
-      ExportError: one is no whole number of at least 1, but None, a symbol or -1.
+      ExportError: one is not an integer of at least 1, but None, a symbol or -1.
     """
-    given = list(lengths) if isinstance(lengths, Iterable) else [lengths]
-    for length in given:
+    values = list(lengths) if isinstance(lengths, Iterable) else [lengths]
+    for length in values:
         if not isinstance(length, Integral) or isinstance(length, bool) or length < 1:
             raise ExportError(
-                f"{name}: {length!r} is no fixed length; right would be a whole number of at least "
+                f"{name}: {length!r} is no fixed length; right would be an integer of at least "
                 "1, as every graph has one shape"
             )
-    return [int(length) for length in given]
+    return [int(length) for length in values]

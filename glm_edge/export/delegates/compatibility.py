@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_edge.export.delegates.conditions import CONDITIONS, Context, Open
+from glm_edge.export.delegates.conditions import CONDITIONS, Context, Undecided
 from glm_edge.export.delegates.rules import DELEGATES, SOURCES, Delegate, Rule
 from glm_edge.export.tflite.reader import Graph, Operator, read_graphs
 
@@ -14,7 +14,7 @@ YES, NO, UNKNOWN = "yes", "no", "unknown"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one delegate does with one operator.
+    """The decision of one delegate about one operator.
 
     Attributes:
       accepted: `yes`, `no` (the operator falls back to the CPU) or `unknown`.
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Compatibility:
-    """What each delegate takes of a file; printing it gives the table.
+    """The operators of a file that each delegate takes; printing it gives the table.
 
     Attributes:
       path: of the file.
@@ -72,7 +72,7 @@ class Compatibility:
         return tuple(delegate.name for delegate in DELEGATES)
 
     def fallback(self, delegate: str, signature: str | None = None) -> list[Row]:
-        """What a delegate leaves to the CPU.
+        """Lists the operators that a delegate refuses, which run on the CPU.
 
         Args:
           delegate: `nnapi`, `gpu`, `hexagon`, `qnn` or `coreml`.
@@ -84,7 +84,7 @@ class Compatibility:
         return [row for row in self._of(signature) if row.verdicts[delegate].accepted == NO]
 
     def counts(self, delegate: str, signature: str | None = None) -> dict[str, int]:
-        """Numbers of operators by verdict: `yes`, `no` and `unknown`.
+        """Counts operators by verdict: `yes`, `no` and `unknown`.
 
         Args:
           delegate: name of the delegate.
@@ -99,7 +99,7 @@ class Compatibility:
         return [row for row in self.rows if signature in (None, row.signature)]
 
     def summary(self) -> str:
-        """One line a delegate: how many operators it takes, and the largest reason against it."""
+        """Summarizes each delegate in one line: operators that it takes, and its main refusal."""
         lines = []
         for delegate in DELEGATES:
             counted = self.counts(delegate.name)
@@ -162,10 +162,10 @@ def _rows(graph: Graph) -> Iterable[Row]:
     context, counted = Context(graph), collections.Counter()
     verdicts = {}
     for operator in graph.operators:
-        found = tuple(judge(delegate, operator, context) for delegate in DELEGATES)
-        key = (operator.name, operator.version, _types(operator), found)
+        judged = tuple(judge(delegate, operator, context) for delegate in DELEGATES)
+        key = (operator.name, operator.version, _types(operator), judged)
         counted[key] += 1
-        verdicts[key] = {d.name: verdict for d, verdict in zip(DELEGATES, found, strict=True)}
+        verdicts[key] = {d.name: verdict for d, verdict in zip(DELEGATES, judged, strict=True)}
     for key, count in counted.items():
         yield Row(graph.name, *key[:3], count, verdicts[key])
 
@@ -176,28 +176,28 @@ def _types(operator: Operator) -> str:
 
 
 def judge(delegate: Delegate, operator: Operator, context: Context) -> Verdict:
-    """What a delegate does with one operator of a graph."""
+    """Decides whether a delegate takes one operator of a graph."""
     rule = delegate.rules.get(operator.name)
     if rule is None:
         return Verdict(NO, "not among its operators", delegate.source)
     source = rule.source or delegate.source
-    reasons = list(_met(delegate.every, operator, context, delegate.source))
+    reasons = list(_refusals(delegate.every, operator, context, delegate.source))
     if rule.version is not None and operator.version > rule.version:
         reasons.append((f"version {operator.version}, at most {rule.version}", delegate.source))
     reasons += [(reason, source) for reason in _against(rule, operator)]
-    reasons += _met(rule.checks, operator, context, source)
-    refused = [found for found in reasons if not isinstance(found[0], Open)]
-    if refused:
-        return Verdict(NO, *refused[0])
+    reasons += _refusals(rule.checks, operator, context, source)
+    refusals = [reason for reason in reasons if not isinstance(reason[0], Undecided)]
+    if refusals:
+        return Verdict(NO, *refusals[0])
     return (
         Verdict(UNKNOWN, str(reasons[0][0]), reasons[0][1]) if reasons else Verdict(YES, "", source)
     )
 
 
-def _met(
+def _refusals(
     names: Iterable[str], operator: Operator, context: Context, source: str
 ) -> Iterable[tuple[str, str]]:
-    """What conditions have against an operator, and where they stand."""
+    """Yields the reasons of conditions that an operator does not satisfy, with their sources."""
     for name in names:
         reason = CONDITIONS[name](operator, context)
         if reason is not None:
@@ -205,7 +205,7 @@ def _met(
 
 
 def _against(rule: Rule, operator: Operator) -> Iterable[str]:
-    """What types, ranks and constants of a rule have against an operator."""
+    """Yields the reasons of a rule's types, ranks and constants against an operator."""
     for position, tensor in enumerate(operator.inputs):
         if tensor is None:
             continue

@@ -1,21 +1,22 @@
 """Conditions of delegates that are more than a version, a type or a rank.
 
 A condition takes an operator and its graph and returns None where it is met, a reason where the
-delegate refuses, or `Open` where what the file says does not decide.
+delegate refuses, or `Undecided` where the file does not decide.
 """
 
 import collections
 from collections.abc import Callable, Iterable
 
+from glm_edge.export.common.interface import Tensor
 from glm_edge.export.delegates.rules import BYTES, FLOATS
-from glm_edge.export.tflite.reader import Graph, Operator, Tensor
+from glm_edge.export.tflite.reader import Graph, Operator
 
 _ACTIVATIONS = ("none", "RELU", "RELU_N1_TO_1", "RELU6", "TANH", "SIGN_BIT")
 _COMPARISONS = {"LESS", "LESS_EQUAL", "GREATER", "GREATER_EQUAL", "EQUAL", "NOT_EQUAL"}
 _REFLECT = 0
 
 
-class Open(str):
+class Undecided(str):
     """A reason why the file does not decide."""
 
 
@@ -71,7 +72,7 @@ def _option(operator: Operator, name: str, default: int = 0) -> float:
 def static_shapes(operator: Operator, context: Context) -> str | None:
     """All extents are in the file."""
     if any(-1 in tensor.shape for tensor in _all(operator)):
-        return Open("a shape known only at run time: whether it is dynamic shows when it runs")
+        return Undecided("a shape known only at run time: whether it is dynamic shows when it runs")
     return None
 
 
@@ -139,20 +140,20 @@ def qnn_not_hybrid(operator: Operator, context: Context) -> str | None:
     integers = [t for t in _present(operator.inputs) if t.constant and t.quantization]
     floats = [t for t in (*_present(operator.inputs), *operator.outputs) if t.type in FLOATS]
     if integers and floats and operator.name != "DEQUANTIZE":
-        return Open(f"float activations with {integers[0]} weights: QNN's library decides")
+        return Undecided(f"float activations with {integers[0]} weights: QNN's library decides")
     return None
 
 
 @condition
 def composite_name(operator: Operator, context: Context) -> str | None:
     """The composite is one that the compiler maps."""
-    return Open("only composites named RmsNorm, GroupNorm and L2Norm are mapped")
+    return Undecided("only composites named RmsNorm, GroupNorm and L2Norm are mapped")
 
 
 @condition
 def unread(operator: Operator, context: Context) -> str | None:
     """Stands for options that are not read here."""
-    return Open("strides, paddings or axes also count, which are not read here")
+    return Undecided("strides, paddings or axes also count, which are not read here")
 
 
 @condition
@@ -242,7 +243,7 @@ def half_precision(operator: Operator, context: Context) -> str | None:
     """Float16 weights go with what reads them; other types have a version."""
     source = _input(operator, 0)
     if source is not None and source.type == "float16" and source.constant:
-        return Open("float16 weights are taken if what reads them takes float16")
+        return Undecided("float16 weights are taken if what reads them takes float16")
     return f"version {operator.version}, at most 2" if operator.version > 2 else None
 
 
@@ -340,8 +341,8 @@ def same_rank_if_kept(operator: Operator, context: Context) -> str | None:
     source = _input(operator, 0)
     if source is None or source.constant:
         return "a constant input"
-    kept = _option(operator, "KeepNumDims")
-    if kept and (not operator.outputs or operator.outputs[0].rank != source.rank):
+    keeps_rank = _option(operator, "KeepNumDims")
+    if keeps_rank and (not operator.outputs or operator.outputs[0].rank != source.rank):
         return "keep_num_dims with another rank"
     return None
 

@@ -1,7 +1,7 @@
-"""What each delegate asks of an operator before it takes it from the CPU, as published.
+"""Rules by which delegates take operators from the CPU, as published.
 
 The rules are those of the delegates' own sources at one commit of LiteRT. An operator that a
-delegate's table lacks is refused by it; what an entry asks beyond its fields is named in `checks`.
+delegate's table lacks is refused by it; further conditions of an entry are named in `checks`.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ Types = Mapping[int, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a delegate asks of one operator.
+    """The conditions of a delegate for one operator.
 
     Attributes:
       version: highest version of the operator, None for any.
@@ -54,15 +54,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Delegate:
-    """An accelerator's door.
+    """An accelerator that takes operators from the CPU.
 
     Attributes:
       name: column of the table.
       title: of the delegate.
       source: file that lists what it takes.
       rules: by operator; an operator that is not here is refused.
-      every: names of conditions that every operator must meet, asked first.
-      note: what a verdict leaves open.
+      every: names of conditions for every operator, checked first.
+      note: limits of its verdicts.
     """
 
     name: str

@@ -289,14 +289,14 @@ def _context(source: str, questions: Sequence[str], answers: Sequence[str], stop
 
 
 def _around_an_answer(processor: Processor, strings: bool) -> tuple[str, str]:
-    """Space that a model generates before its answer, and the text up to the next question."""
+    """Returns the space before a generated answer, and the text up to the next question."""
     try:
         prompt = processor.render(_conversation(QUESTIONS[:1], (), strings))
         text = processor.render(_conversation(QUESTIONS[:2], ANSWERS[:1], strings))
     except DataError:
         return "", ""
-    before, answered, rest = text.partition(ANSWERS[0])
-    between, asked, _ = rest.partition(QUESTIONS[1])
+    before, answered, after = text.partition(ANSWERS[0])
+    between, asked, _ = after.partition(QUESTIONS[1])
     lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
     return "" if lead.strip() else lead, between if answered and asked else ""
 

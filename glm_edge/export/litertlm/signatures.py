@@ -145,8 +145,8 @@ def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signatu
 def speech_adapter(model: MultimodalGLM) -> Signature:
     """The section AUDIO_ADAPTER: `features` [1, M, D] where `mask` bool [1, M], and zeros.
 
-    A bundle without this section has its recordings kept back until a chunk is full, and the rest
-    of one is then heard in the next prompt.
+    Without this section, the runtime holds a recording back until a chunk is full, so that its last
+    part is heard in the next prompt.
     """
     features = model.config.speech.num_tokens
     width = model.config.decoder.hidden_size + CARRIED * carries_positions(model.config)
@@ -155,14 +155,14 @@ def speech_adapter(model: MultimodalGLM) -> Signature:
         "mask": jax.ShapeDtypeStruct((1, features), jnp.bool_),
     }
 
-    def function(_: Any, given: Inputs) -> dict[str, Array]:
-        return {"embeddings": jnp.where(given["mask"][..., None], given["features"], 0.0)}
+    def function(_: Any, values: Inputs) -> dict[str, Array]:
+        return {"embeddings": jnp.where(values["mask"][..., None], values["features"], 0.0)}
 
     return Signature("adapter", inputs, function, ())
 
 
 def log_mel_of_samples(samples: Array, processing: AudioProcessing) -> Array:
-    """The spectrogram of `glm_edge.kernels.log_mel`, with products in place of a transform.
+    """Computes the spectrogram of `glm_edge.kernels.log_mel` by products, without a transform.
 
     Args:
       samples: [1, F, hop_length].
@@ -204,11 +204,11 @@ def _from_tokens(step: Signature, embed: Signature) -> Signature:
     del inputs["embeddings"]
     three = inputs.pop("positions", None)
 
-    def function(params: Any, given: Inputs) -> dict[str, Array]:
-        rest = {name: given[name] for name in inputs}
+    def function(params: Any, values: Inputs) -> dict[str, Array]:
+        step_values = {name: values[name] for name in inputs}
         if three is not None:
-            rest["positions"] = jnp.broadcast_to(given["input_pos"], three.shape)
-        return step.function(params, {**rest, **embed.function(params, given)})
+            step_values["positions"] = jnp.broadcast_to(values["input_pos"], three.shape)
+        return step.function(params, {**step_values, **embed.function(params, values)})
 
     inputs = {"tokens": embed.inputs["tokens"], **inputs}
     return dataclasses.replace(step, inputs=inputs, function=function)
@@ -217,15 +217,15 @@ def _from_tokens(step: Signature, embed: Signature) -> Signature:
 def _carried(config: VisionConfig, image_size: Sequence[int]) -> np.ndarray:
     """[M, 4] that the features of an image carry, see `CARRIED`."""
     rows, columns = (extent // config.merge_size for extent in config.grid_of(tuple(image_size)))
-    place = np.arange(rows * columns)
-    row, column = np.divmod(place, columns)
-    short = np.zeros(len(place))
-    short[-1] = len(place) - max(rows, columns)
-    return np.stack([short, -place, row - place, column - place], axis=1).astype(np.float32)
+    token = np.arange(rows * columns)
+    row, column = np.divmod(token, columns)
+    short = np.zeros(len(token))
+    short[-1] = len(token) - max(rows, columns)
+    return np.stack([short, -token, row - token, column - token], axis=1).astype(np.float32)
 
 
 def _from_carried(step: Signature, layers: int, slots: int) -> Signature:
-    """Positions from slots: less what the images before advanced less than they took slots."""
+    """Computes positions from slots, less the slots that images took beyond their advance."""
     inputs = dict(step.inputs)
     embeddings = inputs["embeddings"].shape
     width = embeddings[-1]
@@ -236,18 +236,18 @@ def _from_carried(step: Signature, layers: int, slots: int) -> Signature:
     inputs[short] = jax.ShapeDtypeStruct((1, 1, slots, 1), jnp.float32)
     inputs[partner] = jax.ShapeDtypeStruct((1, 1, 1, slots), jnp.float32)
 
-    def function(params: Any, given: Inputs) -> dict[str, Array]:
-        embedded, slot = given["embeddings"], given["input_pos"]
+    def function(params: Any, values: Inputs) -> dict[str, Array]:
+        embedded, slot = values["embeddings"], values["input_pos"]
         carried = embedded[0, :, width:]
         start = (0, 0, slot[0], 0)
-        shortfalls = jax.lax.dynamic_update_slice(given[short], carried[None, None, :, :1], start)
+        shortfalls = jax.lax.dynamic_update_slice(values[short], carried[None, None, :, :1], start)
         before = (jnp.arange(slots) < slot[:, None]).astype(jnp.float32)
         text = slot.astype(jnp.float32) - (before * shortfalls[0, 0, :, 0]).sum(axis=-1)
-        rest = {name: given[name] for name in names}
-        rest["embeddings"] = embedded[..., :width]
-        rest["positions"] = (text + carried[:, 1:].T).astype(jnp.int32)
-        outputs = step.function(params, rest)
+        step_values = {name: values[name] for name in names}
+        step_values["embeddings"] = embedded[..., :width]
+        step_values["positions"] = (text + carried[:, 1:].T).astype(jnp.int32)
+        outputs = step.function(params, step_values)
         # The runtime takes every cache back that it gave.
-        return {**outputs, short: shortfalls, partner: given[partner] * 1.0}
+        return {**outputs, short: shortfalls, partner: values[partner] * 1.0}
 
     return dataclasses.replace(step, inputs=inputs, function=function)

@@ -70,7 +70,7 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class Value:
-    """What a variable of the trace is in the graph.
+    """A variable of the trace as a tensor of the graph.
 
     Attributes:
       name: of the tensor, or None for a constant that nobody has read yet.
@@ -83,6 +83,21 @@ class Value:
     shape: tuple[int, ...]
     array: np.ndarray | None = None
     weight: str | None = None
+
+
+Lowering = Callable[["GraphBuilder", JaxprEqn, list[Value]], Value | str | list[str]]
+"""Adds the nodes of one operation to a graph; returns its outputs."""
+LOWERINGS: dict[str, Lowering] = {}
+
+
+def lowers(*primitives: str) -> Callable[[Lowering], Lowering]:
+    """Registers a function as the lowering of primitives of JAX."""
+
+    def register(lowering: Lowering) -> Lowering:
+        LOWERINGS.update(dict.fromkeys(primitives, lowering))
+        return lowering
+
+    return register
 
 
 class GraphBuilder:
@@ -114,7 +129,7 @@ class GraphBuilder:
         return names[0] if outputs == 1 else names
 
     def constant(self, array: Any) -> str:
-        """Name of a constant, stored once."""
+        """Adds a constant, stored once; returns its name."""
         array = np.asarray(array)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -124,29 +139,29 @@ class GraphBuilder:
         return self._constants[key]
 
     def sizes(self, values: Iterable[int]) -> str:
-        """Name of a constant list of int64."""
+        """Adds a constant list of int64; returns its name."""
         return self.constant(np.asarray(list(values), np.int64))
 
     def named(self, value: Value) -> str:
-        """Name of a value's tensor, which may still have to broadcast."""
+        """Returns the name of a value's tensor, which may still have to broadcast."""
         if value.weight is not None:
             return self.read(value.weight, transposed=False)
         return self.constant(value.array) if value.name is None else value.name
 
     def full(self, value: Value, shape: tuple[int, ...]) -> str:
-        """Name of a value's tensor at the variable's shape."""
+        """Returns the name of a value's tensor at the variable's shape."""
         name = self.named(value)
         return name if value.shape == shape else self.node("Expand", name, self.sizes(shape))
 
     def stored(self, path: str) -> tuple[StoredWeight, list[str]]:
-        """A weight and the names of its tensors, which the graph then holds."""
+        """Adds the tensors of a weight; returns the weight and their names."""
         weight = self.weights[path]
         tensors = [t for t in (weight.values, weight.scale, weight.zero) if t is not None]
         self.initializers.update({tensor.name: tensor for tensor in tensors})
         return weight, [tensor.name for tensor in tensors]
 
     def read(self, path: str, transposed: bool) -> str:
-        """Name of the dense float32 weight, [out, in] or transposed."""
+        """Reads a dense float32 weight, [out, in] or transposed; returns the tensor's name."""
         if (path, transposed) not in self._read:
             weight, names = self.stored(path)
             if weight.scale is not None:
@@ -161,16 +176,16 @@ class GraphBuilder:
         return self._read[path, transposed]
 
     def look_up(self, path: str, indices: str, count: int) -> str:
-        """Name of [count, columns] rows of a weight [out, in]."""
+        """Reads [count, columns] rows of a weight [out, in]; returns the tensor's name."""
         weight, names = self.stored(path)
         axis = int(weight.transposed)
         if weight.rows:
             rows = [self.node("Gather", names[0], indices, axis=axis)]
             rows += [self.node("Gather", name, indices, axis=0) for name in names[1:]]
-            found = self.node("DequantizeLinear", *rows, axis=axis) if names[1:] else rows[0]
+            result = self.node("DequantizeLinear", *rows, axis=axis) if names[1:] else rows[0]
         else:
-            found = self.node("Gather", self.read(path, weight.transposed), indices, axis=axis)
-        return self.node("Transpose", found, perm=[1, 0]) if weight.transposed else found
+            result = self.node("Gather", self.read(path, weight.transposed), indices, axis=axis)
+        return self.node("Transpose", result, perm=[1, 0]) if weight.transposed else result
 
     def lower(
         self,
@@ -209,9 +224,12 @@ class GraphBuilder:
         )
 
     def _info(self, name: str, struct: jax.ShapeDtypeStruct) -> Any:
-        return self.onnx.helper.make_tensor_value_info(name, self._type(struct.dtype), struct.shape)
+        return self.onnx.helper.make_tensor_value_info(
+            name, self.dtype_number(struct.dtype), struct.shape
+        )
 
-    def _type(self, dtype: Any) -> int:
+    def dtype_number(self, dtype: Any) -> int:
+        """Returns ONNX's number of a type."""
         return self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
     def _jaxpr(self, jaxpr: Jaxpr, constants: list[Value], arguments: list[Value]) -> list[Value]:
@@ -246,25 +264,23 @@ class GraphBuilder:
             outputs = outputs if equation.primitive.multiple_results else [outputs]
             return [_constant(array) for array in outputs]
         if name in ELEMENTWISE:
-            return [self._elementwise(ELEMENTWISE[name], inputs)]
-        lower = getattr(self, f"_lower_{name.replace('-', '_')}", None)
-        if lower is None and name not in REDUCTIONS:
-            raise ExportError(f"ONNX: no operator for {name} in this graph")
-        if lower is None:
-            axes = self.sizes(equation.params["axes"])
+            return [self.elementwise(ELEMENTWISE[name], inputs)]
+        if name in REDUCTIONS:
             source = self.full(inputs[0], equation.invars[0].aval.shape)
-            names = [self.node(REDUCTIONS[name], source, axes, keepdims=0)]
-        elif name in ("select_n", "erfc", "rsqrt", "square", "integer_pow", "convert_element_type"):
-            return [lower(equation, inputs)]
+            axes = self.sizes(equation.params["axes"])
+            outputs = self.node(REDUCTIONS[name], source, axes, keepdims=0)
+        elif name in LOWERINGS:
+            outputs = LOWERINGS[name](self, equation, inputs)
         else:
-            names = lower(equation, inputs)
-            names = [names] if isinstance(names, str) else names
+            raise ExportError(f"ONNX: no operator for {name} in this graph")
+        outputs = outputs if isinstance(outputs, list) else [outputs]
         return [
-            Value(output, variable.aval.shape)
-            for output, variable in zip(names, equation.outvars, strict=True)
+            output if isinstance(output, Value) else Value(output, variable.aval.shape)
+            for output, variable in zip(outputs, equation.outvars, strict=True)
         ]
 
-    def _elementwise(self, operator: str, inputs: list[Value], **attributes: Any) -> Value:
+    def elementwise(self, operator: str, inputs: list[Value], **attributes: Any) -> Value:
+        """Adds a node whose inputs broadcast."""
         if operator == "Max":
             least = [v.array is not None and (v.array == -np.inf).all() for v in inputs]
             if any(least):
@@ -275,8 +291,8 @@ class GraphBuilder:
     def _broadcast(self, equation: JaxprEqn, value: Value) -> Value:
         rank = len(equation.outvars[0].aval.shape)
         extents = [1] * rank
-        held = (1,) * (len(equation.invars[0].aval.shape) - len(value.shape)) + value.shape
-        for axis, extent in zip(equation.params["broadcast_dimensions"], held, strict=True):
+        shape = (1,) * (len(equation.invars[0].aval.shape) - len(value.shape)) + value.shape
+        for axis, extent in zip(equation.params["broadcast_dimensions"], shape, strict=True):
             extents[axis] = extent
         if _stripped(extents) == _stripped(value.shape):
             return value
@@ -284,169 +300,201 @@ class GraphBuilder:
             return _constant(value.array.reshape(extents))
         return Value(self.node("Reshape", self.named(value), self.sizes(extents)), tuple(extents))
 
-    def _lower_select_n(self, equation: JaxprEqn, inputs: list[Value]) -> Value:
-        which, *cases = inputs
-        if len(cases) != 2 or equation.invars[0].aval.dtype != bool:
-            raise ExportError("ONNX: select_n of more than two cases")
-        return self._elementwise("Where", [which, cases[1], cases[0]])
 
-    def _lower_erfc(self, _: JaxprEqn, inputs: list[Value]) -> Value:
-        return self._elementwise(
-            "Sub", [_constant(np.float32(1.0)), self._elementwise("Erf", inputs)]
-        )
+@lowers("select_n")
+def _lower_select_n(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> Value:
+    which, *cases = inputs
+    if len(cases) != 2 or equation.invars[0].aval.dtype != bool:
+        raise ExportError("ONNX: select_n of more than two cases")
+    return graph.elementwise("Where", [which, cases[1], cases[0]])
 
-    def _lower_rsqrt(self, _: JaxprEqn, inputs: list[Value]) -> Value:
-        return self._elementwise("Reciprocal", [self._elementwise("Sqrt", inputs)])
 
-    def _lower_square(self, _: JaxprEqn, inputs: list[Value]) -> Value:
-        return self._elementwise("Mul", inputs * 2)
+@lowers("erfc")
+def _lower_erfc(graph: GraphBuilder, _: JaxprEqn, inputs: list[Value]) -> Value:
+    return graph.elementwise("Sub", [_constant(np.float32(1.0)), graph.elementwise("Erf", inputs)])
 
-    def _lower_integer_pow(self, equation: JaxprEqn, inputs: list[Value]) -> Value:
-        exponent = np.asarray(equation.params["y"], equation.invars[0].aval.dtype)
-        return self._elementwise("Pow", [*inputs, _constant(exponent)])
 
-    def _lower_convert_element_type(self, equation: JaxprEqn, inputs: list[Value]) -> Value:
-        if equation.invars[0].aval.dtype == equation.outvars[0].aval.dtype:
-            return inputs[0]
-        to = self._type(equation.outvars[0].aval.dtype)
-        return self._elementwise("Cast", inputs, to=to)
+@lowers("rsqrt")
+def _lower_rsqrt(graph: GraphBuilder, _: JaxprEqn, inputs: list[Value]) -> Value:
+    return graph.elementwise("Reciprocal", [graph.elementwise("Sqrt", inputs)])
 
-    def _all(self, equation: JaxprEqn, inputs: list[Value]) -> list[str]:
-        return [self.full(v, i.aval.shape) for v, i in zip(inputs, equation.invars, strict=True)]
 
-    def _reshape(self, name: str, shape: Sequence[int]) -> str:
-        return self.node("Reshape", name, self.sizes(shape))
+@lowers("square")
+def _lower_square(graph: GraphBuilder, _: JaxprEqn, inputs: list[Value]) -> Value:
+    return graph.elementwise("Mul", inputs * 2)
 
-    def _lower_reshape(self, equation: JaxprEqn, inputs: list[Value]) -> str:
-        return self._reshape(*self._all(equation, inputs), equation.outvars[0].aval.shape)
 
-    _lower_squeeze = _lower_reshape
-    _lower_expand_dims = _lower_reshape
+@lowers("integer_pow")
+def _lower_integer_pow(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> Value:
+    exponent = np.asarray(equation.params["y"], equation.invars[0].aval.dtype)
+    return graph.elementwise("Pow", [*inputs, _constant(exponent)])
 
-    def _lower_transpose(self, equation: JaxprEqn, inputs: list[Value]) -> str:
-        permutation = list(equation.params["permutation"])
-        return self.node("Transpose", *self._all(equation, inputs), perm=permutation)
 
-    def _lower_slice(self, equation: JaxprEqn, inputs: list[Value]) -> str:
-        starts, ends = equation.params["start_indices"], equation.params["limit_indices"]
-        shape = equation.invars[0].aval.shape
-        steps = equation.params["strides"] or [1] * len(shape)
-        source = self.full(inputs[0], shape)
-        axes = [a for a in range(len(shape)) if (starts[a], ends[a]) != (0, shape[a])]
-        plain = [a for a in axes if steps[a] == 1]
-        if plain:
-            bounds = [self.sizes([bound[a] for a in plain]) for bound in (starts, ends)]
-            source = self.node("Slice", source, *bounds, self.sizes(plain))
-        for axis in (a for a in range(len(shape)) if steps[a] != 1):
-            # MNN 3.6.1 reads wrong rows where a Slice with steps follows a Concat.
-            rows = self.sizes(range(starts[axis], ends[axis], steps[axis]))
-            source = self.node("Gather", source, rows, axis=axis)
-        return source
+@lowers("convert_element_type")
+def _lower_convert_element_type(
+    graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]
+) -> Value:
+    if equation.invars[0].aval.dtype == equation.outvars[0].aval.dtype:
+        return inputs[0]
+    to = graph.dtype_number(equation.outvars[0].aval.dtype)
+    return graph.elementwise("Cast", inputs, to=to)
 
-    def _lower_pad(self, equation: JaxprEqn, inputs: list[Value]) -> str:
-        low, high, interior = zip(*equation.params["padding_config"], strict=True)
-        if any(interior) or min(low + high) < 0:
-            raise ExportError("ONNX: padding between numbers or less than none")
-        operand, value = self._all(equation, inputs)
-        return self.node("Pad", operand, self.sizes(low + high), value)
 
-    def _lower_concatenate(self, equation: JaxprEqn, inputs: list[Value]) -> str:
-        variables, axis = equation.invars, equation.params["dimension"]
-        # ONNX reads an extent of zero as one to copy from elsewhere.
-        held = [(i, v) for i, v in zip(inputs, variables, strict=True) if v.aval.shape[axis]]
-        parts = [self.full(value, variable.aval.shape) for value, variable in held]
-        return parts[0] if len(parts) == 1 else self.node("Concat", *parts, axis=axis)
+def _operands(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> list[str]:
+    return [graph.full(v, i.aval.shape) for v, i in zip(inputs, equation.invars, strict=True)]
 
-    def _lower_stack(self, equation: JaxprEqn, inputs: list[Value]) -> str:
-        axis = equation.params["axis"]
-        shape = list(equation.outvars[0].aval.shape)
-        shape[axis] = 1
-        parts = [self._reshape(name, shape) for name in self._all(equation, inputs)]
-        return self.node("Concat", *parts, axis=axis)
 
-    def _lower_split(self, equation: JaxprEqn, inputs: list[Value]) -> list[str]:
-        sizes, axis = equation.params["sizes"], equation.params["axis"]
-        source = self._all(equation, inputs)
-        names = self.node("Split", *source, self.sizes(sizes), outputs=len(sizes), axis=axis)
-        return [names] if isinstance(names, str) else names
+def _reshape(graph: GraphBuilder, name: str, shape: Sequence[int]) -> str:
+    return graph.node("Reshape", name, graph.sizes(shape))
 
-    def _lower_gather(self, equation: JaxprEqn, inputs: list[Value]) -> str:
-        numbers, (operand, index) = equation.params["dimension_numbers"], equation.invars
-        inner, rank = operand.aval.shape[1:], len(equation.outvars[0].aval.shape)
-        if (
-            numbers.collapsed_slice_dims != (0,)
-            or numbers.start_index_map != (0,)
-            or numbers.operand_batching_dims
-            or tuple(equation.params["slice_sizes"]) != (1, *inner)
-            or tuple(numbers.offset_dims) != tuple(range(rank - len(inner), rank))
-        ):
-            raise ExportError("ONNX: gather of anything but rows")
-        count = int(np.prod(index.aval.shape))
-        indices = self._reshape(self.full(inputs[1], index.aval.shape), [count])
-        if inputs[0].weight is not None:
-            rows = self.look_up(inputs[0].weight, indices, count)
-        else:
-            rows = self.node("Gather", self.full(inputs[0], operand.aval.shape), indices, axis=0)
-        return self._reshape(rows, equation.outvars[0].aval.shape)
 
-    def _lower_dynamic_update_slice(self, equation: JaxprEqn, inputs: list[Value]) -> str:
-        shape, extent = (variable.aval.shape for variable in equation.invars[:2])
-        moving = [a for a in range(len(shape)) if shape[a] != extent[a]]
-        if not moving:
-            return self.full(inputs[1], extent)
-        if len(moving) > 1:
-            raise ExportError("ONNX: dynamic_update_slice along several axes")
-        return self._update(moving[0], equation, inputs)
+@lowers("reshape", "squeeze", "expand_dims")
+def _lower_reshape(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
+    return _reshape(graph, *_operands(graph, equation, inputs), equation.outvars[0].aval.shape)
 
-    def _update(self, axis: int, equation: JaxprEqn, inputs: list[Value]) -> str:
-        """Chooses, slot by slot, between the update and what is there."""
-        shape, extent = (variable.aval.shape for variable in equation.invars[:2])
-        slots, length = shape[axis], extent[axis]
-        start = self.node("Max", self.named(inputs[2 + axis]), self.constant(np.int32(0)))
-        start = self.node("Min", start, self.constant(np.int32(slots - length)))
-        place = self.node("Sub", self.constant(np.arange(slots, dtype=np.int32)), start)
-        first, last = self.constant(np.int32(0)), self.constant(np.int32(length - 1))
-        update = self.full(inputs[1], extent)
-        if length == 1:
-            inside = self.node("Equal", place, first)
-        else:
-            after = self.node("GreaterOrEqual", place, first)
-            inside = self.node("And", after, self.node("LessOrEqual", place, last))
-            nearest = self.node("Min", self.node("Max", place, first), last)
-            update = self.node("Gather", update, nearest, axis=axis)
-        inside = self._reshape(inside, [slots if a == axis else 1 for a in range(len(shape))])
-        return self.node("Where", inside, update, self.full(inputs[0], shape))
 
-    def _lower_dot_general(self, equation: JaxprEqn, inputs: list[Value]) -> str:
-        contract, batch = equation.params["dimension_numbers"]
-        left, right = equation.invars
-        rows = right.aval.shape == inputs[1].shape and contract == ((left.aval.ndim - 1,), (1,))
-        if inputs[1].weight is not None and rows:
-            weight = self.read(inputs[1].weight, transposed=True)
-            product = self.node("MatMul", self.full(inputs[0], left.aval.shape), weight)
-            self.nodes[-1].name = inputs[1].weight
-            self.products[product] = inputs[1].weight
-            return product
-        operands = []
-        for side, variable in enumerate((left, right)):
-            free = [a for a in range(variable.aval.ndim) if a not in contract[side] + batch[side]]
-            inner = [list(contract[side]), free] if side else [free, list(contract[side])]
-            order = [*batch[side], *inner[0], *inner[1]]
-            name = self.full(inputs[side], variable.aval.shape)
-            if order != list(range(len(order))):
-                name = self.node("Transpose", name, perm=order)
-            extents = variable.aval.shape
-            shape = [extents[a] for a in batch[side]]
-            shape += [int(np.prod([extents[a] for a in part])) for part in inner]
-            ordered = [extents[a] for a in order]
-            operands.append(name if shape == ordered else self._reshape(name, shape))
-        product = self.node("MatMul", *operands)
-        whole = equation.outvars[0].aval.shape
-        frees = [
-            v.aval.ndim - len(c) - len(b)
-            for v, c, b in zip((left, right), contract, batch, strict=True)
-        ]
-        return product if frees == [1, 1] else self._reshape(product, whole)
+@lowers("transpose")
+def _lower_transpose(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
+    permutation = list(equation.params["permutation"])
+    return graph.node("Transpose", *_operands(graph, equation, inputs), perm=permutation)
+
+
+@lowers("slice")
+def _lower_slice(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
+    starts, ends = equation.params["start_indices"], equation.params["limit_indices"]
+    shape = equation.invars[0].aval.shape
+    steps = equation.params["strides"] or [1] * len(shape)
+    source = graph.full(inputs[0], shape)
+    axes = [a for a in range(len(shape)) if (starts[a], ends[a]) != (0, shape[a])]
+    plain = [a for a in axes if steps[a] == 1]
+    if plain:
+        bounds = [graph.sizes([bound[a] for a in plain]) for bound in (starts, ends)]
+        source = graph.node("Slice", source, *bounds, graph.sizes(plain))
+    for axis in (a for a in range(len(shape)) if steps[a] != 1):
+        # MNN 3.6.1 reads wrong rows where a Slice with steps follows a Concat.
+        rows = graph.sizes(range(starts[axis], ends[axis], steps[axis]))
+        source = graph.node("Gather", source, rows, axis=axis)
+    return source
+
+
+@lowers("pad")
+def _lower_pad(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
+    low, high, interior = zip(*equation.params["padding_config"], strict=True)
+    if any(interior) or min(low + high) < 0:
+        raise ExportError("ONNX: padding between numbers or less than none")
+    operand, value = _operands(graph, equation, inputs)
+    return graph.node("Pad", operand, graph.sizes(low + high), value)
+
+
+@lowers("concatenate")
+def _lower_concatenate(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
+    variables, axis = equation.invars, equation.params["dimension"]
+    # ONNX reads an extent of zero as one to copy from elsewhere.
+    pairs = [(i, v) for i, v in zip(inputs, variables, strict=True) if v.aval.shape[axis]]
+    parts = [graph.full(value, variable.aval.shape) for value, variable in pairs]
+    return parts[0] if len(parts) == 1 else graph.node("Concat", *parts, axis=axis)
+
+
+@lowers("stack")
+def _lower_stack(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
+    axis = equation.params["axis"]
+    shape = list(equation.outvars[0].aval.shape)
+    shape[axis] = 1
+    parts = [_reshape(graph, name, shape) for name in _operands(graph, equation, inputs)]
+    return graph.node("Concat", *parts, axis=axis)
+
+
+@lowers("split")
+def _lower_split(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> list[str]:
+    sizes, axis = equation.params["sizes"], equation.params["axis"]
+    source = _operands(graph, equation, inputs)
+    names = graph.node("Split", *source, graph.sizes(sizes), outputs=len(sizes), axis=axis)
+    return [names] if isinstance(names, str) else names
+
+
+@lowers("gather")
+def _lower_gather(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
+    numbers, (operand, index) = equation.params["dimension_numbers"], equation.invars
+    inner, rank = operand.aval.shape[1:], len(equation.outvars[0].aval.shape)
+    if (
+        numbers.collapsed_slice_dims != (0,)
+        or numbers.start_index_map != (0,)
+        or numbers.operand_batching_dims
+        or tuple(equation.params["slice_sizes"]) != (1, *inner)
+        or tuple(numbers.offset_dims) != tuple(range(rank - len(inner), rank))
+    ):
+        raise ExportError("ONNX: gather of anything but rows")
+    count = int(np.prod(index.aval.shape))
+    indices = _reshape(graph, graph.full(inputs[1], index.aval.shape), [count])
+    if inputs[0].weight is not None:
+        rows = graph.look_up(inputs[0].weight, indices, count)
+    else:
+        rows = graph.node("Gather", graph.full(inputs[0], operand.aval.shape), indices, axis=0)
+    return _reshape(graph, rows, equation.outvars[0].aval.shape)
+
+
+@lowers("dynamic_update_slice")
+def _lower_dynamic_update_slice(
+    graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]
+) -> str:
+    shape, extent = (variable.aval.shape for variable in equation.invars[:2])
+    moving = [a for a in range(len(shape)) if shape[a] != extent[a]]
+    if not moving:
+        return graph.full(inputs[1], extent)
+    if len(moving) > 1:
+        raise ExportError("ONNX: dynamic_update_slice along several axes")
+    return _update(graph, moving[0], equation, inputs)
+
+
+def _update(graph: GraphBuilder, axis: int, equation: JaxprEqn, inputs: list[Value]) -> str:
+    """Selects, slot by slot, between the update and the array."""
+    shape, extent = (variable.aval.shape for variable in equation.invars[:2])
+    slots, length = shape[axis], extent[axis]
+    start = graph.node("Max", graph.named(inputs[2 + axis]), graph.constant(np.int32(0)))
+    start = graph.node("Min", start, graph.constant(np.int32(slots - length)))
+    offset = graph.node("Sub", graph.constant(np.arange(slots, dtype=np.int32)), start)
+    first, last = graph.constant(np.int32(0)), graph.constant(np.int32(length - 1))
+    update = graph.full(inputs[1], extent)
+    if length == 1:
+        inside = graph.node("Equal", offset, first)
+    else:
+        after = graph.node("GreaterOrEqual", offset, first)
+        inside = graph.node("And", after, graph.node("LessOrEqual", offset, last))
+        nearest = graph.node("Min", graph.node("Max", offset, first), last)
+        update = graph.node("Gather", update, nearest, axis=axis)
+    inside = _reshape(graph, inside, [slots if a == axis else 1 for a in range(len(shape))])
+    return graph.node("Where", inside, update, graph.full(inputs[0], shape))
+
+
+@lowers("dot_general")
+def _lower_dot_general(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
+    contract, batch = equation.params["dimension_numbers"]
+    lhs, rhs = equation.invars
+    rows = rhs.aval.shape == inputs[1].shape and contract == ((lhs.aval.ndim - 1,), (1,))
+    if inputs[1].weight is not None and rows:
+        weight = graph.read(inputs[1].weight, transposed=True)
+        product = graph.node("MatMul", graph.full(inputs[0], lhs.aval.shape), weight)
+        graph.nodes[-1].name = inputs[1].weight
+        graph.products[product] = inputs[1].weight
+        return product
+    operands = []
+    for side, variable in enumerate((lhs, rhs)):
+        free = [a for a in range(variable.aval.ndim) if a not in contract[side] + batch[side]]
+        inner = [list(contract[side]), free] if side else [free, list(contract[side])]
+        order = [*batch[side], *inner[0], *inner[1]]
+        name = graph.full(inputs[side], variable.aval.shape)
+        if order != list(range(len(order))):
+            name = graph.node("Transpose", name, perm=order)
+        extents = variable.aval.shape
+        shape = [extents[a] for a in batch[side]]
+        shape += [int(np.prod([extents[a] for a in part])) for part in inner]
+        ordered = [extents[a] for a in order]
+        operands.append(name if shape == ordered else _reshape(graph, name, shape))
+    product = graph.node("MatMul", *operands)
+    frees = [
+        v.aval.ndim - len(c) - len(b) for v, c, b in zip((lhs, rhs), contract, batch, strict=True)
+    ]
+    return product if frees == [1, 1] else _reshape(graph, product, equation.outvars[0].aval.shape)
 
 
 def _constant(array: Any) -> Value:

@@ -17,12 +17,12 @@ from glm_edge.params.tree import nested
 
 
 def skeleton(
-    offered: Iterable[Signature], shapes: Mapping[str, tuple[int, ...]], kind: str = "graph"
+    signatures: Iterable[Signature], shapes: Mapping[str, tuple[int, ...]], kind: str = "graph"
 ) -> tuple[bytes, dict[str, str]]:
     """Converts signatures to one TFLite graph in which every weight is an input.
 
     Args:
-      offered: the signatures.
+      signatures: to convert.
       shapes: parameter path to dense shape.
       kind: what is converted, for messages.
 
@@ -35,7 +35,7 @@ def skeleton(
     jax2tf, tf = tensorflow()
     arguments = {f"weight_{index}": path for index, path in enumerate(shapes)}
     module, functions = tf.Module(), {}
-    for signature in offered:
+    for signature in signatures:
         weights = {
             name: jax.ShapeDtypeStruct(shapes[path], jnp.float32)
             for name, path in arguments.items()

@@ -340,10 +340,10 @@ def _compact_tensors(
     scales = [_scales(graph.tensors[i]) for i in used]
     used |= {details.scales for details in scales if details is not None}
 
-    kept = sorted(used)
-    place = {old: new for new, old in enumerate(kept)} | {-1: -1}
+    indices = sorted(used)
+    new_index = {old: new for new, old in enumerate(indices)} | {-1: -1}
     bound = {int(i) for i in (*graph.inputs, *graph.outputs)}
-    for index in kept:
+    for index in indices:
         tensor = graph.tensors[index]
         if buffers[tensor.buffer].data is None:
             tensor.buffer = 0
@@ -351,35 +351,35 @@ def _compact_tensors(
         if index not in bound and name not in names and b"/" not in name.split(b".")[0]:
             tensor.name = b""
         if _scales(tensor) is not None:
-            _scales(tensor).scales = place[_scales(tensor).scales]
-    graph.tensors = [graph.tensors[i] for i in kept]
-    graph.inputs = _renumbered(graph.inputs, place)
-    graph.outputs = _renumbered(graph.outputs, place)
+            _scales(tensor).scales = new_index[_scales(tensor).scales]
+    graph.tensors = [graph.tensors[i] for i in indices]
+    graph.inputs = _renumbered(graph.inputs, new_index)
+    graph.outputs = _renumbered(graph.outputs, new_index)
     for operator in graph.operators:
-        operator.inputs = _renumbered(operator.inputs, place)
-        operator.outputs = _renumbered(operator.outputs, place)
+        operator.inputs = _renumbered(operator.inputs, new_index)
+        operator.outputs = _renumbered(operator.outputs, new_index)
     for entry in entries:
-        entry.tensorIndex = place[int(entry.tensorIndex)]
+        entry.tensorIndex = new_index[int(entry.tensorIndex)]
 
 
 def _scales(tensor: Any) -> Any:
     return None if tensor.quantization is None else tensor.quantization.details
 
 
-def _renumbered(indices: np.ndarray, place: Mapping[int, int]) -> np.ndarray:
-    return np.array([place[int(i)] for i in indices], np.int32)
+def _renumbered(indices: np.ndarray, new_index: Mapping[int, int]) -> np.ndarray:
+    return np.array([new_index[int(i)] for i in indices], np.int32)
 
 
 def _compact_buffers(model: Any) -> None:
-    kept, place, contents = [model.buffers[0]], {0: 0}, {}
+    buffers, new_index, contents = [model.buffers[0]], {0: 0}, {}
     readers = [t for graph in model.subgraphs for t in graph.tensors] + list(model.metadata)
     for reader in readers:
         old = reader.buffer
-        if old not in place:
+        if old not in new_index:
             data = model.buffers[old].data
             key = data.tobytes() if data.nbytes < SMALL_BUFFER else old
-            place[old] = contents.setdefault(key, len(kept))
-            if place[old] == len(kept):
-                kept.append(model.buffers[old])
-        reader.buffer = place[old]
-    model.buffers = kept
+            new_index[old] = contents.setdefault(key, len(buffers))
+            if new_index[old] == len(buffers):
+                buffers.append(model.buffers[old])
+        reader.buffer = new_index[old]
+    model.buffers = buffers

@@ -168,13 +168,13 @@ class _Reader:
 
     def _named(self, tensors: list[Tensor], entry: Any, length: int) -> dict[str, Tensor]:
         entries = [entry(i) for i in self._range(length)]
-        found = {
+        named = {
             _text(e.Name()): tensors[_within(e.TensorIndex(), len(tensors), "tensor")]
             for e in entries
         }
-        if len(found) != len(entries):
+        if len(named) != len(entries):
             raise ValueError("a signature has two tensors of one name")
-        return found
+        return named
 
     def _picked(self, tensors: list[Tensor], indices: Any) -> Iterator[Tensor]:
         indices = _vector(indices)
@@ -288,7 +288,7 @@ def _extents(vector: np.ndarray, least: int) -> tuple[int, ...]:
     return extents
 
 
-def _within(index: int, length: int, what: str) -> int:
+def _within(index: int, length: int, kind: str) -> int:
     if not 0 <= index < length:
-        raise IndexError(f"{what} {index} of {length}")
+        raise IndexError(f"{kind} {index} of {length}")
     return index
