@@ -17,7 +17,7 @@ from glm_edge.export.verify.results import Verification
 from glm_edge.export.verify.runner import LiteRTRunner
 from glm_edge.export.verify.verify import Window, verify
 
-# Names of earlier releases.
+# Earlier names of the two runners.
 LiteRTModel = LiteRTRunner
 PackageModel = GraphDirectoryRunner
 
