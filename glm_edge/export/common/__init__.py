@@ -1,1 +1,1 @@
-"""What every exported format shares: signatures, weights, rewritten functions, directories."""
+"""Shared by all formats: signatures, weights, rewriting of functions, directories."""

@@ -43,7 +43,7 @@ class Tensor:
         return 0 if -1 in self.shape else math.prod(self.shape)
 
     def fits(self, array: Any) -> bool:
-        """True for an array, or what has its shape and dtype, that this tensor can hold."""
+        """Returns True for an array, or a struct of shape and dtype, that this tensor can hold."""
         return (
             np.dtype(array.dtype).name == self.type
             and len(array.shape) == self.rank

@@ -92,7 +92,7 @@ def _expand_erf(equation: JaxprEqn, inputs: list[Array]) -> list[Array] | None:
 
 
 def erfc(x: Array) -> Array:
-    """Complementary error function: `1 - x P(x^2)` near zero, `exp(-x^2) t Q(t)` farther out."""
+    """Computes erfc: `1 - x P(x^2)` near zero, `exp(-x^2) t Q(t)` farther out."""
     near_zero, far_out = _erfc_coefficients()
     square = x * x
     t = 1.0 / (1.0 + 0.5 * jnp.abs(x))

@@ -1,4 +1,4 @@
-"""Weights as exported files store them, and one table of what each format stores."""
+"""Weights as exported files store them, and one table of the forms that each format stores."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ _NARROW = ("int2", "ternary", "ternary34")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """What one format stores of a parameter.
+    """The forms in which one format stores a parameter.
 
     Attributes:
       name: of the format, for messages.
@@ -59,7 +59,7 @@ class WeightFormat:
     right: str = "integers of 8 or 4 bits, symmetric, per channel or in groups"
 
     def stored_type(self, box: Quantized) -> str | None:
-        """Type of the stored codes of a box, or None."""
+        """Returns the type of the stored codes of a box, or None."""
         table = self.in_groups if box.scale.shape[-1] > 1 else self.per_channel
         return table.get(box.format.qtype)
 

@@ -1,4 +1,4 @@
-"""Which accelerator would take which operator of a TFLite file, by the delegates' own rules."""
+"""Table of the operators of a TFLite file that each delegate takes, by its own rules."""
 
 import collections
 from collections.abc import Iterable

@@ -21,7 +21,7 @@ class Undecided(str):
 
 
 class Context:
-    """What conditions need to know of the rest of a graph."""
+    """Facts about a graph that conditions of one operator need."""
 
     def __init__(self, graph: Graph):
         self.consumers: dict[int, list[Operator]] = collections.defaultdict(list)

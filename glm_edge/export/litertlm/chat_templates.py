@@ -71,7 +71,7 @@ CLOSED = "{% if glm_edge_answered -%}{{ STOP }}{%- endif -%}"
 
 @dataclass(frozen=True)
 class Rendering:
-    """What the engine makes of a template.
+    """The prompts that the engine makes with a template.
 
     Attributes:
       prompts: True where the first message, and a system prompt, read as the checkpoint's.
@@ -138,7 +138,7 @@ def bundled_template(
 
 
 def reads_strings(processor: Processor) -> bool:
-    """True where a template writes the text of a message whose content is a string.
+    """Returns True where a template writes the text of a message whose content is a string.
 
     Raises:
       ExportError: it writes neither that nor the text of parts.
@@ -179,7 +179,7 @@ def render_parts(source: str, messages: Sequence[Mapping[str, Any]], prompt: boo
 
 
 def new_text(source: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Text that the engine feeds for the last message of a conversation.
+    """Renders the text that the engine feeds for the last message of a conversation.
 
     Args:
       source: the bundle's template.
@@ -207,14 +207,14 @@ def _constants(processor: Processor) -> str:
 
 
 def _literal(text: str) -> str:
-    """A string as Jinja reads it in Python and in the engine."""
+    """Writes a string literal that Jinja reads in Python and in the engine."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _candidates(
     processor: Processor, strings: bool, between: str, stop: str
 ) -> Iterator[tuple[str, list[Conversion]]]:
-    """The template as it is and with repairs, the least change first."""
+    """Yields the template as it is and with repairs, the least change first."""
     template, constants = processor.template, _constants(processor)
     # Rendering drops one line break at the end of a template.
     inner = template.removesuffix("\n")
@@ -276,7 +276,7 @@ def _quality(rendering: Rendering) -> int:
 
 
 def _context(source: str, questions: Sequence[str], answers: Sequence[str], stop: str) -> str:
-    """Text that the engine has read before it answers the last question."""
+    """Returns the text that the engine has read before it answers the last question."""
     messages: list[dict[str, Any]] = []
     context = ""
     for question, answer in itertools.zip_longest(questions, answers):

@@ -29,19 +29,19 @@ CARRIED = 4
 
 
 def takes_embeddings(config: GLMConfig) -> bool:
-    """True where the decoder's sections read embeddings, since encoders give them too."""
+    """Returns True where the decoder reads embeddings, since encoders give them too."""
     return config.vision is not None or config.speech is not None
 
 
 def carries_positions(config: GLMConfig) -> bool:
-    """True where embeddings bring what three-dimensional rotary positions are computed from."""
+    """Returns True where embeddings carry offsets of three-dimensional rotary positions."""
     return bool(config.decoder.mrope_section) and takes_embeddings(config)
 
 
 def decoder_signatures(
     model: MultimodalGLM, prefill_lengths: Iterable[int], cache_slots: int
 ) -> list[Signature]:
-    """`decode` and `prefill_<T>` of the section PREFILL_DECODE.
+    """Makes `decode` and `prefill_<T>` of the section PREFILL_DECODE.
 
     They are those of `common.signatures.signatures`, without logits in prefill, except that a
     model without encoders takes `tokens` [1, T], and that one whose rotary positions are
@@ -69,7 +69,7 @@ def decoder_signatures(
 
 
 def embedder(model: MultimodalGLM) -> Signature:
-    """The section EMBEDDER: `tokens` [1, 1] to `embeddings` [1, 1, D], or [1, 1, D + 4] of text."""
+    """Makes EMBEDDER: `tokens` [1, 1] to `embeddings` [1, 1, D], or [1, 1, D + 4] of text."""
     config = model.config
     embed = next(s for s in signatures(model, (), 1) if s.name == "embed")
     if not carries_positions(config):
@@ -84,7 +84,7 @@ def embedder(model: MultimodalGLM) -> Signature:
 def vision_encoder(
     model: MultimodalGLM, processing: ImageProcessing, image_size: tuple[int, int]
 ) -> Signature:
-    """The section VISION_ENCODER, of images of one size.
+    """Makes VISION_ENCODER, of images of one size.
 
     Args:
       model: the model.
@@ -110,7 +110,7 @@ def vision_encoder(
 
 
 def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signature:
-    """The section AUDIO_ENCODER_HW, of chunks of raw samples.
+    """Makes AUDIO_ENCODER_HW, of chunks of raw samples.
 
     Args:
       model: the model.
@@ -143,7 +143,7 @@ def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signatu
 
 
 def speech_adapter(model: MultimodalGLM) -> Signature:
-    """The section AUDIO_ADAPTER: `features` [1, M, D] where `mask` bool [1, M], and zeros.
+    """Makes AUDIO_ADAPTER: `features` [1, M, D] where `mask` bool [1, M] is true, else zeros.
 
     Without this section, the runtime holds a recording back until a chunk is full, so that its last
     part is heard in the next prompt.
@@ -215,7 +215,7 @@ def _from_tokens(step: Signature, embed: Signature) -> Signature:
 
 
 def _carried(config: VisionConfig, image_size: Sequence[int]) -> np.ndarray:
-    """[M, 4] that the features of an image carry, see `CARRIED`."""
+    """Computes [M, 4] that the features of an image carry, see `CARRIED`."""
     rows, columns = (extent // config.merge_size for extent in config.grid_of(tuple(image_size)))
     token = np.arange(rows * columns)
     row, column = np.divmod(token, columns)

@@ -235,7 +235,7 @@ def _ids(processor: Processor, text: str) -> list[int]:
 def _text_of(
     processor: Processor, texts: Sequence[str] | None, rng: np.random.Generator, tokens: int
 ) -> str:
-    """Text of as many words as make so many tokens; a long word is cut."""
+    """Joins words until they make so many tokens; a long word is cut."""
     words: list[str] = []
     source = itertools.cycle(texts or [None])
     while len(_ids(processor, " ".join(words))) < tokens:
@@ -302,7 +302,7 @@ def _shown(text: str) -> str:
 
 
 def _turn(parts: list[dict[str, Any]], strings: bool) -> list[Mapping[str, Any]]:
-    """A message as the checkpoint's template takes it: text alone as a string, if it reads one."""
+    """Makes a message for the checkpoint's template: text alone as a string, if it reads one."""
     alone = len(parts) == 1 and parts[0]["type"] == "text"
     return [{"role": "user", "content": parts[0]["text"] if strings and alone else parts}]
 
@@ -358,7 +358,7 @@ def _prompt(
 
 
 def _recording(audio: AudioProcessing, rng: np.random.Generator) -> np.ndarray:
-    """Noise that grows, of half a chunk to one and a half, in whole hops."""
+    """Draws growing noise of half a chunk to one and a half, in multiples of a hop."""
     frames = audio.chunk_frames
     longest = min(3 * frames // 2, audio.max_chunks * frames)
     count = audio.hop_length * int(rng.integers(frames // 2, longest + 1))
@@ -367,7 +367,7 @@ def _recording(audio: AudioProcessing, rng: np.random.Generator) -> np.ndarray:
 
 
 def _random_text(processor: Processor, rng: np.random.Generator) -> str:
-    """Text of random tokens that stand for text."""
+    """Draws text of random tokens that stand for text."""
     tokenizer = processor.tokenizer
     special = list(tokenizer.get_added_tokens_decoder())
     ordinary = np.setdiff1d(np.arange(tokenizer.get_vocab_size()), special)

@@ -55,7 +55,7 @@ def _shape(content: np.ndarray, wide: bool) -> tuple[int, ...]:
 
 
 def _weight(content: np.ndarray, length: int, wide: bool) -> Weight:
-    """Inverse of what `_Writer.quantized` writes."""
+    """Reads back the weight that `_Writer.quantized` wrote."""
     header, shape = 9 if wide else 5, _shape(content, wide)
     kind = "int8" if content[header] == 0 else "int4"
     codes = content[header + 1 + 2 ** BITS[kind] : length]

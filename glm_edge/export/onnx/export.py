@@ -94,5 +94,5 @@ def onnx(
 
 
 def is_product(path: str, leaf: Any, params: Params) -> bool:
-    """True for a matrix that is multiplied with, False for one that is only looked up or added."""
+    """Returns True for a matrix that is multiplied with, not only looked up or added."""
     return boxes.is_matrix(path, leaf) and not (path == "embed/weight" and "head" in params)

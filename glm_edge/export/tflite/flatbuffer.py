@@ -22,7 +22,7 @@ SMALL_BUFFER = 1024
 
 
 def schema() -> Any:
-    """The generated classes of the TFLite schema."""
+    """Imports the generated classes of the TFLite schema."""
     return require("ai_edge_litert.schema_py_generated", extra="export")
 
 
@@ -77,12 +77,12 @@ class FlatModel:
         self._names = {v: k for k, v in vars(self.schema.BuiltinOperator).items() if k[0] != "_"}
 
     def operator_name(self, operator: Any) -> str:
-        """Builtin name of an operator, such as `FULLY_CONNECTED`."""
+        """Returns the builtin name of an operator, such as `FULLY_CONNECTED`."""
         code = self.model.operatorCodes[operator.opcodeIndex]
         return self._names[max(code.builtinCode, code.deprecatedBuiltinCode)]
 
     def operator_names(self) -> set[str]:
-        """Builtin names of all operators of all signatures; custom ones read `CUSTOM`."""
+        """Returns the builtin names of all operators of all signatures; custom ones read `CUSTOM`."""
         return {
             self.operator_name(operator)
             for graph in self.model.subgraphs
@@ -116,7 +116,7 @@ class FlatModel:
                     stored[path] = self._store(constant)
                 dense = constant.type == "float16" or (in_float32 and constant.scale is not None)
                 if dense:
-                    index = self._widened(graph, index, constant)
+                    index = self._widen(graph, index, constant)
                 self._describe(graph, index, path, constant, stored[path])
                 if dense:
                     continue
@@ -129,8 +129,8 @@ class FlatModel:
         data = self.add_buffer(constant.data)
         return data, self.add_buffer(constant.scale) if constant.block_size else 0
 
-    def _widened(self, graph: Any, index: int, constant: Constant) -> int:
-        """Index of a new tensor, from which operators now make the float32 tensor `index`."""
+    def _widen(self, graph: Any, index: int, constant: Constant) -> int:
+        """Adds a tensor from which operators make the float32 tensor `index`; returns its index."""
         version = DEQUANTIZE_VERSIONS[constant.type]
         code = self._operator_code("DEQUANTIZE", version)
         source = self.add_tensor(graph, "", constant.shape, constant.type.upper())

@@ -238,7 +238,7 @@ class _Reader:
         )
 
     def _fields(self, operator: Any) -> dict[str, Any]:
-        """Numbers and flags among an operator's options."""
+        """Reads numbers and flags among an operator's options."""
         kind, table = operator.BuiltinOptionsType(), operator.BuiltinOptions()
         if not kind or table is None:
             return {}

@@ -108,7 +108,7 @@ def to_constant(path: str, leaf: Any) -> tuple[Constant, Any, list[Conversion]]:
 
 
 def _fits_half(values: np.ndarray) -> bool:
-    """True for a matrix of 16-bit values that are all float16 values."""
+    """Returns True for a matrix of 16-bit values that are all float16 values."""
     if values.ndim != 2 or values.dtype.itemsize != 2:
         return False
     if values.dtype == np.float16:
@@ -193,7 +193,7 @@ def with_storable_scales(
 
 
 def _half_scales(path: str, scale: np.ndarray) -> np.ndarray:
-    """Positive scales that both float16, which the file stores, and bfloat16 hold exactly."""
+    """Returns positive scales that both float16, of the file, and bfloat16 hold exactly."""
     size = np.abs(scale).astype(ml_dtypes.bfloat16).astype(np.float32)
     if size.max(initial=0.0) > LARGEST_HALF:
         raise ExportError(
