@@ -82,7 +82,7 @@ class FlatModel:
         return self._names[max(code.builtinCode, code.deprecatedBuiltinCode)]
 
     def operator_names(self) -> set[str]:
-        """Returns the builtin names of all operators of all signatures; custom ones read `CUSTOM`."""
+        """Returns builtin names of all operators of all signatures; custom ones read `CUSTOM`."""
         return {
             self.operator_name(operator)
             for graph in self.model.subgraphs
