@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_edge.export.delegates.conditions import CONDITIONS, Context, Undecided
-from glm_edge.export.delegates.rules import DELEGATES, SOURCES, Delegate, Rule
+from glm_edge.export.delegates.rules import CONDITION_SOURCES, DELEGATES, Delegate, Rule
 from glm_edge.export.tflite.reader import Graph, Operator, read_graphs
 
 YES, NO, UNKNOWN = "yes", "no", "unknown"
+UNREAD = "strides, paddings or axes also count, which are not read here"
+# Values of options that are absent, where they are not zero.
+_DEFAULTS = {"Beta": 1}
 
 
 @dataclass(frozen=True)
@@ -180,32 +183,31 @@ def judge(delegate: Delegate, operator: Operator, context: Context) -> Verdict:
     rule = delegate.rules.get(operator.name)
     if rule is None:
         return Verdict(NO, "not among its operators", delegate.source)
-    source = rule.source or delegate.source
-    reasons = list(_refusals(delegate.every, operator, context, delegate.source))
+    reasons = list(_failed(delegate.conditions, operator, context, delegate.source))
     if rule.version is not None and operator.version > rule.version:
         reasons.append((f"version {operator.version}, at most {rule.version}", delegate.source))
-    reasons += [(reason, source) for reason in _against(rule, operator)]
-    reasons += _refusals(rule.checks, operator, context, source)
+    reasons += [(reason, rule.source) for reason in _mismatches(rule, operator)]
+    reasons += _failed(rule.conditions, operator, context, rule.source)
     refusals = [reason for reason in reasons if not isinstance(reason[0], Undecided)]
     if refusals:
         return Verdict(NO, *refusals[0])
-    return (
-        Verdict(UNKNOWN, str(reasons[0][0]), reasons[0][1]) if reasons else Verdict(YES, "", source)
-    )
+    if reasons:
+        return Verdict(UNKNOWN, str(reasons[0][0]), reasons[0][1])
+    return Verdict(YES, "", rule.source)
 
 
-def _refusals(
+def _failed(
     names: Iterable[str], operator: Operator, context: Context, source: str
 ) -> Iterable[tuple[str, str]]:
     """Yields the reasons of conditions that an operator does not satisfy, with their sources."""
     for name in names:
         reason = CONDITIONS[name](operator, context)
         if reason is not None:
-            yield reason, SOURCES.get(name, source)
+            yield reason, CONDITION_SOURCES.get(name, source)
 
 
-def _against(rule: Rule, operator: Operator) -> Iterable[str]:
-    """Yields the reasons of a rule's types, ranks and constants against an operator."""
+def _mismatches(rule: Rule, operator: Operator) -> Iterable[str]:
+    """Yields the fields of a rule that an operator does not satisfy, as reasons."""
     for position, tensor in enumerate(operator.inputs):
         if tensor is None:
             continue
@@ -217,9 +219,35 @@ def _against(rule: Rule, operator: Operator) -> Iterable[str]:
         if position in rule.constant and not tensor.constant:
             yield f"input {position} is computed, a constant is asked for"
     computed = sum(1 for t in operator.inputs if t is not None and not t.constant)
-    if rule.runtime is not None and computed not in rule.runtime:
-        right = " or ".join(map(str, rule.runtime))
-        yield f"{computed} inputs are computed, {right} is right"
+    if rule.computed is not None and computed not in rule.computed:
+        yield f"{computed} inputs are computed, {_alternatives(rule.computed)} is right"
+    for kind, count, right in (
+        ("inputs", len(operator.inputs), rule.inputs),
+        ("outputs", len(operator.outputs), rule.outputs),
+    ):
+        if right is not None and count != right:
+            yield f"{count} {kind}, {right} is right"
+    first = operator.inputs[0] if operator.inputs else None
+    if rule.rank is not None and (first is None or first.rank not in rule.rank):
+        yield f"a tensor that is not of rank {_alternatives(rule.rank)}"
+    if rule.output_rank is not None and operator.outputs:
+        (least, most), rank = rule.output_rank, operator.outputs[0].rank
+        if not least <= rank <= most:
+            yield f"output of rank {rank}, {least} to {most} is right"
+    for name, right in rule.options.items():
+        value = operator.options.get(name, _DEFAULTS.get(name, 0))
+        if value != right:
+            yield f"option {name} is {value:g}, {right} is right"
+    if rule.refused is not None:
+        yield rule.refused
+    if rule.unread:
+        yield Undecided(UNREAD)
+    if rule.undecided is not None:
+        yield Undecided(rule.undecided)
+
+
+def _alternatives(values: Iterable[int]) -> str:
+    return " or ".join(map(str, values))
 
 
 def _laid_out(cells: list[list[str]]) -> list[str]:

@@ -8,9 +8,10 @@ import collections
 from collections.abc import Callable, Iterable
 
 from glm_edge.export.common.interface import Tensor
-from glm_edge.export.delegates.rules import BYTES, FLOATS
 from glm_edge.export.tflite.reader import Graph, Operator
 
+FLOATS = ("float32", "float16")
+BYTES = ("uint8", "int8")
 _ACTIVATIONS = ("none", "RELU", "RELU_N1_TO_1", "RELU6", "TANH", "SIGN_BIT")
 _COMPARISONS = {"LESS", "LESS_EQUAL", "GREATER", "GREATER_EQUAL", "EQUAL", "NOT_EQUAL"}
 _REFLECT = 0
@@ -145,18 +146,6 @@ def qnn_not_hybrid(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def composite_name(operator: Operator, context: Context) -> str | None:
-    """The composite is one that the compiler maps."""
-    return Undecided("only composites named RmsNorm, GroupNorm and L2Norm are mapped")
-
-
-@condition
-def unread(operator: Operator, context: Context) -> str | None:
-    """Stands for options that are not read here."""
-    return Undecided("strides, paddings or axes also count, which are not read here")
-
-
-@condition
 def first_input_float(operator: Operator, context: Context) -> str | None:
     """The activations are float32."""
     position = 2 if operator.name == "TRANSPOSE_CONV" else 0
@@ -170,12 +159,10 @@ def first_input_float(operator: Operator, context: Context) -> str | None:
 def plain_integers(operator: Operator, context: Context) -> str | None:
     """Integers have no fused activation."""
     tensor = _input(operator, 0)
-    return no_activation(operator, context) if tensor and tensor.type == "int32" else None
+    return _fused_activation(operator) if tensor and tensor.type == "int32" else None
 
 
-@condition
-def no_activation(operator: Operator, context: Context) -> str | None:
-    """No activation is fused."""
+def _fused_activation(operator: Operator) -> str | None:
     activation = int(_option(operator, "FusedActivationFunction"))
     if not activation:
         return None
@@ -187,7 +174,7 @@ def no_activation(operator: Operator, context: Context) -> str | None:
 def known_activation(operator: Operator, context: Context) -> str | None:
     """The fused activation, if any, is one that the GPU has."""
     if _option(operator, "FusedActivationFunction") >= _ACTIVATIONS.index("SIGN_BIT"):
-        return no_activation(operator, context)
+        return _fused_activation(operator)
     return None
 
 
@@ -195,31 +182,6 @@ def known_activation(operator: Operator, context: Context) -> str | None:
 def output_not_int16(operator: Operator, context: Context) -> str | None:
     """The output is not of int16."""
     return "output of int16" if operator.outputs and operator.outputs[0].type == "int16" else None
-
-
-@condition
-def output_rank_4(operator: Operator, context: Context) -> str | None:
-    """The output has at most four dimensions."""
-    rank = operator.outputs[0].rank if operator.outputs else 0
-    return f"output of rank {rank}, at most 4" if rank > 4 else None
-
-
-@condition
-def output_not_scalar(operator: Operator, context: Context) -> str | None:
-    """The output has a dimension."""
-    return "a scalar as output" if operator.outputs and not operator.outputs[0].rank else None
-
-
-@condition
-def one_output(operator: Operator, context: Context) -> str | None:
-    """There is one output."""
-    return None if len(operator.outputs) == 1 else f"{len(operator.outputs)} outputs, 1 is right"
-
-
-@condition
-def two_inputs(operator: Operator, context: Context) -> str | None:
-    """There are two inputs."""
-    return None if len(operator.inputs) == 2 else f"{len(operator.inputs)} inputs, 2 are right"
 
 
 @condition
@@ -330,12 +292,6 @@ def flat_indices(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def plain_weights(operator: Operator, context: Context) -> str | None:
-    """Weights are in the default layout."""
-    return "shuffled weights" if _option(operator, "WeightsFormat") else None
-
-
-@condition
 def same_rank_if_kept(operator: Operator, context: Context) -> str | None:
     """Dimensions that are kept are as many as there were."""
     source = _input(operator, 0)
@@ -398,54 +354,12 @@ def gpu_paddings(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def rank_3_or_4(operator: Operator, context: Context) -> str | None:
-    """The first input is of rank 3 or 4."""
-    source = _input(operator, 0)
-    return None if source and source.rank in (3, 4) else "a tensor that is not of rank 3 or 4"
-
-
-@condition
-def rank_4(operator: Operator, context: Context) -> str | None:
-    """The first input is of rank 4."""
-    source = _input(operator, 0)
-    return None if source and source.rank == 4 else "a tensor that is not of rank 4"
-
-
-@condition
-def no_masks(operator: Operator, context: Context) -> str | None:
-    """No mask changes the number of dimensions."""
-    for mask in ("EllipsisMask", "NewAxisMask", "ShrinkAxisMask"):
-        if _option(operator, mask):
-            return f"a {mask.removesuffix('Mask').lower()} mask"
-    return None
-
-
-@condition
-def beta_one(operator: Operator, context: Context) -> str | None:
-    """Softmax has no temperature."""
-    beta = _option(operator, "Beta", 1)
-    return None if beta == 1 else f"softmax with beta {beta:g}"
-
-
-@condition
-def kept_dims(operator: Operator, context: Context) -> str | None:
-    """Reduced dimensions are kept."""
-    return None if _option(operator, "KeepDims") else "a mean that drops dimensions"
-
-
-@condition
 def one_scale(operator: Operator, context: Context) -> str | None:
     """The weights have one scale."""
     weights = _input(operator, 1)
     if weights is not None and weights.quantization in ("", "tensor"):
         return None
     return "more than one scale of the weights"
-
-
-@condition
-def no_kept_dims(operator: Operator, context: Context) -> str | None:
-    """Dimensions are not kept."""
-    return "keep_num_dims" if _option(operator, "KeepNumDims") else None
 
 
 @condition
@@ -492,9 +406,3 @@ def coreml_broadcast(operator: Operator, context: Context) -> str | None:
     if a[3] != b[3] and 1 not in (a[3], b[3]):
         return "shapes that it does not broadcast"
     return None
-
-
-@condition
-def never_from_ios_13(operator: Operator, context: Context) -> str | None:
-    """Never met: the target is Core ML 2."""
-    return "taken for Core ML 2 only, which iOS 12 alone has"
