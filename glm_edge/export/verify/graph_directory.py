@@ -55,7 +55,7 @@ class GraphDirectoryRunner(SignatureRunner):
         except (*PARSE_ERRORS, GlmEdgeError) as error:
             raise ExportError(f"{path}: damaged: its description: {error}") from error
         self._described_slots = tuple(self.attended_slots)
-        self._process = InterpreterProcess(self.path, num_threads, timeout, self.runtime)
+        self._worker = InterpreterProcess(self.path, num_threads, timeout, self.runtime)
 
     def _check_files(self) -> None:
         """Refuses a graph that is missing, a pipe, or a link out, before the runtime opens it."""
@@ -73,7 +73,7 @@ class GraphDirectoryRunner(SignatureRunner):
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""
-        return run_checked(self._process, self.path, signature, inputs, *self._tensors[signature])
+        return run_checked(self._worker, self.path, signature, inputs, *self._tensors[signature])
 
     @functools.cached_property
     def _tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
@@ -101,4 +101,4 @@ class GraphDirectoryRunner(SignatureRunner):
 
     def close(self) -> None:
         """Ends the process, which otherwise ends with this object."""
-        self._process.close()
+        self._worker.close()

@@ -302,7 +302,7 @@ class LiteRTRunner(SignatureRunner):
         except (*PARSE_ERRORS, GlmEdgeError) as error:
             raise ExportError(f"{path}: damaged: its description: {error}") from error
         self.path, self.description = path, description
-        self._graphs, self._process = None, None
+        self._graphs, self._worker = None, None
         self._runners: dict[str, Any] = {}
         self._lock = threading.Lock()
         if isolated:
@@ -314,7 +314,7 @@ class LiteRTRunner(SignatureRunner):
                 self.prefill_logits,
                 self.attended_slots,
             )
-            self._process = InterpreterProcess(path, num_threads, timeout)
+            self._worker = InterpreterProcess(path, num_threads, timeout)
             return
         interpreter = require("ai_edge_litert.interpreter", extra="export")
         try:
@@ -327,7 +327,7 @@ class LiteRTRunner(SignatureRunner):
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays of exactly its shapes."""
-        if self._process is not None:
+        if self._worker is not None:
             return self._run_isolated(signature, inputs)
         # A runner sets inputs, invokes and copies outputs, all in memory of the one interpreter.
         with self._lock:
@@ -341,12 +341,12 @@ class LiteRTRunner(SignatureRunner):
     def _run_isolated(self, signature: str, inputs: dict[str, Any]) -> dict[str, Any]:
         graph = self._graphs[signature]
         tensors = graph.inputs, graph.outputs
-        return run_checked(self._process, self.path, signature, inputs, *tensors)
+        return run_checked(self._worker, self.path, signature, inputs, *tensors)
 
     def close(self) -> None:
         """Ends the process of an isolated file, which otherwise ends with this object."""
-        if self._process is not None:
-            self._process.close()
+        if self._worker is not None:
+            self._worker.close()
 
 
 def run_checked(

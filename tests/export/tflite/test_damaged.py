@@ -229,7 +229,7 @@ def test_a_child_gives_the_bits_of_the_interpreter_and_keeps_the_cache(exported)
 
 def test_the_death_of_a_child_is_an_error(exported):
     model = LiteRTRunner(exported.path, isolated=True)
-    os.kill(model._child._process.pid, signal.SIGKILL)
+    os.kill(model._worker._process.pid, signal.SIGKILL)
     with pytest.raises(ExportError, match=r"process died when asked to run embed \(signal SIGKILL"):
         model.score(np.arange(3))
 
