@@ -10,7 +10,7 @@ from glm_edge import export
 from glm_edge.errors import ExportError
 from glm_edge.export.common.interface import Tensor
 from glm_edge.export.delegates.compatibility import NO, UNKNOWN, YES, judge
-from glm_edge.export.delegates.conditions import CONDITIONS, Context
+from glm_edge.export.delegates.conditions import CONDITIONS, GraphContext
 from glm_edge.export.delegates.rules import COMMIT, CONDITION_SOURCES, DELEGATES
 from glm_edge.export.tflite import file as tflite_file
 from glm_edge.export.tflite.flatbuffer import FlatModel, schema
@@ -32,7 +32,7 @@ def operator(name, *inputs, version=1, outputs=None, **options):
 
 
 def verdicts(found, *others):
-    context = Context(Graph("g", {}, {}, (found, *others)))
+    context = GraphContext(Graph("g", {}, {}, (found, *others)))
     return {name: judge(delegate, found, context) for name, delegate in BY_NAME.items()}
 
 

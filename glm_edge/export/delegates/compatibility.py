@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_edge.export.delegates.conditions import CONDITIONS, Context, Undecided
+from glm_edge.export.delegates.conditions import CONDITIONS, GraphContext, Undecided
 from glm_edge.export.delegates.rules import CONDITION_SOURCES, DELEGATES, Delegate, Rule
 from glm_edge.export.tflite.reader import Graph, Operator, read_graphs
 
@@ -31,7 +31,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Row:
+class OperatorGroup:
     """Operators of one signature that are alike to every delegate.
 
     Attributes:
@@ -62,7 +62,7 @@ class Compatibility:
     """
 
     path: Path
-    rows: tuple[Row, ...]
+    rows: tuple[OperatorGroup, ...]
 
     @property
     def signatures(self) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ class Compatibility:
         """Names of the delegates."""
         return tuple(delegate.name for delegate in DELEGATES)
 
-    def fallback(self, delegate: str, signature: str | None = None) -> list[Row]:
+    def fallback(self, delegate: str, signature: str | None = None) -> list[OperatorGroup]:
         """Lists the operators that a delegate refuses, which run on the CPU.
 
         Args:
@@ -98,7 +98,7 @@ class Compatibility:
             counted[row.verdicts[delegate].accepted] += row.count
         return counted
 
-    def _of(self, signature: str | None) -> list[Row]:
+    def _of(self, signature: str | None) -> list[OperatorGroup]:
         return [row for row in self.rows if signature in (None, row.signature)]
 
     def summary(self) -> str:
@@ -161,8 +161,8 @@ def compatibility(path: str | Path) -> Compatibility:
     return Compatibility(Path(path), tuple(rows))
 
 
-def _rows(graph: Graph) -> Iterable[Row]:
-    context, counted = Context(graph), collections.Counter()
+def _rows(graph: Graph) -> Iterable[OperatorGroup]:
+    context, counted = GraphContext(graph), collections.Counter()
     verdicts = {}
     for operator in graph.operators:
         judged = tuple(judge(delegate, operator, context) for delegate in DELEGATES)
@@ -170,7 +170,7 @@ def _rows(graph: Graph) -> Iterable[Row]:
         counted[key] += 1
         verdicts[key] = {d.name: verdict for d, verdict in zip(DELEGATES, judged, strict=True)}
     for key, count in counted.items():
-        yield Row(graph.name, *key[:3], count, verdicts[key])
+        yield OperatorGroup(graph.name, *key[:3], count, verdicts[key])
 
 
 def _types(operator: Operator) -> str:
@@ -178,7 +178,7 @@ def _types(operator: Operator) -> str:
     return f"{inputs} -> {', '.join(map(str, operator.outputs))}"
 
 
-def judge(delegate: Delegate, operator: Operator, context: Context) -> Verdict:
+def judge(delegate: Delegate, operator: Operator, context: GraphContext) -> Verdict:
     """Decides whether a delegate takes one operator of a graph."""
     rule = delegate.rules.get(operator.name)
     if rule is None:
@@ -197,7 +197,7 @@ def judge(delegate: Delegate, operator: Operator, context: Context) -> Verdict:
 
 
 def _failed(
-    names: Iterable[str], operator: Operator, context: Context, source: str
+    names: Iterable[str], operator: Operator, context: GraphContext, source: str
 ) -> Iterable[tuple[str, str]]:
     """Yields the reasons of conditions that an operator does not satisfy, with their sources."""
     for name in names:

@@ -21,7 +21,7 @@ class Undecided(str):
     """A reason why the file does not decide."""
 
 
-class Context:
+class GraphContext:
     """Facts about a graph that conditions of one operator need."""
 
     def __init__(self, graph: Graph):
@@ -43,7 +43,7 @@ class Context:
         )
 
 
-Condition = Callable[[Operator, Context], str | None]
+Condition = Callable[[Operator, GraphContext], str | None]
 CONDITIONS: dict[str, Condition] = {}
 
 
@@ -70,7 +70,7 @@ def _option(operator: Operator, name: str, default: int = 0) -> float:
 
 
 @condition
-def static_shapes(operator: Operator, context: Context) -> str | None:
+def static_shapes(operator: Operator, context: GraphContext) -> str | None:
     """All extents are in the file."""
     if any(-1 in tensor.shape for tensor in _all(operator)):
         return Undecided("a shape known only at run time: whether it is dynamic shows when it runs")
@@ -78,14 +78,14 @@ def static_shapes(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def rank_at_most_4(operator: Operator, context: Context) -> str | None:
+def rank_at_most_4(operator: Operator, context: GraphContext) -> str | None:
     """No tensor has more than four dimensions."""
     rank = max((tensor.rank for tensor in _all(operator)), default=0)
     return f"a tensor of rank {rank}, at most 4" if rank > 4 else None
 
 
 @condition
-def gpu_tensors(operator: Operator, context: Context) -> str | None:
+def gpu_tensors(operator: Operator, context: GraphContext) -> str | None:
     """Computed tensors are of a type that the GPU computes with, and of rank 4 at most."""
     name = operator.name
     inputs, outputs = {*FLOATS, *BYTES}, {*FLOATS, *BYTES}
@@ -110,7 +110,7 @@ def gpu_tensors(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def qnn_tensors(operator: Operator, context: Context) -> str | None:
+def qnn_tensors(operator: Operator, context: GraphContext) -> str | None:
     """Every tensor has a QNN type."""
     for tensor in _all(operator):
         if tensor.type in ("int4", "int2"):
@@ -128,7 +128,7 @@ _QNN_TYPES = {
 
 
 @condition
-def no_blocks_in_graph(operator: Operator, context: Context) -> str | None:
+def no_blocks_in_graph(operator: Operator, context: GraphContext) -> str | None:
     """No weight of the signature shares scales in blocks."""
     if context.blocks is None:
         return None
@@ -136,7 +136,7 @@ def no_blocks_in_graph(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def qnn_not_hybrid(operator: Operator, context: Context) -> str | None:
+def qnn_not_hybrid(operator: Operator, context: GraphContext) -> str | None:
     """Quantized weights meet quantized activations."""
     integers = [t for t in _present(operator.inputs) if t.constant and t.quantization]
     floats = [t for t in (*_present(operator.inputs), *operator.outputs) if t.type in FLOATS]
@@ -146,7 +146,7 @@ def qnn_not_hybrid(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def first_input_float(operator: Operator, context: Context) -> str | None:
+def first_input_float(operator: Operator, context: GraphContext) -> str | None:
     """The activations are float32."""
     position = 2 if operator.name == "TRANSPOSE_CONV" else 0
     tensor = _input(operator, position)
@@ -156,7 +156,7 @@ def first_input_float(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def plain_integers(operator: Operator, context: Context) -> str | None:
+def plain_integers(operator: Operator, context: GraphContext) -> str | None:
     """Integers have no fused activation."""
     tensor = _input(operator, 0)
     return _fused_activation(operator) if tensor and tensor.type == "int32" else None
@@ -171,7 +171,7 @@ def _fused_activation(operator: Operator) -> str | None:
 
 
 @condition
-def known_activation(operator: Operator, context: Context) -> str | None:
+def known_activation(operator: Operator, context: GraphContext) -> str | None:
     """The fused activation, if any, is one that the GPU has."""
     if _option(operator, "FusedActivationFunction") >= _ACTIVATIONS.index("SIGN_BIT"):
         return _fused_activation(operator)
@@ -179,19 +179,19 @@ def known_activation(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def output_not_int16(operator: Operator, context: Context) -> str | None:
+def output_not_int16(operator: Operator, context: GraphContext) -> str | None:
     """The output is not of int16."""
     return "output of int16" if operator.outputs and operator.outputs[0].type == "int16" else None
 
 
 @condition
-def no_constants(operator: Operator, context: Context) -> str | None:
+def no_constants(operator: Operator, context: GraphContext) -> str | None:
     """All inputs are computed."""
     return "a constant input" if any(t.constant for t in _present(operator.inputs)) else None
 
 
 @condition
-def two_operands(operator: Operator, context: Context) -> str | None:
+def two_operands(operator: Operator, context: GraphContext) -> str | None:
     """There are two operands, of which the file may hold one."""
     constants = sum(t.constant for t in _present(operator.inputs))
     computed = len(_present(operator.inputs)) - constants
@@ -201,7 +201,7 @@ def two_operands(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def half_precision(operator: Operator, context: Context) -> str | None:
+def half_precision(operator: Operator, context: GraphContext) -> str | None:
     """Float16 weights go with what reads them; other types have a version."""
     source = _input(operator, 0)
     if source is not None and source.type == "float16" and source.constant:
@@ -210,7 +210,7 @@ def half_precision(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def casts_numbers(operator: Operator, context: Context) -> str | None:
+def casts_numbers(operator: Operator, context: GraphContext) -> str | None:
     """The cast is between numbers."""
     kind = operator.outputs[0].type if operator.outputs else "nothing"
     allowed = ("float32", "int32", *BYTES)
@@ -218,7 +218,7 @@ def casts_numbers(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def gpu_cast(operator: Operator, context: Context) -> str | None:
+def gpu_cast(operator: Operator, context: GraphContext) -> str | None:
     """The cast is one of those that the GPU has."""
     source, target = _input(operator, 0), operator.outputs[0] if operator.outputs else None
     if source is None or target is None:
@@ -237,7 +237,7 @@ def gpu_cast(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def feeds_float(operator: Operator, context: Context) -> str | None:
+def feeds_float(operator: Operator, context: GraphContext) -> str | None:
     """A comparison is read by one operator, which makes floats of it."""
     readers = context.consumers[operator.output_indices[0]] if operator.output_indices else []
     if (
@@ -251,7 +251,7 @@ def feeds_float(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def condition_of_value_shape(operator: Operator, context: Context) -> str | None:
+def condition_of_value_shape(operator: Operator, context: GraphContext) -> str | None:
     """Condition and values have one shape."""
     chosen, value = _input(operator, 0), _input(operator, 1)
     if chosen is None or value is None or chosen.shape != value.shape:
@@ -260,14 +260,14 @@ def condition_of_value_shape(operator: Operator, context: Context) -> str | None
 
 
 @condition
-def same_types(operator: Operator, context: Context) -> str | None:
+def same_types(operator: Operator, context: GraphContext) -> str | None:
     """Both inputs are of one type."""
     kinds = [tensor.type for tensor in _present(operator.inputs)[:2]]
     return None if len(set(kinds)) == 1 else f"inputs of {' and '.join(kinds)}"
 
 
 @condition
-def no_broadcast(operator: Operator, context: Context) -> str | None:
+def no_broadcast(operator: Operator, context: GraphContext) -> str | None:
     """Both inputs have the same batch dimensions."""
     a, b = (*_present(operator.inputs), None, None)[:2]
     if a is None or b is None or a.rank < 2 or a.rank != b.rank or a.shape[:-2] != b.shape[:-2]:
@@ -276,7 +276,7 @@ def no_broadcast(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def flat_constant(operator: Operator, context: Context) -> str | None:
+def flat_constant(operator: Operator, context: GraphContext) -> str | None:
     """A constant second input is a matrix."""
     second = _input(operator, 1)
     if second is not None and second.constant and second.rank != 2:
@@ -285,14 +285,14 @@ def flat_constant(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def flat_indices(operator: Operator, context: Context) -> str | None:
+def flat_indices(operator: Operator, context: GraphContext) -> str | None:
     """Indices are a vector."""
     indices = _input(operator, 1)
     return None if indices is not None and indices.rank == 1 else "indices that are no vector"
 
 
 @condition
-def same_rank_if_kept(operator: Operator, context: Context) -> str | None:
+def same_rank_if_kept(operator: Operator, context: GraphContext) -> str | None:
     """Dimensions that are kept are as many as there were."""
     source = _input(operator, 0)
     if source is None or source.constant:
@@ -304,7 +304,7 @@ def same_rank_if_kept(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def gpu_broadcast(operator: Operator, context: Context) -> str | None:
+def gpu_broadcast(operator: Operator, context: GraphContext) -> str | None:
     """Shapes broadcast as the GPU does it."""
     if len(_present(operator.inputs)) != 2:
         return "an absent input"
@@ -322,7 +322,7 @@ def gpu_broadcast(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def gpu_select(operator: Operator, context: Context) -> str | None:
+def gpu_select(operator: Operator, context: GraphContext) -> str | None:
     """Condition and values have shapes that the GPU selects between."""
     if len(_present(operator.inputs)) != 3 or not operator.outputs:
         return "3 inputs and an output are right"
@@ -343,7 +343,7 @@ def gpu_select(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def gpu_paddings(operator: Operator, context: Context) -> str | None:
+def gpu_paddings(operator: Operator, context: GraphContext) -> str | None:
     """Paddings are of a tensor of rank 3 or 4."""
     paddings = _input(operator, 1)
     if paddings is None or paddings.shape not in ((3, 2), (4, 2)):
@@ -354,7 +354,7 @@ def gpu_paddings(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def one_scale(operator: Operator, context: Context) -> str | None:
+def one_scale(operator: Operator, context: GraphContext) -> str | None:
     """The weights have one scale."""
     weights = _input(operator, 1)
     if weights is not None and weights.quantization in ("", "tensor"):
@@ -363,14 +363,14 @@ def one_scale(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def all_bytes(operator: Operator, context: Context) -> str | None:
+def all_bytes(operator: Operator, context: GraphContext) -> str | None:
     """All inputs are of 8 bits."""
     kinds = {tensor.type for tensor in _present(operator.inputs)} - set(BYTES)
     return f"an input of {min(kinds)}, 8 bits are asked for" if kinds else None
 
 
 @condition
-def one_row(operator: Operator, context: Context) -> str | None:
+def one_row(operator: Operator, context: GraphContext) -> str | None:
     """There is one row of activations."""
     source = _input(operator, 0)
     if source is not None and source.rank and source.shape[-1] == source.size:
@@ -379,7 +379,7 @@ def one_row(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def last_axis(operator: Operator, context: Context) -> str | None:
+def last_axis(operator: Operator, context: GraphContext) -> str | None:
     """Inputs of rank 3 or 4 are joined along the last axis."""
     source, axis = _input(operator, 0), _option(operator, "Axis")
     if len(operator.inputs) < 2 or source is None or source.rank not in (3, 4):
@@ -388,7 +388,7 @@ def last_axis(operator: Operator, context: Context) -> str | None:
 
 
 @condition
-def coreml_broadcast(operator: Operator, context: Context) -> str | None:
+def coreml_broadcast(operator: Operator, context: GraphContext) -> str | None:
     """Shapes broadcast as Core ML's layers do it."""
     tensors = _present(operator.inputs)[:2]
     if len(tensors) < 2:

@@ -38,7 +38,7 @@ REPLACEMENT_CHARACTER = "\ufffd"
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class EnginePrompt:
     """One message of a user, for the engine and for `Processor`.
 
     Attributes:
@@ -314,7 +314,7 @@ def _batches(
     rng: np.random.Generator,
     directory: Path,
     max_new_tokens: int,
-) -> Iterator[list[Prompt]]:
+) -> Iterator[list[EnginePrompt]]:
     """Prompts of one kind at a time, so that JAX compiles once for each."""
     config, strings = bundle.model.config, reads_strings(bundle.processor)
     encoders = {"image": config.vision, "audio": config.speech}
@@ -332,16 +332,16 @@ def _batches(
             yield fitting
 
 
-def _length(processor: Processor, prompt: Prompt, strings: bool) -> int:
+def _length(processor: Processor, prompt: EnginePrompt, strings: bool) -> int:
     return processor(_turn(prompt.to_jax, strings)).tokens.shape[1]
 
 
 def _prompt(
     bundle: "Bundle", kind: str | None, text: str, rng: np.random.Generator, file: Path
-) -> Prompt:
+) -> EnginePrompt:
     part = {"type": "text", "text": text}
     if kind is None:
-        return Prompt([part], [part])
+        return EnginePrompt([part], [part])
     if kind == "image":
         shape = (*bundle.image_size, bundle.model.config.vision.channels)
         value = rng.integers(0, 256, shape, dtype=np.uint8)
@@ -354,7 +354,7 @@ def _prompt(
             out.setparams((1, 2, audio.sample_rate, len(samples), "NONE", ""))
             out.writeframes(samples.astype("<i2").tobytes())
     to_engine = [{"type": kind, "path": str(file)}, part]
-    return Prompt(to_engine, [{"type": kind, kind: value}, part])
+    return EnginePrompt(to_engine, [{"type": kind, kind: value}, part])
 
 
 def _recording(audio: AudioProcessing, rng: np.random.Generator) -> np.ndarray:

@@ -14,7 +14,13 @@ import numpy as np
 from glm_edge import files
 from glm_edge.errors import ExportError, GlmEdgeError, require
 from glm_edge.export.common.parsing import PARSE_ERRORS, EntryCounter
-from glm_edge.export.tflite.flatbuffer import METADATA, SMALL_BUFFER, Constant, Grid, schema
+from glm_edge.export.tflite.flatbuffer import (
+    METADATA,
+    SMALL_BUFFER,
+    ActivationGrid,
+    Constant,
+    schema,
+)
 from glm_edge.writers import check_target, write_stream
 
 IDENTIFIER = b"TFL3"
@@ -163,7 +169,9 @@ def read_constants(
     return constants
 
 
-def _static_grids(graph: Any, entries: EntryCounter) -> Iterator[tuple[str, dict[str, Grid]]]:
+def _static_grids(
+    graph: Any, entries: EntryCounter
+) -> Iterator[tuple[str, dict[str, ActivationGrid]]]:
     """Yields names of the weights that meet int8 activations, with the grids of these."""
     for index in entries(graph.OperatorsLength()):
         operator = graph.Operators(index)
@@ -178,9 +186,9 @@ def _static_grids(graph: Any, entries: EntryCounter) -> Iterator[tuple[str, dict
             yield name, {side: _grid(tensor) for side, tensor in tensors.items()}
 
 
-def _grid(tensor: Any) -> Grid:
+def _grid(tensor: Any) -> ActivationGrid:
     quantization = tensor.Quantization()
-    return Grid(float(quantization.Scale(0)), int(quantization.ZeroPoint(0)))
+    return ActivationGrid(float(quantization.Scale(0)), int(quantization.ZeroPoint(0)))
 
 
 def _constant(model: Any, graph: Any, tensor: Any, names: dict[int, str], content: Any) -> Constant:

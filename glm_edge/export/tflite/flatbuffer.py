@@ -27,7 +27,7 @@ def schema() -> Any:
 
 
 @dataclass(frozen=True)
-class Grid:
+class ActivationGrid:
     """A static int8 grid of activations, `f' = scale * (code - zero)`.
 
     Attributes:
@@ -59,8 +59,8 @@ class Constant:
     data: np.ndarray
     scale: np.ndarray | None = None
     block_size: int = 0
-    inputs: Grid | None = None
-    outputs: Grid | None = None
+    inputs: ActivationGrid | None = None
+    outputs: ActivationGrid | None = None
     zero: np.ndarray | None = None
 
 
@@ -101,7 +101,7 @@ class FlatModel:
           ExportError: a quantized weight is used by an operator that cannot read it.
         """
         stored: dict[str, tuple[int, int]] = {}
-        rounded: dict[tuple[int, int, Grid], int] = {}
+        rounded: dict[tuple[int, int, ActivationGrid], int] = {}
         for signature in self.model.signatureDefs:
             graph = self.model.subgraphs[signature.subgraphIndex]
             consumers = _consumers(graph)
@@ -194,7 +194,7 @@ class FlatModel:
         product: Any,
         path: str,
         constant: Constant,
-        rounded: dict[tuple[int, int, Grid], int],
+        rounded: dict[tuple[int, int, ActivationGrid], int],
     ) -> None:
         """Rounds what a product reads and gives to the grids of its constant.
 
@@ -225,7 +225,7 @@ class FlatModel:
         at = next(i for i, operator in enumerate(graph.operators) if operator is product)
         graph.operators.insert(at + 1, self._conversion(code, reached, result))
 
-    def _add_int8(self, graph: Any, like: int, grid: Grid) -> int:
+    def _add_int8(self, graph: Any, like: int, grid: ActivationGrid) -> int:
         index = self.add_tensor(graph, "", tuple(graph.tensors[like].shape), "INT8")
         parameters = self.schema.QuantizationParametersT()
         parameters.scale = np.array([grid.scale], np.float32)

@@ -17,7 +17,7 @@ from glm_edge.export.common.weights import (
     check_finite,
     to_array,
 )
-from glm_edge.export.tflite.flatbuffer import Constant, Grid
+from glm_edge.export.tflite.flatbuffer import ActivationGrid, Constant
 from glm_edge.kernels import grid, packing
 from glm_edge.params import Format, Quantized
 from glm_edge.params.formats import PER_TENSOR
@@ -215,14 +215,14 @@ def _not_static(path: str, box: Quantized) -> str | None:
     return None
 
 
-def _grid(path: str, box: Quantized, side: str) -> Grid:
+def _grid(path: str, box: Quantized, side: str) -> ActivationGrid:
     scale, zero = np.float32(getattr(box, f"{side}_scale")), int(getattr(box, f"{side}_zero"))
     check_finite(path, scale)
     if scale < SMALLEST_SCALE:
         raise ExportError(
             f"{path}: {side}_scale is {scale}; right would be at least {SMALLEST_SCALE:.3g}"
         )
-    return Grid(float(scale), zero)
+    return ActivationGrid(float(scale), zero)
 
 
 def _to_runnable(path: str, box: Quantized) -> tuple[Quantized, list[Conversion]]:

@@ -87,7 +87,7 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
     return content
 
 
-class LiteRT:
+class LiteRTRuntime:
     """The interpreter of a TFLite file."""
 
     def __init__(self, path: str, num_threads: int):
@@ -167,7 +167,7 @@ class MNNRuntime:
         return library.Tensor(array.shape, kind, array, library.Tensor_DimensionType_Caffe)
 
 
-class Engine:
+class LiteRTLMRuntime:
     """LiteRT-LM's engine of a bundle, which answers greedily."""
 
     def __init__(self, path: str, num_threads: int, images: int, audio: bool, cache_dir: str):
@@ -206,7 +206,12 @@ class Engine:
         return text, int(self._conversation.token_count)
 
 
-RUNTIMES = {"litert": LiteRT, "onnx": ONNXRuntime, "mnn": MNNRuntime, "litertlm": Engine}
+RUNTIMES = {
+    "litert": LiteRTRuntime,
+    "onnx": ONNXRuntime,
+    "mnn": MNNRuntime,
+    "litertlm": LiteRTLMRuntime,
+}
 
 
 class Worker:

@@ -15,7 +15,7 @@ from glm_edge.errors import ExportError
 from glm_edge.export.common.signatures import Signature
 from glm_edge.export.tflite import file as tflite_file
 from glm_edge.export.tflite.converter import skeleton
-from glm_edge.export.tflite.flatbuffer import FlatModel, Grid
+from glm_edge.export.tflite.flatbuffer import ActivationGrid, FlatModel
 from glm_edge.export.tflite.weights import to_constant
 from glm_edge.kernels import matmul
 from glm_edge.models.multimodal import MultimodalGLM
@@ -32,7 +32,7 @@ STATIC = {
 }
 
 
-def with_grids(box: Quantized, inputs: Grid, outputs: Grid) -> Quantized:
+def with_grids(box: Quantized, inputs: ActivationGrid, outputs: ActivationGrid) -> Quantized:
     return box.replace(
         input_scale=jnp.float32(inputs.scale),
         input_zero=jnp.int8(inputs.zero),
@@ -73,7 +73,9 @@ def test_one_product_has_the_bits_of_the_static_kernel(form, quantize, tmp_path)
     x = (rng.normal(size=(1, 16, 256)) + 0.3).astype(np.float32)
     box = quantize(jnp.asarray(rng.normal(size=(48, 256)), jnp.float32), form)
     products = x[0] @ np.asarray(box.unbox()).T
-    box = with_grids(box, Grid(5.0 / 255, -19), Grid(0.8 * np.ptp(products) / 255, 7))
+    box = with_grids(
+        box, ActivationGrid(5.0 / 255, -19), ActivationGrid(0.8 * np.ptp(products) / 255, 7)
+    )
     signature = Signature(
         "product",
         {"x": jax.ShapeDtypeStruct(x.shape, jnp.float32)},
@@ -147,7 +149,9 @@ def test_a_static_product_is_no_hybrid_one_for_delegates(written):
 
 def test_static_ranges_that_no_kernel_reads_are_left_out_and_named(quantize):
     weight = jax.random.normal(jax.random.key(0), (6, 64))
-    full = with_grids(quantize(weight, Format("int8")), Grid(0.02, 3), Grid(0.1, -5))
+    full = with_grids(
+        quantize(weight, Format("int8")), ActivationGrid(0.02, 3), ActivationGrid(0.1, -5)
+    )
     constant, effective, conversions = to_constant("embed/weight", full)
     assert (constant.inputs, effective.input_scale, effective.output_scale) == (None, None, None)
     assert "as its rows are looked up, too" in str(conversions[0])
@@ -156,7 +160,9 @@ def test_static_ranges_that_no_kernel_reads_are_left_out_and_named(quantize):
     assert (constant.inputs, effective.input_scale) == (None, None)
     assert "as its products have none" in str(conversions[0])
     assert conversions[0].changes_values
-    narrow = with_grids(quantize(weight, Format("int6")), Grid(0.02, 3), Grid(0.1, -5))
+    narrow = with_grids(
+        quantize(weight, Format("int6")), ActivationGrid(0.02, 3), ActivationGrid(0.1, -5)
+    )
     constant, effective, _ = to_constant("w", narrow)
     assert constant.type == "int8"
     assert (constant.inputs.zero, constant.outputs.zero) == (3, -5)
