@@ -114,7 +114,9 @@ def test_lengths_that_are_not_fixed_are_refused(length, form, write, params, out
         fields["cache_slots"] = [length]
     for name, values in fields.items():
         for value in values:
-            with pytest.raises(ExportError, match=f"{name}: .* is no fixed length; right would be"):
+            with pytest.raises(
+                ExportError, match=f"{name}: .* is not a fixed length; right would be"
+            ):
                 write(params, **{"prefill_lengths": (), name: value})
     assert not list(out.iterdir())
 
@@ -132,7 +134,7 @@ def test_functions_of_a_shape_that_is_not_fixed_are_refused(extent, out):
     if extent == "T":
         (extent,) = jax.export.symbolic_shape("T")
     inputs = {"x": jax.ShapeDtypeStruct((extent, 3), jnp.float32)}
-    with pytest.raises(ExportError, match=r"shape of x: .* is no fixed length; right would be"):
+    with pytest.raises(ExportError, match=r"shape of x: .* is not a fixed length; right would be"):
         export.function(lambda _, given: {"y": 2.0 * given["x"]}, {}, inputs, out / "a.tflite")
     assert not list(out.iterdir())
 

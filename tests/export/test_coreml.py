@@ -173,13 +173,13 @@ def test_a_package_of_other_functions_is_refused(exported_coreml, model, tmp_pat
     described = {function.name: function for function in specification.description.functions}
     described["decode"].input[0].type.multiArrayType.shape[0] += 1
     file.write_bytes(specification.SerializeToString())
-    with pytest.raises(ExportError, match=r"no whole Core ML export.*inputs of decode"):
+    with pytest.raises(ExportError, match=r"is not a complete Core ML export.*inputs of decode"):
         inspect(changed, model, exported_coreml.params)
     del specification.description.functions[-1]
     file.write_bytes(specification.SerializeToString())
-    with pytest.raises(ExportError, match=r"no whole Core ML export.*functions"):
+    with pytest.raises(ExportError, match=r"is not a complete Core ML export.*functions"):
         inspect(changed, model, exported_coreml.params)
-    with pytest.raises(ExportError, match="no whole Core ML export"):
+    with pytest.raises(ExportError, match="is not a complete Core ML export"):
         inspect(tmp_path, model, exported_coreml.params)
 
 

@@ -253,7 +253,7 @@ def test_the_converter_runs_without_its_command_line():
 
 
 def test_a_directory_that_is_no_export_is_refused(tmp_path):
-    with pytest.raises(ExportError, match="no whole export of glm_edge"):
+    with pytest.raises(ExportError, match="is not a complete export of glm_edge"):
         read_weights(tmp_path)
 
 

@@ -341,10 +341,10 @@ def test_targets_are_written_whole_or_not_at_all(model, params, tmp_path, monkey
 
 
 def test_a_directory_that_is_no_export_is_refused(exported_onnx, tmp_path):
-    with pytest.raises(ExportError, match="no whole export of glm_edge"):
+    with pytest.raises(ExportError, match="is not a complete export of glm_edge"):
         read_weights(tmp_path)
     (tmp_path / DESCRIPTION).write_text(json.dumps({"signatures": ["decode"]}))
-    with pytest.raises(ExportError, match="no whole ONNX export"):
+    with pytest.raises(ExportError, match="is not a complete ONNX export"):
         read_weights(tmp_path)
 
 

@@ -63,7 +63,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         path = file_inside(Path(directory), DESCRIPTION, ExportError)
         return read_json(path, ExportError)
     except ExportError as error:
-        raise ExportError(f"{directory}: no whole export of glm_edge: {error}") from error
+        raise ExportError(f"{directory}: is not a complete export of glm_edge: {error}") from error
 
 
 def check_tree(directory: Path) -> None:

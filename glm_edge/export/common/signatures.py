@@ -1,4 +1,4 @@
-"""The signatures of an exported model, their sizes, and what a file says about itself.
+"""The signatures of an exported model, their sizes, and the description of a file.
 
 Letters of shapes: `T` tokens, `S` cache slots, `D` hidden size, `K` key/value heads, `H` head
 dimension, `M` features of one image or recording, `V` vocabulary.
@@ -338,7 +338,7 @@ def described_sizes(description: Mapping[str, Any], config: GLMConfig) -> Sizes:
     if not isinstance(fields["prefill_logits"], bool):
         raise ExportError(f"prefill_logits: must be true or false: {fields['prefill_logits']!r}")
     if fields["cache_slots"] is None:
-        raise ExportError("cache_slots: None is no fixed length")
+        raise ExportError("cache_slots: None is not a fixed length")
     lengths, slots = check_lengths(config, fields["prefill_lengths"], fields["cache_slots"])
     attended = check_attended(fields["attended_slots"], slots)
     for name, sizes in (("prefill_lengths", lengths), ("attended_slots", attended)):
@@ -366,7 +366,7 @@ def check_fixed(name: str, lengths: Iterable[int]) -> list[int]:
     for length in values:
         if not isinstance(length, Integral) or isinstance(length, bool) or length < 1:
             raise ExportError(
-                f"{name}: {length!r} is no fixed length; right would be an integer of at least "
+                f"{name}: {length!r} is not a fixed length; right would be an integer of at least "
                 "1, as every graph has one shape"
             )
     return [int(length) for length in values]

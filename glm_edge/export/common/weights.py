@@ -120,7 +120,7 @@ class Weight:
 
 
 def to_weight(path: str, leaf: Any, target: WeightFormat) -> tuple[Weight, list[Conversion]]:
-    """Converts one parameter to what a format stores.
+    """Converts one parameter to the form that a format stores.
 
     Args:
       path: of the parameter.
@@ -128,7 +128,7 @@ def to_weight(path: str, leaf: Any, target: WeightFormat) -> tuple[Weight, list[
       target: the format.
 
     Returns:
-      The weight, and what was converted.
+      The weight and its conversions.
 
     Raises:
       ExportError: the format cannot store it; the message says what would be right.
@@ -155,7 +155,7 @@ def _from_box(path: str, box: Quantized, target: WeightFormat) -> tuple[Weight, 
 
 
 def to_array(path: str, leaf: Any) -> tuple[Any, list[Conversion]]:
-    """Returns a parameter that is not quantized as an array, and what was converted.
+    """Returns a parameter that is not quantized as an array, and its conversions.
 
     Raises:
       ExportError: it is a box for training.
@@ -213,7 +213,7 @@ def check_box(path: str, box: Quantized, target: WeightFormat) -> str:
 
 
 def box_conversions(path: str, box: Quantized, stored: str) -> list[Conversion]:
-    """Lists what changes where codes are stored as `stored`, without static ranges."""
+    """Lists the changes of a box whose codes are stored as `stored`, without static ranges."""
     conversions = []
     if stored != box.format.qtype:
         rule = f"{box.format.qtype} written as {stored}: the same integers and scales"
@@ -258,7 +258,7 @@ def to_params(params: Params, weights: Mapping[str, Weight]) -> Params:
 
     Args:
       params: of the model.
-      weights: what `to_weight` made of each.
+      weights: from `to_weight`, by path.
 
     Returns:
       Boxes with the same codes, float32 scales and no static ranges; all others as arrays.

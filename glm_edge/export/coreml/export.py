@@ -65,7 +65,7 @@ def coreml(
       overwrite: replace a package that exists.
 
     Returns:
-      What was written.
+      The written package.
 
     Raises:
       ExportError: a parameter or the model cannot be written; the message says what would be right.
@@ -148,7 +148,7 @@ def _needed(spec: ExportSpec, params: Params) -> int:
 
 
 def _finish(tools: Any, content: Path, description: Mapping[str, Any]) -> None:
-    """Stores equal blobs of all functions once, which merging does for plain numbers only."""
+    """Stores equal blobs of all functions once, which merging does for plain values only."""
     specification = tools.proto.Model_pb2.Model()
     specification.ParseFromString((content / "model.mlmodel").read_bytes())
     specification.description.metadata.userDefined[METADATA] = json.dumps(description)
@@ -269,7 +269,7 @@ def _constant(builder: Any, path: str, weight: Weight, before: Any) -> Any:
 def _temporary_in(directory: Path) -> Iterator[None]:
     """Keeps copies that coremltools makes, some until the process ends, on the target's disk.
 
-    The folder is one of the whole process, so that a second export waits for the first.
+    The folder is one per process, so that a second export waits for the first.
     """
     with _ONE_AT_A_TIME:
         before, tempfile.tempdir = tempfile.tempdir, str(directory)
@@ -278,7 +278,7 @@ def _temporary_in(directory: Path) -> Iterator[None]:
         except RuntimeError as error:
             if "FileWriter" not in str(error):
                 raise
-            # What its C++ part says of a full disk.
+            # The message of its C++ part about a full disk.
             raise OSError(str(error)) from error
         finally:
             tempfile.tempdir = before

@@ -42,7 +42,9 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
     except GlmEdgeError:
         raise
     except (OSError, RuntimeError, *PARSE_ERRORS) as error:
-        raise ExportError(f"{path}: no whole Core ML export of glm_edge: {error}") from error
+        raise ExportError(
+            f"{path}: is not a complete Core ML export of glm_edge: {error}"
+        ) from error
     return weights
 
 
@@ -59,7 +61,9 @@ def open_package(path: str | Path) -> Any:
         return tools.models.MLModel(str(path), skip_model_load=True)
     # Some of its classes of errors derive from Exception alone.
     except (OSError, RuntimeError, message.DecodeError, *PARSE_ERRORS) as error:
-        raise ExportError(f"{path}: no whole Core ML export of glm_edge: {error}") from error
+        raise ExportError(
+            f"{path}: is not a complete Core ML export of glm_edge: {error}"
+        ) from error
 
 
 def described_by(package: Any, path: str | Path) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def described_by(package: Any, path: str | Path) -> dict[str, Any]:
     metadata = package.get_spec().description.metadata.userDefined
     if METADATA not in metadata:
         raise ExportError(f"{path}: a Core ML package, but not one that glm_edge exported")
-    where = f"{path}: no whole Core ML export of glm_edge: its description"
+    where = f"{path}: is not a complete Core ML export of glm_edge: its description"
     described = parse_json(metadata[METADATA], where, ExportError)
     if not isinstance(described, dict):
         raise ExportError(f"{where}: is a {type(described).__name__}, not a JSON object")

@@ -94,7 +94,9 @@ def inspect(path: str | Path, model: MultimodalGLM, params: Params) -> Inspectio
     except (OSError, RuntimeError, *PARSE_ERRORS) as error:
         if isinstance(error, GlmEdgeError):
             raise
-        raise ExportError(f"{path}: no whole Core ML export of glm_edge: {error}") from error
+        raise ExportError(
+            f"{path}: is not a complete Core ML export of glm_edge: {error}"
+        ) from error
     return Inspection(len(expected), check_weights(read_weights(path), params, path))
 
 

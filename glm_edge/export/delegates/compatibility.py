@@ -39,7 +39,7 @@ class OperatorGroup:
       operator: builtin name.
       version: of the operator.
       types: of inputs and outputs, such as `float32, int4/blocks of 32 -> float32`; constants and
-        weights with what shares a scale after a slash, `-` for an absent input.
+        weights with the values that share a scale after a slash, `-` for an absent input.
       count: of the operators.
       verdicts: by the delegate's name.
     """
@@ -139,9 +139,9 @@ class Compatibility:
 def compatibility(path: str | Path) -> Compatibility:
     """Lists which delegates accept each operator of a TFLite file, without running it.
 
-    The rules are those of LiteRT's published sources, see `delegates.rules`, with the
-    types, versions and shapes of this file: they decide what a delegate is offered, not how fast it
-    runs it, nor what a driver then refuses. Where the file does not decide, the verdict is
+    The rules of LiteRT's published sources (`delegates.rules`) are applied to the types, versions
+    and shapes of the file. They decide which operators a delegate is offered, not how fast it runs
+    them, nor which of them a driver then refuses. Where the file does not decide, the verdict is
     `unknown`.
 
     Args:

@@ -202,10 +202,10 @@ def two_operands(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def half_precision(operator: Operator, context: GraphContext) -> str | None:
-    """Float16 weights go with what reads them; other types have a version."""
+    """Float16 weights go with their readers; other types have a version."""
     source = _input(operator, 0)
     if source is not None and source.type == "float16" and source.constant:
-        return Undecided("float16 weights are taken if what reads them takes float16")
+        return Undecided("float16 weights are taken if their reader takes float16")
     return f"version {operator.version}, at most 2" if operator.version > 2 else None
 
 
@@ -288,7 +288,7 @@ def flat_constant(operator: Operator, context: GraphContext) -> str | None:
 def flat_indices(operator: Operator, context: GraphContext) -> str | None:
     """Indices are a vector."""
     indices = _input(operator, 1)
-    return None if indices is not None and indices.rank == 1 else "indices that are no vector"
+    return None if indices is not None and indices.rank == 1 else "indices that are not a vector"
 
 
 @condition

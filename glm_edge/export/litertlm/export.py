@@ -106,7 +106,7 @@ def litertlm(
     template writes a placeholder. Its habits differ from `Processor`'s:
 
     * It stretches images to one size with its own resampling; one of `image_size` stays as it is.
-    * It hears a recording to the end, but for samples after the last whole `hop_length`.
+    * It encodes a recording to the end, except for samples after the last full `hop_length`.
     * Names of special tokens in a user's text become these tokens.
     * It gives the template `content` as parts, keeps the stop token of an answer, and feeds what a
       message adds to the conversation: see `litertlm.chat_templates`, by which the template
@@ -116,7 +116,7 @@ def litertlm(
     * An answer cut off by a limit of tokens, in a conversation with an image, loses its last token
       for the next turn (litert-lm 0.18.1).
 
-    Where embeddings are read, their table stands in the file twice if the head is tied to it.
+    Where embeddings are read, their table is stored in the file twice if the head is tied to it.
 
         bundle = ge.export.litertlm(model, params, "path/to/checkpoint", "phone.litertlm")
         print(bundle.verify())

@@ -1,7 +1,7 @@
 """The functions that the LiteRT-LM runtime calls, made of those of a `.tflite` file.
 
 The runtime gives a step nothing but embedded (or plain) tokens, their slots, a mask and the cache.
-What else a model needs rides in what it gives: log-mel frames are computed from raw samples in the
+Other inputs of a model are computed or carried: log-mel frames are computed from raw samples in the
 graph, and three-dimensional rotary positions travel beside the features of an image.
 
 Letters of shapes: `T` tokens, `S` cache slots, `D` hidden size, `M` features of one image or chunk

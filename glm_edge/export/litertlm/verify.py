@@ -70,7 +70,7 @@ def verify_bundle(
     the bundle's `Processor`, which is given the text of a message as the checkpoint's template
     takes it.
 
-    At last one conversation of text is held until the cache is full. The answers to its first three
+    At last one conversation of text goes on until the cache is full. The answers to its first three
     messages are compared, too; all others must come as long as there are slots for them.
 
     An answer is compared token by token up to the first that differs, since contexts differ from

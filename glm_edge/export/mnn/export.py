@@ -63,7 +63,7 @@ def mnn(
     the inputs with `_out` appended.
 
     MNN's converter keeps no integers of an ONNX file: it refuses int4, and dequantizes int8. So it
-    is given float32 numbers, which takes four bytes of memory a parameter, and each convolution it
+    is given float32 values, which takes four bytes of memory per parameter, and each convolution it
     made of a product is then given our codes and scales: symmetric, 8 or 4 bits, per row or in
     groups. Narrower integers are written as 4 bits. Embeddings are looked up as int8. In its CPU
     backend, results agree with JAX's to 1e-5 of the largest.
@@ -80,7 +80,7 @@ def mnn(
       overwrite: replace a directory that an export wrote.
 
     Returns:
-      What was written.
+      The written directory.
 
     Raises:
       ExportError: a parameter or the model cannot be written; the message says what would be right.
@@ -293,7 +293,7 @@ def _restore(operator: Any, builder: _Graph, weights: Mapping[str, Weight]) -> N
         main["float32s"] = exact.reshape(-1).tolist()
     elif any(value != round(value) for value in _floats(main)):
         raise ExportError(
-            f"MNN: the converter made numbers of its own ({operator['type']} {operator['name']}), "
+            f"MNN: the converter made values of its own ({operator['type']} {operator['name']}), "
             "which its JSON does not hold exactly"
         )
 

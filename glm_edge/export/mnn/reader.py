@@ -45,7 +45,7 @@ def read_weights(
                 raise ValueError(f"{name}: {length} bytes of codes, {scales} of scales of {shape}")
             weights[name] = _weight(np.array(stored), length, wide)
     except (OSError, *PARSE_ERRORS) as error:
-        raise ExportError(f"{path}: no whole MNN export of glm_edge: {error}") from error
+        raise ExportError(f"{path}: is not a complete MNN export of glm_edge: {error}") from error
     return weights
 
 

@@ -56,7 +56,7 @@ def onnx(
       overwrite: replace a directory that an export wrote.
 
     Returns:
-      What was written.
+      The written directory.
 
     Raises:
       ExportError: a parameter or the model cannot be written; the message says what would be right.

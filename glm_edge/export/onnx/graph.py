@@ -1,7 +1,7 @@
 """Lowering of a traced function to an ONNX graph whose weights are named, not traced.
 
-A converter that is handed weights folds them to float; here a weight stays a name, and the graph
-reads what the file stores under it.
+A converter folds weights to float. Here a weight stays a name, and the graph reads the tensors that
+the file stores under it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,8 +52,8 @@ class StoredWeight:
     """A weight as tensors of the file.
 
     Attributes:
-      values: `TensorProto` of numbers or integers.
-      scale: `TensorProto` of scales, or None for plain numbers.
+      values: `TensorProto` of floats or integers.
+      scale: `TensorProto` of scales, or None for floats.
       zero: `TensorProto` of zero points, or None.
       attributes: of the `DequantizeLinear` that reads it.
       transposed: stored [in, out], the way `MatMul` reads it.
@@ -104,7 +104,7 @@ class GraphBuilder:
     """Collects the nodes and constants of one graph.
 
     Attributes:
-      weights: path to what the file stores.
+      weights: by path, as the file stores them.
       nodes: `NodeProto`s in order.
       initializers: name to `TensorProto`.
       products: output of each product with a weight, to the weight's path.
@@ -204,7 +204,7 @@ class GraphBuilder:
           `GraphProto`; an output of an input's name has `_out` appended.
 
         Raises:
-          ExportError: the function needs what ONNX has no operator for here.
+          ExportError: an operation has no operator of ONNX here.
         """
         closed, result = jax.make_jaxpr(function, return_shape=True)(dict(params), dict(inputs))
         names = sorted(params)
@@ -381,7 +381,7 @@ def _lower_slice(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -
 def _lower_pad(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
     low, high, interior = zip(*equation.params["padding_config"], strict=True)
     if any(interior) or min(low + high) < 0:
-        raise ExportError("ONNX: padding between numbers or less than none")
+        raise ExportError("ONNX: padding between values, or negative padding")
     operand, value = _operands(graph, equation, inputs)
     return graph.node("Pad", operand, graph.sizes(low + high), value)
 

@@ -70,7 +70,7 @@ def read_weights(
                 zero = None if zero is None else zero.astype(np.int8).reshape(shape)
             weights[name] = Weight(values, kind, scale, zero, group_size)
     except (OSError, *damage) as error:
-        raise ExportError(f"{path}: no whole ONNX export of glm_edge: {error}") from error
+        raise ExportError(f"{path}: is not a complete ONNX export of glm_edge: {error}") from error
     return weights
 
 

@@ -1,4 +1,4 @@
-"""The `.tflite` file around a model: written whole, read back, large buffers behind the rest."""
+"""Writer and reader of the `.tflite` file around a model; large buffers follow the flatbuffer."""
 
 import contextlib
 import dataclasses

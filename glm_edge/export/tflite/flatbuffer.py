@@ -95,7 +95,7 @@ class FlatModel:
         Args:
           weights: input name to `(path, constant)`.
           in_float32: quantized weights are dequantized first, so that any operator reads them; a
-            constant may then have another shape of as many numbers.
+            constant may then have another shape of as many values.
 
         Raises:
           ExportError: a quantized weight is used by an operator that cannot read it.
@@ -196,7 +196,7 @@ class FlatModel:
         constant: Constant,
         rounded: dict[tuple[int, int, ActivationGrid], int],
     ) -> None:
-        """Rounds what a product reads and gives to the grids of its constant.
+        """Rounds the input and output of a product to the grids of its constant.
 
         Args:
           graph: the subgraph.

@@ -1,8 +1,8 @@
 """Export of any traceable function to a `.tflite` file, with the integers of its parameters.
 
-What `glm_edge.export.tflite` does for a GLM's signatures runs on the integers; here each quantized
-parameter is stored as integers and dequantized when the file is loaded, so that any operator reads
-it: products are taken in float32, as JAX takes those of a stock module.
+A file of `glm_edge.export.tflite` runs on integers. Here each quantized parameter is stored as
+integers and dequantized when the file is loaded, so that any operator reads it. Products are taken
+in float32, as in JAX with a stock module.
 """
 
 import dataclasses
@@ -129,10 +129,10 @@ class ExportedFunction:
         """Runs the file and the JAX function on the same inputs.
 
         Args:
-          examples: inputs by name, some of them; None draws normal numbers, and zeros and ones
+          examples: inputs by name, some of them; None draws normal values, and zeros and ones
             where an input is of integers.
           tolerance: the largest distance of an output, see `FunctionVerification`.
-          seed: of the random numbers.
+          seed: of the random values.
           check: raise where an output is farther.
 
         Returns:
@@ -223,7 +223,7 @@ def function(
 
     Raises:
       ExportError: an argument is of another form, an extent is not fixed, the converter refuses the
-        function, the function closes over packed integers, or a parameter cannot be held; the
+        function, the function closes over packed integers, or a parameter cannot be stored; the
         message says what would be right.
       OutputError: the file exists already, or cannot be written.
       MissingExtraError: TensorFlow is not installed.

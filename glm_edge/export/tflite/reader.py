@@ -1,6 +1,6 @@
 """Reader of graphs, operators and tensors of a TFLite file, which is not run.
 
-Nothing in the file is trusted: every index and extent is compared with what is there.
+Nothing in the file is trusted: every index and extent is checked against the file.
 """
 
 import math
@@ -88,7 +88,7 @@ def read_graphs(path: str | Path) -> list[Graph]:
 
     Raises:
       ExportError: the file is missing, not TFLite, or damaged: an index, an extent or a buffer
-        points to what is not there.
+        points outside of the file.
     """
     with opened(Path(path)) as (model, content):
         return _Reader(path, model, len(content)).graphs()

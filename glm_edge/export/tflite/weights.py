@@ -88,7 +88,7 @@ def to_constant(path: str, leaf: Any) -> tuple[Constant, Any, list[Conversion]]:
       leaf: as in `to_tflite_weights`.
 
     Returns:
-      `(constant, leaf, conversions)`: the same as a leaf of the tree, and what was converted.
+      `(constant, leaf, conversions)`: the same as a leaf of the tree, and its conversions.
 
     Raises:
       ExportError: as `to_tflite_weights`.
@@ -152,7 +152,7 @@ def with_storable_scales(
         float32. None may be zero, negative or, in float32, subnormal.
 
     Returns:
-      The box, and what was changed. Where a scale moves by more than rounding to bfloat16 moves it,
+      The box, and its changes. Where a scale moves by more than rounding to bfloat16 moves it,
       the codes are the nearest at the new one.
 
     Raises:

@@ -34,9 +34,9 @@ class Verification:
       threshold: the agreement asked for.
       usual_threshold: the agreement asked for where the caller names none.
       turns: of the conversation with a bundle's engine; None where none is asked for.
-      signatures: by name, the distance between what a signature and its JAX function give for the
-        same random inputs, as a fraction of the latter's norm; a step that gives no logits is
-        judged by those of the next one, which reads its cache.
+      signatures: by name, the distance of a signature's outputs from those of its JAX function for
+        the same random inputs, as a fraction of the latter's norm. A step without logits is judged
+        by those of the next one, which reads its cache.
     """
 
     agreement: float

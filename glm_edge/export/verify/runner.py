@@ -364,8 +364,8 @@ def run_checked(
       path: of the exported model, for messages.
       signature: its name.
       inputs: by name.
-      takes: what `inputs` must be.
-      gives: what the outputs must be.
+      takes: expected tensors of `inputs`.
+      gives: expected tensors of the outputs.
 
     Raises:
       DataError: an input is missing, or of another type or shape.

@@ -22,7 +22,7 @@ from glm_edge.models.multimodal import MultimodalGLM
 
 @dataclass(frozen=True)
 class Window:
-    """One text, with what its placeholders stand for, to compare two models on.
+    """One text, with the image and audio of its placeholders, to compare two models on.
 
     Attributes:
       tokens: int [T].

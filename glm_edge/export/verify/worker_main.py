@@ -35,7 +35,7 @@ def send(stream: BinaryIO, fields: Mapping[str, Any], arrays: Mapping[str, np.nd
     Args:
       stream: to write to.
       fields: JSON values.
-      arrays: by name; numbers.
+      arrays: by name, numeric.
     """
     # Not `ascontiguousarray`, which gives scalars a dimension.
     packed = {name: np.asarray(array, order="C") for name, array in arrays.items()}

@@ -166,7 +166,7 @@ def described(exported, tmp_path, **fields):
         ({"config": {}}, "its description"),
         ({"config": None}, "its description"),
         ({"cache_slots": 10**15}, "its description: cache_slots=1000000000000000: must be"),
-        ({"cache_slots": "many"}, "its description: cache_slots: 'many' is no fixed length"),
+        ({"cache_slots": "many"}, "its description: cache_slots: 'many' is not a fixed length"),
         ({"prefill_lengths": [2, 4]}, r"prefill lengths \[2, 4\]"),
         ({"prefill_lengths": 7}, "its description"),
     ],
