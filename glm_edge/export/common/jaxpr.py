@@ -15,8 +15,8 @@ from glm_edge.errors import ExportError
 
 CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"}
 """Operations that only call another function."""
-# Of arrays in Core ML.
-MAX_RANK = 5
+# Of arrays in Core ML, the one format with such a limit.
+COREML_MAX_RANK = 5
 # From here on, `erfc` is 0 in float32.
 ERFC_ZERO = 10.0
 
@@ -140,7 +140,7 @@ def limit_rank(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _limit_rank(equation: JaxprEqn, inputs: list[Array]) -> list[Array] | None:
-    if all(v.aval.ndim <= MAX_RANK for v in (*equation.invars, *equation.outvars)):
+    if all(v.aval.ndim <= COREML_MAX_RANK for v in (*equation.invars, *equation.outvars)):
         return None
     return [_squeeze(equation, inputs)]
 
@@ -163,10 +163,12 @@ def _squeeze(equation: JaxprEqn, inputs: list[Array]) -> Array:
         result = jnp.concatenate([part.reshape(shape) for part in inputs], axis=position)
     else:
         rank = max(before.ndim, after.ndim)
-        raise ExportError(f"Core ML: {name} of {rank} axes; it has {MAX_RANK}")
+        raise ExportError(f"Core ML: {name} of {rank} axes; it has {COREML_MAX_RANK}")
     shape = after.shape
-    if after.ndim > MAX_RANK:
+    if after.ndim > COREML_MAX_RANK:
         shape = tuple(extent for extent in shape if extent > 1)
-        if len(shape) > MAX_RANK:
-            raise ExportError(f"Core ML: an array of shape {after.shape}; it has {MAX_RANK} axes")
+        if len(shape) > COREML_MAX_RANK:
+            raise ExportError(
+                f"Core ML: an array of shape {after.shape}; it has {COREML_MAX_RANK} axes"
+            )
     return result.reshape(shape)

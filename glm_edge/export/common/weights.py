@@ -323,6 +323,7 @@ def dequantize(weight: Weight) -> np.ndarray:
     if weight.scale is None:
         return weight.values.astype(np.float32)
     groups = weight.scale.shape[-1]
+    # [out, groups, columns of a group], so that scale and zero broadcast.
     codes = weight.values.reshape(len(weight.values), groups, -1).astype(np.float32)
     if weight.zero is not None:
         codes = codes - weight.zero.astype(np.float32)[..., None]

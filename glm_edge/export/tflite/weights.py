@@ -163,6 +163,7 @@ def with_storable_scales(
     if np.array_equal(storable, scale):
         return box, []
     conversions = []
+    # Groups whose scale changes by more than bfloat16 rounding: their codes no longer fit it.
     moved = np.abs(storable - scale) > np.abs(scale) * BRAIN_STEP
     if not np.array_equal(np.where(moved, scale, storable), scale):
         rule = f"scales rounded from {box.scale.dtype} to bfloat16, which XNNPACK multiplies with"
@@ -177,6 +178,7 @@ def with_storable_scales(
         np.repeat(np.broadcast_to(x, scale.shape), columns, axis=-1)
         for x in ((scale / storable).astype(np.float64), zero, moved)
     )
+    # scale * (code - zero) = storable * (nearest - zero), solved for the nearest code.
     low, high = grid.code_range(box.format.qtype)
     nearest = np.clip(np.round((codes - zero) * ratio + zero), low, high)
     nearest = jnp.asarray(np.where(moved, nearest, codes).astype(np.int8))
@@ -229,6 +231,7 @@ def _to_runnable(path: str, box: Quantized) -> tuple[Quantized, list[Conversion]
     """Converts a box to a format that LiteRT runs, of the same dense weight."""
     form, qtype = box.format, check_box(path, box, TFLITE)
     per_channel = box.scale.shape[-1] == 1
+    # A type of fewer columns per byte, until a row fills whole bytes.
     while per_channel and box.columns % _COLUMNS_PER_BYTE[qtype]:
         qtype = {"int2": "int4", "int4": "int8"}[qtype]
     if qtype == form.qtype and form.group_size != PER_TENSOR:
