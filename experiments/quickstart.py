@@ -25,9 +25,8 @@ import jax
 from absl import app, flags
 
 import glm_edge as ge
-from experiments import exported as exported_lib
-from experiments import materials as materials_lib
-from experiments.figures import pareto
+from experiments.common import eval_data, exported_eval
+from experiments.common.figures import pareto
 from glm_edge.cli.console import fail_in_one_line, text_table
 from glm_edge.cli.corpora import write_text
 from glm_edge.cli.run import versions
@@ -73,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     directory = prepare_directory(Path(FLAGS.out_dir), FLAGS.overwrite)
     recipe = ge.recipes.find(FLAGS.recipe)
-    checkpoint, model, params = materials_lib.opened(FLAGS.checkpoint)
-    materials = materials_lib.gather(
+    checkpoint, model, params = eval_data.opened(FLAGS.checkpoint)
+    evaluation = eval_data.gather(
         model.config,
         checkpoint,
         text=FLAGS.text,
@@ -86,29 +85,29 @@ def main(argv: Sequence[str]) -> None:
         seed=FLAGS.seed,
         calibration_batches=4 if FLAGS.smoke else 96,
     )
-    for note in materials.notes:
+    for note in evaluation.notes:
         print(f"note: {note}", file=sys.stderr)
 
-    rows = [materials.measure("dense", model, params)]
+    rows = [evaluation.measure("dense", model, params)]
     show(rows[-1:])
     dense = (model, params)
     stages = compressed(
-        recipe, dense, materials.calibration, FLAGS.seed, distill_steps=4 if FLAGS.smoke else None
+        recipe, dense, evaluation.calibration, FLAGS.seed, distill_steps=4 if FLAGS.smoke else None
     )
     for stage, model, params in stages:
-        rows.append(materials.measure(stage, model, params, reference=dense))
+        rows.append(evaluation.measure(stage, model, params, reference=dense))
         show(rows[-1:])
     context = model.config.decoder.max_position_embeddings
     exported = ge.export.tflite(
         model,
         params,
         directory / "model.tflite",
-        prefill_lengths=exported_lib.prefill_lengths(context),
-        cache_slots=exported_lib.cache_slots(context),
+        prefill_lengths=exported_eval.prefill_lengths(context),
+        cache_slots=exported_eval.cache_slots(context),
         prefill_logits=True,
         overwrite=True,
     )
-    row, verification = materials.measure_exported(exported, reference=dense)
+    row, verification = evaluation.measure_exported(exported, reference=dense)
     rows.append(row)
 
     report = {
@@ -117,8 +116,8 @@ def main(argv: Sequence[str]) -> None:
         "run": {
             "command": " ".join(["python -m experiments.quickstart", *sys.argv[1:]]),
             "recipe": json.loads(ge.to_json(recipe)),
-            "screens": len(materials.written) or None,
-            "tap_loss": materials.tap_loss(),
+            "screens": len(evaluation.written) or None,
+            "tap_loss": evaluation.tap_loss(),
             "seed": FLAGS.seed,
             "seconds": round(time.monotonic() - started, 1),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

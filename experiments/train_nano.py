@@ -29,11 +29,11 @@ from absl import app, flags, logging
 from tokenizers import Tokenizer
 
 import glm_edge as ge
-from experiments.figures import training_curve
+from experiments.common.figures import training_curve
 from experiments.nano import objectives, stages
 from experiments.nano.batches import ScreenBatches, fit, speech_batches, text_batches
-from experiments.phone_screens import digits, generator, speech
-from experiments.text.tokenizer import load as read_tokenizer
+from experiments.nano.phone_screens import digits, generator, speech
+from experiments.nano.text.tokenizer import load as read_tokenizer
 from glm_edge import configs
 from glm_edge import params as params_lib
 from glm_edge.cli.corpora import encode_text, pydoc_topics, read_text

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import glm_edge as ge
-from experiments import make_checkpoint
+from experiments.golden import make_checkpoint
 from glm_edge.compress.methods import to_markdown
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.phone_screens import actions, instructions
-from experiments.phone_screens.generator import Screen, ScreenGenerator, dense_labels
-from experiments.phone_screens.speech import Utterance, augment
+from experiments.nano.phone_screens import actions, instructions
+from experiments.nano.phone_screens.generator import Screen, ScreenGenerator, dense_labels
+from experiments.nano.phone_screens.speech import Utterance, augment
 from glm_edge.configs import GLMConfig
 
 TEXT_BLOCK = 18

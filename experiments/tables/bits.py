@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments import exam, materials
+from experiments.common import eval_data, tap_eval
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge import params as boxes
@@ -61,9 +61,9 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
-    checkpoint, model, params = materials.opened(FLAGS.checkpoint)
+    checkpoint, model, params = eval_data.opened(FLAGS.checkpoint)
     amount = SIZES[FLAGS.preset]
-    data = materials.gather(
+    data = eval_data.gather(
         model.config,
         checkpoint,
         FLAGS.text,
@@ -113,7 +113,7 @@ def rounded(transform: Transform, model: Any, params: Any, batches: Sequence[Any
 
 
 def measured(
-    model: Any, params: Any, data: materials.Materials, where: str
+    model: Any, params: Any, data: eval_data.EvalData, where: str
 ) -> dict[str, float | None]:
     """Perplexity, taps in the box in percent by kind of question, and bits of a weight.
 
@@ -136,8 +136,8 @@ def measured(
     }
     for kind, items in (("written", data.written), ("spoken", data.spoken)):
         if items:
-            texts = exam.answers(model, dense, data.tokenizer, items)
-            found[f"taps, {kind}"] = 100.0 * float(np.mean(exam.hits(items, texts)))
+            texts = tap_eval.answers(model, dense, data.tokenizer, items)
+            found[f"taps, {kind}"] = 100.0 * float(np.mean(tap_eval.hits(items, texts)))
     return found
 
 

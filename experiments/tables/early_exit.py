@@ -24,7 +24,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 
 from absl import app, flags
 
-from experiments import skipping
+from experiments.common import skipping_eval
 from experiments.tables import table
 from experiments.tables.table import PHONE, Row
 from glm_edge.cli.console import fail_in_one_line
@@ -41,7 +41,7 @@ SHAPES = {"quick": "", "full": "mobile"}
 def define_flags() -> None:
     """Defines this script's flags."""
     table.define_flags(NAME)
-    skipping.define_flags()
+    skipping_eval.define_flags()
     flags.DEFINE_list("exits", ["3"], "Layers after which a token may stop.")
     flags.DEFINE_list("thresholds", None, "Of the largest probability; default: the preset's.")
     flags.DEFINE_string(
@@ -51,24 +51,24 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
-    exits = [int(value) for value in skipping.floats("exits")]
-    thresholds = skipping.floats("thresholds") or THRESHOLDS[FLAGS.preset]
-    model, params, tokenizer = skipping.opened()
+    exits = [int(value) for value in skipping_eval.floats("exits")]
+    thresholds = skipping_eval.floats("thresholds") or THRESHOLDS[FLAGS.preset]
+    model, params, tokenizer = skipping_eval.opened()
     settings = [Setting("all", params)]
-    settings += skipping.exit_settings(model, params, exits, thresholds)
-    maps = skipping.fitted_maps(model, params, tokenizer, exits)
-    settings += skipping.exit_settings(model, params, exits, thresholds, maps)
-    rows = skipping.run(model, tokenizer, settings)
+    settings += skipping_eval.exit_settings(model, params, exits, thresholds)
+    maps = skipping_eval.fitted_maps(model, params, tokenizer, exits)
+    settings += skipping_eval.exit_settings(model, params, exits, thresholds, maps)
+    rows = skipping_eval.run(model, tokenizer, settings)
     shape = SHAPES[FLAGS.preset] if FLAGS.shape is None else FLAGS.shape
     timed = []
     if shape:
-        rounds = skipping.size()["rounds"]
-        timed = skipping.time_shape(shape, rounds, FLAGS.seed, skipping.half_depth)
+        rounds = skipping_eval.size()["rounds"]
+        timed = skipping_eval.time_shape(shape, rounds, FLAGS.seed, skipping_eval.half_depth)
     quality = "taps in the box" if model.config.vision is not None else "tokens as without exits"
     table.publish(
         NAME,
         "Early exit at 0.95: claimed 120 -> 76 ms, 98.2 -> 97.8 %",
-        [*rows_of(rows, quality, skipping.size()["screens"]), *shape_rows(timed, shape)],
+        [*rows_of(rows, quality, skipping_eval.size()["screens"]), *shape_rows(timed, shape)],
         ("checkpoint", "exits", "thresholds", "screens", "rounds", "digits_dir", "shape"),
         {
             "rows": [dataclasses.asdict(row) for row in rows],
@@ -97,7 +97,7 @@ def rows_of(found: Sequence[SweepRow], quality: str, questions: int) -> list[Row
             (CLAIMED_MS[place], CLAIMED_QUALITY[place]) if first or claimed else (None, None)
         )
         label = "all layers" if first else row.name
-        tail = f"; claim {skipping.ELSEWHERE}" if percent else ""
+        tail = f"; claim {skipping_eval.ELSEWHERE}" if percent else ""
         note = f"{questions} questions; {row.agreement:.1%} of the tokens of all layers{tail}"
         rows += [
             Row(f"{label}: {quality}", "%", percent, 100.0 * row.accuracy, note=note),
@@ -125,7 +125,7 @@ def _relative_time(row: SweepRow, label: str, claimed: bool) -> Row:
     note = f"quartiles {1 / row.high:.2f} - {1 / row.low:.2f}"
     claim = None
     if claimed:
-        note, claim = f"{note}; claim {skipping.ELSEWHERE}", CLAIMED_MS[1] / CLAIMED_MS[0]
+        note, claim = f"{note}; claim {skipping_eval.ELSEWHERE}", CLAIMED_MS[1] / CLAIMED_MS[0]
     return Row(f"{label}: time over all layers", "x", claim, 1 / row.speedup, note=note)
 
 

@@ -27,7 +27,7 @@ from absl import app, flags
 from jax import Array
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from experiments.phone_screens import metrics
+from experiments.nano.phone_screens import metrics
 from experiments.tables import learning, measure, table
 from experiments.tables.learning import Classifier, Training, Variables
 from experiments.tables.table import Row

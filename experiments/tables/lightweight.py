@@ -25,12 +25,10 @@ from typing import Any
 from absl import app, flags
 
 import glm_edge as ge
-from experiments import exam
-from experiments import exported as exported_lib
-from experiments import materials as materials_lib
-from experiments.phone_screens import metrics
+from experiments.bench.runtimes.child import Child, EngineError, Spec, spec_of
+from experiments.common import eval_data, exported_eval, tap_eval
+from experiments.nano.phone_screens import metrics
 from experiments.quickstart import compressed
-from experiments.runtimes.child import Child, EngineError, Spec, spec_of
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
 from glm_edge import params as boxes
@@ -67,8 +65,8 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
     recipe = ge.recipes.find(FLAGS.recipe)
-    checkpoint, model, params = materials_lib.opened(FLAGS.checkpoint)
-    materials = materials_lib.gather(
+    checkpoint, model, params = eval_data.opened(FLAGS.checkpoint)
+    evaluation = eval_data.gather(
         model.config,
         checkpoint,
         text=None,
@@ -80,12 +78,12 @@ def main(argv: Sequence[str]) -> None:
         seed=FLAGS.seed,
         calibration_batches=96,
     )
-    if not materials.written:
+    if not evaluation.written:
         raise DataError(f"{checkpoint}: taps are measured on screens, which this model cannot see")
-    for note in materials.notes:
+    for note in evaluation.notes:
         print(f"note: {note}", file=sys.stderr)
     steps = FLAGS.distill_steps or DISTILL_STEPS[FLAGS.preset]
-    for _, *stage in compressed(recipe, (model, params), materials.calibration, FLAGS.seed, steps):
+    for _, *stage in compressed(recipe, (model, params), evaluation.calibration, FLAGS.seed, steps):
         small = stage
     rounds = FLAGS.rounds or ROUNDS[FLAGS.preset]
     with tempfile.TemporaryDirectory() as directory:
@@ -93,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
             kind: write(*side, Path(directory) / f"{kind}.tflite")
             for kind, side in zip(KINDS, ((model, params), small), strict=True)
         }
-        hits = {kind: taps(file, materials) for kind, file in files.items()}
+        hits = {kind: taps(file, evaluation) for kind, file in files.items()}
         runs = timed(files, rounds, FLAGS.threads, FLAGS.answer_tokens)
     sizes = {
         kind: {
@@ -117,19 +115,19 @@ def main(argv: Sequence[str]) -> None:
 
 def write(model: Any, params: Any, path: Path) -> Any:
     """Exports a model for prompts of up to `PROMPT` tokens."""
-    slots = exported_lib.cache_slots(model.config.decoder.max_position_embeddings)
+    slots = exported_eval.cache_slots(model.config.decoder.max_position_embeddings)
     return ge.export.tflite(model, params, path, prefill_lengths=(PROMPT,), cache_slots=slots)
 
 
-def taps(file: Any, materials: materials_lib.Materials) -> dict[str, list[float]]:
+def taps(file: Any, evaluation: eval_data.EvalData) -> dict[str, list[float]]:
     """Of written and spoken questions that ask for a tap: did the file's fall in the box."""
     phone = ge.export.LiteRTModel(file.path)
-    asked = {"written": materials.written, "spoken": materials.spoken}
+    asked = {"written": evaluation.written, "spoken": evaluation.spoken}
     return {
-        kind: exam.hits(
+        kind: tap_eval.hits(
             items,
-            exported_lib.answers(
-                phone, materials.tokenizer, items, f"{Path(file.path).stem}, {kind}"
+            exported_eval.answers(
+                phone, evaluation.tokenizer, items, f"{Path(file.path).stem}, {kind}"
             ),
         )
         for kind, items in asked.items()
@@ -195,7 +193,7 @@ def engine_of(kind: str, file: Any, threads: int) -> Spec:
         kind,
         path.resolve(),
         config,
-        exported_lib.cache_slots(config.decoder.max_position_embeddings),
+        exported_eval.cache_slots(config.decoder.max_position_embeddings),
         contexts=(PROMPT,),
         lengths=(PROMPT,),
         threads=threads,

@@ -24,13 +24,13 @@ from typing import Any
 from absl import app, flags
 
 import glm_edge as ge
-from experiments.bench_export import decoder_of
-from experiments.runtimes import child as children
-from experiments.runtimes import compare, random_model
-from experiments.runtimes.child import Child, EngineError, Spec
-from experiments.runtimes.compare import Burst, Bursts, Quartiles
-from experiments.runtimes.engine import Task
-from experiments.runtimes.litert import weight_bytes
+from experiments.bench.export import decoder_of
+from experiments.bench.runtimes import child as children
+from experiments.bench.runtimes import compare, random_model
+from experiments.bench.runtimes.child import Child, EngineError, Spec
+from experiments.bench.runtimes.compare import Burst, Bursts, Quartiles
+from experiments.bench.runtimes.engine import Task
+from experiments.bench.runtimes.litert import weight_bytes
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge.cli.console import bar, fail_in_one_line

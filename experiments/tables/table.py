@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.phone_screens.metrics import Rate
+from experiments.nano.phone_screens.metrics import Rate
 from experiments.quickstart import commit
 from glm_edge.cli.console import bar, print_table, refuse_arguments, text_table
 from glm_edge.cli.corpora import write_text

@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 from jax import Array
 
-from experiments.phone_screens import digits as mnist
+from experiments.nano.phone_screens import digits as mnist
 from experiments.tables import learning
 from experiments.tables.learning import Classifier, Training, Variables
 from glm_edge.compress import prune
@@ -46,7 +46,7 @@ def load(digits_dir: str | None) -> Digits:
     """Reads digits.
 
     Args:
-      digits_dir: folder of MNIST files, see `experiments.phone_screens.digits.mnist_folder`; None
+      digits_dir: folder of MNIST files, see `nano.phone_screens.digits.mnist_folder`; None
         takes scikit-learn's 8x8 digits, whose last quarter is by writers of its own.
 
     Returns:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 import glm_edge as ge
-from experiments import make_checkpoint
+from experiments.golden import make_checkpoint
 
 if not (find_spec("tensorflow") and find_spec("ai_edge_litert")):
     pytest.skip("needs the extra 'export'", allow_module_level=True)

@@ -1,0 +1,178 @@
+"""Figures of the scripts."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from glm_edge.errors import require
+
+
+def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws what each stage of compression kept against what it weighs.
+
+    Args:
+      rows: of the main job's report.
+      path: PNG file to write.
+    """
+    matplotlib = require("matplotlib", extra="plot")
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot", extra="plot")
+    taps = [name for name in TAPS if any(row[name] is not None for row in rows)]
+    figure, axes = pyplot.subplots(
+        1,
+        1 + bool(taps),
+        figsize=(5.2 * (1 + bool(taps)), 3.8),
+        squeeze=False,
+        layout="constrained",
+    )
+    loss_axis = axes[0, 0]
+    _stages(loss_axis, rows, {"bits_per_byte": "loss on text"}, lower_is_better=True)
+    loss_axis.set_ylabel("bits per byte of text (lower is better)")
+    if taps:
+        _stages(axes[0, 1], rows, {name: TAPS[name] for name in taps}, lower_is_better=False)
+        axes[0, 1].set_ylabel("taps in the box (higher is better)")
+        axes[0, 1].legend(loc="lower left", fontsize=8)
+    for axis in axes.flat:
+        axis.set_xlabel("stored megabytes")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def training_curve(stages: Sequence[Path], path: Path) -> None:
+    """Draws what training measured on held-out data, one panel a stage.
+
+    Args:
+      stages: CSV files of the stages: step, minutes, name, value.
+      path: PNG file to write.
+    """
+    matplotlib = require("matplotlib", extra="plot")
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot", extra="plot")
+    width = 3.6 * len(stages)
+    figure, axes = pyplot.subplots(
+        1, len(stages), figsize=(width, 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, stage in zip(axes.flat, stages, strict=True):
+        with stage.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["name"].startswith("eval.")]
+        for name in sorted({row["name"] for row in rows}):
+            points = [(float(r["minutes"]), float(r["value"])) for r in rows if r["name"] == name]
+            axis.plot(*zip(*points, strict=True), "o-", label=name.removeprefix("eval."))
+        axis.set(title=stage.stem, xlabel="minutes")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def skipping_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws accuracy and tokens per second of each way of skipping against its threshold.
+
+    Args:
+      rows: of `experiments.bench.skipping`; the first skips nothing.
+      path: PNG file to write.
+    """
+    matplotlib = require("matplotlib", extra="plot")
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot", extra="plot")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10.4, 3.8), layout="constrained")
+    whole, kinds = rows[0], {row["name"].split()[0]: [] for row in rows[1:]}
+    for row in rows[1:]:
+        kinds[row["name"].split()[0]].append(row)
+    for kind, points in kinds.items():
+        points = sorted(points, key=lambda row: row["value"])
+        axes[0].plot(
+            [p["value"] for p in points], [p["accuracy"] for p in points], "o-", label=kind
+        )
+        speed, accuracy = ([p[name] for p in points] for name in ("tokens_per_second", "accuracy"))
+        axes[1].plot(speed, accuracy, "o-", label=kind)
+    axes[0].axhline(whole["accuracy"], color="0.6", linestyle="--", label=whole["name"])
+    axes[1].plot([whole["tokens_per_second"]], [whole["accuracy"]], "k*", label=whole["name"])
+    axes[0].set(xlabel="threshold, or fraction of neurons", ylabel="accuracy")
+    axes[1].set(xlabel="decoded tokens per second", ylabel="accuracy")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+TAPS = {"tap_in_box_text": "written instructions", "tap_in_box_speech": "spoken instructions"}
+MARKERS = {"tap_in_box_text": "o", "tap_in_box_speech": "s"}
+
+
+def _stages(
+    axis: Any, rows: Sequence[dict[str, Any]], names: dict[str, str], lower_is_better: bool
+) -> None:
+    """Draws a point for each stage, the front of those that no other beats, and labels apart."""
+    points: list[tuple[float, float, str]] = []
+    for name, label in names.items():
+        kept = [row for row in rows if row[name] is not None]
+        measured = [(row["bytes"] / 1e6, row[name]) for row in kept]
+        drawn = axis.plot(*zip(*measured, strict=True), MARKERS.get(name, "o"), label=label)
+        edge = front(measured, lower_is_better)
+        axis.plot(*zip(*edge, strict=True), "-", color=drawn[0].get_color(), alpha=0.4)
+        points += [(*at, row["stage"]) for at, row in zip(measured, kept, strict=True)]
+    widest = max(size for size, _, _ in points)
+    # Room for words to the right of the largest model.
+    axis.set_xlim(0, 1.35 * widest)
+    axis.margins(y=0.2)
+    low, high = axis.get_ylim()
+    for (size, value, stage), height in zip(
+        points, label_heights(points, 1.35 * widest, high - low), strict=True
+    ):
+        axis.annotate(
+            stage,
+            (size, value),
+            xytext=(size + 0.02 * widest, height),
+            fontsize=8,
+            verticalalignment="center",
+        )
+
+
+def front(
+    points: Sequence[tuple[float, float]], lower_is_better: bool
+) -> list[tuple[float, float]]:
+    """Finds the Pareto front: points that none of at most their size is better than.
+
+    Args:
+      points: `(size, value)`.
+      lower_is_better: of two values the better one is the lower.
+
+    Returns:
+      Those of the front, from the smallest to the largest.
+    """
+    sign = 1 if lower_is_better else -1
+    edge: list[tuple[float, float]] = []
+    for size, value in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if not edge or sign * value < sign * edge[-1][1]:
+            edge.append((size, value))
+    return edge
+
+
+def label_heights(
+    points: Sequence[tuple[float, float, str]], width: float, height: float
+) -> list[float]:
+    """Finds heights at which the labels of points do not overlap.
+
+    Args:
+      points: `(x, y, label)`; a label stands to the right of its point.
+      width: of the axis, in units of x.
+      height: of the axis, in units of y.
+
+    Returns:
+      A height for each label, its point's own where that is free.
+    """
+    letter, line = width / 50, height / 16
+    taken: list[tuple[float, float, float]] = []
+    heights = [0.0] * len(points)
+    for index in sorted(range(len(points)), key=lambda i: points[i][1]):
+        left, at, label = points[index]
+        right = left + letter * (len(label) + 2)
+        while any(begin < right and left < end and abs(at - y) < line for begin, end, y in taken):
+            at += line / 4
+        taken.append((left, right, at))
+        heights[index] = at
+    return heights
