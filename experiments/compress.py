@@ -49,4 +49,4 @@ def draw_screens(source: Path) -> compress.Batches:
 if __name__ == "__main__":
     define_flags()
     main = functools.partial(compress.main, draw=draw_screens)
-    launch(main, f"{__doc__}\n{compress.__doc__}", sys.argv)
+    launch(main, f"{__doc__}\n{compress.__doc__}")

@@ -96,4 +96,4 @@ def interval(rate: dict[str, float] | None) -> str:
 if __name__ == "__main__":
     define_flags()
     main = functools.partial(evaluate.main, further=measure_taps)
-    launch(main, f"{__doc__}\n{evaluate.__doc__}", sys.argv)
+    launch(main, f"{__doc__}\n{evaluate.__doc__}")

@@ -4,7 +4,6 @@ python -m experiments.export --checkpoint=DIR --format=tflite --out=phone.tflite
 """
 
 import os
-import sys
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
@@ -13,4 +12,4 @@ from glm_edge.cli.console import launch
 
 if __name__ == "__main__":
     export.define_flags()
-    launch(export.main, f"{__doc__}\n{export.__doc__}", sys.argv)
+    launch(export.main, f"{__doc__}\n{export.__doc__}")

@@ -25,7 +25,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from tokenizers import Tokenizer
 
 import glm_edge as ge
@@ -36,6 +36,7 @@ from experiments.nano.phone_screens import digits, generator, speech
 from experiments.nano.text.tokenizer import load as read_tokenizer
 from glm_edge import configs
 from glm_edge import params as params_lib
+from glm_edge.cli.console import launch
 from glm_edge.cli.corpora import encode_text, pydoc_topics, read_text
 from glm_edge.errors import DataError
 from glm_edge.models.multimodal import MultimodalGLM
@@ -388,4 +389,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["out_dir", "text"])
-    app.run(main)
+    launch(main)

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments.common.provenance import provenance_of
 from experiments.golden import make_checkpoint
-from glm_edge.cli.console import fail_in_one_line, print_table, refuse_arguments
+from glm_edge.cli.console import launch, print_table, refuse_arguments
 from glm_edge.cli.corpora import write_text
-from glm_edge.cli.run import versions
 from glm_edge.errors import DataError
 
 FLAGS = flags.FLAGS
@@ -94,8 +94,7 @@ def main(argv: Sequence[str]) -> None:
         "max_seconds": run.max_seconds,
         "within_limits": report["peak_rss_bytes"] <= run.max_rss_bytes
         and report["seconds"] <= (run.max_seconds or float("inf")),
-        "command": " ".join(["python -m experiments.bench.compress", f"--run={FLAGS.run}"]),
-        "versions": versions(),
+        **provenance_of("bench.compress", ("run",), ["--work_dir=DIR"]),
     }
     if not FLAGS.keep:
         shutil.rmtree(target)
@@ -128,4 +127,4 @@ def check_disk(source: Path, fields: dict) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
 from experiments.bench.decode import text_only
@@ -38,7 +38,7 @@ from experiments.bench.runtimes.litert import weight_bytes
 from experiments.bench.runtimes.random_model import random_model
 from experiments.common.provenance import provenance_of
 from glm_edge import params as boxes
-from glm_edge.cli.console import fail_in_one_line, print_table, refuse_arguments
+from glm_edge.cli.console import launch, print_table, refuse_arguments
 from glm_edge.cli.corpora import write_text
 from glm_edge.configs import GLMConfig, preset, to_dict
 from glm_edge.errors import DataError, require
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
         ],
     )
     names = ("shape", "format", "prefill", "contexts", "slots", "threads", "one_step", "keep")
-    log = found | provenance_of("bench_conversion", names)
+    log = found | provenance_of("bench.conversion", names, ["--work_dir=DIR"])
     if FLAGS.out:
         write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", overwrite=True)
 
@@ -293,4 +293,4 @@ def peak_rss_bytes() -> int:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

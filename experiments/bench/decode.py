@@ -10,7 +10,6 @@ decoding step until the next one is.
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +19,11 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.quickstart import commit
+from experiments.common.provenance import provenance_of
 from glm_edge import generate
-from glm_edge.cli.console import fail_in_one_line, print_table
+from glm_edge.cli.console import launch, print_table
 from glm_edge.cli.corpora import write_text
 from glm_edge.configs import GLMConfig, preset
 from glm_edge.errors import require
@@ -74,16 +73,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def provenance(peer: "Transformers") -> dict[str, Any]:
-    """What was run, where, and beside what."""
+    """Describes the run and the peer."""
     flags_used = ("shape", "dtype", "compute", "rounds", "decode_tokens", "threads", "seed")
-    command = " ".join(f"--{name}={getattr(FLAGS, name)}" for name in flags_used)
-    return {
-        "command": f"python -m experiments.bench.decode {command}",
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "load_average": os.getloadavg()[0],
-        "versions": {"jax": jax.__version__, **peer.versions},
-    }
+    return provenance_of("bench.decode", flags_used, versions=peer.versions)
 
 
 def text_only(config: GLMConfig) -> GLMConfig:
@@ -241,4 +233,4 @@ def _shown(value: Any) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -44,7 +44,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from experiments.bench.conversion import bandwidth
 from experiments.bench.decode import text_only
@@ -53,8 +53,8 @@ from experiments.bench.runtimes import compare
 from experiments.bench.runtimes.child import PAUSE_S, Child, EngineError, Spec
 from experiments.bench.runtimes.compare import Burst, Bursts, shown
 from experiments.bench.runtimes.litert import timed_signatures
-from experiments.common.provenance import provenance_of
-from glm_edge.cli.console import fail_in_one_line, print_table, refuse_arguments
+from experiments.common.provenance import peers_of, provenance_of
+from glm_edge.cli.console import launch, print_table, refuse_arguments
 from glm_edge.cli.corpora import check_absent, write_text
 from glm_edge.configs import DecoderConfig, GLMConfig, preset
 from glm_edge.errors import DataError
@@ -368,10 +368,12 @@ def remove(work: Path, paths: Sequence[str]) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """What was run, and where."""
+    """Describes the run."""
     names = ("shape", "engines", "contexts", "prefill", "slots", "attended_slots", "threads")
     names += ("rounds", "steps", "reserve_gb", "weight_cache", "profile", "profile_all")
-    return provenance_of("bench_export", names, tuple(PEERS.values()))
+    return provenance_of(
+        "bench.export", names, ["--work_dir=DIR", *peers_of(tuple(PEERS.values()))]
+    )
 
 
 def show(log: dict[str, Any]) -> None:
@@ -458,4 +460,4 @@ def _quartiles(values: Sequence[float]) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -17,7 +17,6 @@ codes. Their seconds are given as fractions of GPTQModel's.
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -28,15 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import glm_edge as ge
+from experiments.common.provenance import peers_of, provenance_of
 from experiments.golden import make_checkpoint
-from glm_edge.cli.console import fail_in_one_line, print_table, refuse_arguments
+from glm_edge.cli.console import launch, print_table, refuse_arguments
 from glm_edge.cli.corpora import write_text
-from glm_edge.cli.run import versions
 from glm_edge.errors import DataError
 
 FLAGS = flags.FLAGS
@@ -111,10 +110,8 @@ def main(argv: Sequence[str]) -> None:
             name: [seconds / theirs for seconds in by_name[name]] for name in FLAGS.settings
         }
     summary |= {
-        "command": "python -m experiments.bench.gptq --work_dir=DIR --gptqmodel_python=PYTHON",
+        **provenance_of("bench.gptq", ("compute",), ["--work_dir=DIR", *peers_of(("gptqmodel",))]),
         "compute": FLAGS.compute,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": versions(),
     }
     print_table(
         ["tool", "seconds", "peak RSS"],
@@ -171,4 +168,4 @@ def _run(command: Sequence[Any], name: str, **options: Any) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

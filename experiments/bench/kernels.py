@@ -18,7 +18,6 @@ import functools
 import importlib.util
 import json
 import os
-import platform
 import re
 import statistics
 import time
@@ -31,14 +30,14 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax import Array
 
 from experiments.bench.decode import text_only
 from experiments.bench.kernel_products import Product, boxed, ours, qwix, torchao, tried
 from experiments.common.eval_data import decode_latency_ms
-from experiments.quickstart import commit
-from glm_edge.cli.console import fail_in_one_line, print_table
+from experiments.common.provenance import provenance_of
+from glm_edge.cli.console import launch, print_table
 from glm_edge.cli.corpora import write_text
 from glm_edge.configs import preset
 from glm_edge.kernels import grid, packing
@@ -104,20 +103,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """What was run and where."""
+    """Describes the run and its device."""
     names = ("rows", "width", "layers", "rounds", "only", "threads", "seed", "tried", "peers")
-    shown = {
-        name: ",".join(value) if isinstance(value := getattr(FLAGS, name), list) else value
-        for name in names
-    }
-    return {
-        "command": "python -m experiments.bench.kernels "
-        + " ".join(f"--{name}={value}" for name, value in shown.items()),
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
-        "load_average": os.getloadavg()[0],
-        "versions": {"jax": jax.__version__},
-    }
+    device = {"device": jax.devices()[0].device_kind}
+    return provenance_of("bench.kernels", names) | device
 
 
 def measure_bandwidth() -> float:
@@ -271,4 +260,4 @@ def _shown(value: Any) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -22,8 +22,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -63,15 +61,12 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.run:
         print(json.dumps(measure(FLAGS.run, directory)))
         return
-    # Not at the top: a reader's own process should hold no more than the reader needs.
-    from glm_edge.cli.console import fail_in_one_line
-
-    fail_in_one_line(compare)([])
+    compare()
 
 
-def compare(argv: Sequence[str]) -> None:
+def compare() -> None:
     """Runs the readers in turns, prints a table, writes the log, and judges."""
-    del argv
+    # Not at the top: a reader's process should hold no more than the reader needs.
     from glm_edge.cli.console import bar, print_table
     from glm_edge.cli.corpora import check_absent, write_text
 
@@ -102,7 +97,7 @@ def compare(argv: Sequence[str]) -> None:
         f"{report['fastest']}, at most {MAX_TIME_RATIO}: {'yes' if report['time_holds'] else 'NO'}"
     )
     if FLAGS.out:
-        log = report | {"runs": runs} | circumstances()
+        log = report | {"runs": runs} | provenance()
         write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", FLAGS.overwrite)
     if not (report["memory_holds"] and report["time_holds"]):
         sys.exit(1)
@@ -300,37 +295,17 @@ def summary(runs: dict[str, list[dict[str, float]]], size: int) -> dict[str, Any
     }
 
 
-def circumstances() -> dict[str, Any]:
-    """Command, commit, machine and versions, without paths of the machine."""
-    from experiments.quickstart import commit
+def provenance() -> dict[str, Any]:
+    """Describes the run, without paths of the machine."""
+    from experiments.common.provenance import provenance_of, versions_of
 
-    command = f"python -m experiments.bench.load --checkpoint={Path(FLAGS.checkpoint).name}"
-    found = {}
-    for package in ("jax", "flax", "numpy", "safetensors", "torch", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "command": f"{command} --rounds={FLAGS.rounds} --readers={','.join(FLAGS.readers)}",
-        "commit": commit(),
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "system": f"{platform.system()} {platform.release()}",
-            "python": platform.python_version(),
-        },
-        "versions": found,
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    checkpoint = f"--checkpoint={Path(FLAGS.checkpoint).name}"
+    packages = versions_of(("flax", "safetensors", "torch", "transformers"))
+    return provenance_of("bench.load", ("rounds", "readers"), [checkpoint], packages)
 
 
 if __name__ == "__main__":
+    from glm_edge.cli.console import launch
+
     define_flags()
-    app.run(main)
+    launch(main)

@@ -21,11 +21,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import multihost_utils
 
 import glm_edge as ge
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 from glm_edge.errors import ConfigError
 from glm_edge.generate import generate
 from glm_edge.params import sharding
@@ -54,7 +54,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     del argv
     if FLAGS.launch:
-        sys.exit(launch(FLAGS.launch, FLAGS.devices_per_process))
+        sys.exit(start_processes(FLAGS.launch, FLAGS.devices_per_process))
     join_processes(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     report(*run_sharded())
 
@@ -74,7 +74,7 @@ def join_processes(coordinator: str | None, processes: int | None, index: int | 
         ) from error
 
 
-def launch(processes: int, devices: int) -> int:
+def start_processes(processes: int, devices: int) -> int:
     """Starts processes of this script; returns the first exit status that is not 0."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -161,4 +161,4 @@ def checkpoint() -> Any:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -32,7 +32,6 @@ import dataclasses
 import functools
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -48,7 +47,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
 from experiments.bench.peers import exchange
@@ -56,9 +55,10 @@ from experiments.bench.peers.methods import DECODER, METHODS, OURS, REFERENCE, M
 from experiments.bench.peers.scoring import Scorer
 from experiments.bench.peers.table import COLUMNS, Columns, cells, figure, titles, unreached
 from experiments.common import calibration_data, eval_data, tap_eval
+from experiments.common.provenance import commit, machine
 from glm_edge import params as boxes
 from glm_edge.cli import corpora
-from glm_edge.cli.console import fail_in_one_line, refuse_arguments, text_table
+from glm_edge.cli.console import launch, refuse_arguments, text_table
 from glm_edge.cli.loss import WINDOW
 from glm_edge.cli.run import versions as package_versions
 from glm_edge.compress.batches import INPUTS
@@ -426,20 +426,18 @@ def conclude(directory: Path, results: Path) -> None:
 
 
 def circumstances(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Settings, versions and machine, without paths of the machine."""
-    from experiments.quickstart import commit
-
+    """Describes the run behind rows: settings, commit, machine and versions, peers' included."""
     versions: dict[str, str] = {}
     for row in rows:
         versions |= row["versions"] or {}
     return {
         "settings": rows[0]["settings"],
         "commit": commit(),
+        **machine(),
         "versions": {**package_versions(), **versions},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -18,14 +18,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.quickstart import commit
+from experiments.common.provenance import provenance_of
 from experiments.tables import measure
 from glm_edge import params as boxes
-from glm_edge.cli.console import bar, fail_in_one_line, print_table, refuse_arguments
+from glm_edge.cli.console import bar, launch, print_table, refuse_arguments
 from glm_edge.cli.corpora import write_text
-from glm_edge.cli.run import versions
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.models.cnn import CNN, preset
 
@@ -52,17 +51,8 @@ def main(argv: Sequence[str]) -> None:
     print_table(list(COLUMNS), [[form(row) for form in COLUMNS.values()] for row in results])
     print(f"load average {os.getloadavg()[0]:.1f}")
     if FLAGS.out:
-        command = " ".join(
-            f"--{name}={','.join(value) if isinstance(value, list) else value}"
-            for name in ("models", "rounds", "threads", "seed")
-            for value in [FLAGS[name].value]
-        )
         log = {
-            "command": f"python -m experiments.bench.reparameterize {command}",
-            "commit": commit(),
-            "machine": f"{os.uname().sysname} {os.uname().machine}, {os.cpu_count()} cores",
-            "load_average": os.getloadavg()[0],
-            "versions": versions(),
+            **provenance_of("bench.reparameterize", ("models", "rounds", "threads", "seed")),
             "results": results,
         }
         write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", FLAGS.overwrite)
@@ -133,4 +123,4 @@ def _arrow(times: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -30,7 +30,6 @@ import dataclasses
 import io
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -39,15 +38,15 @@ from pathlib import Path
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from experiments.common import skipping_eval
 from experiments.common.figures import skipping_figure
+from experiments.common.outputs import prepare_directory
+from experiments.common.provenance import provenance_of
 from experiments.common.skipping_eval import floats
-from experiments.quickstart import commit, prepare_directory
-from glm_edge.cli.console import fail_in_one_line, text_table
+from glm_edge.cli.console import launch, text_table
 from glm_edge.cli.corpora import write_text
-from glm_edge.cli.run import versions
 from glm_edge.generate import Setting, SweepRow
 
 # What the claims say: speed-up and points of accuracy lost.
@@ -106,17 +105,13 @@ def main(argv: Sequence[str]) -> None:
         "rows": [dataclasses.asdict(row) for row in rows],
         "shape": [dataclasses.asdict(row) for row in timed],
         "run": {
-            "command": " ".join(["python -m experiments.bench.skipping", *sys.argv[1:]]),
+            **provenance_of("bench.skipping", placeholders=sys.argv[1:]),
+            "device": jax.devices()[0].device_kind,
             "checkpoint": str(FLAGS.checkpoint or "nano"),
             "exits": exits,
             **amount,
             "seed": FLAGS.seed,
             "seconds": round(time.monotonic() - started, 1),
-            "commit": commit(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
-            f"{jax.devices()[0].device_kind}",
-            "load_average": os.getloadavg()[0],
-            "versions": versions(),
         },
     }
     table = text_table(HEADER, [cells(row, rows[0]) for row in rows])
@@ -168,4 +163,4 @@ def as_csv(rows: Sequence[SweepRow]) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

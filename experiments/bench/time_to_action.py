@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
 from experiments.bench.export import TOY
@@ -41,9 +41,9 @@ from experiments.bench.runtimes import child as children
 from experiments.bench.runtimes.child import EngineError
 from experiments.bench.runtimes.compare import Quartiles, shown
 from experiments.bench.runtimes.engine import timed
-from experiments.common.provenance import provenance_of
+from experiments.common.provenance import peers_of, provenance_of
 from glm_edge.checkpoint.shapes import expected_shapes
-from glm_edge.cli.console import fail_in_one_line, print_table, refuse_arguments
+from glm_edge.cli.console import launch, print_table, refuse_arguments
 from glm_edge.cli.corpora import check_absent, write_text
 from glm_edge.configs import GLMConfig, VisionConfig, preset
 from glm_edge.errors import DataError
@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.out:
         names = ("shape", "forms", "screen", "text_tokens", "action_tokens", "rounds", "threads")
         names += ("paper_shape", "paper_form", "bandwidth_gbs", "tops", "share", "device")
-        log |= provenance_of("time_to_action", names, ("mnn",))
+        log |= provenance_of("bench.time_to_action", names, ["--work_dir=DIR", *peers_of(("mnn",))])
         write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", FLAGS.overwrite)
 
 
@@ -482,4 +482,4 @@ def show_runtimes(found: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -268,15 +267,6 @@ def opened(given: str | None) -> tuple[Path, Any, Any]:
     """The directory of `checkpoint_of`, its model in float32, and the parameters."""
     checkpoint = checkpoint_of(given)
     return checkpoint, *ge.load(checkpoint, dtype="float32")
-
-
-def machine() -> dict[str, Any]:
-    """System, cores, memory and load of the machine that a run had."""
-    return {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_average": os.getloadavg()[0],
-    }
 
 
 def _bytes_as_ids(text: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from experiments.bench.decode import text_only
 from experiments.common import calibration_data, eval_data, tap_eval
 from glm_edge import configs
 from glm_edge.cli import corpora
-from glm_edge.compress.progress import ProgressLine
+from glm_edge.cli.console import progress
 from glm_edge.errors import DataError
 from glm_edge.generate import (
     Setting,
@@ -82,7 +82,7 @@ def run(model: Any, tokenizer: Tokenizer, settings: Sequence[Setting]) -> list[S
         score,
         max_new_tokens=tap_eval.ANSWER_TOKENS,
         rounds=amount["rounds"],
-        progress=ProgressLine(),
+        progress=progress(),
     )
 
 

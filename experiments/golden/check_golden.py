@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
 from experiments.golden.cases import Arrays, Case, find_cases, read_case
 from experiments.golden.outputs import compute
 from experiments.golden.processing import process
+from glm_edge.cli.console import launch
 from glm_edge.errors import DataError, GlmEdgeError
 
 DIR = flags.DEFINE_string(
@@ -191,4 +192,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch(main)

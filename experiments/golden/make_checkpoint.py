@@ -18,9 +18,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from glm_edge.cli.console import bar, fail_in_one_line, refuse_arguments
+from glm_edge.cli.console import bar, launch, refuse_arguments
 from glm_edge.files import CONFIG
 from glm_edge.writers import new_directory, require_space, write_json
 
@@ -244,4 +244,4 @@ def _bytes(shape: tuple[int, ...]) -> int:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.golden.cases import Arrays
 from experiments.golden.reference_decoders import DECODERS
 from experiments.golden.reference_encoders import ENCODERS
 from experiments.golden.reference_inputs import draw_inputs
 from experiments.golden.reference_plans import EOS, Draw, Plan
-from glm_edge.cli.console import bar, fail_in_one_line, refuse_arguments
+from glm_edge.cli.console import bar, launch, refuse_arguments
 from glm_edge.errors import DataError
 from glm_edge.writers import new_directory
 
@@ -129,4 +129,4 @@ def _clear_inputs(
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -20,13 +20,13 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
 from glm_edge.checkpoint.files import SafetensorsFile
 from glm_edge.checkpoint.hugging_face.members import read_config
 from glm_edge.checkpoint.shapes import expected_shapes
-from glm_edge.cli.console import fail_in_one_line, refuse_arguments
+from glm_edge.cli.console import launch, refuse_arguments
 from glm_edge.errors import DataError
 from glm_edge.files import CONFIG
 from glm_edge.models.multimodal import MultimodalGLM
@@ -224,4 +224,4 @@ def _rounded(array: np.ndarray) -> list[Any]:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

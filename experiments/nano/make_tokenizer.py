@@ -11,10 +11,10 @@ import hashlib
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from experiments.nano.text import tokenizer as nano_tokenizer
-from glm_edge.cli.console import refuse_arguments
+from glm_edge.cli.console import launch, refuse_arguments
 from glm_edge.cli.corpora import encode_text, read_text, write_text
 from glm_edge.errors import GlmEdgeError
 
@@ -47,4 +47,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch(main)

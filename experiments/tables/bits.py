@@ -20,13 +20,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.common import eval_data, tap_eval
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.console import bar, launch
 from glm_edge.cli.loss import text_loss
 from glm_edge.compress import quantize
 from glm_edge.compress.transform import Transform
@@ -171,4 +171,4 @@ def rows_of(found: Mapping[str, Mapping[str, float]]) -> list[Row]:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

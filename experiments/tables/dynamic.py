@@ -21,12 +21,12 @@ from collections.abc import Mapping, Sequence
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
-from absl import app, flags
+from absl import flags
 
 from experiments.common import skipping_eval
 from experiments.tables import table
 from experiments.tables.table import Row
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 from glm_edge.cli.evaluate import text_windows
 from glm_edge.cli.loss import text_loss
 from glm_edge.errors import RecipeError
@@ -151,4 +151,4 @@ def _speedup(row: SweepRow, label: str, claim: float | None) -> Row:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -22,12 +22,12 @@ from collections.abc import Sequence
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
-from absl import app, flags
+from absl import flags
 
 from experiments.common import skipping_eval
 from experiments.tables import table
 from experiments.tables.table import PHONE, Row
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 from glm_edge.generate import Setting, SweepRow
 
 FLAGS = flags.FLAGS
@@ -131,4 +131,4 @@ def _relative_time(row: SweepRow, label: str, claimed: bool) -> Row:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

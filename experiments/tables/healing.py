@@ -14,13 +14,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from experiments.tables import table, vision
 from experiments.tables.learning import Training
 from experiments.tables.table import IMAGENET, Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 
 FLAGS = flags.FLAGS
 NAME = "healing"
@@ -139,4 +139,4 @@ def rows_of(found: dict[str, list[float]], data: str) -> list[Row]:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

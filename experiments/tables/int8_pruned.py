@@ -19,12 +19,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.tables import measure, table, vision
 from experiments.tables.learning import Training
 from experiments.tables.table import IMAGENET, Row
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 from glm_edge.compress import prune
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.models.cnn import CNN, preset
@@ -187,4 +187,4 @@ def rows_of(
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

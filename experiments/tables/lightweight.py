@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
 from experiments.bench.runtimes.child import Child, EngineError, Spec, spec_of
@@ -32,7 +32,7 @@ from experiments.quickstart import compressed
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 from glm_edge.cli.loss import WINDOW
 from glm_edge.errors import DataError
 
@@ -272,4 +272,4 @@ def rows_of(
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -15,14 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
 from experiments.common import eval_data
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.console import bar, launch
 from glm_edge.compress import quantize
 from glm_edge.compress.transform import Transform
 
@@ -110,4 +110,4 @@ def rows_of(found: dict[str, dict[str, int]]) -> list[Row]:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
 from experiments.bench.export import decoder_of
@@ -33,7 +33,7 @@ from experiments.bench.runtimes.engine import Task
 from experiments.bench.runtimes.litert import weight_bytes
 from experiments.tables import table
 from experiments.tables.table import Row
-from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.console import bar, launch
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import DataError, ExportError
 
@@ -216,4 +216,4 @@ def rows_of(
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
-from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.console import bar, launch
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.models.cnn import CNN, CNNConfig, preset
 
@@ -125,4 +125,4 @@ def found_median(seconds: Sequence[float]) -> float:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

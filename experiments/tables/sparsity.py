@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 from glm_edge.compress import prune
 from glm_edge.configs import TextConfig
 from glm_edge.models.text import TextEncoder
@@ -137,4 +137,4 @@ def rows_of(seconds: dict[str, list[float]], sizes: dict[str, dict[str, float]])
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

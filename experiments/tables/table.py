@@ -5,8 +5,6 @@ import dataclasses
 import io
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +12,12 @@ from typing import Any
 
 from absl import flags
 
+from experiments.common.outputs import prepare_directory
+from experiments.common.provenance import provenance_of
 from experiments.nano.phone_screens.metrics import Rate
-from experiments.quickstart import commit
 from glm_edge.cli.console import bar, print_table, refuse_arguments, text_table
 from glm_edge.cli.corpora import write_text
-from glm_edge.cli.run import versions
-from glm_edge.errors import OutputError, require
+from glm_edge.errors import require
 
 FLAGS = flags.FLAGS
 STARTED_S = time.monotonic()
@@ -106,16 +104,7 @@ def prepare(argv: Sequence[str]) -> Path:
       OutputError: it holds a table already and --overwrite was not passed, or cannot be made.
     """
     refuse_arguments(argv)
-    directory = Path(FLAGS.out_dir)
-    if (directory / "table.csv").exists() and not FLAGS.overwrite:
-        raise OutputError(
-            f"{directory}: holds a table already; name another --out_dir or pass --overwrite"
-        )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{directory}: cannot be made ({error.strerror})") from error
-    return directory
+    return prepare_directory(Path(FLAGS.out_dir), FLAGS.overwrite, "table.csv")
 
 
 def seeds(defaults: Mapping[str, int]) -> range:
@@ -159,7 +148,7 @@ def publish(
       measured: further numbers for the JSON file, such as every seed's.
     """
     directory = Path(FLAGS.out_dir)
-    where = provenance(name, flag_names)
+    where = table_provenance(name, flag_names)
     print(title)
     print_table(COLUMNS, [row.cells() for row in rows])
     print(f"command: {where['command']}")
@@ -178,26 +167,16 @@ def publish(
     figure(title, rows, directory / "table.png")
 
 
-def provenance(name: str, flag_names: Sequence[str] = ()) -> dict[str, Any]:
+def table_provenance(name: str, flag_names: Sequence[str] = ()) -> dict[str, Any]:
     """The command, commit, machine, time, load and versions behind a table.
 
     `seconds` are those since the script's imports; a training that lay finished in --out_dir was
     not run again and does not count.
     """
-    values = {flag: FLAGS[flag].value for flag in ("preset", "seed", *flag_names)}
-    given = [
-        f"--{flag}={','.join(map(str, value)) if isinstance(value, list) else value}"
-        for flag, value in values.items()
-        if value is not None
-    ]
     return {
-        "command": f"python -m experiments.tables.{name} {' '.join(given)}",
+        **provenance_of(f"tables.{name}", ("preset", "seed", *flag_names)),
         "seed": FLAGS.seed,
-        "commit": commit(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "seconds": round(time.monotonic() - STARTED_S, 1),
-        "load_average": os.getloadavg()[0],
-        "versions": versions(),
     }
 
 

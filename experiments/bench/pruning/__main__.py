@@ -39,7 +39,7 @@ from typing import Any
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from experiments.bench import quality as bench_quality
 from experiments.bench.peers.methods import Method
@@ -48,7 +48,7 @@ from experiments.bench.peers.table import cells, titles
 from experiments.bench.pruning import rows, show, speed, work
 from experiments.bench.runtimes.child import EngineError
 from glm_edge.cli import corpora
-from glm_edge.cli.console import fail_in_one_line, refuse_arguments, text_table
+from glm_edge.cli.console import launch, refuse_arguments, text_table
 from glm_edge.errors import OutputError
 
 FLAGS = flags.FLAGS
@@ -182,4 +182,4 @@ def conclude(directory: Path, results: Path, methods: Sequence[Method]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -18,8 +18,8 @@ from experiments.bench.peers.methods import DECODER, OURS, Method
 from experiments.bench.pruning.rows import RESTATED
 from experiments.bench.quality import Gathered, sown_inputs
 from glm_edge import params as boxes
+from glm_edge.cli.console import progress
 from glm_edge.compress import batches
-from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.transform import Context
 
 
@@ -84,7 +84,7 @@ class Worker:
         (model, params), notes, curve = self.dense, [], None
         if prune is not None:
             transform = ge.recipe_from_json(json.dumps(prune))
-            context = Context(self.calibration, self._key, self.dense, ProgressLine())
+            context = Context(self.calibration, self._key, self.dense, progress())
             model, params, report = transform.run(model, params, context)
             notes += report.notes
         if heal is not None:
@@ -97,7 +97,7 @@ class Worker:
             options = json.dumps([prune, heal], sort_keys=True).encode()
             state = str(self.directory / f"{slug}-{zlib.crc32(options):08x}")
             transform = ge.distill(teacher=self.dense, **heal, state_dir=state)
-            context = Context(self.training, self._key, self.dense, ProgressLine())
+            context = Context(self.training, self._key, self.dense, progress())
             model, params, report = transform.run(model, params, context)
             notes += report.notes
             tail = report.curve[-100:]
