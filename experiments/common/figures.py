@@ -1,11 +1,31 @@
-"""Figures of the scripts."""
+"""Figures of the scripts.
+
+    python -m experiments.common.figures
+
+draws README's picture, `experiments/results/headline.png`, from the committed logs.
+"""
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
+from glm_edge.cli.console import launch, refuse_arguments
 from glm_edge.errors import require
+
+FLAGS = flags.FLAGS
+RESULTS = Path(__file__).parents[1] / "results"
+PEERS = {"llama.cpp": "^", "gptqmodel": "s", "qwix": "D", "torchao": "v", "ai-edge": "x"}
+# Engines of README's picture: ours, and llama.cpp's where it has such a format.
+DECODED = {
+    "int8": ("LiteRT int8", "llama.cpp Q8_0"),
+    "int4,\nper channel": ("LiteRT int4", None),
+    "int4,\ngroups of 32": ("LiteRT int4-g32", "llama.cpp Q4_0"),
+    "2 bits": ("LiteRT int2", "llama.cpp TQ2_0"),
+}
 
 
 def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -176,3 +196,63 @@ def label_heights(
         taken.append((left, right, at))
         heights[index] = at
     return heights
+
+
+def headline(quality: dict[str, Any], speed: dict[str, Any], path: Path) -> None:
+    """Draws README's picture: perplexity against bits, and tokens per second.
+
+    Args:
+      quality: log of `experiments.bench.quality`.
+      speed: log of `experiments.bench.export`.
+      path: PNG file to write.
+    """
+    figure = require("matplotlib.figure", extra="plot").Figure((9.0, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for prefix, marker in {"glm_edge": "o", **PEERS}.items():
+        points = [
+            (row["packed_bits"], 100 * row["increase"])
+            for row in quality["rows"]
+            if row["method"].startswith(prefix) and row["kind"] == "training-free"
+        ]
+        edge = front(points, lower_is_better=True)
+        if prefix == "glm_edge":
+            left.plot(*zip(*edge, strict=True), marker, color="C0", linestyle="-", label=prefix)
+        else:
+            left.plot(*zip(*edge, strict=True), marker, markersize=5, label=prefix)
+    left.set_yscale("symlog", linthresh=0.1)
+    left.set_ylim(-0.1, 300)
+    left.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
+    left.set_xlabel("bits per weight, scales included")
+    left.set_ylabel("perplexity increase, %")
+    left.set_title("Quantized without training", fontsize=10)
+    left.legend(fontsize=7)
+    rates = {row["engine"]: row["tokens_per_second"][1] for row in speed["results"]["decode 128"]}
+    for index, engine in enumerate(("glm_edge in LiteRT", "llama.cpp")):
+        names = [row[index] for row in DECODED.values()]
+        heights = [rates[name] if name else 0.0 for name in names]
+        at = [position + 0.38 * (index - 0.5) for position in range(len(names))]
+        bars = right.bar(at, heights, width=0.36, label=engine)
+        right.bar_label(bars, [f"{h:.0f}" if h else "" for h in heights], fontsize=7)
+    right.set_xticks(range(len(DECODED)), list(DECODED))
+    right.set_ylabel("tokens per second")
+    right.set_title("Decoding 0.25 B parameters on two CPU cores", fontsize=10)
+    right.legend(fontsize=7, loc="upper left")
+    figure.savefig(path, dpi=100)
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    flags.DEFINE_string("out", str(RESULTS / "headline.png"), "PNG file to write.")
+
+
+def main(argv: Sequence[str]) -> None:
+    refuse_arguments(argv)
+    logs = [
+        json.loads((RESULTS / f"bench_{name}.json").read_text()) for name in ("quality", "export")
+    ]
+    headline(*logs, Path(FLAGS.out))
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch(main)

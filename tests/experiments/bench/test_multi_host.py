@@ -14,7 +14,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         [sys.executable, "-m", "experiments.bench.multi_host", *arguments],
         capture_output=True,
         text=True,
-        cwd=Path(ge.__file__).parents[2],
+        cwd=Path(ge.__file__).parents[1],
         check=False,
     )
 
