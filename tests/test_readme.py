@@ -29,6 +29,7 @@ GUIDES = {
         "glm_edge/compress/README.md",
         "glm_edge/export/README.md",
         "glm_edge/checkpoint/README.md",
+        "BUILD.md",
     )
 }
 DOCUMENTS = sorted(
@@ -111,8 +112,8 @@ def test_table_of_methods_is_the_one_of_the_code():
 
 
 def test_guides_hold_every_topic():
-    # 15 lines for a newcomer, and what each package's guide teaches.
-    assert [len(blocks_of(guide)) for guide in GUIDES] == [1, 5, 1, 2]
+    # 15 lines for a newcomer, each package's guide, and the worked examples of contributing.
+    assert [len(blocks_of(guide)) for guide in GUIDES] == [1, 5, 1, 2, 2]
 
 
 @pytest.mark.slow
@@ -151,6 +152,12 @@ def test_readme_is_read_in_a_minute():
     assert len(README.splitlines()) <= 150
     (block,) = blocks_of("README.md")
     assert len(block.splitlines()) <= 16
+
+
+def test_worked_examples_are_short():
+    examples = re.findall(r"```(?:python|diff)\n(.*?)```", GUIDES["BUILD.md"], re.DOTALL)
+    assert len(examples) == 3
+    assert all(len(example.splitlines()) <= 20 for example in examples)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
