@@ -135,9 +135,9 @@ def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any])
             {"params": state["params"]}, batch["images"], method=objectives.vision_features
         )
         value = objectives.dense_loss(state["heads"], features, batch)
-        found = jnp.argmax(features @ state["heads"]["class"].T, axis=-1) == batch["cell_class"]
+        correct = jnp.argmax(features @ state["heads"]["class"].T, axis=-1) == batch["cell_class"]
         present = batch["cell_class"] > 0
-        accuracy = jnp.sum(found & present) / jnp.maximum(jnp.sum(present), 1)
+        accuracy = jnp.sum(correct & present) / jnp.maximum(jnp.sum(present), 1)
         return value, {"loss": value, "cell_accuracy": accuracy}
 
     def dense_batches(split: str, seed: int):
@@ -224,8 +224,10 @@ def train_speech(directory: Path, params: dict[str, Any], heads: dict[str, Any])
             samples = np.stack([fit(u.samples, length) for u in group]).astype(np.float32)
             spoken = np.array([u.digit for u in group])
             for speaker in sorted({u.speaker for u in group}):
-                own = np.array([u.speaker == speaker for u in group])
-                rates[f"eval.{speaker}"] = float(measure(state, (samples[own], spoken[own])))
+                of_speaker = np.array([u.speaker == speaker for u in group])
+                rates[f"eval.{speaker}"] = float(
+                    measure(state, (samples[of_speaker], spoken[of_speaker]))
+                )
         return rates
 
     groups = utterances("train")

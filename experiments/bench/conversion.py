@@ -77,12 +77,12 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(convert(path) if FLAGS.step == "convert" else run(path)))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {step: process(step) for step in ("convert", "run")}
+    steps_log = {step: process(step) for step in ("convert", "run")}
     if not FLAGS.keep:
         path.unlink()
-    for step, numbers in found.items():
+    for step, numbers in steps_log.items():
         print_table([step, "value"], [[name, value] for name, value in numbers.items()])
-    found["goals"] = goals(FLAGS.shape, found["convert"])
+    steps_log["goals"] = goals(FLAGS.shape, steps_log["convert"])
     print_table(
         ["goal", "at most", "found", "verdict"],
         [
@@ -92,11 +92,11 @@ def main(argv: Sequence[str]) -> None:
                 goal["found"],
                 "reached" if goal["reached"] else "missed",
             ]
-            for goal in found["goals"]
+            for goal in steps_log["goals"]
         ],
     )
     names = ("shape", "format", "prefill", "contexts", "slots", "threads", "one_step", "keep")
-    log = found | provenance_of("bench.conversion", names, ["--work_dir=DIR"])
+    log = steps_log | provenance_of("bench.conversion", names, ["--work_dir=DIR"])
     if FLAGS.out:
         write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", overwrite=True)
 
@@ -199,7 +199,9 @@ def run(path: Path) -> dict[str, Any]:
     for length in map(int, FLAGS.prefill):
         rows = np.resize(embedded, (length, embedded.shape[1]))
         inputs = phone.step_inputs(rows, 0, length) | phone.empty_cache()
-        seconds = median_seconds(lambda n=length, given=inputs: phone.run(f"prefill_{n}", **given))
+        seconds = median_seconds(
+            lambda n=length, values=inputs: phone.run(f"prefill_{n}", **values)
+        )
         numbers[f"prefill_{length}_tokens_per_second"] = length / seconds
     for context in map(int, FLAGS.contexts):
         cache, times = phone.empty_cache(), []
@@ -220,14 +222,14 @@ def run(path: Path) -> dict[str, Any]:
 
 def encoders(phone: Any, rng: np.random.Generator) -> dict[str, float]:
     """Milliseconds that the encoders of a file take for an image, and for a recording."""
-    vision, speech, found = phone.config.vision, phone.config.speech, {}
+    vision, speech, steps_log = phone.config.vision, phone.config.speech, {}
     if vision is not None:
         image = rng.random((*vision.image_size, vision.channels), np.float32)
-        found["vision_ms"] = 1e3 * median_seconds(lambda: phone.encode_images(image))
+        steps_log["vision_ms"] = 1e3 * median_seconds(lambda: phone.encode_images(image))
     if speech is not None:
         audio = rng.standard_normal((speech.num_frames, speech.mel_bins), np.float32)
-        found["speech_ms"] = 1e3 * median_seconds(lambda: phone.encode_audio(audio))
-    return found
+        steps_log["speech_ms"] = 1e3 * median_seconds(lambda: phone.encode_audio(audio))
+    return steps_log
 
 
 def median_seconds(call: Callable[[], Any]) -> float:
@@ -253,7 +255,7 @@ class Resident:
         )
         index = self.model.get_signature_index("decode")
         details = self.model.get_signature_by_index(index)
-        self.given = {n: self._input(n) for n in details["inputs"] if not n.startswith("kv_")}
+        self.inputs = {n: self._input(n) for n in details["inputs"] if not n.startswith("kv_")}
         self.cache = {n: self._input(n) for n in details["inputs"] if n.startswith("kv_")}
         for name, array in phone.empty_cache().items():
             self.cache[name].write(array)
@@ -266,10 +268,10 @@ class Resident:
     def step(self, embedded: np.ndarray, slot: int) -> float:
         """Decodes one token and returns the seconds it took."""
         for name, array in self.phone.step_inputs(embedded, slot, 1).items():
-            self.given[name].write(np.ascontiguousarray(array))
+            self.inputs[name].write(np.ascontiguousarray(array))
         started = time.monotonic()
         outputs = {"logits": self.logits, **self.cache}
-        self.model.run_by_name("decode", self.given | self.cache, outputs)
+        self.model.run_by_name("decode", self.inputs | self.cache, outputs)
         return time.monotonic() - started
 
 

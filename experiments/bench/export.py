@@ -202,14 +202,14 @@ def chosen(specs: Sequence[Spec], pattern: str) -> list[Spec]:
       DataError: the pattern is not a regular expression, or matches nothing.
     """
     try:
-        found = [spec for spec in specs if re.search(pattern, spec.name)]
+        matching = [spec for spec in specs if re.search(pattern, spec.name)]
     except re.error as error:
         raise DataError(f"--engines: {pattern!r} is not a regular expression: {error}") from error
-    if not found:
+    if not matching:
         raise DataError(
             f"--engines: {pattern!r} matches none of {', '.join(s.name for s in specs)}"
         )
-    return found
+    return matching
 
 
 class Bench:
@@ -221,7 +221,7 @@ class Bench:
 
     def __init__(self, specs: Sequence[Spec]):
         self.specs = list(specs)
-        self.found: dict[str, dict[str, Any]] = {}
+        self.prepared: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, str] = {}
         self.samples: dict[str, Bursts] = {}
         self.bandwidth: dict[int, float] = {}
@@ -233,7 +233,7 @@ class Bench:
         for spec in self.specs:
             started = time.monotonic()
             try:
-                self.found[spec.name] = children.prepare(spec)
+                self.prepared[spec.name] = children.prepare(spec)
             except EngineError as error:
                 self._leave_out(spec.name, str(error))
                 continue
@@ -241,7 +241,7 @@ class Bench:
 
     def run(self, phases: Sequence[str]) -> None:
         """Times all phases of all engines, in as few groups as fit memory."""
-        waiting = [spec for spec in self.specs if spec.name in self.found]
+        waiting = [spec for spec in self.specs if spec.name in self.prepared]
         while waiting:
             waiting = self._start(waiting)
             if set(self.resident) - set(self.samples):
@@ -251,10 +251,10 @@ class Bench:
 
     def report(self, phases: Sequence[str]) -> dict[str, Any]:
         """Everything that was found, for JSON."""
-        data = (self.specs, self.samples, self.found, self.bandwidth)
+        data = (self.specs, self.samples, self.prepared, self.bandwidth)
         return {
             "engines": {
-                name: facts for name, facts in self.found.items() if name not in self.left_out
+                name: facts for name, facts in self.prepared.items() if name not in self.left_out
             },
             "results": {
                 phase: rows for phase in phases if (rows := compare.phase_rows(phase, *data))
@@ -275,15 +275,15 @@ class Bench:
     def _start(self, waiting: Sequence[Spec]) -> list[Spec]:
         """Starts what fits, llama.cpp first, and returns what did not fit."""
         first = {spec.name for spec in waiting}
-        anchors = [s for s in self.specs if s.family == "llama.cpp" and s.name in self.found]
-        rest, started = [], 0
+        anchors = [s for s in self.specs if s.family == "llama.cpp" and s.name in self.prepared]
+        others, started = [], 0
         for spec in anchors + [s for s in waiting if s.family != "llama.cpp"]:
             if spec.name in self.left_out:
                 continue
-            need = COPIES[spec.family] * self.found[spec.name]["weight_bytes"]
+            need = COPIES[spec.family] * self.prepared[spec.name]["weight_bytes"]
             fits = children.available_bytes() - need > 1e9 * FLAGS.reserve_gb
             if started and spec.name in first and spec.family != "llama.cpp" and not fits:
-                rest.append(spec)
+                others.append(spec)
                 continue
             try:
                 engine, facts = children.start(spec)
@@ -292,9 +292,9 @@ class Bench:
                 continue
             self.resident[spec.name] = engine
             started += spec.family != "llama.cpp"
-            known = self.found[spec.name]
+            known = self.prepared[spec.name]
             known.update({name: value for name, value in facts.items() if name not in known})
-        return rest
+        return others
 
     def _rounds(self, phases: Sequence[str]) -> None:
         begin, slow = len(self.bandwidth), set()
@@ -338,20 +338,20 @@ def profiles(specs: Sequence[Spec], phases: Iterable[tuple[str, str]]) -> dict[s
       specs: of the engines.
       phases: pairs of an engine and a phase; those of other runtimes are passed over.
     """
-    found: dict[str, Any] = {}
+    matching: dict[str, Any] = {}
     tasks = {spec.name: spec.task for spec in specs if spec.family == "ours"}
     for name, phase in phases:
         for signature in timed_signatures(tasks[name], phase, FLAGS.steps) if name in tasks else ():
             key = f"{name}: {signature}"
-            if key in found:
+            if key in matching:
                 continue
             try:
-                found[key] = children.profile(
+                matching[key] = children.profile(
                     tasks[name].path, signature, FLAGS.threads, FLAGS.profile_runs
                 )
             except EngineError as error:
-                found[key] = {"error": str(error)}
-    return found
+                matching[key] = {"error": str(error)}
+    return matching
 
 
 def remove(work: Path, paths: Sequence[str]) -> None:
@@ -444,8 +444,13 @@ def show_profile(key: str, profile: dict[str, Any], most: int = 10) -> None:
         return
     total = profile["us"]
     rows = [
-        [found["operator"], found["count"], shown(found["us"]), f"{found['us'] / total:.1%}"]
-        for found in profile["operators"][:most]
+        [
+            matching["operator"],
+            matching["count"],
+            shown(matching["us"]),
+            f"{matching['us'] / total:.1%}",
+        ]
+        for matching in profile["operators"][:most]
     ]
     elsewhere = profile["elsewhere_us"]
     rows.append(["between operators", "", shown(elsewhere), f"{elsewhere / total:.1%}"])

@@ -110,7 +110,7 @@ def tried(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
 
         return jnp.moveaxis(jax.lax.map(block, blocks), 0, 1).reshape(1, -1) * box.scale[:, 0]
 
-    ways = {
+    variants = {
         "int8 multiply and reduce": (int8, scaled(lambda x, q: jnp.sum(x[:, None] * q, axis=-1))),
         "int8 multiply and reduce, 64 lanes": (int8, scaled(_lanes)),
         "int8 to a dense float32 copy": (int8, lambda x, box: matmul.dense(x, box.unbox())),
@@ -120,7 +120,7 @@ def tried(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
         "int4 multiply and reduce": (int4, scaled(lambda x, q: jnp.sum(x[:, None] * q, axis=-1))),
         "int4 in blocks, nibbles interleaved": (int4, interleaved),
     }
-    for name, (quantized, product) in ways.items():
+    for name, (quantized, product) in variants.items():
         if wanted(f"tried: {name}"):
             yield chained(f"tried: {name}", x, product, quantized)
 
@@ -185,20 +185,20 @@ def torchao(
             if not wanted(name):
                 continue
             chain = Chain([torch.from_numpy(np.array(weight)) for weight in weights]).eval()
-            given = rows
+            operand = rows
             if isinstance(config, torch.dtype):
-                chain, given = chain.to(config), rows.to(config)
+                chain, operand = chain.to(config), rows.to(config)
             elif config is not None:
                 ao.quantize_(chain, config)
             run = torch.compile(chain) if compiled else chain
             bits = 4.5 if "int4" in name else 8 if "int8" in name else 16 if config else 32
             stored = int(sum(weight.size for weight in weights) * bits / 8)
 
-            def once(run: Any = run, given: Any = given) -> None:
+            def once(run: Any = run, operand: Any = operand) -> None:
                 time.sleep(PAUSE_S)
                 with torch.inference_mode():
                     start = time.perf_counter()
-                    run(given)
+                    run(operand)
                     return time.perf_counter() - start
 
             yield Product(name + (" compiled" if compiled else ""), once, stored)
@@ -219,8 +219,8 @@ def chained(name: str, x: Array, product: Callable, weights: list[Any]) -> Produ
     error = None
     if isinstance(dense, Array):
         expected = np.asarray(x, np.float64) @ np.asarray(dense, np.float64).T
-        found = np.asarray(jax.jit(product)(x, first), np.float64)
-        error = float(np.abs(found - expected).max() / np.abs(expected).max())
+        output = np.asarray(jax.jit(product)(x, first), np.float64)
+        error = float(np.abs(output - expected).max() / np.abs(expected).max())
     memory = compiled.memory_analysis()
     return Product(
         name,

@@ -129,14 +129,14 @@ def measure_packing() -> list[dict[str, Any]]:
         packed = packing.pack(codes, qtype)
         unpack = functools.partial(packing.unpack, packed, codes.shape[1], qtype)
         exact = bool((unpack() == codes).all())
-        ways = {"pack": functools.partial(packing.pack, codes, qtype), "unpack": unpack}
+        functions = {"pack": functools.partial(packing.pack, codes, qtype), "unpack": unpack}
         rate = {
             f"{way}_million_per_s": PACKED_WEIGHTS
             / 1e6
             / statistics.median(
                 _seconds(lambda run=run: run().block_until_ready()) for _ in "12345"
             )
-            for way, run in ways.items()
+            for way, run in functions.items()
         }
         rows.append({"type": qtype, **rate, "bits": 8 * packed.nbytes / codes.size, "exact": exact})
     return rows
@@ -178,8 +178,8 @@ def measure(products: list[Product]) -> dict[str, list[float]]:
 
 def _timed(product: Product) -> float:
     start = time.perf_counter()
-    found = product.run()
-    return found if isinstance(found, float) else time.perf_counter() - start
+    milliseconds = product.run()
+    return milliseconds if isinstance(milliseconds, float) else time.perf_counter() - start
 
 
 def summarize(
@@ -209,7 +209,7 @@ def summarize(
 
 def measure_decoding(shape: str) -> dict[str, float]:
     """Milliseconds of one greedy step of a whole model, for one row, by format of its weights."""
-    config, found = text_only(preset(shape)), {}
+    config, milliseconds = text_only(preset(shape)), {}
     model = MultimodalGLM(config)
     tokens = jnp.zeros((1, 2), jnp.int32)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
@@ -229,8 +229,8 @@ def measure_decoding(shape: str) -> dict[str, float]:
             )
         for compute in ("float32", "bfloat16"):
             model = MultimodalGLM(config, compute)
-            found[f"{text}, compute {compute}"] = decode_latency_ms(model, weights)
-    return found
+            milliseconds[f"{text}, compute {compute}"] = decode_latency_ms(model, weights)
+    return milliseconds
 
 
 def _wanted(name: str) -> bool:

@@ -112,15 +112,15 @@ def chosen_readers(names: Sequence[str]) -> list[str]:
     unknown = [name for name in names if name not in READERS]
     if unknown:
         raise DataError(f"--readers: {unknown[0]!r} is unknown; known: {', '.join(READERS)}")
-    found = [
+    installed = [
         name
         for name in READERS
         if (name in names or name == OURS)
         and all(importlib.util.find_spec(package) for package in READERS[name][1])
     ]
-    if not any(name.startswith("safetensors") for name in found):
+    if not any(name.startswith("safetensors") for name in installed):
         raise DataError("--readers: name a safetensors reader that is installed, to compare with")
-    return found
+    return installed
 
 
 def read_once(directory: Path) -> int:
@@ -180,10 +180,10 @@ def measure(reader: str, directory: Path) -> dict[str, float]:
     imported = peak_bytes()
     use_memory(WARM_RATIO * sum(path.stat().st_size for path in shards(directory)))
     start = time.perf_counter()
-    kept = read()
+    loaded = read()
     seconds = time.perf_counter() - start
     result = {"seconds": seconds, "peak_bytes": peak_bytes(), "imported_bytes": imported}
-    del kept
+    del loaded
     return result
 
 

@@ -107,11 +107,12 @@ def run_sharded() -> tuple[np.ndarray, np.ndarray]:
     rules = sharding.FULLY_SHARDED if FLAGS.fully_sharded else sharding.RULES
     model, params = ge.load(checkpoint(), mesh=mesh, rules=rules)
     arrays = jax.tree.leaves(params)
-    here = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
-    whole = sum(array.nbytes for array in arrays)
+    local_bytes = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
+    total_bytes = sum(array.nbytes for array in arrays)
     print(
         f"process {jax.process_index()} of {jax.process_count()}: mesh {dict(mesh.shape)}, "
-        f"{here / jax.local_device_count() / 1e6:.2f} MB of {whole / 1e6:.2f} MB a device",
+        f"{local_bytes / jax.local_device_count() / 1e6:.2f} MB of {total_bytes / 1e6:.2f} MB "
+        "per device",
         flush=True,
     )
     with sharding.on(mesh, rules):
@@ -123,10 +124,10 @@ def run_sharded() -> tuple[np.ndarray, np.ndarray]:
 def make_mesh(model_ways: int) -> jax.sharding.Mesh:
     """All devices of all processes as (`data`, `model`)."""
     devices = jax.device_count()
-    ways = model_ways or devices
-    if devices % ways:
-        raise ConfigError(f"--model_ways={ways} must divide {devices} devices")
-    return jax.make_mesh((devices // ways, ways), ("data", "model"))
+    model_devices = model_ways or devices
+    if devices % model_devices:
+        raise ConfigError(f"--model_ways={model_devices} must divide {devices} devices")
+    return jax.make_mesh((devices // model_devices, model_devices), ("data", "model"))
 
 
 def forward(model: Any, params: Any) -> tuple[jax.Array, jax.Array]:

@@ -114,14 +114,14 @@ def chosen_methods(pattern: str, methods: Sequence[Method] = METHODS) -> list[Me
       DataError: the pattern is not a regular expression, or matches nothing.
     """
     try:
-        found = [m for m in methods if m.peer == REFERENCE or re.search(pattern, m.name)]
+        selected = [m for m in methods if m.peer == REFERENCE or re.search(pattern, m.name)]
     except re.error as error:
         raise DataError(f"--methods: {pattern!r} is not a regular expression: {error}") from error
-    if not any(re.search(pattern, method.name) for method in found):
+    if not any(re.search(pattern, method.name) for method in selected):
         raise DataError(
             f"--methods: {pattern!r} matches none of {', '.join(m.name for m in methods)}"
         )
-    return found
+    return selected
 
 
 def measure(
@@ -271,10 +271,10 @@ class Bench:
         """Quantizes by a method and scores it; None, with a line, where its peer is absent."""
         start = time.perf_counter()
         quantized = {REFERENCE: self._reference, OURS: self._ours}.get(method.peer, self._peer)
-        found = quantized(method)
-        if found is None:
+        selected = quantized(method)
+        if selected is None:
             return None
-        model, params, meta = found
+        model, params, meta = selected
         measured = self.scorer.score(model, params)
         return {
             "method": method.name,
@@ -338,8 +338,10 @@ class Bench:
         decoder = {p: np.asarray(leaves[p]) for p in boxes.select(self.params, DECODER)}
         np.savez(self.work / "weights.npz", **decoder)
         tokens = np.concatenate([batch["tokens"] for batch in texts])
-        seen = [[self._inputs(batch, set(decoder)) for batch in part] for part in (texts, screens)]
-        for name, parts in (("text", seen[0]), ("both", seen[0] + seen[1])):
+        activations = [
+            [self._inputs(batch, set(decoder)) for batch in part] for part in (texts, screens)
+        ]
+        for name, parts in (("text", activations[0]), ("both", activations[0] + activations[1])):
             rows = {path: np.concatenate([part[path] for part in parts]) for path in decoder}
             exchange.write_inputs(self.work / f"inputs_{name}.npz", rows, tokens)
         config = dataclasses.replace(

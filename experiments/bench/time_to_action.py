@@ -111,8 +111,8 @@ def main(argv: Sequence[str]) -> None:
         paper(preset(FLAGS.paper_shape), FLAGS.paper_form, *tokens, Device(*peaks, share))
         for share in shares
     ]
-    for found in log["paper"]:
-        show_paper(found)
+    for results in log["paper"]:
+        show_paper(results)
     log["sources"] = sources()
     print(f"sources: {log['sources']}")
     log["runtimes"] = runtimes(work)
@@ -149,7 +149,7 @@ def measured(work: Path) -> dict[str, Any]:
             f"--text_tokens, --action_tokens: {slots} tokens exceed the "
             f"{config.decoder.max_position_embeddings} of {FLAGS.shape}"
         )
-    resident, found = {}, {}
+    resident, results = {}, {}
     try:
         for form in FLAGS.forms:
             spec = children.spec_of(
@@ -167,23 +167,23 @@ def measured(work: Path) -> dict[str, Any]:
             resident[form] = children.Child(spec)
             loaded = resident[form].load()
             resident[form].action(prompt, FLAGS.action_tokens)
-            found[form] = {
+            results[form] = {
                 "file_bytes": written["file_bytes"],
                 "load_seconds": loaded["seconds"],
                 "runs": [],
             }
         for turn in range(FLAGS.rounds):
             for form in FLAGS.forms if turn % 2 else FLAGS.forms[::-1]:
-                found[form]["runs"].append(resident[form].action(prompt, FLAGS.action_tokens))
+                results[form]["runs"].append(resident[form].action(prompt, FLAGS.action_tokens))
         for form, engine in resident.items():
-            found[form]["peak_rss_bytes"] = engine.peak_bytes()
+            results[form]["peak_rss_bytes"] = engine.peak_bytes()
     except EngineError as error:
         raise DataError(f"LiteRT does not run {FLAGS.shape}: {error}") from error
     finally:
         for engine in resident.values():
             engine.close()
         tidy(work)
-    return {"features": features, "prompt_tokens": prompt, "forms": found} | prepared(config)
+    return {"features": features, "prompt_tokens": prompt, "forms": results} | prepared(config)
 
 
 def prepared(config: GLMConfig) -> dict[str, Any]:
@@ -232,8 +232,8 @@ def prepared(config: GLMConfig) -> dict[str, Any]:
 
 def sources() -> str:
     """Where the numbers of the device on paper are from."""
-    own = [name for name in ("device", "bandwidth_gbs", "tops") if FLAGS[name].present]
-    return FLAGS.sources or (f"as given by --{', --'.join(own)}" if own else SOURCES)
+    named = [name for name in ("device", "bandwidth_gbs", "tops") if FLAGS[name].present]
+    return FLAGS.sources or (f"as given by --{', --'.join(named)}" if named else SOURCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,21 +280,21 @@ def paper(
     def select(*prefixes: str) -> dict[str, tuple[int, ...]]:
         return {path: shape for path, shape in weights.items() if path.startswith(prefixes)}
 
-    def size(found: dict[str, tuple[int, ...]]) -> int:
-        return sum(math.prod(shape) for shape in found.values())
+    def size(results: dict[str, tuple[int, ...]]) -> int:
+        return sum(math.prod(shape) for shape in results.values())
 
-    def stored(found: dict[str, tuple[int, ...]]) -> int:
-        return sum(parsed.stored_bytes(shape) for shape in found.values())
+    def stored(results: dict[str, tuple[int, ...]]) -> int:
+        return sum(parsed.stored_bytes(shape) for shape in results.values())
 
-    tower, seen = select("vision/layers", "vision/patch"), select("vision")
+    tower, entire = select("vision/layers", "vision/patch"), select("vision")
     layers = select("decoder")
     head = select("embed" if decoder.tie_embeddings else "head")
     width = sum(decoder.heads(i) * decoder.head_dim for i in range(decoder.num_layers))
     cached = sum(2 * decoder.kv_heads(i) * decoder.head_dim for i in range(decoder.num_layers))
-    per_feature = size(seen) - size(tower)
+    per_feature = size(entire) - size(tower)
     parts = {
         "image": (
-            stored(seen),
+            stored(entire),
             2 * size(tower) * patches
             + 2 * per_feature * features
             + 4 * patches**2 * vision.hidden_size * vision.num_layers,
@@ -335,7 +335,7 @@ def runtimes(work: Path) -> dict[str, Any]:
     config = dataclasses.replace(
         preset("nano"), vision=None, speech=None, image_token_id=None, audio_token_id=None
     )
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     resident = {}
     for name, module, suffix in (("LiteRT", "litert", ".tflite"), ("MNN", "mnn_engine", "_mnn")):
         spec = children.spec_of(
@@ -362,22 +362,22 @@ def runtimes(work: Path) -> dict[str, Any]:
             resident[name] = children.Child(spec)
             resident[name].load()
         except EngineError as error:
-            found[name] = {"left_out": str(error)}
+            results[name] = {"left_out": str(error)}
             continue
-        found[name] = {"size_bytes": written["file_bytes"], "start_s": starts, "step_s": []}
+        results[name] = {"size_bytes": written["file_bytes"], "start_s": starts, "step_s": []}
         if name == "MNN":
-            found[name]["note"] = MNN_NOTE
+            results[name]["note"] = MNN_NOTE
     try:
         for turn in range(FLAGS.rounds):
             for name in list(resident) if turn % 2 else list(resident)[::-1]:
-                found[name]["step_s"].append(resident[name].burst("decode", STEP_CONTEXT, STEPS))
+                results[name]["step_s"].append(resident[name].burst("decode", STEP_CONTEXT, STEPS))
     except EngineError as error:
         raise DataError(f"nano: {error}") from error
     finally:
         for engine in resident.values():
             engine.close()
         tidy(work)
-    return found
+    return results
 
 
 def tidy(work: Path) -> None:
@@ -396,19 +396,19 @@ def verdicts(seconds: float) -> list[str]:
     return ["reached" if seconds <= claim else "missed" for claim in CLAIMS_S]
 
 
-def show_measured(found: dict[str, Any]) -> None:
+def show_measured(results: dict[str, Any]) -> None:
     """Prints the measured table."""
     rows = []
-    for form, facts in found["forms"].items():
+    for form, facts in results["forms"].items():
         totals = [
             before + sum(run.values())
-            for before, run in zip(found["prepare_s"], facts["runs"], strict=True)
+            for before, run in zip(results["prepare_s"], facts["runs"], strict=True)
         ]
         parts = [Quartiles.of([run[part] for run in facts["runs"]]) for part in PARTS]
         rows.append(
             [
                 form,
-                str(Quartiles.of(found["prepare_s"])),
+                str(Quartiles.of(results["prepare_s"])),
                 *map(str, parts),
                 str(Quartiles.of(totals)),
                 *verdicts(statistics.median(totals)),
@@ -416,7 +416,7 @@ def show_measured(found: dict[str, Any]) -> None:
                 shown(1e-6 * facts["peak_rss_bytes"]),
             ]
         )
-    title = f"measured, {FLAGS.shape}, {found['features']} features of {found['prompt_tokens']}"
+    title = f"measured, {FLAGS.shape}, {results['features']} features of {results['prompt_tokens']}"
     claims = [f"claimed {shown(claim)} s" for claim in CLAIMS_S]
     header = [
         title,
@@ -429,7 +429,7 @@ def show_measured(found: dict[str, Any]) -> None:
     print_table([*header, *claims, "file MB", "RSS MB"], rows)
 
 
-def show_paper(found: dict[str, Any]) -> None:
+def show_paper(results: dict[str, Any]) -> None:
     """Prints the table on paper."""
     print()
     rows = [
@@ -442,23 +442,23 @@ def show_paper(found: dict[str, Any]) -> None:
             shown(row["seconds"]),
             *[""] * len(CLAIMS_S),
         ]
-        for part, row in found["parts"].items()
+        for part, row in results["parts"].items()
     ]
-    rows.append(["total", "", "", "", "", shown(found["seconds"]), *verdicts(found["seconds"])])
-    device = Device(**found["device"])
+    rows.append(["total", "", "", "", "", shown(results["seconds"]), *verdicts(results["seconds"])])
+    device = Device(**results["device"])
     title = (
-        f"on paper, {found['shape']} {found['form']}, {device.name} at {device.share:.0%} of "
+        f"on paper, {results['shape']} {results['form']}, {device.name} at {device.share:.0%} of "
         f"{1e-9 * device.bandwidth:g} GB/s and {1e-12 * device.operations:g} TOPS"
     )
     header = [title, "GB", "10^12 operations", "memory s", "arithmetic s", "s"]
     print_table([*header, *(f"claimed {shown(claim)} s" for claim in CLAIMS_S)], rows)
 
 
-def show_runtimes(found: dict[str, Any]) -> None:
+def show_runtimes(results: dict[str, Any]) -> None:
     """Prints the table of runtimes."""
     print()
     rows = []
-    for name, facts in found.items():
+    for name, facts in results.items():
         claimed = [shown(value) for value in CLAIMED[name]]
         if "left_out" in facts:
             rows.append([name, *(part for c in claimed for part in ("-", c))])
@@ -473,7 +473,7 @@ def show_runtimes(found: dict[str, Any]) -> None:
         )
     header = ["nano int8", "start-up ms", "claimed", "latency ms", "claimed", "size MB", "claimed"]
     print_table(header, rows)
-    for name, facts in found.items():
+    for name, facts in results.items():
         if "left_out" in facts:
             print(f"left out: {name}: {facts['left_out']}")
         elif "note" in facts:

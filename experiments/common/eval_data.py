@@ -207,9 +207,9 @@ def split_text(path: str | None) -> tuple[str, str]:
     """
     if path is None:
         return corpora.pydoc_topics("calibration"), corpora.pydoc_topics("evaluation")
-    whole = corpora.read_text(path)
-    cut = whole.find("\n", len(whole) // 3) + 1 or len(whole) // 3
-    return whole[:cut], whole[cut:]
+    content = corpora.read_text(path)
+    cut = content.find("\n", len(content) // 3) + 1 or len(content) // 3
+    return content[:cut], content[cut:]
 
 
 def recordings(
@@ -263,9 +263,9 @@ def decode_latency_ms(model: Any, params: Any) -> float:
     return 1000 * float(np.median(seconds[5:]))
 
 
-def opened(given: str | None) -> tuple[Path, Any, Any]:
+def opened(directory: str | None) -> tuple[Path, Any, Any]:
     """The directory of `checkpoint_of`, its model in float32, and the parameters."""
-    checkpoint = checkpoint_of(given)
+    checkpoint = checkpoint_of(directory)
     return checkpoint, *ge.load(checkpoint, dtype="float32")
 
 

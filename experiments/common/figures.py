@@ -98,7 +98,7 @@ def skipping_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     pyplot = require("matplotlib.pyplot", extra="plot")
     figure, axes = pyplot.subplots(1, 2, figsize=(10.4, 3.8), layout="constrained")
-    whole, kinds = rows[0], {row["name"].split()[0]: [] for row in rows[1:]}
+    dense, kinds = rows[0], {row["name"].split()[0]: [] for row in rows[1:]}
     for row in rows[1:]:
         kinds[row["name"].split()[0]].append(row)
     for kind, points in kinds.items():
@@ -108,8 +108,8 @@ def skipping_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
         )
         speed, accuracy = ([p[name] for p in points] for name in ("tokens_per_second", "accuracy"))
         axes[1].plot(speed, accuracy, "o-", label=kind)
-    axes[0].axhline(whole["accuracy"], color="0.6", linestyle="--", label=whole["name"])
-    axes[1].plot([whole["tokens_per_second"]], [whole["accuracy"]], "k*", label=whole["name"])
+    axes[0].axhline(dense["accuracy"], color="0.6", linestyle="--", label=dense["name"])
+    axes[1].plot([dense["tokens_per_second"]], [dense["accuracy"]], "k*", label=dense["name"])
     axes[0].set(xlabel="threshold, or fraction of neurons", ylabel="accuracy")
     axes[1].set(xlabel="decoded tokens per second", ylabel="accuracy")
     for axis in axes:
@@ -129,12 +129,12 @@ def _stages(
     """Draws a point for each stage, the front of those that no other beats, and labels apart."""
     points: list[tuple[float, float, str]] = []
     for name, label in names.items():
-        kept = [row for row in rows if row[name] is not None]
-        measured = [(row["bytes"] / 1e6, row[name]) for row in kept]
+        scored = [row for row in rows if row[name] is not None]
+        measured = [(row["bytes"] / 1e6, row[name]) for row in scored]
         drawn = axis.plot(*zip(*measured, strict=True), MARKERS.get(name, "o"), label=label)
         edge = front(measured, lower_is_better)
         axis.plot(*zip(*edge, strict=True), "-", color=drawn[0].get_color(), alpha=0.4)
-        points += [(*at, row["stage"]) for at, row in zip(measured, kept, strict=True)]
+        points += [(*at, row["stage"]) for at, row in zip(measured, scored, strict=True)]
     widest = max(size for size, _, _ in points)
     # Room for words to the right of the largest model.
     axis.set_xlim(0, 1.35 * widest)
@@ -189,11 +189,11 @@ def label_heights(
     taken: list[tuple[float, float, float]] = []
     heights = [0.0] * len(points)
     for index in sorted(range(len(points)), key=lambda i: points[i][1]):
-        left, at, label = points[index]
-        right = left + letter * (len(label) + 2)
-        while any(begin < right and left < end and abs(at - y) < line for begin, end, y in taken):
+        start, at, label = points[index]
+        right = start + letter * (len(label) + 2)
+        while any(begin < right and start < end and abs(at - y) < line for begin, end, y in taken):
             at += line / 4
-        taken.append((left, right, at))
+        taken.append((start, right, at))
         heights[index] = at
     return heights
 
@@ -207,7 +207,7 @@ def headline(quality: dict[str, Any], speed: dict[str, Any], path: Path) -> None
       path: PNG file to write.
     """
     figure = require("matplotlib.figure", extra="plot").Figure((9.0, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    accuracy, speeds = figure.subplots(1, 2)
     for prefix, marker in {"glm_edge": "o", **PEERS}.items():
         points = [
             (row["packed_bits"], 100 * row["increase"])
@@ -216,27 +216,27 @@ def headline(quality: dict[str, Any], speed: dict[str, Any], path: Path) -> None
         ]
         edge = front(points, lower_is_better=True)
         if prefix == "glm_edge":
-            left.plot(*zip(*edge, strict=True), marker, color="C0", linestyle="-", label=prefix)
+            accuracy.plot(*zip(*edge, strict=True), marker, color="C0", linestyle="-", label=prefix)
         else:
-            left.plot(*zip(*edge, strict=True), marker, markersize=5, label=prefix)
-    left.set_yscale("symlog", linthresh=0.1)
-    left.set_ylim(-0.1, 300)
-    left.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
-    left.set_xlabel("bits per weight, scales included")
-    left.set_ylabel("perplexity increase, %")
-    left.set_title("Quantized without training", fontsize=10)
-    left.legend(fontsize=7)
+            accuracy.plot(*zip(*edge, strict=True), marker, markersize=5, label=prefix)
+    accuracy.set_yscale("symlog", linthresh=0.1)
+    accuracy.set_ylim(-0.1, 300)
+    accuracy.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
+    accuracy.set_xlabel("bits per weight, scales included")
+    accuracy.set_ylabel("perplexity increase, %")
+    accuracy.set_title("Quantized without training", fontsize=10)
+    accuracy.legend(fontsize=7)
     rates = {row["engine"]: row["tokens_per_second"][1] for row in speed["results"]["decode 128"]}
     for index, engine in enumerate(("glm_edge in LiteRT", "llama.cpp")):
         names = [row[index] for row in DECODED.values()]
         heights = [rates[name] if name else 0.0 for name in names]
         at = [position + 0.38 * (index - 0.5) for position in range(len(names))]
-        bars = right.bar(at, heights, width=0.36, label=engine)
-        right.bar_label(bars, [f"{h:.0f}" if h else "" for h in heights], fontsize=7)
-    right.set_xticks(range(len(DECODED)), list(DECODED))
-    right.set_ylabel("tokens per second")
-    right.set_title("Decoding 0.25 B parameters on two CPU cores", fontsize=10)
-    right.legend(fontsize=7, loc="upper left")
+        bars = speeds.bar(at, heights, width=0.36, label=engine)
+        speeds.bar_label(bars, [f"{h:.0f}" if h else "" for h in heights], fontsize=7)
+    speeds.set_xticks(range(len(DECODED)), list(DECODED))
+    speeds.set_ylabel("tokens per second")
+    speeds.set_title("Decoding 0.25 B parameters on two CPU cores", fontsize=10)
+    speeds.legend(fontsize=7, loc="upper left")
     figure.savefig(path, dpi=100)
 
 

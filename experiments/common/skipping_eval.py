@@ -112,11 +112,11 @@ def neuron_settings(
     model: Any, params: Any, keep: Sequence[float], thresholds: Sequence[float] = ()
 ) -> list[Setting]:
     """Neurons skipped by fractions that are kept (`keep`) and by thresholds of gates (`gate`)."""
-    kept = [
+    shares = [
         Setting(f"keep {value:g}", skip_neurons(model, params, value), None, value)
         for value in keep
     ]
-    return kept + [
+    return shares + [
         Setting(f"gate {value:g}", skip_neurons(model, params, threshold=value), None, value)
         for value in thresholds
     ]

@@ -171,8 +171,8 @@ def answers(
 def answer_text(tokenizer: Tokenizer, ids: np.ndarray, config: GLMConfig) -> str:
     """Text of generated ids up to the first stop token."""
     stops = np.flatnonzero(np.isin(ids, config.eos_token_ids))
-    kept = ids[: stops[0]] if len(stops) else ids
-    return tokenizer.decode([int(i) for i in kept], skip_special_tokens=False)
+    answer = ids[: stops[0]] if len(stops) else ids
+    return tokenizer.decode([int(i) for i in answer], skip_special_tokens=False)
 
 
 def outcomes(items: Sequence[Item], texts: Sequence[str]) -> dict[str, metrics.Rate | None]:

@@ -76,10 +76,10 @@ def find_cases(folder: Path) -> list[Path]:
     """
     if (folder / "outputs.npz").is_file():
         return [folder]
-    found = sorted(path.parent for path in folder.glob("*/outputs.npz"))
-    if not found:
+    folders = sorted(path.parent for path in folder.glob("*/outputs.npz"))
+    if not folders:
         raise DataError(f"{folder}: holds no folder with outputs.npz, inputs.npz and meta.json")
-    return found
+    return folders
 
 
 def _by_subcase(arrays: Any) -> dict[str, Arrays]:

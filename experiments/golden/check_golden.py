@@ -96,40 +96,40 @@ def compare(folder: Path) -> Report:
     for subcase, expected in case.outputs.items():
         inputs = case.inputs[subcase]
         if model is None:
-            found = process(case, subcase)
+            computed = process(case, subcase)
         else:
             steps = expected["greedy_ids"].shape[1] if "greedy_ids" in expected else 0
-            found = compute(model, params, inputs, steps)
+            computed = compute(model, params, inputs, steps)
         wanted = dict(expected)
         for name in ("greedy_ids", "greedy_logits"):
             if name in expected:
                 wanted[f"plain_{name}"] = expected[name]
         for name, value in wanted.items():
-            if name not in found:
+            if name not in computed:
                 unclear.append(f"{subcase}.{name}")
                 continue
-            rows.append(_row(case, subcase, name, found[name], value, inputs))
+            rows.append(_row(case, subcase, name, computed[name], value, inputs))
     return Report(folder.name, rows, unclear)
 
 
 def _row(
-    case: Case, subcase: str, name: str, found: np.ndarray, expected: np.ndarray, inputs: Arrays
+    case: Case, subcase: str, name: str, computed: np.ndarray, expected: np.ndarray, inputs: Arrays
 ) -> Row:
     label = f"{subcase}.{name}"
-    if found.shape != expected.shape:
+    if computed.shape != expected.shape:
         raise DataError(
-            f"{case.folder}: {label} has shape {expected.shape}, the model gives {found.shape}"
+            f"{case.folder}: {label} has shape {expected.shape}, the model gives {computed.shape}"
         )
     valid = inputs.get("attention_mask")
     if valid is not None and "greedy" not in name:
-        if name == "position_ids" and found.ndim == 3:
-            found, expected = found[:, valid == 1], expected[:, valid == 1]
-        elif found.shape[:2] == valid.shape:
-            found, expected = found[valid == 1], expected[valid == 1]
+        if name == "position_ids" and computed.ndim == 3:
+            computed, expected = computed[:, valid == 1], expected[:, valid == 1]
+        elif computed.shape[:2] == valid.shape:
+            computed, expected = computed[valid == 1], expected[valid == 1]
     if np.issubdtype(expected.dtype, np.integer):
-        return Row(label, float((found != expected).sum()), 0.0)
+        return Row(label, float((computed != expected).sum()), 0.0)
     tolerance = case.tolerance(name.removeprefix("plain_"))
-    error = np.abs(found.astype(np.float64) - expected).max(initial=0.0)
+    error = np.abs(computed.astype(np.float64) - expected).max(initial=0.0)
     return Row(label, float(error), tolerance)
 
 

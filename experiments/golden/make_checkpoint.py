@@ -134,7 +134,7 @@ def write(
       OutputError: the disk is too full, or the directory exists or cannot be written.
     """
     shapes = tensor_shapes(config)
-    order = {name: place for place, name in enumerate(shapes)}
+    order = {name: rank for rank, name in enumerate(shapes)}
     shards = split(shapes, shard_bytes)
     total = sum(map(_bytes, shapes.values()))
     require_space(Path(out), total + (64 << 20))

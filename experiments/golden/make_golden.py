@@ -85,17 +85,17 @@ def make_case(drawn: Plan, folder: Path, rng: np.random.Generator) -> None:
     model = write_checkpoint(drawn, folder, rng)
     inputs, outputs, noise, margins = {}, {}, {}, []
     for subcase, rows in drawn.subcases.items():
-        given = draw_inputs(drawn, subcase, rng)
-        found = {}
+        drawn_inputs = draw_inputs(drawn, subcase, rng)
+        results = {}
         # Rows of tokens are what a decoder goes on with.
         if isinstance(rows, list):
-            given, found, margin = _clear_inputs(model, drawn, subcase, rng)
+            drawn_inputs, results, margin = _clear_inputs(model, drawn, subcase, rng)
             margins.append(margin)
-        computed = reference.outputs_of(model, given)
-        for name, value in reference.noise_of(model, given, computed).items():
+        computed = reference.outputs_of(model, drawn_inputs)
+        for name, value in reference.noise_of(model, drawn_inputs, computed).items():
             noise[name] = max(noise.get(name, 0.0), value)
-        inputs |= {f"{subcase}.{name}": value for name, value in given.items()}
-        outputs |= {f"{subcase}.{name}": value for name, value in (computed | found).items()}
+        inputs |= {f"{subcase}.{name}": value for name, value in drawn_inputs.items()}
+        outputs |= {f"{subcase}.{name}": value for name, value in (computed | results).items()}
     np.savez_compressed(folder / "inputs.npz", **inputs)
     np.savez_compressed(folder / "outputs.npz", **outputs)
     meta = {
@@ -120,10 +120,10 @@ def _clear_inputs(
     from experiments.golden.reference import greedy
 
     for _ in range(TRIES):
-        given = draw_inputs(drawn, subcase, rng)
-        made = greedy(model, given)
+        drawn_inputs = draw_inputs(drawn, subcase, rng)
+        made = greedy(model, drawn_inputs)
         if made is not None:
-            return given, *made
+            return drawn_inputs, *made
     raise DataError(f"{subcase}: no inputs with clear greedy tokens in {TRIES} draws; try a --seed")
 
 

@@ -197,8 +197,8 @@ def reference_outputs(model: Any, inputs: Arrays) -> Arrays:
     names = {"logits": "logits"}
     if getattr(output, "logits", None) is None:
         names = {"last_hidden_state": "hidden.final", "pooler_output": "pooler_output"}
-    found = {ours: getattr(output, theirs, None) for theirs, ours in names.items()}
-    return {name: value.numpy() for name, value in found.items() if value is not None}
+    recorded = {ours: getattr(output, theirs, None) for theirs, ours in names.items()}
+    return {name: value.numpy() for name, value in recorded.items() if value is not None}
 
 
 def describe(directory: Path) -> dict[str, Any]:

@@ -172,13 +172,15 @@ class ScreenBatches:
             else:
                 prompt = self.tokenizer.encode(question.instruction_text).ids
             answer = self.tokenizer.encode(actions.format_action(question.answer_action)).ids
-            self._place(row, index, layout, prompt, [*answer, self.end])
+            self._write_row(row, index, layout, prompt, [*answer, self.end])
             if question.target is not None:
                 row["target"][index] = self._cell(question.target.box)
                 row["box"][index] = question.target.box
         return row
 
-    def _place(self, row, index: int, layout: Layout, prompt: list[int], answer: list[int]) -> None:
+    def _write_row(
+        self, row, index: int, layout: Layout, prompt: list[int], answer: list[int]
+    ) -> None:
         room = layout.block_lengths[index] - 1
         answer = answer[:ANSWER_LENGTH]
         prompt = list(prompt)[: room - len(answer)]

@@ -234,11 +234,11 @@ def attention_loss(sown: dict[str, Any], batch: dict[str, Array], config: Any) -
     rows = jnp.arange(match.shape[0])[:, None]
     first_cell = jnp.argmax(batch["tokens"] == config.image_token_id, axis=1)[:, None]
     cell = first_cell + jnp.maximum(batch["target"], 0)
-    seen = -jnp.log(match[rows, batch["assistant"], cell] + 1e-9)
+    cell_loss = -jnp.log(match[rows, batch["assistant"], cell] + 1e-9)
     for step in READ_SLOTS:
         slot = batch["assistant"] + step
-        seen = seen - jnp.log(read[rows, slot, batch["assistant"]] + 1e-9)
-    return jnp.sum(seen * taps) / jnp.maximum(jnp.sum(taps), 1.0)
+        cell_loss = cell_loss - jnp.log(read[rows, slot, batch["assistant"]] + 1e-9)
+    return jnp.sum(cell_loss * taps) / jnp.maximum(jnp.sum(taps), 1.0)
 
 
 def taps_in_box(

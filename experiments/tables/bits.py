@@ -75,39 +75,39 @@ def main(argv: Sequence[str]) -> None:
         FLAGS.seed,
         amount["batches"],
     )
-    found = {"float32": measured(model, params, data, FLAGS.where)}
+    measurements = {"float32": measured(model, params, data, FLAGS.where)}
     groups = [int(size) for size in FLAGS.groups or amount["groups"]]
-    ways = recipes([int(width) for width in FLAGS.bits], groups)
-    for name, transform in bar("ways of rounding")(ways.items()):
-        found[name] = measured(
+    recipes_by_name = recipes([int(width) for width in FLAGS.bits], groups)
+    for name, transform in bar("ways of rounding")(recipes_by_name.items()):
+        measurements[name] = measured(
             model, rounded(transform, model, params, data.calibration), data, FLAGS.where
         )
     table.publish(
         NAME,
         "Bits against loss: claimed 2 % at 8 bits, 10 % at 4, over 20 % at 2",
-        rows_of(found),
+        rows_of(measurements),
         ("checkpoint", "where", "bits", "groups", "text", "digits_dir", "speech_dir", "screens",
          "text_tokens"),
-        {"settings": found, "notes": data.notes, "tokens": data.windows.num_scored},
+        {"settings": measurements, "notes": data.notes, "tokens": data.windows.num_scored},
     )  # fmt: skip
 
 
 def recipes(bits: Sequence[int], groups: Sequence[int]) -> dict[str, Transform]:
     """Ways of rounding by their names, such as `4 bits, gptq, groups of 32`."""
-    found = {}
+    measurements = {}
     for width in bits:
         for size in groups:
             label = f"groups of {size}" if size else "per channel"
             options = {"bits": width, "group_size": size or None, "where": FLAGS.where}
-            found[f"{width} bits, rtn, {label}"] = quantize.rtn(**options)
-            found[f"{width} bits, gptq, {label}"] = quantize.gptq(**options)
-    return found
+            measurements[f"{width} bits, rtn, {label}"] = quantize.rtn(**options)
+            measurements[f"{width} bits, gptq, {label}"] = quantize.gptq(**options)
+    return measurements
 
 
 def rounded(transform: Transform, model: Any, params: Any, batches: Sequence[Any]) -> Any:
     """Parameters in boxes, by a transform and the calibration there is."""
-    seen = {name for batch in batches for name in batch}
-    lacking = [name for name in ("images", "audio") if name not in seen]
+    inputs = {name for batch in batches for name in batch}
+    lacking = [name for name in ("images", "audio") if name not in inputs]
     key = jax.random.key(FLAGS.seed)
     return transform(model, params, batches, key, without=lacking)[1]
 
@@ -130,31 +130,31 @@ def measured(
     chosen = {path: leaves[path] for path in boxes.select(params, where)}
     bits = 8 * boxes.stored_bytes(chosen) / boxes.count(chosen)
     dense = jax.tree.map(boxes.dense, params, is_leaf=boxes.is_box)
-    found = {
+    measurements = {
         "bits stored": bits,
         "perplexity": text_loss(model, dense, data.windows)["perplexity"],
     }
     for kind, items in (("written", data.written), ("spoken", data.spoken)):
         if items:
             texts = tap_eval.answers(model, dense, data.tokenizer, items)
-            found[f"taps, {kind}"] = 100.0 * float(np.mean(tap_eval.hits(items, texts)))
-    return found
+            measurements[f"taps, {kind}"] = 100.0 * float(np.mean(tap_eval.hits(items, texts)))
+    return measurements
 
 
-def rows_of(found: Mapping[str, Mapping[str, float]]) -> list[Row]:
+def rows_of(measurements: Mapping[str, Mapping[str, float]]) -> list[Row]:
     """The table's rows: float32, and what every way of rounding loses of it.
 
     Args:
-      found: of `measured` by `float32` and the names of `recipes`.
+      measurements: of `measured` by `float32` and the names of `recipes`.
 
     Returns:
       The rows.
     """
-    base = found["float32"]
+    base = measurements["float32"]
     rows = [Row("perplexity, float32", "perplexity", None, base["perplexity"])]
     kinds = [kind for kind in base if kind.startswith("taps")]
     rows += [Row(f"{kind}, float32", "% of taps", None, base[kind]) for kind in kinds]
-    for name, now in found.items():
+    for name, now in measurements.items():
         if name == "float32":
             continue
         bits = int(name.split()[0])

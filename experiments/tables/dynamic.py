@@ -93,12 +93,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def rows_of(
-    found: Sequence[SweepRow], perplexity: Mapping[str, float], quality: str, questions: int
+    swept: Sequence[SweepRow], perplexity: Mapping[str, float], quality: str, questions: int
 ) -> list[Row]:
     """The table's rows of the model that has been trained.
 
     Args:
-      found: of the sweep; the first skips nothing.
+      swept: of the sweep; the first skips nothing.
       perplexity: by the names of settings.
       quality: what the sweep's accuracy is.
       questions: that were asked.
@@ -106,18 +106,18 @@ def rows_of(
     Returns:
       The rows.
     """
-    whole, note = found[0], f"{questions} questions"
+    dense, note = swept[0], f"{questions} questions"
     rows = [
-        Row(quality, "%", None, 100.0 * whole.accuracy, note=note),
-        Row("perplexity", "perplexity", None, perplexity[whole.name]),
-        Row("decoding", "tokens/s", None, whole.tokens_per_second, note="one row"),
+        Row(quality, "%", None, 100.0 * dense.accuracy, note=note),
+        Row("perplexity", "perplexity", None, perplexity[dense.name]),
+        Row("decoding", "tokens/s", None, dense.tokens_per_second, note="one row"),
     ]
-    for row in found[1:]:
+    for row in swept[1:]:
         percent = skipped(row)
         gain, loss = CLAIMS.get(percent, (None, None))
         under = f"{UNDER.get(percent, '')}claim {skipping_eval.ELSEWHERE}" if loss else ""
-        lost = 100.0 * (1.0 - row.accuracy / whole.accuracy) if whole.accuracy else None
-        growth = 100.0 * (perplexity[row.name] / perplexity[whole.name] - 1.0)
+        lost = 100.0 * (1.0 - row.accuracy / dense.accuracy) if dense.accuracy else None
+        growth = 100.0 * (perplexity[row.name] / perplexity[dense.name] - 1.0)
         label = f"{percent} % skipped"
         rows += [
             Row(f"{label}: decoding", "tokens/s", None, row.tokens_per_second),
@@ -129,11 +129,11 @@ def rows_of(
     return rows
 
 
-def shape_rows(found: Sequence[SweepRow], shape: str) -> list[Row]:
+def shape_rows(swept: Sequence[SweepRow], shape: str) -> list[Row]:
     """The table's rows of a shape with random weights."""
     return [
         _speedup(row, f"{skipped(row)} % skipped, {shape}", CLAIMS.get(skipped(row), (None,))[0])
-        for row in found[1:]
+        for row in swept[1:]
     ]
 
 

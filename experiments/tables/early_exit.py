@@ -77,24 +77,24 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def rows_of(found: Sequence[SweepRow], quality: str, questions: int) -> list[Row]:
+def rows_of(swept: Sequence[SweepRow], quality: str, questions: int) -> list[Row]:
     """The table's rows of the model that has been trained.
 
     Args:
-      found: of the sweep; the first runs all layers.
+      swept: of the sweep; the first runs all layers.
       quality: what the sweep's accuracy is.
       questions: that were asked.
 
     Returns:
       The rows.
     """
-    whole = found[0]
+    dense = swept[0]
     rows = []
-    for row in found:
-        first, claimed = row is whole, row.value == THRESHOLD
-        place = 0 if first else 1
+    for row in swept:
+        first, claimed = row is dense, row.value == THRESHOLD
+        index = 0 if first else 1
         ms, percent = (
-            (CLAIMED_MS[place], CLAIMED_QUALITY[place]) if first or claimed else (None, None)
+            (CLAIMED_MS[index], CLAIMED_QUALITY[index]) if first or claimed else (None, None)
         )
         label = "all layers" if first else row.name
         tail = f"; claim {skipping_eval.ELSEWHERE}" if percent else ""
@@ -105,7 +105,7 @@ def rows_of(found: Sequence[SweepRow], quality: str, questions: int) -> list[Row
             Row(f"{label}: time of a token", "ms", None, 1e3 / row.tokens_per_second),
         ]
         if not first:
-            lost = 100.0 * (whole.accuracy - row.accuracy)
+            lost = 100.0 * (dense.accuracy - row.accuracy)
             claim = CLAIMED_QUALITY[0] - CLAIMED_QUALITY[1] if claimed else None
             rows += [
                 Row(f"{label}: lost", "points", claim, lost),
@@ -116,9 +116,9 @@ def rows_of(found: Sequence[SweepRow], quality: str, questions: int) -> list[Row
     return rows
 
 
-def shape_rows(found: Sequence[SweepRow], shape: str) -> list[Row]:
+def shape_rows(swept: Sequence[SweepRow], shape: str) -> list[Row]:
     """The table's rows of a shape with random weights."""
-    return [_relative_time(row, f"{row.name}, {shape}", False) for row in found[1:]]
+    return [_relative_time(row, f"{row.name}, {shape}", False) for row in swept[1:]]
 
 
 def _relative_time(row: SweepRow, label: str, claimed: bool) -> Row:

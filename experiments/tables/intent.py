@@ -105,10 +105,14 @@ def main(argv: Sequence[str]) -> None:
     half, begun, _ = every_second(full, taught["params"])
     labels = LEARNING._replace(steps=FLAGS.student_steps or student_steps)
     teacher = labels._replace(alpha=0.9)
-    ways = ((labels, None, None), (teacher, None, targets), (teacher, {"params": begun}, targets))
+    trainings = (
+        (labels, None, None),
+        (teacher, None, targets),
+        (teacher, {"params": begun}, targets),
+    )
     hits: dict[str, list[np.ndarray]] = {"full": [hits_of(full, taught, data)]}
     for seed in bar("students")(table.seeds(SEEDS)):
-        for kind, (training, start, learned) in zip(HALVES, ways, strict=True):
+        for kind, (training, start, learned) in zip(HALVES, trainings, strict=True):
             variables = trained(
                 directory, f"{kind}_{seed}", half, data, training, seed, start, learned
             )
@@ -189,18 +193,22 @@ def load(folder: str, vocabulary: int, length: int) -> Intents:
 
 
 def _parts(folder: Path) -> tuple[str, list[tuple[str, str]], list[tuple[str, str]]]:
-    whole = folder / "data_full.json"
-    if whole.exists():
+    data_path = folder / "data_full.json"
+    if data_path.exists():
         try:
-            found = json.loads(read_text(whole))
+            scores = json.loads(read_text(data_path))
             rows = {
                 part: [
-                    (text, intent) for name in (part, f"oos_{part}") for text, intent in found[name]
+                    (text, intent)
+                    for name in (part, f"oos_{part}")
+                    for text, intent in scores[name]
                 ]
                 for part in ("train", "test")
             }
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{whole}: not CLINC150's data_full.json ({error!r:.80})") from error
+            raise DataError(
+                f"{data_path}: not CLINC150's data_full.json ({error!r:.80})"
+            ) from error
         return "test", rows["train"], rows["test"]
     part = "test" if (folder / "clinc150_test.tsv").exists() else "dev"
     return part, *(_lines(folder / f"clinc150_{name}.tsv") for name in ("train", part))
@@ -266,7 +274,7 @@ def trained(
 
     examples = [data.name, learning.fingerprint((data.train_tokens, data.train_labels))]
     settings = learning.settings(model, examples, training, seed, start, targets)
-    return learning.kept(directory, re.sub(r"\W+", "_", name), settings, make)
+    return learning.cached_training(directory, re.sub(r"\W+", "_", name), settings, make)
 
 
 def hits_of(model: TextEncoder, variables: Variables, data: Intents) -> np.ndarray:
@@ -298,12 +306,12 @@ def rows_of(
     mean = {kind: np.mean(runs, axis=0) for kind, runs in hits.items()}
     rows = []
     for kind, runs in hits.items():
-        found = [percent(run, data.scored) for run in runs]
+        scores = [percent(run, data.scored) for run in runs]
         rate = metrics.bootstrap(mean[kind][data.scored])
         note = f"{data.name}, {len(runs)} seed(s), {table.interval(rate)}; claim on other data"
-        spread = float(np.std(found, ddof=1)) if len(found) > 1 else None
+        spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
         rows.append(
-            Row(f"top-1, {kind}", "%", CLAIMS.get(kind), float(np.mean(found)), spread, note)
+            Row(f"top-1, {kind}", "%", CLAIMS.get(kind), float(np.mean(scores)), spread, note)
         )
     for title, first, second, claim in (
         (
@@ -327,9 +335,9 @@ def rows_of(
         rows.append(Row(title, "points", claim, 100.0 * rate.value, note=note))
     if not data.scored.all():
         for kind in hits:
-            found = 100.0 * float(np.mean(mean[kind][~data.scored]))
+            scores = 100.0 * float(np.mean(mean[kind][~data.scored]))
             note = f"{int(np.sum(~data.scored))} texts of no intent"
-            rows.append(Row(f"found to be of no intent, {kind}", "%", None, found, note=note))
+            rows.append(Row(f"found to be of no intent, {kind}", "%", None, scores, note=note))
     rows += [Row(f"parameters, {kind}", "M", None, n / 1e6) for kind, n in counts.items()]
     for engine, title in measure.ENGINES.items():
         base = seconds[f"{engine} full"]

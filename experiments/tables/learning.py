@@ -178,7 +178,7 @@ def _logits(classifier: Classifier, variables: Variables, inputs: Array) -> Arra
     return classifier.apply(classifier.model, variables, inputs, None)[0]
 
 
-def kept(
+def cached_training(
     directory: Path, name: str, settings: dict[str, Any], make: Callable[[], Variables]
 ) -> Variables:
     """Variables that an earlier run left, or those that `make` returns, which are then left.
@@ -227,13 +227,13 @@ def settings(
     Returns:
       The settings; arrays by their fingerprint.
     """
-    given = {"start": start, "targets": targets}
+    options = {"start": start, "targets": targets}
     return {
         "config": repr(model.config),
         "data": data,
         "training": training._asdict(),
         "seed": seed,
-        **{key: None if value is None else fingerprint(value) for key, value in given.items()},
+        **{key: None if value is None else fingerprint(value) for key, value in options.items()},
     }
 
 

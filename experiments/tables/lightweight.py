@@ -154,7 +154,7 @@ def timed(
     Raises:
       DataError: a file does not run.
     """
-    found: dict[str, dict[str, Any]] = {}
+    files_log: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         resident = {}
         try:
@@ -166,7 +166,7 @@ def timed(
                 stack.callback(resident[kind].close)
                 loaded = resident[kind].load()
                 resident[kind].action(PROMPT, answer_tokens)
-                found[kind] = {
+                files_log[kind] = {
                     "load_seconds": loaded["seconds"],
                     "baseline_rss_bytes": loaded["baseline_rss_bytes"],
                     "actions": [],
@@ -175,14 +175,14 @@ def timed(
             for turn in range(rounds):
                 for kind in list(files) if turn % 2 else list(files)[::-1]:
                     time.sleep(measure.PAUSE_S)
-                    found[kind]["actions"].append(resident[kind].action(PROMPT, answer_tokens))
+                    files_log[kind]["actions"].append(resident[kind].action(PROMPT, answer_tokens))
                     step = resident[kind].burst("decode", PROMPT, DECODED, pause_s=0.0)
-                    found[kind]["steps"].append(step)
+                    files_log[kind]["steps"].append(step)
             for kind, engine in resident.items():
-                found[kind]["peak_rss_bytes"] = engine.peak_bytes()
+                files_log[kind]["peak_rss_bytes"] = engine.peak_bytes()
         except EngineError as error:
             raise DataError(f"LiteRT does not run a file: {error}") from error
-    return found
+    return files_log
 
 
 def engine_of(kind: str, file: Any, threads: int) -> Spec:
@@ -232,13 +232,13 @@ def rows_of(
     for question in hits["native"]:
         # What the claim's accuracy is of is not said; the written questions are set against it.
         claims = CLAIMED_PERCENT if question == "written" else (None, None)
-        found = [hits[kind][question] for kind in KINDS]
-        for kind, claim, values in zip(KINDS, claims, found, strict=True):
+        files_log = [hits[kind][question] for kind in KINDS]
+        for kind, claim, values in zip(KINDS, claims, files_log, strict=True):
             rate = metrics.wilson(int(sum(values)), len(values))
             note = f"{rate.count} screens, {table.interval(rate)}" + (ELSEWHERE if claim else "")
             title = f"taps in their box, {question}, {kind}"
             rows.append(Row(title, "%", claim, 100.0 * rate.value, note=note))
-        rate = metrics.paired_difference(found[1], found[0])
+        rate = metrics.paired_difference(files_log[1], files_log[0])
         claim = claims[0] - claims[1] if question == "written" else None
         note = f"paired by screen, {table.interval(rate)}"
         rows.append(Row(f"taps lost, {question}", "points", claim, 100.0 * rate.value, note=note))

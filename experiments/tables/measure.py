@@ -82,16 +82,18 @@ def export(
     """
     dense = jax.tree.map(boxes.dense, variables, is_leaf=boxes.is_box)
     shape = (batch, *model.config.image_size)
-    given = None
+    batches = None
     if examples is not None:
         images = np.resize(examples, (max(len(examples), batch), *shape[1:]))
-        given = [{IMAGES: images[i : i + batch]} for i in range(0, len(images) - batch + 1, batch)]
+        batches = [
+            {IMAGES: images[i : i + batch]} for i in range(0, len(images) - batch + 1, batch)
+        ]
     return write_function(
         lambda variables, inputs: {LOGITS: model.apply(variables, inputs[IMAGES])[0]},
         dense,
         {IMAGES: jax.ShapeDtypeStruct(shape, jnp.float32)},
         path,
-        given,
+        batches,
         overwrite=True,
     ).file_bytes
 
@@ -114,11 +116,11 @@ class LiteRT:
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Likeliest class of each image, [E]."""
         batch = int(self._in["shape"][0])
-        found = []
+        counted = []
         for start in range(0, len(images), batch):
             part = images[start : start + batch]
-            found.append(self(np.resize(part, (batch, *part.shape[1:])))[: len(part)].argmax(-1))
-        return np.concatenate(found)
+            counted.append(self(np.resize(part, (batch, *part.shape[1:])))[: len(part)].argmax(-1))
+        return np.concatenate(counted)
 
 
 def encoder_times(

@@ -159,15 +159,17 @@ def bursts(specs: Sequence[Spec], rounds: int, steps: int) -> dict[str, Bursts]:
     try:
         for spec in specs:
             resident[spec.name] = children.start(spec)[0]
-        found: dict[str, Bursts] = {name: {phase: [] for phase in PHASES} for name in resident}
+        phase_samples: dict[str, Bursts] = {
+            name: {phase: [] for phase in PHASES} for name in resident
+        }
         for turn in bar("rounds")(range(rounds)):
             names = list(resident)
             for name in names if turn % 2 else names[::-1]:
                 task = resident[name].spec.task
                 for phase, count in zip(PHASES, task.contexts + task.lengths, strict=True):
                     seconds = resident[name].burst(phase, count, steps)
-                    found[name][phase].append(Burst(turn, seconds))
-        return found
+                    phase_samples[name][phase].append(Burst(turn, seconds))
+        return phase_samples
     except EngineError as error:
         raise ExportError(f"LiteRT could not run a file: {error}") from error
     finally:
@@ -198,14 +200,14 @@ def rows_of(
         for form, facts in written.items()
     ]
     for phase in PHASES:
-        for form, found in samples.items():
-            time_ms = Quartiles.of([1e3 * burst.seconds for burst in found[phase]])
+        for form, phase_samples in samples.items():
+            time_ms = Quartiles.of([1e3 * burst.seconds for burst in phase_samples[phase]])
             rows.append(Row(f"{phase}, {form}", "ms", None, time_ms.median, note=notes[phase]))
-        for form, found in samples.items():
+        for form, phase_samples in samples.items():
             if form == BASE:
                 continue
             claimed = FORMS[form][1]
-            gain = compare.speedup(found[phase], samples[BASE][phase])
+            gain = compare.speedup(phase_samples[phase], samples[BASE][phase])
             note = f"quartiles {gain.low:.2f} - {gain.high:.2f}"
             if claimed:
                 note += f"; claimed {claimed[0]} - {claimed[1]} on another device"

@@ -97,19 +97,19 @@ def rows_of(
         note = f"{2 * macs[resnet] / 1e9:.1f} GOPs; claim on another device"
         rows.append(Row(f"{resnet}, {title}", "ms", RESNET_MS, measure.median_ms(base), note=note))
         for name in names:
-            found = seconds[f"{engine} {name}"]
+            timed = seconds[f"{engine} {name}"]
             note = f"{2 * macs[name] / 1e9:.1f} GOPs; claim on another device"
-            millis = measure.median_ms(found)
+            millis = measure.median_ms(timed)
             rows.append(Row(f"{name}, {title}", "ms", REPVGG_MS, millis, note=note))
-            low, middle, high = measure.ratio_quartiles(found, base)
+            low, middle, high = measure.ratio_quartiles(timed, base)
             note = f"quartiles {low:.2f} - {high:.2f}"
             claim = REPVGG_MS / RESNET_MS
             rows.append(Row(f"{name} over {resnet}, {title}", "x", claim, middle, note=note))
-            work = (macs[name] / found_median(found)) / (macs[resnet] / found_median(base))
+            work = (macs[name] / found_median(timed)) / (macs[resnet] / found_median(base))
             rows.append(Row(f"{name} over {resnet}, {title}", "x operations a second", None, work))
             branches = seconds.get(f"{engine} {name} in three branches")
             if branches is not None:
-                low, middle, high = measure.ratio_quartiles(branches, found)
+                low, middle, high = measure.ratio_quartiles(branches, timed)
                 note = f"reparameterization; quartiles {low:.2f} - {high:.2f}"
                 rows.append(
                     Row(f"{name}, three branches over one, {title}", "x", None, middle, note=note)

@@ -118,15 +118,15 @@ def rows_of(seconds: dict[str, list[float]], sizes: dict[str, dict[str, float]])
         rows.append(Row(f"stored, {kind}", "MB", None, sizes[kind]["bytes"] / 1e6))
     for engine, title in measure.ENGINES.items():
         base = seconds[f"{engine} dense"]
-        for key, found in seconds.items():
+        for key, timed in seconds.items():
             if not key.startswith(f"{engine} "):
                 continue
             name = key.removeprefix(f"{engine} ")
             claim = CLAIMED_MS[claims[name]] if name in claims else None
             note = "claim on another device" if claim else ""
-            rows.append(Row(f"{name}, {title}", "ms", claim, measure.median_ms(found), note=note))
+            rows.append(Row(f"{name}, {title}", "ms", claim, measure.median_ms(timed), note=note))
             if name != "dense":
-                low, middle, high = measure.ratio_quartiles(found, base)
+                low, middle, high = measure.ratio_quartiles(timed, base)
                 claim = CLAIMED_MS[1] / CLAIMED_MS[0] if name == "masked" else None
                 note = f"quartiles {low:.2f} - {high:.2f}"
                 rows.append(Row(f"{name} over dense, {title}", "x", claim, middle, note=note))

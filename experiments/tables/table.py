@@ -124,11 +124,11 @@ def by_seed(
     Returns:
       Numbers by kind, in the order of seeds.
     """
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for seed in bar("seeds")(seeds(defaults)):
         for kind, value in run(seed).items():
-            found.setdefault(kind, []).append(value)
-    return found
+            values.setdefault(kind, []).append(value)
+    return values
 
 
 def publish(

@@ -151,7 +151,7 @@ def trained(
         return train(model, begin, data, training, seed, targets)
 
     settings = learning.settings(model, examples, training, seed, start, targets)
-    return learning.kept(directory, name, settings, make)
+    return learning.cached_training(directory, name, settings, make)
 
 
 class Pruned(NamedTuple):
@@ -161,7 +161,7 @@ class Pruned(NamedTuple):
     dense: Variables
     targets: np.ndarray
     small: CNN
-    left: Variables
+    small_variables: Variables
 
 
 def pruned(directory: Path, data: Digits, seed: int, steps: int, fraction: float) -> Pruned:
@@ -180,5 +180,5 @@ def pruned(directory: Path, data: Digits, seed: int, steps: int, fraction: float
     model = classifier("mobilenet_v2_digits", data)
     dense = trained(directory, f"dense_{seed}", model, data, Training(steps), seed)
     targets = logits_of(model, dense, data.train_images)
-    small, left, _ = prune.channels(fraction)(model, dense)
-    return Pruned(model, dense, targets, small, left)
+    small, small_variables, _ = prune.channels(fraction)(model, dense)
+    return Pruned(model, dense, targets, small, small_variables)

@@ -79,14 +79,14 @@ def write_inputs(path: Path, rows: dict[str, np.ndarray], tokens: np.ndarray) ->
       tokens: int32 [W, T].
     """
     shared: list[tuple[str, str]] = []
-    kept: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, array in rows.items():
-        same = next((k for k, v in kept.items() if np.array_equal(v, array)), None)
+        same = next((k for k, v in arrays.items() if np.array_equal(v, array)), None)
         if same is None:
-            kept[name] = array
+            arrays[name] = array
         else:
             shared.append((name, same))
-    np.savez(path, tokens=tokens, shared=np.array(shared, str).reshape(-1, 2), **kept)
+    np.savez(path, tokens=tokens, shared=np.array(shared, str).reshape(-1, 2), **arrays)
 
 
 def serve(quantize: Callable[[Task], dict[str, Stored]], packages: dict[str, str]) -> None:
@@ -103,7 +103,7 @@ def serve(quantize: Callable[[Task], dict[str, Stored]], packages: dict[str, str
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     versions = {}
     for package, module in packages.items():
         try:
@@ -112,12 +112,12 @@ def serve(quantize: Callable[[Task], dict[str, Stored]], packages: dict[str, str
         except ImportError as error:
             sys.stderr.write(f"{package} is not installed for {sys.executable}: {error}\n")
             sys.exit(NOT_INSTALLED)
-    with np.load(given.weights) as file:
+    with np.load(arguments.weights) as file:
         weights = {path: file[path] for path in file.files}
     start = time.perf_counter()
-    stored = quantize(Task(weights, given.inputs, given.options, given.checkpoint))
+    stored = quantize(Task(weights, arguments.inputs, arguments.options, arguments.checkpoint))
     seconds = time.perf_counter() - start
-    write(given.out, stored, weights, {"seconds": seconds, "versions": versions})
+    write(arguments.out, stored, weights, {"seconds": seconds, "versions": versions})
 
 
 def write(

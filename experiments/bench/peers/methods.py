@@ -117,12 +117,12 @@ def _trained() -> list[Method]:
 
 
 def _qwix() -> list[Method]:
-    found = [("rtn", q, t) for q in ("int8", "int4", "int3", "int2") for t in (None, 32)]
-    found += [("rtn", "nf4", 32), ("awq", "int4", None)]
-    found += [("awq", f"int{bits}", 32) for bits in (4, 3, 2)]
-    found += [("gptq", "int8", None), ("gptq", "int4", None), ("gptq", "int4", 32)]
+    settings = [("rtn", q, t) for q in ("int8", "int4", "int3", "int2") for t in (None, 32)]
+    settings += [("rtn", "nf4", 32), ("awq", "int4", None)]
+    settings += [("awq", f"int{bits}", 32) for bits in (4, 3, 2)]
+    settings += [("gptq", "int8", None), ("gptq", "int4", None), ("gptq", "int4", 32)]
     rows = []
-    for algorithm, qtype, tile in found:
+    for algorithm, qtype, tile in settings:
         shape = f"{qtype}-g{tile}" if tile else f"{qtype}-channel"
         options = {"algorithm": algorithm, "qtype": qtype, "tile": tile}
         calibration = "none" if algorithm == "rtn" else "both"
@@ -185,14 +185,14 @@ def _torchao() -> list[Method]:
 
 def _ai_edge() -> list[Method]:
     algorithms = ("min_max_uniform_quantize", "MSE", "OCTAV", "GPTQ", "OSCAR")
-    found = [(8, "CHANNELWISE", "min_max_uniform_quantize"), (8, "CHANNELWISE", "GPTQ")]
-    found += [(4, "CHANNELWISE", name) for name in algorithms]
+    settings = [(8, "CHANNELWISE", "min_max_uniform_quantize"), (8, "CHANNELWISE", "GPTQ")]
+    settings += [(4, "CHANNELWISE", name) for name in algorithms]
     # Its MSE knows neither two bits nor blocks, and LiteRT runs no blocks of two bits.
     others = [name for name in algorithms if name != "MSE"]
-    found += [(2, "CHANNELWISE", name) for name in others]
-    found += [(4, "BLOCKWISE_32", name) for name in others]
+    settings += [(2, "CHANNELWISE", name) for name in others]
+    settings += [(4, "BLOCKWISE_32", name) for name in others]
     rows = []
-    for bits, granularity, algorithm in found:
+    for bits, granularity, algorithm in settings:
         shape = "g32" if granularity == "BLOCKWISE_32" else "channel"
         short = algorithm.lower().removesuffix("_uniform_quantize").replace("_", "-")
         options = {"bits": bits, "granularity": granularity, "algorithm": algorithm}

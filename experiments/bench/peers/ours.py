@@ -31,22 +31,22 @@ def main() -> None:
     parser.add_argument("--where", default="")
     parser.add_argument("--text_only", action="store_true", help="leave screens out")
     parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    model, params = ge.load(given.checkpoint, dtype="float32")
-    transform = ge.recipe_from_json(given.recipe)
-    batches = [dict(np.load(path)) for path in sorted(given.calibration.glob("*.npz"))]
-    without = ("images", "audio") if given.text_only else ()
-    if given.text_only:
+    arguments = parser.parse_args()
+    model, params = ge.load(arguments.checkpoint, dtype="float32")
+    transform = ge.recipe_from_json(arguments.recipe)
+    batches = [dict(np.load(path)) for path in sorted(arguments.calibration.glob("*.npz"))]
+    without = ("images", "audio") if arguments.text_only else ()
+    if arguments.text_only:
         batches = [batch for batch in batches if "images" not in batch]
     start = time.perf_counter()
     model, params, _ = transform(model, params, batches, jax.random.key(0), without=without)
     jax.block_until_ready(jax.tree.leaves(params))
     seconds = time.perf_counter() - start
-    meta = {"seconds": seconds, "peak_rss_bytes": peak_bytes(), **sizes(params, given.where)}
+    meta = {"seconds": seconds, "peak_rss_bytes": peak_bytes(), **sizes(params, arguments.where)}
     dense = boxes.map_with_path(lambda _, leaf: boxes.dense(leaf).astype("float32"), params)
-    shutil.rmtree(given.out, ignore_errors=True)
-    ge.save(model, dense, given.out, format="safetensors")
-    (given.out / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    ge.save(model, dense, arguments.out, format="safetensors")
+    (arguments.out / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def sizes(params, where: str) -> dict[str, int]:

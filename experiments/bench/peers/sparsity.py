@@ -35,20 +35,20 @@ def prune(weights: Mapping[str, np.ndarray], inputs: Inputs, options: Mapping[st
     Returns:
       float64 weights with zeros.
     """
-    found = {path: np.asarray(weight, np.float64) for path, weight in weights.items()}
+    dense = {path: np.asarray(weight, np.float64) for path, weight in weights.items()}
     sparsity, n_m = options.get("sparsity"), options.get("n_m")
     if options["algorithm"] == "magnitude":
-        kept = magnitude(found, sparsity, n_m, options.get("scope", "uniform"))
-        return {path: weight * kept[path] for path, weight in found.items()}
-    for paths in layers(found):
-        met = inputs(found, paths)
+        masks = magnitude(dense, sparsity, n_m, options.get("scope", "uniform"))
+        return {path: weight * masks[path] for path, weight in dense.items()}
+    for paths in layers(dense):
+        sown = inputs(dense, paths)
         for path in paths:
-            rows = np.asarray(met[path], np.float64)
+            rows = np.asarray(sown[path], np.float64)
             if options["algorithm"] == "wanda":
-                found[path] = found[path] * wanda(found[path], rows, sparsity, n_m)
+                dense[path] = dense[path] * wanda(dense[path], rows, sparsity, n_m)
             else:
-                found[path] = sparsegpt(found[path], rows, sparsity, n_m)
-    return found
+                dense[path] = sparsegpt(dense[path], rows, sparsity, n_m)
+    return dense
 
 
 def layers(weights: Mapping[str, np.ndarray]) -> list[list[str]]:
@@ -68,8 +68,8 @@ def magnitude(
     if scope == "global":
         scores = np.concatenate([np.abs(weight).ravel() for weight in weights.values()])
         ends = np.cumsum([weight.size for weight in weights.values()])
-        kept = np.split(_largest(scores, sparsity), ends[:-1])
-        return {p: k.reshape(weights[p].shape) for p, k in zip(weights, kept, strict=True)}
+        masks = np.split(_largest(scores, sparsity), ends[:-1])
+        return {p: k.reshape(weights[p].shape) for p, k in zip(weights, masks, strict=True)}
     shares = dict.fromkeys(weights, sparsity)
     if scope == "erk":
         shares = erdos_renyi({path: weight.shape for path, weight in weights.items()}, sparsity)
@@ -84,17 +84,17 @@ def erdos_renyi(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[
 
     Matrices whose share would exceed one stay whole, and the others make up for them.
     """
-    whole: set[str] = set()
+    dense_paths: set[str] = set()
     while True:
-        rest = {path: shape for path, shape in shapes.items() if path not in whole}
+        sparse = {path: shape for path, shape in shapes.items() if path not in dense_paths}
         total = sum(np.prod(shape) for shape in shapes.values())
-        budget = (1 - sparsity) * total - sum(np.prod(shapes[path]) for path in whole)
-        scale = budget / sum(sum(shape) for shape in rest.values())
-        density = {path: scale * sum(shape) / np.prod(shape) for path, shape in rest.items()}
+        budget = (1 - sparsity) * total - sum(np.prod(shapes[path]) for path in dense_paths)
+        scale = budget / sum(sum(shape) for shape in sparse.values())
+        density = {path: scale * sum(shape) / np.prod(shape) for path, shape in sparse.items()}
         over = {path for path, share in density.items() if share > 1}
         if not over:
             return {path: 1 - density.get(path, 1.0) for path in shapes}
-        whole |= over
+        dense_paths |= over
 
 
 def wanda(
@@ -145,8 +145,8 @@ def sparsegpt(
                 group = slice(column, column + n_m[1])
                 worth = np.square(weight[:, group] / np.diag(upper)[group])
                 stays[:, column - start : column - start + n_m[1]] = _of_neighbours(worth, n_m)
-            own = weight[:, column]
-            error = np.where(stays[:, column - start], 0.0, own) / upper[column, column]
+            column_values = weight[:, column]
+            error = np.where(stays[:, column - start], 0.0, column_values) / upper[column, column]
             weight[:, column:stop] -= np.outer(error, upper[column, column:stop])
             weight[~stays[:, column - start], column] = 0.0
             errors[:, column - start] = error

@@ -82,12 +82,12 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     drawn = [row for row in rows if row["where"] == DECODER and row["peer"] != REFERENCE]
     for number, peer in enumerate(dict.fromkeys(row["peer"] for row in drawn)):
         for kind, marker in (("training-free", "o"), ("trained", "^")):
-            found = [row for row in drawn if (row["peer"], row["kind"]) == (peer, kind)]
-            if not found:
+            series = [row for row in drawn if (row["peer"], row["kind"]) == (peer, kind)]
+            if not series:
                 continue
             axis.plot(
-                [row["packed_bits"] for row in found],
-                [max(row["increase"], FLOOR) for row in found],
+                [row["packed_bits"] for row in series],
+                [max(row["increase"], FLOOR) for row in series],
                 marker,
                 color=f"C{number}",
                 label=f"{'glm_edge' if peer == OURS else peer}, {kind}",

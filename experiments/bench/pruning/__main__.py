@@ -141,25 +141,25 @@ def time_shape(directory: Path) -> None:
     asked = {"rounds": FLAGS.speed_rounds, "steps": 10, "context": 128, "slots": 512}
     asked |= {"shape": FLAGS.speed_shape, "threads": FLAGS.threads}
     if path.exists():
-        held = json.loads(path.read_text(encoding="utf-8"))["asked"]
-        if held != asked:
-            raise OutputError(f"{path}: measured with {held}, asked for {asked}; delete it first")
+        stored = json.loads(path.read_text(encoding="utf-8"))["asked"]
+        if stored != asked:
+            raise OutputError(f"{path}: measured with {stored}, asked for {asked}; delete it first")
         return
     try:
-        found = speed.measure(work=directory / "speed", **asked)
+        results_rows = speed.measure(work=directory / "speed", **asked)
     except EngineError as error:
         raise OutputError(f"--speed_shape: {error}") from error
-    text = json.dumps({"asked": asked, **found}, indent=1) + "\n"
+    text = json.dumps({"asked": asked, **results_rows}, indent=1) + "\n"
     corpora.write_text(path, text, overwrite=True)
 
 
 def conclude(directory: Path, results: Path, methods: Sequence[Method]) -> None:
     """Writes table, report and figure of all results, in the order of the rows."""
-    found = bench_quality.rows_found(results, methods)
+    results_rows = bench_quality.rows_found(results, methods)
     timed = directory / "speed.json"
     times = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else None
-    goals = show.goals(found, times)
-    table = text_table(titles(show.COLUMNS), [cells(row, show.COLUMNS) for row in found])
+    goals = show.goals(results_rows, times)
+    table = text_table(titles(show.COLUMNS), [cells(row, show.COLUMNS) for row in results_rows])
     reached = text_table(
         ["goal", "row", "wanted", "found", "reached"],
         [
@@ -169,15 +169,15 @@ def conclude(directory: Path, results: Path, methods: Sequence[Method]) -> None:
     )
     text = f"{table}\n\n{show.FOOTNOTE}\n\n{reached}\n"
     report = {
-        "run": bench_quality.circumstances(found),
+        "run": bench_quality.circumstances(results_rows),
         "goals": goals,
         "speed": times,
-        "rows": found,
+        "rows": results_rows,
     }
     corpora.write_text(directory / "report.json", json.dumps(report, indent=1) + "\n", True)
     corpora.write_text(directory / "table.md", text, True)
     print(f"\n{text}")
-    show.figure(found, directory / "pruning.png")
+    show.figure(results_rows, directory / "pruning.png")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def beside_dense(measured: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[
     window = sum(dense["window_nats"]) / len(dense["window_nats"])
     tokens = window / math.log(dense["perplexity"])
     change = metrics.paired_difference(dense["window_nats"], measured["window_nats"])
-    found = {
+    observed = {
         "increase": measured["perplexity"] / dense["perplexity"] - 1,
         "increase_low": math.expm1(change.low / tokens),
         "increase_high": math.expm1(change.high / tokens),
@@ -63,8 +63,8 @@ def beside_dense(measured: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[
     for kind in KINDS:
         hits = [[int(hit) for hit in row[f"hits_{kind}"] or ""] for row in (measured, dense)]
         lost = metrics.paired_difference(*hits) if hits[0] else None
-        found[f"taps_lost_{kind}"] = lost and [lost.low, lost.value, lost.high]
-    return found
+        observed[f"taps_lost_{kind}"] = lost and [lost.low, lost.value, lost.high]
+    return observed
 
 
 def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) -> list[dict]:
@@ -79,38 +79,44 @@ def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) ->
     """
     table: list[dict] = []
 
-    def add(goal: str, row: str, wanted: float, found: float, reached: bool) -> None:
+    def add(goal: str, row: str, wanted: float, observed: float, reached: bool) -> None:
         table.append(
-            {"goal": goal, "row": row, "wanted": wanted, "found": found, "reached": reached}
+            {"goal": goal, "row": row, "wanted": wanted, "found": observed, "reached": reached}
         )
 
     free = [r for r in rows if r["peer"] == OURS and r["kind"] == "training-free"]
     ours = _best([row for row in free if HALF in row["method"]])
     theirs = _best([row for row in rows if row["method"] == f"SparseGPT {HALF}"])
     if ours and theirs:
-        wanted, found = theirs["increase"], ours["increase"]
-        add(f"{HALF} unstructured, SparseGPT's", ours["method"], wanted, found, found <= wanted)
+        wanted, observed = theirs["increase"], ours["increase"]
+        add(
+            f"{HALF} unstructured, SparseGPT's",
+            ours["method"],
+            wanted,
+            observed,
+            observed <= wanted,
+        )
     trained = [row for row in rows if row["peer"] == OURS and row["kind"] == "trained"]
     best = {part: _best([row for row in trained if part in row["method"]]) for part in MOST}
     for part, row in best.items():
         if row:
-            found = row["increase"]
+            observed = row["increase"]
             add(
                 f"{part}, distilled: perplexity",
                 row["method"],
                 MOST[part],
-                found,
-                found <= MOST[part],
+                observed,
+                observed <= MOST[part],
             )
     for kind in KINDS:
         row = best[SMALLER]
         if row and row[f"taps_lost_{kind}"]:
-            found = row[f"taps_lost_{kind}"][1]
+            observed = row[f"taps_lost_{kind}"][1]
             goal = f"{SMALLER}, distilled: taps, {kind}"
-            add(goal, row["method"], MOST_TAPS, found, found <= MOST_TAPS)
+            add(goal, row["method"], MOST_TAPS, observed, observed <= MOST_TAPS)
     if speed:
-        found = speed["speedup"][1]
-        add(f"{SMALLER}: speed", speed["shape"], LEAST_SPEED, found, found >= LEAST_SPEED)
+        observed = speed["speedup"][1]
+        add(f"{SMALLER}: speed", speed["shape"], LEAST_SPEED, observed, observed >= LEAST_SPEED)
     return table
 
 
@@ -132,12 +138,12 @@ def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     drawing, axis = pyplot.subplots(
         figsize=(8, 0.32 * len(drawn) + 1.2), layout="constrained", squeeze=True
     )
-    for place, row in enumerate(drawn):
+    for position, row in enumerate(drawn):
         value = max(row["increase"], FLOOR)
         ends = [max(row[f"increase_{end}"], FLOOR) for end in ("low", "high")]
         color = "C3" if row["kind"] == "trained" else "C0" if row["peer"] == OURS else "C7"
-        axis.plot(ends, [place, place], "-", color=color)
-        axis.plot([value], [place], "o", color=color)
+        axis.plot(ends, [position, position], "-", color=color)
+        axis.plot([value], [position], "o", color=color)
     axis.set_yticks(range(len(drawn)), [row["method"] for row in drawn], fontsize=8)
     axis.set(xlabel="relative increase of perplexity, 95 % interval", xscale="log")
     axis.grid(axis="x", alpha=0.3)

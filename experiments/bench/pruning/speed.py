@@ -21,9 +21,9 @@ def smaller(config: GLMConfig, heads: float = HEADS, neurons: float = NEURONS) -
     import numpy as np
 
     decoder = config.decoder
-    kept = heads_to_keep(np.zeros(decoder.num_heads), decoder.num_kv_heads, heads)
+    heads_kept = heads_to_keep(np.zeros(decoder.num_heads), decoder.num_kv_heads, heads)
     width = neurons_to_keep(decoder.intermediate_size, neurons, MULTIPLE)
-    decoder = dataclasses.replace(decoder, num_heads=len(kept), intermediate_size=width)
+    decoder = dataclasses.replace(decoder, num_heads=len(heads_kept), intermediate_size=width)
     return dataclasses.replace(config, decoder=decoder)
 
 
@@ -58,8 +58,8 @@ def measure(
     Raises:
       EngineError: LiteRT is not installed, or refuses.
     """
-    whole = decoder_of(shape)
-    configs = {DENSE: whole, PRUNED: smaller(whole)}
+    dense = decoder_of(shape)
+    configs = {DENSE: dense, PRUNED: smaller(dense)}
     specs = {
         name: children.spec_of(
             name,
@@ -97,11 +97,11 @@ def measure(
         "parameters": counts,
         "file_bytes": files,
         "milliseconds": {
-            name: _listed(Quartiles.of([1e3 * burst.seconds for burst in found]))
-            for name, found in bursts.items()
+            name: _listed(Quartiles.of([1e3 * burst.seconds for burst in samples]))
+            for name, samples in bursts.items()
         },
         "speedup": _listed(speedup(bursts[PRUNED], bursts[DENSE])),
-        "bursts": {name: [burst.seconds for burst in found] for name, found in bursts.items()},
+        "bursts": {name: [burst.seconds for burst in samples] for name, samples in bursts.items()},
     }
 
 

@@ -112,21 +112,25 @@ class Worker:
         leaves = dict(boxes.path_items(self.data.params))
         weights = {path: np.asarray(leaves[path]) for path in boxes.select(leaves, DECODER)}
 
-        def with_weights(found: Mapping[str, np.ndarray]) -> Any:
+        def with_weights(pruned_weights: Mapping[str, np.ndarray]) -> Any:
             return boxes.map_with_path(
-                lambda path, leaf: jnp.asarray(found[path], jnp.float32) if path in found else leaf,
+                lambda path, leaf: (
+                    jnp.asarray(pruned_weights[path], jnp.float32)
+                    if path in pruned_weights
+                    else leaf
+                ),
                 self.data.params,
             )
 
-        def inputs(found: sparsity.Weights, paths: list[str]) -> sparsity.Weights:
-            params = with_weights(found)
-            seen = [sown_inputs(self.data.model, params, b, paths) for b in self.calibration]
-            return {path: np.concatenate([part[path] for part in seen]) for path in paths}
+        def inputs(pruned_weights: sparsity.Weights, paths: list[str]) -> sparsity.Weights:
+            params = with_weights(pruned_weights)
+            sown = [sown_inputs(self.data.model, params, b, paths) for b in self.calibration]
+            return {path: np.concatenate([part[path] for part in sown]) for path in paths}
 
-        found = sparsity.prune(weights, inputs, options)
+        pruned_weights = sparsity.prune(weights, inputs, options)
         params = boxes.map_with_path(
-            lambda path, leaf: boxes.mask(leaf, leaf != 0) if path in found else leaf,
-            with_weights(found),
+            lambda path, leaf: boxes.mask(leaf, leaf != 0) if path in pruned_weights else leaf,
+            with_weights(pruned_weights),
         )
         return Pruned(self.data.model, params)
 

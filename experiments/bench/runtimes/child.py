@@ -194,8 +194,11 @@ class Child:
     def _answer(self, do: str) -> dict[str, Any]:
         until = time.monotonic() + TIMEOUT_S
         while b"\n" not in self._buffer:
-            left = until - time.monotonic()
-            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+            seconds_left = until - time.monotonic()
+            if (
+                seconds_left <= 0
+                or not select.select([self._process.stdout], [], [], seconds_left)[0]
+            ):
                 self._process.kill()
                 raise EngineError(f"{do}: no answer within {TIMEOUT_S:g} s")
             read = os.read(self._process.stdout.fileno(), 1 << 16)
@@ -279,8 +282,8 @@ def available_bytes() -> float:
     """Memory that another process may take, where /proc tells; no limit elsewhere."""
     path = Path("/proc/meminfo")
     lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    return found[0] if found else float("inf")
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    return available[0] if available else float("inf")
 
 
 def profile(path: str, signature: str, threads: int, runs: int) -> dict[str, Any]:

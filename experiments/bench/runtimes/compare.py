@@ -86,7 +86,7 @@ def phase_rows(
     phase: str,
     specs: Sequence[Spec],
     samples: Mapping[str, Bursts],
-    found: Mapping[str, Mapping[str, Any]],
+    engines: Mapping[str, Mapping[str, Any]],
     bandwidth: Mapping[int, float],
 ) -> list[dict[str, Any]]:
     """A row for each engine that ran a phase.
@@ -95,7 +95,7 @@ def phase_rows(
       phase: `decode 128`, `prefill 512` and so on.
       specs: of the engines.
       samples: bursts by engine and phase.
-      found: what is known of each engine: `weight_bytes`.
+      engines: what is known of each engine: `weight_bytes`.
       bandwidth: bytes a second by round.
 
     Returns:
@@ -115,7 +115,7 @@ def phase_rows(
             "tokens_per_second": _listed(Quartiles.of([tokens / b.seconds for b in bursts])),
         }
         if kind == "decode":
-            weights = found[spec.name]["weight_bytes"]
+            weights = engines[spec.name]["weight_bytes"]
             row["of_limit"] = _listed(of_limit(bursts, weights, bandwidth))
         row["times_llama"] = {
             other.name.removeprefix(f"{REFERENCE} "): _listed(ratio)
@@ -135,7 +135,7 @@ def goals(
     specs: Sequence[Spec],
     phases: Sequence[str],
     samples: Mapping[str, Bursts],
-    found: Mapping[str, Mapping[str, Any]],
+    engines: Mapping[str, Mapping[str, Any]],
     bandwidth: Mapping[int, float],
 ) -> list[dict[str, Any]]:
     """What was asked of our files, beside what was found.
@@ -174,7 +174,7 @@ def goals(
                 if other.family == "onnxruntime":
                     add(phase, spec, other.name, TIMES_ONNXRUNTIME[kind], ratio)
             if kind == "decode":
-                limit = of_limit(bursts, found[spec.name]["weight_bytes"], bandwidth)
+                limit = of_limit(bursts, engines[spec.name]["weight_bytes"], bandwidth)
                 add(phase, spec, "bandwidth limit", OF_LIMIT[spec.bits], limit)
     return rows
 
@@ -201,15 +201,15 @@ def figure(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Any) -> None:
         layout="constrained",
     )
     colors = dict(zip(dict.fromkeys(name.split()[0] for name in names), COLORS, strict=False))
-    for axis, (phase, found) in zip(axes.flat, rows.items(), strict=True):
-        places = [names.index(row["engine"]) for row in found]
-        speeds = np.array([row["tokens_per_second"] for row in found]).T
+    for axis, (phase, engines) in zip(axes.flat, rows.items(), strict=True):
+        places = [names.index(row["engine"]) for row in engines]
+        speeds = np.array([row["tokens_per_second"] for row in engines]).T
         error = np.abs(speeds[[0, 2]] - speeds[1])
         axis.barh(
             places,
             speeds[1],
             xerr=error,
-            color=[colors[row["engine"].split()[0]] for row in found],
+            color=[colors[row["engine"].split()[0]] for row in engines],
         )
         axis.set(title=phase, xlabel="tokens/s")
         axis.grid(axis="x", alpha=0.3)

@@ -42,14 +42,17 @@ class Jax(Engine):
             embedded, _ = module.embed_inputs(tokens)
             slot, count = cache["length"], tokens.shape[1]
             positions = slot + jnp.arange(count)
-            seen = cache
+            attended_cache = cache
             if attended is not None:
-                seen = {**cache, "layers": jax.tree.map(lambda x: x[:, :attended], cache["layers"])}
-            final, _, after = module.decoder(embedded, positions[None], None, seen)
+                attended_cache = {
+                    **cache,
+                    "layers": jax.tree.map(lambda x: x[:, :attended], cache["layers"]),
+                }
+            final, _, after = module.decoder(embedded, positions[None], None, attended_cache)
 
-            def written(whole: Any, part: Any) -> Any:
+            def written(full: Any, part: Any) -> Any:
                 rows = jax.lax.dynamic_slice_in_dim(part, slot, count, axis=1)
-                return jax.lax.dynamic_update_slice_in_dim(whole, rows, slot, axis=1)
+                return jax.lax.dynamic_update_slice_in_dim(full, rows, slot, axis=1)
 
             if attended is not None:
                 after["layers"] = jax.tree.map(written, cache["layers"], after["layers"])

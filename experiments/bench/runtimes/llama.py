@@ -42,11 +42,11 @@ class LlamaCpp(Engine):
         for tensor in tensors:
             kind = tensor.tensor_type.name
             types[kind] = types.get(kind, 0) + int(tensor.n_bytes)
-        held = ", ".join(f"{kind} {size / 1e6:.0f} MB" for kind, size in types.items())
+        listed = ", ".join(f"{kind} {size / 1e6:.0f} MB" for kind, size in types.items())
         return {
             "file_bytes": path.stat().st_size,
             "weight_bytes": sum(types.values()),
-            "notes": [held],
+            "notes": [listed],
         }
 
     def load(self, task: Task) -> None:
@@ -87,9 +87,9 @@ class LlamaCpp(Engine):
             self._fill(handle, self._tokens(filled))
         return self.contexts[filled]
 
-    def _forget(self, handle: Any, kept: int) -> None:
+    def _forget(self, handle: Any, cached: int) -> None:
         memory = self.api.llama_get_memory(handle)
-        if not self.api.llama_memory_seq_rm(memory, 0, kept, -1):
+        if not self.api.llama_memory_seq_rm(memory, 0, cached, -1):
             raise ValueError("llama.cpp does not cut its cache")
 
     def _fill(self, handle: Any, tokens: list[int]) -> None:

@@ -73,8 +73,8 @@ class Mnn(Engine):
         interpreter.getSessionOutput(session, output).copyToHostTensor(self._tensor(into))
 
     def _tensor(self, array: np.ndarray) -> Any:
-        whole = array.dtype == np.int32
-        kind = self.mnn.Halide_Type_Int if whole else self.mnn.Halide_Type_Float
+        is_integer = array.dtype == np.int32
+        kind = self.mnn.Halide_Type_Int if is_integer else self.mnn.Halide_Type_Float
         return self.mnn.Tensor(array.shape, kind, array, self.mnn.Tensor_DimensionType_Caffe)
 
 

@@ -33,8 +33,8 @@ class OnnxRuntime(Engine):
         # A tied embedding is stored once, as the product reads it.
         stored = (package.path / "weights.bin").stat().st_size
         operators = optimized_operators(Path(task.path) / "decode.onnx", task.threads)
-        held = {name: operators[name] for name in (*PRODUCTS, "DequantizeLinear")}
-        shown = ", ".join(f"{name} {count}" for name, count in held.items() if count)
+        counts = {name: operators[name] for name in (*PRODUCTS, "DequantizeLinear")}
+        shown = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
         notes = [f"operators of the optimized decode graph: {shown}"]
         return {"file_bytes": package.file_bytes, "weight_bytes": stored, "notes": notes}
 
@@ -98,7 +98,7 @@ class OnnxRuntime(Engine):
         if self.task.decoder["mrope_section"]:
             inputs["positions"] = np.broadcast_to(positions, (3, count)).copy()
         binding, (before, after) = session.io_binding(), self.caches
-        used = {found.name for found in session.get_inputs()}
+        used = {node.name for node in session.get_inputs()}
         for name, array in inputs.items():
             if name in used:
                 binding.bind_cpu_input(name, array)

@@ -68,11 +68,12 @@ class Profiled:
             self._call("LiteRtAddOpaqueOptions", options, opaque)
         self.compiled = self._made("LiteRtCreateCompiledModel", environment, model, options)
         self.index, handle = self._signature(model, signature)
-        given = self._buffers(environment, handle, "Input", {})
+        input_buffers = self._buffers(environment, handle, "Input", {})
         # What is carried from run to run stays in its place, as in `litert`.
-        taken = self._buffers(environment, handle, "Output", given)
+        taken = self._buffers(environment, handle, "Output", input_buffers)
         self.inputs, self.outputs = (
-            (ctypes.c_void_p * len(buffers))(*buffers.values()) for buffers in (given, taken)
+            (ctypes.c_void_p * len(buffers))(*buffers.values())
+            for buffers in (input_buffers, taken)
         )
         self.profiler = self._made("LiteRtCompiledModelGetProfiler", self.compiled)
 
@@ -98,9 +99,9 @@ class Profiled:
         self._call("LiteRtStopProfiler", self.profiler)
         count = ctypes.c_int()
         self._call("LiteRtGetNumProfilerEvents", self.profiler, ctypes.byref(count))
-        found = (Event * count.value)()
-        self._call("LiteRtGetProfilerEvents", self.profiler, count, found)
-        return list(found), seconds
+        recorded = (Event * count.value)()
+        self._call("LiteRtGetProfilerEvents", self.profiler, count, recorded)
+        return list(recorded), seconds
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self.litert, name)(*arguments)
@@ -138,19 +139,19 @@ class Profiled:
         self._call(f"LiteRtGetNumSignature{side}s", signature, ctypes.byref(count))
         made = {}
         for index in range(count.value):
-            place, name = ctypes.c_size_t(index), ctypes.c_char_p()
-            self._call(f"LiteRtGetSignature{side}Name", signature, place, ctypes.byref(name))
+            c_index, name = ctypes.c_size_t(index), ctypes.c_char_p()
+            self._call(f"LiteRtGetSignature{side}Name", signature, c_index, ctypes.byref(name))
             key = name.value.decode()
-            made[key] = shared.get(key) or self._buffer(environment, signature, side, place)
+            made[key] = shared.get(key) or self._buffer(environment, signature, side, c_index)
         return made
 
-    def _buffer(self, environment: Any, signature: Any, side: str, place: Any) -> Any:
+    def _buffer(self, environment: Any, signature: Any, side: str, c_index: Any) -> Any:
         kind = ctypes.create_string_buffer(TENSOR_TYPE_BYTES)
-        tensor = self._made(f"LiteRtGetSignature{side}TensorByIndex", signature, place)
+        tensor = self._made(f"LiteRtGetSignature{side}TensorByIndex", signature, c_index)
         self._call("LiteRtGetRankedTensorType", tensor, kind)
         index = ctypes.c_size_t(self.index)
         needs = self._made(
-            f"LiteRtGetCompiledModel{side}BufferRequirements", self.compiled, index, place
+            f"LiteRtGetCompiledModel{side}BufferRequirements", self.compiled, index, c_index
         )
         buffer = self._made(
             "LiteRtCreateManagedTensorBufferFromRequirements", environment, kind, needs
@@ -180,12 +181,12 @@ def by_operator(events: list[Event], runs: int, seconds: float) -> dict[str, Any
         raise RuntimeError(f"{len(events)} events of {runs} runs; fewer runs may fit the profiler")
     kinds: dict[str, list[float]] = collections.defaultdict(list)
     nodes = []
-    for place in range(count):
-        same = events[place::count]
+    for c_index in range(count):
+        same = events[c_index::count]
         name = same[0].tag.decode(errors="replace")
         spent = statistics.median(event.elapsed_us for event in same)
         kinds[name].append(spent)
-        nodes.append((spent, f"{name} ({place} of {count})"))
+        nodes.append((spent, f"{name} ({c_index} of {count})"))
     total = sum(spent for spent, _ in nodes)
     return {
         "us": 1e6 * seconds,

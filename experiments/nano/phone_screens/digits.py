@@ -138,21 +138,21 @@ def mnist_folder(path: str | Path, split: str) -> DigitImages:
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; one with *-images-idx3-ubyte.gz is needed")
-    found = sorted(f for f in folder.iterdir() if "-images-idx3-ubyte" in f.name)
-    if not found:
+    files = sorted(f for f in folder.iterdir() if "-images-idx3-ubyte" in f.name)
+    if not files:
         raise DataError(f"{folder} holds no *-images-idx3-ubyte.gz, the format of MNIST")
-    chosen, part = found, slice(None)
-    if len(found) > 1:
-        chosen = [f for f in found if f.name.startswith("train") == (split != "eval")]
+    chosen, part = files, slice(None)
+    if len(files) > 1:
+        chosen = [f for f in files if f.name.startswith("train") == (split != "eval")]
         if not chosen:
             raise DataError(
                 f"{folder} holds no images for the split {split!r}: train, t10k or test pairs "
-                f"are needed, found {', '.join(f.name for f in found)}"
+                f"are needed, found {', '.join(f.name for f in files)}"
             )
     pairs = [_read_pair(f) for f in chosen]
     images = np.concatenate([p[0] for p in pairs])
     labels = np.concatenate([p[1] for p in pairs])
-    if len(found) > 1 and split != "eval":
+    if len(files) > 1 and split != "eval":
         cut = int(0.9 * len(images))
         part = slice(0, cut) if split == "train" else slice(cut, None)
     return from_arrays(images[part], labels[part])
@@ -178,8 +178,8 @@ def _read_pair(images_file: Path) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _read_idx(file: Path, magic: int, axes: int, what: str) -> np.ndarray:
-    wanted = f"an IDX file of {what} (magic number {magic}), as MNIST's, is needed"
+def _read_idx(file: Path, magic: int, axes: int, kind: str) -> np.ndarray:
+    wanted = f"an IDX file of {kind} (magic number {magic}), as MNIST's, is needed"
     try:
         data = file.read_bytes()
         if data[:2] == b"\x1f\x8b":
@@ -188,14 +188,14 @@ def _read_idx(file: Path, magic: int, axes: int, what: str) -> np.ndarray:
         raise DataError(f"{file} cannot be read ({error}); {wanted}") from error
     header = 4 + 4 * axes
     if len(data) < header or int.from_bytes(data[:4], "big") != magic:
-        raise DataError(f"{file} is not an IDX file of {what}; {wanted}")
+        raise DataError(f"{file} is not an IDX file of {kind}; {wanted}")
     shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
     size = 1
     for extent in shape:
         size *= extent
     if len(data) - header != size:
         raise DataError(
-            f"{file} promises {size} bytes of {what} and holds {len(data) - header}; {wanted}"
+            f"{file} promises {size} bytes of {kind} and holds {len(data) - header}; {wanted}"
         )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 

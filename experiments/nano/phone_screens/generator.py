@@ -268,9 +268,9 @@ def _arrange(rng, chosen, top):
         y += int(gap)
         free = limit - sum(max(w, CELL) + 1 for _, _, w, _ in line)
         x = _MARGIN
-        for (kind, name, w, h), left in zip(line, _spread(rng, free, len(line) + 1), strict=False):
+        for (kind, name, w, h), space in zip(line, _spread(rng, free, len(line) + 1), strict=False):
             cell_width, cell_height = max(w, CELL) + 1, max(h, CELL) + 1
-            x += int(left)
+            x += int(space)
             at_y = y + int(rng.integers(0, height + wander - cell_height + 1))
             px, py = x + (cell_width - 1 - w) // 2, at_y + (cell_height - 1 - h) // 2
             elements.append(

@@ -94,18 +94,18 @@ TYPED_WORDS = (
     "father", "brother", "sister", "house", "street", "money", "ticket", "message", "answer",
     "question", "story", "picture",
 )  # fmt: skip
-_UP, _DOWN, _LEFT, _RIGHT = (505, 295), (505, 705), (295, 505), (705, 505)
+_UPWARD, _DOWNWARD, _LEFTWARD, _RIGHTWARD = (505, 295), (505, 705), (295, 505), (705, 505)
 SWIPES = {
-    "scroll down": (_DOWN, _UP),
-    "show me what is below": (_DOWN, _UP),
-    "go further down": (_DOWN, _UP),
-    "scroll up": (_UP, _DOWN),
-    "go back to the top": (_UP, _DOWN),
-    "show me what is above": (_UP, _DOWN),
-    "swipe left": (_RIGHT, _LEFT),
-    "next page": (_RIGHT, _LEFT),
-    "swipe right": (_LEFT, _RIGHT),
-    "previous page": (_LEFT, _RIGHT),
+    "scroll down": (_DOWNWARD, _UPWARD),
+    "show me what is below": (_DOWNWARD, _UPWARD),
+    "go further down": (_DOWNWARD, _UPWARD),
+    "scroll up": (_UPWARD, _DOWNWARD),
+    "go back to the top": (_UPWARD, _DOWNWARD),
+    "show me what is above": (_UPWARD, _DOWNWARD),
+    "swipe left": (_RIGHTWARD, _LEFTWARD),
+    "next page": (_RIGHTWARD, _LEFTWARD),
+    "swipe right": (_LEFTWARD, _RIGHTWARD),
+    "previous page": (_LEFTWARD, _RIGHTWARD),
 }
 BACK = ("go back", "return to the last screen", "back please", "leave this screen", "one step back")
 FINISH = {

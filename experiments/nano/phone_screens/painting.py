@@ -183,14 +183,18 @@ class Canvas:
         _stamp(self.image, glyphs.rounded_rectangle(height, width, 2), x0, y0, style.card)
         size = min(13, height - 1)
         self._glyph(name, size, x0 + 1, y0, height, _contrasting(rng, style.card, 0.45))
-        left = size + 4
+        edge_x = size + 4
         ink = style.card + np.float32(rng.uniform(0.5, 0.9)) * (self.ink - style.card)
         lines = 1 + int(rng.random() < 0.5)
         for i in range(lines):
-            length = int(rng.integers(7, width - left - 1))
+            length = int(rng.integers(7, width - edge_x - 1))
             at = y0 + (height // 2 - 1 if lines == 1 else 3 + i * (height - 8))
             _stamp(
-                self.image, glyphs.text_line(2, length, int(rng.integers(160))), x0 + left, at, ink
+                self.image,
+                glyphs.text_line(2, length, int(rng.integers(160))),
+                x0 + edge_x,
+                at,
+                ink,
             )
 
     def finish(self) -> np.ndarray:

@@ -168,11 +168,11 @@ def split_speakers(
     speakers = {u.speaker for u in utterances}
     if absent := set(holdout) - speakers:
         raise DataError(f"no speaker {min(absent)!r}; there are {', '.join(sorted(speakers))}")
-    kept = [u for u in utterances if u.speaker not in holdout]
-    held = [u for u in utterances if u.speaker in holdout]
-    if not kept or not held:
+    training = [u for u in utterances if u.speaker not in holdout]
+    holdouts = [u for u in utterances if u.speaker in holdout]
+    if not training or not holdouts:
         raise DataError(f"holding out {sorted(holdout)} of {sorted(speakers)} leaves a side empty")
-    return kept, held
+    return training, holdouts
 
 
 def synthesize_digits(
@@ -258,7 +258,7 @@ def _say(requests: Sequence[Sequence]) -> tuple[int, list[np.ndarray]]:
         return 0
 
     library.espeak_SetSynthCallback(receive)
-    said = []
+    spoken = []
     for voice, text, speed, pitch in requests:
         chunks.clear()
         # An unknown variant, the part after the plus, is dropped in silence.
@@ -272,8 +272,8 @@ def _say(requests: Sequence[Sequence]) -> tuple[int, list[np.ndarray]]:
             data, len(data), 0, _POSITION_CHARACTER, 0, _CHARACTERS_UTF8, None, None
         )
         library.espeak_Synchronize()
-        said.append(np.concatenate(chunks) if chunks else np.zeros(1, np.int16))
-    return rate, said
+        spoken.append(np.concatenate(chunks) if chunks else np.zeros(1, np.int16))
+    return rate, spoken
 
 
 def augment(rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
@@ -314,9 +314,9 @@ def augment(rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
 
 def _main() -> None:
     """Says what standard input asks for: a JSON line of rate and lengths, then int16 samples."""
-    rate, said = _say(json.load(sys.stdin))
-    header = json.dumps([rate, [len(wave) for wave in said]]).encode()
-    sys.stdout.buffer.write(header + b"\n" + b"".join(wave.tobytes() for wave in said))
+    rate, spoken = _say(json.load(sys.stdin))
+    header = json.dumps([rate, [len(wave) for wave in spoken]]).encode()
+    sys.stdout.buffer.write(header + b"\n" + b"".join(wave.tobytes() for wave in spoken))
 
 
 if __name__ == "__main__":
