@@ -87,7 +87,7 @@ RATES = ("parse_rate", "action_accuracy", "answer_accuracy", "tap_in_box")
 
 
 def interval(rate: dict[str, float] | None) -> str:
-    """A rate in percent with its 95 % interval."""
+    """Returns a rate in percent with its 95 % interval."""
     if rate is None:
         return "-"
     return f"{100 * rate['value']:.1f} ({100 * rate['low']:.1f}-{100 * rate['high']:.1f})"

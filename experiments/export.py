@@ -1,6 +1,8 @@
 """Runs `glm-edge export` from a clone.
 
-python -m experiments.export --checkpoint=DIR --format=tflite --out=phone.tflite --verify
+    python -m experiments.export --checkpoint=DIR --format=tflite --out=phone.tflite --verify
+
+The flags are those of the command.
 """
 
 import os

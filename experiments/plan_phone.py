@@ -1,6 +1,8 @@
 """Runs `glm-edge plan` from a clone.
 
-python -m experiments.plan_phone --preset=phone_9b --budget_gb=1.8
+    python -m experiments.plan_phone --preset=phone_9b --budget_gb=1.8
+
+The flags are those of the command.
 """
 
 from glm_edge.cli import plan

@@ -190,7 +190,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as text, in the order of COLUMNS."""
+    """Returns a row as text, in the order of COLUMNS."""
     shapes = {
         "parameters": "{:,}",
         "bytes": "{:,}",
@@ -209,7 +209,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """What the table means, in a few lines."""
+    """Summarizes the table in a few lines."""
     rows, export, run = report["rows"], report["export"], report["run"]
     lines = [
         f"size: {rows[-2]['bytes'] / rows[0]['bytes']:.1%} of the dense model's bytes; "

@@ -73,7 +73,7 @@ ENCODER_RATE = {"vision": 0.3, "speech": 0.3}
 
 
 def initial_params(config: configs.GLMConfig, seed: int) -> dict[str, Any]:
-    """Random weights of the model; the decoder's branches start small, by `1 / sqrt(2 layers)`."""
+    """Draws random weights; the decoder's branches start small, by `1 / sqrt(2 layers)`."""
     model = MultimodalGLM(config)
     init = jax.jit(functools.partial(model.init, tokens=jnp.zeros((1, 4), jnp.int32)))
     params = init(jax.random.key(seed))["params"]
@@ -85,7 +85,7 @@ def initial_params(config: configs.GLMConfig, seed: int) -> dict[str, Any]:
 
 
 def load_tokenizer() -> Tokenizer:
-    """The tokenizer given by its flag."""
+    """Returns the tokenizer given by its flag."""
     return read_tokenizer(FLAGS.tokenizer)
 
 
@@ -113,12 +113,12 @@ def utterances(split: str) -> tuple[list[speech.Utterance], ...]:
 
 
 def tokens_of(path: str) -> np.ndarray:
-    """Token ids of a text file."""
+    """Returns token ids of a text file."""
     return encode_text(load_tokenizer(), read_text(path))
 
 
 def text_to_learn() -> np.ndarray:
-    """Token ids of everything that text is learned from."""
+    """Returns token ids of everything that text is learned from."""
     tokens = [tokens_of(FLAGS.text)]
     if FLAGS.pydoc:
         tokens.append(encode_text(load_tokenizer(), pydoc_topics("calibration")))

@@ -121,7 +121,7 @@ def process(step: str) -> dict[str, Any]:
 
 
 def shape_of(name: str) -> GLMConfig:
-    """The model of a shape."""
+    """Returns the model of a shape."""
     if name in ("mobile", "nano"):
         return preset(name)
     config = text_only(preset({"glm_edge_1_5b": "large", "glm_4_9b": "phone_9b"}[name]))
@@ -132,12 +132,12 @@ def shape_of(name: str) -> GLMConfig:
 
 
 def size_bound(stored_bytes: int) -> float:
-    """Bytes that a file may have whose parameters take so many."""
+    """Returns the limit of a file's bytes for those of its parameters."""
     return 1.02 * stored_bytes + 1e6
 
 
 def goals(shape: str, converted: dict[str, Any]) -> list[dict[str, Any]]:
-    """What `convert` was to keep within, and whether it did.
+    """Lists the limits of `convert`, and the values measured.
 
     Args:
       shape: of the model.
@@ -233,7 +233,7 @@ def encoders(phone: Any, rng: np.random.Generator) -> dict[str, float]:
 
 
 def median_seconds(call: Callable[[], Any]) -> float:
-    """Median seconds of a call, after one that is not counted."""
+    """Returns the median seconds of a call, after one that is not counted."""
     times = []
     for _ in range(BURSTS + 1):
         started = time.monotonic()
@@ -276,7 +276,7 @@ class Resident:
 
 
 def bandwidth() -> float:
-    """Bytes a second that two cores read from memory."""
+    """Returns bytes a second that two cores read from memory."""
     array = np.ones(BANDWIDTH_BYTES // 8)
     halves = np.array_split(array, 2)
     with ThreadPoolExecutor(2) as pool:
@@ -289,7 +289,7 @@ def bandwidth() -> float:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
+    """Returns the largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

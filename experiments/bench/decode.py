@@ -79,7 +79,7 @@ def provenance(peer: "Transformers") -> dict[str, Any]:
 
 
 def text_only(config: GLMConfig) -> GLMConfig:
-    """The same decoder without its encoders."""
+    """Returns the same decoder without its encoders."""
     return dataclasses.replace(
         config, vision=None, speech=None, image_token_id=None, audio_token_id=None
     )
@@ -92,7 +92,7 @@ class Ours:
         self.model, self.params = model, params
 
     def run(self, prompt: np.ndarray, count: int) -> list[tuple[int, float]]:
-        """Tokens, each with the seconds it took."""
+        """Returns tokens, each with the seconds it took."""
         options = {"max_new_tokens": count, "stop_tokens": ()}
         tokens = generate.stream(self.model, self.params, prompt, **options)
         return timed(lambda: int(next(tokens)[0]), count)
@@ -155,7 +155,7 @@ class Transformers:
         return {"embed": of("embed_tokens"), "decoder": {"layers": layers, "norm": of("norm")}}
 
     def run(self, prompt: np.ndarray, count: int) -> list[tuple[int, float]]:
-        """Tokens, each with the seconds it took."""
+        """Returns tokens, each with the seconds it took."""
         state = {"input_ids": self.torch.as_tensor(prompt), "past_key_values": None}
 
         def step() -> int:
@@ -198,7 +198,7 @@ def measure(
 def summarize(
     length: int, seconds: dict[str, list[tuple[float, float]]], first: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """A row for prefill and one for decoding.
+    """Returns a row for prefill and one for decoding.
 
     Args:
       length: tokens of the prompt.

@@ -141,17 +141,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def phases() -> list[str]:
-    """What is timed, such as `decode 128`."""
+    """Lists the timed phases, such as `decode 128`."""
     return [f"decode {n}" for n in FLAGS.contexts] + [f"prefill {n}" for n in FLAGS.prefill]
 
 
 def decoder_of(shape: str) -> GLMConfig:
-    """A decoder without encoders: of a preset, or `toy`."""
+    """Returns a decoder without encoders: of a preset, or `toy`."""
     return TOY if shape == "toy" else text_only(preset(shape))
 
 
 def specs_of(work: Path) -> list[Spec]:
-    """All rows of the comparison.
+    """Returns all rows of the comparison.
 
     Raises:
       DataError: a length is no number, or does not fit the cache.
@@ -250,7 +250,7 @@ class Bench:
             self.close()
 
     def report(self, phases: Sequence[str]) -> dict[str, Any]:
-        """Everything that was found, for JSON."""
+        """Collects the results for JSON."""
         data = (self.specs, self.samples, self.prepared, self.bandwidth)
         return {
             "engines": {

@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """A word for each id: GPTQModel does not load a checkpoint that has no tokenizer."""
+    """Writes a word per id: GPTQModel does not load a checkpoint without a tokenizer."""
     words = {f"w{i}": i for i in range(MOBILE["vocab_size"])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.save(str(directory / "tokenizer.json"))

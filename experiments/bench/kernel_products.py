@@ -53,7 +53,7 @@ class Product:
 
 @functools.partial(jax.jit, static_argnums=1)
 def boxed(weight: Array, format: Format) -> boxes.Quantized:
-    """A weight in a format, on the grid that its largest numbers span."""
+    """Returns a weight in a format, on the grid that its largest numbers span."""
     groups = format.num_groups(weight.shape[1])
     high = 1 if format.qtype == "nf4" else grid.code_range(format.qtype)[1]
     scale = jnp.abs(weight).reshape(weight.shape[0], groups, -1).max(axis=-1) / high
@@ -84,7 +84,7 @@ def ours(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
 
 
 def tried(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
-    """Straightforward ways to multiply one row, which `glm_edge.kernels.matmul` does not use."""
+    """Lists simple products of one row that `glm_edge.kernels.matmul` does not use."""
     int8 = [boxed(w, Format.parse("int8-channel")) for w in weights]
     int4 = [boxed(w, Format.parse("int4-channel")) for w in weights]
 

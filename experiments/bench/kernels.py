@@ -110,7 +110,7 @@ def provenance() -> dict[str, Any]:
 
 
 def measure_bandwidth() -> float:
-    """Bytes a second at which the device, or all cores together, read an array."""
+    """Returns bytes a second at which the device, or all cores together, read an array."""
     if jax.default_backend() == "cpu":
         parts = np.array_split(np.ones(1 << 26, np.int64), os.cpu_count())
         with ThreadPoolExecutor(len(parts)) as pool:
@@ -152,7 +152,7 @@ def random_codes(qtype: str, shape: tuple[int, int]) -> Array:
 
 
 def random_weights() -> list[Array]:
-    """Float32 weights of the chain."""
+    """Returns float32 weights of the chain."""
     keys = jax.random.split(jax.random.key(FLAGS.seed), FLAGS.layers)
     shape = (FLAGS.width, FLAGS.width)
     return [jax.random.normal(key, shape) * FLAGS.width**-0.5 for key in keys]
@@ -185,7 +185,7 @@ def _timed(product: Product) -> float:
 def summarize(
     products: list[Product], seconds: dict[str, list[float]], bandwidth: float
 ) -> list[dict[str, Any]]:
-    """A row for each product; ratios are medians over rounds."""
+    """Returns a row for each product; ratios are medians over rounds."""
     reference, rows = np.array(seconds[products[0].name]), []
     for product in products:
         if product.name not in seconds:

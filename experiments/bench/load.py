@@ -104,7 +104,7 @@ def compare() -> None:
 
 
 def chosen_readers(names: Sequence[str]) -> list[str]:
-    """Those readers whose packages are installed, ours first.
+    """Returns those readers whose packages are installed, ours first.
 
     Raises:
       DataError: a name is unknown, or no safetensors reader is left to compare with.
@@ -144,7 +144,7 @@ def read_once(directory: Path) -> int:
 
 
 def shards(directory: Path) -> list[Path]:
-    """The safetensors files of a directory, in order."""
+    """Returns the safetensors files of a directory, in order."""
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"{directory}: holds no safetensors files")
@@ -193,7 +193,7 @@ def use_memory(size: int) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory this process ever held, pages of mapped files included.
+    """Returns the peak RSS of this process, pages of mapped files included.
 
     Raises:
       DataError: the system does not tell; Linux does.
@@ -265,7 +265,7 @@ READERS: dict[str, tuple[Callable[[Path], Callable[[], Any]], tuple[str, ...]]] 
 
 
 def summary(runs: dict[str, list[dict[str, float]]], size: int) -> dict[str, Any]:
-    """Medians, ratios and the verdict.
+    """Returns the medians, ratios and the verdict.
 
     Args:
       runs: reader to what `measure` returned, run by run.

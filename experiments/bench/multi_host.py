@@ -122,7 +122,7 @@ def run_sharded() -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_mesh(model_ways: int) -> jax.sharding.Mesh:
-    """All devices of all processes as (`data`, `model`)."""
+    """Returns all devices of all processes as (`data`, `model`)."""
     devices = jax.device_count()
     model_devices = model_ways or devices
     if devices % model_devices:
@@ -156,7 +156,7 @@ def report(logits: np.ndarray, tokens: np.ndarray) -> None:
 
 
 def checkpoint() -> Any:
-    """Directory of the checkpoint."""
+    """Returns the directory of the checkpoint."""
     return FLAGS.checkpoint or ge.shipped()
 
 

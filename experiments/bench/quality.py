@@ -150,7 +150,7 @@ def measure(
 
 
 def run_settings() -> dict[str, Any]:
-    """What all rows of a table must share; text by its checksum."""
+    """Returns the settings that all rows of a table share; text by its checksum."""
     names = ("text_tokens", "calibration_windows", "calibration_screens", "screens", "seed")
     settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
     for name in ("text", "calibration_text"):
@@ -162,7 +162,7 @@ def run_settings() -> dict[str, Any]:
 
 
 def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
-    """Whether a method has a result.
+    """Returns True for a method that has a result.
 
     Raises:
       OutputError: it has one, measured with other settings.
@@ -181,7 +181,7 @@ def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
 
 
 def slug(method: Method) -> str:
-    """File name of a method."""
+    """Returns the file name of a method."""
     return re.sub(r"[^a-z0-9_.]+", "-", method.name.lower())
 
 

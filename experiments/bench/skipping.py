@@ -138,7 +138,7 @@ HEADER = [
 
 
 def cells(row: SweepRow, first: SweepRow) -> list[str]:
-    """A row as text, in the order of HEADER."""
+    """Returns a row as text, in the order of HEADER."""
     return [
         row.name,
         f"{row.accuracy:.1%}",
@@ -152,7 +152,7 @@ def cells(row: SweepRow, first: SweepRow) -> list[str]:
 
 
 def as_csv(rows: Sequence[SweepRow]) -> str:
-    """All numbers, unrounded."""
+    """Returns all numbers, unrounded."""
     text = io.StringIO()
     names = [field.name for field in dataclasses.fields(SweepRow)]
     writer = csv.DictWriter(text, names, lineterminator="\n")

@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def seeing(name: str) -> GLMConfig:
-    """A shape with its vision encoder and without the one of speech."""
+    """Returns a shape with its vision encoder and without the one of speech."""
     if name == "toy":
         return dataclasses.replace(TOY, vision=TOY_VISION, image_token_id=1)
     return dataclasses.replace(preset(name), speech=None, audio_token_id=None)
@@ -231,7 +231,7 @@ def prepared(config: GLMConfig) -> dict[str, Any]:
 
 
 def sources() -> str:
-    """Where the numbers of the device on paper are from."""
+    """Names the sources of the estimated device's values."""
     named = [name for name in ("device", "bandwidth_gbs", "tops") if FLAGS[name].present]
     return FLAGS.sources or (f"as given by --{', --'.join(named)}" if named else SOURCES)
 
@@ -256,7 +256,7 @@ class Device:
 def paper(
     config: GLMConfig, form: str, text_tokens: int, action_tokens: int, device: Device
 ) -> dict[str, Any]:
-    """Bytes and operations of each part, and the seconds they take on a device.
+    """Returns bytes and operations of each part, and the seconds they take on a device.
 
     Args:
       config: of a model with a vision encoder.
@@ -331,7 +331,7 @@ def paper(
 
 
 def runtimes(work: Path) -> dict[str, Any]:
-    """Start-up, latency and size of nano in LiteRT and MNN."""
+    """Returns start-up, latency and size of nano in LiteRT and MNN."""
     config = dataclasses.replace(
         preset("nano"), vision=None, speech=None, image_token_id=None, audio_token_id=None
     )
@@ -392,7 +392,7 @@ def tidy(work: Path) -> None:
 
 
 def verdicts(seconds: float) -> list[str]:
-    """Of each claim, whether so many seconds keep it."""
+    """Compares seconds with each claim."""
     return ["reached" if seconds <= claim else "missed" for claim in CLAIMS_S]
 
 

@@ -32,7 +32,7 @@ def text_batches(tokenizer: Tokenizer, text: str, count: int, size: int = 8) -> 
 
 
 def token_batches(ids: np.ndarray, count: int, size: int = 8) -> list[Batch]:
-    """As `text_batches`, from token ids; a short text repeats itself to fill one batch."""
+    """Makes batches as `text_batches` does, from token ids; a short text repeats to fill one."""
     windows = np.resize(ids, (max(len(ids) // WINDOW, size), WINDOW)).astype(np.int32)
     batches = min(count, len(windows) // size)
     chosen = windows[np.linspace(0, len(windows) - 1, batches * size).astype(int)]

@@ -196,7 +196,7 @@ def gather(
 
 
 def split_text(path: str | None) -> tuple[str, str]:
-    """Text to calibrate on, and text to measure on.
+    """Returns text to calibrate on, and text to measure on.
 
     Args:
       path: UTF-8 file whose first third is calibrated on and whose rest is measured; None takes
@@ -244,7 +244,7 @@ def split_folder(
 
 
 def decode_latency_ms(model: Any, params: Any) -> float:
-    """Median milliseconds of one greedy step for one row, after `LATENCY_CONTEXT` tokens."""
+    """Measures one greedy step of one row at `LATENCY_CONTEXT`: median milliseconds."""
     cache = init_cache(model.config.decoder, 1, 2 * LATENCY_CONTEXT)
     cache["length"] = jnp.int32(LATENCY_CONTEXT)
 
@@ -264,7 +264,7 @@ def decode_latency_ms(model: Any, params: Any) -> float:
 
 
 def opened(directory: str | None) -> tuple[Path, Any, Any]:
-    """The directory of `checkpoint_of`, its model in float32, and the parameters."""
+    """Returns the directory of `checkpoint_of`, its model in float32, and the parameters."""
     checkpoint = checkpoint_of(directory)
     return checkpoint, *ge.load(checkpoint, dtype="float32")
 

@@ -31,7 +31,7 @@ def cache_slots(context: int) -> int:
 
 
 def answers(phone: Any, tokenizer: Any, items: Sequence[tap_eval.Item], label: str) -> list[str]:
-    """The file's answer to each item, greedily, one at a time as on a phone."""
+    """Returns the file's answer to each item, greedily, one at a time as on a phone."""
     texts = []
     for item in bar(label)(items):
         generated = phone.generate(**prompt(item, phone.config, tokenizer), max_new_tokens=12)
@@ -40,7 +40,7 @@ def answers(phone: Any, tokenizer: Any, items: Sequence[tap_eval.Item], label: s
 
 
 def prompt(item: tap_eval.Item, config: Any, tokenizer: Any) -> dict[str, Any]:
-    """Tokens, image and log-mel frames of one question."""
+    """Returns tokens, image and log-mel frames of one question."""
     audio, audio_tokens = None, 0
     if item.samples is not None:
         audio, audio_tokens = tap_eval.mel_of([item.samples], config)[0], config.speech.num_tokens
@@ -50,7 +50,7 @@ def prompt(item: tap_eval.Item, config: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def text_loss(phone: Any, windows: corpora.Windows, reference: tuple[Any, Any]) -> dict[str, float]:
-    """As `glm_edge.cli.loss.text_loss`, with scores from the file."""
+    """Measures as `glm_edge.cli.loss.text_loss` does, with scores from the file."""
     model, params = reference
     dense = jax.jit(lambda tokens: jax.nn.log_softmax(model.apply({"params": params}, tokens)[0]))
     total = np.zeros(3)
@@ -73,7 +73,7 @@ def verification_windows(
     items: Sequence[tap_eval.Item],
     texts: Sequence[str],
 ) -> list[Any]:
-    """What the file and its JAX model are compared on: held-out text, and answers to questions.
+    """Collects windows to verify a file on: held-out text, and answers to questions.
 
     Of an answer only the coordinates count: the grammar forces its other tokens.
     """
@@ -94,7 +94,7 @@ def verification_windows(
 
 
 def decode_latency_ms(phone: Any) -> float:
-    """Median milliseconds of one decoding step of the file, after a prompt, embedding included."""
+    """Measures one decoding step of the file after a prompt: median milliseconds."""
     slots = phone.cache_slots
     tokens = np.zeros(slots - DECODE_STEPS, np.int32)
     _, cache = phone.extend(phone.embed(tokens), 0, phone.empty_cache())

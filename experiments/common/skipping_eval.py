@@ -46,7 +46,7 @@ def define_flags() -> None:
 
 
 def size() -> dict[str, int]:
-    """How many questions, rounds and batches to fit on: the preset's, or what flags say."""
+    """Returns the numbers of questions, rounds and batches, by preset or flags."""
     preset = dict(PRESETS[FLAGS.preset])
     return preset | {n: v for n in ("screens", "rounds") if (v := FLAGS[n].value) is not None}
 
@@ -64,7 +64,7 @@ def floats(name: str) -> list[float]:
 
 
 def opened() -> tuple[MultimodalGLM, Any, Tokenizer]:
-    """The model of --checkpoint in float32, its parameters and its tokenizer."""
+    """Returns the model of --checkpoint in float32, its parameters and its tokenizer."""
     checkpoint, model, params = eval_data.opened(FLAGS.checkpoint)
     return model, params, ge.load_tokenizer(checkpoint)
 
@@ -89,7 +89,7 @@ def run(model: Any, tokenizer: Tokenizer, settings: Sequence[Setting]) -> list[S
 def exit_settings(
     model: Any, params: Any, after: Sequence[int], thresholds: Sequence[float], maps: Any = None
 ) -> list[Setting]:
-    """Early exit at several thresholds.
+    """Makes settings of early exit at several thresholds.
 
     Args:
       model: the model.
@@ -145,7 +145,7 @@ def fitted_maps(
 def questions_of(
     model: Any, tokenizer: Tokenizer, count: int, seed: int, digits_dir: str | None
 ) -> tuple[list[dict[str, Any]], Any]:
-    """Questions in batches, and the function that scores the answers to them.
+    """Returns questions in batches, and the function that scores the answers to them.
 
     Answers are scored by taps in the box; those of a model without vision by the share of tokens
     that equal the ones it gave in the first setting.
@@ -175,7 +175,7 @@ def questions_of(
 
 
 def half_depth(model: Any, params: Any) -> list[Setting]:
-    """Every token leaves at half the depth."""
+    """Makes a setting in which every token exits at half the depth."""
     exits = early_exit(model, [model.config.decoder.num_layers // 2], 0.0)
     return [Setting("exit at half", params, exits)]
 

@@ -136,7 +136,7 @@ def prompt_batches(
 
 
 def mel_of(recordings: Sequence[np.ndarray], config: GLMConfig) -> np.ndarray:
-    """Log-mel spectrograms [B, num_frames, mel_bins] of recordings, cropped or padded."""
+    """Returns log-mel spectrograms [B, num_frames, mel_bins] of recordings, cropped or padded."""
     shape = config.speech
     length = shape.num_frames * shape.hop_length
     rows = [np.pad(r[:length], (0, max(0, length - len(r)))) for r in recordings]
@@ -169,18 +169,18 @@ def answers(
 
 
 def answer_text(tokenizer: Tokenizer, ids: np.ndarray, config: GLMConfig) -> str:
-    """Text of generated ids up to the first stop token."""
+    """Returns the text of generated ids up to the first stop token."""
     stops = np.flatnonzero(np.isin(ids, config.eos_token_ids))
     answer = ids[: stops[0]] if len(stops) else ids
     return tokenizer.decode([int(i) for i in answer], skip_special_tokens=False)
 
 
 def outcomes(items: Sequence[Item], texts: Sequence[str]) -> dict[str, metrics.Rate | None]:
-    """Parse rate, action accuracy, answer accuracy and tap-in-box rate with intervals."""
+    """Returns parse rate, action accuracy, answer accuracy and tap-in-box rate with intervals."""
     return metrics.score(zip([i.question for i in items], texts, strict=True))
 
 
 def hits(items: Sequence[Item], texts: Sequence[str]) -> list[float]:
-    """1.0 or 0.0 for each item that asks for a tap: did it fall in the box."""
+    """Returns 1.0 for each tap that falls in its box and 0.0 for others."""
     judged = [metrics.judge(i.question, text) for i, text in zip(items, texts, strict=True)]
     return [float(outcome.in_box) for outcome in judged if outcome.in_box is not None]

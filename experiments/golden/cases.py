@@ -36,7 +36,7 @@ class Case:
         return (self.folder / "config.json").is_file()
 
     def tolerance(self, output: str) -> float:
-        """Largest difference allowed: 1e-4 and ten times the reference's own rounding noise."""
+        """Returns the tolerance: 1e-4 and ten times the reference's rounding noise."""
         noise = self.meta.get("fp32_vs_fp64_max_abs", {})
         key = output if output in noise else output.replace("greedy_logits", "logits")
         return ABSOLUTE + NOISE_FACTOR * float(noise.get(key, 0.0))

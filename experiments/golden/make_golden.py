@@ -116,7 +116,7 @@ def make_case(drawn: Plan, folder: Path, rng: np.random.Generator) -> None:
 def _clear_inputs(
     model: Any, drawn: Plan, subcase: str, rng: np.random.Generator
 ) -> tuple[Arrays, Arrays, float]:
-    """Inputs, greedy outputs and margin of a subcase whose greedy tokens are clear."""
+    """Returns inputs, greedy outputs and margin of a subcase whose greedy tokens are clear."""
     from experiments.golden.reference import greedy
 
     for _ in range(TRIES):

@@ -99,7 +99,7 @@ def _draw(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def draw_inputs(model: nn.Module, seed: int = 1) -> Arrays:
-    """Random inputs of a model, under transformers' argument names.
+    """Returns random inputs of a model, under transformers' argument names.
 
     Args:
       model: of a small configuration.
@@ -202,7 +202,7 @@ def reference_outputs(model: Any, inputs: Arrays) -> Arrays:
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """What a Hugging Face directory of one file holds.
+    """Describes the content of a Hugging Face directory of one file.
 
     Args:
       directory: of the checkpoint.

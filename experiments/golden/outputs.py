@@ -112,7 +112,7 @@ def _plain_greedy(
     positions: Any,
     steps: int,
 ) -> Arrays:
-    """Greedy tokens by whole forward passes, no cache: room for the new tokens is masked."""
+    """Generates greedily by complete forward passes: slots of new tokens are masked."""
     batch, length = tokens.shape
     following = np.asarray(positions)[..., -1:] + 1
     if model.config.decoder.mrope_section:

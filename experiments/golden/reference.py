@@ -39,7 +39,7 @@ def outputs_of(model: torch.nn.Module, inputs: Arrays) -> Arrays:
 
 
 def noise_of(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> dict[str, float]:
-    """Largest difference of each output to the same model in float64, where tokens are valid.
+    """Returns each output's largest difference from float64, where tokens are valid.
 
     Args:
       model: in float32.

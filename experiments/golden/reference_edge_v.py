@@ -82,7 +82,7 @@ class GlmEdgeV(torch.nn.Module):
         return tensors
 
     def fields(self) -> dict[str, Any]:
-        """The config.json of published files."""
+        """Returns the config.json of published files."""
         adapter_fields = {name: self.config[name] for name in _OWN_FIELDS}
         adapter_fields["vision_config"] = self.vit.config.to_dict()
         return {
@@ -92,7 +92,7 @@ class GlmEdgeV(torch.nn.Module):
         }
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Embedded tokens, the placeholders replaced by images."""
+        """Returns embedded tokens, the placeholders replaced by images."""
         x = self.language.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return x

@@ -141,7 +141,7 @@ def _renamed(
 
 
 def _as_version_4(fields: dict[str, Any]) -> dict[str, Any]:
-    """The same configuration as transformers 4 spelled it."""
+    """Returns the same configuration as transformers 4 spelled it."""
     written = {
         name: _as_version_4(value) if name.endswith("_config") else value
         for name, value in fields.items()

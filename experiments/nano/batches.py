@@ -100,7 +100,7 @@ class ScreenBatches:
         self.num_samples = config.speech.num_frames * config.speech.hop_length
 
     def layout(self, text_blocks: int, speech_blocks: int) -> Layout:
-        """Layout of rows with spoken questions first, then written ones."""
+        """Returns the layout of rows with spoken questions first, then written ones."""
         return Layout(self.prefix, (SPEECH_BLOCK,) * speech_blocks + (TEXT_BLOCK,) * text_blocks)
 
     def draw(

@@ -45,7 +45,7 @@ class Clock:
 
 
 def learning_rate(fraction: float, peak: float, warmup: float = 0.03) -> float:
-    """Linear warm-up, then a cosine to 3 % of the peak, over the fraction of time that is spent."""
+    """Returns a linear warm-up, then a cosine to 3 % of the peak, by the fraction of time spent."""
     if fraction < warmup:
         return peak * max(fraction / warmup, 0.02)
     progress = (fraction - warmup) / (1 - warmup)
@@ -55,7 +55,7 @@ def learning_rate(fraction: float, peak: float, warmup: float = 0.03) -> float:
 def make_optimizer(
     weight_decay: float, scale_of: Callable[[str], float]
 ) -> optax.GradientTransformation:
-    """AdamW, clipped at 1, whose learning rate is a hyperparameter; `scale_of` slows parts down.
+    """Makes AdamW, clipped at 1, with a mutable learning rate; `scale_of` scales parts.
 
     Args:
       weight_decay: applied to matrices only.

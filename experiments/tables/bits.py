@@ -115,7 +115,7 @@ def rounded(transform: Transform, model: Any, params: Any, batches: Sequence[Any
 def measured(
     model: Any, params: Any, data: eval_data.EvalData, where: str
 ) -> dict[str, float | None]:
-    """Perplexity, taps in the box in percent by kind of question, and bits of a weight.
+    """Returns perplexity, taps in the box in percent by kind of question, and bits of a weight.
 
     Args:
       model: a GLM.
@@ -142,7 +142,7 @@ def measured(
 
 
 def rows_of(measurements: Mapping[str, Mapping[str, float]]) -> list[Row]:
-    """The table's rows: float32, and what every way of rounding loses of it.
+    """Returns the table's rows: float32, and the loss of each recipe.
 
     Args:
       measurements: of `measured` by `float32` and the names of `recipes`.

@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def rows_of(accuracies: dict[str, list[float]], data: str) -> list[Row]:
-    """The rows of accuracies, and of the gap that distillation closed.
+    """Returns the rows of accuracies, and of the gap that distillation closed.
 
     Args:
       accuracies: percent of every seed, by kind.

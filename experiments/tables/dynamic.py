@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
 def rows_of(
     swept: Sequence[SweepRow], perplexity: Mapping[str, float], quality: str, questions: int
 ) -> list[Row]:
-    """The table's rows of the model that has been trained.
+    """Returns the table's rows of the model that has been trained.
 
     Args:
       swept: of the sweep; the first skips nothing.
@@ -130,7 +130,7 @@ def rows_of(
 
 
 def shape_rows(swept: Sequence[SweepRow], shape: str) -> list[Row]:
-    """The table's rows of a shape with random weights."""
+    """Returns the table's rows of a shape with random weights."""
     return [
         _speedup(row, f"{skipped(row)} % skipped, {shape}", CLAIMS.get(skipped(row), (None,))[0])
         for row in swept[1:]
@@ -138,7 +138,7 @@ def shape_rows(swept: Sequence[SweepRow], shape: str) -> list[Row]:
 
 
 def skipped(row: SweepRow) -> int:
-    """Percent of the neurons that a setting does not use."""
+    """Returns the percentage of the neurons that a setting does not use."""
     return round(100.0 * (1.0 - row.value))
 
 

@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def rows_of(swept: Sequence[SweepRow], quality: str, questions: int) -> list[Row]:
-    """The table's rows of the model that has been trained.
+    """Returns the table's rows of the model that has been trained.
 
     Args:
       swept: of the sweep; the first runs all layers.
@@ -117,7 +117,7 @@ def rows_of(swept: Sequence[SweepRow], quality: str, questions: int) -> list[Row
 
 
 def shape_rows(swept: Sequence[SweepRow], shape: str) -> list[Row]:
-    """The table's rows of a shape with random weights."""
+    """Returns the table's rows of a shape with random weights."""
     return [_relative_time(row, f"{row.name}, {shape}", False) for row in swept[1:]]
 
 

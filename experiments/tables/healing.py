@@ -104,7 +104,7 @@ def repeat(
 
 
 def rows_of(accuracies: dict[str, list[float]], data: str) -> list[Row]:
-    """The table's rows from the numbers of every seed."""
+    """Returns the table's rows from the numbers of every seed."""
     note = f"{data}, {len(accuracies['dense'])} seeds"
 
     def row(kind: str, claim: float | None, more: str = "") -> Row:

@@ -76,7 +76,7 @@ def accuracies(
     heal_steps: int,
     fraction: float,
 ) -> dict[str, float]:
-    """Percent right on digits of the dense, the int8, the pruned and the pruned int8 model.
+    """Measures accuracy on digits in percent: dense, int8, pruned, and both.
 
     Args:
       directory: where finished trainings are kept.
@@ -113,7 +113,7 @@ def accuracies(
 
 
 def published(name: str, fraction: float, rounds: int, threads: int, seed: int) -> dict[str, Any]:
-    """Operations, parameters, bytes and milliseconds of a shape, whole and pruned.
+    """Returns operations, parameters, bytes and milliseconds of a shape, whole and pruned.
 
     Args:
       name: preset.
@@ -152,7 +152,7 @@ def published(name: str, fraction: float, rounds: int, threads: int, seed: int) 
 def rows_of(
     measurements: dict[str, list[float]], costs: dict[str, dict[str, Any]], data: str
 ) -> list[Row]:
-    """The table's rows from accuracies of every seed and costs at the published shape."""
+    """Returns the table's rows from accuracies of every seed and costs at the published shape."""
     before, after = costs["dense"], costs["pruned int8"]
     shape = "MobileNetV2 1.0, 224x224; the claim's model is not named"
     rows = []

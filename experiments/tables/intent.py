@@ -140,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def config_of(data: Intents, layers: int, width: int) -> TextConfig:
-    """A BERT without segments for these texts."""
+    """Returns a BERT without segments for these texts."""
     return TextConfig(
         vocab_size=data.vocabulary,
         hidden_size=width,
@@ -226,7 +226,7 @@ def _lines(path: Path) -> list[tuple[str, str]]:
 
 
 def tokenizer_of(texts: Sequence[str], vocabulary: int, length: int) -> Tokenizer:
-    """Byte pairs of lower-case texts, framed as BERT frames a sentence, in `length` tokens.
+    """Returns byte pairs of lower-case texts, framed as BERT frames a sentence, in `length` tokens.
 
     The same texts give the same tokenizer, which WordPiece's trainer would not promise.
     """
@@ -278,7 +278,7 @@ def trained(
 
 
 def hits_of(model: TextEncoder, variables: Variables, data: Intents) -> np.ndarray:
-    """Which test texts were given their class, bool [E]."""
+    """Marks the test texts that are classified correctly, bool [E]."""
     logits = learning.logits_of(Classifier(model, _apply), variables, data.test_tokens)
     return logits.argmax(-1) == data.test_labels
 
@@ -294,7 +294,7 @@ def rows_of(
     counts: dict[str, int],
     seconds: dict[str, list[float]],
 ) -> list[Row]:
-    """The table's rows.
+    """Returns the table's rows.
 
     Args:
       hits: of every seed on the test texts, by kind of encoder.

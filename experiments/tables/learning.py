@@ -153,7 +153,7 @@ def _step(
 
 
 def _loss(logits: Array, labels: Array, targets: Array, training: Training) -> Array:
-    """Cross-entropy with the labels mixed with `T^2 KL(teacher at T || student at T)`."""
+    """Mixes cross-entropy with the labels and `T^2 KL(teacher at T || student at T)`."""
     hard = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     if not training.alpha:
         return hard
@@ -214,7 +214,7 @@ def settings(
     start: Variables | None = None,
     targets: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """All that the result of a training depends on, for `kept`.
+    """Returns everything that the result of a training depends on, for `cached_training`.
 
     Args:
       model: the classifier's.
@@ -238,7 +238,7 @@ def settings(
 
 
 def fingerprint(tree: Any) -> str:
-    """A hash of all numbers of a tree."""
+    """Returns a hash of all numbers of a tree."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(leaf).tobytes())

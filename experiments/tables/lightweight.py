@@ -120,7 +120,7 @@ def write(model: Any, params: Any, path: Path) -> Any:
 
 
 def taps(file: Any, evaluation: eval_data.EvalData) -> dict[str, list[float]]:
-    """Of written and spoken questions that ask for a tap: did the file's fall in the box."""
+    """Marks the taps of a file that fall in the box, of written and spoken questions."""
     phone = ge.export.LiteRTModel(file.path)
     asked = {"written": evaluation.written, "spoken": evaluation.spoken}
     return {
@@ -186,7 +186,7 @@ def timed(
 
 
 def engine_of(kind: str, file: Any, threads: int) -> Spec:
-    """What a child must know to run a file."""
+    """Returns the options with which a child runs a file."""
     config, path = file.model.config, Path(file.path)
     return spec_of(
         kind,
@@ -209,7 +209,7 @@ def rows_of(
     sizes: dict[str, dict[str, int]],
     runs: dict[str, dict[str, Any]],
 ) -> list[Row]:
-    """The table's rows.
+    """Returns the table's rows.
 
     Args:
       hits: 1 or 0 of each tap, by kind of model and of question.

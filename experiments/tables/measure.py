@@ -49,7 +49,7 @@ def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def median_ms(seconds: list[float]) -> float:
-    """Median of seconds, in milliseconds."""
+    """Returns the median of seconds, in milliseconds."""
     return 1e3 * statistics.median(seconds)
 
 
@@ -114,7 +114,7 @@ class LiteRT:
         return self._run.get_tensor(self._out)
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """Likeliest class of each image, [E]."""
+        """Classifies each image; returns [E]."""
         batch = int(self._in["shape"][0])
         counted = []
         for start in range(0, len(images), batch):

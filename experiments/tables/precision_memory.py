@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def recipes() -> dict[str, Transform]:
-    """The ways of rounding, by name."""
+    """Lists the recipes by name."""
     return {
         "bfloat16": quantize.rtn(qtype="bfloat16"),
         "int8": quantize.rtn(bits=8),
@@ -68,7 +68,7 @@ def recipes() -> dict[str, Transform]:
 
 
 def sizes(model: Any, params: Any, lengths: Sequence[int]) -> dict[str, int]:
-    """Bytes stored, and at the peak of a forward pass by its length.
+    """Returns bytes stored, and at the peak of a forward pass by its length.
 
     Args:
       model: a GLM.
@@ -93,7 +93,7 @@ def sizes(model: Any, params: Any, lengths: Sequence[int]) -> dict[str, int]:
 
 
 def rows_of(sizes_by_form: dict[str, dict[str, int]]) -> list[Row]:
-    """The table's rows: bytes of float32, and what every other precision saves of them."""
+    """Returns the table's rows: bytes of float32, and the savings of other precisions."""
     base = sizes_by_form["float32"]
     rows = [Row(f"{quantity}, float32", "MB", None, size / 1e6) for quantity, size in base.items()]
     for quantity in base:

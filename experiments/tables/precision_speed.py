@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def shape_of(name: str) -> GLMConfig:
-    """A decoder without encoders."""
+    """Returns a decoder without encoders."""
     if name != "mobile_quarter":
         return decoder_of(name)
     config = decoder_of("mobile")
@@ -102,7 +102,7 @@ def shape_of(name: str) -> GLMConfig:
 
 
 def specs_of(config: GLMConfig, forms: Sequence[str], directory: Path) -> list[Spec]:
-    """An engine for each form, float32 first.
+    """Returns an engine for each form, float32 first.
 
     Raises:
       DataError: a form is unknown, or what is to be run does not fit the cache.
@@ -183,7 +183,7 @@ def rows_of(
     context: int,
     prompt: int,
 ) -> list[Row]:
-    """The table's rows.
+    """Returns the table's rows.
 
     Args:
       written: `weight_bytes` of each form's file.

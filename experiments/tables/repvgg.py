@@ -90,7 +90,7 @@ def times(
 def rows_of(
     seconds: dict[str, list[float]], macs: dict[str, int], resnet: str, names: Sequence[str]
 ) -> list[Row]:
-    """The table's rows: milliseconds, and RepVGG's time as a fraction of ResNet's."""
+    """Returns the table's rows: milliseconds, and RepVGG's time as a fraction of ResNet's."""
     rows = []
     for engine, title in measure.ENGINES.items():
         base = seconds[f"{engine} {resnet}"]
@@ -119,7 +119,7 @@ def rows_of(
 
 
 def found_median(seconds: Sequence[float]) -> float:
-    """Median of seconds."""
+    """Returns the median of seconds."""
     return float(np.median(seconds))
 
 

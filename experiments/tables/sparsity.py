@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def models(width: int, sparsity: float, seed: int) -> dict[str, tuple[TextEncoder, Any]]:
-    """Dense, masked (as an array and in its box) and narrow encoders with their parameters."""
+    """Makes dense, masked (as an array and in a box) and narrow encoders."""
     config = TextConfig(
         vocab_size=13 * width,
         hidden_size=width,
@@ -85,7 +85,7 @@ def models(width: int, sparsity: float, seed: int) -> dict[str, tuple[TextEncode
 
 
 def random_encoder(config: TextConfig, seed: int) -> tuple[TextEncoder, Any]:
-    """An encoder whose weights mean nothing."""
+    """Returns an encoder whose weights mean nothing."""
     model = TextEncoder(config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     rng = np.random.default_rng(seed)
@@ -107,7 +107,7 @@ def size_of(params: Any) -> dict[str, float]:
 
 
 def rows_of(seconds: dict[str, list[float]], sizes: dict[str, dict[str, float]]) -> list[Row]:
-    """The table's rows."""
+    """Returns the table's rows."""
     claims = {"dense": 0, "masked": 1}
     rows = []
     for name, kind in (("dense", "dense"), ("masked", "masked, in its box"), ("narrow", "narrow")):

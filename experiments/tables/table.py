@@ -57,13 +57,13 @@ class Row:
         return self.measured / self.claim
 
     def cells(self) -> list[str]:
-        """The row as text, in the order of `COLUMNS`."""
+        """Returns the row as text, in the order of `COLUMNS`."""
         numbers = [self.claim, self.measured, self.spread, self.ratio]
         return [self.quantity, self.unit, *map(shown, numbers), self.note]
 
 
 def shown(number: float | None) -> str:
-    """A number in three or more significant digits; `-` where there is none."""
+    """Formats a number in three or more significant digits; `-` for None."""
     if number is None:
         return "-"
     if not math.isfinite(number):
@@ -73,7 +73,7 @@ def shown(number: float | None) -> str:
 
 
 def interval(rate: Rate) -> str:
-    """The 95 % interval of a rate, in percent."""
+    """Returns the 95 % interval of a rate, in percent."""
     return f"95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f}"
 
 
@@ -94,7 +94,7 @@ def define_flags(name: str) -> None:
 
 
 def prepare(argv: Sequence[str]) -> Path:
-    """The directory of --out_dir, made if absent.
+    """Returns the directory of --out_dir, made if absent.
 
     Args:
       argv: the script's name, and nothing else.
@@ -108,7 +108,7 @@ def prepare(argv: Sequence[str]) -> Path:
 
 
 def seeds(defaults: Mapping[str, int]) -> range:
-    """The seeds of a table: from --seed on, as many as --seeds or the preset says."""
+    """Returns the seeds of a table: from --seed on, as many as --seeds or the preset says."""
     return range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds or defaults[FLAGS.preset]))
 
 
@@ -168,7 +168,7 @@ def publish(
 
 
 def table_provenance(name: str, flag_names: Sequence[str] = ()) -> dict[str, Any]:
-    """The command, commit, machine, time, load and versions behind a table.
+    """Returns the command, commit, machine, time, load and versions behind a table.
 
     `seconds` are those since the script's imports; a training that lay finished in --out_dir was
     not run again and does not count.

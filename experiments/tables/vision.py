@@ -72,7 +72,7 @@ def _arrays(digits: mnist.DigitImages) -> tuple[np.ndarray, np.ndarray]:
 
 
 def classifier(name: str, data: Digits) -> CNN:
-    """A preset of `glm_edge.models.cnn` for these images."""
+    """Returns a preset of `glm_edge.models.cnn` for these images."""
     return CNN(dataclasses.replace(preset(name), image_size=data.size))
 
 
@@ -86,7 +86,7 @@ def _apply(
 
 
 def fresh(model: CNN, seed: int) -> Variables:
-    """Initial variables."""
+    """Returns initial variables."""
     images = jnp.zeros((1, *model.config.image_size))
     return jax.jit(model.init)(jax.random.key(seed), images)
 
@@ -110,12 +110,12 @@ def logits_of(model: CNN, variables: Variables, images: np.ndarray) -> np.ndarra
 
 
 def accuracy(model: CNN, variables: Variables, data: Digits) -> float:
-    """Test images whose likeliest class is right, in percent."""
+    """Returns the top-1 accuracy on test images in percent."""
     return percent_right(logits_of(model, variables, data.test_images).argmax(-1), data)
 
 
 def percent_right(classes: np.ndarray, data: Digits) -> float:
-    """Test images that were given their class, in percent."""
+    """Returns the percentage of correctly classified test images."""
     return 100.0 * float(np.mean(classes == data.test_labels))
 
 

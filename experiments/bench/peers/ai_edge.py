@@ -115,7 +115,7 @@ def _read(model: bytes, shape: tuple[int, int]) -> Stored:
 
 
 def _unpack(data: np.ndarray, bits: int) -> np.ndarray:
-    """Signed integers, the lowest bits of a byte first."""
+    """Returns signed integers, the lowest bits of a byte first."""
     fields = (data[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & ((1 << bits) - 1)
     return ((fields.astype(np.int16) ^ (1 << bits - 1)) - (1 << bits - 1)).reshape(-1)
 

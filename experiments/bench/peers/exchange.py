@@ -60,7 +60,7 @@ class Task:
         return rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
 
     def tokens(self) -> np.ndarray:
-        """Calibration windows of text, int32 [W, T]."""
+        """Returns calibration windows of text, int32 [W, T]."""
         with np.load(self._inputs()) as file:
             return file["tokens"]
 
@@ -142,7 +142,7 @@ def write(
 
 
 def hugging_face_name(path: str) -> str:
-    """The layer of a Hugging Face GLM that holds a weight of the decoder."""
+    """Returns the layer of a Hugging Face GLM that holds a weight of the decoder."""
     name = path.removesuffix("/weight").removeprefix("decoder/").replace("/", ".")
     return f"model.{name.replace('.attention.', '.self_attn.')}"
 
@@ -155,7 +155,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def peak_bytes() -> int:
-    """The most memory this process held, where /proc tells; 0 elsewhere."""
+    """Returns the peak RSS of this process, or 0 without /proc."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)

@@ -36,7 +36,7 @@ def ours(
     where: str = DECODER,
     calibration: str = "both",
 ) -> Method:
-    """A recipe of ours: transforms as `{"name": ..., "options": {...}}`, run in order.
+    """Returns a recipe of ours: transforms as `{"name": ..., "options": {...}}`, run in order.
 
     Each gets `where` unless it names one; calibration is offered to all.
     """
@@ -49,7 +49,7 @@ def ours(
 
 
 def rtn(name: str, where: str = DECODER, **options: Any) -> Method:
-    """Round-to-nearest of ours."""
+    """Makes our round-to-nearest methods."""
     return ours(f"rtn {name}", {"name": "quantize.rtn", "options": options}, where=where)
 
 
@@ -75,7 +75,7 @@ _TRAINED = ("int4-g32", "int3-g32", "int2-g32", "int2-channel", "ternary-channel
 
 
 def _calibrated() -> list[Method]:
-    """GPTQ of ours at every width, and what else rounds well at some."""
+    """Lists our GPTQ at every width, and other methods that do well at some."""
 
     def row(
         name: str, shape: str, label: str = "", calibration: str = "both", **options: Any
@@ -94,7 +94,7 @@ def _calibrated() -> list[Method]:
 
 
 def _rotated(shape: str, *after: dict[str, Any], kind: str = "training-free") -> Method:
-    """GPTQ behind a rotation, and what comes after."""
+    """Lists our GPTQ after a rotation, and with training after it."""
     transforms = [
         {"name": "quantize.rotate", "options": {}},
         {"name": "quantize.gptq", "options": {"where": DECODER, **_SHAPES[shape]}},
@@ -106,7 +106,7 @@ def _rotated(shape: str, *after: dict[str, Any], kind: str = "training-free") ->
 
 
 def _trained() -> list[Method]:
-    """Distillation of ours: the float32 model teaches, labels are not read."""
+    """Lists our distillation: the float32 model teaches, labels are not read."""
     rows = []
     for shape in _TRAINED:
         options = {**_SHAPES[shape], "steps": 1000, "learning_rate": 6e-4, "compute": "bfloat16"}

@@ -124,7 +124,7 @@ class Scorer:
         )
 
     def _counted(self, config: Any, kind: str) -> np.ndarray:
-        """Answer tokens up to the first stop token, of questions and not of padding rows."""
+        """Counts answer tokens up to the first stop token, without padding rows."""
         stops = np.isin(self.answered[kind], config.eos_token_ids)
         counted = np.cumsum(stops, axis=1) - stops == 0
         counted[len(self.questions[kind]) :] = False

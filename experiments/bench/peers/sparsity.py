@@ -62,7 +62,7 @@ def layers(weights: Mapping[str, np.ndarray]) -> list[list[str]]:
 def magnitude(
     weights: Weights, sparsity: float | None, n_m: tuple[int, int] | None, scope: str
 ) -> dict[str, np.ndarray]:
-    """What stays, bool [out, in] by path: the largest magnitudes."""
+    """Masks the smallest magnitudes; returns bool [out, in] by path."""
     if n_m is not None:
         return {path: _of_neighbours(np.abs(weight), n_m) for path, weight in weights.items()}
     if scope == "global":
@@ -100,7 +100,7 @@ def erdos_renyi(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[
 def wanda(
     weight: np.ndarray, rows: np.ndarray, sparsity: float | None, n_m: tuple[int, int] | None
 ) -> np.ndarray:
-    """What stays, bool [out, in]: `|w| ||x||` against the other inputs of the same output."""
+    """Masks by `|w| ||x||` among the inputs of one output; bool [out, in]."""
     score = np.abs(weight) * np.sqrt(np.square(rows).sum(axis=0))
     if n_m is not None:
         return _of_neighbours(score, n_m)
@@ -115,7 +115,7 @@ def sparsegpt(
     block: int = BLOCK,
     damping: float = DAMPING,
 ) -> np.ndarray:
-    """The pruned weight, whose later columns make up for the errors of earlier ones.
+    """Prunes a weight; later columns compensate for the errors of earlier ones.
 
     Args:
       weight: [out, in].

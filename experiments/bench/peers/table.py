@@ -34,12 +34,12 @@ TOLERANCE = 1e-6
 
 
 def titles(columns: Columns = COLUMNS) -> list[str]:
-    """Column titles."""
+    """Returns column titles."""
     return [title for title, _ in columns.values()]
 
 
 def cells(row: Mapping[str, Any], columns: Columns = COLUMNS) -> list[str]:
-    """A row as text, in the order of the columns."""
+    """Returns a row as text, in the order of the columns."""
     values = {**row}
     values["peak_rss_bytes"] = row.get("peak_rss_bytes") and row["peak_rss_bytes"] / 1e9
     return [
@@ -114,7 +114,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def frontier(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """`(bits, increase)` of rows that no other row improves on with equal or fewer bits."""
+    """Returns `(bits, increase)` of rows that no other row improves on with equal or fewer bits."""
     best: list[tuple[float, float]] = []
     for row in sorted(rows, key=lambda row: (row["packed_bits"], row["increase"])):
         increase = max(row["increase"], FLOOR)

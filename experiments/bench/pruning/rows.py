@@ -15,7 +15,7 @@ LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
 
 
 def methods(steps: int, sparse_steps: int) -> tuple[Method, ...]:
-    """All rows.
+    """Returns all rows.
 
     Args:
       steps: of distillation where arrays shrink.
@@ -49,18 +49,18 @@ def heal(steps: int, **options: Any) -> dict[str, Any]:
 
 
 def structured(**options: Any) -> dict[str, Any]:
-    """Removal of heads and neurons."""
+    """Makes a recipe that removes heads and neurons."""
     fractions = {"heads": HEADS, "neurons": NEURONS, "neuron_multiple": 1, "max_batches": 16}
     return {"name": "prune.structured", "options": {**fractions, **options}}
 
 
 def sparse(shape: str, **options: Any) -> dict[str, Any]:
-    """SparseGPT of ours."""
+    """Returns SparseGPT of ours."""
     return {"name": "prune.sparsegpt", "options": {"shape": shape, "where": DECODER, **options}}
 
 
 def half() -> dict[str, Any]:
-    """Half of all weights: shares by measurement, then weights that make up for what went."""
+    """Prunes half of all weights: shares by measurement, then compensating weights."""
     shares = {"sparsity": 0.5, "score": "wanda", "allocation": "measured", "levels": LEVELS}
     steps = [
         {"name": "prune.mask", "options": {**shares, "where": DECODER}},
@@ -83,7 +83,7 @@ def _masked() -> list[Method]:
 
 
 def _restated() -> list[Method]:
-    """Published algorithms in numpy, at their defaults."""
+    """Returns published algorithms in numpy, at their defaults."""
 
     def row(name: str, algorithm: str, calibration: str = "none", **options: Any) -> Method:
         return Method(name, RESTATED, {"algorithm": algorithm, **options}, calibration=calibration)

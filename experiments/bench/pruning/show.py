@@ -42,7 +42,7 @@ FOOTNOTE = (
 
 
 def beside_dense(measured: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
-    """How much worse than the dense model, on the same windows and questions.
+    """Compares with the dense model on the same windows and questions.
 
     Args:
       measured: what `Scorer.score` gives of a row.
@@ -68,7 +68,7 @@ def beside_dense(measured: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[
 
 
 def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) -> list[dict]:
-    """What was asked for, beside what was found.
+    """Compares the measured values with the targets.
 
     Args:
       rows: results.

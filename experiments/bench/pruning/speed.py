@@ -17,7 +17,7 @@ MULTIPLE = 32
 
 
 def smaller(config: GLMConfig, heads: float = HEADS, neurons: float = NEURONS) -> GLMConfig:
-    """The configuration that `prune.structured` leaves of a decoder of one width."""
+    """Returns the configuration of a uniform decoder after `prune.structured`."""
     import numpy as np
 
     decoder = config.decoder

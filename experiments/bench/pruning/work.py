@@ -136,7 +136,7 @@ class Worker:
 
 
 def sizes(dense: Any, pruned: Any) -> dict[str, Any]:
-    """What is left of a decoder.
+    """Counts the parameters and bytes of a pruned decoder.
 
     Args:
       dense: parameters of the whole model.
@@ -166,6 +166,6 @@ def dense_of(params: Any) -> Any:
 
 
 def timed(worker: Worker, method: Method, slug: str) -> tuple[Pruned, float]:
-    """A row, and the seconds that it took."""
+    """Returns a row, and the seconds that it took."""
     start = time.perf_counter()
     return worker.run(method, slug), time.perf_counter() - start

@@ -65,7 +65,7 @@ def spec_of(
     module: str = "litert",
     python: str | None = None,
 ) -> Spec:
-    """A row of one configuration: our file in LiteRT, unless told otherwise.
+    """Returns a row of one configuration: our file in LiteRT, unless told otherwise.
 
     Args:
       name: of the row.
@@ -175,7 +175,7 @@ class Child:
         return self.ask("action", tokens=tokens, steps=steps)["seconds"]
 
     def peak_bytes(self) -> int:
-        """The most memory that the process held since it loaded."""
+        """Returns the peak RSS of the process since it loaded."""
         return self.ask("rss")["peak_rss_bytes"]
 
     def close(self) -> None:
@@ -279,7 +279,7 @@ def _start(spec: Spec, steps: int) -> tuple[Child, dict[str, Any]]:
 
 
 def available_bytes() -> float:
-    """Memory that another process may take, where /proc tells; no limit elsewhere."""
+    """Returns the memory available to another process, or infinity without /proc."""
     path = Path("/proc/meminfo")
     lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
@@ -287,7 +287,7 @@ def available_bytes() -> float:
 
 
 def profile(path: str, signature: str, threads: int, runs: int) -> dict[str, Any]:
-    """Time of each operator of a `.tflite` file, see `profiler`.
+    """Measures the time of each operator of a `.tflite` file, see `profiler`.
 
     Raises:
       EngineError: this release of LiteRT cannot be profiled so.

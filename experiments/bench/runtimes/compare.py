@@ -42,7 +42,7 @@ class Quartiles:
 
     @staticmethod
     def of(values: Sequence[float]) -> "Quartiles":
-        """Those of some numbers."""
+        """Returns the quartiles of some values."""
         low, median, high = np.quantile(np.asarray(values, np.float64), [0.25, 0.5, 0.75])
         return Quartiles(float(median), float(low), float(high))
 
@@ -51,14 +51,14 @@ class Quartiles:
 
 
 def shown(value: float | None) -> str:
-    """A number in three figures."""
+    """Formats a number in three significant digits."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def speedup(ours: Sequence[Burst], theirs: Sequence[Burst]) -> Quartiles | None:
-    """How many times faster one is than another, burst by burst of the same rounds.
+    """Divides the times of two engines, burst by burst of the same rounds.
 
     Engines that were never resident together are compared by their medians; None where one has no
     bursts.
@@ -78,7 +78,7 @@ def speedup(ours: Sequence[Burst], theirs: Sequence[Burst]) -> Quartiles | None:
 def of_limit(
     bursts: Sequence[Burst], weight_bytes: int, bandwidth: Mapping[int, float]
 ) -> Quartiles:
-    """Time that reading the weights takes at the bandwidth of the same round, of a step's time."""
+    """Divides the time of reading the weights by the time of a step of the same round."""
     return Quartiles.of([weight_bytes / bandwidth[b.turn] / b.seconds for b in bursts])
 
 
@@ -89,7 +89,7 @@ def phase_rows(
     engines: Mapping[str, Mapping[str, Any]],
     bandwidth: Mapping[int, float],
 ) -> list[dict[str, Any]]:
-    """A row for each engine that ran a phase.
+    """Returns a row for each engine that ran a phase.
 
     Args:
       phase: `decode 128`, `prefill 512` and so on.
@@ -138,7 +138,7 @@ def goals(
     engines: Mapping[str, Mapping[str, Any]],
     bandwidth: Mapping[int, float],
 ) -> list[dict[str, Any]]:
-    """What was asked of our files, beside what was found.
+    """Compares the speed of our files with the targets.
 
     Returns:
       Rows: `phase`, `engine`, `beside`, `wanted`, `found` as `[low, median, high]`, `reached`.

@@ -65,11 +65,11 @@ class Task:
         return self.config["decoder"]
 
     def option(self, name: str, default: Any = None) -> Any:
-        """One of `options`."""
+        """Returns one of `options`."""
         return (self.options or {}).get(name, default)
 
     def step(self, length: int, slot: int) -> tuple[str, int | None]:
-        """`step_signature` by the option `attended_slots`."""
+        """Returns `step_signature` by the option `attended_slots`."""
         return step_signature(length, slot, self.option("attended_slots", []))
 
 
@@ -102,7 +102,7 @@ class Engine:
 
 
 def step_signature(length: int, slot: int, attended_slots: Iterable[int]) -> tuple[str, int | None]:
-    """The fastest signature of our file for so many tokens from a slot on.
+    """Returns the fastest signature of our file for a number of tokens from a slot on.
 
     Args:
       length: tokens of the call.
@@ -129,7 +129,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def peak_bytes() -> int:
-    """The most memory this process held, where /proc tells; 0 elsewhere."""
+    """Returns the peak RSS of this process, or 0 without /proc."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
@@ -142,7 +142,7 @@ def forget_peak() -> None:
 
 
 def random_matrix(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """A weight that keeps the size of what it meets, float32 [rows, columns]."""
+    """Draws a weight that preserves the scale of its inputs, float32 [rows, columns]."""
     return rng.standard_normal((rows, columns), np.float32) * np.float32(columns**-0.5)
 
 

@@ -180,13 +180,13 @@ def timed_signatures(task: Task, phase: str, steps: int) -> list[str]:
 
 
 def packed_path(task: Task) -> Path | None:
-    """Where XNNPACK keeps packed weights of a file between loads, if it does."""
+    """Returns the file in which XNNPACK stores packed weights between loads, or None."""
     folder = task.option("weight_cache")
     return Path(folder) / f"{Path(task.path).stem}.xnnpack" if folder else None
 
 
 def weight_bytes(path: str, config: Any) -> int:
-    """Bytes of weights and scales that one decoding step reads."""
+    """Returns bytes of weights and scales that one decoding step reads."""
     import glm_edge as ge
 
     return sum(

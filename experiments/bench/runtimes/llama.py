@@ -74,7 +74,7 @@ class LlamaCpp(Engine):
         return timed(lambda: self._fill(handle, tokens))
 
     def _context(self, filled: int) -> Any:
-        """A cache of its own, which holds so many tokens."""
+        """Makes a context whose cache has room for a number of tokens."""
         if filled not in self.contexts:
             options = self.api.llama_context_default_params()
             options.n_ctx = self.task.slots

@@ -128,7 +128,7 @@ def session_options(library: Any, threads: int) -> Any:
 
 
 def optimized_operators(path: Path, threads: int) -> collections.Counter[str]:
-    """How often each operator stands in the graph that onnxruntime makes of a file."""
+    """Counts the operators of the graph that onnxruntime makes of a file."""
     import onnx
     import onnxruntime
 

@@ -134,7 +134,7 @@ class Profiled:
     def _buffers(
         self, environment: Any, signature: Any, side: str, shared: dict[str, Any]
     ) -> dict[str, Any]:
-        """A zeroed buffer for each input or output by name, or a shared one of that name."""
+        """Makes a zeroed buffer per input or output, or takes the shared one of that name."""
         count = ctypes.c_size_t()
         self._call(f"LiteRtGetNumSignature{side}s", signature, ctypes.byref(count))
         made = {}

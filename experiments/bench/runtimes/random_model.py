@@ -20,7 +20,7 @@ JITTER = np.float32(0.1)
 
 
 def random_model(config: dict[str, Any], form: str, seed: int = 0) -> tuple[MultimodalGLM, Any]:
-    """A model and its parameters; norms are nearly one, what is added is nearly zero.
+    """Makes a model and its parameters; norms are nearly one, biases nearly zero.
 
     Args:
       config: as `glm_edge.configs.to_dict` writes it.
@@ -46,13 +46,13 @@ def random_model(config: dict[str, Any], form: str, seed: int = 0) -> tuple[Mult
 
 
 def fitting(format: Format, columns: int) -> Format:
-    """A format, or the same per channel where columns are no whole groups of it."""
+    """Returns the format, or per channel where the columns are not a multiple of its groups."""
     size = format.group_size
     return format if not isinstance(size, int) or columns % size == 0 else Format(format.qtype)
 
 
 def random_box(rng: np.random.Generator, shape: tuple[int, int], format: Format) -> Quantized:
-    """A weight of random bytes, each of which is codes of integer types, and random scales.
+    """Makes a weight of random bytes, which are valid codes of integer types, and random scales.
 
     What it meets keeps its size in the mean.
     """

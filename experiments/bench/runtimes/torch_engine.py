@@ -60,7 +60,7 @@ class Torch(Engine):
 
 
 def make(task: Task) -> Any:
-    """The model with weights of transformers' own initialization."""
+    """Returns the model with weights of transformers' own initialization."""
     import torch
     import transformers
 

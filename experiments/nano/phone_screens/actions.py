@@ -242,7 +242,7 @@ def _read_call(text: str, start: int) -> _Call | None:
 
 
 def _read_fields(text: str, at: int, known: dict, room: int) -> tuple[list, int] | None:
-    """Up to `room` fields from `at` on, and where the call ends.
+    """Reads up to `room` fields from `at` on, and finds the end of the call.
 
     `known` holds what was read before, by place: strings may end at several quotes.
     """

@@ -65,7 +65,7 @@ class Element:
         return (x0 + x1) / 2, (y0 + y1) / 2
 
     def contains(self, x: float, y: float) -> bool:
-        """Whether a point in pixels lies in the box."""
+        """Returns True for a point in pixels inside the box."""
         x0, y0, x1, y1 = self.box
         return x0 <= x < x1 and y0 <= y < y1
 

@@ -151,7 +151,7 @@ GLYPHS: dict[str, Predicate] = {
 
 
 def _coverage(predicate: Predicate, height: int, width: int) -> np.ndarray:
-    """Area coverage `[height, width, 1]` of a predicate given pixel coordinates."""
+    """Returns the area coverage `[height, width, 1]` of a predicate given pixel coordinates."""
     n = SUPERSAMPLING
     y = ((np.arange(height * n) + 0.5) / n)[:, None]
     x = ((np.arange(width * n) + 0.5) / n)[None, :]
@@ -205,7 +205,7 @@ def rounded_rectangle(height: int, width: int, radius: int) -> np.ndarray:
 
 @functools.cache
 def _text_strip(height: int) -> np.ndarray:
-    """A line of words without letters, float32 `[height, 256, 1]`, the same in every process."""
+    """Draws a line of pseudo-words, float32 `[height, 256, 1]`, equal in every process."""
     rng = np.random.default_rng(height)
     strip = rng.uniform(0.45, 1.0, (height, 256, 1)).astype(np.float32)
     x = 0

@@ -38,7 +38,7 @@ def _any_colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _contrasting(rng: np.random.Generator, ground: np.ndarray, least: float = 0.4) -> np.ndarray:
-    """A random colour that differs enough in luminance from its ground."""
+    """Returns a random colour that differs enough in luminance from its ground."""
     light = _luminance(ground)
     for _ in range(3):
         colour = _any_colour(rng)
