@@ -7,7 +7,6 @@ A classifier is a model and a function that applies it. A finished training is a
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from glm_edge import params as boxes
 from glm_edge.errors import DataError
 from glm_edge.params.tree import nested
+from glm_edge.writers import write_whole
 
 Variables = dict[str, Any]
 Apply = Callable[[Any, Variables, Array, Array | None], tuple[Array, Variables]]
@@ -181,7 +181,7 @@ def _logits(classifier: Classifier, variables: Variables, inputs: Array) -> Arra
 def cached_training(
     directory: Path, name: str, settings: dict[str, Any], make: Callable[[], Variables]
 ) -> Variables:
-    """Variables that an earlier run left, or those that `make` returns, which are then left.
+    """Loads the variables of an earlier run, or stores those that `make` returns.
 
     Args:
       directory: of the table; files lie in its `runs`.
@@ -200,9 +200,8 @@ def cached_training(
     logging.info("%s: training", name)
     variables = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({p: np.asarray(leaf) for p, leaf in boxes.path_items(variables)}, beside)
-    os.replace(beside, path)
+    arrays = {p: np.asarray(leaf) for p, leaf in boxes.path_items(variables)}
+    write_whole(path, lambda file: save_file(arrays, file))
     return variables
 
 

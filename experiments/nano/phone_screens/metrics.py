@@ -1,10 +1,10 @@
 """How well answers do on the phone screens, with intervals that say how sure that is."""
 
 import dataclasses
-import statistics
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from scipy import stats
 
 from experiments.nano.phone_screens.actions import parse_action, to_pixels
 from experiments.nano.phone_screens.generator import HEIGHT, WIDTH
@@ -120,13 +120,10 @@ def wilson(successes: int, count: int, level: float = 0.95) -> Rate:
     """
     if not 0 <= successes <= count or count < 1 or not 0 < level < 1:
         raise DataError(f"{successes} successes of {count} at level {level} have no interval")
-    z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
     share = successes / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
-    return Rate(
-        share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)), count
-    )
+    ends = stats.binomtest(successes, count).proportion_ci(level, method="wilson")
+    # Rounding may put an end on the wrong side of a share of 0 or 1.
+    return Rate(share, min(share, float(ends.low)), max(share, float(ends.high)), count)
 
 
 def bootstrap(
@@ -161,13 +158,22 @@ def bootstrap(
         raise DataError(f"{values.shape} values in {groups.shape} groups have no interval")
     _, index = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(index, values), np.bincount(index)
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for i in range(resamples):
-        drawn = np.bincount(rng.integers(0, len(sums), len(sums)), minlength=len(sums))
-        means[i] = drawn @ sums / (drawn @ counts)
-    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
-    return Rate(float(values.mean()), float(low), float(high), len(values))
+    mean = float(values.mean())
+    # One group, or groups of equal means, have an interval of one point.
+    if len(sums) == 1 or np.ptp(sums / counts) == 0:
+        return Rate(mean, mean, mean, len(values))
+    ends = stats.bootstrap(
+        (sums, counts),
+        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+        n_resamples=resamples,
+        batch=256,
+        vectorized=True,
+        paired=True,
+        confidence_level=level,
+        method="percentile",
+        rng=seed,
+    ).confidence_interval
+    return Rate(mean, float(ends.low), float(ends.high), len(values))
 
 
 def paired_difference(
