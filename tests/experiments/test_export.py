@@ -65,6 +65,7 @@ def test_a_checkpoint_becomes_a_verified_file_and_a_report(tmp_path):
     flags += ["--prefill_lengths=16", "--cache_slots=32", "--verify", "--report"]
     done = run(*flags)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     report = json.loads((tmp_path / "report.json").read_text())
     file = tmp_path / "phone.tflite"
     assert report["file_bytes"] == file.stat().st_size
