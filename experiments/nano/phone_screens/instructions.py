@@ -208,12 +208,12 @@ class _Shuffled:
     """Deals elements in random order, over and over."""
 
     def __init__(self, rng: np.random.Generator, elements: list[Element]):
-        self._rng, self._elements, self._left = rng, elements, []
+        self._rng, self._elements, self._remaining = rng, elements, []
 
     def deal(self) -> Element:
-        if not self._left:
-            self._left = [self._elements[i] for i in self._rng.permutation(len(self._elements))]
-        return self._left.pop()
+        if not self._remaining:
+            self._remaining = [self._elements[i] for i in self._rng.permutation(len(self._elements))]
+        return self._remaining.pop()
 
 
 def _ask(rng: np.random.Generator, kind: str, pools: Mapping[str, _Shuffled]) -> Question:
