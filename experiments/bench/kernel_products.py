@@ -1,4 +1,4 @@
-"""Chains of products for `bench_kernels`: the library's, ways it does not use, and the peers'."""
+"""Products of `experiments.bench.kernels`: ours, simple ones of XLA, and those of other libraries."""
 
 import dataclasses
 import functools

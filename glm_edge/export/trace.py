@@ -21,7 +21,7 @@ from glm_edge.export.lowering import without_erf
 from glm_edge.models.glm import KEY_BY_HEAD, VALUE_BY_HEAD
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import nested
-from glm_edge.process_wide import QUIET_TENSORFLOW, shared
+from glm_edge.process_wide import shared
 
 Inputs = dict[str, Array]
 DECODE = "decode"
@@ -254,8 +254,8 @@ def quiet() -> Iterator[None]:
 
 def tensorflow() -> tuple[Any, Any]:
     """jax2tf and TensorFlow, told to keep quiet."""
-    for variable, value in QUIET_TENSORFLOW.items():
-        os.environ.setdefault(variable, value)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with quiet():
         tf = require("tensorflow", extra="export")
     tf.get_logger().setLevel("ERROR")
