@@ -1,4 +1,4 @@
-"""The one door for reading files that a stranger may have written: regular, bounded, inside."""
+"""Readers of untrusted files: regular, bounded, and inside their directory."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""The one door for writing: files and directories that appear whole or not at all."""
+"""Atomic writers: files and directories appear complete or not at all."""
 
 import contextlib
 import ctypes
@@ -186,7 +186,7 @@ def remove_litter(path: Path) -> None:
 
 
 def _is_over(entry: os.DirEntry, found: re.Match) -> bool:
-    """True where the process that made an entry is gone, as far as can be known."""
+    """Tests if the process that made an entry is gone, as far as can be known."""
     pid, start = int(found[2], 16), int(found[3], 16)
     if found[4] == _boot():
         return _start_of(pid) != start
@@ -217,7 +217,7 @@ def _entries(directory: Path) -> list[os.DirEntry]:
 
 
 def _stem(name: str, room: int) -> str:
-    """The name, or its beginning with a digest where it and `room` more letters are too long."""
+    """Shortens a name to a prefix and a digest where it and `room` more letters are too long."""
     if len(os.fsencode(name)) + room <= MAX_FILE_NAME:
         return name
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -233,7 +233,7 @@ def _boot() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """Start of a process in ticks since boot; None where it is gone, zero where unknown."""
+    """Returns the start of a process in ticks since boot, None if it is gone, zero if unknown."""
     try:
         # The name of the program, in brackets, may hold anything.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

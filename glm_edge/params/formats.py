@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from glm_edge.errors import BoxError
-from glm_edge.kernels import grid, packing
+from glm_edge.kernels import packing, quantization
 
 # Types of dense weights and of scales.
 FLOATING = ("float32", "float16", "bfloat16")
@@ -18,7 +18,7 @@ _NOMINAL_BITS = {"ternary": 1.6, "ternary34": 1.25, "nf4": 4, "float16": 16, "bf
 
 @dataclass(frozen=True)
 class Format:
-    """How the numbers of a weight are stored, `f' = scale * (level - zero)`.
+    """Storage of the values of a weight, `w' = scale * (level - zero)`.
 
     Attributes:
       qtype: integers `int8`, `int6`, `int5`, `int4`, `int3`, `int2`; `ternary`, five to a byte;
@@ -43,8 +43,8 @@ class Format:
                 f"format: qtype {self.qtype!r:.60} is unknown; known: {', '.join(QTYPES)}"
             )
         size = self.group_size
-        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        if size not in (None, PER_TENSOR) and not whole:
+        is_count = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        if size not in (None, PER_TENSOR) and not is_count:
             raise BoxError(
                 f"format: group_size must be positive, None or {PER_TENSOR!r}, not {size!r:.60}"
             )
@@ -52,9 +52,9 @@ class Format:
             raise BoxError(f"format: symmetric must be True or False, not {self.symmetric!r:.60}")
         if self.plain and (size is not None or not self.symmetric):
             raise BoxError(f"format: {self.qtype} has no scales and no zero points")
-        if self.qtype == "ternary34" and whole and size % 4:
+        if self.qtype == "ternary34" and is_count and size % 4:
             raise BoxError(f"format: groups of ternary34 are whole fours, not {size}")
-        if not self.symmetric and self.qtype not in grid.INTEGERS:
+        if not self.symmetric and self.qtype not in quantization.INTEGERS:
             raise BoxError(f"format: {self.qtype} is symmetric; zero points go with integers")
         if self.scale_dtype not in FLOATING:
             raise BoxError(f"format: scale_dtype {self.scale_dtype!r:.60} is not a float type")
@@ -65,13 +65,13 @@ class Format:
 
     @property
     def plain(self) -> bool:
-        """True for a floating type, which needs no box."""
+        """Tests for a floating type, which needs no box."""
         return self.qtype in PLAIN
 
     @property
     def bits(self) -> float:
         """Bits a packed code takes, scales apart."""
-        return grid.INTEGERS.get(self.qtype) or _NOMINAL_BITS[self.qtype]
+        return quantization.INTEGERS.get(self.qtype) or _NOMINAL_BITS[self.qtype]
 
     def __str__(self) -> str:
         if self.plain:
@@ -91,15 +91,15 @@ class Format:
         Raises:
           BoxError: the text names no format.
         """
-        found = re.fullmatch(r"(\w+?)(?:-(channel|tensor|g(\d+)))?(-affine)?", text)
-        if not found:
+        match = re.fullmatch(r"(\w+?)(?:-(channel|tensor|g(\d+)))?(-affine)?", text)
+        if not match:
             raise BoxError(f"format {text!r} is none such as int8, int4-g32, int4-g32-affine")
-        qtype, grouping, size, affine = found.groups()
+        qtype, grouping, size, affine = match.groups()
         group_size = int(size) if size else (PER_TENSOR if grouping == PER_TENSOR else None)
         return cls(qtype, group_size, not affine, default_scale_dtype(group_size))
 
     def num_groups(self, columns: int) -> int:
-        """Number of scales that a row has, or shares with all others.
+        """Counts the scales of a row, one where all rows share it.
 
         Raises:
           BoxError: `columns` is not a whole number of groups.
@@ -113,12 +113,12 @@ class Format:
         return columns // self.group_size
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scales of a weight `[..., out, in]`."""
+        """Returns the shape of the scales of a weight `[..., out, in]`."""
         rows = 1 if self.group_size == PER_TENSOR else shape[-2]
         return (*shape[:-2], rows, self.num_groups(shape[-1]))
 
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes that a weight `[..., out, in]` takes, scales and zero points included."""
+        """Counts the bytes of a weight `[..., out, in]`, scales and zero points included."""
         *leading, rows, columns = shape
         matrices = 1
         for extent in leading:
@@ -134,5 +134,5 @@ class Format:
 
 
 def default_scale_dtype(group_size: int | str | None) -> str:
-    """bfloat16 for groups, where scales weigh, and float32 for rows and matrices."""
+    """Returns bfloat16 for groups, whose scales take space, and float32 for rows and matrices."""
     return "bfloat16" if isinstance(group_size, int) else "float32"

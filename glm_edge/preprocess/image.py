@@ -125,7 +125,7 @@ def prepare_images(images: np.ndarray | Sequence[np.ndarray], config: VisionConf
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bicubic resampling that averages where it shrinks, as Pillow's.
+    """Resamples images, bicubic and averaging where it shrinks, as Pillow does.
 
     Args:
       image: [height, width, channels]: floats in 0..1 or uint8.
@@ -174,7 +174,7 @@ def _resize_rows(image: np.ndarray, target: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def _weights(source: int, target: int) -> np.ndarray:
-    """[target, source] matrix whose rows sum to one."""
+    """Computes the [target, source] matrix, whose rows sum to one."""
     return _kernel_weights(np.arange(target), np.arange(source), source / target)
 
 

@@ -137,7 +137,7 @@ def _resample_rows(image: np.ndarray, target: int, resample: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def _integer_weights(source: int, target: int, resample: str) -> tuple[np.ndarray, np.ndarray]:
-    """First source row of each target row [target], and weights int32 [target, taps]."""
+    """Computes the first source row of each target row, and weights int32 [target, taps]."""
     scale = source / target
     spread = max(scale, 1.0)
     reach = FILTERS[resample] * spread

@@ -12,8 +12,8 @@ from glm_edge.compress.rounding import gptq, hqq
 from glm_edge.compress.rounding import grid as grids
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import RecipeError
-from glm_edge.kernels.grid import INTEGERS
 from glm_edge.kernels.packing import QTYPES
+from glm_edge.kernels.quantization import INTEGERS
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 from glm_edge.params.tree import nested

@@ -15,7 +15,7 @@ import pytest
 
 import glm_edge as ge
 from glm_edge import params as boxes
-from glm_edge.checkpoint import files
+from glm_edge.checkpoint import safetensors
 from glm_edge.compress import chain, distill, quantize, stream
 from glm_edge.compress.stream import compress_checkpoint, is_streamable
 from glm_edge.compress.training_state import machine
@@ -143,7 +143,7 @@ def stop_after(count: int, monkeypatch, error: Exception):
         if len(written) == count:
             path.write_bytes(b"half a file")
             raise error
-        files.write_safetensors(path, arrays, metadata)
+        safetensors.write_safetensors(path, arrays, metadata)
 
     monkeypatch.setattr(stream, "write_safetensors", write)
 
@@ -187,7 +187,7 @@ def test_other_arguments_do_not_finish_a_run(saved, tmp_path, monkeypatch):
             compress_checkpoint(saved, tmp_path / "out", ROUNDED)
     with pytest.raises(OutputError, match="unfinished run with another recipe"):
         compress_checkpoint(saved, tmp_path / "out", quantize.rtn(8))
-    os.utime(saved / files.WEIGHTS)
+    os.utime(saved / safetensors.WEIGHTS)
     with pytest.raises(OutputError, match="unfinished run with another source"):
         compress_checkpoint(saved, tmp_path / "out", ROUNDED)
 

@@ -7,7 +7,7 @@ from typing import Any
 from glm_edge.compress.rounding.grid import SCALES
 from glm_edge.compress.transform import check_pattern
 from glm_edge.errors import BoxError, RecipeError
-from glm_edge.kernels.grid import INTEGERS
+from glm_edge.kernels.quantization import INTEGERS
 from glm_edge.params import Format
 from glm_edge.params.formats import default_scale_dtype
 

@@ -12,7 +12,7 @@ from glm_edge.compress.report import Report
 from glm_edge.compress.training import Training, learn
 from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
 from glm_edge.errors import RecipeError
-from glm_edge.kernels.grid import held_scale
+from glm_edge.kernels.quantization import round_scale
 from glm_edge.params import Quantized
 from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
@@ -140,7 +140,7 @@ def _pace(path: tuple[Any, ...], array: Any) -> Any:
 
 def _stored(path: tuple[Any, ...], array: Any, before: Any) -> Any:
     if _is_scale(path):
-        return held_scale(array, str(before.dtype))
+        return round_scale(array, str(before.dtype))
     return array.astype(before.dtype)
 
 

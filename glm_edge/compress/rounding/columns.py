@@ -12,7 +12,7 @@ from jax import Array
 
 from glm_edge.compress.rounding import triangular
 from glm_edge.compress.rounding.grid import Grid
-from glm_edge.kernels import grid as kernels
+from glm_edge.kernels import quantization as kernels
 from glm_edge.params import Format
 
 
@@ -126,7 +126,7 @@ def _one(
     steps = own.target / scale
     if zero is not None:
         steps = steps + zero
-    code = kernels.nearest_code(steps, format.qtype)
+    code = kernels.round_to_codes(steps, format.qtype)
     level = kernels.levels(code, format.qtype).astype(jnp.float32)
     if own.kept is not None:
         nothing = _zero_code(zero, format.qtype)

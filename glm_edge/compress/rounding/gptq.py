@@ -28,7 +28,7 @@ from glm_edge.compress.rounding import candidates, columns, triangular
 from glm_edge.compress.rounding.columns import Coupled
 from glm_edge.compress.rounding.grid import Grid, normalized
 from glm_edge.errors import BoxError
-from glm_edge.kernels import grid as kernels
+from glm_edge.kernels import quantization as kernels
 from glm_edge.params import Format
 from glm_edge.params.formats import PER_TENSOR
 
