@@ -415,8 +415,10 @@ def check_target(
             parent = next(parent for parent in target.parents if os.path.lexists(parent))
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
                 raise OutputError(
-                    f"{target}: cannot be written: {parent} is no directory to write into"
+                    f"{target}: cannot be written: {parent} is not a directory to write into"
                 )
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
     require_space(target, needed)
