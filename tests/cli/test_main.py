@@ -241,7 +241,7 @@ def test_compress_refuses_before_it_loads(whole, run, tmp_path, source, monkeypa
     arguments = ("compress", f"--checkpoint={source}", f"--out_dir={out}", f"--recipe={recipe}")
     with pytest.raises(SystemExit, match="nofile"):
         run(*arguments, f"--text={tmp_path / 'nofile'}")
-    with pytest.raises(SystemExit, match="is no directory to write into"):
+    with pytest.raises(SystemExit, match="is not a directory to write into"):
         run(*arguments[:2], f"--out_dir={recipe_file(tmp_path) / 'x'}", "--recipe=phone")
     (out / "checkpoint").mkdir(parents=True)
     (out / "checkpoint" / "config.json").write_text("{}")
