@@ -212,7 +212,8 @@ class _Shuffled:
 
     def deal(self) -> Element:
         if not self._remaining:
-            self._remaining = [self._elements[i] for i in self._rng.permutation(len(self._elements))]
+            order = self._rng.permutation(len(self._elements))
+            self._remaining = [self._elements[i] for i in order]
         return self._remaining.pop()
 
 
