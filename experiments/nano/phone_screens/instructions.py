@@ -176,7 +176,7 @@ def questions(
       screen: what is asked about.
       count: how many questions.
       mix: relative frequencies of "tap", "speech", "type", "swipe", "back" and "finish". Speech
-        asks for a digit key and is left out on screens with fewer than `MIN_KEYS_FOR_SPEECH`.
+        asks for a digit key and is skipped on screens with fewer than `MIN_KEYS_FOR_SPEECH`.
 
     Returns:
       The questions.
