@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from glm_edge.compress import recipes as recipes
     from glm_edge.compress import reparameterize as reparameterize
     from glm_edge.compress import to_json as to_json
-    from glm_edge.compress.plan import plan as plan
-    from glm_edge.compress.stream import compress_checkpoint as compress_checkpoint
+    from glm_edge.compress.allocate.plan import plan as plan
+    from glm_edge.compress.layerwise.stream import compress_checkpoint as compress_checkpoint
     from glm_edge.configs import GLMConfig as GLMConfig
     from glm_edge.configs import preset as preset
     from glm_edge.generate import chat as chat
@@ -66,10 +66,10 @@ _WHERE = {
     "build": "glm_edge.checkpoint",
     "chat": "glm_edge.generate",
     "chain": "glm_edge.compress",
-    "compress_checkpoint": "glm_edge.compress.stream",
+    "compress_checkpoint": "glm_edge.compress.layerwise.stream",
     "distill": "glm_edge.compress",
     "load": "glm_edge.checkpoint",
-    "plan": "glm_edge.compress.plan",
+    "plan": "glm_edge.compress.allocate.plan",
     "preset": "glm_edge.configs",
     "load_tokenizer": "glm_edge.checkpoint",
     "recipe_from_json": "glm_edge.compress",
@@ -90,7 +90,7 @@ _MODULES = {
     "preprocess": "glm_edge.preprocess",
     "prune": "glm_edge.compress.prune",
     "quantize": "glm_edge.compress.quantize",
-    "recipes": "glm_edge.compress.recipe",
+    "recipes": "glm_edge.compress.recipes",
 }
 
 __all__ = sorted([*_WHERE, *_MODULES, "REPOSITORY_URL", "__version__"])

@@ -1,11 +1,11 @@
 """Compression: parameter transforms, chains of them, recipes and reports."""
 
 from glm_edge.compress import prune, quantize
-from glm_edge.compress import recipe as recipes
+from glm_edge.compress import recipes as recipes
 from glm_edge.compress.calibration import Calibration
-from glm_edge.compress.distill import distill
+from glm_edge.compress.distill.distill import distill
 from glm_edge.compress.progress import ProgressLine
-from glm_edge.compress.recipe import recipe_from_json, to_json
+from glm_edge.compress.recipes import recipe_from_json, to_json
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.compress.report import Point, Report, Row
 from glm_edge.compress.transform import Context, Transform, chain, register

@@ -10,10 +10,15 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import folding
-from glm_edge.compress.quantize.leaves import relative_error
-from glm_edge.compress.quantize.leaves import row as row_of
+from glm_edge.compress.layerwise.runner import (
+    Replaced,
+    StageContext,
+    apply_layerwise,
+    register_layerwise,
+)
+from glm_edge.compress.quantize.parameter import relative_error
+from glm_edge.compress.quantize.parameter import row as row_of
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.stagewise import Replaced, StageWork, apply_by_stage, register_stagewise
 from glm_edge.compress.transform import Context, Result, Transform
 from glm_edge.errors import RecipeError
 from glm_edge.models.cnn import NORM_EPS
@@ -57,7 +62,7 @@ def reparameterize() -> Transform:
 
 def _apply(model: nn.Module, params: Params, context: Context) -> Result:
     if not hasattr(model, "deploy"):
-        return apply_by_stage(NAME, model, params, context)
+        return apply_layerwise(NAME, model, params, context)
     if model.deploy:
         raise RecipeError(f"{NAME}: this {type(model).__name__} is deployed already")
     if STATISTICS not in params or "params" not in params:
@@ -74,7 +79,7 @@ def _apply(model: nn.Module, params: Params, context: Context) -> Result:
     return model.clone(deploy=True), deployed, Report.of(rows, params, deployed, notes=(note,))
 
 
-def _fold_stage(work: StageWork) -> Replaced:
+def _fold_stage(work: StageContext) -> Replaced:
     replaced: dict[str, Any] = {}
     rows: list[Row] = []
     for fold in folding.folds(
@@ -96,7 +101,7 @@ def _fold_stage(work: StageWork) -> Replaced:
     return replaced, rows
 
 
-register_stagewise(NAME, reparameterize, _fold_stage, rounds=False, exact=True, apply=_apply)
+register_layerwise(NAME, reparameterize, _fold_stage, rounds=False, exact=True, apply=_apply)
 
 
 def fold_batch_norm(

@@ -6,6 +6,7 @@ parameters to a model, its parameters and a report. Transforms compose with `cha
 
 import dataclasses
 import inspect
+import json
 import numbers
 import sys
 import types
@@ -417,3 +418,30 @@ def _apply_chain(
 
 
 register(CHAIN, chain, _apply_chain)
+
+
+def to_json(transform: Transform) -> str:
+    """Writes a transform as JSON, every option spelled out.
+
+    Args:
+      transform: or a chain of them.
+
+    Returns:
+      JSON that `recipe_from_json` reads back to an equal transform.
+
+    Raises:
+      RecipeError: the transform holds arrays (a teacher), which JSON cannot.
+    """
+    return json.dumps(_to_object(transform), indent=2) + "\n"
+
+
+def _to_object(transform: Transform) -> dict[str, Any]:
+    if transform.objects:
+        raise RecipeError(
+            f"{transform.name}: {', '.join(transform.objects)}= holds arrays, which JSON cannot; "
+            "leave it out and the model that the chain starts from is used"
+        )
+    options = dict(transform.options)
+    if transform.name == CHAIN:
+        options = {"transforms": [_to_object(inner) for inner in options["transforms"]]}
+    return {"name": transform.name, "options": options}

@@ -7,9 +7,10 @@ import pytest
 
 import glm_edge as ge
 from glm_edge import params as boxes
-from glm_edge.compress.prune import sparse_columns
-from glm_edge.compress.rounding import gptq, hqq
-from glm_edge.compress.rounding import grid as grids
+from glm_edge.compress.prune.masks import sparse_columns
+from glm_edge.compress.quantize.solvers import gptq_solver as gptq
+from glm_edge.compress.quantize.solvers import hqq_solver as hqq
+from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import RecipeError
 from glm_edge.kernels.grid import INTEGERS

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from glm_edge.compress.recipe import recipe_from_json
+from glm_edge.compress.recipes import recipe_from_json
 from glm_edge.compress.transform import _REGISTRY, CHAIN
 from glm_edge.errors import RecipeError
 from glm_edge.params.patterns import Pattern

@@ -11,7 +11,7 @@ import pytest
 
 from glm_edge.compress import distill
 from glm_edge.compress.batches import in_proportion
-from glm_edge.compress.recipe import recipe_from_json, to_json
+from glm_edge.compress.recipes import recipe_from_json, to_json
 from glm_edge.errors import DataError, RecipeError
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import Calibration, chain, distill, prune, quantize
-from glm_edge.compress.plan import plan
-from glm_edge.compress.training_state import calibration_digest
+from glm_edge.compress.allocate.plan import plan
+from glm_edge.compress.distill.state import calibration_digest
 from glm_edge.errors import DataError, RecipeError
 
 CLASSES = 5

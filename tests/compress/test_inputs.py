@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import batches, prune, quantize, stages
+from glm_edge.compress import batches, prune, quantize
+from glm_edge.compress.layerwise import stages
 from glm_edge.errors import DataError
 from glm_edge.models.multimodal import audio_features, feature_counts
 from glm_edge.preprocess import Inputs

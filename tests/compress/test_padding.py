@@ -6,10 +6,11 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import save
-from glm_edge.compress import batches, chain, distill, prune, quantize, stages
+from glm_edge.compress import batches, chain, distill, prune, quantize
+from glm_edge.compress.allocate.plan import plan
+from glm_edge.compress.layerwise import stages
+from glm_edge.compress.layerwise.stream import compress_checkpoint
 from glm_edge.compress.padding import valid_tokens
-from glm_edge.compress.plan import plan
-from glm_edge.compress.stream import compress_checkpoint
 from glm_edge.errors import DataError
 from glm_edge.models.text import TextEncoder
 

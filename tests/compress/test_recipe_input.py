@@ -7,7 +7,7 @@ import pytest
 
 import glm_edge as ge
 from glm_edge.compress import recipes
-from glm_edge.compress.recipe import NAMED, named, recipe_from_json
+from glm_edge.compress.recipes import NAMED, named, recipe_from_json
 from glm_edge.errors import RecipeError
 
 

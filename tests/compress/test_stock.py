@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import prune, quantize, stages
+from glm_edge.compress import prune, quantize
+from glm_edge.compress.layerwise import stages
 from glm_edge.compress.readings import layouts_of
 from glm_edge.errors import RecipeError
 from glm_edge.params.layouts import Layout, from_bias

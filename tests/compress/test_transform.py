@@ -25,7 +25,7 @@ from glm_edge.compress import (
     to_json,
 )
 from glm_edge.compress import transform as transform_lib
-from glm_edge.compress.recipe import recipe_from_json
+from glm_edge.compress.recipes import recipe_from_json
 from glm_edge.errors import DataError, RecipeError
 
 RECIPE = chain(

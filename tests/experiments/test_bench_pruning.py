@@ -19,7 +19,7 @@ from experiments.pruning import rows, show, speed, work
 from experiments.runtimes.random_model import random_model
 from glm_edge import configs
 from glm_edge import params as boxes
-from glm_edge.compress.prune import sparse_columns
+from glm_edge.compress.prune.masks import sparse_columns
 from glm_edge.models.multimodal import MultimodalGLM
 
 METHODS = rows.methods(30, 20)

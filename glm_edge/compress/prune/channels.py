@@ -6,7 +6,7 @@ import flax.linen as nn
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.compress.prune.arrays import highest, removed, shrunk_report, take
+from glm_edge.compress.prune.shrink.arrays import highest, removed, shrunk_report, take
 from glm_edge.compress.transform import (
     Context,
     Result,

@@ -7,15 +7,15 @@ import flax.linen as nn
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.compress.prune.arrays import shrunk_report
 from glm_edge.compress.prune.depth import shrink_depth
 from glm_edge.compress.prune.encoders import shrink_encoder
-from glm_edge.compress.prune.masking import units_left
-from glm_edge.compress.prune.model_scores import extents
-from glm_edge.compress.prune.shapes import HEAD, LAYER, NEURON, VOCAB, Pool, Shape
+from glm_edge.compress.prune.masks.config import units_left
+from glm_edge.compress.prune.masks.shapes import HEAD, LAYER, NEURON, VOCAB, Pool, Shape
+from glm_edge.compress.prune.masks.units import unit_pools
+from glm_edge.compress.prune.scores.from_model import extents
+from glm_edge.compress.prune.shrink.arrays import shrunk_report
+from glm_edge.compress.prune.shrink.tokenizer import named_tokens
 from glm_edge.compress.prune.structured import Kept, shrink
-from glm_edge.compress.prune.tokens import named_tokens
-from glm_edge.compress.prune.units import unit_pools
 from glm_edge.compress.prune.vocabulary import shrink_vocabulary
 from glm_edge.compress.transform import Context, Result, Transform, register
 from glm_edge.configs import GLMConfig

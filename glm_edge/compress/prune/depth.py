@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.compress import batches
-from glm_edge.compress.prune.arrays import check_kept, one_or_each, shrunk_report
+from glm_edge.compress.prune.shrink.arrays import check_kept, one_or_each, shrunk_report
 from glm_edge.compress.prune.structured import some
 from glm_edge.compress.transform import Context, Result, Transform, check_whole, register
 from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig

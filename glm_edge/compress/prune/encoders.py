@@ -13,7 +13,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
-from glm_edge.compress.prune.arrays import (
+from glm_edge.compress.prune.shrink.arrays import (
     check_kept,
     columns_of,
     highest,

@@ -2,11 +2,11 @@
 
 import flax.linen as nn
 
-from glm_edge.compress.prune import allocation as allocations
 from glm_edge.compress.prune.mask import mask_model
-from glm_edge.compress.prune.masking import TENSOR, Masking
-from glm_edge.compress.prune.shapes import SINGLE, Shape
-from glm_edge.compress.prune.weight_scores import Score
+from glm_edge.compress.prune.masks import allocation as allocations
+from glm_edge.compress.prune.masks.config import TENSOR, MaskConfig
+from glm_edge.compress.prune.masks.shapes import SINGLE, Shape
+from glm_edge.compress.prune.scores.from_weights import Score
 from glm_edge.compress.quantize.options import spelled_out
 from glm_edge.compress.transform import (
     Context,
@@ -71,7 +71,7 @@ def _apply_magnitude(
     scope: str,
     stacked: str | None,
 ) -> Result:
-    masking = Masking(
+    masking = MaskConfig(
         name=NAME,
         sparsity=sparsity,
         score=Score("norm"),

@@ -9,27 +9,29 @@ import flax.linen as nn
 from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import called
-from glm_edge.compress.prune import allocation as allocations
-from glm_edge.compress.prune import measured, model_scores, shapes
-from glm_edge.compress.prune.masking import (
+from glm_edge.compress.layerwise.runner import (
+    Replaced,
+    StageContext,
+    apply_layerwise,
+    fallback_notes,
+    layouts_in,
+    register_layerwise,
+)
+from glm_edge.compress.prune.masks import allocation as allocations
+from glm_edge.compress.prune.masks import measured_allocation as measured
+from glm_edge.compress.prune.masks import shapes
+from glm_edge.compress.prune.masks.config import (
     ROW,
-    Masking,
+    MaskConfig,
     mask_notes,
     mask_row,
     masked_leaves,
     without_masked,
 )
+from glm_edge.compress.prune.scores import from_model as model_scores
 from glm_edge.compress.quantize.options import spelled_out
 from glm_edge.compress.readings import UNWATCHED
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.stagewise import (
-    Replaced,
-    StageWork,
-    apply_by_stage,
-    fallback_notes,
-    layouts_in,
-    register_stagewise,
-)
 from glm_edge.compress.transform import Context, Result, Transform
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
@@ -121,12 +123,12 @@ def mask(
         raise RecipeError(f"{NAME}: levels must be a list of sparsities, not {levels!r}")
     levels = tuple(levels)
     options = spelled_out(locals())
-    Masking.of(NAME, options)
+    MaskConfig.of(NAME, options)
     return Transform(NAME, options)
 
 
-def _mask_stage(work: StageWork, **options: Any) -> Replaced:
-    masking = Masking.of(NAME, options)
+def _mask_stage(work: StageContext, **options: Any) -> Replaced:
+    masking = MaskConfig.of(NAME, options)
     model_scores.refuse_quantized(NAME, work.leaves, work.named)
     if not work.selected:
         return {}, []
@@ -153,11 +155,11 @@ def _mask_stage(work: StageWork, **options: Any) -> Replaced:
 
 
 def _needs(options: Mapping[str, Any]) -> str:
-    return "inputs" if Masking.of(NAME, options).score.reads_inputs else "nothing"
+    return "inputs" if MaskConfig.of(NAME, options).score.reads_inputs else "nothing"
 
 
 def _check(name: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str, Any]) -> None:
-    masking = Masking.of(name, options)
+    masking = MaskConfig.of(name, options)
     if not masking.by_stage:
         raise RecipeError(
             f"{name}: {masking.label} under {masking.allocation} allocation needs the whole model "
@@ -168,23 +170,23 @@ def _check(name: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str
 
 
 def _apply_mask(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
-    masking = Masking.of(NAME, options)
+    masking = MaskConfig.of(NAME, options)
     if not masking.by_stage:
         return mask_model(masking, options["where"], model, params, context, options.get("stacked"))
-    model, masked, report = apply_by_stage(NAME, model, params, context, **options)
+    model, masked, report = apply_layerwise(NAME, model, params, context, **options)
     paths = {row.path for row in report.rows}
     found = [leaf for path, leaf in boxes.path_items(masked) if path in paths]
     notes = (*report.notes, *mask_notes(masking.shape, found))
     return model, masked, dataclasses.replace(report, notes=notes)
 
 
-register_stagewise(
+register_layerwise(
     NAME, mask, _mask_stage, needs=_needs, rounds=False, check=_check, apply=_apply_mask
 )
 
 
 def mask_model(
-    masking: Masking,
+    masking: MaskConfig,
     where: str | None,
     model: nn.Module,
     params: Params,
@@ -242,7 +244,7 @@ def mask_model(
 
 
 def _table(
-    masking: Masking,
+    masking: MaskConfig,
     before: Mapping[str, Any],
     after: Mapping[str, boxes.Masked],
     reasons: Mapping[str, str],

@@ -13,9 +13,11 @@ import optax
 from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.compress.distill import distill
-from glm_edge.compress.prune import model_scores, shapes, weight_scores
+from glm_edge.compress.distill.distill import distill
 from glm_edge.compress.prune.mask import mask
+from glm_edge.compress.prune.masks import shapes
+from glm_edge.compress.prune.scores import from_model as model_scores
+from glm_edge.compress.prune.scores import from_weights as weight_scores
 from glm_edge.compress.readings import Layouts, layouts_of
 from glm_edge.compress.transform import (
     Transform,

@@ -7,22 +7,28 @@ from typing import Any
 from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.compress.prune import allocation as allocations
-from glm_edge.compress.prune import shapes, sparse_columns
-from glm_edge.compress.prune.masking import (
-    Masking,
+from glm_edge.compress.layerwise.runner import Replaced, StageContext, register_layerwise
+from glm_edge.compress.layerwise.stages import Leaves
+from glm_edge.compress.prune.masks import allocation as allocations
+from glm_edge.compress.prune.masks import shapes, sparse_columns
+from glm_edge.compress.prune.masks.config import (
+    MaskConfig,
     mask_row,
     masked_leaves,
     without_masked,
 )
-from glm_edge.compress.prune.model_scores import finite_matrix, refuse_quantized
-from glm_edge.compress.quantize.gptq import MOST_SWEEPS, Met, matrices, needs
-from glm_edge.compress.quantize.leaves import box_of, leaf_dtype, quantize_leaf, relative_error, row
-from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
+from glm_edge.compress.prune.scores.from_model import finite_matrix, refuse_quantized
+from glm_edge.compress.quantize.gptq import MOST_SWEEPS, LinearInputs, matrices, needs
+from glm_edge.compress.quantize.options import QuantizeConfig, check_groups, spelled_out
+from glm_edge.compress.quantize.parameter import (
+    box_of,
+    leaf_dtype,
+    quantize_leaf,
+    relative_error,
+    row,
+)
+from glm_edge.compress.quantize.solvers import gptq_solver as gptq
 from glm_edge.compress.report import Row
-from glm_edge.compress.rounding import gptq
-from glm_edge.compress.stages import Leaves
-from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import RecipeError
 from glm_edge.params.formats import PLAIN
@@ -103,7 +109,7 @@ def sparsegpt(
     name = ROUNDING_NAME if _rounds(options) else NAME
     _masking(name, options)
     if _rounds(options):
-        Rounding.of(name, options, without=PLAIN)
+        QuantizeConfig.of(name, options, without=PLAIN)
     check_whole(name, block=block)
     for option in ("sequential", "act_order", "refit"):
         if not isinstance(options[option], bool):
@@ -128,7 +134,7 @@ def _rounds(options: Mapping[str, Any]) -> bool:
     return options["bits"] is not None or options["qtype"] is not None
 
 
-def _masking(name: str, options: Mapping[str, Any]) -> Masking | None:
+def _masking(name: str, options: Mapping[str, Any]) -> MaskConfig | None:
     """The mask that is asked for; None where the format is its own."""
     shape = shapes.parse(name, options["shape"])
     if shape.kind not in (shapes.SINGLE, "n:m"):
@@ -139,7 +145,7 @@ def _masking(name: str, options: Mapping[str, Any]) -> Masking | None:
                 f"{name}: {_TERNARY34} has one zero in four; leave out sparsity and shape"
             )
         return None
-    masking = Masking.of(
+    masking = MaskConfig.of(
         name,
         {
             "sparsity": options["sparsity"],
@@ -155,14 +161,14 @@ def _masking(name: str, options: Mapping[str, Any]) -> Masking | None:
     return dataclasses.replace(masking, label=options["shape"])
 
 
-def _prune_stage(work: StageWork, **options: Any) -> Replaced:
+def _prune_stage(work: StageContext, **options: Any) -> Replaced:
     options = {"where": None, **options}
     name = ROUNDING_NAME if _rounds(options) else NAME
     refuse_quantized(name, work.leaves, [] if _rounds(options) else work.named)
     if not work.selected:
         return {}, []
     masking = _masking(name, options)
-    rounding = Rounding.of(name, options) if _rounds(options) else None
+    rounding = QuantizeConfig.of(name, options) if _rounds(options) else None
     replaced: Leaves = {}
     rows: dict[str, Row] = {}
     inputs = (options["sequential"], options["propagate"], options["damping"])
@@ -180,10 +186,10 @@ def _prune_stage(work: StageWork, **options: Any) -> Replaced:
 
 def _one(
     name: str,
-    met: Met,
+    met: LinearInputs,
     before: Any,
-    masking: Masking | None,
-    rounding: Rounding | None,
+    masking: MaskConfig | None,
+    rounding: QuantizeConfig | None,
     options: Mapping[str, Any],
 ) -> tuple[Any, Row]:
     keep, said = met.mask, ""
@@ -223,7 +229,11 @@ def _one(
 
 
 def _unmet(
-    name: str, work: StageWork, path: str, masking: Masking | None, rounding: Rounding | None
+    name: str,
+    work: StageContext,
+    path: str,
+    masking: MaskConfig | None,
+    rounding: QuantizeConfig | None,
 ) -> tuple[Any, Row]:
     """Masks by magnitude and rounds to nearest a weight whose inputs calibration cannot see."""
     held = before = work.leaves[path]
@@ -259,7 +269,7 @@ def _bare(leaf: Any) -> Any:
     return leaf.value if isinstance(leaf, boxes.Masked) else leaf
 
 
-def _as_leaf(met: Met, matrix: Array, leaf: Any) -> Array:
+def _as_leaf(met: LinearInputs, matrix: Array, leaf: Any) -> Array:
     return met.layout.restored(matrix, leaf.shape)
 
 
@@ -273,4 +283,4 @@ def _check(name: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str
 
 
 for _name, _whole in ((NAME, False), (ROUNDING_NAME, True)):
-    register_stagewise(_name, sparsegpt, _prune_stage, needs=needs, rounds=_whole, check=_check)
+    register_layerwise(_name, sparsegpt, _prune_stage, needs=needs, rounds=_whole, check=_check)

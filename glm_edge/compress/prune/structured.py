@@ -10,8 +10,8 @@ import numpy as np
 from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import has_length
-from glm_edge.compress.prune import scores
-from glm_edge.compress.prune.arrays import (
+from glm_edge.compress.prune.scores import heads_neurons as scores
+from glm_edge.compress.prune.shrink.arrays import (
     check_kept,
     columns_of,
     highest,

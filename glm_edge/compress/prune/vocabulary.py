@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.compress.prune.arrays import check_kept, shrunk_report
-from glm_edge.compress.prune.tokens import NAME, check_tokens, named_fields, named_tokens
+from glm_edge.compress.prune.shrink.arrays import check_kept, shrunk_report
+from glm_edge.compress.prune.shrink.tokenizer import NAME, check_tokens, named_fields, named_tokens
 from glm_edge.compress.transform import Context, Result, Transform, register
 from glm_edge.configs import GLMConfig, TextConfig
 from glm_edge.errors import DataError, RecipeError

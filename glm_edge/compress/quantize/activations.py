@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from glm_edge.compress.quantize.leaves import row
-from glm_edge.compress.quantize.options import spelled_out
-from glm_edge.compress.rounding import activations as ranges
-from glm_edge.compress.stages import MARKED_ROWS
-from glm_edge.compress.stagewise import (
+from glm_edge.compress.layerwise.runner import (
     Replaced,
-    StageWork,
-    apply_by_stage,
-    register_stagewise,
+    StageContext,
+    apply_layerwise,
+    register_layerwise,
 )
+from glm_edge.compress.layerwise.stages import MARKED_ROWS
+from glm_edge.compress.quantize.options import spelled_out
+from glm_edge.compress.quantize.parameter import row
+from glm_edge.compress.quantize.solvers import activation_ranges as ranges
 from glm_edge.compress.transform import Context, Result, Transform, check_pattern
 from glm_edge.errors import RecipeError
 from glm_edge.kernels import matmul
@@ -42,7 +42,7 @@ def activations(
 
     Args:
       method: `minmax`, `percentile`, `mse` or `entropy`, see
-        `glm_edge.compress.rounding.activations.choose_range`.
+        `glm_edge.compress.quantize.solvers.activation_ranges.choose_range`.
       percentile: share of the values, in percent, that the method of that name keeps.
       where: regular expression searched in each path; None is every quantized matrix.
       symmetric: zero point zero.
@@ -111,7 +111,9 @@ class _Seen:
         return fields, note
 
 
-def _calibrate_stage(work: StageWork, method: str, percentile: float, symmetric: bool) -> Replaced:
+def _calibrate_stage(
+    work: StageContext, method: str, percentile: float, symmetric: bool
+) -> Replaced:
     named = [path for path in work.named if isinstance(work.leaves[path], Quantized)]
     groups = [tuple(path for path in group if path in named) for group in work.readers()]
     # What reads the same rows gets the same grid, and is measured once.
@@ -150,7 +152,7 @@ def _calibrate_stage(work: StageWork, method: str, percentile: float, symmetric:
 
 
 def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
-    found = apply_by_stage(NAME, model, params, context, **options)
+    found = apply_layerwise(NAME, model, params, context, **options)
     if all("without a range: " in row.action for row in found[2].rows):
         raise RecipeError(
             f"{NAME}: where={options['where']!r} names no quantized matrix whose inputs are seen; "
@@ -159,4 +161,4 @@ def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -
     return found
 
 
-register_stagewise(NAME, activations, _calibrate_stage, needs="inputs", rounds=False, apply=_apply)
+register_layerwise(NAME, activations, _calibrate_stage, needs="inputs", rounds=False, apply=_apply)

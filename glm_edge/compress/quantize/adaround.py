@@ -8,12 +8,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.compress.quantize import leaves
-from glm_edge.compress.quantize.options import Rounding, spelled_out
-from glm_edge.compress.rounding import grid as grids
-from glm_edge.compress.rounding.adaround import METHODS, Layer, learn_rounding
-from glm_edge.compress.stages import MARKED_ROWS
-from glm_edge.compress.stagewise import Replaced, StageWork, View, register_stagewise
+from glm_edge.compress.layerwise.runner import (
+    Replaced,
+    StageContext,
+    StageInputs,
+    register_layerwise,
+)
+from glm_edge.compress.layerwise.stages import MARKED_ROWS
+from glm_edge.compress.quantize import parameter as leaves
+from glm_edge.compress.quantize.options import QuantizeConfig, spelled_out
+from glm_edge.compress.quantize.solvers import scales as grids
+from glm_edge.compress.quantize.solvers.adaround_solver import METHODS, Layer, learn_rounding
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import RecipeError
 from glm_edge.params import Masked
@@ -74,13 +79,13 @@ def adaround(
       DataError: calibration is missing or lacks a modality.
 
     References:
-      Up or Down? Adaptive Rounding for Post-Training Quantization,
+      Up or Down? Adaptive QuantizeConfig for Post-Training Quantization,
       https://arxiv.org/abs/2004.10568.
       QuantEase: Optimization-based Quantization for Language Models,
       https://arxiv.org/abs/2309.01885.
     """
     options = spelled_out(locals())
-    Rounding.of(NAME, options, without=(*PLAIN, "ternary34"))
+    QuantizeConfig.of(NAME, options, without=(*PLAIN, "ternary34"))
     if method not in METHODS:
         raise RecipeError(f"{NAME}: method must be one of {', '.join(METHODS)}, not {method!r}")
     check_whole(NAME, steps=steps, sweeps=sweeps)
@@ -90,7 +95,7 @@ def adaround(
 
 
 def _round_stage(
-    work: StageWork,
+    work: StageContext,
     method: str,
     steps: int,
     learning_rate: float,
@@ -98,7 +103,7 @@ def _round_stage(
     sweeps: int,
     **shared: Any,
 ) -> Replaced:
-    rounding = Rounding.of(NAME, shared)
+    rounding = QuantizeConfig.of(NAME, shared)
     replaced, dense, rows = {}, {}, []
     for path in work.selected:
         leaf = work.leaves[path]
@@ -129,10 +134,10 @@ def _round_stage(
     return replaced, rows
 
 
-register_stagewise(NAME, adaround, _round_stage, needs="both")
+register_layerwise(NAME, adaround, _round_stage, needs="both")
 
 
-def moments(work: StageWork, path: str, replaced: dict[str, Any]) -> tuple[Array, Array] | None:
+def moments(work: StageContext, path: str, replaced: dict[str, Any]) -> tuple[Array, Array] | None:
     """Mean of `x x^T` and of `x0 x^T` over the rows that meet a weight.
 
     Args:
@@ -156,7 +161,7 @@ def moments(work: StageWork, path: str, replaced: dict[str, Any]) -> tuple[Array
     return None if total is None else tuple(x / count for x in total)
 
 
-def _rows(view: View, path: str, replaced: dict[str, Any]) -> dict[str, Array] | None:
+def _rows(view: StageInputs, path: str, replaced: dict[str, Any]) -> dict[str, Array] | None:
     return view.collect(MARKED_ROWS, replaced).get(path)
 
 

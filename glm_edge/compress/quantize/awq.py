@@ -9,7 +9,10 @@ from jax import Array
 from glm_edge import params as boxes
 from glm_edge.compress import folding
 from glm_edge.compress.folding import Fold
-from glm_edge.compress.quantize.leaves import (
+from glm_edge.compress.layerwise.runner import Replaced, StageContext, register_layerwise
+from glm_edge.compress.layerwise.stages import Leaves, Statistic, count_valid
+from glm_edge.compress.quantize.options import QuantizeConfig, spelled_out
+from glm_edge.compress.quantize.parameter import (
     box_of,
     dense_rows,
     leaf_dtype,
@@ -17,12 +20,9 @@ from glm_edge.compress.quantize.leaves import (
     relative_error,
     row,
 )
-from glm_edge.compress.quantize.options import Rounding, spelled_out
 from glm_edge.compress.quantize.smoothquant import selected_folds
-from glm_edge.compress.rounding import awq as search
-from glm_edge.compress.rounding import grid as grids
-from glm_edge.compress.stages import Leaves, Statistic, count_valid
-from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
+from glm_edge.compress.quantize.solvers import awq_search as search
+from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params import Format, Masked
@@ -84,7 +84,7 @@ def awq(
       AWQ: Activation-aware Weight Quantization, https://arxiv.org/abs/2306.00978.
     """
     options = spelled_out(locals())
-    Rounding.of(NAME, options, without=PLAIN)
+    QuantizeConfig.of(NAME, options, without=PLAIN)
     check_whole(NAME, steps=steps)
     if not isinstance(clip, bool):
         raise RecipeError(f"{NAME}: clip must be True or False, not {clip!r}")
@@ -105,10 +105,10 @@ STATISTIC = Statistic(_measure, _join)
 """`{"gram": sum of x x^T [in, in], "magnitude": sum of |x| [in], "count": rows}`."""
 
 
-def _round_stage(work: StageWork, steps: int, clip: bool, **shared: Any) -> Replaced:
+def _round_stage(work: StageContext, steps: int, clip: bool, **shared: Any) -> Replaced:
     if not work.selected:
         return {}, []
-    rounding = Rounding.of(NAME, shared)
+    rounding = QuantizeConfig.of(NAME, shared)
     scale = rounding.scale
     formats = {p: rounding.format_of(p, work.columns(p)) for p in work.selected}
     measured = work.collect(STATISTIC)
@@ -146,12 +146,12 @@ def _round_stage(work: StageWork, steps: int, clip: bool, **shared: Any) -> Repl
     return replaced, rows
 
 
-register_stagewise(NAME, awq, _round_stage, needs="inputs")
+register_layerwise(NAME, awq, _round_stage, needs="inputs")
 
 
 def _search(
     fold: Fold,
-    work: StageWork,
+    work: StageContext,
     leaves: Leaves,
     grams: Mapping[str, Array],
     measured: Mapping[str, Any],
@@ -175,7 +175,7 @@ def _search(
 
 
 def _rounded(
-    work: StageWork,
+    work: StageContext,
     path: str,
     leaf: Any,
     gram: Array | None,

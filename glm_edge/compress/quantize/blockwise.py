@@ -13,12 +13,12 @@ import optax
 from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.compress.quantize import leaves
-from glm_edge.compress.quantize.options import Rounding, spelled_out
-from glm_edge.compress.quantize.qat import fake, finalize, pace_of, split
-from glm_edge.compress.stages import Leaves, Stage, State, Through, advance
-from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
-from glm_edge.compress.training import COMPUTE, in_order, schedule
+from glm_edge.compress.distill.loop import COMPUTE, in_order, schedule
+from glm_edge.compress.layerwise.runner import Replaced, StageContext, register_layerwise
+from glm_edge.compress.layerwise.stages import Leaves, Stage, State, Through, advance
+from glm_edge.compress.quantize import parameter as leaves
+from glm_edge.compress.quantize.options import QuantizeConfig, spelled_out
+from glm_edge.compress.quantize.qat import fake, finalize, lr_scale_of, split
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import RecipeError
 from glm_edge.params.formats import PLAIN
@@ -95,7 +95,7 @@ def blockwise(
       phase), https://arxiv.org/abs/2407.11062.
     """
     options = spelled_out(locals())
-    Rounding.of(NAME, options, without=PLAIN)
+    QuantizeConfig.of(NAME, options, without=PLAIN)
     check_whole(NAME, steps=steps)
     if learning_rate <= 0.0 or scale_rate <= 0.0:
         raise RecipeError(f"{NAME}: learning_rate and scale_rate must be positive")
@@ -107,7 +107,7 @@ def blockwise(
 
 
 def _train_stage(
-    work: StageWork,
+    work: StageContext,
     learned_scale: bool,
     scale_rate: float,
     norms: bool,
@@ -116,7 +116,7 @@ def _train_stage(
     if not work.selected:
         return {}, []
     plan = _Plan(**{name: options.pop(name) for name in _Plan._fields})
-    rounding = Rounding.of(NAME, options)
+    rounding = QuantizeConfig.of(NAME, options)
     student = dict(work.leaves)
     for path in work.selected:
         student[path] = fake(path, student[path], rounding, work.layouts[path])
@@ -125,7 +125,7 @@ def _train_stage(
         return path in work.selected or (norms and not boxes.is_matrix(path, leaf))
 
     trainable, frozen = split(student, trains, learned_scale)
-    trained, losses = _train(work, trainable, frozen, pace_of(trainable, scale_rate), plan)
+    trained, losses = _train(work, trainable, frozen, lr_scale_of(trainable, scale_rate), plan)
     replaced, rows = {}, []
     for path, leaf in boxes.combine(trained, frozen).items():
         before = work.leaves[path]
@@ -140,14 +140,14 @@ def _train_stage(
     return replaced, rows
 
 
-register_stagewise(NAME, blockwise, _train_stage, needs="both")
+register_layerwise(NAME, blockwise, _train_stage, needs="both")
 
 
 def _train(
-    work: StageWork,
+    work: StageContext,
     trainable: Leaves,
     frozen: Leaves,
-    pace: Leaves,
+    lr_scale: Leaves,
     plan: _Plan,
 ) -> tuple[Leaves, tuple[float, float]]:
     """Trains one block; returns what trained, and the mean error of the first and last steps."""
@@ -170,8 +170,8 @@ def _train(
             "or narrow where"
         )
     own = jax.tree.map(lambda array: jnp.array(array, jnp.float32, copy=True), trainable)
-    own, frozen, pace, borrowed = (
-        _within(stage, tree) for tree in (own, frozen, pace, work.borrowed)
+    own, frozen, lr_scale, borrowed = (
+        _within(stage, tree) for tree in (own, frozen, lr_scale, work.borrowed)
     )
     state = _OPTIMIZER.init(own)
     draws = np.random.default_rng(0 if work.rng is None else _seed(work.rng)).random(plan.steps)
@@ -187,7 +187,7 @@ def _train(
             own,
             state,
             rate,
-            pace,
+            lr_scale,
             frozen,
             borrowed,
             original if draw < plan.mix else inputs,
@@ -211,7 +211,7 @@ def _inner(stage: Stage, path: str) -> str:
     return path[len(stage.root) + 1 :] if stage.root else path
 
 
-def _pairs(work: StageWork) -> list[tuple[State, State, Any]]:
+def _pairs(work: StageContext) -> list[tuple[State, State, Any]]:
     """For each batch: inputs of the rounded stream, of the original's, and the latter's output."""
     key = _output_key(work.stage)
     name = "x" if key == "logits" else key
@@ -249,7 +249,7 @@ def block_step(
     trainable: Leaves,
     state: optax.OptState,
     rate: Array,
-    pace: Leaves,
+    lr_scale: Leaves,
     frozen: Leaves,
     borrowed: Leaves,
     inputs: State,
@@ -269,7 +269,7 @@ def block_step(
 
     error, gradient = jax.value_and_grad(loss)(trainable)
     updates, state = _OPTIMIZER.update(gradient, state, trainable)
-    updates = jax.tree.map(lambda update, factor: rate * factor * update, updates, pace)
+    updates = jax.tree.map(lambda update, factor: rate * factor * update, updates, lr_scale)
     return optax.apply_updates(trainable, updates), state, error
 
 

@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from glm_edge.compress.quantize.leaves import (
+from glm_edge.compress.layerwise.runner import Replaced, StageContext, register_layerwise
+from glm_edge.compress.layerwise.stages import ROWS, Leaves
+from glm_edge.compress.quantize.options import QuantizeConfig, check_groups, spelled_out
+from glm_edge.compress.quantize.parameter import (
     box_of,
     dense_rows,
     quantize_leaf,
     relative_error,
     row,
 )
-from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
-from glm_edge.compress.rounding import triangular
-from glm_edge.compress.rounding.gptq import MOST_DAMPING, damped_factor, solve
-from glm_edge.compress.rounding.grid import normalized
-from glm_edge.compress.stages import ROWS, Leaves
-from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
+from glm_edge.compress.quantize.solvers import triangular
+from glm_edge.compress.quantize.solvers.gptq_solver import MOST_DAMPING, damped_factor, solve
+from glm_edge.compress.quantize.solvers.scales import normalized
 from glm_edge.compress.transform import Transform
 from glm_edge.errors import RecipeError
 from glm_edge.kernels import matmul
@@ -101,7 +101,7 @@ def gptq(
       Quantization Error Propagation, https://arxiv.org/abs/2504.09629.
     """
     options = spelled_out(locals())
-    Rounding.of(NAME, options, without=PLAIN)
+    QuantizeConfig.of(NAME, options, without=PLAIN)
     for name in ("act_order", "sequential", "refit"):
         if not isinstance(options[name], bool):
             raise RecipeError(f"{NAME}: {name} must be True or False, not {options[name]!r}")
@@ -123,7 +123,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _round_stage(
-    work: StageWork,
+    work: StageContext,
     act_order: bool,
     damping: float,
     sequential: bool,
@@ -134,7 +134,7 @@ def _round_stage(
 ) -> Replaced:
     if not work.selected:
         return {}, []
-    rounding = Rounding.of(NAME, shared)
+    rounding = QuantizeConfig.of(NAME, shared)
     formats = {p: rounding.format_of(p, work.columns(p)) for p in work.selected}
     replaced: Leaves = {}
     notes: dict[str, str] = {}
@@ -169,7 +169,7 @@ def _round_stage(
     ]
 
 
-class Met(NamedTuple):
+class LinearInputs(NamedTuple):
     """A matrix and the inputs that are seen to meet it.
 
     Attributes:
@@ -189,12 +189,12 @@ class Met(NamedTuple):
 
 def matrices(
     name: str,
-    work: StageWork,
+    work: StageContext,
     replaced: Leaves,
     sequential: bool,
     propagate: float,
     damping: float,
-) -> Iterator[Met]:
+) -> Iterator[LinearInputs]:
     """The selected matrices of a stage in the order in which they run, with their inputs.
 
     Args:
@@ -230,7 +230,7 @@ def matrices(
             mask = None
             if isinstance(leaf, Masked):
                 mask = layout.rows(leaf.mask)
-            yield Met(path, weight, mask, gram, layout)
+            yield LinearInputs(path, weight, mask, gram, layout)
 
 
 def needs(options: Mapping[str, Any]) -> str:
@@ -238,16 +238,16 @@ def needs(options: Mapping[str, Any]) -> str:
     return "both" if options["propagate"] > 0 else "inputs"
 
 
-register_stagewise(NAME, gptq, _round_stage, needs=needs, check=check_groups)
+register_layerwise(NAME, gptq, _round_stage, needs=needs, check=check_groups)
 
 
-def _row(work: StageWork, path: str, box: Any, note: str, output_error: float | None) -> Any:
+def _row(work: StageContext, path: str, box: Any, note: str, output_error: float | None) -> Any:
     before = work.leaves[path]
     return row(NAME, path, before, box, relative_error(before, box), note, output_error)
 
 
 def _measured(
-    work: StageWork, replaced: Leaves, paths: tuple[str, ...], paired: bool
+    work: StageContext, replaced: Leaves, paths: tuple[str, ...], paired: bool
 ) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
     """Gram matrices of the inputs, and of what they miss of the original ones with them."""
     compute = getattr(work.model, "compute", "float32")

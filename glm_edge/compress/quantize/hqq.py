@@ -3,16 +3,16 @@
 import functools
 from typing import Any
 
-from glm_edge.compress.quantize.leaves import (
+from glm_edge.compress.layerwise.runner import Replaced, StageContext, register_layerwise
+from glm_edge.compress.quantize.options import QuantizeConfig, check_groups, spelled_out
+from glm_edge.compress.quantize.parameter import (
     box_of,
     dense_rows,
     each_matrix,
     relative_error,
     row,
 )
-from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
-from glm_edge.compress.rounding import hqq as half_quadratic
-from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
+from glm_edge.compress.quantize.solvers import hqq_solver as half_quadratic
 from glm_edge.compress.transform import Transform, check_whole
 from glm_edge.errors import RecipeError
 from glm_edge.params.formats import PLAIN
@@ -68,7 +68,7 @@ def hqq(
       https://mobiusml.github.io/hqq_blog/.
     """
     options = spelled_out(locals())
-    Rounding.of(NAME, options, without=PLAIN)
+    QuantizeConfig.of(NAME, options, without=PLAIN)
     check_whole(NAME, steps=steps)
     number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
     if not number or not 0 < exponent <= 1:
@@ -76,8 +76,8 @@ def hqq(
     return Transform(NAME, options)
 
 
-def _round_stage(work: StageWork, exponent: float, steps: int, **shared: Any) -> Replaced:
-    rounding = Rounding.of(NAME, shared)
+def _round_stage(work: StageContext, exponent: float, steps: int, **shared: Any) -> Replaced:
+    rounding = QuantizeConfig.of(NAME, shared)
     replaced, rows = {}, []
     for path in work.selected:
         leaf: Any = work.leaves[path]
@@ -98,4 +98,4 @@ def _round_stage(work: StageWork, exponent: float, steps: int, **shared: Any) ->
     return replaced, rows
 
 
-register_stagewise(NAME, hqq, _round_stage, check=check_groups)
+register_layerwise(NAME, hqq, _round_stage, check=check_groups)

@@ -4,7 +4,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from glm_edge.compress.rounding.grid import SCALES
+from glm_edge.compress.quantize.solvers.scales import SCALES
 from glm_edge.compress.transform import check_pattern
 from glm_edge.errors import BoxError, RecipeError
 from glm_edge.kernels.grid import INTEGERS
@@ -15,7 +15,7 @@ _WIDTHS = tuple(INTEGERS.values())
 
 
 @dataclass(frozen=True)
-class Rounding:
+class QuantizeConfig:
     """What a weight is rounded to.
 
     Attributes:
@@ -32,7 +32,7 @@ class Rounding:
     @classmethod
     def of(
         cls, transform: str, options: Mapping[str, Any], without: Container[str] = ()
-    ) -> "Rounding":
+    ) -> "QuantizeConfig":
         """Reads and checks the options of a transform; those it does not know are left.
 
         Args:
@@ -117,7 +117,7 @@ def check_groups(
     Raises:
       RecipeError: one does not fit, and there is no fallback.
     """
-    rounding = Rounding.of(transform, options)
+    rounding = QuantizeConfig.of(transform, options)
     if rounding.format.plain:
         return
     for path, (_, columns) in sizes.items():

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from glm_edge import params as boxes
-from glm_edge.compress.quantize import leaves
-from glm_edge.compress.quantize.options import Rounding, spelled_out
+from glm_edge.compress.distill.loop import Training, train
+from glm_edge.compress.layerwise.runner import layouts_in
+from glm_edge.compress.quantize import parameter as leaves
+from glm_edge.compress.quantize.options import QuantizeConfig, spelled_out
+from glm_edge.compress.quantize.solvers import scales as grids
+from glm_edge.compress.quantize.solvers.scales import Grid
 from glm_edge.compress.report import Report
-from glm_edge.compress.rounding import grid as grids
-from glm_edge.compress.rounding.grid import Grid
-from glm_edge.compress.stagewise import layouts_in
-from glm_edge.compress.training import Training, learn
 from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
 from glm_edge.errors import RecipeError
 from glm_edge.params import FakeQuantized, Masked, Quantized
@@ -95,7 +95,7 @@ def qat(
       LLM-QAT: Data-Free Quantization Aware Training, https://arxiv.org/abs/2305.17888.
     """
     options = spelled_out(locals(), "teacher")
-    Rounding.of(NAME, options, without=PLAIN)
+    QuantizeConfig.of(NAME, options, without=PLAIN)
     check_pattern(NAME, "where_train", where_train)
     if scale_rate <= 0.0:
         raise RecipeError(f"{NAME}: scale_rate must be positive, not {scale_rate!r}")
@@ -118,7 +118,7 @@ def _apply_qat(
     **options: Any,
 ) -> Result:
     training = Training(**{name: options.pop(name) for name in Training._fields})
-    rounding = Rounding.of(NAME, options)
+    rounding = QuantizeConfig.of(NAME, options)
     selected = frozenset(boxes.select(params, where))
     layouts = layouts_in(
         NAME, model, dict(boxes.path_items(params)), context.calibration, options["stacked"]
@@ -129,7 +129,7 @@ def _apply_qat(
 
     student = boxes.map_with_path(prepare, params)
     trainable, frozen = split(student, _trains(selected, where_train), learned_scale)
-    trained, curve, notes = learn(
+    trained, curve, notes = train(
         NAME,
         model,
         trainable,
@@ -137,7 +137,7 @@ def _apply_qat(
         teacher or context.original,
         training,
         context,
-        pace_of(trainable, scale_rate),
+        lr_scale_of(trainable, scale_rate),
     )
     trained = boxes.combine(trained, frozen)
 
@@ -160,7 +160,7 @@ def _apply_qat(
 register(NAME, qat, _apply_qat)
 
 
-def fake(path: str, leaf: Any, rounding: Rounding, layout: Layout = AS_ROWS) -> Any:
+def fake(path: str, leaf: Any, rounding: QuantizeConfig, layout: Layout = AS_ROWS) -> Any:
     """Boxes a parameter to train as if it were quantized.
 
     Args:
@@ -236,14 +236,14 @@ def _without_scale(leaf: Any) -> Any:
     return leaf.replace(scale=None) if isinstance(leaf, FakeQuantized) else leaf
 
 
-def pace_of(trainable: Params, scale_rate: float) -> Params:
+def lr_scale_of(trainable: Params, scale_rate: float) -> Params:
     """Factors of the learning rate: one, and for scales what they are, times `scale_rate`."""
 
-    def pace(path: tuple[Any, ...], array: Any) -> Any:
+    def lr_scale(path: tuple[Any, ...], array: Any) -> Any:
         field = getattr(path[-1], "name", None)
         return scale_rate * jnp.abs(array) if field == "scale" else jnp.float32(1.0)
 
-    return jax.tree_util.tree_map_with_path(pace, trainable)
+    return jax.tree_util.tree_map_with_path(lr_scale, trainable)
 
 
 def finalize(path: str, leaf: Any, before: Any, layout: Layout = AS_ROWS) -> Quantized:

@@ -11,18 +11,18 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import folding
-from glm_edge.compress.quantize.leaves import BAND, row
-from glm_edge.compress.quantize.options import spelled_out
-from glm_edge.compress.report import Row
-from glm_edge.compress.rounding import hadamard
-from glm_edge.compress.rounding.hadamard import Rotation
-from glm_edge.compress.stages import Leaves
-from glm_edge.compress.stagewise import (
+from glm_edge.compress.layerwise.runner import (
     Replaced,
-    StageWork,
-    apply_by_stage,
-    register_stagewise,
+    StageContext,
+    apply_layerwise,
+    register_layerwise,
 )
+from glm_edge.compress.layerwise.stages import Leaves
+from glm_edge.compress.quantize.options import spelled_out
+from glm_edge.compress.quantize.parameter import BAND, row
+from glm_edge.compress.quantize.solvers import hadamard
+from glm_edge.compress.quantize.solvers.hadamard import Rotation
+from glm_edge.compress.report import Row
 from glm_edge.compress.transform import Context, Result, Transform
 from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig
 from glm_edge.errors import RecipeError
@@ -78,16 +78,16 @@ def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -
             "pass encoders=True"
         )
     if not (options["residual"] and isinstance(config, GLMConfig)):
-        return apply_by_stage(NAME, model, params, context, **options)
+        return apply_layerwise(NAME, model, params, context, **options)
     folding.residual(_untied(config))
     if not config.decoder.tie_embeddings:
-        return apply_by_stage(NAME, model, params, context, **options)
+        return apply_layerwise(NAME, model, params, context, **options)
     embedding = params["embed"]["weight"]
     _check_plain("embed/weight", embedding)
     own_head = model.clone(config=_untied(config))
     # A buffer of its own: donating one parameter must not take the other with it.
     with_head = {**params, "head": {"weight": jnp.array(embedding, copy=True)}}
-    model, rotated, report = apply_by_stage(NAME, own_head, with_head, context, **options)
+    model, rotated, report = apply_layerwise(NAME, own_head, with_head, context, **options)
     note = "the head was the embedding and has a matrix of its own now"
     totals = {
         "bytes_before": boxes.stored_bytes(params),
@@ -103,7 +103,7 @@ def _untied(config: GLMConfig) -> GLMConfig:
 
 
 def _rotate_stage(
-    work: StageWork, residual: bool, heads: bool, encoders: bool, seed: int
+    work: StageContext, residual: bool, heads: bool, encoders: bool, seed: int
 ) -> Replaced:
     config, leaves = getattr(work.model, "config", None), dict(work.leaves)
     key, notes = jax.random.key(seed), {}
@@ -122,7 +122,7 @@ def _rotate_stage(
     return {path: leaves[path] for path in notes}, rows
 
 
-register_stagewise(NAME, rotate, _rotate_stage, rounds=False, exact=True, apply=_apply)
+register_layerwise(NAME, rotate, _rotate_stage, rounds=False, exact=True, apply=_apply)
 # In memory, a model whose head is its embedding gets a head first.
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from glm_edge.compress.quantize.leaves import is_stock, quantize_leaf, row
-from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
-from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
+from glm_edge.compress.layerwise.runner import Replaced, StageContext, register_layerwise
+from glm_edge.compress.quantize.options import QuantizeConfig, check_groups, spelled_out
+from glm_edge.compress.quantize.parameter import is_stock, quantize_leaf, row
 from glm_edge.compress.transform import Transform
 
 NAME = "quantize.rtn"
@@ -63,12 +63,12 @@ def rtn(
       https://arxiv.org/abs/1712.05877.
     """
     options = spelled_out(locals())
-    Rounding.of(NAME, options)
+    QuantizeConfig.of(NAME, options)
     return Transform(NAME, options)
 
 
-def _round_stage(work: StageWork, **shared: Any) -> Replaced:
-    rounding = Rounding.of(NAME, shared)
+def _round_stage(work: StageContext, **shared: Any) -> Replaced:
+    rounding = QuantizeConfig.of(NAME, shared)
     replaced, rows = {}, []
     for path in work.selected:
         leaf = work.leaves[path]
@@ -85,4 +85,4 @@ def _round_stage(work: StageWork, **shared: Any) -> Replaced:
     return replaced, rows
 
 
-register_stagewise(NAME, rtn, _round_stage, check=check_groups)
+register_layerwise(NAME, rtn, _round_stage, check=check_groups)

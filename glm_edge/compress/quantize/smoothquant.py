@@ -12,15 +12,15 @@ from jax import Array
 from glm_edge import params as boxes
 from glm_edge.compress import folding
 from glm_edge.compress.folding import Fold
-from glm_edge.compress.quantize.leaves import row
-from glm_edge.compress.quantize.options import spelled_out
-from glm_edge.compress.stages import ABS_MAX, Leaves
-from glm_edge.compress.stagewise import (
+from glm_edge.compress.layerwise.runner import (
     Replaced,
-    StageWork,
-    apply_by_stage,
-    register_stagewise,
+    StageContext,
+    apply_layerwise,
+    register_layerwise,
 )
+from glm_edge.compress.layerwise.stages import ABS_MAX, Leaves
+from glm_edge.compress.quantize.options import spelled_out
+from glm_edge.compress.quantize.parameter import row
 from glm_edge.compress.transform import Context, Result, Transform, check_pattern
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.tree import Params
@@ -65,7 +65,7 @@ def smoothquant(
     return Transform(NAME, spelled_out(locals(), "known"))
 
 
-def _smooth_stage(work: StageWork, alpha: float, kinds: tuple[str, ...] | None) -> Replaced:
+def _smooth_stage(work: StageContext, alpha: float, kinds: tuple[str, ...] | None) -> Replaced:
     found = [fold for fold in selected_folds(NAME, work) if kinds is None or fold.kind in kinds]
     leaves, notes = dict(work.leaves), collections.defaultdict(list)
     largest = work.collect(ABS_MAX) if found else {}
@@ -91,7 +91,7 @@ def _smooth_stage(work: StageWork, alpha: float, kinds: tuple[str, ...] | None) 
 
 
 def _reasons(
-    work: StageWork, kinds: tuple[str, ...] | None, eased: Collection[str]
+    work: StageContext, kinds: tuple[str, ...] | None, eased: Collection[str]
 ) -> dict[str, str]:
     """Why a matrix that the pattern names got no factor, by path, but for what `kinds` leaves."""
     folds = folding.folds(getattr(work.model, "config", None))
@@ -113,7 +113,7 @@ def _reasons(
 
 
 def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
-    found = apply_by_stage(NAME, model, params, context, **options)
+    found = apply_layerwise(NAME, model, params, context, **options)
     if all("without a factor: " in row.action for row in found[2].rows):
         raise RecipeError(
             f"{NAME}: where={options['where']!r} and kinds={options['kinds']} name no matrices "
@@ -123,12 +123,12 @@ def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -
     return found
 
 
-register_stagewise(
+register_layerwise(
     NAME, smoothquant, _smooth_stage, needs="inputs", rounds=False, exact=True, apply=_apply
 )
 
 
-def selected_folds(name: str, work: StageWork) -> list[Fold]:
+def selected_folds(name: str, work: StageContext) -> list[Fold]:
     """Folds of a stage whose consumers are all selected.
 
     Args:

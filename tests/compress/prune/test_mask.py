@@ -11,8 +11,8 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain, prune, quantize, recipe_from_json, to_json
-from glm_edge.compress.prune.model_scores import pools_of
-from glm_edge.compress.prune.shapes import Shape
+from glm_edge.compress.prune.masks.shapes import Shape
+from glm_edge.compress.prune.scores.from_model import pools_of
 from glm_edge.configs import SpeechConfig, VisionConfig
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM

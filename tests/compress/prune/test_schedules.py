@@ -10,7 +10,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import chain, prune, recipe_from_json, to_json
-from glm_edge.compress.training_state import StateDirectory
+from glm_edge.compress.distill.state import StateDirectory
 from glm_edge.errors import RecipeError
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain, prune, quantize, recipe_from_json, to_json
-from glm_edge.compress.prune import sparse_columns
+from glm_edge.compress.prune.masks import sparse_columns
 from glm_edge.errors import DataError, RecipeError
 
 QUERY = "decoder/layers/0/attention/q_proj/weight"

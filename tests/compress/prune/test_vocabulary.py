@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 import glm_edge as ge
 from glm_edge.compress import batches
-from glm_edge.compress.prune import tokens as tokens_lib
-from glm_edge.compress.prune.tokens import frequent_tokens, shrink_tokenizer
+from glm_edge.compress.prune.shrink import tokenizer as tokens_lib
+from glm_edge.compress.prune.shrink.tokenizer import frequent_tokens, shrink_tokenizer
 from glm_edge.compress.prune.vocabulary import (
     from_ranges,
     map_tokens,

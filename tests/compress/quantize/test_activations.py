@@ -8,11 +8,11 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain
+from glm_edge.compress.layerwise.runner import StageInputs
+from glm_edge.compress.layerwise.stages import ROWS, first_states, stages
 from glm_edge.compress.quantize.activations import activations
 from glm_edge.compress.quantize.rtn import rtn
-from glm_edge.compress.rounding.activations import METHODS
-from glm_edge.compress.stages import ROWS, first_states, stages
-from glm_edge.compress.stagewise import View
+from glm_edge.compress.quantize.solvers.activation_ranges import METHODS
 from glm_edge.errors import DataError, RecipeError
 
 LAYERS = r"layers/"
@@ -28,7 +28,7 @@ def rounded(make_member, batch_of):
 def rows_of(model, params, calibration):
     leaves, states, found = dict(boxes.path_items(params)), first_states(model, calibration), {}
     for stage in stages(model):
-        view = View(stage, leaves, states)
+        view = StageInputs(stage, leaves, states)
         found |= view.collect(ROWS)
         states = view.run()
     return found

@@ -7,10 +7,10 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import chain, prune
+from glm_edge.compress.layerwise.stages import ROWS, first_states, stages
 from glm_edge.compress.quantize import rtn
 from glm_edge.compress.quantize.adaround import adaround
 from glm_edge.compress.readings import LOOKED_UP
-from glm_edge.compress.stages import ROWS, first_states, stages
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params import Masked, Quantized
 

@@ -11,10 +11,10 @@ import pytest
 import glm_edge as ge
 from glm_edge import params as boxes
 from glm_edge.compress import batches, folding, recipe_from_json, to_json
+from glm_edge.compress.layerwise.stream import compress_checkpoint
 from glm_edge.compress.quantize.awq import awq
 from glm_edge.compress.quantize.rtn import rtn
 from glm_edge.compress.quantize.smoothquant import smoothquant
-from glm_edge.compress.stream import compress_checkpoint
 from glm_edge.errors import DataError, RecipeError
 
 module = importlib.import_module("glm_edge.compress.quantize.awq")

@@ -7,10 +7,10 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain
+from glm_edge.compress.layerwise.stages import first_states, stages
 from glm_edge.compress.quantize import rtn
 from glm_edge.compress.quantize.blockwise import block_error, blockwise
 from glm_edge.compress.quantize.qat import qat
-from glm_edge.compress.stages import first_states, stages
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params import Quantized
 

@@ -10,11 +10,11 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain, recipe_from_json, to_json
+from glm_edge.compress.layerwise.runner import StageInputs
+from glm_edge.compress.layerwise.stages import ROWS, first_states, stages
 from glm_edge.compress.prune import depth, structured
 from glm_edge.compress.quantize.gptq import gptq
 from glm_edge.compress.quantize.rtn import rtn
-from glm_edge.compress.stages import ROWS, first_states, stages
-from glm_edge.compress.stagewise import View
 from glm_edge.errors import DataError, RecipeError
 
 LAYERS = r"layers/"
@@ -55,7 +55,7 @@ def test_each_stage_loses_less_at_its_output(make_member, batch_of):
     leaves = dict(boxes.path_items(params))
     states = first_states(model, calibration)
     for stage in stages(model):
-        view = View(stage, leaves, states)
+        view = StageInputs(stage, leaves, states)
         if "layers" in stage.name:
             meant, lost = view.outputs(), {}
             for name, tree in changed.items():

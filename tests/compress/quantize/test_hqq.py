@@ -8,7 +8,7 @@ import pytest
 from glm_edge import params as boxes
 from glm_edge.compress import recipe_from_json, to_json
 from glm_edge.compress.quantize.hqq import hqq
-from glm_edge.compress.rounding import hqq as solver
+from glm_edge.compress.quantize.solvers import hqq_solver as solver
 from glm_edge.errors import RecipeError
 from glm_edge.params import Format
 

@@ -8,8 +8,8 @@ import pytest
 from glm_edge import params as boxes
 from glm_edge.compress import chain, prune
 from glm_edge.compress.quantize import rtn
-from glm_edge.compress.quantize.options import Rounding
-from glm_edge.compress.quantize.qat import fake, finalize, pace_of, qat
+from glm_edge.compress.quantize.options import QuantizeConfig
+from glm_edge.compress.quantize.qat import fake, finalize, lr_scale_of, qat
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params import Format, Masked, Quantized
 
@@ -63,7 +63,7 @@ def lsq(weight, scale, upstream, low, high):
 def test_gradients_match_learned_step_size_quantization(text, low, high):
     format = Format(*text.split("-")[:1], *([16] if "g16" in text else []))
     weight, upstream = weight_of(), weight_of(seed=1)
-    box = fake(PATH, jnp.asarray(weight), Rounding(format, "mse"))
+    box = fake(PATH, jnp.asarray(weight), QuantizeConfig(format, "mse"))
     box = box.replace(scale=box.scale * 0.7)
 
     def product(value, scale):
@@ -79,7 +79,7 @@ def test_gradients_match_learned_step_size_quantization(text, low, high):
 def test_what_is_stored_is_the_last_forward_pass_bit_for_bit(text):
     format = Format.parse(text)
     leaf = jnp.asarray(weight_of())
-    box = fake(PATH, leaf, Rounding(format, "mse"))
+    box = fake(PATH, leaf, QuantizeConfig(format, "mse"))
     rng = np.random.default_rng(2)
     moved = box.value + 0.3 * rng.normal(size=box.value.shape)
     box = box.replace(value=jnp.float32(moved), scale=box.scale * rng.uniform(0.8, 1.2))
@@ -93,7 +93,7 @@ def test_what_is_stored_is_the_last_forward_pass_bit_for_bit(text):
 def test_masks_keep_their_zeros(text):
     keep = np.random.default_rng(3).random((6, 32)) < 0.5
     leaf = boxes.mask(jnp.asarray(weight_of()), jnp.asarray(keep))
-    box = fake(PATH, leaf, Rounding(Format.parse(text), "mse"))
+    box = fake(PATH, leaf, QuantizeConfig(Format.parse(text), "mse"))
     assert isinstance(box, Masked)
     box = box.replace(value=box.value.replace(value=box.value.value + 0.7))
     stored = finalize(PATH, box, leaf)
@@ -106,9 +106,9 @@ def test_a_weight_that_is_quantized_starts_on_its_own_grid():
     leaf = boxes.fake_quantized(
         jnp.asarray(weight_of()), jnp.full((6, 2), 0.37), None, format
     ).finalize()
-    same = fake(PATH, leaf, Rounding(format, "max"))
+    same = fake(PATH, leaf, QuantizeConfig(format, "max"))
     np.testing.assert_array_equal(np.asarray(same.unbox()), np.asarray(leaf.unbox()))
-    other = fake(PATH, leaf, Rounding(Format.parse("int3-g16"), "max"))
+    other = fake(PATH, leaf, QuantizeConfig(Format.parse("int3-g16"), "max"))
     assert not np.array_equal(other.scale, same.scale)
     np.testing.assert_array_equal(np.asarray(other.value), np.asarray(leaf.unbox()))
 
@@ -167,11 +167,11 @@ def test_what_trains_is_what_is_rounded_and_the_norms_beside_it(small, calibrati
 
 
 def test_scales_move_by_a_share_of_themselves():
-    box = fake(PATH, jnp.asarray(weight_of()), Rounding(Format.parse("int4-g16"), "max"))
+    box = fake(PATH, jnp.asarray(weight_of()), QuantizeConfig(Format.parse("int4-g16"), "max"))
     trainable = boxes.partition({"weight": box, "bias": jnp.ones(3)})[0]
-    pace = pace_of(trainable, 0.5)
-    np.testing.assert_allclose(pace["weight"].scale, 0.5 * box.scale)
-    assert float(pace["weight"].value) == float(pace["bias"]) == 1.0
+    lr_scale = lr_scale_of(trainable, 0.5)
+    np.testing.assert_allclose(lr_scale["weight"].scale, 0.5 * box.scale)
+    assert float(lr_scale["weight"].value) == float(lr_scale["bias"]) == 1.0
 
 
 def test_pruned_weights_stay_pruned_through_training(small, calibration):
