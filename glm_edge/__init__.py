@@ -5,7 +5,7 @@ import glm_edge as ge
 model, params = ge.load("path/to/checkpoint")
 recipe = ge.chain(
     ge.prune.structured(heads=0.25, neurons=0.30),
-    ge.quantize.rtn(bits=4, group_size=32, where=r"decoder/.*"),
+    ge.quantize.rtn("int4-g32", where=r"decoder/.*"),
 )
 model, params, report = recipe(model, params, calibration=batches, rng=key)
 ge.export.tflite(model, params, "phone.tflite").verify()
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from glm_edge.compress import Calibration as Calibration
     from glm_edge.compress import ProgressLine as ProgressLine
     from glm_edge.compress import Report as Report
+    from glm_edge.compress import TrainOptions as TrainOptions
     from glm_edge.compress import Transform as Transform
     from glm_edge.compress import chain as chain
     from glm_edge.compress import cost as cost
@@ -62,6 +63,7 @@ _WHERE = {
     "Processor": "glm_edge.preprocess",
     "ProgressLine": "glm_edge.compress",
     "Report": "glm_edge.compress",
+    "TrainOptions": "glm_edge.compress",
     "Transform": "glm_edge.compress",
     "build": "glm_edge.checkpoint",
     "chat": "glm_edge.generate",

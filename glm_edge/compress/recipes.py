@@ -8,7 +8,16 @@ from typing import Any
 
 from glm_edge.compress import prune, quantize
 from glm_edge.compress.distill.distill import distill
-from glm_edge.compress.transform import CHAIN, Transform, chain, entry, to_json
+from glm_edge.compress.distill.loop import TrainOptions
+from glm_edge.compress.recipe_versions import upgraded
+from glm_edge.compress.transform import (
+    CHAIN,
+    VERSION,
+    Transform,
+    chain,
+    registered,
+    to_json,
+)
 from glm_edge.errors import RecipeError
 from glm_edge.files import parse_json, read_json
 
@@ -42,9 +51,9 @@ def recipe_from_json(source: str | Path) -> Transform:
     if text in NAMED:
         return named(text)
     if text.lstrip()[:1] in tuple('{["'):
-        return _from_object(parse_json(text, "recipe", RecipeError), "recipe")
+        return _from_file(parse_json(text, "recipe", RecipeError), "recipe")
     try:
-        return _from_object(read_json(source, RecipeError), str(source))
+        return _from_file(read_json(source, RecipeError), str(source))
     except RecipeError as error:
         if _exists(source):
             raise
@@ -96,43 +105,43 @@ def find(name_or_path: str) -> Transform:
 
 def _phone() -> Transform:
     return chain(
-        quantize.rtn(bits=4, group_size=32, where=r"^decoder/", scale="mse", fallback_bits=8),
-        quantize.rtn(bits=8),
+        quantize.rtn("int4-g32", where=r"^decoder/", scale="mse", fallback_bits=8),
+        quantize.rtn("int8"),
     )
 
 
 def _small() -> Transform:
     most = r"^decoder/|^vision/(?!patch/)|^speech/(?!conv1/)"
     return chain(
-        quantize.rtn(bits=4, group_size=32, where=most, scale="mse", fallback_bits=8),
-        quantize.rtn(bits=8),
+        quantize.rtn("int4-g32", where=most, scale="mse", fallback_bits=8),
+        quantize.rtn("int8"),
     )
 
 
 def _quickstart() -> Transform:
     return chain(
         prune.structured(heads=0.25, neurons=0.30, max_batches=24),
-        distill(steps=400, where=r"^(decoder|embed|head)/", compute="bfloat16"),
+        distill(train=TrainOptions(steps=400, compute="bfloat16"), where=r"^(decoder|embed|head)/"),
         _small(),
     )
 
 
 def _rtn_4bit() -> Transform:
     return chain(
-        quantize.rtn(bits=4, group_size=32, where="^decoder/", fallback_bits=8),
-        quantize.rtn(bits=8),
+        quantize.rtn("int4-g32", where="^decoder/", fallback_bits=8),
+        quantize.rtn("int8"),
     )
 
 
-def _gptq(bits: int, **grid: Any) -> Transform:
-    most = {"where": "^decoder/", "group_size": 32, "fallback_bits": 8, **grid}
-    return chain(quantize.gptq(bits=bits, **most), quantize.rtn(bits=8))
+def _gptq(format: str) -> Transform:
+    decoder = quantize.gptq(format, where="^decoder/", fallback_bits=8)
+    return chain(decoder, quantize.rtn("int8"))
 
 
 def _int8_float16_embeddings() -> Transform:
     return chain(
-        quantize.rtn(qtype="float16", where=r"(^|/)(embed|position|token_type)/weight|^head/"),
-        quantize.rtn(bits=8, where=r"^(decoder|vision|speech)/"),
+        quantize.rtn("float16", where=r"(^|/)(embed|position|token_type)/weight|^head/"),
+        quantize.rtn("int8", where=r"^(decoder|vision|speech)/"),
     )
 
 
@@ -141,36 +150,52 @@ NAMED = {
     "small": _small,
     "quickstart": _quickstart,
     "rtn_4bit": _rtn_4bit,
-    "gptq_4bit": functools.partial(_gptq, 4),
-    "gptq_3bit": functools.partial(_gptq, 3),
-    "gptq_2bit": functools.partial(_gptq, 2),
+    "gptq_4bit": functools.partial(_gptq, "int4-g32"),
+    "gptq_3bit": functools.partial(_gptq, "int3-g32"),
+    "gptq_2bit": functools.partial(_gptq, "int2-g32"),
     "int8_float16_embeddings": _int8_float16_embeddings,
 }
 
 
-def _from_object(fields: Any, where: str) -> Transform:
+def _from_file(fields: Any, where: str) -> Transform:
+    """Reads the outermost object, which alone says its version."""
+    version = 0
+    if isinstance(fields, dict):
+        version = fields.get("version", 0)
+        fields = {name: value for name, value in fields.items() if name != "version"}
+    if type(version) is not int or not 0 <= version <= VERSION:
+        raise RecipeError(
+            f"{where}: version {version!r:.60} of a recipe is unknown; versions up to {VERSION} "
+            "are read"
+        )
+    return _from_object(fields, where, version)
+
+
+def _from_object(fields: Any, where: str, version: int) -> Transform:
     if not isinstance(fields, dict) or set(fields) - {"name", "options"} or "name" not in fields:
         raise RecipeError(f'{where}: expected {{"name": …, "options": {{…}}}}')
     name, options = fields["name"], fields.get("options", {})
     if not isinstance(name, str) or not isinstance(options, dict):
         raise RecipeError(f"{where}: name must be a string and options an object")
-    factory = entry(name).factory
+    kind = registered(name)
     if name == CHAIN:
         if set(options) != {"transforms"} or not isinstance(options["transforms"], list):
             raise RecipeError(f"{where}: chain takes one option, a list of transforms")
         if len(options["transforms"]) > MAX_TRANSFORMS:
             raise RecipeError(f"{where}: a chain holds at most {MAX_TRANSFORMS} transforms")
-        return chain(*(_from_object(inner, where) for inner in options["transforms"]))
-    known = inspect.signature(factory).parameters
+        return chain(*(_from_object(inner, where, version) for inner in options["transforms"]))
+    if version == 0:
+        options = upgraded(name, options)
+    known = inspect.signature(kind).parameters
     for option in options:
         if option not in known:
             raise RecipeError(
                 f"{where}: {name} has no option {option!r}; known: {', '.join(known)}"
             )
     try:
-        return factory(**options)
+        return kind(**options)
     except RecipeError:
         raise
-    # What a factory does with a value of another type.
+    # What a transform does with a value of another type.
     except (TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RecipeError(f"{where}: {name}: {error}") from error

@@ -133,7 +133,7 @@ def test_transforms_end_on_activations_near_the_end_of_float32(size):
     leaves[path] = leaves[path] * size
     batches = [{"tokens": np.random.default_rng(9).integers(1, 40, (2, 10)).astype(np.int32)}]
     for transform in (
-        ge.quantize.gptq(bits=4, group_size=8, where="down_proj"),
+        ge.quantize.gptq("int4-g8", where="down_proj"),
         ge.prune.sparsegpt(sparsity=0.5, where="down_proj"),
     ):
         try:

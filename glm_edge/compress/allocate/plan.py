@@ -5,7 +5,7 @@ References:
   formats are chosen by dynamic programming), https://arxiv.org/abs/2411.17525.
 """
 
-import inspect
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,8 +28,8 @@ from glm_edge.compress.allocate.knapsack import (
 )
 from glm_edge.compress.batches import Batch
 from glm_edge.compress.calibration import called
-from glm_edge.compress.layerwise.runner import layouts_in, stagewise
-from glm_edge.compress.transform import Progress, Transform, chain, check_pattern, entry
+from glm_edge.compress.layerwise.runner import layouts_in
+from glm_edge.compress.transform import Progress, Transform, chain, check_pattern, registered
 from glm_edge.errors import BoxError, RecipeError
 from glm_edge.params import Format, Quantized
 from glm_edge.params.layouts import Layout
@@ -197,26 +197,25 @@ class _Maker:
 
     def __init__(self, transform: str | Transform):
         if isinstance(transform, Transform):
-            self.name, self._extra = transform.name, dict(transform.options)
-            if transform.objects:
+            self._transform = transform
+            if transform.teachers:
                 raise RecipeError("plan: transform= holds arrays; give one of options alone")
         else:
-            self.name = f"quantize.{transform}"
-            self._extra = {"scale": "mse"} if transform == "rtn" else {}
-        self._factory = entry(self.name).factory
-        known = set(inspect.signature(self._factory).parameters)
-        missing = {"group_size", "qtype", "where"} - known
+            kind = registered(f"quantize.{transform}")
+            self._transform = kind(scale="mse") if transform == "rtn" else kind()
+        self.name = self._transform.name
+        known = {item.name for item in dataclasses.fields(self._transform)}
+        missing = {"format", "where"} - known
         if missing:
             raise RecipeError(
                 f"plan: {self.name} takes no {min(missing)}=, so it cannot be planned with; rtn can"
             )
-        by_stage = stagewise(self.name)
-        self.reads = by_stage is not None and by_stage.needs != "nothing"
+        self.reads = getattr(self._transform, "needs", "nothing") != "nothing"
 
     def check(self, formats: Mapping[str, Format]) -> None:
         """Builds a transform of each format, which raises where there is none."""
         for format in set(formats.values()):
-            self._transform(format, None)
+            self._of(format, None)
 
     def recipe(
         self, formats: Mapping[str, Format], paths: Any, leaves: Mapping[str, Any]
@@ -226,7 +225,7 @@ class _Maker:
         for path in paths:
             by_format.setdefault(formats[path], []).append(path)
         return chain(
-            *(self._transform(format, pattern_of(own, leaves)) for format, own in by_format.items())
+            *(self._of(format, pattern_of(own, leaves)) for format, own in by_format.items())
         )
 
     def chosen_recipe(
@@ -245,22 +244,10 @@ class _Maker:
         }
         return self.recipe(formats, list(formats), leaves)
 
-    def _transform(self, format: Format, where: str | None) -> Transform:
+    def _of(self, format: Format, where: str | None) -> Transform:
         if format.plain:
-            return entry("quantize.rtn").factory(qtype=format.qtype, where=where)
-        integers = format.qtype.startswith("int")
-        options = {
-            **self._extra,
-            "group_size": format.group_size,
-            "qtype": None if integers else format.qtype,
-            "where": where,
-            "scale_dtype": format.scale_dtype,
-        }
-        options |= {"bits": int(format.bits)} if integers else {}
-        known = inspect.signature(self._factory).parameters
-        if "symmetric" in known:
-            options["symmetric"] = format.symmetric
-        return self._factory(**options)
+            return registered("quantize.rtn")(format, where=where)
+        return dataclasses.replace(self._transform, format=format, where=where)
 
 
 def pattern_of(paths: Sequence[str], leaves: Mapping[str, Any]) -> str:

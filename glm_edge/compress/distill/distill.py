@@ -1,8 +1,7 @@
 """Distillation: a student learns to predict what its teacher predicts."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,44 +9,21 @@ import numpy as np
 import optax
 
 from glm_edge import params as boxes
-from glm_edge.compress.distill.loop import DistillOptions, Training, train
+from glm_edge.compress.distill.loop import DistillOptions, TrainOptions, as_teacher, train
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
+from glm_edge.compress.transform import Context, Result, Transform, arrays, check_pattern, register
 from glm_edge.errors import RecipeError
 from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
 
 
-def distill(
-    teacher: tuple[nn.Module, Params] | None = None,
-    steps: int = 200,
-    learning_rate: float = 1e-3,
-    temperature: float = 2.0,
-    alpha: float = 0.9,
-    warmup: float = 0.1,
-    weight_decay: float = 0.0,
-    clip_norm: float = 1.0,
-    where: str | None = None,
-    compute: str | None = None,
-    accumulate: int = 1,
-    state_dir: str | None = None,
-    save_every: int = 100,
-    hidden: float = 0.0,
-    attention: float = 0.0,
-    layers: Sequence[int] | None = None,
-    vocabulary: Sequence[int] | None = None,
-    mixture: Mapping[str, float] | None = None,
-    beta: float = 0.0,
-    on_policy: float = 0.0,
-    prompt: int | None = None,
-    sampling_temperature: float = 1.0,
-) -> Transform:
+@register("distill")
+class Distill(Transform):
     """Trains a (pruned) student on its teacher's predictions and on the labels.
 
     The loss is `alpha * T^2 * KL(teacher at T || student at T) + (1 - alpha) * cross-entropy`,
-    averaged over the predictions that `loss_mask` weighs. The optimizer is AdamW after clipping,
-    with a linear warm-up and a cosine to a tenth of the peak. Masks and quantized weights stay as
-    they are; what trains is what `glm_edge.params.partition` gives, in float32.
+    averaged over the predictions that `loss_mask` weighs. Masks and quantized weights stay as they
+    are; what trains is what `glm_edge.params.partition` gives, in float32.
 
     Any module learns whose logits are [B, T, V], predictions of the next token at every position;
     the labels are the tokens themselves. A classifier, with logits [B, N], learns from a
@@ -57,30 +33,17 @@ def distill(
     Under `glm_edge.params.sharding.on(mesh)`, with parameters on that mesh, training runs on all
     its devices: parameters, gradients and the optimizer's moments are cut alike.
 
-        recipe = ge.chain(ge.prune.depth(layers=1), ge.distill(steps=200))
+        recipe = ge.chain(ge.prune.depth(layers=1), ge.distill(train=ge.TrainOptions(steps=200)))
         model, params, report = recipe(model, params, calibration=batches)
 
-    Args:
+    Attributes:
       teacher: `(model, params)`; None is the model that the chain was given.
-      steps: of the optimizer, one calibration batch each; batches are read in an order drawn from
-        `rng`, each once before any comes again.
-      learning_rate: peak.
+      train: steps, learning rate and the like, see `glm_edge.TrainOptions`.
       temperature: `T`, softens both predictions.
       alpha: weight of the teacher, in 0..1; the rest is the labels'.
-      warmup: fraction of the steps.
-      weight_decay: of AdamW.
-      clip_norm: largest norm of the gradient.
       where: regular expression searched in each path; what it matches trains, such as
         `^(decoder|embed|head)/` to leave the encoders as they are. None trains everything.
         Encoders that student and teacher share and that do not train are run once for both.
-      compute: `float32` or `bfloat16` products while training; None leaves both models as they
-        are.
-      accumulate: batches of each step; their gradients are added up to that of one batch with all
-        their rows, and each step reads so many.
-      state_dir: directory that keeps what training needs to go on: the same call after a kill gives
-        the bytes of a run that was left alone. It also holds the curve, as `curve.csv`, and what
-        the last good step left when the loss is not finite.
-      save_every: steps between two states.
       hidden: weight of the squared distance between the outputs of layers, relative to the
         teacher's squared norm. Where widths differ, a linear projection trains along and is
         dropped.
@@ -99,9 +62,6 @@ def distill(
         `loss_mask` teaches. Placeholders of images and audio stay in any case.
       sampling_temperature: of what the student writes; 0 takes the likeliest token.
 
-    Returns:
-      The transform; its report holds the `curve`.
-
     Raises:
       RecipeError: an option has no meaning; on call, there is no teacher, it predicts another
         vocabulary, student or teacher is a classifier without `Calibration`, everything is frozen,
@@ -115,59 +75,65 @@ def distill(
       Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531.
       On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649.
     """
-    check_pattern("distill", "where", where)
-    training = Training(
-        steps, learning_rate, temperature, alpha, warmup, weight_decay, clip_norm, compute
-    )
-    training.check("distill", teacher)
-    if state_dir is not None and not isinstance(state_dir, str | os.PathLike):
-        raise RecipeError(f"distill: state_dir must be a path, not {state_dir!r:.60}")
-    further = DistillOptions(
-        accumulate,
-        None if state_dir is None else str(state_dir),
-        save_every,
-        hidden,
-        attention,
-        _whole_numbers("layers", layers),
-        _whole_numbers("vocabulary", vocabulary),
-        _shares(mixture),
-        float(beta),
-        float(on_policy),
-        prompt,
-        float(sampling_temperature),
-    )
-    further.check("distill")
-    options = {**training._asdict(), "where": where, **further._asdict()}
-    return Transform("distill", options, {} if teacher is None else {"teacher": teacher})
 
+    needs_model: ClassVar[bool] = True
 
-def _apply_distill(
-    model: nn.Module,
-    params: Params,
-    context: Context,
-    where: str | None,
-    teacher: tuple[nn.Module, Params] | None = None,
-    **options: Any,
-) -> Result:
-    if teacher is None and context.original[1] is params:
-        raise RecipeError(
-            "distill: the model would be its own teacher; pass teacher=(model, params), or put "
-            "distill after a transform in a chain"
+    teacher: tuple[nn.Module, Params] | None = arrays(kw_only=False)
+    train: TrainOptions = TrainOptions()
+    temperature: float = 2.0
+    alpha: float = 0.9
+    where: str | None = None
+    hidden: float = 0.0
+    attention: float = 0.0
+    layers: Sequence[int] | None = None
+    vocabulary: Sequence[int] | None = None
+    mixture: Mapping[str, float] | Sequence[tuple[str, float]] | None = None
+    beta: float = 0.0
+    on_policy: float = 0.0
+    prompt: int | None = None
+    sampling_temperature: float = 1.0
+
+    def __post_init__(self):
+        self._set(
+            teacher=as_teacher(self.name, self.teacher),
+            train=TrainOptions.of(self.name, self.train),
+            layers=_whole_numbers("layers", self.layers),
+            vocabulary=_whole_numbers("vocabulary", self.vocabulary),
+            mixture=_shares(self.mixture),
         )
-    further = DistillOptions(**{name: options.pop(name) for name in DistillOptions._fields})
-    training = Training(**options)
-    teacher = teacher or context.original
-    trainable, frozen = split(params, where)
-    trained, curve, notes = train(
-        "distill", model, trainable, frozen, teacher, training, context, options=further
-    )
-    healed = boxes.combine(trained, frozen)
-    row = row_of("distill", f"trained {training.steps} steps", trainable, trained)
-    notes += _widened(trainable)
-    return model, healed, Report.of([row], params, healed, curve=curve, notes=notes)
+        super().__post_init__()
+        check_pattern(self.name, "where", self.where)
+        self._options.check(self.name)
+
+    @property
+    def _options(self) -> DistillOptions:
+        return DistillOptions(**{name: getattr(self, name) for name in DistillOptions._fields})
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        if self.teacher is None and context.original[1] is params:
+            raise RecipeError(
+                "distill: the model would be its own teacher; pass teacher=(model, params), or put "
+                "distill after a transform in a chain"
+            )
+        teacher = self.teacher or context.original
+        trainable, frozen = split(params, self.where)
+        trained, curve, notes = train(
+            self.name,
+            model,
+            trainable,
+            frozen,
+            teacher,
+            self.train,
+            context,
+            options=self._options,
+        )
+        healed = boxes.combine(trained, frozen)
+        row = row_of(self.name, f"trained {self.train.steps} steps", trainable, trained)
+        notes += _widened(trainable)
+        return model, healed, Report.of([row], params, healed, curve=curve, notes=notes)
 
 
-register("distill", distill, _apply_distill)
+distill = Distill
 
 
 def _widened(trainable: Params) -> tuple[str, ...]:

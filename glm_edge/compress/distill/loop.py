@@ -1,9 +1,10 @@
 """The training loop that distillation and quantization-aware training share, and its one step."""
 
+import dataclasses
 import functools
-import math
-import numbers
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,18 +22,13 @@ from glm_edge.compress.distill import intermediates as transfer
 from glm_edge.compress.distill import on_policy
 from glm_edge.compress.distill.state import StateDirectory, job_of
 from glm_edge.compress.report import Point
-from glm_edge.compress.transform import Context, check_whole
+from glm_edge.compress.transform import Context, Teacher, check_type, check_whole
 from glm_edge.errors import DataError, RecipeError, TrainingError
 from glm_edge.params.tree import Params, path_string
 
 COMPUTE = ("float32", "bfloat16")
 _PROGRESS_EVERY = 5
-_RATES = ("learning_rate", "temperature", "alpha", "warmup", "weight_decay", "clip_norm")
-
-
-def _is_finite(value: Any) -> bool:
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+_TRAIN = "TrainOptions"
 
 
 class Objective(NamedTuple):
@@ -346,49 +342,102 @@ def with_shared(teacher_params: Params, frozen: Params) -> Params:
     )
 
 
-class Training(NamedTuple):
-    """How a student learns from its teacher; see `glm_edge.compress.distill`."""
+@dataclass(frozen=True)
+class TrainOptions:
+    """How long and how fast to train, whatever is trained.
 
-    steps: int
-    learning_rate: float
-    temperature: float
-    alpha: float
-    warmup: float
-    weight_decay: float
-    clip_norm: float
-    compute: str | None
+    The optimizer is AdamW after clipping. Its learning rate rises linearly in the warm-up and falls
+    by a cosine to a tenth of the peak.
 
-    @property
-    def objective(self) -> Objective:
-        """The loss and the optimizer."""
-        return Objective(self.temperature, self.alpha, self.weight_decay, self.clip_norm)
+    Attributes:
+      steps: of the optimizer, one calibration batch each; batches are read in an order drawn from
+        `rng`, each once before any comes again.
+      learning_rate: peak.
+      warmup: fraction of the steps.
+      weight_decay: of AdamW.
+      clip_norm: largest norm of the gradient.
+      compute: `float32` or `bfloat16` products while training; None leaves the model as it is.
+      accumulate: batches of each step; their gradients are added up to that of one batch with all
+        their rows, and each step reads so many.
+      state_dir: directory that stores what training needs to resume: rerunning the same call gives
+        bit-identical results. It also holds the curve, as `curve.csv`, and the parameters after the
+        last good step when the loss is not finite.
+      save_every: steps between two states.
 
-    def check(self, name: str, teacher: Any) -> None:
-        """Raises RecipeError where an option of the transform `name` has no meaning."""
-        check_whole(name, steps=self.steps)
-        if not all(_is_finite(getattr(self, field)) for field in _RATES):
-            raise RecipeError(f"{name}: {', '.join(_RATES)} must be finite numbers")
-        if self.learning_rate <= 0.0 or self.temperature <= 0.0 or self.clip_norm <= 0.0:
-            raise RecipeError(f"{name}: learning_rate, temperature and clip_norm must be positive")
-        shares = 0.0 <= self.alpha <= 1.0 and 0.0 <= self.warmup < 1.0
-        if not shares or self.weight_decay < 0.0:
-            raise RecipeError(
-                f"{name}: alpha must be in 0..1, warmup in 0..1 and weight_decay not negative"
-            )
-        if self.compute is not None and self.compute not in COMPUTE:
-            raise RecipeError(
-                f"{name}: compute must be one of {', '.join(COMPUTE)}, not {self.compute!r}"
-            )
-        if teacher is not None and not (isinstance(teacher, tuple) and len(teacher) == 2):
-            raise RecipeError(f"{name}: teacher must be (model, params)")
+    Raises:
+      RecipeError: an option has no meaning.
+    """
 
-
-class DistillOptions(NamedTuple):
-    """What only `glm_edge.compress.distill` can ask of the loop."""
-
+    steps: int = 200
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    compute: str | None = None
     accumulate: int = 1
     state_dir: str | None = None
     save_every: int = 100
+
+    def __post_init__(self):
+        if isinstance(self.state_dir, os.PathLike):
+            object.__setattr__(self, "state_dir", os.fspath(self.state_dir))
+        for item in dataclasses.fields(self):
+            check_type(_TRAIN, item.name, getattr(self, item.name), item.type)
+        check_whole(
+            _TRAIN, steps=self.steps, accumulate=self.accumulate, save_every=self.save_every
+        )
+        if self.learning_rate <= 0.0 or self.clip_norm <= 0.0:
+            raise RecipeError(f"{_TRAIN}: learning_rate and clip_norm must be positive")
+        if not 0.0 <= self.warmup < 1.0 or self.weight_decay < 0.0:
+            raise RecipeError(f"{_TRAIN}: warmup must be in 0..1 and weight_decay not negative")
+        if self.compute is not None and self.compute not in COMPUTE:
+            raise RecipeError(
+                f"{_TRAIN}: compute must be one of {', '.join(COMPUTE)}, not {self.compute!r}"
+            )
+
+    def __repr__(self) -> str:
+        items = ((item, getattr(self, item.name)) for item in dataclasses.fields(self))
+        shown = [f"{item.name}={value!r}" for item, value in items if value != item.default]
+        return f"TrainOptions({', '.join(shown)})"
+
+    @classmethod
+    def of(cls, transform: str, options: Any) -> "TrainOptions":
+        """Reads the option `train` of a transform: an instance, or a mapping as JSON holds it.
+
+        Raises:
+          RecipeError: it is neither, or an option is unknown or has no meaning.
+        """
+        if isinstance(options, cls):
+            return options
+        known = [item.name for item in dataclasses.fields(cls)]
+        if not isinstance(options, Mapping):
+            raise RecipeError(f"{transform}: train must be TrainOptions, not {options!r:.60}")
+        unknown = next((name for name in options if name not in known), None)
+        if unknown is not None:
+            raise RecipeError(
+                f"{transform}: train has no option {unknown!r:.60}; known: {', '.join(known)}"
+            )
+        return cls(**options)
+
+
+def as_teacher(transform: str, teacher: Any) -> Teacher | None:
+    """Reads the option `teacher` of a transform.
+
+    Raises:
+      RecipeError: it is no pair of a model and its parameters.
+    """
+    if teacher is None or isinstance(teacher, Teacher):
+        return teacher
+    if not (isinstance(teacher, tuple) and len(teacher) == 2):
+        raise RecipeError(f"{transform}: teacher must be (model, params)")
+    return Teacher(teacher)
+
+
+class DistillOptions(NamedTuple):
+    """What a student learns from its teacher; see `glm_edge.compress.distill`."""
+
+    temperature: float = 2.0
+    alpha: float = 0.9
     hidden: float = 0.0
     attention: float = 0.0
     layers: tuple[int, ...] | None = None
@@ -401,7 +450,10 @@ class DistillOptions(NamedTuple):
 
     def check(self, name: str) -> None:
         """Raises RecipeError where an option of the transform `name` has no meaning."""
-        check_whole(name, accumulate=self.accumulate, save_every=self.save_every)
+        if self.temperature <= 0.0:
+            raise RecipeError(f"{name}: temperature must be positive")
+        if not 0.0 <= self.alpha <= 1.0:
+            raise RecipeError(f"{name}: alpha must be in 0..1")
         if not (0.0 <= self.hidden < np.inf and 0.0 <= self.attention < np.inf):
             raise RecipeError(f"{name}: hidden and attention must be finite and not negative")
         if self.layers is not None and not self.hidden and not self.attention:
@@ -422,19 +474,20 @@ class DistillOptions(NamedTuple):
                 )
 
     def data(self, context: Context, skip: int) -> Iterator[batches.Batch]:
-        """Batches for ever, without the first `skip`."""
+        """Returns an endless iterator over batches, without the first `skip`."""
         if self.mixture is None:
             return in_order(context.calibration, context.rng, skip)
         return batches.in_proportion(context.calibration, dict(self.mixture), context.rng, skip)
 
-    @property
-    def result(self) -> dict[str, Any]:
-        """The options that the result depends on."""
-        kept = self._asdict()
-        return {name: kept[name] for name in kept if name not in ("state_dir", "save_every")}
-
 
 _PLAIN = DistillOptions()
+
+
+def _result_options(training: TrainOptions, options: DistillOptions) -> dict[str, Any]:
+    """The options that the result depends on."""
+    result = {**dataclasses.asdict(training), **options._asdict()}
+    del result["state_dir"], result["save_every"]
+    return result
 
 
 def schedule(steps: int, learning_rate: float, warmup: float) -> np.ndarray:
@@ -452,7 +505,7 @@ def train(
     trainable: Params,
     frozen: Params,
     teacher: tuple[nn.Module, Params],
-    training: Training,
+    training: TrainOptions,
     context: Context,
     lr_scale: Params | None = None,
     options: DistillOptions = _PLAIN,
@@ -469,7 +522,7 @@ def train(
       context: with calibration.
       lr_scale: factors of the learning rate, a tree like `trainable` of what broadcasts to each
         array.
-      options: further options.
+      options: of the loss, and of what data it is taken.
 
     Returns:
       `(trained, curve, notes)`: like `trainable` in float32, a point for each step, and what the
@@ -492,11 +545,15 @@ def train(
     # The step reuses its arguments' memory, so it must not be given the caller's own arrays; and
     # a small step would be lost in the rounding of a weight stored in fewer bits.
     trainable = jax.tree.map(lambda array: jnp.array(array, jnp.float32, copy=True), trainable)
-    objective = training.objective._replace(
-        hidden=options.hidden,
-        attention=options.attention,
-        layers=options.layers,
-        beta=options.beta,
+    objective = Objective(
+        options.temperature,
+        options.alpha,
+        training.weight_decay,
+        training.clip_norm,
+        options.hidden,
+        options.attention,
+        options.layers,
+        options.beta,
     )
     # What a student wrote itself teaches nothing as a label.
     without_labels = objective._replace(alpha=1.0)
@@ -514,18 +571,18 @@ def train(
         )
     state = objective.optimizer().init(trainable)
     losses, seen, directory, ragged = [], set(), None, False
-    if options.state_dir is not None:
+    if training.state_dir is not None:
         job = job_of(
-            {**training._asdict(), **options.result},
+            _result_options(training, options),
             (student, (trainable, frozen)),
             (teacher_model, teacher[1]),
             context,
         )
-        directory = StateDirectory(name, options.state_dir, job)
+        directory = StateDirectory(name, training.state_dir, job)
         (trainable, state), losses, seen = directory.restore((trainable, state))
         directory.write_curve(_curve(losses, rates, objective))
     first = len(losses) + 1
-    data = enumerate(options.data(context, read := len(losses) * options.accumulate), start=read)
+    data = enumerate(options.data(context, read := len(losses) * training.accumulate), start=read)
 
     def next_batch() -> tuple[batches.Batch, Objective]:
         """The next batch and what to learn from it."""
@@ -545,7 +602,7 @@ def train(
             directory.write_curve(_curve(losses, rates, objective))
 
     for step, rate in enumerate(rates[len(losses) :], start=first):
-        if options.accumulate == 1:
+        if training.accumulate == 1:
             batch, batch_objective = next_batch()
             trainable, state, found, norm = train_step(
                 student,
@@ -562,7 +619,7 @@ def train(
             )
         else:
             sums = None
-            for _ in range(options.accumulate):
+            for _ in range(training.accumulate):
                 batch, batch_objective = next_batch()
                 sums = add_gradient(
                     student,
@@ -589,7 +646,7 @@ def train(
                     boxes.combine(transfer.without_projection(trainable)[0], frozen),
                 )
         losses.append(found)
-        if step % options.save_every == 0 or step == len(rates):
+        if step % training.save_every == 0 or step == len(rates):
             keep()
         if step % _PROGRESS_EVERY == 0 or step == len(rates):
             context.advance(f"{name}: loss {found[0]:.3f}", step, len(rates))

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ from glm_edge.compress.calibration import called
 from glm_edge.compress.layerwise.stages import Leaves, Stage, State, Statistic, first_states, stages
 from glm_edge.compress.readings import UNWATCHED, Layouts, layouts_of
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.transform import Context, Result, Transform, register
+from glm_edge.compress.transform import Context, Result, Transform
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params import Quantized
 from glm_edge.params.layouts import Layout
@@ -150,84 +150,62 @@ class StageContext(StageInputs):
         return self._reasons.get(path, UNWATCHED)
 
 
-class LayerwiseTransform(NamedTuple):
-    """A registered transform that acts by stages.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayerwiseTransform(Transform):
+    """A transform that acts on one stage of a model after the other.
 
     Attributes:
-      compress_stage: called as `compress_stage(work, **options)` without the option `where`;
-        returns the parameters it replaces by path, and rows of the report.
-      needs: `nothing`; `inputs`, the calibration batches run up to each stage; or `both`, also
-        through the uncompressed model. A function of the options says which where they decide.
       rounds: refuses a `where` that names what is quantized already.
-      exact: leaves the function of the model as it was.
-      check: called as `check(name, {path: (out, in)}, options)` before anything is computed, and
-        raises where the options do not fit the selected parameters.
+      needs: `nothing`; `inputs`, the calibration batches run up to each stage; or `both`, also
+        through the uncompressed model. A property where options decide.
     """
 
-    compress_stage: Callable[..., Replaced]
-    needs: str | Callable[[Mapping[str, Any]], str] = "nothing"
-    rounds: bool = True
-    exact: bool = False
-    check: Callable[[str, Mapping[str, tuple[int, int]], Mapping[str, Any]], None] | None = None
+    rounds: ClassVar[bool] = True
+    needs: ClassVar[str] = "nothing"
 
+    def compress_stage(self, stage: StageContext) -> Replaced:
+        """Compresses the selected parameters of one stage.
 
-_REGISTRY: dict[str, LayerwiseTransform] = {}
+        Args:
+          stage: with its parameters and inputs.
 
+        Returns:
+          `(parameters it replaces by path, rows of the report)`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no compress_stage")
 
-def register_layerwise(
-    name: str,
-    factory: Callable[..., Transform],
-    compress_stage: Callable[..., Replaced],
-    needs: str | Callable[[Mapping[str, Any]], str] = "nothing",
-    rounds: bool = True,
-    exact: bool = False,
-    check: Callable[[str, Mapping[str, tuple[int, ...]], Mapping[str, Any]], None] | None = None,
-    apply: Callable[..., Result] | None = None,
-) -> None:
-    """Makes a stage-wise transform known by name, to calls, chains, recipes and streams.
+    def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Raises RecipeError where options do not fit the selected parameters.
 
-    Args:
-      name: such as `quantize.gptq`.
-      factory: checks options and returns the `Transform`.
-      compress_stage: see `LayerwiseTransform`.
-      needs: see `LayerwiseTransform`.
-      rounds: see `LayerwiseTransform`.
-      exact: see `LayerwiseTransform`.
-      check: see `LayerwiseTransform`.
-      apply: carries it out in memory, as `glm_edge.compress.transform.register` says; None is
-        `apply_layerwise`.
-    """
-    if not callable(needs) and needs not in NEEDS:
-        raise ValueError(f"needs must be one of {NEEDS}, not {needs!r}")
-    _REGISTRY[name] = LayerwiseTransform(compress_stage, needs, rounds, exact, check)
-    register(name, factory, apply or functools.partial(apply_layerwise, name), exact=exact)
+        Args:
+          sizes: `(out, in)` of each by path; called before anything is computed.
+        """
 
-
-def stagewise(name: str) -> LayerwiseTransform | None:
-    """The stage-wise form of a transform, or None where it has none."""
-    return _REGISTRY.get(name)
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        """Compresses a model in memory, stage by stage."""
+        return apply_layerwise(self, model, params, context)
 
 
 def apply_layerwise(
-    name: str, model: nn.Module, params: Params, context: Context, **options: Any
+    transform: LayerwiseTransform, model: nn.Module, params: Params, context: Context
 ) -> Result:
-    """Applies a registered transform in memory."""
-    step = BoundTransform(name, options, context.rng)
+    """Applies a layer-wise transform in memory."""
+    step = BoundTransform(transform, context.rng)
     leaves = dict(boxes.path_items(params))
     step.select(leaves, set(), model, context.calibration)
-    walk = LayerwiseRunner(model, [step], context)
+    runner = LayerwiseRunner(model, [step], context)
     reference = None
-    if step.needs == "both":
+    if transform.needs == "both":
         reference = _compared_with(leaves, context)
     rows: list[Row] = []
-    for stage in walk.stages:
+    for stage in runner.stages:
         mine = {path: leaf for path, leaf in leaves.items() if stage.holds(path)}
         theirs = reference and {p: leaf for p, leaf in reference.items() if stage.holds(p)}
-        after, found = walk.compress(stage, mine, theirs)
+        after, stage_rows = runner.compress(stage, mine, theirs)
         leaves.update(after)
-        rows += found
+        rows += stage_rows
     changed = nested(leaves)
-    notes = (*walk.notes, *fallback_notes(rows))
+    notes = (*runner.notes, *fallback_notes(rows))
     return model, changed, Report.of(rows, params, changed, notes=notes)
 
 
@@ -311,14 +289,11 @@ def _compared_with(leaves: Leaves, context: Context) -> Leaves:
 
 
 class BoundTransform:
-    """A stage-wise transform with its options, ready to walk."""
+    """A layer-wise transform with its key and what it acts on in a model."""
 
-    def __init__(self, name: str, options: Mapping[str, Any], rng: Array | None = None):
-        self.name, self.kind, self.rng = name, _REGISTRY[name], rng
-        self.options = {key: value for key, value in options.items() if key != "where"}
-        self.where = options.get("where")
-        asked = self.kind.needs
-        self.needs = asked(self.options) if callable(asked) else asked
+    def __init__(self, transform: LayerwiseTransform, rng: Array | None = None):
+        self.transform, self.rng = transform, rng
+        self.name = transform.name
         self.selected: frozenset[str] = frozenset()
         self.named: frozenset[str] = frozenset()
         self.layouts: Mapping[str, Layout] = {}
@@ -342,29 +317,29 @@ class BoundTransform:
         Raises:
           RecipeError: the pattern matches nothing, or what is quantized already.
         """
-        chosen = boxes.select(nested(leaves), self.where)
+        where, rounds = getattr(self.transform, "where", None), self.transform.rounds
+        chosen = boxes.select(nested(leaves), where)
         again = [p for p in chosen if p in rounded or isinstance(leaves[p], Quantized)]
-        if self.kind.rounds and self.where is not None and again:
+        if rounds and where is not None and again:
             first = leaves[again[0]]
-            rounded_now = not isinstance(first, Quantized)
-            held = "quantized by an earlier transform" if rounded_now else first.format
+            earlier = not isinstance(first, Quantized)
+            state = "quantized by an earlier transform" if earlier else first.format
             raise RecipeError(
-                f"{self.name}: where={self.where!r} names {again[0]}, which is {held} already; "
+                f"{self.name}: where={where!r} names {again[0]}, which is {state} already; "
                 "narrow the pattern"
             )
         self.named = frozenset(chosen)
         self.selected = self.named - frozenset(again)
-        if self.kind.rounds and not self.selected:
+        if rounds and not self.selected:
             self.notes = (
                 f"{self.name}: nothing left to do: all {len(chosen)} matrices are quantized "
                 "already; put it before what rounded them, or narrow that one's where=",
             )
-        if self.kind.rounds:
+        if rounds:
             rounded |= self.selected
-        stacked = self.options.get("stacked")
+        stacked = getattr(self.transform, "stacked", None)
         self.layouts = layouts_in(self.name, model, leaves, calibration, stacked)
-        if self.kind.check is not None:
-            self.kind.check(self.name, _Extents(self.layouts, leaves, self.selected), self.options)
+        self.transform.check(_Extents(self.layouts, leaves, self.selected))
 
 
 class LayerwiseRunner:
@@ -383,10 +358,12 @@ class LayerwiseRunner:
         """
         self.model, self.steps, self.context = model, steps, context
         self.notes = tuple(note for step in steps for note in step.notes)
-        self.needs = max((step.needs for step in steps), key=NEEDS.index, default="nothing")
+        self.needs = max(
+            (step.transform.needs for step in steps), key=NEEDS.index, default="nothing"
+        )
         self._states: list[State] = []
         if self.needs != "nothing":
-            name = next(step.name for step in steps if step.needs != "nothing")
+            name = next(step.name for step in steps if step.transform.needs != "nothing")
             self.notes += batches.check(model, context.calibration, name, context.without)
             model = called(model, context.calibration)
             self._states = first_states(model, context.calibration)
@@ -411,15 +388,15 @@ class LayerwiseRunner:
           `(parameters after, rows)`.
         """
         rows: list[Row] = []
-        given = original
+        uncompressed = original
         original = original or leaves
         for index, step in enumerate(self.steps):
-            replaced, found = step.kind.compress_stage(
-                self._work(stage, step, leaves, original), **step.options
-            )
+            work = self._work(stage, step, leaves, original)
+            replaced, stage_rows = step.transform.compress_stage(work)
             leaves = {**leaves, **replaced}
-            rows += found
-            if given is None and step.kind.exact and all(s.kind.exact for s in self.steps[:index]):
+            rows += stage_rows
+            exact = all(s.transform.exact for s in self.steps[: index + 1])
+            if uncompressed is None and exact:
                 original = leaves
         self.carry(stage, leaves, original)
         self._advance_to(stage)
@@ -436,10 +413,10 @@ class LayerwiseRunner:
         original = leaves
         if self.needs == "both":
             for step in self.steps:
-                if not step.kind.exact:
+                if not step.transform.exact:
                     break
                 work = self._work(stage, step, original, original)
-                original = {**original, **step.kind.compress_stage(work, **step.options)[0]}
+                original = {**original, **step.transform.compress_stage(work)[0]}
         self.carry(stage, after, original)
         self._advance_to(stage)
 
@@ -465,7 +442,9 @@ class LayerwiseRunner:
             selected=tuple(path for path in leaves if path in step.selected),
             named=tuple(path for path in leaves if path in step.named),
             layouts=step.layouts,
-            original=self._view_original(stage, original) if step.needs == "both" else None,
+            original=self._view_original(stage, original)
+            if step.transform.needs == "both"
+            else None,
             context=self.context,
             rng=None if rng is None else jax.random.fold_in(rng, self.stages.index(stage)),
             done=functools.partial(self._advance, step.name),

@@ -21,13 +21,13 @@ from glm_edge.compress.distill.state import calibration_digest, difference, mach
 from glm_edge.compress.layerwise.runner import (
     BoundTransform,
     LayerwiseRunner,
+    LayerwiseTransform,
     fallback_notes,
-    stagewise,
 )
 from glm_edge.compress.layerwise.stages import Leaves
 from glm_edge.compress.quantize.solvers.gptq_solver import SEARCHED
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.transform import CHAIN, Batch, Context, Progress, Transform, to_json
+from glm_edge.compress.transform import Batch, Chain, Context, Progress, Transform, to_json
 from glm_edge.errors import OutputError, RecipeError
 from glm_edge.files import CONFIG, read_json
 from glm_edge.params.formats import PER_TENSOR
@@ -151,24 +151,23 @@ class Totals:
 
 def is_streamable(recipe: Transform) -> bool:
     """True where every transform of a recipe acts on one stage at a time."""
-    inner = recipe.options["transforms"] if recipe.name == CHAIN else (recipe,)
-    return all(stagewise(step.name) is not None and not step.objects for step in inner)
+    return all(isinstance(step, LayerwiseTransform) for step in recipe.steps_in_order)
 
 
 def _steps(recipe: Transform, rng: Array | None) -> list[BoundTransform]:
-    chained = recipe.name == CHAIN
-    found = []
-    for index, inner in enumerate(recipe.options["transforms"] if chained else (recipe,)):
-        if stagewise(inner.name) is None or inner.objects:
+    chained = isinstance(recipe, Chain)
+    bound = []
+    for index, inner in enumerate(recipe.steps_in_order):
+        if not isinstance(inner, LayerwiseTransform):
             raise RecipeError(
                 f"{inner.name} needs the whole model in memory; load the checkpoint and call the "
                 "recipe, or leave this transform out"
             )
         key = jax.random.fold_in(rng, index) if chained and rng is not None else rng
-        found.append(BoundTransform(inner.name, inner.options, key))
-    if not found:
+        bound.append(BoundTransform(inner, key))
+    if not bound:
         raise RecipeError("the recipe is empty: there is nothing to do")
-    return found
+    return bound
 
 
 # Transforms whose sums are taken in one order on any number of cores.
@@ -177,19 +176,20 @@ _BY_ROW, _BY_COLUMN = ("quantize.rtn", "quantize.hqq"), ("quantize.gptq", "prune
 
 def fixed_order(recipe: Transform) -> bool:
     """True for a recipe whose float32 results have the same bytes on any number of cores."""
-    steps = recipe.options["transforms"] if recipe.name == CHAIN else (recipe,)
 
     def fixed(step: Transform) -> bool:
-        group_size = step.options.get("group_size")
+        format = getattr(step, "format", None)
+        group_size = None if format is None else format.group_size
         if group_size == PER_TENSOR:
             return False
         if step.name in _BY_ROW:
             return True
         # Scales of large groups, and of any without sweeps, are refit by LAPACK.
-        searched = group_size is None or (step.options.get("sweeps") and group_size <= SEARCHED)
+        sweeps = getattr(step, "sweeps", 0)
+        searched = group_size is None or (sweeps and group_size <= SEARCHED)
         return step.name in _BY_COLUMN and bool(searched)
 
-    return all(map(fixed, steps))
+    return all(map(fixed, recipe.steps_in_order))
 
 
 def _job(

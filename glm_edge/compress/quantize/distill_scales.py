@@ -1,16 +1,24 @@
 """Distillation of what surrounds the integers of a quantized model: scales, norms and biases."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from glm_edge import params as boxes
-from glm_edge.compress.distill.loop import Training, train
+from glm_edge.compress.distill.loop import DistillOptions, TrainOptions, as_teacher, train
 from glm_edge.compress.quantize.parameter import relative_error, row
 from glm_edge.compress.report import Report
-from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
+from glm_edge.compress.transform import (
+    Context,
+    Result,
+    Transform,
+    arrays,
+    check_pattern,
+    positional,
+    register,
+)
 from glm_edge.errors import RecipeError
 from glm_edge.kernels.grid import held_scale
 from glm_edge.params import Quantized
@@ -20,38 +28,21 @@ from glm_edge.params.tree import Params
 NAME = "quantize.distill_scales"
 
 
-def distill_scales(
-    where: str | None = None,
-    norms: bool = True,
-    teacher: tuple[nn.Module, Params] | None = None,
-    steps: int = 200,
-    learning_rate: float = 1e-3,
-    temperature: float = 1.0,
-    alpha: float = 1.0,
-    warmup: float = 0.1,
-    clip_norm: float = 1.0,
-    compute: str | None = None,
-) -> Transform:
+@register(NAME)
+class DistillScales(Transform):
     """Trains the scales of a quantized model on its teacher's predictions; integers stay.
 
     Floating zero points train too. The loss is that of `glm_edge.compress.distill`. A step moves a
-    scale by `learning_rate` times what it was at first, and anything else by `learning_rate`. What
+    scale by the learning rate times its first value, and anything else by the learning rate. What
     was trained is stored in the types that it had.
 
-    Args:
+    Attributes:
       where: regular expression searched in each path of the quantized weights; None is all.
       norms: also trains norms and biases under the same roots (`decoder`, `vision`, …).
       teacher: `(model, params)`; None is the model that the chain was given.
-      steps: of the optimizer, one calibration batch each.
-      learning_rate: peak.
+      train: steps, learning rate and the like, see `glm_edge.TrainOptions`.
       temperature: softens both predictions.
       alpha: weight of the teacher, in 0..1; the rest is the labels'.
-      warmup: fraction of the steps.
-      clip_norm: largest norm of the gradient.
-      compute: `float32` or `bfloat16` products while training; None leaves the model as it is.
-
-    Returns:
-      The transform; its report holds the `curve`.
 
     Raises:
       RecipeError: an option has no meaning; on call, nothing that is quantized matches, there is no
@@ -62,69 +53,72 @@ def distill_scales(
       EfficientQAT: Efficient Quantization-Aware Training for Large Language Models (its second
       phase), https://arxiv.org/abs/2407.11062.
     """
-    check_pattern(NAME, "where", where)
-    training = Training(steps, learning_rate, temperature, alpha, warmup, 0.0, clip_norm, compute)
-    training.check(NAME, teacher)
-    options = {"where": where, "norms": norms, **training._asdict()}
-    del options["weight_decay"]
-    return Transform(NAME, options, {} if teacher is None else {"teacher": teacher})
 
+    needs_model: ClassVar[bool] = True
 
-def _apply_scales(
-    model: nn.Module,
-    params: Params,
-    context: Context,
-    where: str | None,
-    norms: bool,
-    teacher: tuple[nn.Module, Params] | None = None,
-    **training: Any,
-) -> Result:
-    if teacher is None and context.original[1] is params:
-        raise RecipeError(
-            f"{NAME}: the model would be its own teacher; pass teacher=(model, params), or put it "
-            "after what quantizes in a chain"
+    where: str | None = positional(None)
+    norms: bool = True
+    teacher: tuple[nn.Module, Params] | None = arrays()
+    train: TrainOptions = TrainOptions()
+    temperature: float = 1.0
+    alpha: float = 1.0
+
+    def __post_init__(self):
+        self._set(teacher=as_teacher(NAME, self.teacher), train=TrainOptions.of(NAME, self.train))
+        super().__post_init__()
+        check_pattern(NAME, "where", self.where)
+        DistillOptions(self.temperature, self.alpha).check(NAME)
+        if self.train.weight_decay:
+            raise RecipeError(f"{NAME}: scales do not decay; leave out weight_decay of train=")
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        if self.teacher is None and context.original[1] is params:
+            raise RecipeError(
+                f"{NAME}: the model would be its own teacher; pass teacher=(model, params), or put "
+                "it after what quantizes in a chain"
+            )
+        old = dict(boxes.path_items(params))
+        chosen = {
+            path
+            for path, leaf in old.items()
+            if isinstance(leaf, Quantized) and compiled(self.where).search(path)
+        }
+        if not chosen:
+            raise RecipeError(f"{NAME}: where={self.where!r} matches nothing that is quantized")
+        roots = {path.split("/", 1)[0] for path in chosen} if self.norms else set()
+        moving = chosen | {
+            path
+            for path, leaf in old.items()
+            if path.split("/", 1)[0] in roots
+            and not boxes.is_box(leaf)
+            and not boxes.is_matrix(path, leaf)
+        }
+        floating, stored = boxes.partition(params, scales=True)
+        trainable = _only(floating, moving)
+        frozen = boxes.combine(_only(floating, set(old) - moving), stored)
+        trained, curve, notes = train(
+            NAME,
+            model,
+            trainable,
+            frozen,
+            self.teacher or context.original,
+            self.train,
+            context,
+            jax.tree_util.tree_map_with_path(_lr_scale, trainable),
+            DistillOptions(self.temperature, self.alpha),
         )
-    old = dict(boxes.path_items(params))
-    chosen = {
-        path
-        for path, leaf in old.items()
-        if isinstance(leaf, Quantized) and compiled(where).search(path)
-    }
-    if not chosen:
-        raise RecipeError(f"{NAME}: where={where!r} matches nothing that is quantized")
-    roots = {path.split("/", 1)[0] for path in chosen} if norms else set()
-    moving = chosen | {
-        path
-        for path, leaf in old.items()
-        if path.split("/", 1)[0] in roots
-        and not boxes.is_box(leaf)
-        and not boxes.is_matrix(path, leaf)
-    }
-    left, right = boxes.partition(params, scales=True)
-    trainable = _only(left, moving)
-    frozen = boxes.combine(_only(left, set(old) - moving), right)
-    trained, curve, notes = train(
-        NAME,
-        model,
-        trainable,
-        frozen,
-        teacher or context.original,
-        Training(weight_decay=0.0, **training),
-        context,
-        jax.tree_util.tree_map_with_path(_lr_scale, trainable),
-    )
-    stored = jax.tree_util.tree_map_with_path(_stored, trained, trainable)
-    _check_finite(stored)
-    tuned = boxes.combine(stored, frozen)
-    rows = [
-        row(NAME, path, old[path], leaf, relative_error(old[path], leaf), "scales trained")
-        for path, leaf in boxes.path_items(tuned)
-        if path in chosen
-    ]
-    return model, tuned, Report.of(rows, params, tuned, curve=curve, notes=notes)
+        narrowed = jax.tree_util.tree_map_with_path(_stored, trained, trainable)
+        _check_finite(narrowed)
+        tuned = boxes.combine(narrowed, frozen)
+        rows = [
+            row(NAME, path, old[path], leaf, relative_error(old[path], leaf), "scales trained")
+            for path, leaf in boxes.path_items(tuned)
+            if path in chosen
+        ]
+        return model, tuned, Report.of(rows, params, tuned, curve=curve, notes=notes)
 
 
-register(NAME, distill_scales, _apply_scales)
+distill_scales = DistillScales
 
 
 def _only(tree: Params, paths: set[str]) -> Params:

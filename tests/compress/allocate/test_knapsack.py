@@ -34,9 +34,7 @@ NAMES += ["nf4-g16", "int4-tensor", "bfloat16"]
 def test_bytes_of_are_those_of_the_box(name):
     format = Format.parse(name)
     weight = jax.random.normal(jax.random.key(0), (5, 96))
-    kind = {"qtype": format.qtype} if not format.qtype.startswith("int") else {}
-    bits = {} if kind else {"bits": int(format.bits)}
-    recipe = rtn(**bits, **kind, group_size=format.group_size, symmetric=format.symmetric)
+    recipe = rtn(format)
     _, params, _ = recipe(nn.Dense(5), {"weight": weight, "bias": jnp.zeros(5)})
     assert plan_table.bytes_of((5, 96), format) == boxes.stored_bytes(params["weight"])
     before = {"weight": weight, "bias": jnp.zeros(5)}

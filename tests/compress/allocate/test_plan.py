@@ -61,13 +61,7 @@ def test_prediction_is_right_to_the_byte(planned, tmp_path):
 def test_losses_are_those_of_each_group_alone(planned):
     model, params, calibration, found = planned
     row = next(row for row in found.rows if row.group == "decoder/layers/1/mlp")
-    bits = int(row.format[3])
-    alone = rtn(
-        bits=bits,
-        group_size=None if bits == 8 else 8,
-        where="^decoder/layers/1/mlp/",
-        scale="mse",
-    )(model, params)[1]
+    alone = rtn(row.format, where="^decoder/layers/1/mlp/", scale="mse")(model, params)[1]
     expected = np.mean([divergence_loop(model, params, alone, batch) for batch in calibration])
     assert row.loss["text"] == pytest.approx(expected, rel=1e-3)
     made = found.recipe(model, params)[1]

@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import dataclasses
 import json
 import sys
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_edge.compress import distill
+from glm_edge.compress import TrainOptions, distill
 from glm_edge.compress.distill import loop as training
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.models.multimodal import MultimodalGLM
@@ -31,16 +32,13 @@ DECODER = {
     "intermediate_size": 64,
 }
 OPTIONS = {
-    "steps": 4,
-    "learning_rate": 3e-3,
     "alpha": 1.0,
-    "accumulate": 2,
     "hidden": 1.0,
     "attention": 1.0,
     "on_policy": 0.5,
     "prompt": 6,
-    "save_every": 2,
 }
+TRAIN = TrainOptions(steps=4, learning_rate=3e-3, accumulate=2, save_every=2)
 
 
 def main(directory: str) -> None:
@@ -49,7 +47,7 @@ def main(directory: str) -> None:
     rng = np.random.default_rng(0)
     data = [{"tokens": rng.integers(0, 64, (4, 12)).astype(np.int32)} for _ in range(3)]
     call = {"calibration": data, "rng": jax.random.key(0)}
-    expected = distill(teacher, **OPTIONS)(*student, **call)
+    expected = distill(teacher, train=TRAIN, **OPTIONS)(*student, **call)
 
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     rules = sharding.FULLY_SHARDED
@@ -58,7 +56,9 @@ def main(directory: str) -> None:
         return model, sharding.shard(params, mesh, rules, model.config)
 
     spread_student, spread_teacher = spread(*student), spread(*teacher)
-    transform = distill(spread_teacher, **OPTIONS, state_dir=directory)
+    transform = distill(
+        spread_teacher, train=dataclasses.replace(TRAIN, state_dir=directory), **OPTIONS
+    )
     step, states = training.apply_gradient, []
 
     def watched(*arguments):

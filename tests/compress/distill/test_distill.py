@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import batches, chain, distill, prune, quantize
+from glm_edge.compress import TrainOptions, batches, chain, distill, prune, quantize
 from glm_edge.compress.distill.distill import split
 from glm_edge.compress.distill.loop import (
     Objective,
@@ -78,7 +78,7 @@ def test_temperature_squared_keeps_the_gradients_scale():
 
 def test_a_pruned_student_comes_back_to_its_teacher(small, pruned, calibration):
     model, params = pruned
-    transform = distill(teacher=small, steps=40, learning_rate=3e-3, alpha=1.0)
+    transform = distill(teacher=small, alpha=1.0, train=TrainOptions(steps=40, learning_rate=0.003))
     same, healed, report = transform(model, params, calibration=calibration, rng=jax.random.key(0))
     assert same is model
     assert [point.step for point in report.curve] == list(range(1, 41))
@@ -92,7 +92,9 @@ def test_labels_alone_teach_the_task(small, calibration):
     model, params = small
     before = float(batches.mean_loss(model, params, calibration[0]))
     other = jax.tree.map(jnp.copy, params)
-    transform = distill(teacher=(model, other), steps=30, learning_rate=3e-3, alpha=0.0)
+    transform = distill(
+        teacher=(model, other), alpha=0.0, train=TrainOptions(steps=30, learning_rate=0.003)
+    )
     _, trained, _ = transform(model, params, calibration=calibration)
     assert float(batches.mean_loss(model, trained, calibration[0])) < 0.6 * before
 
@@ -100,7 +102,7 @@ def test_labels_alone_teach_the_task(small, calibration):
 def test_the_callers_arrays_survive(small, pruned, calibration):
     model, params = pruned
     before = arrays_of(params)
-    distill(teacher=small, steps=2)(model, params, calibration=calibration)
+    distill(teacher=small, train=TrainOptions(steps=2))(model, params, calibration=calibration)
     for name, array in arrays_of(params).items():
         np.testing.assert_array_equal(array, before[name])
 
@@ -108,8 +110,8 @@ def test_the_callers_arrays_survive(small, pruned, calibration):
 def test_masks_and_quantized_weights_stay_while_the_rest_trains(small, calibration):
     model, params = small
     _, student, _ = prune.magnitude(0.5, where=r"layers/0/")(model, params)
-    _, student, _ = quantize.rtn(4, 32, where=r"layers/1/mlp")(model, student)
-    transform = distill(teacher=small, steps=3, weight_decay=0.1)
+    _, student, _ = quantize.rtn("int4-g32", where="layers/1/mlp")(model, student)
+    transform = distill(teacher=small, train=TrainOptions(steps=3, weight_decay=0.1))
     _, trained, _ = transform(model, student, calibration=calibration)
     old, new = arrays_of(student), arrays_of(trained)
     moved = {name for name in old if not np.array_equal(old[name], new[name])}
@@ -123,7 +125,7 @@ def test_masks_and_quantized_weights_stay_while_the_rest_trains(small, calibrati
 
 def test_frozen_paths_do_not_move(small, pruned, calibration):
     model, params = pruned
-    transform = distill(teacher=small, steps=2, where=r"layers/1/.*proj")
+    transform = distill(teacher=small, where="layers/1/.*proj", train=TrainOptions(steps=2))
     _, trained, report = transform(model, params, calibration=calibration)
     old, new = arrays_of(params), arrays_of(trained)
     moved = {name for name in old if not np.array_equal(old[name], new[name])}
@@ -155,9 +157,13 @@ def test_an_encoder_that_is_shared_and_frozen_runs_once(make_model):
     copied = {**params, "vision": jax.tree.map(jnp.copy, params["vision"])}
     assert flops(copied) - flops(params) > 0.9 * once
 
-    transform = distill(steps=2, teacher=(model, params), where=r"^(decoder|embed)/")
+    transform = distill(
+        teacher=(model, params), where="^(decoder|embed)/", train=TrainOptions(steps=2)
+    )
     one = transform(smaller, shrunk, calibration=[batch])[1]
-    transform = distill(steps=2, teacher=(model, copied), where=r"^(decoder|embed)/")
+    transform = distill(
+        teacher=(model, copied), where="^(decoder|embed)/", train=TrainOptions(steps=2)
+    )
     other = transform(smaller, shrunk, calibration=[batch])[1]
     for name, array in arrays_of(one).items():
         np.testing.assert_allclose(array, arrays_of(other)[name], atol=1e-6)
@@ -168,7 +174,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(small, pruned, 
     model, params = pruned
 
     def train(seed):
-        transform = distill(teacher=small, steps=3)
+        transform = distill(teacher=small, train=TrainOptions(steps=3))
         rng = jax.random.key(seed)
         return arrays_of(transform(model, params, calibration=calibration, rng=rng)[1])
 
@@ -181,10 +187,14 @@ def test_a_step_is_compiled_once_for_each_shape(small, pruned, calibration):
     model, params = pruned
     train_step.clear_cache()
     for steps in (2, 5):
-        distill(teacher=small, steps=steps)(model, params, calibration=calibration)
+        distill(teacher=small, train=TrainOptions(steps=steps))(
+            model, params, calibration=calibration
+        )
     assert train_step._cache_size() == 1
     shorter = [{"tokens": batch["tokens"][:, :8]} for batch in calibration]
-    distill(teacher=small, steps=2)(model, params, calibration=[calibration[0], shorter[0]])
+    distill(teacher=small, train=TrainOptions(steps=2))(
+        model, params, calibration=[calibration[0], shorter[0]]
+    )
     assert train_step._cache_size() == 2
 
 
@@ -210,11 +220,13 @@ def products(model, params, batch):
 
 def test_bfloat16_products_train_float32_parameters(small, pruned, calibration):
     model, params = pruned
-    transform = distill(teacher=small, steps=2, compute="bfloat16")
+    transform = distill(teacher=small, train=TrainOptions(steps=2, compute="bfloat16"))
     same, trained, report = transform(model, params, calibration=calibration)
     assert same.compute == "float32"
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trained))
-    plain = distill(teacher=small, steps=2)(model, params, calibration=calibration)[2]
+    plain = distill(teacher=small, train=TrainOptions(steps=2))(
+        model, params, calibration=calibration
+    )[2]
     assert report.curve[0].loss == pytest.approx(plain.curve[0].loss, rel=0.05)
     assert report.curve[0].soft != plain.curve[0].soft
     half = products(model.clone(compute="bfloat16"), params, calibration[0])
@@ -231,10 +243,10 @@ def test_a_chain_teaches_with_the_model_it_was_given(small, calibration):
     model, params = small
     rng = jax.random.key(0)
     step = prune.structured(neurons=0.5, score="magnitude")
-    recipe = chain(step, distill(steps=2))
+    recipe = chain(step, distill(train=TrainOptions(steps=2)))
     _, found, _ = recipe(model, params, calibration=calibration, rng=rng)
     smaller, shrunk, _ = step(model, params)
-    explicit = distill(teacher=(model, params), steps=2)
+    explicit = distill(teacher=(model, params), train=TrainOptions(steps=2))
     _, expected, _ = explicit(
         smaller, shrunk, calibration=calibration, rng=jax.random.fold_in(rng, 1)
     )
@@ -246,9 +258,9 @@ def test_a_student_is_healed_after_pruning_and_after_rounding(small, calibration
     model, params = small
     recipe = chain(
         prune.structured(heads=0.25, neurons=0.5, score="magnitude"),
-        distill(steps=20, learning_rate=3e-3, alpha=1.0),
-        quantize.rtn(bits=3, group_size=16, where="^decoder/"),
-        distill(steps=20, learning_rate=3e-3, alpha=1.0),
+        distill(alpha=1.0, train=TrainOptions(steps=20, learning_rate=0.003)),
+        quantize.rtn("int3-g16", where="^decoder/"),
+        distill(alpha=1.0, train=TrainOptions(steps=20, learning_rate=0.003)),
     )
     call = {"calibration": calibration, "rng": jax.random.key(0)}
     smaller, found, report = recipe(model, params, **call)
@@ -257,7 +269,7 @@ def test_a_student_is_healed_after_pruning_and_after_rounding(small, calibration
     assert np.mean([point.soft for point in first[-4:]]) < 0.6 * first[0].soft
     assert np.mean([point.soft for point in second[-4:]]) < 0.8 * second[0].soft
     # Codes and scales are those that rounding left; embeddings and norms went on.
-    rounded = chain(*recipe.options["transforms"][:3])(model, params, **call)[1]
+    rounded = chain(*recipe.transforms[:3])(model, params, **call)[1]
     old, new = arrays_of(rounded), arrays_of(found)
     assert jax.tree.structure(rounded) == jax.tree.structure(found)
     still = {name for name in old if np.array_equal(old[name], new[name])}
@@ -276,11 +288,13 @@ def test_any_module_that_gives_logits_learns(calibration):
     student, teacher = (
         model.init(jax.random.key(i), calibration[0]["tokens"])["params"] for i in range(2)
     )
-    transform = distill(teacher=(model, teacher), steps=30, learning_rate=0.03, alpha=1.0)
+    transform = distill(
+        teacher=(model, teacher), alpha=1.0, train=TrainOptions(steps=30, learning_rate=0.03)
+    )
     _, _, report = transform(model, student, calibration=calibration)
     assert report.curve[-1].loss < 0.5 * report.curve[0].loss
     with pytest.raises(RecipeError, match="no field 'compute'"):
-        distill(teacher=(model, teacher), compute="bfloat16")(
+        distill(teacher=(model, teacher), train=TrainOptions(compute="bfloat16"))(
             model, student, calibration=calibration
         )
 
@@ -290,7 +304,7 @@ def test_a_classifier_has_no_next_token_to_learn(small, calibration):
     tokens = calibration[0]["tokens"]
     shapes = jax.eval_shape(classifier.init, jax.random.key(0), tokens)["params"]
     params, other = (jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes) for _ in range(2))
-    transform = distill(teacher=(classifier, other), steps=1)
+    transform = distill(teacher=(classifier, other), train=TrainOptions(steps=1))
     expected = r"distill: the student gives logits \[4, 3\] for tokens \[4, 12\]; .*classifier's"
     with pytest.raises(RecipeError, match=expected):
         transform(classifier, params, calibration=calibration)
@@ -331,16 +345,20 @@ def test_what_cannot_be_distilled_is_refused(small, pruned, calibration, make_mo
         distill(teacher=make_model(vocab_size=41))(model, params, calibration=calibration)
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, small[1])
     with pytest.raises(RecipeError, match="loss is nan at step"):
-        distill(teacher=(small[0], broken), steps=2)(model, params, calibration=calibration)
+        distill(teacher=(small[0], broken), train=TrainOptions(steps=2))(
+            model, params, calibration=calibration
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be a whole number"),
+        ({"train": {"steps": 0}}, "steps must be a whole number"),
+        ({"train": {"step": 1}}, "train has no option 'step'; known: steps"),
+        ({"train": 3}, "train must be TrainOptions"),
         ({"temperature": 0.0}, "must be positive"),
         ({"alpha": 1.5}, "alpha must be in 0..1"),
-        ({"compute": "int8"}, "compute must be one of"),
+        ({"train": {"compute": "int8"}}, "compute must be one of"),
         ({"teacher": 3}, "teacher must be"),
         ({"where": "("}, "not a regular expression"),
     ],
@@ -373,10 +391,12 @@ def test_accumulated_batches_are_one_big_batch(bigrams, calibration):
     rng = np.random.default_rng(0)
     weighed = [{**batch, "loss_mask": rng.random((4, 12))} for batch in calibration]
     joined = {name: np.concatenate([batch[name] for batch in weighed]) for name in weighed[0]}
-    options = {"teacher": (model, teacher), "steps": 6, "learning_rate": 0.02}
-    _, found, parts = distill(**options, accumulate=4)(model, student, calibration=weighed)
-    _, expected, whole = distill(**options)(model, student, calibration=[joined])
-    _, other, _ = distill(**options)(model, student, calibration=weighed)
+    options = {"steps": 6, "learning_rate": 0.02}
+    transform = distill((model, teacher), train=TrainOptions(**options))
+    accumulating = distill((model, teacher), train=TrainOptions(accumulate=4, **options))
+    _, found, parts = accumulating(model, student, calibration=weighed)
+    _, expected, whole = transform(model, student, calibration=[joined])
+    _, other, _ = transform(model, student, calibration=weighed)
     for name, array in arrays_of(found).items():
         np.testing.assert_allclose(array, arrays_of(expected)[name], rtol=1e-4, atol=1e-5)
     assert not np.allclose(arrays_of(found)[name], arrays_of(other)[name], atol=1e-3)
@@ -400,9 +420,9 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(bigrams, calibration, accum
                 weights = np.full((4, 12), np.nan if bad else 1.0)
                 yield {**calibration[index % 4], "loss_mask": weights}
 
-    options = {"teacher": (model, teacher), "accumulate": accumulate}
+    transform = distill((model, teacher), train=TrainOptions(steps=9, accumulate=accumulate))
     with pytest.raises(TrainingError, match="loss is nan at step 3") as caught:
-        distill(**options, steps=9)(model, student, calibration=Poisoned())
+        transform(model, student, calibration=Poisoned())
     assert caught.value.step == 3
     assert len(read) == 3 * accumulate
     healthy = arrays_of(caught.value.params)
@@ -423,13 +443,15 @@ def test_a_gradient_that_is_not_finite_stops_too(calibration):
     params = model.init(jax.random.key(0), calibration[0]["tokens"])["params"]
     other = model.init(jax.random.key(1), calibration[0]["tokens"])["params"]
     with pytest.raises(TrainingError, match=r"gradient's norm is (nan|inf) at step 1;") as caught:
-        distill(teacher=(model, other), steps=3)(model, params, calibration=calibration)
+        distill(teacher=(model, other), train=TrainOptions(steps=3))(
+            model, params, calibration=calibration
+        )
     for name, array in arrays_of(caught.value.params).items():
         np.testing.assert_array_equal(array, arrays_of(params)[name])
 
 
 def test_the_options_of_the_loop_survive_json():
-    transform = distill(steps=3, accumulate=2)
+    transform = distill(train=TrainOptions(steps=3, accumulate=2))
     assert recipe_from_json(to_json(transform)) == transform
     with pytest.raises(RecipeError, match="accumulate must be a whole number"):
-        distill(accumulate=0)
+        distill(train=TrainOptions(accumulate=0))

@@ -1,5 +1,7 @@
 """What a student learns from inside a teacher of another depth, width and vocabulary."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import distill
+from glm_edge.compress import TrainOptions, distill
 from glm_edge.compress.distill.intermediates import (
     PROJECTION_KEY,
     attention_loss,
@@ -78,8 +80,10 @@ def data():
 
 def train(student, teacher, data, **options):
     model, params = student
-    options = {"steps": 1, "temperature": 1.0, **options}
-    transform = distill(teacher=teacher, **options)
+    names = [field.name for field in dataclasses.fields(TrainOptions)]
+    training = {"steps": 1} | {name: options.pop(name) for name in names if name in options}
+    options = {"temperature": 1.0, **options}
+    transform = distill(teacher=teacher, train=TrainOptions(**training), **options)
     return transform(model, params, calibration=data, rng=jax.random.key(0))[1:]
 
 
@@ -172,8 +176,8 @@ def test_accumulated_transfer_is_that_of_one_big_batch(data):
 
 def test_the_projection_survives_an_interruption(data, tmp_path):
     student, teacher = built(0), built(1, width=12)
-    options = {"hidden": 1.0, "steps": 7, "save_every": 2, "state_dir": tmp_path / "state"}
-    transform = distill(teacher=teacher, **options)
+    training = TrainOptions(steps=7, save_every=2, state_dir=tmp_path / "state")
+    transform = distill(teacher=teacher, hidden=1.0, train=training)
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -182,7 +186,7 @@ def test_the_projection_survives_an_interruption(data, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         transform(*student, **call, progress=stop)
     resumed = transform(*student, **call)
-    expected = distill(teacher=teacher, hidden=1.0, steps=7)(*student, **call)
+    expected = distill(teacher=teacher, hidden=1.0, train=TrainOptions(steps=7))(*student, **call)
     for one, other in zip(jax.tree.leaves(resumed[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_array_equal(one, other)
     assert resumed[2].curve == expected[2].curve
@@ -196,7 +200,12 @@ def test_the_projection_survives_an_interruption(data, tmp_path):
 def test_a_glm_learns_from_the_layers_of_a_wider_one(make_model, calibration):
     model, params = make_model(num_layers=1)
     teacher = make_model(hidden_size=48)
-    transform = distill(teacher=teacher, steps=12, learning_rate=5e-3, hidden=1.0, attention=1.0)
+    transform = distill(
+        teacher=teacher,
+        hidden=1.0,
+        attention=1.0,
+        train=TrainOptions(steps=12, learning_rate=0.005),
+    )
     _, trained, report = transform(model, params, calibration=calibration)
     assert report.curve[-1].hidden < report.curve[0].hidden
     assert report.curve[-1].attention < report.curve[0].attention

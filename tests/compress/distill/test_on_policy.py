@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import batches, distill
+from glm_edge.compress import TrainOptions, batches, distill
 from glm_edge.compress.distill import on_policy
 from glm_edge.compress.distill.loop import divergence
 from glm_edge.compress.recipes import recipe_from_json, to_json
@@ -122,7 +122,9 @@ OPTIONS = {"on_policy": 0.5, "beta": 1.0, "prompt": 4, "temperature": 1.0, "alph
 
 def test_a_student_learns_from_what_it_says_itself(pair, calibration):
     model, student, teacher = pair
-    transform = distill((model, teacher), steps=30, learning_rate=3e-3, **OPTIONS)
+    transform = distill(
+        (model, teacher), train=TrainOptions(steps=30, learning_rate=0.003), **OPTIONS
+    )
     _, _, report = transform(model, student, calibration=calibration, rng=jax.random.key(0))
     own = [on_policy.is_written(0.5, jax.random.key(0), number) for number in range(30)]
     assert 5 < sum(own) < 25
@@ -132,7 +134,9 @@ def test_a_student_learns_from_what_it_says_itself(pair, calibration):
         assert point.loss == pytest.approx(expected, rel=1e-5)
     # Labels that the teacher does not agree with would pull the other way.
     alone = {**OPTIONS, "on_policy": 1.0, "alpha": 1.0}
-    transform = distill((model, teacher), steps=40, learning_rate=3e-3, **alone)
+    transform = distill(
+        (model, teacher), train=TrainOptions(steps=40, learning_rate=0.003), **alone
+    )
     _, _, report = transform(model, student, calibration=calibration, rng=jax.random.key(0))
     losses = [point.soft for point in report.curve]
     assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:4])
@@ -145,9 +149,10 @@ def test_it_goes_on_after_a_kill_as_if_left_alone(pair, calibration, tmp_path):
     def stop(*_):
         raise KeyboardInterrupt
 
-    options = {"steps": 6, "save_every": 2, **OPTIONS}
-    expected = distill((model, teacher), **options)(model, student, **call)
-    interrupted = distill((model, teacher), state_dir=tmp_path / "state", **options)
+    training = TrainOptions(steps=6, save_every=2)
+    expected = distill((model, teacher), train=training, **OPTIONS)(model, student, **call)
+    training = TrainOptions(steps=6, save_every=2, state_dir=tmp_path / "state")
+    interrupted = distill((model, teacher), train=training, **OPTIONS)
     with pytest.raises(KeyboardInterrupt):
         interrupted(model, student, **call, progress=stop)
     found = interrupted(model, student, **call)
@@ -169,8 +174,10 @@ def test_what_cannot_be_gone_on_with_is_refused(pair, calibration):
     plain = Plain()
     params = plain.init(jax.random.key(0), calibration[0]["tokens"])["params"]
     with pytest.raises(RecipeError, match="needs a model that generates, a GLM; Plain has no"):
-        distill((model, teacher), steps=1, on_policy=1.0)(plain, params, calibration=calibration)
-    transform = distill((model, teacher), steps=1, on_policy=1.0, prompt=12)
+        distill((model, teacher), on_policy=1.0, train=TrainOptions(steps=1))(
+            plain, params, calibration=calibration
+        )
+    transform = distill((model, teacher), on_policy=1.0, prompt=12, train=TrainOptions(steps=1))
     with pytest.raises(DataError, match="prompts fill all 12 tokens"):
         transform(model, student, calibration=calibration)
     masked = [{**calibration[0], "mask": np.ones((4, 1, 12, 12), bool)}]

@@ -15,7 +15,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import files
-from glm_edge.compress import distill
+from glm_edge.compress import TrainOptions, distill
 from glm_edge.compress.distill import state as training_state
 from glm_edge.errors import CheckpointError, OutputError, RecipeError, TrainingError
 
@@ -45,7 +45,7 @@ def train(state_dir=None, batches=None, progress=None, seed=3, **options):
     options = {"steps": STEPS, "save_every": 3, "accumulate": 2, **options}
     if state_dir is not None:
         options["state_dir"] = str(state_dir)
-    transform = distill(teacher=(model, teacher), **options)
+    transform = distill(teacher=(model, teacher), train=TrainOptions(**options))
     batches = data() if batches is None else batches
     rng = jax.random.key(seed)
     return transform(model, student, calibration=batches, rng=rng, progress=progress)[1:]

@@ -13,7 +13,8 @@ from glm_edge import params as boxes
 from glm_edge.compress import chain, quantize
 from glm_edge.compress.batches import apply_batch
 from glm_edge.compress.layerwise import stages
-from glm_edge.compress.layerwise.runner import stagewise
+from glm_edge.compress.layerwise.runner import LayerwiseTransform
+from glm_edge.compress.transform import registered
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
 
@@ -99,7 +100,7 @@ def needing_calibration():
     return [
         name
         for name in ("quantize.gptq", "quantize.awq", "quantize.smoothquant", "quantize.adaround")
-        if stagewise(name)
+        if issubclass(registered(name), LayerwiseTransform)
     ]
 
 
@@ -130,14 +131,14 @@ def test_a_known_lack_is_allowed(make_member, batch_of):
     model, params = make_member("nano")
     batch = {k: v for k, v in batch_of(model).items() if k not in ("images", "audio")}
     batch["tokens"] = np.random.default_rng(0).integers(10, 48, (2, 24)).astype(np.int32)
-    transform = quantize.gptq(bits=4, where="^decoder/")
+    transform = quantize.gptq("int4", where="^decoder/")
     _, after, _ = transform(model, params, [batch], without=["images", "audio"])
     assert boxes.stored_bytes(after) < boxes.stored_bytes(params)
 
 
 def test_what_is_quantized_already_is_refused_by_name(make_member):
     model, params = make_member("tied")
-    recipe = chain(quantize.rtn(4, where="^decoder/"), quantize.rtn(8, where="o_proj"))
+    recipe = chain(quantize.rtn("int4", where="^decoder/"), quantize.rtn("int8", where="o_proj"))
     with pytest.raises(RecipeError, match="o_proj/weight, which is int4-channel already"):
         recipe(model, params)
 

@@ -22,13 +22,11 @@ from glm_edge.compress.layerwise import stream
 from glm_edge.compress.layerwise.stream import compress_checkpoint, is_streamable
 from glm_edge.errors import CheckpointError, DataError, OutputError, RecipeError
 
-ROUNDED = chain(
-    quantize.rtn(bits=4, group_size=8, where="^decoder/", scale="mse"), quantize.rtn(bits=8)
-)
+ROUNDED = chain(quantize.rtn("int4-g8", where="^decoder/", scale="mse"), quantize.rtn("int8"))
 CALIBRATED = chain(
     quantize.smoothquant(where="^decoder/"),
-    quantize.gptq(bits=4, group_size=8, where="^decoder/"),
-    quantize.rtn(bits=8),
+    quantize.gptq("int4-g8", where="^decoder/"),
+    quantize.rtn("int8"),
 )
 
 
@@ -61,7 +59,7 @@ def test_rounding_gives_the_bytes_of_a_call_in_memory(saved, tmp_path):
 
 
 def test_one_calibrated_transform_gives_the_bytes_of_a_call_in_memory(saved, batch_of, tmp_path):
-    transform = quantize.gptq(bits=4, group_size=8, where="^decoder/")
+    transform = quantize.gptq("int4-g8", where="^decoder/")
     model, params = ge.load(saved)
     batches = [batch_of(model, seed=seed) for seed in range(2)]
     compress_checkpoint(saved, tmp_path / "out", transform, batches)
@@ -75,7 +73,7 @@ def test_one_calibrated_transform_gives_the_bytes_of_a_call_in_memory(saved, bat
 def test_hugging_face_directories_are_read(make_member, name, tmp_path):
     model, params = make_member(name)
     source = ge.save(model, params, tmp_path / "source", format=None)
-    compress_checkpoint(source, tmp_path / "out", quantize.rtn(8))
+    compress_checkpoint(source, tmp_path / "out", quantize.rtn("int8"))
     after, compressed = ge.load(tmp_path / "out")
     assert after.config == model.config
     found = {path for path, leaf in boxes.path_items(compressed) if boxes.is_box(leaf)}
@@ -187,7 +185,7 @@ def test_other_arguments_do_not_finish_a_run(saved, tmp_path, monkeypatch):
         with pytest.raises(OutputError):
             compress_checkpoint(saved, tmp_path / "out", ROUNDED)
     with pytest.raises(OutputError, match="unfinished run with another recipe"):
-        compress_checkpoint(saved, tmp_path / "out", quantize.rtn(8))
+        compress_checkpoint(saved, tmp_path / "out", quantize.rtn("int8"))
     os.utime(saved / files.WEIGHTS)
     with pytest.raises(OutputError, match="unfinished run with another source"):
         compress_checkpoint(saved, tmp_path / "out", ROUNDED)
@@ -210,12 +208,16 @@ def test_extras_are_copied(saved, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "error", "message"),
     [
-        (distill(steps=1), RecipeError, "distill needs the whole model in memory"),
-        (chain(), RecipeError, "the recipe is empty"),
-        (quantize.rtn(4, group_size=7), RecipeError, "not whole groups of 7"),
-        (quantize.rtn(8, where="banana"), RecipeError, "matches none"),
         (
-            chain(quantize.rtn(4, where="^decoder/"), quantize.rtn(8, where="o_proj")),
+            distill(train=ge.TrainOptions(steps=1)),
+            RecipeError,
+            "distill needs the whole model in memory",
+        ),
+        (chain(), RecipeError, "the recipe is empty"),
+        (quantize.rtn("int4-g7"), RecipeError, "not whole groups of 7"),
+        (quantize.rtn("int8", where="banana"), RecipeError, "matches none"),
+        (
+            chain(quantize.rtn("int4", where="^decoder/"), quantize.rtn("int8", where="o_proj")),
             RecipeError,
             "quantized by an earlier transform already",
         ),
@@ -230,16 +232,16 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(saved, tmp_path, reci
 
 def test_only_stage_wise_recipes_stream():
     assert is_streamable(ROUNDED)
-    assert not is_streamable(chain(ROUNDED, distill(steps=1)))
+    assert not is_streamable(chain(ROUNDED, distill(train=ge.TrainOptions(steps=1))))
 
 
 def test_an_existing_output_is_kept(saved, tmp_path):
     compress_checkpoint(saved, tmp_path / "out", ROUNDED)
     before = contents(tmp_path / "out")
     with pytest.raises(OutputError, match="exists and is not empty"):
-        compress_checkpoint(saved, tmp_path / "out", quantize.rtn(8))
+        compress_checkpoint(saved, tmp_path / "out", quantize.rtn("int8"))
     assert contents(tmp_path / "out") == before
-    compress_checkpoint(saved, tmp_path / "out", quantize.rtn(8), overwrite=True)
+    compress_checkpoint(saved, tmp_path / "out", quantize.rtn("int8"), overwrite=True)
     assert contents(tmp_path / "out") != before
 
 
@@ -269,9 +271,9 @@ def test_a_run_of_another_machine_is_not_taken_up(tmp_path):
 
 def test_fixed_order_names_what_no_core_changes():
     assert stream.fixed_order(ROUNDED)
-    assert stream.fixed_order(quantize.gptq(group_size=32))
-    assert not stream.fixed_order(quantize.gptq(group_size=32, sweeps=0))
-    assert not stream.fixed_order(quantize.rtn(group_size="tensor"))
+    assert stream.fixed_order(quantize.gptq("int4-g32"))
+    assert not stream.fixed_order(quantize.gptq("int4-g32", sweeps=0))
+    assert not stream.fixed_order(quantize.rtn("int8-tensor"))
     assert not stream.fixed_order(CALIBRATED)
 
 

@@ -22,7 +22,7 @@ LAYERS = r"layers/"
 def rounded(make_member, batch_of):
     model, params = make_member("edge")
     calibration = [batch_of(model, rows=4, seed=seed) for seed in (1, 2)]
-    return model, rtn(8, where=LAYERS)(model, params)[1], calibration
+    return model, rtn("int8", where=LAYERS)(model, params)[1], calibration
 
 
 def rows_of(model, params, calibration):
@@ -90,7 +90,7 @@ def test_methods_other_than_minmax_clip(rounded):
 def test_chains_after_rounding_and_needs_something_rounded(make_member, batch_of):
     model, params = make_member("edge")
     calibration = [batch_of(model)]
-    found = chain(rtn(8, where=LAYERS), activations())(model, params, calibration)[1]
+    found = chain(rtn("int8", where=LAYERS), activations())(model, params, calibration)[1]
     held = [leaf for _, leaf in boxes.path_items(found) if isinstance(leaf, boxes.Quantized)]
     assert all(box.input_scale is not None for box in held)
     with pytest.raises(RecipeError, match="quantize first"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import chain
+from glm_edge.compress import TrainOptions, chain
 from glm_edge.compress.quantize import rtn
 from glm_edge.compress.quantize.distill_scales import _check_finite, distill_scales
 from glm_edge.errors import DataError, RecipeError
@@ -29,11 +29,13 @@ def moved_by(before, after):
     return {name for name in old if not np.array_equal(old[name], new[name])}
 
 
-@pytest.mark.parametrize("group_size", [16, None])
-def test_scales_and_norms_move_and_integers_stay(small, calibration, group_size):
+@pytest.mark.parametrize("format", ["int2-g16", "int2"])
+def test_scales_and_norms_move_and_integers_stay(small, calibration, format):
     model, params = small
-    _, rounded, _ = rtn(2, group_size, where=DECODER)(model, params)
-    transform = distill_scales(teacher=(model, params), steps=30, learning_rate=0.02)
+    _, rounded, _ = rtn(format, where=DECODER)(model, params)
+    transform = distill_scales(
+        teacher=(model, params), train=TrainOptions(steps=30, learning_rate=0.02)
+    )
     _, tuned, report = transform(model, rounded, calibration=calibration, rng=jax.random.key(0))
     assert np.mean([p.soft for p in report.curve[-4:]]) < 0.8 * report.curve[0].soft
     names = {name for name in arrays_of(rounded) if name.startswith("decoder/")}
@@ -44,9 +46,12 @@ def test_scales_and_norms_move_and_integers_stay(small, calibration, group_size)
 
 def test_only_the_scales_that_match_move_when_norms_do_not(small, calibration):
     model, params = small
-    _, rounded, _ = rtn(4, where=DECODER)(model, params)
+    _, rounded, _ = rtn("int4", where=DECODER)(model, params)
     transform = distill_scales(
-        where="q_proj", norms=False, teacher=(model, params), steps=2, compute="bfloat16"
+        where="q_proj",
+        norms=False,
+        teacher=(model, params),
+        train=TrainOptions(steps=2, compute="bfloat16"),
     )
     tuned = transform(model, rounded, calibration=calibration)[1]
     assert moved_by(rounded, tuned) == {"decoder/layers/0/attention/q_proj/weight.scale"}
@@ -54,7 +59,7 @@ def test_only_the_scales_that_match_move_when_norms_do_not(small, calibration):
 
 def test_floating_zero_points_train_and_integer_ones_stay(small, calibration):
     model, params = small
-    _, affine, _ = rtn(2, symmetric=False, where="q_proj")(model, params)
+    _, affine, _ = rtn("int2-affine", where="q_proj")(model, params)
     path = "decoder/layers/0/attention/q_proj/weight"
 
     def floating(name, leaf):
@@ -63,7 +68,8 @@ def test_floating_zero_points_train_and_integer_ones_stay(small, calibration):
         format = boxes.Format("int2", None, False, "float32", "bfloat16")
         return boxes.quantized(leaf.codes(), leaf.scale, leaf.zero, format)
 
-    options = {"norms": False, "teacher": (model, params), "steps": 4, "learning_rate": 0.02}
+    options = {"norms": False, "teacher": (model, params)}
+    options["train"] = TrainOptions(steps=4, learning_rate=0.02)
     for rounded, expected in (
         (affine, {f"{path}.scale"}),
         (boxes.map_with_path(floating, affine), {f"{path}.scale", f"{path}.zero"}),
@@ -74,18 +80,18 @@ def test_floating_zero_points_train_and_integer_ones_stay(small, calibration):
 
 def test_in_a_chain_the_teacher_is_what_it_started_from(small, calibration):
     model, params = small
-    rounded = rtn(2, where=DECODER)
-    recipe = chain(rounded, distill_scales(steps=2))
+    rounded = rtn("int2", where=DECODER)
+    recipe = chain(rounded, distill_scales(train=TrainOptions(steps=2)))
     _, found, _ = recipe(model, params, calibration=calibration)
     _, student, _ = rounded(model, params)
-    explicit = distill_scales(steps=2, teacher=(model, params))
+    explicit = distill_scales(teacher=(model, params), train=TrainOptions(steps=2))
     _, expected, _ = explicit(model, student, calibration=calibration)
     assert moved_by(found, expected) == set()
 
 
 def test_what_cannot_be_trained_is_refused(small, calibration):
     model, params = small
-    _, rounded, _ = rtn(4, where=DECODER)(model, params)
+    _, rounded, _ = rtn("int4", where=DECODER)(model, params)
     with pytest.raises(DataError, match="needs calibration="):
         distill_scales(teacher=small)(model, rounded)
     with pytest.raises(RecipeError, match="its own teacher"):
@@ -95,11 +101,11 @@ def test_what_cannot_be_trained_is_refused(small, calibration):
     with pytest.raises(RecipeError, match="where='embed' matches nothing"):
         distill_scales(teacher=small, where="embed")(model, rounded, calibration=calibration)
     with pytest.raises(RecipeError, match="steps must be a whole number"):
-        distill_scales(steps=0)
+        distill_scales(train=TrainOptions(steps=0))
 
 
 def test_what_left_the_range_of_its_type_is_refused(small):
-    leaf = rtn(4, scale_dtype="float16", where="q_proj")(*small)[1]
+    leaf = rtn("int4-scale=float16", where="q_proj")(*small)[1]
     stored = boxes.partition(leaf, scales=True)[0]
     _check_finite(stored)
     layer = stored["decoder"]["layers"]["0"]["attention"]["q_proj"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import chain, prune
+from glm_edge.compress import TrainOptions, chain, prune
 from glm_edge.compress.quantize import rtn
 from glm_edge.compress.quantize.options import QuantizeConfig
 from glm_edge.compress.quantize.qat import fake, finalize, lr_scale_of, qat
@@ -113,17 +113,12 @@ def test_a_weight_that_is_quantized_starts_on_its_own_grid():
     np.testing.assert_array_equal(np.asarray(other.value), np.asarray(leaf.unbox()))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"bits": 2, "group_size": 16},
-        {"bits": 2, "symmetric": False},
-        {"qtype": "ternary34"},
-    ],
-)
-def test_training_brings_the_student_to_its_teacher(small, calibration, options):
+@pytest.mark.parametrize("format", ["int2-g16", "int2-affine", "ternary34"])
+def test_training_brings_the_student_to_its_teacher(small, calibration, format):
     model, params = small
-    transform = qat(where=DECODER, steps=40, learning_rate=3e-3, **options)
+    transform = qat(
+        format, where=DECODER, train=TrainOptions(steps=40, learning_rate=0.003, warmup=0.05)
+    )
     same, trained, report = transform(model, params, calibration=calibration)
     assert same is model
     last = np.mean([point.soft for point in report.curve[-4:]])
@@ -137,12 +132,18 @@ def test_training_brings_the_student_to_its_teacher(small, calibration, options)
 
 
 def moved_by(model, params, calibration, **options):
-    transform = qat(2, 16, where=r"layers/0/mlp", steps=2, scale="max", **options)
+    transform = qat(
+        "int2-g16",
+        where="layers/0/mlp",
+        scale="max",
+        train=TrainOptions(steps=2, warmup=0.05),
+        **options,
+    )
     _, trained, _ = transform(model, params, calibration=calibration)
     old, new = arrays_of(params), arrays_of(trained)
     moved = {n for n in old if n in new and not np.array_equal(old[n], new[n])}
     scale = trained["decoder"]["layers"]["0"]["mlp"]["down_proj"]["weight"].scale
-    first = rtn(2, 16, where=r"layers/0/mlp")(model, params)[1]
+    first = rtn("int2-g16", where="layers/0/mlp")(model, params)[1]
     before = first["decoder"]["layers"]["0"]["mlp"]["down_proj"]["weight"].scale
     return moved, not np.array_equal(scale, before)
 
@@ -176,7 +177,10 @@ def test_scales_move_by_a_share_of_themselves():
 
 def test_pruned_weights_stay_pruned_through_training(small, calibration):
     model, params = small
-    recipe = chain(prune.magnitude(0.5, where=DECODER), qat(4, 16, where=DECODER, steps=3))
+    recipe = chain(
+        prune.magnitude(0.5, where=DECODER),
+        qat("int4-g16", where=DECODER, train=TrainOptions(steps=3, warmup=0.05)),
+    )
     _, trained, _ = recipe(model, params, calibration=calibration)
     masked = prune.magnitude(0.5, where=DECODER)(model, params)[1]
     for path, leaf in boxes.path_items(masked):
@@ -188,8 +192,12 @@ def test_pruned_weights_stay_pruned_through_training(small, calibration):
 def test_a_quantized_model_trains_on(small, calibration):
     model, params = small
     recipe = chain(
-        rtn(2, 16, where=DECODER, scale="mse"),
-        qat(2, 16, where=DECODER, steps=30, learning_rate=3e-3),
+        rtn("int2-g16", where=DECODER, scale="mse"),
+        qat(
+            "int2-g16",
+            where=DECODER,
+            train=TrainOptions(steps=30, learning_rate=0.003, warmup=0.05),
+        ),
     )
     _, _, report = recipe(model, params, calibration=calibration)
     assert np.mean([p.soft for p in report.curve[-4:]]) < 0.8 * report.curve[0].soft
@@ -200,7 +208,11 @@ def test_the_same_seed_gives_the_same_bytes(small, calibration):
 
     def train(seed):
         rng = jax.random.key(seed)
-        return arrays_of(qat(2, steps=3)(model, params, calibration=calibration, rng=rng)[1])
+        return arrays_of(
+            qat("int2", train=TrainOptions(steps=3, warmup=0.05))(
+                model, params, calibration=calibration, rng=rng
+            )[1]
+        )
 
     one, again, other = train(0), train(0), train(3)
     assert all(one[name].tobytes() == again[name].tobytes() for name in one)
@@ -210,7 +222,9 @@ def test_the_same_seed_gives_the_same_bytes(small, calibration):
 def test_types_of_parameters_stay(small, calibration):
     model, params = small
     narrow = boxes.cast(params, jnp.bfloat16)
-    _, trained, _ = qat(4, 16, where=DECODER, steps=2)(model, narrow, calibration=calibration)
+    _, trained, _ = qat("int4-g16", where=DECODER, train=TrainOptions(steps=2, warmup=0.05))(
+        model, narrow, calibration=calibration
+    )
     assert trained["decoder"]["norm"]["weight"].dtype == jnp.bfloat16
     leaf = trained["decoder"]["layers"]["0"]["mlp"]["down_proj"]["weight"]
     assert (leaf.dtype, leaf.scale.dtype) == ("bfloat16", jnp.bfloat16)
@@ -219,24 +233,24 @@ def test_types_of_parameters_stay(small, calibration):
 def test_what_cannot_be_trained_is_refused(small, calibration):
     model, params = small
     with pytest.raises(DataError, match="needs calibration="):
-        qat(4)(model, params)
+        qat("int4")(model, params)
     with pytest.raises(RecipeError, match="choose a divisor"):
-        qat(4, 48)(model, params, calibration=calibration)
+        qat("int4-g48")(model, params, calibration=calibration)
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
     with pytest.raises(RecipeError, match="NaN or infinity"):
-        qat(4)(model, broken, calibration=calibration)
+        qat("int4")(model, broken, calibration=calibration)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be a whole number"),
+        ({"train": {"steps": 0}}, "steps must be a whole number"),
         ({"scale_rate": 0.0}, "scale_rate must be positive"),
         ({"alpha": 1.5}, "alpha must be in 0..1"),
-        ({"compute": "int8"}, "compute must be one of"),
+        ({"train": {"compute": "int8"}}, "compute must be one of"),
         ({"teacher": 3}, "teacher must be"),
         ({"where_train": "("}, "not a regular expression"),
-        ({"qtype": "float16"}, "cannot round to"),
+        ({"format": "float16"}, "cannot round to"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options, message):

@@ -135,7 +135,7 @@ def test_rounding_loses_less_after_rotation(make_member, batch_of):
         found = recipe(model, params)
         return float(jnp.linalg.norm(logits(found[0], found[1], batch) - expected))
 
-    embed = rtn(bits=4, where="^embed/")
+    embed = rtn("int4", where="^embed/")
     assert error(chain(rotate(heads=False), embed)) < 0.85 * error(embed)
 
 

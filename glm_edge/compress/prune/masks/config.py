@@ -16,7 +16,7 @@ from glm_edge.compress.prune.masks.shapes import Member, Pool, Shape
 from glm_edge.compress.prune.scores import from_weights as weight_scores
 from glm_edge.compress.prune.scores.from_weights import Score
 from glm_edge.compress.report import Row
-from glm_edge.compress.transform import check_fraction, check_pattern
+from glm_edge.compress.transform import check_fraction, is_number
 from glm_edge.errors import RecipeError
 
 TENSOR, ROW = "tensor", "row"
@@ -40,34 +40,42 @@ class MaskConfig:
     label: str = ""
 
     @classmethod
-    def of(cls, name: str, options: Mapping[str, Any]) -> "MaskConfig":
-        """Reads the options of a transform.
+    def of(
+        cls,
+        name: str,
+        *,
+        score: str,
+        shape: str,
+        sparsity: float | None,
+        allocation: str = allocations.UNIFORM,
+        within: str | None = None,
+        ties: str = allocations.FIRST,
+        levels: Sequence[float] = (0.0,),
+        **budgets: int | None,
+    ) -> "MaskConfig":
+        """Reads the options of a transform, see `glm_edge.prune.mask`.
 
         Raises:
           RecipeError: one has no meaning, or two contradict each other.
         """
-        get = options.get
-        score, shape = weight_scores.parse(name, get("score")), shapes.parse(name, get("shape"))
-        score.fits(name, shape.kind)
-        check_pattern(name, "where", get("where"))
-        check_pattern(name, "stacked", get("stacked"))
+        parsed_score, parsed_shape = weight_scores.parse(name, score), shapes.parse(name, shape)
+        parsed_score.fits(name, parsed_shape.kind)
         known = (allocations.UNIFORM, allocations.GLOBAL, allocations.MEASURED)
-        allocation, within, ties = get("allocation"), get("within"), get("ties")
         if allocation not in known:
             raise RecipeError(
                 f"{name}: allocation must be one of {', '.join(known)}, not {allocation!r}"
             )
-        if shape.kind == "n:m" and allocation != allocations.UNIFORM:
-            raise RecipeError(f"{name}: shape={get('shape')!r} is uniform; allocate other shapes")
-        single = shape.kind == shapes.SINGLE and allocation == allocations.UNIFORM
+        if parsed_shape.kind == "n:m" and allocation != allocations.UNIFORM:
+            raise RecipeError(f"{name}: shape={shape!r} is uniform; allocate other shapes")
+        single = parsed_shape.kind == shapes.SINGLE and allocation == allocations.UNIFORM
         if within is None:
-            within = ROW if score.kind == "wanda" and single else TENSOR
+            within = ROW if parsed_score.kind == "wanda" and single else TENSOR
         if within not in (TENSOR, ROW) or (within == ROW and not single):
             raise RecipeError(
                 f"{name}: within must be tensor, or row for unstructured masks under uniform "
                 f"allocation, not {within!r}"
             )
-        alone = shape.kind in (shapes.SINGLE, shapes.CHANNEL) and within == TENSOR
+        alone = parsed_shape.kind in (shapes.SINGLE, shapes.CHANNEL) and within == TENSOR
         if ties not in (allocations.FIRST, allocations.TORCH) or (
             ties == allocations.TORCH and not alone
         ):
@@ -75,23 +83,21 @@ class MaskConfig:
                 f"{name}: ties must be first, or torch for channels and for unstructured masks "
                 f"within a tensor, not {ties!r}"
             )
-        levels = get("levels")
-        if not levels or not all(_is_number(level) and 0 <= level < 1 for level in levels):
+        if not levels or not all(is_number(level) and 0 <= level < 1 for level in levels):
             raise RecipeError(f"{name}: levels must be sparsities in 0..1, below 1, not {levels}")
-        found = cls(
+        config = cls(
             name,
-            get("sparsity"),
-            score,
-            shape,
+            sparsity,
+            parsed_score,
+            parsed_shape,
             allocation,
             within,
             ties,
             tuple(sorted(set(levels))),
-            get("budget_bytes"),
-            get("budget_flops"),
-            f"{get('shape')}, {get('score')}",
+            label=f"{shape}, {score}",
+            **budgets,
         )
-        return dataclasses.replace(found, sparsity=found._checked_sparsity())
+        return dataclasses.replace(config, sparsity=config._checked_sparsity())
 
     def _checked_sparsity(self) -> float | None:
         budgets = {"budget_bytes": self.budget_bytes, "budget_flops": self.budget_flops}
@@ -129,10 +135,6 @@ class MaskConfig:
         """True where calibration is needed."""
         measures = self.allocation == allocations.MEASURED
         return measures or self.score.reads_inputs or self.score.reads_gradients
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def without_masked(

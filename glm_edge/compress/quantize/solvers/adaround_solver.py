@@ -158,7 +158,7 @@ def adaround(
     """Codes that AdaRound chooses, int8 [O, I].
 
     References:
-      Up or Down? Adaptive QuantizeConfig for Post-Training Quantization,
+      Up or Down? Adaptive Rounding for Post-Training Quantization,
       https://arxiv.org/abs/2004.10568.
     """
     below, low, share = neighbours(layer, grid, format)

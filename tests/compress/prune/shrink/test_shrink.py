@@ -99,11 +99,11 @@ def wide(part):
 @pytest.mark.parametrize(
     ("part", "transform", "work"),
     [
-        ("decoder", ge.prune.structured(0.75, 0.9, score="magnitude"), "token"),
+        ("decoder", ge.prune.structured(0.75, neurons=0.9, score="magnitude"), "token"),
         ("decoder", ge.prune.depth([0, 1, 3]), "token"),
         ("decoder", ge.prune.vocabulary("0-127"), "token"),
-        ("vision", ge.prune.encoders(0.5, 0.9, score="magnitude"), "image"),
-        ("speech", ge.prune.encoders(0.5, 0.9, score="magnitude"), "clip"),
+        ("vision", ge.prune.encoders(0.5, neurons=0.9, score="magnitude"), "image"),
+        ("speech", ge.prune.encoders(0.5, neurons=0.9, score="magnitude"), "clip"),
     ],
     ids=["heads and neurons", "layers", "vocabulary", "vision", "speech"],
 )

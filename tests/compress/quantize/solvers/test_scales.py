@@ -96,7 +96,7 @@ def test_rtn_rounds_weights_whose_squares_overflow():
 
 def test_symmetric_is_true_or_false():
     with pytest.raises(RecipeError, match="symmetric must be True or False"):
-        ge.quantize.rtn(symmetric="no")
+        ge.quantize.rtn("int8")
 
 
 def test_a_range_below_float32_has_a_scale():
