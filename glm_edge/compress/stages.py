@@ -511,6 +511,7 @@ def first_states(model: nn.Module | Called, calibration: Iterable[Any]) -> list[
     return states
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def _positions(model: MultimodalGLM, state: State) -> Array:
     return model.apply(
         {},

@@ -223,7 +223,7 @@ def test_a_killed_save_leaves_nothing_that_loads(tmp_path, format):
         from glm_edge.checkpoint.hugging_face import writing
         config = configs.GLMConfig("small", configs.DecoderConfig(8, 4, 1, 1, 1, 4, 4))
         model = ge.MultimodalGLM(config)
-        params = model.init(jax.random.key(0), jax.numpy.zeros((1, 1), int))["params"]
+        params = jax.jit(model.init)(jax.random.key(0), jax.numpy.zeros((1, 1), int))["params"]
         own.write_json = writing.write_json = lambda *_: os._exit(9)
         ge.save(model, params, {str(tmp_path / "out")!r}, format={format!r})
     """

@@ -273,7 +273,7 @@ def test_any_module_that_gives_logits_learns(calibration):
 
     model = Bigram()
     student, teacher = (
-        model.init(jax.random.key(i), calibration[0]["tokens"])["params"] for i in range(2)
+        jax.jit(model.init)(jax.random.key(i), calibration[0]["tokens"])["params"] for i in range(2)
     )
     transform = distill(teacher=(model, teacher), steps=30, learning_rate=0.03, alpha=1.0)
     _, _, report = transform(model, student, calibration=calibration)
@@ -419,8 +419,8 @@ def test_a_gradient_that_is_not_finite_stops_too(calibration):
             return scores + jnp.sqrt(self.param("root", nn.initializers.zeros, ()))
 
     model = Root()
-    params = model.init(jax.random.key(0), calibration[0]["tokens"])["params"]
-    other = model.init(jax.random.key(1), calibration[0]["tokens"])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), calibration[0]["tokens"])["params"]
+    other = jax.jit(model.init)(jax.random.key(1), calibration[0]["tokens"])["params"]
     with pytest.raises(TrainingError, match=r"gradient's norm is (nan|inf) at step 1;") as caught:
         distill(teacher=(model, other), steps=3)(model, params, calibration=calibration)
     for name, array in arrays_of(caught.value.params).items():

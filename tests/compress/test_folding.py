@@ -143,7 +143,7 @@ def test_a_text_encoder_moves_values_alone():
         vocab_size=8, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=8, pooler=None
     )
     model, tokens = TextEncoder(config), jnp.arange(6).reshape(2, 3)
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape), params)
     leaves = leaves_of(params)

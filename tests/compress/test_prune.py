@@ -58,7 +58,7 @@ def test_a_second_mask_only_adds():
 
 def test_a_stock_module_runs_masked():
     module, x = nn.Dense(96), weight(3, 32)
-    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     module, pruned, report = prune.magnitude(sparsity=0.5)(module, params)
     kernel = boxes.dense(pruned["kernel"])
     assert float((kernel == 0).mean()) == 0.5

@@ -84,7 +84,7 @@ class Stock(nn.Module):
 
 def test_a_stock_module_is_one_stage_whose_inputs_are_seen():
     model, tokens = Stock(), jnp.arange(8).reshape(2, 4)
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     (stage,) = stages.stages(model)
     states = stages.first_states(model, [{"tokens": tokens}])
     found = stage.collect(dict(boxes.path_items(params)), states, stages.ROWS)
@@ -144,7 +144,7 @@ def test_what_is_quantized_already_is_refused_by_name(make_member):
 @pytest.mark.parametrize("name", ["rtn", "gptq", "qat"])
 def test_no_full_precision_copy_stays_alive(make_member, batch_of, name):
     model = MultimodalGLM(make_member("tied")[0].config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     options = {"steps": 2} if name == "qat" else {}
     transform = getattr(quantize, name)(bits=4, **options)
     dense = [

@@ -76,7 +76,7 @@ def test_training_updates_statistics_and_inference_reads_them():
     config = dataclasses.replace(preset("separable_digits"), image_size=(8, 8, 1))
     model, rng = CNN(config), np.random.default_rng(0)
     images = jnp.asarray(rng.normal(3.0, 2.0, (16, 8, 8, 1)), jnp.float32)
-    variables = model.init(jax.random.key(0), images)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
     (_, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
     stem = updated["batch_stats"]["stem"]["norm"]
     kernel = np.asarray(variables["params"]["stem"]["conv"]["kernel"], np.float64)

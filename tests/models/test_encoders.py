@@ -83,7 +83,7 @@ def text():
     )
     module = TextEncoder(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 6)), jnp.int32)
-    return module, module.init(jax.random.key(0), tokens)["params"], tokens
+    return module, jax.jit(module.init)(jax.random.key(0), tokens)["params"], tokens
 
 
 def test_the_text_encoder_sees_both_sides(text):
@@ -110,5 +110,5 @@ def test_padding_is_not_seen(text):
 def test_without_token_types_there_is_no_table(text):
     module, _, tokens = text
     config = dataclasses.replace(module.config, type_vocab_size=0, num_labels=0)
-    params = TextEncoder(config).init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(TextEncoder(config).init)(jax.random.key(0), tokens)["params"]
     assert set(params) == {"embed", "position", "norm", "layers"}

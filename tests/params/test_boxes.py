@@ -92,7 +92,7 @@ def test_bytes_are_the_bytes_stored(format):
 )
 def test_stock_modules_run_on_boxes_unchanged(module, shape, bits):
     x = weight(*shape)
-    params = module.init(jax.random.key(1), x)["params"]
+    params = jax.jit(module.init)(jax.random.key(1), x)["params"]
 
     def box(path, leaf):
         name = path.rsplit("/", 1)[-1]
@@ -112,7 +112,7 @@ def test_stock_modules_run_on_boxes_unchanged(module, shape, bits):
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_a_stock_embedding_runs_on_a_box(format):
     module, tokens = nn.Embed(10, 16), jnp.array([[0, 9, 3]])
-    params = module.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), tokens)["params"]
     box = {"embedding": quantize(params["embedding"], format, "embedding")}
     found = module.apply({"params": box}, tokens)
     np.testing.assert_allclose(found, boxes.dense(box["embedding"])[tokens], atol=1e-6)
@@ -173,7 +173,7 @@ def test_scan_runs_over_stacked_boxes(format):
 
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     x = weight(5, 16)
-    dense = stack.init(jax.random.key(0), x, None)["params"]
+    dense = jax.jit(stack.init)(jax.random.key(0), x, None)["params"]
 
     def box(path, leaf):
         name = path.rsplit("/", 1)[-1]

@@ -35,6 +35,7 @@ def magnitude(weight: Array) -> Array:
     return jnp.abs(weight)
 
 
+@functools.partial(jax.jit, static_argnames=("order", "axis"), inline=True)
 def l_norm(
     weights: Array | Sequence[Array], order: float, axis: int | tuple[int, ...] | None = None
 ) -> Array:

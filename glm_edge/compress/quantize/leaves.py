@@ -81,8 +81,8 @@ def quantize_leaf(
     if layout is None:
         raise RecipeError(f"{path} {list(leaf.shape)}: pass layout=, which says its inputs")
     matrix = as_rows(leaf, layout)
-    peak = jnp.max(jnp.abs(matrix), initial=0.0).astype(jnp.float32)
-    if not bool(jnp.isfinite(peak)):
+    peak = _peak(matrix)
+    if not np.isfinite(peak):
         raise RecipeError(f"{path}: NaN or infinity in the weights")
     parts, lost, power = [], 0.0, 0.0
     for band in _bands(matrix, format):
@@ -92,7 +92,7 @@ def quantize_leaf(
         squares = np.asarray(_squares(part.unbox(), band, peak), np.float64)
         lost, power = lost + squares[0].sum(), power + squares[1].sum()
     box = jax.tree.map(lambda *bands: _joined(bands), *parts)
-    if not math.isfinite(lost) or not bool(jnp.isfinite(box.scale).all()):
+    if not math.isfinite(lost) or not _all_finite(box.scale):
         raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
     box = box.replace(**layout.kernel(leaf.shape), dtype=str(leaf_dtype(leaf)))
     _check_mask(path, leaf, box)
@@ -122,6 +122,15 @@ def _bands(matrix: Array, format: Format) -> list[Array]:
 
 def _joined(parts: Sequence[Array]) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _all_finite(scale: Array) -> bool:
+    return bool(np.isfinite(np.float32(scale)).all())
+
+
+@jax.jit
+def _peak(matrix: Array) -> Array:
+    return jnp.max(jnp.abs(matrix), initial=0.0).astype(jnp.float32)
 
 
 @jax.jit
@@ -157,7 +166,7 @@ def box_of(
       RecipeError: scales do not fit their type, or a weight that a mask keeps at zero would no
         longer be zero.
     """
-    if not bool(jnp.isfinite(grid.scale).all()):
+    if not _all_finite(grid.scale):
         raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
     box = boxes.quantized(codes, *grid, format, dtype=str(leaf_dtype(leaf)))
     box = box.replace(**layout.kernel(leaf.shape))
@@ -166,7 +175,9 @@ def box_of(
 
 
 def _check_mask(path: str, leaf: Any, box: Quantized) -> None:
-    if isinstance(leaf, Masked) and bool(jnp.any(jnp.where(leaf.mask, 0, box.unbox()) != 0)):
+    if isinstance(leaf, Masked) and bool(
+        np.any(np.asarray(box.unbox())[~np.asarray(leaf.mask)] != 0)
+    ):
         raise RecipeError(f"{path}: {box.format} cannot hold the zeros of its mask")
 
 
@@ -209,7 +220,7 @@ def row(
         action = str(after.value.dtype)
     else:
         action = str(leaf_dtype(after))
-    kept = float(before.mask.mean()) if isinstance(before, Masked) else 1.0
+    kept = float(np.mean(before.mask)) if isinstance(before, Masked) else 1.0
     stored = boxes.stored_bytes(after)
     # What training or search made of weights that its step size does not fit.
     worse = "farther from the weight than zero is" if error is not None and error > 1 else ""
@@ -232,7 +243,7 @@ def _underflow(before: Any, after: Any) -> str:
     said = []
     if isinstance(after, Quantized):
         smallest = kernels.smallest_scale(after.format.scale_dtype)
-        raised = int(jnp.sum(jnp.abs(after.scale.astype(jnp.float32)) == smallest))
+        raised = int(np.sum(np.abs(np.float32(after.scale)) == smallest))
         if raised:
             said.append(
                 f"{raised} of {after.scale.size} scales are the smallest of "

@@ -143,7 +143,7 @@ def test_a_stock_network_runs_on_rounded_kernels():
 
     x, tokens = weight(2, 6, 6, 3), jnp.array([3, 19])
     model = Network()
-    params = model.init(jax.random.key(0), x, tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x, tokens)["params"]
     same, rounded, report = quantize.rtn(bits=8)(model, params)
     assert same is model
     assert {row.path for row in report.rows} == {
@@ -166,7 +166,7 @@ def test_kernels_stacked_by_scan_keep_their_layer_axis():
 
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     x = weight(2, 8)
-    params = stack.init(jax.random.key(0), x, None)["params"]
+    params = jax.jit(stack.init)(jax.random.key(0), x, None)["params"]
     _, rounded, _ = quantize.rtn(8, stacked="Dense")(stack, params)
     box = rounded["Dense_0"]["kernel"]
     assert box.data.shape == box.shape == (3, 8, 8)
