@@ -12,7 +12,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 from glm_edge.errors import OutputError
 from glm_edge.files import CONFIG, MAX_FILE_NAME, shown_path
@@ -60,6 +60,41 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(f"{shown_path(path)}: cannot be written: {reason}") from error
+
+
+def write_stream(path: Path, write: Callable[[BinaryIO], Any]) -> int:
+    """Writes a file through an open stream, whole or not at all.
+
+    Args:
+      path: of the file; one that exists is replaced.
+      write: called with a temporary file beside it, open for reading and writing.
+
+    Returns:
+      Bytes of the file.
+
+    Raises:
+      OutputError: as `write_whole`.
+    """
+
+    def write_to(temporary: Path) -> None:
+        with open(temporary, "x+b") as file:
+            write(file)
+
+    write_whole(path, write_to)
+    return path.stat().st_size
+
+
+@contextlib.contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """Gives a folder on the disk of `path` that is removed with all its files."""
+    path = path.absolute()
+    remove_litter(path)
+    scratch = beside(path, "partial")
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_writable_name(path: str | os.PathLike) -> Path:
@@ -262,7 +297,7 @@ def new_directory(
     lock = None
     try:
         remove_litter(target)
-        _check_target(target, overwrite, mark)
+        _check_directory(target, overwrite, mark)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir(exist_ok=keep)
         if keep:
@@ -275,7 +310,7 @@ def new_directory(
         yield temporary
         _sync(temporary)
         # It may have come into being meanwhile.
-        _check_target(target, overwrite, mark)
+        _check_directory(target, overwrite, mark)
         _take_place(temporary, target)
         _sync_path(target.parent)
     except OutputError:
@@ -346,36 +381,54 @@ class DirectoryLock:
         os.close(file)
 
 
-def check_target(path: str | os.PathLike, overwrite: bool, mark: str = CONFIG) -> None:
-    """Refuses a directory that `new_directory` would refuse when the work is done.
+def check_target(
+    path: str | os.PathLike, overwrite: bool, mark: str | None = CONFIG, needed: float = 0
+) -> None:
+    """Refuses a path that cannot take a file or a directory, before any work is done.
 
     Args:
-      path: directory to create.
-      overwrite: replaces an existing checkpoint (a directory that holds `mark`).
-      mark: name of a file that a directory holds that may be replaced.
+      path: of the file, whose directory must exist, or of the directory to create.
+      overwrite: replaces an existing file, or an existing directory that contains `mark`.
+      mark: name of a file in every directory that may be replaced; None for a file.
+      needed: bytes that the disk must have free; what is replaced is removed last.
 
     Raises:
-      OutputError: it exists and may not be replaced, or where it would lie cannot be written.
+      OutputError: the path exists and may not be replaced, is a link, its parent cannot be written,
+        or the disk is too full.
     """
     target = check_writable_name(path)
     try:
-        _check_target(target, overwrite, mark)
-        parent = next(parent for parent in target.parents if os.path.lexists(parent))
-        writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+        if mark is None:
+            _check_file(target, overwrite)
+        else:
+            _check_directory(target, overwrite, mark)
+            parent = next(parent for parent in target.parents if os.path.lexists(parent))
+            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+                raise OutputError(
+                    f"{target}: cannot be written: {parent} is no directory to write into"
+                )
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
-    if not writable:
-        raise OutputError(f"{target}: cannot be written: {parent} is no directory to write into")
+    require_space(target, needed)
 
 
-def _check_target(target: Path, overwrite: bool, mark: str) -> None:
+def _check_file(target: Path, overwrite: bool) -> None:
+    refuse_link(target)
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise OutputError(f"{target}: exists; name another path or pass overwrite=True")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise OutputError(f"{target}: directory {target.parent} is missing or cannot be written")
+
+
+def _check_directory(target: Path, overwrite: bool, mark: str) -> None:
     refuse_link(target)
     if target.is_dir():
         if not any(target.iterdir()) or (overwrite and (target / mark).is_file()):
             return
         if overwrite:
+            kind = "a checkpoint" if mark == CONFIG else "an export"
             raise OutputError(
-                f"{target}: is not a checkpoint (no {mark}), so overwrite=True leaves it alone; "
+                f"{target}: is not {kind} (no {mark}), so overwrite=True leaves it alone; "
                 "remove it or name another directory"
             )
         raise OutputError(

@@ -10,10 +10,10 @@ import threading
 import pytest
 
 from glm_edge.checkpoint import orbax
-from glm_edge.export import trace
+from glm_edge.export.common.quiet import quiet
 
 # The package has a function of its name.
-coreml = importlib.import_module("glm_edge.export.coreml")
+coreml = importlib.import_module("glm_edge.export.coreml.export")
 
 
 def state():
@@ -23,7 +23,7 @@ def state():
     return sys.unraisablehook, logger.disabled, variable, status.st_dev, status.st_ino
 
 
-@pytest.mark.parametrize("change", [orbax._quiet_tasks, coreml._progress_off, trace.quiet])
+@pytest.mark.parametrize("change", [orbax._quiet_tasks, coreml._progress_off, quiet])
 def test_overlapping_changes_are_taken_back(change):
     before = state()
     first, second = change(), change()

@@ -15,7 +15,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.errors import require
-from glm_edge.export.function import function as write_function
+from glm_edge.export import function as write_function
 from glm_edge.models.text import TextEncoder
 
 # A runtime's threads spin for a while after their work and would slow what is measured next.

@@ -24,7 +24,6 @@ The command prints the file's size, its conversions, which accelerators would ta
 """
 
 import dataclasses
-import importlib
 import json
 import resource
 import time
@@ -42,7 +41,7 @@ from glm_edge.cli.checkpoints import checkpoint_of
 from glm_edge.cli.console import print_table, refuse_arguments
 from glm_edge.cli.run import run_of
 from glm_edge.errors import DataError, ExportError, OutputError
-from glm_edge.export.child import require_runtime
+from glm_edge.export.verify.worker import require_runtime
 
 FLAGS = flags.FLAGS
 FORMATS = ("tflite", "litertlm", "onnx", "mnn", "coreml")
@@ -101,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
     options = {"prefill_lengths": lengths(), "overwrite": FLAGS.overwrite}
     if FLAGS.cache_slots is not None:
         options["cache_slots"] = FLAGS.cache_slots
-    write = exporter(FLAGS.format)
+    write = getattr(ge.export, FLAGS.format)
     ids, named = text_ids(source)
     model, params = ge.load(source)
     arguments = (model, params, source) if FLAGS.format == "litertlm" else (model, params)
@@ -172,11 +171,6 @@ def lengths() -> list[int]:
         return [int(length) for length in FLAGS.prefill_lengths]
     except ValueError as error:
         raise DataError(f"--prefill_lengths: {error}; numbers such as 128,512 are right") from error
-
-
-def exporter(name: str) -> Any:
-    """The function that writes a format; its heavy imports come with it."""
-    return getattr(importlib.import_module(f"glm_edge.export.{name}"), name)
 
 
 def accelerators(out: Path) -> dict[str, Any]:

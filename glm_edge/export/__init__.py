@@ -1,30 +1,38 @@
 """Export of a compressed model to the file that a phone runs, and the check that it runs it."""
 
-from glm_edge.export.compatibility import Compatibility, compatibility
-from glm_edge.export.constants import Conversion
-from glm_edge.export.container import read_constants
-from glm_edge.export.coreml import coreml
-from glm_edge.export.function import ExportedFunction, FunctionVerification, function
-from glm_edge.export.inspection import Inspection
-from glm_edge.export.litertlm import Bundle, litertlm
+from glm_edge.export.common.weights import Conversion
+from glm_edge.export.coreml.export import coreml
+from glm_edge.export.coreml.verify import CoreMLPackage, Inspection
+from glm_edge.export.delegates.compatibility import Compatibility, compatibility
+from glm_edge.export.litertlm.export import Bundle, litertlm
 from glm_edge.export.metadata import read_metadata
-from glm_edge.export.mnn import mnn
-from glm_edge.export.onnx import onnx
-from glm_edge.export.package import Package
-from glm_edge.export.package_model import PackageModel
-from glm_edge.export.runtime import LiteRTModel
-from glm_edge.export.tflite import ExportedModel, tflite
-from glm_edge.export.verify import Verification, Window, verify
+from glm_edge.export.mnn.export import mnn
+from glm_edge.export.onnx.export import onnx
+from glm_edge.export.tflite.export import ExportedModel, tflite
+from glm_edge.export.tflite.file import read_constants
+from glm_edge.export.tflite.function import ExportedFunction, FunctionVerification, function
+from glm_edge.export.verify.graph_directory import GraphDirectoryRunner
+from glm_edge.export.verify.package import Package
+from glm_edge.export.verify.results import Verification
+from glm_edge.export.verify.runner import LiteRTRunner
+from glm_edge.export.verify.verify import Window, verify
+
+# Earlier names of the two runners.
+LiteRTModel = LiteRTRunner
+PackageModel = GraphDirectoryRunner
 
 __all__ = [
     "Bundle",
     "Compatibility",
     "Conversion",
+    "CoreMLPackage",
     "ExportedFunction",
     "ExportedModel",
     "FunctionVerification",
+    "GraphDirectoryRunner",
     "Inspection",
     "LiteRTModel",
+    "LiteRTRunner",
     "Package",
     "PackageModel",
     "Verification",
@@ -43,5 +51,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, without the modules that they come from."""
+    """Lists the public names, without the modules that they come from."""
     return __all__

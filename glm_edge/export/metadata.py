@@ -1,12 +1,12 @@
-"""What an exported file or directory says about itself, whatever its format."""
+"""Description of an exported file or directory, whatever its format."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-from glm_edge.export import container
-from glm_edge.export.coreml import MARK, described_by, open_package
-from glm_edge.export.package import read_description
+from glm_edge.export.common.directory import read_description
+from glm_edge.export.coreml.reader import MANIFEST, described_by, open_package
+from glm_edge.export.tflite import file as tflite_file
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not os.path.isdir(path):
-        return container.read_metadata(path)
-    if not os.path.isfile(path / MARK):
+        return tflite_file.read_metadata(path)
+    if not os.path.isfile(path / MANIFEST):
         return read_description(path)
     return described_by(open_package(path), path)

@@ -19,10 +19,10 @@ from glm_edge import params as boxes
 from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import GlmEdgeError
-from glm_edge.export import container
-from glm_edge.export.flatbuffer import FlatModel
-from glm_edge.export.package import DESCRIPTION
-from glm_edge.export.package_model import READERS
+from glm_edge.export.common.directory import DESCRIPTION
+from glm_edge.export.tflite import file as tflite_file
+from glm_edge.export.tflite.flatbuffer import FlatModel
+from glm_edge.export.verify.graph_directory import READERS
 from glm_edge.kernels import grid
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
@@ -241,13 +241,13 @@ def test_lying_tflite_descriptions(tflite, tmp_path):
     for seed in range(40):
         graph = FlatModel(tflite.path.read_bytes())
         graph.add_metadata(other(described, np.random.default_rng(SEED + seed)))
-        container.write(graph.model, path, overwrite=True)
+        tflite_file.write(graph.model, path, overwrite=True)
         seen.update(single_file(path, tflite))
     assert seen == {"refused", "answered"}
 
 
 def test_mutated_bundles(bundle, tmp_path):
-    from glm_edge.export.bundle_file import read_sections
+    from glm_edge.export.litertlm.bundle import read_sections
 
     path, seen = tmp_path / "a.litertlm", set()
     content = bundle.path.read_bytes()

@@ -18,8 +18,8 @@ from experiments.runtimes.compare import Burst, Quartiles
 from experiments.runtimes.engine import Task, step_signature
 from experiments.runtimes.litert import LiteRT, timed_signatures
 from glm_edge.configs import to_dict
-from glm_edge.export.runtime import PhoneModel
-from glm_edge.export.trace import step_name
+from glm_edge.export.common.signatures import step_name
+from glm_edge.export.verify.runner import SignatureRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, SLOTS, ATTENDED = 16, 64, (16, 32)
@@ -122,7 +122,7 @@ def test_what_is_timed_gives_the_scores_of_the_file(toy_file):
     engine._clear()
     engine._run(engine._embed(tokens), 0, LENGTH)
     scores = engine._step(tokens[-1], LENGTH - 1).read(TOY.decoder.vocab_size, np.float32)
-    phone = ge.export.LiteRTModel(toy_file)
+    phone = ge.export.LiteRTRunner(toy_file)
     expected, _ = phone.extend(phone.embed(tokens), 0, phone.empty_cache())
     np.testing.assert_allclose(scores, expected[0], atol=1e-5 * np.abs(expected).max())
 
@@ -170,7 +170,7 @@ def test_a_shorter_look_at_the_cache_changes_no_scores_in_onnxruntime(tmp_path):
 
 
 def test_the_fastest_signature_is_the_one_that_a_phone_model_takes():
-    phone = PhoneModel(TOY, (LENGTH,), SLOTS, attended_slots=ATTENDED)
+    phone = SignatureRunner(TOY, (LENGTH,), SLOTS, attended_slots=ATTENDED)
     for length in (1, LENGTH):
         for slot in range(SLOTS - length + 1):
             attended = phone.attended(slot, length)

@@ -14,7 +14,7 @@ from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 
 if not (find_spec("tensorflow") and find_spec("ai_edge_litert")):
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["test_*.py", "*/test_*.py"]
 
 INT8 = Format("int8")
 INT4 = Format("int4")

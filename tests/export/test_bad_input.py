@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_edge import export
+from glm_edge import export, writers
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, OutputError
 from glm_edge.models.multimodal import MultimodalGLM
@@ -73,7 +73,7 @@ def write(form, model, out):
 
 def module_of(form):
     """The module that writes a format; the package has a function of its name."""
-    return sys.modules[f"glm_edge.export.{'container' if form == 'tflite' else form}"]
+    return sys.modules[f"glm_edge.export.{'tflite.file' if form == 'tflite' else f'{form}.export'}"]
 
 
 def replaced(params, path, leaf):
@@ -114,15 +114,17 @@ def test_lengths_that_are_not_fixed_are_refused(length, form, write, params, out
         fields["cache_slots"] = [length]
     for name, values in fields.items():
         for value in values:
-            with pytest.raises(ExportError, match=f"{name}: .* is no fixed length; right would be"):
+            with pytest.raises(
+                ExportError, match=f"{name}: .* is not a fixed length; right would be"
+            ):
                 write(params, **{"prefill_lengths": (), name: value})
     assert not list(out.iterdir())
 
 
 def test_one_length_may_be_an_integer_of_numpy(model, params):
-    from glm_edge.export.offer import offer
+    from glm_edge.export.common.signatures import make_spec
 
-    made = offer(model, params, np.array([8, 4]), np.int64(16), False, (np.int32(8),))
+    made = make_spec(model, params, np.array([8, 4]), np.int64(16), False, (np.int32(8),))
     assert (made.prefill_lengths, made.cache_slots, made.attended_slots) == ([4, 8], 16, [8])
     assert {type(n) for n in (*made.prefill_lengths, made.cache_slots)} == {int}
 
@@ -132,7 +134,7 @@ def test_functions_of_a_shape_that_is_not_fixed_are_refused(extent, out):
     if extent == "T":
         (extent,) = jax.export.symbolic_shape("T")
     inputs = {"x": jax.ShapeDtypeStruct((extent, 3), jnp.float32)}
-    with pytest.raises(ExportError, match=r"shape of x: .* is no fixed length; right would be"):
+    with pytest.raises(ExportError, match=r"shape of x: .* is not a fixed length; right would be"):
         export.function(lambda _, given: {"y": 2.0 * given["x"]}, {}, inputs, out / "a.tflite")
     assert not list(out.iterdir())
 
@@ -219,7 +221,8 @@ def test_an_export_stays_on_its_own_disk_in_the_room_it_asked_for(
 
         monkeypatch.setattr(os, name, within)
     asked = []
-    monkeypatch.setattr(module_of(form), "require_space", lambda _, needed: asked.append(needed))
+    where = writers if form == "tflite" else module_of(form)
+    monkeypatch.setattr(where, "require_space", lambda _, needed: asked.append(needed))
     here, there = Watch(out), Watch(elsewhere)
     written = write(params, prefill_lengths=(4,))
     most, lost = here.end(), there.end()

@@ -13,10 +13,11 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, MissingExtraError, OutputError
-from glm_edge.export.coreml import METADATA, coreml, read_weights
-from glm_edge.export.five_axes import within_five_axes
-from glm_edge.export.inspection import inspect
-from glm_edge.export.trace import signatures
+from glm_edge.export.common.jaxpr import limit_rank
+from glm_edge.export.common.signatures import signatures
+from glm_edge.export.coreml.export import coreml
+from glm_edge.export.coreml.reader import METADATA, read_weights
+from glm_edge.export.coreml.verify import inspect
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
 
@@ -172,13 +173,13 @@ def test_a_package_of_other_functions_is_refused(exported_coreml, model, tmp_pat
     described = {function.name: function for function in specification.description.functions}
     described["decode"].input[0].type.multiArrayType.shape[0] += 1
     file.write_bytes(specification.SerializeToString())
-    with pytest.raises(ExportError, match=r"no whole Core ML export.*inputs of decode"):
+    with pytest.raises(ExportError, match=r"is not a complete Core ML export.*inputs of decode"):
         inspect(changed, model, exported_coreml.params)
     del specification.description.functions[-1]
     file.write_bytes(specification.SerializeToString())
-    with pytest.raises(ExportError, match=r"no whole Core ML export.*functions"):
+    with pytest.raises(ExportError, match=r"is not a complete Core ML export.*functions"):
         inspect(changed, model, exported_coreml.params)
-    with pytest.raises(ExportError, match="no whole Core ML export"):
+    with pytest.raises(ExportError, match="is not a complete Core ML export"):
         inspect(tmp_path, model, exported_coreml.params)
 
 
@@ -241,7 +242,7 @@ def test_a_disk_that_fills_up_is_an_error_of_output(text, tmp_path, monkeypatch)
         # As coremltools 9.0 says it.
         raise RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data")
 
-    monkeypatch.setattr(sys.modules["glm_edge.export.coreml"], "_function", full)
+    monkeypatch.setattr(sys.modules["glm_edge.export.coreml.export"], "_function", full)
     with pytest.raises(OutputError, match=r"cannot be written: .*writing data"):
         coreml(model, params, tmp_path / "a.mlpackage", (), SLOTS)
     assert not list(tmp_path.iterdir())
@@ -259,8 +260,8 @@ def test_six_axes_become_five_with_the_same_result():
 
     x = jax.random.normal(jax.random.key(0), (1, 6, 4, 30))
     assert most_axes(windows) == 6
-    assert most_axes(within_five_axes(windows)) == 5
-    for found, expected in zip(within_five_axes(windows)(x), windows(x), strict=True):
+    assert most_axes(limit_rank(windows)) == 5
+    for found, expected in zip(limit_rank(windows)(x), windows(x), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
@@ -281,7 +282,7 @@ def test_what_cannot_be_written_is_refused(model, dense_params, quantize, tmp_pa
             else boxes.quantized(made.codes() & 15, made.scale, None, Format("nf4", 32))
         )
 
-    with pytest.raises(ExportError, match="levels of nf4 are no integers"):
+    with pytest.raises(ExportError, match="its levels are not integers"):
         coreml(model, boxes.map_with_path(box, dense_params), tmp_path / "b.mlpackage")
     assert list(tmp_path.iterdir()) == [taken]
 

@@ -9,21 +9,21 @@ import pytest
 from glm_edge import export
 from glm_edge.configs import preset, to_dict
 from glm_edge.errors import ExportError
-from glm_edge.export.coreml import open_package
-from glm_edge.export.mnn import read_weights as mnn_weights
-from glm_edge.export.offer import described_sizes
-from glm_edge.export.onnx import read_weights as onnx_weights
-from glm_edge.export.package import DESCRIPTION, check_tree
-from glm_edge.export.package_model import PackageModel
+from glm_edge.export.common.directory import DESCRIPTION, check_tree
+from glm_edge.export.common.signatures import described_sizes
+from glm_edge.export.coreml.reader import open_package
+from glm_edge.export.mnn.reader import read_weights as mnn_weights
+from glm_edge.export.onnx.reader import read_weights as onnx_weights
+from glm_edge.export.verify.graph_directory import GraphDirectoryRunner
 
 HOLE = 3 << 30
 
 
 def questions():
     """What reads a single file."""
-    asked = [export.read_metadata, export.read_constants, export.compatibility, export.LiteRTModel]
+    asked = [export.read_metadata, export.read_constants, export.compatibility, export.LiteRTRunner]
     if find_spec("litert_lm_builder"):
-        from glm_edge.export.bundle_file import read_sections
+        from glm_edge.export.litertlm.bundle import read_sections
 
         asked.append(read_sections)
     return asked
@@ -60,7 +60,7 @@ def test_descriptions_are_regular_files_inside(kind, tmp_path):
     directory = tmp_path / "a"
     directory.mkdir()
     made(kind, directory / DESCRIPTION, tmp_path / "outside")
-    for ask in (export.read_metadata, PackageModel):
+    for ask in (export.read_metadata, GraphDirectoryRunner):
         with pytest.raises(ExportError, match=f"{DESCRIPTION}: (is|holds) ") as caught:
             ask(directory)
         assert "\n" not in str(caught.value)
@@ -86,7 +86,7 @@ def test_graphs_are_regular_files_inside(kind, tmp_path):
     if find_spec("onnx"):
         asked.append(onnx_weights)
     if kind != "hole":
-        asked.append(PackageModel)
+        asked.append(GraphDirectoryRunner)
     for ask in asked:
         with pytest.raises(ExportError) as caught:
             ask(directory)
@@ -115,17 +115,17 @@ def test_packages_hold_files_and_directories(tmp_path):
     ("fields", "message"),
     [
         ({"attended_slots": [10**9] * 3}, r"attended_slots: \[1000000000\] must be 2 to 31"),
-        ({"attended_slots": "x"}, "attended_slots: must be a list, found str"),
-        ({"attended_slots": [-1]}, "attended_slots: -1 is no fixed length"),
-        ({"attended_slots": [8, 8]}, r"attended_slots: \[8, 8\] must rise, each number once"),
-        ({"attended_slots": [True, 8]}, "attended_slots: True is no fixed length"),
+        ({"attended_slots": "x"}, "attended_slots: must be a list, is a str"),
+        ({"attended_slots": [-1]}, "attended_slots: -1 is not a fixed length"),
+        ({"attended_slots": [8, 8]}, r"attended_slots: \[8, 8\] must rise, each once"),
+        ({"attended_slots": [True, 8]}, "attended_slots: True is not a fixed length"),
         ({"attended_slots": [32]}, "must be 2 to 31, fewer than all"),
         ({"prefill_lengths": [16, 8]}, r"prefill_lengths: \[16, 8\] must rise"),
         ({"prefill_lengths": [64]}, "prefill_lengths: 64 must be 2 to 32"),
-        ({"prefill_lengths": None}, "prefill_lengths: must be a list, found NoneType"),
+        ({"prefill_lengths": None}, "prefill_lengths: must be a list, is a NoneType"),
         ({"prefill_logits": 1}, "prefill_logits: must be true or false: 1"),
-        ({"cache_slots": None}, "cache_slots: None is no fixed length"),
-        ({"cache_slots": 1e9}, "cache_slots: 1000000000.0 is no fixed length"),
+        ({"cache_slots": None}, "cache_slots: None is not a fixed length"),
+        ({"cache_slots": 1e9}, "cache_slots: 1000000000.0 is not a fixed length"),
         ({"cache_slots": 10**9}, "cache_slots=1000000000: must be 1 to"),
     ],
     ids=str,

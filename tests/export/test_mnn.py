@@ -13,9 +13,10 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError, MissingExtraError, OutputError
-from glm_edge.export.mnn import CONVERTER, DESCRIPTION, mnn, read_weights
-from glm_edge.export.package import write_description
-from glm_edge.export.trace import signatures
+from glm_edge.export.common.directory import DESCRIPTION, write_description
+from glm_edge.export.common.signatures import signatures
+from glm_edge.export.mnn.export import CONVERTER, mnn
+from glm_edge.export.mnn.reader import read_weights
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
 
@@ -215,7 +216,7 @@ def test_narrow_types_are_widened_and_zero_points_refused(
 
 def test_a_failed_conversion_leaves_nothing(model, params, tmp_path, monkeypatch):
     # The package has a function of the module's name.
-    module = sys.modules["glm_edge.export.mnn"]
+    module = sys.modules["glm_edge.export.mnn.export"]
     monkeypatch.setattr(module, "CONVERTER", "import sys; print('no memory'); sys.exit(1)")
     with pytest.raises(ExportError, match="MNN's converter failed: no memory"):
         mnn(model, params, tmp_path / "a", prefill_lengths=(), cache_slots=SLOTS)
@@ -252,7 +253,7 @@ def test_the_converter_runs_without_its_command_line():
 
 
 def test_a_directory_that_is_no_export_is_refused(tmp_path):
-    with pytest.raises(ExportError, match="no whole export of glm_edge"):
+    with pytest.raises(ExportError, match="is not a complete export of glm_edge"):
         read_weights(tmp_path)
 
 

@@ -13,10 +13,11 @@ import pytest
 from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError, MissingExtraError, OutputError
-from glm_edge.export.onnx import DESCRIPTION, onnx, read_weights
-from glm_edge.export.onnx_graph import GraphBuilder
-from glm_edge.export.package import write_description
-from glm_edge.export.trace import signatures
+from glm_edge.export.common.directory import DESCRIPTION, write_description
+from glm_edge.export.common.signatures import signatures
+from glm_edge.export.onnx.export import onnx
+from glm_edge.export.onnx.graph import GraphBuilder
+from glm_edge.export.onnx.reader import read_weights
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format, Quantized
 
@@ -265,7 +266,7 @@ def test_a_directory_of_another_model_is_refused(exported_onnx, model, params):
     with pytest.raises(ExportError, match="holds another model than other"):
         export.verify(exported_onnx.path, other, params)
     with pytest.raises(DataError, match="65 tokens do not fit the 64 slots"):
-        export.PackageModel(exported_onnx.path).score(np.arange(65))
+        export.GraphDirectoryRunner(exported_onnx.path).score(np.arange(65))
 
 
 def test_groups_zero_points_and_narrow_types_are_held_and_run(other_forms, offered):
@@ -290,7 +291,7 @@ def test_groups_zero_points_and_narrow_types_are_held_and_run(other_forms, offer
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Format("nf4", 32), "nf4-g32: levels of nf4 are no integers"),
+        (Format("nf4", 32), "nf4-g32 cannot be written as ONNX: its levels are not integers"),
         (Format("int4", 32, False, zero_dtype="float32"), "zero points must be integers"),
     ],
     ids=str,
@@ -326,7 +327,7 @@ def test_targets_are_written_whole_or_not_at_all(model, params, tmp_path, monkey
     (taken / "mine.txt").write_text("before")
     with pytest.raises(OutputError, match="exists"):
         onnx(model, params, taken, (), SLOTS)
-    with pytest.raises(OutputError, match="no export wrote it"):
+    with pytest.raises(OutputError, match="is not an export"):
         onnx(model, params, taken, (), SLOTS, overwrite=True)
     assert (taken / "mine.txt").read_text() == "before"
 
@@ -340,10 +341,10 @@ def test_targets_are_written_whole_or_not_at_all(model, params, tmp_path, monkey
 
 
 def test_a_directory_that_is_no_export_is_refused(exported_onnx, tmp_path):
-    with pytest.raises(ExportError, match="no whole export of glm_edge"):
+    with pytest.raises(ExportError, match="is not a complete export of glm_edge"):
         read_weights(tmp_path)
     (tmp_path / DESCRIPTION).write_text(json.dumps({"signatures": ["decode"]}))
-    with pytest.raises(ExportError, match="no whole ONNX export"):
+    with pytest.raises(ExportError, match="is not a complete ONNX export"):
         read_weights(tmp_path)
 
 

@@ -58,7 +58,7 @@ def write(result, path):
 
 def test_layers_of_a_file_have_widths_of_their_own(shrunk, dense_file):
     model, params, report = shrunk
-    config = export.LiteRTModel(dense_file.path).config
+    config = export.LiteRTRunner(dense_file.path).config
     assert config == model.config
     decoder, vision, speech = config.decoder, config.vision, config.speech
     assert (decoder.num_layers, decoder.vocab_size) == (2, len(KEEP))
@@ -137,7 +137,7 @@ def test_fewer_words_answer_as_all_did_where_only_they_can_be_said(
     written = export.tflite(smaller, shrunk, tmp_path / "a.tflite", (16,), cache_slots=32)
     assert written.stored_bytes == report.bytes_after < report.bytes_before
     prompt = " ".join(text.split()[:12])
-    answer = export.LiteRTModel(written.path).generate(
+    answer = export.LiteRTRunner(written.path).generate(
         np.array(reader.encode(prompt).ids), max_new_tokens=8
     )
     ids = tokenizer.encode(prompt).ids

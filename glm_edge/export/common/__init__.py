@@ -1,0 +1,1 @@
+"""Shared by all formats: signatures, weights, rewriting of functions, directories."""

@@ -1,0 +1,97 @@
+"""Inputs and outputs of the signatures of an exported model."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from glm_edge.configs import GLMConfig
+from glm_edge.export.common.signatures import DECODE, signatures
+from glm_edge.models.multimodal import MultimodalGLM
+
+CACHE = "kv_cache_"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a graph.
+
+    Attributes:
+      name: in the file; ours name weights by their parameter path.
+      type: such as `float32` or `int4`.
+      shape: extents; -1 where one is known only when the graph runs.
+      constant: True when the file holds its values.
+      quantization: `""`, `tensor`, `channel`, or `blocks of 32`.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    constant: bool = False
+    quantization: str = ""
+
+    @property
+    def rank(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements, 0 where an extent is unknown."""
+        return 0 if -1 in self.shape else math.prod(self.shape)
+
+    def fits(self, array: Any) -> bool:
+        """Returns True for an array, or a struct of shape and dtype, that this tensor can hold."""
+        return (
+            np.dtype(array.dtype).name == self.type
+            and len(array.shape) == self.rank
+            and all(e in (-1, n) for e, n in zip(self.shape, array.shape, strict=True))
+        )
+
+    def __str__(self) -> str:
+        suffix = {"": "", "tensor": "", "channel": "/channel"}
+        return self.type + suffix.get(self.quantization, f"/{self.quantization}")
+
+
+def expected_tensors(
+    config: GLMConfig,
+    prefill_lengths: Iterable[int],
+    cache_slots: int,
+    prefill_logits: bool,
+    attended_slots: Iterable[int] = (),
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Lists the inputs and outputs of an exported model's signatures; see `signatures`.
+
+    Returns:
+      Name of a signature to `(inputs, outputs)`, by name.
+    """
+    tensors, model = {}, MultimodalGLM(config)
+    entries = signatures(model, prefill_lengths, cache_slots, prefill_logits, attended_slots)
+    for signature in entries:
+        inputs = {
+            name: Tensor("", struct.dtype.name, tuple(struct.shape))
+            for name, struct in signature.inputs.items()
+        }
+        scored = prefill_logits or signature.name.startswith(DECODE)
+        tensors[signature.name] = inputs, _outputs(signature.name, inputs, config, scored)
+    return tensors
+
+
+def _outputs(
+    name: str, inputs: dict[str, Tensor], config: GLMConfig, scored: bool
+) -> dict[str, Tensor]:
+    width = config.decoder.hidden_size
+    if name == "vision":
+        return {"features": Tensor("", "float32", (1, config.vision.num_tokens, width))}
+    if name == "speech":
+        return {"features": Tensor("", "float32", (1, config.speech.num_tokens, width))}
+    if "tokens" in inputs:
+        return {"embeddings": Tensor("", "float32", (*inputs["tokens"].shape, width))}
+    outputs = {name: tensor for name, tensor in inputs.items() if name.startswith(CACHE)}
+    if scored:
+        length = inputs["input_pos"].shape[0]
+        shape = (1, length, config.decoder.vocab_size)
+        outputs["logits"] = Tensor("", "float32", shape)
+    return outputs

@@ -1,0 +1,1 @@
+"""Export to Core ML packages, and reading them."""

@@ -1,0 +1,113 @@
+"""Comparison of a Core ML package with its model where nothing can run it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm_edge.configs import from_dict
+from glm_edge.errors import ExportError, GlmEdgeError
+from glm_edge.export.common.directory import ExportedDirectory
+from glm_edge.export.common.interface import Tensor, expected_tensors
+from glm_edge.export.common.parsing import PARSE_ERRORS
+from glm_edge.export.common.signatures import described_sizes
+from glm_edge.export.common.weights import check_weights
+from glm_edge.export.coreml.reader import core_ml_tools, described_by, open_package, read_weights
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Parts of a package that agree with the model, though nothing ran it.
+
+    Attributes:
+      functions: entry points with the names, inputs and outputs of the model's signatures.
+      weights: quantized parameters with the model's codes, scales and zero points.
+    """
+
+    functions: int
+    weights: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.functions} functions and {self.weights} quantized weights as in the model, bit "
+            "for bit; nothing was run: Core ML runs on Apple's systems only"
+        )
+
+
+@dataclass(frozen=True)
+class CoreMLPackage(ExportedDirectory):
+    """A written Core ML package, see `ExportedDirectory`."""
+
+    def verify(self, **options: Any) -> Inspection:
+        """Compares the package's specification and weights with the model; see `inspect`.
+
+        Raises:
+          ExportError: an option is set, since nothing is run; or a part differs.
+        """
+        if options:
+            raise ExportError(
+                f"{self.path}: Core ML packages are not run here, so that there is nothing to "
+                "choose: call verify()"
+            )
+        return inspect(self.path, self.model, self.params)
+
+
+def inspect(path: str | Path, model: MultimodalGLM, params: Params) -> Inspection:
+    """Opens a package and compares its specification with the model, without running it.
+
+    Names, types and shapes of all functions' inputs and outputs are compared, and the integers,
+    scales and zero points of all quantized parameters. Plain values, such as those of norms, are
+    inside the functions and are not compared. The package's description stays as it is: it says
+    that nothing verified it.
+
+    Args:
+      path: the package.
+      model: that it was traced from.
+      params: as the package stores them: `CoreMLPackage.params`.
+
+    Returns:
+      The parts that agree.
+
+    Raises:
+      ExportError: a part does not agree, or the package is damaged.
+      MissingExtraError: coremltools is not installed.
+    """
+    package, tools = open_package(path), core_ml_tools()
+    try:
+        specification, described = package.get_spec(), described_by(package, path)
+        config = from_dict(described["config"])
+        if config != model.config:
+            raise ExportError(f"{path}: holds another model than {model.config.name}")
+        sizes = described_sizes(described, config)
+        functions = {entry.name: entry for entry in specification.description.functions}
+        expected = expected_tensors(config, **vars(sizes))
+        if functions.keys() != expected.keys():
+            raise ValueError(f"functions {sorted(functions)}, expected {sorted(expected)}")
+        for name, (inputs, outputs) in expected.items():
+            outputs = {
+                f"{key}_out" if key in inputs else key: tensor for key, tensor in outputs.items()
+            }
+            _compare(tools, functions[name].input, inputs, f"inputs of {name}")
+            _compare(tools, functions[name].output, outputs, f"outputs of {name}")
+    except (OSError, RuntimeError, *PARSE_ERRORS) as error:
+        if isinstance(error, GlmEdgeError):
+            raise
+        raise ExportError(
+            f"{path}: is not a complete Core ML export of glm_edge: {error}"
+        ) from error
+    return Inspection(len(expected), check_weights(read_weights(path), params, path))
+
+
+def _compare(tools: Any, features: Iterable[Any], expected: dict[str, Tensor], where: str) -> None:
+    types = tools.proto.FeatureTypes_pb2.ArrayFeatureType
+    kinds = {types.FLOAT32: "float32", types.INT32: "int32"}
+    arrays = {}
+    for feature in features:
+        array = feature.type.multiArrayType
+        arrays[feature.name] = kinds.get(array.dataType), tuple(array.shape)
+    for name in sorted(arrays.keys() | expected.keys()):
+        tensor = expected.get(name)
+        if tensor is None or arrays.get(name) != (tensor.type, tensor.shape):
+            raise ValueError(f"{where}: {name}")

@@ -1,0 +1,1 @@
+"""Rules by which delegates take operators of a `.tflite` file."""

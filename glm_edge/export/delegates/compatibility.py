@@ -1,0 +1,259 @@
+"""Table of the operators of a TFLite file that each delegate takes, by its own rules."""
+
+import collections
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_edge.export.delegates.conditions import CONDITIONS, GraphContext, Undecided
+from glm_edge.export.delegates.rules import CONDITION_SOURCES, DELEGATES, Delegate, Rule
+from glm_edge.export.tflite.reader import Graph, Operator, read_graphs
+
+YES, NO, UNKNOWN = "yes", "no", "unknown"
+UNREAD = "strides, paddings or axes also count, which are not read here"
+# Values of options that are absent, where they are not zero.
+_DEFAULTS = {"Beta": 1}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The decision of one delegate about one operator.
+
+    Attributes:
+      accepted: `yes`, `no` (the operator falls back to the CPU) or `unknown`.
+      reason: why it is not `yes`.
+      source: address of the rule.
+    """
+
+    accepted: str
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class OperatorGroup:
+    """Operators of one signature that are alike to every delegate.
+
+    Attributes:
+      signature: that they belong to.
+      operator: builtin name.
+      version: of the operator.
+      types: of inputs and outputs, such as `float32, int4/blocks of 32 -> float32`; constants and
+        weights with the values that share a scale after a slash, `-` for an absent input.
+      count: of the operators.
+      verdicts: by the delegate's name.
+    """
+
+    signature: str
+    operator: str
+    version: int
+    types: str
+    count: int
+    verdicts: dict[str, Verdict]
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """The operators of a file that each delegate takes; printing it gives the table.
+
+    Attributes:
+      path: of the file.
+      rows: in the file's order.
+    """
+
+    path: Path
+    rows: tuple[OperatorGroup, ...]
+
+    @property
+    def signatures(self) -> tuple[str, ...]:
+        """Names of the graphs, in the file's order."""
+        return tuple(dict.fromkeys(row.signature for row in self.rows))
+
+    @property
+    def delegates(self) -> tuple[str, ...]:
+        """Names of the delegates."""
+        return tuple(delegate.name for delegate in DELEGATES)
+
+    def fallback(self, delegate: str, signature: str | None = None) -> list[OperatorGroup]:
+        """Lists the operators that a delegate refuses, which run on the CPU.
+
+        Args:
+          delegate: `nnapi`, `gpu`, `hexagon`, `qnn` or `coreml`.
+          signature: only of this one; None takes all.
+
+        Returns:
+          The rows that it refuses.
+        """
+        return [row for row in self._of(signature) if row.verdicts[delegate].accepted == NO]
+
+    def counts(self, delegate: str, signature: str | None = None) -> dict[str, int]:
+        """Counts operators by verdict: `yes`, `no` and `unknown`.
+
+        Args:
+          delegate: name of the delegate.
+          signature: only of this one; None takes all.
+        """
+        counted = dict.fromkeys((YES, NO, UNKNOWN), 0)
+        for row in self._of(signature):
+            counted[row.verdicts[delegate].accepted] += row.count
+        return counted
+
+    def _of(self, signature: str | None) -> list[OperatorGroup]:
+        return [row for row in self.rows if signature in (None, row.signature)]
+
+    def summary(self) -> str:
+        """Summarizes each delegate in one line: operators that it takes, and its main refusal."""
+        lines = []
+        for delegate in DELEGATES:
+            counted = self.counts(delegate.name)
+            line = f"{delegate.title}: {counted[YES]} of {sum(counted.values())} operators"
+            if counted[UNKNOWN]:
+                line += f", {counted[UNKNOWN]} unknown"
+            reasons = collections.Counter()
+            for row in self.fallback(delegate.name):
+                reasons[f"{row.operator}: {row.verdicts[delegate.name].reason}"] += row.count
+            if reasons:
+                reason, count = reasons.most_common(1)[0]
+                line += f"; to the CPU {counted[NO]}, most of them ({count}) {reason}"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        cells, reasons = [["signature", "operator", "count", "types", *self.delegates]], {}
+        for row in self.rows:
+            marks = []
+            for name in self.delegates:
+                verdict = row.verdicts[name]
+                mark = verdict.accepted
+                if verdict.reason:
+                    key = (name, verdict.reason, verdict.source)
+                    mark += f" [{reasons.setdefault(key, len(reasons) + 1)}]"
+                marks.append(mark)
+            operator = f"{row.operator} v{row.version}"
+            cells.append([row.signature, operator, str(row.count), row.types, *marks])
+        lines = [*_laid_out(cells), "", "yes: handed over; no: runs on the CPU", self.summary(), ""]
+        lines += [f"[{i}] {name}: {why} <{url}>" for (name, why, url), i in reasons.items()]
+        return "\n".join([*lines, *(f"{d.name}: {d.note}" for d in DELEGATES)])
+
+
+def compatibility(path: str | Path) -> Compatibility:
+    """Lists which delegates accept each operator of a TFLite file, without running it.
+
+    The rules of LiteRT's published sources (`delegates.rules`) are applied to the types, versions
+    and shapes of the file. They decide which operators a delegate is offered, not how fast it runs
+    them, nor which of them a driver then refuses. Where the file does not decide, the verdict is
+    `unknown`.
+
+    Args:
+      path: the file; any TFLite file, not ours alone.
+
+    Returns:
+      The table.
+
+    Raises:
+      ExportError: the file is missing, not TFLite, or damaged.
+
+    References:
+      https://github.com/google-ai-edge/LiteRT, folder `tflite/delegates`, at the commit that
+      `delegates.rules.COMMIT` names.
+    """
+    rows = [row for graph in read_graphs(path) for row in _rows(graph)]
+    return Compatibility(Path(path), tuple(rows))
+
+
+def _rows(graph: Graph) -> Iterable[OperatorGroup]:
+    context, counted = GraphContext(graph), collections.Counter()
+    verdicts = {}
+    for operator in graph.operators:
+        judged = tuple(judge(delegate, operator, context) for delegate in DELEGATES)
+        key = (operator.name, operator.version, _types(operator), judged)
+        counted[key] += 1
+        verdicts[key] = {d.name: verdict for d, verdict in zip(DELEGATES, judged, strict=True)}
+    for key, count in counted.items():
+        yield OperatorGroup(graph.name, *key[:3], count, verdicts[key])
+
+
+def _types(operator: Operator) -> str:
+    inputs = ", ".join("-" if tensor is None else str(tensor) for tensor in operator.inputs)
+    return f"{inputs} -> {', '.join(map(str, operator.outputs))}"
+
+
+def judge(delegate: Delegate, operator: Operator, context: GraphContext) -> Verdict:
+    """Decides whether a delegate takes one operator of a graph."""
+    rule = delegate.rules.get(operator.name)
+    if rule is None:
+        return Verdict(NO, "not among its operators", delegate.source)
+    reasons = list(_failed(delegate.conditions, operator, context, delegate.source))
+    if rule.version is not None and operator.version > rule.version:
+        reasons.append((f"version {operator.version}, at most {rule.version}", delegate.source))
+    reasons += [(reason, rule.source) for reason in _mismatches(rule, operator)]
+    reasons += _failed(rule.conditions, operator, context, rule.source)
+    refusals = [reason for reason in reasons if not isinstance(reason[0], Undecided)]
+    if refusals:
+        return Verdict(NO, *refusals[0])
+    if reasons:
+        return Verdict(UNKNOWN, str(reasons[0][0]), reasons[0][1])
+    return Verdict(YES, "", rule.source)
+
+
+def _failed(
+    names: Iterable[str], operator: Operator, context: GraphContext, source: str
+) -> Iterable[tuple[str, str]]:
+    """Yields the reasons of conditions that an operator does not satisfy, with their sources."""
+    for name in names:
+        reason = CONDITIONS[name](operator, context)
+        if reason is not None:
+            yield reason, CONDITION_SOURCES.get(name, source)
+
+
+def _mismatches(rule: Rule, operator: Operator) -> Iterable[str]:
+    """Yields the fields of a rule that an operator does not satisfy, as reasons."""
+    for position, tensor in enumerate(operator.inputs):
+        if tensor is None:
+            continue
+        allowed = rule.types.get(position)
+        if allowed is not None and tensor.type not in allowed:
+            yield f"input {position} of {tensor.type}, {' or '.join(allowed)} is asked for"
+        if rule.max_rank is not None and position < 2 and tensor.rank > rule.max_rank:
+            yield f"a tensor of rank {tensor.rank}, at most {rule.max_rank}"
+        if position in rule.constant and not tensor.constant:
+            yield f"input {position} is computed, a constant is asked for"
+    computed = sum(1 for t in operator.inputs if t is not None and not t.constant)
+    if rule.computed is not None and computed not in rule.computed:
+        yield f"{computed} inputs are computed, {_alternatives(rule.computed)} is right"
+    for kind, count, right in (
+        ("inputs", len(operator.inputs), rule.inputs),
+        ("outputs", len(operator.outputs), rule.outputs),
+    ):
+        if right is not None and count != right:
+            yield f"{count} {kind}, {right} is right"
+    first = operator.inputs[0] if operator.inputs else None
+    if rule.rank is not None and (first is None or first.rank not in rule.rank):
+        yield f"a tensor that is not of rank {_alternatives(rule.rank)}"
+    if rule.output_rank is not None and operator.outputs:
+        (least, most), rank = rule.output_rank, operator.outputs[0].rank
+        if not least <= rank <= most:
+            yield f"output of rank {rank}, {least} to {most} is right"
+    for name, right in rule.options.items():
+        value = operator.options.get(name, _DEFAULTS.get(name, 0))
+        if value != right:
+            yield f"option {name} is {value:g}, {right} is right"
+    if rule.refused is not None:
+        yield rule.refused
+    if rule.unread:
+        yield Undecided(UNREAD)
+    if rule.undecided is not None:
+        yield Undecided(rule.undecided)
+
+
+def _alternatives(values: Iterable[int]) -> str:
+    return " or ".join(map(str, values))
+
+
+def _laid_out(cells: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]

@@ -1,0 +1,1 @@
+"""Export to bundles for LiteRT-LM, and their verification."""

@@ -1,0 +1,332 @@
+"""The chat template of a bundle, repaired where LiteRT-LM's engine would read something else.
+
+The engine renders a template otherwise than `glm_edge.preprocess.Processor`:
+
+* `content` is always a list of parts, also of a message that is text alone.
+* Of every message but the first it feeds what is new: it renders the conversation so far without a
+  generation prompt, then with the new message, and cuts the first text off the second. Where the
+  second does not begin with the first, the message fails.
+* The stop token that ends an answer stays in its context.
+
+Each rule is simulated here on short conversations, with the template as it is and with repairs.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from glm_edge.errors import DataError, ExportError
+from glm_edge.export.common.weights import Conversion
+from glm_edge.preprocess import Processor, chat
+
+PATH = "chat template"
+# A line break, which a printed list of parts holds as an escape.
+QUESTIONS = ("The first\nquestion.", "The second\nquestion.", "The third\nquestion.")
+ANSWERS = ("An answer.", "Another answer.")
+SYSTEM = "A system\nprompt."
+REASONING = "<think>A reason.</think>"
+# Of a message that stands for the next one while the conversation so far is rendered.
+NEXT = "\ue00fnext\ue00f"
+# Ends in `%}` and a line break, which rendering drops: the template then starts a line, as before.
+JOIN = """{%- set glm_edge = namespace(messages=[], text='', plain=true) -%}
+{%- for message in messages -%}
+{%- if not message.content or message.content is string -%}
+{%- set glm_edge.messages = glm_edge.messages + [message] -%}
+{%- else -%}
+{%- set glm_edge.text = '' -%}
+{%- set glm_edge.plain = true -%}
+{%- for part in message.content -%}
+{%- if part.type == 'text' -%}
+{%- set glm_edge.text = glm_edge.text ~ part.text -%}
+{%- else -%}
+{%- set glm_edge.plain = false -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if glm_edge.plain -%}
+{%- set glm_edge.messages = glm_edge.messages + [dict(message, content=glm_edge.text)] -%}
+{%- else -%}
+{%- set glm_edge.messages = glm_edge.messages + [message] -%}
+{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = glm_edge.messages %}
+"""
+ANSWERED = """{%- set glm_edge_answered = messages and not add_generation_prompt \
+and (messages | last).role == 'assistant' %}
+"""
+FOLLOWED = """{%- if glm_edge_answered -%}
+{%- set messages = messages + [{'role': 'user', 'content': CONTENT}] -%}
+{%- endif -%}
+{%- set glm_edge_rendered %}
+"""
+CUT = """{% endset -%}
+{%- if glm_edge_answered -%}{{ glm_edge_rendered.split(NEXT)[0] }}
+{%- else -%}{{ glm_edge_rendered }}
+{%- endif -%}"""
+CLOSED = "{% if glm_edge_answered -%}{{ STOP }}{%- endif -%}"
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """The prompts that the engine makes with a template.
+
+    Attributes:
+      prompts: True where the first message, and a system prompt, read as the checkpoint's.
+      messages: True where no later message fails.
+      context: True where the engine's context is what the checkpoint's template writes.
+      reasoning: True where it still is after an answer that shows its reasoning.
+      reason: why it is not all right.
+    """
+
+    prompts: bool
+    messages: bool = False
+    context: bool = False
+    reasoning: bool = False
+    reason: str = ""
+
+
+def bundled_template(
+    processor: Processor, media: Sequence[str] = ()
+) -> tuple[str, list[Conversion]]:
+    """Makes the template that a bundle holds.
+
+    Args:
+      processor: with the checkpoint's template.
+      media: types of parts besides text that the bundle reads, `image` and `audio`.
+
+    Returns:
+      Jinja source, with the values of the variables that the template reads, and what was repaired
+      or stays otherwise than in the checkpoint.
+
+    Raises:
+      ExportError: the template writes no text or no placeholder, or the engine would read something
+        else and no repair helps.
+    """
+    strings = reads_strings(processor)
+    lead, between = _around_an_answer(processor, strings)
+    stops = [processor.tokenizer.id_to_token(token) for token in processor.stop_token_ids]
+    stop = max((text for text in stops if text and between.startswith(text)), key=len, default="")
+    best: tuple[str, list[Conversion], Rendering] | None = None
+    for source, conversions in _candidates(processor, strings, between, stop):
+        rendering = _rendering(source, processor, strings, lead, stop)
+        if best is None or _quality(rendering) > _quality(best[2]):
+            best = source, conversions, rendering
+        if rendering.context:
+            break
+    source, conversions, rendering = best
+    if not rendering.messages:
+        raise ExportError(
+            f"{PATH}: LiteRT-LM's engine would not read it as the checkpoint does: "
+            f"{rendering.reason}; right would be a template that reads parts and leaves earlier "
+            "turns as they are: give it as Processor.from_checkpoint(template=...)"
+        )
+    for kind in media:
+        _check_placeholder(source, processor, kind)
+    rules = []
+    if not rendering.context:
+        rules.append(
+            f"from the second message on, the engine's context differs: {rendering.reason}"
+        )
+    elif not rendering.reasoning:
+        rules.append("reasoning of earlier answers stays in the engine's context")
+    if not stop:
+        rules.append("the stop token behind an answer stays in the engine's context")
+    return source, conversions + [Conversion(PATH, rule, True) for rule in rules]
+
+
+def reads_strings(processor: Processor) -> bool:
+    """Returns True where a template writes the text of a message whose content is a string.
+
+    Raises:
+      ExportError: it writes neither that nor the text of parts.
+    """
+    for strings in (True, False):
+        try:
+            if QUESTIONS[0] in processor.render(_conversation(QUESTIONS[:1], (), strings)):
+                return strings
+        except DataError:
+            continue
+    raise ExportError(
+        f"{PATH}: it writes no text of a message, neither of a string nor of parts; right would be "
+        "a template of this model: give it as Processor.from_checkpoint(template=...)"
+    )
+
+
+def render_parts(source: str, messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
+    """Renders a bundle's template as the engine does, with `content` as parts.
+
+    Args:
+      source: Jinja source, with its variables.
+      messages: of a conversation; content is text or parts.
+      prompt: opens the assistant's turn at the end.
+
+    Returns:
+      The text.
+
+    Raises:
+      DataError: the template fails.
+    """
+    parts = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message["content"], str)
+        else message
+        for message in messages
+    ]
+    return chat.render(source, parts, add_generation_prompt=prompt)
+
+
+def new_text(source: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Renders the text that the engine feeds for the last message of a conversation.
+
+    Args:
+      source: the bundle's template.
+      messages: of the conversation, the new one last.
+
+    Returns:
+      The text.
+
+    Raises:
+      DataError: the template fails, or writes the conversation so far otherwise than before.
+    """
+    if len(messages) == 1:
+        return render_parts(source, messages, True)
+    before = render_parts(source, messages[:-1], False)
+    after = render_parts(source, messages, True)
+    if not after.startswith(before):
+        raise DataError("a message changes how the turns before it are written")
+    return after[len(before) :]
+
+
+def _constants(processor: Processor) -> str:
+    used = [name for name in processor.variables if name in processor.template]
+    values = {name: _literal(processor.variables[name]) for name in used}
+    return "".join(f"{{%- set {name} = {value} %}}\n" for name, value in values.items())
+
+
+def _literal(text: str) -> str:
+    """Writes a string literal that Jinja reads in Python and in the engine."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _candidates(
+    processor: Processor, strings: bool, between: str, stop: str
+) -> Iterator[tuple[str, list[Conversion]]]:
+    """Yields the template as it is and with repairs, the least change first."""
+    template, constants = processor.template, _constants(processor)
+    # Rendering drops one line break at the end of a template.
+    inner = template.removesuffix("\n")
+    closed = ANSWERED + inner + CLOSED.replace("STOP", _literal(stop))
+    cut = CUT.replace("NEXT", _literal(between.removeprefix(stop) + NEXT))
+    for join in (False, True) if strings else (False,):
+        text = _literal(NEXT)
+        content = text if join else f"[{{'type': 'text', 'text': {text}}}]"
+        stable = ANSWERED + FOLLOWED.replace("CONTENT", content) + inner + cut
+        turns = [(template, None)]
+        if stop:
+            turns.append((closed, f"{stop} ends an answer, whose token the engine keeps"))
+        turns.append((stable, "earlier turns written as they stay when a message follows"))
+        yield from _with_rules(constants, join, turns)
+
+
+def _with_rules(
+    constants: str, join: bool, turns: Sequence[tuple[str, str | None]]
+) -> Iterator[tuple[str, list[Conversion]]]:
+    for body, rule in turns:
+        rules = ["the text parts of a message joined"] if join else []
+        rules += [rule] if rule else []
+        source = constants + (JOIN if join else "") + body
+        yield source, [Conversion(PATH, rule, False) for rule in rules]
+
+
+def _rendering(source: str, processor: Processor, strings: bool, lead: str, stop: str) -> Rendering:
+    try:
+        for system in ((), (SYSTEM,)):
+            conversation = _conversation(QUESTIONS[:1], (), strings, system)
+            try:
+                wanted = processor.render(conversation)
+            except DataError:
+                if system:
+                    # A template without system prompts.
+                    continue
+                raise
+            if render_parts(source, conversation, True) != wanted:
+                return Rendering(False, reason="it writes parts of a message otherwise than text")
+    except DataError as error:
+        return Rendering(False, reason=str(error))
+    same = []
+    for thoughts in ("", REASONING):
+        answers = [thoughts + answer for answer in ANSWERS]
+        try:
+            context = _context(source, QUESTIONS, [lead + answer for answer in answers], stop)
+        except DataError as error:
+            return Rendering(True, reason=str(error))
+        read = re.findall("|".join(map(re.escape, (*QUESTIONS, *ANSWERS))), context)
+        if read != [QUESTIONS[0], ANSWERS[0], QUESTIONS[1], ANSWERS[1], QUESTIONS[2]]:
+            return Rendering(True, reason="a message repeats those before it, or leaves them out")
+        same.append(context == processor.render(_conversation(QUESTIONS, answers, strings)))
+    reason = "" if same[0] else "an answer is written otherwise than it was generated"
+    return Rendering(True, True, same[0], all(same), reason)
+
+
+def _quality(rendering: Rendering) -> int:
+    return rendering.prompts + rendering.messages + rendering.context
+
+
+def _context(source: str, questions: Sequence[str], answers: Sequence[str], stop: str) -> str:
+    """Returns the text that the engine has read before it answers the last question."""
+    messages: list[dict[str, Any]] = []
+    context = ""
+    for question, answer in itertools.zip_longest(questions, answers):
+        messages.append({"role": "user", "content": question})
+        context += new_text(source, messages)
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+            context += answer + stop
+    return context
+
+
+def _around_an_answer(processor: Processor, strings: bool) -> tuple[str, str]:
+    """Returns the space before a generated answer, and the text up to the next question."""
+    try:
+        prompt = processor.render(_conversation(QUESTIONS[:1], (), strings))
+        text = processor.render(_conversation(QUESTIONS[:2], ANSWERS[:1], strings))
+    except DataError:
+        return "", ""
+    before, answered, after = text.partition(ANSWERS[0])
+    between, asked, _ = after.partition(QUESTIONS[1])
+    lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    return "" if lead.strip() else lead, between if answered and asked else ""
+
+
+def _conversation(
+    questions: Sequence[str],
+    answers: Sequence[str],
+    strings: bool,
+    system: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    texts = [("system", text) for text in system]
+    for question, answer in itertools.zip_longest(questions, answers):
+        texts.append(("user", question))
+        texts += [("assistant", answer)] if answer is not None else []
+    return [
+        {"role": role, "content": text if strings else [{"type": "text", "text": text}]}
+        for role, text in texts
+    ]
+
+
+def _check_placeholder(source: str, processor: Processor, kind: str) -> None:
+    token = {"image": processor.image_token, "audio": processor.audio_token}[kind]
+    parts = [{"type": kind}, {"type": "text", "text": QUESTIONS[0]}]
+    try:
+        text = render_parts(source, [{"role": "user", "content": parts}], True)
+    except DataError as error:
+        raise ExportError(f"{PATH}: it fails on a message with {kind} and text: {error}") from error
+    if token not in text or QUESTIONS[0] not in text:
+        raise ExportError(
+            f"{PATH}: of a message with {kind} and text it writes not both {token!r} and the text; "
+            "right would be a template of this model: give it as "
+            "Processor.from_checkpoint(template=...)"
+        )

@@ -1,0 +1,296 @@
+"""Bundles for LiteRT-LM: the model, its tokenizer, chat template and encoders in one file."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from glm_edge import __version__
+from glm_edge import params as boxes
+from glm_edge.errors import ExportError, OutputError, require
+from glm_edge.export.common.signatures import (
+    Signature,
+    check_fixed,
+    check_lengths,
+    check_model,
+)
+from glm_edge.export.common.weights import Conversion
+from glm_edge.export.litertlm import signatures as lm_signatures
+from glm_edge.export.litertlm.bundle import EXTRA, make_repeatable
+from glm_edge.export.litertlm.chat_templates import bundled_template
+from glm_edge.export.litertlm.verify import verify_bundle
+from glm_edge.export.tflite.export import write_signatures
+from glm_edge.export.tflite.weights import to_tflite_weights
+from glm_edge.export.verify.results import Verification
+from glm_edge.export.verify.worker import TIMEOUT
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
+from glm_edge.preprocess import Processor
+from glm_edge.writers import check_target, scratch_beside, write_stream
+
+DECODER = "PREFILL_DECODE"
+# Of prefill signatures that every bundle has.
+SHORT_LENGTHS = (2, 16)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A written bundle, with its model and parameters.
+
+    Attributes:
+      path: the file.
+      file_bytes: its size.
+      sections: bytes of each `.tflite` file inside, by the runtime's name for it.
+      prefill_lengths: lengths of the prefill signatures.
+      cache_slots: slots of the cache.
+      image_size: (height, width) to which the runtime stretches images, or None.
+      conversions: parameters that are stored in another form than in the model; changes of the
+        chat template; and differences that stay in the engine.
+      template: the chat template of the bundle.
+      model: the model it was traced from.
+      params: the parameters as the file stores them.
+      processor: prepares the same conversations for JAX.
+    """
+
+    path: Path
+    file_bytes: int
+    sections: dict[str, int]
+    prefill_lengths: tuple[int, ...]
+    cache_slots: int
+    image_size: tuple[int, int] | None
+    conversions: tuple[Conversion, ...]
+    template: str = field(repr=False)
+    model: MultimodalGLM = field(repr=False)
+    params: Params = field(repr=False)
+    processor: Processor = field(repr=False)
+
+    def verify(
+        self,
+        texts: Sequence[str] | None = None,
+        prompts: int = 48,
+        max_new_tokens: int = 32,
+        threshold: float | None = None,
+        compute: str | None = None,
+        seed: int = 0,
+        check: bool = True,
+        timeout: float = TIMEOUT,
+    ) -> Verification:
+        """Compares the engine's answers with JAX's; see `litertlm.verify.verify_bundle`."""
+        return verify_bundle(
+            self,
+            texts,
+            prompts=prompts,
+            max_new_tokens=max_new_tokens,
+            threshold=threshold,
+            compute=compute,
+            seed=seed,
+            check=check,
+            timeout=timeout,
+        )
+
+
+def litertlm(
+    model: MultimodalGLM,
+    params: Params,
+    processor: Processor | str | Path,
+    path: str | Path,
+    prefill_lengths: Iterable[int] = (128,),
+    cache_slots: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    overwrite: bool = False,
+) -> Bundle:
+    """Writes a model as a `.litertlm` bundle, which LiteRT-LM's engines and apps open.
+
+    The runtime renders the chat template, tokenizes, and puts an image or a recording where the
+    template writes a placeholder. Its habits differ from `Processor`'s:
+
+    * It stretches images to one size with its own resampling; one of `image_size` stays as it is.
+    * It encodes a recording to the end, except for samples after the last full `hop_length`.
+    * Names of special tokens in a user's text become these tokens.
+    * It gives the template `content` as parts, keeps the stop token of an answer, and feeds what a
+      message adds to the conversation: see `litertlm.chat_templates`, by which the template
+      is repaired where needed, or refused. `Bundle.conversions` lists that.
+    * Where a repair counts on the stop token, an answer that a limit of tokens cuts off, or that
+      another stop token ends, lacks it for the next turn.
+    * An answer cut off by a limit of tokens, in a conversation with an image, loses its last token
+      for the next turn (litert-lm 0.18.1).
+
+    Where embeddings are read, their table is stored in the file twice if the head is tied to it.
+
+        bundle = ge.export.litertlm(model, params, "path/to/checkpoint", "phone.litertlm")
+        print(bundle.verify())
+
+    Args:
+      model: the model.
+      params: its parameters, see `tflite.weights.to_tflite_weights`.
+      processor: of the model, or a checkpoint's directory to read it from.
+      path: of the file.
+      prefill_lengths: lengths of the prefill signatures. Shorter ones of 2 and 16 tokens are added,
+        so that a conversation goes on until the cache is full.
+      cache_slots: slots of the cache; None takes the model's context, at most 1024.
+      image_size: (height, width) of images; None takes the vision encoder's.
+      overwrite: replace a file that exists.
+
+    Returns:
+      The bundle.
+
+    Raises:
+      ExportError: a parameter, the model or its chat template cannot be written; the message says
+        what would be right.
+      OutputError: the file exists already, or cannot be written.
+      CheckpointError: a file of the directory is missing or damaged.
+      MissingExtraError: TensorFlow, LiteRT or LiteRT-LM's builder is not installed.
+    """
+    path = Path(path)
+    # The sections are beside the bundle until it is complete.
+    check_target(path, overwrite, None, 2 * boxes.stored_bytes(params))
+    builder = require("litert_lm_builder.litertlm_builder", extra=EXTRA)
+    if not isinstance(processor, Processor):
+        processor = Processor.from_checkpoint(processor)
+    config = model.config
+    shapes = check_model(model, params)
+    lengths, slots = check_lengths(config, prefill_lengths, cache_slots)
+    lengths = with_short_lengths(lengths, slots)
+    image_size = _check_encoders(model, processor, image_size)
+    media = ["image"] * (config.vision is not None) + ["audio"] * (config.speech is not None)
+    template, repairs = bundled_template(processor, media)
+    weights = to_tflite_weights(params)
+
+    reference = model.clone(compute="float32")
+    sections = {DECODER: lm_signatures.decoder_signatures(reference, lengths, slots)}
+    if lm_signatures.takes_embeddings(config):
+        sections["EMBEDDER"] = [lm_signatures.embedder(reference)]
+    if config.vision is not None:
+        vision = lm_signatures.vision_encoder(reference, processor.image, image_size)
+        sections["VISION_ENCODER"] = [vision]
+    if config.speech is not None:
+        speech = lm_signatures.speech_encoder(reference, processor.audio)
+        sections["AUDIO_ENCODER_HW"] = [speech]
+        sections["AUDIO_ADAPTER"] = [lm_signatures.speech_adapter(reference)]
+
+    # Beside the target: the disk whose free space was checked.
+    try:
+        with scratch_beside(path) as directory:
+            sizes = {}
+            bundle = builder.LitertLmFileBuilder()
+            author = builder.Metadata("Authors", f"glm_edge {__version__}", builder.DType.STRING)
+            bundle.add_system_metadata(author)
+            metadata = directory / "metadata.pb"
+            metadata.write_bytes(_metadata(model, processor, template, slots, image_size))
+            bundle.add_llm_metadata(str(metadata))
+            processor.tokenizer.save(str(directory / "tokenizer.json"))
+            bundle.add_hf_tokenizer(str(directory / "tokenizer.json"))
+            for section, signatures in sections.items():
+                file = directory / f"{section.lower()}.tflite"
+                read = {name: shape for name, shape in shapes.items() if _reads(signatures, name)}
+                sizes[section] = write_signatures(signatures, read, weights, file)
+                bundle.add_tflite_model(str(file), builder.TfLiteModelType[section])
+
+            def build(stream: BinaryIO) -> None:
+                bundle.build(stream)
+                make_repeatable(stream)
+
+            file_bytes = write_stream(path, build)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return Bundle(
+        path=path,
+        file_bytes=file_bytes,
+        sections=sizes,
+        prefill_lengths=tuple(lengths),
+        cache_slots=slots,
+        image_size=image_size,
+        conversions=(*weights.conversions, *repairs),
+        template=template,
+        model=model,
+        params=weights.params,
+        processor=processor,
+    )
+
+
+def with_short_lengths(lengths: Sequence[int], cache_slots: int) -> list[int]:
+    """Adds short prefill signatures to the requested ones.
+
+    The runtime refuses a message where fewer slots are free than the shortest signature has tokens,
+    however short the message is. The middle one takes a usual message in few calls.
+
+    Args:
+      lengths: of prefill signatures, rising.
+      cache_slots: of the cache.
+
+    Returns:
+      All lengths, rising.
+    """
+    least = min(lengths, default=cache_slots + 1)
+    return [*(length for length in SHORT_LENGTHS if length < min(least, cache_slots)), *lengths]
+
+
+def _reads(signatures: Iterable[Signature], path: str) -> bool:
+    return any(path.split("/")[0] in signature.subtrees for signature in signatures)
+
+
+def _check_encoders(
+    model: MultimodalGLM, processor: Processor, image_size: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    config = model.config
+    for name, encoder in (("image", config.vision), ("audio", config.speech)):
+        if encoder is not None and getattr(processor, name) is None:
+            raise ExportError(
+                f"{config.name}: its processor prepares no {name}, the model reads it"
+            )
+    if config.vision is None:
+        return None
+    if config.vision.boundary_embeddings and config.decoder.mrope_section:
+        raise ExportError(
+            f"{config.name}: boundary_embeddings have no place in three-dimensional positions"
+        )
+    image_size = config.vision.image_size if image_size is None else tuple(image_size)
+    check_fixed("image_size", image_size)
+    config.vision.grid_of(image_size)
+    return image_size
+
+
+def _metadata(
+    model: MultimodalGLM,
+    processor: Processor,
+    template: str,
+    cache_slots: int,
+    image_size: tuple[int, int] | None,
+) -> bytes:
+    protocol = require("litert_lm_builder.runtime.proto.llm_metadata_pb2", extra=EXTRA)
+    metadata = protocol.LlmMetadata(
+        max_num_tokens=cache_slots,
+        jinja_prompt_template=template,
+        supports_thinking=False,
+        supports_function_calling=False,
+    )
+    for token in processor.stop_token_ids:
+        metadata.stop_tokens.add().token_ids.ids.append(token)
+    generic = metadata.llm_model_type.generic_model
+    generic.SetInParent()
+    placeholders = []
+    if image_size is not None:
+        generic.image_enabled, generic.add_image_end = True, False
+        generic.image_tensor_height, generic.image_tensor_width = image_size
+        generic.image_token_regex = _repeated(processor.image_token)
+        placeholders.append(generic.image_token_regex)
+    if model.config.speech is not None:
+        audio = processor.audio
+        generic.audio_enabled, generic.add_audio_end = True, False
+        generic.skip_mel_spectrogram_extraction = True
+        generic.audio_sample_rate_hz, generic.audio_num_channels = audio.sample_rate, 1
+        generic.audio_frame_length = generic.audio_hop_length = audio.hop_length
+        generic.audio_input_scale = 1.0
+        generic.audio_token_regex = _repeated(processor.audio_token)
+        placeholders.append(generic.audio_token_regex)
+    if placeholders:
+        generic.delimiter_regex = f"({'|'.join(placeholders)})"
+    return metadata.SerializeToString()
+
+
+def _repeated(token: str) -> str:
+    # Templates of a fixed size may write every placeholder themselves.
+    return f"(?:{re.escape(token)})+"

@@ -1,0 +1,253 @@
+"""The functions that the LiteRT-LM runtime calls, made of those of a `.tflite` file.
+
+The runtime gives a step nothing but embedded (or plain) tokens, their slots, a mask and the cache.
+Other inputs of a model are computed or carried: log-mel frames are computed from raw samples in the
+graph, and three-dimensional rotary positions travel beside the features of an image.
+
+Letters of shapes: `T` tokens, `S` cache slots, `D` hidden size, `M` features of one image or chunk
+of speech, `F` log-mel frames of a chunk, `V` vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from glm_edge.configs import GLMConfig, VisionConfig
+from glm_edge.export.common.signatures import DECODE, Inputs, Signature, signatures
+from glm_edge.kernels.log_mel import mel_filters
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing
+
+# Beside an embedding: how far its token advances less than one, and its time, row and column
+# counted from the position that it would have as text.
+CARRIED = 4
+
+
+def takes_embeddings(config: GLMConfig) -> bool:
+    """Returns True where the decoder reads embeddings, since encoders give them too."""
+    return config.vision is not None or config.speech is not None
+
+
+def carries_positions(config: GLMConfig) -> bool:
+    """Returns True where embeddings carry offsets of three-dimensional rotary positions."""
+    return bool(config.decoder.mrope_section) and takes_embeddings(config)
+
+
+def decoder_signatures(
+    model: MultimodalGLM, prefill_lengths: Iterable[int], cache_slots: int
+) -> list[Signature]:
+    """Makes `decode` and `prefill_<T>` of the section PREFILL_DECODE.
+
+    They are those of `common.signatures.signatures`, without logits in prefill, except that a
+    model without encoders takes `tokens` [1, T], and that one whose rotary positions are
+    three-dimensional takes no `positions`: without encoders all three are the slot; otherwise
+    `embeddings` are [1, T, D + 4], and one more cache, `kv_cache_k_<layers>` [1, 1, S, 1] with its
+    unused partner, remembers how much less than its tokens each image advances.
+
+    Args:
+      model: the model.
+      prefill_lengths: lengths `T` of the prefill signatures.
+      cache_slots: slots `S` of the cache.
+
+    Returns:
+      The signatures.
+    """
+    config = model.config
+    offered = signatures(model, prefill_lengths, cache_slots)
+    embedders = {s.inputs["tokens"].shape[1]: s for s in offered if s.name.startswith("embed")}
+    steps = [s for s in offered if s.name == DECODE or s.name.startswith("prefill")]
+    if carries_positions(config):
+        return [_from_carried(step, config.decoder.num_layers, cache_slots) for step in steps]
+    if takes_embeddings(config):
+        return steps
+    return [_from_tokens(step, embedders[_length(step)]) for step in steps]
+
+
+def embedder(model: MultimodalGLM) -> Signature:
+    """Makes EMBEDDER: `tokens` [1, 1] to `embeddings` [1, 1, D], or [1, 1, D + 4] of text."""
+    config = model.config
+    embed = next(s for s in signatures(model, (), 1) if s.name == "embed")
+    if not carries_positions(config):
+        return embed
+
+    def function(params: Any, inputs: Inputs) -> dict[str, Array]:
+        return {"embeddings": _carry_nothing(embed.function(params, inputs)["embeddings"])}
+
+    return dataclasses.replace(embed, function=function)
+
+
+def vision_encoder(
+    model: MultimodalGLM, processing: ImageProcessing, image_size: tuple[int, int]
+) -> Signature:
+    """Makes VISION_ENCODER, of images of one size.
+
+    Args:
+      model: the model.
+      processing: its mean and std normalise pixels.
+      image_size: (height, width) to which the runtime stretches every image.
+
+    Returns:
+      `images` [1, height, width, channels] in 0..1 to `features` [1, M, D], or [1, M, D + 4].
+    """
+    config = model.config.vision
+    mean, std = np.float32(processing.mean), np.float32(processing.std)
+    carried = _carried(config, image_size) if carries_positions(model.config) else None
+
+    def function(params: Any, inputs: Inputs) -> dict[str, Array]:
+        pixels = (inputs["images"] - mean) / std
+        features = model.apply({"params": params}, pixels, method=MultimodalGLM.encode_images)
+        if carried is not None:
+            features = jnp.concatenate([features, jnp.asarray(carried)[None]], axis=-1)
+        return {"features": features}
+
+    images = jax.ShapeDtypeStruct((1, *image_size, config.channels), jnp.float32)
+    return Signature("vision", {"images": images}, function, ("vision",))
+
+
+def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signature:
+    """Makes AUDIO_ENCODER_HW, of chunks of raw samples.
+
+    Args:
+      model: the model.
+      processing: how a recording becomes log-mel frames, and whether silence counts.
+
+    Returns:
+      `src_inputs` [1, F, hop_length], samples in -1..1, and `mask` bool [1, F], True at frames that
+      sound, to `features` [1, M, D] and `mask_out` bool [1, M], True at features that count.
+    """
+    frames = model.config.speech.num_frames
+    every = 2 * processing.merge_size
+
+    def function(params: Any, inputs: Inputs) -> dict[str, Array]:
+        mel = log_mel_of_samples(inputs["src_inputs"], processing)
+        features = model.apply({"params": params}, mel, method=MultimodalGLM.encode_audio)
+        if carries_positions(model.config):
+            features = _carry_nothing(features)
+        # A feature counts from the last frame but one that its convolution and merge read.
+        counted = inputs["mask"][:, every - 2 :: every]
+        if processing.silence:
+            counted = jnp.broadcast_to(inputs["mask"][:, :1], counted.shape)
+        # The runtime swaps the buffers of an input and an output that share a name.
+        return {"features": features, "mask_out": counted}
+
+    inputs = {
+        "src_inputs": jax.ShapeDtypeStruct((1, frames, processing.hop_length), jnp.float32),
+        "mask": jax.ShapeDtypeStruct((1, frames), jnp.bool_),
+    }
+    return Signature("speech", inputs, function, ("speech",))
+
+
+def speech_adapter(model: MultimodalGLM) -> Signature:
+    """Makes AUDIO_ADAPTER: `features` [1, M, D] where `mask` bool [1, M] is true, else zeros.
+
+    Without this section, the runtime holds a recording back until a chunk is full, so that its last
+    part is heard in the next prompt.
+    """
+    features = model.config.speech.num_tokens
+    width = model.config.decoder.hidden_size + CARRIED * carries_positions(model.config)
+    inputs = {
+        "features": jax.ShapeDtypeStruct((1, features, width), jnp.float32),
+        "mask": jax.ShapeDtypeStruct((1, features), jnp.bool_),
+    }
+
+    def function(_: Any, values: Inputs) -> dict[str, Array]:
+        return {"embeddings": jnp.where(values["mask"][..., None], values["features"], 0.0)}
+
+    return Signature("adapter", inputs, function, ())
+
+
+def log_mel_of_samples(samples: Array, processing: AudioProcessing) -> Array:
+    """Computes the spectrogram of `glm_edge.kernels.log_mel` by products, without a transform.
+
+    Args:
+      samples: [1, F, hop_length].
+      processing: sizes of the transform and the filters.
+
+    Returns:
+      [1, F, mel_bins].
+    """
+    size, hop, frames = processing.fft_size, processing.hop_length, samples.shape[1]
+    blocks = -(-size // hop)
+    padded = jnp.pad(samples.reshape(1, -1), ((0, 0), (size // 2, size // 2)), mode="reflect")
+    padded = jnp.pad(padded, ((0, 0), (0, (frames + blocks) * hop - padded.shape[1])))
+    padded = padded.reshape(1, frames + blocks, hop)
+    windows = jnp.concatenate([padded[:, i : i + frames] for i in range(blocks)], axis=-1)
+
+    time, bins = np.arange(size), np.arange(size // 2 + 1)[:, None]
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * time / size)
+    # Reduced modulo the period first, so that large products keep their digits.
+    turn = 2 * np.pi * (bins * time % size) / size
+    waves = np.concatenate([np.cos(turn), np.sin(turn)]) * window
+    waves = np.pad(waves, ((0, 0), (0, blocks * hop - size))).astype(np.float32)
+    real, imaginary = jnp.split(jnp.einsum("btn,kn->btk", windows, waves), 2, axis=-1)
+    filters = mel_filters(processing.mel_bins, size, processing.sample_rate)
+    mel = jnp.einsum("btk,mk->btm", real**2 + imaginary**2, filters)
+    mel = jnp.log(jnp.maximum(mel, 1e-10)) * np.float32(1 / np.log(10.0))
+    return (jnp.maximum(mel, mel.max(axis=(1, 2), keepdims=True) - 8.0) + 4.0) / 4.0
+
+
+def _carry_nothing(embedded: Array) -> Array:
+    return jnp.pad(embedded, ((0, 0), (0, 0), (0, CARRIED)))
+
+
+def _length(step: Signature) -> int:
+    return step.inputs["input_pos"].shape[0]
+
+
+def _from_tokens(step: Signature, embed: Signature) -> Signature:
+    inputs = dict(step.inputs)
+    del inputs["embeddings"]
+    three = inputs.pop("positions", None)
+
+    def function(params: Any, values: Inputs) -> dict[str, Array]:
+        step_values = {name: values[name] for name in inputs}
+        if three is not None:
+            step_values["positions"] = jnp.broadcast_to(values["input_pos"], three.shape)
+        return step.function(params, {**step_values, **embed.function(params, values)})
+
+    inputs = {"tokens": embed.inputs["tokens"], **inputs}
+    return dataclasses.replace(step, inputs=inputs, function=function)
+
+
+def _carried(config: VisionConfig, image_size: Sequence[int]) -> np.ndarray:
+    """Computes [M, 4] that the features of an image carry, see `CARRIED`."""
+    rows, columns = (extent // config.merge_size for extent in config.grid_of(tuple(image_size)))
+    token = np.arange(rows * columns)
+    row, column = np.divmod(token, columns)
+    short = np.zeros(len(token))
+    short[-1] = len(token) - max(rows, columns)
+    return np.stack([short, -token, row - token, column - token], axis=1).astype(np.float32)
+
+
+def _from_carried(step: Signature, layers: int, slots: int) -> Signature:
+    """Computes positions from slots, less the slots that images took beyond their advance."""
+    inputs = dict(step.inputs)
+    embeddings = inputs["embeddings"].shape
+    width = embeddings[-1]
+    del inputs["positions"]
+    names = tuple(inputs)
+    short, partner = f"kv_cache_k_{layers}", f"kv_cache_v_{layers}"
+    inputs["embeddings"] = jax.ShapeDtypeStruct((*embeddings[:-1], width + CARRIED), jnp.float32)
+    inputs[short] = jax.ShapeDtypeStruct((1, 1, slots, 1), jnp.float32)
+    inputs[partner] = jax.ShapeDtypeStruct((1, 1, 1, slots), jnp.float32)
+
+    def function(params: Any, values: Inputs) -> dict[str, Array]:
+        embedded, slot = values["embeddings"], values["input_pos"]
+        carried = embedded[0, :, width:]
+        start = (0, 0, slot[0], 0)
+        shortfalls = jax.lax.dynamic_update_slice(values[short], carried[None, None, :, :1], start)
+        before = (jnp.arange(slots) < slot[:, None]).astype(jnp.float32)
+        text = slot.astype(jnp.float32) - (before * shortfalls[0, 0, :, 0]).sum(axis=-1)
+        step_values = {name: values[name] for name in names}
+        step_values["embeddings"] = embedded[..., :width]
+        step_values["positions"] = (text + carried[:, 1:].T).astype(jnp.int32)
+        outputs = step.function(params, step_values)
+        # The runtime takes every cache back that it gave.
+        return {**outputs, short: shortfalls, partner: values[partner] * 1.0}
+
+    return dataclasses.replace(step, inputs=inputs, function=function)

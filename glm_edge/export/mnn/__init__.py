@@ -1,0 +1,1 @@
+"""Export to directories of MNN graphs, and reading them."""

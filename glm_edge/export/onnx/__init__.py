@@ -1,0 +1,1 @@
+"""Export to directories of ONNX graphs, and reading them."""

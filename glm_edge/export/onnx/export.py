@@ -1,0 +1,98 @@
+"""Export to ONNX: our integers through `DequantizeLinear`, weights beside the graphs."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from glm_edge import params as boxes
+from glm_edge.errors import require
+from glm_edge.export.common.directory import (
+    DESCRIPTION,
+    WEIGHTS,
+    directory_bytes,
+    write_description,
+)
+from glm_edge.export.common.signatures import make_spec
+from glm_edge.export.common.weights import ONNX, stored_bytes, to_params, to_weight
+from glm_edge.export.onnx.model import graph_of, model_of, store
+from glm_edge.export.verify.package import Package
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
+from glm_edge.writers import check_target, new_directory, require_space
+
+
+def onnx(
+    model: MultimodalGLM,
+    params: Params,
+    path: str | Path,
+    prefill_lengths: Iterable[int] = (128,),
+    cache_slots: int | None = None,
+    prefill_logits: bool = False,
+    attended_slots: Iterable[int] = (),
+    overwrite: bool = False,
+) -> Package:
+    """Writes a model as ONNX graphs of opset 21 that read our own integers.
+
+    The directory holds a graph for each signature (`decode.onnx` and so on, see
+    `common.signatures.signatures`), one file of weights that all of them read, so that neither
+    a second graph nor the limit of 2 GB per graph costs anything, and a description. Outputs that
+    carry the cache are named like the inputs with `_out` appended.
+
+    Integers of 8 and 4 bits are stored as they are, with float32 scales and integer zero points,
+    one per matrix, row or group. Each product reads them through a `DequantizeLinear`. Narrower
+    integers are written in the next wider type. Matrices are stored [in, out], as `MatMul` reads
+    them: only so onnxruntime fuses both into one kernel. An embedding of 8 bits per row is looked
+    up before it is dequantized, any other one after, as `Gather` takes no int4.
+
+    Args:
+      model: the model.
+      params: its parameters: arrays; `Masked` (written dense, with zeros); `Quantized`.
+      path: of the directory.
+      prefill_lengths: lengths of the prefill graphs.
+      cache_slots: slots of the cache; None takes the model's context, at most 1024.
+      prefill_logits: prefill scores every token, which takes time that generation does not need.
+      attended_slots: numbers of slots, such as `(256, 512)`. For each the directory gets graphs
+        that look at no more slots than that, which is faster while few are filled.
+      overwrite: replace a directory that an export wrote.
+
+    Returns:
+      The written directory.
+
+    Raises:
+      ExportError: a parameter or the model cannot be written; the message says what would be right.
+      OutputError: the directory exists already, cannot be written, or its disk is too full.
+      MissingExtraError: onnx is not installed.
+
+    References:
+      DequantizeLinear, https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html.
+    """
+    path, library = Path(path), require("onnx", extra="onnx")
+    check_target(path, overwrite, DESCRIPTION)
+    spec = make_spec(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
+    require_space(path, sum(stored_bytes(leaf, ONNX) for _, leaf in boxes.path_items(params)))
+    with new_directory(path, overwrite, mark=DESCRIPTION) as directory:
+        weights, stored, parameters, conversions = {}, {}, {}, []
+        with open(directory / WEIGHTS, "xb") as file:
+            for name, leaf in boxes.path_items(params):
+                weight, changes = to_weight(name, leaf, ONNX)
+                turned = is_product(name, leaf, params)
+                stored[name] = store(library, file, name, weight, turned)
+                weights[name] = weight
+                parameters[name] = (turned, weight.group_size)
+                conversions += changes
+        for signature in spec.signatures:
+            graph = graph_of(signature, spec.shapes, stored)
+            target = directory / f"{signature.name}.onnx"
+            target.write_bytes(model_of(library, graph).SerializeToString())
+            library.checker.check_model(str(target))
+        description = spec.description(parameters, conversions)
+        write_description(directory, description)
+    stored_params = to_params(params, weights)
+    return Package(
+        path, directory_bytes(path), spec.names, tuple(conversions), model, stored_params
+    )
+
+
+def is_product(path: str, leaf: Any, params: Params) -> bool:
+    """Returns True for a matrix that is multiplied with, not only looked up or added."""
+    return boxes.is_matrix(path, leaf) and not (path == "embed/weight" and "head" in params)

@@ -1,0 +1,96 @@
+"""Conversion of signatures to a TFLite graph without weights."""
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.errors import ExportError, require
+from glm_edge.export.common.jaxpr import expand_erf
+from glm_edge.export.common.quiet import quiet
+from glm_edge.export.common.signatures import Signature
+from glm_edge.params.tree import nested
+
+
+def skeleton(
+    signatures: Iterable[Signature], shapes: Mapping[str, tuple[int, ...]], kind: str = "graph"
+) -> tuple[bytes, dict[str, str]]:
+    """Converts signatures to one TFLite graph in which every weight is an input.
+
+    Args:
+      signatures: to convert.
+      shapes: parameter path to dense shape.
+      kind: what is converted, for messages.
+
+    Returns:
+      `(content, arguments)`: the flatbuffer, and input name to parameter path.
+
+    Raises:
+      ExportError: the converter refuses the graph, or needs more than builtin operators.
+    """
+    jax2tf, tf = tensorflow()
+    arguments = {f"weight_{index}": path for index, path in enumerate(shapes)}
+    module, functions = tf.Module(), {}
+    for signature in signatures:
+        weights = {
+            name: jax.ShapeDtypeStruct(shapes[path], jnp.float32)
+            for name, path in arguments.items()
+            if path.split("/")[0] in signature.subtrees
+        }
+        functions[signature.name] = _concrete(jax2tf, tf, signature, weights, arguments)
+    module.functions = functions
+    with tempfile.TemporaryDirectory() as directory:
+        tf.saved_model.save(module, directory, signatures=functions)
+        converter = tf.lite.TFLiteConverter.from_saved_model(
+            directory, signature_keys=list(functions)
+        )
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+        return run_converter(converter, kind), arguments
+
+
+def run_converter(converter: Any, kind: str) -> bytes:
+    """Runs a converter of TensorFlow.
+
+    Raises:
+      ExportError: it refuses; the message has the first line of its reason.
+    """
+    try:
+        with quiet():
+            return bytes(converter.convert())
+    except Exception as error:  # the converter has no exception class of its own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(f"TensorFlow Lite cannot hold this {kind}: {reason[0]}") from error
+
+
+def _concrete(
+    jax2tf: Any,
+    tf: Any,
+    signature: Signature,
+    weights: dict[str, jax.ShapeDtypeStruct],
+    arguments: Mapping[str, str],
+) -> Any:
+    def call(values: dict[str, Array]) -> dict[str, Array]:
+        params = nested({arguments[name]: values[name] for name in weights})
+        return signature.function(params, {name: values[name] for name in signature.inputs})
+
+    converted = jax2tf.convert(expand_erf(call), with_gradient=False)
+    specs = {
+        name: tf.TensorSpec(struct.shape, tf.as_dtype(struct.dtype), name=name)
+        for name, struct in {**weights, **signature.inputs}.items()
+    }
+    function = tf.function(lambda **values: converted(values), autograph=False)
+    return function.get_concrete_function(**specs)
+
+
+def tensorflow() -> tuple[Any, Any]:
+    """Imports jax2tf and TensorFlow, told to keep quiet."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    with quiet():
+        tf = require("tensorflow", extra="export")
+    tf.get_logger().setLevel("ERROR")
+    return require("jax.experimental.jax2tf", extra="export"), tf

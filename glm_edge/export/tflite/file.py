@@ -1,0 +1,260 @@
+"""Writer and reader of the `.tflite` file around a model; large buffers follow the flatbuffer."""
+
+import contextlib
+import dataclasses
+import functools
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_edge import files
+from glm_edge.errors import ExportError, GlmEdgeError, require
+from glm_edge.export.common.parsing import PARSE_ERRORS, EntryCounter
+from glm_edge.export.tflite.flatbuffer import (
+    METADATA,
+    SMALL_BUFFER,
+    ActivationGrid,
+    Constant,
+    schema,
+)
+from glm_edge.writers import check_target, write_stream
+
+IDENTIFIER = b"TFL3"
+SMALLEST = 8
+ALIGNMENT = 64
+INLINE_ALIGNMENT = 16
+INLINE_LIMIT = 1 << 30
+SHARED_VECTOR = 1 << 20
+UNVERIFIED, VERIFIED = b'"verified":false', b'"verified":true '
+
+
+@functools.cache
+def _builder_class() -> type:
+    flatbuffers = require("flatbuffers", extra="export")
+
+    class Builder(flatbuffers.Builder):
+        """Aligns bytes for kernels that read them in place, and stores equal vectors once."""
+
+        def __init__(self):
+            super().__init__(1 << 16)
+            self._offsets = {}
+
+        def StartVector(self, elemSize, numElems, alignment):  # noqa: N802, N803
+            alignment = max(alignment, INLINE_ALIGNMENT) if elemSize == 1 else alignment
+            return super().StartVector(elemSize, numElems, alignment)
+
+        def CreateNumpyVector(self, x):  # noqa: N802
+            if x.nbytes > SHARED_VECTOR:
+                return super().CreateNumpyVector(x)
+            key = (x.dtype.str, x.tobytes())
+            if key not in self._offsets:
+                self._offsets[key] = super().CreateNumpyVector(x)
+            return self._offsets[key]
+
+    return Builder
+
+
+def write(model: Any, path: Path, overwrite: bool, inline_limit: int = INLINE_LIMIT) -> int:
+    """Writes a model as a file, whole or not at all.
+
+    Args:
+      model: `ModelT`.
+      path: the file.
+      overwrite: replace a file that exists.
+      inline_limit: bytes of buffers beyond which they are stored behind the flatbuffer.
+
+    Returns:
+      Bytes of the file.
+
+    Raises:
+      OutputError: the file exists, its directory cannot be written, or its disk is too full.
+    """
+    needed = sum(buffer.data.nbytes for buffer in model.buffers if buffer.data is not None)
+    check_target(path, overwrite, None, needed)
+    return write_stream(path, lambda file: _write(model, file, inline_limit))
+
+
+def _write(model: Any, file: Any, inline_limit: int) -> None:
+    buffers = [buffer for buffer in model.buffers if buffer.data is not None]
+    if sum(buffer.data.nbytes for buffer in buffers) <= inline_limit:
+        file.write(_pack(model))
+        return
+    outside = [buffer for buffer in buffers if buffer.data.nbytes >= SMALL_BUFFER]
+    blobs = [buffer.data for buffer in outside]
+    for buffer, blob in zip(outside, blobs, strict=True):
+        # Any offset but zero: a field of the final width, so that the second pass is as long.
+        buffer.data, buffer.offset, buffer.size = None, ALIGNMENT, blob.nbytes
+    end = len(_pack(model))
+    for buffer, blob in zip(outside, blobs, strict=True):
+        buffer.offset = -(-end // ALIGNMENT) * ALIGNMENT
+        end = buffer.offset + blob.nbytes
+    file.write(_pack(model))
+    for buffer, blob in zip(outside, blobs, strict=True):
+        file.seek(buffer.offset)
+        file.write(memoryview(blob))
+        buffer.data, buffer.offset, buffer.size = blob, 0, 0
+
+
+def _pack(model: Any) -> memoryview:
+    builder = _builder_class()()
+    builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
+    return memoryview(builder.Bytes)[builder.Head() :]
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Reads the description that the export stored, without reading the weights.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Its fields.
+
+    Raises:
+      ExportError: the file is missing, not TFLite, damaged, or not written by glm_edge.
+    """
+    with opened(Path(path)) as (model, content):
+        return _description(model, content, path)
+
+
+def _description(model: Any, content: np.ndarray, path: str | Path) -> dict[str, Any]:
+    entries = EntryCounter()
+    for index in entries(model.MetadataLength()):
+        entry = model.Metadata(index)
+        if entry.Name() == METADATA:
+            text = _bytes_of(model.Buffers(entry.Buffer()), content)
+            where = f"{path}: damaged TFLite file: its description"
+            fields = files.parse_json(text.tobytes(), where, ExportError)
+            if not isinstance(fields, dict):
+                raise ExportError(f"{where}: is a {type(fields).__name__}, not a JSON object")
+            return fields
+    raise ExportError(f"{path}: a TFLite file, but not one that glm_edge exported")
+
+
+def read_constants(
+    path: str | Path, start: int = 0, size: int | None = None
+) -> dict[str, Constant]:
+    """Reads the weights of an exported file back, as they are stored.
+
+    Args:
+      path: the file.
+      start: first byte of the model, where it is a section of a larger file.
+      size: bytes of the model; None takes all from `start` on.
+
+    Returns:
+      Parameter path to its bytes and scales.
+
+    Raises:
+      ExportError: the file is missing, not TFLite, damaged, or not written by glm_edge.
+    """
+    types = vars(schema().TensorType)
+    names = {number: name.lower() for name, number in types.items() if isinstance(number, int)}
+    constants: dict[str, Constant] = {}
+    with opened(Path(path), start, size) as (model, content):
+        paths, entries = set(_description(model, content, path)["parameters"]), EntryCounter()
+        for subgraph in entries(model.SubgraphsLength()):
+            graph = model.Subgraphs(subgraph)
+            for index in entries(graph.TensorsLength()):
+                tensor = graph.Tensors(index)
+                name = (tensor.Name() or b"").decode()
+                if name in paths and name not in constants:
+                    constants[name] = _constant(model, graph, tensor, names, content)
+            for name, grids in _static_grids(graph, entries):
+                if name in constants:
+                    constants[name] = dataclasses.replace(constants[name], **grids)
+    return constants
+
+
+def _static_grids(
+    graph: Any, entries: EntryCounter
+) -> Iterator[tuple[str, dict[str, ActivationGrid]]]:
+    """Yields names of the weights that meet int8 activations, with the grids of these."""
+    for index in entries(graph.OperatorsLength()):
+        operator = graph.Operators(index)
+        if operator.InputsLength() < 2 or not operator.OutputsLength():
+            continue
+        ends = {"inputs": operator.Inputs(0), "outputs": operator.Outputs(0)}
+        if operator.Inputs(1) < 0 or min(ends.values()) < 0:
+            continue
+        tensors = {side: graph.Tensors(at) for side, at in ends.items()}
+        if all(tensor.Type() == schema().TensorType.INT8 for tensor in tensors.values()):
+            name = (graph.Tensors(operator.Inputs(1)).Name() or b"").decode()
+            yield name, {side: _grid(tensor) for side, tensor in tensors.items()}
+
+
+def _grid(tensor: Any) -> ActivationGrid:
+    quantization = tensor.Quantization()
+    return ActivationGrid(float(quantization.Scale(0)), int(quantization.ZeroPoint(0)))
+
+
+def _constant(model: Any, graph: Any, tensor: Any, names: dict[int, str], content: Any) -> Constant:
+    scale, zero, block_size = None, None, 0
+    quantization = tensor.Quantization()
+    if quantization is not None and quantization.DetailsType():
+        details = schema().BlockwiseQuantization()
+        details.Init(quantization.Details().Bytes, quantization.Details().Pos)
+        scales, block_size = graph.Tensors(details.Scales()), details.BlockSize()
+        stored = _bytes_of(model.Buffers(scales.Buffer()), content).tobytes()
+        scale = np.frombuffer(stored, np.float16).reshape(scales.ShapeAsNumpy())
+    elif quantization is not None and quantization.ScaleLength():
+        scale = np.array(quantization.ScaleAsNumpy())
+        points = np.array(quantization.ZeroPointAsNumpy())
+        zero = points if points.any() else None
+    return Constant(
+        names[tensor.Type()],
+        tuple(int(extent) for extent in tensor.ShapeAsNumpy()),
+        _bytes_of(model.Buffers(tensor.Buffer()), content),
+        scale,
+        block_size,
+        zero=zero,
+    )
+
+
+def _bytes_of(buffer: Any, content: np.ndarray) -> np.ndarray:
+    """Returns the bytes of a buffer as a view: a hole of a terabyte takes no memory."""
+    if buffer.Offset():
+        return content[buffer.Offset() : buffer.Offset() + buffer.Size()]
+    return buffer.DataAsNumpy() if buffer.DataLength() else np.zeros(0, np.uint8)
+
+
+def mark_verified(path: str | Path) -> None:
+    """Writes into the descriptions of an exported file that it was run and agreed with JAX."""
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        # Both values are as long, so that nothing else in the file moves.
+        at = view.find(UNVERIFIED)
+        while at >= 0:
+            view[at : at + len(VERIFIED)] = VERIFIED
+            at = view.find(UNVERIFIED, at)
+
+
+@contextlib.contextmanager
+def opened(path: Path, start: int = 0, size: int | None = None) -> Iterator[tuple[Any, np.ndarray]]:
+    """Opens the root table of a file and its bytes, mapped rather than read.
+
+    Args:
+      path: of the file, which must be a regular one.
+      start: first byte of the model, where it is a section of a larger file.
+      size: bytes of the model; None takes all from `start` on.
+
+    Raises:
+      ExportError: the file is missing, not a regular file, not TFLite, or damaged.
+    """
+    try:
+        with files.opened(path, ExportError) as file:
+            size = os.fstat(file.fileno()).st_size - start if size is None else size
+            if size < SMALLEST:
+                raise ExportError(f"{path}: not a TFLite file: it has {size} bytes")
+            content = np.memmap(file, np.uint8, "r", start, (size,))
+        if content[4:8].tobytes() != IDENTIFIER:
+            raise ExportError(f"{path}: not a TFLite file: it lacks the mark {IDENTIFIER.decode()}")
+        yield schema().Model.GetRootAs(content, 0), content
+    except GlmEdgeError:
+        raise
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
+    except PARSE_ERRORS as error:
+        raise ExportError(f"{path}: damaged TFLite file: {error}") from error

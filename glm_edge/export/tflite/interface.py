@@ -1,0 +1,72 @@
+"""Comparison of the signatures of a `.tflite` file with its own description."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from glm_edge.configs import GLMConfig
+from glm_edge.errors import ExportError, GlmEdgeError
+from glm_edge.export.common.interface import CACHE, Tensor, expected_tensors
+from glm_edge.export.common.parsing import PARSE_ERRORS
+from glm_edge.export.common.signatures import DECODE, step_name
+from glm_edge.export.tflite.reader import Graph, read_graphs
+
+
+def checked_graphs(
+    path: str | Path,
+    config: GLMConfig,
+    prefill_lengths: Iterable[int],
+    cache_slots: int,
+    prefill_logits: bool,
+    attended_slots: Iterable[int] = (),
+) -> dict[str, Graph]:
+    """Reads a file's signatures and compares them with those of its own description.
+
+    Args:
+      path: the file.
+      config: of the model, as its description says.
+      prefill_lengths: as its description says.
+      cache_slots: as its description says.
+      prefill_logits: as its description says.
+      attended_slots: as its description says.
+
+    Returns:
+      The signatures by name.
+
+    Raises:
+      ExportError: the file is damaged, or its description is not of these signatures.
+    """
+    graphs = {graph.name: graph for graph in read_graphs(path)}
+    lengths, attended = list(prefill_lengths), list(attended_slots)
+    try:
+        _check_sizes(graphs, config, lengths, attended)
+        expected = expected_tensors(config, lengths, cache_slots, prefill_logits, attended)
+        for name, (inputs, outputs) in expected.items():
+            _compare(graphs[name].inputs, inputs, f"inputs of {name}")
+            _compare(graphs[name].outputs, outputs, f"outputs of {name}")
+    except (*PARSE_ERRORS, GlmEdgeError) as error:
+        raise ExportError(
+            f"{path}: damaged: its description does not fit its signatures: {error}"
+        ) from error
+    return graphs
+
+
+def _check_sizes(
+    graphs: dict[str, Graph], config: GLMConfig, lengths: list[int], attended: list[int]
+) -> None:
+    """Refuses counts that would take long to list before anything is compared."""
+    caches = sum(name.startswith(f"{CACHE}k_") for name in graphs[DECODE].inputs)
+    if config.decoder.num_layers != caches:
+        raise ValueError(f"{config.decoder.num_layers} layers, caches of {caches}")
+    missing = [length for length in lengths if step_name(length) not in graphs]
+    if missing or len(set(lengths)) != len(lengths):
+        raise ValueError(f"prefill lengths {lengths[:8]}")
+    missing = [slots for slots in attended if step_name(1, slots) not in graphs]
+    if missing or len(set(attended)) != len(attended):
+        raise ValueError(f"attended slots {attended[:8]}")
+
+
+def _compare(stored: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    for name in sorted(stored.keys() | expected.keys()):
+        ours, theirs = expected.get(name), stored.get(name)
+        if not ours or not theirs or (ours.type, ours.shape) != (theirs.type, theirs.shape):
+            raise ValueError(f"{where}: {name}")

@@ -1,0 +1,1 @@
+"""Comparison of an exported model with JAX, and the runtimes that run it."""

@@ -1,0 +1,104 @@
+"""Runner of an exported directory of ONNX or MNN graphs."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from glm_edge.configs import from_dict
+from glm_edge.errors import ExportError, GlmEdgeError
+from glm_edge.export.common.directory import MAX_GRAPH_BYTES, WEIGHTS, read_description
+from glm_edge.export.common.interface import Tensor, expected_tensors
+from glm_edge.export.common.parsing import PARSE_ERRORS
+from glm_edge.export.common.signatures import DECODE, attended_by, described_sizes, step_name
+from glm_edge.export.common.weights import Weight
+from glm_edge.export.mnn.reader import read_weights as mnn_weights
+from glm_edge.export.onnx.reader import read_weights as onnx_weights
+from glm_edge.export.verify.runner import SignatureRunner, run_checked
+from glm_edge.export.verify.worker import TIMEOUT, InterpreterProcess
+from glm_edge.files import file_inside
+
+READERS = {"onnx": onnx_weights, "mnn": mnn_weights}
+
+
+class GraphDirectoryRunner(SignatureRunner):
+    """An exported directory in onnxruntime or in MNN, in a process of its own.
+
+    A damaged graph can crash nothing else there; the caches stay in that process. Products are
+    taken in float32: onnxruntime would by default round the activations that meet packed weights to
+    int8, group by group, which is faster and which no `compute` of JAX does. Several threads may
+    call it; the process runs one signature at a time.
+
+    Args:
+      path: of the directory.
+      num_threads: of the runtime.
+      timeout: seconds for one answer of that process.
+
+    Raises:
+      ExportError: the directory is not one that glm_edge exported, or is damaged.
+      MissingExtraError: the runtime is not installed.
+    """
+
+    float32 = True
+
+    def __init__(self, path: str | Path, num_threads: int = 2, timeout: float = TIMEOUT):
+        self.path, self.description = Path(path), read_description(path)
+        runtimes = [name for name in READERS if (self.path / f"{DECODE}.{name}").exists()]
+        if not runtimes:
+            raise ExportError(f"{path}: damaged: holds no graph named {DECODE}")
+        self.runtime = runtimes[0]
+        try:
+            config = from_dict(self.description["config"])
+            super().__init__(config, **vars(described_sizes(self.description, config)))
+            self._check_files()
+        except (*PARSE_ERRORS, GlmEdgeError) as error:
+            raise ExportError(f"{path}: damaged: its description: {error}") from error
+        self._described_slots = tuple(self.attended_slots)
+        self._worker = InterpreterProcess(self.path, num_threads, timeout, self.runtime)
+
+    def _check_files(self) -> None:
+        """Refuses a graph that is missing, a pipe, or a link out, before the runtime opens it."""
+        names = ["embed", *(["vision"] if self.config.vision is not None else [])]
+        names += ["speech"] if self.config.speech is not None else []
+        for length in (1, *self.prefill_lengths):
+            names += [f"embed_{length}"] if length > 1 else []
+            attended = (None, *attended_by(length, self.attended_slots))
+            names += [step_name(length, slots) for slots in attended]
+        for name in names:
+            graph = file_inside(self.path, f"{name}.{self.runtime}", ExportError)
+            if graph.stat().st_size > MAX_GRAPH_BYTES:
+                raise ValueError(f"{graph.name} has {graph.stat().st_size} bytes, without weights")
+        file_inside(self.path, WEIGHTS, ExportError)
+
+    def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs one signature on arrays of exactly its shapes."""
+        return run_checked(self._worker, self.path, signature, inputs, *self._tensors[signature])
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Lists inputs and outputs of each signature, once the process has opened the directory."""
+        return expected_tensors(
+            self.config,
+            self.prefill_lengths,
+            self.cache_slots,
+            self.prefill_logits,
+            self._described_slots,
+        )
+
+    def read_weights(
+        self, shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> dict[str, Weight]:
+        """Reads the weights of the directory, as its graphs store them.
+
+        Args:
+          shapes: dense shapes that the parameters must have, by path; None takes any.
+
+        Raises:
+          ExportError: the directory is damaged, or a weight has another shape.
+        """
+        return READERS[self.runtime](self.path, shapes)
+
+    def close(self) -> None:
+        """Ends the process, which otherwise ends with this object."""
+        self._worker.close()

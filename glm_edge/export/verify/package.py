@@ -1,0 +1,40 @@
+"""Exported directories of graphs, which a runtime runs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from glm_edge.export.common.directory import ExportedDirectory
+from glm_edge.export.verify.results import Verification
+from glm_edge.export.verify.verify import Window, verify
+
+
+@dataclass(frozen=True)
+class Package(ExportedDirectory):
+    """A written directory of ONNX or MNN graphs, see `ExportedDirectory`."""
+
+    def verify(
+        self,
+        windows: Iterable[Window] | None = None,
+        threshold: float | None = None,
+        compute: str | None = None,
+        free_running: int = 8,
+        max_new_tokens: int = 32,
+        seed: int = 0,
+        check: bool = True,
+    ) -> Verification:
+        """Compares the directory, run in onnxruntime or MNN, with the JAX model.
+
+        See `glm_edge.export.verify` for the arguments.
+        """
+        return verify(
+            self.path,
+            self.model,
+            self.params,
+            windows,
+            threshold=threshold,
+            compute=compute,
+            free_running=free_running,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            check=check,
+        )

@@ -1,0 +1,272 @@
+"""Comparison of an exported model, run in its runtime, with the JAX model of the same integers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_edge import params as boxes
+from glm_edge.configs import GLMConfig, SpeechConfig, VisionConfig
+from glm_edge.errors import DataError, ExportError
+from glm_edge.export.common.directory import write_description
+from glm_edge.export.common.signatures import DECODE, attended_by, step_name
+from glm_edge.export.common.weights import check_weights
+from glm_edge.export.tflite.file import mark_verified
+from glm_edge.export.verify.graph_directory import GraphDirectoryRunner
+from glm_edge.export.verify.results import MIN_TOKENS, Verification, compute_of, conclude
+from glm_edge.export.verify.runner import JaxRunner, LiteRTRunner, SignatureRunner
+from glm_edge.models.multimodal import MultimodalGLM
+
+
+@dataclass(frozen=True)
+class Window:
+    """One text, with the image and audio of its placeholders, to compare two models on.
+
+    Attributes:
+      tokens: int [T].
+      image: [height, width, channels], or None.
+      audio: log-mel [num_frames, mel_bins], or None.
+      counted: bool [T], False where the prediction made at a position is left out, as where the
+        answer's grammar forces the next token; None counts every position.
+      prompt_length: tokens that free-running generation starts from; None takes half.
+    """
+
+    tokens: np.ndarray
+    image: np.ndarray | None = None
+    audio: np.ndarray | None = None
+    counted: np.ndarray | None = None
+    prompt_length: int | None = None
+
+
+def verify(
+    path: str | Path,
+    model: MultimodalGLM,
+    params: Any,
+    windows: Iterable[Window] | None = None,
+    threshold: float | None = None,
+    compute: str | None = None,
+    free_running: int = 8,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+    check: bool = True,
+    isolated: bool = True,
+) -> Verification:
+    """Runs an exported file against the JAX model of the same integers.
+
+    A `.tflite` file runs in LiteRT. The graphs of a directory run in onnxruntime or MNN, in float32
+    on dequantized weights, after its integers and scales were found to be the model's bit for bit
+    (of MNN, those that products read). Texts are scored token by token with the same tokens before
+    (`agreement`), some are continued greedily, and each signature is run once on random inputs.
+
+    Args:
+      path: the file, or the directory of ONNX or MNN graphs.
+      model: that it was traced from.
+      params: as the file holds them: `ExportedModel.params` or `Package.params`.
+      windows: texts to compare on; None draws random ones with at least 1,000 positions.
+      threshold: least agreement; None takes 0.99, but 0.97 of a `.tflite` file, which rounds
+        activations, against `float32`.
+      compute: how the JAX model multiplies; None takes `int8_static` where the parameters have
+        static grids, which the file then has, and else `int8_dynamic`. ONNX and MNN graphs are
+        compared with `float32` alone.
+      free_running: windows that are also continued greedily from their first tokens.
+      max_new_tokens: of each continuation.
+      seed: of random windows.
+      check: raise when the agreement is below the threshold.
+      isolated: run the file in a process of its own, so that a damaged one can crash nothing else;
+        False is faster, for a `.tflite` file that was just written. Directories always run so.
+
+    Returns:
+      The comparison. When it passes, at the threshold that None takes and on at least 1,000
+      positions, the file's description is marked as verified; `Verification.shortfalls` says what
+      that lacked.
+
+    Raises:
+      ExportError: the agreement is below the threshold, a signature computes something else, no
+        position is counted, the file is damaged, or is one of another model.
+      DataError: a window does not fit the cache, or counts other positions than it has.
+    """
+    directory = Path(path).is_dir()
+    runner = GraphDirectoryRunner(path) if directory else LiteRTRunner(path, isolated=isolated)
+    if runner.config != model.config:
+        raise ExportError(f"{path}: holds another model than {model.config.name}")
+    if directory:
+        shapes = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
+        check_weights(runner.read_weights(shapes), params, path)
+    if runner.float32 and compute not in (None, "float32"):
+        raise ExportError(
+            f"{path}: is run in float32, so that {compute} would compare other sums; right would "
+            "be compute='float32'"
+        )
+    if compute is None:
+        compute = "float32" if runner.float32 else compute_of(params)
+    reference = JaxRunner(
+        model.clone(compute=compute),
+        params,
+        runner.prefill_lengths,
+        runner.cache_slots,
+        runner.prefill_logits,
+    )
+    windows = list(windows) if windows is not None else random_windows(runner, seed)
+    same, errors, divergences = [], [], []
+    for index, window in enumerate(windows):
+        counted = _counted(window)
+        content = (window.tokens, window.image, window.audio)
+        # The file first: a damaged one fails before JAX compiles anything.
+        # Every second text goes through the signatures that look at all slots.
+        run = runner.looking_at_all_slots() if index % 2 else runner
+        logits = run.score(*content)[counted]
+        if not np.isfinite(logits).all():
+            raise ExportError(f"{path}: gives scores that are not finite")
+        expected = reference.score(*content)[counted]
+        same.append(expected.argmax(-1) == logits.argmax(-1))
+        errors.append(np.abs(expected - logits).max(initial=0.0))
+        divergences.append(_kl(expected, logits))
+    distances = signature_distances(reference, runner, seed)
+    same = np.concatenate(same) if same else np.zeros(0, bool)
+    if not same.size:
+        raise ExportError(f"{path}: nothing to verify on: no window counts a position")
+    free = [_free_running(reference, runner, w, max_new_tokens) for w in windows[:free_running]]
+    equal, generated = (sum(counts) for counts in zip(*free, strict=True)) if free else (0, 0)
+    result = conclude(
+        path,
+        compute,
+        threshold,
+        check,
+        runner.float32,
+        agreement=float(same.mean()),
+        tokens=int(same.size),
+        max_abs_error=float(max(errors)),
+        mean_kl=float(np.concatenate(divergences).mean()),
+        free_running_agreement=equal / generated if generated else None,
+        free_running_tokens=generated,
+        signatures=distances,
+    )
+    if result.verified and directory:
+        write_description(runner.path, {**runner.description, "verified": True})
+    elif result.verified:
+        mark_verified(path)
+    return result
+
+
+def signature_distances(
+    reference: SignatureRunner, runner: SignatureRunner, seed: int = 0
+) -> dict[str, float]:
+    """Measures how far each signature of a file is from the JAX function that it was traced from.
+
+    Args:
+      reference: the functions.
+      runner: of the file.
+      seed: of the inputs.
+
+    Returns:
+      `Verification.signatures`.
+    """
+    rng, config, distances = np.random.default_rng(seed), runner.config, {}
+    if config.vision is not None:
+        image = _random_image(config.vision, rng)
+        features = reference.encode_images(image)
+        distances["vision"] = _distance(features, runner.encode_images(image))
+    if config.speech is not None:
+        audio = _random_audio(config.speech, rng)
+        features = reference.encode_audio(audio)
+        distances["speech"] = _distance(features, runner.encode_audio(audio))
+    for length in (1, *runner.prefill_lengths):
+        name = "embed" if length == 1 else f"embed_{length}"
+        tokens = rng.choice(_ordinary_tokens(config), (1, length)).astype(np.int32)
+        rows = reference.run(name, tokens=tokens)["embeddings"]
+        distances[name] = _distance(rows, runner.run(name, tokens=tokens)["embeddings"])
+        expected = _logits_of_steps(reference, rows[0], None)
+        for attended in (None, *attended_by(length, runner.attended_slots)):
+            logits = _logits_of_steps(runner, rows[0], attended)
+            distances[step_name(length, attended)] = _distance(expected, logits)
+    return distances
+
+
+def _logits_of_steps(runner: SignatureRunner, rows: np.ndarray, attended: int | None) -> np.ndarray:
+    """Runs the signature for so many rows and a step behind it, where a slot is free."""
+    length = len(rows)
+    inputs = runner.step_inputs(rows, 0, length, attended)
+    cache = runner.run(step_name(length, attended), **inputs, **runner.empty_cache())
+    logits = [cache.pop("logits")[0]] if "logits" in cache else []
+    if length < runner.cache_slots:
+        inputs = runner.step_inputs(rows[-1:], length, 1)
+        logits.append(runner.run(DECODE, **inputs, **cache)["logits"][0])
+    return np.concatenate(logits)
+
+
+def _distance(expected: np.ndarray, measured: np.ndarray) -> float:
+    expected = expected.astype(np.float64)
+    return float(np.linalg.norm(expected - measured) / np.linalg.norm(expected))
+
+
+def random_windows(runner: SignatureRunner, seed: int) -> list[Window]:
+    """Draws texts of at least 1,000 positions together, a third each with image and speech."""
+    rng = np.random.default_rng(seed)
+    config, slots = runner.config, runner.cache_slots
+    length = min(max(runner.prefill_lengths, default=32), slots)
+    ordinary = _ordinary_tokens(config)
+    windows, total = [], 0
+    while total < MIN_TOKENS:
+        tokens = rng.choice(ordinary, length).astype(np.int32)
+        image = audio = None
+        kind = len(windows) % 3
+        vision, speech = config.vision, config.speech
+        if kind == 1 and vision is not None and vision.num_tokens + length <= slots:
+            tokens = np.concatenate([np.full(vision.num_tokens, config.image_token_id), tokens])
+            image = _random_image(vision, rng)
+        if kind == 2 and speech is not None and speech.num_tokens + length <= slots:
+            tokens = np.concatenate([np.full(speech.num_tokens, config.audio_token_id), tokens])
+            audio = _random_audio(speech, rng)
+        windows.append(Window(tokens.astype(np.int32), image, audio))
+        total += len(tokens)
+    return windows
+
+
+def _ordinary_tokens(config: GLMConfig) -> np.ndarray:
+    """Lists the tokens that are not placeholders."""
+    placeholders = {config.image_token_id, config.audio_token_id} - {None}
+    return np.setdiff1d(np.arange(config.decoder.vocab_size), list(placeholders))
+
+
+def _random_image(vision: VisionConfig, rng: np.random.Generator) -> np.ndarray:
+    return rng.random((*vision.image_size, vision.channels), np.float32)
+
+
+def _random_audio(speech: SpeechConfig, rng: np.random.Generator) -> np.ndarray:
+    return rng.normal(size=(speech.num_frames, speech.mel_bins)).astype(np.float32)
+
+
+def _counted(window: Window) -> np.ndarray:
+    if window.counted is None:
+        return np.ones(len(window.tokens), bool)
+    if np.shape(window.counted) != (len(window.tokens),):
+        raise DataError(
+            f"counted has shape {np.shape(window.counted)}; {len(window.tokens)} tokens need one "
+            "bool each"
+        )
+    return np.asarray(window.counted, bool)
+
+
+def _free_running(
+    reference: SignatureRunner, runner: SignatureRunner, window: Window, max_new_tokens: int
+) -> tuple[int, int]:
+    length = window.prompt_length or max(1, len(window.tokens) // 2)
+    count = min(max_new_tokens, runner.cache_slots - length)
+    if count < 1:
+        return 0, 0
+    prompt = (window.tokens[:length], window.image, window.audio)
+    expected = reference.generate(*prompt, max_new_tokens=count)
+    generated = runner.generate(*prompt, max_new_tokens=count)
+    return sum(a == b for a, b in zip(expected, generated, strict=False)), len(expected)
+
+
+def _kl(expected: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    log_p, log_q = _log_softmax(expected), _log_softmax(measured)
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -1,0 +1,248 @@
+"""Interpreter of an exported model in another process, whose death is only an error here."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_edge.errors import ExportError, require
+from glm_edge.export.verify import worker_main
+from glm_edge.export.verify.worker_main import ProtocolError, receive, send
+
+TIMEOUT = 600.0
+MAX_MESSAGE_CHARS = 200
+LOG_PREFIXES = ("INFO", "WARNING")
+# Of each runtime its name in messages, its module, and the extra that installs it.
+RUNTIMES = {
+    "litert": ("LiteRT", "ai_edge_litert", "export"),
+    "onnx": ("onnxruntime", "onnxruntime", "onnx"),
+    "mnn": ("MNN", "MNN", "mnn"),
+    "litertlm": ("LiteRT-LM", "litert_lm", "litertlm"),
+}
+
+
+def require_runtime(runtime: str) -> str:
+    """Returns the name of a runtime of `RUNTIMES`, if it is installed.
+
+    Raises:
+      MissingExtraError: it is not.
+    """
+    name, module, extra = RUNTIMES[runtime]
+    require(module, extra=extra)
+    return name
+
+
+class RemoteArray:
+    """An array that stayed in the other process and need not be copied to be an input there.
+
+    Attributes:
+      dtype: of the array.
+      shape: of the array.
+    """
+
+    def __init__(self, process: "InterpreterProcess", key: int, dtype: np.dtype, shape: tuple):
+        self.process, self.key, self.dtype, self.shape = process, key, dtype, shape
+        weakref.finalize(self, process.dropped.append, key)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.process.fetch(self.key)
+        return array if dtype is None else array.astype(dtype)
+
+
+class InterpreterProcess:
+    """The runtime of one exported model, in a process of its own.
+
+    Several threads may ask; they are answered one after the other. An engine has one conversation,
+    so that threads which converse need a process each.
+
+    Args:
+      path: of the file, or of the directory for `onnx` and `mnn`.
+      num_threads: of the runtime, at most as many as this process has cores.
+      timeout: seconds for one answer, loading included.
+      runtime: `litert`, `onnx`, `mnn`, or `litertlm`, which replies and runs no signatures.
+      **options: of the runtime's class in `glm_edge.export.verify.worker_main`.
+
+    Raises:
+      ExportError: the file does not load, the process dies on it, or does not answer in time.
+      MissingExtraError: the runtime is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        num_threads: int = 2,
+        timeout: float = TIMEOUT,
+        runtime: str = "litert",
+        **options: Any,
+    ):
+        self._name = require_runtime(runtime)
+        self._path, self._timeout = path, timeout
+        self.dropped: list[int] = []
+        # A question and its answer are one exchange through the pipes.
+        self._lock = threading.Lock()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        # `-P`: the folder of the script holds names of packages, which must not hide them.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", worker_main.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+        self._close = weakref.finalize(self, _end, self._process)
+        fields = {"do": "load", "runtime": runtime, "path": str(path)}
+        # Threads of runtimes wait for each other by spinning, which stalls them on one core.
+        options["num_threads"] = min(num_threads, _cores())
+        self._ask({**fields, "options": options}, {}, "load it")
+
+    def run(
+        self, signature: str, inputs: Mapping[str, Any], keep: Iterable[str] = ()
+    ) -> dict[str, Any]:
+        """Runs a signature.
+
+        Args:
+          signature: its name.
+          inputs: arrays, or `RemoteArray`s of this process, by name.
+          keep: outputs that stay in the process and come back as `RemoteArray`s.
+
+        Returns:
+          The outputs by name.
+
+        Raises:
+          ExportError: the runtime refuses, the process dies, or does not answer in time.
+        """
+        remote = {
+            name: value.key
+            for name, value in inputs.items()
+            if isinstance(value, RemoteArray) and value.process is self
+        }
+        arrays = {name: np.asarray(v) for name, v in inputs.items() if name not in remote}
+        fields = {"do": "run", "signature": signature, "remote": remote, "keep": list(keep)}
+        answer, outputs = self._ask(fields, arrays, f"run {signature}")
+        try:
+            stayed = {
+                name: RemoteArray(self, key, np.dtype(kind), tuple(shape))
+                for name, (key, kind, shape) in answer["remote"].items()
+            }
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ExportError(f"{self._path}: its process gave no valid answer") from error
+        return {**outputs, **stayed}
+
+    def fetch(self, key: int) -> np.ndarray:
+        """Copies an array that stayed in the process."""
+        return self._ask({"do": "fetch", "key": key}, {}, "give an array back")[1]["array"]
+
+    def reply(self, content: Any, max_new_tokens: int, same: bool = False) -> tuple[str, int]:
+        """Asks the engine of a bundle for its greedy answer to a message of a user.
+
+        Args:
+          content: text, or a list of parts as LiteRT-LM takes them, JSON-ready.
+          max_new_tokens: of each answer of the conversation that this message begins.
+          same: the message goes on with the conversation of the one before.
+
+        Returns:
+          `(text, tokens)`: the answer, and the tokens of the conversation, this answer included.
+
+        Raises:
+          ExportError: as `run`.
+        """
+        fields = {"do": "reply", "content": content, "max_new_tokens": max_new_tokens, "same": same}
+        answer = self._ask(fields, {}, "answer a message")[0]
+        text, tokens = answer.get("text"), answer.get("tokens")
+        if not isinstance(text, str) or not isinstance(tokens, int):
+            raise ExportError(f"{self._path}: its process gave no valid answer")
+        return text, tokens
+
+    def close(self) -> None:
+        """Ends the process, once it has answered; the object is of no use afterwards."""
+        with self._lock:
+            self._close()
+
+    def _ask(
+        self, fields: dict[str, Any], arrays: Mapping[str, np.ndarray], task: str
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        with self._lock:
+            return self._exchange(fields, arrays, task)
+
+    def _exchange(
+        self, fields: dict[str, Any], arrays: Mapping[str, np.ndarray], task: str
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        if not self._close.alive:
+            raise ExportError(f"{self._path}: its process has ended; load it again")
+        fields = {**fields, "drop": [self.dropped.pop() for _ in range(len(self.dropped))]}
+        late = threading.Event()
+        timer = threading.Timer(self._timeout, self._stop, [late])
+        timer.daemon = True
+        timer.start()
+        try:
+            send(self._process.stdin, fields, arrays)
+            answer = receive(self._process.stdout)
+        except (OSError, ProtocolError):
+            answer = None
+        except BaseException:
+            # An answer may be half read: what follows in the pipe could not be told from it.
+            self._close()
+            raise
+        finally:
+            timer.cancel()
+        if answer is None:
+            raise ExportError(f"{self._path}: {self._cause(task, late)}")
+        if "error" in answer[0]:
+            raise ExportError(f"{self._path}: {self._name} does not {task}: {answer[0]['error']}")
+        return answer
+
+    def _stop(self, late: threading.Event) -> None:
+        late.set()
+        self._process.kill()
+
+    def _cause(self, task: str, late: threading.Event) -> str:
+        """Returns why there was no answer."""
+        try:
+            # A process that crashes closes its pipes a moment before it has ended.
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        self._close()
+        if late.is_set():
+            return f"{self._name} did not {task} within {self._timeout:g} s; its process was ended"
+        how = f"exit status {code}"
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                how = f"signal {signal.Signals(-code).name}"
+        return (
+            f"{self._name}'s process died when asked to {task} ({how}{self._last_line()}); the "
+            "file is damaged or not meant for this release"
+        )
+
+    def _last_line(self) -> str:
+        size = self._errors.seek(0, 2)
+        self._errors.seek(max(0, size - 4096))
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        # Announcements of the runtime are not the cause.
+        lines = [
+            line.strip() for line in lines if line.strip() and not line.startswith(LOG_PREFIXES)
+        ]
+        return f": {lines[-1][:MAX_MESSAGE_CHARS]}" if lines else ""
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _end(process: subprocess.Popen) -> None:
+    for stream in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):
+            stream.close()
+    process.kill()
+    process.wait()

@@ -1,0 +1,171 @@
+"""Files that multiply on calibrated int8 grids give the products of JAX on the same grids."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glm_edge as ge
+from glm_edge import export
+from glm_edge import params as boxes
+from glm_edge.compress import chain
+from glm_edge.errors import ExportError
+from glm_edge.export.common.signatures import Signature
+from glm_edge.export.tflite import file as tflite_file
+from glm_edge.export.tflite.converter import skeleton
+from glm_edge.export.tflite.flatbuffer import ActivationGrid, FlatModel
+from glm_edge.export.tflite.weights import to_constant
+from glm_edge.kernels import matmul
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params import Format, Quantized
+
+LAYER = "decoder/layers/0"
+GROUPED = f"{LAYER}/mlp/down_proj/weight"
+STATIC = {
+    f"{LAYER}/{name}/weight"
+    for name in (
+        *(f"attention/{side}_proj" for side in "qkvo"),
+        "mlp/gate_up_proj",
+    )
+}
+
+
+def with_grids(box: Quantized, inputs: ActivationGrid, outputs: ActivationGrid) -> Quantized:
+    return box.replace(
+        input_scale=jnp.float32(inputs.scale),
+        input_zero=jnp.int8(inputs.zero),
+        output_scale=jnp.float32(outputs.scale),
+        output_zero=jnp.int8(outputs.zero),
+    )
+
+
+@pytest.fixture(scope="module")
+def calibrated(small_config, random_params):
+    """A text model of int8, int4 per channel and int4 in groups, and its parameters."""
+    config = dataclasses.replace(small_config(num_layers=1), vision=None, speech=None)
+    model = MultimodalGLM(config)
+    tokens = np.random.default_rng(0).integers(10, 320, (4, 32)).astype(np.int32)
+    recipe = chain(
+        ge.quantize.rtn(4, 32, scale_dtype="bfloat16", where="down_proj"),
+        ge.quantize.rtn(4, where="gate_up_proj"),
+        ge.quantize.rtn(8),
+        ge.quantize.activations(),
+    )
+    return model, recipe(model, random_params(model), [{"tokens": tokens}])[1]
+
+
+@pytest.fixture(scope="module")
+def written(calibrated, tmp_path_factory):
+    """Its file."""
+    path = tmp_path_factory.mktemp("static") / "a.tflite"
+    return export.tflite(
+        *calibrated, path, prefill_lengths=(32,), cache_slots=32, prefill_logits=True
+    )
+
+
+@pytest.mark.parametrize("form", [Format("int8"), Format("int4")], ids=str)
+def test_one_product_has_the_bits_of_the_static_kernel(form, quantize, tmp_path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(1, 16, 256)) + 0.3).astype(np.float32)
+    box = quantize(jnp.asarray(rng.normal(size=(48, 256)), jnp.float32), form)
+    products = x[0] @ np.asarray(box.unbox()).T
+    box = with_grids(
+        box, ActivationGrid(5.0 / 255, -19), ActivationGrid(0.8 * np.ptp(products) / 255, 7)
+    )
+    signature = Signature(
+        "product",
+        {"x": jax.ShapeDtypeStruct(x.shape, jnp.float32)},
+        lambda params, inputs: {"y": matmul.dense(inputs["x"], params["weight"])},
+        ("weight",),
+    )
+    content, arguments = skeleton([signature], {"weight": box.shape})
+    constant, effective, conversions = to_constant("weight", box)
+    assert not conversions
+    graph = FlatModel(content)
+    graph.attach({name: (path, constant) for name, path in arguments.items()})
+    graph.compact()
+    tflite_file.write(graph.model, tmp_path / "a.tflite", overwrite=False)
+    found = Interpreter(str(tmp_path / "a.tflite")).get_signature_runner("product")(x=x)["y"]
+    expected = np.asarray(boxes.linear(jnp.asarray(x), effective, "int8_static"))
+    np.testing.assert_array_equal(found, expected)
+    steps = expected / float(box.output_scale) + 7
+    assert steps.min() < -127.9 or steps.max() > 126.9, "nothing clips"
+    dynamic = boxes.linear(jnp.asarray(x), effective, "int8_dynamic")
+    assert np.abs(found - dynamic).max() > float(box.output_scale)
+
+
+def test_file_holds_our_grids_bit_for_bit_and_says_what_it_leaves_out(written, calibrated):
+    held, given = export.read_constants(written.path), dict(boxes.path_items(calibrated[1]))
+    effective = dict(boxes.path_items(written.params))
+    assert {path for path, constant in held.items() if constant.inputs} == STATIC
+    for path in STATIC:
+        box = given[path]
+        for side, grid in (("input", held[path].inputs), ("output", held[path].outputs)):
+            assert np.float32(grid.scale) == np.asarray(getattr(box, f"{side}_scale"))
+            assert grid.zero == int(getattr(box, f"{side}_zero"))
+            assert getattr(effective[path], f"{side}_scale") is not None
+        assert held[path].data.tobytes() == np.asarray(box.data).tobytes()
+    assert [str(c) for c in written.conversions] == [
+        f"{GROUPED}: static ranges left out, as int4-g32 has no kernel for them: the file rounds "
+        "each row to its own range"
+    ]
+    assert effective[GROUPED].input_scale is None
+    assert effective[GROUPED].output_scale is None
+
+
+def test_matrices_that_read_one_tensor_share_its_rounding(written):
+    graph = FlatModel(written.path.read_bytes())
+    for subgraph in graph.model.subgraphs:
+        names = [graph.operator_name(operator) for operator in subgraph.operators]
+        if "FULLY_CONNECTED" in names:
+            # q, k and v; o; gate and up.
+            assert names.count("QUANTIZE") == 3
+            assert names.count("DEQUANTIZE") == len(STATIC)
+
+
+def test_file_agrees_with_jax_on_its_grids(written):
+    found = written.verify(free_running=2, isolated=False)
+    assert found.compute == "int8_static"
+    assert found.agreement >= 0.99
+    assert export.read_metadata(written.path)["verified"] is True
+    other = written.verify(compute="int8_dynamic", free_running=0, check=False, isolated=False)
+    assert other.mean_kl > 10 * found.mean_kl
+
+
+def test_a_static_product_is_no_hybrid_one_for_delegates(written):
+    rows = [
+        row
+        for row in export.compatibility(written.path).rows
+        if row.operator == "FULLY_CONNECTED" and row.types.endswith("-> int8")
+    ]
+    assert sum(row.count for row in rows) == 2 * len(STATIC)
+    assert all("float activations" not in row.verdicts["qnn"].reason for row in rows)
+    assert {row.verdicts["coreml"].accepted for row in rows} == {"no"}
+
+
+def test_static_ranges_that_no_kernel_reads_are_left_out_and_named(quantize):
+    weight = jax.random.normal(jax.random.key(0), (6, 64))
+    full = with_grids(
+        quantize(weight, Format("int8")), ActivationGrid(0.02, 3), ActivationGrid(0.1, -5)
+    )
+    constant, effective, conversions = to_constant("embed/weight", full)
+    assert (constant.inputs, effective.input_scale, effective.output_scale) == (None, None, None)
+    assert "as its rows are looked up, too" in str(conversions[0])
+    partial = full.replace(output_scale=None, output_zero=None)
+    constant, effective, conversions = to_constant("w", partial)
+    assert (constant.inputs, effective.input_scale) == (None, None)
+    assert "as its products have none" in str(conversions[0])
+    assert conversions[0].changes_values
+    narrow = with_grids(
+        quantize(weight, Format("int6")), ActivationGrid(0.02, 3), ActivationGrid(0.1, -5)
+    )
+    constant, effective, _ = to_constant("w", narrow)
+    assert constant.type == "int8"
+    assert (constant.inputs.zero, constant.outputs.zero) == (3, -5)
+    assert float(effective.output_scale) == pytest.approx(0.1)
+    with pytest.raises(ExportError, match=r"w: output_scale is 0\.0"):
+        to_constant("w", full.replace(output_scale=jnp.float32(0)))

@@ -1,0 +1,230 @@
+"""The exported file runs in LiteRT and predicts what JAX predicts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_edge import export
+from glm_edge import params as boxes
+from glm_edge.errors import DataError, ExportError
+from glm_edge.export.common.signatures import Signature
+from glm_edge.export.tflite import file as tflite_file
+from glm_edge.export.tflite.converter import skeleton
+from glm_edge.export.tflite.flatbuffer import FlatModel
+from glm_edge.export.tflite.weights import to_constant
+from glm_edge.export.verify.runner import JaxRunner
+from glm_edge.export.verify.verify import signature_distances
+from glm_edge.generate.decoding import greedy
+from glm_edge.kernels import matmul
+from glm_edge.params import Format
+
+FORMS = [
+    Format("int8"),
+    Format("int4"),
+    Format("int2"),
+    Format("int4", 32, scale_dtype="bfloat16"),
+    Format("int4", 64),
+]
+
+
+@pytest.fixture(scope="module")
+def prompt(model):
+    rng = np.random.default_rng(0)
+    config = model.config
+    tokens = np.concatenate(
+        [
+            np.full(config.vision.num_tokens, config.image_token_id),
+            rng.integers(20, 300, 5),
+            np.full(config.speech.num_tokens, config.audio_token_id),
+            rng.integers(20, 300, 12),
+        ]
+    ).astype(np.int32)
+    image = rng.random((*config.vision.image_size, 3), np.float32)
+    audio = rng.normal(size=(config.speech.num_frames, config.speech.mel_bins)).astype(np.float32)
+    return tokens, image, audio
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("rows", [1, 16])
+def test_one_product_has_the_bits_of_the_int8_dynamic_kernel(form, rows, quantize, tmp_path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    rng = np.random.default_rng(rows)
+    x = (rng.normal(size=(1, rows, 256)) + 0.3).astype(np.float32)
+    box = quantize(jnp.asarray(rng.normal(size=(48, 256)), jnp.float32), form)
+    signature = Signature(
+        "product",
+        {"x": jax.ShapeDtypeStruct(x.shape, jnp.float32)},
+        lambda params, inputs: {"y": matmul.dense(inputs["x"], params["weight"])},
+        ("weight",),
+    )
+    content, arguments = skeleton([signature], {"weight": box.shape})
+    constant, effective, _ = to_constant("weight", box)
+    graph = FlatModel(content)
+    graph.attach({name: (path, constant) for name, path in arguments.items()})
+    graph.compact()
+    tflite_file.write(graph.model, tmp_path / "a.tflite", overwrite=False)
+    runner = Interpreter(str(tmp_path / "a.tflite")).get_signature_runner("product")
+    found = runner(x=x)["y"]
+    expected = boxes.linear(jnp.asarray(x), effective, "int8_dynamic")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    if form.group_size is None:
+        np.testing.assert_array_equal(found, expected)
+    plain = boxes.linear(jnp.asarray(x), effective)
+    assert np.abs(found - plain).max() > 100 * np.abs(found - expected).max()
+
+
+def test_float_file_gives_the_logits_of_the_model(dense_export, model, dense_params, prompt):
+    tokens, image, audio = prompt
+    expected, aux = model.apply(
+        {"params": dense_params}, tokens[None], jnp.asarray(image[None]), jnp.asarray(audio[None])
+    )
+    phone = export.LiteRTRunner(dense_export.path)
+    np.testing.assert_allclose(phone.encode_images(image), aux["vision"][0], atol=1e-4)
+    np.testing.assert_allclose(phone.encode_audio(audio), aux["speech"][0], atol=1e-4)
+    np.testing.assert_allclose(phone.score(tokens, image, audio), expected[0], atol=1e-4)
+
+
+def test_a_text_longer_than_the_prefill_is_scored_in_pieces(dense_export, model, dense_params):
+    tokens = np.random.default_rng(1).integers(20, 300, 61)
+    expected, _ = model.apply({"params": dense_params}, jnp.asarray(tokens[None]))
+    phone = export.LiteRTRunner(dense_export.path)
+    np.testing.assert_allclose(phone.score(tokens), expected[0], atol=1e-4)
+    assert [length for _, _, length in phone._chunks(0, 61)] == [32, 32]
+    assert [length for _, _, length in phone._chunks(40, 61)] == [8, 8, 8]
+    assert [length for _, _, length in phone._chunks(60, 64)] == [1, 1, 1, 1]
+
+
+def test_inputs_that_do_not_fit_are_refused(dense_export, prompt):
+    tokens, image, audio = prompt
+    phone = export.LiteRTRunner(dense_export.path)
+    with pytest.raises(DataError, match="65 tokens do not fit the 64 slots"):
+        phone.score(np.arange(65))
+    with pytest.raises(DataError, match="all must be 0 to 319"):
+        phone.score(np.array([3, 320]))
+    with pytest.raises(DataError, match="at least one is needed"):
+        phone.score(np.zeros(0, np.int32))
+    with pytest.raises(DataError, match=r"images: shape \(32, 32, 3\)"):
+        phone.score(tokens, image[:32])
+    with pytest.raises(DataError, match="audio: shape"):
+        phone.encode_audio(audio.T)
+
+
+def test_scores_that_are_not_finite_are_refused(dense_export, monkeypatch):
+    phone = export.LiteRTRunner(dense_export.path)
+    monkeypatch.setattr(phone, "extend", lambda *_: (np.full((1, 320), np.nan), {}))
+    with pytest.raises(DataError, match="scores are NaN or infinite"):
+        phone.generate(np.array([30, 31]), max_new_tokens=2)
+
+
+def test_greedy_tokens_are_those_of_the_model(dense_export, model, dense_params, prompt):
+    tokens, image, audio = prompt
+    expected = greedy(
+        model,
+        dense_params,
+        tokens[None],
+        images=jnp.asarray(image[None]),
+        audio=jnp.asarray(audio[None]),
+        max_new_tokens=20,
+    )[0]
+    found = export.LiteRTRunner(dense_export.path).generate(*prompt, max_new_tokens=20)
+    np.testing.assert_array_equal(found, expected[: len(found)])
+
+
+def test_compressed_file_agrees_with_jax_on_the_same_integers(exported, prompt):
+    result = exported.verify()
+    assert result.tokens >= 1000
+    assert result.passed
+    assert result.signatures.keys() == set(exported.signatures)
+    assert result.mean_kl < 0.01
+    assert export.read_metadata(exported.path)["verified"] is True
+    weight_only = exported.verify(compute="float32", check=False, free_running=0)
+    assert weight_only.mean_kl > result.mean_kl
+    assert weight_only.threshold == 0.97
+    assert weight_only.free_running_agreement is None
+
+
+def test_few_tokens_or_a_lower_threshold_mark_nothing(dense_export, prompt):
+    result = dense_export.verify([export.Window(*prompt)], free_running=0)
+    assert result.passed
+    assert result.signatures.keys() == set(dense_export.signatures)
+    assert result.shortfalls == [f"{result.tokens} of at least 1,000 tokens were compared"]
+    result = dense_export.verify(threshold=0.5, free_running=0)
+    assert str(result).endswith("not marked as verified: the threshold is usually 99.00%")
+    assert export.read_metadata(dense_export.path)["verified"] is False
+
+
+@pytest.mark.parametrize("wrong", ["prefill_8", "embed_32", "decode", "vision", "speech"])
+def test_a_signature_that_texts_do_not_run_must_agree_too(wrong, dense_export, model, dense_params):
+    sizes = (8, 32), 64
+    reference = JaxRunner(model, dense_params, *sizes)
+
+    class Other(JaxRunner):
+        def run(self, signature, **inputs):
+            outputs = super().run(signature, **inputs)
+            turned = {name: -value for name, value in outputs.items() if "cache" not in name}
+            return outputs | turned if signature == wrong else outputs
+
+    distances = signature_distances(reference, Other(model, dense_params, *sizes))
+    assert distances.keys() == set(dense_export.signatures)
+    expected = {wrong}
+    if wrong == "decode":
+        # A prompt is judged by the step behind it, too.
+        expected |= {"prefill_8", "prefill_32"}
+    assert {name for name, error in distances.items() if error > 0.25} == expected
+
+
+def test_a_file_of_other_weights_fails(dense_export, model, dense_params):
+    other = boxes.map_with_path(
+        lambda path, leaf: -leaf if path == "decoder/layers/0/attention/o_proj/weight" else leaf,
+        dense_params,
+    )
+    with pytest.raises(ExportError, match=r"at least 99\.00% must agree"):
+        export.verify(dense_export.path, model, other, free_running=0)
+    assert export.read_metadata(dense_export.path)["verified"] is False
+
+
+def test_positions_that_are_not_counted_are_left_out(dense_export, prompt):
+    tokens, image, audio = prompt
+    counted = np.zeros(len(tokens), bool)
+    counted[-4:] = True
+    window = export.Window(tokens, image, audio, counted, prompt_length=len(tokens) - 4)
+    result = dense_export.verify([window], max_new_tokens=6)
+    assert (result.tokens, result.agreement) == (4, 1.0)
+    assert result.free_running_tokens in range(1, 7)
+    with pytest.raises(ExportError, match="nothing to verify on"):
+        dense_export.verify([export.Window(tokens, image, audio, np.zeros(len(tokens), bool))])
+    with pytest.raises(DataError, match="one bool each"):
+        dense_export.verify([export.Window(tokens, image, audio, counted[1:])])
+
+
+def test_jax_runs_the_same_signatures(dense_export, model, dense_params, prompt):
+    phone = export.LiteRTRunner(dense_export.path)
+    reference = JaxRunner(model, dense_params, phone.prefill_lengths, phone.cache_slots)
+    np.testing.assert_allclose(reference.score(*prompt), phone.score(*prompt), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"", "not a TFLite file: it has 0 bytes"),
+        (b"not a model at all", "not a TFLite file"),
+        (b"\x10\0\0\0TFL3" + b"\xff" * 40, "damaged TFLite file"),
+    ],
+)
+def test_files_that_are_not_ours_are_refused(content, message, tmp_path):
+    path = tmp_path / "a.tflite"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ExportError, match=message):
+        export.LiteRTRunner(path)
+
+
+def test_a_foreign_tflite_file_is_refused(exported, tmp_path):
+    graph = FlatModel(exported.path.read_bytes())
+    graph.model.metadata = []
+    tflite_file.write(graph.model, tmp_path / "a.tflite", overwrite=False)
+    with pytest.raises(ExportError, match="not one that glm_edge exported"):
+        export.LiteRTRunner(tmp_path / "a.tflite")
