@@ -18,7 +18,7 @@ def matrix(rotation):
     return np.float64(rotation.signs)[:, None] * np.kron(sylvester, odd)
 
 
-LARGE = [pytest.param(size, marks=pytest.mark.slow) for size in (1536, 4096)]
+LARGE = [384, *(pytest.param(size, marks=pytest.mark.slow) for size in (1536, 4096))]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 20, 64, 107, 128, 192, 256, 1000, *LARGE])
