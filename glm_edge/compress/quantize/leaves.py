@@ -1,5 +1,6 @@
 """From one parameter to its quantized box, and the report's row about it."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,10 +34,17 @@ def dense_rows(path: str, leaf: Any, layout: Layout) -> Array:
     Raises:
       RecipeError: the weight holds NaN or infinity.
     """
-    weight = as_rows(leaf, layout).astype(jnp.float32)
-    if not bool(jnp.isfinite(weight).all()):
+    weight, finite = _float32_rows(leaf, layout)
+    if not finite:
         raise RecipeError(f"{path}: NaN or infinity in the weights")
     return weight
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _float32_rows(leaf: Any, layout: Layout) -> tuple[Array, Array]:
+    """The dense weight as `as_rows` in float32, and whether it is finite."""
+    weight = as_rows(leaf, layout).astype(jnp.float32)
+    return weight, jnp.isfinite(weight).all()
 
 
 def each_matrix(solve: Callable[[Array], Any], rows: Array) -> Any:
@@ -87,9 +95,9 @@ def quantize_leaf(
     parts, lost, power = [], 0.0, 0.0
     for band in _bands(matrix, format):
         codes, grid = grids.nearest(band, format, scale)
-        part = boxes.quantized(codes, *grid, format, dtype=str(leaf_dtype(leaf)))
+        part, squares = _boxed(codes, grid, band, peak, format, str(leaf_dtype(leaf)))
         parts.append(part)
-        squares = np.asarray(_squares(part.unbox(), band, peak), np.float64)
+        squares = np.asarray(squares, np.float64)
         lost, power = lost + squares[0].sum(), power + squares[1].sum()
     box = jax.tree.map(lambda *bands: _joined(bands), *parts)
     if not math.isfinite(lost) or not _all_finite(box.scale):
@@ -133,7 +141,15 @@ def _peak(matrix: Array) -> Array:
     return jnp.max(jnp.abs(matrix), initial=0.0).astype(jnp.float32)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("format", "dtype"))
+def _boxed(
+    codes: Array, grid: Grid, band: Array, peak: Array, format: Format, dtype: str
+) -> tuple[Quantized, tuple[Array, Array]]:
+    """The box of codes, and the squares of its error, see `_squares`."""
+    box = boxes.quantized(codes, *grid, format, dtype=dtype)
+    return box, _squares(box.unbox(), band, peak)
+
+
 def _squares(after: Array, before: Array, peak: Array) -> tuple[Array, Array]:
     """Squared error and squared norm of each row, in units in which `peak` is near one."""
     before = before.astype(jnp.float32)
