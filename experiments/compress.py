@@ -16,7 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from absl import flags
 
 import glm_edge as ge
-from experiments import calibration, materials
+from experiments.common import calibration_data, eval_data
 from glm_edge.cli import compress
 from glm_edge.cli.console import launch
 from glm_edge.errors import CheckpointError
@@ -38,10 +38,10 @@ def draw_screens(source: Path) -> compress.Batches:
     config = ge.build(source).config
     if getattr(config, "vision", None) is None:
         raise CheckpointError(f"{source}: --calibration_screens needs a model that sees")
-    learned, _, notes = materials.recordings(None, [], FLAGS.seed)
+    learned, _, notes = eval_data.recordings(None, [], FLAGS.seed)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    return calibration.screen_batches(
+    return calibration_data.screen_batches(
         config, tokenizer, learned, None, FLAGS.seed, FLAGS.calibration_screens
     )
 
@@ -49,4 +49,4 @@ def draw_screens(source: Path) -> compress.Batches:
 if __name__ == "__main__":
     define_flags()
     main = functools.partial(compress.main, draw=draw_screens)
-    launch(main, f"{__doc__}\n{compress.__doc__}", sys.argv)
+    launch(main, f"{__doc__}\n{compress.__doc__}")

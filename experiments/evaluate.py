@@ -20,7 +20,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 from absl import flags
 from tokenizers import Tokenizer
 
-from experiments import exam, materials
+from experiments.common import eval_data, tap_eval
 from glm_edge.cli import evaluate
 from glm_edge.cli.console import bar, launch, print_table
 
@@ -42,32 +42,32 @@ def measure_taps(model: Any, params: Any, tokenizer: Tokenizer) -> dict[str, Any
     """Measures and prints the taps of a model that sees, in writing and, if it hears, in speech."""
     report: dict[str, Any] = {"seed": FLAGS.seed, "written": None, "spoken": None}
     if model.config.vision is not None:
-        items = exam.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir)
+        items = tap_eval.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir)
         report["written"] = measure(model, params, tokenizer, items, "written")
-        recordings, _, notes = materials.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
+        recordings, _, notes = eval_data.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         if model.config.speech is not None and recordings:
-            items = exam.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir, recordings)
+            items = tap_eval.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir, recordings)
             report["spoken"] = measure(model, params, tokenizer, items, "spoken")
     show(report)
     return report
 
 
 def measure(
-    model: Any, params: Any, tokenizer: Tokenizer, items: Sequence[exam.Item], kind: str
+    model: Any, params: Any, tokenizer: Tokenizer, items: Sequence[tap_eval.Item], kind: str
 ) -> dict[str, Any]:
     """Metrics of one kind of question, for each ablation that is asked for."""
     results = {}
-    for ablation in exam.ABLATIONS if FLAGS.ablations else ("none",):
+    for ablation in tap_eval.ABLATIONS if FLAGS.ablations else ("none",):
         if ablation == "blank_audio" and kind == "written":
             continue
-        taken = exam.ablate(items, ablation)
+        taken = tap_eval.ablate(items, ablation)
         label = kind if ablation == "none" else f"{kind}, {ablation.replace('_', ' ')}"
-        texts = exam.answers(model, params, tokenizer, taken, bar(label))
+        texts = tap_eval.answers(model, params, tokenizer, taken, bar(label))
         results[ablation] = {
             name: None if rate is None else vars(rate)
-            for name, rate in exam.outcomes(items, texts).items()
+            for name, rate in tap_eval.outcomes(items, texts).items()
         }
     return results
 
@@ -87,7 +87,7 @@ RATES = ("parse_rate", "action_accuracy", "answer_accuracy", "tap_in_box")
 
 
 def interval(rate: dict[str, float] | None) -> str:
-    """A rate in percent with its 95 % interval."""
+    """Returns a rate in percent with its 95 % interval."""
     if rate is None:
         return "-"
     return f"{100 * rate['value']:.1f} ({100 * rate['low']:.1f}-{100 * rate['high']:.1f})"
@@ -96,4 +96,4 @@ def interval(rate: dict[str, float] | None) -> str:
 if __name__ == "__main__":
     define_flags()
     main = functools.partial(evaluate.main, further=measure_taps)
-    launch(main, f"{__doc__}\n{evaluate.__doc__}", sys.argv)
+    launch(main, f"{__doc__}\n{evaluate.__doc__}")

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,18 +21,16 @@ from typing import Any
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
 import jax
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
-from experiments import exported as exported_lib
-from experiments import materials as materials_lib
-from experiments.figures import pareto
-from glm_edge.cli.console import fail_in_one_line, text_table
+from experiments.common import eval_data, exported_eval
+from experiments.common.figures import pareto
+from experiments.common.outputs import prepare_directory
+from experiments.common.provenance import provenance_of
+from glm_edge.cli.console import launch, progress, text_table
 from glm_edge.cli.corpora import write_text
-from glm_edge.cli.run import versions
-from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.transform import CHAIN, Context, Transform
-from glm_edge.errors import OutputError
 
 FLAGS = flags.FLAGS
 COLUMNS = {
@@ -73,8 +70,8 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     directory = prepare_directory(Path(FLAGS.out_dir), FLAGS.overwrite)
     recipe = ge.recipes.find(FLAGS.recipe)
-    checkpoint, model, params = materials_lib.opened(FLAGS.checkpoint)
-    materials = materials_lib.gather(
+    checkpoint, model, params = eval_data.opened(FLAGS.checkpoint)
+    evaluation = eval_data.gather(
         model.config,
         checkpoint,
         text=FLAGS.text,
@@ -86,44 +83,42 @@ def main(argv: Sequence[str]) -> None:
         seed=FLAGS.seed,
         calibration_batches=4 if FLAGS.smoke else 96,
     )
-    for note in materials.notes:
+    for note in evaluation.notes:
         print(f"note: {note}", file=sys.stderr)
 
-    rows = [materials.measure("dense", model, params)]
+    rows = [evaluation.measure("dense", model, params)]
     show(rows[-1:])
     dense = (model, params)
     stages = compressed(
-        recipe, dense, materials.calibration, FLAGS.seed, distill_steps=4 if FLAGS.smoke else None
+        recipe, dense, evaluation.calibration, FLAGS.seed, distill_steps=4 if FLAGS.smoke else None
     )
     for stage, model, params in stages:
-        rows.append(materials.measure(stage, model, params, reference=dense))
+        rows.append(evaluation.measure(stage, model, params, reference=dense))
         show(rows[-1:])
     context = model.config.decoder.max_position_embeddings
     exported = ge.export.tflite(
         model,
         params,
         directory / "model.tflite",
-        prefill_lengths=exported_lib.prefill_lengths(context),
-        cache_slots=exported_lib.cache_slots(context),
+        prefill_lengths=exported_eval.prefill_lengths(context),
+        cache_slots=exported_eval.cache_slots(context),
         prefill_logits=True,
         overwrite=True,
     )
-    row, verification = materials.measure_exported(exported, reference=dense)
+    row, verification = evaluation.measure_exported(exported, reference=dense)
     rows.append(row)
 
     report = {
         "rows": rows,
         "export": verification,
         "run": {
-            "command": " ".join(["python -m experiments.quickstart", *sys.argv[1:]]),
+            **provenance_of("quickstart", placeholders=sys.argv[1:]),
             "recipe": json.loads(ge.to_json(recipe)),
-            "screens": len(materials.written) or None,
-            "tap_loss": materials.tap_loss(),
+            "screens": len(evaluation.written) or None,
+            "tap_loss": evaluation.tap_loss(),
             "seed": FLAGS.seed,
             "seconds": round(time.monotonic() - started, 1),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "versions": versions(),
-            "commit": commit(),
         },
     }
     table = text_table(list(COLUMNS.values()), [cells(row) for row in rows])
@@ -132,25 +127,6 @@ def main(argv: Sequence[str]) -> None:
     pareto(rows, directory / "pareto.png")
     print(f"\n{table}\n")
     print(summary(report))
-
-
-def prepare_directory(directory: Path, overwrite: bool) -> Path:
-    """Creates the output directory.
-
-    Raises:
-      OutputError: it holds results already, is a file, or cannot be written.
-    """
-    if directory.is_file():
-        raise OutputError(f"{directory}: is a file; name a directory with --out_dir")
-    if (directory / "report.json").exists() and not overwrite:
-        raise OutputError(f"{directory}: holds results; name another --out_dir or pass --overwrite")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{directory}: cannot be created ({error.strerror})") from error
-    if not os.access(directory, os.W_OK):
-        raise OutputError(f"{directory}: cannot be written; name another --out_dir")
-    return directory
 
 
 def compressed(
@@ -177,7 +153,7 @@ def compressed(
         for transform in transforms:
             # The key that a chain would give this step, so that both give the same bytes.
             rng = jax.random.fold_in(jax.random.key(seed), next(step))
-            context = Context(calibration, rng, dense, ProgressLine())
+            context = Context(calibration, rng, dense, progress())
             model, params, _ = transform.run(model, params, context)
         yield stage, model, params
 
@@ -214,7 +190,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as text, in the order of COLUMNS."""
+    """Returns a row as text, in the order of COLUMNS."""
     shapes = {
         "parameters": "{:,}",
         "bytes": "{:,}",
@@ -233,7 +209,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """What the table means, in a few lines."""
+    """Summarizes the table in a few lines."""
     rows, export, run = report["rows"], report["export"], report["run"]
     lines = [
         f"size: {rows[-2]['bytes'] / rows[0]['bytes']:.1%} of the dense model's bytes; "
@@ -251,16 +227,6 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def commit() -> str | None:
-    """The commit of the checkout, or None outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
-
-
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -25,17 +25,18 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from tokenizers import Tokenizer
 
 import glm_edge as ge
-from experiments.figures import training_curve
+from experiments.common.figures import training_curve
 from experiments.nano import objectives, stages
 from experiments.nano.batches import ScreenBatches, fit, speech_batches, text_batches
-from experiments.phone_screens import digits, generator, speech
-from experiments.text.tokenizer import load as read_tokenizer
+from experiments.nano.phone_screens import digits, generator, speech
+from experiments.nano.text.tokenizer import load as read_tokenizer
 from glm_edge import configs
 from glm_edge import params as params_lib
+from glm_edge.cli.console import launch
 from glm_edge.cli.corpora import encode_text, pydoc_topics, read_text
 from glm_edge.errors import DataError
 from glm_edge.models.multimodal import MultimodalGLM
@@ -72,7 +73,7 @@ ENCODER_RATE = {"vision": 0.3, "speech": 0.3}
 
 
 def initial_params(config: configs.GLMConfig, seed: int) -> dict[str, Any]:
-    """Random weights of the model; the decoder's branches start small, by `1 / sqrt(2 layers)`."""
+    """Draws random weights; the decoder's branches start small, by `1 / sqrt(2 layers)`."""
     model = MultimodalGLM(config)
     init = jax.jit(functools.partial(model.init, tokens=jnp.zeros((1, 4), jnp.int32)))
     params = init(jax.random.key(seed))["params"]
@@ -84,7 +85,7 @@ def initial_params(config: configs.GLMConfig, seed: int) -> dict[str, Any]:
 
 
 def load_tokenizer() -> Tokenizer:
-    """The tokenizer given by its flag."""
+    """Returns the tokenizer given by its flag."""
     return read_tokenizer(FLAGS.tokenizer)
 
 
@@ -112,12 +113,12 @@ def utterances(split: str) -> tuple[list[speech.Utterance], ...]:
 
 
 def tokens_of(path: str) -> np.ndarray:
-    """Token ids of a text file."""
+    """Returns token ids of a text file."""
     return encode_text(load_tokenizer(), read_text(path))
 
 
 def text_to_learn() -> np.ndarray:
-    """Token ids of everything that text is learned from."""
+    """Returns token ids of everything that text is learned from."""
     tokens = [tokens_of(FLAGS.text)]
     if FLAGS.pydoc:
         tokens.append(encode_text(load_tokenizer(), pydoc_topics("calibration")))
@@ -134,9 +135,9 @@ def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any])
             {"params": state["params"]}, batch["images"], method=objectives.vision_features
         )
         value = objectives.dense_loss(state["heads"], features, batch)
-        found = jnp.argmax(features @ state["heads"]["class"].T, axis=-1) == batch["cell_class"]
+        correct = jnp.argmax(features @ state["heads"]["class"].T, axis=-1) == batch["cell_class"]
         present = batch["cell_class"] > 0
-        accuracy = jnp.sum(found & present) / jnp.maximum(jnp.sum(present), 1)
+        accuracy = jnp.sum(correct & present) / jnp.maximum(jnp.sum(present), 1)
         return value, {"loss": value, "cell_accuracy": accuracy}
 
     def dense_batches(split: str, seed: int):
@@ -223,8 +224,10 @@ def train_speech(directory: Path, params: dict[str, Any], heads: dict[str, Any])
             samples = np.stack([fit(u.samples, length) for u in group]).astype(np.float32)
             spoken = np.array([u.digit for u in group])
             for speaker in sorted({u.speaker for u in group}):
-                own = np.array([u.speaker == speaker for u in group])
-                rates[f"eval.{speaker}"] = float(measure(state, (samples[own], spoken[own])))
+                of_speaker = np.array([u.speaker == speaker for u in group])
+                rates[f"eval.{speaker}"] = float(
+                    measure(state, (samples[of_speaker], spoken[of_speaker]))
+                )
         return rates
 
     groups = utterances("train")
@@ -388,4 +391,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["out_dir", "text"])
-    app.run(main)
+    launch(main)

@@ -5,6 +5,10 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 
+# TensorFlow's C++ reads both when it is imported: 3 is fatal errors alone, and oneDNN announces
+# itself unless it is off.
+QUIET_TENSORFLOW = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+
 
 def shared(
     change: Callable[[], contextlib.AbstractContextManager[None]],

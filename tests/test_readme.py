@@ -1,4 +1,4 @@
-"""README's Python blocks: names that exist, and a run in order at small settings."""
+"""README and the guides beside packages: Python runs, links lead somewhere, numbers are logged."""
 
 import ast
 import builtins
@@ -15,12 +15,39 @@ from pathlib import Path
 import pytest
 
 import glm_edge as ge
-from experiments import make_checkpoint
+from experiments.golden import make_checkpoint
 from glm_edge.compress.methods import to_markdown
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+RESULTS = ROOT / "experiments" / "results"
+# Each guide runs by itself, from the first block to the last.
+GUIDES = {
+    name: (ROOT / name).read_text()
+    for name in (
+        "README.md",
+        "glm_edge/compress/README.md",
+        "glm_edge/export/README.md",
+        "glm_edge/checkpoint/README.md",
+        "BUILD.md",
+    )
+}
+DOCUMENTS = sorted(
+    path
+    for path in (
+        *ROOT.glob("*.md"),
+        *(ROOT / "glm_edge").rglob("*.md"),
+        *(ROOT / "experiments").rglob("*.md"),
+        *(ROOT / "tests").rglob("*.md"),
+    )
+)
+
+
+def blocks_of(guide: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", GUIDES[guide], re.DOTALL)
+
+
+BLOCKS = [(guide, block) for guide in GUIDES for block in blocks_of(guide)]
 DOWNLOADED = make_checkpoint.CONFIGS["glm_edge_1_5b"] | {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -42,8 +69,8 @@ def dotted(node: ast.AST) -> list[str] | None:
     return [node.id, *names] if isinstance(node, ast.Name) else None
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_names_of_the_blocks_exist(block):
+@pytest.mark.parametrize(("guide", "block"), BLOCKS, ids=range(len(BLOCKS)))
+def test_names_of_the_blocks_exist(guide, block):
     for node in ast.walk(ast.parse(block)):
         names = dotted(node)
         if names and names[0] == "ge":
@@ -64,9 +91,10 @@ def cheap(block: str) -> str:
     return block
 
 
-def test_cheap_without_litert_leaves_no_name_undefined(monkeypatch):
+@pytest.mark.parametrize("guide", GUIDES)
+def test_cheap_without_litert_leaves_no_name_undefined(guide, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    tree = ast.parse("".join(map(cheap, BLOCKS)))
+    tree = ast.parse("".join(map(cheap, blocks_of(guide))))
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     bound = {node.id for node in names if isinstance(node.ctx, ast.Store)} | {*dir(builtins)}
     for node in ast.walk(tree):
@@ -80,11 +108,17 @@ def test_cheap_without_litert_leaves_no_name_undefined(monkeypatch):
 
 
 def test_table_of_methods_is_the_one_of_the_code():
-    assert f"\n{to_markdown()}\n" in README
+    assert f"\n{to_markdown()}\n" in GUIDES["glm_edge/compress/README.md"]
+
+
+def test_guides_hold_every_topic():
+    # 15 lines for a newcomer, each package's guide, and the worked examples of contributing.
+    assert [len(blocks_of(guide)) for guide in GUIDES] == [1, 5, 1, 2, 2]
 
 
 @pytest.mark.slow
-def test_blocks_run_in_order(tmp_path):
+@pytest.mark.parametrize("guide", GUIDES)
+def test_blocks_run_in_order(guide, tmp_path):
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ge.shipped("nano"), tmp_path / "path" / "to" / "checkpoint")
     tokenizer = json.loads((ge.shipped("nano") / "tokenizer.json").read_text())
@@ -95,7 +129,8 @@ def test_blocks_run_in_order(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (ge.shipped("nano") / name).exists():
             shutil.copy(ge.shipped("nano") / name, downloaded)
-    program = "".join(f"print('block {i}', flush=True)\n{cheap(b)}" for i, b in enumerate(BLOCKS))
+    blocks = blocks_of(guide)
+    program = "".join(f"print('block {i}', flush=True)\n{cheap(b)}" for i, b in enumerate(blocks))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": DEVICES}
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -106,17 +141,97 @@ def test_blocks_run_in_order(tmp_path):
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-500:]}\n{done.stderr[-3000:]}"
-    assert (tmp_path / "nano-small" / "tokenizer.json").is_file()
-    assert (tmp_path / "copy" / "tokenizer.json").is_file()
+    written = {"README.md": "nano-small", "glm_edge/checkpoint/README.md": "copy"}.get(guide)
+    assert written is None or (tmp_path / written / "tokenizer.json").is_file()
     assert re.findall(r"^block (\d+)$", done.stdout, re.MULTILINE) == [
-        str(index) for index in range(len(BLOCKS))
+        str(index) for index in range(len(blocks))
     ]
+
+
+def test_readme_is_read_in_a_minute():
+    assert len(README.splitlines()) <= 150
+    (block,) = blocks_of("README.md")
+    assert len(block.splitlines()) <= 16
+
+
+def test_worked_examples_are_short():
+    examples = re.findall(r"```(?:python|diff)\n(.*?)```", GUIDES["BUILD.md"], re.DOTALL)
+    assert len(examples) == 3
+    assert all(len(example.splitlines()) <= 20 for example in examples)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_of_documents_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in anchors, link
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_of_documents_name_modules_that_exist(path):
+    if path.name == "CHANGELOG.md" or (path.parent.name == "tables" and path.name != "README.md"):
+        pytest.skip("a record of commands of their time")
+    for name in re.findall(r"python -m (experiments[\w.]*)", path.read_text()):
+        if "NAME" in name:
+            continue
+        assert importlib.util.find_spec(name.rstrip(".")), name
+
+
+def load_log(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def test_numbers_of_the_table_are_those_of_the_logs():
+    quality = {row["method"]: row for row in load_log("bench_quality.json")["rows"]}
+    pruning = {row["method"]: row for row in load_log("bench_pruning.json")["rows"]}
+    export = load_log("bench_export.json")
+    decoded = {row["engine"]: row for row in export["results"]["decode 128"]}
+    loaded = load_log("bench_load.json")["readers"]
+    expected = []
+    for method in (
+        "glm_edge gptq int8-channel",
+        "qwix gptq int8-channel",
+        "glm_edge rotate, gptq int4-g32",
+        "gptqmodel gptq int4-g32 act-order mse",
+        "glm_edge rotate, gptq, distill_scales int3-g32",
+        "gptqmodel gptq int3-g32 act-order mse",
+        "glm_edge gptq int2-channel",
+        "llama.cpp IQ2_S imatrix",
+    ):
+        row = quality[method]
+        link = "(experiments/results/bench_quality.json)"
+        expected.append(f"[{100 * row['increase']:+.2f} %]{link} at {row['packed_bits']:.2f} bits")
+    for method in ("glm_edge sparsegpt 50 %, uniform", "SparseGPT 50 %"):
+        expected.append(f"[{100 * pruning[method]['increase']:+.1f} %]")
+    for method in ("glm_edge sparsegpt 2:4", "SparseGPT 2:4"):
+        expected.append(f"[{100 * pruning[method]['increase']:+.1f} %]")
+    for engine in ("LiteRT int8", "llama.cpp Q8_0", "LiteRT int4", "llama.cpp Q4_0"):
+        rate, size = (
+            decoded[engine]["tokens_per_second"][1],
+            export["engines"][engine]["file_bytes"],
+        )
+        link = "(experiments/results/bench_export.json)"
+        expected.append(f"[{rate:.3g}]{link}, {size / 1e6:.0f} MB")
+    expected.append(f"[{loaded['glm_edge']['seconds']:.2f} s]")
+    expected.append(f"[{min(r['seconds'] for n, r in loaded.items() if n != 'glm_edge'):.2f} s]")
+    table = README.partition("## Results")[2].partition("## Documentation")[0]
+    assert [text for text in expected if text not in table] == []
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "](" in line]
+    assert len(rows) == 10
+    assert all(len(re.findall(r"\]\(experiments/results/\w+\.json\)", row)) == 2 for row in rows)
 
 
 def test_address_is_one_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project.get("urls", {}).get("Repository", "") == ge.REPOSITORY_URL
-    cloned = set(re.findall(r"git clone (\S+)", README))
+    cloned = set(re.findall(r"git clone (\S+)", "".join(GUIDES.values())))
     assert cloned == ({ge.REPOSITORY_URL} if ge.REPOSITORY_URL else set())
 
 

@@ -36,7 +36,7 @@ class Case:
         return (self.folder / "config.json").is_file()
 
     def tolerance(self, output: str) -> float:
-        """Largest difference allowed: 1e-4 and ten times the reference's own rounding noise."""
+        """Returns the tolerance: 1e-4 and ten times the reference's rounding noise."""
         noise = self.meta.get("fp32_vs_fp64_max_abs", {})
         key = output if output in noise else output.replace("greedy_logits", "logits")
         return ABSOLUTE + NOISE_FACTOR * float(noise.get(key, 0.0))
@@ -76,10 +76,10 @@ def find_cases(folder: Path) -> list[Path]:
     """
     if (folder / "outputs.npz").is_file():
         return [folder]
-    found = sorted(path.parent for path in folder.glob("*/outputs.npz"))
-    if not found:
+    folders = sorted(path.parent for path in folder.glob("*/outputs.npz"))
+    if not folders:
         raise DataError(f"{folder}: holds no folder with outputs.npz, inputs.npz and meta.json")
-    return found
+    return folders
 
 
 def _by_subcase(arrays: Any) -> dict[str, Arrays]:

@@ -38,10 +38,10 @@ def compute(model: nn.Module, params: Any, inputs: Arrays, greedy_steps: int) ->
       DataError: the inputs are not those of this kind of model.
     """
     if isinstance(model, MultimodalGLM):
-        found = _multimodal(model, params, inputs, greedy_steps)
+        outputs = _multimodal(model, params, inputs, greedy_steps)
     else:
-        found = _encoder(model, params, inputs)
-    return {name: np.asarray(value) for name, value in found.items()}
+        outputs = _encoder(model, params, inputs)
+    return {name: np.asarray(value) for name, value in outputs.items()}
 
 
 def _encoder(model: nn.Module, params: Any, inputs: Arrays) -> Arrays:
@@ -54,10 +54,10 @@ def _encoder(model: nn.Module, params: Any, inputs: Arrays) -> Arrays:
     assert isinstance(model, TextEncoder)
     tokens = _take(inputs, "input_ids")
     output, aux = run(tokens, inputs.get("attention_mask"), inputs.get("token_type_ids"))
-    found = {**_hidden(aux["hidden"]), "hidden.final": aux["hidden"][-1]}
+    outputs = {**_hidden(aux["hidden"]), "hidden.final": aux["hidden"][-1]}
     if model.config.num_labels:
-        found["logits"] = output
-    return found | ({"pooler_output": aux["pooled"]} if "pooled" in aux else {})
+        outputs["logits"] = output
+    return outputs | ({"pooler_output": aux["pooled"]} if "pooled" in aux else {})
 
 
 def _multimodal(model: MultimodalGLM, params: Any, inputs: Arrays, greedy_steps: int) -> Arrays:
@@ -69,9 +69,9 @@ def _multimodal(model: MultimodalGLM, params: Any, inputs: Arrays, greedy_steps:
     positions, following = model.apply(
         variables, tokens, valid, images, method=MultimodalGLM.start_positions
     )
-    found = {"position_ids": positions, "rope_delta": (following - valid.sum(1))[:, None]}
+    outputs = {"position_ids": positions, "rope_delta": (following - valid.sum(1))[:, None]}
     if "position_ids" in inputs:
-        found["position_ids"] = positions = inputs["position_ids"]
+        outputs["position_ids"] = positions = inputs["position_ids"]
     logits, aux = jax.jit(model.apply)(
         variables,
         tokens,
@@ -81,11 +81,11 @@ def _multimodal(model: MultimodalGLM, params: Any, inputs: Arrays, greedy_steps:
         mask=prompt_mask(valid, np.arange(tokens.shape[1])),
         audio_frames=audio_frames,
     )
-    found |= {"logits": logits, "hidden.final": aux["final"], **_hidden(aux["hidden"])}
+    outputs |= {"logits": logits, "hidden.final": aux["final"], **_hidden(aux["hidden"])}
     if images is not None:
-        found |= _vision_in_order(model, variables, images, packed)
+        outputs |= _vision_in_order(model, variables, images, packed)
     if audio is not None:
-        found |= _speech(model, variables, audio, audio_frames)
+        outputs |= _speech(model, variables, audio, audio_frames)
     if greedy_steps:
         media = {"images": images, "audio": audio, "audio_frames": audio_frames}
         generated = ge.generate.generate(
@@ -98,9 +98,9 @@ def _multimodal(model: MultimodalGLM, params: Any, inputs: Arrays, greedy_steps:
             stop_tokens=(),
             return_logits=True,
         )
-        found |= {"greedy_ids": generated.tokens, "greedy_logits": generated.logits}
-        found |= _plain_greedy(model, variables, tokens, valid, media, positions, greedy_steps)
-    return found
+        outputs |= {"greedy_ids": generated.tokens, "greedy_logits": generated.logits}
+        outputs |= _plain_greedy(model, variables, tokens, valid, media, positions, greedy_steps)
+    return outputs
 
 
 def _plain_greedy(
@@ -112,14 +112,14 @@ def _plain_greedy(
     positions: Any,
     steps: int,
 ) -> Arrays:
-    """Greedy tokens by whole forward passes, no cache: room for the new tokens is masked."""
+    """Generates greedily by complete forward passes: slots of new tokens are masked."""
     batch, length = tokens.shape
     following = np.asarray(positions)[..., -1:] + 1
     if model.config.decoder.mrope_section:
         following = np.broadcast_to(following.max(0), following.shape)
     positions = np.concatenate([positions, following + np.arange(steps)], axis=-1)
-    seen = np.concatenate([valid, np.ones((batch, steps), bool)], axis=1)
-    mask = prompt_mask(seen, np.arange(length + steps))
+    attended = np.concatenate([valid, np.ones((batch, steps), bool)], axis=1)
+    mask = prompt_mask(attended, np.arange(length + steps))
 
     def forward(module: MultimodalGLM, new: Any) -> Any:
         prompt, _ = module.embed_inputs(tokens, **media)
@@ -137,13 +137,13 @@ def _plain_greedy(
 
 def _images(config: GLMConfig, inputs: Arrays) -> tuple[list[np.ndarray] | None, bool]:
     """Images in reading order, and whether the reference packed their patches."""
-    vision, found = config.vision, []
+    vision, outputs = config.vision, []
     for pixels, grid in (
         ("pixel_values", "image_grid_thw"),
         ("pixel_values_videos", "video_grid_thw"),
     ):
         if pixels in inputs and grid in inputs:
-            found += from_patches(
+            outputs += from_patches(
                 inputs[pixels],
                 inputs[grid],
                 vision.patch_size,
@@ -151,8 +151,8 @@ def _images(config: GLMConfig, inputs: Arrays) -> tuple[list[np.ndarray] | None,
                 vision.merge_size,
                 vision.channels,
             )
-    if found or "pixel_values" not in inputs:
-        return found or None, True
+    if outputs or "pixel_values" not in inputs:
+        return outputs or None, True
     return list(_channels_last(inputs["pixel_values"])), False
 
 
@@ -205,8 +205,8 @@ def _merge_blocks(x: Any, grid: tuple[int, int], config: VisionConfig) -> np.nda
 
 
 def _vision_alone(features: Any, aux: dict[str, Any]) -> Arrays:
-    found = {**_hidden(aux["hidden"]), "hidden.final": np.asarray(features)}
-    return found | ({"pooler_output": np.asarray(aux["pooled"])} if "pooled" in aux else {})
+    outputs = {**_hidden(aux["hidden"]), "hidden.final": np.asarray(features)}
+    return outputs | ({"pooler_output": np.asarray(aux["pooled"])} if "pooled" in aux else {})
 
 
 def _speech(model: MultimodalGLM, variables: Any, audio: Any, audio_frames: Any) -> Arrays:
@@ -214,15 +214,15 @@ def _speech(model: MultimodalGLM, variables: Any, audio: Any, audio_frames: Any)
     projected, aux = run(variables, audio)
     count = audio_features(audio_frames, model.config.speech.merge_size)
     rows = [np.asarray(chunk)[:n] for chunk, n in zip(projected, count, strict=True)]
-    found = {"audio.projected": np.asarray(projected), "audio.features": np.concatenate(rows)}
-    return found | _convolutions("audio", aux)
+    outputs = {"audio.projected": np.asarray(projected), "audio.features": np.concatenate(rows)}
+    return outputs | _convolutions("audio", aux)
 
 
 def _convolutions(prefix: str, aux: dict[str, Any]) -> Arrays:
-    found = {f"{prefix}.{name}": np.swapaxes(aux[name], 1, 2) for name in ("conv1", "conv2")}
+    outputs = {f"{prefix}.{name}": np.swapaxes(aux[name], 1, 2) for name in ("conv1", "conv2")}
     for name, value in _hidden(aux["hidden"]).items():
-        found[name.replace("hidden", prefix)] = value
-    return found | {f"{prefix}.final": np.asarray(aux["final"])}
+        outputs[name.replace("hidden", prefix)] = value
+    return outputs | {f"{prefix}.final": np.asarray(aux["final"])}
 
 
 def _hidden(hidden: list[Any]) -> Arrays:

@@ -28,18 +28,18 @@ def outputs_of(model: torch.nn.Module, inputs: Arrays) -> Arrays:
       Outputs by name.
     """
     points, run = _PARTS[type(model).__name__](model)
-    found: dict[str, torch.Tensor] = {}
-    handles = [_record(module, into, name, found) for name, (module, into) in points.items()]
+    recorded: dict[str, torch.Tensor] = {}
+    handles = [_record(module, into, name, recorded) for name, (module, into) in points.items()]
     try:
-        found |= run(_tensors(model, inputs))
+        recorded |= run(_tensors(model, inputs))
     finally:
         for handle in handles:
             handle.remove()
-    return {name: value.detach().cpu().numpy() for name, value in found.items()}
+    return {name: value.detach().cpu().numpy() for name, value in recorded.items()}
 
 
 def noise_of(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> dict[str, float]:
-    """Largest difference of each output to the same model in float64, where tokens are valid.
+    """Returns each output's largest difference from float64, where tokens are valid.
 
     Args:
       model: in float32.
@@ -51,14 +51,14 @@ def noise_of(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> dict[st
     """
     exact = outputs_of(copy.deepcopy(model).double(), inputs)
     mask = inputs.get("attention_mask")
-    found = {}
+    recorded = {}
     for name, value in outputs.items():
         if np.issubdtype(value.dtype, np.floating):
             difference = np.abs(value - exact[name])
             if mask is not None and difference.shape[:2] == mask.shape:
                 difference = difference[mask == 1]
-            found[name] = float(difference.max(initial=0.0))
-    return found
+            recorded[name] = float(difference.max(initial=0.0))
+    return recorded
 
 
 @torch.no_grad()
@@ -78,9 +78,9 @@ def greedy(model: torch.nn.Module, inputs: Arrays) -> tuple[Arrays, float] | Non
     """
     settings = model.generation_config
     settings.eos_token_id, settings.pad_token_id = None, EOS[0]
-    given = {k: v for k, v in _tensors(model, inputs).items() if k != "position_ids"}
+    tensors = {k: v for k, v in _tensors(model, inputs).items() if k != "position_ids"}
     made = model.generate(
-        **given,
+        **tensors,
         do_sample=False,
         max_new_tokens=GREEDY_STEPS,
         output_logits=True,
@@ -103,34 +103,34 @@ def greedy(model: torch.nn.Module, inputs: Arrays) -> tuple[Arrays, float] | Non
 def _with_new(inputs: Arrays, ids: np.ndarray) -> Arrays:
     """Inputs whose texts go on with generated tokens."""
     mask = np.concatenate([inputs["attention_mask"], np.ones_like(ids)], axis=1)
-    found = inputs | {
+    recorded = inputs | {
         "input_ids": np.concatenate([inputs["input_ids"], ids], axis=1),
         "attention_mask": mask,
     }
     if "position_ids" in inputs:
-        found["position_ids"] = positions_of(mask)
+        recorded["position_ids"] = positions_of(mask)
     if "mm_token_type_ids" in inputs:
         types = inputs["mm_token_type_ids"]
-        found["mm_token_type_ids"] = np.concatenate([types, np.zeros_like(ids)], axis=1)
-    return found
+        recorded["mm_token_type_ids"] = np.concatenate([types, np.zeros_like(ids)], axis=1)
+    return recorded
 
 
-def _record(module: torch.nn.Module, into: bool, name: str, found: dict) -> Any:
+def _record(module: torch.nn.Module, into: bool, name: str, recorded: dict) -> Any:
     if into:
         return module.register_forward_pre_hook(
-            lambda _, arguments: found.__setitem__(name, arguments[0])
+            lambda _, arguments: recorded.__setitem__(name, arguments[0])
         )
 
     def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
-        found[name] = output[0] if isinstance(output, tuple) else output
+        recorded[name] = output[0] if isinstance(output, tuple) else output
 
     return module.register_forward_hook(keep)
 
 
 def _tensors(model: torch.nn.Module, inputs: Arrays) -> dict[str, torch.Tensor]:
     kind = next(model.parameters()).dtype
-    found = {name: torch.as_tensor(value) for name, value in inputs.items()}
-    return {k: v.to(kind) if v.is_floating_point() else v for k, v in found.items()}
+    recorded = {name: torch.as_tensor(value) for name, value in inputs.items()}
+    return {k: v.to(kind) if v.is_floating_point() else v for k, v in recorded.items()}
 
 
 def _stack(prefix: str, layers: Any, norm: torch.nn.Module) -> Points:
@@ -194,13 +194,13 @@ def _with_speech(model: torch.nn.Module) -> tuple[Points, Callable]:
     points["audio.projected"] = (model.model.multi_modal_projector, False)
 
     def run(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        found = plain(inputs)
+        recorded = plain(inputs)
         if "input_features" in inputs:
             features = model.get_audio_features(
                 inputs["input_features"], inputs["input_features_mask"]
             )
-            found["audio.features"] = features.pooler_output
-        return found
+            recorded["audio.features"] = features.pooler_output
+        return recorded
 
     return points, run
 
@@ -224,8 +224,8 @@ def _siglip(model: torch.nn.Module) -> tuple[Points, Callable]:
     tower = getattr(model, "vision_model", model)
 
     def run(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        found = tower(**inputs, interpolate_pos_encoding=True)
-        pooled = found.pooler_output
+        recorded = tower(**inputs, interpolate_pos_encoding=True)
+        pooled = recorded.pooler_output
         return {} if pooled is None else {"pooler_output": pooled}
 
     return _stack("hidden", tower.encoder.layers, tower.post_layernorm), run

@@ -72,23 +72,27 @@ class GlmEdgeV(torch.nn.Module):
     def stored(self) -> dict[str, torch.Tensor]:
         """Tensors by the names in published files."""
         parts = {DECODER: self.language, TOWER: self.vit, ADAPTER: self.adapter}
-        found = {
+        tensors = {
             prefix + name: tensor.contiguous()
             for prefix, part in parts.items()
             for name, tensor in part.state_dict().items()
         }
         if self.config["tie_word_embeddings"]:
-            del found["lm_head.weight"]
-        return found
+            del tensors["lm_head.weight"]
+        return tensors
 
     def fields(self) -> dict[str, Any]:
-        """The config.json of published files."""
-        own = {name: self.config[name] for name in _OWN_FIELDS}
-        own["vision_config"] = self.vit.config.to_dict()
-        return {**self.language.config.to_dict(), "architectures": ["GlmForCausalLM"], **own}
+        """Returns the config.json of published files."""
+        adapter_fields = {name: self.config[name] for name in _OWN_FIELDS}
+        adapter_fields["vision_config"] = self.vit.config.to_dict()
+        return {
+            **self.language.config.to_dict(),
+            "architectures": ["GlmForCausalLM"],
+            **adapter_fields,
+        }
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Embedded tokens, the placeholders replaced by images."""
+        """Returns embedded tokens, the placeholders replaced by images."""
         x = self.language.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return x

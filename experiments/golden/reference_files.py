@@ -103,15 +103,15 @@ def _draw_weights(model: torch.nn.Module, rng: np.random.Generator) -> None:
 
 def _extra_layer(tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
     first, extra = "model.language_model.layers.0.", f"model.language_model.layers.{index}."
-    found = {
+    written = {
         extra + name.removeprefix(first): tensor.clone()
         for name, tensor in tensors.items()
         if name.startswith(first)
     }
     norm = tensors[first + "input_layernorm.weight"]
-    found[extra + "enorm.weight"] = norm.clone()
-    found[extra + "eh_proj.weight"] = torch.cat([norm, norm])[None].repeat(len(norm), 1)
-    return found
+    written[extra + "enorm.weight"] = norm.clone()
+    written[extra + "eh_proj.weight"] = torch.cat([norm, norm])[None].repeat(len(norm), 1)
+    return written
 
 
 def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
@@ -132,17 +132,17 @@ def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) ->
 def _renamed(
     tensors: dict[str, torch.Tensor], renames: list[tuple[str, str]]
 ) -> dict[str, torch.Tensor]:
-    found = {}
+    written = {}
     for name, tensor in tensors.items():
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
-        found[name] = tensor
-    return found
+        written[name] = tensor
+    return written
 
 
 def _as_version_4(fields: dict[str, Any]) -> dict[str, Any]:
-    """The same configuration as transformers 4 spelled it."""
-    found = {
+    """Returns the same configuration as transformers 4 spelled it."""
+    written = {
         name: _as_version_4(value) if name.endswith("_config") else value
         for name, value in fields.items()
         if name not in ("rope_parameters", "dtype", "transformers_version")
@@ -150,14 +150,14 @@ def _as_version_4(fields: dict[str, Any]) -> dict[str, Any]:
     rope = dict(fields.get("rope_parameters") or {})
     kind = rope.pop("rope_type", None)
     if kind == "default":
-        found |= {name: rope.pop(name) for name in list(rope) if name != "mrope_section"}
+        written |= {name: rope.pop(name) for name in list(rope) if name != "mrope_section"}
         if rope:
-            found["rope_scaling"] = {"type": kind, **rope}
+            written["rope_scaling"] = {"type": kind, **rope}
     if "dtype" in fields:
-        found["torch_dtype"] = fields["dtype"]
+        written["torch_dtype"] = fields["dtype"]
     if "transformers_version" in fields:
-        found["transformers_version"] = OLD_VERSION
-    return found
+        written["transformers_version"] = OLD_VERSION
+    return written
 
 
 def _leave_out_defaults(fields: dict[str, Any], rng: np.random.Generator) -> None:

@@ -41,13 +41,13 @@ def positions_of(mask: np.ndarray) -> np.ndarray:
 def _sentences(config: dict[str, Any], lengths: list[int], rng: np.random.Generator) -> Arrays:
     shape = (len(lengths), max(lengths))
     mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
-    found = {
+    drawn_inputs = {
         "input_ids": np.where(mask, rng.integers(1, config["vocab_size"], shape), 0),
         "attention_mask": mask,
     }
     if "type_vocab_size" in config:
-        found["token_type_ids"] = mask * rng.integers(0, config["type_vocab_size"], shape)
-    return found
+        drawn_inputs["token_type_ids"] = mask * rng.integers(0, config["type_vocab_size"], shape)
+    return drawn_inputs
 
 
 def _prompts(config: dict[str, Any], rows: Rows, rng: np.random.Generator) -> Arrays:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.phone_screens import actions, instructions
-from experiments.phone_screens.generator import Screen, ScreenGenerator, dense_labels
-from experiments.phone_screens.speech import Utterance, augment
+from experiments.nano.phone_screens import actions, instructions
+from experiments.nano.phone_screens.generator import Screen, ScreenGenerator, dense_labels
+from experiments.nano.phone_screens.speech import Utterance, augment
 from glm_edge.configs import GLMConfig
 
 TEXT_BLOCK = 18
@@ -100,7 +100,7 @@ class ScreenBatches:
         self.num_samples = config.speech.num_frames * config.speech.hop_length
 
     def layout(self, text_blocks: int, speech_blocks: int) -> Layout:
-        """Layout of rows with spoken questions first, then written ones."""
+        """Returns the layout of rows with spoken questions first, then written ones."""
         return Layout(self.prefix, (SPEECH_BLOCK,) * speech_blocks + (TEXT_BLOCK,) * text_blocks)
 
     def draw(
@@ -172,13 +172,15 @@ class ScreenBatches:
             else:
                 prompt = self.tokenizer.encode(question.instruction_text).ids
             answer = self.tokenizer.encode(actions.format_action(question.answer_action)).ids
-            self._place(row, index, layout, prompt, [*answer, self.end])
+            self._write_row(row, index, layout, prompt, [*answer, self.end])
             if question.target is not None:
                 row["target"][index] = self._cell(question.target.box)
                 row["box"][index] = question.target.box
         return row
 
-    def _place(self, row, index: int, layout: Layout, prompt: list[int], answer: list[int]) -> None:
+    def _write_row(
+        self, row, index: int, layout: Layout, prompt: list[int], answer: list[int]
+    ) -> None:
         room = layout.block_lengths[index] - 1
         answer = answer[:ANSWER_LENGTH]
         prompt = list(prompt)[: room - len(answer)]

@@ -44,7 +44,7 @@ def init_heads(key: Array, width: int, num_classes: int) -> dict[str, Array]:
 
 
 def dense_loss(heads: dict[str, Array], features: Array, batch: dict[str, Array]) -> Array:
-    """Class, offset and centre of what lies in each cell; cells with something weigh more."""
+    """Sums losses of class, offset and centre per cell; cells with an element weigh more."""
     present = (batch["cell_class"] > 0).astype(jnp.float32)
     weight = 0.2 + 0.8 * present
     by_class = optax.softmax_cross_entropy_with_integer_labels(
@@ -62,7 +62,7 @@ def dense_loss(heads: dict[str, Array], features: Array, batch: dict[str, Array]
 
 
 def vision_features(module: MultimodalGLM, images: Array) -> tuple[Array, Array]:
-    """Image features for the decoder, and the same without their positions."""
+    """Returns image features for the decoder, and the same without their positions."""
     features = module.encode_images(images)
     vision = module.vision
     cells = (vision.row[:, None] + vision.column[None]).reshape(-1, features.shape[-1])
@@ -70,7 +70,7 @@ def vision_features(module: MultimodalGLM, images: Array) -> tuple[Array, Array]
 
 
 def speech_features(module: MultimodalGLM, samples: Array, rng: Array | None) -> Array:
-    """Speech features [..., num_tokens, D]; with `rng`, bands of time and frequency are hidden."""
+    """Encodes speech to [..., num_tokens, D]; `rng` masks bands of time and frequency."""
     speech = module.config.speech
     flat = samples.reshape(-1, samples.shape[-1])
     mel = log_mel(flat, speech.mel_bins, speech.fft_size, speech.hop_length, speech.sample_rate)
@@ -97,7 +97,7 @@ def _hide_bands(mel: Array, rng: Array) -> Array:
 
 
 def text_loss(module: MultimodalGLM, tokens: Array, rng: Array | None, dropout: float) -> Array:
-    """Mean cross-entropy of the next token in nats, with dropout on embedded inputs."""
+    """Returns the mean cross-entropy of the next token in nats, with input dropout."""
     x = module.embed(tokens[:, :-1])
     if rng is not None:
         x = drop(x, rng, dropout)
@@ -114,13 +114,13 @@ def drop(x: Array, rng: Array, rate: float) -> Array:
 
 
 def digit_loss(heads: dict[str, Array], features: Array, digits: Array) -> Array:
-    """Cross-entropy of the digit said, from the mean of a recording's features."""
+    """Returns the cross-entropy of the spoken digit, from a recording's mean features."""
     logits = features.mean(axis=-2) @ heads["digit"].T
     return optax.softmax_cross_entropy_with_integer_labels(logits, digits).mean()
 
 
 def soft_labels(labels: Array, vocab_size: int, first_x: int) -> Array:
-    """Target distributions: one-hot, or for a coordinate a Gaussian over its axis' tokens.
+    """Returns target distributions: one-hot, or for a coordinate a Gaussian over its axis' tokens.
 
     Args:
       labels: [...] token ids.
@@ -170,7 +170,7 @@ def screen_loss(
     first_x: int,
     rng: Array,
 ) -> tuple[Array, dict[str, Array]]:
-    """Answers, attention to the target, and the dense loss, in one number.
+    """Sums the losses of answers, attention to the target and cells.
 
     Returns:
       `(loss, parts)`; `parts` holds each term.
@@ -234,17 +234,17 @@ def attention_loss(sown: dict[str, Any], batch: dict[str, Array], config: Any) -
     rows = jnp.arange(match.shape[0])[:, None]
     first_cell = jnp.argmax(batch["tokens"] == config.image_token_id, axis=1)[:, None]
     cell = first_cell + jnp.maximum(batch["target"], 0)
-    seen = -jnp.log(match[rows, batch["assistant"], cell] + 1e-9)
+    cell_loss = -jnp.log(match[rows, batch["assistant"], cell] + 1e-9)
     for step in READ_SLOTS:
         slot = batch["assistant"] + step
-        seen = seen - jnp.log(read[rows, slot, batch["assistant"]] + 1e-9)
-    return jnp.sum(seen * taps) / jnp.maximum(jnp.sum(taps), 1.0)
+        cell_loss = cell_loss - jnp.log(read[rows, slot, batch["assistant"]] + 1e-9)
+    return jnp.sum(cell_loss * taps) / jnp.maximum(jnp.sum(taps), 1.0)
 
 
 def taps_in_box(
     logits: Array, batch: dict[str, Array], first_x: int, image_size: tuple[int, int]
 ) -> tuple[Array, Array]:
-    """Which taps fall in their box, each coordinate given the true tokens before it.
+    """Finds taps in their box, each coordinate predicted from the true tokens before it.
 
     Args:
       logits: [B, Q, A, V] at the taught slots.

@@ -4,7 +4,6 @@ import csv
 import functools
 import json
 import operator
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,8 @@ import numpy as np
 import optax
 from absl import logging
 from safetensors.numpy import load_file, save_file
+
+from glm_edge.writers import write_whole
 
 Tree = Any
 Step = Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -45,7 +46,7 @@ class Clock:
 
 
 def learning_rate(fraction: float, peak: float, warmup: float = 0.03) -> float:
-    """Linear warm-up, then a cosine to 3 % of the peak, over the fraction of time that is spent."""
+    """Returns a linear warm-up, then a cosine to 3 % of the peak, by the fraction of time spent."""
     if fraction < warmup:
         return peak * max(fraction / warmup, 0.02)
     progress = (fraction - warmup) / (1 - warmup)
@@ -55,7 +56,7 @@ def learning_rate(fraction: float, peak: float, warmup: float = 0.03) -> float:
 def make_optimizer(
     weight_decay: float, scale_of: Callable[[str], float]
 ) -> optax.GradientTransformation:
-    """AdamW, clipped at 1, whose learning rate is a hyperparameter; `scale_of` slows parts down.
+    """Makes AdamW, clipped at 1, with a mutable learning rate; `scale_of` scales parts.
 
     Args:
       weight_decay: applied to matrices only.
@@ -184,11 +185,9 @@ def prefetch(batches: Iterator[Any], ahead: int = 3) -> Iterator[Any]:
 def save(files: dict[str, Path], tree: Tree, progress: dict[str, float]) -> None:
     """Writes a tree and its progress; each file is replaced at once, the progress last."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    beside = files["safetensors"].with_suffix(".partial")
-    save_file({f"{i:05d}": np.ascontiguousarray(leaf) for i, leaf in enumerate(leaves)}, beside)
-    os.replace(beside, files["safetensors"])
-    beside.write_text(json.dumps(progress))
-    os.replace(beside, files["json"])
+    arrays = {f"{i:05d}": np.ascontiguousarray(leaf) for i, leaf in enumerate(leaves)}
+    write_whole(files["safetensors"], lambda path: save_file(arrays, path))
+    write_whole(files["json"], lambda path: path.write_text(json.dumps(progress)))
 
 
 def restore(path: Path, tree: Tree) -> Tree:

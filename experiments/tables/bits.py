@@ -20,13 +20,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments import exam, materials
+from experiments.common import eval_data, tap_eval
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.console import bar, launch
 from glm_edge.cli.loss import text_loss
 from glm_edge.compress import quantize
 from glm_edge.compress.transform import Transform
@@ -61,9 +61,9 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
-    checkpoint, model, params = materials.opened(FLAGS.checkpoint)
+    checkpoint, model, params = eval_data.opened(FLAGS.checkpoint)
     amount = SIZES[FLAGS.preset]
-    data = materials.gather(
+    data = eval_data.gather(
         model.config,
         checkpoint,
         FLAGS.text,
@@ -75,47 +75,47 @@ def main(argv: Sequence[str]) -> None:
         FLAGS.seed,
         amount["batches"],
     )
-    found = {"float32": measured(model, params, data, FLAGS.where)}
+    measurements = {"float32": measured(model, params, data, FLAGS.where)}
     groups = [int(size) for size in FLAGS.groups or amount["groups"]]
-    ways = recipes([int(width) for width in FLAGS.bits], groups)
-    for name, transform in bar("ways of rounding")(ways.items()):
-        found[name] = measured(
+    recipes_by_name = recipes([int(width) for width in FLAGS.bits], groups)
+    for name, transform in bar("ways of rounding")(recipes_by_name.items()):
+        measurements[name] = measured(
             model, rounded(transform, model, params, data.calibration), data, FLAGS.where
         )
     table.publish(
         NAME,
         "Bits against loss: claimed 2 % at 8 bits, 10 % at 4, over 20 % at 2",
-        rows_of(found),
+        rows_of(measurements),
         ("checkpoint", "where", "bits", "groups", "text", "digits_dir", "speech_dir", "screens",
          "text_tokens"),
-        {"settings": found, "notes": data.notes, "tokens": data.windows.num_scored},
+        {"settings": measurements, "notes": data.notes, "tokens": data.windows.num_scored},
     )  # fmt: skip
 
 
 def recipes(bits: Sequence[int], groups: Sequence[int]) -> dict[str, Transform]:
     """Ways of rounding by their names, such as `4 bits, gptq, groups of 32`."""
-    found = {}
+    measurements = {}
     for width in bits:
         for size in groups:
             label = f"groups of {size}" if size else "per channel"
             options = {"bits": width, "group_size": size or None, "where": FLAGS.where}
-            found[f"{width} bits, rtn, {label}"] = quantize.rtn(**options)
-            found[f"{width} bits, gptq, {label}"] = quantize.gptq(**options)
-    return found
+            measurements[f"{width} bits, rtn, {label}"] = quantize.rtn(**options)
+            measurements[f"{width} bits, gptq, {label}"] = quantize.gptq(**options)
+    return measurements
 
 
 def rounded(transform: Transform, model: Any, params: Any, batches: Sequence[Any]) -> Any:
     """Parameters in boxes, by a transform and the calibration there is."""
-    seen = {name for batch in batches for name in batch}
-    lacking = [name for name in ("images", "audio") if name not in seen]
+    inputs = {name for batch in batches for name in batch}
+    lacking = [name for name in ("images", "audio") if name not in inputs]
     key = jax.random.key(FLAGS.seed)
     return transform(model, params, batches, key, without=lacking)[1]
 
 
 def measured(
-    model: Any, params: Any, data: materials.Materials, where: str
+    model: Any, params: Any, data: eval_data.EvalData, where: str
 ) -> dict[str, float | None]:
-    """Perplexity, taps in the box in percent by kind of question, and bits of a weight.
+    """Returns perplexity, taps in the box in percent by kind of question, and bits of a weight.
 
     Args:
       model: a GLM.
@@ -130,31 +130,31 @@ def measured(
     chosen = {path: leaves[path] for path in boxes.select(params, where)}
     bits = 8 * boxes.stored_bytes(chosen) / boxes.count(chosen)
     dense = jax.tree.map(boxes.dense, params, is_leaf=boxes.is_box)
-    found = {
+    measurements = {
         "bits stored": bits,
         "perplexity": text_loss(model, dense, data.windows)["perplexity"],
     }
     for kind, items in (("written", data.written), ("spoken", data.spoken)):
         if items:
-            texts = exam.answers(model, dense, data.tokenizer, items)
-            found[f"taps, {kind}"] = 100.0 * float(np.mean(exam.hits(items, texts)))
-    return found
+            texts = tap_eval.answers(model, dense, data.tokenizer, items)
+            measurements[f"taps, {kind}"] = 100.0 * float(np.mean(tap_eval.hits(items, texts)))
+    return measurements
 
 
-def rows_of(found: Mapping[str, Mapping[str, float]]) -> list[Row]:
-    """The table's rows: float32, and what every way of rounding loses of it.
+def rows_of(measurements: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """Returns the table's rows: float32, and the loss of each recipe.
 
     Args:
-      found: of `measured` by `float32` and the names of `recipes`.
+      measurements: of `measured` by `float32` and the names of `recipes`.
 
     Returns:
       The rows.
     """
-    base = found["float32"]
+    base = measurements["float32"]
     rows = [Row("perplexity, float32", "perplexity", None, base["perplexity"])]
     kinds = [kind for kind in base if kind.startswith("taps")]
     rows += [Row(f"{kind}, float32", "% of taps", None, base[kind]) for kind in kinds]
-    for name, now in found.items():
+    for name, now in measurements.items():
         if name == "float32":
             continue
         bits = int(name.split()[0])
@@ -171,4 +171,4 @@ def rows_of(found: Mapping[str, Mapping[str, float]]) -> list[Row]:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

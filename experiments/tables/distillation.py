@@ -14,13 +14,13 @@ compared by.
 import statistics
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from experiments.tables import table, vision
 from experiments.tables.learning import Training
 from experiments.tables.table import IMAGENET, Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.console import bar, launch
 
 FLAGS = flags.FLAGS
 NAME = "distillation"
@@ -51,17 +51,20 @@ def main(argv: Sequence[str]) -> None:
     )
     targets = vision.logits_of(teacher, taught, data.train_images)
     alone = Training(student_steps)
-    found: dict[str, list[float]] = {"student": [], "distilled student": []}
+    accuracies: dict[str, list[float]] = {"student": [], "distilled student": []}
     for seed in bar("students")(table.seeds(SEEDS)):
-        ways = {"student": (alone, None), "distilled student": (alone._replace(alpha=0.9), targets)}
-        for kind, (training, learned) in ways.items():
+        trainings = {
+            "student": (alone, None),
+            "distilled student": (alone._replace(alpha=0.9), targets),
+        }
+        for kind, (training, learned) in trainings.items():
             name = f"{kind.replace(' ', '_')}_{seed}"
             variables = vision.trained(
                 directory, name, student, data, training, seed, targets=learned
             )
-            found[kind].append(vision.accuracy(student, variables, data))
-    found["teacher"] = [vision.accuracy(teacher, taught, data)]
-    rows = rows_of(found, data.name)
+            accuracies[kind].append(vision.accuracy(student, variables, data))
+    accuracies["teacher"] = [vision.accuracy(teacher, taught, data)]
+    rows = rows_of(accuracies, data.name)
     counts = {
         "teacher": boxes.count(taught["params"]),
         "student": boxes.count(vision.fresh(student, 0)["params"]),
@@ -75,30 +78,32 @@ def main(argv: Sequence[str]) -> None:
         "Distillation on a vision task: claimed on ImageNet, measured on digits",
         rows,
         ("digits_dir", "teacher_steps", "student_steps", "seeds"),
-        {"accuracy": found, "data": data.name, "test_images": len(data.test_labels)},
+        {"accuracy": accuracies, "data": data.name, "test_images": len(data.test_labels)},
     )
 
 
-def rows_of(found: dict[str, list[float]], data: str) -> list[Row]:
-    """The rows of accuracies, and of the gap that distillation closed.
+def rows_of(accuracies: dict[str, list[float]], data: str) -> list[Row]:
+    """Returns the rows of accuracies, and of the gap that distillation closed.
 
     Args:
-      found: percent of every seed, by kind.
+      accuracies: percent of every seed, by kind.
       data: where they were measured.
     """
-    mean = {kind: statistics.fmean(values) for kind, values in found.items()}
+    mean = {kind: statistics.fmean(values) for kind, values in accuracies.items()}
     rows = [
         Row(
             f"top-1, {kind}",
             "%",
             claim,
             mean[kind],
-            statistics.stdev(found[kind]) if len(found[kind]) > 1 else None,
-            f"{data}, {len(found[kind])} seed(s); claim on ImageNet",
+            statistics.stdev(accuracies[kind]) if len(accuracies[kind]) > 1 else None,
+            f"{data}, {len(accuracies[kind])} seed(s); claim on ImageNet",
         )
         for kind, claim in CLAIMS.items()
     ]
-    gains = [a - b for a, b in zip(found["distilled student"], found["student"], strict=True)]
+    gains = [
+        a - b for a, b in zip(accuracies["distilled student"], accuracies["student"], strict=True)
+    ]
     rows.append(
         Row(
             "gain of distillation",
@@ -126,4 +131,4 @@ def rows_of(found: dict[str, list[float]], data: str) -> list[Row]:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -21,12 +21,12 @@ from collections.abc import Mapping, Sequence
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
-from absl import app, flags
+from absl import flags
 
-from experiments import skipping
+from experiments.common import skipping_eval
 from experiments.tables import table
 from experiments.tables.table import Row
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 from glm_edge.cli.evaluate import text_windows
 from glm_edge.cli.loss import text_loss
 from glm_edge.errors import RecipeError
@@ -44,7 +44,7 @@ TEXT_TOKENS = {"quick": 4_000, "full": 60_000}
 def define_flags() -> None:
     """Defines this script's flags."""
     table.define_flags(NAME)
-    skipping.define_flags()
+    skipping_eval.define_flags()
     flags.DEFINE_list("skip", ["20", "50"], "Percent of the neurons that a token does not use.")
     flags.DEFINE_string("text", None, "UTF-8 file to measure on; default: CPython's help topics.")
     flags.DEFINE_integer("text_tokens", None, "Scored at most; default: the preset's.", 2)
@@ -55,32 +55,32 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
-    keep = [1.0 - percent / 100.0 for percent in skipping.floats("skip")]
+    keep = [1.0 - percent / 100.0 for percent in skipping_eval.floats("skip")]
     if not keep:
         raise RecipeError("--skip: lists nothing; 20,50 is right")
-    model, params, tokenizer = skipping.opened()
-    settings = [Setting("all", params), *skipping.neuron_settings(model, params, keep)]
+    model, params, tokenizer = skipping_eval.opened()
+    settings = [Setting("all", params), *skipping_eval.neuron_settings(model, params, keep)]
     windows = text_windows(tokenizer, FLAGS.text, FLAGS.text_tokens or TEXT_TOKENS[FLAGS.preset])
     perplexity = {
         setting.name: text_loss(model, setting.params, windows, (model, params))["perplexity"]
         for setting in settings
     }
-    rows = skipping.run(model, tokenizer, settings)
+    rows = skipping_eval.run(model, tokenizer, settings)
     shape = SHAPES[FLAGS.preset] if FLAGS.shape is None else FLAGS.shape
     timed = []
     if shape:
-        timed = skipping.time_shape(
+        timed = skipping_eval.time_shape(
             shape,
-            skipping.size()["rounds"],
+            skipping_eval.size()["rounds"],
             FLAGS.seed,
-            lambda model, params: skipping.neuron_settings(model, params, keep),
+            lambda model, params: skipping_eval.neuron_settings(model, params, keep),
         )
     quality = "taps in the box" if model.config.vision is not None else "tokens as without skipping"
     table.publish(
         NAME,
         "FFN neurons skipped by input: claimed 1.15 x under 1 % (20 %), 1.42 x at 3 % (50 %)",
         [
-            *rows_of(rows, perplexity, quality, skipping.size()["screens"]),
+            *rows_of(rows, perplexity, quality, skipping_eval.size()["screens"]),
             *shape_rows(timed, shape),
         ],
         ("checkpoint", "skip", "screens", "rounds", "digits_dir", "text", "text_tokens", "shape"),
@@ -93,12 +93,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def rows_of(
-    found: Sequence[SweepRow], perplexity: Mapping[str, float], quality: str, questions: int
+    swept: Sequence[SweepRow], perplexity: Mapping[str, float], quality: str, questions: int
 ) -> list[Row]:
-    """The table's rows of the model that has been trained.
+    """Returns the table's rows of the model that has been trained.
 
     Args:
-      found: of the sweep; the first skips nothing.
+      swept: of the sweep; the first skips nothing.
       perplexity: by the names of settings.
       quality: what the sweep's accuracy is.
       questions: that were asked.
@@ -106,18 +106,18 @@ def rows_of(
     Returns:
       The rows.
     """
-    whole, note = found[0], f"{questions} questions"
+    dense, note = swept[0], f"{questions} questions"
     rows = [
-        Row(quality, "%", None, 100.0 * whole.accuracy, note=note),
-        Row("perplexity", "perplexity", None, perplexity[whole.name]),
-        Row("decoding", "tokens/s", None, whole.tokens_per_second, note="one row"),
+        Row(quality, "%", None, 100.0 * dense.accuracy, note=note),
+        Row("perplexity", "perplexity", None, perplexity[dense.name]),
+        Row("decoding", "tokens/s", None, dense.tokens_per_second, note="one row"),
     ]
-    for row in found[1:]:
+    for row in swept[1:]:
         percent = skipped(row)
         gain, loss = CLAIMS.get(percent, (None, None))
-        under = f"{UNDER.get(percent, '')}claim {skipping.ELSEWHERE}" if loss else ""
-        lost = 100.0 * (1.0 - row.accuracy / whole.accuracy) if whole.accuracy else None
-        growth = 100.0 * (perplexity[row.name] / perplexity[whole.name] - 1.0)
+        under = f"{UNDER.get(percent, '')}claim {skipping_eval.ELSEWHERE}" if loss else ""
+        lost = 100.0 * (1.0 - row.accuracy / dense.accuracy) if dense.accuracy else None
+        growth = 100.0 * (perplexity[row.name] / perplexity[dense.name] - 1.0)
         label = f"{percent} % skipped"
         rows += [
             Row(f"{label}: decoding", "tokens/s", None, row.tokens_per_second),
@@ -129,26 +129,26 @@ def rows_of(
     return rows
 
 
-def shape_rows(found: Sequence[SweepRow], shape: str) -> list[Row]:
-    """The table's rows of a shape with random weights."""
+def shape_rows(swept: Sequence[SweepRow], shape: str) -> list[Row]:
+    """Returns the table's rows of a shape with random weights."""
     return [
         _speedup(row, f"{skipped(row)} % skipped, {shape}", CLAIMS.get(skipped(row), (None,))[0])
-        for row in found[1:]
+        for row in swept[1:]
     ]
 
 
 def skipped(row: SweepRow) -> int:
-    """Percent of the neurons that a setting does not use."""
+    """Returns the percentage of the neurons that a setting does not use."""
     return round(100.0 * (1.0 - row.value))
 
 
 def _speedup(row: SweepRow, label: str, claim: float | None) -> Row:
     note = f"quartiles {row.low:.2f} - {row.high:.2f}" + (
-        f"; claim {skipping.ELSEWHERE}" if claim else ""
+        f"; claim {skipping_eval.ELSEWHERE}" if claim else ""
     )
     return Row(f"{label}: speed-up", "x", claim, row.speedup, note=note)
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -22,12 +22,12 @@ from collections.abc import Sequence
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
-from absl import app, flags
+from absl import flags
 
-from experiments import skipping
+from experiments.common import skipping_eval
 from experiments.tables import table
 from experiments.tables.table import PHONE, Row
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 from glm_edge.generate import Setting, SweepRow
 
 FLAGS = flags.FLAGS
@@ -41,7 +41,7 @@ SHAPES = {"quick": "", "full": "mobile"}
 def define_flags() -> None:
     """Defines this script's flags."""
     table.define_flags(NAME)
-    skipping.define_flags()
+    skipping_eval.define_flags()
     flags.DEFINE_list("exits", ["3"], "Layers after which a token may stop.")
     flags.DEFINE_list("thresholds", None, "Of the largest probability; default: the preset's.")
     flags.DEFINE_string(
@@ -51,24 +51,24 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
-    exits = [int(value) for value in skipping.floats("exits")]
-    thresholds = skipping.floats("thresholds") or THRESHOLDS[FLAGS.preset]
-    model, params, tokenizer = skipping.opened()
+    exits = [int(value) for value in skipping_eval.floats("exits")]
+    thresholds = skipping_eval.floats("thresholds") or THRESHOLDS[FLAGS.preset]
+    model, params, tokenizer = skipping_eval.opened()
     settings = [Setting("all", params)]
-    settings += skipping.exit_settings(model, params, exits, thresholds)
-    maps = skipping.fitted_maps(model, params, tokenizer, exits)
-    settings += skipping.exit_settings(model, params, exits, thresholds, maps)
-    rows = skipping.run(model, tokenizer, settings)
+    settings += skipping_eval.exit_settings(model, params, exits, thresholds)
+    maps = skipping_eval.fitted_maps(model, params, tokenizer, exits)
+    settings += skipping_eval.exit_settings(model, params, exits, thresholds, maps)
+    rows = skipping_eval.run(model, tokenizer, settings)
     shape = SHAPES[FLAGS.preset] if FLAGS.shape is None else FLAGS.shape
     timed = []
     if shape:
-        rounds = skipping.size()["rounds"]
-        timed = skipping.time_shape(shape, rounds, FLAGS.seed, skipping.half_depth)
+        rounds = skipping_eval.size()["rounds"]
+        timed = skipping_eval.time_shape(shape, rounds, FLAGS.seed, skipping_eval.half_depth)
     quality = "taps in the box" if model.config.vision is not None else "tokens as without exits"
     table.publish(
         NAME,
         "Early exit at 0.95: claimed 120 -> 76 ms, 98.2 -> 97.8 %",
-        [*rows_of(rows, quality, skipping.size()["screens"]), *shape_rows(timed, shape)],
+        [*rows_of(rows, quality, skipping_eval.size()["screens"]), *shape_rows(timed, shape)],
         ("checkpoint", "exits", "thresholds", "screens", "rounds", "digits_dir", "shape"),
         {
             "rows": [dataclasses.asdict(row) for row in rows],
@@ -77,27 +77,27 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def rows_of(found: Sequence[SweepRow], quality: str, questions: int) -> list[Row]:
-    """The table's rows of the model that has been trained.
+def rows_of(swept: Sequence[SweepRow], quality: str, questions: int) -> list[Row]:
+    """Returns the table's rows of the model that has been trained.
 
     Args:
-      found: of the sweep; the first runs all layers.
+      swept: of the sweep; the first runs all layers.
       quality: what the sweep's accuracy is.
       questions: that were asked.
 
     Returns:
       The rows.
     """
-    whole = found[0]
+    dense = swept[0]
     rows = []
-    for row in found:
-        first, claimed = row is whole, row.value == THRESHOLD
-        place = 0 if first else 1
+    for row in swept:
+        first, claimed = row is dense, row.value == THRESHOLD
+        index = 0 if first else 1
         ms, percent = (
-            (CLAIMED_MS[place], CLAIMED_QUALITY[place]) if first or claimed else (None, None)
+            (CLAIMED_MS[index], CLAIMED_QUALITY[index]) if first or claimed else (None, None)
         )
         label = "all layers" if first else row.name
-        tail = f"; claim {skipping.ELSEWHERE}" if percent else ""
+        tail = f"; claim {skipping_eval.ELSEWHERE}" if percent else ""
         note = f"{questions} questions; {row.agreement:.1%} of the tokens of all layers{tail}"
         rows += [
             Row(f"{label}: {quality}", "%", percent, 100.0 * row.accuracy, note=note),
@@ -105,7 +105,7 @@ def rows_of(found: Sequence[SweepRow], quality: str, questions: int) -> list[Row
             Row(f"{label}: time of a token", "ms", None, 1e3 / row.tokens_per_second),
         ]
         if not first:
-            lost = 100.0 * (whole.accuracy - row.accuracy)
+            lost = 100.0 * (dense.accuracy - row.accuracy)
             claim = CLAIMED_QUALITY[0] - CLAIMED_QUALITY[1] if claimed else None
             rows += [
                 Row(f"{label}: lost", "points", claim, lost),
@@ -116,19 +116,19 @@ def rows_of(found: Sequence[SweepRow], quality: str, questions: int) -> list[Row
     return rows
 
 
-def shape_rows(found: Sequence[SweepRow], shape: str) -> list[Row]:
-    """The table's rows of a shape with random weights."""
-    return [_relative_time(row, f"{row.name}, {shape}", False) for row in found[1:]]
+def shape_rows(swept: Sequence[SweepRow], shape: str) -> list[Row]:
+    """Returns the table's rows of a shape with random weights."""
+    return [_relative_time(row, f"{row.name}, {shape}", False) for row in swept[1:]]
 
 
 def _relative_time(row: SweepRow, label: str, claimed: bool) -> Row:
     note = f"quartiles {1 / row.high:.2f} - {1 / row.low:.2f}"
     claim = None
     if claimed:
-        note, claim = f"{note}; claim {skipping.ELSEWHERE}", CLAIMED_MS[1] / CLAIMED_MS[0]
+        note, claim = f"{note}; claim {skipping_eval.ELSEWHERE}", CLAIMED_MS[1] / CLAIMED_MS[0]
     return Row(f"{label}: time over all layers", "x", claim, 1 / row.speedup, note=note)
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -14,13 +14,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from experiments.tables import table, vision
 from experiments.tables.learning import Training
 from experiments.tables.table import IMAGENET, Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 
 FLAGS = flags.FLAGS
 NAME = "healing"
@@ -44,13 +44,15 @@ def main(argv: Sequence[str]) -> None:
     dense_steps, heal_steps = STEPS[FLAGS.preset]
     steps = FLAGS.dense_steps or dense_steps, FLAGS.heal_steps or heal_steps
     data = vision.load(FLAGS.digits_dir)
-    found = table.by_seed(SEEDS, lambda seed: repeat(directory, data, seed, *steps, FLAGS.remove))
+    accuracies = table.by_seed(
+        SEEDS, lambda seed: repeat(directory, data, seed, *steps, FLAGS.remove)
+    )
     table.publish(
         NAME,
         "Healing a pruned model: labels alone, or the teacher first",
-        rows_of(found, data.name),
+        rows_of(accuracies, data.name),
         ("digits_dir", "remove", "dense_steps", "heal_steps", "seeds"),
-        {**found, "data": data.name, "test_images": len(data.test_labels)},
+        {**accuracies, "data": data.name, "test_images": len(data.test_labels)},
     )
 
 
@@ -97,23 +99,23 @@ def repeat(
         "fine-tuned": vision.accuracy(small, alone, data),
         "distilled, then fine-tuned": vision.accuracy(small, both, data),
     }
-    kept = boxes.count(pruned["params"]) / boxes.count(dense["params"])
-    return {**accuracy, "parameters left": 100.0 * kept}
+    kept_fraction = boxes.count(pruned["params"]) / boxes.count(dense["params"])
+    return {**accuracy, "parameters left": 100.0 * kept_fraction}
 
 
-def rows_of(found: dict[str, list[float]], data: str) -> list[Row]:
-    """The table's rows from the numbers of every seed."""
-    note = f"{data}, {len(found['dense'])} seeds"
+def rows_of(accuracies: dict[str, list[float]], data: str) -> list[Row]:
+    """Returns the table's rows from the numbers of every seed."""
+    note = f"{data}, {len(accuracies['dense'])} seeds"
 
     def row(kind: str, claim: float | None, more: str = "") -> Row:
-        values = found[kind]
+        values = accuracies[kind]
         spread = statistics.stdev(values)
         return Row(f"top-1, {kind}", "%", claim, statistics.fmean(values), spread, note + more)
 
     rows = [row("dense", None), row("pruned", None, ", before healing")]
     for kind, (claim, spread) in CLAIMS.items():
         rows.append(row(kind, claim, f"; claim on other data, spread {spread}"))
-    taught, alone = (found[kind] for kind in ("distilled, then fine-tuned", "fine-tuned"))
+    taught, alone = (accuracies[kind] for kind in ("distilled, then fine-tuned", "fine-tuned"))
     gains = [a - b for a, b in zip(taught, alone, strict=True)]
     rows += [
         Row(
@@ -131,7 +133,7 @@ def rows_of(found: dict[str, list[float]], data: str) -> list[Row]:
             statistics.stdev(taught) / statistics.stdev(alone) if statistics.stdev(alone) else None,
             note="standard deviations over seeds",
         ),
-        Row("parameters left", "% of dense", None, statistics.fmean(found["parameters left"])),
+        Row("parameters left", "% of dense", None, statistics.fmean(accuracies["parameters left"])),
         Row("top-1, distilled, then fine-tuned, ImageNet", "%", 78.9, None, note=IMAGENET),
     ]
     return rows
@@ -139,4 +141,4 @@ def rows_of(found: dict[str, list[float]], data: str) -> list[Row]:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

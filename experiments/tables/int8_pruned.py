@@ -19,12 +19,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.tables import measure, table, vision
 from experiments.tables.learning import Training
 from experiments.tables.table import IMAGENET, Row
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 from glm_edge.compress import prune
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.models.cnn import CNN, preset
@@ -55,16 +55,16 @@ def main(argv: Sequence[str]) -> None:
     dense_steps, heal_steps = STEPS[FLAGS.preset]
     steps = FLAGS.dense_steps or dense_steps, FLAGS.heal_steps or heal_steps
     data = vision.load(FLAGS.digits_dir)
-    found = table.by_seed(
+    measurements = table.by_seed(
         SEEDS, lambda seed: accuracies(directory, data, seed, *steps, FLAGS.remove)
     )
     costs = published(FLAGS.shape, FLAGS.remove, ROUNDS[FLAGS.preset], FLAGS.threads, FLAGS.seed)
     table.publish(
         NAME,
         "int8 and pruning together: claimed 2.1 -> 0.6 GOPs, 8.7 -> 3.2 MB, under 1 % loss",
-        rows_of(found, costs, data.name),
+        rows_of(measurements, costs, data.name),
         ("digits_dir", "remove", "shape", "dense_steps", "heal_steps", "seeds", "threads"),
-        {"accuracy": found, "published_shape": costs, "test_images": len(data.test_labels)},
+        {"accuracy": measurements, "published_shape": costs, "test_images": len(data.test_labels)},
     )
 
 
@@ -76,7 +76,7 @@ def accuracies(
     heal_steps: int,
     fraction: float,
 ) -> dict[str, float]:
-    """Percent right on digits of the dense, the int8, the pruned and the pruned int8 model.
+    """Measures accuracy on digits in percent: dense, int8, pruned, and both.
 
     Args:
       directory: where finished trainings are kept.
@@ -96,22 +96,24 @@ def accuracies(
     pruned = vision.trained(
         directory, f"pruned_{seed}", small, data, healing, seed, pruned, targets
     )
-    found = {}
+    measurements = {}
     with tempfile.TemporaryDirectory() as scratch:
         for kind, side in (("dense", (model, dense)), ("pruned", (small, pruned))):
-            found[kind] = vision.accuracy(*side, data)
+            measurements[kind] = vision.accuracy(*side, data)
             path = Path(scratch) / f"{kind}.tflite"
             deployed = reparameterize()(*side)[:2]
             measure.export(
                 *deployed, path, data.train_images[:: len(data.train_images) // EXAMPLES]
             )
             file = measure.LiteRT(path)
-            found[f"{kind} int8"] = vision.percent_right(file.classify(data.test_images), data)
-    return found
+            measurements[f"{kind} int8"] = vision.percent_right(
+                file.classify(data.test_images), data
+            )
+    return measurements
 
 
 def published(name: str, fraction: float, rounds: int, threads: int, seed: int) -> dict[str, Any]:
-    """Operations, parameters, bytes and milliseconds of a shape, whole and pruned.
+    """Returns operations, parameters, bytes and milliseconds of a shape, whole and pruned.
 
     Args:
       name: preset.
@@ -125,10 +127,10 @@ def published(name: str, fraction: float, rounds: int, threads: int, seed: int) 
     """
     config = preset(name)
     dense = measure.random_variables(CNN(config), seed)
-    small, left, _ = prune.channels(fraction)(CNN(config), dense)
-    sides = {"dense": (CNN(config), dense), "pruned": (small, left)}
+    small, small_variables, _ = prune.channels(fraction)(CNN(config), dense)
+    sides = {"dense": (CNN(config), dense), "pruned": (small, small_variables)}
     images = np.random.default_rng(seed).random((4, *config.image_size), np.float32)
-    found: dict[str, Any] = {}
+    measurements: dict[str, Any] = {}
     calls = {}
     with tempfile.TemporaryDirectory() as scratch:
         for kind, side in sides.items():
@@ -139,27 +141,27 @@ def published(name: str, fraction: float, rounds: int, threads: int, seed: int) 
             for form, examples in (("", None), (" int8", images)):
                 path = Path(scratch) / f"{kind}{form}.tflite"
                 size = measure.export(deployed, folded, path, examples)
-                found[f"{kind}{form}"] = {"operations": 2 * macs, "bytes": size}
+                measurements[f"{kind}{form}"] = {"operations": 2 * macs, "bytes": size}
                 file = measure.LiteRT(path, threads)
                 calls[f"{kind}{form}"] = lambda file=file: file(images[:1])
         for kind, seconds in measure.alternate(calls, rounds).items():
-            found[kind]["seconds"] = seconds
-    return found
+            measurements[kind]["seconds"] = seconds
+    return measurements
 
 
 def rows_of(
-    found: dict[str, list[float]], costs: dict[str, dict[str, Any]], data: str
+    measurements: dict[str, list[float]], costs: dict[str, dict[str, Any]], data: str
 ) -> list[Row]:
-    """The table's rows from accuracies of every seed and costs at the published shape."""
+    """Returns the table's rows from accuracies of every seed and costs at the published shape."""
     before, after = costs["dense"], costs["pruned int8"]
     shape = "MobileNetV2 1.0, 224x224; the claim's model is not named"
     rows = []
-    for what, unit, scale, claim in (
+    for quantity, unit, scale, claim in (
         ("operations", "GOPs", 1e9, GOPS),
         ("bytes", "MB", 1e6, MEGABYTES),
     ):
-        sizes = before[what] / scale, after[what] / scale
-        name = "operations" if what == "operations" else "file"
+        sizes = before[quantity] / scale, after[quantity] / scale
+        name = "operations" if quantity == "operations" else "file"
         rows += [
             Row(f"{name}, dense float32", unit, claim[0], sizes[0], note=shape),
             Row(f"{name}, pruned int8", unit, claim[1], sizes[1], note=shape),
@@ -170,12 +172,12 @@ def rows_of(
     for kind, numbers in costs.items():
         millis = measure.median_ms(numbers["seconds"])
         rows.append(Row(f"latency in LiteRT, {kind}", "ms", None, millis))
-    note = f"{data}, {len(found['dense'])} seed(s)"
-    for kind, values in found.items():
+    note = f"{data}, {len(measurements['dense'])} seed(s)"
+    for kind, values in measurements.items():
         spread = statistics.stdev(values) if len(values) > 1 else None
         rows.append(Row(f"top-1, {kind}", "%", None, statistics.fmean(values), spread, note))
     for kind, claim in (("dense int8", None), ("pruned", None), ("pruned int8", LOSS)):
-        losses = [a - b for a, b in zip(found["dense"], found[kind], strict=True)]
+        losses = [a - b for a, b in zip(measurements["dense"], measurements[kind], strict=True)]
         spread = statistics.stdev(losses) if len(losses) > 1 else None
         more = "claim: at most, on other data" if claim else ""
         rows.append(
@@ -187,4 +189,4 @@ def rows_of(
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -23,16 +23,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax import Array
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from experiments.phone_screens import metrics
+from experiments.nano.phone_screens import metrics
 from experiments.tables import learning, measure, table
 from experiments.tables.learning import Classifier, Training, Variables
 from experiments.tables.table import Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.console import bar, launch
 from glm_edge.cli.corpora import read_text
 from glm_edge.compress import prune
 from glm_edge.configs import TextConfig
@@ -105,10 +105,14 @@ def main(argv: Sequence[str]) -> None:
     half, begun, _ = every_second(full, taught["params"])
     labels = LEARNING._replace(steps=FLAGS.student_steps or student_steps)
     teacher = labels._replace(alpha=0.9)
-    ways = ((labels, None, None), (teacher, None, targets), (teacher, {"params": begun}, targets))
+    trainings = (
+        (labels, None, None),
+        (teacher, None, targets),
+        (teacher, {"params": begun}, targets),
+    )
     hits: dict[str, list[np.ndarray]] = {"full": [hits_of(full, taught, data)]}
     for seed in bar("students")(table.seeds(SEEDS)):
-        for kind, (training, start, learned) in zip(HALVES, ways, strict=True):
+        for kind, (training, start, learned) in zip(HALVES, trainings, strict=True):
             variables = trained(
                 directory, f"{kind}_{seed}", half, data, training, seed, start, learned
             )
@@ -136,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def config_of(data: Intents, layers: int, width: int) -> TextConfig:
-    """A BERT without segments for these texts."""
+    """Returns a BERT without segments for these texts."""
     return TextConfig(
         vocab_size=data.vocabulary,
         hidden_size=width,
@@ -189,18 +193,22 @@ def load(folder: str, vocabulary: int, length: int) -> Intents:
 
 
 def _parts(folder: Path) -> tuple[str, list[tuple[str, str]], list[tuple[str, str]]]:
-    whole = folder / "data_full.json"
-    if whole.exists():
+    data_path = folder / "data_full.json"
+    if data_path.exists():
         try:
-            found = json.loads(read_text(whole))
+            scores = json.loads(read_text(data_path))
             rows = {
                 part: [
-                    (text, intent) for name in (part, f"oos_{part}") for text, intent in found[name]
+                    (text, intent)
+                    for name in (part, f"oos_{part}")
+                    for text, intent in scores[name]
                 ]
                 for part in ("train", "test")
             }
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{whole}: not CLINC150's data_full.json ({error!r:.80})") from error
+            raise DataError(
+                f"{data_path}: not CLINC150's data_full.json ({error!r:.80})"
+            ) from error
         return "test", rows["train"], rows["test"]
     part = "test" if (folder / "clinc150_test.tsv").exists() else "dev"
     return part, *(_lines(folder / f"clinc150_{name}.tsv") for name in ("train", part))
@@ -218,7 +226,7 @@ def _lines(path: Path) -> list[tuple[str, str]]:
 
 
 def tokenizer_of(texts: Sequence[str], vocabulary: int, length: int) -> Tokenizer:
-    """Byte pairs of lower-case texts, framed as BERT frames a sentence, in `length` tokens.
+    """Returns byte pairs of lower-case texts, framed as BERT frames a sentence, in `length` tokens.
 
     The same texts give the same tokenizer, which WordPiece's trainer would not promise.
     """
@@ -266,11 +274,11 @@ def trained(
 
     examples = [data.name, learning.fingerprint((data.train_tokens, data.train_labels))]
     settings = learning.settings(model, examples, training, seed, start, targets)
-    return learning.kept(directory, re.sub(r"\W+", "_", name), settings, make)
+    return learning.cached_training(directory, re.sub(r"\W+", "_", name), settings, make)
 
 
 def hits_of(model: TextEncoder, variables: Variables, data: Intents) -> np.ndarray:
-    """Which test texts were given their class, bool [E]."""
+    """Marks the test texts that are classified correctly, bool [E]."""
     logits = learning.logits_of(Classifier(model, _apply), variables, data.test_tokens)
     return logits.argmax(-1) == data.test_labels
 
@@ -286,7 +294,7 @@ def rows_of(
     counts: dict[str, int],
     seconds: dict[str, list[float]],
 ) -> list[Row]:
-    """The table's rows.
+    """Returns the table's rows.
 
     Args:
       hits: of every seed on the test texts, by kind of encoder.
@@ -298,12 +306,12 @@ def rows_of(
     mean = {kind: np.mean(runs, axis=0) for kind, runs in hits.items()}
     rows = []
     for kind, runs in hits.items():
-        found = [percent(run, data.scored) for run in runs]
+        scores = [percent(run, data.scored) for run in runs]
         rate = metrics.bootstrap(mean[kind][data.scored])
         note = f"{data.name}, {len(runs)} seed(s), {table.interval(rate)}; claim on other data"
-        spread = float(np.std(found, ddof=1)) if len(found) > 1 else None
+        spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
         rows.append(
-            Row(f"top-1, {kind}", "%", CLAIMS.get(kind), float(np.mean(found)), spread, note)
+            Row(f"top-1, {kind}", "%", CLAIMS.get(kind), float(np.mean(scores)), spread, note)
         )
     for title, first, second, claim in (
         (
@@ -327,9 +335,9 @@ def rows_of(
         rows.append(Row(title, "points", claim, 100.0 * rate.value, note=note))
     if not data.scored.all():
         for kind in hits:
-            found = 100.0 * float(np.mean(mean[kind][~data.scored]))
+            scores = 100.0 * float(np.mean(mean[kind][~data.scored]))
             note = f"{int(np.sum(~data.scored))} texts of no intent"
-            rows.append(Row(f"found to be of no intent, {kind}", "%", None, found, note=note))
+            rows.append(Row(f"found to be of no intent, {kind}", "%", None, scores, note=note))
     rows += [Row(f"parameters, {kind}", "M", None, n / 1e6) for kind, n in counts.items()]
     for engine, title in measure.ENGINES.items():
         base = seconds[f"{engine} full"]
@@ -345,4 +353,4 @@ def rows_of(
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

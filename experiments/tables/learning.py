@@ -7,7 +7,6 @@ A classifier is a model and a function that applies it. A finished training is a
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from glm_edge import params as boxes
 from glm_edge.errors import DataError
 from glm_edge.params.tree import nested
+from glm_edge.writers import write_whole
 
 Variables = dict[str, Any]
 Apply = Callable[[Any, Variables, Array, Array | None], tuple[Array, Variables]]
@@ -153,7 +153,7 @@ def _step(
 
 
 def _loss(logits: Array, labels: Array, targets: Array, training: Training) -> Array:
-    """Cross-entropy with the labels mixed with `T^2 KL(teacher at T || student at T)`."""
+    """Mixes cross-entropy with the labels and `T^2 KL(teacher at T || student at T)`."""
     hard = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     if not training.alpha:
         return hard
@@ -178,10 +178,10 @@ def _logits(classifier: Classifier, variables: Variables, inputs: Array) -> Arra
     return classifier.apply(classifier.model, variables, inputs, None)[0]
 
 
-def kept(
+def cached_training(
     directory: Path, name: str, settings: dict[str, Any], make: Callable[[], Variables]
 ) -> Variables:
-    """Variables that an earlier run left, or those that `make` returns, which are then left.
+    """Loads the variables of an earlier run, or stores those that `make` returns.
 
     Args:
       directory: of the table; files lie in its `runs`.
@@ -200,9 +200,8 @@ def kept(
     logging.info("%s: training", name)
     variables = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({p: np.asarray(leaf) for p, leaf in boxes.path_items(variables)}, beside)
-    os.replace(beside, path)
+    arrays = {p: np.asarray(leaf) for p, leaf in boxes.path_items(variables)}
+    write_whole(path, lambda file: save_file(arrays, file))
     return variables
 
 
@@ -214,7 +213,7 @@ def settings(
     start: Variables | None = None,
     targets: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """All that the result of a training depends on, for `kept`.
+    """Returns everything that the result of a training depends on, for `cached_training`.
 
     Args:
       model: the classifier's.
@@ -227,18 +226,18 @@ def settings(
     Returns:
       The settings; arrays by their fingerprint.
     """
-    given = {"start": start, "targets": targets}
+    options = {"start": start, "targets": targets}
     return {
         "config": repr(model.config),
         "data": data,
         "training": training._asdict(),
         "seed": seed,
-        **{key: None if value is None else fingerprint(value) for key, value in given.items()},
+        **{key: None if value is None else fingerprint(value) for key, value in options.items()},
     }
 
 
 def fingerprint(tree: Any) -> str:
-    """A hash of all numbers of a tree."""
+    """Returns a hash of all numbers of a tree."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(leaf).tobytes())

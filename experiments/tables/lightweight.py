@@ -22,19 +22,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
-from experiments import exam
-from experiments import exported as exported_lib
-from experiments import materials as materials_lib
-from experiments.phone_screens import metrics
+from experiments.bench.runtimes.child import Child, EngineError, Spec, spec_of
+from experiments.common import eval_data, exported_eval, tap_eval
+from experiments.nano.phone_screens import metrics
 from experiments.quickstart import compressed
-from experiments.runtimes.child import Child, EngineError, Spec, spec_of
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 from glm_edge.cli.loss import WINDOW
 from glm_edge.errors import DataError
 
@@ -67,8 +65,8 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
     recipe = ge.recipes.find(FLAGS.recipe)
-    checkpoint, model, params = materials_lib.opened(FLAGS.checkpoint)
-    materials = materials_lib.gather(
+    checkpoint, model, params = eval_data.opened(FLAGS.checkpoint)
+    evaluation = eval_data.gather(
         model.config,
         checkpoint,
         text=None,
@@ -80,12 +78,12 @@ def main(argv: Sequence[str]) -> None:
         seed=FLAGS.seed,
         calibration_batches=96,
     )
-    if not materials.written:
+    if not evaluation.written:
         raise DataError(f"{checkpoint}: taps are measured on screens, which this model cannot see")
-    for note in materials.notes:
+    for note in evaluation.notes:
         print(f"note: {note}", file=sys.stderr)
     steps = FLAGS.distill_steps or DISTILL_STEPS[FLAGS.preset]
-    for _, *stage in compressed(recipe, (model, params), materials.calibration, FLAGS.seed, steps):
+    for _, *stage in compressed(recipe, (model, params), evaluation.calibration, FLAGS.seed, steps):
         small = stage
     rounds = FLAGS.rounds or ROUNDS[FLAGS.preset]
     with tempfile.TemporaryDirectory() as directory:
@@ -93,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
             kind: write(*side, Path(directory) / f"{kind}.tflite")
             for kind, side in zip(KINDS, ((model, params), small), strict=True)
         }
-        hits = {kind: taps(file, materials) for kind, file in files.items()}
+        hits = {kind: taps(file, evaluation) for kind, file in files.items()}
         runs = timed(files, rounds, FLAGS.threads, FLAGS.answer_tokens)
     sizes = {
         kind: {
@@ -117,19 +115,19 @@ def main(argv: Sequence[str]) -> None:
 
 def write(model: Any, params: Any, path: Path) -> Any:
     """Exports a model for prompts of up to `PROMPT` tokens."""
-    slots = exported_lib.cache_slots(model.config.decoder.max_position_embeddings)
+    slots = exported_eval.cache_slots(model.config.decoder.max_position_embeddings)
     return ge.export.tflite(model, params, path, prefill_lengths=(PROMPT,), cache_slots=slots)
 
 
-def taps(file: Any, materials: materials_lib.Materials) -> dict[str, list[float]]:
-    """Of written and spoken questions that ask for a tap: did the file's fall in the box."""
+def taps(file: Any, evaluation: eval_data.EvalData) -> dict[str, list[float]]:
+    """Marks the taps of a file that fall in the box, of written and spoken questions."""
     phone = ge.export.LiteRTModel(file.path)
-    asked = {"written": materials.written, "spoken": materials.spoken}
+    asked = {"written": evaluation.written, "spoken": evaluation.spoken}
     return {
-        kind: exam.hits(
+        kind: tap_eval.hits(
             items,
-            exported_lib.answers(
-                phone, materials.tokenizer, items, f"{Path(file.path).stem}, {kind}"
+            exported_eval.answers(
+                phone, evaluation.tokenizer, items, f"{Path(file.path).stem}, {kind}"
             ),
         )
         for kind, items in asked.items()
@@ -156,7 +154,7 @@ def timed(
     Raises:
       DataError: a file does not run.
     """
-    found: dict[str, dict[str, Any]] = {}
+    files_log: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         resident = {}
         try:
@@ -168,7 +166,7 @@ def timed(
                 stack.callback(resident[kind].close)
                 loaded = resident[kind].load()
                 resident[kind].action(PROMPT, answer_tokens)
-                found[kind] = {
+                files_log[kind] = {
                     "load_seconds": loaded["seconds"],
                     "baseline_rss_bytes": loaded["baseline_rss_bytes"],
                     "actions": [],
@@ -177,25 +175,25 @@ def timed(
             for turn in range(rounds):
                 for kind in list(files) if turn % 2 else list(files)[::-1]:
                     time.sleep(measure.PAUSE_S)
-                    found[kind]["actions"].append(resident[kind].action(PROMPT, answer_tokens))
+                    files_log[kind]["actions"].append(resident[kind].action(PROMPT, answer_tokens))
                     step = resident[kind].burst("decode", PROMPT, DECODED, pause_s=0.0)
-                    found[kind]["steps"].append(step)
+                    files_log[kind]["steps"].append(step)
             for kind, engine in resident.items():
-                found[kind]["peak_rss_bytes"] = engine.peak_bytes()
+                files_log[kind]["peak_rss_bytes"] = engine.peak_bytes()
         except EngineError as error:
             raise DataError(f"LiteRT does not run a file: {error}") from error
-    return found
+    return files_log
 
 
 def engine_of(kind: str, file: Any, threads: int) -> Spec:
-    """What a child must know to run a file."""
+    """Returns the options with which a child runs a file."""
     config, path = file.model.config, Path(file.path)
     return spec_of(
         kind,
         kind,
         path.resolve(),
         config,
-        exported_lib.cache_slots(config.decoder.max_position_embeddings),
+        exported_eval.cache_slots(config.decoder.max_position_embeddings),
         contexts=(PROMPT,),
         lengths=(PROMPT,),
         threads=threads,
@@ -211,7 +209,7 @@ def rows_of(
     sizes: dict[str, dict[str, int]],
     runs: dict[str, dict[str, Any]],
 ) -> list[Row]:
-    """The table's rows.
+    """Returns the table's rows.
 
     Args:
       hits: 1 or 0 of each tap, by kind of model and of question.
@@ -234,13 +232,13 @@ def rows_of(
     for question in hits["native"]:
         # What the claim's accuracy is of is not said; the written questions are set against it.
         claims = CLAIMED_PERCENT if question == "written" else (None, None)
-        found = [hits[kind][question] for kind in KINDS]
-        for kind, claim, values in zip(KINDS, claims, found, strict=True):
+        files_log = [hits[kind][question] for kind in KINDS]
+        for kind, claim, values in zip(KINDS, claims, files_log, strict=True):
             rate = metrics.wilson(int(sum(values)), len(values))
             note = f"{rate.count} screens, {table.interval(rate)}" + (ELSEWHERE if claim else "")
             title = f"taps in their box, {question}, {kind}"
             rows.append(Row(title, "%", claim, 100.0 * rate.value, note=note))
-        rate = metrics.paired_difference(found[1], found[0])
+        rate = metrics.paired_difference(files_log[1], files_log[0])
         claim = claims[0] - claims[1] if question == "written" else None
         note = f"paired by screen, {table.interval(rate)}"
         rows.append(Row(f"taps lost, {question}", "points", claim, 100.0 * rate.value, note=note))
@@ -274,4 +272,4 @@ def rows_of(
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

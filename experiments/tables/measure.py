@@ -49,7 +49,7 @@ def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def median_ms(seconds: list[float]) -> float:
-    """Median of seconds, in milliseconds."""
+    """Returns the median of seconds, in milliseconds."""
     return 1e3 * statistics.median(seconds)
 
 
@@ -82,16 +82,18 @@ def export(
     """
     dense = jax.tree.map(boxes.dense, variables, is_leaf=boxes.is_box)
     shape = (batch, *model.config.image_size)
-    given = None
+    batches = None
     if examples is not None:
         images = np.resize(examples, (max(len(examples), batch), *shape[1:]))
-        given = [{IMAGES: images[i : i + batch]} for i in range(0, len(images) - batch + 1, batch)]
+        batches = [
+            {IMAGES: images[i : i + batch]} for i in range(0, len(images) - batch + 1, batch)
+        ]
     return write_function(
         lambda variables, inputs: {LOGITS: model.apply(variables, inputs[IMAGES])[0]},
         dense,
         {IMAGES: jax.ShapeDtypeStruct(shape, jnp.float32)},
         path,
-        given,
+        batches,
         overwrite=True,
     ).file_bytes
 
@@ -112,13 +114,13 @@ class LiteRT:
         return self._run.get_tensor(self._out)
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """Likeliest class of each image, [E]."""
+        """Classifies each image; returns [E]."""
         batch = int(self._in["shape"][0])
-        found = []
+        counted = []
         for start in range(0, len(images), batch):
             part = images[start : start + batch]
-            found.append(self(np.resize(part, (batch, *part.shape[1:])))[: len(part)].argmax(-1))
-        return np.concatenate(found)
+            counted.append(self(np.resize(part, (batch, *part.shape[1:])))[: len(part)].argmax(-1))
+        return np.concatenate(counted)
 
 
 def encoder_times(

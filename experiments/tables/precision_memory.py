@@ -15,14 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
-from experiments import materials
+from experiments.common import eval_data
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.console import bar, launch
 from glm_edge.compress import quantize
 from glm_edge.compress.transform import Transform
 
@@ -43,22 +43,22 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
-    _, model, params = materials.opened(FLAGS.checkpoint)
+    _, model, params = eval_data.opened(FLAGS.checkpoint)
     lengths = [int(n) for n in FLAGS.tokens or TOKENS[FLAGS.preset]]
-    found = {"float32": sizes(model, params, lengths)}
+    sizes_by_form = {"float32": sizes(model, params, lengths)}
     for name, recipe in bar("precisions")(recipes().items()):
-        found[name] = sizes(model, recipe(model, params)[1], lengths)
+        sizes_by_form[name] = sizes(model, recipe(model, params)[1], lengths)
     table.publish(
         NAME,
         "Memory saved by precision: claimed 50 % (float16), 75 % (int8), 75 % (mixed)",
-        rows_of(found),
+        rows_of(sizes_by_form),
         ("checkpoint", "tokens"),
-        {"bytes": found, "parameters": boxes.count(params)},
+        {"bytes": sizes_by_form, "parameters": boxes.count(params)},
     )
 
 
 def recipes() -> dict[str, Transform]:
-    """The ways of rounding, by name."""
+    """Lists the recipes by name."""
     return {
         "bfloat16": quantize.rtn(qtype="bfloat16"),
         "int8": quantize.rtn(bits=8),
@@ -68,7 +68,7 @@ def recipes() -> dict[str, Transform]:
 
 
 def sizes(model: Any, params: Any, lengths: Sequence[int]) -> dict[str, int]:
-    """Bytes stored, and at the peak of a forward pass by its length.
+    """Returns bytes stored, and at the peak of a forward pass by its length.
 
     Args:
       model: a GLM.
@@ -78,36 +78,36 @@ def sizes(model: Any, params: Any, lengths: Sequence[int]) -> dict[str, int]:
     Returns:
       `stored`, and `running <length>` for each.
     """
-    found = {"stored": boxes.stored_bytes(params)}
+    sizes_by_form = {"stored": boxes.stored_bytes(params)}
     for length in lengths:
         tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
         run = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
         memory = run.lower(params, tokens).compile().memory_analysis()
-        found[f"running {length}"] = (
+        sizes_by_form[f"running {length}"] = (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
             + memory.temp_size_in_bytes
             - memory.alias_size_in_bytes
         )
-    return found
+    return sizes_by_form
 
 
-def rows_of(found: dict[str, dict[str, int]]) -> list[Row]:
-    """The table's rows: bytes of float32, and what every other precision saves of them."""
-    base = found["float32"]
-    rows = [Row(f"{what}, float32", "MB", None, size / 1e6) for what, size in base.items()]
-    for what in base:
+def rows_of(sizes_by_form: dict[str, dict[str, int]]) -> list[Row]:
+    """Returns the table's rows: bytes of float32, and the savings of other precisions."""
+    base = sizes_by_form["float32"]
+    rows = [Row(f"{quantity}, float32", "MB", None, size / 1e6) for quantity, size in base.items()]
+    for quantity in base:
         for name, claim in CLAIMS.items():
-            saved = 100.0 * (1.0 - found[name][what] / base[what])
+            saved = 100.0 * (1.0 - sizes_by_form[name][quantity] / base[quantity])
             note = "every array, scales included"
-            if what != "stored":
-                note = f"forward pass, {what.split()[1]} token(s), by XLA"
+            if quantity != "stored":
+                note = f"forward pass, {quantity.split()[1]} token(s), by XLA"
             note += "; claim on another model and device"
-            label = what.split()[0]
+            label = quantity.split()[0]
             rows.append(Row(f"{label}, {name}", "% saved", claim, saved, note=note))
     return rows
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

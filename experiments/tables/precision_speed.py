@@ -21,19 +21,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 import glm_edge as ge
-from experiments.bench_export import decoder_of
-from experiments.runtimes import child as children
-from experiments.runtimes import compare, random_model
-from experiments.runtimes.child import Child, EngineError, Spec
-from experiments.runtimes.compare import Burst, Bursts, Quartiles
-from experiments.runtimes.engine import Task
-from experiments.runtimes.litert import weight_bytes
+from experiments.bench.export import decoder_of
+from experiments.bench.runtimes import child as children
+from experiments.bench.runtimes import compare, random_model
+from experiments.bench.runtimes.child import Child, EngineError, Spec
+from experiments.bench.runtimes.compare import Burst, Bursts, Quartiles
+from experiments.bench.runtimes.engine import Task
+from experiments.bench.runtimes.litert import weight_bytes
 from experiments.tables import table
 from experiments.tables.table import Row
-from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.console import bar, launch
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import DataError, ExportError
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def shape_of(name: str) -> GLMConfig:
-    """A decoder without encoders."""
+    """Returns a decoder without encoders."""
     if name != "mobile_quarter":
         return decoder_of(name)
     config = decoder_of("mobile")
@@ -102,7 +102,7 @@ def shape_of(name: str) -> GLMConfig:
 
 
 def specs_of(config: GLMConfig, forms: Sequence[str], directory: Path) -> list[Spec]:
-    """An engine for each form, float32 first.
+    """Returns an engine for each form, float32 first.
 
     Raises:
       DataError: a form is unknown, or what is to be run does not fit the cache.
@@ -159,15 +159,17 @@ def bursts(specs: Sequence[Spec], rounds: int, steps: int) -> dict[str, Bursts]:
     try:
         for spec in specs:
             resident[spec.name] = children.start(spec)[0]
-        found: dict[str, Bursts] = {name: {phase: [] for phase in PHASES} for name in resident}
+        phase_samples: dict[str, Bursts] = {
+            name: {phase: [] for phase in PHASES} for name in resident
+        }
         for turn in bar("rounds")(range(rounds)):
             names = list(resident)
             for name in names if turn % 2 else names[::-1]:
                 task = resident[name].spec.task
                 for phase, count in zip(PHASES, task.contexts + task.lengths, strict=True):
                     seconds = resident[name].burst(phase, count, steps)
-                    found[name][phase].append(Burst(turn, seconds))
-        return found
+                    phase_samples[name][phase].append(Burst(turn, seconds))
+        return phase_samples
     except EngineError as error:
         raise ExportError(f"LiteRT could not run a file: {error}") from error
     finally:
@@ -181,7 +183,7 @@ def rows_of(
     context: int,
     prompt: int,
 ) -> list[Row]:
-    """The table's rows.
+    """Returns the table's rows.
 
     Args:
       written: `weight_bytes` of each form's file.
@@ -198,14 +200,14 @@ def rows_of(
         for form, facts in written.items()
     ]
     for phase in PHASES:
-        for form, found in samples.items():
-            time_ms = Quartiles.of([1e3 * burst.seconds for burst in found[phase]])
+        for form, phase_samples in samples.items():
+            time_ms = Quartiles.of([1e3 * burst.seconds for burst in phase_samples[phase]])
             rows.append(Row(f"{phase}, {form}", "ms", None, time_ms.median, note=notes[phase]))
-        for form, found in samples.items():
+        for form, phase_samples in samples.items():
             if form == BASE:
                 continue
             claimed = FORMS[form][1]
-            gain = compare.speedup(found[phase], samples[BASE][phase])
+            gain = compare.speedup(phase_samples[phase], samples[BASE][phase])
             note = f"quartiles {gain.low:.2f} - {gain.high:.2f}"
             if claimed:
                 note += f"; claimed {claimed[0]} - {claimed[1]} on another device"
@@ -216,4 +218,4 @@ def rows_of(
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
-from glm_edge.cli.console import bar, fail_in_one_line
+from glm_edge.cli.console import bar, launch
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.models.cnn import CNN, CNNConfig, preset
 
@@ -90,26 +90,26 @@ def times(
 def rows_of(
     seconds: dict[str, list[float]], macs: dict[str, int], resnet: str, names: Sequence[str]
 ) -> list[Row]:
-    """The table's rows: milliseconds, and RepVGG's time as a fraction of ResNet's."""
+    """Returns the table's rows: milliseconds, and RepVGG's time as a fraction of ResNet's."""
     rows = []
     for engine, title in measure.ENGINES.items():
         base = seconds[f"{engine} {resnet}"]
         note = f"{2 * macs[resnet] / 1e9:.1f} GOPs; claim on another device"
         rows.append(Row(f"{resnet}, {title}", "ms", RESNET_MS, measure.median_ms(base), note=note))
         for name in names:
-            found = seconds[f"{engine} {name}"]
+            timed = seconds[f"{engine} {name}"]
             note = f"{2 * macs[name] / 1e9:.1f} GOPs; claim on another device"
-            millis = measure.median_ms(found)
+            millis = measure.median_ms(timed)
             rows.append(Row(f"{name}, {title}", "ms", REPVGG_MS, millis, note=note))
-            low, middle, high = measure.ratio_quartiles(found, base)
+            low, middle, high = measure.ratio_quartiles(timed, base)
             note = f"quartiles {low:.2f} - {high:.2f}"
             claim = REPVGG_MS / RESNET_MS
             rows.append(Row(f"{name} over {resnet}, {title}", "x", claim, middle, note=note))
-            work = (macs[name] / found_median(found)) / (macs[resnet] / found_median(base))
+            work = (macs[name] / found_median(timed)) / (macs[resnet] / found_median(base))
             rows.append(Row(f"{name} over {resnet}, {title}", "x operations a second", None, work))
             branches = seconds.get(f"{engine} {name} in three branches")
             if branches is not None:
-                low, middle, high = measure.ratio_quartiles(branches, found)
+                low, middle, high = measure.ratio_quartiles(branches, timed)
                 note = f"reparameterization; quartiles {low:.2f} - {high:.2f}"
                 rows.append(
                     Row(f"{name}, three branches over one, {title}", "x", None, middle, note=note)
@@ -119,10 +119,10 @@ def rows_of(
 
 
 def found_median(seconds: Sequence[float]) -> float:
-    """Median of seconds."""
+    """Returns the median of seconds."""
     return float(np.median(seconds))
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

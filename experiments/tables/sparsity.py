@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.tables import measure, table
 from experiments.tables.table import PHONE, Row
 from glm_edge import params as boxes
-from glm_edge.cli.console import fail_in_one_line
+from glm_edge.cli.console import launch
 from glm_edge.compress import prune
 from glm_edge.configs import TextConfig
 from glm_edge.models.text import TextEncoder
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def models(width: int, sparsity: float, seed: int) -> dict[str, tuple[TextEncoder, Any]]:
-    """Dense, masked (as an array and in its box) and narrow encoders with their parameters."""
+    """Makes dense, masked (as an array and in a box) and narrow encoders."""
     config = TextConfig(
         vocab_size=13 * width,
         hidden_size=width,
@@ -85,7 +85,7 @@ def models(width: int, sparsity: float, seed: int) -> dict[str, tuple[TextEncode
 
 
 def random_encoder(config: TextConfig, seed: int) -> tuple[TextEncoder, Any]:
-    """An encoder whose weights mean nothing."""
+    """Returns an encoder whose weights mean nothing."""
     model = TextEncoder(config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     rng = np.random.default_rng(seed)
@@ -107,7 +107,7 @@ def size_of(params: Any) -> dict[str, float]:
 
 
 def rows_of(seconds: dict[str, list[float]], sizes: dict[str, dict[str, float]]) -> list[Row]:
-    """The table's rows."""
+    """Returns the table's rows."""
     claims = {"dense": 0, "masked": 1}
     rows = []
     for name, kind in (("dense", "dense"), ("masked", "masked, in its box"), ("narrow", "narrow")):
@@ -118,15 +118,15 @@ def rows_of(seconds: dict[str, list[float]], sizes: dict[str, dict[str, float]])
         rows.append(Row(f"stored, {kind}", "MB", None, sizes[kind]["bytes"] / 1e6))
     for engine, title in measure.ENGINES.items():
         base = seconds[f"{engine} dense"]
-        for key, found in seconds.items():
+        for key, timed in seconds.items():
             if not key.startswith(f"{engine} "):
                 continue
             name = key.removeprefix(f"{engine} ")
             claim = CLAIMED_MS[claims[name]] if name in claims else None
             note = "claim on another device" if claim else ""
-            rows.append(Row(f"{name}, {title}", "ms", claim, measure.median_ms(found), note=note))
+            rows.append(Row(f"{name}, {title}", "ms", claim, measure.median_ms(timed), note=note))
             if name != "dense":
-                low, middle, high = measure.ratio_quartiles(found, base)
+                low, middle, high = measure.ratio_quartiles(timed, base)
                 claim = CLAIMED_MS[1] / CLAIMED_MS[0] if name == "masked" else None
                 note = f"quartiles {low:.2f} - {high:.2f}"
                 rows.append(Row(f"{name} over dense, {title}", "x", claim, middle, note=note))
@@ -137,4 +137,4 @@ def rows_of(seconds: dict[str, list[float]], sizes: dict[str, dict[str, float]])
 
 if __name__ == "__main__":
     define_flags()
-    app.run(fail_in_one_line(main))
+    launch(main)

@@ -5,8 +5,6 @@ import dataclasses
 import io
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +12,12 @@ from typing import Any
 
 from absl import flags
 
-from experiments.phone_screens.metrics import Rate
-from experiments.quickstart import commit
+from experiments.common.outputs import prepare_directory
+from experiments.common.provenance import provenance_of
+from experiments.nano.phone_screens.metrics import Rate
 from glm_edge.cli.console import bar, print_table, refuse_arguments, text_table
 from glm_edge.cli.corpora import write_text
-from glm_edge.cli.run import versions
-from glm_edge.errors import OutputError, require
+from glm_edge.errors import require
 
 FLAGS = flags.FLAGS
 STARTED_S = time.monotonic()
@@ -59,13 +57,13 @@ class Row:
         return self.measured / self.claim
 
     def cells(self) -> list[str]:
-        """The row as text, in the order of `COLUMNS`."""
+        """Returns the row as text, in the order of `COLUMNS`."""
         numbers = [self.claim, self.measured, self.spread, self.ratio]
         return [self.quantity, self.unit, *map(shown, numbers), self.note]
 
 
 def shown(number: float | None) -> str:
-    """A number in three or more significant digits; `-` where there is none."""
+    """Formats a number in three or more significant digits; `-` for None."""
     if number is None:
         return "-"
     if not math.isfinite(number):
@@ -75,7 +73,7 @@ def shown(number: float | None) -> str:
 
 
 def interval(rate: Rate) -> str:
-    """The 95 % interval of a rate, in percent."""
+    """Returns the 95 % interval of a rate, in percent."""
     return f"95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f}"
 
 
@@ -96,7 +94,7 @@ def define_flags(name: str) -> None:
 
 
 def prepare(argv: Sequence[str]) -> Path:
-    """The directory of --out_dir, made if absent.
+    """Returns the directory of --out_dir, made if absent.
 
     Args:
       argv: the script's name, and nothing else.
@@ -106,20 +104,11 @@ def prepare(argv: Sequence[str]) -> Path:
       OutputError: it holds a table already and --overwrite was not passed, or cannot be made.
     """
     refuse_arguments(argv)
-    directory = Path(FLAGS.out_dir)
-    if (directory / "table.csv").exists() and not FLAGS.overwrite:
-        raise OutputError(
-            f"{directory}: holds a table already; name another --out_dir or pass --overwrite"
-        )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{directory}: cannot be made ({error.strerror})") from error
-    return directory
+    return prepare_directory(Path(FLAGS.out_dir), FLAGS.overwrite, "table.csv")
 
 
 def seeds(defaults: Mapping[str, int]) -> range:
-    """The seeds of a table: from --seed on, as many as --seeds or the preset says."""
+    """Returns the seeds of a table: from --seed on, as many as --seeds or the preset says."""
     return range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds or defaults[FLAGS.preset]))
 
 
@@ -135,11 +124,11 @@ def by_seed(
     Returns:
       Numbers by kind, in the order of seeds.
     """
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for seed in bar("seeds")(seeds(defaults)):
         for kind, value in run(seed).items():
-            found.setdefault(kind, []).append(value)
-    return found
+            values.setdefault(kind, []).append(value)
+    return values
 
 
 def publish(
@@ -159,7 +148,7 @@ def publish(
       measured: further numbers for the JSON file, such as every seed's.
     """
     directory = Path(FLAGS.out_dir)
-    where = provenance(name, flag_names)
+    where = table_provenance(name, flag_names)
     print(title)
     print_table(COLUMNS, [row.cells() for row in rows])
     print(f"command: {where['command']}")
@@ -178,26 +167,16 @@ def publish(
     figure(title, rows, directory / "table.png")
 
 
-def provenance(name: str, flag_names: Sequence[str] = ()) -> dict[str, Any]:
-    """The command, commit, machine, time, load and versions behind a table.
+def table_provenance(name: str, flag_names: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the command, commit, machine, time, load and versions behind a table.
 
     `seconds` are those since the script's imports; a training that lay finished in --out_dir was
     not run again and does not count.
     """
-    values = {flag: FLAGS[flag].value for flag in ("preset", "seed", *flag_names)}
-    given = [
-        f"--{flag}={','.join(map(str, value)) if isinstance(value, list) else value}"
-        for flag, value in values.items()
-        if value is not None
-    ]
     return {
-        "command": f"python -m experiments.tables.{name} {' '.join(given)}",
+        **provenance_of(f"tables.{name}", ("preset", "seed", *flag_names)),
         "seed": FLAGS.seed,
-        "commit": commit(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "seconds": round(time.monotonic() - STARTED_S, 1),
-        "load_average": os.getloadavg()[0],
-        "versions": versions(),
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 from jax import Array
 
-from experiments.phone_screens import digits as mnist
+from experiments.nano.phone_screens import digits as mnist
 from experiments.tables import learning
 from experiments.tables.learning import Classifier, Training, Variables
 from glm_edge.compress import prune
@@ -46,7 +46,7 @@ def load(digits_dir: str | None) -> Digits:
     """Reads digits.
 
     Args:
-      digits_dir: folder of MNIST files, see `experiments.phone_screens.digits.mnist_folder`; None
+      digits_dir: folder of MNIST files, see `nano.phone_screens.digits.mnist_folder`; None
         takes scikit-learn's 8x8 digits, whose last quarter is by writers of its own.
 
     Returns:
@@ -72,7 +72,7 @@ def _arrays(digits: mnist.DigitImages) -> tuple[np.ndarray, np.ndarray]:
 
 
 def classifier(name: str, data: Digits) -> CNN:
-    """A preset of `glm_edge.models.cnn` for these images."""
+    """Returns a preset of `glm_edge.models.cnn` for these images."""
     return CNN(dataclasses.replace(preset(name), image_size=data.size))
 
 
@@ -86,7 +86,7 @@ def _apply(
 
 
 def fresh(model: CNN, seed: int) -> Variables:
-    """Initial variables."""
+    """Returns initial variables."""
     images = jnp.zeros((1, *model.config.image_size))
     return jax.jit(model.init)(jax.random.key(seed), images)
 
@@ -110,12 +110,12 @@ def logits_of(model: CNN, variables: Variables, images: np.ndarray) -> np.ndarra
 
 
 def accuracy(model: CNN, variables: Variables, data: Digits) -> float:
-    """Test images whose likeliest class is right, in percent."""
+    """Returns the top-1 accuracy on test images in percent."""
     return percent_right(logits_of(model, variables, data.test_images).argmax(-1), data)
 
 
 def percent_right(classes: np.ndarray, data: Digits) -> float:
-    """Test images that were given their class, in percent."""
+    """Returns the percentage of correctly classified test images."""
     return 100.0 * float(np.mean(classes == data.test_labels))
 
 
@@ -151,7 +151,7 @@ def trained(
         return train(model, begin, data, training, seed, targets)
 
     settings = learning.settings(model, examples, training, seed, start, targets)
-    return learning.kept(directory, name, settings, make)
+    return learning.cached_training(directory, name, settings, make)
 
 
 class Pruned(NamedTuple):
@@ -161,7 +161,7 @@ class Pruned(NamedTuple):
     dense: Variables
     targets: np.ndarray
     small: CNN
-    left: Variables
+    small_variables: Variables
 
 
 def pruned(directory: Path, data: Digits, seed: int, steps: int, fraction: float) -> Pruned:
@@ -180,5 +180,5 @@ def pruned(directory: Path, data: Digits, seed: int, steps: int, fraction: float
     model = classifier("mobilenet_v2_digits", data)
     dense = trained(directory, f"dense_{seed}", model, data, Training(steps), seed)
     targets = logits_of(model, dense, data.train_images)
-    small, left, _ = prune.channels(fraction)(model, dense)
-    return Pruned(model, dense, targets, small, left)
+    small, small_variables, _ = prune.channels(fraction)(model, dense)
+    return Pruned(model, dense, targets, small, small_variables)

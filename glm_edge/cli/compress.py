@@ -32,11 +32,10 @@ from absl import flags
 import glm_edge as ge
 from glm_edge.cli import calibration, corpora
 from glm_edge.cli.checkpoints import checkpoint_of
-from glm_edge.cli.console import print_table, refuse_arguments
+from glm_edge.cli.console import print_table, progress, refuse_arguments
 from glm_edge.cli.loss import text_loss
 from glm_edge.cli.run import run_of
 from glm_edge.cli.whole import as_stored, load_wide
-from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.report import Report
 from glm_edge.compress.stream import compress_checkpoint, is_streamable
 from glm_edge.compress.transform import Transform
@@ -94,7 +93,7 @@ def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> 
             recipe,
             batches,
             rng,
-            ProgressLine(),
+            progress(),
             FLAGS.without,
             FLAGS.overwrite,
             compute=FLAGS.compute,
@@ -102,7 +101,7 @@ def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> 
     else:
         model, params, stored = load_wide(source)
         model, params, report = recipe(
-            model, params, batches, rng, ProgressLine(), without=FLAGS.without
+            model, params, batches, rng, progress(), without=FLAGS.without
         )
         params, report = as_stored(params, stored, report)
         ge.save(model, params, target, "safetensors", FLAGS.overwrite, source=source)

@@ -1,6 +1,8 @@
 """Console helpers of the commands: flags, progress bars, tables, errors in one line."""
 
 import functools
+import logging as std_logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -9,8 +11,15 @@ from typing import Any
 from absl import app, flags, logging
 
 from glm_edge.errors import GlmEdgeError, MissingExtraError, require
+from glm_edge.process_wide import QUIET_TENSORFLOW
 
 FLAGS = flags.FLAGS
+HELP_FLAGS = {"--help", "-help", "-h", "-?"}
+EXIT_STATUS = (
+    "Exit status: 0 when the work is done; 1 when an input is refused or a check fails, and after "
+    "--help.\nA refusal is one line on standard error."
+)
+QUIET_LOGGERS = ("jax", "orbax", "tensorflow")
 # `name=value` as messages of the library spell an argument; the value may be missing.
 _ARGUMENT = re.compile(
     r"(?<![\w.-])(?P<name>[a-z]\w*)=(?P<value>\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[\w./*-]*[\w/*])?"
@@ -28,11 +37,42 @@ def bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
 
     The bar needs tqdm, and a terminal: control characters are noise in a log file.
     """
+    make = _tqdm()
+    return iter if make is None else functools.partial(make, desc=label)
+
+
+def progress() -> Callable[[str, int, int], None]:
+    """Returns a callback `(stage, done, total)` that shows each stage as a progress bar.
+
+    It is what transforms take as `progress=`; without tqdm or a terminal nothing is shown.
+    """
+    make, bars = _tqdm(), {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        name = stage.split(":", 1)[0]
+        if make is None:
+            return
+        current = bars.get(name)
+        if current is None or done < current.n or total != current.total:
+            for other in bars.values():
+                other.close()
+            bars.clear()
+            current = bars[name] = make(total=total, desc=stage)
+        current.set_description(stage, refresh=False)
+        current.update(done - current.n)
+        if done >= total:
+            bars.pop(name).close()
+
+    return show
+
+
+def _tqdm() -> Callable[..., Any] | None:
     try:
         tqdm = require("tqdm", extra="bench").tqdm
     except MissingExtraError:
-        return iter
-    return functools.partial(tqdm, desc=label, leave=False, dynamic_ncols=True, disable=None)
+        return None
+    # None disables the bar where standard error is not a terminal.
+    return functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=None)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -95,20 +135,64 @@ def fail_in_one_line(main: Callable[[list[str]], None]) -> Callable[[list[str]],
     return guarded
 
 
-def launch(main: Callable[[list[str]], None], help_text: str, argv: Sequence[str]) -> None:
-    """Runs a command under absl, whose --help prints the docstring of the main module.
+def launch(
+    main: Callable[[list[str]], None],
+    help_text: str | None = None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Runs a command or a script: its --help, its messages and its exit status.
 
     Args:
-      main: called with the program's name and what is no flag.
-      help_text: printed above the flags by --help.
-      argv: the program's name and its flags.
+      main: called with the program's name and the arguments that are not flags.
+      help_text: explains the command; None takes the docstring of the main module.
+      argv: the program's name and its flags; None takes those of the process.
     """
-    sys.modules["__main__"].__doc__ = help_text
+    argv = list(sys.argv if argv is None else argv)
+    module = sys.modules["__main__"]
+    # absl's --helpfull and --helpshort read the docstring there.
+    module.__doc__ = help_text or module.__doc__ or ""
+    if HELP_FLAGS.intersection(argv[1:]):
+        print(help_page(module.__doc__, FLAGS.main_module_help()))
+        sys.exit(1)
+    silence_libraries()
 
     def quietly(argv: list[str]) -> None:
-        # jax tells of processors that are not there, TensorFlow of every step of a conversion.
+        # absl.app raises the verbosity to INFO, at which jax reports every absent processor.
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         main(argv)
 
-    app.run(fail_in_one_line(quietly), argv=list(argv))
+    app.run(fail_in_one_line(quietly), argv=argv)
+
+
+def help_page(text: str, described: str) -> str:
+    """Lays out the page of --help: summary, example, flags, details, exit status.
+
+    Args:
+      text: docstring whose first indented lines are the example.
+      described: flags, as absl describes those of the main module.
+
+    Returns:
+      The page. Flags precede the details, so that they are on the first screen.
+    """
+    lines = text.strip().splitlines()
+    example = next((i for i, line in enumerate(lines) if line.startswith("    ")), None)
+    end = 1
+    if example is not None:
+        end = next((i for i in range(example, len(lines)) if not lines[i].strip()), len(lines))
+    details = "\n".join(lines[end:]).strip()
+    listed = [line for line in described.splitlines() if line.startswith("  ")]
+    parts = ["\n".join(lines[:end]), "\n".join(["Flags:", *listed]), details, EXIT_STATUS]
+    return "\n\n".join([part for part in parts if part] + ["--helpfull lists every flag."])
+
+
+def silence_libraries() -> None:
+    """Keeps messages below a warning off standard error; every command and script calls this.
+
+    Reports of absent processors (jax), of each step of a conversion (TensorFlow) and of each saved
+    array (Orbax) would hide the command's own output.
+    """
+    for variable, value in QUIET_TENSORFLOW.items():
+        os.environ.setdefault(variable, value)
+    for name in QUIET_LOGGERS:
+        std_logging.getLogger(name).setLevel(std_logging.WARNING)

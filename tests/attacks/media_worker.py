@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.phone_screens.actions import parse_action
+from experiments.nano.phone_screens.actions import parse_action
 from glm_edge.errors import GlmEdgeError
 from glm_edge.preprocess import hugging_face, media, prepare_image, prepare_recording
 from glm_edge.preprocess.audio import load_wav, resample

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from experiments import make_round_trip
+from experiments.golden import make_round_trip
 from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
 from glm_edge.checkpoint.hugging_face import MEMBERS, read_config
 from glm_edge.errors import CheckpointError, ConfigError

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import check_golden
+from experiments.golden import check_golden
 from glm_edge.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def change_outputs(case: Path, **changes: np.ndarray) -> dict[str, np.ndarray]:
 
 def run_script(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "experiments.check_golden", f"--dir={folder}"],
+        [sys.executable, "-m", "experiments.golden.check_golden", f"--dir={folder}"],
         cwd=ROOT,
         capture_output=True,
         text=True,

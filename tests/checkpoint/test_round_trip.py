@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from experiments import make_round_trip
+from experiments.golden import make_round_trip
 from experiments.golden.outputs import compute
 from glm_edge import params as boxes
 from glm_edge.checkpoint import hugging_face
@@ -20,7 +20,7 @@ from glm_edge.errors import CheckpointError, ConfigError, OutputError
 
 FOLDER = Path(__file__).parent
 TINY = json.loads((FOLDER / "tiny_configs.json").read_text())
-# Made by: python -m experiments.make_round_trip --configs=tests/checkpoint/tiny_configs.json
+# Made by: python -m experiments.golden.make_round_trip --configs=tests/checkpoint/tiny_configs.json
 #   --out_dir=tests/checkpoint/round_trip
 RECORDS = {path.stem: path for path in (FOLDER / "round_trip").glob("*.json")}
 TOLERANCE = 1e-4

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from experiments import make_round_trip
+from experiments.golden import make_round_trip
 from experiments.golden.outputs import compute
 from glm_edge.checkpoint import hugging_face
 from glm_edge.checkpoint.hugging_face.members import read_config
@@ -67,7 +67,7 @@ def test_transformers_opens_what_we_write_and_we_what_it_writes(tmp_path, name):
 def test_the_record_is_made_again(tmp_path):
     (tmp_path / "configs.json").write_text(json.dumps({"glm4": TINY["glm4"]}))
     flags = [f"--configs={tmp_path / 'configs.json'}", f"--out_dir={tmp_path / 'out'}"]
-    program = [sys.executable, "-m", "experiments.make_round_trip", *flags]
+    program = [sys.executable, "-m", "experiments.golden.make_round_trip", *flags]
     subprocess.run(program, cwd=FOLDER.parents[1], check=True, capture_output=True)
     found = json.loads((tmp_path / "out" / "glm4.json").read_text())
     committed = json.loads((FOLDER / "round_trip" / "glm4.json").read_text())

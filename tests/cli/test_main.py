@@ -16,7 +16,7 @@ import pytest
 from absl import app, flags
 
 import glm_edge as ge
-from experiments import make_checkpoint
+from experiments.golden import make_checkpoint
 from glm_edge.checkpoint.lazy import open_lazily
 from glm_edge.cli import compress, console, corpora, export, main
 from glm_edge.cli.checkpoints import checkpoint_of

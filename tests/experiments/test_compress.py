@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from experiments import bench_compress, bench_gptq, make_checkpoint
+from experiments.bench import compress as bench_compress
+from experiments.bench import gptq as bench_gptq
+from experiments.golden import make_checkpoint
 from glm_edge.cli import calibration
 from glm_edge.errors import DataError, OutputError
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 import glm_edge as ge
-from experiments import make_checkpoint
+from experiments.golden import make_checkpoint
 
 if not (find_spec("tensorflow") and find_spec("ai_edge_litert")):
     pytest.skip("needs the extra 'export'", allow_module_level=True)
@@ -65,6 +65,7 @@ def test_a_checkpoint_becomes_a_verified_file_and_a_report(tmp_path):
     flags += ["--prefill_lengths=16", "--cache_slots=32", "--verify", "--report"]
     done = run(*flags)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     report = json.loads((tmp_path / "report.json").read_text())
     file = tmp_path / "phone.tflite"
     assert report["file_bytes"] == file.stat().st_size

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from glm_edge.cli import console
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "experiments").rglob("*.py")
     if re.search(r"^    (app\.run|launch)\(", path.read_text(), re.MULTILINE)
 )
+SOURCES = [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "glm_edge/cli").glob("*.py")]
 # One process for all: importing jax takes longer than all the scripts. Each runs as the main module
 # would until absl takes over, and leaves no flag behind.
 PROGRAM = """
@@ -63,3 +66,23 @@ def test_help_shows_the_flags_of_the_example(script, shown):
     listed = set(re.findall(r"^  --(?:\[no\])?(\w+):", described, re.MULTILINE))
     assert listed, "the help lists no flag"
     assert named <= listed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_page_of_a_script(script, shown):
+    page = console.help_page(*shown[script])
+    summary, _, following = page.partition("\n\n")
+    assert summary.endswith((".", ":"))
+    # The first screen holds the summary, the example and the flags, not the details.
+    assert len(following.partition("Flags:")[0].splitlines()) < 12
+    assert f"python -m {script.removesuffix('.__main__')}" in page.partition("Flags:")[0]
+    assert "Exit status: 0" in page
+
+
+def test_scripts_start_and_report_by_the_same_functions():
+    for path in SOURCES:
+        text = path.read_text()
+        assert "ProgressLine" not in text, path
+        if path.name != "console.py":
+            assert "app.run(" not in text, path
+            assert "tqdm" not in text, path

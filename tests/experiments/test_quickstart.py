@@ -62,6 +62,8 @@ def test_text_only_checkpoint_runs_to_the_end_with_null_taps(text_only, tmp_path
         "--smoke",
     )
     assert result.returncode == 0, result.stderr
+    # Notes of the script alone: no bars without a terminal, no messages of the libraries.
+    assert [line for line in result.stderr.splitlines() if not line.startswith("note: ")] == []
     report = json.loads((out / "report.json").read_text())
     stages = [row["stage"] for row in report["rows"]]
     assert stages == ["dense", "pruned", "healed", "quantized", "exported"]

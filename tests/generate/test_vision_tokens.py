@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from experiments import exam
+from experiments.common import tap_eval
 from glm_edge.errors import RecipeError
 from glm_edge.generate import (
     Setting,
@@ -221,9 +221,9 @@ def test_the_shipped_model_answers_on_half_of_a_screen():
     directory = ge.shipped("nano")
     model, params = ge.load(directory, dtype="float32")
     tokenizer = ge.load_tokenizer(directory)
-    batch = next(exam.prompt_batches(exam.draw_items(4, 3), model.config, tokenizer, 4))
+    batch = next(tap_eval.prompt_batches(tap_eval.draw_items(4, 3), model.config, tokenizer, 4))
     inputs = (batch["tokens"], batch["valid"], batch["images"])
-    options = {"max_new_tokens": exam.ANSWER_TOKENS, "return_logits": True}
+    options = {"max_new_tokens": tap_eval.ANSWER_TOKENS, "return_logits": True}
     expected = generate(model, params, *inputs, **options)
     lengths = {}
     for keep in (1.0, 0.5):
@@ -236,7 +236,7 @@ def test_the_shipped_model_answers_on_half_of_a_screen():
             np.testing.assert_allclose(found.logits[:, 0], expected.logits[:, 0], atol=1e-3)
         else:
             assert float(jnp.abs(found.logits[:, 0] - expected.logits[:, 0]).max()) > 1e-2
-        prompt = Prompt.of(model.config, *inputs[:2], exam.ANSWER_TOKENS)
+        prompt = Prompt.of(model.config, *inputs[:2], tap_eval.ANSWER_TOKENS)
         state = decoding.start(
             model, params, prompt, inputs[2], None, None, decoding.GREEDY, None, "float32", drop
         )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from experiments import exam
+from experiments.common import tap_eval
 from glm_edge import configs, preprocess
 from glm_edge.errors import CheckpointError, ConfigError, DataError
 from glm_edge.preprocess import AudioProcessing, Processor
@@ -107,7 +107,7 @@ def loaded():
 
 @pytest.mark.slow
 def test_answers_are_those_of_the_exam(nano, loaded):
-    items = exam.draw_items(3, 3)
+    items = tap_eval.draw_items(3, 3)
     items[1] = dataclasses.replace(items[1], samples=SAMPLES)
     batch = [
         user(
@@ -117,9 +117,9 @@ def test_answers_are_those_of_the_exam(nano, loaded):
         )
         for item in items
     ]
-    options = {"max_new_tokens": exam.ANSWER_TOKENS, "return_logits": True}
+    options = {"max_new_tokens": tap_eval.ANSWER_TOKENS, "return_logits": True}
     found = ge.generate.generate(*loaded, **nano(batch), **options)
-    [prompts] = exam.prompt_batches(items, CONFIG, nano.tokenizer, batch=len(items))
+    [prompts] = tap_eval.prompt_batches(items, CONFIG, nano.tokenizer, batch=len(items))
     expected = ge.generate.generate(*loaded, **prompts, **options)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     for ours, theirs, length in zip(found.logits, expected.logits, found.lengths, strict=True):

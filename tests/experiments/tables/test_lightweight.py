@@ -2,9 +2,9 @@
 
 import pytest
 
-from experiments.runtimes.random_model import random_model
+from experiments.bench.runtimes.random_model import random_model
+from experiments.bench.time_to_action import seeing
 from experiments.tables import lightweight
-from experiments.time_to_action import seeing
 from glm_edge.configs import to_dict
 from glm_edge.errors import DataError
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench_reparameterize
+from experiments.bench import reparameterize as bench_reparameterize
 from experiments.tables import (
     int8_pruned,
     measure,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.runtimes.compare import Burst
+from experiments.bench.runtimes.compare import Burst
 from experiments.tables import precision_speed
 from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.errors import DataError

@@ -5,7 +5,7 @@ import time
 import pytest
 from absl import app, flags
 
-from experiments.phone_screens import metrics
+from experiments.nano.phone_screens import metrics
 from experiments.tables import (
     bits,
     distillation,

@@ -1,0 +1,73 @@
+"""Refuses names that say nothing about what a variable holds.
+
+    python .ci/check_names.py FOLDER ...
+
+BUILD.md has the list under Style. Exit status: 0 without such a name, 1 with one.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+VAGUE = frozenset(
+    [
+        "found",
+        "held",
+        "met",
+        "own",
+        "here",
+        "said",
+        "meant",
+        "kept",
+        "whole",
+        "left",
+        "rest",
+        "place",
+        "given",
+        "seen",
+        "what",
+        "ways",
+    ]
+)
+
+
+def bound_names(node: ast.AST) -> Iterator[str]:
+    """Yields the names that a node binds."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        yield node.attr
+    elif isinstance(node, ast.arg):
+        yield node.arg
+    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.alias) and node.asname:
+        yield node.asname
+    elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
+        yield node.name
+
+
+def vague_names(source: str) -> list[tuple[int, str]]:
+    """Lists line and name of each vague name that a source binds."""
+    tree = ast.parse(source)
+    bound = [
+        (getattr(node, "lineno", 0), name) for node in ast.walk(tree) for name in bound_names(node)
+    ]
+    return sorted((line, name) for line, name in bound if name.strip("_").lower() in VAGUE)
+
+
+def main(folders: list[str]) -> int:
+    """Prints each vague name under the folders, and returns the exit status."""
+    lines = [
+        f"{path}:{line}: {name!r} names nothing; use a noun for its content"
+        for folder in folders
+        for path in sorted(Path(folder).rglob("*.py"))
+        for line, name in vague_names(path.read_text(encoding="utf-8"))
+    ]
+    print("\n".join(lines) or f"no vague names in {', '.join(folders)}")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,236 @@
+"""Prefill and decoding of one prompt, against transformers on the CPU in the same run.
+
+    python -m experiments.bench.decode --shape=glm_edge_1_5b --dtype=float32 --out=decode.json
+
+Both sides read the same random weights (one copy in memory), batch 1. Rounds alternate them; a
+ratio above 1 says that glm_edge is faster. A prefill counts until the first token is known, a
+decoding step until the next one is.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments.common.provenance import provenance_of
+from glm_edge import generate
+from glm_edge.cli.console import launch, print_table
+from glm_edge.cli.corpora import write_text
+from glm_edge.configs import GLMConfig, preset
+from glm_edge.errors import require
+from glm_edge.models.multimodal import MultimodalGLM
+
+SHAPES = {"tiny": "tiny", "mobile": "mobile", "glm_edge_1_5b": "large"}
+# Threads of torch spin for a while after their work and would slow what is measured next.
+PAUSE_S = 0.3
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    flags.DEFINE_enum("shape", "mobile", list(SHAPES), "Shape of the decoder.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights.")
+    flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "Our inputs of products.")
+    flags.DEFINE_list("prompts", ["128", "512"], "Tokens of the prompts to prefill.")
+    flags.DEFINE_integer("decode_tokens", 16, "Steps timed after each prefill.", 1)
+    flags.DEFINE_integer("rounds", 7, "Alternations of the two sides.", 2)
+    flags.DEFINE_integer("threads", 2, "Threads of torch; JAX takes the cores it is given.", 1)
+    flags.DEFINE_integer("seed", 0, "Seed of weights and prompts.")
+    flags.DEFINE_string("out", None, "JSON file for the results.")
+    flags.DEFINE_bool("overwrite", False, "Replace --out where it exists already.")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    config = text_only(preset(SHAPES[FLAGS.shape]))
+    peer = Transformers(config, FLAGS.dtype, FLAGS.threads, FLAGS.seed)
+    ours = Ours(MultimodalGLM(config, FLAGS.compute), peer.params())
+    rng = np.random.default_rng(FLAGS.seed)
+    vocabulary = min(config.eos_token_ids)
+    prompts = {int(n): rng.integers(0, vocabulary, (1, int(n))) for n in FLAGS.prompts}
+    first, same = {}, {}
+    for length, prompt in prompts.items():
+        tokens, first[length] = zip(*ours.run(prompt, FLAGS.decode_tokens + 1), strict=True)
+        expected, _ = zip(*peer.run(prompt, FLAGS.decode_tokens + 1), strict=True)
+        same[length] = sum(a == b for a, b in zip(tokens, expected, strict=True)) / len(tokens)
+    seconds = measure(ours, peer, prompts)
+    rows = [row for n in prompts for row in summarize(n, seconds[n], first[n])]
+    print_table(list(rows[0]), [[_shown(v) for v in row.values()] for row in rows])
+    print(f"same greedy tokens: {same}; load average {os.getloadavg()[0]:.1f}")
+    if FLAGS.out:
+        log = provenance(peer) | {"same_tokens": same, "results": rows}
+        write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", FLAGS.overwrite)
+
+
+def provenance(peer: "Transformers") -> dict[str, Any]:
+    """Describes the run and the peer."""
+    flags_used = ("shape", "dtype", "compute", "rounds", "decode_tokens", "threads", "seed")
+    return provenance_of("bench.decode", flags_used, versions=peer.versions)
+
+
+def text_only(config: GLMConfig) -> GLMConfig:
+    """Returns the same decoder without its encoders."""
+    return dataclasses.replace(
+        config, vision=None, speech=None, image_token_id=None, audio_token_id=None
+    )
+
+
+class Ours:
+    """Greedy decoding by `glm_edge.generate.stream`."""
+
+    def __init__(self, model: MultimodalGLM, params: Any):
+        self.model, self.params = model, params
+
+    def run(self, prompt: np.ndarray, count: int) -> list[tuple[int, float]]:
+        """Returns tokens, each with the seconds it took."""
+        options = {"max_new_tokens": count, "stop_tokens": ()}
+        tokens = generate.stream(self.model, self.params, prompt, **options)
+        return timed(lambda: int(next(tokens)[0]), count)
+
+
+class Transformers:
+    """Greedy decoding by transformers' GlmForCausalLM, called directly, without `generate`."""
+
+    def __init__(self, config: GLMConfig, dtype: str, threads: int, seed: int):
+        self.torch = require("torch", extra="reference")
+        transformers = require("transformers", extra="reference")
+        self.versions = {n.__name__: n.__version__ for n in (self.torch, transformers)}
+        self.torch.set_num_threads(threads)
+        self.torch.manual_seed(seed)
+        decoder = config.decoder
+        self.model = transformers.GlmForCausalLM._from_config(
+            transformers.GlmConfig(
+                vocab_size=decoder.vocab_size,
+                hidden_size=decoder.hidden_size,
+                intermediate_size=decoder.intermediate_size,
+                num_hidden_layers=decoder.num_layers,
+                num_attention_heads=decoder.num_heads,
+                num_key_value_heads=decoder.num_kv_heads,
+                head_dim=decoder.head_dim,
+                rms_norm_eps=decoder.rms_norm_eps,
+                attention_bias=decoder.attention_bias,
+                tie_word_embeddings=decoder.tie_embeddings,
+                max_position_embeddings=decoder.max_position_embeddings,
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": decoder.rope_theta,
+                    "partial_rotary_factor": decoder.partial_rotary_factor,
+                },
+                pad_token_id=None,
+                eos_token_id=None,
+            ),
+            dtype=getattr(self.torch, dtype),
+        ).eval()
+
+    def params(self) -> dict[str, Any]:
+        """Its weights as our parameters, in the same memory."""
+        read = jax.dlpack.from_dlpack
+        weights = {name: read(w.detach()) for name, w in self.model.named_parameters()}
+
+        def of(name: str) -> dict[str, jax.Array]:
+            return {"weight": weights[f"model.{name}.weight"]}
+
+        def layer(index: int) -> dict[str, Any]:
+            at = f"layers.{index}"
+            names = ("q_proj", "k_proj", "v_proj", "o_proj")
+            return {
+                "input_norm": of(f"{at}.input_layernorm"),
+                "post_attention_norm": of(f"{at}.post_attention_layernorm"),
+                "attention": {name: of(f"{at}.self_attn.{name}") for name in names},
+                "mlp": {name: of(f"{at}.mlp.{name}") for name in ("gate_up_proj", "down_proj")},
+            }
+
+        count = self.model.config.num_hidden_layers
+        layers = {str(index): layer(index) for index in range(count)}
+        return {"embed": of("embed_tokens"), "decoder": {"layers": layers, "norm": of("norm")}}
+
+    def run(self, prompt: np.ndarray, count: int) -> list[tuple[int, float]]:
+        """Returns tokens, each with the seconds it took."""
+        state = {"input_ids": self.torch.as_tensor(prompt), "past_key_values": None}
+
+        def step() -> int:
+            output = self.model(**state, use_cache=True, logits_to_keep=1)
+            token = output.logits[:, -1].argmax(-1)
+            state.update(input_ids=token[:, None], past_key_values=output.past_key_values)
+            return int(token)
+
+        with self.torch.inference_mode():
+            return timed(step, count)
+
+
+def timed(step: Callable[[], int], count: int) -> list[tuple[int, float]]:
+    """Results of `count` calls, each with its seconds."""
+    results = []
+    for _ in range(count):
+        start = time.perf_counter()
+        token = step()
+        results.append((token, time.perf_counter() - start))
+    return results
+
+
+def measure(
+    ours: Ours, peer: Transformers, prompts: dict[int, np.ndarray]
+) -> dict[int, dict[str, list[tuple[float, float]]]]:
+    """Pairs (ours, transformers) of seconds, by prompt length, for `prefill` and `decode`."""
+    seconds = {length: {"prefill": [], "decode": []} for length in prompts}
+    for turn in range(FLAGS.rounds):
+        for length, prompt in prompts.items():
+            sides = {}
+            for side in (ours, peer) if turn % 2 else (peer, ours):
+                time.sleep(PAUSE_S)
+                sides[side] = [s for _, s in side.run(prompt, FLAGS.decode_tokens + 1)]
+            pair = sides[ours], sides[peer]
+            seconds[length]["prefill"].append(tuple(s[0] for s in pair))
+            seconds[length]["decode"].append(tuple(statistics.median(s[1:]) for s in pair))
+    return seconds
+
+
+def summarize(
+    length: int, seconds: dict[str, list[tuple[float, float]]], first: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Returns a row for prefill and one for decoding.
+
+    Args:
+      length: tokens of the prompt.
+      seconds: from `measure`.
+      first: seconds that our first tokens took, when the prefill, then the step were compiled.
+
+    Returns:
+      Milliseconds of both sides, their ratio with quartiles, and our seconds of compilation.
+    """
+    rows = []
+    for (phase, pairs), compiling in zip(seconds.items(), first, strict=False):
+        ours, peer = (np.array(side) * 1e3 for side in zip(*pairs, strict=True))
+        ratio = np.quantile(peer / ours, [0.25, 0.5, 0.75])
+        rows.append(
+            {
+                "phase": f"{phase} {length}" if phase == "prefill" else f"{phase} after {length}",
+                "ours_ms": float(np.median(ours)),
+                "transformers_ms": float(np.median(peer)),
+                "ratio": float(ratio[1]),
+                "ratio_quartiles": [float(ratio[0]), float(ratio[2])],
+                "compile_s": compiling - float(np.median(ours)) / 1e3,
+            }
+        )
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " - ".join(_shown(v) for v in value)
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch(main)

@@ -1,0 +1,171 @@
+"""Times GPTQ of a 337 M-parameter decoder beside GPTQModel's, on the same random checkpoint.
+
+    python -m experiments.bench.gptq --work_dir=DIR --gptqmodel_python=PYTHON --out=FILE.json
+
+The checkpoint is a decoder 1024 wide with 20 layers, 16 query and 4 key-value heads of 64, and a
+tied vocabulary of 32,000; calibration is 16 random sequences of 512 tokens; the decoder's matrices
+are rounded to int4 in groups of 32. Each tool runs in a process of its own, loading and saving
+included, one after the other. GPTQModel runs in the environment whose interpreter
+--gptqmodel_python names (pip install gptqmodel torch transformers); without it only ours is timed.
+Weights are random: the times say nothing about quality, which `python -m experiments.bench.quality`
+measures.
+
+Two settings of ours are timed: `plain`, the published algorithm that GPTQModel runs; and `gptq`,
+the default, which also makes up for the errors of its inputs, searches scales and descends on the
+codes. Their seconds are given as fractions of GPTQModel's.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+import glm_edge as ge
+from experiments.common.provenance import peers_of, provenance_of
+from experiments.golden import make_checkpoint
+from glm_edge.cli.console import launch, print_table, refuse_arguments
+from glm_edge.cli.corpora import write_text
+from glm_edge.errors import DataError
+
+FLAGS = flags.FLAGS
+SEQUENCES, LENGTH = 16, 512
+TOKENS = "tokens.npz"
+MOBILE = make_checkpoint.CONFIGS["glm_edge_1_5b"] | {
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "eos_token_id": [1],
+    "pad_token_id": 0,
+}
+_GRID = {"bits": 4, "group_size": 32, "where": r"^decoder/"}
+OURS = {
+    "gptq": ge.quantize.gptq(**_GRID),
+    "plain": ge.quantize.gptq(
+        **_GRID, scale="max", act_order=False, propagate=0.0, refit=False, sweeps=0
+    ),
+}
+PEER = """
+import sys, time
+started = time.monotonic()
+import numpy as np, torch
+from gptqmodel import GPTQModel, QuantizeConfig
+source, tokens, out = sys.argv[1:]
+rows = torch.from_numpy(np.load(tokens)["tokens"]).long()
+batch = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+config = QuantizeConfig(bits=4, group_size=32, offload_to_disk=False, device="cpu")
+model = GPTQModel.load(source, config, dtype=torch.float32)
+model.quantize(batch, batch_size=4)
+model.save(out)
+print("seconds", time.monotonic() - started)
+"""
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    flags.DEFINE_string("work_dir", None, "Directory for the checkpoint.", required=True)
+    flags.DEFINE_string("gptqmodel_python", None, "Interpreter of GPTQModel's environment.")
+    flags.DEFINE_multi_enum(
+        "settings", list(OURS), list(OURS), "Of ours; repeat the flag for more."
+    )
+    flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "Products of ours.")
+    flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
+
+
+def main(argv: Sequence[str]) -> None:
+    refuse_arguments(argv)
+    work = Path(FLAGS.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    source = work / "mobile_decoder"
+    if not source.is_dir():
+        make_checkpoint.write(MOBILE, str(source), 2e9, seed=0)
+        _write_tokenizer(source)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, MOBILE["vocab_size"], (SEQUENCES, LENGTH), dtype=np.int32)
+    np.savez(work / TOKENS, tokens=tokens)
+    runs = [ours(work, source, name) for name in FLAGS.settings]
+    if FLAGS.gptqmodel_python:
+        runs.append(peer(work, source))
+    by_name: dict[str, list[float]] = {}
+    for run in runs:
+        by_name.setdefault(run["tool"], []).append(run["seconds"])
+    summary: dict[str, Any] = {"runs": runs}
+    if "GPTQModel" in by_name:
+        (theirs,) = by_name["GPTQModel"]
+        summary["of_gptqmodel"] = {
+            name: [seconds / theirs for seconds in by_name[name]] for name in FLAGS.settings
+        }
+    summary |= {
+        **provenance_of("bench.gptq", ("compute",), ["--work_dir=DIR", *peers_of(("gptqmodel",))]),
+        "compute": FLAGS.compute,
+    }
+    print_table(
+        ["tool", "seconds", "peak RSS"],
+        [[r["tool"], f"{r['seconds']:.0f}", r.get("peak_rss_bytes", "")] for r in runs],
+    )
+    if FLAGS.out:
+        write_text(FLAGS.out, json.dumps(summary, indent=1) + "\n", overwrite=True)
+    for name, ratios in summary.get("of_gptqmodel", {}).items():
+        print(f"{name}: {', '.join(f'{ratio:.2f}' for ratio in ratios)} of GPTQModel's time")
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """Writes a word per id: GPTQModel does not load a checkpoint without a tokenizer."""
+    words = {f"w{i}": i for i in range(MOBILE["vocab_size"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "w0", "eos_token": "w1"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
+
+
+def ours(work: Path, source: Path, name: str) -> dict[str, Any]:
+    """Times one of our settings, start to finish."""
+    recipe = work / f"{name}.json"
+    recipe.write_text(ge.to_json(OURS[name]), encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=work) as out:
+        command = [sys.executable, "-m", "experiments.compress", "--checkpoint", source]
+        command += ["--recipe", recipe, "--calibration", work / TOKENS, "--out_dir", out]
+        command += [f"--compute={FLAGS.compute}"]
+        started = time.monotonic()
+        _run(command, name)
+        seconds = time.monotonic() - started
+        report = json.loads((Path(out) / "report.json").read_text(encoding="utf-8"))
+    return {"tool": name, "seconds": seconds, "peak_rss_bytes": report["peak_rss_bytes"]}
+
+
+def peer(work: Path, source: Path) -> dict[str, Any]:
+    """Times GPTQModel, start to finish."""
+    out = work / "gptqmodel"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [FLAGS.gptqmodel_python, "-c", PEER, *map(Path.resolve, (source, work / TOKENS, out))]
+    started = time.monotonic()
+    # On two cores it starts one worker and then asks for two; it writes a log where it is started.
+    _run(command, "GPTQModel", env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}, cwd=work)
+    seconds = time.monotonic() - started
+    shutil.rmtree(out, ignore_errors=True)
+    return {"tool": "GPTQModel", "seconds": seconds}
+
+
+def _run(command: Sequence[Any], name: str, **options: Any) -> None:
+    done = subprocess.run(list(map(str, command)), check=False, **options)
+    if done.returncode:
+        raise DataError(f"{name}: the run failed; see its message above")
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch(main)

@@ -1,0 +1,161 @@
+"""What goes to a peer and comes back: weights and their inputs in, weights and their size out.
+
+Letters: `N` rows of calibration, `in` and `out` the sides of a matrix, `W` windows of `T` tokens.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NOT_INSTALLED = 3
+META = "meta"
+
+
+class Stored(NamedTuple):
+    """A matrix after a peer.
+
+    Attributes:
+      dense: float32 [out, in], what it multiplies with.
+      stored_bits: of its codes, scales, zero points and headers, as the peer keeps them.
+      packed_bits: the same if codes were packed to their width; None where they are.
+    """
+
+    dense: np.ndarray
+    stored_bits: int
+    packed_bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a peer may look at.
+
+    Attributes:
+      weights: float32 [out, in] by path.
+      inputs: file of `write_inputs`, or None for a method that needs none.
+      options: of the method.
+      checkpoint: Hugging Face directory of the same decoder, with a tokenizer.
+    """
+
+    weights: dict[str, np.ndarray]
+    inputs: Path | None
+    options: dict[str, Any]
+    checkpoint: Path | None
+
+    def rows(self, path: str, limit: int | None = None) -> np.ndarray:
+        """Inputs float32 [N, in] that met a weight in calibration, at most `limit`, evenly."""
+        with np.load(self._inputs()) as file:
+            shared = dict(file["shared"])
+            rows = file[shared.get(path, path)]
+        if limit is None or len(rows) <= limit:
+            return rows
+        return rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
+
+    def tokens(self) -> np.ndarray:
+        """Returns calibration windows of text, int32 [W, T]."""
+        with np.load(self._inputs()) as file:
+            return file["tokens"]
+
+    def _inputs(self) -> Path:
+        if self.inputs is None:
+            raise ValueError("this method needs calibration; give --inputs")
+        return self.inputs
+
+
+def write_inputs(path: Path, rows: dict[str, np.ndarray], tokens: np.ndarray) -> None:
+    """Writes calibration for peers; equal inputs, as of query and key, are stored once.
+
+    Args:
+      path: npz file.
+      rows: float32 [N, in] by the path of the weight that they meet.
+      tokens: int32 [W, T].
+    """
+    shared: list[tuple[str, str]] = []
+    arrays: dict[str, np.ndarray] = {}
+    for name, array in rows.items():
+        same = next((k for k, v in arrays.items() if np.array_equal(v, array)), None)
+        if same is None:
+            arrays[name] = array
+        else:
+            shared.append((name, same))
+    np.savez(path, tokens=tokens, shared=np.array(shared, str).reshape(-1, 2), **arrays)
+
+
+def serve(quantize: Callable[[Task], dict[str, Stored]], packages: dict[str, str]) -> None:
+    """Runs a peer from the command line: reads a task, times `quantize`, writes what it made.
+
+    Args:
+      quantize: gives every weight of the task back.
+      packages: distributions whose versions are noted, and the module of each, imported before
+        the clock starts; when one is missing the process ends with `NOT_INSTALLED` and says so.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--inputs", type=Path)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--options", type=json.loads, default={})
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    versions = {}
+    for package, module in packages.items():
+        try:
+            versions[package] = importlib.metadata.version(package)
+            importlib.import_module(module)
+        except ImportError as error:
+            sys.stderr.write(f"{package} is not installed for {sys.executable}: {error}\n")
+            sys.exit(NOT_INSTALLED)
+    with np.load(arguments.weights) as file:
+        weights = {path: file[path] for path in file.files}
+    start = time.perf_counter()
+    stored = quantize(Task(weights, arguments.inputs, arguments.options, arguments.checkpoint))
+    seconds = time.perf_counter() - start
+    write(arguments.out, stored, weights, {"seconds": seconds, "versions": versions})
+
+
+def write(
+    path: Path, stored: dict[str, Stored], weights: dict[str, np.ndarray], meta: dict[str, Any]
+) -> None:
+    """Writes a peer's matrices and `meta`, with the bits of all of them together.
+
+    Raises:
+      ValueError: a matrix is missing, of another shape, or not finite.
+    """
+    for name, weight in weights.items():
+        dense = stored[name].dense
+        if dense.shape != weight.shape or not np.isfinite(dense).all():
+            raise ValueError(f"{name}: {dense.shape}, expected finite {weight.shape}")
+    bits = sum(stored[name].stored_bits for name in weights)
+    packed = sum(s.stored_bits if s.packed_bits is None else s.packed_bits for s in stored.values())
+    meta = {**meta, "stored_bits": int(bits), "packed_bits": int(packed)}
+    meta["weights"] = sum(weight.size for weight in weights.values())
+    meta["peak_rss_bytes"] = peak_bytes()
+    dense = {name: np.asarray(stored[name].dense, np.float32) for name in weights}
+    np.savez(path, **{META: np.array(json.dumps(meta))}, **dense)
+
+
+def hugging_face_name(path: str) -> str:
+    """Returns the layer of a Hugging Face GLM that holds a weight of the decoder."""
+    name = path.removesuffix("/weight").removeprefix("decoder/").replace("/", ".")
+    return f"model.{name.replace('.attention.', '.self_attn.')}"
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads what `write` wrote: matrices by path, and `meta`."""
+    with np.load(path) as file:
+        meta = json.loads(str(file[META]))
+        return {name: file[name] for name in file.files if name != META}, meta
+
+
+def peak_bytes() -> int:
+    """Returns the peak RSS of this process, or 0 without /proc."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)

@@ -1,0 +1,101 @@
+"""The rows of the pruning table, as data: one `Method` a line."""
+
+from typing import Any
+
+from experiments.bench.peers.methods import DECODER, OURS, REFERENCE, Method
+
+RESTATED = "sparsity"
+HALF, TWO_OF_FOUR, SMALLER = "50 %", "2:4", "30 %"
+TRAINS = r"^(decoder|embed|head)/"
+# Removed of each layer of the decoder, so that at least 30 % of its parameters go.
+HEADS, NEURONS = 0.25, 0.345
+# Of a removal's healing: taps suffer more from it than text does.
+MIXTURE = {"text": 3, "images": 1, "audio": 1}
+LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
+
+
+def methods(steps: int, sparse_steps: int) -> tuple[Method, ...]:
+    """Returns all rows.
+
+    Args:
+      steps: of distillation where arrays shrink.
+      sparse_steps: of distillation under a mask.
+    """
+    pruned = structured()
+    return (
+        Method("fp32", REFERENCE, kind="none"),
+        Method("fp32 again", REFERENCE, kind="none"),
+        *_restated(),
+        *_masked(),
+        _ours(f"sparsegpt {HALF}, distilled", half(), heal(sparse_steps)),
+        _ours(f"sparsegpt {TWO_OF_FOUR}, distilled", sparse("2:4"), heal(sparse_steps)),
+        _ours(f"heads and neurons {SMALLER}", pruned),
+        _ours(f"heads and neurons {SMALLER}, distilled", pruned, heal(steps, mixture=MIXTURE)),
+        _ours("nothing removed, trained likewise", None, heal(steps, mixture=MIXTURE)),
+    )
+
+
+def heal(steps: int, **options: Any) -> dict[str, Any]:
+    """Options of the distillation that heals."""
+    return {
+        "steps": steps,
+        "learning_rate": 1e-3,
+        "temperature": 1.0,
+        "alpha": 0.9,
+        "where": TRAINS,
+        "compute": "float32",
+        **options,
+    }
+
+
+def structured(**options: Any) -> dict[str, Any]:
+    """Makes a recipe that removes heads and neurons."""
+    fractions = {"heads": HEADS, "neurons": NEURONS, "neuron_multiple": 1, "max_batches": 16}
+    return {"name": "prune.structured", "options": {**fractions, **options}}
+
+
+def sparse(shape: str, **options: Any) -> dict[str, Any]:
+    """Returns SparseGPT of ours."""
+    return {"name": "prune.sparsegpt", "options": {"shape": shape, "where": DECODER, **options}}
+
+
+def half() -> dict[str, Any]:
+    """Prunes half of all weights: shares by measurement, then compensating weights."""
+    shares = {"sparsity": 0.5, "score": "wanda", "allocation": "measured", "levels": LEVELS}
+    steps = [
+        {"name": "prune.mask", "options": {**shares, "where": DECODER}},
+        sparse("unstructured", sparsity=0.0),
+    ]
+    return {"name": "chain", "options": {"transforms": steps}}
+
+
+def _ours(name: str, prune: dict[str, Any] | None, healing: dict[str, Any] | None = None) -> Method:
+    kind, calibration = ("trained", "training") if healing else ("training-free", "both")
+    return Method(f"glm_edge {name}", OURS, {"prune": prune, "heal": healing}, kind, calibration)
+
+
+def _masked() -> list[Method]:
+    return [
+        _ours(f"sparsegpt {HALF}, uniform", sparse("unstructured", sparsity=0.5)),
+        _ours(f"sparsegpt {HALF}, measured", half()),
+        _ours(f"sparsegpt {TWO_OF_FOUR}", sparse("2:4")),
+    ]
+
+
+def _restated() -> list[Method]:
+    """Returns published algorithms in numpy, at their defaults."""
+
+    def row(name: str, algorithm: str, calibration: str = "none", **options: Any) -> Method:
+        return Method(name, RESTATED, {"algorithm": algorithm, **options}, calibration=calibration)
+
+    half, pairs = {"sparsity": 0.5}, {"n_m": [2, 4]}
+    return [
+        row(f"magnitude, global {HALF}", "magnitude", **half, scope="global"),
+        row(f"JaxPruner magnitude, uniform {HALF}", "magnitude", **half, scope="uniform"),
+        row(f"JaxPruner magnitude, ERK {HALF}", "magnitude", **half, scope="erk"),
+        row(f"Wanda {HALF}", "wanda", "both", **half),
+        row(f"SparseGPT {HALF}", "sparsegpt", "both", **half),
+        row(f"magnitude {TWO_OF_FOUR}", "magnitude", **pairs),
+        row(f"Wanda {TWO_OF_FOUR}", "wanda", "both", **pairs),
+        row(f"SparseGPT {TWO_OF_FOUR}", "sparsegpt", "both", **pairs),
+    ]

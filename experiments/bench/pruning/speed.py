@@ -1,0 +1,109 @@
+"""Decoding speed in LiteRT of a shape, whole and after the removal that the table heals."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from experiments.bench.export import decoder_of
+from experiments.bench.pruning.rows import HEADS, NEURONS
+from experiments.bench.runtimes import child as children
+from experiments.bench.runtimes.compare import Burst, Quartiles, speedup
+from glm_edge.compress.prune.structured import heads_to_keep, neurons_to_keep
+from glm_edge.configs import GLMConfig
+
+FORM, BITS = "int8", 8
+DENSE, PRUNED = "dense", "pruned"
+MULTIPLE = 32
+
+
+def smaller(config: GLMConfig, heads: float = HEADS, neurons: float = NEURONS) -> GLMConfig:
+    """Returns the configuration of a uniform decoder after `prune.structured`."""
+    import numpy as np
+
+    decoder = config.decoder
+    heads_kept = heads_to_keep(np.zeros(decoder.num_heads), decoder.num_kv_heads, heads)
+    width = neurons_to_keep(decoder.intermediate_size, neurons, MULTIPLE)
+    decoder = dataclasses.replace(decoder, num_heads=len(heads_kept), intermediate_size=width)
+    return dataclasses.replace(config, decoder=decoder)
+
+
+def decoder_parameters(config: GLMConfig) -> int:
+    """Parameters of the layers and the last norm."""
+    shape = config.decoder
+    per_head = shape.head_dim * shape.hidden_size
+    attention = 2 * per_head * (shape.num_heads + shape.num_kv_heads)
+    layer = attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
+    return shape.num_layers * layer + shape.hidden_size
+
+
+def measure(
+    shape: str, work: Path, rounds: int, steps: int, context: int, slots: int, threads: int
+) -> dict[str, Any]:
+    """Writes both files with random weights and lets their decoding take turns in one run.
+
+    Args:
+      shape: a preset, or `toy`.
+      work: folder for the files, which are removed.
+      rounds: bursts of each.
+      steps: tokens of a burst.
+      context: tokens in the cache before a burst.
+      slots: of the cache.
+      threads: of LiteRT.
+
+    Returns:
+      `removed` of the decoder's parameters, `milliseconds` a token by model and `speedup`, each
+      `[low quartile, median, high quartile]` (of the ratios of bursts of one round), and
+      `file_bytes` by model.
+
+    Raises:
+      EngineError: LiteRT is not installed, or refuses.
+    """
+    dense = decoder_of(shape)
+    configs = {DENSE: dense, PRUNED: smaller(dense)}
+    specs = {
+        name: children.spec_of(
+            name,
+            FORM,
+            work / f"{shape}_{name}.tflite",
+            config,
+            slots,
+            contexts=(context,),
+            lengths=(2,),
+            threads=threads,
+            bits=BITS,
+        )
+        for name, config in configs.items()
+    }
+    work.mkdir(parents=True, exist_ok=True)
+    engines: dict[str, children.Child] = {}
+    bursts: dict[str, list[Burst]] = {name: [] for name in specs}
+    try:
+        files = {name: children.prepare(spec)["file_bytes"] for name, spec in specs.items()}
+        for name, spec in specs.items():
+            engines[name], _ = children.start(spec)
+        for turn in range(rounds):
+            for name in (DENSE, PRUNED) if turn % 2 else (PRUNED, DENSE):
+                seconds = engines[name].burst("decode", context, steps)
+                bursts[name].append(Burst(turn, seconds))
+    finally:
+        for engine in engines.values():
+            engine.close()
+        for spec in specs.values():
+            Path(spec.task.path).unlink(missing_ok=True)
+    counts = {name: decoder_parameters(config) for name, config in configs.items()}
+    return {
+        "shape": shape,
+        "removed": 1 - counts[PRUNED] / counts[DENSE],
+        "parameters": counts,
+        "file_bytes": files,
+        "milliseconds": {
+            name: _listed(Quartiles.of([1e3 * burst.seconds for burst in samples]))
+            for name, samples in bursts.items()
+        },
+        "speedup": _listed(speedup(bursts[PRUNED], bursts[DENSE])),
+        "bursts": {name: [burst.seconds for burst in samples] for name, samples in bursts.items()},
+    }
+
+
+def _listed(quartiles: Quartiles) -> list[float]:
+    return [quartiles.low, quartiles.median, quartiles.high]

@@ -1,0 +1,445 @@
+"""Compares ways of rounding weights: ours and those of other projects, on one model and one text.
+
+    python -m experiments.bench.quality --text=wt103_valid.txt \\
+        --calibration_text=wt103_train_head.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
+
+quantizes the decoder of the shipped model with every method of `bench/peers/methods.py`, puts
+the weights that each method multiplies with into one float32 model, and scores them all by the same
+compiled program: perplexity of --text, taps on phone screens asked in writing and in speech, and
+the mean KL divergence (nats) and share of changed likeliest tokens against float32, for each
+modality (of questions: along the float32 model's own answers). Bits are those that a method stores,
+scales, zero points and headers included; "packed" says what they would be if codes were packed to
+their width, which some peers leave to their kernels. Two rows without compression show the noise.
+
+Everyone calibrates on the same --calibration_windows of --calibration_text, and on screens where a
+method takes inputs of layers; screens, digits, speakers and text are not those measured on. Without
+--calibration_text, --text is split: a third to calibrate on, the rest to measure.
+
+A peer runs in a process of its own and may have its own environment:
+
+    --torchao_python=/path/to/venv/bin/python --ggml_library=/path/to/libggml-base.so
+
+and is left out, with the reason, where it is not installed: `pip install qwix`, `torchao`, `gguf`
+and a build of llama.cpp's libggml-base (llama-cpp-python holds one), `ai-edge-quantizer`,
+`gptqmodel`, `auto-round`. Results lie in --out_dir, one JSON a method; a method that has one is not
+run again, so an interrupted run continues where it was; delete a file to measure its row anew.
+--methods='^(fp32|glm_edge|qwix)' picks rows by name; `table.md`, `report.json` and `quality.png`
+are made of all results found, and the peers are named that no row of ours matches in perplexity
+with equal or fewer packed bits.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+import glm_edge as ge
+from experiments.bench.peers import exchange
+from experiments.bench.peers.methods import DECODER, METHODS, OURS, REFERENCE, Method, as_json
+from experiments.bench.peers.scoring import Scorer
+from experiments.bench.peers.table import COLUMNS, Columns, cells, figure, titles, unreached
+from experiments.common import calibration_data, eval_data, tap_eval
+from experiments.common.provenance import commit, machine
+from glm_edge import params as boxes
+from glm_edge.cli import corpora
+from glm_edge.cli.console import launch, refuse_arguments, text_table
+from glm_edge.cli.loss import WINDOW
+from glm_edge.cli.run import versions as package_versions
+from glm_edge.compress.batches import INPUTS
+from glm_edge.errors import DataError, OutputError
+
+FLAGS = flags.FLAGS
+PEERS = ("qwix", "ggml", "torchao", "ai_edge", "gptqmodel", "auto_round")
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    define_shared_flags()
+    flags.DEFINE_string("ggml_library", None, "libggml-base.so (dylib, dll) of llama.cpp.")
+    for peer in PEERS:
+        flags.DEFINE_string(f"{peer}_python", None, f"Interpreter with {peer}; default: this one.")
+
+
+def define_shared_flags() -> None:
+    """Defines the flags of what is measured on, learned from, and chosen."""
+    flags.DEFINE_string("out_dir", None, "Directory of results, one JSON a method.", required=True)
+    flags.DEFINE_string("text", None, "UTF-8 file to measure on.", required=True)
+    flags.DEFINE_string("calibration_text", None, "UTF-8 file to calibrate on.")
+    flags.DEFINE_integer("text_tokens", 60000, "At most this many tokens are scored.", 512)
+    flags.DEFINE_integer("calibration_windows", 64, "Windows of text to calibrate on.", 8)
+    flags.DEFINE_integer("training_windows", 4800, "Windows of text for trained rows of ours.", 8)
+    flags.DEFINE_integer("calibration_screens", 32, "Screens of several questions, likewise.", 4)
+    flags.DEFINE_integer("screens", 200, "Questions measured, of each kind.", 1)
+    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys.")
+    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to measure on; default: all.")
+    flags.DEFINE_string("methods", "", "Regular expression searched in names of methods.")
+    flags.DEFINE_integer("seed", 0, "Seed of screens and questions.")
+
+
+def main(argv: Sequence[str]) -> None:
+    refuse_arguments(argv)
+    chosen = chosen_methods(FLAGS.methods)
+    directory = Path(FLAGS.out_dir).resolve()
+    results = directory / "results"
+    settings = run_settings()
+    waiting = [method for method in chosen if not finished(results, method, settings)]
+    if waiting:
+        bench = Bench(directory, settings, waiting)
+        measure(bench.run, waiting, results, COLUMNS)
+        shutil.rmtree(bench.work)
+    conclude(directory, results)
+
+
+def chosen_methods(pattern: str, methods: Sequence[Method] = METHODS) -> list[Method]:
+    """Methods whose names match, float32 always among them.
+
+    Raises:
+      DataError: the pattern is not a regular expression, or matches nothing.
+    """
+    try:
+        selected = [m for m in methods if m.peer == REFERENCE or re.search(pattern, m.name)]
+    except re.error as error:
+        raise DataError(f"--methods: {pattern!r} is not a regular expression: {error}") from error
+    if not any(re.search(pattern, method.name) for method in selected):
+        raise DataError(
+            f"--methods: {pattern!r} matches none of {', '.join(m.name for m in methods)}"
+        )
+    return selected
+
+
+def measure(
+    run: Callable[[Method], dict[str, Any] | None],
+    waiting: Sequence[Method],
+    results: Path,
+    columns: Columns,
+) -> None:
+    """Runs methods; each row is printed and written before the next method starts.
+
+    Args:
+      run: gives the row of a method, or None where it cannot be had.
+      waiting: methods without a result.
+      results: folder of rows.
+      columns: that are printed.
+    """
+    for number, method in enumerate(waiting, 1):
+        row = run(method)
+        if row is None:
+            continue
+        path = results / f"{slug(method)}.json"
+        corpora.write_text(path, json.dumps(row, indent=1) + "\n", overwrite=True)
+        pairs = zip(titles(columns), cells(row, columns), strict=True)
+        shown = [f"{title} {cell}" for title, cell in pairs]
+        print(f"[{number}/{len(waiting)}] " + "; ".join(shown), flush=True)
+
+
+def run_settings() -> dict[str, Any]:
+    """Returns the settings that all rows of a table share; text by its checksum."""
+    names = ("text_tokens", "calibration_windows", "calibration_screens", "screens", "seed")
+    settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    for name in ("text", "calibration_text"):
+        path = FLAGS[name].value
+        settings[name] = path and f"{zlib.crc32(corpora.read_text(path).encode()):08x}"
+    for name in ("digits_dir", "speech_dir"):
+        settings[name] = FLAGS[name].value and Path(FLAGS[name].value).name
+    return {**settings, "speakers": ",".join(FLAGS.speakers)}
+
+
+def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
+    """Returns True for a method that has a result.
+
+    Raises:
+      OutputError: it has one, measured with other settings.
+    """
+    path = results / f"{slug(method)}.json"
+    if not path.exists():
+        return False
+    row = json.loads(path.read_text(encoding="utf-8"))
+    if row["settings"] != settings:
+        other = next(k for k in settings if row["settings"].get(k) != settings[k])
+        raise OutputError(
+            f"{path}: measured with {other} {row['settings'].get(other)!r}, asked for "
+            f"{settings[other]!r}; name another --out_dir"
+        )
+    return row["options"] == json.loads(as_json(method))
+
+
+def slug(method: Method) -> str:
+    """Returns the file name of a method."""
+    return re.sub(r"[^a-z0-9_.]+", "-", method.name.lower())
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """The model, and what it is measured on and learns from.
+
+    Attributes:
+      checkpoint: directory of the model.
+      model: of float32.
+      params: its parameters.
+      tokenizer: of the model.
+      learned: token ids to learn from.
+      windows: of held-out text.
+      questions: kind (`image`, `spoken`) to questions.
+      utterances: recordings to learn from.
+    """
+
+    checkpoint: Path
+    model: Any
+    params: Any
+    tokenizer: Any
+    learned: np.ndarray
+    windows: corpora.Windows
+    questions: dict[str, list[tap_eval.Item]]
+    utterances: Sequence[Any]
+
+    def texts(self, count: int, size: int = 8) -> list[dict[str, Any]]:
+        """Batches of text to learn from."""
+        return calibration_data.token_batches(self.learned, count, size)
+
+    def screens(self, count: int) -> list[dict[str, Any]]:
+        """Batches of four screens to learn from."""
+        return calibration_data.screen_batches(
+            self.model.config, self.tokenizer, self.utterances, FLAGS.digits_dir, FLAGS.seed, count
+        )
+
+
+def gather() -> Gathered:
+    """Loads the shipped model and reads what the flags name."""
+    checkpoint = ge.shipped("nano")
+    model, params = ge.load(checkpoint, dtype="float32")
+    tokenizer = ge.load_tokenizer(checkpoint)
+    if FLAGS.calibration_text:
+        learned = corpora.read_text(FLAGS.calibration_text)
+        held_out = corpora.read_text(FLAGS.text)
+    else:
+        learned, held_out = eval_data.split_text(FLAGS.text)
+    learned = corpora.encode_text(tokenizer, learned)
+    tokens = corpora.encode_text(tokenizer, held_out)[: FLAGS.text_tokens]
+    windows = corpora.windows(tokens, corpora.token_bytes(tokenizer), WINDOW)
+    heard, others, notes = eval_data.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    draw = [FLAGS.screens, FLAGS.seed, FLAGS.digits_dir]
+    questions = {"image": tap_eval.draw_items(*draw)}
+    questions["spoken"] = tap_eval.draw_items(*draw, heard) if heard else []
+    return Gathered(checkpoint, model, params, tokenizer, learned, windows, questions, others)
+
+
+class Bench:
+    """The model, its scores, and the files that peers read.
+
+    Args:
+      directory: to work in.
+      settings: noted with every row.
+      chosen: methods that will run.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any], chosen: Sequence[Method]):
+        self.settings, self.work = settings, directory / "exchange"
+        self.data = gather()
+        self.checkpoint, self.model = self.data.checkpoint, self.data.model
+        self.params = self.data.params
+        self._write(
+            self.data.texts(FLAGS.calibration_windows // 8),
+            self.data.screens(FLAGS.calibration_screens // 4),
+        )
+        if any(method.calibration == "training" for method in chosen):
+            self._write_training()
+        self.scorer = Scorer(
+            self.model, self.params, self.data.tokenizer, self.data.windows, self.data.questions
+        )
+        self.fp32 = self.scorer.score(self.model, self.params)["perplexity"]
+
+    def run(self, method: Method) -> dict[str, Any] | None:
+        """Quantizes by a method and scores it; None, with a line, where its peer is absent."""
+        start = time.perf_counter()
+        quantized = {REFERENCE: self._reference, OURS: self._ours}.get(method.peer, self._peer)
+        selected = quantized(method)
+        if selected is None:
+            return None
+        model, params, meta = selected
+        measured = self.scorer.score(model, params)
+        return {
+            "method": method.name,
+            "peer": method.peer,
+            "kind": method.kind,
+            "calibration": method.calibration,
+            "where": method.where,
+            "options": method.options,
+            "bits": meta["stored_bits"] / meta["weights"],
+            "packed_bits": meta["packed_bits"] / meta["weights"],
+            "increase": measured["perplexity"] / self.fp32 - 1,
+            **measured,
+            **{key: meta.get(key) for key in ("seconds", "peak_rss_bytes", "weights", "versions")},
+            "total_seconds": time.perf_counter() - start,
+            "settings": self.settings,
+        }
+
+    def _reference(self, method: Method) -> tuple[Any, Any, dict[str, Any]]:
+        return self.model, self.params, {"stored_bits": 32, "packed_bits": 32, "weights": 1}
+
+    def _ours(self, method: Method) -> tuple[Any, Any, dict[str, Any]] | None:
+        out = self.work / OURS
+        command = [sys.executable, "-m", "experiments.bench.peers.ours"]
+        command += [f"--checkpoint={self.checkpoint}", f"--out={out}", f"--where={method.where}"]
+        data = "training" if method.calibration == "training" else "calibration"
+        command += [f"--calibration={self.work / data}", f"--recipe={as_json(method)}"]
+        if method.calibration == "text":
+            command.append("--text_only")
+        if not self._call(method, command):
+            return None
+        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+        return *ge.load(out, dtype="float32"), meta
+
+    def _peer(self, method: Method) -> tuple[Any, Any, dict[str, Any]] | None:
+        python, options = FLAGS[f"{method.peer}_python"].value or sys.executable, method.options
+        if method.peer == "ggml":
+            options = {**options, "library": FLAGS.ggml_library}
+        out = self.work / "out.npz"
+        command = [python, "-m", f"experiments.bench.peers.{method.peer}", f"--out={out}"]
+        command += [f"--weights={self.work / 'weights.npz'}", f"--options={json.dumps(options)}"]
+        command.append(f"--checkpoint={self.work / 'hugging_face'}")
+        if method.calibration != "none":
+            command.append(f"--inputs={self.work / f'inputs_{method.calibration}.npz'}")
+        if not self._call(method, command):
+            return None
+        dense, meta = exchange.read(out)
+        params = boxes.map_with_path(
+            lambda path, leaf: jnp.asarray(dense.get(path, leaf)), self.params
+        )
+        return self.model, params, meta
+
+    def _call(self, method: Method, command: list[str]) -> bool:
+        return _call(method, command, self.work.parent / "results" / f"{slug(method)}.log")
+
+    def _write(self, texts: list[dict[str, Any]], screens: list[dict[str, Any]]) -> None:
+        """Writes weights, calibration batches and the inputs that they make, for all peers."""
+        (self.work / "calibration").mkdir(parents=True, exist_ok=True)
+        for index, batch in enumerate(alternate(texts, screens)):
+            np.savez(self.work / "calibration" / f"{index:03d}.npz", **batch)
+        leaves = dict(boxes.path_items(self.params))
+        decoder = {p: np.asarray(leaves[p]) for p in boxes.select(self.params, DECODER)}
+        np.savez(self.work / "weights.npz", **decoder)
+        tokens = np.concatenate([batch["tokens"] for batch in texts])
+        activations = [
+            [self._inputs(batch, set(decoder)) for batch in part] for part in (texts, screens)
+        ]
+        for name, parts in (("text", activations[0]), ("both", activations[0] + activations[1])):
+            rows = {path: np.concatenate([part[path] for part in parts]) for path in decoder}
+            exchange.write_inputs(self.work / f"inputs_{name}.npz", rows, tokens)
+        config = dataclasses.replace(
+            self.model.config, vision=None, speech=None, image_token_id=None, audio_token_id=None
+        )
+        params = {name: self.params[name] for name in ("embed", "decoder")}
+        ge.save(
+            ge.MultimodalGLM(config), params, self.work / "hugging_face", "hugging_face", True,
+            {"tokenizer.json": self.checkpoint / "tokenizer.json"},
+        )  # fmt: skip
+
+    def _write_training(self) -> None:
+        """Writes batches of four rows, a fifth of them screens, for methods that train."""
+        (self.work / "training").mkdir(parents=True, exist_ok=True)
+        for index, batch in enumerate(training_batches(self.data)):
+            np.savez(self.work / "training" / f"{index:05d}.npz", **batch)
+
+    def _inputs(self, batch: dict[str, Any], paths: set[str]) -> dict[str, np.ndarray]:
+        return sown_inputs(self.model, self.params, batch, paths)
+
+
+def training_batches(data: Gathered) -> list[dict[str, Any]]:
+    """Batches of four rows: --training_windows of text, and a quarter as many batches of screens.
+
+    Half of these are drawn and read twice, so that a fifth of all batches are screens.
+    """
+    texts = data.texts(FLAGS.training_windows // 4, 4)
+    screens = data.screens(len(texts) // 8)
+    return [*texts, *screens, *screens]
+
+
+def sown_inputs(
+    model: Any, params: Any, batch: dict[str, Any], paths: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Rows float32 [N, in] that meet each of some matrices."""
+    sown = boxes.path_items(_sown_inputs(model, params, batch)["inputs"])
+    rows = {path.replace("/rows", "/weight").removesuffix("/0"): leaf for path, leaf in sown}
+    return {path: np.asarray(rows[path], np.float32) for path in paths}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sown_inputs(model, params, batch):
+    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
+    return model.apply({"params": params}, batch["tokens"], **inputs, mutable=["inputs"])[1]
+
+
+def _call(method: Method, command: list[str], log: Path) -> bool:
+    """Runs a peer; False, with its reason printed and all it said in `log`, where it fails."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=root
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        print(f"left out: {method.name}: {last}", file=sys.stderr, flush=True)
+        corpora.write_text(log, done.stdout + done.stderr, overwrite=True)
+    return done.returncode == 0
+
+
+def alternate(first: list[Any], second: list[Any]) -> list[Any]:
+    """Takes from both lists in turn, and what is left of the longer one at the end."""
+    longest = max(len(first), len(second))
+    return [x for i in range(longest) for x in (*first[i : i + 1], *second[i : i + 1])]
+
+
+def rows_found(results: Path, methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Rows of the methods that have a result, in their order."""
+    paths = [results / f"{slug(method)}.json" for method in methods]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def conclude(directory: Path, results: Path) -> None:
+    """Writes table, report and figure of all results, in the order of METHODS."""
+    rows = rows_found(results, METHODS)
+    table = text_table(titles(), [cells(row) for row in rows])
+    ahead = unreached(rows)
+    report = {"run": circumstances(rows), "unreached": ahead, "rows": rows}
+    corpora.write_text(directory / "report.json", json.dumps(report, indent=1) + "\n", True)
+    corpora.write_text(directory / "table.md", table + "\n", True)
+    print(f"\n{table}\n")
+    print(f"peers that no row of ours matches at equal or fewer bits: {', '.join(ahead) or 'none'}")
+    figure(rows, directory / "quality.png")
+
+
+def circumstances(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Describes the run behind rows: settings, commit, machine and versions, peers' included."""
+    versions: dict[str, str] = {}
+    for row in rows:
+        versions |= row["versions"] or {}
+    return {
+        "settings": rows[0]["settings"],
+        "commit": commit(),
+        **machine(),
+        "versions": {**package_versions(), **versions},
+    }
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch(main)

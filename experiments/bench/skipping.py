@@ -1,0 +1,166 @@
+"""Run-time pruning: tokens that leave early, and tokens that read only some neurons.
+
+    python -m experiments.bench.skipping --out_dir=out/skipping
+    python -m experiments.bench.skipping --preset=full --out_dir=out/skipping --exits=2,3 \\
+        --thresholds=0.5,0.8,0.9,0.95,0.99 --keep=0.8,0.5,0.25 --neuron_thresholds=0.02,0.05,0.1
+
+Early exit: after each layer of --exits the head is asked; where its largest probability reaches
+the threshold, the other layers are not run. An exit scores what it has (`exit`), or first maps it
+to what the last layer would give, by a matrix fitted on calibration screens and text (`exit+map`).
+Neurons: each token uses the --keep fraction of neurons whose gates are widest open (`keep`), or
+those within a fraction of the widest (`gate`). Vision tokens: after two layers the --vision_keep
+fraction of a screen's tokens stay, those to which the text attends most (`vision`). None trains
+anything.
+
+Accuracy is taps in the box on unseen screens of the shipped model, or, for a checkpoint without
+vision, agreement with its own tokens. `tokens/s` is of decoding the answer to one question in one
+compiled loop, the prompt not counted; in each round all settings take turns at the same question,
+and `speed-up` compares within rounds (quartiles in brackets). `layers` is the mean a decoded token
+ran; `agreement` the share of tokens equal to the first row's.
+
+A small model gains little: in nano a layer costs about as much as asking the head. --shape=mobile
+also times the decoder of that preset with random weights (1.4 GB), where exits leave at half the
+depth (`exit`), so that its rows say what skipping can gain and nothing of accuracy.
+
+Writes report.json, table.md, table.csv and skipping_eval.png to --out_dir.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+
+import jax
+from absl import flags
+
+from experiments.common import skipping_eval
+from experiments.common.figures import skipping_figure
+from experiments.common.outputs import prepare_directory
+from experiments.common.provenance import provenance_of
+from experiments.common.skipping_eval import floats
+from glm_edge.cli.console import launch, text_table
+from glm_edge.cli.corpora import write_text
+from glm_edge.generate import Setting, SweepRow
+
+# What the issue's claims say: speed-up and points of accuracy lost.
+PUBLISHED = {
+    ("exit+map", 0.95): "1.58 x at -0.4 points",
+    ("keep", 0.8): "1.15 x under 1 %",
+    ("keep", 0.5): "1.42 x at 3 %",
+}
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    flags.DEFINE_enum("preset", "quick", list(skipping_eval.PRESETS), "How much is measured.")
+    skipping_eval.define_flags()
+    flags.DEFINE_list("exits", ["3"], "Layers after which a token may stop.")
+    flags.DEFINE_list("thresholds", ["0.5", "0.8", "0.95"], "Of the largest probability, 0 to 1.")
+    flags.DEFINE_list("keep", ["0.8", "0.5"], "Fractions of neurons that a token uses.")
+    flags.DEFINE_list("neuron_thresholds", ["0.05"], "Of |silu(gate)| over its largest, 0 to 1.")
+    flags.DEFINE_list("vision_keep", [], "Fractions of vision tokens that stay.")
+    flags.DEFINE_bool("maps", True, "Also fit maps for the exits.")
+    flags.DEFINE_string("shape", "", "Preset to time with random weights, such as mobile.")
+    flags.DEFINE_integer("seed", 0, "Seed of screens and calibration.")
+    flags.DEFINE_string("out_dir", "out", "Directory for the results; it must not hold any yet.")
+    flags.DEFINE_bool("overwrite", False, "Replace results that lie in --out_dir.")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    started = time.monotonic()
+    thresholds, keep, gates = map(floats, ("thresholds", "keep", "neuron_thresholds"))
+    exits = [int(value) for value in floats("exits")]
+    directory = prepare_directory(Path(FLAGS.out_dir), FLAGS.overwrite)
+    amount = skipping_eval.size()
+    model, params, tokenizer = skipping_eval.opened()
+    settings = [Setting("all", params)]
+    settings += skipping_eval.exit_settings(model, params, exits, thresholds)
+    if FLAGS.maps and exits:
+        maps = skipping_eval.fitted_maps(model, params, tokenizer, exits)
+        settings += skipping_eval.exit_settings(model, params, exits, thresholds, maps)
+    settings += skipping_eval.neuron_settings(model, params, keep, gates)
+    settings += skipping_eval.vision_settings(model, params, floats("vision_keep"))
+    rows = skipping_eval.run(model, tokenizer, settings)
+    timed = []
+    if FLAGS.shape:
+        timed = skipping_eval.time_shape(
+            FLAGS.shape,
+            amount["rounds"],
+            FLAGS.seed,
+            lambda model, params: [
+                *skipping_eval.half_depth(model, params),
+                *skipping_eval.neuron_settings(model, params, keep),
+            ],
+        )
+    report = {
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "shape": [dataclasses.asdict(row) for row in timed],
+        "run": {
+            **provenance_of("bench.skipping", placeholders=sys.argv[1:]),
+            "device": jax.devices()[0].device_kind,
+            "checkpoint": str(FLAGS.checkpoint or "nano"),
+            "exits": exits,
+            **amount,
+            "seed": FLAGS.seed,
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    }
+    table = text_table(HEADER, [cells(row, rows[0]) for row in rows])
+    if timed:
+        shown = [[row.name, *cells(row, timed[0])[4:7]] for row in timed]
+        table += f"\n\n{text_table([f'{FLAGS.shape}, random weights', *HEADER[4:7]], shown)}"
+    write_text(directory / "report.json", json.dumps(report, indent=1) + "\n", overwrite=True)
+    write_text(directory / "table.md", table + "\n", overwrite=True)
+    write_text(directory / "table.csv", as_csv(rows), overwrite=True)
+    skipping_figure(report["rows"], directory / "skipping.png")
+    print(f"{table}\n\n{report['run']['seconds']:.0f} s; {report['run']['command']}")
+
+
+HEADER = [
+    "setting",
+    "accuracy",
+    "lost (points)",
+    "agreement",
+    "layers",
+    "tokens/s",
+    "speed-up",
+    "published",
+]
+
+
+def cells(row: SweepRow, first: SweepRow) -> list[str]:
+    """Returns a row as text, in the order of HEADER."""
+    return [
+        row.name,
+        f"{row.accuracy:.1%}",
+        f"{100 * (first.accuracy - row.accuracy):.1f}",
+        f"{row.agreement:.1%}",
+        f"{row.layers:.2f}",
+        f"{row.tokens_per_second:.0f}",
+        f"{row.speedup:.2f} ({row.low:.2f}-{row.high:.2f})",
+        PUBLISHED.get((row.name.split()[0], row.value), ""),
+    ]
+
+
+def as_csv(rows: Sequence[SweepRow]) -> str:
+    """Returns all numbers, unrounded."""
+    text = io.StringIO()
+    names = [field.name for field in dataclasses.fields(SweepRow)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch(main)

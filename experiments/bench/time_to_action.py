@@ -1,0 +1,485 @@
+"""Time from a screenshot and an instruction to an action, measured and on paper.
+
+    python -m experiments.bench.time_to_action --work_dir=DIR --mnn_python=PYTHON --out=FILE.json
+
+Three tables, each beside what was claimed of such models:
+
+1. Measured: the file of --shape with random weights in LiteRT, at each of --forms. `Processor`, in
+   Python on this machine, resizes and normalises a screenshot of --screen pixels, renders and
+   tokenizes a conversation of at least --text_tokens tokens beside the image, and turns the tokens
+   of the action back into text ("prepare"; the tokenizer is that of `nano`, a shape of random
+   weights having none). An image is encoded, its features and --text_tokens tokens of text go
+   through one prefill, and then --action_tokens tokens are decoded greedily, looking up and
+   choosing included; these see random pixels and tokens, whose values change no time. Left out:
+   taking the screenshot and carrying out the action.
+2. On paper: the same, without preparation, for --paper_shape on a device of --bandwidth_gbs and
+   --tops. A part takes as long as reading its bytes or doing its operations, whichever is longer,
+   at --share of the peaks. Sources of the defaults are printed beside the table; the operations are
+   an assumption.
+3. Start-up, latency and size of the decoder of the `nano` preset at int8, in LiteRT and in MNN.
+   Start-up is from opening the file, which the page cache holds, to the first scores, each in a
+   new process; latency is one step behind 128 tokens. --mnn_python names an interpreter with
+   glm_edge and its extra `mnn`; where that is absent MNN is left out, with the reason. MNN's
+   interpreter cannot write the cache where the next step reads it: its copies are not timed.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+import glm_edge as ge
+from experiments.bench.export import TOY
+from experiments.bench.runtimes import child as children
+from experiments.bench.runtimes.child import EngineError
+from experiments.bench.runtimes.compare import Quartiles, shown
+from experiments.bench.runtimes.engine import timed
+from experiments.common.provenance import peers_of, provenance_of
+from glm_edge.checkpoint.shapes import expected_shapes
+from glm_edge.cli.console import launch, print_table, refuse_arguments
+from glm_edge.cli.corpora import check_absent, write_text
+from glm_edge.configs import GLMConfig, VisionConfig, preset
+from glm_edge.errors import DataError
+from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params import Format
+from glm_edge.preprocess import Processor
+
+FLAGS = flags.FLAGS
+CLAIMS_S = (3.0, 0.45)
+CLAIMED = {"LiteRT": (15.0, 28.0, 4.2), "MNN": (12.0, 22.0, 3.8)}
+PARTS = ("image", "prefill", "decode")
+TOY_VISION = VisionConfig((56, 28), 64, 2, 2, 128, 128, position_grid=(4, 2))
+STEP_CONTEXT, STEP_SLOTS, STEPS = 128, 256, 20
+# Of the defaults of --device, --bandwidth_gbs and --tops.
+SOURCES = (
+    "76.8 GB/s: four channels of 16 bits of LPDDR5X at 4800 MHz, "
+    "https://gist.github.com/EwoutH/754fa40ad9ddc93d55084fc46569c759; "
+    "45 TOPS: an assumption, Qualcomm publishes no number, "
+    "https://runlocalai.co/hardware/snapdragon-8-gen-3 gives this one without a source"
+)
+MNN_NOTE = "MNN: copies of its cache between steps are not in the latency"
+INSTRUCTION = "open the settings and press the button below the picture "
+# Of a number in the exported cache.
+CACHE_BYTES = 4
+
+
+def define_flags() -> None:
+    """Defines this script's flags."""
+    flags.DEFINE_string("work_dir", None, "Directory for the models.", required=True)
+    flags.DEFINE_enum("shape", "mobile", ["mobile", "tiny", "nano", "toy"], "Measured model.")
+    flags.DEFINE_list("forms", ["int8", "int4"], "Formats of the measured model.")
+    flags.DEFINE_list("screen", ["2400", "1080"], "Height and width of the screenshot.")
+    flags.DEFINE_integer("text_tokens", 96, "Tokens of template and instruction.", 1)
+    flags.DEFINE_integer("action_tokens", 40, "Tokens of the action.", 1)
+    flags.DEFINE_integer("rounds", 9, "Times that each is measured, taking turns.", 1)
+    flags.DEFINE_integer("threads", 2, "Threads of the runtimes.", 1)
+    flags.DEFINE_enum("paper_shape", "phone_9b", ["phone_9b", "mobile"], "Model on paper.")
+    flags.DEFINE_string("paper_form", "int4", "Format of the model on paper.")
+    flags.DEFINE_float("bandwidth_gbs", 76.8, "Gigabytes a second of the device's memory.", 0.01)
+    flags.DEFINE_float("tops", 45.0, "Int8 operations a second of the device, in 10^12.", 0.01)
+    flags.DEFINE_list("share", ["1.0", "0.5"], "Parts of both peaks that are reached.")
+    flags.DEFINE_string("device", "Snapdragon 8 Gen 3", "Name of the device on paper.")
+    flags.DEFINE_string("sources", None, "Where --bandwidth_gbs and --tops are from.")
+    flags.DEFINE_string("mnn_python", None, "Interpreter with MNN; default: this one.")
+    flags.DEFINE_bool("keep", False, "Keep the models.")
+    flags.DEFINE_string("out", None, "JSON file for the numbers.")
+    flags.DEFINE_bool("overwrite", False, "Replace --out where it exists already.")
+
+
+def main(argv: Sequence[str]) -> None:
+    refuse_arguments(argv)
+    check_absent(FLAGS.out, FLAGS.overwrite)
+    try:
+        shares = [float(share) for share in FLAGS.share]
+    except ValueError as error:
+        raise DataError(f"--share: {error}; 1.0,0.5 is right") from error
+    work = Path(FLAGS.work_dir).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    log: dict[str, Any] = {"claims_s": CLAIMS_S}
+    log["measured"] = measured(work)
+    show_measured(log["measured"])
+    tokens = FLAGS.text_tokens, FLAGS.action_tokens
+    peaks = FLAGS.device, 1e9 * FLAGS.bandwidth_gbs, 1e12 * FLAGS.tops
+    log["paper"] = [
+        paper(preset(FLAGS.paper_shape), FLAGS.paper_form, *tokens, Device(*peaks, share))
+        for share in shares
+    ]
+    for results in log["paper"]:
+        show_paper(results)
+    log["sources"] = sources()
+    print(f"sources: {log['sources']}")
+    log["runtimes"] = runtimes(work)
+    show_runtimes(log["runtimes"])
+    if FLAGS.out:
+        names = ("shape", "forms", "screen", "text_tokens", "action_tokens", "rounds", "threads")
+        names += ("paper_shape", "paper_form", "bandwidth_gbs", "tops", "share", "device")
+        log |= provenance_of("bench.time_to_action", names, ["--work_dir=DIR", *peers_of(("mnn",))])
+        write_text(FLAGS.out, json.dumps(log, indent=1) + "\n", FLAGS.overwrite)
+
+
+def seeing(name: str) -> GLMConfig:
+    """Returns a shape with its vision encoder and without the one of speech."""
+    if name == "toy":
+        return dataclasses.replace(TOY, vision=TOY_VISION, image_token_id=1)
+    return dataclasses.replace(preset(name), speech=None, audio_token_id=None)
+
+
+def features_of(vision: VisionConfig) -> tuple[int, int]:
+    """Patches of an image, and features that the decoder reads."""
+    rows, columns = (extent // vision.patch_stride for extent in vision.image_size)
+    patches = rows * columns
+    return patches, patches // vision.merge_size**2 + 2 * vision.boundary_embeddings
+
+
+def measured(work: Path) -> dict[str, Any]:
+    """Runs every format in turn; seconds of each part by format."""
+    config = seeing(FLAGS.shape)
+    features = features_of(config.vision)[1]
+    prompt = features + FLAGS.text_tokens
+    slots = 64 * math.ceil((prompt + FLAGS.action_tokens) / 64)
+    if slots > config.decoder.max_position_embeddings:
+        raise DataError(
+            f"--text_tokens, --action_tokens: {slots} tokens exceed the "
+            f"{config.decoder.max_position_embeddings} of {FLAGS.shape}"
+        )
+    resident, results = {}, {}
+    try:
+        for form in FLAGS.forms:
+            spec = children.spec_of(
+                form,
+                form,
+                work / f"action_{FLAGS.shape}_{form}.tflite",
+                config,
+                slots,
+                contexts=(prompt,),
+                lengths=(prompt,),
+                threads=FLAGS.threads,
+                options={"weight_cache": str(work / "packed"), "prefix": FLAGS.text_tokens // 2},
+            )
+            written = children.prepare(spec)
+            resident[form] = children.Child(spec)
+            loaded = resident[form].load()
+            resident[form].action(prompt, FLAGS.action_tokens)
+            results[form] = {
+                "file_bytes": written["file_bytes"],
+                "load_seconds": loaded["seconds"],
+                "runs": [],
+            }
+        for turn in range(FLAGS.rounds):
+            for form in FLAGS.forms if turn % 2 else FLAGS.forms[::-1]:
+                results[form]["runs"].append(resident[form].action(prompt, FLAGS.action_tokens))
+        for form, engine in resident.items():
+            results[form]["peak_rss_bytes"] = engine.peak_bytes()
+    except EngineError as error:
+        raise DataError(f"LiteRT does not run {FLAGS.shape}: {error}") from error
+    finally:
+        for engine in resident.values():
+            engine.close()
+        tidy(work)
+    return {"features": features, "prompt_tokens": prompt, "forms": results} | prepared(config)
+
+
+def prepared(config: GLMConfig) -> dict[str, Any]:
+    """Times what comes before the file and after it.
+
+    Args:
+      config: of the measured model.
+
+    Returns:
+      `prepare_s`, seconds of each round, and `prepared_tokens`, features and text together.
+
+    Raises:
+      DataError: --screen is no height and width.
+    """
+    try:
+        height, width = map(int, FLAGS.screen)
+    except ValueError as error:
+        raise DataError(f"--screen: {error}; 2400,1080 is right") from error
+    processor, vision = Processor.from_checkpoint(ge.shipped("nano")), config.vision
+    image = dataclasses.replace(
+        processor.image,
+        size=vision.image_size,
+        patch_size=vision.patch_stride,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.merge_size,
+        marker_tokens=2 * vision.boundary_embeddings,
+    )
+    processor = dataclasses.replace(processor, image=image)
+    rng, features = np.random.default_rng(0), features_of(vision)[1]
+    screen = rng.integers(0, 256, (height, width, vision.channels), np.uint8)
+    action = rng.integers(0, processor.tokenizer.get_vocab_size(), FLAGS.action_tokens)
+
+    def prepare(words: str) -> int:
+        content = [{"type": "image", "image": screen}, {"type": "text", "text": words}]
+        inputs = processor([{"role": "user", "content": content}])
+        processor.decode(action)
+        return inputs["tokens"].shape[1]
+
+    words = INSTRUCTION
+    # The first calls compile, too.
+    while (tokens := prepare(words)) < features + FLAGS.text_tokens:
+        words += INSTRUCTION
+    seconds = [timed(lambda: prepare(words)) for _ in range(FLAGS.rounds)]
+    return {"prepare_s": seconds, "prepared_tokens": tokens}
+
+
+def sources() -> str:
+    """Names the sources of the estimated device's values."""
+    named = [name for name in ("device", "bandwidth_gbs", "tops") if FLAGS[name].present]
+    return FLAGS.sources or (f"as given by --{', --'.join(named)}" if named else SOURCES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a model on paper runs on.
+
+    Attributes:
+      name: of the device.
+      bandwidth: bytes a second of its memory, at best.
+      operations: a second, at best.
+      share: of both that is reached.
+    """
+
+    name: str
+    bandwidth: float
+    operations: float
+    share: float
+
+
+def paper(
+    config: GLMConfig, form: str, text_tokens: int, action_tokens: int, device: Device
+) -> dict[str, Any]:
+    """Returns bytes and operations of each part, and the seconds they take on a device.
+
+    Args:
+      config: of a model with a vision encoder.
+      form: of its matrices, as `Format.parse` reads it.
+      text_tokens: of template and instruction.
+      action_tokens: of the action.
+      device: that it runs on.
+
+    Returns:
+      Numbers of each part and the total.
+    """
+    parsed, decoder, vision = Format.parse(form), config.decoder, config.vision
+    patches, features = features_of(vision)
+    prompt = features + text_tokens
+    weights = {
+        path: shape
+        for path, shape in expected_shapes(MultimodalGLM(config)).items()
+        if len(shape) == 2 and path.endswith("weight")
+    }
+
+    def select(*prefixes: str) -> dict[str, tuple[int, ...]]:
+        return {path: shape for path, shape in weights.items() if path.startswith(prefixes)}
+
+    def size(results: dict[str, tuple[int, ...]]) -> int:
+        return sum(math.prod(shape) for shape in results.values())
+
+    def stored(results: dict[str, tuple[int, ...]]) -> int:
+        return sum(parsed.stored_bytes(shape) for shape in results.values())
+
+    tower, entire = select("vision/layers", "vision/patch"), select("vision")
+    layers = select("decoder")
+    head = select("embed" if decoder.tie_embeddings else "head")
+    width = sum(decoder.heads(i) * decoder.head_dim for i in range(decoder.num_layers))
+    cached = sum(2 * decoder.kv_heads(i) * decoder.head_dim for i in range(decoder.num_layers))
+    per_feature = size(entire) - size(tower)
+    parts = {
+        "image": (
+            stored(entire),
+            2 * size(tower) * patches
+            + 2 * per_feature * features
+            + 4 * patches**2 * vision.hidden_size * vision.num_layers,
+        ),
+        # Causal attention does half of the square; scores of the last token only.
+        "prefill": (
+            stored(layers) + stored(head),
+            2 * size(layers) * prompt + 2 * size(head) + 2 * prompt**2 * width,
+        ),
+        "decode": (
+            action_tokens * (stored(layers) + stored(head) + CACHE_BYTES * cached * prompt),
+            action_tokens * (2 * size(layers) + 2 * size(head) + 4 * prompt * width),
+        ),
+    }
+    bandwidth, operations = device.share * device.bandwidth, device.share * device.operations
+    rows = {
+        part: {
+            "bytes": read,
+            "operations": done,
+            "memory_s": read / bandwidth,
+            "arithmetic_s": done / operations,
+            "seconds": max(read / bandwidth, done / operations),
+        }
+        for part, (read, done) in parts.items()
+    }
+    return {
+        "shape": config.name,
+        "form": form,
+        "device": dataclasses.asdict(device),
+        "prompt_tokens": prompt,
+        "parts": rows,
+        "seconds": sum(row["seconds"] for row in rows.values()),
+    }
+
+
+def runtimes(work: Path) -> dict[str, Any]:
+    """Returns start-up, latency and size of nano in LiteRT and MNN."""
+    config = dataclasses.replace(
+        preset("nano"), vision=None, speech=None, image_token_id=None, audio_token_id=None
+    )
+    results: dict[str, Any] = {}
+    resident = {}
+    for name, module, suffix in (("LiteRT", "litert", ".tflite"), ("MNN", "mnn_engine", "_mnn")):
+        spec = children.spec_of(
+            name,
+            "int8",
+            work / f"action_nano_int8{suffix}",
+            config,
+            STEP_SLOTS,
+            contexts=(STEP_CONTEXT,),
+            lengths=(16,),
+            threads=FLAGS.threads,
+            bits=8,
+            module=module,
+            python=FLAGS.mnn_python if name == "MNN" else None,
+        )
+        try:
+            written, starts = children.prepare(spec), []
+            for _ in range(FLAGS.rounds):
+                engine = children.Child(spec)
+                try:
+                    starts.append(engine.load()["seconds"])
+                finally:
+                    engine.close()
+            resident[name] = children.Child(spec)
+            resident[name].load()
+        except EngineError as error:
+            results[name] = {"left_out": str(error)}
+            continue
+        results[name] = {"size_bytes": written["file_bytes"], "start_s": starts, "step_s": []}
+        if name == "MNN":
+            results[name]["note"] = MNN_NOTE
+    try:
+        for turn in range(FLAGS.rounds):
+            for name in list(resident) if turn % 2 else list(resident)[::-1]:
+                results[name]["step_s"].append(resident[name].burst("decode", STEP_CONTEXT, STEPS))
+    except EngineError as error:
+        raise DataError(f"nano: {error}") from error
+    finally:
+        for engine in resident.values():
+            engine.close()
+        tidy(work)
+    return results
+
+
+def tidy(work: Path) -> None:
+    """Removes the models, unless they are kept."""
+    if FLAGS.keep:
+        return
+    for path in (*work.glob("action_*"), work / "packed"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def verdicts(seconds: float) -> list[str]:
+    """Compares seconds with each claim."""
+    return ["reached" if seconds <= claim else "missed" for claim in CLAIMS_S]
+
+
+def show_measured(results: dict[str, Any]) -> None:
+    """Prints the measured table."""
+    rows = []
+    for form, facts in results["forms"].items():
+        totals = [
+            before + sum(run.values())
+            for before, run in zip(results["prepare_s"], facts["runs"], strict=True)
+        ]
+        parts = [Quartiles.of([run[part] for run in facts["runs"]]) for part in PARTS]
+        rows.append(
+            [
+                form,
+                str(Quartiles.of(results["prepare_s"])),
+                *map(str, parts),
+                str(Quartiles.of(totals)),
+                *verdicts(statistics.median(totals)),
+                shown(1e-6 * facts["file_bytes"]),
+                shown(1e-6 * facts["peak_rss_bytes"]),
+            ]
+        )
+    title = f"measured, {FLAGS.shape}, {results['features']} features of {results['prompt_tokens']}"
+    claims = [f"claimed {shown(claim)} s" for claim in CLAIMS_S]
+    header = [
+        title,
+        "prepare s",
+        "image s",
+        "prefill s",
+        f"{FLAGS.action_tokens} tokens s",
+        "total s",
+    ]
+    print_table([*header, *claims, "file MB", "RSS MB"], rows)
+
+
+def show_paper(results: dict[str, Any]) -> None:
+    """Prints the table on paper."""
+    print()
+    rows = [
+        [
+            part,
+            shown(1e-9 * row["bytes"]),
+            shown(1e-12 * row["operations"]),
+            shown(row["memory_s"]),
+            shown(row["arithmetic_s"]),
+            shown(row["seconds"]),
+            *[""] * len(CLAIMS_S),
+        ]
+        for part, row in results["parts"].items()
+    ]
+    rows.append(["total", "", "", "", "", shown(results["seconds"]), *verdicts(results["seconds"])])
+    device = Device(**results["device"])
+    title = (
+        f"on paper, {results['shape']} {results['form']}, {device.name} at {device.share:.0%} of "
+        f"{1e-9 * device.bandwidth:g} GB/s and {1e-12 * device.operations:g} TOPS"
+    )
+    header = [title, "GB", "10^12 operations", "memory s", "arithmetic s", "s"]
+    print_table([*header, *(f"claimed {shown(claim)} s" for claim in CLAIMS_S)], rows)
+
+
+def show_runtimes(results: dict[str, Any]) -> None:
+    """Prints the table of runtimes."""
+    print()
+    rows = []
+    for name, facts in results.items():
+        claimed = [shown(value) for value in CLAIMED[name]]
+        if "left_out" in facts:
+            rows.append([name, *(part for c in claimed for part in ("-", c))])
+            continue
+        values = [
+            Quartiles.of([1e3 * s for s in facts["start_s"]]),
+            Quartiles.of([1e3 * s for s in facts["step_s"]]),
+            shown(1e-6 * facts["size_bytes"]),
+        ]
+        rows.append(
+            [name, *(str(part) for pair in zip(values, claimed, strict=True) for part in pair)]
+        )
+    header = ["nano int8", "start-up ms", "claimed", "latency ms", "claimed", "size MB", "claimed"]
+    print_table(header, rows)
+    for name, facts in results.items():
+        if "left_out" in facts:
+            print(f"left out: {name}: {facts['left_out']}")
+        elif "note" in facts:
+            print(facts["note"])
+
+
+if __name__ == "__main__":
+    define_flags()
+    launch(main)

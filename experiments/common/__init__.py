@@ -1,0 +1,1 @@
+"""What several scripts share: evaluation data, figures, provenance."""

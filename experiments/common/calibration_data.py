@@ -1,0 +1,94 @@
+"""Calibration batches of nano: screens asked in writing and in speech, and text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from experiments.common.tap_eval import mel_of
+from experiments.nano.batches import Layout, ScreenBatches
+from experiments.nano.phone_screens import digits, generator, speech
+from glm_edge.cli import corpora
+from glm_edge.cli.loss import WINDOW
+from glm_edge.configs import GLMConfig
+
+Batch = dict[str, Any]
+
+
+def text_batches(tokenizer: Tokenizer, text: str, count: int, size: int = 8) -> list[Batch]:
+    """Cuts text into `count` batches of `size` windows each, taken evenly from it.
+
+    Args:
+      tokenizer: of the model.
+      text: to calibrate on; none of it should be evaluated on.
+      count: batches, fewer where the text is short.
+      size: windows of a batch.
+
+    Returns:
+      Batches of `tokens` [size, WINDOW].
+    """
+    return token_batches(corpora.encode_text(tokenizer, text), count, size)
+
+
+def token_batches(ids: np.ndarray, count: int, size: int = 8) -> list[Batch]:
+    """Makes batches as `text_batches` does, from token ids; a short text repeats to fill one."""
+    windows = np.resize(ids, (max(len(ids) // WINDOW, size), WINDOW)).astype(np.int32)
+    batches = min(count, len(windows) // size)
+    chosen = windows[np.linspace(0, len(windows) - 1, batches * size).astype(int)]
+    return [{"tokens": rows} for rows in chosen.reshape(batches, size, WINDOW)]
+
+
+def screen_batches(
+    config: GLMConfig,
+    tokenizer: Tokenizer,
+    utterances: Sequence[speech.Utterance],
+    digits_dir: str | None,
+    seed: int,
+    count: int,
+    screens: int = 4,
+) -> list[Batch]:
+    """Draws `count` batches of screens with several questions each, all of one shape.
+
+    With recordings, every other batch shows keypads and asks half of its questions in speech.
+
+    Args:
+      config: of the model.
+      tokenizer: of the model.
+      utterances: recordings for spoken questions; without them all questions are written.
+      digits_dir: folder of MNIST files; None takes scikit-learn's digits.
+      seed: of the calibration stream.
+      count: batches.
+      screens: rows of a batch.
+
+    Returns:
+      Batches with tokens, loss_mask, images, positions, mask, and audio where there is any.
+    """
+    source = digits.mnist_folder(digits_dir, "train") if digits_dir else None
+    drawer = generator.ScreenGenerator(source or digits.sklearn_digits("train"))
+    rng = generator.random_stream("calibration", seed)
+    drawn = ScreenBatches(config, tokenizer, [drawer], utterances, rng)
+    blocks = (4, 4) if utterances else (8, 0)
+    layout = drawn.layout(*blocks)
+    return [
+        as_batch(drawn.draw(screens, *blocks, silent=index % 2 == 0), layout, config)
+        for index in range(count)
+    ]
+
+
+def as_batch(drawn: dict[str, np.ndarray], layout: Layout, config: GLMConfig) -> Batch:
+    """Turns rows of questions into a calibration batch for `glm_edge.compress`."""
+    rows = np.arange(len(drawn["tokens"]))[:, None, None]
+    loss_mask = np.zeros(drawn["tokens"].shape, np.float32)
+    np.add.at(loss_mask, (rows, drawn["slots"]), drawn["weights"])
+    batch = {
+        "tokens": drawn["tokens"],
+        "loss_mask": loss_mask,
+        "images": drawn["images"],
+        "positions": np.broadcast_to(layout.positions, drawn["tokens"].shape),
+        "mask": layout.mask,
+    }
+    if drawn["samples"].shape[1]:
+        mel = mel_of(drawn["samples"].reshape(-1, drawn["samples"].shape[-1]), config)
+        batch["audio"] = mel.reshape(*drawn["samples"].shape[:2], *mel.shape[1:])
+    return batch

@@ -1,0 +1,323 @@
+"""Spoken digits: recordings from a folder, synthesis, splitting by speaker, augmentation.
+
+Samples are mono float32 in -1..1 at 8 kHz; `N` is their number.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from glm_edge.errors import DataError, require
+
+SAMPLE_RATE = 8000
+LONGEST_SECONDS = 1.6
+DIGIT_WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
+)  # fmt: skip
+# An accent and a larynx each; no larynx is in two splits. (f2, f3 and f5 never sound the same
+# twice, even in a fresh process.)
+VOICES = {
+    "train": (
+        "en-us", "en-us+m1", "en-us+f1", "en+m3", "en+linda", "en-us+m7", "en-us+f4",
+        "en-gb-scotland+m5", "en-029+grandma", "en-gb-x-rp+Andy", "en-us-nyc+Mario", "en-us+anika",
+    ),
+    "calibration": ("en-us+m2", "en+belinda"),
+    "eval": ("en-us+Andrea", "en+m4", "en-us+steph", "en-us-nyc+john"),
+}  # fmt: skip
+_PARAMETER_RATE, _PARAMETER_PITCH = 1, 3
+_AUDIO_SYNCHRONOUS, _CHARACTERS_UTF8, _POSITION_CHARACTER = 2, 1, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+    """Somebody saying a digit.
+
+    Args:
+      samples: float32 `[N]` at 8 kHz.
+      digit: 0..9.
+      speaker: who.
+    """
+
+    samples: np.ndarray
+    digit: int
+    speaker: str
+
+
+def resample(samples: np.ndarray, rate: int, target: int = SAMPLE_RATE) -> np.ndarray:
+    """Changes the sampling rate by cutting or padding the spectrum.
+
+    Args:
+      samples: float32 `[N]` in -1..1.
+      rate: samples per second given.
+      target: samples per second wanted.
+
+    Returns:
+      float32 `[round(N * target / rate)]`.
+    """
+    if rate == target or not len(samples):
+        return np.asarray(samples, np.float32)
+    count = max(1, round(len(samples) * target / rate))
+    spectrum = np.fft.rfft(samples)[: count // 2 + 1]
+    # A cut spectrum overshoots at loud edges.
+    wave = np.clip(np.fft.irfft(spectrum, count) * (count / len(samples)), -1, 1)
+    return wave.astype(np.float32)
+
+
+def fsdd_folder(path: str | Path) -> list[Utterance]:
+    """Opens recordings in the layout of the Free Spoken Digit Dataset packed as npz.
+
+    Args:
+      path: folder of `*.npz`, each with `samples` (int16 PCM, all recordings one after another, or
+        float in -1..1), `offsets` (where each begins, and the end), `sr` (Hz) and `name`
+        (`digit_speaker_index`).
+
+    Returns:
+      The recordings at 8 kHz in the order of the files.
+
+    Raises:
+      DataError: there is none, or a file is not that.
+    """
+    folder = Path(path)
+    files = sorted(folder.glob("*.npz")) if folder.is_dir() else []
+    if not files:
+        raise DataError(f"{folder} is not a folder with *.npz of spoken digits")
+    return [utterance for file in files for utterance in _read_npz(file)]
+
+
+def _read_npz(file: Path) -> list[Utterance]:
+    try:
+        # Indexing an NpzFile decompresses the array anew each time.
+        with np.load(file, allow_pickle=False) as opened:
+            data = {key: np.asarray(value) for key, value in opened.items()}
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        EOFError,
+        NotImplementedError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as error:
+        raise DataError(f"{file} is not an npz of spoken digits ({error})") from error
+    if missing := {"samples", "offsets", "sr", "name"} - set(data):
+        raise DataError(
+            f"{file} lacks {', '.join(sorted(missing))}; "
+            "an npz of spoken digits has samples, offsets, sr and name"
+        )
+    samples, offsets, names, rate = (data[key] for key in ("samples", "offsets", "name", "sr"))
+    is_float = samples.dtype.kind == "f"
+    if samples.ndim != 1 or not (is_float or samples.dtype == np.int16) or not samples.size:
+        raise DataError(
+            f"{file}: samples are {samples.dtype} {list(samples.shape)}; "
+            "int16 PCM or float [N] is needed"
+        )
+    # The negation catches NaN as well.
+    if is_float and not np.abs(samples).max() <= 1:
+        raise DataError(f"{file}: samples leave -1..1 or are not finite; float PCM stays inside")
+    if rate.size != 1 or rate.dtype.kind not in "iuf" or not 4000 <= rate <= 192000:
+        raise DataError(f"{file}: sr is {rate}; one rate in Hz, 4000..192000, is needed")
+    if (
+        offsets.ndim != 1
+        or offsets.dtype.kind not in "iu"
+        or offsets.shape != (names.size + 1,)
+        or offsets[0] < 0
+        or offsets[-1] > len(samples)
+        or (np.diff(offsets.astype(np.int64)) <= 0).any()
+    ):
+        raise DataError(
+            f"{file}: offsets do not fit; {names.size + 1} rising indices into the "
+            f"{len(samples)} samples are needed"
+        )
+    scale = np.float32(1 if is_float else 1 / 32768)
+    utterances = []
+    for i, name in enumerate(str(n) for n in names.reshape(-1)):
+        parts = name.removesuffix(".wav").split("_")
+        if len(parts) < 3 or parts[0] not in list("0123456789"):
+            raise DataError(f"{file}: name {name!r}; digit_speaker_index is needed")
+        wave = samples[offsets[i] : offsets[i + 1]].astype(np.float32) * scale
+        speaker = "_".join(parts[1:-1])
+        utterances.append(Utterance(resample(wave, int(rate.item())), int(parts[0]), speaker))
+    return utterances
+
+
+def split_speakers(
+    utterances: Sequence[Utterance], holdout: Collection[str]
+) -> tuple[list[Utterance], list[Utterance]]:
+    """Splits recordings so that nobody is heard on both sides.
+
+    Args:
+      utterances: recordings.
+      holdout: names of the speakers to keep apart.
+
+    Returns:
+      (recordings of the others, recordings of the speakers held out).
+
+    Raises:
+      DataError: a speaker does not occur, or nobody is left on a side.
+    """
+    speakers = {u.speaker for u in utterances}
+    if absent := set(holdout) - speakers:
+        raise DataError(f"no speaker {min(absent)!r}; there are {', '.join(sorted(speakers))}")
+    training = [u for u in utterances if u.speaker not in holdout]
+    holdouts = [u for u in utterances if u.speaker in holdout]
+    if not training or not holdouts:
+        raise DataError(f"holding out {sorted(holdout)} of {sorted(speakers)} leaves a side empty")
+    return training, holdouts
+
+
+def synthesize_digits(
+    seed: int, voices: Sequence[str] = VOICES["train"], repeats: int = 2
+) -> list[Utterance]:
+    """Lets eSpeak NG say every digit, alone and as "press seven", at varied speed and pitch.
+
+    It runs in a process of its own, because what it says depends on all that it said before; so
+    the same arguments give the same samples. The last results are kept.
+
+    Args:
+      seed: of speeds and pitches.
+      voices: eSpeak's names of voices, such as "en-us+f1"; each is a speaker.
+      repeats: how often a voice says each phrase.
+
+    Returns:
+      `20 * repeats` utterances per voice, silence at the ends cut.
+
+    Raises:
+      DataError: eSpeak does not know a voice.
+      MissingExtraError: the extra `speech` is not installed.
+
+    References:
+      eSpeak NG, https://github.com/espeak-ng/espeak-ng
+    """
+    require("espeakng_loader", extra="speech")
+    return list(_synthesize(seed, tuple(voices), repeats))
+
+
+@functools.lru_cache(maxsize=8)
+def _synthesize(seed: int, voices: tuple[str, ...], repeats: int) -> tuple[Utterance, ...]:
+    rng = np.random.default_rng(seed)
+    phrases = [
+        (voice, digit, phrase.format(DIGIT_WORDS[digit]))
+        for voice in voices
+        for digit in range(10)
+        for phrase in ("{}", "press {}")
+        for _ in range(repeats)
+    ]
+    requests = [
+        [voice, text, int(rng.integers(130, 211)), int(rng.integers(30, 71))]
+        for voice, _, text in phrases
+    ]
+    child = subprocess.run(
+        [sys.executable, "-m", __name__ if __name__ != "__main__" else __spec__.name],
+        input=json.dumps(requests).encode(),
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+        check=False,
+    )
+    if child.returncode:
+        lines = child.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise DataError(f"eSpeak NG could not say the digits: {lines[-1].rpartition('Error: ')[2]}")
+    header, _, pcm = child.stdout.partition(b"\n")
+    rate, lengths = json.loads(header)
+    waves = np.split(np.frombuffer(pcm, np.int16), np.cumsum(lengths)[:-1])
+    return tuple(
+        Utterance(_trim(resample(wave / np.float32(32768), rate)), digit, voice)
+        for (voice, digit, _), wave in zip(phrases, waves, strict=True)
+    )
+
+
+def _trim(samples: np.ndarray) -> np.ndarray:
+    """Cuts what is quieter than a hundredth of the peak from both ends."""
+    loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max(initial=1e-6))
+    return samples[loud[0] : loud[-1] + 1] if len(loud) else samples
+
+
+def _say(requests: Sequence[Sequence]) -> tuple[int, list[np.ndarray]]:
+    """Speaks (voice, text, words per minute, pitch) one after the other in this process."""
+    loader = require("espeakng_loader", extra="speech")
+    library = ctypes.CDLL(loader.get_library_path())
+    rate = library.espeak_Initialize(_AUDIO_SYNCHRONOUS, 0, loader.get_data_path().encode(), 0)
+    if rate <= 0:
+        raise DataError("eSpeak NG does not start; espeakng-loader may be damaged")
+    variants = Path(loader.get_data_path()) / "voices" / "!v"
+    chunks = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def receive(wave, count, _events):
+        if wave and count > 0:
+            chunks.append(np.ctypeslib.as_array(wave, (count,)).copy())
+        return 0
+
+    library.espeak_SetSynthCallback(receive)
+    spoken = []
+    for voice, text, speed, pitch in requests:
+        chunks.clear()
+        # An unknown variant, the part after the plus, is dropped in silence.
+        variant = variants / voice.partition("+")[2]
+        if not variant.exists() or library.espeak_SetVoiceByName(voice.encode()):
+            raise DataError(f"unknown voice {voice!r}; a name such as en-us or en-us+f1 is needed")
+        library.espeak_SetParameter(_PARAMETER_RATE, speed, 0)
+        library.espeak_SetParameter(_PARAMETER_PITCH, pitch, 0)
+        data = text.encode() + b"\0"
+        library.espeak_Synth(
+            data, len(data), 0, _POSITION_CHARACTER, 0, _CHARACTERS_UTF8, None, None
+        )
+        library.espeak_Synchronize()
+        spoken.append(np.concatenate(chunks) if chunks else np.zeros(1, np.int16))
+    return rate, spoken
+
+
+def augment(rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
+    """Makes a recording sound like another person, room and microphone.
+
+    Speed (and pitch with it), equalization, time shift, noise and gain, in this order.
+
+    Args:
+      rng: where the randomness comes from.
+      samples: float32 `[N]` at 8 kHz.
+
+    Returns:
+      float32, at most `LONGEST_SECONDS` long, in -1..1.
+    """
+    longest = int(LONGEST_SECONDS * SAMPLE_RATE)
+    speed = float(np.clip(np.exp(rng.normal(0, 0.13)), 0.75, 1.33))
+    count = min(max(int(len(samples) / speed), 1), longest)
+    wave = np.interp(np.arange(count) * speed, np.arange(len(samples)), samples)
+
+    size = 1 << count.bit_length()
+    frequencies = np.linspace(0, 1, size // 2 + 1)
+    knots = np.linspace(0, 1, 7)
+    decibels = np.interp(frequencies, knots, rng.normal(0, 4.0, 7))
+    wave = np.fft.irfft(np.fft.rfft(wave, size) * 10 ** (decibels / 20), size)[:count]
+
+    before = int(rng.integers(0, min(longest - count, 3200) + 1))
+    after = int(rng.integers(0, min(longest - count - before, 3200) + 1))
+    wave = np.pad(wave, (before, after))
+    noise = rng.standard_normal(len(wave))
+    if rng.random() < 0.5:
+        # A moving average makes the hiss a rumble.
+        noise = np.convolve(noise, np.full(6, 6**-0.5), "same")
+    loudness = np.sqrt(np.mean(np.square(wave))) + 1e-6
+    wave += noise * loudness * 10 ** (-rng.uniform(8, 45) / 20)
+    wave *= 10 ** (rng.uniform(-12, 8) / 20)
+    return np.clip(wave, -1, 1).astype(np.float32)
+
+
+def _main() -> None:
+    """Says what standard input asks for: a JSON line of rate and lengths, then int16 samples."""
+    rate, spoken = _say(json.load(sys.stdin))
+    header = json.dumps([rate, [len(wave) for wave in spoken]]).encode()
+    sys.stdout.buffer.write(header + b"\n" + b"".join(wave.tobytes() for wave in spoken))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,330 @@
+"""The table of pruning: restated algorithms against definitions and ours, rows, goals, speed."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glm_edge as ge
+from experiments.bench import quality as bench_quality
+from experiments.bench.export import TOY
+from experiments.bench.peers import sparsity
+from experiments.bench.peers.methods import DECODER, OURS, REFERENCE, Method
+from experiments.bench.peers.table import cells, titles
+from experiments.bench.pruning import rows, show, speed, work
+from experiments.bench.runtimes.random_model import random_model
+from glm_edge import configs
+from glm_edge import params as boxes
+from glm_edge.compress.prune import sparse_columns
+from glm_edge.models.multimodal import MultimodalGLM
+
+METHODS = rows.methods(30, 20)
+RNG = np.random.default_rng(5)
+PATH = "decoder/layers/0/mlp/down_proj/weight"
+
+
+def inputs_of(columns: int, count: int = 200) -> np.ndarray:
+    """Rows whose columns are correlated and of unlike sizes."""
+    mixed = RNG.normal(size=(count, columns)) @ RNG.normal(size=(columns, columns))
+    return mixed * np.exp(RNG.normal(size=columns))
+
+
+def test_rows_have_names_and_files_of_their_own():
+    assert len({method.name for method in METHODS}) == len(METHODS)
+    assert len({bench_quality.slug(method) for method in METHODS}) == len(METHODS)
+    assert {m.peer for m in METHODS} == {REFERENCE, rows.RESTATED, OURS}
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.peer == OURS], ids=lambda m: m.name)
+def test_recipes_of_ours_are_recipes(method):
+    options = method.options
+    if options["prune"] is not None:
+        assert ge.recipe_from_json(json.dumps(options["prune"])).name == options["prune"]["name"]
+    if options["heal"] is not None:
+        assert ge.distill(**options["heal"]).options["steps"] in (30, 20)
+    assert (method.kind == "trained") == (options["heal"] is not None)
+
+
+def test_rows_without_structure_ask_for_half_of_the_weights():
+    for method in (m for m in METHODS if m.peer == rows.RESTATED):
+        kept = method.options.get("n_m")
+        assert method.options["sparsity"] == 0.5 if kept is None else kept == [2, 4]
+
+
+def eliminated(weight: np.ndarray, hessian: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Optimal brain surgeon column by column, by inverses of what is left of the Hessian."""
+    weight = weight.copy()
+    for column in range(weight.shape[1]):
+        inverse = np.linalg.inv(hessian[column:, column:])
+        for row in np.flatnonzero(~keep[:, column]):
+            weight[row, column:] -= weight[row, column] / inverse[0, 0] * inverse[0]
+            weight[row, column] = 0.0
+    return weight
+
+
+@pytest.mark.parametrize("n_m", [None, (2, 4)])
+def test_sparsegpt_is_optimal_brain_surgery_in_columns(n_m):
+    weight, met = RNG.normal(size=(6, 16)), inputs_of(16)
+    found = sparsity.sparsegpt(weight, met, 0.5, n_m, block=8)
+    hessian = met.T @ met
+    hessian += 0.01 * np.mean(np.diag(hessian)) * np.eye(16)
+    np.testing.assert_allclose(found, eliminated(weight, hessian, found != 0), atol=1e-9)
+    assert (found == 0).sum() == weight.size // 2
+    # What is chosen within the first columns is what costs least there.
+    inverse = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    worth = np.square(weight / np.diag(inverse))
+    if n_m is None:
+        assert worth[:, :8][found[:, :8] == 0].max() < worth[:, :8][found[:, :8] != 0].min()
+    else:
+        first = np.sort(np.argsort(worth[:, :4], axis=1)[:, :2], axis=1)
+        np.testing.assert_array_equal(
+            np.sort(np.argsort(found[:, :4] != 0, axis=1)[:, :2], axis=1), first
+        )
+
+
+@pytest.mark.parametrize("n_m", [None, (2, 4)])
+def test_sparsegpt_of_ours_as_published_is_the_restated_one(n_m):
+    weight, met = RNG.normal(size=(12, 32)), inputs_of(32)
+    restated = sparsity.sparsegpt(weight, met, 0.5, n_m, block=16)
+    found, keep, _ = sparse_columns.solve(
+        jnp.asarray(weight, jnp.float32),
+        jnp.asarray(met.T @ met, jnp.float32),
+        0.5,
+        n_m,
+        block=16,
+    )
+    np.testing.assert_array_equal(np.asarray(keep), restated != 0)
+    np.testing.assert_allclose(np.asarray(found), restated, atol=2e-3)
+
+
+def test_an_input_that_is_always_zero_loses_its_weights():
+    met = inputs_of(8)
+    met[:, 3] = 0.0
+    found = sparsity.sparsegpt(RNG.normal(size=(4, 8)), met, 0.5, None)
+    assert np.isfinite(found).all()
+    assert (found[:, 3] == 0).all()
+
+
+def test_wanda_keeps_of_each_row_what_meets_most():
+    weight, met = RNG.normal(size=(5, 8)), inputs_of(8)
+    score = np.abs(weight) * np.linalg.norm(met, axis=0)
+    stays = sparsity.wanda(weight, met, 0.5, None)
+    np.testing.assert_array_equal(stays, score >= np.sort(score, axis=1)[:, 4:5])
+    pairs = sparsity.wanda(weight, met, None, (2, 4)).reshape(5, 2, 4)
+    groups = score.reshape(5, 2, 4)
+    np.testing.assert_array_equal(pairs, groups >= np.sort(groups, axis=2)[:, :, 2:3])
+
+
+def test_shares_by_erdos_renyi_are_the_budget_and_leave_small_matrices_whole():
+    shapes = {"small": (4, 8), "square": (64, 64), "wide": (256, 64)}
+    found = sparsity.erdos_renyi(shapes, 0.5)
+    assert found["small"] == 0.0
+    removed = sum(found[name] * math.prod(shape) for name, shape in shapes.items())
+    assert removed == pytest.approx(0.5 * sum(map(math.prod, shapes.values())))
+    density = {name: 1 - found[name] for name in ("square", "wide")}
+    expected = (128 / 64**2) / (320 / (256 * 64))
+    assert density["square"] / density["wide"] == pytest.approx(expected)
+
+
+def test_layers_see_what_the_pruned_layers_before_them_give():
+    names = [f"decoder/layers/{index}/q/weight" for index in (1, 0)]
+    weights = {name: RNG.normal(size=(4, 8)) for name in names}
+    seen = []
+
+    def inputs(found, paths):
+        seen.append((paths, {path: (weight == 0).mean() for path, weight in found.items()}))
+        return {path: inputs_of(8) for path in paths}
+
+    sparsity.prune(weights, inputs, {"algorithm": "wanda", "sparsity": 0.5})
+    assert [paths for paths, _ in seen] == [[names[1]], [names[0]]]
+    assert seen[0][1] == dict.fromkeys(names, 0.0)
+    assert seen[1][1] == {names[1]: 0.5, names[0]: 0.0}
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    config = configs.GLMConfig(
+        name="text_only",
+        decoder=configs.DecoderConfig(
+            vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+            intermediate_size=48, max_position_embeddings=64,
+        ),
+        eos_token_ids=(2,),
+        pad_token_id=2,
+    )  # fmt: skip
+    model = MultimodalGLM(config)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    data = bench_quality.Gathered(None, model, params, None, None, None, {}, ())
+    batches = [{"tokens": RNG.integers(3, 61, (2, 16)).astype(np.int32)} for _ in range(4)]
+    directory = tmp_path_factory.mktemp("states")
+    return work.Worker(data, batches, lambda: batches, directory, 0)
+
+
+@pytest.mark.parametrize(
+    ("scope", "transform"),
+    [
+        ("uniform", ge.prune.magnitude(0.5, where=DECODER)),
+        ("global", ge.prune.magnitude(0.5, where=DECODER, scope="global")),
+    ],
+)
+def test_restated_magnitude_leaves_the_weights_that_ours_leaves(worker, scope, transform):
+    options = {"algorithm": "magnitude", "sparsity": 0.5, "scope": scope}
+    restated = worker.run(Method("x", rows.RESTATED, options), "x")
+    _, ours, _ = transform(*worker.dense)
+    for path in boxes.select(ours, DECODER):
+        pair = [dict(boxes.path_items(tree))[path].unbox() for tree in (restated.params, ours)]
+        np.testing.assert_array_equal(*map(np.asarray, pair))
+
+
+def test_restated_wanda_leaves_the_weights_that_ours_leaves_in_the_first_layer(worker):
+    options = {"algorithm": "wanda", "sparsity": 0.5}
+    restated = worker.run(Method("x", rows.RESTATED, options), "x")
+    _, ours, _ = ge.prune.mask(0.5, score="wanda", where="layers/0/attention/(q|k|v)_proj")(
+        *worker.dense, worker.calibration
+    )
+    for path, leaf in boxes.path_items(ours):
+        if isinstance(leaf, boxes.Masked):
+            found = dict(boxes.path_items(restated.params))[path]
+            np.testing.assert_array_equal(np.asarray(found.mask), np.asarray(leaf.mask))
+
+
+def test_masks_are_counted_and_save_nothing(worker):
+    options = {"algorithm": "magnitude", "n_m": [2, 4]}
+    pruned = worker.run(Method("x", rows.RESTATED, options), "x")
+    sizes = work.sizes(worker.data.params, pruned.params)
+    matrices = sum(
+        leaf.size for path, leaf in boxes.path_items(worker.data.params) if path.startswith("deco")
+        and leaf.ndim == 2
+    )  # fmt: skip
+    assert sizes["mask_bytes"] == matrices
+    assert sizes["removed"] == 0.0
+    assert sizes["stored"] == pytest.approx(1.25, abs=0.01)
+    assert sizes["zeros"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_healed_row_shrinks_arrays_and_resumes_to_the_same_bytes(worker):
+    prune = rows.structured(heads=0.5, neurons=0.25)
+    heal = {"steps": 4, "where": rows.TRAINS, "alpha": 0.9, "mixture": rows.MIXTURE}
+    method = Method("x", OURS, {"prune": prune, "heal": heal}, "trained", "training")
+    first = worker.run(method, "healed")
+    states = list(worker.directory.glob("healed-*/state.safetensors"))
+    assert len(states) == 1
+    decoder = first.model.config.decoder
+    assert (decoder.num_heads, decoder.intermediate_size) == (2, 36)
+    sizes = work.sizes(worker.data.params, first.params)
+    assert sizes["mask_bytes"] == 0
+    assert 1 - sizes["removed"] == pytest.approx(sizes["stored"])
+    assert sizes["removed"] > 0.2
+    assert set(first.curve) == {"loss", "soft", "hard"}
+    again = worker.run(method, "healed")
+    for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(again.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert list(worker.directory.glob("healed-*/state.safetensors")) == states
+
+
+def measured(nats: list[float], tokens: int, hits: str) -> dict:
+    return {
+        "window_nats": nats,
+        "perplexity": math.exp(sum(nats) / tokens),
+        "hits_image": hits,
+        "hits_spoken": None,
+    }
+
+
+def test_the_interval_of_the_increase_holds_it_and_lost_taps_count_up():
+    dense = measured([40.0, 44.0, 42.0, 38.0], 40, "1111")
+    worse = measured([42.0, 45.0, 46.0, 39.0], 40, "1011")
+    found = show.beside_dense(worse, dense)
+    assert found["increase"] == pytest.approx(math.exp(8 / 40) - 1)
+    assert 0 < found["increase_low"] < found["increase"] < found["increase_high"]
+    # The least and the largest change of a window bound it.
+    assert math.expm1(1 / 10) <= found["increase_low"]
+    assert found["increase_high"] <= math.expm1(4 / 10)
+    assert found["taps_lost_image"][1] == 0.25
+    assert found["taps_lost_spoken"] is None
+    same = show.beside_dense(dense, dense)
+    assert [same[f"increase{end}"] for end in ("", "_low", "_high")] == [0.0, 0.0, 0.0]
+
+
+def result(name: str, peer: str, kind: str, increase: float, lost: float = 0.0) -> dict:
+    return {
+        "method": name, "peer": peer, "kind": kind, "increase": increase,
+        "increase_low": increase / 2, "increase_high": increase * 2,
+        "taps_lost_image": [lost, lost, lost], "taps_lost_spoken": None,
+    }  # fmt: skip
+
+
+def test_goals_are_judged_by_the_best_row_of_ours_and_missing_rows_are_left_out():
+    found = [
+        result("SparseGPT 50 %", rows.RESTATED, "training-free", 0.20),
+        result("Wanda 50 %", rows.RESTATED, "training-free", 0.10),
+        result("glm_edge a 50 %", OURS, "training-free", 0.21),
+        result("glm_edge b 50 %", OURS, "training-free", 0.19),
+        result("glm_edge 50 %, distilled", OURS, "trained", 0.01),
+        result("glm_edge 2:4", OURS, "training-free", 0.05),
+        result("glm_edge 2:4, distilled", OURS, "trained", 0.11),
+        result("glm_edge 30 %, distilled", OURS, "trained", 0.02, lost=0.02),
+    ]
+    goals = show.goals(found, {"speedup": [1.2, 1.31, 1.4], "shape": "mobile"})
+    assert [(goal["row"], goal["reached"]) for goal in goals] == [
+        ("glm_edge b 50 %", True),
+        ("glm_edge 2:4, distilled", False),
+        ("glm_edge 30 %, distilled", True),
+        ("glm_edge 30 %, distilled", False),
+        ("mobile", True),
+    ]
+    assert show.goals(found[:2], None) == []
+
+
+def test_the_table_and_the_figure_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = dict.fromkeys(show.COLUMNS) | result("m", OURS, "trained", 0.25) | {"stored": 1.25}
+    shown = dict(zip(titles(show.COLUMNS), cells(row, show.COLUMNS), strict=True))
+    assert (shown["increase"], shown["bytes"], shown["taps"]) == ("+25.00%", "125.0%", "-")
+    show.figure([row], tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_timed_shape_is_the_one_that_removal_leaves():
+    model, params = random_model(configs.to_dict(TOY), "float32")
+    assert speed.decoder_parameters(TOY) == boxes.count(params["decoder"])
+    shrink = ge.prune.structured(heads=0.25, neurons=rows.NEURONS, score="magnitude")
+    left, pruned, _ = shrink(model, params)
+    found = speed.smaller(TOY)
+    assert found == left.config
+    assert speed.decoder_parameters(found) == boxes.count(pruned["decoder"])
+
+
+def test_at_least_three_tenths_go_on_both_shapes():
+    for name in ("nano", "mobile"):
+        config = configs.preset(name)
+        found = speed.decoder_parameters(speed.smaller(config))
+        assert found <= 0.7 * speed.decoder_parameters(config)
+
+
+@pytest.mark.slow
+def test_both_files_take_turns_in_litert(tmp_path):
+    pytest.importorskip("ai_edge_litert")
+    pytest.importorskip("tensorflow")
+    found = speed.measure("toy", tmp_path, rounds=2, steps=2, context=4, slots=16, threads=1)
+    assert found["file_bytes"]["pruned"] < found["file_bytes"]["dense"]
+    assert 0 < found["removed"] < 1
+    low, middle, high = found["speedup"]
+    assert 0 < low <= middle <= high
+    ratios = np.divide(found["bursts"]["dense"], found["bursts"]["pruned"])
+    assert middle == pytest.approx(np.median(ratios))
+    assert not list(tmp_path.glob("*.tflite"))
+
+
+def test_a_row_of_other_settings_is_refused_and_of_other_steps_is_run_again(tmp_path):
+    method = next(m for m in METHODS if m.kind == "trained")
+    row = {"options": json.loads(json.dumps(method.options)), "settings": {"training_windows": 8}}
+    (tmp_path / f"{bench_quality.slug(method)}.json").write_text(json.dumps(row))
+    assert bench_quality.finished(tmp_path, method, {"training_windows": 8})
+    longer = {**method.options, "heal": {**method.options["heal"], "steps": 31}}
+    other = dataclasses.replace(method, options=longer)
+    assert not bench_quality.finished(tmp_path, other, {"training_windows": 8})

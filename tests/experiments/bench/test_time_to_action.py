@@ -1,0 +1,91 @@
+"""Time to action: the arithmetic on paper, and a small measured run."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from experiments.bench import time_to_action
+from experiments.bench.time_to_action import Device, features_of, paper
+from glm_edge.configs import preset
+
+ROOT = Path(__file__).resolve().parents[3]
+PHONE = Device("phone", 50e9, 20e12, 1.0)
+
+
+def test_the_9b_model_on_paper():
+    """Against counts of the published shape, written out."""
+    found = paper(preset("phone_9b"), "int4", 96, 40, PHONE)
+    assert features_of(preset("phone_9b").vision) == (48 * 24, 12 * 24)
+    assert found["prompt_tokens"] == 288 + 96
+    layer = 4096 * (4096 + 2 * 256 + 4096) + 3 * 4096 * 13696
+    read = 40 * layer + 151552 * 4096
+    prefill, decode = found["parts"]["prefill"], found["parts"]["decode"]
+    # Half a byte a weight, and a float32 scale a row.
+    assert prefill["bytes"] == pytest.approx(read / 2, rel=2e-3)
+    products = 2 * 40 * layer * 384
+    assert products < prefill["operations"] < 1.05 * products
+    cached = 40 * 2 * 2 * 128 * 4 * 384
+    assert decode["bytes"] == pytest.approx(40 * (read / 2 + cached), rel=2e-3)
+    assert decode["seconds"] == decode["memory_s"] == decode["bytes"] / 50e9
+    assert prefill["seconds"] == prefill["arithmetic_s"] == prefill["operations"] / 20e12
+    assert found["seconds"] == sum(part["seconds"] for part in found["parts"].values())
+
+
+def test_half_of_the_peaks_takes_twice_as_long():
+    whole = paper(preset("mobile"), "int8", 96, 40, PHONE)
+    half = paper(preset("mobile"), "int8", 96, 40, dataclasses.replace(PHONE, share=0.5))
+    assert half["seconds"] == pytest.approx(2 * whole["seconds"])
+
+
+def test_the_total_counts_preparation_and_mnn_says_what_it_leaves_out(capsys, monkeypatch):
+    monkeypatch.setattr(time_to_action, "FLAGS", SimpleNamespace(shape="toy", action_tokens=4))
+    run = dict.fromkeys(("image", "prefill", "decode"), 0.1)
+    form = {"runs": [run] * 3, "file_bytes": 1, "peak_rss_bytes": 1}
+    found = {"features": 8, "prompt_tokens": 16, "prepare_s": [0.2, 0.2, 0.2]}
+    time_to_action.show_measured(found | {"forms": {"int8": form}})
+    header, _, row = (
+        [cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()
+    )
+    cells = dict(zip(header, row, strict=True))
+    assert cells["prepare s"].startswith("0.2 ")
+    assert cells["total s"].startswith("0.5 ")
+    assert (cells["claimed 3 s"], cells["claimed 0.45 s"]) == ("reached", "missed")
+    facts = {"start_s": [0.1], "step_s": [0.1], "size_bytes": 1}
+    noted = facts | {"note": time_to_action.MNN_NOTE}
+    time_to_action.show_runtimes({"LiteRT": facts, "MNN": noted})
+    assert capsys.readouterr().out.strip().endswith(time_to_action.MNN_NOTE)
+
+
+@pytest.mark.slow
+def test_a_small_run(tmp_path):
+    out = tmp_path / "action.json"
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.bench.time_to_action",
+        "--shape=toy",
+        "--forms=int8",
+    ]
+    command += ["--text_tokens=14", "--action_tokens=4", "--rounds=2", f"--out={out}"]
+    command += ["--screen=240,108", "--tops=30"]
+    command += [f"--work_dir={tmp_path / 'models'}", f"--mnn_python={tmp_path / 'none'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    log = json.loads(out.read_text())
+    runs = log["measured"]["forms"]["int8"]["runs"]
+    assert len(runs) == 2
+    assert all(run.keys() == {"image", "prefill", "decode"} for run in runs)
+    assert min(min(run.values()) for run in runs) > 0
+    assert len(log["measured"]["prepare_s"]) == 2
+    assert min(log["measured"]["prepare_s"]) > 0
+    assert log["measured"]["prepared_tokens"] >= log["measured"]["prompt_tokens"]
+    assert log["sources"] == "as given by --tops"
+    assert "sources: as given by --tops" in done.stdout
+    assert log["runtimes"]["LiteRT"]["size_bytes"] > 1e6
+    assert "none" in log["runtimes"]["MNN"]["left_out"]
+    assert "450 ms" in done.stdout or "0.45 s" in done.stdout
