@@ -288,7 +288,9 @@ def test_a_classifier_has_no_next_token_to_learn(small, calibration):
     classifier = TextEncoder(TextConfig(40, 16, 1, 2, 24, num_labels=3))
     tokens = calibration[0]["tokens"]
     shapes = jax.eval_shape(classifier.init, jax.random.key(0), tokens)["params"]
-    params, other = (jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes) for _ in range(2))
+    params, other = (
+        jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes) for _ in range(2)
+    )
     transform = distill(teacher=(classifier, other), steps=1)
     expected = r"distill: the student gives logits \[4, 3\] for tokens \[4, 12\]; .*classifier's"
     with pytest.raises(RecipeError, match=expected):
@@ -328,7 +330,7 @@ def test_what_cannot_be_distilled_is_refused(small, pruned, calibration, make_mo
         distill()(model, params, calibration=calibration)
     with pytest.raises(RecipeError, match="predicts 40 tokens, its teacher 41"):
         distill(teacher=make_model(vocab_size=41))(model, params, calibration=calibration)
-    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, small[1])
+    broken = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(np.nan), small[1])
     with pytest.raises(RecipeError, match="loss is nan at step"):
         distill(teacher=(small[0], broken), steps=2)(model, params, calibration=calibration)
 

@@ -1,5 +1,6 @@
 """A model as stages: the same numbers as the whole, and statistics of what meets each weight."""
 
+import functools
 import gc
 import weakref
 
@@ -17,6 +18,9 @@ from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
 
 
+logits = jax.jit(apply_batch, static_argnums=0)
+
+
 def leaves_of(stage, leaves):
     return {p: leaf for p, leaf in leaves.items() if stage.holds(p) or p in stage.borrows}
 
@@ -30,7 +34,7 @@ def test_stages_in_turn_are_the_model(make_member, batch_of, member):
     for stage in found:
         states = stage.run(leaves_of(stage, leaves), states)
     for state, batch in zip(states, batches, strict=True):
-        expected = apply_batch(model, params, batch)
+        expected = logits(model, params, batch)
         np.testing.assert_allclose(state["x"], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -45,9 +49,10 @@ def test_statistics_are_of_the_rows_that_meet_a_weight(make_member, batch_of):
             found = stage.collect(mine, states, getattr(stages, name))
             reduced.setdefault(name, {}).update(found)
         states = stage.run(mine, states)
+    run = jax.jit(functools.partial(model.apply, mutable=["inputs"]))
     for batch in batches:
         inputs = {name: batch[name] for name in ("images", "audio")}
-        sown = model.apply({"params": params}, batch["tokens"], **inputs, mutable=["inputs"])[1]
+        sown = run({"params": params}, batch["tokens"], **inputs)[1]
         for path, rows in jax.tree_util.tree_flatten_with_path(sown["inputs"])[0]:
             names = [key.key for key in path if hasattr(key, "key")]
             seen.setdefault("/".join((*names[:-1], "weight")), []).append(np.float64(rows))
