@@ -17,7 +17,6 @@ from glm_edge.compress.stagewise import stagewise
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
 
-
 logits = jax.jit(apply_batch, static_argnums=0)
 
 
