@@ -297,7 +297,7 @@ def test_unknown_inputs_to_do_without_are_refused(without):
 @pytest.mark.parametrize("command", ["compress", "export", "evaluate"])
 def test_modules_of_others_are_for_python(command, run, tmp_path):
     model = nn.Dense(4)
-    params = model.init(jax.random.key(0), np.ones((1, 4)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 4)))["params"]
     ge.save(model, params, tmp_path / "dense")
     where = {"compress": "--out_dir", "export": "--out", "evaluate": "--json"}[command]
     with pytest.raises(SystemExit, match=r"cannot build; use ge\.load\(.*model=module\) in Python"):

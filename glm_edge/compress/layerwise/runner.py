@@ -74,10 +74,12 @@ class StageInputs:
 
     def readers(self) -> list[tuple[str, ...]]:
         """Weights that read the same rows, group by group in the order in which they run."""
-        found: dict[tuple[str, ...], None] = {}
-        for state in self.states:
-            found.update(dict.fromkeys(self.stage.readers(self._all(None), state)))
-        return list(found)
+        groups: dict[tuple[str, ...], None] = {}
+        # Batches of the same shapes are read alike, and each reading traces the stage.
+        alike = {str(jax.tree.map(jax.typeof, state)): state for state in self.states}
+        for state in alike.values():
+            groups.update(dict.fromkeys(self.stage.readers(self._all(None), state)))
+        return list(groups)
 
     def batches(self, leaves: Leaves | None = None) -> list["StageInputs"]:
         """The same stage with one batch at a time, and what is quantized decoded once for all.
