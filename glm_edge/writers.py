@@ -18,7 +18,7 @@ from glm_edge.errors import OutputError
 from glm_edge.files import CONFIG, MAX_FILE_NAME, shown_path
 
 # Of renameat2: paths as they are, and exchange of the two names.
-_HERE, _EXCHANGE = -100, 2
+_AT_FDCWD, _EXCHANGE = -100, 2
 _DAY = 86400.0
 # Target, process, its start, boot of its machine, a random part, end; see `beside`.
 _LITTER = re.compile(
@@ -169,14 +169,14 @@ def remove_litter(path: Path) -> None:
       path: of the target.
     """
     for entry in _entries(path.parent):
-        found = _LITTER.fullmatch(entry.name)
-        if found is None or not _is_over(entry, found):
+        match = _LITTER.fullmatch(entry.name)
+        if match is None or not _is_over(entry, match):
             continue
         # The name of the target, which is short where both together are too long.
-        if found[1] != _stem(path.name, len(entry.name) - len(found[1])):
+        if match[1] != _stem(path.name, len(entry.name) - len(match[1])):
             continue
         old = Path(entry.path)
-        if found[5] == "old" and not os.path.lexists(path):
+        if match[5] == "old" and not os.path.lexists(path):
             # Killed between the two renames of `_step_aside`: this is the only checkpoint.
             os.replace(old, path)
         elif entry.is_dir(follow_symlinks=False):
@@ -185,10 +185,10 @@ def remove_litter(path: Path) -> None:
             old.unlink(missing_ok=True)
 
 
-def _is_over(entry: os.DirEntry, found: re.Match) -> bool:
+def _is_over(entry: os.DirEntry, match: re.Match) -> bool:
     """Tests if the process that made an entry is gone, as far as can be known."""
-    pid, start = int(found[2], 16), int(found[3], 16)
-    if found[4] == _boot():
+    pid, start = int(match[2], 16), int(match[3], 16)
+    if match[4] == _boot():
         return _start_of(pid) != start
     try:
         return time.time() - entry.stat(follow_symlinks=False).st_mtime > _DAY
@@ -199,10 +199,10 @@ def _is_over(entry: os.DirEntry, found: re.Match) -> bool:
 def moved_aside(path: Path) -> Path | None:
     """Finds the checkpoint that a killed process moved from a path before it put its own there."""
     for entry in _entries(path.parent):
-        found = _LITTER.fullmatch(entry.name)
-        if found is None or found[5] != "old":
+        match = _LITTER.fullmatch(entry.name)
+        if match is None or match[5] != "old":
             continue
-        if found[1] == _stem(path.name, len(entry.name) - len(found[1])):
+        if match[1] == _stem(path.name, len(entry.name) - len(match[1])):
             return Path(entry.path)
     return None
 
@@ -382,15 +382,21 @@ class DirectoryLock:
 
 
 def check_target(
-    path: str | os.PathLike, overwrite: bool, mark: str | None = CONFIG, needed: float = 0
+    path: str | os.PathLike,
+    overwrite: bool,
+    mark: str | None = CONFIG,
+    needed: float = 0,
+    strict: bool = False,
 ) -> None:
     """Refuses a path that cannot take a file or a directory, before any work is done.
 
     Args:
-      path: of the file, whose directory must exist, or of the directory to create.
+      path: of the file or of the directory to create.
       overwrite: replaces an existing file, or an existing directory that contains `mark`.
       mark: name of a file in every directory that may be replaced; None for a file.
       needed: bytes that the disk must have free; what is replaced is removed last.
+      strict: refuses a directory that exists and is empty, and one whose parent does not exist. A
+        file's directory must always exist.
 
     Raises:
       OutputError: the path exists and may not be replaced, is a link, its parent cannot be written,
@@ -401,12 +407,18 @@ def check_target(
         if mark is None:
             _check_file(target, overwrite)
         else:
+            if strict and target.is_dir() and not any(target.iterdir()):
+                raise OutputError(f"{target}: exists; name another path, or remove it")
             _check_directory(target, overwrite, mark)
+            if strict and not target.parent.is_dir():
+                raise OutputError(f"{target}: its directory does not exist; make it first")
             parent = next(parent for parent in target.parents if os.path.lexists(parent))
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
                 raise OutputError(
-                    f"{target}: cannot be written: {parent} is no directory to write into"
+                    f"{target}: cannot be written: {parent} is not a directory to write into"
                 )
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
     require_space(target, needed)
@@ -467,7 +479,7 @@ def _exchange(one: Path, other: Path) -> bool:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
         return False
-    return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE) == 0
 
 
 def _step_aside(temporary: Path, target: Path) -> None:
@@ -488,18 +500,18 @@ def no_directory(path: Path) -> str:
     Args:
       path: it may look like `owner/name`, as repositories of a model hub are called.
     """
-    found = "is a file"
+    fault = "is a file"
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        found = "does not exist"
+        fault = "does not exist"
     except (OSError, ValueError) as error:
-        found = f"cannot be opened ({getattr(error, 'strerror', None) or error})"
-    message = f"{shown_path(path)}: {found}; a checkpoint is a directory with {CONFIG}"
+        fault = f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+    message = f"{shown_path(path)}: {fault}; a checkpoint is a directory with {CONFIG}"
     aside = moved_aside(path)
     if aside is not None:
         message += f"; an interrupted save left the old one as {aside.name}"
-    if found == "does not exist" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if fault == "does not exist" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         message += (
             f"; to download a repository: hf download {path} --local-dir {path.name}, then give "
             f"{path.name!r}"

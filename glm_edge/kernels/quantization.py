@@ -4,6 +4,8 @@ A scale is `[..., out, groups]`, one per group of neighbouring columns of a row,
 one per matrix. Zero points, if any, have the shape of the scales.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -34,6 +36,7 @@ def smallest_scale(dtype: str) -> float:
     return float(info.smallest_subnormal if dtype == "float16" else info.tiny)
 
 
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def round_scale(scale: Array, dtype: str) -> Array:
     """Rounds scales to the type in which they are stored, without making one zero.
 
@@ -56,6 +59,7 @@ def round_scale(scale: Array, dtype: str) -> Array:
     return jnp.where(scale == 0, 0.0, jnp.where(scale < 0, -size, size)).astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnames="qtype", inline=True)
 def quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
     """Rounds each weight to the code of its nearest level.
 
