@@ -74,10 +74,10 @@ class StageInputs:
 
     def readers(self) -> list[tuple[str, ...]]:
         """Weights that read the same rows, group by group in the order in which they run."""
-        found: dict[tuple[str, ...], None] = {}
+        groups: dict[tuple[str, ...], None] = {}
         for state in self.states:
-            found.update(dict.fromkeys(self.stage.readers(self._all(None), state)))
-        return list(found)
+            groups.update(dict.fromkeys(self.stage.readers(self._all(None), state)))
+        return list(groups)
 
     def batches(self, leaves: Leaves | None = None) -> list["StageInputs"]:
         """The same stage with one batch at a time, and what is quantized decoded once for all.
@@ -101,12 +101,12 @@ class StageInputs:
 
     def _decoded(self, leaves: Leaves | None) -> Leaves:
         """All parameters, quantized ones decoded once for all batches where that gives the same."""
-        found = self._all(leaves)
+        leaves_by_path = self._all(leaves)
         if getattr(self.stage.module, "compute", None) != "float32":
-            return found
+            return leaves_by_path
         return {
             path: leaf.replace(dtype="float32").unbox() if isinstance(leaf, Quantized) else leaf
-            for path, leaf in found.items()
+            for path, leaf in leaves_by_path.items()
         }
 
 

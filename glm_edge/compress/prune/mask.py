@@ -235,23 +235,25 @@ def mask_model(
         read = set().union(*map(batches.keys_of, context.calibration))
         notes += batches.missing_modalities(reader, read)
     if masking.allocation == allocations.MEASURED:
-        seen, held_out = measured.split(masking, context.calibration)
-        context = dataclasses.replace(context, calibration=seen)
-    found = model_scores.of_units(name, score, masking.shape, pools, model, params, context)
-    scores, met = without_masked(pools, leaves, found[0]), found[1]
+        calibrating, held_out = measured.split(masking, context.calibration)
+        context = dataclasses.replace(context, calibration=calibrating)
+    result = model_scores.of_units(name, score, masking.shape, pools, model, params, context)
+    scores, statistics = without_masked(pools, leaves, result[0]), result[1]
     if masking.allocation == allocations.UNIFORM:
         counts = allocations.uniform(pools, masking.sparsity)
     elif masking.allocation == allocations.GLOBAL:
         counts = allocations.over_all(pools, scores, masking.sparsity)
     else:
-        counts, said = measured.allocate(masking, reader, leaves, pools, scores, held_out, context)
-        notes = (*notes, *said)
+        counts, allocation_notes = measured.allocate(
+            masking, reader, leaves, pools, scores, held_out, context
+        )
+        notes = (*notes, *allocation_notes)
     masked = masked_leaves(masking, leaves, pools, scores, counts)
     for index, path in enumerate(masked):
         context.advance(f"{name}: {path}", index + 1, len(masked))
     pruned = boxes.map_with_path(lambda path, leaf: masked.get(path, leaf), params)
     notes = (*notes, *mask_notes(masking.shape, masked.values()))
-    reasons = {path: UNWATCHED for path in masked if path not in met}
+    reasons = {path: UNWATCHED for path in masked if path not in statistics}
     table = _table(masking, leaves, masked, reasons)
     notes = (*notes, *fallback_notes(table))
     return model, pruned, Report.of(table, params, pruned, notes=notes)

@@ -53,7 +53,7 @@ def over_all(pools: Sequence[Pool], scores: Sequence[np.ndarray], sparsity: floa
     return np.bincount(np.concatenate(owners)[order[:count]], minlength=len(pools)).tolist()
 
 
-def kept(scores: np.ndarray, count: int, ties: str = FIRST) -> np.ndarray:
+def mark_kept(scores: np.ndarray, count: int, ties: str = FIRST) -> np.ndarray:
     """Marks what stays when the lowest scores of each group go.
 
     Args:
@@ -81,7 +81,7 @@ def kept(scores: np.ndarray, count: int, ties: str = FIRST) -> np.ndarray:
 
 
 def kept_as_torch(scores: np.ndarray, count: int) -> np.ndarray:
-    """As `kept` of larger units, those staying that `torch.topk` finds largest; [1, u]."""
+    """As `mark_kept` of larger units, those staying that `torch.topk` finds largest; [1, u]."""
     keep = np.zeros(scores.shape, bool)
     keep[0, torch_order.smallest(-scores[0], scores.shape[1] - count)] = True
     return keep

@@ -101,8 +101,8 @@ class MaskConfig:
 
     def _checked_sparsity(self) -> float | None:
         budgets = {"budget_bytes": self.budget_bytes, "budget_flops": self.budget_flops}
-        given = {option: value for option, value in budgets.items() if value is not None}
-        for option, value in given.items():
+        budgets_set = {option: value for option, value in budgets.items() if value is not None}
+        for option, value in budgets_set.items():
             if self.allocation != allocations.MEASURED or self.shape.of_matrix:
                 raise RecipeError(
                     f"{self.name}: {option} is for allocation='measured' and shapes that can be "
@@ -114,9 +114,9 @@ class MaskConfig:
         fixed = self.shape.sparsity
         if fixed is not None and self.sparsity in (None, fixed):
             return fixed
-        if len(given) + (self.sparsity is not None) != 1 or fixed is not None:
-            said = f"the shape says {fixed:g}" if fixed is not None else "give it or one budget"
-            raise RecipeError(f"{self.name}: sparsity is {self.sparsity!r} and {said}")
+        if len(budgets_set) + (self.sparsity is not None) != 1 or fixed is not None:
+            hint = f"the shape says {fixed:g}" if fixed is not None else "give it or one budget"
+            raise RecipeError(f"{self.name}: sparsity is {self.sparsity!r} and {hint}")
         if self.sparsity is not None:
             check_fraction(self.name, sparsity=self.sparsity)
         return self.sparsity
@@ -141,15 +141,15 @@ def without_masked(
     pools: Sequence[Pool], leaves: Leaves, scores: Sequence[Array]
 ) -> list[np.ndarray]:
     """Scores on the host, lowest where everything is masked already, highest of what must stay."""
-    found = []
+    all_scores = []
     for pool, values in zip(pools, scores, strict=True):
         values = np.array(values, np.float32)
-        left = units_left(pool, leaves)
-        if left is not None:
-            values[~left] = -np.inf
+        remaining = units_left(pool, leaves)
+        if remaining is not None:
+            values[~remaining] = -np.inf
         values[:, list(pool.needed)] = np.inf
-        found.append(values)
-    return found
+        all_scores.append(values)
+    return all_scores
 
 
 def units_left(pool: Pool, leaves: Leaves) -> np.ndarray | None:
@@ -198,7 +198,7 @@ def masked_leaves(
         if as_units:
             keeps.append(allocations.kept_as_torch(values, count))
         else:
-            keeps.append(allocations.kept(values, count, masking.ties))
+            keeps.append(allocations.mark_kept(values, count, masking.ties))
     sizes = {member.path: leaves[member.path].shape for pool in pools for member in pool.members}
     return {
         path: boxes.mask(leaves[path], jnp.asarray(keep))
@@ -214,11 +214,11 @@ def mask_row(
     norm = float(jnp.linalg.norm(old.astype(jnp.float32)))
     lost = float(jnp.linalg.norm((new - old).astype(jnp.float32)))
     stored = boxes.stored_bytes(after)
-    said = [part for part in (masking.label, note) if part]
+    parts = [part for part in (masking.label, note) if part]
     return Row(
         masking.name,
         path,
-        f"masked ({', '.join(said)})" if said else "masked",
+        f"masked ({', '.join(parts)})" if parts else "masked",
         float(after.mask.mean()),
         8 * stored / old.size,
         boxes.stored_bytes(before),

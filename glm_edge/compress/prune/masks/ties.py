@@ -53,15 +53,15 @@ def _partition(values: np.ndarray, places: np.ndarray, first: int, last: int) ->
     else:
         median = a if values[a] < values[c] else c if values[b] < values[c] else b
     _swap(values, places, first, median)
-    rest = values[first + 1 : last]
+    others = values[first + 1 : last]
     # Each pointer stops at what may not stay on its side; the stops are swapped pair by pair.
-    left = np.flatnonzero(rest >= values[first]) + first + 1
-    right = np.flatnonzero(rest <= values[first])[::-1] + first + 1
-    pairs = min(len(left), len(right))
-    crossed = np.flatnonzero(left[:pairs] >= right[:pairs])
+    from_left = np.flatnonzero(others >= values[first]) + first + 1
+    from_right = np.flatnonzero(others <= values[first])[::-1] + first + 1
+    pairs = min(len(from_left), len(from_right))
+    crossed = np.flatnonzero(from_left[:pairs] >= from_right[:pairs])
     pairs = int(crossed[0]) if len(crossed) else pairs
-    _swap(values, places, left[:pairs], right[:pairs])
-    stops = [*left[pairs : pairs + 1], *right[max(pairs - 1, 0) : pairs]]
+    _swap(values, places, from_left[:pairs], from_right[:pairs])
+    stops = [*from_left[pairs : pairs + 1], *from_right[max(pairs - 1, 0) : pairs]]
     return int(min(stops))
 
 
@@ -78,10 +78,10 @@ def _heap_select(
         _sift(heap, parent, heap[parent])
     # The greatest in the heap only falls, so what is not below it now never is.
     later = middle + np.flatnonzero(values[middle:last] < heap[0][0])
-    for place in later.tolist():
-        if values[place] < heap[0][0]:
-            value = (values[place].item(), places[place].item())
-            values[place], places[place] = heap[0]
+    for index in later.tolist():
+        if values[index] < heap[0][0]:
+            value = (values[index].item(), places[index].item())
+            values[index], places[index] = heap[0]
             _sift(heap, 0, value)
     values[first:middle], places[first:middle] = zip(*heap, strict=True)
 
