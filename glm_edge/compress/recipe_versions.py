@@ -65,6 +65,8 @@ def upgraded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         format = _format(name, {**_DEFAULTS[name], **old})
         if format is not None:
             others["format"] = str(format)
+    if name == "prune.mask" and others.pop("ties", "first") != "first":
+        raise RecipeError("prune.mask: ties= is gone: of equal scores the first go")
     moved = _TRAIN.get(name, {})
     if set(moved) & set(others):
         old = {option: others.pop(option) for option in moved if option in others}

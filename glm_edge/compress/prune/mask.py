@@ -82,8 +82,6 @@ class Mask(LayerwiseTransform):
         layers, those take part of which it selects any weight.
       within: whether unstructured weights compete in their `tensor` or in their `row`; None is
         `row` with `wanda` under uniform allocation, else `tensor`.
-      ties: of equal scores the `first` go; `torch` takes those that torch.nn.utils.prune takes on a
-        CPU (unstructured and channel only).
       levels: sparsities that `measured` chooses from.
       budget_bytes: in place of `sparsity` with `measured`, for what can be taken out of the arrays:
         stored bytes of all parameters once it is, by `compact`.
@@ -114,7 +112,6 @@ class Mask(LayerwiseTransform):
     allocation: str = "uniform"
     where: str | None = None
     within: str | None = None
-    ties: str = "first"
     levels: Sequence[float] = LEVELS
     budget_bytes: int | None = None
     budget_flops: int | None = None
@@ -137,7 +134,6 @@ class Mask(LayerwiseTransform):
             shape=self.shape,
             allocation=self.allocation,
             within=self.within,
-            ties=self.ties,
             levels=self.levels,
             sparsity=self.sparsity,
             budget_bytes=self.budget_bytes,

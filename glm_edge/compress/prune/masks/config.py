@@ -33,7 +33,6 @@ class MaskConfig:
     shape: Shape
     allocation: str
     within: str
-    ties: str
     levels: tuple[float, ...]
     budget_bytes: int | None = None
     budget_flops: int | None = None
@@ -49,7 +48,6 @@ class MaskConfig:
         sparsity: float | None,
         allocation: str = allocations.UNIFORM,
         within: str | None = None,
-        ties: str = allocations.FIRST,
         levels: Sequence[float] = (0.0,),
         **budgets: int | None,
     ) -> "MaskConfig":
@@ -75,14 +73,6 @@ class MaskConfig:
                 f"{name}: within must be tensor, or row for unstructured masks under uniform "
                 f"allocation, not {within!r}"
             )
-        alone = parsed_shape.kind in (shapes.SINGLE, shapes.CHANNEL) and within == TENSOR
-        if ties not in (allocations.FIRST, allocations.TORCH) or (
-            ties == allocations.TORCH and not alone
-        ):
-            raise RecipeError(
-                f"{name}: ties must be first, or torch for channels and for unstructured masks "
-                f"within a tensor, not {ties!r}"
-            )
         if not levels or not all(is_number(level) and 0 <= level < 1 for level in levels):
             raise RecipeError(f"{name}: levels must be sparsities in 0..1, below 1, not {levels}")
         config = cls(
@@ -92,7 +82,6 @@ class MaskConfig:
             parsed_shape,
             allocation,
             within,
-            ties,
             tuple(sorted(set(levels))),
             label=f"{shape}, {score}",
             **budgets,
@@ -192,13 +181,9 @@ def masked_leaves(
     Returns:
       Boxes by path.
     """
-    keeps = []
-    as_units = masking.ties == allocations.TORCH and masking.shape.kind == shapes.CHANNEL
-    for values, count in zip(scores, counts, strict=True):
-        if as_units:
-            keeps.append(allocations.kept_as_torch(values, count))
-        else:
-            keeps.append(allocations.mark_kept(values, count, masking.ties))
+    keeps = [
+        allocations.mark_kept(values, count) for values, count in zip(scores, counts, strict=True)
+    ]
     sizes = {member.path: leaves[member.path].shape for pool in pools for member in pool.members}
     return {
         path: boxes.mask(leaves[path], jnp.asarray(keep))
