@@ -62,7 +62,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("screens", 200, "Questions of each kind (written, spoken).", 1)
     flags.DEFINE_integer("text_tokens", 8192, "At most this many tokens are scored.", 512)
     flags.DEFINE_integer("seed", 0, "Seed of screens, calibration and training.")
-    flags.DEFINE_bool("overwrite", False, "Replace results that lie in --out_dir.")
+    flags.DEFINE_bool("overwrite", False, "Replace results in --out_dir.")
     flags.DEFINE_bool("smoke", False, "A few screens and steps: does it run at all?")
 
 
@@ -215,7 +215,7 @@ def summary(report: dict[str, Any]) -> str:
     lines = [
         f"size: {rows[-2]['bytes'] / rows[0]['bytes']:.1%} of the dense model's bytes; "
         f"file {export['file_bytes']:,} bytes",
-        f"file against JAX on the same integers: {export['agreement']:.2%} of likeliest tokens "
+        f"file against JAX on the same integers: {export['agreement']:.2%} of top-1 tokens "
         f"over {export['tokens']} positions, largest error {export['max_abs_error']:.3g}; "
         f"free-running {export['free_running_agreement']:.2%}",
     ]

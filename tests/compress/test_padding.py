@@ -293,7 +293,7 @@ def test_an_encoder_is_told_what_is_padding():
     model = TextEncoder(TextConfig(40, 16, 1, 2, 24, 16, num_labels=3, pooler="tanh"))
     parts = rows((8, 5))
     tokens, valid = padded(parts, 0, 3)
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     run = jax.jit(batches.apply_batch, static_argnums=0)
     found = run(model, params, batches.to_device(model, {"tokens": tokens, "valid": valid}))
     for part, logits in zip(parts, found, strict=True):

@@ -313,7 +313,7 @@ def test_a_tree_without_matrices_says_which_names_count():
 
 def test_arguments_that_are_no_parameters_are_named():
     model = Half()
-    params = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4)))["params"]
     state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
     module = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     for wrong, message in (

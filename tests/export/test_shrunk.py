@@ -1,6 +1,7 @@
 """Files and checkpoints of models whose layers, heads, neurons, words and channels went."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,12 @@ from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError
 from glm_edge.models.multimodal import MultimodalGLM
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def applied(model, variables, *inputs):
+    return model.apply(variables, *inputs)
+
 
 # All that a placeholder or a stop needs, and two of three others.
 KEEP = [index for index in range(320) if index < 24 or index % 3]
@@ -140,7 +147,7 @@ def test_fewer_words_answer_as_all_did_where_only_they_can_be_said(
     )
     ids = tokenizer.encode(prompt).ids
     for _ in answer:
-        logits = model.apply({"params": params}, jnp.asarray([ids]))[0][0, -1]
+        logits = applied(model, {"params": params}, jnp.asarray([ids]))[0][0, -1]
         ids.append(int(keep[np.argmax(logits[jnp.asarray(keep)])]))
     assert reader.decode(answer, skip_special_tokens=False) == tokenizer.decode(
         ids[12:], skip_special_tokens=False

@@ -42,7 +42,7 @@ def temporary_bytes() -> dict[str, int]:
     return found
 
 
-def test_temporary_memory_is_under_twice_the_largest_layer():
+def test_temporary_memory_is_under_twice_the_largest_layer(optimized):
     # XLA reads the flag once, before jax is imported: hence a process of its own.
     environment = {**os.environ, "XLA_FLAGS": FLAG, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

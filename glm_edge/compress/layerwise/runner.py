@@ -75,7 +75,9 @@ class StageInputs:
     def readers(self) -> list[tuple[str, ...]]:
         """Weights that read the same rows, group by group in the order in which they run."""
         groups: dict[tuple[str, ...], None] = {}
-        for state in self.states:
+        # Batches of the same shapes are read alike, and each reading traces the stage.
+        alike = {str(jax.tree.map(jax.typeof, state)): state for state in self.states}
+        for state in alike.values():
             groups.update(dict.fromkeys(self.stage.readers(self._all(None), state)))
         return list(groups)
 

@@ -67,10 +67,12 @@ def _range(rows: Array, valid: Array | None) -> dict[str, Array]:
     return {"low": low.min(axis=0), "high": high.max(axis=0)}
 
 
+@jax.jit
 def _add(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
 
 
+@jax.jit
 def _join_ranges(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
     return {"low": jnp.minimum(a["low"], b["low"]), "high": jnp.maximum(a["high"], b["high"])}
 
@@ -83,6 +85,7 @@ def _marked(rows: Array, valid: Array | None) -> dict[str, Array]:
     return {"rows": rows, "valid": jnp.ones(len(rows), bool) if valid is None else valid}
 
 
+@jax.jit
 def _stack(a: Any, b: Any) -> Any:
     return jax.tree.map(lambda one, other: jnp.concatenate([one, other]), a, b)
 
@@ -515,6 +518,7 @@ def first_states(model: nn.Module | Called, calibration: Iterable[Any]) -> list[
     return states
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def _positions(model: MultimodalGLM, state: State) -> Array:
     return model.apply(
         {},

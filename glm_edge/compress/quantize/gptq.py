@@ -280,6 +280,12 @@ def _corrected(weight: Array, gram: Array, drift: Array, propagate: float, dampi
 
 
 @jax.jit
+def _all_finite(gram: Array, drift: Array | None) -> Array:
+    finite = jnp.isfinite(gram).all()
+    return finite if drift is None else finite & jnp.isfinite(drift).all()
+
+
+@jax.jit
 def _shifted(weight: Array, factor: Array, drift: Array, propagate: float) -> Array:
     residual = jnp.matmul(weight, drift, precision="highest")
     half = triangular.solve_upper(factor, jax.lax.optimization_barrier(residual).T)
@@ -287,7 +293,7 @@ def _shifted(weight: Array, factor: Array, drift: Array, propagate: float) -> Ar
 
 
 def _check_inputs(name: str, path: str, gram: Array, drift: Array | None) -> None:
-    if not bool(jnp.isfinite(gram).all()) or not (drift is None or bool(jnp.isfinite(drift).all())):
+    if not bool(_all_finite(gram, drift)):
         raise RecipeError(
             f"{name}: {path}: calibration gives NaN or infinity at its input; mend the weights "
             "before it or the batch"

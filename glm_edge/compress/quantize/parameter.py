@@ -1,5 +1,6 @@
 """From one parameter to its quantized box, and the report's row about it."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,10 +34,17 @@ def dense_rows(path: str, leaf: Any, layout: Layout) -> Array:
     Raises:
       RecipeError: the weight holds NaN or infinity.
     """
-    weight = as_rows(leaf, layout).astype(jnp.float32)
-    if not bool(jnp.isfinite(weight).all()):
+    weight, finite = _float32_rows(leaf, layout)
+    if not finite:
         raise RecipeError(f"{path}: NaN or infinity in the weights")
     return weight
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _float32_rows(leaf: Any, layout: Layout) -> tuple[Array, Array]:
+    """The dense weight as `as_rows` in float32, and whether it is finite."""
+    weight = as_rows(leaf, layout).astype(jnp.float32)
+    return weight, jnp.isfinite(weight).all()
 
 
 def each_matrix(solve: Callable[[Array], Any], rows: Array) -> Any:
@@ -81,18 +89,18 @@ def quantize_leaf(
     if layout is None:
         raise RecipeError(f"{path} {list(leaf.shape)}: pass layout=, which says its inputs")
     matrix = as_rows(leaf, layout)
-    peak = jnp.max(jnp.abs(matrix), initial=0.0).astype(jnp.float32)
-    if not bool(jnp.isfinite(peak)):
+    peak = _peak(matrix)
+    if not np.isfinite(peak):
         raise RecipeError(f"{path}: NaN or infinity in the weights")
     parts, lost, power = [], 0.0, 0.0
     for band in _bands(matrix, format):
         codes, grid = grids.nearest(band, format, scale)
-        part = boxes.quantized(codes, *grid, format, dtype=str(leaf_dtype(leaf)))
+        part, squares = _boxed(codes, grid, band, peak, format, str(leaf_dtype(leaf)))
         parts.append(part)
-        squares = np.asarray(_squares(part.unbox(), band, peak), np.float64)
+        squares = np.asarray(squares, np.float64)
         lost, power = lost + squares[0].sum(), power + squares[1].sum()
     box = jax.tree.map(lambda *bands: _joined(bands), *parts)
-    if not math.isfinite(lost) or not bool(jnp.isfinite(box.scale).all()):
+    if not math.isfinite(lost) or not _all_finite(box.scale):
         raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
     box = box.replace(**layout.kernel(leaf.shape), dtype=str(leaf_dtype(leaf)))
     _check_mask(path, leaf, box)
@@ -124,7 +132,24 @@ def _joined(parts: Sequence[Array]) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
+def _all_finite(scale: Array) -> bool:
+    return bool(np.isfinite(np.float32(scale)).all())
+
+
 @jax.jit
+def _peak(matrix: Array) -> Array:
+    return jnp.max(jnp.abs(matrix), initial=0.0).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("format", "dtype"))
+def _boxed(
+    codes: Array, grid: Grid, band: Array, peak: Array, format: Format, dtype: str
+) -> tuple[Quantized, tuple[Array, Array]]:
+    """The box of codes, and the squares of its error, see `_squares`."""
+    box = boxes.quantized(codes, *grid, format, dtype=dtype)
+    return box, _squares(box.unbox(), band, peak)
+
+
 def _squares(after: Array, before: Array, peak: Array) -> tuple[Array, Array]:
     """Squared error and squared norm of each row, in units in which `peak` is near one."""
     before = before.astype(jnp.float32)
@@ -157,7 +182,7 @@ def box_of(
       RecipeError: scales do not fit their type, or a weight that a mask keeps at zero would no
         longer be zero.
     """
-    if not bool(jnp.isfinite(grid.scale).all()):
+    if not _all_finite(grid.scale):
         raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
     box = boxes.quantized(codes, *grid, format, dtype=str(leaf_dtype(leaf)))
     box = box.replace(**layout.kernel(leaf.shape))
@@ -166,7 +191,9 @@ def box_of(
 
 
 def _check_mask(path: str, leaf: Any, box: Quantized) -> None:
-    if isinstance(leaf, Masked) and bool(jnp.any(jnp.where(leaf.mask, 0, box.unbox()) != 0)):
+    if isinstance(leaf, Masked) and bool(
+        np.any(np.asarray(box.unbox())[~np.asarray(leaf.mask)] != 0)
+    ):
         raise RecipeError(f"{path}: {box.format} cannot hold the zeros of its mask")
 
 
@@ -209,7 +236,7 @@ def row(
         action = str(after.value.dtype)
     else:
         action = str(leaf_dtype(after))
-    fraction = float(before.mask.mean()) if isinstance(before, Masked) else 1.0
+    fraction = float(np.mean(before.mask)) if isinstance(before, Masked) else 1.0
     stored = boxes.stored_bytes(after)
     # What training or search made of weights that its step size does not fit.
     worse = "farther from the weight than zero is" if error is not None and error > 1 else ""
@@ -232,7 +259,7 @@ def _underflow(before: Any, after: Any) -> str:
     notes = []
     if isinstance(after, Quantized):
         smallest = kernels.smallest_scale(after.format.scale_dtype)
-        raised = int(jnp.sum(jnp.abs(after.scale.astype(jnp.float32)) == smallest))
+        raised = int(np.sum(np.abs(np.float32(after.scale)) == smallest))
         if raised:
             notes.append(
                 f"{raised} of {after.scale.size} scales are the smallest of "

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm_edge import params as boxes
 from glm_edge.compress.distill.loop import DistillOptions, TrainOptions, as_teacher, train
@@ -229,7 +230,7 @@ def finalize(path: str, leaf: Any, before: Any, layout: Layout = AS_ROWS) -> Qua
         matrix = leaves.as_rows(leaf, layout)
         box = box.replace(value=jnp.where(matrix == 0, 0.0, box.value))
     quantized = box.finalize()
-    if not bool(jnp.isfinite(quantized.scale).all()):
+    if not np.isfinite(np.float32(quantized.scale)).all():
         raise RecipeError(f"{path}: a scale left the range of {box.format.scale_dtype}")
     return leaves.box_of(
         path,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from glm_edge import params as boxes
@@ -208,7 +209,7 @@ def _check_plain(path: str, leaf: Any) -> None:
         raise RecipeError(f"{NAME}: {path} is pruned, and zeros do not stay; rotate, then prune")
     if boxes.is_box(leaf):
         raise RecipeError(f"{NAME}: {path} is quantized; rotate before quantizing")
-    if not bool(jnp.isfinite(leaf).all()):
+    if not np.isfinite(np.asarray(leaf)).all():
         raise RecipeError(f"{NAME}: {path}: NaN or infinity in the weights")
 
 

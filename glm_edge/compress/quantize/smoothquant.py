@@ -7,6 +7,7 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from glm_edge import params as boxes
@@ -155,10 +156,10 @@ def selected_folds(name: str, work: StageContext) -> list[Fold]:
 
 
 def _factor(fold: Fold, leaves: Leaves, largest: Array, alpha: float) -> Array:
-    if not bool(jnp.isfinite(largest).all()):
+    if not np.isfinite(np.asarray(largest)).all():
         raise DataError(f"{NAME}: calibration gives {fold.consumers[0]} inputs that are not finite")
     weights = jnp.max(jnp.stack([_columns(boxes.dense(leaves[p])) for p in fold.consumers]), axis=0)
-    if not bool(jnp.isfinite(weights).all()):
+    if not np.isfinite(np.asarray(weights)).all():
         raise RecipeError(f"{NAME}: {fold.consumers[0]}: NaN or infinity in the weights")
     return smooth_factor(
         jnp.max(fold.repeated(largest), axis=0), jnp.max(fold.repeated(weights), axis=0), alpha

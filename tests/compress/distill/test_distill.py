@@ -286,7 +286,7 @@ def test_any_module_that_gives_logits_learns(calibration):
 
     model = Bigram()
     student, teacher = (
-        model.init(jax.random.key(i), calibration[0]["tokens"])["params"] for i in range(2)
+        jax.jit(model.init)(jax.random.key(i), calibration[0]["tokens"])["params"] for i in range(2)
     )
     transform = distill(
         teacher=(model, teacher), alpha=1.0, train=TrainOptions(steps=30, learning_rate=0.03)
@@ -303,7 +303,9 @@ def test_a_classifier_has_no_next_token_to_learn(small, calibration):
     classifier = TextEncoder(TextConfig(40, 16, 1, 2, 24, num_labels=3))
     tokens = calibration[0]["tokens"]
     shapes = jax.eval_shape(classifier.init, jax.random.key(0), tokens)["params"]
-    params, other = (jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes) for _ in range(2))
+    params, other = (
+        jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes) for _ in range(2)
+    )
     transform = distill(teacher=(classifier, other), train=TrainOptions(steps=1))
     expected = r"distill: the student gives logits \[4, 3\] for tokens \[4, 12\]; .*classifier's"
     with pytest.raises(RecipeError, match=expected):
@@ -343,7 +345,7 @@ def test_what_cannot_be_distilled_is_refused(small, pruned, calibration, make_mo
         distill()(model, params, calibration=calibration)
     with pytest.raises(RecipeError, match="predicts 40 tokens, its teacher 41"):
         distill(teacher=make_model(vocab_size=41))(model, params, calibration=calibration)
-    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, small[1])
+    broken = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(np.nan), small[1])
     with pytest.raises(RecipeError, match="loss is nan at step"):
         distill(teacher=(small[0], broken), train=TrainOptions(steps=2))(
             model, params, calibration=calibration
@@ -440,8 +442,8 @@ def test_a_gradient_that_is_not_finite_stops_too(calibration):
             return scores + jnp.sqrt(self.param("root", nn.initializers.zeros, ()))
 
     model = Root()
-    params = model.init(jax.random.key(0), calibration[0]["tokens"])["params"]
-    other = model.init(jax.random.key(1), calibration[0]["tokens"])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), calibration[0]["tokens"])["params"]
+    other = jax.jit(model.init)(jax.random.key(1), calibration[0]["tokens"])["params"]
     with pytest.raises(TrainingError, match=r"gradient's norm is (nan|inf) at step 1;") as caught:
         distill(teacher=(model, other), train=TrainOptions(steps=3))(
             model, params, calibration=calibration

@@ -255,7 +255,7 @@ def test_a_model_that_shows_nothing_inside_is_refused(data):
             return nn.Dense(VOCAB)(nn.Embed(VOCAB, 4)(tokens))
 
     model = Plain()
-    teacher = model, model.init(jax.random.key(0), data[0]["tokens"])["params"]
+    teacher = model, jax.jit(model.init)(jax.random.key(0), data[0]["tokens"])["params"]
     with pytest.raises(RecipeError, match="Plain returns no 'hidden'"):
         train(built(0), teacher, data, hidden=1.0)
     with pytest.raises(RecipeError, match="Plain sows no 'attention'"):

@@ -172,7 +172,7 @@ class Plain(nn.Module):
 def test_what_cannot_be_gone_on_with_is_refused(pair, calibration):
     model, student, teacher = pair
     plain = Plain()
-    params = plain.init(jax.random.key(0), calibration[0]["tokens"])["params"]
+    params = jax.jit(plain.init)(jax.random.key(0), calibration[0]["tokens"])["params"]
     with pytest.raises(RecipeError, match="needs a model that generates, a GLM; Plain has no"):
         distill((model, teacher), on_policy=1.0, train=TrainOptions(steps=1))(
             plain, params, calibration=calibration

@@ -1,5 +1,6 @@
 """A model as stages: the same numbers as the whole, and statistics of what meets each weight."""
 
+import functools
 import gc
 import weakref
 
@@ -18,6 +19,8 @@ from glm_edge.compress.transform import registered
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
 
+logits = jax.jit(apply_batch, static_argnums=0)
+
 
 def leaves_of(stage, leaves):
     return {p: leaf for p, leaf in leaves.items() if stage.holds(p) or p in stage.borrows}
@@ -32,7 +35,7 @@ def test_stages_in_turn_are_the_model(make_member, batch_of, member):
     for stage in found:
         states = stage.run(leaves_of(stage, leaves), states)
     for state, batch in zip(states, batches, strict=True):
-        expected = apply_batch(model, params, batch)
+        expected = logits(model, params, batch)
         np.testing.assert_allclose(state["x"], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -47,9 +50,10 @@ def test_statistics_are_of_the_rows_that_meet_a_weight(make_member, batch_of):
             found = stage.collect(mine, states, getattr(stages, name))
             reduced.setdefault(name, {}).update(found)
         states = stage.run(mine, states)
+    run = jax.jit(functools.partial(model.apply, mutable=["inputs"]))
     for batch in batches:
         inputs = {name: batch[name] for name in ("images", "audio")}
-        sown = model.apply({"params": params}, batch["tokens"], **inputs, mutable=["inputs"])[1]
+        sown = run({"params": params}, batch["tokens"], **inputs)[1]
         for path, rows in jax.tree_util.tree_flatten_with_path(sown["inputs"])[0]:
             names = [key.key for key in path if hasattr(key, "key")]
             seen.setdefault("/".join((*names[:-1], "weight")), []).append(np.float64(rows))
@@ -86,7 +90,7 @@ class Stock(nn.Module):
 
 def test_a_stock_module_is_one_stage_whose_inputs_are_seen():
     model, tokens = Stock(), jnp.arange(8).reshape(2, 4)
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     (stage,) = stages.stages(model)
     states = stages.first_states(model, [{"tokens": tokens}])
     found = stage.collect(dict(boxes.path_items(params)), states, stages.ROWS)
@@ -146,9 +150,9 @@ def test_what_is_quantized_already_is_refused_by_name(make_member):
 @pytest.mark.parametrize("name", ["rtn", "gptq", "qat"])
 def test_no_full_precision_copy_stays_alive(make_member, batch_of, name):
     model = MultimodalGLM(make_member("tied")[0].config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    options = {"steps": 2} if name == "qat" else {}
-    transform = getattr(quantize, name)(bits=4, **options)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    options = {"train": {"steps": 2}} if name == "qat" else {}
+    transform = getattr(quantize, name)("int4", **options)
     dense = [
         weakref.ref(leaf) for path, leaf in boxes.path_items(params) if boxes.is_matrix(path, leaf)
     ]

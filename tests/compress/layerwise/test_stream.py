@@ -294,8 +294,8 @@ def stopping(partial, file, leaves, rows):
 
 batches = [{"tokens": np.random.default_rng(i).integers(1, 40, (2, 24))} for i in range(3)]
 recipe = ge.chain(
-    ge.quantize.gptq(bits=4, group_size=8, where="^decoder/.*mlp"),
-    ge.quantize.gptq(bits=3, where="^decoder/.*attention"),
+    ge.quantize.gptq("int4-g8", where="^decoder/.*mlp"),
+    ge.quantize.gptq("int3", where="^decoder/.*attention"),
 )
 if stop != "-":
     stream._write_stage = stopping

@@ -123,7 +123,7 @@ def test_what_cannot_be_trained_is_refused(small, calibration, make_member, batc
     model, params = small
     with pytest.raises(DataError, match="needs calibration="):
         blockwise()(model, params)
-    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    broken = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(np.nan), params)
     with pytest.raises(RecipeError, match="NaN or infinity"):
         blockwise(where=DECODER, train=TrainOptions(steps=2))(
             model, broken, calibration=calibration

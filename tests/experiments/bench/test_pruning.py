@@ -158,7 +158,7 @@ def worker(tmp_path_factory):
         pad_token_id=2,
     )  # fmt: skip
     model = MultimodalGLM(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     data = bench_quality.Gathered(None, model, params, None, None, None, {}, ())
     batches = [{"tokens": RNG.integers(3, 61, (2, 16)).astype(np.int32)} for _ in range(4)]
     directory = tmp_path_factory.mktemp("states")

@@ -195,16 +195,15 @@ def mask_row(
     masking: MaskConfig, path: str, before: Any, after: boxes.Masked, note: str = ""
 ) -> Row:
     """The report's row about a weight that was masked."""
-    old, new = boxes.dense(before), boxes.dense(after)
-    norm = float(jnp.linalg.norm(old.astype(jnp.float32)))
-    lost = float(jnp.linalg.norm((new - old).astype(jnp.float32)))
+    old, new = (np.asarray(boxes.dense(leaf), np.float32) for leaf in (before, after))
+    norm, lost = float(np.linalg.norm(old)), float(np.linalg.norm(new - old))
     stored = boxes.stored_bytes(after)
     parts = [part for part in (masking.label, note) if part]
     return Row(
         masking.name,
         path,
         f"masked ({', '.join(parts)})" if parts else "masked",
-        float(after.mask.mean()),
+        float(np.mean(after.mask)),
         8 * stored / old.size,
         boxes.stored_bytes(before),
         stored,

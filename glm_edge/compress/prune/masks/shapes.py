@@ -6,12 +6,14 @@ compete with one another, every group loses as many, and `w` weights make a unit
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -100,10 +102,9 @@ class Member:
         """How many there are."""
         return math.prod(size for _, size in self.sizes)
 
-    def arrange(self, rows: Array) -> Array:
-        """`[r, c]`, of a stack `[matrices, r, c]`, as `[g, u, w]`."""
-        rows = rows if self.index is None else rows[self.index]
-        return rearrange(rows, self.pattern, **dict(self.sizes))
+    def matrix_of(self, rows: Array) -> Array:
+        """The matrix `[r, c]`, which `[matrices, r, c]` of a stack holds at the index."""
+        return rows if self.index is None else rows[self.index]
 
     def spread(self, units: Array | np.ndarray) -> Array | np.ndarray:
         """What is said of each unit, `[g, u]`, said of each weight, `[r, c]`."""
@@ -189,7 +190,11 @@ class Pool:
           [g, u].
         """
         parts_reduced = [
-            _norm([member.arrange(rows[member.path]) for member in part[int(gates)]], order)
+            _norm(
+                [member.matrix_of(rows[member.path]) for member in part[int(gates)]],
+                tuple((member.pattern, member.sizes) for member in part[int(gates)]),
+                order,
+            )
             for part in self.parts
         ]
         return (
@@ -240,10 +245,20 @@ def spread_over(
     }
 
 
-def _norm(weights: Sequence[Array], order: float | None) -> Array:
+@functools.partial(jax.jit, static_argnames=("arrangements", "order"), inline=True)
+def _norm(
+    matrices: list[Array],
+    arrangements: tuple[tuple[str, tuple[tuple[str, int], ...]], ...],
+    order: float | None,
+) -> Array:
+    """Norms over the weights of units, matrices `[r, c]` being arranged as `[g, u, w]`."""
+    weights = [
+        rearrange(matrix, pattern, **dict(sizes))
+        for matrix, (pattern, sizes) in zip(matrices, arrangements, strict=True)
+    ]
     if order is None:
         return sum(jnp.sum(values, axis=-1) for values in weights)
-    return l_norm(list(weights), order, axis=-1)
+    return l_norm(weights, order, axis=-1)
 
 
 def matrix_pools(

@@ -138,10 +138,22 @@ def finite_matrix(path: str, leaf: Any, layout: Layout) -> Array:
     Raises:
       RecipeError: it holds NaN or infinity.
     """
-    dense = boxes.dense(leaf).astype(jnp.float32)
-    if not bool(jnp.isfinite(dense).all()):
+    matrix, finite = _matrix(leaf, layout)
+    if not finite:
         raise RecipeError(f"{path}: NaN or infinity in the weights")
-    return layout.matrices(dense)
+    return matrix
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _matrix(leaf: Any, layout: Layout) -> tuple[Array, Array]:
+    """The matrix in float32, and whether it is finite."""
+    matrix = layout.matrices(boxes.dense(leaf).astype(jnp.float32))
+    return matrix, jnp.isfinite(matrix).all()
+
+
+@jax.jit
+def _all_finite(tree: Any) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def of_units(
@@ -234,6 +246,7 @@ def _gram(rows: Array, valid: Array | None) -> Array:
     return jnp.matmul(rows.T, rows, precision="highest")
 
 
+@jax.jit
 def _add(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
 
@@ -305,7 +318,7 @@ def by_inputs(
       DataError: calibration gives inputs that are not finite.
     """
     for path, value in statistics_of_inputs.items():
-        if not bool(jnp.isfinite(value).all()):
+        if not _all_finite(value):
             raise DataError(f"calibration gives {path} inputs that are not finite")
     if score.kind == "wanda":
         weighed = {
@@ -359,7 +372,7 @@ def by_gradients(
     for index, batch in enumerate(context.calibration):
         batch = batches.to_device(model, batch, f"calibration batch {index}")
         measured_terms = measure(model, leaves, batch, layouts, tuple(pools) if gates else ())
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(measured_terms)):
+        if not _all_finite(measured_terms):
             raise DataError(f"calibration batch {index}: the loss or its gradient is not finite")
         total = measured_terms if total is None else _add(total, measured_terms)
         count += batches.count_rows(batch)

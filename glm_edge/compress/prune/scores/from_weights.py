@@ -31,6 +31,7 @@ def magnitude(weight: Array) -> Array:
     return jnp.abs(weight)
 
 
+@functools.partial(jax.jit, static_argnames=("order", "axis"), inline=True)
 def l_norm(
     weights: Array | Sequence[Array], order: float, axis: int | tuple[int, ...] | None = None
 ) -> Array:
@@ -60,6 +61,7 @@ def l_norm(
     return sum(jnp.sum(magnitude(w) ** order, axis=axis) for w in parts) ** (1.0 / order)
 
 
+@functools.partial(jax.jit, inline=True)
 def sensitivity(weight: Array, gradient: Array) -> Array:
     """`|g w|` with `g` the gradient of the mean loss.
 
@@ -105,6 +107,7 @@ def second_order_taylor(sums: Array, squares: Array, samples: int) -> Array:
     return jnp.abs(sums - 0.5 * squares) / samples
 
 
+@functools.partial(jax.jit, inline=True)
 def wanda(weight: Array, squares: Array) -> Array:
     """`|w| ||x||_2`, the magnitude times the norm of the activations that it multiplies.
 
@@ -124,6 +127,7 @@ def activation_norm(squares: Array) -> Array:
     return jnp.sqrt(squares)
 
 
+@functools.partial(jax.jit, inline=True)
 def output_norm(weight: Array, gram: Array) -> Array:
     """`||W x||_2` of each row over all inputs.
 

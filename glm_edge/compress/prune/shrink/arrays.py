@@ -103,7 +103,7 @@ def shrunk_report(
     new_leaves = dict(boxes.path_items(after[1]))
     for path, leaf in new_leaves.items():
         arrays = [x for x in jax.tree.leaves(leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
-        if not all(bool(jnp.isfinite(array).all()) for array in arrays):
+        if not all(np.isfinite(np.asarray(array)).all() for array in arrays):
             raise RecipeError(f"{transform}: {path}: NaN or infinity in the weights")
     rows = []
     for path, old in boxes.path_items(before[1]):

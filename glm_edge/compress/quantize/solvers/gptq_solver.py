@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from glm_edge.compress.quantize.solvers import columns, triangular
@@ -97,10 +96,7 @@ def solve(
         raise BoxError(f"gram must be [{weight.shape[1]}, {weight.shape[1]}], not {gram.shape}")
     weight = weight.astype(jnp.float32)
     order = column_order(gram, groups, format.qtype == "ternary34") if act_order else None
-    ordered = _take(weight, order).T
-    ordered_mask = None if mask is None else _take(mask, order).T
-    gram = scaled(gram)
-    gram = gram if order is None else gram[order][:, order]
+    ordered, ordered_mask, gram = _arranged(weight, mask, gram, order)
     # H = R R^T with damping (`percdamp`), then Algorithm 1: one pass over the groups.
     factor, damped, used = damped_factor(gram, damping)
     codes, grid = _by_groups(ordered, factor, ordered_mask, format, scale, block)
@@ -115,12 +111,7 @@ def solve(
         if sweeps:
             codes = _descend(ordered, damped, codes, grid, ordered_mask, format, block)
     loss = float(_relative_loss(ordered, gram, codes, grid, format))
-    codes, grid = codes.T, Grid(*(None if x is None else x.T for x in grid))
-    if order is not None:
-        first = np.asarray(order).reshape(groups, -1)[:, 0] // (weight.shape[1] // groups)
-        back = jnp.argsort(jnp.asarray(first))
-        codes = codes[:, jnp.argsort(order)]
-        grid = Grid(*(None if x is None else x[:, back] for x in grid))
+    codes, grid = _restored(codes, grid, order, groups)
     return codes, grid, Info(used, loss)
 
 
@@ -137,12 +128,12 @@ def damped_factor(gram: Array, damping: float) -> tuple[Array, Array, float]:
     Raises:
       FloatingPointError: the Gram matrix is not finite, or no damping gives it a factor.
     """
-    if not bool(jnp.isfinite(gram).all()):
+    if not bool(_is_finite(gram)):
         raise FloatingPointError("the Gram matrix holds NaN or infinity")
     gram, diagonal_only = scaled(gram), False
     while True:
         factor, damped = _factor(gram, damping)
-        if bool(jnp.isfinite(factor).all()):
+        if bool(_is_finite(factor)):
             return factor, damped, float(damping)
         if diagonal_only:
             raise FloatingPointError(f"no damping gives it a factor, at last {damping:g}")
@@ -171,6 +162,7 @@ def _factor(gram: Array, damping: float) -> tuple[Array, Array]:
     return triangular.cholesky(damped[::-1, ::-1])[::-1, ::-1], damped
 
 
+@functools.partial(jax.jit, static_argnames=("groups", "by_fours"), inline=True)
 def column_order(gram: Array, groups: int, by_fours: bool = False) -> Array:
     """Columns by falling input energy, groups of neighbours staying together.
 
@@ -190,8 +182,33 @@ def column_order(gram: Array, groups: int, by_fours: bool = False) -> Array:
     return (outer[:, None] * size + fours.reshape(groups, size)).reshape(-1)
 
 
-def _take(matrix: Array, order: Array | None) -> Array:
-    return matrix if order is None else matrix[:, order]
+@jax.jit
+def _arranged(
+    weight: Array, mask: Array | None, gram: Array, order: Array | None
+) -> tuple[Array, Array | None, Array]:
+    """The weight and its mask [in, out] and the scaled Gram matrix, columns in their order."""
+    gram = scaled(gram)
+    if order is not None:
+        weight, gram = weight[:, order], gram[order][:, order]
+        mask = None if mask is None else mask[:, order]
+    return weight.T, None if mask is None else mask.T, gram
+
+
+@functools.partial(jax.jit, static_argnames="groups")
+def _restored(codes: Array, grid: Grid, order: Array | None, groups: int) -> tuple[Array, Grid]:
+    """Inverse of `_arranged` for the codes [in, out] and their grid."""
+    codes, grid = codes.T, Grid(*(None if x is None else x.T for x in grid))
+    if order is None:
+        return codes, grid
+    first = order.reshape(groups, -1)[:, 0] // (order.shape[0] // groups)
+    back = jnp.argsort(first)
+    grid = Grid(*(None if x is None else x[:, back] for x in grid))
+    return codes[:, jnp.argsort(order)], grid
+
+
+@jax.jit
+def _is_finite(matrix: Array) -> Array:
+    return jnp.isfinite(matrix).all()
 
 
 @functools.partial(jax.jit, static_argnames=("format", "scale", "block"))

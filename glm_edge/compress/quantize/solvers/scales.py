@@ -37,6 +37,7 @@ class Grid(NamedTuple):
     zero: Array | None = None
 
 
+@functools.partial(jax.jit, static_argnames=("format", "scale"), inline=True)
 def choose(weight: Array, format: Format, scale: str = "max") -> Grid:
     """Chooses the grid of a weight by its extremes or by the squared error it leaves.
 

@@ -70,7 +70,7 @@ def test_a_shrunk_model_saves_loads_and_generates(shrunk, tmp_path):
     found = greedy(loaded, params, tokens, max_new_tokens=3)
     ids = tokens
     for _ in range(3):
-        logits = smaller.apply({"params": small}, jnp.asarray(ids))[0]
+        logits = jax.jit(smaller.apply)({"params": small}, jnp.asarray(ids))[0]
         ids = np.append(ids, np.asarray(jnp.argmax(logits[:, -1:], axis=-1)), axis=1)
     np.testing.assert_array_equal(found, ids[:, 10:])
 

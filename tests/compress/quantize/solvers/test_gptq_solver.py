@@ -15,6 +15,9 @@ from glm_edge.params import Format
 FORMATS = ["int8-g16", "int4-g16", "int3-g16", "int2-g16", "ternary-g16", "nf4-g16"]
 FORMATS += ["int4-channel", "int4-g16-affine", "int2-g32-affine", "ternary-channel"]
 FOURS = ["ternary34-g16", "ternary34-channel"]
+choose = jax.jit(grid.choose, static_argnums=(1, 2))
+encode = jax.jit(grid.encode, static_argnums=2)
+decode = jax.jit(grid.decode, static_argnums=2)
 
 
 def problem(rows=24, columns=64, samples=400, seed=0):
@@ -38,10 +41,10 @@ def published(weight, gram, format, order=None, damping=0.01):
     codes, loss = np.zeros(work.shape, np.int8), 0.0
     for column in range(columns):
         if column % size == 0:
-            part = jnp.asarray(work[:, column : column + size], jnp.float32)
-            held = grid.choose(part, one, "max")
-        q = grid.encode(jnp.asarray(work[:, column : column + 1], jnp.float32), held, one)
-        lost = work[:, column] - np.float64(grid.decode(q, held, one))[:, 0]
+            part = np.float32(work[:, column : column + size])
+            held = choose(part, one, "max")
+        q = encode(np.float32(work[:, column : column + 1]), held, one)
+        lost = work[:, column] - np.float64(decode(q, held, one))[:, 0]
         codes[:, column] = np.asarray(q)[:, 0]
         loss += np.sum((lost / upper[column, column]) ** 2)
         work[:, column:] -= np.outer(lost / upper[column, column], upper[column, column:])
@@ -49,7 +52,7 @@ def published(weight, gram, format, order=None, damping=0.01):
 
 
 def objective(weight, gram, codes, held, format):
-    lost = np.float64(grid.decode(codes, held, format)) - np.float64(weight)
+    lost = np.float64(decode(codes, held, format)) - np.float64(weight)
     return np.sum(lost @ np.float64(gram) * lost)
 
 
@@ -161,7 +164,7 @@ def test_masked_weights_stay_zero(name):
     keep = jax.random.bernoulli(jax.random.key(3), 0.5, weight.shape)
     options = {"scale": "mse", "mask": keep, "act_order": True, "refit": True, "sweeps": 2}
     codes, held, _ = gptq.solve(weight * keep, gram, format, **options)
-    dense = grid.decode(codes, held, format)
+    dense = decode(codes, held, format)
     assert not bool(jnp.any(jnp.where(keep, 0.0, dense) != 0))
     assert float(jnp.mean(dense[keep] != 0)) > 0.4
 
@@ -181,7 +184,7 @@ def test_dead_columns_go_to_the_nearest_level():
     format = Format.parse("int4-channel")
     codes, held, info = gptq.solve(weight, gram, format)
     assert np.isfinite(info.loss)
-    nearest = grid.encode(weight, held, format)
+    nearest = encode(weight, held, format)
     np.testing.assert_array_equal(codes[:, dead], nearest[:, dead])
     assert bool(jnp.any(codes[:, ~dead] != nearest[:, ~dead]))
 
