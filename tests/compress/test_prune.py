@@ -92,7 +92,7 @@ def test_magnitude_refuses_options_without_a_meaning(options, message):
 
 def test_quantized_weights_are_not_pruned(small):
     model, params = small
-    _, rounded, _ = quantize.rtn(8)(model, params)
+    _, rounded, _ = quantize.rtn("int8")(model, params)
     with pytest.raises(RecipeError, match="prune before quantizing"):
         prune.magnitude(0.5)(model, rounded)
     with pytest.raises(RecipeError, match="prune before quantizing"):
@@ -193,11 +193,11 @@ def test_structured_shrinks_arrays_and_configuration(small, calibration, score):
 
 def test_where_prunes_some_layers_and_widths_are_listed(small):
     model, params = small
-    transform = prune.structured(0.25, 0.5, score="magnitude", where=r"layers/1/")
+    transform = prune.structured(0.25, neurons=0.5, score="magnitude", where="layers/1/")
     smaller, _, _ = transform(model, params)
     assert smaller.config.decoder.num_heads == (8, 6)
     assert smaller.config.decoder.intermediate_size == (128, 64)
-    transform = prune.structured(0.25, 0.5, score="magnitude", where=r"mlp")
+    transform = prune.structured(0.25, neurons=0.5, score="magnitude", where="mlp")
     smaller, _, _ = transform(model, params)
     assert smaller.config.decoder.num_heads == 8
     assert smaller.config.decoder.intermediate_size == 64
@@ -209,7 +209,7 @@ def test_a_pruned_model_is_pruned_again(small):
     model, params = small
     for index in range(2):
         where = f"layers/{index}/"
-        model, params, _ = prune.structured(0.25, 0.25, score="magnitude", where=where)(
+        model, params, _ = prune.structured(0.25, neurons=0.25, score="magnitude", where=where)(
             model, params
         )
     assert model.config.decoder.num_heads == 6
@@ -338,6 +338,8 @@ def test_a_shrunk_configuration_round_trips(small):
     from glm_edge import configs
 
     model, params = small
-    smaller, _, _ = prune.structured(0.25, 0.5, score="magnitude", where="layers/1")(model, params)
+    smaller, _, _ = prune.structured(0.25, neurons=0.5, score="magnitude", where="layers/1")(
+        model, params
+    )
     assert configs.from_dict(configs.to_dict(smaller.config)) == smaller.config
     assert dataclasses.is_dataclass(smaller.config)

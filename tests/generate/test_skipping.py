@@ -139,7 +139,7 @@ def test_options_without_a_meaning_are_refused(make_model, options, message):
 
 def test_weights_that_are_rounded_or_laid_out_already_are_refused(make_model):
     model, params = make_model()
-    _, rounded, _ = quantize.rtn(8, where="mlp")(model, params)
+    _, rounded, _ = quantize.rtn("int8", where="mlp")(model, params)
     with pytest.raises(RecipeError, match="mlp/gate_up_proj is quantized"):
         skip_neurons(model, rounded, keep=0.5)
     with pytest.raises(RecipeError, match="layer 0 skips already"):

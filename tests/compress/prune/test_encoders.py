@@ -195,7 +195,7 @@ def test_the_transform_shrinks_both_encoders_and_saves(nano, tmp_path):
     assert loaded.config == smaller.config
     found = apply(loaded, read, batch)
     np.testing.assert_array_equal(found, apply(smaller, small, batch))
-    _, rounded, _ = rtn(8, where="^(vision|speech)/layers")(loaded, read)
+    _, rounded, _ = rtn("int8", where="^(vision|speech)/layers")(loaded, read)
     assert float(jnp.abs(apply(loaded, rounded, batch) - found).max()) < 0.5
     assert ge.recipe_from_json(ge.to_json(transform)) == transform
 
@@ -233,7 +233,7 @@ def test_bad_input_is_refused(nano, make_member):
         shrink_encoder(model, params, {}, "text")
     with pytest.raises(RecipeError, match="no layer 3 of 1"):
         shrink_encoder(model, params, {3: {}}, "speech")
-    _, rounded, _ = rtn(8)(model, params)
+    _, rounded, _ = rtn("int8")(model, params)
     with pytest.raises(RecipeError, match="prune before quantizing"):
         encoders(0.5, score="magnitude")(model, rounded)
     alone = VisionEncoder(dataclasses.replace(parts(model)["vision"]), 24)

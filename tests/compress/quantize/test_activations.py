@@ -8,11 +8,11 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain
+from glm_edge.compress.layerwise.runner import StageInputs
+from glm_edge.compress.layerwise.stages import ROWS, first_states, stages
 from glm_edge.compress.quantize.activations import activations
 from glm_edge.compress.quantize.rtn import rtn
-from glm_edge.compress.rounding.activations import METHODS
-from glm_edge.compress.stages import ROWS, first_states, stages
-from glm_edge.compress.stagewise import View
+from glm_edge.compress.quantize.solvers.activation_ranges import METHODS
 from glm_edge.errors import DataError, RecipeError
 
 LAYERS = r"layers/"
@@ -22,13 +22,13 @@ LAYERS = r"layers/"
 def rounded(make_member, batch_of):
     model, params = make_member("edge")
     calibration = [batch_of(model, rows=4, seed=seed) for seed in (1, 2)]
-    return model, rtn(8, where=LAYERS)(model, params)[1], calibration
+    return model, rtn("int8", where=LAYERS)(model, params)[1], calibration
 
 
 def rows_of(model, params, calibration):
     leaves, states, found = dict(boxes.path_items(params)), first_states(model, calibration), {}
     for stage in stages(model):
-        view = View(stage, leaves, states)
+        view = StageInputs(stage, leaves, states)
         found |= view.collect(ROWS)
         states = view.run()
     return found
@@ -91,7 +91,7 @@ def test_methods_other_than_minmax_clip(rounded):
 def test_chains_after_rounding_and_needs_something_rounded(make_member, batch_of):
     model, params = make_member("edge")
     calibration = [batch_of(model)]
-    found = chain(rtn(8, where=LAYERS), activations())(model, params, calibration)[1]
+    found = chain(rtn("int8", where=LAYERS), activations())(model, params, calibration)[1]
     held = [leaf for _, leaf in boxes.path_items(found) if isinstance(leaf, boxes.Quantized)]
     assert all(box.input_scale is not None for box in held)
     with pytest.raises(RecipeError, match="quantize first"):

@@ -19,7 +19,7 @@ from experiments.bench.pruning import rows, show, speed, work
 from experiments.bench.runtimes.random_model import random_model
 from glm_edge import configs
 from glm_edge import params as boxes
-from glm_edge.compress.prune import sparse_columns
+from glm_edge.compress.prune.masks import sparse_columns
 from glm_edge.models.multimodal import MultimodalGLM
 
 METHODS = rows.methods(30, 20)
@@ -45,7 +45,8 @@ def test_recipes_of_ours_are_recipes(method):
     if options["prune"] is not None:
         assert ge.recipe_from_json(json.dumps(options["prune"])).name == options["prune"]["name"]
     if options["heal"] is not None:
-        assert ge.distill(**options["heal"]).options["steps"] in (30, 20)
+        recipe = {"name": "distill", "options": options["heal"]}
+        assert ge.recipe_from_json(json.dumps(recipe)).train.steps in (30, 20)
     assert (method.kind == "trained") == (options["heal"] is not None)
 
 
