@@ -137,9 +137,9 @@ def make_member():
         rng = np.random.default_rng(seed)
         shaken = [
             leaf * rng.uniform(0.5, 1.5, leaf.shape) + rng.normal(0, 0.1, leaf.shape)
-            for leaf in leaves
+            for leaf in map(np.asarray, leaves)
         ]
-        return model, jax.tree.unflatten(treedef, [jnp.float32(leaf) for leaf in shaken])
+        return model, jax.tree.unflatten(treedef, [jnp.asarray(leaf, jnp.float32) for leaf in shaken])
 
     return build
 
