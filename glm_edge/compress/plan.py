@@ -307,7 +307,7 @@ def _divergence(
 class _Maker:
     """Builds the transforms that store parameters in chosen formats."""
 
-    def __init__(self, transform: str | Transform):
+    def __init__(self, transform: str | Transform) -> None:
         if isinstance(transform, Transform):
             self.name, self._extra = transform.name, dict(transform.options)
             if transform.objects:

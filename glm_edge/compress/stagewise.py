@@ -260,7 +260,7 @@ def fallback_notes(rows: Sequence[Row]) -> tuple[str, ...]:
 class _Extents(Mapping[str, tuple[int, int]]):
     """`(out, in)` by path; reading one that is not known raises RecipeError."""
 
-    def __init__(self, layouts: Layouts, leaves: Leaves, paths: Iterable[str]):
+    def __init__(self, layouts: Layouts, leaves: Leaves, paths: Iterable[str]) -> None:
         self._layouts, self._leaves, self._paths = layouts, leaves, sorted(paths)
 
     def __getitem__(self, path: str) -> tuple[int, int]:
@@ -313,7 +313,7 @@ def _compared_with(leaves: Leaves, context: Context) -> Leaves:
 class Step:
     """A stage-wise transform with its options, ready to walk."""
 
-    def __init__(self, name: str, options: Mapping[str, Any], rng: Array | None = None):
+    def __init__(self, name: str, options: Mapping[str, Any], rng: Array | None = None) -> None:
         self.name, self.kind, self.rng = name, _REGISTRY[name], rng
         self.options = {key: value for key, value in options.items() if key != "where"}
         self.where = options.get("where")
@@ -375,7 +375,7 @@ class Walk:
       notes: for the report.
     """
 
-    def __init__(self, model: nn.Module, steps: Sequence[Step], context: Context):
+    def __init__(self, model: nn.Module, steps: Sequence[Step], context: Context) -> None:
         """Checks calibration where a step needs it.
 
         Raises:

@@ -55,7 +55,7 @@ class Context:
     without: tuple[str, ...] = ()
     reference: tuple[nn.Module, Params] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "progress", progress_of(self.progress))
         check_without(self.without)
         if self.reference is None:
@@ -103,7 +103,7 @@ class Transform:
     options: Mapping[str, Any] = field(default_factory=dict)
     objects: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self.name, self.options)
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
         object.__setattr__(self, "objects", MappingProxyType(dict(self.objects)))

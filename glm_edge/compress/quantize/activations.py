@@ -83,7 +83,7 @@ def _ends(values: Array) -> tuple[Array, Array]:
 class _Seen:
     """The values of one activation over all calibration batches."""
 
-    def __init__(self, path: str, side: str):
+    def __init__(self, path: str, side: str) -> None:
         self.path, self.side = path, side
         self.low, self.high, self.counts = np.inf, -np.inf, 0
 
