@@ -8,6 +8,7 @@ text by --text, another way of compressing by --recipe (a name or a JSON file); 
 cannot do, such as taps of a text-only model, is null in the report.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -30,7 +31,7 @@ from experiments.common.outputs import prepare_directory
 from experiments.common.provenance import provenance_of
 from glm_edge.cli.console import launch, progress, text_table
 from glm_edge.cli.corpora import write_text
-from glm_edge.compress.transform import CHAIN, Context, Transform
+from glm_edge.compress.transform import Context, Transform
 
 FLAGS = flags.FLAGS
 COLUMNS = {
@@ -61,7 +62,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("screens", 200, "Questions of each kind (written, spoken).", 1)
     flags.DEFINE_integer("text_tokens", 8192, "At most this many tokens are scored.", 512)
     flags.DEFINE_integer("seed", 0, "Seed of screens, calibration and training.")
-    flags.DEFINE_bool("overwrite", False, "Replace results that lie in --out_dir.")
+    flags.DEFINE_bool("overwrite", False, "Replace results in --out_dir.")
     flags.DEFINE_bool("smoke", False, "A few screens and steps: does it run at all?")
 
 
@@ -154,7 +155,7 @@ def compressed(
             # The key that a chain would give this step, so that both give the same bytes.
             rng = jax.random.fold_in(jax.random.key(seed), next(step))
             context = Context(calibration, rng, dense, progress())
-            model, params, _ = transform.run(model, params, context)
+            model, params, _ = transform.apply(model, params, context)
         yield stage, model, params
 
 
@@ -170,10 +171,10 @@ def stages_of(
     Returns:
       `(stage, transforms)` in order.
     """
-    steps = recipe.options["transforms"] if recipe.name == CHAIN else (recipe,)
+    steps = recipe.steps_in_order
     if distill_steps is not None:
         steps = [
-            ge.distill(**{**step.options, "steps": distill_steps})
+            dataclasses.replace(step, train=dataclasses.replace(step.train, steps=distill_steps))
             if step.name == "distill"
             else step
             for step in steps
@@ -214,7 +215,7 @@ def summary(report: dict[str, Any]) -> str:
     lines = [
         f"size: {rows[-2]['bytes'] / rows[0]['bytes']:.1%} of the dense model's bytes; "
         f"file {export['file_bytes']:,} bytes",
-        f"file against JAX on the same integers: {export['agreement']:.2%} of likeliest tokens "
+        f"file against JAX on the same integers: {export['agreement']:.2%} of top-1 tokens "
         f"over {export['tokens']} positions, largest error {export['max_abs_error']:.3g}; "
         f"free-running {export['free_running_agreement']:.2%}",
     ]

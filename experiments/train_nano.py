@@ -1,6 +1,6 @@
 """Trains nano, the shipped multimodal checkpoint, on screens, speech and text.
 
-Four stages: the vision tower learns what lies in each cell of a screen while, on the other core,
+Four stages: the vision tower learns the element in each cell of a screen while, on the other core,
 the embedding learns from text and then the speech encoder learns digits; last, the whole model,
 its decoder new, learns to answer questions about screens and text together. Every stage spends
 its minutes of wall-clock time, saves itself each minute and, started again with the same
@@ -126,7 +126,7 @@ def text_to_learn() -> np.ndarray:
 
 
 def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
-    """Teaches the vision tower what lies in each cell."""
+    """Teaches the vision tower the element in each cell."""
     model = MultimodalGLM(configs.preset("nano"), compute="bfloat16")
 
     def loss(state, batch, rng):

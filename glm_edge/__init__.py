@@ -5,7 +5,7 @@ import glm_edge as ge
 model, params = ge.load("path/to/checkpoint")
 recipe = ge.chain(
     ge.prune.structured(heads=0.25, neurons=0.30),
-    ge.quantize.rtn(bits=4, group_size=32, where=r"decoder/.*"),
+    ge.quantize.rtn("int4-g32", where=r"decoder/.*"),
 )
 model, params, report = recipe(model, params, calibration=batches, rng=key)
 ge.export.tflite(model, params, "phone.tflite").verify()
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from glm_edge.compress import Calibration as Calibration
     from glm_edge.compress import ProgressLine as ProgressLine
     from glm_edge.compress import Report as Report
+    from glm_edge.compress import TrainOptions as TrainOptions
     from glm_edge.compress import Transform as Transform
     from glm_edge.compress import chain as chain
     from glm_edge.compress import cost as cost
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from glm_edge.compress import recipes as recipes
     from glm_edge.compress import reparameterize as reparameterize
     from glm_edge.compress import to_json as to_json
-    from glm_edge.compress.plan import plan as plan
-    from glm_edge.compress.stream import compress_checkpoint as compress_checkpoint
+    from glm_edge.compress.allocate.plan import plan as plan
+    from glm_edge.compress.layerwise.stream import compress_checkpoint as compress_checkpoint
     from glm_edge.configs import GLMConfig as GLMConfig
     from glm_edge.configs import preset as preset
     from glm_edge.generate import chat as chat
@@ -62,14 +63,15 @@ _WHERE = {
     "Processor": "glm_edge.preprocess",
     "ProgressLine": "glm_edge.compress",
     "Report": "glm_edge.compress",
+    "TrainOptions": "glm_edge.compress",
     "Transform": "glm_edge.compress",
     "build": "glm_edge.checkpoint",
     "chat": "glm_edge.generate",
     "chain": "glm_edge.compress",
-    "compress_checkpoint": "glm_edge.compress.stream",
+    "compress_checkpoint": "glm_edge.compress.layerwise.stream",
     "distill": "glm_edge.compress",
     "load": "glm_edge.checkpoint",
-    "plan": "glm_edge.compress.plan",
+    "plan": "glm_edge.compress.allocate.plan",
     "preset": "glm_edge.configs",
     "load_tokenizer": "glm_edge.checkpoint",
     "recipe_from_json": "glm_edge.compress",
@@ -90,7 +92,7 @@ _MODULES = {
     "preprocess": "glm_edge.preprocess",
     "prune": "glm_edge.compress.prune",
     "quantize": "glm_edge.compress.quantize",
-    "recipes": "glm_edge.compress.recipe",
+    "recipes": "glm_edge.compress.recipes",
 }
 
 __all__ = sorted([*_WHERE, *_MODULES, "REPOSITORY_URL", "__version__"])

@@ -382,15 +382,21 @@ class DirectoryLock:
 
 
 def check_target(
-    path: str | os.PathLike, overwrite: bool, mark: str | None = CONFIG, needed: float = 0
+    path: str | os.PathLike,
+    overwrite: bool,
+    mark: str | None = CONFIG,
+    needed: float = 0,
+    strict: bool = False,
 ) -> None:
     """Refuses a path that cannot take a file or a directory, before any work is done.
 
     Args:
-      path: of the file, whose directory must exist, or of the directory to create.
+      path: of the file or of the directory to create.
       overwrite: replaces an existing file, or an existing directory that contains `mark`.
       mark: name of a file in every directory that may be replaced; None for a file.
       needed: bytes that the disk must have free; what is replaced is removed last.
+      strict: refuses a directory that exists and is empty, and one whose parent does not exist. A
+        file's directory must always exist.
 
     Raises:
       OutputError: the path exists and may not be replaced, is a link, its parent cannot be written,
@@ -401,12 +407,18 @@ def check_target(
         if mark is None:
             _check_file(target, overwrite)
         else:
+            if strict and target.is_dir() and not any(target.iterdir()):
+                raise OutputError(f"{target}: exists; name another path, or remove it")
             _check_directory(target, overwrite, mark)
+            if strict and not target.parent.is_dir():
+                raise OutputError(f"{target}: its directory does not exist; make it first")
             parent = next(parent for parent in target.parents if os.path.lexists(parent))
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
                 raise OutputError(
-                    f"{target}: cannot be written: {parent} is no directory to write into"
+                    f"{target}: cannot be written: {parent} is not a directory to write into"
                 )
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
     require_space(target, needed)

@@ -13,12 +13,11 @@ import jax
 import jax.monitoring
 import pytest
 
-# Small programs compile two to three times as fast without them; `XLA_FLAGS= pytest` has them back.
+# Small programs take longer to compile than to run: two to three times as long with fusion
+# emitters, and five times as long with LLVM's optimizations. Processes that tests start inherit
+# both; `XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` compiles as for a user.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
-
-# Folders whose tests are of many small programs, which take longer to optimize than to run. In the
-# others programs are compiled as a user's are.
-COMPILED_QUICKLY = ("checkpoint", "compress", "generate", "kernels", "models", "params")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # What jax reports after each program that it compiled, or read from a cache of compiled programs.
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -29,10 +28,8 @@ MAPPED_ENOUGH = 20_000
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_programs(request):
-    """Compiles quickly where that pays, and frees programs before there are too many."""
-    folder = Path(request.node.path).relative_to(Path(__file__).parent).parts[0]
-    jax.config.update("jax_disable_most_optimizations", folder in COMPILED_QUICKLY)
+def compiled_programs():
+    """Frees compiled programs before there are too many."""
     yield
     if not MAPPED.exists() or MAPPED.read_bytes().count(b"\n") > MAPPED_ENOUGH:
         jax.clear_caches()
@@ -40,9 +37,10 @@ def compiled_programs(request):
 
 
 @pytest.fixture
-def optimized():
-    """Compiles as for a user, where a test asks what the compiler makes of a program."""
+def optimized(monkeypatch):
+    """Compiles as for a user, here and in processes that the test starts."""
     quickly = jax.config.read("jax_disable_most_optimizations")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", quickly)
@@ -75,6 +73,33 @@ class CompiledPrograms(collections.Counter):
 
 PROGRAMS = CompiledPrograms()
 jax.monitoring.register_event_duration_secs_listener(PROGRAMS)
+
+
+SCRIPTS = Path(__file__).with_name("experiments")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Imports no tests of scripts where none of them would run."""
+    return True if collection_path == SCRIPTS and "not scripts" in config.option.markexpr else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the tests of scripts, before `-m` selects."""
+    for item in items:
+        if SCRIPTS in item.path.parents:
+            item.add_marker("scripts")
+
+
+def note_skipped(report):
+    """Appends the id of what was skipped to the file that `GLM_EDGE_TEST_SKIPPED` names."""
+    path = os.environ.get("GLM_EDGE_TEST_SKIPPED")
+    if path and report.skipped:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{report.nodeid}\n")
+
+
+pytest_runtest_logreport = pytest_collectreport = note_skipped
 
 
 def pytest_runtest_setup():

@@ -68,22 +68,28 @@ def test_import_adds_under_two_seconds_to_jax():
         "import time, jax; start = time.perf_counter(); import glm_edge; "
         "print(time.perf_counter() - start)"
     )
-    assert min(float(in_fresh_python(program)) for _ in range(3)) < 2
+    # A busy machine may take longer once, or twice.
+    assert any(float(in_fresh_python(program)) < 2 for _ in range(3))
 
 
-def test_import_leaves_heavy_modules_alone():
-    watched = (*HEAVY, "orbax")
-    program = f"import sys, glm_edge; print([name for name in {watched} if name in sys.modules])"
-    assert in_fresh_python(program).strip() == "[]"
-
-
-def test_public_names_resolve_without_heavy_modules():
+@pytest.fixture(scope="module")
+def heavy_modules():
+    """Heavy modules in memory after the import, and after every public name is resolved."""
     program = (
         "import sys, glm_edge\n"
+        f"print([name for name in {(*HEAVY, 'orbax')} if name in sys.modules])\n"
         "for name in dir(glm_edge): getattr(glm_edge, name)\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
-    assert in_fresh_python(program).strip() == "[]"
+    return in_fresh_python(program).splitlines()
+
+
+def test_import_leaves_heavy_modules_alone(heavy_modules):
+    assert heavy_modules[0] == "[]"
+
+
+def test_public_names_resolve_without_heavy_modules(heavy_modules):
+    assert heavy_modules[1] == "[]"
 
 
 def test_unknown_attribute_is_an_attribute_error():

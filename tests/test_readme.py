@@ -57,7 +57,7 @@ DOWNLOADED = make_checkpoint.CONFIGS["glm_edge_1_5b"] | {
     "head_dim": 8,
 }
 # Every device that the block about several asks for, on the CPU.
-DEVICES = "--xla_force_host_platform_device_count=8"
+DEVICES = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
 
 
 def dotted(node: ast.AST) -> list[str] | None:

@@ -17,7 +17,7 @@ and JAX, compiled. A peer's interpreter needs:
     --onnx_python     glm_edge with its extra `onnx`, onnxruntime
     --torch_python    torch, transformers, torchao
 
-and a peer that is absent is left out, with the reason. --engines='LiteRT|llama.cpp Q' picks rows by
+and a peer that is absent is skipped, with the reason. --engines='LiteRT|llama.cpp Q' picks rows by
 a regular expression. As many engines are resident at a time as leave --reserve_gb of memory; those
 that do not fit run afterwards, with llama.cpp again beside them, so that ratios pair bursts of one
 round. What takes more than eight seconds is run in the first four rounds only.
@@ -154,7 +154,7 @@ def specs_of(work: Path) -> list[Spec]:
     """Returns all rows of the comparison.
 
     Raises:
-      DataError: a length is no number, or does not fit the cache.
+      DataError: a length is not a number, or does not fit the cache.
     """
     try:
         contexts, lengths, attended = (
@@ -229,7 +229,7 @@ class Bench:
         self.groups: list[list[str]] = []
 
     def prepare(self) -> None:
-        """Writes every model; an engine that cannot is left out."""
+        """Writes every model; an engine that cannot is skipped."""
         for spec in self.specs:
             started = time.monotonic()
             try:

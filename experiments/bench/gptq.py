@@ -52,11 +52,17 @@ MOBILE = make_checkpoint.CONFIGS["glm_edge_1_5b"] | {
     "eos_token_id": [1],
     "pad_token_id": 0,
 }
-_GRID = {"bits": 4, "group_size": 32, "where": r"^decoder/"}
+_FORMAT, _WHERE = "int4-g32", r"^decoder/"
 OURS = {
-    "gptq": ge.quantize.gptq(**_GRID),
+    "gptq": ge.quantize.gptq(_FORMAT, where=_WHERE),
     "plain": ge.quantize.gptq(
-        **_GRID, scale="max", act_order=False, propagate=0.0, refit=False, sweeps=0
+        _FORMAT,
+        where=_WHERE,
+        scale="max",
+        act_order=False,
+        propagate=0.0,
+        refit=False,
+        sweeps=0,
     ),
 }
 PEER = """

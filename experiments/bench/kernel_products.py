@@ -1,4 +1,4 @@
-"""Products of `experiments.bench.kernels`: ours, simple ones of XLA and of other libraries."""
+"""Products of `experiments.bench.kernels`: ours, simple ones of XLA, other libraries'."""
 
 import dataclasses
 import functools

@@ -13,7 +13,7 @@ virtual machine is slow at memory that it gave back to its host, and one reader 
   transformers        `AutoModel.from_pretrained` in the stored type; its weights stay in the memory
                       map, so each page is touched once
 
-Readers whose packages are absent are left out. Imports are not timed. The peak is `VmHWM`, pages
+Readers whose packages are absent are skipped. Imports are not timed. The peak is `VmHWM`, pages
 of mapped files included. The script ends with status 1 unless `ge.load` peaks at no more than 1.2
 times the bytes of the files and takes no longer than twice the fastest of the safetensors readers.
 """

@@ -6,7 +6,7 @@
 quantizes the decoder of the shipped model with every method of `bench/peers/methods.py`, puts
 the weights that each method multiplies with into one float32 model, and scores them all by the same
 compiled program: perplexity of --text, taps on phone screens asked in writing and in speech, and
-the mean KL divergence (nats) and share of changed likeliest tokens against float32, for each
+the mean KL divergence (nats) and share of changed top-1 tokens against float32, for each
 modality (of questions: along the float32 model's own answers). Bits are those that a method stores,
 scales, zero points and headers included; "packed" says what they would be if codes were packed to
 their width, which some peers leave to their kernels. Two rows without compression show the noise.
@@ -19,9 +19,9 @@ A peer runs in a process of its own and may have its own environment:
 
     --torchao_python=/path/to/venv/bin/python --ggml_library=/path/to/libggml-base.so
 
-and is left out, with the reason, where it is not installed: `pip install qwix`, `torchao`, `gguf`
+and is skipped, with the reason, where it is not installed: `pip install qwix`, `torchao`, `gguf`
 and a build of llama.cpp's libggml-base (llama-cpp-python holds one), `ai-edge-quantizer`,
-`gptqmodel`, `auto-round`. Results lie in --out_dir, one JSON a method; a method that has one is not
+`gptqmodel`, `auto-round`. Results are in --out_dir, one JSON per method; a method with one is not
 run again, so an interrupted run continues where it was; delete a file to measure its row anew.
 --methods='^(fp32|glm_edge|qwix)' picks rows by name; `table.md`, `report.json` and `quality.png`
 are made of all results found, and the peers are named that no row of ours matches in perplexity
@@ -84,7 +84,9 @@ def define_shared_flags() -> None:
     flags.DEFINE_integer("text_tokens", 60000, "At most this many tokens are scored.", 512)
     flags.DEFINE_integer("calibration_windows", 64, "Windows of text to calibrate on.", 8)
     flags.DEFINE_integer("training_windows", 4800, "Windows of text for trained rows of ours.", 8)
-    flags.DEFINE_integer("calibration_screens", 32, "Screens of several questions, likewise.", 4)
+    flags.DEFINE_integer(
+        "calibration_screens", 32, "Screens of several questions to calibrate on.", 4
+    )
     flags.DEFINE_integer("screens", 200, "Questions measured, of each kind.", 1)
     flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys.")
     flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")

@@ -71,7 +71,7 @@ def define_flags() -> None:
     flags.DEFINE_string("shape", "", "Preset to time with random weights, such as mobile.")
     flags.DEFINE_integer("seed", 0, "Seed of screens and calibration.")
     flags.DEFINE_string("out_dir", "out", "Directory for the results; it must not hold any yet.")
-    flags.DEFINE_bool("overwrite", False, "Replace results that lie in --out_dir.")
+    flags.DEFINE_bool("overwrite", False, "Replace results in --out_dir.")
 
 
 def main(argv: Sequence[str]) -> None:

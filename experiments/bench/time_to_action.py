@@ -19,7 +19,7 @@ Three tables, each beside what was claimed of such models:
 3. Start-up, latency and size of the decoder of the `nano` preset at int8, in LiteRT and in MNN.
    Start-up is from opening the file, which the page cache holds, to the first scores, each in a
    new process; latency is one step behind 128 tokens. --mnn_python names an interpreter with
-   glm_edge and its extra `mnn`; where that is absent MNN is left out, with the reason. MNN's
+   glm_edge and its extra `mnn`; where that is absent MNN is skipped, with the reason. MNN's
    interpreter cannot write the cache where the next step reads it: its copies are not timed.
 """
 
@@ -196,7 +196,7 @@ def prepared(config: GLMConfig) -> dict[str, Any]:
       `prepare_s`, seconds of each round, and `prepared_tokens`, features and text together.
 
     Raises:
-      DataError: --screen is no height and width.
+      DataError: --screen is not a height and a width.
     """
     try:
         height, width = map(int, FLAGS.screen)

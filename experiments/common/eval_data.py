@@ -228,7 +228,7 @@ def recordings(
     except MissingExtraError as error:
         if folder:
             return measured, others, [f"no synthetic voices: {error}"]
-        return [], [], [f"spoken questions are left out: {error}"]
+        return [], [], [f"spoken questions are skipped: {error}"]
     return measured or synthetic["eval"], others + synthetic["calibration"], []
 
 

@@ -19,10 +19,10 @@ class Case:
     """One folder.
 
     Attributes:
-      folder: where it lies.
+      folder: of the case.
       meta: its meta.json.
       inputs: arrays by subcase and name.
-      outputs: likewise.
+      outputs: as `inputs`.
     """
 
     folder: Path

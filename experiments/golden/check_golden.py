@@ -7,6 +7,8 @@ DIR holds one folder a case: a Hugging Face directory with inputs.npz, outputs.n
 within 1e-4 and ten times the reference's own rounding noise, as meta.json gives it for every
 output; greedy tokens must be equal, both through whole forward passes and through the cached
 `generate`. Without the flag, the environment variable GLM_EDGE_GOLDEN names the folder.
+
+Exit status: 0 when every case passes, 1 when an output is off, 2 without a case.
 """
 
 import os

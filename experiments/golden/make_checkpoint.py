@@ -211,7 +211,7 @@ def values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Itera
     """Draws a tensor's values in blocks.
 
     Args:
-      name: of the tensor; those of norms lie around 1.
+      name: of the tensor; those of norms are around 1.
       shape: of the tensor.
       rng: source of the values.
 

@@ -24,7 +24,7 @@ NO_TARGET = -1
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie in a row of `blocks` questions after an image prefix.
+    """Layout of a row of `blocks` questions after an image prefix.
 
     Attributes:
       prefix: token ids of everything before the first block.

@@ -106,7 +106,7 @@ def run_stage(
 
     Args:
       name: of the stage; its files are `<name>.safetensors`, `<name>.csv` and `<name>.json`.
-      directory: where they lie; a stage found there is resumed.
+      directory: their folder; a stage found there is resumed.
       minutes: budget of wall-clock time, spent across restarts.
       peak_rate: of the learning rate, which follows the fraction of the budget that is spent.
       state: `{"params": …, "heads": …}` to start from.

@@ -98,9 +98,9 @@ def recipes(bits: Sequence[int], groups: Sequence[int]) -> dict[str, Transform]:
     for width in bits:
         for size in groups:
             label = f"groups of {size}" if size else "per channel"
-            options = {"bits": width, "group_size": size or None, "where": FLAGS.where}
-            measurements[f"{width} bits, rtn, {label}"] = quantize.rtn(**options)
-            measurements[f"{width} bits, gptq, {label}"] = quantize.gptq(**options)
+            format = f"int{width}-g{size}" if size else f"int{width}"
+            measurements[f"{width} bits, rtn, {label}"] = quantize.rtn(format, where=FLAGS.where)
+            measurements[f"{width} bits, gptq, {label}"] = quantize.gptq(format, where=FLAGS.where)
     return measurements
 
 

@@ -82,7 +82,7 @@ def define_flags() -> None:
         "hidden_size", None, "Of all encoders, a multiple of 32; default: 64, or 128 in full.", 32
     )
     flags.DEFINE_integer("vocabulary", 4000, "Tokens, at most.", 64)
-    flags.DEFINE_integer("tokens", 20, "Of a text, at most; the rest is left out.", 4)
+    flags.DEFINE_integer("tokens", 20, "Tokens per text; longer texts are cut.", 4)
     flags.DEFINE_integer("teacher_steps", None, "Default: as the preset says.", 1)
     flags.DEFINE_integer("student_steps", None, "Of each student; default: as the preset says.", 1)
     flags.DEFINE_integer("seeds", None, "Students of each kind; default: 1, or 3 in full.", 1)

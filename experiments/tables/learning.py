@@ -184,7 +184,7 @@ def cached_training(
     """Loads the variables of an earlier run, or stores those that `make` returns.
 
     Args:
-      directory: of the table; files lie in its `runs`.
+      directory: of the table; files are in its `runs`.
       name: of the run, for a reader.
       settings: all that the result depends on, JSON-ready or printable.
       make: trains.

@@ -60,8 +60,8 @@ def main(argv: Sequence[str]) -> None:
 def recipes() -> dict[str, Transform]:
     """Lists the recipes by name."""
     return {
-        "bfloat16": quantize.rtn(qtype="bfloat16"),
-        "int8": quantize.rtn(bits=8),
+        "bfloat16": quantize.rtn("bfloat16"),
+        "int8": quantize.rtn("int8"),
         "int8 and float16": ge.recipes.named("int8_float16_embeddings"),
         "int4 and int8": ge.recipes.named("phone"),
     }

@@ -81,7 +81,7 @@ def define_flags(name: str) -> None:
     """Defines the flags that all tables share.
 
     Args:
-      name: of the table; its results lie in `out/tables/<name>` unless told otherwise.
+      name: of the table; its results are in `out/tables/<name>` unless told otherwise.
     """
     flags.DEFINE_enum(
         "preset", "quick", PRESETS, "quick: under two minutes on two quiet cores; full: longer."
@@ -90,7 +90,7 @@ def define_flags(name: str) -> None:
         "out_dir", f"out/tables/{name}", "Directory for CSV, Markdown, JSON and the figure."
     )
     flags.DEFINE_integer("seed", 0, "First seed of everything drawn; runs take the next ones.")
-    flags.DEFINE_bool("overwrite", False, "Replace a table that lies in --out_dir.")
+    flags.DEFINE_bool("overwrite", False, "Replace a table in --out_dir.")
 
 
 def prepare(argv: Sequence[str]) -> Path:
@@ -195,7 +195,7 @@ def figure(title: str, rows: Sequence[Row], path: Path) -> None:
 
     Args:
       title: of the figure.
-      rows: those without a measured number are left out.
+      rows: those without a measured value are skipped.
       path: PNG file to write.
     """
     figures = require("matplotlib.figure", extra="plot")

@@ -36,8 +36,8 @@ from glm_edge.cli.console import print_table, progress, refuse_arguments
 from glm_edge.cli.loss import text_loss
 from glm_edge.cli.run import run_of
 from glm_edge.cli.whole import as_stored, load_wide
+from glm_edge.compress.layerwise.stream import compress_checkpoint, is_streamable
 from glm_edge.compress.report import Report
-from glm_edge.compress.stream import compress_checkpoint, is_streamable
 from glm_edge.compress.transform import Transform
 from glm_edge.writers import check_target
 

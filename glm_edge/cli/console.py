@@ -182,7 +182,8 @@ def help_page(text: str, described: str) -> str:
         end = next((i for i in range(example, len(lines)) if not lines[i].strip()), len(lines))
     details = "\n".join(lines[end:]).strip()
     listed = [line for line in described.splitlines() if line.startswith("  ")]
-    parts = ["\n".join(lines[:end]), "\n".join(["Flags:", *listed]), details, EXIT_STATUS]
+    status = "" if "Exit status" in text else EXIT_STATUS
+    parts = ["\n".join(lines[:end]), "\n".join(["Flags:", *listed]), details, status]
     return "\n\n".join([part for part in parts if part] + ["--helpfull lists every flag."])
 
 

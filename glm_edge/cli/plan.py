@@ -30,7 +30,7 @@ from glm_edge import params as boxes
 from glm_edge.cli.console import print_table, refuse_arguments
 from glm_edge.cli.corpora import write_text
 from glm_edge.cli.outputs import check_output
-from glm_edge.compress.plan_table import bytes_with
+from glm_edge.compress.allocate.knapsack import bytes_with
 from glm_edge.configs import GLMConfig, preset
 from glm_edge.errors import BoxError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM

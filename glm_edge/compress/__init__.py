@@ -1,14 +1,15 @@
 """Compression: parameter transforms, chains of them, recipes and reports."""
 
 from glm_edge.compress import prune, quantize
-from glm_edge.compress import recipe as recipes
+from glm_edge.compress import recipes as recipes
 from glm_edge.compress.calibration import Calibration
-from glm_edge.compress.distill import distill
+from glm_edge.compress.distill.distill import distill
+from glm_edge.compress.distill.loop import TrainOptions
 from glm_edge.compress.progress import ProgressLine
-from glm_edge.compress.recipe import recipe_from_json, to_json
+from glm_edge.compress.recipes import recipe_from_json, to_json
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.compress.report import Point, Report, Row
-from glm_edge.compress.transform import Context, Transform, chain, register
+from glm_edge.compress.transform import Context, Transform, arrays, chain, positional, register
 
 __all__ = [
     "Calibration",
@@ -17,9 +18,12 @@ __all__ = [
     "ProgressLine",
     "Report",
     "Row",
+    "TrainOptions",
     "Transform",
+    "arrays",
     "chain",
     "distill",
+    "positional",
     "prune",
     "quantize",
     "recipe_from_json",

@@ -34,7 +34,7 @@ class Calibration:
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
 
         data = ge.Calibration(batches, apply=apply, loss=loss)
-        model, params, report = ge.quantize.gptq(bits=4)(model, params, calibration=data)
+        model, params, report = ge.quantize.gptq("int4")(model, params, calibration=data)
 
     Layers of Flax and of this library that run inside either function have their inputs recorded.
     Functions are compiled: they must not depend on values that change between calls.

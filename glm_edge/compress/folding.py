@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -215,6 +216,7 @@ def divide_rows(leaf: Any, start: int, factor: Array) -> Any:
     return multiply(leaf, rows.reshape(-1, *[1] * (len(leaf.shape) - 1)))
 
 
+@jax.jit
 def multiply(leaf: Any, factor: Array) -> Any:
     """Multiplies an array or `Masked` by a broadcast factor, in float32, and keeps its type."""
     values = leaf.value if isinstance(leaf, boxes.Masked) else leaf
@@ -222,6 +224,7 @@ def multiply(leaf: Any, factor: Array) -> Any:
     return leaf.replace(value=scaled) if isinstance(leaf, boxes.Masked) else scaled
 
 
+@jax.jit
 def _left_by(before: Array, after: Array, factor: Array) -> Array:
     wide = before.astype(jnp.float32), after.astype(jnp.float32)
     usable = (wide[0] != 0) & (wide[1] != 0) & jnp.isfinite(wide[1])

@@ -3,11 +3,11 @@
 Tests compare every line with what the transforms do.
 """
 
-import inspect
+import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from glm_edge.compress.transform import entry
+from glm_edge.compress.transform import registered
 
 YES, NO = "yes", "no"
 ANY, GLM = "any", "GLM"
@@ -37,7 +37,8 @@ class Method(NamedTuple):
     @property
     def stacked(self) -> str:
         """How stacks of layers (`nn.scan`) are taken as matrices of their own, or nothing."""
-        takes = "stacked" in inspect.signature(entry(self.name).factory).parameters
+        fields = dataclasses.fields(registered(self.name))
+        takes = "stacked" in (item.name for item in fields)
         # No GLM is a stack.
         return self.within_scan if takes and self.models != GLM else ""
 

@@ -1,7 +1,7 @@
 """The same function in fewer operations: norms folded into the matrices and kernels beside them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,11 +10,16 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import folding
-from glm_edge.compress.quantize.leaves import relative_error
-from glm_edge.compress.quantize.leaves import row as row_of
+from glm_edge.compress.layerwise.runner import (
+    LayerwiseTransform,
+    Replaced,
+    StageContext,
+    apply_layerwise,
+)
+from glm_edge.compress.quantize.parameter import relative_error
+from glm_edge.compress.quantize.parameter import row as row_of
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.stagewise import Replaced, StageWork, apply_by_stage, register_stagewise
-from glm_edge.compress.transform import Context, Result, Transform
+from glm_edge.compress.transform import Context, Result, register
 from glm_edge.errors import RecipeError
 from glm_edge.models.cnn import NORM_EPS
 from glm_edge.params.tree import Params
@@ -25,7 +30,8 @@ DENSE, POINT, IDENTITY = "branch_3x3", "branch_1x1", "branch_identity"
 Leaves = Mapping[str, Any]
 
 
-def reparameterize() -> Transform:
+@register(NAME)
+class Reparameterize(LayerwiseTransform):
     """Folds norms, and joins parallel branches; the function of the model stays.
 
     What is folded depends on the model:
@@ -52,51 +58,52 @@ def reparameterize() -> Transform:
       and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference (folding of
       batch norms), https://arxiv.org/abs/1712.05877.
     """
-    return Transform(NAME, {})
+
+    exact: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = True
+
+    def compress_stage(self, work: StageContext) -> Replaced:
+        replaced: dict[str, Any] = {}
+        rows: list[Row] = []
+        for fold in folding.folds(
+            getattr(work.model, "config", None), f"{NAME}: {type(work.model).__name__}"
+        ):
+            norm = fold.producers[0]
+            if fold.kind != "norm" or len(fold.producers) > 1 or norm not in work.leaves:
+                continue
+            factor = fold.spread(work.leaves[norm].astype(jnp.float32))
+            for path in fold.consumers:
+                leaf = work.leaves[path]
+                _check_scales(path, leaf)
+                replaced[path] = folding.multiply(leaf, factor)
+                error = relative_error(leaf, replaced[path])
+                rows.append(row_of(NAME, path, leaf, replaced[path], error, f"{norm} folded"))
+            replaced[norm] = jnp.ones_like(work.leaves[norm])
+        for path in work.selected:
+            work.advance(path)
+        return replaced, rows
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        if not hasattr(model, "deploy"):
+            return apply_layerwise(self, model, params, context)
+        if model.deploy:
+            raise RecipeError(f"{NAME}: this {type(model).__name__} is deployed already")
+        if STATISTICS not in params or "params" not in params:
+            raise RecipeError(
+                f'{NAME}: a {type(model).__name__} comes with its variables, {{"params": …, '
+                f'"{STATISTICS}": …}}; found {", ".join(map(repr, params)) or "nothing"}'
+            )
+        rows: list[Row] = []
+        deployed = {"params": _deployed(params["params"], params[STATISTICS], "params", rows)}
+        for done, row in enumerate(rows, start=1):
+            context.advance(f"{NAME}: {row.path}", done, len(rows))
+        statistics = boxes.count(params[STATISTICS])
+        note = f"{statistics:,} running statistics were counted before, and are in the biases now"
+        return model.clone(deploy=True), deployed, Report.of(rows, params, deployed, notes=(note,))
 
 
-def _apply(model: nn.Module, params: Params, context: Context) -> Result:
-    if not hasattr(model, "deploy"):
-        return apply_by_stage(NAME, model, params, context)
-    if model.deploy:
-        raise RecipeError(f"{NAME}: this {type(model).__name__} is deployed already")
-    if STATISTICS not in params or "params" not in params:
-        raise RecipeError(
-            f'{NAME}: a {type(model).__name__} comes with its variables, {{"params": …, '
-            f'"{STATISTICS}": …}}; found {", ".join(map(repr, params)) or "nothing"}'
-        )
-    rows: list[Row] = []
-    deployed = {"params": _deployed(params["params"], params[STATISTICS], "params", rows)}
-    for done, row in enumerate(rows, start=1):
-        context.advance(f"{NAME}: {row.path}", done, len(rows))
-    statistics = boxes.count(params[STATISTICS])
-    note = f"{statistics:,} running statistics were counted before, and are in the biases now"
-    return model.clone(deploy=True), deployed, Report.of(rows, params, deployed, notes=(note,))
-
-
-def _fold_stage(work: StageWork) -> Replaced:
-    replaced: dict[str, Any] = {}
-    rows: list[Row] = []
-    for fold in folding.folds(
-        getattr(work.model, "config", None), f"{NAME}: {type(work.model).__name__}"
-    ):
-        norm = fold.producers[0]
-        if fold.kind != "norm" or len(fold.producers) > 1 or norm not in work.leaves:
-            continue
-        factor = fold.spread(work.leaves[norm].astype(jnp.float32))
-        for path in fold.consumers:
-            leaf = work.leaves[path]
-            _check_scales(path, leaf)
-            replaced[path] = folding.multiply(leaf, factor)
-            error = relative_error(leaf, replaced[path])
-            rows.append(row_of(NAME, path, leaf, replaced[path], error, f"{norm} folded"))
-        replaced[norm] = jnp.ones_like(work.leaves[norm])
-    for path in work.selected:
-        work.advance(path)
-    return replaced, rows
-
-
-register_stagewise(NAME, reparameterize, _fold_stage, rounds=False, exact=True, apply=_apply)
+reparameterize = Reparameterize
 
 
 def fold_batch_norm(

@@ -1,19 +1,21 @@
-"""Transforms: values that say how to compress a model, and the registry of what carries them out.
+"""Transforms: values that say how to compress a model, and the registry of their classes.
 
-A transform is data, `prune.structured(heads=0.25, neurons=0.3)`; calling it maps a model and its
-parameters to a model, its parameters and a report. Transforms compose with `chain`.
+A transform is a frozen dataclass, `prune.structured(heads=0.25, neurons=0.3)`: its fields are its
+options, checked once, when it is made. Calling it maps a model and its parameters to a model, its
+parameters and a report. Transforms compose with `chain`.
 """
 
 import dataclasses
-import inspect
+import functools
+import json
+import math
 import numbers
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, dataclass_transform
 
 import flax.linen as nn
 import jax
@@ -24,7 +26,7 @@ from glm_edge.compress.calibration import check_without
 from glm_edge.compress.progress import Progress, progress_of
 from glm_edge.compress.report import Report
 from glm_edge.errors import DataError, RecipeError
-from glm_edge.params import is_box
+from glm_edge.params import Format, is_box
 from glm_edge.params.patterns import compiled, shared_steps
 from glm_edge.params.tree import MATRIX_NAMES, Params, path_items
 
@@ -67,15 +69,6 @@ class Context:
             self.progress(stage, done, total)
 
 
-class Entry(NamedTuple):
-    """The factory that builds a transform from options, and the function that carries it out."""
-
-    factory: Callable[..., "Transform"]
-    apply: Callable[..., Result]
-    exact: bool = False
-
-
-_REGISTRY: dict[str, Entry] = {}
 # Largest number of steps, rounds and the like.
 MOST = 10**8
 _LARGEST = 2**62
@@ -86,27 +79,88 @@ _OF_NNX = (
 # Vectors even where heads or a stack of layers give them further axes.
 _VECTORS = ("bias", "scale")
 # Options that a transform prints even at their defaults, as it does its first one.
-_DEFINING = ("bits", "group_size", "method", "steps")
+_DEFINING = ("method", "steps")
+# Of the JSON that `to_json` writes.
+VERSION = 1
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+class Teacher(tuple):
+    """A model and its parameters that teach a student; equal only to itself, as arrays are."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Teacher) and list(map(id, self)) == list(map(id, other))
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self)))
+
+    def __repr__(self) -> str:
+        return "…"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Transform:
     """How to compress, as a value: it prints, compares, round-trips through JSON and is called.
 
+    A subclass is made a frozen dataclass, and known by name, by `register`. Its fields are its
+    options; it checks them in `__post_init__` and carries them out in `apply`.
+
+        @ge.compress.register("mine.scaled")
+        class Scaled(ge.Transform):
+            factor: float = ge.compress.positional(2.0)
+
+            def apply(self, model, params, context):
+                scaled = jax.tree.map(lambda leaf: leaf * self.factor, params)
+                return model, scaled, ge.Report.of([], params, scaled)
+
     Attributes:
       name: of the registered transform, such as `quantize.rtn`.
-      options: JSON-ready, every option spelled out.
-      objects: arguments that JSON cannot hold (a teacher's arrays).
+      exact: True where the function of the model stays as it was.
+      needs_model: True where parameters alone do not do.
     """
 
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    objects: Mapping[str, Any] = field(default_factory=dict)
+    name: ClassVar[str] = ""
+    exact: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_types(self.name, self.options)
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
-        object.__setattr__(self, "objects", MappingProxyType(dict(self.objects)))
+        """Raises RecipeError for a value of another type than its field says."""
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, item.name, value)
+            check_type(self.name, item.name, value, _annotations(type(self))[item.name])
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        """Compresses a model: as a call, within a chain.
+
+        Args:
+          model: Linen module, or None.
+          params: its parameters.
+          context: data, randomness and where the chain started.
+
+        Returns:
+          `(model, params, report)`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no apply")
+
+    @property
+    def steps_in_order(self) -> tuple["Transform", ...]:
+        """The transforms of a chain; elsewhere the transform alone."""
+        return (self,)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the fields that hold arrays, which JSON cannot."""
+        names = (item.name for item in dataclasses.fields(self))
+        return tuple(name for name in names if isinstance(getattr(self, name), Teacher))
+
+    def _set(self, **values: Any) -> None:
+        """Replaces fields by their normal form, within `__post_init__`."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def __call__(
         self,
@@ -159,43 +213,35 @@ class Transform:
             )
         context = Context(calibration, rng, (model, params), progress, tuple(without))
         with shared_steps():
-            model, changed, report = self.run(model, params, context)
+            model, changed, report = self.apply(model, params, context)
         notes = (*report.notes, *_unnamed(self, model, params))
         return model, changed, dataclasses.replace(report, notes=notes)
 
-    def run(self, model: nn.Module, params: Params, context: Context) -> Result:
-        """As a call, within a chain."""
-        return entry(self.name).apply(model, params, context, **self.options, **self.objects)
-
     def __repr__(self) -> str:
-        if self.name == CHAIN:
-            inner = ",\n".join(f"  {t!r}" for t in self.options["transforms"])
-            return f"chain(\n{inner},\n)" if inner else "chain()"
-        parameters = inspect.signature(entry(self.name).factory).parameters
-        first = next(iter(parameters), None)
-        shown = [f"{k}=…" for k in self.objects] + [
-            f"{key}={value!r}"
-            for key, value in self.options.items()
-            if key not in parameters
-            or parameters[key].default != value
-            or (value is not None and (key == first or key in _DEFINING))
-            # A type that is not bits wide comes in their place.
-            if key != "bits" or self.options.get("qtype") is None
-        ]
+        shown = []
+        for index, item in enumerate(dataclasses.fields(self)):
+            value = getattr(self, item.name)
+            defining = value is not None and (index == 0 or item.name in _DEFINING)
+            if defining or value != item.default:
+                text = repr(str(value) if isinstance(value, Format) else value)
+                shown.append(text if index == 0 and not item.kw_only else f"{item.name}={text}")
         return f"{self.name}({', '.join(shown)})"
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Transform):
-            return NotImplemented
-        return (
-            self.name == other.name
-            and dict(self.options) == dict(other.options)
-            and {k: id(v) for k, v in self.objects.items()}
-            == {k: id(v) for k, v in other.objects.items()}
-        )
 
-    def __hash__(self) -> int:
-        return hash((self.name, tuple(sorted(self.options.items()))))
+@functools.cache
+def _annotations(kind: type) -> dict[str, Any]:
+    """Types of the fields of a class."""
+    return typing.get_type_hints(kind)
+
+
+def positional(default: Any = dataclasses.MISSING) -> Any:
+    """Declares the field of a transform that may be given without its name: its first."""
+    return field(default=default, kw_only=False)
+
+
+def arrays(kw_only: bool = True) -> Any:
+    """Declares a field that holds arrays, or None, which JSON leaves out."""
+    return field(default=None, kw_only=kw_only, metadata={"arrays": True})
 
 
 def _check_arguments(name: str, model: Any, params: Any) -> None:
@@ -235,11 +281,7 @@ def _is_of_nnx(value: Any) -> bool:
 
 def _check_without_model(transform: Transform, calibration: Any) -> None:
     """Raises RecipeError where a transform cannot do with parameters alone."""
-    # The table asks this module for the registered transforms.
-    from glm_edge.compress.methods import ANY, METHODS, YES
-
-    apart = {method.name for method in METHODS if method.data == YES or method.models != ANY}
-    names = sorted({step.name for step in _steps(transform)} & apart)
+    names = sorted({step.name for step in transform.steps_in_order if step.needs_model})
     if names:
         raise RecipeError(f"{names[0]}: needs the model, a Linen module, and it is None; {_OF_NNX}")
     if calibration is not None:
@@ -249,13 +291,10 @@ def _check_without_model(transform: Transform, calibration: Any) -> None:
         )
 
 
-def _steps(transform: Transform) -> tuple[Transform, ...]:
-    return transform.options["transforms"] if transform.name == CHAIN else (transform,)
-
-
 def _unnamed(transform: Transform, model: Any, params: Params) -> tuple[str, ...]:
     """Says which arrays no `where` can reach, since a matrix is told by its name."""
-    acting = [step for step in _steps(transform) if step.name.startswith(("quantize.", "prune."))]
+    steps = transform.steps_in_order
+    acting = [step for step in steps if step.name.startswith(("quantize.", "prune."))]
     # Tables of this library's models are meant to stay.
     if not acting or type(model).__module__.startswith("glm_edge.models."):
         return ()
@@ -276,21 +315,32 @@ def _unnamed(transform: Transform, model: Any, params: Params) -> tuple[str, ...
     )
 
 
-def register(
-    name: str,
-    factory: Callable[..., Transform],
-    apply: Callable[..., Result],
-    exact: bool = False,
-) -> None:
-    """Makes a transform known by name, to calls and to recipes.
+_REGISTRY: dict[str, type[Transform]] = {}
+
+
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(field, positional, arrays)
+)
+def register(name: str, *others: str) -> Callable[[type], type]:
+    """Makes a class a transform: a frozen dataclass of keyword-only fields, known by name.
 
     Args:
-      name: such as `quantize.rtn`.
-      factory: checks options and returns the `Transform`.
-      apply: called as `apply(model, params, context, **options, **objects)`.
-      exact: leaves the function of the model as it was.
+      name: such as `quantize.rtn`, in calls, chains and recipes.
+      *others: further names under which recipes find the class, whose `name` then is a property.
+
+    Returns:
+      The decorator of a subclass of `Transform`.
     """
-    _REGISTRY[name] = Entry(factory, apply, exact)
+
+    def decorate(kind: type) -> type:
+        if "name" not in vars(kind):
+            kind.name = name
+        kind = dataclass(frozen=True, kw_only=True, repr=False)(kind)
+        for known in (name, *others):
+            _REGISTRY[known] = kind
+        return kind
+
+    return decorate
 
 
 def check_pattern(transform: str, option: str, pattern: Any) -> None:
@@ -316,27 +366,30 @@ def check_whole(transform: str, **options: Any) -> None:
             )
 
 
-def check_types(name: str, options: Mapping[str, Any]) -> None:
-    """Raises RecipeError for a value of another type than its option says, NaN and infinity.
+def check_type(transform: str, option: str, value: Any, annotation: Any) -> None:
+    """Raises RecipeError for a value of another type than annotated, NaN and infinity.
 
     Options of other types than `bool`, `int`, `float`, `str` and None are left to their transform.
 
     Args:
-      name: of the registered transform.
-      options: by name.
+      transform: name, for messages.
+      option: its name.
+      value: of the option.
+      annotation: of its field.
     """
-    parameters = inspect.signature(entry(name).factory).parameters
-    for option, value in options.items():
-        annotation = parameters[option].annotation if option in parameters else Any
-        union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-        kinds = typing.get_args(annotation) if union else (annotation,)
-        if not set(kinds) <= {bool, int, float, str, type(None)}:
-            continue
-        if not any(_is_a(value, kind) for kind in kinds):
-            wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise RecipeError(
-                f"{name}: {option} must be {wanted}, finite and of ordinary size, not {value!r:.60}"
-            )
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(annotation) if union else (annotation,)
+    if not set(kinds) <= {bool, int, float, str, type(None)}:
+        return
+    if any(_is_a(value, kind) for kind in kinds):
+        return
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if number and not (math.isfinite(value) and abs(value) <= _LARGEST) and {int, float} & {*kinds}:
+        raise RecipeError(
+            f"{transform}: {option} must be finite and of ordinary size, not {value!r:.60}"
+        )
+    wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise RecipeError(f"{transform}: {option} must be {wanted}, not {value!r:.60}")
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -349,19 +402,23 @@ def _is_a(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and "\0" not in value
 
 
+def is_number(value: Any) -> bool:
+    """True for an int or a float that is no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_fraction(transform: str, **fractions: Any) -> None:
     """Raises RecipeError unless every option is a fraction that removes less than everything."""
     for option, fraction in fractions.items():
-        number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
-        if not number or not 0.0 <= fraction < 1.0:
+        if not is_number(fraction) or not 0.0 <= fraction < 1.0:
             raise RecipeError(
                 f"{transform}: {option} must be in 0..1 and below 1, so that the keep ratio is "
                 f"above 0 and at most 1, not {fraction!r}"
             )
 
 
-def entry(name: str) -> Entry:
-    """Looks up a registered transform.
+def registered(name: str) -> type[Transform]:
+    """Looks up the class of a transform.
 
     Raises:
       RecipeError: no transform has this name.
@@ -374,13 +431,44 @@ def entry(name: str) -> Entry:
 CHAIN = "chain"
 
 
-def chain(*transforms: Transform) -> Transform:
+@register(CHAIN)
+class Chain(Transform):
+    """Transforms that are applied from left to right; made by `chain`.
+
+    Attributes:
+      transforms: none of them a chain.
+    """
+
+    transforms: tuple[Transform, ...] = ()
+
+    @property
+    def steps_in_order(self) -> tuple[Transform, ...]:
+        return self.transforms
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        report = Report.start(params)
+        for index, transform in enumerate(self.transforms):
+            rng = None if context.rng is None else jax.random.fold_in(context.rng, index)
+            step = dataclasses.replace(context, rng=rng)
+            before = params
+            model, params, done = transform.apply(model, params, step)
+            if transform.exact and context.reference[1] is before:
+                context = dataclasses.replace(context, reference=(model, params))
+            report = report + done
+        return model, params, report
+
+    def __repr__(self) -> str:
+        inner = ",\n".join(f"  {transform!r}" for transform in self.transforms)
+        return f"chain(\n{inner},\n)" if inner else "chain()"
+
+
+def chain(*transforms: Transform) -> Chain:
     """Applies transforms from left to right, itself a transform.
 
     Chains within a chain are flattened, so that grouping changes nothing. Step `i` gets the key
     folded with `i`, and the model that the chain started from is every step's default teacher.
 
-        recipe = ge.chain(ge.prune.magnitude(sparsity=0.5), ge.quantize.rtn(bits=8))
+        recipe = ge.chain(ge.prune.magnitude(sparsity=0.5), ge.quantize.rtn("int8"))
         model, params, report = recipe(model, params)
 
     Args:
@@ -396,24 +484,43 @@ def chain(*transforms: Transform) -> Transform:
     for transform in transforms:
         if not isinstance(transform, Transform):
             raise RecipeError(f"chain takes transforms, found {type(transform).__name__}")
-        inner = transform.options["transforms"] if transform.name == CHAIN else (transform,)
-        flat.extend(inner)
-    return Transform(CHAIN, {"transforms": tuple(flat)})
+        flat.extend(transform.steps_in_order)
+    return Chain(transforms=tuple(flat))
 
 
-def _apply_chain(
-    model: nn.Module, params: Params, context: Context, transforms: tuple[Transform, ...]
-) -> Result:
-    report = Report.start(params)
-    for index, transform in enumerate(transforms):
-        rng = None if context.rng is None else jax.random.fold_in(context.rng, index)
-        step = dataclasses.replace(context, rng=rng)
-        before = params
-        model, params, done = transform.run(model, params, step)
-        if entry(transform.name).exact and context.reference[1] is before:
-            context = dataclasses.replace(context, reference=(model, params))
-        report = report + done
-    return model, params, report
+def to_json(transform: Transform) -> str:
+    """Writes a transform as JSON, every option spelled out.
+
+    Args:
+      transform: or a chain of them.
+
+    Returns:
+      JSON that `recipe_from_json` reads back to an equal transform.
+
+    Raises:
+      RecipeError: the transform holds arrays (a teacher), which JSON cannot.
+    """
+    return json.dumps({"version": VERSION, **_to_object(transform)}, indent=2) + "\n"
 
 
-register(CHAIN, chain, _apply_chain)
+def _to_object(transform: Transform) -> dict[str, Any]:
+    if transform.teachers:
+        raise RecipeError(
+            f"{transform.name}: {', '.join(transform.teachers)}= holds arrays, which JSON cannot; "
+            "leave it out and the model that the chain starts from is used"
+        )
+    if isinstance(transform, Chain):
+        options: dict[str, Any] = {"transforms": [_to_object(t) for t in transform.transforms]}
+    else:
+        options = {
+            item.name: _json_value(getattr(transform, item.name))
+            for item in dataclasses.fields(transform)
+            if not item.metadata.get("arrays")
+        }
+    return {"name": transform.name, "options": options}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Format):
+        return str(value)
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value

@@ -4,6 +4,8 @@ A scale is `[..., out, groups]`, one for each group of neighbouring columns of a
 `[..., 1, 1]`, one for a matrix.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -34,6 +36,7 @@ def smallest_scale(dtype: str) -> float:
     return float(info.smallest_subnormal if dtype == "float16" else info.tiny)
 
 
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def held_scale(scale: Array, dtype: str) -> Array:
     """Rounds scales to the type in which they are stored, so that none becomes zero.
 
@@ -55,6 +58,7 @@ def held_scale(scale: Array, dtype: str) -> Array:
     return jnp.where(scale == 0, 0.0, jnp.where(scale < 0, -size, size)).astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnames="qtype", inline=True)
 def encode(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
     """Code of the level nearest to each weight.
 

@@ -8,6 +8,7 @@ vmapped batch) come from the arrays.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import asdict
 from typing import Any, ClassVar, Self
@@ -22,6 +23,10 @@ from glm_edge.errors import BoxError
 from glm_edge.kernels import grid, packing
 from glm_edge.params.formats import FLOATING as DENSE
 from glm_edge.params.formats import Format
+
+# One program per box where the caller does not trace, not one per operation. A caller that traces
+# sees the operations.
+_program = functools.partial(jax.jit, inline=True)
 
 
 class _Box(meta.AxisMetadata):
@@ -77,6 +82,7 @@ class Masked(struct.PyTreeNode, _Box, repr=False):
         """Shape of the dense weight."""
         return self.value.shape
 
+    @_program
     def unbox(self) -> Array:
         """Returns the dense weight with its pruned entries at zero."""
         value = meta.unbox(self.value)
@@ -139,10 +145,12 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
         """Returns the level of each code: int8, or float32 of nf4, [..., out, in]."""
         return grid.levels(self.codes(), self.format.qtype)
 
+    @_program
     def rows(self) -> Array:
         """Returns the dense weight as float32 [..., out, in]."""
         return grid.dequantize(self.levels(), self.scale, self.zero)
 
+    @_program
     def unbox(self) -> Array:
         """Returns the dense weight."""
         return _as_kernel(self.rows().astype(self.dtype), self.kernel_shape, self.kernel_axes)
@@ -193,6 +201,7 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
         stored = grid.held_scale(self.scale, self.format.scale_dtype)
         return grid.with_gradient_of(self.scale, stored.astype(jnp.float32))
 
+    @_program
     def unbox(self) -> Array:
         """Returns the rounded dense weight."""
         low, high = grid.code_range(self.format.qtype)
@@ -203,6 +212,7 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
         dense = grid.straight_through(self.value, scale, self.zero, self.format.qtype)
         return _as_kernel(dense.astype(self.dtype), self.kernel_shape, self.kernel_axes)
 
+    @_program
     def finalize(self) -> Quantized:
         """Returns the packed box whose dense weight is this one's."""
         scale = self.stored_scale().astype(self.format.scale_dtype)

@@ -1,7 +1,8 @@
-"""Formats: how the numbers of a compressed weight are stored."""
+"""Formats: how the values of a compressed weight are stored."""
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -16,9 +17,51 @@ PER_TENSOR = "tensor"
 _NOMINAL_BITS = {"ternary": 1.6, "ternary34": 1.25, "nf4": 4, "float16": 16, "bfloat16": 16}
 
 
+_GROUP = re.compile(r"g([1-9]\d{0,8})")
+_PARTS = (
+    "channel, tensor or g<columns> such as g32; affine; scale=<type>; zero=<type>, with types "
+    f"{', '.join(FLOATING)} (and int8 for zero)"
+)
+
+
 @dataclass(frozen=True)
 class Format:
-    """How the numbers of a weight are stored, `f' = scale * (level - zero)`.
+    """How the values of a weight are stored, `f' = scale * (level - zero)`.
+
+    A format is written as a string of parts with `-` between them:
+
+        <type>[-channel | -tensor | -g<columns>][-affine][-scale=<type>][-zero=<type>]
+
+    - The type comes first: `int8`, `int6`, `int5`, `int4`, `int3`, `int2`, `ternary`, `ternary34`,
+      `nf4`, `float16` or `bfloat16`. `float16` and `bfloat16` stand alone.
+    - The grouping says which weights share a scale: `channel` (the default) a row, `tensor` a
+      matrix, `g32` 32 columns (inputs) of a row.
+    - `affine` adds a zero point to integers; without it a format is symmetric.
+    - `scale=` is the type in which scales are stored: `float32`, `float16` or `bfloat16`. Where it
+      is left out, scales of groups are `bfloat16` and others `float32`.
+    - `zero=` is the type of zero points: `int8`, the default, or a floating type for zero points
+      between levels.
+
+    >>> Format.parse("int8")
+    Format(qtype='int8', group_size=None, symmetric=True, scale_dtype='float32', zero_dtype='int8')
+    >>> Format.parse("int4-g32-affine").group_size
+    32
+    >>> Format.parse("ternary-tensor").scale_dtype
+    'float32'
+    >>> str(Format("int4", 32, scale_dtype="float16"))
+    'int4-g32-scale=float16'
+    >>> Format.parse("int4-g64-affine-zero=float16") == Format(
+    ...     "int4", 64, False, "bfloat16", "float16"
+    ... )
+    True
+    >>> Format.parse("int7-g32")
+    Traceback (most recent call last):
+        ...
+    glm_edge.errors.BoxError: format 'int7-g32': 'int7' is not a type; types: int8, ...
+    >>> Format.parse("int4-32")
+    Traceback (most recent call last):
+        ...
+    glm_edge.errors.BoxError: format 'int4-32': '32' is not a part; after the type come: ...
 
     Attributes:
       qtype: integers `int8`, `int6`, `int5`, `int4`, `int3`, `int2`; `ternary`, five to a byte;
@@ -80,23 +123,51 @@ class Format:
             grouping = "channel"
         else:
             grouping = PER_TENSOR if self.group_size == PER_TENSOR else f"g{self.group_size}"
-        return f"{self.qtype}-{grouping}{'' if self.symmetric else '-affine'}"
+        parts = [self.qtype, grouping]
+        if not self.symmetric:
+            parts.append("affine")
+        if self.scale_dtype != default_scale_dtype(self.group_size):
+            parts.append(f"scale={self.scale_dtype}")
+        if self.zero_dtype != "int8":
+            parts.append(f"zero={self.zero_dtype}")
+        return "-".join(parts)
 
     @classmethod
     def parse(cls, text: str) -> "Format":
-        """Reads `int8`, `int4-g32`, `int4-g32-affine`, `ternary-tensor` and so on.
+        """Reads a format, such as `int4-g32-affine`; the inverse of `str`.
 
-        Scales are float32 per channel and per tensor, bfloat16 for groups.
+        Args:
+          text: as the docstring of the class explains it.
+
+        Returns:
+          The format.
 
         Raises:
-          BoxError: the text names no format.
+          BoxError: a part is wrong; the message says which, and what is right.
         """
-        found = re.fullmatch(r"(\w+?)(?:-(channel|tensor|g(\d+)))?(-affine)?", text)
-        if not found:
-            raise BoxError(f"format {text!r} is none such as int8, int4-g32, int4-g32-affine")
-        qtype, grouping, size, affine = found.groups()
-        group_size = int(size) if size else (PER_TENSOR if grouping == PER_TENSOR else None)
-        return cls(qtype, group_size, not affine, default_scale_dtype(group_size))
+        if not isinstance(text, str):
+            raise BoxError(f"a format is a string such as 'int4-g32', not {text!r:.60}")
+        qtype, *parts = text.split("-")
+        where = f"format {text!r:.60}"
+        if qtype not in QTYPES:
+            raise BoxError(f"{where}: {qtype!r:.60} is not a type; types: {', '.join(QTYPES)}")
+        fields: dict[str, Any] = {}
+        for part in parts:
+            option, value = _read_part(where, part)
+            if option in fields:
+                raise BoxError(f"{where}: {part!r:.60} says again what another part says")
+            fields[option] = value
+        group_size = fields.get("group_size")
+        try:
+            return cls(
+                qtype,
+                group_size,
+                not fields.get("affine", False),
+                fields.get("scale", default_scale_dtype(group_size)),
+                fields.get("zero", "int8"),
+            )
+        except BoxError as error:
+            raise BoxError(f"{where}: {str(error).removeprefix('format: ')}") from error
 
     def num_groups(self, columns: int) -> int:
         """Number of scales that a row has, or shares with all others.
@@ -131,6 +202,25 @@ class Format:
             each += jnp.dtype(self.zero_dtype).itemsize
         packed = rows * packing.packed_columns(columns, self.qtype)
         return matrices * (packed + scale_rows * groups * each)
+
+
+def _read_part(where: str, part: str) -> tuple[str, Any]:
+    """Returns what a part of a format says: the option and its value."""
+    group = _GROUP.fullmatch(part)
+    if part in ("channel", PER_TENSOR) or group:
+        size = PER_TENSOR if part == PER_TENSOR else None
+        return "group_size", int(group[1]) if group else size
+    if part == "affine":
+        return "affine", True
+    option, _, dtype = part.partition("=")
+    if option in ("scale", "zero"):
+        known = FLOATING if option == "scale" else ("int8", *FLOATING)
+        if dtype not in known:
+            raise BoxError(
+                f"{where}: {dtype!r:.60} is not a type of a {option}; types: {', '.join(known)}"
+            )
+        return option, dtype
+    raise BoxError(f"{where}: {part!r:.60} is not a part; after the type come: {_PARTS}")
 
 
 def default_scale_dtype(group_size: int | str | None) -> str:

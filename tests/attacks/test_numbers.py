@@ -7,9 +7,10 @@ import pytest
 
 import glm_edge as ge
 from glm_edge import params as boxes
-from glm_edge.compress.prune import sparse_columns
-from glm_edge.compress.rounding import gptq, hqq
-from glm_edge.compress.rounding import grid as grids
+from glm_edge.compress.prune.masks import sparse_columns
+from glm_edge.compress.quantize.solvers import gptq_solver as gptq
+from glm_edge.compress.quantize.solvers import hqq_solver as hqq
+from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import RecipeError
 from glm_edge.kernels.grid import INTEGERS
@@ -132,7 +133,7 @@ def test_transforms_end_on_activations_near_the_end_of_float32(size):
     leaves[path] = leaves[path] * size
     batches = [{"tokens": np.random.default_rng(9).integers(1, 40, (2, 10)).astype(np.int32)}]
     for transform in (
-        ge.quantize.gptq(bits=4, group_size=8, where="down_proj"),
+        ge.quantize.gptq("int4-g8", where="down_proj"),
         ge.prune.sparsegpt(sparsity=0.5, where="down_proj"),
     ):
         try:

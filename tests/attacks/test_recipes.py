@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from glm_edge.compress.recipe import recipe_from_json
+from glm_edge.compress.recipes import recipe_from_json
 from glm_edge.compress.transform import _REGISTRY, CHAIN
 from glm_edge.errors import RecipeError
 from glm_edge.params.patterns import Pattern
@@ -34,7 +34,7 @@ def outcome(text):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in _REGISTRY if name != CHAIN])
 def test_every_option_takes_or_refuses_every_value(name):
-    parameters = inspect.signature(_REGISTRY[name].factory).parameters
+    parameters = inspect.signature(_REGISTRY[name]).parameters
     needed = {"sparsity": 0.5, "keep": "0-4", "layers": 1, "heads": 0.25}
     base = {key: value for key, value in needed.items() if key in parameters}
     for option in parameters:
@@ -42,7 +42,7 @@ def test_every_option_takes_or_refuses_every_value(name):
             text = json.dumps({"name": name, "options": {**base, option: value}})
             found = outcome(text)
             if found is not None and isinstance(value, float):
-                assert np.isfinite(value) or option not in found.options
+                assert np.isfinite(value) or not hasattr(found, option)
 
 
 @pytest.mark.slow

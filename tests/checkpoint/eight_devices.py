@@ -7,7 +7,8 @@ import os
 
 # Compiling takes most of the time, so the compiler optimises little.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -71,9 +72,7 @@ def main(directory: Path) -> None:
     pixels = [RNG.normal(size=(*size, 3)).astype(np.float32) for size in sizes]
     bfloat16 = write(images, directory / "images", "bfloat16")
     compare(found["images"], bfloat16, {"images": pixels})
-    low_bits = ge.chain(
-        ge.quantize.rtn(bits=4, group_size=32, where="mlp|o_proj"), ge.quantize.rtn(bits=8)
-    )
+    low_bits = ge.chain(ge.quantize.rtn("int4-g32", where="mlp|o_proj"), ge.quantize.rtn("int8"))
     model, params, _ = low_bits(*ge.load(directory / "text"))
     ge.save(model, params, directory / "quantized")
     compare(found["quantized"], directory / "quantized", {})

@@ -217,13 +217,16 @@ def test_a_killed_save_leaves_nothing_that_loads(tmp_path, format):
     program = f"""
         import os
         import jax
+        import numpy as np
         import glm_edge as ge
         from glm_edge import configs
         from glm_edge.checkpoint import own
         from glm_edge.checkpoint.hugging_face import writing
         config = configs.GLMConfig("small", configs.DecoderConfig(8, 4, 1, 1, 1, 4, 4))
         model = ge.MultimodalGLM(config)
-        params = model.init(jax.random.key(0), jax.numpy.zeros((1, 1), int))["params"]
+        tokens = jax.ShapeDtypeStruct((1, 1), "int32")
+        shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+        params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
         own.write_json = writing.write_json = lambda *_: os._exit(9)
         ge.save(model, params, {str(tmp_path / "out")!r}, format={format!r})
     """

@@ -155,7 +155,7 @@ def test_a_model_shrunk_alike_in_all_layers_is_a_hugging_face_one(tmp_path):
 
 def test_compressed_weights_return_through_our_own_format(tmp_path):
     model, params = make_round_trip.build(TINY["glm"])
-    model, params = ge.quantize.rtn(bits=4, group_size=4, where="embed")(model, params)[:2]
+    model, params = ge.quantize.rtn("int4-g4", where="embed")(model, params)[:2]
     ge.save(model, params, tmp_path / "out")
     assert any(boxes.is_box(leaf) for _, leaf in boxes.path_items(params))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["format"] == "glm_edge"
@@ -178,7 +178,7 @@ def test_what_hugging_face_cannot_hold_is_refused(tmp_path, pruned):
 
     refuse(*pruned)
     model, params = make_round_trip.build(TINY["glm"])
-    refuse(*ge.quantize.rtn(bits=8, where="embed")(model, params)[:2])
+    refuse(*ge.quantize.rtn("int8", where="embed")(model, params)[:2])
     for decoder in unlike(model):
         other = model.clone(config=dataclasses.replace(model.config, decoder=decoder))
         assert hugging_face.fields_of(other.config, params) is None

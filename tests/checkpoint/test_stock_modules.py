@@ -31,7 +31,7 @@ def compressed():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), SHAPES)
     _, params, _ = prune.mask(0.5, where="Conv")(Net(), params)
-    return quantize.rtn(4, where="Dense")(Net(), params)[1]
+    return quantize.rtn("int4", where="Dense")(Net(), params)[1]
 
 
 @pytest.mark.parametrize("store", ["safetensors", "orbax"])

@@ -1,5 +1,6 @@
 """BERT and DistilBERT directories: classes that wrote them, old names, and what they cannot be."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,12 @@ from glm_edge.configs import TextConfig
 from glm_edge.errors import CheckpointError, ConfigError, DataError
 from glm_edge.models.text import TextEncoder
 from glm_edge.params.tree import nested
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def applied(model, variables, *inputs):
+    return model.apply(variables, *inputs)
+
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPE = {
@@ -95,7 +102,7 @@ def test_transformers_computes_the_same_from_what_is_written(architecture, tmp_p
     with torch.no_grad():
         made = reference(torch.as_tensor(tokens), attention_mask=torch.as_tensor(valid).long())
     expected = made.logits if model.config.num_labels else made.pooler_output
-    found, aux = jax.jit(model.apply)({"params": params}, tokens, valid)
+    found, aux = applied(model, {"params": params}, tokens, valid)
     found = found if model.config.num_labels else aux["pooled"]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -196,15 +203,15 @@ def test_what_is_not_known_is_named(name, field, value, change):
 def test_more_tokens_than_positions_are_refused():
     model = TextEncoder(WRITABLE["BertModel"])
     with pytest.raises(DataError, match="10 a row, this encoder reads at most 9"):
-        model.apply({"params": random_params(model)}, np.zeros((1, 10), int))
+        applied(model, {"params": random_params(model)}, np.zeros((1, 10), int))
 
 
 def test_padding_changes_nothing_and_token_types_default_to_the_first():
     model = TextEncoder(WRITABLE["BertForSequenceClassification"])
     variables = {"params": random_params(model)}
     tokens = np.array([[3, 8, 5, 0, 0]])
-    plain = model.apply(variables, tokens[:, :3])[0]
-    padded = model.apply(variables, tokens, tokens > 0, np.zeros_like(tokens))[0]
+    plain = applied(model, variables, tokens[:, :3])[0]
+    padded = applied(model, variables, tokens, tokens > 0, np.zeros_like(tokens))[0]
     np.testing.assert_allclose(padded, plain, atol=1e-6)
-    typed = model.apply(variables, tokens[:, :3], None, np.array([[0, 1, 1]]))[0]
+    typed = applied(model, variables, tokens[:, :3], None, np.array([[0, 1, 1]]))[0]
     assert np.abs(typed - plain).max() > 1e-3

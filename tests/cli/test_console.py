@@ -79,6 +79,11 @@ def test_help_page_puts_flags_before_details():
     assert "/some/path" not in page
 
 
+def test_help_page_keeps_exit_statuses_of_its_own():
+    page = console.help_page(f"{TEXT}\nExit status: 0, 1, or 2 without a case.\n", "x.py:\n")
+    assert page.count("Exit status") == 1
+
+
 def test_help_page_without_an_example():
     page = console.help_page("Do it.\n\nDetails.", "x.py:\n  --a: A.")
     assert page.startswith("Do it.\n\nFlags:\n  --a: A.\n\nDetails.\n")

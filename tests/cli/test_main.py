@@ -241,7 +241,7 @@ def test_compress_refuses_before_it_loads(whole, run, tmp_path, source, monkeypa
     arguments = ("compress", f"--checkpoint={source}", f"--out_dir={out}", f"--recipe={recipe}")
     with pytest.raises(SystemExit, match="nofile"):
         run(*arguments, f"--text={tmp_path / 'nofile'}")
-    with pytest.raises(SystemExit, match="is no directory to write into"):
+    with pytest.raises(SystemExit, match="is not a directory to write into"):
         run(*arguments[:2], f"--out_dir={recipe_file(tmp_path) / 'x'}", "--recipe=phone")
     (out / "checkpoint").mkdir(parents=True)
     (out / "checkpoint" / "config.json").write_text("{}")
@@ -276,7 +276,7 @@ def test_doors_of_python_hint_at_downloads_too():
         ge.load_tokenizer,
         open_lazily,
         lambda path: ge.save(model, params, "unused", source=path),
-        lambda path: ge.compress_checkpoint(path, "unused", ge.quantize.rtn(bits=8)),
+        lambda path: ge.compress_checkpoint(path, "unused", ge.quantize.rtn("int8")),
     ]
     for door in doors:
         with pytest.raises(CheckpointError, match="hf download owner/name --local-dir name"):
@@ -289,7 +289,7 @@ def test_doors_of_python_hint_at_downloads_too():
 @pytest.mark.parametrize("without", [["foo"], "images"])
 def test_unknown_inputs_to_do_without_are_refused(without):
     with pytest.raises(DataError, match="known: images, audio"):
-        ge.quantize.rtn(bits=8)(nn.Dense(4), {"kernel": np.ones((2, 4))}, without=without)
+        ge.quantize.rtn("int8")(nn.Dense(4), {"kernel": np.ones((2, 4))}, without=without)
     with pytest.raises(DataError, match="known: images, audio"):
         batches.check(nn.Dense(4), [{"tokens": np.ones((1, 2), int)}], "plan", without)
 
@@ -297,7 +297,7 @@ def test_unknown_inputs_to_do_without_are_refused(without):
 @pytest.mark.parametrize("command", ["compress", "export", "evaluate"])
 def test_modules_of_others_are_for_python(command, run, tmp_path):
     model = nn.Dense(4)
-    params = model.init(jax.random.key(0), np.ones((1, 4)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 4)))["params"]
     ge.save(model, params, tmp_path / "dense")
     where = {"compress": "--out_dir", "export": "--out", "evaluate": "--json"}[command]
     with pytest.raises(SystemExit, match=r"cannot build; use ge\.load\(.*model=module\) in Python"):

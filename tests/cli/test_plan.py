@@ -11,7 +11,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.cli import plan
-from glm_edge.compress.rounding import grid as grids
+from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.configs import preset
 from glm_edge.errors import RecipeError
 from glm_edge.params import Format

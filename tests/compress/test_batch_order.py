@@ -1,6 +1,7 @@
 """Batches of several kinds in stated proportion."""
 
 import collections
+import dataclasses
 import itertools
 
 import flax.linen as nn
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_edge.compress import distill
+from glm_edge.compress import TrainOptions, distill
 from glm_edge.compress.batches import in_proportion
-from glm_edge.compress.recipe import recipe_from_json, to_json
+from glm_edge.compress.recipes import recipe_from_json, to_json
 from glm_edge.errors import DataError, RecipeError
 
 
@@ -118,14 +119,15 @@ def test_a_mixture_goes_on_after_a_kill_as_if_left_alone(tmp_path):
         {name: array + (name != "tokens") for name, array in batch.items()} for batch in data()
     )
     call = {"calibration": batches, "rng": jax.random.key(0)}
-    options = {"mixture": MIXTURE, "steps": 10, "save_every": 3, "accumulate": 2}
-    _, expected, whole = distill((model, teacher), **options)(model, student, **call)
+    options = {"steps": 10, "save_every": 3, "accumulate": 2}
+    transform = distill((model, teacher), mixture=MIXTURE, train=TrainOptions(**options))
+    _, expected, whole = transform(model, student, **call)
     assert collections.Counter(read[-20:]) == {"text": 10, "images": 6, "audio": 4}
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    transform = distill((model, teacher), state_dir=tmp_path, **options)
+    transform = dataclasses.replace(transform, train=TrainOptions(state_dir=tmp_path, **options))
     with pytest.raises(KeyboardInterrupt):
         transform(model, student, **call, progress=stop)
     _, found, report = transform(model, student, **call)
@@ -159,7 +161,13 @@ def test_a_glm_learns_from_text_images_and_speech(make_member, batch_of):
     student = jax.tree.map(
         lambda leaf: leaf * jnp.float32(rng.uniform(0.7, 1.3, leaf.shape)), teacher
     )
-    transform = distill((model, teacher), 20, 3e-3, alpha=1.0, temperature=1.0, mixture=MIXTURE)
+    transform = distill(
+        (model, teacher),
+        alpha=1.0,
+        temperature=1.0,
+        mixture=MIXTURE,
+        train=TrainOptions(steps=20, learning_rate=0.003),
+    )
     call = {"calibration": Counted(given), "rng": jax.random.key(0)}
     _, taught, report = transform(model, student, **call)
     assert not report.notes

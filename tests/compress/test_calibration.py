@@ -8,9 +8,9 @@ import optax
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import Calibration, chain, distill, prune, quantize
-from glm_edge.compress.plan import plan
-from glm_edge.compress.training_state import calibration_digest
+from glm_edge.compress import Calibration, TrainOptions, chain, distill, prune, quantize
+from glm_edge.compress.allocate.plan import plan
+from glm_edge.compress.distill.state import calibration_digest
 from glm_edge.errors import DataError, RecipeError
 
 CLASSES = 5
@@ -81,20 +81,22 @@ def models():
 
 DENSE = "up|down|hidden|head"
 TRANSFORMS = {
-    "gptq": lambda: quantize.gptq(bits=4, where=DENSE),
-    "adaround": lambda: quantize.adaround(bits=4, where=DENSE, method="descent"),
+    "gptq": lambda: quantize.gptq("int4", where=DENSE),
+    "adaround": lambda: quantize.adaround("int4", where=DENSE, method="descent"),
     "activations": lambda: chain(
-        quantize.rtn(8, where=DENSE), quantize.activations(method="percentile")
+        quantize.rtn("int8", where=DENSE), quantize.activations(method="percentile")
     ),
-    "blockwise": lambda: quantize.blockwise(bits=4, where=DENSE, steps=3),
-    "qat": lambda: quantize.qat(bits=4, where=DENSE, steps=3),
-    "distill_scales": lambda: chain(quantize.rtn(4, where=DENSE), quantize.distill_scales(steps=3)),
+    "blockwise": lambda: quantize.blockwise("int4", where=DENSE, train=TrainOptions(steps=3)),
+    "qat": lambda: quantize.qat("int4", where=DENSE, train=TrainOptions(steps=3, warmup=0.05)),
+    "distill_scales": lambda: chain(
+        quantize.rtn("int4", where=DENSE), quantize.distill_scales(train=TrainOptions(steps=3))
+    ),
     "sparsegpt": lambda: prune.sparsegpt(0.5, where=DENSE),
     "wanda": lambda: prune.mask(0.5, score="wanda", where=DENSE),
     "taylor": lambda: prune.mask(0.5, score="taylor"),
     "sensitivity": lambda: prune.mask(0.5, score="sensitivity"),
     "measured": lambda: prune.mask(0.5, allocation="measured", levels=(0.3, 0.7)),
-    "distill": lambda: chain(prune.magnitude(0.5), distill(steps=3, alpha=0.5)),
+    "distill": lambda: chain(prune.magnitude(0.5), distill(alpha=0.5, train=TrainOptions(steps=3))),
 }
 
 
@@ -141,8 +143,8 @@ def test_gptq_reads_what_the_function_runs(models):
         found = transform(model, params, **call)[1]["hidden"]["kernel"].unbox()
         return np.linalg.norm(inputs @ (np.asarray(found) - kernel))
 
-    nearest = error(quantize.rtn(bits=3, where="hidden"))
-    assert error(quantize.gptq(bits=3, where="hidden"), calibration=calibration) < 0.9 * nearest
+    nearest = error(quantize.rtn("int3", where="hidden"))
+    assert error(quantize.gptq("int3", where="hidden"), calibration=calibration) < 0.9 * nearest
 
 
 @pytest.mark.slow
@@ -150,17 +152,20 @@ def test_a_loss_alone_runs_what_needs_no_logits(models):
     model, params, _ = models["vit"]
     calibration = Calibration(data(), loss=mean_loss)
     apart = Calibration(data(), apply=apply)
-    transform = quantize.gptq(bits=4, where="up|down")
+    transform = quantize.gptq("int4", where="up|down")
     _, one, _ = transform(model, params, calibration)
     _, other, _ = transform(model, params, apart)
     jax.tree.map(np.testing.assert_array_equal, one, other)
-    for transform in (distill(steps=1, teacher=(model, params)), quantize.blockwise(steps=1)):
+    for transform in (
+        distill(teacher=(model, params), train=TrainOptions(steps=1)),
+        quantize.blockwise(train=TrainOptions(steps=1)),
+    ):
         with pytest.raises(RecipeError, match="calibration has no apply="):
             transform(model, params, calibration)
     with pytest.raises(RecipeError, match="calibration has no loss="):
         prune.mask(0.5, score="taylor")(model, params, apart)
     with pytest.raises(RecipeError, match=r"no loss=; pass .* or alpha=1.0"):
-        distill(steps=1, teacher=(model, params))(model, params, apart)
+        distill(teacher=(model, params), train=TrainOptions(steps=1))(model, params, apart)
 
 
 @pytest.mark.slow
@@ -206,7 +211,9 @@ def test_taylor_takes_each_row_as_a_sample(models):
 def test_a_pruned_classifier_learns_from_the_dense_one(models):
     model, params, _ = models["vit"]
     calibration = Calibration(data(4, 8), apply=apply)
-    recipe = chain(prune.magnitude(0.4), distill(steps=40, alpha=1.0, learning_rate=3e-3))
+    recipe = chain(
+        prune.magnitude(0.4), distill(alpha=1.0, train=TrainOptions(steps=40, learning_rate=0.003))
+    )
     _, healed, report = recipe(model, params, calibration, rng=jax.random.key(0))
     assert report.curve[-1].soft < 0.5 * report.curve[0].soft
     assert 0.3 < float(1 - healed["head"]["kernel"].mask.mean()) < 0.5
@@ -224,10 +231,10 @@ def test_plans_of_a_classifier_fit(models):
 def test_batches_without_tokens_ask_for_functions(models):
     model, params, _ = models["vit"]
     for transform in (
-        quantize.gptq(bits=4),
+        quantize.gptq("int4"),
         prune.mask(0.5, score="taylor"),
-        quantize.qat(steps=1),
-        distill(steps=1, teacher=(model, params)),
+        quantize.qat(train=TrainOptions(steps=1, warmup=0.05)),
+        distill(teacher=(model, params), train=TrainOptions(steps=1)),
     ):
         with pytest.raises(DataError, match=r"Calibration\(batches, apply=\.\.\., loss=\.\.\.\)"):
             transform(model, params, data())
@@ -256,7 +263,7 @@ def bad(change):
 def test_functions_and_batches_that_do_not_fit(models, make, error, message):
     model, params, _ = models["vit"]
     with pytest.raises(error, match=message):
-        quantize.blockwise(steps=1, where="head")(model, params, make())
+        quantize.blockwise(where="head", train=TrainOptions(steps=1))(model, params, make())
 
 
 def test_a_loss_of_another_shape_is_refused(models):
@@ -286,7 +293,7 @@ def test_whole_variables_are_refused_by_name(models):
     model, params, variables = models["cnn"]
     whole = {**variables, "params": params}
     with pytest.raises(RecipeError, match=r"params and batch_stats.*variables\['params'\]"):
-        quantize.gptq(bits=4)(model, whole, Calibration(data(), apply=apply))
+        quantize.gptq("int4")(model, whole, Calibration(data(), apply=apply))
 
 
 def test_batches_that_can_be_read_once_are_refused(models):
@@ -303,7 +310,9 @@ def test_functions_of_another_arity_are_refused(name):
     Calibration(data(1), **{name: lambda *arguments: None})
 
 
-@pytest.mark.parametrize("transform", [quantize.gptq(8), prune.mask(0.5, score="taylor")], ids=str)
+@pytest.mark.parametrize(
+    "transform", [quantize.gptq("int8"), prune.mask(0.5, score="taylor")], ids=str
+)
 def test_a_collection_that_is_missing_is_named(models, transform):
     model, params, _ = models["cnn"]
     calibration = Calibration(data(1), apply=apply, loss=loss)
@@ -320,14 +329,14 @@ def test_a_collection_that_is_written_is_named(models):
 
     calibration = Calibration(data(1), apply=train, variables=variables)
     with pytest.raises(DataError, match=r"CNN writes a collection.*use_running_average=True"):
-        quantize.gptq(8)(model, params, calibration)
+        quantize.gptq("int8")(model, params, calibration)
 
 
 def test_a_single_batch_in_place_of_a_list_is_named(models):
     model, params, _ = models["vit"]
     for wrong in (
         lambda: Calibration(data(1)[0], apply=apply),
-        lambda: quantize.gptq(8)(model, params, data(1)[0]),
+        lambda: quantize.gptq("int8")(model, params, data(1)[0]),
         lambda: plan(model, params, 1000, calibration=data(1)[0]),
     ):
         with pytest.raises(DataError, match=r"and this is a single one; pass \[batch\]"):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import batches, prune, quantize, stages
+from glm_edge.compress import batches, prune, quantize
+from glm_edge.compress.layerwise import stages
 from glm_edge.errors import DataError
 from glm_edge.models.multimodal import audio_features, feature_counts
 from glm_edge.preprocess import Inputs
@@ -110,7 +111,7 @@ def test_videos_and_stills_of_one_row_calibrate(make_member):
     images = [image.astype(np.float32) for image in images]
     counts = feature_counts(images, model.config.vision)
     tokens = np.asarray([[11, *[model.config.image_token_id] * sum(counts), 12]])
-    _, _, report = quantize.gptq(bits=4, where="down_proj")(
+    _, _, report = quantize.gptq("int4", where="down_proj")(
         model, params, [{"tokens": tokens, "images": images}]
     )
     assert not any("nothing is seen" in row.action for row in report.rows)
@@ -160,4 +161,4 @@ def changed(model, **fields):
 def test_images_that_do_not_fit_are_refused(make_member, fields, message):
     model, params = make_member("ocr")
     with pytest.raises(DataError, match=message):
-        quantize.gptq(bits=4)(model, params, [changed(model, **fields)])
+        quantize.gptq("int4")(model, params, [changed(model, **fields)])

@@ -15,12 +15,12 @@ REQUIRED = {
     "prune.mask": {"sparsity": 0.5},
     "prune.magnitude": {"sparsity": 0.5},
     "prune.sparsegpt": {"sparsity": 0.5},
-    "prune.sparsegpt_quantize": {"sparsity": 0.5, "bits": 4},
+    "prune.sparsegpt_quantize": {"sparsity": 0.5, "format": "int4"},
     "prune.structured": {"heads": 0.25, "score": "magnitude"},
     "prune.encoders": {"heads": 0.25, "score": "magnitude"},
     "prune.depth": {"layers": 1},
     "prune.vocabulary": {"keep": [0, 1]},
-    "quantize.hqq": {"group_size": 8},
+    "quantize.hqq": {"format": "int4-g8-affine-zero=float16"},
     "prune.channels": {"fraction": 0.5},
 }
 NAMES = {method.name: method for method in METHODS}
@@ -39,7 +39,7 @@ PARAMS = {
 
 
 def build(name):
-    return transform.entry(name).factory(**REQUIRED.get(name, {}))
+    return transform.registered(name)(**REQUIRED.get(name, {}))
 
 
 def test_table_names_every_registered_transform():
@@ -47,6 +47,12 @@ def test_table_names_every_registered_transform():
     own = {name for name in transform._REGISTRY if name.startswith(("quantize.", "prune."))}
     assert {*own, "distill", "reparameterize"} == set(NAMES)
     assert to_markdown().count("\n") == len(METHODS) + 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_table_says_which_transforms_need_a_model(name):
+    method = NAMES[name]
+    assert build(name).needs_model == (method.data == YES or method.models != ANY)
 
 
 @pytest.mark.parametrize("name", [m.name for m in METHODS if (m.data, m.models) == (NO, ANY)])
@@ -100,8 +106,8 @@ def test_what_becomes_of_a_scanned_stack_is_what_the_table_says(name):
     shapes = jax.eval_shape(Scanned().init, jax.random.key(0), tokens)["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), shapes)
-    options = {"steps": 2} if name in ("quantize.qat", "quantize.blockwise") else {}
-    method = transform.entry(name).factory(**REQUIRED.get(name, {}), **options)
+    options = {"train": {"steps": 2}} if name in ("quantize.qat", "quantize.blockwise") else {}
+    method = transform.registered(name)(**REQUIRED.get(name, {}), **options)
     _, _, report = method(Scanned(), params, [{"tokens": tokens}])
     (action,) = [row.action for row in report.rows if row.path == "layers/dense/kernel"]
     assert [word for word in (NEAREST, MAGNITUDE) if f"{word}: " in action] == [

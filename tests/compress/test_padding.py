@@ -6,10 +6,11 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import save
-from glm_edge.compress import batches, chain, distill, prune, quantize, stages
+from glm_edge.compress import TrainOptions, batches, chain, distill, prune, quantize
+from glm_edge.compress.allocate.plan import plan
+from glm_edge.compress.layerwise import stages
+from glm_edge.compress.layerwise.stream import compress_checkpoint
 from glm_edge.compress.padding import valid_tokens
-from glm_edge.compress.plan import plan
-from glm_edge.compress.stream import compress_checkpoint
 from glm_edge.errors import DataError
 from glm_edge.models.text import TextEncoder
 
@@ -64,16 +65,20 @@ def layouts():
 LAYOUTS = layouts()
 WHERE = "layers/0/"
 TRANSFORMS = {
-    "gptq": lambda: quantize.gptq(bits=3, where=WHERE),
-    "awq": lambda: quantize.awq(bits=3, where=WHERE, steps=4),
+    "gptq": lambda: quantize.gptq("int3", where=WHERE),
+    "awq": lambda: quantize.awq("int3", where=WHERE, steps=4),
     "smoothquant": lambda: quantize.smoothquant(where=WHERE),
-    "activations": lambda: chain(quantize.rtn(8), quantize.activations(method="mse")),
-    "adaround": lambda: quantize.adaround(bits=3, where=WHERE, method="descent"),
-    "blockwise": lambda: quantize.blockwise(bits=3, where=f"{WHERE}|head", steps=3),
-    "qat": lambda: quantize.qat(bits=3, where=WHERE, steps=3),
-    "distill_scales": lambda: chain(quantize.rtn(4), quantize.distill_scales(steps=3)),
+    "activations": lambda: chain(quantize.rtn("int8"), quantize.activations(method="mse")),
+    "adaround": lambda: quantize.adaround("int3", where=WHERE, method="descent"),
+    "blockwise": lambda: quantize.blockwise(
+        "int3", where=f"{WHERE}|head", train=TrainOptions(steps=3)
+    ),
+    "qat": lambda: quantize.qat("int3", where=WHERE, train=TrainOptions(steps=3, warmup=0.05)),
+    "distill_scales": lambda: chain(
+        quantize.rtn("int4"), quantize.distill_scales(train=TrainOptions(steps=3))
+    ),
     "sparsegpt": lambda: prune.sparsegpt(0.5, where=WHERE),
-    "sparsegpt_quantize": lambda: prune.sparsegpt(0.5, where=WHERE, bits=4),
+    "sparsegpt_quantize": lambda: prune.sparsegpt(0.5, format="int4", where=WHERE),
     "wanda": lambda: prune.mask(0.5, score="wanda", where=WHERE),
     "activation": lambda: prune.mask(0.5, score="activation", shape="neuron"),
     "taylor": lambda: prune.mask(0.5, score="taylor2", where=WHERE),
@@ -82,9 +87,12 @@ TRANSFORMS = {
     "depth": lambda: prune.depth(1, score="influence"),
     "depth_loss": lambda: prune.depth(1, score="loss"),
     "distill": lambda: chain(
-        prune.magnitude(0.5), distill(steps=3, hidden=1.0, attention=1.0, alpha=0.5)
+        prune.magnitude(0.5),
+        distill(hidden=1.0, attention=1.0, alpha=0.5, train=TrainOptions(steps=3)),
     ),
-    "on_policy": lambda: chain(prune.magnitude(0.5), distill(steps=2, on_policy=1.0, prompt=4)),
+    "on_policy": lambda: chain(
+        prune.magnitude(0.5), distill(on_policy=1.0, prompt=4, train=TrainOptions(steps=2))
+    ),
 }
 
 
@@ -162,7 +170,7 @@ def test_streams_give_the_same_bytes(tiny, tmp_path):
     for layout in ("none", "left"):
         out = tmp_path / layout
         compress_checkpoint(
-            tmp_path / "dense", out, quantize.gptq(bits=3, where=WHERE), LAYOUTS[layout]
+            tmp_path / "dense", out, quantize.gptq("int3", where=WHERE), LAYOUTS[layout]
         )
         found.append([path.read_bytes() for path in sorted(out.glob("*.safetensors"))])
     assert found[0] == found[1]
@@ -171,7 +179,7 @@ def test_streams_give_the_same_bytes(tiny, tmp_path):
 @pytest.mark.slow
 def test_padding_that_is_called_valid_changes_the_result(tiny):
     model, params = tiny
-    transform = quantize.gptq(bits=3, where=WHERE)
+    transform = quantize.gptq("int3", where=WHERE)
     tokens, valid = padded(rows((10, 10)), 0, 8)
     found = [
         bytes_of(transform(model, params, [{"tokens": tokens, "valid": marks}])[1])
@@ -285,7 +293,7 @@ def test_an_encoder_is_told_what_is_padding():
     model = TextEncoder(TextConfig(40, 16, 1, 2, 24, 16, num_labels=3, pooler="tanh"))
     parts = rows((8, 5))
     tokens, valid = padded(parts, 0, 3)
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     run = jax.jit(batches.apply_batch, static_argnums=0)
     found = run(model, params, batches.to_device(model, {"tokens": tokens, "valid": valid}))
     for part, logits in zip(parts, found, strict=True):

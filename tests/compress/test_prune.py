@@ -17,7 +17,11 @@ from glm_edge.errors import DataError, RecipeError
 
 
 def weight(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+apply_batch = jax.jit(batches.apply_batch, static_argnums=0)
+row_losses = jax.jit(batches.row_losses, static_argnums=0)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
@@ -36,7 +40,7 @@ def test_the_smallest_of_each_tensor_go_exactly(sparsity):
 def test_global_scope_compares_across_tensors():
     params = {"a": {"kernel": weight(8, 8)}, "b": {"kernel": 100 * weight(8, 8, seed=1)}}
     _, pruned, _ = prune.magnitude(0.5, scope="global")(None, params)
-    counts = [int((~pruned[name]["kernel"].mask).sum()) for name in ("a", "b")]
+    counts = [int((~np.asarray(pruned[name]["kernel"].mask)).sum()) for name in ("a", "b")]
     assert sum(counts) == 64
     assert counts[0] > 60
 
@@ -52,17 +56,19 @@ def test_a_second_mask_only_adds():
     params = {"kernel": weight(16, 16)}
     _, first, _ = prune.magnitude(0.3)(None, params)
     _, second, _ = prune.magnitude(0.6)(None, first)
-    assert bool(jnp.all(first["kernel"].mask | ~second["kernel"].mask))
-    assert int((~second["kernel"].mask).sum()) == round(0.6 * 256)
+    before, after = (np.asarray(tree["kernel"].mask) for tree in (first, second))
+    assert (before | ~after).all()
+    assert (~after).sum() == round(0.6 * 256)
 
 
 def test_a_stock_module_runs_masked():
     module, x = nn.Dense(96), weight(3, 32)
-    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     module, pruned, report = prune.magnitude(sparsity=0.5)(module, params)
-    kernel = boxes.dense(pruned["kernel"])
-    assert float((kernel == 0).mean()) == 0.5
-    np.testing.assert_allclose(module.apply({"params": pruned}, x), x @ kernel, atol=1e-5)
+    kernel = np.asarray(boxes.dense(pruned["kernel"]))
+    assert (kernel == 0).mean() == 0.5
+    found = jax.jit(module.apply)({"params": pruned}, x)
+    np.testing.assert_allclose(found, x @ kernel, atol=1e-5)
     assert report.rows[0].bits == pytest.approx(40.0)
     assert 0.0 < report.rows[0].relative_error < 0.5
 
@@ -86,7 +92,7 @@ def test_magnitude_refuses_options_without_a_meaning(options, message):
 
 def test_quantized_weights_are_not_pruned(small):
     model, params = small
-    _, rounded, _ = quantize.rtn(8)(model, params)
+    _, rounded, _ = quantize.rtn("int8")(model, params)
     with pytest.raises(RecipeError, match="prune before quantizing"):
         prune.magnitude(0.5)(model, rounded)
     with pytest.raises(RecipeError, match="prune before quantizing"):
@@ -129,10 +135,10 @@ def gate_out(model, params, batch, keep):
         heads[kept.get("heads", slice(None))] = 1.0
         neurons[kept.get("neurons", slice(None))] = 1.0
         layers[str(index)] = {
-            "attention": {"heads": jnp.asarray(heads)},
-            "mlp": {"neurons": jnp.asarray(neurons)},
+            "attention": {"heads": heads},
+            "mlp": {"neurons": neurons},
         }
-    return batches.apply_batch(model, params, batch, {"gates": {"decoder": {"layers": layers}}})
+    return apply_batch(model, params, batch, {"gates": {"decoder": {"layers": layers}}})
 
 
 @pytest.mark.parametrize(
@@ -143,7 +149,9 @@ def gate_out(model, params, batch, keep):
 def test_a_shrunk_model_equals_its_gated_original(make_model, calibration, variant):
     model, params = make_model(**variant)
     if variant.get("attention_bias"):
-        params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.shape[-1])), params)
+        params = jax.tree.map(
+            lambda leaf: leaf + np.float32(0.1 * np.sin(np.arange(leaf.shape[-1]))), params
+        )
     own = variant.get("num_kv_heads") == 8
     keep = {
         0: {"heads": np.array([0, 2, 3, 4, 6, 7]), "neurons": np.arange(0, 128, 2)},
@@ -155,7 +163,7 @@ def test_a_shrunk_model_equals_its_gated_original(make_model, calibration, varia
     assert config.num_kv_heads == ((6, 8) if own else 2)
     assert config.intermediate_size == (64, 96)
     batch = calibration[0]
-    found = batches.apply_batch(smaller, shrunk, batch)
+    found = apply_batch(smaller, shrunk, batch)
     np.testing.assert_allclose(found, gate_out(model, params, batch, keep), atol=1e-5)
     tokens = jnp.zeros((1, 2), jnp.int32)
     needed = jax.eval_shape(smaller.init, jax.random.key(0), tokens)["params"]
@@ -179,17 +187,17 @@ def test_structured_shrinks_arrays_and_configuration(small, calibration, score):
     assert report.bytes_after == boxes.stored_bytes(shrunk)
     assert len(report.rows) == 2 * 4
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, params))
-    logits = batches.apply_batch(smaller, shrunk, calibration[0])
+    logits = apply_batch(smaller, shrunk, calibration[0])
     assert bool(jnp.isfinite(logits).all())
 
 
 def test_where_prunes_some_layers_and_widths_are_listed(small):
     model, params = small
-    transform = prune.structured(0.25, 0.5, score="magnitude", where=r"layers/1/")
+    transform = prune.structured(0.25, neurons=0.5, score="magnitude", where="layers/1/")
     smaller, _, _ = transform(model, params)
     assert smaller.config.decoder.num_heads == (8, 6)
     assert smaller.config.decoder.intermediate_size == (128, 64)
-    transform = prune.structured(0.25, 0.5, score="magnitude", where=r"mlp")
+    transform = prune.structured(0.25, neurons=0.5, score="magnitude", where="mlp")
     smaller, _, _ = transform(model, params)
     assert smaller.config.decoder.num_heads == 8
     assert smaller.config.decoder.intermediate_size == 64
@@ -201,7 +209,7 @@ def test_a_pruned_model_is_pruned_again(small):
     model, params = small
     for index in range(2):
         where = f"layers/{index}/"
-        model, params, _ = prune.structured(0.25, 0.25, score="magnitude", where=where)(
+        model, params, _ = prune.structured(0.25, neurons=0.25, score="magnitude", where=where)(
             model, params
         )
     assert model.config.decoder.num_heads == 6
@@ -232,9 +240,11 @@ def test_taylor_scores_are_each_rows_own_first_order_change(small, calibration):
             branch = "attention" if kind == "heads" else "mlp"
 
             def losses(gate, batch=batch, kind=kind, size=size, index=index, branch=branch):
-                gates = {branch: {kind: jnp.ones(size).at[index].set(gate)}}
+                ones = np.ones(size, np.float32)
+                ones[index] = gate
+                gates = {branch: {kind: ones}}
                 variables = {"gates": {"decoder": {"layers": {str(layer): gates}}}}
-                return np.asarray(batches.row_losses(model, params, batch, variables), np.float64)
+                return np.asarray(row_losses(model, params, batch, variables), np.float64)
 
             slope = (losses(1 + step) - losses(1 - step)) / (2 * step)
             totals[kind] += np.abs(slope).sum()
@@ -297,7 +307,7 @@ def test_batches_that_are_none_are_refused(small, batch, message):
 
 def test_nan_weights_are_noticed_by_the_scores(small, calibration):
     model, params = small
-    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    broken = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(np.nan), params)
     with pytest.raises(DataError, match="not finite"):
         prune.structured(0.25)(model, broken, calibration=calibration)
 
@@ -328,6 +338,8 @@ def test_a_shrunk_configuration_round_trips(small):
     from glm_edge import configs
 
     model, params = small
-    smaller, _, _ = prune.structured(0.25, 0.5, score="magnitude", where="layers/1")(model, params)
+    smaller, _, _ = prune.structured(0.25, neurons=0.5, score="magnitude", where="layers/1")(
+        model, params
+    )
     assert configs.from_dict(configs.to_dict(smaller.config)) == smaller.config
     assert dataclasses.is_dataclass(smaller.config)

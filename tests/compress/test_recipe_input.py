@@ -7,7 +7,7 @@ import pytest
 
 import glm_edge as ge
 from glm_edge.compress import recipes
-from glm_edge.compress.recipe import NAMED, named, recipe_from_json
+from glm_edge.compress.recipes import NAMED, named, recipe_from_json
 from glm_edge.errors import RecipeError
 
 
@@ -73,7 +73,7 @@ def test_options_have_the_type_that_they_say():
 
 def test_options_that_are_sequences_are_left_to_their_transform():
     recipe = ge.prune.mask(0.5, levels=(0.0, 0.5))
-    assert recipe.options["levels"] == (0.0, 0.5)
+    assert recipe.levels == (0.0, 0.5)
 
 
 def test_every_recipe_is_described():

@@ -260,7 +260,7 @@ def test_what_cannot_be_folded_is_refused(built):
     _, masked, _ = prune.magnitude(0.5)(model, variables)
     with pytest.raises(RecipeError, match=r"branch_3x3 is masked.*reparameterize first"):
         reparameterize()(model, masked)
-    _, rounded, _ = quantize.rtn(8, where="stem/branch_1x1")(model, variables)
+    _, rounded, _ = quantize.rtn("int8", where="stem/branch_1x1")(model, variables)
     with pytest.raises(RecipeError, match="is quantized; reparameterize before quantizing"):
         reparameterize()(model, rounded)
     with pytest.raises(RecipeError, match=r"comes with its variables.*found 'params'"):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import prune, quantize, stages
+from glm_edge.compress import prune, quantize
+from glm_edge.compress.layerwise import stages
 from glm_edge.compress.readings import layouts_of
 from glm_edge.errors import RecipeError
 from glm_edge.params.layouts import Layout, from_bias
@@ -131,12 +132,12 @@ def test_what_cannot_be_known_is_refused_by_name():
 
     model = Own()
     params = {"layer": {"kernel": jnp.ones((8, 2, 4))}}
-    for transform in (quantize.rtn(4), quantize.hqq(), prune.mask(shape="2:4")):
+    for transform in (quantize.rtn("int4"), quantize.hqq(), prune.mask(shape="2:4")):
         with pytest.raises(RecipeError, match=r"layer/kernel \[8, 2, 4\].*calibration=.*stacked="):
             transform(model, params)
     # What needs no axes is not refused.
     assert prune.magnitude(0.5)(model, params)[1]["layer"]["kernel"].mask.mean() == 0.5
-    quantize.rtn(qtype="bfloat16")(model, params)
+    quantize.rtn("bfloat16")(model, params)
 
 
 def nearest(rows, bits):
@@ -155,13 +156,13 @@ def test_attention_has_a_scale_per_output(use_bias):
     model = Tower(layers=1, use_bias=use_bias)
     params = initial(model, TOKENS)
     attention = params["block_0"]["attention"]
-    _, rounded, _ = quantize.rtn(4)(model, params)
+    _, rounded, _ = quantize.rtn("int4")(model, params)
     for name in ("query", "key", "value", "out"):
         kernel, box = attention[name]["kernel"], rounded["block_0"]["attention"][name]["kernel"]
         assert box.scale.shape == (WIDTH, 1)
         expected = nearest(as_matrix(kernel, WIDTH), 4)
         np.testing.assert_allclose(as_matrix(box.unbox(), WIDTH), expected, atol=1e-6)
-    _, grouped, _ = quantize.rtn(4, 8)(model, params)
+    _, grouped, _ = quantize.rtn("int4-g8")(model, params)
     groups = as_matrix(attention["query"]["kernel"], WIDTH).reshape(WIDTH, 2, 8)
     scale = grouped["block_0"]["attention"]["query"]["kernel"].scale
     np.testing.assert_allclose(scale, np.abs(groups).max(-1) / 7, rtol=0.01)
@@ -180,7 +181,7 @@ def test_attention_is_masked_along_inputs_and_by_output():
 
 def test_an_einsum_kernel_with_inputs_inside_is_restored():
     params = initial(Kinds(), IMAGE)
-    _, rounded, _ = quantize.rtn(8)(Kinds(), params)
+    _, rounded, _ = quantize.rtn("int8")(Kinds(), params)
     kernel, box = params["einsum"]["kernel"], rounded["einsum"]["kernel"]
     assert box.scale.shape == (6, 1)
     rows = np.asarray(kernel).transpose(0, 2, 1).reshape(6, 5)
@@ -224,7 +225,7 @@ def test_gptq_counts_what_it_rounds_to_nearest(kind, unseen):
     model = Tower(kind=kind)
     params = initial(Tower(), TOKENS)
     batches = [{"tokens": TOKENS}]
-    rounding = quantize.gptq(4, propagate=0.0, sweeps=0, refit=False, scale="max")
+    rounding = quantize.gptq("int4", propagate=0.0, sweeps=0, refit=False, scale="max")
     _, _, report = rounding(model, params, batches)
     (note,) = report.notes
     assert unseen in note
@@ -236,7 +237,7 @@ def test_gptq_counts_what_it_rounds_to_nearest(kind, unseen):
 
 def test_activations_count_what_gets_no_range(towers):
     model, params = towers["scanned"]
-    rounded = quantize.rtn(8)(model, params)[1]
+    rounded = quantize.rtn("int8")(model, params)[1]
     _, found, report = quantize.activations()(model, rounded, [{"tokens": TOKENS}])
     [note] = [note for note in report.notes if note.startswith("quantize.activations: ")]
     assert "6 of 7 matrices went without a range, as calibration does not see" in note
@@ -261,8 +262,8 @@ def test_wanda_scores_attention_by_its_inputs(towers):
 
 
 ON_STACKS = {
-    "rtn": quantize.rtn(4, 8),
-    "hqq": quantize.hqq(4, 8, steps=2),
+    "rtn": quantize.rtn("int4-g8"),
+    "hqq": quantize.hqq("int4-g8-affine-zero=float16", steps=2),
     "magnitude": prune.magnitude(0.3),
     "2:4": prune.mask(shape="2:4"),
     "channel": prune.mask(0.25, shape="channel"),
@@ -279,10 +280,10 @@ def test_scanned_layers_are_compressed_as_unrolled_ones(towers, name):
         jax.tree.map(np.testing.assert_array_equal, layer, found["unrolled"][f"block_{index}"])
 
 
-@pytest.mark.parametrize("rounding", [{"bits": 8}, {"qtype": "bfloat16"}], ids=str)
-def test_a_scanned_model_runs_on_rounded_weights(towers, rounding):
+@pytest.mark.parametrize("format", ["int8", "bfloat16"])
+def test_a_scanned_model_runs_on_rounded_weights(towers, format):
     model, params = towers["scanned"]
-    _, rounded, report = quantize.rtn(**rounding)(model, params)
+    _, rounded, report = quantize.rtn(format)(model, params)
     run = jax.jit(lambda params: model.apply({"params": params}, TOKENS))
     after = run(rounded)
     assert after.dtype == jnp.float32
@@ -295,7 +296,7 @@ def test_a_scanned_model_runs_on_rounded_weights(towers, rounding):
 
 def test_stacked_that_names_one_matrix_is_refused(towers):
     with pytest.raises(RecipeError, match=r"stacked='head' names head/kernel .* one matrix"):
-        quantize.rtn(8, stacked="head")(*towers["unrolled"])
+        quantize.rtn("int8", stacked="head")(*towers["unrolled"])
 
 
 def test_stacks_along_another_axis_are_refused():

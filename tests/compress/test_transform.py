@@ -1,5 +1,6 @@
 """Transforms and recipes as values: printing, equality, JSON, and the same bytes again."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -25,14 +26,14 @@ from glm_edge.compress import (
     to_json,
 )
 from glm_edge.compress import transform as transform_lib
-from glm_edge.compress.recipe import recipe_from_json
+from glm_edge.compress.recipes import recipe_from_json
 from glm_edge.errors import DataError, RecipeError
 
 RECIPE = chain(
     prune.structured(heads=0.25, neurons=0.3),
-    distill(steps=2),
-    quantize.rtn(bits=4, group_size=16, where=r"decoder/.*"),
-    quantize.rtn(bits=8, where=r"embed"),
+    distill(train=ge.TrainOptions(steps=2)),
+    quantize.rtn("int4-g16", where="decoder/.*"),
+    quantize.rtn("int8", where="embed"),
 )
 
 
@@ -46,41 +47,46 @@ def digest(params):
 
 def test_a_transform_prints_what_defines_it_and_what_differs():
     assert repr(prune.structured(heads=0.25, neurons=0.3)) == (
-        "prune.structured(heads=0.25, neurons=0.3)"
+        "prune.structured(0.25, neurons=0.3)"
     )
-    assert repr(quantize.rtn()) == "quantize.rtn(bits=8)"
-    assert repr(quantize.hqq()) == "quantize.hqq(bits=4, group_size=64, steps=20)"
-    assert repr(quantize.rtn(qtype="nf4")) == "quantize.rtn(qtype='nf4')"
-    assert repr(quantize.smoothquant()) == "quantize.smoothquant(alpha=0.5)"
+    assert repr(quantize.rtn()) == "quantize.rtn('int8-channel')"
+    assert repr(quantize.hqq()) == "quantize.hqq('int4-g64-affine-zero=float16', steps=20)"
+    assert repr(quantize.rtn("nf4")) == "quantize.rtn('nf4-channel')"
+    assert repr(quantize.smoothquant()) == "quantize.smoothquant(0.5)"
+    assert repr(distill(teacher=(None, {}), train=ge.TrainOptions(steps=3))) == (
+        "distill(…, train=TrainOptions(steps=3))"
+    )
     assert repr(chain()) == "chain()"
-    assert repr(chain(quantize.rtn(4, 32))) == ("chain(\n  quantize.rtn(bits=4, group_size=32),\n)")
+    assert repr(chain(quantize.rtn("int4-g32"))) == "chain(\n  quantize.rtn('int4-g32'),\n)"
 
 
 def test_what_prints_evaluates_to_an_equal_transform():
     names = {"chain": chain, "prune": prune, "distill": distill, "quantize": quantize}
+    names["TrainOptions"] = ge.TrainOptions
     for transform in (RECIPE, *(recipes.named(name) for name in recipes.NAMED)):
         assert eval(repr(transform), names) == transform
 
 
 def test_equality_is_by_value():
-    assert quantize.rtn(8) == quantize.rtn(bits=8)
-    assert quantize.rtn(8) != quantize.rtn(4)
-    assert quantize.rtn(8) != "quantize.rtn"
-    assert hash(quantize.rtn(8)) == hash(quantize.rtn(bits=8))
+    assert quantize.rtn("int8") == quantize.rtn(format=boxes.Format("int8"))
+    assert quantize.rtn("int8") != quantize.rtn("int4")
+    assert quantize.rtn("int8") != quantize.hqq("int8")
+    assert quantize.rtn("int8") != "quantize.rtn"
+    assert hash(quantize.rtn("int8")) == hash(quantize.rtn(format="int8-channel"))
     teacher = (None, {})
     assert distill(teacher=teacher) == distill(teacher=teacher)
     assert distill(teacher=teacher) != distill()
 
 
 def test_grouping_of_a_chain_changes_nothing():
-    a, b, c = prune.magnitude(0.5), quantize.rtn(4, 32), quantize.rtn(8)
+    a, b, c = prune.magnitude(0.5), quantize.rtn("int4-g32"), quantize.rtn("int8")
     assert chain(chain(a, b), c) == chain(a, chain(b, c)) == chain(a, b, c)
     assert hash(chain(chain(a, b), c)) == hash(chain(a, b, c))
 
 
 def test_options_cannot_be_changed():
-    with pytest.raises(TypeError):
-        quantize.rtn(8).options["bits"] = 4
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        quantize.rtn("int8").format = boxes.Format("int4")
 
 
 @pytest.mark.parametrize("name", ["phone", "small", "quickstart"])
@@ -105,13 +111,19 @@ def test_the_public_names_are_on_the_package():
     ("text", "message"),
     [
         ('{"name": "quantize.magic"}', "unknown transform 'quantize.magic'; known: .*quantize.rtn"),
-        ('{"name": "quantize.rtn", "options": {"bit": 4}}', "no option 'bit'; known: bits"),
+        ('{"name": "quantize.rtn", "options": {"bit": 4}}', "no option 'bit'; known: format"),
         ('{"name": "quantize.rtn", "options": {"bits": 7}}', "bits must be 8, 6, 5, 4, 3 or 2"),
         ('{"name": "prune.magnitude", "options": {"sparsity": "x"}}', "prune.magnitude"),
         ('{"name": "prune.magnitude"}', "prune.magnitude: .*sparsity"),
         ('{"name": "chain", "options": {"steps": []}}', "chain takes one option"),
         ('{"name": "chain", "options": {"transforms": [3]}}', "expected"),
         ('{"options": {}}', "expected"),
+        ('{"version": 2, "name": "quantize.rtn"}', "version 2 of a recipe is unknown"),
+        ('{"version": "1", "name": "quantize.rtn"}', "version '1' of a recipe is unknown"),
+        (
+            '{"version": 1, "name": "quantize.rtn", "options": {"bits": 4}}',
+            "no option 'bits'; known: format",
+        ),
         ('{"name": "quantize.rtn", "options": []}', "options an object"),
         ('{"name": ', "not JSON"),
         ("no/such/file.json", "no/such/file.json: cannot read a recipe .*phone"),
@@ -173,7 +185,7 @@ def test_an_empty_chain_changes_nothing(small):
 
 def test_report_of_a_chain_shows_every_step():
     kernel = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
-    recipe = chain(prune.magnitude(0.5), quantize.rtn(8))
+    recipe = chain(prune.magnitude(0.5), quantize.rtn("int8"))
     _, params, report = recipe(nn.Dense(16), {"kernel": kernel})
     shown = str(report).splitlines()
     assert [line.split()[0] for line in shown[2:4]] == ["prune.magnitude", "quantize.rtn"]
@@ -183,15 +195,18 @@ def test_report_of_a_chain_shows_every_step():
 def test_a_transform_of_a_user_joins_chains_and_recipes(monkeypatch):
     monkeypatch.setattr(transform_lib, "_REGISTRY", dict(transform_lib._REGISTRY))
 
-    def doubled(times: int = 1) -> ge.Transform:
-        return ge.Transform("mine.doubled", {"times": times})
+    @register("mine.doubled")
+    class Doubled(ge.Transform):
+        times: int = ge.compress.positional(1)
 
-    def apply(model, params, context, times):
-        return model, jax.tree.map(lambda leaf: leaf * 2**times, params), ge.Report.start(params)
+        def apply(self, model, params, context):
+            doubled = jax.tree.map(lambda leaf: leaf * 2**self.times, params)
+            return model, doubled, ge.Report.start(params)
 
-    register("mine.doubled", doubled, apply)
-    recipe = recipe_from_json(to_json(chain(doubled(2))))
-    assert repr(doubled()) == "mine.doubled(times=1)"
+    recipe = recipe_from_json(to_json(chain(Doubled(2))))
+    assert repr(Doubled()) == "mine.doubled(1)"
+    with pytest.raises(RecipeError, match="times must be int, not 'x'"):
+        Doubled("x")
     _, params, _ = recipe(nn.Dense(2), {"kernel": np.ones((2, 2), np.float32)})
     np.testing.assert_array_equal(params["kernel"], np.full((2, 2), 4.0))
 
@@ -212,13 +227,13 @@ def test_progress_is_told(small, calibration, capsys):
         "quantize.rtn",
     ]
     for progress in (ProgressLine(), True):
-        quantize.rtn(8)(model, params, progress=progress)
+        quantize.rtn("int8")(model, params, progress=progress)
         shown = capsys.readouterr().err
         # A file gets whole lines, a terminal one line that is rewritten.
         assert "13/13 quantize" in shown
         assert "\r" not in shown
     with pytest.raises(DataError, match="progress must be True or a function"):
-        quantize.rtn(8)(model, params, progress="yes")
+        quantize.rtn("int8")(model, params, progress="yes")
 
 
 def test_calibration_is_read_more_than_once(small, calibration):
@@ -227,38 +242,42 @@ def test_calibration_is_read_more_than_once(small, calibration):
 
 
 AFTER_ROUNDING = {
-    "gptq": lambda: quantize.gptq(bits=4),
-    "awq": lambda: quantize.awq(bits=4),
-    "hqq": lambda: quantize.hqq(bits=4, group_size=None),
-    "rtn": lambda: quantize.rtn(bits=4),
-    "adaround": lambda: quantize.adaround(bits=4),
-    "blockwise": lambda: quantize.blockwise(bits=4, steps=50),
-    "sparsegpt_quantize": lambda: prune.sparsegpt(0.5, bits=4),
+    "gptq": lambda: quantize.gptq("int4"),
+    "awq": lambda: quantize.awq("int4"),
+    "hqq": lambda: quantize.hqq("int4-affine-zero=float16"),
+    "rtn": lambda: quantize.rtn("int4"),
+    "adaround": lambda: quantize.adaround("int4"),
+    "blockwise": lambda: quantize.blockwise("int4", train=ge.TrainOptions(steps=50)),
+    "sparsegpt_quantize": lambda: prune.sparsegpt(0.5, format="int4"),
 }
 
 
 @pytest.mark.parametrize("name", AFTER_ROUNDING)
 def test_a_transform_with_nothing_left_says_so(small, calibration, name):
     model, params = small
-    recipe = chain(quantize.rtn(8), AFTER_ROUNDING[name]())
+    recipe = chain(quantize.rtn("int8"), AFTER_ROUNDING[name]())
     _, after, report = recipe(model, params, calibration[:1])
     found = [note for note in report.notes if "nothing left to do" in note]
     count = len(boxes.select(params, None))
     assert len(found) == 1
     assert f"{name}: nothing left to do: all {count} matrices are quantized already" in found[0]
-    _, alone, _ = quantize.rtn(8)(model, params)
+    _, alone, _ = quantize.rtn("int8")(model, params)
     jax.tree.map(np.testing.assert_array_equal, after, alone)
 
 
 def test_distillation_of_integers_only_is_refused(calibration):
     params = {"kernel": quantize.quantize_leaf("kernel", jnp.eye(4), boxes.Format("int8"))[0]}
     with pytest.raises(RecipeError, match="nothing left to train"):
-        distill(steps=1, teacher=(nn.Dense(4), params))(nn.Dense(4), params, calibration)
+        distill(teacher=(nn.Dense(4), params), train=ge.TrainOptions(steps=1))(
+            nn.Dense(4), params, calibration
+        )
 
 
 def test_training_says_that_narrow_types_were_widened(calibration):
     model, tree = nn.Embed(40, 40), {"embedding": jnp.eye(40)}
-    transform = distill(steps=1, teacher=(model, {"embedding": 2 * jnp.eye(40)}))
+    transform = distill(
+        teacher=(model, {"embedding": 2 * jnp.eye(40)}), train=ge.TrainOptions(steps=1)
+    )
     _, trained, report = transform(model, boxes.cast(tree, jnp.bfloat16), calibration[:1])
     assert trained["embedding"].dtype == jnp.float32
     (note,) = report.notes
@@ -277,7 +296,7 @@ class Half(nn.Module):
         return x @ w + self.param("b", nn.initializers.zeros, (3,))
 
 
-@pytest.mark.parametrize("transform", [quantize.rtn(8), prune.magnitude(0.5)], ids=str)
+@pytest.mark.parametrize("transform", [quantize.rtn("int8"), prune.magnitude(0.5)], ids=str)
 def test_arrays_of_other_names_are_counted(transform):
     params = Half().init(jax.random.key(0), jnp.ones((1, 4)))["params"]
     _, _, report = transform(Half(), params)
@@ -289,12 +308,12 @@ def test_arrays_of_other_names_are_counted(transform):
 
 def test_a_tree_without_matrices_says_which_names_count():
     with pytest.raises(RecipeError, match=r"none of 0 matrices.*named weight, kernel, embedding"):
-        quantize.rtn(8)(Half(), {"w": jnp.ones((4, 3))})
+        quantize.rtn("int8")(Half(), {"w": jnp.ones((4, 3))})
 
 
 def test_arguments_that_are_no_parameters_are_named():
     model = Half()
-    params = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4)))["params"]
     state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
     module = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     for wrong, message in (
@@ -307,7 +326,7 @@ def test_arguments_that_are_no_parameters_are_named():
         (("Half", params), "model is a str, not a Linen module"),
     ):
         with pytest.raises(RecipeError, match=message):
-            quantize.rtn(8)(*wrong)
+            quantize.rtn("int8")(*wrong)
 
 
 class OfNnx(nnx.Module):
@@ -318,17 +337,17 @@ class OfNnx(nnx.Module):
 
 
 NEEDS_A_MODEL = [
-    quantize.gptq(8),
+    quantize.gptq("int8"),
     quantize.awq(),
-    quantize.qat(steps=1),
-    distill(steps=1),
+    quantize.qat(train=ge.TrainOptions(steps=1, warmup=0.05)),
+    distill(train=ge.TrainOptions(steps=1)),
     quantize.rotate(),
     prune.structured(heads=0.5, score="magnitude"),
-    chain(quantize.rtn(8), quantize.gptq(8)),
+    chain(quantize.rtn("int8"), quantize.gptq("int8")),
 ]
 
 
-@pytest.mark.parametrize("transform", [quantize.rtn(8), *NEEDS_A_MODEL], ids=lambda t: t.name)
+@pytest.mark.parametrize("transform", [quantize.rtn("int8"), *NEEDS_A_MODEL], ids=lambda t: t.name)
 @pytest.mark.parametrize("wrong", ["module", "kind", "state", "params"])
 def test_modules_of_nnx_are_told_what_to_pass(transform, wrong):
     module = OfNnx()
@@ -377,7 +396,7 @@ class Stack(nn.Module):
 def test_biases_and_norms_hide_no_array_of_another_name():
     shapes = jax.eval_shape(Stack().init, jax.random.key(0), jnp.ones((1, 3, 4)))["params"]
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
-    _, _, report = quantize.rtn(8, stacked="Scan")(Stack(), params)
+    _, _, report = quantize.rtn("int8", stacked="Scan")(Stack(), params)
     (note,) = [note for note in report.notes if "considered" in note]
     assert note.startswith("1 arrays of two axes or more are left as they are: cls; ")
 
@@ -385,7 +404,7 @@ def test_biases_and_norms_hide_no_array_of_another_name():
 def test_parameters_of_nnx_pass_as_a_dict():
     module = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     graph, state = nnx.split(module)
-    _, rounded, _ = quantize.rtn(8)(None, nnx.to_pure_dict(state))
+    _, rounded, _ = quantize.rtn("int8")(None, nnx.to_pure_dict(state))
     nnx.replace_by_pure_dict(state, jax.tree.map(boxes.dense, rounded, is_leaf=boxes.is_box))
     kernel = np.asarray(nnx.merge(graph, state).kernel[...])
     scale = np.abs(np.asarray(module.kernel[...])).max(0) / 127

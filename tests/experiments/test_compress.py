@@ -43,9 +43,7 @@ def test_a_hugging_face_directory_is_compressed_and_reported(tmp_path):
     make_checkpoint.write(SMALL, str(tmp_path / "source"), 1e9, seed=0)
     tokens = np.random.default_rng(0).integers(2, 64, (8, 16), dtype=np.int32)
     np.savez(tmp_path / "tokens.npz", tokens=tokens)
-    recipe = ge.chain(
-        ge.quantize.gptq(bits=4, group_size=16, where="^decoder/"), ge.quantize.rtn(bits=8)
-    )
+    recipe = ge.chain(ge.quantize.gptq("int4-g16", where="^decoder/"), ge.quantize.rtn("int8"))
     (tmp_path / "recipe.json").write_text(ge.to_json(recipe))
     flags = ["--checkpoint", tmp_path / "source", "--recipe", tmp_path / "recipe.json"]
     flags += ["--out_dir", tmp_path / "out"]

@@ -44,9 +44,7 @@ def compressed(directory, strength):
     token.
     """
     make_checkpoint.write(SMALL, str(directory / "dense"), 1e9, seed=0)
-    recipe = ge.chain(
-        ge.quantize.rtn(bits=4, group_size=32, where="^decoder/"), ge.quantize.rtn(bits=8)
-    )
+    recipe = ge.chain(ge.quantize.rtn("int4-g32", where="^decoder/"), ge.quantize.rtn("int8"))
     model, params = ge.load(directory / "dense")
     params = ge.params.map_with_path(
         lambda path, leaf: strength * leaf if path.startswith("decoder/layers") else leaf, params

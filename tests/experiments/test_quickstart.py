@@ -47,7 +47,7 @@ def text_only(tmp_path_factory):
         pad_token_id=2,
     )
     model = MultimodalGLM(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     return ge.save(model, params, tmp_path_factory.mktemp("checkpoint") / "text_only")
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,12 @@ from glm_edge.generate import (
     stream,
     sweep,
 )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def applied(model, variables, *inputs):
+    return model.apply(variables, *inputs)
+
 
 LAYERS, LENGTH, NEW = 3, 7, 10
 # The same shapes everywhere, so that few programs are compiled; no token is -1.
@@ -137,7 +145,7 @@ def test_maps_are_least_squares_from_an_exit_to_the_last_layer(deep, prompts):
     model, params = deep
     data = [{"tokens": np.random.default_rng(i).integers(10, 48, (8, 12))} for i in range(3)]
     maps = fit_exits(model, params, data, (1, 2), ridge=1e-9)
-    hidden = [model.apply({"params": params}, batch["tokens"])[1]["hidden"] for batch in data]
+    hidden = [applied(model, {"params": params}, batch["tokens"])[1]["hidden"] for batch in data]
     for index in (1, 2):
         x, y = (
             np.concatenate([np.asarray(h[at], np.float64).reshape(-1, 32) for h in hidden])
@@ -163,7 +171,8 @@ def test_maps_are_least_squares_from_an_exit_to_the_last_layer(deep, prompts):
         x = x @ maps["2"]["weight"].T + maps["2"]["bias"]
         return module.predict(module.decoder.norm(x))
 
-    expected = model.apply({"params": params}, method=mapped)[:, -1]
+    run = jax.jit(functools.partial(model.apply, method=mapped))
+    expected = run({"params": params})[:, -1]
     np.testing.assert_allclose(found.logits[:, 1], expected, atol=1e-3)
 
 
@@ -222,7 +231,7 @@ def test_fits_and_sweeps_without_data_are_refused(deep, prompts):
         fit_exits(model, params, [], (1,))
     with pytest.raises(RecipeError, match="must name layers"):
         fit_exits(model, params, [{"tokens": prompts}], (7,))
-    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    broken = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(np.nan), params)
     with pytest.raises(DataError, match="not finite"):
         fit_exits(model, broken, [{"tokens": prompts}], (1,))
     with pytest.raises(DataError, match="a setting and a question"):

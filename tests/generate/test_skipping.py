@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,12 @@ from glm_edge.compress import prune, quantize
 from glm_edge.errors import CheckpointError, RecipeError
 from glm_edge.generate import decoding, generate, skip_neurons
 from glm_edge.kernels.neurons import SparseMLP, sparse_mlp
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def applied(model, variables, *inputs):
+    return model.apply(variables, *inputs)
+
 
 WIDTH, NEURONS = 24, 64
 
@@ -100,14 +108,14 @@ def test_skipping_follows_masks_and_layers_and_cannot_be_saved(make_model, tmp_p
     model, params = make_model()
     tokens = jnp.asarray(np.arange(10, 20)[None])
     _, masked, _ = prune.magnitude(0.5, where="mlp")(model, params)
-    expected = model.apply({"params": masked}, tokens)[0]
-    found = model.apply({"params": skip_neurons(model, masked, keep=1.0)}, tokens)[0]
+    expected = applied(model, {"params": masked}, tokens)[0]
+    found = applied(model, {"params": skip_neurons(model, masked, keep=1.0)}, tokens)[0]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     one = skip_neurons(model, params, keep=0.1, layers=[1])
     assert "skipping" in one["decoder"]["layers"]["1"]["mlp"]
     assert one["decoder"]["layers"]["0"] is params["decoder"]["layers"]["0"]
-    other = model.apply({"params": one}, tokens)[0]
-    assert float(jnp.abs(other - model.apply({"params": params}, tokens)[0]).max()) > 1e-4
+    other = applied(model, {"params": one}, tokens)[0]
+    assert float(jnp.abs(other - applied(model, {"params": params}, tokens)[0]).max()) > 1e-4
     with pytest.raises(CheckpointError, match="skipping"):
         ge.save(model, one, tmp_path / "out")
 
@@ -131,7 +139,7 @@ def test_options_without_a_meaning_are_refused(make_model, options, message):
 
 def test_weights_that_are_rounded_or_laid_out_already_are_refused(make_model):
     model, params = make_model()
-    _, rounded, _ = quantize.rtn(8, where="mlp")(model, params)
+    _, rounded, _ = quantize.rtn("int8", where="mlp")(model, params)
     with pytest.raises(RecipeError, match="mlp/gate_up_proj is quantized"):
         skip_neurons(model, rounded, keep=0.5)
     with pytest.raises(RecipeError, match="layer 0 skips already"):

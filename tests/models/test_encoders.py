@@ -1,6 +1,7 @@
 """Vision, speech and text encoders: windows, order, padding, layer-wise running."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,12 @@ from glm_edge.configs import TextConfig, VisionConfig
 from glm_edge.errors import ConfigError
 from glm_edge.models.text import TextEncoder
 from glm_edge.models.vision import VisionEncoder, patches
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def applied(model, variables, *inputs):
+    return model.apply(variables, *inputs)
+
 
 VISION = VisionConfig(
     image_size=(16, 8),
@@ -30,7 +37,7 @@ VISION = VisionConfig(
 def encode(config, images):
     module = VisionEncoder(config, 24)
     params = jax.jit(module.init)(jax.random.key(0), images)["params"]
-    return jax.jit(module.apply)({"params": params}, images)[0]
+    return applied(module, {"params": params}, images)[0]
 
 
 def test_patches_match_a_loop():
@@ -83,7 +90,7 @@ def text():
     )
     module = TextEncoder(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 6)), jnp.int32)
-    return module, module.init(jax.random.key(0), tokens)["params"], tokens
+    return module, jax.jit(module.init)(jax.random.key(0), tokens)["params"], tokens
 
 
 def test_the_text_encoder_sees_both_sides(text):
@@ -100,8 +107,8 @@ def test_padding_is_not_seen(text):
     module, params, tokens = text
     longer = jnp.pad(tokens, ((0, 0), (0, 3)), constant_values=7)
     valid = jnp.arange(9)[None] < 6
-    found, _ = module.apply({"params": params}, longer, jnp.broadcast_to(valid, (2, 9)))
-    expected, aux = module.apply({"params": params}, tokens)
+    found, _ = applied(module, {"params": params}, longer, jnp.broadcast_to(valid, (2, 9)))
+    expected, aux = applied(module, {"params": params}, tokens)
     assert expected.shape == (2, 3)
     assert len(aux["hidden"]) == 3
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -110,5 +117,5 @@ def test_padding_is_not_seen(text):
 def test_without_token_types_there_is_no_table(text):
     module, _, tokens = text
     config = dataclasses.replace(module.config, type_vocab_size=0, num_labels=0)
-    params = TextEncoder(config).init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(TextEncoder(config).init)(jax.random.key(0), tokens)["params"]
     assert set(params) == {"embed", "position", "norm", "layers"}

@@ -34,8 +34,13 @@ FORMATS = [
 ]
 
 
+dense = jax.jit(boxes.dense)
+linear = jax.jit(boxes.linear)
+lookup = jax.jit(boxes.lookup)
+
+
 def weight(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def quantize(leaf, format):
@@ -44,19 +49,19 @@ def quantize(leaf, format):
 
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 def test_bytes_told_are_bytes_held_and_bytes_in_the_file(format, tmp_path):
-    box = quantize(weight(6, 48), format)
+    box = quantize(weight(10, 48), format)
     arrays, spec = boxes.to_flat({"w": box})
     write_safetensors(tmp_path / "w.safetensors", arrays)
     file = SafetensorsFile(tmp_path / "w.safetensors")
     assert sum(info.bytes for info in file.tensors.values()) == boxes.stored_bytes({"w": box})
-    assert format.stored_bytes((6, 48)) == boxes.stored_bytes({"w": box})
+    assert format.stored_bytes((10, 48)) == boxes.stored_bytes({"w": box})
     read = boxes.from_flat({name: jnp.asarray(file.read(name)) for name in file.tensors}, spec)
     np.testing.assert_array_equal(boxes.dense(read["w"]), boxes.dense(box))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 def test_dense_is_scale_times_level_less_zero(format):
-    box = quantize(weight(6, 48), format)
+    box = quantize(weight(10, 48), format)
     levels = np.asarray(grid.levels(box.codes(), format.qtype), np.float64)
     groups = box.scale.shape[-1]
     scale = np.repeat(np.float64(box.scale), 48 // groups, axis=1)
@@ -68,32 +73,39 @@ def test_dense_is_scale_times_level_less_zero(format):
 
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 def test_jit_vmap_and_scan_see_the_same_weight(format):
-    stack = [quantize(weight(6, 48, seed=seed), format) for seed in range(3)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
-    expected = jnp.stack([boxes.dense(box) for box in stack])
+    stack = [quantize(weight(10, 48, seed=seed), format) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *stack)
+    expected = np.stack([boxes.dense(box) for box in stack])
     assert stacked.shape == expected.shape
     np.testing.assert_array_equal(boxes.dense(stacked), expected)
-    np.testing.assert_array_equal(jax.jit(boxes.dense)(stacked), expected)
-    np.testing.assert_array_equal(jax.vmap(boxes.dense)(stacked), expected)
-    scanned = jax.lax.scan(lambda carry, box: (carry, boxes.dense(box)), 0, stacked)[1]
-    np.testing.assert_array_equal(scanned, expected)
+
+    @jax.jit
+    def transformed(stacked):
+        scanned = jax.lax.scan(lambda carry, box: (carry, boxes.dense(box)), 0, stacked)[1]
+        return boxes.dense(stacked), jax.vmap(boxes.dense)(stacked), scanned
+
+    for values in transformed(stacked):
+        np.testing.assert_array_equal(values, expected)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 def test_scales_train_through_partition(format):
-    box, x = quantize(weight(6, 48), format), weight(3, 48, seed=1)
+    box, x = quantize(weight(10, 48), format), weight(3, 48, seed=1)
     trainable, frozen = boxes.partition({"w": box}, scales=True)
     assert boxes.partition({"w": box})[0]["w"].scale is None
 
+    @jax.jit
     def loss(trainable):
         return jnp.sum(boxes.linear(x, boxes.combine(trainable, frozen)["w"]) ** 2)
 
     gradient = jax.jit(jax.grad(loss))(trainable)["w"]
     assert gradient.scale.shape == box.scale.shape
-    step = 1e-3 * jnp.max(jnp.abs(box.scale.astype(jnp.float32)))
-    moved = box.replace(scale=box.scale.astype(jnp.float32))
+    scale = np.float32(box.scale)
+    step = 1e-3 * np.abs(scale).max()
+    first = np.zeros_like(scale)
+    first[0, 0] = step
     bumps = [
-        loss({"w": trainable["w"].replace(scale=moved.scale.at[0, 0].add(sign * step))})
+        loss({"w": trainable["w"].replace(scale=jnp.asarray(scale + sign * first))})
         for sign in (1, -1)
     ]
     difference = (bumps[0] - bumps[1]) / (2 * step)
@@ -104,31 +116,31 @@ def test_scales_train_through_partition(format):
 @pytest.mark.parametrize("rows", [1, 40])
 def test_products_and_lookups_are_those_of_the_dense_weight(format, rows):
     box, x = quantize(weight(10, 48), format), weight(rows, 48, seed=1)
-    np.testing.assert_allclose(boxes.linear(x, box), x @ boxes.dense(box).T, rtol=2e-5, atol=2e-5)
-    tokens = jnp.array([[0, 9, 3]])
-    np.testing.assert_array_equal(boxes.lookup(box, tokens), boxes.dense(box)[tokens])
+    plain, tokens = np.asarray(boxes.dense(box)), np.array([[0, 9, 3]])
+    np.testing.assert_allclose(linear(x, box), x @ plain.T, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(lookup(box, tokens), plain[tokens])
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 def test_fake_quantized_reads_as_its_packed_form(format):
-    plain = weight(6, 48)
+    plain = weight(10, 48)
     box = quantize(plain, format)
     fake = boxes.fake_quantized(plain, box.scale, box.zero, format)
     np.testing.assert_array_equal(boxes.dense(fake), boxes.dense(box))
-    np.testing.assert_array_equal(jax.jit(boxes.dense)(fake), boxes.dense(box))
+    np.testing.assert_array_equal(dense(fake), boxes.dense(box))
     final = fake.finalize()
     np.testing.assert_array_equal(final.codes(), box.codes())
     np.testing.assert_array_equal(final.scale, box.scale)
-    gradient = jax.grad(lambda value: boxes.dense(fake.replace(value=value)).sum())(plain)
-    assert set(np.unique(np.round(gradient, 4))) <= {0.0, 0.5, 1.0}
-    assert float(gradient.mean()) > 0.2
+    gradient = jax.jit(jax.grad(lambda value: boxes.dense(fake.replace(value=value)).sum()))(plain)
+    assert set(np.unique(np.round(np.asarray(gradient), 4))) <= {0.0, 0.5, 1.0}
+    assert np.mean(gradient) > 0.2
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 def test_shards_hold_whole_bytes(format):
     mesh = jax.make_mesh((1,), ("model",))
     path = "decoder/layers/0/mlp/down_proj/weight"
-    box = quantize(weight(8, 48), format)
+    box = quantize(weight(10, 48), format)
     placed = ge.params.sharding.named_sharding(path, box, mesh)
     moved = jax.device_put(box, placed)
     np.testing.assert_array_equal(boxes.dense(moved), boxes.dense(box))
@@ -138,13 +150,13 @@ def test_shards_hold_whole_bytes(format):
 @given(
     st.sampled_from([f for f in QTYPES if f not in ("float16", "bfloat16")]),
     st.sampled_from([None, "tensor", 4, 8, 32]),
-    st.integers(1, 5),
-    st.integers(1, 6),
+    st.sampled_from([(1, 1), (5, 3), (2, 6)]),
 )
-def test_any_grouping_survives_packing(qtype, group_size, rows, units):
+def test_any_grouping_survives_packing(qtype, group_size, shape):
+    rows, units = shape
     columns = units * (group_size if isinstance(group_size, int) else 4)
     format = Format(qtype, group_size)
-    box = quantize(weight(rows, columns, seed=rows), format)
+    box = quantize_leaf("weight", weight(rows, columns, seed=rows), format, "max")[0]
     codes = packing.unpack(box.data, columns, qtype)
     again = boxes.quantized(codes, box.scale, box.zero, format)
     np.testing.assert_array_equal(again.data, box.data)
@@ -184,7 +196,7 @@ def test_formats_without_a_meaning_are_refused(build, message):
 
 @pytest.mark.parametrize("qtype", ["int8", "int2", "ternary", "ternary34", "nf4"])
 def test_channels_of_zeros_stay_zero_and_constants_are_exact(qtype):
-    values = jnp.stack([jnp.zeros(32), jnp.full(32, 3.0)])
+    values = np.stack([np.zeros(32, np.float32), np.full(32, 3.0, np.float32)])
     box = quantize(values, Format(qtype))
     dense = np.asarray(boxes.dense(box))
     assert np.isfinite(dense).all()

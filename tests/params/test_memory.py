@@ -33,7 +33,7 @@ def temporary_bytes() -> dict[str, int]:
     """Temporary memory of the compiled model for one row and for eight, and its dense size."""
     model, tokens = MultimodalGLM(CONFIG), jnp.zeros((1, 2), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-    model, params, _ = quantize.rtn(bits=4, group_size=32)(model, params)
+    model, params, _ = quantize.rtn("int4-g32")(model, params)
     run = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
     found = {"dense": 4 * boxes.count(params)}
     for rows in (1, 8):
@@ -42,7 +42,7 @@ def temporary_bytes() -> dict[str, int]:
     return found
 
 
-def test_temporary_memory_is_under_twice_the_largest_layer():
+def test_temporary_memory_is_under_twice_the_largest_layer(optimized):
     # XLA reads the flag once, before jax is imported: hence a process of its own.
     environment = {**os.environ, "XLA_FLAGS": FLAG, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

@@ -72,7 +72,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws bits against the relative increase of perplexity, a colour a peer.
 
     Args:
-      rows: results; those of the whole model and of float32 are left out.
+      rows: results; those of the whole model and of float32 are skipped.
       path: PNG file to write.
     """
     matplotlib = require("matplotlib", extra="plot")

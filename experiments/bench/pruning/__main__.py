@@ -6,7 +6,7 @@
 prunes the decoder of the shipped model in every way of `bench/pruning/rows.py` and scores
 each as `experiments.bench.quality` does: perplexity of --text with the interval of its increase,
 taps on phone screens asked in writing and in speech, and the mean KL divergence (nats) and share of
-changed likeliest tokens against float32, for each modality. Two rows without pruning show the
+changed top-1 tokens against float32, for each modality. Two rows without pruning show the
 noise.
 
 50 % of the weights without structure and 2 of 4 neighbours: magnitude, Wanda, SparseGPT and
@@ -24,7 +24,7 @@ Bytes are those of the decoder as stored, masks included: no mask saves any by i
 written as int8 .tflite files, and their decoding takes turns in LiteRT in one run; measure it on an
 otherwise idle machine.
 
-Results lie in --out_dir, one JSON a row; a row that has one is not run again, and a training that
+Results are in --out_dir, one JSON per row; a row that has one is not run again, and a training that
 was killed goes on from its last state, so an interrupted run continues where it was.
 --methods='30 %' picks rows by name; `table.md`, `report.json` and `pruning.png` are made of all
 results found, beside the goals.

@@ -75,7 +75,7 @@ def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) ->
       speed: from `speed.measure`, or None.
 
     Returns:
-      `goal`, `row`, `wanted`, `found`, `reached`; goals whose rows are missing are left out.
+      `goal`, `row`, `wanted`, `found`, `reached`; goals whose rows are missing are skipped.
     """
     table: list[dict] = []
 
@@ -128,7 +128,7 @@ def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws the relative increase of perplexity of each row with its interval.
 
     Args:
-      rows: results; the dense model's are left out.
+      rows: results; without the dense model's.
       path: PNG file to write.
     """
     matplotlib = require("matplotlib", extra="plot")

@@ -1,5 +1,6 @@
 """Carries out the rows of the pruning table: prunes, heals, and counts what is stored."""
 
+import dataclasses
 import functools
 import json
 import time
@@ -85,7 +86,7 @@ class Worker:
         if prune is not None:
             transform = ge.recipe_from_json(json.dumps(prune))
             context = Context(self.calibration, self._key, self.dense, progress())
-            model, params, report = transform.run(model, params, context)
+            model, params, report = transform.apply(model, params, context)
             notes += report.notes
         if heal is not None:
             if "mixture" in heal:
@@ -96,9 +97,11 @@ class Worker:
             # Other options, such as more steps, are another training.
             options = json.dumps([prune, heal], sort_keys=True).encode()
             state = str(self.directory / f"{slug}-{zlib.crc32(options):08x}")
-            transform = ge.distill(teacher=self.dense, **heal, state_dir=state)
+            recipe = {"name": "distill", "options": {**heal, "state_dir": state}}
+            transform = ge.recipe_from_json(json.dumps(recipe))
+            transform = dataclasses.replace(transform, teacher=self.dense)
             context = Context(self.training, self._key, self.dense, progress())
-            model, params, report = transform.run(model, params, context)
+            model, params, report = transform.apply(model, params, context)
             notes += report.notes
             tail = report.curve[-100:]
             curve = {

@@ -171,7 +171,7 @@ class Child:
         return statistics.median(self.ask(phase, context=count, steps=steps)["seconds"])
 
     def action(self, tokens: int, steps: int) -> dict[str, float]:
-        """Seconds of an image, of a prompt of so many tokens that holds it, and of `steps` more."""
+        """Seconds of an image, of a prompt of `tokens` that contains it, and of `steps` more."""
         return self.ask("action", tokens=tokens, steps=steps)["seconds"]
 
     def peak_bytes(self) -> int:

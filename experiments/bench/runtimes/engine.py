@@ -97,7 +97,7 @@ class Engine:
         raise NotImplementedError
 
     def action(self, tokens: int, steps: int) -> dict[str, float]:
-        """Seconds of an image, a prompt of so many tokens that holds it, and `steps` tokens."""
+        """Seconds of an image, a prompt of `tokens` that contains it, and `steps` tokens."""
         raise NotImplementedError
 
 

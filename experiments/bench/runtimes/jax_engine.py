@@ -1,7 +1,7 @@
 """Our model in JAX, compiled, through the cache of `glm_edge.generate`.
 
 Forms are those of `random_model`. The weights are made in memory; there is no file. Options:
-`attended_slots`, as in `ge.export.tflite`: a step then reads so many slots of the cache.
+`attended_slots`, as in `ge.export.tflite`: a step then reads that number of slots.
 """
 
 import functools

@@ -92,7 +92,7 @@ class Profiled:
         return time.perf_counter() - started
 
     def events(self, runs: int) -> tuple[list[Event], float]:
-        """Events of so many runs, and seconds of one run."""
+        """Events of a number of runs, and seconds of one run."""
         self.run()
         self._call("LiteRtStartProfiler", self.profiler)
         seconds = sorted(self.run() for _ in range(runs))[runs // 2]
@@ -168,7 +168,7 @@ def by_operator(events: list[Event], runs: int, seconds: float) -> dict[str, Any
     """Microseconds of one run by kind of operator and of the slowest nodes, slowest first.
 
     Args:
-      events: of so many equal runs, in order.
+      events: of equal runs, in order.
       runs: how many.
       seconds: of one run, of which `elsewhere` is what no operator took: dispatch and buffers.
 

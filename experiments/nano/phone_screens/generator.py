@@ -1,4 +1,4 @@
-"""Draws phone screens and says densely what lies where.
+"""Draws phone screens and labels them densely.
 
 H, W are the screen's height and width in pixels; a cell is one of the 12 x 6 squares of 16 pixels
 that a 2x2 merge of 8-pixel patches leaves.
@@ -102,7 +102,7 @@ def random_stream(split: str, seed: int) -> np.random.Generator:
 
 
 def dense_labels(screen: Screen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Says for each cell which element it shows and where that element's centre lies.
+    """Says for each cell which element it shows and that element's centre.
 
     A cell shows the element whose centre lies in it, else the one whose box holds its middle.
 

@@ -176,7 +176,7 @@ def questions(
       screen: what is asked about.
       count: how many questions.
       mix: relative frequencies of "tap", "speech", "type", "swipe", "back" and "finish". Speech
-        asks for a digit key and is left out on screens with fewer than `MIN_KEYS_FOR_SPEECH`.
+        asks for a digit key and is skipped on screens with fewer than `MIN_KEYS_FOR_SPEECH`.
 
     Returns:
       The questions.
@@ -212,9 +212,8 @@ class _Shuffled:
 
     def deal(self) -> Element:
         if not self._remaining:
-            self._remaining = [
-                self._elements[i] for i in self._rng.permutation(len(self._elements))
-            ]
+            order = self._rng.permutation(len(self._elements))
+            self._remaining = [self._elements[i] for i in order]
         return self._remaining.pop()
 
 

@@ -6,7 +6,6 @@ from glm_edge.compress.prune.depth import depth, shrink_depth
 from glm_edge.compress.prune.encoders import encoders, shrink_encoder
 from glm_edge.compress.prune.magnitude import magnitude
 from glm_edge.compress.prune.mask import mask
-from glm_edge.compress.prune.model_scores import scores_of
 from glm_edge.compress.prune.schedules import (
     boxed,
     cubic,
@@ -15,9 +14,10 @@ from glm_edge.compress.prune.schedules import (
     scheduled,
     staircase,
 )
+from glm_edge.compress.prune.scores.from_model import scores_of
+from glm_edge.compress.prune.shrink.tokenizer import frequent_tokens, shrink_tokenizer
 from glm_edge.compress.prune.sparsegpt import sparsegpt
 from glm_edge.compress.prune.structured import shrink, structured
-from glm_edge.compress.prune.tokens import frequent_tokens, shrink_tokenizer
 from glm_edge.compress.prune.vocabulary import map_tokens, shrink_vocabulary, vocabulary
 
 __all__ = [

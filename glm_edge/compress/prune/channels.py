@@ -1,18 +1,20 @@
 """Removing hidden channels of inverted residuals, so that arrays and configuration shrink."""
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.compress.prune.arrays import highest, removed, shrunk_report, take
+from glm_edge.compress.prune.shrink.arrays import highest, removed, shrunk_report, take
 from glm_edge.compress.transform import (
     Context,
     Result,
     Transform,
     check_fraction,
     check_whole,
+    positional,
     register,
 )
 from glm_edge.errors import RecipeError
@@ -23,19 +25,17 @@ NAME = "prune.channels"
 STATISTICS = "batch_stats"
 
 
-def channels(fraction: float, multiple: int = 4) -> Transform:
+@register(NAME)
+class Channels(Transform):
     """Removes hidden channels of every widened block of a MobileNetV2.
 
     A channel matters by the scale of its depthwise norm times the L2 norm of the weights that read
     it; the lowest go. What is left computes what the whole model computes with those weights at
     zero. It is called with variables, `{"params": …, "batch_stats": …}`.
 
-    Args:
+    Attributes:
       fraction: of the hidden channels of each block, in 0..1; at least so many go.
       multiple: channels left are whole multiples of it where there are so many.
-
-    Returns:
-      The transform.
 
     Raises:
       RecipeError: an option has no meaning; on call, the model is of another kind or has no norms
@@ -45,34 +45,40 @@ def channels(fraction: float, multiple: int = 4) -> Transform:
       Learning Efficient Convolutional Networks through Network Slimming,
       https://arxiv.org/abs/1708.06519.
     """
-    check_fraction(NAME, fraction=fraction)
-    check_whole(NAME, multiple=multiple)
-    return Transform(NAME, {"fraction": fraction, "multiple": multiple})
+
+    needs_model: ClassVar[bool] = True
+
+    fraction: float = positional()
+    multiple: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction(NAME, fraction=self.fraction)
+        check_whole(NAME, multiple=self.multiple)
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        config = getattr(model, "config", None)
+        if not isinstance(config, MobileNetV2Config) or model.deploy:
+            raise RecipeError(f"{NAME}: only a MobileNetV2 with its norms has channels to remove")
+        if not {"params", STATISTICS} <= set(params):
+            raise RecipeError(
+                f"{NAME}: the model comes with its variables, params and {STATISTICS}"
+            )
+        weights, stats = dict(params["params"]), dict(params[STATISTICS])
+        blocks = []
+        for index, block in enumerate(config.blocks):
+            name = f"blocks_{index}"
+            if block.expand:
+                kept = _kept(weights[name], self.fraction, self.multiple)
+                weights[name], stats[name] = _shrunk(weights[name], stats[name], kept, name)
+                block = dataclasses.replace(block, hidden=len(kept))
+            blocks.append(block)
+        smaller = model.clone(config=dataclasses.replace(config, blocks=tuple(blocks)))
+        left = {**params, "params": weights, STATISTICS: stats}
+        return smaller, left, shrunk_report(NAME, (model, params), (smaller, left))
 
 
-def _apply_channels(
-    model: nn.Module, params: Params, context: Context, fraction: float, multiple: int
-) -> Result:
-    config = getattr(model, "config", None)
-    if not isinstance(config, MobileNetV2Config) or model.deploy:
-        raise RecipeError(f"{NAME}: only a MobileNetV2 with its norms has channels to remove")
-    if not {"params", STATISTICS} <= set(params):
-        raise RecipeError(f"{NAME}: the model comes with its variables, params and {STATISTICS}")
-    weights, stats = dict(params["params"]), dict(params[STATISTICS])
-    blocks = []
-    for index, block in enumerate(config.blocks):
-        name = f"blocks_{index}"
-        if block.expand:
-            kept = _kept(weights[name], fraction, multiple)
-            weights[name], stats[name] = _shrunk(weights[name], stats[name], kept, name)
-            block = dataclasses.replace(block, hidden=len(kept))
-        blocks.append(block)
-    smaller = model.clone(config=dataclasses.replace(config, blocks=tuple(blocks)))
-    left = {**params, "params": weights, STATISTICS: stats}
-    return smaller, left, shrunk_report(NAME, (model, params), (smaller, left))
-
-
-register(NAME, channels, _apply_channels)
+channels = Channels
 
 
 def _kept(block: Params, fraction: float, multiple: int) -> np.ndarray:

@@ -1,21 +1,21 @@
 """Taking out of the arrays what is masked as a whole."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.compress.prune.arrays import shrunk_report
 from glm_edge.compress.prune.depth import shrink_depth
 from glm_edge.compress.prune.encoders import shrink_encoder
-from glm_edge.compress.prune.masking import units_left
-from glm_edge.compress.prune.model_scores import extents
-from glm_edge.compress.prune.shapes import HEAD, LAYER, NEURON, VOCAB, Pool, Shape
+from glm_edge.compress.prune.masks.config import units_left
+from glm_edge.compress.prune.masks.shapes import HEAD, LAYER, NEURON, VOCAB, Pool, Shape
+from glm_edge.compress.prune.masks.units import unit_pools
+from glm_edge.compress.prune.scores.from_model import extents
+from glm_edge.compress.prune.shrink.arrays import shrunk_report
+from glm_edge.compress.prune.shrink.tokenizer import named_tokens
 from glm_edge.compress.prune.structured import Kept, shrink
-from glm_edge.compress.prune.tokens import named_tokens
-from glm_edge.compress.prune.units import unit_pools
 from glm_edge.compress.prune.vocabulary import shrink_vocabulary
 from glm_edge.compress.transform import Context, Result, Transform, register
 from glm_edge.configs import GLMConfig
@@ -41,7 +41,8 @@ class Unmasked(NamedTuple):
     tokens: np.ndarray
 
 
-def compact() -> Transform:
+@register(NAME)
+class Compact(Transform):
     """Takes out of the arrays the heads, neurons, layers and tokens that are masked as a whole.
 
     It follows `mask`, of whatever score and allocation, and what is left computes what the masked
@@ -62,7 +63,39 @@ def compact() -> Transform:
     References:
       LLM-Pruner, https://arxiv.org/abs/2305.11627.
     """
-    return Transform(NAME)
+
+    needs_model: ClassVar[bool] = True
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        remaining = unmasked(model, params)
+        decoder = model.config.decoder
+        smaller, shrunk, notes = model, params, []
+        if _DECODER in remaining.units:
+            smaller, shrunk = shrink(smaller, shrunk, remaining.units[_DECODER])
+        for part in _ENCODERS:
+            if part in remaining.units:
+                smaller, shrunk = shrink_encoder(smaller, shrunk, remaining.units[part], part)
+        if len(remaining.layers) < decoder.num_layers:
+            smaller, shrunk = shrink_depth(smaller, shrunk, remaining.layers)
+            gone = np.setdiff1d(np.arange(decoder.num_layers), remaining.layers)
+            notes.append(f"removed layers {', '.join(map(str, gone))} of the decoder")
+        if len(remaining.tokens) < decoder.vocab_size:
+            smaller, shrunk = shrink_vocabulary(smaller, shrunk, remaining.tokens)
+            notes.append(
+                f"{len(remaining.tokens):,} of {decoder.vocab_size:,} tokens stay and are numbered "
+                "anew; prune.unmasked of the masked model gives their ids"
+            )
+        if smaller is model:
+            raise RecipeError(
+                f"{NAME}: no head, neuron, layer or vocabulary row is masked as a whole; mask some "
+                "first, such as by prune.mask(0.25, shape='head'), and quantize afterwards"
+            )
+        shrunk = boxes.map_with_path(lambda _, leaf: _without_idle_mask(leaf), shrunk)
+        report = shrunk_report(NAME, (model, params), (smaller, shrunk), tuple(notes))
+        return smaller, shrunk, report
+
+
+compact = Compact
 
 
 def unmasked(model: nn.Module, params: Params) -> Unmasked:
@@ -100,38 +133,6 @@ def unmasked(model: nn.Module, params: Params) -> Unmasked:
             found = units.setdefault(stack, {}).setdefault(int(index), {})
             found[f"{kind}s"] = _any_of(pool, kind, left)
     return Unmasked(layers, units, tokens)
-
-
-def _apply_compact(model: nn.Module, params: Params, context: Context) -> Result:
-    left = unmasked(model, params)
-    decoder = model.config.decoder
-    smaller, shrunk, notes = model, params, []
-    if _DECODER in left.units:
-        smaller, shrunk = shrink(smaller, shrunk, left.units[_DECODER])
-    for part in _ENCODERS:
-        if part in left.units:
-            smaller, shrunk = shrink_encoder(smaller, shrunk, left.units[part], part)
-    if len(left.layers) < decoder.num_layers:
-        smaller, shrunk = shrink_depth(smaller, shrunk, left.layers)
-        gone = np.setdiff1d(np.arange(decoder.num_layers), left.layers)
-        notes.append(f"removed layers {', '.join(map(str, gone))} of the decoder")
-    if len(left.tokens) < decoder.vocab_size:
-        smaller, shrunk = shrink_vocabulary(smaller, shrunk, left.tokens)
-        notes.append(
-            f"{len(left.tokens):,} of {decoder.vocab_size:,} tokens stay and are numbered anew; "
-            "prune.unmasked of the masked model gives their ids"
-        )
-    if smaller is model:
-        raise RecipeError(
-            f"{NAME}: no head, neuron, layer or vocabulary row is masked as a whole; mask some "
-            "first, such as by prune.mask(0.25, shape='head'), and quantize afterwards"
-        )
-    shrunk = boxes.map_with_path(lambda _, leaf: _without_idle_mask(leaf), shrunk)
-    report = shrunk_report(NAME, (model, params), (smaller, shrunk), tuple(notes))
-    return smaller, shrunk, report
-
-
-register(NAME, compact, _apply_compact)
 
 
 def _thinned(

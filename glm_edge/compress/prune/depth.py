@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -11,9 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.compress import batches
-from glm_edge.compress.prune.arrays import check_kept, one_or_each, shrunk_report
+from glm_edge.compress.prune.shrink.arrays import check_kept, one_or_each, shrunk_report
 from glm_edge.compress.prune.structured import some
-from glm_edge.compress.transform import Context, Result, Transform, check_whole, register
+from glm_edge.compress.transform import (
+    Context,
+    Result,
+    Transform,
+    check_whole,
+    positional,
+    register,
+)
 from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import image_groups
@@ -26,15 +33,11 @@ _READS = {"vision": "images", "speech": "audio"}
 _WIDTHS = ("num_heads", "num_kv_heads", "intermediate_size")
 
 
-def depth(
-    layers: int | Sequence[int],
-    part: str = "decoder",
-    score: str = "influence",
-    max_batches: int = 8,
-) -> Transform:
+@register(NAME)
+class Depth(Transform):
     """Removes whole layers, whose input then goes to the next layer as it is.
 
-    Args:
+    Attributes:
       layers: how many to remove, chosen by `score`; or the indices of those to remove, in which
         case nothing is scored.
       part: `decoder`, `vision` or `speech` of a GLM; an encoder on its own has only one part.
@@ -43,9 +46,6 @@ def depth(
         `loss`, which leaves out one layer after the other, each time that whose lack raises the
         calibration loss least.
       max_batches: calibration batches that are scored, taken evenly from those given.
-
-    Returns:
-      The transform.
 
     Raises:
       RecipeError: an option has no meaning; on call, the model has no such part, a layer does not
@@ -57,53 +57,60 @@ def depth(
       the Deeper Layers (blocks), https://arxiv.org/abs/2403.17887; Shortened LLaMA (loss),
       https://arxiv.org/abs/2402.02834.
     """
-    if score not in SCORES:
-        raise RecipeError(f"{NAME}: score must be influence, block or loss, not {score!r}")
-    if part not in PARTS:
-        raise RecipeError(f"{NAME}: part must be decoder, vision or speech, not {part!r}")
-    check_whole(NAME, max_batches=max_batches)
-    if isinstance(layers, int):
-        check_whole(NAME, layers=layers)
-    else:
-        layers = tuple(layers)
-        if not layers or not all(type(index) is int and index >= 0 for index in layers):
-            raise RecipeError(f"{NAME}: layers must be a number or indices, not {layers!r:.60}")
-    options = {"layers": layers, "part": part, "score": score, "max_batches": max_batches}
-    return Transform(NAME, options)
+
+    needs_model: ClassVar[bool] = True
+
+    layers: int | Sequence[int] = positional()
+    part: str = "decoder"
+    score: str = "influence"
+    max_batches: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in SCORES:
+            raise RecipeError(f"{NAME}: score must be influence, block or loss, not {self.score!r}")
+        if self.part not in PARTS:
+            raise RecipeError(f"{NAME}: part must be decoder, vision or speech, not {self.part!r}")
+        check_whole(NAME, max_batches=self.max_batches)
+        if isinstance(self.layers, int):
+            check_whole(NAME, layers=self.layers)
+            return
+        self._set(layers=tuple(self.layers))
+        if not self.layers or not all(type(index) is int and index >= 0 for index in self.layers):
+            raise RecipeError(
+                f"{NAME}: layers must be a number or indices, not {self.layers!r:.60}"
+            )
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        total = _config_of(model, self.part).num_layers
+        count = self.layers if isinstance(self.layers, int) else len(set(self.layers))
+        if count >= total:
+            raise RecipeError(
+                f"{NAME}: removing {count} of {total} layers leaves none of the {self.part}"
+            )
+        if isinstance(self.layers, int):
+            calibration = _readable(some(context.calibration, self.max_batches), self.part, model)
+            choose = {"influence": _least_influence, "block": _least_block, "loss": _least_loss}[
+                self.score
+            ]
+            gone = choose(model, params, calibration, self.part, count, context)
+        else:
+            gone = sorted(set(self.layers))
+            if gone[-1] >= total:
+                raise RecipeError(
+                    f"{NAME}: the {self.part} has no layer {gone[-1]}, only 0..{total - 1}"
+                )
+        smaller, shrunk = shrink_depth(
+            model, params, [index for index in range(total) if index not in gone], self.part
+        )
+        # Layers are numbered anew, so that rows of the report do not say which ones went.
+        reason = f" by {self.score}" if isinstance(self.layers, int) else ""
+        note = f"removed layers {', '.join(map(str, gone))} of the {self.part}{reason}"
+        report = shrunk_report(NAME, (model, params), (smaller, shrunk), (note,))
+        return smaller, shrunk, report
 
 
-def _apply_depth(
-    model: nn.Module,
-    params: Params,
-    context: Context,
-    layers: int | tuple[int, ...],
-    part: str,
-    score: str,
-    max_batches: int,
-) -> Result:
-    total = _config_of(model, part).num_layers
-    count = layers if isinstance(layers, int) else len(set(layers))
-    if count >= total:
-        raise RecipeError(f"{NAME}: removing {count} of {total} layers leaves none of the {part}")
-    if isinstance(layers, int):
-        calibration = _readable(some(context.calibration, max_batches), part, model)
-        choose = {"influence": _least_influence, "block": _least_block, "loss": _least_loss}[score]
-        gone = choose(model, params, calibration, part, count, context)
-    else:
-        gone = sorted(set(layers))
-        if gone[-1] >= total:
-            raise RecipeError(f"{NAME}: the {part} has no layer {gone[-1]}, only 0..{total - 1}")
-    smaller, shrunk = shrink_depth(
-        model, params, [index for index in range(total) if index not in gone], part
-    )
-    # Layers are numbered anew, so that rows of the report do not say which ones went.
-    reason = f" by {score}" if isinstance(layers, int) else ""
-    note = f"removed layers {', '.join(map(str, gone))} of the {part}{reason}"
-    report = shrunk_report(NAME, (model, params), (smaller, shrunk), (note,))
-    return smaller, shrunk, report
-
-
-register(NAME, depth, _apply_depth)
+depth = Depth
 
 
 def shrink_depth(

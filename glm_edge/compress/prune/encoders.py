@@ -13,7 +13,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
-from glm_edge.compress.prune.arrays import (
+from glm_edge.compress.prune.shrink.arrays import (
     check_kept,
     columns_of,
     highest,
@@ -23,9 +23,9 @@ from glm_edge.compress.prune.arrays import (
 )
 from glm_edge.compress.prune.structured import (
     Kept,
+    Structured,
     channels,
     check_groups,
-    checked,
     heads_to_keep,
     neurons_to_keep,
     some,
@@ -33,7 +33,6 @@ from glm_edge.compress.prune.structured import (
 from glm_edge.compress.transform import (
     Context,
     Result,
-    Transform,
     register,
 )
 from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig
@@ -56,21 +55,15 @@ class _Layout(NamedTuple):
     halves: int
 
 
-def encoders(
-    heads: float = 0.0,
-    neurons: float = 0.0,
-    score: str = "taylor",
-    where: str | None = None,
-    neuron_multiple: int = 32,
-    max_batches: int = 8,
-) -> Transform:
+@register(NAME)
+class Encoders(Structured):
     """Removes heads and neurons of the encoders and shrinks their arrays and configurations.
 
     A head that has its own keys and values goes with them; where query heads share them, as many go
     from each group and the shared ones stay. A pooling head stays whole, and
     so does the projector. At least the asked fraction goes.
 
-    Args:
+    Attributes:
       heads: fraction of heads to remove, in 0..1, below 1.
       neurons: fraction of neurons to remove, in 0..1, below 1.
       score: `taylor`, from gradients of a GLM's calibration loss, or `magnitude`, from weights
@@ -82,9 +75,6 @@ def encoders(
         least four times as wide.
       max_batches: calibration batches that are scored, taken evenly from those given.
 
-    Returns:
-      The transform.
-
     Raises:
       RecipeError: an option has no meaning; on call, the model has no encoder, nothing would
         remain, a pattern matches none of its layers, or a weight is quantized.
@@ -93,52 +83,42 @@ def encoders(
     References:
       Are Sixteen Heads Really Better than One?, https://arxiv.org/abs/1905.10650.
     """
-    return checked(NAME, heads, neurons, score, where, neuron_multiple, max_batches)
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        found = parts(model)
+        chosen = boxes.select(params, self.where)
+        wanted = {part: _layers(config, part, chosen) for part, config in found.items()}
+        wanted = {part: layers for part, layers in wanted.items() if layers}
+        if not wanted:
+            raise RecipeError(
+                f"{NAME}: where={self.where!r} matches no layer of an encoder; their weights lie "
+                "at vision/layers/<i> and speech/layers/<i>"
+            )
+        if self.score == "taylor":
+            importance = taylor(
+                model, params, some(context.calibration, self.max_batches), tuple(wanted), context
+            )
+        else:
+            importance = {part: magnitude(found[part], _tree(params, part)) for part in wanted}
+        smaller, shrunk = model, params
+        for part, layers in wanted.items():
+            config, keep = found[part], {}
+            for index, kinds in layers.items():
+                scores, kept = importance[part][index], {}
+                if self.heads and "heads" in kinds:
+                    groups = config.kv_heads(index)
+                    kept["heads"] = heads_to_keep(scores["heads"], groups, self.heads, NAME)
+                if self.neurons and "neurons" in kinds:
+                    count = neurons_to_keep(
+                        config.neurons(index), self.neurons, self.neuron_multiple, NAME
+                    )
+                    kept["neurons"] = highest(scores["neurons"], count)
+                keep[index] = kept
+            smaller, shrunk = shrink_encoder(smaller, shrunk, keep, part)
+        return smaller, shrunk, shrunk_report(NAME, (model, params), (smaller, shrunk))
 
 
-def _apply_encoders(
-    model: nn.Module,
-    params: Params,
-    context: Context,
-    heads: float,
-    neurons: float,
-    score: str,
-    where: str | None,
-    neuron_multiple: int,
-    max_batches: int,
-) -> Result:
-    found = parts(model)
-    chosen = boxes.select(params, where)
-    wanted = {part: _layers(config, part, chosen) for part, config in found.items()}
-    wanted = {part: layers for part, layers in wanted.items() if layers}
-    if not wanted:
-        raise RecipeError(
-            f"{NAME}: where={where!r} matches no layer of an encoder; their weights lie at "
-            "vision/layers/<i> and speech/layers/<i>"
-        )
-    if score == "taylor":
-        importance = taylor(
-            model, params, some(context.calibration, max_batches), tuple(wanted), context
-        )
-    else:
-        importance = {part: magnitude(found[part], _tree(params, part)) for part in wanted}
-    smaller, shrunk = model, params
-    for part, layers in wanted.items():
-        config, keep = found[part], {}
-        for index, kinds in layers.items():
-            scores, kept = importance[part][index], {}
-            if heads and "heads" in kinds:
-                groups = config.kv_heads(index)
-                kept["heads"] = heads_to_keep(scores["heads"], groups, heads, NAME)
-            if neurons and "neurons" in kinds:
-                count = neurons_to_keep(config.neurons(index), neurons, neuron_multiple, NAME)
-                kept["neurons"] = highest(scores["neurons"], count)
-            keep[index] = kept
-        smaller, shrunk = shrink_encoder(smaller, shrunk, keep, part)
-    return smaller, shrunk, shrunk_report(NAME, (model, params), (smaller, shrunk))
-
-
-register(NAME, encoders, _apply_encoders)
+encoders = Encoders
 
 
 def parts(model: nn.Module) -> dict[str, Encoder]:

@@ -2,18 +2,18 @@
 
 import flax.linen as nn
 
-from glm_edge.compress.prune import allocation as allocations
 from glm_edge.compress.prune.mask import mask_model
-from glm_edge.compress.prune.masking import TENSOR, Masking
-from glm_edge.compress.prune.shapes import SINGLE, Shape
-from glm_edge.compress.prune.weight_scores import Score
-from glm_edge.compress.quantize.options import spelled_out
+from glm_edge.compress.prune.masks import allocation as allocations
+from glm_edge.compress.prune.masks.config import TENSOR, MaskConfig
+from glm_edge.compress.prune.masks.shapes import SINGLE, Shape
+from glm_edge.compress.prune.scores.from_weights import Score
 from glm_edge.compress.transform import (
     Context,
     Result,
     Transform,
     check_fraction,
     check_pattern,
+    positional,
     register,
 )
 from glm_edge.errors import RecipeError
@@ -23,12 +23,8 @@ NAME = "prune.magnitude"
 SCOPES = ("tensor", "global")
 
 
-def magnitude(
-    sparsity: float,
-    where: str | None = None,
-    scope: str = "tensor",
-    stacked: str | None = None,
-) -> Transform:
+@register(NAME)
+class Magnitude(Transform):
     """Masks the weights of least magnitude in any Linen module's parameters.
 
     As `mask`, of which it is the simplest case: exactly `round(sparsity * size)` weights are
@@ -37,14 +33,11 @@ def magnitude(
 
         model, params, report = ge.prune.magnitude(sparsity=0.5)(model, params)
 
-    Args:
+    Attributes:
       sparsity: fraction of zeros, in 0..1, below 1.
       where: regular expression searched in each path; None masks every matrix.
       scope: `tensor` prunes this fraction of each matrix, `global` of all of them together.
       stacked: see `mask`.
-
-    Returns:
-      The transform.
 
     Raises:
       RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
@@ -54,34 +47,32 @@ def magnitude(
       Learning both Weights and Connections for Efficient Neural Networks,
       https://arxiv.org/abs/1506.02626.
     """
-    check_pattern(NAME, "where", where)
-    check_pattern(NAME, "stacked", stacked)
-    check_fraction(NAME, sparsity=sparsity)
-    if scope not in SCOPES:
-        raise RecipeError(f"{NAME}: scope must be tensor or global, not {scope!r}")
-    return Transform(NAME, spelled_out(locals()))
+
+    sparsity: float = positional()
+    where: str | None = None
+    scope: str = "tensor"
+    stacked: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pattern(NAME, "where", self.where)
+        check_pattern(NAME, "stacked", self.stacked)
+        check_fraction(NAME, sparsity=self.sparsity)
+        if self.scope not in SCOPES:
+            raise RecipeError(f"{NAME}: scope must be tensor or global, not {self.scope!r}")
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        masking = MaskConfig(
+            name=NAME,
+            sparsity=self.sparsity,
+            score=Score("norm"),
+            shape=Shape(SINGLE),
+            allocation=allocations.GLOBAL if self.scope == "global" else allocations.UNIFORM,
+            within=TENSOR,
+            ties=allocations.FIRST,
+            levels=(),
+        )
+        return mask_model(masking, self.where, model, params, context, self.stacked)
 
 
-def _apply_magnitude(
-    model: nn.Module,
-    params: Params,
-    context: Context,
-    sparsity: float,
-    where: str | None,
-    scope: str,
-    stacked: str | None,
-) -> Result:
-    masking = Masking(
-        name=NAME,
-        sparsity=sparsity,
-        score=Score("norm"),
-        shape=Shape(SINGLE),
-        allocation=allocations.GLOBAL if scope == "global" else allocations.UNIFORM,
-        within=TENSOR,
-        ties=allocations.FIRST,
-        levels=(),
-    )
-    return mask_model(masking, where, model, params, context, stacked)
-
-
-register(NAME, magnitude, _apply_magnitude)
+magnitude = Magnitude

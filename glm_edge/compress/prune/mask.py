@@ -1,36 +1,38 @@
 """Masks: what is scored, in which shape it goes, and how much of it where."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import called
-from glm_edge.compress.prune import allocation as allocations
-from glm_edge.compress.prune import measured, model_scores, shapes
-from glm_edge.compress.prune.masking import (
+from glm_edge.compress.layerwise.runner import (
+    LayerwiseTransform,
+    Replaced,
+    StageContext,
+    apply_layerwise,
+    fallback_notes,
+    layouts_in,
+)
+from glm_edge.compress.prune.masks import allocation as allocations
+from glm_edge.compress.prune.masks import measured_allocation as measured
+from glm_edge.compress.prune.masks import shapes
+from glm_edge.compress.prune.masks.config import (
     ROW,
-    Masking,
+    MaskConfig,
     mask_notes,
     mask_row,
     masked_leaves,
     without_masked,
 )
-from glm_edge.compress.quantize.options import spelled_out
+from glm_edge.compress.prune.scores import from_model as model_scores
 from glm_edge.compress.readings import UNWATCHED
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.stagewise import (
-    Replaced,
-    StageWork,
-    apply_by_stage,
-    fallback_notes,
-    layouts_in,
-    register_stagewise,
-)
-from glm_edge.compress.transform import Context, Result, Transform
+from glm_edge.compress.transform import Context, Result, check_pattern, positional, register
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
 
@@ -38,19 +40,8 @@ NAME = "prune.mask"
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def mask(
-    sparsity: float | None = None,
-    score: str = "magnitude",
-    shape: str = "unstructured",
-    allocation: str = "uniform",
-    where: str | None = None,
-    within: str | None = None,
-    ties: str = "first",
-    levels: Sequence[float] = LEVELS,
-    budget_bytes: int | None = None,
-    budget_flops: int | None = None,
-    stacked: str | None = None,
-) -> Transform:
+@register(NAME)
+class Mask(LayerwiseTransform):
     """Masks what scores lowest; arrays keep their shapes.
 
     A score says how much a weight matters, a shape what goes as one, an allocation how much of
@@ -72,7 +63,7 @@ def mask(
     Masked parameters train in the two parts that `glm_edge.params.partition` makes of them, as
     `glm_edge.params.Masked` shows.
 
-    Args:
+    Attributes:
       sparsity: fraction that goes, in 0..1, below 1. None where `N:M` or a budget says it.
       score: `magnitude` (`|w|`); `l<n>`, an L_n norm such as `l1`, `l2` or `linf`; `sensitivity`
         (`|g w|`), `taylor` or `taylor2` (first and second order), from gradients of the calibration
@@ -101,9 +92,6 @@ def mask(
       stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
         where the model itself does not show it; each layer is masked as a matrix of its own.
 
-    Returns:
-      The transform.
-
     Raises:
       RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
         weight, rows or columns are not whole groups, weights are not finite, all of something would
@@ -117,74 +105,102 @@ def mask(
       https://arxiv.org/abs/1906.10771; Accelerating Sparse Deep Neural Networks,
       https://arxiv.org/abs/2104.08378.
     """
-    if not isinstance(levels, list | tuple):
-        raise RecipeError(f"{NAME}: levels must be a list of sparsities, not {levels!r}")
-    levels = tuple(levels)
-    options = spelled_out(locals())
-    Masking.of(NAME, options)
-    return Transform(NAME, options)
 
+    rounds: ClassVar[bool] = False
 
-def _mask_stage(work: StageWork, **options: Any) -> Replaced:
-    masking = Masking.of(NAME, options)
-    model_scores.refuse_quantized(NAME, work.leaves, work.named)
-    if not work.selected:
-        return {}, []
-    score, shape = masking.score, masking.shape
-    by_row = masking.within == ROW
-    pools = model_scores.pools_of(
-        NAME, shape, work.model, work.leaves, work.selected, work.layouts, by_row
-    )
-    rows = model_scores.matrices_of(pools, work.leaves)
-    met = {}
-    if score.reads_inputs:
-        met = work.collect(model_scores.statistic_of(score, shape), paths=work.selected)
-    # Where calibration sees no inputs, such as those of an embedding, weights go by magnitude.
-    if score.kind == "activation":
-        model_scores.refuse_unmet(NAME, score, rows, met)
-    scores = model_scores.from_weights(NAME, score, shape, pools, rows, met, work.rng)
-    scores = without_masked(pools, work.leaves, scores)
-    counts = allocations.uniform(pools, masking.sparsity)
-    masked = masked_leaves(masking, work.leaves, pools, scores, counts)
-    for path in masked:
-        work.advance(path)
-    reasons = {path: work.unseen(path) for path in masked if path not in met}
-    return masked, _table(masking, work.leaves, masked, reasons)
+    sparsity: float | None = positional(None)
+    score: str = "magnitude"
+    shape: str = "unstructured"
+    allocation: str = "uniform"
+    where: str | None = None
+    within: str | None = None
+    ties: str = "first"
+    levels: Sequence[float] = LEVELS
+    budget_bytes: int | None = None
+    budget_flops: int | None = None
+    stacked: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.levels, list | tuple):
+            raise RecipeError(f"{NAME}: levels must be a list of sparsities, not {self.levels!r}")
+        super().__post_init__()
+        check_pattern(NAME, "where", self.where)
+        check_pattern(NAME, "stacked", self.stacked)
+        _ = self.config
 
-def _needs(options: Mapping[str, Any]) -> str:
-    return "inputs" if Masking.of(NAME, options).score.reads_inputs else "nothing"
-
-
-def _check(name: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str, Any]) -> None:
-    masking = Masking.of(name, options)
-    if not masking.by_stage:
-        raise RecipeError(
-            f"{name}: {masking.label} under {masking.allocation} allocation needs the whole model "
-            "in memory; load the checkpoint and call the recipe"
+    @functools.cached_property
+    def config(self) -> MaskConfig:
+        """The options, read and checked."""
+        return MaskConfig.of(
+            NAME,
+            score=self.score,
+            shape=self.shape,
+            allocation=self.allocation,
+            within=self.within,
+            ties=self.ties,
+            levels=self.levels,
+            sparsity=self.sparsity,
+            budget_bytes=self.budget_bytes,
+            budget_flops=self.budget_flops,
         )
-    if masking.shape.kind != shapes.SINGLE:
-        shapes.matrix_pools(masking.shape, sizes)
+
+    @property
+    def needs(self) -> str:
+        """The inputs of the weights where the score reads them."""
+        return "inputs" if self.config.score.reads_inputs else "nothing"
+
+    def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        masking = self.config
+        if not masking.by_stage:
+            raise RecipeError(
+                f"{NAME}: {masking.label} under {masking.allocation} allocation needs the whole "
+                "model in memory; load the checkpoint and call the recipe"
+            )
+        if masking.shape.kind != shapes.SINGLE:
+            shapes.matrix_pools(masking.shape, sizes)
+
+    def compress_stage(self, work: StageContext) -> Replaced:
+        masking = self.config
+        model_scores.refuse_quantized(NAME, work.leaves, work.named)
+        if not work.selected:
+            return {}, []
+        score, shape = masking.score, masking.shape
+        by_row = masking.within == ROW
+        pools = model_scores.pools_of(
+            NAME, shape, work.model, work.leaves, work.selected, work.layouts, by_row
+        )
+        rows = model_scores.matrices_of(pools, work.leaves)
+        statistics = {}
+        if score.reads_inputs:
+            statistics = work.collect(model_scores.statistic_of(score, shape), paths=work.selected)
+        # Where calibration sees no inputs, such as those of an embedding, weights go by magnitude.
+        if score.kind == "activation":
+            model_scores.refuse_unmet(NAME, score, rows, statistics)
+        scores = model_scores.from_weights(NAME, score, shape, pools, rows, statistics, work.rng)
+        scores = without_masked(pools, work.leaves, scores)
+        counts = allocations.uniform(pools, masking.sparsity)
+        masked = masked_leaves(masking, work.leaves, pools, scores, counts)
+        for path in masked:
+            work.advance(path)
+        reasons = {path: work.unseen(path) for path in masked if path not in statistics}
+        return masked, _table(masking, work.leaves, masked, reasons)
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        masking = self.config
+        if not masking.by_stage:
+            return mask_model(masking, self.where, model, params, context, self.stacked)
+        model, masked, report = apply_layerwise(self, model, params, context)
+        paths = {row.path for row in report.rows}
+        leaves = [leaf for path, leaf in boxes.path_items(masked) if path in paths]
+        notes = (*report.notes, *mask_notes(masking.shape, leaves))
+        return model, masked, dataclasses.replace(report, notes=notes)
 
 
-def _apply_mask(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
-    masking = Masking.of(NAME, options)
-    if not masking.by_stage:
-        return mask_model(masking, options["where"], model, params, context, options.get("stacked"))
-    model, masked, report = apply_by_stage(NAME, model, params, context, **options)
-    paths = {row.path for row in report.rows}
-    found = [leaf for path, leaf in boxes.path_items(masked) if path in paths]
-    notes = (*report.notes, *mask_notes(masking.shape, found))
-    return model, masked, dataclasses.replace(report, notes=notes)
-
-
-register_stagewise(
-    NAME, mask, _mask_stage, needs=_needs, rounds=False, check=_check, apply=_apply_mask
-)
+mask = Mask
 
 
 def mask_model(
-    masking: Masking,
+    masking: MaskConfig,
     where: str | None,
     model: nn.Module,
     params: Params,
@@ -242,7 +258,7 @@ def mask_model(
 
 
 def _table(
-    masking: Masking,
+    masking: MaskConfig,
     before: Mapping[str, Any],
     after: Mapping[str, boxes.Masked],
     reasons: Mapping[str, str],

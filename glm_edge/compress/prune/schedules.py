@@ -1,5 +1,6 @@
 """How sparsity rises over time: as functions of the step, during training, and in rounds."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,12 @@ import optax
 from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.compress.distill import distill
-from glm_edge.compress.prune import model_scores, shapes, weight_scores
+from glm_edge.compress.distill.distill import distill
+from glm_edge.compress.distill.loop import TrainOptions
 from glm_edge.compress.prune.mask import mask
+from glm_edge.compress.prune.masks import shapes
+from glm_edge.compress.prune.scores import from_model as model_scores
+from glm_edge.compress.prune.scores import from_weights as weight_scores
 from glm_edge.compress.readings import Layouts, layouts_of
 from glm_edge.compress.transform import (
     Transform,
@@ -29,6 +33,7 @@ from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params, path_string
 
 Schedule = Callable[[Any], Array]
+_HEALING = TrainOptions(steps=100)
 _RISES = ("linear", "cubic")
 # Schedules are asked about step 0 and these.
 _CHECKED_STEPS = tuple(1 << place for place in range(31))
@@ -293,13 +298,12 @@ def iterative(
     initial: float = 0.05,
     rounds: int = 6,
     rise: str = "linear",
-    steps: int = 100,
+    train: TrainOptions = _HEALING,
     score: str = "magnitude",
     shape: str = "unstructured",
     allocation: str = "uniform",
     where: str | None = None,
-    train_where: str | None = None,
-    **training: Any,
+    **distillation: Any,
 ) -> Transform:
     """Prunes a little, trains, prunes more: from `initial` to `sparsity` in rounds.
 
@@ -311,15 +315,14 @@ def iterative(
       initial: of the first round.
       rounds: number of them, at least 2.
       rise: `linear`, equal steps of sparsity; `cubic`, large ones first.
-      steps: of the optimizer after each round.
+      train: after each round, see `glm_edge.TrainOptions`; in its `state_dir` each round has a
+        directory of its own, `round_1` first.
       score: see `mask`.
       shape: see `mask`; not `N:M`, whose sparsity does not rise.
       allocation: see `mask`.
       where: what is masked, see `mask`.
-      train_where: what trains, see `distill`; None is everything.
-      **training: further options of `distill`, such as `learning_rate`, `alpha` (0 learns from
-        labels alone), `temperature`, or `state_dir`, in which each round has a directory of its
-        own, `round_1` first.
+      **distillation: further options of `distill`, such as `alpha` (0 learns from labels alone)
+        or `temperature`, and `train_where`, its `where`: what trains; None is everything.
 
     Returns:
       The chain of all rounds, itself a recipe.
@@ -338,14 +341,16 @@ def iterative(
     done = np.linspace(0.0, 1.0, rounds)
     if rise == "cubic":
         done = 1.0 - (1.0 - done) ** 3
-    state_dir = training.pop("state_dir", None)
-    found: list[Transform] = []
+    train_where = distillation.pop("train_where", None)
+    steps: list[Transform] = []
     for number, level in enumerate((initial + (sparsity - initial) * done).tolist(), start=1):
         # Each round is a training of its own, and a directory keeps the state of one.
-        own = None if state_dir is None else str(Path(state_dir) / f"round_{number}")
-        found.append(mask(round(level, 6), score, shape, allocation, where))
-        found.append(distill(steps=steps, where=train_where, state_dir=own, **training))
-    return chain(*found)
+        state_dir = train.state_dir and str(Path(train.state_dir) / f"round_{number}")
+        healing = dataclasses.replace(train, state_dir=state_dir)
+        masking = {"score": score, "shape": shape, "allocation": allocation, "where": where}
+        steps.append(mask(round(level, 6), **masking))
+        steps.append(distill(train=healing, where=train_where, **distillation))
+    return chain(*steps)
 
 
 def _name(path: tuple[Any, ...]) -> str:

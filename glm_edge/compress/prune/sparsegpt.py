@@ -1,31 +1,38 @@
 """SparseGPT: masks and, where asked, rounding in one pass, against the inputs that meet weights."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.compress.prune import allocation as allocations
-from glm_edge.compress.prune import shapes, sparse_columns
-from glm_edge.compress.prune.masking import (
-    Masking,
+from glm_edge.compress.layerwise.runner import LayerwiseTransform, Replaced, StageContext
+from glm_edge.compress.layerwise.stages import Leaves
+from glm_edge.compress.prune.masks import allocation as allocations
+from glm_edge.compress.prune.masks import shapes, sparse_columns
+from glm_edge.compress.prune.masks.config import (
+    MaskConfig,
     mask_row,
     masked_leaves,
     without_masked,
 )
-from glm_edge.compress.prune.model_scores import finite_matrix, refuse_quantized
-from glm_edge.compress.quantize.gptq import MOST_SWEEPS, Met, matrices, needs
-from glm_edge.compress.quantize.leaves import box_of, leaf_dtype, quantize_leaf, relative_error, row
-from glm_edge.compress.quantize.options import Rounding, check_groups, spelled_out
+from glm_edge.compress.prune.scores.from_model import finite_matrix, refuse_quantized
+from glm_edge.compress.quantize.gptq import LinearInputs, check_solver_options, matrices
+from glm_edge.compress.quantize.options import QuantizeConfig, parse_format
+from glm_edge.compress.quantize.parameter import (
+    box_of,
+    leaf_dtype,
+    quantize_leaf,
+    relative_error,
+    row,
+)
+from glm_edge.compress.quantize.solvers import gptq_solver as gptq
 from glm_edge.compress.report import Row
-from glm_edge.compress.rounding import gptq
-from glm_edge.compress.stages import Leaves
-from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
-from glm_edge.compress.transform import Transform, check_whole
+from glm_edge.compress.transform import check_pattern, check_whole, positional, register
 from glm_edge.errors import RecipeError
-from glm_edge.params.formats import PLAIN
+from glm_edge.params import Format
 
 NAME = "prune.sparsegpt"
 # Of its own, since what is masked may be rounded later and what is rounded may not.
@@ -33,46 +40,24 @@ ROUNDING_NAME = "prune.sparsegpt_quantize"
 _TERNARY34 = "ternary34"
 
 
-def sparsegpt(
-    sparsity: float | None = None,
-    shape: str = "unstructured",
-    where: str | None = None,
-    bits: int | None = None,
-    group_size: int | str | None = None,
-    symmetric: bool = True,
-    scale: str = "mse",
-    scale_dtype: str | None = None,
-    qtype: str | None = None,
-    fallback_bits: int | None = None,
-    damping: float = 0.01,
-    sequential: bool = True,
-    propagate: float = 0.5,
-    block: int = 128,
-    refine: int = 20,
-    act_order: bool = True,
-    refit: bool = True,
-    sweeps: int = 3,
-    stacked: str | None = None,
-) -> Transform:
+@register(NAME, ROUNDING_NAME)
+class SparseGPT(LayerwiseTransform):
     """Prunes columns in turn, each making up for the errors of those before it, and rounds.
 
-    Without `bits` and `qtype`, the result is masks around weights that make up for what went. With
-    them, the weights that stay are rounded by `glm_edge.quantize.gptq` against the same inputs,
-    making up for pruning and rounding together; zeros stay zeros and no mask is stored. `ternary34`
-    is both by itself: of each four weights one is zero and the others have a sign. Matrices whose
-    inputs calibration cannot see, such as embeddings, are masked by magnitude and rounded to
-    nearest; the report counts them and says why.
+    Without `format`, the result is masks around weights that make up for what went. With it, the
+    weights that stay are rounded by `glm_edge.quantize.gptq` against the same inputs, making up for
+    pruning and rounding together; zeros stay zeros and no mask is stored. `ternary34` is both by
+    itself: of each four weights one is zero and the others have a sign. Matrices whose inputs
+    calibration cannot see, such as embeddings, are masked by magnitude and rounded to nearest; the
+    report counts them and says why.
 
-    Args:
+    Attributes:
       sparsity: fraction of zeros, in 0..1, below 1; None where the shape says it.
       shape: `unstructured`, or `N:M`: of M neighbours along the inputs N stay.
       where: regular expression searched in each path; None is every matrix.
-      bits: 8, 6, 5, 4, 3 or 2; None rounds nothing, unless `qtype` does.
-      group_size: see `glm_edge.quantize.gptq`, as are the next five.
-      symmetric: False for affine.
-      scale: `mse`, `max` or `extreme`.
-      scale_dtype: of the scales.
-      qtype: another format than integers.
+      format: of the weights that stay, such as `int4-g32`, see `glm_edge.params.Format`; None
+        rounds nothing.
+      scale: of the format: `mse`, `max` or `extreme`, see `glm_edge.quantize.gptq`.
       fallback_bits: width for a matrix whose columns are not whole groups.
       damping: fraction of the mean diagonal of the Gram matrix that is added to it.
       sequential: within a layer, collects the inputs of a matrix again when those before it are
@@ -86,9 +71,6 @@ def sparsegpt(
       sweeps: passes of coordinate descent over the codes.
       stacked: see `glm_edge.prune.mask`.
 
-    Returns:
-      The transform; it needs calibration.
-
     Raises:
       RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
         weight, columns are not whole groups, or weights or inputs are not finite.
@@ -99,131 +81,158 @@ def sparsegpt(
       https://arxiv.org/abs/2301.00774;
       Sherry: Hardware-Efficient 1.25-Bit Ternary Quantization, https://arxiv.org/abs/2601.07892.
     """
-    options = spelled_out(locals())
-    name = ROUNDING_NAME if _rounds(options) else NAME
-    _masking(name, options)
-    if _rounds(options):
-        Rounding.of(name, options, without=PLAIN)
-    check_whole(name, block=block)
-    for option in ("sequential", "act_order", "refit"):
-        if not isinstance(options[option], bool):
-            raise RecipeError(f"{name}: {option} must be True or False, not {options[option]!r}")
-    for option, low, high in (("damping", 0, gptq.MOST_DAMPING), ("propagate", 0, 1)):
-        value = options[option]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value <= high:
-            raise RecipeError(
-                f"{name}: {option} must be a number of {low} to {high:g}, not {value!r}"
-            )
-    for option in ("refine", "sweeps"):
-        value = options[option]
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST_SWEEPS:
-            raise RecipeError(
-                f"{name}: {option} must be a whole number of 0 to {MOST_SWEEPS}, not {value!r}"
-            )
-    return Transform(name, options)
 
+    needs_model: ClassVar[bool] = True
 
-def _rounds(options: Mapping[str, Any]) -> bool:
-    return options["bits"] is not None or options["qtype"] is not None
+    sparsity: float | None = positional(None)
+    shape: str = "unstructured"
+    where: str | None = None
+    format: Format | str | None = None
+    scale: str = "mse"
+    fallback_bits: int | None = None
+    damping: float = 0.01
+    sequential: bool = True
+    propagate: float = 0.5
+    block: int = 128
+    refine: int = 20
+    act_order: bool = True
+    refit: bool = True
+    sweeps: int = 3
+    stacked: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.format is not None:
+            self._set(format=parse_format(ROUNDING_NAME, self.format))
+        super().__post_init__()
+        check_pattern(self.name, "where", self.where)
+        check_pattern(self.name, "stacked", self.stacked)
+        _ = self.masking
+        if self.rounding is not None:
+            if self.format.plain:
+                raise RecipeError(f"{self.name} cannot round to {self.format}; quantize.rtn can")
+            self.rounding.check(self.name)
+        check_whole(self.name, block=self.block)
+        check_solver_options(
+            self.name, self.damping, self.propagate, refine=self.refine, sweeps=self.sweeps
+        )
 
-def _masking(name: str, options: Mapping[str, Any]) -> Masking | None:
-    """The mask that is asked for; None where the format is its own."""
-    shape = shapes.parse(name, options["shape"])
-    if shape.kind not in (shapes.SINGLE, "n:m"):
-        raise RecipeError(f"{name}: shape must be unstructured or N:M, not {options['shape']!r}")
-    if options["qtype"] == _TERNARY34:
-        if options["sparsity"] is not None or shape not in ((shapes.SINGLE, ()), ("n:m", (3, 4))):
-            raise RecipeError(
-                f"{name}: {_TERNARY34} has one zero in four; leave out sparsity and shape"
-            )
-        return None
-    masking = Masking.of(
-        name,
-        {
-            "sparsity": options["sparsity"],
-            "score": "magnitude",
-            "shape": options["shape"],
-            "allocation": allocations.UNIFORM,
-            "where": options["where"],
-            "stacked": options["stacked"],
-            "ties": allocations.FIRST,
-            "levels": (0.0,),
-        },
-    )
-    return dataclasses.replace(masking, label=options["shape"])
+    @property
+    def name(self) -> str:
+        """Of its own where it rounds: what is masked may be rounded later, what is rounded not."""
+        return NAME if self.format is None else ROUNDING_NAME
 
+    @property
+    def rounds(self) -> bool:
+        """True where a format says to."""
+        return self.format is not None
 
-def _prune_stage(work: StageWork, **options: Any) -> Replaced:
-    options = {"where": None, **options}
-    name = ROUNDING_NAME if _rounds(options) else NAME
-    refuse_quantized(name, work.leaves, [] if _rounds(options) else work.named)
-    if not work.selected:
-        return {}, []
-    masking = _masking(name, options)
-    rounding = Rounding.of(name, options) if _rounds(options) else None
-    replaced: Leaves = {}
-    rows: dict[str, Row] = {}
-    inputs = (options["sequential"], options["propagate"], options["damping"])
-    for met in matrices(name, work, replaced, *inputs):
-        before = work.leaves[met.path]
-        replaced[met.path], rows[met.path] = _one(name, met, before, masking, rounding, options)
-        work.advance(met.path)
-    for path in work.selected:
-        if path not in replaced:
-            before = work.leaves[path]
-            replaced[path], rows[path] = _unmet(name, work, path, masking, rounding)
+    @property
+    def needs(self) -> str:
+        """Both models where errors of the inputs are made up for."""
+        return "both" if self.propagate > 0 else "inputs"
+
+    @functools.cached_property
+    def rounding(self) -> QuantizeConfig | None:
+        """The format of what stays, and how its scales are chosen."""
+        if self.format is None:
+            return None
+        return QuantizeConfig(self.format, self.scale, self.fallback_bits)
+
+    @functools.cached_property
+    def masking(self) -> MaskConfig | None:
+        """The mask that is asked for; None where the format is its own."""
+        shape = shapes.parse(self.name, self.shape)
+        if shape.kind not in (shapes.SINGLE, "n:m"):
+            raise RecipeError(f"{self.name}: shape must be unstructured or N:M, not {self.shape!r}")
+        if self.format is not None and self.format.qtype == _TERNARY34:
+            own_shape = shape in ((shapes.SINGLE, ()), ("n:m", (3, 4)))
+            if self.sparsity is not None or not own_shape:
+                raise RecipeError(
+                    f"{self.name}: {_TERNARY34} has one zero in four; leave out sparsity and shape"
+                )
+            return None
+        masking = MaskConfig.of(
+            self.name, score="magnitude", shape=self.shape, sparsity=self.sparsity
+        )
+        return dataclasses.replace(masking, label=self.shape)
+
+    def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        if self.masking is not None:
+            shapes.matrix_pools(self.masking.shape, sizes)
+        if self.rounding is not None:
+            self.rounding.check_groups(sizes)
+
+    def compress_stage(self, work: StageContext) -> Replaced:
+        name, masking, rounding = self.name, self.masking, self.rounding
+        refuse_quantized(name, work.leaves, [] if self.rounds else work.named)
+        if not work.selected:
+            return {}, []
+        replaced: Leaves = {}
+        rows: dict[str, Row] = {}
+        for inputs in matrices(name, work, replaced, self.sequential, self.propagate, self.damping):
+            before, path = work.leaves[inputs.path], inputs.path
+            replaced[path], rows[path] = _one(name, inputs, before, self)
             work.advance(path)
-    return replaced, [rows[path] for path in work.selected]
+        for path in work.selected:
+            if path not in replaced:
+                before = work.leaves[path]
+                replaced[path], rows[path] = _without_inputs(name, work, path, masking, rounding)
+                work.advance(path)
+        return replaced, [rows[path] for path in work.selected]
+
+
+sparsegpt = SparseGPT
 
 
 def _one(
     name: str,
-    met: Met,
+    inputs: LinearInputs,
     before: Any,
-    masking: Masking | None,
-    rounding: Rounding | None,
-    options: Mapping[str, Any],
+    options: "SparseGPT",
 ) -> tuple[Any, Row]:
-    keep, said = met.mask, ""
+    masking, rounding = options.masking, options.rounding
+    keep, note = inputs.mask, ""
     if masking is not None:
         weight, keep, info = sparse_columns.solve(
-            met.weight,
-            met.gram,
+            inputs.weight,
+            inputs.gram,
             masking.sparsity,
             masking.shape.sizes or None,
-            options["damping"],
-            options["block"],
-            met.mask,
-            options["refine"] if rounding is None else 0,
+            options.damping,
+            options.block,
+            inputs.mask,
+            options.refine if rounding is None else 0,
         )
-        said = f"{options['shape']}, "
+        note = f"{options.shape}, "
         if rounding is None:
-            value = _as_leaf(met, weight, before).astype(leaf_dtype(before))
-            after = boxes.mask(value, _as_leaf(met, keep, before))
-            masked = mask_row(masking, met.path, before, after, _cost(info, options))
+            value = _as_leaf(inputs, weight, before).astype(leaf_dtype(before))
+            after = boxes.mask(value, _as_leaf(inputs, keep, before))
+            masked = mask_row(masking, inputs.path, before, after, _cost(info, options))
             return after, dataclasses.replace(masked, output_error=info.loss)
-    format = rounding.format_of(met.path, met.weight.shape[1])
+    format = rounding.format_of(inputs.path, inputs.weight.shape[1])
     codes, grid, info = gptq.solve(
-        met.weight,
-        met.gram,
+        inputs.weight,
+        inputs.gram,
         format,
         rounding.scale,
-        options["act_order"],
-        options["damping"],
+        options.act_order,
+        options.damping,
         mask=keep,
-        refit=options["refit"],
-        sweeps=options["sweeps"],
+        refit=options.refit,
+        sweeps=options.sweeps,
     )
-    held = before if keep is None else boxes.mask(_bare(before), _as_leaf(met, keep, before))
-    box = box_of(met.path, held, codes, grid, format, met.layout)
-    rounded = _rounded_row(name, met.path, before, held, box, said + _cost(info, options))
+    held = before if keep is None else boxes.mask(_bare(before), _as_leaf(inputs, keep, before))
+    box = box_of(inputs.path, held, codes, grid, format, inputs.layout)
+    rounded = _rounded_row(name, inputs.path, before, held, box, note + _cost(info, options))
     return box, dataclasses.replace(rounded, output_error=info.loss)
 
 
-def _unmet(
-    name: str, work: StageWork, path: str, masking: Masking | None, rounding: Rounding | None
+def _without_inputs(
+    name: str,
+    work: StageContext,
+    path: str,
+    masking: MaskConfig | None,
+    rounding: QuantizeConfig | None,
 ) -> tuple[Any, Row]:
     """Masks by magnitude and rounds to nearest a weight whose inputs calibration cannot see."""
     held = before = work.leaves[path]
@@ -243,8 +252,8 @@ def _unmet(
     return box, _rounded_row(name, path, before, held, box, f"to nearest: {note}")
 
 
-def _cost(info: Any, options: Mapping[str, Any]) -> str:
-    damped = "" if info.damping == options["damping"] else f", damping {info.damping:g}"
+def _cost(info: Any, options: "SparseGPT") -> str:
+    damped = "" if info.damping == options.damping else f", damping {info.damping:g}"
     return f"output error {info.loss:.3g}{damped}"
 
 
@@ -259,18 +268,5 @@ def _bare(leaf: Any) -> Any:
     return leaf.value if isinstance(leaf, boxes.Masked) else leaf
 
 
-def _as_leaf(met: Met, matrix: Array, leaf: Any) -> Array:
-    return met.layout.restored(matrix, leaf.shape)
-
-
-def _check(name: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str, Any]) -> None:
-    options = {"where": None, **options}
-    masking = _masking(name, options)
-    if masking is not None:
-        shapes.matrix_pools(masking.shape, sizes)
-    if _rounds(options):
-        check_groups(name, sizes, options)
-
-
-for _name, _whole in ((NAME, False), (ROUNDING_NAME, True)):
-    register_stagewise(_name, sparsegpt, _prune_stage, needs=needs, rounds=_whole, check=_check)
+def _as_leaf(inputs: LinearInputs, matrix: Array, leaf: Any) -> Array:
+    return inputs.layout.restored(matrix, leaf.shape)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import numpy as np
@@ -10,8 +10,8 @@ import numpy as np
 from glm_edge import params as boxes
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import has_length
-from glm_edge.compress.prune import scores
-from glm_edge.compress.prune.arrays import (
+from glm_edge.compress.prune.scores import heads_neurons as scores
+from glm_edge.compress.prune.shrink.arrays import (
     check_kept,
     columns_of,
     highest,
@@ -27,6 +27,7 @@ from glm_edge.compress.transform import (
     check_fraction,
     check_pattern,
     check_whole,
+    positional,
     register,
 )
 from glm_edge.configs import DecoderConfig
@@ -40,14 +41,8 @@ _WIDE = 4
 Kept = dict[str, np.ndarray]
 
 
-def structured(
-    heads: float = 0.0,
-    neurons: float = 0.0,
-    score: str = "taylor",
-    where: str | None = None,
-    neuron_multiple: int = 32,
-    max_batches: int = 8,
-) -> Transform:
+@register(NAME)
+class Structured(Transform):
     """Removes attention heads and neurons of the decoder and shrinks its arrays and configuration.
 
     Query heads go evenly from every group that shares a key/value head, the lowest scores of each
@@ -57,7 +52,7 @@ def structured(
         recipe = ge.prune.structured(heads=0.25, neurons=0.3)
         model, params, report = recipe(model, params, calibration=batches)
 
-    Args:
+    Attributes:
       heads: fraction of query heads to remove, in 0..1, below 1.
       neurons: fraction of neurons to remove, in 0..1, below 1.
       score: `taylor`, from gradients of the calibration loss, or `magnitude`, from weights alone.
@@ -66,9 +61,6 @@ def structured(
       neuron_multiple: the number of neurons kept is rounded down to a multiple of this in layers at
         least four times as wide, for kernels and quantization groups.
       max_batches: calibration batches that are scored, taken evenly from those given.
-
-    Returns:
-      The transform.
 
     Raises:
       RecipeError: an option has no meaning; on call, the model has no GLM decoder, nothing would
@@ -79,80 +71,57 @@ def structured(
       LLM-Pruner, https://arxiv.org/abs/2305.11627; Compact Language Models via Pruning and
       Knowledge Distillation, https://arxiv.org/abs/2407.14679.
     """
-    return checked(NAME, heads, neurons, score, where, neuron_multiple, max_batches)
+
+    needs_model: ClassVar[bool] = True
+
+    heads: float = positional(0.0)
+    neurons: float = 0.0
+    score: str = "taylor"
+    where: str | None = None
+    neuron_multiple: int = 32
+    max_batches: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction(self.name, heads=self.heads, neurons=self.neurons)
+        if self.score not in SCORES:
+            raise RecipeError(f"{self.name}: score must be taylor or magnitude, not {self.score!r}")
+        check_pattern(self.name, "where", self.where)
+        check_whole(self.name, neuron_multiple=self.neuron_multiple, max_batches=self.max_batches)
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        config = getattr(getattr(model, "config", None), "decoder", None)
+        if not isinstance(config, DecoderConfig):
+            raise RecipeError(
+                f"prune.structured: {type(model).__name__} has no GLM decoder to shrink; "
+                "prune.magnitude masks the weights of any module"
+            )
+        pruned_layers = _layers(config, params, self.where)
+        calibration = some(context.calibration, self.max_batches)
+        notes = ()
+        if self.score == "taylor":
+            importance = scores.taylor(model, params, calibration, context)
+            notes = batches.missing_modalities(
+                model, set().union(*map(batches.keys_of, calibration))
+            )
+        else:
+            importance = scores.magnitude(config, params)
+        keep = {}
+        for index in range(config.num_layers):
+            kept = {}
+            if self.heads and index in pruned_layers["attention"]:
+                groups = config.kv_heads(index)
+                kept["heads"] = heads_to_keep(importance[index]["heads"], groups, self.heads)
+            if self.neurons and index in pruned_layers["mlp"]:
+                count = neurons_to_keep(config.neurons(index), self.neurons, self.neuron_multiple)
+                kept["neurons"] = highest(importance[index]["neurons"], count)
+            keep[index] = kept
+        smaller, shrunk = shrink(model, params, keep)
+        report = shrunk_report(NAME, (model, params), (smaller, shrunk), notes)
+        return smaller, shrunk, report
 
 
-def checked(
-    name: str,
-    heads: float,
-    neurons: float,
-    score: str,
-    where: str | None,
-    neuron_multiple: int,
-    max_batches: int,
-) -> Transform:
-    """The transform `name` of options that `structured` and `encoders` share.
-
-    Raises:
-      RecipeError: an option has no meaning.
-    """
-    check_fraction(name, heads=heads, neurons=neurons)
-    if score not in SCORES:
-        raise RecipeError(f"{name}: score must be taylor or magnitude, not {score!r}")
-    check_pattern(name, "where", where)
-    check_whole(name, neuron_multiple=neuron_multiple, max_batches=max_batches)
-    options = {
-        "heads": heads,
-        "neurons": neurons,
-        "score": score,
-        "where": where,
-        "neuron_multiple": neuron_multiple,
-        "max_batches": max_batches,
-    }
-    return Transform(name, options)
-
-
-def _apply_structured(
-    model: nn.Module,
-    params: Params,
-    context: Context,
-    heads: float,
-    neurons: float,
-    score: str,
-    where: str | None,
-    neuron_multiple: int,
-    max_batches: int,
-) -> Result:
-    config = getattr(getattr(model, "config", None), "decoder", None)
-    if not isinstance(config, DecoderConfig):
-        raise RecipeError(
-            f"prune.structured: {type(model).__name__} has no GLM decoder to shrink; "
-            "prune.magnitude masks the weights of any module"
-        )
-    pruned_layers = _layers(config, params, where)
-    calibration = some(context.calibration, max_batches)
-    notes = ()
-    if score == "taylor":
-        importance = scores.taylor(model, params, calibration, context)
-        notes = batches.missing_modalities(model, set().union(*map(batches.keys_of, calibration)))
-    else:
-        importance = scores.magnitude(config, params)
-    keep = {}
-    for index in range(config.num_layers):
-        kept = {}
-        if heads and index in pruned_layers["attention"]:
-            groups = config.kv_heads(index)
-            kept["heads"] = heads_to_keep(importance[index]["heads"], groups, heads)
-        if neurons and index in pruned_layers["mlp"]:
-            count = neurons_to_keep(config.neurons(index), neurons, neuron_multiple)
-            kept["neurons"] = highest(importance[index]["neurons"], count)
-        keep[index] = kept
-    smaller, shrunk = shrink(model, params, keep)
-    report = shrunk_report(NAME, (model, params), (smaller, shrunk), notes)
-    return smaller, shrunk, report
-
-
-register(NAME, structured, _apply_structured)
+structured = Structured
 
 
 def heads_to_keep(

@@ -3,16 +3,17 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import InitVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.compress.prune.arrays import check_kept, shrunk_report
-from glm_edge.compress.prune.tokens import NAME, check_tokens, named_fields, named_tokens
-from glm_edge.compress.transform import Context, Result, Transform, register
+from glm_edge.compress.prune.shrink.arrays import check_kept, shrunk_report
+from glm_edge.compress.prune.shrink.tokenizer import NAME, check_tokens, named_fields, named_tokens
+from glm_edge.compress.transform import Context, Result, Transform, positional, register
 from glm_edge.configs import GLMConfig, TextConfig
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.tree import Params
@@ -21,7 +22,8 @@ MAX_TOKENS = 1 << 24
 _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
-def vocabulary(keep: str | Sequence[int], tokenizer: Any = None) -> Transform:
+@register(NAME)
+class VocabularyPruning(Transform):
     """Removes tokens: their rows of the embedding and of the head.
 
     The tokens that stay are numbered anew in their order, in the model's configuration too. Later
@@ -33,13 +35,10 @@ def vocabulary(keep: str | Sequence[int], tokenizer: Any = None) -> Transform:
     bytes and the parts that merges are made of are then removed like any others, and what needs
     them can no longer be written.
 
-    Args:
+    Attributes:
       keep: ascending ids that stay, from `frequent_tokens`, or the same as text, `0-10,12,40-99`.
       tokenizer: a `tokenizers.Tokenizer` that is asked at once whether it can do with these tokens;
         it is not kept, so that a recipe remains data.
-
-    Returns:
-      The transform.
 
     Raises:
       RecipeError: ids do not ascend; with `tokenizer`, a special token, a byte or a part of another
@@ -50,29 +49,36 @@ def vocabulary(keep: str | Sequence[int], tokenizer: Any = None) -> Transform:
       Efficient Multilingual Language Model Compression through Vocabulary Trimming,
       https://arxiv.org/abs/2305.15020.
     """
-    ids = from_ranges(keep) if isinstance(keep, str) else np.asarray(keep)
-    ids = check_kept(ids, MAX_TOKENS, f"{NAME}: tokens")
-    if tokenizer is not None:
-        if not hasattr(tokenizer, "get_vocab"):
-            raise RecipeError(
-                f"{NAME}: tokenizer must be a tokenizer of the tokenizers library, not a "
-                f"{type(tokenizer).__name__}; JSON cannot hold one"
-            )
-        check_tokens(tokenizer, ids)
-    return Transform(NAME, {"keep": to_ranges(ids)})
+
+    needs_model: ClassVar[bool] = True
+
+    keep: str | Sequence[int] = positional()
+    tokenizer: InitVar[Any] = None
+
+    def __post_init__(self, tokenizer: Any) -> None:
+        ids = from_ranges(self.keep) if isinstance(self.keep, str) else np.asarray(self.keep)
+        ids = check_kept(ids, MAX_TOKENS, f"{NAME}: tokens")
+        if tokenizer is not None:
+            if not hasattr(tokenizer, "get_vocab"):
+                raise RecipeError(
+                    f"{NAME}: tokenizer must be a tokenizer of the tokenizers library, not a "
+                    f"{type(tokenizer).__name__}; JSON cannot hold one"
+                )
+            check_tokens(tokenizer, ids)
+        self._set(keep=to_ranges(ids))
+        super().__post_init__()
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        smaller, shrunk = shrink_vocabulary(model, params, from_ranges(self.keep))
+        names = ", ".join(named_fields(model.config)) or "it names none"
+        note = (
+            f"tokens that the configuration names stayed ({names}); other special tokens, bytes "
+            "and parts of tokens are checked where vocabulary is given tokenizer="
+        )
+        return smaller, shrunk, shrunk_report(NAME, (model, params), (smaller, shrunk), (note,))
 
 
-def _apply_vocabulary(model: nn.Module, params: Params, context: Context, keep: str) -> Result:
-    smaller, shrunk = shrink_vocabulary(model, params, from_ranges(keep))
-    names = ", ".join(named_fields(model.config)) or "it names none"
-    note = (
-        f"tokens that the configuration names stayed ({names}); other special tokens, bytes and "
-        "parts of tokens are checked where vocabulary is given tokenizer="
-    )
-    return smaller, shrunk, shrunk_report(NAME, (model, params), (smaller, shrunk), (note,))
-
-
-register(NAME, vocabulary, _apply_vocabulary)
+vocabulary = VocabularyPruning
 
 
 def shrink_vocabulary(

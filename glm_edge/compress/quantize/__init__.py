@@ -4,13 +4,13 @@ from glm_edge.compress.quantize.activations import activations
 from glm_edge.compress.quantize.adaround import adaround
 from glm_edge.compress.quantize.awq import awq
 from glm_edge.compress.quantize.blockwise import blockwise
+from glm_edge.compress.quantize.distill_scales import distill_scales
 from glm_edge.compress.quantize.gptq import gptq
 from glm_edge.compress.quantize.hqq import hqq
-from glm_edge.compress.quantize.leaves import quantize_leaf
+from glm_edge.compress.quantize.parameter import quantize_leaf
 from glm_edge.compress.quantize.qat import qat
 from glm_edge.compress.quantize.rotate import rotate
 from glm_edge.compress.quantize.rtn import rtn
-from glm_edge.compress.quantize.scales import distill_scales
 from glm_edge.compress.quantize.smoothquant import smoothquant
 
 __all__ = [

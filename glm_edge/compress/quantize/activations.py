@@ -1,7 +1,7 @@
 """Static int8 grids for the inputs and products of quantized matrices."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -9,17 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from glm_edge.compress.quantize.leaves import row
-from glm_edge.compress.quantize.options import spelled_out
-from glm_edge.compress.rounding import activations as ranges
-from glm_edge.compress.stages import MARKED_ROWS
-from glm_edge.compress.stagewise import (
+from glm_edge.compress.layerwise.runner import (
+    LayerwiseTransform,
     Replaced,
-    StageWork,
-    apply_by_stage,
-    register_stagewise,
+    StageContext,
+    apply_layerwise,
 )
-from glm_edge.compress.transform import Context, Result, Transform, check_pattern
+from glm_edge.compress.layerwise.stages import MARKED_ROWS
+from glm_edge.compress.quantize.parameter import row
+from glm_edge.compress.quantize.solvers import activation_ranges as ranges
+from glm_edge.compress.transform import Context, Result, check_pattern, positional, register
 from glm_edge.errors import RecipeError
 from glm_edge.kernels import matmul
 from glm_edge.params import Quantized
@@ -28,27 +27,20 @@ from glm_edge.params.tree import Params
 NAME = "quantize.activations"
 
 
-def activations(
-    method: str = "minmax",
-    percentile: float = 99.99,
-    where: str | None = None,
-    symmetric: bool = False,
-) -> Transform:
+@register(NAME)
+class Activations(LayerwiseTransform):
     """Chooses static int8 grids for what meets each quantized matrix, and for their products.
 
     Matrices that read the same rows get one grid for them. A model computes on these grids when its
     `compute` is `int8_static`; put this after what rounds the weights. Matrices whose inputs are
     not seen (a tied head) keep a grid for each row; the report counts them and says why.
 
-    Args:
+    Attributes:
       method: `minmax`, `percentile`, `mse` or `entropy`, see
-        `glm_edge.compress.rounding.activations.choose_range`.
+        `glm_edge.compress.quantize.solvers.activation_ranges.choose_range`.
       percentile: share of the values, in percent, that the method of that name keeps.
       where: regular expression searched in each path; None is every quantized matrix.
       symmetric: zero point zero.
-
-    Returns:
-      The transform; it needs calibration.
 
     Raises:
       RecipeError: an option has no meaning; on call, nothing that the pattern names is quantized,
@@ -58,16 +50,79 @@ def activations(
     References:
       Integer Quantization for Deep Learning Inference, https://arxiv.org/abs/2004.09602.
     """
-    check_pattern(NAME, "where", where)
-    if method not in ranges.METHODS:
-        known = ", ".join(ranges.METHODS)
-        raise RecipeError(f"{NAME}: method must be one of {known}, not {method!r}")
-    number = isinstance(percentile, int | float) and not isinstance(percentile, bool)
-    if not number or not 50 < percentile <= 100:
-        raise RecipeError(f"{NAME}: percentile must be above 50 and up to 100, not {percentile!r}")
-    if not isinstance(symmetric, bool):
-        raise RecipeError(f"{NAME}: symmetric must be True or False, not {symmetric!r}")
-    return Transform(NAME, spelled_out(locals(), "known", "number"))
+
+    rounds: ClassVar[bool] = False
+    needs: ClassVar[str] = "inputs"
+    needs_model: ClassVar[bool] = True
+
+    method: str = positional("minmax")
+    percentile: float = 99.99
+    where: str | None = None
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pattern(NAME, "where", self.where)
+        if self.method not in ranges.METHODS:
+            known = ", ".join(ranges.METHODS)
+            raise RecipeError(f"{NAME}: method must be one of {known}, not {self.method!r}")
+        if not 50 < self.percentile <= 100:
+            raise RecipeError(
+                f"{NAME}: percentile must be above 50 and up to 100, not {self.percentile!r}"
+            )
+
+    def compress_stage(self, work: StageContext) -> Replaced:
+        named = [path for path in work.named if isinstance(work.leaves[path], Quantized)]
+        groups = [tuple(path for path in group if path in named) for group in work.readers()]
+        # What reads the same rows gets the same grid, and is measured once.
+        groups = [group for group in groups if group]
+        inputs = {group[0]: _ActivationRange(group[0], "inputs") for group in groups}
+        outputs = {path: _ActivationRange(path, "outputs") for group in groups for path in group}
+
+        def each() -> Iterator[tuple[_ActivationRange, Array, Array]]:
+            for view in work.batches():
+                collected = view.collect(MARKED_ROWS, paths=inputs)
+                for group in groups:
+                    if group[0] in collected:
+                        rows, valid = (collected[group[0]][name] for name in ("rows", "valid"))
+                        yield inputs[group[0]], rows, valid
+                        yield from (
+                            (outputs[p], _product(rows, work.leaves[p]), valid) for p in group
+                        )
+
+        # Rows of padding are zero, which every range spans anyway.
+        for range_, values, _ in each():
+            range_.widen(values)
+        for range_, values, valid in each() if self.method != "minmax" else ():
+            range_.count(values, valid, self.symmetric)
+        replaced, report = {}, []
+        for group in groups:
+            fields, note = inputs[group[0]].grid(self.method, self.percentile, self.symmetric)
+            for path in group:
+                products, after_note = outputs[path].grid(
+                    self.method, self.percentile, self.symmetric
+                )
+                before = work.leaves[path]
+                replaced[path] = before.replace(**fields, **products)
+                notes = f"{note}; {after_note}"
+                report.append(row(NAME, path, before, replaced[path], None, notes))
+        for path in named:
+            if path not in replaced:
+                leaf, note = work.leaves[path], f"without a range: {work.unseen(path)}"
+                report.append(row(NAME, path, leaf, leaf, None, note))
+        return replaced, report
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        result = apply_layerwise(self, model, params, context)
+        if all("without a range: " in row.action for row in result[2].rows):
+            raise RecipeError(
+                f"{NAME}: where={self.where!r} names no quantized matrix whose inputs are seen; "
+                "quantize first"
+            )
+        return result
+
+
+activations = Activations
 
 
 @jax.jit
@@ -80,8 +135,8 @@ def _ends(values: Array) -> tuple[Array, Array]:
     return values.min(), values.max()
 
 
-class _Seen:
-    """The values of one activation over all calibration batches."""
+class _ActivationRange:
+    """The range and histogram of one activation over all calibration batches."""
 
     def __init__(self, path: str, side: str) -> None:
         self.path, self.side = path, side
@@ -109,54 +164,3 @@ class _Seen:
         fields = {f"{name}_scale": jnp.asarray(scale), f"{name}_zero": jnp.asarray(zero)}
         note = f"{self.side} {ends[0]:.4g} to {ends[1]:.4g}, seen {low:.4g} to {high:.4g}"
         return fields, note
-
-
-def _calibrate_stage(work: StageWork, method: str, percentile: float, symmetric: bool) -> Replaced:
-    named = [path for path in work.named if isinstance(work.leaves[path], Quantized)]
-    groups = [tuple(path for path in group if path in named) for group in work.readers()]
-    # What reads the same rows gets the same grid, and is measured once.
-    groups = [group for group in groups if group]
-    inputs = {group[0]: _Seen(group[0], "inputs") for group in groups}
-    outputs = {path: _Seen(path, "outputs") for group in groups for path in group}
-
-    def each() -> Iterator[tuple[_Seen, Array, Array]]:
-        for view in work.batches():
-            found = view.collect(MARKED_ROWS, paths=inputs)
-            for group in groups:
-                if group[0] in found:
-                    rows, valid = (found[group[0]][name] for name in ("rows", "valid"))
-                    yield inputs[group[0]], rows, valid
-                    yield from ((outputs[p], _product(rows, work.leaves[p]), valid) for p in group)
-
-    # Rows of padding are zero, which every range spans anyway.
-    for seen, values, _ in each():
-        seen.widen(values)
-    for seen, values, valid in each() if method != "minmax" else ():
-        seen.count(values, valid, symmetric)
-    replaced, report = {}, []
-    for group in groups:
-        fields, note = inputs[group[0]].grid(method, percentile, symmetric)
-        for path in group:
-            products, after_note = outputs[path].grid(method, percentile, symmetric)
-            before = work.leaves[path]
-            replaced[path] = before.replace(**fields, **products)
-            notes = f"{note}; {after_note}"
-            report.append(row(NAME, path, before, replaced[path], None, notes))
-    for path in named:
-        if path not in replaced:
-            leaf, note = work.leaves[path], f"without a range: {work.unseen(path)}"
-            report.append(row(NAME, path, leaf, leaf, None, note))
-    return replaced, report
-
-
-def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
-    found = apply_by_stage(NAME, model, params, context, **options)
-    if all("without a range: " in row.action for row in found[2].rows):
-        raise RecipeError(
-            f"{NAME}: where={options['where']!r} names no quantized matrix whose inputs are seen; "
-            "quantize first"
-        )
-    return found
-
-
-register_stagewise(NAME, activations, _calibrate_stage, needs="inputs", rounds=False, apply=_apply)

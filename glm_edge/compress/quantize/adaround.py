@@ -1,20 +1,24 @@
 """Learned rounding of each layer on its calibration inputs."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.compress.quantize import leaves
-from glm_edge.compress.quantize.options import Rounding, spelled_out
-from glm_edge.compress.rounding import grid as grids
-from glm_edge.compress.rounding.adaround import METHODS, Layer, learn_rounding
-from glm_edge.compress.stages import MARKED_ROWS
-from glm_edge.compress.stagewise import Replaced, StageWork, View, register_stagewise
-from glm_edge.compress.transform import Transform, check_whole
+from glm_edge.compress.layerwise.runner import (
+    Replaced,
+    StageContext,
+    StageInputs,
+)
+from glm_edge.compress.layerwise.stages import MARKED_ROWS
+from glm_edge.compress.quantize import parameter as leaves
+from glm_edge.compress.quantize.options import Quantizer
+from glm_edge.compress.quantize.solvers import scales as grids
+from glm_edge.compress.quantize.solvers.adaround_solver import METHODS, Layer, learn_rounding
+from glm_edge.compress.transform import check_whole, register
 from glm_edge.errors import RecipeError
 from glm_edge.params import Masked
 from glm_edge.params.formats import PLAIN
@@ -22,22 +26,8 @@ from glm_edge.params.formats import PLAIN
 NAME = "quantize.adaround"
 
 
-def adaround(
-    bits: int = 4,
-    group_size: int | str | None = None,
-    symmetric: bool = True,
-    where: str | None = None,
-    scale: str = "mse",
-    scale_dtype: str | None = None,
-    qtype: str | None = None,
-    fallback_bits: int | None = None,
-    method: str = "adaround",
-    steps: int = 500,
-    learning_rate: float = 0.03,
-    regularization: float = 5.0,
-    sweeps: int = 4,
-    stacked: str | None = None,
-) -> Transform:
+@register(NAME)
+class AdaRound(Quantizer):
     """Learns how each weight is rounded, so that its layer gives what the original layer gave.
 
     Layers are rounded one after the other. Each sees what the rounded ones before it give, and
@@ -46,27 +36,15 @@ def adaround(
     calibration cannot see, such as embeddings, are rounded to nearest; the report counts them and
     says why.
 
-    Args:
-      bits: 8, 6, 5, 4, 3 or 2.
-      group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
-      symmetric: False for affine.
-      where: regular expression searched in each path; None rounds every matrix that is not yet
-        quantized.
-      scale: how the grid is chosen, see `rtn`.
-      scale_dtype: see `rtn`.
-      qtype: another format than integers, see `rtn`; not `ternary34`.
-      fallback_bits: see `rtn`.
+    Attributes:
+      format: of the weights, such as `int4-g32`, see `glm_edge.params.Format`.
+      where: see `glm_edge.quantize.rtn`, as are `scale`, `fallback_bits` and `stacked`.
       method: `adaround`, a soft choice between two levels that hardens, then `descent`, which gives
         one weight after the other its best level; or `descent` alone, which is faster.
       steps: of `adaround`.
       learning_rate: of `adaround`.
       regularization: weight of what hardens its choices.
       sweeps: of `descent` over all columns.
-      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
-        where the model itself does not show it.
-
-    Returns:
-      The transform.
 
     Raises:
       RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
@@ -79,60 +57,75 @@ def adaround(
       QuantEase: Optimization-based Quantization for Language Models,
       https://arxiv.org/abs/2309.01885.
     """
-    options = spelled_out(locals())
-    Rounding.of(NAME, options, without=(*PLAIN, "ternary34"))
-    if method not in METHODS:
-        raise RecipeError(f"{NAME}: method must be one of {', '.join(METHODS)}, not {method!r}")
-    check_whole(NAME, steps=steps, sweeps=sweeps)
-    if learning_rate <= 0.0 or regularization < 0.0:
-        raise RecipeError(f"{NAME}: learning_rate must be positive, regularization not negative")
-    return Transform(NAME, options)
 
+    needs: ClassVar[str] = "both"
+    needs_model: ClassVar[bool] = True
+    unsupported: ClassVar[tuple[str, ...]] = (*PLAIN, "ternary34")
 
-def _round_stage(
-    work: StageWork,
-    method: str,
-    steps: int,
-    learning_rate: float,
-    regularization: float,
-    sweeps: int,
-    **shared: Any,
-) -> Replaced:
-    rounding = Rounding.of(NAME, shared)
-    replaced, dense, rows = {}, {}, []
-    for path in work.selected:
-        leaf = work.leaves[path]
-        format, layout = rounding.format_of(path, work.columns(path)), work.layouts[path]
-        matrix = leaves.dense_rows(path, leaf, layout)
-        sums = moments(work, path, dense)
-        note = "fallback" if format is not rounding.format else ""
-        if sums is None or path not in work.original.leaves:
-            replaced[path], error = leaves.quantize_leaf(path, leaf, format, rounding.scale, layout)
-            note = f"to nearest: {work.unseen(path)}"
-        else:
-            original = leaves.dense_rows(path, work.original.leaves[path], layout)
-            layer = layer_of(matrix, original, *sums)
-            grid = grids.choose(matrix, format, rounding.scale)
-            done = learn_rounding(
-                layer, grid, format, method, steps, learning_rate, regularization, sweeps
+    method: str = "adaround"
+    steps: int = 500
+    learning_rate: float = 0.03
+    regularization: float = 5.0
+    sweeps: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHODS:
+            known = ", ".join(METHODS)
+            raise RecipeError(f"{NAME}: method must be one of {known}, not {self.method!r}")
+        check_whole(NAME, steps=self.steps, sweeps=self.sweeps)
+        if self.learning_rate <= 0.0 or self.regularization < 0.0:
+            raise RecipeError(
+                f"{NAME}: learning_rate must be positive, regularization not negative"
             )
-            codes = done.codes
-            if isinstance(leaf, Masked):
-                mask = layout.rows(leaf.mask)
-                codes = jnp.where(mask, codes, grids.encode(jnp.zeros_like(matrix), grid, format))
-            replaced[path] = leaves.box_of(path, leaf, codes, grid, format, layout)
-            error = leaves.relative_error(leaf, replaced[path])
-        # Dense, so that the stage keeps the tree that it was compiled for.
-        dense[path] = boxes.dense(replaced[path])
-        rows.append(leaves.row(NAME, path, leaf, replaced[path], error, note))
-        work.advance(path)
-    return replaced, rows
+
+    def compress_stage(self, work: StageContext) -> Replaced:
+        rounding = self.config
+        replaced, dense, rows = {}, {}, []
+        for path in work.selected:
+            leaf = work.leaves[path]
+            format, layout = rounding.format_of(path, work.columns(path)), work.layouts[path]
+            matrix = leaves.dense_rows(path, leaf, layout)
+            sums = moments(work, path, dense)
+            note = "fallback" if format is not rounding.format else ""
+            if sums is None or path not in work.original.leaves:
+                replaced[path], error = leaves.quantize_leaf(
+                    path, leaf, format, rounding.scale, layout
+                )
+                note = f"to nearest: {work.unseen(path)}"
+            else:
+                original = leaves.dense_rows(path, work.original.leaves[path], layout)
+                layer = layer_of(matrix, original, *sums)
+                grid = grids.choose(matrix, format, rounding.scale)
+                done = learn_rounding(
+                    layer,
+                    grid,
+                    format,
+                    self.method,
+                    self.steps,
+                    self.learning_rate,
+                    self.regularization,
+                    self.sweeps,
+                )
+                codes = done.codes
+                if isinstance(leaf, Masked):
+                    mask = layout.rows(leaf.mask)
+                    codes = jnp.where(
+                        mask, codes, grids.encode(jnp.zeros_like(matrix), grid, format)
+                    )
+                replaced[path] = leaves.box_of(path, leaf, codes, grid, format, layout)
+                error = leaves.relative_error(leaf, replaced[path])
+            # Dense, so that the stage keeps the tree that it was compiled for.
+            dense[path] = boxes.dense(replaced[path])
+            rows.append(leaves.row(NAME, path, leaf, replaced[path], error, note))
+            work.advance(path)
+        return replaced, rows
 
 
-register_stagewise(NAME, adaround, _round_stage, needs="both")
+adaround = AdaRound
 
 
-def moments(work: StageWork, path: str, replaced: dict[str, Any]) -> tuple[Array, Array] | None:
+def moments(work: StageContext, path: str, replaced: dict[str, Any]) -> tuple[Array, Array] | None:
     """Mean of `x x^T` and of `x0 x^T` over the rows that meet a weight.
 
     Args:
@@ -156,7 +149,7 @@ def moments(work: StageWork, path: str, replaced: dict[str, Any]) -> tuple[Array
     return None if total is None else tuple(x / count for x in total)
 
 
-def _rows(view: View, path: str, replaced: dict[str, Any]) -> dict[str, Array] | None:
+def _rows(view: StageInputs, path: str, replaced: dict[str, Any]) -> dict[str, Array] | None:
     return view.collect(MARKED_ROWS, replaced).get(path)
 
 

@@ -1,7 +1,7 @@
 """Rounding weights after scaling up the channels that carry the largest activations."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -9,7 +9,10 @@ from jax import Array
 from glm_edge import params as boxes
 from glm_edge.compress import folding
 from glm_edge.compress.folding import Fold
-from glm_edge.compress.quantize.leaves import (
+from glm_edge.compress.layerwise.runner import Replaced, StageContext
+from glm_edge.compress.layerwise.stages import Leaves, Statistic, count_valid
+from glm_edge.compress.quantize.options import Quantizer
+from glm_edge.compress.quantize.parameter import (
     box_of,
     dense_rows,
     leaf_dtype,
@@ -17,33 +20,19 @@ from glm_edge.compress.quantize.leaves import (
     relative_error,
     row,
 )
-from glm_edge.compress.quantize.options import Rounding, spelled_out
 from glm_edge.compress.quantize.smoothquant import selected_folds
-from glm_edge.compress.rounding import awq as search
-from glm_edge.compress.rounding import grid as grids
-from glm_edge.compress.stages import Leaves, Statistic, count_valid
-from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
-from glm_edge.compress.transform import Transform, check_whole
-from glm_edge.errors import DataError, RecipeError
+from glm_edge.compress.quantize.solvers import awq_search as search
+from glm_edge.compress.quantize.solvers import scales as grids
+from glm_edge.compress.transform import check_whole, register
+from glm_edge.errors import DataError
 from glm_edge.params import Format, Masked
 from glm_edge.params.formats import PLAIN
 
 NAME = "quantize.awq"
 
 
-def awq(
-    bits: int = 4,
-    group_size: int | str | None = None,
-    symmetric: bool = True,
-    where: str | None = None,
-    scale: str = "max",
-    scale_dtype: str | None = None,
-    qtype: str | None = None,
-    fallback_bits: int | None = None,
-    steps: int = 20,
-    clip: bool = True,
-    stacked: str | None = None,
-) -> Transform:
+@register(NAME)
+class AWQ(Quantizer):
     """Scales up the channels that matter most, clips, and rounds to the nearest level.
 
     Channels are multiplied by a power of their mean absolute activation, `0, 1 / steps, …`: the one
@@ -52,28 +41,15 @@ def awq(
     range is tried for everything that shares a scale, and the weights are rounded. Matrices whose
     inputs nothing can divide are clipped and rounded; embeddings are rounded.
 
-        recipe = ge.quantize.awq(bits=4, group_size=32)
+        recipe = ge.quantize.awq("int4-g32")
         model, params, report = recipe(model, params, calibration=batches)
 
-    Args:
-      bits: 8, 6, 5, 4, 3 or 2.
-      group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
-      symmetric: False for affine, with an integer zero point.
-      where: regular expression searched in each path; None is every matrix not yet quantized.
-        Factors move only where all matrices that share an input are selected.
-      scale: `max`, `mse` or `extreme`, see `rtn`.
-      scale_dtype: `float32`, `float16` or `bfloat16`; None is float32 per channel and bfloat16 for
-        groups.
-      qtype: another format than integers, such as `nf4` or `ternary`.
-      fallback_bits: per-channel width for a matrix whose columns are not whole groups; None raises
-        there.
+    Attributes:
+      format: of the weights, such as `int4-g32`, see `glm_edge.params.Format`.
+      where: see `glm_edge.quantize.rtn`, as are `scale`, `fallback_bits` and `stacked`. Factors
+        move only where all matrices that share an input are selected.
       steps: powers tried, and twentieths of the range (at 20) that clipping takes off.
       clip: tries smaller ranges.
-      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
-        where the model itself does not show it.
-
-    Returns:
-      The transform; it needs calibration.
 
     Raises:
       RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
@@ -83,12 +59,63 @@ def awq(
     References:
       AWQ: Activation-aware Weight Quantization, https://arxiv.org/abs/2306.00978.
     """
-    options = spelled_out(locals())
-    Rounding.of(NAME, options, without=PLAIN)
-    check_whole(NAME, steps=steps)
-    if not isinstance(clip, bool):
-        raise RecipeError(f"{NAME}: clip must be True or False, not {clip!r}")
-    return Transform(NAME, options)
+
+    needs: ClassVar[str] = "inputs"
+    needs_model: ClassVar[bool] = True
+    unsupported: ClassVar[tuple[str, ...]] = PLAIN
+
+    scale: str = "max"
+    steps: int = 20
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole(NAME, steps=self.steps)
+
+    def compress_stage(self, work: StageContext) -> Replaced:
+        if not work.selected:
+            return {}, []
+        rounding = self.config
+        scale = rounding.scale
+        formats = {p: rounding.format_of(p, work.columns(p)) for p in work.selected}
+        measured = work.collect(STATISTIC)
+        # Float32 until rounded: a factor costs no bits of a narrow type.
+        leaves = {path: _widened(leaf, path in formats) for path, leaf in work.leaves.items()}
+        grams, notes = {}, {}
+        for path in formats:
+            if path in measured:
+                grams[path] = measured[path]["gram"] / measured[path]["count"]
+                _check_finite(path, grams[path])
+        for fold in selected_folds(NAME, work):
+            if fold.consumers[0] not in grams:
+                continue
+            factor, note = _search(fold, work, leaves, grams, measured, formats, self.steps, scale)
+            leaves |= folding.move(fold, leaves, factor)
+            columns = fold.spread(factor)
+            for path in fold.consumers:
+                grams[path] = grams[path] / columns / columns[:, None]
+                notes[path] = note
+        replaced, rows = {}, []
+        for path, leaf in leaves.items():
+            before = work.leaves[path]
+            if path in formats:
+                after = _rounded(
+                    work, path, leaf, grams.get(path), formats[path], self.steps, scale, self.clip
+                )
+                note = notes.get(path) if path in grams else f"to nearest: {work.unseen(path)}"
+                note = _joined(note, formats[path] is not rounding.format)
+                error = _error(leaf, after)
+                work.advance(path)
+            elif leaf is not before:
+                after, note, error = leaf, "divided by factors", None
+            else:
+                continue
+            replaced[path] = after
+            rows.append(row(NAME, path, before, after, error, note))
+        return replaced, rows
+
+
+awq = AWQ
 
 
 def _measure(rows: Array, valid: Array | None) -> dict[str, Array]:
@@ -105,53 +132,9 @@ STATISTIC = Statistic(_measure, _join)
 """`{"gram": sum of x x^T [in, in], "magnitude": sum of |x| [in], "count": rows}`."""
 
 
-def _round_stage(work: StageWork, steps: int, clip: bool, **shared: Any) -> Replaced:
-    if not work.selected:
-        return {}, []
-    rounding = Rounding.of(NAME, shared)
-    scale = rounding.scale
-    formats = {p: rounding.format_of(p, work.columns(p)) for p in work.selected}
-    measured = work.collect(STATISTIC)
-    # Float32 until rounded: a factor costs no bits of a narrow type.
-    leaves = {path: _widened(leaf, path in formats) for path, leaf in work.leaves.items()}
-    grams, notes = {}, {}
-    for path in formats:
-        if path in measured:
-            grams[path] = measured[path]["gram"] / measured[path]["count"]
-            _check_finite(path, grams[path])
-    for fold in selected_folds(NAME, work):
-        if fold.consumers[0] not in grams:
-            continue
-        factor, note = _search(fold, work, leaves, grams, measured, formats, steps, scale)
-        leaves |= folding.move(fold, leaves, factor)
-        columns = fold.spread(factor)
-        for path in fold.consumers:
-            grams[path] = grams[path] / columns / columns[:, None]
-            notes[path] = note
-    replaced, rows = {}, []
-    for path, leaf in leaves.items():
-        before = work.leaves[path]
-        if path in formats:
-            after = _rounded(work, path, leaf, grams.get(path), formats[path], steps, scale, clip)
-            note = notes.get(path) if path in grams else f"to nearest: {work.unseen(path)}"
-            note = _joined(note, formats[path] is not rounding.format)
-            error = _error(leaf, after)
-            work.advance(path)
-        elif leaf is not before:
-            after, note, error = leaf, "divided by factors", None
-        else:
-            continue
-        replaced[path] = after
-        rows.append(row(NAME, path, before, after, error, note))
-    return replaced, rows
-
-
-register_stagewise(NAME, awq, _round_stage, needs="inputs")
-
-
 def _search(
     fold: Fold,
-    work: StageWork,
+    work: StageContext,
     leaves: Leaves,
     grams: Mapping[str, Array],
     measured: Mapping[str, Any],
@@ -175,7 +158,7 @@ def _search(
 
 
 def _rounded(
-    work: StageWork,
+    work: StageContext,
     path: str,
     leaf: Any,
     gram: Array | None,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -13,13 +13,13 @@ import optax
 from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.compress.quantize import leaves
-from glm_edge.compress.quantize.options import Rounding, spelled_out
-from glm_edge.compress.quantize.qat import fake, finalize, pace_of, split
-from glm_edge.compress.stages import Leaves, Stage, State, Through, advance
-from glm_edge.compress.stagewise import Replaced, StageWork, register_stagewise
-from glm_edge.compress.training import COMPUTE, in_order, schedule
-from glm_edge.compress.transform import Transform, check_whole
+from glm_edge.compress.distill.loop import TrainOptions, in_order, schedule
+from glm_edge.compress.layerwise.runner import Replaced, StageContext
+from glm_edge.compress.layerwise.stages import Leaves, Stage, State, Through, advance
+from glm_edge.compress.quantize import parameter as leaves
+from glm_edge.compress.quantize.options import Quantizer
+from glm_edge.compress.quantize.qat import fake, finalize, lr_scale_of, split
+from glm_edge.compress.transform import register
 from glm_edge.errors import RecipeError
 from glm_edge.params.formats import PLAIN
 from glm_edge.params.tree import nested
@@ -28,62 +28,24 @@ NAME = "quantize.blockwise"
 _OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0, b2=0.98))
 
 
-class _Plan(NamedTuple):
-    steps: int
-    learning_rate: float
-    warmup: float
-    mix: float
-    compute: str | None
-
-
-def blockwise(
-    bits: int = 4,
-    group_size: int | str | None = None,
-    symmetric: bool = True,
-    where: str | None = None,
-    scale: str = "mse",
-    scale_dtype: str | None = None,
-    qtype: str | None = None,
-    fallback_bits: int | None = None,
-    learned_scale: bool = True,
-    scale_rate: float = 1.0,
-    norms: bool = True,
-    steps: int = 200,
-    learning_rate: float = 1e-3,
-    warmup: float = 0.1,
-    mix: float = 0.0,
-    compute: str | None = None,
-    stacked: str | None = None,
-) -> Transform:
+@register(NAME)
+class Blockwise(Quantizer):
     """Trains each block, read as if it were quantized, to give what the original block gives.
 
     Blocks are trained one after the other, each on what the quantized ones before it give, by
     squared error against the original's activations on its own inputs (for logits, by KL). Memory
     holds one block. Follow it by `qat` or `distill_scales` to train end to end.
 
-    Args:
-      bits: 8, 6, 5, 4, 3 or 2.
-      group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
-      symmetric: False for affine; zero points keep their first values.
-      where: regular expression searched in each path of what is rounded; None is every matrix that
-        is not yet quantized.
-      scale: how grids are first chosen, see `rtn`.
-      scale_dtype: see `rtn`.
-      qtype: another format than integers, see `rtn`.
-      fallback_bits: see `rtn`.
+    Attributes:
+      format: of the weights, such as `int4-g32`, see `glm_edge.params.Format`; zero points keep
+        their first values.
+      where: see `glm_edge.quantize.rtn`, as are `scale`, `fallback_bits` and `stacked`.
       learned_scale: scales train too.
       scale_rate: their learning rate, in units of `learning_rate` times what each scale was.
       norms: norms and biases of a block train too.
-      steps: of the optimizer for each block, one calibration batch each.
-      learning_rate: peak; falls by a cosine to a tenth.
-      warmup: fraction of the steps.
+      train: `steps` for each block, `learning_rate`, `warmup` and `compute` of
+        `glm_edge.TrainOptions`.
       mix: fraction of the steps that read the original's inputs instead.
-      compute: `float32` or `bfloat16` products while training; None leaves the model as it is.
-      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
-        where the model itself does not show it.
-
-    Returns:
-      The transform.
 
     Raises:
       RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
@@ -94,67 +56,76 @@ def blockwise(
       EfficientQAT: Efficient Quantization-Aware Training for Large Language Models (its first
       phase), https://arxiv.org/abs/2407.11062.
     """
-    options = spelled_out(locals())
-    Rounding.of(NAME, options, without=PLAIN)
-    check_whole(NAME, steps=steps)
-    if learning_rate <= 0.0 or scale_rate <= 0.0:
-        raise RecipeError(f"{NAME}: learning_rate and scale_rate must be positive")
-    if not 0.0 <= warmup < 1.0 or not 0.0 <= mix <= 1.0:
-        raise RecipeError(f"{NAME}: warmup and mix must be in 0..1")
-    if compute is not None and compute not in COMPUTE:
-        raise RecipeError(f"{NAME}: compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
-    return Transform(NAME, options)
+
+    needs: ClassVar[str] = "both"
+    needs_model: ClassVar[bool] = True
+    unsupported: ClassVar[tuple[str, ...]] = PLAIN
+
+    learned_scale: bool = True
+    scale_rate: float = 1.0
+    norms: bool = True
+    train: TrainOptions = TrainOptions()
+    mix: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._set(train=TrainOptions.of(NAME, self.train))
+        super().__post_init__()
+        if self.scale_rate <= 0.0:
+            raise RecipeError(f"{NAME}: scale_rate must be positive")
+        if not 0.0 <= self.mix <= 1.0:
+            raise RecipeError(f"{NAME}: mix must be in 0..1")
+        default = TrainOptions()
+        for name in ("weight_decay", "clip_norm", "accumulate", "state_dir"):
+            if getattr(self.train, name) != getattr(default, name):
+                raise RecipeError(
+                    f"{NAME}: train= takes steps, learning_rate, warmup and compute, not {name}"
+                )
+
+    def compress_stage(self, work: StageContext) -> Replaced:
+        if not work.selected:
+            return {}, []
+        rounding = self.config
+        student = dict(work.leaves)
+        for path in work.selected:
+            student[path] = fake(path, student[path], rounding, work.layouts[path])
+
+        def trains(path: str, leaf: Any) -> bool:
+            return path in work.selected or (self.norms and not boxes.is_matrix(path, leaf))
+
+        trainable, frozen = split(student, trains, self.learned_scale)
+        trained, losses = _train(
+            work, trainable, frozen, lr_scale_of(trainable, self.scale_rate), self.train, self.mix
+        )
+        replaced, rows = {}, []
+        for path, leaf in boxes.combine(trained, frozen).items():
+            before = work.leaves[path]
+            if path in work.selected:
+                replaced[path] = finalize(path, leaf, before, work.layouts[path])
+                error = leaves.relative_error(before, replaced[path])
+                note = f"block error {losses[0]:.2g} to {losses[1]:.2g}"
+                rows.append(leaves.row(NAME, path, before, replaced[path], error, note))
+                work.advance(path)
+            elif jax.tree.leaves(trainable[path]):
+                replaced[path] = jax.tree.map(lambda new, old: new.astype(old.dtype), leaf, before)
+        return replaced, rows
 
 
-def _train_stage(
-    work: StageWork,
-    learned_scale: bool,
-    scale_rate: float,
-    norms: bool,
-    **options: Any,
-) -> Replaced:
-    if not work.selected:
-        return {}, []
-    plan = _Plan(**{name: options.pop(name) for name in _Plan._fields})
-    rounding = Rounding.of(NAME, options)
-    student = dict(work.leaves)
-    for path in work.selected:
-        student[path] = fake(path, student[path], rounding, work.layouts[path])
-
-    def trains(path: str, leaf: Any) -> bool:
-        return path in work.selected or (norms and not boxes.is_matrix(path, leaf))
-
-    trainable, frozen = split(student, trains, learned_scale)
-    trained, losses = _train(work, trainable, frozen, pace_of(trainable, scale_rate), plan)
-    replaced, rows = {}, []
-    for path, leaf in boxes.combine(trained, frozen).items():
-        before = work.leaves[path]
-        if path in work.selected:
-            replaced[path] = finalize(path, leaf, before, work.layouts[path])
-            error = leaves.relative_error(before, replaced[path])
-            note = f"block error {losses[0]:.2g} to {losses[1]:.2g}"
-            rows.append(leaves.row(NAME, path, before, replaced[path], error, note))
-            work.advance(path)
-        elif jax.tree.leaves(trainable[path]):
-            replaced[path] = jax.tree.map(lambda new, old: new.astype(old.dtype), leaf, before)
-    return replaced, rows
-
-
-register_stagewise(NAME, blockwise, _train_stage, needs="both")
+blockwise = Blockwise
 
 
 def _train(
-    work: StageWork,
+    work: StageContext,
     trainable: Leaves,
     frozen: Leaves,
-    pace: Leaves,
-    plan: _Plan,
+    lr_scale: Leaves,
+    training: TrainOptions,
+    mix: float,
 ) -> tuple[Leaves, tuple[float, float]]:
     """Trains one block; returns what trained, and the mean error of the first and last steps."""
     stage = work.stage
     module = stage.module
-    if plan.compute is not None and hasattr(module, "compute"):
-        module = module.clone(compute=plan.compute)
+    if training.compute is not None and hasattr(module, "compute"):
+        module = module.clone(compute=training.compute)
     forward = stage.forward
     if isinstance(forward, Through):
         forward = Through(dataclasses.replace(forward.model, model=module))
@@ -170,13 +141,13 @@ def _train(
             "or narrow where"
         )
     own = jax.tree.map(lambda array: jnp.array(array, jnp.float32, copy=True), trainable)
-    own, frozen, pace, borrowed = (
-        _within(stage, tree) for tree in (own, frozen, pace, work.borrowed)
+    own, frozen, lr_scale, borrowed = (
+        _within(stage, tree) for tree in (own, frozen, lr_scale, work.borrowed)
     )
     state = _OPTIMIZER.init(own)
-    draws = np.random.default_rng(0 if work.rng is None else _seed(work.rng)).random(plan.steps)
+    draws = np.random.default_rng(0 if work.rng is None else _seed(work.rng)).random(training.steps)
     errors, data = [], in_order(pairs, work.rng)
-    rates = schedule(plan.steps, plan.learning_rate, plan.warmup)
+    rates = schedule(training.steps, training.learning_rate, training.warmup)
     for rate, draw in zip(rates, draws, strict=True):
         inputs, original, target = next(data)
         own, state, error = block_step(
@@ -187,17 +158,17 @@ def _train(
             own,
             state,
             rate,
-            pace,
+            lr_scale,
             frozen,
             borrowed,
-            original if draw < plan.mix else inputs,
+            original if draw < mix else inputs,
             target,
         )
         errors.append(error)
     errors = np.asarray(jax.device_get(errors))
     if not np.isfinite(errors).all():
         raise RecipeError(f"{NAME}: the loss of {stage.name} is not finite; lower learning_rate")
-    few = max(1, min(len(pairs), plan.steps // 4))
+    few = max(1, min(len(pairs), training.steps // 4))
     trained = {path: own[_inner(stage, path)] for path in trainable}
     return trained, (float(errors[:few].mean()), float(errors[-few:].mean()))
 
@@ -211,7 +182,7 @@ def _inner(stage: Stage, path: str) -> str:
     return path[len(stage.root) + 1 :] if stage.root else path
 
 
-def _pairs(work: StageWork) -> list[tuple[State, State, Any]]:
+def _pairs(work: StageContext) -> list[tuple[State, State, Any]]:
     """For each batch: inputs of the rounded stream, of the original's, and the latter's output."""
     key = _output_key(work.stage)
     name = "x" if key == "logits" else key
@@ -249,7 +220,7 @@ def block_step(
     trainable: Leaves,
     state: optax.OptState,
     rate: Array,
-    pace: Leaves,
+    lr_scale: Leaves,
     frozen: Leaves,
     borrowed: Leaves,
     inputs: State,
@@ -269,7 +240,7 @@ def block_step(
 
     error, gradient = jax.value_and_grad(loss)(trainable)
     updates, state = _OPTIMIZER.update(gradient, state, trainable)
-    updates = jax.tree.map(lambda update, factor: rate * factor * update, updates, pace)
+    updates = jax.tree.map(lambda update, factor: rate * factor * update, updates, lr_scale)
     return optax.apply_updates(trainable, updates), state, error
 
 

@@ -1,22 +1,23 @@
 """Options that transforms which round weights have in common."""
 
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
-from typing import Any
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from glm_edge.compress.rounding.grid import SCALES
-from glm_edge.compress.transform import check_pattern
+from glm_edge.compress.layerwise.runner import LayerwiseTransform
+from glm_edge.compress.quantize.solvers.scales import SCALES
+from glm_edge.compress.transform import Transform, check_pattern
 from glm_edge.errors import BoxError, RecipeError
 from glm_edge.kernels.grid import INTEGERS
 from glm_edge.params import Format
-from glm_edge.params.formats import default_scale_dtype
 
 _WIDTHS = tuple(INTEGERS.values())
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """What a weight is rounded to.
+class QuantizeConfig:
+    """A format for weights, and how their scales are chosen.
 
     Attributes:
       format: of the weight.
@@ -29,42 +30,24 @@ class Rounding:
     scale: str = "max"
     fallback_bits: int | None = None
 
-    @classmethod
-    def of(
-        cls, transform: str, options: Mapping[str, Any], without: Container[str] = ()
-    ) -> "Rounding":
-        """Reads and checks the options of a transform; those it does not know are left.
-
-        Args:
-          transform: name, for messages.
-          options: `bits`, `group_size`, `symmetric`, `where`, `scale`, `scale_dtype`, `zero_dtype`,
-            `qtype` and `fallback_bits`, as `glm_edge.quantize.rtn` and `hqq` explain them.
-          without: qtypes that the transform cannot round to.
-
-        Raises:
-          RecipeError: one has no meaning.
-        """
-        get = options.get
-        format = _format(transform, get("bits"), options)
-        if format.qtype in without:
-            raise RecipeError(f"{transform} cannot round to {format}; quantize.rtn can")
-        check_pattern(transform, "where", get("where"))
-        check_pattern(transform, "stacked", get("stacked"))
-        scale, fallback_bits = get("scale", "max"), get("fallback_bits")
-        if scale not in SCALES:
+    def check(self, transform: str) -> None:
+        """Raises RecipeError where an option of a transform has no meaning."""
+        if self.scale not in SCALES:
             raise RecipeError(
-                f"{transform}: scale must be one of {', '.join(SCALES)}, not {scale!r}"
+                f"{transform}: scale must be one of {', '.join(SCALES)}, not {self.scale!r}"
             )
-        if scale == "extreme" and (not format.symmetric or format.qtype not in INTEGERS):
+        if self.scale == "extreme" and not (
+            self.format.symmetric and self.format.qtype in INTEGERS
+        ):
             raise RecipeError(
-                f"{transform}: scale='extreme' is for symmetric integers; {format} takes max or mse"
+                f"{transform}: scale='extreme' is for symmetric integers; {self.format} takes max "
+                "or mse"
             )
-        if fallback_bits is not None:
-            _format(transform, fallback_bits, {})
-        return cls(format, scale, fallback_bits)
+        if self.fallback_bits is not None:
+            check_bits(transform, "fallback_bits", self.fallback_bits)
 
     def format_of(self, path: str, columns: int) -> Format:
-        """The format of one parameter: the wanted one, or the fallback.
+        """Returns the format of one parameter: the wanted one, or the fallback.
 
         Args:
           path: of the parameter, for messages.
@@ -84,46 +67,87 @@ class Rounding:
             ) from error
         return self.format
 
+    def check_groups(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuses matrices whose columns are not whole groups.
 
-def _format(transform: str, bits: Any, options: Mapping[str, Any]) -> Format:
-    qtype, group_size = options.get("qtype"), options.get("group_size")
-    if qtype is None and (not isinstance(bits, int) or bits not in _WIDTHS):
+        Args:
+          sizes: `(out, in)` of the matrices by path.
+
+        Raises:
+          RecipeError: one does not fit, and there is no fallback.
+        """
+        if not self.format.plain:
+            for path, (_, columns) in sizes.items():
+                self.format_of(path, columns)
+
+
+def check_bits(transform: str, option: str, bits: Any) -> None:
+    """Raises RecipeError unless an option is the width of an integer format."""
+    if not isinstance(bits, int) or bits not in _WIDTHS:
         known = f"{', '.join(map(str, _WIDTHS[:-1]))} or {_WIDTHS[-1]}"
-        raise RecipeError(
-            f"{transform}: bits must be {known}, not {bits!r}; other formats go by qtype="
-        )
+        raise RecipeError(f"{transform}: {option} must be {known}, not {bits!r:.60}")
+
+
+def parse_format(transform: str, format: Any) -> Format:
+    """Reads the option `format` of a transform.
+
+    Raises:
+      RecipeError: it is no format.
+    """
+    if isinstance(format, Format):
+        return format
     try:
-        return Format(
-            qtype or f"int{bits}",
-            group_size,
-            options.get("symmetric", True),
-            options.get("scale_dtype") or default_scale_dtype(group_size),
-            options.get("zero_dtype", "int8"),
-        )
+        return Format.parse(format)
     except BoxError as error:
         raise RecipeError(f"{transform}: {error}") from error
 
 
-def check_groups(
-    transform: str, sizes: Mapping[str, tuple[int, int]], options: Mapping[str, Any]
-) -> None:
-    """Refuses matrices whose columns are not whole groups.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class WeightTransform(Transform):
+    """What transforms have in common that round weights to a format.
 
-    Args:
-      transform: name, for messages.
-      sizes: `(out, in)` of the matrices by path.
-      options: of the transform.
-
-    Raises:
-      RecipeError: one does not fit, and there is no fallback.
+    Attributes:
+      format: of the weights, a string such as `int4-g32` or a `Format`; the docstring of
+        `glm_edge.params.Format` explains the strings.
+      where: regular expression searched in each path; None rounds every matrix that is not yet
+        quantized.
+      scale: how scales are chosen: `max`, the largest magnitude lands on the largest level; `mse`,
+        the fraction of it that gives the least squared error; `extreme`, the signed extreme lands
+        on `-2^(bits-1)` (symmetric integers only; scales may be negative, which phone kernels
+        refuse).
+      fallback_bits: per-channel width for a matrix whose columns are not whole groups; None raises
+        there.
+      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
+        where the model itself does not show it.
     """
-    rounding = Rounding.of(transform, options)
-    if rounding.format.plain:
-        return
-    for path, (_, columns) in sizes.items():
-        rounding.format_of(path, columns)
+
+    unsupported: ClassVar[tuple[str, ...]] = ()
+
+    format: Format | str = field(default=Format("int4"), kw_only=False)
+    where: str | None = None
+    scale: str = "mse"
+    fallback_bits: int | None = None
+    stacked: str | None = None
+
+    def __post_init__(self) -> None:
+        self._set(format=parse_format(self.name, self.format))
+        super().__post_init__()
+        if self.format.qtype in self.unsupported:
+            raise RecipeError(f"{self.name} cannot round to {self.format}; quantize.rtn can")
+        check_pattern(self.name, "where", self.where)
+        check_pattern(self.name, "stacked", self.stacked)
+        self.config.check(self.name)
+
+    @functools.cached_property
+    def config(self) -> QuantizeConfig:
+        """The format, and how scales are chosen."""
+        return QuantizeConfig(self.format, self.scale, self.fallback_bits)
 
 
-def spelled_out(values: dict[str, Any], *objects: str) -> dict[str, Any]:
-    """The arguments of a factory, `locals()`, as options of its transform."""
-    return {name: value for name, value in values.items() if name not in objects}
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Quantizer(WeightTransform, LayerwiseTransform):
+    """A transform that rounds weights stage by stage."""
+
+    def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuses matrices whose columns are not whole groups."""
+        self.config.check_groups(sizes)

@@ -1,21 +1,22 @@
 """Quantization-aware training: a model learns while it is read as if it were quantized."""
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.compress.quantize import leaves
-from glm_edge.compress.quantize.options import Rounding, spelled_out
+from glm_edge.compress.distill.loop import DistillOptions, TrainOptions, as_teacher, train
+from glm_edge.compress.layerwise.runner import layouts_in
+from glm_edge.compress.quantize import parameter as leaves
+from glm_edge.compress.quantize.options import QuantizeConfig, WeightTransform
+from glm_edge.compress.quantize.solvers import scales as grids
+from glm_edge.compress.quantize.solvers.scales import Grid
 from glm_edge.compress.report import Report
-from glm_edge.compress.rounding import grid as grids
-from glm_edge.compress.rounding.grid import Grid
-from glm_edge.compress.stagewise import layouts_in
-from glm_edge.compress.training import Training, learn
-from glm_edge.compress.transform import Context, Result, Transform, check_pattern, register
+from glm_edge.compress.transform import Context, Result, arrays, check_pattern, register
 from glm_edge.errors import RecipeError
 from glm_edge.params import FakeQuantized, Masked, Quantized
 from glm_edge.params.formats import PLAIN
@@ -26,29 +27,8 @@ from glm_edge.params.tree import Params
 NAME = "quantize.qat"
 
 
-def qat(
-    bits: int = 4,
-    group_size: int | str | None = None,
-    symmetric: bool = True,
-    where: str | None = None,
-    scale: str = "mse",
-    scale_dtype: str | None = None,
-    qtype: str | None = None,
-    fallback_bits: int | None = None,
-    learned_scale: bool = True,
-    scale_rate: float = 1.0,
-    where_train: str | None = None,
-    teacher: tuple[nn.Module, Params] | None = None,
-    steps: int = 1000,
-    learning_rate: float = 1e-3,
-    temperature: float = 1.0,
-    alpha: float = 1.0,
-    warmup: float = 0.05,
-    weight_decay: float = 0.0,
-    clip_norm: float = 1.0,
-    compute: str | None = None,
-    stacked: str | None = None,
-) -> Transform:
+@register(NAME)
+class QAT(WeightTransform):
     """Trains weights that are rounded on every use, then rounds them for good.
 
     Gradients pass straight through the rounding where it does not clip; scales learn as in learned
@@ -57,33 +37,19 @@ def qat(
     has the same format. Masks keep their zeros. The result's dense weights are those of the last
     forward pass, bit for bit.
 
-    Args:
-      bits: 8, 6, 5, 4, 3 or 2.
-      group_size: columns that share a scale; None per channel, `tensor` for one scale a matrix.
-      symmetric: False for affine; zero points keep their first values.
-      where: regular expression searched in each path of what is rounded; None is every matrix.
-      scale: how grids are first chosen, see `rtn`.
-      scale_dtype: see `rtn`.
-      qtype: another format than integers, see `rtn`.
-      fallback_bits: see `rtn`.
+    Attributes:
+      format: of the weights, such as `int4-g32`, see `glm_edge.params.Format`; zero points keep
+        their first values.
+      where: see `glm_edge.quantize.rtn`, as are `scale`, `fallback_bits` and `stacked`; None rounds
+        every matrix.
       learned_scale: scales train too.
       scale_rate: their learning rate, in units of `learning_rate` times what each scale was.
       where_train: regular expression of everything that trains; None is what is rounded, and norms
         and biases under the same roots (`decoder`, `vision`, …).
       teacher: `(model, params)`; None is the model that the chain was given.
-      steps: of the optimizer, one calibration batch each.
-      learning_rate: peak.
+      train: steps, learning rate and the like, see `glm_edge.TrainOptions`.
       temperature: softens both predictions.
       alpha: weight of the teacher, in 0..1; the rest is the labels'.
-      warmup: fraction of the steps.
-      weight_decay: of AdamW.
-      clip_norm: largest norm of the gradient.
-      compute: `float32` or `bfloat16` products while training; None leaves the model as it is.
-      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
-        where the model itself does not show it.
-
-    Returns:
-      The transform; its report holds the `curve`.
 
     Raises:
       RecipeError: an option has no meaning; on call, a pattern matches nothing, columns are not
@@ -94,73 +60,73 @@ def qat(
       Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
       LLM-QAT: Data-Free Quantization Aware Training, https://arxiv.org/abs/2305.17888.
     """
-    options = spelled_out(locals(), "teacher")
-    Rounding.of(NAME, options, without=PLAIN)
-    check_pattern(NAME, "where_train", where_train)
-    if scale_rate <= 0.0:
-        raise RecipeError(f"{NAME}: scale_rate must be positive, not {scale_rate!r}")
-    training = Training(
-        steps, learning_rate, temperature, alpha, warmup, weight_decay, clip_norm, compute
-    )
-    training.check(NAME, teacher)
-    return Transform(NAME, options, {} if teacher is None else {"teacher": teacher})
+
+    needs_model: ClassVar[bool] = True
+    unsupported: ClassVar[tuple[str, ...]] = PLAIN
+
+    learned_scale: bool = True
+    scale_rate: float = 1.0
+    where_train: str | None = None
+    teacher: tuple[nn.Module, Params] | None = arrays()
+    train: TrainOptions = TrainOptions(steps=1000, warmup=0.05)
+    temperature: float = 1.0
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._set(teacher=as_teacher(NAME, self.teacher), train=TrainOptions.of(NAME, self.train))
+        super().__post_init__()
+        check_pattern(NAME, "where_train", self.where_train)
+        if self.scale_rate <= 0.0:
+            raise RecipeError(f"{NAME}: scale_rate must be positive, not {self.scale_rate!r}")
+        DistillOptions(self.temperature, self.alpha).check(NAME)
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        rounding = self.config
+        selected = frozenset(boxes.select(params, self.where))
+        layouts = layouts_in(
+            NAME, model, dict(boxes.path_items(params)), context.calibration, self.stacked
+        )
+
+        def prepare(path: str, leaf: Any) -> Any:
+            return fake(path, leaf, rounding, layouts[path]) if path in selected else leaf
+
+        student = boxes.map_with_path(prepare, params)
+        trainable, frozen = split(student, _trains(selected, self.where_train), self.learned_scale)
+        trained, curve, notes = train(
+            NAME,
+            model,
+            trainable,
+            frozen,
+            self.teacher or context.original,
+            self.train,
+            context,
+            lr_scale_of(trainable, self.scale_rate),
+            DistillOptions(self.temperature, self.alpha),
+        )
+        trained = boxes.combine(trained, frozen)
+
+        def finish(path: str, leaf: Any, before: Any) -> Any:
+            if path in selected:
+                return finalize(path, leaf, before, layouts[path])
+            return leaf if boxes.is_box(leaf) else leaf.astype(before.dtype)
+
+        old = dict(boxes.path_items(params))
+        rounded = boxes.map_with_path(lambda path, leaf: finish(path, leaf, old[path]), trained)
+        new = dict(boxes.path_items(rounded))
+        rows = [
+            leaves.row(
+                NAME, path, old[path], new[path], leaves.relative_error(old[path], new[path])
+            )
+            for path in old
+            if path in selected
+        ]
+        return model, rounded, Report.of(rows, params, rounded, curve=curve, notes=notes)
 
 
-def _apply_qat(
-    model: nn.Module,
-    params: Params,
-    context: Context,
-    where: str | None,
-    learned_scale: bool,
-    scale_rate: float,
-    where_train: str | None,
-    teacher: tuple[nn.Module, Params] | None = None,
-    **options: Any,
-) -> Result:
-    training = Training(**{name: options.pop(name) for name in Training._fields})
-    rounding = Rounding.of(NAME, options)
-    selected = frozenset(boxes.select(params, where))
-    layouts = layouts_in(
-        NAME, model, dict(boxes.path_items(params)), context.calibration, options["stacked"]
-    )
-
-    def prepare(path: str, leaf: Any) -> Any:
-        return fake(path, leaf, rounding, layouts[path]) if path in selected else leaf
-
-    student = boxes.map_with_path(prepare, params)
-    trainable, frozen = split(student, _trains(selected, where_train), learned_scale)
-    trained, curve, notes = learn(
-        NAME,
-        model,
-        trainable,
-        frozen,
-        teacher or context.original,
-        training,
-        context,
-        pace_of(trainable, scale_rate),
-    )
-    trained = boxes.combine(trained, frozen)
-
-    def finish(path: str, leaf: Any, before: Any) -> Any:
-        if path in selected:
-            return finalize(path, leaf, before, layouts[path])
-        return leaf if boxes.is_box(leaf) else leaf.astype(before.dtype)
-
-    old = dict(boxes.path_items(params))
-    rounded = boxes.map_with_path(lambda path, leaf: finish(path, leaf, old[path]), trained)
-    new = dict(boxes.path_items(rounded))
-    rows = [
-        leaves.row(NAME, path, old[path], new[path], leaves.relative_error(old[path], new[path]))
-        for path in old
-        if path in selected
-    ]
-    return model, rounded, Report.of(rows, params, rounded, curve=curve, notes=notes)
+qat = QAT
 
 
-register(NAME, qat, _apply_qat)
-
-
-def fake(path: str, leaf: Any, rounding: Rounding, layout: Layout = AS_ROWS) -> Any:
+def fake(path: str, leaf: Any, rounding: QuantizeConfig, layout: Layout = AS_ROWS) -> Any:
     """Boxes a parameter to train as if it were quantized.
 
     Args:
@@ -236,14 +202,14 @@ def _without_scale(leaf: Any) -> Any:
     return leaf.replace(scale=None) if isinstance(leaf, FakeQuantized) else leaf
 
 
-def pace_of(trainable: Params, scale_rate: float) -> Params:
+def lr_scale_of(trainable: Params, scale_rate: float) -> Params:
     """Factors of the learning rate: one, and for scales what they are, times `scale_rate`."""
 
-    def pace(path: tuple[Any, ...], array: Any) -> Any:
+    def lr_scale(path: tuple[Any, ...], array: Any) -> Any:
         field = getattr(path[-1], "name", None)
         return scale_rate * jnp.abs(array) if field == "scale" else jnp.float32(1.0)
 
-    return jax.tree_util.tree_map_with_path(pace, trainable)
+    return jax.tree_util.tree_map_with_path(lr_scale, trainable)
 
 
 def finalize(path: str, leaf: Any, before: Any, layout: Layout = AS_ROWS) -> Quantized:
@@ -264,7 +230,7 @@ def finalize(path: str, leaf: Any, before: Any, layout: Layout = AS_ROWS) -> Qua
         matrix = leaves.as_rows(leaf, layout)
         box = box.replace(value=jnp.where(matrix == 0, 0.0, box.value))
     quantized = box.finalize()
-    if not bool(jnp.isfinite(quantized.scale).all()):
+    if not np.isfinite(np.float32(quantized.scale)).all():
         raise RecipeError(f"{path}: a scale left the range of {box.format.scale_dtype}")
     return leaves.box_of(
         path,

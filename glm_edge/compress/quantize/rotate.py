@@ -2,28 +2,28 @@
 
 import dataclasses
 import zlib
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import folding
-from glm_edge.compress.quantize.leaves import BAND, row
-from glm_edge.compress.quantize.options import spelled_out
-from glm_edge.compress.report import Row
-from glm_edge.compress.rounding import hadamard
-from glm_edge.compress.rounding.hadamard import Rotation
-from glm_edge.compress.stages import Leaves
-from glm_edge.compress.stagewise import (
+from glm_edge.compress.layerwise.runner import (
+    LayerwiseTransform,
     Replaced,
-    StageWork,
-    apply_by_stage,
-    register_stagewise,
+    StageContext,
+    apply_layerwise,
 )
-from glm_edge.compress.transform import Context, Result, Transform
+from glm_edge.compress.layerwise.stages import Leaves
+from glm_edge.compress.quantize.parameter import BAND, row
+from glm_edge.compress.quantize.solvers import hadamard
+from glm_edge.compress.quantize.solvers.hadamard import Rotation
+from glm_edge.compress.report import Row
+from glm_edge.compress.transform import Context, Result, positional, register
 from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
@@ -31,9 +31,8 @@ from glm_edge.params.tree import Params
 NAME = "quantize.rotate"
 
 
-def rotate(
-    residual: bool = True, heads: bool = True, encoders: bool = False, seed: int = 0
-) -> Transform:
+@register(NAME)
+class Rotate(LayerwiseTransform):
     """Rotates the decoder's residual stream and the values of its heads; the function stays.
 
     Norm weights are folded into the matrices that follow and become ones, since only a norm
@@ -42,15 +41,12 @@ def rotate(
     rotated back. A model whose head is its embedding gets a head of its own, `head/weight`, because
     the final norm folds into one of the two. Do this before rounding and pruning.
 
-    Args:
+    Attributes:
       residual: rotates the residual stream; not possible with norms after attention and
         feed-forward (`sandwich_norm`).
       heads: rotates the values of each key/value head.
       encoders: rotates the values of the encoders' heads too.
       seed: of the random rotations.
-
-    Returns:
-      The transform.
 
     Raises:
       RecipeError: an option has no meaning; on call, the model cannot be rotated, or is pruned or
@@ -59,71 +55,79 @@ def rotate(
     References:
       QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, https://arxiv.org/abs/2404.00456.
     """
-    for name, value in (("residual", residual), ("heads", heads), ("encoders", encoders)):
-        if not isinstance(value, bool):
-            raise RecipeError(f"{NAME}: {name} must be True or False, not {value!r}")
-    if not (residual or heads or encoders):
-        raise RecipeError(f"{NAME}: nothing to rotate; choose residual, heads or encoders")
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise RecipeError(f"{NAME}: seed must be a whole number of 0 to 2^32 - 1, not {seed!r:.60}")
-    return Transform(NAME, spelled_out(locals(), "name", "value"))
+
+    exact: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = True
+
+    residual: bool = positional(True)
+    heads: bool = True
+    encoders: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.residual or self.heads or self.encoders):
+            raise RecipeError(f"{NAME}: nothing to rotate; choose residual, heads or encoders")
+        if not 0 <= self.seed < 2**32:
+            raise RecipeError(
+                f"{NAME}: seed must be a whole number of 0 to 2^32 - 1, not {self.seed!r:.60}"
+            )
+
+    def compress_stage(self, work: StageContext) -> Replaced:
+        config, leaves = getattr(work.model, "config", None), dict(work.leaves)
+        key, notes = jax.random.key(self.seed), {}
+        where = f"{NAME}: {type(work.model).__name__}"
+        if self.residual:
+            _rotate_residual(
+                folding.residual(config, where), config.decoder.hidden_size, key, leaves, notes
+            )
+        for fold in folding.folds(config, where):
+            inside = fold.consumers[0] in leaves and fold.kind == "value"
+            if inside and (
+                self.heads if fold.producers[0].startswith("decoder/") else self.encoders
+            ):
+                _rotate_values(fold, key, leaves, notes)
+        rows = [_row(path, work.leaves[path], leaves[path], notes[path]) for path in notes]
+        for path in work.selected:
+            work.advance(path)
+        return {path: leaves[path] for path in notes}, rows
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        config = getattr(model, "config", None)
+        encoder = isinstance(config, VisionConfig | SpeechConfig | TextConfig)
+        if encoder and not (self.residual or self.encoders):
+            raise RecipeError(
+                f"{NAME}: {type(model).__name__} is an encoder, and heads= are those of a decoder; "
+                "pass encoders=True"
+            )
+        if not (self.residual and isinstance(config, GLMConfig)):
+            return apply_layerwise(self, model, params, context)
+        folding.residual(_untied(config))
+        if not config.decoder.tie_embeddings:
+            return apply_layerwise(self, model, params, context)
+        embedding = params["embed"]["weight"]
+        _check_plain("embed/weight", embedding)
+        # A model whose head is its embedding gets a head of its own first.
+        own_head = model.clone(config=_untied(config))
+        # A buffer of its own: donating one parameter must not take the other with it.
+        with_head = {**params, "head": {"weight": jnp.array(embedding, copy=True)}}
+        model, rotated, report = apply_layerwise(self, own_head, with_head, context)
+        note = "the head was the embedding and has a matrix of its own now"
+        totals = {
+            "bytes_before": boxes.stored_bytes(params),
+            "count_before": boxes.count(params),
+            "notes": (*report.notes, note),
+        }
+        return model, rotated, dataclasses.replace(report, **totals)
 
 
-def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
-    config = getattr(model, "config", None)
-    encoder = isinstance(config, VisionConfig | SpeechConfig | TextConfig)
-    if encoder and not (options["residual"] or options["encoders"]):
-        raise RecipeError(
-            f"{NAME}: {type(model).__name__} is an encoder, and heads= are those of a decoder; "
-            "pass encoders=True"
-        )
-    if not (options["residual"] and isinstance(config, GLMConfig)):
-        return apply_by_stage(NAME, model, params, context, **options)
-    folding.residual(_untied(config))
-    if not config.decoder.tie_embeddings:
-        return apply_by_stage(NAME, model, params, context, **options)
-    embedding = params["embed"]["weight"]
-    _check_plain("embed/weight", embedding)
-    own_head = model.clone(config=_untied(config))
-    # A buffer of its own: donating one parameter must not take the other with it.
-    with_head = {**params, "head": {"weight": jnp.array(embedding, copy=True)}}
-    model, rotated, report = apply_by_stage(NAME, own_head, with_head, context, **options)
-    note = "the head was the embedding and has a matrix of its own now"
-    totals = {
-        "bytes_before": boxes.stored_bytes(params),
-        "count_before": boxes.count(params),
-        "notes": (*report.notes, note),
-    }
-    return model, rotated, dataclasses.replace(report, **totals)
+rotate = Rotate
 
 
 def _untied(config: GLMConfig) -> GLMConfig:
     decoder = dataclasses.replace(config.decoder, tie_embeddings=False)
     return dataclasses.replace(config, decoder=decoder)
-
-
-def _rotate_stage(
-    work: StageWork, residual: bool, heads: bool, encoders: bool, seed: int
-) -> Replaced:
-    config, leaves = getattr(work.model, "config", None), dict(work.leaves)
-    key, notes = jax.random.key(seed), {}
-    where = f"{NAME}: {type(work.model).__name__}"
-    if residual:
-        _rotate_residual(
-            folding.residual(config, where), config.decoder.hidden_size, key, leaves, notes
-        )
-    for fold in folding.folds(config, where):
-        inside = fold.consumers[0] in leaves and fold.kind == "value"
-        if inside and (heads if fold.producers[0].startswith("decoder/") else encoders):
-            _rotate_values(fold, key, leaves, notes)
-    rows = [_row(path, work.leaves[path], leaves[path], notes[path]) for path in notes]
-    for path in work.selected:
-        work.advance(path)
-    return {path: leaves[path] for path in notes}, rows
-
-
-register_stagewise(NAME, rotate, _rotate_stage, rounds=False, exact=True, apply=_apply)
-# In memory, a model whose head is its embedding gets a head first.
 
 
 def _rotate_residual(
@@ -205,7 +209,7 @@ def _check_plain(path: str, leaf: Any) -> None:
         raise RecipeError(f"{NAME}: {path} is pruned, and zeros do not stay; rotate, then prune")
     if boxes.is_box(leaf):
         raise RecipeError(f"{NAME}: {path} is quantized; rotate before quantizing")
-    if not bool(jnp.isfinite(leaf).all()):
+    if not np.isfinite(np.asarray(leaf)).all():
         raise RecipeError(f"{NAME}: {path}: NaN or infinity in the weights")
 
 

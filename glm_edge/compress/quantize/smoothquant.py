@@ -2,35 +2,34 @@
 
 import collections
 from collections.abc import Collection
-from typing import Any
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import folding
 from glm_edge.compress.folding import Fold
-from glm_edge.compress.quantize.leaves import row
-from glm_edge.compress.quantize.options import spelled_out
-from glm_edge.compress.stages import ABS_MAX, Leaves
-from glm_edge.compress.stagewise import (
+from glm_edge.compress.layerwise.runner import (
+    LayerwiseTransform,
     Replaced,
-    StageWork,
-    apply_by_stage,
-    register_stagewise,
+    StageContext,
+    apply_layerwise,
 )
-from glm_edge.compress.transform import Context, Result, Transform, check_pattern
+from glm_edge.compress.layerwise.stages import ABS_MAX, Leaves
+from glm_edge.compress.quantize.parameter import row
+from glm_edge.compress.transform import Context, Result, check_pattern, positional, register
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.tree import Params
 
 NAME = "quantize.smoothquant"
 
 
-def smoothquant(
-    alpha: float = 0.5, where: str | None = None, kinds: tuple[str, ...] | None = None
-) -> Transform:
+@register(NAME)
+class SmoothQuant(LayerwiseTransform):
     """Divides channels of activations by `max|X|^alpha / max|W|^(1 - alpha)`; the function stays.
 
     The factor moves into what produces the channel (see `glm_edge.compress.folding`) and the
@@ -38,14 +37,11 @@ def smoothquant(
     transform after this, and run with int8 activations. Matrices that get no factor stay as they
     are; the report counts them and says why.
 
-    Args:
+    Attributes:
       alpha: in 0..1, how much of the spread leaves the activations.
       where: regular expression searched in paths of the matrices that read the channels; None is
         all of them. Matrices that share an input change together or not at all.
       kinds: of folds, `norm`, `value`, `neurons`, `linear`; None is all.
-
-    Returns:
-      The transform; it needs calibration.
 
     Raises:
       RecipeError: an option has no meaning; on call, no factor can move in this model.
@@ -55,43 +51,71 @@ def smoothquant(
       SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models,
       https://arxiv.org/abs/2211.10438.
     """
-    check_pattern(NAME, "where", where)
-    if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
-        raise RecipeError(f"{NAME}: alpha must be a number in 0..1, not {alpha!r}")
-    kinds = None if kinds is None else tuple(kinds)
-    if kinds is not None and (not kinds or set(kinds) - set(folding.KINDS)):
-        known = ", ".join(folding.KINDS)
-        raise RecipeError(f"{NAME}: kinds must be some of {known}, not {list(kinds)}")
-    return Transform(NAME, spelled_out(locals(), "known"))
+
+    exact: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
+    needs: ClassVar[str] = "inputs"
+    needs_model: ClassVar[bool] = True
+
+    alpha: float = positional(0.5)
+    where: str | None = None
+    kinds: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pattern(NAME, "where", self.where)
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"{NAME}: alpha must be a number in 0..1, not {self.alpha!r}")
+        if self.kinds is None:
+            return
+        if isinstance(self.kinds, str) or not self.kinds or {*self.kinds} - {*folding.KINDS}:
+            known = ", ".join(folding.KINDS)
+            raise RecipeError(f"{NAME}: kinds must be some of {known}, not {list(self.kinds)}")
+
+    def compress_stage(self, work: StageContext) -> Replaced:
+        folds = [
+            fold
+            for fold in selected_folds(NAME, work)
+            if self.kinds is None or fold.kind in self.kinds
+        ]
+        leaves, notes = dict(work.leaves), collections.defaultdict(list)
+        largest = work.collect(ABS_MAX) if folds else {}
+        folds = [fold for fold in folds if fold.consumers[0] in largest]
+        for fold in folds:
+            factor = _factor(fold, leaves, largest[fold.consumers[0]], self.alpha)
+            leaves |= folding.move(fold, leaves, factor)
+            spread = f"{float(factor.min()):.3g} to {float(factor.max()):.3g}"
+            for path in fold.producers:
+                notes[path].append(f"rows divided by {spread}")
+            for path in fold.consumers:
+                notes[path].append(f"columns times {spread}")
+        for path in work.selected:
+            work.advance(path)
+        replaced = {path: leaves[path] for path in notes}
+        eased = {path for fold in folds for path in fold.consumers}
+        for path, why in _reasons(work, self.kinds, eased).items():
+            notes[path].append(f"without a factor: {why}")
+        return replaced, [
+            row(NAME, path, work.leaves[path], leaves[path], None, ", ".join(parts))
+            for path, parts in notes.items()
+        ]
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        result = apply_layerwise(self, model, params, context)
+        if all("without a factor: " in row.action for row in result[2].rows):
+            raise RecipeError(
+                f"{NAME}: where={self.where!r} and kinds={self.kinds} name no matrices "
+                "between which a factor moves; those that share an input go together (query, key, "
+                "value), and none moves through GELU"
+            )
+        return result
 
 
-def _smooth_stage(work: StageWork, alpha: float, kinds: tuple[str, ...] | None) -> Replaced:
-    found = [fold for fold in selected_folds(NAME, work) if kinds is None or fold.kind in kinds]
-    leaves, notes = dict(work.leaves), collections.defaultdict(list)
-    largest = work.collect(ABS_MAX) if found else {}
-    found = [fold for fold in found if fold.consumers[0] in largest]
-    for fold in found:
-        factor = _factor(fold, leaves, largest[fold.consumers[0]], alpha)
-        leaves |= folding.move(fold, leaves, factor)
-        spread = f"{float(factor.min()):.3g} to {float(factor.max()):.3g}"
-        for path in fold.producers:
-            notes[path].append(f"rows divided by {spread}")
-        for path in fold.consumers:
-            notes[path].append(f"columns times {spread}")
-    for path in work.selected:
-        work.advance(path)
-    replaced = {path: leaves[path] for path in notes}
-    eased = {path for fold in found for path in fold.consumers}
-    for path, why in _reasons(work, kinds, eased).items():
-        notes[path].append(f"without a factor: {why}")
-    return replaced, [
-        row(NAME, path, work.leaves[path], leaves[path], None, ", ".join(parts))
-        for path, parts in notes.items()
-    ]
+smoothquant = SmoothQuant
 
 
 def _reasons(
-    work: StageWork, kinds: tuple[str, ...] | None, eased: Collection[str]
+    work: StageContext, kinds: tuple[str, ...] | None, eased: Collection[str]
 ) -> dict[str, str]:
     """Why a matrix that the pattern names got no factor, by path, but for what `kinds` leaves."""
     folds = folding.folds(getattr(work.model, "config", None))
@@ -112,23 +136,7 @@ def _reasons(
     return reasons
 
 
-def _apply(model: nn.Module, params: Params, context: Context, **options: Any) -> Result:
-    found = apply_by_stage(NAME, model, params, context, **options)
-    if all("without a factor: " in row.action for row in found[2].rows):
-        raise RecipeError(
-            f"{NAME}: where={options['where']!r} and kinds={options['kinds']} name no matrices "
-            "between which a factor moves; those that share an input go together (query, key, "
-            "value), and none moves through GELU"
-        )
-    return found
-
-
-register_stagewise(
-    NAME, smoothquant, _smooth_stage, needs="inputs", rounds=False, exact=True, apply=_apply
-)
-
-
-def selected_folds(name: str, work: StageWork) -> list[Fold]:
+def selected_folds(name: str, work: StageContext) -> list[Fold]:
     """Folds of a stage whose consumers are all selected.
 
     Args:
@@ -148,10 +156,10 @@ def selected_folds(name: str, work: StageWork) -> list[Fold]:
 
 
 def _factor(fold: Fold, leaves: Leaves, largest: Array, alpha: float) -> Array:
-    if not bool(jnp.isfinite(largest).all()):
+    if not np.isfinite(np.asarray(largest)).all():
         raise DataError(f"{NAME}: calibration gives {fold.consumers[0]} inputs that are not finite")
     weights = jnp.max(jnp.stack([_columns(boxes.dense(leaves[p])) for p in fold.consumers]), axis=0)
-    if not bool(jnp.isfinite(weights).all()):
+    if not np.isfinite(np.asarray(weights)).all():
         raise RecipeError(f"{NAME}: {fold.consumers[0]}: NaN or infinity in the weights")
     return smooth_factor(
         jnp.max(fold.repeated(largest), axis=0), jnp.max(fold.repeated(weights), axis=0), alpha

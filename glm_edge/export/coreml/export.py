@@ -79,7 +79,7 @@ def coreml(
     require("stablehlo_coreml", extra="coreml")
     if path.suffix != ".mlpackage":
         raise ExportError(f"{path}: Core ML opens packages by their name: end it in .mlpackage")
-    check_target(path, overwrite, MANIFEST)
+    check_target(path, overwrite, MANIFEST, strict=True)
     spec = make_spec(model, params, prefill_lengths, cache_slots, prefill_logits)
     require_space(path, _needed(spec, params))
     weights, conversions = {}, []

@@ -93,7 +93,7 @@ def mnn(
     path = Path(path)
     require("MNN", extra="mnn")
     library = require("onnx", extra="onnx")
-    check_target(path, overwrite, DESCRIPTION)
+    check_target(path, overwrite, DESCRIPTION, strict=True)
     spec = make_spec(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
     require_space(path, _needed(spec, params))
     weights, conversions = {}, []

@@ -67,7 +67,7 @@ def onnx(
       DequantizeLinear, https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html.
     """
     path, library = Path(path), require("onnx", extra="onnx")
-    check_target(path, overwrite, DESCRIPTION)
+    check_target(path, overwrite, DESCRIPTION, strict=True)
     spec = make_spec(model, params, prefill_lengths, cache_slots, prefill_logits, attended_slots)
     require_space(path, sum(stored_bytes(leaf, ONNX) for _, leaf in boxes.path_items(params)))
     with new_directory(path, overwrite, mark=DESCRIPTION) as directory:

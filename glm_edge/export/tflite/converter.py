@@ -14,6 +14,7 @@ from glm_edge.export.common.jaxpr import expand_erf
 from glm_edge.export.common.quiet import quiet
 from glm_edge.export.common.signatures import Signature
 from glm_edge.params.tree import nested
+from glm_edge.process_wide import QUIET_TENSORFLOW
 
 
 def skeleton(
@@ -88,8 +89,8 @@ def _concrete(
 
 def tensorflow() -> tuple[Any, Any]:
     """Imports jax2tf and TensorFlow, told to keep quiet."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    for variable, value in QUIET_TENSORFLOW.items():
+        os.environ.setdefault(variable, value)
     with quiet():
         tf = require("tensorflow", extra="export")
     tf.get_logger().setLevel("ERROR")

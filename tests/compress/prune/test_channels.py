@@ -95,6 +95,6 @@ def test_what_has_no_meaning_is_refused(narrow):
         prune.channels(0.5)(*reparameterize()(*narrow)[:2])
     with pytest.raises(RecipeError, match="its variables, params and batch_stats"):
         prune.channels(0.5)(narrow[0], narrow[1]["params"])
-    rounded = quantize.rtn(bits=8, where="blocks_1/expand")(*narrow)[1]
+    rounded = quantize.rtn("int8", where="blocks_1/expand")(*narrow)[1]
     with pytest.raises(RecipeError, match="is quantized; prune before quantizing"):
         prune.channels(0.5)(narrow[0], rounded)

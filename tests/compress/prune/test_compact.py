@@ -233,7 +233,7 @@ def test_what_cannot_be_taken_out_is_refused(glm):
     refused(nothing, params)
     refused(nothing, prune.mask(0.9, where="^decoder/")(model, params)[1])
     masked = prune.mask(0.5, shape="neuron")(model, params)[1]
-    refused(nothing, quantize.rtn(8)(model, masked)[1])
+    refused(nothing, quantize.rtn("int8")(model, masked)[1])
     refused(r"layers/0/attention: groups would keep \[1, 2\] heads", heads_hidden(params, [1]))
     refused(r"groups would keep \[0, 2\] heads", heads_hidden(params, [0, 1]))
     refused("attention: all 4 heads are masked; leave one", heads_hidden(params, [0, 1, 2, 3]))

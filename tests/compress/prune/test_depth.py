@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,12 @@ from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.vision import VisionEncoder
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def applied(model, variables, *inputs):
+    return model.apply(variables, *inputs)
+
 
 apply = jax.jit(batches.apply_batch, static_argnums=0)
 
@@ -97,7 +104,7 @@ def test_influence_is_one_minus_the_cosine_of_input_and_output(three, batch):
     batch["tokens"][:, -3:] = 0
     found = influence(model, params, [batch], "decoder")
     paired = influence(model, params, [batch], "decoder", span=2)
-    hidden = model.apply({"params": params}, batch["tokens"])[1]["hidden"]
+    hidden = applied(model, {"params": params}, batch["tokens"])[1]["hidden"]
     hidden = [np.asarray(x, np.float64)[:, :-3] for x in hidden]
 
     def distance(x, y):
@@ -146,8 +153,8 @@ def test_an_encoder_on_its_own_loses_layers(make_member):
     quiet = silenced({"vision": params}, 2, "vision")["vision"]
     smaller, small, _ = depth(1)(model, quiet, calibration=[{"images": images}])
     assert smaller.config.num_layers == 2
-    found = smaller.apply({"params": small}, images)[0]
-    np.testing.assert_allclose(found, model.apply({"params": quiet}, images)[0], atol=1e-5)
+    found = applied(smaller, {"params": small}, images)[0]
+    np.testing.assert_allclose(found, applied(model, {"params": quiet}, images)[0], atol=1e-5)
 
 
 def test_the_transform_is_data_and_deterministic(three, batch):
@@ -191,7 +198,7 @@ def test_models_that_do_not_fit_are_refused(three, transform, error, message):
 
 def test_activations_that_are_not_finite_are_noticed(three, batch):
     model, params = three
-    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    broken = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(np.nan), params)
     for score in ("influence", "loss"):
         with pytest.raises(DataError, match="not finite"):
             depth(1, score=score)(model, broken, calibration=[batch])

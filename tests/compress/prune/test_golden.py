@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from glm_edge.compress import prune
-from glm_edge.compress.prune import ties
+from glm_edge.compress.prune.masks import ties
 
 with np.load(Path(__file__).with_name("golden.npz")) as _file:
     GOLDEN = {name: _file[name] for name in _file.files}

@@ -11,8 +11,8 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain, prune, quantize, recipe_from_json, to_json
-from glm_edge.compress.prune.model_scores import pools_of
-from glm_edge.compress.prune.shapes import Shape
+from glm_edge.compress.prune.masks.shapes import Shape
+from glm_edge.compress.prune.scores.from_model import pools_of
 from glm_edge.configs import SpeechConfig, VisionConfig
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
@@ -195,7 +195,7 @@ def test_the_report_counts_masks_and_says_that_they_save_nothing():
 
 def test_zeros_stay_when_the_weight_is_rounded():
     model, params = nn.Dense(10), {"kernel": weight(16, 10)}
-    recipe = chain(prune.mask(shape="2:4"), quantize.rtn(4, 8))
+    recipe = chain(prune.mask(shape="2:4"), quantize.rtn("int4-g8"))
     assert recipe_from_json(to_json(recipe)) == recipe
     _, rounded, report = recipe(model, params)
     keep = masked(params, shape="2:4")["kernel"].mask
@@ -206,9 +206,9 @@ def test_zeros_stay_when_the_weight_is_rounded():
 def test_every_option_goes_through_json():
     transform = prune.mask(
         None,
-        "taylor2",
-        "neuron",
-        "measured",
+        score="taylor2",
+        shape="neuron",
+        allocation="measured",
         where="mlp",
         levels=(0.0, 0.25, 0.5),
         budget_flops=1000,
@@ -240,7 +240,7 @@ def test_masks_by_stage_are_those_in_memory(tmp_path, small, calibration):
     assert report.bytes_after == whole.bytes_after
     with pytest.raises(RecipeError, match="needs the whole model"):
         glm_edge.compress_checkpoint(
-            tmp_path / "dense", tmp_path / "other", prune.mask(0.5, "taylor"), calibration
+            tmp_path / "dense", tmp_path / "other", prune.mask(0.5, score="taylor"), calibration
         )
 
 
@@ -326,7 +326,7 @@ def test_inputs_that_are_not_finite_are_refused(small, calibration):
 
 def test_quantized_weights_are_refused(small):
     model, params = small
-    rounded = quantize.rtn(8, where="q_proj")(model, params)[1]
+    rounded = quantize.rtn("int8", where="q_proj")(model, params)[1]
     for shape in ("unstructured", "head"):
         with pytest.raises(RecipeError, match="prune before quantizing"):
             prune.mask(0.5, shape=shape)(model, rounded)

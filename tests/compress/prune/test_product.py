@@ -6,7 +6,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, prune
-from glm_edge.compress.prune import model_scores
+from glm_edge.compress.prune.scores import from_model as model_scores
 from glm_edge.errors import RecipeError
 
 SCORES = (

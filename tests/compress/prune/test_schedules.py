@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import chain, prune, recipe_from_json, to_json
-from glm_edge.compress.training_state import StateDirectory
+from glm_edge.compress import TrainOptions, chain, prune, recipe_from_json, to_json
+from glm_edge.compress.distill.state import StateDirectory
 from glm_edge.errors import RecipeError
 
 
@@ -141,12 +141,17 @@ def test_what_partition_gives_can_be_trained(problem):
 def test_rounds_of_pruning_and_training_are_a_recipe(small, calibration):
     model, params = small
     recipe = prune.iterative(
-        0.3, initial=0.1, rounds=3, steps=2, where="layers/0/mlp", learning_rate=1e-3, alpha=0.0
+        0.3,
+        initial=0.1,
+        rounds=3,
+        where="layers/0/mlp",
+        alpha=0.0,
+        train=TrainOptions(steps=2, learning_rate=0.001),
     )
     assert recipe_from_json(to_json(recipe)) == recipe
-    names = [step.name for step in recipe.options["transforms"]]
+    names = [step.name for step in recipe.transforms]
     assert names == ["prune.mask", "distill"] * 3
-    levels = [step.options["sparsity"] for step in recipe.options["transforms"][::2]]
+    levels = [step.sparsity for step in recipe.transforms[::2]]
     np.testing.assert_allclose(levels, [0.1, 0.2, 0.3])
     _, pruned, report = recipe(model, params, calibration, rng=jax.random.key(0))
     kept = [row.kept for row in report.rows if row.transform == "prune.mask"]
@@ -170,12 +175,9 @@ def test_rounds_that_were_killed_go_on_to_the_same_bytes(small, calibration, tmp
             0.3,
             initial=0.1,
             rounds=3,
-            steps=2,
             where="layers/0/mlp",
-            learning_rate=1e-3,
             alpha=0.0,
-            state_dir=state_dir,
-            save_every=1,
+            train=TrainOptions(steps=2, learning_rate=0.001, state_dir=state_dir, save_every=1),
         )
         assert recipe_from_json(to_json(recipe)) == recipe
         return recipe(model, params, calibration, rng=jax.random.key(0))
@@ -205,7 +207,7 @@ def test_rounds_that_were_killed_go_on_to_the_same_bytes(small, calibration, tmp
 
 def test_a_cubic_rise_has_large_steps_first():
     recipe = prune.iterative(0.8, initial=0.1, rounds=4, rise="cubic")
-    levels = [step.options["sparsity"] for step in recipe.options["transforms"][::2]]
+    levels = [step.sparsity for step in recipe.transforms[::2]]
     np.testing.assert_allclose(levels, 0.8 - 0.7 * np.array([1, 2 / 3, 1 / 3, 0]) ** 3, atol=1e-6)
     assert chain(recipe) == recipe
 
@@ -221,7 +223,7 @@ def test_a_cubic_rise_has_large_steps_first():
         (lambda: prune.iterative(0.3, initial=0.3), "sparsity must rise"),
         (lambda: prune.iterative(1.0), "sparsity must be in 0..1"),
         (lambda: prune.iterative(0.3, rise="step"), "rise must be"),
-        (lambda: prune.iterative(0.3, steps=0), "steps must be"),
+        (lambda: prune.iterative(0.3, train=TrainOptions(steps=0)), "steps must be"),
         (lambda: prune.scheduled(optax.sgd(1), prune.one_shot(0.5), "wanda"), "score must be"),
         (lambda: prune.scheduled(optax.sgd(1), prune.one_shot(0.5), shape="head"), "score must be"),
         (lambda: prune.scheduled(optax.sgd(1), prune.one_shot(0.5), every=0), "every must be"),

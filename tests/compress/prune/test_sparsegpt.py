@@ -9,7 +9,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain, prune, quantize, recipe_from_json, to_json
-from glm_edge.compress.prune import sparse_columns
+from glm_edge.compress.prune.masks import sparse_columns
 from glm_edge.errors import DataError, RecipeError
 
 QUERY = "decoder/layers/0/attention/q_proj/weight"
@@ -99,7 +99,9 @@ def test_what_is_masked_before_goes_first(layer):
 def test_a_matrix_of_a_model_is_pruned_against_its_own_inputs(small, decoder64, calibration, shape):
     model, params = small
     sparsity = 0.5 if shape == "unstructured" else None
-    transform = prune.sparsegpt(sparsity, shape, where="layers/0/attention/q_proj", **PUBLISHED)
+    transform = prune.sparsegpt(
+        sparsity, shape=shape, where="layers/0/attention/q_proj", **PUBLISHED
+    )
     _, pruned, report = transform(model, params, calibration)
     gram = 0.0
     for batch in calibration:
@@ -136,10 +138,10 @@ def compressed(make_model):
         "published": prune.sparsegpt(0.5, where=where, **PUBLISHED),
         "sparsegpt": prune.sparsegpt(0.5, where=where),
         "apart": chain(
-            prune.mask(shape="2:4", where=where), quantize.rtn(4, 8, where=where, scale="mse")
+            prune.mask(shape="2:4", where=where), quantize.rtn("int4-g8", where=where, scale="mse")
         ),
-        "joint": prune.sparsegpt(shape="2:4", where=where, bits=4, group_size=8),
-        "ternary34": prune.sparsegpt(qtype="ternary34", group_size=8, where=where),
+        "joint": prune.sparsegpt(format="int4-g8", shape="2:4", where=where),
+        "ternary34": prune.sparsegpt(format="ternary34-g8", where=where),
     }
     found = {name: kind(model, params, calibration)[1:] for name, kind in kinds.items()}
     return model, params, calibration, kinds, found
@@ -168,7 +170,7 @@ def test_masks_and_rounds_in_one(compressed):
 def test_ternary34_has_one_zero_in_four(compressed):
     model, params, calibration, _, found = compressed
     pruned, report = found["ternary34"]
-    same = quantize.gptq(qtype="ternary34", group_size=8, where="layers/0/mlp")
+    same = quantize.gptq("ternary34-g8", where="layers/0/mlp")
     expected = same(model, params, calibration)[1]
     jax.tree.map(np.testing.assert_array_equal, pruned, expected)
     codes = dict(boxes.path_items(pruned))[DOWN].codes().reshape(-1, 4)
@@ -188,7 +190,7 @@ def test_goes_through_json_and_gives_the_same_again(compressed):
 def test_masks_can_be_rounded_later_and_stay(compressed):
     model, _, _, _, found = compressed
     masked = found["sparsegpt"][0]
-    rounded = quantize.rtn(8, where="layers/0/mlp/down_proj")(model, masked)[1]
+    rounded = quantize.rtn("int8", where="layers/0/mlp/down_proj")(model, masked)[1]
     keep = dict(boxes.path_items(masked))[DOWN].mask
     assert not bool(jnp.any(dict(boxes.path_items(rounded))[DOWN].unbox()[~keep] != 0))
 
@@ -210,9 +212,9 @@ def test_what_no_input_meets_goes_by_magnitude(small, calibration):
         ({"sparsity": 0.5, "shape": "channel"}, "shape must be unstructured or N:M"),
         ({"sparsity": 0.3, "shape": "2:4"}, "the shape says 0.5"),
         ({"shape": "4:4"}, "1 <= N < M"),
-        ({"sparsity": 0.5, "bits": 7}, "bits must be"),
-        ({"sparsity": 0.5, "qtype": "bfloat16"}, "cannot round to"),
-        ({"sparsity": 0.5, "qtype": "ternary34"}, "one zero in four"),
+        ({"sparsity": 0.5, "format": "int7"}, "'int7' is not a type; types: int8"),
+        ({"sparsity": 0.5, "format": "bfloat16"}, "cannot round to"),
+        ({"sparsity": 0.5, "format": "ternary34"}, "one zero in four"),
         ({"sparsity": 0.5, "damping": -1}, "damping must be"),
         ({"sparsity": 0.5, "propagate": 2}, "propagate must be"),
         ({"sparsity": 0.5, "refine": -1}, "refine must be"),
@@ -236,6 +238,6 @@ def test_what_does_not_fit_the_model_is_refused(small, calibration):
     weight["weight"] = weight["weight"].at[0, 0].set(jnp.nan)
     with pytest.raises(RecipeError, match="q_proj/weight: NaN or infinity"):
         prune.sparsegpt(0.5, where="layers/0/attention/q_proj")(model, broken, calibration)
-    rounded = quantize.rtn(8, where="q_proj")(model, params)[1]
+    rounded = quantize.rtn("int8", where="q_proj")(model, params)[1]
     with pytest.raises(RecipeError, match="prune before quantizing"):
         prune.sparsegpt(0.5, where="q_proj")(model, rounded, calibration)

@@ -11,10 +11,10 @@ import pytest
 import glm_edge as ge
 from glm_edge import params as boxes
 from glm_edge.compress import batches, folding, recipe_from_json, to_json
+from glm_edge.compress.layerwise.stream import compress_checkpoint
 from glm_edge.compress.quantize.awq import awq
 from glm_edge.compress.quantize.rtn import rtn
 from glm_edge.compress.quantize.smoothquant import smoothquant
-from glm_edge.compress.stream import compress_checkpoint
 from glm_edge.errors import DataError, RecipeError
 
 module = importlib.import_module("glm_edge.compress.quantize.awq")
@@ -29,7 +29,7 @@ def logits(model, params, batch):
 def test_folds_are_exact_before_rounding(make_member, batch_of, monkeypatch, name):
     model, params = make_member(name)
     monkeypatch.setattr(module, "_rounded", lambda work, path, leaf, *rest: leaf)
-    changed = awq(bits=3)(model, params, [batch_of(model, seed=1)])[1]
+    changed = awq("int3")(model, params, [batch_of(model, seed=1)])[1]
     batch = batch_of(model)
     expected = logits(model, params, batch)
     assert jnp.abs(logits(model, changed, batch) - expected).max() < 1e-5 * jnp.abs(expected).max()
@@ -59,14 +59,14 @@ def test_loses_less_than_rounding_to_nearest(make_member, batch_of):
         return float(jnp.linalg.norm(logits(model, found, batch) - expected))
 
     where = r"^decoder/layers/0/"
-    plain = error(rtn(bits=4, where=where))
-    assert error(awq(bits=4, where=where, clip=False)) < 0.8 * plain
+    plain = error(rtn("int4", where=where))
+    assert error(awq("int4", where=where, clip=False)) < 0.8 * plain
 
 
 def test_boxes_and_report(make_member, batch_of):
     model, params = make_member("asr")
     calibration = [batch_of(model)]
-    recipe = awq(bits=4, group_size=16, fallback_bits=8)
+    recipe = awq("int4-g16", fallback_bits=8)
     _, changed, report = recipe(model, params, calibration)
     after = dict(boxes.path_items(changed))
     for path in boxes.select(params, None):
@@ -82,7 +82,7 @@ def test_boxes_and_report(make_member, batch_of):
 
 def test_part_of_a_group_is_rounded_without_factors(make_member, batch_of):
     model, params = make_member("edge")
-    _, changed, report = awq(bits=8, where="q_proj")(model, params, [batch_of(model)])
+    _, changed, report = awq("int8", where="q_proj")(model, params, [batch_of(model)])
     assert {row.path.split("/")[-2] for row in report.rows} == {"q_proj"}
     leaves = dict(boxes.path_items(changed))
     path = "decoder/layers/0/input_norm/weight"
@@ -99,13 +99,13 @@ def test_masked_and_bfloat16_weights(make_member, batch_of):
         return boxes.mask(leaf, keep) if name == path else leaf
 
     params = boxes.map_with_path(narrow, params)
-    _, changed, _ = awq(bits=8)(model, params, [batch_of(model)])
+    _, changed, _ = awq("int8")(model, params, [batch_of(model)])
     leaves = dict(boxes.path_items(changed))
     assert leaves[path].dtype == "bfloat16"
     np.testing.assert_array_equal(boxes.dense(leaves[path])[~keep], 0)
     batch = batch_of(model, seed=4)
     expected = logits(model, params, batch)
-    rounded = rtn(bits=8)(model, params)[1]
+    rounded = rtn("int8")(model, params)[1]
     errors = [jnp.linalg.norm(logits(model, tree, batch) - expected) for tree in (changed, rounded)]
     assert errors[0] < 1.5 * errors[1]
 
@@ -114,7 +114,7 @@ def test_streams_the_same(make_member, batch_of, tmp_path):
     model, params = make_member("edge")
     calibration = [batch_of(model)]
     ge.save(model, params, tmp_path / "dense")
-    for number, recipe in enumerate((smoothquant(), awq(bits=4))):
+    for number, recipe in enumerate((smoothquant(), awq("int4"))):
         output = tmp_path / str(number)
         compress_checkpoint(tmp_path / "dense", output, recipe, calibration)
         streamed = boxes.to_flat(ge.load(output)[1])[0]
@@ -125,11 +125,17 @@ def test_streams_the_same(make_member, batch_of, tmp_path):
 
 
 def test_refuses(make_member, batch_of):
-    for options in ({"bits": 7}, {"steps": 0}, {"clip": 1}, {"qtype": "bfloat16"}, {"scale": "x"}):
+    for options in (
+        {"format": "int7"},
+        {"steps": 0},
+        {"clip": 1},
+        {"format": "bfloat16"},
+        {"scale": "x"},
+    ):
         with pytest.raises(RecipeError, match=r"quantize\.awq"):
             awq(**options)
     model, params = make_member("edge")
     with pytest.raises(DataError, match="calibration"):
         awq()(model, params)
     with pytest.raises(RecipeError, match="whole groups"):
-        awq(group_size=7)(model, params, [batch_of(model)])
+        awq("int4-g7")(model, params, [batch_of(model)])

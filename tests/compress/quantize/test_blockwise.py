@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import batches, chain
+from glm_edge.compress import TrainOptions, batches, chain
+from glm_edge.compress.layerwise.stages import first_states, stages
 from glm_edge.compress.quantize import rtn
 from glm_edge.compress.quantize.blockwise import block_error, blockwise
 from glm_edge.compress.quantize.qat import qat
-from glm_edge.compress.stages import first_states, stages
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params import Quantized
 
@@ -29,13 +29,13 @@ def outputs(model, params, calibration, name):
             return np.concatenate([np.asarray(state["x"]) for state in states])
 
 
-@pytest.mark.parametrize("options", [{"bits": 2, "group_size": 16}, {"qtype": "ternary"}])
+@pytest.mark.parametrize("format", ["int2-g16", "ternary"])
 def test_a_trained_block_is_closer_to_the_originals_than_nearest_rounding(
-    small, calibration, options
+    small, calibration, format
 ):
     model, params = small
-    nearest = rtn(where=DECODER, scale="mse", **options)(model, params)[1]
-    transform = blockwise(where=DECODER, steps=60, learning_rate=3e-3, **options)
+    nearest = rtn(format, where=DECODER, scale="mse")(model, params)[1]
+    transform = blockwise(format, where=DECODER, train=TrainOptions(steps=60, learning_rate=0.003))
     _, trained, report = transform(model, params, calibration=calibration)
     name = "decoder/layers/1"
     wanted, rounded, found = (
@@ -53,7 +53,7 @@ def test_norms_train_only_when_asked(small, calibration):
     model, params = small
 
     def moved(**options):
-        transform = blockwise(2, 16, where=DECODER, steps=3, **options)
+        transform = blockwise("int2-g16", where=DECODER, train=TrainOptions(steps=3), **options)
         trained = arrays_of(transform(model, params, calibration=calibration)[1])
         return {
             name
@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_bytes(small, calibration):
     model, params = small
 
     def train(seed, mix=0.5):
-        transform = blockwise(2, 16, where=DECODER, steps=4, mix=mix)
+        transform = blockwise("int2-g16", where=DECODER, mix=mix, train=TrainOptions(steps=4))
         rng = jax.random.key(seed)
         return arrays_of(transform(model, params, calibration=calibration, rng=rng)[1])
 
@@ -82,7 +82,7 @@ def test_the_same_seed_gives_the_same_bytes(small, calibration):
 def test_every_stage_of_every_member_trains(member, make_member, batch_of):
     model, params = make_member(member)
     data = [batch_of(model, seed=seed) for seed in range(2)]
-    transform = blockwise(8, fallback_bits=8, steps=1, compute="bfloat16")
+    transform = blockwise("int8", fallback_bits=8, train=TrainOptions(steps=1, compute="bfloat16"))
     _, trained, _ = transform(model, params, calibration=data)
     for path, leaf in boxes.path_items(trained):
         assert isinstance(leaf, Quantized) == boxes.is_matrix(path, leaf), path
@@ -92,8 +92,12 @@ def test_every_stage_of_every_member_trains(member, make_member, batch_of):
 def test_training_end_to_end_follows_the_blocks(small, calibration):
     model, params = small
     recipe = chain(
-        blockwise(2, 16, where=DECODER, steps=20),
-        qat(2, 16, where=DECODER, steps=40, learning_rate=2e-3),
+        blockwise("int2-g16", where=DECODER, train=TrainOptions(steps=20)),
+        qat(
+            "int2-g16",
+            where=DECODER,
+            train=TrainOptions(steps=40, learning_rate=0.002, warmup=0.05),
+        ),
     )
     _, trained, report = recipe(model, params, calibration=calibration)
     first, last = (
@@ -119,24 +123,27 @@ def test_what_cannot_be_trained_is_refused(small, calibration, make_member, batc
     model, params = small
     with pytest.raises(DataError, match="needs calibration="):
         blockwise()(model, params)
-    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    broken = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(np.nan), params)
     with pytest.raises(RecipeError, match="NaN or infinity"):
-        blockwise(where=DECODER, steps=2)(model, broken, calibration=calibration)
+        blockwise(where=DECODER, train=TrainOptions(steps=2))(
+            model, broken, calibration=calibration
+        )
     model, params = make_member("edge_v")
     text = [{"tokens": batch_of(model)["tokens"] % 4 + 20}]
     with pytest.raises(RecipeError, match="no calibration batch reaches vision/front"):
-        blockwise(steps=1)(model, params, calibration=text, without=("images",))
+        blockwise(train=TrainOptions(steps=1))(model, params, calibration=text, without=("images",))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be a whole number"),
-        ({"learning_rate": 0.0}, "must be positive"),
+        ({"train": {"steps": 0}}, "steps must be a whole number"),
+        ({"train": {"learning_rate": 0.0}}, "must be positive"),
+        ({"train": {"weight_decay": 0.1}}, "train= takes steps, .*, not weight_decay"),
         ({"mix": 2.0}, "must be in 0..1"),
-        ({"compute": "int8"}, "compute must be one of"),
-        ({"qtype": "bfloat16"}, "cannot round to"),
-        ({"bits": 7}, "bits must be"),
+        ({"train": {"compute": "int8"}}, "compute must be one of"),
+        ({"format": "bfloat16"}, "cannot round to"),
+        ({"format": "int7"}, "'int7' is not a type; types: int8"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options, message):

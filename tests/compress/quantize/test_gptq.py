@@ -10,11 +10,11 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain, recipe_from_json, to_json
+from glm_edge.compress.layerwise.runner import StageInputs
+from glm_edge.compress.layerwise.stages import ROWS, first_states, stages
 from glm_edge.compress.prune import depth, structured
 from glm_edge.compress.quantize.gptq import gptq
 from glm_edge.compress.quantize.rtn import rtn
-from glm_edge.compress.stages import ROWS, first_states, stages
-from glm_edge.compress.stagewise import View
 from glm_edge.errors import DataError, RecipeError
 
 LAYERS = r"layers/"
@@ -35,9 +35,8 @@ def test_loses_less_than_rounding_to_nearest(make_member, batch_of, options):
     model, params = make_member("nano")
     calibration = [batch_of(model, rows=8, seed=seed) for seed in (1, 2, 3)]
     held_out = batch_of(model, rows=8, seed=9)
-    format = {"bits": 3, "group_size": 8, "where": LAYERS}
-    nearest = rtn(**format, scale="mse")(model, params)[1]
-    _, found, report = gptq(**format, **options)(model, params, calibration)
+    nearest = rtn("int3-g8", where=LAYERS, scale="mse")(model, params)[1]
+    _, found, report = gptq("int3-g8", where=LAYERS, **options)(model, params, calibration)
     assert error(model, params, found, held_out) < 0.95 * error(model, params, nearest, held_out)
     assert {row.action.split(" ")[0] for row in report.rows} == {"int3-g8"}
     assert all("output error" in row.action for row in report.rows)
@@ -47,15 +46,14 @@ def test_loses_less_than_rounding_to_nearest(make_member, batch_of, options):
 def test_each_stage_loses_less_at_its_output(make_member, batch_of):
     model, params = make_member("edge")
     calibration = [batch_of(model, rows=8, seed=seed) for seed in (1, 2, 3)]
-    format = {"bits": 2, "group_size": 8, "where": LAYERS}
     changed = {
-        "nearest": rtn(**format, scale="mse")(model, params)[1],
-        "gptq": gptq(**format, propagate=0.0)(model, params, calibration)[1],
+        "nearest": rtn("int2-g8", where=LAYERS, scale="mse")(model, params)[1],
+        "gptq": gptq("int2-g8", where=LAYERS, propagate=0.0)(model, params, calibration)[1],
     }
     leaves = dict(boxes.path_items(params))
     states = first_states(model, calibration)
     for stage in stages(model):
-        view = View(stage, leaves, states)
+        view = StageInputs(stage, leaves, states)
         if "layers" in stage.name:
             meant, lost = view.outputs(), {}
             for name, tree in changed.items():
@@ -85,7 +83,7 @@ def test_weights_with_one_input_are_one_group_in_the_order_in_which_they_run(mak
 
 def test_chains_with_rounding_the_rest_and_goes_through_json(make_member, batch_of):
     model, params = make_member("tied")
-    recipe = chain(gptq(4, 8, where=LAYERS, qtype="ternary"), rtn(8, where="embed"))
+    recipe = chain(gptq("ternary-g8", where=LAYERS), rtn("int8", where="embed"))
     again = recipe_from_json(to_json(recipe))
     calibration = [batch_of(model)]
     first, second = (r(model, params, calibration)[1] for r in (recipe, again))
@@ -97,9 +95,9 @@ def test_chains_with_rounding_the_rest_and_goes_through_json(make_member, batch_
 
 def test_what_no_input_meets_is_rounded_to_nearest(make_member, batch_of):
     model, params = make_member("tied")
-    _, found, report = gptq(8, where="embed")(model, params, [batch_of(model)])
+    _, found, report = gptq("int8", where="embed")(model, params, [batch_of(model)])
     assert "to nearest" in report.rows[0].action
-    expected = rtn(8, where="embed", scale="mse")(model, params)[1]["embed"]["weight"]
+    expected = rtn("int8", where="embed", scale="mse")(model, params)[1]["embed"]["weight"]
     np.testing.assert_array_equal(found["embed"]["weight"].codes(), expected.codes())
 
 
@@ -110,11 +108,11 @@ def test_zeros_of_a_mask_stay(make_member, batch_of):
     keep = jax.random.bernoulli(jax.random.key(0), 0.5, leaves[path].shape)
     leaves[path] = boxes.mask(leaves[path], keep)
     masked = boxes.tree.nested(leaves)
-    found = gptq(4, 8, where="down_proj")(model, masked, [batch_of(model)])[1]
+    found = gptq("int4-g8", where="down_proj")(model, masked, [batch_of(model)])[1]
     dense = dict(boxes.path_items(found))[path].unbox()
     assert not bool(jnp.any(dense[~keep] != 0))
     with pytest.raises(RecipeError, match="cannot hold the zeros"):
-        gptq(group_size=8, qtype="ternary34", where="down_proj")(model, masked, [batch_of(model)])
+        gptq("ternary34-g8", where="down_proj")(model, masked, [batch_of(model)])
 
 
 def test_stock_kernels_are_rounded_by_their_inputs():
@@ -125,11 +123,10 @@ def test_stock_kernels_are_rounded_by_their_inputs():
             return nn.Dense(40, name="out")(nn.relu(nn.Dense(32, name="hidden")(x)))
 
     model, tokens = Stock(), np.random.default_rng(0).integers(0, 40, (8, 12)).astype(np.int32)
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     batch = {"tokens": tokens}
-    format = {"bits": 2, "where": "kernel"}
-    found = gptq(**format)(model, params, [batch])[1]
-    nearest = rtn(**format, scale="mse")(model, params)[1]
+    found = gptq("int2", where="kernel")(model, params, [batch])[1]
+    nearest = rtn("int2", where="kernel", scale="mse")(model, params)[1]
     assert error(model, params, found, batch) < 0.8 * error(model, params, nearest, batch)
 
 
@@ -149,8 +146,8 @@ def test_what_is_not_finite_is_refused(make_member, batch_of):
 def test_options_without_meaning_are_refused(make_member, batch_of):
     model, params = make_member("edge")
     for options in (
-        {"bits": 7},
-        {"qtype": "bfloat16"},
+        {"format": "int7"},
+        {"format": "bfloat16"},
         {"scale": "least"},
         {"damping": -1.0},
         {"propagate": 2.0},
@@ -164,7 +161,7 @@ def test_options_without_meaning_are_refused(make_member, batch_of):
     with pytest.raises(DataError, match="calibration"):
         gptq(where=LAYERS)(model, params)
     with pytest.raises(RecipeError, match="whole groups of 7"):
-        gptq(4, 7, where=LAYERS)(model, params, [batch_of(model)])
+        gptq("int4-g7", where=LAYERS)(model, params, [batch_of(model)])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +169,7 @@ def test_options_without_meaning_are_refused(make_member, batch_of):
 )
 def test_after_shrinking_layers_are_compared_with_the_smaller_models(small, calibration, shrink):
     model, params = small
-    rounding = gptq(bits=4, group_size=16, where=LAYERS)
+    rounding = gptq("int4-g16", where=LAYERS)
     smaller, fewer, _ = shrink(model, params, calibration=calibration)
     alone = rounding(smaller, fewer, calibration=calibration)[1]
     _, chained, _ = chain(shrink, rounding)(model, params, calibration=calibration)

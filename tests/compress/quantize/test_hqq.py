@@ -8,7 +8,7 @@ import pytest
 from glm_edge import params as boxes
 from glm_edge.compress import recipe_from_json, to_json
 from glm_edge.compress.quantize.hqq import hqq
-from glm_edge.compress.rounding import hqq as solver
+from glm_edge.compress.quantize.solvers import hqq_solver as solver
 from glm_edge.errors import RecipeError
 from glm_edge.params import Format
 
@@ -18,7 +18,7 @@ def weight(rows=16, columns=64):
 
 
 def test_boxes_hold_what_the_solver_finds():
-    _, params, report = hqq(3, 16)(None, {"weight": weight()})
+    _, params, report = hqq("int3-g16-affine-zero=float16")(None, {"weight": weight()})
     box = params["weight"]
     codes, held = solver.solve(weight(), Format("int3", 16, False, "bfloat16", "float16"))
     np.testing.assert_array_equal(box.codes(), codes)
@@ -26,12 +26,12 @@ def test_boxes_hold_what_the_solver_finds():
     assert box.zero.dtype == jnp.float16
     lost = jnp.linalg.norm(box.unbox() - weight()) / jnp.linalg.norm(weight())
     assert report.rows[0].relative_error == pytest.approx(float(lost), rel=1e-4)
-    assert report.rows[0].action == "int3-g16-affine"
+    assert report.rows[0].action == "int3-g16-affine-zero=float16"
 
 
-@pytest.mark.parametrize("options", [{"symmetric": True}, {"qtype": "nf4", "symmetric": True}])
-def test_symmetric_grids_have_no_zero_point(options):
-    transform = hqq(4, 16, **options)
+@pytest.mark.parametrize("format", ["int4-g16", "nf4-g16"])
+def test_symmetric_grids_have_no_zero_point(format):
+    transform = hqq(format)
     assert recipe_from_json(to_json(transform)) == transform
     _, params, _ = transform(None, {"weight": weight()})
     assert params["weight"].zero is None
@@ -40,10 +40,10 @@ def test_symmetric_grids_have_no_zero_point(options):
 def test_zeros_of_a_mask_need_a_grid_that_holds_them():
     keep = jax.random.bernoulli(jax.random.key(0), 0.5, (16, 64))
     masked = {"weight": boxes.mask(weight(), keep)}
-    _, params, _ = hqq(4, 16, zero_dtype="int8")(None, masked)
+    _, params, _ = hqq("int4-g16-affine")(None, masked)
     assert not bool(jnp.any(params["weight"].unbox()[~keep] != 0))
     with pytest.raises(RecipeError, match="cannot hold the zeros"):
-        hqq(4, 16)(None, masked)
+        hqq("int4-g16-affine-zero=float16")(None, masked)
 
 
 def test_what_has_no_meaning_is_refused():
@@ -51,13 +51,13 @@ def test_what_has_no_meaning_is_refused():
         {"exponent": 0.0},
         {"exponent": 1.5},
         {"steps": 0},
-        {"qtype": "float16", "group_size": None, "symmetric": True},
-        {"qtype": "ternary"},
-        {"zero_dtype": "int4"},
+        {"format": "float16"},
+        {"format": "ternary-affine"},
+        {"format": "int4-affine-zero=int4"},
     ):
         with pytest.raises(RecipeError, match=r"quantize\.hqq"):
             hqq(**options)
     with pytest.raises(RecipeError, match="NaN or infinity"):
-        hqq(4, 16)(None, {"weight": weight().at[0, 0].set(jnp.nan)})
+        hqq("int4-g16-affine-zero=float16")(None, {"weight": weight().at[0, 0].set(jnp.nan)})
     with pytest.raises(RecipeError, match="whole groups"):
-        hqq(4, 24)(None, {"weight": weight()})
+        hqq("int4-g24-affine-zero=float16")(None, {"weight": weight()})

@@ -14,10 +14,10 @@ import scipy.stats
 import glm_edge as ge
 from glm_edge import params as boxes
 from glm_edge.compress import batches, chain, recipe_from_json, to_json
+from glm_edge.compress.layerwise.stream import compress_checkpoint
 from glm_edge.compress.quantize.rotate import rotate
 from glm_edge.compress.quantize.rtn import rtn
-from glm_edge.compress.rounding import hadamard
-from glm_edge.compress.stream import compress_checkpoint
+from glm_edge.compress.quantize.solvers import hadamard
 from glm_edge.errors import RecipeError
 from glm_edge.models.vision import VisionEncoder
 
@@ -135,7 +135,7 @@ def test_rounding_loses_less_after_rotation(make_member, batch_of):
         found = recipe(model, params)
         return float(jnp.linalg.norm(logits(found[0], found[1], batch) - expected))
 
-    embed = rtn(bits=4, where="^embed/")
+    embed = rtn("int4", where="^embed/")
     assert error(chain(rotate(heads=False), embed)) < 0.85 * error(embed)
 
 

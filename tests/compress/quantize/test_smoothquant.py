@@ -112,7 +112,7 @@ def test_eases_int8_activations(make_member, batch_of):
     phone = model.clone(compute="int8_dynamic")
 
     def error(tree):
-        rounded = rtn(bits=8)(model, tree)[1]
+        rounded = rtn("int8")(model, tree)[1]
         return float(jnp.linalg.norm(run(phone, rounded, batch)[0] - expected))
 
     smooth = smoothquant()(model, params, [batch_of(model, seed=3)])[1]
@@ -139,7 +139,7 @@ def test_kinds_and_where(make_member, batch_of):
     )
 
 
-@pytest.mark.parametrize("transform", [smoothquant(), awq(bits=8)], ids=lambda t: t.name)
+@pytest.mark.parametrize("transform", [smoothquant(), awq("int8")], ids=lambda t: t.name)
 def test_an_encoder_without_inputs_is_counted(make_member, batch_of, transform):
     model, params = make_member("asr")
     tokens = batch_of(model)["tokens"]

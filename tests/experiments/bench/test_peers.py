@@ -95,11 +95,11 @@ def test_packed_integers_of_a_tflite_buffer_are_read_lowest_bits_first(bits):
     np.testing.assert_array_equal(ai_edge._unpack(np.frombuffer(data, np.uint8), bits), values)
 
 
-@pytest.mark.parametrize(("group_size", "bits"), [(32, 4 + 16 / 32), (None, 4 + 32 / 64)])
-def test_bits_of_ours_hold_codes_and_scales_of_the_matrices_that_match(group_size, bits):
+@pytest.mark.parametrize(("format", "bits"), [("int4-g32", 4 + 16 / 32), ("int4", 4 + 32 / 64)])
+def test_bits_of_ours_hold_codes_and_scales_of_the_matrices_that_match(format, bits):
     weight = jnp.asarray(RNG.normal(size=(16, 64)), jnp.float32)
     params = {"decoder": {"a": {"weight": weight}}, "head": {"weight": weight}}
-    transform = ge.quantize.rtn(bits=4, group_size=group_size, where="^decoder/")
+    transform = ge.quantize.rtn(format, where="^decoder/")
     _, params, _ = transform(nn.Module(), params)
     measured = ours.sizes(params, "^decoder/")
     assert measured["stored_bits"] / measured["weights"] == bits

@@ -19,7 +19,7 @@ from experiments.bench.pruning import rows, show, speed, work
 from experiments.bench.runtimes.random_model import random_model
 from glm_edge import configs
 from glm_edge import params as boxes
-from glm_edge.compress.prune import sparse_columns
+from glm_edge.compress.prune.masks import sparse_columns
 from glm_edge.models.multimodal import MultimodalGLM
 
 METHODS = rows.methods(30, 20)
@@ -45,7 +45,8 @@ def test_recipes_of_ours_are_recipes(method):
     if options["prune"] is not None:
         assert ge.recipe_from_json(json.dumps(options["prune"])).name == options["prune"]["name"]
     if options["heal"] is not None:
-        assert ge.distill(**options["heal"]).options["steps"] in (30, 20)
+        recipe = {"name": "distill", "options": options["heal"]}
+        assert ge.recipe_from_json(json.dumps(recipe)).train.steps in (30, 20)
     assert (method.kind == "trained") == (options["heal"] is not None)
 
 
@@ -157,7 +158,7 @@ def worker(tmp_path_factory):
         pad_token_id=2,
     )  # fmt: skip
     model = MultimodalGLM(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     data = bench_quality.Gathered(None, model, params, None, None, None, {}, ())
     batches = [{"tokens": RNG.integers(3, 61, (2, 16)).astype(np.int32)} for _ in range(4)]
     directory = tmp_path_factory.mktemp("states")

@@ -110,7 +110,7 @@ def text_model():
         pad_token_id=2,
     )  # fmt: skip
     model = MultimodalGLM(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     # Larger than at the start, so that predictions differ from the uniform one.
     return model, jax.tree.map(lambda leaf: 3 * leaf, params)
 

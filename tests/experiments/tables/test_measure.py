@@ -188,7 +188,7 @@ def test_memory_is_that_of_what_is_stored_and_of_what_runs():
         ),
     )  # fmt: skip
     model = MultimodalGLM(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     recipes = precision_memory.recipes()
     found = {"float32": precision_memory.sizes(model, params, [4])}
     for name in precision_memory.CLAIMS:

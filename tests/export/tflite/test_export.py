@@ -122,8 +122,11 @@ def test_conversions_are_reported(exported, model, dense_params, quantize, tmp_p
     ("form", "message"),
     [
         (Format("int8", 32), "no kernel for int8 in groups; right would be int8"),
-        (Format("int4", 32, symmetric=False), "no zero point; right would be symmetric=True"),
-        (Format("int8", symmetric=False), "right would be symmetric=True"),
+        (
+            Format("int4", 32, symmetric=False),
+            "no zero point; right would be a format without -affine",
+        ),
+        (Format("int8", symmetric=False), "right would be a format without -affine"),
         (Format("int4", 16), "groups of a multiple of 32"),
     ],
     ids=str,
@@ -165,7 +168,7 @@ def test_stock_kernels_are_refused():
 )
 def test_codes_move_to_a_wider_type_that_runs_and_values_stay(form, columns, held):
     weight = jax.random.normal(jax.random.key(0), (6, columns))
-    rtn = ge.quantize.rtn(qtype=form.split("-")[0], group_size=group_of(form))
+    rtn = ge.quantize.rtn(form)
     box = rtn(None, {"weight": weight})[1]["weight"]
     constant, effective, conversions = to_constant("w", box)
     assert [str(c) for c in conversions] == (
@@ -178,11 +181,6 @@ def test_codes_move_to_a_wider_type_that_runs_and_values_stay(form, columns, hel
     np.testing.assert_array_equal(box.codes(), effective.codes())
     assert constant.data.tobytes() == np.asarray(effective.data).tobytes()
     assert constant.type == effective.format.qtype
-
-
-def group_of(form):
-    grouping = form.partition("-")[2]
-    return int(grouping[1:]) if grouping.startswith("g") else grouping or None
 
 
 def test_halves_are_held_as_they_are_where_float16_can():
@@ -203,7 +201,7 @@ def test_halves_and_two_bits_run(kind, model, dense_params, tmp_path):
     if kind == "float16":
         written = jax.tree.map(lambda x: x.astype(jnp.float16), dense_params)
     else:
-        rtn = ge.quantize.rtn(2, scale_dtype="bfloat16", where="decoder/layers")
+        rtn = ge.quantize.rtn("int2-scale=bfloat16", where="decoder/layers")
         written = rtn(model, dense_params)[1]
     file = export.tflite(
         model, written, tmp_path / "a.tflite", prefill_lengths=(8,), cache_slots=64

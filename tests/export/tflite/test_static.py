@@ -48,9 +48,9 @@ def calibrated(small_config, random_params):
     model = MultimodalGLM(config)
     tokens = np.random.default_rng(0).integers(10, 320, (4, 32)).astype(np.int32)
     recipe = chain(
-        ge.quantize.rtn(4, 32, scale_dtype="bfloat16", where="down_proj"),
-        ge.quantize.rtn(4, where="gate_up_proj"),
-        ge.quantize.rtn(8),
+        ge.quantize.rtn("int4-g32", where="down_proj"),
+        ge.quantize.rtn("int4", where="gate_up_proj"),
+        ge.quantize.rtn("int8"),
         ge.quantize.activations(),
     )
     return model, recipe(model, random_params(model), [{"tokens": tokens}])[1]

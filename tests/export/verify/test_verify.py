@@ -1,5 +1,7 @@
 """The exported file runs in LiteRT and predicts what JAX predicts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,12 @@ from glm_edge.export.verify.verify import signature_distances
 from glm_edge.generate.decoding import greedy
 from glm_edge.kernels import matmul
 from glm_edge.params import Format
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def applied(model, variables, *inputs):
+    return model.apply(variables, *inputs)
+
 
 FORMS = [
     Format("int8"),
@@ -77,8 +85,12 @@ def test_one_product_has_the_bits_of_the_int8_dynamic_kernel(form, rows, quantiz
 
 def test_float_file_gives_the_logits_of_the_model(dense_export, model, dense_params, prompt):
     tokens, image, audio = prompt
-    expected, aux = model.apply(
-        {"params": dense_params}, tokens[None], jnp.asarray(image[None]), jnp.asarray(audio[None])
+    expected, aux = applied(
+        model,
+        {"params": dense_params},
+        tokens[None],
+        jnp.asarray(image[None]),
+        jnp.asarray(audio[None]),
     )
     phone = export.LiteRTRunner(dense_export.path)
     np.testing.assert_allclose(phone.encode_images(image), aux["vision"][0], atol=1e-4)
@@ -88,7 +100,7 @@ def test_float_file_gives_the_logits_of_the_model(dense_export, model, dense_par
 
 def test_a_text_longer_than_the_prefill_is_scored_in_pieces(dense_export, model, dense_params):
     tokens = np.random.default_rng(1).integers(20, 300, 61)
-    expected, _ = model.apply({"params": dense_params}, jnp.asarray(tokens[None]))
+    expected, _ = applied(model, {"params": dense_params}, jnp.asarray(tokens[None]))
     phone = export.LiteRTRunner(dense_export.path)
     np.testing.assert_allclose(phone.score(tokens), expected[0], atol=1e-4)
     assert [length for _, _, length in phone._chunks(0, 61)] == [32, 32]

@@ -1,0 +1,129 @@
+"""Divergence of a changed model from the uncompressed one, on batches that are held out by kind."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress import batches
+from glm_edge.compress.batches import Batch
+from glm_edge.compress.calibration import Calibration, Called, with_batches
+from glm_edge.errors import DataError
+from glm_edge.params import Quantized
+from glm_edge.params.tree import Params, nested
+
+GROUPS = (
+    r"^decoder/layers/\d+/(?:attention|mlp)",
+    r"^(?:vision|speech)/[^/]+",
+    r"^[^/]+",
+)
+
+
+def kind_of(batch: Any, calibration: Any = None) -> str:
+    """What a batch holds: `text`, `images`, `audio` or `images+audio`.
+
+    Args:
+      batch: of `calibration`.
+      calibration: where it brings functions, all its batches are of one kind, `batches`.
+    """
+    if isinstance(calibration, Calibration) and (calibration.apply or calibration.loss):
+        return "batches"
+    names = batches.keys_of(batch)
+    return "+".join(name for name in ("images", "audio") if name in names) or "text"
+
+
+def split(calibration: Any, reads: bool) -> tuple[Any, dict[str, list[Any]]]:
+    """Batches for the transform, and those held out by kind.
+
+    Args:
+      calibration: all of them, or a `Calibration`, which what the transform gets then is too.
+      reads: whether the transform reads any; if not, none is set aside for it.
+
+    Returns:
+      `(seen, held out)`.
+
+    Raises:
+      DataError: a kind has a single batch and the transform needs one of it too.
+    """
+    kinds: dict[str, list[Batch]] = {}
+    for batch in calibration:
+        kinds.setdefault(kind_of(batch, calibration), []).append(batch)
+    if not reads:
+        return None, kinds
+    lone = [kind for kind, found in kinds.items() if len(found) < 2]
+    if lone:
+        raise DataError(
+            f"plan: calibration holds one batch of {lone[0]}; give two or more, since every "
+            "second is held out from the transform to measure on"
+        )
+    seen = [batch for found in kinds.values() for batch in found[::2]]
+    return with_batches(calibration, seen), {kind: found[1::2] for kind, found in kinds.items()}
+
+
+class Divergence:
+    """Mean divergence of the logits of changed parameters from those of the first ones.
+
+    Attributes:
+      kinds: of batches, the keys of the results.
+    """
+
+    def __init__(
+        self, model: nn.Module | Called, params: Params, held_out: Mapping[str, Sequence[Batch]]
+    ):
+        """Runs the uncompressed model on every batch."""
+        self.kinds = tuple(held_out)
+        self._model, self._cases = model, []
+        dense = _dense(dict(boxes.path_items(params)))
+        for kind, found in held_out.items():
+            for batch in found:
+                batch = batches.to_device(model, batch, "plan")
+                reference = _logits(model, dense, batch)
+                weights = (
+                    jnp.ones(reference.shape[:-1])
+                    if isinstance(model, Called)
+                    else batches.loss_weights(model, batch)
+                )
+                self._cases.append((kind, batch, weights, reference))
+
+    def __call__(
+        self, leaves: Mapping[str, Any], model: nn.Module | Called | None = None
+    ) -> dict[str, float]:
+        """Divergence in nats a token by kind of batch."""
+        dense = _dense(leaves)
+        sums = {kind: [0.0, 0.0] for kind in self.kinds}
+        for kind, batch, weights, reference in self._cases:
+            found = _divergence(model or self._model, dense, batch, weights, reference)
+            for place in (0, 1):
+                sums[kind][place] += float(found[place])
+        return {kind: lost / max(count, 1.0) for kind, (lost, count) in sums.items()}
+
+
+def _dense(leaves: Mapping[str, Any]) -> Params:
+    """The tree in float32, whatever it is stored in: one compiled program serves all formats."""
+
+    def widen(leaf: Any) -> Array:
+        leaf = leaf.replace(dtype="float32") if isinstance(leaf, Quantized) else leaf
+        return boxes.dense(leaf).astype(jnp.float32)
+
+    return nested({path: widen(leaf) for path, leaf in leaves.items()})
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(model: nn.Module, params: Params, batch: Batch) -> Array:
+    logits = batches.apply_batch(model, params, batch)
+    return logits if isinstance(model, Called) else logits[:, :-1]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _divergence(
+    model: nn.Module, params: Params, batch: Batch, weights: Array, reference: Array
+) -> tuple[Array, Array]:
+    expected = jax.nn.log_softmax(reference)
+    found = jax.nn.log_softmax(_logits(model, params, batch))
+    lost = jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)
+    return jnp.sum(lost * weights), jnp.sum(weights)

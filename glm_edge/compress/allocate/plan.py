@@ -1,0 +1,283 @@
+"""Choosing a format for each group of parameters so that the model fits a number of bytes.
+
+References:
+  Pushing the Limits of LLM Quantization via the Linearity Theorem (loss adds up over layers, and
+  formats are chosen by dynamic programming), https://arxiv.org/abs/2411.17525.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress import batches
+from glm_edge.compress.allocate.divergence import GROUPS, Divergence, split
+from glm_edge.compress.allocate.knapsack import (
+    KEEP,
+    GroupRow,
+    Option,
+    Plan,
+    best_within,
+    bytes_with,
+    format_everything,
+    frontier,
+)
+from glm_edge.compress.batches import Batch
+from glm_edge.compress.calibration import called
+from glm_edge.compress.layerwise.runner import layouts_in
+from glm_edge.compress.transform import Progress, Transform, chain, check_pattern, registered
+from glm_edge.errors import BoxError, RecipeError
+from glm_edge.params import Format, Quantized
+from glm_edge.params.layouts import Layout
+from glm_edge.params.patterns import compiled, shared_steps
+from glm_edge.params.tree import Params
+
+FORMATS = ("bfloat16", "int8", "int4-g32", "int3-g32", "int2-g32")
+_FALLBACK_BITS = 8
+
+
+def plan(
+    model: nn.Module,
+    params: Params,
+    budget_bytes: int,
+    formats: Sequence[str] = FORMATS,
+    calibration: Sequence[Batch] | None = None,
+    groups: Sequence[str] | None = None,
+    transform: str | Transform = "rtn",
+    progress: Progress | bool | None = None,
+    rng: Array | None = None,
+    without: Sequence[str] = (),
+) -> Plan:
+    """Finds the recipe of least loss whose parameters fit a number of bytes, and measures it.
+
+    Each group is compressed alone in each format, and the divergence of the logits from the
+    uncompressed model's is measured on held-out batches, for each kind of batch (text, images,
+    audio) apart. Losses are taken to add up; dynamic programming finds the formats whose sum, the
+    mean over kinds, is least. Then the recipe is carried out and measured.
+
+    Every second batch of a kind is held out: the transform never sees it.
+
+        plan = ge.plan(model, params, budget_bytes=2_500_000, calibration=batches)
+        model, params, report = plan.recipe(model, params)
+
+    Args:
+      model: Linen module.
+      params: its parameters.
+      budget_bytes: that all stored parameters may take.
+      formats: names such as `int4-g32` (see `glm_edge.params.Format.parse`), or `keep` for as it
+        is. A matrix whose columns are not whole groups takes int8 per channel.
+      calibration: batches; at least one of each kind of input, and two where the transform reads
+        some.
+      groups: regular expressions; a matrix belongs to the first that matches its path, and all
+        paths with the same matched text are one group. None is each decoder layer's attention and
+        feed-forward network, each part of an encoder, the embedding and the head.
+      transform: name of a rounding transform, such as `rtn` or `gptq`, or one whose further
+        options are kept.
+      progress: True, or called as `progress(stage, done, total)`.
+      rng: jax key for transforms that draw.
+      without: inputs that the model takes and calibration is known to lack.
+
+    Returns:
+      The plan; `plan.recipe(model, params, calibration)` carries it out.
+
+    Raises:
+      RecipeError: the budget is below the smallest size, which the message names, or an option has
+        no meaning.
+      DataError: calibration is missing, or lacks an input that the model takes.
+    """
+    if not isinstance(budget_bytes, int) or isinstance(budget_bytes, bool) or budget_bytes < 1:
+        raise RecipeError(f"plan: budget_bytes must be a whole number, not {budget_bytes!r}")
+    maker = _Maker(transform)
+    members = group_paths(params, GROUPS if groups is None else groups)
+    leaves = dict(boxes.path_items(params))
+    layouts = layouts_in("plan", model, leaves, calibration, None)
+    assigned = {name: _assign(params, name, layouts) for name in dict.fromkeys(formats)}
+    if not assigned:
+        raise RecipeError("plan: formats is empty")
+    for chosen in assigned.values():
+        maker.check(chosen)
+    batches.check(model, calibration, "plan", without)
+    seen, held_out = split(calibration, maker.reads)
+    reader = called(model, calibration)
+    measure = Divergence(reader, params, held_out)
+    inside = {path for paths in members.values() for path in paths}
+    fixed = boxes.stored_bytes([leaf for path, leaf in leaves.items() if path not in inside])
+
+    def compress(recipe: Transform) -> tuple[nn.Module, Params]:
+        return recipe(model, params, calibration=seen, rng=rng, without=_lacking(model, seen))[:2]
+
+    options: dict[str, list[Option]] = {name: [] for name in members}
+    total = len(members) * len(assigned) + 1
+    for number, (name, chosen) in enumerate(assigned.items()):
+        whole = None
+        if chosen:
+            recipe = maker.recipe(chosen, sorted(inside), leaves)
+            whole = dict(boxes.path_items(compress(recipe)[1]))
+            # What changes norms and neighbours too must be run on each group by itself.
+            if any(whole[path] is not leaf for path, leaf in leaves.items() if path not in inside):
+                whole = None
+        for place, (group, paths) in enumerate(members.items()):
+            if not chosen:
+                changed = {}
+            elif whole is None:
+                own = maker.recipe(chosen, paths, leaves)
+                changed = dict(boxes.path_items(compress(own)[1]))
+            else:
+                changed = {path: whole[path] for path in paths}
+            loss = measure({**leaves, **changed}) if changed else dict.fromkeys(measure.kinds, 0.0)
+            own_formats = {path: chosen[path] for path in paths if path in chosen}
+            own_bytes = bytes_with({path: leaves[path] for path in paths}, own_formats, layouts)
+            options[group].append(Option(name, own_bytes, loss))
+            if progress is not None:
+                progress(f"plan: {group} {name}", number * len(members) + place + 1, total)
+    points = frontier(list(options.values()), fixed)
+    point = best_within(points, budget_bytes)
+    chosen = {g: options[g][place] for g, place in zip(options, point.choice, strict=True)}
+    recipe = maker.chosen_recipe(chosen, members, assigned, leaves)
+    made_model, made = compress(recipe)
+    if boxes.stored_bytes(made) != point.bytes:
+        raise RecipeError(
+            f"plan: {maker.name} stored {boxes.stored_bytes(made):,} bytes where its formats take "
+            f"{point.bytes:,}; it stores more than codes and scales and cannot be planned with"
+        )
+    made_reader = called(made_model, calibration)
+    measured = measure(dict(boxes.path_items(made)), made_reader)
+    if progress is not None:
+        progress("plan: measured", total, total)
+    return Plan(
+        recipe=recipe,
+        rows=tuple(
+            GroupRow(
+                group,
+                chosen[group].format,
+                boxes.count([leaves[path] for path in paths]),
+                chosen[group].bytes,
+                chosen[group].loss,
+            )
+            for group, paths in members.items()
+        ),
+        budget_bytes=budget_bytes,
+        predicted_bytes=point.bytes,
+        measured_bytes=boxes.stored_bytes(made),
+        fixed_bytes=fixed,
+        predicted={k: sum(option.loss[k] for option in chosen.values()) for k in measure.kinds},
+        measured=measured,
+        points=tuple((point.bytes, point.cost) for point in points),
+        held_out={kind: len(found) for kind, found in held_out.items()},
+    )
+
+
+@shared_steps()
+def group_paths(params: Params, patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Groups of the matrices that are not quantized yet, in the tree's order.
+
+    Raises:
+      RecipeError: a pattern is malformed, or none matches.
+    """
+    for pattern in patterns:
+        check_pattern("plan", "groups", pattern)
+    groups: dict[str, list[str]] = {}
+    for path, leaf in boxes.path_items(params):
+        if not boxes.is_matrix(path, leaf) or isinstance(leaf, Quantized):
+            continue
+        found = next(filter(None, (compiled(pattern).match(path) for pattern in patterns)), None)
+        if found:
+            groups.setdefault(found, []).append(path)
+    if not groups:
+        raise RecipeError(f"plan: groups={list(patterns)} match no matrix that is not quantized")
+    return {name: tuple(paths) for name, paths in groups.items()}
+
+
+class _Maker:
+    """Builds the transforms that store parameters in chosen formats."""
+
+    def __init__(self, transform: str | Transform) -> None:
+        if isinstance(transform, Transform):
+            self._transform = transform
+            if transform.teachers:
+                raise RecipeError("plan: transform= holds arrays; give one of options alone")
+        else:
+            kind = registered(f"quantize.{transform}")
+            self._transform = kind(scale="mse") if transform == "rtn" else kind()
+        self.name = self._transform.name
+        known = {item.name for item in dataclasses.fields(self._transform)}
+        missing = {"format", "where"} - known
+        if missing:
+            raise RecipeError(
+                f"plan: {self.name} takes no {min(missing)}=, so it cannot be planned with; rtn can"
+            )
+        self.reads = getattr(self._transform, "needs", "nothing") != "nothing"
+
+    def check(self, formats: Mapping[str, Format]) -> None:
+        """Builds a transform of each format, which raises where there is none."""
+        for format in set(formats.values()):
+            self._of(format, None)
+
+    def recipe(
+        self, formats: Mapping[str, Format], paths: Any, leaves: Mapping[str, Any]
+    ) -> Transform:
+        """Stores these paths in these formats."""
+        by_format: dict[Format, list[str]] = {}
+        for path in paths:
+            by_format.setdefault(formats[path], []).append(path)
+        return chain(
+            *(self._of(format, pattern_of(own, leaves)) for format, own in by_format.items())
+        )
+
+    def chosen_recipe(
+        self,
+        chosen: Mapping[str, Option],
+        members: Mapping[str, Sequence[str]],
+        assigned: Mapping[str, Mapping[str, Format]],
+        leaves: Mapping[str, Any],
+    ) -> Transform:
+        """Stores every group in its chosen format."""
+        formats = {
+            path: assigned[option.format][path]
+            for group, option in chosen.items()
+            for path in members[group]
+            if path in assigned[option.format]
+        }
+        return self.recipe(formats, list(formats), leaves)
+
+    def _of(self, format: Format, where: str | None) -> Transform:
+        if format.plain:
+            return registered("quantize.rtn")(format, where=where)
+        return dataclasses.replace(self._transform, format=format, where=where)
+
+
+def pattern_of(paths: Sequence[str], leaves: Mapping[str, Any]) -> str:
+    """A regular expression that matches these paths of a tree's matrices and no other."""
+    matrices = [path for path, leaf in leaves.items() if boxes.is_matrix(path, leaf)]
+    wanted, parts = set(paths), []
+    left = list(paths)
+    while left:
+        names = left[0].split("/")
+        # The shortest prefix under which everything is wanted.
+        for depth in range(1, len(names) + 1):
+            prefix = "/".join(names[:depth])
+            below = [p for p in matrices if p == prefix or p.startswith(f"{prefix}/")]
+            if wanted.issuperset(below):
+                break
+        parts.append(prefix)
+        left = [path for path in left if path not in below]
+    return f"^(?:{'|'.join(map(re.escape, parts))})(?:/|$)"
+
+
+def _assign(params: Params, name: str, layouts: Mapping[str, Layout]) -> dict[str, Format]:
+    if name == KEEP:
+        return {}
+    try:
+        format = Format.parse(name)
+    except (BoxError, TypeError) as error:
+        raise RecipeError(f"plan: {error}; or {KEEP!r}") from error
+    return format_everything(params, format, Format(f"int{_FALLBACK_BITS}"), layouts)
+
+
+def _lacking(model: nn.Module, seen: Sequence[Batch] | None) -> tuple[str, ...]:
+    kinds = set().union(*map(batches.keys_of, () if seen is None else seen))
+    return tuple(name for name in ("images", "audio") if name not in kinds)

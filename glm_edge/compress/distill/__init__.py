@@ -1,0 +1,1 @@
+"""Distillation: the training loop and what a student learns from its teacher."""

@@ -1,0 +1,232 @@
+"""What a student learns from inside its teacher: the outputs of layers, and attention."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.compress import batches
+from glm_edge.compress.calibration import Called
+from glm_edge.compress.report import Point
+from glm_edge.errors import RecipeError
+from glm_edge.params.tree import Params, path_string
+
+# Trains beside the student's parameters and is dropped at the end; no path has this name.
+PROJECTION_KEY = "projection to the teacher"
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class TransferPoint(Point):
+    """A training step with what layers and attention added, before their weights."""
+
+    hidden: float = 0.0
+    attention: float = 0.0
+
+
+class Intermediates(NamedTuple):
+    """What a model computed in each layer.
+
+    Attributes:
+      hidden: outputs [B, T, D], first layer first; empty unless asked for.
+      attention: weights [B, N, T, S] of N heads, likewise.
+    """
+
+    hidden: tuple[Array, ...] = ()
+    attention: tuple[Array, ...] = ()
+
+
+def run_with_intermediates(
+    model: nn.Module, params: Params, batch: batches.Batch, hidden: bool, attention: bool
+) -> tuple[Array, Intermediates]:
+    """Runs a model on a batch and keeps what its layers computed.
+
+    Args:
+      model: returns logits, or `(logits, intermediates)` whose `hidden` are the input of the first
+        layer and the output of each; and leaves attention weights in the collection `attention`,
+        one [B, …, T, S] a layer.
+      params: its parameters.
+      batch: see `glm_edge.compress.batches`.
+      hidden: asks for the outputs of layers.
+      attention: asks for attention.
+
+    Returns:
+      `(logits, inside)`, float32.
+
+    Raises:
+      RecipeError: the model does not give what is asked for.
+    """
+    if not hidden and not attention:
+        return batches.apply_batch(model, params, batch), Intermediates()
+    if isinstance(model, Called):
+        raise RecipeError(
+            "distill: hidden= and attention= need a model that reads tokens; leave them out where "
+            "calibration brings apply="
+        )
+    inputs = batches.inputs_of(model, batch)
+    output, sown = model.apply(
+        {"params": params}, batch["tokens"], **inputs, mutable=["attention"] if attention else []
+    )
+    logits, given = output if isinstance(output, tuple) else (output, {})
+    outputs = tuple(given.get("hidden", ())[1:]) if hidden and isinstance(given, dict) else ()
+    weights = _in_order(sown.get("attention", {}))
+    kind = type(model).__name__
+    if hidden and not outputs:
+        raise RecipeError(f"distill: {kind} returns no 'hidden' of its layers; leave out hidden=")
+    if attention and not weights:
+        raise RecipeError(f"distill: {kind} sows no 'attention'; leave out attention=")
+    floats = jax.tree.map(lambda array: array.astype(jnp.float32), Intermediates(outputs, weights))
+    return logits.astype(jnp.float32), floats
+
+
+def _in_order(sown: Params) -> tuple[Array, ...]:
+    """The sown arrays, layer 10 after layer 9, with all heads on one axis."""
+
+    def natural(item: tuple[Any, Array]) -> list[Any]:
+        parts = re.split(r"(\d+)", path_string(item[0]))
+        return [int(part) if part.isdigit() else part for part in parts]
+
+    found = sorted(jax.tree_util.tree_leaves_with_path(sown), key=natural)
+    return tuple(array.reshape(array.shape[0], -1, *array.shape[-2:]) for _, array in found)
+
+
+def uniform(student: int, teacher: int) -> tuple[int, ...]:
+    """The teacher's layer for each of the student's, evenly spaced; the last has the last.
+
+    Args:
+      student: number of layers.
+      teacher: likewise.
+    """
+    return tuple(-(-(index + 1) * teacher // student) - 1 for index in range(student))
+
+
+def pairs(student: int, teacher: int, layers: Sequence[int] | None) -> list[tuple[int, int]]:
+    """Which layer learns from which.
+
+    Args:
+      student: number of layers.
+      teacher: likewise.
+      layers: the teacher's layer for each of the student's, from zero; None is `uniform`.
+
+    Raises:
+      RecipeError: `layers` has another length, or names a layer that the teacher lacks.
+    """
+    layers = uniform(student, teacher) if layers is None else layers
+    if len(layers) != student or max(layers) >= teacher:
+        raise RecipeError(
+            f"distill: layers={list(layers)} must name one of the teacher's {teacher} layers (from "
+            f"0) for each of the student's {student}"
+        )
+    return list(enumerate(layers))
+
+
+def hidden_loss(
+    student: Sequence[Array],
+    teacher: Sequence[Array],
+    layers: Sequence[int] | None,
+    weights: Array,
+    projection: Array | None,
+) -> Array:
+    """Squared distance of layer outputs relative to the teacher's squared norm.
+
+    Args:
+      student: [B, T, D] of each layer.
+      teacher: [B, T, E] of each layer.
+      layers: see `pairs`.
+      weights: [B, T - 1] of each prediction; the position that makes it counts so much.
+      projection: [D, E], or None where widths are equal.
+
+    Returns:
+      Mean over layers of the weighted mean over positions.
+
+    References:
+      TinyBERT: Distilling BERT for Natural Language Understanding, https://arxiv.org/abs/1909.10351.
+    """
+    found = []
+    for mine, its in pairs(len(student), len(teacher), layers):
+        here, there = student[mine][:, :-1], teacher[its][:, :-1]
+        if projection is not None:
+            here = here @ projection
+        norm = jnp.maximum(jnp.sum(jnp.square(there), axis=-1), _TINY)
+        found.append(jnp.sum(jnp.square(here - there), axis=-1) / norm)
+    return batches.weighted_mean(jnp.mean(jnp.stack(found), axis=0), weights)
+
+
+def attention_loss(
+    student: Sequence[Array],
+    teacher: Sequence[Array],
+    layers: Sequence[int] | None,
+    weights: Array,
+) -> Array:
+    """Divergence of attention, `KL(teacher || student)` over the keys of a query, in nats.
+
+    Args:
+      student: [B, N, T, S] of each layer.
+      teacher: [B, M, T, S] of each layer; where it has another number of heads than the student's,
+        the means over heads are compared.
+      layers: see `pairs`.
+      weights: as in `hidden_loss`.
+
+    Returns:
+      Mean over layers of the weighted mean over queries, heads averaged.
+
+    References:
+      MiniLM: Deep Self-Attention Distillation, https://arxiv.org/abs/2002.10957.
+    """
+    found = []
+    for mine, its in pairs(len(student), len(teacher), layers):
+        here, there = student[mine][:, :, :-1], teacher[its][:, :, :-1]
+        if here.shape[1] != there.shape[1]:
+            here, there = (jnp.mean(x, axis=1, keepdims=True) for x in (here, there))
+        ratio = jnp.log(there + _TINY) - jnp.log(here + _TINY)
+        found.append(jnp.mean(jnp.sum(there * ratio, axis=-1), axis=1))
+    return batches.weighted_mean(jnp.mean(jnp.stack(found), axis=0), weights)
+
+
+def sizes(model: nn.Module, params: Params, batch: batches.Batch, hidden: bool) -> tuple[int, int]:
+    """Size of a model's vocabulary, and width of its layers where `hidden` asks for them, or 0."""
+    logits, inside = jax.eval_shape(
+        lambda params, batch: run_with_intermediates(model, params, batch, hidden, False),
+        params,
+        batch,
+    )
+    return logits.shape[-1], inside.hidden[0].shape[-1] if hidden else 0
+
+
+def vocabulary(ids: Sequence[int] | None, student: int, teacher: int) -> Array | None:
+    """The teacher's token for each of the student's, int32 [V], or None for the same vocabulary.
+
+    Raises:
+      RecipeError: there are not as many as the student predicts, or the teacher lacks one.
+    """
+    if ids is None:
+        return None
+    if len(ids) != student or max(ids) >= teacher:
+        raise RecipeError(
+            f"distill: vocabulary= holds {len(ids)} ids up to {max(ids)}; it must name one of the "
+            f"teacher's {teacher} tokens for each of the student's {student}"
+        )
+    return jnp.asarray(ids, jnp.int32)
+
+
+def with_projection(trainable: Params, widths: tuple[int, int], rng: Array | None) -> Params:
+    """Adds a projection [D, E], drawn from `rng`, where widths D and E differ."""
+    if widths[0] == widths[1]:
+        return trainable
+    key = jax.random.fold_in(jax.random.key(0) if rng is None else rng, widths[1])
+    drawn = jax.random.normal(key, widths, jnp.float32) * widths[0] ** -0.5
+    return {**trainable, PROJECTION_KEY: drawn}
+
+
+def without_projection(trainable: Params) -> tuple[Params, Array | None]:
+    """`(trainable, projection)`, the inverse of `with_projection`."""
+    if PROJECTION_KEY not in trainable:
+        return trainable, None
+    return {name: tree for name, tree in trainable.items() if name != PROJECTION_KEY}, trainable[
+        PROJECTION_KEY
+    ]

@@ -1,0 +1,175 @@
+"""Batches that a student goes on with itself: its teacher corrects what it would say.
+
+Letters of shapes: `B` rows, `T` tokens, `D` hidden size, `V` vocabulary.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress import batches
+from glm_edge.compress.distill import intermediates as transfer
+from glm_edge.errors import DataError, RecipeError
+from glm_edge.models.glm import init_cache
+from glm_edge.params.tree import Params
+
+# Prompts are read at once up to a multiple of this, so that few lengths compile.
+_PREFIX = 16
+# Keeps the keys that are drawn here apart from those of the order of batches.
+_STREAM = 0x6F6E
+
+
+def is_written(share: float, rng: Array | None, number: int) -> bool:
+    """True when the student goes on with batch `number`: so with a probability of `share`.
+
+    Args:
+      share: in 0..1.
+      rng: jax key; None is key 0.
+      number: of batches read before, from which the answer follows.
+    """
+    return share > 0.0 and float(jax.random.uniform(_key(rng, number))) < share
+
+
+def written(
+    model: nn.Module,
+    trainable: Params,
+    frozen: Params,
+    batch: batches.Batch,
+    prompt: int | None,
+    temperature: float,
+    rng: Array | None,
+    number: int,
+) -> batches.Batch:
+    """Replaces what follows each prompt by what the student says.
+
+    Args:
+      model: the student, with a cache: a GLM.
+      trainable: see `glm_edge.params.combine`.
+      frozen: likewise.
+      batch: see `glm_edge.compress.batches`, on the device.
+      prompt: tokens of each row that stay; None is all before the first that `loss_mask` teaches.
+        Placeholders of images and audio stay in any case.
+      temperature: of sampling; 0 takes the likeliest token.
+      rng: jax key; None is key 0.
+      number: of batches read before; with `rng`, it names the tokens that are drawn.
+
+    Returns:
+      A batch of the same shapes; `loss_mask` is 1 where the student wrote the next token, its stop
+      token included, and 0 elsewhere.
+
+    Raises:
+      RecipeError: the model has no cache.
+      DataError: the batch names positions or a mask, or prompts fill it.
+    """
+    if not hasattr(model, "embed_inputs") or not hasattr(model, "start_positions"):
+        raise RecipeError(
+            "distill: on_policy= needs a model that generates, a GLM; "
+            f"{type(getattr(model, 'model', model)).__name__} has no cache"
+        )
+    for name in ("positions", "mask"):
+        if name in batch:
+            raise DataError(f"distill: on_policy= cannot go on with a batch that holds {name!r}")
+    starts = first_written(model, batch, prompt)
+    length = batch["tokens"].shape[1]
+    if starts.min() >= length:
+        raise DataError(
+            f"distill: on_policy= found nothing to write: prompts fill all {length} tokens of a "
+            "batch; pass a smaller prompt="
+        )
+    prefix = max(1, starts.min() // _PREFIX * _PREFIX)
+    key = jax.random.fold_in(_key(rng, number), 1)
+    tokens, weights = _write(
+        model, trainable, frozen, batch, starts, key, int(prefix), float(temperature)
+    )
+    read = {name: value for name, value in batch.items() if name != "valid"}
+    return {**read, "tokens": tokens, "loss_mask": weights}
+
+
+def first_written(model: nn.Module, batch: batches.Batch, prompt: int | None) -> np.ndarray:
+    """The first place of each row that the student writes, int32 [B]; `T` where there is none."""
+    tokens = np.asarray(batch["tokens"])
+    length = tokens.shape[1]
+    if prompt is None:
+        taught = np.asarray(batches.loss_weights(model, batch)) > 0.0
+        starts = np.where(taught.any(axis=1), np.argmax(taught, axis=1) + 1, length)
+    else:
+        starts = np.full(len(tokens), min(prompt, length))
+    if "valid" in batch:
+        # A row that is shorter than the others goes on behind its own end.
+        starts = np.minimum(starts, np.asarray(batch["valid"]).sum(axis=1))
+    placed = np.isin(tokens, _placeholders(model)) & np.asarray(batch.get("valid", True))
+    after = np.where(placed.any(axis=1), length - np.argmax(placed[:, ::-1], axis=1), 0)
+    return np.maximum(starts, after).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "prefix", "temperature"))
+def _write(
+    model: nn.Module,
+    trainable: Params,
+    frozen: Params,
+    batch: batches.Batch,
+    starts: Array,
+    key: Array,
+    prefix: int,
+    temperature: float,
+) -> tuple[Array, Array]:
+    """Tokens and weights [B, T]; compiled once for each shape of batch and each prefix."""
+    variables = {"params": boxes.combine(transfer.without_projection(trainable)[0], frozen)}
+    given = batch["tokens"]
+    rows, length = given.shape
+    stops = jnp.asarray(model.config.eos_token_ids, jnp.int32)
+    # A placeholder that the student wrote would stand for an image that is not there.
+    barred = jnp.asarray(_placeholders(model), jnp.int32)
+
+    def read(module: nn.Module) -> tuple[Any, ...]:
+        sound = batch.get("audio"), batch.get("audio_frames")
+        x, _ = module.embed_inputs(given, batch.get("images"), *sound)
+        positions, _ = module.start_positions(given, None, batch.get("images"))
+        cache = init_cache(module.config.decoder, rows, length)
+        final, _, cache = module.decoder(x[:, :prefix], positions[..., :prefix], None, cache)
+        return x, positions, module.predict(final[:, -1:])[:, 0].astype(jnp.float32), cache
+
+    x, positions, logits, cache = model.apply(variables, method=read)
+
+    def step(carry: tuple[Any, ...], slot: Array) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
+        logits, cache, last, stopped = carry
+        logits = logits.at[:, barred].set(-jnp.inf)
+        drawn = jnp.argmax(logits, axis=-1)
+        if temperature:
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row * length + slot))
+            drawn = jax.vmap(jax.random.categorical)(keys(jnp.arange(rows)), logits / temperature)
+        own = slot >= starts
+        token = jnp.where(own, jnp.where(stopped, last, drawn), given[:, slot]).astype(given.dtype)
+        taught = own & ~stopped
+
+        def run(module: nn.Module) -> tuple[Array, Any]:
+            fed = jnp.where(own[:, None], module.embed(token[:, None])[:, 0], x[:, slot])
+            place = positions[..., slot][..., None]
+            final, _, after = module.decoder(fed[:, None], place, None, cache)
+            return module.predict(final)[:, 0].astype(jnp.float32), after
+
+        logits, after = model.apply(variables, method=run)
+        return (logits, after, token, stopped | own & jnp.isin(token, stops)), (token, taught)
+
+    start = (logits, cache, given[:, prefix - 1], jnp.zeros(rows, bool))
+    _, (found, taught) = jax.lax.scan(step, start, jnp.arange(prefix, length))
+    tokens = jnp.concatenate([given[:, :prefix], found.T], axis=1)
+    # The position before a token is the one that predicts it.
+    weights = jnp.zeros((rows, length)).at[:, prefix - 1 : -1].set(taught.T)
+    return tokens, weights
+
+
+def _placeholders(model: nn.Module) -> list[int]:
+    ids = (model.config.image_token_id, model.config.audio_token_id)
+    return [token for token in ids if token is not None]
+
+
+def _key(rng: Array | None, number: int) -> Array:
+    key = jax.random.key(0) if rng is None else rng
+    return jax.random.fold_in(jax.random.fold_in(key, _STREAM), number)

@@ -1,0 +1,480 @@
+"""Transforms that act on one stage of a model after the other.
+
+Such a transform is one function of a `StageContext`. The same function serves a call in memory, a
+chain, and `compress_checkpoint`, which holds one stage at a time.
+"""
+
+import contextlib
+import functools
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress import batches
+from glm_edge.compress.calibration import called
+from glm_edge.compress.layerwise.stages import Leaves, Stage, State, Statistic, first_states, stages
+from glm_edge.compress.readings import UNWATCHED, Layouts, layouts_of
+from glm_edge.compress.report import Report, Row
+from glm_edge.compress.transform import Context, Result, Transform
+from glm_edge.errors import DataError, RecipeError
+from glm_edge.params import Quantized
+from glm_edge.params.layouts import Layout
+from glm_edge.params.tree import Params, nested
+
+NEEDS = ("nothing", "inputs", "both")
+_UNSEEN = ", as calibration does not see their inputs"
+# What a row says of a matrix that a transform could not treat as the others, and why that is.
+_FALLBACKS = {
+    "to nearest": _UNSEEN,
+    "by magnitude": _UNSEEN,
+    "without a range": _UNSEEN,
+    "without a factor": "",
+}
+Replaced = tuple[Leaves, list[Row]]
+
+
+@dataclass
+class StageInputs:
+    """One stage of a model with its parameters, and with what comes in.
+
+    Attributes:
+      stage: which.
+      leaves: its parameters by full path, arrays and boxes.
+      states: of each calibration batch before the stage; none where no inputs are needed.
+      borrowed: parameters of earlier stages that it reads too.
+    """
+
+    stage: Stage
+    leaves: Leaves
+    states: Sequence[State] = ()
+    borrowed: Leaves = field(default_factory=dict)
+
+    def collect(
+        self,
+        statistic: Statistic,
+        leaves: Leaves | None = None,
+        paths: Iterable[str] | None = None,
+    ) -> dict[str, Any]:
+        """Reduces the rows that meet each weight; `{weight path: value}`.
+
+        Args:
+          statistic: such as `ROWS`, see `glm_edge.compress.layerwise.stages`.
+          leaves: parameters to use in place of the stage's own, by path.
+          paths: of the weights; None is all.
+        """
+        return self.stage.collect(self._decoded(leaves), self.states, statistic, paths)
+
+    def readers(self) -> list[tuple[str, ...]]:
+        """Weights that read the same rows, group by group in the order in which they run."""
+        groups: dict[tuple[str, ...], None] = {}
+        # Batches of the same shapes are read alike, and each reading traces the stage.
+        alike = {str(jax.tree.map(jax.typeof, state)): state for state in self.states}
+        for state in alike.values():
+            groups.update(dict.fromkeys(self.stage.readers(self._all(None), state)))
+        return list(groups)
+
+    def batches(self, leaves: Leaves | None = None) -> list["StageInputs"]:
+        """The same stage with one batch at a time, and what is quantized decoded once for all.
+
+        Args:
+          leaves: parameters to use in place of the stage's own, by path.
+        """
+        decoded = self._decoded(leaves)
+        return [StageInputs(self.stage, decoded, [state]) for state in self.states]
+
+    def outputs(self, leaves: Leaves | None = None) -> list[Array]:
+        """Activations after the stage, of the batches that pass it."""
+        return [state["x"] for state in self.run(leaves) if "x" in state]
+
+    def run(self, leaves: Leaves | None = None) -> list[State]:
+        """States after the stage."""
+        return self.stage.run(self._decoded(leaves), self.states)
+
+    def _all(self, leaves: Leaves | None) -> Leaves:
+        return {**self.borrowed, **self.leaves, **(leaves or {})}
+
+    def _decoded(self, leaves: Leaves | None) -> Leaves:
+        """All parameters, quantized ones decoded once for all batches where that gives the same."""
+        found = self._all(leaves)
+        if getattr(self.stage.module, "compute", None) != "float32":
+            return found
+        return {
+            path: leaf.replace(dtype="float32").unbox() if isinstance(leaf, Quantized) else leaf
+            for path, leaf in found.items()
+        }
+
+
+@dataclass
+class StageContext(StageInputs):
+    """What a stage-wise transform is given for one stage.
+
+    Attributes:
+      model: the whole model.
+      selected: paths that the transform's `where` selects here, none of them quantized yet.
+      named: all that it matches here, quantized or not.
+      layouts: which axes of each parameter are inputs; reading one that is not known raises.
+      original: the same stage before any rounding, with its own inputs; only for needs="both".
+      context: of the transform.
+      rng: a key of this stage, or None.
+      done: called with the path of a parameter that is finished.
+    """
+
+    model: nn.Module | None = None
+    selected: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    original: StageInputs | None = None
+    context: Context | None = None
+    rng: Array | None = None
+    done: Callable[[str], None] = lambda path: None
+    _reasons: dict[str, str] | None = None
+
+    def advance(self, path: str) -> None:
+        """Tells the progress callback that a parameter is finished."""
+        self.done(path)
+
+    def columns(self, path: str) -> int:
+        """Inputs of a matrix."""
+        return self.layouts[path].extent(self.leaves[path].shape)[1]
+
+    def unseen(self, path: str) -> str:
+        """Why calibration cannot see the inputs of a weight."""
+        if self._reasons is None:
+            self._reasons = self.stage.unseen(self._all(None), self.states)
+        return self._reasons.get(path, UNWATCHED)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayerwiseTransform(Transform):
+    """A transform that acts on one stage of a model after the other.
+
+    Attributes:
+      rounds: refuses a `where` that names what is quantized already.
+      needs: `nothing`; `inputs`, the calibration batches run up to each stage; or `both`, also
+        through the uncompressed model. A property where options decide.
+    """
+
+    rounds: ClassVar[bool] = True
+    needs: ClassVar[str] = "nothing"
+
+    def compress_stage(self, stage: StageContext) -> Replaced:
+        """Compresses the selected parameters of one stage.
+
+        Args:
+          stage: with its parameters and inputs.
+
+        Returns:
+          `(parameters it replaces by path, rows of the report)`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no compress_stage")
+
+    def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Raises RecipeError where options do not fit the selected parameters.
+
+        Args:
+          sizes: `(out, in)` of each by path; called before anything is computed.
+        """
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        """Compresses a model in memory, stage by stage."""
+        return apply_layerwise(self, model, params, context)
+
+
+def apply_layerwise(
+    transform: LayerwiseTransform, model: nn.Module, params: Params, context: Context
+) -> Result:
+    """Applies a layer-wise transform in memory."""
+    step = BoundTransform(transform, context.rng)
+    leaves = dict(boxes.path_items(params))
+    step.select(leaves, set(), model, context.calibration)
+    runner = LayerwiseRunner(model, [step], context)
+    reference = None
+    if transform.needs == "both":
+        reference = _compared_with(leaves, context)
+    rows: list[Row] = []
+    for stage in runner.stages:
+        mine = {path: leaf for path, leaf in leaves.items() if stage.holds(path)}
+        theirs = reference and {p: leaf for p, leaf in reference.items() if stage.holds(p)}
+        after, stage_rows = runner.compress(stage, mine, theirs)
+        leaves.update(after)
+        rows += stage_rows
+    changed = nested(leaves)
+    notes = (*runner.notes, *fallback_notes(rows))
+    return model, changed, Report.of(rows, params, changed, notes=notes)
+
+
+def fallback_notes(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Notes that count what a transform could not treat as the others, with the reasons.
+
+    Args:
+      rows: of the report; an action says `to nearest: reason`, `by magnitude: reason`,
+        `without a range: reason` or `without a factor: reason`.
+    """
+    reasons: dict[tuple[str, str], Counter[str]] = {}
+    for row in rows:
+        fallback = re.search(rf"[( ]({'|'.join(_FALLBACKS)}): (.+)\)$", row.action)
+        if fallback:
+            reasons.setdefault((row.transform, fallback[1]), Counter())[fallback[2]] += 1
+    # What only gives a factor to others, such as a norm, was not to be treated itself.
+    totals = Counter(
+        row.transform
+        for row in rows
+        if "divided by" not in row.action
+        or any(words in row.action for words in ("columns times", "without a factor"))
+    )
+    return tuple(
+        f"{name}: {sum(counts.values())} of {totals[name]} matrices went {how}{_FALLBACKS[how]}: "
+        f"{'; '.join(f'{n} as {why}' for why, n in counts.items())}"
+        for (name, how), counts in reasons.items()
+    )
+
+
+class _Extents(Mapping[str, tuple[int, int]]):
+    """`(out, in)` by path; reading one that is not known raises RecipeError."""
+
+    def __init__(self, layouts: Layouts, leaves: Leaves, paths: Iterable[str]) -> None:
+        self._layouts, self._leaves, self._paths = layouts, leaves, sorted(paths)
+
+    def __getitem__(self, path: str) -> tuple[int, int]:
+        return self._layouts[path].extent(tuple(self._leaves[path].shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def layouts_in(
+    name: str,
+    model: nn.Module | None,
+    leaves: Leaves,
+    calibration: Sequence[batches.Batch] | None,
+    stacked: str | None,
+) -> Layouts:
+    """Tells which axes of each parameter are inputs, see `glm_edge.compress.readings.layouts_of`.
+
+    Args:
+      name: of the transform, for messages.
+      model: Linen module, or None.
+      leaves: its parameters by path.
+      calibration: batches of which the first shows how the model reads its parameters, or None.
+      stacked: see `glm_edge.quantize.rtn`.
+
+    Raises:
+      RecipeError: `stacked` names a parameter that is no stack.
+    """
+    watch = None
+    if calibration is not None and isinstance(model, nn.Module):
+        with contextlib.suppress(DataError):
+            # A transform that reads no data may be called with batches of any kind.
+            run = called(model, calibration)
+            states, staged = first_states(run, itertools.islice(calibration, 1)), stages(run)
+            if states and len(staged) == 1:
+                watch = functools.partial(staged[0].watch, leaves, states[0])
+    return layouts_of(name, model, leaves, stacked, watch)
+
+
+def _compared_with(leaves: Leaves, context: Context) -> Leaves:
+    """The reference, or the model as it is where earlier transforms took layers or widths out."""
+    reference = dict(boxes.path_items(context.reference[1]))
+    before, now = ({p: tuple(x.shape) for p, x in tree.items()} for tree in (reference, leaves))
+    return reference if before == now else dict(leaves)
+
+
+class BoundTransform:
+    """A layer-wise transform with its key and what it acts on in a model."""
+
+    def __init__(self, transform: LayerwiseTransform, rng: Array | None = None) -> None:
+        self.transform, self.rng = transform, rng
+        self.name = transform.name
+        self.selected: frozenset[str] = frozenset()
+        self.named: frozenset[str] = frozenset()
+        self.layouts: Mapping[str, Layout] = {}
+        self.notes: tuple[str, ...] = ()
+
+    def select(
+        self,
+        leaves: Leaves,
+        rounded: set[str],
+        model: nn.Module | None = None,
+        calibration: Sequence[batches.Batch] | None = None,
+    ) -> None:
+        """Notes which parameters the step acts on, and adds them to `rounded`.
+
+        Args:
+          leaves: all parameters of the model by path; abstract arrays do.
+          rounded: paths that earlier steps of the same walk round.
+          model: that reads the parameters.
+          calibration: batches for it, or None.
+
+        Raises:
+          RecipeError: the pattern matches nothing, or what is quantized already.
+        """
+        where, rounds = getattr(self.transform, "where", None), self.transform.rounds
+        chosen = boxes.select(nested(leaves), where)
+        again = [p for p in chosen if p in rounded or isinstance(leaves[p], Quantized)]
+        if rounds and where is not None and again:
+            first = leaves[again[0]]
+            earlier = not isinstance(first, Quantized)
+            state = "quantized by an earlier transform" if earlier else first.format
+            raise RecipeError(
+                f"{self.name}: where={where!r} names {again[0]}, which is {state} already; "
+                "narrow the pattern"
+            )
+        self.named = frozenset(chosen)
+        self.selected = self.named - frozenset(again)
+        if rounds and not self.selected:
+            self.notes = (
+                f"{self.name}: nothing left to do: all {len(chosen)} matrices are quantized "
+                "already; put it before what rounded them, or narrow that one's where=",
+            )
+        if rounds:
+            rounded |= self.selected
+        stacked = getattr(self.transform, "stacked", None)
+        self.layouts = layouts_in(self.name, model, leaves, calibration, stacked)
+        self.transform.check(_Extents(self.layouts, leaves, self.selected))
+
+
+class LayerwiseRunner:
+    """Steps applied stage by stage, with the calibration batches carried along.
+
+    Attributes:
+      stages: of the model.
+      notes: for the report.
+    """
+
+    def __init__(self, model: nn.Module, steps: Sequence[BoundTransform], context: Context) -> None:
+        """Checks calibration where a step needs it.
+
+        Raises:
+          DataError: calibration is missing, empty or malformed, or lacks a modality.
+        """
+        self.model, self.steps, self.context = model, steps, context
+        self.notes = tuple(note for step in steps for note in step.notes)
+        self.needs = max(
+            (step.transform.needs for step in steps), key=NEEDS.index, default="nothing"
+        )
+        self._states: list[State] = []
+        if self.needs != "nothing":
+            name = next(step.name for step in steps if step.transform.needs != "nothing")
+            self.notes += batches.check(model, context.calibration, name, context.without)
+            model = called(model, context.calibration)
+            self._states = first_states(model, context.calibration)
+        self.stages = stages(model)
+        self._original_states = self._states
+        self._lent, self._lent_original = {}, {}
+        self._total = sum(len(step.selected) for step in steps)
+        self._done = 0
+
+    def compress(
+        self, stage: Stage, leaves: Leaves, original: Leaves | None = None
+    ) -> tuple[Leaves, list[Row]]:
+        """Applies every step to one stage and runs the batches through the result.
+
+        Args:
+          stage: the next of `stages`.
+          leaves: its parameters by full path.
+          original: those of the uncompressed model; None takes what steps that change no function
+            leave of `leaves`.
+
+        Returns:
+          `(parameters after, rows)`.
+        """
+        rows: list[Row] = []
+        uncompressed = original
+        original = original or leaves
+        for index, step in enumerate(self.steps):
+            work = self._work(stage, step, leaves, original)
+            replaced, stage_rows = step.transform.compress_stage(work)
+            leaves = {**leaves, **replaced}
+            rows += stage_rows
+            exact = all(s.transform.exact for s in self.steps[: index + 1])
+            if uncompressed is None and exact:
+                original = leaves
+        self.carry(stage, leaves, original)
+        self._advance_to(stage)
+        return leaves, rows
+
+    def skip(self, stage: Stage, leaves: Leaves, after: Leaves) -> None:
+        """Passes a stage that an earlier run finished.
+
+        Args:
+          stage: the next of `stages`.
+          leaves: its parameters before.
+          after: its parameters as that run left them.
+        """
+        original = leaves
+        if self.needs == "both":
+            for step in self.steps:
+                if not step.transform.exact:
+                    break
+                work = self._work(stage, step, original, original)
+                original = {**original, **step.transform.compress_stage(work)[0]}
+        self.carry(stage, after, original)
+        self._advance_to(stage)
+
+    def carry(self, stage: Stage, leaves: Leaves, original: Leaves) -> None:
+        """Runs the batches through a finished stage."""
+        self._lent |= {p: leaf for p, leaf in leaves.items() if self._is_borrowed(p)}
+        self._lent_original |= {p: leaf for p, leaf in original.items() if self._is_borrowed(p)}
+        if stage is self.stages[-1]:
+            self._states = self._original_states = []
+        if self._states:
+            self._states = self._view(stage, leaves).run()
+        if self.needs == "both" and self._original_states:
+            self._original_states = self._view_original(stage, original).run()
+
+    def _work(
+        self, stage: Stage, step: BoundTransform, leaves: Leaves, original: Leaves
+    ) -> StageContext:
+        view = self._view(stage, leaves)
+        rng = step.rng
+        return StageContext(
+            **vars(view),
+            model=self.model,
+            selected=tuple(path for path in leaves if path in step.selected),
+            named=tuple(path for path in leaves if path in step.named),
+            layouts=step.layouts,
+            original=self._view_original(stage, original)
+            if step.transform.needs == "both"
+            else None,
+            context=self.context,
+            rng=None if rng is None else jax.random.fold_in(rng, self.stages.index(stage)),
+            done=functools.partial(self._advance, step.name),
+        )
+
+    def _view(self, stage: Stage, leaves: Leaves) -> StageInputs:
+        return StageInputs(stage, leaves, self._states, self._borrowed(stage, self._lent))
+
+    def _view_original(self, stage: Stage, leaves: Leaves) -> StageInputs:
+        lent = self._borrowed(stage, self._lent_original)
+        return StageInputs(stage, leaves, self._original_states, lent)
+
+    def _borrowed(self, stage: Stage, lent: Leaves) -> Leaves:
+        return {path: lent[path] for path in stage.borrows if path in lent}
+
+    def _is_borrowed(self, path: str) -> bool:
+        return any(path in stage.borrows for stage in self.stages)
+
+    def _advance(self, name: str, path: str) -> None:
+        self._done = min(self._done + 1, self._total)
+        self.context.advance(f"{name}: {path}", self._done, self._total)
+
+    def _advance_to(self, stage: Stage) -> None:
+        """Counts what the steps did not report one by one."""
+        passed = self.stages[: self.stages.index(stage) + 1]
+        due = sum(
+            any(s.holds(path) for s in passed) for step in self.steps for path in step.selected
+        )
+        if due > self._done:
+            self._done = due
+            self.context.advance(f"{self.steps[-1].name}: {stage.name}", due, self._total)

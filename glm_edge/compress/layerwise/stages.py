@@ -1,0 +1,525 @@
+"""A model as a list of stages, run one after the other on all calibration batches.
+
+Statistics are collected and weights replaced one stage at a time, so that memory holds one layer
+and its statistics, not the model. The stages of a GLM are `vision/front`, `vision/layers/<i>`,
+`vision/end`, the same of `speech`, `embed`, `decoder/layers/<i>` and `head`; any other module is
+one stage, `model`.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.compress import batches
+from glm_edge.compress.calibration import Called
+from glm_edge.compress.readings import Reading, watched
+from glm_edge.models.glm import Layer
+from glm_edge.models.multimodal import (
+    MultimodalGLM,
+    image_groups,
+    in_reading_order,
+    place_features,
+    sounding,
+    sounding_first,
+)
+from glm_edge.models.speech import SpeechEncoder, SpeechLayer
+from glm_edge.models.vision import VisionEncoder, VisionLayer
+from glm_edge.params.tree import nested
+
+State = dict[str, Any]
+Leaves = dict[str, Any]
+
+
+class Statistic(NamedTuple):
+    """A reduction of the rows that meet a weight.
+
+    Attributes:
+      measure: called as `measure(rows, valid)` with rows float32 [N, in] and bool [N], False at
+        padding, whose rows are zero; None where there is none. Returns a pytree; traced inside the
+        compiled stage.
+      join: puts the results of two batches together.
+    """
+
+    measure: Callable[[Array, Array | None], Any]
+    join: Callable[[Any, Any], Any]
+
+
+def count_valid(rows: Array, valid: Array | None) -> Array:
+    """Rows that are not padding, float32."""
+    return jnp.float32(rows.shape[0]) if valid is None else jnp.sum(valid, dtype=jnp.float32)
+
+
+def _column_sums(rows: Array, valid: Array | None) -> dict[str, Array]:
+    return {"sum": jnp.sum(jnp.abs(rows), axis=0), "count": count_valid(rows, valid)}
+
+
+def _range(rows: Array, valid: Array | None) -> dict[str, Array]:
+    low, high = rows, rows
+    if valid is not None:
+        low = jnp.where(valid[:, None], rows, jnp.inf)
+        high = jnp.where(valid[:, None], rows, -jnp.inf)
+    return {"low": low.min(axis=0), "high": high.max(axis=0)}
+
+
+@jax.jit
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+@jax.jit
+def _join_ranges(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
+    return {"low": jnp.minimum(a["low"], b["low"]), "high": jnp.maximum(a["high"], b["high"])}
+
+
+def _rows(rows: Array, valid: Array | None) -> Array:
+    return rows
+
+
+def _marked(rows: Array, valid: Array | None) -> dict[str, Array]:
+    return {"rows": rows, "valid": jnp.ones(len(rows), bool) if valid is None else valid}
+
+
+@jax.jit
+def _stack(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda one, other: jnp.concatenate([one, other]), a, b)
+
+
+def _abs_max(rows: Array, valid: Array | None) -> Array:
+    return jnp.max(jnp.abs(rows), axis=0)
+
+
+ABS_SUM = Statistic(_column_sums, _add)
+"""`{"sum": sum of |x| [in], "count": rows}`."""
+ABS_MAX = Statistic(_abs_max, jnp.maximum)
+"""Largest `|x|` of each column, [in]."""
+RANGE = Statistic(_range, _join_ranges)
+"""`{"low": [in], "high": [in]}`."""
+ROWS = Statistic(_rows, _stack)
+"""All rows, [N, in]; zero at padding, which adds nothing to a sum of products."""
+MARKED_ROWS = Statistic(_marked, _stack)
+"""`{"rows": [N, in], "valid": bool [N]}`, rows zero where they are not valid."""
+
+
+def _all_rows(state: State) -> Array | None:
+    return None
+
+
+def _rows_of_tokens(state: State) -> Array | None:
+    """Marks the rows [B * T] of tokens that are not padding."""
+    return state["valid"].reshape(-1) if "valid" in state else None
+
+
+def _rows_of_sound(state: State) -> Array | None:
+    """Marks the rows [N * M] of speech features that the decoder reads."""
+    return state["sounding"].reshape(-1) if "sounding" in state else None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a model.
+
+    Attributes:
+      name: such as `decoder/layers/3`.
+      root: where the module's parameters lie in the model's tree, empty for the whole tree.
+      owns: prefixes of the parameters that belong to this stage and no other.
+      module: runs it.
+      forward: called as `forward(bound module, state)`, returns the next state.
+      reads: entries of a state without which a batch skips the stage.
+      borrows: parameters of an earlier stage, where there are such, that it reads too.
+      counted: maps a state to bool [N], the rows that count in statistics where a weight meets so
+        many; None where all do.
+    """
+
+    name: str
+    root: str
+    owns: tuple[str, ...]
+    module: nn.Module
+    forward: Callable[[nn.Module, State], State]
+    reads: str = "tokens"
+    borrows: tuple[str, ...] = ()
+    counted: Callable[[State], Array | None] = _rows_of_tokens
+
+    @property
+    def of_tokens(self) -> bool:
+        """True where rows are tokens, of which some may be padding."""
+        return self.counted is _rows_of_tokens
+
+    def holds(self, path: str) -> bool:
+        """True for a parameter that belongs to this stage."""
+        return any(path.startswith(prefix) for prefix in self.owns)
+
+    def run(self, leaves: Leaves, states: Iterable[State]) -> list[State]:
+        """Runs every batch that the stage concerns, and hands on the others.
+
+        Args:
+          leaves: parameters by their full path, borrowed ones included.
+          states: of the batches.
+
+        Returns:
+          The states after the stage.
+        """
+        params = self._params(leaves)
+        return [
+            _run(self.module, self.forward, params, state)[0] if self.reads in state else state
+            for state in states
+        ]
+
+    def collect(
+        self,
+        leaves: Leaves,
+        states: Iterable[State],
+        statistic: Statistic,
+        paths: Iterable[str] | None = None,
+    ) -> dict[str, Any]:
+        """Reduces the rows that meet each weight over all batches.
+
+        Args:
+          leaves: parameters by their full path, borrowed ones included.
+          states: before the stage.
+          statistic: the reduction.
+          paths: of the weights; None is all. What only others need is not computed.
+
+        Returns:
+          Path of the weight to the joined result.
+        """
+        params, total = self._params(leaves), {}
+        start = len(self.root) + 1 if self.root else 0
+        wanted = None if paths is None else tuple(sorted(path[start:] for path in paths))
+        for state in states:
+            if self.reads not in state:
+                continue
+            measured = _run(
+                self.module,
+                self.forward,
+                params,
+                state,
+                statistic.measure,
+                wanted,
+                self.counted,
+            )[1]
+            for path, values in measured.items():
+                path = f"{self.root}/{path}" if self.root else path
+                for value in values:
+                    total[path] = statistic.join(total[path], value) if path in total else value
+        return total
+
+    def watch(self, leaves: Leaves, state: State, note: Callable[[Reading], None]) -> None:
+        """Runs one batch abstractly and notes how each layer reads its weights.
+
+        Args:
+          leaves: parameters by their full path, borrowed ones included.
+          state: of one batch before the stage.
+          note: called with each reading, whose path is the full one.
+        """
+        prefix = f"{self.root}/" if self.root else ""
+
+        def run(params: Any, state: State) -> Any:
+            with watched(lambda reading: note(reading._replace(path=prefix + reading.path))):
+                return advance(self.module, self.forward, params, state)
+
+        if self.reads in state:
+            jax.eval_shape(run, self._params(leaves), state)
+
+    def readers(self, leaves: Leaves, state: State) -> list[tuple[str, ...]]:
+        """Weights that read the same rows, group by group in the order in which they run.
+
+        Args:
+          leaves: parameters by their full path, borrowed ones included.
+          state: of one batch before the stage.
+        """
+        # The arrays are kept, so that no two of them have one address.
+        groups: dict[Any, tuple[Any, list[str]]] = {}
+
+        def see(reading: Reading) -> None:
+            if reading.rows is not None:
+                group = groups.setdefault((id(reading.x), reading.kind), (reading.x, []))
+                group[1].append(reading.path)
+
+        self.watch(leaves, state, see)
+        return [tuple(dict.fromkeys(paths)) for _, paths in groups.values()]
+
+    def unseen(self, leaves: Leaves, states: Iterable[State]) -> dict[str, str]:
+        """Why the inputs of a weight cannot be seen, by path; weights that are seen are absent."""
+        reasons: dict[str, str] = {}
+        seen: set[str] = set()
+
+        def see(reading: Reading) -> None:
+            if reading.rows is not None:
+                seen.add(reading.path)
+            else:
+                reasons.setdefault(reading.path, reading.reason)
+
+        for state in states:
+            if self.reads in state:
+                self.watch(leaves, state, see)
+                break
+        return {path: reason for path, reason in reasons.items() if path not in seen}
+
+    def _params(self, leaves: Leaves) -> Any:
+        start = len(self.root) + 1 if self.root else 0
+        return nested(
+            {path[start:]: leaf for path, leaf in leaves.items() if path.startswith(self.root)}
+        )
+
+
+def advance(module: nn.Module, forward: Callable[..., State], params: Any, state: State) -> State:
+    """Runs the module of a stage, or the functions of its `Calibration`."""
+    if isinstance(forward, Through):
+        return forward(params, state)
+    return module.apply({"params": params}, state, method=forward)
+
+
+@dataclass(frozen=True)
+class Through:
+    """Runs a whole model by the functions that its calibration brings."""
+
+    model: Called
+
+    def __call__(self, params: Any, state: State) -> State:
+        output = self.model.run(params, state)
+        # What a loss gives is no output to compare.
+        if self.model.apply is None:
+            return state
+        return {**state, "x": self.model.logits_of(output)}
+
+
+@functools.partial(jax.jit, static_argnames=("module", "forward", "measure", "wanted", "counted"))
+def _run(
+    module: nn.Module,
+    forward: Callable[..., State],
+    params: Any,
+    state: State,
+    measure: Callable[[Array, Array | None], Any] | None = None,
+    wanted: tuple[str, ...] | None = None,
+    counted: Callable[[State], Array | None] = _all_rows,
+) -> tuple[State, dict[str, list[Any]]]:
+    if measure is None:
+        return advance(module, forward, params, state), {}
+    readings: list[Reading] = []
+    with watched(readings.append):
+        after = advance(module, forward, params, state)
+    # A module that runs several times meets several arrays.
+    rows: dict[str, list[Array]] = {}
+    # Patches of a convolution are another run of its layer, which is not to be watched itself.
+    for reading in readings:
+        if reading.rows is not None and (wanted is None or reading.path in wanted):
+            x = reading.rows()
+            rows.setdefault(reading.path, []).append(x.reshape(-1, x.shape[-1]))
+    valid = counted(after if counted is _rows_of_sound else state)
+
+    def reduce(x: Array) -> Any:
+        x = x.astype(jnp.float32)
+        if valid is None or valid.shape[0] != x.shape[0]:
+            return measure(x, None)
+        return measure(jnp.where(valid[:, None], x, 0.0), valid)
+
+    # Without the state, the compiler leaves out what the statistic does not need.
+    return {}, {path: [reduce(x) for x in calls] for path, calls in rows.items()}
+
+
+def stages(model: nn.Module | Called) -> tuple[Stage, ...]:
+    """The stages of a model, in the order in which they run."""
+    if isinstance(model, Called):
+        return (Stage("model", "", ("",), model.model, Through(model), "batch", (), _all_rows),)
+    if not isinstance(model, MultimodalGLM):
+        return (Stage("model", "", ("",), model, _whole),)
+    config, found = model.config, []
+    width = config.decoder.hidden_size
+    if config.vision is not None:
+        encoder = VisionEncoder(config.vision, width, model.compute)
+        windows = [
+            None if index in config.vision.global_layers else config.vision.window
+            for index in range(config.vision.num_layers)
+        ]
+        layers = [
+            VisionLayer(config.vision, window, _first_alike(config.vision, i), model.compute)
+            for i, window in enumerate(windows)
+        ]
+        found += _encoder("vision", "images", encoder, layers, _vision_functions)
+    if config.speech is not None:
+        encoder = SpeechEncoder(config.speech, width, model.compute)
+        layers = [
+            SpeechLayer(config.speech, _first_alike(config.speech, i), model.compute)
+            for i in range(config.speech.num_layers)
+        ]
+        found += _encoder("speech", "audio", encoder, layers, _speech_functions)
+    found.append(Stage("embed", "", ("embed/",), model, _embed))
+    for index in range(config.decoder.num_layers):
+        root = f"decoder/layers/{index}"
+        layer = Layer(config.decoder, _first_alike(config.decoder, index), model.compute)
+        found.append(Stage(root, root, (f"{root}/",), layer, _decode))
+    tied = ("embed/weight",) if config.decoder.tie_embeddings else ()
+    found.append(Stage("head", "", ("decoder/norm/", "head/"), model, _predict, "tokens", tied))
+    return tuple(found)
+
+
+def _first_alike(part: Any, index: int) -> int:
+    """The first layer of the same widths, whose compiled program serves this one."""
+    widths = [(part.heads(i), part.kv_heads(i), part.neurons(i)) for i in range(index + 1)]
+    return widths.index(widths[index])
+
+
+def _encoder(
+    name: str, reads: str, encoder: nn.Module, layers: list[nn.Module], functions: Mapping[str, Any]
+) -> list[Stage]:
+    # An encoder declares tables of its own when any part of it is called, so its end needs them.
+    tables = tuple(f"{name}/{table}" for table in functions["tables"])
+    front = (*(f"{name}/{part}/" for part in functions["front_owns"]), *tables)
+    found = [Stage(f"{name}/front", name, front, encoder, functions["front"], reads, (), _all_rows)]
+    for index, layer in enumerate(layers):
+        root = f"{name}/layers/{index}"
+        found.append(
+            Stage(root, root, (f"{root}/",), layer, functions["layer"], reads, (), _all_rows)
+        )
+    end = tuple(f"{name}/{part}/" for part in functions["end_owns"])
+    counted = _rows_of_sound if name == "speech" else _all_rows
+    found.append(Stage(f"{name}/end", name, end, encoder, functions["end"], reads, tables, counted))
+    return found
+
+
+def _images(images: Any, config: Any) -> list[Array]:
+    """Images of each size: one array of all rows, or those of a list by size."""
+    if isinstance(images, list | tuple):
+        return image_groups(images, config)[0]
+    return [images.reshape(-1, *images.shape[-3:])]
+
+
+def _grids(state: State, config: Any) -> list[tuple[int, int]]:
+    return [config.grid_of(group.shape[-3:-1]) for group in _images(state["images"], config)]
+
+
+def _vision_front(encoder: VisionEncoder, state: State) -> State:
+    groups = _images(state["images"], encoder.config)
+    angles = [encoder.angles(grid) for grid in _grids(state, encoder.config)]
+    # One entry for each size of image.
+    return {**state, "x": [encoder.embed(group)[0] for group in groups], "angle": angles}
+
+
+def _vision_layer(layer: VisionLayer, state: State) -> State:
+    parts = zip(state["x"], state["angle"], _grids(state, layer.config), strict=True)
+    return {**state, "x": [layer(x, angle, grid) for x, angle, grid in parts]}
+
+
+def _vision_end(encoder: VisionEncoder, state: State) -> State:
+    parts = zip(state["x"], _grids(state, encoder.config), strict=True)
+    features = [encoder.head(encoder.norm(x), grid) for x, grid in parts]
+    if isinstance(state["images"], list | tuple):
+        order = image_groups(state["images"], encoder.config)[1]
+        return _encoded(state, "images", "vision", in_reading_order(features, order))
+    return _encoded(state, "images", "vision", _by_row(state, features[0]))
+
+
+def _speech_front(encoder: SpeechEncoder, state: State) -> State:
+    items = state["audio"].reshape(-1, *state["audio"].shape[-2:])
+    x = encoder.embed(items)[0]
+    return {**state, "x": x, "angle": encoder.angles(x.shape[1])}
+
+
+def _speech_layer(layer: SpeechLayer, state: State) -> State:
+    return {**state, "x": layer(state["x"], state["angle"])}
+
+
+def _speech_end(encoder: SpeechEncoder, state: State) -> State:
+    features = encoder.head(encoder.norm(state["x"]))
+    if "audio_frames" not in state:
+        return _encoded(state, "audio", "speech", _by_row(state, features))
+    asked = (features, state["audio_frames"], encoder.config.merge_size)
+    after = _encoded(state, "audio", "speech", sounding_first(*asked))
+    return {**after, "sounding": sounding(*asked)}
+
+
+def _by_row(state: State, features: Array) -> Array:
+    return features.reshape(state["tokens"].shape[0], -1, features.shape[-1])
+
+
+def _encoded(state: State, source: str, name: str, features: Array) -> State:
+    rest = {key: value for key, value in state.items() if key not in ("x", "angle", source)}
+    return {**rest, name: features}
+
+
+_vision_functions = {
+    "front": _vision_front,
+    "layer": _vision_layer,
+    "end": _vision_end,
+    "front_owns": ("patch", "post_conv_norm"),
+    "end_owns": ("norm", "pool", "merge", "projector"),
+    "tables": ("position", "begin", "end", "row", "column"),
+}
+_speech_functions = {
+    "front": _speech_front,
+    "layer": _speech_layer,
+    "end": _speech_end,
+    "front_owns": ("conv1", "conv2"),
+    "end_owns": ("norm", "linear_1", "linear_2"),
+    "tables": ("position",),
+}
+
+
+def _embed(model: MultimodalGLM, state: State) -> State:
+    tokens, x = state["tokens"], model.embed(state["tokens"])
+    for name, token in (
+        ("vision", model.config.image_token_id),
+        ("speech", model.config.audio_token_id),
+    ):
+        if name in state:
+            x = place_features(x, tokens == token, state[name])
+    angle, mask, _ = model.decoder.prepare(x, state["positions"], state.get("mask"), None)
+    return {**_padded(state), "tokens": tokens, "x": x, "angle": angle, "mask": mask}
+
+
+def _decode(layer: Layer, state: State) -> State:
+    x, _ = layer(state["x"], state["angle"], state["mask"], None, jnp.zeros((), jnp.int32))
+    return {**state, "x": x}
+
+
+def _predict(model: MultimodalGLM, state: State) -> State:
+    x = model.predict(model.decoder.norm(state["x"]))
+    return {**_padded(state), "tokens": state["tokens"], "x": x}
+
+
+def _padded(state: State) -> State:
+    return {"valid": state["valid"]} if "valid" in state else {}
+
+
+def _whole(model: nn.Module, state: State) -> State:
+    output = model(state["tokens"], **batches.inputs_of(model, state))
+    return {**state, "x": output[0] if isinstance(output, tuple) else output}
+
+
+def first_states(model: nn.Module | Called, calibration: Iterable[Any]) -> list[State]:
+    """States before the first stage.
+
+    Args:
+      model: the batches are for, or `Called`.
+      calibration: batches, see `glm_edge.compress.batches`.
+
+    Returns:
+      One state for each batch.
+
+    Raises:
+      DataError: a batch is malformed.
+    """
+    states = []
+    for batch in calibration:
+        state = {k: v for k, v in batches.to_device(model, batch).items() if k != "loss_mask"}
+        if isinstance(model, MultimodalGLM) and "positions" not in state:
+            state["positions"] = _positions(model, state)
+        states.append(state)
+    return states
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _positions(model: MultimodalGLM, state: State) -> Array:
+    return model.apply(
+        {},
+        state["tokens"],
+        state.get("valid"),
+        state.get("images"),
+        method=MultimodalGLM.start_positions,
+    )[0]

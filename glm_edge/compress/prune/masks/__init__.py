@@ -1,0 +1,1 @@
+"""Masks: shapes of what is masked, sparsity allocation, and the masks themselves."""

@@ -1,0 +1,87 @@
+"""How many units each pool loses, and which."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from glm_edge.compress.prune.masks import ties as torch_order
+from glm_edge.compress.prune.masks.shapes import Pool
+
+UNIFORM, GLOBAL, MEASURED = "uniform", "global", "measured"
+FIRST, TORCH = "first", "torch"
+
+
+def uniform(pools: Sequence[Pool], sparsity: float) -> list[int]:
+    """The same fraction of every pool.
+
+    Args:
+      pools: of units.
+      sparsity: fraction to remove.
+
+    Returns:
+      Units that each group of each pool loses.
+
+    Raises:
+      RecipeError: a pool would lose all where some must stay.
+    """
+    return [pool.count(sparsity) for pool in pools]
+
+
+def over_all(pools: Sequence[Pool], scores: Sequence[np.ndarray], sparsity: float) -> list[int]:
+    """The lowest scores wherever they are, up to a fraction of the weights.
+
+    Groups of a pool lose alike: their lowest units go together, then their second lowest, each
+    such set by the mean of its scores.
+
+    Args:
+      pools: of units.
+      scores: [g, u] of each pool.
+      sparsity: fraction of all weights of the pools to remove.
+
+    Returns:
+      As `uniform`.
+    """
+    ranked, sizes, owners = [], [], []
+    for index, (pool, values) in enumerate(zip(pools, scores, strict=True)):
+        means = np.sort(values, axis=1)[:, : pool.units - pool.at_least].mean(axis=0)
+        ranked.append(means)
+        sizes.append(np.full(len(means), pool.weights // pool.units, np.int64))
+        owners.append(np.full(len(means), index))
+    order = np.argsort(np.concatenate(ranked), kind="stable")
+    removed = np.cumsum(np.concatenate(sizes)[order])
+    count = np.searchsorted(removed, round(sparsity * sum(pool.weights for pool in pools)), "right")
+    return np.bincount(np.concatenate(owners)[order[:count]], minlength=len(pools)).tolist()
+
+
+def kept(scores: np.ndarray, count: int, ties: str = FIRST) -> np.ndarray:
+    """Marks what stays when the lowest scores of each group go.
+
+    Args:
+      scores: [g, u].
+      count: units that each group loses.
+      ties: of equals the `first` go, or those that torch takes on a CPU: of weights what
+        `torch.topk` finds smallest goes, of larger units what it finds largest stays.
+
+    Returns:
+      bool [g, u].
+    """
+    keep = np.ones(scores.shape, bool)
+    if ties == TORCH:
+        keep[0, torch_order.smallest(scores[0], count)] = False
+    elif len(scores) == 1 and 0 < count < scores.shape[1]:
+        # Sorting all to find the first few of millions would take most of the time.
+        edge = np.partition(scores[0], count - 1)[count - 1]
+        keep[0] = scores[0] >= edge
+        equal = np.flatnonzero(scores[0] == edge)
+        keep[0, equal[: count - np.count_nonzero(~keep)]] = False
+    elif count:
+        lowest = np.argsort(scores, axis=1, kind="stable")[:, :count]
+        np.put_along_axis(keep, lowest, False, axis=1)
+    return keep
+
+
+def kept_as_torch(scores: np.ndarray, count: int) -> np.ndarray:
+    """As `kept` of larger units, those staying that `torch.topk` finds largest; [1, u]."""
+    keep = np.zeros(scores.shape, bool)
+    keep[0, torch_order.smallest(-scores[0], scores.shape[1] - count)] = True
+    return keep

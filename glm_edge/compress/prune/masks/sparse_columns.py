@@ -1,0 +1,172 @@
+"""Pruning a matrix column by column, each column making up for the errors of those before it.
+
+What is minimised is the squared error at the output, as in
+`glm_edge.compress.quantize.solvers.gptq_solver`, and by the same factor `H = R R^T`: a weight that
+goes costs `R[j, j]^2` times the square of what it is once the errors so far are made up for, which
+is SparseGPT's `w^2 / [H^-1]_jj` of the columns left.
+
+Arrays inside are transposed, [in, out]. Letters: `b` columns of a block, `m` columns of a group of
+`N:M`.
+
+References:
+  SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot,
+  https://arxiv.org/abs/2301.00774.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from glm_edge.compress.quantize.solvers import triangular
+from glm_edge.compress.quantize.solvers.gptq_solver import Info, damped_factor, scaled
+
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def solve(
+    weight: Array,
+    gram: Array,
+    sparsity: float = 0.0,
+    n_m: tuple[int, int] | None = None,
+    damping: float = 0.01,
+    block: int = 128,
+    mask: Array | None = None,
+    refine: int = 0,
+) -> tuple[Array, Array, Info]:
+    """Prunes a matrix to least squared error at its output, given the Gram matrix of its inputs.
+
+    Args:
+      weight: [out, in].
+      gram: float32 [in, in], the sum of `x x^T`.
+      sparsity: fraction of each block of columns that goes, where `n_m` is None.
+      n_m: `(N, M)`: of M neighbours along the inputs N stay.
+      damping: fraction of the mean diagonal that is added to it; times ten until a factor exists.
+      block: columns whose weights compete, or the largest divisor of the columns below.
+      mask: bool [out, in], False where a weight is zero already; None keeps all.
+      refine: steps of conjugate gradients that then fit the weights that stay; none is SparseGPT as
+        published.
+
+    Returns:
+      `(weight, keep, info)`: float32 and bool [out, in].
+
+    Raises:
+      FloatingPointError: the Gram matrix is not finite.
+    """
+    weight, gram = weight.astype(jnp.float32).T, scaled(gram)
+    factor, damped, used = damped_factor(gram, damping)
+    kept = jnp.ones(weight.shape, bool) if mask is None else mask.T
+    unit = 1 if n_m is None else n_m[1]
+    size = _block_of(weight.shape[0], block, unit)
+    errors, keep = _by_blocks(weight, factor, kept, sparsity, n_m, size)
+    if refine:
+        errors = _refined(weight, damped, errors, keep, refine)
+    power, lost = (
+        float(np.sum(np.asarray(triangular.column_sums(_product(gram, x) * x), np.float64)))
+        for x in (weight, errors)
+    )
+    found = jnp.where(keep, weight - errors, 0.0)
+    return found.T, keep.T, Info(used, lost / power if power > 0 else 0.0)
+
+
+def _block_of(count: int, block: int, unit: int) -> int:
+    """The largest divisor of `count` up to `block` that is whole units."""
+    sizes = range(unit, min(count, max(block, unit)) + 1, unit)
+    return max(size for size in sizes if count % size == 0)
+
+
+@functools.partial(jax.jit, static_argnames=("sparsity", "n_m", "size"))
+def _by_blocks(
+    weight: Array,
+    factor: Array,
+    kept: Array,
+    sparsity: float,
+    n_m: tuple[int, int] | None,
+    size: int,
+) -> tuple[Array, Array]:
+    """Errors `W - Q` and what stays, [in, out]."""
+
+    def step(errors: Array, index: Array) -> tuple[Array, Array]:
+        part = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
+        )
+        across = part(factor, axis=1)
+        within, here, keep = part(across), part(weight), part(kept)
+        pull = triangular.across(across, errors)
+        if n_m is None:
+            keep = _kept_of_block(_worth(within, here, pull), keep, sparsity)
+        found, keep = _columns(within, here, pull, keep, n_m)
+        return jax.lax.dynamic_update_slice_in_dim(errors, found, index * size, 0), keep
+
+    steps = jnp.arange(weight.shape[0] // size)
+    errors, keep = jax.lax.scan(step, jnp.zeros_like(weight), steps)
+    return errors, keep.reshape(weight.shape)
+
+
+def _worth(within: Array, weight: Array, pull: Array) -> Array:
+    """What each weight costs that goes, [b, out], the errors so far being made up for."""
+    left = weight + triangular.solve_upper(within, pull, transposed=True)
+    return jnp.square(left * jnp.diagonal(within)[:, None])
+
+
+def _kept_of_block(worth: Array, kept: Array, sparsity: float) -> Array:
+    worth = jnp.where(kept, worth, -jnp.inf).reshape(-1)
+    lowest = jnp.argsort(worth, stable=True)[: round(sparsity * worth.size)]
+    return kept & jnp.ones(worth.size, bool).at[lowest].set(False).reshape(kept.shape)
+
+
+def _columns(
+    within: Array, weight: Array, pull: Array, kept: Array, n_m: tuple[int, int] | None
+) -> tuple[Array, Array]:
+    """Prunes the columns of a block in turn; errors and what stays, [b, out]."""
+    unit = 1 if n_m is None else n_m[1]
+    scales = jnp.diagonal(within)
+
+    def step(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        errors, keep = carry
+        first = index * unit
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=unit)
+        across = part(within, axis=1)
+        own, own_pull = part(across), part(pull) + triangular.across(across, errors)
+        here, stays = part(weight), part(keep)
+        if n_m is not None:
+            worth = jnp.where(stays, _worth(own, here, own_pull), -jnp.inf)
+            rank = jnp.argsort(jnp.argsort(worth, axis=0, stable=True), axis=0)
+            stays = stays & (rank >= n_m[1] - n_m[0])
+        found: list[Array] = []
+        for i in range(unit):
+            moved = own_pull[i] + sum(own[k, i] * found[k] for k in range(i))
+            target = here[i] + moved / part(scales)[i]
+            found.append(here[i] - jnp.where(stays[i], target, 0.0))
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
+        return put(errors, jnp.stack(found)), put(keep, stays)
+
+    start = (jnp.zeros_like(weight), kept)
+    return jax.lax.fori_loop(0, weight.shape[0] // unit, step, start)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _refined(weight: Array, gram: Array, errors: Array, keep: Array, steps: int) -> Array:
+    """Errors after conjugate gradients on the weights that stay, each output by itself."""
+    scale = jnp.diagonal(gram)[:, None]
+
+    def inner(a: Array, b: Array) -> Array:
+        return triangular.column_sums(a * b)
+
+    def step(_: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        errors, residual, direction, power = carry
+        along = jnp.where(keep, _product(gram, direction), 0.0)
+        bend = inner(direction, along)
+        length = jnp.where(bend > 0, power / jnp.where(bend > 0, bend, 1.0), 0.0)
+        errors, residual = errors - length * direction, residual - length * along
+        eased = residual / scale
+        new = inner(residual, eased)
+        ratio = jnp.where(power > 0, new / jnp.where(power > 0, power, 1.0), 0.0)
+        return errors, residual, eased + ratio * direction, new
+
+    residual = jnp.where(keep, _product(gram, errors), 0.0)
+    eased = residual / scale
+    start = (errors, residual, eased, inner(residual, eased))
+    return jax.lax.fori_loop(0, steps, step, start)[0]

@@ -1,0 +1,1 @@
+"""Removing units from arrays, configurations and tokenizers."""

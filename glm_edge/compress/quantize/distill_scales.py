@@ -1,0 +1,148 @@
+"""Distillation of what surrounds the integers of a quantized model: scales, norms and biases."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glm_edge import params as boxes
+from glm_edge.compress.distill.loop import DistillOptions, TrainOptions, as_teacher, train
+from glm_edge.compress.quantize.parameter import relative_error, row
+from glm_edge.compress.report import Report
+from glm_edge.compress.transform import (
+    Context,
+    Result,
+    Transform,
+    arrays,
+    check_pattern,
+    positional,
+    register,
+)
+from glm_edge.errors import RecipeError
+from glm_edge.kernels.grid import held_scale
+from glm_edge.params import Quantized
+from glm_edge.params.patterns import compiled
+from glm_edge.params.tree import Params
+
+NAME = "quantize.distill_scales"
+
+
+@register(NAME)
+class DistillScales(Transform):
+    """Trains the scales of a quantized model on its teacher's predictions; integers stay.
+
+    Floating zero points train too. The loss is that of `glm_edge.compress.distill`. A step moves a
+    scale by the learning rate times its first value, and anything else by the learning rate. What
+    was trained is stored in the types that it had.
+
+    Attributes:
+      where: regular expression searched in each path of the quantized weights; None is all.
+      norms: also trains norms and biases under the same roots (`decoder`, `vision`, …).
+      teacher: `(model, params)`; None is the model that the chain was given.
+      train: steps, learning rate and the like, see `glm_edge.TrainOptions`.
+      temperature: softens both predictions.
+      alpha: weight of the teacher, in 0..1; the rest is the labels'.
+
+    Raises:
+      RecipeError: an option has no meaning; on call, nothing that is quantized matches, there is no
+        teacher, or the loss is not finite.
+      DataError: calibration is missing or not a batch.
+
+    References:
+      EfficientQAT: Efficient Quantization-Aware Training for Large Language Models (its second
+      phase), https://arxiv.org/abs/2407.11062.
+    """
+
+    needs_model: ClassVar[bool] = True
+
+    where: str | None = positional(None)
+    norms: bool = True
+    teacher: tuple[nn.Module, Params] | None = arrays()
+    train: TrainOptions = TrainOptions()
+    temperature: float = 1.0
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._set(teacher=as_teacher(NAME, self.teacher), train=TrainOptions.of(NAME, self.train))
+        super().__post_init__()
+        check_pattern(NAME, "where", self.where)
+        DistillOptions(self.temperature, self.alpha).check(NAME)
+        if self.train.weight_decay:
+            raise RecipeError(f"{NAME}: scales do not decay; leave out weight_decay of train=")
+
+    def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
+        if self.teacher is None and context.original[1] is params:
+            raise RecipeError(
+                f"{NAME}: the model would be its own teacher; pass teacher=(model, params), or put "
+                "it after what quantizes in a chain"
+            )
+        old = dict(boxes.path_items(params))
+        chosen = {
+            path
+            for path, leaf in old.items()
+            if isinstance(leaf, Quantized) and compiled(self.where).search(path)
+        }
+        if not chosen:
+            raise RecipeError(f"{NAME}: where={self.where!r} matches nothing that is quantized")
+        roots = {path.split("/", 1)[0] for path in chosen} if self.norms else set()
+        moving = chosen | {
+            path
+            for path, leaf in old.items()
+            if path.split("/", 1)[0] in roots
+            and not boxes.is_box(leaf)
+            and not boxes.is_matrix(path, leaf)
+        }
+        floating, stored = boxes.partition(params, scales=True)
+        trainable = _only(floating, moving)
+        frozen = boxes.combine(_only(floating, set(old) - moving), stored)
+        trained, curve, notes = train(
+            NAME,
+            model,
+            trainable,
+            frozen,
+            self.teacher or context.original,
+            self.train,
+            context,
+            jax.tree_util.tree_map_with_path(_lr_scale, trainable),
+            DistillOptions(self.temperature, self.alpha),
+        )
+        narrowed = jax.tree_util.tree_map_with_path(_stored, trained, trainable)
+        _check_finite(narrowed)
+        tuned = boxes.combine(narrowed, frozen)
+        rows = [
+            row(NAME, path, old[path], leaf, relative_error(old[path], leaf), "scales trained")
+            for path, leaf in boxes.path_items(tuned)
+            if path in chosen
+        ]
+        return model, tuned, Report.of(rows, params, tuned, curve=curve, notes=notes)
+
+
+distill_scales = DistillScales
+
+
+def _only(tree: Params, paths: set[str]) -> Params:
+    """The tree with None in place of the arrays at other paths."""
+    return boxes.map_with_path(
+        lambda path, leaf: leaf if path in paths else jax.tree.map(lambda _: None, leaf), tree
+    )
+
+
+def _lr_scale(path: tuple[Any, ...], array: Any) -> Any:
+    return jnp.abs(array.astype(jnp.float32)) if _is_scale(path) else jnp.float32(1.0)
+
+
+def _stored(path: tuple[Any, ...], array: Any, before: Any) -> Any:
+    if _is_scale(path):
+        return held_scale(array, str(before.dtype))
+    return array.astype(before.dtype)
+
+
+def _is_scale(path: tuple[Any, ...]) -> bool:
+    return getattr(path[-1], "name", None) == "scale"
+
+
+def _check_finite(trained: Params) -> None:
+    for path, leaf in boxes.path_items(trained):
+        if not all(bool(jnp.isfinite(array).all()) for array in jax.tree.leaves(leaf)):
+            raise RecipeError(f"{path}: what was trained left the range of its type")

@@ -1,0 +1,309 @@
+"""From one parameter to its quantized box, and the report's row about it."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress.quantize.solvers import scales as grids
+from glm_edge.compress.quantize.solvers.scales import Grid
+from glm_edge.compress.report import Row
+from glm_edge.errors import RecipeError
+from glm_edge.kernels import grid as kernels
+from glm_edge.params import FakeQuantized, Format, Masked, Narrow, Quantized
+from glm_edge.params.layouts import Layout, by_name
+
+# Matrices of more weights are rounded by bands of rows, so that float32 copies stay small.
+BAND = 1 << 24
+
+
+def as_rows(leaf: Any, layout: Layout) -> Array:
+    """The dense weight of an array or box as `[..., out, in]`."""
+    return layout.rows(boxes.dense(leaf))
+
+
+def dense_rows(path: str, leaf: Any, layout: Layout) -> Array:
+    """As `as_rows` in float32.
+
+    Raises:
+      RecipeError: the weight holds NaN or infinity.
+    """
+    weight, finite = _float32_rows(leaf, layout)
+    if not finite:
+        raise RecipeError(f"{path}: NaN or infinity in the weights")
+    return weight
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _float32_rows(leaf: Any, layout: Layout) -> tuple[Array, Array]:
+    """The dense weight as `as_rows` in float32, and whether it is finite."""
+    weight = as_rows(leaf, layout).astype(jnp.float32)
+    return weight, jnp.isfinite(weight).all()
+
+
+def each_matrix(solve: Callable[[Array], Any], rows: Array) -> Any:
+    """Calls `solve` with each matrix of a stack `[..., out, in]` and stacks what it returns."""
+    if rows.ndim == 2:
+        return solve(rows)
+    solved = [solve(matrix) for matrix in rows.reshape(-1, *rows.shape[-2:])]
+    return jax.tree.map(
+        lambda *parts: jnp.stack(parts).reshape(*rows.shape[:-2], *parts[0].shape), *solved
+    )
+
+
+def quantize_leaf(
+    path: str,
+    leaf: Any,
+    format: Format,
+    scale: str = "max",
+    layout: Layout | None = None,
+    stock: bool = False,
+) -> tuple[Any, float]:
+    """Rounds one parameter to the nearest levels.
+
+    Args:
+      path: of the parameter, for messages.
+      leaf: array or `Masked`.
+      format: to store it in.
+      scale: see `glm_edge.compress.quantize.solvers.scales.choose`.
+      layout: of the parameter; None takes what its name says.
+      stock: a stock layer reads it, whose activations keep their type only if its weights do.
+
+    Returns:
+      `(box, relative error)`; where the format is a floating type, a plain array, or of a stock
+      layer a `Narrow`.
+
+    Raises:
+      RecipeError: the weight is not finite, its scales do not fit the format's scale type, the
+        format cannot hold the zeros of its mask, or the name does not say which axes are inputs.
+    """
+    if format.plain:
+        return _cast(path, leaf, format, stock)
+    layout = by_name(path, tuple(leaf.shape)) if layout is None else layout
+    if layout is None:
+        raise RecipeError(f"{path} {list(leaf.shape)}: pass layout=, which says its inputs")
+    matrix = as_rows(leaf, layout)
+    peak = _peak(matrix)
+    if not np.isfinite(peak):
+        raise RecipeError(f"{path}: NaN or infinity in the weights")
+    parts, lost, power = [], 0.0, 0.0
+    for band in _bands(matrix, format):
+        codes, grid = grids.nearest(band, format, scale)
+        part, squares = _boxed(codes, grid, band, peak, format, str(leaf_dtype(leaf)))
+        parts.append(part)
+        squares = np.asarray(squares, np.float64)
+        lost, power = lost + squares[0].sum(), power + squares[1].sum()
+    box = jax.tree.map(lambda *bands: _joined(bands), *parts)
+    if not math.isfinite(lost) or not _all_finite(box.scale):
+        raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
+    box = box.replace(**layout.kernel(leaf.shape), dtype=str(leaf_dtype(leaf)))
+    _check_mask(path, leaf, box)
+    return box, math.sqrt(lost / (power or 1.0))
+
+
+def _cast(path: str, leaf: Any, format: Format, stock: bool) -> tuple[Any, float]:
+    weight = boxes.dense(leaf)
+    held = weight.astype(format.qtype)
+    if not bool(jnp.isfinite(held).all()):
+        raise RecipeError(f"{path}: NaN or infinity in the weights, or beyond {format.qtype}")
+    error = relative_error(weight, held)
+    if stock and weight.dtype != held.dtype:
+        # Zeros of a mask are zeros of the value, as in other rounded weights.
+        held = boxes.narrow(held, weight.dtype)
+    elif isinstance(leaf, Masked):
+        held = boxes.mask(held, leaf.mask)
+    return held, error
+
+
+def _bands(matrix: Array, format: Format) -> list[Array]:
+    if matrix.ndim != 2 or matrix.size <= BAND or format.group_size == "tensor":
+        return [matrix]
+    rows = max(1, BAND // matrix.shape[1])
+    return [matrix[start : start + rows] for start in range(0, len(matrix), rows)]
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _all_finite(scale: Array) -> bool:
+    return bool(np.isfinite(np.float32(scale)).all())
+
+
+@jax.jit
+def _peak(matrix: Array) -> Array:
+    return jnp.max(jnp.abs(matrix), initial=0.0).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("format", "dtype"))
+def _boxed(
+    codes: Array, grid: Grid, band: Array, peak: Array, format: Format, dtype: str
+) -> tuple[Quantized, tuple[Array, Array]]:
+    """The box of codes, and the squares of its error, see `_squares`."""
+    box = boxes.quantized(codes, *grid, format, dtype=dtype)
+    return box, _squares(box.unbox(), band, peak)
+
+
+def _squares(after: Array, before: Array, peak: Array) -> tuple[Array, Array]:
+    """Squared error and squared norm of each row, in units in which `peak` is near one."""
+    before = before.astype(jnp.float32)
+    lost = grids.normalized(after.astype(jnp.float32) - before, peak)
+    return tuple(jnp.sum(jnp.square(x), axis=-1) for x in (lost, grids.normalized(before, peak)))
+
+
+def box_of(
+    path: str,
+    leaf: Any,
+    codes: Array,
+    grid: Grid,
+    format: Format,
+    layout: Layout,
+) -> Quantized:
+    """Boxes the codes of a parameter.
+
+    Args:
+      path: of the parameter.
+      leaf: what it was, for its type and its mask.
+      codes: int8 [..., out, in].
+      grid: of the codes.
+      format: to store them in.
+      layout: of the parameter.
+
+    Returns:
+      The box.
+
+    Raises:
+      RecipeError: scales do not fit their type, or a weight that a mask keeps at zero would no
+        longer be zero.
+    """
+    if not _all_finite(grid.scale):
+        raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
+    box = boxes.quantized(codes, *grid, format, dtype=str(leaf_dtype(leaf)))
+    box = box.replace(**layout.kernel(leaf.shape))
+    _check_mask(path, leaf, box)
+    return box
+
+
+def _check_mask(path: str, leaf: Any, box: Quantized) -> None:
+    if isinstance(leaf, Masked) and bool(
+        np.any(np.asarray(box.unbox())[~np.asarray(leaf.mask)] != 0)
+    ):
+        raise RecipeError(f"{path}: {box.format} cannot hold the zeros of its mask")
+
+
+def leaf_dtype(leaf: Any) -> Any:
+    """Type of the dense weight of an array or box."""
+    if isinstance(leaf, Masked):
+        return leaf_dtype(leaf.value)
+    return jnp.dtype(leaf.dtype)
+
+
+def is_stock(path: str) -> bool:
+    """True for a parameter of a stock layer; those of `glm_edge.models` are named `weight`."""
+    return path.rsplit("/", 1)[-1] in ("kernel", "embedding")
+
+
+def relative_error(before: Any, after: Any) -> float:
+    """`|after - before| / |before|` of two parameters of one shape."""
+    old, new = (np.asarray(boxes.dense(leaf)).reshape(-1) for leaf in (before, after))
+    lost = power = 0.0
+    # In float64, whose range holds the squares of all float32, and in an order without threads.
+    for start in range(0, old.size, BAND >> 2):
+        was, now = (x[start : start + (BAND >> 2)].astype(np.float64) for x in (old, new))
+        lost, power = lost + np.sum(np.square(now - was)), power + np.sum(np.square(was))
+    return math.sqrt(lost / (power or 1.0))
+
+
+def row(
+    transform: str,
+    path: str,
+    before: Any,
+    after: Any,
+    error: float | None,
+    note: str = "",
+    output_error: float | None = None,
+) -> Row:
+    """The report's row about a parameter that was rounded."""
+    if isinstance(after, Quantized | FakeQuantized):
+        action = str(after.format)
+    elif isinstance(after, Narrow):
+        action = str(after.value.dtype)
+    else:
+        action = str(leaf_dtype(after))
+    kept = float(np.mean(before.mask)) if isinstance(before, Masked) else 1.0
+    stored = boxes.stored_bytes(after)
+    # What training or search made of weights that its step size does not fit.
+    worse = "farther from the weight than zero is" if error is not None and error > 1 else ""
+    note = ", ".join(filter(None, (note, _underflow(before, after), worse)))
+    return Row(
+        transform,
+        path,
+        f"{action} ({note})" if note else action,
+        kept,
+        8 * stored / boxes.count(after),
+        boxes.stored_bytes(before),
+        stored,
+        error,
+        output_error,
+    )
+
+
+def _underflow(before: Any, after: Any) -> str:
+    """What a stored type was too coarse for, in words; empty where nothing was."""
+    said = []
+    if isinstance(after, Quantized):
+        smallest = kernels.smallest_scale(after.format.scale_dtype)
+        raised = int(np.sum(np.abs(np.float32(after.scale)) == smallest))
+        if raised:
+            said.append(
+                f"{raised} of {after.scale.size} scales are the smallest of "
+                f"{after.format.scale_dtype}"
+            )
+        lost = _zeroed_rows(before, after)
+        if lost:
+            said.append(f"{lost} of {math.prod(after.data.shape[:-1])} rows became zero")
+    elif not isinstance(after, FakeQuantized):
+        value = boxes.dense(after)
+        lost = int(_zeroed(boxes.dense(before)[..., None], value[..., None]))
+        if lost:
+            said.append(f"{lost} of {value.size} weights became zero")
+    return ", ".join(said)
+
+
+def _zeroed_rows(before: Any, after: Quantized) -> int:
+    """Rows of which nothing is left, band by band as in `quantize_leaf`."""
+    dense = _rows_like(after, boxes.dense(before))
+    bare = after.replace(kernel_shape=(), kernel_axes=())
+    if dense.ndim != 2 or dense.size <= BAND:
+        return int(_zeroed(dense, bare))
+    size, count = max(1, BAND // dense.shape[1]), 0
+    for start in range(0, len(dense), size):
+        rows = slice(start, start + size)
+        own = rows if len(bare.scale) == len(dense) else slice(None)
+        zero = None if bare.zero is None else bare.zero[own]
+        part = bare.replace(data=bare.data[rows], scale=bare.scale[own], zero=zero)
+        count += int(_zeroed(dense[rows], part))
+    return count
+
+
+def _rows_like(box: Quantized, dense: Array) -> Array:
+    """Arranges a dense weight as `[..., out, in]`, in the order of a box's rows and columns."""
+    if not box.kernel_shape:
+        return dense
+    stack = dense.ndim - len(box.kernel_shape)
+    if box.kernel_axes:
+        dense = dense.transpose(*range(stack), *(stack + axis for axis in box.kernel_axes))
+    columns = dense.reshape(*dense.shape[:stack], -1, box.data.shape[-2])
+    return jnp.swapaxes(columns, -1, -2)
+
+
+@jax.jit
+def _zeroed(before: Array, after: Any) -> Array:
+    """Rows, along the last axis, that are zero after and were not before."""
+    return jnp.sum(jnp.any(before != 0, axis=-1) & ~jnp.any(boxes.dense(after) != 0, axis=-1))

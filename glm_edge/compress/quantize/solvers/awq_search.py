@@ -1,0 +1,140 @@
+"""Factors for input channels and clipped ranges that lose least at a matrix's output.
+
+The error of a rounded matrix is measured on calibration rows `X` through their Gram matrix alone:
+`|X (W' - W)^T|^2 = sum(((W' - W) X^T X) * (W' - W))`.
+
+References:
+  AWQ: Activation-aware Weight Quantization, https://arxiv.org/abs/2306.00978.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.compress.quantize.solvers import scales as grids
+from glm_edge.params import Format
+from glm_edge.params.formats import PER_TENSOR
+
+# Factors below this, as a power of a channel's mean magnitude, are raised to it.
+_LEAST = 1e-4
+_FEW_LEVELS = ("int3", "int2", "ternary", "ternary34")
+
+
+def factor_of(magnitude: Array, ratio: Array) -> Array:
+    """Factors of channels, `magnitude ** ratio` with the geometric mean of its extremes at one.
+
+    Args:
+      magnitude: [channels] mean absolute input.
+      ratio: scalar in 0..1.
+
+    Returns:
+      float32 [channels], positive; one where nothing is known to come in.
+    """
+    power = jnp.maximum(jnp.where(magnitude > 0, magnitude, 1.0) ** ratio, _LEAST)
+    known = magnitude > 0
+    highest = jnp.max(jnp.where(known, power, 0.0))
+    lowest = jnp.min(jnp.where(known, power, jnp.inf))
+    middle = jnp.sqrt(highest * lowest)
+    return jnp.where(known & jnp.isfinite(middle), power / jnp.where(known, middle, 1.0), 1.0)
+
+
+@functools.partial(jax.jit, static_argnames=("formats", "blocks", "steps", "scale"))
+def search_factor(
+    weights: tuple[Array, ...],
+    gram: Array,
+    magnitude: Array,
+    formats: tuple[Format, ...],
+    blocks: tuple[int, int, int],
+    steps: int = 20,
+    scale: str = "max",
+) -> tuple[Array, Array]:
+    """Tries `steps` ratios for the factors of the channels that some matrices read.
+
+    Args:
+      weights: float32 [out, columns] each, reading the same rows.
+      gram: float32 [columns, columns] of those rows.
+      magnitude: [columns] mean absolute input.
+      formats: of each matrix.
+      blocks: how columns repeat channels, see `glm_edge.compress.folding.Fold`.
+      steps: ratios `0, 1 / steps, …, (steps - 1) / steps`.
+      scale: see `glm_edge.compress.quantize.solvers.scales.choose`.
+
+    Returns:
+      `(factor, errors)`: [channels] of the best ratio, and the summed squared error at the output
+      of every ratio, [steps]; the first is rounding without factors.
+    """
+    count, _, width = blocks
+    by_channel = magnitude.reshape(blocks).mean(axis=1).reshape(-1)
+
+    def error(ratio: Array) -> Array:
+        factor = factor_of(by_channel, ratio).reshape(count, 1, width)
+        columns = jnp.broadcast_to(factor, blocks).reshape(-1)
+        return sum(
+            output_error(_rounded(weight * columns, format, scale) / columns - weight, gram)
+            for weight, format in zip(weights, formats, strict=True)
+        )
+
+    ratios = jnp.arange(steps, dtype=jnp.float32) / steps
+    errors = jax.lax.map(error, ratios)
+    best = jnp.argmin(jnp.where(jnp.isfinite(errors), errors, jnp.inf))
+    return factor_of(by_channel, ratios[best]), errors
+
+
+@functools.partial(jax.jit, static_argnames=("format", "steps", "scale"))
+def search_clip(
+    weight: Array, gram: Array, format: Format, steps: int = 20, scale: str = "max"
+) -> Array:
+    """Tries smaller ranges for what shares a scale, each group by the error of its own columns.
+
+    Args:
+      weight: float32 [out, in].
+      gram: float32 [in, in] of the rows that it meets.
+      format: to round to.
+      steps: fractions `1, 1 - 1 / steps, …` of the largest magnitude; down to a half, or to a fifth
+        for types of few levels.
+      scale: see `glm_edge.compress.quantize.solvers.scales.choose`.
+
+    Returns:
+      float32 [out, in]: the weight clipped to the best range.
+    """
+    rows, groups = format.scale_shape(weight.shape)
+    grouped = weight.reshape(weight.shape[0], groups, -1)
+    size = grouped.shape[-1]
+    own = jnp.arange(groups)
+    within = gram.reshape(groups, size, groups, size)[own, :, own]
+
+    def clipped(fraction: Array) -> Array:
+        largest = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True)
+        if format.group_size == PER_TENSOR:
+            largest = jnp.max(largest)
+        return jnp.clip(grouped, -fraction * largest, fraction * largest)
+
+    def error(fraction: Array) -> Array:
+        candidate = clipped(fraction).reshape(weight.shape)
+        lost = (_rounded(candidate, format, scale) - weight).reshape(grouped.shape)
+        met = jnp.einsum("ogi,gij->ogj", lost, within, precision="highest")
+        left = jnp.sum(met * lost, axis=-1)
+        return jnp.broadcast_to(left.sum(), left.shape) if rows != weight.shape[0] else left
+
+    def better(best: tuple[Array, Array], fraction: Array):
+        found = error(fraction)
+        less = found < best[0]
+        return (jnp.where(less, found, best[0]), jnp.where(less, fraction, best[1])), None
+
+    shrink = 0.8 if format.qtype in _FEW_LEVELS else 0.5
+    fractions = 1.0 - jnp.arange(round(shrink * steps), dtype=jnp.float32) / steps
+    start = (jnp.full(grouped.shape[:2], jnp.inf), jnp.ones(grouped.shape[:2], jnp.float32))
+    best = jax.lax.scan(better, start, fractions)[0][1]
+    return clipped(best[..., None]).reshape(weight.shape)
+
+
+def output_error(lost: Array, gram: Array) -> Array:
+    """`|X lost^T|^2` from `gram = X^T X`, a scalar."""
+    return jnp.sum(jnp.matmul(lost, gram, precision="highest") * lost)
+
+
+def _rounded(weight: Array, format: Format, scale: str) -> Array:
+    grid = grids.choose(weight, format, scale)
+    return grids.decode(grids.encode(weight, grid, format), grid, format)

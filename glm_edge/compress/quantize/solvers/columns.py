@@ -1,0 +1,191 @@
+"""Rounding columns one after the other, each given the errors of those before it.
+
+Arrays are [columns, out]; letters: `n` columns, `b` of a block.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.compress.quantize.solvers import triangular
+from glm_edge.compress.quantize.solvers.scales import Grid
+from glm_edge.kernels import grid as kernels
+from glm_edge.params import Format
+
+
+class ColumnBlock(NamedTuple):
+    """Columns to round, and how the error of one moves the target of another.
+
+    Attributes:
+      target: [n, out] what to round, were no column of these changed.
+      weight: [n, out] whose distance from the result is an error.
+      coupling: [n, n]; an error that grows by `e` in column `k` adds `coupling[k, j] e` to the
+        target of column `j`.
+      cost: [n] of a squared distance from the target.
+      mask: bool [n, out], False where the result is zero; None keeps all.
+      errors: [n, out] of the columns as they are, which the targets include; None is zero, with
+        nothing there yet.
+    """
+
+    target: Array
+    weight: Array
+    coupling: Array
+    cost: Array
+    mask: Array | None = None
+    errors: Array | None = None
+
+
+def block_of(count: int, block: int, qtype: str) -> int:
+    """The largest divisor of `count` up to `block`, whole fours for `ternary34`."""
+    unit = 4 if qtype == "ternary34" else 1
+    sizes = range(unit, min(count, max(block, unit)) + 1, unit)
+    return max(size for size in sizes if count % size == 0)
+
+
+def rounded(
+    block: ColumnBlock, grid: Grid, format: Format, size: int
+) -> tuple[Array, Array, Array]:
+    """Rounds columns in turn.
+
+    Args:
+      block: the columns.
+      grid: one scale for each row of the result, [out], or for each weight, [n, out].
+      format: of the codes.
+      size: columns between two products with all of them.
+
+    Returns:
+      `(codes, errors, loss)`: int8 and float32 [n, out], and [out], the sum over columns of
+      `cost * (target - result)^2` (less what was there before, where there was something).
+    """
+    count = block.target.shape[0]
+    grid = Grid(*(None if x is None else x.astype(jnp.float32) for x in grid))
+    size = block_of(count, size, format.qtype)
+    if size == count:
+        return _block(block, grid, format)
+
+    # One block at a time: its errors reach the targets of all columns by one product.
+    def step(targets: Array, index: Array):
+        part = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
+        )
+        coupling = part(block.coupling)
+        inner = ColumnBlock(
+            part(targets),
+            part(block.weight),
+            part(coupling, axis=1),
+            part(block.cost),
+            None if block.mask is None else part(block.mask),
+        )
+        codes, errors, loss = _block(inner, grid, format)
+        # The block's column targets change too, and are not read again.
+        return targets + triangular.across(coupling, errors), (codes, errors, loss)
+
+    codes, errors, losses = jax.lax.scan(step, block.target, jnp.arange(count // size))[1]
+    codes, errors = (x.reshape(block.target.shape) for x in (codes, errors))
+    return codes, errors, triangular.column_sums(losses)
+
+
+def _block(block: ColumnBlock, grid: Grid, format: Format) -> tuple[Array, Array, Array]:
+    unit = 4 if format.qtype == "ternary34" else 1
+    before = jnp.zeros_like(block.weight) if block.errors is None else block.errors
+
+    # One column (or four of ternary34) at a time, the inner loop of GPTQ: move its target by the
+    # errors of the block so far, round it, note its own error.
+    def step(index: Array, carry: tuple[Array, Array, Array]):
+        codes, moved, loss = carry
+        first = index * unit
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=unit)
+        target = part(block.target) + triangular.across(part(block.coupling, axis=1), moved)
+        column = ColumnBlock(
+            target,
+            part(block.weight),
+            part(part(block.coupling), axis=1),
+            part(block.cost),
+            None if block.mask is None else part(block.mask),
+            part(before),
+        )
+        scale, zero = (x if x is None or x.ndim == 1 else part(x) for x in grid)
+        if unit == 4:
+            code, error, cost = _four(column, scale, block.errors is not None)
+        else:
+            code, error, cost = _one(column, scale, zero, format, block.errors is not None)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
+        return put(codes, code), put(moved, error - column.errors), loss + cost
+
+    shape = block.weight.shape
+    start = (
+        jnp.zeros(shape, jnp.int8),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(shape[1], jnp.float32),
+    )
+    codes, moved, loss = jax.lax.fori_loop(0, shape[0] // unit, step, start)
+    return codes, before + moved, loss
+
+
+def _one(
+    column: ColumnBlock, scale: Array, zero: Array | None, format: Format, relative: bool
+) -> tuple[Array, Array, Array]:
+    steps = column.target / scale
+    if zero is not None:
+        steps = steps + zero
+    code = kernels.nearest_code(steps, format.qtype)
+    level = kernels.levels(code, format.qtype).astype(jnp.float32)
+    if column.mask is not None:
+        zero_code = _zero_code(zero, format.qtype)
+        code = jnp.where(column.mask, code, zero_code)
+        level = jnp.where(column.mask, level, kernels.levels(zero_code, format.qtype))
+    value = scale * (level if zero is None else level - zero)
+    return (
+        code,
+        column.weight - value,
+        (column.cost[:, None] * _distance(column, value, relative))[0],
+    )
+
+
+def _zero_code(zero: Array | None, qtype: str) -> Array:
+    if zero is None:
+        return jnp.int8(7 if qtype == "nf4" else 0)
+    return jnp.round(zero).astype(jnp.int8)
+
+
+def _distance(column: ColumnBlock, value: Array, relative: bool) -> Array:
+    """Squared distance of a result from the target, less that of what is there already."""
+    distance = jnp.square(column.target - value)
+    if relative:
+        distance = distance - jnp.square(column.target - column.weight + column.errors)
+    return distance
+
+
+def _four(column: ColumnBlock, scale: Array, relative: bool) -> tuple[Array, Array, Array]:
+    """Three signs and a zero: each place of the zero is tried, and the cheapest mask."""
+    scales = jnp.broadcast_to(scale, column.weight.shape)
+    best = None
+    for zero_index in range(4):
+        targets, codes, errors = list(column.target), [], []
+        cost = jnp.zeros(column.weight.shape[1], jnp.float32)
+        for i in range(4):
+            sign = jnp.where(targets[i] * scales[i] < 0, -1, 1).astype(jnp.int8)
+            code = jnp.zeros_like(sign) if i == zero_index else sign
+            value = scales[i] * code
+            error = column.weight[i] - value
+            distance = jnp.square(targets[i] - value)
+            if relative:
+                distance -= jnp.square(targets[i] - column.weight[i] + column.errors[i])
+            cost += column.cost[i] * distance
+            if column.mask is not None and i != zero_index:
+                # A weight that must be zero lies where the zero is.
+                cost = jnp.where(column.mask[i], cost, jnp.inf)
+            for k in range(i + 1, 4):
+                targets[k] = targets[k] + column.coupling[i, k] * (error - column.errors[i])
+            codes.append(code)
+            errors.append(error)
+        tried = (jnp.stack(codes), jnp.stack(errors), cost)
+        if best is None:
+            best = tried
+        else:
+            less = cost < best[2]
+            best = tuple(jnp.where(less, new, old) for new, old in zip(tried, best, strict=True))
+    return best

@@ -1,0 +1,114 @@
+"""Half-quadratic quantization: a grid that leaves most weights almost right and few wrong.
+
+The error `|W - Q|_p^p` with `p < 1` forgives few large errors. A variable `E` that stands for the
+error splits it into two easy steps, repeated with a growing weight `beta`: shrink the residual,
+`E = sign(r) max(|r| - |r|^(p - 1) / beta, 0)`, then fit the grid to `W - E`.
+
+References:
+  Half-Quadratic Quantization of Large Machine Learning Models,
+  https://mobiusml.github.io/hqq_blog/.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_edge.compress.quantize.solvers import scales as grids
+from glm_edge.compress.quantize.solvers.scales import Grid
+from glm_edge.kernels import grid as kernels
+from glm_edge.params import Format
+from glm_edge.params.formats import PER_TENSOR
+
+
+@functools.partial(
+    jax.jit, static_argnames=("format", "scale", "exponent", "beta", "growth", "steps")
+)
+def solve(
+    weight: Array,
+    format: Format,
+    scale: str = "max",
+    exponent: float = 0.7,
+    beta: float = 10.0,
+    growth: float = 1.01,
+    steps: int = 20,
+) -> tuple[Array, Grid]:
+    """Fits the grid of a weight by half-quadratic steps, and rounds to nearest.
+
+    Affine formats keep the scale and fit the zero point, as published; symmetric ones, which have
+    none, fit the scale by least squares. Of the grids that it met, each group keeps the one of the
+    smallest `sum |W - Q|^p`.
+
+    Args:
+      weight: [out, in].
+      format: to round to; the method is for zero points of a floating type.
+      scale: of the grid to start from, see `grid.choose`.
+      exponent: `p`, in (0, 1].
+      beta: weight of the quadratic term at first, for errors in units of the scale.
+      growth: its factor from step to step.
+      steps: grids tried.
+
+    Returns:
+      `(codes, grid)`, int8 [out, in].
+    """
+    weight = weight.astype(jnp.float32)
+    rows = format.scale_shape(weight.shape)
+    whole = format.group_size == PER_TENSOR
+    groups = weight.reshape(*rows, -1) if whole else weight.reshape(len(weight), rows[-1], -1)
+    first = grids.choose(weight, format, scale)
+
+    def rounded(grid: Grid) -> tuple[Array, Array]:
+        """Levels less zero points, and residuals in units of the scale, [rows, groups, columns]."""
+        wide = [None if x is None else x[..., None] for x in grid]
+        codes = kernels.encode(groups, *wide, format.qtype)
+        steps = kernels.levels(codes, format.qtype).astype(jnp.float32)
+        steps = steps if grid.zero is None else steps - wide[1].astype(jnp.float32)
+        scale = wide[0].astype(jnp.float32)
+        return steps, groups / jnp.where(scale == 0, 1.0, scale) - steps
+
+    def loss(grid: Grid) -> Array:
+        residual = rounded(grid)[1] * grid.scale.astype(jnp.float32)[..., None]
+        return jnp.sum(jnp.abs(residual) ** exponent, axis=-1)
+
+    def step(carry: tuple[Grid, Grid, Array], weight_of_quadratic: Array):
+        grid, best, lowest = carry
+        steps, residual = rounded(grid)
+        size = jnp.abs(residual)
+        shrunk = size - jnp.where(size > 0, size, 1.0) ** (exponent - 1) / weight_of_quadratic
+        error = jnp.sign(residual) * jnp.maximum(shrunk, 0.0)
+        grid = _fitted(grid, steps, residual - error)
+        found = loss(_stored(grid, format))
+        less = found < lowest
+        best = Grid(*(_where(less, new, old) for new, old in zip(grid, best, strict=True)))
+        return (grid, best, jnp.where(less, found, lowest)), None
+
+    wide = Grid(*(None if x is None else x.astype(jnp.float32) for x in first))
+    betas = beta * growth ** jnp.arange(steps, dtype=jnp.float32)
+    best = jax.lax.scan(step, (wide, wide, loss(first)), betas)[0][1]
+    held = _stored(best, format)
+    return grids.encode(weight, held, format), held
+
+
+def _fitted(grid: Grid, steps: Array, residual: Array) -> Grid:
+    """The grid moved towards `steps + residual`, in units of its scale."""
+    if grid.zero is not None:
+        return Grid(grid.scale, grid.zero - jnp.mean(residual, axis=-1))
+    power = jnp.sum(jnp.square(steps), axis=-1)
+    along = jnp.sum(steps * (steps + residual), axis=-1)
+    ratio = along / jnp.where(power > 0, power, 1.0)
+    return Grid(jnp.where((power > 0) & (ratio > 0), grid.scale * ratio, grid.scale), None)
+
+
+def _stored(grid: Grid, format: Format) -> Grid:
+    scale = grids.spared(kernels.held_scale(grid.scale, format.scale_dtype), format)
+    if grid.zero is None:
+        return Grid(scale)
+    zero = grid.zero
+    if format.zero_dtype == "int8":
+        zero = jnp.clip(jnp.round(zero), *kernels.code_range(format.qtype))
+    return Grid(scale, zero.astype(format.zero_dtype))
+
+
+def _where(choice: Array, new: Array | None, old: Array | None) -> Array | None:
+    return None if new is None else jnp.where(choice, new, old)

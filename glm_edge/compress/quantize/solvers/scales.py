@@ -1,0 +1,242 @@
+"""Scales and zero points, chosen from extremes or searched by a loss, and rounding to them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from glm_edge.kernels import grid as kernels
+from glm_edge.params import Format
+from glm_edge.params.formats import PER_TENSOR
+
+SCALES = ("max", "extreme", "mse")
+# Fractions of the largest magnitude that "mse" tries; 0.875 is 7/8, the whole range of int4.
+_RATIOS = {8: np.linspace(1.0, 0.7, 13), 6: np.linspace(1.0, 0.6, 25), 4: np.linspace(1.0, 0.5, 41)}
+_FEW_LEVELS = np.linspace(1.0, 0.2, 65)
+# Smallest fraction of the range that "max" spans that is tried; the fewer levels, the smaller.
+_LEAST = {"int8": 0.9, "int6": 0.8, "int5": 0.7, "int4": 0.55, "int3": 0.4, "nf4": 0.6}
+_LEAST_OF_FEW = 0.2
+_COARSE, _FINE = 12, (-0.67, -0.33, 0.33, 0.67)
+_COARSE_AFFINE = 6
+
+
+class Grid(NamedTuple):
+    """Scales and zero points, `f' = scale * (level - zero)`.
+
+    Attributes:
+      scale: as `Format.scale_shape` says, in the stored type.
+      zero: None, or zero points like `scale` in their stored type.
+    """
+
+    scale: Array
+    zero: Array | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("format", "scale"), inline=True)
+def choose(weight: Array, format: Format, scale: str = "max") -> Grid:
+    """Chooses the grid of a weight by its extremes or by the squared error it leaves.
+
+    Args:
+      weight: [..., out, in].
+      format: type, grouping, symmetry, types of scales and zero points.
+      scale: `max`, the largest magnitude lands on the largest level; `mse`, the fraction of it
+        that gives the least squared error; `extreme`, the signed extreme lands on the lowest
+        integer (symmetric only; scales may be negative).
+
+    Returns:
+      The grid. A group of zeros gets scale one, or zero where no code is level zero (`ternary34`).
+      A scale below what its type holds becomes the smallest that the type holds.
+    """
+    groups = _grouped(weight.astype(jnp.float32), format)
+    low, high = _extremes(groups, format.symmetric)
+    if scale == "mse":
+        ratio = _best_ratio(groups, low, high, format)
+        low, high = low * ratio, high * ratio
+    elif scale == "extreme":
+        return Grid(_extreme(groups, format))
+    return _spanning(low, high, format)
+
+
+def encode(weight: Array, grid: Grid, format: Format) -> Array:
+    """Codes of the nearest levels, int8 [..., out, in]."""
+    return kernels.encode(weight, grid.scale, grid.zero, format.qtype)
+
+
+def decode(codes: Array, grid: Grid, format: Format) -> Array:
+    """Weights that codes stand for, float32 [..., out, in]."""
+    return kernels.decode(codes, grid.scale, grid.zero, format.qtype)
+
+
+@functools.partial(jax.jit, static_argnames=("format", "scale"))
+def nearest(weight: Array, format: Format, scale: str = "max") -> tuple[Array, Grid]:
+    """Rounds a weight to the nearest level of the grid that `choose` finds.
+
+    Args:
+      weight: [..., out, in].
+      format: to round to.
+      scale: see `choose`.
+
+    Returns:
+      `(codes, grid)`: int8 [..., out, in], and its grid.
+    """
+    weight = weight.astype(jnp.float32)
+    grid = choose(weight, format, scale)
+    return encode(weight, grid, format), grid
+
+
+def _grouped(weight: Array, format: Format) -> Array:
+    """[..., rows of scales, groups, weights that share a scale]."""
+    scales = format.scale_shape(weight.shape)
+    if format.group_size == PER_TENSOR:
+        return weight.reshape(*scales, -1)
+    return weight.reshape(*weight.shape[:-1], scales[-1], -1)
+
+
+def _extremes(groups: Array, symmetric: bool) -> tuple[Array, Array]:
+    if symmetric:
+        high = jnp.max(jnp.abs(groups), axis=-1)
+        return -high, high
+    return jnp.minimum(groups.min(axis=-1), 0.0), jnp.maximum(groups.max(axis=-1), 0.0)
+
+
+def _spanning(low: Array, high: Array, format: Format) -> Grid:
+    """The grid whose lowest and highest levels lie at `low` and `high`."""
+    lowest, highest = (-1, 1) if format.qtype == "nf4" else kernels.code_range(format.qtype)
+    if format.symmetric:
+        return Grid(_stored(high, highest, format))
+    scale = _stored(high - low, highest - lowest, format)
+    zero = lowest - low / scale.astype(jnp.float32)
+    if format.zero_dtype == "int8":
+        zero = jnp.clip(jnp.round(zero), lowest, highest)
+    return Grid(scale, zero.astype(format.zero_dtype))
+
+
+def _extreme(groups: Array, format: Format) -> Array:
+    largest = jnp.argmax(jnp.abs(groups), axis=-1, keepdims=True)
+    signed = jnp.take_along_axis(groups, largest, axis=-1)[..., 0]
+    return _stored(signed, kernels.code_range(format.qtype)[0], format)
+
+
+def _stored(span: Array, steps: int, format: Format) -> Array:
+    """The scale under which `steps` levels reach as far as `span`, as it is stored."""
+    # A quotient below the smallest number is zero; the span says whether the weights are.
+    scale = jnp.where(span == 0, 0.0, jnp.sign(span) * _at_least_tiny(jnp.abs(span / steps)))
+    return spared(kernels.held_scale(scale * (1 if steps > 0 else -1), format.scale_dtype), format)
+
+
+def _at_least_tiny(size: Array) -> Array:
+    return jnp.maximum(size, kernels.smallest_scale("float32"))
+
+
+def spared(scale: Array, format: Format) -> Array:
+    """Scales with one in place of zero, where a code of the format is level zero.
+
+    No division needs a case of its own then. Three of four codes of `ternary34` are a sign, so that
+    its groups of zeros keep the scale zero.
+    """
+    return scale if format.qtype == "ternary34" else jnp.where(scale == 0, 1, scale)
+
+
+def normalized(values: Array, peak: Array) -> Array:
+    """Values times the power of two that brings a peak near one; squares then stay in range.
+
+    Args:
+      values: float32.
+      peak: at least zero, of a shape that fits `values`; where it is zero, nothing changes.
+    """
+    exponent = jnp.clip(jnp.frexp(jnp.where(peak > 0, peak, 1.0))[1], -126, 126)
+    return values * jnp.ldexp(jnp.ones_like(peak), -exponent)
+
+
+def _best_ratio(groups: Array, low: Array, high: Array, format: Format) -> Array:
+    peak = jnp.maximum(-low, high)
+
+    def error(ratio: Array) -> Array:
+        grid = _spanning(low * ratio, high * ratio, format)
+        # Each group as a row of its own: whatever shares a scale is rounded together.
+        scale, zero = (None if x is None else x[..., None] for x in grid)
+        codes = kernels.encode(groups, scale, zero, format.qtype)
+        lost = kernels.decode(codes, scale, zero, format.qtype) - groups
+        return jnp.sum(jnp.square(normalized(lost, peak[..., None])), axis=-1)
+
+    def better(best: tuple[Array, Array], ratio: Array):
+        found = error(ratio)
+        less = found < best[0]
+        return (jnp.where(less, found, best[0]), jnp.where(less, ratio, best[1])), None
+
+    ratios = _RATIOS.get(kernels.INTEGERS.get(format.qtype), _FEW_LEVELS)
+    start = (jnp.full(low.shape, jnp.inf), jnp.ones(low.shape, jnp.float32))
+    return jax.lax.scan(better, start, jnp.asarray(ratios, jnp.float32))[0][1]
+
+
+def per_group_format(format: Format) -> Format:
+    """The format of one group alone."""
+    size = PER_TENSOR if format.group_size == PER_TENSOR else None
+    return dataclasses.replace(format, group_size=size)
+
+
+def nearest_columns(weight: Array, grid: Grid, format: Format) -> Array:
+    """Weights [columns, out] rounded to the grid [out] of their row."""
+    grid = Grid(*(None if x is None else x[:, None] for x in grid))
+    return decode(encode(weight.T, grid, format), grid, format).T
+
+
+def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid], Array]) -> Grid:
+    """The scale, of those tried, that loses least.
+
+    Args:
+      weight: [columns, out], each row of results a group.
+      format: to round to.
+      scale: `max`, or `mse` for fractions of it, or `extreme` for both signs too.
+      loss: [out] of a grid [out].
+
+    Returns:
+      The grid, [out] in the stored types; equal everywhere for one scale a matrix.
+    """
+    group_format = per_group_format(format)
+    # Fours, since ternary34 has no fewer; only their extremes are read.
+    ends = jnp.stack([weight.min(axis=0), weight.max(axis=0)] * 2, axis=-1)
+
+    def grid_of(ratio: Array) -> Grid:
+        """Ratios [2 or 2, out] of the lower and of the upper end; a negative one turns the sign."""
+        lower, upper = jnp.broadcast_to(ratio.reshape(2, -1), (2, ends.shape[0]))
+        shrunk = ends * jnp.abs(jnp.stack([lower, upper] * 2, axis=-1))
+        found = choose(shrunk, group_format, "max")
+        scale, zero = (
+            None if x is None else jnp.broadcast_to(x[:, 0], ends.shape[:1]) for x in found
+        )
+        return Grid(jnp.where(lower < 0, -scale, scale), zero)
+
+    if scale == "max":
+        return grid_of(jnp.ones(2))
+
+    def better(held: tuple[Array, Array], ratio: Array):
+        found = loss(grid_of(ratio))
+        less = found < held[0]
+        ratio = jnp.broadcast_to(ratio.reshape(2, -1), held[1].shape)
+        return (jnp.where(less, found, held[0]), jnp.where(less, ratio, held[1])), None
+
+    start = (jnp.full(ends.shape[:1], jnp.inf), jnp.ones((2, ends.shape[0])))
+    coarse, step = _candidate_ratios(format, scale == "extreme")
+    held = jax.lax.scan(better, start, jnp.asarray(coarse))[0]
+    near = held[1] * (1.0 + step * jnp.asarray(_FINE, jnp.float32)[:, None, None])
+    return grid_of(jax.lax.scan(better, held, near)[0][1])
+
+
+def _candidate_ratios(format: Format, both_signs: bool) -> tuple[np.ndarray, float]:
+    """Pairs of ratios [K, 2], and the step between two of them, relative."""
+    least = _LEAST.get(format.qtype, _LEAST_OF_FEW)
+    if format.symmetric:
+        ratios = np.geomspace(1.0, least, _COARSE, dtype=np.float32)
+        step = 1.0 - float(ratios[1])
+        pairs = np.stack([ratios, ratios], axis=-1)
+        return (np.concatenate([pairs, -pairs]) if both_signs else pairs), step
+    ratios = np.geomspace(1.0, least, _COARSE_AFFINE, dtype=np.float32)
+    lower, upper = np.meshgrid(ratios, ratios)
+    pairs = np.stack([lower.ravel(), upper.ravel()], axis=-1)
+    return pairs, 1.0 - float(ratios[1])

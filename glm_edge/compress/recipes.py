@@ -1,0 +1,201 @@
+"""Recipes: transforms as JSON, and the ones that have a name."""
+
+import functools
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+from glm_edge.compress import prune, quantize
+from glm_edge.compress.distill.distill import distill
+from glm_edge.compress.distill.loop import TrainOptions
+from glm_edge.compress.recipe_versions import upgraded
+from glm_edge.compress.transform import (
+    CHAIN,
+    VERSION,
+    Transform,
+    chain,
+    registered,
+    to_json,
+)
+from glm_edge.errors import RecipeError
+from glm_edge.files import parse_json, read_json
+
+__all__ = ["NAMED", "find", "named", "recipe_from_json", "to_json"]
+MAX_TRANSFORMS = 1000
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def recipe_from_json(source: str | Path) -> Transform:
+    """Reads a transform from JSON.
+
+    Args:
+      source: JSON text, the path of a file that holds it, or the name of a recipe, see `named`.
+
+    Returns:
+      The transform.
+
+    Raises:
+      RecipeError: there is no such file, it is not a regular one or not JSON, exceeds a limit, or a
+        name or an option is unknown or has no meaning.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise RecipeError(
+            f"a recipe is JSON text, a path or a name, not a {type(source).__name__}; names: "
+            f"{', '.join(NAMED)}"
+        )
+    text = source if isinstance(source, str) else ""
+    if text in NAMED:
+        return named(text)
+    if text.lstrip()[:1] in tuple('{["'):
+        return _from_file(parse_json(text, "recipe", RecipeError), "recipe")
+    try:
+        return _from_file(read_json(source, RecipeError), str(source))
+    except RecipeError as error:
+        if _exists(source):
+            raise
+        raise RecipeError(
+            f"{str(source)[:200]}: cannot read a recipe (no such file); give JSON text, a JSON "
+            f"file or one of: {', '.join(NAMED)}"
+        ) from error
+
+
+def _exists(source: str | os.PathLike) -> bool:
+    try:
+        return os.path.lexists(source)
+    # A name that holds a null character, or letters that no file name can.
+    except (OSError, ValueError):
+        return False
+
+
+def named(name: str) -> Transform:
+    """Returns a recipe by its name.
+
+    Args:
+      name: `phone`, int4 in groups of 32 for the decoder and int8 per channel for the rest;
+        `small`, int4 for the encoders too, save what reads pixels and sound; `quickstart`, which
+        removes a quarter of the heads and 30 % of the neurons, heals by distillation, and then is
+        `small`; `rtn_4bit`, as `phone` with scales of the largest magnitude; `gptq_4bit`,
+        `gptq_3bit` or `gptq_2bit`, GPTQ in groups of 32 for the decoder, which needs calibration,
+        and int8 per channel for the rest; or `int8_float16_embeddings`, float16 for embeddings
+        and the head and int8 per channel for the rest.
+
+    Returns:
+      The recipe.
+
+    Raises:
+      RecipeError: no recipe has this name.
+    """
+    if name not in NAMED:
+        raise RecipeError(f"unknown recipe {name!r}; known: {', '.join(NAMED)}")
+    return NAMED[name]()
+
+
+def find(name_or_path: str) -> Transform:
+    """Returns a named recipe, or reads the JSON file of that path.
+
+    Raises:
+      RecipeError: it is neither.
+    """
+    return named(name_or_path) if name_or_path in NAMED else recipe_from_json(name_or_path)
+
+
+def _phone() -> Transform:
+    return chain(
+        quantize.rtn("int4-g32", where=r"^decoder/", scale="mse", fallback_bits=8),
+        quantize.rtn("int8"),
+    )
+
+
+def _small() -> Transform:
+    most = r"^decoder/|^vision/(?!patch/)|^speech/(?!conv1/)"
+    return chain(
+        quantize.rtn("int4-g32", where=most, scale="mse", fallback_bits=8),
+        quantize.rtn("int8"),
+    )
+
+
+def _quickstart() -> Transform:
+    return chain(
+        prune.structured(heads=0.25, neurons=0.30, max_batches=24),
+        distill(train=TrainOptions(steps=400, compute="bfloat16"), where=r"^(decoder|embed|head)/"),
+        _small(),
+    )
+
+
+def _rtn_4bit() -> Transform:
+    return chain(
+        quantize.rtn("int4-g32", where="^decoder/", fallback_bits=8),
+        quantize.rtn("int8"),
+    )
+
+
+def _gptq(format: str) -> Transform:
+    decoder = quantize.gptq(format, where="^decoder/", fallback_bits=8)
+    return chain(decoder, quantize.rtn("int8"))
+
+
+def _int8_float16_embeddings() -> Transform:
+    return chain(
+        quantize.rtn("float16", where=r"(^|/)(embed|position|token_type)/weight|^head/"),
+        quantize.rtn("int8", where=r"^(decoder|vision|speech)/"),
+    )
+
+
+NAMED = {
+    "phone": _phone,
+    "small": _small,
+    "quickstart": _quickstart,
+    "rtn_4bit": _rtn_4bit,
+    "gptq_4bit": functools.partial(_gptq, "int4-g32"),
+    "gptq_3bit": functools.partial(_gptq, "int3-g32"),
+    "gptq_2bit": functools.partial(_gptq, "int2-g32"),
+    "int8_float16_embeddings": _int8_float16_embeddings,
+}
+
+
+def _from_file(fields: Any, where: str) -> Transform:
+    """Reads the outermost object, which alone says its version."""
+    version = 0
+    if isinstance(fields, dict):
+        version = fields.get("version", 0)
+        fields = {name: value for name, value in fields.items() if name != "version"}
+    if type(version) is not int or not 0 <= version <= VERSION:
+        raise RecipeError(
+            f"{where}: version {version!r:.60} of a recipe is unknown; versions up to {VERSION} "
+            "are read"
+        )
+    return _from_object(fields, where, version)
+
+
+def _from_object(fields: Any, where: str, version: int) -> Transform:
+    if not isinstance(fields, dict) or set(fields) - {"name", "options"} or "name" not in fields:
+        raise RecipeError(f'{where}: expected {{"name": …, "options": {{…}}}}')
+    name, options = fields["name"], fields.get("options", {})
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise RecipeError(f"{where}: name must be a string and options an object")
+    kind = registered(name)
+    if name == CHAIN:
+        if set(options) != {"transforms"} or not isinstance(options["transforms"], list):
+            raise RecipeError(f"{where}: chain takes one option, a list of transforms")
+        if len(options["transforms"]) > MAX_TRANSFORMS:
+            raise RecipeError(f"{where}: a chain holds at most {MAX_TRANSFORMS} transforms")
+        return chain(*(_from_object(inner, where, version) for inner in options["transforms"]))
+    if version == 0:
+        options = upgraded(name, options)
+    known = inspect.signature(kind).parameters
+    for option in options:
+        if option not in known:
+            raise RecipeError(
+                f"{where}: {name} has no option {option!r}; known: {', '.join(known)}"
+            )
+    try:
+        return kind(**options)
+    except RecipeError:
+        raise
+    # What a transform does with a value of another type.
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise RecipeError(f"{where}: {name}: {error}") from error
