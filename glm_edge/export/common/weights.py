@@ -196,7 +196,7 @@ def check_box(path: str, box: Quantized, target: WeightFormat) -> str:
     elif form.qtype not in _WIDER:
         reason = "its levels are not integers times a scale"
     elif not form.symmetric and not target.zero_points:
-        reason, right = "its weights have no zero point", "symmetric=True"
+        reason, right = "its weights have no zero point", "a format without -affine"
     elif stored is None:
         reason = f"it has no kernel for {form.qtype} in groups"
     elif grouped and form.group_size % target.group_multiple:
