@@ -110,7 +110,7 @@ def _read(file: BinaryIO, total: int, where: str) -> tuple[np.ndarray, int]:
         )
     elif total - end > MAX_TAIL:
         raise DataError(
-            f"{where}: {total - end} bytes follow its last chunk; they are no chunk, and its sizes "
+            f"{where}: {total - end} bytes follow its last chunk; they are not a chunk, and sizes "
             "do not count them as samples"
         )
     return _samples(file, data, described, where), described.rate
