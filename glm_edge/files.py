@@ -316,5 +316,5 @@ def _unique(pairs: list[tuple[str, Any]], where: str, error: ErrorType) -> dict[
     if len(fields) < len(pairs):
         known: set[str] = set()
         twice = next(name for name, _ in pairs if name in known or known.add(name))
-        raise error(f"{where}: the name {twice[:200]!r} stands twice in one JSON object")
+        raise error(f"{where}: the name {twice[:200]!r} appears twice in one JSON object")
     return fields

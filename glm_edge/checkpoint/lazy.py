@@ -101,7 +101,7 @@ def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
         return LazyCheckpoint(source.model, source.abstract(), _paths(source.files), source)
     if fields.get("store") == "orbax":
         raise CheckpointError(
-            f"{directory}: an Orbax directory is restored whole; load it and save it with "
+            f"{directory}: an Orbax directory is restored in full; load it and save it with "
             "format='safetensors' first"
         )
     source = native.open_directory(directory, fields)

@@ -155,7 +155,7 @@ class Format:
         for part in parts:
             option, value = _read_part(where, part)
             if option in fields:
-                raise BoxError(f"{where}: {part!r:.60} says again what another part says")
+                raise BoxError(f"{where}: {part!r:.60} repeats another part")
             fields[option] = value
         group_size = fields.get("group_size")
         try:
