@@ -53,7 +53,7 @@ class Magnitude(Transform):
     scope: str = "tensor"
     stacked: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_pattern(NAME, "where", self.where)
         check_pattern(NAME, "stacked", self.stacked)
@@ -69,7 +69,6 @@ class Magnitude(Transform):
             shape=Shape(SINGLE),
             allocation=allocations.GLOBAL if self.scope == "global" else allocations.UNIFORM,
             within=TENSOR,
-            ties=allocations.FIRST,
             levels=(),
         )
         return mask_model(masking, self.where, model, params, context, self.stacked)

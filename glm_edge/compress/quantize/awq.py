@@ -68,7 +68,7 @@ class AWQ(Quantizer):
     steps: int = 20
     clip: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(NAME, steps=self.steps)
 
@@ -153,8 +153,8 @@ def _search(
         scale,
     )
     best = int(jnp.argmin(errors))
-    kept = float(errors[best] / jnp.maximum(errors[0], jnp.finfo(jnp.float32).tiny))
-    return factor, f"ratio {best / steps:g}, error x {kept:.3f}"
+    error_ratio = float(errors[best] / jnp.maximum(errors[0], jnp.finfo(jnp.float32).tiny))
+    return factor, f"ratio {best / steps:g}, error x {error_ratio:.3f}"
 
 
 def _rounded(

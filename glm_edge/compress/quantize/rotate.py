@@ -65,7 +65,7 @@ class Rotate(LayerwiseTransform):
     encoders: bool = False
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.residual or self.heads or self.encoders):
             raise RecipeError(f"{NAME}: nothing to rotate; choose residual, heads or encoders")
@@ -162,8 +162,8 @@ def _rotate_values(
 ) -> None:
     count, repeats, width = fold.blocks
     # Each layer its own rotation, the same in memory and streamed.
-    own = jax.random.fold_in(key, zlib.crc32(fold.consumers[0].encode()))
-    rotation = hadamard.random_rotation(own, width)
+    layer_key = jax.random.fold_in(key, zlib.crc32(fold.consumers[0].encode()))
+    rotation = hadamard.random_rotation(layer_key, width)
     for path in fold.producers:
         leaf = leaves[path]
         _check_plain(path, leaf)
