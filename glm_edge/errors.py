@@ -59,7 +59,7 @@ class TrainingError(RecipeError):
       params: of the student as they were before that step.
     """
 
-    def __init__(self, message: str, step: int, params: Any):
+    def __init__(self, message: str, step: int, params: Any) -> None:
         """Keeps what the last good step left."""
         super().__init__(message)
         self.step, self.params = step, params

@@ -74,7 +74,7 @@ def _python_matches(source: str, character: str) -> bool:
 
 
 class _Parser:
-    def __init__(self, pattern: str, matches: Callable[[str, str], bool]):
+    def __init__(self, pattern: str, matches: Callable[[str, str], bool]) -> None:
         self.pattern, self.at, self._matches = pattern, 0, matches
         self._samples = frozenset(SAMPLES) | frozenset(pattern)
         self._sets: dict[str, frozenset[str]] = {}

@@ -329,7 +329,7 @@ class DirectoryLock:
 
     _mine: ClassVar[set[tuple[int, int]]] = set()
 
-    def __init__(self, directory: Path, target: Path, again: bool = False):
+    def __init__(self, directory: Path, target: Path, again: bool = False) -> None:
         """Locks a directory.
 
         Args:

@@ -78,7 +78,7 @@ class SafetensorsFile:
       tensors: name to `TensorInfo`, in the header's order.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         """Reads and checks the header.
 
         Args:

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.text import TextEncoder
 from glm_edge.params.sharding import RULES, Rules
 from glm_edge.writers import check_writable_name, new_directory, no_directory
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 FORMATS = ("hugging_face", *own.STORES)
@@ -231,7 +234,7 @@ def shipped(name: str = "nano") -> Path:
     return assets / name
 
 
-def load_tokenizer(path: str | os.PathLike) -> Any:
+def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
     """Opens the tokenizer of a checkpoint, as `glm_edge.Processor` does.
 
     Padding and truncation that its file may ask for are left out: they would cut texts and put

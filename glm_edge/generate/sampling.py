@@ -54,7 +54,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, of_type in [*((f, float) for f in _NEUTRAL), ("top_k", operator.index)]:
             value = getattr(self, field)
             try:

@@ -23,7 +23,7 @@ def skip_neurons(
     keep: float | None = None,
     threshold: float | None = None,
     layers: Sequence[int] | None = None,
-) -> Any:
+) -> dict[str, Any]:
     """Lays the decoder's feed-forward weights out by neuron, so that decoding skips some.
 
     The result takes the place of the parameters wherever the model runs. It is a view for running:

@@ -21,11 +21,11 @@ def take_rows(weight: Array, tokens: Array) -> Array:
     return weight.at[tokens].get(mode="promise_in_bounds")
 
 
-def _forward(weight, tokens):
+def _forward(weight: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
     return take_rows(weight, tokens), (weight, tokens)
 
 
-def _backward(saved, gradient):
+def _backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
     weight, tokens = saved
     rows = weight.shape[0]
     flat, gradient = tokens.reshape(-1), gradient.reshape(-1, weight.shape[1])

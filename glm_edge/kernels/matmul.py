@@ -8,10 +8,12 @@ the activations, since interleaving them costs more than the product.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from glm_edge.kernels import grid, packing
 
@@ -59,11 +61,11 @@ def dense_split(x: Array, weight: Array) -> Array:
     return (terms[:, 2] + terms[:, 1] + terms[:, 0]).T.reshape(*x.shape[:-1], -1)
 
 
-def _dense_split_forward(x, weight):
+def _dense_split_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
     return dense_split(x, weight), (x, weight)
 
 
-def _dense_split_backward(saved, gradient):
+def _dense_split_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, weight = saved
     _, pull = jax.vjp(lambda x, weight: dense(x, weight.astype(x.dtype)), x, weight)
     return pull(gradient)
@@ -78,16 +80,16 @@ def dense_bf16(x: Array, weight: Array) -> Array:
     return _bf16_dot(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
-def _bf16_dot(a: Array, b: Array, dimensions) -> Array:
+def _bf16_dot(a: Array, b: Array, dimensions: Any) -> Array:
     a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _dense_bf16_forward(x, weight):
+def _dense_bf16_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
     return dense_bf16(x, weight), (x, weight)
 
 
-def _dense_bf16_backward(saved, gradient):
+def _dense_bf16_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, weight = saved
     rows = tuple(range(x.ndim - 1))
     x_gradient = _bf16_dot(gradient, weight, (((x.ndim - 1,), (0,)), ((), ())))
@@ -248,16 +250,26 @@ def _integer_product(
     return _by_blocks(block, rows, data, scale, zero)
 
 
-def _centred_product(centred, step, data, scale, zero, qtype) -> Array:
+def _centred_product(
+    centred: Array, step: Array, data: Array, scale: Array, zero: Array | None, qtype: str
+) -> Array:
     return low_bit(centred, data, scale, zero, qtype) * step
 
 
-def _integer_product_forward(centred, offset, step, data, scale, zero, qtype):
+def _integer_product_forward(
+    centred: Array,
+    offset: Array,
+    step: Array,
+    data: Array,
+    scale: Array,
+    zero: Array | None,
+    qtype: str,
+) -> tuple[Array, tuple]:
     saved = centred, offset, step, data, scale, zero
     return _integer_product(*saved, qtype), saved
 
 
-def _integer_product_backward(qtype, saved, gradient):
+def _integer_product_backward(qtype: str, saved: tuple, gradient: Array) -> tuple:
     centred, _, step, data, scale, zero = saved
     trained = zero if zero is not None and jnp.issubdtype(zero.dtype, jnp.floating) else None
 
@@ -300,7 +312,7 @@ def _decoded_product(
     return found if pending is None else found * pending
 
 
-def _product(x: Array, planes: list[Array], inputs, sums) -> Array:
+def _product(x: Array, planes: list[Array], inputs: DTypeLike, sums: DTypeLike) -> Array:
     """Product of [rows, in] with the planes of a weight, see `packing.planes`.
 
     Args:
@@ -329,7 +341,7 @@ def _product(x: Array, planes: list[Array], inputs, sums) -> Array:
     return jax.lax.platform_dependent(pairs, cpu=multiplied, default=reduced)
 
 
-def dot(x: Array, weight: Array, sums) -> Array:
+def dot(x: Array, weight: Array, sums: DTypeLike) -> Array:
     """Product whose sums have their own type.
 
     Args:

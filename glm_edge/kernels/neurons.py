@@ -6,6 +6,7 @@ gate is computed in full, and of the other two matrices only the rows of neurons
 read.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -72,7 +73,7 @@ def _limited(active: Array, size: Array, count: int) -> Array:
 
 
 def _one_row(x: Array, gate: Array, size: Array, active: Array, weights: SparseMLP) -> Array:
-    def with_count(count: int):
+    def with_count(count: int) -> Callable[[], Array]:
         if count == len(gate):
             return lambda: _all_neurons(x, (gate * active)[None], weights.rows)
 

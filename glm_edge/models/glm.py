@@ -121,7 +121,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     compute: str = "float32"
 
-    def setup(self):
+    def setup(self) -> None:
         self.layers = Stack(
             tuple(Layer(self.config, i, self.compute) for i in range(self.config.num_layers))
         )

@@ -55,7 +55,7 @@ class Embed(nn.Module):
     features: int
     compute: str = "float32"
 
-    def setup(self):
+    def setup(self) -> None:
         self.weight = boxed_param(
             self, "weight", normal(self.features**-0.5), (self.num_embeddings, self.features)
         )
@@ -135,7 +135,7 @@ class Stack(nn.Module):
 
     layers: tuple[nn.Module, ...]
 
-    def setup(self):
+    def setup(self) -> None:
         for index, layer in enumerate(self.layers):
             setattr(self, str(index), layer.copy(parent=None))
 

@@ -34,7 +34,7 @@ class MultimodalGLM(nn.Module):
     config: GLMConfig
     compute: str = "float32"
 
-    def setup(self):
+    def setup(self) -> None:
         config, width = self.config, self.config.decoder.hidden_size
         self.embed = Embed(config.decoder.vocab_size, width, self.compute)
         self.decoder = Decoder(config.decoder, self.compute)

@@ -75,7 +75,7 @@ class SpeechEncoder(nn.Module):
     out_features: int = 0
     compute: str = "float32"
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.conv1 = Linear(config.hidden_size, True, self.compute)
         self.conv2 = Linear(config.hidden_size, True, self.compute)

@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
     config: TextConfig
     compute: str = "float32"
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.embed = Embed(config.vocab_size, config.hidden_size)
         self.position = self.param(

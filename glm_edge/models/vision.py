@@ -147,7 +147,7 @@ class VisionEncoder(nn.Module):
     out_features: int = 0
     compute: str = "float32"
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.patch = Linear(config.hidden_size, True, self.compute)
         if config.post_conv_norm:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +34,10 @@ class _Box(meta.AxisMetadata):
 
     trainable: ClassVar[tuple[str, ...]] = ()
 
-    def add_axis(self, index: int, params: dict[Any, Any]):
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Self:
         return self
 
-    def remove_axis(self, index: int, params: dict[Any, Any]):
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Self:
         return self
 
     def __repr__(self) -> str:

@@ -80,7 +80,7 @@ class Format:
     scale_dtype: str = "float32"
     zero_dtype: str = "int8"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.qtype not in QTYPES:
             raise BoxError(
                 f"format: qtype {self.qtype!r:.60} is unknown; known: {', '.join(QTYPES)}"

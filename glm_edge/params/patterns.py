@@ -33,7 +33,7 @@ _Ends = Callable[["_Text", int], int]
 class _Work:
     """Steps that searches have taken together."""
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int) -> None:
         self.steps, self.limit = 0, limit
 
 
@@ -66,7 +66,7 @@ class Pattern:
       text: the expression.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str) -> None:
         """Compiles an expression.
 
         Raises:
@@ -126,7 +126,7 @@ def compiled(pattern: str | None) -> Pattern:
 class _Text:
     """A path, and where each part ends that was tried at a position."""
 
-    def __init__(self, letters: str, pattern: str):
+    def __init__(self, letters: str, pattern: str) -> None:
         self.letters, self._pattern = letters, pattern
         self.known: dict[tuple[int, int], int] = {}
         self._counters = [_Work(_MAX_STEPS)]
@@ -224,7 +224,9 @@ def _part(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
 class _Letters:
     """One letter, at most one, or a run of them: from all positions at once."""
 
-    def __init__(self, matches: Callable[[str], bool], needed: bool = True, many: bool = False):
+    def __init__(
+        self, matches: Callable[[str], bool], needed: bool = True, many: bool = False
+    ) -> None:
         self.matches, self._needed, self._many = matches, needed, many
 
     def __call__(self, text: _Text, start: int) -> int:

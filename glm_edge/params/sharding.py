@@ -17,6 +17,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core import meta
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -88,7 +89,7 @@ def logical_axes(path: str, shape: tuple[int, ...]) -> Axes:
 
 def named_sharding(
     path: str, leaf: Any, mesh: Mesh, rules: Rules = RULES, config: Any = None
-) -> Any:
+) -> NamedSharding | meta.AxisMetadata:
     """Where a parameter lies: an axis is cut only into equal parts, heads and groups kept whole.
 
     Args:

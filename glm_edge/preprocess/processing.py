@@ -47,7 +47,7 @@ class ImageProcessing:
     merge_size: int = 2
     marker_tokens: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sizing not in SIZINGS:
             raise ConfigError(f"image: sizing {self.sizing!r} must be one of {', '.join(SIZINGS)}")
         if self.resample not in FILTERS:
@@ -117,7 +117,7 @@ class VideoProcessing(ImageProcessing):
     fps: float = 2.0
     max_duration_s: float = 300.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _require_number("video", "fps", self.fps, 1e-3, 240)
         _require_number("video", "max_duration_s", self.max_duration_s, 1e-3, 36_000)
@@ -140,7 +140,7 @@ class AudioProcessing:
     merge_size: int = 4
     silence: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, low, high in (
             ("mel_bins", 1, 4096),
             ("sample_rate", *RATES),

@@ -2,6 +2,11 @@
 
 A WAV file is a RIFF container: chunks of a name of four letters, a size in bytes (little-endian)
 and contents that are padded to an even size. `fmt ` describes the samples, `data` holds them.
+
+scipy.io.wavfile is not used, for four reasons. It reads a size of 0, which recorders leave behind
+when they are killed, as no samples. It returns truncated files without an error. Damaged headers
+raise ZeroDivisionError or pass (a rate of 0). It reads a file of any size into memory at once,
+where this module averages channels block by block within limits.
 """
 
 import io

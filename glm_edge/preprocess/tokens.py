@@ -27,7 +27,7 @@ class SpecialTokens:
       ids: of each name.
     """
 
-    def __init__(self, tokens: Iterable[tuple[str, int]]):
+    def __init__(self, tokens: Iterable[tuple[str, int]]) -> None:
         """Prepares the search.
 
         Args:

@@ -137,7 +137,9 @@ def _prepare_floats(image: np.ndarray, processing: ImageProcessing) -> np.ndarra
     return (resize(pixels, processing.size) - mean) / std
 
 
-def _target_size(processing: ImageProcessing, frames: int, height: int, width: int):
+def _target_size(
+    processing: ImageProcessing, frames: int, height: int, width: int
+) -> tuple[int, int]:
     if processing.sizing != "smart":
         return processing.size
     return smart_resize(

@@ -95,7 +95,7 @@ WITHOUT_EFFECT = frozenset(
 class Fields:
     """A JSON object whose fields are taken one by one, so that what nobody knows can be named."""
 
-    def __init__(self, values: dict[str, Any], where: str):
+    def __init__(self, values: dict[str, Any], where: str) -> None:
         """Wraps an object.
 
         Args:

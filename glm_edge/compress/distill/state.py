@@ -42,7 +42,7 @@ class StateDirectory:
         the file is always whole; `curve.csv`, a line for each saved step; and `job.json`.
     """
 
-    def __init__(self, name: str, path: str | Path, job: dict[str, Any]):
+    def __init__(self, name: str, path: str | Path, job: dict[str, Any]) -> None:
         """Makes the directory, or takes up the one that an equal job left.
 
         Args:

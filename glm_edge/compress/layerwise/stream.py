@@ -139,7 +139,7 @@ def compress_checkpoint(
 class Totals:
     """Running sums over stages."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bytes, self.count = 0, 0
 
     def add(self, leaves: Leaves) -> None:

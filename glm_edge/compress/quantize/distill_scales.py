@@ -63,7 +63,7 @@ class DistillScales(Transform):
     temperature: float = 1.0
     alpha: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._set(teacher=as_teacher(NAME, self.teacher), train=TrainOptions.of(NAME, self.train))
         super().__post_init__()
         check_pattern(NAME, "where", self.where)

@@ -129,7 +129,7 @@ class WeightTransform(Transform):
     fallback_bits: int | None = None
     stacked: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._set(format=parse_format(self.name, self.format))
         super().__post_init__()
         if self.format.qtype in self.unsupported:

@@ -33,7 +33,7 @@ class Budget:
       output: characters that it may write.
     """
 
-    def __init__(self, values: int = 0, characters: int = 0):
+    def __init__(self, values: int = 0, characters: int = 0) -> None:
         """Starts full.
 
         Args:
@@ -113,7 +113,7 @@ class Keys:
     tuples that have one hash; those count as compared with each other. Hashes of texts are random.
     """
 
-    def __init__(self, budget: Budget):
+    def __init__(self, budget: Budget) -> None:
         """Starts without keys."""
         self._budget, self._alike = budget, 0
 
@@ -129,7 +129,7 @@ class Keys:
 class Sink:
     """Output that is written piece by piece."""
 
-    def __init__(self, budget: Budget):
+    def __init__(self, budget: Budget) -> None:
         """Starts empty."""
         self._budget, self._pieces, self._length = budget, [], 0
 

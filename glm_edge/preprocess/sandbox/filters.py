@@ -55,7 +55,7 @@ ORDERS = {"eq": "eq", "ne": "ne", "gt": "gt", "ge": "gteq", "lt": "lt", "le": "l
 class Filters:
     """Filters and tests of one rendering."""
 
-    def __init__(self, interpreter: "Interpreter"):
+    def __init__(self, interpreter: "Interpreter") -> None:
         """Binds them.
 
         Args:

@@ -65,7 +65,7 @@ class Interpreter:
     and tests of this package can be called. Python's recursion limit bounds nesting.
     """
 
-    def __init__(self, values: Mapping[str, Any], budget: Budget, marks: Marks):
+    def __init__(self, values: Mapping[str, Any], budget: Budget, marks: Marks) -> None:
         """Prepares a rendering.
 
         Args:
