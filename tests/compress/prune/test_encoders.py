@@ -204,7 +204,7 @@ def test_the_transform_shrinks_both_encoders_and_saves(nano, tmp_path):
 
 def test_where_takes_one_encoder_or_one_kind(nano):
     model, params, _ = nano
-    transform = encoders(0.5, 0.5, score="magnitude", where=r"^speech/layers/\d+/fc")
+    transform = encoders(0.5, neurons=0.5, score="magnitude", where=r"^speech/layers/\d+/fc")
     smaller, _, _ = transform(model, params)
     assert smaller.config.vision == model.config.vision
     assert smaller.config.speech.num_heads == 2
