@@ -427,15 +427,15 @@ def check(
         raise DataError(f"{transform} needs calibration= batches, and there are none")
     reader = calibrations.called(model, calibration)
     config = getattr(model, "config", None)
-    seen: set[str] = set()
+    keys: set[str] = set()
     ragged = False
     for index, batch in enumerate(calibration):
         where = f"{transform}: calibration batch {index}"
         ragged |= "valid" in to_device(reader, batch, where)
-        seen |= keys_of(batch)
+        keys |= keys_of(batch)
     for name, encoder in (("images", "vision"), ("audio", "speech")):
         takes = getattr(config, encoder, None) is not None and not isinstance(reader, Called)
-        if takes and name not in seen and name not in without:
+        if takes and name not in keys and name not in without:
             raise DataError(
                 f"{transform}: the model reads {name} and no calibration batch holds any; add "
                 f"some, or pass without=[{name!r}] to calibrate on the rest knowingly"
@@ -465,18 +465,18 @@ def keys_of(batch: Any) -> set[str]:
     return {str(name) for name in batch if batch[name] is not None}
 
 
-def missing_modalities(model: nn.Module, seen: Collection[str]) -> tuple[str, ...]:
+def missing_modalities(model: nn.Module, keys: Collection[str]) -> tuple[str, ...]:
     """Notes on inputs that a model takes and that no calibration batch held.
 
     Args:
       model: with a configuration, or any other.
-      seen: keys of the batches that were read.
+      keys: keys of the batches that were read.
     """
     config = getattr(model, "config", None)
     return tuple(
         f"calibration held no {name}: what the {encoder} encoder gives the decoder was not seen"
         for name, encoder in (("images", "vision"), ("audio", "speech"))
-        if getattr(config, encoder, None) is not None and name not in seen
+        if getattr(config, encoder, None) is not None and name not in keys
     )
 
 
@@ -492,8 +492,10 @@ def in_order(calibration: Sequence[Batch], rng: Array | None, skip: int = 0) -> 
     Raises:
       DataError: there are none.
     """
-    rounds, rest = divmod(skip, len(calibration) or 1) if has_length(calibration) else (0, skip)
-    return itertools.islice(_rounds(calibration, rng, rounds), rest, None)
+    rounds, remainder = (
+        divmod(skip, len(calibration) or 1) if has_length(calibration) else (0, skip)
+    )
+    return itertools.islice(_rounds(calibration, rng, rounds), remainder, None)
 
 
 def in_proportion(
@@ -515,26 +517,29 @@ def in_proportion(
     """
     if not has_length(calibration):
         raise DataError("mixture= needs calibration with a length, such as a list of batches")
-    held: dict[str, list[int]] = {kind: [] for kind in KINDS if kind in mixture}
+    indices_by_kind: dict[str, list[int]] = {kind: [] for kind in KINDS if kind in mixture}
     for index in range(len(calibration)):
-        held.get(kind_of(calibration[index]), []).append(index)
-    for kind, indices in held.items():
+        indices_by_kind.get(kind_of(calibration[index]), []).append(index)
+    for kind, indices in indices_by_kind.items():
         if not indices:
             raise DataError(f"mixture= asks for {kind}, and no calibration batch is of that kind")
-    taken, total = dict.fromkeys(held, 0), sum(mixture.values())
+    taken, total = dict.fromkeys(indices_by_kind, 0), sum(mixture.values())
 
     def next_kind() -> str:
         number = 1 + sum(taken.values())
-        kind = max(held, key=lambda kind: mixture[kind] / total * number - taken[kind])
+        kind = max(indices_by_kind, key=lambda kind: mixture[kind] / total * number - taken[kind])
         taken[kind] += 1
         return kind
 
     for _ in range(skip):
         next_kind()
     keys = {
-        kind: None if rng is None else jax.random.fold_in(rng, KINDS.index(kind)) for kind in held
+        kind: None if rng is None else jax.random.fold_in(rng, KINDS.index(kind))
+        for kind in indices_by_kind
     }
-    orders = {kind: in_order(held[kind], keys[kind], taken[kind]) for kind in held}
+    orders = {
+        kind: in_order(indices_by_kind[kind], keys[kind], taken[kind]) for kind in indices_by_kind
+    }
     while True:
         yield calibration[next(orders[next_kind()])]
 

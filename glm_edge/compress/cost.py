@@ -41,12 +41,12 @@ def flops(model: nn.Module, context: int = CONTEXT) -> dict[str, int] | None:
     config, out = getattr(model, "config", None), getattr(model, "out_features", 0)
     if isinstance(config, GLMConfig):
         decoder = config.decoder
-        found = {"token": _decoder_flops(decoder, context)}
+        counts = {"token": _decoder_flops(decoder, context)}
         if config.vision is not None:
-            found["image"] = _vision_flops(config.vision, decoder.hidden_size)
+            counts["image"] = _vision_flops(config.vision, decoder.hidden_size)
         if config.speech is not None:
-            found["clip"] = _speech_flops(config.speech, decoder.hidden_size)
-        return found
+            counts["clip"] = _speech_flops(config.speech, decoder.hidden_size)
+        return counts
     if isinstance(config, VisionConfig):
         return {"image": _vision_flops(config, out)}
     if isinstance(config, SpeechConfig):
@@ -155,7 +155,7 @@ def measure(
 
 def _work(model: nn.Module, params: Params, context: int) -> dict[str, Callable[[], Any]]:
     """What a model does for its input, ready to be called again and again."""
-    config, found = getattr(model, "config", None), {}
+    config, work = getattr(model, "config", None), {}
     encodes = isinstance(config, VisionConfig | SpeechConfig)
     vision = config if isinstance(config, VisionConfig) else getattr(config, "vision", None)
     speech = config if isinstance(config, SpeechConfig) else getattr(config, "speech", None)
@@ -164,17 +164,17 @@ def _work(model: nn.Module, params: Params, context: int) -> dict[str, Callable[
         static_argnames="method",
     )
     if isinstance(config, GLMConfig):
-        found["token"] = _decoding(model, params, context)
+        work["token"] = _decoding(model, params, context)
     if isinstance(config, TextConfig):
         tokens = jnp.zeros((1, min(context, config.max_position_embeddings)), jnp.int32)
-        found["sentence"] = functools.partial(run, params, tokens, None)
+        work["sentence"] = functools.partial(run, params, tokens, None)
     if vision is not None:
         image = jnp.zeros((1, *vision.image_size, vision.channels))
-        found["image"] = functools.partial(run, params, image, None if encodes else "encode_images")
+        work["image"] = functools.partial(run, params, image, None if encodes else "encode_images")
     if speech is not None:
         mel = jnp.zeros((1, speech.num_frames, speech.mel_bins))
-        found["clip"] = functools.partial(run, params, mel, None if encodes else "encode_audio")
-    return found
+        work["clip"] = functools.partial(run, params, mel, None if encodes else "encode_audio")
+    return work
 
 
 def _decoding(model: nn.Module, params: Params, context: int) -> Callable[[], Any]:

@@ -116,16 +116,16 @@ def folds(
             f"{where}: no factor is known to move between its matrices; the GLMs and the encoders "
             "of glm_edge.models are known"
         )
-    found: tuple[Fold, ...] = ()
+    all_folds: tuple[Fold, ...] = ()
     if config.vision is not None:
-        found += _of_vision(config.vision, "vision/", config.decoder.hidden_size)
+        all_folds += _of_vision(config.vision, "vision/", config.decoder.hidden_size)
     if config.speech is not None:
-        found += _of_speech(config.speech, "speech/")
+        all_folds += _of_speech(config.speech, "speech/")
     for layer in range(config.decoder.num_layers):
-        found += _of_decoder_layer(config.decoder, layer)
+        all_folds += _of_decoder_layer(config.decoder, layer)
     if not config.decoder.tie_embeddings:
-        found += (_norm("decoder/norm", ("head/weight",), config.decoder.hidden_size),)
-    return found
+        all_folds += (_norm("decoder/norm", ("head/weight",), config.decoder.hidden_size),)
+    return all_folds
 
 
 def residual(config: GLMConfig, where: str = "model") -> Residual:
@@ -277,42 +277,46 @@ def _of_decoder_layer(config: DecoderConfig, index: int) -> tuple[Fold, ...]:
 
 def _of_vision(config: VisionConfig, root: str, features: int | None) -> tuple[Fold, ...]:
     width, layer_norm = config.hidden_size, config.norm == "layer"
-    found: list[Fold] = []
+    vision_folds: list[Fold] = []
     for index in range(config.num_layers):
         layer = f"{root}layers/{index}"
         heads = (config.heads(index), 1, config.head_size)
         first = "gate_up_proj" if config.gated_mlp else "fc1"
-        found += _attention(layer, width, layer_norm, config.attention_bias, heads)
+        vision_folds += _attention(layer, width, layer_norm, config.attention_bias, heads)
         if config.gated_mlp:
-            found += (_gated(f"{layer}/mlp", config.neurons(index), config.projection_bias),)
+            vision_folds += (_gated(f"{layer}/mlp", config.neurons(index), config.projection_bias),)
         read = (f"{layer}/mlp/{first}/weight",)
-        found += (_norm(f"{layer}/post_attention_norm", read, width, layer_norm),)
+        vision_folds += (_norm(f"{layer}/post_attention_norm", read, width, layer_norm),)
     # Without a projector the normed patches are the tower's output.
     if not config.projector_size:
-        return tuple(found)
+        return tuple(vision_folds)
     if features is not None:
         merged = _linear(f"{root}merge", True)
         blocks = (1, 1, features)
-        found += (Fold("linear", merged, 0, (f"{root}projector/proj/weight",), blocks),)
-    found += (_gated(f"{root}projector/mlp", config.projector_size, False),)
+        vision_folds += (Fold("linear", merged, 0, (f"{root}projector/proj/weight",), blocks),)
+    vision_folds += (_gated(f"{root}projector/mlp", config.projector_size, False),)
     if not config.pooling_head:
         repeats = config.merge_size**2
-        found += (_norm(f"{root}norm", (f"{root}merge/weight",), width, layer_norm, repeats),)
-    return tuple(found)
+        vision_folds += (
+            _norm(f"{root}norm", (f"{root}merge/weight",), width, layer_norm, repeats),
+        )
+    return tuple(vision_folds)
 
 
 def _of_speech(config: SpeechConfig, root: str) -> tuple[Fold, ...]:
     width = config.hidden_size
-    found: list[Fold] = []
+    speech_folds: list[Fold] = []
     for index in range(config.num_layers):
         layer, shared = f"{root}layers/{index}", config.kv_heads(index)
         heads = (shared, config.heads(index) // shared, config.head_size)
-        found += _attention(layer, width, True, True, heads)
-        found += (_norm(f"{layer}/post_attention_norm", (f"{layer}/fc1/weight",), width, True),)
+        speech_folds += _attention(layer, width, True, True, heads)
+        speech_folds += (
+            _norm(f"{layer}/post_attention_norm", (f"{layer}/fc1/weight",), width, True),
+        )
     if config.projector_size:
         read = (f"{root}linear_1/weight",)
-        found += (_norm(f"{root}norm", read, width, True, config.merge_size),)
-    return tuple(found)
+        speech_folds += (_norm(f"{root}norm", read, width, True, config.merge_size),)
+    return tuple(speech_folds)
 
 
 def _of_text(config: TextConfig) -> tuple[Fold, ...]:

@@ -189,10 +189,10 @@ class Layouts(Mapping[str, Layout]):
         self._name, self._shapes, self._known = name, shapes, known
 
     def __getitem__(self, path: str) -> Layout:
-        found = self._known[path]
-        if isinstance(found, Layout):
-            return found
-        why = found or "its shape does not say which axes are inputs"
+        layout = self._known[path]
+        if isinstance(layout, Layout):
+            return layout
+        why = layout or "its shape does not say which axes are inputs"
         raise RecipeError(
             f"{self._name}: {path} {list(self._shapes[path])}: {why}; pass calibration= with a "
             "batch that the model runs on, name it in stacked= if its first axis numbers the "
@@ -201,8 +201,8 @@ class Layouts(Mapping[str, Layout]):
 
     def known(self, path: str) -> Layout:
         """The layout, or where it is not known that of one matrix `[..., out, in]`."""
-        found = self._known.get(path)
-        return found if isinstance(found, Layout) else Layout()
+        layout = self._known.get(path)
+        return layout if isinstance(layout, Layout) else Layout()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -247,9 +247,9 @@ def layouts_of(
             known[path] = by_name(path, shape)
             continue
         bias = shapes.get(f"{path.rsplit('/', 1)[0]}/bias") if "/" in path else shapes.get("bias")
-        found = _from_reading(readings.get(path), shape, bias)
+        layout = _from_reading(readings.get(path), shape, bias)
         asked = 1 if is_stack(path) else None
-        known[path] = from_bias(shape, bias, asked) if found is None else found
+        known[path] = from_bias(shape, bias, asked) if layout is None else layout
         if known[path] is None and model is None and len(shape) == _IMAGE_KERNEL:
             known[path] = Layout(0, tuple(range(_IMAGE_KERNEL - 1)))
         if asked and isinstance(known[path], Layout) and not known[path].stack:

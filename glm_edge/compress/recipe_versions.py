@@ -59,18 +59,20 @@ def upgraded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       RecipeError: what a format says now has no meaning.
     """
-    rest = dict(options)
-    if name in _DEFAULTS and set(_FORMAT) & set(rest):
-        old = {option: rest.pop(option) for option in _FORMAT if option in rest}
+    others = dict(options)
+    if name in _DEFAULTS and set(_FORMAT) & set(others):
+        old = {option: others.pop(option) for option in _FORMAT if option in others}
         format = _format(name, {**_DEFAULTS[name], **old})
         if format is not None:
-            rest["format"] = str(format)
+            others["format"] = str(format)
+    if name == "prune.mask" and others.pop("ties", "first") != "first":
+        raise RecipeError("prune.mask: ties= is gone: of equal scores the first go")
     moved = _TRAIN.get(name, {})
-    if set(moved) & set(rest):
-        old = {option: rest.pop(option) for option in moved if option in rest}
+    if set(moved) & set(others):
+        old = {option: others.pop(option) for option in moved if option in others}
         defaults = {option: value for option, value in moved.items() if value is not None}
-        rest["train"] = {**defaults, **old}
-    return rest
+        others["train"] = {**defaults, **old}
+    return others
 
 
 def _format(name: str, options: Mapping[str, Any]) -> Format | None:

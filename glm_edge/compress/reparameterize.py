@@ -167,8 +167,8 @@ def _deployed(params: Params, statistics: Params, path: str, rows: list[Row]) ->
         }
     before, stored = boxes.stored_bytes((params, statistics)), boxes.stored_bytes(after)
     bits = 8 * stored / boxes.count(after)
-    kept = float(kernel.mask.mean()) if isinstance(kernel, boxes.Masked) else 1.0
-    rows.append(Row(NAME, path, action, kept, bits, before, stored))
+    fraction = float(kernel.mask.mean()) if isinstance(kernel, boxes.Masked) else 1.0
+    rows.append(Row(NAME, path, action, fraction, bits, before, stored))
     return after
 
 

@@ -116,11 +116,14 @@ class Transform:
 
     Attributes:
       name: of the registered transform, such as `quantize.rtn`.
+      called: the name under which a call makes it; as `name`, but for names that follow from
+        options.
       exact: True where the function of the model stays as it was.
       needs_model: True where parameters alone do not do.
     """
 
     name: ClassVar[str] = ""
+    called: ClassVar[str] = ""
     exact: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
 
@@ -225,7 +228,7 @@ class Transform:
             if defining or value != item.default:
                 text = repr(str(value) if isinstance(value, Format) else value)
                 shown.append(text if index == 0 and not item.kw_only else f"{item.name}={text}")
-        return f"{self.name}({', '.join(shown)})"
+        return f"{self.called}({', '.join(shown)})"
 
 
 @functools.cache
@@ -335,6 +338,7 @@ def register(name: str, *others: str) -> Callable[[type], type]:
     def decorate(kind: type) -> type:
         if "name" not in vars(kind):
             kind.name = name
+        kind.called = name
         kind = dataclass(frozen=True, kw_only=True, repr=False)(kind)
         for known in (name, *others):
             _REGISTRY[known] = kind

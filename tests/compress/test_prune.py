@@ -10,7 +10,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, prune, quantize
-from glm_edge.compress.prune import scores
+from glm_edge.compress.prune.scores import heads_neurons as scores
 from glm_edge.compress.prune.structured import heads_to_keep, neurons_to_keep
 from glm_edge.compress.transform import Context
 from glm_edge.errors import DataError, RecipeError

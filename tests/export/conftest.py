@@ -1,6 +1,7 @@
 """A small multimodal GLM with random weights, boxed in every way that a file can hold."""
 
 import dataclasses
+import functools
 from importlib.util import find_spec
 
 import jax
@@ -50,6 +51,7 @@ def random_params(model: MultimodalGLM, seed: int = 0):
     return params
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def quantize(weight: jax.Array, form: Format) -> boxes.Quantized:
     """Rounds to nearest, with the largest value of each group at the end of the range."""
     groups = weight.reshape(len(weight), -1, form.group_size or weight.shape[1])

@@ -55,14 +55,16 @@ def split(calibration: Any, reads: bool) -> tuple[Any, dict[str, list[Any]]]:
         kinds.setdefault(kind_of(batch, calibration), []).append(batch)
     if not reads:
         return None, kinds
-    lone = [kind for kind, found in kinds.items() if len(found) < 2]
+    lone = [kind for kind, kind_batches in kinds.items() if len(kind_batches) < 2]
     if lone:
         raise DataError(
             f"plan: calibration holds one batch of {lone[0]}; give two or more, since every "
             "second is held out from the transform to measure on"
         )
-    seen = [batch for found in kinds.values() for batch in found[::2]]
-    return with_batches(calibration, seen), {kind: found[1::2] for kind, found in kinds.items()}
+    calibrating = [batch for kind_batches in kinds.values() for batch in kind_batches[::2]]
+    return with_batches(calibration, calibrating), {
+        kind: kind_batches[1::2] for kind, kind_batches in kinds.items()
+    }
 
 
 class Divergence:
@@ -79,8 +81,8 @@ class Divergence:
         self.kinds = tuple(held_out)
         self._model, self._cases = model, []
         dense = _dense(dict(boxes.path_items(params)))
-        for kind, found in held_out.items():
-            for batch in found:
+        for kind, kind_batches in held_out.items():
+            for batch in kind_batches:
                 batch = batches.to_device(model, batch, "plan")
                 reference = _logits(model, dense, batch)
                 weights = (
@@ -97,9 +99,9 @@ class Divergence:
         dense = _dense(leaves)
         sums = {kind: [0.0, 0.0] for kind in self.kinds}
         for kind, batch, weights, reference in self._cases:
-            found = _divergence(model or self._model, dense, batch, weights, reference)
-            for place in (0, 1):
-                sums[kind][place] += float(found[place])
+            sums_of_batch = _divergence(model or self._model, dense, batch, weights, reference)
+            for index in (0, 1):
+                sums[kind][index] += float(sums_of_batch[index])
         return {kind: lost / max(count, 1.0) for kind, (lost, count) in sums.items()}
 
 
@@ -124,6 +126,6 @@ def _divergence(
     model: nn.Module, params: Params, batch: Batch, weights: Array, reference: Array
 ) -> tuple[Array, Array]:
     expected = jax.nn.log_softmax(reference)
-    found = jax.nn.log_softmax(_logits(model, params, batch))
-    lost = jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)
+    predicted = jax.nn.log_softmax(_logits(model, params, batch))
+    lost = jnp.sum(jnp.exp(expected) * (expected - predicted), axis=-1)
     return jnp.sum(lost * weights), jnp.sum(weights)

@@ -69,15 +69,15 @@ def format_everything(
     layouts: Mapping[str, Layout] | None = None,
 ) -> dict[str, Format]:
     """The format of every matrix: the one asked for, or the fallback where groups do not divide."""
-    found = {}
+    formats = {}
     for path, leaf in boxes.path_items(params):
         if is_matrix(path, leaf) and not isinstance(leaf, boxes.Quantized):
             try:
                 format.num_groups(_as_rows(path, leaf.shape, layouts)[-1])
-                found[path] = format
+                formats[path] = format
             except BoxError:
-                found[path] = fallback
-    return found
+                formats[path] = fallback
+    return formats
 
 
 class Option(NamedTuple):
@@ -129,28 +129,28 @@ def frontier(groups: Sequence[Sequence[Option]], fixed_bytes: int = 0) -> list[P
         all_costs = (costs[:, None] + own_costs).ravel()
         order = np.lexsort((all_costs, all_sizes))
         best_before = np.minimum.accumulate(np.concatenate([[np.inf], all_costs[order][:-1]]))
-        kept = _thinned(order[all_costs[order] < best_before], all_sizes)
-        steps.append((kept // len(options), kept % len(options)))
-        sizes, costs = all_sizes[kept], all_costs[kept]
+        states = _thinned(order[all_costs[order] < best_before], all_sizes)
+        steps.append((states // len(options), states % len(options)))
+        sizes, costs = all_sizes[states], all_costs[states]
     choices = np.empty((len(sizes), len(groups)), np.int64)
     state = np.arange(len(sizes))
-    for place in reversed(range(len(groups))):
-        parent, chosen = steps[place]
-        choices[:, place] = chosen[state]
+    for index in reversed(range(len(groups))):
+        parent, chosen = steps[index]
+        choices[:, index] = chosen[state]
         state = parent[state]
     rows = zip(sizes, costs, choices, strict=True)
     return [Point(int(size), float(cost), tuple(map(int, row))) for size, cost, row in rows]
 
 
-def _thinned(kept: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    if len(kept) <= _STATES:
-        return kept
-    low, high = sizes[kept[0]], sizes[kept[-1]]
-    bucket = (sizes[kept] - low) * (_STATES - 1) // (high - low)
+def _thinned(states: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    if len(states) <= _STATES:
+        return states
+    low, high = sizes[states[0]], sizes[states[-1]]
+    bucket = (sizes[states] - low) * (_STATES - 1) // (high - low)
     # The last of a bucket loses least, and the first of all stays reachable.
     last = np.append(bucket[1:] != bucket[:-1], True)
     last[0] = True
-    return kept[last]
+    return states[last]
 
 
 def best_within(points: Sequence[Point], budget_bytes: int) -> Point:
@@ -230,23 +230,23 @@ class Plan:
         lines.append(["(no group)", KEEP, "", f"{self.fixed_bytes:,}", "", *[""] * len(kinds)])
         total = [f"{self.predicted[kind]:.2e}" for kind in kinds]
         lines.append(["predicted", "", "", f"{self.predicted_bytes:,}", "", *total])
-        found = [f"{self.measured[kind]:.2e}" for kind in kinds]
-        lines.append(["measured", "", "", f"{self.measured_bytes:,}", "", *found])
+        measured = [f"{self.measured[kind]:.2e}" for kind in kinds]
+        lines.append(["measured", "", "", f"{self.measured_bytes:,}", "", *measured])
         ratio = [_ratio(self.measured[kind], self.predicted[kind]) for kind in kinds]
         same = _ratio(self.measured_bytes, self.predicted_bytes)
         lines.append(["measured / predicted", "", "", same, "", *ratio])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         text = [
             "  ".join(
-                cell.ljust(width) if place < 2 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines
         ]
         rule = "-" * max(map(len, text))
-        held = ", ".join(f"{count} {kind}" for kind, count in self.held_out.items())
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.held_out.items())
         used = f"budget {self.budget_bytes:,} bytes, {self.predicted_bytes / self.budget_bytes:.1%}"
-        last = f"{used} used; KL in nats a token on batches held out: {held}"
+        last = f"{used} used; KL in nats a token on batches held out: {counts}"
         return "\n".join([text[0], rule, *text[1:-4], rule, *text[-4:], rule, last])
 
     def to_json(self) -> str:

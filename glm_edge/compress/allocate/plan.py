@@ -101,42 +101,48 @@ def plan(
     for chosen in assigned.values():
         maker.check(chosen)
     batches.check(model, calibration, "plan", without)
-    seen, held_out = split(calibration, maker.reads)
+    calibrating, held_out = split(calibration, maker.reads)
     reader = called(model, calibration)
     measure = Divergence(reader, params, held_out)
     inside = {path for paths in members.values() for path in paths}
     fixed = boxes.stored_bytes([leaf for path, leaf in leaves.items() if path not in inside])
 
     def compress(recipe: Transform) -> tuple[nn.Module, Params]:
-        return recipe(model, params, calibration=seen, rng=rng, without=_lacking(model, seen))[:2]
+        return recipe(
+            model, params, calibration=calibrating, rng=rng, without=_lacking(model, calibrating)
+        )[:2]
 
     options: dict[str, list[Option]] = {name: [] for name in members}
     total = len(members) * len(assigned) + 1
     for number, (name, chosen) in enumerate(assigned.items()):
-        whole = None
+        leaves_together = None
         if chosen:
             recipe = maker.recipe(chosen, sorted(inside), leaves)
-            whole = dict(boxes.path_items(compress(recipe)[1]))
+            leaves_together = dict(boxes.path_items(compress(recipe)[1]))
             # What changes norms and neighbours too must be run on each group by itself.
-            if any(whole[path] is not leaf for path, leaf in leaves.items() if path not in inside):
-                whole = None
-        for place, (group, paths) in enumerate(members.items()):
+            if any(
+                leaves_together[path] is not leaf
+                for path, leaf in leaves.items()
+                if path not in inside
+            ):
+                leaves_together = None
+        for index, (group, paths) in enumerate(members.items()):
             if not chosen:
                 changed = {}
-            elif whole is None:
-                own = maker.recipe(chosen, paths, leaves)
-                changed = dict(boxes.path_items(compress(own)[1]))
+            elif leaves_together is None:
+                alone = maker.recipe(chosen, paths, leaves)
+                changed = dict(boxes.path_items(compress(alone)[1]))
             else:
-                changed = {path: whole[path] for path in paths}
+                changed = {path: leaves_together[path] for path in paths}
             loss = measure({**leaves, **changed}) if changed else dict.fromkeys(measure.kinds, 0.0)
             own_formats = {path: chosen[path] for path in paths if path in chosen}
             own_bytes = bytes_with({path: leaves[path] for path in paths}, own_formats, layouts)
             options[group].append(Option(name, own_bytes, loss))
             if progress is not None:
-                progress(f"plan: {group} {name}", number * len(members) + place + 1, total)
+                progress(f"plan: {group} {name}", number * len(members) + index + 1, total)
     points = frontier(list(options.values()), fixed)
     point = best_within(points, budget_bytes)
-    chosen = {g: options[g][place] for g, place in zip(options, point.choice, strict=True)}
+    chosen = {g: options[g][index] for g, index in zip(options, point.choice, strict=True)}
     recipe = maker.chosen_recipe(chosen, members, assigned, leaves)
     made_model, made = compress(recipe)
     if boxes.stored_bytes(made) != point.bytes:
@@ -167,7 +173,7 @@ def plan(
         predicted={k: sum(option.loss[k] for option in chosen.values()) for k in measure.kinds},
         measured=measured,
         points=tuple((point.bytes, point.cost) for point in points),
-        held_out={kind: len(found) for kind, found in held_out.items()},
+        held_out={kind: len(kind_batches) for kind, kind_batches in held_out.items()},
     )
 
 
@@ -184,9 +190,9 @@ def group_paths(params: Params, patterns: Sequence[str]) -> dict[str, tuple[str,
     for path, leaf in boxes.path_items(params):
         if not boxes.is_matrix(path, leaf) or isinstance(leaf, Quantized):
             continue
-        found = next(filter(None, (compiled(pattern).match(path) for pattern in patterns)), None)
-        if found:
-            groups.setdefault(found, []).append(path)
+        group = next(filter(None, (compiled(pattern).match(path) for pattern in patterns)), None)
+        if group:
+            groups.setdefault(group, []).append(path)
     if not groups:
         raise RecipeError(f"plan: groups={list(patterns)} match no matrix that is not quantized")
     return {name: tuple(paths) for name, paths in groups.items()}
@@ -225,7 +231,10 @@ class _Maker:
         for path in paths:
             by_format.setdefault(formats[path], []).append(path)
         return chain(
-            *(self._of(format, pattern_of(own, leaves)) for format, own in by_format.items())
+            *(
+                self._of(format, pattern_of(paths_of_format, leaves))
+                for format, paths_of_format in by_format.items()
+            )
         )
 
     def chosen_recipe(
@@ -254,9 +263,9 @@ def pattern_of(paths: Sequence[str], leaves: Mapping[str, Any]) -> str:
     """A regular expression that matches these paths of a tree's matrices and no other."""
     matrices = [path for path, leaf in leaves.items() if boxes.is_matrix(path, leaf)]
     wanted, parts = set(paths), []
-    left = list(paths)
-    while left:
-        names = left[0].split("/")
+    remaining = list(paths)
+    while remaining:
+        names = remaining[0].split("/")
         # The shortest prefix under which everything is wanted.
         for depth in range(1, len(names) + 1):
             prefix = "/".join(names[:depth])
@@ -264,7 +273,7 @@ def pattern_of(paths: Sequence[str], leaves: Mapping[str, Any]) -> str:
             if wanted.issuperset(below):
                 break
         parts.append(prefix)
-        left = [path for path in left if path not in below]
+        remaining = [path for path in remaining if path not in below]
     return f"^(?:{'|'.join(map(re.escape, parts))})(?:/|$)"
 
 
@@ -278,6 +287,6 @@ def _assign(params: Params, name: str, layouts: Mapping[str, Layout]) -> dict[st
     return format_everything(params, format, Format(f"int{_FALLBACK_BITS}"), layouts)
 
 
-def _lacking(model: nn.Module, seen: Sequence[Batch] | None) -> tuple[str, ...]:
-    kinds = set().union(*map(batches.keys_of, () if seen is None else seen))
+def _lacking(model: nn.Module, calibrating: Sequence[Batch] | None) -> tuple[str, ...]:
+    kinds = set().union(*map(batches.keys_of, () if calibrating is None else calibrating))
     return tuple(name for name in ("images", "audio") if name not in kinds)

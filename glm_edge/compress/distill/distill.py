@@ -180,11 +180,11 @@ def split(params: Params, where: str | None) -> tuple[Params, Params]:
         raise RecipeError("distill: nothing left to train: every parameter is stored in integers")
     if where is None:
         return trainable, frozen
-    held = _keep(trainable, lambda path: not compiled(where).search(path))
+    excluded = _keep(trainable, lambda path: not compiled(where).search(path))
     trainable = _keep(trainable, lambda path: compiled(where).search(path))
     if not jax.tree.leaves(trainable):
         raise RecipeError(f"distill: where={where!r} matches no parameter that can train")
-    return trainable, boxes.combine(held, frozen)
+    return trainable, boxes.combine(excluded, frozen)
 
 
 def _keep(tree: Params, wanted: Callable[[str], bool]) -> Params:

@@ -72,8 +72,12 @@ def run_with_intermediates(
     output, sown = model.apply(
         {"params": params}, batch["tokens"], **inputs, mutable=["attention"] if attention else []
     )
-    logits, given = output if isinstance(output, tuple) else (output, {})
-    outputs = tuple(given.get("hidden", ())[1:]) if hidden and isinstance(given, dict) else ()
+    logits, sown_outputs = output if isinstance(output, tuple) else (output, {})
+    outputs = (
+        tuple(sown_outputs.get("hidden", ())[1:])
+        if hidden and isinstance(sown_outputs, dict)
+        else ()
+    )
     weights = _in_order(sown.get("attention", {}))
     kind = type(model).__name__
     if hidden and not outputs:
@@ -91,8 +95,8 @@ def _in_order(sown: Params) -> tuple[Array, ...]:
         parts = re.split(r"(\d+)", path_string(item[0]))
         return [int(part) if part.isdigit() else part for part in parts]
 
-    found = sorted(jax.tree_util.tree_leaves_with_path(sown), key=natural)
-    return tuple(array.reshape(array.shape[0], -1, *array.shape[-2:]) for _, array in found)
+    arrays = sorted(jax.tree_util.tree_leaves_with_path(sown), key=natural)
+    return tuple(array.reshape(array.shape[0], -1, *array.shape[-2:]) for _, array in arrays)
 
 
 def uniform(student: int, teacher: int) -> tuple[int, ...]:
@@ -147,14 +151,14 @@ def hidden_loss(
     References:
       TinyBERT: Distilling BERT for Natural Language Understanding, https://arxiv.org/abs/1909.10351.
     """
-    found = []
+    losses = []
     for mine, its in pairs(len(student), len(teacher), layers):
-        here, there = student[mine][:, :-1], teacher[its][:, :-1]
+        ours, theirs = student[mine][:, :-1], teacher[its][:, :-1]
         if projection is not None:
-            here = here @ projection
-        norm = jnp.maximum(jnp.sum(jnp.square(there), axis=-1), _TINY)
-        found.append(jnp.sum(jnp.square(here - there), axis=-1) / norm)
-    return batches.weighted_mean(jnp.mean(jnp.stack(found), axis=0), weights)
+            ours = ours @ projection
+        norm = jnp.maximum(jnp.sum(jnp.square(theirs), axis=-1), _TINY)
+        losses.append(jnp.sum(jnp.square(ours - theirs), axis=-1) / norm)
+    return batches.weighted_mean(jnp.mean(jnp.stack(losses), axis=0), weights)
 
 
 def attention_loss(
@@ -178,14 +182,14 @@ def attention_loss(
     References:
       MiniLM: Deep Self-Attention Distillation, https://arxiv.org/abs/2002.10957.
     """
-    found = []
+    losses = []
     for mine, its in pairs(len(student), len(teacher), layers):
-        here, there = student[mine][:, :, :-1], teacher[its][:, :, :-1]
-        if here.shape[1] != there.shape[1]:
-            here, there = (jnp.mean(x, axis=1, keepdims=True) for x in (here, there))
-        ratio = jnp.log(there + _TINY) - jnp.log(here + _TINY)
-        found.append(jnp.mean(jnp.sum(there * ratio, axis=-1), axis=1))
-    return batches.weighted_mean(jnp.mean(jnp.stack(found), axis=0), weights)
+        ours, theirs = student[mine][:, :, :-1], teacher[its][:, :, :-1]
+        if ours.shape[1] != theirs.shape[1]:
+            ours, theirs = (jnp.mean(x, axis=1, keepdims=True) for x in (ours, theirs))
+        ratio = jnp.log(theirs + _TINY) - jnp.log(ours + _TINY)
+        losses.append(jnp.mean(jnp.sum(theirs * ratio, axis=-1), axis=1))
+    return batches.weighted_mean(jnp.mean(jnp.stack(losses), axis=0), weights)
 
 
 def sizes(model: nn.Module, params: Params, batch: batches.Batch, hidden: bool) -> tuple[int, int]:

@@ -96,10 +96,10 @@ def train_step(
     Raises:
       RecipeError: student and teacher predict different vocabularies.
     """
-    found = _gradient(
+    sums = _gradient(
         student, teacher, objective, trainable, frozen, teacher_params, batch, vocabulary
     )
-    return _descend(objective, trainable, state, rate, found.gradient, found.losses, lr_scale)
+    return _descend(objective, trainable, state, rate, sums.gradient, sums.losses, lr_scale)
 
 
 @functools.partial(
@@ -121,11 +121,11 @@ def add_gradient(
     Raises:
       RecipeError: student and teacher predict different vocabularies.
     """
-    found = _gradient(
+    batch_sums = _gradient(
         student, teacher, objective, trainable, frozen, teacher_params, batch, vocabulary
     )
-    weighed = jax.tree.map(lambda part: part * found.weight, found[:2])
-    added = Sums(*weighed, found.weight)
+    weighed = jax.tree.map(lambda part: part * batch_sums.weight, batch_sums[:2])
+    added = Sums(*weighed, batch_sums.weight)
     return added if sums is None else jax.tree.map(jnp.add, sums, added)
 
 
@@ -168,8 +168,8 @@ def _gradient(
     weights = jnp.ones(targets.shape[:-1]) if called else batches.loss_weights(student, batch)
 
     def loss(trainable: Params) -> tuple[Array, Losses]:
-        own, projection = transfer.without_projection(trainable)
-        params = boxes.combine(own, frozen)
+        student_params, projection = transfer.without_projection(trainable)
+        params = boxes.combine(student_params, frozen)
         logits, inside = transfer.run_with_intermediates(student, params, batch, *asked)
         if called:
             total, (soft, hard) = called_loss(student, params, batch, logits, targets, objective)
@@ -284,8 +284,8 @@ def called_loss(
             "Calibration(batches, apply=..., loss=...), or alpha=1.0 to learn from the teacher only"
         )
     temperature = objective.temperature
-    teacher, own = (jax.nn.log_softmax(x / temperature) for x in (targets, logits))
-    soft = temperature**2 * jnp.mean(divergence(teacher, own, objective.beta))
+    teacher, predicted = (jax.nn.log_softmax(x / temperature) for x in (targets, logits))
+    soft = temperature**2 * jnp.mean(divergence(teacher, predicted, objective.beta))
     hard = jnp.zeros(())
     if student.loss is not None:
         hard = batches.mean_loss(student, params, batch)
@@ -326,17 +326,17 @@ def without_shared(teacher_params: Params, frozen: Params) -> Params:
 
     Both then read one array, and the compiler runs an encoder that they share once.
     """
-    own = dict(boxes.path_items(frozen))
+    shared = dict(boxes.path_items(frozen))
     return boxes.map_with_path(
-        lambda path, leaf: None if own.get(path) is leaf else leaf, teacher_params
+        lambda path, leaf: None if shared.get(path) is leaf else leaf, teacher_params
     )
 
 
 def with_shared(teacher_params: Params, frozen: Params) -> Params:
     """The inverse of `without_shared`."""
-    own = dict(boxes.path_items(frozen))
+    shared = dict(boxes.path_items(frozen))
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: own[path_string(path)] if leaf is None else leaf,
+        lambda path, leaf: shared[path_string(path)] if leaf is None else leaf,
         teacher_params,
         is_leaf=lambda node: node is None or boxes.is_box(node),
     )
@@ -559,18 +559,18 @@ def train(
     without_labels = objective._replace(alpha=1.0)
     vocabulary = None
     if options.vocabulary is not None or options.hidden:
-        whole = (boxes.combine(trainable, frozen), with_shared(teacher_params, frozen))
+        both_params = (boxes.combine(trainable, frozen), with_shared(teacher_params, frozen))
         sample = batches.to_device(student, next(iter(context.calibration)))
         sizes = [
             transfer.sizes(model, params, sample, bool(options.hidden))
-            for model, params in zip((student, teacher_model), whole, strict=True)
+            for model, params in zip((student, teacher_model), both_params, strict=True)
         ]
         vocabulary = transfer.vocabulary(options.vocabulary, *(size[0] for size in sizes))
         trainable = transfer.with_projection(
             trainable, tuple(size[1] for size in sizes), context.rng
         )
     state = objective.optimizer().init(trainable)
-    losses, seen, directory, ragged = [], set(), None, False
+    losses, keys, directory, ragged = [], set(), None, False
     if training.state_dir is not None:
         job = job_of(
             _result_options(training, options),
@@ -579,7 +579,7 @@ def train(
             context,
         )
         directory = StateDirectory(name, training.state_dir, job)
-        (trainable, state), losses, seen = directory.restore((trainable, state))
+        (trainable, state), losses, keys = directory.restore((trainable, state))
         directory.write_curve(_curve(losses, rates, objective))
     first = len(losses) + 1
     data = enumerate(options.data(context, read := len(losses) * training.accumulate), start=read)
@@ -588,23 +588,30 @@ def train(
         """The next batch and what to learn from it."""
         nonlocal ragged
         number, batch = next(data)
-        seen.update(batches.keys_of(batch))
+        keys.update(batches.keys_of(batch))
         batch = batches.to_device(student, batch, f"{name}: calibration")
         ragged = ragged or "valid" in batch
         if not on_policy.is_written(options.on_policy, context.rng, number):
             return batch, objective
-        own = (student, trainable, frozen, batch, options.prompt, options.sampling_temperature)
-        return on_policy.written(*own, context.rng, number), without_labels
+        arguments = (
+            student,
+            trainable,
+            frozen,
+            batch,
+            options.prompt,
+            options.sampling_temperature,
+        )
+        return on_policy.written(*arguments, context.rng, number), without_labels
 
     def keep() -> None:
         if directory is not None:
-            directory.save((trainable, state), losses, seen)
+            directory.save((trainable, state), losses, keys)
             directory.write_curve(_curve(losses, rates, objective))
 
     for step, rate in enumerate(rates[len(losses) :], start=first):
         if training.accumulate == 1:
             batch, batch_objective = next_batch()
-            trainable, state, found, norm = train_step(
+            trainable, state, step_losses, norm = train_step(
                 student,
                 teacher_model,
                 batch_objective,
@@ -632,26 +639,26 @@ def train(
                     batch,
                     vocabulary,
                 )
-            trainable, state, found, norm = apply_gradient(
+            trainable, state, step_losses, norm = apply_gradient(
                 objective, trainable, state, rate, sums, lr_scale
             )
-        found = [float(part) for part in jax.device_get(found)]
-        for what, value in (("loss", found[0]), ("gradient's norm", float(norm))):
+        step_losses = [float(part) for part in jax.device_get(step_losses)]
+        for quantity, value in (("loss", step_losses[0]), ("gradient's norm", float(norm))):
             if not np.isfinite(value):
                 keep()
                 raise TrainingError(
-                    f"{name}: the {what} is {value} at step {step}; lower learning_rate or check "
-                    "the calibration batches",
+                    f"{name}: the {quantity} is {value} at step {step}; lower learning_rate or "
+                    "check the calibration batches",
                     step,
                     boxes.combine(transfer.without_projection(trainable)[0], frozen),
                 )
-        losses.append(found)
+        losses.append(step_losses)
         if step % training.save_every == 0 or step == len(rates):
             keep()
         if step % _PROGRESS_EVERY == 0 or step == len(rates):
-            context.advance(f"{name}: loss {found[0]:.3f}", step, len(rates))
+            context.advance(f"{name}: loss {step_losses[0]:.3f}", step, len(rates))
     trained, _ = transfer.without_projection(trainable)
-    notes = batches.missing_modalities(student, seen) + batches.padding_notes(model, ragged)
+    notes = batches.missing_modalities(student, keys) + batches.padding_notes(model, ragged)
     return trained, _curve(losses, rates, objective), notes
 
 
@@ -659,8 +666,8 @@ def _curve(losses: list[list[float]], rates: np.ndarray, objective: Objective) -
     inside = objective.hidden or objective.attention
     kind = transfer.TransferPoint if inside else Point
     return tuple(
-        kind(step, *found[:3], float(rate), *(found[3:] if inside else ()))
-        for step, (found, rate) in enumerate(zip(losses, rates, strict=False), start=1)
+        kind(step, *step_losses[:3], float(rate), *(step_losses[3:] if inside else ()))
+        for step, (step_losses, rate) in enumerate(zip(losses, rates, strict=False), start=1)
     )
 
 

@@ -121,16 +121,16 @@ def _write(
 ) -> tuple[Array, Array]:
     """Tokens and weights [B, T]; compiled once for each shape of batch and each prefix."""
     variables = {"params": boxes.combine(transfer.without_projection(trainable)[0], frozen)}
-    given = batch["tokens"]
-    rows, length = given.shape
+    prompt_tokens = batch["tokens"]
+    rows, length = prompt_tokens.shape
     stops = jnp.asarray(model.config.eos_token_ids, jnp.int32)
     # A placeholder that the student wrote would stand for an image that is not there.
     barred = jnp.asarray(_placeholders(model), jnp.int32)
 
     def read(module: nn.Module) -> tuple[Any, ...]:
         sound = batch.get("audio"), batch.get("audio_frames")
-        x, _ = module.embed_inputs(given, batch.get("images"), *sound)
-        positions, _ = module.start_positions(given, None, batch.get("images"))
+        x, _ = module.embed_inputs(prompt_tokens, batch.get("images"), *sound)
+        positions, _ = module.start_positions(prompt_tokens, None, batch.get("images"))
         cache = init_cache(module.config.decoder, rows, length)
         final, _, cache = module.decoder(x[:, :prefix], positions[..., :prefix], None, cache)
         return x, positions, module.predict(final[:, -1:])[:, 0].astype(jnp.float32), cache
@@ -144,22 +144,24 @@ def _write(
         if temperature:
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row * length + slot))
             drawn = jax.vmap(jax.random.categorical)(keys(jnp.arange(rows)), logits / temperature)
-        own = slot >= starts
-        token = jnp.where(own, jnp.where(stopped, last, drawn), given[:, slot]).astype(given.dtype)
-        taught = own & ~stopped
+        sampled = slot >= starts
+        token = jnp.where(sampled, jnp.where(stopped, last, drawn), prompt_tokens[:, slot]).astype(
+            prompt_tokens.dtype
+        )
+        taught = sampled & ~stopped
 
         def run(module: nn.Module) -> tuple[Array, Any]:
-            fed = jnp.where(own[:, None], module.embed(token[:, None])[:, 0], x[:, slot])
-            place = positions[..., slot][..., None]
-            final, _, after = module.decoder(fed[:, None], place, None, cache)
+            fed = jnp.where(sampled[:, None], module.embed(token[:, None])[:, 0], x[:, slot])
+            position = positions[..., slot][..., None]
+            final, _, after = module.decoder(fed[:, None], position, None, cache)
             return module.predict(final)[:, 0].astype(jnp.float32), after
 
         logits, after = model.apply(variables, method=run)
-        return (logits, after, token, stopped | own & jnp.isin(token, stops)), (token, taught)
+        return (logits, after, token, stopped | sampled & jnp.isin(token, stops)), (token, taught)
 
-    start = (logits, cache, given[:, prefix - 1], jnp.zeros(rows, bool))
-    _, (found, taught) = jax.lax.scan(step, start, jnp.arange(prefix, length))
-    tokens = jnp.concatenate([given[:, :prefix], found.T], axis=1)
+    start = (logits, cache, prompt_tokens[:, prefix - 1], jnp.zeros(rows, bool))
+    _, (sampled_tokens, taught) = jax.lax.scan(step, start, jnp.arange(prefix, length))
+    tokens = jnp.concatenate([prompt_tokens[:, :prefix], sampled_tokens.T], axis=1)
     # The position before a token is the one that predicts it.
     weights = jnp.zeros((rows, length)).at[:, prefix - 1 : -1].set(taught.T)
     return tokens, weights

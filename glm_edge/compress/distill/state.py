@@ -28,7 +28,7 @@ from glm_edge.files import read_json
 from glm_edge.writers import DirectoryLock, check_writable_name, write_json, write_whole
 
 STATE, CURVE, JOB = "state.safetensors", "curve.csv", "job.json"
-_LOSSES, _SEEN = "losses", "seen"
+_LOSSES, _KEYS = "losses", "seen"
 
 
 class StateDirectory:
@@ -64,29 +64,29 @@ class StateDirectory:
             raise
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-        held, job = read_json(self.path / JOB), json.loads(json.dumps(job))
+        stored, job = read_json(self.path / JOB), json.loads(json.dumps(job))
         for field, value in job.items():
-            if held.get(field) != value:
+            if stored.get(field) != value:
                 raise OutputError(
                     f"{path}: holds the state of a {name} with another {field}"
-                    f"{difference(held, job)}; repeat its arguments where it ran to go on, or name "
-                    "another state_dir"
+                    f"{difference(stored, job)}; repeat its arguments where it ran to go on, or "
+                    "name another state_dir"
                 )
 
-    def save(self, trained: Any, losses: Sequence[Sequence[float]], seen: Collection[str]) -> None:
+    def save(self, trained: Any, losses: Sequence[Sequence[float]], keys: Collection[str]) -> None:
         """Replaces the state by that after `len(losses)` steps.
 
         Args:
           trained: tree of arrays: parameters and optimizer.
           losses: of each step, in the order of `Losses`.
-          seen: keys of the batches read so far.
+          keys: keys of the batches read so far.
 
         Raises:
           OutputError: the directory cannot be written.
         """
         arrays = {path: np.asarray(leaf) for path, leaf in _named(trained).items()}
         arrays[_LOSSES] = np.asarray(losses, np.float32)
-        arrays[_SEEN] = np.asarray([key in seen for key in batches.KEYS], np.uint8)
+        arrays[_KEYS] = np.asarray([key in keys for key in batches.KEYS], np.uint8)
         write_whole(self.path / STATE, lambda file: write_safetensors(file, arrays))
 
     def restore(self, trained: Any) -> tuple[Any, list[list[float]], set[str]]:
@@ -106,20 +106,20 @@ class StateDirectory:
         file = self.path / STATE
         if not file.exists():
             return trained, [], set()
-        held = SafetensorsFile(file)
+        stored = SafetensorsFile(file)
         named = _named(trained)
-        if set(held.tensors) != {*named, _LOSSES, _SEEN}:
+        if set(stored.tensors) != {*named, _LOSSES, _KEYS}:
             raise CheckpointError(f"{file}: is not the state of these parameters; remove it")
         # A step reuses the memory of its arguments, so they must be the device's own.
-        arrays = {path: jnp.array(held.read(path), copy=True) for path in named}
+        arrays = {path: jnp.array(stored.read(path), copy=True) for path in named}
         leaves = [
             jax.device_put(arrays[path], leaf.sharding) if leaf.committed else arrays[path]
             for path, leaf in named.items()
         ]
         # An earlier version knew fewer keys; new ones are at the end.
-        seen = {key for key, was in zip(batches.KEYS, held.read(_SEEN), strict=False) if was}
+        keys = {key for key, was in zip(batches.KEYS, stored.read(_KEYS), strict=False) if was}
         trained = jax.tree.unflatten(jax.tree.structure(trained), leaves)
-        return trained, held.read(_LOSSES).tolist(), seen
+        return trained, stored.read(_LOSSES).tolist(), keys
 
     def write_curve(self, curve: Sequence[Point]) -> None:
         """Writes `curve.csv`, numbers unrounded.
@@ -182,9 +182,9 @@ def machine(any_cores: bool = False) -> dict[str, Any]:
     }
 
 
-def difference(held: dict[str, Any], job: dict[str, Any]) -> str:
+def difference(stored: dict[str, Any], job: dict[str, Any]) -> str:
     """Says in brackets in what two machines differ; empty where they do not."""
-    was, now = held.get("machine"), job["machine"]
+    was, now = stored.get("machine"), job["machine"]
     if not isinstance(was, dict) or was == now:
         return ""
     parts = (f"{key} {was.get(key)}, now {now[key]}" for key in now if was.get(key) != now[key])
@@ -195,8 +195,8 @@ def _processor() -> str:
     """Name of the processor, whose instructions decide how sums are taken."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            found = (line.partition(":")[2].strip() for line in file if "model name" in line)
-            return next(found, "")
+            names = (line.partition(":")[2].strip() for line in file if "model name" in line)
+            return next(names, "")
     except OSError:
         return platform.processor()
 
@@ -222,13 +222,13 @@ def _code(function: Any) -> str:
 
 def digest(tree: Any) -> str:
     """SHA-256 of the names, types, shapes and bytes of a tree's arrays."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     tree = dict(tree) if isinstance(tree, Mapping) else tree
     for path, leaf in _named(tree).items():
         array = np.ascontiguousarray(leaf)
-        found.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        found.update(array.reshape(-1).view(np.uint8))
-    return found.hexdigest()
+        hashed.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        hashed.update(array.reshape(-1).view(np.uint8))
+    return hashed.hexdigest()
 
 
 def _named(tree: Any) -> dict[str, Array]:

@@ -103,12 +103,12 @@ class StageInputs:
 
     def _decoded(self, leaves: Leaves | None) -> Leaves:
         """All parameters, quantized ones decoded once for all batches where that gives the same."""
-        found = self._all(leaves)
+        leaves_by_path = self._all(leaves)
         if getattr(self.stage.module, "compute", None) != "float32":
-            return found
+            return leaves_by_path
         return {
             path: leaf.replace(dtype="float32").unbox() if isinstance(leaf, Quantized) else leaf
-            for path, leaf in found.items()
+            for path, leaf in leaves_by_path.items()
         }
 
 

@@ -247,11 +247,11 @@ class Stage:
     def unseen(self, leaves: Leaves, states: Iterable[State]) -> dict[str, str]:
         """Why the inputs of a weight cannot be seen, by path; weights that are seen are absent."""
         reasons: dict[str, str] = {}
-        seen: set[str] = set()
+        watched_paths: set[str] = set()
 
         def see(reading: Reading) -> None:
             if reading.rows is not None:
-                seen.add(reading.path)
+                watched_paths.add(reading.path)
             else:
                 reasons.setdefault(reading.path, reading.reason)
 
@@ -259,7 +259,7 @@ class Stage:
             if self.reads in state:
                 self.watch(leaves, state, see)
                 break
-        return {path: reason for path, reason in reasons.items() if path not in seen}
+        return {path: reason for path, reason in reasons.items() if path not in watched_paths}
 
     def _params(self, leaves: Leaves) -> Any:
         start = len(self.root) + 1 if self.root else 0
@@ -328,8 +328,8 @@ def stages(model: nn.Module | Called) -> tuple[Stage, ...]:
     if isinstance(model, Called):
         return (Stage("model", "", ("",), model.model, Through(model), "batch", (), _all_rows),)
     if not isinstance(model, MultimodalGLM):
-        return (Stage("model", "", ("",), model, _whole),)
-    config, found = model.config, []
+        return (Stage("model", "", ("",), model, _whole_model),)
+    config, in_order = model.config, []
     width = config.decoder.hidden_size
     if config.vision is not None:
         encoder = VisionEncoder(config.vision, width, model.compute)
@@ -341,22 +341,22 @@ def stages(model: nn.Module | Called) -> tuple[Stage, ...]:
             VisionLayer(config.vision, window, _first_alike(config.vision, i), model.compute)
             for i, window in enumerate(windows)
         ]
-        found += _encoder("vision", "images", encoder, layers, _vision_functions)
+        in_order += _encoder("vision", "images", encoder, layers, _vision_functions)
     if config.speech is not None:
         encoder = SpeechEncoder(config.speech, width, model.compute)
         layers = [
             SpeechLayer(config.speech, _first_alike(config.speech, i), model.compute)
             for i in range(config.speech.num_layers)
         ]
-        found += _encoder("speech", "audio", encoder, layers, _speech_functions)
-    found.append(Stage("embed", "", ("embed/",), model, _embed))
+        in_order += _encoder("speech", "audio", encoder, layers, _speech_functions)
+    in_order.append(Stage("embed", "", ("embed/",), model, _embed))
     for index in range(config.decoder.num_layers):
         root = f"decoder/layers/{index}"
         layer = Layer(config.decoder, _first_alike(config.decoder, index), model.compute)
-        found.append(Stage(root, root, (f"{root}/",), layer, _decode))
+        in_order.append(Stage(root, root, (f"{root}/",), layer, _decode))
     tied = ("embed/weight",) if config.decoder.tie_embeddings else ()
-    found.append(Stage("head", "", ("decoder/norm/", "head/"), model, _predict, "tokens", tied))
-    return tuple(found)
+    in_order.append(Stage("head", "", ("decoder/norm/", "head/"), model, _predict, "tokens", tied))
+    return tuple(in_order)
 
 
 def _first_alike(part: Any, index: int) -> int:
@@ -371,16 +371,20 @@ def _encoder(
     # An encoder declares tables of its own when any part of it is called, so its end needs them.
     tables = tuple(f"{name}/{table}" for table in functions["tables"])
     front = (*(f"{name}/{part}/" for part in functions["front_owns"]), *tables)
-    found = [Stage(f"{name}/front", name, front, encoder, functions["front"], reads, (), _all_rows)]
+    encoder_stages = [
+        Stage(f"{name}/front", name, front, encoder, functions["front"], reads, (), _all_rows)
+    ]
     for index, layer in enumerate(layers):
         root = f"{name}/layers/{index}"
-        found.append(
+        encoder_stages.append(
             Stage(root, root, (f"{root}/",), layer, functions["layer"], reads, (), _all_rows)
         )
     end = tuple(f"{name}/{part}/" for part in functions["end_owns"])
     counted = _rows_of_sound if name == "speech" else _all_rows
-    found.append(Stage(f"{name}/end", name, end, encoder, functions["end"], reads, tables, counted))
-    return found
+    encoder_stages.append(
+        Stage(f"{name}/end", name, end, encoder, functions["end"], reads, tables, counted)
+    )
+    return encoder_stages
 
 
 def _images(images: Any, config: Any) -> list[Array]:
@@ -439,8 +443,8 @@ def _by_row(state: State, features: Array) -> Array:
 
 
 def _encoded(state: State, source: str, name: str, features: Array) -> State:
-    rest = {key: value for key, value in state.items() if key not in ("x", "angle", source)}
-    return {**rest, name: features}
+    others = {key: value for key, value in state.items() if key not in ("x", "angle", source)}
+    return {**others, name: features}
 
 
 _vision_functions = {
@@ -487,7 +491,7 @@ def _padded(state: State) -> State:
     return {"valid": state["valid"]} if "valid" in state else {}
 
 
-def _whole(model: nn.Module, state: State) -> State:
+def _whole_model(model: nn.Module, state: State) -> State:
     output = model(state["tokens"], **batches.inputs_of(model, state))
     return {**state, "x": output[0] if isinstance(output, tuple) else output}
 

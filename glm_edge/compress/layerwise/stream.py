@@ -114,16 +114,16 @@ def compress_checkpoint(
             before.add(leaves)
             done = _finished(partial, file)
             if done is None:
-                leaves, found = walk.compress(stage, leaves)
-                described = _write_stage(partial, file, leaves, found)
+                leaves, stage_rows = walk.compress(stage, leaves)
+                described = _write_stage(partial, file, leaves, stage_rows)
             else:
-                compressed, found, described = done
+                compressed, stage_rows, described = done
                 walk.skip(stage, leaves, compressed)
                 leaves = compressed
             after.add(leaves)
             names.append(file)
             spec |= described
-            rows += found
+            rows += stage_rows
         report = Report(
             tuple(rows),
             before.bytes,
@@ -213,15 +213,15 @@ def _job(
 
 
 def _check_job(partial: Path, output: Path, job: dict[str, Any]) -> None:
-    held = partial / _JOB
-    if not held.exists() or not any(partial.glob("*.safetensors")):
-        write_whole(held, lambda path: write_json(path, job))
+    job_file = partial / _JOB
+    if not job_file.exists() or not any(partial.glob("*.safetensors")):
+        write_whole(job_file, lambda path: write_json(path, job))
         return
-    found = read_json(held)
+    stored = read_json(job_file)
     for name, value in job.items():
-        if found.get(name) != value:
+        if stored.get(name) != value:
             raise OutputError(
-                f"{partial}: holds an unfinished run with another {name}{difference(found, job)}; "
+                f"{partial}: holds an unfinished run with another {name}{difference(stored, job)}; "
                 "repeat its arguments where it ran to finish it, or remove the directory to begin "
                 f"{output.name} anew"
             )
@@ -239,8 +239,8 @@ def _write_stage(partial: Path, file: str, leaves: Leaves, rows: list[Row]) -> d
 def _finished(partial: Path, file: str) -> tuple[Leaves, list[Row], dict[str, Any]] | None:
     if not (partial / file).exists() or not (partial / f"{file}.json").exists():
         return None
-    notes, held = read_json(partial / f"{file}.json"), SafetensorsFile(partial / file)
-    arrays = {name: to_device(held.read(name)) for name in held.tensors}
+    notes, tensors = read_json(partial / f"{file}.json"), SafetensorsFile(partial / file)
+    arrays = {name: to_device(tensors.read(name)) for name in tensors.tensors}
     leaves = dict(boxes.path_items(boxes.from_flat(arrays, notes["spec"])))
     return leaves, [Row(**row) for row in notes["rows"]], notes["spec"]
 

@@ -69,19 +69,19 @@ class Channels(Transform):
         for index, block in enumerate(config.blocks):
             name = f"blocks_{index}"
             if block.expand:
-                kept = _kept(weights[name], self.fraction, self.multiple)
-                weights[name], stats[name] = _shrunk(weights[name], stats[name], kept, name)
-                block = dataclasses.replace(block, hidden=len(kept))
+                keep = _channels_to_keep(weights[name], self.fraction, self.multiple)
+                weights[name], stats[name] = _shrunk(weights[name], stats[name], keep, name)
+                block = dataclasses.replace(block, hidden=len(keep))
             blocks.append(block)
         smaller = model.clone(config=dataclasses.replace(config, blocks=tuple(blocks)))
-        left = {**params, "params": weights, STATISTICS: stats}
-        return smaller, left, shrunk_report(NAME, (model, params), (smaller, left))
+        variables = {**params, "params": weights, STATISTICS: stats}
+        return smaller, variables, shrunk_report(NAME, (model, params), (smaller, variables))
 
 
 channels = Channels
 
 
-def _kept(block: Params, fraction: float, multiple: int) -> np.ndarray:
+def _channels_to_keep(block: Params, fraction: float, multiple: int) -> np.ndarray:
     """Indices of the hidden channels that stay, ascending."""
     read = np.asarray(boxes.dense(block["project"]["conv"]["kernel"]), np.float64)[0, 0]
     matter = np.abs(np.asarray(block["depthwise"]["norm"]["scale"])) * np.linalg.norm(read, axis=1)
@@ -89,14 +89,14 @@ def _kept(block: Params, fraction: float, multiple: int) -> np.ndarray:
     return highest(matter, max(1, count // multiple * multiple or count))
 
 
-def _shrunk(block: Params, stats: Params, kept: np.ndarray, path: str) -> tuple[Params, Params]:
+def _shrunk(block: Params, stats: Params, keep: np.ndarray, path: str) -> tuple[Params, Params]:
     block, stats = dict(block), dict(stats)
     for name in ("expand", "depthwise"):
-        kernel = take(block[name]["conv"]["kernel"], kept, -1, f"{path}/{name}", NAME)
-        norm = {key: leaf[kept] for key, leaf in block[name]["norm"].items()}
+        kernel = take(block[name]["conv"]["kernel"], keep, -1, f"{path}/{name}", NAME)
+        norm = {key: leaf[keep] for key, leaf in block[name]["norm"].items()}
         block[name] = {"conv": {"kernel": kernel}, "norm": norm}
-        stats[name] = {"norm": {key: leaf[kept] for key, leaf in stats[name]["norm"].items()}}
+        stats[name] = {"norm": {key: leaf[keep] for key, leaf in stats[name]["norm"].items()}}
     project = block["project"]
-    kernel = take(project["conv"]["kernel"], kept, 2, f"{path}/project", NAME)
+    kernel = take(project["conv"]["kernel"], keep, 2, f"{path}/project", NAME)
     block["project"] = {**project, "conv": {"kernel": kernel}}
     return block, stats

@@ -15,7 +15,7 @@ from glm_edge.compress.prune.masks.units import unit_pools
 from glm_edge.compress.prune.scores.from_model import extents
 from glm_edge.compress.prune.shrink.arrays import shrunk_report
 from glm_edge.compress.prune.shrink.tokenizer import named_tokens
-from glm_edge.compress.prune.structured import Kept, shrink
+from glm_edge.compress.prune.structured import KeepUnits, shrink
 from glm_edge.compress.prune.vocabulary import shrink_vocabulary
 from glm_edge.compress.transform import Context, Result, Transform, register
 from glm_edge.configs import GLMConfig
@@ -37,7 +37,7 @@ class Unmasked(NamedTuple):
     """
 
     layers: np.ndarray
-    units: Mapping[str, dict[int, Kept]]
+    units: Mapping[str, dict[int, KeepUnits]]
     tokens: np.ndarray
 
 
@@ -119,19 +119,19 @@ def unmasked(model: nn.Module, params: Params) -> Unmasked:
         )
     leaves = dict(boxes.path_items(params))
     layers, tokens = np.arange(config.decoder.num_layers), np.arange(config.decoder.vocab_size)
-    for pool, left in _thinned(model, LAYER, leaves):
-        layers = _any_of(pool, LAYER, left)
-    for pool, left in _thinned(model, VOCAB, leaves):
-        tokens = _any_of(pool, "token", left)
+    for pool, remaining in _thinned(model, LAYER, leaves):
+        layers = _any_of(pool, LAYER, remaining)
+    for pool, remaining in _thinned(model, VOCAB, leaves):
+        tokens = _any_of(pool, "token", remaining)
         _check_named(config, tokens)
-    units: dict[str, dict[int, Kept]] = {}
+    units: dict[str, dict[int, KeepUnits]] = {}
     for kind in (HEAD, NEURON):
-        for pool, left in _thinned(model, kind, leaves):
+        for pool, remaining in _thinned(model, kind, leaves):
             stack, _, index = pool.name.split("/")[:3]
             if stack == _DECODER and int(index) not in layers:
                 continue
-            found = units.setdefault(stack, {}).setdefault(int(index), {})
-            found[f"{kind}s"] = _any_of(pool, kind, left)
+            kinds = units.setdefault(stack, {}).setdefault(int(index), {})
+            kinds[f"{kind}s"] = _any_of(pool, kind, remaining)
     return Unmasked(layers, units, tokens)
 
 
@@ -141,21 +141,27 @@ def _thinned(
     """Pools of which some units are masked, with those that are left, bool [g, u]."""
     sizes = extents(leaves)
     pools = unit_pools(NAME, model, Shape(kind), sizes, list(leaves))
-    found = [(pool, units_left(pool, leaves)) for pool in pools]
-    return [(pool, left) for pool, left in found if left is not None and not left.all()]
+    masked_pools = [(pool, units_left(pool, leaves)) for pool in pools]
+    return [
+        (pool, remaining)
+        for pool, remaining in masked_pools
+        if remaining is not None and not remaining.all()
+    ]
 
 
-def _any_of(pool: Pool, kind: str, left: np.ndarray) -> np.ndarray:
+def _any_of(pool: Pool, kind: str, remaining: np.ndarray) -> np.ndarray:
     """Indices of the units that are left, checked to make arrays."""
-    counts = left.sum(axis=1).tolist()
+    counts = remaining.sum(axis=1).tolist()
     if not any(counts):
-        raise RecipeError(f"{NAME}: {pool.name}: all {left.size} {kind}s are masked; leave one")
+        raise RecipeError(
+            f"{NAME}: {pool.name}: all {remaining.size} {kind}s are masked; leave one"
+        )
     if len(set(counts)) > 1:
         raise RecipeError(
             f"{NAME}: {pool.name}: groups would keep {counts} {kind}s; those that share a "
             "key/value head must keep as many as others, as prune.mask(shape='head') leaves them"
         )
-    return np.flatnonzero(left)
+    return np.flatnonzero(remaining)
 
 
 def _check_named(config: GLMConfig, tokens: np.ndarray) -> None:

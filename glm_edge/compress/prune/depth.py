@@ -144,11 +144,11 @@ def shrink_depth(
             new for new, old in enumerate(keep) if old in config.global_layers
         )
     smaller = dataclasses.replace(config, **fields)
-    whole = isinstance(model.config, GLMConfig)
-    tree = params[part] if whole else params
+    is_glm = isinstance(model.config, GLMConfig)
+    tree = params[part] if is_glm else params
     layers = {str(new): tree["layers"][str(old)] for new, old in enumerate(keep)}
     tree = {**tree, "layers": layers}
-    if not whole:
+    if not is_glm:
         return model.clone(config=smaller), tree
     changed = dataclasses.replace(model.config, **{part: smaller})
     return model.clone(config=changed), {**params, part: tree}
@@ -279,10 +279,10 @@ def _config_of(model: nn.Module, part: str) -> Any:
     config = getattr(model, "config", None)
     if isinstance(config, VisionConfig | SpeechConfig | TextConfig):
         return config
-    found = getattr(config, part, None) if isinstance(config, GLMConfig) else None
-    if found is None:
+    part_config = getattr(config, part, None) if isinstance(config, GLMConfig) else None
+    if part_config is None:
         raise RecipeError(f"{NAME}: {type(model).__name__} has no {part} whose layers could go")
-    return found
+    return part_config
 
 
 def _inputs_of(model: nn.Module, part: str) -> tuple[str, ...]:
@@ -296,7 +296,9 @@ def _readable(calibration: list[batches.Batch], part: str, model: nn.Module) -> 
     needed = _inputs_of(model, part)
     if not calibration:
         raise DataError(f"{NAME}: a score needs calibration= batches, and there are none")
-    found = [batch for batch in calibration if any(batch.get(name) is not None for name in needed)]
-    if not found:
+    readable = [
+        batch for batch in calibration if any(batch.get(name) is not None for name in needed)
+    ]
+    if not readable:
         raise DataError(f"{NAME}: the {part} reads {needed[0]}, which no calibration batch holds")
-    return found
+    return readable

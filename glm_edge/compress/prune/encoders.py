@@ -22,7 +22,7 @@ from glm_edge.compress.prune.shrink.arrays import (
     shrunk_report,
 )
 from glm_edge.compress.prune.structured import (
-    Kept,
+    KeepUnits,
     Structured,
     channels,
     check_groups,
@@ -85,9 +85,9 @@ class Encoders(Structured):
     """
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
-        found = parts(model)
+        configs = parts(model)
         chosen = boxes.select(params, self.where)
-        wanted = {part: _layers(config, part, chosen) for part, config in found.items()}
+        wanted = {part: _layers(config, part, chosen) for part, config in configs.items()}
         wanted = {part: layers for part, layers in wanted.items() if layers}
         if not wanted:
             raise RecipeError(
@@ -99,21 +99,21 @@ class Encoders(Structured):
                 model, params, some(context.calibration, self.max_batches), tuple(wanted), context
             )
         else:
-            importance = {part: magnitude(found[part], _tree(params, part)) for part in wanted}
+            importance = {part: magnitude(configs[part], _tree(params, part)) for part in wanted}
         smaller, shrunk = model, params
         for part, layers in wanted.items():
-            config, keep = found[part], {}
+            config, keep = configs[part], {}
             for index, kinds in layers.items():
-                scores, kept = importance[part][index], {}
+                scores, keep_units = importance[part][index], {}
                 if self.heads and "heads" in kinds:
                     groups = config.kv_heads(index)
-                    kept["heads"] = heads_to_keep(scores["heads"], groups, self.heads, NAME)
+                    keep_units["heads"] = heads_to_keep(scores["heads"], groups, self.heads, NAME)
                 if self.neurons and "neurons" in kinds:
                     count = neurons_to_keep(
                         config.neurons(index), self.neurons, self.neuron_multiple, NAME
                     )
-                    kept["neurons"] = highest(scores["neurons"], count)
-                keep[index] = kept
+                    keep_units["neurons"] = highest(scores["neurons"], count)
+                keep[index] = keep_units
             smaller, shrunk = shrink_encoder(smaller, shrunk, keep, part)
         return smaller, shrunk, shrunk_report(NAME, (model, params), (smaller, shrunk))
 
@@ -130,15 +130,15 @@ def parts(model: nn.Module) -> dict[str, Encoder]:
     config = getattr(model, "config", None)
     if isinstance(config, Encoder):
         return {"": config}
-    found = {name: getattr(config, name, None) for name in ("vision", "speech")}
-    found = {name: part for name, part in found.items() if part is not None}
-    if not isinstance(config, GLMConfig) or not found:
+    configs = {name: getattr(config, name, None) for name in ("vision", "speech")}
+    configs = {name: part for name, part in configs.items() if part is not None}
+    if not isinstance(config, GLMConfig) or not configs:
         raise RecipeError(f"{NAME}: {type(model).__name__} has no encoder to shrink")
-    return found
+    return configs
 
 
 def shrink_encoder(
-    model: nn.Module, params: Params, keep: dict[int, Kept], part: str = ""
+    model: nn.Module, params: Params, keep: dict[int, KeepUnits], part: str = ""
 ) -> tuple[nn.Module, Params]:
     """Drops heads and neurons of an encoder from arrays and configuration.
 
@@ -156,10 +156,10 @@ def shrink_encoder(
       RecipeError: the model has no such encoder, a layer or an index does not exist, nothing of a
         layer would remain, or a weight that must shrink is quantized.
     """
-    found = parts(model)
-    if part not in found:
-        raise RecipeError(f"{NAME}: the model has no encoder {part!r}; it has {list(found)}")
-    config, tree = found[part], _tree(params, part)
+    configs = parts(model)
+    if part not in configs:
+        raise RecipeError(f"{NAME}: the model has no encoder {part!r}; it has {list(configs)}")
+    config, tree = configs[part], _tree(params, part)
     unknown = sorted(set(keep) - set(range(config.num_layers)))
     if unknown:
         raise RecipeError(f"{NAME}: the encoder has no layer {unknown[0]!r} of {config.num_layers}")
@@ -167,16 +167,18 @@ def shrink_encoder(
     # A pooling head comes after the layers and stays whole.
     places = range(config.num_layers + getattr(config, "pooling_head", False))
     heads, neurons = [config.heads(i) for i in places], [config.neurons(i) for i in places]
-    for index, kept in keep.items():
+    for index, keep_units in keep.items():
         layer, where = layers[str(index)], f"{part}/layers/{index}".lstrip("/")
-        if "heads" in kept:
-            index_of = check_kept(kept["heads"], heads[index], f"{NAME}: {where}: heads")
+        if "heads" in keep_units:
+            index_of = check_kept(keep_units["heads"], heads[index], f"{NAME}: {where}: heads")
             check_groups(index_of, heads[index], config.kv_heads(index), f"{NAME}: {where}")
             alone = heads[index] == config.kv_heads(index)
             layer = _without_heads(config, layer, index_of, where, alone)
             heads[index] = len(index_of)
-        if "neurons" in kept:
-            index_of = check_kept(kept["neurons"], neurons[index], f"{NAME}: {where}: neurons")
+        if "neurons" in keep_units:
+            index_of = check_kept(
+                keep_units["neurons"], neurons[index], f"{NAME}: {where}: neurons"
+            )
             layer, neurons[index] = _without_neurons(config, layer, index_of, where), len(index_of)
         layers[str(index)] = layer
     fields = {"num_heads": one_or_each(heads), "intermediate_size": one_or_each(neurons)}
@@ -190,9 +192,9 @@ def shrink_encoder(
 
 
 def _without_heads(
-    config: Encoder, layer: Params, kept: np.ndarray, where: str, alone: bool
+    config: Encoder, layer: Params, keep: np.ndarray, where: str, alone: bool
 ) -> Params:
-    at, columns = _layout(config).attention, channels(kept, config.head_size)
+    at, columns = _layout(config).attention, channels(keep, config.head_size)
     attention = dict(_inside(layer, at))
     for name in ("q_proj", "k_proj", "v_proj") if alone else ("q_proj",):
         attention[name] = rows_of(attention[name], columns, f"{where}/attention/{name}", NAME)
@@ -201,14 +203,14 @@ def _without_heads(
     return _replaced(layer, at, attention)
 
 
-def _without_neurons(config: Encoder, layer: Params, kept: np.ndarray, where: str) -> Params:
+def _without_neurons(config: Encoder, layer: Params, keep: np.ndarray, where: str) -> Params:
     layout = _layout(config)
     mlp = dict(_inside(layer, layout.mlp))
     width = boxes.dense(mlp[layout.second]["weight"]).shape[-1]
-    rows = np.concatenate([kept + half * width for half in range(layout.halves)])
+    rows = np.concatenate([keep + half * width for half in range(layout.halves)])
     first, second = layout.first, layout.second
     mlp[first] = rows_of(mlp[first], rows, f"{where}/{first}", NAME)
-    mlp[second] = columns_of(mlp[second], kept, f"{where}/{second}", NAME)
+    mlp[second] = columns_of(mlp[second], keep, f"{where}/{second}", NAME)
     return _replaced(layer, layout.mlp, mlp)
 
 
@@ -313,16 +315,16 @@ def _row_terms(model: nn.Module, params: Params, batch: batches.Batch, wanted: t
 
 def unit_gates(model: nn.Module, wanted: Sequence[str]) -> Params:
     """The collection `gates` of encoders, all at one."""
-    found, gates = parts(model), {}
+    configs, gates = parts(model), {}
     for part in wanted:
-        config, layers = found[part], {}
+        config, layers = configs[part], {}
         layout = _layout(config)
         for index in range(config.num_layers):
             layer = _replaced(
                 {}, layout.attention, {"heads": jnp.ones((1, config.heads(index), 1))}
             )
-            own = {**_inside(layer, layout.mlp), "neurons": jnp.ones(config.neurons(index))}
-            layers[str(index)] = _replaced(layer, layout.mlp, own)
+            gated = {**_inside(layer, layout.mlp), "neurons": jnp.ones(config.neurons(index))}
+            layers[str(index)] = _replaced(layer, layout.mlp, gated)
         gates = gates | ({part: {"layers": layers}} if part else {"layers": layers})
     return gates
 
@@ -368,31 +370,31 @@ def _layout(config: Encoder) -> _Layout:
 
 def _layers(config: Encoder, part: str, chosen: Sequence[str]) -> dict[int, set[str]]:
     """What a pattern selects of each layer: `heads`, `neurons` or both."""
-    layout, found = _layout(config), {}
+    layout, kinds_by_layer = _layout(config), {}
     for index in range(config.num_layers):
         at = f"{part}/layers/{index}/".lstrip("/")
-        own = [path.removeprefix(at).split("/") for path in chosen if path.startswith(at)]
+        path_parts = [path.removeprefix(at).split("/") for path in chosen if path.startswith(at)]
         kinds = {
             "neurons" if layout.first in names or layout.second in names else "heads"
-            for names in own
+            for names in path_parts
         }
         if kinds:
-            found[index] = kinds
-    return found
+            kinds_by_layer[index] = kinds
+    return kinds_by_layer
 
 
 def _by_layer(model: nn.Module, part: str, term: Params, rows: int) -> list[dict[str, np.ndarray]]:
     config = parts(model)[part]
-    layout, found = _layout(config), []
+    layout, scores = _layout(config), []
     for index in range(config.num_layers):
         layer = term["layers"][str(index)]
-        found.append(
+        scores.append(
             {
                 "heads": _inside(layer, layout.attention)["heads"] / rows,
                 "neurons": _inside(layer, layout.mlp)["neurons"] / rows,
             }
         )
-    return found
+    return scores
 
 
 def _tree(params: Params, part: str) -> Params:

@@ -69,7 +69,6 @@ class Magnitude(Transform):
             shape=Shape(SINGLE),
             allocation=allocations.GLOBAL if self.scope == "global" else allocations.UNIFORM,
             within=TENSOR,
-            ties=allocations.FIRST,
             levels=(),
         )
         return mask_model(masking, self.where, model, params, context, self.stacked)

@@ -82,8 +82,6 @@ class Mask(LayerwiseTransform):
         layers, those take part of which it selects any weight.
       within: whether unstructured weights compete in their `tensor` or in their `row`; None is
         `row` with `wanda` under uniform allocation, else `tensor`.
-      ties: of equal scores the `first` go; `torch` takes those that torch.nn.utils.prune takes on a
-        CPU (unstructured and channel only).
       levels: sparsities that `measured` chooses from.
       budget_bytes: in place of `sparsity` with `measured`, for what can be taken out of the arrays:
         stored bytes of all parameters once it is, by `compact`.
@@ -114,7 +112,6 @@ class Mask(LayerwiseTransform):
     allocation: str = "uniform"
     where: str | None = None
     within: str | None = None
-    ties: str = "first"
     levels: Sequence[float] = LEVELS
     budget_bytes: int | None = None
     budget_flops: int | None = None
@@ -137,7 +134,6 @@ class Mask(LayerwiseTransform):
             shape=self.shape,
             allocation=self.allocation,
             within=self.within,
-            ties=self.ties,
             levels=self.levels,
             sparsity=self.sparsity,
             budget_bytes=self.budget_bytes,
@@ -235,23 +231,25 @@ def mask_model(
         read = set().union(*map(batches.keys_of, context.calibration))
         notes += batches.missing_modalities(reader, read)
     if masking.allocation == allocations.MEASURED:
-        seen, held_out = measured.split(masking, context.calibration)
-        context = dataclasses.replace(context, calibration=seen)
-    found = model_scores.of_units(name, score, masking.shape, pools, model, params, context)
-    scores, met = without_masked(pools, leaves, found[0]), found[1]
+        calibrating, held_out = measured.split(masking, context.calibration)
+        context = dataclasses.replace(context, calibration=calibrating)
+    result = model_scores.of_units(name, score, masking.shape, pools, model, params, context)
+    scores, statistics = without_masked(pools, leaves, result[0]), result[1]
     if masking.allocation == allocations.UNIFORM:
         counts = allocations.uniform(pools, masking.sparsity)
     elif masking.allocation == allocations.GLOBAL:
         counts = allocations.over_all(pools, scores, masking.sparsity)
     else:
-        counts, said = measured.allocate(masking, reader, leaves, pools, scores, held_out, context)
-        notes = (*notes, *said)
+        counts, allocation_notes = measured.allocate(
+            masking, reader, leaves, pools, scores, held_out, context
+        )
+        notes = (*notes, *allocation_notes)
     masked = masked_leaves(masking, leaves, pools, scores, counts)
     for index, path in enumerate(masked):
         context.advance(f"{name}: {path}", index + 1, len(masked))
     pruned = boxes.map_with_path(lambda path, leaf: masked.get(path, leaf), params)
     notes = (*notes, *mask_notes(masking.shape, masked.values()))
-    reasons = {path: UNWATCHED for path in masked if path not in met}
+    reasons = {path: UNWATCHED for path in masked if path not in statistics}
     table = _table(masking, leaves, masked, reasons)
     notes = (*notes, *fallback_notes(table))
     return model, pruned, Report.of(table, params, pruned, notes=notes)

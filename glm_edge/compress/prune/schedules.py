@@ -36,7 +36,7 @@ Schedule = Callable[[Any], Array]
 _HEALING = TrainOptions(steps=100)
 _RISES = ("linear", "cubic")
 # Schedules are asked about step 0 and these.
-_CHECKED_STEPS = tuple(1 << place for place in range(31))
+_CHECKED_STEPS = tuple(1 << exponent for exponent in range(31))
 
 
 def one_shot(sparsity: float, step: int = 0) -> Schedule:
@@ -79,8 +79,8 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> Schedule:
 
     def sparsity(now: Any) -> Array:
         now = jnp.asarray(now, jnp.float32)
-        left = 1.0 - jnp.clip((now - begin) / (end - begin), 0.0, 1.0)
-        return jnp.where(now >= begin, final + (initial - final) * left**3, 0.0)
+        remaining = 1.0 - jnp.clip((now - begin) / (end - begin), 0.0, 1.0)
+        return jnp.where(now >= begin, final + (initial - final) * remaining**3, 0.0)
 
     return sparsity
 
@@ -226,13 +226,16 @@ def scheduled(
                 (member,) = pool.members
                 keep = {member.path: member.layout.matrices(keep.astype(jnp.float32))}
                 values = {member.path: member.layout.matrices(values)}
-                scores, left = pool.reduced(values, found_score.order), pool.reduced(keep, jnp.inf)
-                rank = jnp.argsort(jnp.argsort(jnp.where(left > 0, scores, -jnp.inf), axis=1))
+                scores, unmasked = (
+                    pool.reduced(values, found_score.order),
+                    pool.reduced(keep, jnp.inf),
+                )
+                rank = jnp.argsort(jnp.argsort(jnp.where(unmasked > 0, scores, -jnp.inf), axis=1))
                 count = jnp.round(jnp.nan_to_num(level) * pool.units)
                 if found_shape.sparsity is not None:
                     count = jnp.where(level > 0, found_shape.sparsity * pool.units, 0)
                 count = jnp.minimum(count, pool.units - max(1, pool.at_least))
-                return (rank >= count) & (left > 0)
+                return (rank >= count) & (unmasked > 0)
 
             def draw(path: str, keep: Array, weight: Array, gradient: Array) -> Array:
                 values = weight_scores.sensitivity(weight, gradient) if by_gradient else weight
@@ -250,14 +253,19 @@ def scheduled(
             _refuse_undone()
 
         masks = jax.lax.cond(state.step % every == 0, drawn, lambda masks: masks, state.masks)
-        live = _map(lambda _, keep, own: jnp.where(keep, own, 0), masks, updates, rest=updates)
+        live = _map(
+            lambda _, keep, gradient_of_leaf: jnp.where(keep, gradient_of_leaf, 0),
+            masks,
+            updates,
+            others_tree=updates,
+        )
         steps, inner = optimizer.update(live, state.inner, params)
         steps = _map(
-            lambda _, keep, own, weight: jnp.where(keep, own, -weight),
+            lambda _, keep, gradient_of_leaf, weight: jnp.where(keep, gradient_of_leaf, -weight),
             masks,
             steps,
             params,
-            rest=steps,
+            others_tree=steps,
         )
         return steps, MaskState(state.step + 1, masks, inner)
 
@@ -278,8 +286,8 @@ def boxed(params: Params, state: Any) -> Params:
     Raises:
       RecipeError: the state holds none of `scheduled`, or several; or masked weights are not zero.
     """
-    held = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MaskState))
-    states = [node for node in held if isinstance(node, MaskState)]
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MaskState))
+    states = [node for node in nodes if isinstance(node, MaskState)]
     if len(states) != 1:
         raise RecipeError(
             f"prune.boxed: the state must hold the masks of one prune.scheduled, not of "
@@ -368,10 +376,10 @@ def _selected(name: str, params: Params, where: str | None) -> dict[str, Array]:
     """Trainable matrices by path, in boxes or bare."""
     leaves = _by_name(params)
     matrices = {path: leaf for path, leaf in leaves.items() if boxes.is_matrix(path, leaf)}
-    found = {path: leaf for path, leaf in matrices.items() if compiled(where).search(path)}
-    if not found:
+    selected = {path: leaf for path, leaf in matrices.items() if compiled(where).search(path)}
+    if not selected:
         raise RecipeError(f"{name}: where={where!r} matches none of {len(matrices)} matrices")
-    return found
+    return selected
 
 
 def _any_undone(masks: Params, params: Params) -> Array:
@@ -390,16 +398,18 @@ def _refuse_undone() -> None:
     )
 
 
-def _map(function: Callable[..., Any], masks: Params, *trees: Params, rest: Any = None) -> Params:
+def _map(
+    function: Callable[..., Any], masks: Params, *trees: Params, others_tree: Any = None
+) -> Params:
     """Maps `(path, mask, *leaves)` where there is a mask; elsewhere takes `rest`, or None."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(masks, is_leaf=lambda x: x is None)
     columns = [treedef.flatten_up_to(tree) for tree in trees]
-    others = [None] * len(flat) if rest is None else treedef.flatten_up_to(rest)
-    found = [
+    others = [None] * len(flat) if others_tree is None else treedef.flatten_up_to(others_tree)
+    mapped = [
         other if keep is None else function(_name(path), keep, *leaves)
         for (path, keep), other, *leaves in zip(flat, others, *columns, strict=True)
     ]
-    return treedef.unflatten(found)
+    return treedef.unflatten(mapped)
 
 
 def _check_schedule(name: str, sparsity: Schedule) -> None:

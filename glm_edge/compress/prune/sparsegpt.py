@@ -221,9 +221,11 @@ def _one(
         refit=options.refit,
         sweeps=options.sweeps,
     )
-    held = before if keep is None else boxes.mask(_bare(before), _as_leaf(inputs, keep, before))
-    box = box_of(inputs.path, held, codes, grid, format, inputs.layout)
-    rounded = _rounded_row(name, inputs.path, before, held, box, note + _cost(info, options))
+    masked_leaf = (
+        before if keep is None else boxes.mask(_bare(before), _as_leaf(inputs, keep, before))
+    )
+    box = box_of(inputs.path, masked_leaf, codes, grid, format, inputs.layout)
+    rounded = _rounded_row(name, inputs.path, before, masked_leaf, box, note + _cost(info, options))
     return box, dataclasses.replace(rounded, output_error=info.loss)
 
 
@@ -235,7 +237,7 @@ def _without_inputs(
     rounding: QuantizeConfig | None,
 ) -> tuple[Any, Row]:
     """Masks by magnitude and rounds to nearest a weight whose inputs calibration cannot see."""
-    held = before = work.leaves[path]
+    masked = before = work.leaves[path]
     note, layout = work.unseen(path), work.layouts[path]
     if masking is not None:
         rows = {path: finite_matrix(path, before, layout)}
@@ -244,12 +246,12 @@ def _without_inputs(
         scores = [pool.reduced(rows, 2.0) for pool in pools]
         scores = without_masked(pools, {path: before}, scores)
         counts = allocations.uniform(pools, masking.sparsity)
-        held = masked_leaves(masking, {path: before}, pools, scores, counts)[path]
+        masked = masked_leaves(masking, {path: before}, pools, scores, counts)[path]
     if rounding is None:
-        return held, mask_row(masking, path, before, held, f"by magnitude: {note}")
+        return masked, mask_row(masking, path, before, masked, f"by magnitude: {note}")
     format = rounding.format_of(path, work.columns(path))
-    box = quantize_leaf(path, held, format, rounding.scale, layout)[0]
-    return box, _rounded_row(name, path, before, held, box, f"to nearest: {note}")
+    box = quantize_leaf(path, masked, format, rounding.scale, layout)[0]
+    return box, _rounded_row(name, path, before, masked, box, f"to nearest: {note}")
 
 
 def _cost(info: Any, options: "SparseGPT") -> str:
@@ -257,11 +259,15 @@ def _cost(info: Any, options: "SparseGPT") -> str:
     return f"output error {info.loss:.3g}{damped}"
 
 
-def _rounded_row(name: str, path: str, before: Any, held: Any, box: Any, note: str) -> Row:
-    found = row(name, path, before, box, relative_error(before, box), note)
+def _rounded_row(name: str, path: str, before: Any, masked: Any, box: Any, note: str) -> Row:
+    report_row = row(name, path, before, box, relative_error(before, box), note)
     if box.format.qtype == _TERNARY34:
-        return dataclasses.replace(found, kept=0.75)
-    return dataclasses.replace(found, kept=float(held.mask.mean())) if held is not before else found
+        return dataclasses.replace(report_row, kept=0.75)
+    return (
+        dataclasses.replace(report_row, kept=float(masked.mask.mean()))
+        if masked is not before
+        else report_row
+    )
 
 
 def _bare(leaf: Any) -> Any:

@@ -38,7 +38,7 @@ NAME = "prune.structured"
 SCORES = ("taylor", "magnitude")
 # A layer this many multiples wide can lose the rest of a multiple without losing much more.
 _WIDE = 4
-Kept = dict[str, np.ndarray]
+KeepUnits = dict[str, np.ndarray]
 
 
 @register(NAME)
@@ -108,14 +108,14 @@ class Structured(Transform):
             importance = scores.magnitude(config, params)
         keep = {}
         for index in range(config.num_layers):
-            kept = {}
+            keep_units = {}
             if self.heads and index in pruned_layers["attention"]:
                 groups = config.kv_heads(index)
-                kept["heads"] = heads_to_keep(importance[index]["heads"], groups, self.heads)
+                keep_units["heads"] = heads_to_keep(importance[index]["heads"], groups, self.heads)
             if self.neurons and index in pruned_layers["mlp"]:
                 count = neurons_to_keep(config.neurons(index), self.neurons, self.neuron_multiple)
-                kept["neurons"] = highest(importance[index]["neurons"], count)
-            keep[index] = kept
+                keep_units["neurons"] = highest(importance[index]["neurons"], count)
+            keep[index] = keep_units
         smaller, shrunk = shrink(model, params, keep)
         report = shrunk_report(NAME, (model, params), (smaller, shrunk), notes)
         return smaller, shrunk, report
@@ -172,7 +172,9 @@ def some(calibration: Any, count: int) -> list[batches.Batch]:
     return [calibration[index] for index in places.round().astype(int).tolist()]
 
 
-def shrink(model: nn.Module, params: Params, keep: dict[int, Kept]) -> tuple[nn.Module, Params]:
+def shrink(
+    model: nn.Module, params: Params, keep: dict[int, KeepUnits]
+) -> tuple[nn.Module, Params]:
     """Drops heads and neurons of a decoder from arrays and configuration.
 
     Args:
@@ -195,13 +197,15 @@ def shrink(model: nn.Module, params: Params, keep: dict[int, Kept]) -> tuple[nn.
     layers = dict(params["decoder"]["layers"])
     widths = {"num_heads": [], "num_kv_heads": [], "intermediate_size": []}
     for index in range(config.num_layers):
-        kept = _checked(config, index, keep.get(index, {}))
-        layers[str(index)] = _shrink_layer(config, index, layers[str(index)], kept)
+        keep_units = _checked(config, index, keep.get(index, {}))
+        layers[str(index)] = _shrink_layer(config, index, layers[str(index)], keep_units)
         own_kv = config.heads(index) == config.kv_heads(index)
-        heads = len(kept.get("heads", range(config.heads(index))))
+        heads = len(keep_units.get("heads", range(config.heads(index))))
         widths["num_heads"].append(heads)
         widths["num_kv_heads"].append(heads if own_kv else config.kv_heads(index))
-        widths["intermediate_size"].append(len(kept.get("neurons", range(config.neurons(index)))))
+        widths["intermediate_size"].append(
+            len(keep_units.get("neurons", range(config.neurons(index))))
+        )
     smaller = dataclasses.replace(
         config, **{name: one_or_each(values) for name, values in widths.items()}
     )
@@ -209,24 +213,26 @@ def shrink(model: nn.Module, params: Params, keep: dict[int, Kept]) -> tuple[nn.
     return model.clone(config=dataclasses.replace(model.config, decoder=smaller)), params
 
 
-def _checked(config: DecoderConfig, index: int, kept: Kept) -> Kept:
+def _checked(config: DecoderConfig, index: int, keep_units: KeepUnits) -> KeepUnits:
     """Indices that make a layer, as arrays."""
     where = f"{NAME}: decoder layer {index}"
     sizes = {"heads": config.heads(index), "neurons": config.neurons(index)}
-    unknown = sorted(set(kept) - set(sizes))
+    unknown = sorted(set(keep_units) - set(sizes))
     if unknown:
         raise RecipeError(f"{where}: {unknown[0]!r} is unknown; heads and neurons are kept")
-    kept = {name: check_kept(kept[name], sizes[name], f"{where}: {name}") for name in kept}
-    if "heads" in kept:
-        check_groups(kept["heads"], sizes["heads"], config.kv_heads(index), where)
-    return kept
+    keep_units = {
+        name: check_kept(keep_units[name], sizes[name], f"{where}: {name}") for name in keep_units
+    }
+    if "heads" in keep_units:
+        check_groups(keep_units["heads"], sizes["heads"], config.kv_heads(index), where)
+    return keep_units
 
 
-def check_groups(kept: np.ndarray, heads: int, groups: int, where: str) -> None:
+def check_groups(keep: np.ndarray, heads: int, groups: int, where: str) -> None:
     """Refuses query heads of which the groups that share a key/value head keep different numbers.
 
     Args:
-      kept: indices of the query heads that stay.
+      keep: indices of the query heads that stay.
       heads: `N`, query heads.
       groups: `K`, key/value heads; `N` where each query head has its own.
       where: layer, for the message.
@@ -237,7 +243,7 @@ def check_groups(kept: np.ndarray, heads: int, groups: int, where: str) -> None:
     if groups == heads:
         return
     size = heads // groups
-    counts = np.bincount(kept // size, minlength=groups)
+    counts = np.bincount(keep // size, minlength=groups)
     if not counts.all():
         raise RecipeError(
             f"{where}: group {int(np.argmin(counts))} would lose all {size} query heads that "
@@ -249,22 +255,26 @@ def check_groups(kept: np.ndarray, heads: int, groups: int, where: str) -> None:
         )
 
 
-def _shrink_layer(config: DecoderConfig, index: int, layer: Params, kept: Kept) -> Params:
+def _shrink_layer(
+    config: DecoderConfig, index: int, layer: Params, keep_units: KeepUnits
+) -> Params:
     attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
     where = f"decoder/layers/{index}"
-    if "heads" in kept:
-        columns = channels(kept["heads"], config.head_dim)
+    if "heads" in keep_units:
+        columns = channels(keep_units["heads"], config.head_dim)
         own_kv = config.heads(index) == config.kv_heads(index)
         for name in ("q_proj", "k_proj", "v_proj") if own_kv else ("q_proj",):
             attention[name] = rows_of(attention[name], columns, f"{where}/attention/{name}", NAME)
         path = f"{where}/attention/o_proj"
         attention["o_proj"] = columns_of(attention["o_proj"], columns, path, NAME)
-    if "neurons" in kept:
-        both = np.concatenate([kept["neurons"], kept["neurons"] + config.neurons(index)])
+    if "neurons" in keep_units:
+        both = np.concatenate(
+            [keep_units["neurons"], keep_units["neurons"] + config.neurons(index)]
+        )
         path = f"{where}/mlp/gate_up_proj"
         mlp["gate_up_proj"] = rows_of(mlp["gate_up_proj"], both, path, NAME)
         path = f"{where}/mlp/down_proj"
-        mlp["down_proj"] = columns_of(mlp["down_proj"], kept["neurons"], path, NAME)
+        mlp["down_proj"] = columns_of(mlp["down_proj"], keep_units["neurons"], path, NAME)
     return {**layer, "attention": attention, "mlp": mlp}
 
 
@@ -276,7 +286,7 @@ def channels(heads: np.ndarray, head_dim: int) -> np.ndarray:
 def _layers(config: DecoderConfig, params: Params, where: str | None) -> dict[str, set[int]]:
     """Layers whose attention, and whose feed-forward network, a pattern selects."""
     chosen = boxes.select(params, where)
-    found = {
+    layers = {
         branch: {
             index
             for index in range(config.num_layers)
@@ -284,9 +294,9 @@ def _layers(config: DecoderConfig, params: Params, where: str | None) -> dict[st
         }
         for branch in ("attention", "mlp")
     }
-    if not any(found.values()):
+    if not any(layers.values()):
         raise RecipeError(
             f"prune.structured: where={where!r} matches no decoder layer; "
             "their weights lie at decoder/layers/<i>/attention and decoder/layers/<i>/mlp"
         )
-    return found
+    return layers

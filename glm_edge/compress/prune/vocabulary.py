@@ -166,31 +166,31 @@ def from_ranges(text: str) -> np.ndarray:
     """
     if not _RANGES.fullmatch(text):
         raise RecipeError(f"{NAME}: keep must be ids such as '0-10,12,40-99', not {text!r:.60}")
-    found: list[int] = []
+    ids: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if int(last or first) >= MAX_TOKENS:
             raise RecipeError(f"{NAME}: keep holds {part:.40}, which is no id of a token")
-        found.extend(range(int(first), int(last or first) + 1))
-    return np.array(found, np.int64)
+        ids.extend(range(int(first), int(last or first) + 1))
+    return np.array(ids, np.int64)
 
 
 def _rows(leaf: Any, index: np.ndarray, path: str) -> Any:
     """Rows of an array or box, whose scales may be one a row or one for all."""
     if isinstance(leaf, boxes.Masked):
-        kept = jnp.take(leaf.mask, index, axis=0)
-        return boxes.Masked(value=_rows(leaf.value, index, path), mask=kept)
+        mask = jnp.take(leaf.mask, index, axis=0)
+        return boxes.Masked(value=_rows(leaf.value, index, path), mask=mask)
     if not isinstance(leaf, boxes.Quantized | boxes.FakeQuantized):
         return jnp.take(leaf, index, axis=0)
     if leaf.kernel_shape:
         raise RecipeError(f"{NAME}: {path} is a quantized kernel of a stock module")
-    held = leaf.data if isinstance(leaf, boxes.Quantized) else leaf.value
+    stored = leaf.data if isinstance(leaf, boxes.Quantized) else leaf.value
     names = ("data" if isinstance(leaf, boxes.Quantized) else "value", "scale", "zero")
     arrays = {name: getattr(leaf, name) for name in names}
     return leaf.replace(
         **{
             name: jnp.take(array, index, axis=0)
             for name, array in arrays.items()
-            if array is not None and array.shape[0] == held.shape[0]
+            if array is not None and array.shape[0] == stored.shape[0]
         }
     )

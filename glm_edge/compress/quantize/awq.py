@@ -153,8 +153,8 @@ def _search(
         scale,
     )
     best = int(jnp.argmin(errors))
-    kept = float(errors[best] / jnp.maximum(errors[0], jnp.finfo(jnp.float32).tiny))
-    return factor, f"ratio {best / steps:g}, error x {kept:.3f}"
+    error_ratio = float(errors[best] / jnp.maximum(errors[0], jnp.finfo(jnp.float32).tiny))
+    return factor, f"ratio {best / steps:g}, error x {error_ratio:.3f}"
 
 
 def _rounded(

@@ -140,22 +140,24 @@ def _train(
             f"{NAME}: no calibration batch reaches {stage.name}; add batches that hold its input, "
             "or narrow where"
         )
-    own = jax.tree.map(lambda array: jnp.array(array, jnp.float32, copy=True), trainable)
-    own, frozen, lr_scale, borrowed = (
-        _within(stage, tree) for tree in (own, frozen, lr_scale, work.borrowed)
+    training_arrays = jax.tree.map(
+        lambda array: jnp.array(array, jnp.float32, copy=True), trainable
     )
-    state = _OPTIMIZER.init(own)
+    training_arrays, frozen, lr_scale, borrowed = (
+        _within(stage, tree) for tree in (training_arrays, frozen, lr_scale, work.borrowed)
+    )
+    state = _OPTIMIZER.init(training_arrays)
     draws = np.random.default_rng(0 if work.rng is None else _seed(work.rng)).random(training.steps)
     errors, data = [], in_order(pairs, work.rng)
     rates = schedule(training.steps, training.learning_rate, training.warmup)
     for rate, draw in zip(rates, draws, strict=True):
         inputs, original, target = next(data)
-        own, state, error = block_step(
+        training_arrays, state, error = block_step(
             module,
             forward,
             _output_key(stage),
             stage.of_tokens,
-            own,
+            training_arrays,
             state,
             rate,
             lr_scale,
@@ -169,7 +171,7 @@ def _train(
     if not np.isfinite(errors).all():
         raise RecipeError(f"{NAME}: the loss of {stage.name} is not finite; lower learning_rate")
     few = max(1, min(len(pairs), training.steps // 4))
-    trained = {path: own[_inner(stage, path)] for path in trainable}
+    trained = {path: training_arrays[_inner(stage, path)] for path in trainable}
     return trained, (float(errors[:few].mean()), float(errors[-few:].mean()))
 
 
@@ -234,9 +236,9 @@ def block_step(
 
     def loss(trainable: Leaves) -> Array:
         params = nested({**borrowed, **boxes.combine(trainable, frozen)})
-        given = advance(module, forward, params, inputs)["x" if key == "logits" else key]
+        outputs = advance(module, forward, params, inputs)["x" if key == "logits" else key]
         valid = inputs.get("valid") if of_tokens else None
-        return block_error(given, target, key == "logits", valid)
+        return block_error(outputs, target, key == "logits", valid)
 
     error, gradient = jax.value_and_grad(loss)(trainable)
     updates, state = _OPTIMIZER.update(gradient, state, trainable)
@@ -244,20 +246,20 @@ def block_step(
     return optax.apply_updates(trainable, updates), state, error
 
 
-def block_error(given: Any, target: Any, logits: bool, valid: Array | None = None) -> Array:
+def block_error(outputs: Any, target: Any, logits: bool, valid: Array | None = None) -> Array:
     """KL from the target's predictions, or squared error in units of the target's square.
 
     Args:
-      given: [..., D] activations or logits; a list of such for images of several sizes.
+      outputs: [..., D] activations or logits; a list of such for images of several sizes.
       target: likewise.
       logits: compares predictions.
       valid: bool, of the leading axes of an array of tokens, False at padding; None is all.
     """
     if logits:
         wanted = jax.nn.log_softmax(target)
-        lost = wanted - jax.nn.log_softmax(given)
+        lost = wanted - jax.nn.log_softmax(outputs)
         return _mean(jnp.sum(jnp.exp(wanted) * lost, axis=-1), valid)
-    pairs = list(zip(jax.tree.leaves(given), jax.tree.leaves(target), strict=True))
+    pairs = list(zip(jax.tree.leaves(outputs), jax.tree.leaves(target), strict=True))
     wrong = [_mean(jnp.square(one - other), valid) for one, other in pairs]
     square = [_mean(jnp.square(other), valid) for _, other in pairs]
     # Of several sizes, each counts with its values.

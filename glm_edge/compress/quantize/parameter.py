@@ -109,16 +109,16 @@ def quantize_leaf(
 
 def _cast(path: str, leaf: Any, format: Format, stock: bool) -> tuple[Any, float]:
     weight = boxes.dense(leaf)
-    held = weight.astype(format.qtype)
-    if not bool(jnp.isfinite(held).all()):
+    narrowed = weight.astype(format.qtype)
+    if not bool(jnp.isfinite(narrowed).all()):
         raise RecipeError(f"{path}: NaN or infinity in the weights, or beyond {format.qtype}")
-    error = relative_error(weight, held)
-    if stock and weight.dtype != held.dtype:
+    error = relative_error(weight, narrowed)
+    if stock and weight.dtype != narrowed.dtype:
         # Zeros of a mask are zeros of the value, as in other rounded weights.
-        held = boxes.narrow(held, weight.dtype)
+        narrowed = boxes.narrow(narrowed, weight.dtype)
     elif isinstance(leaf, Masked):
-        held = boxes.mask(held, leaf.mask)
-    return held, error
+        narrowed = boxes.mask(narrowed, leaf.mask)
+    return narrowed, error
 
 
 def _bands(matrix: Array, format: Format) -> list[Array]:
@@ -236,7 +236,7 @@ def row(
         action = str(after.value.dtype)
     else:
         action = str(leaf_dtype(after))
-    kept = float(np.mean(before.mask)) if isinstance(before, Masked) else 1.0
+    fraction = float(np.mean(before.mask)) if isinstance(before, Masked) else 1.0
     stored = boxes.stored_bytes(after)
     # What training or search made of weights that its step size does not fit.
     worse = "farther from the weight than zero is" if error is not None and error > 1 else ""
@@ -245,7 +245,7 @@ def row(
         transform,
         path,
         f"{action} ({note})" if note else action,
-        kept,
+        fraction,
         8 * stored / boxes.count(after),
         boxes.stored_bytes(before),
         stored,
@@ -256,24 +256,24 @@ def row(
 
 def _underflow(before: Any, after: Any) -> str:
     """What a stored type was too coarse for, in words; empty where nothing was."""
-    said = []
+    notes = []
     if isinstance(after, Quantized):
         smallest = kernels.smallest_scale(after.format.scale_dtype)
         raised = int(np.sum(np.abs(np.float32(after.scale)) == smallest))
         if raised:
-            said.append(
+            notes.append(
                 f"{raised} of {after.scale.size} scales are the smallest of "
                 f"{after.format.scale_dtype}"
             )
         lost = _zeroed_rows(before, after)
         if lost:
-            said.append(f"{lost} of {math.prod(after.data.shape[:-1])} rows became zero")
+            notes.append(f"{lost} of {math.prod(after.data.shape[:-1])} rows became zero")
     elif not isinstance(after, FakeQuantized):
         value = boxes.dense(after)
         lost = int(_zeroed(boxes.dense(before)[..., None], value[..., None]))
         if lost:
-            said.append(f"{lost} of {value.size} weights became zero")
-    return ", ".join(said)
+            notes.append(f"{lost} of {value.size} weights became zero")
+    return ", ".join(notes)
 
 
 def _zeroed_rows(before: Any, after: Quantized) -> int:
@@ -285,9 +285,9 @@ def _zeroed_rows(before: Any, after: Quantized) -> int:
     size, count = max(1, BAND // dense.shape[1]), 0
     for start in range(0, len(dense), size):
         rows = slice(start, start + size)
-        own = rows if len(bare.scale) == len(dense) else slice(None)
-        zero = None if bare.zero is None else bare.zero[own]
-        part = bare.replace(data=bare.data[rows], scale=bare.scale[own], zero=zero)
+        scale_rows = rows if len(bare.scale) == len(dense) else slice(None)
+        zero = None if bare.zero is None else bare.zero[scale_rows]
+        part = bare.replace(data=bare.data[rows], scale=bare.scale[scale_rows], zero=zero)
         count += int(_zeroed(dense[rows], part))
     return count
 

@@ -169,21 +169,21 @@ def split(
     chosen = {path for path, leaf in boxes.path_items(student) if wanted(path, leaf)}
     trainable, frozen = boxes.partition(student)
 
-    def left(path: str, leaf: Any) -> Any:
+    def trains_of(path: str, leaf: Any) -> Any:
         if path not in chosen:
             return jax.tree.map(lambda _: None, leaf)
         return leaf if learned_scale else _without_scale(leaf)
 
-    kept = boxes.map_with_path(left, trainable)
-    if not jax.tree.leaves(kept):
+    chosen_arrays = boxes.map_with_path(trains_of, trainable)
+    if not jax.tree.leaves(chosen_arrays):
         raise RecipeError(f"{NAME}: where_train matches nothing that can train")
-    held = jax.tree.map(
+    excluded = jax.tree.map(
         lambda before, after: before if after is None else None,
         trainable,
-        kept,
+        chosen_arrays,
         is_leaf=lambda node: node is None,
     )
-    return kept, boxes.combine(held, frozen)
+    return chosen_arrays, boxes.combine(excluded, frozen)
 
 
 def _trains(selected: Collection[str], pattern: str | None) -> Callable[[str, Any], bool]:

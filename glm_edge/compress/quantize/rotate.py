@@ -162,8 +162,8 @@ def _rotate_values(
 ) -> None:
     count, repeats, width = fold.blocks
     # Each layer its own rotation, the same in memory and streamed.
-    own = jax.random.fold_in(key, zlib.crc32(fold.consumers[0].encode()))
-    rotation = hadamard.random_rotation(own, width)
+    layer_key = jax.random.fold_in(key, zlib.crc32(fold.consumers[0].encode()))
+    rotation = hadamard.random_rotation(layer_key, width)
     for path in fold.producers:
         leaf = leaves[path]
         _check_plain(path, leaf)

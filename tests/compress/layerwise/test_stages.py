@@ -151,8 +151,8 @@ def test_what_is_quantized_already_is_refused_by_name(make_member):
 def test_no_full_precision_copy_stays_alive(make_member, batch_of, name):
     model = MultimodalGLM(make_member("tied")[0].config)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    options = {"steps": 2} if name == "qat" else {}
-    transform = getattr(quantize, name)(bits=4, **options)
+    options = {"train": {"steps": 2}} if name == "qat" else {}
+    transform = getattr(quantize, name)("int4", **options)
     dense = [
         weakref.ref(leaf) for path, leaf in boxes.path_items(params) if boxes.is_matrix(path, leaf)
     ]

@@ -1,4 +1,4 @@
-"""Writes golden.npz: masks of torch.nn.utils.prune, ties included. Needs torch.
+"""Writes golden.npz: masks of torch.nn.utils.prune. Needs torch.
 
 python tests/compress/prune/make_golden.py
 """

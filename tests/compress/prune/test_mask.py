@@ -263,8 +263,6 @@ def test_masks_by_stage_are_those_in_memory(tmp_path, small, calibration):
         ({"shape": "2:4", "allocation": "global"}, "is uniform"),
         ({"sparsity": 0.5, "within": "layer"}, "within must be"),
         ({"sparsity": 0.5, "within": "row", "shape": "channel"}, "within must be"),
-        ({"sparsity": 0.5, "ties": "last"}, "ties must be"),
-        ({"sparsity": 0.5, "ties": "torch", "shape": "block:2x2"}, "ties must be"),
         ({"sparsity": 0.5, "levels": (0.5, 1.0)}, "levels must be"),
         ({"sparsity": 0.5, "levels": 0.5}, "levels must be"),
         ({"sparsity": 0.5, "levels": ()}, "levels must be"),

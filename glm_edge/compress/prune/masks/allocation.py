@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from glm_edge.compress.prune.masks import ties as torch_order
 from glm_edge.compress.prune.masks.shapes import Pool
 
 UNIFORM, GLOBAL, MEASURED = "uniform", "global", "measured"
-FIRST, TORCH = "first", "torch"
 
 
 def uniform(pools: Sequence[Pool], sparsity: float) -> list[int]:
@@ -53,22 +51,18 @@ def over_all(pools: Sequence[Pool], scores: Sequence[np.ndarray], sparsity: floa
     return np.bincount(np.concatenate(owners)[order[:count]], minlength=len(pools)).tolist()
 
 
-def kept(scores: np.ndarray, count: int, ties: str = FIRST) -> np.ndarray:
-    """Marks what stays when the lowest scores of each group go.
+def mark_kept(scores: np.ndarray, count: int) -> np.ndarray:
+    """Marks what stays when the lowest scores of each group go, of equal scores the first.
 
     Args:
       scores: [g, u].
       count: units that each group loses.
-      ties: of equals the `first` go, or those that torch takes on a CPU: of weights what
-        `torch.topk` finds smallest goes, of larger units what it finds largest stays.
 
     Returns:
       bool [g, u].
     """
     keep = np.ones(scores.shape, bool)
-    if ties == TORCH:
-        keep[0, torch_order.smallest(scores[0], count)] = False
-    elif len(scores) == 1 and 0 < count < scores.shape[1]:
+    if len(scores) == 1 and 0 < count < scores.shape[1]:
         # Sorting all to find the first few of millions would take most of the time.
         edge = np.partition(scores[0], count - 1)[count - 1]
         keep[0] = scores[0] >= edge
@@ -77,11 +71,4 @@ def kept(scores: np.ndarray, count: int, ties: str = FIRST) -> np.ndarray:
     elif count:
         lowest = np.argsort(scores, axis=1, kind="stable")[:, :count]
         np.put_along_axis(keep, lowest, False, axis=1)
-    return keep
-
-
-def kept_as_torch(scores: np.ndarray, count: int) -> np.ndarray:
-    """As `kept` of larger units, those staying that `torch.topk` finds largest; [1, u]."""
-    keep = np.zeros(scores.shape, bool)
-    keep[0, torch_order.smallest(-scores[0], scores.shape[1] - count)] = True
     return keep

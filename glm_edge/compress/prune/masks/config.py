@@ -33,7 +33,6 @@ class MaskConfig:
     shape: Shape
     allocation: str
     within: str
-    ties: str
     levels: tuple[float, ...]
     budget_bytes: int | None = None
     budget_flops: int | None = None
@@ -49,7 +48,6 @@ class MaskConfig:
         sparsity: float | None,
         allocation: str = allocations.UNIFORM,
         within: str | None = None,
-        ties: str = allocations.FIRST,
         levels: Sequence[float] = (0.0,),
         **budgets: int | None,
     ) -> "MaskConfig":
@@ -75,14 +73,6 @@ class MaskConfig:
                 f"{name}: within must be tensor, or row for unstructured masks under uniform "
                 f"allocation, not {within!r}"
             )
-        alone = parsed_shape.kind in (shapes.SINGLE, shapes.CHANNEL) and within == TENSOR
-        if ties not in (allocations.FIRST, allocations.TORCH) or (
-            ties == allocations.TORCH and not alone
-        ):
-            raise RecipeError(
-                f"{name}: ties must be first, or torch for channels and for unstructured masks "
-                f"within a tensor, not {ties!r}"
-            )
         if not levels or not all(is_number(level) and 0 <= level < 1 for level in levels):
             raise RecipeError(f"{name}: levels must be sparsities in 0..1, below 1, not {levels}")
         config = cls(
@@ -92,7 +82,6 @@ class MaskConfig:
             parsed_shape,
             allocation,
             within,
-            ties,
             tuple(sorted(set(levels))),
             label=f"{shape}, {score}",
             **budgets,
@@ -101,8 +90,8 @@ class MaskConfig:
 
     def _checked_sparsity(self) -> float | None:
         budgets = {"budget_bytes": self.budget_bytes, "budget_flops": self.budget_flops}
-        given = {option: value for option, value in budgets.items() if value is not None}
-        for option, value in given.items():
+        budgets_set = {option: value for option, value in budgets.items() if value is not None}
+        for option, value in budgets_set.items():
             if self.allocation != allocations.MEASURED or self.shape.of_matrix:
                 raise RecipeError(
                     f"{self.name}: {option} is for allocation='measured' and shapes that can be "
@@ -114,9 +103,9 @@ class MaskConfig:
         fixed = self.shape.sparsity
         if fixed is not None and self.sparsity in (None, fixed):
             return fixed
-        if len(given) + (self.sparsity is not None) != 1 or fixed is not None:
-            said = f"the shape says {fixed:g}" if fixed is not None else "give it or one budget"
-            raise RecipeError(f"{self.name}: sparsity is {self.sparsity!r} and {said}")
+        if len(budgets_set) + (self.sparsity is not None) != 1 or fixed is not None:
+            hint = f"the shape says {fixed:g}" if fixed is not None else "give it or one budget"
+            raise RecipeError(f"{self.name}: sparsity is {self.sparsity!r} and {hint}")
         if self.sparsity is not None:
             check_fraction(self.name, sparsity=self.sparsity)
         return self.sparsity
@@ -141,15 +130,15 @@ def without_masked(
     pools: Sequence[Pool], leaves: Leaves, scores: Sequence[Array]
 ) -> list[np.ndarray]:
     """Scores on the host, lowest where everything is masked already, highest of what must stay."""
-    found = []
+    all_scores = []
     for pool, values in zip(pools, scores, strict=True):
         values = np.array(values, np.float32)
-        left = units_left(pool, leaves)
-        if left is not None:
-            values[~left] = -np.inf
+        remaining = units_left(pool, leaves)
+        if remaining is not None:
+            values[~remaining] = -np.inf
         values[:, list(pool.needed)] = np.inf
-        found.append(values)
-    return found
+        all_scores.append(values)
+    return all_scores
 
 
 def units_left(pool: Pool, leaves: Leaves) -> np.ndarray | None:
@@ -192,13 +181,9 @@ def masked_leaves(
     Returns:
       Boxes by path.
     """
-    keeps = []
-    as_units = masking.ties == allocations.TORCH and masking.shape.kind == shapes.CHANNEL
-    for values, count in zip(scores, counts, strict=True):
-        if as_units:
-            keeps.append(allocations.kept_as_torch(values, count))
-        else:
-            keeps.append(allocations.kept(values, count, masking.ties))
+    keeps = [
+        allocations.mark_kept(values, count) for values, count in zip(scores, counts, strict=True)
+    ]
     sizes = {member.path: leaves[member.path].shape for pool in pools for member in pool.members}
     return {
         path: boxes.mask(leaves[path], jnp.asarray(keep))
@@ -213,11 +198,11 @@ def mask_row(
     old, new = (np.asarray(boxes.dense(leaf), np.float32) for leaf in (before, after))
     norm, lost = float(np.linalg.norm(old)), float(np.linalg.norm(new - old))
     stored = boxes.stored_bytes(after)
-    said = [part for part in (masking.label, note) if part]
+    parts = [part for part in (masking.label, note) if part]
     return Row(
         masking.name,
         path,
-        f"masked ({', '.join(said)})" if said else "masked",
+        f"masked ({', '.join(parts)})" if parts else "masked",
         float(np.mean(after.mask)),
         8 * stored / old.size,
         boxes.stored_bytes(before),

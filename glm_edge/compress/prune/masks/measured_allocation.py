@@ -75,12 +75,12 @@ def allocate(
     choices: list[list[tuple[int, ...]]] = []
 
     def masked(members: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
-        own = ([pools[i] for i in members], [scores[i] for i in members])
-        return masked_leaves(masking, leaves, *own, counts)
+        pools_and_scores = ([pools[i] for i in members], [scores[i] for i in members])
+        return masked_leaves(masking, leaves, *pools_and_scores, counts)
 
-    for place, members in enumerate(groups.values()):
+    for number, members in enumerate(groups.values()):
         tried = _tried([pools[i] for i in members], masking.levels)
-        found = []
+        group_options = []
         for level, counts in tried.items():
             loss = dict.fromkeys(measure.kinds, 0.0)
             if any(counts):
@@ -89,10 +89,10 @@ def allocate(
                 _size(masking, pools[i], count, leaves)
                 for i, count in zip(members, counts, strict=True)
             )
-            found.append(knapsack.Option(f"{level:g}", size, loss))
-        options.append(found)
+            group_options.append(knapsack.Option(f"{level:g}", size, loss))
+        options.append(group_options)
         choices.append(list(tried.values()))
-        context.advance(f"{masking.name}: measure", place + 1, len(groups))
+        context.advance(f"{masking.name}: measure", number + 1, len(groups))
     points = knapsack.frontier(options, _fixed(masking, pools, leaves))
     point = _within(masking, points, _budget(masking, pools))
     counts = [0] * len(pools)
@@ -113,28 +113,28 @@ def allocate(
 
 def _groups(pools: Sequence[Pool], patterns: Sequence[str]) -> dict[str, list[int]]:
     """Pools by what the first pattern that matches the path finds in it."""
-    found: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for index, pool in enumerate(pools):
         path = pool.members[0].path
         matches = (compiled(pattern).match(path) for pattern in patterns)
         name = next(filter(None, matches), path)
-        found.setdefault(name, []).append(index)
-    return found
+        groups.setdefault(name, []).append(index)
+    return groups
 
 
 def _tried(pools: Sequence[Pool], levels: Sequence[float]) -> dict[float, tuple[int, ...]]:
     """Counts of each level that leaves something, without those that equal a lower one's."""
-    found: dict[float, tuple[int, ...]] = {}
+    counts_by_level: dict[float, tuple[int, ...]] = {}
     for level in levels:
         try:
             counts = tuple(pool.count(level) for pool in pools)
         except RecipeError:
             break
-        if counts not in found.values():
-            found[level] = counts
-    if not found:
+        if counts not in counts_by_level.values():
+            counts_by_level[level] = counts
+    if not counts_by_level:
         raise RecipeError(f"{pools[0].name}: levels={list(levels)} all leave nothing; add 0.0")
-    return found
+    return counts_by_level
 
 
 def _size(masking: MaskConfig, pool: Pool, count: int, leaves: Mapping[str, Any]) -> int:

@@ -67,15 +67,15 @@ def parse(transform: str, text: Any) -> Shape:
     """
     if text in (SINGLE, CHANNEL, *REMOVABLE):
         return Shape(text)
-    found = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
-    if found:
-        kept, of = map(int, found.groups())
-        if not 1 <= kept < of:
+    match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+    if match:
+        size, of = map(int, match.groups())
+        if not 1 <= size < of:
             raise RecipeError(f"{transform}: shape {text!r} must keep N of M with 1 <= N < M")
-        return Shape("n:m", (kept, of))
-    found = re.fullmatch(r"block:(\d+)x(\d+)", text) if isinstance(text, str) else None
-    if found and min(map(int, found.groups())) >= 1:
-        return Shape("block", tuple(map(int, found.groups())))
+        return Shape("n:m", (size, of))
+    match = re.fullmatch(r"block:(\d+)x(\d+)", text) if isinstance(text, str) else None
+    if match and min(map(int, match.groups())) >= 1:
+        return Shape("block", tuple(map(int, match.groups())))
     raise RecipeError(f"{transform}: shape must be {_KNOWN}, not {text!r}")
 
 
@@ -108,10 +108,12 @@ class Member:
 
     def spread(self, units: Array | np.ndarray) -> Array | np.ndarray:
         """What is said of each unit, `[g, u]`, said of each weight, `[r, c]`."""
-        left, right = self.pattern.split(" -> ")
+        pattern_before, pattern_after = self.pattern.split(" -> ")
         module = jnp if isinstance(units, Array) else np
-        whole = module.broadcast_to(units[..., None], (*units.shape, self.weights // units.size))
-        return rearrange(whole, f"{right} -> {left}", **dict(self.sizes))
+        each_weight = module.broadcast_to(
+            units[..., None], (*units.shape, self.weights // units.size)
+        )
+        return rearrange(each_weight, f"{pattern_after} -> {pattern_before}", **dict(self.sizes))
 
 
 class Part(NamedTuple):
@@ -187,7 +189,7 @@ class Pool:
         Returns:
           [g, u].
         """
-        found = [
+        parts_reduced = [
             _norm(
                 [member.matrix_of(rows[member.path]) for member in part[int(gates)]],
                 tuple((member.pattern, member.sizes) for member in part[int(gates)]),
@@ -195,14 +197,16 @@ class Pool:
             )
             for part in self.parts
         ]
-        return found[0] if len(found) == 1 else jnp.concatenate(found, axis=1)
+        return (
+            parts_reduced[0] if len(parts_reduced) == 1 else jnp.concatenate(parts_reduced, axis=1)
+        )
 
     def spread(self, units: Array | np.ndarray) -> dict[str, Any]:
         """What is said of each unit, [g, u], said of each weight: `[r, c]` by path."""
         parts = [units] if len(self.parts) == 1 else np.split(units, len(self.parts), axis=1)
         return {
-            member.path: member.spread(own)
-            for part, own in zip(self.parts, parts, strict=True)
+            member.path: member.spread(part_units)
+            for part, part_units in zip(self.parts, parts, strict=True)
             for member in part.owned
         }
 

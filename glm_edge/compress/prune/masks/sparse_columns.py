@@ -57,18 +57,18 @@ def solve(
     """
     weight, gram = weight.astype(jnp.float32).T, scaled(gram)
     factor, damped, used = damped_factor(gram, damping)
-    kept = jnp.ones(weight.shape, bool) if mask is None else mask.T
+    unmasked = jnp.ones(weight.shape, bool) if mask is None else mask.T
     unit = 1 if n_m is None else n_m[1]
     size = _block_of(weight.shape[0], block, unit)
-    errors, keep = _by_blocks(weight, factor, kept, sparsity, n_m, size)
+    errors, keep = _by_blocks(weight, factor, unmasked, sparsity, n_m, size)
     if refine:
         errors = _refined(weight, damped, errors, keep, refine)
     power, lost = (
         float(np.sum(np.asarray(triangular.column_sums(_product(gram, x) * x), np.float64)))
         for x in (weight, errors)
     )
-    found = jnp.where(keep, weight - errors, 0.0)
-    return found.T, keep.T, Info(used, lost / power if power > 0 else 0.0)
+    pruned = jnp.where(keep, weight - errors, 0.0)
+    return pruned.T, keep.T, Info(used, lost / power if power > 0 else 0.0)
 
 
 def _block_of(count: int, block: int, unit: int) -> int:
@@ -81,7 +81,7 @@ def _block_of(count: int, block: int, unit: int) -> int:
 def _by_blocks(
     weight: Array,
     factor: Array,
-    kept: Array,
+    unmasked: Array,
     sparsity: float,
     n_m: tuple[int, int] | None,
     size: int,
@@ -93,32 +93,32 @@ def _by_blocks(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
         )
         across = part(factor, axis=1)
-        within, here, keep = part(across), part(weight), part(kept)
-        pull = triangular.across(across, errors)
+        within, block, keep = part(across), part(weight), part(unmasked)
+        residual = triangular.across(across, errors)
         if n_m is None:
-            keep = _kept_of_block(_worth(within, here, pull), keep, sparsity)
-        found, keep = _columns(within, here, pull, keep, n_m)
-        return jax.lax.dynamic_update_slice_in_dim(errors, found, index * size, 0), keep
+            keep = _kept_of_block(_worth(within, block, residual), keep, sparsity)
+        block_errors, keep = _columns(within, block, residual, keep, n_m)
+        return jax.lax.dynamic_update_slice_in_dim(errors, block_errors, index * size, 0), keep
 
     steps = jnp.arange(weight.shape[0] // size)
     errors, keep = jax.lax.scan(step, jnp.zeros_like(weight), steps)
     return errors, keep.reshape(weight.shape)
 
 
-def _worth(within: Array, weight: Array, pull: Array) -> Array:
+def _worth(within: Array, weight: Array, residual: Array) -> Array:
     """What each weight costs that goes, [b, out], the errors so far being made up for."""
-    left = weight + triangular.solve_upper(within, pull, transposed=True)
-    return jnp.square(left * jnp.diagonal(within)[:, None])
+    compensated = weight + triangular.solve_upper(within, residual, transposed=True)
+    return jnp.square(compensated * jnp.diagonal(within)[:, None])
 
 
-def _kept_of_block(worth: Array, kept: Array, sparsity: float) -> Array:
-    worth = jnp.where(kept, worth, -jnp.inf).reshape(-1)
+def _kept_of_block(worth: Array, unmasked: Array, sparsity: float) -> Array:
+    worth = jnp.where(unmasked, worth, -jnp.inf).reshape(-1)
     lowest = jnp.argsort(worth, stable=True)[: round(sparsity * worth.size)]
-    return kept & jnp.ones(worth.size, bool).at[lowest].set(False).reshape(kept.shape)
+    return unmasked & jnp.ones(worth.size, bool).at[lowest].set(False).reshape(unmasked.shape)
 
 
 def _columns(
-    within: Array, weight: Array, pull: Array, kept: Array, n_m: tuple[int, int] | None
+    within: Array, weight: Array, residual: Array, unmasked: Array, n_m: tuple[int, int] | None
 ) -> tuple[Array, Array]:
     """Prunes the columns of a block in turn; errors and what stays, [b, out]."""
     unit = 1 if n_m is None else n_m[1]
@@ -129,21 +129,24 @@ def _columns(
         first = index * unit
         part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=unit)
         across = part(within, axis=1)
-        own, own_pull = part(across), part(pull) + triangular.across(across, errors)
-        here, stays = part(weight), part(keep)
+        factor_part, part_residual = (
+            part(across),
+            part(residual) + triangular.across(across, errors),
+        )
+        weights, stays = part(weight), part(keep)
         if n_m is not None:
-            worth = jnp.where(stays, _worth(own, here, own_pull), -jnp.inf)
+            worth = jnp.where(stays, _worth(factor_part, weights, part_residual), -jnp.inf)
             rank = jnp.argsort(jnp.argsort(worth, axis=0, stable=True), axis=0)
             stays = stays & (rank >= n_m[1] - n_m[0])
-        found: list[Array] = []
+        errors_of_unit: list[Array] = []
         for i in range(unit):
-            moved = own_pull[i] + sum(own[k, i] * found[k] for k in range(i))
-            target = here[i] + moved / part(scales)[i]
-            found.append(here[i] - jnp.where(stays[i], target, 0.0))
+            moved = part_residual[i] + sum(factor_part[k, i] * errors_of_unit[k] for k in range(i))
+            target = weights[i] + moved / part(scales)[i]
+            errors_of_unit.append(weights[i] - jnp.where(stays[i], target, 0.0))
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
-        return put(errors, jnp.stack(found)), put(keep, stays)
+        return put(errors, jnp.stack(errors_of_unit)), put(keep, stays)
 
-    start = (jnp.zeros_like(weight), kept)
+    start = (jnp.zeros_like(weight), unmasked)
     return jax.lax.fori_loop(0, weight.shape[0] // unit, step, start)
 
 
@@ -158,8 +161,8 @@ def _refined(weight: Array, gram: Array, errors: Array, keep: Array, steps: int)
     def step(_: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         errors, residual, direction, power = carry
         along = jnp.where(keep, _product(gram, direction), 0.0)
-        bend = inner(direction, along)
-        length = jnp.where(bend > 0, power / jnp.where(bend > 0, bend, 1.0), 0.0)
+        curvature = inner(direction, along)
+        length = jnp.where(curvature > 0, power / jnp.where(curvature > 0, curvature, 1.0), 0.0)
         errors, residual = errors - length * direction, residual - length * along
         eased = residual / scale
         new = inner(residual, eased)

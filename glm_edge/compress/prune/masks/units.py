@@ -50,21 +50,25 @@ def unit_pools(
             "means nothing; channel and block are for any model"
         )
     build = {HEAD: _heads, NEURON: _neurons, LAYER: _layers, VOCAB: _vocabulary}[shape.kind]
-    found = build(config, sizes, chosen)
-    if not found:
+    pools = build(config, sizes, chosen)
+    if not pools:
         raise RecipeError(f"{transform}: where= selects no matrix of a {shape.kind}")
-    return found
+    return pools
 
 
 def _heads(config: Any, sizes: Sizes, chosen: Collection[str]) -> list[Pool]:
-    found = []
+    pools = []
     for stack in _STACKS:
-        own = getattr(config, stack, None)
-        for index in range(0 if own is None else own.num_layers):
+        stack_config = getattr(config, stack, None)
+        for index in range(0 if stack_config is None else stack_config.num_layers):
             prefix = f"{stack}/layers/{index}/attention"
             if _any_below(prefix, chosen):
-                found.append(_heads_of(prefix, own.heads(index), own.kv_heads(index), sizes))
-    return found
+                pools.append(
+                    _heads_of(
+                        prefix, stack_config.heads(index), stack_config.kv_heads(index), sizes
+                    )
+                )
+    return pools
 
 
 def _heads_of(prefix: str, heads: int, kv_heads: int, sizes: Sizes) -> Pool:
@@ -87,13 +91,13 @@ def _heads_of(prefix: str, heads: int, kv_heads: int, sizes: Sizes) -> Pool:
 
 def _neurons(config: Any, sizes: Sizes, chosen: Collection[str]) -> list[Pool]:
     prefixes = dict.fromkeys(
-        found.group(1) for path in sizes if (found := re.search(r"^(.*layers/\d+/mlp)/", path))
+        matched.group(1) for path in sizes if (matched := re.search(r"^(.*layers/\d+/mlp)/", path))
     )
     # The feed-forward network of some encoders lies in the layer itself.
     prefixes |= dict.fromkeys(
-        found.group(1) for path in sizes if (found := re.search(r"^(.*layers/\d+)/fc1/", path))
+        matched.group(1) for path in sizes if (matched := re.search(r"^(.*layers/\d+)/fc1/", path))
     )
-    found = []
+    matched = []
     for prefix in prefixes:
         names = _FUSED if f"{prefix}/{_FUSED[0]}/weight" in sizes else _PLAIN
         paths = [f"{prefix}/{name}/weight" for name in names]
@@ -104,8 +108,8 @@ def _neurons(config: Any, sizes: Sizes, chosen: Collection[str]) -> list[Pool]:
         inner = (("s", halves), ("f", neurons), ("d", sizes[paths[0]][1]))
         up = Member(paths[0], "(s f) d -> 1 f (s d)", inner)
         down = Member(paths[1], "d f -> 1 f d", (("d", features), ("f", neurons)))
-        found.append(Pool(prefix, (Part((up, down), (down,)),), 1, neurons, at_least=1))
-    return found
+        matched.append(Pool(prefix, (Part((up, down), (down,)),), 1, neurons, at_least=1))
+    return matched
 
 
 def _layers(config: Any, sizes: Sizes, chosen: Collection[str]) -> list[Pool]:
@@ -124,8 +128,8 @@ def _layers(config: Any, sizes: Sizes, chosen: Collection[str]) -> list[Pool]:
             gates = [f"{prefix}/{name}/weight" for name in norms]
         parts.append(
             Part(
-                tuple(_whole(path, sizes) for path in matrices),
-                tuple(_whole(path, sizes) for path in gates),
+                tuple(_matrix_member(path, sizes) for path in matrices),
+                tuple(_matrix_member(path, sizes) for path in gates),
             )
         )
     if not parts:
@@ -146,7 +150,7 @@ def _vocabulary(config: Any, sizes: Sizes, chosen: Collection[str]) -> list[Pool
     return [Pool("vocabulary", (part,), 1, rows, at_least=max(1, len(needed)), needed=needed)]
 
 
-def _whole(path: str, sizes: Sizes) -> Member:
+def _matrix_member(path: str, sizes: Sizes) -> Member:
     rows, columns = sizes[path]
     return Member(path, "r c -> 1 1 (r c)", (("r", rows), ("c", columns)))
 

@@ -74,12 +74,12 @@ def scores_of(
     pools = pools_of(name, form, model, leaves, boxes.select(params, where), layouts)
     if parsed.reads_inputs or parsed.reads_gradients:
         batches.check(model, calibration, name, without)
-    found, _ = of_units(
+    scores, _ = of_units(
         name, parsed, form, pools, model, params, Context(calibration, rng, (model, params))
     )
     if form.kind not in (shapes.SINGLE, "n:m"):
-        return {pool.name: values for pool, values in zip(pools, found, strict=True)}
-    return shapes.spread_over(pools, found, {path: leaf.shape for path, leaf in leaves.items()})
+        return {pool.name: values for pool, values in zip(pools, scores, strict=True)}
+    return shapes.spread_over(pools, scores, {path: leaf.shape for path, leaf in leaves.items()})
 
 
 def pools_of(
@@ -127,9 +127,9 @@ def extents(leaves: Leaves) -> dict[str, tuple[int, int]]:
 
 def refuse_quantized(transform: str, leaves: Leaves, paths: Sequence[str]) -> None:
     """Raises RecipeError where a path is of a quantized weight."""
-    found = next((path for path in paths if isinstance(leaves[path], boxes.Quantized)), None)
-    if found is not None:
-        raise RecipeError(f"{transform}: {found} is quantized; prune before quantizing")
+    quantized = next((path for path in paths if isinstance(leaves[path], boxes.Quantized)), None)
+    if quantized is not None:
+        raise RecipeError(f"{transform}: {quantized} is quantized; prune before quantizing")
 
 
 def finite_matrix(path: str, leaf: Any, layout: Layout) -> Array:
@@ -187,12 +187,14 @@ def of_units(
     rows = matrices_of(pools, leaves)
     if score.reads_gradients:
         return by_gradients(score, model, params, pools, context), set()
-    met = {}
+    statistics_of_inputs = {}
     if score.reads_inputs:
         statistic = statistic_of(score, shape)
-        met = statistics(model, params, context.calibration, statistic, rows)
-        refuse_unmet(transform, score, rows, met)
-    return from_weights(transform, score, shape, pools, rows, met, context.rng), set(met)
+        statistics_of_inputs = statistics(model, params, context.calibration, statistic, rows)
+        refuse_unmet(transform, score, rows, statistics_of_inputs)
+    return from_weights(
+        transform, score, shape, pools, rows, statistics_of_inputs, context.rng
+    ), set(statistics_of_inputs)
 
 
 def matrices_of(pools: Sequence[Pool], leaves: Leaves) -> dict[str, Array]:
@@ -201,9 +203,11 @@ def matrices_of(pools: Sequence[Pool], leaves: Leaves) -> dict[str, Array]:
     return {path: finite_matrix(path, leaves[path], layout) for path, layout in layouts.items()}
 
 
-def refuse_unmet(transform: str, score: Score, paths: Iterable[str], met: Leaves) -> None:
+def refuse_unmet(
+    transform: str, score: Score, paths: Iterable[str], statistics_of_inputs: Leaves
+) -> None:
     """Raises RecipeError where a weight has no inputs and the score is of inputs."""
-    unmet = next((path for path in paths if path not in met), None)
+    unmet = next((path for path in paths if path not in statistics_of_inputs), None)
     if unmet is not None:
         raise RecipeError(
             f"{transform}: score={score.kind!r} is of inputs, and nothing is seen to multiply "
@@ -217,7 +221,7 @@ def from_weights(
     shape: Shape,
     pools: Sequence[Pool],
     rows: Mapping[str, Array],
-    met: Mapping[str, Any],
+    statistics_of_inputs: Mapping[str, Any],
     rng: Array | None,
 ) -> list[Array]:
     """Scores of all kinds but those of gradients, [g, u] of each pool; see `by_inputs`.
@@ -230,7 +234,7 @@ def from_weights(
             raise RecipeError(f"{transform}: score='random' draws; pass rng=")
         return drawn(pools, rng)
     if score.reads_inputs:
-        return by_inputs(score, shape, pools, rows, met)
+        return by_inputs(score, shape, pools, rows, statistics_of_inputs)
     return [pool.reduced(rows, score.order) for pool in pools]
 
 
@@ -278,21 +282,25 @@ def statistics(
     Returns:
       The joined result by path; weights that nothing is seen to meet are absent.
     """
-    leaves, wanted, found = dict(boxes.path_items(params)), set(paths), {}
+    leaves, wanted, collected = dict(boxes.path_items(params)), set(paths), {}
     model = called(model, calibration)
     states = first_states(model, calibration)
     for stage in stages(model):
-        own = {path: leaf for path, leaf in leaves.items() if stage.holds(path)}
+        stage_leaves = {path: leaf for path, leaf in leaves.items() if stage.holds(path)}
         lent = {path: leaves[path] for path in stage.borrows if path in leaves}
-        view = StageInputs(stage, own, states, lent)
-        if wanted & set(own):
-            found |= view.collect(statistic, paths=wanted & set(own))
+        view = StageInputs(stage, stage_leaves, states, lent)
+        if wanted & set(stage_leaves):
+            collected |= view.collect(statistic, paths=wanted & set(stage_leaves))
         states = view.run()
-    return found
+    return collected
 
 
 def by_inputs(
-    score: Score, shape: Shape, pools: Sequence[Pool], rows: Mapping[str, Array], met: Any
+    score: Score,
+    shape: Shape,
+    pools: Sequence[Pool],
+    rows: Mapping[str, Array],
+    statistics_of_inputs: Any,
 ) -> list[Array]:
     """Scores from weights and the statistics of their inputs.
 
@@ -301,7 +309,7 @@ def by_inputs(
       shape: of the mask.
       pools: units.
       rows: weights `[r, c]` by path.
-      met: statistics by path, see `statistic_of`; a norm stands in where there is none.
+      statistics_of_inputs: by path, see `statistic_of`; a norm stands in where there is none.
 
     Returns:
       [g, u] of each pool.
@@ -309,22 +317,27 @@ def by_inputs(
     Raises:
       DataError: calibration gives inputs that are not finite.
     """
-    for path, value in met.items():
+    for path, value in statistics_of_inputs.items():
         if not _all_finite(value):
             raise DataError(f"calibration gives {path} inputs that are not finite")
     if score.kind == "wanda":
         weighed = {
-            path: weight_scores.wanda(weight, met[path])
-            if path in met
+            path: weight_scores.wanda(weight, statistics_of_inputs[path])
+            if path in statistics_of_inputs
             else weight_scores.magnitude(weight)
             for path, weight in rows.items()
         }
         return [pool.reduced(weighed, score.order) for pool in pools]
     if shape.kind == CHANNEL:
-        return [weight_scores.output_norm(rows[pool.name], met[pool.name])[None] for pool in pools]
+        return [
+            weight_scores.output_norm(rows[pool.name], statistics_of_inputs[pool.name])[None]
+            for pool in pools
+        ]
     passed = {}
-    for path in met:
-        norms = jnp.broadcast_to(weight_scores.activation_norm(met[path]), rows[path].shape)
+    for path in statistics_of_inputs:
+        norms = jnp.broadcast_to(
+            weight_scores.activation_norm(statistics_of_inputs[path]), rows[path].shape
+        )
         # A head's or neuron's weights repeat each of its activations once a row.
         repeats = rows[path].shape[0] if shape.kind in (HEAD, NEURON) else 1
         passed[path] = norms / repeats**0.5
@@ -358,10 +371,10 @@ def by_gradients(
     total, count = None, 0
     for index, batch in enumerate(context.calibration):
         batch = batches.to_device(model, batch, f"calibration batch {index}")
-        found = measure(model, leaves, batch, layouts, tuple(pools) if gates else ())
-        if not _all_finite(found):
+        measured_terms = measure(model, leaves, batch, layouts, tuple(pools) if gates else ())
+        if not _all_finite(measured_terms):
             raise DataError(f"calibration batch {index}: the loss or its gradient is not finite")
-        total = found if total is None else _add(total, found)
+        total = measured_terms if total is None else _add(total, measured_terms)
         count += batches.count_rows(batch)
         known = calibrations.has_length(context.calibration)
         context.advance("score", index + 1, len(context.calibration) if known else index + 1)
@@ -481,16 +494,16 @@ def _row_terms(
 def _single_rows(batch: batches.Batch) -> batches.Batch:
     """The batch as batches of one row, stacked: [B, 1, ...]."""
     rows = batch["tokens"].shape[0]
-    found = {}
+    single = {}
     for name, value in batch.items():
         if name == "positions" and value.ndim == 3:
-            found[name] = jnp.moveaxis(value, 1, 0)[:, :, None]
+            single[name] = jnp.moveaxis(value, 1, 0)[:, :, None]
         elif name == "mask":
             value = value.reshape((1,) * (4 - value.ndim) + value.shape)
-            found[name] = jnp.broadcast_to(value, (rows, *value.shape[1:]))[:, None]
+            single[name] = jnp.broadcast_to(value, (rows, *value.shape[1:]))[:, None]
         else:
-            found[name] = value[:, None]
-    return found
+            single[name] = value[:, None]
+    return single
 
 
 def drawn(pools: Sequence[Pool], rng: Array) -> list[Array]:

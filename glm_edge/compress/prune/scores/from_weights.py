@@ -185,9 +185,9 @@ def parse(transform: str, text: Any) -> Score:
     """
     if text == "magnitude":
         return Score("norm")
-    found = re.fullmatch(r"l(inf|\d+(?:\.\d+)?)", text) if isinstance(text, str) else None
-    if found and float(found.group(1)) > 0:
-        return Score("norm", float(found.group(1)))
+    norm = re.fullmatch(r"l(inf|\d+(?:\.\d+)?)", text) if isinstance(text, str) else None
+    if norm and float(norm.group(1)) > 0:
+        return Score("norm", float(norm.group(1)))
     if text in _OTHER:
         return Score(text, 1.0 if text == "sensitivity" else 2.0)
     known = ", ".join(("magnitude", "l<n>", *_OTHER))

@@ -38,8 +38,8 @@ def columns_of(linear: Params, index: np.ndarray, path: str, transform: str) -> 
 
 def take(leaf: Any, index: np.ndarray, axis: int, path: str, transform: str) -> Any:
     """Keeps entries of one axis of an array or of a mask with its values."""
-    held = leaf.value if isinstance(leaf, boxes.Masked) else leaf
-    if isinstance(held, boxes.Quantized | boxes.FakeQuantized):
+    value = leaf.value if isinstance(leaf, boxes.Masked) else leaf
+    if isinstance(value, boxes.Quantized | boxes.FakeQuantized):
         raise RecipeError(f"{transform}: {path} is quantized; prune before quantizing")
     return jax.tree.map(lambda array: jnp.take(array, index, axis=axis), leaf)
 
@@ -60,13 +60,13 @@ def removed(size: int, fraction: float) -> int:
     return math.ceil(fraction * size - 1e-9)
 
 
-def check_kept(index: Any, size: int, what: str) -> np.ndarray:
+def check_kept(index: Any, size: int, label: str) -> np.ndarray:
     """Checks indices of what stays.
 
     Args:
       index: of what stays.
       size: how many there are.
-      what: for the message, such as `decoder layer 3: neurons`.
+      label: for the message, such as `decoder layer 3: neurons`.
 
     Returns:
       int [kept].
@@ -76,10 +76,10 @@ def check_kept(index: Any, size: int, what: str) -> np.ndarray:
     """
     index = np.asarray(index)
     if index.ndim != 1 or not index.size:
-        raise RecipeError(f"{what}: nothing of {size} would remain; keep at least one")
-    whole = np.issubdtype(index.dtype, np.integer)
-    if not whole or index[0] < 0 or index[-1] >= size or (np.diff(index) <= 0).any():
-        raise RecipeError(f"{what} to keep must be ascending whole numbers in 0..{size - 1}")
+        raise RecipeError(f"{label}: nothing of {size} would remain; keep at least one")
+    is_integer = np.issubdtype(index.dtype, np.integer)
+    if not is_integer or index[0] < 0 or index[-1] >= size or (np.diff(index) <= 0).any():
+        raise RecipeError(f"{label} to keep must be ascending whole numbers in 0..{size - 1}")
     return index
 
 
@@ -116,7 +116,7 @@ def shrunk_report(
             continue
         stored, size = boxes.stored_bytes(new), math.prod(new.shape)
         action = f"shrunk {list(old.shape)} -> {list(new.shape)}"
-        kept, bits = size / math.prod(old.shape), 8 * stored / size
-        rows.append(Row(transform, path, action, kept, bits, before_bytes, stored))
+        fraction, bits = size / math.prod(old.shape), 8 * stored / size
+        rows.append(Row(transform, path, action, fraction, bits, before_bytes, stored))
     flops = {"flops_before": cost.flops(before[0]), "flops_after": cost.flops(after[0])}
     return Report.of(rows, before[1], after[1], notes=notes, **flops)

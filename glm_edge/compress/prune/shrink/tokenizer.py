@@ -73,23 +73,25 @@ class Vocabulary:
         self.required = self._required()
 
     def _required(self) -> dict[int, str]:
-        model, found = self.fields["model"], {}
+        model, required = self.fields["model"], {}
         if model.get("byte_fallback"):
             needed = [token for token in self.base if _BYTE_TOKEN.fullmatch(token)]
-            found |= dict.fromkeys(map(self.base.get, needed), "a byte that any text may hold")
+            required |= dict.fromkeys(map(self.base.get, needed), "a byte that any text may hold")
         elif self.kind == "BPE":
             alphabet = _byte_alphabet() if _has_step(self.fields, "ByteLevel") else None
             needed = [t for t in self.base if len(t) == 1 and (alphabet is None or t in alphabet)]
             reason = "a character" if alphabet is None else "a byte that any text may hold"
-            found |= dict.fromkeys(map(self.base.get, needed), reason)
+            required |= dict.fromkeys(map(self.base.get, needed), reason)
         unknown = model.get("unk_token")
         if unknown in self.base:
-            found[self.base[unknown]] = "the token of unknown text"
+            required[self.base[unknown]] = "the token of unknown text"
         if isinstance(model.get("unk_id"), int):
-            found[model["unk_id"]] = "the token of unknown text"
-        found |= dict.fromkeys(_processor_ids(self.fields.get("post_processor")), "added to texts")
-        found |= {token["id"]: "a special token" for token in self.added if token.get("special")}
-        return found
+            required[model["unk_id"]] = "the token of unknown text"
+        required |= dict.fromkeys(
+            _processor_ids(self.fields.get("post_processor")), "added to texts"
+        )
+        required |= {token["id"]: "a special token" for token in self.added if token.get("special")}
+        return required
 
     @functools.cached_property
     def _ranks(self) -> dict[tuple[str, str], int]:
@@ -100,9 +102,9 @@ class Vocabulary:
 
     def parts(self, index: int) -> set[int]:
         """The token and all that merges make on the way to it; without them it is never read."""
-        found, text = {index}, self.tokens[index]
+        ids, text = {index}, self.tokens[index]
         if self.kind != "BPE" or self.base.get(text) != index:
-            return found
+            return ids
         symbols = list(text)
         while len(symbols) > 1:
             pairs = list(itertools.pairwise(symbols))
@@ -114,8 +116,8 @@ class Vocabulary:
                 return {index}
             at = min(ranked)[1]
             symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
-            found.add(self.base[symbols[at]])
-        return found | {self.base[symbol] for symbol in text if symbol in self.base}
+            ids.add(self.base[symbols[at]])
+        return ids | {self.base[symbol] for symbol in text if symbol in self.base}
 
 
 def check_tokens(tokenizer: Any, keep: Sequence[int]) -> Vocabulary:
@@ -131,16 +133,16 @@ def check_tokens(tokenizer: Any, keep: Sequence[int]) -> Vocabulary:
     Raises:
       RecipeError: a token that must stay is missing; the message says which and why.
     """
-    vocabulary, kept = Vocabulary(tokenizer), set(map(int, keep))
-    missing = [index for index in vocabulary.required if index not in kept]
+    vocabulary, ids = Vocabulary(tokenizer), set(map(int, keep))
+    missing = [index for index in vocabulary.required if index not in ids]
     if missing:
         token, reason = vocabulary.tokens.get(missing[0]), vocabulary.required[missing[0]]
         raise RecipeError(
             f"{NAME}: token {missing[0]} ({token!r}) must stay, since it is {reason}"
             f"{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}; keep= lacks it"
         )
-    for index in sorted(kept):
-        lost = vocabulary.parts(index) - kept if index in vocabulary.tokens else set()
+    for index in sorted(ids):
+        lost = vocabulary.parts(index) - ids if index in vocabulary.tokens else set()
         if lost:
             part = min(lost)
             raise RecipeError(
@@ -185,18 +187,18 @@ def frequent_tokens(
         )
         ids = np.asarray(ids, np.int64).reshape(-1)
         counts += np.bincount(ids[(ids >= 0) & (ids < len(counts))], minlength=len(counts))
-    kept = set(vocabulary.required) | set(named_tokens(config))
-    for index in sorted(kept & set(vocabulary.tokens)):
-        kept |= vocabulary.parts(index)
-    if size is not None and len(kept) > size:
-        raise RecipeError(f"{NAME}: size={size}, but {len(kept)} tokens must stay")
+    required_ids = set(vocabulary.required) | set(named_tokens(config))
+    for index in sorted(required_ids & set(vocabulary.tokens)):
+        required_ids |= vocabulary.parts(index)
+    if size is not None and len(required_ids) > size:
+        raise RecipeError(f"{NAME}: size={size}, but {len(required_ids)} tokens must stay")
     for index in np.argsort(-counts, kind="stable").tolist():
         if counts[index] < max(min_count, 1):
             break
-        needed = vocabulary.parts(index) - kept if index in vocabulary.tokens else set()
-        if size is None or len(kept) + len(needed) <= size:
-            kept |= needed
-    return np.array(sorted(kept), np.int64)
+        needed = vocabulary.parts(index) - required_ids if index in vocabulary.tokens else set()
+        if size is None or len(required_ids) + len(needed) <= size:
+            required_ids |= needed
+    return np.array(sorted(required_ids), np.int64)
 
 
 def shrink_tokenizer(tokenizer: "Tokenizer", keep: Sequence[int]) -> "Tokenizer":
@@ -245,13 +247,13 @@ def shrink_tokenizer(tokenizer: "Tokenizer", keep: Sequence[int]) -> "Tokenizer"
 
 def named_fields(config: Any) -> dict[str, tuple[int, ...]]:
     """Fields of a configuration that name tokens, and their ids; those that name none left out."""
-    found = {}
+    fields = {}
     for field in _FIELDS:
         value = getattr(config, field, None)
         ids = value if isinstance(value, tuple) else () if value is None else (value,)
         if ids:
-            found[field] = ids
-    return found
+            fields[field] = ids
+    return fields
 
 
 def named_tokens(config: Any) -> dict[int, str]:
@@ -276,8 +278,8 @@ def _has_step(fields: dict[str, Any], kind: str) -> bool:
 def _processor_ids(node: Any) -> set[int]:
     """Ids in a post-processor."""
     if isinstance(node, dict):
-        found = set(node["ids"]) if isinstance(node.get("ids"), list) else set()
-        return found.union(*map(_processor_ids, node.values()))
+        ids = set(node["ids"]) if isinstance(node.get("ids"), list) else set()
+        return ids.union(*map(_processor_ids, node.values()))
     if isinstance(node, list):
         if _is_named_id(node):
             return {node[1]}

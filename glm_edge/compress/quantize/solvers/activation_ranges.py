@@ -41,11 +41,11 @@ def histogram(
       int32 [bins].
     """
     width = jnp.where(high > low, (high - low) / bins, 1.0)
-    place = jnp.clip((rows.reshape(-1) - low) / width, 0, bins - 1).astype(jnp.int32)
+    bin_index = jnp.clip((rows.reshape(-1) - low) / width, 0, bins - 1).astype(jnp.int32)
     if valid is None:
-        return jnp.zeros(bins, jnp.int32).at[place].add(1)
+        return jnp.zeros(bins, jnp.int32).at[bin_index].add(1)
     counts = jnp.repeat(valid.astype(jnp.int32), rows.size // valid.size)
-    return jnp.zeros(bins, jnp.int32).at[place].add(counts)
+    return jnp.zeros(bins, jnp.int32).at[bin_index].add(counts)
 
 
 def widened(low: float, high: float, symmetric: bool) -> tuple[float, float]:
@@ -102,12 +102,12 @@ def int8_grid(low: float, high: float, symmetric: bool = False) -> tuple[np.floa
       `(scale, zero)`; scale one for an empty range.
     """
     if symmetric:
-        return _held(max(-low, high) / 127), np.int8(0)
-    scale = _held((high - low) / (_LEVELS - 1))
+        return _float32_scale(max(-low, high) / 127), np.int8(0)
+    scale = _float32_scale((high - low) / (_LEVELS - 1))
     return scale, np.int8(np.clip(np.round(-128 - low / np.float64(scale)), -128, 127))
 
 
-def _held(scale: float) -> np.float32:
+def _float32_scale(scale: float) -> np.float32:
     return np.float32(max(scale, np.finfo(np.float32).tiny) if scale else 1.0)
 
 
@@ -151,9 +151,9 @@ def _least_divergence(counts: np.ndarray, low: float, high: float) -> tuple[floa
     for width in np.linspace(min(_LEVELS, bins), bins, _WIDTHS):
         start = round(middle * (1 - width / bins))
         stop = min(bins, start + round(width))
-        found = _divergence(counts, start, stop)
-        if found < best[0]:
-            best = (found, start, stop)
+        divergence = _divergence(counts, start, stop)
+        if divergence < best[0]:
+            best = (divergence, start, stop)
     edges = np.linspace(low, high, bins + 1)
     return widened(edges[best[1]], edges[best[2]], False)
 
@@ -164,10 +164,10 @@ def _divergence(counts: np.ndarray, start: int, stop: int) -> float:
     clipped = inside.copy()
     clipped[0] += counts[:start].sum()
     clipped[-1] += counts[stop:].sum()
-    held = clipped > 0
+    occupied = clipped > 0
     level = np.arange(len(inside)) * _LEVELS // len(inside)
     mass = np.bincount(level, inside, _LEVELS)
-    sharing = np.bincount(level, held, _LEVELS)
-    rounded = np.where(held, (mass / np.maximum(sharing, 1))[level], 0.0)
-    p, q = clipped[held] / clipped.sum(), rounded[held] / max(rounded.sum(), 1.0)
+    sharing = np.bincount(level, occupied, _LEVELS)
+    rounded = np.where(occupied, (mass / np.maximum(sharing, 1))[level], 0.0)
+    p, q = clipped[occupied] / clipped.sum(), rounded[occupied] / max(rounded.sum(), 1.0)
     return float(np.sum(p * np.log(p / np.maximum(q, _LEAST))))

@@ -198,14 +198,14 @@ def descend(layer: Layer, codes: Array, grid: Grid, format: Format, sweeps: int)
     def column(index, carry):
         dense, slope = carry
         curvature = diagonal[index]
-        here = jax.lax.dynamic_slice_in_dim(slope, index, 1, axis=1)
+        column_slope = jax.lax.dynamic_slice_in_dim(slope, index, 1, axis=1)
         now = jax.lax.dynamic_slice_in_dim(dense, index, 1, axis=1)
-        wanted = now - here / jnp.where(curvature > 0, curvature, 1.0)
-        own = Grid(
+        wanted = now - column_slope / jnp.where(curvature > 0, curvature, 1.0)
+        column_grid = Grid(
             jax.lax.dynamic_slice_in_dim(scale, index, 1, axis=1),
             None if zero is None else jax.lax.dynamic_slice_in_dim(zero, index, 1, axis=1),
         )
-        new = decode(encode(wanted, own, format), own, format)
+        new = decode(encode(wanted, column_grid, format), column_grid, format)
         new = jnp.where(curvature > 0, new, now)
         slope = slope + (new - now) * layer.gram[index]
         return jax.lax.dynamic_update_slice_in_dim(dense, new, index, axis=1), slope

@@ -102,8 +102,8 @@ def search_clip(
     rows, groups = format.scale_shape(weight.shape)
     grouped = weight.reshape(weight.shape[0], groups, -1)
     size = grouped.shape[-1]
-    own = jnp.arange(groups)
-    within = gram.reshape(groups, size, groups, size)[own, :, own]
+    group_index = jnp.arange(groups)
+    within = gram.reshape(groups, size, groups, size)[group_index, :, group_index]
 
     def clipped(fraction: Array) -> Array:
         largest = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True)
@@ -114,14 +114,18 @@ def search_clip(
     def error(fraction: Array) -> Array:
         candidate = clipped(fraction).reshape(weight.shape)
         lost = (_rounded(candidate, format, scale) - weight).reshape(grouped.shape)
-        met = jnp.einsum("ogi,gij->ogj", lost, within, precision="highest")
-        left = jnp.sum(met * lost, axis=-1)
-        return jnp.broadcast_to(left.sum(), left.shape) if rows != weight.shape[0] else left
+        gram_lost = jnp.einsum("ogi,gij->ogj", lost, within, precision="highest")
+        output_error = jnp.sum(gram_lost * lost, axis=-1)
+        return (
+            jnp.broadcast_to(output_error.sum(), output_error.shape)
+            if rows != weight.shape[0]
+            else output_error
+        )
 
     def better(best: tuple[Array, Array], fraction: Array):
-        found = error(fraction)
-        less = found < best[0]
-        return (jnp.where(less, found, best[0]), jnp.where(less, fraction, best[1])), None
+        errors = error(fraction)
+        less = errors < best[0]
+        return (jnp.where(less, errors, best[0]), jnp.where(less, fraction, best[1])), None
 
     shrink = 0.8 if format.qtype in _FEW_LEVELS else 0.5
     fractions = 1.0 - jnp.arange(round(shrink * steps), dtype=jnp.float32) / steps

@@ -54,8 +54,8 @@ def solve(
     """
     weight = weight.astype(jnp.float32)
     rows = format.scale_shape(weight.shape)
-    whole = format.group_size == PER_TENSOR
-    groups = weight.reshape(*rows, -1) if whole else weight.reshape(len(weight), rows[-1], -1)
+    per_tensor = format.group_size == PER_TENSOR
+    groups = weight.reshape(*rows, -1) if per_tensor else weight.reshape(len(weight), rows[-1], -1)
     first = grids.choose(weight, format, scale)
 
     def rounded(grid: Grid) -> tuple[Array, Array]:
@@ -78,16 +78,16 @@ def solve(
         shrunk = size - jnp.where(size > 0, size, 1.0) ** (exponent - 1) / weight_of_quadratic
         error = jnp.sign(residual) * jnp.maximum(shrunk, 0.0)
         grid = _fitted(grid, steps, residual - error)
-        found = loss(_stored(grid, format))
-        less = found < lowest
+        grid_loss = loss(_stored(grid, format))
+        less = grid_loss < lowest
         best = Grid(*(_where(less, new, old) for new, old in zip(grid, best, strict=True)))
-        return (grid, best, jnp.where(less, found, lowest)), None
+        return (grid, best, jnp.where(less, grid_loss, lowest)), None
 
     wide = Grid(*(None if x is None else x.astype(jnp.float32) for x in first))
     betas = beta * growth ** jnp.arange(steps, dtype=jnp.float32)
     best = jax.lax.scan(step, (wide, wide, loss(first)), betas)[0][1]
-    held = _stored(best, format)
-    return grids.encode(weight, held, format), held
+    stored_grid = _stored(best, format)
+    return grids.encode(weight, stored_grid, format), stored_grid
 
 
 def _fitted(grid: Grid, steps: Array, residual: Array) -> Grid:

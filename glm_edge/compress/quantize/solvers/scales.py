@@ -165,9 +165,9 @@ def _best_ratio(groups: Array, low: Array, high: Array, format: Format) -> Array
         return jnp.sum(jnp.square(normalized(lost, peak[..., None])), axis=-1)
 
     def better(best: tuple[Array, Array], ratio: Array):
-        found = error(ratio)
-        less = found < best[0]
-        return (jnp.where(less, found, best[0]), jnp.where(less, ratio, best[1])), None
+        lost_by_ratio = error(ratio)
+        less = lost_by_ratio < best[0]
+        return (jnp.where(less, lost_by_ratio, best[0]), jnp.where(less, ratio, best[1])), None
 
     ratios = _RATIOS.get(kernels.INTEGERS.get(format.qtype), _FEW_LEVELS)
     start = (jnp.full(low.shape, jnp.inf), jnp.ones(low.shape, jnp.float32))
@@ -206,26 +206,26 @@ def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid
         """Ratios [2 or 2, out] of the lower and of the upper end; a negative one turns the sign."""
         lower, upper = jnp.broadcast_to(ratio.reshape(2, -1), (2, ends.shape[0]))
         shrunk = ends * jnp.abs(jnp.stack([lower, upper] * 2, axis=-1))
-        found = choose(shrunk, group_format, "max")
+        candidate = choose(shrunk, group_format, "max")
         scale, zero = (
-            None if x is None else jnp.broadcast_to(x[:, 0], ends.shape[:1]) for x in found
+            None if x is None else jnp.broadcast_to(x[:, 0], ends.shape[:1]) for x in candidate
         )
         return Grid(jnp.where(lower < 0, -scale, scale), zero)
 
     if scale == "max":
         return grid_of(jnp.ones(2))
 
-    def better(held: tuple[Array, Array], ratio: Array):
-        found = loss(grid_of(ratio))
-        less = found < held[0]
-        ratio = jnp.broadcast_to(ratio.reshape(2, -1), held[1].shape)
-        return (jnp.where(less, found, held[0]), jnp.where(less, ratio, held[1])), None
+    def better(best: tuple[Array, Array], ratio: Array):
+        candidate = loss(grid_of(ratio))
+        less = candidate < best[0]
+        ratio = jnp.broadcast_to(ratio.reshape(2, -1), best[1].shape)
+        return (jnp.where(less, candidate, best[0]), jnp.where(less, ratio, best[1])), None
 
     start = (jnp.full(ends.shape[:1], jnp.inf), jnp.ones((2, ends.shape[0])))
     coarse, step = _candidate_ratios(format, scale == "extreme")
-    held = jax.lax.scan(better, start, jnp.asarray(coarse))[0]
-    near = held[1] * (1.0 + step * jnp.asarray(_FINE, jnp.float32)[:, None, None])
-    return grid_of(jax.lax.scan(better, held, near)[0][1])
+    best = jax.lax.scan(better, start, jnp.asarray(coarse))[0]
+    near = best[1] * (1.0 + step * jnp.asarray(_FINE, jnp.float32)[:, None, None])
+    return grid_of(jax.lax.scan(better, best, near)[0][1])
 
 
 def _candidate_ratios(format: Format, both_signs: bool) -> tuple[np.ndarray, float]:

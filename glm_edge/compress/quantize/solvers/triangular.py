@@ -116,13 +116,13 @@ def _panel(columns: Array) -> Array:
 
     def step(index: Array, columns: Array) -> Array:
         start = index * _BLOCK
-        own = part(columns, start, axis=1)
-        factor = _small_cholesky(part(own, start))
-        below = jnp.where(row >= start + _BLOCK, _product(own, _small_inverse(factor).T), 0.0)
+        panel = part(columns, start, axis=1)
+        factor = _small_cholesky(part(panel, start))
+        below = jnp.where(row >= start + _BLOCK, _product(panel, _small_inverse(factor).T), 0.0)
         later = jnp.where(column >= start + _BLOCK, _product(below, below[:width].T), 0.0)
         columns = columns - later
-        own = jax.lax.dynamic_update_slice_in_dim(below, factor, start, 0)
-        return jax.lax.dynamic_update_slice_in_dim(columns, own, start, 1)
+        panel = jax.lax.dynamic_update_slice_in_dim(below, factor, start, 0)
+        return jax.lax.dynamic_update_slice_in_dim(columns, panel, start, 1)
 
     return jax.lax.fori_loop(0, width // _BLOCK, step, columns)
 
@@ -148,9 +148,9 @@ def _small_inverse(factor: Array) -> Array:
     identity = jnp.eye(size, dtype=factor.dtype)
 
     def step(index: Array, inverse: Array) -> Array:
-        own = jax.lax.dynamic_slice_in_dim(factor, index, 1)
-        row = jax.lax.dynamic_slice_in_dim(identity, index, 1) - _product(own, inverse)
-        row = row / jax.lax.dynamic_slice_in_dim(own, index, 1, axis=1)
+        factor_row = jax.lax.dynamic_slice_in_dim(factor, index, 1)
+        row = jax.lax.dynamic_slice_in_dim(identity, index, 1) - _product(factor_row, inverse)
+        row = row / jax.lax.dynamic_slice_in_dim(factor_row, index, 1, axis=1)
         return jax.lax.dynamic_update_slice_in_dim(inverse, row, index, 0)
 
     return jax.lax.fori_loop(0, size, step, jnp.zeros_like(factor))

@@ -20,7 +20,7 @@ def test_the_lowest_of_each_group_go_the_first_of_equals(seed):
         scores = rng.integers(0, 6, (groups, 40)).astype(np.float32)
         scores[0, rng.integers(0, 40, 3)] = -np.inf
         for count in (0, 1, 17, 39, 40):
-            keep = allocation.kept(scores, count)
+            keep = allocation.mark_kept(scores, count)
             for row, own in zip(scores, keep, strict=True):
                 order = sorted(range(40), key=lambda place, row=row: (row[place], place))
                 assert set(np.flatnonzero(~own)) == set(order[:count])

@@ -7,10 +7,10 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import prune
-from glm_edge.compress.prune import scores as gated
 from glm_edge.compress.prune.masks import shapes
 from glm_edge.compress.prune.scores import from_model as model_scores
 from glm_edge.compress.prune.scores import from_weights as weight_scores
+from glm_edge.compress.prune.scores import heads_neurons as gated
 from glm_edge.compress.transform import Context
 from glm_edge.errors import DataError, RecipeError
 
@@ -219,7 +219,7 @@ def test_scores_that_read_calibration_ask_for_it(small, score):
     [
         ({"score": "importance"}, "score must be one of"),
         ({"score": "l0"}, "score must be one of"),
-        ({"score": None}, "score must be one of"),
+        ({"score": None}, "score must be str, not None"),
         ({"score": "activation", "shape": "layer"}, "not for shape='layer'"),
         ({"score": "wanda", "shape": "vocab"}, "not for shape='vocab'"),
     ],
