@@ -315,6 +315,10 @@ def _unique(pairs: list[tuple[str, Any]], where: str, error: ErrorType) -> dict[
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        twice = next(
+            name
+            for name, _ in pairs
+            if name in seen or seen.add(name)  # type: ignore[func-returns-value]
+        )
         raise error(f"{where}: the name {twice[:200]!r} stands twice in one JSON object")
     return fields

@@ -177,7 +177,12 @@ def _row(question: Mapping[str, Any], turn: int) -> dict[str, Any]:
     }
 
 
-def _answer(model, setting, questions, max_new_tokens):
+def _answer(
+    model: MultimodalGLM,
+    setting: Setting,
+    questions: Sequence[Mapping[str, Any]],
+    max_new_tokens: int,
+) -> tuple[list[np.ndarray], list[np.ndarray], list[Any]]:
     """Tokens, which of them count, and layers of every question."""
     tokens, valid, layers = [], [], []
     for question in questions:

@@ -154,7 +154,7 @@ def read_thinned(
     x, stays, read = jax.tree.map(lambda rows: kernels.take(rows, kept), (x, stays, read))
     positions = kernels.take(positions, kept, axis=positions.ndim - 1)
     x, rest, _ = _run(model, params, last, x, positions, stays, short)
-    final = model.apply({"params": params}, x, method=lambda module, x: module.decoder.norm(x))
+    final: Any = model.apply({"params": params}, x, method=lambda module, x: module.decoder.norm(x))
     return final, stays, {"layers": [*read, *rest], "length": jnp.int32(how.room)}
 
 
