@@ -251,7 +251,7 @@ def test_a_masked_kernel_keeps_its_zeros(built):
     kernel = folded["params"]["blocks_1"]["pointwise"]["conv"]["kernel"]
     assert isinstance(kernel, boxes.Masked)
     assert np.mean(kernel.mask) == 0.5
-    assert {row.kept for row in report.rows} == {0.5}
+    assert {row.keep_ratio for row in report.rows} == {0.5}
     found, _ = jax.jit(deployed.apply)(folded, images)
     np.testing.assert_allclose(found, logits, atol=1e-4)
 
