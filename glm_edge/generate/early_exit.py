@@ -143,7 +143,9 @@ def fit_exits(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _moments(model, params, batch, after) -> list[Array]:
+def _moments(
+    model: MultimodalGLM, params: Any, batch: dict[str, Any], after: tuple[int, ...]
+) -> list[Array]:
     """Computes second moments [2 D + 1, 2 D + 1] of `(exit, 1, last - exit)` for each exit."""
     inputs = {name: batch[name] for name in _INPUTS if batch.get(name) is not None}
     hidden = model.apply({"params": params}, batch["tokens"], **inputs)[1]["hidden"]

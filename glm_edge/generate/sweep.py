@@ -179,7 +179,12 @@ def _row(question: Mapping[str, Any], turn: int) -> dict[str, Any]:
     }
 
 
-def _answer(model, setting, questions, max_new_tokens):
+def _answer(
+    model: MultimodalGLM,
+    setting: Setting,
+    questions: Sequence[Mapping[str, Any]],
+    max_new_tokens: int,
+) -> tuple[list[np.ndarray], list[np.ndarray], list[Any]]:
     """Generates the tokens of every question, a mask of those that count, and their layers."""
     tokens, valid, layers = [], [], []
     for question in questions:

@@ -161,7 +161,7 @@ def prefill_pruned(
     )
     positions = kernels.gather_tokens(positions, indices, axis=positions.ndim - 1)
     x, last_caches, _ = _run(model, params, last, x, positions, valid, short)
-    final = model.apply({"params": params}, x, method=lambda module, x: module.decoder.norm(x))
+    final: Any = model.apply({"params": params}, x, method=lambda module, x: module.decoder.norm(x))
     caches = [*first_caches, *last_caches]
     return final, valid, {"layers": caches, "length": jnp.int32(plan.capacity)}
 

@@ -340,7 +340,8 @@ def _product(x: Array, planes: list[Array], inputs: DTypeLike, sums: DTypeLike) 
     pairs = [(x[:, i::count], plane) for i, plane in enumerate(planes)]
 
     def multiplied(pairs: list[tuple[Array, Array]]) -> Array:
-        return sum(dot(a.astype(inputs), w.astype(inputs), sums) for a, w in pairs)
+        total: Any = sum(dot(a.astype(inputs), w.astype(inputs), sums) for a, w in pairs)
+        return total
 
     def reduced(pairs: list[tuple[Array, Array]]) -> Array:
         terms = sum(a[:, None].astype(sums) * w.astype(sums) for a, w in pairs)
