@@ -93,7 +93,7 @@ def test_load_wav_reads_what_writers_write(tmp_path, content, step):
         (wav(PCM, bits=40), "has 40 bits per sample"),
         (wav(PCM, kind=7), r"format 7 \(mu-law\)"),
         (wav(PCM, kind=0x55), r"format 85 \(MP3\)"),
-        (wav(PCM, kind=0xFFFE).replace(TAIL, b"x" * 14), "extensible format names no known"),
+        (wav(PCM, kind=0xFFFE).replace(TAIL, b"x" * 14), "extensible format has an unknown"),
         (wav(struct.pack("<3f", 0, np.nan, 0), bits=32, kind=3), "NaN or infinite"),
         (wav(struct.pack("<2d", 0, 1e300), bits=64, kind=3), "NaN or infinite"),
         (wav(PCM, name=b"RIFX"), "must begin with RIFF"),

@@ -148,8 +148,8 @@ def test_frames_with_timestamps_are_all_kept_and_the_last_repeated():
     ("video", "pattern"),
     [
         (Video(PIXELS, fps=1), r"video: must be \[frames, height, width, 3\]"),
-        (Video(PIXELS[None]), "either its frames a second"),
-        (Video(PIXELS[None], fps=1, timestamps=[0]), "either its frames a second"),
+        (Video(PIXELS[None]), "either its frames per second"),
+        (Video(PIXELS[None], fps=1, timestamps=[0]), "either its frames per second"),
         (Video(PIXELS[None], fps=0), "fps 0 and duration"),
         (Video(PIXELS[None], fps=np.nan), "must be positive"),
         (Video(PIXELS[None], fps=1, duration_s=-1.0), "must be positive"),
