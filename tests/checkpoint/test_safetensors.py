@@ -204,7 +204,9 @@ def test_rows_are_read_alone(tmp_path_factory, start, stop):
             file.read_rows("b", start, stop)
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_files, "fill", lambda *args: read.append(args[1].size) or fill(*args))
+        patch.setattr(
+            checkpoint_files, "fill", lambda *args: read.append(args[1].size) or fill(*args)
+        )
         rows = file.read_rows("b", start, stop)
     np.testing.assert_array_equal(rows, ARRAYS["b"][start:stop])
     assert read == [rows.nbytes]
