@@ -17,8 +17,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Return `Any` on purpose; the reason stands beside each.
-ALLOWED: dict[str, str] = {}
+# Field specifiers return `Any`, as `dataclasses.field` does, to suit a field of any type.
+ALLOWED = frozenset(
+    ["glm_edge.compress.transform.arrays", "glm_edge.compress.transform.positional"]
+)
 
 
 def public_names(module: ModuleType) -> list[str]:
@@ -103,7 +105,8 @@ def main() -> int:
         if name not in ALLOWED
         for fault in faults(function, "." in function.__qualname__)
     ]
-    lines += [f"{name}: allowed, but no public function" for name in ALLOWED.keys() - functions]
+    unused = sorted(ALLOWED - functions.keys())
+    lines += [f"{name}: allowed, but not a public function" for name in unused]
     print("\n".join(lines) or f"{len(functions)} public functions have complete types")
     return 1 if lines else 0
 

@@ -34,7 +34,7 @@ def test_the_smallest_of_each_tensor_go_exactly(sparsity):
         assert (~keep).sum() == round(sparsity * keep.size)
         if sparsity:
             assert values[~keep].max() <= values[keep].min()
-    assert report.rows[0].kept == pytest.approx(1.0 - sparsity, abs=0.01)
+    assert report.rows[0].keep_ratio == pytest.approx(1.0 - sparsity, abs=0.01)
 
 
 def test_global_scope_compares_across_tensors():

@@ -22,7 +22,7 @@ from glm_edge.models.cnn import (
     Inverted,
     MobileNetV2Config,
     ResNetConfig,
-    Stage,
+    StageConfig,
     Stem,
     preset,
 )
@@ -37,7 +37,7 @@ PARTS = {
         ResNetConfig(
             "bottlenecks",
             Stem(8, 7, 2, pool=True),
-            (Stage(8, 2, 1), Stage(12, 2, 2)),
+            (StageConfig(8, 2, 1), StageConfig(12, 2, 2)),
             num_classes=10,
             image_size=(32, 32, 3),
         ),
@@ -251,7 +251,7 @@ def test_a_masked_kernel_keeps_its_zeros(built):
     kernel = folded["params"]["blocks_1"]["pointwise"]["conv"]["kernel"]
     assert isinstance(kernel, boxes.Masked)
     assert np.mean(kernel.mask) == 0.5
-    assert {row.kept for row in report.rows} == {0.5}
+    assert {row.keep_ratio for row in report.rows} == {0.5}
     found, _ = jax.jit(deployed.apply)(folded, images)
     np.testing.assert_allclose(found, logits, atol=1e-4)
 

@@ -34,7 +34,7 @@ UNVERIFIED, VERIFIED = b'"verified":false', b'"verified":true '
 
 @functools.cache
 def _builder_class() -> type:
-    flatbuffers = require("flatbuffers", extra="export")
+    flatbuffers: Any = require("flatbuffers", extra="export")
 
     class Builder(flatbuffers.Builder):
         """Aligns bytes for kernels that read them in place, and stores equal vectors once."""

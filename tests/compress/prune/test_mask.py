@@ -166,7 +166,7 @@ def test_encoders_lose_heads_and_neurons_too(small):
     for shape in ("head", "neuron"):
         _, _, report = prune.mask(0.5, shape=shape, where="vision|speech")(model, params)
         assert {row.path.split("/")[0] for row in report.rows} == {"vision", "speech"}
-        assert {row.kept for row in report.rows} == {0.5}
+        assert {row.keep_ratio for row in report.rows} == {0.5}
 
 
 def test_a_second_mask_only_adds():
