@@ -320,5 +320,5 @@ def _unique(pairs: list[tuple[str, Any]], where: str, error: ErrorType) -> dict[
             for name, _ in pairs
             if name in known or known.add(name)  # type: ignore[func-returns-value]
         )
-        raise error(f"{where}: the name {twice[:200]!r} stands twice in one JSON object")
+        raise error(f"{where}: the name {twice[:200]!r} appears twice in one JSON object")
     return fields

@@ -125,7 +125,7 @@ def check_writable_name(path: str | os.PathLike) -> Path:
             )
         return Path(os.path.realpath(parent)) / target.name
     except UnicodeEncodeError as error:
-        raise OutputError(f"{shown!r:.200}: is no name of a file here: {error}") from error
+        raise OutputError(f"{shown!r:.200}: is not a valid file name here: {error}") from error
 
 
 def refuse_link(path: Path) -> None:
@@ -495,7 +495,7 @@ def _step_aside(temporary: Path, target: Path) -> None:
 
 
 def no_directory(path: Path) -> str:
-    """Returns the message about a path that is no checkpoint directory.
+    """Returns the message about a path that is not a checkpoint directory.
 
     Args:
       path: it may look like `owner/name`, as repositories of a model hub are called.

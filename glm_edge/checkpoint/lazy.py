@@ -24,7 +24,7 @@ class LazyCheckpoint:
     Attributes:
       model: without parameters.
       abstract: path to abstract array or box, every parameter of the model.
-      files: that hold the numbers.
+      files: that store the arrays.
     """
 
     model: nn.Module
@@ -80,7 +80,7 @@ class LazyCheckpoint:
 
 
 def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
-    """Opens a checkpoint directory without reading its numbers.
+    """Opens a checkpoint directory without reading its arrays.
 
     Args:
       path: directory that `glm_edge.load` opens; not one stored with Orbax.
@@ -101,7 +101,7 @@ def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
         return LazyCheckpoint(source.model, source.abstract(), _paths(source.files), source)
     if fields.get("store") == "orbax":
         raise CheckpointError(
-            f"{directory}: an Orbax directory is restored whole; load it and save it with "
+            f"{directory}: an Orbax directory is restored in full; load it and save it with "
             "format='safetensors' first"
         )
     source = native.open_directory(directory, fields)

@@ -99,7 +99,7 @@ def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
 
 
 def _check_files(source: Path) -> None:
-    """Refuses what waits for ever, never ends or lies elsewhere, before Orbax opens it."""
+    """Refuses pipes, endless files and links to other places before Orbax opens them."""
     root = source.resolve()
     for folder, directories, names in os.walk(source, onerror=_refuse):
         for name in (*directories, *names):

@@ -66,7 +66,7 @@ def define_flags() -> None:
         "Products of calibration; bfloat16 is faster.",
     )
     flags.DEFINE_string("out_dir", None, "Directory for checkpoint and report.", required=True)
-    flags.DEFINE_bool("overwrite", False, "Replace a checkpoint that lies in --out_dir.")
+    flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --out_dir.")
 
 
 def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> None:

@@ -29,12 +29,8 @@ def load_wide(source: Path) -> tuple[nn.Module, Params, Params]:
       `(model, params, stored)`: parameters in float32, and abstract ones as they are stored.
     """
     model, params = ge.load(source)
-    stored = _abstract(params)
+    stored = jax.eval_shape(lambda tree: tree, params)
     return model, ge.params.cast(params, WIDE), stored
-
-
-def _abstract(params: Params) -> Params:
-    return jax.eval_shape(lambda tree: tree, params)
 
 
 def as_stored(params: Params, stored: Params, report: Report) -> tuple[Params, Report]:

@@ -172,7 +172,7 @@ class VisionConfig(EncoderWidths):
     as large in nano, which overlaps). Attention is local to windows of `window` patches (rows,
     columns) in every layer not listed in `global_layers`; `window=None` is global throughout.
     `separable_positions` adds a learned row and column embedding to the projected features, so
-    that the decoder can read off where a feature lies. Widths that differ by layer have one more
+    that the decoder can read off where a feature is. Widths that differ by layer have one more
     entry, the last, for a pooling head.
     """
 

@@ -3,7 +3,7 @@
 Letters of shapes: `B` rows, `T` tokens of a prompt, `N` generated tokens, `S` cache slots, `V`
 vocabulary.
 
-A prompt takes the first slots of the cache, its padding included, wherever that lies; generated
+A prompt takes the first slots of the cache, its padding included, wherever that is; generated
 tokens take the slots after. Lengths are rounded up (`bucket`), so that few of them compile.
 """
 
@@ -72,9 +72,9 @@ class DecodeState:
       visible: bool [B, S], False at slots that hold padding.
       stopped: bool [B], True from a row's stop token on.
       index: int32, generated tokens.
-      keys: [B] PRNG keys, one a row, or None.
+      keys: [B] PRNG keys, one per row, or None.
       in_prompt: bool [B, V], see `glm_edge.generate.sampling`, or None.
-      counts: int32 [B, V], likewise.
+      counts: int32 [B, V], see `glm_edge.generate.sampling`, or None.
       layers: int32 [B], layers that gave `logits`, or None.
       finite: bool [B], False once scores of a row that had not stopped were NaN or infinite.
     """
@@ -124,11 +124,11 @@ def generate(
     Args:
       model: the model.
       params: its parameters, boxed or not.
-      tokens: int [B, T] prompts; padding may lie anywhere.
+      tokens: int [B, T] prompts; padding may be anywhere.
       valid: bool [B, T], False at padding; None means no padding.
       images: as `MultimodalGLM` takes them, or None.
       audio: as `MultimodalGLM` takes it, or None.
-      audio_frames: likewise.
+      audio_frames: as `MultimodalGLM` takes them, or None.
       max_new_tokens: tokens to generate at most.
       sampling: how tokens are drawn.
       stop_tokens: token ids that end a row; None takes those of the model's configuration.
@@ -370,7 +370,7 @@ def _row_keys(rng: Array, batch: int) -> Array:
     if rng.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(batch))
     if rng.shape != (batch,):
-        raise DataError(f"rng must be a key or {batch} keys, one a row, found shape {rng.shape}")
+        raise DataError(f"rng must be a key or {batch} keys, one per row, found shape {rng.shape}")
     return rng
 
 

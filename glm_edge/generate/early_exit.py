@@ -33,7 +33,7 @@ class EarlyExit:
       threshold: scalar; the largest probability that ends a token.
       maps: of each exit, `weight` [D, D] and `bias` [D] that guess the last layer's output from
         what has been computed; empty takes that itself.
-      after: ascending numbers of layers after which the head is asked.
+      after: ascending indices of layers after which the head is applied.
     """
 
     threshold: Array
@@ -55,7 +55,7 @@ def early_exit(
 
     Args:
       model: a GLM.
-      after: numbers of layers after which the head is asked, each at least 1 and below the number
+      after: indices of layers after which the head is applied, each at least 1 and below the number
         of layers. Asking costs as much as the head does.
       threshold: in 0..1; 0 always stops at the first exit, 1 almost never.
       maps: from `fit_exits`; None scores what has been computed as if it were the last output.
@@ -174,7 +174,7 @@ def run_until_sure(
 ) -> tuple[Array, Any, Array]:
     """Runs one decoding step, with only as many layers as its rows need.
 
-    Rows leave one by one and a layer is skipped when all have left, so that what a row gives does
+    Rows exit one by one, and a layer is skipped when all have exited, so that a row's result does
     not depend on the others.
 
     Args:
@@ -182,10 +182,10 @@ def run_until_sure(
       params: its parameters.
       token: int [B, 1].
       positions: as the model takes them.
-      mask: likewise.
-      cache: likewise.
+      mask: as the model takes it.
+      cache: as the model takes it.
       exits: see `early_exit`.
-      stopped: bool [B], rows whose scores no one needs.
+      stopped: bool [B], rows whose scores are not needed.
 
     Returns:
       `(logits, cache, layers)`: float32 [B, V]; the cache after this token; and int32 [B], the

@@ -26,7 +26,7 @@ class Prompt:
     """Prompts padded to the length of a bucket.
 
     Attributes:
-      tokens: int32 [B, T]; at padding a token that is no placeholder.
+      tokens: int32 [B, T]; at padding a token that is not a placeholder.
       valid: bool [B, T], False at padding.
       room: cache slots for generated tokens.
       new_tokens: tokens for which positions must be left, or None where they may run out.
@@ -93,7 +93,7 @@ def config_of(model: Any) -> GLMConfig:
     """Returns the configuration of a model that generates.
 
     Raises:
-      DataError: it is no GLM.
+      DataError: the model is not a GLM.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "eos_token_ids"):
@@ -167,7 +167,7 @@ def count_placeholders(
       audio_frames: as `MultimodalGLM` takes it.
 
     Returns:
-      Of each encoder, both numbers: [B] when features belong to rows, else scalars.
+      Both counts per encoder: [B] when features belong to rows, else scalars.
     """
     token_ids = {"vision": config.image_token_id, "speech": config.audio_token_id}
     counts = {}
@@ -182,10 +182,10 @@ def count_placeholders(
 
 
 def check_placeholders(counts: dict[str, tuple[Any, Any]]) -> None:
-    """Compares the numbers of `count_placeholders`; a row may lack images or recordings altogether.
+    """Compares the counts of `count_placeholders`; a row may lack images or recordings altogether.
 
     Raises:
-      DataError: a prompt holds another number of placeholders than there are features.
+      DataError: a prompt has another number of placeholders than there are features.
     """
     for encoder, (present, expected) in counts.items():
         present, expected = np.atleast_1d(present), np.atleast_1d(expected)

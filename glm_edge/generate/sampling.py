@@ -32,9 +32,9 @@ class Sampling:
     is switched on or off, or `top_k` changes, and not for another temperature.
 
     Attributes:
-      temperature: scores are divided by it; 0 takes the likeliest token.
-      top_k: only this many likeliest tokens may be drawn, and those as likely as the last of them.
-      top_p: only the smallest set of likeliest tokens whose probability reaches it may be drawn,
+      temperature: scores are divided by it; 0 takes the top-1 token.
+      top_k: only this many most likely tokens may be drawn, and ties with the last of them.
+      top_p: only the smallest set of most likely tokens whose probability reaches it may be drawn,
         at least one, and those as likely as the last of them.
       repetition_penalty: positive scores of tokens that the prompt or the generated text holds
         are divided by it, negative ones multiplied.
@@ -117,8 +117,8 @@ def process_logits(
         return logits
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
-        likeliest = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
-        logits = jnp.where(logits < likeliest[:, -1:], -jnp.inf, logits)
+        top_logits = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
+        logits = jnp.where(logits < top_logits[:, -1:], -jnp.inf, logits)
     if sampling.uses("top_p"):
         probabilities = jax.nn.softmax(logits, axis=-1)
         least = nucleus_threshold(probabilities, sampling.top_p)

@@ -99,7 +99,7 @@ def sweep(
         raise DataError("sweep: there must be a setting and a question at least")
     shared = isinstance(questions[0].get("images"), list | tuple)
     if len(questions[0]["tokens"]) > 1 and (shared or "audio_frames" in questions[0]):
-        raise DataError("sweep: give images and audio as one array, a row each")
+        raise DataError("sweep: give images and audio as one array, one row each")
     results = []
     for index, setting in enumerate(settings):
         results.append(_answer(model, setting, questions, max_new_tokens))

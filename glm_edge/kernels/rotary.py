@@ -18,7 +18,7 @@ def angles(positions: Array, frequencies: Array, mrope_section: tuple[int, ...] 
     Args:
       positions: [B, T] token positions, or [3, B, T] (time, height, width) with `mrope_section`.
       frequencies: [R / 2] angular frequencies.
-      mrope_section: numbers of frequencies that follow each row of `positions` in turn.
+      mrope_section: counts of frequencies that follow each row of `positions` in turn.
 
     Returns:
       [B, T, R / 2] angles in radians.

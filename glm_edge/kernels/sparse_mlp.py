@@ -25,7 +25,7 @@ class SparseMLP:
       rows: [F, 2 D], the weights of each neuron: its row of `up`, then its column of `down`.
       threshold: scalar; a neuron is active when its `|silu(gate)|` is at least this fraction of the
         largest of its token.
-      sizes: ascending numbers of neurons for which a program is compiled; the smallest that fits
+      sizes: ascending counts of neurons for which a program is compiled; the smallest that fits
         all active neurons runs. At most the last number are active, those with the largest gates.
     """
 

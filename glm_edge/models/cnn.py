@@ -126,7 +126,7 @@ class ConvNorm(nn.Module):
       features: channels of the result.
       kernel: height and width; odd, and padded so that stride 1 keeps the size.
       stride: in both directions.
-      groups: channels are split in so many groups that do not meet.
+      groups: number of separate groups of channels.
       deploy: without the norm.
     """
 

@@ -208,8 +208,8 @@ def init_cache(
       config: of the decoder.
       batch: rows.
       num_slots: tokens that fit.
-      dtype: type of keys and values: a floating one, or `int8` or `int4`, which round each head of
-        a token to its own symmetric grid.
+      dtype: type of keys and values: a floating one, or `int8` or `int4`, which round each head
+        of a token with its own symmetric scale.
 
     Returns:
       `{"layers": [{"key", "value"}: [B, S, K, H]], "length": 0}`; of integers, also `key_scale` and

@@ -289,7 +289,7 @@ def place_features(x: Array, placeholder: Array, features: Array) -> Array:
     Args:
       x: [B, T, D] embedded tokens.
       placeholder: bool [B, T].
-      features: [B, M, D], a row for each row of `x`, or [M, D] for all rows in reading order.
+      features: [B, M, D], one row per row of `x`, or [M, D] for all rows in reading order.
 
     Returns:
       [B, T, D].

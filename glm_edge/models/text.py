@@ -1,4 +1,4 @@
-"""A bidirectional text encoder: BERT, or DistilBERT when there are no token types."""
+"""A bidirectional text encoder: BERT, or DistilBERT without token types."""
 
 from typing import Any
 

@@ -67,7 +67,7 @@ class Format:
       qtype: integers `int8`, `int6`, `int5`, `int4`, `int3`, `int2`; `ternary`, five to a byte;
         `ternary34`, three signs and a zero of each four in five bits; `nf4`, levels that suit a
         normal distribution; or `float16` and `bfloat16`, plain arrays without a scale.
-      group_size: columns that share a scale; None for one scale a row (per channel), `tensor` for
+      group_size: columns that share a scale; None for one scale per row (per channel), `tensor` for
         one scale a matrix.
       symmetric: False adds a zero point to integers.
       scale_dtype: type in which scales are stored.
@@ -155,7 +155,7 @@ class Format:
         for part in parts:
             option, value = _read_part(where, part)
             if option in fields:
-                raise BoxError(f"{where}: {part!r:.60} says again what another part says")
+                raise BoxError(f"{where}: {part!r:.60} repeats another part")
             fields[option] = value
         group_size = fields.get("group_size")
         try:

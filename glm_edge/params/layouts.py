@@ -36,7 +36,8 @@ class Layout:
         """Arranges a parameter as `[..., out, in]`, with one leading axis per axis of the stack."""
         stack, rows, columns = self.stack, *self.extent(array.shape)
         if self.inputs is not None:
-            array = array.transpose(*range(stack), *(stack + axis for axis in self._order(array)))
+            order = self._order_of(array.ndim)
+            array = array.transpose(*range(stack), *(stack + axis for axis in order))
         return array.reshape(*array.shape[:stack], rows, columns)
 
     def matrices(self, array: Array) -> Array:
@@ -83,9 +84,6 @@ class Layout:
             "kernel_shape": matrix_shape,
             "kernel_axes": () if axes == tuple(range(len(matrix_shape))) else axes,
         }
-
-    def _order(self, array: Array) -> tuple[int, ...]:
-        return self._order_of(array.ndim)
 
     def _order_of(self, ndim: int) -> tuple[int, ...]:
         """Orders the axes after the stack, outputs before inputs."""

@@ -1,6 +1,6 @@
 """Regular expressions of recipes, searched in paths in bounded time.
 
-A recipe may come from a stranger, and Python's own search tries the ways to match one after the
+A recipe may be untrusted, and Python's own search tries the ways to match one after the
 other, of which there can be exponentially many. Here all ways are followed at once: a set of
 positions goes through the expression, each part of which is taken once per position. A budget of
 steps is shared by all searches that one call makes.
@@ -74,7 +74,7 @@ class Pattern:
             bounded search does not know (back references, conditions, atomic groups).
         """
         if not isinstance(text, str):
-            raise ValueError(f"a {type(text).__name__} is no text")
+            raise ValueError(f"a {type(text).__name__} is not a text")
         if len(text) > MAX_PATTERN:
             raise ValueError(f"it has {len(text)} letters; at most {MAX_PATTERN} are read")
         self.text = text

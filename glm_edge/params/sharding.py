@@ -1,4 +1,4 @@
-"""Which logical axes parameters and activations have, and how those lie on a mesh of devices.
+"""Logical axes of parameters and activations, and their sharding over a mesh of devices.
 
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     model, params = glm_edge.load("path/to/checkpoint", mesh=mesh)
@@ -152,7 +152,7 @@ def shard(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) 
       params: tree of arrays and boxes.
       mesh: of the devices.
       rules: see `named_sharding`.
-      config: likewise.
+      config: as in `named_sharding`.
 
     Returns:
       The tree with every array spread as `named_sharding` says.
@@ -193,7 +193,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
         of another number of axes is left to XLA.
 
     Returns:
-      The same numbers.
+      The same values.
     """
     rules = nn.get_logical_axis_rules()
     sizes = jax.sharding.get_abstract_mesh().shape

@@ -109,7 +109,7 @@ def _image_base(config: GLMConfig) -> ImageProcessing:
 
 def _sides(vision: VisionConfig) -> dict[str, int]:
     return {
-        # Windows may overlap: features lie a stride apart.
+        # Windows may overlap: features are a stride apart.
         "patch_size": vision.patch_stride,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.merge_size,

@@ -314,7 +314,7 @@ def read_pad_token_id(config: Mapping[str, Any], names: Mapping[str, Any], token
       Its id, 0 where none is named.
 
     Raises:
-      ConfigError: a field holds something else than a token id.
+      ConfigError: a field holds something other than a token id.
     """
     for source in sections(config):
         if ids := token_ids(source.get("pad_token_id"), "config.json: field 'pad_token_id'"):

@@ -110,7 +110,7 @@ def _read(file: BinaryIO, total: int, where: str) -> tuple[np.ndarray, int]:
         )
     elif total - end > MAX_TAIL:
         raise DataError(
-            f"{where}: {total - end} bytes follow its last chunk; they are no chunk, and its sizes "
+            f"{where}: {total - end} bytes follow its last chunk; they are not a chunk, and sizes "
             "do not count them as samples"
         )
     return _samples(file, data, described, where), described.rate
@@ -142,7 +142,7 @@ def _format(fields: bytes, where: str) -> WaveFormat:
     kind, channels, rate, _, frame, bits = struct.unpack("<HHIIHH", fields[:16])
     if kind == EXTENSIBLE:
         if len(fields) < 40 or fields[26:40] != GUID_TAIL:
-            raise DataError(f"{where}: its extensible format names no known kind of samples")
+            raise DataError(f"{where}: its extensible format has an unknown kind of samples")
         (kind,) = struct.unpack("<H", fields[24:26])
     low, high = RATES
     if not 1 <= channels <= MAX_CHANNELS or not low <= rate <= high:

@@ -85,7 +85,7 @@ def read_tokenizer(file: str | Path) -> tokenizers.Tokenizer:
             f"{shown_path(file)}: is missing; the checkpoint's {TOKENIZER} is needed"
         )
     raw = read_bytes(file_inside(file.parent, file.name), MAX_BYTES)
-    where = f"{file}: is no tokenizer that can be read"
+    where = f"{file}: is not a readable tokenizer"
     fields = parse_json(raw, str(file), max_bytes=MAX_BYTES, max_values=MAX_VALUES)
     try:
         _Checker().check(fields)

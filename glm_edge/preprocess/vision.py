@@ -68,7 +68,7 @@ def prepare_video(video: Video, processing: VideoProcessing) -> tuple[np.ndarray
     """
     frames = _grey_levels(video.frames, "video", 4, len(processing.mean))
     if (video.fps is None) == (video.timestamps is None):
-        raise DataError("video: either its frames a second (fps) or timestamps must be given")
+        raise DataError("video: either its frames per second (fps) or timestamps must be given")
     if video.timestamps is None:
         indices = sample_frames(len(frames), video.fps, processing, video.duration_s)
         frames, seconds = frames[indices], indices / video.fps
@@ -95,7 +95,7 @@ def sample_frames(
 
     Args:
       num_frames: of the recording.
-      fps: frames a second of the recording.
+      fps: frames per second of the recording.
       processing: the parameters.
       duration_s: of the recording; `num_frames / fps` unless given.
 

@@ -143,7 +143,7 @@ def test_tokenizer(tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is missing"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no tokenizer"):
+    with pytest.raises(CheckpointError, match="is not a readable tokenizer"):
         load_tokenizer(tmp_path)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     words.save(str(tmp_path / "tokenizer.json"))

@@ -200,7 +200,7 @@ def test_formats_are_read_from_their_names(text):
         (lambda: Format("int8", zero_dtype="int4"), "zero_dtype"),
         (lambda: Format.parse("int4-32"), "format 'int4-32': '32' is not a part; .* g32; affine"),
         (lambda: Format.parse("int7-g32"), "format 'int7-g32': 'int7' is not a type; types: int8"),
-        (lambda: Format.parse("int4-g32-channel"), "'channel' says again"),
+        (lambda: Format.parse("int4-g32-channel"), "'channel' repeats"),
         (lambda: Format.parse("int4-g0"), "'g0' is not a part"),
         (
             lambda: Format.parse("int4-scale=int8"),

@@ -172,7 +172,7 @@ def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
 
     Raises:
       CheckpointError: a file is missing or damaged, a tensor is stored twice, the index and the
-        files disagree, or a single file lies beside an index of others.
+        files disagree, or a single file is beside an index of others.
     """
     if os.path.lexists(directory / ADAPTER):
         raise CheckpointError(

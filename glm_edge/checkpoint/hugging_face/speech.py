@@ -147,7 +147,7 @@ def _read_llama(text: Fields, tied: bool) -> DecoderConfig:
     if decoder.partial_rotary_factor != 1:
         raise ConfigError(
             f"{text.where}: field 'partial_rotary_factor' is {decoder.partial_rotary_factor}; it "
-            "must be 1, since a llama turns whole heads"
+            "must be 1, since a llama rotates all dimensions of a head"
         )
     return decoder
 
@@ -335,7 +335,7 @@ def _read_first_glm_asr(fields: Fields, name: str) -> GLMConfig:
     if audio is None:
         raise ConfigError(
             f"{fields.where}: field 'audio_token_id' is missing; it must be the id of the token "
-            "at which audio stands"
+            "of audio"
         )
     speech = dataclasses.replace(
         _read_whisper(fields.section("whisper_config"), name),

@@ -201,7 +201,7 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> FamilyM
         return decoder + _tower_entries(config.vision, "model.visual.")
 
     def ignored(config: GLMConfig) -> str:
-        # The layer after the last predicts several tokens at once and is no part of the decoder.
+        # The layer after the last predicts several tokens at once and is not part of the decoder.
         extra = rf"model\.language_model\.layers\.{config.decoder.num_layers}\..*"
         return f"{ignored_head(config)}|{extra}" if ocr else ignored_head(config)
 

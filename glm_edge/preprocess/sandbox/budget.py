@@ -12,7 +12,7 @@ BYTES_PER_CHARACTER = 64
 MAX_OUTPUT = 1 << 20
 OUTPUT_PER_CHARACTER = 8
 MAX_INTEGER_BITS = 4096
-# A step is about a microsecond; comparing and copying takes less than one per so many characters.
+# A step is about a microsecond; comparing and copying takes less than one per this many characters.
 CHARACTERS_PER_STEP = 256
 # Pairs of numbers, or of short tuples, that are compared in a step.
 COMPARED_PER_STEP = 16
@@ -109,7 +109,7 @@ class Budget:
 class Keys:
     """A count of the steps of comparing the keys of one dict.
 
-    A dict compares a key with all others of the same hash. A stranger can choose integers and
+    A dict compares a key with all others of the same hash. An attacker can choose integers and
     tuples that have one hash; those count as compared with each other. Hashes of texts are random.
     """
 

@@ -72,7 +72,7 @@ class Interpreter:
           values: what the template reads, by name: JSON values, which are not changed, and Python
             functions, which must return such values.
           budget: of the rendering.
-          marks: of strangers' texts.
+          marks: of untrusted texts.
         """
         self.budget, self.marks, self.plain = budget, marks, marks.reveal
         self._texts = Texts(budget, marks, self.show)
