@@ -249,7 +249,7 @@ def test_masks_by_stage_are_those_in_memory(tmp_path, small, calibration):
     [
         ({"sparsity": 1.0}, "keep ratio is above 0 and at most 1, not 1.0"),
         ({"sparsity": -0.1}, "keep ratio is above 0 and at most 1, not -0.1"),
-        ({"sparsity": float("nan")}, "below 1"),
+        ({"sparsity": float("nan")}, "sparsity must be finite"),
         ({"sparsity": "half"}, "below 1"),
         ({"sparsity": True}, "below 1"),
         ({}, "give it or one budget"),
