@@ -1,4 +1,4 @@
-"""glm_edge: compress a multimodal GLM in JAX, measure what that cost, and write the phone's file.
+"""glm_edge: compress a multimodal GLM in JAX, measure the loss, and export an on-device file.
 
 import glm_edge as ge
 
@@ -15,7 +15,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # What `__getattr__` finds when the program runs, for type checkers and editors.
+    # The names of `__getattr__`, for type checkers and editors. A function whose module has the
+    # same name comes from that module: type checkers take the package's for the module.
     from glm_edge import checkpoint as checkpoint
     from glm_edge import compress as compress
     from glm_edge import configs as configs
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from glm_edge import params as params
     from glm_edge import preprocess as preprocess
     from glm_edge.checkpoint import build as build
-    from glm_edge.checkpoint import load as load
     from glm_edge.checkpoint import load_tokenizer as load_tokenizer
     from glm_edge.checkpoint import save as save
     from glm_edge.checkpoint import shipped as shipped
+    from glm_edge.checkpoint.load import load as load
     from glm_edge.compress import Calibration as Calibration
     from glm_edge.compress import ProgressLine as ProgressLine
     from glm_edge.compress import Report as Report
@@ -36,15 +37,15 @@ if TYPE_CHECKING:
     from glm_edge.compress import Transform as Transform
     from glm_edge.compress import chain as chain
     from glm_edge.compress import cost as cost
-    from glm_edge.compress import distill as distill
     from glm_edge.compress import prune as prune
     from glm_edge.compress import quantize as quantize
     from glm_edge.compress import recipe_from_json as recipe_from_json
     from glm_edge.compress import recipes as recipes
-    from glm_edge.compress import reparameterize as reparameterize
     from glm_edge.compress import to_json as to_json
     from glm_edge.compress.allocate.plan import plan as plan
+    from glm_edge.compress.distill.distill import distill as distill
     from glm_edge.compress.layerwise.stream import compress_checkpoint as compress_checkpoint
+    from glm_edge.compress.reparameterize import reparameterize as reparameterize
     from glm_edge.configs import GLMConfig as GLMConfig
     from glm_edge.configs import preset as preset
     from glm_edge.generate import chat as chat

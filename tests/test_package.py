@@ -24,9 +24,11 @@ CORE = {
     "numpy",
     "einops",
     "absl-py",
-    "safetensors",
     "tokenizers",
     "jinja2",
+    "scipy",
+    "pillow",
+    "ml-dtypes",
 }
 FORMATS = {"litertlm", "onnx", "mnn", "coreml"}
 # Large, and needed by comparisons or by one kind of file only.

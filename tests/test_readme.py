@@ -221,6 +221,17 @@ def test_numbers_of_the_table_are_those_of_the_logs():
         expected.append(f"[{rate:.3g}]{link}, {size / 1e6:.0f} MB")
     expected.append(f"[{loaded['glm_edge']['seconds']:.2f} s]")
     expected.append(f"[{min(r['seconds'] for n, r in loaded.items() if n != 'glm_edge'):.2f} s]")
+    screens = load_log("nano_1000_screens.json")
+    sizes = {row["stage"]: row["bytes"] / 1e6 for row in screens["rows"]}
+    expected.append(f"[{sizes['quantized']:.1f} of {sizes['dense']:.1f} MB]")
+    lost = screens["run"]["tap_loss"]["written"]
+    expected.append(f"[{100 * lost['value']:.1f} points]")
+    expected.append(f"(95 % interval {100 * lost['low']:.1f} to {100 * lost['high']:.1f})")
+    seconds = {run["tool"]: run["seconds"] for run in load_log("bench_gptq.json")["runs"]}
+    expected.append(f"[{seconds['gptq']:.0f} s where GPTQModel takes {seconds['GPTQModel']:.0f}]")
+    prefill = load_log("bench_decode_bfloat16.json")["results"][0]
+    ours, theirs = prefill["ours_ms"] / 1e3, prefill["transformers_ms"] / 1e3
+    expected.append(f"[{ours:.2f} s where transformers takes {theirs:.2f}]")
     table = README.partition("## Results")[2].partition("## Documentation")[0]
     assert [text for text in expected if text not in table] == []
     rows = [line for line in table.splitlines() if line.startswith("| ") and "](" in line]

@@ -104,7 +104,7 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
 
 
 class _Pieces(io.BufferedReader):
-    """Refuses to read much at once, as a directory of millions of members would."""
+    """A reader that limits single reads, against directories of millions of members."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > _MAX_PIECE:

@@ -33,9 +33,9 @@ import glm_edge as ge
 from glm_edge.cli import calibration, corpora
 from glm_edge.cli.checkpoints import checkpoint_of
 from glm_edge.cli.console import print_table, progress, refuse_arguments
+from glm_edge.cli.in_memory import as_stored, load_wide
 from glm_edge.cli.loss import text_loss
 from glm_edge.cli.run import run_of
-from glm_edge.cli.whole import as_stored, load_wide
 from glm_edge.compress.layerwise.stream import compress_checkpoint, is_streamable
 from glm_edge.compress.report import Report
 from glm_edge.compress.transform import Transform

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,14 @@ WINDOW = 256
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _window_statistics(model, params, reference_model, reference_params, tokens):
-    def log_probabilities(model, params):
+def _window_statistics(
+    model: nn.Module,
+    params: dict[str, Any],
+    reference_model: nn.Module,
+    reference_params: dict[str, Any],
+    tokens: jax.Array,
+) -> tuple[jax.Array, ...]:
+    def log_probabilities(model: nn.Module, params: dict[str, Any]) -> jax.Array:
         logits = model.apply({"params": params}, tokens)[0][:, :-1]
         return jax.nn.log_softmax(logits.astype(jnp.float32))
 

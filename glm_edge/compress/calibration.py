@@ -54,7 +54,7 @@ class Calibration:
     loss: Apply | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_list(self.batches, "Calibration: batches")
         if isinstance(self.batches, Iterator):
             raise DataError(

@@ -27,7 +27,7 @@ class ProgressLine:
       width: characters of the bar.
     """
 
-    def __init__(self, stream: TextIO | None = None, width: int = 30):
+    def __init__(self, stream: TextIO | None = None, width: int = 30) -> None:
         self.stream, self.width = stream, width
         self.stage, self.first, self.done = "", 0, 0
         self.started = self.first_at = self.called = self.written = time.monotonic()

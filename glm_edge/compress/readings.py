@@ -183,7 +183,9 @@ class Layouts(Mapping[str, Layout]):
     Reading one that is not known raises RecipeError, so that only what needs it is refused.
     """
 
-    def __init__(self, name: str, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, Any]):
+    def __init__(
+        self, name: str, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, Any]
+    ) -> None:
         self._name, self._shapes, self._known = name, shapes, known
 
     def __getitem__(self, path: str) -> Layout:

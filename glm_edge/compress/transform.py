@@ -57,7 +57,7 @@ class Context:
     without: tuple[str, ...] = ()
     reference: tuple[nn.Module, Params] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "progress", progress_of(self.progress))
         check_without(self.without)
         if self.reference is None:
@@ -127,7 +127,7 @@ class Transform:
     exact: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raises RecipeError for a value of another type than its field says."""
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from glm_edge.errors import ConfigError
 
@@ -52,7 +52,7 @@ class DecoderConfig:
     tie_embeddings: bool = True
     max_position_embeddings: int = 8192
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "head_dim", "max_position_embeddings")
         _check_numbers("decoder", self, sizes, ("rms_norm_eps", "rope_theta"))
         if self.num_layers > MAX_LAYERS:
@@ -77,15 +77,15 @@ class DecoderConfig:
             )
 
     def heads(self, layer: int) -> int:
-        """Query heads of one layer."""
+        """Returns the query heads of one layer."""
         return _of_layer(self.num_heads, layer, "num_heads")
 
     def kv_heads(self, layer: int) -> int:
-        """Key/value heads of one layer."""
+        """Returns the key/value heads of one layer."""
         return _of_layer(self.num_kv_heads, layer, "num_kv_heads")
 
     def neurons(self, layer: int) -> int:
-        """Width of the gated feed-forward network of one layer."""
+        """Returns the width of the gated feed-forward network of one layer."""
         return _of_layer(self.intermediate_size, layer, "intermediate_size")
 
     @property
@@ -102,16 +102,16 @@ class EncoderWidths:
     """
 
     def heads(self, layer: int) -> int:
-        """Heads of one layer."""
+        """Returns the heads of one layer."""
         return _of_layer(self.num_heads, layer, "num_heads", self._name)
 
     def kv_heads(self, layer: int) -> int:
-        """Key/value heads of one layer; unless `num_kv_heads` says so, as many as query heads."""
+        """Returns the key/value heads of one layer, by default as many as query heads."""
         shared = getattr(self, "num_kv_heads", None)
         return self.heads(layer) if shared is None else shared
 
     def neurons(self, layer: int) -> int:
-        """Width of the feed-forward network of one layer."""
+        """Returns the width of the feed-forward network of one layer."""
         return _of_layer(self.intermediate_size, layer, "intermediate_size", self._name)
 
     @property
@@ -205,7 +205,7 @@ class VisionConfig(EncoderWidths):
     separable_positions: bool = False
     head_dim: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = ("patch_size", "patch_stride", "temporal_patch_size", "channels", "merge_size")
         _check_numbers("vision", self, sizes, ("norm_eps", "rope_theta"))
         if self.norm not in ("rms", "layer"):
@@ -287,7 +287,7 @@ class SpeechConfig(EncoderWidths):
     head_dim: int | None = None
     num_kv_heads: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = ("mel_bins", "num_frames", "merge_size", "sample_rate", "fft_size", "hop_length")
         _check_numbers("speech", self, sizes, ("layer_norm_eps", "rope_theta"))
         if self.num_frames > MAX_FRAMES:
@@ -336,7 +336,7 @@ class TextConfig(EncoderWidths):
     pooler: str | None = None
     head_dim: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = ("vocab_size", "max_position_embeddings")
         _check_numbers("text", self, sizes, ("layer_norm_eps",))
         if self.pooler not in (None, "tanh", "relu"):
@@ -366,7 +366,7 @@ class GLMConfig:
     image_boundary_ids: tuple[int, ...] = ()
     video_boundary_ids: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for encoder, token in (("vision", "image_token_id"), ("speech", "audio_token_id")):
             if getattr(self, encoder) is None:
                 continue
@@ -406,7 +406,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(fields: dict[str, Any], kind: type = GLMConfig) -> Any:
+Config = TypeVar("Config")
+
+
+@overload
+def from_dict(fields: dict[str, Any]) -> GLMConfig: ...
+
+
+@overload
+def from_dict(fields: dict[str, Any], kind: type[Config]) -> Config: ...
+
+
+def from_dict(fields: dict[str, Any], kind: type = GLMConfig) -> object:
     """Rebuilds a configuration from `to_dict`'s output, or from its JSON.
 
     Args:
@@ -454,7 +465,7 @@ def _build(kind: type, fields: Any, where: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """True where a JSON value is what a field's annotation says; sizes are below 2 ** 31."""
+    """Tests a JSON value against a field's annotation; sizes are below 2 ** 31."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)

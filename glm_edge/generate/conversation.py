@@ -109,7 +109,7 @@ def chat(
             stacklevel=2,
         )
     texts = [_before(text, stop_strings).strip() for text in texts]
-    answers = [split(text) for text in texts] if split_thinking else texts
+    answers: list[Answer] = [split(text) for text in texts] if split_thinking else texts
     return answers if several else answers[0]
 
 

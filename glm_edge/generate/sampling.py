@@ -25,7 +25,7 @@ _NEUTRAL = {
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from its scores; the defaults take the likeliest one.
+    """Rules by which a token is drawn from its scores; the defaults take the top-1 token.
 
     Rules apply in this order: penalties, temperature, top-k, top-p. A `Sampling` is a pytree whose
     leaves are the values of the rules in use, so that a jitted function compiles anew when a rule
@@ -54,7 +54,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, of_type in [*((f, float) for f in _NEUTRAL), ("top_k", operator.index)]:
             value = getattr(self, field)
             try:
@@ -73,12 +73,12 @@ class Sampling:
             raise ConfigError(f"sampling: {field} must be {expected}, got {getattr(self, field)!r}")
 
     def uses(self, field: str) -> bool:
-        """True when a rule changes anything; known while tracing."""
+        """Tests if a rule changes anything; known while tracing."""
         value = getattr(self, field)
         return value is not None and not (isinstance(value, float) and value == _NEUTRAL[field])
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], int | None]:
-        """Values of the rules in use, and `top_k`."""
+        """Returns the values of the rules in use, and `top_k`."""
         values = (getattr(self, f) if self.uses(f) else None for f in _NEUTRAL)
         return tuple(values), self.top_k
 
@@ -127,7 +127,7 @@ def process_logits(
 
 
 def nucleus_threshold(probabilities: Array, top_p: Array | float) -> Array:
-    """Largest probability at or above which the tokens together hold `top_p`.
+    """Finds the largest probability at or above which tokens sum to at least `top_p`.
 
     Args:
       probabilities: float32 [B, V].

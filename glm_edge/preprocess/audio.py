@@ -3,10 +3,12 @@
 import functools
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from scipy import signal, special
 
 from glm_edge.configs import SpeechConfig
 from glm_edge.errors import DataError
@@ -17,7 +19,8 @@ from glm_edge.preprocess.riff import read_wav
 FILTER_ZEROS = 32
 KAISER_BETA = 8.6
 PASSBAND = 0.95
-WINDOW_STEPS = 1 << 15
+# Most taps of a filter that scipy receives.
+MAX_TAPS = 1 << 22
 # Full scale is 1. Mixing goes somewhat beyond it; samples that were never divided go far beyond it.
 LOUDEST = 16.0
 MAX_SAMPLES = 1 << 27
@@ -75,7 +78,25 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
         )
     cutoff = min(1.0, target / rate) * PASSBAND
     reach = math.ceil(FILTER_ZEROS / cutoff)
-    bank = _filter_bank(min(up, count), up, down, cutoff, reach)
+    if count >= up and up * (2 * reach + 1) <= MAX_TAPS:
+        # Phase p of the bank is every `up`-th tap of one filter; zeros in front centre it.
+        bank = _filter_bank(np.arange(up) / up, cutoff, reach)
+        taps = np.pad(bank[:, ::-1].T.ravel(), (up - 1, 0)) / np.float32(up)
+        return signal.resample_poly(samples, up, down, window=taps)
+    return _resample_by_phases(samples, count, (up, down), cutoff, reach)
+
+
+def _resample_by_phases(
+    samples: np.ndarray, count: int, ratio: tuple[int, int], cutoff: float, reach: int
+) -> np.ndarray:
+    """Computes only the phases that occur, since scipy needs the taps of all.
+
+    Rates without a common divisor have as many phases as samples per second: a short file of
+    767,999 Hz would cost scipy 400 MB of taps.
+    """
+    up, down = ratio
+    phases = np.arange(min(up, count)) * down % up
+    bank = _filter_bank(phases / up, cutoff, reach)
     windows = np.lib.stride_tricks.sliding_window_view(
         np.pad(samples, (reach, reach + 1)), bank.shape[1]
     )
@@ -89,27 +110,16 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
     return resampled
 
 
-def _steps() -> np.ndarray:
-    return np.linspace(0.0, 1.0, WINDOW_STEPS)
-
-
-@functools.cache
-def _kaiser() -> np.ndarray:
-    return np.i0(KAISER_BETA * np.sqrt(1.0 - _steps() ** 2))
-
-
-def _filter_bank(phases: int, up: int, down: int, cutoff: float, reach: int) -> np.ndarray:
-    """Taps of the first outputs, float32 [phases, 2 * reach + 1], each row of unit gain."""
+def _filter_bank(phases: np.ndarray, cutoff: float, reach: int) -> np.ndarray:
+    """Returns taps at fractions of a sample, float32 [phases, 2 * reach + 1], of unit gain."""
     around = np.arange(-reach, reach + 1)
-    bank = np.empty((phases, around.size), np.float32)
+    bank = np.empty((phases.size, around.size), np.float32)
     step = max(1, BLOCK // around.size)
-    for start in range(0, phases, step):
-        phase = np.arange(start, min(start + step, phases))
-        offset = around - (phase * down % up / up)[:, None]
-        # The window is smooth in its table's steps: what lies between is right to 1e-8.
-        window = np.interp(np.abs(offset) / (reach + 1), _steps(), _kaiser())
+    for start in range(0, phases.size, step):
+        offset = around - phases[start : start + step, None]
+        window = special.i0(KAISER_BETA * np.sqrt(1.0 - (offset / (reach + 1)) ** 2))
         taps = np.sinc(cutoff * offset) * window
-        bank[phase] = taps / taps.sum(axis=1, keepdims=True)
+        bank[start : start + step] = taps / taps.sum(axis=1, keepdims=True)
     return bank
 
 
@@ -181,7 +191,7 @@ def prepare_recording(
 
 
 @functools.cache
-def _compiled_log_mel():
+def _compiled_log_mel() -> Callable[..., jax.Array]:
     return jax.jit(log_mel, static_argnums=(1, 2, 3, 4))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from glm_edge.errors import CheckpointError, ConfigError, DataError
 from glm_edge.files import file_inside, read_text
-from glm_edge.preprocess.hugging_face import read_json
+from glm_edge.preprocess.processor_config import read_json
 from glm_edge.preprocess.sandbox import MAX_TEMPLATE, Budget, Interpreter, Marks, parse
 from glm_edge.preprocess.sandbox.marks import PRIVATE
 
@@ -95,7 +95,7 @@ def checkpoint_template(directory: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt in which marks tell strangers' texts from the template's own.
+    """A prompt with marks that tell untrusted text from the template's text.
 
     Attributes:
       text: with marks.
@@ -190,7 +190,7 @@ def render_marked(
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """Parts GLM-4.1V's reasoning from its answer.
+    """Separates GLM-4.1V's reasoning from its answer.
 
     Args:
       text: generated, `<think>…</think><answer>…</answer>`; either part may be missing or left
@@ -208,7 +208,7 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 
 class _Copier:
-    """Copies what a template may see, and counts it.
+    """A copier of the values that a template may read, with a count of their size.
 
     Methods of richer objects would lead out of the interpreter.
 

@@ -1,7 +1,6 @@
 """Images: reading files, bicubic resizing, and batches of a model's size."""
 
 import contextlib
-import functools
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from glm_edge.configs import MAX_IMAGE_PIXELS, MAX_IMAGE_SIDE, VisionConfig
-from glm_edge.errors import DataError, require
+from glm_edge.errors import DataError
 from glm_edge.files import opened
+from glm_edge.preprocess.resizing import resize_planes
 
-CUBIC = -0.5
-CUBIC_SUPPORT = 2.0
 # Orientation, a field of a photo's EXIF: 1 is upright.
 ORIENTATION = 0x0112
 # What Pillow may decode; for others, such as EPS, it would run a program that the file contains.
@@ -22,7 +20,7 @@ FORMATS = (
     *("PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "DIB", "TIFF", "ICO", "PPM"),
     *("TGA", "PCX", "JPEG2000", "QOI"),
 )
-# Values that are floats at one time, and entries of one matrix of weights.
+# Values that are floats at one time.
 BLOCK = 1 << 22
 
 
@@ -38,9 +36,7 @@ def load_image(source: Any) -> np.ndarray:
     Raises:
       DataError: the file is missing, truncated, not an image of 8 bits a channel, or larger than
         50 megapixels.
-      MissingExtraError: Pillow is not installed.
     """
-    require("PIL.Image", extra="data")
     if hasattr(source, "convert"):
         return _upright_rgb(source, "image")
     if isinstance(source, bytes | bytearray | memoryview):
@@ -52,10 +48,11 @@ def load_image(source: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def _decoder(file: Any, where: str) -> Iterator[Any]:
-    pillow = require("PIL.Image", extra="data")
+    from PIL import Image
+
     with _refused(where):
-        pillow.init()
-        image = pillow.open(file, formats=[name for name in FORMATS if name in pillow.OPEN])
+        Image.init()
+        image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     with image:
         yield image
 
@@ -63,12 +60,13 @@ def _decoder(file: Any, where: str) -> Iterator[Any]:
 @contextlib.contextmanager
 def _refused(where: str) -> Iterator[None]:
     """Turns whatever a decoder raises over a damaged file into one line."""
-    unknown = require("PIL.Image", extra="data").UnidentifiedImageError
+    from PIL import UnidentifiedImageError
+
     try:
         yield
     except DataError:
         raise
-    except unknown as error:
+    except UnidentifiedImageError as error:
         raise DataError(f"{where}: not an image that Pillow knows (PNG, JPEG, …)") from error
     # Decoders raise OSError, SyntaxError, struct.error, KeyError, and others yet.
     except Exception as error:
@@ -77,6 +75,8 @@ def _refused(where: str) -> Iterator[None]:
 
 
 def _upright_rgb(image: Any, where: str) -> np.ndarray:
+    from PIL import ImageOps
+
     with _refused(where):
         _check_size(*image.size, where)
         image.load()
@@ -87,7 +87,7 @@ def _upright_rgb(image: Any, where: str) -> np.ndarray:
                 f"{where}: has pixels of mode {image.mode!r}; 8 bits a channel are needed"
             )
         if image.getexif().get(ORIENTATION, 1) != 1:
-            image = require("PIL.ImageOps", extra="data").exif_transpose(image)
+            image = ImageOps.exif_transpose(image)
         return np.asarray(image.convert("RGB"))
 
 
@@ -125,7 +125,7 @@ def prepare_images(images: np.ndarray | Sequence[np.ndarray], config: VisionConf
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bicubic resampling that averages where it shrinks, as Pillow's.
+    """Resamples with Pillow's bicubic filter, which averages where it shrinks.
 
     Args:
       image: [height, width, channels]: floats in 0..1 or uint8.
@@ -142,50 +142,21 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     columns = max(1, BLOCK // (image.shape[0] * image.shape[2]))
     # A few columns at a time, so that a large photo is never float as a whole.
     parts = [
-        _resize_rows(_as_floats(image[:, start : start + columns]), size[0])
+        _resize_rows(image[:, start : start + columns], size[0])
         for start in range(0, image.shape[1], columns)
     ]
     resized = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-    resized = _resize_rows(resized.swapaxes(0, 1), size[1]).swapaxes(0, 1)
-    return np.ascontiguousarray(np.clip(resized, 0.0, 1.0))
+    return np.clip(resize_planes(resized, size, "bicubic"), 0.0, 1.0)
+
+
+def _resize_rows(image: np.ndarray, rows: int) -> np.ndarray:
+    return resize_planes(_as_floats(image), (rows, image.shape[1]), "bicubic")
 
 
 def _as_floats(image: np.ndarray) -> np.ndarray:
     if image.dtype == np.uint8:
         return image.astype(np.float32) / np.float32(255)
     return image.astype(np.float32)
-
-
-def _resize_rows(image: np.ndarray, target: int) -> np.ndarray:
-    source, scale = image.shape[0], image.shape[0] / target
-    step = max(1, BLOCK // source)
-    if step >= target:
-        return np.einsum("yh,hwc->ywc", _weights(source, target), image, optimize=True)
-    # Blocks of rows read only what lies below their kernels.
-    reach, parts = CUBIC_SUPPORT * max(scale, 1.0) + 1, []
-    for start in range(0, target, step):
-        rows = np.arange(start, min(start + step, target))
-        first = max(0, int((rows[0] + 0.5) * scale - reach))
-        last = min(source, int((rows[-1] + 0.5) * scale + reach) + 1)
-        weights = _kernel_weights(rows, np.arange(first, last), scale)
-        parts.append(np.einsum("yh,hwc->ywc", weights, image[first:last], optimize=True))
-    return np.concatenate(parts)
-
-
-@functools.lru_cache(maxsize=32)
-def _weights(source: int, target: int) -> np.ndarray:
-    """[target, source] matrix whose rows sum to one."""
-    return _kernel_weights(np.arange(target), np.arange(source), source / target)
-
-
-def _kernel_weights(rows: np.ndarray, columns: np.ndarray, scale: float) -> np.ndarray:
-    spread = max(scale, 1.0)
-    centre = (rows[:, None] + 0.5) * scale
-    x = np.abs((columns + 0.5 - centre) / spread)
-    near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
-    far = ((CUBIC * x - 5 * CUBIC) * x + 8 * CUBIC) * x - 4 * CUBIC
-    weights = np.where(x < 1, near, np.where(x < CUBIC_SUPPORT, far, 0.0))
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def check_pixels(image: np.ndarray, where: str, channels: int, axes: int = 3) -> np.ndarray:

@@ -23,7 +23,7 @@ MAX_WINDOWED = 1 << 26
 
 @dataclass(frozen=True)
 class ImageProcessing:
-    """How an image becomes what a vision encoder reads.
+    """Parameters of preparing an image for a vision encoder.
 
     `sizing` is `smart` (nearly the same shape, sides multiples of `patch_size * merge_size`,
     between `min_pixels` and `max_pixels` counted over `temporal_patch_size` frames), `stretch`
@@ -47,7 +47,7 @@ class ImageProcessing:
     merge_size: int = 2
     marker_tokens: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sizing not in SIZINGS:
             raise ConfigError(f"image: sizing {self.sizing!r} must be one of {', '.join(SIZINGS)}")
         if self.resample not in FILTERS:
@@ -111,13 +111,13 @@ class ImageProcessing:
 
 @dataclass(frozen=True)
 class VideoProcessing(ImageProcessing):
-    """How a video becomes frames: sampled at `fps`, from at most `max_duration_s` evenly."""
+    """Parameters of sampling a video: at `fps`, evenly from at most `max_duration_s`."""
 
     max_pixels: int = 28 * 28 * 2 * 30000
     fps: float = 2.0
     max_duration_s: float = 300.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _require_number("video", "fps", self.fps, 1e-3, 240)
         _require_number("video", "max_duration_s", self.max_duration_s, 1e-3, 36_000)
@@ -125,7 +125,7 @@ class VideoProcessing(ImageProcessing):
 
 @dataclass(frozen=True)
 class AudioProcessing:
-    """How a recording becomes log-mel chunks: each of `chunk_s` seconds, `max_s` in all.
+    """Parameters of log-mel chunks: each of `chunk_s` seconds, `max_s` in all.
 
     The model is given the features of the frames that hold sound, or, with `silence`, those of
     whole chunks.
@@ -140,7 +140,7 @@ class AudioProcessing:
     merge_size: int = 4
     silence: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, low, high in (
             ("mel_bins", 1, 4096),
             ("sample_rate", *RATES),
@@ -172,7 +172,7 @@ class AudioProcessing:
 
     @property
     def chunk_frames(self) -> int:
-        """Log-mel frames of a chunk."""
+        """Returns the log-mel frames of a chunk."""
         return self.chunk_samples // self.hop_length
 
     @property

@@ -1,6 +1,5 @@
-"""Sizes that vision encoders want, and resampling of 8-bit images with Pillow's integers."""
+"""Sizes that vision encoders read, and resampling of images with Pillow."""
 
-import functools
 import math
 
 import numpy as np
@@ -8,10 +7,7 @@ import numpy as np
 from glm_edge.errors import DataError
 
 MAX_ASPECT_RATIO = 200
-COEFFICIENT_BITS = 22
-# Values that are summed at one time.
-BLOCK = 1 << 22
-FILTERS = {"bilinear": 1.0, "bicubic": 2.0}
+FILTERS = ("bilinear", "bicubic")
 
 
 def smart_resize(
@@ -89,11 +85,11 @@ def fit_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def resize_uint8(image: np.ndarray, size: tuple[int, int], resample: str = "bicubic") -> np.ndarray:
-    """Resamples an 8-bit image as Pillow 13 does, to the last bit.
+    """Resamples an 8-bit image with Pillow, in the order of passes of Pillow 13.
 
-    Two passes, each with 22-bit integer weights and rounded to whole grey levels. The width is
-    changed first, unless the height loses more than twice the pixels that the width loses; Pillow
-    before 13 always changes the width first.
+    The width is changed first, unless the height loses more than twice the pixels that the width
+    loses. Pillow before 13 always changes the width first; with one call per pass, all releases
+    give the same grey levels.
 
     Args:
       image: uint8 [height, width, channels].
@@ -106,57 +102,32 @@ def resize_uint8(image: np.ndarray, size: tuple[int, int], resample: str = "bicu
     References:
       Keys, Cubic convolution interpolation for digital image processing (1981).
     """
-    lost_rows, lost_columns = image.shape[0] - size[0], image.shape[1] - size[1]
-    rows_first = lost_rows > max(0, 2 * lost_columns)
-    for rows in (rows_first, not rows_first):
-        if rows:
-            image = _resample_rows(image, size[0], resample)
-        else:
-            image = _resample_rows(image.swapaxes(0, 1), size[1], resample).swapaxes(0, 1)
-    return np.ascontiguousarray(image)
+    height, width = image.shape[:2]
+    rows, columns = size
+    rows_first = height - rows > max(0, 2 * (width - columns))
+    between = (rows, width) if rows_first else (height, columns)
+    return resize_planes(resize_planes(image, between, resample), size, resample)
 
 
-def _resample_rows(image: np.ndarray, target: int, resample: str) -> np.ndarray:
-    if target == image.shape[0]:
+def resize_planes(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
+    """Resamples each channel by itself with Pillow; an unchanged side is left out.
+
+    Args:
+      image: uint8 or float32 [height, width, channels].
+      size: (height, width) to reach.
+      resample: `bicubic` or `bilinear`.
+
+    Returns:
+      Array of the image's dtype, [*size, channels].
+    """
+    from PIL import Image
+
+    if image.shape[:2] == tuple(size):
         return image
-    first, weights = _integer_weights(image.shape[0], target, resample)
-    half, last = 1 << (COEFFICIENT_BITS - 1), image.shape[0] - 1
-    resized = np.empty((target, *image.shape[1:]), np.uint8)
-    # A few columns at a time: the sums are four times as large as the image.
-    step = max(1, BLOCK // (target * image.shape[2]))
-    for start in range(0, image.shape[1], step):
-        columns = image[:, start : start + step]
-        total = np.full((target, *columns.shape[1:]), half, np.int32)
-        for tap in range(weights.shape[1]):
-            rows = columns[np.minimum(first + tap, last)]
-            total += rows.astype(np.int32) * weights[:, tap, None, None]
-        levels = np.clip(total >> COEFFICIENT_BITS, 0, 255)
-        resized[:, start : start + step] = levels.astype(np.uint8)
+    method = Image.Resampling[resample.upper()]
+    resized = np.empty((*size, image.shape[2]), image.dtype)
+    # Channel by channel: Pillow has no mode of arbitrary channels, and multiplies RGBA by alpha.
+    for channel in range(image.shape[2]):
+        plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))
+        resized[..., channel] = np.asarray(plane.resize((size[1], size[0]), method))
     return resized
-
-
-@functools.lru_cache(maxsize=32)
-def _integer_weights(source: int, target: int, resample: str) -> tuple[np.ndarray, np.ndarray]:
-    """First source row of each target row [target], and weights int32 [target, taps]."""
-    scale = source / target
-    spread = max(scale, 1.0)
-    reach = FILTERS[resample] * spread
-    centre = (np.arange(target) + 0.5) * scale
-    first = np.maximum(np.trunc(centre - reach + 0.5), 0).astype(np.int64)
-    end = np.minimum(np.trunc(centre + reach + 0.5), source).astype(np.int64)
-    taps = np.arange((end - first).max())
-    offset = (taps + first[:, None] - centre[:, None] + 0.5) * (1.0 / spread)
-    weights = _kernel(np.abs(offset), resample) * (taps < (end - first)[:, None])
-    # One addition at a time: the order of a sum decides its last bit, and so the rounding below.
-    weights = weights / np.cumsum(weights, axis=1)[:, -1:]
-    scaled = weights * (1 << COEFFICIENT_BITS)
-    return first, np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int32)
-
-
-def _kernel(x: np.ndarray, resample: str) -> np.ndarray:
-    if resample == "bilinear":
-        return np.maximum(0.0, 1.0 - x)
-    a = -0.5
-    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))

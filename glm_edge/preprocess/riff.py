@@ -2,6 +2,11 @@
 
 A WAV file is a RIFF container: chunks of a name of four letters, a size in bytes (little-endian)
 and contents that are padded to an even size. `fmt ` describes the samples, `data` holds them.
+
+scipy.io.wavfile is not used, for four reasons. It reads a size of 0, which recorders leave behind
+when they are killed, as no samples. It returns truncated files without an error. Damaged headers
+raise ZeroDivisionError or pass (a rate of 0). It reads a file of any size into memory at once,
+where this module averages channels block by block within limits.
 """
 
 import io
@@ -33,8 +38,8 @@ MAX_TAIL = 4096
 BLOCK = 1 << 22
 
 
-class Format(NamedTuple):
-    """What `fmt ` says; a frame holds a sample of each channel, `width` bytes each."""
+class WaveFormat(NamedTuple):
+    """Contents of `fmt `; a frame is one sample per channel, of `width` bytes each."""
 
     kind: int
     channels: int
@@ -43,12 +48,12 @@ class Format(NamedTuple):
 
     @property
     def frame(self) -> int:
-        """Bytes of a frame."""
+        """Returns the bytes of a frame."""
         return self.channels * self.width
 
 
 class Chunk(NamedTuple):
-    """Name, size as written, and where the contents begin."""
+    """A chunk: its name, declared size and offset of its contents."""
 
     name: bytes
     size: int
@@ -112,7 +117,7 @@ def _read(file: BinaryIO, total: int, where: str) -> tuple[np.ndarray, int]:
 
 
 def _chunks(file: BinaryIO, total: int, where: str) -> tuple[list[Chunk], int]:
-    """All chunks, and the byte at which the last ends by its own account."""
+    """Lists all chunks, and the end of the last by its declared size."""
     chunks, at = [], 12
     while at + 8 <= total:
         file.seek(at)
@@ -131,7 +136,7 @@ def _contents(file: BinaryIO, chunk: Chunk, limit: int) -> bytes:
     return file.read(min(chunk.size, limit))
 
 
-def _format(fields: bytes, where: str) -> Format:
+def _format(fields: bytes, where: str) -> WaveFormat:
     if len(fields) < 16:
         raise DataError(f"{where}: its chunk 'fmt ' holds {len(fields)} bytes; 16 are needed")
     kind, channels, rate, _, frame, bits = struct.unpack("<HHIIHH", fields[:16])
@@ -159,10 +164,10 @@ def _format(fields: bytes, where: str) -> Format:
             f"{where}: has {bits} bits per sample in frames of {frame} bytes and {channels} "
             f"channels; samples of {', '.join(map(str, widths))} bytes are read"
         )
-    return Format(kind, channels, rate, width)
+    return WaveFormat(kind, channels, rate, width)
 
 
-def _samples(file: BinaryIO, data: Chunk, described: Format, where: str) -> np.ndarray:
+def _samples(file: BinaryIO, data: Chunk, described: WaveFormat, where: str) -> np.ndarray:
     count = data.size // described.frame
     if not count:
         raise DataError(f"{where}: holds no samples")
@@ -185,7 +190,7 @@ def _samples(file: BinaryIO, data: Chunk, described: Format, where: str) -> np.n
     return mono
 
 
-def _decoded(raw: np.ndarray, described: Format) -> np.ndarray:
+def _decoded(raw: np.ndarray, described: WaveFormat) -> np.ndarray:
     """Samples in -1..1, float32, of the bytes of whole frames."""
     if described.kind == FLOAT:
         with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""The one door that opens a tokenizer.json, which a stranger may have written.
+"""The only reader of tokenizer.json, which is untrusted.
 
 The library that reads it is native code: what a hostile file makes it do can end the process or
 never end. So the file's fields are checked first, and one that is not known is refused.
@@ -107,7 +107,7 @@ class _RefusedError(Exception):
 
 
 class _Checker:
-    """Checks a tokenizer's fields; `_steps` counts its normalizers and the like."""
+    """A checker of a tokenizer's fields; `_steps` counts its normalizers and other steps."""
 
     def __init__(self) -> None:
         self._steps = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("PIL.Image", reason="Pillow comes with the extra 'data'")
+pytest.importorskip("PIL.Image")
 ROOT = Path(__file__).parents[2]
 SECONDS, MEGABYTES = 60, 2_000
 

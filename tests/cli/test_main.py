@@ -20,7 +20,7 @@ from experiments.golden import make_checkpoint
 from glm_edge.checkpoint.lazy import open_lazily
 from glm_edge.cli import compress, console, corpora, export, main
 from glm_edge.cli.checkpoints import checkpoint_of
-from glm_edge.cli.whole import as_stored
+from glm_edge.cli.in_memory import as_stored
 from glm_edge.compress import batches
 from glm_edge.compress.report import Report, Row
 from glm_edge.errors import CheckpointError, DataError, OutputError

@@ -135,11 +135,12 @@ def make_member():
         params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
         leaves, treedef = jax.tree.flatten(params)
         rng = np.random.default_rng(seed)
-        shaken = [
+        shaken = (
             leaf * rng.uniform(0.5, 1.5, leaf.shape) + rng.normal(0, 0.1, leaf.shape)
-            for leaf in leaves
-        ]
-        return model, jax.tree.unflatten(treedef, [jnp.float32(leaf) for leaf in shaken])
+            for leaf in map(np.asarray, leaves)
+        )
+        shaken = [jnp.asarray(leaf, jnp.float32) for leaf in shaken]
+        return model, jax.tree.unflatten(treedef, shaken)
 
     return build
 

@@ -1,7 +1,7 @@
 """The notebooks: cells that compile, names that exist, and no need of a network."""
 
 import ast
-import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -53,15 +53,40 @@ def test_all_notebooks_are_there():
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_cells_compile_and_hold_no_outputs(notebook):
+def test_cells_are_committed_executed(notebook):
     fields = json.loads(notebook.read_text())
     assert (fields["nbformat"], fields["metadata"]["kernelspec"]["name"]) == (4, "python3")
     assert len({cell["id"] for cell in fields["cells"]}) == len(fields["cells"])
-    for cell in fields["cells"]:
-        assert "".join(cell["source"]).strip()
-        if cell["cell_type"] == "code":
-            assert (cell["outputs"], cell["execution_count"]) == ([], None)
-            compile(parsed("".join(cell["source"])), notebook.name, "exec")
+    code = [cell for cell in fields["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        assert "error" not in {output["output_type"] for output in cell["outputs"]}
+        compile(parsed("".join(cell["source"])), notebook.name, "exec")
+    headlines = [cell for cell in code if "headline" in cell["metadata"].get("tags", [])]
+    assert headlines
+    for cell in headlines:
+        assert 0 <= cell["metadata"]["tolerance"] <= 0.1
+        assert cell["outputs"]
+
+
+@pytest.mark.parametrize(
+    ("committed", "text", "tolerance", "moved"),
+    [
+        ("loss: 2.00\n", "loss: 2.09\n", 0.05, 0),
+        ("loss: 2.00\n", "loss: 2.11\n", 0.05, 1),
+        ("1,000 bytes\n", "1,001 bytes\n", 0.0, 1),
+        ("loss: 2.00\n", "cost: 2.00\n", 0.05, 1),
+        ("loss: 2.00\n", "loss: 2.00\nmore\n", 0.05, 1),
+        ("loss: 2.00\n", "loss: nan\n", 0.05, 1),
+        ("", "", 0.05, 1),
+    ],
+)
+def test_headline_numbers_are_compared(committed, text, tolerance, moved):
+    path = ROOT / ".ci" / "run_notebooks.py"
+    specification = importlib.util.spec_from_file_location("run_notebooks", path)
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    assert len(script.differences(committed, text, tolerance)) == moved
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """A small multimodal GLM with random weights, boxed in every way that a file can hold."""
 
 import dataclasses
+import functools
 from importlib.util import find_spec
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from glm_edge import configs
 from glm_edge import params as boxes
-from glm_edge.kernels import grid
+from glm_edge.kernels import quantization
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 
@@ -50,13 +51,14 @@ def random_params(model: MultimodalGLM, seed: int = 0):
     return params
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def quantize(weight: jax.Array, form: Format) -> boxes.Quantized:
     """Rounds to nearest, with the largest value of each group at the end of the range."""
     groups = weight.reshape(len(weight), -1, form.group_size or weight.shape[1])
     scale = jnp.abs(groups).max(-1) / (2 ** (form.bits - 1) - 1)
     scale = jnp.where(scale == 0.0, 1.0, scale).astype(form.scale_dtype)
     zero = None if form.symmetric else jnp.zeros(scale.shape, jnp.int8)
-    codes = grid.encode(weight, scale, zero, form.qtype)
+    codes = quantization.quantize(weight, scale, zero, form.qtype)
     return boxes.quantized(codes, scale, zero, form)
 
 

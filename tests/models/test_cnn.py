@@ -83,7 +83,8 @@ def test_training_updates_statistics_and_inference_reads_them():
     model, rng = CNN(config), np.random.default_rng(0)
     images = jnp.asarray(rng.normal(3.0, 2.0, (16, 8, 8, 1)), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(0), images)
-    (_, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    run = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    (_, _), updated = jax.jit(run)(variables, images)
     stem = updated["batch_stats"]["stem"]["norm"]
     kernel = np.asarray(variables["params"]["stem"]["conv"]["kernel"], np.float64)
     padded = np.pad(np.asarray(images, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))

@@ -27,16 +27,16 @@ def tokens_of(shape, seed=0):
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v) or "plain")
 def test_cached_decoding_equals_one_uncached_pass(make_model, variant):
     model, params = make_model(**variant)
-    tokens = tokens_of((2, 9))
+    tokens = tokens_of((2, 10))
     run = jax.jit(model.apply)
     expected, _ = run({"params": params}, tokens)
     cache, pieces = init_cache(model.config.decoder, 2, 12), []
-    for start, stop in ((0, 4), (4, 5), (5, 6), (6, 9)):
+    for start, stop in ((0, 4), (4, 5), (5, 6), (6, 10)):
         logits, aux = run({"params": params}, tokens[:, start:stop], cache=cache)
         cache = aux["cache"]
         pieces.append(logits)
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), expected, atol=2e-5)
-    assert int(cache["length"]) == 9
+    assert int(cache["length"]) == 10
 
 
 def test_a_token_changes_nothing_before_it(make_model):

@@ -3,7 +3,6 @@
 import base64
 import io
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -11,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_edge import configs, preprocess
-from glm_edge.errors import DataError, MissingExtraError
+from glm_edge.errors import DataError
 from glm_edge.preprocess import media
 
-pillow = pytest.importorskip("PIL.Image", reason="Pillow comes with the extra 'data'")
+pillow = pytest.importorskip("PIL.Image")
 NANO = configs.preset("nano").vision
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 9, 3), dtype=np.uint8)
@@ -160,12 +159,6 @@ def test_resize_of_large_images_is_that_of_small_ones(monkeypatch):
         monkeypatch.setattr("glm_edge.preprocess.image.BLOCK", 300)
         np.testing.assert_allclose(preprocess.resize(image, size), at_once, atol=1e-6)
         monkeypatch.undo()
-
-
-def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(MissingExtraError, match=r"glm_edge\[data\]"):
-        preprocess.load_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("size", [(12, 9), (24, 18), (6, 4), (5, 30), (37, 3), (1, 1)])

@@ -19,7 +19,7 @@ SMALL_EDGE_V = dataclasses.replace(GLM_EDGE_V, size=(56, 56))
 
 
 def transformers_module(name):
-    pytest.importorskip("PIL", reason="Pillow comes with the extra 'data'")
+    pytest.importorskip("PIL")
     pytest.importorskip("transformers", reason="a reference that only tests need")
     # Reaching a module through its package would ask for torchvision, which these do without.
     return importlib.import_module(f"transformers.models.{name}")

@@ -201,7 +201,7 @@ def group_paths(params: Params, patterns: Sequence[str]) -> dict[str, tuple[str,
 class _Maker:
     """Builds the transforms that store parameters in chosen formats."""
 
-    def __init__(self, transform: str | Transform):
+    def __init__(self, transform: str | Transform) -> None:
         if isinstance(transform, Transform):
             self._transform = transform
             if transform.teachers:

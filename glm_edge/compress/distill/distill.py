@@ -93,7 +93,7 @@ class Distill(Transform):
     prompt: int | None = None
     sampling_temperature: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._set(
             teacher=as_teacher(self.name, self.teacher),
             train=TrainOptions.of(self.name, self.train),

@@ -378,7 +378,7 @@ class TrainOptions:
     state_dir: str | None = None
     save_every: int = 100
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.state_dir, os.PathLike):
             object.__setattr__(self, "state_dir", os.fspath(self.state_dir))
         for item in dataclasses.fields(self):

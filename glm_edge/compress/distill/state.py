@@ -18,7 +18,7 @@ import jaxlib
 import numpy as np
 from jax import Array
 
-from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
+from glm_edge.checkpoint.safetensors import SafetensorsFile, write_safetensors
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import Calibration
 from glm_edge.compress.report import Point
@@ -42,7 +42,7 @@ class StateDirectory:
         the file is always whole; `curve.csv`, a line for each saved step; and `job.json`.
     """
 
-    def __init__(self, name: str, path: str | Path, job: dict[str, Any]):
+    def __init__(self, name: str, path: str | Path, job: dict[str, Any]) -> None:
         """Makes the directory, or takes up the one that an equal job left.
 
         Args:

@@ -240,7 +240,7 @@ def fallback_notes(rows: Sequence[Row]) -> tuple[str, ...]:
 class _Extents(Mapping[str, tuple[int, int]]):
     """`(out, in)` by path; reading one that is not known raises RecipeError."""
 
-    def __init__(self, layouts: Layouts, leaves: Leaves, paths: Iterable[str]):
+    def __init__(self, layouts: Layouts, leaves: Leaves, paths: Iterable[str]) -> None:
         self._layouts, self._leaves, self._paths = layouts, leaves, sorted(paths)
 
     def __getitem__(self, path: str) -> tuple[int, int]:
@@ -293,7 +293,7 @@ def _compared_with(leaves: Leaves, context: Context) -> Leaves:
 class BoundTransform:
     """A layer-wise transform with its key and what it acts on in a model."""
 
-    def __init__(self, transform: LayerwiseTransform, rng: Array | None = None):
+    def __init__(self, transform: LayerwiseTransform, rng: Array | None = None) -> None:
         self.transform, self.rng = transform, rng
         self.name = transform.name
         self.selected: frozenset[str] = frozenset()
@@ -352,7 +352,7 @@ class LayerwiseRunner:
       notes: for the report.
     """
 
-    def __init__(self, model: nn.Module, steps: Sequence[BoundTransform], context: Context):
+    def __init__(self, model: nn.Module, steps: Sequence[BoundTransform], context: Context) -> None:
         """Checks calibration where a step needs it.
 
         Raises:

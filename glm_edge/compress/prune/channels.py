@@ -51,7 +51,7 @@ class Channels(Transform):
     fraction: float = positional()
     multiple: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction(NAME, fraction=self.fraction)
         check_whole(NAME, multiple=self.multiple)

@@ -65,7 +65,7 @@ class Depth(Transform):
     score: str = "influence"
     max_batches: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.score not in SCORES:
             raise RecipeError(f"{NAME}: score must be influence, block or loss, not {self.score!r}")

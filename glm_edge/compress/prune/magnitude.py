@@ -53,7 +53,7 @@ class Magnitude(Transform):
     scope: str = "tensor"
     stacked: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_pattern(NAME, "where", self.where)
         check_pattern(NAME, "stacked", self.stacked)

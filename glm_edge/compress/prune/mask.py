@@ -117,7 +117,7 @@ class Mask(LayerwiseTransform):
     budget_flops: int | None = None
     stacked: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.levels, list | tuple):
             raise RecipeError(f"{NAME}: levels must be a list of sparsities, not {self.levels!r}")
         super().__post_init__()

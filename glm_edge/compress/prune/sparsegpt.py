@@ -100,7 +100,7 @@ class SparseGPT(LayerwiseTransform):
     sweeps: int = 3
     stacked: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.format is not None:
             self._set(format=parse_format(ROUNDING_NAME, self.format))
         super().__post_init__()

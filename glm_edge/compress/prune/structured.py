@@ -81,7 +81,7 @@ class Structured(Transform):
     neuron_multiple: int = 32
     max_batches: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction(self.name, heads=self.heads, neurons=self.neurons)
         if self.score not in SCORES:

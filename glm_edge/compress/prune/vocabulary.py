@@ -55,7 +55,7 @@ class VocabularyPruning(Transform):
     keep: str | Sequence[int] = positional()
     tokenizer: InitVar[Any] = None
 
-    def __post_init__(self, tokenizer: Any):
+    def __post_init__(self, tokenizer: Any) -> None:
         ids = from_ranges(self.keep) if isinstance(self.keep, str) else np.asarray(self.keep)
         ids = check_kept(ids, MAX_TOKENS, f"{NAME}: tokens")
         if tokenizer is not None:

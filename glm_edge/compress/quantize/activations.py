@@ -60,7 +60,7 @@ class Activations(LayerwiseTransform):
     where: str | None = None
     symmetric: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_pattern(NAME, "where", self.where)
         if self.method not in ranges.METHODS:
@@ -138,7 +138,7 @@ def _ends(values: Array) -> tuple[Array, Array]:
 class _ActivationRange:
     """The range and histogram of one activation over all calibration batches."""
 
-    def __init__(self, path: str, side: str):
+    def __init__(self, path: str, side: str) -> None:
         self.path, self.side = path, side
         self.low, self.high, self.counts = np.inf, -np.inf, 0
 

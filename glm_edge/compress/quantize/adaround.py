@@ -68,7 +68,7 @@ class AdaRound(Quantizer):
     regularization: float = 5.0
     sweeps: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.method not in METHODS:
             known = ", ".join(METHODS)

@@ -68,7 +68,7 @@ class AWQ(Quantizer):
     steps: int = 20
     clip: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(NAME, steps=self.steps)
 

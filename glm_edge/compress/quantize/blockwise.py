@@ -67,7 +67,7 @@ class Blockwise(Quantizer):
     train: TrainOptions = TrainOptions()
     mix: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._set(train=TrainOptions.of(NAME, self.train))
         super().__post_init__()
         if self.scale_rate <= 0.0:

@@ -84,7 +84,7 @@ class GPTQ(Quantizer):
     refit: bool = True
     sweeps: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_solver_options(NAME, self.damping, self.propagate, sweeps=self.sweeps)
 

@@ -52,7 +52,7 @@ class HQQ(Quantizer):
     exponent: float = 0.7
     steps: int = 20
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_whole(NAME, steps=self.steps)
         if not 0 < self.exponent <= 1:

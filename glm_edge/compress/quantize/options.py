@@ -9,7 +9,7 @@ from glm_edge.compress.layerwise.runner import LayerwiseTransform
 from glm_edge.compress.quantize.solvers.scales import SCALES
 from glm_edge.compress.transform import Transform, check_pattern
 from glm_edge.errors import BoxError, RecipeError
-from glm_edge.kernels.grid import INTEGERS
+from glm_edge.kernels.quantization import INTEGERS
 from glm_edge.params import Format
 
 _WIDTHS = tuple(INTEGERS.values())
@@ -129,7 +129,7 @@ class WeightTransform(Transform):
     fallback_bits: int | None = None
     stacked: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._set(format=parse_format(self.name, self.format))
         super().__post_init__()
         if self.format.qtype in self.unsupported:

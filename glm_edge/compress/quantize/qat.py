@@ -72,7 +72,7 @@ class QAT(WeightTransform):
     temperature: float = 1.0
     alpha: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._set(teacher=as_teacher(NAME, self.teacher), train=TrainOptions.of(NAME, self.train))
         super().__post_init__()
         check_pattern(NAME, "where_train", self.where_train)

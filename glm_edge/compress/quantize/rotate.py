@@ -65,7 +65,7 @@ class Rotate(LayerwiseTransform):
     encoders: bool = False
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.residual or self.heads or self.encoders):
             raise RecipeError(f"{NAME}: nothing to rotate; choose residual, heads or encoders")

@@ -61,7 +61,7 @@ class SmoothQuant(LayerwiseTransform):
     where: str | None = None
     kinds: tuple[str, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_pattern(NAME, "where", self.where)
         if not 0 <= self.alpha <= 1:

@@ -102,6 +102,7 @@ def erfc(x: Array) -> Array:
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
+    total: Any
     *lower, total = coefficients
     for coefficient in reversed(lower):
         total = total * x + coefficient

@@ -150,7 +150,8 @@ def _step(
         return outputs
 
     def function(params: Any, inputs: Inputs) -> dict[str, Array]:
-        return model.apply({"params": params}, inputs, method=run)
+        outputs: Any = model.apply({"params": params}, inputs, method=run)
+        return outputs
 
     inputs = {
         "embeddings": jax.ShapeDtypeStruct((1, length, decoder.hidden_size), jnp.float32),

@@ -24,7 +24,7 @@ class Undecided(str):
 class GraphContext:
     """Facts about a graph that conditions of one operator need."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph) -> None:
         self.consumers: dict[int, list[Operator]] = collections.defaultdict(list)
         self.producers: dict[int, Operator] = {}
         for operator in graph.operators:

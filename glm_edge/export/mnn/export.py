@@ -143,7 +143,9 @@ def _needed(spec: ExportSpec, params: Params) -> int:
 class _Graph(GraphBuilder):
     """A graph of operators that MNN's converter leaves alone; looks rows up among integers."""
 
-    def __init__(self, stored: Mapping[str, StoredWeight], tables: Mapping[str, StoredWeight]):
+    def __init__(
+        self, stored: Mapping[str, StoredWeight], tables: Mapping[str, StoredWeight]
+    ) -> None:
         super().__init__(stored)
         self.tables = tables
 

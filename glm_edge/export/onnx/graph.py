@@ -110,7 +110,7 @@ class GraphBuilder:
       products: output of each product with a weight, to the weight's path.
     """
 
-    def __init__(self, weights: Mapping[str, StoredWeight]):
+    def __init__(self, weights: Mapping[str, StoredWeight]) -> None:
         self.onnx = require("onnx", extra="onnx")
         self.weights = weights
         self.nodes: list[Any] = []

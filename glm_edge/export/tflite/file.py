@@ -34,20 +34,20 @@ UNVERIFIED, VERIFIED = b'"verified":false', b'"verified":true '
 
 @functools.cache
 def _builder_class() -> type:
-    flatbuffers = require("flatbuffers", extra="export")
+    flatbuffers: Any = require("flatbuffers", extra="export")
 
     class Builder(flatbuffers.Builder):
         """Aligns bytes for kernels that read them in place, and stores equal vectors once."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__(1 << 16)
             self._offsets = {}
 
-        def StartVector(self, elemSize, numElems, alignment):  # noqa: N802, N803
+        def StartVector(self, elemSize: int, numElems: int, alignment: int) -> int:  # noqa: N802, N803
             alignment = max(alignment, INLINE_ALIGNMENT) if elemSize == 1 else alignment
             return super().StartVector(elemSize, numElems, alignment)
 
-        def CreateNumpyVector(self, x):  # noqa: N802
+        def CreateNumpyVector(self, x: np.ndarray) -> int:  # noqa: N802
             if x.nbytes > SHARED_VECTOR:
                 return super().CreateNumpyVector(x)
             key = (x.dtype.str, x.tobytes())

@@ -71,7 +71,7 @@ class FlatModel:
       model: the unpacked `ModelT`.
     """
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes) -> None:
         self.schema = schema()
         self.model = self.schema.ModelT.InitFromPackedBuf(content, 0)
         self._names = {v: k for k, v in vars(self.schema.BuiltinOperator).items() if k[0] != "_"}

@@ -97,7 +97,7 @@ def read_graphs(path: str | Path) -> list[Graph]:
 class _Reader:
     """Follows the tables of one file; raises `PARSE_ERRORS`."""
 
-    def __init__(self, path: str | Path, model: Any, file_bytes: int):
+    def __init__(self, path: str | Path, model: Any, file_bytes: int) -> None:
         self._path, self._model, self._file_bytes = path, model, file_bytes
         self._range = EntryCounter()
         names = schema()

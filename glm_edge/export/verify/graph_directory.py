@@ -42,7 +42,7 @@ class GraphDirectoryRunner(SignatureRunner):
 
     float32 = True
 
-    def __init__(self, path: str | Path, num_threads: int = 2, timeout: float = TIMEOUT):
+    def __init__(self, path: str | Path, num_threads: int = 2, timeout: float = TIMEOUT) -> None:
         self.path, self.description = Path(path), read_description(path)
         runtimes = [name for name in READERS if (self.path / f"{DECODE}.{name}").exists()]
         if not runtimes:

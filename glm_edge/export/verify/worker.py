@@ -49,7 +49,9 @@ class RemoteArray:
       shape: of the array.
     """
 
-    def __init__(self, process: "InterpreterProcess", key: int, dtype: np.dtype, shape: tuple):
+    def __init__(
+        self, process: "InterpreterProcess", key: int, dtype: np.dtype, shape: tuple
+    ) -> None:
         self.process, self.key, self.dtype, self.shape = process, key, dtype, shape
         weakref.finalize(self, process.dropped.append, key)
 

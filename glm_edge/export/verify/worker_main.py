@@ -90,7 +90,7 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
 class LiteRTRuntime:
     """The interpreter of a TFLite file."""
 
-    def __init__(self, path: str, num_threads: int):
+    def __init__(self, path: str, num_threads: int) -> None:
         from ai_edge_litert.interpreter import Interpreter
 
         self._interpreter = Interpreter(model_path=path, num_threads=num_threads)
@@ -106,7 +106,7 @@ class LiteRTRuntime:
 class ONNXRuntime:
     """Sessions of a directory's ONNX graphs; products are taken in float32."""
 
-    def __init__(self, path: str, num_threads: int):
+    def __init__(self, path: str, num_threads: int) -> None:
         import onnxruntime
 
         self._library, self._path = onnxruntime, path
@@ -132,7 +132,7 @@ class ONNXRuntime:
 class MNNRuntime:
     """Interpreters of a directory's MNN graphs."""
 
-    def __init__(self, path: str, num_threads: int):
+    def __init__(self, path: str, num_threads: int) -> None:
         import MNN
 
         self._library, self._path = MNN, path
@@ -170,7 +170,9 @@ class MNNRuntime:
 class LiteRTLMRuntime:
     """LiteRT-LM's engine of a bundle, which answers greedily."""
 
-    def __init__(self, path: str, num_threads: int, images: int, audio: bool, cache_dir: str):
+    def __init__(
+        self, path: str, num_threads: int, images: int, audio: bool, cache_dir: str
+    ) -> None:
         import litert_lm
 
         litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)

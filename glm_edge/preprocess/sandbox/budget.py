@@ -1,4 +1,4 @@
-"""What a template may take: steps, bytes of the values that it makes, and characters of output."""
+"""Limits of a template: steps, bytes of values, and characters of output."""
 
 import sys
 from typing import Any
@@ -23,17 +23,17 @@ MAX_OWN_HASH = 1 << 53
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
-    """A template takes more than it may."""
+    """Raised when a template exceeds its budget."""
 
 
 class Budget:
-    """Counts down what one rendering may take; what it reads adds to that.
+    """The budget of one rendering, to which its inputs add.
 
     Attributes:
       output: characters that it may write.
     """
 
-    def __init__(self, values: int = 0, characters: int = 0):
+    def __init__(self, values: int = 0, characters: int = 0) -> None:
         """Starts full.
 
         Args:
@@ -107,13 +107,13 @@ class Budget:
 
 
 class Keys:
-    """Counts what telling the keys of one dict apart takes.
+    """A count of the steps of comparing the keys of one dict.
 
     A dict compares a key with all others of the same hash. A stranger can choose integers and
     tuples that have one hash; those count as compared with each other. Hashes of texts are random.
     """
 
-    def __init__(self, budget: Budget):
+    def __init__(self, budget: Budget) -> None:
         """Starts without keys."""
         self._budget, self._alike = budget, 0
 
@@ -129,7 +129,7 @@ class Keys:
 class Sink:
     """Output that is written piece by piece."""
 
-    def __init__(self, budget: Budget):
+    def __init__(self, budget: Budget) -> None:
         """Starts empty."""
         self._budget, self._pieces, self._length = budget, [], 0
 

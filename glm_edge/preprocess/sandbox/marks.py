@@ -1,4 +1,4 @@
-"""Marks that tell a stranger's text from the template's own through a rendering."""
+"""Marks that tell untrusted text from the template's text through a rendering."""
 
 import functools
 import re
@@ -26,7 +26,7 @@ ANSWER_FIELDS = ("content", "reasoning_content")
 
 
 class Marks:
-    """Replaces, one to one, characters without which no special token can be spelled.
+    """A one-to-one replacement of characters that every special token needs.
 
     A rendered prompt is one string. What a stranger wrote could complete the name of a special
     token there, also in several pieces that only the template joins. So each bracket of those names
@@ -78,7 +78,7 @@ class Marks:
         return text
 
     def is_mark(self, character: str) -> bool:
-        """True of a mark."""
+        """Tests for a mark."""
         return character in self._marks
 
     def hide_all(self, value: Any) -> Any:

@@ -43,7 +43,7 @@ class Scope:
 
     __slots__ = ("_outer", "values")
 
-    def __init__(self, values: dict[str, Any], outer: "Scope | None" = None):
+    def __init__(self, values: dict[str, Any], outer: "Scope | None" = None) -> None:
         """Makes a scope.
 
         Args:
@@ -65,7 +65,7 @@ class Scope:
 class Function:
     """A function that a template may call."""
 
-    def __init__(self, name: str, function: Callable[..., Any]):
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
         """Wraps a function."""
         self.name, self._function = name, function
 
@@ -92,7 +92,7 @@ class Macro:
         self._names: frozenset[str] | None = None
 
     def reads(self, name: str) -> bool:
-        """True where the body reads a name."""
+        """Tests if the body reads a name."""
         if self._names is None:
             inner = (part for child in self.node.body for part in _with_children(child))
             self._names = frozenset(part.name for part in inner if isinstance(part, nodes.Name))
@@ -136,7 +136,7 @@ class Namespace:
 class Cycler:
     """`cycler()`, and `loop.cycle`."""
 
-    def __init__(self, items: tuple[Any, ...]):
+    def __init__(self, items: tuple[Any, ...]) -> None:
         """Makes one.
 
         Raises:
@@ -169,7 +169,7 @@ class Cycler:
 class Joiner:
     """`joiner()`: nothing at the first call, the separator at others."""
 
-    def __init__(self, separator: Any):
+    def __init__(self, separator: Any) -> None:
         """Makes one."""
         self._separator, self._used = separator, False
 
@@ -295,7 +295,7 @@ LOOP_NAMES = (
 
 
 class _LoopAttributes:
-    def __init__(self, loop: Loop):
+    def __init__(self, loop: Loop) -> None:
         self._loop = loop
 
     def __contains__(self, name: str) -> bool:

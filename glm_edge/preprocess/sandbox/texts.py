@@ -43,7 +43,7 @@ DIRECTIVE = re.compile(
 class Texts:
     """The methods of `str` that templates may call, by name in `methods`."""
 
-    def __init__(self, budget: Budget, marks: Marks, show: Callable[[Any], str]):
+    def __init__(self, budget: Budget, marks: Marks, show: Callable[[Any], str]) -> None:
         """Binds the methods.
 
         Args:

@@ -122,7 +122,10 @@ def test_conversions_are_reported(exported, model, dense_params, quantize, tmp_p
     ("form", "message"),
     [
         (Format("int8", 32), "no kernel for int8 in groups; right would be int8"),
-        (Format("int4", 32, symmetric=False), "no zero point; right would be a format without -affine"),
+        (
+            Format("int4", 32, symmetric=False),
+            "no zero point; right would be a format without -affine",
+        ),
         (Format("int8", symmetric=False), "right would be a format without -affine"),
         (Format("int4", 16), "groups of a multiple of 32"),
     ],

@@ -8,11 +8,14 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from glm_edge.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 NAME = "prune.vocabulary"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -38,7 +41,7 @@ class Vocabulary:
       required: id to the reason why it cannot go.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any) -> None:
         """Reads a tokenizer.
 
         Args:
@@ -198,7 +201,7 @@ def frequent_tokens(
     return np.array(sorted(required_ids), np.int64)
 
 
-def shrink_tokenizer(tokenizer: Any, keep: Sequence[int]) -> Any:
+def shrink_tokenizer(tokenizer: "Tokenizer", keep: Sequence[int]) -> "Tokenizer":
     """Drops tokens from a tokenizer and numbers the others anew, in the order of `keep`.
 
     Save it with the model: `save(model, params, path, extras={"tokenizer.json":
