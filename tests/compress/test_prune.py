@@ -80,7 +80,7 @@ def test_a_stock_module_runs_masked():
         ({"sparsity": 1.5}, "sparsity must be in 0..1 and below 1"),
         ({"sparsity": -0.5}, "keep ratio is above 0 and at most 1, not -0.5"),
         ({"sparsity": float("nan")}, "sparsity must be finite"),
-        ({"sparsity": "half"}, "sparsity must be float, not 'half'"),
+        ({"sparsity": "half"}, "sparsity must be float"),
         ({"sparsity": 0.5, "scope": "layer"}, "scope must be tensor or global"),
         ({"sparsity": 0.5, "where": "("}, "not a regular expression"),
     ],

@@ -1,6 +1,7 @@
 """Training that was killed goes on, and ends with the same bytes."""
 
 import csv
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -42,10 +43,12 @@ def data():
 
 def train(state_dir=None, batches=None, progress=None, seed=3, **options):
     model, student, teacher = models()
-    options = {"steps": STEPS, "save_every": 3, "accumulate": 2, **options}
+    names = [field.name for field in dataclasses.fields(TrainOptions)]
+    changes = {name: options.pop(name) for name in names if name in options}
+    training = {"steps": STEPS, "save_every": 3, "accumulate": 2, **changes}
     if state_dir is not None:
-        options["state_dir"] = str(state_dir)
-    transform = distill(teacher=(model, teacher), train=TrainOptions(**options))
+        training["state_dir"] = str(state_dir)
+    transform = distill(teacher=(model, teacher), train=TrainOptions(**training), **options)
     batches = data() if batches is None else batches
     rng = jax.random.key(seed)
     return transform(model, student, calibration=batches, rng=rng, progress=progress)[1:]

@@ -208,7 +208,7 @@ def test_what_no_input_meets_goes_by_magnitude(small, calibration):
     [
         ({}, "sparsity is None"),
         ({"sparsity": 1.0}, "below 1"),
-        ({"sparsity": float("nan")}, "below 1"),
+        ({"sparsity": float("nan")}, "sparsity must be finite"),
         ({"sparsity": 0.5, "shape": "channel"}, "shape must be unstructured or N:M"),
         ({"sparsity": 0.3, "shape": "2:4"}, "the shape says 0.5"),
         ({"shape": "4:4"}, "1 <= N < M"),
