@@ -1,6 +1,6 @@
 """Refuses names that say nothing about what a variable holds.
 
-    python .ci/check_names.py FOLDER ...
+    python .ci/check_names.py FOLDER_OR_FILE ...
 
 BUILD.md has the list under Style. Exit status: 0 without such a name, 1 with one.
 """
@@ -57,15 +57,20 @@ def vague_names(source: str) -> list[tuple[int, str]]:
     return sorted((line, name) for line, name in bound if name.strip("_").lower() in VAGUE)
 
 
-def main(folders: list[str]) -> int:
-    """Prints each vague name under the folders, and returns the exit status."""
+def python_files(path: Path) -> list[Path]:
+    """Lists a file itself, or the Python files under a folder."""
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def main(paths: list[str]) -> int:
+    """Prints each vague name in the files and folders, and returns the exit status."""
     lines = [
         f"{path}:{line}: {name!r} names nothing; use a noun for its content"
-        for folder in folders
-        for path in sorted(Path(folder).rglob("*.py"))
+        for argument in paths
+        for path in python_files(Path(argument))
         for line, name in vague_names(path.read_text(encoding="utf-8"))
     ]
-    print("\n".join(lines) or f"no vague names in {', '.join(folders)}")
+    print("\n".join(lines) or f"no vague names in {', '.join(paths)}")
     return 1 if lines else 0
 
 

@@ -1,4 +1,4 @@
-"""glm_edge: compress a multimodal GLM in JAX, measure what that cost, and write the phone's file.
+"""glm_edge: compress a multimodal GLM in JAX, measure the loss, and export an on-device file.
 
 import glm_edge as ge
 

@@ -1,4 +1,4 @@
-"""The exceptions of glm_edge: one line that says what was wrong, where, and what would be right."""
+"""The exceptions of glm_edge, whose one line states the fault, its location and the remedy."""
 
 import importlib
 from types import ModuleType
@@ -25,7 +25,7 @@ def __dir__() -> list[str]:
 
 
 class GlmEdgeError(Exception):
-    """Base of every error that glm_edge raises on purpose; its message is one line, and short."""
+    """Base class of the errors that glm_edge raises, with a short message of one line."""
 
     def __str__(self) -> str:
         # A hostile file's names and values stand in messages.
@@ -36,23 +36,23 @@ class GlmEdgeError(Exception):
 
 
 class ConfigError(GlmEdgeError, ValueError):
-    """A model configuration is unknown, incomplete or contradicts itself."""
+    """Raised when a model configuration is unknown, incomplete or contradicts itself."""
 
 
 class CheckpointError(GlmEdgeError, ValueError):
-    """A checkpoint is missing, truncated, of another format, or does not fit the model."""
+    """Raised when a checkpoint is missing, truncated, of another format, or unfit for the model."""
 
 
 class DataError(GlmEdgeError, ValueError):
-    """An input file or array (text, image, recording, digits) is not what it should be."""
+    """Raised when an input file or array (text, image, recording, digits) is malformed."""
 
 
 class RecipeError(GlmEdgeError, ValueError):
-    """A recipe names an unknown transform, an unfit option, or a pattern that matches nothing."""
+    """Raised when a recipe has an unknown transform, an unfit option, or an unmatched pattern."""
 
 
 class TrainingError(RecipeError):
-    """A loss or a gradient became NaN or infinite.
+    """Raised when a loss or a gradient becomes NaN or infinite.
 
     Attributes:
       step: at which it did, counted from one.
@@ -66,19 +66,19 @@ class TrainingError(RecipeError):
 
 
 class BoxError(GlmEdgeError, ValueError):
-    """A boxed parameter was built or combined in a way that has no meaning."""
+    """Raised when a boxed parameter is built or combined in an undefined way."""
 
 
 class ExportError(GlmEdgeError, ValueError):
-    """A model or a format cannot be written as the target file."""
+    """Raised when a model or a format cannot be written as the target file."""
 
 
 class OutputError(GlmEdgeError, OSError):
-    """An output directory exists already or cannot be written."""
+    """Raised when an output directory exists already or cannot be written."""
 
 
 class MissingExtraError(GlmEdgeError, ImportError):
-    """An optional dependency is not installed."""
+    """Raised when an optional dependency is not installed."""
 
 
 def require(module: str, extra: str) -> ModuleType:

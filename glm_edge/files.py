@@ -1,4 +1,4 @@
-"""The one door for reading files that a stranger may have written: regular, bounded, inside."""
+"""Readers of untrusted files: regular, bounded, and inside their directory."""
 
 import contextlib
 import functools
@@ -81,8 +81,8 @@ def _check_link(directory: Path, path: Path, error: ErrorType) -> None:
 
 def _check_regular(path: Path, mode: int, error: ErrorType) -> None:
     if not stat.S_ISREG(mode):
-        found = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise error(f"{path}: is {found}; it must be a file")
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise error(f"{path}: is {kind}; it must be a file")
 
 
 def _unreadable(path: Path, failure: Exception, error: ErrorType) -> GlmEdgeError:
@@ -314,11 +314,11 @@ def _integer(digits: str) -> int:
 def _unique(pairs: list[tuple[str, Any]], where: str, error: ErrorType) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        seen: set[str] = set()
+        known: set[str] = set()
         twice = next(
             name
             for name, _ in pairs
-            if name in seen or seen.add(name)  # type: ignore[func-returns-value]
+            if name in known or known.add(name)  # type: ignore[func-returns-value]
         )
-        raise error(f"{where}: the name {twice[:200]!r} stands twice in one JSON object")
+        raise error(f"{where}: the name {twice[:200]!r} appears twice in one JSON object")
     return fields

@@ -1,4 +1,4 @@
-"""A check of regular expressions that a stranger wrote, before anything matches them.
+"""A check of untrusted regular expressions before they match anything.
 
 Engines that go back over a text take time that grows with a power of its length, or doubles with
 each character, where a repetition can divide the same characters in several ways. The check reads
@@ -26,7 +26,7 @@ SAMPLES = (
 
 
 class PatternError(ValueError):
-    """A regular expression may take time without end, or is not understood."""
+    """Raised when a regular expression may take unbounded time, or is not understood."""
 
 
 @dataclass

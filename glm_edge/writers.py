@@ -1,4 +1,4 @@
-"""The one door for writing: files and directories that appear whole or not at all."""
+"""Atomic writers: files and directories appear complete or not at all."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ from glm_edge.errors import OutputError
 from glm_edge.files import CONFIG, MAX_FILE_NAME, shown_path
 
 # Of renameat2: paths as they are, and exchange of the two names.
-_HERE, _EXCHANGE = -100, 2
+_AT_FDCWD, _EXCHANGE = -100, 2
 _DAY = 86400.0
 # Target, process, its start, boot of its machine, a random part, end; see `beside`.
 _LITTER = re.compile(
@@ -125,7 +125,7 @@ def check_writable_name(path: str | os.PathLike) -> Path:
             )
         return Path(os.path.realpath(parent)) / target.name
     except UnicodeEncodeError as error:
-        raise OutputError(f"{shown!r:.200}: is no name of a file here: {error}") from error
+        raise OutputError(f"{shown!r:.200}: is not a valid file name here: {error}") from error
 
 
 def refuse_link(path: Path) -> None:
@@ -169,14 +169,14 @@ def remove_litter(path: Path) -> None:
       path: of the target.
     """
     for entry in _entries(path.parent):
-        found = _LITTER.fullmatch(entry.name)
-        if found is None or not _is_over(entry, found):
+        match = _LITTER.fullmatch(entry.name)
+        if match is None or not _is_over(entry, match):
             continue
         # The name of the target, which is short where both together are too long.
-        if found[1] != _stem(path.name, len(entry.name) - len(found[1])):
+        if match[1] != _stem(path.name, len(entry.name) - len(match[1])):
             continue
         old = Path(entry.path)
-        if found[5] == "old" and not os.path.lexists(path):
+        if match[5] == "old" and not os.path.lexists(path):
             # Killed between the two renames of `_step_aside`: this is the only checkpoint.
             os.replace(old, path)
         elif entry.is_dir(follow_symlinks=False):
@@ -185,10 +185,10 @@ def remove_litter(path: Path) -> None:
             old.unlink(missing_ok=True)
 
 
-def _is_over(entry: os.DirEntry, found: re.Match) -> bool:
-    """True where the process that made an entry is gone, as far as can be known."""
-    pid, start = int(found[2], 16), int(found[3], 16)
-    if found[4] == _boot():
+def _is_over(entry: os.DirEntry, match: re.Match) -> bool:
+    """Tests if the process that made an entry is gone, as far as can be known."""
+    pid, start = int(match[2], 16), int(match[3], 16)
+    if match[4] == _boot():
         return _start_of(pid) != start
     try:
         return time.time() - entry.stat(follow_symlinks=False).st_mtime > _DAY
@@ -199,10 +199,10 @@ def _is_over(entry: os.DirEntry, found: re.Match) -> bool:
 def moved_aside(path: Path) -> Path | None:
     """Finds the checkpoint that a killed process moved from a path before it put its own there."""
     for entry in _entries(path.parent):
-        found = _LITTER.fullmatch(entry.name)
-        if found is None or found[5] != "old":
+        match = _LITTER.fullmatch(entry.name)
+        if match is None or match[5] != "old":
             continue
-        if found[1] == _stem(path.name, len(entry.name) - len(found[1])):
+        if match[1] == _stem(path.name, len(entry.name) - len(match[1])):
             return Path(entry.path)
     return None
 
@@ -217,7 +217,7 @@ def _entries(directory: Path) -> list[os.DirEntry]:
 
 
 def _stem(name: str, room: int) -> str:
-    """The name, or its beginning with a digest where it and `room` more letters are too long."""
+    """Shortens a name to a prefix and a digest where it and `room` more letters are too long."""
     if len(os.fsencode(name)) + room <= MAX_FILE_NAME:
         return name
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -233,7 +233,7 @@ def _boot() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """Start of a process in ticks since boot; None where it is gone, zero where unknown."""
+    """Returns the start of a process in ticks since boot, None if it is gone, zero if unknown."""
     try:
         # The name of the program, in brackets, may hold anything.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
@@ -479,7 +479,7 @@ def _exchange(one: Path, other: Path) -> bool:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
         return False
-    return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE) == 0
 
 
 def _step_aside(temporary: Path, target: Path) -> None:
@@ -495,23 +495,23 @@ def _step_aside(temporary: Path, target: Path) -> None:
 
 
 def no_directory(path: Path) -> str:
-    """Returns the message about a path that is no checkpoint directory.
+    """Returns the message about a path that is not a checkpoint directory.
 
     Args:
       path: it may look like `owner/name`, as repositories of a model hub are called.
     """
-    found = "is a file"
+    fault = "is a file"
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        found = "does not exist"
+        fault = "does not exist"
     except (OSError, ValueError) as error:
-        found = f"cannot be opened ({getattr(error, 'strerror', None) or error})"
-    message = f"{shown_path(path)}: {found}; a checkpoint is a directory with {CONFIG}"
+        fault = f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+    message = f"{shown_path(path)}: {fault}; a checkpoint is a directory with {CONFIG}"
     aside = moved_aside(path)
     if aside is not None:
         message += f"; an interrupted save left the old one as {aside.name}"
-    if found == "does not exist" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if fault == "does not exist" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         message += (
             f"; to download a repository: hf download {path} --local-dir {path.name}, then give "
             f"{path.name!r}"

@@ -38,8 +38,9 @@ def test_vague_names_ignores_uses(check, source):
     assert check.vague_names(source) == []
 
 
-def test_main_refuses_a_folder(check, tmp_path, capsys):
+def test_main_refuses_folders_and_files(check, tmp_path, capsys):
     (tmp_path / "a.py").write_text("\nhere = 1\n")
     assert check.main([str(tmp_path)]) == 1
     assert "a.py:2: 'here'" in capsys.readouterr().out
-    assert check.main([str(ROOT / "experiments")]) == 0
+    assert check.main([str(tmp_path / "a.py")]) == 1
+    assert check.main([str(ROOT / "experiments"), str(ROOT / "glm_edge")]) == 0

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from glm_edge.kernels import grid, matmul, packing
+from glm_edge.kernels import matmul, packing, quantization
 from glm_edge.params import Format, boxes
 from glm_edge.params.linear import linear
 
@@ -55,10 +55,10 @@ class Product:
 def boxed(weight: Array, format: Format) -> boxes.Quantized:
     """Returns a weight in a format, on the grid that its largest numbers span."""
     groups = format.num_groups(weight.shape[1])
-    high = 1 if format.qtype == "nf4" else grid.code_range(format.qtype)[1]
+    high = 1 if format.qtype == "nf4" else quantization.code_range(format.qtype)[1]
     scale = jnp.abs(weight).reshape(weight.shape[0], groups, -1).max(axis=-1) / high
     scale = scale.astype(format.scale_dtype)
-    codes = grid.encode(weight, scale, None, format.qtype)
+    codes = quantization.quantize(weight, scale, None, format.qtype)
     return boxes.quantized(codes, scale, None, format)
 
 

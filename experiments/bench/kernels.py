@@ -40,7 +40,7 @@ from experiments.common.provenance import provenance_of
 from glm_edge.cli.console import launch, print_table
 from glm_edge.cli.corpora import write_text
 from glm_edge.configs import preset
-from glm_edge.kernels import grid, packing
+from glm_edge.kernels import packing, quantization
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 
@@ -145,9 +145,9 @@ def measure_packing() -> list[dict[str, Any]]:
 def random_codes(qtype: str, shape: tuple[int, int]) -> Array:
     """Codes of a type, each as likely as any other."""
     steps = jax.random.normal(jax.random.key(FLAGS.seed), shape)
-    low, high = grid.code_range(qtype)
+    low, high = quantization.code_range(qtype)
     if qtype == "ternary34":
-        return grid.nearest_code(steps, qtype)
+        return quantization.round_to_codes(steps, qtype)
     return jax.random.randint(jax.random.key(FLAGS.seed), shape, low, high + 1).astype(jnp.int8)
 
 

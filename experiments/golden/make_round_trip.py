@@ -23,8 +23,8 @@ import numpy as np
 from absl import flags
 
 import glm_edge as ge
-from glm_edge.checkpoint.files import SafetensorsFile
 from glm_edge.checkpoint.hugging_face.members import read_config
+from glm_edge.checkpoint.safetensors import SafetensorsFile
 from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.cli.console import launch, refuse_arguments
 from glm_edge.errors import DataError

@@ -173,11 +173,11 @@ def table_provenance(name: str, flag_names: Sequence[str] = ()) -> dict[str, Any
     `seconds` are those since the script's imports; a training that lay finished in --out_dir was
     not run again and does not count.
     """
-    return {
-        **provenance_of(f"tables.{name}", ("preset", "seed", *flag_names)),
-        "seed": FLAGS.seed,
-        "seconds": round(time.monotonic() - STARTED_S, 1),
-    }
+    run = provenance_of(f"tables.{name}", ("preset", "seed", *flag_names))
+    # The load stands beside the seconds that it explains.
+    last = {key: run.pop(key) for key in ("load_average", "versions")}
+    seconds = round(time.monotonic() - STARTED_S, 1)
+    return {**run, "seed": FLAGS.seed, "seconds": seconds, **last}
 
 
 def _csv(rows: Sequence[Row]) -> str:

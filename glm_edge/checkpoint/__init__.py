@@ -1,4 +1,4 @@
-"""Checkpoints: our own safetensors and Orbax directories, and Hugging Face directories."""
+"""Checkpoints: native safetensors and Orbax directories, and Hugging Face directories."""
 
 from glm_edge.checkpoint.load import build, load, load_tokenizer, save, shipped
 

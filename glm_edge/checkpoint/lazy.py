@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint import hugging_face, own
+from glm_edge.checkpoint import hugging_face, native
 from glm_edge.checkpoint.placement import Placement
 from glm_edge.errors import CheckpointError
 from glm_edge.files import CONFIG, file_inside, read_json
@@ -19,12 +19,12 @@ from glm_edge.writers import no_directory
 
 @dataclass(frozen=True)
 class LazyCheckpoint:
-    """A directory that has been checked up to its headers.
+    """A checkpoint with checked headers, whose parameters are read on demand.
 
     Attributes:
       model: without parameters.
       abstract: path to abstract array or box, every parameter of the model.
-      files: that hold the numbers.
+      files: that store the arrays.
     """
 
     model: nn.Module
@@ -45,11 +45,11 @@ class LazyCheckpoint:
           CheckpointError: a tensor is damaged or not finite.
         """
         wanted = list(paths)
-        if isinstance(self._source, own.Source):
-            found = self._read_own(wanted)
+        if isinstance(self._source, native.NativeSource):
+            leaves = self._read_native(wanted)
         else:
-            found = self._read_hugging_face(wanted)
-        return {path: found[path] for path in wanted}
+            leaves = self._read_hugging_face(wanted)
+        return {path: leaves[path] for path in wanted}
 
     def fingerprint(self) -> str:
         """Changes when a file is replaced: a digest of names, sizes and times of change."""
@@ -59,7 +59,7 @@ class LazyCheckpoint:
             digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
-    def _read_own(self, wanted: list[str]) -> dict[str, Any]:
+    def _read_native(self, wanted: list[str]) -> dict[str, Any]:
         leaves = {}
         for path in wanted:
             leaf = self.abstract[path]
@@ -80,7 +80,7 @@ class LazyCheckpoint:
 
 
 def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
-    """Opens a checkpoint directory without reading its numbers.
+    """Opens a checkpoint directory without reading its arrays.
 
     Args:
       path: directory that `glm_edge.load` opens; not one stored with Orbax.
@@ -96,15 +96,15 @@ def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
     if not directory.is_dir():
         raise CheckpointError(no_directory(directory))
     fields = read_json(file_inside(directory, CONFIG))
-    if fields.get("format") != own.FORMAT:
+    if fields.get("format") != native.FORMAT:
         source = hugging_face.open_directory(directory, fields)
         return LazyCheckpoint(source.model, source.abstract(), _paths(source.files), source)
     if fields.get("store") == "orbax":
         raise CheckpointError(
-            f"{directory}: an Orbax directory is restored whole; load it and save it with "
+            f"{directory}: an Orbax directory is restored in full; load it and save it with "
             "format='safetensors' first"
         )
-    source = own.open_directory(directory, fields)
+    source = native.open_directory(directory, fields)
     abstract = dict(boxes.path_items(source.params))
     return LazyCheckpoint(source.model, abstract, _paths(source.files), source)
 

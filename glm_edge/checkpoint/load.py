@@ -13,11 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint import hugging_face, orbax, own
+from glm_edge.checkpoint import hugging_face, native, orbax
 from glm_edge.checkpoint.companions import read_companions
-from glm_edge.checkpoint.files import WEIGHTS, check_finite
 from glm_edge.checkpoint.orbax import ARRAYS
 from glm_edge.checkpoint.placement import Placement
+from glm_edge.checkpoint.safetensors import WEIGHTS, check_finite
 from glm_edge.checkpoint.shapes import check_params
 from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
-FORMATS = ("hugging_face", *own.STORES)
+FORMATS = ("hugging_face", *native.STORES)
 _OWN_FILES = (CONFIG, WEIGHTS, ARRAYS)
 _MAX_EXTRA_BYTES = 1 << 30
 _ORBAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
@@ -86,15 +86,15 @@ def load(
         raise CheckpointError(_without_config(directory))
     fields = read_json(file_inside(directory, CONFIG))
     placement = Placement(mesh, rules)
-    if fields.get("format") == own.FORMAT:
-        model, params = own.read(directory, fields, placement, model, like)
+    if fields.get("format") == native.FORMAT:
+        model, params = native.read(directory, fields, placement, model, like)
         return model, params if dtype is None else boxes.cast(params, dtype)
     if "model_type" in fields:
         if model is not None:
             raise CheckpointError(f"{directory}: names its own model; leave out model=")
         return hugging_face.read(directory, fields, dtype, placement)
     raise ConfigError(
-        f"{directory / CONFIG}: neither a glm_edge checkpoint ('format': {own.FORMAT!r}) nor a "
+        f"{directory / CONFIG}: neither a glm_edge checkpoint ('format': {native.FORMAT!r}) nor a "
         "Hugging Face one ('model_type')"
     )
 
@@ -118,8 +118,8 @@ def build(path: str | os.PathLike) -> nn.Module:
     if not os.path.lexists(file) and file.suffix != ".json":
         raise CheckpointError(no_directory(file))
     fields = read_json(file_inside(file.parent, file.name))
-    if fields.get("format") == own.FORMAT:
-        return own.build(fields, file)
+    if fields.get("format") == native.FORMAT:
+        return native.build(fields, file)
     name = str(fields.get("_name_or_path") or file.resolve().parent.name)
     member, config = hugging_face.read_config(fields, str(file), name)
     return member.build(with_stop_tokens(config, file.parent))
@@ -178,14 +178,14 @@ def save(
         orbax.check_path(target, OutputError)
     contents = {} if source is None else read_companions(source)
     contents |= read_extras(extras)
-    stock = own.is_stock(model)
+    stock = native.is_stock(model)
     if stock:
-        own.check_stock(model, params, str(target))
+        native.check_stock(model, params, str(target))
     else:
         check_params(params, model, str(target))
     for name, array in boxes.to_flat(params)[0].items():
         check_finite(np.asarray(array), f"{target}: tensor {name!r}")
-    own.check_reaches(params, str(target))
+    native.check_reaches(params, str(target))
     described = None
     if stock and format == "hugging_face":
         raise CheckpointError(f"{target}: no Hugging Face member is a {type(model).__name__}")
@@ -200,7 +200,7 @@ def save(
         for name, content in contents.items():
             (temporary / name).write_bytes(content)
         if described is None:
-            own.write(temporary, model, params, format or "safetensors")
+            native.write(temporary, model, params, format or "safetensors")
         else:
             hugging_face.write(temporary, model.config, params, described)
     reads_text = isinstance(model, MultimodalGLM | TextEncoder)
@@ -214,7 +214,7 @@ def save(
 
 
 def shipped(name: str = "nano") -> Path:
-    """Directory of a checkpoint that comes with the package.
+    """Returns the directory of a checkpoint that comes with the package.
 
     Args:
       name: of the checkpoint.

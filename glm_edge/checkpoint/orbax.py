@@ -1,4 +1,4 @@
-"""Flat arrays in an Orbax directory, beside the config.json that says what they are."""
+"""Flat arrays in an Orbax directory, beside the config.json that describes them."""
 
 import contextlib
 import gc
@@ -99,7 +99,7 @@ def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
 
 
 def _check_files(source: Path) -> None:
-    """Refuses what waits for ever, never ends or lies elsewhere, before Orbax opens it."""
+    """Refuses pipes, endless files and links to other places before Orbax opens them."""
     root = source.resolve()
     for folder, directories, names in os.walk(source, onerror=_refuse):
         for name in (*directories, *names):
@@ -134,7 +134,7 @@ def _quiet_tasks() -> Iterator[None]:
 
 
 def _is_description(value: Any) -> bool:
-    """True for `{name: [type, [sizes]]}`."""
+    """Tests for `{name: [type, [sizes]]}`."""
     return isinstance(value, dict) and all(
         isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
         for entry in value.values()

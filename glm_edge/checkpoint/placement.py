@@ -1,4 +1,4 @@
-"""Where the arrays of a checkpoint go: the default device, or shards on a mesh of devices."""
+"""Placement of a checkpoint's arrays: on the default device, or as shards on a mesh."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +8,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint.files import SafetensorsFile, to_device
+from glm_edge.checkpoint.safetensors import SafetensorsFile, to_device
 from glm_edge.params.sharding import RULES, Rules, shardings
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where one array goes.
+    """Destination of one array.
 
     Attributes:
       shape: of the whole array.
@@ -26,11 +26,11 @@ class Destination:
 
     @property
     def rows(self) -> tuple[int, int] | None:
-        """First and one past the last row that this process needs, None where it needs all."""
+        """Returns the first and one past the last row that this process needs, None for all."""
         if self.sharding is None or not self.shape:
             return None
-        held = self.sharding.addressable_devices_indices_map(self.shape).values()
-        spans = [index[0].indices(self.shape[0]) for index in held]
+        indices = self.sharding.addressable_devices_indices_map(self.shape).values()
+        spans = [index[0].indices(self.shape[0]) for index in indices]
         rows = min(start for start, _, _ in spans), max(stop for _, stop, _ in spans)
         return None if rows == (0, self.shape[0]) else rows
 
@@ -54,7 +54,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class Placement:
-    """How the arrays of a checkpoint are spread.
+    """Placement of a checkpoint's arrays on devices.
 
     Attributes:
       mesh: of the devices, or None for the default device.
@@ -65,7 +65,7 @@ class Placement:
     rules: Rules = RULES
 
     def plan(self, params: Any, config: Any) -> dict[str, Destination]:
-        """Where every array goes.
+        """Plans the destination of every array.
 
         Args:
           params: tree of arrays, abstract or not, and boxes of such.

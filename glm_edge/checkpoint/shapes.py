@@ -1,4 +1,4 @@
-"""What a model's parameters must look like, and the errors when a checkpoint's do not."""
+"""Expected shapes of a model's parameters, and checks of a checkpoint against them."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ ARCHITECTURES = {
 
 
 def expected_shapes(model: nn.Module) -> Shapes:
-    """Dense shape of every parameter, from tracing `model.init` without computing it.
+    """Returns the dense shape of every parameter, by tracing `model.init` without computing it.
 
     Args:
       model: one of `ARCHITECTURES`, of any configuration.
@@ -100,7 +100,7 @@ def _traced_shapes(kind: type, config: Any, out_features: int) -> Shapes:
 
 
 def _one_of_each(config: DecoderConfig) -> tuple[DecoderConfig, list[int]]:
-    """A decoder with one layer of each width, and for every layer the one of these like it."""
+    """Returns a decoder with one layer per width, and for each layer the index of its like."""
     widths = [
         (config.heads(layer), config.kv_heads(layer), config.neurons(layer))
         for layer in range(config.num_layers)
@@ -117,11 +117,11 @@ def _one_of_each(config: DecoderConfig) -> tuple[DecoderConfig, list[int]]:
     return small, [kinds.index(width) for width in widths]
 
 
-def check_names(found: Iterable[str], expected: Mapping[str, Any], where: str) -> None:
+def check_names(names: Iterable[str], expected: Mapping[str, Any], where: str) -> None:
     """Refuses a set of tensor names that is not the expected one.
 
     Args:
-      found: names that are stored.
+      names: names that are stored.
       expected: names that the model needs, with the shape of each, or None where several
         tensors share one.
       where: file or directory, for the message.
@@ -129,15 +129,15 @@ def check_names(found: Iterable[str], expected: Mapping[str, Any], where: str) -
     Raises:
       CheckpointError: a tensor is missing, or has no place in the model.
     """
-    found = set(found)
-    missing = [name for name in expected if name not in found]
+    names = set(names)
+    missing = [name for name in expected if name not in names]
     if missing:
         shape = expected[missing[0]]
         raise CheckpointError(
             f"{where}: tensor {missing[0]!r} is missing{_others(missing)}; the model of "
             f"config.json needs it{'' if shape is None else f' with shape {shape}'}"
         )
-    extra = sorted(found - set(expected))
+    extra = sorted(names - set(expected))
     if extra:
         raise CheckpointError(
             f"{where}: tensor {extra[0]!r} has no place in the model of config.json"
@@ -145,20 +145,20 @@ def check_names(found: Iterable[str], expected: Mapping[str, Any], where: str) -
         )
 
 
-def check_shape(found: Iterable[int], expected: Iterable[int], where: str) -> None:
+def check_shape(shape: Iterable[int], expected: Iterable[int], where: str) -> None:
     """Refuses a tensor of another shape.
 
     Args:
-      found: stored shape.
+      shape: stored shape.
       expected: shape that the model needs.
       where: file and tensor, for the message.
 
     Raises:
       CheckpointError: they differ.
     """
-    if tuple(found) != tuple(expected):
+    if tuple(shape) != tuple(expected):
         raise CheckpointError(
-            f"{where}: has shape {tuple(found)}, the model of config.json needs {tuple(expected)}"
+            f"{where}: has shape {tuple(shape)}, the model of config.json needs {tuple(expected)}"
         )
 
 
@@ -187,9 +187,9 @@ def check_against(params: Any, expected: Shapes, where: str) -> None:
     Raises:
       CheckpointError: a parameter is missing, has no place, or is of another dense shape.
     """
-    found = {path: tuple(leaf.shape) for path, leaf in path_items(params)}
-    check_names(found, expected, where)
-    for path, shape in found.items():
+    shapes = {path: tuple(leaf.shape) for path, leaf in path_items(params)}
+    check_names(shapes, expected, where)
+    for path, shape in shapes.items():
         check_shape(shape, expected[path], f"{where}: parameter {path!r}")
 
 

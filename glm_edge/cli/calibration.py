@@ -60,7 +60,7 @@ def from_file(
 
 
 def read_arrays(path: str) -> dict[str, np.ndarray]:
-    """Reads an .npz file that a stranger may have written.
+    """Reads an untrusted .npz file.
 
     Args:
       path: of the file; it holds numbers or booleans, no array is empty.
@@ -104,7 +104,7 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
 
 
 class _Pieces(io.BufferedReader):
-    """Refuses to read much at once, as a directory of millions of members would."""
+    """A reader that limits single reads, against directories of millions of members."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > _MAX_PIECE:
@@ -139,11 +139,11 @@ def _members(archive: zipfile.ZipFile, where: str) -> dict[str, np.ndarray]:
 
 
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> None:
-    """Refuses what is no array of numbers as large as its member, before memory is taken."""
+    """Refuses a member that is not an array of numbers of its size, before memory is taken."""
     with archive.open(member) as file:
         version = npy.read_magic(file)
         if version not in _HEADERS:
-            raise DataError(f"{where} is no array of numbers")
+            raise DataError(f"{where} is not an array of numbers")
         shape, _, dtype = _HEADERS[version](file)
         if dtype.kind not in "biuf":
             raise DataError(f"{where} holds {str(dtype)[:60]}; it must hold numbers or booleans")

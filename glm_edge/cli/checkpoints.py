@@ -4,17 +4,17 @@ import os
 from pathlib import Path
 
 import glm_edge as ge
-from glm_edge.checkpoint.own import STOCK
+from glm_edge.checkpoint.native import STOCK
 from glm_edge.errors import CheckpointError
 from glm_edge.files import CONFIG, read_json
 
 
-def checkpoint_of(given: str | None) -> Path:
+def checkpoint_of(checkpoint: str | None) -> Path:
     """Finds the directory that --checkpoint names.
 
     Args:
-      given: a checkpoint directory, or the --out_dir of `glm-edge compress`, which holds one as
-        `checkpoint`; None or empty is the shipped nano.
+      checkpoint: a checkpoint directory, or the --out_dir of `glm-edge compress`, whose
+        `checkpoint` it is; None or empty is the shipped nano.
 
     Returns:
       The directory of the checkpoint.
@@ -22,9 +22,9 @@ def checkpoint_of(given: str | None) -> Path:
     Raises:
       CheckpointError: it holds the parameters of a module that is not one of this library.
     """
-    if not given:
+    if not checkpoint:
         return ge.shipped("nano")
-    directory = Path(given)
+    directory = Path(checkpoint)
     inner = directory / "checkpoint"
     # `Path.exists` raises for a name that is too long.
     outer_holds, inner_holds = (os.path.exists(path / CONFIG) for path in (directory, inner))

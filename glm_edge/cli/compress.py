@@ -33,9 +33,9 @@ import glm_edge as ge
 from glm_edge.cli import calibration, corpora
 from glm_edge.cli.checkpoints import checkpoint_of
 from glm_edge.cli.console import print_table, progress, refuse_arguments
+from glm_edge.cli.in_memory import as_stored, load_wide
 from glm_edge.cli.loss import text_loss
 from glm_edge.cli.run import run_of
-from glm_edge.cli.whole import as_stored, load_wide
 from glm_edge.compress.layerwise.stream import compress_checkpoint, is_streamable
 from glm_edge.compress.report import Report
 from glm_edge.compress.transform import Transform
@@ -66,7 +66,7 @@ def define_flags() -> None:
         "Products of calibration; bfloat16 is faster.",
     )
     flags.DEFINE_string("out_dir", None, "Directory for checkpoint and report.", required=True)
-    flags.DEFINE_bool("overwrite", False, "Replace a checkpoint that lies in --out_dir.")
+    flags.DEFINE_bool("overwrite", False, "Replace the checkpoint in --out_dir.")
 
 
 def main(argv: Sequence[str], draw: Callable[[Path], Batches] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Text to train and evaluate on: UTF-8 files, CPython's own topics, evaluation windows."""
+"""Text to train and evaluate on: UTF-8 files, CPython's help topics, evaluation windows."""
 
 import os
 import re
@@ -110,16 +110,16 @@ def pydoc_topics(split: Literal["calibration", "evaluation"]) -> str:
         raise DataError(
             f"pydoc_data.topics: missing from this Python ({error}); give a text file instead"
         ) from error
-    seen: set[str] = set()
-    kept: tuple[list[str], list[str]] = ([], [])
+    known: set[str] = set()
+    paragraphs: tuple[list[str], list[str]] = ([], [])
     for name in sorted(topics):
         half = zlib.crc32(name.encode()) % 2
         for paragraph in re.split(r"\n\s*\n", topics[name]):
             words = " ".join(paragraph.split())
-            if words and words not in seen:
-                seen.add(words)
-                kept[half].append(paragraph.strip("\n"))
-    return "\n\n".join(kept[halves.index(split)]) + "\n"
+            if words and words not in known:
+                known.add(words)
+                paragraphs[half].append(paragraph.strip("\n"))
+    return "\n\n".join(paragraphs[halves.index(split)]) + "\n"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Windows:
 
     @property
     def num_scored(self) -> int:
-        """Tokens that are scored."""
+        """Counts the tokens that are scored."""
         return int(self.scored.sum())
 
 

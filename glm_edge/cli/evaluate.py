@@ -4,7 +4,7 @@
 
 prints perplexity per token and bits per byte; with --reference, also the KL divergence from that
 checkpoint's predictions in nats and the fraction of positions whose top-1 token differs. --json
-writes the same numbers. Without --checkpoint the shipped model is measured; without --text, half of
+writes the same values. Without --checkpoint the shipped model is measured; without --text, half of
 CPython's help topics are the text.
 """
 
@@ -38,7 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_string("reference", None, "Checkpoint whose predictions are compared with.")
     flags.DEFINE_string("text", None, "UTF-8 file whose loss is measured.")
     flags.DEFINE_integer("text_tokens", 60000, "At most this many tokens of it are scored.", 2)
-    flags.DEFINE_string("json", None, "File to write the numbers to.")
+    flags.DEFINE_string("json", None, "JSON file to write the results to.")
     flags.DEFINE_bool("overwrite", False, "Replace --json where it exists already.")
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str], further: Further | None = None) -> None:
 
     Args:
       argv: the program's name.
-      further: called with model, parameters and tokenizer; prints and returns further numbers.
+      further: called with model, parameters and tokenizer; prints and returns further results.
     """
     refuse_arguments(argv)
     check_output(FLAGS.json, FLAGS.overwrite)
@@ -76,7 +76,7 @@ def text_windows(tokenizer: Tokenizer, path: str | None, limit: int) -> corpora.
 
 
 def show(text: dict[str, Any], compared: bool) -> None:
-    """Prints the numbers."""
+    """Prints the results."""
     print(
         f"text: perplexity {text['perplexity']:.2f}, {text['bits_per_byte']:.3f} bits per byte "
         f"over {text['tokens']} tokens"

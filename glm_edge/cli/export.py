@@ -122,9 +122,9 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.report:
         text = json.dumps(summary, indent=1) + "\n"
         corpora.write_text(out.parent / REPORT, text, overwrite=FLAGS.overwrite)
-    found = summary["verification"]
-    if found is not None and found["ran"] and not found["passed"]:
-        raise ExportError(f"{out}: verification failed: {found['reason']}")
+    verified = summary["verification"]
+    if verified is not None and verified["ran"] and not verified["passed"]:
+        raise ExportError(f"{out}: verification failed: {verified['reason']}")
 
 
 def check_flags(out: Path) -> None:
@@ -150,11 +150,11 @@ def check_verify_flags() -> None:
       DataError: a flag has no meaning for the format.
       MissingExtraError: what runs the format is not installed.
     """
-    given = [name for name in ("compute", "threshold", "text") if FLAGS[name].value is not None]
+    options = [name for name in ("compute", "threshold", "text") if FLAGS[name].value is not None]
     if FLAGS.format == "coreml":
-        if given:
+        if options:
             raise DataError(
-                f"--{given[0]}: nothing runs a coreml package here, its specification is read; "
+                f"--{options[0]}: nothing runs a coreml package here, its specification is read; "
                 "leave the flag out"
             )
         return
@@ -166,7 +166,7 @@ def check_verify_flags() -> None:
 
 
 def lengths() -> list[int]:
-    """The numbers of --prefill_lengths."""
+    """Parses --prefill_lengths."""
     try:
         return [int(length) for length in FLAGS.prefill_lengths]
     except ValueError as error:
@@ -174,7 +174,7 @@ def lengths() -> list[int]:
 
 
 def accelerators(out: Path) -> dict[str, Any]:
-    """Operators that each delegate takes, in numbers, and what it leaves to the CPU."""
+    """Counts the operators that each delegate takes, and lists those left to the CPU."""
     table = ge.export.compatibility(out)
     return {
         delegate: {
@@ -186,7 +186,7 @@ def accelerators(out: Path) -> dict[str, Any]:
 
 
 def text_ids(source: Path) -> tuple[np.ndarray | None, str]:
-    """Tokens to verify on, or None for random ones, and what they are in words.
+    """Returns the tokens to verify on, None for random ones, and a description of them.
 
     Raises:
       CheckpointError: the checkpoint has no tokenizer for --text.
@@ -205,23 +205,23 @@ def text_ids(source: Path) -> tuple[np.ndarray | None, str]:
 
 
 def verification(result: Any, ids: np.ndarray | None, source: Path, named: str) -> dict[str, Any]:
-    """The comparison with JAX, or what was read where nothing runs the format."""
+    """Returns the comparison with JAX, or the specification where nothing runs the format."""
     if FLAGS.format == "coreml":
-        found = result.verify()
-        return {"ran": False, **dataclasses.asdict(found), "summary": str(found)}
-    found = result.verify(
+        outcome = result.verify()
+        return {"ran": False, **dataclasses.asdict(outcome), "summary": str(outcome)}
+    outcome = result.verify(
         compared(result, ids, source),
         threshold=FLAGS.threshold,
         compute=FLAGS.compute,
         seed=FLAGS.seed,
         check=False,
     )
-    summary = {"passed": found.passed, "verified": found.verified, "reason": found.reason}
-    return {"ran": True, "tokens_of": named, **dataclasses.asdict(found), **summary}
+    summary = {"passed": outcome.passed, "verified": outcome.verified, "reason": outcome.reason}
+    return {"ran": True, "tokens_of": named, **dataclasses.asdict(outcome), **summary}
 
 
 def compared(result: Any, ids: np.ndarray | None, source: Path) -> list[Any] | None:
-    """The text in pieces: windows as long as the cache, or prompts for an engine."""
+    """Cuts the text into windows as long as the cache, or into prompts for an engine."""
     if ids is None:
         return None
     if FLAGS.format == "litertlm":
@@ -235,10 +235,10 @@ def compared(result: Any, ids: np.ndarray | None, source: Path) -> list[Any] | N
 
 def show(summary: dict[str, Any]) -> None:
     """Prints sizes, conversions, accelerators and the verification."""
-    held = summary["parameter_bytes"]
+    parameter_bytes = summary["parameter_bytes"]
     rows = [
         ["file", summary["file"]],
-        ["bytes", f"{summary['file_bytes']:,} (parameters {held:,})"],
+        ["bytes", f"{summary['file_bytes']:,} (parameters {parameter_bytes:,})"],
         ["seconds", f"{summary['seconds']:.1f}"],
         ["peak RSS", f"{summary['peak_rss_bytes'] / 1e9:.2f} GB"],
     ]
@@ -251,33 +251,33 @@ def show(summary: dict[str, Any]) -> None:
         print(line)
 
 
-def verification_rows(found: dict[str, Any] | None) -> list[list[str]]:
+def verification_rows(outcome: dict[str, Any] | None) -> list[list[str]]:
     """Returns the rows of the verification."""
-    if found is None:
+    if outcome is None:
         return [["verified", "no: the file was not run"]]
-    if not found["ran"]:
-        return [["verified", "no: nothing ran it"], ["specification", found["summary"]]]
+    if not outcome["ran"]:
+        return [["verified", "no: nothing ran it"], ["specification", outcome["summary"]]]
     rows = [
-        ["verified", "yes" if found["verified"] else f"no: {found['reason']}"],
-        ["tokens of", found["tokens_of"]],
-        ["top-1 agreement", f"{found['agreement']:.2%} of {found['tokens']} tokens"],
-        ["least asked for", f"{found['threshold']:.2%}"],
-        ["compared with", f"JAX, {found['compute']}"],
+        ["verified", "yes" if outcome["verified"] else f"no: {outcome['reason']}"],
+        ["tokens of", outcome["tokens_of"]],
+        ["top-1 agreement", f"{outcome['agreement']:.2%} of {outcome['tokens']} tokens"],
+        ["least asked for", f"{outcome['threshold']:.2%}"],
+        ["compared with", f"JAX, {outcome['compute']}"],
     ]
-    if found["max_abs_error"] is not None:
-        rows.append(["largest error", f"{found['max_abs_error']:.3g}"])
-        rows.append(["mean KL (nats)", f"{found['mean_kl']:.3g}"])
-    if found["free_running_agreement"] is not None:
-        free = f"{found['free_running_agreement']:.2%} of {found['free_running_tokens']} tokens"
+    if outcome["max_abs_error"] is not None:
+        rows.append(["largest error", f"{outcome['max_abs_error']:.3g}"])
+        rows.append(["mean KL (nats)", f"{outcome['mean_kl']:.3g}"])
+    if outcome["free_running_agreement"] is not None:
+        free = f"{outcome['free_running_agreement']:.2%} of {outcome['free_running_tokens']} tokens"
         rows.append(["free-running agreement", free])
-    if found["signatures"]:
-        worst = max(found["signatures"].values())
-        rows.append(["signatures", f"{len(found['signatures'])}, at most {worst:.2g} from JAX"])
+    if outcome["signatures"]:
+        worst = max(outcome["signatures"].values())
+        rows.append(["signatures", f"{len(outcome['signatures'])}, at most {worst:.2g} from JAX"])
     return rows
 
 
 def grouped(conversions: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each rule: how many parameters it changed, and the first of them."""
+    """Formats one line per rule: the number of converted parameters, and the first of them."""
     by_rule: dict[tuple[str, bool], list[str]] = {}
     for conversion in conversions:
         rule = (conversion["rule"], conversion["changes_values"])

@@ -52,7 +52,7 @@ def text_loss(
 
     Returns:
       `perplexity` per token, `bits_per_byte`, `kl` in nats from the reference, and `flips`, the
-      share of positions whose likeliest token differs from the reference's.
+      fraction of positions whose top-1 token differs from the reference's.
     """
     reference_model, reference_params = reference or (model, params)
     total = np.zeros(3)

@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_format(name: str, flag: str | None = None) -> Format:
-    """A format by its name.
+    """Returns a format by its name.
 
     Args:
       name: such as `int4-g32`.
@@ -123,19 +123,19 @@ def read_format(name: str, flag: str | None = None) -> Format:
 
 @functools.cache
 def shapes(config: GLMConfig) -> Params:
-    """Abstract parameters of a model, in bfloat16."""
+    """Returns abstract parameters of a model, in bfloat16."""
     init = MultimodalGLM(config).init
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    found = jax.eval_shape(init, jax.random.key(0), tokens)["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), found)
+    abstract = jax.eval_shape(init, jax.random.key(0), tokens)["params"]
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract)
 
 
 def with_vocabulary(config: GLMConfig, size: int) -> GLMConfig:
-    """The model with its first `size` tokens; placeholders move to the last ones."""
+    """Cuts the vocabulary to its first `size` tokens; placeholders move to the last ones."""
     names = ("image_token_id", "audio_token_id", "pad_token_id")
     last = {
-        name: size - 1 - place
-        for place, name in enumerate(names)
+        name: size - 1 - offset
+        for offset, name in enumerate(names)
         if (getattr(config, name) or 0) >= size
     }
     decoder = dataclasses.replace(config.decoder, vocab_size=size)
@@ -143,23 +143,23 @@ def with_vocabulary(config: GLMConfig, size: int) -> GLMConfig:
 
 
 def with_layers(config: GLMConfig, count: int) -> GLMConfig:
-    """The model with `count` decoder layers."""
+    """Sets the number of decoder layers."""
     decoder = dataclasses.replace(config.decoder, num_layers=count)
     return dataclasses.replace(config, decoder=decoder)
 
 
 def formats_of(params: Params, body: Format, ends: Format, tower: Format) -> dict[str, Format]:
-    """The format of every matrix: ends are embedding and head, the body all else of the decoder.
+    """Returns the format of every matrix; ends are embedding and head, body the decoder's layers.
 
     A matrix whose columns are not whole groups takes the type per channel, and one whose columns
     are not whole fours takes int4 in place of `ternary34`.
     """
-    found = {}
+    formats = {}
     for path, leaf in boxes.path_items(params):
         if boxes.is_matrix(path, leaf):
             wanted = tower if path.startswith(TOWERS) else ends if path.startswith(ENDS) else body
-            found[path] = _fitting(wanted, leaf.shape[-1])
-    return found
+            formats[path] = _fitting(wanted, leaf.shape[-1])
+    return formats
 
 
 def _fitting(wanted: Format, columns: int) -> Format:
@@ -173,7 +173,7 @@ def _fitting(wanted: Format, columns: int) -> Format:
 
 
 def total(params: Params, body: Format, ends: Format, tower: Format) -> dict[str, int]:
-    """Stored bytes of the decoder with embedding and head, and of each tower."""
+    """Counts stored bytes of the decoder with embedding and head, and of each tower."""
     formats = formats_of(params, body, ends, tower)
     by_part = {"text": 0, "vision": 0, "speech": 0}
     for path, leaf in boxes.path_items(params):
@@ -186,11 +186,11 @@ def total(params: Params, body: Format, ends: Format, tower: Format) -> dict[str
 def sizes(
     config: GLMConfig, name: str, body: Format, ends: Format, tower: Format
 ) -> dict[str, Any]:
-    """One line of a table: parameters and bytes without and with the vision tower."""
+    """Returns one row of a table: parameters and bytes without and with the vision tower."""
     params = shapes(config)
     # A body wider than the tower's format is a tower's format too.
     tower = max(body, tower, key=lambda format: format.bits)
-    found = total(params, body, ends, tower)
+    stored = total(params, body, ends, tower)
     weights = counts(params)
     return {
         "format": name,
@@ -198,29 +198,34 @@ def sizes(
         "vocabulary": config.decoder.vocab_size,
         "layers": config.decoder.num_layers,
         "text_parameters": weights["text"],
-        "text_bytes": found["text"],
-        "vision_bytes": found["vision"],
-        "bits": 8 * found["text"] / weights["text"],
+        "text_bytes": stored["text"],
+        "vision_bytes": stored["vision"],
+        "bits": 8 * stored["text"] / weights["text"],
     }
 
 
 def counts(params: Params) -> dict[str, int]:
-    """Parameters of the decoder with embedding and head, and of each tower."""
-    found = {"text": 0, "vision": 0, "speech": 0}
+    """Counts the parameters of the decoder with embedding and head, and of each tower."""
+    by_part = {"text": 0, "vision": 0, "speech": 0}
     for path, leaf in boxes.path_items(params):
         part = path.split("/")[0]
-        found[part if part in found else "text"] += leaf.size
-    return found
+        by_part[part if part in by_part else "text"] += leaf.size
+    return by_part
 
 
 def parts(config: GLMConfig, tower: Format) -> list[dict[str, Any]]:
-    """Parameters of each part, and bytes of a tower in its format."""
+    """Lists the parameters of each part, and bytes of a tower in its format."""
     params = shapes(config)
-    found, weights = total(params, tower, tower, tower), counts(params)
+    stored, weights = total(params, tower, tower, tower), counts(params)
     plain = Format("bfloat16")
     wide = total(params, plain, plain, plain)
     return [
-        {"part": part, "parameters": weights[part], "bfloat16": wide[part], str(tower): found[part]}
+        {
+            "part": part,
+            "parameters": weights[part],
+            "bfloat16": wide[part],
+            str(tower): stored[part],
+        }
         for part in weights
         if weights[part]
     ]
@@ -228,12 +233,12 @@ def parts(config: GLMConfig, tower: Format) -> list[dict[str, Any]]:
 
 def claim(
     uniform: Sequence[Mapping[str, Any]],
-    found: Sequence[Mapping[str, Any]],
+    part_rows: Sequence[Mapping[str, Any]],
     budgets: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The published claim against what its format needs."""
+    """Compares the published claim with the bytes that its format needs."""
     row = next(row for row in uniform if row["format"] == CLAIM)
-    text = next(part["parameters"] for part in found if part["part"] == "text")
+    text = next(part["parameters"] for part in part_rows if part["part"] == "text")
     fitting = [
         {"format": row["format"], "budget": name, "vision": vision}
         for row in uniform
@@ -254,19 +259,19 @@ def claim(
 def most_layers(
     config: GLMConfig, body: Format, ends: Format, tower: Format, budgets: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The most decoder layers that fit each budget, without and with the vision tower."""
+    """Finds the most decoder layers that fit each budget, without and with the vision tower."""
     tower = max(body, tower, key=lambda format: format.bits)
     params = shapes(config)
-    found = total(params, body, ends, tower)
+    stored = total(params, body, ends, tower)
     formats = formats_of(params, body, ends, tower)
     layer = {p: leaf for p, leaf in boxes.path_items(params) if p.startswith("decoder/layers/0/")}
-    each, own = bytes_with(layer, formats), config.decoder.num_layers
-    row: dict[str, Any] = {"vocabulary": config.decoder.vocab_size, "of": own}
+    each, num_layers = bytes_with(layer, formats), config.decoder.num_layers
+    row: dict[str, Any] = {"vocabulary": config.decoder.vocab_size, "of": num_layers}
     for vision in (False, True):
-        rest = found["text"] - own * each + vision * found["vision"]
+        without_layers = stored["text"] - num_layers * each + vision * stored["vision"]
         for name, budget in budgets.items():
             label = f"{name}{' with vision' if vision else ''}"
-            row[label] = max(0, min(own, (budget - rest) // each))
+            row[label] = max(0, min(num_layers, (budget - without_layers) // each))
     return row
 
 
@@ -306,16 +311,16 @@ def _print_sizes(rows: Sequence[Mapping[str, Any]], budgets: Mapping[str, int]) 
     print_table(header, lines)
 
 
-def _print_claim(found: Mapping[str, Any], budgets: Mapping[str, int]) -> None:
-    verdict = "possible" if found["possible"] else "arithmetically impossible"
-    times = " and ".join(f"{ratio:.2f} x the {n}" for n, ratio in found["times_budget"].items())
-    bits = ", ".join(f"{value:.3f} ({name})" for name, value in found["bits_available"].items())
+def _print_claim(claim: Mapping[str, Any], budgets: Mapping[str, int]) -> None:
+    verdict = "possible" if claim["possible"] else "arithmetically impossible"
+    times = " and ".join(f"{ratio:.2f} x the {n}" for n, ratio in claim["times_budget"].items())
+    bits = ", ".join(f"{value:.3f} ({name})" for name, value in claim["bits_available"].items())
     print(
         f"\nThe published claim, {CLAIM} below {next(iter(budgets.values())):,} bytes: {verdict}. "
-        f"{found['parameters']:,} parameters of text alone need {found['bytes_needed']:,} bytes, "
+        f"{claim['parameters']:,} parameters of text alone need {claim['bytes_needed']:,} bytes, "
         f"{times} budget.\nThe budget leaves this many bits a weight: {bits}."
     )
-    fitting = found["uniform_formats_that_fit"]
+    fitting = claim["uniform_formats_that_fit"]
     for name in budgets:
         for vision in (False, True):
             chosen = [

@@ -1,4 +1,4 @@
-"""What a report says of the run that made it: command, seed and versions."""
+"""Provenance of a report: command, seed and versions."""
 
 import importlib.metadata
 import platform
@@ -11,15 +11,15 @@ import glm_edge as ge
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on."""
+    """Returns the versions of Python and of the packages that the results depend on."""
     names = ("jax", "flax", "optax", "numpy", "tensorflow-cpu", "ai-edge-litert", "tokenizers")
-    found = {"python": platform.python_version(), "glm_edge": ge.__version__}
+    packages = {"python": platform.python_version(), "glm_edge": ge.__version__}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return packages
 
 
 def command_line() -> str:
@@ -30,5 +30,5 @@ def command_line() -> str:
 
 
 def run_of(seed: int) -> dict[str, Any]:
-    """Returns what a report says of its run: command, seed and versions."""
+    """Returns the provenance of a report: command, seed and versions."""
     return {"command": command_line(), "seed": seed, "versions": versions()}

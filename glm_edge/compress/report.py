@@ -17,7 +17,7 @@ _HEADINGS = {
     "transform": "transform",
     "path": "path",
     "action": "action",
-    "kept": "kept",
+    "keep_ratio": "kept",
     "bits": "bits/weight",
     "bytes_before": "bytes before",
     "bytes_after": "bytes after",
@@ -48,7 +48,7 @@ class Row:
       transform: name of what acted.
       path: of the parameter.
       action: in words, such as `int4-g32`.
-      kept: fraction of the weights that remain (not pruned).
+      keep_ratio: fraction of the weights that remain (not pruned).
       bits: stored bits per remaining place of the dense array, scales and masks included.
       bytes_before: stored bytes of the parameter before.
       bytes_after: and after.
@@ -60,7 +60,7 @@ class Row:
     transform: str
     path: str
     action: str
-    kept: float
+    keep_ratio: float
     bits: float
     bytes_before: int
     bytes_after: int
@@ -192,7 +192,7 @@ class Report:
             transform="total",
             path="all parameters",
             action=f"{self.count_before:,} -> {self.count_after:,} parameters",
-            kept=self.count_after / max(self.count_before, 1),
+            keep_ratio=self.count_after / max(self.count_before, 1),
             bits=8 * self.bytes_after / max(self.count_after, 1),
             bytes_before=self.bytes_before,
             bytes_after=self.bytes_after,
@@ -345,7 +345,7 @@ def _format(row: Row) -> list[str]:
         row.transform,
         row.path,
         row.action,
-        f"{row.kept:.1%}",
+        f"{row.keep_ratio:.1%}",
         f"{row.bits:.2f}",
         f"{row.bytes_before:,}",
         f"{row.bytes_after:,}",

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that say what a model is, and presets."""
+"""Model configurations as frozen dataclasses, and presets."""
 
 from glm_edge.configs.architecture import (
     MAX_FRAMES,

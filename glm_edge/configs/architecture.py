@@ -77,15 +77,15 @@ class DecoderConfig:
             )
 
     def heads(self, layer: int) -> int:
-        """Query heads of one layer."""
+        """Returns the query heads of one layer."""
         return _of_layer(self.num_heads, layer, "num_heads")
 
     def kv_heads(self, layer: int) -> int:
-        """Key/value heads of one layer."""
+        """Returns the key/value heads of one layer."""
         return _of_layer(self.num_kv_heads, layer, "num_kv_heads")
 
     def neurons(self, layer: int) -> int:
-        """Width of the gated feed-forward network of one layer."""
+        """Returns the width of the gated feed-forward network of one layer."""
         return _of_layer(self.intermediate_size, layer, "intermediate_size")
 
     @property
@@ -102,16 +102,16 @@ class EncoderWidths:
     """
 
     def heads(self, layer: int) -> int:
-        """Heads of one layer."""
+        """Returns the heads of one layer."""
         return _of_layer(self.num_heads, layer, "num_heads", self._name)
 
     def kv_heads(self, layer: int) -> int:
-        """Key/value heads of one layer; unless `num_kv_heads` says so, as many as query heads."""
+        """Returns the key/value heads of one layer, by default as many as query heads."""
         shared = getattr(self, "num_kv_heads", None)
         return self.heads(layer) if shared is None else shared
 
     def neurons(self, layer: int) -> int:
-        """Width of the feed-forward network of one layer."""
+        """Returns the width of the feed-forward network of one layer."""
         return _of_layer(self.intermediate_size, layer, "intermediate_size", self._name)
 
     @property
@@ -172,7 +172,7 @@ class VisionConfig(EncoderWidths):
     as large in nano, which overlaps). Attention is local to windows of `window` patches (rows,
     columns) in every layer not listed in `global_layers`; `window=None` is global throughout.
     `separable_positions` adds a learned row and column embedding to the projected features, so
-    that the decoder can read off where a feature lies. Widths that differ by layer have one more
+    that the decoder can read off where a feature is. Widths that differ by layer have one more
     entry, the last, for a pooling head.
     """
 
@@ -465,7 +465,7 @@ def _build(kind: type, fields: Any, where: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """True where a JSON value is what a field's annotation says; sizes are below 2 ** 31."""
+    """Tests a JSON value against a field's annotation; sizes are below 2 ** 31."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)

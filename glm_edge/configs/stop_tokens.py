@@ -1,4 +1,4 @@
-"""The tokens that end an answer, from the files of a checkpoint that may name them."""
+"""Stop tokens, from the files of a checkpoint that may name them."""
 
 import dataclasses
 import os

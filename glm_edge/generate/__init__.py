@@ -7,7 +7,7 @@ from glm_edge.generate.sampling import Sampling
 from glm_edge.generate.skipping import skip_neurons
 from glm_edge.generate.sweep import Setting, SweepRow, sweep
 from glm_edge.generate.text import TextStream, generate_text, stream_text
-from glm_edge.generate.vision_tokens import VisionTokens, drop_vision_tokens
+from glm_edge.generate.token_pruning import VisionTokens, drop_vision_tokens
 
 __all__ = [
     "EarlyExit",

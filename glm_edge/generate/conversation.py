@@ -51,8 +51,8 @@ def chat(
         them; or a list of conversations, which are answered as one batch.
       images: paths, Pillow images or arrays in reading order, or a single one, see
         `glm_edge.Processor`; beside a question, they are shown before it.
-      videos: likewise.
-      audio: recordings, likewise.
+      videos: as for `images`.
+      audio: recordings, as for `images`.
       tools: JSON schemas of functions.
       max_new_tokens: tokens of an answer at most; a warning says where they were not enough.
       sampling: how tokens are drawn; greedy by default.

@@ -1,9 +1,9 @@
-"""Generation: one jitted prefill, then one jitted step a token, over a cache of static shape.
+"""Generation: one jitted prefill, then one jitted step per token, with a cache of static shape.
 
 Letters of shapes: `B` rows, `T` tokens of a prompt, `N` generated tokens, `S` cache slots, `V`
 vocabulary.
 
-A prompt takes the first slots of the cache, its padding included, wherever that lies; generated
+A prompt takes the first slots of the cache, its padding included, wherever that is; generated
 tokens take the slots after. Lengths are rounded up (`bucket`), so that few of them compile.
 """
 
@@ -32,7 +32,7 @@ from glm_edge.generate.prompts import (
     prompt_mask,
 )
 from glm_edge.generate.sampling import Sampling, sample
-from glm_edge.generate.vision_tokens import VisionTokens, read_thinned, thinning
+from glm_edge.generate.token_pruning import VisionTokens, prefill_pruned, pruning_plan
 from glm_edge.kernels import cache as cache_kernels
 from glm_edge.models.glm import init_cache
 from glm_edge.models.multimodal import Images, MultimodalGLM
@@ -42,7 +42,7 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` returns.
+    """Result of `generate`.
 
     Attributes:
       tokens: int32 [B, N]; after its stop token, a row repeats that stop token.
@@ -62,19 +62,19 @@ class Generation:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """Everything that one step hands to the next.
+    """State between two steps of decoding.
 
     Attributes:
       cache: keys and values of all slots, and the number of slots in use.
       logits: float32 [B, V], scores that `token` was drawn from.
       token: int32 [B], newest token of each row.
       position: int32 [B], its rotary position.
-      seen: bool [B, S], False at slots that hold padding.
+      visible: bool [B, S], False at slots that hold padding.
       stopped: bool [B], True from a row's stop token on.
       index: int32, generated tokens.
-      keys: [B] PRNG keys, one a row, or None.
+      keys: [B] PRNG keys, one per row, or None.
       in_prompt: bool [B, V], see `glm_edge.generate.sampling`, or None.
-      counts: int32 [B, V], likewise.
+      counts: int32 [B, V], see `glm_edge.generate.sampling`, or None.
       layers: int32 [B], layers that gave `logits`, or None.
       finite: bool [B], False once scores of a row that had not stopped were NaN or infinite.
     """
@@ -83,7 +83,7 @@ class DecodeState:
     logits: Array
     token: Array
     position: Array
-    seen: Array
+    visible: Array
     stopped: Array
     index: Array
     keys: Array | None
@@ -111,7 +111,7 @@ def generate(
     vision_tokens: VisionTokens | None = None,
     beyond_context: bool = False,
 ) -> Generation:
-    """Continues a batch of prompts until each row has stopped or holds `max_new_tokens`.
+    """Continues a batch of prompts until each row has stopped or has `max_new_tokens`.
 
     Token `n` of row `b` is drawn with `fold_in(fold_in(rng, b), n)`, or `fold_in(rng[b], n)` when
     `rng` holds a key for each row: the same key gives the same tokens whatever the other rows,
@@ -124,11 +124,11 @@ def generate(
     Args:
       model: the model.
       params: its parameters, boxed or not.
-      tokens: int [B, T] prompts; padding may lie anywhere.
+      tokens: int [B, T] prompts; padding may be anywhere.
       valid: bool [B, T], False at padding; None means no padding.
       images: as `MultimodalGLM` takes them, or None.
       audio: as `MultimodalGLM` takes it, or None.
-      audio_frames: likewise.
+      audio_frames: as `MultimodalGLM` takes them, or None.
       max_new_tokens: tokens to generate at most.
       sampling: how tokens are drawn.
       stop_tokens: token ids that end a row; None takes those of the model's configuration.
@@ -153,7 +153,7 @@ def generate(
     state = start(model, params, prompt, *inputs, sampling, rng, cache_dtype, vision_tokens)
     stops = stops_of(model, stop_tokens)
     state = with_first_token(model, state, sampling, stops, early_exit)
-    found, scores, layers, state = decode(
+    generated, scores, layers, state = decode(
         model,
         params,
         state,
@@ -165,11 +165,11 @@ def generate(
         early_exit,
     )
     _check_scores(jax.device_get(state.finite))
-    found = found[:, :max_new_tokens]
-    lengths = jnp.argmax(jnp.isin(found, stops), axis=1)
+    generated = generated[:, :max_new_tokens]
+    lengths = jnp.argmax(jnp.isin(generated, stops), axis=1)
     lengths = jnp.where(state.stopped, lengths, max_new_tokens).astype(jnp.int32)
     scores, layers = (None if x is None else x[:, :max_new_tokens] for x in (scores, layers))
-    return Generation(found, lengths, scores, layers)
+    return Generation(generated, lengths, scores, layers)
 
 
 def stream(
@@ -237,7 +237,7 @@ def greedy(
     audio: Array | None = None,
     max_new_tokens: int = 16,
 ) -> Array:
-    """Extends prompts by the likeliest token, step by step.
+    """Extends prompts by the top-1 token, step by step.
 
     Args:
       model: whose configuration names the stop tokens.
@@ -257,7 +257,7 @@ def greedy(
 
 
 def stop_ids(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
-    """The tokens that end a row: those given, or the configuration's.
+    """Returns the tokens that end a row, by default those of the configuration.
 
     Raises:
       DataError: what is given is not a sequence of the model's tokens.
@@ -275,7 +275,7 @@ def stop_ids(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> tuple[i
 
 
 def stops_of(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> Array:
-    """`stop_ids` as an array."""
+    """Returns `stop_ids` as an array."""
     return jnp.asarray(stop_ids(model, stop_tokens), jnp.int32)
 
 
@@ -299,13 +299,13 @@ def start(
     cache_dtype,
     vision_tokens=None,
 ) -> DecodeState:
-    """Runs the prompts and prepares what the rules of `sampling` need."""
+    """Prefills the cache and prepares the state that `sampling` needs."""
     if not isinstance(sampling, Sampling):
         raise DataError(f"sampling must be a Sampling, got {sampling!r:.60}")
     batch = len(prompt.tokens)
-    how = keep = None
+    plan = keep = None
     if vision_tokens is not None and images is not None:
-        how, keep = thinning(model.config, prompt, vision_tokens)
+        plan, keep = pruning_plan(model.config, prompt, vision_tokens)
     keys = None
     if sampling.uses("temperature"):
         rng = jax.random.key(0) if rng is None else rng
@@ -323,7 +323,7 @@ def start(
         prompt.room,
         _cache_dtype(cache_dtype),
         penalized,
-        how,
+        plan,
         keep,
     )
     counts, position = jax.device_get((counts, state.position))
@@ -340,7 +340,7 @@ def with_first_token(
     stops: Array,
     early_exit: EarlyExit | None = None,
 ) -> DecodeState:
-    """Draws the first token, which the prompt gives after all layers."""
+    """Draws the first token, from the prompt's scores after all layers."""
     state = _first(state, sampling, stops)
     if early_exit is None:
         return state
@@ -349,7 +349,7 @@ def with_first_token(
 
 
 def _cache_dtype(dtype: Any) -> str:
-    """Name of a type that a cache may have."""
+    """Returns the name of a type that a cache may have."""
     known = ("float32", "bfloat16", "float16", *cache_kernels.LARGEST)
     try:
         name = jnp.dtype(dtype).name
@@ -361,7 +361,7 @@ def _cache_dtype(dtype: Any) -> str:
 
 
 def _row_keys(rng: Array, batch: int) -> Array:
-    """A key for each row: those given, or one derived from the row's number."""
+    """Returns one key per row: the given ones, or keys derived from the rows' indices."""
     try:
         if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
             rng = jax.random.wrap_key_data(rng)
@@ -370,7 +370,7 @@ def _row_keys(rng: Array, batch: int) -> Array:
     if rng.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(batch))
     if rng.shape != (batch,):
-        raise DataError(f"rng must be a key or {batch} keys, one a row, found shape {rng.shape}")
+        raise DataError(f"rng must be a key or {batch} keys, one per row, found shape {rng.shape}")
     return rng
 
 
@@ -387,7 +387,7 @@ def _prefill(
     room,
     cache_dtype,
     penalized,
-    how,
+    plan,
     keep,
 ) -> tuple[DecodeState, dict[str, tuple[Array, Array]]]:
     """Fills the cache, scores the token after each row's last valid one, counts placeholders."""
@@ -406,13 +406,13 @@ def _prefill(
         return final, valid, cache
 
     positions, following, x, encoded = run(method=embed)
-    if how is None:
-        final, seen, cache = run(x, positions, method=read)
+    if plan is None:
+        final, visible, cache = run(x, positions, method=read)
     else:
         placeholder = (tokens == model.config.image_token_id) & valid
         inputs = (x, positions, valid, placeholder)
-        final, seen, cache = read_thinned(model, params, *inputs, cache_dtype, how, keep)
-    last = jnp.max(jnp.where(seen, jnp.arange(seen.shape[1]), 0), axis=1)
+        final, visible, cache = prefill_pruned(model, params, *inputs, cache_dtype, plan, keep)
+    last = jnp.max(jnp.where(visible, jnp.arange(visible.shape[1]), 0), axis=1)
     final = jnp.take_along_axis(final, last[:, None, None], axis=1)
     logits = run(final, method="predict")[:, 0]
     extend = functools.partial(jnp.pad, pad_width=((0, 0), (0, room), (0, 0), (0, 0)))
@@ -424,7 +424,7 @@ def _prefill(
         logits=logits.astype(jnp.float32),
         token=jnp.zeros(batch, jnp.int32),
         position=following.astype(jnp.int32) - 1,
-        seen=jnp.pad(seen, ((0, 0), (0, room)), constant_values=True),
+        visible=jnp.pad(visible, ((0, 0), (0, room)), constant_values=True),
         stopped=jnp.zeros(batch, bool),
         index=jnp.zeros((), jnp.int32),
         keys=keys,
@@ -467,7 +467,7 @@ def _advance(
 ) -> DecodeState:
     """Feeds the newest token and draws the one after it."""
     token, positions = state.token[:, None], state.position[:, None]
-    mask, layers = prompt_mask(state.seen, state.cache["length"][None]), None
+    mask, layers = prompt_mask(state.visible, state.cache["length"][None]), None
     if early_exit is None:
         logits, aux = model.apply(
             {"params": params}, token, positions=positions, mask=mask, cache=state.cache
@@ -489,7 +489,7 @@ _step = jax.jit(_advance, static_argnums=0, donate_argnums=2)
 def decode(
     model, params, state, sampling, stops, limit, room, return_logits, early_exit=None
 ) -> tuple[Array, Array | None, Array | None, DecodeState]:
-    """Steps until `limit` tokens or all rows have stopped; results are [B, room, ...]."""
+    """Decodes until `limit` tokens or all rows have stopped; results are [B, room, ...]."""
 
     def put(buffer: Array, state: DecodeState, values: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(buffer, values, state.index - 1, axis=1)
@@ -499,21 +499,21 @@ def decode(
         return (state.index < limit) & ~state.stopped.all()
 
     def body(carry: tuple) -> tuple:
-        state, found, scores, layers = carry
+        state, generated, scores, layers = carry
         state = _advance(model, params, state, sampling, stops, early_exit)
         scores = put(scores, state, state.logits) if return_logits else None
         layers = None if early_exit is None else put(layers, state, state.layers)
-        return state, put(found, state, state.token), scores, layers
+        return state, put(generated, state, state.token), scores, layers
 
     batch, vocabulary = state.logits.shape
-    found = put(jnp.zeros((batch, room), jnp.int32), state, state.token)
+    generated = put(jnp.zeros((batch, room), jnp.int32), state, state.token)
     scores = None
     if return_logits:
         scores = put(jnp.zeros((batch, room, vocabulary)), state, state.logits)
     layers = None
     if early_exit is not None:
         layers = put(jnp.zeros((batch, room), jnp.int32), state, state.layers)
-    carry = jax.lax.while_loop(going, body, (state, found, scores, layers))
-    state, found, scores, layers = carry
-    found = jnp.where(jnp.arange(room) < state.index, found, state.token[:, None])
-    return found, scores, layers, state
+    carry = jax.lax.while_loop(going, body, (state, generated, scores, layers))
+    state, generated, scores, layers = carry
+    generated = jnp.where(jnp.arange(room) < state.index, generated, state.token[:, None])
+    return generated, scores, layers, state

@@ -1,4 +1,4 @@
-"""Early exit: a token stops at the layer whose scores are sure enough.
+"""Early exit: a token stops at the first exit whose top-1 probability reaches a threshold.
 
 Letters of shapes: `B` rows, `D` hidden size, `V` vocabulary.
 """
@@ -17,7 +17,7 @@ from jax import Array
 
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.kernels import matmul
-from glm_edge.models.glm import KEYS, REST, WHOLE
+from glm_edge.models.glm import AFTER_KEYS, ALL_PARTS, KEYS_ONLY
 from glm_edge.models.multimodal import MultimodalGLM
 
 THRESHOLD = 0.95
@@ -27,13 +27,13 @@ _INPUTS = ("images", "audio", "positions", "mask")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EarlyExit:
-    """Where decoding may stop, and how sure it must be; made by `early_exit`.
+    """Options of early exit, made by `early_exit`.
 
     Attributes:
       threshold: scalar; the largest probability that ends a token.
       maps: of each exit, `weight` [D, D] and `bias` [D] that guess the last layer's output from
         what has been computed; empty takes that itself.
-      after: ascending numbers of layers after which the head is asked.
+      after: ascending indices of layers after which the head is applied.
     """
 
     threshold: Array
@@ -47,7 +47,7 @@ def early_exit(
     threshold: float = THRESHOLD,
     maps: Mapping[str, Any] | None = None,
 ) -> EarlyExit:
-    """Says where decoding may stop, for `generate`.
+    """Sets the exits and the threshold of early exit for `generate`.
 
     After each of these layers the head scores the next token; where its largest probability
     reaches the threshold, the remaining layers are not run. They get the keys and values of what
@@ -55,7 +55,7 @@ def early_exit(
 
     Args:
       model: a GLM.
-      after: numbers of layers after which the head is asked, each at least 1 and below the number
+      after: indices of layers after which the head is applied, each at least 1 and below the number
         of layers. Asking costs as much as the head does.
       threshold: in 0..1; 0 always stops at the first exit, 1 almost never.
       maps: from `fit_exits`; None scores what has been computed as if it were the last output.
@@ -98,7 +98,7 @@ def fit_exits(
     after: Sequence[int],
     ridge: float = 1e-3,
 ) -> dict[str, dict[str, Array]]:
-    """Fits, by least squares, maps from what exits have to what the last layer gives out.
+    """Fits maps from activations at exits to the output of the last layer, by least squares.
 
     Args:
       model: a GLM.
@@ -123,8 +123,8 @@ def fit_exits(
     after = _checked_exits(after, model.config.decoder.num_layers)
     sums: dict[int, np.ndarray] = {}
     for batch in data:
-        found = jax.device_get(_moments(model, params, dict(batch), after))
-        for index, moment in zip(after, found, strict=True):
+        moments = jax.device_get(_moments(model, params, dict(batch), after))
+        for index, moment in zip(after, moments, strict=True):
             sums[index] = sums.get(index, 0.0) + np.float64(moment)
     if not sums:
         raise DataError("fit_exits: there are no batches to fit on")
@@ -146,7 +146,7 @@ def fit_exits(
 def _moments(
     model: MultimodalGLM, params: Any, batch: dict[str, Any], after: tuple[int, ...]
 ) -> list[Array]:
-    """Of each exit, second moments [2 D + 1, 2 D + 1] of `(exit, 1, last - exit)`."""
+    """Computes second moments [2 D + 1, 2 D + 1] of `(exit, 1, last - exit)` for each exit."""
     inputs = {name: batch[name] for name in _INPUTS if batch.get(name) is not None}
     hidden = model.apply({"params": params}, batch["tokens"], **inputs)[1]["hidden"]
     rows = [x.reshape(-1, x.shape[-1]) for x in hidden]
@@ -155,11 +155,11 @@ def _moments(
         valid = (batch["loss_mask"] != 0).reshape(-1, 1).astype(jnp.float32)
     elif model.config.pad_token_id is not None:
         valid = (batch["tokens"] != model.config.pad_token_id).reshape(-1, 1).astype(jnp.float32)
-    found = []
+    moments = []
     for index in after:
         joined = jnp.concatenate([rows[index], valid, rows[-1] - rows[index]], axis=-1) * valid
-        found.append(jax.lax.dot(joined.T, joined, precision=jax.lax.Precision.HIGHEST))
-    return found
+        moments.append(jax.lax.dot(joined.T, joined, precision=jax.lax.Precision.HIGHEST))
+    return moments
 
 
 def run_until_sure(
@@ -172,9 +172,9 @@ def run_until_sure(
     exits: EarlyExit,
     stopped: Array,
 ) -> tuple[Array, Any, Array]:
-    """One decoding step that runs no more layers than its rows need.
+    """Runs one decoding step, with only as many layers as its rows need.
 
-    Rows leave one by one and a layer is skipped when all have left, so that what a row gives does
+    Rows exit one by one, and a layer is skipped when all have exited, so that a row's result does
     not depend on the others.
 
     Args:
@@ -182,10 +182,10 @@ def run_until_sure(
       params: its parameters.
       token: int [B, 1].
       positions: as the model takes them.
-      mask: likewise.
-      cache: likewise.
+      mask: as the model takes it.
+      cache: as the model takes it.
       exits: see `early_exit`.
-      stopped: bool [B], rows whose scores no one needs.
+      stopped: bool [B], rows whose scores are not needed.
 
     Returns:
       `(logits, cache, layers)`: float32 [B, V]; the cache after this token; and int32 [B], the
@@ -199,9 +199,12 @@ def run_until_sure(
     x = call("embed_inputs", token)[0]
     angle, mask, slot = call(lambda module, x: module.decoder.prepare(x, positions, mask, cache), x)
 
-    def layer(index: int, x: Array, held: Any, part: str) -> tuple[Array, Any]:
+    def layer(index: int, x: Array, layer_cache: Any, part: str) -> tuple[Array, Any]:
         return call(
-            lambda module, x: module.decoder.run_layer(index, x, angle, mask, held, slot, part), x
+            lambda module, x: module.decoder.run_layer(
+                index, x, angle, mask, layer_cache, slot, part
+            ),
+            x,
         )
 
     def scores(x: Array, fitted: Any = None) -> Array:
@@ -216,25 +219,27 @@ def run_until_sure(
     for index in range(total):
         if index in exits.after:
             asked = functools.partial(scores, x, exits.maps.get(str(index)))
-            found = jax.lax.cond(done.all(), jnp.zeros_like, lambda _, asked=asked: asked(), logits)
-            sure = jnp.max(jax.nn.softmax(found, axis=-1), axis=-1) >= exits.threshold
+            exit_logits = jax.lax.cond(
+                done.all(), jnp.zeros_like, lambda _, asked=asked: asked(), logits
+            )
+            sure = jnp.max(jax.nn.softmax(exit_logits, axis=-1), axis=-1) >= exits.threshold
             leaves = sure & ~done
-            logits = jnp.where(leaves[:, None], found, logits)
+            logits = jnp.where(leaves[:, None], exit_logits, logits)
             used = jnp.where(leaves, index, used)
             done = done | leaves
-        held = cache["layers"][index]
+        layer_cache = cache["layers"][index]
         if index < exits.after[0]:
-            x, held = layer(index, x, held, WHOLE)
+            x, layer_cache = layer(index, x, layer_cache, ALL_PARTS)
         else:
-            held = layer(index, x, held, KEYS)[1]
-            run = functools.partial(layer, index, held=held, part=REST)
+            layer_cache = layer(index, x, layer_cache, KEYS_ONLY)[1]
+            run = functools.partial(layer, index, layer_cache=layer_cache, part=AFTER_KEYS)
             x = jax.lax.cond(
                 done.all(),
                 lambda x: x,
                 lambda x, run=run, done=done: jnp.where(done[:, None, None], x, run(x)[0]),
                 x,
             )
-        layers.append(held)
+        layers.append(layer_cache)
     logits = jax.lax.cond(
         done.all(),
         lambda logits: logits,

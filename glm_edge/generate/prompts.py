@@ -1,4 +1,4 @@
-"""Prompts made ready: checked, padded to lengths of which few compile.
+"""Preparation of prompts: checks, and padding to few lengths, each of which compiles once.
 
 Letters of shapes: `B` rows, `T` tokens of a prompt, `S` cache slots, `D` hidden size, `M` features.
 """
@@ -23,10 +23,10 @@ MAX_NEW_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompts of a length that is a bucket.
+    """Prompts padded to the length of a bucket.
 
     Attributes:
-      tokens: int32 [B, T]; at padding a token that is no placeholder.
+      tokens: int32 [B, T]; at padding a token that is not a placeholder.
       valid: bool [B, T], False at padding.
       room: cache slots for generated tokens.
       new_tokens: tokens for which positions must be left, or None where they may run out.
@@ -90,10 +90,10 @@ class Prompt:
 
 
 def config_of(model: Any) -> GLMConfig:
-    """Configuration of a model that answers.
+    """Returns the configuration of a model that generates.
 
     Raises:
-      DataError: it is no GLM.
+      DataError: the model is not a GLM.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "eos_token_ids"):
@@ -157,7 +157,7 @@ def count_placeholders(
     features: dict[str, Array],
     audio_frames: Array | None = None,
 ) -> dict[str, tuple[Array, Array]]:
-    """Placeholders in prompts, and the features there are for them.
+    """Counts the placeholders in prompts and the features for them.
 
     Args:
       config: of the model.
@@ -167,34 +167,34 @@ def count_placeholders(
       audio_frames: as `MultimodalGLM` takes it.
 
     Returns:
-      Of each encoder, both numbers: [B] when features belong to rows, else scalars.
+      Both counts per encoder: [B] when features belong to rows, else scalars.
     """
     token_ids = {"vision": config.image_token_id, "speech": config.audio_token_id}
     counts = {}
     for encoder, encoded in features.items():
         placeholder = (tokens == token_ids[encoder]) & valid
-        found = placeholder.sum(axis=1) if encoded.ndim == 3 else placeholder.sum()
-        expected = jnp.full_like(found, encoded.shape[-2])
+        count = placeholder.sum(axis=1) if encoded.ndim == 3 else placeholder.sum()
+        expected = jnp.full_like(count, encoded.shape[-2])
         if encoder == "speech" and audio_frames is not None:
             expected = audio_features(audio_frames, config.speech.merge_size).sum()
-        counts[encoder] = found, expected
+        counts[encoder] = count, expected
     return counts
 
 
 def check_placeholders(counts: dict[str, tuple[Any, Any]]) -> None:
-    """Compares the numbers of `count_placeholders`; a row may lack images or recordings altogether.
+    """Compares the counts of `count_placeholders`; a row may lack images or recordings altogether.
 
     Raises:
-      DataError: a prompt holds another number of placeholders than there are features.
+      DataError: a prompt has another number of placeholders than there are features.
     """
-    for encoder, (found, expected) in counts.items():
-        found, expected = np.atleast_1d(found), np.atleast_1d(expected)
-        unfit = (found != expected) & ((found != 0) | (found.size == 1))
+    for encoder, (present, expected) in counts.items():
+        present, expected = np.atleast_1d(present), np.atleast_1d(expected)
+        unfit = (present != expected) & ((present != 0) | (present.size == 1))
         if unfit.any():
             row = int(np.argmax(unfit))
-            where = f"prompt {row} holds" if found.size > 1 else "the prompts hold"
+            where = f"prompt {row} holds" if present.size > 1 else "the prompts hold"
             raise DataError(
-                f"{where} {found[row]} placeholders of {encoder}, the input gives {expected[row]}"
+                f"{where} {present[row]} placeholders of {encoder}, the input gives {expected[row]}"
             )
 
 
@@ -204,15 +204,15 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def prompt_mask(seen: Array, query_slots: Array) -> Array:
-    """Causal mask that also hides padding.
+def prompt_mask(visible: Array, query_slots: Array) -> Array:
+    """Builds a causal mask that also hides padding.
 
     Args:
-      seen: bool [B, S], False at slots that hold padding.
+      visible: bool [B, S], False at slots that hold padding.
       query_slots: [T] slot of each query.
 
     Returns:
       bool [B, 1, T, S].
     """
-    causal = jnp.arange(seen.shape[1]) <= query_slots[:, None]
-    return (causal[None] & seen[:, None])[:, None]
+    causal = jnp.arange(visible.shape[1]) <= query_slots[:, None]
+    return (causal[None] & visible[:, None])[:, None]

@@ -25,16 +25,16 @@ _NEUTRAL = {
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from its scores; the defaults take the likeliest one.
+    """Rules by which a token is drawn from its scores; the defaults take the top-1 token.
 
     Rules apply in this order: penalties, temperature, top-k, top-p. A `Sampling` is a pytree whose
     leaves are the values of the rules in use, so that a jitted function compiles anew when a rule
     is switched on or off, or `top_k` changes, and not for another temperature.
 
     Attributes:
-      temperature: scores are divided by it; 0 takes the likeliest token.
-      top_k: only this many likeliest tokens may be drawn, and those as likely as the last of them.
-      top_p: only the smallest set of likeliest tokens whose probability reaches it may be drawn,
+      temperature: scores are divided by it; 0 takes the top-1 token.
+      top_k: only this many most likely tokens may be drawn, and ties with the last of them.
+      top_p: only the smallest set of most likely tokens whose probability reaches it may be drawn,
         at least one, and those as likely as the last of them.
       repetition_penalty: positive scores of tokens that the prompt or the generated text holds
         are divided by it, negative ones multiplied.
@@ -73,12 +73,12 @@ class Sampling:
             raise ConfigError(f"sampling: {field} must be {expected}, got {getattr(self, field)!r}")
 
     def uses(self, field: str) -> bool:
-        """True when a rule changes anything; known while tracing."""
+        """Tests if a rule changes anything; known while tracing."""
         value = getattr(self, field)
         return value is not None and not (isinstance(value, float) and value == _NEUTRAL[field])
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], int | None]:
-        """Values of the rules in use, and `top_k`."""
+        """Returns the values of the rules in use, and `top_k`."""
         values = (getattr(self, f) if self.uses(f) else None for f in _NEUTRAL)
         return tuple(values), self.top_k
 
@@ -117,8 +117,8 @@ def process_logits(
         return logits
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
-        likeliest = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
-        logits = jnp.where(logits < likeliest[:, -1:], -jnp.inf, logits)
+        top_logits = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
+        logits = jnp.where(logits < top_logits[:, -1:], -jnp.inf, logits)
     if sampling.uses("top_p"):
         probabilities = jax.nn.softmax(logits, axis=-1)
         least = nucleus_threshold(probabilities, sampling.top_p)
@@ -127,7 +127,7 @@ def process_logits(
 
 
 def nucleus_threshold(probabilities: Array, top_p: Array | float) -> Array:
-    """Largest probability at or above which the tokens together hold `top_p`.
+    """Finds the largest probability at or above which tokens sum to at least `top_p`.
 
     Args:
       probabilities: float32 [B, V].

@@ -1,4 +1,4 @@
-"""Skipping neurons at run time: each token reads only those that its gates open."""
+"""Neuron skipping at run time: each token reads only the neurons that its gates activate."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from glm_edge import params as boxes
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import RecipeError
-from glm_edge.kernels.neurons import SparseMLP
+from glm_edge.kernels.sparse_mlp import SparseMLP
 from glm_edge.models.layers import SKIPPING
 from glm_edge.models.multimodal import MultimodalGLM
 

@@ -1,4 +1,4 @@
-"""What skipping costs and gains: accuracy and tokens per second, setting by setting."""
+"""Comparison of settings of skipping by accuracy and tokens per second."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from glm_edge.errors import DataError
 from glm_edge.generate import decoding
 from glm_edge.generate.early_exit import EarlyExit
 from glm_edge.generate.prompts import Prompt, config_of
-from glm_edge.generate.vision_tokens import VisionTokens
+from glm_edge.generate.token_pruning import VisionTokens
 from glm_edge.models.multimodal import MultimodalGLM
 
 Answers = list[np.ndarray]
@@ -21,7 +21,7 @@ Answers = list[np.ndarray]
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of running a model.
+    """A setting of a sweep: parameters and options of generation.
 
     Attributes:
       name: of the row.
@@ -40,7 +40,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What a setting gave.
+    """Measurements of one setting.
 
     Attributes:
       name: of the setting.
@@ -99,26 +99,28 @@ def sweep(
         raise DataError("sweep: there must be a setting and a question at least")
     shared = isinstance(questions[0].get("images"), list | tuple)
     if len(questions[0]["tokens"]) > 1 and (shared or "audio_frames" in questions[0]):
-        raise DataError("sweep: give images and audio as one array, a row each")
-    found = []
+        raise DataError("sweep: give images and audio as one array, one row each")
+    results = []
     for index, setting in enumerate(settings):
-        found.append(_answer(model, setting, questions, max_new_tokens))
+        results.append(_answer(model, setting, questions, max_new_tokens))
         if progress is not None:
             progress("sweep: answers", index + 1, len(settings))
     rates = np.zeros((rounds + 1, len(settings)))
     for turn in range(rounds + 1):
         prompt = _row(questions[0], turn)
         order = range(len(settings)) if turn % 2 else reversed(range(len(settings)))
-        for place in order:
-            rates[turn, place] = decode_rate(model, settings[place], prompt, max_new_tokens)
+        for column in order:
+            rates[turn, column] = decode_rate(model, settings[column], prompt, max_new_tokens)
         if progress is not None:
             progress("sweep: rounds", turn + 1, rounds + 1)
     rates = rates[1:]
     rows = []
-    for place, (setting, (answers, valid, layers)) in enumerate(zip(settings, found, strict=True)):
-        ratio = rates[:, place] / rates[:, 0]
+    for column, (setting, (answers, valid, layers)) in enumerate(
+        zip(settings, results, strict=True)
+    ):
+        ratio = rates[:, column] / rates[:, 0]
         low, middle, high = np.quantile(ratio, [0.25, 0.5, 0.75])
-        first, counted = found[0][0], found[0][1]
+        first, counted = results[0][0], results[0][1]
         same = [(a == b)[v] for a, b, v in zip(answers, first, counted, strict=True)]
         rows.append(
             SweepRow(
@@ -127,7 +129,7 @@ def sweep(
                 accuracy=float(score(answers)),
                 agreement=float(np.concatenate(same).mean()),
                 layers=_mean_layers(layers, valid, model.config.decoder.num_layers),
-                tokens_per_second=float(np.median(rates[:, place])),
+                tokens_per_second=float(np.median(rates[:, column])),
                 speedup=float(middle),
                 low=float(low),
                 high=float(high),
@@ -139,7 +141,7 @@ def sweep(
 def decode_rate(
     model: MultimodalGLM, setting: Setting, prompt: Mapping[str, Any], max_new_tokens: int
 ) -> float:
-    """Tokens per second of one compiled loop that decodes an answer.
+    """Measures tokens per second of one compiled loop that decodes an answer.
 
     Args:
       model: a GLM.
@@ -166,13 +168,13 @@ def decode_rate(
 
 
 def _row(question: Mapping[str, Any], turn: int) -> dict[str, Any]:
-    """One row of a batch, the rows in turn; lists of images and chunks of audio go with one row."""
+    """Selects one row of a batch, in turn; lists of images and chunks of audio go with one row."""
     rows = len(question["tokens"])
     if rows == 1:
         return dict(question)
-    place = turn % rows
+    index = turn % rows
     return {
-        name: value if value is None else np.asarray(value)[place : place + 1]
+        name: value if value is None else np.asarray(value)[index : index + 1]
         for name, value in question.items()
     }
 
@@ -183,7 +185,7 @@ def _answer(
     questions: Sequence[Mapping[str, Any]],
     max_new_tokens: int,
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[Any]]:
-    """Tokens, which of them count, and layers of every question."""
+    """Generates the tokens of every question, a mask of those that count, and their layers."""
     tokens, valid, layers = [], [], []
     for question in questions:
         made = decoding.generate(

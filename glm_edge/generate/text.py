@@ -1,4 +1,4 @@
-"""Generated tokens as text: whole characters only, and nothing of a stop string."""
+"""Generated tokens as text: complete characters only, without stop strings."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ _UNFINISHED = 3
 
 
 class TextStream:
-    """Turns tokens into pieces of text that can be shown at once.
+    """A stream of tokens as pieces of text that can be shown at once.
 
     A piece never ends inside a character whose other bytes are still to come, nor with what may be
     the beginning of a stop string. The pieces, joined, are the text of all tokens up to the first
@@ -46,7 +46,7 @@ class TextStream:
         self._context: list[int] = []
         self._recent: list[int] = []
         self._shown = 0
-        self._held = ""
+        self._pending = ""
 
     def push(self, token: int) -> str:
         """Adds a token.
@@ -76,12 +76,14 @@ class TextStream:
         if self.stopped:
             return ""
         before, text = self._decoded()
-        piece = self._certain(text[before + self._shown :]) + ("" if self.stopped else self._held)
-        self._recent, self._shown, self._held = [], 0, ""
+        piece = self._certain(text[before + self._shown :]) + (
+            "" if self.stopped else self._pending
+        )
+        self._recent, self._shown, self._pending = [], 0, ""
         return piece
 
     def _decoded(self) -> tuple[int, str]:
-        """Text of the tokens that lie in the open, with some before them, and where they begin.
+        """Decodes the recent tokens after some earlier ones, and finds where their text begins.
 
         Decoders treat the first token of a text in their own way, hence the tokens before.
         """
@@ -92,20 +94,20 @@ class TextStream:
         return len(text(self._context)), text(self._context + self._recent)
 
     def _certain(self, piece: str) -> str:
-        """Cuts at a stop string, and holds back what may begin one."""
-        text = self._held + piece
-        found = [(at + len(s), at) for s in self._stop_strings if (at := text.find(s)) >= 0]
-        if found:
+        """Cuts at a stop string, and withholds a possible beginning of one."""
+        text = self._pending + piece
+        cuts = [(at + len(s), at) for s in self._stop_strings if (at := text.find(s)) >= 0]
+        if cuts:
             # The first to be complete, so that the cut does not depend on how tokens part the text.
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        held = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+            self.stopped, self._pending = True, ""
+            return text[: min(cuts)[1]]
+        pending = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        self._pending = text[len(text) - pending :]
+        return text[: len(text) - pending]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of `stop` that `text` ends with."""
+    """Measures the longest proper prefix of `stop` that `text` ends with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 

@@ -9,7 +9,7 @@ MAX_SCORES = 1 << 26
 
 
 def attention_weights(query: Array, key: Array, mask: Array | None = None) -> Array:
-    """Softmax of scaled scores, in float32.
+    """Computes the softmax of scaled scores, in float32.
 
     Args:
       query: [B, T, N, H].
@@ -20,6 +20,7 @@ def attention_weights(query: Array, key: Array, mask: Array | None = None) -> Ar
       [B, K, N / K, T, S] weights that sum to one over `S`.
     """
     batch, length, heads, width = query.shape
+    # N / K query heads share a key head; the scale 1 / sqrt(H) is on the smaller operand.
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], width)
     scores = jnp.einsum(
         "btkgh,bskh->bkgts", grouped * width**-0.5, key, preferred_element_type=jnp.float32
@@ -30,7 +31,7 @@ def attention_weights(query: Array, key: Array, mask: Array | None = None) -> Ar
 
 
 def attend(weights: Array, value: Array) -> Array:
-    """Weighted sum of values.
+    """Computes the weighted sum of values.
 
     Args:
       weights: [B, K, N / K, T, S] from `attention_weights`.
@@ -44,26 +45,29 @@ def attend(weights: Array, value: Array) -> Array:
 
 
 def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
-    """Grouped-query attention; arguments and result as in `attention_weights` and `attend`.
+    """Computes grouped-query attention; shapes as in `attention_weights` and `attend`.
 
-    Where all scores would be more than `MAX_SCORES`, queries take turns in blocks, so that memory
-    grows with the length of a prompt or image and not with its square.
+    Where all scores would be more than `MAX_SCORES`, queries run in blocks, so that memory grows
+    with the length of a prompt or image and not with its square.
 
     References:
       GQA, https://arxiv.org/abs/2305.13245.
     """
     batch, length, heads, width = query.shape
+    # Queries per block.
     size = max(1, MAX_SCORES // (batch * heads * key.shape[1]))
     if size >= length:
         return attend(attention_weights(query, key, mask), value)
     count = -(-length // size)
-    room = count * size - length
+    padded = count * size - length
 
     def blocks(x: Array, axis: int) -> Array:
-        padding = [(0, room if i == axis else 0) for i in range(x.ndim)]
+        padding = [(0, padded if i == axis else 0) for i in range(x.ndim)]
         split = jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(split, axis, 0)
 
+    # A mask that varies with the query is cut into the same blocks. Checkpoints keep no scores for
+    # the gradient.
     if mask is None or mask.shape[2] == 1:
         run = jax.checkpoint(lambda part: attend(attention_weights(part, key, mask), value))
         mixed = jax.lax.map(run, blocks(query, 1))
@@ -74,7 +78,7 @@ def attention(query: Array, key: Array, value: Array, mask: Array | None = None)
 
 
 def attention_by_head(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """Grouped-query attention on a cache laid out as phones' runtimes hold it.
+    """Computes grouped-query attention on a cache in the layout of on-device runtimes.
 
     Args:
       query: [B, T, N, H].
@@ -87,6 +91,7 @@ def attention_by_head(query: Array, key: Array, value: Array, mask: Array) -> Ar
     """
     batch, length, heads, width = query.shape
     groups, slots = key.shape[1], key.shape[2]
+    # The queries of a key head become rows of one product, so that no head is repeated.
     grouped = (query * width**-0.5).reshape(batch, length, groups, -1, width)
     rows = jnp.transpose(grouped, (0, 2, 3, 1, 4)).reshape(batch, groups, -1, width)
     scores = jnp.einsum("bkrh,bksh->bkrs", rows, key)

@@ -1,20 +1,20 @@
-"""Rows of a cache of keys and values as small integers, `f' = scale * q`.
+"""Quantization of the rows of a key-value cache, symmetric, `x' = scale * q`.
 
-The numbers of one head at one token share a symmetric grid: int8 in -127..127, or int4 in -7..7,
-two to a byte.
+The values of one head at one token share a scale: int8 in -127..127, or int4 in -7..7, two per
+byte.
 """
 
 import jax.numpy as jnp
 from jax import Array
 
-from glm_edge.kernels import grid, packing
+from glm_edge.kernels import packing, quantization
 
 LARGEST = {"int8": 127, "int4": 7}
 SCALE_DTYPE = jnp.float16
 
 
 def quantize_rows(rows: Array, qtype: str) -> tuple[Array, Array]:
-    """Rounds each row to its own grid, which its largest number spans.
+    """Quantizes each row by the scale that its largest magnitude sets.
 
     Args:
       rows: [..., H].
@@ -24,27 +24,28 @@ def quantize_rows(rows: Array, qtype: str) -> tuple[Array, Array]:
       `(data, scale)`: int8 [..., H] or uint8 [..., ceil(H / 2)], and float16 [..., 1].
 
     References:
-      KVQuant compares grids of caches, https://arxiv.org/abs/2401.18079.
+      KVQuant compares formats of caches, https://arxiv.org/abs/2401.18079.
     """
     rows = rows.astype(jnp.float32)
     scale = jnp.max(jnp.abs(rows), axis=-1, keepdims=True) / LARGEST[qtype]
-    # Scales that float16 cannot hold would be infinite, and so would the row.
+    # A scale beyond the range of float16 would be infinite, and so would the row.
     scale = jnp.minimum(scale, jnp.finfo(SCALE_DTYPE).max).astype(SCALE_DTYPE)
-    codes = grid.encode(rows, scale, None, qtype)
+    codes = quantization.quantize(rows, scale, None, qtype)
+    # The lowest code of two's complement has no positive counterpart.
     codes = jnp.maximum(codes, -LARGEST[qtype])
     return packing.pack(codes, qtype), scale
 
 
 def dequantize_rows(data: Array, scale: Array, columns: int) -> Array:
-    """Inverse of `quantize_rows` but for its rounding.
+    """Reconstructs the rows that `quantize_rows` rounded.
 
     Args:
-      data: from `quantize_rows`; its type says which it is.
-      scale: likewise.
+      data: from `quantize_rows`; its type tells int8 from int4.
+      scale: from `quantize_rows`.
       columns: `H`.
 
     Returns:
       float32 [..., H].
     """
     qtype = "int8" if data.dtype == jnp.int8 else "int4"
-    return grid.decode(packing.unpack(data, columns, qtype), scale, None, qtype)
+    return quantization.dequantize(packing.unpack(data, columns, qtype), scale, None, qtype)

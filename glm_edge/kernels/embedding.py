@@ -1,4 +1,4 @@
-"""Embedding look-up whose gradient is a matrix product where that is faster than a scatter."""
+"""Embedding look-up, whose gradient is a matrix product where that is faster than a scatter."""
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ def _backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]
     weight, tokens = saved
     rows = weight.shape[0]
     flat, gradient = tokens.reshape(-1), gradient.reshape(-1, weight.shape[1])
+    # A scatter runs row by row on a CPU; the one-hot product is faster while it fits in memory.
     if flat.size * rows > ONE_HOT_ENTRIES:
         return jnp.zeros_like(weight).at[flat].add(gradient), None
     one_hot = jax.nn.one_hot(flat, rows, dtype=gradient.dtype)

@@ -1,4 +1,4 @@
-"""Normalisation over the last axis, with statistics in float32."""
+"""Normalization over the last axis, with statistics in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,14 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     References:
       Root Mean Square Layer Normalization, https://arxiv.org/abs/1910.07467.
     """
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return weight * wide.astype(x.dtype)
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return weight * x32.astype(x.dtype)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
-    """Centres, divides by the standard deviation over the last axis, then scales and shifts."""
-    wide = x.astype(jnp.float32)
-    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return weight * wide.astype(x.dtype) + bias
+    """Centers, divides by the standard deviation over the last axis, then scales and shifts."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return weight * x32.astype(x.dtype) + bias

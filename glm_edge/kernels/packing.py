@@ -32,7 +32,7 @@ NF4_LEVELS = (
     1.0,
 )
 
-# Codes that fill a whole number of bytes, and that number.
+# Codes per unit, and bytes per unit.
 _UNITS = {
     "int8": (1, 1),
     "int6": (4, 3),
@@ -45,23 +45,23 @@ _UNITS = {
     "ternary34": (32, 5),
 }
 QTYPES = tuple(_UNITS)
-# Widths whose units of three bytes are read as one number.
+# Bits per code where three bytes are read as one integer.
 _IN_THREE_BYTES = {"int6": 6, "int3": 3}
 
 
 def unit(qtype: str) -> int:
-    """Codes that fill a whole number of bytes: a row may be cut only between such units."""
+    """Returns the number of codes per unit of complete bytes: a row is cut only between units."""
     return _UNITS[qtype][0]
 
 
 def packed_columns(columns: int, qtype: str) -> int:
-    """Bytes that `columns` codes of a row take."""
+    """Counts the bytes of `columns` packed codes."""
     codes, size = _UNITS[qtype]
     return -(-columns // codes) * size
 
 
 def stored_dtype(qtype: str) -> np.dtype:
-    """Type of packed codes."""
+    """Returns the type of packed codes."""
     return np.dtype(np.int8 if qtype == "int8" else np.uint8)
 
 
@@ -70,17 +70,18 @@ def pack(codes: Array, qtype: str) -> Array:
     """Packs the codes of each row.
 
     Args:
-      codes: int8 [..., C] within the range of `qtype`; of `ternary34`, each four neighbours hold
-        exactly one zero, and at most one where fewer than four are left at the end.
+      codes: int8 [..., C] within the range of `qtype`; of `ternary34`, each four neighbours have
+        exactly one zero, and at most one where fewer than four remain at the end.
       qtype: one of `QTYPES`.
 
     Returns:
-      uint8 [..., packed_columns(C)], a last unit filled up with zeros; int8 `codes` for `int8`.
+      uint8 [..., packed_columns(C)], a last unit padded with zeros; int8 `codes` for `int8`.
     """
     if qtype == "int8":
         return codes
     codes = _filled(codes, qtype)
     if qtype == "ternary":
+        # Five digits of base 3, the first one the highest.
         digits = (codes + 1).astype(jnp.uint8)
         number = sum(digits[..., i] * jnp.uint8(3 ** (4 - i)) for i in range(5))
         # The fraction number / 243 in 256ths, rounded up: digits come back by multiplication.
@@ -97,7 +98,7 @@ def pack(codes: Array, qtype: str) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("columns", "qtype"))
 def unpack(data: Array, columns: int, qtype: str) -> Array:
-    """Inverse of `pack`.
+    """Unpacks the codes of each row, the inverse of `pack`.
 
     Args:
       data: uint8 [..., packed_columns(C)]; int8 [..., C] for `int8`.
@@ -118,13 +119,13 @@ def planes(data: Array, columns: int, qtype: str) -> list[Array]:
     """Unpacks to several arrays, so that nothing need be interleaved.
 
     Args:
-      data: as in `unpack`, like all others.
+      data: as in `unpack`.
       columns: `C`.
       qtype: one of `QTYPES`.
 
     Returns:
-      `n` arrays int8 [..., ceil(C / n)]; array `i` holds the codes of columns `i`, `i + n`,
-      `i + 2 n` and so on; the last may be filled up with the code zero.
+      `n` arrays int8 [..., ceil(C / n)]; array `i` has the codes of columns `i`, `i + n`,
+      `i + 2 n` and so on; the last may be padded with the code zero.
     """
     if qtype == "int8":
         return [data]
@@ -134,15 +135,16 @@ def planes(data: Array, columns: int, qtype: str) -> list[Array]:
 
 
 def _words(data: Array, qtype: str) -> tuple[Array, int]:
-    """Whole numbers that each hold the same number of neighbouring codes, and that number."""
+    """Reads packed bytes as integers of equally many neighbouring codes, and counts these codes."""
     if qtype in _IN_THREE_BYTES:
         parts = data.reshape(*data.shape[:-1], -1, 3).astype(jnp.int32)
-        # XLA computes a sum once, and a chain of bit operations once for each plane.
+        # XLA computes a sum once, and a chain of bit operations once per plane.
         words = jnp.sum(parts << jnp.asarray([0, 8, 16]), axis=-1, dtype=jnp.int32)
         return words, unit(qtype)
     if qtype in ("int5", "ternary34"):
         units = data.reshape(*data.shape[:-1], -1, 5)
-        # XLA computes stacked numbers once, and broadcast ones once for each plane.
+        # Four bytes of low nibbles and one of fifth bits; a word is one code of five bits. XLA
+        # computes a stack once, and a broadcast once per plane.
         low = jnp.stack([units[..., :4] & 0xF, units[..., :4] >> 4], axis=-1)
         high = (units[..., 4:] >> jnp.arange(8, dtype=jnp.uint8)) & 1
         words = low.reshape(high.shape) | (high << 4)
@@ -151,17 +153,19 @@ def _words(data: Array, qtype: str) -> tuple[Array, int]:
 
 
 def _code(words: Array, index: Array | int, qtype: str) -> Array:
-    """Code at place `index` of each word, as int8."""
+    """Extracts the code at `index` of each word, as int8."""
     if qtype == "ternary":
-        # The product wraps: what remains is the fraction after the digits before. A digit is the
-        # whole part of three fractions, (3 * fraction) >> 8.
+        # The byte is a fraction in 256ths. Multiplied by 3^index it wraps to the fraction after the
+        # earlier digits; the next digit is the integer part of three times it, (3 * f) >> 8.
         fraction = words * (jnp.asarray(3, jnp.uint8) ** jnp.asarray(index, jnp.uint8))
         return (fraction > 85).astype(jnp.int8) + (fraction > 170).astype(jnp.int8) - 1
     if qtype == "ternary34":
-        place, index = words >> 3, jnp.asarray(index, jnp.uint8)
-        sign = (words >> jnp.minimum(index - (index > place), 2)) & 1
-        return jnp.where(place == index, 0, 2 * sign.astype(jnp.int8) - 1).astype(jnp.int8)
+        # Index of the zero in bits 3 and 4, the signs of the other three in bits 0 to 2.
+        zero_index, index = words >> 3, jnp.asarray(index, jnp.uint8)
+        sign = (words >> jnp.minimum(index - (index > zero_index), 2)) & 1
+        return jnp.where(zero_index == index, 0, 2 * sign.astype(jnp.int8) - 1).astype(jnp.int8)
     if qtype in _IN_THREE_BYTES:
+        # Shifted to the top of 32 bits and back, which extends the sign.
         width = _IN_THREE_BYTES[qtype]
         return ((words << (32 - width * (1 + index))) >> (32 - width)).astype(jnp.int8)
     if qtype == "int5":
@@ -175,10 +179,11 @@ def _code(words: Array, index: Array | int, qtype: str) -> Array:
 
 
 def _filled(codes: Array, qtype: str) -> Array:
-    """[..., units, codes of a unit], the last unit filled up."""
+    """Splits codes into units, [..., units, codes per unit], and pads the last unit."""
     size, columns = unit(qtype), codes.shape[-1]
     missing = -columns % size
     if qtype == "ternary34" and missing:
+        # Padding keeps one zero per four: it is the first of a padded four, unless codes have one.
         tail = jnp.asarray(np.arange(columns, columns + missing) % 4 != 0, jnp.int8)
         tail = jnp.broadcast_to(tail, (*codes.shape[:-1], missing))
         if columns % 4:
@@ -196,25 +201,28 @@ def _join(fields: Array, width: int) -> Array:
 
 
 def _join_three_bytes(codes: Array, width: int) -> Array:
-    """[..., units, codes of a unit] to [..., 3 bytes of each unit]."""
+    """Joins [..., units, codes per unit] to [..., 3 bytes per unit]."""
     fields = (codes.astype(jnp.uint8) & (2**width - 1)).astype(jnp.uint32)
     shifts = width * jnp.arange(codes.shape[-1], dtype=jnp.uint32)
+    # One integer of 24 bits per unit, then its bytes from the lowest.
     number = jnp.sum(fields << shifts, axis=-1, dtype=jnp.uint32)
     parts = (number[..., None] >> (8 * jnp.arange(3, dtype=jnp.uint32))) & 0xFF
     return parts.astype(jnp.uint8).reshape(*parts.shape[:-2], -1)
 
 
 def _pack_ternary34(codes: Array) -> Array:
-    """Place of the zero in two bits and three signs in three: five bits, four low and one high."""
+    """Packs four codes in five bits: two for the index of the zero, three for the signs."""
     fours = codes.reshape(*codes.shape[:-1], 8, 4)
-    place = jnp.argmin(jnp.abs(fours), axis=-1)
-    slots = jnp.arange(3) + (jnp.arange(3) >= place[..., None])
-    signs = jnp.take_along_axis(fours, slots, axis=-1) > 0
-    return _join_fives((place * 8 + jnp.sum(signs << jnp.arange(3), axis=-1)).astype(jnp.uint8))
+    zero_index = jnp.argmin(jnp.abs(fours), axis=-1)
+    # The three other indices, in order.
+    others = jnp.arange(3) + (jnp.arange(3) >= zero_index[..., None])
+    signs = jnp.take_along_axis(fours, others, axis=-1) > 0
+    fields = zero_index * 8 + jnp.sum(signs << jnp.arange(3), axis=-1)
+    return _join_fives(fields.astype(jnp.uint8))
 
 
 def _join_fives(fields: Array) -> Array:
-    """[..., units, 8] numbers of five bits to [..., 5 bytes of each unit]: low bits, then high."""
+    """Joins [..., units, 8] integers of five bits to [..., 5 bytes per unit], low bits first."""
     low = _join((fields & 0xF).reshape(*fields.shape[:-1], 4, 2), 4)
     high = _join(fields >> 4, 1)
     packed = jnp.concatenate([low, high[..., None]], axis=-1)

@@ -13,12 +13,12 @@ def inverse_frequencies(rotary_dim: int, theta: float) -> np.ndarray:
 
 
 def angles(positions: Array, frequencies: Array, mrope_section: tuple[int, ...] = ()) -> Array:
-    """Angles by which each pair of dimensions turns.
+    """Computes the angles by which pairs of dimensions rotate.
 
     Args:
       positions: [B, T] token positions, or [3, B, T] (time, height, width) with `mrope_section`.
       frequencies: [R / 2] angular frequencies.
-      mrope_section: numbers of frequencies that follow each row of `positions` in turn.
+      mrope_section: counts of frequencies that follow each row of `positions` in turn.
 
     Returns:
       [B, T, R / 2] angles in radians.
@@ -30,6 +30,7 @@ def angles(positions: Array, frequencies: Array, mrope_section: tuple[int, ...] 
         return positions.astype(jnp.float32)[..., None] * frequencies
     if positions.ndim == 2:
         positions = jnp.broadcast_to(positions, (3, *positions.shape))
+    # Sections of frequencies take time, height and width in turn.
     row_of_frequency = np.repeat(np.arange(len(mrope_section)) % 3, mrope_section)
     chosen = jnp.moveaxis(positions[row_of_frequency], 0, -1)
     return chosen.astype(jnp.float32) * frequencies
@@ -38,15 +39,15 @@ def angles(positions: Array, frequencies: Array, mrope_section: tuple[int, ...] 
 def block_positions(
     rank: Array, placeholder: Array, valid: Array, grids: Sequence[tuple[int, int]]
 ) -> tuple[Array, Array]:
-    """Positions (time, row, column) of a prompt in which image features stand as grids.
+    """Computes positions (time, row, column) of a prompt with grids of image features.
 
-    A text token advances by one in all three; a grid of `r x c` features stands at one time, at
-    its rows and columns counted from there, and what follows goes on `max(r, c)` later.
+    A text token advances all three by one. A grid of `r x c` features has one time, and rows and
+    columns counted from there. The token after it continues `max(r, c)` later.
 
     Args:
-      rank: [B, T], at a placeholder its place among all features, which `grids` lists in order.
-      placeholder: bool [B, T], True where an image feature stands.
-      valid: bool [B, T], False at padding, which stands at 0 and advances nothing.
+      rank: [B, T], at a placeholder its index among all features, which `grids` lists in order.
+      placeholder: bool [B, T], True at image features.
+      valid: bool [B, T], False at padding, whose position is 0 and which does not advance.
       grids: (rows, columns) of features of each image or temporal patch of a video.
 
     Returns:
@@ -55,11 +56,13 @@ def block_positions(
     References:
       GLM-4.1V-Thinking, https://arxiv.org/abs/2507.01006.
     """
+    # Row and column of each feature in its grid. The last feature advances past the grid.
     row = np.concatenate([np.repeat(np.arange(r), c) for r, c in grids])
     column = np.concatenate([np.tile(np.arange(c), r) for r, c in grids])
     advance = np.concatenate([[0] * (r * c - 1) + [max(r, c)] for r, c in grids])
     inside = placeholder & valid
     index = jnp.clip(rank, 0, len(row) - 1)
+    # Start of each token: the steps of all tokens before it.
     step = jnp.where(inside, jnp.asarray(advance)[index], 1) * valid
     start = jnp.cumsum(step, axis=1) - step
     offset = jnp.stack([jnp.zeros_like(index), jnp.asarray(row)[index], jnp.asarray(column)[index]])
@@ -68,7 +71,7 @@ def block_positions(
 
 
 def rotate_interleaved(x: Array, angle: Array) -> Array:
-    """Turns pairs (2i, 2i + 1) of the first `R` dimensions of each head; the rest pass through.
+    """Rotates pairs (2i, 2i + 1) of the first `R` dimensions of each head; the others pass through.
 
     Args:
       x: [B, T, N, H] queries or keys.
@@ -80,17 +83,18 @@ def rotate_interleaved(x: Array, angle: Array) -> Array:
     References:
       RoFormer, https://arxiv.org/abs/2104.09864.
     """
+    # (a, b) -> (a cos - b sin, b cos + a sin)
     rotary_dim = 2 * angle.shape[-1]
-    turned, passed = x[..., :rotary_dim], x[..., rotary_dim:]
-    pairs = turned.reshape(*turned.shape[:-1], rotary_dim // 2, 2)
+    rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
+    pairs = rotated.reshape(*rotated.shape[:-1], rotary_dim // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return jnp.concatenate([turned.reshape(*x.shape[:-1], rotary_dim), passed], axis=-1)
+    rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return jnp.concatenate([rotated.reshape(*x.shape[:-1], rotary_dim), passed], axis=-1)
 
 
 def rotate_half(x: Array, angle: Array) -> Array:
-    """Turns pairs (i, i + R / 2) of the first `R` dimensions of each head.
+    """Rotates pairs (i, i + R / 2) of the first `R` dimensions of each head.
 
     Args:
       x: [B, T, N, H] queries or keys.
@@ -99,6 +103,7 @@ def rotate_half(x: Array, angle: Array) -> Array:
     Returns:
       [B, T, N, H].
     """
+    # As `rotate_interleaved`, with the two halves of the rotary dimensions as partners.
     half = angle.shape[-1]
     first, second, passed = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]

@@ -1,1 +1,1 @@
-"""Pure Linen modules, one architecture a file."""
+"""Pure Linen modules, one architecture per file."""

@@ -45,8 +45,8 @@ class Stem:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Blocks of one width; the first of them has the stride."""
+class StageConfig:
+    """A stage of blocks of one width, of which the first has the stride."""
 
     features: int
     depth: int
@@ -55,7 +55,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Inverted:
-    """One inverted residual: widen to `hidden`, filter each channel, narrow to `features`.
+    """An inverted residual: expand to `hidden`, filter each channel, project to `features`.
 
     Attributes:
       features: channels of the result.
@@ -76,7 +76,7 @@ class ResNetConfig:
 
     name: str
     stem: Stem
-    stages: tuple[Stage, ...]
+    stages: tuple[StageConfig, ...]
     expansion: int = 4
     num_classes: int = 1000
     image_size: tuple[int, int, int] = (224, 224, 3)
@@ -111,7 +111,7 @@ class RepVGGConfig:
 
     name: str
     stem: Stem
-    stages: tuple[Stage, ...]
+    stages: tuple[StageConfig, ...]
     num_classes: int = 1000
     image_size: tuple[int, int, int] = (224, 224, 3)
 
@@ -126,7 +126,7 @@ class ConvNorm(nn.Module):
       features: channels of the result.
       kernel: height and width; odd, and padded so that stride 1 keeps the size.
       stride: in both directions.
-      groups: channels are split in so many groups that do not meet.
+      groups: number of separate groups of channels.
       deploy: without the norm.
     """
 
@@ -152,7 +152,7 @@ class ConvNorm(nn.Module):
 
 
 def batch_norm(train: bool, name: str) -> nn.BatchNorm:
-    """A batch norm over B, H and W, as every model here has it."""
+    """Makes the batch norm over B, H and W that all models of this file use."""
     return nn.BatchNorm(not train, momentum=NORM_MOMENTUM, epsilon=NORM_EPS, name=name)
 
 
@@ -248,7 +248,7 @@ class RepVGGBlock(nn.Module):
 
 
 class CNN(nn.Module):
-    """An image classifier; which architecture, its configuration says.
+    """An image classifier of the architecture that its configuration names.
 
     Attributes:
       config: of one of the architectures of this file.
@@ -299,7 +299,7 @@ class CNN(nn.Module):
 
 
 def _blocks(config: CNNConfig, deploy: bool) -> list[nn.Module]:
-    """The blocks between stem and head, named `blocks_<i>` within the calling module."""
+    """Makes the blocks between stem and head, named `blocks_<i>` within the calling module."""
     if isinstance(config, MobileNetV2Config):
         return [
             InvertedBlock(block, deploy, name=f"blocks_{index}")
@@ -327,7 +327,7 @@ def _blocks(config: CNNConfig, deploy: bool) -> list[nn.Module]:
 
 
 def mobilenet_v2(width: float = 1.0) -> MobileNetV2Config:
-    """MobileNetV2 with all channels times `width`, in whole eights.
+    """Configures MobileNetV2 with all channels times `width`, in multiples of eight.
 
     Args:
       width: at least 0.1.
@@ -352,12 +352,14 @@ def mobilenet_v2(width: float = 1.0) -> MobileNetV2Config:
 
 
 def _eights(channels: float) -> int:
-    whole = max(8, int(channels + 4) // 8 * 8)
-    return whole + 8 if whole < 0.9 * channels else whole
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 def _repvgg(name: str, depths: tuple[int, ...], widths: tuple[int, ...]) -> RepVGGConfig:
-    stages = tuple(Stage(width, depth, 2) for width, depth in zip(widths, depths, strict=True))
+    stages = tuple(
+        StageConfig(width, depth, 2) for width, depth in zip(widths, depths, strict=True)
+    )
     return RepVGGConfig(name, Stem(min(64, widths[0])), stages)
 
 
@@ -372,7 +374,12 @@ PRESETS: Mapping[str, CNNConfig] = MappingProxyType(
             ResNetConfig(
                 "resnet_50",
                 Stem(64, 7, 2, pool=True),
-                (Stage(64, 3, 1), Stage(128, 4, 2), Stage(256, 6, 2), Stage(512, 3, 2)),
+                (
+                    StageConfig(64, 3, 1),
+                    StageConfig(128, 4, 2),
+                    StageConfig(256, 6, 2),
+                    StageConfig(512, 3, 2),
+                ),
             ),
             SeparableConfig("mobilenet_v1", Stem(32), _V1_BLOCKS),
             mobilenet_v2(),
@@ -381,7 +388,7 @@ PRESETS: Mapping[str, CNNConfig] = MappingProxyType(
             ResNetConfig(
                 "resnet_digits",
                 Stem(24, stride=1),
-                (Stage(24, 2, 1), Stage(48, 2, 2), Stage(96, 2, 2)),
+                (StageConfig(24, 2, 1), StageConfig(48, 2, 2), StageConfig(96, 2, 2)),
                 expansion=1,
                 **_DIGITS,
             ),
@@ -404,7 +411,7 @@ PRESETS: Mapping[str, CNNConfig] = MappingProxyType(
             RepVGGConfig(
                 "repvgg_digits",
                 Stem(16, stride=1),
-                (Stage(16, 2, 1), Stage(32, 2, 2), Stage(64, 1, 2)),
+                (StageConfig(16, 2, 1), StageConfig(32, 2, 2), StageConfig(64, 1, 2)),
                 **_DIGITS,
             ),
         )
@@ -413,7 +420,7 @@ PRESETS: Mapping[str, CNNConfig] = MappingProxyType(
 
 
 def preset(name: str) -> CNNConfig:
-    """A published architecture, or a small one for digits of 28x28 or 8x8 pixels.
+    """Returns a published architecture, or a small one for digits of 28x28 or 8x8 pixels.
 
     Args:
       name: `resnet_50`, `mobilenet_v1`, `mobilenet_v2_1`, `repvgg_a2`, `repvgg_b1`; or

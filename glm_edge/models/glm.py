@@ -18,8 +18,8 @@ LayerCache = dict[str, Array]
 Cache = dict[str, Any]
 # Entries of a layer's cache that is laid out for a phone's runtime, in place of `key` and `value`.
 KEY_BY_HEAD, VALUE_BY_HEAD = "key_by_head", "value_by_head"
-# What of a layer runs, see `Decoder.run_layer`.
-WHOLE, KEYS, REST = "whole", "keys", "rest"
+# Parts of a layer that run, see `Decoder.run_layer`.
+ALL_PARTS, KEYS_ONLY, AFTER_KEYS = "all", "keys", "after_keys"
 
 
 class Attention(nn.Module):
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         mask: Array,
         cache: LayerCache | None,
         slot: Array,
-        part: str = WHOLE,
+        part: str = ALL_PARTS,
     ) -> tuple[Array, LayerCache | None]:
         config = self.config
         heads, kv_heads = config.heads(self.layer), config.kv_heads(self.layer)
@@ -51,16 +51,16 @@ class Attention(nn.Module):
 
         rotate = rotary.rotate_interleaved if config.rotary_interleaved else rotary.rotate_half
         by_head = cache is not None and KEY_BY_HEAD in cache
-        if part != KEYS:
+        if part != KEYS_ONLY:
             query = rotate(project("q_proj", heads, "heads"), angle)
-        if part != REST:
+        if part != AFTER_KEYS:
             key = rotate(project("k_proj", kv_heads, "kv_heads"), angle)
             value = project("v_proj", kv_heads, "kv_heads")
             if by_head:
                 cache = write_cache_by_head(cache, key, value, slot)
             elif cache is not None:
                 cache = write_cache(cache, {"key": key, "value": value}, slot)
-            if part == KEYS:
+            if part == KEYS_ONLY:
                 return x, cache
         if by_head:
             attended = mask.shape[-1]
@@ -76,8 +76,8 @@ class Attention(nn.Module):
         return Linear(config.hidden_size, False, self.compute, name="o_proj")(mixed), cache
 
 
-class Layer(nn.Module):
-    """One transformer layer; with `sandwich_norm`, each branch is normed before and after."""
+class DecoderLayer(nn.Module):
+    """A transformer layer; with `sandwich_norm`, each branch is normed before and after."""
 
     config: DecoderConfig
     layer: int
@@ -91,7 +91,7 @@ class Layer(nn.Module):
         mask: Array,
         cache: LayerCache | None,
         slot: Array,
-        part: str = WHOLE,
+        part: str = ALL_PARTS,
     ) -> tuple[Array, LayerCache | None]:
         config = self.config
 
@@ -101,7 +101,7 @@ class Layer(nn.Module):
         attended, cache = Attention(config, self.layer, self.compute, name="attention")(
             rms("input_norm")(x), angle, mask, cache, slot, part
         )
-        if part == KEYS:
+        if part == KEYS_ONLY:
             return x, cache
         if config.sandwich_norm:
             attended = rms("post_self_attention_norm")(attended)
@@ -123,7 +123,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         self.layers = Stack(
-            tuple(Layer(self.config, i, self.compute) for i in range(self.config.num_layers))
+            tuple(DecoderLayer(self.config, i, self.compute) for i in range(self.config.num_layers))
         )
         self.norm = RMSNorm(self.config.rms_norm_eps)
 
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
     def prepare(
         self, x: Array, positions: Array, mask: Array | None, cache: Cache | None
     ) -> tuple[Array, Array, Array]:
-        """Rotary angles, mask and first cache slot shared by all layers."""
+        """Computes rotary angles, mask and first cache slot, which all layers share."""
         config = self.config
         frequencies = rotary.inverse_frequencies(config.rotary_dim, config.rope_theta)
         angle = rotary.angles(positions, frequencies, config.mrope_section)
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
         mask: Array,
         cache: Any,
         slot: Array,
-        part: str = WHOLE,
+        part: str = ALL_PARTS,
     ) -> tuple[Array, Any]:
         """Runs one layer, for calibration, block-wise training and early exit.
 
@@ -208,8 +208,8 @@ def init_cache(
       config: of the decoder.
       batch: rows.
       num_slots: tokens that fit.
-      dtype: type of keys and values: a floating one, or `int8` or `int4`, which round each head of
-        a token to its own symmetric grid.
+      dtype: type of keys and values: a floating one, or `int8` or `int4`, which round each head
+        of a token with its own symmetric scale.
 
     Returns:
       `{"layers": [{"key", "value"}: [B, S, K, H]], "length": 0}`; of integers, also `key_scale` and
@@ -249,17 +249,17 @@ def write_cache(cache: LayerCache, new: dict[str, Array], slot: Array) -> LayerC
         for name, values in new.items():
             rows[name], rows[f"{name}_scale"] = cache_kernels.quantize_rows(values, qtype)
     axes = ("batch", "slots", "kv_heads", "head_dim")
-    place = (0, slot, 0, 0)
+    start = (0, slot, 0, 0)
     return {
         name: constrain(
-            jax.lax.dynamic_update_slice(held, rows[name].astype(held.dtype), place), *axes
+            jax.lax.dynamic_update_slice(array, rows[name].astype(array.dtype), start), *axes
         )
-        for name, held in cache.items()
+        for name, array in cache.items()
     }
 
 
 def write_cache_by_head(cache: LayerCache, key: Array, value: Array, slot: Array) -> LayerCache:
-    """As `write_cache`, for `KEY_BY_HEAD` [B, K, S, H] and `VALUE_BY_HEAD` [B, K, H, S]."""
+    """Writes as `write_cache`, to `KEY_BY_HEAD` [B, K, S, H] and `VALUE_BY_HEAD` [B, K, H, S]."""
     update = jax.lax.dynamic_update_slice
     return {
         KEY_BY_HEAD: update(cache[KEY_BY_HEAD], jnp.swapaxes(key, 1, 2), (0, 0, slot, 0)),

@@ -1,4 +1,4 @@
-"""Linear, Embed and norms that every architecture here is made of; weights are `[out, in]`."""
+"""Linear, Embed, norms and feed-forward networks of all architectures; weights are `[out, in]`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,18 +9,17 @@ from jax import Array
 
 from glm_edge import params
 from glm_edge.errors import CheckpointError
-from glm_edge.kernels import neurons as neuron_kernels
-from glm_edge.kernels import norm
+from glm_edge.kernels import norm, sparse_mlp
 from glm_edge.params.sharding import constrain
 
 Initializer = Callable[..., Array]
 normal = nn.initializers.normal
-# Weights laid out by neuron, in place of a gated network's matrices; see `kernels.neurons`.
+# Weights laid out by neuron, in place of a gated network's matrices; see `kernels.sparse_mlp`.
 SKIPPING = "skipping"
 
 
 class Linear(nn.Module):
-    """Multiplies with a weight stored `[features, in]`, taking it in its box.
+    """A product with a weight stored `[features, in]`, which may be boxed.
 
     Attributes:
       features: width of the result.
@@ -43,13 +42,13 @@ class Linear(nn.Module):
         return y
 
     def sow_input(self, x: Array) -> None:
-        """Leaves the input where calibration asked for it, in the collection `inputs`."""
+        """Sows the input into the collection `inputs` during calibration."""
         if self.is_mutable_collection("inputs") and not self.is_initializing():
             self.sow("inputs", "rows", x.reshape(-1, x.shape[-1]))
 
 
 class Embed(nn.Module):
-    """Embedding `[num_embeddings, features]`, also usable as the output head of a tied model."""
+    """An embedding `[num_embeddings, features]`, which is also the output head of a tied model."""
 
     num_embeddings: int
     features: int
@@ -64,7 +63,7 @@ class Embed(nn.Module):
         return params.lookup(self.weight, tokens)
 
     def attend(self, x: Array) -> Array:
-        """Scores `[..., features]` against every row."""
+        """Scores `[..., features]` with every row."""
         return params.linear(x, self.weight, self.compute)
 
 
@@ -105,7 +104,7 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         if self.has_variable("params", SKIPPING):
-            return neuron_kernels.sparse_mlp(x, self.get_variable("params", SKIPPING))
+            return sparse_mlp.sparse_mlp(x, self.get_variable("params", SKIPPING))
         fused = Linear(2 * self.neurons, self.use_bias, self.compute, name="gate_up_proj")(x)
         gate, up = jnp.split(fused, 2, axis=-1)
         hidden = gated(self, "neurons", up * nn.silu(gate))
@@ -131,7 +130,7 @@ class MLP(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers named `0`, `1`, …, so that their parameters lie at `layers/<i>`."""
+    """Layers named `0`, `1`, …, so that their parameters are stored at `layers/<i>`."""
 
     layers: tuple[nn.Module, ...]
 
@@ -144,7 +143,7 @@ class Stack(nn.Module):
 
 
 def gated(module: nn.Module, name: str, x: Array) -> Array:
-    """Scales heads or neurons by a gate when one is given, for importance scores.
+    """Scales heads or neurons by a gate, if there is one, for importance scores.
 
     Args:
       module: whose collection `gates` may hold the gate.

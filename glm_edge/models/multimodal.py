@@ -88,7 +88,7 @@ class MultimodalGLM(nn.Module):
     def start_positions(
         self, tokens: Array, valid: Array | None = None, images: Images | None = None
     ) -> tuple[Array, Array]:
-        """Positions of prompts, counted from each row's first valid token.
+        """Computes positions of prompts, counted from each row's first valid token.
 
         Args:
           tokens: [B, T].
@@ -139,7 +139,7 @@ class MultimodalGLM(nn.Module):
         return in_reading_order([self.vision(group)[0] for group in groups], order)
 
     def encode_audio(self, audio: Array, audio_frames: Array | None = None) -> Array:
-        """Speech features: [B, M, D], or [N * M, D] with `audio_frames`, those that count first."""
+        """Encodes speech as [B, M, D], or as [N * M, D] with `audio_frames`, valid ones first."""
         items = audio.reshape(-1, *audio.shape[-2:])
         features = self.speech(items)[0]
         if audio_frames is None:
@@ -147,7 +147,7 @@ class MultimodalGLM(nn.Module):
         return sounding_first(features, audio_frames, self.config.speech.merge_size)
 
     def predict(self, final: Array) -> Array:
-        """Scores of every token from the normed output of the decoder."""
+        """Scores every token, given the normed output of the decoder."""
         tied = self.config.decoder.tie_embeddings
         logits = self.embed.attend(final) if tied else self.head(final)
         return constrain(logits, "batch", "length", "vocab")
@@ -248,7 +248,7 @@ def _frames_error(image: Array, config: VisionConfig) -> str:
 
 
 def _temporal_patches(image: Array, config: VisionConfig) -> Array:
-    """[temporal patches, P, height, width, channels] of a still image or a video."""
+    """Reshapes an image or a video to [temporal patches, P, height, width, channels]."""
     if image.ndim not in (3, 4) or image.shape[-1] != config.channels:
         raise DataError(
             f"an image must be [height, width, {config.channels}] and a video [frames, height, "
@@ -263,7 +263,7 @@ def _temporal_patches(image: Array, config: VisionConfig) -> Array:
 
 
 def _feature_grids(images: Images, config: VisionConfig) -> list[tuple[int, int]]:
-    """(rows, columns) of features of each image, or of each temporal patch of a video."""
+    """Lists (rows, columns) of features of each image, or of each temporal patch of a video."""
     if not isinstance(images, list | tuple):
         shapes = [images.shape[-3:]] * (images.shape[1] if images.ndim == 5 else 1)
     else:
@@ -277,7 +277,7 @@ def _feature_grids(images: Images, config: VisionConfig) -> list[tuple[int, int]
 
 
 def _rank(placeholder: Array, per_row: bool) -> Array:
-    """Place of each placeholder among those of its row, or of all rows in reading order."""
+    """Ranks each placeholder among those of its row, or of all rows in reading order."""
     if per_row:
         return jnp.cumsum(placeholder, axis=1) - 1
     return jnp.cumsum(placeholder.reshape(-1)).reshape(placeholder.shape) - 1
@@ -289,7 +289,7 @@ def place_features(x: Array, placeholder: Array, features: Array) -> Array:
     Args:
       x: [B, T, D] embedded tokens.
       placeholder: bool [B, T].
-      features: [B, M, D], a row for each row of `x`, or [M, D] for all rows in reading order.
+      features: [B, M, D], one row per row of `x`, or [M, D] for all rows in reading order.
 
     Returns:
       [B, T, D].

@@ -15,7 +15,7 @@ from glm_edge.params.sharding import constrain
 
 
 class SpeechAttention(nn.Module):
-    """Full grouped-query attention with half-split partial rotary positions, no bias for keys."""
+    """Full grouped-query attention with half-split partial rotary positions; keys have no bias."""
 
     config: SpeechConfig
     layer: int
@@ -42,7 +42,7 @@ class SpeechAttention(nn.Module):
 
 
 class SpeechLayer(nn.Module):
-    """One pre-norm layer with a GELU feed-forward network."""
+    """A pre-norm layer with a GELU feed-forward network."""
 
     config: SpeechConfig
     layer: int
@@ -63,7 +63,7 @@ class SpeechLayer(nn.Module):
 
 
 class SpeechEncoder(nn.Module):
-    """Turns log-mel frames into features for the decoder.
+    """The speech encoder, from log-mel frames to features for the decoder.
 
     Attributes:
       config: of the encoder.
@@ -112,7 +112,7 @@ class SpeechEncoder(nn.Module):
         return self.head(final), intermediates
 
     def embed(self, mel: Array) -> tuple[Array, Array, Array]:
-        """Input of the first layer, [B, frames / 2, hidden_size], and `conv1` and `conv2`."""
+        """Applies `conv1` and `conv2` for the input of the first layer, [B, frames / 2, D]."""
         conv1 = self.conv1(_neighbours(mel))
         conv2 = self.conv2(_neighbours(nn.gelu(conv1, approximate=False))[:, ::2])
         x = nn.gelu(conv2, approximate=False)
@@ -121,12 +121,12 @@ class SpeechEncoder(nn.Module):
         return constrain(x, "batch", "length", "embed"), conv1, conv2
 
     def angles(self, length: int) -> Array:
-        """Rotary angles, [1, length, rotary_dim / 2]."""
+        """Computes rotary angles, [1, length, rotary_dim / 2]."""
         frequencies = rotary.inverse_frequencies(self.config.rotary_dim, self.config.rope_theta)
         return jnp.asarray(np.arange(length)[:, None] * frequencies, jnp.float32)[None]
 
     def head(self, final: Array) -> Array:
-        """Merge of neighbouring frames and projector, of normed frames."""
+        """Merges neighbouring normed frames and projects them."""
         if not self.config.projector_size:
             return final
         merged = final.reshape(final.shape[0], -1, final.shape[2] * self.config.merge_size)
@@ -135,6 +135,6 @@ class SpeechEncoder(nn.Module):
 
 
 def _neighbours(x: Array) -> Array:
-    """Each frame with the one before and the one after, zero outside: a width-3 convolution."""
+    """Joins each frame with its neighbours, zero outside, for a convolution of width 3."""
     padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
     return jnp.concatenate([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], axis=-1)

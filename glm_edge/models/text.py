@@ -1,4 +1,4 @@
-"""A bidirectional text encoder: BERT, or DistilBERT when there are no token types."""
+"""A bidirectional text encoder: BERT, or DistilBERT without token types."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from glm_edge.params.sharding import constrain
 
 
 class TextLayer(nn.Module):
-    """One post-norm layer."""
+    """A post-norm layer."""
 
     config: TextConfig
     layer: int
@@ -46,7 +46,7 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Encodes whole sentences; with `num_labels`, also classifies them by their first token.
+    """A sentence encoder; with `num_labels`, a classifier of the first token too.
 
     References:
       BERT, https://arxiv.org/abs/1810.04805; DistilBERT, https://arxiv.org/abs/1910.01108.

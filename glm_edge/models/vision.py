@@ -51,7 +51,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """One pre-norm layer; `window` patches attend to each other, all of them when it is None."""
+    """A pre-norm layer; `window` patches attend to each other, or all patches if it is None."""
 
     config: VisionConfig
     window: Grid | None
@@ -89,7 +89,7 @@ class VisionLayer(nn.Module):
 
 
 class Projector(nn.Module):
-    """Projects merged patches into the decoder: linear, norm, GELU, gated feed-forward."""
+    """The projector of merged patches into the decoder: linear, norm, GELU, gated feed-forward."""
 
     features: int
     neurons: int
@@ -104,7 +104,7 @@ class Projector(nn.Module):
 
 
 class PoolingHead(nn.Module):
-    """One learned query attends to all patches (SigLIP)."""
+    """A head with one learned query that attends to all patches (SigLIP)."""
 
     config: VisionConfig
     compute: str = "float32"
@@ -135,7 +135,7 @@ class PoolingHead(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Turns images into features for the decoder.
+    """The vision encoder, from images to features for the decoder.
 
     Attributes:
       config: of the tower.
@@ -214,7 +214,7 @@ class VisionEncoder(nn.Module):
         return constrain(x, "batch", "length", "embed"), projected
 
     def angles(self, grid: Grid) -> Array:
-        """Rotary angles of rows, then columns, [1, rows * columns, head_dim / 2]."""
+        """Computes rotary angles of rows, then columns, [1, rows * columns, head_dim / 2]."""
         config = self.config
         quarter = rotary.inverse_frequencies(config.head_size // 2, config.rope_theta)
         row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
@@ -222,7 +222,7 @@ class VisionEncoder(nn.Module):
         return jnp.asarray(angle, jnp.float32)[None]
 
     def head(self, final: Array, grid: Grid) -> Array:
-        """Merge, projector and, where configured, positions and boundaries, of normed patches."""
+        """Merges and projects normed patches, with positions and boundaries where configured."""
         config = self.config
         if not config.projector_size:
             return final
@@ -298,7 +298,7 @@ def _join_windows(x: Array, grid: tuple[int, int], window: tuple[int, int]) -> A
 
 
 def _resize_positions(table: Array, source: tuple[int, int], target: tuple[int, int]) -> Array:
-    """Bicubic, half-pixel resampling of a [rows * columns, D] table, edges repeated."""
+    """Resamples a [rows * columns, D] table: bicubic, half-pixel centers, edges repeated."""
     if source == target:
         return table
     weights = [_cubic_weights(source[axis], target[axis]) for axis in (0, 1)]
@@ -307,7 +307,7 @@ def _resize_positions(table: Array, source: tuple[int, int], target: tuple[int, 
 
 
 def _cubic_weights(source: int, target: int) -> np.ndarray:
-    """[target, source] interpolation matrix of the cubic convolution kernel with A = -0.75."""
+    """Computes the [target, source] matrix of cubic convolution with A = -0.75."""
     a = -0.75
     centre = (np.arange(target) + 0.5) * source / target - 0.5
     base = np.floor(centre).astype(int)

@@ -20,7 +20,7 @@ from flax.core import meta
 from jax import Array
 
 from glm_edge.errors import BoxError
-from glm_edge.kernels import grid, packing
+from glm_edge.kernels import packing, quantization
 from glm_edge.params.formats import FLOATING as DENSE
 from glm_edge.params.formats import Format
 
@@ -30,7 +30,7 @@ _program = functools.partial(jax.jit, inline=True)
 
 
 class _Box(meta.AxisMetadata):
-    """What all boxes share: axes come from the data, so adding or removing one changes nothing."""
+    """Base of the boxes: axes come from the data, so adding or removing one changes nothing."""
 
     trainable: ClassVar[tuple[str, ...]] = ()
 
@@ -54,7 +54,7 @@ class _Box(meta.AxisMetadata):
 
 
 class Masked(struct.PyTreeNode, _Box, repr=False):
-    """A pruned weight: `unbox()` is `value * mask`.
+    """A pruned weight, whose `unbox()` is `value * mask`.
 
     Build with `mask`. `value` may itself be a `FakeQuantized`; quantizing a masked weight keeps its
     zeros exactly and drops the mask.
@@ -79,7 +79,7 @@ class Masked(struct.PyTreeNode, _Box, repr=False):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight."""
+        """Returns the shape of the dense weight."""
         return self.value.shape
 
     @_program
@@ -94,7 +94,7 @@ class Masked(struct.PyTreeNode, _Box, repr=False):
 
 
 class Quantized(struct.PyTreeNode, _Box, repr=False):
-    """A weight in packed codes: `unbox()` is `scale * (level - zero)`.
+    """A weight in packed codes, whose `unbox()` is `scale * (level - zero)`.
 
     Build with `quantized`. Matrices are held `[..., out, in]`; groups and packing run along `in`.
 
@@ -132,7 +132,7 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight."""
+        """Returns the shape of the dense weight."""
         if self.kernel_shape:
             return (*self.data.shape[:-2], *self.kernel_shape)
         return (*self.data.shape[:-1], self.columns)
@@ -143,12 +143,12 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
 
     def levels(self) -> Array:
         """Returns the level of each code: int8, or float32 of nf4, [..., out, in]."""
-        return grid.levels(self.codes(), self.format.qtype)
+        return quantization.levels(self.codes(), self.format.qtype)
 
     @_program
     def rows(self) -> Array:
         """Returns the dense weight as float32 [..., out, in]."""
-        return grid.dequantize(self.levels(), self.scale, self.zero)
+        return quantization.dequantize_levels(self.levels(), self.scale, self.zero)
 
     @_program
     def unbox(self) -> Array:
@@ -156,12 +156,12 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
         return _as_kernel(self.rows().astype(self.dtype), self.kernel_shape, self.kernel_axes)
 
     def replace_boxed(self, val: Array) -> Array:
-        """Returns `val` unboxed: a changed value no longer lies on this box's grid."""
+        """Returns `val` unboxed: a changed value is not a value of this box's codes."""
         return val
 
 
 class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
-    """A weight in training that its module reads as if it were quantized.
+    """A weight in training that is fake-quantized when its module reads it.
 
     `unbox()` gives exactly what `Quantized` of the same scales gives; gradients pass straight
     through the rounding where it does not clip, and reach the scales as in learned step size
@@ -191,32 +191,32 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight."""
+        """Returns the shape of the dense weight."""
         if self.kernel_shape:
             return (*self.value.shape[:-2], *self.kernel_shape)
         return self.value.shape
 
     def stored_scale(self) -> Array:
         """Returns the scales as their stored type holds them, in float32; gradients pass."""
-        stored = grid.held_scale(self.scale, self.format.scale_dtype)
-        return grid.with_gradient_of(self.scale, stored.astype(jnp.float32))
+        stored = quantization.round_scale(self.scale, self.format.scale_dtype)
+        return quantization.straight_through(self.scale, stored.astype(jnp.float32))
 
     @_program
     def unbox(self) -> Array:
         """Returns the rounded dense weight."""
-        low, high = grid.code_range(self.format.qtype)
+        low, high = quantization.code_range(self.format.qtype)
         reach = max(abs(low), high) if self.format.qtype != "nf4" else 1
         group = self.value.size / max(self.scale.size, 1)
         scale = self.stored_scale()
-        scale = grid.with_gradient_of(scale * (group * reach) ** -0.5, scale)
-        dense = grid.straight_through(self.value, scale, self.zero, self.format.qtype)
+        scale = quantization.straight_through(scale * (group * reach) ** -0.5, scale)
+        dense = quantization.fake_quantize(self.value, scale, self.zero, self.format.qtype)
         return _as_kernel(dense.astype(self.dtype), self.kernel_shape, self.kernel_axes)
 
     @_program
     def finalize(self) -> Quantized:
         """Returns the packed box whose dense weight is this one's."""
         scale = self.stored_scale().astype(self.format.scale_dtype)
-        codes = grid.encode(self.value, scale, self.zero, self.format.qtype)
+        codes = quantization.quantize(self.value, scale, self.zero, self.format.qtype)
         box = quantized(codes, scale, self.zero, self.format, self.kernel_shape, self.dtype)
         return box.replace(kernel_axes=self.kernel_axes)
 
@@ -226,7 +226,7 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
 
 
 class Narrow(struct.PyTreeNode, _Box, repr=False):
-    """A weight of a stock module in a narrower floating type: `unbox()` widens it again.
+    """A weight of a stock module in a narrower floating type, which `unbox()` widens again.
 
     A stock layer computes in the widest type of its inputs and parameters, so bare bfloat16 weights
     would change the types of activations, which `nn.scan` refuses. Build with `narrow`.
@@ -242,7 +242,7 @@ class Narrow(struct.PyTreeNode, _Box, repr=False):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight."""
+        """Returns the shape of the dense weight."""
         return self.value.shape
 
     def unbox(self) -> Array:
@@ -267,7 +267,7 @@ def _as_kernel(rows: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Ar
 
 
 def is_box(node: Any) -> bool:
-    """True for a boxed parameter."""
+    """Tests for a boxed parameter."""
     return isinstance(node, meta.AxisMetadata)
 
 
@@ -406,16 +406,18 @@ def _check_grid(shape: tuple[int, ...], scale: Array, zero: Array | None, format
 
 
 def describe(box: Any) -> dict[str, Any]:
-    """Static fields of a box as JSON-ready values, the inverse of `rebuild`.
+    """Returns the static fields of a box as JSON-ready values, the inverse of `rebuild`.
 
     Raises:
       BoxError: the box is not one of ours, or holds another box.
     """
     if type(box) not in BOXES.values():
         raise BoxError(f"a {type(box).__name__} cannot be stored; known: {', '.join(BOXES)}")
-    held = next((type(v).__name__ for v in vars(box).values() if is_box(v)), None)
-    if held:
-        raise BoxError(f"a {held} inside a {type(box).__name__} cannot be stored; finish training")
+    inner_box = next((type(v).__name__ for v in vars(box).values() if is_box(v)), None)
+    if inner_box:
+        raise BoxError(
+            f"a {inner_box} inside a {type(box).__name__} cannot be stored; finish training"
+        )
     static = {name: getattr(box, name) for name in _static_fields(type(box))}
     if "format" in static:
         static |= {"format": asdict(box.format), "kernel_shape": list(box.kernel_shape)}
@@ -535,7 +537,7 @@ def check_reach(box: Any, where: str) -> None:
     """
     if not isinstance(box, Quantized | FakeQuantized):
         return
-    low, high = (1, 1) if box.format.qtype == "nf4" else grid.code_range(box.format.qtype)
+    low, high = (1, 1) if box.format.qtype == "nf4" else quantization.code_range(box.format.qtype)
     zero = 0.0 if box.zero is None else float(jnp.max(jnp.abs(box.zero.astype(jnp.float32))))
     steps = max(abs(low), high) + zero
     largest = float(jnp.max(jnp.abs(box.scale.astype(jnp.float32)), initial=0.0)) * steps
@@ -544,7 +546,7 @@ def check_reach(box: Any, where: str) -> None:
 
 
 def array_fields(box: Any) -> dict[str, Any]:
-    """Fields of a box that hold arrays, by name; None where a box has none."""
+    """Returns the array fields of a box by name, None where a box has none."""
     return {
         field.name: getattr(box, field.name)
         for field in dataclasses.fields(box)

@@ -42,7 +42,7 @@ def to_flat(params: Params) -> tuple[dict[str, Array], Spec]:
 
 
 def from_flat(arrays: dict[str, Array], spec: Spec) -> Params:
-    """Inverse of `to_flat`.
+    """Rebuilds a tree from its flat form, the inverse of `to_flat`.
 
     Raises:
       BoxError: an array of a described box is missing, or arrays and description do not fit.

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from glm_edge.errors import BoxError
-from glm_edge.kernels import grid, packing
+from glm_edge.kernels import packing, quantization
 
 # Types of dense weights and of scales.
 FLOATING = ("float32", "float16", "bfloat16")
@@ -26,7 +26,7 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class Format:
-    """How the values of a weight are stored, `f' = scale * (level - zero)`.
+    """Storage of the values of a weight, `w' = scale * (level - zero)`.
 
     A format is written as a string of parts with `-` between them:
 
@@ -37,8 +37,8 @@ class Format:
     - The grouping says which weights share a scale: `channel` (the default) a row, `tensor` a
       matrix, `g32` 32 columns (inputs) of a row.
     - `affine` adds a zero point to integers; without it a format is symmetric.
-    - `scale=` is the type in which scales are stored: `float32`, `float16` or `bfloat16`. Where it
-      is left out, scales of groups are `bfloat16` and others `float32`.
+    - `scale=` is the type of stored scales: `float32`, `float16` or `bfloat16`. Without it,
+      scales of groups are `bfloat16` and others `float32`.
     - `zero=` is the type of zero points: `int8`, the default, or a floating type for zero points
       between levels.
 
@@ -67,7 +67,7 @@ class Format:
       qtype: integers `int8`, `int6`, `int5`, `int4`, `int3`, `int2`; `ternary`, five to a byte;
         `ternary34`, three signs and a zero of each four in five bits; `nf4`, levels that suit a
         normal distribution; or `float16` and `bfloat16`, plain arrays without a scale.
-      group_size: columns that share a scale; None for one scale a row (per channel), `tensor` for
+      group_size: columns that share a scale; None for one scale per row (per channel), `tensor` for
         one scale a matrix.
       symmetric: False adds a zero point to integers.
       scale_dtype: type in which scales are stored.
@@ -86,8 +86,8 @@ class Format:
                 f"format: qtype {self.qtype!r:.60} is unknown; known: {', '.join(QTYPES)}"
             )
         size = self.group_size
-        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        if size not in (None, PER_TENSOR) and not whole:
+        is_count = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        if size not in (None, PER_TENSOR) and not is_count:
             raise BoxError(
                 f"format: group_size must be positive, None or {PER_TENSOR!r}, not {size!r:.60}"
             )
@@ -95,9 +95,9 @@ class Format:
             raise BoxError(f"format: symmetric must be True or False, not {self.symmetric!r:.60}")
         if self.plain and (size is not None or not self.symmetric):
             raise BoxError(f"format: {self.qtype} has no scales and no zero points")
-        if self.qtype == "ternary34" and whole and size % 4:
+        if self.qtype == "ternary34" and is_count and size % 4:
             raise BoxError(f"format: groups of ternary34 are whole fours, not {size}")
-        if not self.symmetric and self.qtype not in grid.INTEGERS:
+        if not self.symmetric and self.qtype not in quantization.INTEGERS:
             raise BoxError(f"format: {self.qtype} is symmetric; zero points go with integers")
         if self.scale_dtype not in FLOATING:
             raise BoxError(f"format: scale_dtype {self.scale_dtype!r:.60} is not a float type")
@@ -108,13 +108,13 @@ class Format:
 
     @property
     def plain(self) -> bool:
-        """True for a floating type, which needs no box."""
+        """Tests for a floating type, which needs no box."""
         return self.qtype in PLAIN
 
     @property
     def bits(self) -> float:
         """Bits a packed code takes, scales apart."""
-        return grid.INTEGERS.get(self.qtype) or _NOMINAL_BITS[self.qtype]
+        return quantization.INTEGERS.get(self.qtype) or _NOMINAL_BITS[self.qtype]
 
     def __str__(self) -> str:
         if self.plain:
@@ -155,7 +155,7 @@ class Format:
         for part in parts:
             option, value = _read_part(where, part)
             if option in fields:
-                raise BoxError(f"{where}: {part!r:.60} says again what another part says")
+                raise BoxError(f"{where}: {part!r:.60} repeats another part")
             fields[option] = value
         group_size = fields.get("group_size")
         try:
@@ -170,7 +170,7 @@ class Format:
             raise BoxError(f"{where}: {str(error).removeprefix('format: ')}") from error
 
     def num_groups(self, columns: int) -> int:
-        """Number of scales that a row has, or shares with all others.
+        """Counts the scales of a row, one where all rows share it.
 
         Raises:
           BoxError: `columns` is not a whole number of groups.
@@ -184,12 +184,12 @@ class Format:
         return columns // self.group_size
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scales of a weight `[..., out, in]`."""
+        """Returns the shape of the scales of a weight `[..., out, in]`."""
         rows = 1 if self.group_size == PER_TENSOR else shape[-2]
         return (*shape[:-2], rows, self.num_groups(shape[-1]))
 
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes that a weight `[..., out, in]` takes, scales and zero points included."""
+        """Counts the bytes of a weight `[..., out, in]`, scales and zero points included."""
         *leading, rows, columns = shape
         matrices = 1
         for extent in leading:
@@ -224,5 +224,5 @@ def _read_part(where: str, part: str) -> tuple[str, Any]:
 
 
 def default_scale_dtype(group_size: int | str | None) -> str:
-    """bfloat16 for groups, where scales weigh, and float32 for rows and matrices."""
+    """Returns bfloat16 for groups, whose scales take space, and float32 for rows and matrices."""
     return "bfloat16" if isinstance(group_size, int) else "float32"

@@ -15,7 +15,7 @@ from jax import Array
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows and columns of a parameter are.
+    """Axes of a parameter that are rows, columns and stacked matrices.
 
     Attributes:
       stack: number of leading axes that number matrices: layers of a scan, members of a vmap, batch
@@ -29,14 +29,15 @@ class Layout:
 
     @classmethod
     def of_rows(cls, ndim: int) -> "Layout":
-        """The layout of an array stored `[..., out, in]`."""
+        """Returns the layout of an array stored `[..., out, in]`."""
         return cls(max(ndim - 2, 0))
 
     def rows(self, array: Array) -> Array:
         """Arranges a parameter as `[..., out, in]`, with one leading axis per axis of the stack."""
         stack, rows, columns = self.stack, *self.extent(array.shape)
         if self.inputs is not None:
-            array = array.transpose(*range(stack), *(stack + axis for axis in self._order(array)))
+            order = self._order_of(array.ndim)
+            array = array.transpose(*range(stack), *(stack + axis for axis in order))
         return array.reshape(*array.shape[:stack], rows, columns)
 
     def matrices(self, array: Array) -> Array:
@@ -45,7 +46,7 @@ class Layout:
         return rows.reshape(-1, *rows.shape[-2:]) if self.stack else rows
 
     def restored(self, matrices: Array, shape: tuple[int, ...]) -> Array:
-        """Inverse of `rows` and of `matrices`.
+        """Restores a parameter from `rows` or `matrices`.
 
         Args:
           matrices: `[..., out, in]`.
@@ -59,29 +60,33 @@ class Layout:
         return ordered.transpose(*range(stack), *(stack + axis for axis in back))
 
     def extent(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """`(out, in)` of each matrix of a parameter of this shape."""
-        own = shape[self.stack :]
-        columns = own[-1] if self.inputs is None else math.prod(own[axis] for axis in self.inputs)
-        return math.prod(own) // columns if columns else 0, columns
+        """Returns `(out, in)` of each matrix of a parameter of this shape."""
+        matrix_shape = shape[self.stack :]
+        columns = (
+            matrix_shape[-1]
+            if self.inputs is None
+            else math.prod(matrix_shape[axis] for axis in self.inputs)
+        )
+        return math.prod(matrix_shape) // columns if columns else 0, columns
 
     def count(self, shape: tuple[int, ...]) -> int:
-        """Number of matrices in a parameter of this shape."""
+        """Counts the matrices in a parameter of this shape."""
         return math.prod(shape[: self.stack])
 
     def kernel(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Fields of a box that bring its rows back to this shape, see `params.Quantized`."""
+        """Returns the fields of a box that restore this shape, see `params.Quantized`."""
         if self.inputs is None:
             return {"kernel_shape": (), "kernel_axes": ()}
-        own = shape[self.stack :]
-        outputs = tuple(axis for axis in range(len(own)) if axis not in self.inputs)
+        matrix_shape = shape[self.stack :]
+        outputs = tuple(axis for axis in range(len(matrix_shape)) if axis not in self.inputs)
         axes = (*self.inputs, *outputs)
-        return {"kernel_shape": own, "kernel_axes": () if axes == tuple(range(len(own))) else axes}
-
-    def _order(self, array: Array) -> tuple[int, ...]:
-        return self._order_of(array.ndim)
+        return {
+            "kernel_shape": matrix_shape,
+            "kernel_axes": () if axes == tuple(range(len(matrix_shape))) else axes,
+        }
 
     def _order_of(self, ndim: int) -> tuple[int, ...]:
-        """Axes after the stack, outputs before inputs."""
+        """Orders the axes after the stack, outputs before inputs."""
         outputs = (axis for axis in range(ndim - self.stack) if axis not in self.inputs)
         return (*outputs, *self.inputs)
 

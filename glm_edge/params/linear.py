@@ -20,25 +20,26 @@ def linear(x: Array, weight: Any, compute: str = "float32") -> Array:
       x: [..., in].
       weight: array or box of dense shape [out, in].
       compute: `float32` (reference); `bfloat16` inputs with float32 accumulation;
-        `int8_dynamic`: rows meeting a quantized weight are first rounded to int8, each on its own
-        grid, as a phone does; or `int8_static`: on the calibrated grid of the box, and on each
-        row's own where the box has none. Where the box has a grid of the products, they are
-        rounded to it.
+        `int8_dynamic`, which rounds the inputs of a quantized weight to int8, with one scale per
+        row, as on-device kernels do; or `int8_static`, which rounds them with the calibrated scale
+        of the box (one per row where it has none) and rounds products where the box has an output
+        scale.
 
     Returns:
       [..., out].
     """
     if isinstance(weight, Quantized) and not weight.kernel_shape:
-        return _low_bit(x, weight, compute)
+        return _quantized_linear(x, weight, compute)
     weight = dense(weight)
-    if (x.dtype, weight.dtype) == (jnp.float32, jnp.bfloat16) and _rows(x) <= matmul.SPLIT_ROWS:
-        return matmul.dense_split(x, weight)
+    few = x.size // x.shape[-1] <= matmul.SPLIT_ROWS
+    if few and (x.dtype, weight.dtype) == (jnp.float32, jnp.bfloat16):
+        return matmul.matmul_bf16x3(x, weight)
     if compute == "bfloat16":
         return matmul.dense_bf16(x, weight)
     return matmul.dense(x, weight.astype(x.dtype))
 
 
-def _low_bit(x: Array, weight: Quantized, compute: str) -> Array:
+def _quantized_linear(x: Array, weight: Quantized, compute: str) -> Array:
     groups = (weight.data.shape[-2], weight.scale.shape[-1])
     scale = jnp.broadcast_to(weight.scale, groups)
     zero = None if weight.zero is None else jnp.broadcast_to(weight.zero, groups)
@@ -48,18 +49,15 @@ def _low_bit(x: Array, weight: Quantized, compute: str) -> Array:
             (weight.input_scale, weight.input_zero),
             (weight.output_scale, weight.output_zero),
         )
-        return matmul.low_bit_static(x, *packed, *inputs, qtype, *outputs)
+        return matmul.static_int8_matmul(x, *packed, *inputs, qtype, *outputs)
     if compute.startswith("int8"):
-        return matmul.low_bit_int8(x, *packed, qtype)
-    return matmul.low_bit(x, *packed, qtype, "bfloat16" if compute == "bfloat16" else "float32")
-
-
-def _rows(x: Array) -> int:
-    return x.size // x.shape[-1]
+        return matmul.dynamic_int8_matmul(x, *packed, qtype)
+    inputs = "bfloat16" if compute == "bfloat16" else "float32"
+    return matmul.quantized_matmul(x, *packed, qtype, inputs)
 
 
 def lookup(weight: Any, tokens: Array) -> Array:
-    """Reads rows of an embedding, dequantizing only the rows that are read.
+    """Reads rows of an embedding, and dequantizes only these.
 
     Activations start here: rows stored in a narrower type come out in float32.
 

@@ -1,6 +1,6 @@
 """Regular expressions of recipes, searched in paths in bounded time.
 
-A recipe may come from a stranger, and Python's own search tries the ways to match one after the
+A recipe may be untrusted, and Python's own search tries the ways to match one after the
 other, of which there can be exponentially many. Here all ways are followed at once: a set of
 positions goes through the expression, each part of which is taken once per position. A budget of
 steps is shared by all searches that one call makes.
@@ -31,7 +31,7 @@ _Ends = Callable[["_Text", int], int]
 
 
 class _Work:
-    """Steps that searches have taken together."""
+    """Steps of several searches together."""
 
     def __init__(self, limit: int) -> None:
         self.steps, self.limit = 0, limit
@@ -74,7 +74,7 @@ class Pattern:
             bounded search does not know (back references, conditions, atomic groups).
         """
         if not isinstance(text, str):
-            raise ValueError(f"a {type(text).__name__} is no text")
+            raise ValueError(f"a {type(text).__name__} is not a text")
         if len(text) > MAX_PATTERN:
             raise ValueError(f"it has {len(text)} letters; at most {MAX_PATTERN} are read")
         self.text = text
@@ -90,7 +90,7 @@ class Pattern:
             raise ValueError("it is nested too deep") from error
 
     def search(self, path: str) -> bool:
-        """True where the expression matches anywhere in a path."""
+        """Tests if the expression matches anywhere in a path."""
         return self.match(path) is not None
 
     def match(self, path: str) -> str | None:
@@ -119,12 +119,12 @@ class Pattern:
 
 @functools.lru_cache(maxsize=256)
 def compiled(pattern: str | None) -> Pattern:
-    """The pattern of an expression; None matches everything."""
+    """Returns the pattern of an expression; None matches everything."""
     return Pattern(pattern or "")
 
 
 class _Text:
-    """A path, and where each part ends that was tried at a position."""
+    """A path, and the ends of each part that was tried at a position."""
 
     def __init__(self, letters: str, pattern: str) -> None:
         self.letters, self._pattern = letters, pattern
@@ -145,12 +145,12 @@ class _Text:
 
 
 def _positions(bits: int) -> list[int]:
-    found = []
+    positions = []
     while bits:
         lowest = bits & -bits
-        found.append(lowest.bit_length() - 1)
+        positions.append(lowest.bit_length() - 1)
         bits ^= lowest
-    return found
+    return positions
 
 
 def _remembered(ends: _Ends) -> _Ends:
@@ -181,11 +181,11 @@ def _union(part: _Ends, text: _Text, starts: int) -> int:
     if isinstance(part, _Letters):
         text.count(1)
         return part.after(text, starts)
-    found, positions = 0, _positions(starts)
+    ends, positions = 0, _positions(starts)
     text.count(len(positions))
     for start in positions:
-        found |= part(text, start)
-    return found
+        ends |= part(text, start)
+    return ends
 
 
 def _part(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
@@ -225,7 +225,7 @@ def _part(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
 
 
 class _Letters:
-    """One letter, at most one, or a run of them: from all positions at once."""
+    """A letter, an optional letter or a run of letters, matched at all positions at once."""
 
     def __init__(
         self, matches: Callable[[str], bool], needed: bool = True, many: bool = False
@@ -250,9 +250,9 @@ class _Letters:
         return once if self._needed else starts | once
 
 
-def _joined(found: Any) -> int:
+def _joined(bitsets: Any) -> int:
     bits = 0
-    for more in found:
+    for more in bitsets:
         bits |= more
     return bits
 
@@ -278,10 +278,10 @@ def _repeat(low: int, high: int, body: _Ends) -> _Ends:
 def _look(part: _Ends, back: int, behind: bool, wanted: bool) -> _Ends:
     def ends(text: _Text, start: int) -> int:
         if behind:
-            held = start >= back and part(text, start - back) >> start & 1
+            matches = start >= back and part(text, start - back) >> start & 1
         else:
-            held = part(text, start)
-        return (1 << start) if bool(held) == wanted else 0
+            matches = part(text, start)
+        return (1 << start) if bool(matches) == wanted else 0
 
     return ends
 

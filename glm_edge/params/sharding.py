@@ -1,4 +1,4 @@
-"""Which logical axes parameters and activations have, and how those lie on a mesh of devices.
+"""Logical axes of parameters and activations, and their sharding over a mesh of devices.
 
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     model, params = glm_edge.load("path/to/checkpoint", mesh=mesh)
@@ -90,7 +90,7 @@ def logical_axes(path: str, shape: tuple[int, ...]) -> Axes:
 def named_sharding(
     path: str, leaf: Any, mesh: Mesh, rules: Rules = RULES, config: Any = None
 ) -> NamedSharding | meta.AxisMetadata:
-    """Where a parameter lies: an axis is cut only into equal parts, heads and groups kept whole.
+    """Returns the sharding of a parameter, with equal parts and without cutting a head or a group.
 
     Args:
       path: of the parameter.
@@ -119,10 +119,10 @@ def named_sharding(
         axes = (None,) * (len(axes) - len(leaf.kernel_shape) + 2)
         units = (1,) * len(axes)
     scale_rows, groups = leaf.scale.shape[-2:]
-    whole = math.gcd(units[-1], _cuttable(leaf), groups if groups > 1 else 0)
-    data = _sharding(mesh, rules, axes, (*units[:-1], whole))
+    column_units = math.gcd(units[-1], _cuttable(leaf), groups if groups > 1 else 0)
+    data = _sharding(mesh, rules, axes, (*units[:-1], column_units))
     rows = units[-2] if scale_rows > 1 else 1
-    scale = _sharding(mesh, rules, axes, (*units[:-2], rows, whole if groups > 1 else 1))
+    scale = _sharding(mesh, rules, axes, (*units[:-2], rows, column_units if groups > 1 else 1))
     grid = {"scale": scale, "zero": None if leaf.zero is None else scale}
     if isinstance(leaf, FakeQuantized):
         return leaf.replace(value=data, **grid)
@@ -134,14 +134,14 @@ def named_sharding(
 
 
 def _cuttable(leaf: Quantized | FakeQuantized) -> int:
-    """Equal parts of a row that end at whole bytes, or 1."""
+    """Counts equal parts of a row that end at complete bytes, or 1."""
     columns = leaf.value.shape[-1] if isinstance(leaf, FakeQuantized) else leaf.columns
     unit = 1 if isinstance(leaf, FakeQuantized) else packing.unit(leaf.format.qtype)
     return columns // unit if columns % unit == 0 else 1
 
 
 def shardings(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) -> Params:
-    """`named_sharding` of every parameter, in a tree like `params`."""
+    """Returns `named_sharding` of every parameter, in a tree like `params`."""
     return map_with_path(lambda path, leaf: named_sharding(path, leaf, mesh, rules, config), params)
 
 
@@ -152,7 +152,7 @@ def shard(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) 
       params: tree of arrays and boxes.
       mesh: of the devices.
       rules: see `named_sharding`.
-      config: likewise.
+      config: as in `named_sharding`.
 
     Returns:
       The tree with every array spread as `named_sharding` says.
@@ -165,7 +165,7 @@ def shard(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) 
 
 @contextlib.contextmanager
 def on(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
-    """Within it, models keep their activations where the rules say, and new arrays are on `mesh`.
+    """Shards the activations of models and puts new arrays on `mesh`, within a context.
 
     A function that jit compiled on a mesh keeps the rules of that time.
 
@@ -193,7 +193,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
         of another number of axes is left to XLA.
 
     Returns:
-      The same numbers.
+      The same values.
     """
     rules = nn.get_logical_axis_rules()
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -201,19 +201,19 @@ def constrain(x: Array, *axes: str | None) -> Array:
         return x
     cut = nn.logical_to_mesh_axes(axes, rules)
     names = [
-        name if x.shape[index] % _ways(sizes, cut[index]) == 0 else None
+        name if x.shape[index] % _num_shards(sizes, cut[index]) == 0 else None
         for index, name in enumerate(axes)
     ]
     return nn.with_logical_constraint(x, tuple(names))
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """The same mesh with axes along which XLA, not the program, decides how products are cut."""
+    """Returns the mesh with `Auto` axes, along which XLA decides how products are sharded."""
     return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _rules_of(mesh: Mesh, rules: Rules) -> Rules:
-    """The rules whose mesh axes exist; others, and those of None, replicate."""
+    """Selects the rules whose mesh axes exist; all others replicate."""
     known = [
         (name, target)
         for name, target in rules
@@ -232,7 +232,7 @@ def _as_tuple(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (target,) if isinstance(target, str) else tuple(target or ())
 
 
-def _ways(sizes: dict[str, int], target: str | tuple[str, ...] | None) -> int:
+def _num_shards(sizes: dict[str, int], target: str | tuple[str, ...] | None) -> int:
     return math.prod(sizes[axis] for axis in _as_tuple(target))
 
 
@@ -240,14 +240,14 @@ def _sharding(mesh: Mesh, rules: Rules, axes: Axes, units: tuple[int, ...]) -> N
     """Cuts each axis whose number of units divides by the devices along its mesh axis."""
     cut = nn.logical_to_mesh_axes(axes, rules)
     spec = [
-        target if count % _ways(mesh.shape, target) == 0 else None
+        target if count % _num_shards(mesh.shape, target) == 0 else None
         for target, count in zip(cut, units, strict=True)
     ]
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def _units(name: str | None, size: int, path: str, config: Any) -> int:
-    """Parts of an axis that must stay whole: heads, or else single rows or columns."""
+    """Counts the parts of an axis that are not cut: heads, or else single rows or columns."""
     if name not in ("heads", "kv_heads"):
         return size
     if config is None:

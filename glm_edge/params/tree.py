@@ -36,7 +36,7 @@ def map_with_path(function: Callable[[str, Any], Any], params: Params) -> Params
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
-    """True for a weight that multiplies or embeds: what rounding and masking act on."""
+    """Tests for a weight that multiplies or embeds, as quantization and masks need."""
     name = path.rsplit("/", 1)[-1]
     floating = isinstance(leaf, tuple(BOXES.values())) or jnp.issubdtype(leaf.dtype, jnp.floating)
     return name in MATRIX_NAMES and len(leaf.shape) >= 2 and floating
@@ -92,13 +92,13 @@ def partition(params: Params, scales: bool = False) -> tuple[Params, Params]:
             return value is not None and jnp.issubdtype(value.dtype, jnp.inexact)
         return name in box.trainable
 
-    def split(leaf: Any, left: bool) -> Any:
+    def split(leaf: Any, trainable: bool) -> Any:
         if not is_box(leaf):
-            return leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) == left else None
+            return leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) == trainable else None
         fields = {}
         for name, value in array_fields(leaf).items():
-            stays = trains(leaf, name, value) == left
-            fields[name] = split(value, left) if is_box(value) else value if stays else None
+            stays = trains(leaf, name, value) == trainable
+            fields[name] = split(value, trainable) if is_box(value) else value if stays else None
         return leaf.replace(**fields)
 
     return (
@@ -108,9 +108,9 @@ def partition(params: Params, scales: bool = False) -> tuple[Params, Params]:
 
 
 def combine(trainable: Params, frozen: Params) -> Params:
-    """Inverse of `partition`."""
+    """Combines the two trees of `partition`."""
     return jax.tree.map(
-        lambda left, right: right if left is None else left,
+        lambda first, second: second if first is None else first,
         trainable,
         frozen,
         is_leaf=lambda node: node is None,
@@ -124,12 +124,12 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def count(params: Params) -> int:
-    """Number of parameters: entries of the dense arrays, pruned zeros included."""
+    """Counts the parameters: entries of the dense arrays, pruned zeros included."""
     return sum(math.prod(leaf.shape) for leaf in tree_leaves(params))
 
 
 def stored_bytes(params: Params) -> int:
-    """Bytes of every array that is stored: packed integers, scales, zero points, masks."""
+    """Counts the bytes of all stored arrays: packed integers, scales, zero points, masks."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 

@@ -1,4 +1,4 @@
-"""From files, samples and conversations to what the models read."""
+"""Preprocessing: files, samples and conversations as model inputs."""
 
 from glm_edge.preprocess.audio import load_wav, prepare_audio, prepare_recording, resample
 from glm_edge.preprocess.chat import family_template, render, split_thinking

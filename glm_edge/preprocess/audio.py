@@ -52,7 +52,7 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
     Args:
       samples: [L] at `rate`.
       rate: samples per second of `samples`, 1,000 to 768,000.
-      target: samples per second wanted, likewise.
+      target: samples per second of the result.
 
     Returns:
       float32 [ceil(L * target / rate)].
@@ -103,7 +103,7 @@ def _resample_by_phases(
     resampled = np.empty(count, np.float32)
     step = max(1, BLOCK // bank.shape[1])
     for start in range(0, count, step):
-        # Output n lies at input n * down / up; outputs `up` apart have the same taps.
+        # Output n is at input n * down / up; outputs `up` apart have the same taps.
         outputs = np.arange(start, min(start + step, count))
         gathered = windows[outputs * down // up]
         resampled[outputs] = np.einsum("nt,nt->n", gathered, bank[outputs % up])

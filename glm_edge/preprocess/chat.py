@@ -15,7 +15,7 @@ import numpy as np
 
 from glm_edge.errors import CheckpointError, ConfigError, DataError
 from glm_edge.files import file_inside, read_text
-from glm_edge.preprocess.hugging_face import read_json
+from glm_edge.preprocess.processor_config import read_json
 from glm_edge.preprocess.sandbox import MAX_TEMPLATE, Budget, Interpreter, Marks, parse
 from glm_edge.preprocess.sandbox.marks import PRIVATE
 
@@ -95,7 +95,7 @@ def checkpoint_template(directory: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt in which marks tell strangers' texts from the template's own.
+    """A prompt with marks that tell untrusted text from the template's text.
 
     Attributes:
       text: with marks.
@@ -115,7 +115,7 @@ def render(
 ) -> str:
     """Renders a conversation.
 
-    The template is a stranger's program: it is interpreted within limits of time and memory, on
+    The template is an untrusted program: it is interpreted within limits of time and memory, on
     copies made of plain JSON values. It writes one string, in which the text of a message is not
     told from the template's own, so a text that spells a special token becomes that token where the
     string is tokenised; `glm_edge.preprocess.Processor` prevents that.
@@ -147,16 +147,16 @@ def render_marked(
     constants: Mapping[str, str] | None = None,
     special: Sequence[str] = (),
 ) -> Rendered:
-    """Renders a conversation so that strangers' texts spell no special token.
+    """Renders a conversation so that untrusted text cannot spell a special token.
 
     Args:
       template: as for `render`.
       messages: as for `render`.
       tools: as for `render`.
       add_generation_prompt: as for `render`.
-      variables: what else the template reads, of strangers.
+      variables: other variables of the template, untrusted.
       constants: the checkpoint's own variables, such as `bos_token`.
-      special: names of special tokens, which marks hide in all that strangers wrote.
+      special: names of special tokens, which marks hide in all untrusted text.
 
     Returns:
       The prompt.
@@ -190,7 +190,7 @@ def render_marked(
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """Parts GLM-4.1V's reasoning from its answer.
+    """Separates GLM-4.1V's reasoning from its answer.
 
     Args:
       text: generated, `<think>…</think><answer>…</answer>`; either part may be missing or left
@@ -208,7 +208,7 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 
 class _Copier:
-    """Copies what a template may see, and counts it.
+    """A copier of the values that a template may read, with a count of their size.
 
     Methods of richer objects would lead out of the interpreter.
 
@@ -293,7 +293,7 @@ class _Copier:
         if not text.isascii():
             self.private.update(PRIVATE.findall(text))
             if LONE.search(text):
-                raise DataError(f"{where}: holds half of a surrogate pair, which is no character")
+                raise DataError(f"{where}: half of a surrogate pair is not a character")
         return text
 
 

@@ -160,7 +160,7 @@ def _as_floats(image: np.ndarray) -> np.ndarray:
 
 
 def check_pixels(image: np.ndarray, where: str, channels: int, axes: int = 3) -> np.ndarray:
-    """Refuses what is no image, or no frames of a video.
+    """Refuses an array that is not an image or frames of a video.
 
     Args:
       image: [height, width, channels], or [frames, …]: floats in 0..1 or uint8.
@@ -193,6 +193,6 @@ def check_pixels(image: np.ndarray, where: str, channels: int, axes: int = 3) ->
         raise DataError(f"{where}: holds NaN or infinity")
     if image.min() < 0.0 or image.max() > 1.0:
         raise DataError(
-            f"{where}: values lie in {image.min():g}..{image.max():g}; floats must lie in 0..1"
+            f"{where}: values are in {image.min():g}..{image.max():g}; floats must be in 0..1"
         )
     return image

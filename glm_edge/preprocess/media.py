@@ -39,7 +39,7 @@ def gather(
     """
     queues = {kind: listed(kind, supplied.get(kind)) for kind in KINDS}
     offered = {kind: len(queue) for kind, queue in queues.items()}
-    found = []
+    gathered = []
     for conversation in conversations:
         media = []
         for kind, value in _parts(conversation):
@@ -50,14 +50,14 @@ def gather(
                     )
                 value = queues[kind].pop(0)
             media.append((kind, value))
-        found.append(media)
+        gathered.append(media)
     for kind, queue in queues.items():
         if queue:
             raise DataError(
                 f"{len(queue)} of {offered[kind]} given as {kind} are not asked for; messages must "
                 f"hold a part of type {kind!r} for each"
             )
-    return found
+    return gathered
 
 
 def listed(kind: str, values: Any) -> list[Any]:
@@ -124,10 +124,10 @@ def _parts(conversation: Sequence[Message]) -> Iterable[tuple[str, Any]]:
         for part in content:
             kind = MEDIA_TYPES.get(part.get("type")) if isinstance(part, Mapping) else None
             if kind is not None:
-                yield kind, _own(part, kind)
+                yield kind, _value_of(part, kind)
 
 
-def _own(part: Mapping[str, Any], kind: str) -> Any:
+def _value_of(part: Mapping[str, Any], kind: str) -> Any:
     for name in (kind, part["type"], "url", "path"):
         value = part.get(name)
         if isinstance(value, Mapping):

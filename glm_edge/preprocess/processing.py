@@ -23,7 +23,7 @@ MAX_WINDOWED = 1 << 26
 
 @dataclass(frozen=True)
 class ImageProcessing:
-    """How an image becomes what a vision encoder reads.
+    """Parameters of preparing an image for a vision encoder.
 
     `sizing` is `smart` (nearly the same shape, sides multiples of `patch_size * merge_size`,
     between `min_pixels` and `max_pixels` counted over `temporal_patch_size` frames), `stretch`
@@ -111,7 +111,7 @@ class ImageProcessing:
 
 @dataclass(frozen=True)
 class VideoProcessing(ImageProcessing):
-    """How a video becomes frames: sampled at `fps`, from at most `max_duration_s` evenly."""
+    """Parameters of sampling a video: at `fps`, evenly from at most `max_duration_s`."""
 
     max_pixels: int = 28 * 28 * 2 * 30000
     fps: float = 2.0
@@ -125,7 +125,7 @@ class VideoProcessing(ImageProcessing):
 
 @dataclass(frozen=True)
 class AudioProcessing:
-    """How a recording becomes log-mel chunks: each of `chunk_s` seconds, `max_s` in all.
+    """Parameters of log-mel chunks: each of `chunk_s` seconds, `max_s` in all.
 
     The model is given the features of the frames that hold sound, or, with `silence`, those of
     whole chunks.
@@ -172,7 +172,7 @@ class AudioProcessing:
 
     @property
     def chunk_frames(self) -> int:
-        """Log-mel frames of a chunk."""
+        """Returns the log-mel frames of a chunk."""
         return self.chunk_samples // self.hop_length
 
     @property

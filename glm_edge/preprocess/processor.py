@@ -1,4 +1,4 @@
-"""Conversations with images, videos and recordings as what a model reads."""
+"""Conversations with images, videos and recordings as model inputs."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ import numpy as np
 
 from glm_edge.configs.stop_tokens import read_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, DataError
-from glm_edge.preprocess import chat, hugging_face, media, own
+from glm_edge.preprocess import chat, media, native_config, processor_config
 from glm_edge.preprocess.audio import prepare_recording
 from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing, VideoProcessing
 from glm_edge.preprocess.tokenizer_files import TOKENIZER, read_tokenizer
@@ -25,7 +25,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 @dataclass(frozen=True, eq=False)
 class Inputs(Mapping):
-    """What a model reads: `generate(model, params, **inputs)` takes the arrays that are there.
+    """Inputs of a model; `generate(model, params, **inputs)` takes the arrays that are not None.
 
     `tokens` int32 [B, T], padded on the left; `valid` bool [B, T], False at padding; `images` in
     reading order over the batch, [H, W, C] or a video's [F, H, W, C]; `audio` float32 [N, frames,
@@ -84,7 +84,7 @@ def conversations_of(messages: Any) -> Sequence[Sequence[Any]]:
 
 @dataclass(frozen=True)
 class Processor:
-    """Turns conversations into model inputs, as the checkpoint's family was trained.
+    """A processor from conversations to model inputs, as the checkpoint's family was trained.
 
         processor = ge.Processor.from_checkpoint("path/to/checkpoint")
         inputs = processor([{"role": "user", "content": "What is on the screen?"}])
@@ -122,7 +122,7 @@ class Processor:
         """Reads a checkpoint's config.json, tokenizer.json and, where there are, further files.
 
         Args:
-          directory: from Hugging Face, or of our own format, see `glm_edge.preprocess.own`.
+          directory: of a checkpoint, in the format of Hugging Face or of this library.
           family: one of `glm_edge.preprocess.chat.FAMILIES`, whose template is taken where the
             checkpoint has none; None recognises it by config.json.
           template: Jinja source, instead of both.
@@ -138,38 +138,38 @@ class Processor:
         if not os.path.isdir(directory):
             raise CheckpointError(no_directory(directory))
         where = str(directory / "config.json")
-        config = hugging_face.read_json(directory / "config.json")
-        ours = config.get("format") == own.FORMAT
+        config = processor_config.read_json(directory / "config.json")
+        ours = config.get("format") == native_config.FORMAT
         if not ours and "model_type" not in config:
             raise CheckpointError(
-                f"{where}: is missing, or neither a glm_edge checkpoint ('format': {own.FORMAT!r}) "
-                "nor a Hugging Face one ('model_type')"
+                f"{where}: is missing, or neither a glm_edge checkpoint ('format': "
+                f"{native_config.FORMAT!r}) nor a Hugging Face one ('model_type')"
             )
         tokenizer = read_tokenizer(directory / TOKENIZER)
-        names = hugging_face.read_json(directory / "tokenizer_config.json")
+        names = processor_config.read_json(directory / "tokenizer_config.json")
         if ours:
-            shape = own.read_config(config, where)
-            encoders = own.read_encoders(directory, shape, tokenizer)
+            shape = native_config.read_config(config, where)
+            encoders = native_config.read_encoders(directory, shape, tokenizer)
             config = {"pad_token_id": shape.pad_token_id, "eos_token_id": list(shape.eos_token_ids)}
         else:
-            encoders = hugging_face.read_encoders(directory, config, tokenizer)
+            encoders = processor_config.read_encoders(directory, config, tokenizer)
         template = template or chat.checkpoint_template(directory)
         if template is None:
-            family = family or hugging_face.read_family(config)
+            family = family or processor_config.read_family(config)
             if family is None:
-                kind = config.get("model_type", own.FORMAT)
+                kind = config.get("model_type", native_config.FORMAT)
                 raise ConfigError(
                     f"{directory}: has no chat template, and this library has none for model_type "
                     f"{kind!r}; give template= or family="
                 )
             template = chat.family_template(family)
-        tokens = {name: hugging_face.token_text(names.get(name)) for name in NAMED_TOKENS}
+        tokens = {name: processor_config.token_text(names.get(name)) for name in NAMED_TOKENS}
         return cls(
             tokenizer=tokenizer,
             template=template,
             **encoders,
-            pad_token_id=hugging_face.read_pad_token_id(config, names, tokenizer),
-            stop_token_ids=read_stop_tokens(directory, *hugging_face.sections(config)),
+            pad_token_id=processor_config.read_pad_token_id(config, names, tokenizer),
+            stop_token_ids=read_stop_tokens(directory, *processor_config.sections(config)),
             variables={name: token for name, token in tokens.items() if token is not None},
         )
 
@@ -212,11 +212,11 @@ class Processor:
         conversations = conversations_of(messages)
         supplied = {"image": images, "video": videos, "audio": audio}
         shown, chunks, rows = [], [], []
-        for conversation, found in zip(
+        for conversation, items in zip(
             conversations, media.gather(conversations, supplied), strict=True
         ):
             placeholders = []
-            for kind, value in found:
+            for kind, value in items:
                 arrays, placeholder = getattr(self, f"_prepare_{kind}")(value)
                 (chunks if kind == "audio" else shown).append(arrays)
                 placeholders.append((kind, placeholder))

@@ -38,8 +38,8 @@ MAX_TAIL = 4096
 BLOCK = 1 << 22
 
 
-class Format(NamedTuple):
-    """What `fmt ` says; a frame holds a sample of each channel, `width` bytes each."""
+class WaveFormat(NamedTuple):
+    """Contents of `fmt `; a frame is one sample per channel, of `width` bytes each."""
 
     kind: int
     channels: int
@@ -48,12 +48,12 @@ class Format(NamedTuple):
 
     @property
     def frame(self) -> int:
-        """Bytes of a frame."""
+        """Returns the bytes of a frame."""
         return self.channels * self.width
 
 
 class Chunk(NamedTuple):
-    """Name, size as written, and where the contents begin."""
+    """A chunk: its name, declared size and offset of its contents."""
 
     name: bytes
     size: int
@@ -110,14 +110,14 @@ def _read(file: BinaryIO, total: int, where: str) -> tuple[np.ndarray, int]:
         )
     elif total - end > MAX_TAIL:
         raise DataError(
-            f"{where}: {total - end} bytes follow its last chunk; they are no chunk, and its sizes "
+            f"{where}: {total - end} bytes follow its last chunk; they are not a chunk, and sizes "
             "do not count them as samples"
         )
     return _samples(file, data, described, where), described.rate
 
 
 def _chunks(file: BinaryIO, total: int, where: str) -> tuple[list[Chunk], int]:
-    """All chunks, and the byte at which the last ends by its own account."""
+    """Lists all chunks, and the end of the last by its declared size."""
     chunks, at = [], 12
     while at + 8 <= total:
         file.seek(at)
@@ -136,13 +136,13 @@ def _contents(file: BinaryIO, chunk: Chunk, limit: int) -> bytes:
     return file.read(min(chunk.size, limit))
 
 
-def _format(fields: bytes, where: str) -> Format:
+def _format(fields: bytes, where: str) -> WaveFormat:
     if len(fields) < 16:
         raise DataError(f"{where}: its chunk 'fmt ' holds {len(fields)} bytes; 16 are needed")
     kind, channels, rate, _, frame, bits = struct.unpack("<HHIIHH", fields[:16])
     if kind == EXTENSIBLE:
         if len(fields) < 40 or fields[26:40] != GUID_TAIL:
-            raise DataError(f"{where}: its extensible format names no known kind of samples")
+            raise DataError(f"{where}: its extensible format has an unknown kind of samples")
         (kind,) = struct.unpack("<H", fields[24:26])
     low, high = RATES
     if not 1 <= channels <= MAX_CHANNELS or not low <= rate <= high:
@@ -164,10 +164,10 @@ def _format(fields: bytes, where: str) -> Format:
             f"{where}: has {bits} bits per sample in frames of {frame} bytes and {channels} "
             f"channels; samples of {', '.join(map(str, widths))} bytes are read"
         )
-    return Format(kind, channels, rate, width)
+    return WaveFormat(kind, channels, rate, width)
 
 
-def _samples(file: BinaryIO, data: Chunk, described: Format, where: str) -> np.ndarray:
+def _samples(file: BinaryIO, data: Chunk, described: WaveFormat, where: str) -> np.ndarray:
     count = data.size // described.frame
     if not count:
         raise DataError(f"{where}: holds no samples")
@@ -190,7 +190,7 @@ def _samples(file: BinaryIO, data: Chunk, described: Format, where: str) -> np.n
     return mono
 
 
-def _decoded(raw: np.ndarray, described: Format) -> np.ndarray:
+def _decoded(raw: np.ndarray, described: WaveFormat) -> np.ndarray:
     """Samples in -1..1, float32, of the bytes of whole frames."""
     if described.kind == FLOAT:
         with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""The one door that opens a tokenizer.json, which a stranger may have written.
+"""The only reader of tokenizer.json, which is untrusted.
 
 The library that reads it is native code: what a hostile file makes it do can end the process or
 never end. So the file's fields are checked first, and one that is not known is refused.
@@ -85,7 +85,7 @@ def read_tokenizer(file: str | Path) -> tokenizers.Tokenizer:
             f"{shown_path(file)}: is missing; the checkpoint's {TOKENIZER} is needed"
         )
     raw = read_bytes(file_inside(file.parent, file.name), MAX_BYTES)
-    where = f"{file}: is no tokenizer that can be read"
+    where = f"{file}: is not a readable tokenizer"
     fields = parse_json(raw, str(file), max_bytes=MAX_BYTES, max_values=MAX_VALUES)
     try:
         _Checker().check(fields)
@@ -107,7 +107,7 @@ class _RefusedError(Exception):
 
 
 class _Checker:
-    """Checks a tokenizer's fields; `_steps` counts its normalizers and the like."""
+    """A checker of a tokenizer's fields; `_steps` counts its normalizers and other steps."""
 
     def __init__(self) -> None:
         self._steps = 0

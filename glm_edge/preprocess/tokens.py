@@ -1,4 +1,4 @@
-"""Texts as token ids and back: the door through which all code reaches a tokenizer."""
+"""Texts as token ids and back, the only way to a tokenizer."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ _LOCK = threading.Lock()
 
 
 class SpecialTokens:
-    """Names of a tokenizer's special tokens and where a text spells them.
+    """Names of a tokenizer's special tokens, and their positions in a text.
 
     Attributes:
       names: in order.
@@ -128,7 +128,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def marked_ids(tokenizer: Any, text: str, plain: str) -> list[int]:
-    """Encodes a prompt in which only the template's own text spells special tokens.
+    """Encodes a prompt in which only the template's text spells special tokens.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.

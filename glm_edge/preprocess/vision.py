@@ -1,4 +1,4 @@
-"""Images and videos as a GLM's vision encoder reads them: resized and normalised.
+"""Images and videos for a GLM's vision encoder: resized and normalized.
 
 Letters: `F` frames, `H`, `W` pixels, `C` channels.
 """
@@ -18,7 +18,7 @@ from glm_edge.preprocess.resizing import fit_size, resize_uint8, smart_resize
 
 @dataclass(frozen=True)
 class Video:
-    """Frames [F, H, W, C] in 0..1 or uint8, with their rate or the seconds they stand for.
+    """Frames [F, H, W, C] in 0..1 or uint8, with their rate or their timestamps.
 
     With `fps`, frames are those of a recording and are sampled; with `timestamps` [F] they have
     been sampled and all are kept. `duration_s` is the recording's; F / fps unless given.
@@ -68,10 +68,10 @@ def prepare_video(video: Video, processing: VideoProcessing) -> tuple[np.ndarray
     """
     frames = _grey_levels(video.frames, "video", 4, len(processing.mean))
     if (video.fps is None) == (video.timestamps is None):
-        raise DataError("video: either its frames a second (fps) or timestamps must be given")
+        raise DataError("video: either its frames per second (fps) or timestamps must be given")
     if video.timestamps is None:
-        kept = sample_frames(len(frames), video.fps, processing, video.duration_s)
-        frames, seconds = frames[kept], kept / video.fps
+        indices = sample_frames(len(frames), video.fps, processing, video.duration_s)
+        frames, seconds = frames[indices], indices / video.fps
     else:
         try:
             seconds = np.asarray(video.timestamps, np.float64)
@@ -95,7 +95,7 @@ def sample_frames(
 
     Args:
       num_frames: of the recording.
-      fps: frames a second of the recording.
+      fps: frames per second of the recording.
       processing: the parameters.
       duration_s: of the recording; `num_frames / fps` unless given.
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from experiments.nano.phone_screens.actions import parse_action
 from glm_edge.errors import GlmEdgeError
-from glm_edge.preprocess import hugging_face, media, prepare_image, prepare_recording
+from glm_edge.preprocess import media, prepare_image, prepare_recording, processor_config
 from glm_edge.preprocess.audio import load_wav, resample
 from glm_edge.preprocess.processing import GLM4V, GLM_ASR, GLM_EDGE_V
 
@@ -157,11 +157,11 @@ def read_fields(kind, base, fields):
         text = json.dumps(fields)
         (Path(folder) / "preprocessor_config.json").write_text(text)
         if kind == "image":
-            processing = hugging_face.read_image_processing(Path(folder), base)
+            processing = processor_config.read_image_processing(Path(folder), base)
             image = np.arange(30 * 40 * 3, dtype=np.uint8).reshape(30, 40, 3)
             assert np.isfinite(prepare_image(image, processing)).all()
         else:
-            processing = hugging_face.read_audio_processing(Path(folder), base)
+            processing = processor_config.read_audio_processing(Path(folder), base)
             # Programs of many shapes would measure the compiler.
             if processing == dataclasses.replace(base):
                 prepare_recording(np.zeros(16_000, np.float32), processing)

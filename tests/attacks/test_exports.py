@@ -23,7 +23,7 @@ from glm_edge.export.common.directory import DESCRIPTION
 from glm_edge.export.tflite import file as tflite_file
 from glm_edge.export.tflite.flatbuffer import FlatModel
 from glm_edge.export.verify.graph_directory import READERS
-from glm_edge.kernels import grid
+from glm_edge.kernels import quantization
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 from glm_edge.params.tree import nested
@@ -93,7 +93,7 @@ def params(model):
             return jnp.ones(shape)
         weight = jnp.asarray(rng.normal(size=shape) * 0.3, jnp.float32)
         scale = jnp.abs(weight).max(-1, keepdims=True) / 127
-        codes = grid.encode(weight, scale, None, "int8")
+        codes = quantization.quantize(weight, scale, None, "int8")
         return boxes.quantized(codes, scale, None, Format("int8"))
 
     return nested({path: leaf(path, shape) for path, shape in expected_shapes(model).items()})

@@ -13,8 +13,8 @@ from glm_edge.compress.quantize.solvers import hqq_solver as hqq
 from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import RecipeError
-from glm_edge.kernels.grid import INTEGERS
 from glm_edge.kernels.packing import QTYPES
+from glm_edge.kernels.quantization import INTEGERS
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 from glm_edge.params.tree import nested

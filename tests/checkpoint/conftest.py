@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_edge.checkpoint.files import write_safetensors
+from glm_edge.checkpoint.safetensors import write_safetensors
 from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.configs import DecoderConfig, GLMConfig, SpeechConfig, VisionConfig
 from glm_edge.models.multimodal import MultimodalGLM

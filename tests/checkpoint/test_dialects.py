@@ -12,8 +12,8 @@ import pytest
 
 import glm_edge as ge
 from experiments.golden import make_round_trip
-from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
 from glm_edge.checkpoint.hugging_face import MEMBERS, read_config
+from glm_edge.checkpoint.safetensors import SafetensorsFile, write_safetensors
 from glm_edge.errors import CheckpointError, ConfigError
 
 TINY = json.loads((Path(__file__).parent / "tiny_configs.json").read_text())

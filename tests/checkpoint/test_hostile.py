@@ -152,9 +152,9 @@ DAMAGE = {
     "tensors overlap": (lambda d: with_header(shards(d)[0], overlap), "without gap or overlap"),
     "a type is wrong": (lambda d: edit_matrix(d, dtype="I16"), "of type I16"),
     "a shape is wrong": (lambda d: edit_matrix(d, shape="turned"), "has shape"),
-    "a tensor stands twice in a header": (
+    "a tensor appears twice in a header": (
         lambda d: with_header(shards(d)[0], repeat_first_entry),
-        "stands twice in one JSON object",
+        "appears twice in one JSON object",
     ),
     "a tensor stands in two shards": (
         lambda d: shutil.copy(shards(d)[0], shards(d)[1]),
@@ -180,7 +180,7 @@ DAMAGE = {
     "an empty config": (lambda d: (d / CONFIG).write_bytes(b""), "not JSON"),
     "a config that says all twice": (
         lambda d: (d / CONFIG).write_text('{"model_type": "glm", "model_type": "glm4"}'),
-        "'model_type' stands twice",
+        "'model_type' appears twice",
     ),
 }
 

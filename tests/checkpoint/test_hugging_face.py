@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
+from glm_edge.checkpoint.safetensors import SafetensorsFile, write_safetensors
 from glm_edge.errors import CheckpointError, ConfigError
 
 

@@ -14,8 +14,8 @@ from experiments.golden import make_round_trip
 from experiments.golden.outputs import compute
 from glm_edge import params as boxes
 from glm_edge.checkpoint import hugging_face
-from glm_edge.checkpoint.files import SafetensorsFile
 from glm_edge.checkpoint.hugging_face import writing
+from glm_edge.checkpoint.safetensors import SafetensorsFile
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
 
 FOLDER = Path(__file__).parent

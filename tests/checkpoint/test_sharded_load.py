@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
 from glm_edge.checkpoint.placement import Destination
+from glm_edge.checkpoint.safetensors import SafetensorsFile, write_safetensors
 from glm_edge.errors import ConfigError
 
 # Sums of up to 256 float32 products, in another order.

@@ -20,7 +20,7 @@ from experiments.golden import make_checkpoint
 from glm_edge.checkpoint.lazy import open_lazily
 from glm_edge.cli import compress, console, corpora, export, main
 from glm_edge.cli.checkpoints import checkpoint_of
-from glm_edge.cli.whole import as_stored
+from glm_edge.cli.in_memory import as_stored
 from glm_edge.compress import batches
 from glm_edge.compress.report import Report, Row
 from glm_edge.errors import CheckpointError, DataError, OutputError
@@ -319,7 +319,7 @@ def test_json_files_are_checked_before_the_work(command, run, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["plan", "stray"], "error: unexpected argument 'stray'; every input is a --flag"),
-        (["plan", "--tower_format=int9"], "error: --tower_format: format: qtype 'int9'"),
+        (["plan", "--tower_format=int9"], "error: --tower_format: format 'int9'"),
         (["export", "--out=a.tflite", "--prefill_lengths=1"], "error: --prefill_lengths: 1 must"),
         (["export", "--out=a.tflite", "--prefill_lengths=x"], "error: --prefill_lengths: "),
         (["compress", "--out_dir=a", "--without=foo"], "error: --without=foo is no input"),

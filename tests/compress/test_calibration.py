@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -115,9 +114,9 @@ def test_every_transform_reads_any_batch(models, name, kind):
     model, params, variables = models[kind]
     calibration = Calibration(data(), apply=apply, loss=loss, variables=variables)
     _, changed, report = TRANSFORMS[name]()(model, params, calibration, rng=jax.random.key(0))
-    out = model.apply({**variables, "params": changed}, data()[0]["images"])
+    out = jax.jit(model.apply)({**variables, "params": changed}, data()[0]["images"])
     assert out.shape == (3, CLASSES)
-    assert bool(jnp.isfinite(out).all())
+    assert np.isfinite(out).all()
     assert report.rows
     said = [row.action for row in report.rows]
     assert not any("nothing is seen" in action or "no inputs" in action for action in said)

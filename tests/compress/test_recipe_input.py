@@ -34,7 +34,7 @@ REFUSED = {
     + "]}}" * 200,
     "nested too deep|not JSON": '{"name":' + "[" * 100_000,
     "integer of 1000000 digits": '{"name":"quantize.rtn","options":{"bits":' + "9" * 10**6 + "}}",
-    "'name' stands twice": '{"name":"quantize.rtn","name":"quantize.hqq"}',
+    "'name' appears twice": '{"name":"quantize.rtn","name":"quantize.hqq"}',
     "at most 1000 transforms": CHAINS + ",".join([text("quantize.rtn")] * 1001) + "]}}",
     "symmetric must be": text("quantize.rtn", symmetric="no"),
     "where=": text("quantize.rtn", where="(" * 5000 + ")" * 5000),

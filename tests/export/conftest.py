@@ -10,7 +10,7 @@ import pytest
 
 from glm_edge import configs
 from glm_edge import params as boxes
-from glm_edge.kernels import grid
+from glm_edge.kernels import quantization
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 
@@ -58,7 +58,7 @@ def quantize(weight: jax.Array, form: Format) -> boxes.Quantized:
     scale = jnp.abs(groups).max(-1) / (2 ** (form.bits - 1) - 1)
     scale = jnp.where(scale == 0.0, 1.0, scale).astype(form.scale_dtype)
     zero = None if form.symmetric else jnp.zeros(scale.shape, jnp.int8)
-    codes = grid.encode(weight, scale, zero, form.qtype)
+    codes = quantization.quantize(weight, scale, zero, form.qtype)
     return boxes.quantized(codes, scale, zero, form)
 
 

@@ -9,7 +9,7 @@ import pytest
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError
 from glm_edge.export.common import weights
-from glm_edge.kernels import grid
+from glm_edge.kernels import quantization
 from glm_edge.params import Format
 
 FORMATS = [value for value in vars(weights).values() if isinstance(value, weights.WeightFormat)]
@@ -19,8 +19,8 @@ FORMATS = [value for value in vars(weights).values() if isinstance(value, weight
 def test_stored_types_hold_all_codes(target):
     for table in (target.per_channel, target.in_groups):
         for qtype, stored in table.items():
-            low, high = grid.code_range(qtype)
-            least, most = grid.code_range(stored)
+            low, high = quantization.code_range(qtype)
+            least, most = quantization.code_range(stored)
             assert least <= low
             assert high <= most
 
@@ -30,7 +30,7 @@ def test_to_weight_restores_affine_groups(target):
     form = Format("int4", 32, False)
     dense = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64)), jnp.float32)
     scale, zero = jnp.full((4, 2), 0.25), jnp.full((4, 2), 3, jnp.int8)
-    box = boxes.quantized(grid.encode(dense, scale, zero, "int4"), scale, zero, form)
+    box = boxes.quantized(quantization.quantize(dense, scale, zero, "int4"), scale, zero, form)
     weight, conversions = weights.to_weight("w", box, target)
     assert (weight.type, weight.group_size, conversions) == ("int4", 32, [])
     np.testing.assert_array_equal(weights.dequantize(weight), box.unbox())

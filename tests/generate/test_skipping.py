@@ -9,7 +9,7 @@ import glm_edge as ge
 from glm_edge.compress import prune, quantize
 from glm_edge.errors import CheckpointError, RecipeError
 from glm_edge.generate import decoding, generate, skip_neurons
-from glm_edge.kernels.neurons import SparseMLP, sparse_mlp
+from glm_edge.kernels.sparse_mlp import SparseMLP, sparse_mlp
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_edge.kernels import grid, matmul, packing
+from glm_edge.kernels import matmul, packing, quantization
 
 FEW, MANY = 1, matmul.FEW_ROWS + 1
-low_bit = jax.jit(matmul.low_bit, static_argnums=4)
-low_bit_int8 = jax.jit(matmul.low_bit_int8, static_argnums=4)
-low_bit_static = jax.jit(matmul.low_bit_static, static_argnums=6)
+quantized_matmul = jax.jit(matmul.quantized_matmul, static_argnums=4)
+dynamic_int8_matmul = jax.jit(matmul.dynamic_int8_matmul, static_argnums=4)
+static_int8_matmul = jax.jit(matmul.static_int8_matmul, static_argnums=6)
 
 
 def product_loop(x, weight):
@@ -56,7 +56,7 @@ def random_codes(qtype, rows, columns, seed=0):
         codes = rng.choice([-1, 1], (rows, columns // 4, 4))
         np.put_along_axis(codes, rng.integers(0, 4, (*codes.shape[:2], 1)), 0, axis=-1)
         return codes.reshape(rows, columns).astype(np.int8)
-    low, high = grid.code_range(qtype)
+    low, high = quantization.code_range(qtype)
     return rng.integers(low, high + 1, (rows, columns)).astype(np.int8)
 
 
@@ -110,7 +110,7 @@ def test_low_bit_matches_a_float64_product(qtype, groups, affine):
     @jax.jit
     def products(few, many, data, scale, zero):
         return [
-            matmul.low_bit(x, data, scale, zero, qtype, inputs)
+            matmul.quantized_matmul(x, data, scale, zero, qtype, inputs)
             for inputs in ("float32", "bfloat16")
             for x in (few, many)
         ]
@@ -128,8 +128,8 @@ def test_int8_products_match_float64_of_rounded_rows(qtype, groups, affine):
 
     @jax.jit
     def products(x, data, scale, weight_zero):
-        static = matmul.low_bit_static(x, data, scale, weight_zero, step, jnp.int8(zero), qtype)
-        dynamic = matmul.low_bit_int8(x, data, scale, weight_zero, qtype)
+        static = matmul.static_int8_matmul(x, data, scale, weight_zero, step, jnp.int8(zero), qtype)
+        dynamic = matmul.dynamic_int8_matmul(x, data, scale, weight_zero, qtype)
         return matmul.round_rows_to_int8(x), dynamic, static
 
     for rows in (FEW, MANY):
@@ -154,7 +154,8 @@ def test_static_products_lie_where_a_float64_loop_rounds_them(qtype, groups, aff
         place = products[i, j] / np.float64(out_step)
         ties += abs(place - np.floor(place) - 0.5) < 1e-4
         expected[i, j] = np.clip(np.round(place) + out_zero, -128, 127) - out_zero
-    found = low_bit_static(x, *packed[:3], step, np.int8(zero), qtype, out_step, np.int8(out_zero))
+    output = out_step, np.int8(out_zero)
+    found = static_int8_matmul(x, *packed[:3], step, np.int8(zero), qtype, *output)
     assert {expected.min(), expected.max()} & {-137.0, 118.0}, "nothing clips"
     assert ties < 3
     wrong = np.abs(np.asarray(found, np.float64) / out_step - expected) > 1e-3
@@ -168,7 +169,7 @@ def test_int8_products_take_zero_points_between_levels(rows, zero_dtype):
     x = rows_of(rows)
     rounded = np.asarray(jax.jit(matmul.round_rows_to_int8)(x), np.float64)
     assert np.any(np.asarray(packed[2], np.float64) % 1)
-    assert relative(low_bit_int8(x, *packed), rounded @ weight.T) < 1e-6
+    assert relative(dynamic_int8_matmul(x, *packed), rounded @ weight.T) < 1e-6
 
 
 @pytest.mark.parametrize("rows", [1, 9])
@@ -178,7 +179,7 @@ def test_integer_sums_are_exact_where_float32_sums_are_not(rows):
     x[:, 0], x[:, 1] = 254.0, 0.0
     codes = np.full((3, columns), 127, np.int8)
     codes[1], codes[2, ::2] = -128, -127
-    found = jax.jit(matmul.low_bit_int8)(x, codes, np.ones((3, 1), np.float32))
+    found = jax.jit(matmul.dynamic_int8_matmul)(x, codes, np.ones((3, 1), np.float32))
     rounded = jax.jit(matmul.rows_to_int8)(x)
     integers, zero, step = (np.asarray(a, np.float64) for a in rounded)
     total = (integers - zero).astype(np.int64) @ codes.astype(np.int64).T
@@ -207,7 +208,7 @@ def test_a_weight_met_in_blocks_gives_the_same_product(qtype, groups, out, monke
     def products(x, data, scale, zero):
         return [
             product(x, data, scale, zero, qtype)
-            for product in (matmul.low_bit, matmul.low_bit_int8)
+            for product in (matmul.quantized_matmul, matmul.dynamic_int8_matmul)
         ]
 
     at_once = jax.jit(products)(x, *arrays)
@@ -234,12 +235,12 @@ def test_gradients_reach_rows_scales_and_float_zero_points(groups, zero_dtype, b
     trained = (0, 1, 2) if zero_dtype is np.float32 else (0, 1)
 
     def dense(x, scale, zero):
-        return jnp.sum(pull * matmul.dense(x, grid.dequantize(levels, scale, zero)))
+        return jnp.sum(pull * matmul.dense(x, quantization.dequantize_levels(levels, scale, zero)))
 
     reference = jax.jit(jax.grad(dense, trained))
     for product, rows in (
-        (matmul.low_bit, x),
-        (matmul.low_bit_int8, jax.jit(matmul.round_rows_to_int8)(x)),
+        (matmul.quantized_matmul, x),
+        (matmul.dynamic_int8_matmul, jax.jit(matmul.round_rows_to_int8)(x)),
     ):
 
         def loss(x, scale, zero, product=product):
@@ -257,7 +258,7 @@ def test_static_rounding_passes_gradients_where_it_does_not_clip():
     rest = data, scale, zero
 
     def loss(x, step):
-        return jnp.sum(matmul.low_bit_static(x, *rest, step, jnp.int8(5), qtype))
+        return jnp.sum(matmul.static_int8_matmul(x, *rest, step, jnp.int8(5), qtype))
 
     step = np.float32(0.03)
     by_row, by_step = jax.jit(jax.grad(loss, (0, 1)))(x, step)
@@ -281,7 +282,7 @@ def test_few_rows_never_meet_a_dense_copy_of_the_weight(qtype, optimized):
         shape((out, packing.packed_columns(columns, qtype)), packing.stored_dtype(qtype)),
         shape((out, 1), jnp.float32),
     )
-    for product in (matmul.low_bit, matmul.low_bit_int8):
+    for product in (matmul.quantized_matmul, matmul.dynamic_int8_matmul):
         run = jax.jit(lambda *a, product=product: product(*a, None, qtype))
         memory = run.lower(*arguments).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 2 * 4 * matmul.BLOCK < out * columns * 4 / 2
@@ -290,14 +291,14 @@ def test_few_rows_never_meet_a_dense_copy_of_the_weight(qtype, optimized):
 def test_low_bit_keeps_leading_axes_and_type_and_works_under_vmap():
     packed = case("int4", 5)[0]
     x = rows_of(6).reshape(2, 3, 60)
-    found = low_bit(x, *packed)
+    found = quantized_matmul(x, *packed)
     assert found.shape == (2, 3, 6)
     narrow = jax.eval_shape(
-        low_bit, jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), *packed[:3], "int4"
+        quantized_matmul, jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), *packed[:3], "int4"
     )
     assert narrow.dtype == jnp.bfloat16
     stacked = [np.stack([a, a]) for a in packed[:2]]
-    each = jax.jit(jax.vmap(lambda x, *weight: matmul.low_bit(x, *weight, None, "int4")))
+    each = jax.jit(jax.vmap(lambda x, *weight: matmul.quantized_matmul(x, *weight, None, "int4")))
     np.testing.assert_allclose(each(x, *stacked), found, rtol=1e-5, atol=1e-6)
 
 
@@ -326,12 +327,12 @@ def test_rows_split_in_three_are_as_accurate_as_a_float32_product(rows):
     weight = rng.normal(size=(40, 300)).astype(jnp.bfloat16)
     exact = x.astype(np.float64) @ np.asarray(weight, np.float64).T
     scale = np.abs(x).astype(np.float64) @ np.abs(np.asarray(weight, np.float64)).T
-    found = jax.jit(matmul.dense_split)(x, weight)
+    found = jax.jit(matmul.matmul_bf16x3)(x, weight)
     assert np.max(np.abs(found - exact) / scale) < 2e-7
 
     def gradient(product, weight):
         return jax.jit(jax.grad(lambda x: jnp.sum(product(x, weight) ** 2)))(x)
 
     plain = gradient(matmul.dense, jnp.asarray(weight, jnp.float32))
-    split = gradient(matmul.dense_split, jnp.asarray(weight))
+    split = gradient(matmul.matmul_bf16x3, jnp.asarray(weight))
     np.testing.assert_allclose(split, plain, rtol=1e-4, atol=1e-6 * np.abs(plain).max())

@@ -11,7 +11,7 @@ import pytest
 from glm_edge import params as boxes
 from glm_edge.compress.quantize import quantize_leaf
 from glm_edge.errors import BoxError
-from glm_edge.kernels import grid, matmul
+from glm_edge.kernels import matmul, quantization
 from glm_edge.models.layers import Embed, Linear
 from glm_edge.params import Format
 from glm_edge.params.boxes import describe, rebuild
@@ -128,8 +128,8 @@ def test_a_stock_embedding_runs_on_a_box(format):
 @pytest.mark.parametrize("rows", [1, 9])
 def test_our_linear_hands_the_box_to_the_low_bit_kernel(format, rows, monkeypatch):
     called = []
-    kernel = matmul.low_bit
-    monkeypatch.setattr(matmul, "low_bit", lambda *args: called.append(1) or kernel(*args))
+    kernel = matmul.quantized_matmul
+    monkeypatch.setattr(matmul, "quantized_matmul", lambda *args: called.append(1) or kernel(*args))
     module, x = Linear(6), weight(rows, 16)
     box = quantize(weight(6, 16, seed=1), format)
     found = jax.jit(module.apply)({"params": {"weight": box}}, x)
@@ -143,9 +143,9 @@ def test_our_embedding_dequantizes_only_the_rows_it_reads(format, monkeypatch):
     box, tokens = quantize(weight(10, 16), format), np.array([[0, 9, 3]])
     expected = np.asarray(boxes.dense(box))[tokens]
     sizes = []
-    kernel = grid.dequantize
+    name, kernel = "dequantize_levels", quantization.dequantize_levels
     monkeypatch.setattr(
-        grid, "dequantize", lambda q, *rest: sizes.append(q.shape) or kernel(q, *rest)
+        quantization, name, lambda q, *rest: sizes.append(q.shape) or kernel(q, *rest)
     )
     found = jax.jit(Embed(10, 16).apply)({"params": {"weight": box}}, tokens)
     assert set(sizes) == {(1, 3, 16)}
@@ -154,8 +154,8 @@ def test_our_embedding_dequantizes_only_the_rows_it_reads(format, monkeypatch):
 
 def test_our_tied_head_reaches_the_low_bit_kernel(monkeypatch):
     called = []
-    kernel = matmul.low_bit
-    monkeypatch.setattr(matmul, "low_bit", lambda *args: called.append(1) or kernel(*args))
+    kernel = matmul.quantized_matmul
+    monkeypatch.setattr(matmul, "quantized_matmul", lambda *args: called.append(1) or kernel(*args))
     box, x = quantize(weight(10, 16), Format("int8")), weight(2, 16)
     attend = functools.partial(Embed(10, 16).apply, method="attend")
     found = jax.jit(attend)({"params": {"weight": box}}, x)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
+from glm_edge.checkpoint.safetensors import SafetensorsFile, write_safetensors
 from glm_edge.compress.quantize import quantize_leaf
 from glm_edge.errors import BoxError
 from glm_edge.params import Format

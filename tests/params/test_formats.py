@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import glm_edge as ge
 from glm_edge import params as boxes
-from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
+from glm_edge.checkpoint.safetensors import SafetensorsFile, write_safetensors
 from glm_edge.compress.quantize import quantize_leaf
 from glm_edge.errors import BoxError
-from glm_edge.kernels import grid, packing
+from glm_edge.kernels import packing, quantization
 from glm_edge.params import Format, formats
 from glm_edge.params.formats import QTYPES
 
@@ -64,12 +64,12 @@ def test_bytes_told_are_bytes_held_and_bytes_in_the_file(format, tmp_path):
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 def test_dense_is_scale_times_level_less_zero(format):
     box = quantize(weight(10, 48), format)
-    levels = np.asarray(grid.levels(box.codes(), format.qtype), np.float64)
+    levels = np.asarray(quantization.levels(box.codes(), format.qtype), np.float64)
     groups = box.scale.shape[-1]
     scale = np.repeat(np.float64(box.scale), 48 // groups, axis=1)
     zero = 0.0 if box.zero is None else np.repeat(np.float64(box.zero), 48 // groups, axis=1)
     np.testing.assert_allclose(boxes.dense(box), scale * (levels - zero), rtol=1e-6, atol=1e-7)
-    low, high = grid.code_range(format.qtype)
+    low, high = quantization.code_range(format.qtype)
     assert low <= np.asarray(box.codes()).min() <= np.asarray(box.codes()).max() <= high
 
 
@@ -200,7 +200,7 @@ def test_formats_are_read_from_their_names(text):
         (lambda: Format("int8", zero_dtype="int4"), "zero_dtype"),
         (lambda: Format.parse("int4-32"), "format 'int4-32': '32' is not a part; .* g32; affine"),
         (lambda: Format.parse("int7-g32"), "format 'int7-g32': 'int7' is not a type; types: int8"),
-        (lambda: Format.parse("int4-g32-channel"), "'channel' says again"),
+        (lambda: Format.parse("int4-g32-channel"), "'channel' repeats"),
         (lambda: Format.parse("int4-g0"), "'g0' is not a part"),
         (
             lambda: Format.parse("int4-scale=int8"),

@@ -208,8 +208,8 @@ def test_images_of_different_sizes_and_types_become_one_batch():
         ([np.zeros((0, 4, 3))], r"found \[0, 4, 3\]"),
         ([np.zeros((4, 4, 3), np.int64)], "floats in 0..1 or uint8, found int64"),
         ([np.full((4, 4, 3), np.nan)], "holds NaN"),
-        ([PIXELS.astype(np.float32)], r"values lie in 0\.\.2\d\d; floats must lie in 0\.\.1"),
-        ([np.full((4, 4, 3), -0.1)], r"floats must lie in 0\.\.1"),
+        ([PIXELS.astype(np.float32)], r"values are in 0\.\.2\d\d; floats must be in 0\.\.1"),
+        ([np.full((4, 4, 3), -0.1)], r"floats must be in 0\.\.1"),
     ],
     ids=range(8),
 )

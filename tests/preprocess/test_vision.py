@@ -75,7 +75,7 @@ def test_floats_and_bytes_are_one_image():
         (np.zeros((4, 4, 4), np.uint8), r"found \[4, 4, 4\]"),
         (np.zeros((4, 4, 3), np.int32), "floats in 0..1 or uint8, found int32"),
         (np.full((4, 4, 3), np.nan), "holds NaN"),
-        (np.full((4, 4, 3), 2.0), "values lie in 2..2"),
+        (np.full((4, 4, 3), 2.0), "values are in 2..2"),
         (np.zeros((10, 2010, 3), np.uint8), "201 times the other"),
     ],
     ids=range(7),

@@ -6,7 +6,7 @@ import numpy as np
 
 from glm_edge.checkpoint.hugging_face.decoders import ROTARY_BUFFERS, read_tokens
 from glm_edge.checkpoint.hugging_face.fields import Fields
-from glm_edge.checkpoint.hugging_face.member import Arrays, Entry, Member, same
+from glm_edge.checkpoint.hugging_face.member import Arrays, FamilyMember, TensorMapping, same
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import ConfigError
 from glm_edge.models.multimodal import MultimodalGLM
@@ -62,7 +62,7 @@ def _write_config(config: GLMConfig) -> dict[str, Any]:
     raise ConfigError("a GLM-4-9B is written as a glm, whose code is part of transformers")
 
 
-def _query_key_value(config: DecoderConfig, ours: str, name: str) -> Entry:
+def _query_key_value(config: DecoderConfig, ours: str, name: str) -> TensorMapping:
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
 
@@ -76,10 +76,10 @@ def _query_key_value(config: DecoderConfig, ours: str, name: str) -> Entry:
 
     field = name.rpartition(".")[2]
     paths = tuple(f"{ours}/{part}_proj/{field}" for part in "qkv")
-    return Entry(paths, (name,), read, write)
+    return TensorMapping(paths, (name,), read, write)
 
 
-def _entries(config: GLMConfig) -> list[Entry]:
+def _entries(config: GLMConfig) -> list[TensorMapping]:
     decoder = config.decoder
     entries = same("embed", "transformer.embedding.word_embeddings")
     entries += same("decoder/norm", "transformer.encoder.final_layernorm")
@@ -103,7 +103,7 @@ def _ignored(config: GLMConfig) -> str:
     return ROTARY_BUFFERS + tied
 
 
-CHATGLM = Member(
+CHATGLM = FamilyMember(
     read_config=_read_config,
     write_config=_write_config,
     build=MultimodalGLM,

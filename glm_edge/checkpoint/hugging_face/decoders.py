@@ -3,7 +3,7 @@
 from typing import Any
 
 from glm_edge.checkpoint.hugging_face.fields import Fields
-from glm_edge.checkpoint.hugging_face.member import Entry, Member, join, same
+from glm_edge.checkpoint.hugging_face.member import FamilyMember, TensorMapping, join, same
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import ConfigError
 from glm_edge.models.multimodal import MultimodalGLM
@@ -71,7 +71,7 @@ def decoder_config(
 
 
 def write_decoder(config: DecoderConfig, model_type: str) -> dict[str, Any]:
-    """Fields that `decoder_config` reads.
+    """Writes the fields that `decoder_config` reads.
 
     Raises:
       ConfigError: layers differ in width, which config.json cannot say.
@@ -104,7 +104,7 @@ def write_decoder(config: DecoderConfig, model_type: str) -> dict[str, Any]:
 
 def decoder_entries(
     config: DecoderConfig, prefix: str, head: str, fused_mlp: bool = True
-) -> list[Entry]:
+) -> list[TensorMapping]:
     """Lists a decoder's parameters.
 
     Args:
@@ -141,7 +141,7 @@ def decoder_entries(
 
 
 def read_tokens(*sections: Fields) -> dict[str, Any]:
-    """Stop and padding tokens, by the names of `GLMConfig`, of the first section that has them.
+    """Reads stop and padding tokens, by the names of `GLMConfig`, from the first section with them.
 
     As in transformers, config.json itself goes before its `text_config`; generation_config.json,
     which goes before both, is read with the directory.
@@ -155,11 +155,11 @@ def read_tokens(*sections: Fields) -> dict[str, Any]:
 
 
 def write_tokens(config: GLMConfig) -> dict[str, Any]:
-    """The inverse of `read_tokens`."""
+    """Writes the fields that `read_tokens` reads."""
     return {"eos_token_id": list(config.eos_token_ids), "pad_token_id": config.pad_token_id}
 
 
-def _text_member(model_type: str, architecture: str, sandwich_norm: bool) -> Member:
+def _text_member(model_type: str, architecture: str, sandwich_norm: bool) -> FamilyMember:
     def read_config(fields: Fields, name: str) -> GLMConfig:
         decoder = decoder_config(
             fields,
@@ -182,7 +182,7 @@ def _text_member(model_type: str, architecture: str, sandwich_norm: bool) -> Mem
             **write_tokens(config),
         }
 
-    return Member(
+    return FamilyMember(
         read_config=read_config,
         write_config=write_config,
         build=MultimodalGLM,
@@ -192,7 +192,7 @@ def _text_member(model_type: str, architecture: str, sandwich_norm: bool) -> Mem
 
 
 def ignored_head(config: GLMConfig, head: str = r"lm_head\.weight") -> str:
-    """Rotary tables, which were buffers once, and the head that a tied model may store again."""
+    """Matches rotary tables, once buffers, and the head that a tied model may store again."""
     return f"{ROTARY_BUFFERS}|{head}" if config.decoder.tie_embeddings else ROTARY_BUFFERS
 
 

@@ -1,4 +1,4 @@
-"""A config.json whose fields are checked as they are read, in spellings of transformers 4 and 5."""
+"""Fields of config.json, checked as they are read, in the spellings of transformers 4 and 5."""
 
 from typing import Any
 
@@ -93,7 +93,7 @@ WITHOUT_EFFECT = frozenset(
 
 
 class Fields:
-    """A JSON object whose fields are taken one by one, so that what nobody knows can be named."""
+    """A JSON object whose fields are taken one by one, so that unknown ones can be named."""
 
     def __init__(self, values: dict[str, Any], where: str) -> None:
         """Wraps an object.
@@ -186,8 +186,8 @@ class Fields:
         if value is None and not required:
             return None
         if not isinstance(value, dict):
-            found = "is missing" if value is None else f"is a {type(value).__name__}"
-            raise ConfigError(f"{self.where}: field {name!r} {found}; it must be an object")
+            fault = "is missing" if value is None else f"is a {type(value).__name__}"
+            raise ConfigError(f"{self.where}: field {name!r} {fault}; it must be an object")
         return Fields(value, f"{self.where}: {name}")
 
     def repeats(self, section: "Fields") -> None:
@@ -208,7 +208,7 @@ class Fields:
         return ids[0] if ids else None
 
     def rope(self, *types: str) -> "Fields":
-        """Rotary fields: `rope_parameters` (5), then `rope_scaling` (4), then the top level.
+        """Reads rotary fields: `rope_parameters` (5), then `rope_scaling` (4), then the top level.
 
         Args:
           *types: values of `rope_type` that are known; `default` always is.

@@ -1,4 +1,4 @@
-"""What a member of the family is: how its config.json and its tensors map to ours and back."""
+"""A member of the family: maps of its config.json and its tensors to ours and back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ def _unchanged(*arrays: np.ndarray) -> Arrays:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Parameters of ours and the tensors of the file that hold the same numbers.
+class TensorMapping:
+    """A map between our parameters and the tensors of the file with the same values.
 
     Attributes:
       paths: of our parameters.
@@ -34,12 +34,12 @@ class Entry:
 
     @property
     def unchanged(self) -> bool:
-        """True where our array is the tensor."""
+        """Tests if our array is the tensor."""
         return self.read is _unchanged
 
 
 @dataclass(frozen=True)
-class Member:
+class FamilyMember:
     """One `model_type` of config.json.
 
     Attributes:
@@ -56,19 +56,21 @@ class Member:
     read_config: Callable[[Fields, str], Any]
     write_config: Callable[[Any], dict[str, Any]]
     build: Callable[[Any], nn.Module]
-    entries: Callable[[Any], list[Entry]]
+    entries: Callable[[Any], list[TensorMapping]]
     renames: tuple[tuple[str, str], ...] = ()
     ignored: Callable[[Any], str] = lambda config: r"(?!)"
 
 
-def same(path: str, name: str, *fields: str) -> list[Entry]:
-    """Entries for `path/field` held as `name.field`, unchanged."""
-    return [Entry((f"{path}/{field}",), (f"{name}.{field}",)) for field in fields or ("weight",)]
+def same(path: str, name: str, *fields: str) -> list[TensorMapping]:
+    """Maps `path/field` to `name.field`, unchanged."""
+    return [
+        TensorMapping((f"{path}/{field}",), (f"{name}.{field}",)) for field in fields or ("weight",)
+    ]
 
 
-def split(paths: tuple[str, ...], name: str) -> Entry:
-    """Entry for matrices (or biases) of equal height that the file stacks in one tensor."""
-    return Entry(
+def split(paths: tuple[str, ...], name: str) -> TensorMapping:
+    """Maps matrices (or biases) of equal height that the file stacks in one tensor."""
+    return TensorMapping(
         paths,
         (name,),
         read=lambda stacked: tuple(np.split(stacked, len(paths))),
@@ -76,9 +78,9 @@ def split(paths: tuple[str, ...], name: str) -> Entry:
     )
 
 
-def join(path: str, names: tuple[str, ...]) -> Entry:
-    """Entry for one matrix (or bias) of ours whose rows the file keeps in several tensors."""
-    return Entry(
+def join(path: str, names: tuple[str, ...]) -> TensorMapping:
+    """Maps one matrix (or bias) of ours whose rows the file stores in several tensors."""
+    return TensorMapping(
         (path,),
         names,
         read=lambda *parts: (np.concatenate(parts),),
@@ -86,8 +88,8 @@ def join(path: str, names: tuple[str, ...]) -> Entry:
     )
 
 
-def convolution(path: str, name: str, shape: tuple[int, ...]) -> list[Entry]:
-    """Entries for a convolution's bias and its kernel `[out, channels, *shape]`.
+def convolution(path: str, name: str, shape: tuple[int, ...]) -> list[TensorMapping]:
+    """Maps a convolution's bias and its kernel `[out, channels, *shape]`.
 
     Ours is a matrix whose columns run over `shape` first and channels last.
     """
@@ -98,5 +100,5 @@ def convolution(path: str, name: str, shape: tuple[int, ...]) -> list[Entry]:
     def write(matrix: np.ndarray) -> Arrays:
         return (np.moveaxis(matrix.reshape(matrix.shape[0], *shape, -1), -1, 1),)
 
-    kernel = Entry((f"{path}/weight",), (f"{name}.weight",), read, write)
+    kernel = TensorMapping((f"{path}/weight",), (f"{name}.weight",), read, write)
     return [kernel, *same(path, name, "bias")]

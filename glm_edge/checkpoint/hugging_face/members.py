@@ -1,10 +1,10 @@
-"""The family: which member reads a config.json, and which one writes a model."""
+"""The members of the family, by `model_type`."""
 
 from typing import Any
 
 from glm_edge.checkpoint.hugging_face import chatglm, decoders, siglip, speech, text, vision
 from glm_edge.checkpoint.hugging_face.fields import Fields
-from glm_edge.checkpoint.hugging_face.member import Member
+from glm_edge.checkpoint.hugging_face.member import FamilyMember
 from glm_edge.errors import ConfigError
 
 MEMBERS = {
@@ -28,7 +28,7 @@ MEMBERS = {
 VARIANTS = {"glm_edge_v": ("glm", "vision_config"), "glmasr_first": ("glmasr", "whisper_config")}
 
 
-def read_config(fields: dict[str, Any], where: str, name: str) -> tuple[Member, Any]:
+def read_config(fields: dict[str, Any], where: str, name: str) -> tuple[FamilyMember, Any]:
     """Finds the member of a config.json and reads it.
 
     Args:
@@ -64,7 +64,7 @@ def _member_name(fields: dict[str, Any], where: str) -> str:
     return model_type
 
 
-def write_config(config: Any) -> tuple[Member, dict[str, Any]] | None:
+def write_config(config: Any) -> tuple[FamilyMember, dict[str, Any]] | None:
     """Finds the member that can express a configuration, and writes it.
 
     Args:

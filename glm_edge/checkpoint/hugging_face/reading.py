@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_edge.checkpoint.files import WEIGHTS, SafetensorsFile, by_tensor, check_finite
-from glm_edge.checkpoint.hugging_face.member import Entry, Member
+from glm_edge.checkpoint.hugging_face.member import FamilyMember, TensorMapping
 from glm_edge.checkpoint.hugging_face.members import read_config
 from glm_edge.checkpoint.hugging_face.tying import untie, untied_if_heads_differ
 from glm_edge.checkpoint.placement import Destination, Placement
+from glm_edge.checkpoint.safetensors import WEIGHTS, SafetensorsFile, by_tensor, check_finite
 from glm_edge.checkpoint.shapes import (
     Shapes,
     check_depth,
@@ -63,8 +63,8 @@ def read(
 
 
 @dataclass(frozen=True)
-class Source:
-    """A directory whose headers have been checked and whose tensors are read on demand.
+class HuggingFaceSource:
+    """A Hugging Face directory with checked headers, whose tensors are read on demand.
 
     Attributes:
       model: without parameters.
@@ -75,19 +75,19 @@ class Source:
     """
 
     model: nn.Module
-    entries: list[Entry]
+    entries: list[TensorMapping]
     stored: dict[str, str]
     files: dict[str, SafetensorsFile]
     expected: Shapes
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Parameters by path, without numbers."""
+        """Returns abstract parameters by path."""
         return {
             path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in self.expected.items()
         }
 
     def read(
-        self, entry: Entry, plan: Mapping[str, Destination], dtype: str | None
+        self, entry: TensorMapping, plan: Mapping[str, Destination], dtype: str | None
     ) -> list[tuple[str, np.ndarray]]:
         """Reads the parameters of one entry.
 
@@ -105,25 +105,25 @@ class Source:
         return _read_entry(entry, self.stored, self.files, plan, dtype)
 
 
-def open_directory(directory: Path, fields: dict[str, Any]) -> Source:
+def open_directory(directory: Path, fields: dict[str, Any]) -> HuggingFaceSource:
     """Checks the headers of a directory; arguments and errors as in `read`."""
     name = str(fields.get("_name_or_path") or directory.resolve().name)
     member, config = read_config(fields, str(directory / CONFIG), name)
     config = with_stop_tokens(config, directory)
     files = tensor_files(directory)
     check_depth(config, len(files), str(directory))
-    whole = _canonical_names(member, untie(config) or config, files, directory)
-    config = untied_if_heads_differ(member, config, whole, files)
+    untied_names = _canonical_names(member, untie(config) or config, files, directory)
+    config = untied_if_heads_differ(member, config, untied_names, files)
     model = member.build(config)
     stored = _canonical_names(member, config, files, directory)
     expected = expected_shapes(model)
     entries = member.entries(config)
     _check_headers(entries, stored, files, expected, directory)
-    return Source(model, entries, stored, files, expected)
+    return HuggingFaceSource(model, entries, stored, files, expected)
 
 
 def _read_entry(
-    entry: Entry,
+    entry: TensorMapping,
     stored: dict[str, str],
     files: dict[str, SafetensorsFile],
     plan: Mapping[str, Destination],
@@ -132,11 +132,11 @@ def _read_entry(
     names = [stored[name] for name in entry.names]
     where = f"{files[names[0]].path}: tensor {', '.join(repr(name) for name in names)}"
     if entry.unchanged:
-        held = zip(entry.paths, names, strict=True)
-        arrays = [plan[path].read(files[name], name) for path, name in held]
+        pairs = zip(entry.paths, names, strict=True)
+        arrays = [plan[path].read(files[name], name) for path, name in pairs]
     else:
         arrays = _rearrange(entry, [files[name].read(name) for name in names], plan, where)
-    found = []
+    leaves = []
     for path, array in zip(entry.paths, arrays, strict=True):
         target = array.dtype if dtype is None else jnp.dtype(dtype)
         if array.dtype == np.float64 and dtype is None:
@@ -144,12 +144,12 @@ def _read_entry(
         with np.errstate(over="ignore"):
             array = array.astype(target, copy=False)
         check_finite(array, f"{where} as {target}")
-        found.append((path, array))
-    return found
+        leaves.append((path, array))
+    return leaves
 
 
 def _rearrange(
-    entry: Entry, tensors: list[np.ndarray], plan: Mapping[str, Destination], where: str
+    entry: TensorMapping, tensors: list[np.ndarray], plan: Mapping[str, Destination], where: str
 ) -> tuple[np.ndarray, ...]:
     try:
         arrays = entry.read(*tensors)
@@ -172,7 +172,7 @@ def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
 
     Raises:
       CheckpointError: a file is missing or damaged, a tensor is stored twice, the index and the
-        files disagree, or a single file lies beside an index of others.
+        files disagree, or a single file is beside an index of others.
     """
     if os.path.lexists(directory / ADAPTER):
         raise CheckpointError(
@@ -196,17 +196,17 @@ def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
             "models, so remove the one that does not belong here"
         )
     names = sorted({str(name) for name in listed.values()})
-    held = by_tensor(SafetensorsFile(file_inside(directory, name)) for name in names)
+    by_name = by_tensor(SafetensorsFile(file_inside(directory, name)) for name in names)
     for name, file_name in listed.items():
-        if name not in held or held[name].path.name != file_name:
+        if name not in by_name or by_name[name].path.name != file_name:
             raise CheckpointError(
                 f"{directory / file_name}: tensor {name!r} is missing; {INDEX} says it is there"
             )
-    return held
+    return by_name
 
 
 def _else(directory: Path) -> str:
-    """Says what a directory holds in place of weights."""
+    """Describes the files that a directory has in place of weights."""
     shards = sorted(directory.glob("model-*-of-*.safetensors"))
     if shards:
         return f"; {len(shards)} shards such as {shards[0].name} are there without their index"
@@ -215,9 +215,9 @@ def _else(directory: Path) -> str:
 
 
 def _canonical_names(
-    member: Member, config: Any, files: dict[str, SafetensorsFile], directory: Path
+    member: FamilyMember, config: Any, files: dict[str, SafetensorsFile], directory: Path
 ) -> dict[str, str]:
-    """Names of the member's own dialect to those in the files, without what is ignored."""
+    """Maps names of the member's dialect to those in the files, without ignored ones."""
     ignored = re.compile(member.ignored(config))
     stored: dict[str, str] = {}
     for name in files:
@@ -235,7 +235,7 @@ def _canonical_names(
 
 
 def _check_headers(
-    entries: list[Entry],
+    entries: list[TensorMapping],
     stored: dict[str, str],
     files: dict[str, SafetensorsFile],
     expected: Shapes,
@@ -248,8 +248,8 @@ def _check_headers(
         for name in entry.names
     }
     # What has no place is named as it is stored.
-    found = (name if name in needed else stored[name] for name in stored)
-    check_names(found, needed, str(directory))
+    names = (name if name in needed else stored[name] for name in stored)
+    check_names(names, needed, str(directory))
     for canonical, name in stored.items():
         info, where = files[name].tensors[name], f"{files[name].path}: tensor {name!r}"
         if info.dtype not in FLOATING:

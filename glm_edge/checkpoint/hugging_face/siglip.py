@@ -16,8 +16,8 @@ from glm_edge.checkpoint.hugging_face.decoders import (
 from glm_edge.checkpoint.hugging_face.fields import Fields
 from glm_edge.checkpoint.hugging_face.member import (
     Arrays,
-    Entry,
-    Member,
+    FamilyMember,
+    TensorMapping,
     convolution,
     join,
     same,
@@ -78,11 +78,11 @@ def _write_siglip(config: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _siglip_entries(config: VisionConfig, ours: str, prefix: str) -> list[Entry]:
+def _siglip_entries(config: VisionConfig, ours: str, prefix: str) -> list[TensorMapping]:
     both, kernel = ("weight", "bias"), (config.patch_size, config.patch_size)
     entries = convolution(f"{ours}patch", f"{prefix}embeddings.patch_embedding", kernel)
     table = f"{prefix}embeddings.position_embedding.weight"
-    entries.append(Entry((f"{ours}position",), (table,)))
+    entries.append(TensorMapping((f"{ours}position",), (table,)))
     for index in range(config.num_layers):
         layer, stored = f"{ours}layers/{index}", f"{prefix}encoder.layers.{index}"
         entries += same(f"{layer}/input_norm", f"{stored}.layer_norm1", *both)
@@ -95,7 +95,7 @@ def _siglip_entries(config: VisionConfig, ours: str, prefix: str) -> list[Entry]
     if not config.pooling_head:
         return entries
     pool, head = f"{ours}pool", f"{prefix}head"
-    entries.append(Entry((f"{pool}/probe",), (f"{head}.probe",), _flatten, _add_two_axes))
+    entries.append(TensorMapping((f"{pool}/probe",), (f"{head}.probe",), _flatten, _add_two_axes))
     for field in both:
         heads = tuple(f"{pool}/{name}_proj/{field}" for name in "qkv")
         entries.append(split(heads, f"{head}.attention.in_proj_{field}"))
@@ -123,7 +123,7 @@ def _read_siglip(fields: Fields, name: str) -> VisionConfig:
     return _siglip_config(section)
 
 
-SIGLIP = Member(
+SIGLIP = FamilyMember(
     read_config=_read_siglip,
     write_config=lambda config: {
         "architectures": ["SiglipVisionModel"],
@@ -177,7 +177,7 @@ def _write_edge_v(config: GLMConfig) -> dict[str, Any]:
     }
 
 
-def _edge_v_entries(config: GLMConfig) -> list[Entry]:
+def _edge_v_entries(config: GLMConfig) -> list[TensorMapping]:
     adapter = "model.vision.adapter"
     linear = f"{adapter}.linear_proj"
     gate_up = (f"{linear}.gate_proj.weight", f"{linear}.dense_h_to_4h.weight")
@@ -189,12 +189,12 @@ def _edge_v_entries(config: GLMConfig) -> list[Entry]:
         *same("vision/projector/norm", f"{linear}.norm1", "weight", "bias"),
         join("vision/projector/mlp/gate_up_proj/weight", gate_up),
         *same("vision/projector/mlp/down_proj", f"{linear}.dense_4h_to_h"),
-        Entry(("vision/begin",), (f"{adapter}.boi",), _flatten, _add_two_axes),
-        Entry(("vision/end",), (f"{adapter}.eoi",), _flatten, _add_two_axes),
+        TensorMapping(("vision/begin",), (f"{adapter}.boi",), _flatten, _add_two_axes),
+        TensorMapping(("vision/end",), (f"{adapter}.eoi",), _flatten, _add_two_axes),
     ]
 
 
-GLM_EDGE_V = Member(
+GLM_EDGE_V = FamilyMember(
     read_config=_read_edge_v,
     write_config=_write_edge_v,
     build=MultimodalGLM,

@@ -16,7 +16,13 @@ from glm_edge.checkpoint.hugging_face.decoders import (
     write_tokens,
 )
 from glm_edge.checkpoint.hugging_face.fields import Fields
-from glm_edge.checkpoint.hugging_face.member import Arrays, Entry, Member, convolution, same
+from glm_edge.checkpoint.hugging_face.member import (
+    Arrays,
+    FamilyMember,
+    TensorMapping,
+    convolution,
+    same,
+)
 from glm_edge.configs import DecoderConfig, GLMConfig, SpeechConfig
 from glm_edge.errors import ConfigError
 from glm_edge.models.multimodal import MultimodalGLM
@@ -53,7 +59,7 @@ def _encoder_entries(
     layer_names: dict[str, str],
     norm: str,
     interleaved: bool = False,
-) -> list[Entry]:
+) -> list[TensorMapping]:
     both = ("weight", "bias")
     entries = [
         *convolution(f"{ours}conv1", f"{prefix}conv1", (3,)),
@@ -61,18 +67,18 @@ def _encoder_entries(
         *same(f"{ours}norm", norm, *both),
     ]
     for layer in range(config.num_layers):
-        found = []
+        layer_entries = []
         for name, stored in layer_names.items():
             path, tensor = f"{ours}layers/{layer}/{name}", f"{prefix}layers.{layer}.{stored}"
-            found += same(path, tensor, *(both if name != "attention/k_proj" else both[:1]))
+            layer_entries += same(path, tensor, *(both if name != "attention/k_proj" else both[:1]))
         if interleaved:
-            found = [_half_split(config, entry) for entry in found]
-        entries += found
+            layer_entries = [_half_split(config, entry) for entry in layer_entries]
+        entries += layer_entries
     return entries
 
 
-def _half_split(config: SpeechConfig, entry: Entry) -> Entry:
-    """For queries and keys whose neighbouring rows turn together; ours are half a head apart."""
+def _half_split(config: SpeechConfig, entry: TensorMapping) -> TensorMapping:
+    """Reorders rows of queries and keys that rotate as neighbours; ours are half a head apart."""
     if not re.search(r"/[qk]_proj/", entry.paths[0]):
         return entry
     pairs = np.arange(config.rotary_dim).reshape(-1, 2).T.reshape(-1)
@@ -88,7 +94,7 @@ def _half_split(config: SpeechConfig, entry: Entry) -> Entry:
     def write(array: np.ndarray) -> Arrays:
         return (array[np.argsort(order)],)
 
-    return Entry(entry.paths, entry.names, read, write)
+    return TensorMapping(entry.paths, entry.names, read, write)
 
 
 def _read_glm_asr_encoder(fields: Fields, hidden: int) -> SpeechConfig:
@@ -141,7 +147,7 @@ def _read_llama(text: Fields, tied: bool) -> DecoderConfig:
     if decoder.partial_rotary_factor != 1:
         raise ConfigError(
             f"{text.where}: field 'partial_rotary_factor' is {decoder.partial_rotary_factor}; it "
-            "must be 1, since a llama turns whole heads"
+            "must be 1, since a llama rotates all dimensions of a head"
         )
     return decoder
 
@@ -168,7 +174,7 @@ def _read_glm_asr(fields: Fields, name: str) -> GLMConfig:
     )
 
 
-def _given(**fields: Any) -> dict[str, Any]:
+def _present(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -184,7 +190,7 @@ def _write_glm_asr(config: GLMConfig) -> dict[str, Any]:
             "num_hidden_layers": speech.num_layers,
             "num_attention_heads": speech.num_heads,
             # What follows from the others is left to their readers.
-            **_given(num_key_value_heads=speech.num_kv_heads, head_dim=speech.head_dim),
+            **_present(num_key_value_heads=speech.num_kv_heads, head_dim=speech.head_dim),
             "num_mel_bins": speech.mel_bins,
             "max_position_embeddings": speech.num_frames // 2,
             "hidden_act": "gelu",
@@ -207,7 +213,7 @@ def _write_glm_asr(config: GLMConfig) -> dict[str, Any]:
     }
 
 
-def _glm_asr_entries(config: GLMConfig) -> list[Entry]:
+def _glm_asr_entries(config: GLMConfig) -> list[TensorMapping]:
     speech = config.speech
     entries = decoder_entries(config.decoder, "language_model.model.", HEAD, fused_mlp=False)
     entries += _encoder_entries(
@@ -218,7 +224,7 @@ def _glm_asr_entries(config: GLMConfig) -> list[Entry]:
     return entries
 
 
-GLM_ASR = Member(
+GLM_ASR = FamilyMember(
     read_config=_read_glm_asr,
     write_config=_write_glm_asr,
     build=MultimodalGLM,
@@ -296,12 +302,12 @@ def _write_whisper(config: SpeechConfig) -> dict[str, Any]:
     }
 
 
-def _whisper_entries(config: SpeechConfig) -> list[Entry]:
+def _whisper_entries(config: SpeechConfig) -> list[TensorMapping]:
     entries = _encoder_entries(config, "", "", _WHISPER_LAYER, "layer_norm")
-    return [*entries, Entry(("position",), ("embed_positions.weight",))]
+    return [*entries, TensorMapping(("position",), ("embed_positions.weight",))]
 
 
-WHISPER = Member(
+WHISPER = FamilyMember(
     read_config=_read_whisper,
     write_config=_write_whisper,
     build=SpeechEncoder,
@@ -329,7 +335,7 @@ def _read_first_glm_asr(fields: Fields, name: str) -> GLMConfig:
     if audio is None:
         raise ConfigError(
             f"{fields.where}: field 'audio_token_id' is missing; it must be the id of the token "
-            "at which audio stands"
+            "of audio"
         )
     speech = dataclasses.replace(
         _read_whisper(fields.section("whisper_config"), name),
@@ -351,7 +357,7 @@ def _write_first_glm_asr(config: GLMConfig) -> dict[str, Any]:
     raise ConfigError("a GLM-ASR is written in its later form, whose code is part of transformers")
 
 
-def _first_glm_asr_entries(config: GLMConfig) -> list[Entry]:
+def _first_glm_asr_entries(config: GLMConfig) -> list[TensorMapping]:
     prefix = "audio_encoder"
     entries = decoder_entries(config.decoder, "model.", "lm_head", fused_mlp=False)
     entries += _encoder_entries(
@@ -367,7 +373,7 @@ def _first_glm_asr_entries(config: GLMConfig) -> list[Entry]:
     return entries
 
 
-FIRST_GLM_ASR = Member(
+FIRST_GLM_ASR = FamilyMember(
     read_config=_read_first_glm_asr,
     write_config=_write_first_glm_asr,
     build=MultimodalGLM,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from glm_edge.checkpoint.hugging_face.fields import Fields
-from glm_edge.checkpoint.hugging_face.member import Entry, Member, same
+from glm_edge.checkpoint.hugging_face.member import FamilyMember, TensorMapping, same
 from glm_edge.configs import TextConfig
 from glm_edge.errors import ConfigError
 from glm_edge.models.text import TextEncoder
@@ -69,7 +69,7 @@ _DISTILBERT_UNUSED = (
 def _written_by(
     fields: Fields, classes: dict[str, tuple[str | None, bool]]
 ) -> tuple[str | None, int]:
-    """Pooler and number of labels of the class that wrote the file; by default the first."""
+    """Reads pooler and labels of the class that wrote the file, by default the first."""
     names = fields.take("architectures") or [next(iter(classes))]
     if not isinstance(names, list) or len(names) != 1 or names[0] not in classes:
         raise ConfigError(
@@ -93,7 +93,7 @@ def _num_labels(fields: Fields) -> int:
 
 
 def _class_of(config: TextConfig, classes: dict[str, tuple[str | None, bool]]) -> dict[str, Any]:
-    """Fields that `_written_by` reads."""
+    """Writes the fields that `_written_by` reads."""
     wanted = (config.pooler, config.num_labels > 0)
     names = [name for name, made in classes.items() if made == wanted]
     if not names:
@@ -110,10 +110,10 @@ def _class_of(config: TextConfig, classes: dict[str, tuple[str | None, bool]]) -
 
 def _encoder_entries(
     config: TextConfig, prefix: str, layers: str, layer_names: dict[str, str]
-) -> list[Entry]:
+) -> list[TensorMapping]:
     embeddings = f"{prefix}embeddings"
     entries = same("embed", f"{embeddings}.word_embeddings")
-    entries.append(Entry(("position",), (f"{embeddings}.position_embeddings.weight",)))
+    entries.append(TensorMapping(("position",), (f"{embeddings}.position_embeddings.weight",)))
     entries += same("norm", f"{embeddings}.LayerNorm", *BOTH)
     for layer in range(config.num_layers):
         for name, stored in layer_names.items():
@@ -162,7 +162,7 @@ def _write_bert(config: TextConfig) -> dict[str, Any]:
     }
 
 
-def _bert_entries(config: TextConfig) -> list[Entry]:
+def _bert_entries(config: TextConfig) -> list[TensorMapping]:
     entries = _encoder_entries(config, "bert.", "encoder.layer", _BERT_LAYER)
     entries += same("token_type", "bert.embeddings.token_type_embeddings")
     return entries + (same("pooler", "bert.pooler.dense", *BOTH) if config.pooler else [])
@@ -179,7 +179,7 @@ _RENAMED_NORM = (
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
 )
 
-BERT = Member(
+BERT = FamilyMember(
     read_config=_read_bert,
     write_config=_write_bert,
     build=TextEncoder,
@@ -223,12 +223,12 @@ def _write_distilbert(config: TextConfig) -> dict[str, Any]:
     }
 
 
-def _distilbert_entries(config: TextConfig) -> list[Entry]:
+def _distilbert_entries(config: TextConfig) -> list[TensorMapping]:
     entries = _encoder_entries(config, "distilbert.", "transformer.layer", _DISTILBERT_LAYER)
     return entries + (same("pooler", "pre_classifier", *BOTH) if config.pooler else [])
 
 
-DISTILBERT = Member(
+DISTILBERT = FamilyMember(
     read_config=_read_distilbert,
     write_config=_write_distilbert,
     build=TextEncoder,

@@ -1,18 +1,18 @@
-"""Whether the output head is the embedding: config.json says so, and the stored tensors decide."""
+"""Tied output heads: config.json declares them, and the stored tensors decide."""
 
 import dataclasses
 from typing import Any
 
 import numpy as np
 
-from glm_edge.checkpoint.files import SafetensorsFile
-from glm_edge.checkpoint.hugging_face.member import Member
+from glm_edge.checkpoint.hugging_face.member import FamilyMember
+from glm_edge.checkpoint.safetensors import SafetensorsFile
 
 HEAD, EMBEDDING = ("head/weight",), ("embed/weight",)
 
 
 def untied_if_heads_differ(
-    member: Member, config: Any, stored: dict[str, str], files: dict[str, SafetensorsFile]
+    member: FamilyMember, config: Any, stored: dict[str, str], files: dict[str, SafetensorsFile]
 ) -> Any:
     """Unties a model whose file holds a head that is not its embedding, as transformers 5 does.
 
@@ -37,7 +37,7 @@ def untied_if_heads_differ(
 
 
 def untie(config: Any) -> Any:
-    """The same configuration without tied embeddings; None where it has none."""
+    """Returns the configuration without tied embeddings, None where it has none."""
     decoder = getattr(config, "decoder", None)
     if decoder is None or not decoder.tie_embeddings:
         return None

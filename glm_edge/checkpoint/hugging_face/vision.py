@@ -12,8 +12,8 @@ from glm_edge.checkpoint.hugging_face.decoders import (
 )
 from glm_edge.checkpoint.hugging_face.fields import Fields
 from glm_edge.checkpoint.hugging_face.member import (
-    Entry,
-    Member,
+    FamilyMember,
+    TensorMapping,
     convolution,
     join,
     same,
@@ -93,14 +93,14 @@ def _write_tower(config: VisionConfig, out: int, model_type: str, ocr: bool) -> 
     }
 
 
-def _tower_entries(config: VisionConfig, prefix: str) -> list[Entry]:
+def _tower_entries(config: VisionConfig, prefix: str) -> list[TensorMapping]:
     kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
     entries = convolution("vision/patch", f"{prefix}patch_embed.proj", kernel)
     if config.post_conv_norm:
         entries += same("vision/post_conv_norm", f"{prefix}post_conv_layernorm")
     if config.learned_positions:
         table = f"{prefix}embeddings.position_embedding.weight"
-        entries.append(Entry(("vision/position",), (table,)))
+        entries.append(TensorMapping(("vision/position",), (table,)))
     biased = ("weight", "bias") if config.projection_bias else ("weight",)
     for layer in range(config.num_layers):
         ours, stored = f"vision/layers/{layer}", f"{prefix}blocks.{layer}"
@@ -124,7 +124,7 @@ def _tower_entries(config: VisionConfig, prefix: str) -> list[Entry]:
     return entries + _gate_up("vision/projector/mlp", merger, ("weight",))
 
 
-def _gate_up(ours: str, stored: str, kinds: tuple[str, ...]) -> list[Entry]:
+def _gate_up(ours: str, stored: str, kinds: tuple[str, ...]) -> list[TensorMapping]:
     return [
         join(
             f"{ours}/gate_up_proj/{kind}",
@@ -134,7 +134,7 @@ def _gate_up(ours: str, stored: str, kinds: tuple[str, ...]) -> list[Entry]:
     ]
 
 
-def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> Member:
+def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> FamilyMember:
     text_type = "glm_ocr_text" if ocr else "glm4v_text"
     vision_type = "glm_ocr_vision" if ocr else "glm4v_vision"
 
@@ -196,16 +196,16 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> Member:
             **dict(zip(VIDEO_TOKENS, config.video_boundary_ids, strict=False)),
         }
 
-    def entries(config: GLMConfig) -> list[Entry]:
+    def entries(config: GLMConfig) -> list[TensorMapping]:
         decoder = decoder_entries(config.decoder, "model.language_model.", "lm_head")
         return decoder + _tower_entries(config.vision, "model.visual.")
 
     def ignored(config: GLMConfig) -> str:
-        # The layer after the last predicts several tokens at once and is no part of the decoder.
+        # The layer after the last predicts several tokens at once and is not part of the decoder.
         extra = rf"model\.language_model\.layers\.{config.decoder.num_layers}\..*"
         return f"{ignored_head(config)}|{extra}" if ocr else ignored_head(config)
 
-    return Member(
+    return FamilyMember(
         read_config=read_config,
         write_config=write_config,
         build=MultimodalGLM,
@@ -221,7 +221,7 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> Member:
 
 
 def _text_section(fields: Fields) -> Fields:
-    """The decoder's fields: a section, or the top level in the first files of GLM-4.1V."""
+    """Reads the decoder's fields: a section, or the top level in the first files of GLM-4.1V."""
     text = fields.section("text_config", required="hidden_size" not in fields.values)
     if text is None:
         return fields

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint.files import WEIGHTS, write_safetensors
-from glm_edge.checkpoint.hugging_face.member import Member
+from glm_edge.checkpoint.hugging_face.member import FamilyMember
 from glm_edge.checkpoint.hugging_face.members import write_config
 from glm_edge.checkpoint.hugging_face.reading import INDEX
+from glm_edge.checkpoint.safetensors import WEIGHTS, write_safetensors
 from glm_edge.files import CONFIG
 from glm_edge.writers import write_json
 
 SHARD_BYTES = 5_000_000_000
 
 
-def fields_of(config: Any, params: Any) -> tuple[Member, dict[str, Any]] | None:
-    """Says how a model would be written, or None when only our own format can hold it.
+def fields_of(config: Any, params: Any) -> tuple[FamilyMember, dict[str, Any]] | None:
+    """Describes a model as a Hugging Face directory, None when only the native format can store it.
 
     Args:
       config: of the model.
@@ -29,10 +29,10 @@ def fields_of(config: Any, params: Any) -> tuple[Member, dict[str, Any]] | None:
     """
     if any(boxes.is_box(leaf) for _, leaf in boxes.path_items(params)):
         return None
-    found = write_config(config)
-    if found is None:
+    written = write_config(config)
+    if written is None:
         return None
-    member, fields = found
+    member, fields = written
     dtypes = {str(leaf.dtype) for _, leaf in boxes.path_items(params)}
     fields["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
     if getattr(config, "name", ""):
@@ -44,7 +44,7 @@ def write(
     directory: Path,
     config: Any,
     params: Any,
-    described: tuple[Member, dict[str, Any]],
+    described: tuple[FamilyMember, dict[str, Any]],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes weights and config.json into an empty directory, config.json last.

@@ -18,7 +18,7 @@ import jaxlib
 import numpy as np
 from jax import Array
 
-from glm_edge.checkpoint.files import SafetensorsFile, write_safetensors
+from glm_edge.checkpoint.safetensors import SafetensorsFile, write_safetensors
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import Calibration
 from glm_edge.compress.report import Point

@@ -19,7 +19,7 @@ from jax import Array
 from glm_edge.compress import batches
 from glm_edge.compress.calibration import Called
 from glm_edge.compress.readings import Reading, watched
-from glm_edge.models.glm import Layer
+from glm_edge.models.glm import DecoderLayer
 from glm_edge.models.multimodal import (
     MultimodalGLM,
     image_groups,
@@ -352,7 +352,7 @@ def stages(model: nn.Module | Called) -> tuple[Stage, ...]:
     in_order.append(Stage("embed", "", ("embed/",), model, _embed))
     for index in range(config.decoder.num_layers):
         root = f"decoder/layers/{index}"
-        layer = Layer(config.decoder, _first_alike(config.decoder, index), model.compute)
+        layer = DecoderLayer(config.decoder, _first_alike(config.decoder, index), model.compute)
         in_order.append(Stage(root, root, (f"{root}/",), layer, _decode))
     tied = ("embed/weight",) if config.decoder.tie_embeddings else ()
     in_order.append(Stage("head", "", ("decoder/norm/", "head/"), model, _predict, "tokens", tied))
@@ -477,7 +477,7 @@ def _embed(model: MultimodalGLM, state: State) -> State:
     return {**_padded(state), "tokens": tokens, "x": x, "angle": angle, "mask": mask}
 
 
-def _decode(layer: Layer, state: State) -> State:
+def _decode(layer: DecoderLayer, state: State) -> State:
     x, _ = layer(state["x"], state["angle"], state["mask"], None, jnp.zeros((), jnp.int32))
     return {**state, "x": x}
 

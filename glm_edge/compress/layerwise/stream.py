@@ -12,11 +12,11 @@ import numpy as np
 from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint import own
+from glm_edge.checkpoint import native
 from glm_edge.checkpoint.companions import read_companions
-from glm_edge.checkpoint.files import SafetensorsFile, to_device, write_safetensors
 from glm_edge.checkpoint.lazy import LazyCheckpoint, open_lazily
 from glm_edge.checkpoint.load import read_extras
+from glm_edge.checkpoint.safetensors import SafetensorsFile, to_device, write_safetensors
 from glm_edge.compress.distill.state import calibration_digest, difference, machine
 from glm_edge.compress.layerwise.runner import (
     BoundTransform,
@@ -256,7 +256,7 @@ def _finish(
     for name, content in extras.items():
         (partial / name).write_bytes(content)
     write_json(partial / REPORT, asdict(report))
-    fields = own.describe(opened.model, spec)
+    fields = native.describe(opened.model, spec)
     write_whole(partial / CONFIG, lambda path: write_json(path, {**fields, "files": names}))
     for left_over in {path.name for path in partial.iterdir()} - {*names, *extras, REPORT, CONFIG}:
         (partial / left_over).unlink()

@@ -20,7 +20,7 @@ from glm_edge.compress.transform import (
     register,
 )
 from glm_edge.errors import RecipeError
-from glm_edge.kernels.grid import held_scale
+from glm_edge.kernels.quantization import round_scale
 from glm_edge.params import Quantized
 from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
@@ -134,7 +134,7 @@ def _lr_scale(path: tuple[Any, ...], array: Any) -> Any:
 
 def _stored(path: tuple[Any, ...], array: Any, before: Any) -> Any:
     if _is_scale(path):
-        return held_scale(array, str(before.dtype))
+        return round_scale(array, str(before.dtype))
     return array.astype(before.dtype)
 
 

@@ -9,7 +9,7 @@ from glm_edge.compress.layerwise.runner import LayerwiseTransform
 from glm_edge.compress.quantize.solvers.scales import SCALES
 from glm_edge.compress.transform import Transform, check_pattern
 from glm_edge.errors import BoxError, RecipeError
-from glm_edge.kernels.grid import INTEGERS
+from glm_edge.kernels.quantization import INTEGERS
 from glm_edge.params import Format
 
 _WIDTHS = tuple(INTEGERS.values())

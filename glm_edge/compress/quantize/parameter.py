@@ -15,7 +15,7 @@ from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.compress.quantize.solvers.scales import Grid
 from glm_edge.compress.report import Row
 from glm_edge.errors import RecipeError
-from glm_edge.kernels import grid as kernels
+from glm_edge.kernels import quantization as kernels
 from glm_edge.params import FakeQuantized, Format, Masked, Narrow, Quantized
 from glm_edge.params.layouts import Layout, by_name
 

@@ -18,7 +18,7 @@ from glm_edge.export.common.weights import (
     to_array,
 )
 from glm_edge.export.tflite.flatbuffer import ActivationGrid, Constant
-from glm_edge.kernels import grid, packing
+from glm_edge.kernels import packing, quantization
 from glm_edge.params import Format, Quantized
 from glm_edge.params.formats import PER_TENSOR
 from glm_edge.params.tree import Params, nested
@@ -179,7 +179,7 @@ def with_storable_scales(
         for x in ((scale / storable).astype(np.float64), zero, moved)
     )
     # scale * (code - zero) = storable * (nearest - zero), solved for the nearest code.
-    low, high = grid.code_range(box.format.qtype)
+    low, high = quantization.code_range(box.format.qtype)
     nearest = np.clip(np.round((codes - zero) * ratio + zero), low, high)
     nearest = jnp.asarray(np.where(moved, nearest, codes).astype(np.int8))
     other = box.replace(data=packing.pack(nearest, box.format.qtype), scale=new_scale)

@@ -1,4 +1,4 @@
-"""Chat templates of strangers, interpreted within limits of time and memory."""
+"""Untrusted chat templates, interpreted within limits of time and memory."""
 
 from glm_edge.preprocess.sandbox.budget import Budget
 from glm_edge.preprocess.sandbox.interpreter import Interpreter

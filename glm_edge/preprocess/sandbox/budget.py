@@ -1,4 +1,4 @@
-"""What a template may take: steps, bytes of the values that it makes, and characters of output."""
+"""Limits of a template: steps, bytes of values, and characters of output."""
 
 import sys
 from typing import Any
@@ -12,7 +12,7 @@ BYTES_PER_CHARACTER = 64
 MAX_OUTPUT = 1 << 20
 OUTPUT_PER_CHARACTER = 8
 MAX_INTEGER_BITS = 4096
-# A step is about a microsecond; comparing and copying takes less than one per so many characters.
+# A step is about a microsecond; comparing and copying takes less than one per this many characters.
 CHARACTERS_PER_STEP = 256
 # Pairs of numbers, or of short tuples, that are compared in a step.
 COMPARED_PER_STEP = 16
@@ -23,11 +23,11 @@ MAX_OWN_HASH = 1 << 53
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
-    """A template takes more than it may."""
+    """Raised when a template exceeds its budget."""
 
 
 class Budget:
-    """Counts down what one rendering may take; what it reads adds to that.
+    """The budget of one rendering, to which its inputs add.
 
     Attributes:
       output: characters that it may write.
@@ -107,9 +107,9 @@ class Budget:
 
 
 class Keys:
-    """Counts what telling the keys of one dict apart takes.
+    """A count of the steps of comparing the keys of one dict.
 
-    A dict compares a key with all others of the same hash. A stranger can choose integers and
+    A dict compares a key with all others of the same hash. An attacker can choose integers and
     tuples that have one hash; those count as compared with each other. Hashes of texts are random.
     """
 

@@ -341,7 +341,7 @@ class Filters:
         return self._budget.made(text)
 
     def _json_extent(self, value: Any) -> tuple[int, int]:
-        """Depth of a JSON value, and a bound of its characters without indents."""
+        """Measures the depth of a JSON value and a bound of its characters without indents."""
         self._budget.step()
         if isinstance(value, str):
             self._budget.touch(len(value))

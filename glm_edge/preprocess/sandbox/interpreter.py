@@ -59,7 +59,7 @@ SCALARS = (str, int, float, bool, type(None))
 
 
 class Interpreter:
-    """Runs one rendering of a template's tree.
+    """An interpreter of one rendering of a template's tree.
 
     Values are JSON's, and objects that a template makes itself. Only functions, methods, filters
     and tests of this package can be called. Python's recursion limit bounds nesting.
@@ -72,7 +72,7 @@ class Interpreter:
           values: what the template reads, by name: JSON values, which are not changed, and Python
             functions, which must return such values.
           budget: of the rendering.
-          marks: of strangers' texts.
+          marks: of untrusted texts.
         """
         self.budget, self.marks, self.plain = budget, marks, marks.reveal
         self._texts = Texts(budget, marks, self.show)
@@ -279,34 +279,34 @@ class Interpreter:
         return value
 
     def _binary(self, node: nodes.BinExpr, scope: Scope) -> Any:
-        left, right = self.evaluate(node.left, scope), self.evaluate(node.right, scope)
-        return self.compute(type(node), left, right)
+        first, second = self.evaluate(node.left, scope), self.evaluate(node.right, scope)
+        return self.compute(type(node), first, second)
 
-    def compute(self, kind: type, left: Any, right: Any) -> Any:
+    def compute(self, kind: type, first: Any, second: Any) -> Any:
         """Returns `left` and `right` combined by an operator of `ARITHMETIC`."""
         sign, function = ARITHMETIC[kind]
-        if type(left) in NUMBERS and type(right) in NUMBERS:
-            integers = float not in (type(left), type(right))
+        if type(first) in NUMBERS and type(second) in NUMBERS:
+            integers = float not in (type(first), type(second))
             # The digits of a power are counted before there are any.
-            if kind is nodes.Pow and integers and int(left).bit_length() * right > MAX_POWER_BITS:
+            if kind is nodes.Pow and integers and int(first).bit_length() * second > MAX_POWER_BITS:
                 raise TemplateLimitError("makes a power of too many digits")
-            return self.budget.number(function(left, right))
-        if isinstance(left, jinja2.Undefined) or isinstance(right, jinja2.Undefined):
-            return function(left, right)
-        if kind is nodes.Mod and type(left) is str:
-            return self._texts.percent(left, right)
+            return self.budget.number(function(first, second))
+        if isinstance(first, jinja2.Undefined) or isinstance(second, jinja2.Undefined):
+            return function(first, second)
+        if kind is nodes.Mod and type(first) is str:
+            return self._texts.percent(first, second)
         sequences = (str, list, tuple)
-        if kind is nodes.Add and type(left) is type(right) and type(left) in sequences:
-            self._reserve(left, len(left) + len(right))
-            return left + right
-        if kind is nodes.Mul and {type(left), type(right)} & {int, bool}:
-            series, times = (right, left) if type(left) in (int, bool) else (left, right)
+        if kind is nodes.Add and type(first) is type(second) and type(first) in sequences:
+            self._reserve(first, len(first) + len(second))
+            return first + second
+        if kind is nodes.Mul and {type(first), type(second)} & {int, bool}:
+            series, times = (second, first) if type(first) in (int, bool) else (first, second)
             if type(series) in sequences:
                 self._reserve(series, len(series) * max(times, 0))
                 return series * times
         raise TypeError(
-            f"unsupported operand types for {sign}: {type(left).__name__!r} and "
-            f"{type(right).__name__!r}"
+            f"unsupported operand types for {sign}: {type(first).__name__!r} and "
+            f"{type(second).__name__!r}"
         )
 
     def _reserve(self, like: Any, length: int) -> None:
@@ -325,22 +325,22 @@ class Interpreter:
         return self.budget.made("".join(pieces))
 
     def _eval_compare(self, node: nodes.Compare, scope: Scope) -> Any:
-        left, result = self.evaluate(node.expr, scope), True
+        first, result = self.evaluate(node.expr, scope), True
         for operand in node.ops:
-            right = self.evaluate(operand.expr, scope)
-            result = self.compare(operand.op, left, right)
+            second = self.evaluate(operand.expr, scope)
+            result = self.compare(operand.op, first, second)
             if not result:
                 return result
-            left = right
+            first = second
         return result
 
-    def compare(self, kind: str, left: Any, right: Any) -> Any:
+    def compare(self, kind: str, first: Any, second: Any) -> Any:
         """Returns the outcome of a comparison, `eq`, `lt` or `in` for instance."""
         if kind in ("in", "notin"):
-            inside = self._contains(left, right)
+            inside = self._contains(first, second)
             return inside if kind == "in" else not inside
-        left, right = self.comparable(left), self.comparable(right)
-        return COMPARISONS[kind](left, right)
+        first, second = self.comparable(first), self.comparable(second)
+        return COMPARISONS[kind](first, second)
 
     def comparable(self, value: Any) -> Any:
         """Returns a value without marks, once the steps of comparing it are counted."""

@@ -1,4 +1,4 @@
-"""Marks that tell a stranger's text from the template's own through a rendering."""
+"""Marks that tell untrusted text from the template's text through a rendering."""
 
 import functools
 import re
@@ -26,11 +26,11 @@ ANSWER_FIELDS = ("content", "reasoning_content")
 
 
 class Marks:
-    """Replaces, one to one, characters without which no special token can be spelled.
+    """A one-to-one replacement of characters that every special token needs.
 
-    A rendered prompt is one string. What a stranger wrote could complete the name of a special
+    A rendered prompt is one string. Untrusted text could complete the name of a special
     token there, also in several pieces that only the template joins. So each bracket of those names
-    is replaced in a stranger's text by a mark, which is drawn anew for each rendering among
+    is replaced in untrusted text by a mark, which is drawn anew for each rendering among
     characters for private use that no text holds. Where a template writes a mark itself, it is read
     as that bracket in plain text. The interpreter looks through marks where it compares and cuts.
     """
@@ -62,7 +62,7 @@ class Marks:
         self._marks = frozenset(free)
 
     def hide(self, text: str) -> str:
-        """Returns a stranger's text with marks; it has as many characters."""
+        """Returns untrusted text with marks, of the same length."""
         for character, mark in self._pairs:
             if character in text:
                 text = text.replace(character, mark)
@@ -78,7 +78,7 @@ class Marks:
         return text
 
     def is_mark(self, character: str) -> bool:
-        """True of a mark."""
+        """Tests for a mark."""
         return character in self._marks
 
     def hide_all(self, value: Any) -> Any:

@@ -92,7 +92,7 @@ class Macro:
         self._names: frozenset[str] | None = None
 
     def reads(self, name: str) -> bool:
-        """True where the body reads a name."""
+        """Tests if the body reads a name."""
         if self._names is None:
             inner = (part for child in self.node.body for part in _with_children(child))
             self._names = frozenset(part.name for part in inner if isinstance(part, nodes.Name))

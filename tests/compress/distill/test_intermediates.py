@@ -266,7 +266,7 @@ def test_a_model_that_shows_nothing_inside_is_refused(data):
     ("options", "message"),
     [
         ({"hidden": -1.0}, "must be finite and not negative"),
-        ({"attention": float("nan")}, "must be finite and not negative"),
+        ({"attention": float("nan")}, "attention must be finite"),
         ({"layers": [0, 1]}, "layers= needs hidden= or attention="),
         ({"hidden": 1.0, "layers": [0.5]}, "layers must be whole numbers"),
         ({"vocabulary": []}, "vocabulary must be whole numbers"),

@@ -1,6 +1,7 @@
 """Training that was killed goes on, and ends with the same bytes."""
 
 import csv
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.checkpoint import files
+from glm_edge.checkpoint import safetensors
 from glm_edge.compress import TrainOptions, distill
 from glm_edge.compress.distill import state as training_state
 from glm_edge.errors import CheckpointError, OutputError, RecipeError, TrainingError
@@ -42,10 +43,12 @@ def data():
 
 def train(state_dir=None, batches=None, progress=None, seed=3, **options):
     model, student, teacher = models()
-    options = {"steps": STEPS, "save_every": 3, "accumulate": 2, **options}
+    names = [field.name for field in dataclasses.fields(TrainOptions)]
+    changes = {name: options.pop(name) for name in names if name in options}
+    training = {"steps": STEPS, "save_every": 3, "accumulate": 2, **changes}
     if state_dir is not None:
-        options["state_dir"] = str(state_dir)
-    transform = distill(teacher=(model, teacher), train=TrainOptions(**options))
+        training["state_dir"] = str(state_dir)
+    transform = distill(teacher=(model, teacher), train=TrainOptions(**training), **options)
     batches = data() if batches is None else batches
     rng = jax.random.key(seed)
     return transform(model, student, calibration=batches, rng=rng, progress=progress)[1:]
@@ -64,7 +67,7 @@ def job(directory: Path, killed_at: int | None, in_write: bool):
             os.kill(os.getpid(), signal.SIGKILL)
 
     if in_write:
-        write = files.write_safetensors
+        write = safetensors.write_safetensors
 
         def half(path, arrays, metadata=None):
             write(path, arrays, metadata)
@@ -74,7 +77,7 @@ def job(directory: Path, killed_at: int | None, in_write: bool):
 
         training_state.write_safetensors = half
     params, report = train(directory / "state", progress=None if in_write else fatal)
-    files.write_safetensors(directory / "result.safetensors", boxes.to_flat(params)[0])
+    safetensors.write_safetensors(directory / "result.safetensors", boxes.to_flat(params)[0])
     (directory / "curve.txt").write_text(repr(report.curve))
 
 
@@ -192,7 +195,7 @@ def test_the_last_good_state_is_kept_when_the_loss_is_not_finite(tmp_path):
     options = {"batches": Poisoned(), "save_every": 100}
     with pytest.raises(TrainingError, match="loss is nan at step 4") as caught:
         train(tmp_path, **options)
-    held = files.SafetensorsFile(tmp_path / "state.safetensors")
+    held = safetensors.SafetensorsFile(tmp_path / "state.safetensors")
     assert held.read("losses").shape[0] == 3
     kept = held.read("[0]['Embed_0']['embedding']")
     np.testing.assert_array_equal(kept, caught.value.params["Embed_0"]["embedding"])

@@ -15,7 +15,7 @@ import pytest
 
 import glm_edge as ge
 from glm_edge import params as boxes
-from glm_edge.checkpoint import files
+from glm_edge.checkpoint import safetensors
 from glm_edge.compress import chain, distill, quantize
 from glm_edge.compress.distill.state import machine
 from glm_edge.compress.layerwise import stream
@@ -142,7 +142,7 @@ def stop_after(count: int, monkeypatch, error: Exception):
         if len(written) == count:
             path.write_bytes(b"half a file")
             raise error
-        files.write_safetensors(path, arrays, metadata)
+        safetensors.write_safetensors(path, arrays, metadata)
 
     monkeypatch.setattr(stream, "write_safetensors", write)
 
@@ -186,7 +186,7 @@ def test_other_arguments_do_not_finish_a_run(saved, tmp_path, monkeypatch):
             compress_checkpoint(saved, tmp_path / "out", ROUNDED)
     with pytest.raises(OutputError, match="unfinished run with another recipe"):
         compress_checkpoint(saved, tmp_path / "out", quantize.rtn("int8"))
-    os.utime(saved / files.WEIGHTS)
+    os.utime(saved / safetensors.WEIGHTS)
     with pytest.raises(OutputError, match="unfinished run with another source"):
         compress_checkpoint(saved, tmp_path / "out", ROUNDED)
 

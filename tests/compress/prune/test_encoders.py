@@ -96,7 +96,7 @@ def test_a_text_encoder_shrinks():
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     smaller, small = shrink_encoder(model, params, KEEP)
     expected = applied(model, {"params": zeroed(params, KEEP, 8)}, tokens)[0]
-    np.testing.assert_allclose(smaller.apply({"params": small}, tokens)[0], expected, atol=1e-5)
+    np.testing.assert_allclose(applied(smaller, {"params": small}, tokens)[0], expected, atol=1e-5)
     scores = magnitude(model.config, params)
     layer = jax.tree.map(np.asarray, params["layers"]["1"])
     owned = np.concatenate([layer["fc1"]["weight"][3], layer["fc2"]["weight"][:, 3]])
@@ -118,7 +118,7 @@ def test_query_heads_leave_each_group_and_shared_ones_stay(grouped):
     keep = {0: {"heads": [1, 2]}}
     smaller, small = shrink_encoder(model, params, keep)
     expected = applied(model, {"params": zeroed(params, keep, 8)}, mel)[0]
-    np.testing.assert_allclose(smaller.apply({"params": small}, mel)[0], expected, atol=1e-5)
+    np.testing.assert_allclose(applied(smaller, {"params": small}, mel)[0], expected, atol=1e-5)
     assert small["layers"]["0"]["attention"]["k_proj"]["weight"].shape == (16, 16)
     assert magnitude(model.config, params)[0]["heads"].shape == (4,)
     with pytest.raises(RecipeError, match=r"groups would keep .* query heads"):
@@ -140,7 +140,9 @@ def test_factors_move_through_shared_values(grouped):
     for fold in found:
         factor = np.random.default_rng(1).uniform(0.5, 2, fold.channels)
         leaves |= move(fold, leaves, factor)
-    np.testing.assert_allclose(model.apply({"params": nested(leaves)}, mel)[0], expected, atol=1e-4)
+    np.testing.assert_allclose(
+        applied(model, {"params": nested(leaves)}, mel)[0], expected, atol=1e-4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +204,7 @@ def test_the_transform_shrinks_both_encoders_and_saves(nano, tmp_path):
 
 def test_where_takes_one_encoder_or_one_kind(nano):
     model, params, _ = nano
-    transform = encoders(0.5, 0.5, score="magnitude", where=r"^speech/layers/\d+/fc")
+    transform = encoders(0.5, neurons=0.5, score="magnitude", where=r"^speech/layers/\d+/fc")
     smaller, _, _ = transform(model, params)
     assert smaller.config.vision == model.config.vision
     assert smaller.config.speech.num_heads == 2

@@ -112,7 +112,7 @@ def test_a_matrix_of_a_model_is_pruned_against_its_own_inputs(small, decoder64, 
     box = dict(boxes.path_items(pruned))[QUERY]
     np.testing.assert_array_equal(box.mask, keep)
     np.testing.assert_allclose(box.unbox(), expected, atol=1e-4)
-    assert report.rows[0].kept == 0.5
+    assert report.rows[0].keep_ratio == 0.5
     assert report.rows[0].bytes_after == box.value.nbytes + box.mask.nbytes
     assert "output error" in report.rows[0].action
 
@@ -162,7 +162,7 @@ def test_masks_and_rounds_in_one(compressed):
             assert str(leaf.format) == "int4-g8"
             zeros = (leaf.unbox().reshape(-1, 4) == 0).sum(1)
             assert int(zeros.min()) >= 2
-    assert {row.kept for row in report.rows} == {0.5}
+    assert {row.keep_ratio for row in report.rows} == {0.5}
     assert all(row.action.startswith("int4-g8 (2:4, output error") for row in report.rows)
     assert report.bytes_after < found["sparsegpt"][1].bytes_before
 
@@ -175,7 +175,7 @@ def test_ternary34_has_one_zero_in_four(compressed):
     jax.tree.map(np.testing.assert_array_equal, pruned, expected)
     codes = dict(boxes.path_items(pruned))[DOWN].codes().reshape(-1, 4)
     assert bool(((codes == 0).sum(1) == 1).all())
-    assert {row.kept for row in report.rows} == {0.75}
+    assert {row.keep_ratio for row in report.rows} == {0.75}
 
 
 def test_goes_through_json_and_gives_the_same_again(compressed):
@@ -208,7 +208,7 @@ def test_what_no_input_meets_goes_by_magnitude(small, calibration):
     [
         ({}, "sparsity is None"),
         ({"sparsity": 1.0}, "below 1"),
-        ({"sparsity": float("nan")}, "below 1"),
+        ({"sparsity": float("nan")}, "sparsity must be finite"),
         ({"sparsity": 0.5, "shape": "channel"}, "shape must be unstructured or N:M"),
         ({"sparsity": 0.3, "shape": "2:4"}, "the shape says 0.5"),
         ({"shape": "4:4"}, "1 <= N < M"),

@@ -131,12 +131,12 @@ def test_training_brings_the_student_to_its_teacher(small, calibration, format):
     assert trained["embed"]["weight"] is params["embed"]["weight"]
 
 
-def moved_by(model, params, calibration, **options):
+def moved_by(model, params, calibration, learning_rate=1e-3, **options):
     transform = qat(
         "int2-g16",
         where="layers/0/mlp",
         scale="max",
-        train=TrainOptions(steps=2, warmup=0.05),
+        train=TrainOptions(steps=2, warmup=0.05, learning_rate=learning_rate),
         **options,
     )
     _, trained, _ = transform(model, params, calibration=calibration)

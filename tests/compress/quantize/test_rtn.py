@@ -121,7 +121,7 @@ def test_zeros_of_a_mask_stay_zero_and_the_mask_goes(bits, group, symmetric, sca
     assert isinstance(box, boxes.Quantized)
     keep = np.asarray(pruned["weight"].mask)
     assert np.all(np.asarray(boxes.dense(box))[~keep] == 0.0)
-    assert report.rows[0].kept == 0.5
+    assert report.rows[0].keep_ratio == 0.5
 
 
 @pytest.mark.parametrize(("bits", "group", "symmetric"), KINDS)

@@ -206,7 +206,7 @@ def test_halves_and_two_bits_run(kind, model, dense_params, tmp_path):
     file = export.tflite(
         model, written, tmp_path / "a.tflite", prefill_lengths=(8,), cache_slots=64
     )
-    layers = {"int2": {"int2-channel", "float32"}, "float16": {"float16"}}[kind]
+    layers = {"int2": {"int2-channel-scale=bfloat16", "float32"}, "float16": {"float16"}}[kind]
     assert forms_held_bit_for_bit(file.path, written) == layers
     assert_no_part_is_stored_twice(file)
     assert file.verify(free_running=3).passed

@@ -11,7 +11,7 @@ from glm_edge import params as boxes
 from glm_edge.errors import DataError, ExportError
 from glm_edge.export.common.signatures import check_model
 from glm_edge.export.common.weights import to_array
-from glm_edge.kernels import grid
+from glm_edge.kernels import quantization
 from glm_edge.params import Format
 
 IMAGE = {"images": jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)}
@@ -54,16 +54,16 @@ def boxed(kernel, form, stack=0):
     rows = jnp.swapaxes(matrix, -1, -2)
     size = form.group_size or rows.shape[-1]
     groups = rows.reshape(*rows.shape[:-1], -1, size)
-    scale, zero = jnp.abs(groups).max(-1) / grid.code_range(form.qtype)[1], None
+    scale, zero = jnp.abs(groups).max(-1) / quantization.code_range(form.qtype)[1], None
     if not form.symmetric:
         zero = jnp.full(scale.shape, 2, jnp.int8)
-    codes = grid.encode(rows, scale, zero, form.qtype)
+    codes = quantization.quantize(rows, scale, zero, form.qtype)
     return boxes.quantized(codes, scale, zero, form, shape)
 
 
 def table(array, form):
-    scale = jnp.abs(array).max(-1, keepdims=True) / grid.code_range(form.qtype)[1]
-    return boxes.quantized(grid.encode(array, scale, None, form.qtype), scale, None, form)
+    scale = jnp.abs(array).max(-1, keepdims=True) / quantization.code_range(form.qtype)[1]
+    return boxes.quantized(quantization.quantize(array, scale, None, form.qtype), scale, None, form)
 
 
 def see(variables, inputs):
@@ -181,7 +181,7 @@ def test_function_that_closes_over_integers_is_refused(tmp_path):
 )
 def test_function_refuses_by_name(form, message, tmp_path):
     scale = jnp.ones((4, 1))
-    codes = grid.encode(jnp.eye(4), scale, None, form.qtype)
+    codes = quantization.quantize(jnp.eye(4), scale, None, form.qtype)
     params = {"w": boxes.quantized(codes, scale, None, form)}
     inputs = {"x": jax.ShapeDtypeStruct((1, 4), jnp.float32)}
     examples = [{"x": np.zeros((1, 4))}] if form.qtype == "int8" else None

@@ -11,7 +11,7 @@ from glm_edge import export
 from glm_edge import params as boxes
 from glm_edge.errors import ExportError
 from glm_edge.export.tflite.weights import to_constant
-from glm_edge.kernels import grid
+from glm_edge.kernels import quantization
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 
@@ -25,7 +25,8 @@ def grouped(weight, dtype="float32", **scales):
     for row, value in scales.items():
         scale[int(row[1:])] = value
     scale = jnp.asarray(scale, dtype)
-    return boxes.quantized(grid.encode(jnp.asarray(weight), scale, None, "int4"), scale, None, form)
+    codes = quantization.quantize(jnp.asarray(weight), scale, None, "int4")
+    return boxes.quantized(codes, scale, None, form)
 
 
 def weight(seed=0, rows=4, columns=64):

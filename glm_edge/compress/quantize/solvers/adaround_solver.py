@@ -14,7 +14,7 @@ import optax
 from jax import Array
 
 from glm_edge.compress.quantize.solvers.scales import Grid, decode, encode
-from glm_edge.kernels.grid import code_range
+from glm_edge.kernels.quantization import code_range
 from glm_edge.params import Format
 
 METHODS = ("adaround", "descent")

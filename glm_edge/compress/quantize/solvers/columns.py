@@ -12,7 +12,7 @@ from jax import Array
 
 from glm_edge.compress.quantize.solvers import triangular
 from glm_edge.compress.quantize.solvers.scales import Grid
-from glm_edge.kernels import grid as kernels
+from glm_edge.kernels import quantization as kernels
 from glm_edge.params import Format
 
 
@@ -131,7 +131,7 @@ def _one(
     steps = column.target / scale
     if zero is not None:
         steps = steps + zero
-    code = kernels.nearest_code(steps, format.qtype)
+    code = kernels.round_to_codes(steps, format.qtype)
     level = kernels.levels(code, format.qtype).astype(jnp.float32)
     if column.mask is not None:
         zero_code = _zero_code(zero, format.qtype)

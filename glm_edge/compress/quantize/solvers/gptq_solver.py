@@ -33,7 +33,7 @@ from glm_edge.compress.quantize.solvers.scales import (
     search_scale,
 )
 from glm_edge.errors import BoxError
-from glm_edge.kernels import grid as kernels
+from glm_edge.kernels import quantization as kernels
 from glm_edge.params import Format
 from glm_edge.params.formats import PER_TENSOR
 

@@ -17,7 +17,7 @@ from jax import Array
 
 from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.compress.quantize.solvers.scales import Grid
-from glm_edge.kernels import grid as kernels
+from glm_edge.kernels import quantization as kernels
 from glm_edge.params import Format
 from glm_edge.params.formats import PER_TENSOR
 
@@ -61,7 +61,7 @@ def solve(
     def rounded(grid: Grid) -> tuple[Array, Array]:
         """Levels less zero points, and residuals in units of the scale, [rows, groups, columns]."""
         wide = [None if x is None else x[..., None] for x in grid]
-        codes = kernels.encode(groups, *wide, format.qtype)
+        codes = kernels.quantize(groups, *wide, format.qtype)
         steps = kernels.levels(codes, format.qtype).astype(jnp.float32)
         steps = steps if grid.zero is None else steps - wide[1].astype(jnp.float32)
         scale = wide[0].astype(jnp.float32)
@@ -101,7 +101,7 @@ def _fitted(grid: Grid, steps: Array, residual: Array) -> Grid:
 
 
 def _stored(grid: Grid, format: Format) -> Grid:
-    scale = grids.spared(kernels.held_scale(grid.scale, format.scale_dtype), format)
+    scale = grids.spared(kernels.round_scale(grid.scale, format.scale_dtype), format)
     if grid.zero is None:
         return Grid(scale)
     zero = grid.zero

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from glm_edge.kernels import grid as kernels
+from glm_edge.kernels import quantization as kernels
 from glm_edge.params import Format
 from glm_edge.params.formats import PER_TENSOR
 
@@ -64,12 +64,12 @@ def choose(weight: Array, format: Format, scale: str = "max") -> Grid:
 
 def encode(weight: Array, grid: Grid, format: Format) -> Array:
     """Codes of the nearest levels, int8 [..., out, in]."""
-    return kernels.encode(weight, grid.scale, grid.zero, format.qtype)
+    return kernels.quantize(weight, grid.scale, grid.zero, format.qtype)
 
 
 def decode(codes: Array, grid: Grid, format: Format) -> Array:
     """Weights that codes stand for, float32 [..., out, in]."""
-    return kernels.decode(codes, grid.scale, grid.zero, format.qtype)
+    return kernels.dequantize(codes, grid.scale, grid.zero, format.qtype)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "scale"))
@@ -126,7 +126,7 @@ def _stored(span: Array, steps: int, format: Format) -> Array:
     """The scale under which `steps` levels reach as far as `span`, as it is stored."""
     # A quotient below the smallest number is zero; the span says whether the weights are.
     scale = jnp.where(span == 0, 0.0, jnp.sign(span) * _at_least_tiny(jnp.abs(span / steps)))
-    return spared(kernels.held_scale(scale * (1 if steps > 0 else -1), format.scale_dtype), format)
+    return spared(kernels.round_scale(scale * (1 if steps > 0 else -1), format.scale_dtype), format)
 
 
 def _at_least_tiny(size: Array) -> Array:
@@ -160,8 +160,8 @@ def _best_ratio(groups: Array, low: Array, high: Array, format: Format) -> Array
         grid = _spanning(low * ratio, high * ratio, format)
         # Each group as a row of its own: whatever shares a scale is rounded together.
         scale, zero = (None if x is None else x[..., None] for x in grid)
-        codes = kernels.encode(groups, scale, zero, format.qtype)
-        lost = kernels.decode(codes, scale, zero, format.qtype) - groups
+        codes = kernels.quantize(groups, scale, zero, format.qtype)
+        lost = kernels.dequantize(codes, scale, zero, format.qtype) - groups
         return jnp.sum(jnp.square(normalized(lost, peak[..., None])), axis=-1)
 
     def better(best: tuple[Array, Array], ratio: Array):

@@ -11,8 +11,8 @@ from glm_edge.compress.quantize.solvers import gptq_solver as gptq
 from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.compress.quantize.solvers.activation_ranges import int8_grid
 from glm_edge.errors import RecipeError
-from glm_edge.kernels.grid import held_scale, smallest_scale
 from glm_edge.kernels.packing import QTYPES
+from glm_edge.kernels.quantization import round_scale, smallest_scale
 from glm_edge.params import Format
 
 ZERO, TINY, CONSTANT, DENORMAL, HUGE, PLAIN = range(6)
@@ -50,10 +50,10 @@ def test_nearest_on_rows_at_the_edge(qtype):
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
 def test_held_scale_never_makes_zero(scale_dtype):
     sizes = np.float32([0, 1e-37, 1e-12, 3e-8, 1e-7, 6e-5, 1e-3, 2.5, 6e4])
-    found = np.float64(held_scale(jnp.asarray(sizes), scale_dtype))
+    found = np.float64(round_scale(jnp.asarray(sizes), scale_dtype))
     assert (found[1:] >= smallest_scale(scale_dtype)).all()
     assert found[0] == 0
-    np.testing.assert_array_equal(-found, np.float64(held_scale(-sizes, scale_dtype)))
+    np.testing.assert_array_equal(-found, np.float64(round_scale(-sizes, scale_dtype)))
     if scale_dtype == "float16":
         np.testing.assert_array_equal(found[4], 2 * 2.0**-24)
         assert (found[sizes > 1e-7] >= sizes[sizes > 1e-7] * (1 - 2.0**-11)).all()

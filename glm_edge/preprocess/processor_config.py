@@ -1,4 +1,4 @@
-"""What a Hugging Face directory says about its tokenizer and processors."""
+"""Processor and tokenizer configuration of a Hugging Face directory."""
 
 import dataclasses
 import math
@@ -122,7 +122,7 @@ def read_audio_processing(directory: Path, base: AudioProcessing) -> AudioProces
 
 
 def _section(directory: Path, name: str, *files: str) -> tuple[dict[str, Any], str]:
-    """Fields of one processor and where they stand: transformers 5 nests them in one file."""
+    """Reads the fields of one processor and their file: transformers 5 nests them in one file."""
     shared = directory / "processor_config.json"
     nested = read_json(shared).get(name)
     if nested is not None:
@@ -314,7 +314,7 @@ def read_pad_token_id(config: Mapping[str, Any], names: Mapping[str, Any], token
       Its id, 0 where none is named.
 
     Raises:
-      ConfigError: a field holds something else than a token id.
+      ConfigError: a field holds something other than a token id.
     """
     for source in sections(config):
         if ids := token_ids(source.get("pad_token_id"), "config.json: field 'pad_token_id'"):

@@ -1,4 +1,4 @@
-"""What a directory of our own format says about its prompts, images and recordings."""
+"""Processor configuration of a native directory: prompts, images and recordings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from glm_edge.configs import GLMConfig, SpeechConfig, VisionConfig, from_dict
 from glm_edge.errors import ConfigError
-from glm_edge.preprocess import hugging_face
+from glm_edge.preprocess import processor_config
 from glm_edge.preprocess.processing import (
     GLM4V,
     GLM4V_VIDEO,
@@ -78,15 +78,15 @@ def _read_encoders(
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if config.vision is not None:
-        values["image"] = hugging_face.read_image_processing(directory, _image_base(config))
+        values["image"] = processor_config.read_image_processing(directory, _image_base(config))
         values["image_token"] = _token(config, where, tokenizer, "image_token_id")
         if config.video_token_id is not None:
             base = dataclasses.replace(GLM4V_VIDEO, **_sides(config.vision))
-            values["video"] = hugging_face.read_video_processing(directory, base)
+            values["video"] = processor_config.read_video_processing(directory, base)
             values["video_token"] = _token(config, where, tokenizer, "video_token_id")
     if config.speech is not None:
         base = _audio_base(config.speech)
-        values["audio"] = hugging_face.read_audio_processing(directory, base)
+        values["audio"] = processor_config.read_audio_processing(directory, base)
         values["audio_token"] = _token(config, where, tokenizer, "audio_token_id")
     return values
 
@@ -109,7 +109,7 @@ def _image_base(config: GLMConfig) -> ImageProcessing:
 
 def _sides(vision: VisionConfig) -> dict[str, int]:
     return {
-        # Windows may overlap: features lie a stride apart.
+        # Windows may overlap: features are a stride apart.
         "patch_size": vision.patch_stride,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.merge_size,

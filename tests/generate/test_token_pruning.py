@@ -154,7 +154,7 @@ def test_the_cache_holds_what_is_left(make_model, prompts):
         state = decoding.start(
             model, params, prompt, images, None, None, decoding.GREEDY, None, "int8", drop
         )
-        rows_seen = np.asarray(state.seen.sum(axis=1)) - prompt.room
+        rows_seen = np.asarray(state.visible.sum(axis=1)) - prompt.room
         np.testing.assert_array_equal(rows_seen, valid.sum(axis=1) - FEATURES * (1 - keep))
         slots[keep] = int(state.cache["length"])
         assert {leaf.shape[1] for leaf in jax.tree.leaves(state.cache["layers"])} == {
@@ -241,7 +241,7 @@ def test_the_shipped_model_answers_on_half_of_a_screen():
             model, params, prompt, inputs[2], None, None, decoding.GREEDY, None, "float32", drop
         )
         lengths[keep] = int(state.cache["length"])
-        seen = np.asarray(state.seen.sum(axis=1)) - prompt.room
+        seen = np.asarray(state.visible.sum(axis=1)) - prompt.room
         gone = int((1 - keep) * model.config.vision.num_tokens)
         np.testing.assert_array_equal(seen, batch["valid"].sum(axis=1) - gone)
     assert lengths[0.5] < lengths[1.0]

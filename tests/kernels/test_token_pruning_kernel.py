@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from glm_edge.kernels import vision_tokens
+from glm_edge.kernels import token_pruning
 
 
 @pytest.fixture
@@ -20,11 +20,11 @@ def prompt():
 
 @functools.partial(jax.jit, static_argnames="room")
 def keep_highest(x, placeholder, keep, positions, room):
-    best = vision_tokens.highest(vision_tokens.norm_scores(x), placeholder, keep)
+    best = token_pruning.top_scores(token_pruning.norm_scores(x), placeholder, keep)
     stays = best | ~placeholder
-    kept = vision_tokens.places(stays, room)
-    moved = vision_tokens.take(positions, kept, axis=2)
-    return stays, kept, moved, vision_tokens.take(x, kept)
+    kept = token_pruning.kept_indices(stays, room)
+    moved = token_pruning.gather_tokens(positions, kept, axis=2)
+    return stays, kept, moved, token_pruning.gather_tokens(x, kept)
 
 
 @pytest.mark.parametrize("keep", [(6, 5), (4, 1), (0, 9)])
@@ -43,13 +43,13 @@ def test_the_lowest_go_and_the_rest_stays_in_order(prompt, keep):
         np.testing.assert_array_equal(taken[row], x[row][kept[row]])
         np.testing.assert_array_equal(moved[:, row], positions[:, row][:, kept[row]])
     room = int(stays.sum(1).max())
-    places = jax.jit(vision_tokens.places, static_argnums=1)
+    places = jax.jit(token_pruning.kept_indices, static_argnums=1)
     np.testing.assert_array_equal(places(stays, room), kept[:, :room])
 
 
 def test_of_equals_the_first_stay():
     placeholder = np.array([[False, True, True, True, True]])
-    highest = jax.jit(vision_tokens.highest)
+    highest = jax.jit(token_pruning.top_scores)
     best = highest(np.ones((1, 5), np.float32), placeholder, np.array([2]))
     assert best.tolist() == [[False, True, True, False, False]]
 
@@ -58,7 +58,7 @@ def test_attention_counts_what_is_asked_for(prompt):
     _, placeholder = prompt
     weights = np.random.default_rng(1).random((2, 2, 3, 12, 12)).astype(np.float32)
     asks = ~placeholder & (np.arange(12) < 11)
-    found = jax.jit(vision_tokens.attention_scores)(weights, asks)
+    found = jax.jit(token_pruning.attention_scores)(weights, asks)
     for row in range(2):
         expected = weights[row].reshape(6, 12, 12)[:, np.asarray(asks[row])].mean((0, 1))
         np.testing.assert_allclose(found[row], expected, rtol=1e-5)
@@ -68,7 +68,7 @@ def test_what_repeats_an_earlier_token_is_not_new(prompt):
     x, placeholder = prompt
     x[0, 6] = 3.0 * x[0, 4]
     x[0, 9] = x[0, 4]
-    found = np.asarray(jax.jit(vision_tokens.novelty_scores)(x, placeholder))
+    found = np.asarray(jax.jit(token_pruning.novelty_scores)(x, placeholder))
     assert found[0, 6] == pytest.approx(0.0, abs=1e-5)
     assert found[0, 4] > 0.1
     assert found[0, 9] == found[0, 2] == 2.0

@@ -1,9 +1,8 @@
-"""A gated feed-forward network of which each token uses some neurons only.
+"""A gated feed-forward network in which each token activates only some neurons.
 
-Letters of shapes: `R` rows, `D` hidden size, `F` neurons. The gate says which neurons matter, with
-no predictor: a neuron whose `silu(gate)` is small adds little, whatever its other weights. So the
-gate is computed in full, and of the other two matrices only the rows of neurons that are chosen are
-read.
+Letters of shapes: `R` rows, `D` hidden size, `F` neurons. The gate selects neurons without a
+predictor: a neuron with a small `silu(gate)` adds little, whatever its other weights. So the gate
+is computed in full, and of the other two matrices only the rows of selected neurons are read.
 """
 
 from collections.abc import Callable
@@ -19,15 +18,15 @@ from glm_edge.kernels import matmul
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SparseMLP:
-    """Weights of a gated feed-forward network laid out by neuron.
+    """Weights of a gated feed-forward network, laid out by neuron.
 
     Attributes:
       gate: [F, D].
-      rows: [F, 2 D], of each neuron what it reads (`up`) and, after it, what it writes (`down`).
-      threshold: scalar; a neuron takes part when its `|silu(gate)|` is at least this fraction of
-        the largest of its token.
-      sizes: ascending numbers of neurons for which a program is compiled; the least that holds all
-        neurons that take part is run. More than the last never take part, the largest first.
+      rows: [F, 2 D], the weights of each neuron: its row of `up`, then its column of `down`.
+      threshold: scalar; a neuron is active when its `|silu(gate)|` is at least this fraction of the
+        largest of its token.
+      sizes: ascending counts of neurons for which a program is compiled; the smallest that fits
+        all active neurons runs. At most the last number are active, those with the largest gates.
     """
 
     gate: Array
@@ -37,10 +36,10 @@ class SparseMLP:
 
 
 def sparse_mlp(x: Array, weights: SparseMLP) -> Array:
-    """`down(up * silu(gate))` over the neurons that take part.
+    """Computes `down(up * silu(gate))` over the active neurons.
 
     One row reads only the rows of its neurons. Several rows are computed in full and masked: the
-    same numbers, at no gain.
+    same values, without a gain.
 
     Args:
       x: [..., D].
@@ -54,6 +53,7 @@ def sparse_mlp(x: Array, weights: SparseMLP) -> Array:
     """
     rows = x.reshape(-1, x.shape[-1])
     gate = jax.nn.silu(matmul.dense(rows, weights.gate.astype(rows.dtype)))
+    # CATS thresholds the activation |silu(gate)|, here relative to the largest of the token.
     size = jnp.abs(gate)
     active = size >= weights.threshold * jnp.max(size, axis=-1, keepdims=True)
     if rows.shape[0] == 1:
@@ -64,7 +64,7 @@ def sparse_mlp(x: Array, weights: SparseMLP) -> Array:
 
 
 def _limited(active: Array, size: Array, count: int) -> Array:
-    """Of the neurons that take part, the `count` largest of each row, the first of equals."""
+    """Limits the active neurons of each row to the `count` largest; ties keep the first."""
     if count == size.shape[-1]:
         return active
     _, index = jax.lax.top_k(size, count)
@@ -86,12 +86,13 @@ def _one_row(x: Array, gate: Array, size: Array, active: Array, weights: SparseM
     branches = [with_count(count) for count in weights.sizes]
     if len(branches) == 1:
         return branches[0]()
+    # The index of the smallest size that fits all active neurons.
     limits = jnp.asarray(weights.sizes[:-1])
     return jax.lax.switch(jnp.sum(jnp.sum(active) > limits), branches)
 
 
 def _all_neurons(x: Array, gate: Array, rows: Array) -> Array:
-    """`x` [R, D] through neurons [F', 2 D] whose activated gates are [R, F']."""
+    """Runs `x` [R, D] through neurons [F', 2 D] whose activated gates are [R, F']."""
     up, down = jnp.split(rows.astype(x.dtype), 2, axis=-1)
     hidden = gate * matmul.dense(x, up)
     return jax.lax.dot(hidden, down, precision=jax.lax.Precision.HIGHEST)

@@ -1,7 +1,7 @@
-"""Grids that weights are rounded to: `f' = scale * (level - zero)`, a scale for each group.
+"""Rounding of weights to codes and back, `w' = scale * (level - zero_point)`.
 
-A scale is `[..., out, groups]`, one for each group of neighbouring columns of a row, or
-`[..., 1, 1]`, one for a matrix.
+A scale is `[..., out, groups]`, one per group of neighbouring columns of a row, or `[..., 1, 1]`,
+one per matrix. Zero points, if any, have the shape of the scales.
 """
 
 import functools
@@ -16,20 +16,20 @@ INTEGERS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
 
 
 def code_range(qtype: str) -> tuple[int, int]:
-    """Smallest and largest code."""
+    """Returns the smallest and the largest code."""
     if qtype in INTEGERS:
         return -(2 ** (INTEGERS[qtype] - 1)), 2 ** (INTEGERS[qtype] - 1) - 1
     return (0, 15) if qtype == "nf4" else (-1, 1)
 
 
 def smallest_scale(dtype: str) -> float:
-    """The smallest positive scale that a type holds.
+    """Returns the smallest positive scale that a type can store.
 
     Args:
       dtype: `float32`, `float16` or `bfloat16`.
 
     Returns:
-      Of float16 the smallest subnormal number, 2^-24. Of the others the smallest normal one, since
+      The smallest subnormal float16, 2^-24; of other types the smallest normal value, since
       processors read subnormal float32 as zero.
     """
     info = jnp.finfo(dtype)
@@ -37,30 +37,31 @@ def smallest_scale(dtype: str) -> float:
 
 
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)
-def held_scale(scale: Array, dtype: str) -> Array:
-    """Rounds scales to the type in which they are stored, so that none becomes zero.
+def round_scale(scale: Array, dtype: str) -> Array:
+    """Rounds scales to the type in which they are stored, without making one zero.
 
     Args:
       scale: float32, of any shape and sign.
       dtype: to store them in.
 
     Returns:
-      Scales in `dtype`. One below what the type holds becomes the smallest; a subnormal one is
+      Scales in `dtype`. One below the range of the type becomes its smallest; a subnormal one is
       rounded up, so that it does not clip the weights that it spans. Zero stays zero.
     """
     info, smallest = jnp.finfo(dtype), smallest_scale(dtype)
     scale = scale.astype(jnp.float32)
     size = jnp.abs(scale)
+    # Subnormal sizes become whole multiples of the smallest scale, rounded up.
     raised = jnp.maximum(jnp.ceil(size / smallest), 1.0) * smallest
-    # A cast there and back is what a compiler may leave out; this is not.
+    # XLA drops a cast to a narrow type and back; it does not drop this operation.
     rounded = jax.lax.reduce_precision(size, info.nexp, info.nmant)
     size = jnp.where(size < float(info.tiny), raised, rounded)
     return jnp.where(scale == 0, 0.0, jnp.where(scale < 0, -size, size)).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="qtype", inline=True)
-def encode(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
-    """Code of the level nearest to each weight.
+def quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
+    """Rounds each weight to the code of its nearest level.
 
     Args:
       weight: [..., out, in].
@@ -72,21 +73,24 @@ def encode(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Array
       int8 [..., out, in]; at scale zero, the code of level zero.
     """
     grouped, scale, zero = _by_group(weight.astype(jnp.float32), scale, zero)
+    # w / s + z; a scale of zero marks a group of zeros.
     steps = jnp.where(scale == 0, 0.0, grouped / jnp.where(scale == 0, 1.0, scale))
     if zero is not None:
         steps = steps + zero
-    return nearest_code(steps.reshape(weight.shape), qtype)
+    return round_to_codes(steps.reshape(weight.shape), qtype)
 
 
-def nearest_code(steps: Array, qtype: str) -> Array:
-    """Code of the level nearest to a weight in units of its scale; int8 of the same shape."""
+def round_to_codes(steps: Array, qtype: str) -> Array:
+    """Rounds weights in units of their scale to codes; int8 of the same shape."""
     if qtype == "nf4":
+        # Levels of NF4 are not evenly spaced: count the midpoints below each weight.
         levels = jnp.asarray(NF4_LEVELS, jnp.float32)
         middles = (levels[1:] + levels[:-1]) / 2
         return jnp.searchsorted(middles, steps, method="compare_all").astype(jnp.int8)
     if qtype == "ternary34":
         fours = steps.reshape(*steps.shape[:-1], -1, 4)
-        # The first of equals is zero, whatever else rounds there.
+        # 3:4 sparsity: of four weights the smallest becomes zero, the first one of equals; the
+        # others become signs, even those that would round to zero.
         dropped = jnp.argmin(jnp.abs(fours), axis=-1, keepdims=True)
         signs = jnp.where(fours < 0, -1, 1)
         codes = jnp.where(jnp.arange(4) == dropped, 0, signs)
@@ -96,14 +100,14 @@ def nearest_code(steps: Array, qtype: str) -> Array:
 
 
 def levels(codes: Array, qtype: str) -> Array:
-    """Level of each code: itself, or a float32 one of `NF4_LEVELS`."""
+    """Returns the level of each code: the code itself, or a float32 of `NF4_LEVELS`."""
     if qtype != "nf4":
         return codes
     return jnp.asarray(NF4_LEVELS, jnp.float32)[codes.astype(jnp.int32)]
 
 
-def straight_through(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
-    """`decode(encode(weight))` whose gradient ignores the rounding where it does not clip.
+def fake_quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
+    """Quantizes and dequantizes with a gradient that ignores the rounding where it does not clip.
 
     Args:
       weight: float32 [..., out, in].
@@ -118,27 +122,28 @@ def straight_through(weight: Array, scale: Array, zero: Array | None, qtype: str
     steps = jnp.where(scale == 0, 0.0, grouped / jnp.where(scale == 0, 1.0, scale))
     if zero is not None:
         steps = steps + zero
-    codes = nearest_code(jax.lax.stop_gradient(steps).reshape(weight.shape), qtype)
-    reached = levels(codes, qtype).astype(jnp.float32).reshape(steps.shape)
+    # Forward: the nearest level. Backward: the identity within the range of codes, zero outside.
+    codes = round_to_codes(jax.lax.stop_gradient(steps).reshape(weight.shape), qtype)
+    rounded = levels(codes, qtype).astype(jnp.float32).reshape(steps.shape)
     low, high = (-1, 1) if qtype == "nf4" else code_range(qtype)
-    reached = with_gradient_of(jnp.clip(steps, low, high), reached)
+    rounded = straight_through(jnp.clip(steps, low, high), rounded)
     if zero is not None:
-        reached = reached - zero
-    return (reached * scale).reshape(weight.shape)
+        rounded = rounded - zero
+    return (rounded * scale).reshape(weight.shape)
 
 
-def with_gradient_of(x: Array, value: Array) -> Array:
-    """`value`, exactly, with the gradient of `x`."""
+def straight_through(x: Array, value: Array) -> Array:
+    """Returns exactly `value`, with the gradient of `x`."""
     return jax.lax.stop_gradient(value) + (x - jax.lax.stop_gradient(x))
 
 
-def decode(codes: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
-    """Weights that codes stand for, float32 [..., out, in]; arguments as in `encode`."""
-    return dequantize(levels(codes, qtype), scale, zero)
+def dequantize(codes: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
+    """Reconstructs weights from codes, float32 [..., out, in]; arguments as in `quantize`."""
+    return dequantize_levels(levels(codes, qtype), scale, zero)
 
 
-def dequantize(steps: Array, scale: Array, zero: Array | None = None) -> Array:
-    """`scale * (steps - zero)`, float32; `steps` are the levels of codes, [..., out, in]."""
+def dequantize_levels(steps: Array, scale: Array, zero: Array | None = None) -> Array:
+    """Computes `scale * (steps - zero)`, float32, of the levels of codes, [..., out, in]."""
     grouped, scale, zero = _by_group(steps.astype(jnp.float32), scale, zero)
     if zero is not None:
         grouped = grouped - zero
@@ -146,7 +151,7 @@ def dequantize(steps: Array, scale: Array, zero: Array | None = None) -> Array:
 
 
 def _by_group(values: Array, scale: Array, zero: Array | None) -> tuple[Array, Array, Array | None]:
-    """[..., out, groups, columns], with scale and zero point in float32 beside it."""
+    """Splits columns into groups, [..., out, groups, columns], beside float32 scales and zeros."""
     grouped = values.reshape(*values.shape[:-1], scale.shape[-1], -1)
     zero = None if zero is None else zero.astype(jnp.float32)[..., None]
     return grouped, scale.astype(jnp.float32)[..., None], zero

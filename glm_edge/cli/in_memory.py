@@ -1,4 +1,4 @@
-"""Compressing a checkpoint whose recipe needs all of it in memory, in float32."""
+"""Compression of a checkpoint in memory, in float32, for recipes that need all of it."""
 
 import dataclasses
 import math
@@ -29,12 +29,8 @@ def load_wide(source: Path) -> tuple[nn.Module, Params, Params]:
       `(model, params, stored)`: parameters in float32, and abstract ones as they are stored.
     """
     model, params = ge.load(source)
-    stored = _abstract(params)
+    stored = jax.eval_shape(lambda tree: tree, params)
     return model, ge.params.cast(params, WIDE), stored
-
-
-def _abstract(params: Params) -> Params:
-    return jax.eval_shape(lambda tree: tree, params)
 
 
 def as_stored(params: Params, stored: Params, report: Report) -> tuple[Params, Report]:
@@ -85,7 +81,7 @@ def as_stored(params: Params, stored: Params, report: Report) -> tuple[Params, R
 
 
 def _type_of(leaf: Any) -> Any:
-    """The floating type of an array, also of a masked one; None of integers."""
+    """Returns the floating type of an array, also of a masked one, and None for integers."""
     if isinstance(leaf, Masked | FakeQuantized):
         return _type_of(leaf.value)
     if is_box(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -96,7 +92,7 @@ def _type_of(leaf: Any) -> Any:
 def _restated(
     rows: Iterable[Row], types: Mapping[str, Any], common: Any, stored: Mapping[str, Any]
 ) -> Iterable[Row]:
-    """Rows whose bytes count float32 weights as they are stored."""
+    """Restates rows with bytes of the stored types in place of float32."""
     last: dict[str, tuple[int, int]] = {}
     fixed: set[str] = set()
     for row in rows:

@@ -1,4 +1,4 @@
-"""Our own checkpoints: `config.json` with the model and the boxes, and one file of arrays."""
+"""Native checkpoints: `config.json` with the model and the boxes, and one file of arrays."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ from flax.core import unfreeze
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import orbax
-from glm_edge.checkpoint.files import (
+from glm_edge.checkpoint.placement import Destination, Placement
+from glm_edge.checkpoint.safetensors import (
     DTYPES,
     WEIGHTS,
     SafetensorsFile,
@@ -21,7 +22,6 @@ from glm_edge.checkpoint.files import (
     check_finite,
     write_safetensors,
 )
-from glm_edge.checkpoint.placement import Destination, Placement
 from glm_edge.checkpoint.shapes import (
     ARCHITECTURES,
     check_against,
@@ -72,7 +72,7 @@ def write(directory: Path, model: nn.Module, params: Any, store: str) -> None:
 
 
 def describe(model: nn.Module, spec: dict[str, Any], store: str = "safetensors") -> dict[str, Any]:
-    """Fields of config.json.
+    """Returns the fields of config.json.
 
     Args:
       model: whose configuration is written; of a module that is not one of ours, its class and
@@ -89,7 +89,7 @@ def describe(model: nn.Module, spec: dict[str, Any], store: str = "safetensors")
 
 
 def is_stock(model: Any) -> bool:
-    """True for a Linen module whose class a checkpoint cannot name, so that `load` is given it."""
+    """Tests for a Linen module whose class a checkpoint cannot name, so that `load` needs it."""
     return type(model).__name__ not in ARCHITECTURES
 
 
@@ -242,8 +242,8 @@ def check_reaches(params: Any, where: str) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A directory whose headers have been checked and whose arrays are read on demand.
+class NativeSource:
+    """A native directory with checked headers, whose arrays are read on demand.
 
     Attributes:
       model: without parameters.
@@ -276,7 +276,7 @@ class Source:
 
 def open_directory(
     directory: Path, fields: dict[str, Any], model: nn.Module | None = None, like: Any = None
-) -> Source:
+) -> NativeSource:
     """Checks the headers of a directory; arguments and errors as in `read`."""
     where = directory / CONFIG
     if fields.get("version") != VERSION:
@@ -318,7 +318,7 @@ def open_directory(
     elif like is not None:
         expected = {path: tuple(leaf.shape) for path, leaf in boxes.path_items(like)}
         check_against(params, expected, str(source))
-    return Source(model, params, spec, files, restored)
+    return NativeSource(model, params, spec, files, restored)
 
 
 def _tensor_files(directory: Path, names: Any) -> dict[str, SafetensorsFile]:
@@ -332,7 +332,7 @@ def _tensor_files(directory: Path, names: Any) -> dict[str, SafetensorsFile]:
 
 
 def _check_box_fields(arrays: dict[str, Any], spec: dict[str, Any], source: Path) -> None:
-    """Every array of a described box is a field of it, so that none is dropped in silence."""
+    """Checks that every array of a described box is one of its fields, so that none is dropped."""
     for path, static in spec.items():
         kind = static.get("box")
         known = _FIELDS.get(kind) if isinstance(kind, str) else None

@@ -16,7 +16,7 @@ import tokenizers
 
 import glm_edge as ge
 from glm_edge import params as boxes
-from glm_edge.checkpoint import files, load_tokenizer, own
+from glm_edge.checkpoint import load_tokenizer, native, safetensors
 from glm_edge.errors import CheckpointError, ConfigError, OutputError
 
 STORES = ("safetensors", "orbax")
@@ -100,14 +100,14 @@ def test_same_parameters_give_the_same_bytes(tmp_path, model, params):
     tree = TREES["mixed"](params)
     for name in ("a", "b"):
         ge.save(model, tree, tmp_path / name)
-    for name in ("config.json", files.WEIGHTS):
+    for name in ("config.json", safetensors.WEIGHTS):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_stored_bytes_are_the_bytes_of_the_file(tmp_path, model, params):
     tree = TREES["mixed"](params)
     ge.save(model, tree, tmp_path / "out")
-    raw = (tmp_path / "out" / files.WEIGHTS).read_bytes()
+    raw = (tmp_path / "out" / safetensors.WEIGHTS).read_bytes()
     header = int.from_bytes(raw[:8], "little")
     assert len(raw) - 8 - header == boxes.stored_bytes(tree)
 
@@ -143,7 +143,7 @@ def test_tokenizer(tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is missing"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no tokenizer"):
+    with pytest.raises(CheckpointError, match="is not a readable tokenizer"):
         load_tokenizer(tmp_path)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     words.save(str(tmp_path / "tokenizer.json"))
@@ -196,7 +196,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, model, params, store, monk
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(own, "write_json", fail)
+    monkeypatch.setattr(native, "write_json", fail)
     with pytest.raises(KeyboardInterrupt):
         ge.save(model, params, tmp_path / "out", format=store)
     assert not list(tmp_path.iterdir())
@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, model, params, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(own, "write_safetensors", fail)
+    monkeypatch.setattr(native, "write_safetensors", fail)
     with pytest.raises(OutputError, match="out: cannot be written: No space left on device"):
         ge.save(model, params, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -220,14 +220,14 @@ def test_a_killed_save_leaves_nothing_that_loads(tmp_path, format):
         import numpy as np
         import glm_edge as ge
         from glm_edge import configs
-        from glm_edge.checkpoint import own
+        from glm_edge.checkpoint import native
         from glm_edge.checkpoint.hugging_face import writing
         config = configs.GLMConfig("small", configs.DecoderConfig(8, 4, 1, 1, 1, 4, 4))
         model = ge.MultimodalGLM(config)
         tokens = jax.ShapeDtypeStruct((1, 1), "int32")
         shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
         params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
-        own.write_json = writing.write_json = lambda *_: os._exit(9)
+        native.write_json = writing.write_json = lambda *_: os._exit(9)
         ge.save(model, params, {str(tmp_path / "out")!r}, format={format!r})
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
@@ -251,11 +251,11 @@ def edit_config(directory, edit):
 
 
 def edit_arrays(directory, edit):
-    path = directory / files.WEIGHTS
-    file = files.SafetensorsFile(path)
+    path = directory / safetensors.WEIGHTS
+    file = safetensors.SafetensorsFile(path)
     arrays = {name: np.array(file.read(name)) for name in file.tensors}
     edit(arrays)
-    files.write_safetensors(path, arrays)
+    safetensors.write_safetensors(path, arrays)
 
 
 def refused(directory, kind, pattern):
@@ -267,7 +267,7 @@ def refused(directory, kind, pattern):
 
 def test_paths_that_are_no_checkpoint(tmp_path, saved):
     refused(tmp_path / "absent", CheckpointError, "does not exist")
-    refused(saved / files.WEIGHTS, CheckpointError, "is a file; a checkpoint is a directory")
+    refused(saved / safetensors.WEIGHTS, CheckpointError, "is a file; a checkpoint is a directory")
     refused(tmp_path, CheckpointError, r"holds no config\.json")
     (saved / "config.json").write_text("{}")
     refused(saved, ConfigError, "neither a glm_edge checkpoint")
@@ -361,9 +361,9 @@ def test_damaged_arrays_say_what_is_wrong(saved, edit, pattern):
 
 
 def test_truncated_and_missing_arrays(saved):
-    os.truncate(saved / files.WEIGHTS, 5000)
+    os.truncate(saved / safetensors.WEIGHTS, 5000)
     refused(saved, CheckpointError, "truncated")
-    (saved / files.WEIGHTS).unlink()
+    (saved / safetensors.WEIGHTS).unlink()
     refused(saved, CheckpointError, "cannot be read: No such file")
 
 

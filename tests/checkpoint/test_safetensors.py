@@ -17,8 +17,8 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_edge.checkpoint import files
-from glm_edge.checkpoint.files import (
+from glm_edge.checkpoint import safetensors
+from glm_edge.checkpoint.safetensors import (
     DTYPES,
     SafetensorsFile,
     check_finite,
@@ -147,7 +147,7 @@ def test_a_changed_byte_reads_or_is_refused_but_never_crashes(tmp_path_factory, 
         (with_header({"x": entry(offsets=(8, 16))}, b"\0" * 16), "gap or overlap"),
         (with_header({"x": entry(), "y": entry()}), "gap or overlap"),
         (with_header({"x": entry()}, b"\0" * 9), "nothing may follow"),
-        (with_header(b'{"x": 1, "x": 2}'), "'x' stands twice"),
+        (with_header(b'{"x": 1, "x": 2}'), "'x' appears twice"),
         (with_header(b"\xff{}"), "not JSON"),
         (with_header({"x": entry(offsets=(0.0, 8.0))}), "must hold dtype, shape"),
         (with_header({"x": entry(offsets=(False, 8))}), "must hold dtype, shape"),
@@ -204,7 +204,7 @@ def test_rows_are_read_alone(tmp_path_factory, start, stop):
             file.read_rows("b", start, stop)
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "fill", lambda *args: read.append(args[1].size) or fill(*args))
+        patch.setattr(safetensors, "fill", lambda *args: read.append(args[1].size) or fill(*args))
         rows = file.read_rows("b", start, stop)
     np.testing.assert_array_equal(rows, ARRAYS["b"][start:stop])
     assert read == [rows.nbytes]
@@ -231,7 +231,7 @@ def test_a_file_truncated_while_it_is_read_is_refused(tmp_path, monkeypatch):
     valid_file(path)
     file = SafetensorsFile(path)
     os.truncate(path, file.tensors["b"].end - 3)
-    monkeypatch.setattr(files, "_version", lambda opened: file._version)
+    monkeypatch.setattr(safetensors, "_version", lambda opened: file._version)
     with pytest.raises(CheckpointError, match="a: tensor 'b': 3 of 60 bytes are missing"):
         file.read("b")
 

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: safetensors in and out, and directories that appear whole."""
+"""Safetensors: checked headers, reads on demand, aligned for `to_device`, and writes."""
 
 import json
 import math
@@ -48,7 +48,7 @@ _EXPONENTS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies in its file.
+    """Type, shape and byte range of a tensor in its file.
 
     Attributes:
       dtype: safetensors name of the type, such as `BF16`.
@@ -64,12 +64,12 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        """Size of the tensor in the file."""
+        """Returns the size of the tensor in the file."""
         return self.end - self.begin
 
 
 class SafetensorsFile:
-    """A safetensors file whose header has been checked; tensors are read on demand.
+    """A safetensors file with a checked header, whose tensors are read on demand.
 
     The file is open only while it is read.
 
@@ -151,19 +151,19 @@ class SafetensorsFile:
 
 
 def by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
-    """The file that holds each tensor.
+    """Maps each tensor to the file that stores it.
 
     Raises:
       CheckpointError: two files hold a tensor of one name.
     """
-    held: dict[str, SafetensorsFile] = {}
+    files_by_tensor: dict[str, SafetensorsFile] = {}
     for file in files:
-        twice = sorted(set(file.tensors) & set(held))
+        twice = sorted(set(file.tensors) & set(files_by_tensor))
         if twice:
-            other = held[twice[0]].path.name
+            other = files_by_tensor[twice[0]].path.name
             raise CheckpointError(f"{file.path}: tensor {twice[0]!r} is in {other} as well")
-        held.update(dict.fromkeys(file.tensors, file))
-    return held
+        files_by_tensor.update(dict.fromkeys(file.tensors, file))
+    return files_by_tensor
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:
