@@ -218,6 +218,9 @@ def _part(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
         direction, items = argument
         back = items.getwidth()[0] if direction < 0 else 0
         return _look(_sequence(items, ignore_case), back, direction < 0, operation is sre.ASSERT)
+    if operation is sre.FAILURE:
+        # Python 3.13 parses `(?!)`, which matches nothing, as this.
+        return lambda text, start: 0
     raise ValueError(f"{str(operation).lower()} is not known")
 
 

@@ -91,8 +91,8 @@ def _resample_by_phases(
 ) -> np.ndarray:
     """Computes only the phases that occur, since scipy needs the taps of all.
 
-    Rates without a common divisor have as many phases as samples per second: a short file of
-    767,999 Hz would cost scipy 400 MB of taps.
+    Rates without a common divisor have as many phases as `target`: from 767,999 to 1,000 Hz, scipy
+    would need 52 million taps, however short the recording.
     """
     up, down = ratio
     phases = np.arange(min(up, count)) * down % up

@@ -118,3 +118,7 @@ def test_selection_shares_a_budget_with_the_call_around_it(monkeypatch):
 
 def test_honest_patterns_search_many_paths():
     search_all([".*mlp.*gate.*", r"layers/\d+/(mlp|self_attn)/", "^decoder/", "down|up"], 200)
+
+
+def test_compiled_of_an_empty_refusal_matches_nothing():
+    assert not compiled("(?!)").search("decoder/layers/0")
