@@ -262,9 +262,9 @@ def _cost(info: Any, options: "SparseGPT") -> str:
 def _rounded_row(name: str, path: str, before: Any, masked: Any, box: Any, note: str) -> Row:
     report_row = row(name, path, before, box, relative_error(before, box), note)
     if box.format.qtype == _TERNARY34:
-        return dataclasses.replace(report_row, kept=0.75)
+        return dataclasses.replace(report_row, keep_ratio=0.75)
     return (
-        dataclasses.replace(report_row, kept=float(masked.mask.mean()))
+        dataclasses.replace(report_row, keep_ratio=float(masked.mask.mean()))
         if masked is not before
         else report_row
     )
