@@ -18,7 +18,7 @@ def take_rows(weight: Array, tokens: Array) -> Array:
     Returns:
       [..., D].
     """
-    return weight.at[tokens].get(mode="promise_in_bounds")
+    return jnp.asarray(weight).at[tokens].get(mode="promise_in_bounds")
 
 
 def _forward(weight: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
