@@ -169,9 +169,9 @@ def test_finished_stages_are_not_computed_again(saved, tmp_path, monkeypatch):
         with pytest.raises(OutputError):
             compress_checkpoint(saved, tmp_path / "out", ROUNDED)
     rounded = []
-    kernel = quantize.rtn.__globals__["quantize_leaf"]
+    kernel = quantize.rtn.compress_stage.__globals__["quantize_leaf"]
     monkeypatch.setitem(
-        quantize.rtn.__globals__,
+        quantize.rtn.compress_stage.__globals__,
         "quantize_leaf",
         lambda path, *rest, **options: rounded.append(path) or kernel(path, *rest, **options),
     )

@@ -109,7 +109,7 @@ def test_size_limits_what_is_kept_to_the_most_frequent(tokenizer, keep):
 
 def test_the_smaller_model_scores_the_kept_tokens_as_before(tokenizer, small, keep, tmp_path):
     model, params = small
-    smaller, shrunk, report = vocabulary(keep, tokenizer)(model, params)
+    smaller, shrunk, report = vocabulary(keep, tokenizer=tokenizer)(model, params)
     ids = np.array([tokenizer.encode(TEXTS[0]).ids])
     masked = jax.tree.map(lambda leaf: leaf, params)
     gone = np.setdiff1d(np.arange(model.config.decoder.vocab_size), keep)
@@ -202,7 +202,7 @@ def test_a_unigram_tokenizer_shrinks():
 def test_special_tokens_and_bytes_cannot_go(tokenizer, keep, missing, message):
     fewer = keep[keep != tokenizer.token_to_id(missing)]
     with pytest.raises(RecipeError, match=message):
-        vocabulary(fewer, tokenizer)
+        vocabulary(fewer, tokenizer=tokenizer)
     with pytest.raises(RecipeError, match=message):
         shrink_tokenizer(tokenizer, fewer)
 

@@ -4,13 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import glm_edge as ge
 from glm_edge import params as boxes
 from glm_edge.compress.quantize.parameter import quantize_leaf, row
 from glm_edge.compress.quantize.solvers import gptq_solver as gptq
 from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.compress.quantize.solvers.activation_ranges import int8_grid
-from glm_edge.errors import RecipeError
+from glm_edge.errors import BoxError, RecipeError
 from glm_edge.kernels.packing import QTYPES
 from glm_edge.kernels.quantization import round_scale, smallest_scale
 from glm_edge.params import Format
@@ -95,8 +94,8 @@ def test_rtn_rounds_weights_whose_squares_overflow():
 
 
 def test_symmetric_is_true_or_false():
-    with pytest.raises(RecipeError, match="symmetric must be True or False"):
-        ge.quantize.rtn("int8")
+    with pytest.raises(BoxError, match="symmetric must be True or False"):
+        Format("int8", symmetric="no")
 
 
 def test_a_range_below_float32_has_a_scale():
