@@ -88,6 +88,20 @@ class Rendering:
     reason: str = ""
 
 
+def answer_end(processor: Processor) -> int | None:
+    """Finds the stop token that stands behind an answer.
+
+    Args:
+      processor: with the checkpoint's template.
+
+    Returns:
+      The stop token that the template writes there, otherwise the first one; None without any.
+    """
+    _, between = _around_an_answer(processor, reads_strings(processor))
+    written = processor.tokenizer.token_to_id(_written_stop(processor, between))
+    return next(iter(processor.stop_token_ids), None) if written is None else written
+
+
 def bundled_template(
     processor: Processor, media: Sequence[str] = ()
 ) -> tuple[str, list[Conversion]]:
@@ -107,8 +121,7 @@ def bundled_template(
     """
     strings = reads_strings(processor)
     lead, between = _around_an_answer(processor, strings)
-    stops = [processor.tokenizer.id_to_token(token) for token in processor.stop_token_ids]
-    stop = max((text for text in stops if text and between.startswith(text)), key=len, default="")
+    stop = _written_stop(processor, between)
     best: tuple[str, list[Conversion], Rendering] | None = None
     for source, conversions in _candidates(processor, strings, between, stop):
         rendering = _rendering(source, processor, strings, lead, stop)
@@ -209,6 +222,12 @@ def _constants(processor: Processor) -> str:
 def _literal(text: str) -> str:
     """Writes a string literal that Jinja reads in Python and in the engine."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def _written_stop(processor: Processor, between: str) -> str:
+    """Reads the stop token at the start of the text between an answer and the next message."""
+    stops = [processor.tokenizer.id_to_token(token) for token in processor.stop_token_ids]
+    return max((text for text in stops if text and between.startswith(text)), key=len, default="")
 
 
 def _candidates(

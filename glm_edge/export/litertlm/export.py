@@ -18,7 +18,7 @@ from glm_edge.export.common.signatures import (
 from glm_edge.export.common.weights import Conversion
 from glm_edge.export.litertlm import signatures as lm_signatures
 from glm_edge.export.litertlm.bundle import EXTRA, make_repeatable
-from glm_edge.export.litertlm.chat_templates import bundled_template
+from glm_edge.export.litertlm.chat_templates import answer_end, bundled_template
 from glm_edge.export.litertlm.verify import verify_bundle
 from glm_edge.export.tflite.export import write_signatures
 from glm_edge.export.tflite.weights import to_tflite_weights
@@ -48,6 +48,8 @@ class Bundle:
       conversions: parameters that are stored in another form than in the model; changes of the
         chat template; and differences that stay in the engine.
       template: the chat template of the bundle.
+      answer_end: token that stands in the context for the last one of each answer, where the engine
+        gives its embedding as zeros; None of a model that reads tokens, or without stop tokens.
       model: the model it was traced from.
       params: the parameters as the file stores them.
       processor: prepares the same conversations for JAX.
@@ -61,6 +63,7 @@ class Bundle:
     image_size: tuple[int, int] | None
     conversions: tuple[Conversion, ...]
     template: str = field(repr=False)
+    answer_end: int | None
     model: MultimodalGLM = field(repr=False)
     params: Params = field(repr=False)
     processor: Processor = field(repr=False)
@@ -113,8 +116,10 @@ def litertlm(
       is repaired where needed, or refused. `Bundle.conversions` lists that.
     * Where a repair counts on the stop token, an answer that a limit of tokens cuts off, or that
       another stop token ends, lacks it for the next turn.
-    * An answer cut off by a limit of tokens, in a conversation with an image, loses its last token
-      for the next turn (litert-lm 0.18.1).
+    * Where embeddings are read, it feeds a row of zeros for the last token of an answer
+      (litert-lm 0.18.1). The graph takes `Bundle.answer_end` there, the stop token that the
+      template writes. So an answer cut off by a limit of tokens loses its last token for the next
+      turn.
 
     Where embeddings are read, their table is stored in the file twice if the head is tied to it.
 
@@ -156,9 +161,11 @@ def litertlm(
     media = ["image"] * (config.vision is not None) + ["audio"] * (config.speech is not None)
     template, repairs = bundled_template(processor, media)
     weights = to_tflite_weights(params)
+    end = answer_end(processor) if lm_signatures.takes_embeddings(config) else None
 
     reference = model.clone(compute="float32")
-    sections = {DECODER: lm_signatures.decoder_signatures(reference, lengths, slots)}
+    end_row = None if end is None else lm_signatures.token_embedding(reference, params, end)
+    sections = {DECODER: lm_signatures.decoder_signatures(reference, lengths, slots, end_row)}
     if lm_signatures.takes_embeddings(config):
         sections["EMBEDDER"] = [lm_signatures.embedder(reference)]
     if config.vision is not None:
@@ -205,6 +212,7 @@ def litertlm(
         image_size=image_size,
         conversions=(*weights.conversions, *repairs),
         template=template,
+        answer_end=end,
         model=model,
         params=weights.params,
         processor=processor,

@@ -38,8 +38,18 @@ def carries_positions(config: GLMConfig) -> bool:
     return bool(config.decoder.mrope_section) and takes_embeddings(config)
 
 
+def token_embedding(model: MultimodalGLM, params: Any, token: int) -> np.ndarray:
+    """Computes the embedding [D] of one token."""
+    embed = next(s for s in signatures(model, (), 1) if s.name == "embed")
+    tokens = jnp.full((1, 1), token, jnp.int32)
+    return np.asarray(embed.function(params, {"tokens": tokens})["embeddings"][0, 0])
+
+
 def decoder_signatures(
-    model: MultimodalGLM, prefill_lengths: Iterable[int], cache_slots: int
+    model: MultimodalGLM,
+    prefill_lengths: Iterable[int],
+    cache_slots: int,
+    answer_end: np.ndarray | None = None,
 ) -> list[Signature]:
     """Makes `decode` and `prefill_<T>` of the section PREFILL_DECODE.
 
@@ -53,6 +63,9 @@ def decoder_signatures(
       model: the model.
       prefill_lengths: lengths `T` of the prefill signatures.
       cache_slots: slots `S` of the cache.
+      answer_end: embedding [D] that stands for rows of zeros. The runtime feeds such a row for the
+        last token of an answer, which it never embeds. None leaves them; without encoders the
+        runtime feeds the token itself.
 
     Returns:
       The signatures.
@@ -61,6 +74,8 @@ def decoder_signatures(
     offered = signatures(model, prefill_lengths, cache_slots)
     embedders = {s.inputs["tokens"].shape[1]: s for s in offered if s.name.startswith("embed")}
     steps = [s for s in offered if s.name == DECODE or s.name.startswith("prefill")]
+    if takes_embeddings(config) and answer_end is not None:
+        steps = [_with_answer_end(step, answer_end) for step in steps]
     if carries_positions(config):
         return [_from_carried(step, config.decoder.num_layers, cache_slots) for step in steps]
     if takes_embeddings(config):
@@ -212,6 +227,19 @@ def _from_tokens(step: Signature, embed: Signature) -> Signature:
 
     inputs = {"tokens": embed.inputs["tokens"], **inputs}
     return dataclasses.replace(step, inputs=inputs, function=function)
+
+
+def _with_answer_end(step: Signature, row: np.ndarray) -> Signature:
+    """Replaces rows of zeros among the embeddings."""
+
+    def function(params: Any, values: Inputs) -> dict[str, Array]:
+        embedded = values["embeddings"]
+        # 1 for a row of zeros, else 0, by operations that XNNPACK has.
+        size = jnp.abs(embedded).sum(axis=-1, keepdims=True)
+        missing = 1.0 - jnp.minimum(1.0, np.float32(1e20) * size)
+        return step.function(params, {**values, "embeddings": embedded + missing * row})
+
+    return dataclasses.replace(step, function=function)
 
 
 def _carried(config: VisionConfig, image_size: Sequence[int]) -> np.ndarray:

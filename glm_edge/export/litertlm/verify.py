@@ -15,6 +15,7 @@ import numpy as np
 from glm_edge.errors import DataError, ExportError
 from glm_edge.export.litertlm.bundle import TFLITE, read_sections
 from glm_edge.export.litertlm.chat_templates import new_text, reads_strings
+from glm_edge.export.litertlm.signatures import takes_embeddings
 from glm_edge.export.tflite.file import mark_verified, read_constants
 from glm_edge.export.tflite.flatbuffer import Constant
 from glm_edge.export.tflite.weights import to_tflite_weights
@@ -222,9 +223,13 @@ def _converse(
             )
             length = int(generated.lengths[0])
             expected = np.asarray(generated.tokens)[0, : length + 1].tolist()
-            context += expected
             # From the first other token on, the contexts differ.
             comparable = counts.add(expected, answer, processor.decode)
+            if takes_embeddings(model.config):
+                # The engine gives zeros for the last token, and the graph `answer_end`.
+                comparable = comparable and bundle.answer_end is not None
+                expected = [*expected[:-1], bundle.answer_end]
+            context += expected
         messages.append({"role": "assistant", "content": answer})
 
 

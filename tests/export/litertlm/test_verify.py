@@ -112,7 +112,7 @@ def few_tokens_suffice(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "shortfall"),
     [
-        ({"threshold": 0.0}, r"the threshold is usually 99\.00% and \d+ of at least 1,000 tokens"),
+        ({"threshold": 0.0}, r"the threshold is usually 99\.00%, and \d+ of at least 1,000 tokens"),
         ({}, r"\d+ of at least 1,000 tokens were compared"),
     ],
 )
@@ -243,3 +243,12 @@ def test_a_missing_engine_is_named(text_bundle, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "litert_lm", None)
     with pytest.raises(MissingExtraError, match="glm_edge\\[litertlm\\]"):
         text_bundle.verify(prompts=1)
+
+
+def test_conversation_reads_answers_with_their_stop_token(media_bundle):
+    """The engine gives zeros for the last token of an answer where embeddings are read."""
+    assert media_bundle.answer_end == 0
+    result = media_bundle.verify(prompts=1, max_new_tokens=4, seed=3, check=False)
+    assert result.agreement == 1.0
+    # Three turns of the conversation, besides the prompt.
+    assert result.tokens > 9
