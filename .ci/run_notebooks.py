@@ -8,6 +8,8 @@ the outputs go into the notebooks instead. Exit status: 0 when all ran and agree
 """
 
 import argparse
+import base64
+import io
 import os
 import re
 import sys
@@ -17,8 +19,11 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of pictures that are stored: screens and plots look the same with these.
+COLORS = 96
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 # A bar of progress redraws its line, and warnings name files of this machine.
 QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -69,6 +74,14 @@ def compared(path: Path, notebook: nbformat.NotebookNode) -> list[str]:
     return moved if headlines else ["no cell is tagged headline"]
 
 
+def smaller(png: str) -> str:
+    """Encodes a picture in base64 again, with a palette."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    stream = io.BytesIO()
+    picture.quantize(COLORS, dither=Image.Dither.NONE).save(stream, "png", optimize=True)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
 def write(path: Path, notebook: nbformat.NotebookNode) -> None:
     """Writes the outputs without standard error, times, and paths of this machine."""
     names = {str(ROOT), str(Path.home()), tempfile.gettempdir()} - {"/"}
@@ -79,6 +92,8 @@ def write(path: Path, notebook: nbformat.NotebookNode) -> None:
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.outputs:
             texts = output if output.output_type == "stream" else output.get("data", {})
+            if "image/png" in texts:
+                texts["image/png"] = smaller(texts["image/png"])
             for kind in {"text", "text/plain", "text/markdown", "text/html"} & texts.keys():
                 texts[kind] = texts[kind].replace(str(ROOT), ".")
                 if any(name in texts[kind] for name in names):
