@@ -23,7 +23,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of pictures that are stored: screens and plots look the same with these.
-COLORS = 96
+COLORS = 256
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 # A bar of progress redraws its line, and warnings name files of this machine.
 QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -78,7 +78,7 @@ def smaller(png: str) -> str:
     """Encodes a picture in base64 again, with a palette."""
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     stream = io.BytesIO()
-    picture.quantize(COLORS, dither=Image.Dither.NONE).save(stream, "png", optimize=True)
+    picture.quantize(COLORS, kmeans=1, dither=Image.Dither.NONE).save(stream, "png", optimize=True)
     return base64.b64encode(stream.getvalue()).decode()
 
 
