@@ -129,7 +129,8 @@ def test_extra_all_holds_every_other_extra():
     assert set(re.search(r"\[(.+)\]", line)[1].split(",")) == EXTRAS.keys() - OUTSIDE_ALL
 
 
-def test_extra_formats_holds_those_of_every_file_that_a_phone_runs():
+def test_extra_formats_has_every_exporter():
+    """Extra formats holds those of every file that a phone runs."""
     (line,) = EXTRAS["formats"]
     assert set(re.search(r"\[(.+)\]", line)[1].split(",")) == FORMATS
 

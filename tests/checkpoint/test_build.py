@@ -15,7 +15,8 @@ from glm_edge.errors import CheckpointError, ConfigError
 PUBLISHED = Path(__file__).parent / "published"
 
 
-def test_a_published_file_gives_a_module_that_is_counted_without_weights():
+def test_build_counts_a_published_config():
+    """A published file gives a module that is counted without weights."""
     model = ge.build(PUBLISHED / "glm-edge-1.5b-chat.json")
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]

@@ -212,7 +212,8 @@ def test_what_is_no_part_of_the_model_is_left_out(write, name):
         ge.load(write(fields, tensors | {"model.adapter.weight": np.zeros(3, np.float32)}))
 
 
-def test_layers_beyond_those_of_config_are_refused_but_for_glm_ocr(write):
+def test_extra_layers_are_refused_except_glm_ocr(write):
+    """Layers beyond those of config are refused but for glm ocr."""
     fields, _, _, tensors = made("glm4v")
     extra = {"model.language_model.layers.2.eh_proj.weight": np.zeros(3, np.float32)}
     with pytest.raises(CheckpointError, match=r"layers\.2\.eh_proj\.weight' has no place"):

@@ -139,7 +139,8 @@ def test_a_case_of_which_nothing_is_compared_does_not_pass(copied):
     assert not report.passed
 
 
-def test_a_checkpoint_that_cannot_be_loaded_fails_and_the_others_are_run(copied):
+def test_check_golden_continues_after_a_failed_case(copied):
+    """A checkpoint that cannot be loaded fails and the others are run."""
     case = copied("bert")
     copied("distilbert")
     (case / "model.safetensors").unlink()

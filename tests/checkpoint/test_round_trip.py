@@ -142,7 +142,8 @@ def test_a_shrunk_model_returns_through_our_own_format(tmp_path, pruned, format)
     assert_same(read, params)
 
 
-def test_a_model_shrunk_alike_in_all_layers_is_a_hugging_face_one(tmp_path):
+def test_uniformly_shrunk_model_saves_as_hugging_face(tmp_path):
+    """A model shrunk alike in all layers is a hugging face one."""
     prune = ge.prune.structured(heads=0.5, neurons=0.3, score="magnitude")
     model, params = prune(*make_round_trip.build(TINY["glm"]))[:2]
     ge.save(model, params, tmp_path / "out")
@@ -224,7 +225,8 @@ def test_a_hugging_face_directory_is_written_whole_or_not_at_all(tmp_path, monke
         ge.save(model, spoiled, tmp_path / "x", format="hugging_face")
 
 
-def test_members_that_are_read_only_save_as_those_of_transformers():
+def test_read_only_members_save_as_transformers_do():
+    """Members that are read only save as those of transformers."""
     for member in (hugging_face.members.MEMBERS[name] for name in ("chatglm", "glmasr_first")):
         with pytest.raises(ConfigError, match="part of transformers"):
             member.write_config(None)

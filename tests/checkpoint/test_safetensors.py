@@ -99,7 +99,8 @@ def test_same_arrays_give_the_same_bytes_in_any_order(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_type_without_a_name_is_refused_before_anything_is_written(tmp_path):
+def test_write_refuses_a_dtype_without_a_name(tmp_path):
+    """A type without a name is refused before anything is written."""
     with pytest.raises(CheckpointError, match="'x': safetensors has no type complex64"):
         write_safetensors(tmp_path / "a", {"x": np.zeros(2, np.complex64)})
     assert not (tmp_path / "a").exists()
@@ -219,7 +220,8 @@ def test_rows_that_do_not_exist_are_refused(tmp_path, name, stop):
         SafetensorsFile(tmp_path / "a").read_rows(name, 0, stop)
 
 
-def test_a_file_that_changed_since_its_header_was_read_is_refused(tmp_path):
+def test_read_refuses_a_file_changed_since_its_header(tmp_path):
+    """A file that changed since its header was read is refused."""
     path = tmp_path / "a"
     valid_file(path)
     file = SafetensorsFile(path)
@@ -250,7 +252,8 @@ def test_to_device_takes_over_the_memory(tmp_path, dtype):
     assert bool((placed == 1).all())
 
 
-def test_donating_what_to_device_took_over_leaves_the_array_alone(tmp_path):
+def test_donated_buffer_leaves_the_host_array(tmp_path):
+    """Donating what to device took over leaves the array alone."""
     array = np.ones((300, 500), np.float32)
     jax.jit(lambda x: -x, donate_argnums=0)(to_device(array)).block_until_ready()
     assert (array == 1).all()

@@ -63,7 +63,8 @@ def test_columns_are_cut_only_where_groups_stay_whole(eight_devices, mesh):
 
 
 @pytest.mark.slow
-def test_gradients_of_a_fully_sharded_step_equal_those_of_one_device(eight_devices):
+def test_fully_sharded_gradients_equal_one_device(eight_devices):
+    """Gradients of a fully sharded step equal those of one device."""
     found = eight_devices["gradients"]
     np.testing.assert_allclose(*found["loss"], rtol=TOLERANCE)
     assert found["error"] < TOLERANCE

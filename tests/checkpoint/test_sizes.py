@@ -46,7 +46,8 @@ def test_a_size_that_makes_no_model_is_named(name, place, value, message, tmp_pa
     assert str(error.value).startswith(str(case / "config.json"))
 
 
-def test_a_lone_rope_theta_of_glm_asr_is_refused_where_it_would_be_ignored(tmp_path):
+def test_glm_asr_refuses_an_ignored_rope_theta(tmp_path):
+    """A lone rope theta of glm asr is refused where it would be ignored."""
     case = Path(shutil.copytree(GOLDEN / "glmasr", tmp_path / "case"))
     fields = json.loads((case / "config.json").read_text())
     del fields["text_config"]["rope_parameters"]

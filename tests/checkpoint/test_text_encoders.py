@@ -206,7 +206,8 @@ def test_more_tokens_than_positions_are_refused():
         applied(model, {"params": random_params(model)}, np.zeros((1, 10), int))
 
 
-def test_padding_changes_nothing_and_token_types_default_to_the_first():
+def test_text_encoder_padding_and_token_types():
+    """Padding changes nothing and token types default to the first."""
     model = TextEncoder(WRITABLE["BertForSequenceClassification"])
     variables = {"params": random_params(model)}
     tokens = np.array([[3, 8, 5, 0, 0]])

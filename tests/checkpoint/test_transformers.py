@@ -140,7 +140,8 @@ def fields_of_classes():
 
 
 @pytest.mark.parametrize(("name", "options"), list(fields_of_classes()))
-def test_every_field_of_a_class_is_known_and_an_unknown_one_is_named(name, options):
+def test_transformers_config_fields_are_known(name, options):
+    """Every field of a class is known and an unknown one is named."""
     config = getattr(transformers, name)(**options)
     for fields in (config.to_dict(), config.to_diff_dict()):
         fields = json.loads(json.dumps(fields))

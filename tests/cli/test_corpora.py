@@ -55,7 +55,8 @@ def test_read_text_of_what_is_no_file(tmp_path):
         assert len(str(caught.value)) < 1000
 
 
-def test_write_text_refuses_to_replace_and_leaves_no_partial_file(tmp_path):
+def test_write_text_is_atomic_and_refuses_to_replace(tmp_path):
+    """Write text refuses to replace and leaves no partial file."""
     path = tmp_path / "made" / "out.json"
     corpora.write_text(path, "first\n")
     with pytest.raises(OutputError, match="exists already"):

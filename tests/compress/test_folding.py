@@ -79,7 +79,8 @@ def test_kinds_of_each_member(make_member, member):
         assert {f"{layer}/mlp/{name}/weight" for name in ("gate_up_proj", "down_proj")} <= paths
 
 
-def test_columns_that_share_a_factor_are_those_of_one_key_value_head(make_member):
+def test_folded_columns_share_a_key_value_head(make_member):
+    """Columns that share a factor are those of one key value head."""
     model, _ = make_member("glm4")
     fold = folding.folds(model.config)[0]
     assert (fold.kind, fold.blocks) == ("value", (2, 2, 8))

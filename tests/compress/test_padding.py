@@ -135,7 +135,7 @@ def test_every_transform_gives_the_same_bytes(tiny, alone, name):
 
 
 @pytest.mark.slow
-def test_encoders_are_cut_to_the_same_bytes_with_and_without_padding(make_member, batch_of):
+def test_pruned_encoders_ignore_padding(make_member, batch_of):
     """Scores of encoders need images, which each row of every layout brings along."""
     model, params = make_member("sandwich")
     drawn = batch_of(model, rows=3, length=24)

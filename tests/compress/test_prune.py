@@ -119,9 +119,8 @@ def test_heads_go_evenly_from_every_group():
         (10, 0.3, 1, 7),
     ],
 )
-def test_neurons_are_whole_multiples_and_at_least_the_fraction_goes(
-    width, fraction, multiple, kept
-):
+def test_structured_neurons_are_multiples(width, fraction, multiple, kept):
+    """Neurons are whole multiples and at least the fraction goes."""
     assert neurons_to_keep(width, fraction, multiple) == kept
     assert kept <= width * (1 - fraction) + 1e-6
 

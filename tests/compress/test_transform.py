@@ -149,7 +149,8 @@ def test_a_teacher_of_arrays_cannot_be_written(small):
         to_json(chain(distill(teacher=small)))
 
 
-def test_the_same_recipe_seed_and_calibration_give_the_same_bytes(small, calibration):
+def test_same_recipe_seed_and_calibration_same_bytes(small, calibration):
+    """The same recipe seed and calibration give the same bytes."""
     model, params = small
     before = digest(params)
 

@@ -139,7 +139,8 @@ def test_every_format_is_verified_or_says_that_nothing_ran_it(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", EXTRAS)
-def test_a_runtime_that_is_missing_is_named_before_anything_is_done(name, tmp_path):
+def test_missing_runtime_is_named_first(name, tmp_path):
+    """A runtime that is missing is named before anything is done."""
     if installed(name) or name == "coreml":
         pytest.skip("the runtime is installed, or not needed")
     refused = run("--format", name, "--out", tmp_path / "phone", "--verify")

@@ -205,9 +205,10 @@ class Watch(threading.Thread):
         return self.most
 
 
-def test_an_export_stays_on_its_own_disk_in_the_room_it_asked_for(
+def test_export_uses_its_own_disk_within_the_checked_space(
     form, write, params, out, tmp_path, monkeypatch
 ):
+    """An export stays on its own disk in the room it asked for."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))

@@ -115,9 +115,8 @@ def test_parameters_of_the_larger_model_are_no_longer_its_own(shrunk, small_conf
 
 
 @pytest.mark.slow
-def test_fewer_words_answer_as_all_did_where_only_they_can_be_said(
-    small_config, random_params, tmp_path
-):
+def test_shrunk_vocabulary_answers_alike(small_config, random_params, tmp_path):
+    """Fewer words answer as all did where only they can be said."""
     words = ["<end>", "<pad>", *(f"w{index:03d}" for index in range(2, 320))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

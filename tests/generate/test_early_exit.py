@@ -67,9 +67,8 @@ def uncached(model, params, ids, depth):
     return [np.asarray(score) for score in scores]
 
 
-def test_tokens_stop_where_they_are_sure_and_later_ones_see_what_they_left(
-    deep, prompts, threshold
-):
+def test_early_exit_per_token_with_later_tokens(deep, prompts, threshold):
+    """Tokens stop where they are sure and later ones see what they left."""
     model, params = deep
     exits = early_exit(model, (1, 2), threshold)
     found = generate(model, params, prompts, early_exit=exits, **OPTIONS)

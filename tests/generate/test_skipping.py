@@ -137,7 +137,8 @@ def test_options_without_a_meaning_are_refused(make_model, options, message):
         skip_neurons(*make_model(), **options)
 
 
-def test_weights_that_are_rounded_or_laid_out_already_are_refused(make_model):
+def test_skip_neurons_refuses_quantized_or_laid_out_weights(make_model):
+    """Weights that are rounded or laid out already are refused."""
     model, params = make_model()
     _, rounded, _ = quantize.rtn("int8", where="mlp")(model, params)
     with pytest.raises(RecipeError, match="mlp/gate_up_proj is quantized"):

@@ -81,7 +81,8 @@ def test_the_text_ends_before_the_first_complete_stop_string(text, stops):
         assert "".join(pieces) == expected
 
 
-def test_what_may_begin_a_stop_string_is_held_back_and_then_released():
+def test_stream_holds_back_the_start_of_a_stop_string():
+    """What may begin a stop string is held back and then released."""
     text = TextStream(BYTES, ["</s>", "STOP"])
     shown = [text.push(token) for token in BYTES.encode("a</b ST</s>tail").ids]
     assert shown == ["a", "", "", "</b", " ", "", "", "ST", *[""] * 7]

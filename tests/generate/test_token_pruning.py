@@ -126,9 +126,8 @@ def uncached(model, params, row, found, kept, layer):
         ((1, 1, 2), "norm", LAYERS),
     ],
 )
-def test_dropped_tokens_are_those_that_score_lowest_and_nothing_else_changes(
-    make_model, prompts, mrope, score, layer
-):
+def test_token_pruning_drops_the_lowest_scores_only(make_model, prompts, mrope, score, layer):
+    """Dropped tokens are those that score lowest and nothing else changes."""
     model, params = make_model(num_layers=LAYERS, mrope_section=mrope)
     rows, images = prompts
     drop = drop_vision_tokens(model, 0.4, score, layer)

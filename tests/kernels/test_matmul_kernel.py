@@ -27,7 +27,8 @@ def test_dense_matches_a_loop():
     np.testing.assert_allclose(found, product_loop(x, weight), atol=2e-6)
 
 
-def test_bfloat16_product_and_gradients_are_within_their_rounding():
+def test_bfloat16_matmul_and_gradients_within_rounding():
+    """Bfloat16 product and gradients are within their rounding."""
     rng = np.random.default_rng(1)
     x, weight = np.float32(rng.normal(size=(4, 64))), np.float32(rng.normal(size=(8, 64)))
     # Each of 64 products carries at most 2 roundings of 2^-9 of its magnitude.
@@ -288,7 +289,8 @@ def test_few_rows_never_meet_a_dense_copy_of_the_weight(qtype, optimized):
         assert memory.temp_size_in_bytes < 2 * 4 * matmul.BLOCK < out * columns * 4 / 2
 
 
-def test_low_bit_keeps_leading_axes_and_type_and_works_under_vmap():
+def test_quantized_matmul_leading_axes_type_and_vmap():
+    """Low bit keeps leading axes and type and works under vmap."""
     packed = case("int4", 5)[0]
     x = rows_of(6).reshape(2, 3, 60)
     found = quantized_matmul(x, *packed)
@@ -320,7 +322,8 @@ def test_rows_are_rounded_to_int8_as_a_loop_does():
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_rows_split_in_three_are_as_accurate_as_a_float32_product(rows):
+def test_matmul_bf16x3_is_as_accurate_as_float32(rows):
+    """Rows split in three are as accurate as a float32 product."""
     rng = np.random.default_rng(5)
     x = rng.normal(size=(rows, 300)) * 10.0 ** rng.integers(-3, 4, (rows, 300))
     x = x.astype(np.float32)

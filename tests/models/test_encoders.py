@@ -51,7 +51,8 @@ def test_patches_match_a_loop():
         np.testing.assert_allclose(found[b, 4 * r + c], cut.reshape(-1), atol=1e-6)
 
 
-def test_windows_do_not_see_each_other_unless_the_layer_is_global():
+def test_windows_are_separate_except_in_global_layers():
+    """Windows do not see each other unless the layer is global."""
     images = jax.random.uniform(jax.random.key(1), (1, 16, 8, 3))
     changed = images.at[:, :8].set(0.0)
     lower = slice(4, 8)

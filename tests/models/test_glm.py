@@ -86,7 +86,8 @@ def test_features_replace_placeholders_in_order():
     np.testing.assert_array_equal(found, expected)
 
 
-def test_features_are_placed_where_the_model_has_its_placeholders(make_model):
+def test_features_replace_placeholders(make_model):
+    """Features are placed where the model has its placeholders."""
     model, params = make_model()
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.random((2, 16, 16, 3)), jnp.float32)

@@ -41,7 +41,8 @@ def test_context_is_8192(name):
     assert configs.preset(name).decoder.max_position_embeddings == 8192
 
 
-def test_widths_that_nano_contracts_in_its_decoder_are_multiples_of_256():
+def test_nano_decoder_widths_are_multiples_of_256():
+    """Widths that nano contracts in its decoder are multiples of 256."""
     params = abstract_params("nano")
     contracted = {
         path: leaf.shape[-1]

@@ -163,7 +163,8 @@ def test_our_tied_head_reaches_the_low_bit_kernel(monkeypatch):
     np.testing.assert_allclose(found, x @ np.asarray(boxes.dense(box)).T, atol=1e-5)
 
 
-def test_int8_dynamic_rounds_activation_rows_before_a_quantized_weight_only():
+def test_int8_dynamic_rounds_rows_of_quantized_weights_only():
+    """Int8 dynamic rounds activation rows before a quantized weight only."""
     x, plain = weight(3, 16), weight(6, 16, seed=1)
     box = quantize(plain, Format("int8"))
     rounded = np.asarray(jax.jit(matmul.round_rows_to_int8)(x))

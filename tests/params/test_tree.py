@@ -65,7 +65,8 @@ def test_gradients_flow_through_partition_and_stop_at_masks(tree):
     assert gradient["layers"]["1"]["weight"].data is None
 
 
-def test_an_optimizer_trains_through_partition_and_keeps_the_rest(tree):
+def test_partition_trains_values_and_keeps_other_fields(tree):
+    """An optimizer trains through partition and keeps the rest."""
     optimizer = optax.adamw(1e-2)
     trainable, frozen = boxes.partition(tree)
     state = optimizer.init(trainable)

@@ -35,7 +35,8 @@ def test_images_and_videos_survive_packing(data):
         np.testing.assert_array_equal(image[0] if single else image, unpacked)
 
 
-def test_a_patch_is_channels_frames_rows_columns_and_blocks_come_first():
+def test_patch_order_of_values_and_blocks():
+    """A patch is channels frames rows columns and blocks come first."""
     height, width = np.meshgrid(np.arange(4), np.arange(8), indexing="ij")
     image = np.stack([height, width, 0 * width], axis=-1).astype(np.float32)
     pixel_values, grids = to_patches([image], patch_size=2)

@@ -136,7 +136,8 @@ def test_sampled_frames_keep_their_times():
     np.testing.assert_allclose(levels * 255, [0, 15, 30, 45, 60, 75], atol=1e-3)
 
 
-def test_frames_with_timestamps_are_all_kept_and_the_last_repeated():
+def test_timestamped_frames_repeat_the_last():
+    """Frames with timestamps are all kept and the last repeated."""
     frames = RNG.integers(0, 256, (3, 56, 56, 3), dtype=np.uint8)
     video, seconds = prepare_video(Video(frames, timestamps=[0.5, 7, 9]), GLM4V_VIDEO)
     assert len(video) == 4

@@ -58,7 +58,8 @@ def test_rounding_gives_the_bytes_of_a_call_in_memory(saved, tmp_path):
     assert hidden(tmp_path) == []
 
 
-def test_one_calibrated_transform_gives_the_bytes_of_a_call_in_memory(saved, batch_of, tmp_path):
+def test_compress_checkpoint_equals_a_call_in_memory(saved, batch_of, tmp_path):
+    """One calibrated transform gives the bytes of a call in memory."""
     transform = quantize.gptq("int4-g8", where="^decoder/")
     model, params = ge.load(saved)
     batches = [batch_of(model, seed=seed) for seed in range(2)]
@@ -105,7 +106,8 @@ def run_in_child(context, source, output, batches, seconds=None) -> tuple[bool, 
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_points_the_result_has_the_same_bytes(saved, batch_of, tmp_path):
+def test_compress_checkpoint_killed_at_random_points(saved, batch_of, tmp_path):
+    """Killed at twenty random points the result has the same bytes."""
     model, _ = ge.load(saved)
     batches = [batch_of(model, seed=seed) for seed in range(2)]
     # Every run is a fresh process: this one compiles with other options, and the last digits of an
@@ -148,9 +150,8 @@ def stop_after(count: int, monkeypatch, error: Exception):
 
 
 @pytest.mark.parametrize("count", [1, 5, 9])
-def test_a_full_disk_leaves_nothing_that_loads_and_can_be_finished(
-    saved, tmp_path, monkeypatch, count
-):
+def test_compress_checkpoint_on_a_full_disk(saved, tmp_path, monkeypatch, count):
+    """A full disk leaves nothing that loads and can be finished."""
     with monkeypatch.context() as patch:
         stop_after(count, patch, OSError(28, "No space left on device"))
         with pytest.raises(OutputError, match="No space left on device"):

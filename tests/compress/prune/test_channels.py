@@ -63,7 +63,8 @@ def test_the_model_is_the_whole_one_with_weights_at_zero(narrow):
     assert np.abs(found - LOGITS(model, variables, images)).max() > 1e-3
 
 
-def test_channels_left_are_whole_multiples_where_there_are_so_many(narrow):
+def test_remaining_channels_are_multiples(narrow):
+    """Channels left are whole multiples where there are so many."""
     assert hidden(prune.channels(0.25, multiple=1)(*narrow)[0]) == [8, 30, 22]
     assert hidden(prune.channels(0.25, multiple=8)(*narrow)[0]) == [8, 24, 16]
     assert hidden(prune.channels(0.95, multiple=8)(*narrow)[0]) == [8, 2, 1]

@@ -63,7 +63,8 @@ def batch():
     return {"tokens": np.random.default_rng(0).integers(1, 40, (2, 9)).astype(np.int32)}
 
 
-def test_a_decoder_without_a_layer_gives_the_outputs_of_a_silent_layer(batch):
+def test_depth_equals_a_silent_decoder_layer(batch):
+    """A decoder without a layer gives the outputs of a silent layer."""
     model, params = three_layers(**WIDTHS)
     smaller, small = shrink_depth(model, params, [0, 2])
     found = apply(smaller, small, batch)
@@ -76,9 +77,8 @@ def test_a_decoder_without_a_layer_gives_the_outputs_of_a_silent_layer(batch):
 
 
 @pytest.mark.parametrize("part", ["vision", "speech"])
-def test_an_encoder_without_a_layer_gives_the_outputs_of_a_silent_layer(
-    make_member, batch_of, part
-):
+def test_depth_equals_a_silent_encoder_layer(make_member, batch_of, part):
+    """An encoder without a layer gives the outputs of a silent layer."""
     config = make_member("nano")[0].config
     encoder = dataclasses.replace(getattr(config, part), num_layers=2)
     if part == "vision":

@@ -61,7 +61,8 @@ def keep(tokenizer, small):
     return frequent_tokens(tokenizer, TEXTS, config=small[0].config)
 
 
-def test_text_of_kept_tokens_reads_as_before_and_other_text_is_not_lost(tokenizer, keep):
+def test_shrunk_tokenizer_reads_any_text(tokenizer, keep):
+    """Text of kept tokens reads as before and other text is not lost."""
     smaller = shrink_tokenizer(tokenizer, keep)
     assert smaller.get_vocab_size() == len(keep) < tokenizer.get_vocab_size()
     for text in TEXTS[:2]:
@@ -207,7 +208,8 @@ def test_special_tokens_and_bytes_cannot_go(tokenizer, keep, missing, message):
         shrink_tokenizer(tokenizer, fewer)
 
 
-def test_without_a_tokenizer_only_what_the_configuration_names_is_safe(tokenizer, small, keep):
+def test_vocabulary_without_a_tokenizer_keeps_config_tokens(tokenizer, small, keep):
+    """Without a tokenizer only what the configuration names is safe."""
     user = tokenizer.token_to_id("<|user|>")
     smaller, _, report = vocabulary(keep[keep != user])(*small)
     assert smaller.config.decoder.vocab_size == len(keep) - 1

@@ -28,7 +28,8 @@ def layer_outputs(model, params, calibration):
 
 
 @pytest.mark.parametrize("method", ["adaround", "descent"])
-def test_each_layers_output_is_closer_to_the_originals_than_by_nearest(small, calibration, method):
+def test_adaround_beats_nearest_in_each_layer(small, calibration, method):
+    """Each layers output is closer to the originals than by nearest."""
     model, params = small
     options = {"where": DECODER, "scale": "mse"}
     nearest = rtn("int3-g16", **options)(model, params)[1]
@@ -49,7 +50,8 @@ def test_each_layers_output_is_closer_to_the_originals_than_by_nearest(small, ca
         assert isinstance(leaf, Quantized) == ("proj/weight" in path), path
 
 
-def test_a_mask_stays_and_a_matrix_without_inputs_is_rounded_to_nearest(small, calibration):
+def test_adaround_with_mask_and_without_inputs(small, calibration):
+    """A mask stays and a matrix without inputs is rounded to nearest."""
     model, params = small
     masked = prune.magnitude(0.5, where=r"mlp")(model, params)[1]
     _, learned, report = adaround("int4-g16", steps=20)(model, masked, calibration=calibration)

@@ -30,9 +30,8 @@ def outputs(model, params, calibration, name):
 
 
 @pytest.mark.parametrize("format", ["int2-g16", "ternary"])
-def test_a_trained_block_is_closer_to_the_originals_than_nearest_rounding(
-    small, calibration, format
-):
+def test_blockwise_beats_nearest_rounding(small, calibration, format):
+    """A trained block is closer to the originals than nearest rounding."""
     model, params = small
     nearest = rtn(format, where=DECODER, scale="mse")(model, params)[1]
     transform = blockwise(format, where=DECODER, train=TrainOptions(steps=60, learning_rate=0.003))

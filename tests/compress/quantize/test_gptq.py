@@ -64,7 +64,8 @@ def test_each_stage_loses_less_at_its_output(make_member, batch_of):
         states = view.run()
 
 
-def test_weights_with_one_input_are_one_group_in_the_order_in_which_they_run(make_member, batch_of):
+def test_gptq_groups_weights_by_input_in_order(make_member, batch_of):
+    """Weights with one input are one group in the order in which they run."""
     model, params = make_member("edge")
     states = first_states(model, [batch_of(model)])
     leaves = dict(boxes.path_items(params))
@@ -167,7 +168,8 @@ def test_options_without_meaning_are_refused(make_member, batch_of):
 @pytest.mark.parametrize(
     "shrink", [structured(heads=0.25, neurons=0.5, score="magnitude"), depth(layers=1)]
 )
-def test_after_shrinking_layers_are_compared_with_the_smaller_models(small, calibration, shrink):
+def test_gptq_after_shrinking_compares_smaller_layers(small, calibration, shrink):
+    """After shrinking layers are compared with the smaller models."""
     model, params = small
     rounding = gptq("int4-g16", where=LAYERS)
     smaller, fewer, _ = shrink(model, params, calibration=calibration)

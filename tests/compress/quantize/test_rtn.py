@@ -139,7 +139,8 @@ def test_groups_of_zeros_and_vanishing_weights_stay_finite(bits, group, symmetri
     assert zeros[2].rows[0].relative_error == 0.0
 
 
-def test_stored_bytes_are_reported_and_totals_count_what_was_left():
+def test_rtn_report_counts_stored_bytes():
+    """Stored bytes are reported and totals count what was left."""
     params = {"a": {"weight": weight(8, 64), "bias": jnp.zeros(8)}}
     _, rounded, report = quantize.rtn("int4-g32")(None, params)
     row = report.rows[0]

@@ -44,7 +44,8 @@ def test_random_weights_keep_the_size_of_what_they_meet(form):
 
 
 @pytest.mark.parametrize("form", ["int4", "int4-g32", "float16"])
-def test_every_matrix_is_of_the_form_and_no_two_vectors_are_equal(form):
+def test_made_parameters_have_the_format_and_differ(form):
+    """Every matrix is of the form and no two vectors are equal."""
     params = random_model(to_dict(preset("nano")), form)[1]
     seen = set()
     for path, leaf in boxes.path_items(params):
@@ -61,7 +62,8 @@ def test_every_matrix_is_of_the_form_and_no_two_vectors_are_equal(form):
     assert len(seen) == sum(held if matrix else 1 for matrix in matrices)
 
 
-def test_columns_that_are_no_whole_groups_have_scales_per_channel():
+def test_columns_that_groups_do_not_divide():
+    """Columns that are no whole groups have scales per channel."""
     blocks = Format.parse("int4-g32")
     assert fitting(blocks, 64) == blocks
     assert fitting(blocks, 60) == Format("int4")

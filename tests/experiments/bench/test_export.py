@@ -148,7 +148,8 @@ def test_a_shorter_look_at_the_cache_changes_no_scores_in_jax():
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_a_shorter_look_at_the_cache_changes_no_scores_in_onnxruntime(tmp_path):
+def test_attended_slots_change_no_scores_in_onnxruntime(tmp_path):
+    """A shorter look at the cache changes no scores in onnxruntime."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     from experiments.bench.runtimes.onnx_engine import OnnxRuntime
@@ -169,7 +170,8 @@ def test_a_shorter_look_at_the_cache_changes_no_scores_in_onnxruntime(tmp_path):
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_the_fastest_signature_is_the_one_that_a_phone_model_takes():
+def test_fastest_signature_is_chosen():
+    """The fastest signature is the one that a phone model takes."""
     phone = SignatureRunner(TOY, (LENGTH,), SLOTS, attended_slots=ATTENDED)
     for length in (1, LENGTH):
         for slot in range(SLOTS - length + 1):

@@ -38,7 +38,8 @@ def test_shapes_have_the_published_number_of_parameters(shape, count):
     assert sum(map(math.prod, shapes.values())) == count
 
 
-def test_a_made_checkpoint_loads_and_does_not_depend_on_its_shards(tmp_path):
+def test_made_checkpoint_loads_for_any_shards(tmp_path):
+    """A made checkpoint loads and does not depend on its shards."""
     loaded = []
     for name, size in (("one", 1e9), ("many", 3000)):
         make_checkpoint.write(SMALL, str(tmp_path / name), size, seed=4)

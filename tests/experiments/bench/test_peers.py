@@ -74,7 +74,8 @@ def test_a_peer_that_is_not_installed_says_so(tmp_path):
     assert done.stderr.startswith("no-such-peer is not installed")
 
 
-def test_names_of_layers_are_those_that_a_hugging_face_directory_gets():
+def test_layer_names_equal_hugging_face_names():
+    """Names of layers are those that a hugging face directory gets."""
     entries = decoders.decoder_entries(ge.load(ge.shipped("nano"))[0].config.decoder, "model.", "")
     matrices = [e for e in entries if e.paths[0].endswith("_proj/weight")]
     assert len(matrices) == 24
@@ -83,7 +84,8 @@ def test_names_of_layers_are_those_that_a_hugging_face_directory_gets():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_packed_integers_of_a_tflite_buffer_are_read_lowest_bits_first(bits):
+def test_tflite_integers_are_read_lowest_bits_first(bits):
+    """Packed integers of a tflite buffer are read lowest bits first."""
     low = -(2 ** (bits - 1))
     values = RNG.integers(low, -low, size=24)
     data = bytearray()
@@ -96,7 +98,8 @@ def test_packed_integers_of_a_tflite_buffer_are_read_lowest_bits_first(bits):
 
 
 @pytest.mark.parametrize(("format", "bits"), [("int4-g32", 4 + 16 / 32), ("int4", 4 + 32 / 64)])
-def test_bits_of_ours_hold_codes_and_scales_of_the_matrices_that_match(format, bits):
+def test_bits_count_codes_and_scales(format, bits):
+    """Bits of ours hold codes and scales of the matrices that match."""
     weight = jnp.asarray(RNG.normal(size=(16, 64)), jnp.float32)
     params = {"decoder": {"a": {"weight": weight}}, "head": {"weight": weight}}
     transform = ge.quantize.rtn(format, where="^decoder/")

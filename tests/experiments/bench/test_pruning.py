@@ -120,7 +120,8 @@ def test_wanda_keeps_of_each_row_what_meets_most():
     np.testing.assert_array_equal(pairs, groups >= np.sort(groups, axis=2)[:, :, 2:3])
 
 
-def test_shares_by_erdos_renyi_are_the_budget_and_leave_small_matrices_whole():
+def test_erdos_renyi_shares_meet_the_budget():
+    """Shares by erdos renyi are the budget and leave small matrices whole."""
     shapes = {"small": (4, 8), "square": (64, 64), "wide": (256, 64)}
     found = sparsity.erdos_renyi(shapes, 0.5)
     assert found["small"] == 0.0
@@ -181,7 +182,8 @@ def test_restated_magnitude_leaves_the_weights_that_ours_leaves(worker, scope, t
         np.testing.assert_array_equal(*map(np.asarray, pair))
 
 
-def test_restated_wanda_leaves_the_weights_that_ours_leaves_in_the_first_layer(worker):
+def test_restated_wanda_equals_ours_in_the_first_layer(worker):
+    """Restated wanda leaves the weights that ours leaves in the first layer."""
     options = {"algorithm": "wanda", "sparsity": 0.5}
     restated = worker.run(Method("x", rows.RESTATED, options), "x")
     _, ours, _ = ge.prune.mask(0.5, score="wanda", where="layers/0/attention/(q|k|v)_proj")(
@@ -207,7 +209,8 @@ def test_masks_are_counted_and_save_nothing(worker):
     assert sizes["zeros"] == pytest.approx(0.5, abs=0.01)
 
 
-def test_a_healed_row_shrinks_arrays_and_resumes_to_the_same_bytes(worker):
+def test_healed_row_resumes_to_the_same_bytes(worker):
+    """A healed row shrinks arrays and resumes to the same bytes."""
     prune = rows.structured(heads=0.5, neurons=0.25)
     heal = {"steps": 4, "where": rows.TRAINS, "alpha": 0.9, "mixture": rows.MIXTURE}
     method = Method("x", OURS, {"prune": prune, "heal": heal}, "trained", "training")
@@ -236,7 +239,8 @@ def measured(nats: list[float], tokens: int, hits: str) -> dict:
     }
 
 
-def test_the_interval_of_the_increase_holds_it_and_lost_taps_count_up():
+def test_increase_interval_and_lost_taps():
+    """The interval of the increase holds it and lost taps count up."""
     dense = measured([40.0, 44.0, 42.0, 38.0], 40, "1111")
     worse = measured([42.0, 45.0, 46.0, 39.0], 40, "1011")
     found = show.beside_dense(worse, dense)
@@ -259,7 +263,8 @@ def result(name: str, peer: str, kind: str, increase: float, lost: float = 0.0) 
     }  # fmt: skip
 
 
-def test_goals_are_judged_by_the_best_row_of_ours_and_missing_rows_are_left_out():
+def test_goals_use_our_best_row():
+    """Goals are judged by the best row of ours and missing rows are left out."""
     found = [
         result("SparseGPT 50 %", rows.RESTATED, "training-free", 0.20),
         result("Wanda 50 %", rows.RESTATED, "training-free", 0.10),
@@ -321,7 +326,8 @@ def test_both_files_take_turns_in_litert(tmp_path):
     assert not list(tmp_path.glob("*.tflite"))
 
 
-def test_a_row_of_other_settings_is_refused_and_of_other_steps_is_run_again(tmp_path):
+def test_row_of_other_settings_is_refused(tmp_path):
+    """A row of other settings is refused and of other steps is run again."""
     method = next(m for m in METHODS if m.kind == "trained")
     row = {"options": json.loads(json.dumps(method.options)), "settings": {"training_windows": 8}}
     (tmp_path / f"{bench_quality.slug(method)}.json").write_text(json.dumps(row))

@@ -115,7 +115,8 @@ def text_model():
     return model, jax.tree.map(lambda leaf: 3 * leaf, params)
 
 
-def test_text_scores_are_those_of_numpy_and_zero_for_the_same_model(text_model):
+def test_text_scores_match_numpy(text_model):
+    """Text scores are those of numpy and zero for the same model."""
     model, params = text_model
     tokens = np.random.default_rng(1).integers(0, 61, size=16 * 9 + 5)
     windows = corpora.windows(tokens, np.ones(61, np.int32), 16)
@@ -141,7 +142,8 @@ def test_text_scores_are_those_of_numpy_and_zero_for_the_same_model(text_model):
 
 
 @pytest.mark.slow
-def test_questions_are_scored_as_the_exam_does_and_not_at_all_changed_by_the_same_model():
+def test_question_scores_match_the_tap_evaluation():
+    """Questions are scored as the exam does and not at all changed by the same model."""
     model, params = ge.load(ge.shipped("nano"), dtype="float32")
     tokenizer = ge.load_tokenizer(ge.shipped("nano"))
     items = tap_eval.draw_items(5, seed=11)

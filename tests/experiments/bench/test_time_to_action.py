@@ -42,7 +42,8 @@ def test_half_of_the_peaks_takes_twice_as_long():
     assert half["seconds"] == pytest.approx(2 * whole["seconds"])
 
 
-def test_the_total_counts_preparation_and_mnn_says_what_it_leaves_out(capsys, monkeypatch):
+def test_total_time_counts_preparation(capsys, monkeypatch):
+    """The total counts preparation and mnn says what it leaves out."""
     monkeypatch.setattr(time_to_action, "FLAGS", SimpleNamespace(shape="toy", action_tokens=4))
     run = dict.fromkeys(("image", "prefill", "decode"), 0.1)
     form = {"runs": [run] * 3, "file_bytes": 1, "peak_rss_bytes": 1}

@@ -27,7 +27,8 @@ def numbers(rows):
 
 
 @pytest.mark.slow
-def test_skipping_nothing_loses_nothing_and_half_reads_two_thirds(run, checkpoint):
+def test_skipping_none_or_half_of_the_neurons(run, checkpoint):
+    """Skipping nothing loses nothing and half reads two thirds."""
     few = ["--screens=4", "--rounds=2", "--text_tokens=600", "--shape="]
     rows, log = run(dynamic, f"--checkpoint={checkpoint}", "--skip=0,50", *few)
     found = numbers(rows)

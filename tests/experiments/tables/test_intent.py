@@ -106,7 +106,8 @@ def test_the_table_of_a_short_run(run, folder, monkeypatch):
         run(intent, f"--intent_dir={folder}", "--layers=3", "--overwrite")
 
 
-def test_an_encoder_learns_intents_and_hides_words_in_training_only(folder, tmp_path):
+def test_encoder_learns_intents_and_masks_in_training_only(folder, tmp_path):
+    """An encoder learns intents and hides words in training only."""
     data = intent.load(str(folder), 120, 12)
     model = TextEncoder(intent.config_of(data, 2, 32))
     training = learning.Training(60, 5e-3, batch=16)

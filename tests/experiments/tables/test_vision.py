@@ -56,7 +56,8 @@ def test_what_cannot_be_trained_is_refused(tiny, student):
         vision.train(*student, broken, STEPS._replace(steps=2), seed=0)
 
 
-def test_a_finished_training_is_found_unless_its_settings_changed(tiny, student, tmp_path):
+def test_finished_training_is_reused_for_equal_settings(tiny, student, tmp_path):
+    """A finished training is found unless its settings changed."""
     model, _ = student
     short = Training(2, batch=20)
     first = vision.trained(tmp_path, "one", model, tiny, short, 0)

@@ -210,7 +210,8 @@ def test_a_file_of_another_model_is_not_verified(exported):
         export.verify(exported.path, other, exported.params, windows())
 
 
-def test_a_child_gives_the_bits_of_the_interpreter_and_keeps_the_cache(exported):
+def test_child_process_equals_the_interpreter(exported):
+    """A child gives the bits of the interpreter and keeps the cache."""
     near, far = LiteRTRunner(exported.path), LiteRTRunner(exported.path, isolated=True)
     tokens = np.arange(3, 9)
     np.testing.assert_array_equal(far.score(tokens), near.score(tokens))

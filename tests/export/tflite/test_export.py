@@ -69,7 +69,8 @@ def assert_no_part_is_stored_twice(written):
     assert 0 < graphs < GRAPHS < graphs + min(decoder, held["embed/weight"].data.nbytes)
 
 
-def test_file_is_as_large_as_its_weights_and_needs_builtin_operators_only(exported, dense_export):
+def test_file_size_and_builtin_operators(exported, dense_export):
+    """File is as large as its weights and needs builtin operators only."""
     for written in (exported, dense_export):
         assert_no_part_is_stored_twice(written)
         names = FlatModel(written.path.read_bytes()).operator_names()
@@ -299,7 +300,8 @@ def test_an_interrupted_write_leaves_what_was_there(exported, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_large_buffers_lie_outside_the_flatbuffer_and_run_the_same(exported, tmp_path):
+def test_large_buffers_outside_the_flatbuffer(exported, tmp_path):
+    """Large buffers lie outside the flatbuffer and run the same."""
     graph = FlatModel(exported.path.read_bytes()).model
     path = tmp_path / "outside.tflite"
     tflite_file.write(graph, path, overwrite=False, inline_limit=0)

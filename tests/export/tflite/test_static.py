@@ -98,7 +98,8 @@ def test_one_product_has_the_bits_of_the_static_kernel(form, quantize, tmp_path)
     assert np.abs(found - dynamic).max() > float(box.output_scale)
 
 
-def test_file_holds_our_grids_bit_for_bit_and_says_what_it_leaves_out(written, calibrated):
+def test_static_file_has_the_grids_bit_for_bit(written, calibrated):
+    """File holds our grids bit for bit and says what it leaves out."""
     held, given = export.read_constants(written.path), dict(boxes.path_items(calibrated[1]))
     effective = dict(boxes.path_items(written.params))
     assert {path for path, constant in held.items() if constant.inputs} == STATIC
@@ -147,7 +148,8 @@ def test_a_static_product_is_no_hybrid_one_for_delegates(written):
     assert {row.verdicts["coreml"].accepted for row in rows} == {"no"}
 
 
-def test_static_ranges_that_no_kernel_reads_are_left_out_and_named(quantize):
+def test_static_ranges_without_a_kernel_are_named(quantize):
+    """Static ranges that no kernel reads are left out and named."""
     weight = jax.random.normal(jax.random.key(0), (6, 64))
     full = with_grids(
         quantize(weight, Format("int8")), ActivationGrid(0.02, 3), ActivationGrid(0.1, -5)

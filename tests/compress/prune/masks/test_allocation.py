@@ -43,7 +43,8 @@ def test_one_threshold_over_all_matrices():
         np.testing.assert_array_equal(same[name]["weight"].mask, pruned[name]["weight"].mask)
 
 
-def test_one_threshold_counts_the_weights_of_units_and_leaves_some():
+def test_global_threshold_weighs_units_and_leaves_some():
+    """One threshold counts the weights of units and leaves some."""
     sizes = {"a": (4, 2), "b": (4, 30)}
     pools = shapes.matrix_pools(shapes.Shape("channel"), sizes)
     scores = [np.float32([[1, 2, 3, 4]]), np.float32([[10, 20, 30, 40]])]

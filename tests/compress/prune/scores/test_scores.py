@@ -195,7 +195,8 @@ def test_random_masks_follow_the_key(small):
         transform(model, params)
 
 
-def test_an_embedding_goes_by_magnitude_where_wanda_sees_no_input(small, calibration):
+def test_wanda_uses_magnitude_for_an_embedding(small, calibration):
+    """An embedding goes by magnitude where wanda sees no input."""
     model, params = small
     _, pruned, report = prune.mask(0.5, score="wanda", where="embed")(model, params, calibration)
     assert "by magnitude: nothing is seen to multiply it" in report.rows[0].action

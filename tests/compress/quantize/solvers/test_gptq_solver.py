@@ -103,7 +103,8 @@ def test_every_quality_option_lowers_the_error_at_the_output(name):
     assert swept <= refit
 
 
-def test_descent_alone_never_raises_the_error_and_ends_where_no_single_code_is_better():
+def test_descent_ends_at_a_coordinate_minimum():
+    """Descent alone never raises the error and ends where no single code is better."""
     weight, gram = problem(rows=4, columns=16)
     format = Format.parse("int3-channel")
     first = gptq.solve(weight, gram, format, damping=0.0)
