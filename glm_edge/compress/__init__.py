@@ -9,9 +9,10 @@ from glm_edge.compress.progress import ProgressLine
 from glm_edge.compress.recipes import recipe_from_json, to_json
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.compress.report import Point, Report, Row
-from glm_edge.compress.transform import Context, Transform, arrays, chain, positional, register
+from glm_edge.compress.transform import ARRAYS, Context, Transform, chain, register
 
 __all__ = [
+    "ARRAYS",
     "Calibration",
     "Context",
     "Point",
@@ -20,10 +21,8 @@ __all__ = [
     "Row",
     "TrainOptions",
     "Transform",
-    "arrays",
     "chain",
     "distill",
-    "positional",
     "prune",
     "quantize",
     "recipe_from_json",

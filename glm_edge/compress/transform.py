@@ -69,6 +69,8 @@ class Context:
             self.progress(stage, done, total)
 
 
+# Metadata of a field that holds arrays, or None, which JSON leaves out.
+ARRAYS = {"arrays": True}
 # Largest number of steps, rounds and the like.
 MOST = 10**8
 _LARGEST = 2**62
@@ -108,7 +110,7 @@ class Transform:
 
         @ge.compress.register("mine.scaled")
         class Scaled(ge.Transform):
-            factor: float = ge.compress.positional(2.0)
+            factor: float = dataclasses.field(default=2.0, kw_only=False)
 
             def apply(self, model, params, context):
                 scaled = jax.tree.map(lambda leaf: leaf * self.factor, params)
@@ -237,16 +239,6 @@ def _annotations(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def positional(default: Any = dataclasses.MISSING) -> Any:
-    """Declares the field of a transform that may be given without its name: its first."""
-    return field(default=default, kw_only=False)
-
-
-def arrays(kw_only: bool = True) -> Any:
-    """Declares a field that holds arrays, or None, which JSON leaves out."""
-    return field(default=None, kw_only=kw_only, metadata={"arrays": True})
-
-
 def _check_arguments(name: str, model: Any, params: Any) -> None:
     """Raises RecipeError where an argument is no model, or no parameters of one."""
     form = f"{name}: call it as transform(model, params)"
@@ -321,9 +313,7 @@ def _unnamed(transform: Transform, model: Any, params: Params) -> tuple[str, ...
 _REGISTRY: dict[str, type[Transform]] = {}
 
 
-@dataclass_transform(
-    frozen_default=True, kw_only_default=True, field_specifiers=(field, positional, arrays)
-)
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def register(name: str, *others: str) -> Callable[[type], type]:
     """Makes a class a transform: a frozen dataclass of keyword-only fields, known by name.
 

@@ -198,7 +198,7 @@ def test_a_transform_of_a_user_joins_chains_and_recipes(monkeypatch):
 
     @register("mine.doubled")
     class Doubled(ge.Transform):
-        times: int = ge.compress.positional(1)
+        times: int = dataclasses.field(default=1, kw_only=False)
 
         def apply(self, model, params, context):
             doubled = jax.tree.map(lambda leaf: leaf * 2**self.times, params)

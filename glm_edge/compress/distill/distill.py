@@ -1,6 +1,7 @@
 """Distillation: a student learns to predict what its teacher predicts."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import optax
 from glm_edge import params as boxes
 from glm_edge.compress.distill.loop import DistillOptions, TrainOptions, as_teacher, train
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.transform import Context, Result, Transform, arrays, check_pattern, register
+from glm_edge.compress.transform import ARRAYS, Context, Result, Transform, check_pattern, register
 from glm_edge.errors import RecipeError
 from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
@@ -78,7 +79,7 @@ class Distill(Transform):
 
     needs_model: ClassVar[bool] = True
 
-    teacher: tuple[nn.Module, Params] | None = arrays(kw_only=False)
+    teacher: tuple[nn.Module, Params] | None = field(default=None, kw_only=False, metadata=ARRAYS)
     train: TrainOptions = TrainOptions()
     temperature: float = 2.0
     alpha: float = 0.9

@@ -1,6 +1,7 @@
 """Removing hidden channels of inverted residuals, so that arrays and configuration shrink."""
 
 import dataclasses
+from dataclasses import field
 from typing import ClassVar
 
 import flax.linen as nn
@@ -14,7 +15,6 @@ from glm_edge.compress.transform import (
     Transform,
     check_fraction,
     check_whole,
-    positional,
     register,
 )
 from glm_edge.errors import RecipeError
@@ -48,7 +48,7 @@ class Channels(Transform):
 
     needs_model: ClassVar[bool] = True
 
-    fraction: float = positional()
+    fraction: float = field(kw_only=False)
     multiple: int = 4
 
     def __post_init__(self) -> None:

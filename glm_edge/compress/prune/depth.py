@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -18,7 +19,6 @@ from glm_edge.compress.transform import (
     Result,
     Transform,
     check_whole,
-    positional,
     register,
 )
 from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig
@@ -60,7 +60,7 @@ class Depth(Transform):
 
     needs_model: ClassVar[bool] = True
 
-    layers: int | Sequence[int] = positional()
+    layers: int | Sequence[int] = field(kw_only=False)
     part: str = "decoder"
     score: str = "influence"
     max_batches: int = 8

@@ -1,5 +1,7 @@
 """Masking the smallest weights."""
 
+from dataclasses import field
+
 import flax.linen as nn
 
 from glm_edge.compress.prune.mask import mask_model
@@ -13,7 +15,6 @@ from glm_edge.compress.transform import (
     Transform,
     check_fraction,
     check_pattern,
-    positional,
     register,
 )
 from glm_edge.errors import RecipeError
@@ -48,7 +49,7 @@ class Magnitude(Transform):
       https://arxiv.org/abs/1506.02626.
     """
 
-    sparsity: float = positional()
+    sparsity: float = field(kw_only=False)
     where: str | None = None
     scope: str = "tensor"
     stacked: str | None = None

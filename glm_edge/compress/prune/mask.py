@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -32,7 +33,7 @@ from glm_edge.compress.prune.masks.config import (
 from glm_edge.compress.prune.scores import from_model as model_scores
 from glm_edge.compress.readings import UNWATCHED
 from glm_edge.compress.report import Report, Row
-from glm_edge.compress.transform import Context, Result, check_pattern, positional, register
+from glm_edge.compress.transform import Context, Result, check_pattern, register
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
 
@@ -106,7 +107,7 @@ class Mask(LayerwiseTransform):
 
     rounds: ClassVar[bool] = False
 
-    sparsity: float | None = positional(None)
+    sparsity: float | None = field(default=None, kw_only=False)
     score: str = "magnitude"
     shape: str = "unstructured"
     allocation: str = "uniform"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Any, ClassVar
 
 from jax import Array
@@ -30,7 +31,7 @@ from glm_edge.compress.quantize.parameter import (
 )
 from glm_edge.compress.quantize.solvers import gptq_solver as gptq
 from glm_edge.compress.report import Row
-from glm_edge.compress.transform import check_pattern, check_whole, positional, register
+from glm_edge.compress.transform import check_pattern, check_whole, register
 from glm_edge.errors import RecipeError
 from glm_edge.params import Format
 
@@ -84,7 +85,7 @@ class SparseGPT(LayerwiseTransform):
 
     needs_model: ClassVar[bool] = True
 
-    sparsity: float | None = positional(None)
+    sparsity: float | None = field(default=None, kw_only=False)
     shape: str = "unstructured"
     where: str | None = None
     format: Format | str | None = None

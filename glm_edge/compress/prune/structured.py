@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from dataclasses import field
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -27,7 +28,6 @@ from glm_edge.compress.transform import (
     check_fraction,
     check_pattern,
     check_whole,
-    positional,
     register,
 )
 from glm_edge.configs import DecoderConfig
@@ -74,7 +74,7 @@ class Structured(Transform):
 
     needs_model: ClassVar[bool] = True
 
-    heads: float = positional(0.0)
+    heads: float = field(default=0.0, kw_only=False)
     neurons: float = 0.0
     score: str = "taylor"
     where: str | None = None

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import InitVar
+from dataclasses import InitVar, field
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ import numpy as np
 from glm_edge import params as boxes
 from glm_edge.compress.prune.shrink.arrays import check_kept, shrunk_report
 from glm_edge.compress.prune.shrink.tokenizer import NAME, check_tokens, named_fields, named_tokens
-from glm_edge.compress.transform import Context, Result, Transform, positional, register
+from glm_edge.compress.transform import Context, Result, Transform, register
 from glm_edge.configs import GLMConfig, TextConfig
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.tree import Params
@@ -52,7 +52,7 @@ class VocabularyPruning(Transform):
 
     needs_model: ClassVar[bool] = True
 
-    keep: str | Sequence[int] = positional()
+    keep: str | Sequence[int] = field(kw_only=False)
     tokenizer: InitVar[Any] = None
 
     def __post_init__(self, tokenizer: Any) -> None:
@@ -104,10 +104,10 @@ def shrink_vocabulary(
     holder = config.decoder if isinstance(config, GLMConfig) else config
     keep = check_kept(keep, holder.vocab_size, f"{NAME}: tokens")
     number = {old: new for new, old in enumerate(keep.tolist())}
-    for index, field in named_tokens(config).items():
+    for index, name in named_tokens(config).items():
         if index not in number:
             raise RecipeError(
-                f"{NAME}: token {index} must stay, since it is {field} of the model; keep= lacks it"
+                f"{NAME}: token {index} must stay, since it is {name} of the model; keep= lacks it"
             )
     params = dict(params)
     for name in ("embed", "head"):

@@ -1,6 +1,7 @@
 """Static int8 grids for the inputs and products of quantized matrices."""
 
 from collections.abc import Iterator
+from dataclasses import field
 from typing import ClassVar
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ from glm_edge.compress.layerwise.runner import (
 from glm_edge.compress.layerwise.stages import MARKED_ROWS
 from glm_edge.compress.quantize.parameter import row
 from glm_edge.compress.quantize.solvers import activation_ranges as ranges
-from glm_edge.compress.transform import Context, Result, check_pattern, positional, register
+from glm_edge.compress.transform import Context, Result, check_pattern, register
 from glm_edge.errors import RecipeError
 from glm_edge.kernels import matmul
 from glm_edge.params import Quantized
@@ -55,7 +56,7 @@ class Activations(LayerwiseTransform):
     needs: ClassVar[str] = "inputs"
     needs_model: ClassVar[bool] = True
 
-    method: str = positional("minmax")
+    method: str = field(default="minmax", kw_only=False)
     percentile: float = 99.99
     where: str | None = None
     symmetric: bool = False

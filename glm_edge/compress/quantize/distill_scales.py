@@ -1,5 +1,6 @@
 """Distillation of what surrounds the integers of a quantized model: scales, norms and biases."""
 
+from dataclasses import field
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -11,12 +12,11 @@ from glm_edge.compress.distill.loop import DistillOptions, TrainOptions, as_teac
 from glm_edge.compress.quantize.parameter import relative_error, row
 from glm_edge.compress.report import Report
 from glm_edge.compress.transform import (
+    ARRAYS,
     Context,
     Result,
     Transform,
-    arrays,
     check_pattern,
-    positional,
     register,
 )
 from glm_edge.errors import RecipeError
@@ -56,9 +56,9 @@ class DistillScales(Transform):
 
     needs_model: ClassVar[bool] = True
 
-    where: str | None = positional(None)
+    where: str | None = field(default=None, kw_only=False)
     norms: bool = True
-    teacher: tuple[nn.Module, Params] | None = arrays()
+    teacher: tuple[nn.Module, Params] | None = field(default=None, metadata=ARRAYS)
     train: TrainOptions = TrainOptions()
     temperature: float = 1.0
     alpha: float = 1.0

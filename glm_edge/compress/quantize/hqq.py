@@ -1,6 +1,7 @@
 """Rounding weights without calibration, by half-quadratic steps."""
 
 import functools
+from dataclasses import field
 from typing import Any, ClassVar
 
 from glm_edge.compress.layerwise.runner import Replaced, StageContext
@@ -13,7 +14,7 @@ from glm_edge.compress.quantize.parameter import (
     row,
 )
 from glm_edge.compress.quantize.solvers import hqq_solver as half_quadratic
-from glm_edge.compress.transform import check_whole, positional, register
+from glm_edge.compress.transform import check_whole, register
 from glm_edge.errors import RecipeError
 from glm_edge.params import Format
 from glm_edge.params.formats import PLAIN
@@ -47,7 +48,9 @@ class HQQ(Quantizer):
 
     unsupported: ClassVar[tuple[str, ...]] = PLAIN
 
-    format: Format | str = positional(Format("int4", 64, False, "bfloat16", "float16"))
+    format: Format | str = field(
+        default=Format("int4", 64, False, "bfloat16", "float16"), kw_only=False
+    )
     scale: str = "max"
     exponent: float = 0.7
     steps: int = 20

@@ -1,6 +1,7 @@
 """Quantization-aware training: a model learns while it is read as if it were quantized."""
 
 from collections.abc import Callable, Collection
+from dataclasses import field
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from glm_edge.compress.quantize.options import QuantizeConfig, WeightTransform
 from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.compress.quantize.solvers.scales import Grid
 from glm_edge.compress.report import Report
-from glm_edge.compress.transform import Context, Result, arrays, check_pattern, register
+from glm_edge.compress.transform import ARRAYS, Context, Result, check_pattern, register
 from glm_edge.errors import RecipeError
 from glm_edge.params import FakeQuantized, Masked, Quantized
 from glm_edge.params.formats import PLAIN
@@ -67,7 +68,7 @@ class QAT(WeightTransform):
     learned_scale: bool = True
     scale_rate: float = 1.0
     where_train: str | None = None
-    teacher: tuple[nn.Module, Params] | None = arrays()
+    teacher: tuple[nn.Module, Params] | None = field(default=None, metadata=ARRAYS)
     train: TrainOptions = TrainOptions(steps=1000, warmup=0.05)
     temperature: float = 1.0
     alpha: float = 1.0

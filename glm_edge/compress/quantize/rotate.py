@@ -2,6 +2,7 @@
 
 import dataclasses
 import zlib
+from dataclasses import field
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -23,7 +24,7 @@ from glm_edge.compress.quantize.parameter import BAND, row
 from glm_edge.compress.quantize.solvers import hadamard
 from glm_edge.compress.quantize.solvers.hadamard import Rotation
 from glm_edge.compress.report import Row
-from glm_edge.compress.transform import Context, Result, positional, register
+from glm_edge.compress.transform import Context, Result, register
 from glm_edge.configs import GLMConfig, SpeechConfig, TextConfig, VisionConfig
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
@@ -60,7 +61,7 @@ class Rotate(LayerwiseTransform):
     rounds: ClassVar[bool] = False
     needs_model: ClassVar[bool] = True
 
-    residual: bool = positional(True)
+    residual: bool = field(default=True, kw_only=False)
     heads: bool = True
     encoders: bool = False
     seed: int = 0

@@ -1,9 +1,11 @@
 """Rounding weights to the nearest level."""
 
+from dataclasses import field
+
 from glm_edge.compress.layerwise.runner import Replaced, StageContext
 from glm_edge.compress.quantize.options import Quantizer
 from glm_edge.compress.quantize.parameter import is_stock, quantize_leaf, row
-from glm_edge.compress.transform import positional, register
+from glm_edge.compress.transform import register
 from glm_edge.params import Format
 
 NAME = "quantize.rtn"
@@ -44,7 +46,7 @@ class RTN(Quantizer):
       https://arxiv.org/abs/1712.05877.
     """
 
-    format: Format | str = positional(Format("int8"))
+    format: Format | str = field(default=Format("int8"), kw_only=False)
     scale: str = "max"
 
     def compress_stage(self, work: StageContext) -> Replaced:

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Collection
+from dataclasses import field
 from typing import ClassVar
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ from glm_edge.compress.layerwise.runner import (
 )
 from glm_edge.compress.layerwise.stages import ABS_MAX, Leaves
 from glm_edge.compress.quantize.parameter import row
-from glm_edge.compress.transform import Context, Result, check_pattern, positional, register
+from glm_edge.compress.transform import Context, Result, check_pattern, register
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.tree import Params
 
@@ -57,7 +58,7 @@ class SmoothQuant(LayerwiseTransform):
     needs: ClassVar[str] = "inputs"
     needs_model: ClassVar[bool] = True
 
-    alpha: float = positional(0.5)
+    alpha: float = field(default=0.5, kw_only=False)
     where: str | None = None
     kinds: tuple[str, ...] | None = None
 
