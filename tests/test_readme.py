@@ -74,9 +74,10 @@ def test_names_of_the_blocks_exist(guide, block):
     for node in ast.walk(ast.parse(block)):
         names = dotted(node)
         if names and names[0] == "ge":
-            found = ge
+            value = ge
             for name in names[1:]:
-                found = getattr(found, name)
+                assert hasattr(value, name), ".".join(names)
+                value = getattr(value, name)
 
 
 def cheap(block: str) -> str:

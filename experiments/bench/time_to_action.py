@@ -238,7 +238,7 @@ def sources() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a model on paper runs on.
+    """Hardware of an estimate.
 
     Attributes:
       name: of the device.

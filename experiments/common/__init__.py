@@ -1,1 +1,1 @@
-"""What several scripts share: evaluation data, figures, provenance."""
+"""Pieces that several scripts share: evaluation data, figures, provenance."""

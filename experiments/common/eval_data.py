@@ -1,4 +1,4 @@
-"""What the main job measures with: screens, recordings, text, and calibration batches."""
+"""Evaluation data of the main job: screens, recordings, text, and calibration batches."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What scripts of run-time pruning share: questions, settings, and a sweep over both."""
+"""Evaluation of run-time pruning: questions, settings, and a sweep over both."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

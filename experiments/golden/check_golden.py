@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared of a case.
+    """The comparison of a case.
 
     Attributes:
       case: name of the folder.

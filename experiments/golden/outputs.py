@@ -1,4 +1,4 @@
-"""What a loaded model gives for the inputs of a case, in the reference's names and layouts."""
+"""Outputs of a loaded model for the inputs of a case, in the reference's names and layouts."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the processors give for the inputs of a case without a model."""
+"""Outputs of the processors for the inputs of a case without a model."""
 
 import dataclasses
 

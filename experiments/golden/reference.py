@@ -1,4 +1,4 @@
-"""What small reference models compute with transformers, and how far that is rounded."""
+"""Outputs of small reference models in transformers, and their rounding."""
 
 import copy
 from collections.abc import Callable

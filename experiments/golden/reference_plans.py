@@ -1,4 +1,4 @@
-"""What a small reference model is, and how its hyperparameters are drawn."""
+"""Small reference models, and the draw of their hyperparameters."""
 
 from dataclasses import dataclass, field
 from typing import Any

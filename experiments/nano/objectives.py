@@ -1,4 +1,4 @@
-"""What each stage of nano's training minimises."""
+"""Objectives of the stages of nano's training."""
 
 from typing import Any
 

@@ -44,7 +44,7 @@ class Classifier(NamedTuple):
 
 
 class Training(NamedTuple):
-    """How a classifier learns.
+    """Options of a classifier's training.
 
     Attributes:
       steps: of the optimizer.

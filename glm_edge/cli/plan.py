@@ -1,4 +1,4 @@
-"""What of a 9-billion-parameter GLM fits a phone's 1.8 GB: on paper, from shapes alone.
+"""Plans which 9-billion-parameter GLM fits a phone's 1.8 GB: on paper, from shapes alone.
 
     glm-edge plan
     glm-edge plan --preset=phone_9b --budget_gb=1.8 --tower_format=int4 --small_vocab=65536 \\

@@ -48,7 +48,7 @@ KEYS = ("tokens", "loss_mask", *INPUTS, "valid")
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """What a model reads besides tokens, by the names of its arguments."""
+    """Lists the inputs of a model besides tokens, by the names of its arguments."""
     inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
     if batch.get("valid") is not None and reads_valid(model):
         inputs["valid"] = batch["valid"]

@@ -140,7 +140,7 @@ class Called:
         return self.logits_of(self.run(params, batch))
 
     def logits_of(self, output: Any) -> Array:
-        """What `apply` returned as logits, float32; raises as `logits`."""
+        """Reads the result of `apply` as float32 logits; raises as `logits`."""
         output = output[0] if isinstance(output, tuple) else output
         if not _is_floating(output) or not output.ndim:
             raise RecipeError(

@@ -1,4 +1,4 @@
-"""What a model costs to run: floating-point operations from its configuration, measured latency.
+"""Cost of running a model: floating-point operations from its configuration, measured latency.
 
 Letters: `D` hidden size, `L` tokens of an encoder, `S` tokens attended to.
 """
@@ -154,7 +154,7 @@ def measure(
 
 
 def _work(model: nn.Module, params: Params, context: int) -> dict[str, Callable[[], Any]]:
-    """What a model does for its input, ready to be called again and again."""
+    """The work of a model on its input, ready for repeated calls."""
     config, work = getattr(model, "config", None), {}
     encodes = isinstance(config, VisionConfig | SpeechConfig)
     vision = config if isinstance(config, VisionConfig) else getattr(config, "vision", None)

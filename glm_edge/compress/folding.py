@@ -73,7 +73,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Residual:
-    """What a decoder's residual stream meets; all of it can be rotated at once.
+    """Parameters around a decoder's residual stream; all of it can be rotated at once.
 
     Attributes:
       reads: `(norm, matrices)`, the path of an RMS norm's weight and of the matrices [out, D] that

@@ -36,7 +36,7 @@ class Method(NamedTuple):
 
     @property
     def stacked(self) -> str:
-        """How stacks of layers (`nn.scan`) are taken as matrices of their own, or nothing."""
+        """Describes how stacks of layers (`nn.scan`) become matrices of their own, or is empty."""
         fields = dataclasses.fields(registered(self.name))
         takes = "stacked" in (item.name for item in fields)
         # No GLM is a stack.

@@ -1,4 +1,4 @@
-"""How the layers of a model read their kernels: which axes they sum over, and which rows they meet.
+"""Readings of kernels by the layers of a model: the axes that are summed, and the rows of inputs.
 
 Stock Linen layers are intercepted while the model runs, on real or on abstract arrays. A layer that
 runs inside a lifted transform (`nn.scan`, `nn.vmap`, `nn.remat`) shows its kernel without the axes

@@ -1,4 +1,4 @@
-"""What a transform did to each parameter, as a table."""
+"""Changes of each parameter by a transform, as a table."""
 
 import csv
 import html
@@ -42,7 +42,7 @@ _COSTS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What happened to one parameter.
+    """The change of one parameter.
 
     Attributes:
       transform: name of what acted.

@@ -36,7 +36,7 @@ Result = tuple[nn.Module, Params, Report]
 
 @dataclass(frozen=True)
 class Context:
-    """What a transform may use besides the model: data, randomness, and where it started.
+    """Context of a transform besides the model: data, randomness, and the original.
 
     Attributes:
       calibration: batches that can be read more than once, or None.
@@ -103,7 +103,7 @@ class Teacher(tuple):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Transform:
-    """How to compress, as a value: it prints, compares, round-trips through JSON and is called.
+    """A way to compress, as a value: it prints, compares, round-trips through JSON and is called.
 
     A subclass is made a frozen dataclass, and known by name, by `register`. Its fields are its
     options; it checks them in `__post_init__` and carries them out in `apply`.

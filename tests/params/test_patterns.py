@@ -68,11 +68,13 @@ def test_what_is_no_pattern_is_a_value_error(text):
 
 
 def search_all(patterns, count=1000):
-    """Searches as one call does."""
+    """Searches as one call does, and counts the matches."""
     with shared_steps():
-        for index in range(count):
-            for text in patterns:
-                compiled(text).search(f"decoder/layers/{index}/mlp/gate_up_proj/weight")
+        return sum(
+            bool(compiled(text).search(f"decoder/layers/{index}/mlp/gate_up_proj/weight"))
+            for index in range(count)
+            for text in patterns
+        )
 
 
 @pytest.mark.slow
@@ -117,7 +119,8 @@ def test_selection_shares_a_budget_with_the_call_around_it(monkeypatch):
 
 
 def test_honest_patterns_search_many_paths():
-    search_all([".*mlp.*gate.*", r"layers/\d+/(mlp|self_attn)/", "^decoder/", "down|up"], 200)
+    patterns = [".*mlp.*gate.*", r"layers/\d+/(mlp|self_attn)/", "^decoder/", "down|up"]
+    assert search_all(patterns, 200) == 200 * len(patterns)
 
 
 def test_compiled_of_an_empty_refusal_matches_nothing():

@@ -1,4 +1,4 @@
-"""What goes to a peer and comes back: weights and their inputs in, weights and their size out.
+"""Exchange with a peer: weights and their inputs in, weights and their size out.
 
 Letters: `N` rows of calibration, `in` and `out` the sides of a matrix, `W` windows of `T` tokens.
 """
@@ -36,7 +36,7 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What a peer may look at.
+    """Inputs of a peer.
 
     Attributes:
       weights: float32 [out, in] by path.

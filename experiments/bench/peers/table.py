@@ -1,4 +1,4 @@
-"""What is shown of the results: a table, peers that ours do not reach, and a figure."""
+"""Results as shown: a table, peers that ours do not reach, and a figure."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is shown of pruning: intervals against the dense model, goals, and a figure."""
+"""Results of pruning: intervals against the dense model, goals, and a figure."""
 
 import math
 from collections.abc import Mapping, Sequence

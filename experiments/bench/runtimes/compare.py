@@ -1,4 +1,4 @@
-"""What alternating bursts say: medians with quartiles, ratios of paired bursts, goals."""
+"""Comparison of alternating bursts: medians with quartiles, ratios of paired bursts, goals."""
 
 import dataclasses
 import statistics

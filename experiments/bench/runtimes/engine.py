@@ -35,7 +35,7 @@ CACHE = "kv_cache_"
 
 @dataclass(frozen=True)
 class Task:
-    """What an engine runs.
+    """The task of an engine.
 
     Attributes:
       form: of the weights, in the words of the runtime.

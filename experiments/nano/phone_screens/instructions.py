@@ -1,4 +1,4 @@
-"""What is asked of a screen, as text or as a spoken digit, and the action that answers it."""
+"""Instructions about a screen, as text or as a spoken digit, and the action that answers it."""
 
 import dataclasses
 from collections.abc import Mapping

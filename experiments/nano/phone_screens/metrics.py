@@ -1,4 +1,4 @@
-"""How well answers do on the phone screens, with intervals that say how sure that is."""
+"""Scores of answers on the phone screens, with intervals."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from glm_edge.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one answer.
+    """The outcome of one answer.
 
     Args:
       parsed: it follows the grammar.

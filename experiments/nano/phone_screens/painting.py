@@ -53,7 +53,7 @@ def _stamp(image: np.ndarray, mask: np.ndarray, x: int, y: int, colour: np.ndarr
 
 
 class Style:
-    """What the elements of one screen have in common."""
+    """Style that the elements of one screen share."""
 
     def __init__(self, rng: np.random.Generator, ground: np.ndarray):
         shade = rng.uniform(0.08, 0.3) * (1 if _luminance(ground) < 0.5 else -1)

@@ -25,7 +25,7 @@ GROUPS = (
 
 
 def kind_of(batch: Any, calibration: Any = None) -> str:
-    """What a batch holds: `text`, `images`, `audio` or `images+audio`.
+    """Names the content of a batch: `text`, `images`, `audio` or `images+audio`.
 
     Args:
       batch: of `calibration`.

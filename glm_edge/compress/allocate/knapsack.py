@@ -95,7 +95,7 @@ class Option(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """What the search adds up: the mean over kinds of batches."""
+        """Averages over kinds of batches, which the search adds up."""
         return max(0.0, float(np.mean(list(self.loss.values())))) if self.loss else 0.0
 
 
@@ -171,7 +171,7 @@ def best_within(points: Sequence[Point], budget_bytes: int) -> Point:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """What a plan chose for one group of parameters.
+    """The choice of a plan for one group of parameters.
 
     Attributes:
       group: name.

@@ -1,4 +1,4 @@
-"""What a student learns from inside its teacher: the outputs of layers, and attention."""
+"""Intermediate targets of a student in its teacher: the outputs of layers, and attention."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class TransferPoint(Point):
 
 
 class Intermediates(NamedTuple):
-    """What a model computed in each layer.
+    """The outputs of each layer of a model.
 
     Attributes:
       hidden: outputs [B, T, D], first layer first; empty unless asked for.

@@ -32,7 +32,7 @@ _TRAIN = "TrainOptions"
 
 
 class Objective(NamedTuple):
-    """What one training step minimises and how: static when it is compiled."""
+    """The objective of one training step: static when it is compiled."""
 
     temperature: float
     alpha: float
@@ -344,7 +344,7 @@ def with_shared(teacher_params: Params, frozen: Params) -> Params:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How long and how fast to train, whatever is trained.
+    """Length and speed of a training, for every transform that trains.
 
     The optimizer is AdamW after clipping. Its learning rate rises linearly in the warm-up and falls
     by a cosine to a tenth of the peak.
@@ -434,7 +434,7 @@ def as_teacher(transform: str, teacher: Any) -> Teacher | None:
 
 
 class DistillOptions(NamedTuple):
-    """What a student learns from its teacher; see `glm_edge.compress.distill`."""
+    """The losses of a student; see `glm_edge.compress.distill`."""
 
     temperature: float = 2.0
     alpha: float = 0.9

@@ -141,7 +141,7 @@ def job_of(
     teacher: tuple[nn.Module, Any],
     context: Context,
 ) -> dict[str, Any]:
-    """What determines the bytes that training gives, JSON-ready.
+    """Lists all that determines the bytes of a training, JSON-ready.
 
     Args:
       recipe: options.
@@ -211,7 +211,7 @@ def calibration_digest(calibration: Iterable[Any]) -> str:
 
 
 def _code(function: Any) -> str:
-    """What tells a function from another: its name and its compiled code."""
+    """Identifies a function by its name and its compiled code."""
     code = getattr(function, "__code__", None)
     kind = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
     if code is None:

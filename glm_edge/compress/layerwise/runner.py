@@ -114,7 +114,7 @@ class StageInputs:
 
 @dataclass
 class StageContext(StageInputs):
-    """What a stage-wise transform is given for one stage.
+    """Inputs of a layer-wise transform for one stage.
 
     Attributes:
       model: the whole model.

@@ -200,7 +200,7 @@ def _job(
     without: Sequence[str],
     compute: str,
 ) -> dict[str, Any]:
-    """What determines the bytes of the result."""
+    """Lists all that determines the bytes of the result."""
     return {
         "source": opened.fingerprint(),
         "recipe": json.loads(to_json(recipe)),

@@ -27,7 +27,7 @@ _DECODER, _ENCODERS = "decoder", ("vision", "speech")
 
 
 class Unmasked(NamedTuple):
-    """What is left of a model without what is masked as a whole; all indices ascend.
+    """The units of a model that are not masked completely; all indices ascend.
 
     Attributes:
       layers: of the decoder that stay, int [kept].

@@ -369,7 +369,7 @@ def _layout(config: Encoder) -> _Layout:
 
 
 def _layers(config: Encoder, part: str, chosen: Sequence[str]) -> dict[int, set[str]]:
-    """What a pattern selects of each layer: `heads`, `neurons` or both."""
+    """Lists the parts that a pattern selects of each layer: `heads`, `neurons` or both."""
     layout, kinds_by_layer = _layout(config), {}
     for index in range(config.num_layers):
         at = f"{part}/layers/{index}/".lstrip("/")

@@ -1,4 +1,4 @@
-"""How sparsity rises over time: as functions of the step, during training, and in rounds."""
+"""Schedules of rising sparsity: as functions of the step, during training, and in rounds."""
 
 import dataclasses
 import functools

@@ -104,7 +104,7 @@ def parse_format(transform: str, format: Any) -> Format:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WeightTransform(Transform):
-    """What transforms have in common that round weights to a format.
+    """Base of the transforms that round weights to a format.
 
     Attributes:
       format: of the weights, a string such as `int4-g32` or a `Format`; the docstring of

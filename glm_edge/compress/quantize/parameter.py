@@ -255,7 +255,7 @@ def row(
 
 
 def _underflow(before: Any, after: Any) -> str:
-    """What a stored type was too coarse for, in words; empty where nothing was."""
+    """Describes the values that a stored type was too coarse for; empty without any."""
     notes = []
     if isinstance(after, Quantized):
         smallest = kernels.smallest_scale(after.format.scale_dtype)

@@ -188,7 +188,7 @@ def split(
 
 
 def _trains(selected: Collection[str], pattern: str | None) -> Callable[[str, Any], bool]:
-    """What `where_train` matches, or what is rounded with the norms and biases beside it."""
+    """Tests for a match of `where_train`, or a rounded weight with its norms and biases."""
     if pattern is not None:
         return lambda path, leaf: compiled(pattern).search(path)
     roots = {path.split("/", 1)[0] for path in selected}

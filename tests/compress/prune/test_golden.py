@@ -20,7 +20,7 @@ def options(case, **more):
 
 
 def scores_of(case, weight):
-    """What torch scores by: magnitudes of weights, norms of rows."""
+    """Scores of torch: magnitudes of weights, norms of rows."""
     if case["order"] is None:
         return np.abs(weight)
     return np.linalg.norm(weight.astype(np.float64), ord=float(case["order"]), axis=1)

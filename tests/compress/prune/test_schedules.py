@@ -154,8 +154,8 @@ def test_rounds_of_pruning_and_training_are_a_recipe(small, calibration):
     levels = [step.sparsity for step in recipe.transforms[::2]]
     np.testing.assert_allclose(levels, [0.1, 0.2, 0.3])
     _, pruned, report = recipe(model, params, calibration, rng=jax.random.key(0))
-    kept = [row.keep_ratio for row in report.rows if row.transform == "prune.mask"]
-    np.testing.assert_allclose(kept, np.repeat([0.9, 0.8, 0.7], 2), atol=1e-3)
+    ratios = [row.keep_ratio for row in report.rows if row.transform == "prune.mask"]
+    np.testing.assert_allclose(ratios, np.repeat([0.9, 0.8, 0.7], 2), atol=1e-3)
     assert len(report.curve) == 6
     rates = np.array([point.learning_rate for point in report.curve]).reshape(3, 2)
     assert np.all(rates[:, 0] == rates[0, 0])

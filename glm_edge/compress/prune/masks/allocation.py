@@ -1,4 +1,4 @@
-"""How many units each pool loses, and which."""
+"""Number and choice of the units that each pool loses."""
 
 from collections.abc import Sequence
 

@@ -212,7 +212,7 @@ def mask_row(
 
 
 def mask_notes(shape: Shape, masks: Collection[boxes.Masked]) -> tuple[str, ...]:
-    """What masks take, and whether zeros of this shape save anything."""
+    """Describes the bytes of masks, and the savings by zeros of this shape."""
     taken = sum(box.mask.size * box.mask.dtype.itemsize for box in masks)
     if shape.of_matrix:
         saved = "zeros of this shape save no bytes by themselves"

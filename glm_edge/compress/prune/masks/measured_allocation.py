@@ -138,7 +138,7 @@ def _tried(pools: Sequence[Pool], levels: Sequence[float]) -> dict[float, tuple[
 
 
 def _size(masking: MaskConfig, pool: Pool, count: int, leaves: Mapping[str, Any]) -> int:
-    """What the budget counts of a pool that lost so many units of each group."""
+    """Counts the cost of a pool that lost so many units of each group."""
     return sum(
         math.ceil(_cost(masking, member.path, leaves) * member.weights)
         * (pool.units - count)

@@ -1,4 +1,4 @@
-"""What a mask takes or leaves as one: a weight, a block, a channel, a head, a layer.
+"""Units that a mask prunes or keeps together: a weight, a block, a channel, a head, a layer.
 
 A shape is arithmetic on axes: each weight is arranged `[g, u, w]`, where the `u` units of a group
 compete with one another, every group loses as many, and `w` weights make a unit. Letters elsewhere:
@@ -81,7 +81,7 @@ def parse(transform: str, text: Any) -> Shape:
 
 @dataclass(frozen=True)
 class Member:
-    """How the weights of one matrix belong to units.
+    """Assignment of the weights of one matrix to units.
 
     Attributes:
       path: of the parameter.
@@ -99,7 +99,7 @@ class Member:
 
     @property
     def weights(self) -> int:
-        """How many there are."""
+        """Counts the units."""
         return math.prod(size for _, size in self.sizes)
 
     def matrix_of(self, rows: Array) -> Array:
@@ -107,7 +107,7 @@ class Member:
         return rows if self.index is None else rows[self.index]
 
     def spread(self, units: Array | np.ndarray) -> Array | np.ndarray:
-        """What is said of each unit, `[g, u]`, said of each weight, `[r, c]`."""
+        """Repeats values of units, `[g, u]`, for each of their weights, `[r, c]`."""
         pattern_before, pattern_after = self.pattern.split(" -> ")
         module = jnp if isinstance(units, Array) else np
         each_weight = module.broadcast_to(
@@ -157,7 +157,7 @@ class Pool:
 
     @property
     def weights(self) -> int:
-        """How many weights the units hold together."""
+        """Counts the weights of all units."""
         return sum(member.weights for member in self.members)
 
     def count(self, sparsity: float) -> int:
@@ -202,7 +202,7 @@ class Pool:
         )
 
     def spread(self, units: Array | np.ndarray) -> dict[str, Any]:
-        """What is said of each unit, [g, u], said of each weight: `[r, c]` by path."""
+        """Repeats values of units, [g, u], for each of their weights: `[r, c]` by path."""
         parts = [units] if len(self.parts) == 1 else np.split(units, len(self.parts), axis=1)
         return {
             member.path: member.spread(part_units)
@@ -219,7 +219,7 @@ class Pool:
 def spread_over(
     pools: Sequence[Pool], units: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """What is said of the units of all pools, said of each weight.
+    """Repeats values of the units of all pools for each of their weights.
 
     Args:
       pools: of units.

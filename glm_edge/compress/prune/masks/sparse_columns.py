@@ -106,7 +106,7 @@ def _by_blocks(
 
 
 def _worth(within: Array, weight: Array, residual: Array) -> Array:
-    """What each weight costs that goes, [b, out], the errors so far being made up for."""
+    """Computes the cost of pruning each weight, [b, out], after compensation so far."""
     compensated = weight + triangular.solve_upper(within, residual, transposed=True)
     return jnp.square(compensated * jnp.diagonal(within)[:, None])
 

@@ -1,4 +1,4 @@
-"""How much the weights and units of a model matter, given what it is calibrated on.
+"""Scores of the weights and units of a model on its calibration data.
 
 Letters: `r` rows (out), `c` columns (in), `g`, `u` units as `glm_edge.compress.prune.masks.shapes`
 arranges them.
@@ -258,7 +258,7 @@ GRAM = Statistic(_gram, _add)
 
 
 def statistic_of(score: Score, shape: Shape) -> Statistic:
-    """What a score that reads inputs has to know of them."""
+    """Statistics of inputs that a score reads."""
     outputs = score.kind == "activation" and shape.kind == CHANNEL
     return GRAM if outputs else SQUARES
 

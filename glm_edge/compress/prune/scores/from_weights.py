@@ -1,4 +1,4 @@
-"""How much weights matter, as functions of arrays: those by which `glm_edge.prune.mask` scores.
+"""Scores of weights as functions of arrays: those by which `glm_edge.prune.mask` scores.
 
 Letters: `r` rows (out), `c` columns (in), `s` samples (rows of batches).
 """

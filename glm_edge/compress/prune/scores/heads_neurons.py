@@ -1,4 +1,4 @@
-"""How much each attention head and neuron of a decoder matters."""
+"""Scores of the attention heads and neurons of a decoder."""
 
 import functools
 from collections.abc import Sequence

@@ -32,7 +32,7 @@ _FIELDS = (
 
 
 class Vocabulary:
-    """What a tokenizer's JSON says about its tokens.
+    """Fields of a tokenizer's JSON about its tokens.
 
     Attributes:
       fields: of the JSON.

@@ -25,7 +25,7 @@ _FREE = 0.2
 
 
 class Layer(NamedTuple):
-    """What learned rounding knows of a layer `y = W x`.
+    """Statistics that learned rounding reads of a layer `y = W x`.
 
     Attributes:
       weight: before rounding, float32 [O, I].

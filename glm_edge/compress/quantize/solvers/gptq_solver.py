@@ -44,7 +44,7 @@ _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Info(NamedTuple):
-    """What a solution cost.
+    """The cost of a solution.
 
     Attributes:
       damping: fraction of the mean diagonal that was added to it.
