@@ -160,7 +160,7 @@ class _Checker:
             # Older files name no type.
             kind = "Unigram" if isinstance(vocab, list) else "BPE" if "merges" in model else None
             kind = kind or ("WordPiece" if "max_input_chars_per_word" in model else "WordLevel")
-        if kind not in MODELS:
+        if not isinstance(kind, str) or kind not in MODELS:
             raise _RefusedError(f"a model of type {str(kind)[:80]!r} is not known")
         if kind == "Unigram":
             self._unigram(model, vocab)
@@ -175,7 +175,7 @@ class _Checker:
         unknown = model.get("unk_token")
         default = {"WordPiece": "[UNK]", "WordLevel": "<unk>"}.get(kind)
         unknown = default if unknown is None else unknown
-        if unknown is not None and unknown not in vocab:
+        if unknown is not None and not (isinstance(unknown, str) and unknown in vocab):
             raise _RefusedError(
                 f"its unknown token {str(unknown)[:80]!r} is not in the vocabulary of its {kind}"
             )

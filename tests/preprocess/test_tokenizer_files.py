@@ -75,6 +75,8 @@ def test_read_tokenizer_opens_all_kinds(write, changes):
         ({"normalizer": charsmap(texts=b"\xff")}, "holds no UTF-8"),
         ({"normalizer": charsmap(texts=b"x" * 99)}, "replaces a character by more than 64"),
         ({"model": {**WORDS, "unk_token": "[nope]"}}, r"unknown token '\[nope\]' is not in"),
+        ({"model": {**WORDS, "unk_token": ["[UNK]"]}}, "its unknown token .* is not in"),
+        ({"model": {**WORDS, "type": ["WordLevel"]}}, "a model of type .* is not known"),
         ({"model": {**WORDS, "vocab": {"[UNK]": 2**31}}}, "has the id 2147483648"),
         (
             {"model": {**WORDS, "type": "WordPiece", "max_input_chars_per_word": 10**9}},
@@ -89,7 +91,7 @@ def test_read_tokenizer_opens_all_kinds(write, changes):
         ({"added_tokens": [{"id": 10**9, "content": "<far>", "special": True}]}, "<far>"),
         ({"added_tokens": [{"id": 9, "content": "", "special": True}]}, "1 to 256 characters"),
     ],
-    ids=range(23),
+    ids=range(25),
 )
 def test_read_tokenizer_refuses_in_one_line(write, changes, pattern):
     with pytest.raises(CheckpointError, match=pattern) as caught:
