@@ -224,7 +224,7 @@ def test_a_missing_width_is_named(fields, tensors, write_hugging_face, name):
         ({"rms_norm_eps": -1e-5}, "'rms_norm_eps' is -1e-05; it must be a positive number"),
         ({"rope_theta": "big"}, "'rope_theta' is 'big'"),
         ({"attention_bias": 1}, "'attention_bias' is 1; it must be true or false"),
-        ({"eos_token_id": "end"}, "'eos_token_id' is 'end'; it must be token ids"),
+        ({"eos_token_id": "end"}, "'eos_token_id' is 'end'; it must be a token id or"),
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', .* not known here; it must be 'silu'"),
         ({"vision_config": {}}, "'boi_token_id' is missing"),
         ({"text_config": {"x": 1}}, r"'text_config' \({'x': 1}\) is not known here"),

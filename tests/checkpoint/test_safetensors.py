@@ -133,7 +133,7 @@ def test_a_changed_byte_reads_or_is_refused_but_never_crashes(tmp_path_factory, 
     [
         (b"", "too few"),
         (b"PK\x03\x04 a pickle in a zip archive", "not a safetensors file"),
-        (with_header(b"[1, 2]"), "must hold a JSON object"),
+        (with_header(b"[1, 2]"), "must be a JSON object"),
         (with_header(b"{nonsense"), "not JSON"),
         (with_header(b"[" * 100000), "not JSON"),
         (with_header({"x": 3}), "must hold dtype, shape"),

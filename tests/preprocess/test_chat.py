@@ -297,7 +297,7 @@ def test_a_checkpoint_brings_its_template(tmp_path):
     ("name", "content", "pattern"),
     [
         ("tokenizer_config.json", b"{", "not JSON"),
-        ("tokenizer_config.json", b"[1]", "must hold a JSON object, found list"),
+        ("tokenizer_config.json", b"[1]", "must be a JSON object, not list"),
         ("tokenizer_config.json", b'{"chat_template": 3}', "must be a string or named strings"),
         ("tokenizer_config.json", b'{"chat_template": []}', "no template named 'default'"),
         ("tokenizer_config.json", b"[" * 200_000, "not JSON that can be read"),
