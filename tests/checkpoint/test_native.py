@@ -302,7 +302,7 @@ def test_a_damaged_config_says_what_is_wrong(saved, edit, kind, pattern):
         ({"format": {"color": 3}}, "color"),
         ({"format": {"qtype": "int8", "group_size": 2, "symmetric": False}}, "data must be int8"),
         ({"format": {"qtype": "int4", "group_size": 4, "symmetric": False}}, "scale"),
-        ({"format": {"qtype": "int4", "group_size": 2}}, "zero points go with an affine format"),
+        ({"format": {"qtype": "int4", "group_size": 2}}, "only an affine format has zero points"),
         (
             {
                 "format": {
@@ -316,13 +316,13 @@ def test_a_damaged_config_says_what_is_wrong(saved, edit, kind, pattern):
         ),
         ({"columns": "many"}, "columns must be a positive integer, found 'many'"),
         ({"columns": True}, "columns must be a positive integer"),
-        ({"format": {"qtype": "int4", "colour": 1}}, "format holds the unknown key 'colour'; know"),
+        ({"format": {"qtype": "int4", "colour": 1}}, "format has the unknown key 'colour'; know"),
         ({"format": {"qtype": ["int4"]}}, "format: qtype .* is unknown"),
         ({"format": "int4"}, "format must be an object with a qtype, found 'int4'"),
         ({"format": None}, "format must be an object with a qtype, found None"),
-        ({"formats": {}}, "description of a Quantized holds the unknown key 'formats'; known: box"),
-        ({"kernel_shape": 8}, "kernel_shape must list integers, found 8"),
-        ({"kernel_axes": ["a"]}, r"kernel_axes must list integers, found \['a'\]"),
+        ({"formats": {}}, "description of a Quantized has the unknown key 'formats'; known: box"),
+        ({"kernel_shape": 8}, "kernel_shape must be a list of integers, found 8"),
+        ({"kernel_axes": ["a"]}, r"kernel_axes must be a list of integers, found \['a'\]"),
         ({"dtype": "banana"}, "banana"),
     ],
 )
@@ -344,7 +344,7 @@ def first(arrays, field):
     [
         (lambda a: a.update(new=np.ones(3)), "tensor|parameter 'new' has no place"),
         (lambda a: a.update({first(a, ".data") + "2": np.ones(3)}), "has no place"),
-        (lambda a: a.pop(first(a, ".zero")), "zero points go with an affine format"),
+        (lambda a: a.pop(first(a, ".zero")), "only an affine format has zero points"),
         (lambda a: a.pop(first(a, ".scale")), r"\.scale' is missing"),
         (lambda a: a.pop(first(a, ".mask")), r"\.mask' is missing"),
         (lambda a: a.update({first(a, ".mask"): np.ones(3, bool)}), "mask must be bool of shape"),

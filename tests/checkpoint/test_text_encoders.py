@@ -202,7 +202,7 @@ def test_what_is_not_known_is_named(name, field, value, change):
 
 def test_more_tokens_than_positions_are_refused():
     model = TextEncoder(WRITABLE["BertModel"])
-    with pytest.raises(DataError, match="10 a row, this encoder reads at most 9"):
+    with pytest.raises(DataError, match="10 per row, this encoder reads up to 9"):
         applied(model, {"params": random_params(model)}, np.zeros((1, 10), int))
 
 

@@ -161,7 +161,7 @@ def test_options_without_meaning_are_refused(make_member, batch_of):
             gptq(**options)
     with pytest.raises(DataError, match="calibration"):
         gptq(where=LAYERS)(model, params)
-    with pytest.raises(RecipeError, match="whole groups of 7"):
+    with pytest.raises(RecipeError, match="do not divide into groups of 7"):
         gptq("int4-g7", where=LAYERS)(model, params, [batch_of(model)])
 
 

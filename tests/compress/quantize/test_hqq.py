@@ -59,5 +59,5 @@ def test_what_has_no_meaning_is_refused():
             hqq(**options)
     with pytest.raises(RecipeError, match="NaN or infinity"):
         hqq("int4-g16-affine-zero=float16")(None, {"weight": weight().at[0, 0].set(jnp.nan)})
-    with pytest.raises(RecipeError, match="whole groups"):
+    with pytest.raises(RecipeError, match="do not divide into groups of 24"):
         hqq("int4-g24-affine-zero=float16")(None, {"weight": weight()})
