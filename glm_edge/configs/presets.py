@@ -17,10 +17,10 @@ def preset(name: str) -> GLMConfig:
     Raises:
       ConfigError: no preset has this name.
 
-          Example:
+    Example:
       >>> preset("large").decoder.hidden_size
       2048
-          """
+    """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -16,7 +16,7 @@ def attention_weights(query: Array, key: Array, mask: Array | None = None) -> Ar
       key: [B, S, K, H]; query head `n` attends to key head `n // (N / K)`.
       mask: bool, broadcastable to [B, 1, T, S]; False hides a key from a query.
 
-          Returns:
+    Returns:
       float32 [B, K, N / K, T, S] weights that sum to one over `S`.
     """
     batch, length, heads, width = query.shape

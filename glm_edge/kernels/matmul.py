@@ -122,7 +122,7 @@ def quantized_matmul(
       qtype: type of the codes, one of `glm_edge.kernels.packing.QTYPES`.
       inputs: type of the factors, `float32` or `bfloat16`; sums are float32.
 
-          Returns:
+    Returns:
       [..., out] in the type of `x`.
     """
     block = functools.partial(_dequantized_product, qtype=qtype, inputs=inputs)
@@ -237,7 +237,7 @@ def _integer_product(
       zero: None or zero points, as in `quantized_matmul`.
       qtype: type of the codes.
 
-          Returns:
+    Returns:
       float32 [rows, out].
     """
     if scale.shape[-1] > 1 or qtype == "nf4" or not jnp.issubdtype(data.dtype, jnp.integer):

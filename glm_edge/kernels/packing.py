@@ -74,13 +74,13 @@ def pack(codes: Array, qtype: str) -> Array:
         contains exactly one zero; an incomplete last group contains at most one.
       qtype: one of `QTYPES`.
 
-          Returns:
+    Returns:
       uint8 [..., packed_columns(C)], the last unit padded with zeros; int8 `codes` for `int8`.
 
-          Example:
+    Example:
       >>> pack(jnp.asarray([1, -2, 7, 0], jnp.int8), "int4")
       Array([225,   7], dtype=uint8)
-          """
+    """
     if qtype == "int8":
         return codes
     codes = _filled(codes, qtype)

@@ -69,7 +69,7 @@ def quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Arr
       zero: None (symmetric), or zero points in the shape of `scale`.
       qtype: type of the codes, one of `glm_edge.kernels.packing.QTYPES`.
 
-          Returns:
+    Returns:
       int8 [..., out, in]; groups with scale zero receive the code of level zero.
     """
     grouped, scale, zero = _by_group(weight.astype(jnp.float32), scale, zero)

@@ -45,7 +45,7 @@ def sparse_mlp(x: Array, weights: SparseMLP) -> Array:
       x: [..., D] activations.
       weights: weights laid out by neuron.
 
-          Returns:
+    Returns:
       [..., D] in the type of `x`.
 
     References:

@@ -27,7 +27,7 @@ def attention_scores(weights: Array, query_mask: Array) -> Array:
         queries before keys. The decoder sows them in the collection `attention`.
       query_mask: bool [B, T], True at the queries to average over (text tokens).
 
-          Returns:
+    Returns:
       float32 [B, T].
 
     References:
@@ -51,10 +51,10 @@ def novelty_scores(x: Array, vision_mask: Array) -> Array:
       x: [B, T, D] hidden states.
       vision_mask: bool [B, T], True at vision tokens.
 
-          Returns:
+    Returns:
       float32 [B, T], in 0..2; 2 for tokens without an earlier vision token.
-          """
-          unit = x.astype(jnp.float32)
+    """
+    unit = x.astype(jnp.float32)
     unit = unit / jnp.maximum(jnp.linalg.norm(unit, axis=-1, keepdims=True), 1e-12)
     similarity = jnp.einsum("btd,bsd->bts", unit, unit, precision="highest")
     # Only earlier tokens are compared, so that one of two equal tokens remains.
@@ -101,7 +101,7 @@ def gather_tokens(array: Array, indices: Array, axis: int = 1) -> Array:
       indices: int [B, K] from `kept_indices`.
       axis: axis of the tokens. The axis before it is the row axis.
 
-          Returns:
+    Returns:
       The array with `K` tokens per row.
     """
     shape = [1] * array.ndim

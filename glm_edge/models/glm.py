@@ -142,7 +142,7 @@ class Decoder(nn.Module):
           mask: bool, broadcastable to [B, 1, T, S], which must include causality; None is causal.
           cache: cache from `init_cache`, or None.
 
-                  Returns:
+        Returns:
           `(final, hidden, cache)`: the normed output [B, T, D]; the input of every layer and the
           output of the last; and the cache with these tokens.
         """
@@ -192,7 +192,7 @@ class Decoder(nn.Module):
           part: `all` runs the layer; `keys` writes keys and values to the cache and returns `x`
             unchanged; `after_keys` reads keys and values from a cache that `keys` wrote.
 
-                  Returns:
+        Returns:
           `(x, cache)` after the layer.
         """
         return self.layers[index](x, angle, mask, cache, slot, part)

@@ -70,9 +70,9 @@ class SpeechEncoder(nn.Module):
       out_features: hidden size of the decoder; unused without a projector.
       compute: arithmetic of products, see `glm_edge.params.linear`.
 
-          References:
+    References:
       Whisper, https://arxiv.org/abs/2212.04356.
-          """
+    """
 
     config: SpeechConfig
     out_features: int = 0
@@ -99,7 +99,7 @@ class SpeechEncoder(nn.Module):
         Args:
           mel: [B, frames, mel_bins]; `frames` must be `num_frames` with learned positions.
 
-                  Returns:
+        Returns:
           `(features, intermediates)`: features [B, frames / (2 merge_size), out_features], or
           normed frames [B, frames / 2, hidden_size] without a projector. Intermediates are `conv1`
           and `conv2` before GELU, `hidden` (the input of every layer and the output of the last)

@@ -88,7 +88,7 @@ class TextEncoder(nn.Module):
           valid: bool [B, T]; False hides padding. None means that all tokens are valid.
           token_types: int [B, T] segment of each token; None means segment 0.
 
-                  Returns:
+        Returns:
           `(output, intermediates)`: logits [B, num_labels], or hidden states [B, T, D] without
           labels. Intermediates are `hidden` (the input of every layer and the output of the last)
           and, with a pooler, `pooled` [B, D].

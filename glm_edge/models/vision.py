@@ -142,10 +142,10 @@ class VisionEncoder(nn.Module):
       out_features: hidden size of the decoder; unused without a projector.
       compute: arithmetic of products, see `glm_edge.params.linear`.
 
-          References:
+    References:
       GLM-4.1V-Thinking, https://arxiv.org/abs/2507.01006; SigLIP,
       https://arxiv.org/abs/2303.15343.
-          """
+    """
 
     config: VisionConfig
     out_features: int = 0
@@ -188,16 +188,16 @@ class VisionEncoder(nn.Module):
           images: preprocessed images [B, height, width, channels], or temporal patches of videos
             [B, P, height, width, channels] with `P = temporal_patch_size` frames each.
 
-                  Returns:
+        Returns:
           `(features, intermediates)`: features [B, tokens, out_features] of merged cells in
           row-major order, or normed patches [B, L, hidden_size] without a projector.
           Intermediates are `patches` (projected, before norm and positions), `hidden` (the input
           of every layer and the output of the last), `final` (normed) and, with a pooling head,
           `pooled` [B, hidden_size].
 
-                  Raises:
+        Raises:
           ConfigError: `merge_size` or `window` does not divide the patches of this image size.
-                  """
+        """
         grid = self.config.grid_of(images.shape[-3:-1])
         x, projected = self.embed(images)
         angle = self.angles(grid)

@@ -72,10 +72,10 @@ class Masked(struct.PyTreeNode, _Box, repr=False):
         state = state.apply_gradients(grads=jax.grad(loss)(state.params))
         params = ge.params.combine(state.params, frozen)
 
-            Attributes:
+    Attributes:
               value: weight of any shape, an array or a `FakeQuantized`.
               mask: bool of the same shape, False at pruned entries.
-            """
+    """
 
     value: Any
     mask: Array

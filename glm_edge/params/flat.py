@@ -29,9 +29,9 @@ def to_flat(params: Params) -> tuple[dict[str, Array], Spec]:
       `(arrays, spec)`. A plain parameter is `arrays[path]`. The arrays of a box are
       `arrays[path + "." + field]`, with its static fields in `spec[path]`.
 
-          Raises:
+    Raises:
       BoxError: a box cannot be stored, see `describe`.
-          """
+    """
     arrays, spec = {}, {}
     for path, leaf in path_items(params):
         if not is_box(leaf):

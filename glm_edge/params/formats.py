@@ -73,7 +73,7 @@ class Format:
       scale_dtype: type of stored scales.
       zero_dtype: type of zero points: `int8`, or a floating type for zeros between levels.
 
-          References:
+    References:
       QLoRA (`nf4`), https://arxiv.org/abs/2305.14314.
     """
 

@@ -24,7 +24,7 @@ def linear(x: Array, weight: Any, compute: str = "float32") -> Array:
         on-device kernels do. `int8_static` rounds them with the calibrated scale of the box (one
         per row without it), and rounds products if the box has an output scale.
 
-          Returns:
+    Returns:
       [..., out] activations.
     """
     if isinstance(weight, Quantized) and not weight.kernel_shape:

@@ -78,7 +78,7 @@ def logical_axes(path: str, shape: tuple[int, ...]) -> Axes:
       path: parameter path such as `decoder/layers/0/attention/q_proj/weight`.
       shape: shape of the dense array. Leading axes of stacked layers have no name.
 
-          Returns:
+    Returns:
       A name or None per axis; all None for an unknown path.
     """
     for pattern, axes in _PATTERNS:
@@ -154,7 +154,7 @@ def shard(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) 
       rules: see `named_sharding`.
       config: see `named_sharding`.
 
-          Returns:
+    Returns:
       The tree with every array sharded by `named_sharding`.
 
     Raises:

@@ -56,10 +56,10 @@ def select(params: Params, where: str | None) -> list[str]:
     Raises:
       RecipeError: the pattern is malformed or selects nothing.
 
-          Example:
+    Example:
       >>> select(params, r"attention/[qk]_proj")[0]
       'decoder/layers/0/attention/k_proj/weight'
-          """
+    """
     try:
         pattern = compiled(where)
     except ValueError as error:
