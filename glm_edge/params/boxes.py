@@ -524,9 +524,7 @@ def _check_keys(stored: dict[str, Any], known: tuple[str, ...], where: str) -> N
     """Refuses unknown keys, since they may change the meaning of the bytes."""
     unknown = [key for key in stored if key not in known]
     if unknown:
-        raise BoxError(
-            f"{where} has the unknown key {unknown[0]!r:.60}; known: {', '.join(known)}"
-        )
+        raise BoxError(f"{where} has the unknown key {unknown[0]!r:.60}; known: {', '.join(known)}")
 
 
 def _read_format(stored: Any) -> Format:
