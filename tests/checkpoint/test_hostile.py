@@ -158,7 +158,7 @@ DAMAGE = {
     ),
     "a tensor stands in two shards": (
         lambda d: shutil.copy(shards(d)[0], shards(d)[1]),
-        "as well",
+        "is also in",
     ),
     "a weight is NaN": (lambda d: put_value(d, np.nan), "must be finite"),
     "a weight is infinite": (lambda d: put_value(d, -np.inf), "must be finite"),

@@ -217,7 +217,7 @@ def test_a_model_of_text_alone_reads_text(own):
     ("change", "error", "pattern"),
     [
         ({"architecture": "TextEncoder"}, ConfigError, "a 'TextEncoder' has no conversations"),
-        ({"config": None}, ConfigError, "field 'config' must hold an object"),
+        ({"config": None}, ConfigError, "field 'config' must be an object"),
         (
             {"config": {"name": "a"}},
             ConfigError,
