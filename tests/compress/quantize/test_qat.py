@@ -163,7 +163,7 @@ def test_what_trains_is_what_is_rounded_and_the_norms_beside_it(small, calibrati
     )
     assert not scales
     assert moved == {"embed/weight"}
-    with pytest.raises(RecipeError, match="where_train matches nothing"):
+    with pytest.raises(RecipeError, match="where_train matches no trainable parameter"):
         moved_by(model, params, calibration, where_train="vision")
 
 
