@@ -1,4 +1,4 @@
-"""Recipes of earlier versions: their options as those of today."""
+"""Conversion of recipes of earlier versions to the current one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,9 @@ from glm_edge.errors import BoxError, RecipeError
 from glm_edge.params import Format
 from glm_edge.params.formats import default_scale_dtype
 
-# Options of version 0, from before recipes had one, that a format says now.
+# Options of version 0 (recipes without a version) that the option `format` replaces.
 _FORMAT = ("bits", "group_size", "symmetric", "scale_dtype", "zero_dtype", "qtype")
-# Defaults of these, by transform.
+# Defaults of these options by transform.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "quantize.rtn": {"bits": 8},
     "quantize.hqq": {"bits": 4, "group_size": 64, "symmetric": False, "zero_dtype": "float16"},
@@ -22,7 +22,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "prune.sparsegpt": {},
     "prune.sparsegpt_quantize": {},
 }
-# Options of version 0 that `TrainOptions` holds now, with their defaults where these differ.
+# Options of version 0 that `TrainOptions` replaces, with their defaults if different.
 _TRAIN: Mapping[str, Mapping[str, Any]] = {
     "distill": dict.fromkeys(
         (
@@ -50,14 +50,17 @@ _TRAIN: Mapping[str, Mapping[str, Any]] = {
 
 
 def upgraded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns options of a recipe without a version as those of version 1.
+    """Converts options of a recipe without a version to version 1.
 
     Args:
-      name: of the transform.
-      options: as the JSON holds them; those of version 1 pass as they are.
+      name: name of the transform.
+      options: options from JSON; options of version 1 pass unchanged.
+
+    Returns:
+      Options of version 1.
 
     Raises:
-      RecipeError: what a format says now has no meaning.
+      RecipeError: the options do not describe a valid format.
     """
     others = dict(options)
     if name in _DEFAULTS and set(_FORMAT) & set(others):
@@ -66,7 +69,7 @@ def upgraded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if format is not None:
             others["format"] = str(format)
     if name == "prune.mask" and others.pop("ties", "first") != "first":
-        raise RecipeError("prune.mask: ties= is gone: of equal scores the first go")
+        raise RecipeError("prune.mask: ties= was removed: of equal scores, the first are pruned")
     moved = _TRAIN.get(name, {})
     if set(moved) & set(others):
         old = {option: others.pop(option) for option in moved if option in others}

@@ -269,7 +269,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_what_is_not_finite_is_found_where_it_is(dtype, value):
     array = np.ones((2300, 2000), np.float32)
     array[2200, 7] = value
-    with pytest.raises(CheckpointError, match=r"tensor 'x': holds .* at \[2200, 7\]"):
+    with pytest.raises(CheckpointError, match=r"tensor 'x': is .* at \[2200, 7\]"):
         check_finite(array.astype(dtype), "tensor 'x'")
 
 
