@@ -293,7 +293,7 @@ def test_missing_and_foreign_files(fields, tensors, write_hugging_face):
     (directory / "model.safetensors").unlink()
     refused(directory, CheckpointError, r"has neither model\.safetensors nor")
     (directory / "pytorch_model.bin").write_bytes(b"PK")
-    refused(directory, CheckpointError, r"pytorch_model\.bin is a pickle: convert it")
+    refused(directory, CheckpointError, r"pytorch_model\.bin is a pickle, convert it")
     shutil.copy(directory / "pytorch_model.bin", directory / "model.safetensors")
     refused(directory, CheckpointError, "too few for a safetensors file")
 
@@ -309,8 +309,8 @@ def test_shards_and_index_must_agree(fields, tensors, write_hugging_face):
         refused(directory, CheckpointError, pattern)
 
     weight_map = whole["weight_map"]
-    check(None, "'weight_map' must list")
-    check({}, "'weight_map' must list")
+    check(None, "'weight_map' must map")
+    check({}, "'weight_map' must map")
     check(weight_map | {NAME: "../hf/x.safetensors"}, "must be a plain name")
     check(weight_map | {NAME: 7}, "cannot be read: No such file")
     other = next(name for name in shards if name != weight_map[NAME])

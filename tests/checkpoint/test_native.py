@@ -351,8 +351,8 @@ def first(arrays, field):
         (lambda a: a.update({first(a, ".zero"): np.ones(3, np.int8)}), "zero points must be"),
         (lambda a: a.pop("decoder/norm/weight"), "'decoder/norm/weight' is missing"),
         (lambda a: a.update({"decoder/norm/weight": np.ones((32, 1), np.float32)}), r"\(32, 1\)"),
-        (lambda a: a.update({first(a, ".scale"): a[first(a, ".scale")] * np.nan}), "holds nan"),
-        (lambda a: a["decoder/norm/weight"].fill(np.inf), "holds inf at"),
+        (lambda a: a.update({first(a, ".scale"): a[first(a, ".scale")] * np.nan}), "is nan at"),
+        (lambda a: a["decoder/norm/weight"].fill(np.inf), "is inf at"),
     ],
 )
 def test_damaged_arrays_say_what_is_wrong(saved, edit, pattern):

@@ -143,7 +143,7 @@ def test_a_changed_byte_reads_or_is_refused_but_never_crashes(tmp_path_factory, 
         (with_header({"x": entry(dtype="F7")}), "type 'F7' is unknown"),
         (with_header({"x": entry(dtype=["F32"])}), "is unknown"),
         (with_header({"x": entry(offsets=(0, 80))}), "truncated"),
-        (with_header({"x": entry(shape=(3,))}), "takes 12"),
+        (with_header({"x": entry(shape=(3,))}), "needs 12"),
         (with_header({"x": entry(offsets=(8, 0))}), "span -8 bytes"),
         (with_header({"x": entry(offsets=(8, 16))}, b"\0" * 16), "gap or overlap"),
         (with_header({"x": entry(), "y": entry()}), "gap or overlap"),
@@ -153,7 +153,7 @@ def test_a_changed_byte_reads_or_is_refused_but_never_crashes(tmp_path_factory, 
         (with_header({"x": entry(offsets=(0.0, 8.0))}), "must have dtype, shape"),
         (with_header({"x": entry(offsets=(False, 8))}), "must have dtype, shape"),
         (with_header({"x": entry(offsets=(-8, 0))}), "must have dtype, shape"),
-        (with_header({"x": entry(shape=(2**62, 2**62))}), "takes 85070591730234615865843651857942"),
+        (with_header({"x": entry(shape=(2**62, 2**62))}), "needs 85070591730234615865843651857942"),
         (with_header({"x": entry(shape=(2**63,))}), "must have dtype, shape"),
         (
             with_header({"x": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}, b""),
@@ -348,7 +348,7 @@ def enter(target, overwrite=False):
 
 def test_a_full_directory_is_not_replaced_unasked(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(OutputError, match="not empty; name another directory or pass overwrite"):
+    with pytest.raises(OutputError, match="not empty; choose another directory or pass overwrite"):
         enter(tmp_path)
 
 

@@ -84,11 +84,11 @@ def test_load_wav_reads_what_writers_write(tmp_path, content, step):
 @pytest.mark.parametrize(
     ("content", "pattern"),
     [
-        (wav(PCM)[:-100], "is truncated: 350 of 400 samples"),
+        (wav(PCM)[:-100], "is truncated: it has 350 of 400 samples"),
         (wav(b""), "has no samples"),
         (wav(b"", after=chunk(b"LIST", b"INFO")), "has no samples"),
-        (wav(PCM, rate=0), r"claims 0 samples per second"),
-        (wav(PCM, rate=2**32 - 1), "claims 4294967295 samples per second"),
+        (wav(PCM, rate=0), r"declares 0 samples per second"),
+        (wav(PCM, rate=2**32 - 1), "declares 4294967295 samples per second"),
         (wav(PCM, channels=0), "in 0 channels"),
         (wav(PCM, bits=40), "has 40 bits per sample"),
         (wav(PCM, kind=7), r"format 7 \(mu-law\)"),

@@ -80,7 +80,7 @@ def test_read_tokenizer_opens_all_kinds(write, changes):
         ({"model": {**WORDS, "vocab": {"[UNK]": 2**31}}}, "has the id 2147483648"),
         (
             {"model": {**WORDS, "type": "WordPiece", "max_input_chars_per_word": 10**9}},
-            "at most 1000",
+            "the limit is 1000",
         ),
         ({"model": {"type": "Unigram", "unk_id": 3, "vocab": [["a", 0.0]]}}, "unk_id is 3"),
         ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", "b"]]}}, "a finite score"),
