@@ -302,7 +302,7 @@ def test_arrays_of_other_names_are_counted(transform):
     params = Half().init(jax.random.key(0), jnp.ones((1, 4)))["params"]
     _, _, report = transform(Half(), params)
     assert [row.path for row in report.rows] == ["first/kernel"]
-    (note,) = [note for note in report.notes if "considered" in note]
+    (note,) = [note for note in report.notes if "are compressed" in note]
     assert note.startswith("1 arrays of two or more axes are unchanged: w; ")
     assert "named weight, kernel, embedding are compressed" in note
 
@@ -398,7 +398,7 @@ def test_biases_and_norms_hide_no_array_of_another_name():
     shapes = jax.eval_shape(Stack().init, jax.random.key(0), jnp.ones((1, 3, 4)))["params"]
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
     _, _, report = quantize.rtn("int8", stacked="Scan")(Stack(), params)
-    (note,) = [note for note in report.notes if "considered" in note]
+    (note,) = [note for note in report.notes if "are compressed" in note]
     assert note.startswith("1 arrays of two or more axes are unchanged: cls; ")
 
 

@@ -312,9 +312,9 @@ def test_a_classifier_has_no_next_token_to_learn(small, calibration):
     )
     with pytest.raises(RecipeError, match=expected):
         transform(classifier, params, calibration=calibration)
-    with pytest.raises(RecipeError, match=r"distill: the teacher gives logits \[4, 3\]"):
+    with pytest.raises(RecipeError, match=r"distill: the teacher returns logits \[4, 3\]"):
         transform(*small, calibration=calibration)
-    with pytest.raises(RecipeError, match=r"the model gives logits \[4, 3\]"):
+    with pytest.raises(RecipeError, match=r"the model returns logits \[4, 3\]"):
         batches.mean_loss(classifier, params, calibration[0])
 
 
