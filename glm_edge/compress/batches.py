@@ -89,7 +89,15 @@ def apply_batch(
 
 
 def loss_weights(model: nn.Module, batch: Batch) -> Array:
-    """Computes the weight of each prediction, float32 [B, T - 1]."""
+    """Computes the weight of each next-token prediction.
+
+    Args:
+      model: model that reads the batch, for its special tokens.
+      batch: batch from `to_device`.
+
+    Returns:
+      float32 [B, T - 1].
+    """
     if batch.get("loss_mask") is not None:
         taught = batch["loss_mask"][:, :-1].astype(jnp.float32)
     else:
@@ -141,7 +149,17 @@ def weighted_mean(values: Array, weights: Array) -> Array:
 def row_losses(
     model: nn.Module | Called, params: Params, batch: Batch, variables: dict[str, Any] | None = None
 ) -> Array:
-    """Computes the weighted mean loss per row, [B]; zero if all weights are zero."""
+    """Computes the weighted mean loss per row.
+
+    Args:
+      model: module or `Called`.
+      params: parameters of the model.
+      batch: batch from `to_device`.
+      variables: further collections for `apply`.
+
+    Returns:
+      float32 [B] in nats; zero for a row whose weights are all zero.
+    """
     if isinstance(model, Called):
         return model.row_losses(params, batch)
     weights = loss_weights(model, batch)
@@ -150,7 +168,16 @@ def row_losses(
 
 
 def mean_loss(model: nn.Module | Called, params: Params, batch: Batch) -> Array:
-    """Computes the weighted mean loss of a batch, a scalar."""
+    """Computes the weighted mean loss of a batch.
+
+    Args:
+      model: module or `Called`.
+      params: parameters of the model.
+      batch: batch from `to_device`.
+
+    Returns:
+      A scalar in nats.
+    """
     if isinstance(model, Called):
         return jnp.mean(model.row_losses(params, batch))
     weights = loss_weights(model, batch)

@@ -24,7 +24,15 @@ BLOCK = 1 << 19
 
 
 def dense(x: Array, weight: Array) -> Array:
-    """Multiplies in full precision: `[..., in] x [out, in] -> [..., out]`."""
+    """Multiplies in full precision.
+
+    Args:
+      x: [..., in] activations.
+      weight: [out, in] of the same type.
+
+    Returns:
+      [..., out].
+    """
     return jax.lax.dot_general(
         x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
     )
@@ -79,7 +87,15 @@ matmul_bf16x3.defvjp(_matmul_bf16x3_forward, _matmul_bf16x3_backward)
 
 @jax.custom_vjp
 def dense_bf16(x: Array, weight: Array) -> Array:
-    """Multiplies bfloat16 inputs with float32 accumulation, forward and backward."""
+    """Multiplies in bfloat16 with float32 accumulation, forward and backward.
+
+    Args:
+      x: [..., in] activations, rounded to bfloat16.
+      weight: [out, in], rounded to bfloat16.
+
+    Returns:
+      float32 [..., out].
+    """
     return _bf16_dot(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 

@@ -55,7 +55,15 @@ def unit(qtype: str) -> int:
 
 
 def packed_columns(columns: int, qtype: str) -> int:
-    """Returns the bytes that `columns` packed codes need."""
+    """Counts the bytes of a packed row.
+
+    Args:
+      columns: count of codes.
+      qtype: one of `QTYPES`.
+
+    Returns:
+      Bytes of complete units.
+    """
     codes, size = _UNITS[qtype]
     return -(-columns // codes) * size
 

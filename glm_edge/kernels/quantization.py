@@ -81,7 +81,16 @@ def quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Arr
 
 
 def round_to_codes(steps: Array, qtype: str) -> Array:
-    """Rounds weights, in units of their scale, to int8 codes of the same shape."""
+    """Rounds weights in units of their scale to codes.
+
+    Args:
+      steps: float32 `w / scale + zero`, of any shape; the last axis is a multiple of 4 for
+        `ternary34`.
+      qtype: type of the codes, one of `glm_edge.kernels.packing.QTYPES`.
+
+    Returns:
+      int8 codes in the same shape.
+    """
     if qtype == "nf4":
         # Levels of NF4 are not evenly spaced: count the midpoints below each weight.
         levels = jnp.asarray(NF4_LEVELS, jnp.float32)
@@ -136,7 +145,19 @@ def fake_quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -
 
 
 def straight_through(x: Array, value: Array) -> Array:
-    """Returns exactly `value`, with the gradient of `x`."""
+    """Returns exactly `value`, with the gradient of `x`.
+
+    Args:
+      x: array that receives the gradient.
+      value: array in the same shape.
+
+    Returns:
+      `value`.
+
+    References:
+      Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation,
+      https://arxiv.org/abs/1308.3432.
+    """
     return jax.lax.stop_gradient(value) + (x - jax.lax.stop_gradient(x))
 
 
@@ -156,7 +177,16 @@ def dequantize(codes: Array, scale: Array, zero: Array | None, qtype: str) -> Ar
 
 
 def dequantize_levels(steps: Array, scale: Array, zero: Array | None = None) -> Array:
-    """Computes `scale * (steps - zero)`, float32 [..., out, in], from the levels of codes."""
+    """Computes `scale * (steps - zero)`.
+
+    Args:
+      steps: [..., out, in] levels of codes.
+      scale: [..., out, groups] or [..., 1, 1].
+      zero: None (symmetric), or zero points in the shape of `scale`.
+
+    Returns:
+      float32 [..., out, in].
+    """
     grouped, scale, zero = _by_group(steps.astype(jnp.float32), scale, zero)
     if zero is not None:
         grouped = grouped - zero

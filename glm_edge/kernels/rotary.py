@@ -8,7 +8,15 @@ from jax import Array
 
 
 def inverse_frequencies(rotary_dim: int, theta: float) -> np.ndarray:
-    """Returns the `rotary_dim / 2` angular frequencies, `theta ** (-2i / rotary_dim)`."""
+    """Computes the angular frequencies `theta ** (-2i / rotary_dim)`.
+
+    Args:
+      rotary_dim: rotated dimensions of a head, `R`.
+      theta: base of the frequencies.
+
+    Returns:
+      float32 [R / 2] in radians per position.
+    """
     return (theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)).astype(np.float32)
 
 

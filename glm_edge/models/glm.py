@@ -274,7 +274,16 @@ def write_cache_by_head(cache: LayerCache, key: Array, value: Array, slot: Array
 
 
 def read_cache(cache: LayerCache, name: str, head_dim: int) -> Array:
-    """Returns `key` or `value` of all slots, [B, S, K, H]; integers are dequantized to float32."""
+    """Reads keys or values of all slots.
+
+    Args:
+      cache: cache of one layer from `init_cache`.
+      name: `key` or `value`.
+      head_dim: dimensions per head, `H`.
+
+    Returns:
+      [B, S, K, H]; integers are dequantized to float32.
+    """
     if "key_scale" not in cache:
         return cache[name]
     return cache_kernels.dequantize_rows(cache[name], cache[f"{name}_scale"], head_dim)

@@ -188,13 +188,31 @@ def audio_features(audio_frames: Array, merge_size: int) -> Array:
 
 
 def sounding(features: Array, audio_frames: Array, merge_size: int) -> Array:
-    """Marks the features [N, M, D] of frames with sound, bool [N, M]."""
+    """Marks the features of frames with sound.
+
+    Args:
+      features: [N, M, D] features of chunks.
+      audio_frames: int [N], frames with sound per chunk.
+      merge_size: frames, after the stride, per feature.
+
+    Returns:
+      bool [N, M].
+    """
     count = audio_features(audio_frames, merge_size)
     return jnp.arange(features.shape[1]) < count[:, None]
 
 
 def sounding_first(features: Array, audio_frames: Array, merge_size: int) -> Array:
-    """Flattens the features [N, M, D] of chunks to [N * M, D], with features of sound first."""
+    """Flattens the features of chunks, with features of sound first.
+
+    Args:
+      features: [N, M, D] features of chunks.
+      audio_frames: int [N], frames with sound per chunk.
+      merge_size: frames, after the stride, per feature.
+
+    Returns:
+      [N * M, D].
+    """
     left_out = ~sounding(features, audio_frames, merge_size)
     order = jnp.argsort(left_out.reshape(-1), stable=True)
     return features.reshape(-1, features.shape[-1])[order]
@@ -229,7 +247,15 @@ def image_groups(
 
 
 def in_reading_order(groups: Sequence[Array], order: Sequence[tuple[int, int, int]]) -> Array:
-    """Joins the features [n, tokens, D] of each group to [M, D] in the order of the images."""
+    """Joins the features of groups in the order of the images.
+
+    Args:
+      groups: [temporal patches, tokens, D] features per group of `image_groups`.
+      order: `(group, start, stop)` per image from `image_groups`.
+
+    Returns:
+      [M, D].
+    """
     parts = [groups[group][start:stop] for group, start, stop in order]
     return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
 

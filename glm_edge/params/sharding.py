@@ -141,7 +141,20 @@ def _cuttable(leaf: Quantized | FakeQuantized) -> int:
 
 
 def shardings(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) -> Params:
-    """Returns `named_sharding` of every parameter, in a tree like `params`."""
+    """Returns the `named_sharding` of every parameter.
+
+    Args:
+      params: tree of concrete or abstract arrays and boxes.
+      mesh: mesh of devices.
+      rules: see `named_sharding`.
+      config: see `named_sharding`.
+
+    Returns:
+      Tree of shardings in the structure of `params`.
+
+    Raises:
+      ConfigError: the rules name no axis of the mesh.
+    """
     return map_with_path(lambda path, leaf: named_sharding(path, leaf, mesh, rules, config), params)
 
 

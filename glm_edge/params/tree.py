@@ -29,14 +29,30 @@ def path_string(path: tuple[Any, ...]) -> str:
 
 
 def map_with_path(function: Callable[[str, Any], Any], params: Params) -> Params:
-    """Maps a function of `(path, array or box)` over a tree, with each box as one leaf."""
+    """Maps a function over a tree, with each box as one leaf.
+
+    Args:
+      function: function of a path and an array or box.
+      params: tree of arrays and boxes.
+
+    Returns:
+      Tree of results.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(path_string(path), leaf), params, is_leaf=is_box
     )
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
-    """Tests for a floating weight of a product or an embedding, which transforms can compress."""
+    """Tests for a floating weight of a product or an embedding, which transforms can compress.
+
+    Args:
+      path: parameter path, whose last component must be in `MATRIX_NAMES`.
+      leaf: array or box, which must have two or more axes.
+
+    Returns:
+      True for a matrix.
+    """
     name = path.rsplit("/", 1)[-1]
     floating = isinstance(leaf, tuple(BOXES.values())) or jnp.issubdtype(leaf.dtype, jnp.floating)
     return name in MATRIX_NAMES and len(leaf.shape) >= 2 and floating
@@ -130,7 +146,15 @@ def combine(trainable: Params, frozen: Params) -> Params:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Casts trainable arrays to a floating type; masks, integers and scales keep their types."""
+    """Casts trainable arrays to a floating type.
+
+    Args:
+      params: tree of arrays and boxes.
+      dtype: floating type.
+
+    Returns:
+      The tree; masks, integers and scales keep their types.
+    """
     trainable, frozen = partition(params)
     return combine(jax.tree.map(lambda array: array.astype(dtype), trainable), frozen)
 

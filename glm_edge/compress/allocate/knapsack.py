@@ -20,7 +20,14 @@ _STATES = 1 << 17
 
 
 def bytes_of(shape: tuple[int, ...], format: Format) -> int:
-    """Returns the stored bytes of a weight `[..., out, in]`, including scales and zero points.
+    """Returns the stored bytes of a weight, including scales and zero points.
+
+    Args:
+      shape: shape `[..., out, in]` of the weight.
+      format: storage format.
+
+    Returns:
+      Bytes.
 
     Raises:
       BoxError: columns do not divide into groups.
@@ -160,6 +167,13 @@ def _thinned(states: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def best_within(points: Sequence[Point], budget_bytes: int) -> Point:
     """Selects the point with the least loss within the budget.
+
+    Args:
+      points: points of `frontier`.
+      budget_bytes: maximum bytes.
+
+    Returns:
+      The point.
 
     Raises:
       RecipeError: every point exceeds the budget; the message names the smallest size.

@@ -163,5 +163,15 @@ def _products(now: Array, before: Array) -> tuple[Array, Array]:
 
 @jax.jit
 def layer_of(weight: Array, original: Array, gram: Array, cross: Array) -> Layer:
-    """Builds the statistics of a layer that should reproduce the original layer's outputs."""
+    """Builds the statistics of a layer that should reproduce the original layer's outputs.
+
+    Args:
+      weight: `W`, float32 [O, I].
+      original: weight `W0` of the original model, float32 [O, I].
+      gram: mean of `x x^T`, [I, I].
+      cross: mean of `x0 x^T`, [I, I].
+
+    Returns:
+      The layer, with the drift `W E[x x^T] - W0 E[x0 x^T]`.
+    """
     return Layer(weight, gram, weight @ gram - original @ cross)

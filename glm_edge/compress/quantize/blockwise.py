@@ -232,6 +232,20 @@ def block_step(
 ) -> tuple[Leaves, optax.OptState, Array]:
     """Updates the trainable arrays of a block by one optimizer step on one batch.
 
+    Args:
+      module: module of the block.
+      forward: function that runs the block on a state.
+      key: entry of the output in the state; `logits` selects the KL divergence.
+      of_tokens: True if rows are tokens, so that padding is excluded.
+      trainable: trainable arrays by path, donated.
+      state: state of the optimizer, donated.
+      rate: learning rate of this step, a scalar.
+      lr_scale: factor of the learning rate per trainable array.
+      frozen: frozen arrays by path.
+      borrowed: parameters of earlier stages by path.
+      inputs: state before the block.
+      target: output of the original block.
+
     Returns:
       `(trainable, state, error)`, with the error before the step.
     """

@@ -31,6 +31,14 @@ def as_rows(leaf: Any, layout: Layout) -> Array:
 def dense_rows(path: str, leaf: Any, layout: Layout) -> Array:
     """Returns the dense weight as float32 `[..., out, in]`, after checking that it is finite.
 
+    Args:
+      path: path of the parameter for messages.
+      leaf: array or box.
+      layout: layout of the parameter.
+
+    Returns:
+      float32 [..., out, in].
+
     Raises:
       RecipeError: the weight contains NaN or infinity.
     """
@@ -48,7 +56,7 @@ def _float32_rows(leaf: Any, layout: Layout) -> tuple[Array, Array]:
 
 
 def each_matrix(solve: Callable[[Array], Any], rows: Array) -> Any:
-    """Calls `solve` with each matrix of a stack `[..., out, in]` and stacks what it returns."""
+    """Calls a solver with each matrix of a stack `[..., out, in]`, and stacks the results."""
     if rows.ndim == 2:
         return solve(rows)
     solved = [solve(matrix) for matrix in rows.reshape(-1, *rows.shape[-2:])]

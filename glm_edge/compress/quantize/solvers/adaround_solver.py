@@ -109,6 +109,11 @@ def learn_rounding(
 def neighbours(layer: Layer, grid: Grid, format: Format) -> tuple[Array, Array, Array]:
     """Finds the adjacent levels below and above each weight.
 
+    Args:
+      layer: weight and input statistics.
+      grid: scales and zero points.
+      format: format of the codes.
+
     Returns:
       `(below, low, share)`, each [O, I]: the lower code, so that `below + 1` is the upper code; the
       dense value of the lower code; and the position of the weight between both values, in 0..1.

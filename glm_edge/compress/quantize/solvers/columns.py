@@ -39,7 +39,16 @@ class ColumnBlock(NamedTuple):
 
 
 def block_of(count: int, block: int, qtype: str) -> int:
-    """Returns the largest divisor of `count` up to `block`, in multiples of 4 for `ternary34`."""
+    """Chooses a block size.
+
+    Args:
+      count: count of columns.
+      block: maximum of columns per block.
+      qtype: type of the codes.
+
+    Returns:
+      The largest divisor of `count` up to `block`, a multiple of 4 for `ternary34`.
+    """
     unit = 4 if qtype == "ternary34" else 1
     sizes = range(unit, min(count, max(block, unit)) + 1, unit)
     return max(size for size in sizes if count % size == 0)
