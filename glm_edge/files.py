@@ -315,10 +315,10 @@ def _unique(pairs: list[tuple[str, Any]], where: str, error: ErrorType) -> dict[
     fields = dict(pairs)
     if len(fields) < len(pairs):
         known: set[str] = set()
-        twice = next(
+        duplicate = next(
             name
             for name, _ in pairs
             if name in known or known.add(name)  # type: ignore[func-returns-value]
         )
-        raise error(f"{where}: the name {twice[:200]!r} appears twice in one JSON object")
+        raise error(f"{where}: the name {duplicate[:200]!r} appears twice in one JSON object")
     return fields

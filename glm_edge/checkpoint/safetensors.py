@@ -164,10 +164,10 @@ def by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
     """
     files_by_tensor: dict[str, SafetensorsFile] = {}
     for file in files:
-        twice = sorted(set(file.tensors) & set(files_by_tensor))
-        if twice:
-            other = files_by_tensor[twice[0]].path.name
-            raise CheckpointError(f"{file.path}: tensor {twice[0]!r} is also in {other}")
+        duplicates = sorted(set(file.tensors) & set(files_by_tensor))
+        if duplicates:
+            other = files_by_tensor[duplicates[0]].path.name
+            raise CheckpointError(f"{file.path}: tensor {duplicates[0]!r} is also in {other}")
         files_by_tensor.update(dict.fromkeys(file.tensors, file))
     return files_by_tensor
 

@@ -206,7 +206,7 @@ def move(fold: Fold, leaves: Leaves, factor: Array) -> dict[str, Any]:
     factor = jnp.asarray(factor, jnp.float32)
     changed = {path: divide_rows(leaves[path], fold.start, factor) for path in fold.producers}
     if fold.kind == "norm":
-        factor = _left_by(leaves[fold.producers[0]], changed[fold.producers[0]], factor)
+        factor = _stored_ratio(leaves[fold.producers[0]], changed[fold.producers[0]], factor)
     columns = fold.spread(factor)
     return changed | {path: multiply(leaves[path], columns) for path in fold.consumers}
 
@@ -226,7 +226,7 @@ def multiply(leaf: Any, factor: Array) -> Any:
 
 
 @jax.jit
-def _left_by(before: Array, after: Array, factor: Array) -> Array:
+def _stored_ratio(before: Array, after: Array, factor: Array) -> Array:
     wide = before.astype(jnp.float32), after.astype(jnp.float32)
     usable = (wide[0] != 0) & (wide[1] != 0) & jnp.isfinite(wide[1])
     return jnp.where(usable, wide[0] / jnp.where(usable, wide[1], 1.0), factor)

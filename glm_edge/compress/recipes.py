@@ -125,9 +125,9 @@ def _phone() -> Transform:
 
 
 def _small() -> Transform:
-    most = r"^decoder/|^vision/(?!patch/)|^speech/(?!conv1/)"
+    int4_paths = r"^decoder/|^vision/(?!patch/)|^speech/(?!conv1/)"
     return chain(
-        quantize.rtn("int4-g32", where=most, scale="mse", fallback_bits=8),
+        quantize.rtn("int4-g32", where=int4_paths, scale="mse", fallback_bits=8),
         quantize.rtn("int8"),
     )
 

@@ -100,12 +100,12 @@ def _read(file: BinaryIO, total: int, where: str) -> tuple[np.ndarray, int]:
         data = data._replace(size=struct.unpack("<QQ", sizes.ljust(16, b"\0"))[1])
     # A size of 0 without following chunks means that the writer was interrupted.
     unfinished = data.size == 0 and end not in (total, total + 1)
-    there = total - data.start
-    if data.size >= UNKNOWN_SIZE > there or unfinished:
-        data = data._replace(size=there)
-    elif data.size > there:
+    available = total - data.start
+    if data.size >= UNKNOWN_SIZE > available or unfinished:
+        data = data._replace(size=available)
+    elif data.size > available:
         raise DataError(
-            f"{where}: is truncated: it has {there // described.frame} of "
+            f"{where}: is truncated: it has {available // described.frame} of "
             f"{data.size // described.frame} samples"
         )
     elif total - end > MAX_TAIL:

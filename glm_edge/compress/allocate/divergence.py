@@ -58,11 +58,11 @@ def split(calibration: Any, reads: bool) -> tuple[Any, dict[str, list[Any]]]:
         kinds.setdefault(kind_of(batch, calibration), []).append(batch)
     if not reads:
         return None, kinds
-    lone = [kind for kind, kind_batches in kinds.items() if len(kind_batches) < 2]
-    if lone:
+    single_kinds = [kind for kind, kind_batches in kinds.items() if len(kind_batches) < 2]
+    if single_kinds:
         raise DataError(
-            f"plan: calibration has one batch of {lone[0]}; pass two or more, since every second "
-            "batch is held out for measurement"
+            f"plan: calibration has one batch of {single_kinds[0]}; pass two or more, since every "
+            "second batch is held out for measurement"
         )
     calibrating = [batch for kind_batches in kinds.values() for batch in kind_batches[::2]]
     return with_batches(calibration, calibrating), {

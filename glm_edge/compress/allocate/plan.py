@@ -130,28 +130,29 @@ def plan(
             if not chosen:
                 changed = {}
             elif leaves_together is None:
-                alone = maker.recipe(chosen, paths, leaves)
-                changed = dict(boxes.path_items(compress(alone)[1]))
+                group_recipe = maker.recipe(chosen, paths, leaves)
+                changed = dict(boxes.path_items(compress(group_recipe)[1]))
             else:
                 changed = {path: leaves_together[path] for path in paths}
             loss = measure({**leaves, **changed}) if changed else dict.fromkeys(measure.kinds, 0.0)
-            own_formats = {path: chosen[path] for path in paths if path in chosen}
-            own_bytes = bytes_with({path: leaves[path] for path in paths}, own_formats, layouts)
-            options[group].append(Option(name, own_bytes, loss))
+            group_formats = {path: chosen[path] for path in paths if path in chosen}
+            group_bytes = bytes_with({path: leaves[path] for path in paths}, group_formats, layouts)
+            options[group].append(Option(name, group_bytes, loss))
             if progress is not None:
                 progress(f"plan: {group} {name}", number * len(members) + index + 1, total)
     points = frontier(list(options.values()), fixed)
     point = best_within(points, budget_bytes)
     chosen = {g: options[g][index] for g, index in zip(options, point.choice, strict=True)}
     recipe = maker.chosen_recipe(chosen, members, assigned, leaves)
-    made_model, made = compress(recipe)
-    if boxes.stored_bytes(made) != point.bytes:
+    compressed_model, compressed = compress(recipe)
+    if boxes.stored_bytes(compressed) != point.bytes:
         raise RecipeError(
-            f"plan: {maker.name} stored {boxes.stored_bytes(made):,} bytes, but its formats need "
-            f"{point.bytes:,}; plan cannot use a transform that stores more than codes and scales"
+            f"plan: {maker.name} stored {boxes.stored_bytes(compressed):,} bytes, but its formats "
+            f"need {point.bytes:,}; plan cannot use a transform that stores more than codes and "
+            "scales"
         )
-    made_reader = called(made_model, calibration)
-    measured = measure(dict(boxes.path_items(made)), made_reader)
+    compressed_reader = called(compressed_model, calibration)
+    measured = measure(dict(boxes.path_items(compressed)), compressed_reader)
     if progress is not None:
         progress("plan: measured", total, total)
     return Plan(
@@ -168,7 +169,7 @@ def plan(
         ),
         budget_bytes=budget_bytes,
         predicted_bytes=point.bytes,
-        measured_bytes=boxes.stored_bytes(made),
+        measured_bytes=boxes.stored_bytes(compressed),
         fixed_bytes=fixed,
         predicted={k: sum(option.loss[k] for option in chosen.values()) for k in measure.kinds},
         measured=measured,

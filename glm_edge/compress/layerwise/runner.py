@@ -79,8 +79,8 @@ class StageInputs:
         """Groups the weights that read the same rows, in the order of computation."""
         groups: dict[tuple[str, ...], None] = {}
         # Each reading traces the stage, so only one batch per distinct shape is read.
-        alike = {str(jax.tree.map(jax.typeof, state)): state for state in self.states}
-        for state in alike.values():
+        distinct = {str(jax.tree.map(jax.typeof, state)): state for state in self.states}
+        for state in distinct.values():
             groups.update(dict.fromkeys(self.stage.readers(self._all(None), state)))
         return list(groups)
 

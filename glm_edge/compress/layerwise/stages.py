@@ -443,9 +443,9 @@ def _speech_end(encoder: SpeechEncoder, state: State) -> State:
     features = encoder.head(encoder.norm(state["x"]))
     if "audio_frames" not in state:
         return _encoded(state, "audio", "speech", _by_row(state, features))
-    asked = (features, state["audio_frames"], encoder.config.merge_size)
-    after = _encoded(state, "audio", "speech", sounding_first(*asked))
-    return {**after, "sounding": sounding(*asked)}
+    frames, merge_size = state["audio_frames"], encoder.config.merge_size
+    after = _encoded(state, "audio", "speech", sounding_first(features, frames, merge_size))
+    return {**after, "sounding": sounding(features, frames, merge_size)}
 
 
 def _by_row(state: State, features: Array) -> Array:

@@ -234,7 +234,8 @@ def _measured(
     """Computes Gram matrices `X^T X`, and drifts `(X0 - X)^T X` from original inputs `X0`."""
     compute = getattr(work.model, "compute", "float32")
     paired = paired and work.original is not None
-    ours, theirs = work.batches(replaced), work.original.batches() if paired else repeat(None)
+    views = work.batches(replaced)
+    original_views = work.original.batches() if paired else repeat(None)
     grams: dict[str, Array] = {}
     drifts: dict[str, Array] = {}
     waiting: dict[str, list[tuple[Array, ...]]] = {}
@@ -247,9 +248,9 @@ def _measured(
         for sums, product in zip((grams, drifts), products, strict=False):
             sums[path] = sums[path] + product if path in sums else product
 
-    for now, before in zip(ours, theirs, strict=False):
-        collected = now.collect(ROWS, paths=paths)
-        originals = before.collect(ROWS, paths=paths) if paired else {}
+    for view, original_view in zip(views, original_views, strict=False):
+        collected = view.collect(ROWS, paths=paths)
+        originals = original_view.collect(ROWS, paths=paths) if paired else {}
         for path, rows in collected.items():
             parts = waiting.setdefault(path, [])
             parts.append((rows, originals[path]) if paired else (rows,))

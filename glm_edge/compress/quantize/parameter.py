@@ -222,8 +222,8 @@ def relative_error(before: Any, after: Any) -> float:
     lost = power = 0.0
     # float64 represents the squares of all float32 values. numpy sums in an order without threads.
     for start in range(0, old.size, BAND >> 2):
-        was, now = (x[start : start + (BAND >> 2)].astype(np.float64) for x in (old, new))
-        lost, power = lost + np.sum(np.square(now - was)), power + np.sum(np.square(was))
+        before, after = (x[start : start + (BAND >> 2)].astype(np.float64) for x in (old, new))
+        lost, power = lost + np.sum(np.square(after - before)), power + np.sum(np.square(before))
     return math.sqrt(lost / (power or 1.0))
 
 

@@ -194,9 +194,9 @@ def _by_bands(leaf: Array, rotation: Rotation, norm: Array | None = None) -> Arr
 
 @jax.jit
 def _turned(rows: Array, rotation: Rotation, norm: Array | None) -> Array:
-    wide = rows.astype(jnp.float32)
-    wide = wide if norm is None else wide * norm
-    return hadamard.rotate(wide, rotation).astype(rows.dtype)
+    widened = rows.astype(jnp.float32)
+    widened = widened if norm is None else widened * norm
+    return hadamard.rotate(widened, rotation).astype(rows.dtype)
 
 
 @jax.jit
