@@ -128,3 +128,9 @@ def test_a_cache_of_integers_lies_on_a_mesh(nano):
 def test_other_types_are_refused(dtype):
     with pytest.raises(DataError, match=r"cache_dtype: one of float32, .*int8, int4"):
         DecodeOptions(cache_dtype=dtype)
+
+
+def test_decode_options_refuse_other_types():
+    for option in ("early_exit", "vision_tokens"):
+        with pytest.raises(DataError, match=f"{option} must be .* or None, got 0.5"):
+            DecodeOptions(**{option: 0.5})
