@@ -103,7 +103,7 @@ def sweep(
         share a list of images or chunks of audio, so that none can be timed alone.
     """
     if not settings or not questions:
-        raise DataError("sweep: needs at least one setting and one question")
+        raise DataError("sweep: needs a setting and a question at least")
     shared = isinstance(questions[0].get("images"), list | tuple)
     if len(questions[0]["tokens"]) > 1 and (shared or "audio_frames" in questions[0]):
         raise DataError("sweep: pass images and audio as one array each, with one row per question")
