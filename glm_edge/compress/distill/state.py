@@ -69,8 +69,8 @@ class StateDirectory:
             if stored.get(field) != value:
                 raise OutputError(
                     f"{path}: holds the state of a {name} with another {field}"
-                    f"{difference(stored, job)}; repeat its arguments where it ran to go on, or "
-                    "name another state_dir"
+                    f"{difference(stored, job)}; pass the same arguments on the same machine to "
+                    "resume, or another state_dir"
                 )
 
     def save(self, trained: Any, losses: Sequence[Sequence[float]], keys: Collection[str]) -> None:
