@@ -82,7 +82,7 @@ _VECTORS = ("bias", "scale")
 # Options that a transform always prints, in addition to its first option.
 _DEFINING = ("method", "steps")
 # Version of the JSON from `to_json`.
-VERSION = 1
+VERSION = 2
 
 
 class Teacher(tuple):
