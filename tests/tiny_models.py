@@ -82,6 +82,9 @@ def init(module: nn.Module, *inputs: Any, seed: int = 0) -> dict[str, Any]:
 
     Returns:
       The variables by collection.
+
+    Raises:
+      ValueError: a parameter has another name.
     """
     shapes = jax.eval_shape(module.init, jax.random.key(seed), *inputs)
     rng = np.random.default_rng(seed)
@@ -100,6 +103,8 @@ def _draw(rng: np.random.Generator, path: tuple[Any, ...], leaf: jax.ShapeDtypeS
         values = np.zeros(shape)
     elif name in ("scale", "var") or (name == "weight" and len(shape) == 1):
         values = np.ones(shape)
+    elif name not in ("weight", "kernel", "embedding", *DRAWN):
+        raise ValueError(f"no distribution is known for {jax.tree_util.keystr(path)}")
     else:
         fan_in = shape[-1] if name in ("weight", "embedding") else math.prod(shape[:-1])
         values = rng.normal(0.0, DRAWN.get(name, fan_in**-0.5), shape)
