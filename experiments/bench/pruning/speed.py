@@ -56,7 +56,7 @@ def measure(
       `file_bytes` by model.
 
     Raises:
-      EngineError: LiteRT is not installed, or refuses.
+      ChildError: LiteRT is not installed, or refuses.
     """
     dense = decoder_of(shape)
     configs = {DENSE: dense, PRUNED: smaller(dense)}
@@ -75,7 +75,7 @@ def measure(
         for name, config in configs.items()
     }
     work.mkdir(parents=True, exist_ok=True)
-    engines: dict[str, children.Child] = {}
+    engines: dict[str, children.EngineProcess] = {}
     bursts: dict[str, list[Burst]] = {name: [] for name in specs}
     try:
         files = {name: children.prepare(spec)["file_bytes"] for name, spec in specs.items()}
