@@ -58,11 +58,12 @@ from experiments.common.child import Child, ChildError
 from experiments.common.provenance import commit, machine
 from glm_edge import params as boxes
 from glm_edge.cli import corpora
-from glm_edge.cli.console import launch, refuse_arguments, text_table
+from glm_edge.cli.console import launch, refuse_arguments
 from glm_edge.cli.loss import WINDOW
 from glm_edge.cli.run import versions as package_versions
 from glm_edge.compress.batches import INPUTS
 from glm_edge.errors import DataError, OutputError
+from glm_edge.tables import text_table
 
 FLAGS = flags.FLAGS
 PEERS = ("qwix", "ggml", "torchao", "ai_edge", "gptqmodel", "auto_round")

@@ -48,8 +48,9 @@ from experiments.bench.peers.table import cells, titles
 from experiments.bench.pruning import rows, show, speed, work
 from experiments.common.child import ChildError
 from glm_edge.cli import corpora
-from glm_edge.cli.console import launch, refuse_arguments, text_table
+from glm_edge.cli.console import launch, refuse_arguments
 from glm_edge.errors import OutputError
+from glm_edge.tables import text_table
 
 FLAGS = flags.FLAGS
 
