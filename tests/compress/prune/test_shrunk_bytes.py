@@ -226,7 +226,17 @@ def result(name):
     return json.loads(json.dumps(changes))
 
 
-@pytest.mark.parametrize("name", CASES)
+# These compile complete models.
+SLOW = ("taylor", "influence", "block", "loss", "depth, vision")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if any(s in name for s in SLOW) else ())
+        for name in CASES
+    ],
+)
 def test_shrunk_bytes(name):
     assert result(name) == json.loads(FILE.read_text())[name]
 
