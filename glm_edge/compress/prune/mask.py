@@ -30,6 +30,7 @@ from glm_edge.compress.prune.masks.config import (
     masked_leaves,
     without_masked,
 )
+from glm_edge.compress.prune.scores import from_inputs
 from glm_edge.compress.prune.scores import from_model as model_scores
 from glm_edge.compress.readings import UNWATCHED
 from glm_edge.compress.report import Report, Row
@@ -172,10 +173,10 @@ class Mask(LayerwiseTransform):
         rows = model_scores.matrices_of(pools, work.leaves)
         statistics = {}
         if score.reads_inputs:
-            statistics = work.collect(model_scores.statistic_of(score, shape), paths=work.selected)
+            statistics = work.collect(from_inputs.statistic_of(score, shape), paths=work.selected)
         # Weights without inputs in calibration, such as an embedding, are scored by magnitude.
         if score.kind == "activation":
-            model_scores.refuse_unmet(NAME, score, rows, statistics)
+            from_inputs.refuse_unmet(NAME, score, rows, statistics)
         scores = model_scores.from_weights(NAME, score, shape, pools, rows, statistics, work.rng)
         scores = without_masked(pools, work.leaves, scores)
         counts = allocations.uniform(pools, masking.sparsity)

@@ -119,7 +119,7 @@ class Structured(Transform):
             )
         notes = ()
         if self.score == "taylor":
-            parts = {stack_and_layer(pool)[0] for _, pool in candidates}
+            parts = list(dict.fromkeys(stack_and_layer(pool)[0] for _, pool in candidates))
             calibration = self._calibration(model, context, parts)
             keys = set().union(*map(batches.keys_of, calibration))
             notes = batches.missing_modalities(model, keys)
@@ -134,7 +134,7 @@ class Structured(Transform):
         report = shrunk_report(self.name, (model, params), (smaller, shrunk), notes)
         return smaller, shrunk, report
 
-    def _calibration(self, model: nn.Module, context: Context, parts: set[str]) -> list[Any]:
+    def _calibration(self, model: nn.Module, context: Context, parts: Sequence[str]) -> list[Any]:
         """Batches to score on, of which some hold the input of each part."""
         if not isinstance(model.config, GLMConfig):
             raise RecipeError(
@@ -147,7 +147,7 @@ class Structured(Transform):
         read = {
             name: [b for b in calibration if READS[name] in batches.keys_of(b)] for name in parts
         }
-        missing = next((name for name in sorted(parts) if not read[name]), None)
+        missing = next((name for name in parts if not read[name]), None)
         if missing is not None:
             raise DataError(
                 f"{self.name}: score='taylor' needs calibration= batches with {READS[missing]}, "
