@@ -8,7 +8,9 @@ import pytest
 
 import glm_edge as ge
 from glm_edge.compress import batches
-from glm_edge.compress.prune.depth import depth, influence, shrink_depth
+from glm_edge.compress.prune.depth import depth
+from glm_edge.compress.prune.scores.influence import influence
+from glm_edge.compress.prune.shrink.layers import shrink_depth
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM

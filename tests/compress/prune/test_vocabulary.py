@@ -10,13 +10,8 @@ import glm_edge as ge
 from glm_edge.compress import batches
 from glm_edge.compress.prune.shrink import tokenizer as tokens_lib
 from glm_edge.compress.prune.shrink.tokenizer import frequent_tokens, shrink_tokenizer
-from glm_edge.compress.prune.vocabulary import (
-    from_ranges,
-    map_tokens,
-    shrink_vocabulary,
-    to_ranges,
-    vocabulary,
-)
+from glm_edge.compress.prune.shrink.vocabulary import map_tokens, shrink_vocabulary
+from glm_edge.compress.prune.vocabulary import from_ranges, to_ranges, vocabulary
 from glm_edge.compress.quantize import rtn
 from glm_edge.configs import DecoderConfig, GLMConfig, TextConfig
 from glm_edge.errors import DataError, RecipeError

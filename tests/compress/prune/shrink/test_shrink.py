@@ -11,7 +11,7 @@ import pytest
 import glm_edge as ge
 from glm_edge import configs
 from glm_edge.compress import batches, cost
-from glm_edge.compress.prune.structured import shrink
+from glm_edge.compress.prune.shrink.heads_neurons import shrink
 from glm_edge.compress.report import Report
 from glm_edge.errors import ConfigError, RecipeError
 from glm_edge.generate import greedy
