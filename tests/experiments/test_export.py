@@ -94,7 +94,7 @@ def test_a_file_that_disagrees_is_a_failure(tmp_path):
     # Rounded activations against none: not every token agrees.
     done = run(*flags, "--verify", "--compute=float32", "--threshold=1.0")
     assert done.returncode == 1
-    reason = "verification failed: at least 100.00% must agree"
+    reason = "verification failed: threshold 100.00%"
     assert reason in done.stderr.splitlines()[-1]
     shown = next(line for line in done.stdout.splitlines() if "top-1 agreement" in line)
     assert "of 300 tokens" in shown
@@ -127,7 +127,10 @@ def test_every_format_is_verified_or_says_that_nothing_ran_it(name, tmp_path):
     assert found["ran"] is (name != "coreml")
     if name == "coreml":
         assert "no: nothing ran it" in done.stdout
-        assert "quantized weights as in the model, bit for bit; nothing was run" in done.stdout
+        assert (
+            "quantized weights equal the model's, bit for bit; the package was not run"
+            in done.stdout
+        )
         assert ge.export.read_metadata(out)["verified"] is False
         return
     assert found["passed"]

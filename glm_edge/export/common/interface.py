@@ -19,11 +19,11 @@ class Tensor:
     """A tensor of a graph.
 
     Attributes:
-      name: in the file; ours name weights by their parameter path.
-      type: such as `float32` or `int4`.
-      shape: extents; -1 where one is known only when the graph runs.
-      constant: True when the file holds its values.
-      quantization: `""`, `tensor`, `channel`, or `blocks of 32`.
+      name: name in the file; glm_edge names weights by their parameter path.
+      type: type, such as `float32` or `int4`.
+      shape: extents; -1 for an extent that is known only at run time.
+      constant: True when the file stores its values.
+      quantization: granularity of the scales: `""` (none), `tensor`, `channel`, or `blocks of 32`.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Number of elements, 0 where an extent is unknown."""
+        """Number of elements; 0 if an extent is unknown."""
         return 0 if -1 in self.shape else math.prod(self.shape)
 
     def fits(self, array: Any) -> bool:
-        """Returns True for an array, or a struct of shape and dtype, that this tensor can hold."""
+        """Returns True if an array, or a struct of shape and dtype, matches this tensor."""
         return (
             np.dtype(array.dtype).name == self.type
             and len(array.shape) == self.rank

@@ -1,4 +1,4 @@
-"""ONNX models of signatures, whose weights are in a file beside them."""
+"""ONNX models of signatures, with weights in a separate file."""
 
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -27,7 +27,7 @@ def graph_of(
     """Lowers a signature to a `GraphProto` that reads stored weights.
 
     Raises:
-      ExportError: ONNX has no operator for something that the signature computes.
+      ExportError: an operation of the signature has no lowering to ONNX.
     """
     structs = {
         path: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -56,7 +56,7 @@ def model_of(library: Any, graph: Any) -> Any:
 def store(
     library: Any, file: BinaryIO, path: str, weight: Weight, transposed: bool
 ) -> StoredWeight:
-    """Writes a weight to a file and describes its position there."""
+    """Writes a weight to a file and describes its offset there."""
 
     def tensor(name: str, array: np.ndarray, kind: str) -> Any:
         data = pack_nibbles(array) if kind == "int4" else np.ascontiguousarray(array)

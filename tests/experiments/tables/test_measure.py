@@ -81,7 +81,7 @@ def test_files_agree_with_jax_in_float32_and_int8(mobile, tmp_path):
 
 def test_a_function_that_tflite_cannot_hold_is_refused(tmp_path):
     pytest.importorskip("tensorflow")
-    with pytest.raises(ExportError, match="cannot hold this function"):
+    with pytest.raises(ExportError, match="cannot represent this function"):
         function(
             lambda _, inputs: {"y": jnp.linalg.svd(inputs["x"])[1]},
             {},
