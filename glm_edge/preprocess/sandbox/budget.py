@@ -12,33 +12,33 @@ BYTES_PER_CHARACTER = 64
 MAX_OUTPUT = 1 << 20
 OUTPUT_PER_CHARACTER = 8
 MAX_INTEGER_BITS = 4096
-# A step is about a microsecond; comparing and copying takes less than one per this many characters.
+# A step takes about a microsecond; comparing or copying this many characters takes less.
 CHARACTERS_PER_STEP = 256
-# Pairs of numbers, or of short tuples, that are compared in a step.
+# Pairs of numbers, or of short tuples, that one step compares.
 COMPARED_PER_STEP = 16
-# A small object and its slot in a list.
+# Bytes of a small object and its slot in a list.
 OBJECT_BYTES = 72
-# Python hashes lesser integers to themselves; among larger ones any number have the same hash.
+# Python hashes smaller integers to themselves; arbitrarily many larger ones can have the same hash.
 MAX_OWN_HASH = 1 << 53
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
-    """Raised when a template exceeds its budget."""
+    """Error of a template that exceeds its budget."""
 
 
 class Budget:
-    """The budget of one rendering, to which its inputs add.
+    """The budget of one rendering, which grows with the size of its inputs.
 
     Attributes:
-      output: characters that it may write.
+      output: maximum number of characters to write.
     """
 
     def __init__(self, values: int = 0, characters: int = 0) -> None:
-        """Starts full.
+        """Initializes a full budget.
 
         Args:
-          values: JSON values that the template is given.
-          characters: of the texts among them.
+          values: JSON inputs of the template.
+          characters: number of characters of their texts.
         """
         self._max_steps = self._steps = MAX_STEPS + STEPS_PER_VALUE * values + characters // 2
         self._max_bytes = self._bytes = MAX_BYTES + BYTES_PER_CHARACTER * characters
@@ -48,7 +48,7 @@ class Budget:
         """Counts steps.
 
         Raises:
-          TemplateLimitError: there are none left.
+          TemplateLimitError: no steps remain.
         """
         self._steps -= count
         if self._steps < 0:
@@ -61,13 +61,13 @@ class Budget:
     def search(self, characters: int, wanted: int, backwards: bool = False) -> None:
         """Counts the steps of searching a text.
 
-        Python searches a long text forwards in time in proportion to its length. Backwards, and in
-        a short text, it may compare all that is searched for at each character.
+        Python's forward search of a long text takes linear time. A backward search, or a search of
+        a short text, may compare the complete pattern at each character.
 
         Args:
-          characters: of the text.
-          wanted: characters that are searched for in it.
-          backwards: from its end.
+          characters: length of the text in characters.
+          wanted: length of the pattern in characters.
+          backwards: whether the search starts at the end.
         """
         self.touch(8 * (characters + wanted))
         short = characters < 2500 or (characters < 30_000 and wanted < 100)
@@ -75,10 +75,10 @@ class Budget:
             self.touch(max(characters - wanted + 1, 0) * wanted)
 
     def reserve(self, size: int) -> None:
-        """Counts bytes before they are taken.
+        """Counts bytes before they are allocated.
 
         Raises:
-          TemplateLimitError: there are not as many left.
+          TemplateLimitError: fewer bytes remain.
         """
         self._bytes -= size
         if self._bytes < 0:
@@ -86,20 +86,20 @@ class Budget:
         self.step(size // (CHARACTERS_PER_STEP * 4))
 
     def items(self, count: int) -> None:
-        """Counts the elements of a list before it is made."""
+        """Counts the elements of a list before it is created."""
         self.step(count // 8)
         self.reserve(count * OBJECT_BYTES)
 
     def made(self, text: str) -> str:
-        """Counts a text that was made of counted ones, and returns it."""
+        """Counts a text that was built from counted texts, and returns it."""
         self.reserve(sys.getsizeof(text))
         return text
 
     def number(self, value: Any) -> Any:
-        """Returns a number unless it has too many digits.
+        """Returns a number after checking its number of digits.
 
         Raises:
-          TemplateLimitError: it has.
+          TemplateLimitError: the number has too many digits.
         """
         if type(value) is int and value.bit_length() > MAX_INTEGER_BITS:
             raise TemplateLimitError(f"makes an integer of more than {MAX_INTEGER_BITS} bits")
@@ -107,10 +107,11 @@ class Budget:
 
 
 class Keys:
-    """A count of the steps of comparing the keys of one dict.
+    """A counter of the steps of comparing the keys of one dict.
 
-    A dict compares a key with all others of the same hash. An attacker can choose integers and
-    tuples that have one hash; those count as compared with each other. Hashes of texts are random.
+    A dict compares a key with all keys of the same hash. An attacker can choose integers and tuples
+    with equal hashes, so each of these counts as compared with all others. Hashes of texts are
+    random.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -118,7 +119,7 @@ class Keys:
         self._budget, self._alike = budget, 0
 
     def add(self, key: Any) -> Any:
-        """Counts a key, whose comparison is counted already, and returns it."""
+        """Counts a key, whose own comparison is already counted, and returns it."""
         if not isinstance(key, str):
             self._budget.step(self._alike // COMPARED_PER_STEP)
             large = isinstance(key, int) and abs(key) > MAX_OWN_HASH
@@ -127,7 +128,7 @@ class Keys:
 
 
 class Sink:
-    """Output that is written piece by piece."""
+    """A buffer for output that is written in pieces."""
 
     def __init__(self, budget: Budget) -> None:
         """Starts empty."""
@@ -137,7 +138,7 @@ class Sink:
         """Appends text.
 
         Raises:
-          TemplateLimitError: there is too much of it.
+          TemplateLimitError: the output exceeds its limit.
         """
         self._length += len(text)
         if self._length > self._budget.output:
@@ -146,5 +147,5 @@ class Sink:
         self._pieces.append(text)
 
     def text(self) -> str:
-        """Returns all of it."""
+        """Returns the complete output."""
         return self._budget.made("".join(self._pieces))

@@ -1,4 +1,4 @@
-"""Marks that tell untrusted text from the template's text through a rendering."""
+"""Marks that distinguish untrusted text from the template's text during a rendering."""
 
 import functools
 import re
@@ -9,11 +9,11 @@ from typing import Any
 from glm_edge.errors import DataError
 
 BRACKETS = frozenset("<>|[]{}")
-# The first of Unicode's areas for private use.
+# The first of Unicode's private use areas.
 FIRST_MARK, LAST_MARK = 0xE000, 0xF8FF
 PRIVATE = re.compile("[\ue000-\uf8ff]")
-# Parts of an answer that a model writes itself and that its next prompt repeats as tokens. They
-# begin and end no turn.
+# Parts of an answer that a model generates and that its next prompt repeats as tokens. They do not
+# begin or end a turn.
 ANSWER_TOKENS = (
     "<think>",
     "</think>",
@@ -26,24 +26,24 @@ ANSWER_FIELDS = ("content", "reasoning_content")
 
 
 class Marks:
-    """A one-to-one replacement of characters that every special token needs.
+    """A one-to-one replacement of characters that every special token contains.
 
-    A rendered prompt is one string. Untrusted text could complete the name of a special
-    token there, also in several pieces that only the template joins. So each bracket of those names
-    is replaced in untrusted text by a mark, which is drawn anew for each rendering among
-    characters for private use that no text holds. Where a template writes a mark itself, it is read
-    as that bracket in plain text. The interpreter looks through marks where it compares and cuts.
+    A rendered prompt is one string. Untrusted text could complete the name of a special token in
+    it, also in several pieces that only the template joins. In untrusted text, a mark therefore
+    replaces each bracket of those names. Each rendering draws new marks among private use
+    characters that no text contains. A mark that a template writes is read as that bracket in plain
+    text. The interpreter ignores marks when it compares and splits.
     """
 
     def __init__(self, names: Iterable[str] = (), taken: Iterable[str] = ()):
         """Draws marks.
 
         Args:
-          names: of special tokens.
-          taken: characters for private use that texts hold.
+          names: names of special tokens.
+          taken: private use characters that texts contain.
 
         Raises:
-          DataError: texts hold nearly all characters for private use.
+          DataError: texts contain nearly all private use characters.
         """
         names = tuple(names)
         hidden, self._taken = _hidden_characters(names), frozenset(taken)
@@ -56,7 +56,7 @@ class Marks:
             if mark not in self._taken:
                 free.append(mark)
         if len(free) < len(hidden):
-            raise DataError("messages hold nearly all of Unicode's characters for private use")
+            raise DataError("messages contain nearly all of Unicode's private use characters")
         self._pairs = tuple(zip(hidden, free, strict=True))
         self._special = frozenset(names)
         self._marks = frozenset(free)
@@ -69,7 +69,7 @@ class Marks:
         return text
 
     def reveal(self, text: str) -> str:
-        """Returns a text as it was before marks replaced characters in it."""
+        """Returns a text with marks replaced by the original characters."""
         if text.isascii():
             return text
         for character, mark in self._pairs:
@@ -78,11 +78,11 @@ class Marks:
         return text
 
     def is_mark(self, character: str) -> bool:
-        """Tests for a mark."""
+        """Returns True for a mark."""
         return character in self._marks
 
     def hide_all(self, value: Any) -> Any:
-        """Returns a JSON value in which all texts and names of fields are hidden."""
+        """Returns a JSON value with all texts and field names hidden."""
         if not self._pairs:
             return value
         if isinstance(value, str):
@@ -118,7 +118,7 @@ class Marks:
 
 @functools.lru_cache(maxsize=32)
 def _hidden_characters(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Characters that each of the names needs."""
+    """Returns characters that every name contains."""
     hidden: set[str] = set()
     for name in names:
         brackets = BRACKETS & set(name)

@@ -1,4 +1,4 @@
-"""Objects that a template makes: scopes, loops, macros, namespaces."""
+"""Objects that a template creates: scopes, loops, macros, namespaces."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -24,7 +24,7 @@ ITERABLE = (
 
 
 class Safe(str):
-    """Text that a filter called `safe` or `escape`; it can be printed, cut and compared."""
+    """Text from the filters `safe` and `escape`; it can be printed, split and compared."""
 
     __slots__ = ()
 
@@ -33,13 +33,13 @@ GROUP_FIELDS = ("grouper", "list")
 
 
 class Group(tuple):
-    """A value and the items that have it, from the filter `groupby`."""
+    """A value and the items with that value, from the filter `groupby`."""
 
     __slots__ = ()
 
 
 class Scope:
-    """Names of a block, and the scope around it."""
+    """Names of a block, and its outer scope."""
 
     __slots__ = ("_outer", "values")
 
@@ -47,8 +47,8 @@ class Scope:
         """Makes a scope.
 
         Args:
-          values: by name.
-          outer: where names are looked up that are not in it.
+          values: values by name.
+          outer: scope in which missing names are looked up.
         """
         self.values, self._outer = values, outer
 
@@ -82,24 +82,24 @@ class Macro:
         """Makes a macro.
 
         Args:
-          name: of it.
-          node: its arguments, defaults and body.
-          scope: where it was defined.
-          run: of the interpreter.
+          name: name of the macro.
+          node: node with its arguments, defaults and body.
+          scope: scope of its definition.
+          run: function of the interpreter that runs it.
         """
         self.name, self.node, self.scope, self._run = name, node, scope, run
         self.arguments = tuple(argument.name for argument in node.args)
         self._names: frozenset[str] | None = None
 
     def reads(self, name: str) -> bool:
-        """Tests if the body reads a name."""
+        """Returns True if the body reads a name."""
         if self._names is None:
             inner = (part for child in self.node.body for part in _with_children(child))
             self._names = frozenset(part.name for part in inner if isinstance(part, nodes.Name))
         return name in self._names
 
     def attributes(self) -> dict[str, Any]:
-        """Returns what a template may read of it."""
+        """Returns the attributes that a template may read."""
         return {"name": self.name, "arguments": self.arguments, "caller": self.reads("caller")}
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
@@ -112,17 +112,17 @@ def _with_children(node: nodes.Node) -> Iterator[nodes.Node]:
 
 
 class Namespace:
-    """`namespace()`, the fields of which a template sets."""
+    """`namespace()`, an object whose fields a template sets."""
 
     def __init__(self) -> None:
-        """Makes an empty one."""
+        """Makes an empty namespace."""
         self._fields: dict[str, Any] = {}
 
     def set(self, name: str, value: Any) -> None:
         """Sets a field.
 
         Raises:
-          SecurityError: its name is one of Python's own.
+          SecurityError: the name is reserved by Python.
         """
         if not isinstance(name, str) or name.startswith("_"):
             raise SecurityError(f"attribute {name!r} of a namespace is not allowed")
@@ -134,20 +134,20 @@ class Namespace:
 
 
 class Cycler:
-    """`cycler()`, and `loop.cycle`."""
+    """An object of `cycler()` and `loop.cycle`."""
 
     def __init__(self, items: tuple[Any, ...]) -> None:
         """Makes one.
 
         Raises:
-          RuntimeError: it has no items.
+          RuntimeError: there are no items.
         """
         if not items:
             raise RuntimeError("at least one item has to be provided")
         self._items, self._at = items, 0
 
     def attributes(self) -> dict[str, Any]:
-        """Returns what a template may read and call."""
+        """Returns the attributes that a template may read and call."""
         return {
             "current": self._items[self._at],
             "next": Function("next", self._next),
@@ -167,7 +167,7 @@ class Cycler:
 
 
 class Joiner:
-    """`joiner()`: nothing at the first call, the separator at others."""
+    """An object of `joiner()`: returns an empty text at the first call, then the separator."""
 
     def __init__(self, separator: Any) -> None:
         """Makes one."""
@@ -181,7 +181,7 @@ class Joiner:
 
 
 class Loop:
-    """`loop` inside a for block."""
+    """The object `loop` inside a for block."""
 
     def __init__(
         self,
@@ -194,11 +194,13 @@ class Loop:
         """Makes one.
 
         Args:
-          items: to loop over.
-          depth: of a recursive loop, from 0.
-          recurse: runs the loop over other items; None where it is not recursive.
-          budget: that listing the items counts against.
-          comparable: returns a value without marks and counts what comparing it takes.
+          items: items of the loop.
+          depth: depth of a recursive loop, from 0.
+          recurse: function that runs the loop over other items; None for a loop that is not
+            recursive.
+          budget: budget that counts the items.
+          comparable: function that returns a value without marks and counts the steps of comparing
+            it.
         """
         self._items, self._depth, self._recurse, self._budget = items, depth, recurse, budget
         self._comparable = comparable
@@ -233,7 +235,7 @@ class Loop:
         return self._length
 
     def attributes(self) -> "_LoopAttributes":
-        """Returns what a template may read and call, by name, each found when it is read."""
+        """Returns the attributes that a template may read and call, computed when they are read."""
         return _LoopAttributes(self)
 
     def recurse(self, items: Any) -> str:
@@ -306,10 +308,10 @@ class _LoopAttributes:
 
 
 def values_of(value: Any) -> Iterable[Any]:
-    """Returns what a template may loop over.
+    """Returns the elements of a value that a template may loop over.
 
     Raises:
-      TypeError: it may not.
+      TypeError: the value is not iterable.
     """
     if isinstance(value, ITERABLE) or type(value) is type(reversed([])):
         return value

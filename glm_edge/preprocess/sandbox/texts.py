@@ -1,4 +1,4 @@
-"""Methods of texts that look through marks and count what they make."""
+"""Methods of texts that ignore marks and count their results."""
 
 import re
 import string
@@ -11,7 +11,7 @@ from glm_edge.preprocess.sandbox.marks import Marks
 MAX_WIDTH = 1000
 LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 DIGITS = re.compile(r"\d+")
-# Methods that answer a question, and those that make one text of as many pieces.
+# Methods that return a boolean or a number, and those that return one text from several pieces.
 QUESTIONS = (
     "count",
     "endswith",
@@ -47,9 +47,9 @@ class Texts:
         """Binds the methods.
 
         Args:
-          budget: that they count against.
-          marks: that they look through.
-          show: text of any value.
+          budget: budget of the rendering.
+          marks: marks that the methods ignore.
+          show: function that returns the text of any value.
         """
         self._budget, self._marks, self._show = budget, marks, show
         self.plain = marks.reveal
@@ -81,7 +81,7 @@ class Texts:
         }
 
     def _read(self, *texts: Any) -> tuple[Any, ...]:
-        """Texts without marks; searching for a short text in a long one reads both."""
+        """Returns texts without marks; searching for a short text in a long one reads both."""
         characters = sum(len(text) for text in texts if isinstance(text, str))
         self._budget.touch(4 * characters)
         return tuple(
@@ -99,7 +99,7 @@ class Texts:
         def answer(text: str, *args: Any) -> Any:
             if name in SEARCHES and args and isinstance(args[0], str):
                 self._budget.search(len(text), len(args[0]), backwards=name.startswith("r"))
-            # Each of several texts is compared, however often it is among them.
+            # Each text is compared, also a repeated one.
             return method(*self._read(text, *args))
 
         return answer
@@ -123,7 +123,7 @@ class Texts:
         return pad
 
     def cut(self, text: str, pieces: list[str], gap: int | None) -> list[str]:
-        """Cuts the marked text as its plain one was cut, `gap` characters apart or by spaces."""
+        """Splits the marked text like its plain text, `gap` characters apart or at spaces."""
         self._budget.items(len(pieces))
         self._budget.reserve(4 * len(text))
         plain = self.plain(text)
@@ -137,7 +137,7 @@ class Texts:
         return cut
 
     def _count_pieces(self, plain: str, separator: str | None, backwards: bool = False) -> None:
-        # Checked before the pieces exist.
+        # Checked before the pieces are created.
         if separator:
             self._budget.search(len(plain), len(separator), backwards)
         pieces = plain.count(separator) if separator else len(plain) // 2
@@ -193,7 +193,7 @@ class Texts:
         return self._budget.made(text[: len(plain.rstrip(chars))])
 
     def _stripped(self, text: str, chars: str | None) -> tuple[str, str | None]:
-        """Returns both without marks, each of `chars` once: each may be tried per character."""
+        """Returns both without marks, with each of `chars` once: any may be tried per character."""
         plain, chars = self._read(text, chars)
         if isinstance(chars, str) and len(chars) > 1:
             self._budget.items(len(chars))
@@ -240,7 +240,7 @@ class Texts:
         return self._budget.made(text.join(items))
 
     def check_join(self, separator: str, items: list[str]) -> None:
-        """Counts what joining takes before it is done."""
+        """Counts the steps of joining before it is done."""
         self._budget.items(len(items))
         length = len(separator) * len(items) + sum(map(len, items))
         self._budget.reserve(length)
@@ -257,7 +257,7 @@ class Texts:
             if not name:
                 name, automatic = str(automatic), automatic + 1
             if not re.fullmatch(r"\w+", name) or "{" in spec or conversion not in (None, "s"):
-                raise TemplateLimitError(f"format field {{{name}}} is more than a name")
+                raise TemplateLimitError(f"format field {{{name}}} must be a name")
             if any(len(digits) > 4 or int(digits) > MAX_WIDTH for digits in DIGITS.findall(spec)):
                 raise TemplateLimitError(f"format {spec!r} is wider than {MAX_WIDTH}")
             value = args[int(name)] if name.isdecimal() else kwargs[name]
