@@ -31,9 +31,13 @@ def define_flags() -> None:
     """Defines the command's flags, and those of screens."""
     evaluate.define_flags()
     flags.DEFINE_integer("screens", 500, "Questions of each kind (written, spoken).", 1)
-    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys.")
+    flags.DEFINE_string(
+        "digits_dir",
+        None,
+        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
+    )
     flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
-    flags.DEFINE_list("speakers", [], "Only these speakers of --speech_dir; default: all.")
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to use; default: all.")
     flags.DEFINE_integer("seed", 0, "Seed of screens and questions.")
     flags.DEFINE_bool("ablations", False, "Also measure with images or recordings taken away.")
 

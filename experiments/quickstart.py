@@ -52,17 +52,27 @@ STAGES = {"prune": "pruned", "distill": "healed", "quantize": "quantized"}
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_string("out_dir", "out", "Directory for the results; it must not hold any yet.")
+    flags.DEFINE_string(
+        "out_dir", "out", "Output directory; must not contain results without --overwrite."
+    )
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
     flags.DEFINE_string("text", None, "UTF-8 file: heals on a third, measures the rest.")
     flags.DEFINE_string("recipe", "quickstart", "Name of a recipe, or a JSON file.")
-    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
-    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits to measure on.")
-    flags.DEFINE_list("speakers", [], "Only these speakers of --speech_dir; default: all.")
+    flags.DEFINE_string(
+        "digits_dir",
+        None,
+        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
+    )
+    flags.DEFINE_string(
+        "speech_dir",
+        None,
+        "Folder of spoken digits for the measurement; default: synthetic voices.",
+    )
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to use; default: all.")
     flags.DEFINE_integer("screens", 200, "Questions of each kind (written, spoken).", 1)
-    flags.DEFINE_integer("text_tokens", 8192, "At most this many tokens are scored.", 512)
+    flags.DEFINE_integer("text_tokens", 8192, "Maximum number of tokens to score.", 512)
     flags.DEFINE_integer("seed", 0, "Seed of screens, calibration and training.")
-    flags.DEFINE_bool("overwrite", False, "Replace results in --out_dir.")
+    flags.DEFINE_bool("overwrite", False, "Replace existing results in --out_dir.")
     flags.DEFINE_bool("smoke", False, "A few screens and steps: does it run at all?")
 
 

@@ -20,7 +20,7 @@ def text_batches(tokenizer: Tokenizer, text: str, count: int, size: int = 8) -> 
     """Cuts text into `count` batches of `size` windows each, taken evenly from it.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       text: to calibrate on; none of it should be evaluated on.
       count: batches, fewer where the text is short.
       size: windows of a batch.
@@ -53,10 +53,10 @@ def screen_batches(
     With recordings, every other batch shows keypads and asks half of its questions in speech.
 
     Args:
-      config: of the model.
-      tokenizer: of the model.
+      config: configuration of the model.
+      tokenizer: tokenizer of the model.
       utterances: recordings for spoken questions; without them all questions are written.
-      digits_dir: folder of MNIST files; None takes scikit-learn's digits.
+      digits_dir: folder of MNIST files; None uses scikit-learn's digits.
       seed: of the calibration stream.
       count: batches.
       screens: rows of a batch.

@@ -145,10 +145,10 @@ def gather(
     """Draws screens, reads text and recordings, and makes calibration batches.
 
     Args:
-      config: of the model.
+      config: configuration of the model.
       checkpoint: directory whose tokenizer.json is read.
       text: UTF-8 file, see `split_text`.
-      digits_dir: folder of MNIST files; None takes scikit-learn's digits.
+      digits_dir: folder of MNIST files; None uses scikit-learn's digits.
       speech_dir: folder of spoken digits to measure on; None synthesises them, where the extra
         `speech` is installed.
       speakers: of that folder to measure on; empty takes all.

@@ -33,7 +33,7 @@ def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     Args:
       rows: of the main job's report.
-      path: PNG file to write.
+      path: path of the PNG file.
     """
     matplotlib = require("matplotlib", extra="plot")
     matplotlib.use("Agg")
@@ -65,7 +65,7 @@ def training_curve(stages: Sequence[Path], path: Path) -> None:
 
     Args:
       stages: CSV files of the stages: step, minutes, name, value.
-      path: PNG file to write.
+      path: path of the PNG file.
     """
     matplotlib = require("matplotlib", extra="plot")
     matplotlib.use("Agg")
@@ -92,7 +92,7 @@ def skipping_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     Args:
       rows: of `experiments.bench.skipping`; the first skips nothing.
-      path: PNG file to write.
+      path: path of the PNG file.
     """
     matplotlib = require("matplotlib", extra="plot")
     matplotlib.use("Agg")
@@ -204,7 +204,7 @@ def headline(quality: dict[str, Any], speed: dict[str, Any], path: Path) -> None
     Args:
       quality: log of `experiments.bench.quality`.
       speed: log of `experiments.bench.export`.
-      path: PNG file to write.
+      path: path of the PNG file.
     """
     figure = require("matplotlib.figure", extra="plot").Figure((9.0, 3.2), layout="constrained")
     accuracy, speeds = figure.subplots(1, 2)

@@ -42,7 +42,11 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
     flags.DEFINE_integer("screens", None, "Questions; default: the preset's.", 1)
     flags.DEFINE_integer("rounds", None, "In which settings take turns; default: the preset's.", 1)
-    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
+    flags.DEFINE_string(
+        "digits_dir",
+        None,
+        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
+    )
 
 
 def size() -> dict[str, int]:
@@ -188,7 +192,7 @@ def time_shape(
     Args:
       name: of the preset.
       rounds: in which settings take turns.
-      seed: of the weights.
+      seed: seed of the weights.
       settings: the others, of a model and its parameters.
 
     Returns:

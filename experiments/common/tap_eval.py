@@ -45,7 +45,7 @@ def draw_items(
     Args:
       count: questions.
       seed: of screens and questions; the split's stream is disjoint from the others'.
-      digits_dir: folder of MNIST files for the keys; None takes scikit-learn's digits.
+      digits_dir: folder of MNIST files for the keys; None uses scikit-learn's digits.
       utterances: recordings; when given, all questions are spoken ones.
       split: `eval`, or `calibration`.
 
@@ -154,7 +154,7 @@ def answers(
     Args:
       model: with vision, and speech when questions are spoken.
       params: its parameters.
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       items: the questions.
       progress: wraps the iterator of batches, such as a progress bar.
 

@@ -65,8 +65,8 @@ class ScreenBatches:
     """Draws batches of screens with questions.
 
     Args:
-      config: of the model.
-      tokenizer: of the model.
+      config: configuration of the model.
+      tokenizer: tokenizer of the model.
       generators: draw the screens, each as often as the others.
       utterances: recordings, by digit, of spoken questions; empty for text questions only.
       rng: decides everything that is drawn.

@@ -52,9 +52,13 @@ def define_flags() -> None:
         "groups", None, "Columns that share a scale, 0 for one scale a row; default: the preset's."
     )
     flags.DEFINE_string("text", None, "UTF-8 file: a third to calibrate on, the rest to measure.")
-    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
+    flags.DEFINE_string(
+        "digits_dir",
+        None,
+        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
+    )
     flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
-    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to measure on; default: all.")
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to use; default: all.")
     flags.DEFINE_integer("screens", None, "Questions of each kind; default: the preset's.", 1)
     flags.DEFINE_integer("text_tokens", None, "Scored at most; default: the preset's.", 512)
 

@@ -47,7 +47,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("dense_steps", None, "Before pruning; default: as the preset says.", 1)
     flags.DEFINE_integer("heal_steps", None, "After pruning; default: as the preset says.", 1)
     flags.DEFINE_integer("seeds", None, "Whole repetitions; default: 2, or 5 in full.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT.", 1)
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads.", 1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -119,7 +119,7 @@ def published(name: str, fraction: float, rounds: int, threads: int, seed: int) 
       name: preset.
       fraction: of the hidden channels removed.
       rounds: measurements of each file.
-      threads: of LiteRT.
+      threads: number of LiteRT threads.
       seed: of the random weights.
 
     Returns:

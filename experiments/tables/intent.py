@@ -86,7 +86,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("teacher_steps", None, "Default: as the preset says.", 1)
     flags.DEFINE_integer("student_steps", None, "Of each student; default: as the preset says.", 1)
     flags.DEFINE_integer("seeds", None, "Students of each kind; default: 1, or 3 in full.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT; JAX takes the cores it is given.", 1)
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads; JAX uses all available cores.", 1)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -52,14 +52,22 @@ def define_flags() -> None:
     table.define_flags(NAME)
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
     flags.DEFINE_string("recipe", "quickstart", "Name of a recipe, or a JSON file.")
-    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
-    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits to measure on.")
-    flags.DEFINE_list("speakers", [], "Only these speakers of --speech_dir; default: all.")
+    flags.DEFINE_string(
+        "digits_dir",
+        None,
+        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
+    )
+    flags.DEFINE_string(
+        "speech_dir",
+        None,
+        "Folder of spoken digits for the measurement; default: synthetic voices.",
+    )
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to use; default: all.")
     flags.DEFINE_integer("screens", None, "Of each kind; default: 100, or 1000 in full.", 1)
     flags.DEFINE_integer("distill_steps", None, "Default: 50, or as the recipe says in full.", 1)
     flags.DEFINE_integer("answer_tokens", 5, "Of a tap, its end included.", 1)
     flags.DEFINE_integer("rounds", None, "Measurements of each; default: 9, or 40 in full.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT.", 1)
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads.", 1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -142,8 +150,8 @@ def timed(
 
     Args:
       files: exported models, by kind.
-      rounds: measurements of each.
-      threads: of LiteRT.
+      rounds: number of measurements of each.
+      threads: number of LiteRT threads.
       answer_tokens: decoded after an image and its prompt.
 
     Returns:

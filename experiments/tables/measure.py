@@ -18,7 +18,7 @@ from glm_edge.errors import require
 from glm_edge.export import function as write_function
 from glm_edge.models.text import TextEncoder
 
-# A runtime's threads spin for a while after their work and would slow what is measured next.
+# A runtime's threads spin for a while after their work, and would slow the next measurement.
 PAUSE_S = 0.02
 IMAGES, LOGITS = "images", "logits"
 ENGINES = {"jax": "JAX", "litert": "LiteRT"}
@@ -29,7 +29,7 @@ def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
     Args:
       sides: what is run, by name; each is run twice first.
-      rounds: measurements of each.
+      rounds: number of measurements of each.
 
     Returns:
       Seconds by name, in the order measured: entry `i` of all sides belongs together.
@@ -131,7 +131,7 @@ def encoder_times(
     Args:
       sides: `(model, params)` by name; parameters in boxes run in JAX only.
       tokens: read at once.
-      rounds: measurements of each.
+      rounds: number of measurements of each.
       threads: of LiteRT; JAX takes the cores it is given.
 
     Returns:

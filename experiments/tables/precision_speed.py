@@ -64,12 +64,12 @@ def define_flags() -> None:
         "Of the decoder; default: mobile_quarter, or mobile in full. toy has two small layers.",
     )
     flags.DEFINE_list("forms", ["float32", "int8", "int4", "int4-g32"], "Of the weights.")
-    flags.DEFINE_integer("context", 128, "Tokens in the cache before timed steps.", 1)
+    flags.DEFINE_integer("context", 128, "Tokens in the cache before a timed step.", 1)
     flags.DEFINE_integer("prompt", 128, "Tokens of a prompt.", 2)
-    flags.DEFINE_integer("slots", 512, "Slots of the cache.", 2)
+    flags.DEFINE_integer("slots", 512, "Number of cache slots.", 2)
     flags.DEFINE_integer("rounds", None, "Of bursts; default: 9, or 30 in full.", 1)
     flags.DEFINE_integer("steps", 8, "Steps of a burst of decoding.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT.", 1)
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads.", 1)
 
 
 def main(argv: Sequence[str]) -> None:

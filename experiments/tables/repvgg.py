@@ -37,7 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_list("repvgg", None, "Presets; default: repvgg_a2, and repvgg_b1 in full.")
     flags.DEFINE_string("resnet", "resnet_50", "Preset that they are set against.")
     flags.DEFINE_integer("rounds", None, "Measurements of each; default: 7, or 25 in full.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT; JAX takes the cores it is given.", 1)
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads; JAX uses all available cores.", 1)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("hidden_size", 768, "Of the encoder; 768 makes 50 M parameters.", 64)
     flags.DEFINE_integer("tokens", 128, "Read at once.", 1)
     flags.DEFINE_integer("rounds", None, "Measurements of each; default: 9, or 40 in full.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT; JAX takes the cores it is given.", 1)
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads; JAX uses all available cores.", 1)
 
 
 def main(argv: Sequence[str]) -> None:

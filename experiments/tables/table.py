@@ -196,7 +196,7 @@ def figure(title: str, rows: Sequence[Row], path: Path) -> None:
     Args:
       title: of the figure.
       rows: those without a measured value are skipped.
-      path: PNG file to write.
+      path: path of the PNG file.
     """
     figures = require("matplotlib.figure", extra="plot")
     drawn = [row for row in rows if row.measured is not None]

@@ -3,7 +3,7 @@
     glm-edge compress --checkpoint=DIR --recipe=gptq_4bit --calibration=FILE --text=FILE \\
         --out_dir=DIR
 
-writes --out_dir/checkpoint (which `glm_edge.load` opens) and --out_dir/report.json. The report
+Writes --out_dir/checkpoint (which `glm_edge.load` opens) and --out_dir/report.json. The report
 contains bytes, bits and error of every parameter, total bytes before and after, seconds and peak
 memory. With --text it also contains perplexity before and after, and the distance between the two
 models. Other commands accept --out_dir as their --checkpoint. Tokenizer, chat template and

@@ -2,7 +2,7 @@
 
     glm-edge evaluate --checkpoint=DIR --reference=DIR --text=FILE --json=FILE
 
-prints perplexity per token and bits per byte. With --reference, it also prints the KL divergence
+Prints perplexity per token and bits per byte. With --reference, it also prints the KL divergence
 from that checkpoint's predictions in nats, and the fraction of positions whose top-1 token differs.
 --json writes the same values. The default checkpoint is the shipped model, and the default text is
 half of CPython's help topics.

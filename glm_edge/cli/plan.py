@@ -4,7 +4,7 @@
     glm-edge plan --preset=phone_9b --budget_gb=1.8 --tower_format=int4 --small_vocab=65536 \\
         --json=plan_phone.json
 
-prints three tables and a conclusion in seconds. The first table checks the published claim (int8 in
+Prints three tables and a conclusion in seconds. The first table checks the published claim (int8 in
 under 1.8 GB): the bytes of all matrices in one format, without and with the vision tower, and
 whether they fit 1.8 GB (1.8e9 bytes) and 1.8 GiB (1.8 * 2^30). The second mixes formats and cuts
 the vocabulary. The third lists the number of decoder layers that fit.

@@ -1,8 +1,7 @@
-"""Other quantizers on our weights: a module a peer, each run in an environment of its own.
+"""Other quantizers on glm_edge's weights: one module per peer, each with its own environment.
 
     PYTHON -m experiments.bench.peers.torchao --weights=W.npz --inputs=I.npz --options=JSON \\
         --out=O.npz
 
-They import numpy and the peer, nothing else of this repository but `exchange`, which says what the
-files hold.
+They import only numpy, the peer and `exchange`, which documents the files.
 """

@@ -1,11 +1,11 @@
-"""glm_edge: any recipe, in a process of its own so that its seconds and memory are its own.
+"""glm_edge: any recipe, in a separate process to measure its seconds and memory alone.
 
     python -m experiments.bench.peers.ours --checkpoint=DIR --calibration=DIR --recipe=JSON \\
         --where=REGEX --out=DIR
 
-writes the compressed model with dense float32 weights, so that it is scored by the program that
-scores all, beside `meta.json`: seconds, peak memory, and the bits that the boxes of the matrices
-matching `--where` take.
+Writes the compressed model with dense float32 weights, so that the same program scores all methods.
+`meta.json` contains seconds, peak memory, and the bits of the boxes of matrices that match
+`--where`.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def sizes(params, where: str) -> dict[str, int]:
-    """Bits and count of the weights in matrices whose path matches."""
+    """Counts bits and weights of the matrices whose path matches."""
     chosen = {
         path: leaf
         for path, leaf in boxes.path_items(params)

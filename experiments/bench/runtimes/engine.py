@@ -1,6 +1,6 @@
-"""The side of a child: one runtime that holds one model and answers lines of JSON.
+"""The child's side: one runtime with one model, which answers lines of JSON.
 
-A request is an object with `do`, and an answer an object a line:
+Requests, which have `do`, and answers are one JSON object per line:
 
     {"do": "prepare", "task": TASK}    writes the model's file -> what was written
     {"do": "load", "task": TASK}       -> {"seconds", "baseline_rss_bytes"}
@@ -10,8 +10,8 @@ A request is an object with `do`, and an answer an object a line:
     {"do": "rss"}                      -> {"peak_rss_bytes"}
     {"do": "quit"}
 
-The first line of a child says `{"versions": {...}}`, or `{"missing": why}` where a package is not
-installed. `{"error": why}` answers what fails; the child goes on.
+The first line of a child is `{"versions": {...}}`, or `{"missing": reason}` if a package is not
+installed. The answer to a request that fails is `{"error": reason}`; the child continues.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-# What the exported graphs of every runtime share.
+# Settings that the exported graphs of all runtimes share.
 HIDDEN = -1e9
 CACHE = "kv_cache_"
 
@@ -38,15 +38,16 @@ class Task:
     """The task of an engine.
 
     Attributes:
-      form: of the weights, in the words of the runtime.
-      path: of the model's file or directory, empty for a runtime that makes its own weights.
-      config: of the model, as `glm_edge.configs.to_dict` writes it.
-      slots: of the cache.
+      form: format of the weights, in the runtime's notation.
+      path: path of the model's file or directory; empty for a runtime that makes its weights
+        itself.
+      config: configuration of the model, from `glm_edge.configs.to_dict`.
+      slots: number of cache slots.
       contexts: tokens in the cache before a timed step.
-      lengths: of prompts.
-      threads: of the runtime.
-      batched: several tokens go through one call in prefill; False feeds them one by one.
-      options: of the runtime.
+      lengths: prompt lengths in tokens.
+      threads: number of threads of the runtime.
+      batched: whether prefill processes several tokens per call; False feeds them one by one.
+      options: options of the runtime.
     """
 
     form: str
@@ -61,7 +62,7 @@ class Task:
 
     @property
     def decoder(self) -> dict[str, Any]:
-        """Shape of the decoder."""
+        """Configuration of the decoder."""
         return self.config["decoder"]
 
     def option(self, name: str, default: Any = None) -> Any:
@@ -74,69 +75,69 @@ class Task:
 
 
 class Engine:
-    """One runtime; subclasses hold a model."""
+    """One runtime; subclasses load a model."""
 
     def prepare(self, task: Task) -> dict[str, Any]:
         """Writes the file that `load` opens.
 
         Returns:
-          `file_bytes`; `weight_bytes` that one step reads; `notes`, a list.
+          `file_bytes`; `weight_bytes`, which one step reads; and the list `notes`.
         """
         raise NotImplementedError
 
     def load(self, task: Task) -> None:
-        """Opens the file, until a token can be decoded."""
+        """Opens the file, ready to decode a token."""
         raise NotImplementedError
 
     def decode(self, context: int, steps: int) -> list[float]:
-        """Decodes tokens behind `context` others; seconds from each token to its scores."""
+        """Decodes tokens after `context` others; returns seconds from each token to its logits."""
         raise NotImplementedError
 
     def prefill(self, length: int) -> float:
-        """Seconds from a prompt to the scores of its last token."""
+        """Returns the seconds from a prompt to the logits of its last token."""
         raise NotImplementedError
 
     def action(self, tokens: int, steps: int) -> dict[str, float]:
-        """Seconds of an image, a prompt of `tokens` that contains it, and `steps` tokens."""
+        """Times an image, a prompt of `tokens` that contains it, and `steps` tokens."""
         raise NotImplementedError
 
 
 def step_signature(length: int, slot: int, attended_slots: Iterable[int]) -> tuple[str, int | None]:
-    """Returns the fastest signature of our file for a number of tokens from a slot on.
+    """Returns the fastest signature of an exported file for a range of tokens.
 
     Args:
-      length: tokens of the call.
-      slot: that the first token takes.
-      attended_slots: that the file was written with, see `ge.export.tflite`.
+      length: number of tokens of the call.
+      slot: slot of the first token.
+      attended_slots: slot counts of the file's signatures; see `ge.export.tflite`.
 
     Returns:
-      Its name, and how many slots it looks at; None for all.
+      Its name, and the number of slots that it attends to; None for all.
     """
     name = "decode" if length == 1 else f"prefill_{length}"
     fitting = sorted(slots for slots in attended_slots if slots >= length)
     if length > 1:
-        # A prompt has one such signature.
+        # A prompt has only one signature with fewer slots.
         fitting = fitting[:1]
     attended = next((slots for slots in fitting if slot + length <= slots), None)
     return (name, None) if attended is None else (f"{name}_{attended}", attended)
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds of one call."""
+    """Measures the seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def peak_bytes() -> int:
-    """Returns the peak RSS of this process, or 0 without /proc."""
+    """Returns the peak RSS of this process in bytes, or 0 without /proc."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def forget_peak() -> None:
-    """Lets `peak_bytes` count from now on, where the kernel allows it."""
+    """Resets the peak of `peak_bytes`, if the kernel allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -150,10 +151,10 @@ def serve(make: Callable[[], Engine], packages: dict[str, str]) -> None:
     """Answers requests until `quit` or the end of input.
 
     Args:
-      make: the engine.
-      packages: distributions whose versions are noted, and the module that each is known by.
+      make: function that makes the engine.
+      packages: module by distribution; the versions are recorded.
     """
-    # What libraries print must not come between answers.
+    # Output of libraries must not mix with answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -177,10 +178,10 @@ def serve(make: Callable[[], Engine], packages: dict[str, str]) -> None:
             break
         try:
             answer(_answer(engine, request))
-        except Exception as error:  # the parent decides what a failure means
+        except Exception as error:  # the parent handles failures
             text = str(error).strip().splitlines() or [""]
             answer({"error": f"{type(error).__name__}: {text[0]}"})
-    # Destructors of native libraries have nothing left to tell.
+    # Skips destructors of native libraries.
     with contextlib.suppress(OSError):
         answers.close()
     os._exit(0)

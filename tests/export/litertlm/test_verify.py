@@ -165,7 +165,7 @@ def test_other_answers_fail(text_bundle, tmp_path):
     assert not result.passed
     assert str(result).startswith("failed: ")
     assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [False]
-    with pytest.raises(ExportError, match="fit the 96 slots"):
+    with pytest.raises(ExportError, match="no prompt fits its 96 cache slots"):
         whole.verify(prompts=1, max_new_tokens=SLOTS)
     with pytest.raises(DataError, match="no empty one"):
         whole.verify([" "])
