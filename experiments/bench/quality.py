@@ -281,8 +281,7 @@ class Bench:
         self.fp32 = self.scorer.score(self.model, self.params)["perplexity"]
 
     def run(self, method: Method) -> dict[str, Any] | None:
-        """Quantizes by a method and scores the result; returns None, with a line, without its
-        peer."""
+        """Quantizes by a method and scores the result; returns None if the peer is absent."""
         start = time.perf_counter()
         quantized = {REFERENCE: self._reference, OURS: self._ours}.get(method.peer, self._peer)
         selected = quantized(method)

@@ -242,7 +242,7 @@ def test_a_table_of_int4_is_looked_up_and_multiplied_with(
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(value, model, dense_params, tmp_path):
     weight = dense_params["decoder"]["norm"]["weight"].at[3].set(value)
-    with pytest.raises(ExportError, match="decoder/norm/weight: holds NaN or infinity"):
+    with pytest.raises(ExportError, match="decoder/norm/weight: contains NaN or infinity"):
         export.tflite(
             model, replaced(dense_params, "decoder/norm/weight", weight), tmp_path / "a.tflite"
         )
