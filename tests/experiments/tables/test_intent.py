@@ -147,6 +147,6 @@ def test_differences_are_paired_by_text(folder):
     assert rows["lost by half the depth, distilled"].measured == pytest.approx(100 * 2 / 12)
     assert rows["lost by half the depth, distilled"].claim == pytest.approx(2.5)
     assert rows["gain of distillation"].measured == pytest.approx(100 * 1.5 / 12)
-    assert rows["found to be of no intent, half, distilled"].measured == pytest.approx(75.0)
+    assert rows["recognised as without intent, half, distilled"].measured == pytest.approx(75.0)
     assert rows["half over full, JAX"].measured == pytest.approx(1.0)
     assert rows["top-1, full, the claim's data"].measured is None

@@ -49,7 +49,7 @@ def test_the_loss_is_the_mixture_that_is_documented():
 
 
 def test_what_cannot_be_trained_is_refused(tiny, student):
-    with pytest.raises(DataError, match="no targets of a teacher"):
+    with pytest.raises(DataError, match="requires targets of a teacher"):
         vision.train(*student, tiny, STEPS._replace(alpha=0.5), seed=0)
     broken = tiny._replace(train_images=np.full_like(tiny.train_images, np.nan))
     with pytest.raises(DataError, match="not finite at step 1;"):
