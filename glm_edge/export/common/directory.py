@@ -46,6 +46,10 @@ class ExportedDirectory:
 def write_description(directory: Path, description: dict[str, Any]) -> None:
     """Writes the description of a directory atomically.
 
+    Args:
+      directory: path of the directory.
+      description: JSON values by field.
+
     Raises:
       OutputError: the description cannot be written.
     """
@@ -55,6 +59,12 @@ def write_description(directory: Path, description: dict[str, Any]) -> None:
 
 def read_description(directory: str | Path) -> dict[str, Any]:
     """Reads the description of an exported directory of graphs.
+
+    Args:
+      directory: path of the directory.
+
+    Returns:
+      The fields of the description.
 
     Raises:
       ExportError: the description is missing or damaged.
@@ -88,12 +98,25 @@ def check_tree(directory: Path) -> None:
 
 
 def directory_bytes(path: Path) -> int:
-    """Sums the bytes of all files of a directory."""
+    """Sums the bytes of all files of a directory.
+
+    Args:
+      path: path of the directory.
+
+    Returns:
+      The total bytes.
+    """
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def map_weights(directory: Path) -> np.ndarray:
     """Maps the file of weights of a directory into memory, without reading it.
+
+    Args:
+      directory: path of the directory.
+
+    Returns:
+      The bytes of the file, uint8 [bytes], read-only.
 
     Raises:
       ExportError: the file is missing, empty, not a regular file, or a link to outside the

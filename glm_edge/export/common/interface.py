@@ -43,7 +43,14 @@ class Tensor:
         return 0 if -1 in self.shape else math.prod(self.shape)
 
     def fits(self, array: Any) -> bool:
-        """Returns True if an array, or a struct of shape and dtype, matches this tensor."""
+        """Returns True if an array, or a struct of shape and dtype, matches this tensor.
+
+        Args:
+          array: array, or struct of shape and dtype.
+
+        Returns:
+          True if shape and type match; an unknown extent matches any.
+        """
         return (
             np.dtype(array.dtype).name == self.type
             and len(array.shape) == self.rank
@@ -63,6 +70,13 @@ def expected_tensors(
     attended_slots: Iterable[int] = (),
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Lists the inputs and outputs of an exported model's signatures; see `signatures`.
+
+    Args:
+      config: configuration of the model.
+      prefill_lengths: token counts of the prefill signatures.
+      cache_slots: number of cache slots.
+      prefill_logits: whether prefill returns logits of every token.
+      attended_slots: slot counts of the signatures that attend to fewer slots.
 
     Returns:
       Name of a signature to `(inputs, outputs)`, by name.

@@ -92,13 +92,29 @@ def signatures(
 
 
 def step_name(length: int, attended: int | None = None) -> str:
-    """Names the signature for `length` tokens that attends to `attended` slots, None for all."""
+    """Names the signature for `length` tokens that attends to `attended` slots, None for all.
+
+    Args:
+      length: number of tokens.
+      attended: number of slots that the signature attends to, or None for all.
+
+    Returns:
+      The name, such as `decode`, `prefill_128` or `prefill_128_256`.
+    """
     name = DECODE if length == 1 else f"prefill_{length}"
     return name if attended is None else f"{name}_{attended}"
 
 
 def attended_by(length: int, attended_slots: Iterable[int]) -> list[int]:
-    """Lists, in ascending order, the slot counts that have a signature for `length` tokens."""
+    """Lists, in ascending order, the slot counts that have a signature for `length` tokens.
+
+    Args:
+      length: number of tokens.
+      attended_slots: slot counts of the file.
+
+    Returns:
+      The slot counts.
+    """
     fitting = sorted(attended for attended in attended_slots if attended >= length)
     return fitting if length == 1 else fitting[:1]
 
@@ -197,14 +213,29 @@ class ExportSpec:
         return tuple(signature.name for signature in self.signatures)
 
     def read_bytes(self, sizes: Mapping[str, int]) -> list[int]:
-        """Sums the bytes of the parameters that each signature may read."""
+        """Sums the bytes of the parameters that each signature may read.
+
+        Args:
+          sizes: stored bytes by parameter path.
+
+        Returns:
+          Bytes of each signature, in the order of `signatures`.
+        """
         return [
             sum(size for path, size in sizes.items() if path.split("/")[0] in signature.subtrees)
             for signature in self.signatures
         ]
 
     def description(self, parameters: Any, conversions: Iterable[Conversion]) -> dict[str, Any]:
-        """Describes the file as JSON values, not yet verified."""
+        """Describes the file as JSON values, not yet verified.
+
+        Args:
+          parameters: JSON value that describes the stored parameters.
+          conversions: conversions of the parameters.
+
+        Returns:
+          The fields of the description.
+        """
         return {
             "version": __version__,
             "config": to_dict(self.config),
@@ -229,6 +260,17 @@ def make_spec(
 ) -> ExportSpec:
     """Checks a model and builds the signatures of its file; see `signatures`.
 
+    Args:
+      model: the model.
+      params: its parameters.
+      prefill_lengths: token counts of the prefill signatures.
+      cache_slots: number of cache slots; None uses the model's context length, at most 1024.
+      prefill_logits: whether prefill returns logits of every token.
+      attended_slots: slot counts of the signatures that attend to fewer slots.
+
+    Returns:
+      The spec.
+
     Raises:
       ExportError: the model is not a `MultimodalGLM`, the parameters belong to another model, or a
         length is not a fixed integer or does not fit the model's context.
@@ -243,6 +285,13 @@ def make_spec(
 
 def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
     """Returns the dense shapes of a model's parameters by path.
+
+    Args:
+      model: the model.
+      params: its parameters.
+
+    Returns:
+      Dense shape by parameter path.
 
     Raises:
       ExportError: the model is not a `MultimodalGLM`, or the parameters belong to another model.
@@ -268,6 +317,14 @@ def check_lengths(
 ) -> tuple[list[int], int]:
     """Returns the prefill lengths in ascending order, and the number of cache slots.
 
+    Args:
+      config: configuration of the model.
+      prefill_lengths: token counts of the prefill signatures.
+      cache_slots: number of cache slots; None uses the model's context length, at most 1024.
+
+    Returns:
+      `(prefill_lengths, cache_slots)`.
+
     Raises:
       ExportError: a length is not a fixed integer, or does not fit the model's context.
     """
@@ -286,6 +343,13 @@ def check_lengths(
 
 def check_attended(attended_slots: Iterable[int], cache_slots: int) -> list[int]:
     """Returns the slot counts that signatures attend to, in ascending order.
+
+    Args:
+      attended_slots: slot counts of signatures.
+      cache_slots: number of cache slots.
+
+    Returns:
+      The distinct slot counts.
 
     Raises:
       ExportError: a slot count is not a fixed integer, or is not below `cache_slots`.
@@ -355,6 +419,13 @@ def described_sizes(description: Mapping[str, Any], config: GLMConfig) -> Sizes:
 def fixed_lengths(name: str, lengths: Iterable[int]) -> list[int]:
     """Returns the distinct lengths in ascending order.
 
+    Args:
+      name: name of the argument, for messages.
+      lengths: the lengths.
+
+    Returns:
+      The lengths.
+
     Raises:
       ExportError: a length is not a fixed integer.
     """
@@ -363,6 +434,13 @@ def fixed_lengths(name: str, lengths: Iterable[int]) -> list[int]:
 
 def check_fixed(name: str, lengths: Iterable[int]) -> list[int]:
     """Returns the lengths as integers; each becomes one graph.
+
+    Args:
+      name: name of the argument, for messages.
+      lengths: the lengths.
+
+    Returns:
+      The lengths in their order.
 
     Raises:
       ExportError: a length is not an integer of at least 1, such as None, a symbol or -1.

@@ -59,7 +59,14 @@ class WeightFormat:
     right: str = "integers of 8 or 4 bits, symmetric, per channel or in groups"
 
     def stored_type(self, box: Quantized) -> str | None:
-        """Returns the type of a box's stored codes, or None if the format has none."""
+        """Returns the type of a box's stored codes, or None if the format has none.
+
+        Args:
+          box: the quantized parameter.
+
+        Returns:
+          The type, or None.
+        """
         table = self.in_groups if box.scale.shape[-1] > 1 else self.per_channel
         return table.get(box.format.qtype)
 
@@ -157,6 +164,13 @@ def _from_box(path: str, box: Quantized, target: WeightFormat) -> tuple[Weight, 
 def to_array(path: str, leaf: Any) -> tuple[Any, list[Conversion]]:
     """Returns an unquantized parameter as an array, and its conversions.
 
+    Args:
+      path: path of the parameter.
+      leaf: an array, or a box that is not quantized.
+
+    Returns:
+      `(array, conversions)`.
+
     Raises:
       ExportError: the parameter is a box for training.
     """
@@ -216,7 +230,16 @@ def check_box(path: str, box: Quantized, target: WeightFormat) -> str:
 
 
 def box_conversions(path: str, box: Quantized, stored: str) -> list[Conversion]:
-    """Lists the conversions of a box whose codes are stored as `stored`, without static ranges."""
+    """Lists the conversions of a box whose codes are stored as `stored`, without static ranges.
+
+    Args:
+      path: path of the parameter.
+      box: the quantized parameter.
+      stored: type of the stored codes.
+
+    Returns:
+      The conversions.
+    """
     conversions = []
     if stored != box.format.qtype:
         rule = f"{box.format.qtype} written as {stored}: the same integers and scales"
@@ -229,6 +252,10 @@ def box_conversions(path: str, box: Quantized, stored: str) -> list[Conversion]:
 
 def check_finite(path: str, values: np.ndarray) -> None:
     """Rejects NaN and infinity.
+
+    Args:
+      path: path of the parameter.
+      values: its values.
 
     Raises:
       ExportError: a value is NaN or infinite.
@@ -324,7 +351,14 @@ def _count_different(stored: np.ndarray | None, expected: Any) -> int:
 
 
 def dequantize(weight: Weight) -> np.ndarray:
-    """Returns the dense float32 values of a weight."""
+    """Returns the dense float32 values of a weight.
+
+    Args:
+      weight: the weight.
+
+    Returns:
+      The dense weight, float32 [out, in] or of the shape of plain values.
+    """
     if weight.scale is None:
         return weight.values.astype(np.float32)
     groups = weight.scale.shape[-1]
@@ -336,7 +370,14 @@ def dequantize(weight: Weight) -> np.ndarray:
 
 
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    """Packs 4-bit codes in C order, two per byte, low nibble first; pads an odd count."""
+    """Packs 4-bit codes in C order, two per byte, low nibble first; pads an odd count.
+
+    Args:
+      codes: int8 codes of any shape, in -8..7.
+
+    Returns:
+      Packed bytes, uint8 [(codes + 1) / 2].
+    """
     flat = (codes.reshape(-1) & 15).astype(np.uint8)
     flat = np.concatenate([flat, np.zeros(len(flat) % 2, np.uint8)])
     return flat[0::2] | (flat[1::2] << 4)

@@ -49,6 +49,12 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
 def open_package(path: str | Path) -> Any:
     """Opens a package in coremltools without loading it into a runtime.
 
+    Args:
+      path: path of the package.
+
+    Returns:
+      coremltools' `MLModel`, not loaded into a runtime.
+
     Raises:
       ExportError: one of its files is a pipe, a device or a link, or coremltools cannot open it.
       MissingExtraError: coremltools is not installed.
@@ -64,6 +70,13 @@ def open_package(path: str | Path) -> Any:
 
 def described_by(package: Any, path: str | Path) -> dict[str, Any]:
     """Reads the description of a package opened by `open_package`.
+
+    Args:
+      package: result of `open_package`.
+      path: path of the package, for messages.
+
+    Returns:
+      The fields of the description.
 
     Raises:
       ExportError: the description is missing, or is not a JSON object within the usual limits.
@@ -98,6 +111,9 @@ def _weight(operation: Any) -> Weight:
 
 def core_ml_tools() -> Any:
     """Imports coremltools with its log messages turned off.
+
+    Returns:
+      The module `coremltools`.
 
     Raises:
       MissingExtraError: coremltools is not installed.

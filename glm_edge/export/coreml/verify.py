@@ -43,6 +43,9 @@ class CoreMLPackage(ExportedDirectory):
     def verify(self, **options: Any) -> Inspection:
         """Compares the package's specification and weights with the model; see `inspect`.
 
+        Returns:
+          Counts of the parts that agree.
+
         Raises:
           ExportError: an option is set, although the package is not run; or a part differs.
         """

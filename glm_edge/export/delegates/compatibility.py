@@ -92,6 +92,9 @@ class Compatibility:
         Args:
           delegate: name of the delegate.
           signature: name of one signature; None selects all.
+
+        Returns:
+          Number of operators by verdict.
         """
         counted = dict.fromkeys((YES, NO, UNKNOWN), 0)
         for row in self._of(signature):
@@ -102,7 +105,11 @@ class Compatibility:
         return [row for row in self.rows if signature in (None, row.signature)]
 
     def summary(self) -> str:
-        """Summarizes each delegate in one line: accepted operators, and the main refusal."""
+        """Summarizes each delegate in one line: accepted operators, and the main refusal.
+
+        Returns:
+          One line per delegate.
+        """
         lines = []
         for delegate in DELEGATES:
             counted = self.counts(delegate.name)
@@ -185,7 +192,16 @@ def _types(operator: Operator) -> str:
 
 
 def judge(delegate: Delegate, operator: Operator, context: GraphContext) -> Verdict:
-    """Decides whether a delegate accepts one operator of a graph."""
+    """Decides whether a delegate accepts one operator of a graph.
+
+    Args:
+      delegate: the delegate.
+      operator: an operator of the graph.
+      context: properties of the graph.
+
+    Returns:
+      The verdict.
+    """
     rule = delegate.rules.get(operator.name)
     if rule is None:
         return Verdict(NO, "an operator that the delegate lacks", delegate.source)

@@ -155,6 +155,12 @@ def bundled_template(
 def reads_strings(processor: Processor) -> bool:
     """Returns True if a template writes the text of a message whose content is a string.
 
+    Args:
+      processor: processor with the checkpoint's template.
+
+    Returns:
+      False if the template reads only parts.
+
     Raises:
       ExportError: the template writes neither that text nor the text of parts.
     """

@@ -30,17 +30,40 @@ CARRIED = 4
 
 
 def takes_embeddings(config: GLMConfig) -> bool:
-    """Returns True if the decoder reads embeddings, as models with encoders require."""
+    """Returns True if the decoder reads embeddings, as models with encoders require.
+
+    Args:
+      config: configuration of the model.
+
+    Returns:
+      True for a model with encoders.
+    """
     return config.vision is not None or config.speech is not None
 
 
 def carries_positions(config: GLMConfig) -> bool:
-    """Returns True if embeddings include offsets of three-dimensional rotary positions."""
+    """Returns True if embeddings include offsets of three-dimensional rotary positions.
+
+    Args:
+      config: configuration of the model.
+
+    Returns:
+      True for a model with encoders and three-dimensional rotary positions.
+    """
     return bool(config.decoder.mrope_section) and takes_embeddings(config)
 
 
 def token_embedding(model: MultimodalGLM, params: Any, token: int) -> np.ndarray:
-    """Computes the embedding [D] of one token."""
+    """Computes the embedding [D] of one token.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      token: token id.
+
+    Returns:
+      The embedding, float32 [D].
+    """
     embed = next(s for s in signatures(model, (), 1) if s.name == "embed")
     tokens = jnp.full((1, 1), token, jnp.int32)
     return np.asarray(embed.function(params, {"tokens": tokens})["embeddings"][0, 0])
@@ -86,7 +109,14 @@ def decoder_signatures(
 
 
 def embedder(model: MultimodalGLM) -> Signature:
-    """Makes EMBEDDER: `tokens` [1, 1] to `embeddings` [1, 1, D], or [1, 1, D + 4] with offsets."""
+    """Makes EMBEDDER: `tokens` [1, 1] to `embeddings` [1, 1, D], or [1, 1, D + 4] with offsets.
+
+    Args:
+      model: the model.
+
+    Returns:
+      The signature.
+    """
     config = model.config
     embed = next(s for s in signatures(model, (), 1) if s.name == "embed")
     if not carries_positions(config):
@@ -166,6 +196,12 @@ def speech_adapter(model: MultimodalGLM) -> Signature:
 
     Without this section, the runtime delays a recording until a chunk is full, so the model would
     hear its last part in the next prompt.
+
+    Args:
+      model: the model.
+
+    Returns:
+      The signature.
     """
     features = model.config.speech.num_tokens
     width = model.config.decoder.hidden_size + CARRIED * carries_positions(model.config)

@@ -261,6 +261,9 @@ def agreeing(expected: Sequence[int], answer: str, decode: Callable[[Sequence[in
       expected: JAX's tokens, including a stop token.
       answer: text of the engine's answer, without a stop token.
       decode: function that returns the text of tokens up to the first stop token.
+
+    Returns:
+      The number of tokens.
     """
     answer = _shown(answer)
     if answer == _shown(decode(expected)):
@@ -271,6 +274,9 @@ def agreeing(expected: Sequence[int], answer: str, decode: Callable[[Sequence[in
 
 def check_sections(bundle: "Bundle") -> None:
     """Compares the weights of a bundle's sections with its parameters, bit for bit.
+
+    Args:
+      bundle: the bundle.
 
     Raises:
       ExportError: a weight has different bytes, or the bundle is damaged.
@@ -389,7 +395,14 @@ def _random_text(processor: Processor, rng: np.random.Generator) -> str:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """Encodes uint8 pixels [height, width, 3] as PNG, a lossless format."""
+    """Encodes uint8 pixels [height, width, 3] as PNG, a lossless format.
+
+    Args:
+      pixels: uint8 [height, width, 3].
+
+    Returns:
+      The bytes of the PNG file.
+    """
     height, width, _ = pixels.shape
 
     def chunk(kind: bytes, data: bytes) -> bytes:

@@ -97,5 +97,14 @@ def onnx(
 
 
 def is_product(path: str, leaf: Any, params: Params) -> bool:
-    """Returns True for a matrix that is used in a product, not only in a lookup or a sum."""
+    """Returns True for a matrix that is used in a product, not only in a lookup or a sum.
+
+    Args:
+      path: path of the parameter.
+      leaf: an array or a box.
+      params: parameters of the model.
+
+    Returns:
+      False for embeddings without a tied head, norms and biases.
+    """
     return boxes.is_matrix(path, leaf) and not (path == "embed/weight" and "head" in params)

@@ -26,6 +26,15 @@ def graph_of(
 ) -> Any:
     """Lowers a signature to a `GraphProto` that reads stored weights.
 
+    Args:
+      signature: the signature.
+      shapes: dense shapes of the parameters by path.
+      stored: stored weights by path.
+      builder: builder of the graph.
+
+    Returns:
+      `GraphProto`.
+
     Raises:
       ExportError: an operation of the signature has no lowering to ONNX.
     """
@@ -56,7 +65,18 @@ def model_of(library: Any, graph: Any) -> Any:
 def store(
     library: Any, file: BinaryIO, path: str, weight: Weight, transposed: bool
 ) -> StoredWeight:
-    """Writes a weight to a file and describes its offset there."""
+    """Writes a weight to a file and describes its offset there.
+
+    Args:
+      library: the module `onnx`.
+      file: file of weights, open for writing.
+      path: path of the parameter.
+      weight: the weight.
+      transposed: whether to store the matrix [in, out].
+
+    Returns:
+      The stored weight.
+    """
 
     def tensor(name: str, array: np.ndarray, kind: str) -> Any:
         data = pack_nibbles(array) if kind == "int4" else np.ascontiguousarray(array)

@@ -56,6 +56,13 @@ def skeleton(
 def run_converter(converter: Any, kind: str) -> bytes:
     """Runs a TensorFlow Lite converter.
 
+    Args:
+      converter: a `TFLiteConverter`.
+      kind: noun for the converted object, for messages.
+
+    Returns:
+      The flatbuffer.
+
     Raises:
       ExportError: the converter fails; the message has the first line of its reason.
     """
@@ -88,7 +95,14 @@ def _concrete(
 
 
 def tensorflow() -> tuple[Any, Any]:
-    """Imports jax2tf and TensorFlow with their log messages turned off."""
+    """Imports jax2tf and TensorFlow with their log messages turned off.
+
+    Returns:
+      The modules `jax2tf` and `tensorflow`.
+
+    Raises:
+      MissingExtraError: TensorFlow is not installed.
+    """
     for variable, value in QUIET_TENSORFLOW.items():
         os.environ.setdefault(variable, value)
     with quiet():

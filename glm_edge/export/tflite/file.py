@@ -225,7 +225,11 @@ def _bytes_of(buffer: Any, content: np.ndarray) -> np.ndarray:
 
 
 def mark_verified(path: str | Path) -> None:
-    """Marks the descriptions of an exported file as verified."""
+    """Marks the descriptions of an exported file as verified.
+
+    Args:
+      path: path of the file.
+    """
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
         # Both values have the same length, so that no offset in the file changes.
         at = view.find(UNVERIFIED)
@@ -242,6 +246,9 @@ def opened(path: Path, start: int = 0, size: int | None = None) -> Iterator[tupl
       path: path of the file, which must be a regular file.
       start: offset of the model's first byte in bytes, for a section of a larger file.
       size: bytes of the model; None reads to the end of the file.
+
+    Yields:
+      `(model, data)`: the root table, and the bytes uint8 [size].
 
     Raises:
       ExportError: the file is missing, not a regular file, not TFLite, or damaged.

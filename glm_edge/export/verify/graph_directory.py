@@ -74,7 +74,15 @@ class GraphDirectoryRunner(SignatureRunner):
         file_inside(self.path, WEIGHTS, ExportError)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays that match its shapes exactly."""
+        """Runs one signature on arrays that match its shapes exactly.
+
+        Args:
+          signature: name of the signature.
+          **inputs: input arrays by name.
+
+        Returns:
+          Output arrays by name.
+        """
         return run_checked(self._worker, self.path, signature, inputs, *self._tensors[signature])
 
     @functools.cached_property
@@ -95,6 +103,9 @@ class GraphDirectoryRunner(SignatureRunner):
 
         Args:
           shapes: required dense shapes of the parameters by path; None accepts any.
+
+        Returns:
+          Codes, scales and zero points by parameter path.
 
         Raises:
           ExportError: the directory is damaged, or a weight has the wrong shape.

@@ -113,7 +113,14 @@ class Verification:
 
 
 def compute_of(params: Any) -> str:
-    """Returns LiteRT's arithmetic for parameters: `int8_static` if they have static grids."""
+    """Returns LiteRT's arithmetic for parameters: `int8_static` if they have static grids.
+
+    Args:
+      params: parameters with the stored values.
+
+    Returns:
+      `int8_static` or `int8_dynamic`.
+    """
     leaves = boxes.path_items(params)
     static = any(getattr(leaf, "input_scale", None) is not None for _, leaf in leaves)
     return "int8_static" if static else "int8_dynamic"
@@ -125,6 +132,9 @@ def threshold_of(compute: str, float32: bool = False) -> float:
     Args:
       compute: arithmetic of the JAX model.
       float32: whether the file computes without rounding activations.
+
+    Returns:
+      The fraction of equal top-1 tokens.
     """
     if float32 or compute != "float32":
         return MIN_AGREEMENT

@@ -56,17 +56,45 @@ class SignatureRunner:
         self.attended_slots = sorted(attended_slots)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays that match its shapes exactly."""
+        """Runs one signature on arrays that match its shapes exactly.
+
+        Args:
+          signature: name of the signature.
+          **inputs: input arrays by name.
+
+        Returns:
+          Output arrays by name.
+        """
         raise NotImplementedError
 
     def encode_images(self, image: np.ndarray) -> np.ndarray:
-        """Encodes one image [height, width, channels] to features [M, D]."""
+        """Encodes one image [height, width, channels] to features [M, D].
+
+        Args:
+          image: pixels [height, width, channels].
+
+        Returns:
+          Features, float32 [M, D].
+
+        Raises:
+          DataError: the model has no vision encoder, or the shape is wrong.
+        """
         vision = self.config.vision
         shape = None if vision is None else (*vision.image_size, vision.channels)
         return self._encode("vision", "images", image, shape)
 
     def encode_audio(self, audio: np.ndarray) -> np.ndarray:
-        """Encodes the log-mel frames [num_frames, mel_bins] of one recording to features [M, D]."""
+        """Encodes the log-mel frames [num_frames, mel_bins] of one recording to features [M, D].
+
+        Args:
+          audio: log-mel frames [num_frames, mel_bins].
+
+        Returns:
+          Features, float32 [M, D].
+
+        Raises:
+          DataError: the model has no speech encoder, or the shape is wrong.
+        """
         speech = self.config.speech
         shape = None if speech is None else (speech.num_frames, speech.mel_bins)
         return self._encode("speech", "audio", audio, shape)
@@ -211,12 +239,24 @@ class SignatureRunner:
         return np.concatenate(logits) if every_position else logits[-1][-1:], cache
 
     def attended(self, slot: int, length: int) -> int | None:
-        """Returns the attended slots of the fastest signature for some tokens; None for all."""
+        """Returns the attended slots of the fastest signature for some tokens; None for all.
+
+        Args:
+          slot: slot of the first token.
+          length: number of tokens.
+
+        Returns:
+          The number of slots, or None for all.
+        """
         fitting = attended_by(length, self.attended_slots)
         return next((attended for attended in fitting if slot + length <= attended), None)
 
     def looking_at_all_slots(self) -> Self:
-        """Returns a copy in the same runtime whose signatures attend to all slots."""
+        """Returns a copy in the same runtime whose signatures attend to all slots.
+
+        Returns:
+          The copy, which shares the runtime.
+        """
         other = copy.copy(self)
         other.attended_slots = []
         return other
@@ -231,6 +271,9 @@ class SignatureRunner:
           slot: slot of the first token.
           length: token count of the signature.
           attended: number of slots that it attends to; None for all.
+
+        Returns:
+          Inputs by name.
         """
         positions = np.arange(slot, slot + length, dtype=np.int32)
         visible = np.arange(attended or self.cache_slots) <= positions[:, None]
@@ -260,7 +303,11 @@ class SignatureRunner:
             start += length
 
     def empty_cache(self) -> dict[str, np.ndarray]:
-        """Makes an empty cache; its keys are the input names of the signatures."""
+        """Makes an empty cache; its keys are the input names of the signatures.
+
+        Returns:
+          Zeros [1, K, S, H] and [1, K, H, S] by name.
+        """
         decoder, cache = self.config.decoder, {}
         for layer in range(decoder.num_layers):
             heads, width = decoder.kv_heads(layer), decoder.head_dim
@@ -366,6 +413,9 @@ def run_checked(
       inputs: input arrays by name.
       takes: expected tensors of `inputs`.
       gives: expected tensors of the outputs.
+
+    Returns:
+      Output arrays by name; `RemoteArray`s for those that stay in the process.
 
     Raises:
       DataError: an input is missing, or has the wrong type or shape.

@@ -204,7 +204,15 @@ def _distance(expected: np.ndarray, measured: np.ndarray) -> float:
 
 
 def random_windows(runner: SignatureRunner, seed: int) -> list[Window]:
-    """Draws texts with at least 1,000 positions in total, a third each with image and speech."""
+    """Draws texts with at least 1,000 positions in total, a third each with image and speech.
+
+    Args:
+      runner: runner whose model and cache the windows fit.
+      seed: seed of the random values.
+
+    Returns:
+      The windows.
+    """
     rng = np.random.default_rng(seed)
     config, slots = runner.config, runner.cache_slots
     length = min(max(runner.prefill_lengths, default=32), slots)

@@ -33,6 +33,12 @@ RUNTIMES = {
 def require_runtime(runtime: str) -> str:
     """Returns the name of a runtime of `RUNTIMES`, if it is installed.
 
+    Args:
+      runtime: key of `RUNTIMES`.
+
+    Returns:
+      The name of the runtime for messages.
+
     Raises:
       MissingExtraError: it is not installed.
     """
@@ -139,7 +145,14 @@ class InterpreterProcess:
         return {**outputs, **stayed}
 
     def fetch(self, key: int) -> np.ndarray:
-        """Copies an array from the process."""
+        """Copies an array from the process.
+
+        Args:
+          key: key of the array in the other process.
+
+        Returns:
+          The array.
+        """
         return self._ask({"do": "fetch", "key": key}, {}, "return an array")[1]["array"]
 
     def reply(self, content: Any, max_new_tokens: int, same: bool = False) -> tuple[str, int]:
