@@ -1,15 +1,15 @@
 """Trains nano, the shipped multimodal checkpoint, on screens, speech and text.
 
+    python -m experiments.train_nano --out_dir=runs/nano --text=train.txt \\
+        --digits_dir=mnist --speech_dir=fsdd --holdout_speakers=lucas
+
+Writes `<stage>.csv` (curves), `curve.png`, and `checkpoint/`, which `ge.load` opens.
+
 There are four stages. On one core, the vision tower learns the element in each cell of a screen. On
 the other core, the embedding learns from text, and then the speech encoder learns digits. Finally,
 the complete model with a new decoder learns to answer questions about screens, together with text.
 Every stage has a budget of wall-clock minutes (68 in total for the shipped model) and saves its
 state each minute. The same command with the same --out_dir resumes it.
-
-    python -m experiments.train_nano --out_dir=runs/nano --text=train.txt \\
-        --digits_dir=mnist --speech_dir=fsdd --holdout_speakers=lucas
-
-Writes `<stage>.csv` (curves), `curve.png`, and `checkpoint/`, which `ge.load` opens.
 """
 
 import functools

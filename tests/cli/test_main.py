@@ -249,7 +249,7 @@ def test_compress_refuses_before_it_loads(whole, run, tmp_path, source, monkeypa
         run(*arguments)
     (out / "checkpoint" / "config.json").unlink()
     (out / "report.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"report\.json: exists already"):
+    with pytest.raises(SystemExit, match=r"report\.json: already exists"):
         run(*arguments)
 
 

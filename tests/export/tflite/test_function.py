@@ -175,7 +175,10 @@ def test_function_that_closes_over_integers_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Format("nf4"), "w: nf4-channel cannot be written as TFLite: its levels are not integers"),
+        (
+            Format("nf4"),
+            "w: nf4-channel cannot be written as TFLite: its levels are not integer multiples",
+        ),
         (Format("int8"), "w: is already quantized, which excludes examples="),
     ],
 )
@@ -202,7 +205,7 @@ def identity(params, inputs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((identity, {}, {"x": (8, 16, 16, 3)}, "a"), r"inputs\['x'\] is \(8, 16, 16, 3\); right"),
+        ((identity, {}, {"x": (8, 16, 16, 3)}, "a"), r"inputs\['x'\] is \(8, 16, 16, 3\); use"),
         ((identity, {}, np.ones((1, 4)), "a"), "inputs is a ndarray; use {"),
         ((identity, {}, {}, "a"), "inputs is empty; use {"),
         (({}, identity, {"x": np.ones(4)}, "a"), "function is a dict; use lambda"),
