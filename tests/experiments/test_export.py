@@ -155,8 +155,8 @@ def test_missing_runtime_is_named_first(name, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--format=onnx", "--verify", "--compute=int8_dynamic"], "onnx graphs are run in float32"),
-        (["--format=mnn", "--verify", "--compute=int8_static"], "mnn graphs are run in float32"),
+        (["--format=onnx", "--verify", "--compute=int8_dynamic"], "onnx graphs run in float32"),
+        (["--format=mnn", "--verify", "--compute=int8_static"], "mnn graphs run in float32"),
         (["--format=coreml", "--verify", "--compute=float32"], "does not apply to coreml"),
         (["--format=coreml", "--verify", "--text=a.txt"], "--text: does not apply to coreml"),
         (["--prefill_lengths=many"], "use integers such as 128,512"),

@@ -73,7 +73,7 @@ def test_the_test_part_and_the_published_file_come_first(folder):
 
 
 def test_what_cannot_be_read_is_refused(folder, tmp_path):
-    with pytest.raises(DataError, match=r"clinc150_train\.tsv: is missing; --intent_dir"):
+    with pytest.raises(DataError, match=r"clinc150_train\.tsv: missing; --intent_dir"):
         intent.load(str(tmp_path), 120, 12)
     (folder / "clinc150_dev.tsv").write_text("text\tintent\nplay bach\tplay\nhello\n")
     with pytest.raises(DataError, match=r"dev\.tsv: line 3 is not a text"):
