@@ -31,6 +31,7 @@ class Window:
       counted: bool [T], False for positions whose prediction is ignored, such as those where the
         answer's grammar forces the next token. None counts every position.
       prompt_length: number of tokens from which free-running generation starts; None uses half.
+      max_new_tokens: most tokens that free-running generation adds.
     """
 
     tokens: np.ndarray
@@ -38,6 +39,7 @@ class Window:
     audio: np.ndarray | None = None
     counted: np.ndarray | None = None
     prompt_length: int | None = None
+    max_new_tokens: int = 32
 
 
 def verify(
@@ -48,7 +50,6 @@ def verify(
     threshold: float | None = None,
     compute: str | None = None,
     free_running: int = 8,
-    max_new_tokens: int = 32,
     seed: int = 0,
     check: bool = True,
     isolated: bool = True,
@@ -73,7 +74,6 @@ def verify(
         file, have static grids, and otherwise `int8_dynamic`. ONNX and MNN graphs are compared with
         `float32` only.
       free_running: number of windows that are also continued greedily from their first tokens.
-      max_new_tokens: most tokens of each continuation.
       seed: seed of random windows.
       check: whether to raise if the agreement is below the threshold.
       isolated: whether to run the file in a separate process, so that a damaged file can crash only
@@ -129,7 +129,7 @@ def verify(
     same = np.concatenate(same) if same else np.zeros(0, bool)
     if not same.size:
         raise ExportError(f"{path}: no window counts a position; set counted for at least one")
-    free = [_free_running(reference, runner, w, max_new_tokens) for w in windows[:free_running]]
+    free = [_free_running(reference, runner, w) for w in windows[:free_running]]
     equal, generated = (sum(counts) for counts in zip(*free, strict=True)) if free else (0, 0)
     result = conclude(
         path,
@@ -260,10 +260,10 @@ def _counted(window: Window) -> np.ndarray:
 
 
 def _free_running(
-    reference: SignatureRunner, runner: SignatureRunner, window: Window, max_new_tokens: int
+    reference: SignatureRunner, runner: SignatureRunner, window: Window
 ) -> tuple[int, int]:
     length = window.prompt_length or max(1, len(window.tokens) // 2)
-    count = min(max_new_tokens, runner.cache_slots - length)
+    count = min(window.max_new_tokens, runner.cache_slots - length)
     if count < 1:
         return 0, 0
     prompt = (window.tokens[:length], window.image, window.audio)
