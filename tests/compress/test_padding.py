@@ -22,6 +22,7 @@ from glm_edge.compress.layerwise.stream import compress_checkpoint
 from glm_edge.compress.padding import valid_tokens
 from glm_edge.errors import DataError
 from glm_edge.models.text import TextEncoder
+from tests.tiny_models import init
 
 PAD = 0  # Of the small model.
 
@@ -306,7 +307,7 @@ def test_an_encoder_is_told_what_is_padding():
     model = TextEncoder(TextConfig(40, 16, 1, 2, 24, 16, num_labels=3, pooler="tanh"))
     parts = rows((8, 5))
     tokens, valid = padded(parts, 0, 3)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = init(model, tokens)["params"]
     run = jax.jit(batches.apply_batch, static_argnums=0)
     found = run(model, params, batches.to_device(model, {"tokens": tokens, "valid": valid}))
     for part, logits in zip(parts, found, strict=True):
@@ -318,8 +319,8 @@ def test_an_encoder_is_told_what_is_padding():
     [
         ({"valid": np.ones((2, 5), bool)}, "valid must be booleans"),
         ({"valid": np.full((2, 6), 7)}, "valid must be booleans"),
-        ({"valid": np.zeros((2, 6), bool)}, "holds nothing but padding"),
-        ({"tokens": np.full((2, 6), 99)}, "token 99 is none of the model's 40"),
+        ({"valid": np.zeros((2, 6), bool)}, "contains only padding"),
+        ({"tokens": np.full((2, 6), 99)}, "token 99 is not in the model's vocabulary of 40"),
         ({"mask": np.zeros((2, 1, 6, 6), np.float32)}, "mask must be booleans"),
         ({"tokens": [[1, 2], [1, 2, 3]]}, "tokens is not one array"),
         ({"tokens": "text"}, "tokens must be numbers"),

@@ -14,6 +14,7 @@ from glm_edge.compress.prune.scores import heads_neurons as scores
 from glm_edge.compress.prune.structured import heads_to_keep, neurons_to_keep
 from glm_edge.compress.transform import Context
 from glm_edge.errors import DataError, RecipeError
+from tests.tiny_models import init
 
 
 def weight(*shape, seed=0):
@@ -63,7 +64,7 @@ def test_a_second_mask_only_adds():
 
 def test_a_stock_module_runs_masked():
     module, x = nn.Dense(96), weight(3, 32)
-    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    params = init(module, x)["params"]
     module, pruned, report = prune.magnitude(sparsity=0.5)(module, params)
     kernel = np.asarray(boxes.dense(pruned["kernel"]))
     assert (kernel == 0).mean() == 0.5
@@ -279,7 +280,7 @@ def test_calibration_is_checked_and_what_it_lacks_is_noted(make_model, calibrati
     with pytest.raises(DataError, match="needs calibration="):
         prune.structured(0.25)(model, params)
     _, _, report = prune.structured(0.25)(model, params, calibration=calibration)
-    assert "held no images" in report.notes[0]
+    assert "had no images" in report.notes[0]
     tokens = np.full((2, 8), 11, np.int32)
     tokens[:, 1:5] = 5
     images = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)

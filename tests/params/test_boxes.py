@@ -16,6 +16,7 @@ from glm_edge.models.layers import Embed, Linear
 from glm_edge.params import Format
 from glm_edge.params.boxes import describe, rebuild
 from glm_edge.params.layouts import Layout
+from tests.tiny_models import init
 
 FORMATS = [
     Format("int8"),
@@ -98,7 +99,7 @@ def test_bytes_are_the_bytes_stored(format):
 )
 def test_stock_modules_run_on_boxes_unchanged(module, shape, bits):
     x, apply = weight(*shape), jax.jit(module.apply)
-    params = jax.jit(module.init)(jax.random.key(1), x)["params"]
+    params = init(module, x, seed=1)["params"]
 
     def box(path, leaf):
         name = path.rsplit("/", 1)[-1]
@@ -118,7 +119,7 @@ def test_stock_modules_run_on_boxes_unchanged(module, shape, bits):
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_a_stock_embedding_runs_on_a_box(format):
     module, tokens = nn.Embed(10, 16), np.array([[0, 9, 3]])
-    params = jax.jit(module.init)(jax.random.key(0), tokens)["params"]
+    params = init(module, tokens)["params"]
     box = {"embedding": quantize(params["embedding"], format, "embedding")}
     found = jax.jit(module.apply)({"params": box}, tokens)
     np.testing.assert_allclose(found, np.asarray(box["embedding"].unbox())[tokens], atol=1e-6)
@@ -182,7 +183,7 @@ def test_scan_runs_over_stacked_boxes(format):
 
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     x = weight(5, 16)
-    dense = jax.jit(stack.init)(jax.random.key(0), x, None)["params"]
+    dense = init(stack, x, None)["params"]
 
     def box(path, leaf):
         name = path.rsplit("/", 1)[-1]
@@ -250,7 +251,7 @@ def test_axis_metadata_is_the_identity_on_axes():
             lambda: boxes.quantized(
                 jnp.zeros((2, 9), jnp.int8), jnp.ones((2, 1)), None, Format("int4", 8)
             ),
-            "not whole groups",
+            "9 columns do not divide into groups of 8",
         ),
         (
             lambda: boxes.quantized(jnp.zeros((2, 8)), jnp.ones((2, 1)), None, Format("int8")),
@@ -297,9 +298,9 @@ GRIDS = {f"{side}_{name}" for side in ("input", "output") for name in ("scale", 
         ({"output_scale", "output_zero"}, None),
         (GRIDS, None),
         (set(), None),
-        ({"output_zero"}, "output_scale and output_zero come together"),
-        ({"input_scale"}, "input_scale and input_zero come together"),
-        ({"input_scale", "input_zero"}, "output_scale needs input_scale"),
+        ({"output_zero"}, "output_scale and output_zero must be set together"),
+        ({"input_scale"}, "input_scale and input_zero must be set together"),
+        ({"input_scale", "input_zero"}, "output_scale requires input_scale"),
     ],
 )
 def test_static_grids_come_whole_and_outputs_after_inputs(missing, message):

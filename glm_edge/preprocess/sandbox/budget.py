@@ -1,4 +1,4 @@
-"""Limits of a template: steps, bytes of values, and characters of output."""
+"""Limits of a template on steps, bytes of values, and characters of output."""
 
 import sys
 from typing import Any
@@ -12,33 +12,33 @@ BYTES_PER_CHARACTER = 64
 MAX_OUTPUT = 1 << 20
 OUTPUT_PER_CHARACTER = 8
 MAX_INTEGER_BITS = 4096
-# A step takes about a microsecond; comparing or copying this many characters takes less.
+# A step is about a microsecond. Comparing or copying this many characters takes less than a step.
 CHARACTERS_PER_STEP = 256
-# Pairs of numbers, or of short tuples, that one step compares.
+# Pairs of numbers or short tuples compared per step.
 COMPARED_PER_STEP = 16
 # Bytes of a small object and its slot in a list.
 OBJECT_BYTES = 72
-# Python hashes smaller integers to themselves; arbitrarily many larger ones can have the same hash.
+# Python hashes smaller integers to themselves; arbitrarily many larger integers share a hash.
 MAX_OWN_HASH = 1 << 53
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
-    """Error of a template that exceeds its budget."""
+    """Raised when a template exceeds its budget."""
 
 
 class Budget:
-    """The budget of one rendering, which grows with the size of its inputs.
+    """The budget of one rendering, which grows with its inputs.
 
     Attributes:
-      output: maximum number of characters to write.
+      output: maximum of output characters.
     """
 
     def __init__(self, values: int = 0, characters: int = 0) -> None:
-        """Initializes a full budget.
+        """Creates a full budget.
 
         Args:
-          values: JSON inputs of the template.
-          characters: number of characters of their texts.
+          values: count of JSON values in the template's inputs.
+          characters: count of characters in the template's inputs.
         """
         self._max_steps = self._steps = MAX_STEPS + STEPS_PER_VALUE * values + characters // 2
         self._max_bytes = self._bytes = MAX_BYTES + BYTES_PER_CHARACTER * characters
@@ -48,7 +48,7 @@ class Budget:
         """Counts steps.
 
         Raises:
-          TemplateLimitError: no steps remain.
+          TemplateLimitError: the budget of steps is exhausted.
         """
         self._steps -= count
         if self._steps < 0:
@@ -61,13 +61,13 @@ class Budget:
     def search(self, characters: int, wanted: int, backwards: bool = False) -> None:
         """Counts the steps of searching a text.
 
-        Python's forward search of a long text takes linear time. A backward search, or a search of
-        a short text, may compare the complete pattern at each character.
+        Python's forward search in a long text takes linear time. A backward search, and a search
+        in a short text, may compare the complete pattern at each character.
 
         Args:
-          characters: length of the text in characters.
-          wanted: length of the pattern in characters.
-          backwards: whether the search starts at the end.
+          characters: length of the text.
+          wanted: length of the pattern.
+          backwards: searches from the end.
         """
         self.touch(8 * (characters + wanted))
         short = characters < 2500 or (characters < 30_000 and wanted < 100)
@@ -78,7 +78,7 @@ class Budget:
         """Counts bytes before they are allocated.
 
         Raises:
-          TemplateLimitError: fewer bytes remain.
+          TemplateLimitError: the budget of bytes is exhausted.
         """
         self._bytes -= size
         if self._bytes < 0:
@@ -91,15 +91,15 @@ class Budget:
         self.reserve(count * OBJECT_BYTES)
 
     def made(self, text: str) -> str:
-        """Counts a text that was built from counted texts, and returns it."""
+        """Counts the bytes of a new text, and returns it."""
         self.reserve(sys.getsizeof(text))
         return text
 
     def number(self, value: Any) -> Any:
-        """Returns a number after checking its number of digits.
+        """Returns a number after checking its count of digits.
 
         Raises:
-          TemplateLimitError: the number has too many digits.
+          TemplateLimitError: an integer has too many bits.
         """
         if type(value) is int and value.bit_length() > MAX_INTEGER_BITS:
             raise TemplateLimitError(f"makes an integer of more than {MAX_INTEGER_BITS} bits")
@@ -107,19 +107,18 @@ class Budget:
 
 
 class Keys:
-    """A counter of the steps of comparing the keys of one dict.
+    """A counter of the comparisons between keys of one dict.
 
-    A dict compares a key with all keys of the same hash. An attacker can choose integers and tuples
-    with equal hashes, so each of these counts as compared with all others. Hashes of texts are
-    random.
+    A dict compares a key with all keys of equal hash. An attacker can choose integers and tuples of
+    equal hash, so each one counts as compared with all others. Hashes of strings are random.
     """
 
     def __init__(self, budget: Budget) -> None:
-        """Starts without keys."""
+        """Creates a counter without keys."""
         self._budget, self._alike = budget, 0
 
     def add(self, key: Any) -> Any:
-        """Counts a key, whose own comparison is already counted, and returns it."""
+        """Counts the comparisons of a new key with earlier keys, and returns it."""
         if not isinstance(key, str):
             self._budget.step(self._alike // COMPARED_PER_STEP)
             large = isinstance(key, int) and abs(key) > MAX_OWN_HASH
@@ -128,17 +127,17 @@ class Keys:
 
 
 class Sink:
-    """A buffer for output that is written in pieces."""
+    """Output of a template, written in pieces."""
 
     def __init__(self, budget: Budget) -> None:
-        """Starts empty."""
+        """Creates an empty output."""
         self._budget, self._pieces, self._length = budget, [], 0
 
     def write(self, text: str) -> None:
         """Appends text.
 
         Raises:
-          TemplateLimitError: the output exceeds its limit.
+          TemplateLimitError: the output exceeds the budget.
         """
         self._length += len(text)
         if self._length > self._budget.output:

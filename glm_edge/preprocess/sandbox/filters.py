@@ -56,39 +56,39 @@ class Filters:
     """Filters and tests of one rendering."""
 
     def __init__(self, interpreter: "Interpreter") -> None:
-        """Binds the filters and tests to a rendering.
+        """Binds the filters to an interpreter.
 
         Args:
-          interpreter: interpreter that evaluates, compares and counts.
+          interpreter: interpreter of the rendering, which compares values and counts steps.
         """
         self._run, self._budget = interpreter, interpreter.budget
 
     def apply(self, name: str, value: Any, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Applies a filter to a value.
+        """Applies a filter.
 
         Raises:
-          TemplateAssertionError: no filter has that name.
+          TemplateAssertionError: the name of the filter is unknown.
         """
         self._budget.step()
         function = self._named("filter", name)
         if function is None:
-            raise TemplateAssertionError(f"unknown filter {name[:80]!r}", 0)
+            raise TemplateAssertionError(f"no filter named {name[:80]!r}", 0)
         return function(value, *args, **kwargs)
 
     def test(self, name: str, value: Any, args: list[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Returns the outcome of a test.
+        """Applies a test.
 
         Raises:
-          TemplateAssertionError: no test has that name.
+          TemplateAssertionError: the name of the test is unknown.
         """
         self._budget.step()
         if self._named("test", name) is None:
             shown = name[:80] if isinstance(name, str) else type(name).__name__
-            raise TemplateAssertionError(f"unknown test {shown!r}", 0)
+            raise TemplateAssertionError(f"no test named {shown!r}", 0)
         return self._named("test", name)(value, *args, **kwargs)
 
     def _named(self, kind: str, name: Any) -> Callable[..., Any] | None:
-        """Returns the filter or test of a name, which may be any value from a template."""
+        """Looks up a filter or test by name; the name may be any value of a template."""
         if not isinstance(name, str) or len(name) > MAX_NAME:
             return None
         name = ALIASES.get(name, name)
@@ -146,7 +146,7 @@ class Filters:
         return [items[index] for index in order]
 
     def _size(self, value: Any) -> int:
-        """Counts values and characters, each as a step; shared values count each time."""
+        """Counts values and characters, one step each; shared values count repeatedly."""
         self._budget.step()
         if isinstance(value, str):
             self._budget.touch(len(value))
@@ -163,7 +163,7 @@ class Filters:
         return abs(value) if type(value) in (int, float, bool) else self._no_number(value)
 
     def _no_number(self, value: Any) -> Any:
-        raise TypeError(f"expected a number, not {type(value).__name__}")
+        raise TypeError(f"a number is needed, not {type(value).__name__}")
 
     def _filter_attr(self, value: Any, name: str) -> Any:
         return self._run._attribute(value, name)
@@ -300,7 +300,7 @@ class Filters:
 
     def _filter_urlencode(self, value: Any) -> str:
         if not isinstance(value, str):
-            raise TypeError("urlencode accepts only texts")
+            raise TypeError("urlencode accepts strings only")
         self._budget.reserve(12 * len(value))
         self._budget.step(len(value))
         return urllib.parse.quote(self._run.plain(value), safe="/")
@@ -325,7 +325,7 @@ class Filters:
         pad = 0 if indent is None else self._narrow(len(indent) if type(indent) is str else indent)
         between = separators or ()
         if type(between) not in (list, tuple) or not all(isinstance(x, str) for x in between):
-            raise TypeError("separators must be two texts")
+            raise TypeError("separators must be two strings")
         self._narrow(sum(map(len, between)))
         depth, size = self._json_extent(value)
         self._budget.reserve(size * (6 + pad * depth + sum(map(len, between))))
@@ -334,14 +334,14 @@ class Filters:
             value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
         )
         if ensure_ascii and not text.isascii():
-            # Keeps marks, which the encoder would escape.
+            # The encoder would escape marks, so they are encoded separately.
             is_mark = self._run.marks.is_mark
             pieces = (c if c.isascii() or is_mark(c) else json.dumps(c)[1:-1] for c in text)
             text = "".join(pieces)
         return self._budget.made(text)
 
     def _json_extent(self, value: Any) -> tuple[int, int]:
-        """Measures the depth of a JSON value, and an upper bound of its length without indents."""
+        """Measures the depth of a JSON value and a bound of its characters without indents."""
         self._budget.step()
         if isinstance(value, str):
             self._budget.touch(len(value))
@@ -359,12 +359,12 @@ class Filters:
             depth, size = max(depth, inner), size + length + 2
         return depth + 1, size
 
-    # Filters of several values. Generators in Jinja are iterators here, which can be read once and
+    # Filters of several values. Generators of Jinja are iterators here, which can be read once and
     # are always true.
 
     def _filter_batch(self, value: Any, linecount: int, fill_with: Any = None) -> Iterator[Any]:
         if type(linecount) is not int or not 0 < linecount <= MAX_GROUPS:
-            raise TemplateLimitError(f"batches must have 1 to {MAX_GROUPS} items")
+            raise TemplateLimitError(f"batches must be of 1 to {MAX_GROUPS} items")
         items = self._listed(value)
         rows = [items[i : i + linecount] for i in range(0, len(items), linecount)]
         if rows and fill_with is not None:
@@ -375,7 +375,7 @@ class Filters:
 
     def _filter_slice(self, value: Any, slices: int, fill_with: Any = None) -> Iterator[Any]:
         if type(slices) is not int or not 0 < slices <= MAX_GROUPS:
-            raise TemplateLimitError(f"the number of slices must be 1 to {MAX_GROUPS}")
+            raise TemplateLimitError(f"slices must be 1 to {MAX_GROUPS}")
         items = self._listed(value)
         self._budget.items(2 * slices)
         size, longer = divmod(len(items), slices)
@@ -393,7 +393,7 @@ class Filters:
         self, value: Any, case_sensitive: bool = False, by: str = "key", reverse: bool = False
     ) -> list[Any]:
         if type(value) is not dict or by not in ("key", "value"):
-            raise TypeError("dictsort sorts a dict, by 'key' or 'value'")
+            raise TypeError("dictsort reads a dict, by 'key' or 'value'")
         items = self._listed(value.items())
         index = 0 if by == "key" else 1
         return self._sorted(items, lambda x: self._folded(x[index], case_sensitive), reverse)
@@ -423,7 +423,7 @@ class Filters:
         if attribute is not None:
             items = list(map(self._getter(attribute), items))
         if any(isinstance(item, Safe) for item in (d, *items)):
-            raise TypeError("a text that is marked as safe cannot be joined")
+            raise TypeError("a string marked as safe cannot be joined")
         return self._run.join(self._text(d), [self._text(item) for item in items])
 
     def _filter_last(self, value: Any) -> Any:

@@ -53,24 +53,24 @@ ARITHMETIC = {
     nodes.Pow: ("**", operator.pow),
 }
 NUMBERS = (int, float, bool)
-# Views of a dict that are compared by content.
+# Views of a dict that are compared by their contents.
 VIEWS = (type({}.items()), type({}.keys()))
 SCALARS = (str, int, float, bool, type(None))
 
 
 class Interpreter:
-    """An interpreter for one rendering of a template's tree.
+    """An interpreter of one rendering of a template's tree.
 
-    Values are JSON values and objects that a template creates. Only functions, methods, filters and
-    tests of this package can be called. Python's recursion limit limits nesting.
+    Values are JSON values and objects that the template creates. A template can call only
+    functions, methods, filters and tests of this package. Python's recursion limit bounds nesting.
     """
 
     def __init__(self, values: Mapping[str, Any], budget: Budget, marks: Marks) -> None:
         """Prepares a rendering.
 
         Args:
-          values: inputs of the template by name: JSON values, which are not changed, and Python
-            functions, which must return such values.
+          values: variables of the template by name. JSON values are not modified; functions must
+            return JSON values.
           budget: budget of the rendering.
           marks: marks of untrusted texts.
         """
@@ -91,20 +91,20 @@ class Interpreter:
         """Runs a template.
 
         Args:
-          template: tree of the template, from `parse`.
+          template: tree from `parse`.
 
         Returns:
-          The output of the template.
+          The output.
 
         Raises:
-          jinja2.TemplateError: the template fails, raises an error, or exceeds its budget.
-          Exception: an operation fails, such as a division by zero.
+          jinja2.TemplateError: the template fails, raises an exception, or exceeds its budget.
+          Exception: an operation of the template fails, such as a division by zero.
         """
         sink = Sink(self.budget)
         self._run(template.body, Scope({}, self._globals), sink)
         return sink.text()
 
-    # Statements write to a sink. They return the node of a `break` or `continue` that ends a loop.
+    # Statements write to a sink. They return the node of a `break` or `continue`, otherwise None.
 
     def _run(self, body: Iterable[nodes.Node], scope: Scope, sink: Sink) -> nodes.Node | None:
         for node in body:
@@ -218,7 +218,7 @@ class Interpreter:
     # Expressions.
 
     def evaluate(self, node: nodes.Node, scope: Scope) -> Any:
-        """Returns the value of an expression."""
+        """Evaluates an expression."""
         self.budget.step()
         evaluator = EXPRESSIONS.get(type(node))
         if evaluator is None:
@@ -275,7 +275,7 @@ class Interpreter:
 
     def _number(self, value: Any) -> Any:
         if type(value) not in NUMBERS and not isinstance(value, jinja2.Undefined):
-            raise TypeError(f"expected a number, not {type(value).__name__}")
+            raise TypeError(f"a number is needed, not {type(value).__name__}")
         return value
 
     def _binary(self, node: nodes.BinExpr, scope: Scope) -> Any:
@@ -283,13 +283,13 @@ class Interpreter:
         return self.compute(type(node), first, second)
 
     def compute(self, kind: type, first: Any, second: Any) -> Any:
-        """Returns `left` and `right` combined by an operator of `ARITHMETIC`."""
+        """Applies an operator of `ARITHMETIC` to two values."""
         sign, function = ARITHMETIC[kind]
         if type(first) in NUMBERS and type(second) in NUMBERS:
             integers = float not in (type(first), type(second))
-            # The digits of a power are counted before it is computed.
+            # The size of a power is checked before it is computed.
             if kind is nodes.Pow and integers and int(first).bit_length() * second > MAX_POWER_BITS:
-                raise TemplateLimitError("makes a power with too many digits")
+                raise TemplateLimitError("makes a power of too many digits")
             return self.budget.number(function(first, second))
         if isinstance(first, jinja2.Undefined) or isinstance(second, jinja2.Undefined):
             return function(first, second)
@@ -319,7 +319,7 @@ class Interpreter:
     def _eval_concat(self, node: nodes.Concat, scope: Scope) -> str:
         values = [self.evaluate(child, scope) for child in node.nodes]
         if any(type(value) is Safe for value in values):
-            raise TypeError("a text that is marked as safe cannot be joined")
+            raise TypeError("a string marked as safe cannot be joined")
         pieces = list(map(self.show, values))
         self._texts.check_join("", pieces)
         return self.budget.made("".join(pieces))
@@ -335,7 +335,7 @@ class Interpreter:
         return result
 
     def compare(self, kind: str, first: Any, second: Any) -> Any:
-        """Returns the outcome of a comparison such as `eq`, `lt` or `in`."""
+        """Compares two values with an operator such as `eq`, `lt` or `in`."""
         if kind in ("in", "notin"):
             inside = self._contains(first, second)
             return inside if kind == "in" else not inside
@@ -343,7 +343,7 @@ class Interpreter:
         return COMPARISONS[kind](first, second)
 
     def comparable(self, value: Any) -> Any:
-        """Returns a value without marks after counting the steps of comparing it."""
+        """Returns a value without marks, after counting the steps of its comparison."""
         kind = type(value)
         if kind is str or kind is Safe:
             self.budget.touch(len(value))
@@ -373,7 +373,7 @@ class Interpreter:
             return self._find_key(container, item) is not MISSING
         if kind is range:
             if type(item) is float and item.is_integer():
-                # Otherwise each number of the range would be compared with it.
+                # Python compares a float with every element of the range.
                 item = int(item)
             return type(item) in (int, bool) and item in container
         if isinstance(container, jinja2.Undefined):
@@ -382,14 +382,14 @@ class Interpreter:
         return any(wanted == self.comparable(other) for other in self.iterate(container))
 
     def key(self, value: Any) -> Any:
-        """Returns a value as the key of a dict.
+        """Returns a value after checking that it can be a key of a dict.
 
         Raises:
           TypeError: the value cannot be a key.
         """
         if type(value) not in SCALARS:
             if type(value) is not tuple:
-                raise TypeError(f"a key cannot have type {type(value).__name__!r}")
+                raise TypeError(f"a key cannot be of type {type(value).__name__!r}")
             self.comparable(value)
             hash(value)
         return value
@@ -412,7 +412,7 @@ class Interpreter:
         return MISSING
 
     def _touch_name(self, name: str) -> None:
-        # Names are short, except those that a template creates, which are read several times.
+        # Only computed names can be long, and the caller reads them several times.
         if len(name) > 64:
             self.budget.touch(8 * len(name))
 
@@ -439,12 +439,12 @@ class Interpreter:
         return value[bounds]
 
     def undefined(self, value: Any, name: Any) -> jinja2.Undefined:
-        """Returns the value of a missing field or attribute."""
+        """Returns the undefined value of a missing field or attribute."""
         shown = f"{type(value).__name__!r} object has no attribute {str(name)[:80]!r}"
         return jinja2.Undefined(shown, name=name)
 
     def item(self, value: Any, name: Any) -> Any:
-        """Returns `value[name]`, or else the attribute of that name, as Jinja does."""
+        """Returns `value[name]`, or the attribute of that name, as Jinja does."""
         kind = type(value)
         if kind is dict:
             key = self._find_key(value, name)
@@ -457,7 +457,7 @@ class Interpreter:
         return self.undefined(value, self.show(name))
 
     def attribute(self, value: Any, name: str) -> Any:
-        """Returns the attribute of a value, or else its field of that name, as Jinja does."""
+        """Returns the attribute of a value, or its field of that name, as Jinja does."""
         if type(value) is dict and not hasattr(dict, name):
             key = self._find_key(value, name)
             return self.undefined(value, name) if key is MISSING else value[key]
@@ -537,7 +537,7 @@ class Interpreter:
         return args, kwargs
 
     def call(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Calls an object that a template may call."""
+        """Calls a function, macro, cycler, joiner or recursive loop."""
         self.budget.step()
         if isinstance(function, Function | Macro | Cycler | Joiner):
             return function(*args, **kwargs)
@@ -588,7 +588,7 @@ class Interpreter:
         return self._filters.apply(node.name, value, args, kwargs)
 
     def _chain(self, node: nodes.Filter, value: Any, scope: Scope) -> Any:
-        """Applies the filters of a block; the innermost one has no expression to filter."""
+        """Applies the chained filters of a block, from the innermost."""
         if node.node is not None:
             value = self._chain(node.node, value, scope)
         return self._filtered(node, value, scope)
@@ -601,7 +601,7 @@ class Interpreter:
     # Values.
 
     def iterate(self, value: Any) -> Iterator[Any]:
-        """Yields the elements of a value, counting one step each."""
+        """Yields the elements of a value, one step each."""
         if not isinstance(value, jinja2.Undefined):
             value = values_of(value)
         for item in value:
@@ -609,7 +609,7 @@ class Interpreter:
             yield item
 
     def show(self, value: Any) -> str:
-        """Returns the text of a printed value."""
+        """Returns the printed text of a value."""
         kind = type(value)
         if kind is str:
             return value
@@ -618,7 +618,7 @@ class Interpreter:
         return self._quote(value)
 
     def _quote(self, value: Any) -> str:
-        """Returns a value as Python prints it inside a list, with marks."""
+        """Returns Python's `repr` of a value, with unescaped marks."""
         self.budget.step()
         kind = type(value)
         if isinstance(value, str):
@@ -645,7 +645,7 @@ class Interpreter:
         return f"<{kind.__name__.lower()}>"
 
     def _unescape(self, quoted: str) -> str:
-        """Restores marks, which `repr` escapes."""
+        """Restores marks that `repr` writes as escapes."""
         self.budget.items(2 * quoted.count("\\"))
         pieces, at = [], 0
         while (start := quoted.find("\\", at)) >= 0:
@@ -717,13 +717,13 @@ class Interpreter:
         return self._texts.percent(text, values)
 
     def pieces(self, text: str, pattern: Any) -> list[str]:
-        """Splits a text at a compiled pattern with one group."""
+        """Splits a text at a compiled pattern that is one group."""
         self.budget.items(len(text) // 2)
         return self._texts.cut(text, [x for x in pattern.split(self.plain(text)) if x], 0)
 
 
 def _methods(prefix: str) -> dict[type, Callable[..., Any]]:
-    """Returns the interpreter's methods by the type of node that they run."""
+    """Methods of the interpreter by the node that they run."""
     kinds = {name.lower(): kind for name, kind in vars(nodes).items() if isinstance(kind, type)}
     names = [name for name in vars(Interpreter) if name.startswith(prefix)]
     return {kinds[name.removeprefix(prefix)]: getattr(Interpreter, name) for name in names}

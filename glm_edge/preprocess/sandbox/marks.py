@@ -1,4 +1,4 @@
-"""Marks that distinguish untrusted text from the template's text during a rendering."""
+"""Marks that distinguish untrusted text from the template's text in a rendered prompt."""
 
 import functools
 import re
@@ -9,11 +9,10 @@ from typing import Any
 from glm_edge.errors import DataError
 
 BRACKETS = frozenset("<>|[]{}")
-# The first of Unicode's private use areas.
+# The first private-use area of Unicode.
 FIRST_MARK, LAST_MARK = 0xE000, 0xF8FF
 PRIVATE = re.compile("[\ue000-\uf8ff]")
-# Parts of an answer that a model generates and that its next prompt repeats as tokens. They do not
-# begin or end a turn.
+# Tokens inside an answer, which the next prompt repeats as tokens. They do not begin or end a turn.
 ANSWER_TOKENS = (
     "<think>",
     "</think>",
@@ -26,13 +25,13 @@ ANSWER_FIELDS = ("content", "reasoning_content")
 
 
 class Marks:
-    """A one-to-one replacement of characters that every special token contains.
+    """A one-to-one replacement of characters that occur in every special token.
 
-    A rendered prompt is one string. Untrusted text could complete the name of a special token in
-    it, also in several pieces that only the template joins. In untrusted text, a mark therefore
-    replaces each bracket of those names. Each rendering draws new marks among private use
-    characters that no text contains. A mark that a template writes is read as that bracket in plain
-    text. The interpreter ignores marks when it compares and splits.
+    A rendered prompt is one string. Untrusted text could spell the name of a special token in it,
+    even in several pieces that the template joins. Each bracket of those names is therefore
+    replaced by a mark in untrusted text. Each rendering draws new marks from the private-use
+    characters that occur in no input. A mark in the template's own text is read as plain text. The
+    interpreter ignores the difference between marks and brackets when it compares or splits texts.
     """
 
     def __init__(self, names: Iterable[str] = (), taken: Iterable[str] = ()):
@@ -40,10 +39,10 @@ class Marks:
 
         Args:
           names: names of special tokens.
-          taken: private use characters that texts contain.
+          taken: private-use characters that occur in the inputs.
 
         Raises:
-          DataError: texts contain nearly all private use characters.
+          DataError: the inputs use nearly all private-use characters.
         """
         names = tuple(names)
         hidden, self._taken = _hidden_characters(names), frozenset(taken)
@@ -56,20 +55,20 @@ class Marks:
             if mark not in self._taken:
                 free.append(mark)
         if len(free) < len(hidden):
-            raise DataError("messages contain nearly all of Unicode's private use characters")
+            raise DataError("messages contain nearly all private-use characters of Unicode")
         self._pairs = tuple(zip(hidden, free, strict=True))
         self._special = frozenset(names)
         self._marks = frozenset(free)
 
     def hide(self, text: str) -> str:
-        """Returns untrusted text with marks, of the same length."""
+        """Replaces brackets of untrusted text by marks; the length stays equal."""
         for character, mark in self._pairs:
             if character in text:
                 text = text.replace(character, mark)
         return text
 
     def reveal(self, text: str) -> str:
-        """Returns a text with marks replaced by the original characters."""
+        """Replaces marks of a text by their original characters."""
         if text.isascii():
             return text
         for character, mark in self._pairs:
@@ -78,11 +77,11 @@ class Marks:
         return text
 
     def is_mark(self, character: str) -> bool:
-        """Returns True for a mark."""
+        """Tests for a mark."""
         return character in self._marks
 
     def hide_all(self, value: Any) -> Any:
-        """Returns a JSON value with all texts and field names hidden."""
+        """Applies `hide` to all strings and field names of a JSON value."""
         if not self._pairs:
             return value
         if isinstance(value, str):
@@ -94,7 +93,7 @@ class Marks:
         return value
 
     def hide_message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Returns a message with all texts hidden; an answer keeps `ANSWER_TOKENS`."""
+        """Applies `hide` to all strings of a message; an answer keeps `ANSWER_TOKENS`."""
         hidden = self.hide_all(message)
         if message.get("role") == "assistant":
             for name in ANSWER_FIELDS:
@@ -118,7 +117,7 @@ class Marks:
 
 @functools.lru_cache(maxsize=32)
 def _hidden_characters(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns characters that every name contains."""
+    """Selects characters such that each name contains at least one of them."""
     hidden: set[str] = set()
     for name in names:
         brackets = BRACKETS & set(name)

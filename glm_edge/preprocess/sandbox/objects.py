@@ -24,7 +24,7 @@ ITERABLE = (
 
 
 class Safe(str):
-    """Text from the filters `safe` and `escape`; it can be printed, split and compared."""
+    """Text from the filters `safe` and `escape`, which can be printed, split and compared."""
 
     __slots__ = ()
 
@@ -33,22 +33,22 @@ GROUP_FIELDS = ("grouper", "list")
 
 
 class Group(tuple):
-    """A value and the items with that value, from the filter `groupby`."""
+    """A value and its items, from the filter `groupby`."""
 
     __slots__ = ()
 
 
 class Scope:
-    """Names of a block, and its outer scope."""
+    """Names of a block, with a link to the enclosing scope."""
 
     __slots__ = ("_outer", "values")
 
     def __init__(self, values: dict[str, Any], outer: "Scope | None" = None) -> None:
-        """Makes a scope.
+        """Creates a scope.
 
         Args:
           values: values by name.
-          outer: scope in which missing names are looked up.
+          outer: enclosing scope, for names that are not in `values`.
         """
         self.values, self._outer = values, outer
 
@@ -79,20 +79,20 @@ class Macro:
     def __init__(
         self, name: str, node: nodes.Macro | nodes.CallBlock, scope: Scope, run: Callable[..., str]
     ):
-        """Makes a macro.
+        """Creates a macro.
 
         Args:
           name: name of the macro.
-          node: node with its arguments, defaults and body.
-          scope: scope of its definition.
-          run: function of the interpreter that runs it.
+          node: arguments, defaults and body.
+          scope: scope of the definition.
+          run: function of the interpreter that runs macros.
         """
         self.name, self.node, self.scope, self._run = name, node, scope, run
         self.arguments = tuple(argument.name for argument in node.args)
         self._names: frozenset[str] | None = None
 
     def reads(self, name: str) -> bool:
-        """Returns True if the body reads a name."""
+        """Tests for a name in the body."""
         if self._names is None:
             inner = (part for child in self.node.body for part in _with_children(child))
             self._names = frozenset(part.name for part in inner if isinstance(part, nodes.Name))
@@ -112,32 +112,32 @@ def _with_children(node: nodes.Node) -> Iterator[nodes.Node]:
 
 
 class Namespace:
-    """`namespace()`, an object whose fields a template sets."""
+    """`namespace()`, an object whose fields a template can set."""
 
     def __init__(self) -> None:
-        """Makes an empty namespace."""
+        """Creates an empty namespace."""
         self._fields: dict[str, Any] = {}
 
     def set(self, name: str, value: Any) -> None:
         """Sets a field.
 
         Raises:
-          SecurityError: the name is reserved by Python.
+          SecurityError: the name begins with an underscore.
         """
         if not isinstance(name, str) or name.startswith("_"):
             raise SecurityError(f"attribute {name!r} of a namespace is not allowed")
         self._fields[name] = value
 
     def attributes(self) -> dict[str, Any]:
-        """Returns its fields."""
+        """Returns the fields."""
         return self._fields
 
 
 class Cycler:
-    """An object of `cycler()` and `loop.cycle`."""
+    """`cycler()`, an object that returns its items in turn."""
 
     def __init__(self, items: tuple[Any, ...]) -> None:
-        """Makes one.
+        """Creates a cycler.
 
         Raises:
           RuntimeError: there are no items.
@@ -147,7 +147,7 @@ class Cycler:
         self._items, self._at = items, 0
 
     def attributes(self) -> dict[str, Any]:
-        """Returns the attributes that a template may read and call."""
+        """Returns what a template may read and call."""
         return {
             "current": self._items[self._at],
             "next": Function("next", self._next),
@@ -167,10 +167,10 @@ class Cycler:
 
 
 class Joiner:
-    """An object of `joiner()`: returns an empty text at the first call, then the separator."""
+    """`joiner()`, which returns an empty text first, and then the separator."""
 
     def __init__(self, separator: Any) -> None:
-        """Makes one."""
+        """Creates a joiner."""
         self._separator, self._used = separator, False
 
     def __call__(self) -> Any:
@@ -181,7 +181,7 @@ class Joiner:
 
 
 class Loop:
-    """The object `loop` inside a for block."""
+    """`loop` inside a for block."""
 
     def __init__(
         self,
@@ -191,16 +191,14 @@ class Loop:
         budget: Budget,
         comparable: Callable[[Any], Any],
     ):
-        """Makes one.
+        """Creates a loop.
 
         Args:
           items: items of the loop.
-          depth: depth of a recursive loop, from 0.
-          recurse: function that runs the loop over other items; None for a loop that is not
-            recursive.
-          budget: budget that counts the items.
-          comparable: function that returns a value without marks and counts the steps of comparing
-            it.
+          depth: nesting depth of a recursive loop, from 0.
+          recurse: function that runs the loop over other items; None if not recursive.
+          budget: budget of the rendering.
+          comparable: function that returns a value without marks and counts its comparison.
         """
         self._items, self._depth, self._recurse, self._budget = items, depth, recurse, budget
         self._comparable = comparable
@@ -235,7 +233,7 @@ class Loop:
         return self._length
 
     def attributes(self) -> "_LoopAttributes":
-        """Returns the attributes that a template may read and call, computed when they are read."""
+        """Returns the attributes that a template may read, each computed on access."""
         return _LoopAttributes(self)
 
     def recurse(self, items: Any) -> str:
@@ -308,10 +306,10 @@ class _LoopAttributes:
 
 
 def values_of(value: Any) -> Iterable[Any]:
-    """Returns the elements of a value that a template may loop over.
+    """Returns a value as an iterable for a loop.
 
     Raises:
-      TypeError: the value is not iterable.
+      TypeError: templates must not iterate over this type.
     """
     if isinstance(value, ITERABLE) or type(value) is type(reversed([])):
         return value

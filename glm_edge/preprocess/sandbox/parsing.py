@@ -1,4 +1,4 @@
-"""Templates as trees of Jinja's nodes."""
+"""Parsing of templates to trees of Jinja's nodes."""
 
 import functools
 from typing import Any
@@ -15,7 +15,7 @@ MAX_TOKENS = 50_000
 
 
 class _Generation(jinja2.ext.Extension):
-    """The tag `{% generation %}`, which marks training targets; rendering ignores it."""
+    """`{% generation %}`, which marks text that training scores; rendering ignores it."""
 
     tags = frozenset({"generation"})
 
@@ -39,14 +39,14 @@ def parse(template: str) -> nodes.Template:
       template: Jinja source.
 
     Returns:
-      The tree, which must not be changed.
+      The cached tree, which callers must not modify.
 
     Raises:
       TemplateLimitError: the template is too long.
       jinja2.TemplateError: the template is not valid Jinja.
     """
     if len(template) > MAX_TEMPLATE:
-        raise TemplateLimitError(f"has {len(template)} characters; the maximum is {MAX_TEMPLATE}")
+        raise TemplateLimitError(f"has {len(template)} characters; the limit is {MAX_TEMPLATE}")
     for count, _ in enumerate(_ENVIRONMENT.lex(template)):
         if count >= MAX_TOKENS:
             raise TemplateLimitError(f"has more than {MAX_TOKENS} tokens")

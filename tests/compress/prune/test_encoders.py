@@ -27,6 +27,7 @@ from glm_edge.models.speech import SpeechEncoder
 from glm_edge.models.text import TextEncoder
 from glm_edge.models.vision import VisionEncoder
 from glm_edge.params.tree import nested
+from tests.tiny_models import init
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -80,7 +81,7 @@ def test_a_tower_on_its_own_with_windows_and_a_pooling_head(make_member):
     changes |= {"projector_size": 0, "merge_size": 1, "boundary_embeddings": False}
     model = VisionEncoder(dataclasses.replace(vision, **changes))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    params = init(model, images)["params"]
     smaller, small = shrink_encoder(model, params, KEEP)
     assert smaller.config.num_heads == (1, 2, 2)
     assert smaller.config.intermediate_size == (5, 24, 24)
@@ -93,7 +94,7 @@ def test_a_tower_on_its_own_with_windows_and_a_pooling_head(make_member):
 def test_a_text_encoder_shrinks():
     model = TextEncoder(TextConfig(30, 16, 2, 2, 24, num_labels=3, pooler="tanh"))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 7)), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = init(model, tokens)["params"]
     smaller, small = shrink_encoder(model, params, KEEP)
     expected = applied(model, {"params": zeroed(params, KEEP, 8)}, tokens)[0]
     np.testing.assert_allclose(applied(smaller, {"params": small}, tokens)[0], expected, atol=1e-5)
@@ -110,7 +111,7 @@ def grouped():
     sizes |= {"intermediate_size": 24, "projector_size": 0, "merge_size": 1}
     model = SpeechEncoder(SpeechConfig(**sizes, head_dim=8, num_kv_heads=2))
     mel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 6)), jnp.float32)
-    return model, jax.jit(model.init)(jax.random.key(0), mel)["params"], mel
+    return model, init(model, mel)["params"], mel
 
 
 def test_query_heads_leave_each_group_and_shared_ones_stay(grouped):

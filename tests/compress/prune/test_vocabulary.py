@@ -23,6 +23,7 @@ from glm_edge.errors import DataError, RecipeError
 from glm_edge.generate import greedy
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.text import TextEncoder
+from tests.tiny_models import init
 
 apply = jax.jit(batches.apply_batch, static_argnums=0)
 
@@ -52,7 +53,7 @@ def small(tokenizer):
     fields |= {"num_kv_heads": 1, "head_dim": 8, "intermediate_size": 24, "tie_embeddings": False}
     config = GLMConfig("small", DecoderConfig(**fields), eos_token_ids=(0,), pad_token_id=0)
     model = MultimodalGLM(config)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = init(model, jnp.zeros((1, 2), jnp.int32))["params"]
     return model, params
 
 
@@ -174,7 +175,7 @@ def test_a_text_encoder_and_its_word_pieces_shrink():
     model = TextEncoder(TextConfig(len(pieces), 16, 1, 2, 24, num_labels=2))
     before, after = made.encode("the cats sat").ids, smaller.encode("the cats sat").ids
     assert list(map_tokens(before, keep)) == after
-    params = jax.jit(model.init)(jax.random.key(0), jnp.asarray([before]))["params"]
+    params = init(model, jnp.asarray([before]))["params"]
     shrunk_model, shrunk = shrink_vocabulary(model, params, keep)
     np.testing.assert_allclose(
         jax.jit(shrunk_model.apply)({"params": shrunk}, jnp.asarray([after]))[0],

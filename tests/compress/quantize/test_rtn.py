@@ -12,6 +12,7 @@ import pytest
 from glm_edge import params as boxes
 from glm_edge.compress import prune, quantize
 from glm_edge.errors import RecipeError
+from tests.tiny_models import init
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -160,7 +161,7 @@ def test_a_stock_network_runs_on_rounded_kernels():
 
     x, tokens = weight(2, 6, 6, 3), jnp.array([3, 19])
     model = Network()
-    params = jax.jit(model.init)(jax.random.key(0), x, tokens)["params"]
+    params = init(model, x, tokens)["params"]
     same, rounded, report = quantize.rtn("int8")(model, params)
     assert same is model
     assert {row.path for row in report.rows} == {
@@ -183,7 +184,7 @@ def test_kernels_stacked_by_scan_keep_their_layer_axis():
 
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     x = weight(2, 8)
-    params = jax.jit(stack.init)(jax.random.key(0), x, None)["params"]
+    params = init(stack, x, None)["params"]
     _, rounded, _ = quantize.rtn("int8", stacked="Dense")(stack, params)
     box = rounded["Dense_0"]["kernel"]
     assert box.data.shape == box.shape == (3, 8, 8)
@@ -210,7 +211,7 @@ def test_where_selects_and_none_takes_what_is_left():
 
 def test_a_matrix_that_is_not_whole_groups_falls_back_if_asked():
     params = {"a": {"weight": weight(4, 48)}, "b": {"weight": weight(4, 64)}}
-    with pytest.raises(RecipeError, match="a/weight: 48 columns are not whole groups of 32"):
+    with pytest.raises(RecipeError, match="a/weight: 48 columns do not divide into groups of 32"):
         quantize.rtn("int4-g32")(None, params)
     _, rounded, report = quantize.rtn("int4-g32", fallback_bits=8)(None, params)
     assert str(rounded["a"]["weight"].format) == "int8-channel"
@@ -226,7 +227,7 @@ def test_a_matrix_that_is_not_whole_groups_falls_back_if_asked():
         ({"format": "int8-g0"}, "'g0' is not a part; .* channel, tensor or g<columns>"),
         ({"scale": "median"}, "scale must be one of max, extreme, mse"),
         ({"scale": "extreme", "format": "int8-affine"}, "extreme"),
-        ({"format": "int8-scale=int8"}, "'int8' is not a type of a scale; types: float32"),
+        ({"format": "int8-scale=int8"}, "'int8' is not a scale type; types: float32"),
         ({"fallback_bits": 7}, "bits must be 8, 6, 5, 4, 3 or 2"),
         ({"where": "decoder/("}, "not a regular expression"),
         ({"where": 3}, "where must be str or None"),

@@ -18,6 +18,7 @@ from glm_edge.generate import greedy
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.speech import SpeechEncoder
 from glm_edge.models.vision import VisionEncoder
+from tests.tiny_models import init
 
 apply = jax.jit(batches.apply_batch, static_argnums=0)
 
@@ -93,7 +94,7 @@ def wide(part):
         changes = {"num_layers": 2, "intermediate_size": 4096}
         model = SpeechEncoder(dataclasses.replace(config, **changes), 256)
         given = jnp.zeros((1, config.num_frames, config.mel_bins))
-    return model, jax.jit(model.init)(jax.random.key(0), given)["params"]
+    return model, init(model, given)["params"]
 
 
 @pytest.mark.parametrize(
@@ -169,8 +170,8 @@ def test_more_heads_than_a_group_has_cannot_go(make_member):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": (2, 1)}, "must be one number, or 1 of at least 1"),
-        ({"num_heads": (2,)}, "need head_dim"),
+        ({"num_heads": (2, 1)}, "must be one integer, or 1 integers of at least 1"),
+        ({"num_heads": (2,)}, "require head_dim"),
         ({"intermediate_size": (0,)}, "of at least 1"),
         ({"head_dim": 0, "num_heads": (1,)}, "head_dim 0 must be in 1"),
         ({"num_heads": 3}, "hidden_size 16 must be a multiple of num_heads 3"),
