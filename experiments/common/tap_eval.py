@@ -1,6 +1,6 @@
-"""The exam of a checkpoint: taps on unseen screens, and loss on text.
+"""Evaluation of a checkpoint on phone screens: taps on unseen screens.
 
-Letters: `N` questions, `T` prompt tokens, `W` windows.
+Shapes: `N` questions, `B` batch rows, `T` prompt tokens.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ BATCH = 32
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question about one screen, with the recording when it is spoken."""
+    """One question about one screen, with a recording if it is spoken."""
 
     image: np.ndarray
     question: instructions.Question
@@ -40,14 +40,14 @@ def draw_items(
     utterances: Sequence[speech.Utterance] = (),
     split: str = "eval",
 ) -> list[Item]:
-    """Draws one question about each of `count` screens.
+    """Draws one question for each of `count` screens.
 
     Args:
-      count: questions.
-      seed: of screens and questions; the split's stream is disjoint from the others'.
-      digits_dir: folder of MNIST files for the keys; None takes scikit-learn's digits.
-      utterances: recordings; when given, all questions are spoken ones.
-      split: `eval`, or `calibration`.
+      count: number of questions.
+      seed: seed of screens and questions; the split's stream is disjoint from other splits.
+      digits_dir: folder of MNIST files for the keys; None uses scikit-learn's digits.
+      utterances: recordings; if set, all questions are spoken.
+      split: `eval` or `calibration`.
 
     Returns:
       The items.
@@ -59,7 +59,9 @@ def draw_items(
     by_digit = [[u for u in utterances if u.digit == digit] for digit in range(10)]
     missing = [str(digit) for digit, clips in enumerate(by_digit) if utterances and not clips]
     if missing:
-        raise DataError(f"recordings: none says {missing[0]}; all ten digits are needed")
+        raise DataError(
+            f"recordings: the digit {missing[0]} is missing; use recordings of all ten digits"
+        )
     items = []
     for _ in range(count):
         screen = drawer.draw(rng, "keypad" if utterances else "mixed")
@@ -74,15 +76,15 @@ def draw_items(
 
 
 def ablate(items: Sequence[Item], ablation: str) -> list[Item]:
-    """Takes away what the answer should depend on.
+    """Removes inputs on which the answer should depend.
 
     Args:
       items: the questions.
-      ablation: `none`, `blank_images`, `shuffled_images` (each question sees the next one's
-        screen), or `blank_audio`.
+      ablation: `none`, `blank_images`, `shuffled_images` (each question gets the screen of the next
+        one), or `blank_audio`.
 
     Returns:
-      Items with the same questions.
+      Items with the same questions and changed inputs.
     """
     if ablation == "blank_images":
         return [dataclasses.replace(i, image=np.full_like(i.image, 0.5)) for i in items]
@@ -100,11 +102,11 @@ def ablate(items: Sequence[Item], ablation: str) -> list[Item]:
 def prompt_batches(
     items: Sequence[Item], config: GLMConfig, tokenizer: Tokenizer, batch: int = BATCH
 ) -> Iterator[dict[str, Any]]:
-    """Yields prompts of `batch` items, padded on the left to one length for all.
+    """Yields prompts of `batch` items, left-padded to one length.
 
     Returns:
-      Dictionaries of tokens [B, T], valid [B, T], images, and audio for a model with speech.
-      The last batch repeats its last item up to the full size.
+      Dictionaries of tokens [B, T], valid [B, T], images, and audio for a model with speech. The
+      last batch repeats its last item to reach the full size.
     """
     audio_tokens = config.speech.num_tokens if config.speech is not None else 0
     prompts = [
@@ -116,7 +118,7 @@ def prompt_batches(
         )
         for item in items
     ]
-    # Room for a recording, and silence where there is none: one compiled program serves both kinds.
+    # Written questions get silence, so that one compiled program serves both kinds.
     longest = max(config.vision.num_tokens + audio_tokens + 8, *map(len, prompts))
     length = -(-longest // 32) * 32
     for start in range(0, len(items), batch):
@@ -149,14 +151,14 @@ def mel_of(recordings: Sequence[np.ndarray], config: GLMConfig) -> np.ndarray:
 def answers(
     model: MultimodalGLM, params: Any, tokenizer: Tokenizer, items: Sequence[Item], progress=iter
 ) -> list[str]:
-    """Generates the model's answer to each item, greedily.
+    """Generates the model's greedy answer to each item.
 
     Args:
-      model: with vision, and speech when questions are spoken.
+      model: model with vision, and with speech for spoken questions.
       params: its parameters.
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       items: the questions.
-      progress: wraps the iterator of batches, such as a progress bar.
+      progress: function that wraps the iterator of batches, such as a progress bar.
 
     Returns:
       Answers as text, up to the stop token.
@@ -181,6 +183,6 @@ def outcomes(items: Sequence[Item], texts: Sequence[str]) -> dict[str, metrics.R
 
 
 def hits(items: Sequence[Item], texts: Sequence[str]) -> list[float]:
-    """Returns 1.0 for each tap that falls in its box and 0.0 for others."""
+    """Returns 1.0 for each tap inside its box, 0.0 for others."""
     judged = [metrics.judge(i.question, text) for i, text in zip(items, texts, strict=True)]
     return [float(outcome.in_box) for outcome in judged if outcome.in_box is not None]

@@ -13,11 +13,11 @@ pytest.importorskip("absl")
     ("fields", "shown"),
     [
         ({}, "yes"),
-        ({"tokens": 10}, "no: at least 99.00% must agree; not marked as verified: 10 of at least "),
-        ({"threshold": 0.5}, "no: at least 50.00% must agree; not marked as verified: the thresh"),
-        ({"turns": 1}, "no: at least 99.00% must agree; not marked as verified: the cache is too"),
-        ({"agreement": 0.9}, "no: at least 99.00% must agree (scores"),
-        ({"threshold": float("nan")}, "no: at least nan% must agree (scores"),
+        ({"tokens": 10}, "no: threshold 99.00%; not marked as verified: only 10 of at least "),
+        ({"threshold": 0.5}, "no: threshold 50.00%; not marked as verified: the default thresh"),
+        ({"turns": 1}, "no: threshold 99.00%; not marked as verified: the cache fits 1 turns"),
+        ({"agreement": 0.9}, "no: threshold 99.00% (rounding"),
+        ({"threshold": float("nan")}, "no: threshold nan% (rounding"),
     ],
 )
 def test_verification_rows_say_yes_of_marked_files_alone(fields, shown):

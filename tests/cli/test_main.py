@@ -73,7 +73,7 @@ def test_usage_lists_every_command(capsys, run):
     ("arguments", "message"),
     [
         (["compres"], "unknown command 'compres'; known: compress, export, evaluate, plan, serve"),
-        (["serve"], "there is no server yet"),
+        (["serve"], "serve: not built yet"),
         (["export", "--out=nowhere/a.tflite"], "its directory does not exist"),
         (["evaluate", "--checkpoint=zai-org/glm"], "hf download zai-org/glm --local-dir glm"),
     ],
@@ -200,7 +200,7 @@ def test_whole_recipes_store_the_type_of_the_source(run, tmp_path, source, capsy
     for path, row in last.items():
         assert row["bytes_after"] == ge.params.stored_bytes(leaves[path])
     assert last["decoder/layers/0/mlp/down_proj/weight"]["bits"] == 16
-    assert "note: computed in float32; what stayed floating" in capsys.readouterr().out
+    assert "note: computed in float32; floating-point parameters" in capsys.readouterr().out
 
 
 def test_as_stored_narrows_masked_but_no_prepared_weights():
@@ -226,7 +226,7 @@ def test_as_stored_narrows_masked_but_no_prepared_weights():
     assert [(r.bytes_before, r.bytes_after) for r in report.rows] == [(64, after), (after, after)]
     assert report.rows[-1].bits == 8 * after / 32
     assert report.notes == (
-        "computed in float32; what stayed floating is stored as bfloat16 again",
+        "computed in float32; floating-point parameters are stored as bfloat16 again",
     )
 
 
@@ -250,7 +250,7 @@ def test_compress_refuses_before_it_loads(whole, run, tmp_path, source, monkeypa
         run(*arguments)
     (out / "checkpoint" / "config.json").unlink()
     (out / "report.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"report\.json: exists already"):
+    with pytest.raises(SystemExit, match=r"report\.json: already exists"):
         run(*arguments)
 
 

@@ -98,7 +98,9 @@ def spoiled(params, quantize, where, value):
 @pytest.mark.parametrize("where", ["array", "masked", "scale", "scales of groups"])
 def test_numbers_that_are_not_finite_are_refused(where, value, write, params, quantize, out):
     bad, path = spoiled(params, quantize, where, value)
-    with pytest.raises(ExportError, match=f"{path}: holds NaN or infinity; export finite weights"):
+    with pytest.raises(
+        ExportError, match=f"{path}: contains NaN or infinity; export finite weights"
+    ):
         write(bad, prefill_lengths=())
     assert not list(out.iterdir())
 
@@ -115,7 +117,7 @@ def test_lengths_that_are_not_fixed_are_refused(length, form, write, params, out
     for name, values in fields.items():
         for value in values:
             with pytest.raises(
-                ExportError, match=f"{name}: .* is not a fixed length; right would be"
+                ExportError, match=f"{name}: .* is not a fixed length; use an integer"
             ):
                 write(params, **{"prefill_lengths": (), name: value})
     assert not list(out.iterdir())
@@ -134,7 +136,7 @@ def test_functions_of_a_shape_that_is_not_fixed_are_refused(extent, out):
     if extent == "T":
         (extent,) = jax.export.symbolic_shape("T")
     inputs = {"x": jax.ShapeDtypeStruct((extent, 3), jnp.float32)}
-    with pytest.raises(ExportError, match=r"shape of x: .* is not a fixed length; right would be"):
+    with pytest.raises(ExportError, match=r"shape of x: .* is not a fixed length; use an integer"):
         export.function(lambda _, given: {"y": 2.0 * given["x"]}, {}, inputs, out / "a.tflite")
     assert not list(out.iterdir())
 

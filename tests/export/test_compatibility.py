@@ -84,7 +84,7 @@ def test_8_bit_activations_are_for_hexagon_which_wants_one_scale():
     each = operator("FULLY_CONNECTED", rows, weights("int8"), None, version=4, outputs=out)
     assert verdicts(one)["hexagon"].accepted == YES
     assert verdicts(one)["coreml"].reason.startswith("the first input is int8")
-    assert verdicts(each)["hexagon"].reason == "more than one scale of the weights"
+    assert verdicts(each)["hexagon"].reason == "more than one scale for the weights"
 
 
 def test_ranks_and_shapes_count():

@@ -140,9 +140,11 @@ def test_what_cannot_run_is_read_and_says_so(exported_coreml, params):
     found = exported_coreml.verify()
     boxed = [path for path, leaf in boxes.path_items(params) if isinstance(leaf, Quantized)]
     assert (found.functions, found.weights) == (len(exported_coreml.signatures), len(boxed))
-    assert "nothing was run" in str(found)
+    assert "the package was not run" in str(found)
     assert export.read_metadata(exported_coreml.path)["verified"] is False
-    with pytest.raises(ExportError, match="Core ML packages are not run here"):
+    with pytest.raises(
+        ExportError, match="Core ML packages are not run, so verify takes no options"
+    ):
         exported_coreml.verify(threshold=0.5)
 
 
@@ -164,7 +166,7 @@ def test_one_other_byte_of_a_weight_is_found(exported_coreml, model, tmp_path):
 
 def test_a_package_of_other_functions_is_refused(exported_coreml, model, tmp_path):
     other = model.clone(config=dataclasses.replace(model.config, name="other"))
-    with pytest.raises(ExportError, match="holds another model than other"):
+    with pytest.raises(ExportError, match="contains a different model than other"):
         inspect(exported_coreml.path, other, exported_coreml.params)
     changed = shutil.copytree(exported_coreml.path, tmp_path / "a.mlpackage")
     file = changed / "Data/com.apple.CoreML/model.mlmodel"
@@ -173,13 +175,15 @@ def test_a_package_of_other_functions_is_refused(exported_coreml, model, tmp_pat
     described = {function.name: function for function in specification.description.functions}
     described["decode"].input[0].type.multiArrayType.shape[0] += 1
     file.write_bytes(specification.SerializeToString())
-    with pytest.raises(ExportError, match=r"is not a complete Core ML export.*inputs of decode"):
+    with pytest.raises(
+        ExportError, match=r"not a complete glm_edge Core ML export.*inputs of decode"
+    ):
         inspect(changed, model, exported_coreml.params)
     del specification.description.functions[-1]
     file.write_bytes(specification.SerializeToString())
-    with pytest.raises(ExportError, match=r"is not a complete Core ML export.*functions"):
+    with pytest.raises(ExportError, match=r"not a complete glm_edge Core ML export.*functions"):
         inspect(changed, model, exported_coreml.params)
-    with pytest.raises(ExportError, match="is not a complete Core ML export"):
+    with pytest.raises(ExportError, match="not a complete glm_edge Core ML export"):
         inspect(tmp_path, model, exported_coreml.params)
 
 
@@ -266,7 +270,7 @@ def test_six_axes_become_five_with_the_same_result():
 
 
 def test_what_cannot_be_written_is_refused(model, dense_params, quantize, tmp_path):
-    with pytest.raises(ExportError, match=r"end it in \.mlpackage"):
+    with pytest.raises(ExportError, match=r"must end in \.mlpackage"):
         coreml(model, dense_params, tmp_path / "a")
     taken = tmp_path / "a.mlpackage"
     taken.mkdir()
@@ -282,7 +286,7 @@ def test_what_cannot_be_written_is_refused(model, dense_params, quantize, tmp_pa
             else boxes.quantized(made.codes() & 15, made.scale, None, Format("nf4", 32))
         )
 
-    with pytest.raises(ExportError, match="its levels are not integers"):
+    with pytest.raises(ExportError, match="its levels are not integer multiples"):
         coreml(model, boxes.map_with_path(box, dense_params), tmp_path / "b.mlpackage")
     assert list(tmp_path.iterdir()) == [taken]
 

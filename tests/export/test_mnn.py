@@ -135,7 +135,7 @@ def test_other_integers_give_other_results(exported_mnn, offered, model, params,
     inputs = feed(offered["decode"])
     assert run(changed, offered["decode"], inputs, params)["logits"] > 10 * TOLERANCE
     path = "decoder/layers/1/mlp/down_proj/weight"
-    with pytest.raises(ExportError, match=f"damaged, .*1 values of {path} are not"):
+    with pytest.raises(ExportError, match=f"damaged, .*1 values of {path} differ"):
         export.verify(changed, model, exported_mnn.params, short_windows())
 
 
@@ -150,7 +150,7 @@ def test_a_directory_that_runs_as_jax_does_is_marked_as_verified(exported_mnn):
     assert result.max_abs_error < 1e-2
     assert result.free_running_tokens > 0
     assert export.read_metadata(exported_mnn.path) == description | {"verified": True}
-    with pytest.raises(ExportError, match="right would be compute='float32'"):
+    with pytest.raises(ExportError, match="use compute='float32'"):
         exported_mnn.verify(compute="int8_dynamic")
 
 
@@ -168,7 +168,7 @@ def test_a_graph_that_computes_something_else_fails(exported_mnn, model, tmp_pat
     for at in rest[len(rest) // 4 :]:
         content[at] = 0
     (changed / "weights.bin").write_bytes(content)
-    with pytest.raises(ExportError, match="speech compute something else than in JAX"):
+    with pytest.raises(ExportError, match="speech differ from JAX by more than"):
         export.verify(changed, model, exported_mnn.params, short_windows(3), free_running=0)
     assert export.read_metadata(changed)["verified"] is False
 
@@ -207,7 +207,7 @@ def test_narrow_types_are_widened_and_zero_points_refused(
     worst = run(written.path, offered["decode"], feed(offered["decode"]), params)
     assert max(worst.values()) < TOLERANCE
     assert written.verify(short_windows(2), free_running=0).agreement == 1.0
-    with pytest.raises(ExportError, match="right would be a format without -affine"):
+    with pytest.raises(ExportError, match="use a format without -affine"):
         mnn(model, boxed(Format("int4", 32, False)), tmp_path / "b", (), SLOTS)
     with pytest.raises(OutputError, match="exists"):
         mnn(model, params, tmp_path / "a", (), SLOTS)
@@ -253,7 +253,7 @@ def test_the_converter_runs_without_its_command_line():
 
 
 def test_a_directory_that_is_no_export_is_refused(tmp_path):
-    with pytest.raises(ExportError, match="is not a complete export of glm_edge"):
+    with pytest.raises(ExportError, match="not a complete glm_edge export"):
         read_weights(tmp_path)
 
 

@@ -186,7 +186,7 @@ def test_a_directory_that_runs_as_jax_does_is_marked_as_verified(exported_onnx):
     assert result.free_running_tokens > 0
     assert export.read_metadata(exported_onnx.path) == description | {"verified": True}
     assert not [file for file in exported_onnx.path.iterdir() if file.name.startswith(".")]
-    with pytest.raises(ExportError, match="right would be compute='float32'"):
+    with pytest.raises(ExportError, match="use compute='float32'"):
         exported_onnx.verify(compute="int8_dynamic")
 
 
@@ -204,7 +204,7 @@ def test_one_other_byte_of_a_weight_is_found(exported_onnx, model, tmp_path):
 
         changed = other_bytes(exported_onnx.path, tmp_path / f"{index}", "weights.bin", change)
         path = name.removesuffix(".scale")
-        with pytest.raises(ExportError, match=f"damaged, .*1 (values|scale) of {path} are not"):
+        with pytest.raises(ExportError, match=f"damaged, .*1 (values|scale) of {path} differ"):
             export.verify(changed, model, exported_onnx.params, short_windows())
 
 
@@ -219,7 +219,7 @@ def test_a_graph_that_computes_something_else_fails(exported_onnx, model, tmp_pa
 
     changed = other_bytes(exported_onnx.path, tmp_path / "a", "decode.onnx", change)
     write_description(changed, export.read_metadata(changed) | {"verified": False})
-    with pytest.raises(ExportError, match=r"at least 99\.00% must agree"):
+    with pytest.raises(ExportError, match=r"threshold 99\.00%"):
         export.verify(changed, model, exported_onnx.params, short_windows(3), free_running=0)
     assert export.read_metadata(changed)["verified"] is False
 
@@ -263,7 +263,7 @@ def test_damaged_directories_are_refused(exported_onnx, model, outcome, tmp_path
 
 def test_a_directory_of_another_model_is_refused(exported_onnx, model, params):
     other = model.clone(config=dataclasses.replace(model.config, name="other"))
-    with pytest.raises(ExportError, match="holds another model than other"):
+    with pytest.raises(ExportError, match="contains a different model than other"):
         export.verify(exported_onnx.path, other, params)
     with pytest.raises(DataError, match="65 tokens do not fit the 64 slots"):
         export.GraphDirectoryRunner(exported_onnx.path).score(np.arange(65))
@@ -293,7 +293,7 @@ def test_groups_zero_points_and_narrow_types_are_held_and_run(other_forms, offer
     [
         (
             Format("nf4", 32),
-            "nf4-g32-scale=float32 cannot be written as ONNX: its levels are not integers",
+            "nf4-g32-scale=float32 cannot be written as ONNX: its levels are not integer multiples",
         ),
         (Format("int4", 32, False, zero_dtype="float32"), "zero points must be integers"),
     ],
@@ -320,7 +320,7 @@ def test_forms_that_onnx_cannot_hold_are_refused(
 
 def test_a_function_without_an_operator_is_refused():
     struct = {"x": jax.ShapeDtypeStruct((4,), jnp.float32)}
-    with pytest.raises(ExportError, match="no operator for sort"):
+    with pytest.raises(ExportError, match="no lowering for sort"):
         GraphBuilder({}).lower(lambda _, inputs: {"y": jnp.sort(inputs["x"])}, {}, struct)
 
 
@@ -344,10 +344,10 @@ def test_targets_are_written_whole_or_not_at_all(model, params, tmp_path, monkey
 
 
 def test_a_directory_that_is_no_export_is_refused(exported_onnx, tmp_path):
-    with pytest.raises(ExportError, match="is not a complete export of glm_edge"):
+    with pytest.raises(ExportError, match="not a complete glm_edge export"):
         read_weights(tmp_path)
     (tmp_path / DESCRIPTION).write_text(json.dumps({"signatures": ["decode"]}))
-    with pytest.raises(ExportError, match="is not a complete ONNX export"):
+    with pytest.raises(ExportError, match="not a complete glm_edge ONNX export"):
         read_weights(tmp_path)
 
 

@@ -242,7 +242,7 @@ def test_a_profile_counts_every_product_and_adds_up(toy_file):
 
 def test_events_of_unequal_runs_are_refused():
     events = [profiler.Event(tag=b"ADD", kind=profiler.OPERATOR, elapsed_us=1)] * 3
-    with pytest.raises(RuntimeError, match="3 events of 2 runs"):
+    with pytest.raises(RuntimeError, match="3 events do not divide into 2 runs"):
         profiler.by_operator(events, 2, 1e-6)
 
 

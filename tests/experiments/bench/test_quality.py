@@ -57,7 +57,7 @@ def test_a_finished_row_is_kept_unless_its_options_changed(tmp_path):
     assert bench_quality.finished(tmp_path, method, settings)
     other = dataclasses.replace(method, options={"tile": 64})
     assert not bench_quality.finished(tmp_path, other, settings)
-    with pytest.raises(OutputError, match=r"screens 3, asked for 4; name another --out_dir"):
+    with pytest.raises(OutputError, match=r"screens 3, requested 4; use a different --out_dir"):
         bench_quality.finished(tmp_path, method, {**settings, "screens": 4})
 
 

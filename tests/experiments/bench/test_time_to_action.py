@@ -85,8 +85,8 @@ def test_a_small_run(tmp_path):
     assert len(log["measured"]["prepare_s"]) == 2
     assert min(log["measured"]["prepare_s"]) > 0
     assert log["measured"]["prepared_tokens"] >= log["measured"]["prompt_tokens"]
-    assert log["sources"] == "as given by --tops"
-    assert "sources: as given by --tops" in done.stdout
+    assert log["sources"] == "as set by --tops"
+    assert "sources: as set by --tops" in done.stdout
     assert log["runtimes"]["LiteRT"]["size_bytes"] > 1e6
     assert "none" in log["runtimes"]["MNN"]["left_out"]
     assert "450 ms" in done.stdout or "0.45 s" in done.stdout

@@ -44,7 +44,7 @@ def test_skipping_none_or_half_of_the_neurons(run, checkpoint):
 
 
 def test_fractions_of_neurons_that_mean_nothing_are_refused(run, checkpoint):
-    with pytest.raises(RecipeError, match="lists nothing"):
+    with pytest.raises(RecipeError, match="must not be empty"):
         run(dynamic, f"--checkpoint={checkpoint}", "--skip=")
     with pytest.raises(RecipeError, match="keep must be above 0"):
         run(dynamic, f"--checkpoint={checkpoint}", "--skip=100")
@@ -74,7 +74,7 @@ def test_an_exit_that_is_always_or_never_sure(run, checkpoint):
         assert found[f"{kind} 1: layers"] == 2.0
         assert found[f"{kind} 1: lost"] == 0.0
     assert found["exit 0: lost"] > 0.0
-    assert "not reachable here" in rows["all layers: time"]["note"]
+    assert "not available" in rows["all layers: time"]["note"]
 
 
 def test_the_claim_of_early_exit_stands_at_its_threshold():
@@ -82,7 +82,7 @@ def test_the_claim_of_early_exit_stands_at_its_threshold():
     rows = {r.quantity: r for r in early_exit.rows_of(found, "taps", 40)}
     assert rows["exit 0.95: lost"].measured == pytest.approx(5.0)
     assert rows["exit 0.95: lost"].claim == pytest.approx(0.4)
-    assert rows["exit 0.95: time of a token"].measured == pytest.approx(8.0)
+    assert rows["exit 0.95: time per token"].measured == pytest.approx(8.0)
     assert rows["exit 0.95: time over all layers"].measured == pytest.approx(0.8)
     assert rows["exit 0.95: time over all layers"].claim == pytest.approx(76 / 120)
     assert rows["all layers: taps"].claim == 98.2

@@ -73,7 +73,7 @@ def test_the_test_part_and_the_published_file_come_first(folder):
 
 
 def test_what_cannot_be_read_is_refused(folder, tmp_path):
-    with pytest.raises(DataError, match=r"clinc150_train\.tsv: is missing; --intent_dir"):
+    with pytest.raises(DataError, match=r"clinc150_train\.tsv: missing; --intent_dir"):
         intent.load(str(tmp_path), 120, 12)
     (folder / "clinc150_dev.tsv").write_text("text\tintent\nplay bach\tplay\nhello\n")
     with pytest.raises(DataError, match=r"dev\.tsv: line 3 is not a text"):
@@ -147,6 +147,6 @@ def test_differences_are_paired_by_text(folder):
     assert rows["lost by half the depth, distilled"].measured == pytest.approx(100 * 2 / 12)
     assert rows["lost by half the depth, distilled"].claim == pytest.approx(2.5)
     assert rows["gain of distillation"].measured == pytest.approx(100 * 1.5 / 12)
-    assert rows["found to be of no intent, half, distilled"].measured == pytest.approx(75.0)
+    assert rows["recognised as without intent, half, distilled"].measured == pytest.approx(75.0)
     assert rows["half over full, JAX"].measured == pytest.approx(1.0)
     assert rows["top-1, full, the claim's data"].measured is None

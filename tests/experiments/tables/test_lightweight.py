@@ -26,7 +26,7 @@ def test_files_are_timed_and_weighed_each_in_a_process(tmp_path, monkeypatch):
         assert min(sum(run.values()) for run in found[kind]["actions"]) > min(found[kind]["steps"])
         assert 0 < found[kind]["baseline_rss_bytes"] < found[kind]["peak_rss_bytes"]
     files["native"].path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="LiteRT does not run a file"):
+    with pytest.raises(DataError, match="LiteRT cannot run a file"):
         lightweight.timed({"native": files["native"]}, rounds=1, threads=1, answer_tokens=1)
 
 
@@ -53,7 +53,7 @@ def test_rows_set_both_models_against_the_claim():
     rows = {row.quantity: row for row in lightweight.rows_of(hits, sizes, runs)}
     native = rows["latency of a tap, native"]
     assert (native.claim, native.measured) == (210.0, pytest.approx(40.0))
-    assert "another device" in native.note
+    assert "a different device" in native.note
     factor = rows["latency of a tap, lightweight over native"]
     assert (factor.claim, factor.measured) == (pytest.approx(85 / 210), pytest.approx(0.25))
     assert rows["latency of a token, lightweight over native"].measured == pytest.approx(0.5)

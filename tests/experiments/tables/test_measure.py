@@ -81,7 +81,7 @@ def test_files_agree_with_jax_in_float32_and_int8(mobile, tmp_path):
 
 def test_a_function_that_tflite_cannot_hold_is_refused(tmp_path):
     pytest.importorskip("tensorflow")
-    with pytest.raises(ExportError, match="cannot hold this function"):
+    with pytest.raises(ExportError, match="cannot represent this function"):
         function(
             lambda _, inputs: {"y": jnp.linalg.svd(inputs["x"])[1]},
             {},
@@ -150,8 +150,8 @@ def test_rows_of_int8_and_pruning_give_factors_and_losses():
     kinds = {"dense": cost, "dense int8": cost, "pruned": small, "pruned int8": small}
     found = {"dense": [97.0], "dense int8": [96.5], "pruned": [96.0], "pruned int8": [95.5]}
     rows = {row.quantity: row for row in int8_pruned.rows_of(found, kinds, "d")}
-    assert rows["operations, how many times fewer"].measured == pytest.approx(3.0)
-    assert rows["file, how many times fewer"].claim == pytest.approx(8.7 / 3.2)
+    assert rows["operations, reduction factor"].measured == pytest.approx(3.0)
+    assert rows["file, reduction factor"].claim == pytest.approx(8.7 / 3.2)
     assert rows["top-1 lost, pruned int8"].measured == pytest.approx(1.5)
     assert rows["top-1 lost, pruned int8"].ratio == pytest.approx(1.5)
 

@@ -103,7 +103,7 @@ def test_a_table_is_four_files_with_the_command(run, tmp_path, capsys, monkeypat
     command = "python -m experiments.tables.small --preset=quick --seed=3 --kinds=b"
     assert log["command"] == command
     assert command in printed
-    assert "not reachable here: hardware" in printed
+    assert "not available: hardware" in printed
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     assert 75 <= log["seconds"] < 75 + 60
     assert f"{log['seconds']:.0f} s, load average" in printed

@@ -504,7 +504,9 @@ def test_what_cannot_be_written_is_refused(text_bundle, heard_and_seen, tmp_path
     model, params = text_bundle.model, text_bundle.params
     with pytest.raises(OutputError, match="exists"):
         litertlm(model, params, processor(), text_bundle.path)
-    with pytest.raises(ExportError, match="prepares no image"):
+    with pytest.raises(
+        ExportError, match="the model reads image, but its processor does not prepare it"
+    ):
         litertlm(heard_and_seen.model, heard_and_seen.params, processor(), tmp_path / "new")
     with pytest.raises(ExportError, match="prefill_lengths"):
         litertlm(

@@ -97,7 +97,7 @@ def test_weights_are_stored_once_for_all_signatures(exported):
 
 def test_conversions_are_reported(exported, model, dense_params, quantize, tmp_path):
     assert [str(c) for c in exported.conversions] == [
-        "speech/linear_1/weight: mask written as zeros of a dense weight"
+        "speech/linear_1/weight: mask written as zeros in a dense weight"
     ]
     assert not exported.conversions[0].changes_values
     assert not isinstance(exported.params["speech"]["linear_1"]["weight"], Masked)
@@ -122,13 +122,13 @@ def test_conversions_are_reported(exported, model, dense_params, quantize, tmp_p
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Format("int8", 32), "no kernel for int8 in groups; right would be int8"),
+        (Format("int8", 32), "no kernel for int8 in groups; use int8"),
         (
             Format("int4", 32, symmetric=False),
-            "no zero point; right would be a format without -affine",
+            "does not store zero points; use a format without -affine",
         ),
-        (Format("int8", symmetric=False), "right would be a format without -affine"),
-        (Format("int4", 16), "groups of a multiple of 32"),
+        (Format("int8", symmetric=False), "use a format without -affine"),
+        (Format("int4", 16), "group sizes must be a multiple of 32"),
     ],
     ids=str,
 )
@@ -173,7 +173,7 @@ def test_codes_move_to_a_wider_type_that_runs_and_values_stay(form, columns, hel
     box = rtn(None, {"weight": weight})[1]["weight"]
     constant, effective, conversions = to_constant("w", box)
     assert [str(c) for c in conversions] == (
-        [f"w: {form if '-' in form else f'{form}-channel'} written as {held}, of the same values"]
+        [f"w: {form if '-' in form else f'{form}-channel'} written as {held} with the same values"]
         if held
         else []
     )
@@ -242,7 +242,7 @@ def test_a_table_of_int4_is_looked_up_and_multiplied_with(
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(value, model, dense_params, tmp_path):
     weight = dense_params["decoder"]["norm"]["weight"].at[3].set(value)
-    with pytest.raises(ExportError, match="decoder/norm/weight: holds NaN or infinity"):
+    with pytest.raises(ExportError, match="decoder/norm/weight: contains NaN or infinity"):
         export.tflite(
             model, replaced(dense_params, "decoder/norm/weight", weight), tmp_path / "a.tflite"
         )

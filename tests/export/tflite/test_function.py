@@ -112,9 +112,9 @@ def test_function_gives_what_jax_gives(seer):
     image = np.random.default_rng(1).random((1, 8, 8, 3), np.float32)
     found = seer.run(images=image)["logits"]
     np.testing.assert_allclose(found, see(seer.params, {"images": image})["logits"], atol=1e-5)
-    with pytest.raises(DataError, match=r"inputs: \['image'\]; the file takes \['images'\]"):
+    with pytest.raises(DataError, match=r"inputs: \['image'\], expected the file's \['images'\]"):
         seer.run(image=image)
-    with pytest.raises(DataError, match="the file takes"):
+    with pytest.raises(DataError, match="expected the file's"):
         seer.verify([{"images": image[0]}])
 
 
@@ -144,7 +144,7 @@ def test_function_lists_what_it_converts(seer):
     rules = {c.path.removeprefix("params/"): c.rule for c in seer.conversions}
     assert rules == {
         "attention/key/kernel": "int3 written as int4: the same integers and scales",
-        "narrow/kernel": "mask written as zeros of a dense weight",
+        "narrow/kernel": "mask written as zeros in a dense weight",
         "head/kernel": "bfloat16 written as float32",
     }
 
@@ -166,7 +166,7 @@ def test_function_that_closes_over_integers_is_refused(tmp_path):
     box = table(jnp.eye(4), Format("int8"))
     inputs = {"x": jax.ShapeDtypeStruct((1, 4), jnp.float32)}
     for run in (lambda x: x @ boxes.dense(box), jax.jit(lambda x: x @ boxes.dense(box))):
-        with pytest.raises(ExportError, match=r"closes over .*int8 \[4, 4\].* give them as params"):
+        with pytest.raises(ExportError, match=r"closes over .*int8 \[4, 4\].* pass it in params"):
             export.function(
                 lambda _, given, run=run: {"y": run(given["x"])}, {}, inputs, tmp_path / "a.tflite"
             )
@@ -176,8 +176,11 @@ def test_function_that_closes_over_integers_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Format("nf4"), "w: nf4-channel cannot be written as TFLite: its levels are not integers"),
-        (Format("int8"), "w: holds integers of its own, and examples= choose others"),
+        (
+            Format("nf4"),
+            "w: nf4-channel cannot be written as TFLite: its levels are not integer multiples",
+        ),
+        (Format("int8"), "w: is already quantized, which excludes examples="),
     ],
 )
 def test_function_refuses_by_name(form, message, tmp_path):
@@ -203,14 +206,14 @@ def identity(params, inputs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((identity, {}, {"x": (8, 16, 16, 3)}, "a"), r"inputs\['x'\] is \(8, 16, 16, 3\); right"),
-        ((identity, {}, np.ones((1, 4)), "a"), "inputs is a ndarray; right would be {"),
-        ((identity, {}, {}, "a"), "inputs is empty; right would be {"),
-        (({}, identity, {"x": np.ones(4)}, "a"), "function is a dict; right would be lambda"),
-        ((Reader(), {}, {"x": np.ones(4)}, "a"), "function is a Reader; right would be lambda"),
-        ((identity, Reader(), {"x": np.ones(4)}, "a"), "params is a Reader; right would be"),
-        ((identity, {}, "a", {"x": np.ones(4)}), "inputs is a str; right would be {"),
-        ((identity, {}, {"x": np.ones(4)}, None), "path is a NoneType; right would be"),
+        ((identity, {}, {"x": (8, 16, 16, 3)}, "a"), r"inputs\['x'\] is \(8, 16, 16, 3\); use"),
+        ((identity, {}, np.ones((1, 4)), "a"), "inputs is a ndarray; use {"),
+        ((identity, {}, {}, "a"), "inputs is empty; use {"),
+        (({}, identity, {"x": np.ones(4)}, "a"), "function is a dict; use lambda"),
+        ((Reader(), {}, {"x": np.ones(4)}, "a"), "function is a Reader; use lambda"),
+        ((identity, Reader(), {"x": np.ones(4)}, "a"), "params is a Reader; use"),
+        ((identity, {}, "a", {"x": np.ones(4)}), "inputs is a str; use {"),
+        ((identity, {}, {"x": np.ones(4)}, None), "path is a NoneType; use"),
     ],
 )
 def test_function_names_the_form_of_its_arguments(arguments, message):
@@ -227,7 +230,7 @@ def test_a_narrow_weight_is_told_by_its_types(dtype):
 
 
 def test_other_formats_of_a_stock_module_name_function(tmp_path):
-    message = r"Reader: only a MultimodalGLM .* right would be ge\.export\.function"
+    message = r"Reader: only a MultimodalGLM .* use ge\.export\.function"
     with pytest.raises(ExportError, match=message):
         export.tflite(Reader(), {}, tmp_path / "a.tflite")
     # All formats ask here.

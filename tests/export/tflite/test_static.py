@@ -111,8 +111,8 @@ def test_static_file_has_the_grids_bit_for_bit(written, calibrated):
             assert getattr(effective[path], f"{side}_scale") is not None
         assert held[path].data.tobytes() == np.asarray(box.data).tobytes()
     assert [str(c) for c in written.conversions] == [
-        f"{GROUPED}: static ranges left out, as int4-g32 has no kernel for them: the file rounds "
-        "each row to its own range"
+        f"{GROUPED}: static ranges omitted because int4-g32 has no kernel for them: the runtime "
+        "rounds each row to its own range"
     ]
     assert effective[GROUPED].input_scale is None
     assert effective[GROUPED].output_scale is None
@@ -156,11 +156,11 @@ def test_static_ranges_without_a_kernel_are_named(quantize):
     )
     constant, effective, conversions = to_constant("embed/weight", full)
     assert (constant.inputs, effective.input_scale, effective.output_scale) == (None, None, None)
-    assert "as its rows are looked up, too" in str(conversions[0])
+    assert "because it is also used for lookups" in str(conversions[0])
     partial = full.replace(output_scale=None, output_zero=None)
     constant, effective, conversions = to_constant("w", partial)
     assert (constant.inputs, effective.input_scale) == (None, None)
-    assert "as its products have none" in str(conversions[0])
+    assert "because its products have none" in str(conversions[0])
     assert conversions[0].changes_values
     narrow = with_grids(
         quantize(weight, Format("int6")), ActivationGrid(0.02, 3), ActivationGrid(0.1, -5)

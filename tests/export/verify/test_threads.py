@@ -67,7 +67,7 @@ def test_close_waits_for_another_thread(dense_export):
         pass
     child.close()
     thread.join()
-    assert outcomes[-1].endswith("its process has ended; load it again")
+    assert outcomes[-1].endswith("its process has ended; load the file again")
 
 
 def test_looking_at_all_slots_leaves_the_model_as_it_is(model):

@@ -123,14 +123,14 @@ def damage(folder, what):
     ("what", "message"),
     [
         ("text", "not an IDX file of images"),
-        ("truncated", "promises 31360 bytes"),
+        ("truncated", "declares 31360 bytes"),
         ("truncated gzip", "cannot be read"),
-        ("huge", "promises"),
+        ("huge", "declares"),
         ("labels", "not an IDX file of images"),
-        ("size", "28x28 is needed"),
+        ("size", "expected 28x28"),
         ("count", "39 labels for 40 images"),
         ("label", "label 11"),
-        ("class", "no image of digit 1"),
+        ("class", "digit 1 has no image"),
         ("missing", "cannot be read"),
     ],
 )
@@ -145,7 +145,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, what, message):
 def test_bad_folders_and_splits_are_refused(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         digits.mnist_folder(tmp_path / "nothing", "eval")
-    with pytest.raises(DataError, match="holds no"):
+    with pytest.raises(DataError, match="contains no"):
         digits.mnist_folder(tmp_path, "eval")
     with pytest.raises(DataError, match="unknown split 'test'"):
         digits.mnist_folder(tmp_path, "test")

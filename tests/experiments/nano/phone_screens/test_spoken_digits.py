@@ -65,10 +65,10 @@ def test_resampling_keeps_a_tone(rate):
         ({"samples": np.array(["x"])}, "samples are <U1"),
         ({"samples": np.zeros((2, 8), np.int16)}, "samples are int16"),
         ({"samples": np.full(90000, np.nan, np.float32)}, "not finite"),
-        ({"samples": np.zeros(100, np.int16)}, "offsets do not fit"),
-        ({"offsets": np.arange(3)}, "offsets do not fit"),
-        ({"offsets": np.zeros(41, int)}, "offsets do not fit"),
-        ({"offsets": np.linspace(0, 1, 41)}, "offsets do not fit"),
+        ({"samples": np.zeros(100, np.int16)}, "offsets must be"),
+        ({"offsets": np.arange(3)}, "offsets must be"),
+        ({"offsets": np.zeros(41, int)}, "offsets must be"),
+        ({"offsets": np.linspace(0, 1, 41)}, "offsets must be"),
         ({"sr": np.int32(0)}, "sr is 0"),
         ({"sr": np.array("fast")}, "sr is fast"),
         ({"name": np.array(["ten_ann_0"] * 40)}, "digit_speaker_index"),
@@ -105,9 +105,9 @@ def test_speakers_are_split_never_clips(tmp_path):
     assert {u.speaker for u in kept} == {"ann"}
     assert {u.speaker for u in held} == {"bob_jr"}
     assert len(kept) + len(held) == len(everything)
-    with pytest.raises(DataError, match="no speaker 'eve'; there are ann, bob_jr"):
+    with pytest.raises(DataError, match="no speaker 'eve'; known: ann, bob_jr"):
         speech.split_speakers(everything, ["eve"])
-    with pytest.raises(DataError, match="leaves a side empty"):
+    with pytest.raises(DataError, match="leaves one set empty"):
         speech.split_speakers(everything, ["ann", "bob_jr"])
 
 
