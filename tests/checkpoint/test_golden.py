@@ -20,8 +20,8 @@ SHARED = Path(os.environ.get("GLM_EDGE_GOLDEN") or ROOT.parent / "shared" / "gol
 
 
 def cases(folder: Path) -> list:
-    found = sorted(path.parent for path in folder.glob("*/outputs.npz"))
-    return [pytest.param(path, id=path.name) for path in found]
+    result = sorted(path.parent for path in folder.glob("*/outputs.npz"))
+    return [pytest.param(path, id=path.name) for path in result]
 
 
 @pytest.fixture

@@ -56,10 +56,10 @@ def test_from_file_reads_what_numpy_writes(tmp_path, save):
     images = np.asfortranarray(np.random.default_rng(0).random((3, 2, 2, 3)))
     valid = np.array([True, False, True])
     save(tmp_path / "a.npz", tokens=TOKENS, images=images, valid=valid)
-    found = read(tmp_path / "a.npz")
-    assert [len(batch["tokens"]) for batch in found] == [2, 1]
+    result = read(tmp_path / "a.npz")
+    assert [len(batch["tokens"]) for batch in result] == [2, 1]
     for name, array in (("tokens", TOKENS), ("images", images), ("valid", valid)):
-        joined = np.concatenate([batch[name] for batch in found])
+        joined = np.concatenate([batch[name] for batch in result])
         assert joined.dtype == array.dtype
         np.testing.assert_array_equal(joined, array)
 

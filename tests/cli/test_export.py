@@ -24,12 +24,12 @@ def test_verification_rows_say_yes_of_marked_files_alone(fields, shown):
     from glm_edge.cli.export import verification_rows
 
     enough = Verification(1.0, 1000, None, None, None, 0, "int8_dynamic", 0.99, 0.99, turns=3)
-    found = dataclasses.replace(enough, **fields)
-    summary = {"passed": found.passed, "verified": found.verified, "reason": found.reason}
+    result = dataclasses.replace(enough, **fields)
+    summary = {"passed": result.passed, "verified": result.verified, "reason": result.reason}
     rows = dict(
         verification_rows(
-            {"ran": True, "tokens_of": "random tokens", **dataclasses.asdict(found), **summary}
+            {"ran": True, "tokens_of": "random tokens", **dataclasses.asdict(result), **summary}
         )
     )
     assert rows["verified"].startswith(shown)
-    assert found.verified == (shown == "yes")
+    assert result.verified == (shown == "yes")

@@ -123,8 +123,8 @@ def test_every_format_is_verified_or_says_that_nothing_ran_it(name, tmp_path):
     flags = ["--checkpoint", checkpoint, "--format", name, "--out", out, "--verify", "--report"]
     done = run(*flags, "--prefill_lengths=16", "--cache_slots=96")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "report.json").read_text())["verification"]
-    assert found["ran"] is (name != "coreml")
+    result = json.loads((tmp_path / "report.json").read_text())["verification"]
+    assert result["ran"] is (name != "coreml")
     if name == "coreml":
         assert "no: it was not run" in done.stdout
         assert (
@@ -133,9 +133,9 @@ def test_every_format_is_verified_or_says_that_nothing_ran_it(name, tmp_path):
         )
         assert ge.export.read_metadata(out)["verified"] is False
         return
-    assert found["passed"]
-    assert found["compute"] == ("int8_dynamic" if name == "litertlm" else "float32")
-    assert found["tokens"] >= (100 if name == "litertlm" else 1000)
+    assert result["passed"]
+    assert result["compute"] == ("int8_dynamic" if name == "litertlm" else "float32")
+    assert result["tokens"] >= (100 if name == "litertlm" else 1000)
     assert "top-1 agreement" in done.stdout
     if name != "litertlm":
         assert ge.export.read_metadata(out)["verified"] is True

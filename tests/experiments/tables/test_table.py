@@ -67,8 +67,8 @@ class Seeded(Small):
 
     def main(self, argv):
         table.prepare(argv)
-        found = table.by_seed({"quick": 3, "full": 9}, lambda seed: {"a": seed, "b": -seed})
-        table.publish(self.NAME, "A claim", self.rows, ["seeds"], found)
+        result = table.by_seed({"quick": 3, "full": 9}, lambda seed: {"a": seed, "b": -seed})
+        table.publish(self.NAME, "A claim", self.rows, ["seeds"], result)
 
 
 def test_a_ratio_is_measured_over_claimed():

@@ -89,9 +89,9 @@ def copied(bundle, path, change=lambda content: content):
 
 
 def test_a_bundle_whose_answers_are_those_of_jax_is_marked(text_bundle, tmp_path):
-    whole = copied(text_bundle, tmp_path / "text.litertlm")
-    assert [held["verified"] for held in unpacked(whole, tmp_path / "before")] == [False]
-    result = whole.verify(prompts=100, max_new_tokens=12)
+    complete = copied(text_bundle, tmp_path / "text.litertlm")
+    assert [stored["verified"] for stored in unpacked(complete, tmp_path / "before")] == [False]
+    result = complete.verify(prompts=100, max_new_tokens=12)
     assert result.verified
     assert str(result).startswith("passed: ")
     assert str(result).endswith("threshold 99.00%")
@@ -100,9 +100,9 @@ def test_a_bundle_whose_answers_are_those_of_jax_is_marked(text_bundle, tmp_path
     assert result.turns >= 3
     assert result.max_abs_error is result.mean_kl is None
     assert "nats" not in str(result)
-    assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [True]
+    assert [stored["verified"] for stored in unpacked(complete, tmp_path / "after")] == [True]
     # Still a bundle that the engine opens, and that passes.
-    assert whole.verify(prompts=2, max_new_tokens=2).agreement == 1.0
+    assert complete.verify(prompts=2, max_new_tokens=2).agreement == 1.0
 
 
 def few_tokens_suffice(monkeypatch):
@@ -120,18 +120,18 @@ def few_tokens_suffice(monkeypatch):
     ],
 )
 def test_an_easy_comparison_marks_nothing(options, shortfall, text_bundle, tmp_path):
-    whole = copied(text_bundle, tmp_path / "text.litertlm")
-    result = whole.verify(prompts=1, max_new_tokens=4, **options)
+    complete = copied(text_bundle, tmp_path / "text.litertlm")
+    result = complete.verify(prompts=1, max_new_tokens=4, **options)
     assert result.passed
     assert not result.verified
     assert re.search(rf"threshold [\d.]+%; not marked as verified: {shortfall}", str(result))
-    assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [False]
+    assert [stored["verified"] for stored in unpacked(complete, tmp_path / "after")] == [False]
 
 
 def test_a_cache_without_room_for_three_turns_marks_nothing(text_bundle, tmp_path, monkeypatch):
     few_tokens_suffice(monkeypatch)
-    whole = copied(text_bundle, tmp_path / "text.litertlm")
-    result = dataclasses.replace(whole, cache_slots=16).verify(
+    complete = copied(text_bundle, tmp_path / "text.litertlm")
+    result = dataclasses.replace(complete, cache_slots=16).verify(
         ["w010 w020"], prompts=1, max_new_tokens=8
     )
     assert result.passed
@@ -140,35 +140,35 @@ def test_a_cache_without_room_for_three_turns_marks_nothing(text_bundle, tmp_pat
         f"not marked as verified: the cache fits {result.turns} turns of a conversation, "
         "fewer than 3"
     )
-    assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [False]
+    assert [stored["verified"] for stored in unpacked(complete, tmp_path / "after")] == [False]
 
 
 def test_images_and_recordings_are_verified_too(media_bundle, tmp_path, monkeypatch):
     few_tokens_suffice(monkeypatch)
-    whole = copied(media_bundle, tmp_path / "media.litertlm")
-    result = whole.verify(prompts=9, max_new_tokens=4)
+    complete = copied(media_bundle, tmp_path / "media.litertlm")
+    result = complete.verify(prompts=9, max_new_tokens=4)
     assert result.agreement == 1.0
     assert result.tokens > 20
-    verified = [held["verified"] for held in unpacked(whole, tmp_path / "after")]
-    assert verified == [True] * len(whole.sections)
+    verified = [stored["verified"] for stored in unpacked(complete, tmp_path / "after")]
+    assert verified == [True] * len(complete.sections)
 
 
 def test_other_answers_fail(text_bundle, tmp_path):
-    whole = copied(text_bundle, tmp_path / "text.litertlm")
+    complete = copied(text_bundle, tmp_path / "text.litertlm")
     swapped = dataclasses.replace(
         processor(), template=TEMPLATE.replace("item.text", "item.text ~ ' w100'")
     )
-    other = dataclasses.replace(whole, processor=swapped)
+    other = dataclasses.replace(complete, processor=swapped)
     with pytest.raises(ExportError, match=r"threshold 99\.00%"):
         other.verify(["w010 w020 w030"], prompts=2, max_new_tokens=12)
     result = other.verify(["w010 w020 w030"], prompts=2, max_new_tokens=12, check=False)
     assert not result.passed
     assert str(result).startswith("failed: ")
-    assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [False]
+    assert [stored["verified"] for stored in unpacked(complete, tmp_path / "after")] == [False]
     with pytest.raises(ExportError, match="no prompt fits its 96 cache slots"):
-        whole.verify(prompts=1, max_new_tokens=SLOTS)
+        complete.verify(prompts=1, max_new_tokens=SLOTS)
     with pytest.raises(DataError, match="no empty one"):
-        whole.verify([" "])
+        complete.verify([" "])
 
 
 def test_a_conversation_goes_on_until_the_cache_is_full(text_bundle, tmp_path, monkeypatch):

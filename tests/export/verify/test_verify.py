@@ -75,13 +75,13 @@ def test_one_product_has_the_bits_of_the_int8_dynamic_kernel(form, rows, quantiz
     graph.compact()
     tflite_file.write(graph.model, tmp_path / "a.tflite", overwrite=False)
     runner = Interpreter(str(tmp_path / "a.tflite")).get_signature_runner("product")
-    found = runner(x=x)["y"]
+    actual = runner(x=x)["y"]
     expected = boxes.linear(jnp.asarray(x), effective, "int8_dynamic")
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
     if form.group_size is None:
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(actual, expected)
     plain = boxes.linear(jnp.asarray(x), effective)
-    assert np.abs(found - plain).max() > 100 * np.abs(found - expected).max()
+    assert np.abs(actual - plain).max() > 100 * np.abs(actual - expected).max()
 
 
 def test_float_file_gives_the_logits_of_the_model(dense_export, model, dense_params, prompt):
@@ -139,8 +139,8 @@ def test_greedy_tokens_are_those_of_the_model(dense_export, model, dense_params,
         Inputs(tokens[None], images=image[None], audio=audio[None]),
         max_new_tokens=20,
     )[0]
-    found = export.LiteRTRunner(dense_export.path).generate(*prompt, max_new_tokens=20)
-    np.testing.assert_array_equal(found, expected[: len(found)])
+    actual = export.LiteRTRunner(dense_export.path).generate(*prompt, max_new_tokens=20)
+    np.testing.assert_array_equal(actual, expected[: len(actual)])
 
 
 def test_compressed_file_agrees_with_jax_on_the_same_integers(exported, prompt):
