@@ -28,7 +28,7 @@ def compute(model: nn.Module, params: Any, inputs: Arrays, greedy_steps: int) ->
       model: model from `glm_edge.load`.
       params: its parameters.
       inputs: arrays by transformers' argument names.
-      greedy_steps: number of tokens that the reference generated greedily.
+      greedy_steps: number of tokens that the reference generated greedily, 0 for none.
 
     Returns:
       Outputs by name; `plain_greedy_ids` and `plain_greedy_logits` come from a complete forward
