@@ -167,7 +167,7 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path, model, params, store):
         save(params | {"new": {"weight": jnp.ones(2)}})
     with pytest.raises(CheckpointError, match=r"has shape \(3,\), the model .* needs \(32,\)"):
         save(boxes.from_flat(flat | {"decoder/norm/weight": jnp.ones(3)}, {}))
-    with pytest.raises(CheckpointError, match="'decoder/norm/weight': holds nan"):
+    with pytest.raises(CheckpointError, match="'decoder/norm/weight': is nan"):
         save(boxes.from_flat(flat | {"decoder/norm/weight": jnp.full(32, jnp.nan)}, {}))
     with pytest.raises(CheckpointError, match="format 'zip' is unknown"):
         save(params, format="zip")
@@ -175,7 +175,7 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path, model, params, store):
 
 
 def test_a_model_without_our_config_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds one of MultimodalGLM, .*, not a dict"):
+    with pytest.raises(CheckpointError, match=r"stores one of MultimodalGLM, .*, not a dict"):
         ge.save({}, {}, tmp_path / "out")
 
 
@@ -234,7 +234,7 @@ def test_a_killed_save_leaves_nothing_that_loads(tmp_path, format):
     assert done.returncode == 9
     (partial,) = tmp_path.iterdir()
     assert partial.name.endswith(".partial")
-    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         ge.load(partial)
 
 
@@ -268,7 +268,7 @@ def refused(directory, kind, pattern):
 def test_paths_that_are_no_checkpoint(tmp_path, saved):
     refused(tmp_path / "absent", CheckpointError, "does not exist")
     refused(saved / safetensors.WEIGHTS, CheckpointError, "is a file; a checkpoint is a directory")
-    refused(tmp_path, CheckpointError, r"holds no config\.json")
+    refused(tmp_path, CheckpointError, r"has no config\.json")
     (saved / "config.json").write_text("{}")
     refused(saved, ConfigError, "neither a glm_edge checkpoint")
 
@@ -376,7 +376,7 @@ def test_orbax_without_our_description_is_refused(saved_orbax):
     edit_config(saved_orbax, lambda fields: fields.pop("arrays"))
     refused(saved_orbax, CheckpointError, "must describe the arrays")
     (saved_orbax / "config.json").unlink()
-    refused(saved_orbax, CheckpointError, r"holds no config\.json")
+    refused(saved_orbax, CheckpointError, r"has no config\.json")
     refused(saved_orbax / "arrays", CheckpointError, r"an Orbax directory without config\.json")
 
 

@@ -288,7 +288,7 @@ def test_every_pattern_of_the_exponent_is_judged_as_numpy_does(bits):
         finite = np.isfinite(values)
         check_finite(values[finite], "x")
         for value in values[~finite][::97]:
-            with pytest.raises(CheckpointError, match=r"holds (nan|-?inf) at \[1\]"):
+            with pytest.raises(CheckpointError, match=r"is (nan|-?inf) at \[1\]"):
                 check_finite(np.array([1, value], dtype), "x")
 
 

@@ -77,7 +77,7 @@ def test_a_stock_module_runs_masked():
     ("options", "message"),
     [
         ({"sparsity": 1.0}, "keep ratio is above 0 and at most 1, not 1.0"),
-        ({"sparsity": 1.5}, "sparsity must be in 0..1 and below 1"),
+        ({"sparsity": 1.5}, "sparsity must be at least 0 and below 1"),
         ({"sparsity": -0.5}, "keep ratio is above 0 and at most 1, not -0.5"),
         ({"sparsity": float("nan")}, "sparsity must be finite"),
         ({"sparsity": "half"}, "sparsity must be float"),

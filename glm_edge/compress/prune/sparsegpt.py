@@ -64,7 +64,7 @@ class SparseGPT(LayerwiseTransform):
       format: format of the remaining weights, such as `int4-g32`, see `glm_edge.params.Format`;
         None quantizes nothing.
       scale: choice of scales: `mse`, `max` or `extreme`, see `glm_edge.quantize.gptq`.
-      fallback_bits: width for a matrix whose columns are not whole groups.
+      fallback_bits: width for a matrix whose columns do not divide into groups.
       block: columns whose weights compete.
       refine: steps of conjugate gradients that fit the remaining weights. SparseGPT as published is
         `refine=0` with `propagate=0` of the solver. Not used when quantizing.
@@ -74,7 +74,7 @@ class SparseGPT(LayerwiseTransform):
 
     Raises:
       RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
-        weight, columns are not whole groups, or weights or inputs are not finite.
+        weight, columns do not divide into groups, or weights or inputs are not finite.
       DataError: on call, calibration is missing.
 
     References:

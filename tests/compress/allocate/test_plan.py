@@ -138,7 +138,7 @@ def test_refuses(make_member, batch_of):
         plan(model, params, 9000, FORMATS, calibration, groups=("nothing",))
     with pytest.raises(RecipeError, match="budget_bytes"):
         plan(model, params, 9e3, FORMATS, calibration)
-    with pytest.raises(RecipeError, match="takes no"):
+    with pytest.raises(RecipeError, match="has no option format="):
         plan(model, params, 9000, FORMATS, calibration, transform="rotate")
     with pytest.raises(DataError, match="calibration"):
         plan(model, params, 9000, FORMATS)

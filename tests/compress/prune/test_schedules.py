@@ -215,13 +215,13 @@ def test_a_cubic_rise_has_large_steps_first():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: prune.one_shot(1.0), "one_shot: sparsity must be in 0..1 and below 1"),
-        (lambda: prune.cubic(1.2, 0, 10), "cubic: final must be in 0..1"),
+        (lambda: prune.one_shot(1.0), "one_shot: sparsity must be at least 0 and below 1"),
+        (lambda: prune.cubic(1.2, 0, 10), "cubic: final must be at least 0 and below 1"),
         (lambda: prune.cubic(0.5, 10, 10), "begin must be below end"),
         (lambda: prune.staircase(0.3, 0, 10, rounds=1), "2 or more rounds"),
         (lambda: prune.staircase(0.3, 0, 10, initial=0.4), "sparsity must rise"),
         (lambda: prune.iterative(0.3, initial=0.3), "sparsity must rise"),
-        (lambda: prune.iterative(1.0), "sparsity must be in 0..1"),
+        (lambda: prune.iterative(1.0), "sparsity must be at least 0 and below 1"),
         (lambda: prune.iterative(0.3, rise="step"), "rise must be"),
         (lambda: prune.iterative(0.3, train=TrainOptions(steps=0)), "steps must be"),
         (lambda: prune.scheduled(optax.sgd(1), prune.one_shot(0.5), "wanda"), "score must be"),
@@ -242,7 +242,7 @@ def test_what_does_not_fit_the_parameters_is_refused(problem):
     params, gradient = problem
     with pytest.raises(RecipeError, match="matches none"):
         prune.scheduled(optax.sgd(1.0), prune.one_shot(0.5), where="head").init(params)
-    with pytest.raises(RecipeError, match="not whole groups of 3"):
+    with pytest.raises(RecipeError, match="do not divide into groups of 3"):
         prune.scheduled(optax.sgd(1.0), prune.one_shot(0.5), shape="2:3").init(params)
     optimizer = prune.scheduled(optax.sgd(1.0), prune.one_shot(0.5))
     with pytest.raises(RecipeError, match="update needs params="):
@@ -273,7 +273,7 @@ def test_masks_that_a_later_transformation_undoes_are_refused(problem):
     state = optimizer.init(params)
     updates, state = optimizer.update(gradient(params), state, params)
     after = optax.apply_updates(params, updates)
-    message = "masked weights are not zero after its update; what comes after it"
+    message = "masked weights are not zero after its update; put transformations that follow it"
     with pytest.raises(RecipeError, match=message):
         prune.boxed(after, state)
     with pytest.raises(RecipeError, match=message):

@@ -206,7 +206,7 @@ def test_masks_can_be_rounded_later_and_stay(compressed):
 def test_what_no_input_meets_goes_by_magnitude(small, calibration):
     model, params = small
     _, pruned, report = prune.sparsegpt(0.5, where="embed")(model, params, calibration)
-    assert "by magnitude: nothing is seen" in report.rows[0].action
+    assert "by magnitude: its rows are looked up" in report.rows[0].action
     expected = prune.mask(0.5, where="embed")(model, params)[1]["embed"]["weight"].mask
     np.testing.assert_array_equal(pruned["embed"]["weight"].mask, expected)
 
@@ -239,7 +239,7 @@ def test_what_does_not_fit_the_model_is_refused(small, calibration):
     model, params = small
     with pytest.raises(DataError, match="calibration"):
         prune.sparsegpt(0.5, where="q_proj")(model, params)
-    with pytest.raises(RecipeError, match="not whole groups of 5"):
+    with pytest.raises(RecipeError, match="do not divide into groups of 5"):
         prune.sparsegpt(shape="2:5", where="q_proj")(model, params, calibration)
     broken = jax.tree.map(lambda leaf: leaf, params)
     weight = broken["decoder"]["layers"]["0"]["attention"]["q_proj"]

@@ -249,7 +249,7 @@ def test_a_recipe_holds_the_ids_as_text(keep):
         ([3, 1], "ascending whole numbers"),
         ("1-", "keep must be ids such as"),
         ("5-2", "nothing of"),
-        ("0-99999999999", "no id of a token"),
+        ("0-99999999999", "not an id of a token"),
     ],
 )
 def test_ids_without_a_meaning_are_refused(keep, message):

@@ -283,7 +283,7 @@ def matrix_pools(
       One pool per matrix, those of a stack in its order.
 
     Raises:
-      RecipeError: rows or columns are not whole groups or blocks.
+      RecipeError: rows or columns do not divide into groups or blocks.
     """
     return [
         pool
@@ -326,7 +326,7 @@ def _matrix_pool(
     if shape.kind == "n:m":
         of = shape.sizes[1]
         if columns % of:
-            raise RecipeError(f"{path}: {columns} columns are not whole groups of {of}")
+            raise RecipeError(f"{path}: {columns} columns do not divide into groups of {of}")
         groups = columns // of
         return pool_of(path, "r (g m) -> (r g) m 1", rows * groups, of, r=rows, g=groups, m=of)
     if shape.kind == "block":

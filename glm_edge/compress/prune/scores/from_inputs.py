@@ -39,8 +39,8 @@ def refuse_unmet(
     unmet = next((path for path in paths if path not in statistics_of_inputs), None)
     if unmet is not None:
         raise RecipeError(
-            f"{transform}: score={score.kind!r} is of inputs, and nothing is seen to multiply "
-            f"{unmet}; leave it out by where="
+            f"{transform}: score={score.kind!r} needs inputs, and calibration has none of {unmet}; "
+            "exclude it by where="
         )
 
 
