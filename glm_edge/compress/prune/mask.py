@@ -97,8 +97,8 @@ class Mask(LayerwiseTransform):
 
     Raises:
       RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
-        weight, rows or columns do not divide into groups, weights are not finite, no unit would remain,
-        or `levels` do not reach the budget.
+        weight, rows or columns do not divide into groups, weights are not finite, no unit would
+        remain, or `levels` do not reach the budget.
       DataError: on call, calibration is missing, or inputs or gradients are not finite.
 
     References:

@@ -421,8 +421,8 @@ def _check_schedule(name: str, sparsity: Schedule) -> None:
             level = float(sparsity(jnp.int32(step)))
         if not 0.0 <= level < 1.0:
             raise RecipeError(
-                f"{name}: sparsity= gives {level:g} at step {step}; it must be at least 0 and below 1 "
-                "at every step"
+                f"{name}: sparsity= gives {level:g} at step {step}; it must be at least 0 and "
+                "below 1 at every step"
             )
 
 
