@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.cli import corpora
+from glm_edge.cli.console import bar
+from glm_edge.export.verify.runner import SignatureRunner
 from glm_edge.models.multimodal import MultimodalGLM
 
 # Tokens of an evaluation window.
@@ -65,6 +67,34 @@ def text_loss(
             model, params, reference_model, reference_params, windows.tokens[index]
         )
         total += [float(np.sum(np.asarray(s) * counted)) for s in statistics]
+    return summarized(total, windows)
+
+
+def exported_text_loss(
+    file: SignatureRunner, windows: corpora.Windows, reference: tuple[MultimodalGLM, Any]
+) -> dict[str, float]:
+    """Measures an exported file as `text_loss` does, with scores that the file computes.
+
+    Args:
+      file: that is run, such as a `glm_edge.export.LiteRTModel`.
+      windows: from `corpora.windows`.
+      reference: dense model and parameters.
+
+    Returns:
+      As `text_loss`.
+    """
+    model, params = reference
+    dense = jax.jit(lambda tokens: jax.nn.log_softmax(model.apply({"params": params}, tokens)[0]))
+    total = np.zeros(3)
+    for tokens, scored in bar("exported, text")(
+        list(zip(windows.tokens, windows.scored, strict=True))
+    ):
+        scores = np.asarray(jax.nn.log_softmax(jnp.asarray(file.score(tokens))))[:-1][scored]
+        expected = np.asarray(dense(tokens[None]))[0, :-1][scored]
+        nats = -np.take_along_axis(scores, tokens[1:][scored][:, None], axis=-1)
+        kl = np.sum(np.exp(expected) * (expected - scores), axis=-1)
+        flips = scores.argmax(-1) != expected.argmax(-1)
+        total += [nats.sum(), kl.sum(), flips.sum()]
     return summarized(total, windows)
 
 
