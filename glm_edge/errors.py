@@ -59,7 +59,7 @@ class TrainingError(RecipeError):
       params: of the student as they were before that step.
     """
 
-    def __init__(self, message: str, step: int, params: Any) -> None:
+    def __init__(self, message: str, step: int, params: dict[str, Any]) -> None:
         """Keeps what the last good step left."""
         super().__init__(message)
         self.step, self.params = step, params

@@ -35,6 +35,7 @@ from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import BoxError, CheckpointError
 from glm_edge.files import CONFIG, file_inside
 from glm_edge.params.boxes import check_reach
+from glm_edge.params.tree import Params
 from glm_edge.writers import write_json
 
 FORMAT = "glm_edge"
@@ -52,7 +53,7 @@ _FIELDS = {
 _OPTIONAL = ("zero", *_STATIC)
 
 
-def write(directory: Path, model: nn.Module, params: Any, store: str) -> None:
+def write(directory: Path, model: nn.Module, params: Params, store: str) -> None:
     """Writes a model and its parameters into an empty directory, config.json last.
 
     Args:
@@ -200,8 +201,8 @@ def read(
     fields: dict[str, Any],
     placement: Placement,
     model: nn.Module | None = None,
-    like: Any = None,
-) -> tuple[nn.Module, Any]:
+    like: Params | None = None,
+) -> tuple[nn.Module, Params]:
     """Reads a directory that `write` wrote.
 
     Args:
@@ -254,7 +255,7 @@ class NativeSource:
     """
 
     model: nn.Module
-    params: Any
+    params: Params
     spec: dict[str, Any]
     files: dict[str, SafetensorsFile]
     restored: dict[str, Any]
@@ -275,7 +276,10 @@ class NativeSource:
 
 
 def open_directory(
-    directory: Path, fields: dict[str, Any], model: nn.Module | None = None, like: Any = None
+    directory: Path,
+    fields: dict[str, Any],
+    model: nn.Module | None = None,
+    like: Params | None = None,
 ) -> NativeSource:
     """Checks the headers of a directory; arguments and errors as in `read`."""
     where = directory / CONFIG

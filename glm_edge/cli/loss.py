@@ -1,7 +1,6 @@
 """Loss of a model on text, and its distance from a reference model on the same text."""
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,6 +11,7 @@ from glm_edge.cli import corpora
 from glm_edge.cli.console import bar
 from glm_edge.export.verify.runner import SignatureRunner
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
 
 # Tokens of an evaluation window.
 WINDOW = 256
@@ -20,12 +20,12 @@ WINDOW = 256
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _window_statistics(
     model: nn.Module,
-    params: dict[str, Any],
+    params: Params,
     reference_model: nn.Module,
-    reference_params: dict[str, Any],
+    reference_params: Params,
     tokens: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    def log_probabilities(model: nn.Module, params: dict[str, Any]) -> jax.Array:
+    def log_probabilities(model: nn.Module, params: Params) -> jax.Array:
         logits = model.apply({"params": params}, tokens)[0][:, :-1]
         return jax.nn.log_softmax(logits.astype(jnp.float32))
 
@@ -38,9 +38,9 @@ def _window_statistics(
 
 def text_loss(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     windows: corpora.Windows,
-    reference: tuple[MultimodalGLM, Any] | None = None,
+    reference: tuple[MultimodalGLM, Params] | None = None,
     batch: int = 8,
 ) -> dict[str, float]:
     """Loss on text, and distance from a reference model on the same windows.
@@ -71,7 +71,7 @@ def text_loss(
 
 
 def exported_text_loss(
-    file: SignatureRunner, windows: corpora.Windows, reference: tuple[MultimodalGLM, Any]
+    file: SignatureRunner, windows: corpora.Windows, reference: tuple[MultimodalGLM, Params]
 ) -> dict[str, float]:
     """Measures an exported file as `text_loss` does, with scores that the file computes.
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from glm_edge.compress.report import Latency
 from glm_edge.configs import DecoderConfig, GLMConfig, SpeechConfig, TextConfig, VisionConfig
@@ -182,7 +183,7 @@ def _decoding(model: nn.Module, params: Params, context: int) -> Callable[[], An
     cache = init_cache(model.config.decoder, 1, 2 * context)
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def step(params, layers, token):
+    def step(params: Params, layers: Params, token: Array) -> tuple[Array, Params]:
         cache = {"layers": layers, "length": jnp.int32(context)}
         logits, aux = model.apply({"params": params}, token, cache=cache)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), aux["cache"]["layers"]

@@ -380,6 +380,10 @@ class GLMConfig:
                 )
 
 
+ModelConfig = GLMConfig | DecoderConfig | VisionConfig | SpeechConfig | TextConfig
+"""Shape of a model or of one encoder."""
+
+
 def _check_numbers(part: str, config: Any, sizes: Iterable[str], scales: Iterable[str]) -> None:
     """Refuses sizes below 1, and scales that are 0 or infinite in float32."""
     for name in sizes:
@@ -401,7 +405,7 @@ def _of_layer(value: int | tuple[int, ...], layer: int, field: str, part: str = 
     return value[layer]
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: ModelConfig) -> dict[str, Any]:
     """Turns a configuration (of a GLM or of one encoder) into JSON-ready dictionaries."""
     return dataclasses.asdict(config)
 

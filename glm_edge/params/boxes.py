@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
 from jax import Array
+from jax.typing import DTypeLike
 
 from glm_edge.errors import BoxError
 from glm_edge.kernels import packing, quantization
@@ -254,6 +255,13 @@ class Narrow(struct.PyTreeNode, _Box, repr=False):
         return val
 
 
+Box = Masked | Quantized | FakeQuantized | Narrow
+"""Any box."""
+
+Weight = Array | Box
+"""A parameter: an array or a box."""
+
+
 def _as_kernel(rows: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
     if not shape:
         return rows
@@ -266,12 +274,12 @@ def _as_kernel(rows: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Ar
     return ordered.transpose(*range(len(stack)), *(len(stack) + axis for axis in back))
 
 
-def is_box(node: Any) -> bool:
+def is_box(node: object) -> bool:
     """Tests for a boxed parameter."""
     return isinstance(node, meta.AxisMetadata)
 
 
-def dense(node: Any) -> Array:
+def dense(node: Weight) -> Array:
     """Returns the dense array of a box, or the array itself."""
     return meta.unbox(node)
 
@@ -298,7 +306,7 @@ def mask(value: Array, keep: Array) -> Masked:
     return Masked(value=value, mask=keep)
 
 
-def narrow(value: Array, dtype: Any) -> Narrow:
+def narrow(value: Array, dtype: DTypeLike) -> Narrow:
     """Boxes a weight that is stored in a narrower type than its module computes with.
 
     Args:
@@ -528,7 +536,7 @@ BOXES = {
 }
 
 
-def check_reach(box: Any, where: str) -> None:
+def check_reach(box: Weight, where: str) -> None:
     """Raises BoxError where a level times its scale is beyond the type of the dense weight.
 
     Args:
@@ -545,7 +553,7 @@ def check_reach(box: Any, where: str) -> None:
         raise BoxError(f"{where}: scales up to {largest:.3g} make weights that are not finite")
 
 
-def array_fields(box: Any) -> dict[str, Any]:
+def array_fields(box: Box) -> dict[str, Any]:
     """Returns the array fields of a box by name, None where a box has none."""
     return {
         field.name: getattr(box, field.name)

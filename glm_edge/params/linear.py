@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array
 
 from glm_edge.kernels import embedding, matmul
-from glm_edge.params.boxes import Quantized, dense
+from glm_edge.params.boxes import Quantized, Weight, dense
 
 COMPUTE = ("float32", "bfloat16", "int8_dynamic", "int8_static")
 
 
-def linear(x: Array, weight: Any, compute: str = "float32") -> Array:
+def linear(x: Array, weight: Weight, compute: str = "float32") -> Array:
     """Multiplies activations with a weight or box, `[..., in] x [out, in] -> [..., out]`.
 
     Args:
@@ -56,7 +54,7 @@ def _quantized_linear(x: Array, weight: Quantized, compute: str) -> Array:
     return matmul.quantized_matmul(x, *packed, qtype, inputs)
 
 
-def lookup(weight: Any, tokens: Array) -> Array:
+def lookup(weight: Weight, tokens: Array) -> Array:
     """Reads rows of an embedding, and dequantizes only these.
 
     Activations start here: rows stored in a narrower type come out in float32.

@@ -13,7 +13,6 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,9 +20,10 @@ from flax.core import meta
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from glm_edge.configs.architecture import ModelConfig
 from glm_edge.errors import ConfigError
 from glm_edge.kernels import packing
-from glm_edge.params.boxes import FakeQuantized, Masked, Quantized
+from glm_edge.params.boxes import FakeQuantized, Masked, Quantized, Weight
 from glm_edge.params.tree import Params, map_with_path
 
 Axes = tuple[str | None, ...]
@@ -88,7 +88,11 @@ def logical_axes(path: str, shape: tuple[int, ...]) -> Axes:
 
 
 def named_sharding(
-    path: str, leaf: Any, mesh: Mesh, rules: Rules = RULES, config: Any = None
+    path: str,
+    leaf: Weight | jax.ShapeDtypeStruct,
+    mesh: Mesh,
+    rules: Rules = RULES,
+    config: ModelConfig | None = None,
 ) -> NamedSharding | meta.AxisMetadata:
     """Returns the sharding of a parameter, with equal parts and without cutting a head or a group.
 
@@ -140,12 +144,16 @@ def _cuttable(leaf: Quantized | FakeQuantized) -> int:
     return columns // unit if columns % unit == 0 else 1
 
 
-def shardings(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) -> Params:
+def shardings(
+    params: Params, mesh: Mesh, rules: Rules = RULES, config: ModelConfig | None = None
+) -> Params:
     """Returns `named_sharding` of every parameter, in a tree like `params`."""
     return map_with_path(lambda path, leaf: named_sharding(path, leaf, mesh, rules, config), params)
 
 
-def shard(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) -> Params:
+def shard(
+    params: Params, mesh: Mesh, rules: Rules = RULES, config: ModelConfig | None = None
+) -> Params:
     """Moves parameters onto a mesh.
 
     Args:
@@ -246,7 +254,7 @@ def _sharding(mesh: Mesh, rules: Rules, axes: Axes, units: tuple[int, ...]) -> N
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _units(name: str | None, size: int, path: str, config: Any) -> int:
+def _units(name: str | None, size: int, path: str, config: ModelConfig | None) -> int:
     """Counts the parts of an axis that are not cut: heads, or else single rows or columns."""
     if name not in ("heads", "kv_heads"):
         return size

@@ -7,12 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from glm_edge.errors import RecipeError
-from glm_edge.params.boxes import BOXES, Quantized, array_fields, is_box, tree_leaves
+from glm_edge.params.boxes import Box, Quantized, Weight, array_fields, is_box, tree_leaves
 from glm_edge.params.patterns import compiled, shared_steps
 
 Params = dict[str, Any]
+"""A tree of arrays and boxes: nested dictionaries, whose leaves are `Weight`."""
+
 MATRIX_NAMES = ("weight", "kernel", "embedding")
 """Names of the parameters that multiply or embed."""
 
@@ -35,10 +38,10 @@ def map_with_path(function: Callable[[str, Any], Any], params: Params) -> Params
     )
 
 
-def is_matrix(path: str, leaf: Any) -> bool:
+def is_matrix(path: str, leaf: Weight) -> bool:
     """Tests for a weight that multiplies or embeds, as quantization and masks need."""
     name = path.rsplit("/", 1)[-1]
-    floating = isinstance(leaf, tuple(BOXES.values())) or jnp.issubdtype(leaf.dtype, jnp.floating)
+    floating = isinstance(leaf, Box) or jnp.issubdtype(leaf.dtype, jnp.floating)
     return name in MATRIX_NAMES and len(leaf.shape) >= 2 and floating
 
 
@@ -117,7 +120,7 @@ def combine(trainable: Params, frozen: Params) -> Params:
     )
 
 
-def cast(params: Params, dtype: Any) -> Params:
+def cast(params: Params, dtype: DTypeLike) -> Params:
     """Casts what trains to a floating type; masks, integers and scales keep theirs."""
     trainable, frozen = partition(params)
     return combine(jax.tree.map(lambda array: array.astype(dtype), trainable), frozen)

@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from glm_edge.errors import DataError
 from glm_edge.preprocess.tokenizer_files import guarded
 
@@ -57,7 +59,7 @@ class SpecialTokens:
         return spans
 
 
-def special_tokens(tokenizer: Any) -> SpecialTokens:
+def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     """Returns the special tokens of a `tokenizers.Tokenizer`."""
     added = tokenizer.get_added_tokens_decoder().items()
     return _special(tuple((token.content, i) for i, token in added if token.special))
@@ -66,7 +68,7 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
 _special = functools.lru_cache(maxsize=16)(SpecialTokens)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Encodes text in which names of special tokens become those tokens.
 
     Args:
@@ -87,7 +89,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def decode(tokenizer: Any, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+def decode(tokenizer: Tokenizer, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
     """Returns the text of tokens.
 
     Args:
@@ -107,7 +109,7 @@ def decode(tokenizer: Any, tokens: Sequence[int], skip_special_tokens: bool = Fa
         )
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Encodes text in which names of special tokens are no more than text.
 
     The tokenizer is not changed, so that threads can share it.
@@ -127,7 +129,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return ids if special.isdisjoint(ids) else encode(plain_tokenizer(tokenizer), text)
 
 
-def marked_ids(tokenizer: Any, text: str, plain: str) -> list[int]:
+def marked_ids(tokenizer: Tokenizer, text: str, plain: str) -> list[int]:
     """Encodes a prompt in which only the template's text spells special tokens.
 
     Args:
@@ -159,7 +161,7 @@ def marked_ids(tokenizer: Any, text: str, plain: str) -> list[int]:
     return ids + (encode(reader, plain[at:]) if plain[at:] else [])
 
 
-def plain_tokenizer(tokenizer: Any) -> Any:
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     """Returns a tokenizer that reads names of special tokens as text.
 
     Made once per tokenizer, and anew when tokens were added to it. The flag on a tokenizer that is
@@ -185,7 +187,7 @@ def plain_tokenizer(tokenizer: Any) -> Any:
 
 
 def prompt_ids(
-    tokenizer: Any, instruction: str = "", image_tokens: int = 0, audio_tokens: int = 0
+    tokenizer: Tokenizer, instruction: str = "", image_tokens: int = 0, audio_tokens: int = 0
 ) -> list[int]:
     """Formats one question: user, image, recording, text, assistant.
 
@@ -215,7 +217,7 @@ def prompt_ids(
     return [*ids, *text_ids(tokenizer, instruction), _token_id(tokenizer, ASSISTANT)]
 
 
-def _token_id(tokenizer: Any, token: str) -> int:
+def _token_id(tokenizer: Tokenizer, token: str) -> int:
     index = tokenizer.token_to_id(token)
     if index is None:
         raise DataError(f"the tokenizer has no special token {token!r}, which this prompt needs")

@@ -17,6 +17,7 @@ from glm_edge.compress.report import Row
 from glm_edge.errors import RecipeError
 from glm_edge.kernels import quantization as kernels
 from glm_edge.params import FakeQuantized, Format, Masked, Narrow, Quantized
+from glm_edge.params.boxes import Weight
 from glm_edge.params.layouts import Layout, by_name
 
 # Matrices of more weights are rounded by bands of rows, so that float32 copies stay small.
@@ -59,12 +60,12 @@ def each_matrix(solve: Callable[[Array], Any], rows: Array) -> Any:
 
 def quantize_leaf(
     path: str,
-    leaf: Any,
+    leaf: Weight,
     format: Format,
     scale: str = "max",
     layout: Layout | None = None,
     stock: bool = False,
-) -> tuple[Any, float]:
+) -> tuple[Weight, float]:
     """Rounds one parameter to the nearest levels.
 
     Args:
@@ -107,7 +108,7 @@ def quantize_leaf(
     return box, math.sqrt(lost / (power or 1.0))
 
 
-def _cast(path: str, leaf: Any, format: Format, stock: bool) -> tuple[Any, float]:
+def _cast(path: str, leaf: Weight, format: Format, stock: bool) -> tuple[Weight, float]:
     weight = boxes.dense(leaf)
     narrowed = weight.astype(format.qtype)
     if not bool(jnp.isfinite(narrowed).all()):
@@ -197,7 +198,7 @@ def _check_mask(path: str, leaf: Any, box: Quantized) -> None:
         raise RecipeError(f"{path}: {box.format} cannot hold the zeros of its mask")
 
 
-def leaf_dtype(leaf: Any) -> Any:
+def leaf_dtype(leaf: Weight) -> np.dtype:
     """Type of the dense weight of an array or box."""
     if isinstance(leaf, Masked):
         return leaf_dtype(leaf.value)

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from glm_edge.export.verify.graph_directory import GraphDirectoryRunner
 from glm_edge.export.verify.results import MIN_TOKENS, Verification, compute_of, conclude
 from glm_edge.export.verify.runner import JaxRunner, LiteRTRunner, SignatureRunner
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Window:
 def verify(
     path: str | Path,
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     windows: Iterable[Window] | None = None,
     threshold: float | None = None,
     compute: str | None = None,

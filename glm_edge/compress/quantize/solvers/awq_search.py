@@ -122,7 +122,7 @@ def search_clip(
             else output_error
         )
 
-    def better(best: tuple[Array, Array], fraction: Array):
+    def better(best: tuple[Array, Array], fraction: Array) -> tuple[tuple[Array, Array], None]:
         errors = error(fraction)
         less = errors < best[0]
         return (jnp.where(less, errors, best[0]), jnp.where(less, fraction, best[1])), None

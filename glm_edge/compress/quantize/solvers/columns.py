@@ -67,7 +67,7 @@ def rounded(
         return _block(block, grid, format)
 
     # One block at a time: its errors reach the targets of all columns by one product.
-    def step(targets: Array, index: Array):
+    def step(targets: Array, index: Array) -> tuple[Array, tuple[Array, Array, Array]]:
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
         )
@@ -94,7 +94,7 @@ def _block(block: ColumnBlock, grid: Grid, format: Format) -> tuple[Array, Array
 
     # One column (or four of ternary34) at a time, the inner loop of GPTQ: move its target by the
     # errors of the block so far, round it, note its own error.
-    def step(index: Array, carry: tuple[Array, Array, Array]):
+    def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         codes, moved, loss = carry
         first = index * unit
         part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=unit)

@@ -220,7 +220,7 @@ def _by_groups(
     size = weight.shape[0] // groups
     group_format = per_group_format(format)
 
-    def step(errors: Array, group: Array):
+    def step(errors: Array, group: Array) -> tuple[Array, tuple[Array, Grid]]:
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=group * size, slice_size=size
         )
@@ -286,7 +286,7 @@ def _descend(
     expanded = _widened(grid, weight.shape)
     diagonal = jnp.diagonal(gram)
 
-    def step(carry: tuple[Array, Array], index: Array):
+    def step(carry: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], None]:
         errors, codes = carry
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
@@ -332,7 +332,9 @@ def _descend_by_groups(
     group_format = per_group_format(format)
     diagonal = jnp.diagonal(gram)
 
-    def step(errors: Array, group: tuple[Array, Array, Array, Array | None]):
+    def step(
+        errors: Array, group: tuple[Array, Array, Array, Array | None]
+    ) -> tuple[Array, tuple[Array, Array]]:
         index, codes, scale, zero = group
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size

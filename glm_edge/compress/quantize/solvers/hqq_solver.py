@@ -71,7 +71,9 @@ def solve(
         residual = rounded(grid)[1] * grid.scale.astype(jnp.float32)[..., None]
         return jnp.sum(jnp.abs(residual) ** exponent, axis=-1)
 
-    def step(carry: tuple[Grid, Grid, Array], weight_of_quadratic: Array):
+    def step(
+        carry: tuple[Grid, Grid, Array], weight_of_quadratic: Array
+    ) -> tuple[tuple[Grid, Grid, Array], None]:
         grid, best, lowest = carry
         steps, residual = rounded(grid)
         size = jnp.abs(residual)

@@ -164,7 +164,7 @@ def _best_ratio(groups: Array, low: Array, high: Array, format: Format) -> Array
         lost = kernels.dequantize(codes, scale, zero, format.qtype) - groups
         return jnp.sum(jnp.square(normalized(lost, peak[..., None])), axis=-1)
 
-    def better(best: tuple[Array, Array], ratio: Array):
+    def better(best: tuple[Array, Array], ratio: Array) -> tuple[tuple[Array, Array], None]:
         lost_by_ratio = error(ratio)
         less = lost_by_ratio < best[0]
         return (jnp.where(less, lost_by_ratio, best[0]), jnp.where(less, ratio, best[1])), None
@@ -215,7 +215,7 @@ def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid
     if scale == "max":
         return grid_of(jnp.ones(2))
 
-    def better(best: tuple[Array, Array], ratio: Array):
+    def better(best: tuple[Array, Array], ratio: Array) -> tuple[tuple[Array, Array], None]:
         candidate = loss(grid_of(ratio))
         less = candidate < best[0]
         ratio = jnp.broadcast_to(ratio.reshape(2, -1), best[1].shape)
