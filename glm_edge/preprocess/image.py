@@ -4,7 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from glm_edge.errors import DataError
 from glm_edge.files import opened
 from glm_edge.preprocess.resizing import resize_planes
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+ImageSource = Union[str, Path, bytes, bytearray, memoryview, "PillowImage"]
 # Orientation, a field of a photo's EXIF: 1 is upright.
 ORIENTATION = 0x0112
 # What Pillow may decode; for others, such as EPS, it would run a program that the file contains.
@@ -24,7 +28,7 @@ FORMATS = (
 BLOCK = 1 << 22
 
 
-def load_image(source: Any) -> np.ndarray:
+def load_image(source: ImageSource) -> np.ndarray:
     """Reads an image (PNG, JPEG, …) and turns it upright.
 
     Args:
