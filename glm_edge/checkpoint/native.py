@@ -119,7 +119,8 @@ def check_stock(model: Any, params: Any, where: str) -> None:
             "model.init(...)['params'], arrays and boxes (of a TrainState, its params)"
         )
     again = boxes.from_flat(*boxes.to_flat(params))
-    if jax.tree.structure(again) != jax.tree.structure(unfreeze(params)):
+    like: Any = jax.tree.structure(unfreeze(params))
+    if jax.tree.structure(again) != like:
         raise CheckpointError(
             f"{where}: params must be nested dicts whose names hold no '/' and do not end like a "
             "field of a box"
@@ -270,7 +271,7 @@ class NativeSource:
             array, where = self.restored[name], orbax.ARRAYS
         else:
             file = self.files[name]
-            array, where = destination.read(file, name), file.path
+            array, where = destination.read(file, name), str(file.path)
         check_finite(array, f"{where}: tensor {name!r}")
         return array
 
@@ -299,7 +300,9 @@ def open_directory(
             "have no meaning"
         )
     model = build(fields, where, model)
-    files, restored = {}, {}
+    files: dict[str, SafetensorsFile] = {}
+    restored: dict[str, Any] = {}
+    stored: Any
     if store == "orbax":
         source = directory / orbax.ARRAYS
         stored = restored = orbax.read(directory, fields.get("arrays"))

@@ -44,8 +44,9 @@ def expected_shapes(model: nn.Module) -> Shapes:
     Returns:
       Parameter path to shape.
     """
+    architecture: Any = type(model)
     try:
-        return dict(_traced_shapes(type(model), model.config, getattr(model, "out_features", 0)))
+        return dict(_traced_shapes(architecture, model.config, getattr(model, "out_features", 0)))
     except GlmEdgeError:
         raise
     # Sizes that contradict each other or exceed any machine raise all sorts of errors while traced.
@@ -74,7 +75,7 @@ def check_depth(config: Any, num_tensors: int, where: str) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _traced_shapes(kind: type, config: Any, out_features: int) -> Shapes:
+def _traced_shapes(kind: Any, config: Any, out_features: int) -> Shapes:
     if kind is VisionEncoder:
         inputs = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
     elif kind is SpeechEncoder:

@@ -46,7 +46,8 @@ def progress() -> Callable[[str, int, int], None]:
 
     It is what transforms take as `progress=`; without tqdm or a terminal nothing is shown.
     """
-    make, bars = _tqdm(), {}
+    make = _tqdm()
+    bars: dict[str, Any] = {}
 
     def show(stage: str, done: int, total: int) -> None:
         name = stage.split(":", 1)[0]

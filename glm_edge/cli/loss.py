@@ -10,7 +10,6 @@ import numpy as np
 from glm_edge.cli import corpora
 from glm_edge.cli.console import bar
 from glm_edge.export.verify.runner import SignatureRunner
-from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import Params
 
 # Tokens of an evaluation window.
@@ -37,10 +36,10 @@ def _window_statistics(
 
 
 def text_loss(
-    model: MultimodalGLM,
+    model: nn.Module,
     params: Params,
     windows: corpora.Windows,
-    reference: tuple[MultimodalGLM, Params] | None = None,
+    reference: tuple[nn.Module, Params] | None = None,
     batch: int = 8,
 ) -> dict[str, float]:
     """Loss on text, and distance from a reference model on the same windows.
@@ -71,7 +70,7 @@ def text_loss(
 
 
 def exported_text_loss(
-    file: SignatureRunner, windows: corpora.Windows, reference: tuple[MultimodalGLM, Params]
+    file: SignatureRunner, windows: corpora.Windows, reference: tuple[nn.Module, Params]
 ) -> dict[str, float]:
     """Measures an exported file as `text_loss` does, with scores that the file computes.
 

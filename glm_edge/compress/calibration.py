@@ -76,11 +76,16 @@ class Calibration:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
 
+    @property
+    def _listed(self) -> Any:
+        # Batches without a length can still be iterated over.
+        return self.batches
+
     def __getitem__(self, index: int) -> Any:
-        return self.batches[index]
+        return self._listed[index]
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self._listed)
 
 
 def check_list(batches: Any, name: str) -> None:
@@ -124,7 +129,8 @@ class Called:
 
     def run(self, params: Params, batch: Mapping[str, Any]) -> Any:
         """Runs the model in any way, for what its layers read; returns whatever that gives."""
-        return self._called(self.apply or self.loss, params, batch)
+        run: Any = self.apply or self.loss
+        return self._called(run, params, batch)
 
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Array:
         """Logits [..., N], float32.

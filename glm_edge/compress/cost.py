@@ -149,8 +149,10 @@ def measure(
                 seconds[turn, side] = (time.perf_counter() - start) / calls
         seconds = seconds[1:]
         low, middle, high = np.quantile(seconds[:, 0] / seconds[:, 1], [0.25, 0.5, 0.75])
-        medians = 1e3 * np.median(seconds, axis=0)
-        rows.append(Latency(work, *map(float, (*medians, middle, low, high)), rounds))
+        before_ms, after_ms = (float(1e3 * median) for median in np.median(seconds, axis=0))
+        rows.append(
+            Latency(work, before_ms, after_ms, float(middle), float(low), float(high), rounds)
+        )
     return tuple(rows)
 
 

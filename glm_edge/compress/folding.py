@@ -22,6 +22,7 @@ from glm_edge.configs import (
     TextConfig,
     VisionConfig,
 )
+from glm_edge.configs.architecture import ModelConfig
 from glm_edge.errors import RecipeError
 
 KINDS = ("norm", "value", "neurons", "linear")
@@ -87,9 +88,7 @@ class Residual:
     tables: tuple[str, ...]
 
 
-def folds(
-    config: GLMConfig | VisionConfig | SpeechConfig | TextConfig, where: str = "model"
-) -> tuple[Fold, ...]:
+def folds(config: ModelConfig | None, where: str = "model") -> tuple[Fold, ...]:
     """Every fold of a model, in the order of its layers.
 
     Within a layer those of matrices come before those of norms, so that a scale chosen for a norm
@@ -128,7 +127,7 @@ def folds(
     return all_folds
 
 
-def residual(config: GLMConfig, where: str = "model") -> Residual:
+def residual(config: ModelConfig | None, where: str = "model") -> Residual:
     """The residual stream of a GLM's decoder.
 
     Args:

@@ -101,6 +101,11 @@ class EncoderWidths:
     one number per layer; `head_dim` is then given, and otherwise `hidden_size / num_heads`.
     """
 
+    hidden_size: int
+    num_heads: int | tuple[int, ...]
+    intermediate_size: int | tuple[int, ...]
+    head_dim: int | None
+
     def heads(self, layer: int) -> int:
         """Returns the heads of one layer."""
         return _of_layer(self.num_heads, layer, "num_heads", self._name)
@@ -117,7 +122,7 @@ class EncoderWidths:
     @property
     def head_size(self) -> int:
         """Dimensions of a head."""
-        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+        return self.hidden_size // self.heads(0) if self.head_dim is None else self.head_dim
 
     @property
     def _name(self) -> str:
@@ -365,6 +370,28 @@ class GLMConfig:
     video_token_id: int | None = None
     image_boundary_ids: tuple[int, ...] = ()
     video_boundary_ids: tuple[int, ...] = ()
+
+    @property
+    def vision_tower(self) -> VisionConfig:
+        """Returns `vision` of a model that sees.
+
+        Raises:
+          ConfigError: the model has none.
+        """
+        if self.vision is None:
+            raise ConfigError(f"{self.name}: a model with vision is needed")
+        return self.vision
+
+    @property
+    def speech_encoder(self) -> SpeechConfig:
+        """Returns `speech` of a model that hears.
+
+        Raises:
+          ConfigError: the model has none.
+        """
+        if self.speech is None:
+            raise ConfigError(f"{self.name}: a model with speech is needed")
+        return self.speech
 
     def __post_init__(self) -> None:
         for encoder, token in (("vision", "image_token_id"), ("speech", "audio_token_id")):

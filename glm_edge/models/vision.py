@@ -190,7 +190,7 @@ class VisionEncoder(nn.Module):
           is added, `hidden` (input of every layer and output of the last), `final` (normed), and
           `pooled` [B, hidden_size] with a pooling head.
         """
-        grid = self.config.grid_of(images.shape[-3:-1])
+        grid = self.config.grid_of((images.shape[-3], images.shape[-2]))
         x, projected = self.embed(images)
         angle = self.angles(grid)
         hidden = [x]
@@ -206,7 +206,7 @@ class VisionEncoder(nn.Module):
     def embed(self, images: Array) -> tuple[Array, Array]:
         """Patches with and without norm and position embedding, [B, L, hidden_size] each."""
         config = self.config
-        grid = config.grid_of(images.shape[-3:-1])
+        grid = config.grid_of((images.shape[-3], images.shape[-2]))
         projected = self.patch(patches(images, config))
         x = self.post_conv_norm(projected) if config.post_conv_norm else projected
         if config.learned_positions:

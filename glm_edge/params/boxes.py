@@ -35,6 +35,11 @@ class _Box(meta.AxisMetadata):
 
     trainable: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of the dense weight."""
+        raise NotImplementedError
+
     def add_axis(self, index: int, params: dict[Any, Any]) -> Self:
         return self
 
@@ -43,7 +48,7 @@ class _Box(meta.AxisMetadata):
 
     def __repr__(self) -> str:
         # One line: the arrays of a tree would fill pages.
-        inner = getattr(self, "format", None) or self.value
+        inner = getattr(self, "format", None) or getattr(self, "value", None)
         if not isinstance(inner, Format | _Box):
             inner = getattr(inner, "dtype", "?")
         try:
@@ -89,7 +94,7 @@ class Masked(struct.PyTreeNode, _Box, repr=False):
         value = meta.unbox(self.value)
         return value * self.mask.astype(value.dtype)
 
-    def replace_boxed(self, val: Array) -> Masked:
+    def replace_boxed(self, val: Array) -> Masked:  # type: ignore[override]  # of arrays alone
         """Returns the same mask around new values."""
         return self.replace(value=val)
 
@@ -156,7 +161,7 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
         """Returns the dense weight."""
         return _as_kernel(self.rows().astype(self.dtype), self.kernel_shape, self.kernel_axes)
 
-    def replace_boxed(self, val: Array) -> Array:
+    def replace_boxed(self, val: Array) -> Array:  # type: ignore[override]
         """Returns `val` unboxed: a changed value is not a value of this box's codes."""
         return val
 
@@ -221,7 +226,7 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
         box = quantized(codes, scale, self.zero, self.format, self.kernel_shape, self.dtype)
         return box.replace(kernel_axes=self.kernel_axes)
 
-    def replace_boxed(self, val: Array) -> Array:
+    def replace_boxed(self, val: Array) -> Array:  # type: ignore[override]
         """Returns `val` unboxed."""
         return val
 
@@ -250,7 +255,7 @@ class Narrow(struct.PyTreeNode, _Box, repr=False):
         """Returns the dense weight."""
         return self.value.astype(self.dtype)
 
-    def replace_boxed(self, val: Array) -> Array:
+    def replace_boxed(self, val: Array) -> Array:  # type: ignore[override]
         """Returns `val` unboxed."""
         return val
 
@@ -284,7 +289,7 @@ def dense(node: Weight) -> Array:
     return meta.unbox(node)
 
 
-def mask(value: Array, keep: Array) -> Masked:
+def mask(value: Array | Masked | FakeQuantized, keep: Array) -> Masked:
     """Boxes a weight with a mask.
 
     Args:
@@ -298,7 +303,7 @@ def mask(value: Array, keep: Array) -> Masked:
       BoxError: shapes differ, the mask is not boolean, or `value` is quantized.
     """
     if isinstance(value, Masked):
-        value, keep = value.value, jnp.logical_and(value.mask, keep)
+        return mask(value.value, jnp.logical_and(value.mask, keep))
     if is_box(value) and not isinstance(value, FakeQuantized):
         raise BoxError(f"cannot mask a {type(value).__name__}: prune before quantizing")
     if value.shape != keep.shape or keep.dtype != jnp.bool_:
@@ -482,8 +487,9 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
         raise BoxError("output_scale needs input_scale: products have a grid where inputs do")
     if kernel_shape and math.prod(kernel_shape) != data.shape[-2] * columns:
         raise BoxError(f"kernel_shape {kernel_shape} does not hold {data.shape[-2]} x {columns}")
-    static = (format, columns, kernel_shape, axes, dtype)
-    return Quantized(data, scale, zero, *grids[0], *grids[1], *static)
+    return Quantized(
+        data, scale, zero, *grids[0], *grids[1], format, columns, kernel_shape, axes, dtype
+    )
 
 
 def _static_fields(kind: type) -> tuple[str, ...]:
@@ -521,9 +527,11 @@ def _static_grid(
     fields: dict[str, Array], side: str, data: Array
 ) -> tuple[Array | None, Array | None]:
     scale, zero = fields.get(f"{side}_scale"), fields.get(f"{side}_zero")
-    if (scale is None) != (zero is None):
+    if scale is None and zero is None:
+        return None, None
+    if scale is None or zero is None:
         raise BoxError(f"{side}_scale and {side}_zero come together")
-    if scale is not None and {scale.shape, zero.shape} != {data.shape[:-2]}:
+    if {scale.shape, zero.shape} != {data.shape[:-2]}:
         raise BoxError(f"{side}_scale and {side}_zero must be {data.shape[:-2]} each")
     return scale, zero
 

@@ -29,7 +29,8 @@ def to_flat(params: Params) -> tuple[dict[str, Array], Spec]:
       `(arrays, spec)`: a plain parameter is `arrays[path]`; a box is `arrays[path + "." + field]`
       with its static fields in `spec[path]`.
     """
-    arrays, spec = {}, {}
+    arrays: dict[str, Array] = {}
+    spec: Spec = {}
     for path, leaf in path_items(params):
         if not is_box(leaf):
             arrays[path] = leaf

@@ -42,12 +42,10 @@ def _quantized_linear(x: Array, weight: Quantized, compute: str) -> Array:
     scale = jnp.broadcast_to(weight.scale, groups)
     zero = None if weight.zero is None else jnp.broadcast_to(weight.zero, groups)
     packed, qtype = (weight.data, scale, zero), weight.format.qtype
-    if compute == "int8_static" and weight.input_scale is not None:
-        inputs, outputs = (
-            (weight.input_scale, weight.input_zero),
-            (weight.output_scale, weight.output_zero),
-        )
-        return matmul.static_int8_matmul(x, *packed, *inputs, qtype, *outputs)
+    step, offset = weight.input_scale, weight.input_zero
+    if compute == "int8_static" and step is not None and offset is not None:
+        outputs = (weight.output_scale, weight.output_zero)
+        return matmul.static_int8_matmul(x, *packed, step, offset, qtype, *outputs)
     if compute.startswith("int8"):
         return matmul.dynamic_int8_matmul(x, *packed, qtype)
     inputs = "bfloat16" if compute == "bfloat16" else "float32"

@@ -13,6 +13,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -207,7 +208,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
     sizes = jax.sharding.get_abstract_mesh().shape
     if not rules or not sizes or x.ndim != len(axes):
         return x
-    cut = nn.logical_to_mesh_axes(axes, rules)
+    cut = tuple(nn.logical_to_mesh_axes(axes, rules) or ())
     names = [
         name if x.shape[index] % _num_shards(sizes, cut[index]) == 0 else None
         for index, name in enumerate(axes)
@@ -246,7 +247,7 @@ def _num_shards(sizes: dict[str, int], target: str | tuple[str, ...] | None) -> 
 
 def _sharding(mesh: Mesh, rules: Rules, axes: Axes, units: tuple[int, ...]) -> NamedSharding:
     """Cuts each axis whose number of units divides by the devices along its mesh axis."""
-    cut = nn.logical_to_mesh_axes(axes, rules)
+    cut = tuple(nn.logical_to_mesh_axes(axes, rules) or ())
     spec = [
         target if count % _num_shards(mesh.shape, target) == 0 else None
         for target, count in zip(cut, units, strict=True)
@@ -260,7 +261,7 @@ def _units(name: str | None, size: int, path: str, config: ModelConfig | None) -
         return size
     if config is None:
         return size if name == "heads" else 1
-    part = getattr(config, path.split("/", 1)[0], config)
+    part: Any = getattr(config, path.split("/", 1)[0], config)
     layer = re.search(r"layers/(\d+)/", path)
     # A pooling head comes after the layers.
     return getattr(part, name)(int(layer[1]) if layer else part.num_layers)

@@ -1,11 +1,12 @@
 """Paths, selection and arithmetic over trees of arrays and boxes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
@@ -16,11 +17,14 @@ from glm_edge.params.patterns import compiled, shared_steps
 Params = dict[str, Any]
 """A tree of arrays and boxes: nested dictionaries, whose leaves are `Weight`."""
 
+Tree = Mapping[str, Any] | Sequence[Any] | Weight | np.ndarray
+"""Any tree of arrays and boxes, such as `Params`, a list of leaves, or one leaf."""
+
 MATRIX_NAMES = ("weight", "kernel", "embedding")
 """Names of the parameters that multiply or embed."""
 
 
-def path_items(params: Params) -> Iterator[tuple[str, Any]]:
+def path_items(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields `(path, array or box)` with `/` between names, in the tree's order."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]:
         yield path_string(path), leaf
@@ -38,7 +42,7 @@ def map_with_path(function: Callable[[str, Any], Any], params: Params) -> Params
     )
 
 
-def is_matrix(path: str, leaf: Weight) -> bool:
+def is_matrix(path: str, leaf: Weight | np.ndarray) -> bool:
     """Tests for a weight that multiplies or embeds, as quantization and masks need."""
     name = path.rsplit("/", 1)[-1]
     floating = isinstance(leaf, Box) or jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -126,12 +130,12 @@ def cast(params: Params, dtype: DTypeLike) -> Params:
     return combine(jax.tree.map(lambda array: array.astype(dtype), trainable), frozen)
 
 
-def count(params: Params) -> int:
+def count(params: Tree) -> int:
     """Counts the parameters: entries of the dense arrays, pruned zeros included."""
     return sum(math.prod(leaf.shape) for leaf in tree_leaves(params))
 
 
-def stored_bytes(params: Params) -> int:
+def stored_bytes(params: Tree) -> int:
     """Counts the bytes of all stored arrays: packed integers, scales, zero points, masks."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 

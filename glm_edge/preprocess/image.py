@@ -82,10 +82,10 @@ def _upright_rgb(image: Any, where: str) -> np.ndarray:
     from PIL import ImageOps
 
     with _refused(where):
-        _check_size(*image.size, where)
+        _check_size(image.size, where)
         image.load()
         # Some formats give their true size, or another mode, only once they are decoded.
-        _check_size(*image.size, where)
+        _check_size(image.size, where)
         if image.mode == "F" or image.mode.startswith("I"):
             raise DataError(
                 f"{where}: has pixels of mode {image.mode!r}; 8 bits a channel are needed"
@@ -95,7 +95,8 @@ def _upright_rgb(image: Any, where: str) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def _check_size(width: int, height: int, where: str) -> None:
+def _check_size(size: tuple[int, int], where: str) -> None:
+    width, height = size
     if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
         raise DataError(
             f"{where}: has {width} x {height} pixels; at most {MAX_IMAGE_PIXELS} are read, and "
@@ -117,7 +118,7 @@ def prepare_images(images: np.ndarray | Sequence[np.ndarray], config: VisionConf
       DataError: an image is of another shape or type, holds NaN, or leaves 0..1.
     """
     single = isinstance(images, np.ndarray) and images.ndim == 3
-    batch = [images] if single else list(images)
+    batch: Sequence[Any] = [images] if single else list(images)
     if not batch:
         raise DataError("images: the batch is empty")
     return np.stack(
@@ -188,7 +189,7 @@ def check_pixels(image: np.ndarray, where: str, channels: int, axes: int = 3) ->
         raise DataError(
             f"{where}: must be [{frames}height, width, {channels}], found {list(image.shape)}"
         )
-    _check_size(image.shape[-2], image.shape[-3], where)
+    _check_size((image.shape[-2], image.shape[-3]), where)
     if image.dtype == np.uint8:
         return image
     if not np.issubdtype(image.dtype, np.floating):

@@ -122,7 +122,7 @@ def _parts(conversation: Sequence[Message]) -> Iterable[tuple[str, Any]]:
         if isinstance(content, str) or not isinstance(content, Sequence):
             continue
         for part in content:
-            kind = MEDIA_TYPES.get(part.get("type")) if isinstance(part, Mapping) else None
+            kind = MEDIA_TYPES.get(part.get("type", "")) if isinstance(part, Mapping) else None
             if kind is not None:
                 yield kind, _value_of(part, kind)
 

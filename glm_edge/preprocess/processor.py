@@ -211,14 +211,19 @@ class Processor:
         """
         conversations = conversations_of(messages)
         supplied = {"image": images, "video": videos, "audio": audio}
-        shown, chunks, rows = [], [], []
+        shown: list[np.ndarray] = []
+        chunks: list[tuple[np.ndarray, np.ndarray]] = []
+        rows = []
         for conversation, items in zip(
             conversations, media.gather(conversations, supplied), strict=True
         ):
             placeholders = []
             for kind, value in items:
                 arrays, placeholder = getattr(self, f"_prepare_{kind}")(value)
-                (chunks if kind == "audio" else shown).append(arrays)
+                if kind == "audio":
+                    chunks.append(arrays)
+                else:
+                    shown.append(arrays)
                 placeholders.append((kind, placeholder))
             rendered = chat.render_marked(
                 self.template,
@@ -239,7 +244,7 @@ class Processor:
             valid[index, length - len(row) :] = True
         if not length:
             raise DataError("messages: the chat template wrote nothing")
-        speech = [np.concatenate(parts) for parts in zip(*chunks, strict=True)] or [None, None]
+        speech = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
         return Inputs(tokens, valid, shown or None, *speech)
 
     def render(
@@ -297,7 +302,7 @@ class Processor:
             kinds[self.image_token] = "image"
             if self.image.sizing != "smart":
                 # Templates of a fixed size may write every placeholder themselves.
-                features = self.image.num_tokens(np.empty((*self.image.size, 0)))
+                features = self.image.num_tokens(np.empty((*self.image.fixed_size, 0)))
                 text = text.replace(self.image_token * features, self.image_token)
         if not kinds:
             return text

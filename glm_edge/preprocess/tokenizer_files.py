@@ -295,7 +295,8 @@ class _Checker:
     def _pattern(self, node: Mapping[str, Any]) -> str | None:
         """Checks a pattern; returns it if it is a literal text, which it matches alone."""
         pattern = node.get("pattern")
-        kinds = list(pattern) if isinstance(pattern, dict) else []
+        pattern = pattern if isinstance(pattern, dict) else {}
+        kinds = list(pattern)
         if kinds not in (["String"], ["Regex"]) or not isinstance(pattern[kinds[0]], str):
             raise _RefusedError("a pattern must be {'String': text} or {'Regex': text}")
         if kinds == ["String"]:

@@ -89,7 +89,7 @@ class GPTQ(Quantizer):
         check_solver_options(NAME, self.damping, self.propagate, sweeps=self.sweeps)
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> str:  # type: ignore[override]  # options decide
         """Both models where errors of the inputs are made up for."""
         return "both" if self.propagate > 0 else "inputs"
 
@@ -234,8 +234,10 @@ def _measured(
 ) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
     """Gram matrices of the inputs, and of what they miss of the original ones with them."""
     compute = getattr(work.model, "compute", "float32")
-    paired = paired and work.original is not None
-    ours, theirs = work.batches(replaced), work.original.batches() if paired else repeat(None)
+    original = work.original if paired else None
+    paired = original is not None
+    ours = work.batches(replaced)
+    theirs = repeat(None) if original is None else original.batches()
     grams: dict[str, Array] = {}
     drifts: dict[str, Array] = {}
     waiting: dict[str, list[tuple[Array, ...]]] = {}
@@ -250,7 +252,7 @@ def _measured(
 
     for now, before in zip(ours, theirs, strict=False):
         collected = now.collect(ROWS, paths=paths)
-        originals = before.collect(ROWS, paths=paths) if paired else {}
+        originals = {} if before is None else before.collect(ROWS, paths=paths)
         for path, rows in collected.items():
             parts = waiting.setdefault(path, [])
             parts.append((rows, originals[path]) if paired else (rows,))

@@ -116,10 +116,8 @@ def _cast(path: str, leaf: Weight, format: Format, stock: bool) -> tuple[Weight,
     error = relative_error(weight, narrowed)
     if stock and weight.dtype != narrowed.dtype:
         # Zeros of a mask are zeros of the value, as in other rounded weights.
-        narrowed = boxes.narrow(narrowed, weight.dtype)
-    elif isinstance(leaf, Masked):
-        narrowed = boxes.mask(narrowed, leaf.mask)
-    return narrowed, error
+        return boxes.narrow(narrowed, weight.dtype), error
+    return boxes.mask(narrowed, leaf.mask) if isinstance(leaf, Masked) else narrowed, error
 
 
 def _bands(matrix: Array, format: Format) -> list[Array]:
@@ -155,7 +153,8 @@ def _squares(after: Array, before: Array, peak: Array) -> tuple[Array, Array]:
     """Squared error and squared norm of each row, in units in which `peak` is near one."""
     before = before.astype(jnp.float32)
     lost = grids.normalized(after.astype(jnp.float32) - before, peak)
-    return tuple(jnp.sum(jnp.square(x), axis=-1) for x in (lost, grids.normalized(before, peak)))
+    power = jnp.square(grids.normalized(before, peak))
+    return jnp.sum(jnp.square(lost), axis=-1), jnp.sum(power, axis=-1)
 
 
 def box_of(

@@ -148,7 +148,7 @@ def _from_box(path: str, box: Quantized, target: WeightFormat) -> tuple[Weight, 
     stored = check_box(path, box, target)
     scale = np.asarray(box.scale).astype(np.float32)
     check_finite(path, scale)
-    size = box.format.group_size if scale.shape[-1] > 1 else 0
+    size = box.format.columns_per_scale if scale.shape[-1] > 1 else 0
     zero = None if box.zero is None else np.asarray(box.zero).astype(np.int8)
     weight = Weight(np.asarray(box.codes()), stored, scale, zero, size)
     return weight, box_conversions(path, box, stored)
@@ -199,13 +199,13 @@ def check_box(path: str, box: Quantized, target: WeightFormat) -> str:
         reason, right = "its weights have no zero point", "a format without -affine"
     elif stored is None:
         reason = f"it has no kernel for {form.qtype} in groups"
-    elif grouped and form.group_size % target.group_multiple:
+    elif grouped and form.columns_per_scale % target.group_multiple:
         reason = f"it needs groups of a multiple of {target.group_multiple}"
     elif box.zero is not None:
         zero, (low, high) = np.asarray(box.zero).astype(np.float32), RANGES[stored]
         if (zero != np.round(zero)).any() or zero.min() < low or zero.max() > high:
             reason, right = "zero points must be integers that codes can be", f"{low} to {high}"
-    if reason is not None:
+    if reason is not None or stored is None:
         raise ExportError(
             f"{path}: {form} cannot be written as {target.name}: {reason}; right would be {right}"
         )

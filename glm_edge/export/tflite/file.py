@@ -41,7 +41,7 @@ def _builder_class() -> type:
 
         def __init__(self) -> None:
             super().__init__(1 << 16)
-            self._offsets = {}
+            self._offsets: dict[Any, int] = {}
 
         def StartVector(self, elemSize: int, numElems: int, alignment: int) -> int:  # noqa: N802, N803
             alignment = max(alignment, INLINE_ALIGNMENT) if elemSize == 1 else alignment
@@ -169,9 +169,7 @@ def read_constants(
     return constants
 
 
-def _static_grids(
-    graph: Any, entries: EntryCounter
-) -> Iterator[tuple[str, dict[str, ActivationGrid]]]:
+def _static_grids(graph: Any, entries: EntryCounter) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields names of the weights that meet int8 activations, with the grids of these."""
     for index in entries(graph.OperatorsLength()):
         operator = graph.Operators(index)

@@ -120,7 +120,7 @@ def _fits_half(values: np.ndarray) -> bool:
 
 def _from_box(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conversion]]:
     box, conversions = _to_runnable(path, box)
-    grids = (None, None)
+    grids: tuple[ActivationGrid | None, ActivationGrid | None] = (None, None)
     if box.input_scale is not None:
         reason = _not_static(path, box)
         if reason is None:
@@ -137,7 +137,7 @@ def _from_box(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conv
     if scale.shape[-1] == 1:
         return Constant(kind, box.shape, data, scale.reshape(-1), 0, *grids), box, conversions
     half = scale.astype(np.float16)
-    return Constant(kind, box.shape, data, half, box.format.group_size), box, conversions
+    return Constant(kind, box.shape, data, half, box.format.columns_per_scale), box, conversions
 
 
 def with_storable_scales(
@@ -184,7 +184,7 @@ def with_storable_scales(
     nearest = jnp.asarray(np.where(moved, nearest, codes).astype(np.int8))
     other = box.replace(data=packing.pack(nearest, box.format.qtype), scale=new_scale)
     before, after = (np.asarray(each.rows()).astype(np.float64) for each in (box, other))
-    error = float(np.linalg.norm(after - before) / max(np.linalg.norm(before), 1e-300))
+    error = float(np.linalg.norm(after - before) / max(float(np.linalg.norm(before)), 1e-300))
     rule = (
         f"{count} of {scale.size} scales that {'float16' if half else 'float32'} cannot hold made "
         "the nearest that it can, their codes rounded anew (relative change of the weight "
@@ -219,7 +219,7 @@ def _not_static(path: str, box: Quantized) -> str | None:
 
 def _grid(path: str, box: Quantized, side: str) -> ActivationGrid:
     scale, zero = np.float32(getattr(box, f"{side}_scale")), int(getattr(box, f"{side}_zero"))
-    check_finite(path, scale)
+    check_finite(path, np.asarray(scale))
     if scale < SMALLEST_SCALE:
         raise ExportError(
             f"{path}: {side}_scale is {scale}; right would be at least {SMALLEST_SCALE:.3g}"

@@ -88,10 +88,11 @@ def verify(
       DataError: a window does not fit the cache, or counts other positions than it has.
     """
     directory = Path(path).is_dir()
+    runner: GraphDirectoryRunner | LiteRTRunner
     runner = GraphDirectoryRunner(path) if directory else LiteRTRunner(path, isolated=isolated)
     if runner.config != model.config:
         raise ExportError(f"{path}: holds another model than {model.config.name}")
-    if directory:
+    if isinstance(runner, GraphDirectoryRunner):
         shapes = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
         check_weights(runner.read_weights(shapes), params, path)
     if runner.float32 and compute not in (None, "float32"):
@@ -109,7 +110,7 @@ def verify(
         runner.prefill_logits,
     )
     windows = list(windows) if windows is not None else random_windows(runner, seed)
-    same, errors, divergences = [], [], []
+    hits, errors, divergences = [], [], []
     for index, window in enumerate(windows):
         counted = _counted(window)
         content = (window.tokens, window.image, window.audio)
@@ -120,11 +121,11 @@ def verify(
         if not np.isfinite(logits).all():
             raise ExportError(f"{path}: gives scores that are not finite")
         expected = reference.score(*content)[counted]
-        same.append(expected.argmax(-1) == logits.argmax(-1))
+        hits.append(expected.argmax(-1) == logits.argmax(-1))
         errors.append(np.abs(expected - logits).max(initial=0.0))
         divergences.append(_kl(expected, logits))
     distances = signature_distances(reference, runner, seed)
-    same = np.concatenate(same) if same else np.zeros(0, bool)
+    same = np.concatenate(hits) if hits else np.zeros(0, bool)
     if not same.size:
         raise ExportError(f"{path}: nothing to verify on: no window counts a position")
     free = [_free_running(reference, runner, w, max_new_tokens) for w in windows[:free_running]]
@@ -144,7 +145,7 @@ def verify(
         signatures=distances,
     )
     if result.verified and directory:
-        write_description(runner.path, {**runner.description, "verified": True})
+        write_description(Path(path), {**runner.description, "verified": True})
     elif result.verified:
         mark_verified(path)
     return result
@@ -207,7 +208,8 @@ def random_windows(runner: SignatureRunner, seed: int) -> list[Window]:
     config, slots = runner.config, runner.cache_slots
     length = min(max(runner.prefill_lengths, default=32), slots)
     ordinary = _ordinary_tokens(config)
-    windows, total = [], 0
+    windows: list[Window] = []
+    total = 0
     while total < MIN_TOKENS:
         tokens = rng.choice(ordinary, length).astype(np.int32)
         image = audio = None

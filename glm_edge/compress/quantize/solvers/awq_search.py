@@ -71,10 +71,11 @@ def search_factor(
     def error(ratio: Array) -> Array:
         factor = factor_of(by_channel, ratio).reshape(count, 1, width)
         columns = jnp.broadcast_to(factor, blocks).reshape(-1)
-        return sum(
+        errors = [
             output_error(_rounded(weight * columns, format, scale) / columns - weight, gram)
             for weight, format in zip(weights, formats, strict=True)
-        )
+        ]
+        return functools.reduce(jnp.add, errors)
 
     ratios = jnp.arange(steps, dtype=jnp.float32) / steps
     errors = jax.lax.map(error, ratios)

@@ -61,7 +61,7 @@ def rounded(
       `cost * (target - result)^2` (less what was there before, where there was something).
     """
     count = block.target.shape[0]
-    grid = Grid(*(None if x is None else x.astype(jnp.float32) for x in grid))
+    grid = grid.map(lambda x: x.astype(jnp.float32))
     size = block_of(count, size, format.qtype)
     if size == count:
         return _block(block, grid, format)
@@ -107,13 +107,13 @@ def _block(block: ColumnBlock, grid: Grid, format: Format) -> tuple[Array, Array
             None if block.mask is None else part(block.mask),
             part(before),
         )
-        scale, zero = (x if x is None or x.ndim == 1 else part(x) for x in grid)
+        scale, zero = grid.map(lambda x: x if x.ndim == 1 else part(x))
         if unit == 4:
             code, error, cost = _four(column, scale, block.errors is not None)
         else:
             code, error, cost = _one(column, scale, zero, format, block.errors is not None)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
-        return put(codes, code), put(moved, error - column.errors), loss + cost
+        return put(codes, code), put(moved, error - part(before)), loss + cost
 
     shape = block.weight.shape
     start = (
@@ -154,7 +154,7 @@ def _zero_code(zero: Array | None, qtype: str) -> Array:
 def _distance(column: ColumnBlock, value: Array, relative: bool) -> Array:
     """Squared distance of a result from the target, less that of what is there already."""
     distance = jnp.square(column.target - value)
-    if relative:
+    if relative and column.errors is not None:
         distance = distance - jnp.square(column.target - column.weight + column.errors)
     return distance
 
@@ -162,7 +162,8 @@ def _distance(column: ColumnBlock, value: Array, relative: bool) -> Array:
 def _four(column: ColumnBlock, scale: Array, relative: bool) -> tuple[Array, Array, Array]:
     """Three signs and a zero: each place of the zero is tried, and the cheapest mask."""
     scales = jnp.broadcast_to(scale, column.weight.shape)
-    best = None
+    present = jnp.zeros_like(column.weight) if column.errors is None else column.errors
+    results = []
     for zero_index in range(4):
         targets, codes, errors = list(column.target), [], []
         cost = jnp.zeros(column.weight.shape[1], jnp.float32)
@@ -173,19 +174,22 @@ def _four(column: ColumnBlock, scale: Array, relative: bool) -> tuple[Array, Arr
             error = column.weight[i] - value
             distance = jnp.square(targets[i] - value)
             if relative:
-                distance -= jnp.square(targets[i] - column.weight[i] + column.errors[i])
+                distance -= jnp.square(targets[i] - column.weight[i] + present[i])
             cost += column.cost[i] * distance
             if column.mask is not None and i != zero_index:
                 # A weight that must be zero lies where the zero is.
                 cost = jnp.where(column.mask[i], cost, jnp.inf)
             for k in range(i + 1, 4):
-                targets[k] = targets[k] + column.coupling[i, k] * (error - column.errors[i])
+                targets[k] = targets[k] + column.coupling[i, k] * (error - present[i])
             codes.append(code)
             errors.append(error)
-        tried = (jnp.stack(codes), jnp.stack(errors), cost)
-        if best is None:
-            best = tried
-        else:
-            less = cost < best[2]
-            best = tuple(jnp.where(less, new, old) for new, old in zip(tried, best, strict=True))
-    return best
+        results.append((jnp.stack(codes), jnp.stack(errors), cost))
+    return functools.reduce(_cheaper, results)
+
+
+def _cheaper(
+    best: tuple[Array, Array, Array], other: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    less = other[2] < best[2]
+    codes, errors, cost = (jnp.where(less, new, old) for new, old in zip(other, best, strict=True))
+    return codes, errors, cost

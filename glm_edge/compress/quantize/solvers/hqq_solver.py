@@ -60,11 +60,11 @@ def solve(
 
     def rounded(grid: Grid) -> tuple[Array, Array]:
         """Levels less zero points, and residuals in units of the scale, [rows, groups, columns]."""
-        wide = [None if x is None else x[..., None] for x in grid]
+        wide = grid.map(lambda x: x[..., None])
         codes = kernels.quantize(groups, *wide, format.qtype)
         steps = kernels.levels(codes, format.qtype).astype(jnp.float32)
-        steps = steps if grid.zero is None else steps - wide[1].astype(jnp.float32)
-        scale = wide[0].astype(jnp.float32)
+        steps = steps if wide.zero is None else steps - wide.zero.astype(jnp.float32)
+        scale = wide.scale.astype(jnp.float32)
         return steps, groups / jnp.where(scale == 0, 1.0, scale) - steps
 
     def loss(grid: Grid) -> Array:
@@ -82,10 +82,11 @@ def solve(
         grid = _fitted(grid, steps, residual - error)
         grid_loss = loss(_stored(grid, format))
         less = grid_loss < lowest
-        best = Grid(*(_where(less, new, old) for new, old in zip(grid, best, strict=True)))
+        zero = _where(less, grid.zero, best.zero)
+        best = Grid(jnp.where(less, grid.scale, best.scale), zero)
         return (grid, best, jnp.where(less, grid_loss, lowest)), None
 
-    wide = Grid(*(None if x is None else x.astype(jnp.float32) for x in first))
+    wide = first.map(lambda x: x.astype(jnp.float32))
     betas = beta * growth ** jnp.arange(steps, dtype=jnp.float32)
     best = jax.lax.scan(step, (wide, wide, loss(first)), betas)[0][1]
     stored_grid = _stored(best, format)
@@ -113,4 +114,4 @@ def _stored(grid: Grid, format: Format) -> Grid:
 
 
 def _where(choice: Array, new: Array | None, old: Array | None) -> Array | None:
-    return None if new is None else jnp.where(choice, new, old)
+    return None if new is None or old is None else jnp.where(choice, new, old)
