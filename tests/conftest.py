@@ -14,9 +14,12 @@ import jax.monitoring
 import pytest
 
 # Small programs take longer to compile than to run: two to three times as long with fusion
-# emitters, and five times as long with LLVM's optimizations. Processes that tests start inherit
-# both; `XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` compiles as for a user.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# emitters, a third longer in 32 parts that threads compile, and five times as long with LLVM's
+# optimizations. Processes that tests start inherit the settings;
+# `XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` compiles as for a user.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # What jax reports after each program that it compiled, or read from a cache of compiled programs.

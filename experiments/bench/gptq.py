@@ -59,10 +59,7 @@ OURS = {
         _FORMAT,
         where=_WHERE,
         scale="max",
-        act_order=False,
-        propagate=0.0,
-        refit=False,
-        sweeps=0,
+        solver=ge.compress.SolverOptions(act_order=False, propagate=0.0, refit=False, sweeps=0),
     ),
 }
 PEER = """

@@ -32,7 +32,7 @@ def answers(
     """
     texts = []
     for batch in progress(list(prompt_batches(items, model.config, tokenizer))):
-        generated = generate.greedy(model, params, max_new_tokens=ANSWER_TOKENS, **batch)
+        generated = generate.greedy(model, params, batch, ANSWER_TOKENS)
         texts.extend(answer_text(tokenizer, row, model.config) for row in np.asarray(generated))
     return texts[: len(items)]
 

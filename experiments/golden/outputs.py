@@ -91,9 +91,7 @@ def _multimodal(model: MultimodalGLM, params: Any, inputs: Arrays, greedy_steps:
         generated = ge.generate.generate(
             model,
             params,
-            tokens,
-            valid,
-            **media,
+            {"tokens": tokens, "valid": valid, **media},
             max_new_tokens=greedy_steps,
             stop_tokens=(),
             return_logits=True,

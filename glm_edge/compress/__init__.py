@@ -4,8 +4,11 @@ from glm_edge.compress import prune, quantize
 from glm_edge.compress import recipes as recipes
 from glm_edge.compress.calibration import Calibration
 from glm_edge.compress.distill.distill import distill
-from glm_edge.compress.distill.loop import TrainOptions
+from glm_edge.compress.distill.options import IntermediateLosses, OnPolicy
+from glm_edge.compress.options import TrainOptions
 from glm_edge.compress.progress import ProgressLine
+from glm_edge.compress.quantize.options import SolverOptions
+from glm_edge.compress.quantize.qat import Trainable
 from glm_edge.compress.recipes import recipe_from_json, to_json
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.compress.report import Point, Report, Row
@@ -15,11 +18,15 @@ __all__ = [
     "ARRAYS",
     "Calibration",
     "Context",
+    "IntermediateLosses",
+    "OnPolicy",
     "Point",
     "ProgressLine",
     "Report",
     "Row",
+    "SolverOptions",
     "TrainOptions",
+    "Trainable",
     "Transform",
     "chain",
     "distill",

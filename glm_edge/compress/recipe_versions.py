@@ -1,4 +1,4 @@
-"""Recipes of earlier versions: their options as those of today."""
+"""Recipes of earlier versions, converted to the options of today."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,18 +47,75 @@ _TRAIN: Mapping[str, Mapping[str, Any]] = {
         ("steps", "learning_rate", "warmup", "clip_norm", "compute")
     ),
 }
+# Options of version 1 that a group holds now, as `option: name in the group`.
+_SOLVER = {
+    option: option
+    for option in ("act_order", "damping", "sequential", "propagate", "refit", "sweeps")
+}
+_GROUPS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "quantize.gptq": ("solver", _SOLVER),
+    "prune.sparsegpt": ("solver", _SOLVER),
+    "prune.sparsegpt_quantize": ("solver", _SOLVER),
+    "quantize.qat": (
+        "trainable",
+        {"learned_scale": "learned_scale", "scale_rate": "scale_rate", "where_train": "where"},
+    ),
+}
 
 
-def upgraded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns options of a recipe without a version as those of version 1.
+def upgraded(name: str, options: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Converts options of an earlier version to those of today.
 
     Args:
       name: of the transform.
-      options: as the JSON holds them; those of version 1 pass as they are.
+      options: as the JSON holds them; options of later versions pass unchanged.
+      version: of the recipe.
+
+    Returns:
+      The options of version 2.
 
     Raises:
-      RecipeError: what a format says now has no meaning.
+      RecipeError: an option has no meaning.
     """
+    if version < 1:
+        options = _from_version_0(name, options)
+    return _from_version_1(name, options) if version < 2 else dict(options)
+
+
+def _from_version_1(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    if name == "distill":
+        return _distill_from_version_1(options)
+    group, moved = _GROUPS.get(name, ("", {}))
+    if group in options:
+        return dict(options)
+    others = {option: value for option, value in options.items() if option not in moved}
+    grouped = {moved[option]: value for option, value in options.items() if option in moved}
+    return {**others, group: grouped} if grouped else others
+
+
+def _distill_from_version_1(options: Mapping[str, Any]) -> dict[str, Any]:
+    others = dict(options)
+    # A weight of zero switched off a loss, which is None now.
+    if "intermediates" not in others:
+        names = ("hidden", "attention", "layers")
+        inside = {name: others.pop(name) for name in names if name in others}
+        if any(inside.values()):
+            others["intermediates"] = inside
+    share = others.get("on_policy")
+    if share is None or isinstance(share, int | float):
+        names = {"prompt": "prompt", "sampling_temperature": "temperature"}
+        sampling = {names[option]: others.pop(option) for option in names if option in others}
+        if share:
+            others["on_policy"] = {"share": share, **sampling}
+        elif sampling.get("prompt") is not None:
+            raise RecipeError("distill: prompt= needs on_policy= above zero")
+        else:
+            others["on_policy"] = None
+    return others
+
+
+def _from_version_0(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options of a recipe without a version as those of version 1."""
     others = dict(options)
     if name in _DEFAULTS and set(_FORMAT) & set(others):
         old = {option: others.pop(option) for option in _FORMAT if option in others}

@@ -9,7 +9,7 @@ from typing import Any
 
 from glm_edge.compress import prune, quantize
 from glm_edge.compress.distill.distill import distill
-from glm_edge.compress.distill.loop import TrainOptions
+from glm_edge.compress.options import TrainOptions
 from glm_edge.compress.recipe_versions import upgraded
 from glm_edge.compress.transform import (
     CHAIN,
@@ -185,8 +185,7 @@ def _from_object(fields: Any, where: str, version: int) -> Transform:
         if len(options["transforms"]) > MAX_TRANSFORMS:
             raise RecipeError(f"{where}: a chain holds at most {MAX_TRANSFORMS} transforms")
         return chain(*(_from_object(inner, where, version) for inner in options["transforms"]))
-    if version == 0:
-        options = upgraded(name, options)
+    options = upgraded(name, options, version)
     known = inspect.signature(kind).parameters
     for option in options:
         if option not in known:

@@ -83,7 +83,7 @@ _VECTORS = ("bias", "scale")
 # Options that a transform prints even at their defaults, as it does its first one.
 _DEFINING = ("method", "steps")
 # Of the JSON that `to_json` writes.
-VERSION = 1
+VERSION = 2
 
 
 class Teacher(tuple):

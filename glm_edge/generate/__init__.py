@@ -1,8 +1,10 @@
-"""Generation with a static-shape cache."""
+"""Generation with a static-shape key-value cache."""
 
 from glm_edge.generate.conversation import chat
-from glm_edge.generate.decoding import Generation, generate, greedy, prompt_mask, stream
+from glm_edge.generate.decoding import Generation, generate, greedy, stream
 from glm_edge.generate.early_exit import EarlyExit, early_exit, fit_exits
+from glm_edge.generate.options import DecodeOptions
+from glm_edge.generate.prompts import prompt_mask
 from glm_edge.generate.sampling import Sampling
 from glm_edge.generate.skipping import skip_neurons
 from glm_edge.generate.sweep import Setting, SweepRow, sweep
@@ -10,6 +12,7 @@ from glm_edge.generate.text import TextStream, generate_text, stream_text
 from glm_edge.generate.token_pruning import VisionTokens, drop_vision_tokens
 
 __all__ = [
+    "DecodeOptions",
     "EarlyExit",
     "Generation",
     "Sampling",

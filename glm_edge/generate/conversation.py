@@ -1,4 +1,4 @@
-"""A conversation answered in text: messages in, an answer out."""
+"""Chat: answers to conversations, as text."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax import Array
 
 from glm_edge.errors import DataError
-from glm_edge.generate.decoding import GREEDY, generate
+from glm_edge.generate.decoding import generate
 from glm_edge.generate.prompts import config_of
-from glm_edge.generate.sampling import Sampling
 from glm_edge.models.multimodal import MultimodalGLM
-from glm_edge.preprocess.chat import split_thinking as split
 from glm_edge.preprocess.media import KINDS, listed
 from glm_edge.preprocess.processor import Processor, conversations_of
 
-Answer = str | tuple[str, str]
+MAX_NEW_TOKENS = 256
 
 
 def chat(
@@ -29,42 +26,36 @@ def chat(
     images: Any = (),
     videos: Any = (),
     audio: Any = (),
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    max_new_tokens: int = 256,
-    sampling: Sampling = GREEDY,
-    rng: Array | None = None,
-    stop_strings: Sequence[str] = (),
-    split_thinking: bool = False,
     variables: Mapping[str, Any] | None = None,
+    stop_strings: Sequence[str] = (),
     **options: Any,
-) -> Answer | list[Answer]:
+) -> str | list[str]:
     """Answers a conversation.
 
         processor = ge.Processor.from_checkpoint(path)
         ge.chat(model, params, processor, "What does the screen show?", images=["screen.png"])
+
+    `glm_edge.preprocess.split_thinking` separates the reasoning of an answer from the rest.
 
     Args:
       model: the model.
       params: its parameters, boxed or not.
       processor: of the same checkpoint.
       messages: a question; or a message `{"role": …, "content": …}`; or a conversation, a list of
-        them; or a list of conversations, which are answered as one batch.
+        messages; or a list of conversations, which are answered as one batch.
       images: paths, Pillow images or arrays in reading order, or a single one, see
-        `glm_edge.Processor`; beside a question, they are shown before it.
+        `glm_edge.Processor`. Beside a question, they come before it.
       videos: as for `images`.
       audio: recordings, as for `images`.
-      tools: JSON schemas of functions.
-      max_new_tokens: tokens of an answer at most; a warning says where they were not enough.
-      sampling: how tokens are drawn; greedy by default.
-      rng: a PRNG key for it; None is key 0.
+      variables: variables of the chat template besides messages, such as
+        `{"enable_thinking": False}`, and `tools`, JSON schemas of functions.
       stop_strings: texts that end an answer and are not part of it.
-      split_thinking: returns `(thinking, answer)` instead of one text.
-      variables: what else the chat template reads, such as `{"enable_thinking": False}`.
-      **options: of `glm_edge.generate.generate`, such as `cache_dtype`.
+      **options: further arguments of `glm_edge.generate.generate`, such as `sampling`. The default
+        of `max_new_tokens` is 256; a warning reports answers that reach it.
 
     Returns:
-      The answer without white space at its ends; of several conversations, a list of them. Special
-      tokens inside, such as `<think>`, stay in the text.
+      The answer without white space at its ends; a list of answers for several conversations.
+      Special tokens inside, such as `<think>`, stay in the text.
 
     Raises:
       DataError: messages, images or recordings are malformed or do not fit the model.
@@ -83,46 +74,42 @@ def chat(
         messages = [_question(messages, images, videos, audio)]
     conversations = conversations_of(messages)
     several = not isinstance(messages, Mapping) and conversations is messages
-    inputs = processor(conversations, images, videos, audio, tools, **(variables or {}))
+    inputs = processor(conversations, images, videos, audio, **(variables or {}))
     stops = (*processor.stop_token_ids, *config_of(model).eos_token_ids)
-    options = {"stop_tokens": tuple(dict.fromkeys(stops)), **options}
-    generation = generate(
-        model,
-        params,
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        rng=rng,
+    options = {
+        "stop_tokens": tuple(dict.fromkeys(stops)),
+        "max_new_tokens": MAX_NEW_TOKENS,
         **options,
-    )
+    }
+    generation = generate(model, params, inputs, **options)
     lengths = np.asarray(generation.lengths)
     rows = zip(np.asarray(generation.tokens), lengths, strict=True)
     texts = [processor.decode(row[:length]) for row, length in rows]
+    limit = options["max_new_tokens"]
     cut = [
-        length == max_new_tokens and not any(stop in text for stop in stop_strings)
+        length == limit and not any(stop in text for stop in stop_strings)
         for text, length in zip(texts, lengths, strict=True)
     ]
     if any(cut):
         warnings.warn(
-            f"{sum(cut)} of {len(cut)} answers reached max_new_tokens={max_new_tokens} before a "
-            "stop token and end there; raise it for whole ones",
+            f"{sum(cut)} of {len(cut)} answers reached max_new_tokens={limit} before a stop token "
+            "and are cut off; raise max_new_tokens for complete answers",
             stacklevel=2,
         )
-    texts = [_before(text, stop_strings).strip() for text in texts]
-    answers: list[Answer] = [split(text) for text in texts] if split_thinking else texts
+    answers = [_before(text, stop_strings).strip() for text in texts]
     return answers if several else answers[0]
 
 
 def _question(
     text: str, images: Sequence[Any], videos: Sequence[Any], audio: Sequence[Any]
 ) -> dict[str, Any]:
-    """Makes a user's message that shows what comes beside a question, then asks it."""
+    """Makes a user's message of media, then the question."""
     media = {"image": images, "video": videos, "audio": audio}
     parts = [{"type": kind} for kind, values in media.items() for _ in values]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
 def _before(text: str, stop_strings: Sequence[str]) -> str:
-    """Cuts a text at the first of some strings."""
+    """Cuts a text before the first stop string."""
     starts = [start for stop in stop_strings if (start := text.find(stop)) >= 0]
     return text[: min(starts, default=len(text))]

@@ -30,9 +30,9 @@ class EarlyExit:
     """Options of early exit, made by `early_exit`.
 
     Attributes:
-      threshold: scalar; the largest probability that ends a token.
-      maps: of each exit, `weight` [D, D] and `bias` [D] that guess the last layer's output from
-        what has been computed; empty takes that itself.
+      threshold: scalar; a token exits when its top-1 probability reaches it.
+      maps: per exit, `weight` [D, D] and `bias` [D], which predict the last layer's output from the
+        activations at the exit; empty takes these activations themselves.
       after: ascending indices of layers after which the head is applied.
     """
 
@@ -47,24 +47,24 @@ def early_exit(
     threshold: float = THRESHOLD,
     maps: Mapping[str, Any] | None = None,
 ) -> EarlyExit:
-    """Sets the exits and the threshold of early exit for `generate`.
+    """Sets the exits and the threshold of early exit, for `DecodeOptions`.
 
-    After each of these layers the head scores the next token; where its largest probability
-    reaches the threshold, the remaining layers are not run. They get the keys and values of what
-    was computed so far, so that later tokens find their cache filled. Prompts run all layers.
+    After each of these layers the head scores the next token. Where its top-1 probability reaches
+    the threshold, the remaining layers do not run. Their keys and values come from the activations
+    at the exit, so that their caches have no gaps. Prompts run all layers.
 
     Args:
       model: a GLM.
       after: indices of layers after which the head is applied, each at least 1 and below the number
-        of layers. Asking costs as much as the head does.
+        of layers. Each costs as much as the head.
       threshold: in 0..1; 0 always stops at the first exit, 1 almost never.
-      maps: from `fit_exits`; None scores what has been computed as if it were the last output.
+      maps: from `fit_exits`; None scores activations at an exit as if they were the last output.
 
     Returns:
-      The exits. Another threshold compiles nothing anew.
+      The exits. A change of the threshold alone does not recompile.
 
     Raises:
-      RecipeError: the threshold is not in 0..1, a layer is none of the model's, or maps lack one.
+      RecipeError: the threshold is not in 0..1, the model lacks a layer, or maps lack an exit.
 
     References:
       Confident Adaptive Language Modeling, https://arxiv.org/abs/2207.07061; Jump to Conclusions
@@ -85,8 +85,8 @@ def _checked_exits(after: Sequence[int], layers: int) -> tuple[int, ...]:
     after = tuple(sorted(set(after)))
     if not after or after[0] < 1 or after[-1] >= layers:
         raise RecipeError(
-            f"early_exit: after must name layers in 1..{layers - 1}, those after which a token of "
-            f"{layers} layers may stop, not {list(after)}"
+            f"early_exit: after must name layers in 1..{layers - 1} of the model's {layers}, not "
+            f"{list(after)}"
         )
     return after
 
@@ -103,18 +103,17 @@ def fit_exits(
     Args:
       model: a GLM.
       params: its parameters.
-      data: batches of `tokens` [B, T] and, where they go with them, `images`, `audio`, `positions`
-        and `mask`; with `loss_mask` [B, T], only positions where it is not zero count, and padding
-        never does.
+      data: batches of `tokens` [B, T] and optional `images`, `audio`, `positions` and `mask`. With
+        `loss_mask` [B, T], only positions where it is not zero count. Padding never counts.
       after: exits, see `early_exit`.
-      ridge: added to the diagonal, as a fraction of its mean.
+      ridge: fraction of the mean diagonal that is added to the diagonal.
 
     Returns:
       Maps for `early_exit`.
 
     Raises:
-      RecipeError: an exit is none of the model's layers.
-      DataError: there are no data, or activations are not finite.
+      RecipeError: the model lacks a layer of `after`.
+      DataError: there are no batches, or activations are not finite.
 
     References:
       Jump to Conclusions: Short-Cutting Transformers With Linear Transformations,
@@ -132,7 +131,7 @@ def fit_exits(
     for index, moment in sums.items():
         if not np.isfinite(moment).all():
             raise DataError("fit_exits: activations are not finite")
-        # Rows and columns: what the exit has, a one, what the last layer adds to it.
+        # Rows and columns: activations at the exit, a one, and their difference to the last output.
         inputs = (len(moment) + 1) // 2
         gram, target = moment[:inputs, :inputs], moment[:inputs, inputs:]
         gram = gram + ridge * np.mean(np.diag(gram)[:-1]) * np.eye(inputs)
@@ -174,22 +173,22 @@ def run_until_sure(
 ) -> tuple[Array, Any, Array]:
     """Runs one decoding step, with only as many layers as its rows need.
 
-    Rows exit one by one, and a layer is skipped when all have exited, so that a row's result does
-    not depend on the others.
+    Rows exit one by one. A layer is skipped when all rows have exited, so that a row's result does
+    not depend on the other rows.
 
     Args:
       model: a GLM.
       params: its parameters.
       token: int [B, 1].
-      positions: as the model takes them.
-      mask: as the model takes it.
-      cache: as the model takes it.
+      positions: see the model.
+      mask: see the model.
+      cache: see the model.
       exits: see `early_exit`.
       stopped: bool [B], rows whose scores are not needed.
 
     Returns:
-      `(logits, cache, layers)`: float32 [B, V]; the cache after this token; and int32 [B], the
-      layers that each row ran, 0 where it had stopped.
+      `(logits, cache, layers)`: float32 [B, V]; the cache after this token; and int32 [B], number
+      of layers per row, 0 where it had stopped.
     """
     total = model.config.decoder.num_layers
 
@@ -213,7 +212,7 @@ def run_until_sure(
         score = call(lambda module, x: module.predict(module.decoder.norm(x)), x)
         return score[:, 0].astype(jnp.float32)
 
-    # All that reads the cache takes it as written, so that no branch copies it.
+    # Branches only read the cache, after it is written, so that none of them copies it.
     done, used, layers = stopped, jnp.where(stopped, 0, total).astype(jnp.int32), []
     logits = jnp.zeros((len(token), model.config.decoder.vocab_size), jnp.float32)
     for index in range(total):

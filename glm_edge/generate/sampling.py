@@ -1,4 +1,4 @@
-"""Choosing the next token: penalties, temperature, top-k, top-p.
+"""Sampling of the next token: penalties, temperature, top-k, top-p.
 
 Letters of shapes: `B` rows, `V` vocabulary.
 """
@@ -25,20 +25,20 @@ _NEUTRAL = {
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class Sampling:
-    """Rules by which a token is drawn from its scores; the defaults take the top-1 token.
+    """Sampling rules; the defaults take the top-1 token.
 
     Rules apply in this order: penalties, temperature, top-k, top-p. A `Sampling` is a pytree whose
-    leaves are the values of the rules in use, so that a jitted function compiles anew when a rule
-    is switched on or off, or `top_k` changes, and not for another temperature.
+    leaves are the values of the rules in use. A jitted function recompiles when a rule is switched
+    on or off or `top_k` changes, but not for another temperature.
 
     Attributes:
-      temperature: scores are divided by it; 0 takes the top-1 token.
-      top_k: only this many most likely tokens may be drawn, and ties with the last of them.
-      top_p: only the smallest set of most likely tokens whose probability reaches it may be drawn,
-        at least one, and those as likely as the last of them.
-      repetition_penalty: positive scores of tokens that the prompt or the generated text holds
-        are divided by it, negative ones multiplied.
-      frequency_penalty: subtracted from a token's score once for each time it was generated.
+      temperature: divisor of the scores; 0 takes the top-1 token.
+      top_k: number of most likely tokens that may be drawn; ties with the last one may be, too.
+      top_p: mass of the smallest set of most likely tokens that may be drawn, at least one; ties
+        with the last one may be, too.
+      repetition_penalty: divisor of positive scores, and factor of negative ones, of tokens in the
+        prompt or the generated text.
+      frequency_penalty: value subtracted from a token's score per time that it was generated.
 
     Raises:
       ConfigError: a value is outside its range.
@@ -73,7 +73,7 @@ class Sampling:
             raise ConfigError(f"sampling: {field} must be {expected}, got {getattr(self, field)!r}")
 
     def uses(self, field: str) -> bool:
-        """Tests if a rule changes anything; known while tracing."""
+        """Tests whether a rule changes scores; static while tracing."""
         value = getattr(self, field)
         return value is not None and not (isinstance(value, float) and value == _NEUTRAL[field])
 
@@ -101,7 +101,7 @@ def process_logits(
       logits: [B, V].
       sampling: the rules.
       in_prompt: bool [B, V], True for tokens of the prompt; needed by `repetition_penalty`.
-      counts: int [B, V], times each token was generated; needed by both penalties.
+      counts: int [B, V], number of times each token was generated; needed by both penalties.
 
     Returns:
       float32 [B, V]; -inf where a token may not be drawn.
@@ -131,13 +131,13 @@ def nucleus_threshold(probabilities: Array, top_p: Array | float) -> Array:
 
     Args:
       probabilities: float32 [B, V].
-      top_p: the mass to hold.
+      top_p: the least sum.
 
     Returns:
       float32 [B, 1].
     """
-    # Non-negative floats are ordered as their bits are, so 31 halvings end at the exact one: 30
-    # times faster than sorting a vocabulary of 59,264 on a CPU.
+    # Non-negative floats are ordered as their bits, so 31 bisections of the bits are exact. On a
+    # CPU this is 30 times faster than sorting a vocabulary of 59,264.
     bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
 
     def halve(step: Array, threshold: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Neuron skipping at run time: each token reads only the neurons that its gates activate."""
+"""Neuron skipping at run time: each token computes only the neurons that its gate activates."""
 
 import math
 from collections.abc import Sequence
@@ -26,26 +26,26 @@ def skip_neurons(
 ) -> dict[str, Any]:
     """Lays the decoder's feed-forward weights out by neuron, so that decoding skips some.
 
-    The result takes the place of the parameters wherever the model runs. It is a view for running:
-    it cannot be saved, compressed or exported. One row of one token (decoding) reads fewer weights;
-    a prompt is computed in full with the same neurons left out.
+    The result replaces the parameters wherever the model runs. It cannot be saved, compressed or
+    exported. Decoding one row reads fewer weights. A prompt computes all neurons and drops the
+    skipped ones.
 
     Args:
       model: a GLM.
       params: its parameters, dense or masked.
       keep: fraction of neurons that each token uses, those with the largest `|silu(gate)|`; above
         0, up to 1. Compute is the same for every token.
-      threshold: instead, a neuron is used when its `|silu(gate)|` is at least this fraction of the
-        largest of its token, in 0..1. Compute follows the token, in steps of an eighth, a quarter,
-        half and all of the neurons.
-      layers: indices of the layers that skip; None is all.
+      threshold: instead of `keep`, in 0..1. A neuron is used when its `|silu(gate)|` is at least
+        this fraction of the token's largest. Compute varies per token, in steps of an eighth, a
+        quarter, half and all of the neurons.
+      layers: indices of the layers that skip; None skips in all.
 
     Returns:
       Parameters for `model`.
 
     Raises:
-      RecipeError: neither or both of `keep` and `threshold` are given, one is out of range, a layer
-        does not exist, or a weight is quantized.
+      RecipeError: neither or both of `keep` and `threshold` are given, one is out of range, the
+        decoder lacks a layer, or a weight is quantized.
 
     References:
       CATS: Contextually-Aware Thresholding for Sparsity, https://arxiv.org/abs/2404.08763.
@@ -53,7 +53,7 @@ def skip_neurons(
     if not isinstance(getattr(model, "config", None), GLMConfig):
         raise RecipeError(f"skip_neurons: {type(model).__name__} has no GLM decoder")
     if (keep is None) == (threshold is None):
-        raise RecipeError("skip_neurons: give keep= or threshold=, one of them")
+        raise RecipeError("skip_neurons: pass keep= or threshold=, one of them")
     if keep is not None and not 0.0 < keep <= 1.0:
         raise RecipeError(f"skip_neurons: keep must be above 0 and up to 1, not {keep}")
     if threshold is not None and not 0.0 <= threshold <= 1.0:
@@ -87,7 +87,7 @@ def _dense(mlp: Any, name: str, index: int) -> Any:
     weight = mlp[name]["weight"]
     if isinstance(weight, boxes.Quantized | boxes.FakeQuantized):
         raise RecipeError(
-            f"skip_neurons: decoder/layers/{index}/mlp/{name} is quantized; rows of neurons are "
-            "laid out from dense weights"
+            f"skip_neurons: decoder/layers/{index}/mlp/{name} is quantized; the layout by neuron "
+            "needs dense weights"
         )
     return boxes.dense(weight)

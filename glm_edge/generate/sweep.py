@@ -1,4 +1,4 @@
-"""Comparison of settings of skipping by accuracy and tokens per second."""
+"""Sweep over settings of skipped computation: accuracy and tokens per second."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.errors import DataError
-from glm_edge.generate import decoding
+from glm_edge.generate import steps
+from glm_edge.generate.decoding import GREEDY, generate, stop_ids
 from glm_edge.generate.early_exit import EarlyExit
+from glm_edge.generate.options import DecodeOptions
 from glm_edge.generate.prompts import Prompt, config_of
 from glm_edge.generate.token_pruning import VisionTokens
 from glm_edge.models.multimodal import MultimodalGLM
@@ -26,9 +28,9 @@ class Setting:
     Attributes:
       name: of the row.
       params: dense, or from `skip_neurons`.
-      early_exit: or None.
+      early_exit: see `DecodeOptions`.
       value: threshold or fraction, for tables and figures.
-      vision_tokens: or None.
+      vision_tokens: see `DecodeOptions`.
     """
 
     name: str
@@ -36,6 +38,11 @@ class Setting:
     early_exit: EarlyExit | None = None
     value: float | None = None
     vision_tokens: VisionTokens | None = None
+
+    @property
+    def options(self) -> DecodeOptions:
+        """Options of generation."""
+        return DecodeOptions(early_exit=self.early_exit, vision_tokens=self.vision_tokens)
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,13 @@ class SweepRow:
     Attributes:
       name: of the setting.
       value: of the setting.
-      accuracy: what `score` returned.
+      accuracy: returned by `score`.
       agreement: fraction of tokens equal to the first setting's, up to its stop tokens.
-      layers: mean decoder layers of a decoded token, the first of each answer left out, since the
-        prompt gives it.
-      tokens_per_second: decoding one row up to its stop token, the prompt not counted; median of
-        the rounds.
-      speedup: over the first setting; median over rounds, both timed in each.
+      layers: mean decoder layers per decoded token, without the first of each answer, which the
+        prefill gives.
+      tokens_per_second: of decoding one row up to its stop token, without prefill; median of the
+        rounds.
+      speedup: over the first setting; median over rounds, each of which times both.
       low: lower quartile of the speed-up.
       high: upper quartile.
     """
@@ -80,26 +87,26 @@ def sweep(
 
     Args:
       model: a GLM.
-      settings: the first is what the others are compared with.
-      questions: batches as `generate` takes them: `tokens`, and maybe `valid`, `images`, `audio`.
+      settings: the first is the baseline.
+      questions: batches, mappings or `Inputs` as `generate` takes them.
       score: accuracy of the generated tokens of all questions, one array [B, N] each.
-      max_new_tokens: of each answer.
-      rounds: in which all settings take turns at one row of the first batch of questions, another
-        in each round; one more is not counted.
+      max_new_tokens: tokens per answer at most.
+      rounds: number of timed rounds, after one to warm up. Each round times all settings in turn on
+        one row of the first batch, another row per round.
       progress: called as `progress(stage, done, total)`.
 
     Returns:
-      A row for each setting, in order.
+      One row per setting, in order.
 
     Raises:
       DataError: there are no settings or questions, or they do not fit the model; or several rows
-        share a list of images or chunks of audio, of which none can be timed alone.
+        share a list of images or chunks of audio, so that none can be timed alone.
     """
     if not settings or not questions:
-        raise DataError("sweep: there must be a setting and a question at least")
+        raise DataError("sweep: needs a setting and a question at least")
     shared = isinstance(questions[0].get("images"), list | tuple)
     if len(questions[0]["tokens"]) > 1 and (shared or "audio_frames" in questions[0]):
-        raise DataError("sweep: give images and audio as one array, one row each")
+        raise DataError("sweep: pass images and audio as one array each, with one row per question")
     results = []
     for index, setting in enumerate(settings):
         results.append(_answer(model, setting, questions, max_new_tokens))
@@ -145,30 +152,29 @@ def decode_rate(
 
     Args:
       model: a GLM.
-      setting: how it runs.
-      prompt: of one row, as `generate` takes it.
-      max_new_tokens: at most; the first is the prompt's and does not count.
+      setting: parameters and options.
+      prompt: one row, as `generate` takes it.
+      max_new_tokens: tokens at most; the first one, of the prefill, does not count.
 
     Returns:
-      Tokens per second, the prompt not counted.
+      Tokens per second, without prefill.
     """
-    fields = dict(prompt)
-    ready = Prompt.of(config_of(model), fields["tokens"], fields.get("valid"), max_new_tokens)
-    inputs = (fields.get(name) for name in ("images", "audio", "audio_frames"))
-    stops, greedy = decoding.stops_of(model, None), decoding.GREEDY
-    options = (greedy, None, jnp.float32, setting.vision_tokens)
-    state = decoding.start(model, setting.params, ready, *inputs, *options)
-    state = decoding.with_first_token(model, state, greedy, stops, setting.early_exit)
-    rules = (greedy, stops, max_new_tokens, ready.room, False, setting.early_exit)
+    ready = Prompt.of(config_of(model), prompt, max_new_tokens)
+    stops = jnp.asarray(stop_ids(model, None), jnp.int32)
+    state = steps.start(model, setting.params, ready, GREEDY, None, setting.options)
+    state = steps.with_first_token(model, state, GREEDY, stops, setting.early_exit)
+    rules = (GREEDY, stops, max_new_tokens, setting.early_exit)
     jax.block_until_ready(state)
     start = time.perf_counter()
-    *_, state = jax.block_until_ready(decoding.decode(model, setting.params, state, *rules))
+    *_, state = jax.block_until_ready(
+        steps.decode(model, setting.params, state, *rules, room=ready.room)
+    )
     seconds = time.perf_counter() - start
     return max(int(state.index) - 1, 1) / seconds
 
 
 def _row(question: Mapping[str, Any], turn: int) -> dict[str, Any]:
-    """Selects one row of a batch, in turn; lists of images and chunks of audio go with one row."""
+    """Selects one row of a batch, in turn; a single row keeps its lists of images and chunks."""
     rows = len(question["tokens"])
     if rows == 1:
         return dict(question)
@@ -185,17 +191,10 @@ def _answer(
     questions: Sequence[Mapping[str, Any]],
     max_new_tokens: int,
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[Any]]:
-    """Generates the tokens of every question, a mask of those that count, and their layers."""
+    """Generates the tokens of every question, a mask up to the stop token, and their layers."""
     tokens, valid, layers = [], [], []
     for question in questions:
-        made = decoding.generate(
-            model,
-            setting.params,
-            **question,
-            max_new_tokens=max_new_tokens,
-            early_exit=setting.early_exit,
-            vision_tokens=setting.vision_tokens,
-        )
+        made = generate(model, setting.params, question, max_new_tokens, options=setting.options)
         tokens.append(np.asarray(made.tokens))
         # The stop token counts too.
         valid.append(np.arange(max_new_tokens) <= np.asarray(made.lengths)[:, None])

@@ -1,4 +1,4 @@
-"""Generated tokens as text: complete characters only, without stop strings."""
+"""Generated tokens as text, in complete characters and without stop strings."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from glm_edge.errors import ConfigError, DataError
 from glm_edge.generate.decoding import stop_ids, stream
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.preprocess.inputs import Inputs
 from glm_edge.preprocess.processor import Processor
 from glm_edge.preprocess.tokens import decode
 
@@ -16,12 +17,11 @@ _UNFINISHED = 3
 class TextStream:
     """A stream of tokens as pieces of text that can be shown at once.
 
-    A piece never ends inside a character whose other bytes are still to come, nor with what may be
-    the beginning of a stop string. The pieces, joined, are the text of all tokens up to the first
-    stop string.
+    A piece never ends inside a character, nor with a possible beginning of a stop string. Joined,
+    the pieces are the text of all tokens up to the first stop string.
 
     Attributes:
-      stopped: True once a stop string was found; later tokens give no text.
+      stopped: True after a stop string; later tokens give no text.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class TextStream:
         Args:
           tokenizer: a `tokenizers.Tokenizer`.
           stop_strings: texts that end the text and are not part of it.
-          skip_special_tokens: leave special tokens out of the text.
+          skip_special_tokens: removes special tokens from the text.
 
         Raises:
           ConfigError: a stop string is empty.
@@ -55,13 +55,13 @@ class TextStream:
           token: its id.
 
         Returns:
-          The text that has become certain, often empty.
+          The text that later tokens cannot change, often empty.
         """
         if self.stopped:
             return ""
         self._recent.append(int(token))
         before, text = self._decoded()
-        # An unfinished character, of at most three bytes, decodes to as many replacements at most.
+        # An unfinished character of up to three bytes decodes to at most one replacement per byte.
         end = len(text)
         while end > len(text) - _UNFINISHED and text[:end].endswith(_REPLACEMENT):
             end -= 1
@@ -72,7 +72,7 @@ class TextStream:
         return self._certain(piece)
 
     def finish(self) -> str:
-        """Returns the text held back so far, as no token follows."""
+        """Returns the pending text, as no token follows."""
         if self.stopped:
             return ""
         before, text = self._decoded()
@@ -85,7 +85,7 @@ class TextStream:
     def _decoded(self) -> tuple[int, str]:
         """Decodes the recent tokens after some earlier ones, and finds where their text begins.
 
-        Decoders treat the first token of a text in their own way, hence the tokens before.
+        Decoders treat the first token of a text differently, so earlier tokens come before.
         """
 
         def text(ids: list[int]) -> str:
@@ -94,11 +94,11 @@ class TextStream:
         return len(text(self._context)), text(self._context + self._recent)
 
     def _certain(self, piece: str) -> str:
-        """Cuts at a stop string, and withholds a possible beginning of one."""
+        """Cuts at a stop string, and keeps a possible beginning of one pending."""
         text = self._pending + piece
         cuts = [(at + len(s), at) for s in self._stop_strings if (at := text.find(s)) >= 0]
         if cuts:
-            # The first to be complete, so that the cut does not depend on how tokens part the text.
+            # The first that is complete, so that the cut does not depend on the split into tokens.
             self.stopped, self._pending = True, ""
             return text[: min(cuts)[1]]
         pending = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
@@ -116,35 +116,35 @@ def stream_text(
     model: MultimodalGLM,
     params: Any,
     tokenizer: Any,
-    prompt: Sequence[int],
+    prompt: Sequence[int] | Inputs,
     stop_strings: Sequence[str] = (),
     stop_tokens: Sequence[int] | None = None,
     skip_special_tokens: bool = True,
     **options: Any,
 ) -> Iterator[str]:
-    """Continues one prompt and yields the text as it becomes certain.
+    """Continues one prompt and yields its text in pieces that can be shown at once.
 
     Args:
       model: the model.
       params: its parameters, boxed or not.
       tokenizer: a `tokenizers.Tokenizer`.
-      prompt: token ids.
+      prompt: token ids; or `glm_edge.preprocess.Inputs` of one row, with its images and recordings.
       stop_strings: texts that end the answer and are not part of it.
-      stop_tokens: token ids that end it; None takes those of the model's configuration.
-      skip_special_tokens: leave special tokens out of the text.
-      **options: of `glm_edge.generate.stream`, such as `images`, `sampling`, `max_new_tokens`.
+      stop_tokens: token ids that end the answer; None takes those of the model's configuration.
+      skip_special_tokens: removes special tokens from the text.
+      **options: further arguments of `glm_edge.generate.stream`, such as `max_new_tokens`.
 
     Yields:
       Pieces of text, none empty.
 
     Raises:
       ConfigError: a stop string is empty.
-      DataError: the prompt holds no token ids, or does not fit the model.
+      DataError: the prompt holds no token ids or several rows, or does not fit the model.
     """
-    _check_tokens(tokenizer, prompt)
+    inputs = _one_row(tokenizer, prompt)
     stops = stop_ids(model, stop_tokens)
     text = TextStream(tokenizer, stop_strings, skip_special_tokens)
-    for (token,) in stream(model, params, [prompt], stop_tokens=stop_tokens, **options):
+    for (token,) in stream(model, params, inputs, stop_tokens=stop_tokens, **options):
         if token in stops:
             break
         if piece := text.push(token):
@@ -155,26 +155,36 @@ def stream_text(
         yield piece
 
 
-def _check_tokens(tokenizer: Any, prompt: Any) -> None:
+def _one_row(tokenizer: Any, prompt: Any) -> Inputs | list[Any]:
+    """Makes a batch of one prompt."""
     chat = "glm_edge.chat(model, params, processor, messages) answers conversations"
     if isinstance(tokenizer, Processor):
         raise DataError(f"tokenizer is a Processor; pass its .tokenizer; {chat}")
+    if isinstance(prompt, Inputs):
+        if len(prompt.tokens) != 1:
+            raise DataError(f"prompt must be one row, got {len(prompt.tokens)}")
+        return prompt
     parts = prompt if isinstance(prompt, list | tuple) else [prompt]
     if any(isinstance(part, str | Mapping | list | tuple) for part in parts):
         raise DataError(f"prompt must be token ids, such as tokenizer.encode(text).ids; {chat}")
+    return [prompt]
 
 
 def generate_text(
-    model: MultimodalGLM, params: Any, tokenizer: Any, prompt: Sequence[int], **options: Any
+    model: MultimodalGLM,
+    params: Any,
+    tokenizer: Any,
+    prompt: Sequence[int] | Inputs,
+    **options: Any,
 ) -> str:
-    """Continues one prompt.
+    """Continues one prompt and returns the text.
 
     Args:
       model: the model.
       params: its parameters, boxed or not.
       tokenizer: a `tokenizers.Tokenizer`.
-      prompt: token ids.
-      **options: of `stream_text`.
+      prompt: see `stream_text`.
+      **options: further arguments of `stream_text`.
 
     Returns:
       The text, up to a stop token or stop string, or of `max_new_tokens` tokens.

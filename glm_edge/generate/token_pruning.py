@@ -1,4 +1,4 @@
-"""Vision token pruning: prompts without their vision tokens of least importance.
+"""Vision token pruning: removal of the least important vision tokens of a prompt.
 
 Letters of shapes: `B` rows, `T` tokens of a prompt, `K` the capacity of a pruned prompt, `D` hidden
 size.
@@ -16,10 +16,11 @@ from jax import Array
 
 from glm_edge.configs import GLMConfig
 from glm_edge.errors import RecipeError
-from glm_edge.generate.prompts import Prompt, bucket, prompt_mask
+from glm_edge.generate.prompts import bucket, prompt_mask
 from glm_edge.kernels import token_pruning as kernels
 from glm_edge.models.glm import Cache, LayerCache, init_cache
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.preprocess.inputs import Inputs
 
 ATTENTION, NORM, NOVELTY = "attention", "norm", "novelty"
 SCORES = (ATTENTION, NORM, NOVELTY)
@@ -62,12 +63,12 @@ def drop_vision_tokens(
     Args:
       model: a GLM with a vision encoder.
       keep: fraction of each row's vision tokens that remain, rounded up; above 0, up to 1.
-      score: `attention`, mean attention that a token receives from the text in the last complete
-        layer; `norm`, of the token; `novelty`, one minus its greatest cosine similarity to an
-        earlier vision token.
+      score: `attention`, mean attention that a token receives from the text in the last layer that
+        reads all tokens; `norm`, of the token; `novelty`, one minus its greatest cosine similarity
+        to an earlier vision token.
       layer: number of layers that read the complete prompt. 0 prunes the encoder's output (not by
-        attention); all layers speed up decoding only. None is 2 for attention, or all layers of a
-        model with fewer, and 0 for the other scores.
+        attention). All layers speed up decoding only. None is 2 for attention (or all layers of a
+        smaller model), and 0 for the other scores.
 
     Returns:
       The options.
@@ -99,14 +100,23 @@ def drop_vision_tokens(
 
 
 def pruning_plan(
-    config: GLMConfig, prompt: Prompt, vision_tokens: VisionTokens
+    config: GLMConfig, inputs: Inputs, vision_tokens: VisionTokens
 ) -> tuple[PruningPlan, np.ndarray]:
-    """Plans the pruning of a prompt, and counts the vision tokens that each row keeps, [B]."""
-    placeholder = (prompt.tokens == config.image_token_id) & prompt.valid
+    """Plans the pruning of prompts.
+
+    Args:
+      config: of the model.
+      inputs: of the prompts.
+      vision_tokens: options.
+
+    Returns:
+      `(plan, keep)`, where `keep` is int32 [B], vision tokens that remain per row.
+    """
+    placeholder = (inputs.tokens == config.image_token_id) & inputs.valid
     counts = placeholder.sum(axis=1)
-    # The margin keeps 0.3 * 10 = 3.0000000000000004 from keeping four.
+    # Without the margin, 0.3 * 10 = 3.0000000000000004 would keep four.
     keep = np.array([math.ceil(vision_tokens.keep * count - 1e-9) for count in counts], np.int32)
-    longest = int((prompt.valid.sum(axis=1) - counts + keep).max())
+    longest = int((inputs.valid.sum(axis=1) - counts + keep).max())
     return PruningPlan(vision_tokens.score, vision_tokens.layer, bucket(longest)), keep
 
 
@@ -176,7 +186,7 @@ def _run(
     empty: Sequence[LayerCache],
     score: str | None = None,
 ) -> tuple[Array, list[LayerCache], Array | None]:
-    """Runs some layers: their output, caches, and the attention of the last if scored by it."""
+    """Runs some layers; returns output, caches, and attention of the last one for its score."""
     mask, weights, caches = prompt_mask(valid, jnp.arange(x.shape[1])), None, []
     for index in layers:
 

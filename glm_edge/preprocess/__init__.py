@@ -3,6 +3,7 @@
 from glm_edge.preprocess.audio import load_wav, prepare_audio, prepare_recording, resample
 from glm_edge.preprocess.chat import family_template, render, split_thinking
 from glm_edge.preprocess.image import load_image, prepare_images, resize
+from glm_edge.preprocess.inputs import Inputs
 from glm_edge.preprocess.patches import from_patches, to_patches
 from glm_edge.preprocess.processing import (
     GLM4V,
@@ -13,7 +14,7 @@ from glm_edge.preprocess.processing import (
     ImageProcessing,
     VideoProcessing,
 )
-from glm_edge.preprocess.processor import Inputs, Processor
+from glm_edge.preprocess.processor import Processor
 from glm_edge.preprocess.resizing import resize_uint8, smart_resize
 from glm_edge.preprocess.tokens import prompt_ids
 from glm_edge.preprocess.vision import Video, prepare_image, prepare_video, sample_frames

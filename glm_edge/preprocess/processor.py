@@ -1,9 +1,8 @@
 """Conversations with images, videos and recordings as model inputs."""
 
-import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from glm_edge.configs.stop_tokens import read_stop_tokens
 from glm_edge.errors import CheckpointError, ConfigError, DataError
 from glm_edge.preprocess import chat, media, native_config, processor_config
 from glm_edge.preprocess.audio import prepare_recording
+from glm_edge.preprocess.inputs import Inputs
 from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing, VideoProcessing
 from glm_edge.preprocess.tokenizer_files import TOKENIZER, read_tokenizer
 from glm_edge.preprocess.tokens import decode, marked_ids, special_tokens
@@ -21,34 +21,6 @@ from glm_edge.preprocess.vision import prepare_image, prepare_video
 from glm_edge.writers import no_directory
 
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs(Mapping):
-    """Inputs of a model; `generate(model, params, **inputs)` takes the arrays that are not None.
-
-    `tokens` int32 [B, T], padded on the left; `valid` bool [B, T], False at padding; `images` in
-    reading order over the batch, [H, W, C] or a video's [F, H, W, C]; `audio` float32 [N, frames,
-    mel_bins], chunks in reading order, and `audio_frames` int32 [N], their valid frames.
-    """
-
-    tokens: np.ndarray
-    valid: np.ndarray
-    images: list[np.ndarray] | None = None
-    audio: np.ndarray | None = None
-    audio_frames: np.ndarray | None = None
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in tuple(self):
-            raise KeyError(name)
-        return getattr(self, name)
-
-    def __iter__(self) -> Iterator[str]:
-        fields = dataclasses.fields(self)
-        return (item.name for item in fields if getattr(self, item.name) is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def conversations_of(messages: Any) -> Sequence[Sequence[Any]]:
@@ -244,8 +216,8 @@ class Processor:
             valid[index, length - len(row) :] = True
         if not length:
             raise DataError("messages: the chat template wrote nothing")
-        speech = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
-        return Inputs(tokens, valid, shown or None, *speech)
+        audio, frames = [np.concatenate(parts) for parts in zip(*chunks, strict=True)] or [None] * 2
+        return Inputs(tokens, valid=valid, images=shown or None, audio=audio, audio_frames=frames)
 
     def render(
         self,

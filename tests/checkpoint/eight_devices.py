@@ -127,7 +127,7 @@ def logits_of(model, params, inputs: dict) -> jax.Array:
 
 
 def generated(model, params, inputs: dict) -> list[list[int]]:
-    return generate(model, params, TOKENS, max_new_tokens=4, **inputs).tokens.tolist()
+    return generate(model, params, {"tokens": TOKENS, **inputs}, max_new_tokens=4).tokens.tolist()
 
 
 def gradients(directory: Path) -> dict:

@@ -6,7 +6,16 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint import save
-from glm_edge.compress import TrainOptions, batches, chain, distill, prune, quantize
+from glm_edge.compress import (
+    IntermediateLosses,
+    OnPolicy,
+    TrainOptions,
+    batches,
+    chain,
+    distill,
+    prune,
+    quantize,
+)
 from glm_edge.compress.allocate.plan import plan
 from glm_edge.compress.layerwise import stages
 from glm_edge.compress.layerwise.stream import compress_checkpoint
@@ -88,10 +97,14 @@ TRANSFORMS = {
     "depth_loss": lambda: prune.depth(1, score="loss"),
     "distill": lambda: chain(
         prune.magnitude(0.5),
-        distill(hidden=1.0, attention=1.0, alpha=0.5, train=TrainOptions(steps=3)),
+        distill(
+            intermediates=IntermediateLosses(hidden=1.0, attention=1.0),
+            alpha=0.5,
+            train=TrainOptions(steps=3),
+        ),
     ),
     "on_policy": lambda: chain(
-        prune.magnitude(0.5), distill(on_policy=1.0, prompt=4, train=TrainOptions(steps=2))
+        prune.magnitude(0.5), distill(on_policy=OnPolicy(prompt=4), train=TrainOptions(steps=2))
     ),
 }
 

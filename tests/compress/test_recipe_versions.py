@@ -1,17 +1,32 @@
-"""Recipes without a version, as `to_json` wrote them before there was one, still load."""
+"""Recipes of earlier versions, as `to_json` wrote them then, still load."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from glm_edge.compress import TrainOptions, chain, distill, prune, quantize, reparameterize
+from glm_edge.compress import (
+    IntermediateLosses,
+    OnPolicy,
+    SolverOptions,
+    Trainable,
+    TrainOptions,
+    chain,
+    distill,
+    prune,
+    quantize,
+    reparameterize,
+)
 from glm_edge.compress.methods import METHODS
 from glm_edge.compress.recipes import recipe_from_json
 from glm_edge.compress.transform import VERSION, to_json
 from glm_edge.errors import RecipeError
 
 NAMES = {
+    "IntermediateLosses": IntermediateLosses,
+    "OnPolicy": OnPolicy,
+    "SolverOptions": SolverOptions,
+    "Trainable": Trainable,
     "TrainOptions": TrainOptions,
     "distill": distill,
     "prune": prune,
@@ -19,11 +34,15 @@ NAMES = {
     "reparameterize": reparameterize,
 }
 # The object that was written, every option spelled out, and the call that makes its equal.
-CASES = json.loads(Path(__file__).with_name("recipes_version_0.json").read_text(encoding="utf-8"))
+CASES, CASES_1 = (
+    json.loads(Path(__file__).with_name(f"recipes_version_{version}.json").read_text("utf-8"))
+    for version in (0, 1)
+)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["transform"])
-def test_recipe_without_version_loads_to_an_equal_transform(case):
+@pytest.mark.parametrize("case", CASES + CASES_1, ids=lambda case: case["transform"])
+def test_recipe_of_earlier_version_loads_to_an_equal_transform(case):
+    assert case["recipe"].get("version", 0) < VERSION
     expected = eval(case["transform"], dict(NAMES))
     assert recipe_from_json(json.dumps(case["recipe"])) == expected
     assert recipe_from_json(to_json(expected)) == expected
@@ -31,6 +50,45 @@ def test_recipe_without_version_loads_to_an_equal_transform(case):
 
 def test_cases_hold_every_transform():
     assert {case["recipe"]["name"] for case in CASES} == {method.name for method in METHODS}
+
+
+def test_cases_of_version_1_change_every_option_that_moved():
+    defaults = {
+        "distill": distill(),
+        "quantize.gptq": quantize.gptq(),
+        "quantize.qat": quantize.qat(),
+        "prune.sparsegpt": prune.sparsegpt(0.5),
+    }
+    moved = "intermediates on_policy solver trainable"
+    changed = set()
+    for case in CASES_1:
+        transform = recipe_from_json(json.dumps(case["recipe"]))
+        default = defaults.get(transform.name, prune.sparsegpt(0.5))
+        changed |= {
+            (transform.name, name)
+            for name in moved.split()
+            if getattr(transform, name, None) != getattr(default, name, None)
+        }
+    assert changed == {
+        ("distill", "intermediates"),
+        ("distill", "on_policy"),
+        ("quantize.gptq", "solver"),
+        ("quantize.qat", "trainable"),
+        ("prune.sparsegpt", "solver"),
+    }
+
+
+def test_prompt_of_version_1_without_on_policy_is_refused():
+    old = {"name": "distill", "version": 1, "options": {"prompt": 3}}
+    with pytest.raises(RecipeError, match="prompt= needs on_policy= above zero"):
+        recipe_from_json(json.dumps(old))
+
+
+def test_option_of_version_1_in_version_2_is_refused():
+    for name, option in (("distill", "hidden"), ("quantize.gptq", "damping")):
+        recipe = {"name": name, "version": VERSION, "options": {option: 0.5}}
+        with pytest.raises(RecipeError, match=f"has no option '{option}'"):
+            recipe_from_json(json.dumps(recipe))
 
 
 def test_chain_without_version_loads_to_an_equal_chain():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import prune, quantize
+from glm_edge.compress import SolverOptions, prune, quantize
 from glm_edge.compress.layerwise import stages
 from glm_edge.compress.readings import layouts_of
 from glm_edge.errors import RecipeError
@@ -225,7 +225,8 @@ def test_gptq_counts_what_it_rounds_to_nearest(kind, unseen):
     model = Tower(kind=kind)
     params = initial(Tower(), TOKENS)
     batches = [{"tokens": TOKENS}]
-    rounding = quantize.gptq("int4", propagate=0.0, sweeps=0, refit=False, scale="max")
+    solver = SolverOptions(propagate=0.0, sweeps=0, refit=False)
+    rounding = quantize.gptq("int4", scale="max", solver=solver)
     _, _, report = rounding(model, params, batches)
     (note,) = report.notes
     assert unseen in note

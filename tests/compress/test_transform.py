@@ -118,7 +118,7 @@ def test_the_public_names_are_on_the_package():
         ('{"name": "chain", "options": {"steps": []}}', "chain takes one option"),
         ('{"name": "chain", "options": {"transforms": [3]}}', "expected"),
         ('{"options": {}}', "expected"),
-        ('{"version": 2, "name": "quantize.rtn"}', "version 2 of a recipe is unknown"),
+        ('{"version": 3, "name": "quantize.rtn"}', "version 3 of a recipe is unknown"),
         ('{"version": "1", "name": "quantize.rtn"}', "version '1' of a recipe is unknown"),
         (
             '{"version": 1, "name": "quantize.rtn", "options": {"bits": 4}}',

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 import glm_edge as ge
 from glm_edge.errors import DataError
+from glm_edge.generate import DecodeOptions
 from glm_edge.kernels import cache as cache_kernels
 from glm_edge.models.glm import init_cache
 from glm_edge.params import sharding
@@ -79,13 +80,14 @@ def test_likeliest_tokens_of_the_shipped_model_hardly_change(nano, dtype, agree,
 def test_greedy_generation_takes_the_type_of_the_cache(nano, dtype):
     model, params, tokens = nano
     options = {"max_new_tokens": 12, "stop_tokens": ()}
+    cached = DecodeOptions(cache_dtype=dtype)
     expected = ge.generate.generate(model, params, tokens, **options).tokens
-    found = ge.generate.generate(model, params, tokens, cache_dtype=dtype, **options).tokens
+    found = ge.generate.generate(model, params, tokens, options=cached, **options).tokens
     if jnp.dtype(dtype) == jnp.int8:
         assert np.mean(np.asarray(found) == np.asarray(expected)) >= 0.9
-    alone = ge.generate.generate(model, params, tokens[1:2], cache_dtype=dtype, **options).tokens
+    alone = ge.generate.generate(model, params, tokens[1:2], options=cached, **options).tokens
     np.testing.assert_array_equal(alone[0], found[1])
-    streamed = ge.generate.stream(model, params, tokens, cache_dtype=dtype, **options)
+    streamed = ge.generate.stream(model, params, tokens, options=cached, **options)
     np.testing.assert_array_equal(np.stack(list(streamed), axis=1), found)
 
 
@@ -123,7 +125,12 @@ def test_a_cache_of_integers_lies_on_a_mesh(nano):
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int3", "uint8", "words"])
-def test_other_types_are_refused(nano, dtype):
-    model, params, tokens = nano
+def test_other_types_are_refused(dtype):
     with pytest.raises(DataError, match=r"cache_dtype: one of float32, .*int8, int4"):
-        ge.generate.generate(model, params, tokens, max_new_tokens=1, cache_dtype=dtype)
+        DecodeOptions(cache_dtype=dtype)
+
+
+def test_decode_options_refuse_other_types():
+    for option in ("early_exit", "vision_tokens"):
+        with pytest.raises(DataError, match=f"{option} must be .* or None, got 0.5"):
+            DecodeOptions(**{option: 0.5})

@@ -29,8 +29,8 @@ def answering(processor, monkeypatch):
         rows = [processor.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         stop = processor.stop_token_ids[0]
 
-        def give(model, params, tokens, max_new_tokens, **options):
-            noted.update(options, tokens=tokens)
+        def give(model, params, inputs, max_new_tokens, **options):
+            noted.update(options, **inputs)
             filled = [(row + [stop] * max_new_tokens)[:max_new_tokens] for row in rows]
             lengths = [min(len(row), max_new_tokens) for row in rows]
             return SimpleNamespace(tokens=np.array(filled), lengths=np.array(lengths))
@@ -50,8 +50,9 @@ def test_a_question_is_a_conversation_of_one_message(answering, processor):
     np.testing.assert_array_equal(noted["tokens"], processor(QUESTION).tokens)
     assert noted["stop_tokens"] == (*processor.stop_token_ids, 7)
     sampling = ge.generate.Sampling(temperature=0.7)
-    chat(QUESTION, sampling=sampling, cache_dtype="int8")
-    assert (noted["sampling"], noted["cache_dtype"]) == (sampling, "int8")
+    cached = ge.generate.DecodeOptions(cache_dtype="int8")
+    chat(QUESTION, sampling=sampling, options=cached)
+    assert (noted["sampling"], noted["options"]) == (sampling, cached)
 
 
 def test_images_and_recordings_come_before_the_question(answering, processor):
@@ -73,7 +74,7 @@ def test_several_conversations_give_a_list(answering):
 def test_thinking_is_split_and_stop_strings_cut(answering):
     _, chat = answering("<think>\nwhy</think><answer>because</answer>")
     assert chat("?") == "<think>\nwhy</think><answer>because</answer>"
-    assert chat("?", split_thinking=True) == ("why", "because")
+    assert ge.preprocess.split_thinking(chat("?")) == ("why", "because")
     assert chat("?", stop_strings=["</think>", "ause"]) == "<think>\nwhy"
 
 
@@ -84,6 +85,13 @@ def test_an_answer_that_was_cut_is_told(answering):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         chat([QUESTION, QUESTION], stop_strings=["on"])
+
+
+def test_chat_passes_variables_to_the_template(answering):
+    _, chat = answering("ok")
+    assert chat(QUESTION, variables={"enable_thinking": False}) == "ok"
+    with pytest.raises(DataError, match="tools and documents are unknown here"):
+        chat(QUESTION, variables={"tools": [{"type": "function", "function": {"name": "tap"}}]})
 
 
 def test_wrong_arguments_are_refused(answering, processor):
@@ -100,7 +108,7 @@ def test_chat_says_what_generate_gives(processor):
     model, params = ge.load(NANO)
     with pytest.warns(UserWarning, match="max_new_tokens=4"):
         told = ge.chat(model, params, processor, QUESTION, max_new_tokens=4)
-    tokens = generate(model, params, **processor(QUESTION), max_new_tokens=4).tokens
+    tokens = generate(model, params, processor(QUESTION), max_new_tokens=4).tokens
     assert told == processor.decode(np.asarray(tokens)[0]).strip() != ""
 
 

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_edge.errors import DataError
-from glm_edge.generate import Sampling, decoding, generate, greedy, stream
+from glm_edge.generate import DecodeOptions, Sampling, generate, greedy, stream
+from glm_edge.generate import steps as programs
 from glm_edge.generate.prompts import bucket
+from glm_edge.preprocess import Inputs
 
 IMAGE, AUDIO, FIRST_TEXT, VOCABULARY = 5, 8, 11, 48
 STEPS = 6
@@ -63,7 +65,12 @@ def test_cached_generation_equals_running_everything_again(
     prompts, tokens, valid = batch
     model, params = make_model(**variant)
     found = generate(
-        model, params, tokens, valid, max_new_tokens=STEPS, stop_tokens=(), return_logits=True
+        model,
+        params,
+        Inputs(tokens, valid=valid),
+        max_new_tokens=STEPS,
+        stop_tokens=(),
+        return_logits=True,
     )
     for row, prompt in enumerate(prompts):
         ids, scores = continue_uncached(model, params, prompt, STEPS)
@@ -84,7 +91,9 @@ def test_images_and_audio_in_padded_rows(make_model, continue_uncached, variant,
     tokens, valid = spread(prompts, [np.arange(10) + 2, [0, 1, 3, 4, 5, 7, 9, 10]], 12)
     options = {"max_new_tokens": STEPS, "stop_tokens": (IMAGE, AUDIO), "return_logits": True}
     given_images = list(images) if listed else images
-    found = generate(model, params, tokens, valid, given_images, audio, **options)
+    found = generate(
+        model, params, Inputs(tokens, valid=valid, images=given_images, audio=audio), **options
+    )
     for row, prompt in enumerate(prompts):
         ids, scores = continue_uncached(
             model, params, prompt, STEPS, images[row : row + 1], audio[row : row + 1], stops=(5, 8)
@@ -100,7 +109,7 @@ def test_images_of_other_sizes_move_the_positions_that_follow(make_model, contin
     prompts = [[12, *[IMAGE] * 3, 13, 14], [*[IMAGE] * 4, 15]]
     tokens, valid = spread(prompts, [np.arange(6), np.arange(5) + 3], 8)
     options = {"max_new_tokens": STEPS, "stop_tokens": (IMAGE, AUDIO)}
-    found = generate(model, params, tokens, valid, images, **options).tokens
+    found = generate(model, params, Inputs(tokens, valid=valid, images=images), **options).tokens
     for row, prompt in enumerate(prompts):
         ids, _ = continue_uncached(
             model, params, prompt, STEPS, [images[row]], stops=(IMAGE, AUDIO)
@@ -115,7 +124,9 @@ def test_recordings_in_chunks_of_several_lengths(make_model, continue_uncached):
     prompts = [[12, *[AUDIO] * 3, 13], [*[AUDIO] * 2, 14]]
     tokens, valid = spread(prompts, [np.arange(5), np.arange(3) + 2], 5)
     options = {"max_new_tokens": STEPS, "stop_tokens": (IMAGE, AUDIO)}
-    found = generate(model, params, tokens, valid, None, audio, frames, **options).tokens
+    found = generate(
+        model, params, Inputs(tokens, valid=valid, audio=audio, audio_frames=frames), **options
+    ).tokens
     for row, chunks in enumerate([slice(0, 2), slice(2, 3)]):
         ids, _ = continue_uncached(
             model, params, prompts[row], STEPS, None, audio[chunks], frames[chunks], (IMAGE, AUDIO)
@@ -167,8 +178,8 @@ def test_streaming_yields_the_tokens_of_the_batch_form(make_model, sampling):
     model, params = make_model()
     tokens, valid = spread([text_of(4, 1), text_of(7, 2)], [np.arange(4) + 3, np.arange(7)], 7)
     options = {"max_new_tokens": 10, "sampling": sampling, "rng": jax.random.key(7)}
-    whole = generate(model, params, tokens, valid, **options).tokens
-    steps = np.stack(list(stream(model, params, tokens, valid, **options)), axis=1)
+    whole = generate(model, params, Inputs(tokens, valid=valid), **options).tokens
+    steps = np.stack(list(stream(model, params, Inputs(tokens, valid=valid), **options)), axis=1)
     assert steps.tolist() == whole[:, : steps.shape[1]].tolist()
 
 
@@ -219,13 +230,14 @@ def test_a_row_does_not_depend_on_the_others_nor_on_padding(make_model):
     prompts = [text_of(length, length) for length in (3, 9, 6)]
     keys = jax.random.split(jax.random.key(2), 3)
     options = {"max_new_tokens": 12, "sampling": PENALIZED, "stop_tokens": ()}
-    padded = spread(prompts, [np.arange(len(p)) + 1 for p in prompts], 12)
-    together = generate(model, params, *padded, rng=keys, **options).tokens
+    tokens, valid = spread(prompts, [np.arange(len(p)) + 1 for p in prompts], 12)
+    padded = Inputs(tokens, valid=valid)
+    together = generate(model, params, padded, rng=keys, **options).tokens
     for row, prompt in enumerate(prompts):
         alone = generate(model, params, prompt[None], rng=keys[row : row + 1], **options).tokens
         assert alone[0].tolist() == together[row].tolist()
     first = generate(model, params, prompts[0][None], rng=jax.random.key(5), **options).tokens
-    rows = generate(model, params, *padded, rng=jax.random.key(5), **options).tokens
+    rows = generate(model, params, padded, rng=jax.random.key(5), **options).tokens
     assert first[0].tolist() == rows[0].tolist()
 
 
@@ -234,7 +246,7 @@ def test_lengths_of_one_bucket_compile_once(make_model):
     compiled = []
     for length, steps in ((3, 2), (32, 9), (17, 32)):
         generate(model, params, text_of((1, length), 0), max_new_tokens=steps)
-        compiled.append(decoding._prefill._cache_size() + decoding.decode._cache_size())
+        compiled.append(programs._prefill._cache_size() + programs.decode._cache_size())
     assert len(set(compiled)) == 1
 
 
@@ -265,6 +277,8 @@ def test_greedy_is_generation_at_temperature_zero(make_model):
         ({"tokens": [[1, 2], [3]]}, "prompts must be rows of one length"),
         ({"tokens": [["a"]]}, "prompts must be numbers"),
         ({"valid": [[True], [True, True]]}, "valid must be rows of one length"),
+        ({"pixels": 1}, "inputs have no 'pixels'; known: tokens, valid, images, audio"),
+        ({"options": {"cache_dtype": "int8"}}, "options must be a DecodeOptions, got"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 2.5}, r"max_new_tokens must be an integer, got 2\.5"),
         ({"max_new_tokens": "4"}, "max_new_tokens must be an integer, got '4'"),
@@ -278,12 +292,15 @@ def test_greedy_is_generation_at_temperature_zero(make_model):
         ({"rng": 3, "sampling": DRAWN}, "rng must be a key"),
         ({"rng": jnp.stack([jax.random.key(0)] * 2), "sampling": DRAWN}, "rng must be"),
     ],
-    ids=range(21),
+    ids=range(23),
 )
 def test_unfit_input_is_named(make_model, change, message):
     model, params = make_model()
+    arrays = {name: change[name] for name in ("tokens", "valid", "pixels") if name in change}
+    options = {name: value for name, value in change.items() if name not in arrays}
+    inputs = {"tokens": np.full((1, 3), 12), **arrays}
     with pytest.raises(DataError, match=message):
-        generate(model, params, **{"tokens": np.full((1, 3), 12), **change})
+        generate(model, params, inputs, **options)
 
 
 @pytest.mark.parametrize("mrope", [(), (1, 1, 2)])
@@ -292,11 +309,12 @@ def test_generation_beyond_the_context_is_asked_for(make_model, mrope):
     prompts = np.full((2, 7), 12)
     valid = np.ones((2, 7), bool)
     valid[1, :2] = False
+    inputs, beyond = Inputs(prompts, valid=valid), DecodeOptions(beyond_context=True)
     for run in (generate, lambda *args, **options: list(stream(*args, **options))):
         with pytest.raises(DataError, match=r"7 positions and 4 new tokens exceed the 10"):
-            run(model, params, prompts, valid, max_new_tokens=4)
-        run(model, params, prompts, valid, max_new_tokens=3)
-        run(model, params, prompts, valid, max_new_tokens=4, beyond_context=True)
+            run(model, params, inputs, max_new_tokens=4)
+        run(model, params, inputs, max_new_tokens=3)
+        run(model, params, inputs, max_new_tokens=4, options=beyond)
     with pytest.raises(DataError, match="shorten the prompt"):
         generate(model, params, np.full((1, 10), 12), max_new_tokens=1)
 
@@ -307,9 +325,9 @@ def test_an_image_takes_the_positions_of_its_grid(make_model):
     tokens = np.full((1, 8), 12)
     tokens[0, :4] = IMAGE
     images = [jnp.zeros((16, 16, 3))]
-    generate(model, params, tokens, images=images, max_new_tokens=3, stop_tokens=())
+    generate(model, params, Inputs(tokens, images=images), max_new_tokens=3, stop_tokens=())
     with pytest.raises(DataError, match="6 positions and 4 new tokens exceed the 9"):
-        generate(model, params, tokens, images=images, max_new_tokens=4)
+        generate(model, params, Inputs(tokens, images=images), max_new_tokens=4)
 
 
 @pytest.mark.parametrize("options", [{}, {"sampling": DRAWN}])
@@ -332,7 +350,7 @@ def test_placeholders_and_features_must_be_as_many(make_model, rows, listed):
     images = jnp.zeros((rows, 16, 16, 3))
     gives = 4 * rows if listed else 4
     with pytest.raises(DataError, match=f"3 placeholders of vision, the input gives {gives}"):
-        generate(model, params, tokens, images=list(images) if listed else images)
+        generate(model, params, Inputs(tokens, images=list(images) if listed else images))
 
 
 def test_a_row_may_have_no_image(make_model):
@@ -341,7 +359,7 @@ def test_a_row_may_have_no_image(make_model):
     tokens[1, :4] = IMAGE
     images = jnp.zeros((2, 16, 16, 3))
     options = {"max_new_tokens": 4, "stop_tokens": ()}
-    found = generate(model, params, tokens, images=images, **options).tokens
+    found = generate(model, params, Inputs(tokens, images=images), **options).tokens
     assert found[0].tolist() == generate(model, params, tokens[:1], **options).tokens[0].tolist()
 
 
@@ -349,9 +367,8 @@ def test_a_bfloat16_cache_gives_nearly_the_same_scores(make_model):
     model, params = make_model()
     prompt = text_of(9, 3)[None]
     exact = generate(model, params, prompt, max_new_tokens=STEPS, return_logits=True)
-    found = generate(
-        model, params, prompt, max_new_tokens=1, cache_dtype=jnp.bfloat16, return_logits=True
-    )
+    bfloat16 = DecodeOptions(cache_dtype=jnp.bfloat16)
+    found = generate(model, params, prompt, max_new_tokens=1, options=bfloat16, return_logits=True)
     scale = float(jnp.abs(exact.logits[:, 0]).max())
     difference = float(jnp.abs(found.logits[:, 0] - exact.logits[:, 0]).max())
     assert 0 < difference < 0.02 * scale

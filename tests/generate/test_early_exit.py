@@ -7,11 +7,12 @@ import pytest
 
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.generate import (
+    DecodeOptions,
     Setting,
-    decoding,
     early_exit,
     fit_exits,
     generate,
+    steps,
     stream,
     sweep,
 )
@@ -45,7 +46,7 @@ def threshold(deep, prompts):
     """The median of what the first exit is sure of, so that some tokens stop and some do not."""
     model, params = deep
     exits = early_exit(model, (1, 2), 0.0)
-    found = generate(model, params, prompts, early_exit=exits, **OPTIONS)
+    found = generate(model, params, prompts, options=DecodeOptions(early_exit=exits), **OPTIONS)
     sure = np.asarray(jax.nn.softmax(found.logits[:, 1:], axis=-1).max(axis=-1))
     return float(np.median(sure))
 
@@ -71,7 +72,7 @@ def test_early_exit_per_token_with_later_tokens(deep, prompts, threshold):
     """Tokens stop where they are sure and later ones see what they left."""
     model, params = deep
     exits = early_exit(model, (1, 2), threshold)
-    found = generate(model, params, prompts, early_exit=exits, **OPTIONS)
+    found = generate(model, params, prompts, options=DecodeOptions(early_exit=exits), **OPTIONS)
     layers = np.asarray(found.layers)
     assert (layers[:, 0] == LAYERS).all()
     assert len(set(layers[:, 1:].ravel())) > 1
@@ -85,17 +86,17 @@ def test_early_exit_per_token_with_later_tokens(deep, prompts, threshold):
         ran = layers[:, 1:]
         assert (sure[ran == exit_at] >= threshold - 1e-5).all()
         assert (sure[ran > exit_at] < threshold + 1e-5).all()
-    options = {"max_new_tokens": NEW, "stop_tokens": (), "early_exit": exits}
+    options = {"max_new_tokens": NEW, "stop_tokens": (), "options": DecodeOptions(early_exit=exits)}
     tokens = list(stream(model, params, prompts, **options))
     np.testing.assert_array_equal(np.stack(tokens, axis=1), found.tokens)
 
 
 def test_rows_do_not_depend_on_each_other(deep, prompts, threshold):
     model, params = deep
-    exits = early_exit(model, (1, 2), threshold)
-    together = generate(model, params, prompts, early_exit=exits, **OPTIONS)
+    exiting = DecodeOptions(early_exit=early_exit(model, (1, 2), threshold))
+    together = generate(model, params, prompts, options=exiting, **OPTIONS)
     for row in (0, 1):
-        alone = generate(model, params, prompts[row : row + 1], early_exit=exits, **OPTIONS)
+        alone = generate(model, params, prompts[row : row + 1], options=exiting, **OPTIONS)
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
         np.testing.assert_array_equal(alone.layers[0], together.layers[row])
 
@@ -104,11 +105,14 @@ def test_the_ends_of_the_threshold(deep, prompts):
     model, params = deep
     whole = generate(model, params, prompts, **OPTIONS)
     assert whole.layers is None
-    never = generate(model, params, prompts, early_exit=early_exit(model, (1, 2), 1.0), **OPTIONS)
+    never_exits, first_exit = (
+        DecodeOptions(early_exit=early_exit(model, (1, 2), threshold)) for threshold in (1.0, 0.0)
+    )
+    never = generate(model, params, prompts, options=never_exits, **OPTIONS)
     assert (np.asarray(never.layers) == LAYERS).all()
     np.testing.assert_array_equal(never.tokens, whole.tokens)
     np.testing.assert_allclose(never.logits, whole.logits, atol=1e-4)
-    always = generate(model, params, prompts, early_exit=early_exit(model, (1, 2), 0.0), **OPTIONS)
+    always = generate(model, params, prompts, options=first_exit, **OPTIONS)
     assert (np.asarray(always.layers)[:, 1:] == 1).all()
 
 
@@ -116,12 +120,11 @@ def test_another_threshold_compiles_nothing_anew(deep, prompts, threshold):
     model, params = deep
     compiled, layers = [], []
     for value in (threshold, 0.0, 0.95):
-        exits = early_exit(model, (1, 2), value)
-        found = generate(model, params, prompts, early_exit=exits, **OPTIONS)
-        options = {"max_new_tokens": 3, "stop_tokens": (), "early_exit": exits}
-        list(stream(model, params, prompts, **options))
+        exiting = DecodeOptions(early_exit=early_exit(model, (1, 2), value))
+        found = generate(model, params, prompts, options=exiting, **OPTIONS)
+        list(stream(model, params, prompts, 3, stop_tokens=(), options=exiting))
         layers.append(float(found.layers.mean()))
-        programs = (decoding._prefill, decoding._first, decoding._step, decoding.decode)
+        programs = (steps._prefill, steps._first, steps.step, steps.decode)
         compiled.append([program._cache_size() for program in programs])
     assert compiled[0] == compiled[1] == compiled[2]
     assert len(set(layers)) > 1
@@ -130,10 +133,10 @@ def test_another_threshold_compiles_nothing_anew(deep, prompts, threshold):
 def test_stopped_rows_run_no_layer(deep, prompts, threshold):
     model, params = deep
     exits = early_exit(model, (1, 2), threshold)
-    plain = generate(model, params, prompts, early_exit=exits, **OPTIONS)
+    plain = generate(model, params, prompts, options=DecodeOptions(early_exit=exits), **OPTIONS)
     stop = int(plain.tokens[0, 3])
     options = {**OPTIONS, "stop_tokens": (stop,)}
-    found = generate(model, params, prompts, early_exit=exits, **options)
+    found = generate(model, params, prompts, options=DecodeOptions(early_exit=exits), **options)
     for tokens, ran, length in zip(found.tokens, found.layers, found.lengths, strict=True):
         assert (np.asarray(ran)[: length + 1] > 0).all()
         assert (np.asarray(ran)[length + 1 :] == 0).all()
@@ -157,7 +160,7 @@ def test_maps_are_least_squares_from_an_exit_to_the_last_layer(deep, prompts):
         np.testing.assert_allclose(found, expected, atol=2e-3)
         assert np.mean((found - y) ** 2) < np.mean((x - y) ** 2)
     always = early_exit(model, (2,), 0.0, maps)
-    found = generate(model, params, prompts, early_exit=always, **OPTIONS)
+    found = generate(model, params, prompts, options=DecodeOptions(early_exit=always), **OPTIONS)
     ids = np.concatenate([prompts, np.asarray(found.tokens)], axis=1)[:, : LENGTH + 1]
     depth = np.r_[np.full(LENGTH, LAYERS), 2][None].repeat(2, axis=0)
 

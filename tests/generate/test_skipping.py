@@ -8,7 +8,7 @@ import pytest
 import glm_edge as ge
 from glm_edge.compress import prune, quantize
 from glm_edge.errors import CheckpointError, RecipeError
-from glm_edge.generate import decoding, generate, skip_neurons
+from glm_edge.generate import generate, skip_neurons, steps
 from glm_edge.kernels.sparse_mlp import SparseMLP, sparse_mlp
 
 
@@ -99,7 +99,7 @@ def test_another_threshold_compiles_nothing_anew(make_model):
         skipping = skip_neurons(model, params, threshold=threshold)
         found = generate(model, skipping, tokens, max_new_tokens=8, return_logits=True)
         scores.append(np.asarray(found.logits[:, 0]))
-        compiled.append(decoding._prefill._cache_size() + decoding.decode._cache_size())
+        compiled.append(steps._prefill._cache_size() + steps.decode._cache_size())
     assert len(set(compiled)) == 1
     assert not np.allclose(scores[0], scores[2], atol=1e-3)
 

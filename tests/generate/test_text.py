@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from glm_edge.errors import ConfigError
+from glm_edge.errors import ConfigError, DataError
 from glm_edge.generate import TextStream, generate, generate_text, stream_text
+from glm_edge.preprocess import Inputs
 
 END = "<|end|>"
 
@@ -124,6 +125,9 @@ def test_streamed_text_is_the_decoded_generation(make_model):
     tokens = generate(model, params, np.array([prompt]), **options).tokens[0]
     whole = BYTES.decode(tokens.tolist())
     assert generate_text(model, params, BYTES, prompt, **options) == whole
+    assert generate_text(model, params, BYTES, Inputs([prompt]), **options) == whole
+    with pytest.raises(DataError, match="prompt must be one row, got 2"):
+        generate_text(model, params, BYTES, Inputs([prompt] * 2), **options)
     pieces = list(stream_text(model, params, BYTES, prompt, **options))
     assert "".join(pieces) == whole
     assert all(pieces)

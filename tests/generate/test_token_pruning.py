@@ -11,16 +11,19 @@ import glm_edge as ge
 from experiments.common import tap_eval, tap_items
 from glm_edge.errors import RecipeError
 from glm_edge.generate import (
+    DecodeOptions,
     Setting,
     VisionTokens,
-    decoding,
     drop_vision_tokens,
     generate,
+    steps,
     stream,
     sweep,
 )
+from glm_edge.generate.decoding import GREEDY
 from glm_edge.generate.prompts import Prompt
 from glm_edge.models.text import TextEncoder
+from glm_edge.preprocess import Inputs
 
 IMAGE, VOCABULARY, STEPS, WIDTH = 5, 48, 6, 48
 LAYERS, FEATURES, LENGTH = 3, 16, 38
@@ -37,15 +40,15 @@ def prompts():
     return rows, images
 
 
-def padded(rows):
-    """Rows as `(tokens, valid)`, the last padded on its right and the others on their left."""
+def padded(rows, images=None):
+    """Rows as `Inputs`, the last padded on its right and the others on their left."""
     tokens = np.full((len(rows), LENGTH + 2), IMAGE)
     valid = np.zeros(tokens.shape, bool)
     for index, row in enumerate(rows):
         start = 0 if index == len(rows) - 1 else LENGTH + 2 - len(row)
         tokens[index, start : start + len(row)] = row
         valid[index, start : start + len(row)] = True
-    return tokens, valid
+    return Inputs(tokens, valid=valid, images=images)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -130,9 +133,9 @@ def test_token_pruning_drops_the_lowest_scores_only(make_model, prompts, mrope, 
     """Dropped tokens are those that score lowest and nothing else changes."""
     model, params = make_model(num_layers=LAYERS, mrope_section=mrope)
     rows, images = prompts
-    drop = drop_vision_tokens(model, 0.4, score, layer)
-    found = generate(model, params, *padded(rows), images, vision_tokens=drop, **OPTIONS)
-    plain = generate(model, params, *padded(rows), images, **OPTIONS)
+    pruning = DecodeOptions(vision_tokens=drop_vision_tokens(model, 0.4, score, layer))
+    found = generate(model, params, padded(rows, images), options=pruning, **OPTIONS)
+    plain = generate(model, params, padded(rows, images), **OPTIONS)
     assert float(jnp.abs(found.logits[:, 1] - plain.logits[:, 1]).max()) > 1e-2
     for index, (row, image) in enumerate(zip(rows, images, strict=True)):
         seen = jax.device_get(whole(model, params, np.array([row]), image))
@@ -145,22 +148,20 @@ def test_token_pruning_drops_the_lowest_scores_only(make_model, prompts, mrope, 
 def test_the_cache_holds_what_is_left(make_model, prompts):
     model, params = make_model(num_layers=LAYERS, mrope_section=(1, 1, 2))
     rows, images = prompts
-    tokens, valid = padded(rows)
-    slots = {}
+    inputs, slots = padded(rows, images), {}
     for keep in (1.0, 0.5):
         drop = drop_vision_tokens(model, keep, layer=1)
-        prompt = Prompt.of(model.config, tokens, valid, STEPS)
-        state = decoding.start(
-            model, params, prompt, images, None, None, decoding.GREEDY, None, "int8", drop
-        )
+        options = DecodeOptions(cache_dtype="int8", vision_tokens=drop)
+        prompt = Prompt.of(model.config, inputs, STEPS)
+        state = steps.start(model, params, prompt, GREEDY, None, options)
         rows_seen = np.asarray(state.visible.sum(axis=1)) - prompt.room
-        np.testing.assert_array_equal(rows_seen, valid.sum(axis=1) - FEATURES * (1 - keep))
+        np.testing.assert_array_equal(rows_seen, inputs.valid.sum(axis=1) - FEATURES * (1 - keep))
         slots[keep] = int(state.cache["length"])
         assert {leaf.shape[1] for leaf in jax.tree.leaves(state.cache["layers"])} == {
             slots[keep] + prompt.room
         }
         # A column of 4 features advances by 4: positions are those of the whole prompt.
-        np.testing.assert_array_equal(state.position, valid.sum(axis=1) - FEATURES + 4 - 1)
+        np.testing.assert_array_equal(state.position, inputs.valid.sum(axis=1) - FEATURES + 4 - 1)
     assert slots == {1.0: 64, 0.5: 32}
 
 
@@ -168,14 +169,15 @@ def test_rows_do_not_depend_on_each_other_nor_on_having_an_image(make_model, pro
     model, params = make_model(num_layers=LAYERS)
     rows, images = prompts
     rows = [rows[0], rows[1][FEATURES:], rows[1]]
-    drop = drop_vision_tokens(model, 0.25, layer=1)
-    together = generate(model, params, *padded(rows), images, vision_tokens=drop, **OPTIONS)
-    alone = generate(model, params, rows[:1], images=images[:1], vision_tokens=drop, **OPTIONS)
+    pruning = DecodeOptions(vision_tokens=drop_vision_tokens(model, 0.25, layer=1))
+    together = generate(model, params, padded(rows, images), options=pruning, **OPTIONS)
+    first = Inputs(rows[:1], images=images[:1])
+    alone = generate(model, params, first, options=pruning, **OPTIONS)
     assert alone.tokens[0].tolist() == together.tokens[0].tolist()
-    options = {"max_new_tokens": STEPS, "stop_tokens": (), "vision_tokens": drop}
-    steps = list(stream(model, params, [rows[2]], images=images[1:], **options))
-    assert np.concatenate(steps).tolist() == together.tokens[2].tolist()
-    text = generate(model, params, [rows[1]], vision_tokens=drop, **OPTIONS)
+    last = Inputs([rows[2]], images=images[1:])
+    streamed = list(stream(model, params, last, STEPS, stop_tokens=(), options=pruning))
+    assert np.concatenate(streamed).tolist() == together.tokens[2].tolist()
+    text = generate(model, params, [rows[1]], options=pruning, **OPTIONS)
     assert text.tokens[0].tolist() == together.tokens[1].tolist()
 
 
@@ -184,9 +186,9 @@ def test_another_fraction_of_one_bucket_compiles_nothing_anew(make_model, prompt
     rows, images = prompts
     compiled = []
     for keep in (0.3, 0.5, 0.6):
-        drop = drop_vision_tokens(model, keep, "norm")
-        generate(model, params, *padded(rows), images, vision_tokens=drop, **OPTIONS)
-        compiled.append(decoding._prefill._cache_size() + decoding.decode._cache_size())
+        pruning = DecodeOptions(vision_tokens=drop_vision_tokens(model, keep, "norm"))
+        generate(model, params, padded(rows, images), options=pruning, **OPTIONS)
+        compiled.append(steps._prefill._cache_size() + steps.decode._cache_size())
     assert len(set(compiled)) == 1
 
 
@@ -208,12 +210,11 @@ def test_a_sweep_takes_fractions_of_vision_tokens(make_model, prompts):
     )
     assert found[1].agreement == 1.0
     for keep, given in zip((1.0, 0.3), answers[1:], strict=True):
-        drop = drop_vision_tokens(model, keep, "norm")
-        options = {"max_new_tokens": STEPS, "vision_tokens": drop}
-        assert (
-            given
-            == generate(model, params, [rows[0]], images=images[:1], **options).tokens.tolist()
+        pruning = DecodeOptions(vision_tokens=drop_vision_tokens(model, keep, "norm"))
+        expected = generate(
+            model, params, Inputs([rows[0]], images=images[:1]), STEPS, options=pruning
         )
+        assert given == expected.tokens.tolist()
 
 
 def test_the_shipped_model_answers_on_half_of_a_screen():
@@ -221,24 +222,23 @@ def test_the_shipped_model_answers_on_half_of_a_screen():
     model, params = ge.load(directory, dtype="float32")
     tokenizer = ge.load_tokenizer(directory)
     batch = next(tap_items.prompt_batches(tap_items.draw_items(4, 3), model.config, tokenizer, 4))
-    inputs = (batch["tokens"], batch["valid"], batch["images"])
+    inputs = Inputs.of(batch)
     options = {"max_new_tokens": tap_eval.ANSWER_TOKENS, "return_logits": True}
-    expected = generate(model, params, *inputs, **options)
+    expected = generate(model, params, inputs, **options)
     lengths = {}
     for keep in (1.0, 0.5):
         drop = drop_vision_tokens(model, keep)
         assert drop == VisionTokens(keep, "attention", 2)
-        found = generate(model, params, *inputs, vision_tokens=drop, **options)
+        pruning = DecodeOptions(vision_tokens=drop)
+        found = generate(model, params, inputs, options=pruning, **options)
         assert np.isfinite(found.logits).all()
         if keep == 1.0:
             np.testing.assert_array_equal(found.tokens, expected.tokens)
             np.testing.assert_allclose(found.logits[:, 0], expected.logits[:, 0], atol=1e-3)
         else:
             assert float(jnp.abs(found.logits[:, 0] - expected.logits[:, 0]).max()) > 1e-2
-        prompt = Prompt.of(model.config, *inputs[:2], tap_eval.ANSWER_TOKENS)
-        state = decoding.start(
-            model, params, prompt, inputs[2], None, None, decoding.GREEDY, None, "float32", drop
-        )
+        prompt = Prompt.of(model.config, inputs, tap_eval.ANSWER_TOKENS)
+        state = steps.start(model, params, prompt, GREEDY, None, pruning)
         lengths[keep] = int(state.cache["length"])
         seen = np.asarray(state.visible.sum(axis=1)) - prompt.room
         gone = int((1 - keep) * model.config.vision.num_tokens)

@@ -118,9 +118,9 @@ def test_answers_are_those_of_the_exam(nano, loaded):
         for item in items
     ]
     options = {"max_new_tokens": tap_eval.ANSWER_TOKENS, "return_logits": True}
-    found = ge.generate.generate(*loaded, **nano(batch), **options)
+    found = ge.generate.generate(*loaded, nano(batch), **options)
     [prompts] = tap_items.prompt_batches(items, CONFIG, nano.tokenizer, batch=len(items))
-    expected = ge.generate.generate(*loaded, **prompts, **options)
+    expected = ge.generate.generate(*loaded, prompts, **options)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     for ours, theirs, length in zip(found.logits, expected.logits, found.lengths, strict=True):
         np.testing.assert_allclose(ours[: length + 1], theirs[: length + 1], atol=1e-4)

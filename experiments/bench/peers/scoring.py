@@ -111,7 +111,7 @@ class Scorer:
 
     def _generate(self, model: Any, params: Any, batches: Sequence[dict[str, Any]]) -> np.ndarray:
         greedy = functools.partial(tap_eval.generate.greedy, max_new_tokens=tap_eval.ANSWER_TOKENS)
-        return np.concatenate([np.asarray(greedy(model, params, **batch)) for batch in batches])
+        return np.concatenate([np.asarray(greedy(model, params, batch)) for batch in batches])
 
     def _answer_scores(self, model: Any, params: Any, kind: str) -> np.ndarray:
         """Log-probabilities float32 [N, A, V] along the reference's answers."""

@@ -1,16 +1,25 @@
-"""Distillation: a student learns to predict what its teacher predicts."""
+"""Distillation: a student is trained on the predictions of its teacher."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
-import numpy as np
 import optax
 
 from glm_edge import params as boxes
-from glm_edge.compress.distill.loop import DistillOptions, TrainOptions, as_teacher, train
+from glm_edge.compress.distill.loop import train
+from glm_edge.compress.distill.options import (
+    DistillOptions,
+    IntermediateLosses,
+    OnPolicy,
+    as_teacher,
+    shares,
+    whole_numbers,
+)
+from glm_edge.compress.options import TrainOptions
 from glm_edge.compress.report import Report, Row
 from glm_edge.compress.transform import ARRAYS, Context, Result, Transform, check_pattern, register
 from glm_edge.errors import RecipeError
@@ -22,17 +31,17 @@ from glm_edge.params.tree import Params
 class Distill(Transform):
     """Trains a (pruned) student on its teacher's predictions and on the labels.
 
-    The loss is `alpha * T^2 * KL(teacher at T || student at T) + (1 - alpha) * cross-entropy`,
-    averaged over the predictions that `loss_mask` weighs. Masks and quantized weights stay as they
-    are; what trains is what `glm_edge.params.partition` gives, in float32.
+    The loss is `alpha * T^2 * KL(teacher at T || student at T) + (1 - alpha) * cross-entropy`, the
+    mean over predictions weighted by `loss_mask`. Masks and quantized weights do not change. The
+    trained parameters are those of `glm_edge.params.partition`, in float32.
 
-    Any module learns whose logits are [B, T, V], predictions of the next token at every position;
-    the labels are the tokens themselves. A classifier, with logits [B, N], learns from a
-    `glm_edge.Calibration`: its `apply` gives the logits, of which every one counts alike, and its
-    `loss` the labels' part, which `alpha=1` does without. A teacher is run by the same functions.
+    Any module can be trained whose logits are [B, T, V], predictions of the next token at every
+    position; the tokens are the labels. A classifier, with logits [B, N], trains with a
+    `glm_edge.Calibration`. Its `apply` gives the logits, which all have equal weight, and its
+    `loss` the labels' part, which `alpha=1` does not need. The teacher runs by the same functions.
 
     Under `glm_edge.params.sharding.on(mesh)`, with parameters on that mesh, training runs on all
-    its devices: parameters, gradients and the optimizer's moments are cut alike.
+    its devices. Parameters, gradients and the optimizer's moments are sharded alike.
 
         recipe = ge.chain(ge.prune.depth(layers=1), ge.distill(train=ge.TrainOptions(steps=200)))
         model, params, report = recipe(model, params, calibration=batches)
@@ -41,32 +50,25 @@ class Distill(Transform):
       teacher: `(model, params)`; None is the model that the chain was given.
       train: steps, learning rate and the like, see `glm_edge.TrainOptions`.
       temperature: `T`, softens both predictions.
-      alpha: weight of the teacher, in 0..1; the rest is the labels'.
-      where: regular expression searched in each path; what it matches trains, such as
-        `^(decoder|embed|head)/` to leave the encoders as they are. None trains everything.
-        Encoders that student and teacher share and that do not train are run once for both.
-      hidden: weight of the squared distance between the outputs of layers, relative to the
-        teacher's squared norm. Where widths differ, a linear projection trains along and is
-        dropped.
-      attention: weight of the divergence between attention, in nats; where numbers of heads
-        differ, their means are compared.
-      layers: the teacher's layer for each of the student's, from 0; None spaces them evenly.
-      vocabulary: the teacher's token for each of the student's, as vocabulary pruning leaves them;
-        the teacher reads these tokens and is asked about no others. None is one vocabulary.
-      mixture: share of batches of each kind, such as `{"text": 2, "images": 1, "audio": 1}`; None
-        takes them as they come.
-      beta: 0 is the divergence above; 1 is the reverse, `KL(student || teacher)`; between them it
-        is the generalized Jensen-Shannon divergence (see the second reference).
-      on_policy: share of the batches that the student goes on with itself: it samples what follows
-        each prompt, and the teacher's predictions there are the only lesson (`alpha` is 1).
-      prompt: tokens of each row that the student goes on from; None is all before the first that
-        `loss_mask` teaches. Placeholders of images and audio stay in any case.
-      sampling_temperature: of what the student writes; 0 takes the likeliest token.
+      alpha: weight of the teacher, in 0..1; the labels have `1 - alpha`.
+      beta: 0 is the divergence above; 1 is the reverse, `KL(student || teacher)`; a value between
+        them is the generalized Jensen-Shannon divergence (see the second reference).
+      where: regular expression searched in each path, of the parameters that train. For example,
+        `^(decoder|embed|head)/` freezes the encoders. None trains everything. Encoders that student
+        and teacher share and that do not train run once for both.
+      intermediates: losses between layer outputs or attention weights, see
+        `glm_edge.compress.IntermediateLosses`; None compares predictions only.
+      vocabulary: teacher token per student token, as after vocabulary pruning. The teacher reads
+        and predicts these tokens only. None is one vocabulary.
+      mixture: share of batches per kind, such as `{"text": 2, "images": 1, "audio": 1}`; None keeps
+        their order.
+      on_policy: batches that the student continues by sampling, see `glm_edge.compress.OnPolicy`;
+        None trains on calibration only.
 
     Raises:
-      RecipeError: an option has no meaning; on call, there is no teacher, it predicts another
-        vocabulary, student or teacher is a classifier without `Calibration`, everything is frozen,
-        or a layer or a token is named that a model lacks.
+      RecipeError: an option has no meaning; on call, there is no teacher, its vocabulary differs,
+        student or teacher is a classifier without `Calibration`, every parameter is frozen, or a
+        model lacks a layer or a token.
       TrainingError: the loss or its gradient is not finite; the error holds the step, and the
         parameters before it.
       DataError: calibration is missing or not a batch, or lacks a kind of `mixture`.
@@ -83,32 +85,34 @@ class Distill(Transform):
     train: TrainOptions = TrainOptions()
     temperature: float = 2.0
     alpha: float = 0.9
+    beta: float = 0.0
     where: str | None = None
-    hidden: float = 0.0
-    attention: float = 0.0
-    layers: Sequence[int] | None = None
+    intermediates: IntermediateLosses | None = None
     vocabulary: Sequence[int] | None = None
     mixture: Mapping[str, float] | Sequence[tuple[str, float]] | None = None
-    beta: float = 0.0
-    on_policy: float = 0.0
-    prompt: int | None = None
-    sampling_temperature: float = 1.0
+    on_policy: OnPolicy | None = None
 
     def __post_init__(self) -> None:
+        name = self.name
         self._set(
-            teacher=as_teacher(self.name, self.teacher),
-            train=TrainOptions.of(self.name, self.train),
-            layers=_whole_numbers("layers", self.layers),
-            vocabulary=_whole_numbers("vocabulary", self.vocabulary),
-            mixture=_shares(self.mixture),
+            teacher=as_teacher(name, self.teacher),
+            train=TrainOptions.of(name, "train", self.train),
+            vocabulary=whole_numbers(name, "vocabulary", self.vocabulary),
+            mixture=shares(name, self.mixture),
         )
+        if self.intermediates is not None:
+            inside = IntermediateLosses.of(name, "intermediates", self.intermediates)
+            self._set(intermediates=inside)
+        if self.on_policy is not None:
+            self._set(on_policy=OnPolicy.of(name, "on_policy", self.on_policy))
         super().__post_init__()
-        check_pattern(self.name, "where", self.where)
-        self._options.check(self.name)
+        check_pattern(name, "where", self.where)
+        self._options.check(name)
 
     @property
     def _options(self) -> DistillOptions:
-        return DistillOptions(**{name: getattr(self, name) for name in DistillOptions._fields})
+        names = (item.name for item in dataclasses.fields(DistillOptions))
+        return DistillOptions(**{name: getattr(self, name) for name in names})
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
         if self.teacher is None and context.original[1] is params:
@@ -138,43 +142,29 @@ distill = Distill
 
 
 def _widened(trainable: Params) -> tuple[str, ...]:
-    """Says that narrower types did not stay."""
+    """Notes that arrays of narrower types became float32."""
     narrow = [leaf for leaf in jax.tree.leaves(trainable) if leaf.dtype.itemsize < 4]
     if not narrow:
         return ()
     types = ", ".join(sorted({str(leaf.dtype) for leaf in narrow}))
     return (
         f"distill: {len(narrow)} arrays of {types} were trained and are float32 now; "
-        f"glm_edge.params.cast(params, '{narrow[0].dtype}') stores what trains in it again",
+        f"glm_edge.params.cast(params, '{narrow[0].dtype}') casts trainable arrays back",
     )
 
 
-def _whole_numbers(option: str, values: Any) -> tuple[int, ...] | None:
-    if values is None:
-        return None
-    array = np.asarray(values)
-    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu" or array.min() < 0:
-        raise RecipeError(f"distill: {option} must be whole numbers, none negative")
-    return tuple(array.tolist())
-
-
-def _shares(mixture: Any) -> tuple[tuple[str, float], ...] | None:
-    if mixture is None:
-        return None
-    try:
-        pairs = [(str(kind), float(share)) for kind, share in dict(mixture).items()]
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"distill: mixture must hold shares by kind, not {mixture!r}") from error
-    if not pairs:
-        raise RecipeError("distill: mixture names no kind")
-    return tuple(sorted(pairs))
-
-
 def split(params: Params, where: str | None) -> tuple[Params, Params]:
-    """As `glm_edge.params.partition`, with what `where` does not match on the frozen side.
+    """Splits parameters as `glm_edge.params.partition`, freezing those that `where` does not match.
+
+    Args:
+      params: of the student.
+      where: regular expression searched in each path; None matches every one.
+
+    Returns:
+      `(trainable, frozen)`.
 
     Raises:
-      RecipeError: the pattern matches nothing that can train.
+      RecipeError: the pattern matches no parameter that can train.
     """
     trainable, frozen = boxes.partition(params)
     if not jax.tree.leaves(trainable):
@@ -189,14 +179,14 @@ def split(params: Params, where: str | None) -> tuple[Params, Params]:
 
 
 def _keep(tree: Params, wanted: Callable[[str], bool]) -> Params:
-    """The tree with None in place of the arrays at other paths."""
+    """Replaces the arrays at other paths by None."""
     return boxes.map_with_path(
         lambda path, leaf: leaf if wanted(path) else jax.tree.map(lambda _: None, leaf), tree
     )
 
 
 def row_of(transform: str, action: str, before: Params, after: Params) -> Row:
-    """One line for all trained arrays: how far they moved."""
+    """Makes one row for all trained arrays, with their relative change."""
     old, new = jax.tree.leaves(before), jax.tree.leaves(after)
     moved, norm = (float(part) for part in _distance(old, new))
     stored = sum(array.nbytes for array in old)
@@ -215,5 +205,5 @@ def row_of(transform: str, action: str, before: Params, after: Params) -> Row:
 
 @jax.jit
 def _distance(old: list[jax.Array], new: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Norms of what lists of arrays differ by, and of the first."""
+    """Computes the norm of the difference of two lists of arrays, and of the first list."""
     return optax.tree.norm(optax.tree.sub(new, old)), optax.tree.norm(old)

@@ -1,4 +1,4 @@
-"""Intermediate targets of a student in its teacher: the outputs of layers, and attention."""
+"""Intermediate losses between student and teacher: layer outputs and attention weights."""
 
 import re
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from glm_edge.compress.report import Point
 from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params, path_string
 
-# Trains beside the student's parameters and is dropped at the end; no path has this name.
+# Trains beside the student's parameters and is dropped at the end. No parameter has this name.
 PROJECTION_KEY = "projection to the teacher"
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class TransferPoint(Point):
-    """A training step with what layers and attention added, before their weights."""
+    """A training step with its losses of layer outputs and attention, before their weights."""
 
     hidden: float = 0.0
     attention: float = 0.0
@@ -34,7 +34,7 @@ class Intermediates(NamedTuple):
 
     Attributes:
       hidden: outputs [B, T, D], first layer first; empty unless asked for.
-      attention: weights [B, N, T, S] of N heads, likewise.
+      attention: weights [B, N, T, S] of N heads, first layer first; empty unless asked for.
     """
 
     hidden: tuple[Array, ...] = ()
@@ -44,29 +44,29 @@ class Intermediates(NamedTuple):
 def run_with_intermediates(
     model: nn.Module, params: Params, batch: batches.Batch, hidden: bool, attention: bool
 ) -> tuple[Array, Intermediates]:
-    """Runs a model on a batch and keeps what its layers computed.
+    """Runs a model on a batch and returns logits with layer outputs and attention weights.
 
     Args:
       model: returns logits, or `(logits, intermediates)` whose `hidden` are the input of the first
-        layer and the output of each; and leaves attention weights in the collection `attention`,
-        one [B, …, T, S] a layer.
+        layer and the output of each. It sows attention weights in the collection `attention`, one
+        [B, …, T, S] per layer.
       params: its parameters.
       batch: see `glm_edge.compress.batches`.
-      hidden: asks for the outputs of layers.
-      attention: asks for attention.
+      hidden: returns layer outputs.
+      attention: returns attention weights.
 
     Returns:
-      `(logits, inside)`, float32.
+      `(logits, intermediates)`, float32.
 
     Raises:
-      RecipeError: the model does not give what is asked for.
+      RecipeError: the model does not return or sow these.
     """
     if not hidden and not attention:
         return batches.apply_batch(model, params, batch), Intermediates()
     if isinstance(model, Called):
         raise RecipeError(
-            "distill: hidden= and attention= need a model that reads tokens; leave them out where "
-            "calibration brings apply="
+            "distill: intermediates= needs a model that reads tokens; leave it out where "
+            "calibration has apply="
         )
     inputs = batches.inputs_of(model, batch)
     output, sown = model.apply(
@@ -89,7 +89,7 @@ def run_with_intermediates(
 
 
 def _in_order(sown: Params) -> tuple[Array, ...]:
-    """The sown arrays, layer 10 after layer 9, with all heads on one axis."""
+    """Lists the sown arrays, layer 10 after layer 9, with all heads on one axis."""
 
     def natural(item: tuple[Any, Array]) -> list[Any]:
         parts = re.split(r"(\d+)", path_string(item[0]))
@@ -100,22 +100,25 @@ def _in_order(sown: Params) -> tuple[Array, ...]:
 
 
 def uniform(student: int, teacher: int) -> tuple[int, ...]:
-    """The teacher's layer for each of the student's, evenly spaced; the last has the last.
+    """Spaces the teacher's layers evenly, the last for the student's last.
 
     Args:
       student: number of layers.
-      teacher: likewise.
+      teacher: number of layers.
+
+    Returns:
+      Teacher layer per student layer, from 0.
     """
     return tuple(-(-(index + 1) * teacher // student) - 1 for index in range(student))
 
 
 def pairs(student: int, teacher: int, layers: Sequence[int] | None) -> list[tuple[int, int]]:
-    """Which layer learns from which.
+    """Pairs each layer of the student with one of the teacher.
 
     Args:
       student: number of layers.
-      teacher: likewise.
-      layers: the teacher's layer for each of the student's, from zero; None is `uniform`.
+      teacher: number of layers.
+      layers: teacher layer per student layer, from 0; None is `uniform`.
 
     Raises:
       RecipeError: `layers` has another length, or names a layer that the teacher lacks.
@@ -136,13 +139,13 @@ def hidden_loss(
     weights: Array,
     projection: Array | None,
 ) -> Array:
-    """Squared distance of layer outputs relative to the teacher's squared norm.
+    """Computes the squared distance of layer outputs relative to the teacher's squared norm.
 
     Args:
       student: [B, T, D] of each layer.
       teacher: [B, T, E] of each layer.
       layers: see `pairs`.
-      weights: [B, T - 1] of each prediction; the position that makes it counts so much.
+      weights: [B, T - 1], weight of the position of each prediction.
       projection: [D, E], or None where widths are equal.
 
     Returns:
@@ -152,8 +155,9 @@ def hidden_loss(
       TinyBERT: Distilling BERT for Natural Language Understanding, https://arxiv.org/abs/1909.10351.
     """
     losses = []
-    for mine, its in pairs(len(student), len(teacher), layers):
-        ours, theirs = student[mine][:, :-1], teacher[its][:, :-1]
+    for index, teacher_index in pairs(len(student), len(teacher), layers):
+        # The last position predicts nothing.
+        ours, theirs = student[index][:, :-1], teacher[teacher_index][:, :-1]
         if projection is not None:
             ours = ours @ projection
         norm = jnp.maximum(jnp.sum(jnp.square(theirs), axis=-1), _TINY)
@@ -167,24 +171,24 @@ def attention_loss(
     layers: Sequence[int] | None,
     weights: Array,
 ) -> Array:
-    """Divergence of attention, `KL(teacher || student)` over the keys of a query, in nats.
+    """Computes `KL(teacher || student)` of attention over the keys of a query, in nats.
 
     Args:
       student: [B, N, T, S] of each layer.
-      teacher: [B, M, T, S] of each layer; where it has another number of heads than the student's,
-        the means over heads are compared.
+      teacher: [B, M, T, S] of each layer. Where numbers of heads differ, the means over heads are
+        compared.
       layers: see `pairs`.
       weights: as in `hidden_loss`.
 
     Returns:
-      Mean over layers of the weighted mean over queries, heads averaged.
+      Mean over layers and heads of the weighted mean over queries.
 
     References:
       MiniLM: Deep Self-Attention Distillation, https://arxiv.org/abs/2002.10957.
     """
     losses = []
-    for mine, its in pairs(len(student), len(teacher), layers):
-        ours, theirs = student[mine][:, :, :-1], teacher[its][:, :, :-1]
+    for index, teacher_index in pairs(len(student), len(teacher), layers):
+        ours, theirs = student[index][:, :, :-1], teacher[teacher_index][:, :, :-1]
         if ours.shape[1] != theirs.shape[1]:
             ours, theirs = (jnp.mean(x, axis=1, keepdims=True) for x in (ours, theirs))
         ratio = jnp.log(theirs + _TINY) - jnp.log(ours + _TINY)
@@ -193,20 +197,28 @@ def attention_loss(
 
 
 def sizes(model: nn.Module, params: Params, batch: batches.Batch, hidden: bool) -> tuple[int, int]:
-    """Size of a model's vocabulary, and width of its layers where `hidden` asks for them, or 0."""
-    logits, inside = jax.eval_shape(
+    """Returns the size of a model's vocabulary, and the width of its layers, 0 without `hidden`."""
+    logits, intermediates = jax.eval_shape(
         lambda params, batch: run_with_intermediates(model, params, batch, hidden, False),
         params,
         batch,
     )
-    return logits.shape[-1], inside.hidden[0].shape[-1] if hidden else 0
+    return logits.shape[-1], intermediates.hidden[0].shape[-1] if hidden else 0
 
 
 def vocabulary(ids: Sequence[int] | None, student: int, teacher: int) -> Array | None:
-    """The teacher's token for each of the student's, int32 [V], or None for the same vocabulary.
+    """Checks the teacher's token per student token.
+
+    Args:
+      ids: from the option `vocabulary`, or None for the same vocabulary.
+      student: size of the vocabulary.
+      teacher: size of the vocabulary.
+
+    Returns:
+      int32 [V], or None.
 
     Raises:
-      RecipeError: there are not as many as the student predicts, or the teacher lacks one.
+      RecipeError: the number of ids is not the student's, or the teacher lacks one.
     """
     if ids is None:
         return None
@@ -219,7 +231,7 @@ def vocabulary(ids: Sequence[int] | None, student: int, teacher: int) -> Array |
 
 
 def with_projection(trainable: Params, widths: tuple[int, int], rng: Array | None) -> Params:
-    """Adds a projection [D, E], drawn from `rng`, where widths D and E differ."""
+    """Adds a random projection [D, E] where widths D and E differ."""
     if widths[0] == widths[1]:
         return trainable
     key = jax.random.fold_in(jax.random.key(0) if rng is None else rng, widths[1])
@@ -228,9 +240,8 @@ def with_projection(trainable: Params, widths: tuple[int, int], rng: Array | Non
 
 
 def without_projection(trainable: Params) -> tuple[Params, Array | None]:
-    """`(trainable, projection)`, the inverse of `with_projection`."""
+    """Splits into `(trainable, projection)`, the inverse of `with_projection`."""
     if PROJECTION_KEY not in trainable:
         return trainable, None
-    return {name: tree for name, tree in trainable.items() if name != PROJECTION_KEY}, trainable[
-        PROJECTION_KEY
-    ]
+    others = {name: tree for name, tree in trainable.items() if name != PROJECTION_KEY}
+    return others, trainable[PROJECTION_KEY]

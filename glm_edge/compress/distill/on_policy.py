@@ -1,4 +1,4 @@
-"""Batches that a student goes on with itself: its teacher corrects what it would say.
+"""On-policy batches: the student samples continuations, on which its teacher trains it.
 
 Letters of shapes: `B` rows, `T` tokens, `D` hidden size, `V` vocabulary.
 """
@@ -19,19 +19,19 @@ from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.glm import init_cache
 from glm_edge.params.tree import Params
 
-# Prompts are read at once up to a multiple of this, so that few lengths compile.
+# Prefill reads prompts up to a multiple of this, so that few lengths compile.
 _PREFIX = 16
-# Keeps the keys that are drawn here apart from those of the order of batches.
+# Separates these keys from those of the order of batches.
 _STREAM = 0x6F6E
 
 
 def is_written(share: float, rng: Array | None, number: int) -> bool:
-    """True when the student goes on with batch `number`: so with a probability of `share`.
+    """Draws whether the student continues batch `number`, with a probability of `share`.
 
     Args:
       share: in 0..1.
       rng: jax key; None is key 0.
-      number: of batches read before, from which the answer follows.
+      number: of batches read before, which determines the result.
     """
     return share > 0.0 and float(jax.random.uniform(_key(rng, number))) < share
 
@@ -46,26 +46,26 @@ def written(
     rng: Array | None,
     number: int,
 ) -> batches.Batch:
-    """Replaces what follows each prompt by what the student says.
+    """Replaces the tokens after each prompt by a continuation that the student samples.
 
     Args:
       model: the student, with a cache: a GLM.
       trainable: see `glm_edge.params.combine`.
-      frozen: likewise.
+      frozen: see `glm_edge.params.combine`.
       batch: see `glm_edge.compress.batches`, on the device.
-      prompt: tokens of each row that stay; None is all before the first that `loss_mask` teaches.
-        Placeholders of images and audio stay in any case.
-      temperature: of sampling; 0 takes the likeliest token.
+      prompt: tokens per row that stay; None keeps all before the first that `loss_mask` teaches.
+        Placeholders of images and audio always stay.
+      temperature: of sampling; 0 takes the top-1 token.
       rng: jax key; None is key 0.
-      number: of batches read before; with `rng`, it names the tokens that are drawn.
+      number: of batches read before; together with `rng` it determines the sampled tokens.
 
     Returns:
-      A batch of the same shapes; `loss_mask` is 1 where the student wrote the next token, its stop
-      token included, and 0 elsewhere.
+      A batch of the same shapes. `loss_mask` is 1 where the next token is sampled, stop token
+      included, and 0 elsewhere.
 
     Raises:
       RecipeError: the model has no cache.
-      DataError: the batch names positions or a mask, or prompts fill it.
+      DataError: the batch holds positions or a mask, or prompts fill it.
     """
     if not hasattr(model, "embed_inputs") or not hasattr(model, "start_positions"):
         raise RecipeError(
@@ -74,13 +74,13 @@ def written(
         )
     for name in ("positions", "mask"):
         if name in batch:
-            raise DataError(f"distill: on_policy= cannot go on with a batch that holds {name!r}")
+            raise DataError(f"distill: on_policy= cannot continue a batch that holds {name!r}")
     starts = first_written(model, batch, prompt)
     length = batch["tokens"].shape[1]
     if starts.min() >= length:
         raise DataError(
-            f"distill: on_policy= found nothing to write: prompts fill all {length} tokens of a "
-            "batch; pass a smaller prompt="
+            f"distill: on_policy= has nothing to sample: prompts fill all {length} tokens of a "
+            "batch; pass OnPolicy with a smaller prompt="
         )
     prefix = max(1, starts.min() // _PREFIX * _PREFIX)
     key = jax.random.fold_in(_key(rng, number), 1)
@@ -92,7 +92,7 @@ def written(
 
 
 def first_written(model: nn.Module, batch: batches.Batch, prompt: int | None) -> np.ndarray:
-    """The first place of each row that the student writes, int32 [B]; `T` where there is none."""
+    """Finds the first sampled position of each row, int32 [B]; `T` where there is none."""
     tokens = np.asarray(batch["tokens"])
     length = tokens.shape[1]
     if prompt is None:
@@ -101,7 +101,7 @@ def first_written(model: nn.Module, batch: batches.Batch, prompt: int | None) ->
     else:
         starts = np.full(len(tokens), min(prompt, length))
     if "valid" in batch:
-        # A row that is shorter than the others goes on behind its own end.
+        # A row that is shorter than the others continues after its last token.
         starts = np.minimum(starts, np.asarray(batch["valid"]).sum(axis=1))
     placed = np.isin(tokens, _placeholders(model)) & np.asarray(batch.get("valid", True))
     after = np.where(placed.any(axis=1), length - np.argmax(placed[:, ::-1], axis=1), 0)
@@ -119,12 +119,12 @@ def _write(
     prefix: int,
     temperature: float,
 ) -> tuple[Array, Array]:
-    """Tokens and weights [B, T]; compiled once for each shape of batch and each prefix."""
+    """Samples tokens and computes weights [B, T]; compiles once per shape of batch and prefix."""
     variables = {"params": boxes.combine(transfer.without_projection(trainable)[0], frozen)}
     prompt_tokens = batch["tokens"]
     rows, length = prompt_tokens.shape
     stops = jnp.asarray(model.config.eos_token_ids, jnp.int32)
-    # A placeholder that the student wrote would stand for an image that is not there.
+    # A sampled placeholder would stand for an image that is not in the batch.
     barred = jnp.asarray(_placeholders(model), jnp.int32)
 
     def read(module: nn.Module) -> tuple[Any, ...]:
@@ -162,7 +162,7 @@ def _write(
     start = (logits, cache, prompt_tokens[:, prefix - 1], jnp.zeros(rows, bool))
     _, (sampled_tokens, taught) = jax.lax.scan(step, start, jnp.arange(prefix, length))
     tokens = jnp.concatenate([prompt_tokens[:, :prefix], sampled_tokens.T], axis=1)
-    # The position before a token is the one that predicts it.
+    # The position before a token predicts it.
     weights = jnp.zeros((rows, length)).at[:, prefix - 1 : -1].set(taught.T)
     return tokens, weights
 

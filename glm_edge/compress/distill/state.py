@@ -1,4 +1,4 @@
-"""A directory from which training goes on after its process was killed."""
+"""A directory with the state of a training, from which an interrupted one resumes."""
 
 import csv
 import hashlib
@@ -32,23 +32,23 @@ _LOSSES, _KEYS = "losses", "seen"
 
 
 class StateDirectory:
-    """Holds what the last saved step left: arrays, optimizer, and the losses of all steps so far.
+    """State after the last saved step: arrays, optimizer, and the losses of all steps so far.
 
-    The order of data follows from the number of steps, the key and the batches, which the job
-    names; so the arrays and that number are all that must be kept.
+    The number of steps, the key and the batches of the job determine the order of data, so the
+    state need not hold it.
 
     Attributes:
-      path: of the directory: `state.safetensors`, each time written beside and renamed, so that
-        the file is always whole; `curve.csv`, a line for each saved step; and `job.json`.
+      path: of the directory. It holds `state.safetensors`, which is written beside and renamed, so
+        that the file is always complete; `curve.csv`, one line per step; and `job.json`.
     """
 
     def __init__(self, name: str, path: str | Path, job: dict[str, Any]) -> None:
-        """Makes the directory, or takes up the one that an equal job left.
+        """Makes the directory, or opens that of an equal job.
 
         Args:
           name: of the transform, for messages.
           path: of the directory.
-          job: JSON-ready: everything that determines the bytes of the result.
+          job: everything that determines the bytes of the result, JSON-ready.
 
         Raises:
           OutputError: the directory cannot be written, or holds the state of another job.
@@ -56,7 +56,7 @@ class StateDirectory:
         self.path = check_writable_name(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # A run that failed in this process may not have let go of it yet.
+            # A failed run of this process may still hold the lock.
             self._lock = DirectoryLock(self.path, self.path, again=True)
             if not (self.path / JOB).exists():
                 write_whole(self.path / JOB, lambda file: write_json(file, job))
@@ -69,12 +69,12 @@ class StateDirectory:
             if stored.get(field) != value:
                 raise OutputError(
                     f"{path}: holds the state of a {name} with another {field}"
-                    f"{difference(stored, job)}; repeat its arguments where it ran to go on, or "
-                    "name another state_dir"
+                    f"{difference(stored, job)}; pass the same arguments on the same machine to "
+                    "resume, or another state_dir"
                 )
 
     def save(self, trained: Any, losses: Sequence[Sequence[float]], keys: Collection[str]) -> None:
-        """Replaces the state by that after `len(losses)` steps.
+        """Writes the state after `len(losses)` steps in place of the earlier one.
 
         Args:
           trained: tree of arrays: parameters and optimizer.
@@ -93,12 +93,12 @@ class StateDirectory:
         """Reads the state.
 
         Args:
-          trained: tree of arrays of the same shapes; what to begin with.
+          trained: tree of arrays of the same shapes, for a training without a state.
 
         Returns:
-          `(trained, losses, seen)`: the arrays that were saved, where those of the argument lie, a
-          line for each step that is done, and keys of batches; without a state, the argument, no
-          line and no key.
+          `(trained, losses, keys)`: the saved arrays, on the devices of the argument's; losses of
+          each completed step; and keys of the batches. Without a state these are the argument, no
+          losses and no keys.
 
         Raises:
           CheckpointError: the state is damaged.
@@ -110,19 +110,19 @@ class StateDirectory:
         named = _named(trained)
         if set(stored.tensors) != {*named, _LOSSES, _KEYS}:
             raise CheckpointError(f"{file}: is not the state of these parameters; remove it")
-        # A step reuses the memory of its arguments, so they must be the device's own.
+        # A step reuses the memory of its arguments, so they must be copies on the device.
         arrays = {path: jnp.array(stored.read(path), copy=True) for path in named}
         leaves = [
             jax.device_put(arrays[path], leaf.sharding) if leaf.committed else arrays[path]
             for path, leaf in named.items()
         ]
-        # An earlier version knew fewer keys; new ones are at the end.
+        # An earlier version had fewer keys; new ones are at the end.
         keys = {key for key, was in zip(batches.KEYS, stored.read(_KEYS), strict=False) if was}
         trained = jax.tree.unflatten(jax.tree.structure(trained), leaves)
         return trained, stored.read(_LOSSES).tolist(), keys
 
     def write_curve(self, curve: Sequence[Point]) -> None:
-        """Writes `curve.csv`, numbers unrounded.
+        """Writes `curve.csv` with unrounded values.
 
         Raises:
           OutputError: the directory cannot be written.
@@ -141,12 +141,12 @@ def job_of(
     teacher: tuple[nn.Module, Any],
     context: Context,
 ) -> dict[str, Any]:
-    """Lists all that determines the bytes of a training, JSON-ready.
+    """Lists everything that determines the bytes of a training, JSON-ready.
 
     Args:
       recipe: options.
-      student: `(model, params)`, as any tree.
-      teacher: likewise.
+      student: `(model, params)`, where params are any tree.
+      teacher: `(model, params)`.
       context: with calibration.
     """
 
@@ -166,10 +166,10 @@ def job_of(
 
 
 def machine(any_cores: bool = False) -> dict[str, Any]:
-    """Describes what last bits of sums depend on, apart from a job's arguments, JSON-ready.
+    """Describes the hardware and versions that the last bits of sums depend on, JSON-ready.
 
     Args:
-      any_cores: leaves out the number of cores.
+      any_cores: omits the number of cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = jax.devices()[0]
@@ -183,7 +183,7 @@ def machine(any_cores: bool = False) -> dict[str, Any]:
 
 
 def difference(stored: dict[str, Any], job: dict[str, Any]) -> str:
-    """Says in brackets in what two machines differ; empty where they do not."""
+    """Describes in brackets how the machines of two jobs differ; empty where they do not."""
     was, now = stored.get("machine"), job["machine"]
     if not isinstance(was, dict) or was == now:
         return ""
@@ -192,7 +192,7 @@ def difference(stored: dict[str, Any], job: dict[str, Any]) -> str:
 
 
 def _processor() -> str:
-    """Name of the processor, whose instructions decide how sums are taken."""
+    """Returns the name of the processor, whose instructions determine the order of sums."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = (line.partition(":")[2].strip() for line in file if "model name" in line)
@@ -202,7 +202,7 @@ def _processor() -> str:
 
 
 def calibration_digest(calibration: Iterable[Any]) -> str:
-    """SHA-256 of all batches, and of the code of the functions that read them."""
+    """Computes SHA-256 of all batches, and of the code of the functions that read them."""
     parts: list[Any] = [digest(batch) for batch in calibration]
     if isinstance(calibration, Calibration):
         parts += [digest(calibration.variables)]
@@ -221,7 +221,7 @@ def _code(function: Any) -> str:
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 of the names, types, shapes and bytes of a tree's arrays."""
+    """Computes SHA-256 of the names, types, shapes and bytes of a tree's arrays."""
     hashed = hashlib.sha256()
     tree = dict(tree) if isinstance(tree, Mapping) else tree
     for path, leaf in _named(tree).items():

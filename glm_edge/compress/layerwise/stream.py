@@ -186,8 +186,8 @@ def fixed_order(recipe: Transform) -> bool:
         if step.name in _BY_ROW:
             return True
         # Scales of large groups, and of any without sweeps, are refit by LAPACK.
-        sweeps = getattr(step, "sweeps", 0)
-        searched = group_size is None or (sweeps and group_size <= SEARCHED)
+        solver = getattr(step, "solver", None)
+        searched = group_size is None or (solver and solver.sweeps and group_size <= SEARCHED)
         return step.name in _BY_COLUMN and bool(searched)
 
     return all(map(fixed, recipe.steps_in_order))

@@ -15,7 +15,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress.distill.distill import distill
-from glm_edge.compress.distill.loop import TrainOptions
+from glm_edge.compress.options import TrainOptions
 from glm_edge.compress.prune.mask import mask
 from glm_edge.compress.prune.masks import shapes
 from glm_edge.compress.prune.scores import from_model as model_scores

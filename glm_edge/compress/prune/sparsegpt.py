@@ -20,8 +20,13 @@ from glm_edge.compress.prune.masks.config import (
     without_masked,
 )
 from glm_edge.compress.prune.scores.from_model import finite_matrix, refuse_quantized
-from glm_edge.compress.quantize.gptq import LinearInputs, check_solver_options, matrices
-from glm_edge.compress.quantize.options import QuantizeConfig, parse_format
+from glm_edge.compress.quantize.gptq import LinearInputs, matrices
+from glm_edge.compress.quantize.options import (
+    QuantizeConfig,
+    SolverOptions,
+    check_passes,
+    parse_format,
+)
 from glm_edge.compress.quantize.parameter import (
     box_of,
     leaf_dtype,
@@ -60,16 +65,11 @@ class SparseGPT(LayerwiseTransform):
         rounds nothing.
       scale: of the format: `mse`, `max` or `extreme`, see `glm_edge.quantize.gptq`.
       fallback_bits: width for a matrix whose columns are not whole groups.
-      damping: fraction of the mean diagonal of the Gram matrix that is added to it.
-      sequential: within a layer, collects the inputs of a matrix again when those before it are
-        pruned.
-      propagate: in 0..1, how much of the error of the inputs the weights make up for first.
       block: columns whose weights compete.
-      refine: steps of conjugate gradients that fit the weights that stay; with `propagate=0`,
-        `refine=0` is SparseGPT as published. Not used when rounding.
-      act_order: see `glm_edge.quantize.gptq`, as are the next two.
-      refit: fits scales after rounding.
-      sweeps: passes of coordinate descent over the codes.
+      refine: steps of conjugate gradients that fit the weights that stay. SparseGPT as published is
+        `refine=0` with `propagate=0` of the solver. Not used when rounding.
+      solver: see `glm_edge.compress.SolverOptions`; three of its options (`act_order`, `refit`,
+        `sweeps`) are for rounding.
       stacked: see `glm_edge.prune.mask`.
 
     Raises:
@@ -91,19 +91,15 @@ class SparseGPT(LayerwiseTransform):
     format: Format | str | None = None
     scale: str = "mse"
     fallback_bits: int | None = None
-    damping: float = 0.01
-    sequential: bool = True
-    propagate: float = 0.5
     block: int = 128
     refine: int = 20
-    act_order: bool = True
-    refit: bool = True
-    sweeps: int = 3
+    solver: SolverOptions = SolverOptions()
     stacked: str | None = None
 
     def __post_init__(self) -> None:
         if self.format is not None:
             self._set(format=parse_format(ROUNDING_NAME, self.format))
+        self._set(solver=SolverOptions.of(self.name, "solver", self.solver))
         super().__post_init__()
         check_pattern(self.name, "where", self.where)
         check_pattern(self.name, "stacked", self.stacked)
@@ -113,9 +109,7 @@ class SparseGPT(LayerwiseTransform):
                 raise RecipeError(f"{self.name} cannot round to {self.format}; quantize.rtn can")
             self.rounding.check(self.name)
         check_whole(self.name, block=self.block)
-        check_solver_options(
-            self.name, self.damping, self.propagate, refine=self.refine, sweeps=self.sweeps
-        )
+        check_passes(self.name, refine=self.refine)
 
     @property
     def name(self) -> str:
@@ -129,8 +123,8 @@ class SparseGPT(LayerwiseTransform):
 
     @property
     def needs(self) -> str:
-        """Both models where errors of the inputs are made up for."""
-        return "both" if self.propagate > 0 else "inputs"
+        """Models whose inputs are collected."""
+        return self.solver.needs
 
     @functools.cached_property
     def rounding(self) -> QuantizeConfig | None:
@@ -170,7 +164,7 @@ class SparseGPT(LayerwiseTransform):
             return {}, []
         replaced: Leaves = {}
         rows: dict[str, Row] = {}
-        for inputs in matrices(name, work, replaced, self.sequential, self.propagate, self.damping):
+        for inputs in matrices(name, work, replaced, self.solver):
             before, path = work.leaves[inputs.path], inputs.path
             replaced[path], rows[path] = _one(name, inputs, before, self)
             work.advance(path)
@@ -191,7 +185,7 @@ def _one(
     before: Any,
     options: "SparseGPT",
 ) -> tuple[Any, Row]:
-    masking, rounding = options.masking, options.rounding
+    masking, rounding, solver = options.masking, options.rounding, options.solver
     keep, note = inputs.mask, ""
     if masking is not None:
         weight, keep, info = sparse_columns.solve(
@@ -199,7 +193,7 @@ def _one(
             inputs.gram,
             masking.sparsity,
             masking.shape.sizes or None,
-            options.damping,
+            solver.damping,
             options.block,
             inputs.mask,
             options.refine if rounding is None else 0,
@@ -216,11 +210,11 @@ def _one(
         inputs.gram,
         format,
         rounding.scale,
-        options.act_order,
-        options.damping,
+        solver.act_order,
+        solver.damping,
         mask=keep,
-        refit=options.refit,
-        sweeps=options.sweeps,
+        refit=solver.refit,
+        sweeps=solver.sweeps,
     )
     masked_leaf = (
         before if keep is None else boxes.mask(_bare(before), _as_leaf(inputs, keep, before))
@@ -256,7 +250,7 @@ def _without_inputs(
 
 
 def _cost(info: Any, options: "SparseGPT") -> str:
-    damped = "" if info.damping == options.damping else f", damping {info.damping:g}"
+    damped = "" if info.damping == options.solver.damping else f", damping {info.damping:g}"
     return f"output error {info.loss:.3g}{damped}"
 
 

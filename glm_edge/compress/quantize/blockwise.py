@@ -13,9 +13,11 @@ import optax
 from jax import Array
 
 from glm_edge import params as boxes
-from glm_edge.compress.distill.loop import TrainOptions, in_order, schedule
+from glm_edge.compress.batches import in_order
+from glm_edge.compress.distill.loop import schedule
 from glm_edge.compress.layerwise.runner import Replaced, StageContext
 from glm_edge.compress.layerwise.stages import Leaves, Stage, State, Through, advance
+from glm_edge.compress.options import TrainOptions
 from glm_edge.compress.quantize import parameter as leaves
 from glm_edge.compress.quantize.options import Quantizer
 from glm_edge.compress.quantize.qat import fake, finalize, lr_scale_of, split
@@ -68,7 +70,7 @@ class Blockwise(Quantizer):
     mix: float = 0.0
 
     def __post_init__(self) -> None:
-        self._set(train=TrainOptions.of(NAME, self.train))
+        self._set(train=TrainOptions.of(NAME, "train", self.train))
         super().__post_init__()
         if self.scale_rate <= 0.0:
             raise RecipeError(f"{NAME}: scale_rate must be positive")

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from glm_edge import params as boxes
-from glm_edge.compress.distill.loop import DistillOptions, TrainOptions, as_teacher, train
+from glm_edge.compress.distill.loop import train
+from glm_edge.compress.distill.options import DistillOptions, as_teacher
+from glm_edge.compress.options import TrainOptions
 from glm_edge.compress.quantize.parameter import relative_error, row
 from glm_edge.compress.report import Report
 from glm_edge.compress.transform import (
@@ -64,7 +66,9 @@ class DistillScales(Transform):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        self._set(teacher=as_teacher(NAME, self.teacher), train=TrainOptions.of(NAME, self.train))
+        self._set(
+            teacher=as_teacher(NAME, self.teacher), train=TrainOptions.of(NAME, "train", self.train)
+        )
         super().__post_init__()
         check_pattern(NAME, "where", self.where)
         DistillOptions(self.temperature, self.alpha).check(NAME)

@@ -11,7 +11,7 @@ from jax import Array
 
 from glm_edge.compress.layerwise.runner import Replaced, StageContext
 from glm_edge.compress.layerwise.stages import ROWS, Leaves
-from glm_edge.compress.quantize.options import Quantizer
+from glm_edge.compress.quantize.options import Quantizer, SolverOptions
 from glm_edge.compress.quantize.parameter import (
     box_of,
     dense_rows,
@@ -20,7 +20,7 @@ from glm_edge.compress.quantize.parameter import (
     row,
 )
 from glm_edge.compress.quantize.solvers import triangular
-from glm_edge.compress.quantize.solvers.gptq_solver import MOST_DAMPING, damped_factor, solve
+from glm_edge.compress.quantize.solvers.gptq_solver import damped_factor, solve
 from glm_edge.compress.quantize.solvers.scales import normalized
 from glm_edge.compress.transform import register
 from glm_edge.errors import RecipeError
@@ -30,7 +30,6 @@ from glm_edge.params.formats import PLAIN
 from glm_edge.params.layouts import Layout
 
 NAME = "quantize.gptq"
-MOST_SWEEPS = 10_000
 # Numbers of rows that are multiplied at once: few large products are faster than many small.
 ROWS_AT_ONCE = 1 << 24
 
@@ -51,15 +50,7 @@ class GPTQ(Quantizer):
       where: see `glm_edge.quantize.rtn`, as are `fallback_bits` and `stacked`.
       scale: `mse`, searched; `max`, from the largest magnitude; `extreme`, searched with both signs
         (symmetric integers only; scales may be negative, which phone kernels refuse).
-      act_order: takes columns by falling input energy, groups staying whole.
-      damping: fraction of the mean diagonal of the Gram matrix that is added to it, times ten until
-        it has a factor.
-      sequential: within a layer, collects the inputs of a matrix again when those before it are
-        rounded; False collects once a layer.
-      propagate: in 0..1, how much of the error of the inputs the weights make up for before they
-        are rounded; at zero only the weights' own errors count.
-      refit: fits scales by least squares after rounding.
-      sweeps: passes of coordinate descent over the codes.
+      solver: see `glm_edge.compress.SolverOptions`.
 
     Raises:
       RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
@@ -77,47 +68,42 @@ class GPTQ(Quantizer):
     needs_model: ClassVar[bool] = True
     unsupported: ClassVar[tuple[str, ...]] = PLAIN
 
-    act_order: bool = True
-    damping: float = 0.01
-    sequential: bool = True
-    propagate: float = 0.5
-    refit: bool = True
-    sweeps: int = 3
+    solver: SolverOptions = SolverOptions()
 
     def __post_init__(self) -> None:
+        self._set(solver=SolverOptions.of(NAME, "solver", self.solver))
         super().__post_init__()
-        check_solver_options(NAME, self.damping, self.propagate, sweeps=self.sweeps)
 
     @property
-    def needs(self) -> str:  # type: ignore[override]  # options decide
-        """Both models where errors of the inputs are made up for."""
-        return "both" if self.propagate > 0 else "inputs"
+    def needs(self) -> str:
+        """Models whose inputs are collected."""
+        return self.solver.needs
 
     def compress_stage(self, work: StageContext) -> Replaced:
         if not work.selected:
             return {}, []
-        rounding = self.config
+        rounding, solver = self.config, self.solver
         formats = {p: rounding.format_of(p, work.columns(p)) for p in work.selected}
         replaced: Leaves = {}
         notes: dict[str, str] = {}
         errors: dict[str, float] = {}
-        for inputs in matrices(NAME, work, replaced, self.sequential, self.propagate, self.damping):
+        for inputs in matrices(NAME, work, replaced, solver):
             path, leaf = inputs.path, work.leaves[inputs.path]
             codes, grid, info = solve(
                 inputs.weight,
                 inputs.gram,
                 formats[path],
                 rounding.scale,
-                self.act_order,
-                self.damping,
+                solver.act_order,
+                solver.damping,
                 mask=inputs.mask,
-                refit=self.refit,
-                sweeps=self.sweeps,
+                refit=solver.refit,
+                sweeps=solver.sweeps,
             )
             replaced[path] = box_of(path, leaf, codes, grid, formats[path], inputs.layout)
             errors[path] = info.loss
             notes[path] = f"output error {info.loss:.3g}"
-            if info.damping != self.damping:
+            if info.damping != solver.damping:
                 notes[path] += f", damping {info.damping:g}"
             work.advance(path)
         for path in work.selected:
@@ -133,27 +119,6 @@ class GPTQ(Quantizer):
 
 
 gptq = GPTQ
-
-
-def check_solver_options(transform: str, damping: float, propagate: float, **steps: int) -> None:
-    """Raises RecipeError where an option of a solver by columns has no meaning.
-
-    Args:
-      transform: name, for messages.
-      damping: see `gptq`.
-      propagate: see `gptq`.
-      **steps: numbers of steps by the name of the option, zero allowed.
-    """
-    for option, value, high in (("damping", damping, MOST_DAMPING), ("propagate", propagate, 1)):
-        if not 0 <= value <= high:
-            raise RecipeError(
-                f"{transform}: {option} must be a number of 0 to {high:g}, not {value!r}"
-            )
-    for option, count in steps.items():
-        if not 0 <= count <= MOST_SWEEPS:
-            raise RecipeError(
-                f"{transform}: {option} must be a whole number of 0 to {MOST_SWEEPS}, not {count!r}"
-            )
 
 
 class LinearInputs(NamedTuple):
@@ -182,9 +147,7 @@ def matrices(
     name: str,
     work: StageContext,
     replaced: Leaves,
-    sequential: bool,
-    propagate: float,
-    damping: float,
+    solver: SolverOptions,
 ) -> Iterator[LinearInputs]:
     """The selected matrices of a stage in the order in which they run, with their inputs.
 
@@ -193,9 +156,7 @@ def matrices(
       work: on the stage.
       replaced: parameters by path; what the caller puts there between two matrices makes the inputs
         of those that run later.
-      sequential: see `gptq`.
-      propagate: see `gptq`.
-      damping: see `gptq`.
+      solver: options.
 
     Yields:
       Each matrix whose inputs calibration sees.
@@ -206,18 +167,18 @@ def matrices(
     groups = [tuple(path for path in group if path in work.selected) for group in work.readers()]
     # What reads the same rows is measured once.
     first = {path: group[0] for group in groups for path in group}
-    if not sequential:
+    if not solver.sequential:
         groups = [tuple(path for group in groups for path in group)]
     for group in filter(None, groups):
         measured = tuple(dict.fromkeys(first[path] for path in group))
-        grams, drifts = _measured(work, replaced, measured, propagate > 0)
+        grams, drifts = _measured(work, replaced, measured, solver.propagate > 0)
         for path in group:
             gram, drift = grams[first[path]], drifts.get(first[path])
             _check_inputs(name, path, gram, drift)
             leaf, layout = work.leaves[path], work.layouts[path]
             weight = dense_rows(path, leaf, layout)
             if drift is not None:
-                weight = _corrected(weight, gram, drift, propagate, damping)
+                weight = _corrected(weight, gram, drift, solver.propagate, solver.damping)
             mask = None
             if isinstance(leaf, Masked):
                 mask = layout.rows(leaf.mask)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from glm_edge.compress.layerwise.runner import LayerwiseTransform
+from glm_edge.compress.options import Options
+from glm_edge.compress.quantize.solvers.gptq_solver import MOST_DAMPING
 from glm_edge.compress.quantize.solvers.scales import SCALES
 from glm_edge.compress.transform import Transform, check_pattern
 from glm_edge.errors import BoxError, RecipeError
@@ -13,6 +15,7 @@ from glm_edge.kernels.quantization import INTEGERS
 from glm_edge.params import Format
 
 _WIDTHS = tuple(INTEGERS.values())
+MOST_SWEEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,56 @@ class QuantizeConfig:
         if not self.format.plain:
             for path, (_, columns) in sizes.items():
                 self.format_of(path, columns)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SolverOptions(Options):
+    """Options of the solver of GPTQ and SparseGPT, which compensates errors column by column.
+
+    Attributes:
+      act_order: takes columns by decreasing input energy; groups stay whole.
+      damping: fraction of the mean diagonal of the Hessian that is added to its diagonal. Where the
+        sum has no Cholesky factor, the solver raises it tenfold until it has one.
+      sequential: within a layer, collects the inputs of a matrix again after the matrices before it
+        are compressed; False collects once per layer.
+      propagate: in 0..1, fraction of the error of the inputs that the weights compensate first. At
+        0, only the weights' own errors count.
+      refit: fits scales by least squares after rounding.
+      sweeps: passes of coordinate descent over the codes.
+
+    Raises:
+      RecipeError: an option is out of range.
+    """
+
+    act_order: bool = True
+    damping: float = 0.01
+    sequential: bool = True
+    propagate: float = 0.5
+    refit: bool = True
+    sweeps: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        for option, high in (("damping", MOST_DAMPING), ("propagate", 1)):
+            value = getattr(self, option)
+            if not 0 <= value <= high:
+                raise RecipeError(f"{name}: {option} must be in 0..{high:g}, not {value!r}")
+        check_passes(name, sweeps=self.sweeps)
+
+    @property
+    def needs(self) -> str:
+        """Models whose inputs are collected: both to compensate the error of inputs."""
+        return "both" if self.propagate > 0 else "inputs"
+
+
+def check_passes(name: str, **passes: int) -> None:
+    """Raises RecipeError unless every option is a number of passes, zero allowed."""
+    for option, count in passes.items():
+        if not 0 <= count <= MOST_SWEEPS:
+            raise RecipeError(
+                f"{name}: {option} must be a whole number of 0 to {MOST_SWEEPS}, not {count!r}"
+            )
 
 
 def check_bits(transform: str, option: str, bits: Any) -> None:

@@ -1,7 +1,7 @@
 """Quantization-aware training: a model learns while it is read as if it were quantized."""
 
 from collections.abc import Callable, Collection
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.compress.distill.loop import DistillOptions, TrainOptions, as_teacher, train
+from glm_edge.compress.distill.loop import train
+from glm_edge.compress.distill.options import DistillOptions, as_teacher
 from glm_edge.compress.layerwise.runner import layouts_in
+from glm_edge.compress.options import Options, TrainOptions
 from glm_edge.compress.quantize import parameter as leaves
 from glm_edge.compress.quantize.options import QuantizeConfig, WeightTransform
 from glm_edge.compress.quantize.solvers import scales as grids
@@ -26,6 +28,32 @@ from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import Params
 
 NAME = "quantize.qat"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Trainable(Options):
+    """Parameters that quantization-aware training updates.
+
+    Attributes:
+      where: regular expression searched in each path; None is every quantized weight, and norms and
+        biases under the same roots (`decoder`, `vision`, …).
+      learned_scale: scales train too.
+      scale_rate: learning rate of a scale, in units of `learning_rate` times its initial value.
+
+    Raises:
+      RecipeError: `where` is not a regular expression, or `scale_rate` is not positive.
+    """
+
+    where: str | None = None
+    learned_scale: bool = True
+    scale_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        check_pattern(name, "where", self.where)
+        if self.scale_rate <= 0.0:
+            raise RecipeError(f"{name}: scale_rate must be positive, not {self.scale_rate!r}")
 
 
 @register(NAME)
@@ -43,10 +71,7 @@ class QAT(WeightTransform):
         their first values.
       where: see `glm_edge.quantize.rtn`, as are `scale`, `fallback_bits` and `stacked`; None rounds
         every matrix.
-      learned_scale: scales train too.
-      scale_rate: their learning rate, in units of `learning_rate` times what each scale was.
-      where_train: regular expression of everything that trains; None is what is rounded, and norms
-        and biases under the same roots (`decoder`, `vision`, …).
+      trainable: see `glm_edge.compress.Trainable`.
       teacher: `(model, params)`; None is the model that the chain was given.
       train: steps, learning rate and the like, see `glm_edge.TrainOptions`.
       temperature: softens both predictions.
@@ -65,20 +90,19 @@ class QAT(WeightTransform):
     needs_model: ClassVar[bool] = True
     unsupported: ClassVar[tuple[str, ...]] = PLAIN
 
-    learned_scale: bool = True
-    scale_rate: float = 1.0
-    where_train: str | None = None
+    trainable: Trainable = Trainable()
     teacher: tuple[nn.Module, Params] | None = field(default=None, metadata=ARRAYS)
     train: TrainOptions = TrainOptions(steps=1000, warmup=0.05)
     temperature: float = 1.0
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        self._set(teacher=as_teacher(NAME, self.teacher), train=TrainOptions.of(NAME, self.train))
+        self._set(
+            trainable=Trainable.of(NAME, "trainable", self.trainable),
+            teacher=as_teacher(NAME, self.teacher),
+            train=TrainOptions.of(NAME, "train", self.train),
+        )
         super().__post_init__()
-        check_pattern(NAME, "where_train", self.where_train)
-        if self.scale_rate <= 0.0:
-            raise RecipeError(f"{NAME}: scale_rate must be positive, not {self.scale_rate!r}")
         DistillOptions(self.temperature, self.alpha).check(NAME)
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
@@ -92,7 +116,8 @@ class QAT(WeightTransform):
             return fake(path, leaf, rounding, layouts[path]) if path in selected else leaf
 
         student = boxes.map_with_path(prepare, params)
-        trainable, frozen = split(student, _trains(selected, self.where_train), self.learned_scale)
+        wanted = _trains(selected, self.trainable.where)
+        trainable, frozen = split(student, wanted, self.trainable.learned_scale)
         trained, curve, notes = train(
             NAME,
             model,
@@ -101,7 +126,7 @@ class QAT(WeightTransform):
             self.teacher or context.original,
             self.train,
             context,
-            lr_scale_of(trainable, self.scale_rate),
+            lr_scale_of(trainable, self.trainable.scale_rate),
             DistillOptions(self.temperature, self.alpha),
         )
         trained = boxes.combine(trained, frozen)
@@ -177,7 +202,7 @@ def split(
 
     chosen_arrays = boxes.map_with_path(trains_of, trainable)
     if not jax.tree.leaves(chosen_arrays):
-        raise RecipeError(f"{NAME}: where_train matches nothing that can train")
+        raise RecipeError(f"{NAME}: where= of trainable= matches nothing that can train")
     excluded = jax.tree.map(
         lambda before, after: before if after is None else None,
         trainable,
@@ -188,7 +213,7 @@ def split(
 
 
 def _trains(selected: Collection[str], pattern: str | None) -> Callable[[str, Any], bool]:
-    """Tests for a match of `where_train`, or a rounded weight with its norms and biases."""
+    """Tests for a match of the pattern, or a rounded weight with its norms and biases."""
     if pattern is not None:
         return lambda path, leaf: compiled(pattern).search(path)
     roots = {path.split("/", 1)[0] for path in selected}

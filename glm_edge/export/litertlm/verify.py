@@ -122,7 +122,7 @@ def verify_bundle(
             # The file first: a damaged one fails before JAX compiles anything.
             answers = [engine.reply(prompt.to_engine, max_new_tokens)[0] for prompt in asked]
             inputs = bundle.processor([_turn(prompt.to_jax, strings) for prompt in asked])
-            generated = generate(model, bundle.params, **inputs, max_new_tokens=max_new_tokens)
+            generated = generate(model, bundle.params, inputs, max_new_tokens)
             tokens, lengths = np.asarray(generated.tokens), np.asarray(generated.lengths)
             for answer, row, length in zip(answers, tokens, lengths, strict=True):
                 # The stop token is one that was predicted, too.

@@ -18,7 +18,6 @@ class Package(ExportedDirectory):
         threshold: float | None = None,
         compute: str | None = None,
         free_running: int = 8,
-        max_new_tokens: int = 32,
         seed: int = 0,
         check: bool = True,
     ) -> Verification:
@@ -34,7 +33,6 @@ class Package(ExportedDirectory):
             threshold=threshold,
             compute=compute,
             free_running=free_running,
-            max_new_tokens=max_new_tokens,
             seed=seed,
             check=check,
         )

@@ -31,6 +31,7 @@ class Window:
       counted: bool [T], False where the prediction made at a position is left out, as where the
         answer's grammar forces the next token; None counts every position.
       prompt_length: tokens that free-running generation starts from; None takes half.
+      max_new_tokens: tokens that free-running generation adds at most.
     """
 
     tokens: np.ndarray
@@ -38,6 +39,7 @@ class Window:
     audio: np.ndarray | None = None
     counted: np.ndarray | None = None
     prompt_length: int | None = None
+    max_new_tokens: int = 32
 
 
 def verify(
@@ -48,7 +50,6 @@ def verify(
     threshold: float | None = None,
     compute: str | None = None,
     free_running: int = 8,
-    max_new_tokens: int = 32,
     seed: int = 0,
     check: bool = True,
     isolated: bool = True,
@@ -71,7 +72,6 @@ def verify(
         static grids, which the file then has, and else `int8_dynamic`. ONNX and MNN graphs are
         compared with `float32` alone.
       free_running: windows that are also continued greedily from their first tokens.
-      max_new_tokens: of each continuation.
       seed: of random windows.
       check: raise when the agreement is below the threshold.
       isolated: run the file in a process of its own, so that a damaged one can crash nothing else;
@@ -128,7 +128,7 @@ def verify(
     same = np.concatenate(hits) if hits else np.zeros(0, bool)
     if not same.size:
         raise ExportError(f"{path}: nothing to verify on: no window counts a position")
-    free = [_free_running(reference, runner, w, max_new_tokens) for w in windows[:free_running]]
+    free = [_free_running(reference, runner, w) for w in windows[:free_running]]
     equal, generated = (sum(counts) for counts in zip(*free, strict=True)) if free else (0, 0)
     result = conclude(
         path,
@@ -252,10 +252,10 @@ def _counted(window: Window) -> np.ndarray:
 
 
 def _free_running(
-    reference: SignatureRunner, runner: SignatureRunner, window: Window, max_new_tokens: int
+    reference: SignatureRunner, runner: SignatureRunner, window: Window
 ) -> tuple[int, int]:
     length = window.prompt_length or max(1, len(window.tokens) // 2)
-    count = min(max_new_tokens, runner.cache_slots - length)
+    count = min(window.max_new_tokens, runner.cache_slots - length)
     if count < 1:
         return 0, 0
     prompt = (window.tokens[:length], window.image, window.audio)

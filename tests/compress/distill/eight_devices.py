@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_edge.compress import TrainOptions, distill
+from glm_edge.compress import IntermediateLosses, OnPolicy, TrainOptions, distill
 from glm_edge.compress.distill import loop as training
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.models.multimodal import MultimodalGLM
@@ -34,10 +34,8 @@ DECODER = {
 }
 OPTIONS = {
     "alpha": 1.0,
-    "hidden": 1.0,
-    "attention": 1.0,
-    "on_policy": 0.5,
-    "prompt": 6,
+    "intermediates": IntermediateLosses(hidden=1.0, attention=1.0),
+    "on_policy": OnPolicy(share=0.5, prompt=6),
 }
 TRAIN = TrainOptions(steps=4, learning_rate=3e-3, accumulate=2, save_every=2)
 

@@ -11,15 +11,11 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import TrainOptions, batches, chain, distill, prune, quantize
+from glm_edge.compress.batches import in_order
 from glm_edge.compress.distill.distill import split
-from glm_edge.compress.distill.loop import (
-    Objective,
-    distillation_loss,
-    in_order,
-    schedule,
-    train_step,
-    without_shared,
-)
+from glm_edge.compress.distill.loop import schedule
+from glm_edge.compress.distill.losses import Objective, distillation_loss
+from glm_edge.compress.distill.step import optimizer_of, train_step, without_shared
 from glm_edge.compress.recipes import recipe_from_json, to_json
 from glm_edge.configs import TextConfig
 from glm_edge.errors import DataError, RecipeError, TrainingError
@@ -146,7 +142,7 @@ def test_an_encoder_that_is_shared_and_frozen_runs_once(make_model):
     def flops(teacher_params):
         trainable, frozen = split(shrunk, r"^(decoder|embed)/")
         objective = Objective(2.0, 0.9, weight_decay=0.0, clip_norm=1.0)
-        state = objective.optimizer().init(trainable)
+        state = optimizer_of(objective).init(trainable)
         teacher_params = without_shared(teacher_params, frozen)
         rate = np.float32(1e-3)
         arguments = (smaller, model, objective, trainable, state, rate, frozen, teacher_params)
@@ -202,7 +198,7 @@ def products(model, params, batch):
     """How often a training step multiplies matrices of which types."""
     objective = Objective(2.0, 0.9, weight_decay=0.0, clip_norm=1.0)
     trainable, frozen = boxes.partition(params)
-    state, rate = objective.optimizer().init(trainable), np.float32(1e-3)
+    state, rate = optimizer_of(objective).init(trainable), np.float32(1e-3)
     step = functools.partial(train_step, model, model, objective)
 
     def walk(jaxpr):

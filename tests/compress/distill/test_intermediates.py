@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import TrainOptions, distill
+from glm_edge.compress import IntermediateLosses, TrainOptions, distill
 from glm_edge.compress.distill.intermediates import (
     PROJECTION_KEY,
     attention_loss,
@@ -83,6 +83,10 @@ def train(student, teacher, data, **options):
     names = [field.name for field in dataclasses.fields(TrainOptions)]
     training = {"steps": 1} | {name: options.pop(name) for name in names if name in options}
     options = {"temperature": 1.0, **options}
+    names = [field.name for field in dataclasses.fields(IntermediateLosses)]
+    inside = {name: options.pop(name) for name in names if name in options}
+    if inside:
+        options["intermediates"] = IntermediateLosses(**inside)
     transform = distill(teacher=teacher, train=TrainOptions(**training), **options)
     return transform(model, params, calibration=data, rng=jax.random.key(0))[1:]
 
@@ -177,7 +181,8 @@ def test_accumulated_transfer_is_that_of_one_big_batch(data):
 def test_the_projection_survives_an_interruption(data, tmp_path):
     student, teacher = built(0), built(1, width=12)
     training = TrainOptions(steps=7, save_every=2, state_dir=tmp_path / "state")
-    transform = distill(teacher=teacher, hidden=1.0, train=training)
+    intermediates = IntermediateLosses(hidden=1.0)
+    transform = distill(teacher=teacher, intermediates=intermediates, train=training)
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -186,7 +191,8 @@ def test_the_projection_survives_an_interruption(data, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         transform(*student, **call, progress=stop)
     resumed = transform(*student, **call)
-    expected = distill(teacher=teacher, hidden=1.0, train=TrainOptions(steps=7))(*student, **call)
+    transform = dataclasses.replace(transform, train=TrainOptions(steps=7))
+    expected = transform(*student, **call)
     for one, other in zip(jax.tree.leaves(resumed[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_array_equal(one, other)
     assert resumed[2].curve == expected[2].curve
@@ -202,8 +208,7 @@ def test_a_glm_learns_from_the_layers_of_a_wider_one(make_model, calibration):
     teacher = make_model(hidden_size=48)
     transform = distill(
         teacher=teacher,
-        hidden=1.0,
-        attention=1.0,
+        intermediates=IntermediateLosses(hidden=1.0, attention=1.0),
         train=TrainOptions(steps=12, learning_rate=0.005),
     )
     _, trained, report = transform(model, params, calibration=calibration)
@@ -265,10 +270,12 @@ def test_a_model_that_shows_nothing_inside_is_refused(data):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden": -1.0}, "must be finite and not negative"),
-        ({"attention": float("nan")}, "attention must be finite"),
-        ({"layers": [0, 1]}, "layers= needs hidden= or attention="),
-        ({"hidden": 1.0, "layers": [0.5]}, "layers must be whole numbers"),
+        ({"intermediates": {"hidden": -1.0}}, "must not be negative"),
+        ({"intermediates": {"hidden": float("inf")}}, "hidden must be finite"),
+        ({"intermediates": {"attention": float("nan")}}, "attention must be finite"),
+        ({"intermediates": {"layers": [0, 1]}}, "needs hidden= or attention= above zero"),
+        ({"intermediates": {"hidden": 1.0, "layers": [0.5]}}, "layers must be whole numbers"),
+        ({"intermediates": {"hiden": 1.0}}, "intermediates has no option 'hiden'; known: hidden"),
         ({"vocabulary": []}, "vocabulary must be whole numbers"),
         ({"vocabulary": [-1, 2]}, "none negative"),
     ],
@@ -279,5 +286,6 @@ def test_options_without_a_meaning_are_refused(options, message):
 
 
 def test_maps_survive_json():
-    transform = distill(hidden=0.5, attention=2.0, layers=[0, 2], vocabulary=np.arange(4))
+    intermediates = IntermediateLosses(hidden=0.5, attention=2.0, layers=[0, 2])
+    transform = distill(intermediates=intermediates, vocabulary=np.arange(4))
     assert recipe_from_json(to_json(transform)) == transform

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import TrainOptions, batches, distill
+from glm_edge.compress import OnPolicy, TrainOptions, batches, distill
 from glm_edge.compress.distill import on_policy
-from glm_edge.compress.distill.loop import divergence
+from glm_edge.compress.distill.losses import divergence
 from glm_edge.compress.recipes import recipe_from_json, to_json
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.generate import generate
@@ -117,7 +117,12 @@ def pair(make_model):
     return model, student, teacher
 
 
-OPTIONS = {"on_policy": 0.5, "beta": 1.0, "prompt": 4, "temperature": 1.0, "alpha": 0.5}
+OPTIONS = {
+    "on_policy": OnPolicy(share=0.5, prompt=4),
+    "beta": 1.0,
+    "temperature": 1.0,
+    "alpha": 0.5,
+}
 
 
 def test_a_student_learns_from_what_it_says_itself(pair, calibration):
@@ -133,7 +138,7 @@ def test_a_student_learns_from_what_it_says_itself(pair, calibration):
         expected = share * point.soft + (1 - share) * point.hard
         assert point.loss == pytest.approx(expected, rel=1e-5)
     # Labels that the teacher does not agree with would pull the other way.
-    alone = {**OPTIONS, "on_policy": 1.0, "alpha": 1.0}
+    alone = {**OPTIONS, "on_policy": OnPolicy(prompt=4), "alpha": 1.0}
     transform = distill(
         (model, teacher), train=TrainOptions(steps=40, learning_rate=0.003), **alone
     )
@@ -174,25 +179,29 @@ def test_what_cannot_be_gone_on_with_is_refused(pair, calibration):
     plain = Plain()
     params = jax.jit(plain.init)(jax.random.key(0), calibration[0]["tokens"])["params"]
     with pytest.raises(RecipeError, match="needs a model that generates, a GLM; Plain has no"):
-        distill((model, teacher), on_policy=1.0, train=TrainOptions(steps=1))(
+        distill((model, teacher), on_policy=OnPolicy(), train=TrainOptions(steps=1))(
             plain, params, calibration=calibration
         )
-    transform = distill((model, teacher), on_policy=1.0, prompt=12, train=TrainOptions(steps=1))
+    transform = distill(
+        (model, teacher), on_policy=OnPolicy(prompt=12), train=TrainOptions(steps=1)
+    )
     with pytest.raises(DataError, match="prompts fill all 12 tokens"):
         transform(model, student, calibration=calibration)
     masked = [{**calibration[0], "mask": np.ones((4, 1, 12, 12), bool)}]
-    with pytest.raises(DataError, match="cannot go on with a batch that holds 'mask'"):
+    with pytest.raises(DataError, match="cannot continue a batch that holds 'mask'"):
         transform(model, student, calibration=masked)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_policy": 1.5}, r"beta and on_policy must be in 0\.\.1"),
-        ({"beta": -0.1}, r"beta and on_policy must be in 0\.\.1"),
-        ({"on_policy": 1.0, "prompt": 0}, "prompt must be a whole number"),
-        ({"prompt": 3}, "prompt= needs on_policy="),
-        ({"sampling_temperature": float("nan")}, "sampling_temperature must be finite"),
+        ({"on_policy": {"share": 1.5}}, "share must be above 0 and at most 1, not 1.5"),
+        ({"on_policy": {"share": 0.0}}, "share must be above 0 and at most 1, not 0.0"),
+        ({"beta": -0.1}, r"beta must be in 0\.\.1"),
+        ({"on_policy": {"prompt": 0}}, "prompt must be a whole number"),
+        ({"on_policy": 0.5}, r"on_policy must be OnPolicy\(share=…\), not 0.5"),
+        ({"on_policy": {"temperature": float("nan")}}, "temperature must be finite"),
+        ({"on_policy": {"temperature": -1.0}}, "temperature must not be negative"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options, message):
@@ -201,5 +210,5 @@ def test_options_without_a_meaning_are_refused(options, message):
 
 
 def test_options_survive_json():
-    transform = distill(on_policy=0.5, beta=1.0, prompt=8, sampling_temperature=0.7)
+    transform = distill(on_policy=OnPolicy(share=0.5, prompt=8, temperature=0.7), beta=1.0)
     assert recipe_from_json(to_json(transform)) == transform

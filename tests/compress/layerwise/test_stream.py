@@ -273,7 +273,7 @@ def test_a_run_of_another_machine_is_not_taken_up(tmp_path):
 def test_fixed_order_names_what_no_core_changes():
     assert stream.fixed_order(ROUNDED)
     assert stream.fixed_order(quantize.gptq("int4-g32"))
-    assert not stream.fixed_order(quantize.gptq("int4-g32", sweeps=0))
+    assert not stream.fixed_order(quantize.gptq("int4-g32", solver={"sweeps": 0}))
     assert not stream.fixed_order(quantize.rtn("int8-tensor"))
     assert not stream.fixed_order(CALIBRATED)
 

@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import batches, chain, prune, quantize, recipe_from_json, to_json
+from glm_edge.compress import (
+    SolverOptions,
+    batches,
+    chain,
+    prune,
+    quantize,
+    recipe_from_json,
+    to_json,
+)
 from glm_edge.compress.prune.masks import sparse_columns
 from glm_edge.errors import DataError, RecipeError
 
 QUERY = "decoder/layers/0/attention/q_proj/weight"
 DOWN = "decoder/layers/0/mlp/down_proj/weight"
-PUBLISHED = {"propagate": 0.0, "refine": 0}
+PUBLISHED = {"refine": 0, "solver": SolverOptions(propagate=0.0)}
 
 
 def published(weight, gram, sparsity, n_m, block, damping=0.01):
@@ -215,11 +223,11 @@ def test_what_no_input_meets_goes_by_magnitude(small, calibration):
         ({"sparsity": 0.5, "format": "int7"}, "'int7' is not a type; types: int8"),
         ({"sparsity": 0.5, "format": "bfloat16"}, "cannot round to"),
         ({"sparsity": 0.5, "format": "ternary34"}, "one zero in four"),
-        ({"sparsity": 0.5, "damping": -1}, "damping must be"),
-        ({"sparsity": 0.5, "propagate": 2}, "propagate must be"),
+        ({"sparsity": 0.5, "solver": {"damping": -1}}, "damping must be"),
+        ({"sparsity": 0.5, "solver": {"propagate": 2}}, "propagate must be"),
         ({"sparsity": 0.5, "refine": -1}, "refine must be"),
         ({"sparsity": 0.5, "block": 0}, "block must be"),
-        ({"sparsity": 0.5, "sequential": 1}, "sequential must be"),
+        ({"sparsity": 0.5, "solver": {"sequential": 1}}, "sequential must be"),
     ],
 )
 def test_options_without_meaning_are_refused(options, message):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import batches, chain, recipe_from_json, to_json
+from glm_edge.compress import SolverOptions, batches, chain, recipe_from_json, to_json
 from glm_edge.compress.layerwise.runner import StageInputs
 from glm_edge.compress.layerwise.stages import ROWS, first_states, stages
 from glm_edge.compress.prune import depth, structured
@@ -30,7 +30,9 @@ def error(model, params, changed, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"propagate": 0.0, "sequential": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": SolverOptions(propagate=0.0, sequential=False)}]
+)
 def test_loses_less_than_rounding_to_nearest(make_member, batch_of, options):
     model, params = make_member("nano")
     calibration = [batch_of(model, rows=8, seed=seed) for seed in (1, 2, 3)]
@@ -48,7 +50,9 @@ def test_each_stage_loses_less_at_its_output(make_member, batch_of):
     calibration = [batch_of(model, rows=8, seed=seed) for seed in (1, 2, 3)]
     changed = {
         "nearest": rtn("int2-g8", where=LAYERS, scale="mse")(model, params)[1],
-        "gptq": gptq("int2-g8", where=LAYERS, propagate=0.0)(model, params, calibration)[1],
+        "gptq": gptq("int2-g8", where=LAYERS, solver={"propagate": 0.0})(
+            model, params, calibration
+        )[1],
     }
     leaves = dict(boxes.path_items(params))
     states = first_states(model, calibration)
@@ -150,11 +154,13 @@ def test_options_without_meaning_are_refused(make_member, batch_of):
         {"format": "int7"},
         {"format": "bfloat16"},
         {"scale": "least"},
-        {"damping": -1.0},
-        {"propagate": 2.0},
-        {"sweeps": -1},
-        {"refit": 1},
-        {"act_order": None},
+        {"solver": {"damping": -1.0}},
+        {"solver": {"propagate": 2.0}},
+        {"solver": {"sweeps": -1}},
+        {"solver": {"refit": 1}},
+        {"solver": {"act_order": None}},
+        {"solver": {"dampening": 0.01}},
+        {"solver": 0.01},
         {"where": "("},
     ):
         with pytest.raises(RecipeError, match=r"quantize\.gptq"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glm_edge import params as boxes
-from glm_edge.compress import TrainOptions, chain, prune
+from glm_edge.compress import Trainable, TrainOptions, chain, prune
 from glm_edge.compress.quantize import rtn
 from glm_edge.compress.quantize.options import QuantizeConfig
 from glm_edge.compress.quantize.qat import fake, finalize, lr_scale_of, qat
@@ -158,13 +158,12 @@ def test_what_trains_is_what_is_rounded_and_the_norms_beside_it(small, calibrati
         params,
         calibration,
         learning_rate=0.02,
-        learned_scale=False,
-        where_train="^embed|layers/0/mlp",
+        trainable=Trainable(learned_scale=False, where="^embed|layers/0/mlp"),
     )
     assert not scales
     assert moved == {"embed/weight"}
-    with pytest.raises(RecipeError, match="where_train matches nothing"):
-        moved_by(model, params, calibration, where_train="vision")
+    with pytest.raises(RecipeError, match="where= of trainable= matches nothing"):
+        moved_by(model, params, calibration, trainable=Trainable(where="vision"))
 
 
 def test_scales_move_by_a_share_of_themselves():
@@ -245,11 +244,11 @@ def test_what_cannot_be_trained_is_refused(small, calibration):
     ("options", "message"),
     [
         ({"train": {"steps": 0}}, "steps must be a whole number"),
-        ({"scale_rate": 0.0}, "scale_rate must be positive"),
+        ({"trainable": {"scale_rate": 0.0}}, "scale_rate must be positive"),
         ({"alpha": 1.5}, "alpha must be in 0..1"),
         ({"train": {"compute": "int8"}}, "compute must be one of"),
         ({"teacher": 3}, "teacher must be"),
-        ({"where_train": "("}, "not a regular expression"),
+        ({"trainable": {"where": "("}}, "not a regular expression"),
         ({"format": "float16"}, "cannot round to"),
     ],
 )

@@ -149,7 +149,7 @@ def expected(bundle, content, count=NEW):
         for part in content
     ]
     inputs = bundle.processor([{"role": "user", "content": content}])
-    tokens = generate(bundle.model, bundle.params, **inputs, max_new_tokens=count).tokens
+    tokens = generate(bundle.model, bundle.params, inputs, max_new_tokens=count).tokens
     return bundle.processor.decode(np.asarray(tokens)[0]), inputs
 
 

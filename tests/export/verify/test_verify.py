@@ -20,6 +20,7 @@ from glm_edge.export.verify.verify import signature_distances
 from glm_edge.generate.decoding import greedy
 from glm_edge.kernels import matmul
 from glm_edge.params import Format
+from glm_edge.preprocess import Inputs
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -135,9 +136,7 @@ def test_greedy_tokens_are_those_of_the_model(dense_export, model, dense_params,
     expected = greedy(
         model,
         dense_params,
-        tokens[None],
-        images=jnp.asarray(image[None]),
-        audio=jnp.asarray(audio[None]),
+        Inputs(tokens[None], images=image[None], audio=audio[None]),
         max_new_tokens=20,
     )[0]
     found = export.LiteRTRunner(dense_export.path).generate(*prompt, max_new_tokens=20)
@@ -201,8 +200,10 @@ def test_positions_that_are_not_counted_are_left_out(dense_export, prompt):
     tokens, image, audio = prompt
     counted = np.zeros(len(tokens), bool)
     counted[-4:] = True
-    window = export.Window(tokens, image, audio, counted, prompt_length=len(tokens) - 4)
-    result = dense_export.verify([window], max_new_tokens=6)
+    window = export.Window(
+        tokens, image, audio, counted, prompt_length=len(tokens) - 4, max_new_tokens=6
+    )
+    result = dense_export.verify([window])
     assert (result.tokens, result.agreement) == (4, 1.0)
     assert result.free_running_tokens in range(1, 7)
     with pytest.raises(ExportError, match="nothing to verify on"):

@@ -1,0 +1,206 @@
+"""One step of the optimizer: the gradient of one or several batches, then AdamW."""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from glm_edge import params as boxes
+from glm_edge.compress import batches
+from glm_edge.compress.calibration import Called
+from glm_edge.compress.distill import intermediates as transfer
+from glm_edge.compress.distill.losses import Losses, Objective, called_loss, distillation_loss
+from glm_edge.params.tree import Params, path_string
+
+
+class Sums(NamedTuple):
+    """Sums over the batches of one step, each times its weight, and the sum of these weights."""
+
+    gradient: Params
+    losses: Losses
+    weight: Array
+
+
+def optimizer_of(objective: Objective) -> optax.GradientTransformation:
+    """Builds gradient clipping, then AdamW at a learning rate of one."""
+    return optax.chain(
+        optax.clip_by_global_norm(objective.clip_norm),
+        optax.adamw(1.0, b2=0.98, weight_decay=objective.weight_decay),
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("student", "teacher", "objective"),
+    donate_argnames=("trainable", "state"),
+)
+def train_step(
+    student: nn.Module,
+    teacher: nn.Module,
+    objective: Objective,
+    trainable: Params,
+    state: optax.OptState,
+    rate: Array,
+    frozen: Params,
+    teacher_params: Params,
+    batch: batches.Batch,
+    lr_scale: Params | None = None,
+    vocabulary: Array | None = None,
+) -> tuple[Params, optax.OptState, Losses, Array]:
+    """Runs one step of the optimizer; compiles once per shape of batch.
+
+    Returns:
+      `(trainable, state, losses, norm)` with the norm of the gradient. Where the loss or the norm
+      is not finite, the first two are the arguments.
+
+    Raises:
+      RecipeError: student and teacher predict different vocabularies.
+    """
+    sums = _gradient(
+        student, teacher, objective, trainable, frozen, teacher_params, batch, vocabulary
+    )
+    return _descend(objective, trainable, state, rate, sums.gradient, sums.losses, lr_scale)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("student", "teacher", "objective"), donate_argnames=("sums",)
+)
+def add_gradient(
+    student: nn.Module,
+    teacher: nn.Module,
+    objective: Objective,
+    sums: Sums | None,
+    trainable: Params,
+    frozen: Params,
+    teacher_params: Params,
+    batch: batches.Batch,
+    vocabulary: Array | None,
+) -> Sums:
+    """Adds the gradient and losses of a batch, times its weight, to `sums`; None starts at zero.
+
+    Raises:
+      RecipeError: student and teacher predict different vocabularies.
+    """
+    batch_sums = _gradient(
+        student, teacher, objective, trainable, frozen, teacher_params, batch, vocabulary
+    )
+    weighed = jax.tree.map(lambda part: part * batch_sums.weight, batch_sums[:2])
+    added = Sums(*weighed, batch_sums.weight)
+    return added if sums is None else jax.tree.map(jnp.add, sums, added)
+
+
+@functools.partial(jax.jit, static_argnames=("objective",), donate_argnames=("trainable", "state"))
+def apply_gradient(
+    objective: Objective,
+    trainable: Params,
+    state: optax.OptState,
+    rate: Array,
+    sums: Sums,
+    lr_scale: Params | None = None,
+) -> tuple[Params, optax.OptState, Losses, Array]:
+    """Runs one step of the optimizer on the weighted mean over several batches.
+
+    Returns:
+      As `train_step`.
+    """
+    gradient, losses = jax.tree.map(lambda part: part / sums.weight, sums[:2])
+    return _descend(objective, trainable, state, rate, gradient, losses, lr_scale)
+
+
+def _gradient(
+    student: nn.Module | Called,
+    teacher: nn.Module | Called,
+    objective: Objective,
+    trainable: Params,
+    frozen: Params,
+    teacher_params: Params,
+    batch: batches.Batch,
+    vocabulary: Array | None,
+) -> Sums:
+    """Computes gradient and losses of a batch, and the weight that they are a mean over."""
+    teacher_params = with_shared(teacher_params, frozen)
+    wanted = (objective.hidden > 0.0, objective.attention > 0.0)
+    teacher_batch = batch
+    if vocabulary is not None and not isinstance(student, Called):
+        teacher_batch = {**batch, "tokens": vocabulary[batch["tokens"]]}
+    targets, teacher_outputs = jax.lax.stop_gradient(
+        transfer.run_with_intermediates(teacher, teacher_params, teacher_batch, *wanted)
+    )
+    if vocabulary is not None:
+        targets = targets[..., vocabulary]
+    called = isinstance(student, Called)
+    weights = jnp.ones(targets.shape[:-1]) if called else batches.loss_weights(student, batch)
+
+    def loss(trainable: Params) -> tuple[Array, Losses]:
+        student_params, projection = transfer.without_projection(trainable)
+        params = boxes.combine(student_params, frozen)
+        logits, outputs = transfer.run_with_intermediates(student, params, batch, *wanted)
+        if called:
+            total, (soft, hard) = called_loss(student, params, batch, logits, targets, objective)
+        else:
+            total, (soft, hard) = distillation_loss(
+                logits, targets, batch["tokens"], weights, objective
+            )
+        hidden = attention = jnp.zeros(())
+        if wanted[0]:
+            hidden = transfer.hidden_loss(
+                outputs.hidden, teacher_outputs.hidden, objective.layers, weights, projection
+            )
+            total += objective.hidden * hidden
+        if wanted[1]:
+            attention = transfer.attention_loss(
+                outputs.attention, teacher_outputs.attention, objective.layers, weights
+            )
+            total += objective.attention * attention
+        return total, Losses(total, soft, hard, hidden, attention)
+
+    (_, losses), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
+    return Sums(gradient, losses, jnp.maximum(jnp.sum(weights), batches.NO_WEIGHT))
+
+
+def _descend(
+    objective: Objective,
+    trainable: Params,
+    state: optax.OptState,
+    rate: Array,
+    gradient: Params,
+    losses: Losses,
+    lr_scale: Params | None,
+) -> tuple[Params, optax.OptState, Losses, Array]:
+    norm = optax.tree.norm(gradient)
+    updates, after = optimizer_of(objective).update(gradient, state, trainable)
+    updates = jax.tree.map(lambda update: rate * update, updates)
+    if lr_scale is not None:
+        updates = jax.tree.map(jnp.multiply, updates, lr_scale)
+    moved = optax.apply_updates(trainable, updates)
+    # Keeps the last good parameters, which the error then holds.
+    good = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
+    trainable, state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), (moved, after), (trainable, state)
+    )
+    return trainable, state, losses, norm
+
+
+def without_shared(teacher_params: Params, frozen: Params) -> Params:
+    """Replaces by None the teacher's arrays that are also frozen arrays of the student.
+
+    Both models then read one array, and the compiler runs a shared encoder once.
+    """
+    shared = dict(boxes.path_items(frozen))
+    return boxes.map_with_path(
+        lambda path, leaf: None if shared.get(path) is leaf else leaf, teacher_params
+    )
+
+
+def with_shared(teacher_params: Params, frozen: Params) -> Params:
+    """Inverts `without_shared`."""
+    shared = dict(boxes.path_items(frozen))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: shared[path_string(path)] if leaf is None else leaf,
+        teacher_params,
+        is_leaf=lambda node: node is None or boxes.is_box(node),
+    )
