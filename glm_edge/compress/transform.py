@@ -63,6 +63,17 @@ class Context:
         if self.reference is None:
             object.__setattr__(self, "reference", self.original)
 
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """Returns the calibration of a transform that needs some.
+
+        Raises:
+          DataError: there is none.
+        """
+        if self.calibration is None:
+            raise DataError("calibration= is missing")
+        return self.calibration
+
     def advance(self, stage: str, done: int, total: int) -> None:
         """Tells the progress callback, where there is one."""
         if callable(self.progress):

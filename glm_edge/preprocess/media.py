@@ -12,11 +12,14 @@ import numpy as np
 from glm_edge.errors import DataError
 from glm_edge.preprocess.audio import load_wav, resample
 from glm_edge.preprocess.chat import MEDIA_TYPES, Message
-from glm_edge.preprocess.image import load_image
+from glm_edge.preprocess.image import ImageSource, load_image
 from glm_edge.preprocess.vision import Video
 
 KINDS = ("image", "video", "audio")
 # How a file is given: its path or its bytes.
+Media = ImageSource | np.ndarray | Sequence[Any]
+"""One image or recording, or several."""
+
 FILE_TYPES = (str, os.PathLike, bytes, bytearray, memoryview)
 
 

@@ -216,8 +216,9 @@ class Processor:
             valid[index, length - len(row) :] = True
         if not length:
             raise DataError("messages: the chat template wrote nothing")
-        audio, frames = [np.concatenate(parts) for parts in zip(*chunks, strict=True)] or [None] * 2
-        return Inputs(tokens, valid=valid, images=shown or None, audio=audio, audio_frames=frames)
+        speech = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
+        mel, frames = speech or (None, None)
+        return Inputs(tokens, valid=valid, images=shown or None, audio=mel, audio_frames=frames)
 
     def render(
         self,

@@ -75,7 +75,7 @@ class GPTQ(Quantizer):
         super().__post_init__()
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> str:  # type: ignore[override]  # options decide
         """Models whose inputs are collected."""
         return self.solver.needs
 
