@@ -272,7 +272,7 @@ def scheduled(
     return optax.GradientTransformation(init, update)
 
 
-def boxed(params: Params, state: Any) -> Params:
+def boxed(params: Params, state: optax.OptState) -> Params:
     """Boxes parameters that were trained under `scheduled` with their masks.
 
     Args:
