@@ -15,8 +15,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # The names of `__getattr__`, for type checkers and editors. A function whose module has the
-    # same name comes from that module: type checkers take the package's for the module.
+    # The names of `__getattr__`, for type checkers and editors. A function that shares its
+    # module's name is imported from that module, because type checkers resolve
+    # `package.name` to the module.
     from glm_edge import checkpoint as checkpoint
     from glm_edge import compress as compress
     from glm_edge import configs as configs
@@ -53,8 +54,8 @@ if TYPE_CHECKING:
     from glm_edge.preprocess import Processor as Processor
 
 __version__ = "0.1.0"
-# Address of the published repository; empty until there is one. README.md, the notebooks and
-# pyproject.toml hold the same one.
+# Address of the published repository, empty until it is published. README.md, the notebooks and
+# pyproject.toml contain the same address.
 REPOSITORY_URL = ""
 
 _WHERE = {

@@ -1,4 +1,4 @@
-"""The exceptions of glm_edge, whose one line states the fault, its location and the remedy."""
+"""Exceptions of glm_edge. Each message is one line: the fault, its location and the remedy."""
 
 import importlib
 from types import ModuleType
@@ -28,7 +28,7 @@ class GlmEdgeError(Exception):
     """Base class of the errors that glm_edge raises, with a short message of one line."""
 
     def __str__(self) -> str:
-        # A hostile file's names and values stand in messages.
+        # Messages quote names and values of untrusted files.
         text = super().__str__()
         if len(text) > MAX_MESSAGE:
             text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
@@ -36,11 +36,11 @@ class GlmEdgeError(Exception):
 
 
 class ConfigError(GlmEdgeError, ValueError):
-    """Raised when a model configuration is unknown, incomplete or contradicts itself."""
+    """Raised when a model configuration is unknown, incomplete or inconsistent."""
 
 
 class CheckpointError(GlmEdgeError, ValueError):
-    """Raised when a checkpoint is missing, truncated, of another format, or unfit for the model."""
+    """Raised when a checkpoint is missing, truncated, in an unknown format, or does not match."""
 
 
 class DataError(GlmEdgeError, ValueError):
@@ -48,19 +48,19 @@ class DataError(GlmEdgeError, ValueError):
 
 
 class RecipeError(GlmEdgeError, ValueError):
-    """Raised when a recipe has an unknown transform, an unfit option, or an unmatched pattern."""
+    """Raised when a recipe has an unknown transform, an invalid option, or an unmatched pattern."""
 
 
 class TrainingError(RecipeError):
     """Raised when a loss or a gradient becomes NaN or infinite.
 
     Attributes:
-      step: at which it did, counted from one.
-      params: of the student as they were before that step.
+      step: the failing step, counted from one.
+      params: the student's parameters before that step.
     """
 
     def __init__(self, message: str, step: int, params: dict[str, Any]) -> None:
-        """Keeps what the last good step left."""
+        """Stores the failing step and the parameters before it."""
         super().__init__(message)
         self.step, self.params = step, params
 
@@ -74,7 +74,7 @@ class ExportError(GlmEdgeError, ValueError):
 
 
 class OutputError(GlmEdgeError, OSError):
-    """Raised when an output directory exists already or cannot be written."""
+    """Raised when an output file or directory already exists or cannot be written."""
 
 
 class MissingExtraError(GlmEdgeError, ImportError):
@@ -92,12 +92,12 @@ def require(module: str, extra: str) -> ModuleType:
       The imported module.
 
     Raises:
-      MissingExtraError: the module is not installed; the message names the extra.
+      MissingExtraError: the module is not installed. The message names the extra.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{module} is not installed ({error}); it comes with the extra {extra!r}: "
+            f"{module} is not installed ({error}); install it with the extra {extra!r}: "
             f'pip install "glm_edge[{extra}]"'
         ) from error

@@ -28,22 +28,22 @@ ErrorType = type[GlmEdgeError]
 
 
 def file_inside(directory: Path, name: str, error: ErrorType = CheckpointError) -> Path:
-    """Finds a regular file of a checkpoint; a link may not lead out of it.
+    """Finds a regular file of a checkpoint; refuses symbolic links that leave the directory.
 
-    A link is followed inside the directory and, from a snapshot of a Hugging Face cache
-    (`models--*/snapshots/*`), into the `blobs` of the same repository.
+    Links may point inside the directory. In a snapshot of a Hugging Face cache
+    (`models--*/snapshots/*`) they may also point into `blobs` of the same repository.
 
     Args:
-      directory: of the checkpoint.
-      name: of the file, as config or index say it.
-      error: raised for a file that is refused.
+      directory: checkpoint directory.
+      name: file name from config.json or from the index.
+      error: exception type to raise.
 
     Returns:
-      Its path in `directory`.
+      Path of the file inside `directory`.
 
     Raises:
-      GlmEdgeError: of the type `error`: the name is not a plain one, or the file is missing, not a
-        regular file, or a link that leads elsewhere.
+      GlmEdgeError: as type `error`: the name contains a directory, or the file is missing, is not a
+        regular file, or is a link to another directory.
     """
     plain = isinstance(name, str) and name.isprintable() and name not in ("", "..")
     if not plain or name != Path(name).name:
@@ -53,7 +53,7 @@ def file_inside(directory: Path, name: str, error: ErrorType = CheckpointError) 
         )
     if len(name) > MAX_FILE_NAME:
         raise error(
-            f"{shown_path(directory)}: file {name[:60]!r}… has a name of {len(name)} letters"
+            f"{shown_path(directory)}: file {name[:60]!r}… has a name of {len(name)} characters"
         )
     path = directory / name
     try:
@@ -77,7 +77,7 @@ def _check_link(directory: Path, path: Path, error: ErrorType) -> None:
     if not any(target.is_relative_to(folder) for folder in allowed):
         raise error(
             f"{path}: is a link that leads out of the checkpoint, to {target}; put the file itself "
-            "there, or load the directory that holds it"
+            "there, or load the directory that contains it"
         )
 
 
@@ -93,7 +93,7 @@ def _unreadable(path: Path, failure: Exception, error: ErrorType) -> GlmEdgeErro
 
 
 def shown_path(path: str | os.PathLike) -> str:
-    """Returns a path as one short line of a message shows it: quoted and cut where it is odd."""
+    """Formats a path for a one-line message: quotes unprintable paths and truncates long ones."""
     text = os.fspath(path)
     if text.isprintable() and len(text) <= MAX_SHOWN:
         return text
@@ -102,17 +102,17 @@ def shown_path(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike, error: ErrorType = CheckpointError) -> Iterator[io.FileIO]:
-    """Opens a regular file; never waits for a pipe.
+    """Opens a regular file for reading, without blocking on pipes.
 
     Args:
-      path: of the file.
-      error: raised for a file that is refused.
+      path: file path.
+      error: exception type to raise.
 
     Yields:
-      The unbuffered file.
+      The unbuffered binary file.
 
     Raises:
-      GlmEdgeError: of the type `error`: it cannot be opened or read, or is not a regular file.
+      GlmEdgeError: as type `error`: the path cannot be opened or read, or is not a regular file.
     """
     path = Path(path)
 
@@ -131,7 +131,7 @@ def opened(path: str | os.PathLike, error: ErrorType = CheckpointError) -> Itera
             yield file
     except GlmEdgeError:
         raise
-    # A name that holds a null character is a ValueError.
+    # A name with a null character raises ValueError.
     except (OSError, ValueError) as failure:
         raise _unreadable(path, failure, error) from failure
 
@@ -139,16 +139,16 @@ def opened(path: str | os.PathLike, error: ErrorType = CheckpointError) -> Itera
 def fill(
     file: BinaryFile, target: np.ndarray, where: str, error: ErrorType = CheckpointError
 ) -> None:
-    """Reads bytes until an array is full; one call of the system reads 2 GB at most.
+    """Reads bytes until an array is full; one system call reads at most 2 GB.
 
     Args:
-      file: from `opened`, at the first byte to read.
-      target: bytes `[N]`, contiguous.
-      where: file (and part of it), for the message.
-      error: raised where the file ends before.
+      file: file from `opened`, positioned at the first byte to read.
+      target: contiguous bytes `[N]` to fill.
+      where: file (and section) for messages.
+      error: exception type to raise.
 
     Raises:
-      GlmEdgeError: of the type `error`: the file ends before.
+      GlmEdgeError: as type `error`: the file ends before `target` is full.
     """
     view, done = target.data, 0
     while done < len(view):
@@ -165,20 +165,21 @@ def read_bytes(path: str | os.PathLike, limit: int, error: ErrorType = Checkpoin
     """Reads a regular file of at most `limit` bytes.
 
     Args:
-      path: of the file.
-      limit: bytes beyond which nothing is read.
-      error: raised for a file that is refused.
+      path: file path.
+      limit: maximum size in bytes.
+      error: exception type to raise.
 
     Returns:
-      Its bytes.
+      The bytes of the file.
 
     Raises:
-      GlmEdgeError: of the type `error`: it cannot be read, is not a regular file, or is larger.
+      GlmEdgeError: as type `error`: the file cannot be read, is not a regular file, or exceeds
+        `limit`.
     """
     with opened(path, error) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise error(f"{path}: holds {size} bytes; at most {limit} are read")
+            raise error(f"{path}: has {size} bytes; the limit is {limit}")
         target = np.empty(size, np.uint8)
         fill(file, target, str(path), error)
         return target.tobytes()
@@ -190,15 +191,15 @@ def read_text(
     """Reads a regular file of at most `limit` bytes as UTF-8 text.
 
     Args:
-      path: of the file.
-      error: raised for a file that is refused.
-      limit: bytes beyond which nothing is read.
+      path: file path.
+      error: exception type to raise.
+      limit: maximum size in bytes.
 
     Returns:
-      Its text.
+      The text of the file.
 
     Raises:
-      GlmEdgeError: of the type `error`: as `read_bytes`, or it is not UTF-8.
+      GlmEdgeError: as type `error`: `read_bytes` fails, or the file is not UTF-8.
     """
     try:
         return read_bytes(path, limit, error).decode()
@@ -210,15 +211,14 @@ def read_json(path: str | os.PathLike, error: ErrorType = CheckpointError) -> di
     """Reads a JSON object of at most `MAX_JSON_BYTES`.
 
     Args:
-      path: of the file.
-      error: raised for a file that is refused.
+      path: file path.
+      error: exception type to raise.
 
     Returns:
-      The object.
+      The object as a dictionary.
 
     Raises:
-      GlmEdgeError: of the type `error`: the file is missing, is too large, or does not hold a JSON
-        object.
+      GlmEdgeError: as type `error`: the file is missing, too large, or not a JSON object.
     """
     with opened(path, error) as file:
         return json_object(file, os.fstat(file.fileno()).st_size, str(path), error)
@@ -227,19 +227,19 @@ def read_json(path: str | os.PathLike, error: ErrorType = CheckpointError) -> di
 def json_object(
     file: BinaryFile, size: int, where: str, error: ErrorType = CheckpointError
 ) -> dict[str, Any]:
-    """Reads a JSON object from a part of a file.
+    """Reads a JSON object from a section of a file.
 
     Args:
-      file: from `opened`, at the first byte of the object.
-      size: bytes of the part.
-      where: file (and part of it), for the message.
-      error: raised for a part that is refused.
+      file: file from `opened`, positioned at the first byte of the object.
+      size: length of the section in bytes.
+      where: file (and section) for messages.
+      error: exception type to raise.
 
     Returns:
-      The object.
+      The object as a dictionary.
 
     Raises:
-      GlmEdgeError: of the type `error`: it is not a JSON object, names something twice, or exceeds
+      GlmEdgeError: as type `error`: the section is not a JSON object, repeats a name, or exceeds
         a limit.
     """
     _check_json_bytes(size, where, error)
@@ -249,7 +249,7 @@ def json_object(
     del target
     value = parse_json(raw, where, error)
     if not isinstance(value, dict):
-        raise error(f"{where}: must hold a JSON object, found {type(value).__name__}")
+        raise error(f"{where}: must be a JSON object, not {type(value).__name__}")
     return value
 
 
@@ -260,30 +260,30 @@ def parse_json(
     max_bytes: int = MAX_JSON_BYTES,
     max_values: int = MAX_JSON_VALUES,
 ) -> Any:
-    """Reads JSON within limits of bytes, values, depth and digits.
+    """Parses JSON within limits on bytes, values, depth and digits.
 
     Args:
-      raw: the JSON.
-      where: it comes from, for the message.
-      error: raised for what is refused.
-      max_bytes: beyond which it is not read.
-      max_values: that it may hold.
+      raw: JSON text or UTF-8 bytes.
+      where: file (and section) for messages.
+      error: exception type to raise.
+      max_bytes: maximum length in bytes.
+      max_values: maximum number of values.
 
     Returns:
       The value, of any JSON type.
 
     Raises:
-      GlmEdgeError: of the type `error`: it is not JSON, names something twice in one object, or
-        exceeds a limit.
+      GlmEdgeError: as type `error`: the text is not JSON, repeats a name in one object, or exceeds
+        a limit.
     """
     try:
         raw = raw.encode() if isinstance(raw, str) else raw
     except UnicodeEncodeError as failure:
         raise error(f"{where}: not JSON: {failure}") from failure
     _check_json_bytes(len(raw), where, error, max_bytes)
-    # Three bytes such as `[],` become 70 in memory, so what they hold is counted first.
+    # Three bytes such as `[],` become 70 in memory, so values are counted before parsing.
     if sum(map(raw.count, (b",", b"[", b"{"))) > max_values:
-        raise error(f"{where}: holds more than {max_values} JSON values")
+        raise error(f"{where}: has more than {max_values} JSON values")
     unique = functools.partial(_unique, where=where, error=error)
     try:
         value = json.loads(raw.decode(), object_pairs_hook=unique, parse_int=_integer)
@@ -304,7 +304,7 @@ def parse_json(
 
 def _check_json_bytes(size: int, where: str, error: ErrorType, limit: int = MAX_JSON_BYTES) -> None:
     if size > limit:
-        raise error(f"{where}: is JSON of {size} bytes; more than {limit} are not read")
+        raise error(f"{where}: is JSON of {size} bytes; the limit is {limit}")
 
 
 def _integer(digits: str) -> int:
@@ -317,10 +317,10 @@ def _unique(pairs: list[tuple[str, Any]], where: str, error: ErrorType) -> dict[
     fields = dict(pairs)
     if len(fields) < len(pairs):
         known: set[str] = set()
-        twice = next(
+        duplicate = next(
             name
             for name, _ in pairs
             if name in known or known.add(name)  # type: ignore[func-returns-value]
         )
-        raise error(f"{where}: the name {twice[:200]!r} appears twice in one JSON object")
+        raise error(f"{where}: the name {duplicate[:200]!r} appears twice in one JSON object")
     return fields

@@ -1,29 +1,29 @@
-"""Changes of the whole process, such as of standard error, that threads make at the same time."""
+"""Thread-safe changes of process-wide state, such as standard error."""
 
 import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
 
-# TensorFlow's C++ reads both when it is imported: 3 is fatal errors alone, and oneDNN announces
-# itself unless it is off.
+# TensorFlow's C++ reads both on import: level 3 logs only fatal errors, and oneDNN prints a notice
+# unless it is disabled.
 QUIET_TENSORFLOW = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
 def shared(
     change: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Makes a change of the process safe where several threads ask for it.
+    """Makes a process-wide change safe for concurrent threads.
 
-    The first thread makes the change and the last one takes it back. Without that, a thread that
-    begins while another one is inside remembers the changed value, and restores that one for good.
+    The first thread applies the change and the last one reverts it. Otherwise, a thread that enters
+    during the change would save the changed value and later restore it permanently.
 
     Args:
-      change: gives a context manager that makes the change, and takes it back at its end. It is
-        not told of exceptions.
+      change: function that returns a context manager, which applies the change on entry and reverts
+        it on exit. It receives no exceptions.
 
     Returns:
-      A function like `change`, for any number of threads.
+      A function like `change`, for any count of threads.
     """
     # A finalizer may run on the thread that holds the lock.
     lock = threading.RLock()

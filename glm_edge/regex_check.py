@@ -1,8 +1,8 @@
-"""A check of untrusted regular expressions before they match anything.
+"""A check of untrusted regular expressions before use.
 
-Engines that go back over a text take time that grows with a power of its length, or doubles with
-each character, where a repetition can divide the same characters in several ways. The check reads
-the expression's shape; what it accepts takes time that grows at most with the square of the text.
+Backtracking engines can take polynomial or exponential time, if repetitions can divide the same
+characters in several ways. The check analyzes the structure of an expression; accepted expressions
+take at most quadratic time in the length of the text.
 """
 
 import re
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 MAX_LENGTH = 4096
 MAX_NESTING = 24
 MAX_REPEATS = 1000
-# A group of several readings may be repeated as often: `(?:ab?){1,3}`.
+# Maximum of repeats of a group that can match in several ways, as in `(?:ab?){1,3}`.
 FEW = 3
 GROUP = re.compile(r"\((?:\?(?P<kind><=|<!|[:=!>]|P?<[A-Za-z_]\w*>|[imsxaLu-]*:|[imsx-]+\)|))?")
 REPEAT = re.compile(r"(?:([*+?])|\{(\d{0,6})(,?)(\d{0,6})\})([?+]?)")
-# Characters by which two sets are compared; those of the expression itself come to them.
+# Characters to compare two sets, in addition to those of the expression.
 SAMPLES = (
     *(string.ascii_letters + string.digits + string.punctuation + " \t\n\r\x0b\x00\x7f"),
     *"\u00a0\u00df\u00e9\u0130\u0301\u0416\u05d0\u0661\u0939\u093f\u0e01\u1100\u2028\u200d\u3042",
@@ -31,12 +31,17 @@ class PatternError(ValueError):
 
 @dataclass
 class _Item:
-    """A part of a sequence.
+    """An item of a sequence.
 
-    `lowest` and `highest` say how often it is repeated, without end where `highest` is None;
-    `several` is True where it can read the same text in several ways; `source` is that of a single
-    character, None of a group; `asserts` is True where it reads nothing and can fail; `fails` is
-    False where it cannot make what was read before be undone.
+    Attributes:
+      source: pattern of a single character; None for a group.
+      lowest: minimum of repeats.
+      highest: maximum of repeats; None for no limit.
+      several: True if the item can match the same text in several ways.
+      endless: True if the item contains an unlimited repeat.
+      repeats: maximum of repeats, including nested ones.
+      asserts: True if the item consumes nothing and can fail.
+      fails: False if the item cannot cause backtracking.
     """
 
     source: str | None = None
@@ -53,16 +58,16 @@ def check_pattern(pattern: str, matches: Callable[[str, str], bool] | None = Non
     """Refuses an expression that can take more than quadratic time.
 
     Args:
-      pattern: in the syntax that Python's `re` and Oniguruma share, with `\\p{…}`.
-      matches: tells whether a pattern of one character matches a character; None is `re`'s answer.
+      pattern: expression in the common syntax of Python's `re` and Oniguruma, with `\\p{…}`.
+      matches: function that tests a one-character pattern against a character; None uses `re`.
 
     Raises:
-      PatternError: a repetition is repeated, repetitions of the same characters stand in a row
-        before something that can fail, a group is read again, counts are large, or the expression
-        is not understood.
+      PatternError: a repeat is repeated, adjacent repeats match the same characters before an item
+        that can fail, there is a back reference, a count is large, or the expression is not
+        supported.
     """
     if len(pattern) > MAX_LENGTH:
-        raise PatternError(f"has {len(pattern)} characters; at most {MAX_LENGTH} are read")
+        raise PatternError(f"has {len(pattern)} characters; the limit is {MAX_LENGTH}")
     parser = _Parser(pattern, matches or _python_matches)
     parser.alternatives(0)
     if parser.at < len(pattern):
@@ -80,7 +85,7 @@ class _Parser:
         self._sets: dict[str, frozenset[str]] = {}
 
     def alternatives(self, depth: int) -> _Item:
-        """Reads up to the end of a group; returns what it is as one item."""
+        """Parses up to the end of a group; returns the group as one item."""
         if depth > MAX_NESTING:
             raise PatternError(f"is nested deeper than {MAX_NESTING}")
         sequences = [self._sequence(depth)]
@@ -129,7 +134,7 @@ class _Parser:
             raise PatternError(f"has a group at {self.at} that is not understood")
         self.at = opening.end()
         if kind is not None and kind.endswith(")"):
-            # Flags for all that follows.
+            # Flags for the remaining expression.
             return _Item(lowest=0, highest=0, fails=False)
         item = self.alternatives(depth + 1)
         if not self.pattern.startswith(")", self.at):
@@ -140,7 +145,7 @@ class _Parser:
         return item
 
     def _class(self) -> None:
-        """Passes over `[…]`, also nested."""
+        """Skips `[…]`, which may be nested."""
         depth, first = 0, True
         while self.at < len(self.pattern):
             character = self.pattern[self.at]
@@ -166,7 +171,7 @@ class _Parser:
         if not escaped:
             raise PatternError("ends with a backslash")
         if escaped in "123456789kg":
-            raise PatternError("reads a group again")
+            raise PatternError("has a back reference")
         self.at += 2
         following = re.compile(r"\{[^{}]*\}").match(self.pattern, self.at)
         if escaped in "pPx" and following:
@@ -191,10 +196,10 @@ class _Parser:
             nested = item.several or item.highest is None or item.lowest != item.highest
             nested = nested if item.source is None else item.highest != 1
             if item.highest == 0:
-                raise PatternError("repeats what reads nothing")
+                raise PatternError("repeats an item that consumes nothing")
             if many and nested:
                 raise PatternError(
-                    "repeats what can itself be read in several ways, as in (a+)+ or (a|a)*"
+                    "repeats an item that can match in several ways, as in (a+)+ or (a|a)*"
                 )
             repeats = item.repeats * max(highest or 1, lowest, 1)
             if repeats > MAX_REPEATS:
@@ -206,13 +211,13 @@ class _Parser:
                 several=item.several or lowest != highest,
                 endless=item.endless or highest is None,
                 repeats=repeats,
-                # What is possessive gives nothing back.
+                # Possessive repeats do not backtrack.
                 fails=item.fails and mode != "+",
             )
         return item
 
     def _check_row(self, items: list[_Item]) -> None:
-        """Refuses endless repetitions of the same characters in a row if what follows can fail."""
+        """Refuses adjacent unlimited repeats of equal characters before an item that can fail."""
         endless: list[_Item] = []
         crossed = False
         for item in items:
@@ -225,7 +230,7 @@ class _Parser:
             elif item.lowest or item.asserts:
                 if crossed and item.fails:
                     raise PatternError(
-                        "has two repetitions of the same characters before something that can fail"
+                        "has two repetitions of the same characters before an item that can fail"
                     )
                 endless = [x for x in endless if self._overlap(x, item)]
 

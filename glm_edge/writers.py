@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar
 from glm_edge.errors import OutputError
 from glm_edge.files import CONFIG, MAX_FILE_NAME, shown_path
 
-# Of renameat2: paths as they are, and exchange of the two names.
+# Arguments of renameat2: paths relative to the working directory, and exchange of both names.
 _AT_FDCWD, _EXCHANGE = -100, 2
 _DAY = 86400.0
 # Target, process, its start, boot of its machine, a random part, end; see `beside`.
@@ -28,19 +28,19 @@ _LITTER = re.compile(
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object, keys in the order given."""
+    """Writes a JSON object with its keys in insertion order."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file that is there whole or not at all, whenever the process is killed.
+    """Writes a file atomically, so that a killed process never leaves a partial file.
 
     Args:
-      path: of the file; one that exists is replaced.
-      write: called with the path of a temporary file beside it.
+      path: file path; an existing file is replaced.
+      write: function of the path of a temporary file in the same directory.
 
     Raises:
-      OutputError: the file is a link, which would be replaced and not what it leads to; or it
+      OutputError: the path is a link, which would be replaced instead of its target, or the file
         cannot be written.
     """
     check_writable_name(path)
@@ -63,17 +63,17 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_stream(path: Path, write: Callable[[BinaryIO], Any]) -> int:
-    """Writes a file through an open stream, whole or not at all.
+    """Writes a file atomically through an open stream.
 
     Args:
-      path: of the file; one that exists is replaced.
-      write: called with a temporary file beside it, open for reading and writing.
+      path: file path; an existing file is replaced.
+      write: function of a temporary binary file, open for reading and writing.
 
     Returns:
-      Bytes of the file.
+      Size of the file in bytes.
 
     Raises:
-      OutputError: as `write_whole`.
+      OutputError: as in `write_whole`.
     """
 
     def write_to(temporary: Path) -> None:
@@ -86,7 +86,7 @@ def write_stream(path: Path, write: Callable[[BinaryIO], Any]) -> int:
 
 @contextlib.contextmanager
 def scratch_beside(path: Path) -> Iterator[Path]:
-    """Gives a folder on the disk of `path` that is removed with all its files."""
+    """Creates a temporary directory on the disk of `path`, and removes it at the end."""
     path = path.absolute()
     remove_litter(path)
     scratch = beside(path, "partial")
@@ -98,29 +98,29 @@ def scratch_beside(path: Path) -> Iterator[Path]:
 
 
 def check_writable_name(path: str | os.PathLike) -> Path:
-    """Refuses names that no file can have, and names that mean two places.
+    """Refuses invalid file names and ambiguous paths.
 
     Args:
-      path: to be written.
+      path: path to write.
 
     Returns:
-      The absolute path, with links and `..` of its parents followed as the system follows them.
+      The absolute path, with links and `..` of its parents resolved.
 
     Raises:
-      OutputError: it holds a null character, a letter that the system cannot encode, or `..` after
-        a directory that does not exist.
+      OutputError: the path contains a null character, a character that the system cannot encode, or
+        `..` after a directory that does not exist.
     """
     shown = os.fspath(path)
     try:
         if b"\0" in os.fsencode(path):
-            raise OutputError(f"{shown!r:.200}: holds a null character; name another path")
+            raise OutputError(f"{shown!r:.200}: contains a null character; choose another path")
         target = Path(path)
         if ".." in target.parts[-1:]:
             target = Path(os.path.realpath(target))
         parent = target.absolute().parent
         if ".." in parent.parts and not parent.is_dir():
             raise OutputError(
-                f"{target}: holds '..' after a directory that does not exist; name the path "
+                f"{target}: contains '..' after a directory that does not exist; write the path "
                 "without it"
             )
         return Path(os.path.realpath(parent)) / target.name
@@ -129,30 +129,30 @@ def check_writable_name(path: str | os.PathLike) -> Path:
 
 
 def refuse_link(path: Path) -> None:
-    """Refuses a link, which a writer would replace, and not what it leads to.
+    """Refuses a link, which a writer would replace instead of its target.
 
     Args:
-      path: to be written.
+      path: path to write.
 
     Raises:
-      OutputError: it is a link, also one that leads nowhere.
+      OutputError: the path is a link, even a broken one.
     """
     if os.path.islink(path):
         raise OutputError(
-            f"{path}: is a link to {os.readlink(path)}; name that path to write there, or remove "
+            f"{path}: is a link to {os.readlink(path)}; pass that path to write there, or remove "
             "the link"
         )
 
 
 def beside(path: Path, end: str) -> Path:
-    """Names a temporary file or directory after its target and the process that makes it.
+    """Builds the name of a temporary file or directory from its target and its process.
 
     Args:
-      path: of the target.
-      end: of the name, such as `partial`.
+      path: path of the target.
+      end: suffix of the name, such as `partial`.
 
     Returns:
-      A path in the same directory that nothing has, for `remove_litter` to know.
+      An unused path in the same directory, which `remove_litter` recognizes.
     """
     pid = os.getpid()
     mark = f"{pid:x}-{_start_of(pid) or 0:x}-{_boot()}-{uuid.uuid4().hex[:4]}"
@@ -160,19 +160,19 @@ def beside(path: Path, end: str) -> Path:
 
 
 def remove_litter(path: Path) -> None:
-    """Removes what killed processes left beside a target, and takes back what they moved aside.
+    """Removes temporary files of killed processes, and restores a checkpoint that they moved aside.
 
-    A process is known by its number, its start and the boot of its machine. What one of another
-    boot, or of another machine on a shared disk, left is removed after a day.
+    A process is identified by its id, its start and the boot of its machine. Files from another
+    boot, or from another machine on a shared disk, are removed after a day.
 
     Args:
-      path: of the target.
+      path: path of the target.
     """
     for entry in _entries(path.parent):
         match = _LITTER.fullmatch(entry.name)
         if match is None or not _is_over(entry, match):
             continue
-        # The name of the target, which is short where both together are too long.
+        # The name of the target, shortened if the complete name would be too long.
         if match[1] != _stem(path.name, len(entry.name) - len(match[1])):
             continue
         old = Path(entry.path)
@@ -186,7 +186,7 @@ def remove_litter(path: Path) -> None:
 
 
 def _is_over(entry: os.DirEntry, match: re.Match) -> bool:
-    """Tests if the process that made an entry is gone, as far as can be known."""
+    """Tests that the process of an entry has ended, as far as this can be determined."""
     pid, start = int(match[2], 16), int(match[3], 16)
     if match[4] == _boot():
         return _start_of(pid) != start
@@ -197,7 +197,7 @@ def _is_over(entry: os.DirEntry, match: re.Match) -> bool:
 
 
 def moved_aside(path: Path) -> Path | None:
-    """Finds the checkpoint that a killed process moved from a path before it put its own there."""
+    """Finds the checkpoint that a killed process moved aside before replacing it."""
     for entry in _entries(path.parent):
         match = _LITTER.fullmatch(entry.name)
         if match is None or match[5] != "old":
@@ -211,13 +211,13 @@ def _entries(directory: Path) -> list[os.DirEntry]:
     try:
         with os.scandir(directory) as entries:
             return list(entries)
-    # A name that holds a null character is a ValueError.
+    # A name with a null character raises ValueError.
     except (OSError, ValueError):
         return []
 
 
 def _stem(name: str, room: int) -> str:
-    """Shortens a name to a prefix and a digest where it and `room` more letters are too long."""
+    """Shortens a name to a prefix and a digest if it leaves less than `room` bytes."""
     if len(os.fsencode(name)) + room <= MAX_FILE_NAME:
         return name
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -235,7 +235,7 @@ def _boot() -> str:
 def _start_of(pid: int) -> int | None:
     """Returns the start of a process in ticks since boot, None if it is gone, zero if unknown."""
     try:
-        # The name of the program, in brackets, may hold anything.
+        # The name of the program, in parentheses, may contain any character.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, IndexError, ValueError):
         pass
@@ -251,11 +251,11 @@ def _start_of(pid: int) -> int | None:
 
 
 def require_space(out: Path, needed: float) -> None:
-    """Refuses to begin where a disk is too full.
+    """Checks the free space of a disk.
 
     Args:
-      out: to be written; it need not exist.
-      needed: bytes.
+      out: path to write, which need not exist.
+      needed: required bytes.
 
     Raises:
       OutputError: fewer bytes are free.
@@ -264,8 +264,8 @@ def require_space(out: Path, needed: float) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or name "
-            "a directory on another disk"
+            f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or "
+            "choose a directory on another disk"
         )
 
 
@@ -273,24 +273,24 @@ def require_space(out: Path, needed: float) -> None:
 def new_directory(
     target: str | os.PathLike, overwrite: bool, keep: bool = False, mark: str = CONFIG
 ) -> Iterator[Path]:
-    """Gives a temporary directory beside `target` that takes its place when all went well.
+    """Creates a temporary directory, which replaces `target` after success.
 
-    Where one is replaced, the two exchange their names in one step, so that a checkpoint is there
-    at every moment. What killed processes left beside `target` is removed first.
+    An existing directory exchanges its name with the temporary one in one step, so that a complete
+    checkpoint exists at any time. Temporary files of killed processes are removed first.
 
     Args:
-      target: directory to create; an empty one may exist. A link is refused.
-      overwrite: replaces an existing checkpoint (a directory that holds `mark`).
-      keep: the temporary directory has a name that a later call finds again, with what an earlier
-        one left in it, and survives errors. One process at a time may use it.
-      mark: name of a file that a directory holds that may be replaced.
+      target: directory to create; it may exist if empty. Links are refused.
+      overwrite: replaces an existing checkpoint (a directory that contains `mark`).
+      keep: uses a fixed name for the temporary directory, so that a later call finds its contents,
+        and keeps it after errors. Only one process at a time can use it.
+      mark: name of a file in directories that may be replaced.
 
     Yields:
-      The temporary directory. After an error it is removed, unless kept, and `target` is as it was.
+      The temporary directory. An error removes it unless `keep`, and leaves `target` unchanged.
 
     Raises:
-      OutputError: `target` exists and may not be replaced, its parent cannot be written, or another
-        process writes what is kept.
+      OutputError: `target` exists without `overwrite`, its parent cannot be written, or another
+        process uses the kept directory.
     """
     target = check_writable_name(target)
     temporary = target.with_name(f".{target.name}.partial") if keep else beside(target, "partial")
@@ -309,7 +309,7 @@ def new_directory(
     try:
         yield temporary
         _sync(temporary)
-        # It may have come into being meanwhile.
+        # The target may have been created in the meantime.
         _check_directory(target, overwrite, mark)
         _take_place(temporary, target)
         _sync_path(target.parent)
@@ -325,7 +325,7 @@ def new_directory(
 
 
 class DirectoryLock:
-    """A directory that no other process may lock; the lock ends with the process."""
+    """An exclusive lock of a directory, which ends with the process."""
 
     _mine: ClassVar[set[tuple[int, int]]] = set()
 
@@ -333,12 +333,12 @@ class DirectoryLock:
         """Locks a directory.
 
         Args:
-          directory: to lock.
-          target: named in the message.
-          again: this process may hold the lock already.
+          directory: directory to lock.
+          target: path for the message.
+          again: allows this process to hold the lock already.
 
         Raises:
-          OutputError: another process, or this one, holds the lock.
+          OutputError: another process, or this one without `again`, holds the lock.
         """
         self._file: int | None = None
         try:
@@ -356,10 +356,10 @@ class DirectoryLock:
         except BlockingIOError as error:
             os.close(file)
             raise OutputError(
-                f"{target}: another run is writing it; wait for that one, or name another path"
+                f"{target}: another run is writing it; wait for that run, or choose another path"
             ) from error
         except OSError:
-            # A disk without locks, such as some network disks.
+            # Some network disks do not support locks.
             os.close(file)
             return
         if not directory.is_dir() or not os.path.samestat(os.stat(directory), status):
@@ -367,11 +367,11 @@ class DirectoryLock:
             raise OutputError(f"{target}: another run has just finished it; nothing was written")
         self._mine.add(self._key)
         self._file = file
-        # Closes the file where an error keeps `release` from being called.
+        # Closes the file if an error prevents the call of `release`.
         self._close = weakref.finalize(self, self._release, file, self._key)
 
     def release(self) -> None:
-        """Lets other processes lock the directory."""
+        """Releases the lock."""
         if self._file is not None:
             self._close()
 
@@ -388,19 +388,19 @@ def check_target(
     needed: float = 0,
     strict: bool = False,
 ) -> None:
-    """Refuses a path that cannot take a file or a directory, before any work is done.
+    """Checks that a file or a directory can be written to a path, before any other work.
 
     Args:
-      path: of the file or of the directory to create.
+      path: file or directory to create.
       overwrite: replaces an existing file, or an existing directory that contains `mark`.
-      mark: name of a file in every directory that may be replaced; None for a file.
-      needed: bytes that the disk must have free; what is replaced is removed last.
-      strict: refuses a directory that exists and is empty, and one whose parent does not exist. A
-        file's directory must always exist.
+      mark: name of a file in directories that may be replaced; None for a file.
+      needed: required free bytes. The replaced file or directory does not count as free.
+      strict: refuses an existing empty directory, and a directory whose parent does not exist. The
+        parent of a file must always exist.
 
     Raises:
-      OutputError: the path exists and may not be replaced, is a link, its parent cannot be written,
-        or the disk is too full.
+      OutputError: the path exists without `overwrite`, is a link, its parent cannot be written, or
+        the disk is too full.
     """
     target = check_writable_name(path)
     try:
@@ -408,10 +408,10 @@ def check_target(
             _check_file(target, overwrite)
         else:
             if strict and target.is_dir() and not any(target.iterdir()):
-                raise OutputError(f"{target}: exists; name another path, or remove it")
+                raise OutputError(f"{target}: exists; choose another path, or remove it")
             _check_directory(target, overwrite, mark)
             if strict and not target.parent.is_dir():
-                raise OutputError(f"{target}: its directory does not exist; make it first")
+                raise OutputError(f"{target}: its directory does not exist; create it first")
             parent = next(parent for parent in target.parents if os.path.lexists(parent))
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
                 raise OutputError(
@@ -427,7 +427,7 @@ def check_target(
 def _check_file(target: Path, overwrite: bool) -> None:
     refuse_link(target)
     if target.is_dir() or (target.exists() and not overwrite):
-        raise OutputError(f"{target}: exists; name another path or pass overwrite=True")
+        raise OutputError(f"{target}: exists; choose another path or pass overwrite=True")
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise OutputError(f"{target}: directory {target.parent} is missing or cannot be written")
 
@@ -440,14 +440,14 @@ def _check_directory(target: Path, overwrite: bool, mark: str) -> None:
         if overwrite:
             kind = "a checkpoint" if mark == CONFIG else "an export"
             raise OutputError(
-                f"{target}: is not {kind} (no {mark}), so overwrite=True leaves it alone; "
-                "remove it or name another directory"
+                f"{target}: is not {kind} (no {mark}), so overwrite=True does not replace it; "
+                "remove it or choose another directory"
             )
         raise OutputError(
-            f"{target}: exists and is not empty; name another directory or pass overwrite=True"
+            f"{target}: exists and is not empty; choose another directory or pass overwrite=True"
         )
     if target.exists():
-        raise OutputError(f"{target}: exists and is not a directory; name another path")
+        raise OutputError(f"{target}: exists and is not a directory; choose another path")
 
 
 def _sync(directory: Path) -> None:
@@ -474,7 +474,7 @@ def _take_place(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step; False where the system cannot."""
+    """Exchanges two names in one step; returns False if the system does not support it."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
@@ -483,7 +483,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _step_aside(temporary: Path, target: Path) -> None:
-    """Replaces a full directory in two steps; `remove_litter` mends what a kill between leaves."""
+    """Replaces a directory in two steps; `remove_litter` repairs an interruption in between."""
     aside = beside(target, "old")
     os.replace(target, aside)
     try:
@@ -495,10 +495,13 @@ def _step_aside(temporary: Path, target: Path) -> None:
 
 
 def no_directory(path: Path) -> str:
-    """Returns the message about a path that is not a checkpoint directory.
+    """Builds the error message for a path that is not a checkpoint directory.
 
     Args:
-      path: it may look like `owner/name`, as repositories of a model hub are called.
+      path: the path, which may look like a hub repository `owner/name`.
+
+    Returns:
+      The message.
     """
     fault = "is a file"
     try:
@@ -513,7 +516,7 @@ def no_directory(path: Path) -> str:
         message += f"; an interrupted save left the old one as {aside.name}"
     if fault == "does not exist" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         message += (
-            f"; to download a repository: hf download {path} --local-dir {path.name}, then give "
+            f"; to download a repository: hf download {path} --local-dir {path.name}, then pass "
             f"{path.name!r}"
         )
     return message

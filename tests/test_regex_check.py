@@ -63,5 +63,5 @@ def test_check_pattern_refuses_what_may_not_end(pattern):
 def test_check_pattern_reads_pythons_syntax():
     check_pattern(r"layers/\d+/(attention|mlp)/[a-z_]+")
     check_pattern(r".*(q|k|v)_proj.*")
-    with pytest.raises(PatternError, match="can itself be read in several ways"):
+    with pytest.raises(PatternError, match="an item that can match in several ways"):
         check_pattern(r"(([a-z/0-9_]+)+)+$X")

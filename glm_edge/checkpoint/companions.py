@@ -1,4 +1,4 @@
-"""Files that make a checkpoint usable on text, images and sound: they travel with the weights."""
+"""Companion files of the weights: tokenizer, chat template, processors, generation settings."""
 
 import os
 from pathlib import Path
@@ -31,13 +31,13 @@ def companion_paths(directory: str | os.PathLike) -> dict[str, Path]:
     """Finds the tokenizer, chat template, processor and generation files of a checkpoint.
 
     Args:
-      directory: of the checkpoint.
+      directory: checkpoint directory.
 
     Returns:
-      Paths by name, of those that exist.
+      Paths of existing files by name.
 
     Raises:
-      CheckpointError: the directory does not exist, or one of them is not a regular file inside it.
+      CheckpointError: the directory does not exist, or a companion is not a regular file inside it.
     """
     directory = Path(directory)
     if not os.path.isdir(directory):
@@ -52,8 +52,14 @@ def companion_paths(directory: str | os.PathLike) -> dict[str, Path]:
 def read_companions(directory: str | os.PathLike) -> dict[str, bytes]:
     """Reads the files of `companion_paths`.
 
+    Args:
+      directory: checkpoint directory.
+
+    Returns:
+      Bytes by file name.
+
     Raises:
-      CheckpointError: as `companion_paths`, or a file cannot be read or is too large.
+      CheckpointError: `companion_paths` fails, or a file cannot be read or is too large.
     """
     paths = companion_paths(directory)
     return {name: read_bytes(path, MAX_COMPANION_BYTES) for name, path in paths.items()}

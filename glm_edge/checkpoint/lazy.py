@@ -1,4 +1,4 @@
-"""A checkpoint whose parameters are read on demand, a few at a time."""
+"""A checkpoint with parameters that are read on demand."""
 
 import hashlib
 import os
@@ -22,9 +22,9 @@ class LazyCheckpoint:
     """A checkpoint with checked headers, whose parameters are read on demand.
 
     Attributes:
-      model: without parameters.
-      abstract: path to abstract array or box, every parameter of the model.
-      files: that store the arrays.
+      model: module without parameters.
+      abstract: abstract array or box of every parameter by path.
+      files: files that store the arrays.
     """
 
     model: nn.Module
@@ -33,13 +33,13 @@ class LazyCheckpoint:
     _source: Any
 
     def read(self, paths: Iterable[str]) -> dict[str, Any]:
-        """Reads parameters as they are stored.
+        """Reads parameters in their stored types.
 
         Args:
-          paths: of the parameters.
+          paths: parameter paths.
 
         Returns:
-          Path to array or box, in the order of `paths`.
+          Arrays or boxes by path, in the order of `paths`.
 
         Raises:
           CheckpointError: a tensor is damaged or not finite.
@@ -52,7 +52,7 @@ class LazyCheckpoint:
         return {path: leaves[path] for path in wanted}
 
     def fingerprint(self) -> str:
-        """Changes when a file is replaced: a digest of names, sizes and times of change."""
+        """Computes a digest of file names, sizes and modification times."""
         digest = hashlib.sha256()
         for file in self.files:
             status = os.stat(file)
@@ -83,14 +83,15 @@ def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
     """Opens a checkpoint directory without reading its arrays.
 
     Args:
-      path: directory that `glm_edge.load` opens; not one stored with Orbax.
+      path: directory for `glm_edge.load`, except one stored with Orbax.
 
     Returns:
       The checkpoint.
 
     Raises:
-      CheckpointError: a file is missing, damaged or does not fit the model, or Orbax holds it.
-      ConfigError: config.json names an unknown model, or a field is missing or not known.
+      CheckpointError: a file is missing, damaged or does not match the model, or the directory is
+        an Orbax directory.
+      ConfigError: config.json names an unknown model, or a field is missing or unsupported.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -101,7 +102,7 @@ def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
         return LazyCheckpoint(source.model, source.abstract(), _paths(source.files), source)
     if fields.get("store") == "orbax":
         raise CheckpointError(
-            f"{directory}: an Orbax directory is restored in full; load it and save it with "
+            f"{directory}: an Orbax directory cannot be read in parts; load it and save it with "
             "format='safetensors' first"
         )
     stored = native.open_directory(directory, fields)

@@ -1,4 +1,4 @@
-"""Loading and saving a model with its parameters, whatever the directory's format."""
+"""Loading and saving of models with their parameters, in all supported directory formats."""
 
 import importlib.resources
 import os
@@ -46,38 +46,37 @@ def load(
     model: nn.Module | None = None,
     like: Params | None = None,
 ) -> tuple[nn.Module, Params]:
-    """Opens a checkpoint directory.
+    """Loads a checkpoint directory.
 
-    Activations are float32 whatever type the weights are stored in, so a model computes the same
-    numbers from bfloat16 weights as from the same weights cast to float32.
+    Activations are float32 for all types of stored weights. A model therefore computes the same
+    values from bfloat16 weights as from these weights cast to float32.
 
-    The tokens that end an answer (`model.config.eos_token_ids`) are those of generation_config.json
-    where it names some, else those of config.json, else those of its `text_config`.
+    The stop tokens (`model.config.eos_token_ids`) come from generation_config.json if it names
+    some, otherwise from config.json, otherwise from its `text_config`.
 
         model, params = ge.load("path/to/checkpoint", dtype="float32")
 
     Args:
-      path: directory written by `save`, or a Hugging Face directory of the GLM family (config.json,
-        one or several safetensors files).
-      dtype: type to which trainable weights are cast; None keeps the stored one. Integers, masks
-        and scales of compressed weights always keep theirs. Train in float32.
-      mesh: devices to spread the parameters over, maybe of several processes; None puts them on
-        the default device.
-      rules: which logical axis of a parameter is cut along which axis of the mesh, see
-        `glm_edge.params.sharding`.
-      model: the module whose parameters the directory holds, where it is not one of this library;
-        its class and its plain fields must be those of the module that was saved.
-      like: parameters of `model`, abstract ones do, such as
-        `jax.eval_shape(model.init, key, x)["params"]`: paths and dense shapes are checked against
-        theirs.
+      path: directory written by `save`, or a Hugging Face directory of the GLM family (config.json
+        and one or more safetensors files).
+      dtype: type to which trainable weights are cast; None keeps the stored type. Integers, masks
+        and scales of compressed weights keep their types. Train in float32.
+      mesh: mesh of devices, of one or several processes, over which parameters are sharded; None
+        means the default device.
+      rules: pairs of a parameter's logical axis and a mesh axis, see `glm_edge.params.sharding`.
+      model: module of the stored parameters, if it is from outside this library. Its class and
+        plain fields must equal those of the saved module.
+      like: concrete or abstract parameters of `model`, such as
+        `jax.eval_shape(model.init, key, x)["params"]`. Stored paths and dense shapes must match.
 
     Returns:
       `(model, params)`: a Linen module with its `config`, and its tree of arrays and boxes.
 
     Raises:
-      CheckpointError: a file is missing, truncated, of another format, or does not fit the model.
-      ConfigError: config.json names an unknown model, or a field is missing or not known;
-        or `rules` name no axis of the mesh.
+      CheckpointError: a file is missing, truncated, in an unknown format, or does not match the
+        model.
+      ConfigError: config.json names an unknown model, a field is missing or unsupported, or
+        `rules` name no axis of the mesh.
     """
     directory = _checked_path("load", path)
     _check_dtype(dtype)
@@ -92,30 +91,33 @@ def load(
         return model, params if dtype is None else boxes.cast(params, dtype)
     if "model_type" in fields:
         if model is not None:
-            raise CheckpointError(f"{directory}: names its own model; leave out model=")
+            raise CheckpointError(f"{directory}: describes its own model; remove model=")
         return hugging_face.read(directory, fields, dtype, placement)
     raise ConfigError(
         f"{directory / CONFIG}: neither a glm_edge checkpoint ('format': {native.FORMAT!r}) nor a "
-        "Hugging Face one ('model_type')"
+        "Hugging Face checkpoint ('model_type')"
     )
 
 
 def build(path: str | os.PathLike) -> nn.Module:
-    """Makes the module that a config.json describes, without weights.
+    """Builds the module that a config.json describes, without weights.
+
+        model = ge.build("path/to/config.json")
+        params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
     Args:
-      path: directory of a checkpoint, or the file itself.
+      path: checkpoint directory, or path of config.json.
 
     Returns:
-      The module, whose parameters `jax.eval_shape` counts and `init` draws at random.
+      The module, without parameters.
 
     Raises:
       CheckpointError: the file is missing, damaged, or a link that leads out of its directory.
-      ConfigError: it names an unknown model, or a field is missing or not known.
+      ConfigError: the file names an unknown model, or a field is missing or unsupported.
     """
     path = _checked_path("build", path)
     file = path / CONFIG if os.path.isdir(path) else path
-    # A path with this ending is meant as the file itself, not as a repository.
+    # A path that ends in .json is a file, not a repository name.
     if not os.path.lexists(file) and file.suffix != ".json":
         raise CheckpointError(no_directory(file))
     fields = read_json(file_inside(file.parent, file.name))
@@ -135,11 +137,11 @@ def save(
     extras: Mapping[str, str | os.PathLike | bytes] | None = None,
     source: str | os.PathLike | None = None,
 ) -> Path:
-    """Writes a model and its parameters as a directory that appears whole or not at all.
+    """Saves a model and its parameters as a directory; the write is atomic.
 
-    How products are computed (`model.compute`) is chosen at run time and not stored. Of a module
-    that is not one of this library, parameters are stored with their boxes, and `load` is given the
-    module:
+    The arithmetic of products (`model.compute`) is chosen at run time and not stored. For a module
+    from outside this library, only the parameters with their boxes are stored. Pass the module to
+    `load`:
 
         ge.save(module, params, "compressed")
         module, params = ge.load("compressed", model=module)
@@ -147,25 +149,25 @@ def save(
         ge.save(model, params, "copy", source="path/to/checkpoint")
 
     Args:
-      model: whose configuration is written; any Linen module.
-      params: tree of arrays and boxes; bytes are stored as they are.
+      model: any Linen module. The configuration of a model of this library is stored.
+      params: tree of arrays and boxes, stored without conversion.
       path: directory to create.
-      format: `hugging_face` (what transformers opens: dense models of the family), `safetensors`
-        (ours: anything, compressed or pruned) or `orbax`; None is the first of these that can hold
-        the model.
+      format: `hugging_face` (for transformers; dense models of the family), `safetensors` (native;
+        all models, also compressed or pruned) or `orbax`. None means the first of these that can
+        store the model.
       overwrite: replaces an existing checkpoint.
       extras: further files by name, such as `{"tokenizer.json": path or bytes}`.
-      source: directory that the model was loaded from: its tokenizer, chat template, processor
-        and generation files are copied, see `glm_edge.checkpoint.companions`; `extras` replace
+      source: directory of the original model. Its tokenizer, chat template, processor and
+        generation files are copied, see `glm_edge.checkpoint.companions`. `extras` override
         files of the same name.
 
     Returns:
       The directory.
 
     Raises:
-      CheckpointError: parameters do not fit the model or are not finite, the format cannot hold
+      CheckpointError: parameters do not match the model or are not finite, the format cannot store
         them, or a file to copy is missing.
-      OutputError: the directory exists and may not be replaced, or cannot be written.
+      OutputError: the directory exists without `overwrite`, or cannot be written.
     """
     if format not in (None, *FORMATS):
         raise CheckpointError(f"format {format!r} is unknown; known: {', '.join(FORMATS)}")
@@ -189,13 +191,13 @@ def save(
     native.check_reaches(params, str(target))
     described = None
     if stock and format == "hugging_face":
-        raise CheckpointError(f"{target}: no Hugging Face member is a {type(model).__name__}")
+        raise CheckpointError(f"{target}: Hugging Face cannot store a {type(model).__name__}")
     if not stock and format in (None, "hugging_face"):
         described = hugging_face.fields_of(model.config, params)
         if described is None and format:
             raise CheckpointError(
-                f"{target}: no Hugging Face member holds this model (boxes, widths that differ by "
-                "layer, or encoders of another shape); save it with format='safetensors'"
+                f"{target}: Hugging Face cannot store this model (boxes, widths that "
+                "differ per layer, or unknown encoders); save it with format='safetensors'"
             )
     with new_directory(target, overwrite) as temporary:
         for name, content in contents.items():
@@ -207,8 +209,8 @@ def save(
     reads_text = isinstance(model, MultimodalGLM | TextEncoder)
     if source is None and extras is None and reads_text:
         warnings.warn(
-            f"{target}: saved without a tokenizer, so it cannot read text by itself; pass source= "
-            "the directory that the model was loaded from, or extras={} where that is meant",
+            f"{target}: saved without a tokenizer, so the checkpoint cannot process text; pass the "
+            "original directory as source=, or extras={} to silence this warning",
             stacklevel=2,
         )
     return target
@@ -217,14 +219,16 @@ def save(
 def shipped(name: str = "nano") -> Path:
     """Returns the directory of a checkpoint that comes with the package.
 
+        model, params = ge.load(ge.shipped("nano"))
+
     Args:
-      name: of the checkpoint.
+      name: name of the checkpoint.
 
     Returns:
-      Its directory, for `load` and `load_tokenizer`.
+      The directory, for `load` and `load_tokenizer`.
 
     Raises:
-      CheckpointError: the package holds none of this name.
+      CheckpointError: the package does not contain a checkpoint of this name.
     """
     assets = Path(str(importlib.resources.files("glm_edge") / "assets"))
     known = sorted(path.parent.name for path in assets.glob(f"*/{CONFIG}"))
@@ -236,20 +240,20 @@ def shipped(name: str = "nano") -> Path:
 
 
 def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
-    """Opens the tokenizer of a checkpoint, as `glm_edge.Processor` does.
+    """Loads the tokenizer of a checkpoint, as `glm_edge.Processor` does.
 
-    Padding and truncation that its file may ask for are left out: they would cut texts and put
-    padding among tokens that are calibrated on.
+    Padding and truncation of the file are disabled. They would truncate texts and add padding to
+    calibration data.
 
     Args:
-      path: directory of the checkpoint.
+      path: checkpoint directory.
 
     Returns:
       A `tokenizers.Tokenizer`.
 
     Raises:
-      CheckpointError: the directory does not exist, holds no tokenizer.json, or one that is damaged
-        or that asks for what may not end or takes memory without bound.
+      CheckpointError: the directory or its tokenizer.json does not exist, or the file is damaged or
+        could run without bounds on time or memory.
     """
     from glm_edge.preprocess.tokenizer_files import read_tokenizer
 
@@ -262,7 +266,7 @@ def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
 def _checked_path(name: str, path: Any) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise CheckpointError(
-            f"{name}: path must be that of a checkpoint's directory, not a {type(path).__name__}"
+            f"{name}: path must be a checkpoint directory, not a {type(path).__name__}"
         )
     return Path(path)
 
@@ -280,24 +284,24 @@ def _check_dtype(dtype: str | None) -> None:
 def _without_config(directory: Path) -> str:
     if any((directory / name).exists() for name in _ORBAX_FILES):
         return (
-            f"{directory}: an Orbax directory without {CONFIG}; arrays alone do not say which "
-            "model they belong to nor how they are packed: save with glm_edge.save(format='orbax')"
+            f"{directory}: an Orbax directory without {CONFIG}, so model and packing are unknown; "
+            "save with glm_edge.save(format='orbax')"
         )
-    return f"{directory}: holds no {CONFIG}; a checkpoint is a directory with one"
+    return f"{directory}: has no {CONFIG}; a checkpoint is a directory with one"
 
 
 def read_extras(extras: Mapping[str, str | os.PathLike | bytes] | None) -> dict[str, bytes]:
-    """Reads further files that go into a checkpoint.
+    """Reads further files for a checkpoint.
 
     Args:
-      extras: path or bytes by name; None for none.
+      extras: path or bytes by name; None means no files.
 
     Returns:
       Bytes by name.
 
     Raises:
-      OutputError: a name is not a plain one, or that of a file which the checkpoint has.
-      CheckpointError: a source cannot be read.
+      OutputError: a name contains a directory, or is the name of a checkpoint's own file.
+      CheckpointError: a path cannot be read.
     """
     return {name: _read_extra(name, source) for name, source in (extras or {}).items()}
 

@@ -1,4 +1,4 @@
-"""Native checkpoints: `config.json` with the model and the boxes, and one file of arrays."""
+"""Native checkpoints: a `config.json` that describes model and boxes, and a file of arrays."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ from glm_edge.writers import write_json
 
 FORMAT = "glm_edge"
 VERSION = 1
-# The architecture of modules that are not ours.
+# Architecture name of Linen modules from outside this library.
 STOCK = "linen"
 STORES = ("safetensors", "orbax")
 _STATIC = ("input_scale", "input_zero", "output_scale", "output_zero")
@@ -57,9 +57,9 @@ def write(directory: Path, model: nn.Module, params: Params, store: str) -> None
     """Writes a model and its parameters into an empty directory, config.json last.
 
     Args:
-      directory: to write into.
-      model: whose configuration is written.
-      params: tree of arrays and boxes; bytes are stored as they are.
+      directory: empty directory.
+      model: model with the configuration to write.
+      params: tree of arrays and boxes, stored without conversion.
       store: `safetensors` or `orbax`.
     """
     arrays, spec = boxes.to_flat(params)
@@ -68,7 +68,7 @@ def write(directory: Path, model: nn.Module, params: Params, store: str) -> None
         fields["arrays"] = orbax.write(directory, arrays)
     else:
         write_safetensors(directory / WEIGHTS, arrays)
-    # A directory without config.json does not load, so an interrupted one never looks whole.
+    # A directory without config.json does not load, so an interrupted write is never loaded.
     write_json(directory / CONFIG, fields)
 
 
@@ -76,10 +76,13 @@ def describe(model: nn.Module, spec: dict[str, Any], store: str = "safetensors")
     """Returns the fields of config.json.
 
     Args:
-      model: whose configuration is written; of a module that is not one of ours, its class and
-        those of its fields that JSON holds.
-      spec: of the boxes, see `glm_edge.params.to_flat`.
+      model: model with the configuration to describe. For a module from outside this library,
+        its class and JSON-compatible fields are described.
+      spec: description of boxes from `glm_edge.params.to_flat`.
       store: `safetensors` or `orbax`.
+
+    Returns:
+      JSON-ready fields.
     """
     fields = {"format": FORMAT, "version": VERSION, "store": store}
     if is_stock(model):
@@ -90,25 +93,26 @@ def describe(model: nn.Module, spec: dict[str, Any], store: str = "safetensors")
 
 
 def is_stock(model: Any) -> bool:
-    """Tests for a Linen module whose class a checkpoint cannot name, so that `load` needs it."""
+    """Tests for a Linen module from outside this library, which `load` needs as an argument."""
     return type(model).__name__ not in ARCHITECTURES
 
 
 def check_stock(model: Any, params: Any, where: str) -> None:
-    """Refuses what is not a Linen module with its parameters.
+    """Checks that a model from outside this library can be saved with its parameters.
 
     Args:
-      model: to save.
-      params: its parameters.
-      where: directory, for messages.
+      model: model to save.
+      params: parameters of the model.
+      where: directory for messages.
 
     Raises:
-      CheckpointError: an argument is something else, or paths do not tell parameters apart.
+      CheckpointError: the model is not a Linen module, `params` is not a tree of arrays and boxes,
+        or paths are ambiguous.
     """
     if not isinstance(model, nn.Module):
         raise CheckpointError(
-            f"{where}: a checkpoint holds one of {', '.join(ARCHITECTURES)} or a Linen module of "
-            f"yours, not a {type(model).__name__}; of nnx, save "
+            f"{where}: a checkpoint stores one of {', '.join(ARCHITECTURES)} or your own Linen "
+            f"module, not a {type(model).__name__}; for nnx, save "
             "nnx.to_pure_dict(nnx.state(module)) with a Linen module of the same parameters"
         )
     leaves = dict(boxes.path_items(params)) if isinstance(params, Mapping) else {}
@@ -116,14 +120,14 @@ def check_stock(model: Any, params: Any, where: str) -> None:
     if not leaves or not arrays:
         raise CheckpointError(
             f"{where}: params is a {type(params).__name__}; it must be the nested dict of "
-            "model.init(...)['params'], arrays and boxes (of a TrainState, its params)"
+            "model.init(...)['params'], with arrays and boxes (for a TrainState, its params)"
         )
     again = boxes.from_flat(*boxes.to_flat(params))
     like: Any = jax.tree.structure(unfreeze(params))
     if jax.tree.structure(again) != like:
         raise CheckpointError(
-            f"{where}: params must be nested dicts whose names hold no '/' and do not end like a "
-            "field of a box"
+            f"{where}: params must be nested dicts whose names do not contain '/' and do not end "
+            "like a field of a box"
         )
 
 
@@ -142,26 +146,26 @@ def _plain_fields(module: nn.Module) -> dict[str, Any]:
 
 
 def build(fields: dict[str, Any], where: Path, model: nn.Module | None = None) -> nn.Module:
-    """Makes the module that a config.json of ours describes.
+    """Builds the module that a native config.json describes.
 
     Args:
-      fields: of the file.
-      where: the file, for messages.
-      model: the module itself, for a checkpoint of one that is not ours.
+      fields: fields of config.json.
+      where: file for messages.
+      model: the module itself, for a checkpoint of a module from outside this library.
 
     Returns:
       The module, without parameters.
 
     Raises:
-      CheckpointError: the architecture is unknown, or `model` is missing or another one.
-      ConfigError: the configuration is not one.
+      CheckpointError: the architecture is unknown, or `model` is missing or does not match.
+      ConfigError: the configuration is malformed.
     """
     architecture = fields.get("architecture", "MultimodalGLM")
     if architecture == STOCK:
         return _checked_stock(fields.get("module"), where, model)
     if model is not None:
         raise CheckpointError(
-            f"{where}: holds a {architecture!r:.60}, which is built from it; leave out model="
+            f"{where}: describes a {architecture!r:.60}, which load builds; remove model="
         )
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
@@ -179,12 +183,12 @@ def _checked_stock(stored: Any, where: Path, model: nn.Module | None) -> nn.Modu
         raise CheckpointError(f"{where}: 'module' must name the class and fields of a module")
     if model is None:
         raise CheckpointError(
-            f"{where}: holds the parameters of a {stored['class']!r:.60}, a module of yours; pass "
-            "it: load(path, model=module)"
+            f"{where}: has the parameters of a {stored['class']!r:.60}, your own module; pass it: "
+            "load(path, model=module)"
         )
     if type(model).__name__ != stored["class"]:
         raise CheckpointError(
-            f"{where}: holds the parameters of a {stored['class']!r:.60}, not of a "
+            f"{where}: has the parameters of a {stored['class']!r:.60}, not of a "
             f"{type(model).__name__}"
         )
     fields = _plain_fields(model)
@@ -207,19 +211,19 @@ def read(
     """Reads a directory that `write` wrote.
 
     Args:
-      directory: of the checkpoint.
-      fields: its config.json.
-      placement: says on which devices the arrays go.
+      directory: checkpoint directory.
+      fields: fields of config.json.
+      placement: placement of arrays on devices.
       model: see `build`.
-      like: parameters, abstract ones do, whose paths and dense shapes those of a module that is not
-        ours must have; None checks none.
+      like: concrete or abstract parameters whose paths and dense shapes the stored ones must have,
+        for a module from outside this library; None disables this check.
 
     Returns:
       `(model, params)`.
 
     Raises:
-      CheckpointError: files are missing or damaged, or do not fit the configuration.
-      ConfigError: the configuration is not one.
+      CheckpointError: files are missing or damaged, or do not match the configuration.
+      ConfigError: the configuration is malformed.
     """
     source = open_directory(directory, fields, model, like)
     arrays, config = {}, getattr(source.model, "config", None)
@@ -233,8 +237,12 @@ def read(
 def check_reaches(params: Any, where: str) -> None:
     """Refuses boxes whose dense weights would not be finite.
 
+    Args:
+      params: tree of arrays and boxes.
+      where: file or directory for messages.
+
     Raises:
-      CheckpointError: one has scales beyond its type.
+      CheckpointError: the scales of a box are too large for the type of its dense weight.
     """
     for path, leaf in boxes.path_items(params):
         try:
@@ -248,11 +256,11 @@ class NativeSource:
     """A native directory with checked headers, whose arrays are read on demand.
 
     Attributes:
-      model: without parameters.
-      params: abstract arrays and boxes.
-      spec: of the boxes, see `glm_edge.params.to_flat`.
-      files: name of an array to its file; empty for Orbax.
-      restored: arrays of an Orbax directory, which is read whole.
+      model: module without parameters.
+      params: tree of abstract arrays and boxes.
+      spec: description of boxes, see `glm_edge.params.to_flat`.
+      files: file by name of an array; empty for Orbax.
+      restored: arrays by name of an Orbax directory, which Orbax reads completely.
     """
 
     model: nn.Module
@@ -264,8 +272,15 @@ class NativeSource:
     def read(self, name: str, destination: Destination) -> np.ndarray:
         """Reads one array.
 
+        Args:
+          name: name of the array.
+          destination: destination of the array, which selects its rows.
+
+        Returns:
+          The array, or its rows.
+
         Raises:
-          CheckpointError: it is damaged or not finite.
+          CheckpointError: the array is damaged or not finite.
         """
         if name in self.restored:
             array, where = self.restored[name], orbax.ARRAYS
@@ -282,12 +297,12 @@ def open_directory(
     model: nn.Module | None = None,
     like: Params | None = None,
 ) -> NativeSource:
-    """Checks the headers of a directory; arguments and errors as in `read`."""
+    """Checks the headers of a directory; arguments and exceptions as in `read`."""
     where = directory / CONFIG
     if fields.get("version") != VERSION:
         raise CheckpointError(
             f"{where}: version {fields.get('version')!r:.60} is unknown; this library reads "
-            f"{VERSION}"
+            f"version {VERSION}"
         )
     store, spec = fields.get("store"), fields.get("params")
     if store not in STORES:
@@ -339,7 +354,7 @@ def _tensor_files(directory: Path, names: Any) -> dict[str, SafetensorsFile]:
 
 
 def _check_box_fields(arrays: dict[str, Any], spec: dict[str, Any], source: Path) -> None:
-    """Checks that every array of a described box is one of its fields, so that none is dropped."""
+    """Checks that every array under the path of a box is a field of it, so that none is lost."""
     for path, static in spec.items():
         kind = static.get("box")
         known = _FIELDS.get(kind) if isinstance(kind, str) else None

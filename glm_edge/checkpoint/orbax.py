@@ -1,4 +1,4 @@
-"""Flat arrays in an Orbax directory, beside the config.json that describes them."""
+"""Flat arrays in an Orbax directory, described by a config.json."""
 
 import contextlib
 import gc
@@ -20,20 +20,20 @@ ARRAYS = "arrays"
 
 
 def check_path(path: Path, error: type[GlmEdgeError]) -> None:
-    """Refuses paths that Orbax writes and cannot read again, or cannot write.
+    """Refuses paths that Orbax cannot write, or cannot read back.
 
     Args:
-      path: of the checkpoint.
-      error: raised for one that is refused.
+      path: checkpoint directory.
+      error: exception type to raise.
 
     Raises:
-      GlmEdgeError: of the type `error`: it holds a backslash, or is not UTF-8.
+      GlmEdgeError: as type `error`: the path contains a backslash or is not UTF-8.
     """
     name = str(path.absolute())
     if "\\" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
         raise error(
             f"{name!r:.200}: Orbax cannot use a path with a backslash or with bytes that are not "
-            "UTF-8; name another, or use format='safetensors'"
+            "UTF-8; choose another path, or format='safetensors'"
         )
 
 
@@ -41,11 +41,11 @@ def write(directory: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Writes arrays into `directory/arrays`.
 
     Args:
-      directory: of the checkpoint, which exists.
-      arrays: name to array.
+      directory: existing checkpoint directory.
+      arrays: arrays by name.
 
     Returns:
-      Type and shape of each array, for config.json.
+      Type and shape by name, for config.json.
     """
     import orbax.checkpoint as ocp
 
@@ -55,24 +55,24 @@ def write(directory: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
-    """Reads arrays from `directory/arrays` on whatever devices there are now.
+    """Reads arrays from `directory/arrays` as numpy arrays, independent of the current devices.
 
     Args:
-      directory: of the checkpoint.
-      described: what `write` returned.
+      directory: checkpoint directory.
+      described: result of `write`.
 
     Returns:
-      Name to array.
+      Arrays by name.
 
     Raises:
-      CheckpointError: arrays are missing, damaged, or not as described.
+      CheckpointError: arrays are missing, damaged, or do not match the description.
     """
     source = directory / ARRAYS
     if not _is_description(described):
         raise CheckpointError(f"{directory}: config.json must describe the arrays of {source}")
     if source.is_symlink() or not source.is_dir():
         raise CheckpointError(
-            f"{source}: Orbax directory is missing or a link; config.json describes it"
+            f"{source}: Orbax directory is missing or a link, but config.json describes it"
         )
     check_path(source, CheckpointError)
     _check_files(source)
@@ -84,7 +84,7 @@ def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
                 arrays = checkpointer.restore(source.absolute(), restore_args=as_numpy)
-        # Orbax and tensorstore raise many kinds of error for a damaged directory.
+        # Orbax and tensorstore raise exceptions of many types for a damaged directory.
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     if reason is not None:
@@ -99,7 +99,7 @@ def read(directory: Path, described: Any) -> dict[str, np.ndarray]:
 
 
 def _check_files(source: Path) -> None:
-    """Refuses pipes, endless files and links to other places before Orbax opens them."""
+    """Refuses pipes, devices and links to other directories before Orbax opens them."""
     root = source.resolve()
     for folder, directories, names in os.walk(source, onerror=_refuse):
         for name in (*directories, *names):
@@ -111,7 +111,7 @@ def _check_files(source: Path) -> None:
                 _refuse(error)
             if not inside or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 kind = "a pipe, socket or device" if inside else "a link that leads out"
-                raise CheckpointError(f"{path}: is {kind}; an Orbax directory holds files")
+                raise CheckpointError(f"{path}: is {kind}; an Orbax directory contains only files")
 
 
 def _refuse(error: OSError) -> None:
@@ -121,14 +121,14 @@ def _refuse(error: OSError) -> None:
 @shared
 @contextlib.contextmanager
 def _quiet_tasks() -> Iterator[None]:
-    """Keeps tasks that Orbax gives up on from printing a traceback each."""
+    """Suppresses the tracebacks of tasks that Orbax abandons."""
     logger = logging.getLogger("asyncio")
     disabled, hook = logger.disabled, sys.unraisablehook
     logger.disabled, sys.unraisablehook = True, lambda _: None
     try:
         yield
     finally:
-        # They speak when they are collected.
+        # Abandoned tasks print when they are garbage-collected.
         gc.collect()
         logger.disabled, sys.unraisablehook = disabled, hook
 

@@ -19,8 +19,8 @@ class Destination:
     """Destination of one array.
 
     Attributes:
-      shape: of the whole array.
-      sharding: on a mesh, or None for the default device.
+      shape: global shape of the array.
+      sharding: sharding on a mesh, or None for the default device.
     """
 
     shape: tuple[int, ...]
@@ -28,7 +28,7 @@ class Destination:
 
     @property
     def rows(self) -> tuple[int, int] | None:
-        """Returns the first and one past the last row that this process needs, None for all."""
+        """Rows (first, one past the last) that this process needs, None for all."""
         if self.sharding is None or not self.shape:
             return None
         indices = self.sharding.addressable_devices_indices_map(self.shape).values()
@@ -37,11 +37,11 @@ class Destination:
         return None if rows == (0, self.shape[0]) else rows
 
     def read(self, file: SafetensorsFile, name: str) -> np.ndarray:
-        """Reads a tensor of this shape, or the rows of it that this process needs."""
+        """Reads a tensor of this shape, or only the rows that this process needs."""
         return file.read(name) if self.rows is None else file.read_rows(name, *self.rows)
 
     def put(self, array: np.ndarray) -> jax.Array:
-        """Hands the array, whole or as `read` returns it, over to the devices of this process."""
+        """Moves the complete array, or the rows from `read`, to the devices of this process."""
         if self.sharding is None:
             return to_device(array)
         skipped = 0 if array.shape == self.shape or self.rows is None else self.rows[0]
@@ -59,8 +59,8 @@ class Placement:
     """Placement of a checkpoint's arrays on devices.
 
     Attributes:
-      mesh: of the devices, or None for the default device.
-      rules: see `glm_edge.params.sharding`.
+      mesh: mesh of devices, or None for the default device.
+      rules: sharding rules, see `glm_edge.params.sharding`.
     """
 
     mesh: Mesh | None = None
@@ -70,11 +70,11 @@ class Placement:
         """Plans the destination of every array.
 
         Args:
-          params: tree of arrays, abstract or not, and boxes of such.
-          config: of the model.
+          params: tree of concrete or abstract arrays and boxes.
+          config: configuration of the model.
 
         Returns:
-          Name, as in `glm_edge.params.to_flat`, to destination.
+          Destination by name of `glm_edge.params.to_flat`.
 
         Raises:
           ConfigError: the rules name no axis of the mesh.

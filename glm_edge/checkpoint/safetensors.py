@@ -1,4 +1,4 @@
-"""Safetensors: checked headers, reads on demand, aligned for `to_device`, and writes."""
+"""Safetensors files: checked headers, aligned reads on demand, and writes."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from glm_edge.files import fill, json_object, opened
 WEIGHTS = "model.safetensors"
 MAX_DIMENSIONS = 16
 MAX_NAME_LENGTH = 500
-# What jax asks of a buffer that it takes over without a copy.
+# Alignment in bytes of a buffer that jax uses without a copy.
 ALIGNMENT = 64
 BLOCK_BYTES = 1 << 19
 
@@ -53,9 +53,9 @@ class TensorInfo:
 
     Attributes:
       dtype: safetensors name of the type, such as `BF16`.
-      shape: of the tensor.
-      begin: first byte in the file.
-      end: one past the last byte.
+      shape: shape of the tensor.
+      begin: offset of the first byte in the file.
+      end: offset one past the last byte.
     """
 
     dtype: str
@@ -65,25 +65,25 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        """Returns the size of the tensor in the file."""
+        """Size of the tensor in bytes."""
         return self.end - self.begin
 
 
 class SafetensorsFile:
     """A safetensors file with a checked header, whose tensors are read on demand.
 
-    The file is open only while it is read.
+    The file is open only during a read.
 
     Attributes:
-      path: of the file.
-      tensors: name to `TensorInfo`, in the header's order.
+      path: file path.
+      tensors: `TensorInfo` by name, in the order of the header.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads and checks the header.
 
         Args:
-          path: of the file.
+          path: file path.
 
         Raises:
           CheckpointError: the file is missing, truncated, or not a safetensors file.
@@ -97,10 +97,10 @@ class SafetensorsFile:
             self.tensors = _read_header(self.path, file)
 
     def read(self, name: str) -> np.ndarray:
-        """Reads a tensor into memory of its own, aligned so that `to_device` need not copy it.
+        """Reads a tensor into new memory, aligned such that `to_device` needs no copy.
 
         Args:
-          name: of the tensor.
+          name: name of the tensor.
 
         Returns:
           A writable array.
@@ -112,18 +112,18 @@ class SafetensorsFile:
         return self._read(name, info.begin, info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Reads `tensor[start:stop]` and no other bytes.
+        """Reads only the bytes of `tensor[start:stop]`.
 
         Args:
-          name: of the tensor, which has at least one dimension.
+          name: name of the tensor, which has at least one dimension.
           start: first row, at least 0.
-          stop: one past the last row, at most the number of rows.
+          stop: one past the last row, at most the count of rows.
 
         Returns:
           A writable array of shape `[stop - start, ...]`.
 
         Raises:
-          CheckpointError: there are no such rows, or as `read`.
+          CheckpointError: the rows do not exist, or the file was truncated or changed.
         """
         info = self.tensors[name]
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
@@ -147,22 +147,28 @@ class SafetensorsFile:
             file.seek(begin)
             fill(file, raw, where)
         if dtype == np.bool_ and raw.max(initial=0) > 1:
-            raise CheckpointError(f"{where}: a BOOL is the byte 0 or 1, found {raw.max()}")
+            raise CheckpointError(f"{where}: a BOOL must be the byte 0 or 1, found {raw.max()}")
         return raw.view(dtype).reshape(shape)
 
 
 def by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
-    """Maps each tensor to the file that stores it.
+    """Maps each tensor to its file.
+
+    Args:
+      files: safetensors files.
+
+    Returns:
+      File by tensor name.
 
     Raises:
-      CheckpointError: two files hold a tensor of one name.
+      CheckpointError: two files contain a tensor of the same name.
     """
     files_by_tensor: dict[str, SafetensorsFile] = {}
     for file in files:
-        twice = sorted(set(file.tensors) & set(files_by_tensor))
-        if twice:
-            other = files_by_tensor[twice[0]].path.name
-            raise CheckpointError(f"{file.path}: tensor {twice[0]!r} is in {other} as well")
+        duplicates = sorted(set(file.tensors) & set(files_by_tensor))
+        if duplicates:
+            other = files_by_tensor[duplicates[0]].path.name
+            raise CheckpointError(f"{file.path}: tensor {duplicates[0]!r} is also in {other}")
         files_by_tensor.update(dict.fromkeys(file.tensors, file))
     return files_by_tensor
 
@@ -173,14 +179,14 @@ def _version(file: io.FileIO) -> tuple[int, int]:
 
 
 def to_device(array: np.ndarray, sharding: Any = None) -> jax.Array:
-    """Hands an array over to jax; where the device is the host, its memory becomes the jax array.
+    """Moves an array to a jax device; on the host, jax uses its memory without a copy.
 
     Args:
-      array: of any type; must not be written to any more.
-      sharding: a sharding or device; None is the default device.
+      array: array of any type, which callers must not modify afterwards.
+      sharding: a sharding or device; None means the default device.
 
     Returns:
-      The jax array, complete: memory of a transfer is not held beyond this call.
+      The jax array, after the transfer has finished, so that transfer buffers are free.
     """
     array.flags.writeable = False
     return jax.device_put(array, sharding, may_alias=True).block_until_ready()
@@ -190,7 +196,7 @@ def _read_header(path: Path, file: io.FileIO) -> dict[str, TensorInfo]:
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise CheckpointError(
-            f"{path}: {size} bytes are too few for a safetensors file (8 of length, "
+            f"{path}: {size} bytes are too few for a safetensors file (8 bytes of length, "
             "a JSON header, tensors)"
         )
     prefix = np.empty(8, np.uint8)
@@ -198,7 +204,7 @@ def _read_header(path: Path, file: io.FileIO) -> dict[str, TensorInfo]:
     length = int.from_bytes(prefix.tobytes(), "little")
     if length > size - 8:
         raise CheckpointError(
-            f"{path}: the first 8 bytes ask for a header of {length} bytes, the file has "
+            f"{path}: the first 8 bytes declare a header of {length} bytes, but the file has "
             f"{size}; it is truncated or not a safetensors file"
         )
     header = json_object(file, length, f"{path}: not a safetensors file? Its header")
@@ -218,7 +224,7 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> Te
     dtype, shape = fields.get("dtype"), fields.get("shape")
     offsets = fields.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: header entry must hold dtype, shape and two data_offsets")
+        raise CheckpointError(f"{where}: header entry must have dtype, shape and two data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
             f"{where}: type {str(dtype)[:40]!r} is unknown; known: {', '.join(DTYPES)}"
@@ -226,16 +232,16 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> Te
     begin, end = start + offsets[0], start + offsets[1]
     if end > size:
         raise CheckpointError(
-            f"{where}: ends at byte {end}, the file has {size}; it is truncated, fetch it again"
+            f"{where}: ends at byte {end}, the file has {size}; it is truncated, download it again"
         )
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != needed:
         raise CheckpointError(
-            f"{where}: data_offsets span {end - begin} bytes, {dtype} of shape {tuple(shape)} "
-            f"takes {needed}"
+            f"{where}: data_offsets span {end - begin} bytes, but {dtype} of shape {tuple(shape)} "
+            f"needs {needed}"
         )
     if math.prod(max(length, 1) for length in shape) >= 1 << 48:
-        raise CheckpointError(f"{where}: shape {tuple(shape)} is larger than any array can be")
+        raise CheckpointError(f"{where}: shape {tuple(shape)} exceeds the size of any array")
     return TensorInfo(dtype, tuple(shape), begin, end)
 
 
@@ -252,7 +258,7 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: 
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
             raise CheckpointError(
-                f"{path}: tensor {name!r}: begins at byte {info.begin}, the one before ends "
+                f"{path}: tensor {name!r}: begins at byte {info.begin}, the previous one ends "
                 f"at {position}; tensors must follow each other without gap or overlap"
             )
         position = info.end
@@ -265,11 +271,11 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: 
 def write_safetensors(
     path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes arrays one by one; the same arrays give the same bytes.
+    """Writes arrays one by one; equal arrays produce equal bytes.
 
     Args:
-      path: of the file.
-      arrays: name to array; types as in `DTYPES`.
+      path: file path.
+      arrays: arrays by name, of the types of `DTYPES`.
       metadata: strings for the header.
 
     Raises:
@@ -299,11 +305,11 @@ def write_safetensors(
 
 
 def check_finite(array: np.ndarray, where: str) -> None:
-    """Refuses NaN and infinity, block by block so that a large tensor needs no copy.
+    """Refuses NaN and infinity; checks in blocks, so that a large tensor needs no copy.
 
     Args:
-      array: of any type; integers and booleans pass.
-      where: file and tensor, for the message.
+      array: array of any type; integers and booleans pass.
+      where: file and tensor for the message.
 
     Raises:
       CheckpointError: an entry is not finite.
@@ -327,5 +333,5 @@ def check_finite(array: np.ndarray, where: str) -> None:
             index = np.unravel_index(start + int(np.argmin(finite)), array.shape)
             value = flat[start + int(np.argmin(finite))]
             raise CheckpointError(
-                f"{where}: holds {value} at {[int(i) for i in index]}; weights must be finite"
+                f"{where}: is {value} at {[int(i) for i in index]}; weights must be finite"
             )

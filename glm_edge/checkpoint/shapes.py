@@ -36,41 +36,44 @@ ARCHITECTURES = {
 
 
 def expected_shapes(model: nn.Module) -> Shapes:
-    """Returns the dense shape of every parameter, by tracing `model.init` without computing it.
+    """Infers the dense shape of every parameter by an abstract evaluation of `model.init`.
 
     Args:
       model: one of `ARCHITECTURES`, of any configuration.
 
     Returns:
-      Parameter path to shape.
+      Shape by parameter path.
+
+    Raises:
+      ConfigError: the sizes of the configuration are inconsistent or too large.
     """
     architecture: Any = type(model)
     try:
         return dict(_traced_shapes(architecture, model.config, getattr(model, "out_features", 0)))
     except GlmEdgeError:
         raise
-    # Sizes that contradict each other or exceed any machine raise all sorts of errors while traced.
+    # Inconsistent or huge sizes raise exceptions of many types during tracing.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"config.json: its fields make no model: {reason}") from error
+        raise ConfigError(f"config.json: its fields do not define a model: {reason}") from error
 
 
 def check_depth(config: Any, num_tensors: int, where: str) -> None:
-    """Refuses more layers than there are tensors, before they are traced one by one.
+    """Refuses more layers than tensors, before the layers are traced.
 
     Args:
-      config: of a model or an encoder.
-      num_tensors: that are stored.
-      where: file or directory, for the message.
+      config: configuration of a model or an encoder.
+      num_tensors: count of stored tensors.
+      where: file or directory for the message.
 
     Raises:
-      CheckpointError: there are more layers.
+      CheckpointError: there are more layers than tensors.
     """
     parts = [config, *(getattr(config, name, None) for name in ("decoder", "vision", "speech"))]
     depth = sum(getattr(part, "num_layers", 0) for part in parts)
     if depth > num_tensors:
         raise CheckpointError(
-            f"{where}: config.json says {depth} layers, which {num_tensors} tensors cannot fill"
+            f"{where}: config.json declares {depth} layers, but there are {num_tensors} tensors"
         )
 
 
@@ -84,7 +87,7 @@ def _traced_shapes(kind: Any, config: Any, out_features: int) -> Shapes:
         inputs = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     like: list[int] = []
     if kind is MultimodalGLM:
-        # Tracing takes time by the layer, and layers of the same widths are alike.
+        # Tracing time grows with the layers, so only one layer per distinct width is traced.
         decoder, like = _one_of_each(config.decoder)
         config = dataclasses.replace(config, decoder=decoder)
     encoder = kind in (VisionEncoder, SpeechEncoder)
@@ -101,7 +104,7 @@ def _traced_shapes(kind: Any, config: Any, out_features: int) -> Shapes:
 
 
 def _one_of_each(config: DecoderConfig) -> tuple[DecoderConfig, list[int]]:
-    """Returns a decoder with one layer per width, and for each layer the index of its like."""
+    """Returns a decoder with one layer per width, and the index of each layer's width."""
     widths = [
         (config.heads(layer), config.kv_heads(layer), config.neurons(layer))
         for layer in range(config.num_layers)
@@ -119,16 +122,15 @@ def _one_of_each(config: DecoderConfig) -> tuple[DecoderConfig, list[int]]:
 
 
 def check_names(names: Iterable[str], expected: Mapping[str, Any], where: str) -> None:
-    """Refuses a set of tensor names that is not the expected one.
+    """Checks that the stored tensor names are exactly the expected names.
 
     Args:
-      names: names that are stored.
-      expected: names that the model needs, with the shape of each, or None where several
-        tensors share one.
-      where: file or directory, for the message.
+      names: stored names.
+      expected: shapes by required name, or None for a tensor without a fixed shape.
+      where: file or directory for the message.
 
     Raises:
-      CheckpointError: a tensor is missing, or has no place in the model.
+      CheckpointError: a tensor is missing, or is not part of the model.
     """
     names = set(names)
     missing = [name for name in expected if name not in names]
@@ -142,20 +144,20 @@ def check_names(names: Iterable[str], expected: Mapping[str, Any], where: str) -
     if extra:
         raise CheckpointError(
             f"{where}: tensor {extra[0]!r} has no place in the model of config.json"
-            f"{_others(extra)}; it belongs to another model, or config.json does"
+            f"{_others(extra)}; the tensor or config.json belongs to another model"
         )
 
 
 def check_shape(shape: Iterable[int], expected: Iterable[int], where: str) -> None:
-    """Refuses a tensor of another shape.
+    """Checks the shape of a tensor.
 
     Args:
       shape: stored shape.
       expected: shape that the model needs.
-      where: file and tensor, for the message.
+      where: file and tensor for the message.
 
     Raises:
-      CheckpointError: they differ.
+      CheckpointError: the shapes differ.
     """
     if tuple(shape) != tuple(expected):
         raise CheckpointError(
@@ -164,29 +166,29 @@ def check_shape(shape: Iterable[int], expected: Iterable[int], where: str) -> No
 
 
 def check_params(params: Any, model: nn.Module, where: str) -> None:
-    """Refuses a tree of arrays and boxes that does not fit a model.
+    """Checks that a tree of arrays and boxes matches a model.
 
     Args:
       params: tree of arrays and boxes.
-      model: that it should fit.
-      where: file or directory, for the message.
+      model: one of `ARCHITECTURES`.
+      where: file or directory for the message.
 
     Raises:
-      CheckpointError: a parameter is missing, has no place, or is of another dense shape.
+      CheckpointError: a parameter is missing, unexpected, or has another dense shape.
     """
     check_against(params, expected_shapes(model), where)
 
 
 def check_against(params: Any, expected: Shapes, where: str) -> None:
-    """Refuses a tree of arrays and boxes whose paths or dense shapes are others.
+    """Checks the paths and dense shapes of a tree of arrays and boxes.
 
     Args:
       params: tree of arrays and boxes.
-      expected: shape of each parameter by path.
-      where: file or directory, for the message.
+      expected: dense shape by path.
+      where: file or directory for the message.
 
     Raises:
-      CheckpointError: a parameter is missing, has no place, or is of another dense shape.
+      CheckpointError: a parameter is missing, unexpected, or has another dense shape.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in path_items(params)}
     check_names(shapes, expected, where)
@@ -198,24 +200,24 @@ def config_from_json(fields: Any, where: str, kind: type = GLMConfig) -> Any:
     """Builds a configuration from JSON written by `to_dict`.
 
     Args:
-      fields: the JSON value.
-      where: file, for the message.
+      fields: JSON value.
+      where: file for the message.
       kind: class of the configuration.
 
     Returns:
       The configuration.
 
     Raises:
-      ConfigError: a field is unknown, missing, or of a type that makes no model.
+      ConfigError: a field is unknown, missing, of the wrong type, or inconsistent with another.
     """
     if not isinstance(fields, dict):
-        raise ConfigError(f"{where}: field 'config' must hold an object of fields")
+        raise ConfigError(f"{where}: field 'config' must be an object of fields")
     try:
         return from_dict(fields, kind)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        raise ConfigError(f"{where}: a field has a value of the wrong type: {error}") from error
+        raise ConfigError(f"{where}: a field has the wrong type: {error}") from error
 
 
 def _others(names: list[str]) -> str:

@@ -1,23 +1,23 @@
-"""Calibration batches: what a GLM reads, and how well it predicts the next token.
+"""Calibration batches of a GLM, and losses of its next-token predictions.
 
-A batch is a dict of arrays (`B` rows of `T` tokens), the same for scoring and for distillation, or
-what `glm_edge.Processor` gives:
+A batch is a dict of arrays (`B` rows of `T` tokens), for scoring and for distillation, or the
+result of `glm_edge.Processor`:
 
-- `tokens` int [B, T];
-- `valid` bool [B, T], optional, False at padding. Without it, padding is where
-  `glm_edge.compress.padding` says. Padding enters neither attention nor positions nor statistics
-  nor losses: on either side, it gives what the batch without it gives;
-- `loss_mask` [B, T], optional: weight of the prediction that position `t` makes of token `t + 1`
-  (the last column is not used). Without it every prediction counts, except of padding and of image
-  and audio placeholders;
-- `images` [B, height, width, channels] or [B, K, ...], or a list of the images of all rows in
-  reading order, [height, width, channels] of any size or [frames, height, width, channels] of a
-  video; optional, as are all that follow;
-- `audio` [B, frames, mel_bins] or [B, K, ...]; or, with `audio_frames` int [N], chunks [N, frames,
-  mel_bins] of all rows in reading order;
-- `positions` and `mask`, as the model takes them.
+- `tokens`: int [B, T].
+- `valid`: bool [B, T], optional, False at padding. Without it, `glm_edge.compress.padding` detects
+  padding. Padding is excluded from attention, positions, statistics and losses; on either side, it
+  does not change results.
+- `loss_mask`: [B, T], optional, weight of the prediction of token `t + 1` at position `t` (the last
+  column is unused). Without it, all predictions have weight 1, except of padding and of image and
+  audio placeholders.
+- `images`: optional, [B, height, width, channels] or [B, K, ...], or a list of the images of all
+  rows in reading order: [height, width, channels] of any size, or [frames, height, width, channels]
+  of a video.
+- `audio`: optional, [B, frames, mel_bins] or [B, K, ...]; or, with `audio_frames` int [N], chunks
+  [N, frames, mel_bins] of all rows in reading order.
+- `positions` and `mask`: optional, as the model defines them.
 
-Other models read any pytree of arrays, by functions: see `glm_edge.Calibration`.
+Other models read any pytree of arrays through functions, see `glm_edge.Calibration`.
 """
 
 import functools
@@ -41,7 +41,7 @@ from glm_edge.params.tree import Params
 
 Batch = dict[str, Any]
 Item = TypeVar("Item")
-# In place of the weight of a batch that teaches nothing.
+# Lower limit of the total weight of a batch, against division by zero.
 NO_WEIGHT = 1e-6
 INPUTS = ("images", "audio", "positions", "mask", "audio_frames")
 KINDS = ("text", "images", "audio")
@@ -49,7 +49,7 @@ KEYS = ("tokens", "loss_mask", *INPUTS, "valid")
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Lists the inputs of a model besides tokens, by the names of its arguments."""
+    """Returns the inputs of a model besides tokens, by name of its arguments."""
     inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
     if batch.get("valid") is not None and reads_valid(model):
         inputs["valid"] = batch["valid"]
@@ -57,7 +57,7 @@ def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def reads_valid(model: nn.Module) -> bool:
-    """True for a model that is told which tokens are padding, as `TextEncoder` is."""
+    """Tests for a model with an argument `valid`, such as `TextEncoder`."""
     kind: Any = type(model)
     return _reads_valid(kind)
 
@@ -73,14 +73,14 @@ def apply_batch(
     """Runs a model on a batch.
 
     Args:
-      model: called as `model(tokens, **inputs)`; returns logits, alone or first in a tuple. Or
-        `Called`, which brings its own function.
-      params: its parameters.
+      model: module that maps `(tokens, **inputs)` to logits, alone or first in a tuple; or a
+        `Called`, which has its own function.
+      params: parameters of the model.
       batch: see the module's docstring.
       variables: further collections for `apply`.
 
     Returns:
-      Logits [B, T, V], or [..., N] of `Called`, float32.
+      float32 logits [B, T, V], or [..., N] for a `Called`.
     """
     if isinstance(model, Called):
         return model.logits(params, batch)
@@ -91,7 +91,15 @@ def apply_batch(
 
 
 def loss_weights(model: nn.Module, batch: Batch) -> Array:
-    """Weight of each prediction, float32 [B, T - 1]."""
+    """Computes the weight of each next-token prediction.
+
+    Args:
+      model: model that reads the batch, for its special tokens.
+      batch: batch from `to_device`.
+
+    Returns:
+      float32 [B, T - 1].
+    """
     if batch.get("loss_mask") is not None:
         taught = batch["loss_mask"][:, :-1].astype(jnp.float32)
     else:
@@ -108,17 +116,17 @@ def loss_weights(model: nn.Module, batch: Batch) -> Array:
 
 
 def cross_entropy(logits: Array, tokens: Array) -> Array:
-    """Loss of each prediction of the next token, in nats.
+    """Computes the loss of each next-token prediction.
 
     Args:
       logits: [B, T, V].
-      tokens: [B, T].
+      tokens: int [B, T].
 
     Returns:
-      [B, T - 1].
+      [B, T - 1] in nats.
 
     Raises:
-      RecipeError: logits are those of a classifier.
+      RecipeError: logits are not [B, T, V], as those of a classifier.
     """
     check_predictions("the model", logits, tokens)
     scores = jax.nn.log_softmax(logits[:, :-1])
@@ -126,24 +134,34 @@ def cross_entropy(logits: Array, tokens: Array) -> Array:
 
 
 def check_predictions(whose: str, logits: Array, tokens: Array) -> None:
-    """Raises RecipeError unless logits are [B, T, V]; `whose` is for the message."""
+    """Checks that logits are [B, T, V]; raises RecipeError, which names `whose`, otherwise."""
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         raise RecipeError(
-            f"{whose} gives logits {list(logits.shape)} for tokens {list(tokens.shape)}; they must "
-            "predict the next token at every position, [B, T, V], and a classifier's do not; give "
-            "it calibration=glm_edge.Calibration(batches, apply=..., loss=...)"
+            f"{whose} returns logits {list(logits.shape)} for tokens {list(tokens.shape)}; they "
+            "must predict the next token at every position, [B, T, V]; for a classifier, pass "
+            "calibration=glm_edge.Calibration(batches, apply=..., loss=...)"
         )
 
 
 def weighted_mean(values: Array, weights: Array) -> Array:
-    """Mean of values [B, T - 1] by the weights of predictions; zero where nothing is taught."""
+    """Averages values [B, T - 1] by the weights of predictions; zero if all weights are zero."""
     return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), NO_WEIGHT)
 
 
 def row_losses(
     model: nn.Module | Called, params: Params, batch: Batch, variables: dict[str, Any] | None = None
 ) -> Array:
-    """Mean loss of each row over what is taught in it, [B]; zero where nothing is."""
+    """Computes the weighted mean loss per row.
+
+    Args:
+      model: module or `Called`.
+      params: parameters of the model.
+      batch: batch from `to_device`.
+      variables: further collections for `apply`.
+
+    Returns:
+      float32 [B] in nats; zero for a row whose weights are all zero.
+    """
     if isinstance(model, Called):
         return model.row_losses(params, batch)
     weights = loss_weights(model, batch)
@@ -152,7 +170,16 @@ def row_losses(
 
 
 def mean_loss(model: nn.Module | Called, params: Params, batch: Batch) -> Array:
-    """Mean loss over everything taught in a batch, a scalar."""
+    """Computes the weighted mean loss of a batch.
+
+    Args:
+      model: module or `Called`.
+      params: parameters of the model.
+      batch: batch from `to_device`.
+
+    Returns:
+      A scalar in nats.
+    """
     if isinstance(model, Called):
         return jnp.mean(model.row_losses(params, batch))
     weights = loss_weights(model, batch)
@@ -161,26 +188,26 @@ def mean_loss(model: nn.Module | Called, params: Params, batch: Batch) -> Array:
 
 
 def count_rows(batch: Batch) -> int:
-    """Rows of a batch from `to_device`."""
+    """Counts the rows of a batch from `to_device`."""
     if "tokens" in batch:
         return batch["tokens"].shape[0]
     return calibrations.rows_of(batch["batch"])
 
 
 def to_device(model: Any, batch: Any, where: str = "calibration") -> Batch:
-    """Checks a batch, takes padding out of it and moves it to the device.
+    """Checks a batch, removes padding and moves it to the device.
 
     Args:
-      model: that reads it, for its tokens and its padding; or `Called`.
+      model: model that reads the batch, for its special tokens; or a `Called`.
       batch: see the module's docstring.
-      where: for messages.
+      where: name of the batch for messages.
 
     Returns:
-      The batch without what is None, each row's tokens from its first valid one on, and cut after
-      the longest row; with `valid` only where rows differ in length.
+      The batch without None values. Rows begin with their first valid token and have the length of
+      the longest row; `valid` is present only if lengths differ.
 
     Raises:
-      DataError: a key is unknown, or an array is missing, of another shape or of another type.
+      DataError: a key is unknown, or an array is missing or has a wrong shape or type.
     """
     if isinstance(model, Called):
         return calibrations.to_device(model, batch, where)
@@ -193,8 +220,8 @@ def to_device(model: Any, batch: Any, where: str = "calibration") -> Batch:
     unknown = sorted(set(batch) - set(KEYS), key=str)
     if unknown:
         raise DataError(
-            f"{where}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}. Models that read "
-            "anything else take glm_edge.Calibration(batches, apply=..., loss=...)"
+            f"{where}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}. Models with other "
+            "inputs need glm_edge.Calibration(batches, apply=..., loss=...)"
         )
     tokens = _numbers(batch["tokens"], "tokens", where)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 2:
@@ -231,7 +258,7 @@ def to_device(model: Any, batch: Any, where: str = "calibration") -> Batch:
 
 
 def _numbers(value: Any, name: str, where: str) -> np.ndarray:
-    """The array of the host that a value is."""
+    """Converts a value to a numeric numpy array."""
     try:
         array = np.asarray(value)
     except ValueError as error:
@@ -242,7 +269,7 @@ def _numbers(value: Any, name: str, where: str) -> np.ndarray:
 
 
 def _shape(value: Any, name: str, where: str) -> tuple[int, ...]:
-    """The shape of an array of any kind, without moving it."""
+    """Returns the shape of an array without a transfer from its device."""
     return tuple(value.shape) if hasattr(value, "shape") else _numbers(value, name, where).shape
 
 
@@ -254,14 +281,14 @@ def _check_images(config: Any, batch: Batch, rows: int, where: str) -> None:
         shapes = [_shape(image, f"images[{i}]", where) for i, image in enumerate(images)]
         layout, axes = "[height, width, channels], or [frames, ...] of a video,", (3, 4)
         if not shapes:
-            raise DataError(f"{where}: images is an empty list; leave it out or None instead")
+            raise DataError(f"{where}: images is an empty list; remove it or pass None")
     else:
         shapes = [_shape(images, "images", where)]
         layout, axes = "[B, height, width, channels] or [B, K, ...]", (4, 5)
         if shapes[0][:1] != (rows,):
             raise DataError(
-                f"{where}: images has {shapes[0][:1]} rows, tokens has {rows}; give images of rows "
-                "that differ in number as a list in reading order"
+                f"{where}: images has {shapes[0][:1]} rows, tokens has {rows}; if rows differ in "
+                "their count of images, pass a list in reading order"
             )
     if vision is None:
         return
@@ -291,8 +318,8 @@ def _check_audio(config: Any, batch: Batch, rows: int, where: str) -> None:
             )
     elif shape[:1] != (rows,):
         raise DataError(
-            f"{where}: audio has {shape[:1]} rows, tokens has {rows}; chunks in reading order go "
-            "with audio_frames"
+            f"{where}: audio has {shape[:1]} rows, tokens has {rows}; chunks in reading order need "
+            "audio_frames"
         )
     if speech is not None and (len(shape) not in axes or shape[-1] != speech.mel_bins):
         raise DataError(
@@ -305,8 +332,8 @@ def _check_vocabulary(config: Any, tokens: np.ndarray, where: str) -> None:
     low, high = tokens.min(initial=0), tokens.max(initial=0)
     if vocabulary is not None and (low < 0 or high >= vocabulary):
         raise DataError(
-            f"{where}: token {low if low < 0 else high} is none of the model's {vocabulary}; "
-            "was the text cut with another tokenizer?"
+            f"{where}: token {low if low < 0 else high} is not in the model's vocabulary of "
+            f"{vocabulary}; was another tokenizer used?"
         )
 
 
@@ -318,14 +345,14 @@ def _placeholders(config: Any) -> dict[str, int | None]:
 
 
 def _filler(config: Any) -> int:
-    """A token that takes the place of no image and no recording."""
+    """Returns a token for padding that is not a placeholder."""
     tokens = (getattr(config, "pad_token_id", None), 0, 1, 2)
     placeholders = tuple(_placeholders(config).values())
     return next(token for token in tokens if token is not None and token not in placeholders)
 
 
 def _features(config: Any, batch: Batch, name: str) -> np.ndarray:
-    """Features that the images or recordings of a batch give: of each, or of each row's alike."""
+    """Counts features per image or recording in reading order, or per row if equal for all rows."""
     value = batch[name]
     if name == "images" and isinstance(value, list | tuple):
         return np.asarray(feature_counts(value, config.vision))
@@ -341,7 +368,7 @@ def _features(config: Any, batch: Batch, name: str) -> np.ndarray:
 
 
 def _check_placeholders(config: Any, batch: Batch, where: str) -> None:
-    """Compares placeholders with the images and recordings that there are for them."""
+    """Checks that the count of placeholders equals the count of features."""
     valid = batch.get("valid", True)
     for name, token in _placeholders(config).items():
         encoder = "vision" if name == "images" else "speech"
@@ -352,27 +379,31 @@ def _check_placeholders(config: Any, batch: Batch, where: str) -> None:
         if _in_reading_order(batch, name):
             if counts.sum() != features.sum():
                 raise DataError(
-                    f"{where}: tokens hold {counts.sum()} placeholders of {name} (token {token}), "
-                    f"its {len(features)} {name} give {features.sum()} features"
+                    f"{where}: tokens have {counts.sum()} placeholders of {name} (token {token}), "
+                    f"but {len(features)} {name} have {features.sum()} features"
                 )
         elif not np.isin(counts, (0, features[0])).all():
             row = int(np.argmax(~np.isin(counts, (0, features[0]))))
             raise DataError(
-                f"{where}: row {row} holds {counts[row]} placeholders of {name} (token {token}), "
-                f"its {name} give {features[0]} features"
+                f"{where}: row {row} has {counts[row]} placeholders of {name} (token {token}), but "
+                f"its {name} have {features[0]} features"
             )
 
 
 def _in_reading_order(batch: Batch, name: str) -> bool:
-    """True where images or recordings are those of all rows, not an array with a row for each."""
+    """Tests for images or recordings of all rows in reading order, not per row."""
     return isinstance(batch[name], list | tuple) or (name == "audio" and "audio_frames" in batch)
 
 
 def single_rows(model: nn.Module, batch: Batch) -> list[Batch] | None:
-    """The rows of a batch on the device as batches of one row, each with its images and recordings.
+    """Splits a batch into batches of one row, each with its images and recordings.
+
+    Args:
+      model: model that reads the batch.
+      batch: batch from `to_device`.
 
     Returns:
-      None where every array has an axis of rows, so that they can be taken along it.
+      One batch per row, or None if every array has a row axis and needs no special split.
     """
     names = [n for n in ("images", "audio") if n in batch and _in_reading_order(batch, n)]
     if not names:
@@ -407,20 +438,20 @@ def _row(batch: Batch, index: int, rows: int, without: Sequence[str]) -> Batch:
 def check(
     model: nn.Module, calibration: Any, transform: str, without: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Checks that calibration is there and holds what the model reads.
+    """Checks that calibration is present and contains all inputs of the model.
 
     Args:
-      model: with a configuration, or any other.
+      model: Linen module, with or without a configuration.
       calibration: batches, or `glm_edge.Calibration`.
-      transform: name, for messages.
-      without: inputs that are known to be missing.
+      transform: name of the transform for messages.
+      without: inputs that calibration intentionally lacks.
 
     Returns:
       Notes for the report.
 
     Raises:
-      DataError: there are no batches, one is malformed, token ids lie beyond the vocabulary, no
-        batch holds an input that the model takes, or `without` names no input.
+      DataError: there are no batches, a batch is malformed, a token id exceeds the vocabulary, no
+        batch contains an input of the model, or `without` names an unknown input.
     """
     check_without(without)
     calibrations.check_list(calibration, f"{transform}: calibration")
@@ -429,7 +460,7 @@ def check(
             f"{transform}: calibration is an iterator that can be read only once; pass a list"
         )
     if is_empty(calibration):
-        raise DataError(f"{transform} needs calibration= batches, and there are none")
+        raise DataError(f"{transform} needs calibration= batches, but there are none")
     reader = calibrations.called(model, calibration)
     config = getattr(model, "config", None)
     keys: set[str] = set()
@@ -442,60 +473,69 @@ def check(
         takes = getattr(config, encoder, None) is not None and not isinstance(reader, Called)
         if takes and name not in keys and name not in without:
             raise DataError(
-                f"{transform}: the model reads {name} and no calibration batch holds any; add "
-                f"some, or pass without=[{name!r}] to calibrate on the rest knowingly"
+                f"{transform}: the model reads {name}, but no calibration batch contains any; add "
+                f"some, or pass without=[{name!r}] to calibrate without {name}"
             )
     return padding_notes(model, ragged)
 
 
 def padding_notes(model: nn.Module, ragged: bool) -> tuple[str, ...]:
-    """Says where padding may enter after all.
+    """Returns a note if padding may influence the model.
 
     Args:
-      model: that reads the batches.
-      ragged: rows of a batch differ in length.
+      model: model that reads the batches.
+      ragged: True if rows of a batch differ in length.
+
+    Returns:
+      Notes for the report.
     """
     if ragged and not isinstance(model, MultimodalGLM) and not reads_valid(model):
         return (
-            f"rows of calibration differ in length, and {type(model).__name__} takes no valid=: "
-            "where its attention is not causal, it reads the padding behind shorter rows",
+            f"rows of calibration differ in length, and {type(model).__name__} has no valid=: if "
+            "its attention is not causal, it reads the padding after shorter rows",
         )
     return ()
 
 
 def keys_of(batch: Any) -> set[str]:
-    """Names of what a batch holds."""
+    """Returns the names of a batch's arrays that are not None."""
     if not isinstance(batch, Mapping):
         return set()
     return {str(name) for name in batch if batch[name] is not None}
 
 
 def missing_modalities(model: nn.Module, keys: Collection[str]) -> tuple[str, ...]:
-    """Notes on inputs that a model takes and that no calibration batch held.
+    """Returns notes on inputs of a model that no calibration batch contained.
 
     Args:
-      model: with a configuration, or any other.
-      keys: keys of the batches that were read.
+      model: Linen module, with or without a configuration.
+      keys: keys of all batches.
+
+    Returns:
+      Notes for the report.
     """
     config = getattr(model, "config", None)
     return tuple(
-        f"calibration held no {name}: what the {encoder} encoder gives the decoder was not seen"
+        f"calibration had no {name}: outputs of the {encoder} encoder were not calibrated"
         for name, encoder in (("images", "vision"), ("audio", "speech"))
         if getattr(config, encoder, None) is not None and name not in keys
     )
 
 
 def in_order(calibration: Sequence[Item], rng: Array | None, skip: int = 0) -> Iterator[Item]:
-    """Yields batches for ever, each once before any comes again.
+    """Yields batches endlessly, in rounds that contain each batch once.
 
     Args:
-      calibration: batches; those without a length are read in their own order.
-      rng: jax key that shuffles each round, or None for the order given.
-      skip: batches at the beginning to leave out; whole rounds are not read where there is a
-        length.
+      calibration: batches; without a known length, they keep their order.
+      rng: jax key that shuffles each round, or None for the original order.
+      skip: count of batches to skip at the beginning; with a known length, complete rounds are not
+        read.
+
+    Returns:
+      Endless iterator over batches.
 
     Raises:
-      DataError: there are none.
+      DataError: there are no batches.
     """
     rounds, remainder = (
         divmod(skip, len(calibration) or 1) if has_length(calibration) else (0, skip)
@@ -506,19 +546,22 @@ def in_order(calibration: Sequence[Item], rng: Array | None, skip: int = 0) -> I
 def in_proportion(
     calibration: Sequence[Batch], mixture: Mapping[str, float], rng: Array | None, skip: int = 0
 ) -> Iterator[Batch]:
-    """Yields batches for ever, of each kind its share at any time, to within a batch or so.
+    """Yields batches endlessly, with a fixed share per kind at any time, up to about one batch.
 
-    The next kind is the one that is furthest behind its share. Each kind's batches come in an order
-    of their own, as `in_order` gives them.
+    The next kind is the one furthest below its share. The batches of each kind are ordered
+    separately by `in_order`.
 
     Args:
-      calibration: batches, with a length.
-      mixture: share of each kind, in any unit; kinds that it does not name are left out.
-      rng: jax key that shuffles each round, or None for the order given.
-      skip: batches at the beginning to leave out.
+      calibration: batches with a known length.
+      mixture: share of each kind, in any unit. Kinds that are not named are excluded.
+      rng: jax key that shuffles each round, or None for the original order.
+      skip: count of batches to skip at the beginning.
+
+    Yields:
+      Batches.
 
     Raises:
-      DataError: no batch is of a kind, or there is no length.
+      DataError: a kind has no batch, or the length is unknown.
     """
     if not has_length(calibration):
         raise DataError("mixture= needs calibration with a length, such as a list of batches")
@@ -527,7 +570,7 @@ def in_proportion(
         indices_by_kind.get(kind_of(calibration[index]), []).append(index)
     for kind, indices in indices_by_kind.items():
         if not indices:
-            raise DataError(f"mixture= asks for {kind}, and no calibration batch is of that kind")
+            raise DataError(f"mixture= includes {kind}, but no calibration batch is of that kind")
     taken, total = dict.fromkeys(indices_by_kind, 0), sum(mixture.values())
 
     def next_kind() -> str:
@@ -550,7 +593,7 @@ def in_proportion(
 
 
 def kind_of(batch: Any) -> str:
-    """`audio` for a batch that holds any, else `images` likewise, else `text`."""
+    """Returns `audio` for a batch with audio, otherwise `images` with images, otherwise `text`."""
     names = keys_of(batch)
     return next((name for name in KINDS[:0:-1] if name in names), KINDS[0])
 
@@ -562,7 +605,7 @@ def _rounds(calibration: Sequence[Item], rng: Array | None, first: int) -> Itera
             yield batch
             read += 1
         if not read:
-            raise DataError("calibration holds no batches")
+            raise DataError("calibration contains no batches")
 
 
 def _shuffled(calibration: Sequence[Item], rng: Array | None, epoch: int) -> Iterator[Item]:

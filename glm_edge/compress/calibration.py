@@ -1,4 +1,4 @@
-"""Calibration batches of any shape, with the functions by which a model reads them."""
+"""Calibration batches of any shape, with the functions that run a model on them."""
 
 import inspect
 import re
@@ -16,7 +16,7 @@ from jax import Array
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.params.tree import Params
 
-# Inputs that a model may take besides tokens.
+# Optional inputs of a model besides tokens.
 INPUTS = ("images", "audio")
 
 Apply = Callable[[nn.Module, Mapping[str, Any], Any], Any]
@@ -24,7 +24,7 @@ Apply = Callable[[nn.Module, Mapping[str, Any], Any], Any]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Batches for a model that does not read `tokens`, to pass as `calibration=`.
+    """Batches for a model that does not read `tokens`, the argument `calibration=`.
 
         def apply(model, variables, batch):
             return model.apply(variables, batch["images"])
@@ -36,17 +36,21 @@ class Calibration:
         data = ge.Calibration(batches, apply=apply, loss=loss)
         model, params, report = ge.quantize.gptq("int4")(model, params, calibration=data)
 
-    Layers of Flax and of this library that run inside either function have their inputs recorded.
-    Functions are compiled: they must not depend on values that change between calls.
+    Transforms record the inputs of Flax's and this library's layers inside these functions. The
+    functions are compiled, so they must not depend on values that change between calls.
 
     Attributes:
       batches: a list, or another collection that can be read more than once, of pytrees of arrays.
-      apply: called as `apply(model, variables, batch)`; returns logits [..., N], alone or first in
-        a tuple. Distillation, block-wise training and measured allocation need it.
-      loss: called likewise; returns a scalar, the mean over the rows of the batch, or one loss per
-        row [B]. Scores from gradients need it, and labels in distillation (`alpha` below 1).
-      variables: collections besides `params` that `variables` holds in each call, such as
-        `{"batch_stats": ...}`; they stay as they are.
+      apply: function `apply(model, variables, batch)` that returns logits [..., N], alone or first
+        in a tuple. Required by distillation, block-wise training and measured allocation.
+      loss: function `loss(model, variables, batch)` that returns the mean loss over the rows of the
+        batch, a scalar, or one loss per row [B]. Required by gradient scores, and by labels in
+        distillation (`alpha` below 1).
+      variables: collections besides `params` that are passed in `variables`, such as
+        `{"batch_stats": ...}`; they are not updated.
+
+    Raises:
+      DataError: `batches` is a single batch or an iterator, or a function has a wrong signature.
     """
 
     batches: Iterable[Any]
@@ -89,7 +93,7 @@ class Calibration:
 
 
 def check_list(batches: Any, name: str) -> None:
-    """Raises DataError for a single batch in the place of a list of them."""
+    """Checks that `batches` is not a single batch; raises DataError otherwise."""
     if isinstance(batches, Mapping):
         raise DataError(f"{name} is a list of batches, and this is a single one; pass [batch]")
 
@@ -99,7 +103,7 @@ def _check_arguments(name: str, function: Callable[..., Any] | None) -> None:
         return
     try:
         signature = inspect.signature(function)
-    # Of what is not written in Python.
+    # Functions that are not written in Python have no signature.
     except (TypeError, ValueError):
         return
     try:
@@ -113,13 +117,13 @@ def _check_arguments(name: str, function: Callable[..., Any] | None) -> None:
 
 @dataclass(frozen=True)
 class Called:
-    """A model with the functions that run it, in the place of a model that reads `tokens`.
+    """A model with the functions that run it, in place of a model that reads `tokens`.
 
     Attributes:
       model: Linen module.
       apply: see `Calibration`.
       loss: see `Calibration`.
-      variables: see `Calibration`; they travel in the batches.
+      variables: see `Calibration`; `to_device` adds them to batches.
     """
 
     model: nn.Module
@@ -128,15 +132,22 @@ class Called:
     variables: Mapping[str, Any] = field(compare=False, repr=False)
 
     def run(self, params: Params, batch: Mapping[str, Any]) -> Any:
-        """Runs the model in any way, for what its layers read; returns whatever that gives."""
+        """Runs `apply`, or `loss` without `apply`, and returns its result."""
         run: Any = self.apply or self.loss
         return self._called(run, params, batch)
 
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Array:
-        """Logits [..., N], float32.
+        """Computes logits [..., N], float32.
+
+        Args:
+          params: parameters of the model.
+          batch: batch from `to_device`.
+
+        Returns:
+          float32 [..., N].
 
         Raises:
-          RecipeError: there is no `apply`, or it gives no floating array.
+          RecipeError: `apply` is missing, or does not return a floating array.
         """
         if self.apply is None:
             raise RecipeError(
@@ -146,7 +157,7 @@ class Called:
         return self.logits_of(self.run(params, batch))
 
     def logits_of(self, output: Any) -> Array:
-        """Reads the result of `apply` as float32 logits; raises as `logits`."""
+        """Converts the result of `apply` to float32 logits; raises as `logits`."""
         output = output[0] if isinstance(output, tuple) else output
         if not _is_floating(output) or not output.ndim:
             raise RecipeError(
@@ -156,10 +167,17 @@ class Called:
         return output.astype(jnp.float32)
 
     def row_losses(self, params: Params, batch: Mapping[str, Any]) -> Array:
-        """Loss of each row, [B]; a mean over rows stands for each of them.
+        """Computes the loss per row; a scalar loss applies to every row.
+
+        Args:
+          params: parameters of the model.
+          batch: batch from `to_device`.
+
+        Returns:
+          float32 [B].
 
         Raises:
-          RecipeError: there is no `loss`, or it gives neither a scalar nor a value per row.
+          RecipeError: `loss` is missing, or returns neither a scalar nor a value per row.
         """
         if self.loss is None:
             raise RecipeError(
@@ -189,8 +207,8 @@ class Called:
             ) from error
         except ModifyScopeVariableError as error:
             raise DataError(
-                f"Calibration: {type(self.model).__name__} writes a collection, which is to stay; "
-                "run it as at inference, such as by train=False or use_running_average=True"
+                f"Calibration: {type(self.model).__name__} updates a collection; run it in "
+                "inference mode, such as by train=False or use_running_average=True"
             ) from error
 
 
@@ -209,11 +227,14 @@ def _described(value: Any) -> str:
 
 
 def called(model: Any, calibration: Any) -> Any:
-    """The model, or `Called` where calibration brings functions that run it.
+    """Wraps a model in `Called` if calibration provides functions that run it.
 
     Args:
       model: Linen module.
-      calibration: a `Calibration`, or batches that hold `tokens`.
+      calibration: a `Calibration`, or batches with `tokens`.
+
+    Returns:
+      The model, or a `Called`.
     """
     if not isinstance(calibration, Calibration) or isinstance(model, Called):
         return model
@@ -223,21 +244,21 @@ def called(model: Any, calibration: Any) -> Any:
 
 
 def with_batches(calibration: Any, batches: list[Any]) -> Any:
-    """Other batches, read by the same functions."""
+    """Replaces the batches and keeps the functions."""
     if not isinstance(calibration, Calibration):
         return batches
     return Calibration(batches, calibration.apply, calibration.loss, calibration.variables)
 
 
 def has_length(calibration: Any) -> bool:
-    """True where the number of batches is known before they are read."""
+    """Tests for calibration whose count of batches is known in advance."""
     if isinstance(calibration, Calibration):
         return has_length(calibration.batches)
     return hasattr(calibration, "__len__")
 
 
 def is_empty(calibration: Any) -> bool:
-    """True for None, and for a collection of known length that holds no batch."""
+    """Tests for None or an empty collection of known length."""
     return calibration is None or (has_length(calibration) and not len(calibration))
 
 
@@ -245,15 +266,15 @@ def to_device(model: Called, batch: Any, where: str) -> dict[str, Any]:
     """Checks a batch for `Called` and moves it to the device.
 
     Args:
-      model: with its functions.
-      batch: a pytree of arrays.
-      where: for messages.
+      model: model with its functions.
+      batch: pytree of arrays.
+      where: name of the batch for messages.
 
     Returns:
       `{"batch": ..., "variables": ...}`.
 
     Raises:
-      DataError: a leaf is no array of numbers, or there is none.
+      DataError: a leaf is not a numeric array, or there are no leaves.
     """
 
     def moved(path: Any, leaf: Any) -> Array:
@@ -269,7 +290,7 @@ def to_device(model: Called, batch: Any, where: str) -> dict[str, Any]:
         batch = dict(batch)
     arrays = jax.tree_util.tree_map_with_path(moved, batch)
     if not jax.tree.leaves(arrays):
-        raise DataError(f"{where}: the batch holds no array")
+        raise DataError(f"{where}: the batch contains no array")
     return {"batch": arrays, "variables": jax.tree.map(jnp.asarray, dict(model.variables))}
 
 
@@ -282,15 +303,18 @@ def _array(leaf: Any) -> np.ndarray | None:
 
 
 def rows_of(batch: Any) -> int:
-    """Rows of a pytree whose arrays share their first axis; 1 where they share none."""
+    """Returns the rows of a pytree whose arrays share their first axis; otherwise 1."""
     return _shared_axis(batch) or 1
 
 
 def single_rows(batch: dict[str, Any]) -> dict[str, Any] | None:
-    """The rows of a batch for `Called` as batches of one row, stacked [B, 1, ...].
+    """Splits a batch for `Called` into batches of one row, stacked [B, 1, ...].
+
+    Args:
+      batch: batch from `to_device`.
 
     Returns:
-      None where the arrays share no first axis, and the batch is one sample.
+      Stacked batches, or None if the arrays do not share a first axis (a single sample).
     """
     if not _shared_axis(batch["batch"]):
         return None
@@ -304,17 +328,17 @@ def _shared_axis(batch: Any) -> int | None:
 
 
 def check_without(without: Sequence[str]) -> None:
-    """Refuses names of inputs that no model takes.
+    """Checks names of inputs that calibration intentionally lacks.
 
     Args:
-      without: inputs that calibration is known to lack.
+      without: names of inputs.
 
     Raises:
-      DataError: one is not of `INPUTS`.
+      DataError: a name is not in `INPUTS`.
     """
     for name in without:
         if name not in INPUTS:
             raise DataError(
-                f"without=[{name!r:.60}] is no input that calibration may lack; known: "
+                f"without=[{name!r:.60}] is not an input that calibration may lack; known: "
                 f"{', '.join(INPUTS)}"
             )

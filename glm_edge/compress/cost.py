@@ -1,6 +1,6 @@
-"""Cost of running a model: floating-point operations from its configuration, measured latency.
+"""Cost of running a model: floating-point operations from its configuration, and latency.
 
-Letters: `D` hidden size, `L` tokens of an encoder, `S` tokens attended to.
+Letters: `D` hidden size, `L` tokens of an encoder, `S` attended tokens.
 """
 
 import functools
@@ -25,19 +25,24 @@ Model = tuple[nn.Module, Params]
 
 
 def flops(model: nn.Module, context: int = CONTEXT) -> dict[str, int] | None:
-    """Counts floating-point operations of products, two for each weight that multiplies a number.
+    """Counts floating-point operations of products, two per multiplication by a weight.
 
-    Norms, activations, softmax and the resampling of position tables are left out: below 2 % of
-    the shapes of phones. Masked zeros count, since they are multiplied.
+    Norms, activations, softmax and the resampling of position tables are excluded; they are below
+    2 % for phone-sized models. Masked zeros are included, since they are multiplied.
 
     Args:
       model: a GLM or one of its encoders.
-      context: tokens that a decoded token attends to, and tokens of a text encoder's sentence.
+      context: context length of a decoded token, or sentence length of a text encoder, in tokens.
 
     Returns:
-      Of `token` (one decoding step, its head included), `image` and `clip` (one of the default
-      size, through its projector), those that the model reads; `sentence` of a text encoder; None
-      for another module.
+      FLOPs by kind of work: `token` (one decoding step, including the head), `image` and `clip`
+      (one input of the default size, including the projector) as far as the model reads them, or
+      `sentence` for a text encoder. None for another module.
+
+    Example:
+      >>> model, params = ge.load(ge.shipped("nano"))
+      >>> sorted(ge.cost.flops(model))
+      ['clip', 'image', 'token']
     """
     config, out = getattr(model, "config", None), getattr(model, "out_features", 0)
     if isinstance(config, GLMConfig):
@@ -74,7 +79,7 @@ def _decoder_flops(config: DecoderConfig, slots: int) -> int:
 
 
 def _layers_flops(config: Any, tokens: int, slots: Any, matrices: int) -> int:
-    """Layers of an encoder; `slots` are tokens attended to, one number or one of each layer."""
+    """Counts an encoder's layers; `slots` is the count of attended tokens, or a list per layer."""
     total = 0
     for layer in range(config.num_layers):
         attended = slots if isinstance(slots, int) else slots[layer]
@@ -115,24 +120,24 @@ def _speech_flops(config: SpeechConfig, out: int) -> int:
 def measure(
     before: Model, after: Model, rounds: int = 15, calls: int = 4, context: int = CONTEXT
 ) -> tuple[Latency, ...]:
-    """Times two models in turn: a decoding step of one row, one image, one clip or sentence.
+    """Measures the latency of two models: a decoding step of one row, one image, clip or sentence.
 
-    Both take turns within a round, the first alternately, so that what else the machine does
-    falls on both; a speed-up compares times of one round. No transform measures by itself: a
-    report shows latency after `report.with_latency(measure((model, params), (smaller, shrunk)))`.
+    Each round times both models, in alternating order, so that other load on the machine affects
+    both. The speedup compares times of the same round. No transform measures latency by itself; a
+    report shows it after `report.with_latency(measure((model, params), (smaller, shrunk)))`.
 
     Args:
-      before: model and parameters.
-      after: and what was made of them.
-      rounds: in which both are timed, after one that is not counted.
-      calls: timed together in a round.
-      context: tokens in the cache before the step.
+      before: original model and parameters.
+      after: compressed model and parameters.
+      rounds: count of timed rounds, after one warm-up round.
+      calls: count of calls per timing.
+      context: tokens in the cache before the decoding step.
 
     Returns:
-      A row for each kind of work that both do, for `Report.with_latency`.
+      One entry per kind of work of both models, for `Report.with_latency`.
 
     Raises:
-      RecipeError: there is nothing that both do.
+      RecipeError: the models share no kind of work.
     """
     sides = [_work(*model, context) for model in (before, after)]
     shared = [work for work in sides[0] if work in sides[1]]
@@ -157,7 +162,7 @@ def measure(
 
 
 def _work(model: nn.Module, params: Params, context: int) -> dict[str, Callable[[], Any]]:
-    """The work of a model on its input, ready for repeated calls."""
+    """Builds a callable per kind of work of a model."""
     config, work = getattr(model, "config", None), {}
     encodes = isinstance(config, VisionConfig | SpeechConfig)
     vision = config if isinstance(config, VisionConfig) else getattr(config, "vision", None)
@@ -181,7 +186,7 @@ def _work(model: nn.Module, params: Params, context: int) -> dict[str, Callable[
 
 
 def _decoding(model: nn.Module, params: Params, context: int) -> Callable[[], Any]:
-    """A greedy step of one row at one place of the cache."""
+    """Builds a greedy decoding step of one row at a fixed slot of the cache."""
     cache = init_cache(model.config.decoder, 1, 2 * context)
 
     @functools.partial(jax.jit, donate_argnums=1)

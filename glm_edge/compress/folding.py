@@ -1,9 +1,10 @@
-"""Where a factor for each channel moves between matrices without changing what a model computes.
+"""Equivalent scaling: factors per channel that move between matrices without changing the function.
 
 A norm, a value projection or the `up` half of a gated network produces channels that linear maps
-consume. Dividing what produces a channel and multiplying the columns that consume it by the same
-number changes nothing. GELU stands between `fc1` and `fc2`, and between a projector's norm and its
-network, so no factor passes there; queries and keys meet in a product, which weights never see.
+consume. Dividing the producer of a channel and multiplying the columns that consume it by the same
+factor leaves the model's function unchanged. No factor can move through GELU, which is between
+`fc1` and `fc2`, and between a projector's norm and its network. Queries and keys are multiplied
+with each other, not with a weight, so their channels have no fold.
 """
 
 from collections.abc import Mapping
@@ -31,16 +32,16 @@ Leaves = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Fold:
-    """One set of channels: what produces them and which columns consume them.
+    """One set of channels, with the parameters that produce and consume them.
 
     Attributes:
       kind: `norm` (of the layer's input), `value` (of attention), `neurons` (the `up` half of a
         gated network) or `linear` (one matrix follows another).
       producers: paths of vectors and matrices; their rows from `start` produce the channels.
-      start: first of those rows.
+      start: first producing row.
       consumers: paths of matrices `[out, columns]`.
-      blocks: how columns repeat channels, `(count, repeats, width)`: channel `width * i + c` is
-        read by the columns `width * (repeats * i + r) + c` for every `r < repeats`.
+      blocks: repetition of channels in columns, `(count, repeats, width)`. Columns
+        `width * (repeats * i + r) + c`, for every `r < repeats`, read channel `width * i + c`.
     """
 
     kind: str
@@ -51,22 +52,22 @@ class Fold:
 
     @property
     def channels(self) -> int:
-        """Number of factors."""
+        """Count of channels, and of factors."""
         return self.blocks[0] * self.blocks[2]
 
     def spread(self, factor: Array) -> Array:
-        """Factors of the columns, [columns], from those of the channels, [channels]."""
+        """Expands factors of the channels, [channels], to the columns, [columns]."""
         count, repeats, width = self.blocks
         channels = jnp.reshape(factor, (count, 1, width))
         return jnp.broadcast_to(channels, (count, repeats, width)).reshape(-1)
 
     def repeated(self, columns: Array) -> Array:
-        """Values of the columns, [columns], as [repeats, channels]: what shares a factor."""
+        """Groups values of the columns, [columns], by channel, [repeats, channels]."""
         by_block = jnp.reshape(columns, self.blocks)
         return jnp.moveaxis(by_block, 1, 0).reshape(self.blocks[1], -1)
 
     def within(self, leaves: Leaves) -> bool:
-        """True where all its leaves are there, as arrays or masked."""
+        """Tests that `leaves` contains all parameters as arrays or `Masked`."""
         return all(
             path in leaves and _scales(leaves[path]) for path in (*self.producers, *self.consumers)
         )
@@ -74,13 +75,13 @@ class Fold:
 
 @dataclass(frozen=True)
 class Residual:
-    """Parameters around a decoder's residual stream; all of it can be rotated at once.
+    """Parameters around a decoder's residual stream, which a rotation changes together.
 
     Attributes:
-      reads: `(norm, matrices)`, the path of an RMS norm's weight and of the matrices [out, D] that
-        read what it norms.
-      writes: paths of matrices [D, in] whose product is added to the stream.
-      tables: paths of arrays [..., D] whose rows are.
+      reads: pairs `(norm, matrices)` of the path of an RMS norm's weight, and the paths of the
+        matrices [out, D] that read its output.
+      writes: paths of matrices [D, in] whose products are added to the stream.
+      tables: paths of arrays [..., D] whose rows are added to the stream.
     """
 
     reads: tuple[tuple[str, tuple[str, ...]], ...]
@@ -89,20 +90,20 @@ class Residual:
 
 
 def folds(config: ModelConfig | None, where: str = "model") -> tuple[Fold, ...]:
-    """Every fold of a model, in the order of its layers.
+    """Lists every fold of a model, in the order of its layers.
 
-    Within a layer those of matrices come before those of norms, so that a scale chosen for a norm
-    sees the matrices as they will be.
+    Within a layer, folds of matrices come before folds of norms, so that factors of a norm are
+    computed from the final matrices.
 
     Args:
-      config: of a GLM, or of an encoder on its own.
-      where: for messages: the transform and the model's class.
+      config: configuration of a GLM or a standalone encoder.
+      where: transform and class of the model for messages.
 
     Returns:
-      The folds; paths are those of the model's parameters.
+      The folds, with paths of the model's parameters.
 
     Raises:
-      RecipeError: the model is of another kind.
+      RecipeError: no folds are known for this class of model.
     """
     if isinstance(config, VisionConfig):
         return _of_vision(config, "", None)
@@ -112,8 +113,8 @@ def folds(config: ModelConfig | None, where: str = "model") -> tuple[Fold, ...]:
         return _of_text(config)
     if not isinstance(config, GLMConfig):
         raise RecipeError(
-            f"{where}: no factor is known to move between its matrices; the GLMs and the encoders "
-            "of glm_edge.models are known"
+            f"{where}: no factor is known to move between its matrices; supported are the GLMs and "
+            "the encoders of glm_edge.models"
         )
     all_folds: tuple[Fold, ...] = ()
     if config.vision is not None:
@@ -128,17 +129,17 @@ def folds(config: ModelConfig | None, where: str = "model") -> tuple[Fold, ...]:
 
 
 def residual(config: ModelConfig | None, where: str = "model") -> Residual:
-    """The residual stream of a GLM's decoder.
+    """Lists the parameters around the residual stream of a GLM's decoder.
 
     Args:
-      config: of a GLM with a head of its own.
-      where: for messages: the transform and the model's class.
+      config: configuration of a GLM with an untied head.
+      where: transform and class of the model for messages.
 
     Returns:
-      What it meets.
+      The parameters.
 
     Raises:
-      RecipeError: the stream cannot be rotated; the message says why.
+      RecipeError: the stream cannot be rotated; the message states the reason.
     """
     if not isinstance(config, GLMConfig):
         encoder = isinstance(config, VisionConfig | SpeechConfig | TextConfig)
@@ -150,14 +151,14 @@ def residual(config: ModelConfig | None, where: str = "model") -> Residual:
     if config.decoder.sandwich_norm:
         raise RecipeError(
             f"{config.name}: norms after attention and feed-forward (sandwich_norm) scale the "
-            "channels that are added to the residual stream, so it cannot be rotated: "
+            "channels that are added to the residual stream, so it cannot be rotated; "
             "residual=False still rotates heads"
         )
     if config.decoder.tie_embeddings:
         raise RecipeError(
             f"{config.name}: the final norm folds into the head, which this model shares with its "
-            "embedding (tie_embeddings); rotate it in memory, where it gets a head of its own, or "
-            "say residual=False"
+            "embedding (tie_embeddings); rotate it in memory, which unties the head, or pass "
+            "residual=False"
         )
     tables, writes = ["embed/weight"], []
     if config.vision is not None:
@@ -182,29 +183,29 @@ def residual(config: ModelConfig | None, where: str = "model") -> Residual:
 def _check_projector(name: str, encoder: str, config: VisionConfig | SpeechConfig) -> None:
     if not config.projector_size:
         raise RecipeError(
-            f"{name}: its {encoder} encoder has no projector, so its norm writes into the residual "
-            "stream, which then cannot be rotated: residual=False still rotates heads"
+            f"{name}: its {encoder} encoder has no projector, so its norm writes to the residual "
+            "stream, which then cannot be rotated; residual=False still rotates heads"
         )
 
 
 def move(fold: Fold, leaves: Leaves, factor: Array) -> dict[str, Any]:
     """Divides producers by a factor and multiplies the consumers' columns by it.
 
-    A norm stored in a narrow type rounds; consumers are multiplied by what its rounding left, so
-    that this costs nothing.
+    A norm in a narrow type rounds the quotient. Consumers are multiplied by the rounded ratio, so
+    that the function stays exact.
 
     Args:
-      fold: which channels.
+      fold: channels to scale.
       leaves: arrays or `Masked` by path.
       factor: [channels], positive.
 
     Returns:
-      The changed leaves, each in its type.
+      The changed leaves by path, in their original types.
     """
     factor = jnp.asarray(factor, jnp.float32)
     changed = {path: divide_rows(leaves[path], fold.start, factor) for path in fold.producers}
     if fold.kind == "norm":
-        factor = _left_by(leaves[fold.producers[0]], changed[fold.producers[0]], factor)
+        factor = _stored_ratio(leaves[fold.producers[0]], changed[fold.producers[0]], factor)
     columns = fold.spread(factor)
     return changed | {path: multiply(leaves[path], columns) for path in fold.consumers}
 
@@ -217,14 +218,14 @@ def divide_rows(leaf: Any, start: int, factor: Array) -> Any:
 
 @jax.jit
 def multiply(leaf: Any, factor: Array) -> Any:
-    """Multiplies an array or `Masked` by a broadcast factor, in float32, and keeps its type."""
+    """Multiplies an array or `Masked` by a broadcast factor in float32; the type stays."""
     values = leaf.value if isinstance(leaf, boxes.Masked) else leaf
     scaled = (values.astype(jnp.float32) * factor).astype(values.dtype)
     return leaf.replace(value=scaled) if isinstance(leaf, boxes.Masked) else scaled
 
 
 @jax.jit
-def _left_by(before: Array, after: Array, factor: Array) -> Array:
+def _stored_ratio(before: Array, after: Array, factor: Array) -> Array:
     wide = before.astype(jnp.float32), after.astype(jnp.float32)
     usable = (wide[0] != 0) & (wide[1] != 0) & jnp.isfinite(wide[1])
     return jnp.where(usable, wide[0] / jnp.where(usable, wide[1], 1.0), factor)
@@ -286,7 +287,7 @@ def _of_vision(config: VisionConfig, root: str, features: int | None) -> tuple[F
             vision_folds += (_gated(f"{layer}/mlp", config.neurons(index), config.projection_bias),)
         read = (f"{layer}/mlp/{first}/weight",)
         vision_folds += (_norm(f"{layer}/post_attention_norm", read, width, layer_norm),)
-    # Without a projector the normed patches are the tower's output.
+    # Without a projector, the normed patches are the tower's output.
     if not config.projector_size:
         return tuple(vision_folds)
     if features is not None:
@@ -319,7 +320,7 @@ def _of_speech(config: SpeechConfig, root: str) -> tuple[Fold, ...]:
 
 
 def _of_text(config: TextConfig) -> tuple[Fold, ...]:
-    # Norms come after what they norm, and their output is also the residual stream.
+    # Post-norm layers: the output of a norm is also the residual stream, so norms have no fold.
     return tuple(
         Fold(
             "value",

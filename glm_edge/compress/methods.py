@@ -1,6 +1,6 @@
-"""The table of methods: what each needs, which models it takes, and what it leaves to be exported.
+"""Table of methods: required data, supported models, and exported result.
 
-Tests compare every line with what the transforms do.
+Tests compare every line with the behaviour of the transform.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ class Method(NamedTuple):
     """One line of the table.
 
     Attributes:
-      name: of the transform.
-      data: whether calibration is needed: `yes`, `no`, or the options that need it.
-      models: `any` Linen module, or which.
-      leaves: what the files of `glm_edge.export` get: `integers` with scales, `zeros` in arrays of
-        the same shape, `smaller arrays`, or `floats`.
-      within_scan: what becomes of the matrices of a stack, where stacks are taken: `yes`, as
-        others; or `to nearest` or `by magnitude`, since their inputs inside `nn.scan` are not seen.
+      name: name of the transform.
+      data: `yes` if calibration is required, `no`, or the options that require it.
+      models: `any` Linen module, or the supported models.
+      leaves: exported result: `integers` with scales, `zeros` in arrays of the same shape, `smaller
+        arrays`, or `floats`.
+      within_scan: treatment of stacked matrices: `yes`, like others; or `to nearest` or `by
+        magnitude`, since calibration cannot record their inputs inside `nn.scan`.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Method(NamedTuple):
 
     @property
     def stacked(self) -> str:
-        """Describes how stacks of layers (`nn.scan`) become matrices of their own, or is empty."""
+        """Treatment of stacked layers (`nn.scan`); empty if they are unsupported."""
         fields = dataclasses.fields(registered(self.name))
         takes = "stacked" in (item.name for item in fields)
-        # No GLM is a stack.
+        # Layers of a GLM are never stacked.
         return self.within_scan if takes and self.models != GLM else ""
 
 
@@ -78,7 +78,7 @@ METHODS = (
 
 
 def to_markdown(methods: Iterable[Method] = METHODS) -> str:
-    """Returns the table as Markdown, headings first."""
+    """Formats the table as Markdown."""
     lines = [
         "| method | needs data | models | scanned stacks | leaves to export |",
         "|---|---|---|---|---|",

@@ -1,18 +1,18 @@
-"""Padding of calibration batches: where it is, and the same batch without it.
+"""Detection and removal of padding in calibration batches.
 
-A row of `valid` is, from the surest sign to the last:
+Padding is detected by the first rule that applies:
 
-1. `valid` of the batch, where it is there.
-2. The model's `pad_token_id`: the runs of this token at the two ends of a row are padding.
-3. `loss_mask`, where the model names no pad token: a token that fills one end of some row with two
-   or more positions of weight zero is the pad token of the batch, and runs of it with weight zero
-   at the ends of rows are padding. Placeholders of images and audio are none, and where several
-   tokens qualify, nothing is padding.
+1. `valid` of the batch, if present.
+2. `pad_token_id` of the model: runs of this token at both ends of a row are padding.
+3. `loss_mask`, if the model has no pad token: a token that fills one end of some row with two or
+   more positions of weight zero is the pad token of the batch. Runs of it with weight zero at the
+   ends of rows are padding. Placeholders of images and audio do not qualify; if several tokens
+   qualify, there is no padding.
 
-What `loss_mask` weighs is never padding by 2 or 3: neither a position whose prediction counts, nor
-a pad token that also stops the model where its own prediction counts. So zeros in the middle of a
-row, and a prompt of different tokens at its beginning, are not padding. Pass `valid` where this
-rule does not say what is meant.
+Rules 2 and 3 never treat a position with nonzero `loss_mask` as padding. The same applies to a pad
+token that is also a stop token, if its prediction has nonzero weight. Zeros in the middle of a row,
+and a prompt of different tokens at its beginning, are therefore not padding. Pass `valid` if this
+rule does not match the data.
 
 Letters of shapes: `B` rows, `T` tokens.
 """
@@ -25,19 +25,19 @@ from glm_edge.errors import DataError
 
 
 def valid_tokens(config: Any, batch: dict[str, Any], tokens: np.ndarray, where: str) -> np.ndarray:
-    """Marks the tokens that are not padding, by the rule of the module.
+    """Marks the tokens that are not padding, by the rules of the module's docstring.
 
     Args:
-      config: of the model, or None.
-      batch: with `valid` and `loss_mask`, or without.
-      tokens: integers [B, T].
-      where: for messages.
+      config: configuration of the model, or None.
+      batch: batch with optional `valid` and `loss_mask`.
+      tokens: int [B, T].
+      where: name of the batch for messages.
 
     Returns:
-      bool [B, T].
+      bool [B, T], False at padding.
 
     Raises:
-      DataError: `valid` has another shape or type.
+      DataError: `valid` has a wrong shape or type.
     """
     if batch.get("valid") is not None:
         valid = np.asarray(batch["valid"])
@@ -65,18 +65,18 @@ def valid_tokens(config: Any, batch: dict[str, Any], tokens: np.ndarray, where: 
     if weights is not None:
         padding &= weights == 0
         if pad in getattr(config, "eos_token_ids", ()):
-            # The end of an answer that is taught: its prediction is made one position before.
+            # A trained stop token is predicted one position earlier.
             padding[:, 1:] &= weights[:, :-1] == 0
     return ~(_leading(padding) | _leading(padding[:, ::-1])[:, ::-1])
 
 
 def _leading(flags: np.ndarray) -> np.ndarray:
-    """True in the run of True at the beginning of each row."""
+    """Marks the run of True values at the beginning of each row."""
     return np.logical_and.accumulate(flags, axis=1)
 
 
 def _repeated(tokens: np.ndarray, weights: np.ndarray, placeholders: list[int]) -> int | None:
-    """The only token that fills an end of a row with two or more positions of weight zero."""
+    """Returns the only token with a run of two or more zero weights at an end of a row, or None."""
     tried = set()
     for ends in (tokens, tokens[:, ::-1]):
         zeros = (weights if ends is tokens else weights[:, ::-1]) == 0
@@ -89,33 +89,33 @@ def _repeated(tokens: np.ndarray, weights: np.ndarray, placeholders: list[int]) 
 def without_padding(
     batch: dict[str, Any], valid: np.ndarray, filler: int, where: str
 ) -> dict[str, Any]:
-    """Moves the valid tokens of each row to its beginning and cuts what no row fills.
+    """Moves the valid tokens of each row to its beginning, and truncates unused columns.
 
-    Rows of one length thus lose their padding altogether, on whichever side it was. In a causal
-    model no valid token sees what is left behind the shorter rows.
+    Rows of equal length lose their padding completely. In a causal model, valid tokens do not
+    attend to the padding after shorter rows.
 
     Args:
-      batch: arrays of the host: `tokens` [B, T] and what goes with them.
-      valid: bool [B, T].
-      filler: token to put behind the shorter rows.
-      where: for messages.
+      batch: numpy arrays: `tokens` [B, T] and further arrays of the batch.
+      valid: bool [B, T], False at padding.
+      filler: token for padding after shorter rows.
+      where: name of the batch for messages.
 
     Returns:
-      The batch without rows that held nothing; with `valid` only where lengths differ.
+      The batch without empty rows; `valid` is present only if lengths differ.
 
     Raises:
-      DataError: everything is padding.
+      DataError: all tokens are padding.
     """
     batch = {name: value for name, value in batch.items() if name != "valid"}
     if valid.all():
         return batch
     rows = np.asarray(valid.any(axis=1))
     if not rows.any():
-        raise DataError(f"{where}: holds nothing but padding")
+        raise DataError(f"{where}: contains only padding")
     shape = valid.shape
     valid = valid[rows]
     counts = valid.sum(axis=1)
-    # Two, since a batch predicts at least one token.
+    # At least two tokens, since a batch predicts at least one.
     length = max(2, int(counts.max()))
     order = np.argsort(~valid, axis=1, kind="stable")[:, :length]
     moved = np.arange(length) < counts[:, None]
@@ -130,7 +130,7 @@ def without_padding(
         result["positions"] = _moved_positions(np.asarray(batch["positions"]), rows, order, moved)
     if "mask" in batch:
         mask = _moved_mask(np.asarray(batch["mask"]), shape, rows, order, where)
-        # A query of padding sees something, so that its softmax is defined.
+        # A padding query attends to all keys, so that its softmax is defined.
         result["mask"] = mask | ~moved[:, None, :, None]
     for name in ("images", "audio"):
         if name in batch and _of_rows(name, batch):
@@ -141,7 +141,7 @@ def without_padding(
 
 
 def _of_rows(name: str, batch: dict[str, Any]) -> bool:
-    """True where images or recordings are given row by row, not in reading order."""
+    """Tests for images or recordings per row, not in reading order."""
     return not isinstance(batch[name], list | tuple) and not (
         name == "audio" and "audio_frames" in batch
     )
@@ -164,7 +164,7 @@ def _moved_positions(
 def _moved_mask(
     mask: np.ndarray, shape: tuple[int, ...], rows: np.ndarray, order: np.ndarray, where: str
 ) -> np.ndarray:
-    """Queries and keys of a mask that is broadcastable to [B, 1, T, T], where they are now."""
+    """Permutes queries and keys of a mask that is broadcastable to [B, 1, T, T]."""
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     full = (shape[0], mask.shape[1], shape[1], shape[1])
     try:

@@ -8,22 +8,24 @@ from typing import TextIO
 from glm_edge.errors import DataError
 
 Progress = Callable[[str, int, int], None]
-# Seconds between two lines of a stage where the output is a file.
+# Seconds between two lines of a stage if the output is a file.
 QUIET_SECONDS = 30.0
 
 
 class ProgressLine:
-    """A line with a bar, the stage, the seconds so far and those left.
+    """A progress line with bar, stage, elapsed seconds and remaining seconds.
 
-    A terminal or a notebook shows one line that is rewritten; a file gets a line without control
-    characters at the end of each stage, and now and then before. A stage's seconds count from the
-    end of the one before, or from when the line was made. Its first step shows no time left: what
-    that took, compilation included, says little of the others.
+    A terminal or a notebook shows one line that is rewritten. A file receives lines without control
+    characters: at the end of each stage, and every 30 seconds. Elapsed seconds of a stage count
+    from the end of the previous stage, or from the creation of the line. The first step shows no
+    remaining time, since it includes compilation.
 
-    Pass it as `progress=`; `progress=True` is a line with the defaults.
+    Pass it as `progress=`; `progress=True` uses the defaults.
+
+        recipe(model, params, calibration=batches, progress=ge.ProgressLine(width=40))
 
     Args:
-      stream: where to write; None is standard error.
+      stream: output stream; None means standard error.
       width: characters of the bar.
     """
 
@@ -53,13 +55,16 @@ class ProgressLine:
 
 
 def progress_of(progress: Progress | bool | None) -> Progress | None:
-    """Returns the callback that `progress=` means.
+    """Converts the argument `progress=` to a callback.
 
     Args:
-      progress: a callback, True for a `ProgressLine`, or None or False for none.
+      progress: a callback, True for a `ProgressLine`, or None or False for no progress.
+
+    Returns:
+      The callback, or None.
 
     Raises:
-      DataError: it is anything else.
+      DataError: `progress` has another type.
     """
     if progress is None or isinstance(progress, bool):
         return ProgressLine() if progress else None

@@ -1,8 +1,8 @@
-"""Readings of kernels by the layers of a model: the axes that are summed, and the rows of inputs.
+"""Readings of kernels by the layers of a model: contracted axes, and rows of inputs.
 
-Stock Linen layers are intercepted while the model runs, on real or on abstract arrays. A layer that
-runs inside a lifted transform (`nn.scan`, `nn.vmap`, `nn.remat`) shows its kernel without the axes
-that the transform adds, which is how stacks are told; its inputs cannot be taken out.
+Stock Linen layers are intercepted while the model runs on concrete or abstract arrays. A layer
+inside a lifted transform (`nn.scan`, `nn.vmap`, `nn.remat`) shows its kernel without the axes that
+the transform adds, which identifies stacks. The inputs of such a layer cannot be recorded.
 """
 
 import inspect
@@ -25,12 +25,12 @@ from glm_edge.params.layouts import Layout, by_name, from_bias
 from glm_edge.params.patterns import compiled
 from glm_edge.params.tree import nested
 
-LOOKED_UP = "nothing is seen to multiply it, its rows are looked up"
-UNWATCHED = "nothing is seen to multiply it, no layer that calibration can watch"
-_LIFTED = "its layer runs inside nn.scan, nn.vmap or nn.remat, whose inputs cannot be taken out"
+LOOKED_UP = "its rows are looked up, not multiplied"
+UNWATCHED = "no layer that calibration can record multiplies it"
+_LIFTED = "its layer runs inside nn.scan, nn.vmap or nn.remat, whose inputs cannot be recorded"
 _GROUPED = "its convolution is grouped or masked"
-_BATCHED = "its layer multiplies each batch entry with a matrix of its own"
-# What image models are called with where no batch says it.
+_BATCHED = "its layer multiplies each batch entry by a separate matrix"
+# Usual sizes and channels of images, to run image models without a batch.
 _SIDES = (28, 32, 224, 8, 16, 64, 96, 128, 256, 384)
 _CHANNELS = (1, 3, 4)
 # Axes of the kernel of a convolution over images.
@@ -42,15 +42,14 @@ class Reading(NamedTuple):
     """One call of a layer that has a matrix.
 
     Attributes:
-      path: of the parameter.
-      shape: of the parameter as the layer sees it, without axes that a lifted transform adds; None
-        where another module than a stock layer reads it.
-      layout: within that shape, or None where the layer does not say it.
-      x: what the layer reads.
-      kind: layers of one kind that read the same array read the same rows.
-      rows: gives what the matrix multiplies, [..., in], leading axes as in `x`; None where this
-        cannot be told.
-      reason: why not.
+      path: path of the parameter.
+      shape: shape of the parameter within the layer, without axes that a lifted transform adds.
+      layout: layout within that shape, or None if the layer does not define it.
+      x: input array of the layer.
+      kind: key of the rows; layers of equal kind with the same input read the same rows.
+      rows: function that returns the rows that the matrix multiplies, [..., in], with leading axes
+        as in `x`; None if they cannot be recorded.
+      reason: reason why `rows` is None.
     """
 
     path: str
@@ -69,7 +68,7 @@ def watched(note: Callable[[Reading], None]) -> AbstractContextManager[None]:
     def see(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         roots.append(module.scope.root)
-        # A lifted transform runs its module in a scope of its own.
+        # A lifted transform runs its module in a separate scope.
         lifted = roots[-1] is not roots[0]
         try:
             outcome = call(*args, **kwargs)
@@ -129,7 +128,7 @@ def _general(module: nn.DenseGeneral, path: str, shape: tuple[int, ...], x: Arra
 
 
 def _last(x: Array, axes: tuple[int, ...]) -> Array:
-    """Moves axes to the end, in this order, and joins them."""
+    """Moves axes to the end in the given order, and joins them."""
     others = tuple(axis for axis in range(x.ndim) if axis not in axes)
     return x.transpose(*others, *axes).reshape(*(x.shape[axis] for axis in others), -1)
 
@@ -139,7 +138,7 @@ def _einsum(text: str, path: str, shape: tuple[int, ...], x: Array) -> Reading:
     source, _, kernel = operands.rpartition(",")
     if "." in kernel:
         return Reading(path, shape, None, x)
-    # A letter for each axis that an ellipsis stands for.
+    # Replace an ellipsis by one letter per axis.
     free = (chr(code) for code in range(0x3B1, 0x3B1 + x.ndim))
     source = source.replace("...", "".join(itertools.islice(free, x.ndim - len(source) + 3)))
     inputs = [axis for axis, letter in enumerate(kernel) if letter not in result]
@@ -150,7 +149,7 @@ def _einsum(text: str, path: str, shape: tuple[int, ...], x: Array) -> Reading:
     letters = [kernel[axis] for axis in inputs]
     if each:
         return Reading(path, shape, layout, x, reason=_BATCHED)
-    # Letters that only one operand sums over leave no rows for a product.
+    # A letter that is summed over in one operand only is not a matrix product of rows.
     summed = {letter for letter in source if letter not in result and letter.isascii()}
     if summed != set(letters) or len(set(source)) != len(source):
         return Reading(path, shape, layout, x)
@@ -165,8 +164,8 @@ def _convolution(module: nn.Conv, path: str, shape: tuple[int, ...], x: Array) -
         return Reading(path, shape, layout, x, reason=_GROUPED)
 
     def rows() -> Array:
-        # A kernel that is the identity gives the patches in the order of the kernel's own axes,
-        # under whatever padding, stride and dilation.
+        # A convolution with an identity kernel extracts patches in the order of the kernel's axes,
+        # for any padding, stride and dilation.
         columns = math.prod(shape[:-1])
         changes: dict[str, Any] = {"features": columns, "use_bias": False, "dtype": None}
         changes |= {"precision": "highest"}
@@ -182,7 +181,7 @@ def _convolution(module: nn.Conv, path: str, shape: tuple[int, ...], x: Array) -
 class Layouts(Mapping[str, Layout]):
     """Layouts of the matrices of a model by path.
 
-    Reading one that is not known raises RecipeError, so that only what needs it is refused.
+    Access to an unknown layout raises RecipeError, so that only transforms that need it fail.
     """
 
     def __init__(
@@ -194,15 +193,15 @@ class Layouts(Mapping[str, Layout]):
         layout = self._known[path]
         if isinstance(layout, Layout):
             return layout
-        why = layout or "its shape does not say which axes are inputs"
+        why = layout or "its shape does not define which axes are inputs"
         raise RecipeError(
             f"{self._name}: {path} {list(self._shapes[path])}: {why}; pass calibration= with a "
-            "batch that the model runs on, name it in stacked= if its first axis numbers the "
-            "layers of an nn.scan, or leave it out by where="
+            "batch that the model runs on, select it by stacked= if its first axis indexes the "
+            "layers of an nn.scan, or exclude it by where="
         )
 
     def known(self, path: str) -> Layout:
-        """The layout, or where it is not known that of one matrix `[..., out, in]`."""
+        """Returns the layout, or that of a matrix `[..., out, in]` if unknown."""
         layout = self._known.get(path)
         return layout if isinstance(layout, Layout) else Layout()
 
@@ -220,20 +219,24 @@ def layouts_of(
     stacked: str | None = None,
     watch: Callable[[Callable[[Reading], None]], None] | None = None,
 ) -> Layouts:
-    """Tells which axes of each parameter are inputs.
+    """Infers the layout of each parameter.
 
-    The model itself says it where it can be run on abstract arrays: on what `watch` runs, or on
-    tokens or images of usual sizes. Elsewhere the bias beside a kernel does.
+    The layout comes from an abstract run of the model, by `watch` or on tokens or images of usual
+    sizes. If the model does not run, it comes from the shape of the bias.
 
     Args:
-      name: of the transform, for messages.
-      model: Linen module; with None, kernels of four axes are taken to be those of convolutions.
-      leaves: its parameters by path, arrays or boxes.
-      stacked: regular expression of parameters whose first axis numbers layers.
-      watch: runs the model with a function that takes readings; None tries usual inputs.
+      name: name of the transform for messages.
+      model: Linen module; with None, kernels of four axes are treated as convolutions.
+      leaves: parameters by path, arrays or boxes.
+      stacked: regular expression of parameters whose first axis indexes layers.
+      watch: function that runs the model and passes readings to its argument; None tries usual
+        inputs.
+
+    Returns:
+      Layouts by path.
 
     Raises:
-      RecipeError: `stacked` names a parameter that is no stack.
+      RecipeError: `stacked` matches a parameter that is not a stack.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     is_stack = compiled(stacked or "(?!)").search
@@ -260,7 +263,7 @@ def layouts_of(
             known[path] = Layout(0, tuple(range(_IMAGE_KERNEL - 1)))
         if asked and isinstance(known[path], Layout) and not known[path].stack:
             raise RecipeError(
-                f"{name}: stacked={stacked!r} names {path} {list(shape)}, which is one matrix"
+                f"{name}: stacked={stacked!r} matches {path} {list(shape)}, which is one matrix"
             )
     return Layouts(name, shapes, known)
 
@@ -272,14 +275,14 @@ def _is_kernel(path: str) -> bool:
 def _from_reading(
     reading: Reading | None, shape: tuple[int, ...], bias: tuple[int, ...] | None
 ) -> Layout | str | None:
-    """The layout of a parameter, why there is none, or None where the reading does not say it."""
+    """Returns a layout, the reason why there is none, or None without information."""
     if reading is None:
         return None
     added = len(shape) - len(reading.shape)
     if added < 0 or shape[added:] != reading.shape:
         return (
-            f"its module reads it as {list(reading.shape)}, so that its stack is not along the "
-            "first axis"
+            f"its module reads it as {list(reading.shape)}, so its stack is not along the first "
+            "axis"
         )
     if reading.layout is None:
         return from_bias(shape, bias, added)
@@ -287,16 +290,16 @@ def _from_reading(
 
 
 def _tried(model: nn.Module, leaves: Mapping[str, Any]) -> dict[str, Reading]:
-    """Readings of the first usual input that a model runs on; none where it runs on none.
+    """Collects readings on the first usual input that a model accepts; empty if it accepts none.
 
-    A module checks its parameters' shapes, so an input that it runs on gives the true axes.
+    A module checks the shapes of its parameters, so an accepted input shows the true axes.
     """
     leaves = {
         path: leaf if is_box(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in leaves.items()
     }
     variables = nested(leaves)
-    # Some models come with their variables, `params` beside `batch_stats`.
+    # Some models are passed with all variables, `params` and `batch_stats`.
     prefix = "params/" if isinstance(variables.get("params"), Mapping) else ""
     variables = variables if prefix else {"params": variables}
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
@@ -304,7 +307,7 @@ def _tried(model: nn.Module, leaves: Mapping[str, Any]) -> dict[str, Reading]:
     flags: dict[str, Any] = {name: value for name, value in _FLAGS.items() if name in known}
 
     def run(variables: Any, x: Array) -> Any:
-        # Statistics that are absent are made; a parameter that is absent would be no model's.
+        # Missing statistics may be created, missing parameters not.
         return model.apply(variables, x, **flags, rngs=keys, mutable=DenyList("params"))
 
     for x in _usual_inputs(leaves):
@@ -312,7 +315,7 @@ def _tried(model: nn.Module, leaves: Mapping[str, Any]) -> dict[str, Reading]:
         try:
             with watched(readings.append):
                 jax.eval_shape(run, variables, x)
-        # Whatever a stranger's module raises says no more than that it does not read this.
+        # Any exception of a foreign module means that it does not accept this input.
         except Exception:
             continue
         return {prefix + reading.path: reading for reading in readings}
@@ -320,7 +323,7 @@ def _tried(model: nn.Module, leaves: Mapping[str, Any]) -> dict[str, Reading]:
 
 
 def _usual_inputs(leaves: Mapping[str, Any]) -> Iterator[jax.ShapeDtypeStruct]:
-    """Tokens, then images of some sizes where a kernel has the axes of an image's."""
+    """Yields tokens, then images of usual sizes if there is a kernel of an image convolution."""
     yield jax.ShapeDtypeStruct((1, 2), jnp.int32)
     sizes = [leaf.shape for path, leaf in leaves.items() if _is_kernel(path)]
     channels = [

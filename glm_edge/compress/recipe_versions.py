@@ -1,4 +1,4 @@
-"""Recipes of earlier versions, converted to the options of today."""
+"""Conversion of recipes of earlier versions to the current one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,9 @@ from glm_edge.errors import BoxError, RecipeError
 from glm_edge.params import Format
 from glm_edge.params.formats import default_scale_dtype
 
-# Options of version 0, from before recipes had one, that a format says now.
+# Options of version 0 (recipes without a version) that the option `format` replaces.
 _FORMAT = ("bits", "group_size", "symmetric", "scale_dtype", "zero_dtype", "qtype")
-# Defaults of these, by transform.
+# Defaults of these options by transform.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "quantize.rtn": {"bits": 8},
     "quantize.hqq": {"bits": 4, "group_size": 64, "symmetric": False, "zero_dtype": "float16"},
@@ -22,7 +22,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "prune.sparsegpt": {},
     "prune.sparsegpt_quantize": {},
 }
-# Options of version 0 that `TrainOptions` holds now, with their defaults where these differ.
+# Options of version 0 that `TrainOptions` replaces, with their defaults if different.
 _TRAIN: Mapping[str, Mapping[str, Any]] = {
     "distill": dict.fromkeys(
         (
@@ -47,7 +47,7 @@ _TRAIN: Mapping[str, Mapping[str, Any]] = {
         ("steps", "learning_rate", "warmup", "clip_norm", "compute")
     ),
 }
-# Options of version 1 that a group holds now, as `option: name in the group`.
+# Options of version 1 that a group replaces, as `option: name in the group`.
 _SOLVER = {
     option: option
     for option in ("act_order", "damping", "sequential", "propagate", "refit", "sweeps")
@@ -64,18 +64,18 @@ _GROUPS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 
 
 def upgraded(name: str, options: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """Converts options of an earlier version to those of today.
+    """Converts options of an earlier version to the current one.
 
     Args:
-      name: of the transform.
-      options: as the JSON holds them; options of later versions pass unchanged.
-      version: of the recipe.
+      name: name of the transform.
+      options: options from JSON; options of later versions pass unchanged.
+      version: version of the recipe.
 
     Returns:
-      The options of version 2.
+      Options of version 2.
 
     Raises:
-      RecipeError: an option has no meaning.
+      RecipeError: an option is invalid.
     """
     if version < 1:
         options = _from_version_0(name, options)
@@ -95,7 +95,7 @@ def _from_version_1(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _distill_from_version_1(options: Mapping[str, Any]) -> dict[str, Any]:
     others = dict(options)
-    # A weight of zero switched off a loss, which is None now.
+    # In version 1, a weight of zero disabled a loss; now None does.
     if "intermediates" not in others:
         names = ("hidden", "attention", "layers")
         inside = {name: others.pop(name) for name in names if name in others}
@@ -115,7 +115,7 @@ def _distill_from_version_1(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_version_0(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns options of a recipe without a version as those of version 1."""
+    """Converts options of a recipe without a version to version 1."""
     others = dict(options)
     if name in _DEFAULTS and set(_FORMAT) & set(others):
         old = {option: others.pop(option) for option in _FORMAT if option in others}
@@ -123,7 +123,7 @@ def _from_version_0(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if format is not None:
             others["format"] = str(format)
     if name == "prune.mask" and others.pop("ties", "first") != "first":
-        raise RecipeError("prune.mask: ties= is gone: of equal scores the first go")
+        raise RecipeError("prune.mask: ties= was removed: of equal scores, the first are pruned")
     moved = _TRAIN.get(name, {})
     if set(moved) & set(others):
         old = {option: others.pop(option) for option in moved if option in others}

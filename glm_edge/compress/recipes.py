@@ -1,4 +1,4 @@
-"""Recipes: transforms as JSON, and the ones that have a name."""
+"""Recipes: transforms from JSON, and named recipes."""
 
 import functools
 import inspect
@@ -34,14 +34,18 @@ def recipe_from_json(source: str | Path) -> Transform:
     """Reads a transform from JSON.
 
     Args:
-      source: JSON text, the path of a file that holds it, or the name of a recipe, see `named`.
+      source: JSON text, the path of a JSON file, or the name of a recipe, see `named`.
 
     Returns:
       The transform.
 
     Raises:
-      RecipeError: there is no such file, it is not a regular one or not JSON, exceeds a limit, or a
-        name or an option is unknown or has no meaning.
+      RecipeError: the file does not exist, is not a regular file or not JSON, exceeds a limit, or
+        contains an unknown name or an invalid option.
+
+    Example:
+      >>> recipe_from_json('{"version": 1, "name": "quantize.rtn", "options": {"format": "int8"}}')
+      quantize.rtn('int8-channel')
     """
     if not isinstance(source, str | os.PathLike):
         raise RecipeError(
@@ -59,7 +63,7 @@ def recipe_from_json(source: str | Path) -> Transform:
         if _exists(source):
             raise
         raise RecipeError(
-            f"{str(source)[:200]}: cannot read a recipe (no such file); give JSON text, a JSON "
+            f"{str(source)[:200]}: cannot read a recipe (no such file); pass JSON text, a JSON "
             f"file or one of: {', '.join(NAMED)}"
         ) from error
 
@@ -67,7 +71,7 @@ def recipe_from_json(source: str | Path) -> Transform:
 def _exists(source: str | os.PathLike) -> bool:
     try:
         return os.path.lexists(source)
-    # A name that holds a null character, or letters that no file name can.
+    # The text contains a null character, or characters that a file name cannot contain.
     except (OSError, ValueError):
         return False
 
@@ -75,14 +79,18 @@ def _exists(source: str | os.PathLike) -> bool:
 def named(name: str) -> Transform:
     """Returns a recipe by its name.
 
+    - `phone`: int4 in groups of 32 for the decoder, int8 per channel for all others.
+    - `small`: int4 for the encoders too, except the layers that read pixels and sound.
+    - `quickstart`: removes a quarter of the heads and 30 % of the neurons, heals by distillation,
+      then quantizes as `small`.
+    - `rtn_4bit`: like `phone`, with scales from the largest magnitude.
+    - `gptq_4bit`, `gptq_3bit`, `gptq_2bit`: GPTQ in groups of 32 for the decoder, which needs
+      calibration, and int8 per channel for all others.
+    - `int8_float16_embeddings`: float16 for embeddings and the head, int8 per channel for all
+      others.
+
     Args:
-      name: `phone`, int4 in groups of 32 for the decoder and int8 per channel for the rest;
-        `small`, int4 for the encoders too, save what reads pixels and sound; `quickstart`, which
-        removes a quarter of the heads and 30 % of the neurons, heals by distillation, and then is
-        `small`; `rtn_4bit`, as `phone` with scales of the largest magnitude; `gptq_4bit`,
-        `gptq_3bit` or `gptq_2bit`, GPTQ in groups of 32 for the decoder, which needs calibration,
-        and int8 per channel for the rest; or `int8_float16_embeddings`, float16 for embeddings
-        and the head and int8 per channel for the rest.
+      name: name of the recipe.
 
     Returns:
       The recipe.
@@ -96,10 +104,16 @@ def named(name: str) -> Transform:
 
 
 def find(name_or_path: str) -> Transform:
-    """Returns a named recipe, or reads the JSON file of that path.
+    """Returns a named recipe, or reads a JSON file.
+
+    Args:
+      name_or_path: name of a recipe, or path of a JSON file.
+
+    Returns:
+      The recipe.
 
     Raises:
-      RecipeError: it is neither.
+      RecipeError: the argument is neither.
     """
     return named(name_or_path) if name_or_path in NAMED else recipe_from_json(name_or_path)
 
@@ -112,9 +126,9 @@ def _phone() -> Transform:
 
 
 def _small() -> Transform:
-    most = r"^decoder/|^vision/(?!patch/)|^speech/(?!conv1/)"
+    int4_paths = r"^decoder/|^vision/(?!patch/)|^speech/(?!conv1/)"
     return chain(
-        quantize.rtn("int4-g32", where=most, scale="mse", fallback_bits=8),
+        quantize.rtn("int4-g32", where=int4_paths, scale="mse", fallback_bits=8),
         quantize.rtn("int8"),
     )
 
@@ -159,15 +173,15 @@ NAMED: dict[str, Callable[[], Transform]] = {
 
 
 def _from_file(fields: Any, where: str) -> Transform:
-    """Reads the outermost object, which alone says its version."""
+    """Reads the outermost object, the only one with a version."""
     version = 0
     if isinstance(fields, dict):
         version = fields.get("version", 0)
         fields = {name: value for name, value in fields.items() if name != "version"}
     if type(version) is not int or not 0 <= version <= VERSION:
         raise RecipeError(
-            f"{where}: version {version!r:.60} of a recipe is unknown; versions up to {VERSION} "
-            "are read"
+            f"{where}: version {version!r:.60} of a recipe is unknown; known are versions up to "
+            f"{VERSION}"
         )
     return _from_object(fields, where, version)
 
@@ -183,7 +197,7 @@ def _from_object(fields: Any, where: str, version: int) -> Transform:
         if set(options) != {"transforms"} or not isinstance(options["transforms"], list):
             raise RecipeError(f"{where}: chain takes one option, a list of transforms")
         if len(options["transforms"]) > MAX_TRANSFORMS:
-            raise RecipeError(f"{where}: a chain holds at most {MAX_TRANSFORMS} transforms")
+            raise RecipeError(f"{where}: a chain has at most {MAX_TRANSFORMS} transforms")
         return chain(*(_from_object(inner, where, version) for inner in options["transforms"]))
     options = upgraded(name, options, version)
     known = inspect.signature(kind).parameters
@@ -196,6 +210,6 @@ def _from_object(fields: Any, where: str, version: int) -> Transform:
         return kind(**options)
     except RecipeError:
         raise
-    # What a transform does with a value of another type.
+    # Exceptions of a transform for options of wrong types.
     except (TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RecipeError(f"{where}: {name}: {error}") from error

@@ -1,4 +1,4 @@
-"""The same function in fewer operations: norms folded into the matrices and kernels beside them."""
+"""Reparameterization: norms folded into adjacent matrices and kernels, with the same function."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -32,26 +32,23 @@ Leaves = Mapping[str, Any]
 
 @register(NAME)
 class Reparameterize(LayerwiseTransform):
-    """Folds norms, and joins parallel branches; the function of the model stays.
-
-    What is folded depends on the model:
+    """Folds norms and merges parallel branches; the model's function is unchanged.
 
     - `glm_edge.models.cnn`, called with variables, `{"params": …, "batch_stats": …}`: every batch
-      norm goes into the convolution before it, and RepVGG's three branches become one 3x3 kernel
-      with a bias. The result is the model with `deploy` and its variables, `{"params": …}`. A
-      masked kernel keeps its mask, save in RepVGG's branches.
-    - A GLM, or one of its encoders alone: the weight of every RMS norm goes into the columns of the
-      matrices that read what it norms, and is one afterwards. The norm before a head that is the
-      embedding too stays, and so do layer norms, whose shift no column holds.
+      norm is folded into the convolution before it, and RepVGG's three branches become one 3x3
+      kernel with a bias. The result is the model with `deploy` and its variables,
+      `{"params": …}`. A masked kernel keeps its mask, except in RepVGG's branches.
+    - A GLM or a standalone encoder: the weight of every RMS norm is folded into the columns of the
+      matrices that read it, and becomes one. The norm before a tied head stays. Layer norms stay
+      too, since columns cannot represent their shift.
 
-    Do this before quantizing.
+    Reparameterize before quantizing.
 
-    Returns:
-      The transform.
+        model, variables, report = ge.reparameterize()(cnn, variables)
 
     Raises:
-      RecipeError: on call, the model is of another kind, is deployed already, holds no statistics,
-        or a weight is quantized.
+      RecipeError: on call, the model is unsupported, is deployed already, has no statistics, or a
+        weight is quantized.
 
     References:
       RepVGG: Making VGG-style ConvNets Great Again, https://arxiv.org/abs/2101.03697; Quantization
@@ -91,7 +88,7 @@ class Reparameterize(LayerwiseTransform):
             raise RecipeError(f"{NAME}: this {type(model).__name__} is deployed already")
         if STATISTICS not in params or "params" not in params:
             raise RecipeError(
-                f'{NAME}: a {type(model).__name__} comes with its variables, {{"params": …, '
+                f'{NAME}: a {type(model).__name__} needs its variables, {{"params": …, '
                 f'"{STATISTICS}": …}}; found {", ".join(map(repr, params)) or "nothing"}'
             )
         rows: list[Row] = []
@@ -99,7 +96,7 @@ class Reparameterize(LayerwiseTransform):
         for done, row in enumerate(rows, start=1):
             context.advance(f"{NAME}: {row.path}", done, len(rows))
         statistics = boxes.count(params[STATISTICS])
-        note = f"{statistics:,} running statistics were counted before, and are in the biases now"
+        note = f"counts before include {statistics:,} running statistics, now part of the biases"
         return model.clone(deploy=True), deployed, Report.of(rows, params, deployed, notes=(note,))
 
 
@@ -116,24 +113,26 @@ def fold_batch_norm(
       bias: [out], or None.
       norm: `scale` and `bias`, [out] each.
       statistics: `mean` and `var`, [out] each.
-      eps: of the norm.
+      eps: epsilon of the norm.
 
     Returns:
-      `(kernel, bias)` whose result is that of the convolution and the norm.
+      `(kernel, bias)` of an equivalent convolution without the norm.
     """
+    # w' = w scale / sqrt(var + eps), b' = norm bias - (mean - b) scale / sqrt(var + eps).
     factor = norm["scale"] * jax.lax.rsqrt(statistics["var"] + eps)
     mean = statistics["mean"] if bias is None else statistics["mean"] - bias
     return folding.multiply(kernel, factor), norm["bias"] - factor * mean
 
 
 def join_branches(*branches: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Adds convolutions of one input and one stride, padded to keep the size, to a single one.
+    """Adds parallel size-preserving convolutions of equal stride to a single convolution.
 
     Args:
-      *branches: `(kernel, bias)`, [height, width, in / groups, out] and [out]; odd sizes.
+      *branches: pairs `(kernel, bias)`, [height, width, in / groups, out] with odd sizes, and
+        [out].
 
     Returns:
-      `(kernel, bias)` of the largest size among them.
+      `(kernel, bias)` with the largest kernel size.
     """
     size = max(kernel.shape[0] for kernel, _ in branches)
     padded = []
@@ -145,13 +144,13 @@ def join_branches(*branches: tuple[Array, Array]) -> tuple[Array, Array]:
 
 
 def identity_kernel(channels: int, groups: int = 1) -> Array:
-    """The 1x1 convolution that changes nothing, [1, 1, channels / groups, channels]."""
+    """Builds the identity 1x1 convolution, [1, 1, channels / groups, channels]."""
     inside = channels // groups
     return jnp.tile(jnp.eye(inside, dtype=jnp.float32), (1, groups))[None, None]
 
 
 def _deployed(params: Any, statistics: Params, path: str, rows: list[Row]) -> Params:
-    """The parameters of the deployed model; `rows` is extended by what was folded."""
+    """Builds the parameters of the deployed model, and appends a row per folded norm to `rows`."""
     if DENSE in params:
         kernel, bias = _merged(params, statistics, path)
         action = "branches joined, norms folded"
@@ -185,7 +184,7 @@ def _merged(params: Params, statistics: Params, path: str) -> tuple[Array, Array
         at = f"{path}/{name}"
         if isinstance(params[name]["conv"]["kernel"], boxes.Masked):
             raise RecipeError(
-                f"{NAME}: {at} is masked, and masks of branches do not join; reparameterize first"
+                f"{NAME}: {at} is masked, and masks of branches cannot merge; reparameterize first"
             )
         branches.append(_folded(params[name], statistics[name], at))
     if IDENTITY in params:

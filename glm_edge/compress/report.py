@@ -1,4 +1,4 @@
-"""Changes of each parameter by a transform, as a table."""
+"""Reports: a table of the changes of each parameter by a transform."""
 
 import csv
 import html
@@ -25,7 +25,7 @@ _HEADINGS = {
 }
 _TEXT = ("transform", "path", "action")
 _PAGE_INCHES = 14.0
-# Columns of the CSV file that only its rows of totals, FLOPs and latency fill.
+# Columns of the CSV file for the rows of totals, FLOPs and latency only.
 _COSTS = (
     "count_before",
     "count_after",
@@ -45,16 +45,16 @@ class Row:
     """The change of one parameter.
 
     Attributes:
-      transform: name of what acted.
-      path: of the parameter.
-      action: in words, such as `int4-g32`.
-      keep_ratio: fraction of the weights that remain (not pruned).
-      bits: stored bits per remaining place of the dense array, scales and masks included.
+      transform: name of the transform.
+      path: path of the parameter.
+      action: description of the result, such as `int4-g32`.
+      keep_ratio: fraction of the weights that are not pruned.
+      bits: stored bits per entry of the dense array, including scales and masks.
       bytes_before: stored bytes of the parameter before.
-      bytes_after: and after.
-      relative_error: `|new - old| / |old|` in the Frobenius norm; None where shapes differ.
-      output_error: `|x (new - old)|^2 / |x old|^2` over the calibration inputs `x`, of transforms
-        that minimize it; None of others.
+      bytes_after: stored bytes of the parameter after.
+      relative_error: `|new - old| / |old|` in the Frobenius norm; None if shapes differ.
+      output_error: `|x (new - old)|^2 / |x old|^2` over the calibration inputs `x`, for transforms
+        that minimize it; None for others.
     """
 
     transform: str
@@ -68,11 +68,11 @@ class Row:
     output_error: float | None = None
 
     def columns(self) -> dict[str, Any]:
-        """Returns the row with numbers and words apart.
+        """Returns the attributes by name, with the note split from the action.
 
         Returns:
-          The attributes by name, where `action` holds what the parameter became alone (`int4-g32`)
-          and `note` holds the remark that `action` had in brackets, or nothing.
+          Attributes by name. `action` contains only the result (`int4-g32`), and `note` the text
+          that follows it in parentheses, or an empty string.
         """
         action, _, note = self.action.partition(" (")
         return asdict(self) | {"action": action, "note": note.removesuffix(")")}
@@ -80,7 +80,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """One training step: the loss and its soft (teacher) and hard (label) parts, in nats."""
+    """One training step: the loss and its soft (teacher) and hard (label) terms, in nats."""
 
     step: int
     loss: float
@@ -95,12 +95,12 @@ class Latency:
 
     Attributes:
       work: `token`, `image`, `clip` or `sentence`.
-      before_ms: median milliseconds.
-      after_ms: likewise.
+      before_ms: median milliseconds of the original model.
+      after_ms: median milliseconds of the compressed model.
       speedup: median over rounds of before / after.
-      low: its lower quartile.
-      high: its upper quartile.
-      rounds: in which both took turns.
+      low: lower quartile of the speedup.
+      high: upper quartile of the speedup.
+      rounds: count of rounds that timed both models.
     """
 
     work: str
@@ -122,20 +122,20 @@ class Latency:
 class Report:
     """A table of rows, totals over all parameters, and training curves.
 
-    What is counted is there at once; time is measured on demand, and the report then shows it:
+    Sizes and FLOPs are counted always. Latency is measured on demand:
     `report.with_latency(glm_edge.cost.measure((model, params), (smaller, shrunk)))`.
 
     Attributes:
-      rows: one for each parameter and transform that acted on it.
-      bytes_before: stored bytes of all parameters before, untouched ones included.
-      bytes_after: and after.
-      count_before: parameters before.
-      count_after: and after.
-      curve: steps of training, where there were any.
-      notes: what the reader should know, such as a modality that calibration lacked.
-      flops_before: see `glm_edge.compress.cost.flops`; None where shapes did not change.
-      flops_after: and after.
-      latency: measured times, where they were asked for.
+      rows: one row per parameter and transform that changed it.
+      bytes_before: stored bytes of all parameters before, including unchanged ones.
+      bytes_after: stored bytes of all parameters after.
+      count_before: count of parameters before.
+      count_after: count of parameters after.
+      curve: training steps, if any.
+      notes: remarks, such as a modality that calibration lacked.
+      flops_before: see `glm_edge.compress.cost.flops`; None if shapes did not change.
+      flops_after: FLOPs after; None if shapes did not change.
+      latency: measured times, if requested.
     """
 
     rows: tuple[Row, ...]
@@ -151,12 +151,22 @@ class Report:
 
     @classmethod
     def start(cls, params: Params) -> "Report":
-        """An empty report on unchanged parameters."""
+        """Creates an empty report on unchanged parameters."""
         return cls.of((), params, params)
 
     @classmethod
     def of(cls, rows: Sequence[Row], before: Params, after: Params, **extra: Any) -> "Report":
-        """A report whose totals are those of two parameter trees."""
+        """Creates a report with the totals of two parameter trees.
+
+        Args:
+          rows: rows of the report.
+          before: parameters before.
+          after: parameters after.
+          **extra: further attributes by name.
+
+        Returns:
+          The report.
+        """
         return cls(
             tuple(rows),
             boxes.stored_bytes(before),
@@ -167,7 +177,7 @@ class Report:
         )
 
     def __add__(self, later: "Report") -> "Report":
-        """Joins the report of what came next; totals run from the first to the last."""
+        """Joins the report of a following transform; totals span both."""
         return Report(
             self.rows + later.rows,
             self.bytes_before,
@@ -182,12 +192,12 @@ class Report:
         )
 
     def with_latency(self, latency: Sequence[Latency]) -> "Report":
-        """The same report with measured times, from `glm_edge.compress.cost.measure`."""
+        """Returns the report with measured times from `glm_edge.compress.cost.measure`."""
         return replace(self, latency=tuple(latency))
 
     @property
     def total(self) -> Row:
-        """The totals line."""
+        """Totals over all parameters."""
         return Row(
             transform="total",
             path="all parameters",
@@ -221,7 +231,7 @@ class Report:
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *below])
 
     def _flops(self) -> list[tuple[str, int, int]]:
-        """Kinds of work that both models do, with their counts before and after."""
+        """Lists the kinds of work of both models, with FLOPs before and after."""
         before, after = self.flops_before or {}, self.flops_after or {}
         return [(work, before[work], count) for work, count in after.items() if work in before]
 
@@ -238,7 +248,7 @@ class Report:
         return [f"training: {len(self.curve)} steps, loss {first.loss:.4f} -> {last.loss:.4f}"]
 
     def _repr_html_(self) -> str:
-        """The table as a notebook shows it."""
+        """Returns the table as HTML for notebooks."""
         lines = ["<table>", _html_row("th", _HEADINGS.values())]
         lines += [_html_row("td", _format(row)) for row in self.rows]
         lines += [_html_row("th", _format(self.total)), "</table>"]
@@ -250,7 +260,7 @@ class Report:
         """Returns the report as dicts, lists and numbers, for JSON or a data frame.
 
         Returns:
-          `rows` and `total` as `Row.columns` gives them, so that `pandas.DataFrame(
+          `rows` and `total` in the form of `Row.columns`, so that `pandas.DataFrame(
           report.to_dict()["rows"])` has numeric columns; the other attributes by name.
         """
         fields_of = {
@@ -269,7 +279,7 @@ class Report:
         }
 
     def to_markdown(self) -> str:
-        """The table in Markdown, with its totals line, and what is known of FLOPs and latency."""
+        """Formats rows, totals, FLOPs and latency as Markdown."""
         lines = [
             "| " + " | ".join(_HEADINGS.values()) + " |",
             "|" + "|".join(" --- " if name in _TEXT else " ---: " for name in _HEADINGS) + "|",
@@ -281,12 +291,15 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes rows and totals, then FLOPs, latency and notes; numbers unrounded.
+        """Writes rows and totals, then FLOPs, latency and notes, without rounding.
 
-        Columns are those of `Row.columns`: `action` holds words, and every number has a column. The
-        row of totals also fills `count_before` and `count_after`. A row of `FLOPs` or `latency`
-        names in `path` what is done once (`token`, `image`) and fills the last columns, whose names
-        are those of `Report` and `Latency`. A row of `note` holds the note in `note`.
+        Columns are those of `Row.columns`, with a column per number. The row of totals also fills
+        `count_before` and `count_after`. Rows of `FLOPs` and `latency` name the kind of work in
+        `path` (`token`, `image`) and fill the last columns, with the names of `Report` and
+        `Latency`. Rows of `note` fill the column `note`.
+
+        Args:
+          path: file to write.
 
         Raises:
           OutputError: the file is a link or cannot be written.
@@ -309,19 +322,19 @@ class Report:
         write_whole(Path(path), lambda file: file.write_bytes(content))
 
     def plot(self, path: str | Path) -> None:
-        """Draws bytes before and after for each parameter, and the training curve if there is one.
+        """Plots bytes before and after per parameter, and the training curve if any.
 
         Args:
-          path: of the picture; its suffix names the format, `.png` is added where it has none.
+          path: image file. The suffix sets the format; without a suffix, `.png` is added.
 
         Raises:
           MissingExtraError: matplotlib is not installed.
-          OutputError: the file is a link, cannot be written, or matplotlib does not know its
+          OutputError: the file is a link or cannot be written, or matplotlib does not support the
             format.
         """
         figures = require("matplotlib.figure", extra="plot")
         panels = 1 + bool(self.curve)
-        # Beyond a page, labels are shown of some parameters only.
+        # Figures longer than a page show only some labels.
         size = (7.0 * panels, min(max(3.0, 0.22 * len(self.rows)), _PAGE_INCHES))
         figure = figures.Figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -333,7 +346,7 @@ class Report:
             target = target.with_name(f"{target.name}.png")
         try:
             figure.savefig(content, dpi=150, format=target.suffix[1:])
-        # The format is unknown to matplotlib, or needs a package that is missing.
+        # The format is unknown to matplotlib, or needs a missing package.
         except (ValueError, ImportError) as error:
             raise OutputError(f"{target}: cannot be drawn: {error}") from error
         write_whole(target, lambda file: file.write_bytes(content.getvalue()))

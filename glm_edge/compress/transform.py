@@ -1,8 +1,8 @@
-"""Transforms: values that say how to compress a model, and the registry of their classes.
+"""Transforms, which compress a model, and the registry of their classes.
 
-A transform is a frozen dataclass, `prune.structured(heads=0.25, neurons=0.3)`: its fields are its
-options, checked once, when it is made. Calling it maps a model and its parameters to a model, its
-parameters and a report. Transforms compose with `chain`.
+A transform is a frozen dataclass, such as `prune.structured(heads=0.25, neurons=0.3)`. Its fields
+are its options, which are checked once, at construction. A call maps a model and its parameters to
+a model, parameters and a report. Transforms compose with `chain`.
 """
 
 import dataclasses
@@ -36,18 +36,17 @@ Result = tuple[nn.Module, Params, Report]
 
 @dataclass(frozen=True)
 class Context:
-    """Context of a transform besides the model: data, randomness, and the original.
+    """Context of a transform besides the model: data, randomness, and the original model.
 
     Attributes:
       calibration: batches that can be read more than once, or None.
       rng: jax key, or None.
-      original: model and parameters that the outermost transform was given.
-      progress: called as `progress(stage, done, total)`, True for a line on standard error, or
-        None.
-      without: inputs (`images`, `audio`) that calibration is known to lack.
-      reference: the original after transforms that changed its numbers but not its function, such
-        as a rotation; layers of a compressed model are compared with this one's while they have its
-        shapes. None is the original.
+      original: model and parameters at the input of the outermost transform.
+      progress: function `progress(stage, done, total)`, True for a line on standard error, or None.
+      without: inputs (`images`, `audio`) that calibration intentionally lacks.
+      reference: the original model after exact transforms, such as a rotation, which change values
+        but not the function. Layers of a compressed model are compared with it as long as shapes
+        are equal. None means the original.
     """
 
     calibration: Sequence[Batch] | None
@@ -75,30 +74,30 @@ class Context:
         return self.calibration
 
     def advance(self, stage: str, done: int, total: int) -> None:
-        """Tells the progress callback, where there is one."""
+        """Calls the progress callback, if any."""
         if callable(self.progress):
             self.progress(stage, done, total)
 
 
-# Metadata of a field that holds arrays, or None, which JSON leaves out.
+# Metadata of a field with arrays or None, which JSON omits.
 ARRAYS = {"arrays": True}
-# Largest number of steps, rounds and the like.
+# Maximum of counts such as steps and rounds.
 MOST = 10**8
 _LARGEST = 2**62
 _OF_NNX = (
-    "of nnx, pass None as the model and nnx.to_pure_dict(nnx.split(module)[1]) as params; "
-    "transforms that need data take Linen modules"
+    "for nnx, pass None as the model and nnx.to_pure_dict(nnx.split(module)[1]) as params; "
+    "transforms that need data require Linen modules"
 )
-# Vectors even where heads or a stack of layers give them further axes.
+# Names of vectors, also if heads or stacked layers add axes.
 _VECTORS = ("bias", "scale")
-# Options that a transform prints even at their defaults, as it does its first one.
+# Options that a transform always prints, in addition to its first option.
 _DEFINING = ("method", "steps")
-# Of the JSON that `to_json` writes.
+# Version of the JSON from `to_json`.
 VERSION = 2
 
 
 class Teacher(tuple):
-    """A model and its parameters that teach a student; equal only to itself, as arrays are."""
+    """A teacher model and its parameters, compared by identity."""
 
     __slots__ = ()
 
@@ -114,10 +113,10 @@ class Teacher(tuple):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Transform:
-    """A way to compress, as a value: it prints, compares, round-trips through JSON and is called.
+    """A callable compression method with printing, equality, hashing and JSON round trip.
 
-    A subclass is made a frozen dataclass, and known by name, by `register`. Its fields are its
-    options; it checks them in `__post_init__` and carries them out in `apply`.
+    `register` makes a subclass a frozen dataclass, and adds it to the registry. Fields are options;
+    `__post_init__` checks them, and `apply` compresses.
 
         @ge.compress.register("mine.scaled")
         class Scaled(ge.Transform):
@@ -128,11 +127,10 @@ class Transform:
                 return model, scaled, ge.Report.of([], params, scaled)
 
     Attributes:
-      name: of the registered transform, such as `quantize.rtn`.
-      called: the name under which a call makes it; as `name`, but for names that follow from
-        options.
-      exact: True where the function of the model stays as it was.
-      needs_model: True where parameters alone do not do.
+      name: name of the registered transform, such as `quantize.rtn`.
+      called: name of the factory; equal to `name`, unless the name depends on options.
+      exact: True if the model's function is unchanged.
+      needs_model: True if the transform needs the model, not only parameters.
     """
 
     name: ClassVar[str] = ""
@@ -141,7 +139,7 @@ class Transform:
     needs_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Raises RecipeError for a value of another type than its field says."""
+        """Checks the types of all fields; raises RecipeError for a wrong one."""
         kind: Any = type(self)
         types_of_fields = _annotations(kind)
         for item in dataclasses.fields(self):
@@ -152,12 +150,12 @@ class Transform:
             check_type(self.name, item.name, value, types_of_fields[item.name])
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
-        """Compresses a model: as a call, within a chain.
+        """Compresses a model within a call or a chain.
 
         Args:
           model: Linen module, or None.
-          params: its parameters.
-          context: data, randomness and where the chain started.
+          params: parameters of the model.
+          context: data, randomness and original model.
 
         Returns:
           `(model, params, report)`.
@@ -166,17 +164,17 @@ class Transform:
 
     @property
     def steps_in_order(self) -> tuple["Transform", ...]:
-        """The transforms of a chain; elsewhere the transform alone."""
+        """Transforms of a chain, or the transform itself."""
         return (self,)
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """Names of the fields that hold arrays, which JSON cannot."""
+        """Names of fields with arrays, which JSON cannot store."""
         names = (item.name for item in dataclasses.fields(self))
         return tuple(name for name in names if isinstance(getattr(self, name), Teacher))
 
     def _set(self, **values: Any) -> None:
-        """Replaces fields by their normal form, within `__post_init__`."""
+        """Replaces fields by normalized values, within `__post_init__`."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -189,31 +187,31 @@ class Transform:
         progress: Progress | bool | None = None,
         without: Sequence[str] = (),
     ) -> Result:
-        """Compresses a model; neither argument is changed.
+        """Compresses a model without modifying its arguments.
 
         Args:
-          model: Linen module; None for parameters alone, which transforms take that need no data.
-          params: its parameters, arrays or boxes.
+          model: Linen module. None means parameters alone, for transforms that need no data.
+          params: parameters of the model, arrays or boxes.
           calibration: batches (see `glm_edge.compress.batches`), a list or another collection that
-            can be read more than once, or a `glm_edge.Calibration`, which says how a model reads
-            batches of any other shape; None where the transform needs none.
-          rng: jax key; None where nothing is drawn, or for the order in which data comes.
-          progress: True for a line on standard error, or a function that is called as
+            can be read more than once; or a `glm_edge.Calibration`, with functions that run a
+            model on batches of any other shape. None for a transform without calibration.
+          rng: jax key. None means no random values, and data in its original order.
+          progress: True for a line on standard error, or a function
             `progress(stage, done, total)`.
-          without: inputs that the model takes and calibration is known to lack, of `images` and
-            `audio`; any other lack is an error.
+          without: inputs of the model, of `images` and `audio`, that calibration intentionally
+            lacks. Other missing inputs are an error.
 
         Returns:
-          `(model, params, report)`; the model is another one only if shapes changed.
+          `(model, params, report)`; the model differs only if shapes changed.
 
         Raises:
-          RecipeError: options do not fit the model, or an argument is no model or no parameters.
-          DataError: calibration is missing or cannot be read more than once, or `without` names no
-            input.
+          RecipeError: options do not match the model, or an argument is not a model or parameters.
+          DataError: calibration is missing or cannot be read more than once, or `without` names an
+            unknown input.
         """
         if isinstance(calibration, Mapping):
             raise DataError(
-                "calibration is a list of batches, and this is a single one; pass [batch]"
+                "calibration must be a list of batches, not a single batch; pass [batch]"
             )
         if isinstance(calibration, Iterator):
             raise DataError(
@@ -226,7 +224,7 @@ class Transform:
         if calibration is not None and isinstance(params.get("params"), Mapping):
             others = ", ".join(sorted(set(params) - {"params"})) or "none other"
             raise RecipeError(
-                f"{self.name}: params holds whole collections (params and {others}); pass "
+                f"{self.name}: params contains collections (params and {others}); pass "
                 "variables['params'], and the others by Calibration(batches, variables=...)"
             )
         context = Context(calibration, rng, (model, params), progress, tuple(without))
@@ -248,12 +246,12 @@ class Transform:
 
 @functools.cache
 def _annotations(kind: type) -> dict[str, Any]:
-    """Types of the fields of a class."""
+    """Returns the annotations of a class by field."""
     return typing.get_type_hints(kind)
 
 
 def _check_arguments(name: str, model: Any, params: Any) -> None:
-    """Raises RecipeError where an argument is no model, or no parameters of one."""
+    """Checks the types of model and parameters; raises RecipeError for a wrong one."""
     form = f"{name}: call it as transform(model, params)"
     if isinstance(params, nn.Module):
         raise RecipeError(f"{form}; params is a {type(params).__name__}, a model")
@@ -261,7 +259,7 @@ def _check_arguments(name: str, model: Any, params: Any) -> None:
         raise RecipeError(f"{name}: {_OF_NNX}")
     if isinstance(model, type):
         raise RecipeError(
-            f"{form}; model is the class {model.__name__}, not a module made of it, "
+            f"{form}; model is the class {model.__name__}, not an instance of it, "
             f"{model.__name__}(...)"
         )
     if model is not None and not isinstance(model, nn.Module):
@@ -269,7 +267,7 @@ def _check_arguments(name: str, model: Any, params: Any) -> None:
     if not isinstance(params, Mapping):
         inside = " (pass its .params)" if hasattr(params, "params") else ""
         raise RecipeError(
-            f"{form}; params is the nested dict of model.init(...)['params'], not "
+            f"{form}; params must be the nested dict of model.init(...)['params'], not "
             f"{type(params).__name__}{inside}"
         )
     for path, leaf in path_items(params):
@@ -278,8 +276,8 @@ def _check_arguments(name: str, model: Any, params: Any) -> None:
 
 
 def _is_of_nnx(value: Any) -> bool:
-    """True for a module of nnx, a user's own or its class, and for what nnx makes of one."""
-    # Who has such a value has imported nnx, which costs those who have none.
+    """Tests for a module or a class of nnx, or a state of nnx."""
+    # Only a program that imported nnx can have such a value; importing it here would cost time.
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return False
@@ -288,7 +286,7 @@ def _is_of_nnx(value: Any) -> bool:
 
 
 def _check_without_model(transform: Transform, calibration: Any) -> None:
-    """Raises RecipeError where a transform cannot do with parameters alone."""
+    """Checks that a transform works without a model; raises RecipeError otherwise."""
     names = sorted({step.name for step in transform.steps_in_order if step.needs_model})
     if names:
         raise RecipeError(f"{names[0]}: needs the model, a Linen module, and it is None; {_OF_NNX}")
@@ -300,10 +298,10 @@ def _check_without_model(transform: Transform, calibration: Any) -> None:
 
 
 def _unnamed(transform: Transform, model: Any, params: Params) -> tuple[str, ...]:
-    """Says which arrays no `where` can reach, since a matrix is told by its name."""
+    """Returns a note on arrays that no `where` can select, because of their names."""
     steps = transform.steps_in_order
     acting = [step for step in steps if step.name.startswith(("quantize.", "prune."))]
-    # Tables of this library's models are meant to stay.
+    # Tables of this library's models are not compressed.
     if not acting or type(model).__module__.startswith("glm_edge.models."):
         return ()
     unnamed = [
@@ -318,8 +316,8 @@ def _unnamed(transform: Transform, model: Any, params: Params) -> tuple[str, ...
         return ()
     shown = ", ".join(unnamed[:3]) + (", …" if len(unnamed) > 3 else "")
     return (
-        f"{len(unnamed)} arrays of two axes or more are left as they are: {shown}; only parameters "
-        f"named {', '.join(MATRIX_NAMES)} are considered",
+        f"{len(unnamed)} arrays of two or more axes are unchanged: {shown}; only parameters named "
+        f"{', '.join(MATRIX_NAMES)} are compressed",
     )
 
 
@@ -329,14 +327,14 @@ _REGISTRY: dict[str, type[Transform]] = {}
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def register(name: str, *others: str) -> Callable[[type[Kind]], type[Kind]]:
-    """Makes a class a transform: a frozen dataclass of keyword-only fields, known by name.
+    """Registers a transform: a frozen dataclass of keyword-only fields, with a name.
 
     Args:
-      name: such as `quantize.rtn`, in calls, chains and recipes.
-      *others: further names under which recipes find the class, whose `name` then is a property.
+      name: name in calls, chains and recipes, such as `quantize.rtn`.
+      *others: further names in recipes, for a class whose `name` is a property.
 
     Returns:
-      The decorator of a subclass of `Transform`.
+      Decorator of a subclass of `Transform`.
     """
 
     def decorate(kind: type[Kind]) -> type[Kind]:
@@ -352,20 +350,20 @@ def register(name: str, *others: str) -> Callable[[type[Kind]], type[Kind]]:
 
 
 def check_pattern(transform: str, option: str, pattern: Any) -> None:
-    """Raises RecipeError unless an option is None or a regular expression."""
+    """Checks that an option is None or a regular expression; raises RecipeError otherwise."""
     if pattern is None:
         return
     try:
         compiled(pattern)
     except (ValueError, TypeError) as error:
         raise RecipeError(
-            f"{transform}: {option}={pattern!r:.100} is not a regular expression that is searched "
-            f"in bounded time: {error}"
+            f"{transform}: {option}={pattern!r:.100} is not a regular expression that can be "
+            f"searched in bounded time: {error}"
         ) from error
 
 
 def check_whole(transform: str, **options: Any) -> None:
-    """Raises RecipeError unless every option is a whole number of 1 to `MOST`."""
+    """Checks that every option is an integer in 1..`MOST`; raises RecipeError otherwise."""
     for option, number in options.items():
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST:
             raise RecipeError(
@@ -375,15 +373,18 @@ def check_whole(transform: str, **options: Any) -> None:
 
 
 def check_type(transform: str, option: str, value: Any, annotation: Any) -> None:
-    """Raises RecipeError for a value of another type than annotated, NaN and infinity.
+    """Checks the type of an option, and refuses NaN and infinity.
 
-    Options of other types than `bool`, `int`, `float`, `str` and None are left to their transform.
+    Options annotated with other types than `bool`, `int`, `float`, `str` and None are not checked.
 
     Args:
-      transform: name, for messages.
-      option: its name.
-      value: of the option.
-      annotation: of its field.
+      transform: name of the transform for messages.
+      option: name of the option.
+      value: value of the option.
+      annotation: annotation of the field.
+
+    Raises:
+      RecipeError: the value has another type, or is not finite.
     """
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     kinds = typing.get_args(annotation) if union else (annotation,)
@@ -393,9 +394,7 @@ def check_type(transform: str, option: str, value: Any, annotation: Any) -> None
         return
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if number and not (math.isfinite(value) and abs(value) <= _LARGEST) and {int, float} & {*kinds}:
-        raise RecipeError(
-            f"{transform}: {option} must be finite and of ordinary size, not {value!r:.60}"
-        )
+        raise RecipeError(f"{transform}: {option} must be finite and not huge, not {value!r:.60}")
     wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
     raise RecipeError(f"{transform}: {option} must be {wanted}, not {value!r:.60}")
 
@@ -412,16 +411,16 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """True for an int or a float that is no bool."""
+    """Tests for an int or a float, excluding bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_fraction(transform: str, **fractions: Any) -> None:
-    """Raises RecipeError unless every option is a fraction that removes less than everything."""
+    """Checks that every option is a fraction in [0, 1); raises RecipeError otherwise."""
     for option, fraction in fractions.items():
         if not is_number(fraction) or not 0.0 <= fraction < 1.0:
             raise RecipeError(
-                f"{transform}: {option} must be in 0..1 and below 1, so that the keep ratio is "
+                f"{transform}: {option} must be at least 0 and below 1, so that the keep ratio is "
                 f"above 0 and at most 1, not {fraction!r}"
             )
 
@@ -442,10 +441,10 @@ CHAIN = "chain"
 
 @register(CHAIN)
 class Chain(Transform):
-    """Transforms that are applied from left to right; made by `chain`.
+    """Transforms that are applied from left to right; built by `chain`.
 
     Attributes:
-      transforms: none of them a chain.
+      transforms: transforms in order, without nested chains.
     """
 
     transforms: tuple[Transform, ...] = ()
@@ -472,19 +471,19 @@ class Chain(Transform):
 
 
 def chain(*transforms: Transform) -> Chain:
-    """Applies transforms from left to right, itself a transform.
+    """Composes transforms, which are applied from left to right.
 
-    Chains within a chain are flattened, so that grouping changes nothing. Step `i` gets the key
-    folded with `i`, and the model that the chain started from is every step's default teacher.
+    Nested chains are flattened, so grouping has no effect. Step `i` receives the key folded with
+    `i`. The input model of the chain is the default teacher of every step.
 
         recipe = ge.chain(ge.prune.magnitude(sparsity=0.5), ge.quantize.rtn("int8"))
         model, params, report = recipe(model, params)
 
     Args:
-      *transforms: what to apply.
+      *transforms: transforms in order.
 
     Returns:
-      The chain.
+      The chain, a transform.
 
     Raises:
       RecipeError: an argument is not a transform.
@@ -498,16 +497,18 @@ def chain(*transforms: Transform) -> Chain:
 
 
 def to_json(transform: Transform) -> str:
-    """Writes a transform as JSON, every option spelled out.
+    """Writes a transform as JSON with every option.
+
+        assert ge.recipe_from_json(ge.to_json(recipe)) == recipe
 
     Args:
-      transform: or a chain of them.
+      transform: a transform or a chain.
 
     Returns:
       JSON that `recipe_from_json` reads back to an equal transform.
 
     Raises:
-      RecipeError: the transform holds arrays (a teacher), which JSON cannot.
+      RecipeError: the transform contains arrays (a teacher), which JSON cannot store.
     """
     return json.dumps({"version": VERSION, **_to_object(transform)}, indent=2) + "\n"
 
@@ -515,8 +516,8 @@ def to_json(transform: Transform) -> str:
 def _to_object(transform: Transform) -> dict[str, Any]:
     if transform.teachers:
         raise RecipeError(
-            f"{transform.name}: {', '.join(transform.teachers)}= holds arrays, which JSON cannot; "
-            "leave it out and the model that the chain starts from is used"
+            f"{transform.name}: {', '.join(transform.teachers)}= contains arrays, which JSON "
+            "cannot store; without it, the input model of the chain is used"
         )
     if isinstance(transform, Chain):
         options: dict[str, Any] = {"transforms": [_to_object(t) for t in transform.transforms]}

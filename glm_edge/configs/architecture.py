@@ -1,4 +1,4 @@
-"""Model configurations: frozen dataclasses, and their JSON.
+"""Model configurations as frozen dataclasses, with JSON round trip.
 
 Letters used for shapes in this package: `B` batch, `T` tokens, `S` cache slots, `D` hidden size,
 `N` query heads, `K` key/value heads, `H` head dimension, `F` neurons, `V` vocabulary.
@@ -18,7 +18,7 @@ MAX_LAYERS = 1000
 MAX_HEAD_DIM = 4096
 MAX_PATCHES = 1 << 16
 MAX_FRAMES = 1 << 16
-# A float32 holds these, their squares' sums and their inverses.
+# float32 represents these, sums of their squares, and their inverses.
 SCALES = (1e-30, 1e30)
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_IMAGE_SIDE = 1 << 16
@@ -28,11 +28,11 @@ MAX_IMAGE_SIDE = 1 << 16
 class DecoderConfig:
     """Shape of a GLM decoder.
 
-    `num_heads`, `num_kv_heads` and `intermediate_size` are one number for all layers, or, after
-    structured pruning, one number per layer. Rotary positions turn neighbouring dimensions of a
-    head (`rotary_interleaved`, GLM) or dimensions half a head apart (Llama). `mrope_section` splits
-    the rotary frequencies over (time, height, width) positions. `sandwich_norm` norms each branch
-    after it as well as before.
+    `num_heads`, `num_kv_heads` and `intermediate_size` are one integer for all layers or, after
+    structured pruning, a tuple with one integer per layer. Rotary positions rotate pairs of
+    adjacent dimensions of a head (`rotary_interleaved`, GLM) or pairs half a head apart (Llama).
+    `mrope_section` splits the rotary frequencies over (time, height, width) positions.
+    `sandwich_norm` adds a norm after each branch to the norm before it.
     """
 
     vocab_size: int
@@ -90,15 +90,16 @@ class DecoderConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of a head that rotate; the rest pass through."""
+        """Rotated dimensions of a head; the others pass through unchanged."""
         return int(self.head_dim * self.partial_rotary_factor)
 
 
 class EncoderWidths:
     """Widths of an encoder's layers.
 
-    `num_heads` and `intermediate_size` are one number for all layers, or, after structured pruning,
-    one number per layer; `head_dim` is then given, and otherwise `hidden_size / num_heads`.
+    `num_heads` and `intermediate_size` are one integer for all layers or, after structured pruning,
+    a tuple with one integer per layer. A tuple of `num_heads` requires `head_dim`, which otherwise
+    defaults to `hidden_size / num_heads`.
     """
 
     hidden_size: int
@@ -111,7 +112,7 @@ class EncoderWidths:
         return _of_layer(self.num_heads, layer, "num_heads", self._name)
 
     def kv_heads(self, layer: int) -> int:
-        """Returns the key/value heads of one layer, by default as many as query heads."""
+        """Returns the key/value heads of one layer, by default the number of query heads."""
         shared = getattr(self, "num_kv_heads", None)
         return self.heads(layer) if shared is None else shared
 
@@ -121,7 +122,7 @@ class EncoderWidths:
 
     @property
     def head_size(self) -> int:
-        """Dimensions of a head."""
+        """Dimensions per head."""
         return self.hidden_size // self.heads(0) if self.head_dim is None else self.head_dim
 
     @property
@@ -129,7 +130,7 @@ class EncoderWidths:
         return type(self).__name__.removesuffix("Config").lower()
 
     def _check_widths(self, entries: int) -> None:
-        """Refuses widths that make no layers; `entries` of a tuple, where one is given."""
+        """Checks widths; `entries` is the required length of a tuple."""
         sizes = [
             name for name in ("hidden_size", "num_heads") if isinstance(getattr(self, name), int)
         ]
@@ -138,8 +139,8 @@ class EncoderWidths:
             widths = getattr(self, field)
             if not isinstance(widths, int) and (len(widths) != entries or min(widths) < 1):
                 raise ConfigError(
-                    f"{self._name}: {field} {widths!s:.60} must be one number, or {entries} of at "
-                    "least 1"
+                    f"{self._name}: {field} {widths!s:.60} must be one integer, or {entries} "
+                    "integers of at least 1"
                 )
         shared = getattr(self, "num_kv_heads", None)
         for heads in self.num_heads if isinstance(self.num_heads, tuple) else (self.num_heads,):
@@ -154,7 +155,7 @@ class EncoderWidths:
                 )
             return
         if not isinstance(self.num_heads, int):
-            raise ConfigError(f"{self._name}: num_heads that differ by layer need head_dim")
+            raise ConfigError(f"{self._name}: num_heads that differ per layer require head_dim")
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"{self._name}: hidden_size {self.hidden_size} must be a multiple of num_heads "
@@ -166,19 +167,20 @@ class EncoderWidths:
 class VisionConfig(EncoderWidths):
     """Shape of a vision tower: patches, pre-norm transformer, merge, gated projector.
 
-    The defaults are GLM-4.1V's tower. SigLIP has layer norms with biases (`norm`), a plain
-    feed-forward network (`gated_mlp`), biases everywhere (`attention_bias` on query, key and value,
-    `projection_bias` on the rest), no `rotary` positions and a `pooling_head`; GLM-OCR norms
-    queries and keys (`qk_norm`) and has no `learned_positions`. A tower on its own merges nothing
-    and has no projector (`merge_size=1`, `projector_size=0`). `boundary_embeddings` puts a learned
-    vector before and after the features of an image (GLM-Edge-V).
+    The defaults describe GLM-4.1V's tower. SigLIP has layer norms with biases (`norm`), a plain
+    feed-forward network (`gated_mlp=False`), biases in every projection (`attention_bias` on query,
+    key and value, `projection_bias` on the others), no `rotary` positions and a `pooling_head`.
+    GLM-OCR normalizes queries and keys (`qk_norm`) and has no `learned_positions`. A standalone
+    tower has no merge and no projector (`merge_size=1`, `projector_size=0`).
+    `boundary_embeddings` adds a learned vector before and after the features of an image
+    (GLM-Edge-V).
 
-    A window of `patch_size` pixels is read every `patch_stride` pixels (equal in GLM-4.1V; twice
-    as large in nano, which overlaps). Attention is local to windows of `window` patches (rows,
-    columns) in every layer not listed in `global_layers`; `window=None` is global throughout.
-    `separable_positions` adds a learned row and column embedding to the projected features, so
-    that the decoder can read off where a feature is. Widths that differ by layer have one more
-    entry, the last, for a pooling head.
+    Patches of `patch_size` pixels are read every `patch_stride` pixels. Both are equal in GLM-4.1V;
+    in nano patches overlap, with a size of twice the stride. Layers not listed in `global_layers`
+    attend within windows of `window` patches (rows, columns); `window=None` makes every layer
+    global. `separable_positions` adds a learned row and column embedding to the projected features,
+    so that the decoder sees the location of a feature. Per-layer widths have one more entry, the
+    last, for the pooling head.
     """
 
     image_size: tuple[int, int]
@@ -219,7 +221,7 @@ class VisionConfig(EncoderWidths):
         if self.rotary and self.head_size % 4:
             raise ConfigError(
                 f"vision: hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a "
-                "multiple of 4, since rows and columns each turn pairs of a head's dimensions"
+                "multiple of 4, since rows and columns each rotate pairs of a head's dimensions"
             )
         if not self.projector_size and self.merge_size != 1:
             raise ConfigError("vision: a tower without projector must have merge_size 1")
@@ -230,24 +232,30 @@ class VisionConfig(EncoderWidths):
             )
         if math.prod(self.image_size) > MAX_IMAGE_PIXELS or max(self.image_size) > MAX_IMAGE_SIDE:
             raise ConfigError(
-                f"vision: image_size {self.image_size} exceeds {MAX_IMAGE_PIXELS} pixels, or "
-                f"{MAX_IMAGE_SIDE} a side"
+                f"vision: image_size {self.image_size} exceeds {MAX_IMAGE_PIXELS} pixels or "
+                f"{MAX_IMAGE_SIDE} per side"
             )
         rows, columns = self.grid_of(self.image_size)
         if rows * columns > MAX_PATCHES:
             raise ConfigError(f"vision: {rows}x{columns} patches exceed {MAX_PATCHES}")
 
     def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Patches (rows, columns) of an image of that many pixels.
+        """Computes the patches (rows, columns) of an image.
+
+        Args:
+          image_size: (height, width) in pixels.
+
+        Returns:
+          Patches (rows, columns).
 
         Raises:
-          ConfigError: they do not divide into merged cells or windows.
+          ConfigError: `merge_size` or `window` does not divide the patches.
         """
         rows, columns = (pixels // self.patch_stride for pixels in image_size)
         if rows % self.merge_size or columns % self.merge_size or not rows * columns:
             raise ConfigError(
-                f"vision: {rows}x{columns} patches of an image of {tuple(image_size)} pixels must "
-                f"divide by merge_size {self.merge_size}"
+                f"vision: merge_size {self.merge_size} must divide {rows}x{columns} patches of an "
+                f"image of {tuple(image_size)} pixels"
             )
         if self.window and (rows % self.window[0] or columns % self.window[1]):
             raise ConfigError(f"vision: window {self.window} must divide {rows}x{columns} patches")
@@ -260,7 +268,7 @@ class VisionConfig(EncoderWidths):
 
     @property
     def num_tokens(self) -> int:
-        """Features that one image of the default size gives to the decoder."""
+        """Features per image of the default size, as the decoder reads them."""
         rows, columns = self.grid
         return rows * columns // self.merge_size**2 + 2 * self.boundary_embeddings
 
@@ -269,9 +277,10 @@ class VisionConfig(EncoderWidths):
 class SpeechConfig(EncoderWidths):
     """Shape of a speech encoder: log-mel, two convolutions, transformer, merge, projector.
 
-    The defaults are GLM-ASR's. Whisper's encoder adds `learned_positions` and turns nothing
-    (`partial_rotary_factor=0`); on its own it merges nothing and has no projector (`merge_size=1`,
-    `projector_size=0`). With `num_kv_heads`, several query heads share a key/value head.
+    The defaults are GLM-ASR's. Whisper's encoder has `learned_positions` and no rotation
+    (`partial_rotary_factor=0`). A standalone encoder has no merge and no projector
+    (`merge_size=1`, `projector_size=0`). With `num_kv_heads`, several query heads share a
+    key/value head.
     """
 
     mel_bins: int
@@ -313,12 +322,12 @@ class SpeechConfig(EncoderWidths):
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of a head that rotate; the rest pass through."""
+        """Rotated dimensions of a head; the others pass through unchanged."""
         return int(self.head_size * self.partial_rotary_factor)
 
     @property
     def num_tokens(self) -> int:
-        """Features that one whole recording gives to the decoder."""
+        """Features per complete recording, as the decoder reads them."""
         return self.num_frames // (2 * self.merge_size)
 
 
@@ -326,7 +335,8 @@ class SpeechConfig(EncoderWidths):
 class TextConfig(EncoderWidths):
     """Shape of a bidirectional text encoder (BERT; DistilBERT has no token types).
 
-    `pooler` reads the first token: `tanh` (BERT), `relu` (DistilBERT's classifier), or None.
+    `pooler` is the activation of the layer that reads the first token: `tanh` (BERT), `relu`
+    (DistilBERT's classifier), or None for no such layer.
     """
 
     vocab_size: int
@@ -353,9 +363,9 @@ class TextConfig(EncoderWidths):
 
 @dataclass(frozen=True)
 class GLMConfig:
-    """A multimodal GLM: a decoder and, where present, its encoders and placeholder tokens.
+    """A multimodal GLM: a decoder, optional encoders, and their placeholder tokens.
 
-    Frames of a video stand at `image_token_id` too. The remaining ids of tokens are for prompts:
+    Video frames use `image_token_id` as placeholder too. The other token ids are for prompts;
     `image_boundary_ids` and `video_boundary_ids` are (begin, end).
     """
 
@@ -412,7 +422,7 @@ ModelConfig = GLMConfig | DecoderConfig | VisionConfig | SpeechConfig | TextConf
 
 
 def _check_numbers(part: str, config: Any, sizes: Iterable[str], scales: Iterable[str]) -> None:
-    """Refuses sizes below 1, and scales that are 0 or infinite in float32."""
+    """Refuses sizes below 1, and scales outside the range of `SCALES`."""
     for name in sizes:
         if getattr(config, name) < 1:
             raise ConfigError(f"{part}: {name} {getattr(config, name)} must be at least 1")
@@ -433,7 +443,7 @@ def _of_layer(value: int | tuple[int, ...], layer: int, field: str, part: str = 
 
 
 def to_dict(config: ModelConfig) -> dict[str, Any]:
-    """Turns a configuration (of a GLM or of one encoder) into JSON-ready dictionaries."""
+    """Converts a configuration (of a GLM or of one encoder) to JSON-ready dictionaries."""
     return dataclasses.asdict(config)
 
 
@@ -449,17 +459,21 @@ def from_dict(fields: dict[str, Any], kind: type[Config]) -> Config: ...
 
 
 def from_dict(fields: dict[str, Any], kind: type = GLMConfig) -> object:
-    """Rebuilds a configuration from `to_dict`'s output, or from its JSON.
+    """Rebuilds a configuration from the output of `to_dict` or its JSON.
 
     Args:
-      fields: nested dictionaries; lists are read as tuples.
+      fields: nested dictionaries; lists become tuples.
       kind: class of the configuration.
 
     Returns:
-      The configuration.
+      The configuration, checked.
 
     Raises:
-      ConfigError: a field is unknown or missing.
+      ConfigError: a field is unknown, missing, of the wrong type, or inconsistent with another.
+
+    Example:
+      >>> from_dict(to_dict(preset("nano"))) == preset("nano")
+      True
     """
     if kind is not GLMConfig:
         return _build(kind, fields, "config")
@@ -496,7 +510,7 @@ def _build(kind: type, fields: Any, where: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tests a JSON value against a field's annotation; sizes are below 2 ** 31."""
+    """Tests a JSON value against a field's annotation; integers are in 0..2**31 - 1."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)

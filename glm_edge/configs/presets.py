@@ -14,10 +14,14 @@ def preset(name: str) -> GLMConfig:
         (GLM-Edge-1.5B's shape) or `phone_9b` (GLM-4.1V-9B's shape with GLM-ASR's encoder).
 
     Returns:
-      The configuration.
+      The configuration, a frozen dataclass.
 
     Raises:
       ConfigError: no preset has this name.
+
+    Example:
+      >>> preset("large").decoder.hidden_size
+      2048
     """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")

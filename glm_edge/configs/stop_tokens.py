@@ -1,4 +1,4 @@
-"""Stop tokens, from the files of a checkpoint that may name them."""
+"""Stop tokens, read from generation_config.json or config.json."""
 
 import dataclasses
 import os
@@ -19,19 +19,19 @@ MAX_IDS = 1000
 def read_stop_tokens(directory: Path, *sections: Mapping[str, Any]) -> tuple[int, ...]:
     """Reads the tokens that end an answer.
 
-    The first that names any counts, as in transformers: generation_config.json, then config.json,
-    then its `text_config`.
+    As in transformers, the first file with a stop token wins: generation_config.json, then
+    config.json, then its `text_config`.
 
     Args:
-      directory: of the checkpoint.
-      *sections: objects of config.json in that order, which may hold `eos_token_id`.
+      directory: checkpoint directory.
+      *sections: objects of config.json in that order, with or without `eos_token_id`.
 
     Returns:
-      Their ids; empty where no file names one.
+      Stop token ids, empty if no file names one.
 
     Raises:
       CheckpointError: generation_config.json is damaged.
-      ConfigError: a file names something else than token ids.
+      ConfigError: `eos_token_id` is not one or more token ids.
     """
     sources: list[tuple[str, Mapping[str, Any]]]
     sources = [("config.json", section) for section in sections]
@@ -45,37 +45,37 @@ def read_stop_tokens(directory: Path, *sections: Mapping[str, Any]) -> tuple[int
 
 
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
-    """Reads a field that holds a token id, several, or none.
+    """Reads a field with one token id, a list of token ids, or None.
 
     Args:
-      value: of the field; None is none.
-      where: file and field, for messages.
+      value: field value.
+      where: file and field for messages.
 
     Returns:
-      The ids, each once.
+      The ids without duplicates; empty for None.
 
     Raises:
-      ConfigError: it holds something else.
+      ConfigError: the value is of another type, or an id is out of range.
     """
     ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
     if len(ids) > MAX_IDS or not all(type(i) is int and 0 <= i < MAX_ID for i in ids):
-        raise ConfigError(f"{where} is {value!r:.60}; it must be token ids")
+        raise ConfigError(f"{where} is {value!r:.60}; it must be a token id or a list of token ids")
     return tuple(dict.fromkeys(ids))
 
 
 def with_stop_tokens(config: Any, directory: Path) -> Any:
-    """Gives a model's configuration the stop tokens that its directory names.
+    """Adds the stop tokens of a checkpoint directory to a model's configuration.
 
     Args:
-      config: of a GLM, as config.json says; that of an encoder is returned as it is.
-      directory: of the checkpoint.
+      config: configuration from config.json. Encoder configurations are returned unchanged.
+      directory: checkpoint directory.
 
     Returns:
-      The configuration.
+      The configuration with `eos_token_ids` set.
 
     Raises:
       CheckpointError: generation_config.json is damaged.
-      ConfigError: it names something else than token ids.
+      ConfigError: `eos_token_id` is not one or more token ids.
     """
     if not isinstance(config, GLMConfig):
         return config

@@ -13,14 +13,14 @@ def attention_weights(query: Array, key: Array, mask: Array | None = None) -> Ar
 
     Args:
       query: [B, T, N, H].
-      key: [B, S, K, H], where query head `n` reads key head `n // (N / K)`.
+      key: [B, S, K, H]; query head `n` attends to key head `n // (N / K)`.
       mask: bool, broadcastable to [B, 1, T, S]; False hides a key from a query.
 
     Returns:
-      [B, K, N / K, T, S] weights that sum to one over `S`.
+      float32 [B, K, N / K, T, S] weights that sum to one over `S`.
     """
     batch, length, heads, width = query.shape
-    # N / K query heads share a key head; the scale 1 / sqrt(H) is on the smaller operand.
+    # N / K query heads share a key head. Scaling by 1 / sqrt(H) is cheaper on the query.
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], width)
     scores = jnp.einsum(
         "btkgh,bskh->bkgts", grouped * width**-0.5, key, preferred_element_type=jnp.float32
@@ -45,10 +45,19 @@ def attend(weights: Array, value: Array) -> Array:
 
 
 def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
-    """Computes grouped-query attention; shapes as in `attention_weights` and `attend`.
+    """Computes grouped-query attention.
 
-    Where all scores would be more than `MAX_SCORES`, queries run in blocks, so that memory grows
-    with the length of a prompt or image and not with its square.
+    Above `MAX_SCORES` scores, queries run in blocks, so that memory is linear in the length of a
+    prompt or image, not quadratic.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H]; query head `n` attends to key head `n // (N / K)`.
+      value: [B, S, K, H].
+      mask: bool, broadcastable to [B, 1, T, S]; False hides a key from a query.
+
+    Returns:
+      [B, T, N, H].
 
     References:
       GQA, https://arxiv.org/abs/2305.13245.
@@ -66,8 +75,8 @@ def attention(query: Array, key: Array, value: Array, mask: Array | None = None)
         split = jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(split, axis, 0)
 
-    # A mask that varies with the query is cut into the same blocks. Checkpoints keep no scores for
-    # the gradient.
+    # A mask that varies with the query is split into the same blocks. `jax.checkpoint` recomputes
+    # the scores for the gradient, so that they are not stored.
     if mask is None or mask.shape[2] == 1:
         run = jax.checkpoint(lambda part: attend(attention_weights(part, key, mask), value))
         mixed = jax.lax.map(run, blocks(query, 1))
@@ -84,14 +93,14 @@ def attention_by_head(query: Array, key: Array, value: Array, mask: Array) -> Ar
       query: [B, T, N, H].
       key: [B, K, S, H].
       value: [B, K, H, S].
-      mask: added to the scores, [B, 1, T, S].
+      mask: float [B, 1, T, S], added to the scores.
 
     Returns:
       [B, T, N, H].
     """
     batch, length, heads, width = query.shape
     groups, slots = key.shape[1], key.shape[2]
-    # The queries of a key head become rows of one product, so that no head is repeated.
+    # The queries that share a key head become rows of one product, so that keys are not repeated.
     grouped = (query * width**-0.5).reshape(batch, length, groups, -1, width)
     rows = jnp.transpose(grouped, (0, 2, 3, 1, 4)).reshape(batch, groups, -1, width)
     scores = jnp.einsum("bkrh,bksh->bkrs", rows, key)
@@ -103,11 +112,11 @@ def attention_by_head(query: Array, key: Array, value: Array, mask: Array) -> Ar
 
 
 def causal_mask(query_slots: Array, num_slots: int) -> Array:
-    """Lets a query at slot `t` see the slots `0..t`.
+    """Builds a mask in which a query at slot `t` attends to the slots `0..t`.
 
     Args:
       query_slots: [T] slot of each query in the key sequence.
-      num_slots: number of key slots `S`.
+      num_slots: count of key slots, `S`.
 
     Returns:
       bool [1, 1, T, S].

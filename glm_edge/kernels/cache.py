@@ -14,7 +14,7 @@ SCALE_DTYPE = jnp.float16
 
 
 def quantize_rows(rows: Array, qtype: str) -> tuple[Array, Array]:
-    """Quantizes each row by the scale that its largest magnitude sets.
+    """Quantizes each row with a scale from its largest magnitude.
 
     Args:
       rows: [..., H].
@@ -24,11 +24,11 @@ def quantize_rows(rows: Array, qtype: str) -> tuple[Array, Array]:
       `(data, scale)`: int8 [..., H] or uint8 [..., ceil(H / 2)], and float16 [..., 1].
 
     References:
-      KVQuant compares formats of caches, https://arxiv.org/abs/2401.18079.
+      KVQuant (a comparison of cache formats), https://arxiv.org/abs/2401.18079.
     """
     rows = rows.astype(jnp.float32)
     scale = jnp.max(jnp.abs(rows), axis=-1, keepdims=True) / LARGEST[qtype]
-    # A scale beyond the range of float16 would be infinite, and so would the row.
+    # Without the limit, a scale beyond the range of float16 would make the row infinite.
     scale = jnp.minimum(scale, jnp.finfo(SCALE_DTYPE).max).astype(SCALE_DTYPE)
     codes = quantization.quantize(rows, scale, None, qtype)
     # The lowest code of two's complement has no positive counterpart.
@@ -37,12 +37,12 @@ def quantize_rows(rows: Array, qtype: str) -> tuple[Array, Array]:
 
 
 def dequantize_rows(data: Array, scale: Array, columns: int) -> Array:
-    """Reconstructs the rows that `quantize_rows` rounded.
+    """Dequantizes rows from `quantize_rows`.
 
     Args:
-      data: from `quantize_rows`; its type tells int8 from int4.
-      scale: from `quantize_rows`.
-      columns: `H`.
+      data: codes from `quantize_rows`; the array type distinguishes int8 from int4.
+      scale: float16 [..., 1] from `quantize_rows`.
+      columns: values per row, `H`.
 
     Returns:
       float32 [..., H].

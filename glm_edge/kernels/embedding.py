@@ -1,4 +1,4 @@
-"""Embedding look-up, whose gradient is a matrix product where that is faster than a scatter."""
+"""Embedding look-up with a gradient by matrix product where that is faster than a scatter."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ def take_rows(weight: Array, tokens: Array) -> Array:
     """Reads rows of a matrix.
 
     Args:
-      weight: [V, D].
+      weight: [V, D] embedding matrix.
       tokens: integers of any shape, each in 0..V-1.
 
     Returns:
-      [..., D].
+      [..., D], row `tokens[i]` at index `i`.
     """
     return jnp.asarray(weight).at[tokens].get(mode="promise_in_bounds")
 

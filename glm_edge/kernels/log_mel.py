@@ -1,4 +1,4 @@
-"""Log-mel spectrogram of speech, as Whisper and GLM-ASR read it."""
+"""Log-mel spectrogram of speech, the input of Whisper and GLM-ASR."""
 
 import functools
 
@@ -8,7 +8,7 @@ from jax import Array
 
 
 def _hertz_to_mel(hertz: np.ndarray) -> np.ndarray:
-    # Slaney's scale: linear below 1 kHz, which is mel 15, and logarithmic above.
+    # Slaney's scale: linear below 1 kHz (mel 15), logarithmic above.
     linear = hertz * 3.0 / 200.0
     logarithmic = 15.0 + 27.0 * np.log(np.maximum(hertz, 1e-9) / 1000.0) / np.log(6.4)
     return np.where(hertz < 1000.0, linear, logarithmic)
@@ -22,11 +22,11 @@ def _mel_to_hertz(mel: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def mel_filters(mel_bins: int, fft_size: int, sample_rate: int) -> np.ndarray:
-    """Builds triangular filters on the Slaney mel scale, each of unit area.
+    """Builds triangular filters of unit area on the Slaney mel scale.
 
     Args:
       mel_bins: number of filters.
-      fft_size: length of the transform in samples.
+      fft_size: length of the Fourier transform in samples.
       sample_rate: samples per second.
 
     Returns:
@@ -46,13 +46,13 @@ def mel_filters(mel_bins: int, fft_size: int, sample_rate: int) -> np.ndarray:
 def log_mel(
     samples: Array, mel_bins: int, fft_size: int = 400, hop_length: int = 160, rate: int = 16000
 ) -> Array:
-    """Computes the log-mel spectrogram, limited to 8 decades and scaled to about ±1.
+    """Computes the log-mel spectrogram, limited to 8 decades and scaled to about -1..1.
 
     Args:
-      samples: [B, L] mono samples in -1..1, `L` a multiple of `hop_length`.
+      samples: [B, L] mono samples in -1..1, with `L` a multiple of `hop_length`.
       mel_bins: number of mel filters.
       fft_size: window length in samples.
-      hop_length: samples from one frame to the next.
+      hop_length: samples between the starts of successive frames.
       rate: samples per second.
 
     Returns:
@@ -72,7 +72,7 @@ def log_mel(
     power = jnp.abs(jnp.fft.rfft(frames, axis=-1)) ** 2
     filters = mel_filters(mel_bins, fft_size, rate)
     mel = jnp.matmul(power, filters.T, precision="highest")
-    # log10, the range clipped to 80 dB below the loudest value of each recording.
+    # log10, with values clipped to 80 dB below the loudest value of each recording.
     mel = jnp.log10(jnp.maximum(mel, 1e-10))
     floor = mel.max(axis=(1, 2), keepdims=True) - 8.0
     return (jnp.maximum(mel, floor) + 4.0) / 4.0

@@ -1,9 +1,9 @@
-"""Products of activations with a weight stored `[out, in]`: dense, bf16, and low-bit.
+"""Products of activations with a weight stored `[out, in]`: dense, bfloat16, and low-bit.
 
-A low-bit weight is dequantized one block of rows at a time, into a buffer that stays in a core's
-cache and is multiplied there: memory carries packed bytes only, without a dense copy. Codes that
-share a byte are unpacked into separate arrays, which are multiplied with every second (fourth, ...)
-column of the activations, since interleaving them costs more than the product.
+The kernels dequantize a low-bit weight one block of rows at a time. The block stays in a core's
+cache for the product, so that only packed bytes cross the memory bus. Codes that share a byte are
+unpacked into separate arrays, because interleaving them costs more than the product. Each array
+multiplies every second (fourth, ...) column of the activations.
 """
 
 import functools
@@ -24,7 +24,15 @@ BLOCK = 1 << 19
 
 
 def dense(x: Array, weight: Array) -> Array:
-    """Multiplies in full precision: `[..., in] x [out, in] -> [..., out]`."""
+    """Multiplies in full precision.
+
+    Args:
+      x: [..., in] activations.
+      weight: [out, in] of the same type.
+
+    Returns:
+      [..., out].
+    """
     return jax.lax.dot_general(
         x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
     )
@@ -34,8 +42,8 @@ def dense(x: Array, weight: Array) -> Array:
 def matmul_bf16x3(x: Array, weight: Array) -> Array:
     """Multiplies few float32 rows with a bfloat16 weight, without a float32 copy of the weight.
 
-    Each row is the exact sum of three bfloat16 rows, whose products with the weight are exact in
-    float32, so the result is as accurate as that of a float32 weight and moves half the bytes.
+    Each row is the exact sum of three bfloat16 rows, and their products with the weight are exact
+    in float32. The result is as accurate as with a float32 weight and reads half the bytes.
 
     Args:
       x: float32 [..., in].
@@ -47,7 +55,7 @@ def matmul_bf16x3(x: Array, weight: Array) -> Array:
     # x = x0 + x1 + x2: 24 bits of mantissa are three times the 8 of bfloat16.
     remainder, parts = x.reshape(-1, x.shape[-1]), []
     for _ in range(2):
-        # XLA drops a cast to bfloat16 and back, which would leave no remainder.
+        # XLA removes a cast to bfloat16 and back, which would make every remainder zero.
         high = jax.lax.reduce_precision(remainder, exponent_bits=8, mantissa_bits=7)
         parts.append(high.astype(jnp.bfloat16))
         remainder = remainder - high
@@ -59,7 +67,7 @@ def matmul_bf16x3(x: Array, weight: Array) -> Array:
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-    # Summed from the smallest part to the largest, so that small terms are not lost.
+    # The sum runs from the smallest part to the largest, so that small terms are not lost.
     terms = product.reshape(weight.shape[0], 3, -1)
     return (terms[:, 2] + terms[:, 1] + terms[:, 0]).T.reshape(*x.shape[:-1], -1)
 
@@ -79,7 +87,15 @@ matmul_bf16x3.defvjp(_matmul_bf16x3_forward, _matmul_bf16x3_backward)
 
 @jax.custom_vjp
 def dense_bf16(x: Array, weight: Array) -> Array:
-    """Multiplies bfloat16 inputs with float32 accumulation, forward and backward."""
+    """Multiplies in bfloat16 with float32 accumulation, forward and backward.
+
+    Args:
+      x: [..., in] activations, rounded to bfloat16.
+      weight: [out, in], rounded to bfloat16.
+
+    Returns:
+      float32 [..., out].
+    """
     return _bf16_dot(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
@@ -118,12 +134,12 @@ def quantized_matmul(
       data: packed codes [out, bytes], see `glm_edge.kernels.packing`; with `int8`, also levels of
         any type, [out, in].
       scale: [out, in / g], one per group of `g` columns.
-      zero: None (symmetric), or zero points like `scale`.
-      qtype: of the codes.
+      zero: None (symmetric), or zero points in the shape of `scale`.
+      qtype: type of the codes, one of `glm_edge.kernels.packing.QTYPES`.
       inputs: type of the factors, `float32` or `bfloat16`; sums are float32.
 
     Returns:
-      [..., out] of the type of `x`.
+      [..., out] in the type of `x`.
     """
     block = functools.partial(_dequantized_product, qtype=qtype, inputs=inputs)
     product = _by_blocks(block, x.reshape(-1, x.shape[-1]), data, scale, zero)
@@ -133,21 +149,24 @@ def quantized_matmul(
 def dynamic_int8_matmul(
     x: Array, data: Array, scale: Array, zero: Array | None = None, qtype: str = "int8"
 ) -> Array:
-    """Multiplies rows rounded to int8 with a quantized weight, as dynamic kernels of phones do.
+    """Multiplies rows rounded to int8 with a quantized weight, as dynamic-range kernels do.
 
-    With one scale per row of the weight, factors are int8 and sums are int32. Scales are applied
-    afterwards, in the order of XNNPACK's `qd8` kernels, so that equal int8 rows give equal bits.
-    Gradients pass straight through the rounding.
+    With one scale per row of the weight, factors are int8 and sums are int32. Scales multiply the
+    sums in the order of XNNPACK's `qd8` kernels, so that both return the same bits. Gradients pass
+    straight through the rounding.
 
     Args:
       x: [..., in] activations.
-      data: as in `quantized_matmul`.
-      scale: [out, in / g].
-      zero: None or zero points like `scale`.
-      qtype: of the codes.
+      data: packed codes [out, bytes], or levels [out, in], as in `quantized_matmul`.
+      scale: [out, in / g], one per group of `g` columns.
+      zero: None (symmetric), or zero points in the shape of `scale`.
+      qtype: type of the codes, one of `glm_edge.kernels.packing.QTYPES`.
 
     Returns:
-      [..., out] of the type of `x`.
+      [..., out] in the type of `x`.
+
+    References:
+      XNNPACK, `qd8` kernels, https://github.com/google/XNNPACK.
     """
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     # x' = s_x (q_x - z_x), one scale and zero point per row; the centred integers are q_x - z_x.
@@ -170,28 +189,31 @@ def static_int8_matmul(
 ) -> Array:
     """Multiplies as `dynamic_int8_matmul`, with calibrated scales of activations and products.
 
-    The order of the scales is that of XNNPACK's `qs8` kernels: sums are multiplied by one float32
-    value per row of the weight, rounded to even, and clipped. Gradients pass straight through the
+    The order of operations is that of XNNPACK's `qs8` kernels: multiply each sum by one float32
+    value per row of the weight, round to even, and clip. Gradients pass straight through the
     rounding where it does not clip, and reach the scales as in learned step size quantization.
 
     Args:
       x: [..., in] activations.
-      data: as in `quantized_matmul`.
-      scale: as in `quantized_matmul`.
-      zero: as in `quantized_matmul`.
+      data: packed codes [out, bytes], or levels [out, in], as in `quantized_matmul`.
+      scale: [out, in / g], one per group of `g` columns.
+      zero: None (symmetric), or zero points in the shape of `scale`.
       input_scale: scale of the activations, a scalar.
-      input_zero: their int8 zero point.
-      qtype: of the codes.
-      output_scale: None, or the scale of the products, a scalar.
-      output_zero: None, or their int8 zero point.
+      input_zero: int8 zero point of the activations, a scalar.
+      qtype: type of the codes, one of `glm_edge.kernels.packing.QTYPES`.
+      output_scale: scale of the products, a scalar; None leaves products in float32.
+      output_zero: int8 zero point of the products; None without `output_scale`.
 
     Returns:
-      [..., out] of the type of `x`.
+      [..., out] in the type of `x`.
+
+    References:
+      Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
     """
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     step = jnp.broadcast_to(input_scale.astype(jnp.float32), (flat.shape[0], 1))
     offset = jnp.broadcast_to(input_zero.astype(jnp.float32), step.shape)
-    # Multiplied by the inverse, as XNNPACK does: a quotient may round to the neighbour.
+    # XNNPACK multiplies by the inverse; a division could round to the adjacent integer.
     centred = _rounded(flat * (1.0 / step), offset)
     if output_scale is None or output_zero is None:
         product = _integer_product(centred, offset, step, data, scale, zero, qtype)
@@ -205,7 +227,7 @@ def static_int8_matmul(
 
 
 def _rounded(steps: Array, zero: Array) -> Array:
-    """Rounds to integers that are int8 once `zero` is added; gradients pass."""
+    """Rounds to integers in the range of int8 minus `zero`, with straight-through gradients."""
     inside = jnp.clip(steps, -128.0 - zero, 127.0 - zero)
     return quantization.straight_through(inside, jnp.round(inside))
 
@@ -223,21 +245,21 @@ def _integer_product(
     """Computes `_centred_product` in integers where the weight has one scale per row.
 
     Args:
-      centred: float32 [rows, in], integers; int8 once `offset` is added.
-      offset: float32 [rows, 1], integers, `z_x`.
-      step: float32 [rows, 1], `s_x`.
-      data: as in `quantized_matmul`.
-      scale: as in `quantized_matmul`.
-      zero: as in `quantized_matmul`.
-      qtype: as in `quantized_matmul`.
+      centred: integers `q_x - z_x` as float32 [rows, in].
+      offset: integers `z_x` as float32 [rows, 1].
+      step: scales `s_x`, float32 [rows, 1].
+      data: packed codes or levels, as in `quantized_matmul`.
+      scale: [out, in / g], as in `quantized_matmul`.
+      zero: None or zero points, as in `quantized_matmul`.
+      qtype: type of the codes.
 
     Returns:
       float32 [rows, out].
     """
     if scale.shape[-1] > 1 or qtype == "nf4" or not jnp.issubdtype(data.dtype, jnp.integer):
         return _centred_product(centred, step, data, scale, zero, qtype)
-    # Few rows are centred before the product, which exceeds int8. Of more rows the int8 integers
-    # are multiplied, and the offset's share is subtracted afterwards.
+    # For few rows, int32 factors q_x - z_x (they exceed int8) are cheapest. For more rows, the
+    # int8 factors q_x are multiplied, and the term of z_x is subtracted from the sums.
     few = centred.shape[0] <= FEW_ROWS
     rows = (centred if few else centred + offset).astype(jnp.int32 if few else jnp.int8)
     offset = offset.astype(jnp.int32)
@@ -249,7 +271,7 @@ def _integer_product(
         # sum (q_x - z_x) q_w = sum q_x q_w - z_x sum q_w
         if not few:
             total = total - offset * sum(jnp.sum(w, axis=-1, dtype=jnp.int32) for w in planes)
-        # sum (q_x - z_x) (q_w - z_w) needs the sum of each row of activations too.
+        # sum (q_x - z_x) (q_w - z_w) also needs sum (q_x - z_x) per row of activations.
         if zero is not None:
             is_integer = jnp.issubdtype(zero.dtype, jnp.integer)
             total = total - sums * zero[:, 0].astype(jnp.int32 if is_integer else jnp.float32)
@@ -296,7 +318,7 @@ _integer_product.defvjp(_integer_product_forward, _integer_product_backward)
 def _by_blocks(block: Callable, x: Array, data: Array, scale: Array, zero: Array | None) -> Array:
     """Concatenates `block(x, data, scale, zero)`, float32 [rows, R], over blocks of R rows."""
     count = round(data.shape[0] * x.shape[-1] / BLOCK)
-    # On a mesh the rows of a weight may be on several devices, which must not take turns.
+    # On a mesh, rows of a weight may be on several devices; a loop over rows would serialize them.
     if count < 2 or not jax.sharding.get_abstract_mesh().empty:
         return block(x, data, scale, zero)
     size = data.shape[0] // count
@@ -304,10 +326,10 @@ def _by_blocks(block: Callable, x: Array, data: Array, scale: Array, zero: Array
     def run(x: Array, data: Array, scale: Array, zero: Array | None) -> Array:
         weight = data, scale, zero
         parts = jax.tree.map(lambda a: a[: count * size].reshape(count, size, -1), weight)
-        # Dequantized again for the gradient, which would keep every block otherwise.
+        # The gradient dequantizes each block again instead of storing every block.
         step = jax.checkpoint(lambda part: block(x, *part), prevent_cse=False)
         product = jnp.moveaxis(jax.lax.map(step, parts), 0, 1).reshape(x.shape[0], -1)
-        # A last block of fewer rows than the others.
+        # The remaining rows form a smaller last block.
         tail = jax.tree.map(lambda a: a[count * size :], weight)
         return jnp.concatenate([product, block(x, *tail)], axis=-1) if tail[0].size else product
 
@@ -323,7 +345,7 @@ def _dequantized_product(
 
 
 def _product(x: Array, planes: list[Array], inputs: DTypeLike, sums: DTypeLike) -> Array:
-    """Multiplies [rows, in] with the planes of a weight, see `packing.planes`.
+    """Multiplies [rows, in] with the planes of a weight from `packing.planes`.
 
     Args:
       x: [rows, in].
@@ -336,7 +358,7 @@ def _product(x: Array, planes: list[Array], inputs: DTypeLike, sums: DTypeLike) 
     """
     count, width = len(planes), planes[0].shape[-1]
     x = jnp.pad(x, ((0, 0), (0, count * width - x.shape[-1])))
-    # Plane i holds columns i, i + n, i + 2n, ...
+    # Plane i contains columns i, i + n, i + 2n, ...
     pairs = [(x[:, i::count], plane) for i, plane in enumerate(planes)]
 
     def multiplied(pairs: list[tuple[Array, Array]]) -> Array:
@@ -349,17 +371,17 @@ def _product(x: Array, planes: list[Array], inputs: DTypeLike, sums: DTypeLike) 
 
     if x.shape[0] > FEW_ROWS:
         return multiplied(pairs)
-    # On a GPU, a reduction dequantizes as it reads; a product would write the weight first.
+    # On a GPU, a reduction fuses with the dequantization; a product would first write the weight.
     return jax.lax.platform_dependent(pairs, cpu=multiplied, default=reduced)
 
 
 def dot(x: Array, weight: Array, sums: DTypeLike) -> Array:
-    """Multiplies with a separate type of the sums.
+    """Multiplies with a separate accumulator type.
 
     Args:
       x: [rows, in].
       weight: [out, in] of the same type; int8 products are exact for up to 2^17 columns.
-      sums: type of the sums and of the result.
+      sums: type of the accumulators and of the result.
 
     Returns:
       [rows, out].
@@ -376,7 +398,7 @@ def dot(x: Array, weight: Array, sums: DTypeLike) -> Array:
 def _dequantized_planes(
     data: Array, scale: Array, zero: Array | None, qtype: str, columns: int
 ) -> tuple[list[Array], Array | None]:
-    """Dequantizes the planes of a weight; scales [out], if not None, are yet to be applied."""
+    """Dequantizes the planes of a weight, except for the returned scales [out] unless None."""
     groups, planes = scale.shape[-1], packing.planes(data, columns, qtype)
     # One scale per row multiplies the product: one multiplication per output, not per weight.
     if groups == 1:
@@ -384,28 +406,29 @@ def _dequantized_planes(
         if zero is not None:
             levels = [level - zero.astype(jnp.float32) for level in levels]
         return levels, scale[:, 0].astype(jnp.float32)
-    # Groups that planes would cut unevenly need columns in order.
+    # Groups that planes would split unevenly need columns in their original order.
     if columns // groups % len(planes):
         planes = [packing.unpack(data, columns, qtype)]
     return [quantization.dequantize(plane, scale, zero, qtype) for plane in planes], None
 
 
 def round_rows_to_int8(x: Array) -> Array:
-    """Quantizes each row with `rows_to_int8` and dequantizes it; [..., C] of the same type."""
+    """Quantizes each row with `rows_to_int8` and dequantizes it; [..., C] in the same type."""
     integers, zero, step = rows_to_int8(x)
     return ((integers - zero) * step).astype(x.dtype)
 
 
 def rows_to_int8(x: Array) -> tuple[Array, Array, Array]:
-    """Quantizes each row to affine int8, as dynamic kernels of phones do.
+    """Quantizes each row to affine int8, as dynamic-range kernels do.
 
-    The range spans the row's minimum, its maximum and zero, which is represented exactly.
+    The range of a row spans its minimum, its maximum and zero. Zero is represented exactly.
 
     Args:
       x: [..., C] activations.
 
     Returns:
-      `(integers, zero, step)`, all of the same type: [..., C] in -128..127, [..., 1], [..., 1].
+      `(integers, zero, step)` in the type of `x`: integers [..., C] in -128..127, zero points
+      [..., 1] and scales [..., 1].
 
     References:
       XNNPACK, `xnn_qd8_asymmetric_quantization_params`.
@@ -414,7 +437,7 @@ def rows_to_int8(x: Array) -> tuple[Array, Array, Array]:
     high = jnp.maximum(x.max(axis=-1, keepdims=True), 0.0)
     inverse = jnp.where(high == low, 1.0, 255.0 / (high - low))
     from_low, from_high = low * inverse, high * inverse
-    # XNNPACK takes the zero point from the end of the range that rounds with the smaller error.
+    # XNNPACK computes the zero point from the end of the range with the smaller rounding error.
     nearer_low = (-128.0 + from_low) + (127.0 + from_high) > 0.0
     zero = jnp.where(nearer_low, -128.0 - from_low, 127.0 - from_high)
     zero = jnp.round(jnp.clip(zero, -128.0, 127.0))

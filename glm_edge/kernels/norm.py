@@ -6,7 +6,15 @@ from jax import Array
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Divides by the root mean square over the last axis, then scales by `weight`.
+    """Divides by the root mean square over the last axis, then multiplies by `weight`.
+
+    Args:
+      x: [..., D] activations of any float type.
+      weight: [D] scale per dimension.
+      eps: added to the mean square before the root.
+
+    Returns:
+      [..., D] in the type of `x` times `weight`.
 
     References:
       Root Mean Square Layer Normalization, https://arxiv.org/abs/1910.07467.
@@ -17,7 +25,20 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
-    """Centers, divides by the standard deviation over the last axis, then scales and shifts."""
+    """Centers, divides by the standard deviation over the last axis, then scales and shifts.
+
+    Args:
+      x: [..., D] activations of any float type.
+      weight: [D] scale per dimension.
+      bias: [D] shift per dimension.
+      eps: added to the variance before the root.
+
+    Returns:
+      [..., D] in the type of `x` times `weight`.
+
+    References:
+      Layer Normalization, https://arxiv.org/abs/1607.06450.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)

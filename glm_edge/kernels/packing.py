@@ -1,4 +1,4 @@
-"""Packing of small codes into bytes, along the last axis, the first code in the lowest bits.
+"""Packing of small codes into bytes along the last axis, with the first code in the lowest bits.
 
 A code is a signed integer (`int8` to `int2`), a sign or zero (`ternary`, `ternary34`), or an index
 into `NF4_LEVELS` (`nf4`).
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# 4-bit NormalFloat: quantiles of a normal distribution, zero and both ends included.
+# 4-bit NormalFloat: quantiles of a normal distribution, including zero and both ends.
 # https://arxiv.org/abs/2305.14314, appendix E.
 NF4_LEVELS = (
     -1.0,
@@ -45,23 +45,31 @@ _UNITS = {
     "ternary34": (32, 5),
 }
 QTYPES = tuple(_UNITS)
-# Bits per code where three bytes are read as one integer.
+# Bits per code of the types that read three bytes as one integer.
 _IN_THREE_BYTES = {"int6": 6, "int3": 3}
 
 
 def unit(qtype: str) -> int:
-    """Returns the number of codes per unit of complete bytes: a row is cut only between units."""
+    """Returns the codes per unit of complete bytes; a row can be split only between units."""
     return _UNITS[qtype][0]
 
 
 def packed_columns(columns: int, qtype: str) -> int:
-    """Counts the bytes of `columns` packed codes."""
+    """Counts the bytes of a packed row.
+
+    Args:
+      columns: count of codes.
+      qtype: one of `QTYPES`.
+
+    Returns:
+      Bytes of complete units.
+    """
     codes, size = _UNITS[qtype]
     return -(-columns // codes) * size
 
 
 def stored_dtype(qtype: str) -> np.dtype:
-    """Returns the type of packed codes."""
+    """Returns the array type of packed codes: int8 for `int8`, otherwise uint8."""
     return np.dtype(np.int8 if qtype == "int8" else np.uint8)
 
 
@@ -70,21 +78,25 @@ def pack(codes: Array, qtype: str) -> Array:
     """Packs the codes of each row.
 
     Args:
-      codes: int8 [..., C] within the range of `qtype`; of `ternary34`, each four neighbours have
-        exactly one zero, and at most one where fewer than four remain at the end.
+      codes: int8 [..., C] within the range of `qtype`. For `ternary34`, each group of four
+        contains exactly one zero; an incomplete last group contains at most one.
       qtype: one of `QTYPES`.
 
     Returns:
-      uint8 [..., packed_columns(C)], a last unit padded with zeros; int8 `codes` for `int8`.
+      uint8 [..., packed_columns(C)], the last unit padded with zeros; int8 `codes` for `int8`.
+
+    Example:
+      >>> pack(jnp.asarray([1, -2, 7, 0], jnp.int8), "int4")
+      Array([225,   7], dtype=uint8)
     """
     if qtype == "int8":
         return codes
     codes = _filled(codes, qtype)
     if qtype == "ternary":
-        # Five digits of base 3, the first one the highest.
+        # Five digits of base 3, the most significant digit first.
         digits = (codes + 1).astype(jnp.uint8)
         number = sum(digits[..., i] * jnp.uint8(3 ** (4 - i)) for i in range(5))
-        # The fraction number / 243 in 256ths, rounded up: digits come back by multiplication.
+        # number / 243 in units of 1/256, rounded up, so that multiplication recovers the digits.
         return ((number.astype(jnp.uint32) * 256 + 242) // 243).astype(jnp.uint8)
     if qtype == "ternary34":
         return _pack_ternary34(codes)
@@ -102,7 +114,7 @@ def unpack(data: Array, columns: int, qtype: str) -> Array:
 
     Args:
       data: uint8 [..., packed_columns(C)]; int8 [..., C] for `int8`.
-      columns: `C`.
+      columns: count of codes per row, `C`.
       qtype: one of `QTYPES`.
 
     Returns:
@@ -116,16 +128,16 @@ def unpack(data: Array, columns: int, qtype: str) -> Array:
 
 
 def planes(data: Array, columns: int, qtype: str) -> list[Array]:
-    """Unpacks to several arrays, so that nothing need be interleaved.
+    """Unpacks into several arrays, without the cost of interleaving codes.
 
     Args:
-      data: as in `unpack`.
-      columns: `C`.
+      data: uint8 [..., packed_columns(C)]; int8 [..., C] for `int8`.
+      columns: count of codes per row, `C`.
       qtype: one of `QTYPES`.
 
     Returns:
-      `n` arrays int8 [..., ceil(C / n)]; array `i` has the codes of columns `i`, `i + n`,
-      `i + 2 n` and so on; the last may be padded with the code zero.
+      `n` arrays int8 [..., ceil(C / n)]. Array `i` contains the codes of columns `i`, `i + n`,
+      `i + 2 n` and so on; the last columns may be padded with the code zero.
     """
     if qtype == "int8":
         return [data]
@@ -135,7 +147,7 @@ def planes(data: Array, columns: int, qtype: str) -> list[Array]:
 
 
 def _words(data: Array, qtype: str) -> tuple[Array, int]:
-    """Reads packed bytes as integers of equally many neighbouring codes, and counts these codes."""
+    """Reads packed bytes as integers of several adjacent codes; also returns codes per integer."""
     if qtype in _IN_THREE_BYTES:
         parts = data.reshape(*data.shape[:-1], -1, 3).astype(jnp.int32)
         # XLA computes a sum once, and a chain of bit operations once per plane.
@@ -155,17 +167,17 @@ def _words(data: Array, qtype: str) -> tuple[Array, int]:
 def _code(words: Array, index: Array | int, qtype: str) -> Array:
     """Extracts the code at `index` of each word, as int8."""
     if qtype == "ternary":
-        # The byte is a fraction in 256ths. Multiplied by 3^index it wraps to the fraction after the
-        # earlier digits; the next digit is the integer part of three times it, (3 * f) >> 8.
+        # The byte f is a fraction in units of 1/256. Multiplying by 3^index in uint8 wraps, which
+        # removes the earlier digits. The next digit is the integer part of 3 f, (3 * f) >> 8.
         fraction = words * (jnp.asarray(3, jnp.uint8) ** jnp.asarray(index, jnp.uint8))
         return (fraction > 85).astype(jnp.int8) + (fraction > 170).astype(jnp.int8) - 1
     if qtype == "ternary34":
-        # Index of the zero in bits 3 and 4, the signs of the other three in bits 0 to 2.
+        # Bits 3 and 4 are the index of the zero, bits 0 to 2 the signs of the other three.
         zero_index, index = words >> 3, jnp.asarray(index, jnp.uint8)
         sign = (words >> jnp.minimum(index - (index > zero_index), 2)) & 1
         return jnp.where(zero_index == index, 0, 2 * sign.astype(jnp.int8) - 1).astype(jnp.int8)
     if qtype in _IN_THREE_BYTES:
-        # Shifted to the top of 32 bits and back, which extends the sign.
+        # Shifting to the top of 32 bits and back extends the sign.
         width = _IN_THREE_BYTES[qtype]
         return ((words << (32 - width * (1 + index))) >> (32 - width)).astype(jnp.int8)
     if qtype == "int5":
@@ -183,7 +195,8 @@ def _filled(codes: Array, qtype: str) -> Array:
     size, columns = unit(qtype), codes.shape[-1]
     missing = -columns % size
     if qtype == "ternary34" and missing:
-        # Padding keeps one zero per four: it is the first of a padded four, unless codes have one.
+        # Padding keeps one zero per group of four: the first padding code is zero unless the
+        # incomplete group already contains one.
         tail = jnp.asarray(np.arange(columns, columns + missing) % 4 != 0, jnp.int8)
         tail = jnp.broadcast_to(tail, (*codes.shape[:-1], missing))
         if columns % 4:
@@ -204,7 +217,7 @@ def _join_three_bytes(codes: Array, width: int) -> Array:
     """Joins [..., units, codes per unit] to [..., 3 bytes per unit]."""
     fields = (codes.astype(jnp.uint8) & (2**width - 1)).astype(jnp.uint32)
     shifts = width * jnp.arange(codes.shape[-1], dtype=jnp.uint32)
-    # One integer of 24 bits per unit, then its bytes from the lowest.
+    # One 24-bit integer per unit, then its bytes, the lowest first.
     number = jnp.sum(fields << shifts, axis=-1, dtype=jnp.uint32)
     parts = (number[..., None] >> (8 * jnp.arange(3, dtype=jnp.uint32))) & 0xFF
     return parts.astype(jnp.uint8).reshape(*parts.shape[:-2], -1)
@@ -214,7 +227,7 @@ def _pack_ternary34(codes: Array) -> Array:
     """Packs four codes in five bits: two for the index of the zero, three for the signs."""
     fours = codes.reshape(*codes.shape[:-1], 8, 4)
     zero_index = jnp.argmin(jnp.abs(fours), axis=-1)
-    # The three other indices, in order.
+    # Indices of the three signs, in order.
     others = jnp.arange(3) + (jnp.arange(3) >= zero_index[..., None])
     signs = jnp.take_along_axis(fours, others, axis=-1) > 0
     fields = zero_index * 8 + jnp.sum(signs << jnp.arange(3), axis=-1)

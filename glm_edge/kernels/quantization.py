@@ -1,7 +1,7 @@
-"""Rounding of weights to codes and back, `w' = scale * (level - zero_point)`.
+"""Quantization of weights to codes and back, `w' = scale * (level - zero_point)`.
 
-A scale is `[..., out, groups]`, one per group of neighbouring columns of a row, or `[..., 1, 1]`,
-one per matrix. Zero points, if any, have the shape of the scales.
+Scales are `[..., out, groups]`, one per group of adjacent columns of a row, or `[..., 1, 1]`, one
+per matrix. Optional zero points have the shape of the scales.
 """
 
 import functools
@@ -29,7 +29,7 @@ def smallest_scale(dtype: str) -> float:
       dtype: `float32`, `float16` or `bfloat16`.
 
     Returns:
-      The smallest subnormal float16, 2^-24; of other types the smallest normal value, since
+      The smallest subnormal float16, 2^-24. For other types, the smallest normal value, because
       processors read subnormal float32 as zero.
     """
     info = jnp.finfo(dtype)
@@ -38,22 +38,22 @@ def smallest_scale(dtype: str) -> float:
 
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def round_scale(scale: Array, dtype: str) -> Array:
-    """Rounds scales to the type in which they are stored, without making one zero.
+    """Rounds scales to their stored type, without underflow to zero.
 
     Args:
-      scale: float32, of any shape and sign.
-      dtype: to store them in.
+      scale: float32 of any shape and sign.
+      dtype: stored type, `float32`, `float16` or `bfloat16`.
 
     Returns:
-      Scales in `dtype`. One below the range of the type becomes its smallest; a subnormal one is
-      rounded up, so that it does not clip the weights that it spans. Zero stays zero.
+      Scales in `dtype`. A scale below the range of the type becomes the smallest one. A subnormal
+      scale is rounded up, so that it does not clip weights of its group. Zero stays zero.
     """
     info, smallest = jnp.finfo(dtype), smallest_scale(dtype)
     scale = scale.astype(jnp.float32)
     size = jnp.abs(scale)
-    # Subnormal sizes become whole multiples of the smallest scale, rounded up.
+    # Subnormal magnitudes become integer multiples of the smallest scale, rounded up.
     raised = jnp.maximum(jnp.ceil(size / smallest), 1.0) * smallest
-    # XLA drops a cast to a narrow type and back; it does not drop this operation.
+    # XLA removes a cast to a narrow type and back; it does not remove this operation.
     rounded = jax.lax.reduce_precision(size, info.nexp, info.nmant)
     size = jnp.where(size < float(info.tiny), raised, rounded)
     return jnp.where(scale == 0, 0.0, jnp.where(scale < 0, -size, size)).astype(dtype)
@@ -65,12 +65,12 @@ def quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Arr
 
     Args:
       weight: [..., out, in].
-      scale: see the module's docstring.
-      zero: None, or like `scale`.
-      qtype: of the codes, see `glm_edge.kernels.packing`.
+      scale: [..., out, groups] or [..., 1, 1].
+      zero: None (symmetric), or zero points in the shape of `scale`.
+      qtype: type of the codes, one of `glm_edge.kernels.packing.QTYPES`.
 
     Returns:
-      int8 [..., out, in]; at scale zero, the code of level zero.
+      int8 [..., out, in]; groups with scale zero receive the code of level zero.
     """
     grouped, scale, zero = _by_group(weight.astype(jnp.float32), scale, zero)
     # w / s + z; a scale of zero marks a group of zeros.
@@ -81,7 +81,16 @@ def quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Arr
 
 
 def round_to_codes(steps: Array, qtype: str) -> Array:
-    """Rounds weights in units of their scale to codes; int8 of the same shape."""
+    """Rounds weights in units of their scale to codes.
+
+    Args:
+      steps: float32 `w / scale + zero`, of any shape; the last axis is a multiple of 4 for
+        `ternary34`.
+      qtype: type of the codes, one of `glm_edge.kernels.packing.QTYPES`.
+
+    Returns:
+      int8 codes in the same shape.
+    """
     if qtype == "nf4":
         # Levels of NF4 are not evenly spaced: count the midpoints below each weight.
         levels = jnp.asarray(NF4_LEVELS, jnp.float32)
@@ -89,8 +98,8 @@ def round_to_codes(steps: Array, qtype: str) -> Array:
         return jnp.searchsorted(middles, steps, method="compare_all").astype(jnp.int8)
     if qtype == "ternary34":
         fours = steps.reshape(*steps.shape[:-1], -1, 4)
-        # 3:4 sparsity: of four weights the smallest becomes zero, the first one of equals; the
-        # others become signs, even those that would round to zero.
+        # 3:4 sparsity: the smallest of four weights becomes zero (ties: the first). The others
+        # become signs, including those that would round to zero.
         dropped = jnp.argmin(jnp.abs(fours), axis=-1, keepdims=True)
         signs = jnp.where(fours < 0, -1, 1)
         codes = jnp.where(jnp.arange(4) == dropped, 0, signs)
@@ -100,23 +109,26 @@ def round_to_codes(steps: Array, qtype: str) -> Array:
 
 
 def levels(codes: Array, qtype: str) -> Array:
-    """Returns the level of each code: the code itself, or a float32 of `NF4_LEVELS`."""
+    """Returns the level of each code: the code itself, or a float32 value of `NF4_LEVELS`."""
     if qtype != "nf4":
         return codes
     return jnp.asarray(NF4_LEVELS, jnp.float32)[codes.astype(jnp.int32)]
 
 
 def fake_quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
-    """Quantizes and dequantizes with a gradient that ignores the rounding where it does not clip.
+    """Quantizes and dequantizes with straight-through gradients where codes are not clipped.
 
     Args:
       weight: float32 [..., out, in].
-      scale: float32, see the module's docstring; gradients reach it.
-      zero: None, or like `scale`.
-      qtype: of the codes.
+      scale: float32 [..., out, groups] or [..., 1, 1]; receives gradients.
+      zero: None (symmetric), or zero points in the shape of `scale`.
+      qtype: type of the codes, one of `glm_edge.kernels.packing.QTYPES`.
 
     Returns:
       float32 [..., out, in].
+
+    References:
+      Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
     """
     grouped, scale, zero = _by_group(weight, scale, zero)
     steps = jnp.where(scale == 0, 0.0, grouped / jnp.where(scale == 0, 1.0, scale))
@@ -133,17 +145,48 @@ def fake_quantize(weight: Array, scale: Array, zero: Array | None, qtype: str) -
 
 
 def straight_through(x: Array, value: Array) -> Array:
-    """Returns exactly `value`, with the gradient of `x`."""
+    """Returns exactly `value`, with the gradient of `x`.
+
+    Args:
+      x: array that receives the gradient.
+      value: array in the same shape.
+
+    Returns:
+      `value`.
+
+    References:
+      Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation,
+      https://arxiv.org/abs/1308.3432.
+    """
     return jax.lax.stop_gradient(value) + (x - jax.lax.stop_gradient(x))
 
 
 def dequantize(codes: Array, scale: Array, zero: Array | None, qtype: str) -> Array:
-    """Reconstructs weights from codes, float32 [..., out, in]; arguments as in `quantize`."""
+    """Dequantizes codes.
+
+    Args:
+      codes: int8 [..., out, in].
+      scale: [..., out, groups] or [..., 1, 1].
+      zero: None (symmetric), or zero points in the shape of `scale`.
+      qtype: type of the codes, one of `glm_edge.kernels.packing.QTYPES`.
+
+    Returns:
+      float32 [..., out, in].
+    """
     return dequantize_levels(levels(codes, qtype), scale, zero)
 
 
 def dequantize_levels(steps: Array, scale: Array, zero: Array | None = None) -> Array:
-    """Computes `scale * (steps - zero)`, float32, of the levels of codes, [..., out, in]."""
+    """Computes `scale * (steps - zero)`.
+
+    Args:
+      steps: [..., out, in] levels of codes.
+      scale: [..., out, groups] or [..., 1, 1].
+      zero: None (symmetric), or zero points in the shape of `scale`.
+
+    Returns:
+      float32 [..., out, in].
+    """
     grouped, scale, zero = _by_group(steps.astype(jnp.float32), scale, zero)
     if zero is not None:
         grouped = grouped - zero
@@ -151,7 +194,7 @@ def dequantize_levels(steps: Array, scale: Array, zero: Array | None = None) -> 
 
 
 def _by_group(values: Array, scale: Array, zero: Array | None) -> tuple[Array, Array, Array | None]:
-    """Splits columns into groups, [..., out, groups, columns], beside float32 scales and zeros."""
+    """Splits columns into groups, [..., out, groups, columns], with float32 scales and zeros."""
     grouped = values.reshape(*values.shape[:-1], scale.shape[-1], -1)
     zero = None if zero is None else zero.astype(jnp.float32)[..., None]
     return grouped, scale.astype(jnp.float32)[..., None], zero

@@ -8,7 +8,15 @@ from jax import Array
 
 
 def inverse_frequencies(rotary_dim: int, theta: float) -> np.ndarray:
-    """Returns the `rotary_dim / 2` angular frequencies, `theta ** (-2i / rotary_dim)`."""
+    """Computes the angular frequencies `theta ** (-2i / rotary_dim)`.
+
+    Args:
+      rotary_dim: rotated dimensions of a head, `R`.
+      theta: base of the frequencies.
+
+    Returns:
+      float32 [R / 2] in radians per position.
+    """
     return (theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)).astype(np.float32)
 
 
@@ -20,7 +28,8 @@ def angles(
     Args:
       positions: [B, T] token positions, or [3, B, T] (time, height, width) with `mrope_section`.
       frequencies: [R / 2] angular frequencies.
-      mrope_section: counts of frequencies that follow each row of `positions` in turn.
+      mrope_section: counts of frequencies per section; sections use time, height and width in
+        turn.
 
     Returns:
       [B, T, R / 2] angles in radians.
@@ -32,7 +41,7 @@ def angles(
         return positions.astype(jnp.float32)[..., None] * frequencies
     if positions.ndim == 2:
         positions = jnp.broadcast_to(positions, (3, *positions.shape))
-    # Sections of frequencies take time, height and width in turn.
+    # Sections of frequencies use time, height and width in turn.
     row_of_frequency = np.repeat(np.arange(len(mrope_section)) % 3, mrope_section)
     chosen = jnp.moveaxis(positions[row_of_frequency], 0, -1)
     return chosen.astype(jnp.float32) * frequencies
@@ -43,17 +52,17 @@ def block_positions(
 ) -> tuple[Array, Array]:
     """Computes positions (time, row, column) of a prompt with grids of image features.
 
-    A text token advances all three by one. A grid of `r x c` features has one time, and rows and
-    columns counted from there. The token after it continues `max(r, c)` later.
+    A text token advances all three by one. The features of an `r x c` grid share one time; their
+    rows and columns count from that position. The next token continues `max(r, c)` later.
 
     Args:
-      rank: [B, T], at a placeholder its index among all features, which `grids` lists in order.
+      rank: int [B, T]; at a placeholder, the index of its feature in the order of `grids`.
       placeholder: bool [B, T], True at image features.
-      valid: bool [B, T], False at padding, whose position is 0 and which does not advance.
-      grids: (rows, columns) of features of each image or temporal patch of a video.
+      valid: bool [B, T], False at padding. Padding has position 0 and does not advance.
+      grids: (rows, columns) of the features of each image or temporal patch of a video.
 
     Returns:
-      `(positions, following)`: [3, B, T], and [B], the position of the next token.
+      `(positions, following)`: int [3, B, T], and int [B], the position of the next token.
 
     References:
       GLM-4.1V-Thinking, https://arxiv.org/abs/2507.01006.
@@ -73,7 +82,9 @@ def block_positions(
 
 
 def rotate_interleaved(x: Array, angle: Array) -> Array:
-    """Rotates pairs (2i, 2i + 1) of the first `R` dimensions of each head; the others pass through.
+    """Rotates pairs (2i, 2i + 1) of the first `R` dimensions of each head.
+
+    The other dimensions pass through unchanged.
 
     Args:
       x: [B, T, N, H] queries or keys.
@@ -98,6 +109,8 @@ def rotate_interleaved(x: Array, angle: Array) -> Array:
 def rotate_half(x: Array, angle: Array) -> Array:
     """Rotates pairs (i, i + R / 2) of the first `R` dimensions of each head.
 
+    The other dimensions pass through unchanged.
+
     Args:
       x: [B, T, N, H] queries or keys.
       angle: [B, T, R / 2] angles in radians.
@@ -105,7 +118,7 @@ def rotate_half(x: Array, angle: Array) -> Array:
     Returns:
       [B, T, N, H].
     """
-    # As `rotate_interleaved`, with the two halves of the rotary dimensions as partners.
+    # As in `rotate_interleaved`, with pairs formed from the two halves of the rotary dimensions.
     half = angle.shape[-1]
     first, second, passed = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]

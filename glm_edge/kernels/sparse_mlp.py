@@ -1,8 +1,8 @@
 """A gated feed-forward network in which each token activates only some neurons.
 
 Letters of shapes: `R` rows, `D` hidden size, `F` neurons. The gate selects neurons without a
-predictor: a neuron with a small `silu(gate)` adds little, whatever its other weights. So the gate
-is computed in full, and of the other two matrices only the rows of selected neurons are read.
+predictor: a neuron with a small `silu(gate)` contributes little, whatever its other weights. So the
+gate is computed in full, and the kernel reads `up` and `down` for the selected neurons only.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ class SparseMLP:
     Attributes:
       gate: [F, D].
       rows: [F, 2 D], the weights of each neuron: its row of `up`, then its column of `down`.
-      threshold: scalar; a neuron is active when its `|silu(gate)|` is at least this fraction of the
-        largest of its token.
-      sizes: ascending counts of neurons for which a program is compiled; the smallest that fits
-        all active neurons runs. At most the last number are active, those with the largest gates.
+      threshold: scalar; a neuron is active if its `|silu(gate)|` is at least this fraction of the
+        largest value of its token.
+      sizes: ascending neuron counts, one compiled branch each. The smallest count that fits all
+        active neurons runs. The last count limits the active neurons to the largest gates.
     """
 
     gate: Array
@@ -38,15 +38,15 @@ class SparseMLP:
 def sparse_mlp(x: Array, weights: SparseMLP) -> Array:
     """Computes `down(up * silu(gate))` over the active neurons.
 
-    One row reads only the rows of its neurons. Several rows are computed in full and masked: the
-    same values, without a gain.
+    A single row reads only the weights of its active neurons. Several rows are computed in full and
+    masked, which returns the same values without a gain in speed.
 
     Args:
-      x: [..., D].
-      weights: see `SparseMLP`.
+      x: [..., D] activations.
+      weights: weights laid out by neuron.
 
     Returns:
-      [..., D].
+      [..., D] in the type of `x`.
 
     References:
       CATS: Contextually-Aware Thresholding for Sparsity, https://arxiv.org/abs/2404.08763.

@@ -1,4 +1,4 @@
-"""Vision token pruning: scores of tokens, and gathering of those that remain, with static shapes.
+"""Vision token pruning with static shapes: scores of tokens, and gathering of the kept tokens.
 
 Letters: `B` rows, `T` tokens, `D` hidden size, `K` the static capacity of a pruned row.
 """
@@ -8,7 +8,14 @@ from jax import Array
 
 
 def norm_scores(x: Array) -> Array:
-    """Computes the Euclidean norm of each token, [B, T] of [B, T, D]."""
+    """Computes the Euclidean norm of each token.
+
+    Args:
+      x: [B, T, D] hidden states.
+
+    Returns:
+      float32 [B, T].
+    """
     return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
 
 
@@ -16,12 +23,12 @@ def attention_scores(weights: Array, query_mask: Array) -> Array:
     """Computes the mean attention that each token receives from the masked queries.
 
     Args:
-      weights: `[B, ..., T, T]` attention weights of a layer, by heads between, queries before keys,
-        as the decoder sows them in the collection `attention`.
-      query_mask: bool [B, T], True at queries that count: tokens of the text.
+      weights: `[B, ..., T, T]` attention weights of a layer, with head axes in the middle and
+        queries before keys. The decoder sows them in the collection `attention`.
+      query_mask: bool [B, T], True at the queries to average over (text tokens).
 
     Returns:
-      [B, T].
+      float32 [B, T].
 
     References:
       An Image is Worth 1/2 Tokens After Layer 2 (FastV), https://arxiv.org/abs/2403.06764.
@@ -36,30 +43,36 @@ def attention_scores(weights: Array, query_mask: Array) -> Array:
 
 
 def novelty_scores(x: Array, vision_mask: Array) -> Array:
-    """Computes one minus the greatest cosine similarity to an earlier vision token, [B, T].
+    """Computes one minus the largest cosine similarity to an earlier vision token.
 
     Among near-duplicates the first scores highest. Non-vision tokens are ignored.
 
     Args:
-      x: [B, T, D].
+      x: [B, T, D] hidden states.
       vision_mask: bool [B, T], True at vision tokens.
+
+    Returns:
+      float32 [B, T], in 0..2; 2 for tokens without an earlier vision token.
     """
     unit = x.astype(jnp.float32)
     unit = unit / jnp.maximum(jnp.linalg.norm(unit, axis=-1, keepdims=True), 1e-12)
     similarity = jnp.einsum("btd,bsd->bts", unit, unit, precision="highest")
-    # Only earlier tokens compete, so that one of two equal tokens remains.
+    # Only earlier tokens are compared, so that one of two equal tokens remains.
     earlier = jnp.tril(jnp.ones(similarity.shape[1:], bool), -1)
     compared = earlier & vision_mask[:, None, :] & vision_mask[:, :, None]
     return 1.0 - jnp.max(jnp.where(compared, similarity, -1.0), axis=-1)
 
 
 def top_scores(scores: Array, vision_mask: Array, counts: Array) -> Array:
-    """Masks the vision tokens of each row with the highest scores, bool [B, T].
+    """Selects the vision tokens of each row with the highest scores.
 
     Args:
-      scores: [B, T]; only those of vision tokens are read. Ties keep the earliest token.
+      scores: [B, T]; values at other tokens are ignored. Ties keep the earliest token.
       vision_mask: bool [B, T], True at vision tokens.
-      counts: int [B], vision tokens per row that remain; rows with fewer keep all.
+      counts: int [B], vision tokens to keep per row; rows with fewer keep all.
+
+    Returns:
+      bool [B, T], True at the kept vision tokens.
     """
     order = jnp.argsort(jnp.where(vision_mask, -scores, jnp.inf), axis=1, stable=True)
     # The inverse permutation is the rank.
@@ -68,11 +81,11 @@ def top_scores(scores: Array, vision_mask: Array, counts: Array) -> Array:
 
 
 def kept_indices(keep_mask: Array, capacity: int) -> Array:
-    """Lists the indices of the tokens that remain, in their order, then indices of others.
+    """Lists the indices of kept tokens in order, padded with indices of dropped tokens.
 
     Args:
       keep_mask: bool [B, T], True at no more than `capacity` tokens per row.
-      capacity: `K`, a static number, at most `T`.
+      capacity: static count `K` of indices per row, at most `T`.
 
     Returns:
       int [B, K], indices for `gather_tokens`.
@@ -84,12 +97,12 @@ def gather_tokens(array: Array, indices: Array, axis: int = 1) -> Array:
     """Gathers tokens of an array by row.
 
     Args:
-      array: `[B, T, ...]`; positions [3, B, T] with `axis=2`, whose rows are on axis 1.
+      array: `[B, T, ...]`, or positions [3, B, T] with `axis=2`.
       indices: int [B, K] from `kept_indices`.
-      axis: of the tokens; the axis before it is that of the rows.
+      axis: axis of the tokens. The axis before it is the row axis.
 
     Returns:
-      The array with K tokens.
+      The array with `K` tokens per row.
     """
     shape = [1] * array.ndim
     shape[axis - 1], shape[axis] = indices.shape

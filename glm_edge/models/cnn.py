@@ -1,9 +1,9 @@
 """Convolutional classifiers: ResNet, MobileNet of depthwise-separable blocks, MobileNetV2, RepVGG.
 
-A model is called with variables, as `init` returns them: `params`, and `batch_stats` with the
-running statistics of its batch norms. With `deploy` its convolutions have biases and no norms
-follow them; `glm_edge.compress.reparameterize` turns the variables of the one into those of the
-other. Kernels are `[height, width, in / groups, out]`.
+A model needs the variables that `init` returns: `params`, and `batch_stats` with the running
+statistics of its batch norms. With `deploy`, convolutions have biases and no norms;
+`glm_edge.compress.reparameterize` converts the variables of the training form to that form.
+Kernels are `[height, width, in / groups, out]`.
 
 Letters of shapes: `B` images, `H` rows, `W` columns, `C` channels, `N` classes.
 """
@@ -32,10 +32,10 @@ class Stem:
     """The first convolution.
 
     Attributes:
-      features: its channels.
-      kernel: its height and width.
-      stride: of the convolution.
-      pool: halves the result by a 3x3 maximum.
+      features: output channels.
+      kernel: height and width of the kernel.
+      stride: stride in both directions.
+      pool: adds a 3x3 maximum pooling of stride 2.
     """
 
     features: int
@@ -46,7 +46,7 @@ class Stem:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage of blocks of one width, of which the first has the stride."""
+    """A stage of `depth` blocks with `features` channels; the first block has the stride."""
 
     features: int
     depth: int
@@ -58,10 +58,10 @@ class Inverted:
     """An inverted residual: expand to `hidden`, filter each channel, project to `features`.
 
     Attributes:
-      features: channels of the result.
-      hidden: channels in between.
-      stride: of the depthwise convolution.
-      expand: False where the input has `hidden` channels already and is not widened.
+      features: output channels.
+      hidden: channels of the depthwise convolution.
+      stride: stride of the depthwise convolution.
+      expand: False if the input already has `hidden` channels.
     """
 
     features: int
@@ -72,7 +72,7 @@ class Inverted:
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """A residual network; `expansion` 1 takes blocks of two 3x3 convolutions, 4 bottlenecks."""
+    """A residual network of basic blocks (`expansion` 1) or bottlenecks (`expansion` 4)."""
 
     name: str
     stem: Stem
@@ -107,7 +107,7 @@ class MobileNetV2Config:
 
 @dataclass(frozen=True)
 class RepVGGConfig:
-    """A plain stack of 3x3 blocks; the stem is one of them."""
+    """A plain stack of 3x3 blocks, including the stem."""
 
     name: str
     stem: Stem
@@ -123,11 +123,11 @@ class ConvNorm(nn.Module):
     """A convolution and its batch norm; with `deploy`, a convolution with a bias.
 
     Attributes:
-      features: channels of the result.
-      kernel: height and width; odd, and padded so that stride 1 keeps the size.
-      stride: in both directions.
-      groups: number of separate groups of channels.
-      deploy: without the norm.
+      features: output channels.
+      kernel: odd height and width; padding keeps the size at stride 1.
+      stride: stride in both directions.
+      groups: count of channel groups.
+      deploy: uses a bias instead of the norm.
     """
 
     features: int
@@ -152,12 +152,12 @@ class ConvNorm(nn.Module):
 
 
 def batch_norm(train: bool, name: str) -> nn.BatchNorm:
-    """Makes the batch norm over B, H and W that all models of this file use."""
+    """Creates the batch norm over B, H and W of all models of this file."""
     return nn.BatchNorm(not train, momentum=NORM_MOMENTUM, epsilon=NORM_EPS, name=name)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, or a bottleneck of three, beside a shortcut."""
+    """Two 3x3 convolutions, or a bottleneck of three convolutions, with a shortcut."""
 
     features: int
     stride: int
@@ -183,7 +183,7 @@ class ResidualBlock(nn.Module):
 
 
 class SeparableBlock(nn.Module):
-    """A 3x3 convolution of each channel alone, then a 1x1 convolution across channels.
+    """A depthwise 3x3 convolution, then a pointwise 1x1 convolution.
 
     References:
       MobileNets, https://arxiv.org/abs/1704.04861.
@@ -203,7 +203,7 @@ class SeparableBlock(nn.Module):
 
 
 class InvertedBlock(nn.Module):
-    """An inverted residual; its narrow ends are linear.
+    """An inverted residual with linear bottlenecks.
 
     References:
       MobileNetV2, https://arxiv.org/abs/1801.04381.
@@ -226,7 +226,7 @@ class InvertedBlock(nn.Module):
 
 
 class RepVGGBlock(nn.Module):
-    """In training a 3x3, a 1x1 and (where shapes allow) an identity branch; deployed one 3x3.
+    """A 3x3, a 1x1 and (if shapes allow) an identity branch; one 3x3 convolution with `deploy`.
 
     References:
       RepVGG: Making VGG-style ConvNets Great Again, https://arxiv.org/abs/2101.03697.
@@ -248,15 +248,15 @@ class RepVGGBlock(nn.Module):
 
 
 class CNN(nn.Module):
-    """An image classifier of the architecture that its configuration names.
+    """An image classifier with the architecture of its configuration.
 
     Attributes:
-      config: of one of the architectures of this file.
+      config: configuration of one of the architectures of this file.
       deploy: convolutions have biases instead of norms, see the module's docstring.
 
     References:
-      Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385; and those of
-      the blocks.
+      Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385. The blocks
+      have their own references.
     """
 
     config: CNNConfig
@@ -264,16 +264,16 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Outputs:
-        """Scores classes.
+        """Computes logits of the classes.
 
         Args:
-          images: [B, H, W, C].
-          train: norms use the batch's statistics, and update the running ones where `batch_stats`
-            is mutable.
+          images: [B, H, W, C] preprocessed images.
+          train: norms use the statistics of the batch, and update the running statistics if
+            `batch_stats` is mutable.
 
         Returns:
-          `(logits, intermediates)`: [B, N]; and `hidden`, the output [B, H, W, C] of the stem and
-          of every block, and `pooled` [B, C].
+          `(logits, intermediates)`: logits [B, N]; and `hidden` (the output [B, H, W, C] of the
+          stem and of every block) and `pooled` [B, C].
         """
         stem = self.config.stem
         if isinstance(self.config, RepVGGConfig):
@@ -299,7 +299,7 @@ class CNN(nn.Module):
 
 
 def _blocks(config: CNNConfig, deploy: bool) -> list[nn.Module]:
-    """Makes the blocks between stem and head, named `blocks_<i>` within the calling module."""
+    """Creates the blocks between stem and head, named `blocks_<i>` within the calling module."""
     if isinstance(config, MobileNetV2Config):
         return [
             InvertedBlock(block, deploy, name=f"blocks_{index}")
@@ -327,13 +327,19 @@ def _blocks(config: CNNConfig, deploy: bool) -> list[nn.Module]:
 
 
 def mobilenet_v2(width: float = 1.0) -> MobileNetV2Config:
-    """Configures MobileNetV2 with all channels times `width`, in multiples of eight.
+    """Configures MobileNetV2 with a width multiplier; channels are multiples of eight.
 
     Args:
-      width: at least 0.1.
+      width: multiplier of all channel counts, at least 0.1.
+
+    Returns:
+      The configuration.
 
     Raises:
-      ConfigError: the width is smaller.
+      ConfigError: `width` is below 0.1.
+
+    References:
+      MobileNetV2, https://arxiv.org/abs/1801.04381.
     """
     if not width >= 0.1:
         raise ConfigError(f"mobilenet_v2: width must be at least 0.1, not {width}")
@@ -426,8 +432,8 @@ def preset(name: str) -> CNNConfig:
 
     Args:
       name: `resnet_50`, `mobilenet_v1`, `mobilenet_v2_1`, `repvgg_a2`, `repvgg_b1`; or
-        `resnet_digits`, `separable_digits`, `mobilenet_v2_digits`, `repvgg_digits`, whose
-        `image_size` `dataclasses.replace` changes to `(8, 8, 1)`: they read any size.
+        `resnet_digits`, `separable_digits`, `mobilenet_v2_digits`, `repvgg_digits`. Models accept
+        any image size; change `image_size` to `(8, 8, 1)` with `dataclasses.replace`.
 
     Returns:
       The configuration.

@@ -16,9 +16,9 @@ from glm_edge.params.sharding import constrain
 
 LayerCache = dict[str, Array]
 Cache = dict[str, Any]
-# Entries of a layer's cache that is laid out for a phone's runtime, in place of `key` and `value`.
+# Entries of a layer's cache in the layout of on-device runtimes, instead of `key` and `value`.
 KEY_BY_HEAD, VALUE_BY_HEAD = "key_by_head", "value_by_head"
-# Parts of a layer that run, see `Decoder.run_layer`.
+# Parts of a layer to run, see `Decoder.run_layer`.
 ALL_PARTS, KEYS_ONLY, AFTER_KEYS = "all", "keys", "after_keys"
 
 
@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A transformer layer; with `sandwich_norm`, each branch is normed before and after."""
+    """A pre-norm transformer layer; `sandwich_norm` adds a norm after each branch."""
 
     config: DecoderConfig
     layer: int
@@ -139,13 +139,12 @@ class Decoder(nn.Module):
         Args:
           x: [B, T, D] embedded tokens.
           positions: [B, T], or [3, B, T] for three-dimensional rotary positions.
-          mask: bool, broadcastable to [B, 1, T, S]; combined with causality when None is given
-            only causality holds.
-          cache: from `init_cache`, or None.
+          mask: bool, broadcastable to [B, 1, T, S], which must include causality; None is causal.
+          cache: cache from `init_cache`, or None.
 
         Returns:
-          `(final, hidden, cache)`: normed [B, T, D], the input of every layer and the output of
-          the last, and the cache after these tokens.
+          `(final, hidden, cache)`: the normed output [B, T, D]; the input of every layer and the
+          output of the last; and the cache with these tokens.
         """
         angle, mask, slot = self.prepare(x, positions, mask, cache)
         hidden, layer_caches = [x], []
@@ -161,7 +160,7 @@ class Decoder(nn.Module):
     def prepare(
         self, x: Array, positions: Array, mask: Array | None, cache: Cache | None
     ) -> tuple[Array, Array, Array]:
-        """Computes rotary angles, mask and first cache slot, which all layers share."""
+        """Computes the inputs that all layers share: rotary angles, mask and first cache slot."""
         config = self.config
         frequencies = rotary.inverse_frequencies(config.rotary_dim, config.rope_theta)
         angle = rotary.angles(positions, frequencies, config.mrope_section)
@@ -184,14 +183,14 @@ class Decoder(nn.Module):
         """Runs one layer, for calibration, block-wise training and early exit.
 
         Args:
-          index: of the layer.
-          x: [B, T, D], its input.
-          angle: from `prepare`, like `mask` and `slot`.
-          mask: or None.
-          cache: of this layer, or None.
-          slot: first slot to write.
-          part: `whole`; `keys`, which writes the cache and leaves `x` as it is; or `rest`, which
-            takes keys and values from a cache that `keys` wrote.
+          index: index of the layer.
+          x: [B, T, D] input of the layer.
+          angle: rotary angles from `prepare`.
+          mask: mask from `prepare`.
+          cache: cache of this layer, or None.
+          slot: first cache slot to write.
+          part: `all` runs the layer; `keys` writes keys and values to the cache and returns `x`
+            unchanged; `after_keys` reads keys and values from a cache that `keys` wrote.
 
         Returns:
           `(x, cache)` after the layer.
@@ -202,18 +201,23 @@ class Decoder(nn.Module):
 def init_cache(
     config: DecoderConfig, batch: int, num_slots: int, dtype: Any = jnp.float32
 ) -> Cache:
-    """Returns an empty cache.
+    """Creates an empty cache.
 
     Args:
-      config: of the decoder.
-      batch: rows.
-      num_slots: tokens that fit.
-      dtype: type of keys and values: a floating one, or `int8` or `int4`, which round each head
-        of a token with its own symmetric scale.
+      config: configuration of the decoder.
+      batch: count of rows, `B`.
+      num_slots: capacity in tokens, `S`.
+      dtype: type of keys and values: a floating type, or `int8` or `int4` with one symmetric scale
+        per head and token.
 
     Returns:
-      `{"layers": [{"key", "value"}: [B, S, K, H]], "length": 0}`; of integers, also `key_scale` and
-      `value_scale` [B, S, K, 1], and int4 packed, [B, S, K, ceil(H / 2)].
+      `{"layers": [{"key", "value"}: [B, S, K, H]], "length": 0}`. Integer caches also have
+      `key_scale` and `value_scale` [B, S, K, 1]; int4 values are packed, [B, S, K, ceil(H / 2)].
+
+    Example:
+      >>> cache = init_cache(config.decoder, batch=1, num_slots=512, dtype="int8")
+      >>> logits, intermediates = model.apply({"params": params}, tokens, cache=cache)
+      >>> cache = intermediates["cache"]
     """
     qtype = jnp.dtype(dtype).name
 
@@ -233,15 +237,15 @@ def init_cache(
 
 
 def write_cache(cache: LayerCache, new: dict[str, Array], slot: Array) -> LayerCache:
-    """Puts the keys and values of tokens into the slots from `slot` on, as the cache stores them.
+    """Writes the keys and values of tokens to `T` slots, in the type of the cache.
 
     Args:
-      cache: one layer's, from `init_cache`.
-      new: `key` and `value`, [B, T, K, H].
-      slot: first of `T` slots.
+      cache: cache of one layer from `init_cache`.
+      new: `key` and `value`, [B, T, K, H] each.
+      slot: first of the `T` slots.
 
     Returns:
-      The cache with these rows.
+      The updated cache.
     """
     rows = dict(new)
     if "key_scale" in cache:
@@ -259,7 +263,7 @@ def write_cache(cache: LayerCache, new: dict[str, Array], slot: Array) -> LayerC
 
 
 def write_cache_by_head(cache: LayerCache, key: Array, value: Array, slot: Array) -> LayerCache:
-    """Writes as `write_cache`, to `KEY_BY_HEAD` [B, K, S, H] and `VALUE_BY_HEAD` [B, K, H, S]."""
+    """Writes like `write_cache` to `KEY_BY_HEAD` [B, K, S, H] and `VALUE_BY_HEAD` [B, K, H, S]."""
     update = jax.lax.dynamic_update_slice
     return {
         KEY_BY_HEAD: update(cache[KEY_BY_HEAD], jnp.swapaxes(key, 1, 2), (0, 0, slot, 0)),
@@ -270,7 +274,16 @@ def write_cache_by_head(cache: LayerCache, key: Array, value: Array, slot: Array
 
 
 def read_cache(cache: LayerCache, name: str, head_dim: int) -> Array:
-    """Returns `key` or `value` of all slots, [B, S, K, H]; integers in float32."""
+    """Reads keys or values of all slots.
+
+    Args:
+      cache: cache of one layer from `init_cache`.
+      name: `key` or `value`.
+      head_dim: dimensions per head, `H`.
+
+    Returns:
+      [B, S, K, H]; integers are dequantized to float32.
+    """
     if "key_scale" not in cache:
         return cache[name]
     return cache_kernels.dequantize_rows(cache[name], cache[f"{name}_scale"], head_dim)

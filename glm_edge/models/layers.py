@@ -1,4 +1,4 @@
-"""Linear, Embed, norms and feed-forward networks of all architectures; weights are `[out, in]`."""
+"""Linear, Embed, norms and feed-forward networks of all architectures, with weights `[out, in]`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,17 +14,19 @@ from glm_edge.params.sharding import constrain
 
 Initializer = Callable[..., Array]
 normal = nn.initializers.normal
-# Weights laid out by neuron, in place of a gated network's matrices; see `kernels.sparse_mlp`.
+# Parameter with weights laid out by neuron, which replaces a gated network's matrices; see
+# `kernels.sparse_mlp`.
 SKIPPING = "skipping"
 
 
 class Linear(nn.Module):
-    """A product with a weight stored `[features, in]`, which may be boxed.
+    """A linear layer with an optionally boxed weight `[features, in]`.
 
     Attributes:
-      features: width of the result.
+      features: width of the output.
       use_bias: adds a learned bias.
-      compute: see `glm_edge.params.linear`.
+      compute: arithmetic of the product, see `glm_edge.params.linear`.
+      kernel_init: initializer of the weight.
     """
 
     features: int
@@ -42,13 +44,13 @@ class Linear(nn.Module):
         return y
 
     def sow_input(self, x: Array) -> None:
-        """Sows the input into the collection `inputs` during calibration."""
+        """Sows the input, as rows [N, in], into the collection `inputs` during calibration."""
         if self.is_mutable_collection("inputs") and not self.is_initializing():
             self.sow("inputs", "rows", x.reshape(-1, x.shape[-1]))
 
 
 class Embed(nn.Module):
-    """An embedding `[num_embeddings, features]`, which is also the output head of a tied model."""
+    """An embedding `[num_embeddings, features]`, also the output head of a tied model."""
 
     num_embeddings: int
     features: int
@@ -63,7 +65,7 @@ class Embed(nn.Module):
         return params.lookup(self.weight, tokens)
 
     def attend(self, x: Array) -> Array:
-        """Scores `[..., features]` with every row."""
+        """Computes logits `[..., num_embeddings]` from `[..., features]`."""
         return params.linear(x, self.weight, self.compute)
 
 
@@ -90,7 +92,7 @@ class LayerNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down(up * silu(gate))` with gate and up fused in one matrix, gate first.
+    """`down(up * silu(gate))`, with gate and up fused in one matrix, gate first.
 
     References:
       GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202.
@@ -113,7 +115,7 @@ class GatedMLP(nn.Module):
 
 
 class MLP(nn.Module):
-    """`fc2(gelu(fc1))`, with GELU by its tanh approximation or exact."""
+    """`fc2(gelu(fc1))`, with exact GELU or its tanh approximation (`approximate`)."""
 
     neurons: int
     features: int
@@ -143,16 +145,16 @@ class Stack(nn.Module):
 
 
 def gated(module: nn.Module, name: str, x: Array) -> Array:
-    """Scales heads or neurons by a gate, if there is one, for importance scores.
+    """Multiplies heads or neurons by a gate, if present, for importance scores.
 
     Args:
-      module: whose collection `gates` may hold the gate.
-      name: `neurons`, which broadcasts against `x`; or `heads`, [..., N, 1] without the axis of
-        tokens.
+      module: module whose collection `gates` may contain the gate.
+      name: `neurons`, a gate that broadcasts against `x`; or `heads`, a gate [..., N, 1] without
+        the token axis.
       x: [B, T, F] neurons, or [B, T, N, H] heads.
 
     Returns:
-      Of the shape of `x`.
+      Array in the shape of `x`.
     """
     if not module.has_variable("gates", name):
         return x
@@ -161,7 +163,16 @@ def gated(module: nn.Module, name: str, x: Array) -> Array:
 
 
 def boxed_param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> Any:
-    """Declares a parameter that may be a box of the given dense shape, and returns it boxed.
+    """Declares a parameter that may be stored as a box, and returns the array or box.
+
+    Args:
+      module: module that owns the parameter.
+      name: name of the parameter.
+      init: initializer of a dense array.
+      shape: required dense shape.
+
+    Returns:
+      The stored array or box.
 
     Raises:
       CheckpointError: the stored parameter has another dense shape.
@@ -171,5 +182,5 @@ def boxed_param(module: nn.Module, name: str, init: Initializer, shape: tuple[in
     stored: Any = module.get_variable("params", name)
     if tuple(stored.shape) != tuple(shape):
         where = "/".join((*module.path, name))
-        raise CheckpointError(f"{where}: shape {tuple(stored.shape)}, the model needs {shape}")
+        raise CheckpointError(f"{where}: shape is {tuple(stored.shape)}, the model needs {shape}")
     return stored

@@ -1,7 +1,7 @@
 """The multimodal GLM: a decoder that reads image and speech features at placeholder tokens.
 
 Letters of shapes: `B` rows, `T` tokens, `D` hidden size, `V` vocabulary, `K` images or recordings
-of a row, `N` chunks of speech, `M` features.
+per row, `N` chunks of speech, `M` features.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,15 @@ Images = Array | list[Array] | tuple[Array, ...]
 
 
 class MultimodalGLM(nn.Module):
-    """A GLM with the encoders that its configuration names.
+    """A GLM with the encoders of its configuration.
 
     Attributes:
-      config: of the model.
-      compute: how products are computed, see `glm_edge.params.linear`.
+      config: configuration of the model.
+      compute: arithmetic of products, see `glm_edge.params.linear`.
+
+    Example:
+      >>> model, params = ge.load(ge.shipped("nano"))
+      >>> logits, intermediates = model.apply({"params": params}, tokens, images=images)
     """
 
     config: GLMConfig
@@ -56,25 +60,28 @@ class MultimodalGLM(nn.Module):
         cache: Cache | None = None,
         audio_frames: Array | None = None,
     ) -> tuple[Array, dict[str, Any]]:
-        """Scores the next token at every position.
+        """Computes logits of the next token at every position.
 
         Args:
-          tokens: [B, T]; placeholders stand where image and speech features go.
-          images: [B, height, width, channels], or [B, K, …] for K images a row; or, for any sizes,
-            the images of all rows in reading order: [height, width, channels] of a still image,
-            [frames, height, width, channels] of a video; or None.
-          audio: [B, frames, mel_bins], or [B, K, …] for K recordings a row; or, with
-            `audio_frames`, chunks [N, frames, mel_bins] of all rows in reading order; or None.
-          positions: [B, T] or [3, B, T]; None counts from the cache's length, taking every token
-            as valid (see `start_positions`).
+          tokens: int [B, T], with placeholders at image and speech features.
+          images: [B, height, width, channels], or [B, K, …] for K images per row. Images of mixed
+            sizes are a list over all rows in reading order, with [height, width, channels] per
+            still image and [frames, height, width, channels] per video. None without images.
+          audio: [B, frames, mel_bins], or [B, K, …] for K recordings per row. With `audio_frames`,
+            chunks [N, frames, mel_bins] of all rows in reading order. None without audio.
+          positions: [B, T] or [3, B, T]. None counts from the cache's length and treats every
+            token as valid (see `start_positions`).
           mask: bool, broadcastable to [B, 1, T, S], which must include causality; None is causal.
-          cache: from `glm_edge.models.glm.init_cache`, or None.
-          audio_frames: [N] frames of each chunk that hold sound; the features of the others are
-            left out.
+          cache: cache from `glm_edge.models.glm.init_cache`, or None.
+          audio_frames: int [N], frames with sound per chunk. Features of other frames are dropped.
 
         Returns:
-          `(logits, intermediates)`: [B, T, V], and a dictionary of `hidden` (embedded input,
-          output of each layer), `final` (normed), `vision` and `speech` features, and `cache`.
+          `(logits, intermediates)`: logits [B, T, V], and a dictionary of `hidden` (embedded input
+          and output of each layer), `final` (normed), `vision` and `speech` features, and `cache`.
+
+        Raises:
+          DataError: an image or a video has a wrong shape.
+          ConfigError: the vision tower cannot read an image size.
         """
         if self.is_initializing():
             self.initialize_encoders()
@@ -92,13 +99,13 @@ class MultimodalGLM(nn.Module):
         """Computes positions of prompts, counted from each row's first valid token.
 
         Args:
-          tokens: [B, T].
+          tokens: int [B, T].
           valid: bool [B, T], False at padding; None means no padding.
           images: as in `__call__`; only their shapes are used.
 
         Returns:
-          `(positions, following)`: [B, T], or [3, B, T] with three-dimensional rotary positions,
-          0 at padding; and [B], the position of the first token after the prompt.
+          `(positions, following)`: positions [B, T], or [3, B, T] with three-dimensional rotary
+          positions, 0 at padding; and [B], the position of the first token after the prompt.
         """
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
         if images is None or not self.config.decoder.mrope_section:
@@ -120,7 +127,13 @@ class MultimodalGLM(nn.Module):
         audio: Array | None = None,
         audio_frames: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        """Embeds tokens and puts encoded images and speech at their placeholders."""
+        """Embeds tokens and replaces placeholders by encoded images and speech.
+
+        Arguments as in `__call__`.
+
+        Returns:
+          `(x, encoded)`: [B, T, D], and the features of `vision` and `speech`.
+        """
         x, encoded = self.embed(tokens), {}
         if images is not None:
             encoded["vision"] = self.encode_images(images)
@@ -131,7 +144,7 @@ class MultimodalGLM(nn.Module):
         return constrain(x, "batch", "length", "embed"), encoded
 
     def encode_images(self, images: Images) -> Array:
-        """Features of images: [B, M, D] of an array, [M, D] of a sequence; see `__call__`."""
+        """Encodes images as [B, M, D] for an array, or as [M, D] for a list; see `__call__`."""
         if not isinstance(images, list | tuple):
             items = images.reshape(-1, *images.shape[-3:])
             features = self.vision(items)[0]
@@ -140,7 +153,7 @@ class MultimodalGLM(nn.Module):
         return in_reading_order([self.vision(group)[0] for group in groups], order)
 
     def encode_audio(self, audio: Array, audio_frames: Array | None = None) -> Array:
-        """Encodes speech as [B, M, D], or as [N * M, D] with `audio_frames`, valid ones first."""
+        """Encodes speech as [B, M, D], or as [N * M, D] with `audio_frames`, sound first."""
         items = audio.reshape(-1, *audio.shape[-2:])
         features = self.speech(items)[0]
         if audio_frames is None:
@@ -148,13 +161,13 @@ class MultimodalGLM(nn.Module):
         return sounding_first(features, audio_frames, self.config.speech_encoder.merge_size)
 
     def predict(self, final: Array) -> Array:
-        """Scores every token, given the normed output of the decoder."""
+        """Computes logits [B, T, V] from the normed output [B, T, D] of the decoder."""
         tied = self.config.decoder.tie_embeddings
         logits = self.embed.attend(final) if tied else self.head(final)
         return constrain(logits, "batch", "length", "vocab")
 
     def initialize_encoders(self) -> None:
-        """Creates the encoders' parameters whatever inputs `init` was given."""
+        """Creates the encoders' parameters, independent of the inputs of `init`."""
         vision, speech = self.config.vision, self.config.speech
         if vision is not None:
             self.vision(jnp.zeros((1, *vision.image_size, vision.channels)))
@@ -163,26 +176,44 @@ class MultimodalGLM(nn.Module):
 
 
 def audio_features(audio_frames: ArrayLike, merge_size: int) -> Array:
-    """Features of chunks of speech, after a convolution of stride 2 and a merge of whole groups.
+    """Counts the features of speech chunks after a stride of 2 and merges of complete groups.
 
     Args:
-      audio_frames: integers, frames that hold sound.
-      merge_size: frames that make one feature.
+      audio_frames: integers, frames with sound per chunk.
+      merge_size: frames, after the stride, per feature.
 
     Returns:
-      Integers of the same shape.
+      Integers in the same shape.
     """
     return (jnp.asarray(audio_frames) + 1) // 2 // merge_size
 
 
 def sounding(features: Array, audio_frames: Array, merge_size: int) -> Array:
-    """Marks the features [N, M, D] of chunks that stand for sound, bool [N, M]."""
+    """Marks the features of frames with sound.
+
+    Args:
+      features: [N, M, D] features of chunks.
+      audio_frames: int [N], frames with sound per chunk.
+      merge_size: frames, after the stride, per feature.
+
+    Returns:
+      bool [N, M].
+    """
     count = audio_features(audio_frames, merge_size)
     return jnp.arange(features.shape[1]) < count[:, None]
 
 
 def sounding_first(features: Array, audio_frames: Array, merge_size: int) -> Array:
-    """Features [N, M, D] of chunks as [N * M, D], those that stand for sound first."""
+    """Flattens the features of chunks, with features of sound first.
+
+    Args:
+      features: [N, M, D] features of chunks.
+      audio_frames: int [N], frames with sound per chunk.
+      merge_size: frames, after the stride, per feature.
+
+    Returns:
+      [N * M, D].
+    """
     left_out = ~sounding(features, audio_frames, merge_size)
     order = jnp.argsort(left_out.reshape(-1), stable=True)
     return features.reshape(-1, features.shape[-1])[order]
@@ -191,18 +222,18 @@ def sounding_first(features: Array, audio_frames: Array, merge_size: int) -> Arr
 def image_groups(
     images: Sequence[Array], config: VisionConfig
 ) -> tuple[list[Array], list[tuple[int, int, int]]]:
-    """Images of one size together, so that encoding them compiles and multiplies fewer times.
+    """Groups images by size, to compile and run the tower once per size.
 
     Args:
-      images: of any sizes, or videos; see `MultimodalGLM`.
-      config: of the tower.
+      images: images of any sizes, or videos; see `MultimodalGLM`.
+      config: configuration of the tower.
 
     Returns:
-      `(groups, order)`: [temporal patches, P, height, width, channels] of each size, and for each
-      image its group, and where it begins and ends there.
+      `(groups, order)`: one array [temporal patches, P, height, width, channels] per size, and for
+      each image `(group, start, stop)` of its temporal patches.
 
     Raises:
-      DataError: an image is none of this tower.
+      DataError: an image has a wrong shape.
     """
     cut = [_temporal_patches(image, config) for image in images]
     sizes = sorted({patches.shape[2:4] for patches in cut})
@@ -217,20 +248,31 @@ def image_groups(
 
 
 def in_reading_order(groups: Sequence[Array], order: Sequence[tuple[int, int, int]]) -> Array:
-    """Features [n, tokens, D] of each of `image_groups` as [M, D] of all images in their order."""
+    """Joins the features of groups in the order of the images.
+
+    Args:
+      groups: [temporal patches, tokens, D] features per group of `image_groups`.
+      order: `(group, start, stop)` per image from `image_groups`.
+
+    Returns:
+      [M, D].
+    """
     parts = [groups[group][start:stop] for group, start, stop in order]
     return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
 def feature_counts(images: Sequence[Any], config: VisionConfig) -> list[int]:
-    """Features that each still image or video gives to the decoder.
+    """Counts the decoder's features per still image or video.
 
     Args:
-      images: [height, width, channels] or [frames, height, width, channels].
-      config: of the tower.
+      images: [height, width, channels] or [frames, height, width, channels] each.
+      config: configuration of the tower.
+
+    Returns:
+      One count per image.
 
     Raises:
-      DataError: frames are not whole temporal patches.
+      DataError: the frames of a video are not a multiple of `temporal_patch_size`.
       ConfigError: patches do not divide into merged cells or windows.
     """
     counts = []
@@ -245,7 +287,7 @@ def feature_counts(images: Sequence[Any], config: VisionConfig) -> list[int]:
 
 def _frames_error(image: Array, config: VisionConfig) -> str:
     size = config.temporal_patch_size
-    return f"a video must be a multiple of {size} frames, found {image.shape[0]}"
+    return f"a video must have a multiple of {size} frames, found {image.shape[0]}"
 
 
 def _temporal_patches(image: Array, config: VisionConfig) -> Array:
@@ -264,7 +306,7 @@ def _temporal_patches(image: Array, config: VisionConfig) -> Array:
 
 
 def _feature_grids(images: Images, config: VisionConfig) -> list[tuple[int, int]]:
-    """Lists (rows, columns) of features of each image, or of each temporal patch of a video."""
+    """Lists (rows, columns) of features per image, or per temporal patch of a video."""
     if not isinstance(images, list | tuple):
         shapes = [images.shape[-3:]] * (images.shape[1] if images.ndim == 5 else 1)
     else:
@@ -283,7 +325,7 @@ def _at(tokens: Array, token: int | None) -> Array:
 
 
 def _rank(placeholder: Array, per_row: bool) -> Array:
-    """Ranks each placeholder among those of its row, or of all rows in reading order."""
+    """Indexes the placeholders within each row, or over all rows in reading order."""
     if per_row:
         return jnp.cumsum(placeholder, axis=1) - 1
     return jnp.cumsum(placeholder.reshape(-1)).reshape(placeholder.shape) - 1
@@ -294,8 +336,8 @@ def place_features(x: Array, placeholder: Array, features: Array) -> Array:
 
     Args:
       x: [B, T, D] embedded tokens.
-      placeholder: bool [B, T].
-      features: [B, M, D], one row per row of `x`, or [M, D] for all rows in reading order.
+      placeholder: bool [B, T], True at placeholders.
+      features: [B, M, D] per row of `x`, or [M, D] for all rows in reading order.
 
     Returns:
       [B, T, D].

@@ -66,9 +66,12 @@ class SpeechEncoder(nn.Module):
     """The speech encoder, from log-mel frames to features for the decoder.
 
     Attributes:
-      config: of the encoder.
+      config: configuration of the encoder.
       out_features: hidden size of the decoder; unused without a projector.
-      compute: see `glm_edge.params.linear`.
+      compute: arithmetic of products, see `glm_edge.params.linear`.
+
+    References:
+      Whisper, https://arxiv.org/abs/2212.04356.
     """
 
     config: SpeechConfig
@@ -94,12 +97,13 @@ class SpeechEncoder(nn.Module):
         """Encodes log-mel spectrograms.
 
         Args:
-          mel: [B, frames, mel_bins]; exactly `num_frames` with learned positions.
+          mel: [B, frames, mel_bins]; `frames` must be `num_frames` with learned positions.
 
         Returns:
-          `(features, intermediates)`: [B, frames / (2 merge_size), out_features], or the normed
-          [B, frames / 2, hidden_size] without a projector; and `conv1` and `conv2` before GELU,
-          `hidden` (input of every layer and output of the last), `final` (normed).
+          `(features, intermediates)`: features [B, frames / (2 merge_size), out_features], or
+          normed frames [B, frames / 2, hidden_size] without a projector. Intermediates are `conv1`
+          and `conv2` before GELU, `hidden` (the input of every layer and the output of the last)
+          and `final` (normed).
         """
         x, conv1, conv2 = self.embed(mel)
         angle = self.angles(x.shape[1])
@@ -112,7 +116,7 @@ class SpeechEncoder(nn.Module):
         return self.head(final), intermediates
 
     def embed(self, mel: Array) -> tuple[Array, Array, Array]:
-        """Applies `conv1` and `conv2` for the input of the first layer, [B, frames / 2, D]."""
+        """Computes the input of the first layer, [B, frames / 2, D], and both convolutions."""
         conv1 = self.conv1(_neighbours(mel))
         conv2 = self.conv2(_neighbours(nn.gelu(conv1, approximate=False))[:, ::2])
         x = nn.gelu(conv2, approximate=False)
@@ -126,7 +130,7 @@ class SpeechEncoder(nn.Module):
         return jnp.asarray(np.arange(length)[:, None] * frequencies, jnp.float32)[None]
 
     def head(self, final: Array) -> Array:
-        """Merges neighbouring normed frames and projects them."""
+        """Merges `merge_size` adjacent normed frames and projects them."""
         if not self.config.projector_size:
             return final
         merged = final.reshape(final.shape[0], -1, final.shape[2] * self.config.merge_size)
@@ -135,6 +139,6 @@ class SpeechEncoder(nn.Module):
 
 
 def _neighbours(x: Array) -> Array:
-    """Joins each frame with its neighbours, zero outside, for a convolution of width 3."""
+    """Concatenates each frame with its zero-padded neighbours, for a convolution of width 3."""
     padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
     return jnp.concatenate([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], axis=-1)

@@ -46,7 +46,11 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A sentence encoder; with `num_labels`, a classifier of the first token too.
+    """A sentence encoder; with `num_labels`, also a classifier on the first token.
+
+    Attributes:
+      config: configuration of the encoder.
+      compute: arithmetic of products, see `glm_edge.params.linear`.
 
     References:
       BERT, https://arxiv.org/abs/1810.04805; DistilBERT, https://arxiv.org/abs/1910.01108.
@@ -80,21 +84,21 @@ class TextEncoder(nn.Module):
         """Encodes tokens.
 
         Args:
-          tokens: [B, T].
-          valid: bool [B, T]; False hides padding. None means all are valid.
-          token_types: [B, T] segment of each token; None means the first.
+          tokens: int [B, T] token ids.
+          valid: bool [B, T]; False hides padding. None means that all tokens are valid.
+          token_types: int [B, T] segment of each token; None means segment 0.
 
         Returns:
-          `(output, intermediates)`: logits [B, num_labels], or [B, T, D] without labels; and
-          `hidden`, the input of every layer and the output of the last, and `pooled` [B, D] with
-          a pooler.
+          `(output, intermediates)`: logits [B, num_labels], or hidden states [B, T, D] without
+          labels. Intermediates are `hidden` (the input of every layer and the output of the last)
+          and, with a pooler, `pooled` [B, D].
 
         Raises:
           DataError: a row has more tokens than the model has positions.
         """
         limit = self.config.max_position_embeddings
         if tokens.shape[1] > limit:
-            raise DataError(f"tokens: {tokens.shape[1]} a row, this encoder reads at most {limit}")
+            raise DataError(f"tokens: {tokens.shape[1]} per row, this encoder reads up to {limit}")
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
         if self.config.type_vocab_size:
             types = jnp.zeros_like(tokens) if token_types is None else token_types

@@ -1,7 +1,7 @@
 """Vision towers of GLM-4.1V, GLM-OCR and SigLIP: patches, transformer, merge, gated projector.
 
 Patches and merges are reshapes followed by a `Linear`, so that they compress and export like any
-other matrix. Letters of shapes: `B` images, `P` frames of a temporal patch, `L` patches.
+other matrix. Letters of shapes: `B` images, `P` frames per temporal patch, `L` patches.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """A pre-norm layer; `window` patches attend to each other, or all patches if it is None."""
+    """A pre-norm layer with attention within windows, or global attention if `window` is None."""
 
     config: VisionConfig
     window: Grid | None
@@ -89,7 +89,7 @@ class VisionLayer(nn.Module):
 
 
 class Projector(nn.Module):
-    """The projector of merged patches into the decoder: linear, norm, GELU, gated feed-forward."""
+    """The projector from merged patches to the decoder: linear, norm, GELU, gated feed-forward."""
 
     features: int
     neurons: int
@@ -112,7 +112,7 @@ class PoolingHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         config = self.config
-        # Its widths come after those of the layers.
+        # The widths of the pooling head come after those of the layers.
         count, neurons = config.heads(config.num_layers), config.neurons(config.num_layers)
 
         def linear(name: str, x: Array, features: int) -> Array:
@@ -123,7 +123,7 @@ class PoolingHead(nn.Module):
             projected = projected.reshape(*x.shape[:2], count, config.head_size)
             return constrain(projected, "batch", "length", "heads", "head_dim")
 
-        # A probe stored in bfloat16 must not make the activations that begin with it so.
+        # A probe stored in bfloat16 must not turn the activations into bfloat16.
         probe = self.param("probe", normal(0.02), (config.hidden_size,)).astype(jnp.float32)
         query = jnp.broadcast_to(probe, (x.shape[0], 1, config.hidden_size))
         mixed = attention_kernels.attention(
@@ -138,9 +138,13 @@ class VisionEncoder(nn.Module):
     """The vision encoder, from images to features for the decoder.
 
     Attributes:
-      config: of the tower.
+      config: configuration of the tower.
       out_features: hidden size of the decoder; unused without a projector.
-      compute: see `glm_edge.params.linear`.
+      compute: arithmetic of products, see `glm_edge.params.linear`.
+
+    References:
+      GLM-4.1V-Thinking, https://arxiv.org/abs/2507.01006; SigLIP,
+      https://arxiv.org/abs/2303.15343.
     """
 
     config: VisionConfig
@@ -181,14 +185,18 @@ class VisionEncoder(nn.Module):
         """Encodes still images, or groups of frames, of one size.
 
         Args:
-          images: [B, height, width, channels], or [B, P, height, width, channels] of the
-            `temporal_patch_size` frames that make one temporal patch of a video; preprocessed.
+          images: preprocessed images [B, height, width, channels], or temporal patches of videos
+            [B, P, height, width, channels] with `P = temporal_patch_size` frames each.
 
         Returns:
-          `(features, intermediates)`: [B, tokens, out_features], merged cells in row-major order,
-          or [B, L, hidden_size] normed patches without a projector; and `patches` before anything
-          is added, `hidden` (input of every layer and output of the last), `final` (normed), and
-          `pooled` [B, hidden_size] with a pooling head.
+          `(features, intermediates)`: features [B, tokens, out_features] of merged cells in
+          row-major order, or normed patches [B, L, hidden_size] without a projector.
+          Intermediates are `patches` (projected, before norm and positions), `hidden` (the input
+          of every layer and the output of the last), `final` (normed) and, with a pooling head,
+          `pooled` [B, hidden_size].
+
+        Raises:
+          ConfigError: `merge_size` or `window` does not divide the patches of this image size.
         """
         grid = self.config.grid_of((images.shape[-3], images.shape[-2]))
         x, projected = self.embed(images)
@@ -204,7 +212,7 @@ class VisionEncoder(nn.Module):
         return self.head(final, grid), intermediates
 
     def embed(self, images: Array) -> tuple[Array, Array]:
-        """Patches with and without norm and position embedding, [B, L, hidden_size] each."""
+        """Projects patches to [B, L, hidden_size]; returns them with and without positions."""
         config = self.config
         grid = config.grid_of((images.shape[-3], images.shape[-2]))
         projected = self.patch(patches(images, config))
@@ -250,15 +258,15 @@ def _norm(config: VisionConfig, name: str | None) -> nn.Module:
 
 
 def patches(images: Array, config: VisionConfig) -> Array:
-    """Cuts images into (overlapping) windows; pixels beyond the last whole patch are left out.
+    """Extracts (overlapping) patches from images; drops pixels beyond the last complete patch.
 
     Args:
       images: [B, height, width, channels], or [B, P, height, width, channels].
-      config: of the tower.
+      config: configuration of the tower.
 
     Returns:
-      [B, rows * columns, P * patch_size ** 2 * channels], rows first; edges repeat, and a still
-      image stands for all `P` frames.
+      [B, rows * columns, P * patch_size ** 2 * channels] in row-major order. Overlapping patches
+      at the border repeat edge pixels, and a still image fills all `P` frames.
     """
     if images.ndim == 4:
         return jnp.concatenate([_windows(images, config)] * config.temporal_patch_size, axis=-1)
@@ -298,7 +306,7 @@ def _join_windows(x: Array, grid: tuple[int, int], window: tuple[int, int]) -> A
 
 
 def _resize_positions(table: Array, source: tuple[int, int], target: tuple[int, int]) -> Array:
-    """Resamples a [rows * columns, D] table: bicubic, half-pixel centers, edges repeated."""
+    """Resamples a [rows * columns, D] table: bicubic, half-pixel centers, repeated edges."""
     if source == target:
         return table
     weights = [_cubic_weights(source[axis], target[axis]) for axis in (0, 1)]

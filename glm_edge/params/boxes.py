@@ -1,7 +1,7 @@
-"""Compressed weights as boxed parameters: pytree nodes whose `unbox()` is the dense array.
+"""Compressed weights as boxed parameters: pytree nodes whose `unbox()` returns the dense array.
 
-A Linen module unboxes a parameter before it reads it, so any module runs on these unchanged. Static
-fields are hashable and describe trailing axes only; leading axes (layers stacked for a scan, a
+A Linen module unboxes a parameter before it reads it, so any module runs on boxes unchanged. Static
+fields are hashable and describe trailing axes only. Leading axes (layers stacked for a scan, a
 vmapped batch) come from the arrays.
 """
 
@@ -25,13 +25,13 @@ from glm_edge.kernels import packing, quantization
 from glm_edge.params.formats import FLOATING as DENSE
 from glm_edge.params.formats import Format
 
-# One program per box where the caller does not trace, not one per operation. A caller that traces
-# sees the operations.
+# Outside of a trace, compiles one program per box, not one per operation. Inside a trace, the
+# operations are inlined.
 _program = functools.partial(jax.jit, inline=True)
 
 
 class _Box(meta.AxisMetadata):
-    """Base of the boxes: axes come from the data, so adding or removing one changes nothing."""
+    """Base of the boxes; axes come from the arrays, so adding or removing one changes nothing."""
 
     trainable: ClassVar[tuple[str, ...]] = ()
 
@@ -47,26 +47,26 @@ class _Box(meta.AxisMetadata):
         return self
 
     def __repr__(self) -> str:
-        # One line: the arrays of a tree would fill pages.
+        # One line per box, since printed arrays of a tree would fill pages.
         inner = getattr(self, "format", None) or getattr(self, "value", None)
         if not isinstance(inner, Format | _Box):
             inner = getattr(inner, "dtype", "?")
         try:
             shape = "x".join(map(str, self.shape))
-        # Placeholders that tree functions put into a box have none.
+        # Placeholders that tree functions put into a box have no shape.
         except (AttributeError, IndexError, TypeError):
             shape = "?"
         return f"{type(self).__name__}({shape}, {inner})"
 
 
 class Masked(struct.PyTreeNode, _Box, repr=False):
-    """A pruned weight, whose `unbox()` is `value * mask`.
+    """A pruned weight; `unbox()` returns `value * mask`.
 
-    Build with `mask`. `value` may itself be a `FakeQuantized`; quantizing a masked weight keeps its
-    zeros exactly and drops the mask.
+    Build it with `glm_edge.params.mask`. `value` may be a `FakeQuantized`. Quantizing a masked
+    weight keeps its zeros exactly and drops the mask.
 
-    A mask is boolean, so `jax.grad` refuses a tree of masked parameters. Train what
-    `glm_edge.params.partition` gives, and put it together within the loss:
+    A mask is boolean, so `jax.grad` refuses a tree of masked parameters. Train the first tree of
+    `glm_edge.params.partition`, and combine both trees within the loss:
 
         trainable, frozen = ge.params.partition(params)
         state = TrainState.create(apply_fn=model.apply, params=trainable, tx=optax.adam(1e-3))
@@ -77,6 +77,10 @@ class Masked(struct.PyTreeNode, _Box, repr=False):
 
         state = state.apply_gradients(grads=jax.grad(loss)(state.params))
         params = ge.params.combine(state.params, frozen)
+
+    Attributes:
+              value: weight of any shape, an array or a `FakeQuantized`.
+              mask: bool of the same shape, False at pruned entries.
     """
 
     value: Any
@@ -90,36 +94,36 @@ class Masked(struct.PyTreeNode, _Box, repr=False):
 
     @_program
     def unbox(self) -> Array:
-        """Returns the dense weight with its pruned entries at zero."""
+        """Returns the dense weight with zeros at pruned entries."""
         value = meta.unbox(self.value)
         return value * self.mask.astype(value.dtype)
 
     def replace_boxed(self, val: Array) -> Masked:  # type: ignore[override]  # of arrays alone
-        """Returns the same mask around new values."""
+        """Returns a box with the same mask and new values."""
         return self.replace(value=val)
 
 
 class Quantized(struct.PyTreeNode, _Box, repr=False):
-    """A weight in packed codes, whose `unbox()` is `scale * (level - zero)`.
+    """A weight in packed codes; `unbox()` returns `scale * (level - zero)`.
 
-    Build with `quantized`. Matrices are held `[..., out, in]`; groups and packing run along `in`.
+    Build it with `quantized`. Matrices are stored `[..., out, in]`; groups and packing run along
+    `in`.
 
     Attributes:
-      data: codes as `glm_edge.kernels.packing.pack` leaves them, [..., out, bytes].
+      data: codes packed by `glm_edge.kernels.packing.pack`, [..., out, bytes].
       scale: [..., out, groups], or [..., 1, 1] per tensor.
-      zero: None, or zero points like `scale`.
-      input_scale: None, or the step of the static int8 grid of the activations that meet this
-        weight, [...].
-      input_zero: None, or its int8 zero point, [...].
-      output_scale: None, or the step of the static int8 grid of the products, [...]; only beside
-        `input_scale`.
-      output_zero: None, or its int8 zero point, [...].
+      zero: None (symmetric), or zero points in the shape of `scale`.
+      input_scale: None, or the scale of the static int8 activations that this weight multiplies,
+        [...].
+      input_zero: None, or the int8 zero point of these activations, [...].
+      output_scale: None, or the scale of the static int8 products, [...]; requires `input_scale`.
+      output_zero: None, or the int8 zero point of the products, [...].
       format: type, grouping, symmetry, types of scales and zero points.
-      columns: `in`.
-      kernel_shape: empty for a weight kept `[out, in]`; else the trailing shape of a stock kernel
-        that `unbox()` transposes and reshapes back to.
-      kernel_axes: axes of `kernel_shape`, inputs before outputs, where the kernel has them in
-        another order; else empty.
+      columns: columns per row, `in`.
+      kernel_shape: empty for a weight stored `[out, in]`; otherwise the trailing shape of a stock
+        kernel, which `unbox()` restores by transposing and reshaping.
+      kernel_axes: axes of `kernel_shape`, inputs before outputs, if the kernel has another order;
+        otherwise empty.
       dtype: type of the dense weight.
     """
 
@@ -148,7 +152,7 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
         return packing.unpack(self.data, self.columns, self.format.qtype)
 
     def levels(self) -> Array:
-        """Returns the level of each code: int8, or float32 of nf4, [..., out, in]."""
+        """Returns the level of each code, [..., out, in]: int8, or float32 for nf4."""
         return quantization.levels(self.codes(), self.format.qtype)
 
     @_program
@@ -162,22 +166,22 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
         return _as_kernel(self.rows().astype(self.dtype), self.kernel_shape, self.kernel_axes)
 
     def replace_boxed(self, val: Array) -> Array:  # type: ignore[override]
-        """Returns `val` unboxed: a changed value is not a value of this box's codes."""
+        """Returns `val` unboxed, since packed codes do not represent an arbitrary value."""
         return val
 
 
 class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
     """A weight in training that is fake-quantized when its module reads it.
 
-    `unbox()` gives exactly what `Quantized` of the same scales gives; gradients pass straight
-    through the rounding where it does not clip, and reach the scales as in learned step size
-    quantization. Build with `fake_quantized`, end with `finalize`.
+    `unbox()` returns exactly the values of a `Quantized` with the same scales. Gradients pass
+    straight through the rounding where it does not clip, and reach the scales as in learned step
+    size quantization. Build it with `fake_quantized`; `finalize` returns the `Quantized`.
 
     Attributes:
       value: float32 [..., out, in].
-      scale: float32 [..., out, groups] or [..., 1, 1]; read as rounded to the stored type.
-      zero: None, or zero points like `scale`; integers do not train.
-      format: to train for.
+      scale: float32 [..., out, groups] or [..., 1, 1]; rounded to the stored type when read.
+      zero: None (symmetric), or zero points in the shape of `scale`. Integers do not train.
+      format: target format.
       kernel_shape: as in `Quantized`.
       kernel_axes: as in `Quantized`.
       dtype: type of the dense weight.
@@ -203,13 +207,14 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
         return self.value.shape
 
     def stored_scale(self) -> Array:
-        """Returns the scales as their stored type holds them, in float32; gradients pass."""
+        """Returns float32 scales rounded to their stored type, with straight-through gradients."""
         stored = quantization.round_scale(self.scale, self.format.scale_dtype)
         return quantization.straight_through(self.scale, stored.astype(jnp.float32))
 
     @_program
     def unbox(self) -> Array:
         """Returns the rounded dense weight."""
+        # LSQ scales the gradient of a step by 1 / sqrt(N Q_max), N weights per scale.
         low, high = quantization.code_range(self.format.qtype)
         reach = max(abs(low), high) if self.format.qtype != "nf4" else 1
         group = self.value.size / max(self.scale.size, 1)
@@ -220,7 +225,7 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
 
     @_program
     def finalize(self) -> Quantized:
-        """Returns the packed box whose dense weight is this one's."""
+        """Returns the packed box with the same dense weight."""
         scale = self.stored_scale().astype(self.format.scale_dtype)
         codes = quantization.quantize(self.value, scale, self.zero, self.format.qtype)
         box = quantized(codes, scale, self.zero, self.format, self.kernel_shape, self.dtype)
@@ -232,13 +237,13 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
 
 
 class Narrow(struct.PyTreeNode, _Box, repr=False):
-    """A weight of a stock module in a narrower floating type, which `unbox()` widens again.
+    """A weight of a stock module stored in a narrower floating type; `unbox()` widens it.
 
-    A stock layer computes in the widest type of its inputs and parameters, so bare bfloat16 weights
-    would change the types of activations, which `nn.scan` refuses. Build with `narrow`.
+    A stock layer computes in the widest type of its inputs and parameters. Plain bfloat16 weights
+    would change the types of activations, which `nn.scan` refuses. Build it with `narrow`.
 
     Attributes:
-      value: weight, of the parameter's own shape.
+      value: weight in the shape of the parameter.
       dtype: type of the dense weight.
     """
 
@@ -297,10 +302,15 @@ def mask(value: Array | Masked | FakeQuantized, keep: Array) -> Masked:
       keep: bool of the same shape; False prunes.
 
     Returns:
-      The box.
+      The box. Masking a `Masked` again intersects both masks.
 
     Raises:
       BoxError: shapes differ, the mask is not boolean, or `value` is quantized.
+
+    Example:
+      >>> box = mask(jnp.asarray([1.0, 2.0]), jnp.asarray([True, False]))
+      >>> box.unbox()
+      Array([1., 0.], dtype=float32)
     """
     if isinstance(value, Masked):
         return mask(value.value, jnp.logical_and(value.mask, keep))
@@ -315,18 +325,18 @@ def narrow(value: Array, dtype: DTypeLike) -> Narrow:
     """Boxes a weight that is stored in a narrower type than its module computes with.
 
     Args:
-      value: weight of any shape, of a floating type.
+      value: weight of any shape, in a floating type.
       dtype: type of the dense weight.
 
     Returns:
       The box.
 
     Raises:
-      BoxError: a type is not a floating one.
+      BoxError: a type is not a floating type.
     """
     dtype = str(jnp.dtype(dtype))
     if dtype not in DENSE or str(value.dtype) not in DENSE:
-        raise BoxError(f"types must be of {', '.join(DENSE)}, found {value.dtype} and {dtype}")
+        raise BoxError(f"types must be {', '.join(DENSE)}, found {value.dtype} and {dtype}")
     return Narrow(value, dtype)
 
 
@@ -342,31 +352,31 @@ def quantized(
     output_scale: Array | None = None,
     output_zero: Array | None = None,
 ) -> Quantized:
-    """Boxes codes with their scales, packing them.
+    """Packs codes and boxes them with their scales.
 
     Args:
       codes: int8 [..., out, in] within the range of `format.qtype`.
-      scale: as `format.scale_shape` says.
-      zero: None when symmetric, else like `scale`.
-      format: how they are stored.
+      scale: scales in the shape `format.scale_shape(codes.shape)`.
+      zero: None for a symmetric format, otherwise zero points in the shape of `scale`.
+      format: storage format.
       kernel_shape: trailing shape of a stock kernel, or empty for `[out, in]`.
       dtype: type of the dense weight.
-      input_scale: step of the grid of activations, or None.
-      input_zero: its zero point, or None.
-      output_scale: step of the grid of products, or None.
-      output_zero: its zero point, or None.
+      input_scale: scale of static int8 activations, or None.
+      input_zero: int8 zero point of the activations, or None.
+      output_scale: scale of static int8 products, or None.
+      output_zero: int8 zero point of the products, or None.
 
     Returns:
       The box.
 
     Raises:
-      BoxError: shapes or types do not fit the format.
+      BoxError: shapes or types do not match the format.
     """
     if codes.dtype != jnp.int8:
         raise BoxError(f"codes must be int8, found {codes.dtype}")
     _check_grid(codes.shape, scale, zero, format)
     if kernel_shape and math.prod(kernel_shape) != math.prod(codes.shape[-2:]):
-        raise BoxError(f"kernel_shape {kernel_shape} does not hold {codes.shape[-2:]} weights")
+        raise BoxError(f"kernel_shape {kernel_shape} does not match {codes.shape[-2:]} weights")
     return Quantized(
         data=packing.pack(codes, format.qtype),
         scale=scale.astype(format.scale_dtype),
@@ -390,10 +400,21 @@ def fake_quantized(
     kernel_shape: tuple[int, ...] = (),
     dtype: str = "float32",
 ) -> FakeQuantized:
-    """Boxes a weight to train as if it were quantized; arguments as in `quantized`.
+    """Boxes a weight for quantization-aware training.
+
+    Args:
+      value: weight [..., out, in].
+      scale: initial scales in the shape `format.scale_shape(value.shape)`.
+      zero: None for a symmetric format, otherwise zero points in the shape of `scale`.
+      format: target format.
+      kernel_shape: trailing shape of a stock kernel, or empty for `[out, in]`.
+      dtype: type of the dense weight.
+
+    Returns:
+      The box.
 
     Raises:
-      BoxError: shapes do not fit the format.
+      BoxError: shapes do not match the format.
     """
     _check_grid(value.shape, scale, zero, format)
     return FakeQuantized(
@@ -413,16 +434,22 @@ def _check_grid(shape: tuple[int, ...], scale: Array, zero: Array | None, format
     if scale.shape != expected:
         raise BoxError(f"scale must be {expected} for {format}, found {scale.shape}")
     if (zero is None) != format.symmetric:
-        raise BoxError(f"zero points go with an affine format, and only there: {format}")
+        raise BoxError(f"only an affine format has zero points: {format}")
     if zero is not None and zero.shape != expected:
         raise BoxError(f"zero points must be {expected} for {format}, found {zero.shape}")
 
 
 def describe(box: Any) -> dict[str, Any]:
-    """Returns the static fields of a box as JSON-ready values, the inverse of `rebuild`.
+    """Returns the static fields of a box as JSON-ready values, the input of `rebuild`.
+
+    Args:
+      box: one of `BOXES`.
+
+    Returns:
+      Class name and static fields.
 
     Raises:
-      BoxError: the box is not one of ours, or holds another box.
+      BoxError: the box is of another class, or contains another box.
     """
     if type(box) not in BOXES.values():
         raise BoxError(f"a {type(box).__name__} cannot be stored; known: {', '.join(BOXES)}")
@@ -442,8 +469,15 @@ def describe(box: Any) -> dict[str, Any]:
 def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
     """Rebuilds a box from its arrays and the output of `describe`.
 
+    Args:
+      fields: arrays by field name.
+      static: static fields from `describe`.
+
+    Returns:
+      The box.
+
     Raises:
-      BoxError: the description names no known box, or the arrays do not fit it.
+      BoxError: the class or a field is unknown, or the arrays do not match the description.
     """
     kind = static.get("box")
     if not isinstance(kind, str) or kind not in BOXES:
@@ -460,7 +494,7 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
     kernel_shape = _read_integers(static, "kernel_shape")
     axes = _read_integers(static, "kernel_axes") if "kernel_axes" in static else ()
     if axes and sorted(axes) != list(range(len(kernel_shape))):
-        raise BoxError(f"kernel_axes {axes} do not name the axes of {kernel_shape}")
+        raise BoxError(f"kernel_axes {axes} are not a permutation of the axes of {kernel_shape}")
     if kind == "FakeQuantized":
         box = fake_quantized(
             fields["value"], fields["scale"], fields.get("zero"), format, kernel_shape, dtype
@@ -473,20 +507,20 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
     stored = packing.stored_dtype(format.qtype)
     if data.dtype != stored or data.ndim < 2 or data.shape[-1] != width:
         raise BoxError(
-            f"data must be {stored} with {width} columns for {format} of {columns}, found "
+            f"data must be {stored} with {width} bytes per row for {columns} of {format}, found "
             f"{data.dtype} {data.shape}"
         )
     scale, zero = fields["scale"], fields.get("zero")
     _check_grid((*data.shape[:-1], columns), scale, zero, format)
     if str(scale.dtype) != format.scale_dtype:
-        raise BoxError(f"scale is {scale.dtype}, {format} says {format.scale_dtype}")
+        raise BoxError(f"scale is {scale.dtype}, {format} requires {format.scale_dtype}")
     if zero is not None and str(zero.dtype) != format.zero_dtype:
-        raise BoxError(f"zero points are {zero.dtype}, {format} says {format.zero_dtype}")
+        raise BoxError(f"zero points are {zero.dtype}, {format} requires {format.zero_dtype}")
     grids = _static_grid(fields, "input", data), _static_grid(fields, "output", data)
     if grids[0][0] is None and grids[1][0] is not None:
-        raise BoxError("output_scale needs input_scale: products have a grid where inputs do")
+        raise BoxError("output_scale requires input_scale")
     if kernel_shape and math.prod(kernel_shape) != data.shape[-2] * columns:
-        raise BoxError(f"kernel_shape {kernel_shape} does not hold {data.shape[-2]} x {columns}")
+        raise BoxError(f"kernel_shape {kernel_shape} does not match {data.shape[-2]} x {columns}")
     return Quantized(
         data, scale, zero, *grids[0], *grids[1], format, columns, kernel_shape, axes, dtype
     )
@@ -501,12 +535,10 @@ def _static_fields(kind: type) -> tuple[str, ...]:
 
 
 def _check_keys(stored: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    """Refuses what this version would ignore; it may change what the bytes mean."""
+    """Refuses unknown keys, since they may change the meaning of the bytes."""
     unknown = [key for key in stored if key not in known]
     if unknown:
-        raise BoxError(
-            f"{where} holds the unknown key {unknown[0]!r:.60}; known: {', '.join(known)}"
-        )
+        raise BoxError(f"{where} has the unknown key {unknown[0]!r:.60}; known: {', '.join(known)}")
 
 
 def _read_format(stored: Any) -> Format:
@@ -519,7 +551,7 @@ def _read_format(stored: Any) -> Format:
 def _read_integers(static: dict[str, Any], name: str) -> tuple[int, ...]:
     value = static.get(name)
     if not isinstance(value, list | tuple) or not all(type(x) is int and x >= 0 for x in value):
-        raise BoxError(f"{name} must list integers, found {value!r:.60}")
+        raise BoxError(f"{name} must be a list of integers, found {value!r:.60}")
     return tuple(value)
 
 
@@ -530,7 +562,7 @@ def _static_grid(
     if scale is None and zero is None:
         return None, None
     if scale is None or zero is None:
-        raise BoxError(f"{side}_scale and {side}_zero come together")
+        raise BoxError(f"{side}_scale and {side}_zero must be set together")
     if {scale.shape, zero.shape} != {data.shape[:-2]}:
         raise BoxError(f"{side}_scale and {side}_zero must be {data.shape[:-2]} each")
     return scale, zero
@@ -545,11 +577,14 @@ BOXES = {
 
 
 def check_reach(box: Weight, where: str) -> None:
-    """Raises BoxError where a level times its scale is beyond the type of the dense weight.
+    """Checks that every level times its scale is finite in the type of the dense weight.
 
     Args:
-      box: with arrays, or any other parameter, which is not checked.
-      where: of it, for the message.
+      box: a box with arrays. Other parameters are not checked.
+      where: path of the parameter for the message.
+
+    Raises:
+      BoxError: a scale is too large.
     """
     if not isinstance(box, Quantized | FakeQuantized):
         return
@@ -558,11 +593,11 @@ def check_reach(box: Weight, where: str) -> None:
     steps = max(abs(low), high) + zero
     largest = float(jnp.max(jnp.abs(box.scale.astype(jnp.float32)), initial=0.0)) * steps
     if not largest <= float(jnp.finfo(box.dtype).max):
-        raise BoxError(f"{where}: scales up to {largest:.3g} make weights that are not finite")
+        raise BoxError(f"{where}: weights up to {largest:.3g} are not finite in {box.dtype}")
 
 
 def array_fields(box: Box) -> dict[str, Any]:
-    """Returns the array fields of a box by name, None where a box has none."""
+    """Returns the array fields of a box by name; absent fields are None."""
     return {
         field.name: getattr(box, field.name)
         for field in dataclasses.fields(box)
@@ -571,5 +606,5 @@ def array_fields(box: Box) -> dict[str, Any]:
 
 
 def tree_leaves(tree: Any) -> list[Any]:
-    """Leaves of a parameter tree with boxes kept whole."""
+    """Lists the leaves of a parameter tree, with each box as one leaf."""
     return jax.tree.leaves(tree, is_leaf=is_box)

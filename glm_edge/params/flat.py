@@ -26,8 +26,11 @@ def to_flat(params: Params) -> tuple[dict[str, Array], Spec]:
       params: tree of arrays and boxes.
 
     Returns:
-      `(arrays, spec)`: a plain parameter is `arrays[path]`; a box is `arrays[path + "." + field]`
-      with its static fields in `spec[path]`.
+      `(arrays, spec)`. A plain parameter is `arrays[path]`. The arrays of a box are
+      `arrays[path + "." + field]`, with its static fields in `spec[path]`.
+
+    Raises:
+      BoxError: a box cannot be stored, see `describe`.
     """
     arrays: dict[str, Array] = {}
     spec: Spec = {}
@@ -45,8 +48,15 @@ def to_flat(params: Params) -> tuple[dict[str, Array], Spec]:
 def from_flat(arrays: dict[str, Array], spec: Spec) -> Params:
     """Rebuilds a tree from its flat form, the inverse of `to_flat`.
 
+    Args:
+      arrays: arrays by name.
+      spec: descriptions of boxes by path.
+
+    Returns:
+      Tree of arrays and boxes.
+
     Raises:
-      BoxError: an array of a described box is missing, or arrays and description do not fit.
+      BoxError: an array of a described box is missing, or arrays do not match their description.
     """
     plain = dict(arrays)
     leaves = {}

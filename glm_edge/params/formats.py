@@ -1,4 +1,4 @@
-"""Formats: how the values of a compressed weight are stored."""
+"""Storage formats of compressed weights."""
 
 import re
 from dataclasses import dataclass
@@ -28,18 +28,18 @@ _PARTS = (
 class Format:
     """Storage of the values of a weight, `w' = scale * (level - zero)`.
 
-    A format is written as a string of parts with `-` between them:
+    A format is written as a string of parts separated by `-`:
 
         <type>[-channel | -tensor | -g<columns>][-affine][-scale=<type>][-zero=<type>]
 
     - The type comes first: `int8`, `int6`, `int5`, `int4`, `int3`, `int2`, `ternary`, `ternary34`,
-      `nf4`, `float16` or `bfloat16`. `float16` and `bfloat16` stand alone.
-    - The grouping says which weights share a scale: `channel` (the default) a row, `tensor` a
-      matrix, `g32` 32 columns (inputs) of a row.
-    - `affine` adds a zero point to integers; without it a format is symmetric.
-    - `scale=` is the type of stored scales: `float32`, `float16` or `bfloat16`. Without it,
-      scales of groups are `bfloat16` and others `float32`.
-    - `zero=` is the type of zero points: `int8`, the default, or a floating type for zero points
+      `nf4`, `float16` or `bfloat16`. `float16` and `bfloat16` have no other parts.
+    - The grouping sets the weights that share a scale: `channel` (the default) one row, `tensor`
+      one matrix, `g32` 32 columns (inputs) of one row.
+    - `affine` adds a zero point to integers. Without it, a format is symmetric.
+    - `scale=` is the type of stored scales: `float32`, `float16` or `bfloat16`. The default is
+      `bfloat16` per group, and `float32` per channel or tensor.
+    - `zero=` is the type of zero points: `int8` (the default), or a floating type for zero points
       between levels.
 
     >>> Format.parse("int8")
@@ -61,17 +61,20 @@ class Format:
     >>> Format.parse("int4-32")
     Traceback (most recent call last):
         ...
-    glm_edge.errors.BoxError: format 'int4-32': '32' is not a part; after the type come: ...
+    glm_edge.errors.BoxError: format 'int4-32': '32' is not a part; parts after the type: ...
 
     Attributes:
-      qtype: integers `int8`, `int6`, `int5`, `int4`, `int3`, `int2`; `ternary`, five to a byte;
-        `ternary34`, three signs and a zero of each four in five bits; `nf4`, levels that suit a
+      qtype: integers `int8`, `int6`, `int5`, `int4`, `int3`, `int2`; `ternary`, five per byte;
+        `ternary34`, three signs and one zero per four weights in five bits; `nf4`, quantiles of a
         normal distribution; or `float16` and `bfloat16`, plain arrays without a scale.
       group_size: columns that share a scale; None for one scale per row (per channel), `tensor` for
-        one scale a matrix.
+        one scale per matrix.
       symmetric: False adds a zero point to integers.
-      scale_dtype: type in which scales are stored.
-      zero_dtype: of zero points: `int8`, or a floating type for zeros between levels.
+      scale_dtype: type of stored scales.
+      zero_dtype: type of zero points: `int8`, or a floating type for zeros between levels.
+
+    References:
+      QLoRA (`nf4`), https://arxiv.org/abs/2305.14314.
     """
 
     qtype: str = "int8"
@@ -96,9 +99,9 @@ class Format:
         if self.plain and (size is not None or not self.symmetric):
             raise BoxError(f"format: {self.qtype} has no scales and no zero points")
         if self.qtype == "ternary34" and count % 4:
-            raise BoxError(f"format: groups of ternary34 are whole fours, not {size}")
+            raise BoxError(f"format: group_size of ternary34 must be a multiple of 4, not {size}")
         if not self.symmetric and self.qtype not in quantization.INTEGERS:
-            raise BoxError(f"format: {self.qtype} is symmetric; zero points go with integers")
+            raise BoxError(f"format: {self.qtype} is symmetric; only integers have zero points")
         if self.scale_dtype not in FLOATING:
             raise BoxError(f"format: scale_dtype {self.scale_dtype!r:.60} is not a float type")
         if self.zero_dtype not in ("int8", *FLOATING):
@@ -108,12 +111,12 @@ class Format:
 
     @property
     def plain(self) -> bool:
-        """Tests for a floating type, which needs no box."""
+        """True for a floating type, which is stored as a plain array."""
         return self.qtype in PLAIN
 
     @property
     def bits(self) -> float:
-        """Bits a packed code takes, scales apart."""
+        """Bits per packed code, without scales."""
         return quantization.INTEGERS.get(self.qtype) or _NOMINAL_BITS[self.qtype]
 
     def __str__(self) -> str:
@@ -134,16 +137,16 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> "Format":
-        """Reads a format, such as `int4-g32-affine`; the inverse of `str`.
+        """Reads a format string such as `int4-g32-affine`; the inverse of `str`.
 
         Args:
-          text: as the docstring of the class explains it.
+          text: string in the grammar of the class's docstring.
 
         Returns:
           The format.
 
         Raises:
-          BoxError: a part is wrong; the message says which, and what is right.
+          BoxError: a part is wrong. The message names it and lists valid parts.
         """
         if not isinstance(text, str):
             raise BoxError(f"a format is a string such as 'int4-g32', not {text!r:.60}")
@@ -175,17 +178,23 @@ class Format:
         return self.group_size if isinstance(self.group_size, int) else 0
 
     def num_groups(self, columns: int) -> int:
-        """Counts the scales of a row, one where all rows share it.
+        """Counts the scales per row, or 1 for one scale per tensor.
+
+        Args:
+          columns: columns per row.
+
+        Returns:
+          Count of groups.
 
         Raises:
-          BoxError: `columns` is not a whole number of groups.
+          BoxError: `columns` is not a multiple of the group size.
         """
         if self.qtype == "ternary34" and columns % 4:
-            raise BoxError(f"{columns} columns are not whole fours, as ternary34 needs")
+            raise BoxError(f"{columns} columns are not a multiple of 4, which ternary34 requires")
         if not isinstance(self.group_size, int):
             return 1
         if columns % self.group_size:
-            raise BoxError(f"{columns} columns are not whole groups of {self.group_size}")
+            raise BoxError(f"{columns} columns do not divide into groups of {self.group_size}")
         return columns // self.group_size
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -194,7 +203,7 @@ class Format:
         return (*shape[:-2], rows, self.num_groups(shape[-1]))
 
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
-        """Counts the bytes of a weight `[..., out, in]`, scales and zero points included."""
+        """Returns the bytes of a weight `[..., out, in]`, including scales and zero points."""
         *leading, rows, columns = shape
         matrices = 1
         for extent in leading:
@@ -210,7 +219,7 @@ class Format:
 
 
 def _read_part(where: str, part: str) -> tuple[str, Any]:
-    """Returns what a part of a format says: the option and its value."""
+    """Returns the option and the value of a part of a format."""
     group = _GROUP.fullmatch(part)
     if part in ("channel", PER_TENSOR) or group:
         size = PER_TENSOR if part == PER_TENSOR else None
@@ -222,12 +231,12 @@ def _read_part(where: str, part: str) -> tuple[str, Any]:
         known = FLOATING if option == "scale" else ("int8", *FLOATING)
         if dtype not in known:
             raise BoxError(
-                f"{where}: {dtype!r:.60} is not a type of a {option}; types: {', '.join(known)}"
+                f"{where}: {dtype!r:.60} is not a {option} type; types: {', '.join(known)}"
             )
         return option, dtype
-    raise BoxError(f"{where}: {part!r:.60} is not a part; after the type come: {_PARTS}")
+    raise BoxError(f"{where}: {part!r:.60} is not a part; parts after the type: {_PARTS}")
 
 
 def default_scale_dtype(group_size: int | str | None) -> str:
-    """Returns bfloat16 for groups, whose scales take space, and float32 for rows and matrices."""
+    """Returns bfloat16 for groups, which have many scales, and float32 for rows and matrices."""
     return "bfloat16" if isinstance(group_size, int) else "float32"

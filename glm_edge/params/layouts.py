@@ -1,9 +1,9 @@
-"""Which axes of a parameter are inputs, which are outputs, and which number matrices.
+"""Layouts of parameters: the axes of inputs, of outputs, and of stacked matrices.
 
-Linen does not store this. A `weight` or `embedding` is `[..., out, in]`; a `kernel` is whatever its
-module says: `[in, out]` (Dense), `[in, heads, head_dim]` (a DenseGeneral with several outputs),
-`[height, width, in, out]` (Conv), each with a layer axis before it under `nn.scan`. What rounds or
-masks asks a `Layout` and never a name.
+Linen does not store this. A `weight` or `embedding` is `[..., out, in]`. The shape of a `kernel`
+depends on its module: `[in, out]` (Dense), `[in, heads, head_dim]` (DenseGeneral with several
+outputs), `[height, width, in, out]` (Conv), each with a leading layer axis under `nn.scan`.
+Transforms use a `Layout`, never a parameter's name.
 """
 
 import math
@@ -18,10 +18,10 @@ class Layout:
     """Axes of a parameter that are rows, columns and stacked matrices.
 
     Attributes:
-      stack: number of leading axes that number matrices: layers of a scan, members of a vmap, batch
+      stack: count of leading axes that index matrices: layers of a scan, members of a vmap, batch
         axes of a DenseGeneral.
-      inputs: axes that a product sums over, counted after the stack, in the order of the columns;
-        all others are outputs. None for an array that is stored `[..., out, in]`.
+      inputs: axes that a product sums over, counted after the stack, in the order of the columns.
+        All other axes are outputs. None for an array stored `[..., out, in]`.
     """
 
     stack: int = 0
@@ -33,7 +33,7 @@ class Layout:
         return cls(max(ndim - 2, 0))
 
     def rows(self, array: Array) -> Array:
-        """Arranges a parameter as `[..., out, in]`, with one leading axis per axis of the stack."""
+        """Arranges a parameter as `[..., out, in]`, with the axes of the stack in front."""
         stack, rows, columns = self.stack, *self.extent(array.shape)
         if self.inputs is not None:
             order = self._order_of(array.ndim)
@@ -41,7 +41,7 @@ class Layout:
         return array.reshape(*array.shape[:stack], rows, columns)
 
     def matrices(self, array: Array) -> Array:
-        """Arranges a parameter as `[out, in]`, or as `[matrices, out, in]` where it is a stack."""
+        """Arranges a parameter as `[out, in]`, or a stack of them as `[matrices, out, in]`."""
         rows = self.rows(array)
         return rows.reshape(-1, *rows.shape[-2:]) if self.stack else rows
 
@@ -50,7 +50,10 @@ class Layout:
 
         Args:
           matrices: `[..., out, in]`.
-          shape: of the parameter.
+          shape: shape of the parameter.
+
+        Returns:
+          The parameter in its original shape.
         """
         if self.inputs is None:
             return matrices.reshape(shape)
@@ -74,7 +77,7 @@ class Layout:
         return math.prod(shape[: self.stack])
 
     def kernel(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Returns the fields of a box that restore this shape, see `params.Quantized`."""
+        """Returns the fields of `params.Quantized` that restore this shape."""
         if self.inputs is None:
             return {"kernel_shape": (), "kernel_axes": ()}
         matrix_shape = shape[self.stack :]
@@ -93,24 +96,23 @@ class Layout:
 
 
 AS_ROWS = Layout()
-"""One matrix, stored `[..., in]` with its outputs before."""
+"""Layout of one matrix, stored `[out, in]`."""
 
 
 def from_bias(
     kernel: tuple[int, ...], bias: tuple[int, ...] | None, stack: int | None = None
 ) -> Layout | None:
-    """Tells the layout of a stock kernel from the shape of the bias beside it.
+    """Infers the layout of a stock kernel from the shape of its bias.
 
-    A bias has the axes of the stack and those of the outputs, and stock kernels have their outputs
-    last.
+    A bias has the axes of the stack and of the outputs. Stock kernels have their outputs last.
 
     Args:
-      kernel: shape.
-      bias: shape, or None where there is none.
-      stack: leading axes that are known to number matrices; None where this is not known.
+      kernel: shape of the kernel.
+      bias: shape of the bias, or None without a bias.
+      stack: count of leading axes that index matrices, or None if unknown.
 
     Returns:
-      The layout, or None where several fit, or none.
+      The layout, or None if no layout or more than one matches.
     """
     if len(kernel) == 2 and not stack:
         return Layout(0, (0,))
@@ -130,7 +132,7 @@ def from_bias(
 
 
 def by_name(path: str, shape: tuple[int, ...]) -> Layout | None:
-    """Tells a layout from the parameter alone: None for a kernel of three or more axes."""
+    """Infers a layout from path and shape; None for a kernel of three or more axes."""
     if path.rsplit("/", 1)[-1] != "kernel":
         return Layout.of_rows(len(shape))
     return from_bias(shape, None)

@@ -1,4 +1,4 @@
-"""Products and look-ups that take a parameter in its box."""
+"""Products and look-ups with boxed parameters."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ def linear(x: Array, weight: Weight, compute: str = "float32") -> Array:
     """Multiplies activations with a weight or box, `[..., in] x [out, in] -> [..., out]`.
 
     Args:
-      x: [..., in].
+      x: [..., in] activations.
       weight: array or box of dense shape [out, in].
-      compute: `float32` (reference); `bfloat16` inputs with float32 accumulation;
-        `int8_dynamic`, which rounds the inputs of a quantized weight to int8, with one scale per
-        row, as on-device kernels do; or `int8_static`, which rounds them with the calibrated scale
-        of the box (one per row where it has none) and rounds products where the box has an output
-        scale.
+      compute: `float32` is the reference. `bfloat16` rounds inputs and accumulates in float32.
+        `int8_dynamic` rounds the inputs of a quantized weight to int8 with one scale per row, as
+        on-device kernels do. `int8_static` rounds them with the calibrated scale of the box (one
+        per row without it), and rounds products if the box has an output scale.
 
     Returns:
-      [..., out].
+      [..., out] activations.
     """
     if isinstance(weight, Quantized) and not weight.kernel_shape:
         return _quantized_linear(x, weight, compute)
@@ -53,16 +52,16 @@ def _quantized_linear(x: Array, weight: Quantized, compute: str) -> Array:
 
 
 def lookup(weight: Weight, tokens: Array) -> Array:
-    """Reads rows of an embedding, and dequantizes only these.
+    """Reads rows of an embedding and dequantizes only these.
 
-    Activations start here: rows stored in a narrower type come out in float32.
+    The result is at least float32, since activations start here.
 
     Args:
       weight: array or box of dense shape [V, D].
       tokens: integers of any shape.
 
     Returns:
-      [..., D].
+      [..., D] in float32 or wider.
     """
     if not isinstance(weight, Quantized) or weight.kernel_shape:
         return _widen(embedding.take_rows(dense(weight), tokens))

@@ -1,9 +1,8 @@
 """Regular expressions of recipes, searched in paths in bounded time.
 
-A recipe may be untrusted, and Python's own search tries the ways to match one after the
-other, of which there can be exponentially many. Here all ways are followed at once: a set of
-positions goes through the expression, each part of which is taken once per position. A budget of
-steps is shared by all searches that one call makes.
+A recipe may be untrusted, and Python's `re` backtracks, which can take exponential time. This
+module simulates an automaton instead: a set of positions moves through the expression, and each
+part is evaluated once per position. All searches of one call share a budget of steps.
 """
 
 import contextlib
@@ -19,19 +18,19 @@ from glm_edge.errors import RecipeError
 
 MAX_PATTERN = 20_000
 MAX_PATH = 1000
-# Steps of one search, a second or two; an honest one takes thousands.
+# Limit of steps per search, one or two seconds; ordinary searches take thousands.
 _MAX_STEPS = 500_000
-# Steps of all searches of one call, such as a recipe's, some seconds.
+# Limit of steps of all searches of one call, such as a recipe's: a few seconds.
 _MAX_SHARED_STEPS = 2_000_000
-# Paths of which a pattern remembers what it found.
+# Paths per pattern whose results are cached.
 _MAX_KNOWN = 10_000
 _FLAGS = re.UNICODE | re.IGNORECASE
-# The positions where a part that starts at a position may end, one bit each.
+# End positions of a part that starts at a position, as a bit set.
 _Ends = Callable[["_Text", int], int]
 
 
 class _Work:
-    """Steps of several searches together."""
+    """Step counter of one or several searches."""
 
     def __init__(self, limit: int) -> None:
         self.steps, self.limit = 0, limit
@@ -42,9 +41,9 @@ _SHARED: contextvars.ContextVar[_Work | None] = contextvars.ContextVar("_SHARED"
 
 @contextlib.contextmanager
 def shared_steps() -> Iterator[None]:
-    """Bounds the time of all searches inside, those of inner calls included; also a decorator.
+    """Bounds the total time of all searches inside, including inner calls; also a decorator.
 
-    Searches that take more steps together raise RecipeError.
+    A search raises RecipeError once the total exceeds the limit.
     """
     if _SHARED.get() is not None:
         yield
@@ -59,8 +58,8 @@ def shared_steps() -> Iterator[None]:
 class Pattern:
     """A regular expression that can be searched in a path.
 
-    Groups, alternatives, repeats, classes, anchors, lookahead and lookbehind mean what they mean in
-    `re`; the flag `i` alone is known.
+    Groups, alternatives, repeats, classes, anchors, lookahead and lookbehind work as in `re`. The
+    only supported flag is `i`.
 
     Attributes:
       text: the expression.
@@ -69,20 +68,23 @@ class Pattern:
     def __init__(self, text: str) -> None:
         """Compiles an expression.
 
+        Args:
+          text: regular expression.
+
         Raises:
-          ValueError: it is not a regular expression, is longer than `MAX_PATTERN`, or uses what
-            bounded search does not know (back references, conditions, atomic groups).
+          ValueError: the text is not a regular expression, is longer than `MAX_PATTERN`, or uses
+            back references, conditions or atomic groups.
         """
         if not isinstance(text, str):
-            raise ValueError(f"a {type(text).__name__} is not a text")
+            raise ValueError(f"a {type(text).__name__} is not a string")
         if len(text) > MAX_PATTERN:
-            raise ValueError(f"it has {len(text)} letters; at most {MAX_PATTERN} are read")
+            raise ValueError(f"it has {len(text)} characters; the limit is {MAX_PATTERN}")
         self.text = text
         self._known: dict[str, str | None] = {}
         try:
             tree = parser.parse(text)
             if tree.state.flags & ~_FLAGS:
-                raise ValueError("of the flags, only i is known")
+                raise ValueError("the only supported flag is i")
             self._ends = _sequence(tree, bool(tree.state.flags & re.IGNORECASE))
         except (re.error, OverflowError) as error:
             raise ValueError(str(error)) from error
@@ -90,18 +92,24 @@ class Pattern:
             raise ValueError("it is nested too deep") from error
 
     def search(self, path: str) -> bool:
-        """Tests if the expression matches anywhere in a path."""
+        """Tests for a match anywhere in a path."""
         return self.match(path) is not None
 
     def match(self, path: str) -> str | None:
-        """Returns the first and, of those that begin there, longest part of a path that matches.
+        """Returns the leftmost match in a path (the longest at that position), or None.
+
+        Args:
+          path: parameter path.
+
+        Returns:
+          The matched part, or None.
 
         Raises:
-          RecipeError: the path is longer than `MAX_PATH`, or the search takes too long, alone or
-            with the others inside `shared_steps`.
+          RecipeError: the path is longer than `MAX_PATH`, or the search, alone or with others
+            inside `shared_steps`, exceeds its step limit.
         """
         if len(path) > MAX_PATH:
-            raise RecipeError(f"a path of {len(path)} letters; patterns search up to {MAX_PATH}")
+            raise RecipeError(f"a path of {len(path)} characters; the limit is {MAX_PATH}")
         if path not in self._known:
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
@@ -119,12 +127,12 @@ class Pattern:
 
 @functools.lru_cache(maxsize=256)
 def compiled(pattern: str | None) -> Pattern:
-    """Returns the pattern of an expression; None matches everything."""
+    """Compiles an expression with a cache; None matches everything."""
     return Pattern(pattern or "")
 
 
 class _Text:
-    """A path, and the ends of each part that was tried at a position."""
+    """A path with cached end positions per part and start position."""
 
     def __init__(self, letters: str, pattern: str) -> None:
         self.letters, self._pattern = letters, pattern
@@ -140,7 +148,7 @@ class _Text:
                 shown = self._pattern if len(self._pattern) <= 60 else f"{self._pattern[:60]}…"
                 raise RecipeError(
                     f"searching for the pattern {shown!r} takes too long at {self.letters[:60]!r}; "
-                    "repeat less in it, or use fewer and shorter patterns"
+                    "use fewer repeats, or fewer and shorter patterns"
                 )
 
 
@@ -202,7 +210,7 @@ def _part(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
     if operation is sre.SUBPATTERN:
         _, added, removed, items = argument
         if added or removed:
-            raise ValueError("flags for a part of it are not known")
+            raise ValueError("flags for a part of the expression are not supported")
         return _sequence(items, ignore_case)
     if operation in (sre.MAX_REPEAT, sre.MIN_REPEAT):
         low, high, items = argument
@@ -221,7 +229,7 @@ def _part(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
     if operation is sre.FAILURE:
         # Python 3.13 parses `(?!)`, which matches nothing, as this.
         return lambda text, start: 0
-    raise ValueError(f"{str(operation).lower()} is not known")
+    raise ValueError(f"{str(operation).lower()} is not supported")
 
 
 class _Letters:
@@ -243,7 +251,7 @@ class _Letters:
             text.known[key] = sum(fits)
         fitting = text.known[key]
         if self._many:
-            # The carry of the sum runs from each start to the end of its run.
+            # Adding propagates a carry from each start to the end of its run of matching letters.
             reached = (((starts & fitting) + fitting) ^ fitting) | starts
             return (reached & fitting) << 1 if self._needed else reached
         once = (starts & fitting) << 1
@@ -260,7 +268,8 @@ def _joined(bitsets: Any) -> int:
 def _repeat(low: int, high: int, body: _Ends) -> _Ends:
     def ends(text: _Text, start: int) -> int:
         now, count = 1 << start, 0
-        # Each round moves on by a letter or stays, so that it settles soon, however high `low` is.
+        # The set of positions reaches a fixed point after at most one round per letter, even if
+        # `low` is large.
         while count < low and now:
             after = _union(body, text, now)
             if after == now:
@@ -300,7 +309,7 @@ def _anchor(code: Any) -> _Ends:
 
     known = (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING, sre.AT_END, sre.AT_END_STRING)
     if code not in (*known, sre.AT_BOUNDARY, sre.AT_NON_BOUNDARY):
-        raise ValueError(f"{str(code).lower()} is not known")
+        raise ValueError(f"{str(code).lower()} is not supported")
     return lambda text, start: (1 << start) if holds(text.letters, start) else 0
 
 
@@ -341,4 +350,4 @@ def _test(operation: Any, argument: Any) -> Callable[[str], bool]:
         return lambda letter: argument[0] <= ord(letter) <= argument[1]
     if operation is sre.CATEGORY and argument in _CATEGORIES:
         return _CATEGORIES[argument]
-    raise ValueError(f"{str(operation).lower()} is not known in a class")
+    raise ValueError(f"{str(operation).lower()} is not supported in a class")

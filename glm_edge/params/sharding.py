@@ -5,8 +5,8 @@
     with glm_edge.params.sharding.on(mesh):
         logits, _ = jax.jit(model.apply)({"params": params}, tokens)
 
-A layout changes where numbers are computed, never which: XLA moves what a device lacks. Fused
-gate and up rows are cut across both halves, for instance, and their halves meet after the product.
+Sharding changes the devices that compute values, never the values: XLA inserts the communication.
+Fused gate and up rows, for instance, are split across devices and combined after the product.
 """
 
 import contextlib
@@ -43,9 +43,9 @@ RULES: Rules = (
 """Tensor parallelism over the mesh axis `model`, rows of a batch over `data`."""
 
 FULLY_SHARDED: Rules = (*RULES[:-1], ("embed", "data"))
-"""As `RULES`, and every matrix is cut over `data` as well."""
+"""`RULES`, with every matrix also split over the mesh axis `data`."""
 
-# The first pattern that ends a path names its axes; those of biases and norms are one.
+# The first pattern that matches the end of a path names its axes. Biases and norms have one axis.
 _TABLE: tuple[tuple[str, Axes], ...] = (
     (r"(embed|head)/weight", ("vocab", "embed")),
     (r"token_type/weight", ("token_types", "embed")),
@@ -76,11 +76,11 @@ def logical_axes(path: str, shape: tuple[int, ...]) -> Axes:
     """Names the axes of a parameter.
 
     Args:
-      path: of the parameter, such as `decoder/layers/0/attention/q_proj/weight`.
-      shape: of the dense array; axes before those of the table (stacked layers) have no name.
+      path: parameter path such as `decoder/layers/0/attention/q_proj/weight`.
+      shape: shape of the dense array. Leading axes of stacked layers have no name.
 
     Returns:
-      A name or None for each axis; all None for a path that the table does not know.
+      A name or None per axis; all None for an unknown path.
     """
     for pattern, axes in _PATTERNS:
         if pattern.fullmatch(path) and len(axes) <= len(shape):
@@ -95,19 +95,19 @@ def named_sharding(
     rules: Rules = RULES,
     config: ModelConfig | None = None,
 ) -> NamedSharding | meta.AxisMetadata:
-    """Returns the sharding of a parameter, with equal parts and without cutting a head or a group.
+    """Returns the sharding of a parameter, with equal parts and without splitting heads or groups.
 
     Args:
-      path: of the parameter.
-      leaf: array, abstract array or box; of arrays, only the shape is used.
-      mesh: of the devices.
-      rules: `(logical axis, mesh axis, tuple of mesh axes or None)`, the first of them first;
-        mesh axes that `mesh` lacks count as None.
-      config: of the model, which says how many heads there are; without it key and value heads
-        are replicated, and query heads may be cut.
+      path: parameter path.
+      leaf: array, abstract array or box. Only shapes of arrays are used.
+      mesh: mesh of devices.
+      rules: pairs `(logical axis, mesh axis, tuple of mesh axes or None)`; the first matching
+        pair applies. Pairs with axes that `mesh` lacks are ignored.
+      config: model configuration, for the count of heads. Without it, key and value heads are
+        replicated, and query heads may be split.
 
     Returns:
-      A `NamedSharding`, or, for a box, the box of those of its arrays.
+      A `NamedSharding`, or for a box the same box with a `NamedSharding` per array.
 
     Raises:
       ConfigError: the rules name no axis of the mesh.
@@ -139,7 +139,7 @@ def named_sharding(
 
 
 def _cuttable(leaf: Quantized | FakeQuantized) -> int:
-    """Counts equal parts of a row that end at complete bytes, or 1."""
+    """Counts the parts of a row that end at complete bytes, or 1."""
     columns = leaf.value.shape[-1] if isinstance(leaf, FakeQuantized) else leaf.columns
     unit = 1 if isinstance(leaf, FakeQuantized) else packing.unit(leaf.format.qtype)
     return columns // unit if columns % unit == 0 else 1
@@ -148,7 +148,20 @@ def _cuttable(leaf: Quantized | FakeQuantized) -> int:
 def shardings(
     params: Params, mesh: Mesh, rules: Rules = RULES, config: ModelConfig | None = None
 ) -> Params:
-    """Returns `named_sharding` of every parameter, in a tree like `params`."""
+    """Returns the `named_sharding` of every parameter.
+
+    Args:
+      params: tree of concrete or abstract arrays and boxes.
+      mesh: mesh of devices.
+      rules: see `named_sharding`.
+      config: see `named_sharding`.
+
+    Returns:
+      Tree of shardings in the structure of `params`.
+
+    Raises:
+      ConfigError: the rules name no axis of the mesh.
+    """
     return map_with_path(lambda path, leaf: named_sharding(path, leaf, mesh, rules, config), params)
 
 
@@ -159,12 +172,12 @@ def shard(
 
     Args:
       params: tree of arrays and boxes.
-      mesh: of the devices.
+      mesh: mesh of devices.
       rules: see `named_sharding`.
-      config: as in `named_sharding`.
+      config: see `named_sharding`.
 
     Returns:
-      The tree with every array spread as `named_sharding` says.
+      The tree with every array sharded by `named_sharding`.
 
     Raises:
       ConfigError: the rules name no axis of the mesh.
@@ -176,14 +189,14 @@ def shard(
 def on(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
     """Shards the activations of models and puts new arrays on `mesh`, within a context.
 
-    A function that jit compiled on a mesh keeps the rules of that time.
+    A compiled function keeps the rules that were active when it was traced.
 
     Args:
-      mesh: of the devices.
+      mesh: mesh of devices.
       rules: see `named_sharding`.
 
     Yields:
-      The mesh with axes of the type that the models need, see `automatic`.
+      The mesh with `Auto` axes, see `automatic`.
 
     Raises:
       ConfigError: the rules name no axis of the mesh.
@@ -194,15 +207,15 @@ def on(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Keeps an activation where the rules of `on` say; outside of `on` returns it as it is.
+    """Constrains an activation to the sharding of the rules of `on`; the identity outside of `on`.
 
     Args:
       x: any array.
-      axes: name or None of each axis; one that the devices do not divide is replicated. An array
-        of another number of axes is left to XLA.
+      axes: name or None per axis. An axis that the devices do not divide is replicated. XLA
+        decides for an array with another count of axes.
 
     Returns:
-      The same values.
+      The array with the same values.
     """
     rules = nn.get_logical_axis_rules()
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -222,7 +235,7 @@ def automatic(mesh: Mesh) -> Mesh:
 
 
 def _rules_of(mesh: Mesh, rules: Rules) -> Rules:
-    """Selects the rules whose mesh axes exist; all others replicate."""
+    """Selects the rules whose mesh axes exist; other axes are replicated."""
     known = [
         (name, target)
         for name, target in rules
@@ -232,7 +245,7 @@ def _rules_of(mesh: Mesh, rules: Rules) -> Rules:
         named = sorted({axis for _, target in rules for axis in _as_tuple(target)})
         raise ConfigError(
             f"mesh with axes {tuple(mesh.axis_names)}: the sharding rules name none of them, only "
-            f"{tuple(named)}; name the mesh's axes so, or pass rules"
+            f"{tuple(named)}; rename the mesh's axes, or pass rules"
         )
     return tuple(known)
 
@@ -246,7 +259,7 @@ def _num_shards(sizes: dict[str, int], target: str | tuple[str, ...] | None) -> 
 
 
 def _sharding(mesh: Mesh, rules: Rules, axes: Axes, units: tuple[int, ...]) -> NamedSharding:
-    """Cuts each axis whose number of units divides by the devices along its mesh axis."""
+    """Splits each axis if the devices along its mesh axis divide its count of units."""
     cut = tuple(nn.logical_to_mesh_axes(axes, rules) or ())
     spec = [
         target if count % _num_shards(mesh.shape, target) == 0 else None
@@ -256,12 +269,12 @@ def _sharding(mesh: Mesh, rules: Rules, axes: Axes, units: tuple[int, ...]) -> N
 
 
 def _units(name: str | None, size: int, path: str, config: ModelConfig | None) -> int:
-    """Counts the parts of an axis that are not cut: heads, or else single rows or columns."""
+    """Counts the indivisible parts of an axis: heads, or otherwise single rows or columns."""
     if name not in ("heads", "kv_heads"):
         return size
     if config is None:
         return size if name == "heads" else 1
     part: Any = getattr(config, path.split("/", 1)[0], config)
     layer = re.search(r"layers/(\d+)/", path)
-    # A pooling head comes after the layers.
+    # A pooling head has the widths after those of the layers.
     return getattr(part, name)(int(layer[1]) if layer else part.num_layers)

@@ -21,11 +21,11 @@ Tree = Mapping[str, Any] | Sequence[Any] | Weight | np.ndarray
 """Any tree of arrays and boxes, such as `Params`, a list of leaves, or one leaf."""
 
 MATRIX_NAMES = ("weight", "kernel", "embedding")
-"""Names of the parameters that multiply or embed."""
+"""Last path components of matrices (weights of products and embeddings)."""
 
 
 def path_items(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields `(path, array or box)` with `/` between names, in the tree's order."""
+    """Yields `(path, array or box)` in the tree's order, with `/` between names."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]:
         yield path_string(path), leaf
 
@@ -36,14 +36,30 @@ def path_string(path: tuple[Any, ...]) -> str:
 
 
 def map_with_path(function: Callable[[str, Any], Any], params: Params) -> Params:
-    """Maps `(path, array or box)` over a tree, boxes kept whole."""
+    """Maps a function over a tree, with each box as one leaf.
+
+    Args:
+      function: function of a path and an array or box.
+      params: tree of arrays and boxes.
+
+    Returns:
+      Tree of results.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(path_string(path), leaf), params, is_leaf=is_box
     )
 
 
 def is_matrix(path: str, leaf: Weight | np.ndarray) -> bool:
-    """Tests for a weight that multiplies or embeds, as quantization and masks need."""
+    """Tests for a floating weight of a product or an embedding, which transforms can compress.
+
+    Args:
+      path: parameter path, whose last component must be in `MATRIX_NAMES`.
+      leaf: array or box, which must have two or more axes.
+
+    Returns:
+      True for a matrix.
+    """
     name = path.rsplit("/", 1)[-1]
     floating = isinstance(leaf, Box) or jnp.issubdtype(leaf.dtype, jnp.floating)
     return name in MATRIX_NAMES and len(leaf.shape) >= 2 and floating
@@ -51,7 +67,7 @@ def is_matrix(path: str, leaf: Weight | np.ndarray) -> bool:
 
 @shared_steps()
 def select(params: Params, where: str | None) -> list[str]:
-    """Paths of the matrices that a pattern selects.
+    """Lists the paths of the matrices that a pattern selects.
 
     Args:
       params: tree of arrays and boxes.
@@ -62,6 +78,10 @@ def select(params: Params, where: str | None) -> list[str]:
 
     Raises:
       RecipeError: the pattern is malformed or selects nothing.
+
+    Example:
+      >>> select(params, r"attention/[qk]_proj")[0]
+      'decoder/layers/0/attention/k_proj/weight'
     """
     try:
         pattern = compiled(where)
@@ -71,8 +91,8 @@ def select(params: Params, where: str | None) -> list[str]:
     chosen = [path for path in matrices if pattern.search(path)]
     if not matrices:
         raise RecipeError(
-            f"where={where!r} matches none of 0 matrices, which are floating arrays of two axes or "
-            f"more named {', '.join(MATRIX_NAMES)}; is params model.init(...)['params']?"
+            f"where={where!r} matches none of 0 matrices (floating arrays of two or more axes "
+            f"named {', '.join(MATRIX_NAMES)}); is params model.init(...)['params']?"
         )
     if not chosen:
         examples = ", ".join(matrices[:3])
@@ -81,17 +101,17 @@ def select(params: Params, where: str | None) -> list[str]:
 
 
 def partition(params: Params, scales: bool = False) -> tuple[Params, Params]:
-    """Splits a tree into what trains and what does not, the only door into `grad` and optimizers.
+    """Splits a tree into trainable and frozen arrays, for `jax.grad` and optimizers.
 
-    Floating arrays and the trainable fields of boxes go left; integers, masks, packed data and
-    frozen scales go right. Each side holds None where the other holds an array.
+    Floating arrays and the trainable fields of boxes are trainable. Integers, masks, packed data
+    and frozen scales are not. Each tree contains None where the other contains an array.
 
     Args:
       params: tree of arrays and boxes.
       scales: also trains scales and floating zero points of quantized weights.
 
     Returns:
-      `(trainable, frozen)`; `combine` puts them back together, as `glm_edge.params.Masked` shows.
+      `(trainable, frozen)`, the arguments of `combine`. `glm_edge.params.Masked` has an example.
     """
 
     def trains(box: Any, name: str, value: Any) -> bool:
@@ -115,7 +135,15 @@ def partition(params: Params, scales: bool = False) -> tuple[Params, Params]:
 
 
 def combine(trainable: Params, frozen: Params) -> Params:
-    """Combines the two trees of `partition`."""
+    """Combines the two trees of `partition`.
+
+    Args:
+      trainable: first tree, after any number of updates.
+      frozen: second tree.
+
+    Returns:
+      Tree of arrays and boxes.
+    """
     return jax.tree.map(
         lambda first, second: second if first is None else first,
         trainable,
@@ -125,18 +153,26 @@ def combine(trainable: Params, frozen: Params) -> Params:
 
 
 def cast(params: Params, dtype: DTypeLike) -> Params:
-    """Casts what trains to a floating type; masks, integers and scales keep theirs."""
+    """Casts trainable arrays to a floating type.
+
+    Args:
+      params: tree of arrays and boxes.
+      dtype: floating type.
+
+    Returns:
+      The tree; masks, integers and scales keep their types.
+    """
     trainable, frozen = partition(params)
     return combine(jax.tree.map(lambda array: array.astype(dtype), trainable), frozen)
 
 
 def count(params: Tree) -> int:
-    """Counts the parameters: entries of the dense arrays, pruned zeros included."""
+    """Counts the parameters: entries of the dense arrays, including pruned zeros."""
     return sum(math.prod(leaf.shape) for leaf in tree_leaves(params))
 
 
 def stored_bytes(params: Tree) -> int:
-    """Counts the bytes of all stored arrays: packed integers, scales, zero points, masks."""
+    """Sums the bytes of all stored arrays: packed integers, scales, zero points, masks."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 

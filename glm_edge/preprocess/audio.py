@@ -1,4 +1,4 @@
-"""Speech: reading recordings, changing their rate, and log-mel frames of a model's length."""
+"""Speech: reading of recordings, resampling, and log-mel frames of a model's length."""
 
 import functools
 import math
@@ -19,21 +19,21 @@ from glm_edge.preprocess.riff import read_wav
 FILTER_ZEROS = 32
 KAISER_BETA = 8.6
 PASSBAND = 0.95
-# Most taps of a filter that scipy receives.
+# Maximum of filter taps passed to scipy.
 MAX_TAPS = 1 << 22
-# Full scale is 1. Mixing goes somewhat beyond it; samples that were never divided go far beyond it.
+# Full scale is 1. Mixing exceeds it slightly; integers that were not divided exceed it far.
 LOUDEST = 16.0
 MAX_SAMPLES = 1 << 27
-# Taps that are computed, and samples that are gathered, at one time.
+# Taps computed, and samples gathered, per block.
 BLOCK = 1 << 20
 
 
 def load_wav(
     source: str | os.PathLike | bytes | bytearray | memoryview,
 ) -> tuple[np.ndarray, int]:
-    """Reads a recording; several channels are averaged.
+    """Reads a recording and averages its channels.
 
-    Sizes that a phone or ffmpeg left unknown (0, 0xFFFFFFFF) reach to the end of the file.
+    A size that a phone or ffmpeg left unknown (0, 0xFFFFFFFF) extends to the end of the file.
 
     Args:
       source: path of a WAV file with PCM samples of 8, 16, 24 or 32 bits or floats of 32 or 64
@@ -43,25 +43,25 @@ def load_wav(
       `(samples, rate)`: float32 [L] in -1..1, and samples per second.
 
     Raises:
-      DataError: the file is missing, truncated, empty, or not such a recording.
+      DataError: the file is missing, truncated, empty, or not a supported WAV file.
     """
     return read_wav(source)
 
 
 def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """Changes the sampling rate with a Kaiser-windowed sinc filter.
+    """Resamples with a Kaiser-windowed sinc filter.
 
     Args:
       samples: [L] at `rate`.
-      rate: samples per second of `samples`, 1,000 to 768,000.
-      target: samples per second of the result.
+      rate: sample rate of `samples` in Hz, 1,000 to 768,000.
+      target: sample rate of the result in Hz, 1,000 to 768,000.
 
     Returns:
       float32 [ceil(L * target / rate)].
 
     Raises:
-      DataError: samples are not one finite row in -1..1, a rate is not an integer of that range,
-        or the result would have more than 2**27 samples.
+      DataError: samples are not one finite row in -1..1, a rate is not an integer in its range, or
+        the result would exceed 2**27 samples.
 
     References:
       Smith, Digital audio resampling, https://ccrma.stanford.edu/~jos/resample/.
@@ -75,13 +75,13 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
     count = -(-len(samples) * up // down)
     if count > MAX_SAMPLES:
         raise DataError(
-            f"{len(samples)} samples at rate {rate} would become {count} at {target}; at most "
-            f"{MAX_SAMPLES} are made, resample a part at a time"
+            f"{len(samples)} samples at rate {rate} would become {count} at {target}; the limit is "
+            f"{MAX_SAMPLES}, resample in parts"
         )
     cutoff = min(1.0, target / rate) * PASSBAND
     reach = math.ceil(FILTER_ZEROS / cutoff)
     if count >= up and up * (2 * reach + 1) <= MAX_TAPS:
-        # Phase p of the bank is every `up`-th tap of one filter; zeros in front centre it.
+        # Phase p of the bank is every `up`-th tap of one filter, centred by leading zeros.
         bank = _filter_bank(np.arange(up) / up, cutoff, reach)
         taps = np.pad(bank[:, ::-1].T.ravel(), (up - 1, 0)) / np.float32(up)
         return signal.resample_poly(samples, up, down, window=taps)
@@ -91,10 +91,10 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
 def _resample_by_phases(
     samples: np.ndarray, count: int, ratio: tuple[int, int], cutoff: float, reach: int
 ) -> np.ndarray:
-    """Computes only the phases that occur, since scipy needs the taps of all.
+    """Resamples with only the phases that occur, since scipy needs the taps of all phases.
 
-    Rates without a common divisor have as many phases as `target`: from 767,999 to 1,000 Hz, scipy
-    would need 52 million taps, however short the recording.
+    Rates without a common divisor have `target` phases. From 767,999 to 1,000 Hz, scipy would need
+    52 million taps even for a short recording.
     """
     up, down = ratio
     phases = np.arange(min(up, count)) * down % up
@@ -105,7 +105,7 @@ def _resample_by_phases(
     resampled = np.empty(count, np.float32)
     step = max(1, BLOCK // bank.shape[1])
     for start in range(0, count, step):
-        # Output n is at input n * down / up; outputs `up` apart have the same taps.
+        # Output n is at input n * down / up; outputs `up` apart share their taps.
         outputs = np.arange(start, min(start + step, count))
         gathered = windows[outputs * down // up]
         resampled[outputs] = np.einsum("nt,nt->n", gathered, bank[outputs % up])
@@ -113,7 +113,7 @@ def _resample_by_phases(
 
 
 def _filter_bank(phases: np.ndarray, cutoff: float, reach: int) -> np.ndarray:
-    """Returns taps at fractions of a sample, float32 [phases, 2 * reach + 1], of unit gain."""
+    """Computes taps of unit gain per fraction of a sample, float32 [phases, 2 * reach + 1]."""
     around = np.arange(-reach, reach + 1)
     bank = np.empty((phases.size, around.size), np.float32)
     step = max(1, BLOCK // around.size)
@@ -126,17 +126,18 @@ def _filter_bank(phases: np.ndarray, cutoff: float, reach: int) -> np.ndarray:
 
 
 def prepare_audio(samples: np.ndarray, config: SpeechConfig) -> np.ndarray:
-    """Makes the log-mel frames that a model reads; silence is added at the end.
+    """Computes a model's log-mel frames, padded with silence at the end.
 
     Args:
       samples: [L] or [B, L] at `config.sample_rate`, in -1..1.
-      config: of the speech encoder.
+      config: configuration of the speech encoder.
 
     Returns:
       float32 [num_frames, mel_bins] or [B, num_frames, mel_bins].
 
     Raises:
-      DataError: samples are of another shape, empty, not finite, or more than the model hears.
+      DataError: samples have a wrong shape, are empty, not finite, or longer than the model's
+        input.
     """
     samples = np.asarray(samples)
     rows = _checked(samples, samples.ndim if samples.ndim in (1, 2) else 1)
@@ -155,19 +156,19 @@ def prepare_audio(samples: np.ndarray, config: SpeechConfig) -> np.ndarray:
 def prepare_recording(
     samples: np.ndarray, processing: AudioProcessing
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a recording into chunks and makes the log-mel frames of each, silence after the last.
+    """Splits a recording into chunks and computes their log-mel frames; pads the last with silence.
 
     Args:
       samples: [L] at `processing.sample_rate`, in -1..1.
-      processing: the parameters.
+      processing: parameters of preprocessing.
 
     Returns:
-      `(mel, audio_frames)`: float32 [N, frames of a chunk, mel_bins], and int32 [N], the frames
-      of each chunk that are not silence added here.
+      `(mel, audio_frames)`: float32 [N, frames per chunk, mel_bins], and int32 [N], the frames per
+      chunk without padding.
 
     Raises:
-      DataError: samples are not one finite row, too short for a single feature, or more than the
-        chunks that the model hears.
+      DataError: samples are not one finite row, are too short for one feature, or exceed the
+        model's maximum of chunks.
     """
     row = _checked(samples, 1)
     length, hop = processing.chunk_samples, processing.hop_length
@@ -182,7 +183,7 @@ def prepare_recording(
             f"{2 * processing.merge_size * hop} samples"
         )
     chunks = np.pad(row, (0, count * length - len(row))).reshape(count, 1, length)
-    # One chunk at a time: the compiled function stays the same for every recording.
+    # One chunk per call, so that one compiled function serves recordings of any length.
     mel = [
         _compiled_log_mel()(
             chunk, processing.mel_bins, processing.fft_size, hop, processing.sample_rate
@@ -201,7 +202,7 @@ def _check_length(count: int, limit: int, rate: int) -> None:
     if count > limit:
         raise DataError(
             f"a recording of {count} samples ({count / rate:.2f} s) is longer than the {limit} "
-            f"({limit / rate:.2f} s) that this model hears; cut it, as in samples[:{limit}]"
+            f"({limit / rate:.2f} s) that this model reads; cut it, as in samples[:{limit}]"
         )
 
 
@@ -212,8 +213,7 @@ def _rate(value: Any, name: str) -> int:
     )
     if not number or not low <= value <= high or value != int(value):
         raise DataError(
-            f"{name} must be a whole number of samples per second in {low}..{high}, "
-            f"not {value!r:.60}"
+            f"{name} must be an integer of samples per second in {low}..{high}, not {value!r:.60}"
         )
     return int(value)
 
@@ -222,14 +222,14 @@ def _checked(samples: np.ndarray, axes: int) -> np.ndarray:
     try:
         samples = np.asarray(samples)
     except ValueError as error:
-        raise DataError(f"samples must be one row of numbers: {error}") from error
+        raise DataError(f"samples must be one row of values: {error}") from error
     if samples.ndim != axes or 0 in samples.shape:
-        raise DataError(f"samples must be one row, not empty, found {list(samples.shape)}")
+        raise DataError(f"samples must be one row and not empty, found shape {list(samples.shape)}")
     if not np.issubdtype(samples.dtype, np.floating):
         raise DataError(f"samples must be floats in -1..1, found {samples.dtype}")
     loudest = np.max(np.abs(samples))
     if not np.isfinite(loudest):
-        raise DataError("samples hold NaN or infinity")
+        raise DataError("samples contain NaN or infinity")
     if loudest > LOUDEST:
         raise DataError(
             f"samples reach {loudest:g}; floats in -1..1 are needed: divide 16-bit integers by "

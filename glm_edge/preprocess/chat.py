@@ -1,4 +1,4 @@
-"""Conversations as text: chat templates of checkpoints, interpreted within limits."""
+"""Rendering of conversations with chat templates, interpreted within limits."""
 
 import datetime
 import functools
@@ -30,17 +30,17 @@ MEDIA_TYPES = {
 }
 
 MAX_DEPTH = 64
-# Roles whose messages say something themselves.
+# Roles whose messages must have a content.
 _SPEAKERS = ("system", "user")
 MAX_LAYOUT = 200
-# Half of a surrogate pair, of which no text in UTF-8 can be made.
+# Half of a surrogate pair, which UTF-8 cannot encode.
 LONE = re.compile("[\ud800-\udfff]")
 
 Message = Mapping[str, Any]
 
 
 def family_template(family: str) -> str:
-    """Returns this library's own template of a family, for checkpoints that bring none.
+    """Returns this library's template of a family, for checkpoints without a template.
 
     Args:
       family: one of `FAMILIES`.
@@ -49,7 +49,7 @@ def family_template(family: str) -> str:
       Jinja source.
 
     Raises:
-      ConfigError: the family is not known.
+      ConfigError: the family is unknown.
     """
     if family not in FAMILIES:
         raise ConfigError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
@@ -61,11 +61,11 @@ def checkpoint_template(directory: Path) -> str | None:
     """Reads a checkpoint's chat template.
 
     Args:
-      directory: with `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json`, the
-        first of which that has a template counts.
+      directory: checkpoint directory. The first template in `chat_template.jinja`,
+        `chat_template.json` and `tokenizer_config.json` applies.
 
     Returns:
-      Jinja source, that named `default` where there are several, or None where there is none.
+      Jinja source, or None without a template. Of several templates, the one named `default`.
 
     Raises:
       CheckpointError: a file is damaged, or no template is named `default`.
@@ -84,10 +84,10 @@ def checkpoint_template(directory: Path) -> str | None:
                 raise CheckpointError(f"{where} has no template named 'default'")
         if template is not None:
             if not isinstance(template, str):
-                raise CheckpointError(f"{where} must be a string or named strings")
+                raise CheckpointError(f"{where} must be a string or a list of named strings")
             if len(template) > MAX_TEMPLATE:
                 raise CheckpointError(
-                    f"{where} has {len(template)} characters; at most {MAX_TEMPLATE} are read"
+                    f"{where} has {len(template)} characters; the limit is {MAX_TEMPLATE}"
                 )
             return template
     return None
@@ -95,11 +95,11 @@ def checkpoint_template(directory: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt with marks that tell untrusted text from the template's text.
+    """A prompt with marks that distinguish untrusted text from the template's text.
 
     Attributes:
-      text: with marks.
-      marks: its `reveal` gives the text without them.
+      text: text with marks.
+      marks: marks; `marks.reveal` removes them from a text.
     """
 
     text: str
@@ -115,25 +115,30 @@ def render(
 ) -> str:
     """Renders a conversation.
 
-    The template is an untrusted program: it is interpreted within limits of time and memory, on
-    copies made of plain JSON values. It writes one string, in which the text of a message is not
-    told from the template's own, so a text that spells a special token becomes that token where the
-    string is tokenised; `glm_edge.preprocess.Processor` prevents that.
+    The template is an untrusted program. It is interpreted within limits of time and memory, on
+    copies of plain JSON values. The result is one string that does not distinguish messages from
+    the template's text. A message that spells a special token therefore becomes that token when the
+    string is tokenized; `glm_edge.preprocess.Processor` prevents that.
 
     Args:
       template: Jinja source, at most `sandbox.MAX_TEMPLATE` characters.
-      messages: each with a `role` and a `content`, which is a string or a list of parts such as
-        `{"type": "text", "text": …}` and `{"type": "image"}`.
+      messages: messages with a `role` and a `content`. The content is a string or a list of parts
+        such as `{"type": "text", "text": …}` and `{"type": "image"}`.
       tools: JSON schemas of functions that the model may call.
-      add_generation_prompt: whether the assistant's turn is opened at the end.
-      **variables: what else the template reads.
+      add_generation_prompt: opens the assistant's turn at the end.
+      **variables: further variables of the template.
 
     Returns:
       The text.
 
     Raises:
-      DataError: messages are malformed, or the template fails, refuses them or takes more time or
-        memory than it may.
+      DataError: messages are malformed, or the template fails, rejects them, or exceeds its limits
+        of time or memory.
+
+    Example:
+      >>> text = render(family_template("glm_4"), [{"role": "user", "content": "Hello"}])
+      >>> text.endswith("Hello<|assistant|>")
+      True
     """
     return render_marked(template, messages, tools, add_generation_prompt, variables).text
 
@@ -150,19 +155,19 @@ def render_marked(
     """Renders a conversation so that untrusted text cannot spell a special token.
 
     Args:
-      template: as for `render`.
-      messages: as for `render`.
-      tools: as for `render`.
-      add_generation_prompt: as for `render`.
-      variables: other variables of the template, untrusted.
-      constants: the checkpoint's own variables, such as `bos_token`.
-      special: names of special tokens, which marks hide in all untrusted text.
+      template: as in `render`.
+      messages: as in `render`.
+      tools: as in `render`.
+      add_generation_prompt: as in `render`.
+      variables: further, untrusted variables of the template.
+      constants: trusted variables of the checkpoint, such as `bos_token`.
+      special: names of special tokens, which marks replace in all untrusted text.
 
     Returns:
-      The prompt.
+      The prompt with its marks.
 
     Raises:
-      DataError: as for `render`.
+      DataError: as in `render`.
     """
     copier = _Copier()
     conversation = [copier.message(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -183,7 +188,7 @@ def render_marked(
     budget = Budget(copier.values, copier.characters)
     try:
         return Rendered(Interpreter(values, budget, marks).render(parse(template)), marks)
-    # A template is a program: it can divide by zero or recurse as well as fail as a template.
+    # A template is a program: it can divide by zero or recurse too deep, for instance.
     except Exception as error:
         shown = marks.reveal(" ".join(str(error).split()))
         raise DataError(f"chat template: {type(error).__name__}: {shown}") from error
@@ -193,11 +198,16 @@ def split_thinking(text: str) -> tuple[str, str]:
     """Separates GLM-4.1V's reasoning from its answer.
 
     Args:
-      text: generated, `<think>…</think><answer>…</answer>`; either part may be missing or left
-        open.
+      text: generated text, `<think>…</think><answer>…</answer>`. Either part may be missing or
+        unclosed.
 
     Returns:
-      `(thinking, answer)`, both stripped; without `<think>` or `</think>` all is answer.
+      `(thinking, answer)`, both stripped. Without `<think>` and `</think>`, the answer is the
+      complete text.
+
+    Example:
+      >>> split_thinking("<think>2 + 2 = 4</think><answer>4</answer>")
+      ('2 + 2 = 4', '4')
     """
     before, closed, after = text.partition("</think>")
     if not closed and "<think>" not in text:
@@ -210,12 +220,12 @@ def split_thinking(text: str) -> tuple[str, str]:
 class _Copier:
     """A copier of the values that a template may read, with a count of their size.
 
-    Methods of richer objects would lead out of the interpreter.
+    Methods of other objects would lead out of the interpreter.
 
     Attributes:
-      values: how many JSON values were copied.
-      characters: of their texts.
-      private: characters for private use in them.
+      values: count of copied JSON values.
+      characters: count of characters of copied texts.
+      private: private-use characters of copied texts.
     """
 
     def __init__(self) -> None:
@@ -231,7 +241,7 @@ class _Copier:
             else self.plain(value, where)
             for name, value in message.items()
         }
-        # An assistant's turn may hold calls of tools alone.
+        # An assistant's turn may contain only tool calls.
         if plain.get("content") is None and (plain["role"] in _SPEAKERS or len(plain) == 1):
             raise DataError(f"{where}: a message of {plain['role']!r} must have a 'content'")
         return {"content": None, **plain} if "content" not in plain else plain
@@ -247,7 +257,7 @@ class _Copier:
             if kind == "text" and isinstance(part.get("text"), str):
                 parts.append({"type": "text", "text": self.plain(part["text"], where)})
             elif isinstance(kind, str) and kind in MEDIA_TYPES:
-                # Templates look at the type or for a key of that name.
+                # Templates test the type or a key of that name.
                 parts.append({"type": MEDIA_TYPES[kind], MEDIA_TYPES[kind]: ""})
             else:
                 raise DataError(
@@ -268,7 +278,7 @@ class _Copier:
         if value is None or isinstance(value, bool):
             return value
         if isinstance(value, int | float):
-            # Enumerations and the like print otherwise than what they are.
+            # Subclasses such as enumerations print differently.
             return int(value) if isinstance(value, int) else float(value)
         if isinstance(value, Mapping):
             return {
@@ -278,16 +288,16 @@ class _Copier:
         if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
             return [self.plain(item, where, depth + 1) for item in value]
         raise DataError(
-            f"{where}: a template can be given JSON values only, found {type(value).__name__}"
+            f"{where}: a template can read JSON values only, found {type(value).__name__}"
         )
 
     def _name(self, name: Any, where: str) -> str:
         if name is not None and not isinstance(name, str | int | float):
-            raise DataError(f"{where}: names of fields must be texts, found {type(name).__name__}")
+            raise DataError(f"{where}: field names must be strings, found {type(name).__name__}")
         return self._text(name if isinstance(name, str) else str(name), where)
 
     def _text(self, text: str, where: str) -> str:
-        # A subclass may print otherwise than what it is.
+        # A subclass may print differently.
         text = str.__str__(text)
         self.characters += len(text)
         if not text.isascii():
@@ -302,7 +312,7 @@ def _raise_exception(marks: Marks, message: Any = "") -> None:
 
 
 def _strftime_now(layout: str) -> str:
-    # Other directives, such as a width, make texts of any length.
+    # A width in a directive could produce a text of any length.
     if len(layout) > MAX_LAYOUT or re.search(r"%[-_0^#]*[0-9]", layout):
         raise ValueError("the layout of a date is too long")
     return datetime.datetime.now().strftime(layout)

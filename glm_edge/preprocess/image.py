@@ -1,4 +1,4 @@
-"""Images: reading files, bicubic resizing, and batches of a model's size."""
+"""Images: reading of files, bicubic resizing, and batches of a model's image size."""
 
 import contextlib
 import io
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
 ImageSource = Union[str, Path, bytes, bytearray, memoryview, "PillowImage"]
-# Orientation, a field of a photo's EXIF: 1 is upright.
+# EXIF field of a photo's orientation; 1 is upright.
 ORIENTATION = 0x0112
-# What Pillow may decode; for others, such as EPS, it would run a program that the file contains.
+# Formats that Pillow may decode. For others, such as EPS, it would run a program in the file.
 FORMATS = (
     *("PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "DIB", "TIFF", "ICO", "PPM"),
     *("TGA", "PCX", "JPEG2000", "QOI"),
 )
-# Values that are floats at one time.
+# Values converted to float per block.
 BLOCK = 1 << 22
 
 
 def load_image(source: ImageSource) -> np.ndarray:
-    """Reads an image (PNG, JPEG, …) and turns it upright.
+    """Reads an image (PNG, JPEG, …) and applies its EXIF orientation.
 
     Args:
       source: path of a file, its bytes, or a Pillow image.
@@ -38,7 +38,7 @@ def load_image(source: ImageSource) -> np.ndarray:
       uint8 [height, width, 3] RGB.
 
     Raises:
-      DataError: the file is missing, truncated, not an image of 8 bits a channel, or larger than
+      DataError: the file is missing, truncated, not an image of 8 bits per channel, or larger than
         50 megapixels.
     """
     if hasattr(source, "convert"):
@@ -63,7 +63,7 @@ def _decoder(file: Any, where: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _refused(where: str) -> Iterator[None]:
-    """Turns whatever a decoder raises over a damaged file into one line."""
+    """Converts any exception of a decoder to a one-line DataError."""
     from PIL import UnidentifiedImageError
 
     try:
@@ -71,8 +71,8 @@ def _refused(where: str) -> Iterator[None]:
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"{where}: not an image that Pillow knows (PNG, JPEG, …)") from error
-    # Decoders raise OSError, SyntaxError, struct.error, KeyError, and others yet.
+        raise DataError(f"{where}: not an image that Pillow reads (PNG, JPEG, …)") from error
+    # Decoders raise OSError, SyntaxError, struct.error, KeyError, and other exceptions.
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"{where}: cannot be read as an image: {reason}") from error
@@ -84,11 +84,11 @@ def _upright_rgb(image: Any, where: str) -> np.ndarray:
     with _refused(where):
         _check_size(image.size, where)
         image.load()
-        # Some formats give their true size, or another mode, only once they are decoded.
+        # Some formats report their true size and mode only after decoding.
         _check_size(image.size, where)
         if image.mode == "F" or image.mode.startswith("I"):
             raise DataError(
-                f"{where}: has pixels of mode {image.mode!r}; 8 bits a channel are needed"
+                f"{where}: has pixels of mode {image.mode!r}; 8 bits per channel are needed"
             )
         if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
@@ -99,23 +99,23 @@ def _check_size(size: tuple[int, int], where: str) -> None:
     width, height = size
     if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
         raise DataError(
-            f"{where}: has {width} x {height} pixels; at most {MAX_IMAGE_PIXELS} are read, and "
-            f"{MAX_IMAGE_SIDE} a side"
+            f"{where}: has {width} x {height} pixels; the limits are {MAX_IMAGE_PIXELS} pixels "
+            f"and {MAX_IMAGE_SIDE} per side"
         )
 
 
 def prepare_images(images: np.ndarray | Sequence[np.ndarray], config: VisionConfig) -> np.ndarray:
-    """Makes a batch of the size that a model reads; width and height scale independently.
+    """Resizes images to a model's image size; width and height scale independently.
 
     Args:
-      images: one [height, width, channels] or several, of any sizes: floats in 0..1 or uint8.
-      config: of the vision encoder.
+      images: one image [height, width, channels] or a list of any sizes: floats in 0..1 or uint8.
+      config: configuration of the vision encoder.
 
     Returns:
-      float32 [B, image_size rows, image_size columns, channels] in 0..1.
+      float32 [B, *config.image_size, channels] in 0..1.
 
     Raises:
-      DataError: an image is of another shape or type, holds NaN, or leaves 0..1.
+      DataError: an image has a wrong shape or type, contains NaN, or exceeds 0..1.
     """
     single = isinstance(images, np.ndarray) and images.ndim == 3
     batch: Sequence[Any] = [images] if single else list(images)
@@ -130,11 +130,11 @@ def prepare_images(images: np.ndarray | Sequence[np.ndarray], config: VisionConf
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resamples with Pillow's bicubic filter, which averages where it shrinks.
+    """Resamples with Pillow's antialiased bicubic filter.
 
     Args:
-      image: [height, width, channels]: floats in 0..1 or uint8.
-      size: (height, width) to reach.
+      image: [height, width, channels], floats in 0..1 or uint8.
+      size: target (height, width) in pixels.
 
     Returns:
       float32 [*size, channels], clipped to 0..1.
@@ -145,7 +145,7 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if image.shape[:2] == tuple(size):
         return _as_floats(image)
     columns = max(1, BLOCK // (image.shape[0] * image.shape[2]))
-    # A few columns at a time, so that a large photo is never float as a whole.
+    # Blocks of columns avoid a float copy of a large photo.
     parts = [
         _resize_rows(image[:, start : start + columns], size[0])
         for start in range(0, image.shape[1], columns)
@@ -165,20 +165,20 @@ def _as_floats(image: np.ndarray) -> np.ndarray:
 
 
 def check_pixels(image: np.ndarray, where: str, channels: int, axes: int = 3) -> np.ndarray:
-    """Refuses an array that is not an image or frames of a video.
+    """Checks shape, type and range of an image or of the frames of a video.
 
     Args:
-      image: [height, width, channels], or [frames, …]: floats in 0..1 or uint8.
-      where: what it is, for messages.
-      channels: that it must have.
+      image: [height, width, channels], or [frames, …], floats in 0..1 or uint8.
+      where: name of the argument for messages.
+      channels: required count of channels.
       axes: 3 for an image, 4 for frames.
 
     Returns:
-      The array as it is.
+      The same array.
 
     Raises:
-      DataError: it is of another shape or type, holds NaN, leaves 0..1, or is larger than 50
-        megapixels.
+      DataError: the array has a wrong shape or type, contains NaN, exceeds 0..1, or is larger than
+        50 megapixels.
     """
     try:
         image = np.asarray(image)
@@ -195,7 +195,7 @@ def check_pixels(image: np.ndarray, where: str, channels: int, axes: int = 3) ->
     if not np.issubdtype(image.dtype, np.floating):
         raise DataError(f"{where}: must be floats in 0..1 or uint8, found {image.dtype}")
     if not np.isfinite(image).all():
-        raise DataError(f"{where}: holds NaN or infinity")
+        raise DataError(f"{where}: contains NaN or infinity")
     if image.min() < 0.0 or image.max() > 1.0:
         raise DataError(
             f"{where}: values are in {image.min():g}..{image.max():g}; floats must be in 0..1"

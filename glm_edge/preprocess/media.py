@@ -16,7 +16,7 @@ from glm_edge.preprocess.image import ImageSource, load_image
 from glm_edge.preprocess.vision import Video
 
 KINDS = ("image", "video", "audio")
-# How a file is given: its path or its bytes.
+# Types of a file argument: path or bytes.
 Media = ImageSource | np.ndarray | Sequence[Any]
 """One image or recording, or several."""
 
@@ -26,19 +26,19 @@ FILE_TYPES = (str, os.PathLike, bytes, bytearray, memoryview)
 def gather(
     conversations: Sequence[Sequence[Message]], supplied: Mapping[str, Iterable[Any] | None]
 ) -> list[list[tuple[str, Any]]]:
-    """Finds what each conversation shows and plays.
+    """Lists the images, videos and recordings of each conversation.
 
     Args:
-      conversations: messages; a part of a message brings its own image, video or recording, or
-        takes the next supplied one.
-      supplied: of `image`, `video` and `audio`, those that parts do not bring, in reading order
+      conversations: lists of messages. A part of a message contains its own image, video or
+        recording, or consumes the next supplied one.
+      supplied: items for parts without a value, by `image`, `video` and `audio`, in reading order
         over all conversations.
 
     Returns:
-      Of each conversation `(kind, value)` in reading order.
+      Pairs `(kind, value)` in reading order, one list per conversation.
 
     Raises:
-      DataError: more or fewer are supplied than parts ask for.
+      DataError: the count of supplied items does not match the parts without a value.
     """
     queues = {kind: listed(kind, supplied.get(kind)) for kind in KINDS}
     offered = {kind: len(queue) for kind, queue in queues.items()}
@@ -49,7 +49,7 @@ def gather(
             if value is None:
                 if not queues[kind]:
                     raise DataError(
-                        f"messages hold more parts of type {kind!r} than the {offered[kind]} given"
+                        f"messages have more parts of type {kind!r} than the {offered[kind]} given"
                     )
                 value = queues[kind].pop(0)
             media.append((kind, value))
@@ -57,22 +57,25 @@ def gather(
     for kind, queue in queues.items():
         if queue:
             raise DataError(
-                f"{len(queue)} of {offered[kind]} given as {kind} are not asked for; messages must "
-                f"hold a part of type {kind!r} for each"
+                f"{len(queue)} of {offered[kind]} given as {kind} are unused; messages must "
+                f"contain one part of type {kind!r} for each"
             )
     return gathered
 
 
 def listed(kind: str, values: Any) -> list[Any]:
-    """Makes a list of what is supplied of one kind; a single image or recording is a list of one.
+    """Converts the supplied items of one kind to a list.
 
     Args:
-      kind: of `KINDS`.
-      values: a list, or a single path, array, Pillow image, `Video` or pair with a rate; an array
-        of images [N, height, width, C] is a list of them; None is none.
+      kind: one of `KINDS`.
+      values: a list, or a single path, array, Pillow image, `Video` or pair with a rate. An array
+        of images [N, height, width, C] becomes N items. None means no items.
+
+    Returns:
+      The items; a single item becomes a list of one.
 
     Raises:
-      DataError: it is none of these.
+      DataError: `values` has another type.
     """
     if values is None:
         return []
@@ -87,7 +90,7 @@ def listed(kind: str, values: Any) -> list[Any]:
 
 
 def open_image(value: Any) -> np.ndarray:
-    """Returns pixels [H, W, C] of an array, a Pillow image, a path, bytes or a data URL."""
+    """Reads pixels [H, W, C] from an array, a Pillow image, a path, bytes or a data URL."""
     value = _encoded(value, "image")
     if hasattr(value, "convert") or isinstance(value, FILE_TYPES):
         return load_image(value)
@@ -95,26 +98,26 @@ def open_image(value: Any) -> np.ndarray:
 
 
 def open_recording(value: Any, sample_rate: int) -> np.ndarray:
-    """Returns samples [L] of an array or `(samples, rate)`, or of a WAV file as `open_image`'s."""
+    """Reads samples [L] from an array, `(samples, rate)`, or a WAV file (path, bytes, data URL)."""
     value = _encoded(value, "audio")
     if isinstance(value, FILE_TYPES):
         value = load_wav(value)
     if isinstance(value, tuple):
         if len(value) != 2:
-            raise DataError(f"audio: a tuple must be (samples, rate), not of {len(value)} values")
+            raise DataError(f"audio: a tuple must be (samples, rate), not {len(value)} values")
         samples, rate = value
         return resample(samples, rate, sample_rate)
     return value
 
 
 def open_video(value: Any) -> Video:
-    """Returns a `Video`, also of `(frames, fps)`."""
+    """Returns a `Video`, or converts `(frames, fps)` to one."""
     if isinstance(value, tuple) and len(value) == 2:
         return Video(value[0], fps=value[1])
     if not isinstance(value, Video):
         raise DataError(
-            f"video: must be a Video or (frames, fps), found {type(value).__name__}; files are "
-            "not decoded here"
+            f"video: must be a Video or (frames, fps), found {type(value).__name__}; video files "
+            "are not decoded"
         )
     return value
 
@@ -141,13 +144,13 @@ def _value_of(part: Mapping[str, Any], kind: str) -> Any:
 
 
 def _encoded(value: Any, kind: str) -> Any:
-    """Decodes a data URL and refuses other addresses; other values pass."""
+    """Decodes a data URL and refuses other URLs; other values pass unchanged."""
     if not isinstance(value, str):
         return value
     if value.startswith("data:"):
         return _decoded(value, kind)
     if "://" in value:
-        raise DataError(f"{value[:80]}: is not fetched; give the path of a file or the data itself")
+        raise DataError(f"{value[:80]}: URLs are not fetched; pass a file's path or its contents")
     return value
 
 

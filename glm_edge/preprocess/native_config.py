@@ -23,46 +23,47 @@ def read_config(fields: Mapping[str, Any], where: str) -> GLMConfig:
     """Reads the model's configuration.
 
     Args:
-      fields: of config.json.
-      where: file, for messages.
+      fields: fields of config.json.
+      where: file for messages.
 
     Returns:
       The configuration.
 
     Raises:
-      ConfigError: it is malformed, or that of an encoder, which takes no conversations.
+      ConfigError: the configuration is malformed, or describes an encoder, which has no prompts.
     """
     architecture = fields.get("architecture", "MultimodalGLM")
     if architecture != "MultimodalGLM":
-        raise ConfigError(f"{where}: a {architecture!r} takes no conversations; a GLM is needed")
+        raise ConfigError(f"{where}: a {architecture!r} has no conversations; a GLM is needed")
     if not isinstance(fields.get("config"), dict):
-        raise ConfigError(f"{where}: field 'config' must hold an object of fields")
+        raise ConfigError(f"{where}: field 'config' must be an object of fields")
     try:
         return from_dict(fields["config"])
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        raise ConfigError(f"{where}: a field has a value of the wrong type: {error}") from error
+        raise ConfigError(f"{where}: a field has the wrong type: {error}") from error
 
 
 def read_encoders(directory: Path, config: GLMConfig, tokenizer: Any) -> dict[str, Any]:
-    """Reads how images, videos and recordings are prepared, and their placeholders.
+    """Reads the preprocessing of images, videos and recordings, and their placeholders.
 
-    A model of GLM-4.1V's or GLM-Edge-V's shape is shown images as those are. Any other sees them
-    stretched to its size, as they are in 0..1, and hears one recording of its length, the silence
-    after it included. Files of a Hugging Face processor in the directory go before.
+    Models with the architecture of GLM-4.1V or GLM-Edge-V use the preprocessing of those families.
+    Other models read images stretched to their size, with values in 0..1, and one recording padded
+    with silence to their length. Files of a Hugging Face processor in the directory override this.
 
     Args:
-      directory: of the checkpoint.
-      config: of its model.
-      tokenizer: its tokenizer.
+      directory: checkpoint directory.
+      config: configuration of the model.
+      tokenizer: tokenizer of the checkpoint.
 
     Returns:
-      Of `image`, `video`, `audio` and their placeholders, those that the model needs.
+      `Processor` fields of the modalities of the model: `image`, `video`, `audio` and their
+      placeholders.
 
     Raises:
       CheckpointError: a file is damaged.
-      ConfigError: a field asks for what this library does not do, or files contradict each other.
+      ConfigError: a field has an unsupported value, or files are inconsistent.
     """
     where = str(directory / "config.json")
     try:
@@ -109,7 +110,7 @@ def _image_base(config: GLMConfig) -> ImageProcessing:
 
 def _sides(vision: VisionConfig) -> dict[str, Any]:
     return {
-        # Windows may overlap: features are a stride apart.
+        # Patches may overlap, and features are a stride apart.
         "patch_size": vision.patch_stride,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.merge_size,
@@ -135,6 +136,6 @@ def _token(config: GLMConfig, where: str, tokenizer: Any, name: str) -> str:
     if token is None:
         raise ConfigError(
             f"{where}: field {name!r} is {getattr(config, name)}, an id that tokenizer.json "
-            "does not have"
+            "does not contain"
         )
     return token

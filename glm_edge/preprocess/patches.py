@@ -1,7 +1,7 @@
-"""Hugging Face's packed `pixel_values` and the images and videos that they hold.
+"""Conversion between Hugging Face's packed `pixel_values` and images or videos.
 
-Letters: `F` frames, `H`, `W` pixels, `C` channels; a packed row is one patch, `C x frames of the
-patch x rows x columns` flattened, and patches run merge block by merge block.
+Letters: `F` frames, `H`, `W` pixels, `C` channels. A packed row is one flattened patch, `C x frames
+of the patch x rows x columns`. Patches are ordered by merge block.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ def to_patches(
     """Packs images and videos as `pixel_values` and their grids.
 
     Args:
-      images: [H, W, C] or [F, H, W, C]; a still image stands for `temporal_patch_size` equal
-        frames. H and W are multiples of `patch_size * merge_size`, F of `temporal_patch_size`.
-      patch_size: pixels a patch is wide and high.
-      temporal_patch_size: frames of a patch.
-      merge_size: patches a merge block is wide and high.
+      images: [H, W, C] or [F, H, W, C]. A still image is repeated `temporal_patch_size` times.
+        H and W are multiples of `patch_size * merge_size`, F of `temporal_patch_size`.
+      patch_size: width and height of a patch in pixels.
+      temporal_patch_size: frames per patch.
+      merge_size: width and height of a merge block in patches.
 
     Returns:
-      `(pixel_values, grid_thw)`: float32 [patches of all, C * temporal_patch_size *
-      patch_size**2], and int64 [images, 3] of patches (time, rows, columns).
+      `(pixel_values, grid_thw)`: float32 [patches of all images, C * temporal_patch_size *
+      patch_size**2], and int64 [images, 3] patches (time, rows, columns).
 
     Raises:
       DataError: there is no image, or one does not divide into patches and merge blocks.
@@ -61,7 +61,7 @@ def to_patches(
             patch_size,
             channels,
         )
-        # To time, block row and column, patch row and column in it, C, frames, rows, columns.
+        # Target order: time, block row and column, patch row and column, C, frames, rows, columns.
         blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
         packed.append(blocks.reshape(time * rows * columns * merge_size**2, -1))
         grids.append((time, rows * merge_size, columns * merge_size))
@@ -80,22 +80,22 @@ def from_patches(
     merge_size: int = 2,
     channels: int = 3,
 ) -> list[np.ndarray]:
-    """Unpacks `pixel_values` into the images and videos that they hold.
+    """Unpacks `pixel_values` to images and videos.
 
     Args:
-      pixel_values: [patches of all, channels * temporal_patch_size * patch_size**2].
-      grid_thw: int [images, 3], patches (time, rows, columns) of each.
-      patch_size: pixels a patch is wide and high.
-      temporal_patch_size: frames of a patch.
-      merge_size: patches a merge block is wide and high.
-      channels: of a pixel.
+      pixel_values: [patches of all images, channels * temporal_patch_size * patch_size**2].
+      grid_thw: int [images, 3], patches (time, rows, columns) per image.
+      patch_size: width and height of a patch in pixels.
+      temporal_patch_size: frames per patch.
+      merge_size: width and height of a merge block in patches.
+      channels: channels per pixel.
 
     Returns:
-      One array each: [H, W, C] where a single patch in time holds equal frames (a still image),
-      else [F, H, W, C].
+      One array per image: [H, W, C] for a single temporal patch of equal frames (a still image),
+      otherwise [F, H, W, C].
 
     Raises:
-      DataError: the grids do not describe these patches.
+      DataError: the grids do not match the patches.
     """
     pixel_values, grid_thw = np.asarray(pixel_values), np.asarray(grid_thw)
     if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.dtype.kind not in "iu":
@@ -112,7 +112,7 @@ def from_patches(
     images, start = [], 0
     for time, rows, columns in grid_thw.tolist():
         if rows % merge_size or columns % merge_size:
-            raise DataError(f"grid_thw: {rows}x{columns} patches must divide by {merge_size}")
+            raise DataError(f"grid_thw: {rows}x{columns} patches must be multiples of {merge_size}")
         count = time * rows * columns
         blocks = pixel_values[start : start + count].reshape(
             time,

@@ -1,4 +1,4 @@
-"""Parameters of preprocessing, and what the families publish."""
+"""Parameters of preprocessing, with the published values of each family."""
 
 import math
 from dataclasses import dataclass
@@ -13,25 +13,34 @@ from glm_edge.preprocess.resizing import FILTERS
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIZINGS = ("smart", "stretch", "pad")
-# Samples per second that recordings have, from telephones to converters of studios.
+# Range of sample rates in Hz, from telephones to studio converters.
 RATES = (1_000, 768_000)
-# Normalised pixels beyond this would overflow in the first product.
+# Normalized pixels beyond this limit would overflow in the first product.
 LARGEST_PIXEL = 1e6
-# Values of the frames of a chunk, windows included.
+# Limit of values in the overlapping windows of one chunk.
 MAX_WINDOWED = 1 << 26
 
 
 @dataclass(frozen=True)
 class ImageProcessing:
-    """Parameters of preparing an image for a vision encoder.
+    """Parameters of image preprocessing for a vision encoder.
 
-    `sizing` is `smart` (nearly the same shape, sides multiples of `patch_size * merge_size`,
-    between `min_pixels` and `max_pixels` counted over `temporal_patch_size` frames), `stretch`
-    (to `size`, whatever the shape was) or `pad` (as large as fits into `size`, black below and on
-    the right). With `eight_bit`, pixels are rounded to grey levels and resized as Pillow does;
-    otherwise they stay what they are, and `resample` is bicubic. In 0..1 they are normalised with
-    `mean` and `std`, one number a channel. Patches begin every `patch_size` pixels.
-    `marker_tokens` are features that the model adds to each image's.
+    Attributes:
+      sizing: `smart` keeps nearly the aspect ratio, with sides in multiples of
+        `patch_size * merge_size`; `stretch` resizes to `size`, ignoring the aspect ratio; `pad`
+        fits the image into `size`, with black pixels below and on the right.
+      size: target (height, width) in pixels of `stretch` and `pad`.
+      min_pixels: minimum of pixels of `smart`, summed over `temporal_patch_size` frames.
+      max_pixels: maximum of pixels of `smart`, summed over `temporal_patch_size` frames.
+      resample: `bicubic` or `bilinear`.
+      eight_bit: True rounds pixels to grey levels and resizes with Pillow. False keeps floats, and
+        requires `stretch` and `bicubic`.
+      mean: mean per channel that normalization subtracts, for pixels in 0..1.
+      std: standard deviation per channel by which normalization divides.
+      patch_size: pixels between the starts of adjacent patches.
+      temporal_patch_size: frames per patch.
+      merge_size: width and height in patches of a merge block.
+      marker_tokens: features that the model adds to each image.
     """
 
     sizing: str = "smart"
@@ -56,8 +65,8 @@ class ImageProcessing:
             )
         if not self.eight_bit and (self.sizing != "stretch" or self.resample != "bicubic"):
             raise ConfigError(
-                f"image: sizing {self.sizing!r} with {self.resample!r} needs 8-bit pixels; without "
-                "them images are stretched, bicubic"
+                f"image: sizing {self.sizing!r} with {self.resample!r} needs 8-bit pixels; floats "
+                "need 'stretch' and 'bicubic'"
             )
         if self.sizing != "smart" and not self.size:
             raise ConfigError(f"image: sizing {self.sizing!r} needs a size (height, width)")
@@ -87,7 +96,8 @@ class ImageProcessing:
     def _check_normalisation(self) -> None:
         if len(self.mean) != len(self.std) or not all(self.std):
             raise ConfigError(
-                f"image: mean {self.mean!s:.90} and std {self.std!s:.90} must fit, std not be 0"
+                f"image: mean {self.mean!s:.90} and std {self.std!s:.90} must have equal lengths, "
+                "and std must not be 0"
             )
         with np.errstate(all="ignore"):
             mean, std = (np.asarray(values, np.float32) for values in (self.mean, self.std))
@@ -95,7 +105,7 @@ class ImageProcessing:
         if not largest <= LARGEST_PIXEL:
             raise ConfigError(
                 f"image: mean {self.mean!s:.90} and std {self.std!s:.90} make pixels of "
-                f"{largest:g}; at most {LARGEST_PIXEL:g} are possible"
+                f"{largest:g}; the limit is {LARGEST_PIXEL:g}"
             )
 
     @property
@@ -111,18 +121,23 @@ class ImageProcessing:
 
     @property
     def factor(self) -> int:
-        """Pixels of a merge block's side."""
+        """Side of a merge block in pixels."""
         return self.patch_size * self.merge_size
 
     def num_tokens(self, image: np.ndarray) -> int:
-        """Features that a prepared image [H, W, C] or one frame group of a video has."""
+        """Counts the features of a prepared image [H, W, C] or one temporal patch of a video."""
         height, width = image.shape[-3:-1]
         return (height // self.factor) * (width // self.factor) + self.marker_tokens
 
 
 @dataclass(frozen=True)
 class VideoProcessing(ImageProcessing):
-    """Parameters of sampling a video: at `fps`, evenly from at most `max_duration_s`."""
+    """Parameters of video preprocessing: `fps` frames per second, and fewer from a long video.
+
+    Attributes:
+      fps: sampled frames per second.
+      max_duration_s: duration in seconds beyond which the count of frames stays constant.
+    """
 
     max_pixels: int = 28 * 28 * 2 * 30000
     fps: float = 2.0
@@ -136,10 +151,17 @@ class VideoProcessing(ImageProcessing):
 
 @dataclass(frozen=True)
 class AudioProcessing:
-    """Parameters of log-mel chunks: each of `chunk_s` seconds, `max_s` in all.
+    """Parameters of log-mel chunks.
 
-    The model is given the features of the frames that hold sound, or, with `silence`, those of
-    whole chunks.
+    Attributes:
+      mel_bins: count of mel filters.
+      sample_rate: samples per second.
+      fft_size: window length in samples.
+      hop_length: samples between the starts of successive frames.
+      chunk_s: duration of a chunk in seconds.
+      max_s: maximum duration of a recording in seconds.
+      merge_size: frames, after the encoder's stride of 2, per feature.
+      silence: True includes the features of padding, False only those of frames with sound.
     """
 
     mel_bins: int = 128
@@ -172,27 +194,34 @@ class AudioProcessing:
         if self.chunk_frames > MAX_FRAMES or self.chunk_frames * self.fft_size > MAX_WINDOWED:
             raise ConfigError(
                 f"audio: a chunk of {self.chunk_s} s has {self.chunk_frames} frames of "
-                f"{self.fft_size} samples; at most {MAX_FRAMES} frames, and {MAX_WINDOWED} samples "
-                "in all, are computed at one time"
+                f"{self.fft_size} samples; the limits are {MAX_FRAMES} frames and {MAX_WINDOWED} "
+                "samples in all frames"
             )
 
     @property
     def chunk_samples(self) -> int:
-        """Samples of a chunk."""
+        """Samples per chunk."""
         return round(self.chunk_s * self.sample_rate)
 
     @property
     def chunk_frames(self) -> int:
-        """Returns the log-mel frames of a chunk."""
+        """Log-mel frames per chunk."""
         return self.chunk_samples // self.hop_length
 
     @property
     def max_chunks(self) -> int:
-        """Chunks of the longest recording; a longer one is refused."""
+        """Maximum of chunks per recording."""
         return max(1, int(self.max_s // self.chunk_s))
 
     def num_tokens(self, audio_frames: np.ndarray) -> int:
-        """Features of all chunks whose valid frames are given."""
+        """Counts the features of all chunks.
+
+        Args:
+          audio_frames: int [N], valid frames per chunk.
+
+        Returns:
+          Count of features.
+        """
         audio_frames = np.asarray(audio_frames)
         if self.silence:
             audio_frames = np.full_like(audio_frames, self.chunk_frames)
@@ -218,7 +247,7 @@ def _require_number(part: str, name: str, value: Any, low: float, high: float) -
 
 GLM4V = ImageProcessing()
 GLM4V_VIDEO = VideoProcessing()
-# The published preprocessor keeps the shape and pads, as one tile of Llama 3.2's.
+# The published preprocessor keeps the aspect ratio and pads, like one tile of Llama 3.2.
 GLM_EDGE_V = ImageProcessing(
     sizing="pad", size=(672, 672), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), marker_tokens=2
 )

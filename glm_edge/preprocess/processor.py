@@ -1,4 +1,4 @@
-"""Conversations with images, videos and recordings as model inputs."""
+"""Conversion of conversations with images, videos and recordings to model inputs."""
 
 import os
 import re
@@ -24,16 +24,16 @@ NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def conversations_of(messages: Any) -> Sequence[Sequence[Any]]:
-    """Tells one conversation, or one message of it, from several.
+    """Converts one message, one conversation or several to a list of conversations.
 
     Args:
-      messages: a message, a list of them, or a list of such lists.
+      messages: one message, a list of messages, or a list of such lists.
 
     Returns:
       The conversations.
 
     Raises:
-      DataError: it is none of these, or there is no conversation.
+      DataError: `messages` has another type, or there is no conversation.
     """
     if isinstance(messages, Mapping):
         return [[messages]]
@@ -56,7 +56,7 @@ def conversations_of(messages: Any) -> Sequence[Sequence[Any]]:
 
 @dataclass(frozen=True)
 class Processor:
-    """A processor from conversations to model inputs, as the checkpoint's family was trained.
+    """A processor that converts conversations to model inputs, in the format of training.
 
         processor = ge.Processor.from_checkpoint("path/to/checkpoint")
         inputs = processor([{"role": "user", "content": "What is on the screen?"}])
@@ -64,15 +64,15 @@ class Processor:
     Attributes:
       tokenizer: a `tokenizers.Tokenizer`.
       template: Jinja source of the chat template.
-      image: how images are prepared; None for a model that reads none.
-      video: how videos are prepared, or None.
-      audio: how recordings are prepared, or None.
+      image: parameters of image preprocessing; None for a model without images.
+      video: parameters of video preprocessing, or None.
+      audio: parameters of audio preprocessing, or None.
       image_token: placeholder of an image feature.
       video_token: placeholder that a template writes for a video.
       audio_token: placeholder of a speech feature.
-      pad_token_id: fills rows on the left.
-      stop_token_ids: end an answer.
-      variables: what the template reads besides messages, such as `bos_token`.
+      pad_token_id: token that pads rows on the left.
+      stop_token_ids: tokens that end an answer.
+      variables: further variables of the template, such as `bos_token`.
     """
 
     tokenizer: Any
@@ -91,20 +91,20 @@ class Processor:
     def from_checkpoint(
         cls, directory: str | Path, family: str | None = None, template: str | None = None
     ) -> "Processor":
-        """Reads a checkpoint's config.json, tokenizer.json and, where there are, further files.
+        """Reads a checkpoint's config.json, tokenizer.json and optional processor files.
 
         Args:
-          directory: of a checkpoint, in the format of Hugging Face or of this library.
-          family: one of `glm_edge.preprocess.chat.FAMILIES`, whose template is taken where the
-            checkpoint has none; None recognises it by config.json.
-          template: Jinja source, instead of both.
+          directory: checkpoint directory in the format of Hugging Face or of this library.
+          family: one of `glm_edge.preprocess.chat.FAMILIES`, whose template is used if the
+            checkpoint has none. None infers the family from config.json.
+          template: Jinja source that overrides the checkpoint's and the family's template.
 
         Returns:
           The processor.
 
         Raises:
           CheckpointError: a file is missing or damaged.
-          ConfigError: the files contradict each other, or ask for what this library does not do.
+          ConfigError: a field has an unsupported value, or files are inconsistent.
         """
         directory = Path(directory)
         if not os.path.isdir(directory):
@@ -132,7 +132,7 @@ class Processor:
                 kind = config.get("model_type", native_config.FORMAT)
                 raise ConfigError(
                     f"{directory}: has no chat template, and this library has none for model_type "
-                    f"{kind!r}; give template= or family="
+                    f"{kind!r}; pass template= or family="
                 )
             template = chat.family_template(family)
         tokens = {name: processor_config.token_text(names.get(name)) for name in NAMED_TOKENS}
@@ -159,27 +159,27 @@ class Processor:
         """Prepares a batch.
 
         Args:
-          messages: one conversation, several, or one message; see
-            `glm_edge.preprocess.chat.render`. A part `{"type": "image", "image": …}` brings an
-            array, a path or a data URL; one without a value takes the next of `images` (and so
-            `videos` and `audio`).
+          messages: one message, one conversation or several; see
+            `glm_edge.preprocess.chat.render`. A part `{"type": "image", "image": …}` contains an
+            array, a path or a data URL. A part without a value consumes the next of `images`.
+            Parts of types `video` and `audio` work in the same way.
           images: [height, width, C] in 0..1 or uint8, paths or Pillow images, in reading order.
           videos: `Video` or `(frames, fps)`, in reading order.
           audio: samples at the model's rate, `(samples, rate)`, or paths of WAV files.
-          tools: JSON schemas of functions.
-          add_generation_prompt: whether the assistant's turn is opened at the end.
-          special_tokens_in_text: whether names of special tokens become tokens wherever they are
-            spelled, as elsewhere. Otherwise they are read as text in everything that is passed
-            here: messages with all their fields, tools and variables. An assistant's content and
-            reasoning keep `glm_edge.preprocess.sandbox.marks.ANSWER_TOKENS`, such as `<think>`.
-          **variables: what else the template reads.
+          tools: JSON schemas of functions that the model may call.
+          add_generation_prompt: opens the assistant's turn at the end.
+          special_tokens_in_text: True converts names of special tokens to those tokens everywhere,
+            as most libraries do. False encodes them as ordinary text in messages, tools and
+            variables. An assistant's content and reasoning keep
+            `glm_edge.preprocess.sandbox.marks.ANSWER_TOKENS`, such as `<think>`.
+          **variables: further variables of the template.
 
         Returns:
           The inputs.
 
         Raises:
           DataError: messages, images or recordings are malformed, too few or too many, or the
-            chat template fails or takes more time or memory than it may.
+            chat template fails or exceeds its limits of time or memory.
         """
         conversations = conversations_of(messages)
         supplied = {"image": images, "video": videos, "audio": audio}
@@ -227,14 +227,14 @@ class Processor:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """Renders one conversation, one placeholder for each image, video and recording."""
+        """Renders one conversation, with one placeholder per image, video and recording."""
         values = {**self.variables, **variables}
         return chat.render(self.template, messages, tools, add_generation_prompt, **values)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of generated tokens [T] up to the first stop token, which is left out.
+        """Decodes generated tokens [T] up to, and without, the first stop token.
 
-        Special tokens inside, such as `<think>`, are kept.
+        The text keeps other special tokens, such as `<think>`.
         """
         ids = [int(token) for token in tokens]
         stops = [index for index, token in enumerate(ids) if token in self.stop_token_ids]
@@ -242,13 +242,13 @@ class Processor:
 
     def _prepare_image(self, value: Any) -> tuple[np.ndarray, str]:
         if self.image is None:
-            raise DataError("messages show an image; this model reads none")
+            raise DataError("messages contain an image; this model reads no images")
         image = prepare_image(media.open_image(value), self.image)
         return image, self.image_token * self.image.num_tokens(image)
 
     def _prepare_video(self, value: Any) -> tuple[np.ndarray, str]:
         if self.video is None:
-            raise DataError("messages show a video; how this model samples one is not known")
+            raise DataError("messages contain a video; this model's sampling of videos is unknown")
         frames, seconds = prepare_video(media.open_video(value), self.video)
         features = self.image_token * self.video.num_tokens(frames)
         return frames, "".join(
@@ -257,7 +257,7 @@ class Processor:
 
     def _prepare_audio(self, value: Any) -> tuple[tuple[np.ndarray, np.ndarray], str]:
         if self.audio is None:
-            raise DataError("messages play a recording; this model hears none")
+            raise DataError("messages contain a recording; this model reads no audio")
         samples = media.open_recording(value, self.audio.sample_rate)
         mel, audio_frames = prepare_recording(samples, self.audio)
         if self.audio.silence:
@@ -265,7 +265,7 @@ class Processor:
         return (mel, audio_frames), self.audio_token * self.audio.num_tokens(audio_frames)
 
     def _expand(self, text: str, placeholders: list[tuple[str, str]]) -> str:
-        """Puts as many placeholder tokens as there are features where the template wrote one."""
+        """Repeats each placeholder of the template to the count of its features."""
         kinds = {}
         if self.audio is not None:
             kinds[self.audio_token] = "audio"
@@ -274,7 +274,7 @@ class Processor:
         if self.image is not None:
             kinds[self.image_token] = "image"
             if self.image.sizing != "smart":
-                # Templates of a fixed size may write every placeholder themselves.
+                # Templates for a fixed image size may write all placeholders of an image.
                 features = self.image.num_tokens(np.empty((*self.image.fixed_size, 0)))
                 text = text.replace(self.image_token * features, self.image_token)
         if not kinds:
@@ -284,8 +284,8 @@ class Processor:
         asked = [kind for kind, _ in placeholders]
         if written != asked:
             raise DataError(
-                f"the chat template wrote placeholders for {written or 'nothing'}, messages hold "
-                f"{asked or 'nothing'}; it must write one for each, in order"
+                f"the chat template wrote placeholders for {written or 'nothing'}, messages "
+                f"contain {asked or 'nothing'}; it must write one per item, in order"
             )
         remaining = iter(placeholders)
         return pattern.sub(lambda _: next(remaining)[1], text)

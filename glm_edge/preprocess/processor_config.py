@@ -26,8 +26,7 @@ FAMILY_OF_TYPE = {"glm4": "glm_4_0414", "glm4v": "glm_4_1v", "glmasr": "glm_asr"
 SMART_TYPES = ("glm4v", "glm46v", "glm_ocr")
 LARGEST_NUMBER = 1e300
 RESAMPLE_CODES = {2: "bilinear", 3: "bicubic"}
-# Processors of Hugging Face: how they reach a size, and their default filter. A suffix Fast or Pil
-# changes nothing here.
+# Sizing and default filter of Hugging Face processors. A suffix Fast or Pil is ignored.
 IMAGE_PROCESSORS = {
     "Glm4vImageProcessor": ("smart", "bicubic"),
     "Glm46VImageProcessor": ("smart", "bicubic"),
@@ -52,14 +51,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object of a checkpoint.
 
     Args:
-      path: of the file.
+      path: file path.
 
     Returns:
-      Its fields; none where the file is absent.
+      The fields, empty if the file does not exist.
 
     Raises:
-      CheckpointError: the file cannot be read, is not a regular file inside the directory, or
-        holds no JSON object.
+      CheckpointError: the file cannot be read, is not a regular file inside the directory, or is
+        not a JSON object.
     """
     if not os.path.lexists(path):
         return {}
@@ -67,24 +66,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_image_processing(directory: Path, base: ImageProcessing) -> ImageProcessing:
-    """Reads how a checkpoint wants its images.
+    """Reads a checkpoint's image preprocessing.
 
     Args:
-      directory: with `processor_config.json` or `preprocessor_config.json`, or neither.
-      base: what holds where a file says nothing.
+      directory: directory with `processor_config.json`, `preprocessor_config.json` or neither.
+      base: default parameters for absent fields.
 
     Returns:
       The parameters.
 
     Raises:
       CheckpointError: a file is damaged.
-      ConfigError: a field asks for what this library does not do, or contradicts config.json.
+      ConfigError: a field has an unsupported value, or contradicts config.json.
     """
     return _image_fields(*_section(directory, "image_processor"), base)
 
 
 def read_video_processing(directory: Path, base: VideoProcessing) -> VideoProcessing | None:
-    """Reads how a checkpoint wants its videos; None where its sampling is not known here."""
+    """Reads a checkpoint's video preprocessing; None if its sampling method is unknown.
+
+    Arguments and exceptions as in `read_image_processing`.
+    """
     fields, where = _section(directory, "video_processor", "video_preprocessor_config.json")
     kind = fields.get("video_processor_type", VIDEO_PROCESSOR)
     if kind != VIDEO_PROCESSOR:
@@ -99,7 +101,10 @@ def read_video_processing(directory: Path, base: VideoProcessing) -> VideoProces
 
 
 def read_audio_processing(directory: Path, base: AudioProcessing) -> AudioProcessing:
-    """Reads how a checkpoint wants its recordings; the errors are `read_image_processing`'s."""
+    """Reads a checkpoint's audio preprocessing.
+
+    Arguments and exceptions as in `read_image_processing`.
+    """
     fields, where = _section(directory, "feature_extractor")
     _expect(fields, where, "feature_extractor_type", AUDIO_PROCESSOR)
     if "feature_extractor_type" in fields:
@@ -122,7 +127,7 @@ def read_audio_processing(directory: Path, base: AudioProcessing) -> AudioProces
 
 
 def _section(directory: Path, name: str, *files: str) -> tuple[dict[str, Any], str]:
-    """Reads the fields of one processor and their file: transformers 5 nests them in one file."""
+    """Reads the fields and the file of one processor; transformers 5 nests all in one file."""
     shared = directory / "processor_config.json"
     nested = read_json(shared).get(name)
     if nested is not None:
@@ -145,9 +150,7 @@ def _image_fields(fields: dict[str, Any], where: str, base: Processing) -> Proce
         stem = str(kind).removesuffix("Fast").removesuffix("Pil")
         if stem not in IMAGE_PROCESSORS:
             known = ", ".join(IMAGE_PROCESSORS)
-            raise ConfigError(
-                f"{where}: field 'image_processor_type' is {kind!r}; known are {known}"
-            )
+            raise ConfigError(f"{where}: field 'image_processor_type' is {kind!r}; known: {known}")
         values["sizing"], values["resample"] = IMAGE_PROCESSORS[stem]
         values["eight_bit"] = True
     for field in ("do_resize", "do_rescale", "do_normalize"):
@@ -161,7 +164,7 @@ def _image_fields(fields: dict[str, Any], where: str, base: Processing) -> Proce
     if factor is not None and not (
         _is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-6)
     ):
-        raise ConfigError(f"{where}: field 'rescale_factor' is {factor!r}; only 1/255 is known")
+        raise ConfigError(f"{where}: field 'rescale_factor' is {factor!r}; it must be 1/255")
     code = fields.get("resample")
     if code is not None:
         if code not in list(RESAMPLE_CODES):
@@ -177,7 +180,7 @@ def _image_fields(fields: dict[str, Any], where: str, base: Processing) -> Proce
                 raise ConfigError(f"{where}: field {name!r} is {numbers!r:.90}; it must be numbers")
             if len(numbers) != channels:
                 raise ConfigError(
-                    f"{where}: field {name!r} holds {len(numbers)} numbers; images have {channels} "
+                    f"{where}: field {name!r} has {len(numbers)} numbers; images have {channels} "
                     "channels"
                 )
             values[field] = tuple(map(float, numbers))
@@ -197,8 +200,8 @@ def _size_fields(fields: dict[str, Any], where: str, sizing: str) -> dict[str, A
         names, field_names = ("height", "width"), None
     if not isinstance(size, dict) or not all(type(size.get(name)) is int for name in names):
         raise ConfigError(
-            f"{where}: field 'size' is {size!r:.90}; it must give {names[0]} and {names[1]} in "
-            "whole pixels"
+            f"{where}: field 'size' is {size!r:.90}; it must set {names[0]} and {names[1]} as "
+            "integers of pixels"
         )
     values = tuple(size[name] for name in names)
     if min(values) < 1:
@@ -207,17 +210,17 @@ def _size_fields(fields: dict[str, Any], where: str, sizing: str) -> dict[str, A
 
 
 def _replaced(base: Any, where: str, **values: Any) -> Any:
-    """Replaces fields of a dataclass, whose own check says what is wrong; the file is added."""
+    """Replaces fields of a dataclass; adds the file to the message of its check."""
     try:
         return dataclasses.replace(base, **values)
     except ConfigError as error:
         stored = [name for ours, name in AUDIO_FIELDS.items() if f" {ours} " in str(error)]
-        called = f"; the file calls it {stored[0]!r}" if stored else ""
+        called = f"; its name in the file is {stored[0]!r}" if stored else ""
         raise ConfigError(f"{where}: {error}{called}") from error
 
 
 def _is_number(value: Any) -> bool:
-    # An integer may have more digits than a float can hold.
+    # An integer of JSON may exceed the range of a float.
     return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
 
 
@@ -233,17 +236,17 @@ def _number(fields: dict[str, Any], where: str, name: str, default: float) -> fl
 def _expect(fields: dict[str, Any], where: str, name: str, known: Any) -> None:
     value = fields.get(name)
     if value is not None and value != known:
-        raise ConfigError(f"{where}: field {name!r} is {value!r}; it must be {known!r} here")
+        raise ConfigError(f"{where}: field {name!r} is {value!r}; it must be {known!r}")
 
 
 def read_family(config: Mapping[str, Any]) -> str | None:
-    """Names the family whose prompts a model was trained on; None where it is not known here.
+    """Infers the family, and thereby the prompt format, of a model.
 
     Args:
       config: fields of config.json.
 
     Returns:
-      One of `glm_edge.preprocess.chat.FAMILIES`, or None.
+      One of `glm_edge.preprocess.chat.FAMILIES`, or None for an unknown model.
     """
     kind = config.get("model_type")
     if kind != "glm":
@@ -254,19 +257,20 @@ def read_family(config: Mapping[str, Any]) -> str | None:
 
 
 def read_encoders(directory: Path, config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Reads how images, videos and recordings are prepared, and their placeholders.
+    """Reads the preprocessing of images, videos and recordings, and their placeholders.
 
     Args:
-      directory: of the checkpoint.
-      config: fields of its config.json.
-      tokenizer: its tokenizer.
+      directory: checkpoint directory.
+      config: fields of config.json.
+      tokenizer: tokenizer of the checkpoint.
 
     Returns:
-      Of `image`, `video`, `audio`, `image_token` and `audio_token`, those that the model needs.
+      `Processor` fields of the modalities of the model: `image`, `video`, `audio`, `image_token`
+      and `audio_token`.
 
     Raises:
       CheckpointError: a file is damaged.
-      ConfigError: a field asks for what this library does not do, or files contradict each other.
+      ConfigError: a field has an unsupported value, or files are inconsistent.
     """
     kind, where = config["model_type"], str(directory / "config.json")
     vision, speech = (_part(config, where, name) for name in ("vision_config", "audio_config"))
@@ -289,8 +293,8 @@ def read_encoders(directory: Path, config: Mapping[str, Any], tokenizer: Any) ->
         values["image"] = read_image_processing(directory, base)
         if values["image"].size != base.size:
             raise ConfigError(
-                f"{directory}: images of {values['image'].size} pixels are prepared for a tower "
-                f"that reads {base.size}"
+                f"{directory}: the processor prepares images of {values['image'].size} pixels, but "
+                f"the tower reads {base.size}"
             )
         token = _token(config, where, tokenizer, "boi_token_id", "<|begin_of_image|>")
         values["image_token"] = token
@@ -303,18 +307,18 @@ def read_encoders(directory: Path, config: Mapping[str, Any], tokenizer: Any) ->
 
 
 def read_pad_token_id(config: Mapping[str, Any], names: Mapping[str, Any], tokenizer: Any) -> int:
-    """Reads the token that fills rows: config.json's, tokenizer_config.json's, or the end of text.
+    """Reads the padding token: config.json's, tokenizer_config.json's, or the end-of-text token.
 
     Args:
       config: fields of config.json.
       names: fields of tokenizer_config.json.
-      tokenizer: the tokenizer.
+      tokenizer: tokenizer of the checkpoint.
 
     Returns:
-      Its id, 0 where none is named.
+      Token id, 0 if no file names one.
 
     Raises:
-      ConfigError: a field holds something other than a token id.
+      ConfigError: a field is not a token id.
     """
     for source in sections(config):
         if ids := token_ids(source.get("pad_token_id"), "config.json: field 'pad_token_id'"):
@@ -324,13 +328,13 @@ def read_pad_token_id(config: Mapping[str, Any], names: Mapping[str, Any], token
 
 
 def sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Returns the objects of config.json that may name tokens, in the order in which they count."""
+    """Lists the objects of config.json that may name tokens, in order of precedence."""
     text = config.get("text_config")
     return [config, text] if isinstance(text, Mapping) else [config]
 
 
 def token_text(token: Any) -> str | None:
-    """Returns a special token of tokenizer_config.json, which is a string or an object."""
+    """Returns the text of a special token of tokenizer_config.json, a string or an object."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) else None
 

@@ -1,4 +1,4 @@
-"""Sizes that vision encoders read, and resampling of images with Pillow."""
+"""Image sizes of vision encoders, and resampling with Pillow."""
 
 import math
 
@@ -19,19 +19,19 @@ def smart_resize(
     max_pixels: int = 28 * 28 * 15000,
     temporal_factor: int = 2,
 ) -> tuple[int, int]:
-    """Finds the size to which GLM-4.1V resizes: nearly the same shape, and within its budget.
+    """Computes the size to which GLM-4.1V resizes, with nearly the same aspect ratio.
 
     Args:
-      num_frames: of the video; a still image counts as `temporal_factor` frames.
-      height: of a frame in pixels.
-      width: of a frame in pixels.
-      factor: both sides become multiples of this many pixels (patch size times merge size).
-      min_pixels: fewest pixels, over all frames.
-      max_pixels: most pixels, over all frames.
-      temporal_factor: frames are counted in multiples of this.
+      num_frames: frames of the video; a still image counts as `temporal_factor` frames.
+      height: height of a frame in pixels.
+      width: width of a frame in pixels.
+      factor: divisor of both result sides in pixels (patch size times merge size).
+      min_pixels: minimum of pixels over all frames.
+      max_pixels: maximum of pixels over all frames.
+      temporal_factor: divisor of the frame count.
 
     Returns:
-      `(height, width)`.
+      `(height, width)` in pixels.
 
     Raises:
       DataError: there are too few frames, a side is empty, or one side is more than 200 times
@@ -39,6 +39,10 @@ def smart_resize(
 
     References:
       GLM-4.1V-Thinking, https://arxiv.org/abs/2507.01006, section 2.1.
+
+    Example:
+      >>> smart_resize(2, 480, 640)
+      (476, 644)
     """
     if num_frames < temporal_factor:
         raise DataError(f"a video needs at least {temporal_factor} frames, found {num_frames}")
@@ -51,7 +55,7 @@ def smart_resize(
     if ratio > MAX_ASPECT_RATIO:
         raise DataError(
             f"one side of the image is {ratio:.0f} times the other; "
-            f"at most {MAX_ASPECT_RATIO} times is possible"
+            f"the limit is {MAX_ASPECT_RATIO} times"
         )
     frames = round(num_frames / temporal_factor) * temporal_factor
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
@@ -68,15 +72,15 @@ def smart_resize(
 
 
 def fit_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Finds the largest size of the same shape that fits into a canvas.
+    """Computes the largest size of the same aspect ratio that fits into a canvas.
 
     Args:
-      height: of the image in pixels.
-      width: of the image in pixels.
+      height: height of the image in pixels.
+      width: width of the image in pixels.
       size: (height, width) of the canvas.
 
     Returns:
-      `(height, width)`; one of them is the canvas's.
+      `(height, width)`, of which at least one equals the canvas's.
     """
     rows, columns = size
     if columns / width < rows / height:
@@ -87,14 +91,14 @@ def fit_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
 def resize_uint8(image: np.ndarray, size: tuple[int, int], resample: str = "bicubic") -> np.ndarray:
     """Resamples an 8-bit image with Pillow, in the order of passes of Pillow 13.
 
-    The width is changed first, unless the height loses more than twice the pixels that the width
-    loses. Pillow before 13 always changes the width first; with one call per pass, all releases
-    give the same grey levels.
+    The width is resampled first, unless the height loses more than twice as many pixels as the
+    width. Pillow before 13 always resamples the width first. One call per pass makes the result
+    identical for all Pillow releases.
 
     Args:
       image: uint8 [height, width, channels].
-      size: (height, width) to reach.
-      resample: `bicubic` or `bilinear`; both average where they shrink.
+      size: target (height, width) in pixels.
+      resample: `bicubic` or `bilinear`, both antialiased.
 
     Returns:
       uint8 [*size, channels].
@@ -110,15 +114,15 @@ def resize_uint8(image: np.ndarray, size: tuple[int, int], resample: str = "bicu
 
 
 def resize_planes(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
-    """Resamples each channel by itself with Pillow; an unchanged side is left out.
+    """Resamples each channel separately with Pillow; an unchanged side needs no pass.
 
     Args:
       image: uint8 or float32 [height, width, channels].
-      size: (height, width) to reach.
+      size: target (height, width) in pixels.
       resample: `bicubic` or `bilinear`.
 
     Returns:
-      Array of the image's dtype, [*size, channels].
+      [*size, channels] in the type of the image.
     """
     from PIL import Image
 
@@ -126,7 +130,7 @@ def resize_planes(image: np.ndarray, size: tuple[int, int], resample: str) -> np
         return image
     method = Image.Resampling[resample.upper()]
     resized = np.empty((*size, image.shape[2]), image.dtype)
-    # Channel by channel: Pillow has no mode of arbitrary channels, and multiplies RGBA by alpha.
+    # Per channel, since Pillow has no mode for arbitrary channels and premultiplies RGBA by alpha.
     for channel in range(image.shape[2]):
         plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))
         resized[..., channel] = np.asarray(plane.resize((size[1], size[0]), method))

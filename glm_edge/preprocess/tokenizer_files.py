@@ -1,7 +1,7 @@
 """The only reader of tokenizer.json, which is untrusted.
 
-The library that reads it is native code: what a hostile file makes it do can end the process or
-never end. So the file's fields are checked first, and one that is not known is refused.
+The library `tokenizers` is native code: a hostile file can crash it or keep it busy forever. This
+module therefore checks all fields of the file first, and refuses unknown values.
 """
 
 import base64
@@ -20,7 +20,7 @@ from glm_edge.files import ErrorType, file_inside, parse_json, read_bytes, shown
 from glm_edge.regex_check import PatternError, check_pattern
 
 TOKENIZER = "tokenizer.json"
-# The largest of published models have 35 MB and 1.6 million values.
+# The largest files of published models have 35 MB and 1.6 million values.
 MAX_BYTES = 1 << 26
 MAX_VALUES = 4_000_000
 MAX_ID = 1 << 24
@@ -28,26 +28,26 @@ MAX_ADDED = 1 << 17
 MAX_SPECIAL = 1 << 14
 MAX_TOKEN_NAME = 256
 MAX_STEPS = 64
-# How many times longer a text may become, before what Unicode's normal forms add.
+# Limit of the ratio of output to input length, without Unicode normalization.
 MAX_GROWTH = 16
 MAX_CHARSMAP_TEXT = 64
 MAX_TEMPLATE_TOKENS = 64
 MAX_WORD = 1000
 MODELS = ("BPE", "WordPiece", "WordLevel", "Unigram")
-# Characters of many scripts and lengths in UTF-8, so that what a table lacks shows at once.
+# Characters of many scripts and UTF-8 lengths, to detect gaps of a table when it is read.
 PROBE = "".join(map(chr, [*range(32, 127), 9, 10, 13, *range(0xA1, 0x3000, 61), 0x4E2D, 0x1F600]))
 
 
 @contextlib.contextmanager
 def guarded(where: str, error: ErrorType) -> Iterator[None]:
-    """Turns what the library of tokenizers raises into one error.
+    """Converts exceptions of the library `tokenizers` to one type.
 
     Args:
-      where: file or task, which begins the message.
-      error: to raise.
+      where: file or task, the beginning of the message.
+      error: exception type to raise.
 
     Raises:
-      GlmEdgeError: of the type `error`.
+      GlmEdgeError: as type `error`, for any exception of the library.
     """
     try:
         yield
@@ -56,7 +56,7 @@ def guarded(where: str, error: ErrorType) -> Iterator[None]:
     except Exception as failure:
         raise error(f"{where}: {_line(failure)}") from failure
     except BaseException as failure:
-        # A panic of native code is no Exception, and its class can only be told by name.
+        # A panic of native code is not an Exception, and only its name identifies its class.
         if type(failure).__name__ != "PanicException":
             raise
         raise error(f"{where}: {_line(failure)}") from failure
@@ -67,7 +67,7 @@ def _line(failure: BaseException) -> str:
 
 
 def read_tokenizer(file: str | Path) -> tokenizers.Tokenizer:
-    """Opens a tokenizer, without the padding and truncation that its file may ask for.
+    """Reads a tokenizer, and disables padding and truncation.
 
     Args:
       file: path of a tokenizer.json.
@@ -76,8 +76,8 @@ def read_tokenizer(file: str | Path) -> tokenizers.Tokenizer:
       The tokenizer.
 
     Raises:
-      CheckpointError: the file is missing, damaged, or asks for what may not end or takes memory
-        without bound.
+      CheckpointError: the file is missing or damaged, or its steps could run without bounds on
+        time or memory.
     """
     file = Path(file)
     if not os.path.lexists(file):
@@ -98,7 +98,7 @@ def read_tokenizer(file: str | Path) -> tokenizers.Tokenizer:
         ids = tokenizer.encode(PROBE, add_special_tokens=False).ids
         tokenizer.decode(ids)
     if not ids:
-        raise CheckpointError(f"{where}: it reads no text at all")
+        raise CheckpointError(f"{where}: it encodes no text at all")
     return tokenizer
 
 
@@ -114,7 +114,7 @@ class _Checker:
 
     def check(self, fields: Any) -> None:
         if not isinstance(fields, dict):
-            raise _RefusedError("it holds no JSON object")
+            raise _RefusedError("it is not a JSON object")
         self._model(fields.get("model"))
         self._added(fields.get("added_tokens"))
         growth = self._tree(fields.get("normalizer"), "normalizer", "normalizers", self._normalizer)
@@ -127,13 +127,13 @@ class _Checker:
     def _bounded(self, name: str, growth: float) -> None:
         if growth > MAX_GROWTH:
             raise _RefusedError(
-                f"its {name} makes texts {growth:.4g} times longer; at most {MAX_GROWTH} is taken"
+                f"its {name} makes texts {growth:.4g} times longer; the limit is {MAX_GROWTH}"
             )
 
     def _tree(
         self, node: Any, name: str, children: str, check: Callable[[str, Any], float]
     ) -> float:
-        """Checks a step, or those of a sequence; returns how many times longer texts become."""
+        """Checks a step or a sequence of steps; returns the largest growth of a text's length."""
         if node is None:
             return 1.0
         kind = node.get("type") if isinstance(node, dict) else None
@@ -150,18 +150,18 @@ class _Checker:
         return check(kind, node)
 
     def _unknown(self, name: str, kind: str) -> float:
-        raise _RefusedError(f"a {name} of type {kind[:80]!r} is not known")
+        raise _RefusedError(f"a {name} of type {kind[:80]!r} is unknown")
 
     def _model(self, model: Any) -> None:
         if not isinstance(model, dict):
             raise _RefusedError("field 'model' must be an object")
         vocab, kind = model.get("vocab"), model.get("type")
         if kind is None:
-            # Older files name no type.
+            # Older files have no type.
             kind = "Unigram" if isinstance(vocab, list) else "BPE" if "merges" in model else None
             kind = kind or ("WordPiece" if "max_input_chars_per_word" in model else "WordLevel")
         if not isinstance(kind, str) or kind not in MODELS:
-            raise _RefusedError(f"a model of type {str(kind)[:80]!r} is not known")
+            raise _RefusedError(f"a model of type {str(kind)[:80]!r} is unknown")
         if kind == "Unigram":
             self._unigram(model, vocab)
             return
@@ -185,9 +185,7 @@ class _Checker:
             )
         width = model.get("max_input_chars_per_word")
         if width is not None and (type(width) is not int or not 0 <= width <= MAX_WORD):
-            raise _RefusedError(
-                f"max_input_chars_per_word is {width!r}; at most {MAX_WORD} is read"
-            )
+            raise _RefusedError(f"max_input_chars_per_word is {width!r}; the limit is {MAX_WORD}")
 
     def _unigram(self, model: dict[str, Any], vocab: Any) -> None:
         pairs = isinstance(vocab, list) and all(
@@ -199,7 +197,7 @@ class _Checker:
             for x in vocab
         )
         if not pairs or not vocab:
-            raise _RefusedError("field 'model.vocab' must be pairs of a text and a finite score")
+            raise _RefusedError("field 'model.vocab' must be pairs of a string and a finite score")
         unknown = model.get("unk_id")
         if type(unknown) is not int or not 0 <= unknown < len(vocab):
             raise _RefusedError(f"unk_id is {unknown!r}; it must be one of {len(vocab)} ids")
@@ -222,7 +220,7 @@ class _Checker:
                 )
         special = sum(1 for token in tokens if token.get("special"))
         if special > MAX_SPECIAL:
-            raise _RefusedError(f"it has {special} special tokens; at most {MAX_SPECIAL} are read")
+            raise _RefusedError(f"it has {special} special tokens; the limit is {MAX_SPECIAL}")
 
     def _normalizer(self, kind: str, node: Mapping[str, Any]) -> float:
         if kind == "Replace":
@@ -281,19 +279,19 @@ class _Checker:
     def _short(self, node: Mapping[str, Any], name: str) -> str:
         text = node.get(name)
         if not isinstance(text, str) or len(text) > MAX_TOKEN_NAME:
-            raise _RefusedError(f"{name!r} must be a text of at most {MAX_TOKEN_NAME} characters")
+            raise _RefusedError(f"{name!r} must be a string of at most {MAX_TOKEN_NAME} characters")
         return text
 
     def _replace(self, node: Mapping[str, Any]) -> float:
         content = self._short(node, "content")
         literal = self._pattern(node)
         if literal == "":
-            # Matches before each character.
+            # An empty pattern matches before each character.
             return 1.0 + len(content)
         return max(1.0, len(content) / len(literal or "x"))
 
     def _pattern(self, node: Mapping[str, Any]) -> str | None:
-        """Checks a pattern; returns it if it is a literal text, which it matches alone."""
+        """Checks a pattern; returns a literal's text, '' for one that matches '', or None."""
         pattern = node.get("pattern")
         pattern = pattern if isinstance(pattern, dict) else {}
         kinds = list(pattern)
@@ -317,23 +315,23 @@ def _matches(source: str, character: str) -> bool:
 
 
 def _check_charsmap(text: Any) -> None:
-    """Checks the table of a SentencePiece normalizer: a trie's size and units, then texts."""
+    """Checks the table of a SentencePiece normalizer: size and units of a trie, then texts."""
     try:
         table = base64.b64decode(text, validate=True) if isinstance(text, str) else None
     except (binascii.Error, ValueError):
         table = None
     if table is None or len(table) < 4:
-        raise _RefusedError("its precompiled_charsmap is not base64 of a table")
+        raise _RefusedError("its precompiled_charsmap is not a base64 table")
     size = int.from_bytes(table[:4], "little")
     if size % 4 or 4 + size > len(table):
         raise _RefusedError(
-            f"its precompiled_charsmap says that its trie has {size} bytes, of {len(table)} in all"
+            f"its precompiled_charsmap declares a trie of {size} bytes, but has {len(table)} in all"
         )
     try:
         texts = table[4 + size :].decode().split("\0")
     except UnicodeDecodeError as error:
-        raise _RefusedError(f"its precompiled_charsmap holds no UTF-8: {error}") from error
+        raise _RefusedError(f"its precompiled_charsmap is not UTF-8: {error}") from error
     if max(map(len, texts)) > MAX_CHARSMAP_TEXT:
         raise _RefusedError(
-            f"its precompiled_charsmap replaces a character by more than {MAX_CHARSMAP_TEXT}"
+            f"its precompiled_charsmap replaces one character by more than {MAX_CHARSMAP_TEXT}"
         )

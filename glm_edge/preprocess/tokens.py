@@ -1,4 +1,4 @@
-"""Texts as token ids and back, the only way to a tokenizer."""
+"""Conversion between text and token ids, the only module that calls a tokenizer."""
 
 import functools
 import re
@@ -16,24 +16,24 @@ USER, ASSISTANT = "<|user|>", "<|assistant|>"
 IMAGE = ("<|begin_of_image|>", "<|image|>", "<|end_of_image|>")
 AUDIO = ("<|begin_of_audio|>", "<|audio|>", "<|end_of_audio|>")
 
-# Of each tokenizer one that reads names of special tokens as text, and what it was made of.
+# Per tokenizer: a copy that encodes names of special tokens as text, and the copied version.
 _PLAIN: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 class SpecialTokens:
-    """Names of a tokenizer's special tokens, and their positions in a text.
+    """Special tokens of a tokenizer, with search in a text.
 
     Attributes:
-      names: in order.
-      ids: of each name.
+      names: names in order.
+      ids: id by name.
     """
 
     def __init__(self, tokens: Iterable[tuple[str, int]]) -> None:
         """Prepares the search.
 
         Args:
-          tokens: names and ids.
+          tokens: pairs of name and id.
         """
         self.ids = dict(sorted(tokens))
         self.names = tuple(self.ids)
@@ -42,7 +42,7 @@ class SpecialTokens:
         self._starts = re.compile(f"[{re.escape(first)}]") if first else None
 
     def find(self, text: str) -> list[tuple[int, int]]:
-        """Returns the spans that spell special tokens, the longest at each place."""
+        """Returns the spans of names of special tokens, the longest name at each position."""
         spans: list[tuple[int, int]] = []
         if self._starts is None:
             return spans
@@ -69,39 +69,40 @@ _special = functools.lru_cache(maxsize=16)(SpecialTokens)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes text in which names of special tokens become those tokens.
+    """Encodes text; names of special tokens become those tokens.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
-      text: to encode; nothing is put before or after it.
+      text: text to encode. No token is added before or after it.
 
     Returns:
       Token ids.
 
     Raises:
-      DataError: the tokenizer cuts or pads texts, or fails on this one.
+      DataError: the tokenizer truncates or pads texts, or fails on this text.
     """
     with guarded("text cannot be encoded", DataError):
         if tokenizer.truncation is not None or tokenizer.padding is not None:
             raise DataError(
-                "the tokenizer cuts or pads texts; call its no_truncation() and no_padding() first"
+                "the tokenizer truncates or pads texts; call its no_truncation() and no_padding() "
+                "first"
             )
         return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
-    """Returns the text of tokens.
+    """Decodes tokens to text.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
-      tokens: ids [T].
-      skip_special_tokens: leave special tokens out of the text.
+      tokens: token ids [T].
+      skip_special_tokens: omits special tokens.
 
     Returns:
       The text.
 
     Raises:
-      DataError: an id is negative or too large, or the tokenizer fails on them.
+      DataError: an id is negative or too large, or the tokenizer fails.
     """
     with guarded("tokens cannot be decoded", DataError):
         return tokenizer.decode(
@@ -110,13 +111,13 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int], skip_special_tokens: boo
 
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encodes text in which names of special tokens are no more than text.
+    """Encodes text; names of special tokens are encoded as ordinary text.
 
-    The tokenizer is not changed, so that threads can share it.
+    The function does not modify the tokenizer, so that threads can share it.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
-      text: to encode.
+      text: text to encode.
 
     Returns:
       Token ids, none of them special.
@@ -130,12 +131,12 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def marked_ids(tokenizer: Tokenizer, text: str, plain: str) -> list[int]:
-    """Encodes a prompt in which only the template's text spells special tokens.
+    """Encodes a prompt; only text of the template can become special tokens.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
-      text: with marks, of `glm_edge.preprocess.chat.render_marked`.
-      plain: as many characters, without marks.
+      text: text with marks from `glm_edge.preprocess.chat.render_marked`.
+      plain: the same text without marks, of equal length.
 
     Returns:
       Token ids.
@@ -149,8 +150,8 @@ def marked_ids(tokenizer: Tokenizer, text: str, plain: str) -> list[int]:
     ids, known = encode(tokenizer, plain), set(special.ids.values())
     if [index for index in ids if index in known] == written:
         return ids
-    # Somebody else's text spells a token too: what lies between the template's tokens is encoded
-    # as text.
+    # Untrusted text spells a token too, so the text between the template's tokens is encoded as
+    # ordinary text.
     reader = plain_tokenizer(tokenizer)
     ids, at = [], 0
     for (start, end), index in zip(spans, written, strict=True):
@@ -162,16 +163,16 @@ def marked_ids(tokenizer: Tokenizer, text: str, plain: str) -> list[int]:
 
 
 def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """Returns a tokenizer that reads names of special tokens as text.
+    """Returns a copy of a tokenizer that encodes names of special tokens as ordinary text.
 
-    Made once per tokenizer, and anew when tokens were added to it. The flag on a tokenizer that is
-    shared must not be changed: other threads would encode with it.
+    The copy is cached per tokenizer, and renewed after tokens are added. Setting the flag on the
+    shared tokenizer would change the results of other threads.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
 
     Returns:
-      Another one, which must not be changed.
+      The copy, which callers must not modify.
     """
     version = (tokenizer.get_vocab_size(), special_tokens(tokenizer).names)
     with _LOCK:
@@ -193,23 +194,24 @@ def prompt_ids(
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
-      instruction: text; empty when the instruction is spoken. Names of special tokens in it are
-        read as text.
-      image_tokens: placeholders for image features, `VisionConfig.num_tokens`, or 0.
-      audio_tokens: placeholders for speech features, `SpeechConfig.num_tokens`, or 0.
+      instruction: text, empty for a spoken instruction. Names of special tokens in it are encoded
+        as ordinary text.
+      image_tokens: count of image placeholders, `VisionConfig.num_tokens`, or 0.
+      audio_tokens: count of speech placeholders, `SpeechConfig.num_tokens`, or 0.
 
     Returns:
       Token ids that end with the assistant's token.
 
     Raises:
-      DataError: the tokenizer lacks a special token that is needed, or nothing is asked.
+      DataError: the tokenizer lacks a required special token, a count is negative, or there is
+        neither an instruction nor a recording.
     """
     if not instruction and not audio_tokens:
         raise DataError("a prompt needs an instruction, as text or as a recording")
     ids = [_token_id(tokenizer, USER)]
     for count, (begin, placeholder, end) in ((image_tokens, IMAGE), (audio_tokens, AUDIO)):
         if count < 0:
-            raise DataError(f"number of {placeholder} tokens must not be negative, found {count}")
+            raise DataError(f"count of {placeholder} tokens must not be negative, found {count}")
         if count:
             ids.append(_token_id(tokenizer, begin))
             ids.extend([_token_id(tokenizer, placeholder)] * count)

@@ -18,10 +18,13 @@ from glm_edge.preprocess.resizing import fit_size, resize_uint8, smart_resize
 
 @dataclass(frozen=True)
 class Video:
-    """Frames [F, H, W, C] in 0..1 or uint8, with their rate or their timestamps.
+    """Frames of a video, with their rate or their timestamps.
 
-    With `fps`, frames are those of a recording and are sampled; with `timestamps` [F] they have
-    been sampled and all are kept. `duration_s` is the recording's; F / fps unless given.
+    Attributes:
+      frames: [F, H, W, C], floats in 0..1 or uint8.
+      fps: frames per second of the recording; preprocessing samples frames from it.
+      timestamps: [F] times in seconds of frames that are sampled already; all frames are kept.
+      duration_s: duration of the recording in seconds; None means F / fps.
     """
 
     frames: np.ndarray
@@ -31,18 +34,18 @@ class Video:
 
 
 def prepare_image(image: np.ndarray, processing: ImageProcessing) -> np.ndarray:
-    """Resizes and normalises an image.
+    """Resizes and normalizes an image.
 
     Args:
-      image: [height, width, C]: floats in 0..1 or uint8.
-      processing: the parameters.
+      image: [height, width, C], floats in 0..1 or uint8.
+      processing: parameters of preprocessing.
 
     Returns:
-      float32 [H, W, C], normalised.
+      float32 [H, W, C], normalized.
 
     Raises:
-      DataError: the image is of another shape or type, holds NaN, leaves 0..1, or is more than
-        200 times as long as wide.
+      DataError: the image has a wrong shape or type, contains NaN, exceeds 0..1, or has an aspect
+        ratio above 200.
     """
     if not processing.eight_bit:
         return _prepare_floats(image, processing)
@@ -52,23 +55,23 @@ def prepare_image(image: np.ndarray, processing: ImageProcessing) -> np.ndarray:
 
 
 def prepare_video(video: Video, processing: VideoProcessing) -> tuple[np.ndarray, np.ndarray]:
-    """Samples, resizes and normalises the frames of a video.
+    """Samples, resizes and normalizes the frames of a video.
 
     Args:
-      video: frames and their times.
-      processing: the parameters.
+      video: frames with their rate or timestamps.
+      processing: parameters of preprocessing.
 
     Returns:
-      `(frames, seconds)`: float32 [F, H, W, C], F a multiple of `temporal_patch_size` (the last
-      frame is repeated), and float64 [F / temporal_patch_size], the second at which each group of
-      frames begins.
+      `(frames, seconds)`: float32 [F, H, W, C], with F padded to a multiple of
+      `temporal_patch_size` by repeating the last frame; and float64 [F / temporal_patch_size], the
+      start of each temporal patch in seconds.
 
     Raises:
-      DataError: frames are not what `prepare_image` takes, or their times are missing.
+      DataError: a frame is not a valid image, or both or neither of rate and timestamps are set.
     """
     frames = _grey_levels(video.frames, "video", 4, len(processing.mean))
     if (video.fps is None) == (video.timestamps is None):
-        raise DataError("video: either its frames per second (fps) or timestamps must be given")
+        raise DataError("video: set either its frames per second (fps) or timestamps")
     if video.fps is not None:
         indices = sample_frames(len(frames), video.fps, processing, video.duration_s)
         frames, seconds = frames[indices], indices / video.fps
@@ -91,19 +94,22 @@ def prepare_video(video: Video, processing: VideoProcessing) -> tuple[np.ndarray
 def sample_frames(
     num_frames: int, fps: float, processing: VideoProcessing, duration_s: float | None = None
 ) -> np.ndarray:
-    """Chooses frames of a video: `processing.fps` a second, or fewer where it is long.
+    """Selects `processing.fps` frames per second, or fewer from a long video.
 
     Args:
-      num_frames: of the recording.
+      num_frames: frames of the recording.
       fps: frames per second of the recording.
-      processing: the parameters.
-      duration_s: of the recording; `num_frames / fps` unless given.
+      processing: parameters of preprocessing.
+      duration_s: duration of the recording in seconds; None means `num_frames / fps`.
 
     Returns:
-      int64 indices, without repeats but for the last, which makes their number even.
+      Increasing int64 indices. The last index is repeated if their count would be odd.
 
     Raises:
-      DataError: there is no frame, or a number is not positive.
+      DataError: there is no frame, or rate or duration is not positive.
+
+    References:
+      GLM-4.1V-Thinking, https://arxiv.org/abs/2507.01006.
     """
     if num_frames < 1:
         raise DataError("video: it has no frames")
@@ -163,13 +169,13 @@ def _reshape(pixels: np.ndarray, size: tuple[int, int], processing: ImageProcess
 
 
 def _normalise(pixels: np.ndarray, processing: ImageProcessing) -> np.ndarray:
-    """Looks up each grey level's float32 value."""
+    """Normalizes grey levels with a table of 256 float32 values per channel."""
     mean, std = (np.array(x, np.float32) for x in (processing.mean, processing.std))
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)
     table = (levels[:, None] - mean) / std
     normalised = np.empty(pixels.shape, np.float32)
     for channel in range(len(mean)):
-        # Row by row: indices of a whole image are eight times as large as it is.
+        # Per row, since int64 indices of a complete image need eight times its memory.
         for row, grey in zip(normalised, pixels, strict=True):
             row[:, channel] = table[:, channel][grey[:, channel]]
     return normalised

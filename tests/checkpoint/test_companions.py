@@ -38,7 +38,7 @@ def test_extras_replace_files_of_the_source(nano, tmp_path):
 
 
 def test_a_model_without_a_tokenizer_is_told(nano, tmp_path):
-    with pytest.warns(UserWarning, match="saved without a tokenizer.*pass source="):
+    with pytest.warns(UserWarning, match="saved without a tokenizer.*as source="):
         ge.save(*nano, tmp_path / "copy")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

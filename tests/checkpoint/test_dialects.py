@@ -178,7 +178,7 @@ def test_old_and_new_names(write, case):
     assert_loads_as(write(fields, renamed), model, params)
     old = next(key for key in tensors if key not in renamed)
     twice = renamed | {old: tensors[old]}
-    with pytest.raises(CheckpointError, match="are two names of one"):
+    with pytest.raises(CheckpointError, match="are the same parameter"):
         ge.load(write(fields, twice))
 
 

@@ -139,7 +139,7 @@ DAMAGE = {
     "the index names no file": (lambda d: point_index_at(d, "\0\n"), "plain name"),
     "a header is longer than its file": (
         lambda d: put_junk(shards(d)[0], 2**63, 10**4),
-        "ask for a header of 9223372036854775808",
+        "declare a header of 9223372036854775808",
     ),
     "a header of 90 MB": (
         lambda d: put_junk(shards(d)[0], 90 << 20, 91 << 20),
@@ -150,7 +150,7 @@ DAMAGE = {
         "more than 500000",
     ),
     "tensors overlap": (lambda d: with_header(shards(d)[0], overlap), "without gap or overlap"),
-    "a type is wrong": (lambda d: edit_matrix(d, dtype="I16"), "of type I16"),
+    "a type is wrong": (lambda d: edit_matrix(d, dtype="I16"), "has type I16"),
     "a shape is wrong": (lambda d: edit_matrix(d, shape="turned"), "has shape"),
     "a tensor appears twice in a header": (
         lambda d: with_header(shards(d)[0], repeat_first_entry),
@@ -158,7 +158,7 @@ DAMAGE = {
     ),
     "a tensor stands in two shards": (
         lambda d: shutil.copy(shards(d)[0], shards(d)[1]),
-        "as well",
+        "is also in",
     ),
     "a weight is NaN": (lambda d: put_value(d, np.nan), "must be finite"),
     "a weight is infinite": (lambda d: put_value(d, -np.inf), "must be finite"),

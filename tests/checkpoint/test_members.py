@@ -146,7 +146,9 @@ def test_an_unknown_field_is_an_error_that_names_it(name, place):
         section = section[part]
     section["residual_scale"] = 0.5
     where = ": ".join(("config.json", *place))
-    with pytest.raises(ConfigError, match=r"field 'residual_scale' \(0\.5\) is not known") as error:
+    with pytest.raises(
+        ConfigError, match=r"field 'residual_scale' \(0\.5\) is unsupported"
+    ) as error:
         read(fields)
     assert str(error.value).startswith(f"{where}: field")
     # What is off changes nothing.
@@ -165,7 +167,7 @@ def test_an_unknown_field_is_an_error_that_names_it(name, place):
         ("glm-4-9b-chat", (), {"post_layer_norm": False}, "'post_layer_norm' is False"),
         ("glm-4-9b-chat", (), {"num_hidden_layers": 39}, "'num_hidden_layers' is 39.*must be 40"),
         ("glm-4-9b-chat", (), {"padded_vocab_size": None}, "'padded_vocab_size' is missing"),
-        ("glm-4-9b-chat", (), {"quantization_bit": 4}, r"'quantization_bit' \(4\) is not known"),
+        ("glm-4-9b-chat", (), {"quantization_bit": 4}, r"'quantization_bit' \(4\) is unsupported"),
         ("GLM-4.1V-9B-Thinking", (), {"image_token_id": None}, "'image_token_id' is missing"),
         ("GLM-4.1V-9B-Thinking", (), {"hidden_size": None}, "'hidden_size' is missing"),
         (
@@ -176,7 +178,7 @@ def test_an_unknown_field_is_an_error_that_names_it(name, place):
         ),
         ("GLM-4.1V-9B-Thinking", (), {"partial_rotary_factor": None}, "mrope_section .* sum to 64"),
         ("GLM-4.1V-9B-Thinking", (), {"vision_config": None}, "'vision_config' is missing"),
-        ("AutoGLM-Phone-9B", (), {"hidden_size": 2048}, r"'hidden_size' \(2048\) is not known"),
+        ("AutoGLM-Phone-9B", (), {"hidden_size": 2048}, r"'hidden_size' \(2048\) is unsupported"),
         ("AutoGLM-Phone-9B", ("vision_config",), {"out_hidden_size": 9}, "'out_hidden_size' is 9"),
         ("GLM-OCR", ("text_config",), {"num_nextn_predict_layers": 2}, "'num_nextn.* is 2"),
         ("GLM-OCR", ("text_config",), {"rope_parameters": [1]}, "'rope_parameters' must be an obj"),
@@ -199,7 +201,12 @@ def test_an_unknown_field_is_an_error_that_names_it(name, place):
             {"pad_token_id": None},
             "'audio_token_id' is m",
         ),
-        ("siglip-so400m-patch14-384", ("vision_config",), {"image_size": 9}, "hold a patch of 14"),
+        (
+            "siglip-so400m-patch14-384",
+            ("vision_config",),
+            {"image_size": 9},
+            "be at least one patch of 14",
+        ),
         ("whisper-large-v3", (), {"scale_embedding": True}, "'scale_embedding' is True"),
         ("whisper-large-v3", (), {"activation_function": "relu"}, "'activation_function' is"),
         (

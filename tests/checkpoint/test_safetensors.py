@@ -133,33 +133,33 @@ def test_a_changed_byte_reads_or_is_refused_but_never_crashes(tmp_path_factory, 
     [
         (b"", "too few"),
         (b"PK\x03\x04 a pickle in a zip archive", "not a safetensors file"),
-        (with_header(b"[1, 2]"), "must hold a JSON object"),
+        (with_header(b"[1, 2]"), "must be a JSON object"),
         (with_header(b"{nonsense"), "not JSON"),
         (with_header(b"[" * 100000), "not JSON"),
-        (with_header({"x": 3}), "must hold dtype, shape"),
-        (with_header({"x": entry(shape=(-2,))}), "must hold dtype, shape"),
-        (with_header({"x": entry(shape=(True,))}), "must hold dtype, shape"),
-        (with_header({"x": entry(offsets=(0, 8, 9))}), "must hold dtype, shape"),
+        (with_header({"x": 3}), "must have dtype, shape"),
+        (with_header({"x": entry(shape=(-2,))}), "must have dtype, shape"),
+        (with_header({"x": entry(shape=(True,))}), "must have dtype, shape"),
+        (with_header({"x": entry(offsets=(0, 8, 9))}), "must have dtype, shape"),
         (with_header({"x": entry(dtype="F7")}), "type 'F7' is unknown"),
         (with_header({"x": entry(dtype=["F32"])}), "is unknown"),
         (with_header({"x": entry(offsets=(0, 80))}), "truncated"),
-        (with_header({"x": entry(shape=(3,))}), "takes 12"),
+        (with_header({"x": entry(shape=(3,))}), "needs 12"),
         (with_header({"x": entry(offsets=(8, 0))}), "span -8 bytes"),
         (with_header({"x": entry(offsets=(8, 16))}, b"\0" * 16), "gap or overlap"),
         (with_header({"x": entry(), "y": entry()}), "gap or overlap"),
         (with_header({"x": entry()}, b"\0" * 9), "nothing may follow"),
         (with_header(b'{"x": 1, "x": 2}'), "'x' appears twice"),
         (with_header(b"\xff{}"), "not JSON"),
-        (with_header({"x": entry(offsets=(0.0, 8.0))}), "must hold dtype, shape"),
-        (with_header({"x": entry(offsets=(False, 8))}), "must hold dtype, shape"),
-        (with_header({"x": entry(offsets=(-8, 0))}), "must hold dtype, shape"),
-        (with_header({"x": entry(shape=(2**62, 2**62))}), "takes 85070591730234615865843651857942"),
-        (with_header({"x": entry(shape=(2**63,))}), "must hold dtype, shape"),
+        (with_header({"x": entry(offsets=(0.0, 8.0))}), "must have dtype, shape"),
+        (with_header({"x": entry(offsets=(False, 8))}), "must have dtype, shape"),
+        (with_header({"x": entry(offsets=(-8, 0))}), "must have dtype, shape"),
+        (with_header({"x": entry(shape=(2**62, 2**62))}), "needs 85070591730234615865843651857942"),
+        (with_header({"x": entry(shape=(2**63,))}), "must have dtype, shape"),
         (
             with_header({"x": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}, b""),
-            "larger than any",
+            "exceeds the size of any",
         ),
-        (with_header({"x": entry(shape=(1,) * 65 + (2,))}), "must hold dtype, shape"),
+        (with_header({"x": entry(shape=(1,) * 65 + (2,))}), "must have dtype, shape"),
         (with_header({"x" * 501: entry()}), "a tensor's name has 501 characters"),
         (with_header({"x": entry(dtype="BOOL", shape=(8,))}, b"\2" * 8), "byte 0 or 1, found 2"),
     ],
@@ -269,7 +269,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_what_is_not_finite_is_found_where_it_is(dtype, value):
     array = np.ones((2300, 2000), np.float32)
     array[2200, 7] = value
-    with pytest.raises(CheckpointError, match=r"tensor 'x': holds .* at \[2200, 7\]"):
+    with pytest.raises(CheckpointError, match=r"tensor 'x': is .* at \[2200, 7\]"):
         check_finite(array.astype(dtype), "tensor 'x'")
 
 
@@ -348,7 +348,7 @@ def enter(target, overwrite=False):
 
 def test_a_full_directory_is_not_replaced_unasked(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(OutputError, match="not empty; name another directory or pass overwrite"):
+    with pytest.raises(OutputError, match="not empty; choose another directory or pass overwrite"):
         enter(tmp_path)
 
 

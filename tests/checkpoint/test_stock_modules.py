@@ -61,10 +61,10 @@ def test_another_module_is_refused(compressed, options, message, tmp_path):
 @pytest.mark.parametrize(
     ("model", "params", "message"),
     [
-        (object(), SHAPES, "a Linen module of yours, not a object; of nnx"),
+        (object(), SHAPES, "your own Linen module, not a object; for nnx"),
         (Net(), None, "params is a NoneType"),
         (Net(), Net(), "params is a Net"),
-        (Net(), {"a/b": {"c": jnp.ones(3)}, "a": {"b/c": jnp.ones(2)}}, "hold no '/'"),
+        (Net(), {"a/b": {"c": jnp.ones(3)}, "a": {"b/c": jnp.ones(2)}}, "do not contain '/'"),
     ],
 )
 def test_save_refuses_what_is_no_module_or_no_parameters(model, params, message, tmp_path):
@@ -100,9 +100,12 @@ def test_scales_beyond_the_dense_type_are_refused(compressed, tmp_path):
     [
         (lambda path: ge.save(path, Net(), {}), r"save\(model, params, path\), not save\("),
         (lambda path: ge.save(Net(), path, {}), r"save\(model, params, path\), not save\("),
-        (lambda path: ge.load(None), "load: path must be that of .* not a NoneType"),
-        (lambda path: ge.build({}), "build: path must be that of .* not a dict"),
-        (lambda path: ge.load_tokenizer(None), "load_tokenizer: path must be that of"),
+        (lambda path: ge.load(None), "load: path must be a checkpoint directory, not a NoneType"),
+        (lambda path: ge.build({}), "build: path must be a checkpoint directory, not a dict"),
+        (
+            lambda path: ge.load_tokenizer(None),
+            "load_tokenizer: path must be a checkpoint directory",
+        ),
         (lambda path: ge.load(path, dtype="float99"), "dtype 'float99' is unknown; known: float32"),
         (lambda path: ge.load(path, dtype=7), "dtype 7 is unknown; known: float32"),
     ],

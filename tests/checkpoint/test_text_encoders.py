@@ -110,7 +110,7 @@ def test_transformers_computes_the_same_from_what_is_written(architecture, tmp_p
 def test_a_pooler_that_no_class_has_is_saved_in_our_format_only(tmp_path):
     model = TextEncoder(TextConfig(**SHAPE, pooler="relu"))
     params = random_params(model)
-    with pytest.raises(CheckpointError, match="no Hugging Face member"):
+    with pytest.raises(CheckpointError, match="Hugging Face cannot store"):
         ge.save(model, params, tmp_path / "saved", format="hugging_face")
     ge.save(model, params, tmp_path / "saved")
     assert ge.load(tmp_path / "saved")[0].config == model.config
@@ -202,7 +202,7 @@ def test_what_is_not_known_is_named(name, field, value, change):
 
 def test_more_tokens_than_positions_are_refused():
     model = TextEncoder(WRITABLE["BertModel"])
-    with pytest.raises(DataError, match="10 a row, this encoder reads at most 9"):
+    with pytest.raises(DataError, match="10 per row, this encoder reads up to 9"):
         applied(model, {"params": random_params(model)}, np.zeros((1, 10), int))
 
 

@@ -95,7 +95,7 @@ def test_mixtures_without_a_meaning_are_refused():
         distill(mixture={})
     with pytest.raises(RecipeError, match="must hold shares by kind"):
         distill(mixture=3)
-    with pytest.raises(DataError, match="asks for audio, and no calibration batch"):
+    with pytest.raises(DataError, match="includes audio, but no calibration batch"):
         next(in_proportion(data()[:3], MIXTURE, None))
     with pytest.raises(DataError, match="needs calibration with a length"):
         next(in_proportion(iter(data()), MIXTURE, None))

@@ -327,7 +327,7 @@ def test_a_collection_that_is_written_is_named(models):
         return model.apply(variables, batch["images"], train=True)
 
     calibration = Calibration(data(1), apply=train, variables=variables)
-    with pytest.raises(DataError, match=r"CNN writes a collection.*use_running_average=True"):
+    with pytest.raises(DataError, match=r"CNN updates a collection.*use_running_average=True"):
         quantize.gptq("int8")(model, params, calibration)
 
 

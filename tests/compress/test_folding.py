@@ -140,7 +140,7 @@ def test_encoders_alone(make_member):
     assert all(fold.within(alone) for fold in folding.folds(model.config.vision))
     alone = leaves_of(params["speech"])
     assert all(fold.within(alone) for fold in folding.folds(model.config.speech))
-    with pytest.raises(RecipeError, match="are known"):
+    with pytest.raises(RecipeError, match="supported are"):
         folding.folds(None)
 
 

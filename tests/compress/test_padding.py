@@ -318,8 +318,8 @@ def test_an_encoder_is_told_what_is_padding():
     [
         ({"valid": np.ones((2, 5), bool)}, "valid must be booleans"),
         ({"valid": np.full((2, 6), 7)}, "valid must be booleans"),
-        ({"valid": np.zeros((2, 6), bool)}, "holds nothing but padding"),
-        ({"tokens": np.full((2, 6), 99)}, "token 99 is none of the model's 40"),
+        ({"valid": np.zeros((2, 6), bool)}, "contains only padding"),
+        ({"tokens": np.full((2, 6), 99)}, "token 99 is not in the model's vocabulary of 40"),
         ({"mask": np.zeros((2, 1, 6, 6), np.float32)}, "mask must be booleans"),
         ({"tokens": [[1, 2], [1, 2, 3]]}, "tokens is not one array"),
         ({"tokens": "text"}, "tokens must be numbers"),

@@ -279,7 +279,7 @@ def test_calibration_is_checked_and_what_it_lacks_is_noted(make_model, calibrati
     with pytest.raises(DataError, match="needs calibration="):
         prune.structured(0.25)(model, params)
     _, _, report = prune.structured(0.25)(model, params, calibration=calibration)
-    assert "held no images" in report.notes[0]
+    assert "had no images" in report.notes[0]
     tokens = np.full((2, 8), 11, np.int32)
     tokens[:, 1:5] = 5
     images = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)

@@ -22,7 +22,7 @@ REPORT = Report(
     1250,
     1247,
     curve=(Point(1, 2.0, 1.0, 1.0, 1e-3), Point(2, 1.5, 0.5, 1.0, 5e-4)),
-    notes=("calibration held no audio",),
+    notes=("calibration had no audio",),
 )
 
 
@@ -39,7 +39,7 @@ def test_it_prints_aligned_with_totals():
     assert "1,000" in total
     assert "1,250 -> 1,247 parameters" in total
     assert "training: 2 steps, loss 2.0000 -> 1.5000" in lines
-    assert lines[-1] == "note: calibration held no audio"
+    assert lines[-1] == "note: calibration had no audio"
 
 
 def test_total_bits_are_stored_bytes_over_remaining_parameters():
@@ -118,7 +118,7 @@ def test_csv_holds_flops_latency_and_notes(tmp_path):
     assert filled(counted) == {"transform": "FLOPs", "path": "token", **expected}
     measured = {name: str(value) for name, value in dataclasses.asdict(times).items()}
     assert filled(timed) == {"transform": "latency", "path": measured.pop("work"), **measured}
-    assert filled(note) == {"transform": "note", "note": "calibration held no audio"}
+    assert filled(note) == {"transform": "note", "note": "calibration had no audio"}
     assert "FLOPs per token: 3,000 -> 2,001 (66.7%)" in str(report)
     assert "latency per token: 3.250 -> 2.500 ms (1.30 x" in report.to_markdown()
 
@@ -129,7 +129,7 @@ def test_reports_join_from_the_first_to_the_last():
     assert len(both.rows) == 3
     assert (both.bytes_before, both.bytes_after) == (5000, 700)
     assert (both.count_before, both.count_after) == (1250, 1247)
-    assert both.notes == ("calibration held no audio", "later")
+    assert both.notes == ("calibration had no audio", "later")
 
 
 def test_it_draws_itself(tmp_path):

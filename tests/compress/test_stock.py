@@ -230,7 +230,7 @@ def test_gptq_counts_what_it_rounds_to_nearest(kind, unseen):
     _, _, report = rounding(model, params, batches)
     (note,) = report.notes
     assert unseen in note
-    assert "1 as nothing is seen to multiply it, its rows are looked up" in note
+    assert "1 as its rows are looked up, not multiplied" in note
     assert ("nn.remat" in note) == (kind == "remat")
     errors = [row for row in report.rows if "output error" in row.action]
     assert len(errors) == (11 if kind == "unrolled" else 1)
@@ -241,9 +241,9 @@ def test_activations_count_what_gets_no_range(towers):
     rounded = quantize.rtn("int8")(model, params)[1]
     _, found, report = quantize.activations()(model, rounded, [{"tokens": TOKENS}])
     [note] = [note for note in report.notes if note.startswith("quantize.activations: ")]
-    assert "6 of 7 matrices went without a range, as calibration does not see" in note
+    assert "6 of 7 matrices went without a range, as calibration cannot record" in note
     assert "5 as its layer runs inside nn.scan" in note
-    assert "1 as nothing is seen to multiply it, its rows are looked up" in note
+    assert "1 as its rows are looked up, not multiplied" in note
     ranged = {
         p for p, leaf in boxes.path_items(found) if getattr(leaf, "input_scale", None) is not None
     }

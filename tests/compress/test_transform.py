@@ -145,7 +145,7 @@ def test_unknown_names_are_refused(tmp_path):
 
 
 def test_a_teacher_of_arrays_cannot_be_written(small):
-    with pytest.raises(RecipeError, match="teacher= holds arrays"):
+    with pytest.raises(RecipeError, match="teacher= contains arrays"):
         to_json(chain(distill(teacher=small)))
 
 
@@ -302,9 +302,9 @@ def test_arrays_of_other_names_are_counted(transform):
     params = Half().init(jax.random.key(0), jnp.ones((1, 4)))["params"]
     _, _, report = transform(Half(), params)
     assert [row.path for row in report.rows] == ["first/kernel"]
-    (note,) = [note for note in report.notes if "considered" in note]
-    assert note.startswith("1 arrays of two axes or more are left as they are: w; ")
-    assert "named weight, kernel, embedding are considered" in note
+    (note,) = [note for note in report.notes if "are compressed" in note]
+    assert note.startswith("1 arrays of two or more axes are unchanged: w; ")
+    assert "named weight, kernel, embedding are compressed" in note
 
 
 def test_a_tree_without_matrices_says_which_names_count():
@@ -323,7 +323,7 @@ def test_arguments_that_are_no_parameters_are_named():
         ((model, state), r"not TrainState \(pass its .params\)"),
         ((module, nnx.state(module)), "nnx.to_pure_dict"),
         ((model, {"kernel": 3.0}), "params/kernel is float, not an array"),
-        ((Half, params), "model is the class Half, not a module made of it"),
+        ((Half, params), "model is the class Half, not an instance of it"),
         (("Half", params), "model is a str, not a Linen module"),
     ):
         with pytest.raises(RecipeError, match=message):
@@ -369,7 +369,7 @@ def test_modules_of_nnx_are_told_what_to_pass(transform, wrong):
 def test_transforms_that_need_a_model_say_so(transform, given):
     batches = [{"tokens": np.zeros((1, 4), np.int32)}]
     data = {None: None, "tokens": batches, "calibration": ge.Calibration(batches, apply=max)}[given]
-    with pytest.raises(RecipeError, match=r"needs the model.*take Linen modules"):
+    with pytest.raises(RecipeError, match=r"needs the model.*require Linen modules"):
         transform(None, {"kernel": jnp.ones((4, 4))}, data)
 
 
@@ -398,8 +398,8 @@ def test_biases_and_norms_hide_no_array_of_another_name():
     shapes = jax.eval_shape(Stack().init, jax.random.key(0), jnp.ones((1, 3, 4)))["params"]
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
     _, _, report = quantize.rtn("int8", stacked="Scan")(Stack(), params)
-    (note,) = [note for note in report.notes if "considered" in note]
-    assert note.startswith("1 arrays of two axes or more are left as they are: cls; ")
+    (note,) = [note for note in report.notes if "are compressed" in note]
+    assert note.startswith("1 arrays of two or more axes are unchanged: cls; ")
 
 
 def test_parameters_of_nnx_pass_as_a_dict():

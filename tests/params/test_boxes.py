@@ -250,7 +250,7 @@ def test_axis_metadata_is_the_identity_on_axes():
             lambda: boxes.quantized(
                 jnp.zeros((2, 9), jnp.int8), jnp.ones((2, 1)), None, Format("int4", 8)
             ),
-            "not whole groups",
+            "9 columns do not divide into groups of 8",
         ),
         (
             lambda: boxes.quantized(jnp.zeros((2, 8)), jnp.ones((2, 1)), None, Format("int8")),
@@ -297,9 +297,9 @@ GRIDS = {f"{side}_{name}" for side in ("input", "output") for name in ("scale", 
         ({"output_scale", "output_zero"}, None),
         (GRIDS, None),
         (set(), None),
-        ({"output_zero"}, "output_scale and output_zero come together"),
-        ({"input_scale"}, "input_scale and input_zero come together"),
-        ({"input_scale", "input_zero"}, "output_scale needs input_scale"),
+        ({"output_zero"}, "output_scale and output_zero must be set together"),
+        ({"input_scale"}, "input_scale and input_zero must be set together"),
+        ({"input_scale", "input_zero"}, "output_scale requires input_scale"),
     ],
 )
 def test_static_grids_come_whole_and_outputs_after_inputs(missing, message):

@@ -196,7 +196,7 @@ def test_formats_are_read_from_their_names(text):
         (lambda: Format("int4", "row"), "group_size must be positive"),
         (lambda: Format("nf4", symmetric=False), "nf4 is symmetric"),
         (lambda: Format("bfloat16", 32), "no scales"),
-        (lambda: Format("ternary34", 6), "whole fours"),
+        (lambda: Format("ternary34", 6), "must be a multiple of 4"),
         (lambda: Format("int8", zero_dtype="int4"), "zero_dtype"),
         (lambda: Format.parse("int4-32"), "format 'int4-32': '32' is not a part; .* g32; affine"),
         (lambda: Format.parse("int7-g32"), "format 'int7-g32': 'int7' is not a type; types: int8"),
@@ -204,13 +204,13 @@ def test_formats_are_read_from_their_names(text):
         (lambda: Format.parse("int4-g0"), "'g0' is not a part"),
         (
             lambda: Format.parse("int4-scale=int8"),
-            "'int8' is not a type of a scale; types: float32",
+            "'int8' is not a scale type; types: float32",
         ),
         (lambda: Format.parse("nf4-affine"), "format 'nf4-affine': nf4 is symmetric"),
-        (lambda: Format.parse("ternary34-g6"), "groups of ternary34 are whole fours, not 6"),
+        (lambda: Format.parse("ternary34-g6"), "of ternary34 must be a multiple of 4, not 6"),
         (lambda: Format.parse(4), "a format is a string"),
-        (lambda: Format("int4", 32).num_groups(48), "not whole groups of 32"),
-        (lambda: Format("ternary34").num_groups(10), "whole fours"),
+        (lambda: Format("int4", 32).num_groups(48), "48 columns do not divide into groups of 32"),
+        (lambda: Format("ternary34").num_groups(10), "not a multiple of 4"),
     ],
 )
 def test_formats_without_a_meaning_are_refused(build, message):

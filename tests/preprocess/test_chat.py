@@ -263,7 +263,7 @@ def test_failing_and_hostile_templates_raise_one_error(template, pattern):
         ({"role": "user", "content": "", "extra": np.zeros(2)}, "JSON values only, found ndarray"),
         ({"role": "user", "content": b"hi"}, "content must be a string or a list"),
         ({"role": "user", "content": "\ud800"}, "half of a surrogate pair"),
-        ({"role": "user", "content": "", "extra": {(1,): 2}}, "names of fields must be texts"),
+        ({"role": "user", "content": "", "extra": {(1,): 2}}, "field names must be strings"),
         ({"role": "user", "content": "", "extra": deep(100)}, "nested deeper than 64"),
         ({"role": "user", "content": [{"type": ["text"]}]}, "must be a text part"),
     ],
@@ -297,8 +297,12 @@ def test_a_checkpoint_brings_its_template(tmp_path):
     ("name", "content", "pattern"),
     [
         ("tokenizer_config.json", b"{", "not JSON"),
-        ("tokenizer_config.json", b"[1]", "must hold a JSON object, found list"),
-        ("tokenizer_config.json", b'{"chat_template": 3}', "must be a string or named strings"),
+        ("tokenizer_config.json", b"[1]", "must be a JSON object, not list"),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": 3}',
+            "must be a string or a list of named strings",
+        ),
         ("tokenizer_config.json", b'{"chat_template": []}', "no template named 'default'"),
         ("tokenizer_config.json", b"[" * 200_000, "not JSON that can be read"),
         ("chat_template.jinja", b"\xff\xfe", "is not UTF-8 text"),

@@ -100,7 +100,7 @@ def test_marks_of_templates_are_text(tokenizer):
     text = "\ue000 0 \ue001<|user|>"
     shown = tokenizer.decode(processor([user(text)]).tokens[0], skip_special_tokens=False)
     assert shown == f"{text}<|user|>"
-    with pytest.raises(DataError, match="nearly all of Unicode's characters for private use"):
+    with pytest.raises(DataError, match="nearly all private-use characters of Unicode"):
         processor([user(every)])
 
 

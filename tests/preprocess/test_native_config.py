@@ -209,15 +209,15 @@ def test_a_model_of_text_alone_reads_text(own):
     assert (found.image, found.audio) == (None, None)
     assert (found.stop_token_ids, found.pad_token_id) == ((256, 260), 256)
     assert dict(found([{"role": "user", "content": "hi"}])).keys() == {"tokens", "valid"}
-    with pytest.raises(DataError, match="this model reads none"):
+    with pytest.raises(DataError, match="this model reads no images"):
         found(user(IMAGE), images=[np.zeros((9, 9, 3), np.uint8)])
 
 
 @pytest.mark.parametrize(
     ("change", "error", "pattern"),
     [
-        ({"architecture": "TextEncoder"}, ConfigError, "a 'TextEncoder' takes no conversations"),
-        ({"config": None}, ConfigError, "field 'config' must hold an object"),
+        ({"architecture": "TextEncoder"}, ConfigError, "a 'TextEncoder' has no conversations"),
+        ({"config": None}, ConfigError, "field 'config' must be an object"),
         (
             {"config": {"name": "a"}},
             ConfigError,
@@ -254,7 +254,7 @@ def test_a_placeholder_that_the_tokenizer_lacks_is_named(own):
 def test_a_missing_template_is_asked_for(own):
     directory = own(seeing())
     (directory / "chat_template.jinja").unlink()
-    with pytest.raises(ConfigError, match=r"has no chat template.*give template= or family="):
+    with pytest.raises(ConfigError, match=r"has no chat template.*pass template= or family="):
         Processor.from_checkpoint(directory)
     assert Processor.from_checkpoint(directory, family="glm_4_1v").template
 

@@ -75,7 +75,7 @@ def test_images_that_do_not_divide_are_refused(images, pattern):
     [
         ((4, 1176), [[1, 2, 4]], r"\[4, 1176\] must be \[8, 1176\]"),
         ((4, 1175), [[1, 2, 2]], r"must be \[4, 1176\]"),
-        ((3, 1176), [[1, 1, 3]], "1x3 patches must divide by 2"),
+        ((3, 1176), [[1, 1, 3]], "1x3 patches must be multiples of 2"),
         ((0, 1176), [[0, 2, 2]], "must be positive"),
         ((4, 1176), [1, 2, 2], r"found int64 \[3\]"),
         ((4, 1176), [[1.0, 2.0, 2.0]], "must be integers .* found float64"),

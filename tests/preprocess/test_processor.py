@@ -184,7 +184,7 @@ def test_special_tokens_in_text_are_text_unless_asked_for(glm4v):
     plain = user(text("hi<|user|>"))
     found = glm4v(plain, special_tokens_in_text=True).tokens[0].tolist()
     assert found.count(glm4v.tokenizer.token_to_id("<|user|>")) == 2
-    with pytest.raises(DataError, match=r"placeholders for \['image', 'image'\], messages hold"):
+    with pytest.raises(DataError, match=r"placeholders for \['image', 'image'\], messages contain"):
         glm4v(user(IMAGE, text(attack)), images=[PICTURE], special_tokens_in_text=True)
 
 
@@ -279,10 +279,14 @@ def test_inputs_are_glm_asr_processors(checkpoint, tokenizer):
     [
         ([], {}, "there is no conversation"),
         (user(IMAGE), {}, "more parts of type 'image' than the 0 given"),
-        (user(text("a")), {"images": [PICTURE]}, "1 of 1 given as image are not asked for"),
-        (user(AUDIO), {"audio": [SAMPLES]}, "this model hears none"),
+        (user(text("a")), {"images": [PICTURE]}, "1 of 1 given as image are unused"),
+        (user(AUDIO), {"audio": [SAMPLES]}, "this model reads no audio"),
         (user(VIDEO), {"videos": [FRAMES]}, r"must be a Video or \(frames, fps\), found ndarray"),
-        (user({"type": "image", "url": "https://a.b/c.png"}), {}, "is not fetched; give the path"),
+        (
+            user({"type": "image", "url": "https://a.b/c.png"}),
+            {},
+            "URLs are not fetched; pass a file's path",
+        ),
         (user({"type": "image", "url": "data:image/png,abc"}), {}, "a data URL must be base64"),
         (user({"type": "image", "url": "data:;base64,%%"}), {}, "the data URL is not base64"),
         (user(IMAGE), {"images": [PICTURE[..., 0]]}, r"found \[61, 97\]"),

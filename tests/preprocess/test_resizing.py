@@ -54,7 +54,7 @@ def test_half_blocks_round_to_even():
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        ((2, 28, 28 * 201), "201 times the other; at most 200"),
+        ((2, 28, 28 * 201), "201 times the other; the limit is 200"),
         ((1, 28, 28), "at least 2 frames, found 1"),
         ((2, 0, 28), "0x28 pixels is empty"),
     ],

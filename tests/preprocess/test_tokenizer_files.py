@@ -69,24 +69,24 @@ def test_read_tokenizer_opens_all_kinds(write, changes):
         ({"normalizer": {**REPLACE, "pattern": {"Regex": "(a|b)+c"}}}, r"'\(a\|b\)\+c' repeats"),
         ({"pre_tokenizer": {**SPLIT, "pattern": {"Regex": r"(\w+)*$"}}}, "in several ways"),
         ({"pre_tokenizer": {**SPLIT, "pattern": {"Regex": "(["}}}, "is not closed"),
-        ({"pre_tokenizer": {"type": "Sorcery"}}, "type 'Sorcery' is not known"),
+        ({"pre_tokenizer": {"type": "Sorcery"}}, "type 'Sorcery' is unknown"),
         ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "has the length 0"),
-        ({"normalizer": charsmap(size=0xFFFFFFFF)}, "says that its trie has 4294967295 bytes"),
-        ({"normalizer": charsmap(texts=b"\xff")}, "holds no UTF-8"),
-        ({"normalizer": charsmap(texts=b"x" * 99)}, "replaces a character by more than 64"),
+        ({"normalizer": charsmap(size=0xFFFFFFFF)}, "declares a trie of 4294967295 bytes"),
+        ({"normalizer": charsmap(texts=b"\xff")}, "is not UTF-8"),
+        ({"normalizer": charsmap(texts=b"x" * 99)}, "replaces one character by more than 64"),
         ({"model": {**WORDS, "unk_token": "[nope]"}}, r"unknown token '\[nope\]' is not in"),
         ({"model": {**WORDS, "unk_token": ["[UNK]"]}}, "its unknown token .* is not in"),
-        ({"model": {**WORDS, "type": ["WordLevel"]}}, "a model of type .* is not known"),
+        ({"model": {**WORDS, "type": ["WordLevel"]}}, "a model of type .* is unknown"),
         ({"model": {**WORDS, "vocab": {"[UNK]": 2**31}}}, "has the id 2147483648"),
         (
             {"model": {**WORDS, "type": "WordPiece", "max_input_chars_per_word": 10**9}},
-            "at most 1000",
+            "the limit is 1000",
         ),
         ({"model": {"type": "Unigram", "unk_id": 3, "vocab": [["a", 0.0]]}}, "unk_id is 3"),
         ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", "b"]]}}, "a finite score"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "dropout": 0.5}}, "at random"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["x", "y"]]}}, "Token `x`"),
-        ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "reads no text"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "encodes no text"),
         ({"decoder": {"type": "Strip", "content": "a", "start": 2**60, "stop": 0}}, "strips"),
         ({"added_tokens": [{"id": 10**9, "content": "<far>", "special": True}]}, "<far>"),
         ({"added_tokens": [{"id": 9, "content": "", "special": True}]}, "1 to 256 characters"),
@@ -148,7 +148,7 @@ def test_a_panic_is_an_error(tokenizer, monkeypatch):
 def test_a_tokenizer_that_cuts_texts_is_refused(tokenizer):
     for change in (lambda: tokenizer.enable_truncation(4), tokenizer.enable_padding):
         change()
-        with pytest.raises(DataError, match="the tokenizer cuts or pads texts"):
+        with pytest.raises(DataError, match="the tokenizer truncates or pads texts"):
             tokens.encode(tokenizer, "abcdefg")
         tokenizer.no_truncation()
 

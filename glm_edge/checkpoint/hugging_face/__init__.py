@@ -1,4 +1,4 @@
-"""Hugging Face directories of the GLM family, read and written."""
+"""Reading and writing of Hugging Face directories of the GLM family."""
 
 from glm_edge.checkpoint.hugging_face.members import MEMBERS, read_config
 from glm_edge.checkpoint.hugging_face.reading import open_directory, read

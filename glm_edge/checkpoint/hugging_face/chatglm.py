@@ -1,4 +1,4 @@
-"""The remote-code dialect of ChatGLM3 and GLM-4-9B (`chatglm`), which is read and not written."""
+"""The remote-code dialect of ChatGLM3 and GLM-4-9B (`chatglm`), which can only be read."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import ConfigError
 from glm_edge.models.multimodal import MultimodalGLM
 
-# What transformers' `glm` computes as well, so that nothing else is known here.
+# Values that transformers' `glm` implies; other values are unsupported.
 _SETTLED = {
     "add_bias_linear": False,
     "apply_residual_connection_post_layernorm": False,
@@ -20,7 +20,7 @@ _SETTLED = {
     "prefix_projection": False,
     "rmsnorm": True,
 }
-# Of training and of 16-bit arithmetic.
+# Fields of training and of 16-bit arithmetic.
 _UNUSED = (
     "apply_query_key_layer_scaling",
     "attention_softmax_in_fp32",
@@ -59,7 +59,7 @@ def _read_config(fields: Fields, name: str) -> GLMConfig:
 
 
 def _write_config(config: GLMConfig) -> dict[str, Any]:
-    raise ConfigError("a GLM-4-9B is written as a glm, whose code is part of transformers")
+    raise ConfigError("a chatglm cannot be written; write it as a glm")
 
 
 def _query_key_value(config: DecoderConfig, ours: str, name: str) -> TensorMapping:

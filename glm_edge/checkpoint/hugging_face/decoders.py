@@ -1,4 +1,4 @@
-"""GLM-Edge, GLM-4-9B-Chat and GLM-4-0414 (`glm`, `glm4`), and the decoders of the others."""
+"""GLM-Edge, GLM-4-9B-Chat and GLM-4-0414 (`glm`, `glm4`), and decoders of other members."""
 
 from typing import Any
 
@@ -20,19 +20,22 @@ def decoder_config(
     mrope_section: tuple[int, ...] = (),
     **settled: Any,
 ) -> DecoderConfig:
-    """Reads what all decoders share; widths and depth must be given.
+    """Reads the fields that all decoders share; widths and depth are required.
 
     Args:
-      fields: of the decoder.
+      fields: fields of the decoder.
       context: default of `max_position_embeddings`.
       eps: default of `rms_norm_eps`.
       partial: default of `partial_rotary_factor`.
-      mrope_section: default sections of three-dimensional rotary positions; empty where this
+      mrope_section: default sections of three-dimensional rotary positions; empty if this
         `model_type` has none.
-      **settled: what its `model_type` settles, by the names of `DecoderConfig`.
+      **settled: fields of `DecoderConfig` that the `model_type` determines.
 
     Returns:
       The configuration.
+
+    Raises:
+      ConfigError: a field is missing, malformed or unsupported.
     """
     for name in ("quantization_config", "sliding_window"):
         fields.expect(name)
@@ -42,13 +45,13 @@ def decoder_config(
     known = isinstance(section, list) and all(type(n) is int and n >= 0 for n in section)
     if not known or (mrope_section and not section):
         raise ConfigError(
-            f"{rope.where}: field 'mrope_section' is {section!r:.60}; it must be whole numbers"
+            f"{rope.where}: field 'mrope_section' is {section!r:.60}; it must be a list of integers"
         )
     if section and not mrope_section:
-        raise ConfigError(f"{rope.where}: field 'mrope_section' is not known for this model_type")
+        raise ConfigError(f"{rope.where}: field 'mrope_section' is unsupported for this model_type")
     hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
     settled.setdefault("head_dim", fields.get("head_dim", int, max(1, hidden // heads)))
-    # Null means as many as queries; an absent field has another default in every class.
+    # Null means the count of query heads; the default of an absent field differs per class.
     kv_default = [heads] if "num_key_value_heads" in fields.values else []
     config = DecoderConfig(
         vocab_size=fields.get("vocab_size", int),
@@ -73,8 +76,15 @@ def decoder_config(
 def write_decoder(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     """Writes the fields that `decoder_config` reads.
 
+    Args:
+      config: configuration of the decoder.
+      model_type: value of the field `model_type`.
+
+    Returns:
+      JSON-ready fields.
+
     Raises:
-      ConfigError: layers differ in width, which config.json cannot say.
+      ConfigError: widths differ per layer, which config.json cannot express.
     """
     widths = (config.num_heads, config.num_kv_heads, config.intermediate_size)
     if not all(isinstance(width, int) for width in widths):
@@ -108,10 +118,10 @@ def decoder_entries(
     """Lists a decoder's parameters.
 
     Args:
-      config: of the decoder.
-      prefix: of its tensors, such as `model.`.
+      config: configuration of the decoder.
+      prefix: prefix of tensor names, such as `model.`.
       head: name of the output head.
-      fused_mlp: False where gate and up are two tensors.
+      fused_mlp: False if gate and up are two tensors.
 
     Returns:
       Entries of `embed`, `decoder` and `head`.
@@ -141,10 +151,16 @@ def decoder_entries(
 
 
 def read_tokens(*sections: Fields) -> dict[str, Any]:
-    """Reads stop and padding tokens, by the names of `GLMConfig`, from the first section with them.
+    """Reads stop and padding tokens from the first section that names them.
 
-    As in transformers, config.json itself goes before its `text_config`; generation_config.json,
-    which goes before both, is read with the directory.
+    As in transformers, config.json itself overrides its `text_config`. generation_config.json
+    overrides both, and is read with the directory.
+
+    Args:
+      *sections: sections in order of precedence.
+
+    Returns:
+      The fields `eos_token_ids` and `pad_token_id` of `GLMConfig`.
     """
     stops = [section.token_ids("eos_token_id") for section in sections]
     pads = [section.token_id("pad_token_id") for section in sections]
@@ -192,7 +208,7 @@ def _text_member(model_type: str, architecture: str, sandwich_norm: bool) -> Fam
 
 
 def ignored_head(config: GLMConfig, head: str = r"lm_head\.weight") -> str:
-    """Matches rotary tables, once buffers, and the head that a tied model may store again."""
+    """Returns a pattern for rotary buffers of old files, and for a tied model's stored head."""
     return f"{ROTARY_BUFFERS}|{head}" if config.decoder.tie_embeddings else ROTARY_BUFFERS
 
 

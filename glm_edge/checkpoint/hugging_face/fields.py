@@ -1,4 +1,4 @@
-"""Fields of config.json, checked as they are read, in the spellings of transformers 4 and 5."""
+"""Checked reading of config.json, in the spellings of transformers 4 and 5."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _KINDS = {
     bool: "true or false",
 }
 
-# Fields that describe training, generation, tokens or the software, never the function computed.
+# Fields that describe training, generation, tokens or software, but do not change the model.
 WITHOUT_EFFECT = frozenset(
     (
         "add_cross_attention",
@@ -93,38 +93,38 @@ WITHOUT_EFFECT = frozenset(
 
 
 class Fields:
-    """A JSON object whose fields are taken one by one, so that unknown ones can be named."""
+    """A JSON object that records which fields were read, to detect unknown ones."""
 
     def __init__(self, values: dict[str, Any], where: str) -> None:
         """Wraps an object.
 
         Args:
-          values: the JSON object.
-          where: file (and part of it), for messages.
+          values: JSON object.
+          where: file (and section) for messages.
         """
         self.values = values
         self.where = where
         self._taken: set[str] = set()
 
     def take(self, name: str, default: Any = None) -> Any:
-        """Returns a field as it is; `default` where it is absent or null."""
+        """Returns a field without checks, or `default` if it is absent or null."""
         self._taken.add(name)
         value = self.values.get(name)
         return default if value is None else value
 
     def get(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """Returns a field as `int` (positive), `float` (positive) or `bool`.
+        """Returns a field as a positive `int`, a positive `float` or a `bool`.
 
         Args:
-          name: of the field.
-          kind: one of those types.
-          default: where the field is absent or null; without one it is required.
+          name: name of the field.
+          kind: `int`, `float` or `bool`.
+          default: value of an absent or null field; without it, the field is required.
 
         Returns:
           The value.
 
         Raises:
-          ConfigError: the field is missing or not of that type.
+          ConfigError: the field is missing or has the wrong type.
         """
         value = self.take(name)
         if value is None:
@@ -144,10 +144,10 @@ class Fields:
         """Returns a field that must divide another one, as heads divide a width.
 
         Args:
-          name: of the field.
-          of: name of the other.
-          total: its value.
-          *default: where the field is absent or null; without one it is required.
+          name: name of the field.
+          of: name of the other field.
+          total: value of the other field.
+          *default: value of an absent or null field; without it, the field is required.
 
         Returns:
           The value.
@@ -163,15 +163,23 @@ class Fields:
         return value
 
     def expect(self, name: str, *known: Any, default: Any = None) -> Any:
-        """Returns a field that must hold one of the known values, or `default` where absent.
+        """Returns a field that must have one of the known values.
+
+        Args:
+          name: name of the field.
+          *known: accepted values; None is always accepted.
+          default: value of an absent or null field.
+
+        Returns:
+          The value.
 
         Raises:
-          ConfigError: the field asks for something this library does not have.
+          ConfigError: the field has an unsupported value.
         """
         value = self.take(name, default)
         if value is not None and not any(type(value) is type(k) and value == k for k in known):
             raise ConfigError(
-                f"{self.where}: field {name!r} is {value!r:.60}, which is not known here; it must "
+                f"{self.where}: field {name!r} is {value!r:.60}, which is unsupported; it must "
                 f"be {' or '.join(repr(k) for k in known) or 'absent'}"
             )
         return value
@@ -185,10 +193,17 @@ class Fields:
         return None if self.take(name) is None else self.section(name)
 
     def section(self, name: str) -> "Fields":
-        """Returns a field that holds an object.
+        """Returns a field that is an object.
+
+        Args:
+          name: name of the field.
+          required: refuses an absent field; otherwise it returns None.
+
+        Returns:
+          The fields of the object, or None.
 
         Raises:
-          ConfigError: it is missing or holds something else.
+          ConfigError: the field is missing, or is not an object.
         """
         value = self.take(name)
         if not isinstance(value, dict):
@@ -197,27 +212,33 @@ class Fields:
         return Fields(value, f"{self.where}: {name}")
 
     def repeats(self, section: "Fields") -> None:
-        """Takes fields that say the same as those of a section, as some files do."""
+        """Marks fields as read that repeat a field of a section with the same value."""
         for name, value in self.values.items():
             if name in section.values and section.values[name] == value:
                 self._taken.add(name)
 
     def token_ids(self, name: str) -> tuple[int, ...]:
-        """Returns a field that holds a token id, several, or none."""
+        """Returns the token ids of a field with one id, a list of ids, or null."""
         return token_ids(self.take(name), f"{self.where}: field {name!r}")
 
     def token_id(self, name: str) -> int | None:
-        """Returns a field that holds one token id or none."""
+        """Returns the token id of a field with one id or null."""
         ids = self.token_ids(name)
         if len(ids) > 1:
             raise ConfigError(f"{self.where}: field {name!r} is {list(ids)}; it must be one id")
         return ids[0] if ids else None
 
     def rope(self, *types: str) -> "Fields":
-        """Reads rotary fields: `rope_parameters` (5), then `rope_scaling` (4), then the top level.
+        """Reads rotary fields from `rope_parameters` (5), `rope_scaling` (4) and the top level.
 
         Args:
-          *types: values of `rope_type` that are known; `default` always is.
+          *types: accepted values of `rope_type` in addition to `default`.
+
+        Returns:
+          The merged fields; earlier sources override later ones.
+
+        Raises:
+          ConfigError: a section is not an object, or the type is unsupported.
         """
         merged = {name: self.take(name) for name in ("rope_theta", "partial_rotary_factor")}
         where = self.where
@@ -231,20 +252,20 @@ class Fields:
             where = f"{self.where}: {part}"
         rope = Fields(merged, where)
         rope.expect("rope_type", "default", *types)
-        # Old files name the same type twice; `mrope` was the default type with sections.
+        # Old files contain the type twice; `mrope` was the default type with sections.
         rope.expect("type", "default", "mrope", *types)
         return rope
 
     def finish(self) -> None:
-        """Refuses fields that nobody took, unless they are off or cannot change the function.
+        """Refuses fields that were not read, unless they are off or do not change the model.
 
         Raises:
-          ConfigError: such a field, by name.
+          ConfigError: a field is unsupported. The message names it.
         """
         for name, value in self.values.items():
             known = name in self._taken or name in WITHOUT_EFFECT or name.startswith("_")
             if not known and value not in (None, False, [], {}):
                 raise ConfigError(
-                    f"{self.where}: field {name!r:.60} ({value!r:.60}) is not known here; a model "
+                    f"{self.where}: field {name!r:.60} ({value!r:.60}) is unsupported; a model "
                     "that needs it would be computed wrongly"
                 )

@@ -1,4 +1,4 @@
-"""A member of the family: maps of its config.json and its tensors to ours and back."""
+"""A member of the family: maps between its config.json and tensors and ours."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ def _unchanged(*arrays: np.ndarray) -> Arrays:
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """A map between our parameters and the tensors of the file with the same values.
+    """A map between our parameters and the file's tensors with the same values.
 
     Attributes:
-      paths: of our parameters.
-      names: of the tensors.
-      read: makes our arrays from the tensors, in these orders.
+      paths: paths of our parameters.
+      names: names of the tensors.
+      read: converts the tensors to our arrays, in the orders of `names` and `paths`.
       write: the inverse of `read`.
     """
 
@@ -34,7 +34,7 @@ class TensorMapping:
 
     @property
     def unchanged(self) -> bool:
-        """Tests if our array is the tensor."""
+        """True if our array equals the tensor."""
         return self.read is _unchanged
 
 
@@ -43,14 +43,14 @@ class FamilyMember:
     """One `model_type` of config.json.
 
     Attributes:
-      read_config: makes our configuration from the fields; the string is the model's name.
-      write_config: makes the fields from our configuration; raises ConfigError for one that this
-        member cannot express.
-      build: makes the module from our configuration.
+      read_config: converts the fields and the model's name to our configuration.
+      write_config: converts our configuration to the fields; raises ConfigError if this member
+        cannot express it.
+      build: builds the module of our configuration.
       entries: lists all parameters of a configuration.
-      renames: `(pattern, replacement)` in turn, from the names of other dialects to those of
-        `entries`.
-      ignored: regular expression of tensors that may be stored and are not read.
+      renames: `(pattern, replacement)` pairs, applied in order, from the names of other dialects
+        to the names of `entries`.
+      ignored: regular expression of stored tensors that are not read.
     """
 
     read_config: Callable[[Fields, str], Any]
@@ -62,14 +62,14 @@ class FamilyMember:
 
 
 def same(path: str, name: str, *fields: str) -> list[TensorMapping]:
-    """Maps `path/field` to `name.field`, unchanged."""
+    """Maps `path/field` to `name.field` without conversion."""
     return [
         TensorMapping((f"{path}/{field}",), (f"{name}.{field}",)) for field in fields or ("weight",)
     ]
 
 
 def split(paths: tuple[str, ...], name: str) -> TensorMapping:
-    """Maps matrices (or biases) of equal height that the file stacks in one tensor."""
+    """Maps matrices (or biases) of equal height to one tensor that stacks them."""
     return TensorMapping(
         paths,
         (name,),
@@ -79,7 +79,7 @@ def split(paths: tuple[str, ...], name: str) -> TensorMapping:
 
 
 def join(path: str, names: tuple[str, ...]) -> TensorMapping:
-    """Maps one matrix (or bias) of ours whose rows the file stores in several tensors."""
+    """Maps one matrix (or bias) to several tensors that store its rows."""
     return TensorMapping(
         (path,),
         names,
@@ -91,7 +91,7 @@ def join(path: str, names: tuple[str, ...]) -> TensorMapping:
 def convolution(path: str, name: str, shape: tuple[int, ...]) -> list[TensorMapping]:
     """Maps a convolution's bias and its kernel `[out, channels, *shape]`.
 
-    Ours is a matrix whose columns run over `shape` first and channels last.
+    Our parameter is a matrix `[out, *shape * channels]`, with channels last.
     """
 
     def read(kernel: np.ndarray) -> Arrays:

@@ -1,4 +1,4 @@
-"""The members of the family, by `model_type`."""
+"""Registry of the family's members by `model_type`."""
 
 from typing import Any
 
@@ -24,23 +24,23 @@ MEMBERS = {
     "distilbert": text.DISTILBERT,
 }
 
-# Members that share a model_type with another and are told by a field.
+# Members that share a model_type with another member, and the field that distinguishes them.
 VARIANTS = {"glm_edge_v": ("glm", "vision_config"), "glmasr_first": ("glmasr", "whisper_config")}
 
 
 def read_config(fields: dict[str, Any], where: str, name: str) -> tuple[FamilyMember, Any]:
-    """Finds the member of a config.json and reads it.
+    """Finds the member of a config.json and reads its configuration.
 
     Args:
-      fields: the JSON object.
-      where: file, for messages.
-      name: of the model.
+      fields: fields of config.json.
+      where: file for messages.
+      name: name of the model.
 
     Returns:
       `(member, config)`.
 
     Raises:
-      ConfigError: the model_type is unknown, or a field is missing, malformed or not known.
+      ConfigError: the model_type is unknown, or a field is missing, malformed or unsupported.
     """
     member, reader = MEMBERS[_member_name(fields, where)], Fields(fields, where)
     try:
@@ -65,21 +65,21 @@ def _member_name(fields: dict[str, Any], where: str) -> str:
 
 
 def write_config(config: Any) -> tuple[FamilyMember, dict[str, Any]] | None:
-    """Finds the member that can express a configuration, and writes it.
+    """Finds the member that can express a configuration, and converts it to fields.
 
     Args:
-      config: of a model.
+      config: configuration of a model.
 
     Returns:
-      `(member, fields)` such that `read_config` of the fields gives the configuration back, or None
-      when no member can.
+      `(member, fields)` such that `read_config(fields)` returns the configuration, or None if no
+      member can express it.
     """
     for member in MEMBERS.values():
         try:
             fields = member.write_config(config)
             if read_config(fields, "config.json", getattr(config, "name", ""))[1] == config:
                 return member, fields
-        # A configuration of another kind lacks what this member writes.
+        # A configuration of another class lacks fields that this member writes.
         except (ConfigError, AttributeError, TypeError, ValueError):
             continue
     return None

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face directory, tensor by tensor."""
+"""Reading of Hugging Face directories, tensor by tensor."""
 
 import os
 import re
@@ -37,20 +37,20 @@ FLOATING = ("BF16", "F16", "F32", "F64")
 def read(
     directory: Path, fields: dict[str, Any], dtype: str | None, placement: Placement
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Reads a Hugging Face directory, one entry of its name table after the other.
+    """Reads a Hugging Face directory, one entry of the member's table at a time.
 
     Args:
-      directory: of the checkpoint.
-      fields: its config.json.
-      dtype: type of the parameters, or None for the stored one.
-      placement: says on which devices the arrays go.
+      directory: checkpoint directory.
+      fields: fields of config.json.
+      dtype: type of the parameters, or None for the stored type.
+      placement: placement of arrays on devices.
 
     Returns:
       `(model, params)`.
 
     Raises:
-      CheckpointError: files are missing or damaged, or do not fit the configuration.
-      ConfigError: config.json names an unknown model, or a field is missing or not known.
+      CheckpointError: files are missing or damaged, or do not match the configuration.
+      ConfigError: config.json names an unknown model, or a field is missing or unsupported.
     """
     source = open_directory(directory, fields)
     plan = placement.plan(nested(source.abstract()), source.model.config)
@@ -67,11 +67,11 @@ class HuggingFaceSource:
     """A Hugging Face directory with checked headers, whose tensors are read on demand.
 
     Attributes:
-      model: without parameters.
-      entries: tensors beside our parameters, in the order of the member's table.
-      stored: names of the table to names in the files.
-      files: name in the files to the file that holds it.
-      expected: shape of each parameter.
+      model: module without parameters.
+      entries: maps between tensors and our parameters, in the order of the member's table.
+      stored: names in the files by names of the table.
+      files: files by names in the files.
+      expected: shape by parameter path.
     """
 
     model: nn.Module
@@ -93,20 +93,20 @@ class HuggingFaceSource:
 
         Args:
           entry: one of `entries`.
-          plan: where each parameter goes.
-          dtype: type to cast to, or None for the stored one.
+          plan: destination of each parameter by path.
+          dtype: type to cast to, or None for the stored type.
 
         Returns:
           Pairs of path and array.
 
         Raises:
-          CheckpointError: a tensor is damaged, of another shape, or not finite.
+          CheckpointError: a tensor is damaged, has a wrong shape, or is not finite.
         """
         return _read_entry(entry, self.stored, self.files, plan, dtype)
 
 
 def open_directory(directory: Path, fields: dict[str, Any]) -> HuggingFaceSource:
-    """Checks the headers of a directory; arguments and errors as in `read`."""
+    """Checks the headers of a directory; arguments and exceptions as in `read`."""
     name = str(fields.get("_name_or_path") or directory.resolve().name)
     member, config = read_config(fields, str(directory / CONFIG), name)
     config = with_stop_tokens(config, directory)
@@ -162,56 +162,56 @@ def _rearrange(
 
 
 def tensor_files(directory: Path) -> dict[str, SafetensorsFile]:
-    """Opens the one safetensors file of a directory, or all that its index lists.
+    """Opens the single safetensors file of a directory, or all files of its index.
 
     Args:
-      directory: of the checkpoint.
+      directory: checkpoint directory.
 
     Returns:
-      Tensor name to the file that holds it.
+      File by tensor name.
 
     Raises:
-      CheckpointError: a file is missing or damaged, a tensor is stored twice, the index and the
-        files disagree, or a single file is beside an index of others.
+      CheckpointError: a file is missing or damaged, a tensor is stored twice, the index does not
+        match the files, or the directory has both a single file and an index of other files.
     """
     if os.path.lexists(directory / ADAPTER):
         raise CheckpointError(
-            f"{directory}: holds {ADAPTER}, so transformers would apply an adapter; "
-            "merge it into them, or remove it"
+            f"{directory}: has {ADAPTER}, so transformers would apply an adapter; merge it into "
+            "the weights, or remove it"
         )
     single = os.path.lexists(directory / WEIGHTS)
     if not os.path.lexists(directory / INDEX):
         if not single:
             raise CheckpointError(
-                f"{directory}: holds neither {WEIGHTS} nor {INDEX}{_else(directory)}"
+                f"{directory}: has neither {WEIGHTS} nor {INDEX}{_else(directory)}"
             )
         file = SafetensorsFile(file_inside(directory, WEIGHTS))
         return dict.fromkeys(file.tensors, file)
     listed = read_json(file_inside(directory, INDEX)).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise CheckpointError(f"{directory / INDEX}: 'weight_map' must list tensors and files")
+        raise CheckpointError(f"{directory / INDEX}: 'weight_map' must map tensors to files")
     if single and set(map(str, listed.values())) != {WEIGHTS}:
         raise CheckpointError(
-            f"{directory}: holds {WEIGHTS} and, for other files, {INDEX}; these may be two "
-            "models, so remove the one that does not belong here"
+            f"{directory}: has {WEIGHTS} and, for other files, {INDEX}; these may be two models, "
+            "so remove one of them"
         )
     names = sorted({str(name) for name in listed.values()})
     by_name = by_tensor(SafetensorsFile(file_inside(directory, name)) for name in names)
     for name, file_name in listed.items():
         if name not in by_name or by_name[name].path.name != file_name:
             raise CheckpointError(
-                f"{directory / file_name}: tensor {name!r} is missing; {INDEX} says it is there"
+                f"{directory / file_name}: tensor {name!r} is missing, but {INDEX} lists it"
             )
     return by_name
 
 
 def _else(directory: Path) -> str:
-    """Describes the files that a directory has in place of weights."""
+    """Describes files that a directory has instead of weights."""
     shards = sorted(directory.glob("model-*-of-*.safetensors"))
     if shards:
-        return f"; {len(shards)} shards such as {shards[0].name} are there without their index"
+        return f"; {len(shards)} shards such as {shards[0].name} have no index"
     pickled = next(iter(sorted(directory.glob("*.bin"))), None)
-    return f"; {pickled.name} is a pickle: convert it to safetensors" if pickled else ""
+    return f"; {pickled.name} is a pickle, convert it to safetensors" if pickled else ""
 
 
 def _canonical_names(
@@ -228,7 +228,7 @@ def _canonical_names(
             continue
         if renamed in stored:
             raise CheckpointError(
-                f"{directory}: tensors {stored[renamed]!r} and {name!r} are two names of one"
+                f"{directory}: tensors {stored[renamed]!r} and {name!r} are the same parameter"
             )
         stored[renamed] = name
     return stored
@@ -241,20 +241,20 @@ def _check_headers(
     expected: Shapes,
     directory: Path,
 ) -> None:
-    """Checks names, types and, where nothing is rearranged, shapes before a tensor is read."""
+    """Checks names, types and the shapes of unchanged tensors, before a tensor is read."""
     needed = {
         name: expected[entry.paths[0]] if entry.unchanged else None
         for entry in entries
         for name in entry.names
     }
-    # What has no place is named as it is stored.
+    # Messages show unexpected tensors by their stored name.
     names = (name if name in needed else stored[name] for name in stored)
     check_names(names, needed, str(directory))
     for canonical, name in stored.items():
         info, where = files[name].tensors[name], f"{files[name].path}: tensor {name!r}"
         if info.dtype not in FLOATING:
             raise CheckpointError(
-                f"{where}: is of type {info.dtype}, a weight must be one of {', '.join(FLOATING)}"
+                f"{where}: has type {info.dtype}, a weight must be one of {', '.join(FLOATING)}"
             )
         if (shape := needed[canonical]) is not None:
             check_shape(info.shape, shape, where)

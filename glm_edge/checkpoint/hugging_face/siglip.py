@@ -115,7 +115,7 @@ def _add_two_axes(array: np.ndarray) -> Arrays:
 
 
 def _read_siglip(fields: Fields, name: str) -> VisionConfig:
-    # A dual encoder keeps the tower's fields in a section; its text half is left out.
+    # A dual encoder stores the tower's fields in a section; its text encoder is not read.
     section = fields.optional_section("vision_config")
     if section is None:
         return _siglip_config(fields)

@@ -1,4 +1,4 @@
-"""GLM-ASR (`glmasr`), its first upload, and the encoder of Whisper (`whisper`)."""
+"""GLM-ASR (`glmasr`), its first published form, and Whisper's encoder (`whisper`)."""
 
 import dataclasses
 import re
@@ -78,7 +78,7 @@ def _encoder_entries(
 
 
 def _half_split(config: SpeechConfig, entry: TensorMapping) -> TensorMapping:
-    """Reorders rows of queries and keys that rotate as neighbours; ours are half a head apart."""
+    """Reorders query and key rows from adjacent rotary pairs to pairs half a head apart."""
     if not re.search(r"/[qk]_proj/", entry.paths[0]):
         return entry
     pairs = np.arange(config.rotary_dim).reshape(-1, 2).T.reshape(-1)
@@ -110,13 +110,13 @@ def _read_glm_asr_encoder(fields: Fields, hidden: int) -> SpeechConfig:
     if length % MERGED_FRAMES:
         raise ConfigError(
             f"{fields.where}: field 'max_position_embeddings' is {length}; it must be a multiple "
-            f"of {MERGED_FRAMES}, since so many frames are merged"
+            f"of {MERGED_FRAMES}, the count of merged frames"
         )
-    # The reference merges intermediate_size / hidden_size frames and counts them in fours.
+    # The reference merges intermediate_size / hidden_size frames, but counts features of 4 frames.
     if neurons != MERGED_FRAMES * width:
         raise ConfigError(
             f"{fields.where}: field 'intermediate_size' is {neurons}; it must be {MERGED_FRAMES} x "
-            f"hidden_size {width}, since so many frames are merged"
+            f"hidden_size {width}, since {MERGED_FRAMES} frames are merged"
         )
     rope = fields.rope()
     config = SpeechConfig(
@@ -157,10 +157,10 @@ def _read_glm_asr(fields: Fields, name: str) -> GLMConfig:
     for section in (text, audio):
         fields.repeats(section)
     fields.expect("projector_hidden_act", "gelu")
-    # transformers prefers its own rope_parameters to a lone rope_theta.
+    # transformers ignores rope_theta without rope_parameters.
     if not {"rope_parameters", "rope_scaling"} & set(text.values):
         text.expect("rope_theta", 10000, 10000.0)
-    # Only the outer field counts, whose default is not that of a lone decoder.
+    # Only the outer field applies; its default differs from that of a standalone decoder.
     text.take("tie_word_embeddings")
     decoder = _read_llama(text, tied=fields.get("tie_word_embeddings", bool, True))
     tokens = read_tokens(fields, text)
@@ -189,7 +189,7 @@ def _write_glm_asr(config: GLMConfig) -> dict[str, Any]:
             "intermediate_size": speech.intermediate_size,
             "num_hidden_layers": speech.num_layers,
             "num_attention_heads": speech.num_heads,
-            # What follows from the others is left to their readers.
+            # Derived values are omitted; readers compute them from the other fields.
             **_present(num_key_value_heads=speech.num_kv_heads, head_dim=speech.head_dim),
             "num_mel_bins": speech.mel_bins,
             "max_position_embeddings": speech.num_frames // 2,
@@ -230,7 +230,7 @@ GLM_ASR = FamilyMember(
     build=MultimodalGLM,
     entries=_glm_asr_entries,
     renames=(
-        # Inside transformers 5.
+        # Names within transformers 5.
         (r"^model\.(audio_tower|multi_modal_projector)\.", r"\1."),
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", f"{HEAD}."),
@@ -261,7 +261,7 @@ def _read_whisper(fields: Fields, name: str) -> SpeechConfig:
     return config
 
 
-# Of the decoder, of training and of word timestamps.
+# Fields of the decoder, of training and of word timestamps.
 _WHISPER_UNUSED = (
     "activation_dropout",
     "alignment_heads",
@@ -328,14 +328,14 @@ def _read_first_glm_asr(fields: Fields, name: str) -> GLMConfig:
     decoder = _read_llama(text, tied=text.get("tie_word_embeddings", bool, False))
     tokens = read_tokens(fields, text)
     text.finish()
-    # Its code is told where audio stands; the later uploads put the padding token there.
+    # The remote code receives audio positions; later uploads mark them with the padding token.
     audio = fields.token_id("audio_token_id")
     if audio is None:
         audio = tokens["pad_token_id"]
     if audio is None:
         raise ConfigError(
-            f"{fields.where}: field 'audio_token_id' is missing; it must be the id of the token "
-            "of audio"
+            f"{fields.where}: field 'audio_token_id' is missing; it must be the id of the audio "
+            "placeholder"
         )
     speech = dataclasses.replace(
         _read_whisper(fields.section("whisper_config"), name),
@@ -354,7 +354,7 @@ def _read_first_glm_asr(fields: Fields, name: str) -> GLMConfig:
 
 
 def _write_first_glm_asr(config: GLMConfig) -> dict[str, Any]:
-    raise ConfigError("a GLM-ASR is written in its later form, whose code is part of transformers")
+    raise ConfigError("the first GLM-ASR cannot be written; write it as a glmasr")
 
 
 def _first_glm_asr_entries(config: GLMConfig) -> list[TensorMapping]:
@@ -378,7 +378,7 @@ FIRST_GLM_ASR = FamilyMember(
     write_config=_write_first_glm_asr,
     build=MultimodalGLM,
     entries=_first_glm_asr_entries,
-    # The boundary tokens' vectors are rows of the embedding too; the others are never used.
+    # The vectors of boundary tokens are also rows of the embedding; the others are unused.
     ignored=lambda config: "|".join(
         (
             ignored_head(config),

@@ -10,10 +10,10 @@ from glm_edge.models.text import TextEncoder
 
 BOTH = ("weight", "bias")
 BUFFERS = r".*embeddings\.(position_ids|token_type_ids)"
-# DistilBERT's config.json has no field for it.
+# DistilBERT's config.json has no field for the epsilon of its norms.
 DISTILBERT_EPS = 1e-12
 
-# Pooler, and whether there is a classifier; heads that predict words or sentences are left out.
+# Pooler and presence of a classifier by class; heads that predict words or sentences are not read.
 _BERT_CLASSES = {
     "BertModel": ("tanh", False),
     "BertForSequenceClassification": ("tanh", True),
@@ -45,7 +45,7 @@ _DISTILBERT_LAYER = {
     "fc2": "ffn.lin2",
     "output_norm": "output_layer_norm",
 }
-# Of training, and of poolers that no class in `_BERT_CLASSES` has.
+# Fields of training, and of poolers that no class of `_BERT_CLASSES` has.
 _BERT_UNUSED = (
     "attention_probs_dropout_prob",
     "classifier_dropout",
@@ -69,11 +69,11 @@ _DISTILBERT_UNUSED = (
 def _written_by(
     fields: Fields, classes: dict[str, tuple[str | None, bool]]
 ) -> tuple[str | None, int]:
-    """Reads pooler and labels of the class that wrote the file, by default the first."""
+    """Reads pooler and count of labels of the file's class, by default the first class."""
     names = fields.take("architectures") or [next(iter(classes))]
     if not isinstance(names, list) or len(names) != 1 or names[0] not in classes:
         raise ConfigError(
-            f"{fields.where}: field 'architectures' is {names!r:.60}, which is not known here; it "
+            f"{fields.where}: field 'architectures' is {names!r:.60}, which is unsupported; it "
             f"must be one of {', '.join(classes)}"
         )
     pooler, classifies = classes[names[0]]
@@ -83,11 +83,11 @@ def _written_by(
 def _num_labels(fields: Fields) -> int:
     labels = fields.take("id2label")
     if labels is None:
-        # Two labels are transformers' default, which it does not write.
+        # transformers does not write its default of two labels.
         return fields.get("num_labels", int, 2)
     if not isinstance(labels, dict) or not labels:
         raise ConfigError(
-            f"{fields.where}: field 'id2label' must be an object with a field a label"
+            f"{fields.where}: field 'id2label' must be an object with one field per label"
         )
     return len(labels)
 
@@ -169,7 +169,7 @@ def _bert_entries(config: TextConfig) -> list[TensorMapping]:
 
 
 def _bert_ignored(config: TextConfig) -> str:
-    # The published models of this class were cut from pre-training and store its pooler as well.
+    # Published models of this class come from pre-training and also store its pooler.
     unread = rf"{BUFFERS}|cls\..*"
     return unread if config.pooler else rf"{unread}|bert\.pooler\..*"
 

@@ -1,4 +1,4 @@
-"""Tied output heads: config.json declares them, and the stored tensors decide."""
+"""Tied output heads, which config.json declares and stored tensors may override."""
 
 import dataclasses
 from typing import Any
@@ -14,16 +14,16 @@ HEAD, EMBEDDING = ("head/weight",), ("embed/weight",)
 def untied_if_heads_differ(
     member: FamilyMember, config: Any, stored: dict[str, str], files: dict[str, SafetensorsFile]
 ) -> Any:
-    """Unties a model whose file holds a head that is not its embedding, as transformers 5 does.
+    """Unties a model whose stored head differs from its embedding, as transformers 5 does.
 
     Args:
-      member: of the model.
-      config: of the model.
-      stored: names of the untied model's tensors, to those in the files.
-      files: names in the files, to the file that holds each.
+      member: member of the family.
+      config: configuration of the model.
+      stored: names in the files by names of the untied model's tensors.
+      files: files by names in the files.
 
     Returns:
-      The configuration, or the same one without tied embeddings.
+      The configuration, or a copy of it with untied embeddings.
     """
     untied = untie(config)
     if untied is None:
@@ -37,7 +37,7 @@ def untied_if_heads_differ(
 
 
 def untie(config: Any) -> Any:
-    """Returns the configuration without tied embeddings, None where it has none."""
+    """Returns the configuration with untied embeddings, or None if they are untied already."""
     decoder = getattr(config, "decoder", None)
     if decoder is None or not decoder.tie_embeddings:
         return None

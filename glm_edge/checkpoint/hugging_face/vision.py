@@ -1,4 +1,4 @@
-"""GLM-4.1V (`glm4v`, `glm46v`) and GLM-OCR (`glm_ocr`): the tower, and the whole models."""
+"""GLM-4.1V (`glm4v`, `glm46v`) and GLM-OCR (`glm_ocr`): vision tower and complete model."""
 
 from typing import Any
 
@@ -29,11 +29,11 @@ VIDEO_TOKENS = ("video_start_token_id", "video_end_token_id")
 
 
 def square_grid(fields: Fields, patch_size: int, default: int | None = None) -> tuple[int, int]:
-    """Patches (rows, columns) of the square image whose positions the tower has learned."""
+    """Computes the patches (rows, columns) of the square image with learned positions."""
     side = fields.get("image_size", int, *([] if default is None else [default])) // patch_size
     if not side:
         raise ConfigError(
-            f"{fields.where}: field 'image_size' must hold a patch of {patch_size} pixels"
+            f"{fields.where}: field 'image_size' must be at least one patch of {patch_size} pixels"
         )
     return side, side
 
@@ -50,8 +50,8 @@ def _tower_config(fields: Fields, ocr: bool) -> VisionConfig:
         hidden_size=hidden,
         num_layers=fields.get("depth", int),
         num_heads=fields.divisor("num_heads", "hidden_size", hidden),
-        # GLM-4.1V's blocks are as wide as the decoder and its projector has the width of the
-        # field; GLM-OCR's blocks have it, and its projector is the decoder's width times channels.
+        # In GLM-4.1V, blocks have out_hidden_size neurons and the projector intermediate_size. In
+        # GLM-OCR, blocks have intermediate_size neurons and the projector channels * out.
         intermediate_size=width if ocr else out,
         projector_size=channels * out if ocr else width,
         patch_size=patch,
@@ -149,7 +149,7 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> FamilyM
             attention_bias=not ocr,
             tie_embeddings=any(tied),
         )
-        # The decoder's bias is settled by the model_type, whatever the file says.
+        # The model_type determines the decoder's bias, not this field.
         text.take("attention_bias")
         if ocr:
             text.expect("num_nextn_predict_layers", 0, 1)
@@ -163,7 +163,7 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> FamilyM
                 f"{vision.where}: field 'out_hidden_size' is {out}; it must be the decoder's "
                 f"hidden_size, {decoder.hidden_size}"
             )
-        # Newer files name stop tokens in the text's section, older ones also or only outside it.
+        # Newer files name stop tokens in the text section, older files also or only outside it.
         tokens = read_tokens(fields, text)
         for token in (*IMAGE_TOKENS, *VIDEO_TOKENS, "image_token_id", "video_token_id"):
             text.take(token)
@@ -201,7 +201,7 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> FamilyM
         return decoder + _tower_entries(config.vision_tower, "model.visual.")
 
     def ignored(config: GLMConfig) -> str:
-        # The layer after the last predicts several tokens at once and is not part of the decoder.
+        # The layer after the last one predicts several tokens; it is not part of the decoder.
         extra = rf"model\.language_model\.layers\.{config.decoder.num_layers}\..*"
         return f"{ignored_head(config)}|{extra}" if ocr else ignored_head(config)
 
@@ -221,12 +221,12 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> FamilyM
 
 
 def _text_section(fields: Fields) -> Fields:
-    """Reads the decoder's fields: a section, or the top level in the first files of GLM-4.1V."""
+    """Returns the decoder's fields: a section, or the top level in early files of GLM-4.1V."""
     alone = "hidden_size" in fields.values
     text = fields.optional_section("text_config") if alone else fields.section("text_config")
     if text is None:
         return fields
-    # Files saved again from those have both.
+    # Files that were loaded and saved again have both.
     fields.repeats(text)
     return text
 

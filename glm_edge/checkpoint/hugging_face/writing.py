@@ -1,4 +1,4 @@
-"""Writing a Hugging Face directory that transformers opens."""
+"""Writing of Hugging Face directories that transformers can open."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +18,14 @@ SHARD_BYTES = 5_000_000_000
 
 
 def fields_of(config: Any, params: Any) -> tuple[FamilyMember, dict[str, Any]] | None:
-    """Describes a model as a Hugging Face directory, None when only the native format can store it.
+    """Describes a model as a Hugging Face directory.
 
     Args:
-      config: of the model.
-      params: its tree; boxes and integers have no place in a Hugging Face directory.
+      config: configuration of the model.
+      params: tree of arrays. Boxes cannot be stored in a Hugging Face directory.
 
     Returns:
-      `(member, fields of config.json)`, or None.
+      `(member, fields of config.json)`, or None if only the native format can store the model.
     """
     if any(boxes.is_box(leaf) for _, leaf in boxes.path_items(params)):
         return None
@@ -50,11 +50,11 @@ def write(
     """Writes weights and config.json into an empty directory, config.json last.
 
     Args:
-      directory: to write into.
-      config: of the model.
-      params: its dense parameters.
-      described: what `fields_of` returned.
-      shard_bytes: above which the weights are spread over several files.
+      directory: empty directory.
+      config: configuration of the model.
+      params: dense parameters.
+      described: result of `fields_of`.
+      shard_bytes: maximum bytes per file of weights.
     """
     member, fields = described
     leaves = dict(boxes.path_items(params))
@@ -62,7 +62,7 @@ def write(
     for entry in member.entries(config):
         arrays = entry.write(*(np.asarray(leaves[path]) for path in entry.paths))
         tensors.update(zip(entry.names, arrays, strict=True))
-    # transformers refuses a file that does not say which framework's layout it holds.
+    # transformers refuses a file without the name of a framework in its metadata.
     metadata = {"format": "pt"}
     shards = list(_shards(tensors, shard_bytes))
     if len(shards) == 1:

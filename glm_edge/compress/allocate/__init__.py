@@ -1,1 +1,1 @@
-"""Bit allocation: a format per group of weights within a budget of bytes."""
+"""Bit allocation: one format per group of weights within a budget of bytes."""

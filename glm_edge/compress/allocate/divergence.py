@@ -1,4 +1,4 @@
-"""Divergence of a changed model from the uncompressed one, on batches that are held out by kind."""
+"""Divergence of a changed model from the uncompressed one, on held-out batches by kind."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,14 @@ GROUPS = (
 
 
 def kind_of(batch: Any, calibration: Any = None) -> str:
-    """Names the content of a batch: `text`, `images`, `audio` or `images+audio`.
+    """Names the modality of a batch: `text`, `images`, `audio` or `images+audio`.
 
     Args:
-      batch: of `calibration`.
-      calibration: where it brings functions, all its batches are of one kind, `batches`.
+      batch: a batch of `calibration`.
+      calibration: a `Calibration` with functions has only one kind, `batches`.
+
+    Returns:
+      The kind.
     """
     if isinstance(calibration, Calibration) and (calibration.apply or calibration.loss):
         return "batches"
@@ -38,28 +41,28 @@ def kind_of(batch: Any, calibration: Any = None) -> str:
 
 
 def split(calibration: Any, reads: bool) -> tuple[Any, dict[str, list[Any]]]:
-    """Batches for the transform, and those held out by kind.
+    """Splits batches between the transform and the measurement.
 
     Args:
-      calibration: all of them, or a `Calibration`, which what the transform gets then is too.
-      reads: whether the transform reads any; if not, none is set aside for it.
+      calibration: all batches, or a `Calibration`.
+      reads: True if the transform needs calibration; otherwise all batches are held out.
 
     Returns:
-      `(seen, held out)`.
+      `(calibration of the transform, held-out batches by kind)`.
 
     Raises:
-      DataError: a kind has a single batch and the transform needs one of it too.
+      DataError: a kind has only one batch, and the transform needs calibration.
     """
     kinds: dict[str, list[Batch]] = {}
     for batch in calibration:
         kinds.setdefault(kind_of(batch, calibration), []).append(batch)
     if not reads:
         return None, kinds
-    lone = [kind for kind, kind_batches in kinds.items() if len(kind_batches) < 2]
-    if lone:
+    single_kinds = [kind for kind, kind_batches in kinds.items() if len(kind_batches) < 2]
+    if single_kinds:
         raise DataError(
-            f"plan: calibration holds one batch of {lone[0]}; give two or more, since every "
-            "second is held out from the transform to measure on"
+            f"plan: calibration has one batch of {single_kinds[0]}; pass two or more, since every "
+            "second batch is held out for measurement"
         )
     calibrating = [batch for kind_batches in kinds.values() for batch in kind_batches[::2]]
     return with_batches(calibration, calibrating), {
@@ -68,16 +71,16 @@ def split(calibration: Any, reads: bool) -> tuple[Any, dict[str, list[Any]]]:
 
 
 class Divergence:
-    """Mean divergence of the logits of changed parameters from those of the first ones.
+    """Mean divergence of the logits of changed parameters from the original ones.
 
     Attributes:
-      kinds: of batches, the keys of the results.
+      kinds: kinds of batches, the keys of the results.
     """
 
     def __init__(
         self, model: nn.Module | Called, params: Params, held_out: Mapping[str, Sequence[Batch]]
     ):
-        """Runs the uncompressed model on every batch."""
+        """Runs the uncompressed model on every batch, and stores its logits."""
         self.kinds = tuple(held_out)
         self._model, self._cases = model, []
         dense = _dense(dict(boxes.path_items(params)))
@@ -95,7 +98,7 @@ class Divergence:
     def __call__(
         self, leaves: Mapping[str, Any], model: nn.Module | Called | None = None
     ) -> dict[str, float]:
-        """Divergence in nats a token by kind of batch."""
+        """Computes the divergence in nats per token by kind of batch."""
         dense = _dense(leaves)
         sums = {kind: [0.0, 0.0] for kind in self.kinds}
         for kind, batch, weights, reference in self._cases:
@@ -106,7 +109,7 @@ class Divergence:
 
 
 def _dense(leaves: Mapping[str, Any]) -> Params:
-    """The tree in float32, whatever it is stored in: one compiled program serves all formats."""
+    """Dequantizes a tree to float32, so that one compiled program serves all formats."""
 
     def widen(leaf: Any) -> Array:
         leaf = leaf.replace(dtype="float32") if isinstance(leaf, Quantized) else leaf

@@ -1,4 +1,4 @@
-"""Sizes of parameters in other formats, the best choice within a budget, and the table about it."""
+"""Sizes of parameters in other formats, optimal allocation within a budget, and its table."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,22 @@ from glm_edge.params.layouts import Layout, by_name
 from glm_edge.params.tree import Params, is_matrix
 
 KEEP = "keep"
-# States of the search that are kept apart; beyond, neighbours in size share one.
+# Limit of distinct search states; beyond it, states of similar size are merged.
 _STATES = 1 << 17
 
 
 def bytes_of(shape: tuple[int, ...], format: Format) -> int:
-    """Stored bytes of a weight `[..., out, in]`, scales and zero points included.
+    """Returns the stored bytes of a weight, including scales and zero points.
+
+    Args:
+      shape: shape `[..., out, in]` of the weight.
+      format: storage format.
+
+    Returns:
+      Bytes.
 
     Raises:
-      BoxError: its columns are not whole groups.
+      BoxError: columns do not divide into groups.
     """
     format.num_groups(shape[-1])
     return format.stored_bytes(shape)
@@ -32,12 +39,12 @@ def bytes_of(shape: tuple[int, ...], format: Format) -> int:
 def bytes_with(
     params: Params, formats: Mapping[str, Format], layouts: Mapping[str, Layout] | None = None
 ) -> int:
-    """Stored bytes of a tree once some of its matrices are in other formats.
+    """Computes the stored bytes of a tree with some matrices in other formats.
 
     Args:
-      params: arrays and boxes, or their abstract values.
-      formats: of matrices by path; what is not named stays as it is.
-      layouts: which axes of each matrix are inputs, by path; None takes what names say.
+      params: concrete or abstract arrays and boxes.
+      formats: formats of matrices by path; other parameters keep theirs.
+      layouts: layouts by path; None infers them from paths.
 
     Returns:
       Bytes.
@@ -53,11 +60,11 @@ def bytes_with(
 def _as_rows(
     path: str, shape: tuple[int, ...], layouts: Mapping[str, Layout] | None
 ) -> tuple[int, ...]:
-    """The shape in which a matrix is stored, `[..., out, in]`."""
+    """Returns the stored shape of a matrix, `[..., out, in]`."""
     layout = by_name(path, shape) if layouts is None else layouts[path]
     if layout is None:
         raise RecipeError(
-            f"plan: {path} {list(shape)}: its name does not say which axes are inputs"
+            f"plan: {path} {list(shape)}: its name does not define which axes are inputs"
         )
     return (*shape[: layout.stack], *layout.extent(shape))
 
@@ -68,7 +75,7 @@ def format_everything(
     fallback: Format,
     layouts: Mapping[str, Layout] | None = None,
 ) -> dict[str, Format]:
-    """The format of every matrix: the one asked for, or the fallback where groups do not divide."""
+    """Maps every matrix to the format, or to the fallback if columns do not divide into groups."""
     formats = {}
     for path, leaf in boxes.path_items(params):
         if is_matrix(path, leaf) and not isinstance(leaf, boxes.Quantized):
@@ -84,9 +91,9 @@ class Option(NamedTuple):
     """A format for a group of parameters.
 
     Attributes:
-      format: its name.
+      format: name of the format.
       bytes: stored bytes of the group.
-      loss: mean divergence from the uncompressed model, in nats a token, by kind of batch.
+      loss: mean divergence from the uncompressed model in nats per token, by kind of batch.
     """
 
     format: str
@@ -95,12 +102,12 @@ class Option(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """Averages over kinds of batches, which the search adds up."""
+        """Mean loss over kinds of batches, the additive cost of the search."""
         return max(0.0, float(np.mean(list(self.loss.values())))) if self.loss else 0.0
 
 
 class Point(NamedTuple):
-    """A size that can be reached, the least loss predicted for it, and the option of each group."""
+    """A Pareto-optimal size: its bytes, predicted loss, and the chosen option per group."""
 
     bytes: int
     cost: float
@@ -108,20 +115,24 @@ class Point(NamedTuple):
 
 
 def frontier(groups: Sequence[Sequence[Option]], fixed_bytes: int = 0) -> list[Point]:
-    """Every size worth choosing: none smaller has as little loss.
+    """Computes the Pareto front of size and loss.
 
-    Dynamic programming over bytes, a group at a time; of two states the one that is larger and
-    loses as much is dropped.
+    Dynamic programming over groups; dominated states (not smaller and not better) are dropped.
 
     Args:
       groups: options of each group.
-      fixed_bytes: of what no group holds.
+      fixed_bytes: bytes of parameters outside of all groups.
 
     Returns:
-      Points by rising size and falling loss.
+      Points by increasing size and decreasing loss.
+
+    References:
+      Pushing the Limits of LLM Quantization via the Linearity Theorem,
+      https://arxiv.org/abs/2411.17525.
     """
     sizes, costs = np.array([fixed_bytes], np.int64), np.zeros(1)
     steps: list[tuple[np.ndarray, np.ndarray]] = []
+    # Extend every state by every option of the group, and keep the non-dominated states.
     for options in groups:
         own_sizes = np.array([option.bytes for option in options], np.int64)
         own_costs = np.array([option.cost for option in options])
@@ -132,6 +143,7 @@ def frontier(groups: Sequence[Sequence[Option]], fixed_bytes: int = 0) -> list[P
         states = _thinned(order[all_costs[order] < best_before], all_sizes)
         steps.append((states // len(options), states % len(options)))
         sizes, costs = all_sizes[states], all_costs[states]
+    # Backtrack from the final states to the option of each group.
     choices = np.empty((len(sizes), len(groups)), np.int64)
     state = np.arange(len(sizes))
     for index in reversed(range(len(groups))):
@@ -147,23 +159,30 @@ def _thinned(states: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return states
     low, high = sizes[states[0]], sizes[states[-1]]
     bucket = (sizes[states] - low) * (_STATES - 1) // (high - low)
-    # The last of a bucket loses least, and the first of all stays reachable.
+    # Keep the last state of each bucket, which has the least loss, and the smallest state.
     last = np.append(bucket[1:] != bucket[:-1], True)
     last[0] = True
     return states[last]
 
 
 def best_within(points: Sequence[Point], budget_bytes: int) -> Point:
-    """The point of least loss that fits.
+    """Selects the point with the least loss within the budget.
+
+    Args:
+      points: points of `frontier`.
+      budget_bytes: maximum bytes.
+
+    Returns:
+      The point.
 
     Raises:
-      RecipeError: none does; the message names the smallest size.
+      RecipeError: every point exceeds the budget; the message names the smallest size.
     """
     fitting = [point for point in points if point.bytes <= budget_bytes]
     if not fitting:
         raise RecipeError(
             f"plan: budget_bytes={budget_bytes:,} is below {points[0].bytes:,}, the smallest size "
-            "that these formats reach; add a smaller format, or remove layers, heads, neurons or "
+            "with these formats; add a smaller format, or prune layers, heads, neurons or "
             "vocabulary first"
         )
     return fitting[-1]
@@ -174,11 +193,11 @@ class GroupRow:
     """The choice of a plan for one group of parameters.
 
     Attributes:
-      group: name.
-      format: chosen.
-      weights: number of them.
-      bytes: stored.
-      loss: predicted divergence that it adds, in nats a token, by kind of batch.
+      group: name of the group.
+      format: chosen format.
+      weights: count of weights.
+      bytes: stored bytes.
+      loss: predicted contribution to the divergence in nats per token, by kind of batch.
     """
 
     group: str
@@ -190,19 +209,19 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe that fits a budget, with what was predicted and what was then measured.
+    """A recipe within a budget of bytes, with predicted and measured divergence.
 
     Attributes:
       recipe: the transform.
-      rows: a line for each group.
-      budget_bytes: asked for.
-      predicted_bytes: of all parameters, from shapes.
-      measured_bytes: of all parameters, as stored by the recipe.
-      fixed_bytes: of what no group holds (norms, biases, tables).
-      predicted: divergence in nats a token by kind of batch: the sum over groups.
-      measured: the same of the model that the recipe made.
-      points: `(bytes, predicted divergence)` of every size worth choosing.
-      held_out: batches of each kind that divergence was measured on.
+      rows: one row per group.
+      budget_bytes: requested budget.
+      predicted_bytes: bytes of all parameters, computed from shapes.
+      measured_bytes: bytes of all parameters after the recipe.
+      fixed_bytes: bytes of parameters outside of all groups (norms, biases, tables).
+      predicted: predicted divergence in nats per token by kind of batch, the sum over groups.
+      measured: measured divergence of the compressed model, in the same unit.
+      points: `(bytes, predicted divergence)` of the Pareto front.
+      held_out: count of held-out batches by kind.
     """
 
     recipe: Transform
@@ -246,11 +265,11 @@ class Plan:
         rule = "-" * max(map(len, text))
         counts = ", ".join(f"{count} {kind}" for kind, count in self.held_out.items())
         used = f"budget {self.budget_bytes:,} bytes, {self.predicted_bytes / self.budget_bytes:.1%}"
-        last = f"{used} used; KL in nats a token on batches held out: {counts}"
+        last = f"{used} used; KL in nats per token on held-out batches: {counts}"
         return "\n".join([text[0], rule, *text[1:-4], rule, *text[-4:], rule, last])
 
     def to_json(self) -> str:
-        """The plan as JSON, its recipe included."""
+        """Formats the plan, including its recipe, as JSON."""
         fields: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("budget_bytes", "predicted_bytes", "measured_bytes", "fixed_bytes")

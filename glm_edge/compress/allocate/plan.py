@@ -1,8 +1,8 @@
-"""Choosing a format for each group of parameters so that the model fits a number of bytes.
+"""Choice of one format per group of parameters within a budget of bytes.
 
 References:
-  Pushing the Limits of LLM Quantization via the Linearity Theorem (loss adds up over layers, and
-  formats are chosen by dynamic programming), https://arxiv.org/abs/2411.17525.
+  Pushing the Limits of LLM Quantization via the Linearity Theorem (losses of layers are additive,
+  and dynamic programming chooses formats), https://arxiv.org/abs/2411.17525.
 """
 
 import dataclasses
@@ -52,42 +52,42 @@ def plan(
     rng: Array | None = None,
     without: Sequence[str] = (),
 ) -> Plan:
-    """Finds the recipe of least loss whose parameters fit a number of bytes, and measures it.
+    """Finds the recipe with the least loss within a budget of bytes, and measures it.
 
-    Each group is compressed alone in each format, and the divergence of the logits from the
-    uncompressed model's is measured on held-out batches, for each kind of batch (text, images,
-    audio) apart. Losses are taken to add up; dynamic programming finds the formats whose sum, the
-    mean over kinds, is least. Then the recipe is carried out and measured.
+    The function compresses each group alone in each format, and measures the divergence of the
+    logits from the uncompressed model on held-out batches, per kind of batch (text, images, audio).
+    It assumes that losses of groups are additive. Dynamic programming finds the formats with the
+    least total, averaged over kinds. Finally the recipe runs, and its divergence is measured.
 
-    Every second batch of a kind is held out: the transform never sees it.
+    Every second batch of a kind is held out from the transform.
 
         plan = ge.plan(model, params, budget_bytes=2_500_000, calibration=batches)
         model, params, report = plan.recipe(model, params)
 
     Args:
       model: Linen module.
-      params: its parameters.
-      budget_bytes: that all stored parameters may take.
-      formats: names such as `int4-g32` (see `glm_edge.params.Format.parse`), or `keep` for as it
-        is. A matrix whose columns are not whole groups takes int8 per channel.
-      calibration: batches; at least one of each kind of input, and two where the transform reads
-        some.
-      groups: regular expressions; a matrix belongs to the first that matches its path, and all
-        paths with the same matched text are one group. None is each decoder layer's attention and
-        feed-forward network, each part of an encoder, the embedding and the head.
-      transform: name of a rounding transform, such as `rtn` or `gptq`, or one whose further
-        options are kept.
-      progress: True, or called as `progress(stage, done, total)`.
-      rng: jax key for transforms that draw.
-      without: inputs that the model takes and calibration is known to lack.
+      params: parameters of the model.
+      budget_bytes: maximum bytes of all stored parameters.
+      formats: format strings such as `int4-g32` (see `glm_edge.params.Format`), or `keep` for no
+        change. A matrix whose columns do not divide into groups uses int8 per channel.
+      calibration: batches; at least one per kind of input, and two if the transform needs
+        calibration.
+      groups: regular expressions. A matrix belongs to the first one that matches its path; paths
+        with the same matched text form one group. None means attention and feed-forward network of
+        each decoder layer, each part of an encoder, the embedding and the head.
+      transform: name of a quantizing transform such as `rtn` or `gptq`, or a transform whose other
+        options are used.
+      progress: True, or a function `progress(stage, done, total)`.
+      rng: jax key for transforms that draw random values.
+      without: inputs of the model that calibration intentionally lacks.
 
     Returns:
-      The plan; `plan.recipe(model, params, calibration)` carries it out.
+      The plan; `plan.recipe(model, params, calibration)` applies it.
 
     Raises:
-      RecipeError: the budget is below the smallest size, which the message names, or an option has
-        no meaning.
-      DataError: calibration is missing, or lacks an input that the model takes.
+      RecipeError: the budget is below the smallest size, which the message names, or an option is
+        invalid.
+      DataError: calibration is missing, or lacks an input of the model.
     """
     if not isinstance(budget_bytes, int) or isinstance(budget_bytes, bool) or budget_bytes < 1:
         raise RecipeError(f"plan: budget_bytes must be a whole number, not {budget_bytes!r}")
@@ -119,7 +119,7 @@ def plan(
         if chosen:
             recipe = maker.recipe(chosen, sorted(inside), leaves)
             leaves_together = dict(boxes.path_items(compress(recipe)[1]))
-            # What changes norms and neighbours too must be run on each group by itself.
+            # A transform that also changes other parameters must run on each group separately.
             if any(
                 leaves_together[path] is not leaf
                 for path, leaf in leaves.items()
@@ -130,28 +130,29 @@ def plan(
             if not chosen:
                 changed = {}
             elif leaves_together is None:
-                alone = maker.recipe(chosen, paths, leaves)
-                changed = dict(boxes.path_items(compress(alone)[1]))
+                group_recipe = maker.recipe(chosen, paths, leaves)
+                changed = dict(boxes.path_items(compress(group_recipe)[1]))
             else:
                 changed = {path: leaves_together[path] for path in paths}
             loss = measure({**leaves, **changed}) if changed else dict.fromkeys(measure.kinds, 0.0)
-            own_formats = {path: chosen[path] for path in paths if path in chosen}
-            own_bytes = bytes_with({path: leaves[path] for path in paths}, own_formats, layouts)
-            options[group].append(Option(name, own_bytes, loss))
+            group_formats = {path: chosen[path] for path in paths if path in chosen}
+            group_bytes = bytes_with({path: leaves[path] for path in paths}, group_formats, layouts)
+            options[group].append(Option(name, group_bytes, loss))
             if callable(progress):
                 progress(f"plan: {group} {name}", number * len(members) + index + 1, total)
     points = frontier(list(options.values()), fixed)
     point = best_within(points, budget_bytes)
     best = {g: options[g][index] for g, index in zip(options, point.choice, strict=True)}
     recipe = maker.chosen_recipe(best, members, assigned, leaves)
-    made_model, made = compress(recipe)
-    if boxes.stored_bytes(made) != point.bytes:
+    compressed_model, compressed = compress(recipe)
+    if boxes.stored_bytes(compressed) != point.bytes:
         raise RecipeError(
-            f"plan: {maker.name} stored {boxes.stored_bytes(made):,} bytes where its formats take "
-            f"{point.bytes:,}; it stores more than codes and scales and cannot be planned with"
+            f"plan: {maker.name} stored {boxes.stored_bytes(compressed):,} bytes, but its formats "
+            f"need {point.bytes:,}; plan cannot use a transform that stores more than codes and "
+            "scales"
         )
-    made_reader = called(made_model, calibration)
-    measured = measure(dict(boxes.path_items(made)), made_reader)
+    compressed_reader = called(compressed_model, calibration)
+    measured = measure(dict(boxes.path_items(compressed)), compressed_reader)
     if callable(progress):
         progress("plan: measured", total, total)
     return Plan(
@@ -168,7 +169,7 @@ def plan(
         ),
         budget_bytes=budget_bytes,
         predicted_bytes=point.bytes,
-        measured_bytes=boxes.stored_bytes(made),
+        measured_bytes=boxes.stored_bytes(compressed),
         fixed_bytes=fixed,
         predicted={k: sum(option.loss[k] for option in best.values()) for k in measure.kinds},
         measured=measured,
@@ -179,10 +180,17 @@ def plan(
 
 @shared_steps()
 def group_paths(params: Params, patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Groups of the matrices that are not quantized yet, in the tree's order.
+    """Groups the matrices that are not quantized yet, in the tree's order.
+
+    Args:
+      params: tree of arrays and boxes.
+      patterns: regular expressions, see `plan`.
+
+    Returns:
+      Paths by name of the group.
 
     Raises:
-      RecipeError: a pattern is malformed, or none matches.
+      RecipeError: a pattern is malformed, or no pattern matches.
     """
     for pattern in patterns:
         check_pattern("plan", "groups", pattern)
@@ -206,7 +214,7 @@ class _Maker:
         if isinstance(transform, Transform):
             self._transform = transform
             if transform.teachers:
-                raise RecipeError("plan: transform= holds arrays; give one of options alone")
+                raise RecipeError("plan: transform= contains arrays; pass one without arrays")
         else:
             kind: Any = registered(f"quantize.{transform}")
             self._transform = kind(scale="mse") if transform == "rtn" else kind()
@@ -215,19 +223,19 @@ class _Maker:
         missing = {"format", "where"} - known
         if missing:
             raise RecipeError(
-                f"plan: {self.name} takes no {min(missing)}=, so it cannot be planned with; rtn can"
+                f"plan: {self.name} has no option {min(missing)}=, so plan cannot use it; use rtn"
             )
         self.reads = getattr(self._transform, "needs", "nothing") != "nothing"
 
     def check(self, formats: Mapping[str, Format]) -> None:
-        """Builds a transform of each format, which raises where there is none."""
+        """Checks each format by building a transform."""
         for format in set(formats.values()):
             self._of(format, None)
 
     def recipe(
         self, formats: Mapping[str, Format], paths: Any, leaves: Mapping[str, Any]
     ) -> Transform:
-        """Stores these paths in these formats."""
+        """Builds a transform that stores paths in formats."""
         by_format: dict[Format, list[str]] = {}
         for path in paths:
             by_format.setdefault(formats[path], []).append(path)
@@ -245,7 +253,7 @@ class _Maker:
         assigned: Mapping[str, Mapping[str, Format]],
         leaves: Mapping[str, Any],
     ) -> Transform:
-        """Stores every group in its chosen format."""
+        """Builds a transform that stores every group in its chosen format."""
         formats = {
             path: assigned[option.format][path]
             for group, option in chosen.items()
@@ -262,13 +270,13 @@ class _Maker:
 
 
 def pattern_of(paths: Sequence[str], leaves: Mapping[str, Any]) -> str:
-    """A regular expression that matches these paths of a tree's matrices and no other."""
+    """Builds a regular expression that matches exactly these paths among a tree's matrices."""
     matrices = [path for path, leaf in leaves.items() if boxes.is_matrix(path, leaf)]
     wanted, parts = set(paths), []
     remaining = list(paths)
     while remaining:
         names = remaining[0].split("/")
-        # The shortest prefix under which everything is wanted.
+        # The shortest prefix whose matrices are all wanted.
         for depth in range(1, len(names) + 1):
             prefix = "/".join(names[:depth])
             below = [p for p in matrices if p == prefix or p.startswith(f"{prefix}/")]

@@ -1,7 +1,7 @@
-"""Transforms that act on one stage of a model after the other.
+"""Layer-wise transforms, which compress one stage of a model at a time.
 
-Such a transform is one function of a `StageContext`. The same function serves a call in memory, a
-chain, and `compress_checkpoint`, which holds one stage at a time.
+Such a transform is one function of a `StageContext`. The same function serves calls in memory,
+chains, and `compress_checkpoint`, which keeps one stage in memory.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from glm_edge.params.layouts import Layout
 from glm_edge.params.tree import Params, nested
 
 NEEDS = ("nothing", "inputs", "both")
-_UNSEEN = ", as calibration does not see their inputs"
-# What a row says of a matrix that a transform could not treat as the others, and why that is.
+_UNSEEN = ", as calibration cannot record their inputs"
+# Actions of rows for matrices that a transform treats differently, and the common reason.
 _FALLBACKS = {
     "to nearest": _UNSEEN,
     "by magnitude": _UNSEEN,
@@ -43,13 +43,13 @@ Replaced = tuple[Leaves, list[Row]]
 
 @dataclass
 class StageInputs:
-    """One stage of a model with its parameters, and with what comes in.
+    """One stage of a model with its parameters and inputs.
 
     Attributes:
-      stage: which.
-      leaves: its parameters by full path, arrays and boxes.
-      states: of each calibration batch before the stage; none where no inputs are needed.
-      borrowed: parameters of earlier stages that it reads too.
+      stage: the stage.
+      leaves: parameters of the stage by full path, arrays and boxes.
+      states: state of each calibration batch before the stage; empty if inputs are not needed.
+      borrowed: parameters of earlier stages that the stage reads too.
     """
 
     stage: Stage
@@ -63,46 +63,52 @@ class StageInputs:
         leaves: Leaves | None = None,
         paths: Iterable[str] | None = None,
     ) -> dict[str, Any]:
-        """Reduces the rows that meet each weight; `{weight path: value}`.
+        """Reduces the input rows of each weight.
 
         Args:
-          statistic: such as `ROWS`, see `glm_edge.compress.layerwise.stages`.
-          leaves: parameters to use in place of the stage's own, by path.
-          paths: of the weights; None is all.
+          statistic: reduction such as `ROWS`, see `glm_edge.compress.layerwise.stages`.
+          leaves: parameters by path that replace those of the stage.
+          paths: paths of the weights; None selects all.
+
+        Returns:
+          Results by path of the weight.
         """
         return self.stage.collect(self._decoded(leaves), self.states, statistic, paths)
 
     def readers(self) -> list[tuple[str, ...]]:
-        """Weights that read the same rows, group by group in the order in which they run."""
+        """Groups the weights that read the same rows, in the order of computation."""
         groups: dict[tuple[str, ...], None] = {}
-        # Batches of the same shapes are read alike, and each reading traces the stage.
-        alike = {str(jax.tree.map(jax.typeof, state)): state for state in self.states}
-        for state in alike.values():
+        # Each reading traces the stage, so only one batch per distinct shape is read.
+        distinct = {str(jax.tree.map(jax.typeof, state)): state for state in self.states}
+        for state in distinct.values():
             groups.update(dict.fromkeys(self.stage.readers(self._all(None), state)))
         return list(groups)
 
     def batches(self, leaves: Leaves | None = None) -> list["StageInputs"]:
-        """The same stage with one batch at a time, and what is quantized decoded once for all.
+        """Splits the stage into one `StageInputs` per batch, with weights dequantized once.
 
         Args:
-          leaves: parameters to use in place of the stage's own, by path.
+          leaves: parameters by path that replace those of the stage.
+
+        Returns:
+          One entry per batch.
         """
         decoded = self._decoded(leaves)
         return [StageInputs(self.stage, decoded, [state]) for state in self.states]
 
     def outputs(self, leaves: Leaves | None = None) -> list[Array]:
-        """Activations after the stage, of the batches that pass it."""
+        """Returns the activations after the stage, of the batches that have any."""
         return [state["x"] for state in self.run(leaves) if "x" in state]
 
     def run(self, leaves: Leaves | None = None) -> list[State]:
-        """States after the stage."""
+        """Returns the states after the stage."""
         return self.stage.run(self._decoded(leaves), self.states)
 
     def _all(self, leaves: Leaves | None) -> Leaves:
         return {**self.borrowed, **self.leaves, **(leaves or {})}
 
     def _decoded(self, leaves: Leaves | None) -> Leaves:
-        """All parameters, quantized ones decoded once for all batches where that gives the same."""
+        """Returns all parameters, dequantized once for all batches if results stay equal."""
         leaves_by_path = self._all(leaves)
         if getattr(self.stage.module, "compute", None) != "float32":
             return leaves_by_path
@@ -117,14 +123,14 @@ class StageContext(StageInputs):
     """Inputs of a layer-wise transform for one stage.
 
     Attributes:
-      model: the whole model.
-      selected: paths that the transform's `where` selects here, none of them quantized yet.
-      named: all that it matches here, quantized or not.
-      layouts: which axes of each parameter are inputs; reading one that is not known raises.
-      original: the same stage before any rounding, with its own inputs; only for needs="both".
-      context: of the transform.
-      rng: a key of this stage, or None.
-      done: called with the path of a parameter that is finished.
+      model: the complete model.
+      selected: paths in this stage that the transform's `where` matches and that are not quantized.
+      named: all paths in this stage that `where` matches, quantized or not.
+      layouts: layouts by path; access to an unknown one raises RecipeError.
+      original: the same stage of the uncompressed model, with its inputs; only for needs="both".
+      context: context of the transform.
+      rng: key of this stage, or None.
+      done: function of the path of a finished parameter.
     """
 
     model: nn.Module | None = None
@@ -149,15 +155,15 @@ class StageContext(StageInputs):
         return self.original
 
     def advance(self, path: str) -> None:
-        """Tells the progress callback that a parameter is finished."""
+        """Reports a finished parameter to the progress callback."""
         self.done(path)
 
     def columns(self, path: str) -> int:
-        """Inputs of a matrix."""
+        """Returns the count of inputs of a matrix."""
         return self.layouts[path].extent(self.leaves[path].shape)[1]
 
     def unseen(self, path: str) -> str:
-        """Why calibration cannot see the inputs of a weight."""
+        """Returns the reason why calibration cannot record the inputs of a weight."""
         if self._reasons is None:
             self._reasons = self.stage.unseen(self._all(None), self.states)
         return self._reasons.get(path, UNWATCHED)
@@ -165,12 +171,12 @@ class StageContext(StageInputs):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LayerwiseTransform(Transform):
-    """A transform that acts on one stage of a model after the other.
+    """A transform that compresses one stage of a model at a time.
 
     Attributes:
-      rounds: refuses a `where` that names what is quantized already.
-      needs: `nothing`; `inputs`, the calibration batches run up to each stage; or `both`, also
-        through the uncompressed model. A property where options decide.
+      rounds: refuses a `where` that matches quantized weights.
+      needs: `nothing`; `inputs` for calibration inputs of each stage; or `both` for inputs of the
+        compressed and the uncompressed model. A property if it depends on options.
     """
 
     rounds: ClassVar[bool] = True
@@ -180,18 +186,21 @@ class LayerwiseTransform(Transform):
         """Compresses the selected parameters of one stage.
 
         Args:
-          stage: with its parameters and inputs.
+          stage: stage with its parameters and inputs.
 
         Returns:
-          `(parameters it replaces by path, rows of the report)`.
+          `(replaced parameters by path, rows of the report)`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no compress_stage")
 
     def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raises RecipeError where options do not fit the selected parameters.
+        """Checks options against the selected parameters, before any computation.
 
         Args:
-          sizes: `(out, in)` of each by path; called before anything is computed.
+          sizes: `(out, in)` of each parameter by path.
+
+        Raises:
+          RecipeError: an option does not match a parameter.
         """
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
@@ -202,7 +211,17 @@ class LayerwiseTransform(Transform):
 def apply_layerwise(
     transform: LayerwiseTransform, model: nn.Module, params: Params, context: Context
 ) -> Result:
-    """Applies a layer-wise transform in memory."""
+    """Applies a layer-wise transform in memory.
+
+    Args:
+      transform: the transform.
+      model: Linen module, or None.
+      params: parameters of the model.
+      context: data, randomness and original model.
+
+    Returns:
+      `(model, params, report)`.
+    """
     step = BoundTransform(transform, context.rng)
     leaves = dict(boxes.path_items(params))
     step.select(leaves, set(), model, context.calibration)
@@ -212,9 +231,9 @@ def apply_layerwise(
         reference = _compared_with(leaves, context)
     rows: list[Row] = []
     for stage in runner.stages:
-        mine = {path: leaf for path, leaf in leaves.items() if stage.holds(path)}
-        theirs = reference and {p: leaf for p, leaf in reference.items() if stage.holds(p)}
-        after, stage_rows = runner.compress(stage, mine, theirs)
+        stage_leaves = {path: leaf for path, leaf in leaves.items() if stage.holds(path)}
+        stage_reference = reference and {p: leaf for p, leaf in reference.items() if stage.holds(p)}
+        after, stage_rows = runner.compress(stage, stage_leaves, stage_reference)
         leaves.update(after)
         rows += stage_rows
     changed = nested(leaves)
@@ -223,18 +242,21 @@ def apply_layerwise(
 
 
 def fallback_notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Notes that count what a transform could not treat as the others, with the reasons.
+    """Builds notes that count the matrices with a fallback, by reason.
 
     Args:
-      rows: of the report; an action says `to nearest: reason`, `by magnitude: reason`,
-        `without a range: reason` or `without a factor: reason`.
+      rows: rows of the report. Actions of fallbacks end with `to nearest: reason`, `by magnitude:
+        reason`, `without a range: reason` or `without a factor: reason`.
+
+    Returns:
+      Notes for the report.
     """
     reasons: dict[tuple[str, str], Counter[str]] = {}
     for row in rows:
         fallback = re.search(rf"[( ]({'|'.join(_FALLBACKS)}): (.+)\)$", row.action)
         if fallback:
             reasons.setdefault((row.transform, fallback[1]), Counter())[fallback[2]] += 1
-    # What only gives a factor to others, such as a norm, was not to be treated itself.
+    # Parameters that are only divided by a factor, such as norms, do not count as matrices.
     totals = Counter(
         row.transform
         for row in rows
@@ -249,7 +271,7 @@ def fallback_notes(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 class _Extents(Mapping[str, tuple[int, int]]):
-    """`(out, in)` by path; reading one that is not known raises RecipeError."""
+    """A mapping of paths to `(out, in)`; access to an unknown one raises RecipeError."""
 
     def __init__(self, layouts: Layouts, leaves: Leaves, paths: Iterable[str]) -> None:
         self._layouts, self._leaves, self._paths = layouts, leaves, sorted(paths)
@@ -271,22 +293,25 @@ def layouts_in(
     calibration: Sequence[batches.Batch] | None,
     stacked: str | None,
 ) -> Layouts:
-    """Tells which axes of each parameter are inputs, see `glm_edge.compress.readings.layouts_of`.
+    """Infers the layout of each parameter, see `glm_edge.compress.readings.layouts_of`.
 
     Args:
-      name: of the transform, for messages.
+      name: name of the transform for messages.
       model: Linen module, or None.
-      leaves: its parameters by path.
-      calibration: batches of which the first shows how the model reads its parameters, or None.
+      leaves: parameters by path.
+      calibration: batches, of which the first is run abstractly, or None.
       stacked: see `glm_edge.quantize.rtn`.
 
+    Returns:
+      Layouts by path.
+
     Raises:
-      RecipeError: `stacked` names a parameter that is no stack.
+      RecipeError: `stacked` matches a parameter that is not a stack.
     """
     watch = None
     if calibration is not None and isinstance(model, nn.Module):
         with contextlib.suppress(DataError):
-            # A transform that reads no data may be called with batches of any kind.
+            # A transform that needs no data may be called with any batches.
             run = called(model, calibration)
             states, staged = first_states(run, itertools.islice(calibration, 1)), stages(run)
             if states and len(staged) == 1:
@@ -295,14 +320,14 @@ def layouts_in(
 
 
 def _compared_with(leaves: Leaves, context: Context) -> Leaves:
-    """The reference, or the model as it is where earlier transforms took layers or widths out."""
+    """Returns the reference, or the current model if earlier transforms changed shapes."""
     reference = dict(boxes.path_items((context.reference or context.original)[1]))
     before, now = ({p: tuple(x.shape) for p, x in tree.items()} for tree in (reference, leaves))
     return reference if before == now else dict(leaves)
 
 
 class BoundTransform:
-    """A layer-wise transform with its key and what it acts on in a model."""
+    """A layer-wise transform with its key and its selected parameters."""
 
     def __init__(self, transform: LayerwiseTransform, rng: Array | None = None) -> None:
         self.transform, self.rng = transform, rng
@@ -319,16 +344,16 @@ class BoundTransform:
         model: nn.Module | None = None,
         calibration: Sequence[batches.Batch] | None = None,
     ) -> None:
-        """Notes which parameters the step acts on, and adds them to `rounded`.
+        """Selects the parameters of the transform, and adds them to `rounded`.
 
         Args:
-          leaves: all parameters of the model by path; abstract arrays do.
-          rounded: paths that earlier steps of the same walk round.
-          model: that reads the parameters.
-          calibration: batches for it, or None.
+          leaves: concrete or abstract parameters of the model by path.
+          rounded: paths that earlier transforms of the same run quantize.
+          model: module that reads the parameters.
+          calibration: batches, or None.
 
         Raises:
-          RecipeError: the pattern matches nothing, or what is quantized already.
+          RecipeError: the pattern matches nothing, or a quantized weight.
         """
         where, rounds = getattr(self.transform, "where", None), self.transform.rounds
         chosen = boxes.select(nested(leaves), where)
@@ -338,15 +363,15 @@ class BoundTransform:
             earlier = not isinstance(first, Quantized)
             state = "quantized by an earlier transform" if earlier else first.format
             raise RecipeError(
-                f"{self.name}: where={where!r} names {again[0]}, which is {state} already; "
+                f"{self.name}: where={where!r} matches {again[0]}, which is {state} already; "
                 "narrow the pattern"
             )
         self.named = frozenset(chosen)
         self.selected = self.named - frozenset(again)
         if rounds and not self.selected:
             self.notes = (
-                f"{self.name}: nothing left to do: all {len(chosen)} matrices are quantized "
-                "already; put it before what rounded them, or narrow that one's where=",
+                f"{self.name}: nothing to do: all {len(chosen)} matrices are quantized already; "
+                "chain it before the transform that quantized them, or narrow where= of that one",
             )
         if rounds:
             rounded |= self.selected
@@ -356,15 +381,15 @@ class BoundTransform:
 
 
 class LayerwiseRunner:
-    """Steps applied stage by stage, with the calibration batches carried along.
+    """A runner of transforms over the stages of a model, with the states of calibration batches.
 
     Attributes:
-      stages: of the model.
-      notes: for the report.
+      stages: stages of the model.
+      notes: notes for the report.
     """
 
     def __init__(self, model: nn.Module, steps: Sequence[BoundTransform], context: Context) -> None:
-        """Checks calibration where a step needs it.
+        """Checks calibration if a transform needs it.
 
         Raises:
           DataError: calibration is missing, empty or malformed, or lacks a modality.
@@ -390,13 +415,13 @@ class LayerwiseRunner:
     def compress(
         self, stage: Stage, leaves: Leaves, original: Leaves | None = None
     ) -> tuple[Leaves, list[Row]]:
-        """Applies every step to one stage and runs the batches through the result.
+        """Applies every transform to one stage, and runs the batches through the result.
 
         Args:
-          stage: the next of `stages`.
-          leaves: its parameters by full path.
-          original: those of the uncompressed model; None takes what steps that change no function
-            leave of `leaves`.
+          stage: the next stage of `stages`.
+          leaves: parameters of the stage by full path.
+          original: parameters of the uncompressed model; None means `leaves` after the leading
+            exact transforms.
 
         Returns:
           `(parameters after, rows)`.
@@ -417,12 +442,12 @@ class LayerwiseRunner:
         return leaves, rows
 
     def skip(self, stage: Stage, leaves: Leaves, after: Leaves) -> None:
-        """Passes a stage that an earlier run finished.
+        """Skips a stage that an earlier run finished.
 
         Args:
-          stage: the next of `stages`.
-          leaves: its parameters before.
-          after: its parameters as that run left them.
+          stage: the next stage of `stages`.
+          leaves: parameters of the stage before.
+          after: parameters of the stage from the earlier run.
         """
         original = leaves
         if self.needs == "both":
@@ -482,7 +507,7 @@ class LayerwiseRunner:
         self.context.advance(f"{name}: {path}", self._done, self._total)
 
     def _advance_to(self, stage: Stage) -> None:
-        """Counts what the steps did not report one by one."""
+        """Advances the progress past parameters that transforms did not report."""
         passed = self.stages[: self.stages.index(stage) + 1]
         due = sum(
             any(s.holds(path) for s in passed) for step in self.steps for path in step.selected

@@ -1,9 +1,9 @@
 """A model as a list of stages, run one after the other on all calibration batches.
 
-Statistics are collected and weights replaced one stage at a time, so that memory holds one layer
-and its statistics, not the model. The stages of a GLM are `vision/front`, `vision/layers/<i>`,
-`vision/end`, the same of `speech`, `embed`, `decoder/layers/<i>` and `head`; any other module is
-one stage, `model`.
+Transforms collect statistics and replace weights one stage at a time, so that memory contains one
+layer and its statistics. The stages of a GLM are `vision/front`, `vision/layers/<i>`, `vision/end`,
+the same for `speech`, `embed`, `decoder/layers/<i>` and `head`. Any other module is one stage,
+`model`.
 """
 
 import functools
@@ -37,13 +37,13 @@ Leaves = dict[str, Any]
 
 
 class Statistic(NamedTuple):
-    """A reduction of the rows that meet a weight.
+    """A reduction of the input rows of a weight.
 
     Attributes:
-      measure: called as `measure(rows, valid)` with rows float32 [N, in] and bool [N], False at
-        padding, whose rows are zero; None where there is none. Returns a pytree; traced inside the
-        compiled stage.
-      join: puts the results of two batches together.
+      measure: function `measure(rows, valid)` of rows float32 [N, in] and bool [N], False at
+        padding, whose rows are zero; None without padding. Returns a pytree. It is traced inside
+        the compiled stage.
+      join: function that combines the results of two batches.
     """
 
     measure: Callable[[Array, Array | None], Any]
@@ -51,7 +51,7 @@ class Statistic(NamedTuple):
 
 
 def count_valid(rows: Array, valid: Array | None) -> Array:
-    """Rows that are not padding, float32."""
+    """Counts the rows that are not padding, as float32."""
     return jnp.float32(rows.shape[0]) if valid is None else jnp.sum(valid, dtype=jnp.float32)
 
 
@@ -97,13 +97,13 @@ def _abs_max(rows: Array, valid: Array | None) -> Array:
 ABS_SUM = Statistic(_column_sums, _add)
 """`{"sum": sum of |x| [in], "count": rows}`."""
 ABS_MAX = Statistic(_abs_max, jnp.maximum)
-"""Largest `|x|` of each column, [in]."""
+"""Largest `|x|` per column, [in]."""
 RANGE = Statistic(_range, _join_ranges)
 """`{"low": [in], "high": [in]}`."""
 ROWS = Statistic(_rows, _stack)
-"""All rows, [N, in]; zero at padding, which adds nothing to a sum of products."""
+"""All rows, [N, in]; padding rows are zero, which does not change sums of products."""
 MARKED_ROWS = Statistic(_marked, _stack)
-"""`{"rows": [N, in], "valid": bool [N]}`, rows zero where they are not valid."""
+"""`{"rows": [N, in], "valid": bool [N]}`; rows that are not valid are zero."""
 
 
 def _all_rows(state: State) -> Array | None:
@@ -125,15 +125,15 @@ class Stage:
     """One step of a model.
 
     Attributes:
-      name: such as `decoder/layers/3`.
-      root: where the module's parameters lie in the model's tree, empty for the whole tree.
-      owns: prefixes of the parameters that belong to this stage and no other.
-      module: runs it.
-      forward: called as `forward(bound module, state)`, returns the next state.
-      reads: entries of a state without which a batch skips the stage.
-      borrows: parameters of an earlier stage, where there are such, that it reads too.
-      counted: maps a state to bool [N], the rows that count in statistics where a weight meets so
-        many; None where all do.
+      name: name such as `decoder/layers/3`.
+      root: path of the module's parameters in the model's tree, empty for the complete tree.
+      owns: path prefixes of the parameters of this stage; stages do not share parameters.
+      module: module that runs the stage.
+      forward: function `forward(bound module, state)` that returns the next state.
+      reads: entry of a state without which a batch skips the stage.
+      borrows: paths of parameters of earlier stages that this stage reads too.
+      counted: maps a state to bool [N], the rows that count in statistics of weights with N input
+        rows, or to None if all rows count.
     """
 
     name: str
@@ -147,19 +147,19 @@ class Stage:
 
     @property
     def of_tokens(self) -> bool:
-        """True where rows are tokens, of which some may be padding."""
+        """True if rows are tokens, which may be padding."""
         return self.counted is _rows_of_tokens
 
     def holds(self, path: str) -> bool:
-        """True for a parameter that belongs to this stage."""
+        """Tests for a parameter of this stage."""
         return any(path.startswith(prefix) for prefix in self.owns)
 
     def run(self, leaves: Leaves, states: Iterable[State]) -> list[State]:
-        """Runs every batch that the stage concerns, and hands on the others.
+        """Runs every batch with the entry `reads`; other batches pass unchanged.
 
         Args:
-          leaves: parameters by their full path, borrowed ones included.
-          states: of the batches.
+          leaves: parameters by full path, including borrowed ones.
+          states: states of the batches.
 
         Returns:
           The states after the stage.
@@ -177,16 +177,16 @@ class Stage:
         statistic: Statistic,
         paths: Iterable[str] | None = None,
     ) -> dict[str, Any]:
-        """Reduces the rows that meet each weight over all batches.
+        """Reduces the input rows of each weight over all batches.
 
         Args:
-          leaves: parameters by their full path, borrowed ones included.
-          states: before the stage.
+          leaves: parameters by full path, including borrowed ones.
+          states: states before the stage.
           statistic: the reduction.
-          paths: of the weights; None is all. What only others need is not computed.
+          paths: paths of the weights; None selects all. Unselected statistics are not computed.
 
         Returns:
-          Path of the weight to the joined result.
+          Joined results by path of the weight.
         """
         params = self._params(leaves)
         total: dict[str, Any] = {}
@@ -211,12 +211,12 @@ class Stage:
         return total
 
     def watch(self, leaves: Leaves, state: State, note: Callable[[Reading], None]) -> None:
-        """Runs one batch abstractly and notes how each layer reads its weights.
+        """Runs one batch abstractly, and passes the reading of each layer to a function.
 
         Args:
-          leaves: parameters by their full path, borrowed ones included.
-          state: of one batch before the stage.
-          note: called with each reading, whose path is the full one.
+          leaves: parameters by full path, including borrowed ones.
+          state: state of one batch before the stage.
+          note: function of a reading with its full path.
         """
         prefix = f"{self.root}/" if self.root else ""
 
@@ -228,13 +228,16 @@ class Stage:
             jax.eval_shape(run, self._params(leaves), state)
 
     def readers(self, leaves: Leaves, state: State) -> list[tuple[str, ...]]:
-        """Weights that read the same rows, group by group in the order in which they run.
+        """Groups the weights that read the same rows, in the order of computation.
 
         Args:
-          leaves: parameters by their full path, borrowed ones included.
-          state: of one batch before the stage.
+          leaves: parameters by full path, including borrowed ones.
+          state: state of one batch before the stage.
+
+        Returns:
+          Paths of each group.
         """
-        # The arrays are kept, so that no two of them have one address.
+        # Arrays are kept alive, so that their ids stay unique.
         groups: dict[Any, tuple[Any, list[str]]] = {}
 
         def see(reading: Reading) -> None:
@@ -246,7 +249,7 @@ class Stage:
         return [tuple(dict.fromkeys(paths)) for _, paths in groups.values()]
 
     def unseen(self, leaves: Leaves, states: Iterable[State]) -> dict[str, str]:
-        """Why the inputs of a weight cannot be seen, by path; weights that are seen are absent."""
+        """Returns the reason by path of each weight whose inputs cannot be recorded."""
         reasons: dict[str, str] = {}
         watched_paths: set[str] = set()
 
@@ -270,7 +273,7 @@ class Stage:
 
 
 def advance(module: nn.Module, forward: Callable[..., State], params: Any, state: State) -> State:
-    """Runs the module of a stage, or the functions of its `Calibration`."""
+    """Runs the module of a stage, or the function of its `Calibration`."""
     if isinstance(forward, Through):
         return forward(params, state)
     result: Any = module.apply({"params": params}, state, method=forward)
@@ -279,13 +282,13 @@ def advance(module: nn.Module, forward: Callable[..., State], params: Any, state
 
 @dataclass(frozen=True)
 class Through:
-    """Runs a whole model by the functions that its calibration brings."""
+    """A forward function that runs a complete model by the functions of its `Calibration`."""
 
     model: Called
 
     def __call__(self, params: Any, state: State) -> State:
         output = self.model.run(params, state)
-        # What a loss gives is no output to compare.
+        # A loss is not an output that can be compared.
         if self.model.apply is None:
             return state
         return {**state, "x": self.model.logits_of(output)}
@@ -306,9 +309,9 @@ def _run(
     readings: list[Reading] = []
     with watched(readings.append):
         after = advance(module, forward, params, state)
-    # A module that runs several times meets several arrays.
+    # A module that runs several times has several inputs.
     rows: dict[str, list[Array]] = {}
-    # Patches of a convolution are another run of its layer, which is not to be watched itself.
+    # `reading.rows()` of a convolution runs its layer again, outside of the watched context.
     for reading in readings:
         if reading.rows is not None and (wanted is None or reading.path in wanted):
             x = reading.rows()
@@ -321,12 +324,19 @@ def _run(
             return measure(x, None)
         return measure(jnp.where(valid[:, None], x, 0.0), valid)
 
-    # Without the state, the compiler leaves out what the statistic does not need.
+    # Without the state as a result, XLA removes computations that the statistic does not need.
     return {}, {path: [reduce(x) for x in calls] for path, calls in rows.items()}
 
 
 def stages(model: nn.Module | Called) -> tuple[Stage, ...]:
-    """The stages of a model, in the order in which they run."""
+    """Splits a model into stages, in the order of computation.
+
+    Args:
+      model: Linen module, or a `Called`.
+
+    Returns:
+      The stages.
+    """
     if isinstance(model, Called):
         return (Stage("model", "", ("",), model.model, Through(model), "batch", (), _all_rows),)
     if not isinstance(model, MultimodalGLM):
@@ -364,7 +374,7 @@ def stages(model: nn.Module | Called) -> tuple[Stage, ...]:
 
 
 def _first_alike(part: Any, index: int) -> int:
-    """The first layer of the same widths, whose compiled program serves this one."""
+    """Returns the first layer of equal widths, so that both share a compiled program."""
     widths = [(part.heads(i), part.kv_heads(i), part.neurons(i)) for i in range(index + 1)]
     return widths.index(widths[index])
 
@@ -372,7 +382,7 @@ def _first_alike(part: Any, index: int) -> int:
 def _encoder(
     name: str, reads: str, encoder: nn.Module, layers: list[nn.Module], functions: Mapping[str, Any]
 ) -> list[Stage]:
-    # An encoder declares tables of its own when any part of it is called, so its end needs them.
+    # An encoder declares all its tables when any part is called, so the last stage needs them too.
     tables = tuple(f"{name}/{table}" for table in functions["tables"])
     front = (*(f"{name}/{part}/" for part in functions["front_owns"]), *tables)
     encoder_stages = [
@@ -392,7 +402,7 @@ def _encoder(
 
 
 def _images(images: Any, config: Any) -> list[Array]:
-    """Images of each size: one array of all rows, or those of a list by size."""
+    """Lists the images by size: one array for an array, or one per size of a list."""
     if isinstance(images, list | tuple):
         return image_groups(images, config)[0]
     return [images.reshape(-1, *images.shape[-3:])]
@@ -405,7 +415,7 @@ def _grids(state: State, config: Any) -> list[tuple[int, int]]:
 def _vision_front(encoder: VisionEncoder, state: State) -> State:
     groups = _images(state["images"], encoder.config)
     angles = [encoder.angles(grid) for grid in _grids(state, encoder.config)]
-    # One entry for each size of image.
+    # One entry per image size.
     return {**state, "x": [encoder.embed(group)[0] for group in groups], "angle": angles}
 
 
@@ -437,9 +447,9 @@ def _speech_end(encoder: SpeechEncoder, state: State) -> State:
     features = encoder.head(encoder.norm(state["x"]))
     if "audio_frames" not in state:
         return _encoded(state, "audio", "speech", _by_row(state, features))
-    asked = (features, state["audio_frames"], encoder.config.merge_size)
-    after = _encoded(state, "audio", "speech", sounding_first(*asked))
-    return {**after, "sounding": sounding(*asked)}
+    frames, merge_size = state["audio_frames"], encoder.config.merge_size
+    after = _encoded(state, "audio", "speech", sounding_first(features, frames, merge_size))
+    return {**after, "sounding": sounding(features, frames, merge_size)}
 
 
 def _by_row(state: State, features: Array) -> Array:
@@ -501,14 +511,14 @@ def _whole_model(model: nn.Module, state: State) -> State:
 
 
 def first_states(model: nn.Module | Called, calibration: Iterable[Any]) -> list[State]:
-    """States before the first stage.
+    """Builds the states before the first stage.
 
     Args:
-      model: the batches are for, or `Called`.
+      model: model that reads the batches, or a `Called`.
       calibration: batches, see `glm_edge.compress.batches`.
 
     Returns:
-      One state for each batch.
+      One state per batch.
 
     Raises:
       DataError: a batch is malformed.

@@ -1,4 +1,4 @@
-"""Compressing a checkpoint that need not fit in memory, one stage at a time, from disk to disk."""
+"""Streaming compression of a checkpoint from disk to disk, one stage at a time."""
 
 import json
 import os
@@ -50,47 +50,49 @@ def compress_checkpoint(
     extras: Mapping[str, str | os.PathLike] | None = None,
     compute: str = "float32",
 ) -> Report:
-    """Compresses a checkpoint directory into another, holding one layer in memory at a time.
+    """Compresses a checkpoint directory to another directory, with one layer in memory at a time.
 
-    Layer by layer, parameters are read, every transform of the recipe is applied, the result is
-    written as one file, and the calibration batches are run through it. A later layer is therefore
-    calibrated on what all earlier ones give after the whole recipe, whereas a chain in memory
-    finishes a transform before the next begins: with several transforms that read calibration, the
-    numbers of the two differ.
+    For each layer, the function reads parameters, applies every transform of the recipe, writes the
+    result as one file, and runs the calibration batches through it. A later layer is therefore
+    calibrated on earlier layers after the complete recipe. A chain in memory instead finishes each
+    transform before the next one. With several transforms that need calibration, results differ.
 
-    A run that was killed is taken up again by the same call, and its result has the same bytes: of
-    the same source, recipe, key and batches in the same order, on the same kind of processor,
-    under the same versions of jax, and on the same number of cores; `rtn`, `hqq`, `gptq` and
-    `sparsegpt` take sums in an order that does not depend on the cores, see `fixed_order`.
-    Elsewhere the call is refused, since last bits of sums may differ there and rounding makes them
-    large. What a run has finished lies beside `output`, in `.<name>.partial`; `output` itself
-    appears only when all is written. Tokenizer, chat template and the other files that the source
-    needs to read text, images and sound are copied.
+    Rerunning the same call resumes an interrupted run and produces byte-identical output. This
+    needs the same source, recipe, key, order of batches, kind of processor, versions of jax, and
+    count of cores. `rtn`, `hqq`, `gptq` and `sparsegpt` do not depend on cores, see `fixed_order`.
+    Other differences raise OutputError, since rounding amplifies differences in the last bits.
+    Finished layers are stored next to `output`, in `.<name>.partial`; `output` appears only when it
+    is complete. Tokenizer, chat template and processor files of the source are copied.
+
+        report = ge.compress_checkpoint(
+            "path/to/checkpoint", "compressed", ge.quantize.rtn("int4-g32", fallback_bits=8)
+        )
 
     Args:
-      source: directory that `glm_edge.load` opens.
-      output: directory to create, in this library's format.
-      recipe: a stage-wise transform (`quantize.*`), or a chain of them.
-      calibration: batches, see `glm_edge.compress.batches`; None where no transform needs them.
-      rng: jax key; None where nothing is drawn.
-      progress: True, or called as `progress(stage, done, total)`.
-      without: inputs (`images`, `audio`) that calibration is known to lack.
+      source: directory for `glm_edge.load`.
+      output: directory to create, in the native format.
+      recipe: a layer-wise transform (`quantize.*`), or a chain of them.
+      calibration: batches, see `glm_edge.compress.batches`; None for transforms without
+        calibration.
+      rng: jax key; None for transforms without random values.
+      progress: True, or a function `progress(stage, done, total)`.
+      without: inputs (`images`, `audio`) that calibration intentionally lacks.
       overwrite: replaces an existing checkpoint at `output`.
-      extras: further files to copy by name, such as `{"notes.txt": path}`; they win over the
-        source's.
-      compute: `float32`, or `bfloat16` products while calibration runs through the layers, several
-        times faster where the processor has them.
+      extras: further files to copy by name, such as `{"notes.txt": path}`, which override files of
+        the source.
+      compute: arithmetic of the calibration runs: `float32`, or `bfloat16`, which is several times
+        faster on processors that support it.
 
     Returns:
-      The report, which also lies in `output` as report.json.
+      The report, also stored in `output` as report.json.
 
     Raises:
       CheckpointError: the source is damaged, or stored with Orbax.
-      RecipeError: a transform needs the whole model, or does not fit it.
+      RecipeError: a transform needs the complete model, or does not match it.
       DataError: calibration is missing, malformed, or lacks a modality.
-      OutputError: `output` exists, is a link, cannot be written, is written by another process, or
-        an unfinished run of other arguments or of another machine lies beside it; or an extra has
-        no plain name.
+      OutputError: `output` exists, is a link, cannot be written, is in use by another process, or
+        has an unfinished run with other arguments or from another machine; or the name of an extra
+        contains a directory.
     """
     opened = open_lazily(source)
     steps = _steps(recipe, rng)
@@ -98,7 +100,7 @@ def compress_checkpoint(
     for step in steps:
         step.select(opened.abstract, rounded, opened.model)
     model = opened.model.clone(compute=compute)
-    walk = LayerwiseRunner(
+    runner = LayerwiseRunner(
         model, steps, Context(calibration, rng, (model, {}), progress, tuple(without))
     )
     copied = read_companions(source) | read_extras(extras)
@@ -106,20 +108,20 @@ def compress_checkpoint(
         _check_job(partial, Path(output), _job(opened, recipe, calibration, rng, without, compute))
         rows, names, before, after = [], [], Totals(), Totals()
         spec: dict[str, Any] = {}
-        for index, stage in enumerate(walk.stages):
-            file = f"model-{index + 1:05d}-of-{len(walk.stages):05d}.safetensors"
-            mine = [path for path in opened.abstract if stage.holds(path)]
-            if not mine:
+        for index, stage in enumerate(runner.stages):
+            file = f"model-{index + 1:05d}-of-{len(runner.stages):05d}.safetensors"
+            stage_paths = [path for path in opened.abstract if stage.holds(path)]
+            if not stage_paths:
                 continue
-            leaves = opened.read(mine)
+            leaves = opened.read(stage_paths)
             before.add(leaves)
             done = _finished(partial, file)
             if done is None:
-                leaves, stage_rows = walk.compress(stage, leaves)
+                leaves, stage_rows = runner.compress(stage, leaves)
                 described = _write_stage(partial, file, leaves, stage_rows)
             else:
                 compressed, stage_rows, described = done
-                walk.skip(stage, leaves, compressed)
+                runner.skip(stage, leaves, compressed)
                 leaves = compressed
             after.add(leaves)
             names.append(file)
@@ -131,7 +133,7 @@ def compress_checkpoint(
             after.bytes,
             before.count,
             after.count,
-            notes=(*walk.notes, *fallback_notes(rows)),
+            notes=(*runner.notes, *fallback_notes(rows)),
         )
         _finish(partial, opened, spec, names, report, copied)
     return report
@@ -151,7 +153,7 @@ class Totals:
 
 
 def is_streamable(recipe: Transform) -> bool:
-    """True where every transform of a recipe acts on one stage at a time."""
+    """Tests for a recipe whose transforms all compress one stage at a time."""
     return all(isinstance(step, LayerwiseTransform) for step in recipe.steps_in_order)
 
 
@@ -162,7 +164,7 @@ def _steps(recipe: Transform, rng: Array | None) -> list[BoundTransform]:
         if not isinstance(inner, LayerwiseTransform):
             raise RecipeError(
                 f"{inner.name} needs the whole model in memory; load the checkpoint and call the "
-                "recipe, or leave this transform out"
+                "recipe, or remove this transform"
             )
         key = jax.random.fold_in(rng, index) if chained and rng is not None else rng
         bound.append(BoundTransform(inner, key))
@@ -171,12 +173,12 @@ def _steps(recipe: Transform, rng: Array | None) -> list[BoundTransform]:
     return bound
 
 
-# Transforms whose sums are taken in one order on any number of cores.
+# Transforms whose sums have the same order on any count of cores.
 _BY_ROW, _BY_COLUMN = ("quantize.rtn", "quantize.hqq"), ("quantize.gptq", "prune.sparsegpt")
 
 
 def fixed_order(recipe: Transform) -> bool:
-    """True for a recipe whose float32 results have the same bytes on any number of cores."""
+    """Tests for a recipe whose float32 results have the same bytes on any count of cores."""
 
     def fixed(step: Transform) -> bool:
         format = getattr(step, "format", None)
@@ -185,7 +187,7 @@ def fixed_order(recipe: Transform) -> bool:
             return False
         if step.name in _BY_ROW:
             return True
-        # Scales of large groups, and of any without sweeps, are refit by LAPACK.
+        # LAPACK refits scales of large groups, and all scales without sweeps.
         solver = getattr(step, "solver", None)
         searched = group_size is None or (solver and solver.sweeps and group_size <= SEARCHED)
         return step.name in _BY_COLUMN and bool(searched)
@@ -201,7 +203,7 @@ def _job(
     without: Sequence[str],
     compute: str,
 ) -> dict[str, Any]:
-    """Lists all that determines the bytes of the result."""
+    """Lists all arguments and conditions that determine the bytes of the result."""
     return {
         "source": opened.fingerprint(),
         "recipe": json.loads(to_json(recipe)),
@@ -222,14 +224,14 @@ def _check_job(partial: Path, output: Path, job: dict[str, Any]) -> None:
     for name, value in job.items():
         if stored.get(name) != value:
             raise OutputError(
-                f"{partial}: holds an unfinished run with another {name}{difference(stored, job)}; "
-                "repeat its arguments where it ran to finish it, or remove the directory to begin "
-                f"{output.name} anew"
+                f"{partial}: has an unfinished run with another {name}{difference(stored, job)}; "
+                "repeat its arguments on its machine to finish it, or remove the directory to "
+                f"restart {output.name}"
             )
 
 
 def _write_stage(partial: Path, file: str, leaves: Leaves, rows: list[Row]) -> dict[str, Any]:
-    """Writes what came of a stage; the file of arrays comes last and marks it as finished."""
+    """Writes the result of a stage; the file of arrays is written last and marks it as finished."""
     arrays, spec = boxes.to_flat(nested(leaves))
     notes = {"spec": spec, "rows": [asdict(row) for row in rows]}
     write_whole(partial / f"{file}.json", lambda path: write_json(path, notes))

@@ -1,4 +1,4 @@
-"""Transforms that round weights, or prepare them for it."""
+"""Transforms that quantize weights, or prepare weights for quantization."""
 
 from glm_edge.compress.quantize.activations import activations
 from glm_edge.compress.quantize.adaround import adaround

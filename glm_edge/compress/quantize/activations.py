@@ -1,4 +1,4 @@
-"""Static int8 grids for the inputs and products of quantized matrices."""
+"""Static int8 quantization of the inputs and products of quantized matrices."""
 
 from collections.abc import Iterator
 from dataclasses import field
@@ -30,22 +30,25 @@ NAME = "quantize.activations"
 
 @register(NAME)
 class Activations(LayerwiseTransform):
-    """Chooses static int8 grids for what meets each quantized matrix, and for their products.
+    """Calibrates static int8 scales of the inputs and products of quantized matrices.
 
-    Matrices that read the same rows get one grid for them. A model computes on these grids when its
-    `compute` is `int8_static`; put this after what rounds the weights. Matrices whose inputs are
-    not seen (a tied head) keep a grid for each row; the report counts them and says why.
+    Matrices that read the same rows share input scales. A model uses these scales with
+    `compute="int8_static"`. Chain this after a transform that quantizes weights. Matrices without
+    calibration inputs (a tied head) use one scale per row; the report counts them with the reason.
+
+        recipe = ge.chain(ge.quantize.rtn("int8"), ge.quantize.activations("mse"))
+        model, params, report = recipe(model, params, calibration=batches)
 
     Attributes:
       method: `minmax`, `percentile`, `mse` or `entropy`, see
         `glm_edge.compress.quantize.solvers.activation_ranges.choose_range`.
-      percentile: share of the values, in percent, that the method of that name keeps.
-      where: regular expression searched in each path; None is every quantized matrix.
-      symmetric: zero point zero.
+      percentile: percentage of the values within the range of the method `percentile`.
+      where: regular expression searched in each path; None selects every quantized matrix.
+      symmetric: uses zero point 0.
 
     Raises:
-      RecipeError: an option has no meaning; on call, nothing that the pattern names is quantized,
-        or activations are not finite.
+      RecipeError: an option is invalid; on call, the pattern matches no quantized matrix, or
+        activations are not finite.
       DataError: on call, calibration is missing.
 
     References:
@@ -68,14 +71,12 @@ class Activations(LayerwiseTransform):
             known = ", ".join(ranges.METHODS)
             raise RecipeError(f"{NAME}: method must be one of {known}, not {self.method!r}")
         if not 50 < self.percentile <= 100:
-            raise RecipeError(
-                f"{NAME}: percentile must be above 50 and up to 100, not {self.percentile!r}"
-            )
+            raise RecipeError(f"{NAME}: percentile must be in (50, 100], not {self.percentile!r}")
 
     def compress_stage(self, work: StageContext) -> Replaced:
         named = [path for path in work.named if isinstance(work.leaves[path], Quantized)]
         groups = [tuple(path for path in group if path in named) for group in work.readers()]
-        # What reads the same rows gets the same grid, and is measured once.
+        # Matrices that read the same rows share a scale and one measurement.
         groups = [group for group in groups if group]
         inputs = {group[0]: _ActivationRange(group[0], "inputs") for group in groups}
         outputs = {path: _ActivationRange(path, "outputs") for group in groups for path in group}
@@ -91,7 +92,7 @@ class Activations(LayerwiseTransform):
                             (outputs[p], _product(rows, work.leaves[p]), valid) for p in group
                         )
 
-        # Rows of padding are zero, which every range spans anyway.
+        # Rows of padding are zero, which every range includes anyway.
         for range_, values, _ in each():
             range_.widen(values)
         for range_, values, valid in each() if self.method != "minmax" else ():
@@ -117,8 +118,8 @@ class Activations(LayerwiseTransform):
         result = apply_layerwise(self, model, params, context)
         if all("without a range: " in row.action for row in result[2].rows):
             raise RecipeError(
-                f"{NAME}: where={self.where!r} names no quantized matrix whose inputs are seen; "
-                "quantize first"
+                f"{NAME}: where={self.where!r} matches no quantized matrix with calibration "
+                "inputs; quantize first"
             )
         return result
 
@@ -147,18 +148,16 @@ class _ActivationRange:
     def widen(self, values: Array) -> None:
         low, high = (float(end) for end in _ends(values))
         if not np.isfinite([low, high]).all():
-            raise RecipeError(
-                f"{NAME}: calibration gives {self.path} {self.side} that are not finite"
-            )
+            raise RecipeError(f"{NAME}: {self.path}: calibration {self.side} are not finite")
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def count(self, values: Array, valid: Array, symmetric: bool) -> None:
         ends = ranges.widened(self.low, self.high, symmetric)
-        # int64, since a long calibration has more values than int32 counts.
+        # int64, since a long calibration has more values than int32 can count.
         self.counts = self.counts + np.asarray(ranges.histogram(values, *ends, valid), np.int64)
 
     def grid(self, method: str, percentile: float, symmetric: bool) -> tuple[dict[str, Array], str]:
-        """Fields of the box, and a note."""
+        """Computes the scale and zero point as fields of the box, and a note."""
         low, high = ranges.widened(self.low, self.high, symmetric)
         ends = ranges.choose_range(self.counts, low, high, method, percentile, symmetric)
         scale, zero = ranges.int8_grid(*ends, symmetric)

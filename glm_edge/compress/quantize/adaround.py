@@ -1,4 +1,4 @@
-"""Learned rounding of each layer on its calibration inputs."""
+"""AdaRound: learned rounding of each layer on its calibration inputs."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -28,27 +28,30 @@ NAME = "quantize.adaround"
 
 @register(NAME)
 class AdaRound(Quantizer):
-    """Learns how each weight is rounded, so that its layer gives what the original layer gave.
+    """Learns the rounding direction of each weight to reproduce the original layer's outputs.
 
-    Layers are rounded one after the other. Each sees what the rounded ones before it give, and
-    learns to give what the original model's layer gives on its own inputs. An output whose error
-    does not fall below that of rounding to nearest keeps nearest rounding. Matrices whose inputs
-    calibration cannot see, such as embeddings, are rounded to nearest; the report counts them and
-    says why.
+    Layers are quantized one after the other. Each layer reads inputs from the quantized layers
+    before it, and learns the original layer's outputs on the original inputs. An output row whose
+    error does not fall below that of rounding to nearest keeps nearest rounding. Matrices without
+    calibration inputs, such as embeddings, are rounded to nearest; the report counts them with the
+    reason.
+
+        recipe = ge.quantize.adaround("int4-g32", method="descent")
+        model, params, report = recipe(model, params, calibration=batches)
 
     Attributes:
-      format: of the weights, such as `int4-g32`, see `glm_edge.params.Format`.
-      where: see `glm_edge.quantize.rtn`, as are `scale`, `fallback_bits` and `stacked`.
-      method: `adaround`, a soft choice between two levels that hardens, then `descent`, which gives
-        one weight after the other its best level; or `descent` alone, which is faster.
-      steps: of `adaround`.
-      learning_rate: of `adaround`.
-      regularization: weight of what hardens its choices.
-      sweeps: of `descent` over all columns.
+      format: format of the weights, such as `int4-g32`, see `glm_edge.params.Format`.
+      where: see `glm_edge.quantize.rtn`, also for `scale`, `fallback_bits` and `stacked`.
+      method: `adaround` trains a soft choice between two levels, then runs `descent`, a coordinate
+        descent over the codes; `descent` alone is faster.
+      steps: optimizer steps of `adaround`.
+      learning_rate: learning rate of `adaround`.
+      regularization: weight of the term that drives the choices of `adaround` to 0 or 1.
+      sweeps: passes of `descent` over all columns.
 
     Raises:
-      RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
-        weight, columns are not whole groups, or weights are not finite.
+      RecipeError: an option is invalid; on call, a pattern matches nothing or a quantized weight,
+        columns do not divide into groups, or weights are not finite.
       DataError: calibration is missing or lacks a modality.
 
     References:
@@ -118,7 +121,7 @@ class AdaRound(Quantizer):
                     )
                 replaced[path] = leaves.box_of(path, leaf, codes, grid, format, layout)
                 error = leaves.relative_error(leaf, replaced[path])
-            # Dense, so that the stage keeps the tree that it was compiled for.
+            # A dense array keeps the tree structure for which the stage was compiled.
             dense[path] = boxes.dense(replaced[path])
             rows.append(leaves.row(NAME, path, leaf, replaced[path], error, note))
             work.advance(path)
@@ -129,16 +132,16 @@ adaround = AdaRound
 
 
 def moments(work: StageContext, path: str, replaced: dict[str, Any]) -> tuple[Array, Array] | None:
-    """Mean of `x x^T` and of `x0 x^T` over the rows that meet a weight.
+    """Computes the means of `x x^T` and `x0 x^T` over the input rows of a weight.
 
     Args:
-      work: of the stage.
-      path: of the weight.
-      replaced: parameters of the stage that are rounded already.
+      work: context of the stage.
+      path: path of the weight.
+      replaced: parameters of the stage that are quantized already.
 
     Returns:
-      [I, I] each, where `x` comes from the rounded layers before and `x0` from the original's; or
-      None where no rows are seen. Padding does not count.
+      Two matrices [I, I], with inputs `x` of the quantized model and `x0` of the original model.
+      None without inputs. Padding is excluded.
     """
     total, count = None, 0
     originals = work.uncompressed
@@ -164,5 +167,15 @@ def _products(now: Array, before: Array) -> tuple[Array, Array]:
 
 @jax.jit
 def layer_of(weight: Array, original: Array, gram: Array, cross: Array) -> Layer:
-    """The layer whose rounded form should give what the original gives on its own inputs."""
+    """Builds the statistics of a layer that should reproduce the original layer's outputs.
+
+    Args:
+      weight: `W`, float32 [O, I].
+      original: weight `W0` of the original model, float32 [O, I].
+      gram: mean of `x x^T`, [I, I].
+      cross: mean of `x0 x^T`, [I, I].
+
+    Returns:
+      The layer, with the drift `W E[x x^T] - W0 E[x0 x^T]`.
+    """
     return Layer(weight, gram, weight @ gram - original @ cross)

@@ -1,4 +1,4 @@
-"""Rounding weights after scaling up the channels that carry the largest activations."""
+"""AWQ: quantization after scaling up the channels with the largest activations."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -33,28 +33,28 @@ NAME = "quantize.awq"
 
 @register(NAME)
 class AWQ(Quantizer):
-    """Scales up the channels that matter most, clips, and rounds to the nearest level.
+    """Scales up salient channels, clips, and rounds to the nearest level.
 
-    Channels are multiplied by a power of their mean absolute activation, `0, 1 / steps, …`: the one
-    that leaves the least squared error at the output of the rounded matrices that share the input.
-    What produces the channel is divided by it (see `glm_edge.compress.folding`). Then a smaller
-    range is tried for everything that shares a scale, and the weights are rounded. Matrices whose
-    inputs nothing can divide are clipped and rounded; embeddings are rounded.
+    Channels are multiplied by a power of their mean absolute activation. The power, of
+    `0, 1 / steps, …`, minimizes the squared output error of the quantized matrices that share the
+    input. The producer of the channel is divided by the factor (see `glm_edge.compress.folding`).
+    Then clipping ranges are searched per scale, and weights are rounded. Matrices whose input
+    cannot be divided are only clipped and rounded; embeddings are only rounded.
 
         recipe = ge.quantize.awq("int4-g32")
         model, params, report = recipe(model, params, calibration=batches)
 
     Attributes:
-      format: of the weights, such as `int4-g32`, see `glm_edge.params.Format`.
-      where: see `glm_edge.quantize.rtn`, as are `scale`, `fallback_bits` and `stacked`. Factors
-        move only where all matrices that share an input are selected.
-      steps: powers tried, and twentieths of the range (at 20) that clipping takes off.
-      clip: tries smaller ranges.
+      format: format of the weights, such as `int4-g32`, see `glm_edge.params.Format`.
+      where: see `glm_edge.quantize.rtn`, also for `scale`, `fallback_bits` and `stacked`. Channels
+        are scaled only if all matrices that share an input are selected.
+      steps: count of tried powers; clipping shrinks ranges in steps of `1 / steps`.
+      clip: searches clipping ranges.
 
     Raises:
-      RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
-        weight, columns are not whole groups, or weights are not finite.
-      DataError: on call, calibration is missing, or gives activations that are not finite.
+      RecipeError: an option is invalid; on call, a pattern matches nothing or a quantized weight,
+        columns do not divide into groups, or weights are not finite.
+      DataError: on call, calibration is missing, or activations are not finite.
 
     References:
       AWQ: Activation-aware Weight Quantization, https://arxiv.org/abs/2306.00978.
@@ -79,7 +79,7 @@ class AWQ(Quantizer):
         scale = rounding.scale
         formats = {p: rounding.format_of(p, work.columns(p)) for p in work.selected}
         measured = work.collect(STATISTIC)
-        # Float32 until rounded: a factor costs no bits of a narrow type.
+        # Weights stay in float32 until they are rounded, so that factors lose no precision.
         leaves = {path: _widened(leaf, path in formats) for path, leaf in work.leaves.items()}
         grams, notes = {}, {}
         for path in formats:
@@ -187,7 +187,7 @@ def _widened(leaf: Any, selected: bool) -> Any:
 
 def _check_finite(path: str, gram: Array) -> None:
     if not bool(jnp.isfinite(gram).all()):
-        raise DataError(f"{NAME}: calibration gives {path} inputs that are not finite")
+        raise DataError(f"{NAME}: {path}: calibration inputs are not finite")
 
 
 def _joined(note: str | None, fell_back: bool) -> str:

@@ -32,26 +32,28 @@ _OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0, b2=0.98
 
 @register(NAME)
 class Blockwise(Quantizer):
-    """Trains each block, read as if it were quantized, to give what the original block gives.
+    """Trains each fake-quantized block to reproduce the outputs of the original block.
 
-    Blocks are trained one after the other, each on what the quantized ones before it give, by
-    squared error against the original's activations on its own inputs (for logits, by KL). Memory
-    holds one block. Follow it by `qat` or `distill_scales` to train end to end.
+    Blocks are trained one after the other, on the outputs of the quantized blocks before. The loss
+    is the squared error to the original model's activations (for logits, KL). Memory contains one
+    block at a time. Add `qat` or `distill_scales` afterwards to train end to end.
+
+        recipe = ge.quantize.blockwise("int4-g32", train=ge.TrainOptions(steps=200))
+        model, params, report = recipe(model, params, calibration=batches, rng=key)
 
     Attributes:
-      format: of the weights, such as `int4-g32`, see `glm_edge.params.Format`; zero points keep
-        their first values.
-      where: see `glm_edge.quantize.rtn`, as are `scale`, `fallback_bits` and `stacked`.
-      learned_scale: scales train too.
-      scale_rate: their learning rate, in units of `learning_rate` times what each scale was.
-      norms: norms and biases of a block train too.
-      train: `steps` for each block, `learning_rate`, `warmup` and `compute` of
-        `glm_edge.TrainOptions`.
-      mix: fraction of the steps that read the original's inputs instead.
+      format: format of the weights, such as `int4-g32`, see `glm_edge.params.Format`. Zero points
+        keep their initial values.
+      where: see `glm_edge.quantize.rtn`, also for `scale`, `fallback_bits` and `stacked`.
+      learned_scale: trains scales too.
+      scale_rate: learning rate of scales, in units of `learning_rate` times the initial scale.
+      norms: trains norms and biases of a block too.
+      train: `steps` per block, `learning_rate`, `warmup` and `compute` of `glm_edge.TrainOptions`.
+      mix: fraction of the steps on inputs from the original model.
 
     Raises:
-      RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
-        weight, columns are not whole groups, or a loss is not finite.
+      RecipeError: an option is invalid; on call, a pattern matches nothing or a quantized weight,
+        columns do not divide into groups, or a loss is not finite.
       DataError: calibration is missing or lacks a modality.
 
     References:
@@ -123,7 +125,7 @@ def _train(
     training: TrainOptions,
     mix: float,
 ) -> tuple[Leaves, tuple[float, float]]:
-    """Trains one block; returns what trained, and the mean error of the first and last steps."""
+    """Trains one block; returns trained arrays, and mean errors of the first and last steps."""
     stage = work.stage
     module = stage.module
     if training.compute is not None and hasattr(module, "compute"):
@@ -134,13 +136,13 @@ def _train(
     pairs = _pairs(work)
     if stage.name == "model" and "batch" in (work.states or [{}])[0] and not pairs:
         raise RecipeError(
-            f"{NAME}: calibration has no apply=; pass Calibration(batches, apply=...), whose "
-            "logits the rounded model learns to give"
+            f"{NAME}: calibration has no apply=, so there are no logits to learn; pass "
+            "Calibration(batches, apply=...)"
         )
     if not pairs:
         raise RecipeError(
-            f"{NAME}: no calibration batch reaches {stage.name}; add batches that hold its input, "
-            "or narrow where"
+            f"{NAME}: no calibration batch reaches {stage.name}; add batches that contain its "
+            "input, or narrow where"
         )
     training_arrays = jax.tree.map(
         lambda array: jnp.array(array, jnp.float32, copy=True), trainable
@@ -178,7 +180,7 @@ def _train(
 
 
 def _within(stage: Stage, leaves: Leaves) -> Leaves:
-    """Leaves by their path within the stage, so that layers that are alike share a program."""
+    """Renames leaves to paths within the stage, so that equal layers share a compiled program."""
     return {_inner(stage, path): leaf for path, leaf in leaves.items()}
 
 
@@ -187,7 +189,7 @@ def _inner(stage: Stage, path: str) -> str:
 
 
 def _pairs(work: StageContext) -> list[tuple[State, State, Any]]:
-    """For each batch: inputs of the rounded stream, of the original's, and the latter's output."""
+    """Lists (inputs of the quantized model, inputs and output of the original) per batch."""
     key, originals = _output_key(work.stage), work.uncompressed
     name = "x" if key == "logits" else key
     return [
@@ -198,7 +200,7 @@ def _pairs(work: StageContext) -> list[tuple[State, State, Any]]:
 
 
 def _output_key(stage: Stage) -> str:
-    """Entry of a state that the stage gives: activations, logits, or features of an encoder."""
+    """Returns the state entry of a stage's output: activations, logits, or encoder features."""
     root, _, last = stage.name.rpartition("/")
     if last in ("head", "model"):
         return "logits"
@@ -228,10 +230,24 @@ def block_step(
     inputs: State,
     target: Any,
 ) -> tuple[Leaves, optax.OptState, Array]:
-    """One step of the optimizer on one batch of a block.
+    """Updates the trainable arrays of a block by one optimizer step on one batch.
+
+    Args:
+      module: module of the block.
+      forward: function that runs the block on a state.
+      key: entry of the output in the state; `logits` selects the KL divergence.
+      of_tokens: True if rows are tokens, so that padding is excluded.
+      trainable: trainable arrays by path, donated.
+      state: state of the optimizer, donated.
+      rate: learning rate of this step, a scalar.
+      lr_scale: factor of the learning rate per trainable array.
+      frozen: frozen arrays by path.
+      borrowed: parameters of earlier stages by path.
+      inputs: state before the block.
+      target: output of the original block.
 
     Returns:
-      `(trainable, state, error)`, the error before the step.
+      `(trainable, state, error)`, with the error before the step.
     """
 
     def loss(trainable: Leaves) -> Array:
@@ -247,13 +263,16 @@ def block_step(
 
 
 def block_error(outputs: Any, target: Any, logits: bool, valid: Array | None = None) -> Array:
-    """KL from the target's predictions, or squared error in units of the target's square.
+    """Computes the KL divergence of logits, or the squared error relative to the target's power.
 
     Args:
-      outputs: [..., D] activations or logits; a list of such for images of several sizes.
-      target: likewise.
-      logits: compares predictions.
-      valid: bool, of the leading axes of an array of tokens, False at padding; None is all.
+      outputs: [..., D] activations or logits, or a list of such for images of several sizes.
+      target: outputs of the original block, in the same structure.
+      logits: computes the KL divergence from the target's predictions.
+      valid: bool in the shape of the leading (token) axes, False at padding; None means all valid.
+
+    Returns:
+      A scalar.
     """
     if logits:
         wanted = jax.nn.log_softmax(target)
@@ -262,7 +281,7 @@ def block_error(outputs: Any, target: Any, logits: bool, valid: Array | None = N
     pairs = list(zip(jax.tree.leaves(outputs), jax.tree.leaves(target), strict=True))
     wrong = [_mean(jnp.square(one - other), valid) for one, other in pairs]
     square = [_mean(jnp.square(other), valid) for _, other in pairs]
-    # Of several sizes, each counts with its values.
+    # Images of several sizes are weighted by their count of values.
     sizes = [other.size for _, other in pairs]
     if len(pairs) == 1:
         return wrong[0] / jnp.maximum(square[0], 1e-30)

@@ -1,4 +1,4 @@
-"""Distillation of what surrounds the integers of a quantized model: scales, norms and biases."""
+"""Distillation of the scales, norms and biases of a quantized model with fixed integers."""
 
 from dataclasses import field
 from typing import Any, ClassVar
@@ -32,24 +32,26 @@ NAME = "quantize.distill_scales"
 
 @register(NAME)
 class DistillScales(Transform):
-    """Trains the scales of a quantized model on its teacher's predictions; integers stay.
+    """Trains the scales of a quantized model on its teacher's predictions; integers stay fixed.
 
-    Floating zero points train too. The loss is that of `glm_edge.compress.distill`. A step moves a
-    scale by the learning rate times its first value, and anything else by the learning rate. What
-    was trained is stored in the types that it had.
+    Floating zero points train too. The loss is that of `glm_edge.compress.distill`. The learning
+    rate of a scale is multiplied by its initial value. Trained arrays keep their stored types.
+
+        recipe = ge.chain(ge.quantize.gptq("int4-g32"), ge.quantize.distill_scales())
+        model, params, report = recipe(model, params, calibration=batches, rng=key)
 
     Attributes:
-      where: regular expression searched in each path of the quantized weights; None is all.
+      where: regular expression searched in each path of the quantized weights; None selects all.
       norms: also trains norms and biases under the same roots (`decoder`, `vision`, …).
-      teacher: `(model, params)`; None is the model that the chain was given.
-      train: steps, learning rate and the like, see `glm_edge.TrainOptions`.
-      temperature: softens both predictions.
-      alpha: weight of the teacher, in 0..1; the rest is the labels'.
+      teacher: `(model, params)`; None means the input model of the chain.
+      train: steps, learning rate and further options, see `glm_edge.TrainOptions`.
+      temperature: temperature of both predictions.
+      alpha: weight of the teacher's loss, in 0..1; the labels' loss has weight `1 - alpha`.
 
     Raises:
-      RecipeError: an option has no meaning; on call, nothing that is quantized matches, there is no
-        teacher, or the loss is not finite.
-      DataError: calibration is missing or not a batch.
+      RecipeError: an option is invalid; on call, no quantized weight matches, there is no teacher,
+        or the loss is not finite.
+      DataError: calibration is missing or malformed.
 
     References:
       EfficientQAT: Efficient Quantization-Aware Training for Large Language Models (its second
@@ -73,13 +75,13 @@ class DistillScales(Transform):
         check_pattern(NAME, "where", self.where)
         DistillOptions(self.temperature, self.alpha).check(NAME)
         if self.train.weight_decay:
-            raise RecipeError(f"{NAME}: scales do not decay; leave out weight_decay of train=")
+            raise RecipeError(f"{NAME}: scales have no decay; remove weight_decay from train=")
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
         if self.teacher is None and context.original[1] is params:
             raise RecipeError(
-                f"{NAME}: the model would be its own teacher; pass teacher=(model, params), or put "
-                "it after what quantizes in a chain"
+                f"{NAME}: the model would be its own teacher; pass teacher=(model, params), or "
+                "chain it after a quantizing transform"
             )
         old = dict(boxes.path_items(params))
         chosen = {
@@ -88,7 +90,7 @@ class DistillScales(Transform):
             if isinstance(leaf, Quantized) and compiled(self.where).search(path)
         }
         if not chosen:
-            raise RecipeError(f"{NAME}: where={self.where!r} matches nothing that is quantized")
+            raise RecipeError(f"{NAME}: where={self.where!r} matches no quantized weight")
         roots = {path.split("/", 1)[0] for path in chosen} if self.norms else set()
         moving = chosen | {
             path
@@ -126,7 +128,7 @@ distill_scales = DistillScales
 
 
 def _only(tree: Params, paths: set[str]) -> Params:
-    """The tree with None in place of the arrays at other paths."""
+    """Replaces the arrays at all other paths by None."""
     return boxes.map_with_path(
         lambda path, leaf: leaf if path in paths else jax.tree.map(lambda _: None, leaf), tree
     )
@@ -149,4 +151,4 @@ def _is_scale(path: tuple[Any, ...]) -> bool:
 def _check_finite(trained: Params) -> None:
     for path, leaf in boxes.path_items(trained):
         if not all(bool(jnp.isfinite(array).all()) for array in jax.tree.leaves(leaf)):
-            raise RecipeError(f"{path}: what was trained left the range of its type")
+            raise RecipeError(f"{path}: trained values exceed the range of their type")

@@ -1,4 +1,4 @@
-"""Rounding weights column by column, against the inputs that meet them."""
+"""GPTQ: column-wise quantization of weights against their calibration inputs."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -30,31 +30,31 @@ from glm_edge.params.formats import PLAIN
 from glm_edge.params.layouts import Layout
 
 NAME = "quantize.gptq"
-# Numbers of rows that are multiplied at once: few large products are faster than many small.
+# Entries of inputs per Gram product: few large products are faster than many small ones.
 ROWS_AT_ONCE = 1 << 24
 
 
 @register(NAME)
 class GPTQ(Quantizer):
-    """Rounds columns in turn, each making up for the errors of those before it.
+    """Rounds columns in turn; each column compensates for the errors of earlier columns.
 
-    Scales are searched while a group is rounded, by the error at the output; then scales and codes
-    are improved in turns. Matrices whose inputs calibration cannot see, such as embeddings, are
-    rounded to nearest; the report counts them and says why.
+    The scale of a group is searched by output error when the group is reached. Then scales and
+    codes are refined alternately. Matrices without calibration inputs, such as embeddings, are
+    rounded to nearest; the report counts them with the reason.
 
         recipe = ge.quantize.gptq("int4-g32")
         model, params, report = recipe(model, params, calibration=batches)
 
     Attributes:
-      format: of the weights, such as `int4-g32`, see `glm_edge.params.Format`.
-      where: see `glm_edge.quantize.rtn`, as are `fallback_bits` and `stacked`.
-      scale: `mse`, searched; `max`, from the largest magnitude; `extreme`, searched with both signs
-        (symmetric integers only; scales may be negative, which phone kernels refuse).
-      solver: see `glm_edge.compress.SolverOptions`.
+      format: format of the weights, such as `int4-g32`, see `glm_edge.params.Format`.
+      where: see `glm_edge.quantize.rtn`, also for `fallback_bits` and `stacked`.
+      scale: `mse` searches scales; `max` uses the largest magnitude; `extreme` searches scales of
+        both signs (symmetric integers only; phone kernels refuse negative scales).
+      solver: options of the solver, see `glm_edge.compress.SolverOptions`.
 
     Raises:
-      RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
-        weight, columns are not whole groups, or weights or inputs are not finite.
+      RecipeError: an option is invalid; on call, a pattern matches nothing or a quantized weight,
+        columns do not divide into groups, or weights or inputs are not finite.
       DataError: on call, calibration is missing.
 
     References:
@@ -125,15 +125,11 @@ class LinearInputs(NamedTuple):
     """A matrix with statistics of its inputs.
 
     Attributes:
-      format: of the weights, such as `int4-g32`, see `glm_edge.params.Format`.
-      where: see `glm_edge.quantize.rtn`, as are `fallback_bits` and `stacked`.
-      scale: `mse`, searched; `max`, from the largest magnitude; `extreme`, searched with both signs
-        (symmetric integers only; scales may be negative, which phone kernels refuse).
-      path: of the parameter.
+      path: path of the parameter.
       weight: float32 [out, in], after compensating for input error.
-      mask: bool [out, in], or None where nothing is masked.
-      gram: float32 [in, in], the sum of `x x^T`.
-      layout: of the parameter.
+      mask: bool [out, in], or None without a mask.
+      gram: float32 [in, in], the sum of `x x^T` over calibration inputs.
+      layout: layout of the parameter.
     """
 
     path: str
@@ -149,23 +145,23 @@ def matrices(
     replaced: Leaves,
     solver: SolverOptions,
 ) -> Iterator[LinearInputs]:
-    """The selected matrices of a stage in the order in which they run, with their inputs.
+    """Iterates over the selected matrices of a stage, in the order of computation.
 
     Args:
-      name: of the transform, for messages.
-      work: on the stage.
-      replaced: parameters by path; what the caller puts there between two matrices makes the inputs
-        of those that run later.
-      solver: options.
+      name: name of the transform for messages.
+      work: context of the stage.
+      replaced: quantized parameters by path. Parameters that the caller adds between two matrices
+        change the inputs of later matrices.
+      solver: options of the solver.
 
     Yields:
-      Each matrix whose inputs calibration sees.
+      Each matrix that has calibration inputs, with their statistics.
 
     Raises:
       RecipeError: weights or inputs are not finite.
     """
     groups = [tuple(path for path in group if path in work.selected) for group in work.readers()]
-    # What reads the same rows is measured once.
+    # Matrices that read the same rows share one measurement.
     first = {path: group[0] for group in groups for path in group}
     if not solver.sequential:
         groups = [tuple(path for group in groups for path in group)]
@@ -193,12 +189,12 @@ def _row(work: StageContext, path: str, box: Any, note: str, output_error: float
 def _measured(
     work: StageContext, replaced: Leaves, paths: tuple[str, ...], paired: bool
 ) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
-    """Gram matrices of the inputs, and of what they miss of the original ones with them."""
+    """Computes Gram matrices `X^T X`, and drifts `(X0 - X)^T X` from original inputs `X0`."""
     compute = getattr(work.model, "compute", "float32")
     original = work.original if paired else None
     paired = original is not None
-    ours = work.batches(replaced)
-    theirs = repeat(None) if original is None else original.batches()
+    views = work.batches(replaced)
+    original_views = repeat(None) if original is None else original.batches()
     grams: dict[str, Array] = {}
     drifts: dict[str, Array] = {}
     waiting: dict[str, list[tuple[Array, ...]]] = {}
@@ -211,9 +207,9 @@ def _measured(
         for sums, product in zip((grams, drifts), products, strict=False):
             sums[path] = sums[path] + product if path in sums else product
 
-    for now, before in zip(ours, theirs, strict=False):
-        collected = now.collect(ROWS, paths=paths)
-        originals = {} if before is None else before.collect(ROWS, paths=paths)
+    for view, original_view in zip(views, original_views, strict=False):
+        collected = view.collect(ROWS, paths=paths)
+        originals = {} if original_view is None else original_view.collect(ROWS, paths=paths)
         for path, rows in collected.items():
             parts = waiting.setdefault(path, [])
             parts.append((rows, originals[path]) if paired else (rows,))
@@ -227,7 +223,7 @@ def _measured(
 @functools.partial(jax.jit, static_argnames="compute")
 def _products(rows: Array, original: Array | None = None, *, compute: str) -> tuple[Array, ...]:
     product = matmul.dense_bf16 if compute == "bfloat16" else matmul.dense
-    # Laid out anew: a product along the first axis of both takes twice the time on CPU.
+    # An explicit transpose, since contracting the first axes takes twice the time on CPU.
     columns = jax.lax.optimization_barrier(rows.T)
     gram = product(columns, columns)
     if original is None:
@@ -250,6 +246,7 @@ def _all_finite(gram: Array, drift: Array | None) -> Array:
 
 @jax.jit
 def _shifted(weight: Array, factor: Array, drift: Array, propagate: float) -> Array:
+    # W' = W + propagate * W (X0 - X)^T X H^-1, by two triangular systems with H = R R^T.
     residual = jnp.matmul(weight, drift, precision="highest")
     half = triangular.solve_upper(factor, jax.lax.optimization_barrier(residual).T)
     return weight + propagate * triangular.solve_upper(factor, half, transposed=True).T
@@ -258,6 +255,6 @@ def _shifted(weight: Array, factor: Array, drift: Array, propagate: float) -> Ar
 def _check_inputs(name: str, path: str, gram: Array, drift: Array | None) -> None:
     if not bool(_all_finite(gram, drift)):
         raise RecipeError(
-            f"{name}: {path}: calibration gives NaN or infinity at its input; mend the weights "
+            f"{name}: {path}: its calibration inputs contain NaN or infinity; fix the weights "
             "before it or the batch"
         )

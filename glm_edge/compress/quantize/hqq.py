@@ -1,4 +1,4 @@
-"""Rounding weights without calibration, by half-quadratic steps."""
+"""HQQ: half-quadratic quantization without calibration."""
 
 import functools
 from dataclasses import field
@@ -24,22 +24,22 @@ NAME = "quantize.hqq"
 
 @register(NAME)
 class HQQ(Quantizer):
-    """Fits grids that leave few weights far wrong, without calibration, and rounds to nearest.
+    """Fits scales or zero points to a sparse error without calibration, then rounds to nearest.
 
         model, params, report = ge.quantize.hqq()(model, params)
 
     Attributes:
-      format: of the weights, such as `int4-g64-affine-zero=float16`, see `glm_edge.params.Format`:
-        a symmetric one fits scales, an affine one zero points, which lie between levels where they
-        are stored in a floating type.
-      where: see `glm_edge.quantize.rtn`, as are `scale`, `fallback_bits` and `stacked`.
-      exponent: in (0, 1], of the norm of the error.
-      steps: grids tried.
+      format: format of the weights, such as `int4-g64-affine-zero=float16`, see
+        `glm_edge.params.Format`. Symmetric formats fit scales. Affine formats fit zero points,
+        which may be between levels if they are stored in a floating type.
+      where: see `glm_edge.quantize.rtn`, also for `scale`, `fallback_bits` and `stacked`.
+      exponent: exponent `p` of the error's norm, in (0, 1].
+      steps: half-quadratic steps.
 
     Raises:
-      RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
-        weight, columns are not whole groups, weights are not finite, or a mask holds zeros that
-        zero points between levels cannot.
+      RecipeError: an option is invalid; on call, a pattern matches nothing or a quantized weight,
+        columns do not divide into groups, weights are not finite, or zero points between levels
+        cannot represent the zeros of a mask.
 
     References:
       Half-Quadratic Quantization of Large Machine Learning Models,
@@ -59,9 +59,7 @@ class HQQ(Quantizer):
         super().__post_init__()
         check_whole(NAME, steps=self.steps)
         if not 0 < self.exponent <= 1:
-            raise RecipeError(
-                f"{NAME}: exponent must be a number above 0 and up to 1: {self.exponent!r}"
-            )
+            raise RecipeError(f"{NAME}: exponent must be a number in (0, 1], not {self.exponent!r}")
 
     def compress_stage(self, work: StageContext) -> Replaced:
         rounding = self.config

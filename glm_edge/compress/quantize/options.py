@@ -1,4 +1,4 @@
-"""Options that transforms which round weights have in common."""
+"""Common options of transforms that quantize weights."""
 
 import functools
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ MOST_SWEEPS = 10_000
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """A format for weights, and how their scales are chosen.
+    """A format of weights, and the choice of their scales.
 
     Attributes:
-      format: of the weight.
-      scale: how scales are chosen, see `glm_edge.quantize.rtn`.
-      fallback_bits: per-channel width for a matrix whose columns are not whole groups; None refuses
-        such a matrix.
+      format: format of the weights.
+      scale: method that chooses scales, see `glm_edge.quantize.rtn`.
+      fallback_bits: per-channel width for a matrix whose columns do not divide into groups; None
+        raises RecipeError for it.
     """
 
     format: Format
@@ -34,7 +34,7 @@ class QuantizeConfig:
     fallback_bits: int | None = None
 
     def check(self, transform: str) -> None:
-        """Raises RecipeError where an option of a transform has no meaning."""
+        """Checks the options; raises RecipeError for an invalid one."""
         if self.scale not in SCALES:
             raise RecipeError(
                 f"{transform}: scale must be one of {', '.join(SCALES)}, not {self.scale!r}"
@@ -43,21 +43,24 @@ class QuantizeConfig:
             self.format.symmetric and self.format.qtype in INTEGERS
         ):
             raise RecipeError(
-                f"{transform}: scale='extreme' is for symmetric integers; {self.format} takes max "
+                f"{transform}: scale='extreme' is for symmetric integers; {self.format} needs max "
                 "or mse"
             )
         if self.fallback_bits is not None:
             check_bits(transform, "fallback_bits", self.fallback_bits)
 
     def format_of(self, path: str, columns: int) -> Format:
-        """Returns the format of one parameter: the wanted one, or the fallback.
+        """Returns the format of one parameter, or the fallback.
 
         Args:
-          path: of the parameter, for messages.
-          columns: inputs of its matrix.
+          path: path of the parameter for messages.
+          columns: count of inputs of its matrix.
+
+        Returns:
+          The format.
 
         Raises:
-          RecipeError: its columns are not whole groups and there is no fallback.
+          RecipeError: columns do not divide into groups, and there is no fallback.
         """
         try:
             self.format.num_groups(columns)
@@ -65,19 +68,19 @@ class QuantizeConfig:
             if self.fallback_bits is not None:
                 return Format(f"int{self.fallback_bits}", None, self.format.symmetric)
             raise RecipeError(
-                f"{path}: {error}; choose a divisor, or fallback_bits=8 to round such a matrix per "
-                "channel"
+                f"{path}: {error}; choose a divisor, or fallback_bits=8 for per-channel "
+                "quantization of such a matrix"
             ) from error
         return self.format
 
     def check_groups(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuses matrices whose columns are not whole groups.
+        """Refuses matrices whose columns do not divide into groups.
 
         Args:
-          sizes: `(out, in)` of the matrices by path.
+          sizes: `(out, in)` of each matrix by path.
 
         Raises:
-          RecipeError: one does not fit, and there is no fallback.
+          RecipeError: columns do not divide into groups, and there is no fallback.
         """
         if not self.format.plain:
             for path, (_, columns) in sizes.items():
@@ -89,13 +92,13 @@ class SolverOptions(Options):
     """Options of the solver of GPTQ and SparseGPT, which compensates errors column by column.
 
     Attributes:
-      act_order: takes columns by decreasing input energy; groups stay whole.
-      damping: fraction of the mean diagonal of the Hessian that is added to its diagonal. Where the
-        sum has no Cholesky factor, the solver raises it tenfold until it has one.
+      act_order: processes columns by decreasing input energy; groups stay together.
+      damping: fraction of the Hessian's mean diagonal that is added to its diagonal (`percdamp` of
+        the paper). The solver multiplies it by ten until the matrix has a Cholesky factor.
       sequential: within a layer, collects the inputs of a matrix again after the matrices before it
         are compressed; False collects once per layer.
-      propagate: in 0..1, fraction of the error of the inputs that the weights compensate first. At
-        0, only the weights' own errors count.
+      propagate: in 0..1, fraction of the input error that weights compensate for before they are
+        compressed; 0 ignores input errors.
       refit: fits scales by least squares after rounding.
       sweeps: passes of coordinate descent over the codes.
 
@@ -121,12 +124,12 @@ class SolverOptions(Options):
 
     @property
     def needs(self) -> str:
-        """Models whose inputs are collected: both to compensate the error of inputs."""
+        """`both` models if input errors are compensated, otherwise `inputs`."""
         return "both" if self.propagate > 0 else "inputs"
 
 
 def check_passes(name: str, **passes: int) -> None:
-    """Raises RecipeError unless every option is a number of passes, zero allowed."""
+    """Checks that every option is a count of passes, zero allowed; raises RecipeError otherwise."""
     for option, count in passes.items():
         if not 0 <= count <= MOST_SWEEPS:
             raise RecipeError(
@@ -135,7 +138,7 @@ def check_passes(name: str, **passes: int) -> None:
 
 
 def check_bits(transform: str, option: str, bits: Any) -> None:
-    """Raises RecipeError unless an option is the width of an integer format."""
+    """Checks that an option is the width of an integer format; raises RecipeError otherwise."""
     if not isinstance(bits, int) or bits not in _WIDTHS:
         known = f"{', '.join(map(str, _WIDTHS[:-1]))} or {_WIDTHS[-1]}"
         raise RecipeError(f"{transform}: {option} must be {known}, not {bits!r:.60}")
@@ -144,8 +147,15 @@ def check_bits(transform: str, option: str, bits: Any) -> None:
 def parse_format(transform: str, format: Any) -> Format:
     """Reads the option `format` of a transform.
 
+    Args:
+      transform: name of the transform for messages.
+      format: format string or `Format`.
+
+    Returns:
+      The format.
+
     Raises:
-      RecipeError: it is no format.
+      RecipeError: the option is not a valid format.
     """
     if isinstance(format, Format):
         return format
@@ -160,18 +170,17 @@ class WeightTransform(Transform):
     """Base of the transforms that round weights to a format.
 
     Attributes:
-      format: of the weights, a string such as `int4-g32` or a `Format`; the docstring of
+      format: format of the weights, a string such as `int4-g32` or a `Format`; the docstring of
         `glm_edge.params.Format` explains the strings.
-      where: regular expression searched in each path; None rounds every matrix that is not yet
+      where: regular expression searched in each path; None selects every matrix that is not yet
         quantized.
-      scale: how scales are chosen: `max`, the largest magnitude lands on the largest level; `mse`,
-        the fraction of it that gives the least squared error; `extreme`, the signed extreme lands
-        on `-2^(bits-1)` (symmetric integers only; scales may be negative, which phone kernels
-        refuse).
-      fallback_bits: per-channel width for a matrix whose columns are not whole groups; None raises
-        there.
-      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
-        where the model itself does not show it.
+      scale: `max` maps the largest magnitude to the largest level; `mse` uses the fraction of it
+        with the least squared error; `extreme` maps the signed extreme to `-2^(bits-1)` (symmetric
+        integers only; phone kernels refuse negative scales).
+      fallback_bits: per-channel width for a matrix whose columns do not divide into groups; None
+        raises RecipeError for it.
+      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`), if
+        the model does not show it.
     """
 
     unsupported: ClassVar[tuple[str, ...]] = ()
@@ -194,14 +203,14 @@ class WeightTransform(Transform):
 
     @functools.cached_property
     def config(self) -> QuantizeConfig:
-        """The format, and how scales are chosen."""
+        """Format and choice of scales."""
         return QuantizeConfig(parse_format(self.name, self.format), self.scale, self.fallback_bits)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Quantizer(WeightTransform, LayerwiseTransform):
-    """A transform that rounds weights stage by stage."""
+    """A transform that quantizes weights stage by stage."""
 
     def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuses matrices whose columns are not whole groups."""
+        """Refuses matrices whose columns do not divide into groups."""
         self.config.check_groups(sizes)

@@ -1,4 +1,4 @@
-"""From one parameter to its quantized box, and the report's row about it."""
+"""Quantization of one parameter to a box, and its row of the report."""
 
 import functools
 import math
@@ -20,20 +20,28 @@ from glm_edge.params import FakeQuantized, Format, Masked, Narrow, Quantized
 from glm_edge.params.boxes import Weight
 from glm_edge.params.layouts import Layout, by_name
 
-# Matrices of more weights are rounded by bands of rows, so that float32 copies stay small.
+# Larger matrices are quantized in bands of rows of this many weights, to limit float32 copies.
 BAND = 1 << 24
 
 
 def as_rows(leaf: Any, layout: Layout) -> Array:
-    """The dense weight of an array or box as `[..., out, in]`."""
+    """Returns the dense weight of an array or box as `[..., out, in]`."""
     return layout.rows(boxes.dense(leaf))
 
 
 def dense_rows(path: str, leaf: Any, layout: Layout) -> Array:
-    """As `as_rows` in float32.
+    """Returns the dense weight as float32 `[..., out, in]`, after checking that it is finite.
+
+    Args:
+      path: path of the parameter for messages.
+      leaf: array or box.
+      layout: layout of the parameter.
+
+    Returns:
+      float32 [..., out, in].
 
     Raises:
-      RecipeError: the weight holds NaN or infinity.
+      RecipeError: the weight contains NaN or infinity.
     """
     weight, finite = _float32_rows(leaf, layout)
     if not finite:
@@ -43,13 +51,13 @@ def dense_rows(path: str, leaf: Any, layout: Layout) -> Array:
 
 @functools.partial(jax.jit, static_argnames="layout")
 def _float32_rows(leaf: Any, layout: Layout) -> tuple[Array, Array]:
-    """The dense weight as `as_rows` in float32, and whether it is finite."""
+    """Returns the dense weight as float32 `[..., out, in]`, and True if it is finite."""
     weight = as_rows(leaf, layout).astype(jnp.float32)
     return weight, jnp.isfinite(weight).all()
 
 
 def each_matrix(solve: Callable[[Array], Any], rows: Array) -> Any:
-    """Calls `solve` with each matrix of a stack `[..., out, in]` and stacks what it returns."""
+    """Calls a solver with each matrix of a stack `[..., out, in]`, and stacks the results."""
     if rows.ndim == 2:
         return solve(rows)
     solved = [solve(matrix) for matrix in rows.reshape(-1, *rows.shape[-2:])]
@@ -69,26 +77,26 @@ def quantize_leaf(
     """Rounds one parameter to the nearest levels.
 
     Args:
-      path: of the parameter, for messages.
+      path: path of the parameter for messages.
       leaf: array or `Masked`.
-      format: to store it in.
+      format: target format.
       scale: see `glm_edge.compress.quantize.solvers.scales.choose`.
-      layout: of the parameter; None takes what its name says.
-      stock: a stock layer reads it, whose activations keep their type only if its weights do.
+      layout: layout of the parameter; None infers it from the path.
+      stock: True for a parameter of a stock layer, whose weights determine the type of activations.
 
     Returns:
-      `(box, relative error)`; where the format is a floating type, a plain array, or of a stock
-      layer a `Narrow`.
+      `(box, relative error)`. For a floating format, the box is a plain array, or a `Narrow` in a
+      stock layer.
 
     Raises:
-      RecipeError: the weight is not finite, its scales do not fit the format's scale type, the
-        format cannot hold the zeros of its mask, or the name does not say which axes are inputs.
+      RecipeError: the weight is not finite, its scales exceed the format's scale type, the format
+        cannot represent the zeros of its mask, or its layout is ambiguous.
     """
     if format.plain:
         return _cast(path, leaf, format, stock)
     layout = by_name(path, tuple(leaf.shape)) if layout is None else layout
     if layout is None:
-        raise RecipeError(f"{path} {list(leaf.shape)}: pass layout=, which says its inputs")
+        raise RecipeError(f"{path} {list(leaf.shape)}: pass layout=, which defines its inputs")
     matrix = as_rows(leaf, layout)
     peak = _peak(matrix)
     if not np.isfinite(peak):
@@ -102,7 +110,7 @@ def quantize_leaf(
         lost, power = lost + squares[0].sum(), power + squares[1].sum()
     box = jax.tree.map(lambda *bands: _joined(bands), *parts)
     if not math.isfinite(lost) or not _all_finite(box.scale):
-        raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
+        raise RecipeError(f"{path}: its scales exceed the range of {format.scale_dtype}")
     box = box.replace(**layout.kernel(leaf.shape), dtype=str(leaf_dtype(leaf)))
     _check_mask(path, leaf, box)
     return box, math.sqrt(lost / (power or 1.0))
@@ -115,7 +123,7 @@ def _cast(path: str, leaf: Weight, format: Format, stock: bool) -> tuple[Weight,
         raise RecipeError(f"{path}: NaN or infinity in the weights, or beyond {format.qtype}")
     error = relative_error(weight, narrowed)
     if stock and weight.dtype != narrowed.dtype:
-        # Zeros of a mask are zeros of the value, as in other rounded weights.
+        # Zeros of a mask become zeros of the value, as in other quantized weights.
         return boxes.narrow(narrowed, weight.dtype), error
     return boxes.mask(narrowed, leaf.mask) if isinstance(leaf, Masked) else narrowed, error
 
@@ -144,13 +152,13 @@ def _peak(matrix: Array) -> Array:
 def _boxed(
     codes: Array, grid: Grid, band: Array, peak: Array, format: Format, dtype: str
 ) -> tuple[Quantized, tuple[Array, Array]]:
-    """The box of codes, and the squares of its error, see `_squares`."""
+    """Boxes codes, and computes the squares of their error, see `_squares`."""
     box = boxes.quantized(codes, *grid, format, dtype=dtype)
     return box, _squares(box.unbox(), band, peak)
 
 
 def _squares(after: Array, before: Array, peak: Array) -> tuple[Array, Array]:
-    """Squared error and squared norm of each row, in units in which `peak` is near one."""
+    """Computes squared error and squared norm per row, in units in which `peak` is near one."""
     before = before.astype(jnp.float32)
     lost = grids.normalized(after.astype(jnp.float32) - before, peak)
     power = jnp.square(grids.normalized(before, peak))
@@ -168,22 +176,21 @@ def box_of(
     """Boxes the codes of a parameter.
 
     Args:
-      path: of the parameter.
-      leaf: what it was, for its type and its mask.
+      path: path of the parameter.
+      leaf: original parameter, for its type and mask.
       codes: int8 [..., out, in].
-      grid: of the codes.
-      format: to store them in.
-      layout: of the parameter.
+      grid: scales and zero points of the codes.
+      format: storage format.
+      layout: layout of the parameter.
 
     Returns:
       The box.
 
     Raises:
-      RecipeError: scales do not fit their type, or a weight that a mask keeps at zero would no
-        longer be zero.
+      RecipeError: scales exceed their type, or a masked weight would not stay zero.
     """
     if not _all_finite(grid.scale):
-        raise RecipeError(f"{path}: its scales do not fit {format.scale_dtype}")
+        raise RecipeError(f"{path}: its scales exceed the range of {format.scale_dtype}")
     box = boxes.quantized(codes, *grid, format, dtype=str(leaf_dtype(leaf)))
     box = box.replace(**layout.kernel(leaf.shape))
     _check_mask(path, leaf, box)
@@ -194,29 +201,29 @@ def _check_mask(path: str, leaf: Any, box: Quantized) -> None:
     if isinstance(leaf, Masked) and bool(
         np.any(np.asarray(box.unbox())[~np.asarray(leaf.mask)] != 0)
     ):
-        raise RecipeError(f"{path}: {box.format} cannot hold the zeros of its mask")
+        raise RecipeError(f"{path}: {box.format} cannot represent the zeros of its mask")
 
 
 def leaf_dtype(leaf: Weight) -> np.dtype:
-    """Type of the dense weight of an array or box."""
+    """Returns the type of the dense weight of an array or box."""
     if isinstance(leaf, Masked):
         return leaf_dtype(leaf.value)
     return jnp.dtype(leaf.dtype)
 
 
 def is_stock(path: str) -> bool:
-    """True for a parameter of a stock layer; those of `glm_edge.models` are named `weight`."""
+    """Tests for a parameter of a stock layer; those of `glm_edge.models` are named `weight`."""
     return path.rsplit("/", 1)[-1] in ("kernel", "embedding")
 
 
 def relative_error(before: Any, after: Any) -> float:
-    """`|after - before| / |before|` of two parameters of one shape."""
+    """Computes `|after - before| / |before|` of two parameters of equal shape."""
     old, new = (np.asarray(boxes.dense(leaf)).reshape(-1) for leaf in (before, after))
     lost = power = 0.0
-    # In float64, whose range holds the squares of all float32, and in an order without threads.
+    # float64 represents the squares of all float32 values. numpy sums in an order without threads.
     for start in range(0, old.size, BAND >> 2):
-        was, now = (x[start : start + (BAND >> 2)].astype(np.float64) for x in (old, new))
-        lost, power = lost + np.sum(np.square(now - was)), power + np.sum(np.square(was))
+        before, after = (x[start : start + (BAND >> 2)].astype(np.float64) for x in (old, new))
+        lost, power = lost + np.sum(np.square(after - before)), power + np.sum(np.square(before))
     return math.sqrt(lost / (power or 1.0))
 
 
@@ -229,7 +236,20 @@ def row(
     note: str = "",
     output_error: float | None = None,
 ) -> Row:
-    """The report's row about a parameter that was rounded."""
+    """Builds the report's row of a quantized parameter.
+
+    Args:
+      transform: name of the transform.
+      path: path of the parameter.
+      before: original parameter.
+      after: quantized parameter.
+      error: relative error of the weight, or None.
+      note: text appended to the action.
+      output_error: relative error at the output on calibration inputs, or None.
+
+    Returns:
+      The row.
+    """
     if isinstance(after, Quantized | FakeQuantized):
         action = str(after.format)
     elif isinstance(after, Narrow):
@@ -238,8 +258,8 @@ def row(
         action = str(leaf_dtype(after))
     fraction = float(np.mean(before.mask)) if isinstance(before, Masked) else 1.0
     stored = boxes.stored_bytes(after)
-    # What training or search made of weights that its step size does not fit.
-    worse = "farther from the weight than zero is" if error is not None and error > 1 else ""
+    # Training or a search can diverge from the weight when its step size is too large.
+    worse = "error larger than that of zeros" if error is not None and error > 1 else ""
     note = ", ".join(filter(None, (note, _underflow(before, after), worse)))
     return Row(
         transform,
@@ -255,7 +275,7 @@ def row(
 
 
 def _underflow(before: Any, after: Any) -> str:
-    """Describes the values that a stored type was too coarse for; empty without any."""
+    """Describes scales and weights that underflow in their stored type; empty without any."""
     notes = []
     if isinstance(after, Quantized):
         smallest = kernels.smallest_scale(after.format.scale_dtype)
@@ -277,7 +297,7 @@ def _underflow(before: Any, after: Any) -> str:
 
 
 def _zeroed_rows(before: Any, after: Quantized) -> int:
-    """Rows of which nothing is left, band by band as in `quantize_leaf`."""
+    """Counts the rows that became zero, in bands as in `quantize_leaf`."""
     dense = _rows_like(after, boxes.dense(before))
     bare = after.replace(kernel_shape=(), kernel_axes=())
     if dense.ndim != 2 or dense.size <= BAND:
@@ -305,5 +325,5 @@ def _rows_like(box: Quantized, dense: Array) -> Array:
 
 @jax.jit
 def _zeroed(before: Array, after: Any) -> Array:
-    """Rows, along the last axis, that are zero after and were not before."""
+    """Counts rows, along the last axis, that became zero."""
     return jnp.sum(jnp.any(before != 0, axis=-1) & ~jnp.any(boxes.dense(after) != 0, axis=-1))

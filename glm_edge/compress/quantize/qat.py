@@ -1,4 +1,4 @@
-"""Quantization-aware training: a model learns while it is read as if it were quantized."""
+"""Quantization-aware training with fake-quantized weights."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -35,10 +35,10 @@ class Trainable(Options):
     """Parameters that quantization-aware training updates.
 
     Attributes:
-      where: regular expression searched in each path; None is every quantized weight, and norms and
-        biases under the same roots (`decoder`, `vision`, …).
-      learned_scale: scales train too.
-      scale_rate: learning rate of a scale, in units of `learning_rate` times its initial value.
+      where: regular expression searched in each path; None means every quantized weight, and norms
+        and biases under the same roots (`decoder`, `vision`, …).
+      learned_scale: trains scales too.
+      scale_rate: learning rate of scales, in units of `learning_rate` times the initial scale.
 
     Raises:
       RecipeError: `where` is not a regular expression, or `scale_rate` is not positive.
@@ -58,29 +58,32 @@ class Trainable(Options):
 
 @register(NAME)
 class QAT(WeightTransform):
-    """Trains weights that are rounded on every use, then rounds them for good.
+    """Trains fake-quantized weights, then quantizes them.
 
     Gradients pass straight through the rounding where it does not clip; scales learn as in learned
-    step size quantization. The loss is that of `glm_edge.compress.distill`. A weight that is
-    `Quantized` already, as after GPTQ, starts from its dense values, and on its own grid when that
-    has the same format. Masks keep their zeros. The result's dense weights are those of the last
-    forward pass, bit for bit.
+    step size quantization. The loss is that of `glm_edge.compress.distill`. A `Quantized` weight,
+    as after GPTQ, starts from its dense values, and keeps its scales if it has the same format.
+    Masked weights keep their zeros. The dense weights of the result equal those of the last forward
+    pass, bit for bit.
+
+        recipe = ge.quantize.qat("int4-g32", train=ge.TrainOptions(steps=1000))
+        model, params, report = recipe(model, params, calibration=batches, rng=key)
 
     Attributes:
-      format: of the weights, such as `int4-g32`, see `glm_edge.params.Format`; zero points keep
-        their first values.
-      where: see `glm_edge.quantize.rtn`, as are `scale`, `fallback_bits` and `stacked`; None rounds
-        every matrix.
-      trainable: see `glm_edge.compress.Trainable`.
-      teacher: `(model, params)`; None is the model that the chain was given.
-      train: steps, learning rate and the like, see `glm_edge.TrainOptions`.
-      temperature: softens both predictions.
-      alpha: weight of the teacher, in 0..1; the rest is the labels'.
+      format: format of the weights, such as `int4-g32`, see `glm_edge.params.Format`. Zero points
+        keep their initial values.
+      where: see `glm_edge.quantize.rtn`, also for `scale`, `fallback_bits` and `stacked`; None
+        selects every matrix.
+      trainable: trained parameters, see `glm_edge.compress.Trainable`.
+      teacher: `(model, params)`; None means the input model of the chain.
+      train: steps, learning rate and further options, see `glm_edge.TrainOptions`.
+      temperature: temperature of both predictions.
+      alpha: weight of the teacher's loss, in 0..1; the labels' loss has weight `1 - alpha`.
 
     Raises:
-      RecipeError: an option has no meaning; on call, a pattern matches nothing, columns are not
-        whole groups, weights are not finite, or the loss is not.
-      DataError: calibration is missing or not a batch.
+      RecipeError: an option is invalid; on call, a pattern matches nothing, columns do not divide
+        into groups, or weights or the loss are not finite.
+      DataError: calibration is missing or malformed.
 
     References:
       Learned Step Size Quantization, https://arxiv.org/abs/1902.08153.
@@ -153,19 +156,19 @@ qat = QAT
 
 
 def fake(path: str, leaf: Any, rounding: QuantizeConfig, layout: Layout = AS_ROWS) -> Any:
-    """Boxes a parameter to train as if it were quantized.
+    """Boxes a parameter for quantization-aware training.
 
     Args:
-      path: of the parameter.
+      path: path of the parameter.
       leaf: array, `Masked` or `Quantized`.
-      rounding: what to train for; a `Quantized` leaf of its format brings its own scales.
-      layout: of the parameter.
+      rounding: target format; a `Quantized` leaf of the same format keeps its scales.
+      layout: layout of the parameter.
 
     Returns:
-      `FakeQuantized`, in the mask of a masked weight.
+      `FakeQuantized`, inside a `Masked` for a masked weight.
 
     Raises:
-      RecipeError: the weight is not finite, or its columns are not whole groups.
+      RecipeError: the weight is not finite, or its columns do not divide into groups.
     """
     format = rounding.format_of(path, layout.extent(leaf.shape)[1])
     matrix = leaves.dense_rows(path, leaf, layout)
@@ -182,15 +185,18 @@ def fake(path: str, leaf: Any, rounding: QuantizeConfig, layout: Layout = AS_ROW
 def split(
     student: Params, wanted: Callable[[str, Any], bool], learned_scale: bool
 ) -> tuple[Params, Params]:
-    """As `glm_edge.params.partition`, with only what should train on the left.
+    """Splits a tree as `glm_edge.params.partition`, with selected leaves in the first tree only.
 
     Args:
       student: parameters, some of them `FakeQuantized`.
-      wanted: called with the path and the leaf; True for what trains.
-      learned_scale: the scales of what trains do so too.
+      wanted: function of path and leaf that returns True for trained parameters.
+      learned_scale: also trains the scales of trained parameters.
+
+    Returns:
+      `(trainable, frozen)`, the arguments of `glm_edge.params.combine`.
 
     Raises:
-      RecipeError: nothing is left to train.
+      RecipeError: no parameter can train.
     """
     chosen = {path for path, leaf in boxes.path_items(student) if wanted(path, leaf)}
     trainable, frozen = boxes.partition(student)
@@ -202,7 +208,7 @@ def split(
 
     chosen_arrays = boxes.map_with_path(trains_of, trainable)
     if not jax.tree.leaves(chosen_arrays):
-        raise RecipeError(f"{NAME}: where= of trainable= matches nothing that can train")
+        raise RecipeError(f"{NAME}: where= of trainable= matches no trainable parameter")
     excluded = jax.tree.map(
         lambda before, after: before if after is None else None,
         trainable,
@@ -229,7 +235,7 @@ def _without_scale(leaf: Any) -> Any:
 
 
 def lr_scale_of(trainable: Params, scale_rate: float) -> Params:
-    """Factors of the learning rate: one, and for scales what they are, times `scale_rate`."""
+    """Computes factors of the learning rate: `scale_rate` times the value for scales, else one."""
 
     def lr_scale(path: tuple[Any, ...], array: Any) -> Any:
         field = getattr(path[-1], "name", None)
@@ -239,16 +245,20 @@ def lr_scale_of(trainable: Params, scale_rate: float) -> Params:
 
 
 def finalize(path: str, leaf: Any, before: Any, layout: Layout = AS_ROWS) -> Quantized:
-    """The packed box of a trained one, whose dense weight is the same.
+    """Converts a trained box to a packed box with the same dense weight.
 
     Args:
-      path: of the parameter.
-      leaf: `FakeQuantized`, perhaps `Masked`.
-      before: the parameter as it was, for its mask.
-      layout: of the parameter.
+      path: path of the parameter.
+      leaf: `FakeQuantized`, or a `Masked` around it.
+      before: original parameter, for its mask.
+      layout: layout of the parameter.
+
+    Returns:
+      The packed box.
 
     Raises:
-      RecipeError: the trained weight is not finite, or its format cannot hold the zeros of a mask.
+      RecipeError: the trained weight is not finite, or its format cannot represent the zeros of a
+        mask.
     """
     box = leaf
     if isinstance(leaf, Masked):
@@ -257,7 +267,7 @@ def finalize(path: str, leaf: Any, before: Any, layout: Layout = AS_ROWS) -> Qua
         box = box.replace(value=jnp.where(matrix == 0, 0.0, box.value))
     quantized = box.finalize()
     if not np.isfinite(np.float32(quantized.scale)).all():
-        raise RecipeError(f"{path}: a scale left the range of {box.format.scale_dtype}")
+        raise RecipeError(f"{path}: a scale exceeds the range of {box.format.scale_dtype}")
     return leaves.box_of(
         path,
         before,

@@ -1,4 +1,4 @@
-"""Rotating what flows between matrices, so that outliers spread and fewer bits hold it."""
+"""QuaRot: rotation of hidden states, which spreads outliers for low-bit formats."""
 
 import dataclasses
 import zlib
@@ -34,23 +34,26 @@ NAME = "quantize.rotate"
 
 @register(NAME)
 class Rotate(LayerwiseTransform):
-    """Rotates the decoder's residual stream and the values of its heads; the function stays.
+    """Rotates the decoder's residual stream and the values of its heads; the function is unchanged.
 
-    Norm weights are folded into the matrices that follow and become ones, since only a norm
-    without weights lets a rotation pass. What writes into the residual stream (embedding, output
-    and down projections, the encoders' last matrices and tables) is rotated, what reads it is
-    rotated back. A model whose head is its embedding gets a head of its own, `head/weight`, because
-    the final norm folds into one of the two. Do this before rounding and pruning.
+    Norm weights are folded into the matrices that follow and become ones, since only a norm without
+    weights commutes with a rotation. Matrices that write to the residual stream (embedding, output
+    and down projections, the encoders' last matrices and tables) are rotated; matrices that read it
+    are rotated back. A tied model receives an untied head, `head/weight`, because the final norm
+    folds into the head but not the embedding. Rotate before quantizing and pruning.
+
+        recipe = ge.chain(ge.quantize.rotate(), ge.quantize.rtn("int4-g32"))
+        model, params, report = recipe(model, params)
 
     Attributes:
-      residual: rotates the residual stream; not possible with norms after attention and
-        feed-forward (`sandwich_norm`).
+      residual: rotates the residual stream; impossible with norms after attention and feed-forward
+        (`sandwich_norm`).
       heads: rotates the values of each key/value head.
       encoders: rotates the values of the encoders' heads too.
-      seed: of the random rotations.
+      seed: seed of the random rotations.
 
     Raises:
-      RecipeError: an option has no meaning; on call, the model cannot be rotated, or is pruned or
+      RecipeError: an option is invalid; on call, the model cannot be rotated, or is pruned or
         quantized already.
 
     References:
@@ -72,7 +75,7 @@ class Rotate(LayerwiseTransform):
             raise RecipeError(f"{NAME}: nothing to rotate; choose residual, heads or encoders")
         if not 0 <= self.seed < 2**32:
             raise RecipeError(
-                f"{NAME}: seed must be a whole number of 0 to 2^32 - 1, not {self.seed!r:.60}"
+                f"{NAME}: seed must be an integer in 0..2^32 - 1, not {self.seed!r:.60}"
             )
 
     def compress_stage(self, work: StageContext) -> Replaced:
@@ -100,7 +103,7 @@ class Rotate(LayerwiseTransform):
         encoder = isinstance(config, VisionConfig | SpeechConfig | TextConfig)
         if encoder and not (self.residual or self.encoders):
             raise RecipeError(
-                f"{NAME}: {type(model).__name__} is an encoder, and heads= are those of a decoder; "
+                f"{NAME}: {type(model).__name__} is an encoder, and heads= rotates only decoders; "
                 "pass encoders=True"
             )
         if not (self.residual and isinstance(config, GLMConfig)):
@@ -110,12 +113,12 @@ class Rotate(LayerwiseTransform):
             return apply_layerwise(self, model, params, context)
         embedding = params["embed"]["weight"]
         _check_plain("embed/weight", embedding)
-        # A model whose head is its embedding gets a head of its own first.
+        # A tied model is untied first.
         own_head = model.clone(config=_untied(config))
-        # A buffer of its own: donating one parameter must not take the other with it.
+        # A copy of the buffer, since donating one parameter must not invalidate the other.
         with_head = {**params, "head": {"weight": jnp.array(embedding, copy=True)}}
         model, rotated, report = apply_layerwise(self, own_head, with_head, context)
-        note = "the head was the embedding and has a matrix of its own now"
+        note = "the tied head became a separate matrix"
         totals: dict[str, Any] = {
             "bytes_before": boxes.stored_bytes(params),
             "count_before": boxes.count(params),
@@ -163,7 +166,7 @@ def _rotate_values(
     fold: folding.Fold, key: Array, leaves: Leaves, notes: dict[str, list[str]]
 ) -> None:
     count, repeats, width = fold.blocks
-    # Each layer its own rotation, the same in memory and streamed.
+    # Each layer has its own rotation, equal in memory and in streaming.
     layer_key = jax.random.fold_in(key, zlib.crc32(fold.consumers[0].encode()))
     rotation = hadamard.random_rotation(layer_key, width)
     for path in fold.producers:
@@ -182,7 +185,7 @@ def _rotate_values(
 
 
 def _by_bands(leaf: Array, rotation: Rotation, norm: Array | None = None) -> Array:
-    """Rows times the norm's weight and the rotation; a few at a time, in float32."""
+    """Multiplies rows by the norm's weight and the rotation in float32, in bands of rows."""
     rows = leaf.reshape(-1, leaf.shape[-1])
     band = max(1, BAND // rows.shape[1])
     parts = [_turned(rows[i : i + band], rotation, norm) for i in range(0, len(rows), band)]
@@ -192,9 +195,9 @@ def _by_bands(leaf: Array, rotation: Rotation, norm: Array | None = None) -> Arr
 
 @jax.jit
 def _turned(rows: Array, rotation: Rotation, norm: Array | None) -> Array:
-    wide = rows.astype(jnp.float32)
-    wide = wide if norm is None else wide * norm
-    return hadamard.rotate(wide, rotation).astype(rows.dtype)
+    widened = rows.astype(jnp.float32)
+    widened = widened if norm is None else widened * norm
+    return hadamard.rotate(widened, rotation).astype(rows.dtype)
 
 
 @jax.jit

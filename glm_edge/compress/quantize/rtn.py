@@ -1,4 +1,4 @@
-"""Rounding weights to the nearest level."""
+"""Quantization by rounding to nearest (RTN)."""
 
 from dataclasses import field
 
@@ -15,31 +15,31 @@ NAME = "quantize.rtn"
 class RTN(Quantizer):
     """Rounds weights to the nearest level, `q = round(f / s + z)`, `f' = s (q - z)`.
 
-    Symmetric scales have no zero point; affine grids span zero, which they hold exactly. A scale
-    is rounded to its stored type before the codes are computed; one below what the type holds is
-    raised to the smallest, and the report counts those and rows that became zero. A group of zeros
-    gets scale one, or zero in `ternary34`. Zeros of a masked weight stay zero and its mask is
-    dropped. Biases and norms are left.
+    Symmetric formats have no zero point. Affine ranges include zero and represent it exactly.
+    Scales are rounded to their stored type before codes are computed. A scale below the range of
+    the type becomes its smallest value; the report counts these scales and rows that became zero.
+    Groups of zeros have scale one, or zero in `ternary34`. Zeros of a masked weight stay zero, and
+    its mask is dropped. Biases and norms are not quantized.
 
         recipe = ge.quantize.rtn("int4-g32", where=r"^decoder/")
         model, params, report = recipe(model, params)
 
     Attributes:
-      format: of the weights, a string such as `int8`, `int4-g32`, `int4-g32-affine` or `ternary`,
-        or a `Format`; the docstring of `glm_edge.params.Format` explains the strings.
-      where: regular expression searched in each path; None rounds every matrix that is not yet
+      format: format of the weights, a string such as `int8`, `int4-g32`, `int4-g32-affine` or
+        `ternary`, or a `Format`; the docstring of `glm_edge.params.Format` explains the strings.
+      where: regular expression searched in each path; None selects every matrix that is not yet
         quantized.
-      scale: `max`, the largest magnitude lands on the largest level; `mse`, the fraction of it
-        that gives the least squared error; `extreme`, the signed extreme lands on
-        `-2^(bits-1)` (symmetric integers only; scales may be negative, which phone kernels refuse).
-      fallback_bits: per-channel width for a matrix whose columns are not whole groups; None raises
-        there.
-      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
-        where the model itself does not show it.
+      scale: `max` maps the largest magnitude to the largest level; `mse` uses the fraction of it
+        with the least squared error; `extreme` maps the signed extreme to `-2^(bits-1)` (symmetric
+        integers only; phone kernels refuse negative scales).
+      fallback_bits: per-channel width for a matrix whose columns do not divide into groups; None
+        raises RecipeError for it.
+      stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`), if
+        the model does not show it.
 
     Raises:
-      RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
-        weight, columns are not whole groups, or weights are not finite.
+      RecipeError: an option is invalid; on call, a pattern matches nothing or a quantized weight,
+        columns do not divide into groups, or weights are not finite.
 
     References:
       Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,

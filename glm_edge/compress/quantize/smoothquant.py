@@ -1,4 +1,4 @@
-"""Moving the spread of activations into weights, so that both fit a coarse grid."""
+"""SmoothQuant: migration of activation outliers into weights."""
 
 import collections
 from collections.abc import Collection
@@ -31,22 +31,25 @@ NAME = "quantize.smoothquant"
 
 @register(NAME)
 class SmoothQuant(LayerwiseTransform):
-    """Divides channels of activations by `max|X|^alpha / max|W|^(1 - alpha)`; the function stays.
+    """Divides activation channels by `max|X|^alpha / max|W|^(1 - alpha)`, and scales up weights.
 
-    The factor moves into what produces the channel (see `glm_edge.compress.folding`) and the
-    columns that read it are multiplied by it. Weights change and are not rounded: chain a rounding
-    transform after this, and run with int8 activations. Matrices that get no factor stay as they
-    are; the report counts them and says why.
+    The producer of a channel is divided by the factor (see `glm_edge.compress.folding`), and the
+    columns that read it are multiplied, so the model's function is unchanged. Weights are not
+    quantized: chain a quantizing transform afterwards, and run with int8 activations. The report
+    counts matrices without a factor, with the reason.
+
+        recipe = ge.chain(ge.quantize.smoothquant(0.5), ge.quantize.rtn("int8"))
+        model, params, report = recipe(model, params, calibration=batches)
 
     Attributes:
-      alpha: in 0..1, how much of the spread leaves the activations.
-      where: regular expression searched in paths of the matrices that read the channels; None is
-        all of them. Matrices that share an input change together or not at all.
-      kinds: of folds, `norm`, `value`, `neurons`, `linear`; None is all.
+      alpha: in 0..1, migration strength from activations to weights.
+      where: regular expression searched in paths of the matrices that read the channels; None
+        selects all. Matrices that share an input change together or not at all.
+      kinds: kinds of folds, `norm`, `value`, `neurons`, `linear`; None selects all.
 
     Raises:
-      RecipeError: an option has no meaning; on call, no factor can move in this model.
-      DataError: on call, calibration is missing, or gives activations that are not finite.
+      RecipeError: an option is invalid; on call, no factor can move in this model.
+      DataError: on call, calibration is missing, or activations are not finite.
 
     References:
       SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models,
@@ -105,9 +108,9 @@ class SmoothQuant(LayerwiseTransform):
         result = apply_layerwise(self, model, params, context)
         if all("without a factor: " in row.action for row in result[2].rows):
             raise RecipeError(
-                f"{NAME}: where={self.where!r} and kinds={self.kinds} name no matrices "
-                "between which a factor moves; those that share an input go together (query, key, "
-                "value), and none moves through GELU"
+                f"{NAME}: where={self.where!r} and kinds={self.kinds} select no matrices "
+                "between which a factor can move; select matrices that share an input together "
+                "(query, key, value); a factor cannot move through GELU"
             )
         return result
 
@@ -118,7 +121,7 @@ smoothquant = SmoothQuant
 def _reasons(
     work: StageContext, kinds: tuple[str, ...] | None, eased: Collection[str]
 ) -> dict[str, str]:
-    """Why a matrix that the pattern names got no factor, by path, but for what `kinds` leaves."""
+    """Returns the reason per selected matrix without a factor, unless `kinds` excludes it."""
     folds = folding.folds(getattr(work.model, "config", None))
     by_consumer = {path: fold for fold in folds for path in fold.consumers}
     reasons: dict[str, str] = {}
@@ -127,25 +130,28 @@ def _reasons(
         if path in eased or (fold is not None and kinds is not None and fold.kind not in kinds):
             continue
         if fold is None:
-            reasons[path] = "nothing before it can be divided"
+            reasons[path] = "the operation before it cannot be divided"
         elif not fold.within(work.leaves):
-            reasons[path] = "it, what shares its input or what comes before it is quantized already"
+            reasons[path] = "it, its producer or a matrix with the same input is quantized already"
         elif not set(fold.consumers) <= set(work.selected):
-            reasons[path] = "where= leaves out what shares its input"
+            reasons[path] = "where= excludes a matrix with the same input"
         else:
             reasons[path] = work.unseen(path)
     return reasons
 
 
 def selected_folds(name: str, work: StageContext) -> list[Fold]:
-    """Folds of a stage whose consumers are all selected.
+    """Lists the folds of a stage whose consumers are all selected.
 
     Args:
-      name: of the transform, for messages.
-      work: the stage.
+      name: name of the transform for messages.
+      work: context of the stage.
+
+    Returns:
+      Folds with producers and consumers in this stage.
 
     Raises:
-      RecipeError: the model is of a kind in which no factor is known to move.
+      RecipeError: no folds are known for this class of model.
     """
     selected = set(work.selected)
     known = folding.folds(
@@ -158,7 +164,7 @@ def selected_folds(name: str, work: StageContext) -> list[Fold]:
 
 def _factor(fold: Fold, leaves: Leaves, largest: Array, alpha: float) -> Array:
     if not np.isfinite(np.asarray(largest)).all():
-        raise DataError(f"{NAME}: calibration gives {fold.consumers[0]} inputs that are not finite")
+        raise DataError(f"{NAME}: {fold.consumers[0]}: calibration inputs are not finite")
     weights = jnp.max(jnp.stack([_columns(boxes.dense(leaves[p])) for p in fold.consumers]), axis=0)
     if not np.isfinite(np.asarray(weights)).all():
         raise RecipeError(f"{NAME}: {fold.consumers[0]}: NaN or infinity in the weights")
@@ -169,15 +175,18 @@ def _factor(fold: Fold, leaves: Leaves, largest: Array, alpha: float) -> Array:
 
 @jax.jit
 def smooth_factor(activations: Array, weights: Array, alpha: float) -> Array:
-    """`activations ** alpha / weights ** (1 - alpha)`, one where either is zero.
+    """Computes `activations ** alpha / weights ** (1 - alpha)`, or one if either is zero.
 
     Args:
-      activations: [channels] largest magnitude of each.
-      weights: [channels] largest magnitude of the columns that read it.
-      alpha: in 0..1.
+      activations: [channels] largest magnitude per channel.
+      weights: [channels] largest magnitude of the columns that read the channel.
+      alpha: migration strength, in 0..1.
 
     Returns:
-      float32 [channels], what activations are divided by.
+      float32 [channels], divisors of the activations.
+
+    References:
+      SmoothQuant, https://arxiv.org/abs/2211.10438, equation 4.
     """
     alive = (activations > 0) & (weights > 0)
     activations, weights = (jnp.where(alive, x, 1.0) for x in (activations, weights))

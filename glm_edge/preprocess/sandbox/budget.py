@@ -1,4 +1,4 @@
-"""Limits of a template: steps, bytes of values, and characters of output."""
+"""Limits of a template on steps, bytes of values, and characters of output."""
 
 import sys
 from typing import Any
@@ -12,13 +12,13 @@ BYTES_PER_CHARACTER = 64
 MAX_OUTPUT = 1 << 20
 OUTPUT_PER_CHARACTER = 8
 MAX_INTEGER_BITS = 4096
-# A step is about a microsecond; comparing and copying takes less than one per this many characters.
+# A step is about a microsecond. Comparing or copying this many characters takes less than a step.
 CHARACTERS_PER_STEP = 256
-# Pairs of numbers, or of short tuples, that are compared in a step.
+# Pairs of numbers or short tuples compared per step.
 COMPARED_PER_STEP = 16
-# A small object and its slot in a list.
+# Bytes of a small object and its slot in a list.
 OBJECT_BYTES = 72
-# Python hashes lesser integers to themselves; among larger ones any number have the same hash.
+# Python hashes smaller integers to themselves; arbitrarily many larger integers share a hash.
 MAX_OWN_HASH = 1 << 53
 
 
@@ -27,18 +27,18 @@ class TemplateLimitError(jinja2.TemplateRuntimeError):
 
 
 class Budget:
-    """The budget of one rendering, to which its inputs add.
+    """The budget of one rendering, which grows with its inputs.
 
     Attributes:
-      output: characters that it may write.
+      output: maximum of output characters.
     """
 
     def __init__(self, values: int = 0, characters: int = 0) -> None:
-        """Starts full.
+        """Creates a full budget.
 
         Args:
-          values: JSON values that the template is given.
-          characters: of the texts among them.
+          values: count of JSON values in the template's inputs.
+          characters: count of characters in the template's inputs.
         """
         self._max_steps = self._steps = MAX_STEPS + STEPS_PER_VALUE * values + characters // 2
         self._max_bytes = self._bytes = MAX_BYTES + BYTES_PER_CHARACTER * characters
@@ -48,7 +48,7 @@ class Budget:
         """Counts steps.
 
         Raises:
-          TemplateLimitError: there are none left.
+          TemplateLimitError: the budget of steps is exhausted.
         """
         self._steps -= count
         if self._steps < 0:
@@ -61,13 +61,13 @@ class Budget:
     def search(self, characters: int, wanted: int, backwards: bool = False) -> None:
         """Counts the steps of searching a text.
 
-        Python searches a long text forwards in time in proportion to its length. Backwards, and in
-        a short text, it may compare all that is searched for at each character.
+        Python's forward search in a long text takes linear time. A backward search, and a search
+        in a short text, may compare the complete pattern at each character.
 
         Args:
-          characters: of the text.
-          wanted: characters that are searched for in it.
-          backwards: from its end.
+          characters: length of the text.
+          wanted: length of the pattern.
+          backwards: searches from the end.
         """
         self.touch(8 * (characters + wanted))
         short = characters < 2500 or (characters < 30_000 and wanted < 100)
@@ -75,10 +75,10 @@ class Budget:
             self.touch(max(characters - wanted + 1, 0) * wanted)
 
     def reserve(self, size: int) -> None:
-        """Counts bytes before they are taken.
+        """Counts bytes before they are allocated.
 
         Raises:
-          TemplateLimitError: there are not as many left.
+          TemplateLimitError: the budget of bytes is exhausted.
         """
         self._bytes -= size
         if self._bytes < 0:
@@ -86,20 +86,20 @@ class Budget:
         self.step(size // (CHARACTERS_PER_STEP * 4))
 
     def items(self, count: int) -> None:
-        """Counts the elements of a list before it is made."""
+        """Counts the elements of a list before it is created."""
         self.step(count // 8)
         self.reserve(count * OBJECT_BYTES)
 
     def made(self, text: str) -> str:
-        """Counts a text that was made of counted ones, and returns it."""
+        """Counts the bytes of a new text, and returns it."""
         self.reserve(sys.getsizeof(text))
         return text
 
     def number(self, value: Any) -> Any:
-        """Returns a number unless it has too many digits.
+        """Returns a number after checking its count of digits.
 
         Raises:
-          TemplateLimitError: it has.
+          TemplateLimitError: an integer has too many bits.
         """
         if type(value) is int and value.bit_length() > MAX_INTEGER_BITS:
             raise TemplateLimitError(f"makes an integer of more than {MAX_INTEGER_BITS} bits")
@@ -107,18 +107,18 @@ class Budget:
 
 
 class Keys:
-    """A count of the steps of comparing the keys of one dict.
+    """A counter of the comparisons between keys of one dict.
 
-    A dict compares a key with all others of the same hash. An attacker can choose integers and
-    tuples that have one hash; those count as compared with each other. Hashes of texts are random.
+    A dict compares a key with all keys of equal hash. An attacker can choose integers and tuples of
+    equal hash, so each one counts as compared with all others. Hashes of strings are random.
     """
 
     def __init__(self, budget: Budget) -> None:
-        """Starts without keys."""
+        """Creates a counter without keys."""
         self._budget, self._alike = budget, 0
 
     def add(self, key: Any) -> Any:
-        """Counts a key, whose comparison is counted already, and returns it."""
+        """Counts the comparisons of a new key with earlier keys, and returns it."""
         if not isinstance(key, str):
             self._budget.step(self._alike // COMPARED_PER_STEP)
             large = isinstance(key, int) and abs(key) > MAX_OWN_HASH
@@ -127,10 +127,10 @@ class Keys:
 
 
 class Sink:
-    """Output that is written piece by piece."""
+    """Output of a template, written in pieces."""
 
     def __init__(self, budget: Budget) -> None:
-        """Starts empty."""
+        """Creates an empty output."""
         self._budget, self._length = budget, 0
         self._pieces: list[str] = []
 
@@ -138,7 +138,7 @@ class Sink:
         """Appends text.
 
         Raises:
-          TemplateLimitError: there is too much of it.
+          TemplateLimitError: the output exceeds the budget.
         """
         self._length += len(text)
         if self._length > self._budget.output:
@@ -147,5 +147,5 @@ class Sink:
         self._pieces.append(text)
 
     def text(self) -> str:
-        """Returns all of it."""
+        """Returns the complete output."""
         return self._budget.made("".join(self._pieces))

@@ -1,4 +1,4 @@
-"""Filters and tests of templates, named and answering as Jinja's do."""
+"""Filters and tests of templates, with the names and results of Jinja's."""
 
 import functools
 import itertools
@@ -56,40 +56,40 @@ class Filters:
     """Filters and tests of one rendering."""
 
     def __init__(self, interpreter: "Interpreter") -> None:
-        """Binds them.
+        """Binds the filters to an interpreter.
 
         Args:
-          interpreter: that evaluates, compares and counts.
+          interpreter: interpreter of the rendering, which compares values and counts steps.
         """
         self._run, self._budget = interpreter, interpreter.budget
 
     def apply(self, name: str, value: Any, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Returns a filtered value.
+        """Applies a filter.
 
         Raises:
-          TemplateAssertionError: no filter of that name is known.
+          TemplateAssertionError: the name of the filter is unknown.
         """
         self._budget.step()
         function = self._named("filter", name)
         if function is None:
-            raise TemplateAssertionError(f"no filter named {name[:80]!r} is known here", 0)
+            raise TemplateAssertionError(f"no filter named {name[:80]!r}", 0)
         return function(value, *args, **kwargs)
 
     def test(self, name: str, value: Any, args: list[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Returns the outcome of a test.
+        """Applies a test.
 
         Raises:
-          TemplateAssertionError: no test of that name is known.
+          TemplateAssertionError: the name of the test is unknown.
         """
         self._budget.step()
         test = self._named("test", name)
         if test is None:
             shown = name[:80] if isinstance(name, str) else type(name).__name__
-            raise TemplateAssertionError(f"no test named {shown!r} is known here", 0)
+            raise TemplateAssertionError(f"no test named {shown!r}", 0)
         return test(value, *args, **kwargs)
 
     def _named(self, kind: str, name: Any) -> Callable[..., Any] | None:
-        """Returns the filter or test of a name, which may be any value of a template."""
+        """Looks up a filter or test by name; the name may be any value of a template."""
         if not isinstance(name, str) or len(name) > MAX_NAME:
             return None
         name = ALIASES.get(name, name)
@@ -147,7 +147,7 @@ class Filters:
         return [items[index] for index in order]
 
     def _size(self, value: Any) -> int:
-        """Counts values and characters, each a step, so that what is shared counts again."""
+        """Counts values and characters, one step each; shared values count repeatedly."""
         self._budget.step()
         if isinstance(value, str):
             self._budget.touch(len(value))
@@ -301,7 +301,7 @@ class Filters:
 
     def _filter_urlencode(self, value: Any) -> str:
         if not isinstance(value, str):
-            raise TypeError("urlencode reads texts only")
+            raise TypeError("urlencode accepts strings only")
         self._budget.reserve(12 * len(value))
         self._budget.step(len(value))
         return urllib.parse.quote(self._run.plain(value), safe="/")
@@ -326,7 +326,7 @@ class Filters:
         pad = 0 if indent is None else self._narrow(len(indent) if type(indent) is str else indent)
         between = separators or ()
         if type(between) not in (list, tuple) or not all(isinstance(x, str) for x in between):
-            raise TypeError("separators must be two texts")
+            raise TypeError("separators must be two strings")
         self._narrow(sum(map(len, between)))
         depth, size = self._json_extent(value)
         self._budget.reserve(size * (6 + pad * depth + sum(map(len, between))))
@@ -335,7 +335,7 @@ class Filters:
             value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
         )
         if ensure_ascii and not text.isascii():
-            # Marks stay, which the encoder would write as escapes.
+            # The encoder would escape marks, so they are encoded separately.
             is_mark = self._run.marks.is_mark
             pieces = (c if c.isascii() or is_mark(c) else json.dumps(c)[1:-1] for c in text)
             text = "".join(pieces)
@@ -360,8 +360,8 @@ class Filters:
             depth, size = max(depth, inner), size + length + 2
         return depth + 1, size
 
-    # Filters of several values. Those that are generators in Jinja give iterators here, which can
-    # be read once and are never false.
+    # Filters of several values. Generators of Jinja are iterators here, which can be read once and
+    # are always true.
 
     def _filter_batch(self, value: Any, linecount: int, fill_with: Any = None) -> Iterator[Any]:
         if type(linecount) is not int or not 0 < linecount <= MAX_GROUPS:
@@ -424,7 +424,7 @@ class Filters:
         if attribute is not None:
             items = list(map(self._getter(attribute), items))
         if any(isinstance(item, Safe) for item in (d, *items)):
-            raise TypeError("a text that was marked as safe cannot be joined")
+            raise TypeError("a string marked as safe cannot be joined")
         return self._run.join(self._text(d), [self._text(item) for item in items])
 
     def _filter_last(self, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""An interpreter of Jinja templates whose every operation is counted."""
+"""An interpreter of Jinja templates that counts every operation."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,7 +53,7 @@ ARITHMETIC = {
     nodes.Pow: ("**", operator.pow),
 }
 NUMBERS = (int, float, bool)
-# Views of a dict that are compared by what they hold.
+# Views of a dict that are compared by their contents.
 VIEWS: tuple[type, ...] = (type({}.items()), type({}.keys()))
 SCALARS = (str, int, float, bool, type(None))
 
@@ -61,18 +61,18 @@ SCALARS = (str, int, float, bool, type(None))
 class Interpreter:
     """An interpreter of one rendering of a template's tree.
 
-    Values are JSON's, and objects that a template makes itself. Only functions, methods, filters
-    and tests of this package can be called. Python's recursion limit bounds nesting.
+    Values are JSON values and objects that the template creates. A template can call only
+    functions, methods, filters and tests of this package. Python's recursion limit bounds nesting.
     """
 
     def __init__(self, values: Mapping[str, Any], budget: Budget, marks: Marks) -> None:
         """Prepares a rendering.
 
         Args:
-          values: what the template reads, by name: JSON values, which are not changed, and Python
-            functions, which must return such values.
-          budget: of the rendering.
-          marks: of untrusted texts.
+          values: variables of the template by name. JSON values are not modified; functions must
+            return JSON values.
+          budget: budget of the rendering.
+          marks: marks of untrusted texts.
         """
         self.budget, self.marks, self.plain = budget, marks, marks.reveal
         self._texts = Texts(budget, marks, self.show)
@@ -92,20 +92,20 @@ class Interpreter:
         """Runs a template.
 
         Args:
-          template: its tree, from `parse`.
+          template: tree from `parse`.
 
         Returns:
-          What it writes.
+          The output.
 
         Raises:
-          jinja2.TemplateError: it fails, refuses, or takes more than it may.
-          Exception: it divides by zero, and the like.
+          jinja2.TemplateError: the template fails, raises an exception, or exceeds its budget.
+          Exception: an operation of the template fails, such as a division by zero.
         """
         sink = Sink(self.budget)
         self._run(template.body, Scope({}, self._globals), sink)
         return sink.text()
 
-    # Statements write to a sink; they return the node of a `break` or `continue` that ends a loop.
+    # Statements write to a sink. They return the node of a `break` or `continue`, otherwise None.
 
     def _run(self, body: Iterable[nodes.Node], scope: Scope, sink: Sink) -> nodes.Node | None:
         for node in body:
@@ -221,7 +221,7 @@ class Interpreter:
     # Expressions.
 
     def evaluate(self, node: nodes.Node, scope: Scope) -> Any:
-        """Returns the value of an expression."""
+        """Evaluates an expression."""
         self.budget.step()
         evaluator = EXPRESSIONS.get(type(node))
         if evaluator is None:
@@ -286,11 +286,11 @@ class Interpreter:
         return self.compute(type(node), first, second)
 
     def compute(self, kind: type[nodes.BinExpr], first: Any, second: Any) -> Any:
-        """Returns `left` and `right` combined by an operator of `ARITHMETIC`."""
+        """Applies an operator of `ARITHMETIC` to two values."""
         sign, function = ARITHMETIC[kind]
         if type(first) in NUMBERS and type(second) in NUMBERS:
             integers = float not in (type(first), type(second))
-            # The digits of a power are counted before there are any.
+            # The size of a power is checked before it is computed.
             if kind is nodes.Pow and integers and int(first).bit_length() * second > MAX_POWER_BITS:
                 raise TemplateLimitError("makes a power of too many digits")
             return self.budget.number(function(first, second))
@@ -322,7 +322,7 @@ class Interpreter:
     def _eval_concat(self, node: nodes.Concat, scope: Scope) -> str:
         values = [self.evaluate(child, scope) for child in node.nodes]
         if any(type(value) is Safe for value in values):
-            raise TypeError("a text that was marked as safe cannot be joined")
+            raise TypeError("a string marked as safe cannot be joined")
         pieces = list(map(self.show, values))
         self._texts.check_join("", pieces)
         return self.budget.made("".join(pieces))
@@ -338,7 +338,7 @@ class Interpreter:
         return result
 
     def compare(self, kind: str, first: Any, second: Any) -> Any:
-        """Returns the outcome of a comparison, `eq`, `lt` or `in` for instance."""
+        """Compares two values with an operator such as `eq`, `lt` or `in`."""
         if kind in ("in", "notin"):
             inside = self._contains(first, second)
             return inside if kind == "in" else not inside
@@ -346,7 +346,7 @@ class Interpreter:
         return COMPARISONS[kind](first, second)
 
     def comparable(self, value: Any) -> Any:
-        """Returns a value without marks, once the steps of comparing it are counted."""
+        """Returns a value without marks, after counting the steps of its comparison."""
         kind = type(value)
         if kind is str or kind is Safe:
             self.budget.touch(len(value))
@@ -376,7 +376,7 @@ class Interpreter:
             return self._find_key(container, item) is not MISSING
         if kind is range:
             if type(item) is float and item.is_integer():
-                # Else each number of the range would be compared with it.
+                # Python compares a float with every element of the range.
                 item = int(item)
             return type(item) in (int, bool) and item in container
         if isinstance(container, jinja2.Undefined):
@@ -385,10 +385,10 @@ class Interpreter:
         return any(wanted == self.comparable(other) for other in self.iterate(container))
 
     def key(self, value: Any) -> Any:
-        """Returns a value that can be the key of a dict.
+        """Returns a value after checking that it can be a key of a dict.
 
         Raises:
-          TypeError: it cannot.
+          TypeError: the value cannot be a key.
         """
         if type(value) not in SCALARS:
             if type(value) is not tuple:
@@ -415,7 +415,7 @@ class Interpreter:
         return MISSING
 
     def _touch_name(self, name: str) -> None:
-        # Names are short but for those that a template makes, which are read several times.
+        # Only computed names can be long, and the caller reads them several times.
         if len(name) > 64:
             self.budget.touch(8 * len(name))
 
@@ -442,12 +442,12 @@ class Interpreter:
         return value[bounds]
 
     def undefined(self, value: Any, name: Any) -> jinja2.Undefined:
-        """Returns what a missing field or attribute is."""
+        """Returns the undefined value of a missing field or attribute."""
         shown = f"{type(value).__name__!r} object has no attribute {str(name)[:80]!r}"
         return jinja2.Undefined(shown, name=name)
 
     def item(self, value: Any, name: Any) -> Any:
-        """Returns `value[name]`, else the attribute of that name, as Jinja does."""
+        """Returns `value[name]`, or the attribute of that name, as Jinja does."""
         kind = type(value)
         if kind is dict:
             key = self._find_key(value, name)
@@ -460,7 +460,7 @@ class Interpreter:
         return self.undefined(value, self.show(name))
 
     def attribute(self, value: Any, name: str) -> Any:
-        """Returns the attribute of a value, else its field of that name, as Jinja does."""
+        """Returns the attribute of a value, or its field of that name, as Jinja does."""
         if type(value) is dict and not hasattr(dict, name):
             key = self._find_key(value, name)
             return self.undefined(value, name) if key is MISSING else value[key]
@@ -540,7 +540,7 @@ class Interpreter:
         return args, kwargs
 
     def call(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Calls what a template may call."""
+        """Calls a function, macro, cycler, joiner or recursive loop."""
         self.budget.step()
         if isinstance(function, Function | Macro | Cycler | Joiner):
             return function(*args, **kwargs)
@@ -591,7 +591,7 @@ class Interpreter:
         return self._filters.apply(node.name, value, args, kwargs)
 
     def _chain(self, node: nodes.Filter, value: Any, scope: Scope) -> Any:
-        """Applies the filters of a block, the innermost of which filters no expression."""
+        """Applies the chained filters of a block, from the innermost."""
         if isinstance(node.node, nodes.Filter):
             value = self._chain(node.node, value, scope)
         return self._filtered(node, value, scope)
@@ -604,7 +604,7 @@ class Interpreter:
     # Values.
 
     def iterate(self, value: Any) -> Iterator[Any]:
-        """Yields the elements of a value, each for a step."""
+        """Yields the elements of a value, one step each."""
         if not isinstance(value, jinja2.Undefined):
             value = values_of(value)
         for item in value:
@@ -612,7 +612,7 @@ class Interpreter:
             yield item
 
     def show(self, value: Any) -> str:
-        """Returns the text that printing a value writes."""
+        """Returns the printed text of a value."""
         kind = type(value)
         if kind is str:
             return value
@@ -621,7 +621,7 @@ class Interpreter:
         return self._quote(value)
 
     def _quote(self, value: Any) -> str:
-        """Returns a value as Python writes it inside a list, with the marks in it."""
+        """Returns Python's `repr` of a value, with unescaped marks."""
         self.budget.step()
         kind = type(value)
         if isinstance(value, str):
@@ -648,7 +648,7 @@ class Interpreter:
         return f"<{kind.__name__.lower()}>"
 
     def _unescape(self, quoted: str) -> str:
-        """Puts marks back, which `repr` writes as escapes."""
+        """Restores marks that `repr` writes as escapes."""
         self.budget.items(2 * quoted.count("\\"))
         pieces, at = [], 0
         while (start := quoted.find("\\", at)) >= 0:
@@ -668,7 +668,7 @@ class Interpreter:
         self._texts.check_join(", ", pieces)
         return self.budget.made(f"{opening}{', '.join(pieces)}{closing}")
 
-    # Functions that templates find by name.
+    # Functions that templates call by name.
 
     def _range(self, *bounds: int) -> range:
         numbers = range(*bounds)

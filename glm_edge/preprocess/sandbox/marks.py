@@ -1,4 +1,4 @@
-"""Marks that tell untrusted text from the template's text through a rendering."""
+"""Marks that distinguish untrusted text from the template's text in a rendered prompt."""
 
 import functools
 import re
@@ -9,11 +9,10 @@ from typing import Any
 from glm_edge.errors import DataError
 
 BRACKETS = frozenset("<>|[]{}")
-# The first of Unicode's areas for private use.
+# The first private-use area of Unicode.
 FIRST_MARK, LAST_MARK = 0xE000, 0xF8FF
 PRIVATE = re.compile("[\ue000-\uf8ff]")
-# Parts of an answer that a model writes itself and that its next prompt repeats as tokens. They
-# begin and end no turn.
+# Tokens inside an answer, which the next prompt repeats as tokens. They do not begin or end a turn.
 ANSWER_TOKENS = (
     "<think>",
     "</think>",
@@ -26,24 +25,24 @@ ANSWER_FIELDS = ("content", "reasoning_content")
 
 
 class Marks:
-    """A one-to-one replacement of characters that every special token needs.
+    """A one-to-one replacement of characters that occur in every special token.
 
-    A rendered prompt is one string. Untrusted text could complete the name of a special
-    token there, also in several pieces that only the template joins. So each bracket of those names
-    is replaced in untrusted text by a mark, which is drawn anew for each rendering among
-    characters for private use that no text holds. Where a template writes a mark itself, it is read
-    as that bracket in plain text. The interpreter looks through marks where it compares and cuts.
+    A rendered prompt is one string. Untrusted text could spell the name of a special token in it,
+    even in several pieces that the template joins. Each bracket of those names is therefore
+    replaced by a mark in untrusted text. Each rendering draws new marks from the private-use
+    characters that occur in no input. A mark in the template's own text is read as plain text. The
+    interpreter ignores the difference between marks and brackets when it compares or splits texts.
     """
 
     def __init__(self, names: Iterable[str] = (), taken: Iterable[str] = ()):
         """Draws marks.
 
         Args:
-          names: of special tokens.
-          taken: characters for private use that texts hold.
+          names: names of special tokens.
+          taken: private-use characters that occur in the inputs.
 
         Raises:
-          DataError: texts hold nearly all characters for private use.
+          DataError: the inputs use nearly all private-use characters.
         """
         names = tuple(names)
         hidden, self._taken = _hidden_characters(names), frozenset(taken)
@@ -57,20 +56,20 @@ class Marks:
             if mark not in self._taken:
                 free.append(mark)
         if len(free) < len(hidden):
-            raise DataError("messages hold nearly all of Unicode's characters for private use")
+            raise DataError("messages contain nearly all private-use characters of Unicode")
         self._pairs = tuple(zip(hidden, free, strict=True))
         self._special = frozenset(names)
         self._marks = frozenset(free)
 
     def hide(self, text: str) -> str:
-        """Returns untrusted text with marks, of the same length."""
+        """Replaces brackets of untrusted text by marks; the length stays equal."""
         for character, mark in self._pairs:
             if character in text:
                 text = text.replace(character, mark)
         return text
 
     def reveal(self, text: str) -> str:
-        """Returns a text as it was before marks replaced characters in it."""
+        """Replaces marks of a text by their original characters."""
         if text.isascii():
             return text
         for character, mark in self._pairs:
@@ -83,7 +82,7 @@ class Marks:
         return character in self._marks
 
     def hide_all(self, value: Any) -> Any:
-        """Returns a JSON value in which all texts and names of fields are hidden."""
+        """Applies `hide` to all strings and field names of a JSON value."""
         if not self._pairs:
             return value
         if isinstance(value, str):
@@ -95,7 +94,7 @@ class Marks:
         return value
 
     def hide_message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Returns a message with all texts hidden; an answer keeps `ANSWER_TOKENS`."""
+        """Applies `hide` to all strings of a message; an answer keeps `ANSWER_TOKENS`."""
         hidden = self.hide_all(message)
         if message.get("role") == "assistant":
             for name in ANSWER_FIELDS:
@@ -119,7 +118,7 @@ class Marks:
 
 @functools.lru_cache(maxsize=32)
 def _hidden_characters(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Characters that each of the names needs."""
+    """Selects characters such that each name contains at least one of them."""
     hidden: set[str] = set()
     for name in names:
         brackets = BRACKETS & set(name)

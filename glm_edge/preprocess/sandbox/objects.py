@@ -1,4 +1,4 @@
-"""Objects that a template makes: scopes, loops, macros, namespaces."""
+"""Objects that a template creates: scopes, loops, macros, namespaces."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +24,7 @@ ITERABLE: tuple[type, ...] = (
 
 
 class Safe(str):
-    """Text that a filter called `safe` or `escape`; it can be printed, cut and compared."""
+    """Text from the filters `safe` and `escape`, which can be printed, split and compared."""
 
     __slots__ = ()
 
@@ -33,22 +33,22 @@ GROUP_FIELDS = ("grouper", "list")
 
 
 class Group(tuple):
-    """A value and the items that have it, from the filter `groupby`."""
+    """A value and its items, from the filter `groupby`."""
 
     __slots__ = ()
 
 
 class Scope:
-    """Names of a block, and the scope around it."""
+    """Names of a block, with a link to the enclosing scope."""
 
     __slots__ = ("_outer", "values")
 
     def __init__(self, values: dict[str, Any], outer: "Scope | None" = None) -> None:
-        """Makes a scope.
+        """Creates a scope.
 
         Args:
-          values: by name.
-          outer: where names are looked up that are not in it.
+          values: values by name.
+          outer: enclosing scope, for names that are not in `values`.
         """
         self.values, self._outer = values, outer
 
@@ -79,27 +79,27 @@ class Macro:
     def __init__(
         self, name: str, node: nodes.Macro | nodes.CallBlock, scope: Scope, run: Callable[..., str]
     ):
-        """Makes a macro.
+        """Creates a macro.
 
         Args:
-          name: of it.
-          node: its arguments, defaults and body.
-          scope: where it was defined.
-          run: of the interpreter.
+          name: name of the macro.
+          node: arguments, defaults and body.
+          scope: scope of the definition.
+          run: function of the interpreter that runs macros.
         """
         self.name, self.node, self.scope, self._run = name, node, scope, run
         self.arguments = tuple(argument.name for argument in node.args)
         self._names: frozenset[str] | None = None
 
     def reads(self, name: str) -> bool:
-        """Tests if the body reads a name."""
+        """Tests for a name in the body."""
         if self._names is None:
             inner = (part for child in self.node.body for part in _with_children(child))
             self._names = frozenset(part.name for part in inner if isinstance(part, nodes.Name))
         return name in self._names
 
     def attributes(self) -> dict[str, Any]:
-        """Returns what a template may read of it."""
+        """Returns the attributes that a template may read."""
         return {"name": self.name, "arguments": self.arguments, "caller": self.reads("caller")}
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
@@ -112,35 +112,35 @@ def _with_children(node: nodes.Node) -> Iterator[nodes.Node]:
 
 
 class Namespace:
-    """`namespace()`, the fields of which a template sets."""
+    """`namespace()`, an object whose fields a template can set."""
 
     def __init__(self) -> None:
-        """Makes an empty one."""
+        """Creates an empty namespace."""
         self._fields: dict[str, Any] = {}
 
     def set(self, name: str, value: Any) -> None:
         """Sets a field.
 
         Raises:
-          SecurityError: its name is one of Python's own.
+          SecurityError: the name begins with an underscore.
         """
         if not isinstance(name, str) or name.startswith("_"):
             raise SecurityError(f"attribute {name!r} of a namespace is not allowed")
         self._fields[name] = value
 
     def attributes(self) -> dict[str, Any]:
-        """Returns its fields."""
+        """Returns the fields."""
         return self._fields
 
 
 class Cycler:
-    """`cycler()`, and `loop.cycle`."""
+    """`cycler()`, an object that returns its items in turn."""
 
     def __init__(self, items: tuple[Any, ...]) -> None:
-        """Makes one.
+        """Creates a cycler.
 
         Raises:
-          RuntimeError: it has no items.
+          RuntimeError: there are no items.
         """
         if not items:
             raise RuntimeError("at least one item has to be provided")
@@ -167,10 +167,10 @@ class Cycler:
 
 
 class Joiner:
-    """`joiner()`: nothing at the first call, the separator at others."""
+    """`joiner()`, which returns an empty text first, and then the separator."""
 
     def __init__(self, separator: Any) -> None:
-        """Makes one."""
+        """Creates a joiner."""
         self._separator, self._used = separator, False
 
     def __call__(self) -> Any:
@@ -191,14 +191,14 @@ class Loop:
         budget: Budget,
         comparable: Callable[[Any], Any],
     ):
-        """Makes one.
+        """Creates a loop.
 
         Args:
-          items: to loop over.
-          depth: of a recursive loop, from 0.
-          recurse: runs the loop over other items; None where it is not recursive.
-          budget: that listing the items counts against.
-          comparable: returns a value without marks and counts what comparing it takes.
+          items: items of the loop.
+          depth: nesting depth of a recursive loop, from 0.
+          recurse: function that runs the loop over other items; None if not recursive.
+          budget: budget of the rendering.
+          comparable: function that returns a value without marks and counts its comparison.
         """
         self._items, self._depth, self._recurse, self._budget = items, depth, recurse, budget
         self._comparable = comparable
@@ -233,7 +233,7 @@ class Loop:
         return self._length
 
     def attributes(self) -> "_LoopAttributes":
-        """Returns what a template may read and call, by name, each found when it is read."""
+        """Returns the attributes that a template may read, each computed on access."""
         return _LoopAttributes(self)
 
     def recurse(self, items: Any) -> str:
@@ -306,10 +306,10 @@ class _LoopAttributes:
 
 
 def values_of(value: Any) -> Any:
-    """Returns what a template may loop over.
+    """Returns a value as an iterable for a loop.
 
     Raises:
-      TypeError: it may not.
+      TypeError: templates must not iterate over this type.
     """
     if isinstance(value, ITERABLE) or type(value) is type(reversed([])):
         return value

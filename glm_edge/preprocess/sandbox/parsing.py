@@ -1,4 +1,4 @@
-"""Templates as trees of Jinja's nodes."""
+"""Parsing of templates to trees of Jinja's nodes."""
 
 import functools
 from typing import Any
@@ -10,12 +10,12 @@ from jinja2 import nodes
 from glm_edge.preprocess.sandbox.budget import TemplateLimitError
 
 MAX_TEMPLATE = 1 << 20
-# The longest templates of published models have about 6,000.
+# The longest templates of published models have about 6,000 tokens.
 MAX_TOKENS = 50_000
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what training scores; rendering passes it through."""
+    """`{% generation %}`, which marks text that training scores; rendering ignores it."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 declares a set
 
@@ -33,20 +33,20 @@ _ENVIRONMENT = jinja2.Environment(
 
 @functools.lru_cache(maxsize=16)
 def parse(template: str) -> nodes.Template:
-    """Parses a template; nothing of it is compiled or run.
+    """Parses a template without compiling or running it.
 
     Args:
       template: Jinja source.
 
     Returns:
-      Its tree, which nobody may change.
+      The cached tree, which callers must not modify.
 
     Raises:
-      TemplateLimitError: it is too long.
-      jinja2.TemplateError: it is not Jinja.
+      TemplateLimitError: the template is too long.
+      jinja2.TemplateError: the template is not valid Jinja.
     """
     if len(template) > MAX_TEMPLATE:
-        raise TemplateLimitError(f"has {len(template)} characters; at most {MAX_TEMPLATE} are read")
+        raise TemplateLimitError(f"has {len(template)} characters; the limit is {MAX_TEMPLATE}")
     for count, _ in enumerate(_ENVIRONMENT.lex(template)):
         if count >= MAX_TOKENS:
             raise TemplateLimitError(f"has more than {MAX_TOKENS} tokens")

@@ -1,4 +1,4 @@
-"""Methods of texts that look through marks and count what they make."""
+"""String methods that treat marks as their characters and count the memory of results."""
 
 import re
 import string
@@ -11,7 +11,7 @@ from glm_edge.preprocess.sandbox.marks import Marks
 MAX_WIDTH = 1000
 LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 DIGITS = re.compile(r"\d+")
-# Methods that answer a question, and those that make one text of as many pieces.
+# Methods that return a value, not a text, without splitting it.
 QUESTIONS = (
     "count",
     "endswith",
@@ -47,9 +47,9 @@ class Texts:
         """Binds the methods.
 
         Args:
-          budget: that they count against.
-          marks: that they look through.
-          show: text of any value.
+          budget: budget of the rendering.
+          marks: marks of the rendering.
+          show: function that returns the text of any value.
         """
         self._budget, self._marks, self._show = budget, marks, show
         self.plain = marks.reveal
@@ -81,7 +81,7 @@ class Texts:
         }
 
     def _read(self, *texts: Any) -> tuple[Any, ...]:
-        """Texts without marks; searching for a short text in a long one reads both."""
+        """Returns texts without marks, and counts the steps of reading them."""
         characters = sum(len(text) for text in texts if isinstance(text, str))
         self._budget.touch(4 * characters)
         return tuple(
@@ -99,7 +99,7 @@ class Texts:
         def answer(text: str, *args: Any) -> Any:
             if name in SEARCHES and args and isinstance(args[0], str):
                 self._budget.search(len(text), len(args[0]), backwards=name.startswith("r"))
-            # Each of several texts is compared, however often it is among them.
+            # Each element of a tuple of prefixes is compared, including duplicates.
             return method(*self._read(text, *args))
 
         return answer
@@ -123,7 +123,16 @@ class Texts:
         return pad
 
     def cut(self, text: str, pieces: list[str], gap: int | None) -> list[str]:
-        """Cuts the marked text as its plain one was cut, `gap` characters apart or by spaces."""
+        """Splits the marked text at the splits of its plain text.
+
+        Args:
+          text: text with marks.
+          pieces: pieces of the plain text.
+          gap: characters between adjacent pieces; None for any count of spaces.
+
+        Returns:
+          Pieces of the marked text.
+        """
         self._budget.items(len(pieces))
         self._budget.reserve(4 * len(text))
         plain = self.plain(text)
@@ -137,7 +146,7 @@ class Texts:
         return cut
 
     def _count_pieces(self, plain: str, separator: str | None, backwards: bool = False) -> None:
-        # Checked before the pieces exist.
+        # Counted before the pieces are created.
         if separator:
             self._budget.search(len(plain), len(separator), backwards)
         pieces = plain.count(separator) if separator else len(plain) // 2
@@ -194,7 +203,7 @@ class Texts:
         return self._budget.made(text[: len(plain.rstrip(chars))])
 
     def _stripped(self, text: str, chars: str | None) -> tuple[str, str | None]:
-        """Returns both without marks, each of `chars` once: each may be tried per character."""
+        """Returns both without marks, and `chars` without duplicates, to count each once."""
         plain, chars = self._read(text, chars)
         if isinstance(chars, str) and len(chars) > 1:
             self._budget.items(len(chars))
@@ -236,12 +245,12 @@ class Texts:
     def _join(self, text: str, items: Any) -> str:
         items = list(items)
         if not all(isinstance(item, str) for item in items):
-            raise TypeError("only texts can be joined")
+            raise TypeError("only strings can be joined")
         self.check_join(text, items)
         return self._budget.made(text.join(items))
 
     def check_join(self, separator: str, items: list[str]) -> None:
-        """Counts what joining takes before it is done."""
+        """Counts the memory of joining texts, before joining."""
         self._budget.items(len(items))
         length = len(separator) * len(items) + sum(map(len, items))
         self._budget.reserve(length)

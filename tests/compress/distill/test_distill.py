@@ -303,12 +303,14 @@ def test_a_classifier_has_no_next_token_to_learn(small, calibration):
         jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes) for _ in range(2)
     )
     transform = distill(teacher=(classifier, other), train=TrainOptions(steps=1))
-    expected = r"distill: the student gives logits \[4, 3\] for tokens \[4, 12\]; .*classifier's"
+    expected = (
+        r"distill: the student returns logits \[4, 3\] for tokens \[4, 12\]; .*for a classifier"
+    )
     with pytest.raises(RecipeError, match=expected):
         transform(classifier, params, calibration=calibration)
-    with pytest.raises(RecipeError, match=r"distill: the teacher gives logits \[4, 3\]"):
+    with pytest.raises(RecipeError, match=r"distill: the teacher returns logits \[4, 3\]"):
         transform(*small, calibration=calibration)
-    with pytest.raises(RecipeError, match=r"the model gives logits \[4, 3\]"):
+    with pytest.raises(RecipeError, match=r"the model returns logits \[4, 3\]"):
         batches.mean_loss(classifier, params, calibration[0])
 
 

@@ -215,7 +215,7 @@ def test_extras_are_copied(saved, tmp_path):
             "distill needs the whole model in memory",
         ),
         (chain(), RecipeError, "the recipe is empty"),
-        (quantize.rtn("int4-g7"), RecipeError, "not whole groups of 7"),
+        (quantize.rtn("int4-g7"), RecipeError, "do not divide into groups of 7"),
         (quantize.rtn("int8", where="banana"), RecipeError, "matches none"),
         (
             chain(quantize.rtn("int4", where="^decoder/"), quantize.rtn("int8", where="o_proj")),

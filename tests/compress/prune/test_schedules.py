@@ -304,5 +304,5 @@ def test_attention_is_scheduled_along_its_inputs():
     keep = prune.boxed(optax.apply_updates(params, updates), state)["query"]["kernel"].mask
     np.testing.assert_array_equal(keep[:, 0, 0], [False, False, True, True] * 2)
     bare = {"query": {"kernel": params["query"]["kernel"]}}
-    with pytest.raises(RecipeError, match=r"query/kernel \[8, 2, 4\]: its shape does not say"):
+    with pytest.raises(RecipeError, match=r"query/kernel \[8, 2, 4\]: its shape does not define"):
         optimizer.init(bare)

@@ -137,5 +137,5 @@ def test_refuses(make_member, batch_of):
     model, params = make_member("edge")
     with pytest.raises(DataError, match="calibration"):
         awq()(model, params)
-    with pytest.raises(RecipeError, match="whole groups"):
+    with pytest.raises(RecipeError, match="do not divide into groups of 7"):
         awq("int4-g7")(model, params, [batch_of(model)])

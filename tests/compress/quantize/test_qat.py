@@ -162,7 +162,7 @@ def test_what_trains_is_what_is_rounded_and_the_norms_beside_it(small, calibrati
     )
     assert not scales
     assert moved == {"embed/weight"}
-    with pytest.raises(RecipeError, match="where= of trainable= matches nothing"):
+    with pytest.raises(RecipeError, match="where= of trainable= matches no trainable parameter"):
         moved_by(model, params, calibration, trainable=Trainable(where="vision"))
 
 

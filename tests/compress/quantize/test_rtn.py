@@ -210,7 +210,7 @@ def test_where_selects_and_none_takes_what_is_left():
 
 def test_a_matrix_that_is_not_whole_groups_falls_back_if_asked():
     params = {"a": {"weight": weight(4, 48)}, "b": {"weight": weight(4, 64)}}
-    with pytest.raises(RecipeError, match="a/weight: 48 columns are not whole groups of 32"):
+    with pytest.raises(RecipeError, match="a/weight: 48 columns do not divide into groups of 32"):
         quantize.rtn("int4-g32")(None, params)
     _, rounded, report = quantize.rtn("int4-g32", fallback_bits=8)(None, params)
     assert str(rounded["a"]["weight"].format) == "int8-channel"
@@ -226,7 +226,7 @@ def test_a_matrix_that_is_not_whole_groups_falls_back_if_asked():
         ({"format": "int8-g0"}, "'g0' is not a part; .* channel, tensor or g<columns>"),
         ({"scale": "median"}, "scale must be one of max, extreme, mse"),
         ({"scale": "extreme", "format": "int8-affine"}, "extreme"),
-        ({"format": "int8-scale=int8"}, "'int8' is not a type of a scale; types: float32"),
+        ({"format": "int8-scale=int8"}, "'int8' is not a scale type; types: float32"),
         ({"fallback_bits": 7}, "bits must be 8, 6, 5, 4, 3 or 2"),
         ({"where": "decoder/("}, "not a regular expression"),
         ({"where": 3}, "where must be str or None"),

@@ -130,12 +130,12 @@ def test_kinds_and_where(make_member, batch_of):
         f"{attention}/o_proj/weight",
     }
     assert recipe_from_json(to_json(recipe)) == recipe
-    with pytest.raises(RecipeError, match="between which a factor moves"):
+    with pytest.raises(RecipeError, match="between which a factor can move"):
         smoothquant(where="q_proj")(model, params, calibration)
     report = smoothquant(where=r"layers/1/.*(q_proj|o_proj)")(model, params, calibration)[2]
     assert report.notes == (
         "quantize.smoothquant: 1 of 2 matrices went without a factor: "
-        "1 as where= leaves out what shares its input",
+        "1 as where= excludes a matrix with the same input",
     )
 
 
@@ -161,5 +161,5 @@ def test_refuses(make_member, batch_of):
     params = boxes.map_with_path(
         lambda path, leaf: leaf.at[0].set(jnp.inf) if "input_norm" in path else leaf, params
     )
-    with pytest.raises(DataError, match="weight inputs that are not finite"):
+    with pytest.raises(DataError, match="weight: calibration inputs are not finite"):
         smoothquant()(model, params, [batch_of(model)])

@@ -1,1 +1,1 @@
-"""The mathematics of rounding, on plain arrays."""
+"""Quantization solvers on plain arrays."""

@@ -1,6 +1,6 @@
-"""Ranges of activations for a static int8 grid, from a histogram of what was seen.
+"""Ranges of activations for static int8 quantization, from a histogram of calibration values.
 
-Letters: `n` bins of equal width between the lowest and the highest value seen, zero included.
+Letters: `n` bins of equal width between the lowest and the highest value, including zero.
 
 References:
   8-bit Inference with TensorRT (entropy), GTC 2017;
@@ -17,10 +17,10 @@ from jax import Array
 METHODS = ("minmax", "percentile", "mse", "entropy")
 BINS = 2048
 _LEVELS = 256
-# Ends of the range that "mse" tries, as fractions of those seen, and widths that "entropy" tries.
+# Fractions of the observed range that "mse" tries, and count of widths that "entropy" tries.
 _FRACTIONS = np.linspace(1.0, 1.0 / 32, 32)
 _WIDTHS = 128
-# Probability of a bin that the rounded distribution leaves empty.
+# Probability assigned to an empty bin of the quantized distribution.
 _LEAST = 1e-6
 
 
@@ -31,11 +31,11 @@ def histogram(
     """Counts values in bins of equal width.
 
     Args:
-      rows: of any shape.
+      rows: values of any shape.
       low: lower edge of the first bin, a scalar.
-      high: upper edge of the last; values beyond either edge count in the bin there.
-      valid: bool, of the first axis of `rows`, False where they do not count; None counts all.
-      bins: number of bins.
+      high: upper edge of the last bin. Values outside count in the first or last bin.
+      valid: bool in the shape of the first axis of `rows`, False at padding; None counts all.
+      bins: count of bins.
 
     Returns:
       int32 [bins].
@@ -49,7 +49,7 @@ def histogram(
 
 
 def widened(low: float, high: float, symmetric: bool) -> tuple[float, float]:
-    """The range with zero in it, and with ends of one magnitude where it is symmetric."""
+    """Extends a range to include zero; a symmetric range has ends of equal magnitude."""
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     if symmetric:
         high = max(-low, high)
@@ -65,20 +65,20 @@ def choose_range(
     percentile: float = 99.99,
     symmetric: bool = False,
 ) -> tuple[float, float]:
-    """The range that an int8 grid should span.
+    """Chooses the range of static int8 values.
 
     Args:
-      counts: [n] values in each bin.
-      low: lower edge of the first bin, at most zero; `-high` where the range is symmetric.
+      counts: [n] values per bin.
+      low: lower edge of the first bin, at most zero; `-high` for a symmetric range.
       high: upper edge of the last bin, at least zero.
-      method: `minmax`, all that was seen; `percentile`, all but an equal share at either end;
-        `mse`, the least squared error; `entropy`, the least Kullback-Leibler divergence of the
-        values rounded from the values seen.
-      percentile: share of the values that `percentile` keeps, in percent.
-      symmetric: both ends move together.
+      method: `minmax` spans all values; `percentile` excludes an equal share at both ends; `mse`
+        minimizes the squared error; `entropy` minimizes the Kullback-Leibler divergence between
+        observed and quantized values.
+      percentile: percentage of the values within the range of `percentile`.
+      symmetric: both ends have the same magnitude.
 
     Returns:
-      `(low, high)`, zero included.
+      `(low, high)`, including zero.
     """
     counts = np.asarray(counts, np.float64)
     if method == "minmax" or counts.sum() == 0 or high <= low:
@@ -91,15 +91,15 @@ def choose_range(
 
 
 def int8_grid(low: float, high: float, symmetric: bool = False) -> tuple[np.float32, np.int8]:
-    """Scale and zero point of int8 on a range that includes zero.
+    """Computes scale and zero point of int8 for a range that includes zero.
 
     Args:
-      low: at most zero.
-      high: at least zero.
-      symmetric: zero point zero, levels -127..127.
+      low: lower end, at most zero.
+      high: upper end, at least zero.
+      symmetric: uses zero point 0 and levels -127..127.
 
     Returns:
-      `(scale, zero)`; scale one for an empty range.
+      `(scale, zero)`; an empty range has scale one.
     """
     if symmetric:
         return _float32_scale(max(-low, high) / 127), np.int8(0)
@@ -116,7 +116,7 @@ def _percentile(
 ) -> tuple[float, float]:
     edges = np.linspace(low, high, len(counts) + 1)
     if symmetric:
-        # Magnitudes: bins that mirror each other are one.
+        # Magnitudes: add each bin of the negative half to its mirror image.
         half = len(counts) // 2
         folded = counts[half:] + counts[:half][::-1]
         total = np.concatenate([[0.0], np.cumsum(folded)])
@@ -159,7 +159,8 @@ def _least_divergence(counts: np.ndarray, low: float, high: float) -> tuple[floa
 
 
 def _divergence(counts: np.ndarray, start: int, stop: int) -> float:
-    """Of the values clipped to bins `start..stop`, rounded to int8, from the values clipped."""
+    """Computes the divergence between values clipped to bins `start..stop` and their int8 codes."""
+    # P: clipped values. Q: the mass of each int8 level, spread evenly over its occupied bins.
     inside = counts[start:stop]
     clipped = inside.copy()
     clipped[0] += counts[:start].sum()

@@ -1,7 +1,7 @@
-"""Learned rounding: which of its two neighbouring levels each weight goes to.
+"""Learned rounding of each weight to one of its two adjacent levels.
 
-The error of a layer's output is a quadratic form of the error of its weight, so that the Gram
-matrix of the inputs stands for all of them, and every step sees the whole calibration set.
+The error of a layer's output is a quadratic form of the error of its weight. The Gram matrix
+therefore replaces the inputs, and every step sees the complete calibration set.
 Letters: `O` outputs, `I` inputs, `G` groups.
 """
 
@@ -18,20 +18,21 @@ from glm_edge.kernels.quantization import code_range
 from glm_edge.params import Format
 
 METHODS = ("adaround", "descent")
-# The rectified sigmoid reaches 0 and 1 at finite arguments: it is stretched by a tenth each way.
+# The rectified sigmoid is stretched by 0.1 at both ends, so that it reaches 0 and 1 at finite
+# arguments (zeta - gamma of the paper).
 _STRETCH = 1.2
 _BETA = (20.0, 2.0)
 _FREE = 0.2
 
 
 class Layer(NamedTuple):
-    """Statistics that learned rounding reads of a layer `y = W x`.
+    """Weight and input statistics of a layer `y = W x`.
 
     Attributes:
-      weight: before rounding, float32 [O, I].
-      gram: mean of `x x^T` over the inputs that the rounded layer gets, float32 [I, I].
-      drift: mean of `(W x - y) x^T`, where `y` is what the layer ought to give, float32 [O, I];
-        zero where its inputs are still those of the original.
+      weight: weight before rounding, float32 [O, I].
+      gram: mean of `x x^T` over the inputs of the quantized model, float32 [I, I].
+      drift: mean of `(W x - y) x^T` with the target output `y`, float32 [O, I]; zero if the inputs
+        equal those of the original model.
     """
 
     weight: Array
@@ -40,12 +41,12 @@ class Layer(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """Codes, and what they cost.
+    """Codes and their output errors.
 
     Attributes:
       codes: int8 [O, I].
-      error: of each output against that of the weights before, see `output_error`, [O].
-      nearest: the same of rounding to nearest, [O].
+      error: [O] error per output relative to the original weight, see `output_error`.
+      nearest: [O] error per output of rounding to nearest.
     """
 
     codes: Array
@@ -54,11 +55,14 @@ class Rounded(NamedTuple):
 
 
 def output_error(weight: Array, layer: Layer) -> Array:
-    """Mean of `(W' x - y)^2 - (W x - y)^2` of each output, [O].
+    """Computes the mean of `(W' x - y)^2 - (W x - y)^2` per output.
 
     Args:
       weight: `W'`, float32 [O, I].
-      layer: the layer.
+      layer: weight `W` and input statistics.
+
+    Returns:
+      float32 [O].
     """
     error = weight - layer.weight
     return jnp.sum((error @ layer.gram + 2.0 * layer.drift) * error, axis=-1)
@@ -75,21 +79,21 @@ def learn_rounding(
     regularization: float = 5.0,
     sweeps: int = 4,
 ) -> Rounded:
-    """Learns the codes of a layer on its grid; an output that does not gain keeps nearest rounding.
+    """Learns the codes of a layer; outputs without a gain keep rounding to nearest.
 
     Args:
-      layer: the layer.
-      grid: of the codes.
-      format: of the codes; not `ternary34`.
-      method: `adaround`, a soft choice between neighbours that hardens, then `descent`, which
-        gives one weight after the other its best level; or `descent` alone.
-      steps: of `adaround`.
+      layer: weight and input statistics.
+      grid: scales and zero points.
+      format: format of the codes, except `ternary34`.
+      method: `adaround` trains a soft choice between adjacent levels, then runs `descent`, a
+        coordinate descent over the codes; `descent` runs alone.
+      steps: optimizer steps of `adaround`.
       rate: learning rate of `adaround`.
-      regularization: weight of what drives the choices of `adaround` to 0 or 1.
-      sweeps: of `descent` over all columns.
+      regularization: weight of the term that drives the choices of `adaround` to 0 or 1.
+      sweeps: passes of `descent` over all columns.
 
     Returns:
-      The result.
+      Codes and their output errors.
     """
     nearest = encode(layer.weight, grid, format)
     first = output_error(decode(nearest, grid, format), layer)
@@ -103,16 +107,21 @@ def learn_rounding(
 
 
 def neighbours(layer: Layer, grid: Grid, format: Format) -> tuple[Array, Array, Array]:
-    """The levels just below and above each weight.
+    """Finds the adjacent levels below and above each weight.
+
+    Args:
+      layer: weight and input statistics.
+      grid: scales and zero points.
+      format: format of the codes.
 
     Returns:
-      `(low, high, share)`: dense values [O, I] of both, and how far between them the weight lies,
-      in 0..1; codes `low` and `low + 1` where the grid goes on.
+      `(below, low, share)`, each [O, I]: the lower code, so that `below + 1` is the upper code; the
+      dense value of the lower code; and the position of the weight between both values, in 0..1.
     """
     lowest, highest = code_range(format.qtype)
     codes = encode(layer.weight, grid, format).astype(jnp.int32)
     over = decode(codes.astype(jnp.int8), grid, format) > layer.weight
-    # A negative scale turns the order of levels around.
+    # A negative scale reverses the order of levels.
     falling = _per_weight(grid.scale, layer.weight) < 0
     below = jnp.clip(codes - (over != falling), lowest, highest - 1)
     ends = [decode((below + step).astype(jnp.int8), grid, format) for step in (0, 1)]
@@ -121,7 +130,7 @@ def neighbours(layer: Layer, grid: Grid, format: Format) -> tuple[Array, Array, 
 
 
 def soft_choice(variable: Array) -> Array:
-    """The rectified sigmoid of AdaRound, from 0 to 1."""
+    """Computes AdaRound's rectified sigmoid `h(V)`, from 0 to 1."""
     return jnp.clip(_STRETCH * jax.nn.sigmoid(variable) - (_STRETCH - 1.0) / 2.0, 0.0, 1.0)
 
 
@@ -133,15 +142,15 @@ def adaround_loss(
     beta: Array,
     regularization: Array,
 ) -> Array:
-    """AdaRound's objective: output error, and a pull of the choices towards 0 and 1.
+    """Computes AdaRound's objective: output error plus a regularizer towards 0 and 1.
 
     Args:
-      variable: [O, I].
-      layer: the layer.
+      variable: `V`, [O, I].
+      layer: weight and input statistics.
       ends: dense values of the lower and the upper level, [O, I] each.
-      unit: output error that counts as one for each weight.
-      beta: power of the pull.
-      regularization: its weight; zero while the choices are free.
+      unit: unit of the output error, a scalar.
+      beta: exponent of the regularizer `1 - |2 h(V) - 1|^beta`.
+      regularization: weight of the regularizer; zero during the initial free phase.
 
     Returns:
       A scalar.
@@ -155,12 +164,24 @@ def adaround_loss(
 def adaround(
     layer: Layer, grid: Grid, format: Format, steps: int, rate: float, regularization: float
 ) -> Array:
-    """Codes that AdaRound chooses, int8 [O, I].
+    """Trains AdaRound's soft choices, and rounds them.
+
+    Args:
+      layer: weight and input statistics.
+      grid: scales and zero points.
+      format: format of the codes.
+      steps: optimizer steps.
+      rate: learning rate.
+      regularization: weight of the regularizer.
+
+    Returns:
+      int8 codes [O, I].
 
     References:
       Up or Down? Adaptive Rounding for Post-Training Quantization,
       https://arxiv.org/abs/2004.10568.
     """
+    # Initialize V such that h(V) is the position of the weight between its adjacent levels.
     below, low, share = neighbours(layer, grid, format)
     high = decode((below + 1).astype(jnp.int8), grid, format)
     margin = (_STRETCH - 1.0) / 2.0
@@ -173,6 +194,7 @@ def adaround(
     def step(
         carry: tuple[Array, optax.OptState], index: Array
     ) -> tuple[tuple[Array, optax.OptState], None]:
+        # The regularizer starts after a fraction _FREE of the steps; beta anneals from 20 to 2.
         variable, state = carry
         done = jnp.maximum(index / steps - _FREE, 0.0) / (1.0 - _FREE)
         beta = _BETA[1] + 0.5 * (_BETA[0] - _BETA[1]) * (1.0 + jnp.cos(jnp.pi * done))
@@ -187,7 +209,17 @@ def adaround(
 
 
 def descend(layer: Layer, codes: Array, grid: Grid, format: Format, sweeps: int) -> Array:
-    """Codes after sweeps in which each column in turn takes its best level given the others.
+    """Runs coordinate descent: each column in turn takes its best level given all others.
+
+    Args:
+      layer: weight and input statistics.
+      codes: int8 [O, I], initial codes.
+      grid: scales and zero points.
+      format: format of the codes.
+      sweeps: passes over all columns.
+
+    Returns:
+      int8 codes [O, I].
 
     References:
       QuantEase: Optimization-based Quantization for Language Models,
@@ -198,6 +230,7 @@ def descend(layer: Layer, codes: Array, grid: Grid, format: Format, sweeps: int)
     diagonal = jnp.diagonal(layer.gram)
 
     def column(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        # QuantEase: the optimum of one column is w - gradient / H[j, j], rounded to its level.
         dense, slope = carry
         curvature = diagonal[index]
         column_slope = jax.lax.dynamic_slice_in_dim(slope, index, 1, axis=1)
@@ -221,6 +254,6 @@ def descend(layer: Layer, codes: Array, grid: Grid, format: Format, sweeps: int)
 
 
 def _per_weight(scales: Array, weight: Array) -> Array:
-    """Scales [O or 1, G] in float32 at each weight, [O, I]."""
+    """Expands scales [O, G] or [1, G] to one per weight, float32 [O, I]."""
     wide = jnp.repeat(scales.astype(jnp.float32), weight.shape[1] // scales.shape[1], axis=1)
     return jnp.broadcast_to(wide, weight.shape)

@@ -1,7 +1,7 @@
-"""Factors for input channels and clipped ranges that lose least at a matrix's output.
+"""Search of AWQ's channel factors and clipping ranges by output error.
 
-The error of a rounded matrix is measured on calibration rows `X` through their Gram matrix alone:
-`|X (W' - W)^T|^2 = sum(((W' - W) X^T X) * (W' - W))`.
+The error of a quantized matrix on calibration rows `X` needs only their Gram matrix `H = X^T X`:
+`|X (W' - W)^T|^2 = sum(((W' - W) H) * (W' - W))`.
 
 References:
   AWQ: Activation-aware Weight Quantization, https://arxiv.org/abs/2306.00978.
@@ -17,20 +17,20 @@ from glm_edge.compress.quantize.solvers import scales as grids
 from glm_edge.params import Format
 from glm_edge.params.formats import PER_TENSOR
 
-# Factors below this, as a power of a channel's mean magnitude, are raised to it.
+# Lower limit of factors, before normalization.
 _LEAST = 1e-4
 _FEW_LEVELS = ("int3", "int2", "ternary", "ternary34")
 
 
 def factor_of(magnitude: Array, ratio: Array) -> Array:
-    """Factors of channels, `magnitude ** ratio` with the geometric mean of its extremes at one.
+    """Computes `magnitude ** ratio`, normalized by the geometric mean of its extremes.
 
     Args:
       magnitude: [channels] mean absolute input.
-      ratio: scalar in 0..1.
+      ratio: exponent, a scalar in 0..1.
 
     Returns:
-      float32 [channels], positive; one where nothing is known to come in.
+      float32 [channels], positive factors; one for channels without input.
     """
     power = jnp.maximum(jnp.where(magnitude > 0, magnitude, 1.0) ** ratio, _LEAST)
     known = magnitude > 0
@@ -50,25 +50,27 @@ def search_factor(
     steps: int = 20,
     scale: str = "max",
 ) -> tuple[Array, Array]:
-    """Tries `steps` ratios for the factors of the channels that some matrices read.
+    """Searches the ratio of the channel factors of matrices that share an input.
 
     Args:
-      weights: float32 [out, columns] each, reading the same rows.
-      gram: float32 [columns, columns] of those rows.
+      weights: float32 [out, columns] matrices that read the same rows.
+      gram: float32 [columns, columns], Gram matrix `H` of those rows.
       magnitude: [columns] mean absolute input.
-      formats: of each matrix.
-      blocks: how columns repeat channels, see `glm_edge.compress.folding.Fold`.
-      steps: ratios `0, 1 / steps, …, (steps - 1) / steps`.
+      formats: one format per matrix.
+      blocks: repetition of channels in columns, see `glm_edge.compress.folding.Fold`.
+      steps: count of ratios `0, 1 / steps, …, (steps - 1) / steps`.
       scale: see `glm_edge.compress.quantize.solvers.scales.choose`.
 
     Returns:
-      `(factor, errors)`: [channels] of the best ratio, and the summed squared error at the output
-      of every ratio, [steps]; the first is rounding without factors.
+      `(factor, errors)`: [channels] factors of the best ratio, and [steps] summed squared output
+      errors per ratio. The first error is that of rounding without factors.
     """
+    # Query heads that share a value head share its channels: average their magnitudes.
     count, _, width = blocks
     by_channel = magnitude.reshape(blocks).mean(axis=1).reshape(-1)
 
     def error(ratio: Array) -> Array:
+        # AWQ equation 4: error of Q(W s) s^-1 X, summed over the matrices that read X.
         factor = factor_of(by_channel, ratio).reshape(count, 1, width)
         columns = jnp.broadcast_to(factor, blocks).reshape(-1)
         errors = [
@@ -87,19 +89,20 @@ def search_factor(
 def search_clip(
     weight: Array, gram: Array, format: Format, steps: int = 20, scale: str = "max"
 ) -> Array:
-    """Tries smaller ranges for what shares a scale, each group by the error of its own columns.
+    """Searches a clipping range per scale, by the output error of the group's columns.
 
     Args:
       weight: float32 [out, in].
-      gram: float32 [in, in] of the rows that it meets.
-      format: to round to.
-      steps: fractions `1, 1 - 1 / steps, …` of the largest magnitude; down to a half, or to a fifth
-        for types of few levels.
+      gram: float32 [in, in], Gram matrix `H` of the input rows.
+      format: target format.
+      steps: steps of the fractions `1, 1 - 1 / steps, …` of the largest magnitude, down to 1/2, or
+        to 1/5 for types with few levels.
       scale: see `glm_edge.compress.quantize.solvers.scales.choose`.
 
     Returns:
-      float32 [out, in]: the weight clipped to the best range.
+      float32 [out, in], the weight clipped to the best range.
     """
+    # Diagonal blocks of H, [groups, size, size]: errors between groups are ignored.
     rows, groups = format.scale_shape(weight.shape)
     grouped = weight.reshape(weight.shape[0], groups, -1)
     size = grouped.shape[-1]
@@ -123,6 +126,7 @@ def search_clip(
             else output_error
         )
 
+    # Keep the fraction with the smallest error per group.
     def better(best: tuple[Array, Array], fraction: Array) -> tuple[tuple[Array, Array], None]:
         errors = error(fraction)
         less = errors < best[0]
@@ -136,7 +140,7 @@ def search_clip(
 
 
 def output_error(lost: Array, gram: Array) -> Array:
-    """`|X lost^T|^2` from `gram = X^T X`, a scalar."""
+    """Computes `|X lost^T|^2` from `gram = X^T X`, a scalar."""
     return jnp.sum(jnp.matmul(lost, gram, precision="highest") * lost)
 
 

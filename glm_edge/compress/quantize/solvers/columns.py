@@ -1,6 +1,6 @@
-"""Rounding columns one after the other, each given the errors of those before it.
+"""Sequential rounding of columns with error compensation.
 
-Arrays are [columns, out]; letters: `n` columns, `b` of a block.
+Arrays are [columns, out]. Letters: `n` columns, `b` columns of a block.
 """
 
 import functools
@@ -17,17 +17,17 @@ from glm_edge.params import Format
 
 
 class ColumnBlock(NamedTuple):
-    """Columns to round, and how the error of one moves the target of another.
+    """Columns to round, and the coupling between their errors and targets.
 
     Attributes:
-      target: [n, out] what to round, were no column of these changed.
-      weight: [n, out] whose distance from the result is an error.
-      coupling: [n, n]; an error that grows by `e` in column `k` adds `coupling[k, j] e` to the
+      target: [n, out], values to round before compensation within these columns.
+      weight: [n, out], original weights; the error of a column is `weight - result`.
+      coupling: [n, n]; an increase `e` of the error of column `k` adds `coupling[k, j] e` to the
         target of column `j`.
-      cost: [n] of a squared distance from the target.
-      mask: bool [n, out], False where the result is zero; None keeps all.
-      errors: [n, out] of the columns as they are, which the targets include; None is zero, with
-        nothing there yet.
+      cost: [n], weight of the squared distance to the target.
+      mask: bool [n, out], False where the result stays zero; None without a mask.
+      errors: [n, out], errors of the current codes, which the targets include; None for columns
+        without codes.
     """
 
     target: Array
@@ -39,7 +39,16 @@ class ColumnBlock(NamedTuple):
 
 
 def block_of(count: int, block: int, qtype: str) -> int:
-    """The largest divisor of `count` up to `block`, whole fours for `ternary34`."""
+    """Chooses a block size.
+
+    Args:
+      count: count of columns.
+      block: maximum of columns per block.
+      qtype: type of the codes.
+
+    Returns:
+      The largest divisor of `count` up to `block`, a multiple of 4 for `ternary34`.
+    """
     unit = 4 if qtype == "ternary34" else 1
     sizes = range(unit, min(count, max(block, unit)) + 1, unit)
     return max(size for size in sizes if count % size == 0)
@@ -51,14 +60,14 @@ def rounded(
     """Rounds columns in turn.
 
     Args:
-      block: the columns.
-      grid: one scale for each row of the result, [out], or for each weight, [n, out].
-      format: of the codes.
-      size: columns between two products with all of them.
+      block: columns with their coupling.
+      grid: one scale per output, [out], or per weight, [n, out].
+      format: format of the codes.
+      size: columns per block; the errors of a block reach all columns by one product.
 
     Returns:
       `(codes, errors, loss)`: int8 and float32 [n, out], and [out], the sum over columns of
-      `cost * (target - result)^2` (less what was there before, where there was something).
+      `cost * (target - result)^2`. With initial `errors`, the loss is the change of this sum.
     """
     count = block.target.shape[0]
     grid = grid.map(lambda x: x.astype(jnp.float32))
@@ -66,7 +75,8 @@ def rounded(
     if size == count:
         return _block(block, grid, format)
 
-    # One block at a time: its errors reach the targets of all columns by one product.
+    # GPTQ's lazy batch updates: the errors of a block reach the targets of all columns by one
+    # product.
     def step(targets: Array, index: Array) -> tuple[Array, tuple[Array, Array, Array]]:
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
@@ -80,7 +90,7 @@ def rounded(
             None if block.mask is None else part(block.mask),
         )
         codes, errors, loss = _block(inner, grid, format)
-        # The block's column targets change too, and are not read again.
+        # This also changes the targets of the block itself, which are not read again.
         return targets + triangular.across(coupling, errors), (codes, errors, loss)
 
     codes, errors, losses = jax.lax.scan(step, block.target, jnp.arange(count // size))[1]
@@ -92,8 +102,8 @@ def _block(block: ColumnBlock, grid: Grid, format: Format) -> tuple[Array, Array
     unit = 4 if format.qtype == "ternary34" else 1
     before = jnp.zeros_like(block.weight) if block.errors is None else block.errors
 
-    # One column (or four of ternary34) at a time, the inner loop of GPTQ: move its target by the
-    # errors of the block so far, round it, note its own error.
+    # The inner loop of GPTQ, one column (four for ternary34) per step: add the compensation for
+    # earlier errors of the block to the target, round it, and store the new error.
     def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         codes, moved, loss = carry
         first = index * unit
@@ -152,7 +162,7 @@ def _zero_code(zero: Array | None, qtype: str) -> Array:
 
 
 def _distance(column: ColumnBlock, value: Array, relative: bool) -> Array:
-    """Squared distance of a result from the target, less that of what is there already."""
+    """Computes the squared distance to the target, relative to the current codes if any."""
     distance = jnp.square(column.target - value)
     if relative and column.errors is not None:
         distance = distance - jnp.square(column.target - column.weight + column.errors)
@@ -160,7 +170,9 @@ def _distance(column: ColumnBlock, value: Array, relative: bool) -> Array:
 
 
 def _four(column: ColumnBlock, scale: Array, relative: bool) -> tuple[Array, Array, Array]:
-    """Three signs and a zero: each place of the zero is tried, and the cheapest mask."""
+    """Rounds four columns to three signs and a zero, trying each position of the zero."""
+    # For each position of the zero, run the four columns in turn, as in `step`, and keep the
+    # cheapest codes per output.
     scales = jnp.broadcast_to(scale, column.weight.shape)
     present = jnp.zeros_like(column.weight) if column.errors is None else column.errors
     results = []
@@ -177,7 +189,7 @@ def _four(column: ColumnBlock, scale: Array, relative: bool) -> tuple[Array, Arr
                 distance -= jnp.square(targets[i] - column.weight[i] + present[i])
             cost += column.cost[i] * distance
             if column.mask is not None and i != zero_index:
-                # A weight that must be zero lies where the zero is.
+                # A masked weight must be at the position of the zero.
                 cost = jnp.where(column.mask[i], cost, jnp.inf)
             for k in range(i + 1, 4):
                 targets[k] = targets[k] + column.coupling[i, k] * (error - present[i])

@@ -1,12 +1,12 @@
-"""Rounding a matrix column by column, each column making up for the errors of those before it.
+"""GPTQ: column-wise rounding of a matrix, with compensation for the errors of earlier columns.
 
-What is minimised is the squared error at the output, `tr((W - Q) H (W - Q)^T)` with `H` the Gram
-matrix of the inputs. With `H = R R^T`, `R` upper triangular, it is a sum over columns of
-`R[j, j]^2 (t_j - q_j)^2`, where the target `t_j` of a column follows from the errors of the columns
-before it: rounding targets in turn is GPTQ (and Babai's nearest plane), without an inverse.
+The objective is the squared error at the output, `tr((W - Q) H (W - Q)^T)`, with the Gram matrix
+`H` of the inputs. With `H = R R^T` and an upper triangular `R`, it is the sum over columns of
+`R[j, j]^2 (t_j - q_j)^2`. The target `t_j` of a column depends on the errors of earlier columns.
+Rounding the targets in turn is GPTQ (and Babai's nearest plane), without an inverse of `H`.
 
-Arrays inside are transposed, [in, out], so that a column is contiguous. Letters: `g` columns of a
-group, `b` columns of a block.
+Arrays are transposed internally, [in, out], so that a column is contiguous. Letters: `g` columns of
+a group, `b` columns of a block.
 
 References:
   GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
@@ -37,18 +37,18 @@ from glm_edge.kernels import quantization as kernels
 from glm_edge.params import Format
 from glm_edge.params.formats import PER_TENSOR
 
-# Groups of more columns get their scale before they are rounded, not by rounding them.
+# Scales of larger groups are searched by rounding to nearest, not by running the column loop.
 SEARCHED = 256
 MOST_DAMPING = 1e4
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Info(NamedTuple):
-    """The cost of a solution.
+    """Damping and relative error of a solution.
 
     Attributes:
-      damping: fraction of the mean diagonal that was added to it.
-      loss: `tr((W - Q) H (W - Q)^T) / tr(W H W^T)`, zero where nothing comes in.
+      damping: fraction of the mean diagonal that was added to the diagonal.
+      loss: `tr((W - Q) H (W - Q)^T) / tr(W H W^T)`, or zero if all inputs are zero.
     """
 
     damping: float
@@ -67,29 +67,35 @@ def solve(
     refit: bool = False,
     sweeps: int = 0,
 ) -> tuple[Array, Grid, Info]:
-    """Rounds a matrix to least squared error at its output, given the Gram matrix of its inputs.
+    """Quantizes a matrix to minimize its output error, given the Gram matrix of its inputs.
 
     Args:
-      weight: [out, in].
-      gram: float32 [in, in], the sum of `x x^T`.
-      format: to round to.
-      scale: `max`, as `grid.choose` does on the weights that a group still has when it is reached;
-        `mse`, the fraction of it under which rounding the group leaves the least output error;
-        `extreme`, that over both signs of the scale (symmetric integers only).
-      act_order: takes the groups, and the columns of each, by falling input energy. The storage
-        stays as it was.
-      damping: fraction of the mean diagonal that is added to it; times ten until a factor exists.
-      block: columns that are rounded between two products with the whole matrix.
-      mask: bool [out, in], False where a weight stays zero; None keeps all.
-      refit: after rounding, fits the scales by least squares, where that lowers the error.
-      sweeps: passes of coordinate descent over the codes, each after a `refit` if that is on.
+      weight: `W`, [out, in].
+      gram: `H`, float32 [in, in], the sum of `x x^T`.
+      format: target format.
+      scale: `max` applies `scales.choose` to the compensated weights of a group when it is reached;
+        `mse` searches the fraction of that scale with the least output error; `extreme` also
+        searches negative scales (symmetric integers only).
+      act_order: processes groups, and columns within each group, by decreasing input energy. The
+        storage order is unchanged.
+      damping: fraction of the mean diagonal that is added to the diagonal (`percdamp`). It is
+        multiplied by ten until `H` has a Cholesky factor.
+      block: columns between two products with all columns.
+      mask: bool [out, in], False where a weight stays zero; None without a mask.
+      refit: fits scales by least squares after rounding, where that reduces the error.
+      sweeps: passes of coordinate descent over the codes, each after a `refit` if enabled.
 
     Returns:
-      `(codes, grid, info)`: int8 [out, in] in the order of `weight`.
+      `(codes, grid, info)`: int8 [out, in] in the order of `weight`, its scales and zero points,
+      and damping and error.
 
     Raises:
-      BoxError: columns are not whole groups.
+      BoxError: columns do not divide into groups.
       FloatingPointError: the Gram matrix is not finite.
+
+    References:
+      GPTQ, https://arxiv.org/abs/2210.17323, algorithm 1; QuantEase,
+      https://arxiv.org/abs/2309.01885.
     """
     groups = format.num_groups(weight.shape[1])
     if gram.shape != (weight.shape[1],) * 2:
@@ -100,7 +106,7 @@ def solve(
     # H = R R^T with damping (`percdamp`), then Algorithm 1: one pass over the groups.
     factor, damped, used = damped_factor(gram, damping)
     codes, grid = _by_groups(ordered, factor, ordered_mask, format, scale, block)
-    # QuantEase: coordinate descent on the codes, with scales refitted in turns.
+    # QuantEase: coordinate descent on the codes, alternating with refitted scales.
     together = refit and groups > 1 and weight.shape[1] // groups <= SEARCHED
     for _ in range(max(sweeps, int(refit))):
         if together and sweeps:
@@ -116,29 +122,29 @@ def solve(
 
 
 def damped_factor(gram: Array, damping: float) -> tuple[Array, Array, float]:
-    """The upper triangular `R` with `R R^T` the damped Gram matrix.
+    """Computes the upper triangular `R` with `R R^T = H + damping * mean(diag(H)) I`.
 
     Args:
-      gram: [in, in].
-      damping: fraction of the mean diagonal to add to it at first.
+      gram: `H`, [in, in].
+      damping: initial fraction of the mean diagonal.
 
     Returns:
-      `(R, damped Gram matrix, fraction that was added)`, of the matrix as `scaled` gives it.
+      `(R, damped Gram matrix, final fraction)` of the result of `scaled`.
 
     Raises:
-      FloatingPointError: the Gram matrix is not finite, or no damping gives it a factor.
+      FloatingPointError: the Gram matrix is not finite, or has no factor with any damping.
     """
     if not bool(_is_finite(gram)):
-        raise FloatingPointError("the Gram matrix holds NaN or infinity")
+        raise FloatingPointError("the Gram matrix contains NaN or infinity")
     gram, diagonal_only = scaled(gram), False
     while True:
         factor, damped = _factor(gram, damping)
         if bool(_is_finite(factor)):
             return factor, damped, float(damping)
         if diagonal_only:
-            raise FloatingPointError(f"no damping gives it a factor, at last {damping:g}")
+            raise FloatingPointError(f"the Gram matrix has no factor with damping {damping:g}")
         if damping > MOST_DAMPING:
-            # Only a matrix that is no Gram matrix comes here; its diagonal alone is used.
+            # Only a matrix that is not a Gram matrix reaches this line; its diagonal is used.
             gram, diagonal_only = jnp.diag(jnp.abs(jnp.diagonal(gram))), True
         else:
             damping = max(10.0 * damping, 1e-6)
@@ -146,9 +152,9 @@ def damped_factor(gram: Array, damping: float) -> tuple[Array, Array, float]:
 
 @jax.jit
 def scaled(gram: Array) -> Array:
-    """A Gram matrix times the power of two that brings its largest entry near one, in float32.
+    """Scales a Gram matrix by a power of two, such that its largest entry is near one, in float32.
 
-    Solutions depend on ratios alone, and sums of what is near the end of float32 would leave it.
+    Solutions do not depend on this factor. Without it, sums of large entries could overflow.
     """
     gram = gram.astype(jnp.float32)
     return normalized(gram, jnp.max(jnp.abs(gram)))
@@ -164,15 +170,15 @@ def _factor(gram: Array, damping: float) -> tuple[Array, Array]:
 
 @functools.partial(jax.jit, static_argnames=("groups", "by_fours"), inline=True)
 def column_order(gram: Array, groups: int, by_fours: bool = False) -> Array:
-    """Columns by falling input energy, groups of neighbours staying together.
+    """Orders columns by decreasing input energy; columns of a group stay together.
 
     Args:
-      gram: [in, in].
-      groups: number of groups.
-      by_fours: fours of neighbours stay together, too.
+      gram: `H`, [in, in].
+      groups: count of groups of adjacent columns.
+      by_fours: also keeps each four adjacent columns together.
 
     Returns:
-      int [in], the column that comes first, second and so on.
+      int [in], column indices in order of processing.
     """
     energy = jnp.diagonal(gram).reshape(groups, -1, 4 if by_fours else 1)
     size = energy.shape[1] * energy.shape[2]
@@ -186,7 +192,7 @@ def column_order(gram: Array, groups: int, by_fours: bool = False) -> Array:
 def _arranged(
     weight: Array, mask: Array | None, gram: Array, order: Array | None
 ) -> tuple[Array, Array | None, Array]:
-    """The weight and its mask [in, out] and the scaled Gram matrix, columns in their order."""
+    """Transposes weight and mask to [in, out], scales the Gram matrix, and permutes columns."""
     gram = scaled(gram)
     if order is not None:
         weight, gram = weight[:, order], gram[order][:, order]
@@ -196,7 +202,7 @@ def _arranged(
 
 @functools.partial(jax.jit, static_argnames="groups")
 def _restored(codes: Array, grid: Grid, order: Array | None, groups: int) -> tuple[Array, Grid]:
-    """Inverse of `_arranged` for the codes [in, out] and their grid."""
+    """Inverts `_arranged` for codes [in, out] and their scales and zero points."""
     codes, grid = codes.T, grid.map(jnp.transpose)
     if order is None:
         return codes, grid
@@ -215,7 +221,7 @@ def _is_finite(matrix: Array) -> Array:
 def _by_groups(
     weight: Array, factor: Array, mask: Array | None, format: Format, scale: str, block: int
 ) -> tuple[Array, Grid]:
-    """Codes [in, out] and grid [groups, out] (or [1, 1]) of one pass over the columns."""
+    """Runs GPTQ over all groups; returns codes [in, out] and a grid [groups, out] or [1, 1]."""
     groups = format.num_groups(weight.shape[0])
     size = weight.shape[0] // groups
     group_format = per_group_format(format)
@@ -224,10 +230,10 @@ def _by_groups(
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=group * size, slice_size=size
         )
-        # Columns of R that belong to this group: all rows, and the group's own.
+        # Columns of R of this group: with all rows, and with the rows of this group.
         across = part(factor, axis=1)
         within = part(across)
-        # R^T (W - Q) of the columns before: what they leave for this group to make up for.
+        # R^T (W - Q) of earlier columns: the error that this group compensates for.
         residual = triangular.across(across, errors)
         scales = jnp.diagonal(within)
         columns_of_block = ColumnBlock(
@@ -237,7 +243,7 @@ def _by_groups(
             cost=jnp.square(scales),
             mask=None if mask is None else part(mask),
         )
-        # Were rounding exact from here on, these weights would leave no further error.
+        # Weights that would cancel the error of earlier columns if they were not rounded.
         unrounded = columns_of_block.weight + triangular.solve_upper(
             within, residual, transposed=True
         )
@@ -280,7 +286,7 @@ def _descend(
     format: Format,
     block: int,
 ) -> Array:
-    """One pass of coordinate descent: each code, given all others, becomes the best there is."""
+    """Runs one pass of coordinate descent: sets each code to its optimum given all others."""
     size = columns.block_of(weight.shape[0], block, format.qtype)
     group_format = per_group_format(format)
     expanded = _widened(grid, weight.shape)
@@ -291,7 +297,7 @@ def _descend(
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
         )
-        # The gradient of the output error by this block's columns, all others staying.
+        # Gradient of the output error with respect to this block, H[:, block]^T (W - Q).
         across, old, scales = part(gram, axis=1), part(errors), part(diagonal)
         residual = triangular.across(across, errors)
         columns_of_block = ColumnBlock(
@@ -322,10 +328,10 @@ def _descend(
 def _descend_by_groups(
     weight: Array, gram: Array, codes: Array, grid: Grid, mask: Array | None, format: Format
 ) -> tuple[Array, Grid]:
-    """One pass in which each group, given all others, gets its best scale and then its best codes.
+    """Runs one pass over groups: fits the scale of a group, then its codes, given all others.
 
-    Keeps the old scale of a group where the new one, rounded to its stored type, does not reduce
-    the error or would change sign.
+    Keeps the old scale of a group if the new one, rounded to its stored type, does not reduce the
+    error or changes sign.
     """
     groups = grid.scale.shape[0]
     size = weight.shape[0] // groups
@@ -339,6 +345,7 @@ def _descend_by_groups(
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
         )
+        # Gradient of the output error with respect to this group, H[:, group]^T (W - Q).
         across, group_weight, scales = part(gram, axis=1), part(weight), part(diagonal)
         within = part(across)
         residual = triangular.across(across, errors)
@@ -379,11 +386,12 @@ def _descend_by_groups(
 
 @functools.partial(jax.jit, static_argnames="format")
 def _refit(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format) -> Grid:
-    """Scales of least squared error at the output, codes and zero points staying.
+    """Fits scales to the least squared output error, with fixed codes and zero points.
 
-    Keeps the old scales of a row where refitted ones, rounded to their stored type, do not reduce
-    the error or would change sign.
+    Keeps the old scales of a row if refitted ones, rounded to their stored type, do not reduce the
+    error or change sign.
     """
+    # Normal equations per row: (S^T H S) scale = S^T H w, with the levels S of each group.
     per_tensor = grid.scale.shape[1] == 1 and weight.shape[1] != 1
     groups = grid.scale.shape[0]
     ones = Grid(jnp.ones_like(grid.scale, jnp.float32), grid.zero)
@@ -406,6 +414,7 @@ def _refit(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format)
         matrix = matrix + ridge * jnp.eye(groups)
         return jnp.linalg.solve(matrix, right + ridge * before)
 
+    # One scale per matrix or per row has a closed form; groups need one linear system per row.
     if per_tensor:
         power = triangular.total(triangular.column_sums(_product(gram, steps) * steps))
         gain = triangular.total(against[0])
@@ -416,6 +425,7 @@ def _refit(weight: Array, gram: Array, codes: Array, grid: Grid, format: Format)
     else:
         batch = max(1, (1 << 23) // (gram.shape[0] * groups))
         new = jax.lax.map(fitted, (steps.T, against.T, old.T), batch_size=batch).T
+    # Accept the stored scales of a row only if they reduce its error.
     new = new.astype(grid.scale.dtype)
     usable = jnp.isfinite(new) & (new.astype(jnp.float32) * old > 0)
     tried = Grid(jnp.where(usable, new, old.astype(new.dtype))[:, : grid.scale.shape[1]], grid.zero)
@@ -444,7 +454,7 @@ def _decoded(codes: Array, grid: Grid, format: Format) -> Array:
 
 
 def _widened(grid: Grid, shape: tuple[int, ...]) -> Grid:
-    """Scales and zero points of every weight, float32 [in, out]."""
+    """Expands scales and zero points to one per weight, float32 [in, out]."""
     repeats = shape[0] // grid.scale.shape[0]
 
     def widen(values: Array) -> Array:

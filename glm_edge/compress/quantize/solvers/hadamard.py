@@ -1,6 +1,6 @@
-"""Random orthogonal transforms of any size that cost little more than reading the array.
+"""Random orthogonal transforms of any size, in nearly the time of reading the array.
 
-`Q = diag(signs) (H / sqrt(2^k) ⊗ O)` for a size `2^k m` with `m` odd: Sylvester's Hadamard matrix
+`Q = diag(signs) (H / sqrt(2^k) ⊗ O)` for a size `2^k m` with odd `m`, Sylvester's Hadamard matrix
 `H`, random signs, and a random orthogonal `O` [m, m].
 
 References:
@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# Sides of the Hadamard matrices that are multiplied with: small ones are cheap, few are fast.
+# Side of the Hadamard factors: smaller ones need fewer operations, larger ones fewer products.
 _SIDE = 64
 
 
 class Rotation(NamedTuple):
-    """A random orthogonal matrix of `signs.size` rows, kept as its factors.
+    """A random orthogonal matrix of `signs.size` rows, stored as factors.
 
     Attributes:
       signs: [n], each 1 or -1.
-      odd: [m, m] orthogonal, `m` the largest odd divisor of `n`.
+      odd: orthogonal [m, m], with `m` the largest odd divisor of `n`.
     """
 
     signs: Array
@@ -36,7 +36,7 @@ def random_rotation(key: Array, size: int) -> Rotation:
 
     Args:
       key: jax key.
-      size: `n`.
+      size: rows of the matrix, `n`.
 
     Returns:
       The rotation.
@@ -48,19 +48,19 @@ def random_rotation(key: Array, size: int) -> Rotation:
         return Rotation(signs, jnp.ones((1, 1), jnp.float32))
     gaussian = np.asarray(jax.random.normal(for_odd, (odd, odd)), np.float64)
     orthogonal, triangle = np.linalg.qr(gaussian)
-    # The diagonal's signs make the draw uniform over orthogonal matrices.
+    # Positive diagonal entries of R make the draw uniform over orthogonal matrices.
     orthogonal = orthogonal * np.where(np.diag(triangle) < 0, -1.0, 1.0)
     return Rotation(signs, jnp.asarray(orthogonal, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames="inverse")
 def rotate(x: Array, rotation: Rotation, inverse: bool = False) -> Array:
-    """Multiplies rows with the rotation, `x Q`, or with its transpose.
+    """Multiplies rows by the rotation, `x Q`, or by its transpose.
 
     Args:
       x: [..., n].
       rotation: `Q`.
-      inverse: multiplies with `Q^T` instead.
+      inverse: multiplies by `Q^T` instead.
 
     Returns:
       float32 [..., n].
@@ -72,7 +72,7 @@ def rotate(x: Array, rotation: Rotation, inverse: bool = False) -> Array:
 
 
 def _kronecker(x: Array, odd: Array) -> Array:
-    """`x (H / sqrt(2^k) ⊗ odd)`; `H` is symmetric and itself a Kronecker product."""
+    """Computes `x (H / sqrt(2^k) ⊗ odd)`, with `H` factored as a Kronecker product."""
     size = x.shape[-1]
     power, lead = size // odd.shape[0], x.shape[:-1]
     after = odd.shape[0]
@@ -98,13 +98,13 @@ def _sylvester(side: int) -> np.ndarray:
 
 @jax.jit
 def kurtosis(weight: Array) -> Array:
-    """Fourth standardised moment of all entries: 3 of a normal distribution, more with outliers.
+    """Computes the kurtosis of all entries: 3 for a normal distribution, more with outliers.
 
     Args:
-      weight: of any shape.
+      weight: array of any shape.
 
     Returns:
-      A scalar; 0 where all entries are equal.
+      A scalar; 0 if all entries are equal.
     """
     wide = weight.astype(jnp.float32)
     centred = wide - jnp.mean(wide)

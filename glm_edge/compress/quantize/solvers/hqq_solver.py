@@ -1,8 +1,9 @@
-"""Half-quadratic quantization: a grid that leaves most weights almost right and few wrong.
+"""Half-quadratic quantization: scales and zero points with a sparse error.
 
-The error `|W - Q|_p^p` with `p < 1` forgives few large errors. A variable `E` that stands for the
-error splits it into two easy steps, repeated with a growing weight `beta`: shrink the residual,
-`E = sign(r) max(|r| - |r|^(p - 1) / beta, 0)`, then fit the grid to `W - E`.
+The error `|W - Q|_p^p` with `p < 1` tolerates few large errors. An auxiliary variable `E` for the
+error splits the problem into two closed-form steps, repeated with a growing weight `beta`: shrink
+the residual `r = W - Q` to `E = sign(r) max(|r| - |r|^(p - 1) / beta, 0)`, then fit scales or zero
+points to `W - E`.
 
 References:
   Half-Quadratic Quantization of Large Machine Learning Models,
@@ -34,23 +35,26 @@ def solve(
     growth: float = 1.01,
     steps: int = 20,
 ) -> tuple[Array, Grid]:
-    """Fits the grid of a weight by half-quadratic steps, and rounds to nearest.
+    """Fits scales or zero points by half-quadratic steps, and rounds to nearest.
 
-    Affine formats keep the scale and fit the zero point, as published; symmetric ones, which have
-    none, fit the scale by least squares. Of the grids that it met, each group keeps the one of the
-    smallest `sum |W - Q|^p`.
+    Affine formats keep the scale and fit the zero point, as published. Symmetric formats fit the
+    scale by least squares. Each group keeps the iterate with the smallest `sum |W - Q|^p`.
 
     Args:
       weight: [out, in].
-      format: to round to; the method is for zero points of a floating type.
-      scale: of the grid to start from, see `grid.choose`.
-      exponent: `p`, in (0, 1].
-      beta: weight of the quadratic term at first, for errors in units of the scale.
-      growth: its factor from step to step.
-      steps: grids tried.
+      format: target format; the method is designed for zero points of a floating type.
+      scale: method of the initial scales, see `scales.choose`.
+      exponent: exponent `p` of the norm, in (0, 1].
+      beta: initial weight of the quadratic term, for errors in units of the scale.
+      growth: factor of `beta` per step.
+      steps: count of half-quadratic steps.
 
     Returns:
-      `(codes, grid)`, int8 [out, in].
+      `(codes, grid)`: int8 [out, in], and scales and zero points.
+
+    References:
+      Half-Quadratic Quantization of Large Machine Learning Models,
+      https://mobiusml.github.io/hqq_blog/.
     """
     weight = weight.astype(jnp.float32)
     rows = format.scale_shape(weight.shape)
@@ -59,7 +63,7 @@ def solve(
     first = grids.choose(weight, format, scale)
 
     def rounded(grid: Grid) -> tuple[Array, Array]:
-        """Levels less zero points, and residuals in units of the scale, [rows, groups, columns]."""
+        """Computes `level - zero` and residuals in scale units, [rows, groups, columns]."""
         wide = grid.map(lambda x: x[..., None])
         codes = kernels.quantize(groups, *wide, format.qtype)
         steps = kernels.levels(codes, format.qtype).astype(jnp.float32)
@@ -74,11 +78,13 @@ def solve(
     def step(
         carry: tuple[Grid, Grid, Array], weight_of_quadratic: Array
     ) -> tuple[tuple[Grid, Grid, Array], None]:
+        # Step 1: E is the generalized soft threshold of r = W - Q.
         grid, best, lowest = carry
         steps, residual = rounded(grid)
         size = jnp.abs(residual)
         shrunk = size - jnp.where(size > 0, size, 1.0) ** (exponent - 1) / weight_of_quadratic
         error = jnp.sign(residual) * jnp.maximum(shrunk, 0.0)
+        # Step 2: fit zero point or scale to W - E. Keep the best iterate, as stored, per group.
         grid = _fitted(grid, steps, residual - error)
         grid_loss = loss(_stored(grid, format))
         less = grid_loss < lowest
@@ -94,9 +100,11 @@ def solve(
 
 
 def _fitted(grid: Grid, steps: Array, residual: Array) -> Grid:
-    """The grid moved towards `steps + residual`, in units of its scale."""
+    """Fits zero points, or scales without zero points, to `steps + residual` in scale units."""
+    # z' = z - mean(r) minimizes the squared residual.
     if grid.zero is not None:
         return Grid(grid.scale, grid.zero - jnp.mean(residual, axis=-1))
+    # s' = s <q, q + r> / <q, q>, the least-squares scale of the codes q.
     power = jnp.sum(jnp.square(steps), axis=-1)
     along = jnp.sum(steps * (steps + residual), axis=-1)
     ratio = along / jnp.where(power > 0, power, 1.0)

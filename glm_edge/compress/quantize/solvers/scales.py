@@ -1,4 +1,4 @@
-"""Scales and zero points, chosen from extremes or searched by a loss, and rounding to them."""
+"""Scales and zero points from extremes or from a search, and rounding with them."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ from glm_edge.params import Format
 from glm_edge.params.formats import PER_TENSOR
 
 SCALES = ("max", "extreme", "mse")
-# Fractions of the largest magnitude that "mse" tries; 0.875 is 7/8, the whole range of int4.
+# Fractions of the largest magnitude that "mse" tries; 0.875 is 7/8, the full range of int4.
 _RATIOS = {8: np.linspace(1.0, 0.7, 13), 6: np.linspace(1.0, 0.6, 25), 4: np.linspace(1.0, 0.5, 41)}
 _FEW_LEVELS = np.linspace(1.0, 0.2, 65)
-# Smallest fraction of the range that "max" spans that is tried; the fewer levels, the smaller.
+# Smallest tried fraction of the range of "max", smaller for fewer levels.
 _LEAST = {"int8": 0.9, "int6": 0.8, "int5": 0.7, "int4": 0.55, "int3": 0.4, "nf4": 0.6}
 _LEAST_OF_FEW = 0.2
 _COARSE, _FINE = 12, (-0.67, -0.33, 0.33, 0.67)
@@ -29,8 +29,8 @@ class Grid(NamedTuple):
     """Scales and zero points, `f' = scale * (level - zero)`.
 
     Attributes:
-      scale: as `Format.scale_shape` says, in the stored type.
-      zero: None, or zero points like `scale` in their stored type.
+      scale: scales in the shape of `Format.scale_shape`, in the stored type.
+      zero: None, or zero points in the same shape, in their stored type.
     """
 
     scale: Array
@@ -43,18 +43,18 @@ class Grid(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("format", "scale"), inline=True)
 def choose(weight: Array, format: Format, scale: str = "max") -> Grid:
-    """Chooses the grid of a weight by its extremes or by the squared error it leaves.
+    """Chooses scales and zero points of a weight by its extremes or by squared error.
 
     Args:
       weight: [..., out, in].
       format: type, grouping, symmetry, types of scales and zero points.
-      scale: `max`, the largest magnitude lands on the largest level; `mse`, the fraction of it
-        that gives the least squared error; `extreme`, the signed extreme lands on the lowest
-        integer (symmetric only; scales may be negative).
+      scale: `max` maps the largest magnitude to the largest level; `mse` uses the fraction of it
+        with the least squared error; `extreme` maps the signed extreme to the lowest integer
+        (symmetric only; scales may be negative).
 
     Returns:
-      The grid. A group of zeros gets scale one, or zero where no code is level zero (`ternary34`).
-      A scale below what its type holds becomes the smallest that the type holds.
+      Scales and zero points. Groups of zeros have scale one, or zero without a code for level zero
+      (`ternary34`). A scale below the range of its type becomes the smallest one of the type.
     """
     groups = _grouped(weight.astype(jnp.float32), format)
     low, high = _extremes(groups, format.symmetric)
@@ -67,26 +67,26 @@ def choose(weight: Array, format: Format, scale: str = "max") -> Grid:
 
 
 def encode(weight: Array, grid: Grid, format: Format) -> Array:
-    """Codes of the nearest levels, int8 [..., out, in]."""
+    """Rounds weights to codes of the nearest levels, int8 [..., out, in]."""
     return kernels.quantize(weight, grid.scale, grid.zero, format.qtype)
 
 
 def decode(codes: Array, grid: Grid, format: Format) -> Array:
-    """Weights that codes stand for, float32 [..., out, in]."""
+    """Dequantizes codes, float32 [..., out, in]."""
     return kernels.dequantize(codes, grid.scale, grid.zero, format.qtype)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "scale"))
 def nearest(weight: Array, format: Format, scale: str = "max") -> tuple[Array, Grid]:
-    """Rounds a weight to the nearest level of the grid that `choose` finds.
+    """Rounds a weight to nearest with the scales of `choose`.
 
     Args:
       weight: [..., out, in].
-      format: to round to.
+      format: target format.
       scale: see `choose`.
 
     Returns:
-      `(codes, grid)`: int8 [..., out, in], and its grid.
+      `(codes, grid)`: int8 [..., out, in], and its scales and zero points.
     """
     weight = weight.astype(jnp.float32)
     grid = choose(weight, format, scale)
@@ -94,7 +94,7 @@ def nearest(weight: Array, format: Format, scale: str = "max") -> tuple[Array, G
 
 
 def _grouped(weight: Array, format: Format) -> Array:
-    """[..., rows of scales, groups, weights that share a scale]."""
+    """Splits weights by scale, [..., rows of scales, groups, weights per scale]."""
     scales = format.scale_shape(weight.shape)
     if format.group_size == PER_TENSOR:
         return weight.reshape(*scales, -1)
@@ -109,7 +109,7 @@ def _extremes(groups: Array, symmetric: bool) -> tuple[Array, Array]:
 
 
 def _spanning(low: Array, high: Array, format: Format) -> Grid:
-    """The grid whose lowest and highest levels lie at `low` and `high`."""
+    """Computes the grid with its lowest and highest levels at `low` and `high`."""
     lowest, highest = (-1, 1) if format.qtype == "nf4" else kernels.code_range(format.qtype)
     if format.symmetric:
         return Grid(_stored(high, highest, format))
@@ -127,8 +127,8 @@ def _extreme(groups: Array, format: Format) -> Array:
 
 
 def _stored(span: Array, steps: int, format: Format) -> Array:
-    """The scale under which `steps` levels reach as far as `span`, as it is stored."""
-    # A quotient below the smallest number is zero; the span says whether the weights are.
+    """Computes the stored scale with `span = steps * scale`."""
+    # A quotient can underflow to zero although the span is not zero.
     scale = jnp.where(span == 0, 0.0, jnp.sign(span) * _at_least_tiny(jnp.abs(span / steps)))
     return spared(kernels.round_scale(scale * (1 if steps > 0 else -1), format.scale_dtype), format)
 
@@ -138,20 +138,23 @@ def _at_least_tiny(size: Array) -> Array:
 
 
 def spared(scale: Array, format: Format) -> Array:
-    """Scales with one in place of zero, where a code of the format is level zero.
+    """Replaces scales of zero by one, if the format has a code for level zero.
 
-    No division needs a case of its own then. Three of four codes of `ternary34` are a sign, so that
-    its groups of zeros keep the scale zero.
+    Divisions by scales then need no special case. `ternary34` cannot represent four zeros by codes,
+    so its groups of zeros keep the scale zero.
     """
     return scale if format.qtype == "ternary34" else jnp.where(scale == 0, 1, scale)
 
 
 def normalized(values: Array, peak: Array) -> Array:
-    """Values times the power of two that brings a peak near one; squares then stay in range.
+    """Scales values by a power of two, such that `peak` is near one and squares stay in range.
 
     Args:
       values: float32.
-      peak: at least zero, of a shape that fits `values`; where it is zero, nothing changes.
+      peak: non-negative, broadcastable to `values`; zero leaves values unchanged.
+
+    Returns:
+      float32 in the shape of `values`.
     """
     exponent = jnp.clip(jnp.frexp(jnp.where(peak > 0, peak, 1.0))[1], -126, 126)
     return values * jnp.ldexp(jnp.ones_like(peak), -exponent)
@@ -162,7 +165,7 @@ def _best_ratio(groups: Array, low: Array, high: Array, format: Format) -> Array
 
     def error(ratio: Array) -> Array:
         grid = _spanning(low * ratio, high * ratio, format)
-        # Each group as a row of its own: whatever shares a scale is rounded together.
+        # Each group becomes a row, so that weights of one scale are rounded together.
         scale, zero = grid.map(lambda x: x[..., None])
         codes = kernels.quantize(groups, scale, zero, format.qtype)
         lost = kernels.dequantize(codes, scale, zero, format.qtype) - groups
@@ -179,35 +182,35 @@ def _best_ratio(groups: Array, low: Array, high: Array, format: Format) -> Array
 
 
 def per_group_format(format: Format) -> Format:
-    """The format of one group alone."""
+    """Returns the format of a single group."""
     size = PER_TENSOR if format.group_size == PER_TENSOR else None
     return dataclasses.replace(format, group_size=size)
 
 
 def nearest_columns(weight: Array, grid: Grid, format: Format) -> Array:
-    """Weights [columns, out] rounded to the grid [out] of their row."""
+    """Rounds weights [columns, out] with one scale per output, [out], and dequantizes them."""
     grid = grid.map(lambda x: x[:, None])
     return decode(encode(weight.T, grid, format), grid, format).T
 
 
 def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid], Array]) -> Grid:
-    """The scale, of those tried, that loses least.
+    """Searches the scale of a group with the smallest loss.
 
     Args:
-      weight: [columns, out], each row of results a group.
-      format: to round to.
-      scale: `max`, or `mse` for fractions of it, or `extreme` for both signs too.
-      loss: [out] of a grid [out].
+      weight: [columns, out], one group per output.
+      format: target format.
+      scale: `max` for no search, `mse` for fractions of `max`, `extreme` for both signs too.
+      loss: function of a grid [out] that returns losses [out].
 
     Returns:
-      The grid, [out] in the stored types; equal everywhere for one scale a matrix.
+      The grid, [out] in the stored types; all entries are equal for one scale per matrix.
     """
     group_format = per_group_format(format)
-    # Fours, since ternary34 has no fewer; only their extremes are read.
+    # Four values per output, the minimum for ternary34; `choose` reads only the extremes.
     ends = jnp.stack([weight.min(axis=0), weight.max(axis=0)] * 2, axis=-1)
 
     def grid_of(ratio: Array) -> Grid:
-        """Ratios [2 or 2, out] of the lower and of the upper end; a negative one turns the sign."""
+        """Builds a grid from ratios [2] or [2, out] of both ends; negative ones flip the sign."""
         lower, upper = jnp.broadcast_to(ratio.reshape(2, -1), (2, ends.shape[0]))
         shrunk = ends * jnp.abs(jnp.stack([lower, upper] * 2, axis=-1))
         candidate = choose(shrunk, group_format, "max")
@@ -223,6 +226,7 @@ def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid
         ratio = jnp.broadcast_to(ratio.reshape(2, -1), best[1].shape)
         return (jnp.where(less, candidate, best[0]), jnp.where(less, ratio, best[1])), None
 
+    # A coarse search over all ratios, then a fine one around the best ratio of each output.
     start = (jnp.full(ends.shape[:1], jnp.inf), jnp.ones((2, ends.shape[0])))
     coarse, step = _candidate_ratios(format, scale == "extreme")
     best = jax.lax.scan(better, start, jnp.asarray(coarse))[0]
@@ -231,7 +235,7 @@ def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid
 
 
 def _candidate_ratios(format: Format, both_signs: bool) -> tuple[np.ndarray, float]:
-    """Pairs of ratios [K, 2], and the step between two of them, relative."""
+    """Lists pairs of ratios [K, 2], and the relative step between adjacent ratios."""
     least = _LEAST.get(format.qtype, _LEAST_OF_FEW)
     if format.symmetric:
         ratios = np.geomspace(1.0, least, _COARSE, dtype=np.float32)

@@ -1,10 +1,10 @@
-"""Cholesky factors and triangular systems whose bytes do not depend on the number of cores.
+"""Cholesky factors and triangular systems with the same bits for any number of cores.
 
-LAPACK's split their work by the threads that it has, and the last bits follow. Here blocks of a
-fixed size are taken in a fixed order: a loop over columns within a block, products between blocks.
-XLA multiplies plain matrices on CPU in an order that depends on the shapes alone; where it reads
-the first one transposed, or sums along another axis than the last, the threads count. Hence
-`across`, and `column_sums` and `total`, which are products with ones.
+LAPACK splits its work by threads, which changes the last bits. This module processes blocks of a
+fixed size in a fixed order: a loop over columns within a block, and products between blocks. XLA
+multiplies plain matrices on CPU in an order that depends only on shapes. A product with a
+transposed first operand, or a sum along another axis than the last, depends on threads. Therefore
+`across` transposes explicitly, and `column_sums` and `total` are products with ones.
 """
 
 import functools
@@ -14,35 +14,35 @@ import jax.numpy as jnp
 from jax import Array
 
 _BLOCK = 64
-# Superblocks of a factorization, and blocks of each; more of them save products, cost compilation.
+# Maximum of panels, and minimum of blocks per panel: more panels save products but compile longer.
 _PANELS, _LEAST = 8, 4
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def column_sums(matrix: Array) -> Array:
-    """Sums along the last axis but one, [..., in] of [..., rows, in]."""
+    """Sums [..., rows, in] along the axis of rows, [..., in]."""
     ones = jnp.ones((*matrix.shape[:-2], 1, matrix.shape[-2]), matrix.dtype)
     return _product(ones, matrix)[..., 0, :]
 
 
 def across(matrix: Array, right: Array) -> Array:
-    """`A^T B` of `A` [n, k] and `B` [n, m], [k, m]."""
+    """Computes `A^T B` [k, m] of `A` [n, k] and `B` [n, m]."""
     return _product(jax.lax.optimization_barrier(matrix.T), right)
 
 
 def total(vector: Array) -> Array:
-    """Sum of a vector, a scalar."""
+    """Sums a vector to a scalar."""
     return column_sums(vector[:, None])[0]
 
 
 def cholesky(matrix: Array) -> Array:
-    """The lower triangular `L` with `L L^T` a symmetric matrix.
+    """Computes the lower triangular `L` with `L L^T = A`, for a symmetric `A`.
 
     Args:
-      matrix: float32 [n, n]; only its lower triangle is read.
+      matrix: `A`, float32 [n, n]; only its lower triangle is read.
 
     Returns:
-      float32 [n, n]; NaN where the matrix is not positive definite.
+      `L`, float32 [n, n]; contains NaN if the matrix is not positive definite.
     """
     size = matrix.shape[0]
     if size <= _BLOCK:
@@ -52,7 +52,7 @@ def cholesky(matrix: Array) -> Array:
     panel = max(-(-blocks // _PANELS), _LEAST) * _BLOCK
     done = []
     for start in range(0, padded.shape[0], panel):
-        # `padded` is what is left of the matrix; its first columns are factored, then go.
+        # Right-looking factorization: factor a panel of columns, then update the trailing matrix.
         width = min(panel, padded.shape[0])
         factor = _panel(padded[:, :width])
         done.append(jnp.pad(factor, ((start, 0), (0, 0))))
@@ -84,7 +84,7 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
     def step(index: Array, right: Array) -> Array:
         start = (blocks - 1 - index if transposed else index) * _BLOCK
         inverse = _small_inverse(part(part(factor, start), start, axis=1))
-        # What is solved stays as it is, since the factor is zero there; its own rows are replaced.
+        # Substitute the solved block into the others. Solved rows stay, since L is zero there.
         if transposed:
             solution = across(inverse, part(right, start))
             right = right - across(part(factor, start), solution)
@@ -97,19 +97,19 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
 
 
 def solve_upper(factor: Array, right: Array, transposed: bool = False) -> Array:
-    """Solves `R X = B`, or `R^T X = B`, with an upper triangular `R`; else as `solve_lower`."""
+    """Solves `R X = B`, or `R^T X = B`, with an upper triangular `R`; shapes as `solve_lower`."""
     return solve_lower(factor[::-1, ::-1], right[::-1], transposed)[::-1]
 
 
 def _padded(matrix: Array) -> Array:
-    """The matrix with ones on a longer diagonal, so that its blocks are whole."""
+    """Extends the matrix with ones on the diagonal to a multiple of the block size."""
     missing = -matrix.shape[0] % _BLOCK
     grown = jnp.pad(matrix, (0, missing))
     return grown.at[jnp.arange(missing) + len(matrix), jnp.arange(missing) + len(matrix)].set(1.0)
 
 
 def _panel(columns: Array) -> Array:
-    """The factor's first columns, [n, width], from those of the matrix."""
+    """Computes the first columns of the factor, [n, width], from those of the matrix."""
     height, width = columns.shape
     row, column = jnp.arange(height)[:, None], jnp.arange(width)
     part = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=_BLOCK)
@@ -132,7 +132,7 @@ def _small_cholesky(matrix: Array) -> Array:
     row = jnp.arange(size)
 
     def step(index: Array, factor: Array) -> Array:
-        # Column `index` less what the columns before it stand for; later ones are zero still.
+        # A[:, j] - L L[j]^T, where columns of L from j on are still zero; then scale by the pivot.
         before = jax.lax.dynamic_index_in_dim(factor, index, keepdims=False)
         column = jax.lax.dynamic_index_in_dim(matrix, index, 1, keepdims=False)
         column = column - _product(factor, before[:, None])[:, 0]

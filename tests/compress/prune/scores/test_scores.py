@@ -199,7 +199,7 @@ def test_wanda_uses_magnitude_for_an_embedding(small, calibration):
     """An embedding goes by magnitude where wanda sees no input."""
     model, params = small
     _, pruned, report = prune.mask(0.5, score="wanda", where="embed")(model, params, calibration)
-    assert "by magnitude: nothing is seen to multiply it" in report.rows[0].action
+    assert "by magnitude: its rows are looked up, not multiplied" in report.rows[0].action
     kept = pruned["embed"]["weight"].mask.sum(axis=1)
     assert set(np.asarray(kept).tolist()) == {16}
     with pytest.raises(RecipeError, match="nothing is seen to multiply embed/weight"):

@@ -169,8 +169,8 @@ def test_more_heads_than_a_group_has_cannot_go(make_member):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": (2, 1)}, "must be one number, or 1 of at least 1"),
-        ({"num_heads": (2,)}, "need head_dim"),
+        ({"num_heads": (2, 1)}, "must be one integer, or 1 integers of at least 1"),
+        ({"num_heads": (2,)}, "require head_dim"),
         ({"intermediate_size": (0,)}, "of at least 1"),
         ({"head_dim": 0, "num_heads": (1,)}, "head_dim 0 must be in 1"),
         ({"num_heads": 3}, "hidden_size 16 must be a multiple of num_heads 3"),

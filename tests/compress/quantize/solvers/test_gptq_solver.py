@@ -219,7 +219,7 @@ def test_damping_grows_until_there_is_a_factor(kind):
 
 def test_what_has_no_answer_is_refused():
     weight, gram = problem()
-    with pytest.raises(BoxError, match="whole groups"):
+    with pytest.raises(BoxError, match="do not divide into groups of 24"):
         gptq.solve(weight, gram, Format.parse("int4-g24"))
     with pytest.raises(BoxError, match="gram must be"):
         gptq.solve(weight, gram[:32, :32], Format.parse("int4-g16"))

@@ -81,7 +81,7 @@ def test_a_cast_says_which_weights_became_zero(stock, masked):
 
 def test_row_says_where_the_result_is_farther_than_zero():
     weight = jnp.full((2, 4), 1e-8)
-    assert "farther from the weight than zero" in row("t", "a", weight, weight * 4, 3.0).action
+    assert "error larger than that of zeros" in row("t", "a", weight, weight * 4, 3.0).action
 
 
 def test_rtn_rounds_weights_whose_squares_overflow():
