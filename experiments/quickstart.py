@@ -29,9 +29,10 @@ from experiments.common import eval_data, exported_eval, stage_eval
 from experiments.common.figures import pareto
 from experiments.common.outputs import prepare_directory
 from experiments.common.provenance import provenance_of
-from glm_edge.cli.console import launch, progress, text_table
+from glm_edge.cli.console import launch, progress
 from glm_edge.cli.corpora import write_text
 from glm_edge.compress.transform import Context, Transform
+from glm_edge.tables import text_table
 
 FLAGS = flags.FLAGS
 COLUMNS = {

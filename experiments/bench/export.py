@@ -50,9 +50,10 @@ from experiments.bench.conversion import bandwidth
 from experiments.bench.decode import text_only
 from experiments.bench.runtimes import child as children
 from experiments.bench.runtimes import compare
-from experiments.bench.runtimes.child import PAUSE_S, Child, EngineError, Spec
+from experiments.bench.runtimes.child import PAUSE_S, EngineProcess, Spec
 from experiments.bench.runtimes.compare import Burst, Bursts, shown
 from experiments.bench.runtimes.litert import timed_signatures
+from experiments.common.child import ChildError
 from experiments.common.provenance import peers_of, provenance_of
 from glm_edge.cli.console import launch, print_table, refuse_arguments
 from glm_edge.cli.corpora import check_absent, write_text
@@ -225,7 +226,7 @@ class Bench:
         self.left_out: dict[str, str] = {}
         self.samples: dict[str, Bursts] = {}
         self.bandwidth: dict[int, float] = {}
-        self.resident: dict[str, Child] = {}
+        self.resident: dict[str, EngineProcess] = {}
         self.groups: list[list[str]] = []
 
     def prepare(self) -> None:
@@ -234,7 +235,7 @@ class Bench:
             started = time.monotonic()
             try:
                 self.prepared[spec.name] = children.prepare(spec)
-            except EngineError as error:
+            except ChildError as error:
                 self._leave_out(spec.name, str(error))
                 continue
             print(f"{spec.name}: written in {time.monotonic() - started:.0f} s", flush=True)
@@ -287,7 +288,7 @@ class Bench:
                 continue
             try:
                 engine, facts = children.start(spec)
-            except EngineError as error:
+            except ChildError as error:
                 self._leave_out(spec.name, str(error))
                 continue
             self.resident[spec.name] = engine
@@ -309,7 +310,7 @@ class Bench:
                     started = time.monotonic()
                     try:
                         seconds = self.resident[name].burst(kind, int(count), FLAGS.steps)
-                    except EngineError as error:
+                    except ChildError as error:
                         self._leave_out(name, str(error))
                         self.resident.pop(name).close()
                         break
@@ -349,7 +350,7 @@ def profiles(specs: Sequence[Spec], phases: Iterable[tuple[str, str]]) -> dict[s
                 matching[key] = children.profile(
                     tasks[name].path, signature, FLAGS.threads, FLAGS.profile_runs
                 )
-            except EngineError as error:
+            except ChildError as error:
                 matching[key] = {"error": str(error)}
     return matching
 

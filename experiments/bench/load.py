@@ -198,11 +198,12 @@ def peak_bytes() -> int:
     Raises:
       DataError: the system does not tell; Linux does.
     """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-    except (OSError, StopIteration) as error:
-        raise DataError("peak memory is read from /proc/self/status, which is Linux's") from error
+    from experiments.common import child
+
+    peak = child.peak_bytes()
+    if not peak:
+        raise DataError("peak memory is read from /proc/self/status, which is Linux's")
+    return peak
 
 
 def _glm_edge(directory: Path) -> Callable[[], Any]:

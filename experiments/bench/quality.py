@@ -34,7 +34,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 import zlib
@@ -55,14 +54,16 @@ from experiments.bench.peers.methods import DECODER, METHODS, OURS, REFERENCE, M
 from experiments.bench.peers.scoring import Scorer
 from experiments.bench.peers.table import COLUMNS, Columns, cells, figure, titles, unreached
 from experiments.common import calibration_data, eval_data, tap_items
+from experiments.common.child import Child, ChildError
 from experiments.common.provenance import commit, machine
 from glm_edge import params as boxes
 from glm_edge.cli import corpora
-from glm_edge.cli.console import launch, refuse_arguments, text_table
+from glm_edge.cli.console import launch, refuse_arguments
 from glm_edge.cli.loss import WINDOW
 from glm_edge.cli.run import versions as package_versions
 from glm_edge.compress.batches import INPUTS
 from glm_edge.errors import DataError, OutputError
+from glm_edge.tables import text_table
 
 FLAGS = flags.FLAGS
 PEERS = ("qwix", "ggml", "torchao", "ai_edge", "gptqmodel", "auto_round")
@@ -299,37 +300,55 @@ class Bench:
 
     def _ours(self, method: Method) -> tuple[Any, Any, dict[str, Any]] | None:
         out = self.work / OURS
-        command = [sys.executable, "-m", "experiments.bench.peers.ours"]
-        command += [f"--checkpoint={self.checkpoint}", f"--out={out}", f"--where={method.where}"]
         data = "training" if method.calibration == "training" else "calibration"
-        command += [f"--calibration={self.work / data}", f"--recipe={as_json(method)}"]
-        if method.calibration == "text":
-            command.append("--text_only")
-        if not self._call(method, command):
-            return None
-        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-        return *ge.load(out, dtype="float32"), meta
+        meta = self._quantize(
+            method,
+            checkpoint=str(self.checkpoint),
+            calibration=str(self.work / data),
+            recipe=as_json(method),
+            where=method.where,
+            text_only=method.calibration == "text",
+            out=str(out),
+        )
+        return meta and (*ge.load(out, dtype="float32"), meta)
 
     def _peer(self, method: Method) -> tuple[Any, Any, dict[str, Any]] | None:
-        python, options = FLAGS[f"{method.peer}_python"].value or sys.executable, method.options
+        options = method.options
         if method.peer == "ggml":
             options = {**options, "library": FLAGS.ggml_library}
-        out = self.work / "out.npz"
-        command = [python, "-m", f"experiments.bench.peers.{method.peer}", f"--out={out}"]
-        command += [f"--weights={self.work / 'weights.npz'}", f"--options={json.dumps(options)}"]
-        command.append(f"--checkpoint={self.work / 'hugging_face'}")
+        out, inputs = self.work / "out.npz", None
         if method.calibration != "none":
-            command.append(f"--inputs={self.work / f'inputs_{method.calibration}.npz'}")
-        if not self._call(method, command):
+            inputs = str(self.work / f"inputs_{method.calibration}.npz")
+        answer = self._quantize(
+            method,
+            weights=str(self.work / "weights.npz"),
+            out=str(out),
+            options=options,
+            checkpoint=str(self.work / "hugging_face"),
+            inputs=inputs,
+        )
+        if answer is None:
             return None
         dense, meta = exchange.read(out)
+        meta |= answer
         params = boxes.map_with_path(
             lambda path, leaf: jnp.asarray(dense.get(path, leaf)), self.params
         )
         return self.model, params, meta
 
-    def _call(self, method: Method, command: list[str]) -> bool:
-        return _call(method, command, self.work.parent / "results" / f"{slug(method)}.log")
+    def _quantize(self, method: Method, **fields: Any) -> dict[str, Any] | None:
+        """Asks a peer; None, with its reason printed and its output in a log, where it fails."""
+        python = None if method.peer == OURS else FLAGS[f"{method.peer}_python"].value
+        try:
+            module = f"experiments.bench.peers.{method.peer}"
+            with Child(module, python, timeout_s=None) as child:
+                answer = child.ask("quantize", **fields)
+                return {**answer, "versions": child.versions or None}
+        except ChildError as error:
+            print(f"left out: {method.name}: {error}", file=sys.stderr, flush=True)
+            log = self.work.parent / "results" / f"{slug(method)}.log"
+            corpora.write_text(log, error.log, overwrite=True)
+            return None
 
     def _write(self, texts: list[dict[str, Any]], screens: list[dict[str, Any]]) -> None:
         """Writes weights, calibration batches and the inputs that they make, for all peers."""
@@ -388,20 +407,6 @@ def sown_inputs(
 def _sown_inputs(model, params, batch):
     inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
     return model.apply({"params": params}, batch["tokens"], **inputs, mutable=["inputs"])[1]
-
-
-def _call(method: Method, command: list[str], log: Path) -> bool:
-    """Runs a peer; False, with its reason printed and all it said in `log`, where it fails."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, cwd=root
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"left out: {method.name}: {last}", file=sys.stderr, flush=True)
-        corpora.write_text(log, done.stdout + done.stderr, overwrite=True)
-    return done.returncode == 0
 
 
 def alternate(first: list[Any], second: list[Any]) -> list[Any]:

@@ -45,9 +45,10 @@ from experiments.common.figures import skipping_figure
 from experiments.common.outputs import prepare_directory
 from experiments.common.provenance import provenance_of
 from experiments.common.skipping_eval import floats
-from glm_edge.cli.console import launch, text_table
+from glm_edge.cli.console import launch
 from glm_edge.cli.corpora import write_text
 from glm_edge.generate import Setting, SweepRow
+from glm_edge.tables import text_table
 
 # What the claims say: speed-up and points of accuracy lost.
 PUBLISHED = {

@@ -38,9 +38,9 @@ from absl import flags
 import glm_edge as ge
 from experiments.bench.export import TOY
 from experiments.bench.runtimes import child as children
-from experiments.bench.runtimes.child import EngineError
 from experiments.bench.runtimes.compare import Quartiles, shown
 from experiments.bench.runtimes.engine import timed
+from experiments.common.child import ChildError
 from experiments.common.provenance import peers_of, provenance_of
 from glm_edge.checkpoint.shapes import expected_shapes
 from glm_edge.cli.console import launch, print_table, refuse_arguments
@@ -164,7 +164,7 @@ def measured(work: Path) -> dict[str, Any]:
                 options={"weight_cache": str(work / "packed"), "prefix": FLAGS.text_tokens // 2},
             )
             written = children.prepare(spec)
-            resident[form] = children.Child(spec)
+            resident[form] = children.EngineProcess(spec)
             loaded = resident[form].load()
             resident[form].action(prompt, FLAGS.action_tokens)
             results[form] = {
@@ -177,7 +177,7 @@ def measured(work: Path) -> dict[str, Any]:
                 results[form]["runs"].append(resident[form].action(prompt, FLAGS.action_tokens))
         for form, engine in resident.items():
             results[form]["peak_rss_bytes"] = engine.peak_bytes()
-    except EngineError as error:
+    except ChildError as error:
         raise DataError(f"LiteRT does not run {FLAGS.shape}: {error}") from error
     finally:
         for engine in resident.values():
@@ -354,14 +354,14 @@ def runtimes(work: Path) -> dict[str, Any]:
         try:
             written, starts = children.prepare(spec), []
             for _ in range(FLAGS.rounds):
-                engine = children.Child(spec)
+                engine = children.EngineProcess(spec)
                 try:
                     starts.append(engine.load()["seconds"])
                 finally:
                     engine.close()
-            resident[name] = children.Child(spec)
+            resident[name] = children.EngineProcess(spec)
             resident[name].load()
-        except EngineError as error:
+        except ChildError as error:
             results[name] = {"left_out": str(error)}
             continue
         results[name] = {"size_bytes": written["file_bytes"], "start_s": starts, "step_s": []}
@@ -371,7 +371,7 @@ def runtimes(work: Path) -> dict[str, Any]:
         for turn in range(FLAGS.rounds):
             for name in list(resident) if turn % 2 else list(resident)[::-1]:
                 results[name]["step_s"].append(resident[name].burst("decode", STEP_CONTEXT, STEPS))
-    except EngineError as error:
+    except ChildError as error:
         raise DataError(f"nano: {error}") from error
     finally:
         for engine in resident.values():

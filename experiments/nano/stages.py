@@ -18,6 +18,7 @@ import optax
 from absl import logging
 from safetensors.numpy import load_file, save_file
 
+from experiments.common.training import gradient_step
 from glm_edge.writers import write_whole
 
 Tree = Any
@@ -162,9 +163,8 @@ def run_stage(
 
 def _update(loss: Step, optimizer: optax.GradientTransformation):
     def update(state: Tree, opt_state: Tree, batch: Any, rng: jax.Array):
-        (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state, batch, rng)
-        updates, opt_state = optimizer.update(gradient, opt_state, state)
-        return optax.apply_updates(state, updates), opt_state, parts
+        state, opt_state, _, parts = gradient_step(loss, optimizer, state, opt_state, batch, rng)
+        return state, opt_state, parts
 
     return update
 

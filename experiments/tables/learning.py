@@ -19,6 +19,7 @@ from absl import logging
 from jax import Array
 from safetensors.numpy import load_file, save_file
 
+from experiments.common.training import gradient_step
 from glm_edge import params as boxes
 from glm_edge.errors import DataError
 from glm_edge.params.tree import nested
@@ -102,7 +103,7 @@ def train(
     order = np.concatenate([rng.permutation(count) for _ in range(rounds)])
     order = order[: training.steps * training.batch].reshape(training.steps, training.batch)
     arrays = jax.device_put((inputs, labels, targets))
-    state = _optimizer().init(variables["params"])
+    state = _optimizer(0.0).init(variables["params"])
     shared, losses = training._replace(steps=0, learning_rate=0.0), []
     for step, (rate, rows) in enumerate(zip(rates, order, strict=True), start=1):
         drawn = np.uint32([seed, step])
@@ -119,8 +120,9 @@ def train(
     return variables
 
 
-def _optimizer() -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
+def _optimizer(rate: Array | float) -> optax.GradientTransformation:
+    clipping, adam = optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98)
+    return optax.chain(clipping, adam, optax.scale_by_learning_rate(rate))
 
 
 # Not a scan: XLA compiles convolutions within a loop for the CPU to code that is many times slower.
@@ -145,10 +147,9 @@ def _step(
         )
         return _loss(logits, labels[rows], targets[rows], training), changed
 
-    params = variables["params"]
-    (value, changed), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, state = _optimizer().update(gradient, state, params)
-    params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+    params, state, value, changed = gradient_step(
+        loss, _optimizer(rate), variables["params"], state
+    )
     return {**variables, **changed, "params": params}, state, value
 
 

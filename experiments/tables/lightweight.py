@@ -25,8 +25,9 @@ from typing import Any
 from absl import flags
 
 import glm_edge as ge
-from experiments.bench.runtimes.child import Child, EngineError, Spec, spec_of
+from experiments.bench.runtimes.child import EngineProcess, Spec, spec_of
 from experiments.common import eval_data, exported_eval, stage_eval, tap_eval
+from experiments.common.child import ChildError
 from experiments.nano.phone_screens import metrics
 from experiments.quickstart import compressed
 from experiments.tables import measure, table
@@ -160,9 +161,9 @@ def timed(
         try:
             for kind, file in files.items():
                 spec = engine_of(kind, file, threads)
-                with contextlib.closing(Child(spec)) as packing:
+                with contextlib.closing(EngineProcess(spec)) as packing:
                     packing.load()
-                resident[kind] = Child(spec)
+                resident[kind] = EngineProcess(spec)
                 stack.callback(resident[kind].close)
                 loaded = resident[kind].load()
                 resident[kind].action(PROMPT, answer_tokens)
@@ -180,7 +181,7 @@ def timed(
                     files_log[kind]["steps"].append(step)
             for kind, engine in resident.items():
                 files_log[kind]["peak_rss_bytes"] = engine.peak_bytes()
-        except EngineError as error:
+        except ChildError as error:
             raise DataError(f"LiteRT does not run a file: {error}") from error
     return files_log
 

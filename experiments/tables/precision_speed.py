@@ -27,10 +27,11 @@ import glm_edge as ge
 from experiments.bench.export import decoder_of
 from experiments.bench.runtimes import child as children
 from experiments.bench.runtimes import compare, random_model
-from experiments.bench.runtimes.child import Child, EngineError, Spec
+from experiments.bench.runtimes.child import EngineProcess, Spec
 from experiments.bench.runtimes.compare import Burst, Bursts, Quartiles
 from experiments.bench.runtimes.engine import Task
 from experiments.bench.runtimes.litert import weight_bytes
+from experiments.common.child import ChildError
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge.cli.console import bar, launch
@@ -155,7 +156,7 @@ def bursts(specs: Sequence[Spec], rounds: int, steps: int) -> dict[str, Bursts]:
     Returns:
       Bursts of `decode` and `prefill` by form.
     """
-    resident: dict[str, Child] = {}
+    resident: dict[str, EngineProcess] = {}
     try:
         for spec in specs:
             resident[spec.name] = children.start(spec)[0]
@@ -170,7 +171,7 @@ def bursts(specs: Sequence[Spec], rounds: int, steps: int) -> dict[str, Bursts]:
                     seconds = resident[name].burst(phase, count, steps)
                     phase_samples[name][phase].append(Burst(turn, seconds))
         return phase_samples
-    except EngineError as error:
+    except ChildError as error:
         raise ExportError(f"LiteRT could not run a file: {error}") from error
     finally:
         for engine in resident.values():

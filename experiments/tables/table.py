@@ -15,9 +15,10 @@ from absl import flags
 from experiments.common.outputs import prepare_directory
 from experiments.common.provenance import provenance_of
 from experiments.nano.phone_screens.metrics import Rate
-from glm_edge.cli.console import bar, print_table, refuse_arguments, text_table
+from glm_edge.cli.console import bar, print_table, refuse_arguments
 from glm_edge.cli.corpora import write_text
 from glm_edge.errors import require
+from glm_edge.tables import text_table
 
 FLAGS = flags.FLAGS
 STARTED_S = time.monotonic()

@@ -12,6 +12,7 @@ from absl import app, flags, logging
 
 from glm_edge.errors import GlmEdgeError, MissingExtraError, require
 from glm_edge.process_wide import QUIET_TENSORFLOW
+from glm_edge.tables import text_table
 
 FLAGS = flags.FLAGS
 HELP_FLAGS = {"--help", "-help", "-h", "-?"}
@@ -79,18 +80,6 @@ def _tqdm() -> Callable[..., Any] | None:
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints an aligned table."""
     print(text_table(header, rows))
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Lays out cells in columns, Markdown's way."""
-    cells = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def as_flags(message: str, known: flags.FlagValues = FLAGS) -> str:

@@ -1,6 +1,7 @@
 """Calibration batches of any shape, with the functions that run a model on them."""
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -255,6 +256,14 @@ def has_length(calibration: Any) -> bool:
     if isinstance(calibration, Calibration):
         return has_length(calibration.batches)
     return hasattr(calibration, "__len__")
+
+
+def evenly_spaced(calibration: Any, count: int) -> list[Any]:
+    """Take at most `count` batches: evenly from a list, the first where there is no length."""
+    if not has_length(calibration):
+        return list(itertools.islice(calibration or (), count))
+    indices = np.linspace(0, len(calibration) - 1, min(count, len(calibration)))
+    return [calibration[index] for index in indices.round().astype(int).tolist()]
 
 
 def is_empty(calibration: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from glm_edge import params as boxes
 from glm_edge.errors import OutputError, require
 from glm_edge.params.tree import Params
+from glm_edge.tables import table_lines
 from glm_edge.writers import write_whole
 
 _HEADINGS = {
@@ -217,14 +218,7 @@ class Report:
     def __str__(self) -> str:
         cells = [list(_HEADINGS.values())]
         cells += [_format(row) for row in (*self.rows, self.total)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADINGS))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if name in _TEXT else cell.rjust(width)
-                for name, cell, width in zip(_HEADINGS, line, widths, strict=True)
-            ).rstrip()
-            for line in cells
-        ]
+        lines = table_lines(cells, [i for i, name in enumerate(_HEADINGS) if name not in _TEXT])
         rule = "-" * max(len(line) for line in lines)
         notes = [f"note: {note}" for note in self.notes]
         below = [*self._costs(), *self._training(), *notes]

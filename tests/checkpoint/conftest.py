@@ -8,48 +8,23 @@ import pytest
 
 from glm_edge.checkpoint.safetensors import write_safetensors
 from glm_edge.checkpoint.shapes import expected_shapes
-from glm_edge.configs import DecoderConfig, GLMConfig, SpeechConfig, VisionConfig
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params.tree import nested
+from tests.tiny_models import tiny_config
 
 
 @pytest.fixture(scope="session")
 def model():
     return MultimodalGLM(
-        GLMConfig(
-            name="small",
-            decoder=DecoderConfig(
-                vocab_size=48,
-                hidden_size=32,
-                num_layers=2,
-                num_heads=(4, 2),
-                num_kv_heads=2,
-                head_dim=8,
-                intermediate_size=(40, 24),
-            ),
-            vision=VisionConfig(
-                image_size=(16, 8),
-                hidden_size=16,
-                num_layers=1,
-                num_heads=2,
-                intermediate_size=16,
-                projector_size=16,
-                patch_size=4,
-                patch_stride=4,
-                temporal_patch_size=1,
-                position_grid=(4, 2),
-            ),
-            speech=SpeechConfig(
-                mel_bins=4,
-                num_frames=16,
-                hidden_size=16,
-                num_layers=1,
-                num_heads=2,
-                intermediate_size=16,
-                projector_size=16,
-            ),
-            image_token_id=5,
-            audio_token_id=8,
+        tiny_config(
+            {"num_heads": (4, 2), "intermediate_size": (40, 24)},
+            {
+                "image_size": (16, 8),
+                "intermediate_size": 16,
+                "projector_size": 16,
+                "position_grid": (4, 2),
+            },
+            {"mel_bins": 4, "intermediate_size": 16, "projector_size": 16},
             eos_token_ids=(0,),
         )
     )

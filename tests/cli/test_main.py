@@ -24,6 +24,7 @@ from glm_edge.cli.in_memory import as_stored
 from glm_edge.compress import batches
 from glm_edge.compress.report import Report, Row
 from glm_edge.errors import CheckpointError, DataError, OutputError
+from tests.tiny_models import init
 
 ROOT = Path(__file__).parents[2]
 ENTRY = "glm_edge.cli.main:main"
@@ -297,7 +298,7 @@ def test_unknown_inputs_to_do_without_are_refused(without):
 @pytest.mark.parametrize("command", ["compress", "export", "evaluate"])
 def test_modules_of_others_are_for_python(command, run, tmp_path):
     model = nn.Dense(4)
-    params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 4)))["params"]
+    params = init(model, np.ones((1, 4)))["params"]
     ge.save(model, params, tmp_path / "dense")
     where = {"compress": "--out_dir", "export": "--out", "evaluate": "--json"}[command]
     with pytest.raises(SystemExit, match=r"cannot build; use ge\.load\(.*model=module\) in Python"):

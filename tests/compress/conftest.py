@@ -3,45 +3,19 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_edge.configs import DecoderConfig, GLMConfig, SpeechConfig, VisionConfig
-from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.configs import GLMConfig
+from tests.tiny_models import init_glm, tiny_config
 
-VOCAB, IMAGE, PAD = 40, 5, 0
+VOCAB, PAD = 40, 0
 
 
 def config_of(vision: bool = False, **decoder) -> GLMConfig:
-    fields = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 8,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 128,
-    }
-    tower = VisionConfig(
-        image_size=(8, 8),
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        intermediate_size=32,
-        projector_size=32,
-        patch_size=2,
-        patch_stride=2,
-        temporal_patch_size=1,
-        position_grid=(4, 4),
-    )
-    return GLMConfig(
-        name="small",
-        decoder=DecoderConfig(**{**fields, **decoder}),
-        vision=tower if vision else None,
-        image_token_id=IMAGE,
-        pad_token_id=PAD,
-    )
+    wide = {"vocab_size": VOCAB, "num_heads": 8, "intermediate_size": 128}
+    tower = {"image_size": (8, 8), "patch_size": 2, "patch_stride": 2}
+    return tiny_config(wide | decoder, tower if vision else None, pad_token_id=PAD)
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +24,7 @@ def make_model():
 
     @functools.cache
     def build(vision: bool = False, **decoder):
-        model = MultimodalGLM(config_of(vision, **decoder))
-        params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-        return model, params
+        return init_glm(config_of(vision, **decoder))
 
     return build
 
@@ -76,34 +48,15 @@ def calibration():
 
 def _members() -> dict[str, GLMConfig]:
     """A tiny model of each kind: what the decoders and encoders of the family can do."""
-    decoder = {"vocab_size": 48, "hidden_size": 24, "num_layers": 2, "num_heads": 4}
-    decoder |= {"num_kv_heads": 2, "head_dim": 8, "intermediate_size": 40}
-    vision = {"image_size": (16, 16), "hidden_size": 16, "num_layers": 1, "num_heads": 2}
-    vision |= {"intermediate_size": 24, "projector_size": 40, "patch_size": 4, "patch_stride": 4}
-    vision |= {"temporal_patch_size": 1, "position_grid": (4, 4)}
-    speech = SpeechConfig(
-        mel_bins=8,
-        num_frames=16,
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        intermediate_size=24,
-        projector_size=40,
-    )
+    decoder = {"hidden_size": 24, "intermediate_size": 40}
+    vision = {"intermediate_size": 24, "projector_size": 40}
+    speech = {"intermediate_size": 24, "projector_size": 40}
     siglip = {"norm": "layer", "gated_mlp": False, "attention_bias": True, "projection_bias": True}
     siglip |= {"rotary": False, "boundary_embeddings": True}
     pruned = {"num_heads": (4, 2), "num_kv_heads": (2, 1), "intermediate_size": (40, 24)}
 
     def member(name: str, vision=None, speech=None, **changes) -> GLMConfig:
-        return GLMConfig(
-            name=name,
-            decoder=DecoderConfig(**{**decoder, **changes}),
-            vision=None if vision is None else VisionConfig(**vision),
-            speech=speech,
-            image_token_id=IMAGE,
-            audio_token_id=8,
-            pad_token_id=PAD,
-        )
+        return tiny_config(decoder | changes, vision, speech, name=name, pad_token_id=PAD)
 
     return {
         "edge": member("edge", tie_embeddings=False),
@@ -131,16 +84,14 @@ def make_member():
 
     @functools.cache
     def build(name: str, seed: int = 0):
-        model = MultimodalGLM(MEMBERS[name])
-        params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
-        leaves, treedef = jax.tree.flatten(params)
+        model, params = init_glm(MEMBERS[name], seed)
         rng = np.random.default_rng(seed)
-        shaken = (
-            leaf * rng.uniform(0.5, 1.5, leaf.shape) + rng.normal(0, 0.1, leaf.shape)
-            for leaf in map(np.asarray, leaves)
-        )
-        shaken = [jnp.asarray(leaf, jnp.float32) for leaf in shaken]
-        return model, jax.tree.unflatten(treedef, shaken)
+
+        def shake(leaf):
+            values = leaf * rng.uniform(0.5, 1.5, leaf.shape) + rng.normal(0, 0.1, leaf.shape)
+            return values.astype(np.float32)
+
+        return model, jax.device_put(jax.tree.map(shake, jax.device_get(params)))
 
     return build
 

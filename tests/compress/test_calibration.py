@@ -11,6 +11,7 @@ from glm_edge.compress import Calibration, TrainOptions, chain, distill, prune, 
 from glm_edge.compress.allocate.plan import plan
 from glm_edge.compress.distill.state import calibration_digest
 from glm_edge.errors import DataError, RecipeError
+from tests.tiny_models import init
 
 CLASSES = 5
 
@@ -70,7 +71,7 @@ def models():
     """`(model, params, other collections)` of both."""
     found = {}
     for name, model in (("vit", ViT()), ("cnn", CNN())):
-        variables = jax.jit(model.init)(jax.random.key(0), data(1)[0]["images"])
+        variables = init(model, data(1)[0]["images"])
         params = variables.pop("params")
         if name == "cnn":
             variables = jax.tree.map(lambda leaf: leaf + 0.3, variables)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from glm_edge.compress import cost
-from glm_edge.compress.prune.encoders import shrink_encoder
-from glm_edge.compress.prune.structured import shrink
+from glm_edge.compress.prune.shrink.heads_neurons import shrink, shrink_encoder
 from glm_edge.configs import DecoderConfig, GLMConfig, TextConfig
 from glm_edge.errors import RecipeError
 from glm_edge.models.glm import init_cache

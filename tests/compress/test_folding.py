@@ -14,6 +14,7 @@ from glm_edge.configs import TextConfig
 from glm_edge.errors import RecipeError
 from glm_edge.models.text import TextEncoder
 from glm_edge.params.tree import nested
+from tests.tiny_models import init
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -149,7 +150,7 @@ def test_a_text_encoder_moves_values_alone():
         vocab_size=8, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=8, pooler=None
     )
     model, tokens = TextEncoder(config), jnp.arange(6).reshape(2, 3)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = init(model, tokens)["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape), params)
     leaves = leaves_of(params)

@@ -22,6 +22,7 @@ from glm_edge.compress.layerwise.stream import compress_checkpoint
 from glm_edge.compress.padding import valid_tokens
 from glm_edge.errors import DataError
 from glm_edge.models.text import TextEncoder
+from tests.tiny_models import init
 
 PAD = 0  # Of the small model.
 
@@ -306,7 +307,7 @@ def test_an_encoder_is_told_what_is_padding():
     model = TextEncoder(TextConfig(40, 16, 1, 2, 24, 16, num_labels=3, pooler="tanh"))
     parts = rows((8, 5))
     tokens, valid = padded(parts, 0, 3)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = init(model, tokens)["params"]
     run = jax.jit(batches.apply_batch, static_argnums=0)
     found = run(model, params, batches.to_device(model, {"tokens": tokens, "valid": valid}))
     for part, logits in zip(parts, found, strict=True):

@@ -10,10 +10,10 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, prune, quantize
-from glm_edge.compress.prune.scores import heads_neurons as scores
+from glm_edge.compress.prune.masks.allocation import keep_highest
 from glm_edge.compress.prune.structured import heads_to_keep, neurons_to_keep
-from glm_edge.compress.transform import Context
 from glm_edge.errors import DataError, RecipeError
+from tests.tiny_models import init
 
 
 def weight(*shape, seed=0):
@@ -63,7 +63,7 @@ def test_a_second_mask_only_adds():
 
 def test_a_stock_module_runs_masked():
     module, x = nn.Dense(96), weight(3, 32)
-    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    params = init(module, x)["params"]
     module, pruned, report = prune.magnitude(sparsity=0.5)(module, params)
     kernel = np.asarray(boxes.dense(pruned["kernel"]))
     assert (kernel == 0).mean() == 0.5
@@ -101,11 +101,16 @@ def test_quantized_weights_are_not_pruned(small):
 
 def test_heads_go_evenly_from_every_group():
     values = np.array([0.9, 0.1, 0.8, 0.7, 0.01, 0.03, 0.02, 0.04])
-    np.testing.assert_array_equal(heads_to_keep(values, 2, 0.25), [0, 2, 3, 5, 6, 7])
-    np.testing.assert_array_equal(heads_to_keep(values, 2, 0.3), [0, 2, 5, 7])
-    np.testing.assert_array_equal(heads_to_keep(values, 8, 0.25), [0, 1, 2, 3, 5, 7])
+
+    def heads(groups, fraction):
+        grouped = values.reshape(groups, -1)
+        return np.flatnonzero(keep_highest(grouped, heads_to_keep(grouped.shape[1], fraction)))
+
+    np.testing.assert_array_equal(heads(2, 0.25), [0, 2, 3, 5, 6, 7])
+    np.testing.assert_array_equal(heads(2, 0.3), [0, 2, 5, 7])
+    np.testing.assert_array_equal(heads(1, 0.25), [0, 1, 2, 3, 5, 7])
     with pytest.raises(RecipeError, match="leaves no query head in groups of 2"):
-        heads_to_keep(values, 4, 0.75)
+        heads(4, 0.75)
 
 
 @pytest.mark.parametrize(
@@ -225,14 +230,22 @@ def test_masks_shrink_with_their_weights(small):
     assert smaller.config.decoder.intermediate_size == 64
 
 
-def context(model, params, calibration):
-    return Context(calibration, None, (model, params))
+def unit_scores(model, params, score, layer, calibration=None):
+    """Scores of the heads and the neurons of a layer of the decoder, by kind."""
+    folders = {"head": "attention", "neuron": "mlp"}
+    where = f"decoder/layers/{layer}/"
+    return {
+        f"{kind}s": prune.scores_of(model, params, score, kind, where, calibration)[
+            f"{where}{folder}"
+        ].ravel()
+        for kind, folder in folders.items()
+    }
 
 
 def test_taylor_scores_are_each_rows_own_first_order_change(small, calibration):
     model, params = small
-    found = scores.taylor(model, params, calibration[:2], context(model, params, None))
     layer, head, neuron, step = 1, 3, 17, 1e-2
+    found = unit_scores(model, params, "taylor", layer, calibration[:2])
     totals = {"heads": 0.0, "neurons": 0.0}
     for batch in calibration[:2]:
         for kind, size, index in (("heads", 8, head), ("neurons", 128, neuron)):
@@ -247,8 +260,8 @@ def test_taylor_scores_are_each_rows_own_first_order_change(small, calibration):
 
             slope = (losses(1 + step) - losses(1 - step)) / (2 * step)
             totals[kind] += np.abs(slope).sum()
-    assert found[layer]["heads"][head] == pytest.approx(totals["heads"] / 8, rel=0.02)
-    assert found[layer]["neurons"][neuron] == pytest.approx(totals["neurons"] / 8, rel=0.05)
+    assert found["heads"][head] == pytest.approx(totals["heads"] / 8, rel=0.02)
+    assert found["neurons"][neuron] == pytest.approx(totals["neurons"] / 8, rel=0.05)
 
 
 def test_taylor_keeps_what_the_loss_needs(small, calibration):
@@ -257,21 +270,21 @@ def test_taylor_keeps_what_the_loss_needs(small, calibration):
     down = params["decoder"]["layers"]["0"]["mlp"]["down_proj"]
     useless = np.arange(0, 128, 3)
     down["weight"] = down["weight"].at[:, useless].multiply(1e-3)
-    found = scores.taylor(model, params, calibration[:1], context(model, params, None))
-    order = np.argsort(found[0]["neurons"])
+    found = unit_scores(model, params, "taylor", 0, calibration[:1])
+    order = np.argsort(found["neurons"])
     assert set(order[:30]) <= set(useless)
 
 
 def test_magnitude_scores_are_the_norms_of_what_a_unit_owns(small):
     model, params = small
-    found = scores.magnitude(model.config.decoder, params)
+    found = unit_scores(model, params, "magnitude", 0)
     layer = jax.tree.map(np.asarray, params["decoder"]["layers"]["0"])
     fused, down = (layer["mlp"][name]["weight"] for name in ("gate_up_proj", "down_proj"))
     owned = np.concatenate([fused[7], fused[128 + 7], down[:, 7]])
-    assert found[0]["neurons"][7] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
+    assert found["neurons"][7] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
     query, out = (layer["attention"][name]["weight"] for name in ("q_proj", "o_proj"))
     owned = np.concatenate([query[16:24].ravel(), out[:, 16:24].ravel()])
-    assert found[0]["heads"][2] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
+    assert found["heads"][2] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
 
 
 def test_calibration_is_checked_and_what_it_lacks_is_noted(make_model, calibration):

@@ -28,6 +28,7 @@ from glm_edge.compress import (
 from glm_edge.compress import transform as transform_lib
 from glm_edge.compress.recipes import recipe_from_json
 from glm_edge.errors import DataError, RecipeError
+from tests.tiny_models import init
 
 RECIPE = chain(
     prune.structured(heads=0.25, neurons=0.3),
@@ -314,7 +315,7 @@ def test_a_tree_without_matrices_says_which_names_count():
 
 def test_arguments_that_are_no_parameters_are_named():
     model = Half()
-    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    params = init(model, jnp.ones((1, 4)))["params"]
     state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
     module = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     for wrong, message in (

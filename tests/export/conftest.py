@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from glm_edge import configs
@@ -13,6 +14,7 @@ from glm_edge import params as boxes
 from glm_edge.kernels import quantization
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
+from tests.tiny_models import init
 
 if not (find_spec("tensorflow") and find_spec("ai_edge_litert")):
     collect_ignore_glob = ["test_*.py", "*/test_*.py"]
@@ -39,13 +41,14 @@ def small_config(**decoder) -> configs.GLMConfig:
 
 def random_params(model: MultimodalGLM, seed: int = 0):
     """Random parameters, with biases and norms that are not their initial constants."""
-    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
+    params = init(model, np.zeros((1, 1), np.int32), seed=seed)["params"]
+    rng = np.random.default_rng(seed + 1)
 
-    def disturb(path, leaf):
-        return leaf + 0.1 * jax.random.normal(next(keys), leaf.shape) if leaf.ndim == 1 else leaf
+    def disturb(leaf):
+        noise = rng.normal(0.0, 0.1, leaf.shape) if leaf.ndim == 1 else 0.0
+        return (leaf + noise).astype(np.float32)
 
-    params = boxes.map_with_path(disturb, params)
+    params = jax.device_put(jax.tree.map(disturb, jax.device_get(params)))
     # Spreads the logits: the tied embedding starts with rows of norm one.
     params["decoder"]["norm"]["weight"] *= 4.0
     return params

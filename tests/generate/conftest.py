@@ -3,55 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_edge.configs import DecoderConfig, GLMConfig, SpeechConfig, VisionConfig
-from glm_edge.models.multimodal import MultimodalGLM
-
-IMAGE, AUDIO, VOCABULARY = 5, 8, 48
-IMAGE_TOKENS, AUDIO_TOKENS = 4, 2
-
-
-def config_of(**decoder) -> GLMConfig:
-    fields = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 64,
-    }
-    return GLMConfig(
-        name="small",
-        decoder=DecoderConfig(**{**fields, **decoder}),
-        vision=VisionConfig(
-            image_size=(16, 16),
-            hidden_size=16,
-            num_layers=1,
-            num_heads=2,
-            intermediate_size=32,
-            projector_size=32,
-            patch_size=4,
-            patch_stride=4,
-            temporal_patch_size=1,
-            position_grid=(4, 4),
-        ),
-        speech=SpeechConfig(
-            mel_bins=8,
-            num_frames=16,
-            hidden_size=16,
-            num_layers=1,
-            num_heads=2,
-            intermediate_size=32,
-            projector_size=32,
-        ),
-        image_token_id=IMAGE,
-        audio_token_id=AUDIO,
-        eos_token_ids=(0,),
-    )
+from tests.tiny_models import init_glm, tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +15,7 @@ def make_model():
 
     @functools.cache
     def build(**decoder):
-        model = MultimodalGLM(config_of(**decoder))
-        params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-        return model, params
+        return init_glm(tiny_config(decoder, {}, {}, eos_token_ids=(0,)))
 
     return build
 

@@ -123,8 +123,8 @@ def test_skipping_follows_masks_and_layers_and_cannot_be_saved(make_model, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give keep= or threshold="),
-        ({"keep": 0.5, "threshold": 0.5}, "give keep= or threshold="),
+        ({}, "pass keep= or threshold=, one of them"),
+        ({"keep": 0.5, "threshold": 0.5}, "pass keep= or threshold=, one of them"),
         ({"keep": 0.0}, "keep must be above 0 and up to 1, not 0.0"),
         ({"keep": 1.5}, "keep must be above 0"),
         ({"threshold": 1.5}, r"threshold must be in 0\.\.1, not 1.5"),

@@ -12,6 +12,7 @@ from glm_edge import params as boxes
 from glm_edge.errors import ConfigError
 from glm_edge.models import cnn
 from glm_edge.models.cnn import CNN, preset
+from tests.tiny_models import init
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -82,7 +83,7 @@ def test_training_updates_statistics_and_inference_reads_them():
     config = dataclasses.replace(preset("separable_digits"), image_size=(8, 8, 1))
     model, rng = CNN(config), np.random.default_rng(0)
     images = jnp.asarray(rng.normal(3.0, 2.0, (16, 8, 8, 1)), jnp.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), images)
+    variables = init(model, images)
     run = functools.partial(model.apply, train=True, mutable=["batch_stats"])
     (_, _), updated = jax.jit(run)(variables, images)
     stem = updated["batch_stats"]["stem"]["norm"]

@@ -12,6 +12,7 @@ from glm_edge.configs import TextConfig, VisionConfig
 from glm_edge.errors import ConfigError
 from glm_edge.models.text import TextEncoder
 from glm_edge.models.vision import VisionEncoder, patches
+from tests.tiny_models import init
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -36,7 +37,7 @@ VISION = VisionConfig(
 
 def encode(config, images):
     module = VisionEncoder(config, 24)
-    params = jax.jit(module.init)(jax.random.key(0), images)["params"]
+    params = init(module, images)["params"]
     return applied(module, {"params": params}, images)[0]
 
 
@@ -91,7 +92,7 @@ def text():
     )
     module = TextEncoder(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 6)), jnp.int32)
-    return module, jax.jit(module.init)(jax.random.key(0), tokens)["params"], tokens
+    return module, init(module, tokens)["params"], tokens
 
 
 def test_the_text_encoder_sees_both_sides(text):
@@ -119,5 +120,5 @@ def test_padding_is_not_seen(text):
 def test_without_token_types_there_is_no_table(text):
     module, _, tokens = text
     config = dataclasses.replace(module.config, type_vocab_size=0, num_labels=0)
-    params = jax.jit(TextEncoder(config).init)(jax.random.key(0), tokens)["params"]
+    params = init(TextEncoder(config), tokens)["params"]
     assert set(params) == {"embed", "position", "norm", "layers"}

@@ -16,6 +16,7 @@ from glm_edge.models.layers import Embed, Linear
 from glm_edge.params import Format
 from glm_edge.params.boxes import describe, rebuild
 from glm_edge.params.layouts import Layout
+from tests.tiny_models import init
 
 FORMATS = [
     Format("int8"),
@@ -98,7 +99,7 @@ def test_bytes_are_the_bytes_stored(format):
 )
 def test_stock_modules_run_on_boxes_unchanged(module, shape, bits):
     x, apply = weight(*shape), jax.jit(module.apply)
-    params = jax.jit(module.init)(jax.random.key(1), x)["params"]
+    params = init(module, x, seed=1)["params"]
 
     def box(path, leaf):
         name = path.rsplit("/", 1)[-1]
@@ -118,7 +119,7 @@ def test_stock_modules_run_on_boxes_unchanged(module, shape, bits):
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_a_stock_embedding_runs_on_a_box(format):
     module, tokens = nn.Embed(10, 16), np.array([[0, 9, 3]])
-    params = jax.jit(module.init)(jax.random.key(0), tokens)["params"]
+    params = init(module, tokens)["params"]
     box = {"embedding": quantize(params["embedding"], format, "embedding")}
     found = jax.jit(module.apply)({"params": box}, tokens)
     np.testing.assert_allclose(found, np.asarray(box["embedding"].unbox())[tokens], atol=1e-6)
@@ -182,7 +183,7 @@ def test_scan_runs_over_stacked_boxes(format):
 
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     x = weight(5, 16)
-    dense = jax.jit(stack.init)(jax.random.key(0), x, None)["params"]
+    dense = init(stack, x, None)["params"]
 
     def box(path, leaf):
         name = path.rsplit("/", 1)[-1]

@@ -12,6 +12,7 @@ from glm_edge import params as boxes
 from glm_edge.compress import quantize
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.models.multimodal import MultimodalGLM
+from tests.tiny_models import init
 
 CONFIG = GLMConfig(
     name="memory",
@@ -32,7 +33,7 @@ FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 def temporary_bytes() -> dict[str, int]:
     """Temporary memory of the compiled model for one row and for eight, and its dense size."""
     model, tokens = MultimodalGLM(CONFIG), jnp.zeros((1, 2), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = init(model, tokens)["params"]
     model, params, _ = quantize.rtn("int4-g32")(model, params)
     run = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
     found = {"dense": 4 * boxes.count(params)}

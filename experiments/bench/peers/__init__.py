@@ -1,8 +1,7 @@
-"""Other quantizers on our weights: a module a peer, each run in an environment of its own.
+"""Other quantizers on our weights: one module per peer, each in an environment of its own.
 
-    PYTHON -m experiments.bench.peers.torchao --weights=W.npz --inputs=I.npz --options=JSON \\
-        --out=O.npz
+    PYTHON -m experiments.bench.peers.torchao
 
-They import numpy and the peer, nothing else of this repository but `exchange`, which says what the
-files hold.
+answers the request `quantize` of `exchange.serve` on standard input. Peers import numpy, their own
+packages, and of this repository `exchange` and `experiments.common.child`.
 """

@@ -3,11 +3,7 @@
 Letters: `N` rows of calibration, `in` and `out` the sides of a matrix, `W` windows of `T` tokens.
 """
 
-import argparse
-import importlib
-import importlib.metadata
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-NOT_INSTALLED = 3
+from experiments.common import child
+
 META = "meta"
 
 
@@ -66,7 +63,7 @@ class Task:
 
     def _inputs(self) -> Path:
         if self.inputs is None:
-            raise ValueError("this method needs calibration; give --inputs")
+            raise ValueError("this method needs calibration; pass inputs")
         return self.inputs
 
 
@@ -90,34 +87,27 @@ def write_inputs(path: Path, rows: dict[str, np.ndarray], tokens: np.ndarray) ->
 
 
 def serve(quantize: Callable[[Task], dict[str, Stored]], packages: dict[str, str]) -> None:
-    """Runs a peer from the command line: reads a task, times `quantize`, writes what it made.
+    """Answers requests to quantize: reads a task, times `quantize`, writes its matrices.
 
     Args:
       quantize: gives every weight of the task back.
       packages: distributions whose versions are noted, and the module of each, imported before
-        the clock starts; when one is missing the process ends with `NOT_INSTALLED` and says so.
+        the clock starts.
     """
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--inputs", type=Path)
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--options", type=json.loads, default={})
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    versions = {}
-    for package, module in packages.items():
-        try:
-            versions[package] = importlib.metadata.version(package)
-            importlib.import_module(module)
-        except ImportError as error:
-            sys.stderr.write(f"{package} is not installed for {sys.executable}: {error}\n")
-            sys.exit(NOT_INSTALLED)
-    with np.load(arguments.weights) as file:
-        weights = {path: file[path] for path in file.files}
-    start = time.perf_counter()
-    stored = quantize(Task(weights, arguments.inputs, arguments.options, arguments.checkpoint))
-    seconds = time.perf_counter() - start
-    write(arguments.out, stored, weights, {"seconds": seconds, "versions": versions})
+
+    def answer(
+        weights: str, out: str, options: dict[str, Any], checkpoint: str, inputs: str | None = None
+    ) -> dict[str, Any]:
+        with np.load(weights) as file:
+            dense = {path: file[path] for path in file.files}
+        task = Task(dense, None if inputs is None else Path(inputs), options, Path(checkpoint))
+        start = time.perf_counter()
+        stored = quantize(task)
+        seconds = time.perf_counter() - start
+        write(Path(out), stored, dense, {"seconds": seconds})
+        return {}
+
+    child.serve(lambda: {"quantize": answer}, packages)
 
 
 def write(
@@ -136,7 +126,7 @@ def write(
     packed = sum(s.stored_bits if s.packed_bits is None else s.packed_bits for s in stored.values())
     meta = {**meta, "stored_bits": int(bits), "packed_bits": int(packed)}
     meta["weights"] = sum(weight.size for weight in weights.values())
-    meta["peak_rss_bytes"] = peak_bytes()
+    meta["peak_rss_bytes"] = child.peak_bytes()
     dense = {name: np.asarray(stored[name].dense, np.float32) for name in weights}
     np.savez(path, **{META: np.array(json.dumps(meta))}, **dense)
 
@@ -152,10 +142,3 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with np.load(path) as file:
         meta = json.loads(str(file[META]))
         return {name: file[name] for name in file.files if name != META}, meta
-
-
-def peak_bytes() -> int:
-    """Returns the peak RSS of this process, or 0 without /proc."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)

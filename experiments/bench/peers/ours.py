@@ -1,52 +1,56 @@
 """glm_edge: any recipe, in a process of its own so that its seconds and memory are its own.
 
-    python -m experiments.bench.peers.ours --checkpoint=DIR --calibration=DIR --recipe=JSON \\
-        --where=REGEX --out=DIR
+    python -m experiments.bench.peers.ours
 
-writes the compressed model with dense float32 weights, so that it is scored by the program that
-scores all, beside `meta.json`: seconds, peak memory, and the bits that the boxes of the matrices
-matching `--where` take.
+answers the request `quantize` on standard input. It writes the compressed model with dense float32
+weights, so that the program that scores all peers scores it too.
 """
 
-import argparse
-import json
 import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 import glm_edge as ge
-from experiments.bench.peers.exchange import peak_bytes
+from experiments.common import child
 from glm_edge import params as boxes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--recipe", required=True)
-    parser.add_argument("--where", default="")
-    parser.add_argument("--text_only", action="store_true", help="leave screens out")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    model, params = ge.load(arguments.checkpoint, dtype="float32")
-    transform = ge.recipe_from_json(arguments.recipe)
-    batches = [dict(np.load(path)) for path in sorted(arguments.calibration.glob("*.npz"))]
-    without = ("images", "audio") if arguments.text_only else ()
-    if arguments.text_only:
+def quantize(
+    checkpoint: str, calibration: str, recipe: str, where: str, text_only: bool, out: str
+) -> dict[str, Any]:
+    """Runs a recipe and writes its model.
+
+    Args:
+      checkpoint: directory of the model.
+      calibration: directory of batches, one `.npz` file each.
+      recipe: JSON of the transform.
+      where: regular expression of the matrices whose bits count.
+      text_only: leaves screens out of calibration.
+      out: directory to write.
+
+    Returns:
+      Seconds, peak memory, and the bits of the matrices.
+    """
+    model, params = ge.load(checkpoint, dtype="float32")
+    transform = ge.recipe_from_json(recipe)
+    batches = [dict(np.load(path)) for path in sorted(Path(calibration).glob("*.npz"))]
+    without = ("images", "audio") if text_only else ()
+    if text_only:
         batches = [batch for batch in batches if "images" not in batch]
     start = time.perf_counter()
     model, params, _ = transform(model, params, batches, jax.random.key(0), without=without)
     jax.block_until_ready(jax.tree.leaves(params))
     seconds = time.perf_counter() - start
-    meta = {"seconds": seconds, "peak_rss_bytes": peak_bytes(), **sizes(params, arguments.where)}
+    meta = {"seconds": seconds, "peak_rss_bytes": child.peak_bytes(), **sizes(params, where)}
     dense = boxes.map_with_path(lambda _, leaf: boxes.dense(leaf).astype("float32"), params)
-    shutil.rmtree(arguments.out, ignore_errors=True)
-    ge.save(model, dense, arguments.out, format="safetensors")
-    (arguments.out / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    ge.save(model, dense, out, format="safetensors")
+    return meta
 
 
 def sizes(params, where: str) -> dict[str, int]:
@@ -61,4 +65,4 @@ def sizes(params, where: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    child.serve(lambda: {"quantize": quantize}, {})

@@ -46,10 +46,11 @@ from experiments.bench.peers.methods import Method
 from experiments.bench.peers.scoring import Scorer
 from experiments.bench.peers.table import cells, titles
 from experiments.bench.pruning import rows, show, speed, work
-from experiments.bench.runtimes.child import EngineError
+from experiments.common.child import ChildError
 from glm_edge.cli import corpora
-from glm_edge.cli.console import launch, refuse_arguments, text_table
+from glm_edge.cli.console import launch, refuse_arguments
 from glm_edge.errors import OutputError
+from glm_edge.tables import text_table
 
 FLAGS = flags.FLAGS
 
@@ -147,7 +148,7 @@ def time_shape(directory: Path) -> None:
         return
     try:
         results_rows = speed.measure(work=directory / "speed", **asked)
-    except EngineError as error:
+    except ChildError as error:
         raise OutputError(f"--speed_shape: {error}") from error
     text = json.dumps({"asked": asked, **results_rows}, indent=1) + "\n"
     corpora.write_text(path, text, overwrite=True)

@@ -18,12 +18,11 @@ MULTIPLE = 32
 
 def smaller(config: GLMConfig, heads: float = HEADS, neurons: float = NEURONS) -> GLMConfig:
     """Returns the configuration of a uniform decoder after `prune.structured`."""
-    import numpy as np
-
     decoder = config.decoder
-    heads_kept = heads_to_keep(np.zeros(decoder.num_heads), decoder.num_kv_heads, heads)
+    groups = decoder.num_kv_heads if decoder.num_kv_heads < decoder.num_heads else 1
+    num_heads = groups * heads_to_keep(decoder.num_heads // groups, heads)
     width = neurons_to_keep(decoder.intermediate_size, neurons, MULTIPLE)
-    decoder = dataclasses.replace(decoder, num_heads=len(heads_kept), intermediate_size=width)
+    decoder = dataclasses.replace(decoder, num_heads=num_heads, intermediate_size=width)
     return dataclasses.replace(config, decoder=decoder)
 
 
@@ -56,7 +55,7 @@ def measure(
       `file_bytes` by model.
 
     Raises:
-      EngineError: LiteRT is not installed, or refuses.
+      ChildError: LiteRT is not installed, or refuses.
     """
     dense = decoder_of(shape)
     configs = {DENSE: dense, PRUNED: smaller(dense)}
@@ -75,7 +74,7 @@ def measure(
         for name, config in configs.items()
     }
     work.mkdir(parents=True, exist_ok=True)
-    engines: dict[str, children.Child] = {}
+    engines: dict[str, children.EngineProcess] = {}
     bursts: dict[str, list[Burst]] = {name: [] for name in specs}
     try:
         files = {name: children.prepare(spec)["file_bytes"] for name, spec in specs.items()}

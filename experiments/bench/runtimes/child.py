@@ -1,32 +1,21 @@
-"""The side of the parent: engines that are resident in processes of their own."""
+"""Engines that are resident in processes of their own, as the parent sees them."""
 
-import contextlib
 import dataclasses
 import json
-import os
-import select
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.bench.runtimes.engine import Task
+from experiments.common.child import MAX_MESSAGE_CHARS, ROOT, Child, ChildError
 from glm_edge.configs import GLMConfig, to_dict
 
-ROOT = Path(__file__).resolve().parents[3]
-TIMEOUT_S = 1800.0
-LONGEST = 300
 # Threads of some runtimes spin for a while after their work and would slow who runs next.
 PAUSE_S = 0.3
-
-
-class EngineError(Exception):
-    """An engine is absent, refused, or died; the message says why."""
 
 
 @dataclasses.dataclass
@@ -98,52 +87,19 @@ def spec_of(
     return Spec(name, family, bits, module, python or sys.executable, task)
 
 
-class Child:
-    """A process that speaks as `engine` says.
+class EngineProcess(Child):
+    """A process that runs an engine, see `engine`.
 
     Args:
       spec: of the engine.
 
     Raises:
-      EngineError: the interpreter or a package is missing.
+      ChildError: the interpreter or a package is missing.
     """
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(f"experiments.bench.runtimes.{spec.module}", spec.python)
         self.spec = spec
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        self._buffer = b""
-        try:
-            self._process = subprocess.Popen(
-                [spec.python, "-m", f"experiments.bench.runtimes.{spec.module}"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                cwd=ROOT,
-            )
-        except OSError as error:
-            raise EngineError(f"{spec.python}: {error.strerror}") from error
-        answer = self._answer("start")
-        if "missing" in answer:
-            self.close()
-            raise EngineError(answer["missing"])
-        self.versions: dict[str, str] = answer["versions"]
-
-    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
-        """Sends a request and returns the answer.
-
-        Raises:
-          EngineError: the engine refuses, dies, or does not answer in time.
-        """
-        try:
-            line = json.dumps({"do": do, **fields}) + "\n"
-            self._process.stdin.write(line.encode())
-            self._process.stdin.flush()
-        except OSError:
-            raise EngineError(self._death(do)) from None
-        answer = self._answer(do)
-        if "error" in answer:
-            raise EngineError(f"{do}: {answer['error']}")
-        return answer
 
     def load(self) -> dict[str, Any]:
         """Loads the model of the spec."""
@@ -178,49 +134,6 @@ class Child:
         """Returns the peak RSS of the process since it loaded."""
         return self.ask("rss")["peak_rss_bytes"]
 
-    def close(self) -> None:
-        """Ends the process."""
-        with contextlib.suppress(OSError):
-            self._process.stdin.write(b'{"do": "quit"}\n')
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-        self._errors.close()
-
-    def _answer(self, do: str) -> dict[str, Any]:
-        until = time.monotonic() + TIMEOUT_S
-        while b"\n" not in self._buffer:
-            seconds_left = until - time.monotonic()
-            if (
-                seconds_left <= 0
-                or not select.select([self._process.stdout], [], [], seconds_left)[0]
-            ):
-                self._process.kill()
-                raise EngineError(f"{do}: no answer within {TIMEOUT_S:g} s")
-            read = os.read(self._process.stdout.fileno(), 1 << 16)
-            if not read:
-                raise EngineError(self._death(do))
-            self._buffer += read
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
-
-    def _death(self, do: str) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=10)
-        code = self._process.poll()
-        how = f"exit status {code}"
-        if code is not None and code < 0:
-            with contextlib.suppress(ValueError):
-                how = signal.Signals(-code).name
-        size = self._errors.seek(0, 2)
-        self._errors.seek(max(0, size - 4096))
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f"{do}: its process died ({how}): {lines[-1][:LONGEST] if lines else 'no message'}"
-
 
 def prepare(spec: Spec) -> dict[str, Any]:
     """Writes the file of an engine in a process that ends with it.
@@ -228,14 +141,11 @@ def prepare(spec: Spec) -> dict[str, Any]:
     Returns:
       What the engine says of its file, with `versions`.
     """
-    child = Child(spec)
-    try:
+    with EngineProcess(spec) as child:
         return {**child.prepare(), "versions": child.versions}
-    finally:
-        child.close()
 
 
-def start(spec: Spec, steps: int = 2) -> tuple[Child, dict[str, Any]]:
+def start(spec: Spec, steps: int = 2) -> tuple[EngineProcess, dict[str, Any]]:
     """Starts an engine, loads its model and runs everything once.
 
     Where feeding a prompt at once kills the process, it is fed token by token.
@@ -245,19 +155,19 @@ def start(spec: Spec, steps: int = 2) -> tuple[Child, dict[str, Any]]:
       decoded, no prompt yet), `peak_rss_bytes` and `batched`.
 
     Raises:
-      EngineError: it cannot be run.
+      ChildError: it cannot be run.
     """
     try:
         return _start(spec, steps)
-    except EngineError:
+    except ChildError:
         if not spec.task.batched or spec.family != "llama.cpp":
             raise
     single = dataclasses.replace(spec.task, batched=False)
     return _start(dataclasses.replace(spec, task=single), steps)
 
 
-def _start(spec: Spec, steps: int) -> tuple[Child, dict[str, Any]]:
-    child = Child(spec)
+def _start(spec: Spec, steps: int) -> tuple[EngineProcess, dict[str, Any]]:
+    child = EngineProcess(spec)
     try:
         loaded = child.load()
         for context in spec.task.contexts:
@@ -290,7 +200,7 @@ def profile(path: str, signature: str, threads: int, runs: int) -> dict[str, Any
     """Measures the time of each operator of a `.tflite` file, see `profiler`.
 
     Raises:
-      EngineError: this release of LiteRT cannot be profiled so.
+      ChildError: this release of LiteRT cannot be profiled so.
     """
     command = [sys.executable, "-m", "experiments.bench.runtimes.profiler", path, signature]
     done = subprocess.run(
@@ -298,5 +208,5 @@ def profile(path: str, signature: str, threads: int, runs: int) -> dict[str, Any
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise EngineError(f"profile of {signature}: {lines[-1][:LONGEST]}")
+        raise ChildError(f"profile of {signature}: {lines[-1][:MAX_MESSAGE_CHARS]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

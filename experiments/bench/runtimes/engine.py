@@ -1,32 +1,21 @@
-"""The side of a child: one runtime that holds one model and answers lines of JSON.
+"""Engines: runtimes that hold one model and answer the requests of `experiments.common.child`.
 
-A request is an object with `do`, and an answer an object a line:
-
-    {"do": "prepare", "task": TASK}    writes the model's file -> what was written
-    {"do": "load", "task": TASK}       -> {"seconds", "baseline_rss_bytes"}
-    {"do": "decode", "context": C, "steps": N}  -> {"seconds": [of each step]}
-    {"do": "prefill", "length": T}     -> {"seconds": until the scores of the last token}
-    {"do": "action", "tokens": T, "steps": N}   -> {"seconds"}; see `bench/time_to_action.py`
-    {"do": "rss"}                      -> {"peak_rss_bytes"}
-    {"do": "quit"}
-
-The first line of a child says `{"versions": {...}}`, or `{"missing": why}` where a package is not
-installed. `{"error": why}` answers what fails; the child goes on.
+{"do": "prepare", "task": TASK}    writes the model's file -> what was written
+{"do": "load", "task": TASK}       -> {"seconds", "baseline_rss_bytes"}
+{"do": "decode", "context": C, "steps": N}  -> {"seconds": [of each step]}
+{"do": "prefill", "length": T}     -> {"seconds": until the scores of the last token}
+{"do": "action", "tokens": T, "steps": N}   -> {"seconds"}; see `bench/time_to_action.py`
+{"do": "rss"}                      -> {"peak_rss_bytes"}
 """
 
-import contextlib
-import importlib
-import importlib.metadata
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from experiments.common import child
 
 # What the exported graphs of every runtime share.
 HIDDEN = -1e9
@@ -128,19 +117,6 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes() -> int:
-    """Returns the peak RSS of this process, or 0 without /proc."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
-
-
-def forget_peak() -> None:
-    """Lets `peak_bytes` count from now on, where the kernel allows it."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
 def random_matrix(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """Draws a weight that preserves the scale of its inputs, float32 [rows, columns]."""
     return rng.standard_normal((rows, columns), np.float32) * np.float32(columns**-0.5)
@@ -153,54 +129,23 @@ def serve(make: Callable[[], Engine], packages: dict[str, str]) -> None:
       make: the engine.
       packages: distributions whose versions are noted, and the module that each is known by.
     """
-    # What libraries print must not come between answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(fields: dict[str, Any]) -> None:
-        answers.write(json.dumps(fields) + "\n")
-        answers.flush()
-
-    versions = {}
-    for package, module in packages.items():
-        try:
-            versions[package] = importlib.metadata.version(package)
-            importlib.import_module(module)
-        except ImportError as error:
-            answer({"missing": f"{package} is not installed for {sys.executable}: {error}"})
-            return
-    answer({"versions": versions})
-    engine = make()
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["do"] == "quit":
-            break
-        try:
-            answer(_answer(engine, request))
-        except Exception as error:  # the parent decides what a failure means
-            text = str(error).strip().splitlines() or [""]
-            answer({"error": f"{type(error).__name__}: {text[0]}"})
-    # Destructors of native libraries have nothing left to tell.
-    with contextlib.suppress(OSError):
-        answers.close()
-    os._exit(0)
+    child.serve(lambda: _functions(make()), packages)
 
 
-def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    do = request["do"]
-    if do == "prepare":
-        return engine.prepare(Task(**request["task"]))
-    if do == "load":
-        forget_peak()
-        baseline, task = peak_bytes(), Task(**request["task"])
-        seconds = timed(lambda: (engine.load(task), engine.decode(task.contexts[0], 1)))
+def _functions(engine: Engine) -> dict[str, Callable[..., dict[str, Any]]]:
+    """Answers of an engine by request."""
+
+    def load(task: dict[str, Any]) -> dict[str, Any]:
+        child.forget_peak()
+        baseline, loaded = child.peak_bytes(), Task(**task)
+        seconds = timed(lambda: (engine.load(loaded), engine.decode(loaded.contexts[0], 1)))
         return {"seconds": seconds, "baseline_rss_bytes": baseline}
-    if do == "decode":
-        return {"seconds": engine.decode(request["context"], request["steps"])}
-    if do == "prefill":
-        return {"seconds": engine.prefill(request["length"])}
-    if do == "action":
-        return {"seconds": engine.action(request["tokens"], request["steps"])}
-    if do == "rss":
-        return {"peak_rss_bytes": peak_bytes()}
-    raise ValueError(f"unknown request {do!r}")
+
+    return {
+        "prepare": lambda task: engine.prepare(Task(**task)),
+        "load": load,
+        "decode": lambda context, steps: {"seconds": engine.decode(context, steps)},
+        "prefill": lambda length: {"seconds": engine.prefill(length)},
+        "action": lambda tokens, steps: {"seconds": engine.action(tokens, steps)},
+        "rss": lambda: {"peak_rss_bytes": child.peak_bytes()},
+    }

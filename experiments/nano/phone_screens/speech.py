@@ -56,6 +56,9 @@ class Utterance:
 def resample(samples: np.ndarray, rate: int, target: int = SAMPLE_RATE) -> np.ndarray:
     """Changes the sampling rate by cutting or padding the spectrum.
 
+    It differs from `glm_edge.preprocess.resample` on purpose. Nano was trained on recordings of
+    this function, and published results of spoken questions are measured on them.
+
     Args:
       samples: float32 `[N]` in -1..1.
       rate: samples per second given.

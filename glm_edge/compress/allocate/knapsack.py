@@ -13,6 +13,7 @@ from glm_edge.errors import BoxError, RecipeError
 from glm_edge.params import Format
 from glm_edge.params.layouts import Layout, by_name
 from glm_edge.params.tree import Params, is_matrix
+from glm_edge.tables import table_lines
 
 KEEP = "keep"
 # Limit of distinct search states; beyond it, states of similar size are merged.
@@ -254,14 +255,7 @@ class Plan:
         ratio = [_ratio(self.measured[kind], self.predicted[kind]) for kind in kinds]
         same = _ratio(self.measured_bytes, self.predicted_bytes)
         lines.append(["measured / predicted", "", "", same, "", *ratio])
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = [
-            "  ".join(
-                cell.ljust(width) if column < 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        text = table_lines(lines, range(2, len(lines[0])))
         rule = "-" * max(map(len, text))
         counts = ", ".join(f"{count} {kind}" for kind, count in self.held_out.items())
         used = f"budget {self.budget_bytes:,} bytes, {self.predicted_bytes / self.budget_bytes:.1%}"

@@ -1,4 +1,4 @@
-"""Removing hidden channels of inverted residuals, so that arrays and configuration shrink."""
+"""Structured pruning of hidden channels of inverted residuals."""
 
 import dataclasses
 from dataclasses import field
@@ -8,7 +8,9 @@ import flax.linen as nn
 import numpy as np
 
 from glm_edge import params as boxes
-from glm_edge.compress.prune.shrink.arrays import highest, removed, shrunk_report, take
+from glm_edge.compress.prune.masks.allocation import keep_highest
+from glm_edge.compress.prune.masks.shapes import rounded_up
+from glm_edge.compress.prune.shrink.arrays import shrunk_report, take
 from glm_edge.compress.transform import (
     Context,
     Result,
@@ -27,19 +29,20 @@ STATISTICS = "batch_stats"
 
 @register(NAME)
 class Channels(Transform):
-    """Removes hidden channels of every widened block of a MobileNetV2.
+    """Structured pruning of the hidden channels of a MobileNetV2's widened blocks.
 
-    A channel matters by the scale of its depthwise norm times the L2 norm of the weights that read
-    it; the lowest go. What is left computes what the whole model computes with those weights at
-    zero. It is called with variables, `{"params": …, "batch_stats": …}`.
+    A channel's score is the scale of its depthwise norm times the L2 norm of the weights that read
+    it; the lowest go. The smaller model equals the original with those weights at zero. Call it
+    with variables, `{"params": …, "batch_stats": …}`.
 
     Attributes:
-      fraction: of the hidden channels of each block, in 0..1; at least so many go.
-      multiple: channels left are whole multiples of it where there are so many.
+      fraction: fraction of each block's hidden channels to remove, in 0..1, rounded up.
+      multiple: the number of remaining channels is rounded down to a multiple of this, unless that
+        is zero.
 
     Raises:
-      RecipeError: an option has no meaning; on call, the model is of another kind or has no norms
-        any more, or a kernel is quantized.
+      RecipeError: an option has no meaning; on call, the model is not a MobileNetV2 with its norms,
+        or a kernel is quantized.
 
     References:
       Learning Efficient Convolutional Networks through Network Slimming,
@@ -85,8 +88,9 @@ def _channels_to_keep(block: Params, fraction: float, multiple: int) -> np.ndarr
     """Indices of the hidden channels that stay, ascending."""
     read = np.asarray(boxes.dense(block["project"]["conv"]["kernel"]), np.float64)[0, 0]
     matter = np.abs(np.asarray(block["depthwise"]["norm"]["scale"])) * np.linalg.norm(read, axis=1)
-    count = len(matter) - removed(len(matter), fraction)
-    return highest(matter, max(1, count // multiple * multiple or count))
+    count = len(matter) - rounded_up(len(matter), fraction)
+    count = max(1, count // multiple * multiple or count)
+    return np.flatnonzero(keep_highest(matter[None], count))
 
 
 def _shrunk(block: Params, stats: Params, keep: np.ndarray, path: str) -> tuple[Params, Params]:

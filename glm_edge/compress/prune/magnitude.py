@@ -1,4 +1,4 @@
-"""Masking the smallest weights."""
+"""Masks by magnitude."""
 
 from dataclasses import field
 
@@ -26,11 +26,11 @@ SCOPES = ("tensor", "global")
 
 @register(NAME)
 class Magnitude(Transform):
-    """Masks the weights of least magnitude in any Linen module's parameters.
+    """Mask of the weights of least magnitude, for the parameters of any Linen module.
 
-    As `mask`, of which it is the simplest case: exactly `round(sparsity * size)` weights are
-    masked, the first of equals; weights masked before count. A mask is stored beside its values, so
-    bytes grow until the weight is quantized.
+    The simplest case of `mask`. Exactly `round(sparsity * size)` weights are masked, of equal
+    magnitudes the first; weights masked before count. A mask is stored beside its values, so bytes
+    grow until the weight is quantized.
 
         model, params, report = ge.prune.magnitude(sparsity=0.5)(model, params)
 

@@ -1,4 +1,4 @@
-"""Masks: what is scored, in which shape it goes, and how much of it where."""
+"""Masks: a score, a shape, and an allocation."""
 
 import dataclasses
 import functools
@@ -30,6 +30,7 @@ from glm_edge.compress.prune.masks.config import (
     masked_leaves,
     without_masked,
 )
+from glm_edge.compress.prune.scores import from_inputs
 from glm_edge.compress.prune.scores import from_model as model_scores
 from glm_edge.compress.readings import UNWATCHED
 from glm_edge.compress.report import Report, Row
@@ -43,13 +44,13 @@ LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @register(NAME)
 class Mask(LayerwiseTransform):
-    """Masks what scores lowest; arrays keep their shapes.
+    """Mask of the weights or units that score lowest; arrays keep their shapes.
 
-    A score says how much a weight matters, a shape what goes as one, an allocation how much of
-    which matrix. Exactly the rounded number of units goes, the first of equals; what is masked
-    before goes first. A mask is stored beside its values and counted, so bytes grow until the
-    weight is quantized: unstructured zeros save none by themselves. What `head`, `neuron`, `layer`
-    and `vocab` mask is taken out of the arrays by `compact`, with which a budget is spent:
+    A score rates weights, a shape groups them into units, an allocation sets the sparsity of each
+    matrix. Exactly the rounded number of units goes, of equal scores the first. Units masked before
+    go first. A mask is stored beside its values and counted, so bytes grow until the weight is
+    quantized: unstructured zeros save none by themselves. `compact` then removes masked heads,
+    neurons, layers and vocabulary rows from the arrays, as a budget assumes:
 
         ge.chain(
             ge.prune.mask(
@@ -61,41 +62,44 @@ class Mask(LayerwiseTransform):
         recipe = ge.prune.mask(0.5, score="wanda", shape="2:4")
         model, params, report = recipe(model, params, calibration=batches)
 
-    Masked parameters train in the two parts that `glm_edge.params.partition` makes of them, as
-    `glm_edge.params.Masked` shows.
+    `glm_edge.params.partition` splits masked parameters for training, as `glm_edge.params.Masked`
+    shows.
 
     Attributes:
-      sparsity: fraction that goes, in 0..1, below 1. None where `N:M` or a budget says it.
+      sparsity: fraction to mask, in 0..1, below 1. None where `N:M` or a budget sets it.
       score: `magnitude` (`|w|`); `l<n>`, an L_n norm such as `l1`, `l2` or `linf`; `sensitivity`
         (`|g w|`), `taylor` or `taylor2` (first and second order), from gradients of the calibration
-        loss; `wanda` (`|w| ||x||_2`) or `activation` (the norm of the activations that a weight
-        meets, a head or neuron gives, or an output channel is), from calibration; `random`. The
-        score of a unit is the L_2 norm of its weights' (the L_n norm of `l<n>`, the sum of
-        `sensitivity`); Taylor scores add up signed terms first. See `prune.weight_scores`.
-      shape: `unstructured`; `N:M`, N of M neighbours along the inputs stay, such as `2:4`;
-        `block:RxC`; `channel`, a row of a matrix; `head`, query heads, as many of each group that
-        shares a key/value head; `neuron` of a feed-forward network; `layer` of the decoder;
-        `vocab`, rows of the embedding and of the head, save tokens that the configuration names.
+        loss; `wanda` (`|w| ||x||_2`) or `activation`, from calibration; `random`. `activation` is
+        the norm of a weight's inputs, of a head's or neuron's outputs, or of an output channel. The
+        score of a unit is the L_2 norm of its weights' scores (the L_n norm for `l<n>`, the sum for
+        `sensitivity`); Taylor scores sum signed terms first.
+      shape: `unstructured`; `N:M`, N of M neighbours along the inputs remain, such as `2:4`;
+        `block:RxC`; `channel`, a row of a matrix; `head`, query heads, the same number of each
+        group that shares a key/value head; `neuron` of a feed-forward network; `layer` of the
+        decoder; `vocab`, rows of the embedding and of the head, except tokens that the
+        configuration names.
       allocation: `uniform`, the same fraction of each matrix (or layer); `global`, one threshold
-        for all; `measured`, each group of matrices is masked alone at each of `levels`, and the sum
-        of the divergences of the logits on held-out batches is made least by dynamic programming.
-      where: regular expression searched in each path; None is every matrix. Of heads, neurons and
-        layers, those take part of which it selects any weight.
-      within: whether unstructured weights compete in their `tensor` or in their `row`; None is
-        `row` with `wanda` under uniform allocation, else `tensor`.
+        for all; `measured`, which masks each group of matrices alone at each of `levels`, and
+        minimizes the sum of the divergences of the logits on held-out batches by dynamic
+        programming.
+      where: regular expression searched in each path; None is every matrix. Heads, neurons and
+        layers take part where it selects any of their weights.
+      within: `tensor` or `row`, in which unstructured weights compete; None is `row` with `wanda`
+        under uniform allocation, else `tensor`.
       levels: sparsities that `measured` chooses from.
-      budget_bytes: in place of `sparsity` with `measured`, for what can be taken out of the arrays:
-        stored bytes of all parameters once it is, by `compact`.
-      budget_flops: likewise, floating-point operations of the products with what is left of the
-        selected weights, for one row of inputs each: two a weight.
+      budget_bytes: in place of `sparsity` with `measured`, for shapes that `compact` removes:
+        stored bytes of all parameters after `compact`.
+      budget_flops: in place of `sparsity` with `measured`, for shapes that `compact` removes:
+        floating-point operations of the products with the remaining selected weights, for one row
+        of inputs each, two per weight.
       stacked: regular expression of stock weights whose first axis is a layer axis (`nn.scan`),
-        where the model itself does not show it; each layer is masked as a matrix of its own.
+        where the model itself does not show it; each layer is masked as a separate matrix.
 
     Raises:
       RecipeError: an option has no meaning; on call, a pattern matches nothing or a quantized
-        weight, rows or columns are not whole groups, weights are not finite, all of something would
-        go, or the budget is below what `levels` reach.
-      DataError: on call, calibration is missing, or gives what is not finite.
+        weight, rows or columns are not whole groups, weights are not finite, no unit would remain,
+        or `levels` do not reach the budget.
+      DataError: on call, calibration is missing, or inputs or gradients are not finite.
 
     References:
       Learning both Weights and Connections for Efficient Neural Networks,
@@ -128,7 +132,7 @@ class Mask(LayerwiseTransform):
 
     @functools.cached_property
     def config(self) -> MaskConfig:
-        """The options, read and checked."""
+        """Options, parsed and checked."""
         return MaskConfig.of(
             NAME,
             score=self.score,
@@ -143,7 +147,7 @@ class Mask(LayerwiseTransform):
 
     @property
     def needs(self) -> str:
-        """The inputs of the weights where the score reads them."""
+        """Needs of the score: `inputs` or `nothing`."""
         return "inputs" if self.config.score.reads_inputs else "nothing"
 
     def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
@@ -169,10 +173,10 @@ class Mask(LayerwiseTransform):
         rows = model_scores.matrices_of(pools, work.leaves)
         statistics = {}
         if score.reads_inputs:
-            statistics = work.collect(model_scores.statistic_of(score, shape), paths=work.selected)
-        # Where calibration sees no inputs, such as those of an embedding, weights go by magnitude.
+            statistics = work.collect(from_inputs.statistic_of(score, shape), paths=work.selected)
+        # Weights without inputs in calibration, such as an embedding, are scored by magnitude.
         if score.kind == "activation":
-            model_scores.refuse_unmet(NAME, score, rows, statistics)
+            from_inputs.refuse_unmet(NAME, score, rows, statistics)
         scores = model_scores.from_weights(NAME, score, shape, pools, rows, statistics, work.rng)
         scores = without_masked(pools, work.leaves, scores)
         counts = allocations.uniform(pools, masking.sparsity)
@@ -204,10 +208,10 @@ def mask_model(
     context: Context,
     stacked: str | None = None,
 ) -> Result:
-    """Masks a model that is in memory as a whole.
+    """Mask a model that is completely in memory.
 
     Args:
-      masking: how.
+      masking: options of the mask.
       where: regular expression, see `mask`.
       model: Linen module; any object where scores come from weights alone.
       params: its parameters.

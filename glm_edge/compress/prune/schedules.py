@@ -1,4 +1,4 @@
-"""Schedules of rising sparsity: as functions of the step, during training, and in rounds."""
+"""Schedules of rising sparsity: functions of the step, masks during training, and rounds."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ _CHECKED_STEPS = tuple(1 << exponent for exponent in range(31))
 
 
 def one_shot(sparsity: float, step: int = 0) -> Schedule:
-    """All at once: nothing before `step`, `sparsity` from it on.
+    """Make a schedule that is zero before `step` and `sparsity` from it on.
 
     Args:
       sparsity: fraction of zeros, in 0..1, below 1.
@@ -57,7 +57,9 @@ def one_shot(sparsity: float, step: int = 0) -> Schedule:
 
 
 def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> Schedule:
-    """Fast at first, then slower: `s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3`.
+    """Make a cubic schedule: `s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3`.
+
+    Sparsity rises fast at first, then slower.
 
     Args:
       final: sparsity from step `end` on.
@@ -88,7 +90,7 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> Schedule:
 def staircase(
     final: float, begin: int, end: int, initial: float = 0.05, rounds: int = 6
 ) -> Schedule:
-    """In equal rounds from `initial` to `final`, with training between them.
+    """Make a schedule of equal rounds from `initial` to `final`, with training between them.
 
     Args:
       final: sparsity of the last round.
@@ -140,11 +142,11 @@ def scheduled(
     stacked: str | None = None,
     model: nn.Module | None = None,
 ) -> optax.GradientTransformation:
-    """Wraps an optimizer so that weights are masked by a schedule and masked ones stay zero.
+    """Wrap an optimizer so that a schedule masks weights, which then remain zero.
 
-    Masks are drawn anew at every `every`-th update from the weights as they then are; what is
-    masked stays masked. The gradient of a masked weight is zero to the optimizer within, and its
-    update takes it to zero exactly. `boxed` gives the result of training its masks:
+    Masks are computed from the current weights at every `every`-th update; masked weights remain
+    masked. The inner optimizer sees a gradient of zero for a masked weight, and the update takes
+    the weight to exactly zero. `boxed` attaches the masks after training:
 
         optimizer = optax.chain(
             optax.clip_by_global_norm(1.0),
@@ -153,21 +155,20 @@ def scheduled(
         ...
         params = ge.prune.boxed(params, opt_state)
 
-    Whatever changes updates comes before it or within it. What comes after it in a chain, such as
-    weight decay, would undo the masks: the next update then raises, and so does `boxed`.
+    Put other transformations before it or within it. One after it in a chain, such as weight decay,
+    would undo the masks: the next update and `boxed` then raise RecipeError.
 
     Args:
-      optimizer: any that maps gradients to updates.
-      sparsity: a function of the step, such as `cubic` gives, in 0..1 and below 1. This is
-        checked of steps 0, 1, 2, 4 and so on; whatever it gives at others, one unit of each group
-        stays.
-      score: `magnitude`, an L_n norm `l<n>`, or `sensitivity`, `|g w|` of the gradient at hand.
-      shape: `unstructured`, `N:M`, `block:RxC` or `channel`, see `mask`. `N:M` is at its own
+      optimizer: inner optimizer, from gradients to updates.
+      sparsity: a function of the step, such as `cubic` makes, in 0..1 and below 1. It is checked at
+        steps 0, 1, 2, 4 and so on; at any other step, one unit of each group remains.
+      score: `magnitude`, an L_n norm `l<n>`, or `sensitivity`, `|g w|` of the current gradient.
+      shape: `unstructured`, `N:M`, `block:RxC` or `channel`, see `mask`. `N:M` has its fixed
         sparsity as soon as the schedule is above zero.
       where: regular expression searched in each path; None is every matrix.
       every: updates between two new sets of masks.
       stacked: see `mask`.
-      model: that reads the parameters; tells which axes of stock kernels without biases are inputs.
+      model: reads the parameters; it shows which axes of stock kernels without biases are inputs.
 
     Returns:
       The transformation; `update` needs `params`. It can be jitted.
@@ -175,7 +176,7 @@ def scheduled(
     Raises:
       RecipeError: an option has no meaning, or the sparsity of a step is below 0 or not below 1;
         in `init`, the pattern matches nothing, or rows or columns are not whole groups; in
-        `update`, masked weights are no longer zero (under `jit` inside an error of JAX's).
+        `update`, masked weights are not zero (under `jit` inside an error of JAX).
 
     References:
       To prune, or not to prune, https://arxiv.org/abs/1710.01878.
@@ -198,7 +199,7 @@ def scheduled(
         return layouts_of(name, model, leaves, stacked)
 
     def pools_in(params: Params) -> Callable[[str], list[shapes.Pool]]:
-        """Says the units of a parameter by its path."""
+        """Look up the units of a parameter by its path."""
         leaves = _by_name(params)
         known = layouts(tuple((path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()))
         return lambda path: model_scores.pools_of(name, found_shape, None, leaves, [path], known)
@@ -273,18 +274,19 @@ def scheduled(
 
 
 def boxed(params: Params, state: optax.OptState) -> Params:
-    """Boxes parameters that were trained under `scheduled` with their masks.
+    """Attach the masks of `scheduled` to the parameters that it trained.
 
     Args:
       params: after the last update.
-      state: of the optimizer: that of `scheduled`, or of any that wraps it, such as `optax.chain`,
+      state: state of `scheduled`, or of an optimizer that wraps it, such as `optax.chain`,
         `optax.MultiSteps` or `optax.inject_hyperparams`.
 
     Returns:
-      The tree with `Masked` in place of what the pattern chose.
+      The tree with `Masked` in place of the selected weights.
 
     Raises:
-      RecipeError: the state holds none of `scheduled`, or several; or masked weights are not zero.
+      RecipeError: the state has no masks of `scheduled`, or those of several; or masked weights are
+        not zero.
     """
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MaskState))
     states = [node for node in nodes if isinstance(node, MaskState)]
@@ -313,24 +315,24 @@ def iterative(
     where: str | None = None,
     **distillation: Any,
 ) -> Transform:
-    """Prunes a little, trains, prunes more: from `initial` to `sparsity` in rounds.
+    """Make a recipe that prunes and trains in rounds, from sparsity `initial` to `sparsity`.
 
-    Each round masks (see `mask`) and then trains on the teacher and the labels (see `distill`), its
-    learning rate rising shortly and falling by a cosine.
+    Each round masks (see `mask`) and then trains on the teacher and the labels (see `distill`). Its
+    learning rate warms up and decays by a cosine.
 
     Args:
-      sparsity: of the last round, in 0..1, below 1.
-      initial: of the first round.
-      rounds: number of them, at least 2.
-      rise: `linear`, equal steps of sparsity; `cubic`, large ones first.
-      train: after each round, see `glm_edge.TrainOptions`; in its `state_dir` each round has a
-        directory of its own, `round_1` first.
+      sparsity: sparsity of the last round, in 0..1, below 1.
+      initial: sparsity of the first round.
+      rounds: number of rounds, at least 2.
+      rise: `linear`, equal steps of sparsity; `cubic`, large steps first.
+      train: training of each round, see `glm_edge.TrainOptions`; in its `state_dir` each round has
+        a separate directory, `round_1` first.
       score: see `mask`.
       shape: see `mask`; not `N:M`, whose sparsity does not rise.
       allocation: see `mask`.
-      where: what is masked, see `mask`.
+      where: pattern of the masked weights, see `mask`.
       **distillation: further options of `distill`, such as `alpha` (0 learns from labels alone)
-        or `temperature`, and `train_where`, its `where`: what trains; None is everything.
+        or `temperature`; `train_where` is its `where`, the pattern of what trains; None is all.
 
     Returns:
       The chain of all rounds, itself a recipe.
@@ -352,7 +354,7 @@ def iterative(
     train_where = distillation.pop("train_where", None)
     steps: list[Transform] = []
     for number, level in enumerate((initial + (sparsity - initial) * done).tolist(), start=1):
-        # Each round is a training of its own, and a directory keeps the state of one.
+        # Each round is a separate training, and a directory stores the state of one.
         state_dir = train.state_dir and str(Path(train.state_dir) / f"round_{number}")
         healing = dataclasses.replace(train, state_dir=state_dir)
         masking = {"score": score, "shape": shape, "allocation": allocation, "where": where}
@@ -362,12 +364,12 @@ def iterative(
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """The path of the parameter that an array is of, in a box or bare."""
+    """Path of the parameter of an array, in a box or bare."""
     return path_string(path).removesuffix("/.value")
 
 
 def _by_name(params: Params) -> dict[str, Array]:
-    """Arrays by the path of the parameter that they are of."""
+    """Arrays by the path of their parameter."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     return {_name(path): leaf for path, leaf in flat}
 
@@ -393,15 +395,15 @@ def _any_undone(masks: Params, params: Params) -> Array:
 
 def _refuse_undone() -> None:
     raise RecipeError(
-        "prune.scheduled: masked weights are not zero after its update; what comes after it in the "
-        "chain, such as weight decay, must come before it or into the optimizer that it wraps"
+        "prune.scheduled: masked weights are not zero after its update; put transformations that "
+        "follow it in the chain, such as weight decay, before it or into the optimizer it wraps"
     )
 
 
 def _map(
     function: Callable[..., Any], masks: Params, *trees: Params, others_tree: Any = None
 ) -> Params:
-    """Maps `(path, mask, *leaves)` where there is a mask; elsewhere takes `rest`, or None."""
+    """Map `(path, mask, *leaves)` where a mask exists; elsewhere take `others_tree`, or None."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(masks, is_leaf=lambda x: x is None)
     columns = [treedef.flatten_up_to(tree) for tree in trees]
     others = [None] * len(flat) if others_tree is None else treedef.flatten_up_to(others_tree)
@@ -413,7 +415,7 @@ def _map(
 
 
 def _check_schedule(name: str, sparsity: Schedule) -> None:
-    """Asks a schedule about steps of every size; under `jit` it would be too late to refuse."""
+    """Check a schedule at steps of every size, since under `jit` it is too late to raise."""
     for step in (0, *_CHECKED_STEPS):
         with jax.ensure_compile_time_eval():
             level = float(sparsity(jnp.int32(step)))

@@ -1,4 +1,4 @@
-"""SparseGPT: masks and, where asked, rounding in one pass, against the inputs that meet weights."""
+"""SparseGPT: masks and, on request, quantization in one pass, from the inputs of the weights."""
 
 import dataclasses
 import functools
@@ -41,35 +41,35 @@ from glm_edge.errors import RecipeError
 from glm_edge.params import Format
 
 NAME = "prune.sparsegpt"
-# Of its own, since what is masked may be rounded later and what is rounded may not.
+# A separate name, since a masked weight may be quantized later and a quantized one may not.
 ROUNDING_NAME = "prune.sparsegpt_quantize"
 _TERNARY34 = "ternary34"
 
 
 @register(NAME, ROUNDING_NAME)
 class SparseGPT(LayerwiseTransform):
-    """Prunes columns in turn, each making up for the errors of those before it, and rounds.
+    """SparseGPT: prunes columns in turn, each compensating the errors of those before it.
 
-    Without `format`, the result is masks around weights that make up for what went. With it, the
-    weights that stay are rounded by `glm_edge.quantize.gptq` against the same inputs, making up for
-    pruning and rounding together; zeros stay zeros and no mask is stored. `ternary34` is both by
-    itself: of each four weights one is zero and the others have a sign. Matrices whose inputs
-    calibration cannot see, such as embeddings, are masked by magnitude and rounded to nearest; the
-    report counts them and says why.
+    Without `format`, the result is masks around weights that compensate for the pruned ones. With
+    it, `glm_edge.quantize.gptq` quantizes the remaining weights on the same inputs and compensates
+    for pruning and rounding together; zeros remain zero and no mask is stored. `ternary34` does
+    both: of each four weights one is zero and the others have a sign. Matrices without inputs in
+    calibration, such as embeddings, are masked by magnitude and rounded to nearest; the report
+    counts them with the reason.
 
     Attributes:
-      sparsity: fraction of zeros, in 0..1, below 1; None where the shape says it.
-      shape: `unstructured`, or `N:M`: of M neighbours along the inputs N stay.
+      sparsity: fraction of zeros, in 0..1, below 1; None where the shape sets it.
+      shape: `unstructured`, or `N:M`: of M neighbours along the inputs N remain.
       where: regular expression searched in each path; None is every matrix.
-      format: of the weights that stay, such as `int4-g32`, see `glm_edge.params.Format`; None
-        rounds nothing.
-      scale: of the format: `mse`, `max` or `extreme`, see `glm_edge.quantize.gptq`.
+      format: format of the remaining weights, such as `int4-g32`, see `glm_edge.params.Format`;
+        None quantizes nothing.
+      scale: choice of scales: `mse`, `max` or `extreme`, see `glm_edge.quantize.gptq`.
       fallback_bits: width for a matrix whose columns are not whole groups.
       block: columns whose weights compete.
-      refine: steps of conjugate gradients that fit the weights that stay. SparseGPT as published is
-        `refine=0` with `propagate=0` of the solver. Not used when rounding.
+      refine: steps of conjugate gradients that fit the remaining weights. SparseGPT as published is
+        `refine=0` with `propagate=0` of the solver. Not used when quantizing.
       solver: see `glm_edge.compress.SolverOptions`; three of its options (`act_order`, `refit`,
-        `sweeps`) are for rounding.
+        `sweeps`) are for quantizing.
       stacked: see `glm_edge.prune.mask`.
 
     Raises:
@@ -113,12 +113,12 @@ class SparseGPT(LayerwiseTransform):
 
     @property
     def name(self) -> str:
-        """Of its own where it rounds: what is masked may be rounded later, what is rounded not."""
+        """Name, another one with a format: a masked weight may be quantized later."""
         return NAME if self.format is None else ROUNDING_NAME
 
     @property
     def rounds(self) -> bool:
-        """True where a format says to."""
+        """True with a format."""
         return self.format is not None
 
     @property
@@ -128,14 +128,14 @@ class SparseGPT(LayerwiseTransform):
 
     @functools.cached_property
     def rounding(self) -> QuantizeConfig | None:
-        """The format of what stays, and how its scales are chosen."""
+        """Format of the remaining weights and choice of its scales."""
         if self.format is None:
             return None
         return QuantizeConfig(self.format, self.scale, self.fallback_bits)
 
     @functools.cached_property
     def masking(self) -> MaskConfig | None:
-        """The mask that is asked for; None where the format is its own."""
+        """Options of the mask; None where the format contains one."""
         shape = shapes.parse(self.name, self.shape)
         if shape.kind not in (shapes.SINGLE, "n:m"):
             raise RecipeError(f"{self.name}: shape must be unstructured or N:M, not {self.shape!r}")
@@ -231,7 +231,7 @@ def _without_inputs(
     masking: MaskConfig | None,
     rounding: QuantizeConfig | None,
 ) -> tuple[Any, Row]:
-    """Masks by magnitude and rounds to nearest a weight whose inputs calibration cannot see."""
+    """Mask by magnitude and round to nearest a weight without inputs in calibration."""
     masked = before = work.leaves[path]
     note, layout = work.unseen(path), work.layouts[path]
     if masking is not None:

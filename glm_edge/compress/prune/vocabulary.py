@@ -1,22 +1,18 @@
-"""Removing rows of the embedding and the head: tokens that are never read or written."""
+"""Vocabulary pruning: removal of tokens that are never read or written."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import InitVar, field
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike
 
-from glm_edge import params as boxes
 from glm_edge.compress.prune.shrink.arrays import check_kept, shrunk_report
-from glm_edge.compress.prune.shrink.tokenizer import NAME, check_tokens, named_fields, named_tokens
+from glm_edge.compress.prune.shrink.tokenizer import NAME, check_tokens, named_fields
+from glm_edge.compress.prune.shrink.vocabulary import shrink_vocabulary
 from glm_edge.compress.transform import Context, Result, Transform, register
-from glm_edge.configs import GLMConfig, TextConfig
-from glm_edge.errors import DataError, RecipeError
+from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
 
 MAX_TOKENS = 1 << 24
@@ -25,21 +21,20 @@ _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 @register(NAME)
 class VocabularyPruning(Transform):
-    """Removes tokens: their rows of the embedding and of the head.
+    """Vocabulary pruning: removes tokens' rows of the embedding and of the head.
 
-    The tokens that stay are numbered anew in their order, in the model's configuration too. Later
-    steps read other ids, so map their batches (`map_tokens`) or let this step come last;
-    `shrink_tokenizer` makes the tokenizer that belongs to the smaller model.
+    The remaining tokens are renumbered in their order, also in the model's configuration. Later
+    steps read the new ids: map their batches with `map_tokens`, or put this step last.
+    `shrink_tokenizer` makes the tokenizer of the smaller model.
 
-    Without `tokenizer` only tokens are protected that the model's configuration names (ends of
-    text, padding, placeholders). The tokenizer's other special tokens, such as `<|user|>`, its
-    bytes and the parts that merges are made of are then removed like any others, and what needs
-    them can no longer be written.
+    Without `tokenizer`, only tokens that the model's configuration names are protected (ends of
+    text, padding, placeholders). Other special tokens such as `<|user|>`, bytes, and the parts of
+    merges are then removed like any token, and text that needs them cannot be encoded.
 
     Attributes:
-      keep: ascending ids that stay, from `frequent_tokens`, or the same as text, `0-10,12,40-99`.
-      tokenizer: a `tokenizers.Tokenizer` that is asked at once whether it can do with these tokens;
-        it is not kept, so that a recipe remains data.
+      keep: ascending ids that remain, from `frequent_tokens`, or as text, `0-10,12,40-99`.
+      tokenizer: a `tokenizers.Tokenizer`, checked at once against these tokens; it is not stored,
+        so that a recipe remains data.
 
     Raises:
       RecipeError: ids do not ascend; with `tokenizer`, a special token, a byte or a part of another
@@ -82,76 +77,8 @@ class VocabularyPruning(Transform):
 vocabulary = VocabularyPruning
 
 
-def shrink_vocabulary(
-    model: nn.Module, params: Params, keep: Sequence[int]
-) -> tuple[nn.Module, Params]:
-    """Keeps some rows of the embedding and the head.
-
-    Args:
-      model: a GLM or a text encoder.
-      params: its parameters; rows of quantized weights are taken with their scales.
-      keep: ascending ids of the tokens that stay.
-
-    Returns:
-      `(model, params)`, whose logits are those of the model at the tokens that stay.
-
-    Raises:
-      RecipeError: the model has no vocabulary, an id does not exist, or a token would go that the
-        configuration names.
-    """
-    config = getattr(model, "config", None)
-    if not isinstance(config, GLMConfig | TextConfig):
-        raise RecipeError(f"{NAME}: {type(model).__name__} has no vocabulary")
-    holder = config.decoder if isinstance(config, GLMConfig) else config
-    keep = check_kept(keep, holder.vocab_size, f"{NAME}: tokens")
-    number = {old: new for new, old in enumerate(keep.tolist())}
-    for index, name in named_tokens(config).items():
-        if index not in number:
-            raise RecipeError(
-                f"{NAME}: token {index} must stay, since it is {name} of the model; keep= lacks it"
-            )
-    params = dict(params)
-    for name in ("embed", "head"):
-        if name in params:
-            path = f"{name}/weight"
-            params[name] = {**params[name], "weight": _rows(params[name]["weight"], keep, path)}
-    smaller = dataclasses.replace(holder, vocab_size=len(keep))
-    if isinstance(config, GLMConfig):
-        fields = {field: getattr(config, field) for field in named_fields(config)}
-        renumbered = {
-            field: tuple(number[i] for i in value) if isinstance(value, tuple) else number[value]
-            for field, value in fields.items()
-        }
-        smaller = dataclasses.replace(config, decoder=smaller, **renumbered)
-    return model.clone(config=smaller), params
-
-
-def map_tokens(tokens: ArrayLike, keep: Sequence[int]) -> np.ndarray:
-    """Numbers token ids as the smaller model does.
-
-    Args:
-      tokens: integers of any shape, of the larger vocabulary.
-      keep: ascending ids that stayed.
-
-    Returns:
-      int32 of the same shape.
-
-    Raises:
-      DataError: a token did not stay.
-    """
-    tokens, keep = np.asarray(tokens), np.asarray(keep)
-    places = np.searchsorted(keep, tokens).clip(max=len(keep) - 1)
-    lost = keep[places] != tokens
-    if lost.any():
-        raise DataError(
-            f"{NAME}: token {tokens[lost].flat[0]} did not stay, nor did {int(lost.sum())} of "
-            f"{tokens.size} in all; encode the text with the smaller tokenizer"
-        )
-    return places.astype(np.int32)
-
-
 def to_ranges(ids: Sequence[int]) -> str:
-    """Ascending ids as text, `0-10,12`."""
+    """Format ascending ids as text, `0-10,12`."""
     ids = np.asarray(ids)
     starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)
     ends = np.append(starts[1:], len(ids)) - 1
@@ -160,10 +87,10 @@ def to_ranges(ids: Sequence[int]) -> str:
 
 
 def from_ranges(text: str) -> np.ndarray:
-    """Inverse of `to_ranges`.
+    """Parse the text of `to_ranges`.
 
     Raises:
-      RecipeError: it is no such text.
+      RecipeError: the text is not of this form.
     """
     if not _RANGES.fullmatch(text):
         raise RecipeError(f"{NAME}: keep must be ids such as '0-10,12,40-99', not {text!r:.60}")
@@ -171,27 +98,6 @@ def from_ranges(text: str) -> np.ndarray:
     for part in text.split(","):
         first, _, last = part.partition("-")
         if int(last or first) >= MAX_TOKENS:
-            raise RecipeError(f"{NAME}: keep holds {part:.40}, which is no id of a token")
+            raise RecipeError(f"{NAME}: keep has {part:.40}, which is not an id of a token")
         ids.extend(range(int(first), int(last or first) + 1))
     return np.array(ids, np.int64)
-
-
-def _rows(leaf: Any, index: np.ndarray, path: str) -> Any:
-    """Rows of an array or box, whose scales may be one a row or one for all."""
-    if isinstance(leaf, boxes.Masked):
-        mask = jnp.take(leaf.mask, index, axis=0)
-        return boxes.Masked(value=_rows(leaf.value, index, path), mask=mask)
-    if not isinstance(leaf, boxes.Quantized | boxes.FakeQuantized):
-        return jnp.take(leaf, index, axis=0)
-    if leaf.kernel_shape:
-        raise RecipeError(f"{NAME}: {path} is a quantized kernel of a stock module")
-    stored = leaf.data if isinstance(leaf, boxes.Quantized) else leaf.value
-    names = ("data" if isinstance(leaf, boxes.Quantized) else "value", "scale", "zero")
-    arrays = {name: getattr(leaf, name) for name in names}
-    return leaf.replace(
-        **{
-            name: jnp.take(array, index, axis=0)
-            for name, array in arrays.items()
-            if array is not None and array.shape[0] == stored.shape[0]
-        }
-    )

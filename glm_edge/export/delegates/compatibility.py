@@ -9,6 +9,7 @@ from typing import Any
 from glm_edge.export.delegates.conditions import CONDITIONS, GraphContext, Undecided
 from glm_edge.export.delegates.rules import CONDITION_SOURCES, DELEGATES, Delegate, Rule
 from glm_edge.export.tflite.reader import Graph, Operator, read_graphs
+from glm_edge.tables import table_lines
 
 YES, NO, UNKNOWN = "yes", "no", "unknown"
 UNREAD = "strides, paddings or axes also count, which are not read here"
@@ -133,7 +134,9 @@ class Compatibility:
                 marks.append(mark)
             operator = f"{row.operator} v{row.version}"
             cells.append([row.signature, operator, str(row.count), row.types, *marks])
-        lines = [*_laid_out(cells), "", "yes: handed over; no: runs on the CPU", self.summary(), ""]
+        header, *lines = table_lines(cells)
+        lines = [header, "-" * len(header), *lines, ""]
+        lines += ["yes: handed over; no: runs on the CPU", self.summary(), ""]
         lines += [f"[{i}] {name}: {why} <{url}>" for (name, why, url), i in reasons.items()]
         return "\n".join([*lines, *(f"{d.name}: {d.note}" for d in DELEGATES)])
 
@@ -251,12 +254,3 @@ def _mismatches(rule: Rule, operator: Operator) -> Iterable[str]:
 
 def _alternatives(values: Iterable[int]) -> str:
     return " or ".join(map(str, values))
-
-
-def _laid_out(cells: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]

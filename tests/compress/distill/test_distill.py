@@ -20,6 +20,7 @@ from glm_edge.compress.recipes import recipe_from_json, to_json
 from glm_edge.configs import TextConfig
 from glm_edge.errors import DataError, RecipeError, TrainingError
 from glm_edge.models.text import TextEncoder
+from tests.tiny_models import init
 
 
 def arrays_of(params):
@@ -281,9 +282,7 @@ def test_any_module_that_gives_logits_learns(calibration):
             return nn.Dense(40)(nn.Embed(40, 8)(tokens))
 
     model = Bigram()
-    student, teacher = (
-        jax.jit(model.init)(jax.random.key(i), calibration[0]["tokens"])["params"] for i in range(2)
-    )
+    student, teacher = (init(model, calibration[0]["tokens"], seed=i)["params"] for i in range(2))
     transform = distill(
         teacher=(model, teacher), alpha=1.0, train=TrainOptions(steps=30, learning_rate=0.03)
     )
@@ -440,8 +439,10 @@ def test_a_gradient_that_is_not_finite_stops_too(calibration):
             return scores + jnp.sqrt(self.param("root", nn.initializers.zeros, ()))
 
     model = Root()
-    params = jax.jit(model.init)(jax.random.key(0), calibration[0]["tokens"])["params"]
-    other = jax.jit(model.init)(jax.random.key(1), calibration[0]["tokens"])["params"]
+    params, other = (
+        jax.jit(model.init)(jax.random.key(seed), calibration[0]["tokens"])["params"]
+        for seed in (0, 1)
+    )
     with pytest.raises(TrainingError, match=r"gradient's norm is (nan|inf) at step 1;") as caught:
         distill(teacher=(model, other), train=TrainOptions(steps=3))(
             model, params, calibration=calibration

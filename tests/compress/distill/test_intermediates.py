@@ -19,6 +19,7 @@ from glm_edge.compress.distill.intermediates import (
 )
 from glm_edge.compress.recipes import recipe_from_json, to_json
 from glm_edge.errors import RecipeError
+from tests.tiny_models import init
 
 VOCAB, ROWS, LENGTH = 12, 3, 6
 
@@ -260,7 +261,7 @@ def test_a_model_that_shows_nothing_inside_is_refused(data):
             return nn.Dense(VOCAB)(nn.Embed(VOCAB, 4)(tokens))
 
     model = Plain()
-    teacher = model, jax.jit(model.init)(jax.random.key(0), data[0]["tokens"])["params"]
+    teacher = model, init(model, data[0]["tokens"])["params"]
     with pytest.raises(RecipeError, match="Plain returns no 'hidden'"):
         train(built(0), teacher, data, hidden=1.0)
     with pytest.raises(RecipeError, match="Plain sows no 'attention'"):

@@ -15,6 +15,7 @@ from glm_edge.compress.distill.losses import divergence
 from glm_edge.compress.recipes import recipe_from_json, to_json
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.generate import generate
+from tests.tiny_models import init
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ class Plain(nn.Module):
 def test_what_cannot_be_gone_on_with_is_refused(pair, calibration):
     model, student, teacher = pair
     plain = Plain()
-    params = jax.jit(plain.init)(jax.random.key(0), calibration[0]["tokens"])["params"]
+    params = init(plain, calibration[0]["tokens"])["params"]
     with pytest.raises(RecipeError, match="needs a model that generates, a GLM; Plain has no"):
         distill((model, teacher), on_policy=OnPolicy(), train=TrainOptions(steps=1))(
             plain, params, calibration=calibration

@@ -18,6 +18,7 @@ from glm_edge.compress.layerwise.runner import LayerwiseTransform
 from glm_edge.compress.transform import registered
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
+from tests.tiny_models import init
 
 logits = jax.jit(apply_batch, static_argnums=0)
 
@@ -90,7 +91,7 @@ class Stock(nn.Module):
 
 def test_a_stock_module_is_one_stage_whose_inputs_are_seen():
     model, tokens = Stock(), jnp.arange(8).reshape(2, 4)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = init(model, tokens)["params"]
     (stage,) = stages.stages(model)
     states = stages.first_states(model, [{"tokens": tokens}])
     found = stage.collect(dict(boxes.path_items(params)), states, stages.ROWS)
@@ -150,7 +151,7 @@ def test_what_is_quantized_already_is_refused_by_name(make_member):
 @pytest.mark.parametrize("name", ["rtn", "gptq", "qat"])
 def test_no_full_precision_copy_stays_alive(make_member, batch_of, name):
     model = MultimodalGLM(make_member("tied")[0].config)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = init(model, jnp.zeros((1, 2), jnp.int32))["params"]
     options = {"train": {"steps": 2}} if name == "qat" else {}
     transform = getattr(quantize, name)("int4", **options)
     dense = [

@@ -10,6 +10,7 @@ from glm_edge.compress import prune, quantize, recipe_from_json, to_json
 from glm_edge.compress.reparameterize import reparameterize
 from glm_edge.errors import RecipeError
 from glm_edge.models.cnn import CNN, Inverted, MobileNetV2Config, Stem, preset
+from tests.tiny_models import init
 
 CONFIG = MobileNetV2Config(
     "narrow",
@@ -25,7 +26,7 @@ LOGITS = jax.jit(lambda model, variables, x: model.apply(variables, x)[0], stati
 @pytest.fixture(scope="module")
 def narrow():
     model, rng = CNN(CONFIG), np.random.default_rng(0)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    variables = init(model, jnp.zeros((1, 8, 8, 1)))
     # Norms that differ from channel to channel; kernels are drawn already.
     return model, jax.tree.map(
         lambda leaf: leaf if leaf.ndim > 1 else jnp.asarray(rng.uniform(0.5, 1.0, leaf.shape)),

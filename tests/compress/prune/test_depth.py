@@ -8,11 +8,14 @@ import pytest
 
 import glm_edge as ge
 from glm_edge.compress import batches
-from glm_edge.compress.prune.depth import depth, influence, shrink_depth
+from glm_edge.compress.prune.depth import depth
+from glm_edge.compress.prune.scores.influence import influence
+from glm_edge.compress.prune.shrink.layers import shrink_depth
 from glm_edge.configs import DecoderConfig, GLMConfig
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.vision import VisionEncoder
+from tests.tiny_models import init
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -29,7 +32,7 @@ def three_layers(**changes):
     fields = {"vocab_size": 40, "hidden_size": 16, "num_layers": 3, "num_heads": 4}
     fields |= {"num_kv_heads": 2, "head_dim": 4, "intermediate_size": 24, **changes}
     model = MultimodalGLM(GLMConfig("three", DecoderConfig(**fields), pad_token_id=0))
-    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = init(model, jnp.zeros((1, 2), jnp.int32), seed=1)["params"]
     return model, params
 
 
@@ -84,7 +87,7 @@ def test_depth_equals_a_silent_encoder_layer(make_member, batch_of, part):
     if part == "vision":
         encoder = dataclasses.replace(encoder, window=(2, 2), global_layers=(1,))
     model = MultimodalGLM(dataclasses.replace(config, **{part: encoder}))
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = init(model, jnp.zeros((1, 2), jnp.int32))["params"]
     batch = batch_of(model)
     transform = depth([0], part=part)
     smaller, small, report = transform(model, params)
@@ -149,7 +152,7 @@ def test_an_encoder_on_its_own_loses_layers(make_member):
     config = dataclasses.replace(vision, num_layers=3)
     model = VisionEncoder(config, 24)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    params = init(model, images)["params"]
     quiet = silenced({"vision": params}, 2, "vision")["vision"]
     smaller, small, _ = depth(1)(model, quiet, calibration=[{"images": images}])
     assert smaller.config.num_layers == 2

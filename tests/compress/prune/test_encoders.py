@@ -8,18 +8,11 @@ import pytest
 
 import glm_edge as ge
 from glm_edge import params as boxes
-from glm_edge.compress import batches
+from glm_edge.compress import batches, prune
 from glm_edge.compress.folding import folds, move
-from glm_edge.compress.prune.encoders import (
-    encoders,
-    magnitude,
-    parts,
-    shrink_encoder,
-    taylor,
-    unit_gates,
-)
+from glm_edge.compress.prune.encoders import encoders
+from glm_edge.compress.prune.shrink.heads_neurons import shrink_encoder
 from glm_edge.compress.quantize import rtn
-from glm_edge.compress.transform import Context
 from glm_edge.configs import SpeechConfig, TextConfig
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.multimodal import MultimodalGLM
@@ -27,6 +20,7 @@ from glm_edge.models.speech import SpeechEncoder
 from glm_edge.models.text import TextEncoder
 from glm_edge.models.vision import VisionEncoder
 from glm_edge.params.tree import nested
+from tests.tiny_models import init
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -80,7 +74,7 @@ def test_a_tower_on_its_own_with_windows_and_a_pooling_head(make_member):
     changes |= {"projector_size": 0, "merge_size": 1, "boundary_embeddings": False}
     model = VisionEncoder(dataclasses.replace(vision, **changes))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    params = init(model, images)["params"]
     smaller, small = shrink_encoder(model, params, KEEP)
     assert smaller.config.num_heads == (1, 2, 2)
     assert smaller.config.intermediate_size == (5, 24, 24)
@@ -93,14 +87,14 @@ def test_a_tower_on_its_own_with_windows_and_a_pooling_head(make_member):
 def test_a_text_encoder_shrinks():
     model = TextEncoder(TextConfig(30, 16, 2, 2, 24, num_labels=3, pooler="tanh"))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 7)), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = init(model, tokens)["params"]
     smaller, small = shrink_encoder(model, params, KEEP)
     expected = applied(model, {"params": zeroed(params, KEEP, 8)}, tokens)[0]
     np.testing.assert_allclose(applied(smaller, {"params": small}, tokens)[0], expected, atol=1e-5)
-    scores = magnitude(model.config, params)
+    scores = prune.scores_of(model, params, "magnitude", "neuron")
     layer = jax.tree.map(np.asarray, params["layers"]["1"])
     owned = np.concatenate([layer["fc1"]["weight"][3], layer["fc2"]["weight"][:, 3]])
-    assert scores[1]["neurons"][3] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
+    assert scores["layers/1"][0, 3] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +104,7 @@ def grouped():
     sizes |= {"intermediate_size": 24, "projector_size": 0, "merge_size": 1}
     model = SpeechEncoder(SpeechConfig(**sizes, head_dim=8, num_kv_heads=2))
     mel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 6)), jnp.float32)
-    return model, jax.jit(model.init)(jax.random.key(0), mel)["params"], mel
+    return model, init(model, mel)["params"], mel
 
 
 def test_query_heads_leave_each_group_and_shared_ones_stay(grouped):
@@ -120,7 +114,8 @@ def test_query_heads_leave_each_group_and_shared_ones_stay(grouped):
     expected = applied(model, {"params": zeroed(params, keep, 8)}, mel)[0]
     np.testing.assert_allclose(applied(smaller, {"params": small}, mel)[0], expected, atol=1e-5)
     assert small["layers"]["0"]["attention"]["k_proj"]["weight"].shape == (16, 16)
-    assert magnitude(model.config, params)[0]["heads"].shape == (4,)
+    scores = prune.scores_of(model, params, "magnitude", "head")
+    assert scores["layers/0/attention"].shape == (2, 2)
     with pytest.raises(RecipeError, match=r"groups would keep .* query heads"):
         shrink_encoder(model, params, {0: {"heads": [0, 1, 2]}})
     with pytest.raises(RecipeError, match="group 1 would lose all 2 query heads"):
@@ -153,31 +148,38 @@ def nano(make_member, batch_of):
 
 def test_taylor_is_the_slope_of_each_rows_loss(nano):
     model, params, batch = nano
-    context = Context(None, None, (model, params))
-    found = taylor(model, params, [batch], ("vision", "speech"), context)
+    found = {
+        kind: prune.scores_of(model, params, "taylor", kind, calibration=[batch])
+        for kind in ("head", "neuron")
+    }
     step = 1e-2
 
     @jax.jit
     def losses(gates):
         return batches.row_losses(model, params, batch, {"gates": gates})
 
-    def slope(part, at, index):
+    def slope(part, index):
         sides = []
         for gate in (1 + step, 1 - step):
-            gates = unit_gates(model, ("vision", "speech"))
-            layer = gates[part]["layers"]["0"]
-            for key in at[:-1]:
-                layer = layer[key]
-            layer[at[-1]] = layer[at[-1]].at[index].set(gate)
+            heads, neurons = np.ones((1, 2, 1), np.float32), np.ones(24, np.float32)
+            if part == "vision":
+                heads[0, index, 0] = gate
+            else:
+                neurons[index] = gate
+            gates = {
+                "vision": {"layers": {"0": {"attention": {"heads": heads}}}},
+                "speech": {"layers": {"0": {"neurons": neurons}}},
+            }
             sides.append(np.asarray(losses(gates), np.float64))
         return np.mean(np.abs(sides[0] - sides[1])) / (2 * step)
 
-    heads, neurons = found["vision"][0]["heads"], found["speech"][0]["neurons"]
+    heads = np.asarray(found["head"]["vision/layers/0/attention"]).ravel()
+    neurons = np.asarray(found["neuron"]["speech/layers/0"]).ravel()
     assert heads.shape == (2,)
     assert neurons.shape == (24,)
-    expected = slope("vision", ("attention", "heads"), (0, 1, 0))
+    expected = slope("vision", 1)
     assert heads[1] == pytest.approx(expected, rel=0.03)
-    expected = slope("speech", ("neurons",), int(np.argmax(neurons)))
+    expected = slope("speech", int(np.argmax(neurons)))
     assert neurons.max() == pytest.approx(expected, rel=0.03)
 
 
@@ -238,7 +240,7 @@ def test_bad_input_is_refused(nano, make_member):
     _, rounded, _ = rtn("int8")(model, params)
     with pytest.raises(RecipeError, match="prune before quantizing"):
         encoders(0.5, score="magnitude")(model, rounded)
-    alone = VisionEncoder(dataclasses.replace(parts(model)["vision"]), 24)
+    alone = VisionEncoder(dataclasses.replace(model.config.vision), 24)
     with pytest.raises(RecipeError, match="score by magnitude"):
         encoders(0.5)(alone, params["vision"], calibration=[batch])
     assert isinstance(model, MultimodalGLM)

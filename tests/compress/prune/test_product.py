@@ -6,7 +6,7 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches, prune
-from glm_edge.compress.prune.scores import from_model as model_scores
+from glm_edge.compress.prune.scores import from_inputs
 from glm_edge.errors import RecipeError
 
 SCORES = (
@@ -57,7 +57,7 @@ def units_of(shape, path, mask):
 def cached():
     """Sums over the inputs of calibration, computed once for each set of weights."""
     found, patch = {}, pytest.MonkeyPatch()
-    compute = model_scores.statistics
+    compute = from_inputs.statistics
 
     def statistics(model, params, calibration, statistic, paths):
         key = (statistic, len(calibration), *sorted(paths))
@@ -65,7 +65,7 @@ def cached():
             found[key] = compute(model, params, calibration, statistic, paths)
         return found[key]
 
-    patch.setattr(model_scores, "statistics", statistics)
+    patch.setattr(from_inputs, "statistics", statistics)
     yield
     patch.undo()
 

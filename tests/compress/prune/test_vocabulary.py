@@ -10,19 +10,15 @@ import glm_edge as ge
 from glm_edge.compress import batches
 from glm_edge.compress.prune.shrink import tokenizer as tokens_lib
 from glm_edge.compress.prune.shrink.tokenizer import frequent_tokens, shrink_tokenizer
-from glm_edge.compress.prune.vocabulary import (
-    from_ranges,
-    map_tokens,
-    shrink_vocabulary,
-    to_ranges,
-    vocabulary,
-)
+from glm_edge.compress.prune.shrink.vocabulary import map_tokens, shrink_vocabulary
+from glm_edge.compress.prune.vocabulary import from_ranges, to_ranges, vocabulary
 from glm_edge.compress.quantize import rtn
 from glm_edge.configs import DecoderConfig, GLMConfig, TextConfig
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.generate import greedy
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.text import TextEncoder
+from tests.tiny_models import init
 
 apply = jax.jit(batches.apply_batch, static_argnums=0)
 
@@ -52,7 +48,7 @@ def small(tokenizer):
     fields |= {"num_kv_heads": 1, "head_dim": 8, "intermediate_size": 24, "tie_embeddings": False}
     config = GLMConfig("small", DecoderConfig(**fields), eos_token_ids=(0,), pad_token_id=0)
     model = MultimodalGLM(config)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = init(model, jnp.zeros((1, 2), jnp.int32))["params"]
     return model, params
 
 
@@ -174,7 +170,7 @@ def test_a_text_encoder_and_its_word_pieces_shrink():
     model = TextEncoder(TextConfig(len(pieces), 16, 1, 2, 24, num_labels=2))
     before, after = made.encode("the cats sat").ids, smaller.encode("the cats sat").ids
     assert list(map_tokens(before, keep)) == after
-    params = jax.jit(model.init)(jax.random.key(0), jnp.asarray([before]))["params"]
+    params = init(model, jnp.asarray([before]))["params"]
     shrunk_model, shrunk = shrink_vocabulary(model, params, keep)
     np.testing.assert_allclose(
         jax.jit(shrunk_model.apply)({"params": shrunk}, jnp.asarray([after]))[0],

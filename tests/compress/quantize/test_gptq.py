@@ -16,6 +16,7 @@ from glm_edge.compress.prune import depth, structured
 from glm_edge.compress.quantize.gptq import gptq
 from glm_edge.compress.quantize.rtn import rtn
 from glm_edge.errors import DataError, RecipeError
+from tests.tiny_models import init
 
 LAYERS = r"layers/"
 
@@ -128,7 +129,7 @@ def test_stock_kernels_are_rounded_by_their_inputs():
             return nn.Dense(40, name="out")(nn.relu(nn.Dense(32, name="hidden")(x)))
 
     model, tokens = Stock(), np.random.default_rng(0).integers(0, 40, (8, 12)).astype(np.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = init(model, tokens)["params"]
     batch = {"tokens": tokens}
     found = gptq("int2", where="kernel")(model, params, [batch])[1]
     nearest = rtn("int2", where="kernel", scale="mse")(model, params)[1]

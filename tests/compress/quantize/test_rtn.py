@@ -12,6 +12,7 @@ import pytest
 from glm_edge import params as boxes
 from glm_edge.compress import prune, quantize
 from glm_edge.errors import RecipeError
+from tests.tiny_models import init
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -160,7 +161,7 @@ def test_a_stock_network_runs_on_rounded_kernels():
 
     x, tokens = weight(2, 6, 6, 3), jnp.array([3, 19])
     model = Network()
-    params = jax.jit(model.init)(jax.random.key(0), x, tokens)["params"]
+    params = init(model, x, tokens)["params"]
     same, rounded, report = quantize.rtn("int8")(model, params)
     assert same is model
     assert {row.path for row in report.rows} == {
@@ -183,7 +184,7 @@ def test_kernels_stacked_by_scan_keep_their_layer_axis():
 
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     x = weight(2, 8)
-    params = jax.jit(stack.init)(jax.random.key(0), x, None)["params"]
+    params = init(stack, x, None)["params"]
     _, rounded, _ = quantize.rtn("int8", stacked="Dense")(stack, params)
     box = rounded["Dense_0"]["kernel"]
     assert box.data.shape == box.shape == (3, 8, 8)

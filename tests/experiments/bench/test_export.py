@@ -13,10 +13,11 @@ import pytest
 import glm_edge as ge
 from experiments.bench.export import TOY, to_profile
 from experiments.bench.runtimes import compare, profiler
-from experiments.bench.runtimes.child import PAUSE_S, Child, EngineError, Spec, prepare, spec_of
+from experiments.bench.runtimes.child import PAUSE_S, EngineProcess, Spec, prepare, spec_of
 from experiments.bench.runtimes.compare import Burst, Quartiles
 from experiments.bench.runtimes.engine import Task, step_signature
 from experiments.bench.runtimes.litert import LiteRT, timed_signatures
+from experiments.common.child import ChildError
 from glm_edge.configs import to_dict
 from glm_edge.export.common.signatures import step_name
 from glm_edge.export.verify.runner import SignatureRunner
@@ -73,12 +74,12 @@ def test_goals_name_every_rival_of_the_same_bits():
 
 
 def test_a_missing_interpreter_or_package_is_said(tmp_path):
-    with pytest.raises(EngineError, match="no_python"):
+    with pytest.raises(ChildError, match="no_python"):
         prepare(spec("absent", "ours", 8, str(tmp_path / "no_python")))
     script = tmp_path / "python"
     script.write_text('#!/bin/sh\necho \'{"missing": "gguf is not installed"}\'\n')
     script.chmod(0o755)
-    with pytest.raises(EngineError, match="gguf is not installed"):
+    with pytest.raises(ChildError, match="gguf is not installed"):
         prepare(spec("absent", "ours", 8, str(script)))
 
 
@@ -95,7 +96,7 @@ def test_a_turn_is_a_pause_and_the_median_of_its_steps(tmp_path):
     lines = [f"read -r line; echo \"$line\" >> {asked}; echo '{answer}'" for answer in answers]
     script.write_text("\n".join(["#!/bin/sh", "echo '{\"versions\": {}}'", *lines]) + "\n")
     script.chmod(0o755)
-    engine = Child(spec("fixed", "ours", 8, str(script)))
+    engine = EngineProcess(spec("fixed", "ours", 8, str(script)))
     started = time.monotonic()
     assert engine.burst("decode", 8, 3) == 3.0
     assert time.monotonic() - started > PAUSE_S

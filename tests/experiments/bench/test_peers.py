@@ -13,6 +13,7 @@ import pytest
 import glm_edge as ge
 from experiments.bench.peers import ai_edge, exchange, ours
 from experiments.bench.peers.exchange import Stored, Task
+from experiments.common.child import Child, ChildError
 from glm_edge.checkpoint.hugging_face import decoders
 
 ROOT = Path(__file__).parents[3]
@@ -61,17 +62,34 @@ def test_a_peer_that_is_not_installed_says_so(tmp_path):
         "from experiments.bench.peers.exchange import serve\n"
         "serve(lambda task: {}, {'no-such-peer': 'no_such_peer'})\n"
     )
-    command = [sys.executable, str(script), "--weights=w.npz", "--out=o.npz"]
     done = subprocess.run(
-        command,
+        [sys.executable, str(script)],
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == exchange.NOT_INSTALLED
-    assert done.stderr.startswith("no-such-peer is not installed")
+    assert json.loads(done.stdout)["missing"].startswith("no-such-peer is not installed")
+
+
+def test_a_peer_answers_with_its_matrices(tmp_path, monkeypatch):
+    """A peer reads a task from a child's standard input and writes its matrices."""
+    weight = RNG.normal(size=(4, 8)).astype(np.float32)
+    np.savez(tmp_path / "w.npz", **{PATH: weight})
+    (tmp_path / "peer.py").write_text(
+        "from experiments.bench.peers.exchange import Stored, serve\n"
+        "serve(lambda task: {p: Stored(2 * w, 8) for p, w in task.weights.items()}, {})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    fields = {"weights": str(tmp_path / "w.npz"), "options": {}, "checkpoint": str(tmp_path)}
+    with Child("peer") as peer:
+        peer.ask("quantize", out=str(tmp_path / "o.npz"), **fields)
+        with pytest.raises(ChildError, match="quantize: FileNotFoundError"):
+            peer.ask("quantize", out="o.npz", **{**fields, "weights": "none.npz"})
+    dense, meta = exchange.read(tmp_path / "o.npz")
+    np.testing.assert_array_equal(dense[PATH], 2 * weight)
+    assert (meta["weights"], meta["stored_bits"]) == (32, 8)
 
 
 def test_layer_names_equal_hugging_face_names():

@@ -13,6 +13,7 @@ from glm_edge.export.common.signatures import check_model
 from glm_edge.export.common.weights import to_array
 from glm_edge.kernels import quantization
 from glm_edge.params import Format
+from tests.tiny_models import init
 
 IMAGE = {"images": jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)}
 TOKENS = {"tokens": jax.ShapeDtypeStruct((1, 6), jnp.int32)}
@@ -77,7 +78,7 @@ def read(params, inputs):
 @pytest.fixture(scope="module")
 def variables():
     """Of `Seer`, in every form that a file can hold."""
-    found = jax.jit(Seer().init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    found = init(Seer(), jnp.zeros((1, 8, 8, 3)))
     norm = found["batch_stats"]["norm"]
     norm["mean"], norm["var"] = norm["mean"] + 0.1, norm["var"] * 2.0
     params = found["params"]
@@ -150,7 +151,7 @@ def test_function_lists_what_it_converts(seer):
 
 def test_function_of_tied_and_stacked_parameters(tmp_path):
     pytest.importorskip("tensorflow")
-    params = jax.jit(Reader().init)(jax.random.key(0), jnp.zeros((1, 6), jnp.int32))["params"]
+    params = init(Reader(), jnp.zeros((1, 6), jnp.int32))["params"]
     params["embed"]["embedding"] = table(params["embed"]["embedding"], Format("int8"))
     dense = params["layers"]["dense"]
     dense["kernel"] = boxed(dense["kernel"], Format("int4"), stack=1)

@@ -10,7 +10,7 @@ UNIFORM, GLOBAL, MEASURED = "uniform", "global", "measured"
 
 
 def uniform(pools: Sequence[Pool], sparsity: float) -> list[int]:
-    """The same fraction of every pool.
+    """Count the units that each pool loses at one sparsity.
 
     Args:
       pools: of units.
@@ -20,16 +20,16 @@ def uniform(pools: Sequence[Pool], sparsity: float) -> list[int]:
       Units that each group of each pool loses.
 
     Raises:
-      RecipeError: a pool would lose all where some must stay.
+      RecipeError: a pool would lose units that must remain.
     """
     return [pool.count(sparsity) for pool in pools]
 
 
 def over_all(pools: Sequence[Pool], scores: Sequence[np.ndarray], sparsity: float) -> list[int]:
-    """The lowest scores wherever they are, up to a fraction of the weights.
+    """Count the units that each pool loses under one threshold for all pools.
 
-    Groups of a pool lose alike: their lowest units go together, then their second lowest, each
-    such set by the mean of its scores.
+    The groups of a pool lose the same number: their lowest units go together, then their second
+    lowest. Each such set is ranked by the mean of its scores.
 
     Args:
       pools: of units.
@@ -52,7 +52,7 @@ def over_all(pools: Sequence[Pool], scores: Sequence[np.ndarray], sparsity: floa
 
 
 def mark_kept(scores: np.ndarray, count: int) -> np.ndarray:
-    """Marks what stays when the lowest scores of each group go, of equal scores the first.
+    """Mark the units that remain after the lowest scores of each group, of equal ones the first.
 
     Args:
       scores: [g, u].
@@ -72,3 +72,16 @@ def mark_kept(scores: np.ndarray, count: int) -> np.ndarray:
         lowest = np.argsort(scores, axis=1, kind="stable")[:, :count]
         np.put_along_axis(keep, lowest, False, axis=1)
     return keep
+
+
+def keep_highest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Mark the highest scores of each group, of equal scores the first.
+
+    Args:
+      scores: [g, u].
+      count: units of each group that remain.
+
+    Returns:
+      bool [g, u].
+    """
+    return mark_kept(scores[:, ::-1], scores.shape[1] - count)[:, ::-1]

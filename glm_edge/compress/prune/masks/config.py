@@ -1,4 +1,4 @@
-"""The options of a mask, and masks from scores: what every masking transform shares."""
+"""Options of a mask, and masks from scores, which all masking transforms share."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +25,7 @@ Leaves = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Options of `mask`, read and checked."""
+    """Options of `mask`, parsed and checked."""
 
     name: str
     sparsity: float | None
@@ -51,7 +51,7 @@ class MaskConfig:
         levels: Sequence[float] = (0.0,),
         **budgets: int | None,
     ) -> "MaskConfig":
-        """Reads the options of a transform, see `glm_edge.prune.mask`.
+        """Parse the options of a transform, see `glm_edge.prune.mask`.
 
         Raises:
           RecipeError: one has no meaning, or two contradict each other.
@@ -96,7 +96,7 @@ class MaskConfig:
                 raise RecipeError(
                     f"{self.name}: {option} is for allocation='measured' and shapes that can be "
                     f"taken out of the arrays ({', '.join(shapes.REMOVABLE)}); other masks save "
-                    "neither bytes nor operations by themselves"
+                    "neither bytes nor operations"
                 )
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RecipeError(f"{self.name}: {option} must be a whole number, not {value!r}")
@@ -112,7 +112,7 @@ class MaskConfig:
 
     @property
     def by_stage(self) -> bool:
-        """True where one stage of a model can be masked without knowing the others."""
+        """True where one stage of a model can be masked without the others."""
         return (
             self.allocation == allocations.UNIFORM
             and self.shape.of_matrix
@@ -129,7 +129,7 @@ class MaskConfig:
 def without_masked(
     pools: Sequence[Pool], leaves: Leaves, scores: Sequence[Array]
 ) -> list[np.ndarray]:
-    """Scores on the host, lowest where everything is masked already, highest of what must stay."""
+    """Copy scores to the host, -inf for units masked before and inf for those that must remain."""
     all_scores = []
     for pool, values in zip(pools, scores, strict=True):
         values = np.array(values, np.float32)
@@ -142,14 +142,14 @@ def without_masked(
 
 
 def units_left(pool: Pool, leaves: Leaves) -> np.ndarray | None:
-    """Marks the units that hold a weight which is not masked.
+    """Mark the units that have a weight which is not masked.
 
     Args:
       pool: of units.
       leaves: parameters by path.
 
     Returns:
-      bool [g, u]; None where nothing is masked.
+      bool [g, u]; None without a mask.
     """
     if not any(isinstance(leaves[member.path], boxes.Masked) for member in pool.members):
         return None
@@ -169,10 +169,10 @@ def masked_leaves(
     scores: Sequence[np.ndarray],
     counts: Sequence[int],
 ) -> dict[str, boxes.Masked]:
-    """Masks the lowest units of each pool.
+    """Mask the lowest units of each pool.
 
     Args:
-      masking: how.
+      masking: options of the mask.
       leaves: parameters by path.
       pools: of units.
       scores: [g, u] of each pool.
@@ -194,7 +194,7 @@ def masked_leaves(
 def mask_row(
     masking: MaskConfig, path: str, before: Any, after: boxes.Masked, note: str = ""
 ) -> Row:
-    """The report's row about a weight that was masked."""
+    """Describe a masked weight in a row of the report."""
     old, new = (np.asarray(boxes.dense(leaf), np.float32) for leaf in (before, after))
     norm, lost = float(np.linalg.norm(old)), float(np.linalg.norm(new - old))
     stored = boxes.stored_bytes(after)
@@ -212,10 +212,10 @@ def mask_row(
 
 
 def mask_notes(shape: Shape, masks: Collection[boxes.Masked]) -> tuple[str, ...]:
-    """Describes the bytes of masks, and the savings by zeros of this shape."""
+    """Describe the bytes of masks, and the savings by zeros of this shape."""
     taken = sum(box.mask.size * box.mask.dtype.itemsize for box in masks)
     if shape.of_matrix:
         saved = "zeros of this shape save no bytes by themselves"
     else:
-        saved = "nothing is saved until what is masked is taken out of the arrays (prune.compact)"
+        saved = "bytes fall once masked units are taken out of the arrays (prune.compact)"
     return (f"masks take {taken:,} bytes, which are counted; {saved}",)

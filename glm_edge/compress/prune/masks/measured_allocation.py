@@ -1,4 +1,4 @@
-"""Sparsities by measurement: what masking each group of matrices alone does to the model."""
+"""Sparsities by measurement: the divergence after masking each group of matrices alone."""
 
 import math
 from collections import Counter
@@ -23,10 +23,10 @@ from glm_edge.params.tree import nested
 def split(
     masking: MaskConfig, calibration: Sequence[Batch]
 ) -> tuple[list[Batch] | None, dict[str, list[Batch]]]:
-    """Batches for the score, and those held out by kind; every second of a kind is.
+    """Split batches into those for the score and those held out, every second of each kind.
 
     Raises:
-      DataError: a kind has a single batch and the score needs one of it too.
+      DataError: a kind has a single batch and the score needs one too.
     """
     reads = masking.score.reads_inputs or masking.score.reads_gradients
     counts = Counter(divergence.kind_of(batch, calibration) for batch in calibration)
@@ -48,13 +48,13 @@ def allocate(
     held_out: Mapping[str, Sequence[Batch]],
     context: Context,
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Chooses the sparsity of each group of matrices by what masking it alone costs.
+    """Choose the sparsity of each group of matrices by the divergence after masking it alone.
 
-    Divergences of the logits are taken to add up over groups; dynamic programming finds the
-    sparsities of least sum that fit the budget.
+    Divergences of the logits are assumed to add up over groups. Dynamic programming finds the
+    sparsities of least sum within the budget.
 
     Args:
-      masking: how, with `levels` to choose from and a sparsity or a budget.
+      masking: options of the mask: `levels` to choose from, and a sparsity or a budget.
       model: Linen module, or `Called`.
       leaves: parameters by path.
       pools: of units.
@@ -66,9 +66,8 @@ def allocate(
       `(units that each group of each pool loses, notes for the report)`.
 
     Raises:
-      RecipeError: the budget is below what the levels reach.
+      RecipeError: the levels do not reach the budget.
     """
-
     measure = divergence.Divergence(model, nested(dict(leaves)), held_out)
     groups = _groups(pools, divergence.GROUPS)
     options: list[list[knapsack.Option]] = []
@@ -112,7 +111,7 @@ def allocate(
 
 
 def _groups(pools: Sequence[Pool], patterns: Sequence[str]) -> dict[str, list[int]]:
-    """Pools by what the first pattern that matches the path finds in it."""
+    """Pools by the match of the first pattern that matches their path."""
     groups: dict[str, list[int]] = {}
     for index, pool in enumerate(pools):
         path = pool.members[0].path
@@ -123,7 +122,7 @@ def _groups(pools: Sequence[Pool], patterns: Sequence[str]) -> dict[str, list[in
 
 
 def _tried(pools: Sequence[Pool], levels: Sequence[float]) -> dict[float, tuple[int, ...]]:
-    """Counts of each level that leaves something, without those that equal a lower one's."""
+    """Counts of each level that leaves a unit, without repetitions of a lower level's."""
     counts_by_level: dict[float, tuple[int, ...]] = {}
     for level in levels:
         try:
@@ -138,7 +137,7 @@ def _tried(pools: Sequence[Pool], levels: Sequence[float]) -> dict[float, tuple[
 
 
 def _size(masking: MaskConfig, pool: Pool, count: int, leaves: Mapping[str, Any]) -> int:
-    """Counts the cost of a pool that lost so many units of each group."""
+    """Cost of a pool after `count` units of each group are removed."""
     return sum(
         math.ceil(_cost(masking, member.path, leaves) * member.weights)
         * (pool.units - count)
@@ -148,7 +147,7 @@ def _size(masking: MaskConfig, pool: Pool, count: int, leaves: Mapping[str, Any]
 
 
 def _cost(masking: MaskConfig, path: str, leaves: Mapping[str, Any]) -> float:
-    """Of one weight: bytes, operations, or one."""
+    """Cost of one weight: bytes, operations, or one."""
     if masking.budget_bytes is not None:
         return boxes.stored_bytes(leaves[path]) / math.prod(leaves[path].shape)
     if masking.budget_flops is not None:

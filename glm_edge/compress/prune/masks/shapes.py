@@ -1,7 +1,7 @@
 """Units that a mask prunes or keeps together: a weight, a block, a channel, a head, a layer.
 
-A shape is arithmetic on axes: each weight is arranged `[g, u, w]`, where the `u` units of a group
-compete with one another, every group loses as many, and `w` weights make a unit. Letters elsewhere:
+A shape arranges each weight as `[g, u, w]`: the `u` units of a group compete with one another,
+every group loses the same number, and `w` weights form a unit. Letters elsewhere:
 `r` rows (out), `c` columns (in).
 """
 
@@ -25,7 +25,7 @@ from glm_edge.params.layouts import AS_ROWS, Layout
 
 SINGLE = "unstructured"
 CHANNEL, HEAD, NEURON, LAYER, VOCAB = "channel", "head", "neuron", "layer", "vocab"
-# What `compact` can take out of the arrays.
+# Units that `compact` removes from the arrays.
 REMOVABLE = (HEAD, NEURON, LAYER, VOCAB)
 _KNOWN = "unstructured, N:M, block:RxC, channel, head, neuron, layer or vocab"
 
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
     @property
     def of_matrix(self) -> bool:
-        """True where a unit lies within one matrix, of whatever model."""
+        """True where a unit is part of one matrix, in any model."""
         return self.kind not in REMOVABLE
 
     @property
@@ -53,7 +53,7 @@ class Shape(NamedTuple):
 
 
 def parse(transform: str, text: Any) -> Shape:
-    """Reads a shape such as `2:4` or `block:4x4`.
+    """Parse a shape such as `2:4` or `block:4x4`.
 
     Args:
       transform: name, for messages.
@@ -63,7 +63,7 @@ def parse(transform: str, text: Any) -> Shape:
       The shape.
 
     Raises:
-      RecipeError: there is no such shape.
+      RecipeError: no shape has this name.
     """
     if text in (SINGLE, CHANNEL, *REMOVABLE):
         return Shape(text)
@@ -86,7 +86,7 @@ class Member:
     Attributes:
       path: of the parameter.
       pattern: for einops, from its rows `[r, c]` to `[g, u, w]`.
-      sizes: of every axis that the pattern names.
+      sizes: size of every axis that the pattern names.
       layout: of the parameter.
       index: of the matrix where the parameter is a stack of them, else None.
     """
@@ -99,15 +99,15 @@ class Member:
 
     @property
     def weights(self) -> int:
-        """Counts the units."""
+        """Number of weights."""
         return math.prod(size for _, size in self.sizes)
 
     def matrix_of(self, rows: Array) -> Array:
-        """The matrix `[r, c]`, which `[matrices, r, c]` of a stack holds at the index."""
+        """Return the matrix `[r, c]`, of a stack `[matrices, r, c]` the one at the index."""
         return rows if self.index is None else rows[self.index]
 
     def spread(self, units: Array | np.ndarray) -> Array | np.ndarray:
-        """Repeats values of units, `[g, u]`, for each of their weights, `[r, c]`."""
+        """Repeat values of units, `[g, u]`, for each of their weights, `[r, c]`."""
         pattern_before, pattern_after = self.pattern.split(" -> ")
         module = jnp if isinstance(units, Array) else np
         each_weight = module.broadcast_to(
@@ -116,12 +116,18 @@ class Member:
         return rearrange(each_weight, f"{pattern_after} -> {pattern_before}", **dict(self.sizes))
 
 
+def rounded_up(size: int, fraction: float) -> int:
+    """Compute a fraction of a size, rounded up."""
+    # The margin keeps 0.3 * 10 = 3.0000000000000004 from removing four.
+    return math.ceil(fraction * size - 1e-9)
+
+
 class Part(NamedTuple):
     """Some of the units of a pool.
 
     Attributes:
-      owned: the weights of a unit, which go with it.
-      gates: those that multiply all that a unit passes on: scaling them scales the unit.
+      owned: weights that are removed with a unit.
+      gates: weights that multiply all outputs of a unit: scaling them scales the unit.
     """
 
     owned: tuple[Member, ...]
@@ -133,13 +139,13 @@ class Pool:
     """Units that compete, `groups` times `units` of them.
 
     Attributes:
-      name: a path, or the beginning of several.
-      parts: that follow one another along `u`.
+      name: path, or common prefix of several.
+      parts: parts in their order along `u`.
       groups: `g`.
       units: `u`.
-      at_least: units of each group that stay, whatever is asked.
-      upward: a fraction of a unit counts as a whole one; else it is rounded to nearest.
-      needed: units that stay whatever they score, at most `at_least`.
+      at_least: units of each group that remain at any sparsity.
+      upward: rounds the number of removed units up, else to nearest.
+      needed: units that remain at any score, at most `at_least`.
     """
 
     name: str
@@ -152,23 +158,21 @@ class Pool:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """All weights of all units."""
+        """Weights of all units."""
         return tuple(member for part in self.parts for member in part.owned)
 
     @property
     def weights(self) -> int:
-        """Counts the weights of all units."""
+        """Number of weights of all units."""
         return sum(member.weights for member in self.members)
 
     def count(self, sparsity: float) -> int:
-        """Units that each group loses.
+        """Count the units that each group loses.
 
         Raises:
-          RecipeError: none would stay where some must.
+          RecipeError: units that must remain would be removed.
         """
-        asked = sparsity * self.units
-        # The margin keeps 0.3 * 10 = 3.0000000000000004 from removing four.
-        count = math.ceil(asked - 1e-9) if self.upward else round(asked)
+        count = rounded_up(self.units, sparsity) if self.upward else round(sparsity * self.units)
         if count > self.units - self.at_least:
             few = "none" if self.at_least == 1 else f"too few, below {self.at_least},"
             raise RecipeError(
@@ -179,12 +183,12 @@ class Pool:
     def reduced(
         self, rows: Mapping[str, Array], order: float | None = None, gates: bool = False
     ) -> Array:
-        """Numbers of weights as numbers of units.
+        """Reduce values of weights to values of units.
 
         Args:
           rows: `[r, c]` by path, or `[matrices, r, c]` of a stack.
-          order: of the norm over the weights of a unit; None adds them up with their signs.
-          gates: of a unit's gates rather than of its own weights.
+          order: order of the norm over the weights of a unit; None sums them with their signs.
+          gates: reduces a unit's gates instead of the weights that go with it.
 
         Returns:
           [g, u].
@@ -202,7 +206,7 @@ class Pool:
         )
 
     def spread(self, units: Array | np.ndarray) -> dict[str, Any]:
-        """Repeats values of units, [g, u], for each of their weights: `[r, c]` by path."""
+        """Repeat values of units, [g, u], for each of their weights: `[r, c]` by path."""
         parts = [units] if len(self.parts) == 1 else np.split(units, len(self.parts), axis=1)
         return {
             member.path: member.spread(part_units)
@@ -212,14 +216,14 @@ class Pool:
 
     @property
     def index(self) -> int | None:
-        """Of the matrix that the units lie in where a parameter is a stack of them, else None."""
+        """Index of the units' matrix where a parameter is a stack of matrices, else None."""
         return self.parts[0].owned[0].index
 
 
 def spread_over(
     pools: Sequence[Pool], units: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Repeats values of the units of all pools for each of their weights.
+    """Repeat values of the units of all pools for each of their weights.
 
     Args:
       pools: of units.
@@ -251,7 +255,7 @@ def _norm(
     arrangements: tuple[tuple[str, tuple[tuple[str, int], ...]], ...],
     order: float | None,
 ) -> Array:
-    """Norms over the weights of units, matrices `[r, c]` being arranged as `[g, u, w]`."""
+    """Norms over the weights of units; matrices `[r, c]` are arranged as `[g, u, w]`."""
     weights = [
         rearrange(matrix, pattern, **dict(sizes))
         for matrix, (pattern, sizes) in zip(matrices, arrangements, strict=True)
@@ -267,7 +271,7 @@ def matrix_pools(
     layouts: Mapping[str, Layout] | None = None,
     by_row: bool = False,
 ) -> list[Pool]:
-    """The units of shapes that lie within one matrix.
+    """List the units of shapes that are part of one matrix.
 
     Args:
       shape: one for which `of_matrix` holds.
@@ -276,7 +280,7 @@ def matrix_pools(
       by_row: single weights compete within their row only.
 
     Returns:
-      A pool for each matrix, those of a stack in its order.
+      One pool per matrix, those of a stack in its order.
 
     Raises:
       RecipeError: rows or columns are not whole groups or blocks.
@@ -309,7 +313,7 @@ def _pools_of_parameter(
 def pool_of(
     path: str, pattern: str, groups: int, units: int, at_least: int = 0, **sizes: int
 ) -> Pool:
-    """The units of one matrix, each its own gate."""
+    """Make the pool of one matrix, whose units are their own gates."""
     member = Member(path, pattern, tuple(sizes.items()))
     return Pool(path, (Part((member,), (member,)),), groups, units, at_least)
 
@@ -334,6 +338,6 @@ def _matrix_pool(
         return pool_of(path, pattern, 1, down * across, r=down, h=high, c=across, w=wide)
     if by_row:
         return pool_of(path, "r c -> r c 1", rows, columns, r=rows, c=columns)
-    # Of equals the first go, in the order in which the parameter itself is laid out.
+    # Of equal scores the first go, in the order of the parameter's own layout.
     order = "(c r)" if inputs_first else "(r c)"
     return pool_of(path, f"r c -> 1 {order} 1", 1, rows * columns, r=rows, c=columns)

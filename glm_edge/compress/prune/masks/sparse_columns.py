@@ -1,9 +1,8 @@
-"""Pruning a matrix column by column, each column making up for the errors of those before it.
+"""SparseGPT of one matrix: column by column, each compensating the errors of those before it.
 
-What is minimised is the squared error at the output, as in
-`glm_edge.compress.quantize.solvers.gptq_solver`, and by the same factor `H = R R^T`: a weight that
-goes costs `R[j, j]^2` times the square of what it is once the errors so far are made up for, which
-is SparseGPT's `w^2 / [H^-1]_jj` of the columns left.
+It minimizes the squared error at the output, as `glm_edge.compress.quantize.solvers.gptq_solver`
+does, with the same factor `H = R R^T`. Pruning a weight costs `R[j, j]^2` times the square of its
+value after compensation so far, which is SparseGPT's `w^2 / [H^-1]_jj` of the remaining columns.
 
 Arrays inside are transposed, [in, out]. Letters: `b` columns of a block, `m` columns of a group of
 `N:M`.
@@ -36,17 +35,17 @@ def solve(
     mask: Array | None = None,
     refine: int = 0,
 ) -> tuple[Array, Array, Info]:
-    """Prunes a matrix to least squared error at its output, given the Gram matrix of its inputs.
+    """Prune a matrix to least squared error at its output, from the Gram matrix of its inputs.
 
     Args:
       weight: [out, in].
       gram: float32 [in, in], the sum of `x x^T`.
-      sparsity: fraction of each block of columns that goes, where `n_m` is None.
-      n_m: `(N, M)`: of M neighbours along the inputs N stay.
+      sparsity: fraction of each block of columns to prune, where `n_m` is None.
+      n_m: `(N, M)`: of M neighbours along the inputs N remain.
       damping: fraction of the mean diagonal that is added to it; times ten until a factor exists.
-      block: columns whose weights compete, or the largest divisor of the columns below.
+      block: columns whose weights compete, or the largest smaller divisor of their number.
       mask: bool [out, in], False where a weight is zero already; None keeps all.
-      refine: steps of conjugate gradients that then fit the weights that stay; none is SparseGPT as
+      refine: steps of conjugate gradients that then fit the remaining weights; 0 is SparseGPT as
         published.
 
     Returns:
@@ -72,7 +71,7 @@ def solve(
 
 
 def _block_of(count: int, block: int, unit: int) -> int:
-    """The largest divisor of `count` up to `block` that is whole units."""
+    """Largest divisor of `count` up to `block` that is a multiple of `unit`."""
     sizes = range(unit, min(count, max(block, unit)) + 1, unit)
     return max(size for size in sizes if count % size == 0)
 
@@ -86,7 +85,7 @@ def _by_blocks(
     n_m: tuple[int, int] | None,
     size: int,
 ) -> tuple[Array, Array]:
-    """Errors `W - Q` and what stays, [in, out]."""
+    """Errors `W - Q` and the mask, [in, out]."""
 
     def step(errors: Array, index: Array) -> tuple[Array, Array]:
         part = functools.partial(
@@ -94,6 +93,7 @@ def _by_blocks(
         )
         across = part(factor, axis=1)
         within, block, keep = part(across), part(weight), part(unmasked)
+        # Compensation that the errors of all blocks before this one ask of its columns.
         residual = triangular.across(across, errors)
         if n_m is None:
             keep = _kept_of_block(_worth(within, block, residual), keep, sparsity)
@@ -106,7 +106,8 @@ def _by_blocks(
 
 
 def _worth(within: Array, weight: Array, residual: Array) -> Array:
-    """Computes the cost of pruning each weight, [b, out], after compensation so far."""
+    """Compute the cost of pruning each weight, [b, out], after compensation so far."""
+    # SparseGPT, Algorithm 1: w^2 / [H^-1]_jj.
     compensated = weight + triangular.solve_upper(within, residual, transposed=True)
     return jnp.square(compensated * jnp.diagonal(within)[:, None])
 
@@ -120,7 +121,7 @@ def _kept_of_block(worth: Array, unmasked: Array, sparsity: float) -> Array:
 def _columns(
     within: Array, weight: Array, residual: Array, unmasked: Array, n_m: tuple[int, int] | None
 ) -> tuple[Array, Array]:
-    """Prunes the columns of a block in turn; errors and what stays, [b, out]."""
+    """Prune the columns of a block in turn; errors and mask, [b, out]."""
     unit = 1 if n_m is None else n_m[1]
     scales = jnp.diagonal(within)
 
@@ -139,6 +140,7 @@ def _columns(
             rank = jnp.argsort(jnp.argsort(worth, axis=0, stable=True), axis=0)
             stays = stays & (rank >= n_m[1] - n_m[0])
         errors_of_unit: list[Array] = []
+        # The columns of a group of N:M lose their weights together and compensate in turn.
         for i in range(unit):
             moved = part_residual[i] + sum(factor_part[k, i] * errors_of_unit[k] for k in range(i))
             target = weights[i] + moved / part(scales)[i]
@@ -152,7 +154,8 @@ def _columns(
 
 @functools.partial(jax.jit, static_argnames="steps")
 def _refined(weight: Array, gram: Array, errors: Array, keep: Array, steps: int) -> Array:
-    """Errors after conjugate gradients on the weights that stay, each output by itself."""
+    """Errors after conjugate gradients on the remaining weights, each output separately."""
+    # Jacobi preconditioner.
     scale = jnp.diagonal(gram)[:, None]
 
     def inner(a: Array, b: Array) -> Array:

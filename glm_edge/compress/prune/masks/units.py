@@ -1,10 +1,11 @@
-"""Heads, neurons, layers and vocabulary rows of a GLM: which weights belong to each."""
+"""Heads, neurons, layers and vocabulary rows of a model, and the weights that belong to each."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from glm_edge.compress.prune.masks.shapes import (
     HEAD,
@@ -16,111 +17,129 @@ from glm_edge.compress.prune.masks.shapes import (
     Pool,
     Shape,
 )
+from glm_edge.compress.prune.shrink.stacks import DECODER, Stack, stacks_of
 from glm_edge.compress.prune.shrink.tokenizer import named_tokens
 from glm_edge.errors import RecipeError
 
-_STACKS = ("decoder", "vision", "speech")
-_FUSED, _PLAIN = ("gate_up_proj", "down_proj"), ("fc1", "fc2")
+_LAYER = re.compile(r"(?:(\w+)/)?layers/(\d+)\b")
 Sizes = Mapping[str, tuple[int, int]]
 
 
 def unit_pools(
     transform: str, model: nn.Module, shape: Shape, sizes: Sizes, chosen: Collection[str]
 ) -> list[Pool]:
-    """The units of a model that are more than one matrix.
+    """Return the units of a model that are more than one matrix.
 
     Args:
       transform: name, for messages.
-      model: a GLM.
+      model: a GLM; for heads and neurons also an encoder on its own.
       shape: `head`, `neuron`, `layer` or `vocab`.
       sizes: `(rows, columns)` of every parameter by path.
       chosen: paths that the transform's pattern selects; a layer takes part where any of its
         weights of this kind is among them.
 
     Returns:
-      For heads and neurons a pool for each layer, else one.
+      One pool per layer for heads and neurons, else a single pool.
 
     Raises:
       RecipeError: the model has no such units, or the pattern selects none.
     """
-    config = getattr(model, "config", None)
-    if getattr(config, "decoder", None) is None:
+    stacks = stacks_of(model)
+    if not stacks or (DECODER not in stacks and shape.kind not in (HEAD, NEURON)):
         raise RecipeError(
             f"{transform}: {type(model).__name__} has no GLM decoder, so shape={shape.kind!r} "
             "means nothing; channel and block are for any model"
         )
-    build = {HEAD: _heads, NEURON: _neurons, LAYER: _layers, VOCAB: _vocabulary}[shape.kind]
-    pools = build(config, sizes, chosen)
+    if shape.kind in (HEAD, NEURON):
+        pools = layer_pools(shape.kind, stacks.values(), sizes, chosen)
+    else:
+        build = {LAYER: _layers, VOCAB: _vocabulary}[shape.kind]
+        pools = build(model.config, sizes, chosen)
     if not pools:
         raise RecipeError(f"{transform}: where= selects no matrix of a {shape.kind}")
     return pools
 
 
-def _heads(config: Any, sizes: Sizes, chosen: Collection[str]) -> list[Pool]:
+def layer_pools(
+    kind: str, stacks: Iterable[Stack], sizes: Sizes, chosen: Collection[str]
+) -> list[Pool]:
+    """Return the heads or neurons of the layers that a pattern selects, one pool per layer.
+
+    Args:
+      kind: `head` or `neuron`.
+      stacks: decoder and encoders to look at.
+      sizes: `(rows, columns)` of every parameter by path.
+      chosen: paths that the transform's pattern selects.
+    """
+    build, chosen = {HEAD: _heads, NEURON: _neurons}[kind], frozenset(chosen)
     pools = []
-    for stack in _STACKS:
-        stack_config = getattr(config, stack, None)
-        for index in range(0 if stack_config is None else stack_config.num_layers):
-            prefix = f"{stack}/layers/{index}/attention"
-            if _any_below(prefix, chosen):
-                pools.append(
-                    _heads_of(
-                        prefix, stack_config.heads(index), stack_config.kv_heads(index), sizes
-                    )
-                )
+    for stack in stacks:
+        paths_of = stack.attention_paths if kind == HEAD else stack.mlp_paths
+        for index in range(stack.config.num_layers):
+            if any(f"{path}/weight" in chosen for path in paths_of(index)):
+                pools.append(build(stack, index, sizes))
     return pools
 
 
-def _heads_of(prefix: str, heads: int, kv_heads: int, sizes: Sizes) -> Pool:
+def keep_by_layer(
+    marks: Iterable[tuple[str, Pool, np.ndarray]],
+) -> dict[str, dict[int, dict[str, np.ndarray]]]:
+    """Return the units that remain as `shrink_units` takes them.
+
+    Args:
+      marks: `(kind, pool, bool [g, u])`, with the pools of `layer_pools`; True remains.
+    """
+    keep: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    for kind, pool, remaining in marks:
+        stack, index = stack_and_layer(pool)
+        layer = keep.setdefault(stack, {}).setdefault(index, {})
+        layer[f"{kind}s"] = np.flatnonzero(remaining)
+    return keep
+
+
+def stack_and_layer(pool: Pool) -> tuple[str, int]:
+    """Return the stack's name and the layer's index of a pool of `layer_pools`."""
+    stack, index = _LAYER.match(pool.name).groups()
+    return stack or "", int(index)
+
+
+def _heads(stack: Stack, index: int, sizes: Sizes) -> Pool:
     """Query heads by the key/value head they share; where each has its own, both go."""
-    alone = heads == kv_heads
-    groups = 1 if alone else kv_heads
-    rows, columns = sizes[f"{prefix}/q_proj/weight"]
-    within = {"g": groups, "n": heads // groups, "h": rows // heads, "d": columns}
-    names = ("q_proj", "k_proj", "v_proj") if alone else ("q_proj",)
-    owned = [
-        Member(f"{prefix}/{name}/weight", "(g n h) d -> g n (h d)", tuple(within.items()))
-        for name in names
+    heads, kv_heads = stack.config.heads(index), stack.config.kv_heads(index)
+    groups = 1 if heads == kv_heads else kv_heads
+    inputs, output = stack.head_paths(index)
+    rows, columns = sizes[f"{inputs[0]}/weight"]
+    inner = {"g": groups, "n": heads // groups, "h": rows // heads, "d": columns}
+    read = [
+        Member(f"{path}/weight", "(g n h) d -> g n (h d)", tuple(inner.items())) for path in inputs
     ]
-    within["d"] = sizes[f"{prefix}/o_proj/weight"][0]
-    path = f"{prefix}/o_proj/weight"
-    output = Member(path, "d (g n h) -> g n (d h)", tuple(within.items()))
-    part = Part((*owned, output), (output,))
-    return Pool(prefix, (part,), groups, heads // groups, at_least=1, upward=True)
+    inner["d"] = sizes[f"{output}/weight"][0]
+    written = Member(f"{output}/weight", "d (g n h) -> g n (d h)", tuple(inner.items()))
+    part = Part((*read, written), (written,))
+    name = output.removesuffix("/o_proj")
+    return Pool(name, (part,), groups, heads // groups, at_least=1, upward=True)
 
 
-def _neurons(config: Any, sizes: Sizes, chosen: Collection[str]) -> list[Pool]:
-    prefixes = dict.fromkeys(
-        matched.group(1) for path in sizes if (matched := re.search(r"^(.*layers/\d+/mlp)/", path))
-    )
-    # The feed-forward network of some encoders lies in the layer itself.
-    prefixes |= dict.fromkeys(
-        matched.group(1) for path in sizes if (matched := re.search(r"^(.*layers/\d+)/fc1/", path))
-    )
-    matched = []
-    for prefix in prefixes:
-        names = _FUSED if f"{prefix}/{_FUSED[0]}/weight" in sizes else _PLAIN
-        paths = [f"{prefix}/{name}/weight" for name in names]
-        if not set(paths) & set(chosen):
-            continue
-        features, neurons = sizes[paths[1]]
-        halves = sizes[paths[0]][0] // neurons
-        inner = (("s", halves), ("f", neurons), ("d", sizes[paths[0]][1]))
-        up = Member(paths[0], "(s f) d -> 1 f (s d)", inner)
-        down = Member(paths[1], "d f -> 1 f d", (("d", features), ("f", neurons)))
-        matched.append(Pool(prefix, (Part((up, down), (down,)),), 1, neurons, at_least=1))
-    return matched
+def _neurons(stack: Stack, index: int, sizes: Sizes) -> Pool:
+    first, second = (f"{path}/weight" for path in stack.mlp_paths(index))
+    features, neurons = sizes[second]
+    halves = sizes[first][0] // neurons
+    inner = (("s", halves), ("f", neurons), ("d", sizes[first][1]))
+    up = Member(first, "(s f) d -> 1 f (s d)", inner)
+    down = Member(second, "d f -> 1 f d", (("d", features), ("f", neurons)))
+    name = second.removesuffix(f"/{stack.second}/weight")
+    return Pool(name, (Part((up, down), (down,)),), 1, neurons, at_least=1)
 
 
 def _layers(config: Any, sizes: Sizes, chosen: Collection[str]) -> list[Pool]:
     decoder, parts = config.decoder, []
     for index in range(decoder.num_layers):
         prefix = f"decoder/layers/{index}"
-        if not _any_below(prefix, chosen):
+        if not any(path.startswith(f"{prefix}/") for path in chosen):
             continue
         matrices = [f"{prefix}/attention/{name}/weight" for name in ("q_proj", "k_proj", "v_proj")]
         matrices += [f"{prefix}/attention/o_proj/weight"]
-        matrices += [f"{prefix}/mlp/{name}/weight" for name in _FUSED]
+        matrices += [f"{prefix}/mlp/{name}/weight" for name in ("gate_up_proj", "down_proj")]
         # A norm after a branch undoes any scale before it.
         gates = [matrices[3], matrices[5]]
         if decoder.sandwich_norm:
@@ -153,7 +172,3 @@ def _vocabulary(config: Any, sizes: Sizes, chosen: Collection[str]) -> list[Pool
 def _matrix_member(path: str, sizes: Sizes) -> Member:
     rows, columns = sizes[path]
     return Member(path, "r c -> 1 1 (r c)", (("r", rows), ("c", columns)))
-
-
-def _any_below(prefix: str, chosen: Collection[str]) -> bool:
-    return any(path.startswith(f"{prefix}/") for path in chosen)

@@ -1,4 +1,4 @@
-"""Scores of weights as functions of arrays: those by which `glm_edge.prune.mask` scores.
+"""Scores as functions of arrays, which every pruning transform calls.
 
 Letters: `r` rows (out), `c` columns (in), `s` samples (rows of batches).
 """
@@ -22,7 +22,7 @@ _OTHER = (*_BY_GRADIENT, *_BY_INPUT, "random")
 
 
 def magnitude(weight: Array) -> Array:
-    """`|w|`.
+    """Compute `|w|`.
 
     References:
       Learning both Weights and Connections for Efficient Neural Networks,
@@ -35,22 +35,22 @@ def magnitude(weight: Array) -> Array:
 def l_norm(
     weights: Array | Sequence[Array], order: float, axis: int | tuple[int, ...] | None = None
 ) -> Array:
-    """L_n norm, `(sum |w|^n)^(1/n)`, over some axes.
+    """Compute the L_n norm, `(sum |w|^n)^(1/n)`, over some axes.
 
     Args:
       weights: of any shape; several arrays are parts of one, along these axes.
       order: `n` above zero, or infinity for the largest magnitude.
-      axis: what is summed over; None is all.
+      axis: axes of the sum; None is all.
 
     Returns:
-      The weights' shape without these axes.
+      An array of the weights' shape without these axes.
 
     References:
       Pruning Filters for Efficient ConvNets, https://arxiv.org/abs/1608.08710.
     """
     parts = weights if isinstance(weights, list | tuple) else [weights]
     if len(parts) == 1 and axis == -1 and parts[0].shape[-1] == 1:
-        # Of one weight, whatever the order; a root of its square would be rounded.
+        # The norm of one weight of any order; the root of its square would be rounded.
         return magnitude(parts[0][..., 0])
     if math.isinf(order):
         return functools.reduce(jnp.maximum, (jnp.max(magnitude(w), axis=axis) for w in parts))
@@ -63,7 +63,7 @@ def l_norm(
 
 @functools.partial(jax.jit, inline=True)
 def sensitivity(weight: Array, gradient: Array) -> Array:
-    """`|g w|` with `g` the gradient of the mean loss.
+    """Compute `|g w|` with `g` the gradient of the mean loss.
 
     References:
       SNIP: Single-shot Network Pruning based on Connection Sensitivity,
@@ -73,15 +73,15 @@ def sensitivity(weight: Array, gradient: Array) -> Array:
 
 
 def taylor(magnitudes: Array, samples: int) -> Array:
-    """First-order change of the loss when a unit goes, `mean_s |t_s|`.
+    """Estimate the first-order change of the loss without a unit, `mean_s |t_s|`.
 
-    The term of a sample is `t_s = sum g_s w` over the weights of the unit: the derivative of the
-    sample's loss by a factor on the unit. The absolute value is taken of each, so that samples that
-    pull in opposite directions do not cancel.
+    The term of a sample is `t_s = sum g_s w` over the weights that multiply all of the unit's
+    outputs: the derivative of the sample's loss by a factor on the unit. Each term enters by its
+    absolute value, so that samples of opposite signs do not cancel.
 
     Args:
       magnitudes: sum of `|t_s|` over samples, of any shape.
-      samples: how many there are.
+      samples: number of samples.
 
     References:
       Importance Estimation for Neural Network Pruning, https://arxiv.org/abs/1906.10771.
@@ -90,15 +90,15 @@ def taylor(magnitudes: Array, samples: int) -> Array:
 
 
 def second_order_taylor(sums: Array, squares: Array, samples: int) -> Array:
-    """Second-order change of the loss when a unit goes, `|mean_s t_s - 1/2 mean_s t_s^2|`.
+    """Estimate the second-order change of the loss, `|mean_s t_s - 1/2 mean_s t_s^2|`.
 
-    The second derivative by a factor on the unit is taken from the empirical Fisher information,
-    `mean_s t_s^2`; for a single weight that is its diagonal, `mean_s (g_s w)^2`.
+    The empirical Fisher information `mean_s t_s^2` approximates the second derivative by a factor
+    on the unit. For a single weight this is its diagonal, `mean_s (g_s w)^2`.
 
     Args:
       sums: sum over samples of the terms `t_s` of `taylor`, of any shape.
       squares: sum of `t_s^2`.
-      samples: how many there are.
+      samples: number of samples.
 
     References:
       Optimal Brain Damage, https://papers.nips.cc/paper/250-optimal-brain-damage;
@@ -109,7 +109,7 @@ def second_order_taylor(sums: Array, squares: Array, samples: int) -> Array:
 
 @functools.partial(jax.jit, inline=True)
 def wanda(weight: Array, squares: Array) -> Array:
-    """`|w| ||x||_2`, the magnitude times the norm of the activations that it multiplies.
+    """Compute `|w| ||x||_2`, the magnitude times the norm of the weight's inputs.
 
     Args:
       weight: [r, c].
@@ -123,13 +123,13 @@ def wanda(weight: Array, squares: Array) -> Array:
 
 
 def activation_norm(squares: Array) -> Array:
-    """`||x||_2` of each activation, from its sum of squares [c]."""
+    """Compute `||x||_2` of each activation, from its sum of squares [c]."""
     return jnp.sqrt(squares)
 
 
 @functools.partial(jax.jit, inline=True)
 def output_norm(weight: Array, gram: Array) -> Array:
-    """`||W x||_2` of each row over all inputs.
+    """Compute `||W x||_2` of each row over all inputs.
 
     Args:
       weight: [r, c].
@@ -143,7 +143,7 @@ def output_norm(weight: Array, gram: Array) -> Array:
 
 
 def random(rng: Array, shape: tuple[int, ...]) -> Array:
-    """Uniform numbers in 0..1, the same for the same key."""
+    """Draw uniform values in 0..1, the same for the same key."""
     return jax.random.uniform(rng, shape)
 
 
@@ -152,7 +152,7 @@ class Score(NamedTuple):
 
     Attributes:
       kind: `norm`, `sensitivity`, `taylor`, `taylor2`, `wanda`, `activation` or `random`.
-      order: of the norm that makes the score of a unit of the scores of its weights.
+      order: order of the norm that combines the scores of a unit's weights.
     """
 
     kind: str
@@ -169,7 +169,7 @@ class Score(NamedTuple):
         return self.kind in _BY_GRADIENT
 
     def fits(self, transform: str, shape_kind: str) -> None:
-        """Raises RecipeError where the score says nothing about the units of a kind of shape."""
+        """Raise RecipeError where the score does not apply to a kind of shape."""
         if (shape_kind == "vocab" and self.reads_inputs) or (self.kind, shape_kind) == _NEITHER:
             raise RecipeError(
                 f"{transform}: score={self.kind!r} is not for shape={shape_kind!r}; taylor and "
@@ -178,10 +178,10 @@ class Score(NamedTuple):
 
 
 def parse(transform: str, text: Any) -> Score:
-    """Reads the name of a score.
+    """Parse the name of a score.
 
     Raises:
-      RecipeError: there is no such score.
+      RecipeError: no score has this name.
     """
     if text == "magnitude":
         return Score("norm")

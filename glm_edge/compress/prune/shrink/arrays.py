@@ -1,4 +1,4 @@
-"""Taking rows and columns out of arrays and boxes, and telling what that saved."""
+"""Rows and columns of arrays and boxes, and the report of a smaller model."""
 
 import math
 from collections.abc import Sequence
@@ -16,28 +16,19 @@ from glm_edge.errors import RecipeError
 from glm_edge.params.tree import Params
 
 
-def rows_of(linear: Params, index: np.ndarray, path: str, transform: str) -> Params:
-    """Keeps rows of a weight, and these entries of its bias.
+def take(leaf: Any, index: np.ndarray, axis: int, path: str, transform: str) -> Any:
+    """Keep entries of one axis of an array, or of a mask and its values.
 
     Args:
-      linear: parameters of a `Linear`.
+      leaf: array or box.
       index: ascending.
-      path: of the parameters, for the message.
+      axis: of the array.
+      path: for the message.
       transform: name, for the message.
 
     Raises:
-      RecipeError: the weight is rounded.
+      RecipeError: the weight is quantized.
     """
-    return {name: take(leaf, index, 0, path, transform) for name, leaf in linear.items()}
-
-
-def columns_of(linear: Params, index: np.ndarray, path: str, transform: str) -> Params:
-    """Keeps columns of a weight; arguments and error as in `rows_of`."""
-    return {**linear, "weight": take(linear["weight"], index, -1, path, transform)}
-
-
-def take(leaf: Any, index: np.ndarray, axis: int, path: str, transform: str) -> Any:
-    """Keeps entries of one axis of an array or of a mask with its values."""
     value = leaf.value if isinstance(leaf, boxes.Masked) else leaf
     if isinstance(value, boxes.Quantized | boxes.FakeQuantized):
         raise RecipeError(f"{transform}: {path} is quantized; prune before quantizing")
@@ -45,34 +36,23 @@ def take(leaf: Any, index: np.ndarray, axis: int, path: str, transform: str) -> 
 
 
 def one_or_each(values: Sequence[int]) -> int | tuple[int, ...]:
-    """One number where all are equal, as configurations say it."""
+    """Return one number where all are equal, else a tuple, as configurations take them."""
     return values[0] if len(set(values)) == 1 else tuple(values)
 
 
-def highest(scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` highest scores, ascending; the first of equals stay."""
-    return np.sort(np.argsort(-scores, kind="stable")[:count])
-
-
-def removed(size: int, fraction: float) -> int:
-    """Number that a fraction removes, rounded up."""
-    # The margin keeps 0.3 * 10 = 3.0000000000000004 from removing four.
-    return math.ceil(fraction * size - 1e-9)
-
-
 def check_kept(index: Any, size: int, label: str) -> np.ndarray:
-    """Checks indices of what stays.
+    """Check indices of the entries to keep.
 
     Args:
-      index: of what stays.
-      size: how many there are.
+      index: indices to keep.
+      size: number of entries.
       label: for the message, such as `decoder layer 3: neurons`.
 
     Returns:
       int [kept].
 
     Raises:
-      RecipeError: there are none, one is out of range, or they do not ascend.
+      RecipeError: there is no index, one is out of range, or they do not ascend.
     """
     index = np.asarray(index)
     if index.ndim != 1 or not index.size:
@@ -89,16 +69,16 @@ def shrunk_report(
     after: tuple[nn.Module, Params],
     notes: tuple[str, ...] = (),
 ) -> Report:
-    """Report of a model and a smaller one: rows of what changed, and FLOPs where they are known.
+    """Report a model and a smaller one: a row per changed parameter, and FLOPs where known.
 
     Args:
-      transform: name of what acted.
+      transform: name of the transform.
       before: model and parameters.
-      after: and those that are left; a parameter that is gone has a row that keeps nothing.
-      notes: what the reader should know.
+      after: the smaller model and its parameters; a removed parameter has a row of keep ratio 0.
+      notes: notes for the reader.
 
     Raises:
-      RecipeError: what is left holds NaN or infinity, which no score may have met.
+      RecipeError: the smaller parameters contain NaN or infinity.
     """
     new_leaves = dict(boxes.path_items(after[1]))
     for path, leaf in new_leaves.items():

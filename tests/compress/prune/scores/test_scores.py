@@ -7,10 +7,11 @@ import pytest
 
 from glm_edge import params as boxes
 from glm_edge.compress import prune
+from glm_edge.compress.batches import row_losses
 from glm_edge.compress.prune.masks import shapes
+from glm_edge.compress.prune.scores import from_gradients, from_inputs
 from glm_edge.compress.prune.scores import from_model as model_scores
 from glm_edge.compress.prune.scores import from_weights as weight_scores
-from glm_edge.compress.prune.scores import heads_neurons as gated
 from glm_edge.compress.transform import Context
 from glm_edge.errors import DataError, RecipeError
 
@@ -38,7 +39,7 @@ def gradients(make_model):
     single = pools_of(model, params, "unstructured", f"{QUERY}|{DOWN}")
     cases = {"taylor": both, "taylor2": both, "sensitivity": single}
     scores = {
-        name: model_scores.by_gradients(
+        name: from_gradients.by_gradients(
             weight_scores.parse("test", name), model, params, pools, context
         )
         for name, pools in cases.items()
@@ -81,9 +82,21 @@ def test_taylor_is_the_central_difference(gradients, decoder64, kinds, units, pl
 
 def test_taylor_of_weights_and_of_gates_agree(gradients):
     model, params, batches, scores = gradients
-    found = gated.taylor(model, params, batches, Context(batches, None, (model, params)))[LAYER]
-    np.testing.assert_allclose(scores["taylor"][0].ravel(), found["heads"], rtol=1e-4)
-    np.testing.assert_allclose(scores["taylor"][1].ravel(), found["neurons"], rtol=1e-4, atol=1e-7)
+    gates = {"attention": {"heads": np.ones(8)}, "mlp": {"neurons": np.ones(128)}}
+
+    @jax.jit
+    @jax.jacrev
+    def slopes_of_rows(gates, batch):
+        layers = {"decoder": {"layers": {str(LAYER): gates}}}
+        return row_losses(model, params, batch, {"gates": layers})
+
+    rows = [slopes_of_rows(gates, batch) for batch in batches]
+    heads, neurons = (
+        np.abs(np.concatenate([row[branch][kind] for row in rows])).mean(0)
+        for branch, kind in (("attention", "heads"), ("mlp", "neurons"))
+    )
+    np.testing.assert_allclose(scores["taylor"][0].ravel(), heads, rtol=1e-4)
+    np.testing.assert_allclose(scores["taylor"][1].ravel(), neurons, rtol=1e-4, atol=1e-7)
 
 
 def test_sensitivity_is_the_slope_times_the_weight(gradients, decoder64):
@@ -168,10 +181,10 @@ def test_activation_norms_are_of_what_a_unit_passes_on(small, decoder64, calibra
         parsed = shapes.parse("test", shape)
         pools = pools_of(model, params, shape, f"layers/{LAYER}/.*{paths}")
         owned = [member.path for pool in pools for member in pool.members]
-        statistic = model_scores.statistic_of(score, parsed)
-        met = model_scores.statistics(model, params, calibration[:1], statistic, owned)
+        statistic = from_inputs.statistic_of(score, parsed)
+        met = from_inputs.statistics(model, params, calibration[:1], statistic, owned)
         rows = {path: leaves[path] for path in owned}
-        found[shape] = model_scores.by_inputs(score, parsed, pools, rows, met)[0]
+        found[shape] = from_inputs.by_inputs(score, parsed, pools, rows, met)[0]
     mixed = decoder64.inputs[f"decoder/layers/{LAYER}/attention/o_proj/weight"]
     norms = np.linalg.norm(mixed.reshape(-1, 2, 4, 8), axis=(0, 3))
     np.testing.assert_allclose(found["head"], norms, rtol=1e-4)
@@ -239,8 +252,11 @@ def test_one_array_for_each_weight_or_pool_of_units(small, calibration):
     assert {name: scores.shape for name, scores in units.items()} == {
         "decoder/layers/0/attention": (2, 4)
     }
-    own = gated.magnitude(model.config.decoder, params)[0]["heads"].reshape(2, 4)
-    np.testing.assert_allclose(units["decoder/layers/0/attention"], own, rtol=1e-5)
+    attention = params["decoder"]["layers"]["0"]["attention"]
+    query, output = (np.asarray(attention[name]["weight"]) for name in ("q_proj", "o_proj"))
+    owned = np.concatenate([query.reshape(8, -1), output.T.reshape(8, -1)], axis=1)
+    norms = np.linalg.norm(owned, axis=1).reshape(2, 4)
+    np.testing.assert_allclose(units["decoder/layers/0/attention"], norms, rtol=1e-5)
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 2, 4)), jnp.float32)
     stock = prune.scores_of(None, {"kernel": kernel}, "l1", "2:3")["kernel"]
     np.testing.assert_array_equal(stock, np.abs(kernel))

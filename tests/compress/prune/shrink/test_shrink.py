@@ -11,13 +11,14 @@ import pytest
 import glm_edge as ge
 from glm_edge import configs
 from glm_edge.compress import batches, cost
-from glm_edge.compress.prune.structured import shrink
+from glm_edge.compress.prune.shrink.heads_neurons import shrink
 from glm_edge.compress.report import Report
 from glm_edge.errors import ConfigError, RecipeError
 from glm_edge.generate import greedy
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.speech import SpeechEncoder
 from glm_edge.models.vision import VisionEncoder
+from tests.tiny_models import init
 
 apply = jax.jit(batches.apply_batch, static_argnums=0)
 
@@ -93,7 +94,7 @@ def wide(part):
         changes = {"num_layers": 2, "intermediate_size": 4096}
         model = SpeechEncoder(dataclasses.replace(config, **changes), 256)
         given = jnp.zeros((1, config.num_frames, config.mel_bins))
-    return model, jax.jit(model.init)(jax.random.key(0), given)["params"]
+    return model, init(model, given)["params"]
 
 
 @pytest.mark.parametrize(
