@@ -1,4 +1,4 @@
-"""Refuses names that say nothing about what a variable holds.
+"""Rejects vague names, which do not describe the content of a variable.
 
     python .ci/check_names.py FOLDER_OR_FILE ...
 

@@ -1,4 +1,4 @@
-"""Runs `glm-edge compress`, which the shipped model can calibrate on drawn phone screens as well.
+"""Runs `glm-edge compress`, with generated phone screens as optional calibration data.
 
     python -m experiments.compress --recipe=gptq_4bit --calibration_screens=8 --without=audio \\
         --out_dir=DIR
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
-# Threads of OpenBLAS, which factors Gram matrices, wait for each other by spinning.
+# OpenBLAS factors Gram matrices; its threads spin while they wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from absl import flags
@@ -25,9 +25,14 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the command's flags, and one for drawn screens."""
+    """Defines the command's flags, and one for generated screens."""
     compress.define_flags()
-    flags.DEFINE_integer("calibration_screens", 0, "Batches of drawn phone screens (nano).", 0)
+    flags.DEFINE_integer(
+        "calibration_screens",
+        0,
+        "Number of calibration batches of generated phone screens (nano only).",
+        0,
+    )
 
 
 def draw_screens(source: Path) -> compress.Batches:
@@ -37,7 +42,7 @@ def draw_screens(source: Path) -> compress.Batches:
     tokenizer = ge.load_tokenizer(source)
     config = ge.build(source).config
     if getattr(config, "vision", None) is None:
-        raise CheckpointError(f"{source}: --calibration_screens needs a model that sees")
+        raise CheckpointError(f"{source}: --calibration_screens needs a model with vision")
     learned, _, notes = eval_data.recordings(None, [], FLAGS.seed)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -1,12 +1,12 @@
-"""Runs `glm-edge evaluate`, and measures taps on unseen phone screens as well.
+"""Runs `glm-edge evaluate`, and also measures taps on unseen phone screens.
 
     python -m experiments.evaluate --checkpoint=DIR --screens=500 --digits_dir=DIR \\
         --speech_dir=DIR --text=FILE --seed=7 --ablations
 
-prints a table and writes the same numbers as JSON with --json=FILE. Screens are drawn from seeds
-and digit images that training never sees; --ablations repeats the exam with images blanked, with
-images shuffled between screens, and with recordings blanked, to show what answers rest on.
-Without --speech_dir, speech is synthesised when the extra `speech` is installed.
+Prints a table, and writes the same values as JSON with --json=FILE. Screens use seeds and digit
+images that training does not use. --ablations repeats the measurement with blank images, with
+images shuffled between screens, and with silent recordings, to show which inputs the answers depend
+on. Without --speech_dir, speech is synthesised if the extra `speech` is installed.
 """
 
 import functools
@@ -30,16 +30,20 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the command's flags, and those of screens."""
     evaluate.define_flags()
-    flags.DEFINE_integer("screens", 500, "Questions of each kind (written, spoken).", 1)
-    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys.")
-    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
-    flags.DEFINE_list("speakers", [], "Only these speakers of --speech_dir; default: all.")
+    flags.DEFINE_integer("screens", 500, "Number of questions of each kind (written, spoken).", 1)
+    flags.DEFINE_string(
+        "digits_dir",
+        None,
+        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
+    )
+    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits; default: synthetic voices.")
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to use; default: all.")
     flags.DEFINE_integer("seed", 0, "Seed of screens and questions.")
-    flags.DEFINE_bool("ablations", False, "Also measure with images or recordings taken away.")
+    flags.DEFINE_bool("ablations", False, "Also measure without images and without recordings.")
 
 
 def measure_taps(model: Any, params: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Measures and prints the taps of a model that sees, in writing and, if it hears, in speech."""
+    """Measures and prints taps for written and, if the model has speech, spoken questions."""
     report: dict[str, Any] = {"seed": FLAGS.seed, "written": None, "spoken": None}
     if model.config.vision is not None:
         items = tap_items.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir)
@@ -57,7 +61,7 @@ def measure_taps(model: Any, params: Any, tokenizer: Tokenizer) -> dict[str, Any
 def measure(
     model: Any, params: Any, tokenizer: Tokenizer, items: Sequence[tap_items.Item], kind: str
 ) -> dict[str, Any]:
-    """Metrics of one kind of question, for each ablation that is asked for."""
+    """Computes the metrics of one kind of question for each requested ablation."""
     results = {}
     for ablation in tap_items.ABLATIONS if FLAGS.ablations else ("none",):
         if ablation == "blank_audio" and kind == "written":

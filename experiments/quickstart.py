@@ -1,11 +1,12 @@
-"""The main job: measure a model, prune, heal, quantize, export, run the exported file, measure.
+"""Prunes, heals, quantizes and exports a model, and measures it after each stage.
 
     python -m experiments.quickstart --out_dir=out
 
-takes the shipped model, and writes `report.json`, `table.md`, `pareto.png` and `model.tflite` in
---out_dir. Another model comes by --checkpoint (a directory of ours or from Hugging Face), other
-text by --text, another way of compressing by --recipe (a name or a JSON file); what a checkpoint
-cannot do, such as taps of a text-only model, is null in the report.
+Compresses the shipped model, and writes `report.json`, `table.md`, `pareto.png` and `model.tflite`
+to --out_dir. The run takes about 11 minutes on two slow cores; --smoke takes fewer steps and
+screens. Use --checkpoint for a different model (a native or Hugging Face directory), --text for a
+different text, and --recipe for a different recipe (a name or a JSON file). Values that do not
+apply to a checkpoint, such as taps of a text-only model, are null in the report.
 """
 
 import dataclasses
@@ -53,18 +54,30 @@ STAGES = {"prune": "pruned", "distill": "healed", "quantize": "quantized"}
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_string("out_dir", "out", "Directory for the results; it must not hold any yet.")
+    flags.DEFINE_string(
+        "out_dir", "out", "Output directory; must not contain results without --overwrite."
+    )
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
-    flags.DEFINE_string("text", None, "UTF-8 file: heals on a third, measures the rest.")
+    flags.DEFINE_string(
+        "text", None, "UTF-8 file: a third for healing, the rest for the measurement."
+    )
     flags.DEFINE_string("recipe", "quickstart", "Name of a recipe, or a JSON file.")
-    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
-    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits to measure on.")
-    flags.DEFINE_list("speakers", [], "Only these speakers of --speech_dir; default: all.")
+    flags.DEFINE_string(
+        "digits_dir",
+        None,
+        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
+    )
+    flags.DEFINE_string(
+        "speech_dir",
+        None,
+        "Folder of spoken digits for the measurement; default: synthetic voices.",
+    )
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to use; default: all.")
     flags.DEFINE_integer("screens", 200, "Questions of each kind (written, spoken).", 1)
-    flags.DEFINE_integer("text_tokens", 8192, "At most this many tokens are scored.", 512)
+    flags.DEFINE_integer("text_tokens", 8192, "Maximum number of tokens to score.", 512)
     flags.DEFINE_integer("seed", 0, "Seed of screens, calibration and training.")
-    flags.DEFINE_bool("overwrite", False, "Replace results in --out_dir.")
-    flags.DEFINE_bool("smoke", False, "A few screens and steps: does it run at all?")
+    flags.DEFINE_bool("overwrite", False, "Replace existing results in --out_dir.")
+    flags.DEFINE_bool("smoke", False, "Run with few screens and steps, as a quick check.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -139,13 +152,13 @@ def compressed(
     seed: int,
     distill_steps: int | None = None,
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Runs a recipe, and stops after each stage.
+    """Runs a recipe and yields the model after each stage.
 
     Args:
       recipe: a transform or a chain of them.
-      dense: `(model, params)`; it teaches.
-      calibration: batches.
-      seed: of what is drawn.
+      dense: `(model, params)` of the teacher.
+      calibration: calibration batches.
+      seed: seed of random values.
       distill_steps: see `stages_of`.
 
     Yields:
@@ -154,7 +167,7 @@ def compressed(
     (model, params), step = dense, itertools.count()
     for stage, transforms in stages_of(recipe, distill_steps):
         for transform in transforms:
-            # The key that a chain would give this step, so that both give the same bytes.
+            # The key of this step in a chain, so that both produce the same bytes.
             rng = jax.random.fold_in(jax.random.key(seed), next(step))
             context = Context(calibration, rng, dense, progress())
             model, params, _ = transform.apply(model, params, context)
@@ -164,11 +177,11 @@ def compressed(
 def stages_of(
     recipe: Transform, distill_steps: int | None = None
 ) -> list[tuple[str, list[Transform]]]:
-    """Groups neighbouring transforms of a kind: what is measured after each group, and its name.
+    """Groups adjacent transforms of a kind; the model is measured after each group.
 
     Args:
       recipe: a transform or a chain of them.
-      distill_steps: replaces the steps of distillation, for a trial run.
+      distill_steps: number of distillation steps for a trial run, instead of the recipe's.
 
     Returns:
       `(stage, transforms)` in order.
@@ -186,7 +199,7 @@ def stages_of(
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints rows as they are measured."""
+    """Prints rows when they are measured."""
     for row in rows:
         values = [f"{COLUMNS[k]} {v}" for k, v in zip(COLUMNS, cells(row), strict=True) if v != "-"]
         print("; ".join(values[1:]).join([f"{row['stage']}: ", ""]), flush=True)
@@ -217,7 +230,7 @@ def summary(report: dict[str, Any]) -> str:
     lines = [
         f"size: {rows[-2]['bytes'] / rows[0]['bytes']:.1%} of the dense model's bytes; "
         f"file {export['file_bytes']:,} bytes",
-        f"file against JAX on the same integers: {export['agreement']:.2%} of top-1 tokens "
+        f"file compared with JAX on the same codes: {export['agreement']:.2%} of top-1 tokens "
         f"over {export['tokens']} positions, largest error {export['max_abs_error']:.3g}; "
         f"free-running {export['free_running_agreement']:.2%}",
     ]

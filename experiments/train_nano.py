@@ -1,15 +1,15 @@
 """Trains nano, the shipped multimodal checkpoint, on screens, speech and text.
 
-Four stages: the vision tower learns the element in each cell of a screen while, on the other core,
-the embedding learns from text and then the speech encoder learns digits; last, the whole model,
-its decoder new, learns to answer questions about screens and text together. Every stage spends
-its minutes of wall-clock time, saves itself each minute and, started again with the same
---out_dir, goes on where it was killed.
-
     python -m experiments.train_nano --out_dir=runs/nano --text=train.txt \\
         --digits_dir=mnist --speech_dir=fsdd --holdout_speakers=lucas
 
-writes `<stage>.csv` (curves), `curve.png`, and `checkpoint/`, which `ge.load` opens.
+Writes `<stage>.csv` (curves), `curve.png`, and `checkpoint/`, which `ge.load` opens.
+
+There are four stages. On one core, the vision tower learns the element in each cell of a screen. On
+the other core, the embedding learns from text, and then the speech encoder learns digits. Finally,
+the complete model with a new decoder learns to answer questions about screens, together with text.
+Every stage has a budget of wall-clock minutes (68 in total for the shipped model) and saves its
+state each minute. The same command with the same --out_dir resumes it.
 """
 
 import functools
@@ -43,23 +43,27 @@ from glm_edge.models.multimodal import MultimodalGLM
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out_dir", None, "Directory of the run; an existing run is resumed.")
-flags.DEFINE_string("text", None, "UTF-8 file to learn text from.")
-flags.DEFINE_bool("pydoc", True, "Learn the calibration half of CPython's help topics as well.")
-flags.DEFINE_string("held_out_text", None, "UTF-8 file whose loss is followed.")
-flags.DEFINE_string("digits_dir", None, "Folder of MNIST files; scikit-learn's digits join them.")
+flags.DEFINE_string("text", None, "UTF-8 training text.")
+flags.DEFINE_bool("pydoc", True, "Also train on the calibration half of CPython's help topics.")
+flags.DEFINE_string("held_out_text", None, "UTF-8 file of held-out text, whose loss is logged.")
+flags.DEFINE_string(
+    "digits_dir", None, "Folder of MNIST files, used together with scikit-learn's digits."
+)
 flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
-flags.DEFINE_list("holdout_speakers", [], "Speakers of --speech_dir that are only measured.")
+flags.DEFINE_list(
+    "holdout_speakers", [], "Speakers of --speech_dir that are only used for the measurement."
+)
 flags.DEFINE_string(
     "tokenizer",
     str(Path(ge.__file__).parent / "assets/nano/tokenizer.json"),
-    "tokenizer.json of the model.",
+    "Path of the model's tokenizer.json.",
 )
-flags.DEFINE_string("init_from", None, "Checkpoint whose weights the joint stage starts from.")
+flags.DEFINE_string("init_from", None, "Checkpoint with the initial weights of the joint stage.")
 flags.DEFINE_float("vision_minutes", 30.0, "Minutes of the vision stage, on one core.")
 flags.DEFINE_float("text_minutes", 22.0, "Minutes of the text stage, on the other core.")
 flags.DEFINE_float("speech_minutes", 8.0, "Minutes of the speech stage, after the text.")
 flags.DEFINE_float("joint_minutes", 43.0, "Minutes of the joint stage, on all cores.")
-flags.DEFINE_integer("seed", 0, "Seed of weights and of everything that is drawn.")
+flags.DEFINE_integer("seed", 0, "Seed of weights and all random values.")
 flags.DEFINE_list("stages", ["vision", "text", "speech", "joint"], "Stages to run or resume.")
 
 TEXT_LENGTH = 256
@@ -73,7 +77,7 @@ ENCODER_RATE = {"vision": 0.3, "speech": 0.3}
 
 
 def initial_params(config: configs.GLMConfig, seed: int) -> dict[str, Any]:
-    """Draws random weights; the decoder's branches start small, by `1 / sqrt(2 layers)`."""
+    """Draws random weights; scales the decoder's branches by `1 / sqrt(2 layers)`."""
     model = MultimodalGLM(config)
     init = jax.jit(functools.partial(model.init, tokens=jnp.zeros((1, 4), jnp.int32)))
     params = init(jax.random.key(seed))["params"]
@@ -85,12 +89,12 @@ def initial_params(config: configs.GLMConfig, seed: int) -> dict[str, Any]:
 
 
 def load_tokenizer() -> Tokenizer:
-    """Returns the tokenizer given by its flag."""
+    """Returns the tokenizer of the flag --tokenizer."""
     return read_tokenizer(FLAGS.tokenizer)
 
 
 def screen_batches(split: str, seed: int) -> ScreenBatches:
-    """Screens of one split: digit images, speakers and seeds are disjoint between splits."""
+    """Returns the screens of one split; splits have disjoint images, speakers and seeds."""
     config = configs.preset("nano")
     sources = [digits.sklearn_digits(split)]
     if FLAGS.digits_dir:
@@ -103,7 +107,7 @@ def screen_batches(split: str, seed: int) -> ScreenBatches:
 
 @functools.cache
 def utterances(split: str) -> tuple[list[speech.Utterance], ...]:
-    """Recordings of one split, real and synthetic: speakers are held out, never clips."""
+    """Returns real and synthetic recordings of one split; splits have disjoint speakers."""
     recorded = []
     if FLAGS.speech_dir:
         parts = speech.split_speakers(speech.fsdd_folder(FLAGS.speech_dir), FLAGS.holdout_speakers)
@@ -118,7 +122,7 @@ def tokens_of(path: str) -> np.ndarray:
 
 
 def text_to_learn() -> np.ndarray:
-    """Returns token ids of everything that text is learned from."""
+    """Returns the token ids of all training text."""
     tokens = [tokens_of(FLAGS.text)]
     if FLAGS.pydoc:
         tokens.append(encode_text(load_tokenizer(), pydoc_topics("calibration")))
@@ -126,7 +130,7 @@ def text_to_learn() -> np.ndarray:
 
 
 def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
-    """Teaches the vision tower the element in each cell."""
+    """Trains the vision tower to predict the element in each cell."""
     model = MultimodalGLM(configs.preset("nano"), compute="bfloat16")
 
     def loss(state, batch, rng):
@@ -169,7 +173,7 @@ def train_vision(directory: Path, params: dict[str, Any], heads: dict[str, Any])
 
 
 def train_text(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
-    """Teaches embedding and decoder the text."""
+    """Trains embedding and decoder on text."""
     del heads
     model = MultimodalGLM(configs.preset("nano"), compute="bfloat16")
 
@@ -202,7 +206,7 @@ def train_text(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -
 
 
 def train_speech(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
-    """Teaches the speech encoder which digit is said."""
+    """Trains the speech encoder to recognise the spoken digit."""
     config = configs.preset("nano")
     model = MultimodalGLM(config, compute="bfloat16")
     length = config.speech.num_frames * config.speech.hop_length
@@ -249,7 +253,7 @@ def train_speech(directory: Path, params: dict[str, Any], heads: dict[str, Any])
 
 
 def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> dict[str, Any]:
-    """Teaches the whole model to answer questions about screens, with text mixed in."""
+    """Trains the complete model on questions about screens, mixed with text."""
     config = configs.preset("nano")
     model = MultimodalGLM(config, compute="bfloat16")
     train, held_out = screen_batches("train", FLAGS.seed + 4), screen_batches("eval", 992)
@@ -316,7 +320,7 @@ def train_joint(directory: Path, params: dict[str, Any], heads: dict[str, Any]) 
 
 
 def run_apart(lane: list[str], core: int) -> subprocess.Popen:
-    """Runs stages in a process of its own, on one core where the system allows."""
+    """Runs stages in a separate process, on one core if the system supports it."""
     stage_flag = f"--stages={','.join(lane)}"
     command = [sys.executable, "-m", "experiments.train_nano", *sys.argv[1:], stage_flag]
 
@@ -329,7 +333,7 @@ def run_apart(lane: list[str], core: int) -> subprocess.Popen:
 
 
 def trained_parts(directory: Path, params: dict[str, Any], heads: dict[str, Any]) -> None:
-    """Puts what the first stages learned into the whole model's parameters, in place."""
+    """Copies the weights of the first stages into the complete model's parameters, in place."""
     templates = {
         "vision": {
             "params": {"vision": params["vision"]},
@@ -343,7 +347,8 @@ def trained_parts(directory: Path, params: dict[str, Any], heads: dict[str, Any]
         if not path.exists():
             raise DataError(f"{path}: missing; the {stage} stage has not run")
         state = stages.restore(path, template)
-        # A decoder that learned text first carries residuals so large that positions drown in them.
+        # The residuals of a decoder that was first trained on text are so large that they mask
+        # positions.
         state["params"].pop("decoder", None)
         params.update(state["params"])
         heads.update(state.get("heads", {}))

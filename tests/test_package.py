@@ -50,7 +50,7 @@ def distribution_names(requirements: list[str]) -> set[str]:
 
 def required_modules() -> list[tuple[str, str, str]]:
     """Every `require(module, extra=...)` with literal arguments, as (file, module, extra)."""
-    found = []
+    results = []
     for folder in ("glm_edge", "experiments"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -59,8 +59,8 @@ def required_modules() -> list[tuple[str, str, str]]:
                 arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
                 if all(isinstance(argument, ast.Constant) for argument in arguments):
                     module, extra = (argument.value for argument in arguments)
-                    found.append((str(path.relative_to(ROOT)), module, extra))
-    return found
+                    results.append((str(path.relative_to(ROOT)), module, extra))
+    return results
 
 
 def test_import_adds_under_two_seconds_to_jax():
@@ -167,8 +167,8 @@ def test_documents_name_only_extras_that_exist():
 def test_type_checkers_see_every_public_name():
     tree = ast.parse((ROOT / "glm_edge/__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and node.body[0].lineno < 40)
-    seen = {alias.asname for node in block.body for alias in node.names}
-    assert seen | {"REPOSITORY_URL", "__version__"} == set(glm_edge.__all__)
+    observed = {alias.asname for node in block.body for alias in node.names}
+    assert observed | {"REPOSITORY_URL", "__version__"} == set(glm_edge.__all__)
     assert (ROOT / "glm_edge/py.typed").exists()
 
 

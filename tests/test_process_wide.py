@@ -42,11 +42,11 @@ def test_overlapping_changes_are_taken_back(change):
 
 
 def test_temporary_in_waits_for_another_export(tmp_path):
-    before, seen = tempfile.tempdir, []
+    before, observed = tempfile.tempdir, []
 
     def export():
         with coreml._temporary_in(tmp_path / "b"):
-            seen.append(tempfile.tempdir)
+            observed.append(tempfile.tempdir)
 
     with coreml._temporary_in(tmp_path / "a"):
         thread = threading.Thread(target=export)
@@ -54,5 +54,5 @@ def test_temporary_in_waits_for_another_export(tmp_path):
         thread.join(0.05)
         assert tempfile.tempdir == str(tmp_path / "a")
     thread.join()
-    assert seen == [str(tmp_path / "b")]
+    assert observed == [str(tmp_path / "b")]
     assert tempfile.tempdir == before

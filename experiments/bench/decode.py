@@ -1,10 +1,10 @@
-"""Prefill and decoding of one prompt, against transformers on the CPU in the same run.
+"""Times prefill and decoding of one prompt, compared with transformers on the same CPU.
 
     python -m experiments.bench.decode --shape=glm_edge_1_5b --dtype=float32 --out=decode.json
 
-Both sides read the same random weights (one copy in memory), batch 1. Rounds alternate them; a
-ratio above 1 says that glm_edge is faster. A prefill counts until the first token is known, a
-decoding step until the next one is.
+Both sides use the same random weights (one copy in memory) and batch size 1. They alternate in each
+round; a ratio above 1 means that glm_edge is faster. A prefill is timed until the first token is
+available, a decoding step until the next token is.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from glm_edge.errors import require
 from glm_edge.models.multimodal import MultimodalGLM
 
 SHAPES = {"tiny": "tiny", "mobile": "mobile", "glm_edge_1_5b": "large"}
-# Threads of torch spin for a while after their work and would slow what is measured next.
+# Threads of torch spin for a while after their work, and would slow the next measurement.
 PAUSE_S = 0.3
 
 FLAGS = flags.FLAGS
@@ -40,14 +40,14 @@ def define_flags() -> None:
     """Defines this script's flags."""
     flags.DEFINE_enum("shape", "mobile", list(SHAPES), "Shape of the decoder.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights.")
-    flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "Our inputs of products.")
-    flags.DEFINE_list("prompts", ["128", "512"], "Tokens of the prompts to prefill.")
-    flags.DEFINE_integer("decode_tokens", 16, "Steps timed after each prefill.", 1)
-    flags.DEFINE_integer("rounds", 7, "Alternations of the two sides.", 2)
-    flags.DEFINE_integer("threads", 2, "Threads of torch; JAX takes the cores it is given.", 1)
+    flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "Arithmetic of glm_edge.")
+    flags.DEFINE_list("prompts", ["128", "512"], "Prompt lengths in tokens.")
+    flags.DEFINE_integer("decode_tokens", 16, "Decoding steps timed after each prefill.", 1)
+    flags.DEFINE_integer("rounds", 7, "Number of alternations of the two sides.", 2)
+    flags.DEFINE_integer("threads", 2, "Number of torch threads; JAX uses all available cores.", 1)
     flags.DEFINE_integer("seed", 0, "Seed of weights and prompts.")
     flags.DEFINE_string("out", None, "JSON file for the results.")
-    flags.DEFINE_bool("overwrite", False, "Replace --out where it exists already.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing --out file.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -92,7 +92,7 @@ class Ours:
         self.model, self.params = model, params
 
     def run(self, prompt: np.ndarray, count: int) -> list[tuple[int, float]]:
-        """Returns tokens, each with the seconds it took."""
+        """Generates tokens; returns each with its seconds."""
         options = {"max_new_tokens": count, "stop_tokens": ()}
         tokens = generate.stream(self.model, self.params, prompt, **options)
         return timed(lambda: int(next(tokens)[0]), count)
@@ -133,7 +133,7 @@ class Transformers:
         ).eval()
 
     def params(self) -> dict[str, Any]:
-        """Its weights as our parameters, in the same memory."""
+        """Its weights as glm_edge parameters, in the same memory."""
         read = jax.dlpack.from_dlpack
         weights = {name: read(w.detach()) for name, w in self.model.named_parameters()}
 
@@ -155,7 +155,7 @@ class Transformers:
         return {"embed": of("embed_tokens"), "decoder": {"layers": layers, "norm": of("norm")}}
 
     def run(self, prompt: np.ndarray, count: int) -> list[tuple[int, float]]:
-        """Returns tokens, each with the seconds it took."""
+        """Generates tokens; returns each with its seconds."""
         state = {"input_ids": self.torch.as_tensor(prompt), "past_key_values": None}
 
         def step() -> int:
@@ -169,7 +169,7 @@ class Transformers:
 
 
 def timed(step: Callable[[], int], count: int) -> list[tuple[int, float]]:
-    """Results of `count` calls, each with its seconds."""
+    """Returns the results of `count` calls, each with its seconds."""
     results = []
     for _ in range(count):
         start = time.perf_counter()
@@ -181,7 +181,7 @@ def timed(step: Callable[[], int], count: int) -> list[tuple[int, float]]:
 def measure(
     ours: Ours, peer: Transformers, prompts: dict[int, np.ndarray]
 ) -> dict[int, dict[str, list[tuple[float, float]]]]:
-    """Pairs (ours, transformers) of seconds, by prompt length, for `prefill` and `decode`."""
+    """Measures pairs (glm_edge, transformers) of seconds by prompt length, per phase."""
     seconds = {length: {"prefill": [], "decode": []} for length in prompts}
     for turn in range(FLAGS.rounds):
         for length, prompt in prompts.items():
@@ -198,15 +198,15 @@ def measure(
 def summarize(
     length: int, seconds: dict[str, list[tuple[float, float]]], first: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Returns a row for prefill and one for decoding.
+    """Returns one row for prefill and one for decoding.
 
     Args:
-      length: tokens of the prompt.
-      seconds: from `measure`.
-      first: seconds that our first tokens took, when the prefill, then the step were compiled.
+      length: prompt length in tokens.
+      seconds: seconds from `measure`.
+      first: seconds of glm_edge's first tokens, which include compilation of prefill and step.
 
     Returns:
-      Milliseconds of both sides, their ratio with quartiles, and our seconds of compilation.
+      Milliseconds of both sides, their ratio with quartiles, and glm_edge's compilation seconds.
     """
     rows = []
     for (phase, pairs), compiling in zip(seconds.items(), first, strict=False):

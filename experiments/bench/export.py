@@ -1,38 +1,39 @@
-"""Speed of our exported files beside other runtimes: one run, alternating bursts, medians.
+"""Compares the speed of exported files with other runtimes: one run, alternating bursts, medians.
 
     python -m experiments.bench.export --work_dir=DIR --llama_python=PYTHON --onnx_python=PYTHON \\
         --torch_python=PYTHON --profile --figure=speed.png --out=speed.json
 
-writes a decoder of --shape with random weights for every runtime (the numbers mean nothing, their
-sizes do), loads each in a process of its own with --threads threads, and lets them take turns:
---steps steps of decoding behind each of --contexts tokens, and a prompt of each of --prefill
-tokens, in --rounds rounds, every second one in reverse order. A step counts from the token to its
-scores, a prompt from its tokens to the scores of the last.
+Writes a decoder of --shape with random weights for every runtime (outputs have no meaning), loads
+each in a separate process with --threads threads, and alternates between them. A turn is --steps
+decoding steps at each context of --contexts, and a prompt of each length of --prefill. There are
+--rounds rounds, every second one in reverse order. A step is timed from the token to its logits, a
+prompt from its tokens to the logits of the last one.
 
-Rows are ours in LiteRT (int8, int4, int4-g32, int2, float16), llama.cpp (stock build, through
-llama-cpp-python), onnxruntime on our ONNX graphs, torch and torchao (eager) on transformers' GLM,
-and JAX, compiled. A peer's interpreter needs:
+Rows are glm_edge's files in LiteRT (int8, int4, int4-g32, int2, float16), llama.cpp (stock build,
+through llama-cpp-python), onnxruntime on glm_edge's ONNX graphs, torch and torchao (eager) on
+transformers' GLM, and compiled JAX. A peer's interpreter needs:
 
     --llama_python    llama-cpp-python, gguf
     --onnx_python     glm_edge with its extra `onnx`, onnxruntime
     --torch_python    torch, transformers, torchao
 
-and a peer that is absent is skipped, with the reason. --engines='LiteRT|llama.cpp Q' picks rows by
-a regular expression. As many engines are resident at a time as leave --reserve_gb of memory; those
-that do not fit run afterwards, with llama.cpp again beside them, so that ratios pair bursts of one
-round. What takes more than eight seconds is run in the first four rounds only.
+A missing peer is skipped with the reason. --engines='LiteRT|llama.cpp Q' selects rows by a regular
+expression. As many engines are resident at a time as leave --reserve_gb of free memory. The others
+run afterwards, together with llama.cpp again, so that ratios pair bursts of one round. Phases of
+more than eight seconds run in the first four rounds only.
 
-Ours, onnxruntime and JAX hold a cache of --slots, of which a step looks at the fewest of
---attended_slots that hold its tokens; llama.cpp and torch look at hardly more than the filled ones.
+glm_edge, onnxruntime and JAX have a cache of --slots. A step attends to the smallest of
+--attended_slots that fits its tokens. llama.cpp and torch attend to few more slots than the filled
+ones.
 
-`of limit` is the time that reading the weights takes, at the bandwidth measured in the same round,
-as a part of the step. Where a goal is missed, --profile tells which operators of our file the time
-goes to, for each signature that was timed but those that look tokens up; --profile_all does so for
-all of ours. To repeat profiles alone, --engines='LiteRT int4$' --rounds=1 --profile_all is enough.
-"RSS" is the process' peak: after decoding alone, and after prompts too; "before" is what the
-runtime's imports take. Files are in the page cache when they are loaded; "load" ends with the first
-scores. Ours keep the weights that XNNPACK packs in a file (--noweight_cache: in memory, once for
-each signature, as profiles do), which the first load writes; "load" is a later one.
+`of limit` is the time of reading the weights at the bandwidth measured in the same round, as a
+fraction of the step. For a missed goal, --profile lists the time of each operator in glm_edge's
+file, for each timed signature except embedding lookups; --profile_all does so for all of glm_edge's
+files. To repeat profiles alone, use --engines='LiteRT int4$' --rounds=1 --profile_all. "RSS" is the
+peak of the process, after decoding alone and after prompts; "before" is that of the runtime's
+imports. Files are in the page cache before loading; "load" ends with the first logits. glm_edge
+stores the weights that XNNPACK packs in a file, which the first load writes; "load" times a later
+one. With --noweight_cache, and in profiles, each signature keeps its packed weights in memory.
 """
 
 import json
@@ -63,7 +64,7 @@ from glm_edge.errors import DataError
 FLAGS = flags.FLAGS
 SHAPES = ("mobile", "tiny", "toy")
 TOY = GLMConfig("toy", DecoderConfig(512, 256, 2, 4, 2, 64, 512))
-# Family, module, label of a row, and the bits of each form.
+# Family, module and label of a row, and the bits of each form.
 ENGINES = (
     ("ours", "litert", "LiteRT", {"int8": 8, "int4": 4, "int4-g32": 4, "int2": 2, "float16": 16}),
     (
@@ -83,37 +84,41 @@ ENGINES = (
 )
 PEERS = {"llama.cpp": "llama", "onnxruntime": "onnx", "torch": "torch"}
 SUFFIXES = {"ours": ".tflite", "llama.cpp": ".gguf", "onnxruntime": "_onnx"}
-# Copies of the weights that an engine is expected to hold, to tell whether it fits.
+# Expected copies of the weights in an engine's memory, to decide whether it fits.
 COPIES = {"ours": 4, "llama.cpp": 1.3, "onnxruntime": 5, "torch": 6, "jax": 3}
-# What takes longer than this takes part in the first few rounds only.
+# Phases that take longer run in the first few rounds only.
 SLOW_S, SLOW_ROUNDS = 8.0, 4
 
 
 def define_flags() -> None:
     """Defines this script's flags."""
     flags.DEFINE_enum("shape", "mobile", SHAPES, "Shape of the decoder; toy has two small layers.")
-    flags.DEFINE_string("work_dir", None, "Directory for the models.", required=True)
+    flags.DEFINE_string("work_dir", None, "Working directory for the models.", required=True)
     for family, peer in PEERS.items():
-        flags.DEFINE_string(f"{peer}_python", None, f"Interpreter of {family}; default: this one.")
-    flags.DEFINE_string("engines", "", "Regular expression searched in names of rows.")
-    flags.DEFINE_list("contexts", ["128", "1024"], "Tokens in the cache before timed steps.")
-    flags.DEFINE_list("prefill", ["128", "512"], "Tokens of prompts.")
-    flags.DEFINE_integer("slots", 1280, "Slots of the cache.", 2)
+        flags.DEFINE_string(
+            f"{peer}_python", None, f"Python interpreter with {family}; default: this one."
+        )
+    flags.DEFINE_string("engines", "", "Regular expression; runs the rows whose names match.")
+    flags.DEFINE_list("contexts", ["128", "1024"], "Tokens in the cache before a timed step.")
+    flags.DEFINE_list("prefill", ["128", "512"], "Prompt lengths in tokens.")
+    flags.DEFINE_integer("slots", 1280, "Number of cache slots.", 2)
     flags.DEFINE_list(
-        "attended_slots", ["256", "512"], "Slots that faster graphs of ours look at; see above."
+        "attended_slots", ["256", "512"], "Slot counts of graphs that attend to fewer slots."
     )
-    flags.DEFINE_integer("threads", 2, "Threads of every runtime; JAX takes the cores.", 1)
-    flags.DEFINE_integer("rounds", 12, "Rounds of bursts.", 1)
-    flags.DEFINE_integer("steps", 10, "Steps of a burst of decoding.", 1)
-    flags.DEFINE_float("reserve_gb", 3.0, "Memory to leave free.", 0.0)
-    flags.DEFINE_bool("weight_cache", True, "Keep what XNNPACK packs in a file.")
-    flags.DEFINE_bool("profile", False, "Time operators of our files that miss a goal.")
-    flags.DEFINE_bool("profile_all", False, "Time operators of all that is timed of our files.")
-    flags.DEFINE_integer("profile_runs", 20, "Runs of a profile.", 1)
-    flags.DEFINE_bool("keep", False, "Keep the models.")
-    flags.DEFINE_string("figure", None, "PNG file to draw; needs matplotlib.")
-    flags.DEFINE_string("out", None, "JSON file for the numbers.")
-    flags.DEFINE_bool("overwrite", False, "Replace --out where it exists already.")
+    flags.DEFINE_integer(
+        "threads", 2, "Number of threads of every runtime; JAX uses all available cores.", 1
+    )
+    flags.DEFINE_integer("rounds", 12, "Number of rounds.", 1)
+    flags.DEFINE_integer("steps", 10, "Decoding steps per burst.", 1)
+    flags.DEFINE_float("reserve_gb", 3.0, "Memory to leave free, in GB.", 0.0)
+    flags.DEFINE_bool("weight_cache", True, "Store XNNPACK's packed weights in a file.")
+    flags.DEFINE_bool("profile", False, "Time the operators of files that miss a goal.")
+    flags.DEFINE_bool("profile_all", False, "Time the operators of all files of glm_edge.")
+    flags.DEFINE_integer("profile_runs", 20, "Number of runs per profile.", 1)
+    flags.DEFINE_bool("keep", False, "Keep the model files.")
+    flags.DEFINE_string("figure", None, "PNG file for the figure; needs matplotlib.")
+    flags.DEFINE_string("out", None, "JSON file for the results.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing --out file.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -147,7 +152,7 @@ def phases() -> list[str]:
 
 
 def decoder_of(shape: str) -> GLMConfig:
-    """Returns a decoder without encoders: of a preset, or `toy`."""
+    """Returns a decoder without encoders, of a preset or `toy`."""
     return TOY if shape == "toy" else text_only(preset(shape))
 
 
@@ -155,7 +160,7 @@ def specs_of(work: Path) -> list[Spec]:
     """Returns all rows of the comparison.
 
     Raises:
-      DataError: a length is not a number, or does not fit the cache.
+      DataError: a length is not an integer, or does not fit the cache.
     """
     try:
         contexts, lengths, attended = (
@@ -163,13 +168,13 @@ def specs_of(work: Path) -> list[Spec]:
         )
     except ValueError as error:
         raise DataError(
-            f"--contexts, --prefill, --attended_slots: {error}; 128,1024 is right"
+            f"--contexts, --prefill, --attended_slots: {error}; use integers such as 128,1024"
         ) from error
     longest = max(*lengths, *(context + FLAGS.steps for context in contexts))
     if longest > FLAGS.slots or min(lengths) < 2 or min(contexts) < 1:
         raise DataError(
-            f"--contexts, --prefill: contexts of at least 1 and prompts of at least 2 tokens that "
-            f"fit --slots={FLAGS.slots} with --steps={FLAGS.steps} are right"
+            "--contexts, --prefill: use contexts of at least 1 and prompts of at least 2 tokens "
+            f"that fit --slots={FLAGS.slots} with --steps={FLAGS.steps}"
         )
     config = decoder_of(FLAGS.shape)
     fewer = {"attended_slots": [n for n in attended if n < FLAGS.slots]}
@@ -197,7 +202,7 @@ def specs_of(work: Path) -> list[Spec]:
 
 
 def chosen(specs: Sequence[Spec], pattern: str) -> list[Spec]:
-    """Rows whose names match.
+    """Returns the rows whose names match.
 
     Raises:
       DataError: the pattern is not a regular expression, or matches nothing.
@@ -214,10 +219,10 @@ def chosen(specs: Sequence[Spec], pattern: str) -> list[Spec]:
 
 
 class Bench:
-    """Engines, what is known of them, and their bursts.
+    """The engines with their properties and bursts.
 
     Args:
-      specs: of the engines.
+      specs: specs of the engines.
     """
 
     def __init__(self, specs: Sequence[Spec]):
@@ -230,7 +235,7 @@ class Bench:
         self.groups: list[list[str]] = []
 
     def prepare(self) -> None:
-        """Writes every model; an engine that cannot is skipped."""
+        """Writes every model; skips an engine that fails."""
         for spec in self.specs:
             started = time.monotonic()
             try:
@@ -274,7 +279,7 @@ class Bench:
         self.resident = {}
 
     def _start(self, waiting: Sequence[Spec]) -> list[Spec]:
-        """Starts what fits, llama.cpp first, and returns what did not fit."""
+        """Starts the engines that fit, llama.cpp first, and returns the others."""
         first = {spec.name for spec in waiting}
         anchors = [s for s in self.specs if s.family == "llama.cpp" and s.name in self.prepared]
         others, started = [], 0
@@ -326,18 +331,18 @@ class Bench:
 
 
 def to_profile(log: dict[str, Any], everything: bool) -> list[tuple[str, str]]:
-    """Engines and phases to profile: those of goals that were missed, or all that were timed."""
+    """Lists engines and phases to profile: those of missed goals, or all timed ones."""
     if everything:
         return [(row["engine"], phase) for phase, rows in log["results"].items() for row in rows]
     return [(goal["engine"], goal["phase"]) for goal in log["goals"] if not goal["reached"]]
 
 
 def profiles(specs: Sequence[Spec], phases: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Operators of what ran of our files in phases, by `engine: signature`.
+    """Profiles the operators of the signatures that ran in some phases, by `engine: signature`.
 
     Args:
-      specs: of the engines.
-      phases: pairs of an engine and a phase; those of other runtimes are passed over.
+      specs: specs of the engines.
+      phases: pairs of an engine and a phase; those of other runtimes are skipped.
     """
     matching: dict[str, Any] = {}
     tasks = {spec.name: spec.task for spec in specs if spec.family == "ours"}
@@ -356,7 +361,7 @@ def profiles(specs: Sequence[Spec], phases: Iterable[tuple[str, str]]) -> dict[s
 
 
 def remove(work: Path, paths: Sequence[str]) -> None:
-    """Removes what a run wrote to its directory."""
+    """Removes the files of a run from its directory."""
     for path in (
         *map(Path, filter(None, paths)),
         work / "packed",
@@ -381,7 +386,14 @@ def show(log: dict[str, Any]) -> None:
     """Prints the tables."""
     mega = 1e-6
     print_table(
-        ["engine", "file MB", "weights a token MB", "load s", "RSS MB before/decode/all", "notes"],
+        [
+            "engine",
+            "file MB",
+            "weights per token MB",
+            "load s",
+            "RSS MB before/decode/all",
+            "notes",
+        ],
         [
             [
                 name,
@@ -393,7 +405,7 @@ def show(log: dict[str, Any]) -> None:
                     for kind in ("baseline", "decode", "peak")
                 ),
                 "; ".join(
-                    [*facts["notes"], *([] if facts["batched"] else ["prompts token by token"])]
+                    [*facts["notes"], *([] if facts["batched"] else ["prompts fed token by token"])]
                 ),
             ]
             for name, facts in log["engines"].items()
@@ -438,7 +450,7 @@ def show(log: dict[str, Any]) -> None:
 
 
 def show_profile(key: str, profile: dict[str, Any], most: int = 10) -> None:
-    """Prints operators and their part of a run, slowest first."""
+    """Prints operators and their fraction of a run, slowest first."""
     print()
     if "error" in profile:
         print(f"{key}: {profile['error']}")

@@ -1,18 +1,17 @@
-"""Times GPTQ of a 337 M-parameter decoder beside GPTQModel's, on the same random checkpoint.
+"""Times GPTQ of a decoder of 337 M parameters, compared with GPTQModel on the same checkpoint.
 
     python -m experiments.bench.gptq --work_dir=DIR --gptqmodel_python=PYTHON --out=FILE.json
 
-The checkpoint is a decoder 1024 wide with 20 layers, 16 query and 4 key-value heads of 64, and a
-tied vocabulary of 32,000; calibration is 16 random sequences of 512 tokens; the decoder's matrices
-are rounded to int4 in groups of 32. Each tool runs in a process of its own, loading and saving
-included, one after the other. GPTQModel runs in the environment whose interpreter
---gptqmodel_python names (pip install gptqmodel torch transformers); without it only ours is timed.
-Weights are random: the times say nothing about quality, which `python -m experiments.bench.quality`
-measures.
+The checkpoint is a random decoder of width 1024 with 20 layers, 16 query and 4 key/value heads of
+64, and a tied vocabulary of 32,000. Calibration uses 16 random sequences of 512 tokens, and the
+decoder's matrices are rounded to int4 in groups of 32. The tools run one after the other in
+separate processes, loading and saving included; each takes 6 to 13 minutes on two cores. GPTQModel
+runs in the environment of --gptqmodel_python (pip install gptqmodel torch transformers); without
+the flag, only glm_edge is timed. `python -m experiments.bench.quality` measures quality.
 
-Two settings of ours are timed: `plain`, the published algorithm that GPTQModel runs; and `gptq`,
-the default, which also makes up for the errors of its inputs, searches scales and descends on the
-codes. Their seconds are given as fractions of GPTQModel's.
+Two settings of glm_edge are timed. `plain` is the published algorithm, as in GPTQModel. `gptq`, the
+default, also compensates for input error, searches scales, and refines codes by coordinate descent.
+The results are fractions of GPTQModel's seconds.
 """
 
 import json
@@ -80,13 +79,13 @@ print("seconds", time.monotonic() - started)
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_string("work_dir", None, "Directory for the checkpoint.", required=True)
-    flags.DEFINE_string("gptqmodel_python", None, "Interpreter of GPTQModel's environment.")
+    flags.DEFINE_string("work_dir", None, "Working directory for the checkpoint.", required=True)
+    flags.DEFINE_string("gptqmodel_python", None, "Python interpreter with GPTQModel.")
     flags.DEFINE_multi_enum(
-        "settings", list(OURS), list(OURS), "Of ours; repeat the flag for more."
+        "settings", list(OURS), list(OURS), "Setting of glm_edge; repeat the flag for more."
     )
-    flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "Products of ours.")
-    flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
+    flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "Arithmetic of glm_edge.")
+    flags.DEFINE_string("out", None, "JSON file for the results.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -127,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """Writes a word per id: GPTQModel does not load a checkpoint without a tokenizer."""
+    """Writes a tokenizer with one word per id, which GPTQModel needs to load a checkpoint."""
     words = {f"w{i}": i for i in range(MOBILE["vocab_size"])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -136,7 +135,7 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 def ours(work: Path, source: Path, name: str) -> dict[str, Any]:
-    """Times one of our settings, start to finish."""
+    """Times one setting of glm_edge, including loading and saving."""
     recipe = work / f"{name}.json"
     recipe.write_text(ge.to_json(OURS[name]), encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=work) as out:
@@ -151,12 +150,13 @@ def ours(work: Path, source: Path, name: str) -> dict[str, Any]:
 
 
 def peer(work: Path, source: Path) -> dict[str, Any]:
-    """Times GPTQModel, start to finish."""
+    """Times GPTQModel, including loading and saving."""
     out = work / "gptqmodel"
     shutil.rmtree(out, ignore_errors=True)
     command = [FLAGS.gptqmodel_python, "-c", PEER, *map(Path.resolve, (source, work / TOKENS, out))]
     started = time.monotonic()
-    # On two cores it starts one worker and then asks for two; it writes a log where it is started.
+    # On two cores it starts one worker but then requests two. It writes a log to the current
+    # directory.
     _run(command, "GPTQModel", env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}, cwd=work)
     seconds = time.monotonic() - started
     shutil.rmtree(out, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Products of `experiments.bench.kernels`: ours, simple ones of XLA, other libraries'."""
+"""Products of `experiments.bench.kernels`: glm_edge's, simple ones in XLA, other libraries'."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ FORMATS = (
     "nf4-g64",
 )
 ON_INT8 = ("int8-channel", "int4-channel", "int4-g32")
-# Threads of torch spin for a while after their work and would slow what is measured next.
+# Threads of torch spin for a while after their work, and would slow the next measurement.
 PAUSE_S = 0.1
 
 
@@ -37,11 +37,11 @@ class Product:
     """A chain of products to time.
 
     Attributes:
-      name: see the module's docstring.
-      run: runs the chain once and waits for it.
+      name: name of the product; `experiments.bench.kernels` explains it.
+      run: function that runs the chain once and waits for the result.
       stored: bytes of all weights.
-      error: largest error of one product, relative to its largest number; None if not measured.
-      temporary: bytes XLA sets aside, or None.
+      error: largest error of one product, relative to its largest value; None if not measured.
+      temporary: bytes of XLA's temporary memory, or None.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Product:
 
 @functools.partial(jax.jit, static_argnums=1)
 def boxed(weight: Array, format: Format) -> boxes.Quantized:
-    """Returns a weight in a format, on the grid that its largest numbers span."""
+    """Returns a weight in a format, with scales from its largest values."""
     groups = format.num_groups(weight.shape[1])
     high = 1 if format.qtype == "nf4" else quantization.code_range(format.qtype)[1]
     scale = jnp.abs(weight).reshape(weight.shape[0], groups, -1).max(axis=-1) / high
@@ -63,7 +63,7 @@ def boxed(weight: Array, format: Format) -> boxes.Quantized:
 
 
 def ours(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
-    """Products of the library; the first is float32."""
+    """Returns the products of the library; the first is float32."""
     bfloat16 = [weight.astype(jnp.bfloat16) for weight in weights]
     yield chained("fp32", x, matmul.dense, weights)
     if len(x) <= matmul.SPLIT_ROWS:
@@ -131,7 +131,7 @@ def _lanes(x: Array, codes: Array) -> Array:
 
 
 def qwix(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
-    """Products of qwix's quantized arrays."""
+    """Returns the products of qwix's quantized arrays."""
     import qwix as library
 
     contract = (((1,), (1,)), ((), ()))
@@ -150,7 +150,7 @@ def qwix(x: Array, weights: list[Array], wanted: Wanted) -> Iterator[Product]:
 def torchao(
     x: Array, weights: list[Array], wanted: Wanted, threads: int, compiling: bool
 ) -> Iterator[Product]:
-    """Layers that torchao quantized, and torch's own."""
+    """Returns the products of layers quantized by torchao, and of torch's layers."""
     import torch
     import torchao.quantization as ao
 

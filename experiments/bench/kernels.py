@@ -1,17 +1,18 @@
-"""Packing and products of low-bit weights: ours, as plain XLA would do them, and the peers'.
+"""Times packing and products of low-bit weights: glm_edge's, simple ones in XLA, and peers'.
 
     python -m experiments.bench.kernels --out=kernels.json
     python -m experiments.bench.kernels --rows=1 --only='int4|fp32' --rounds=21 --nopacking
 
-Products are measured in a chain of --layers square layers with a norm between, whose float32
-weights are larger than any cache, so that a layer's weights come from memory as they do when a
-model decodes. All products take turns within a round, and a ratio compares times of one round:
-`x fp32` below 1 is faster than float32 of the same shape. `of limit` is the time that reading the
-stored bytes would take at the bandwidth measured in this run, as a fraction of the time taken.
+Products are measured in a chain of --layers square layers with norms between them. The float32
+weights exceed every CPU cache, so each layer reads its weights from memory, as in decoding. All
+products alternate within a round, and a ratio compares times of one round: `x fp32` below 1 is
+faster than float32 of the same shape. `of limit` is the time of reading the stored bytes at the
+bandwidth measured in this run, as a fraction of the measured time.
 
-The names: `int4-g32` is our format of the weight, `+bf16`, `+int8` and `+static` say what rows are
-rounded to before they meet it; `tried:` marks ways that we do not use; `qwix` and `torchao` are
-skipped where they are not installed. On a GPU, one-row decoding of a whole model is measured too.
+In the names, `int4-g32` is glm_edge's format of the weight; `+bf16`, `+int8` and `+static` name the
+type to which rows of activations are rounded; `tried:` marks methods that glm_edge does not use.
+`qwix` and `torchao` are skipped if they are not installed. On a GPU, one-row decoding of a complete
+model is also measured.
 """
 
 import functools
@@ -45,7 +46,7 @@ from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.params import Format
 
 PACKED_WEIGHTS = 1 << 26
-# A product this much slower than float32 is measured less often.
+# A product that is slower than float32 by this factor is measured less often.
 SLOW, SLOW_ROUNDS = 8, 3
 
 FLAGS = flags.FLAGS
@@ -53,20 +54,24 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_list("rows", ["1", "8", "128"], "Rows of activations, each measured by itself.")
-    flags.DEFINE_integer("width", 2048, "Columns and rows of each layer's weight.", 128)
-    flags.DEFINE_integer("layers", 24, "Layers of the chain.", 1)
-    flags.DEFINE_integer("rounds", 11, "Rounds in which all products take turns.", 3)
-    flags.DEFINE_string("only", "", "Regular expression: measure products whose name holds it.")
+    flags.DEFINE_list(
+        "rows", ["1", "8", "128"], "Numbers of activation rows; each is measured separately."
+    )
+    flags.DEFINE_integer("width", 2048, "Rows and columns of each layer's weight.", 128)
+    flags.DEFINE_integer("layers", 24, "Number of layers of the chain.", 1)
+    flags.DEFINE_integer("rounds", 11, "Number of rounds; all products alternate in each.", 3)
+    flags.DEFINE_string("only", "", "Regular expression; measures the products whose names match.")
     flags.DEFINE_bool("packing", True, "Measure packing and unpacking.")
-    flags.DEFINE_bool("tried", True, "Measure ways that we do not use, at one row.")
+    flags.DEFINE_bool("tried", True, "Measure methods that glm_edge does not use, for one row.")
     flags.DEFINE_bool("peers", True, "Measure qwix and torchao.")
-    flags.DEFINE_bool("compile_peers", False, "Let torch compile torchao's layers: minutes.")
-    flags.DEFINE_integer("threads", 2, "Threads of torch; JAX takes the cores it is given.", 1)
-    flags.DEFINE_string("decode_shape", "large", "Preset to decode with on a GPU; empty: none.")
+    flags.DEFINE_bool(
+        "compile_peers", False, "Compile torchao's layers with torch.compile, which takes minutes."
+    )
+    flags.DEFINE_integer("threads", 2, "Number of torch threads; JAX uses all available cores.", 1)
+    flags.DEFINE_string("decode_shape", "large", "Preset to decode on a GPU; empty for none.")
     flags.DEFINE_integer("seed", 0, "Seed of weights and rows.")
     flags.DEFINE_string("out", None, "JSON file for the results.")
-    flags.DEFINE_bool("overwrite", False, "Replace --out where it exists already.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing --out file.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -110,7 +115,7 @@ def provenance() -> dict[str, Any]:
 
 
 def measure_bandwidth() -> float:
-    """Returns bytes a second at which the device, or all cores together, read an array."""
+    """Measures the bytes per second at which the device, or all cores together, read an array."""
     if jax.default_backend() == "cpu":
         parts = np.array_split(np.ones(1 << 26, np.int64), os.cpu_count())
         with ThreadPoolExecutor(len(parts)) as pool:
@@ -122,7 +127,7 @@ def measure_bandwidth() -> float:
 
 
 def measure_packing() -> list[dict[str, Any]]:
-    """Millions of weights a second, each way, of every type."""
+    """Measures millions of weights per second of packing and unpacking, for every type."""
     rows = []
     for qtype in packing.QTYPES:
         codes = random_codes(qtype, (PACKED_WEIGHTS // 4096, 4096))
@@ -143,7 +148,7 @@ def measure_packing() -> list[dict[str, Any]]:
 
 
 def random_codes(qtype: str, shape: tuple[int, int]) -> Array:
-    """Codes of a type, each as likely as any other."""
+    """Draws uniformly distributed codes of a type."""
     steps = jax.random.normal(jax.random.key(FLAGS.seed), shape)
     low, high = quantization.code_range(qtype)
     if qtype == "ternary34":
@@ -159,12 +164,12 @@ def random_weights() -> list[Array]:
 
 
 def random_rows(rows: int) -> Array:
-    """Activations that the chain starts from."""
+    """Returns random input activations of the chain."""
     return jax.random.normal(jax.random.key(FLAGS.seed + 1), (rows, FLAGS.width))
 
 
 def measure(products: list[Product]) -> dict[str, list[float]]:
-    """Seconds of each product in each round; slow ones take part in the first few only."""
+    """Measures the seconds of each product in each round; slow ones run in the first few only."""
     chosen = [p for i, p in enumerate(products) if not i or _wanted(p.name)]
     first = {p.name: (p.run(), min(_timed(p) for _ in "12"))[1] for p in chosen}
     limit = SLOW * first[chosen[0].name]
@@ -185,7 +190,7 @@ def _timed(product: Product) -> float:
 def summarize(
     products: list[Product], seconds: dict[str, list[float]], bandwidth: float
 ) -> list[dict[str, Any]]:
-    """Returns a row for each product; ratios are medians over rounds."""
+    """Returns one row per product; ratios are medians over rounds."""
     reference, rows = np.array(seconds[products[0].name]), []
     for product in products:
         if product.name not in seconds:
@@ -208,7 +213,7 @@ def summarize(
 
 
 def measure_decoding(shape: str) -> dict[str, float]:
-    """Milliseconds of one greedy step of a whole model, for one row, by format of its weights."""
+    """Measures milliseconds per greedy step of a complete model, by format of its weights."""
     config, milliseconds = text_only(preset(shape)), {}
     model = MultimodalGLM(config)
     tokens = jnp.zeros((1, 2), jnp.int32)

@@ -1,10 +1,11 @@
-"""Measures how fast a checkpoint loads and how much memory that takes, against other readers.
+"""Measures time and memory of loading a checkpoint, compared with other readers.
 
     python -m experiments.bench.load --checkpoint=DIR --out=FILE.json
 
-Every reader runs in a process of its own, in turns, --rounds times, after the files were read once
-so that all find them in the page cache, and after as much memory was used and freed, since a
-virtual machine is slow at memory that it gave back to its host, and one reader would pay for all:
+Every reader runs in a separate process, in turns, --rounds times. Before that, the files are read
+once, so that they are in the page cache for all readers. The same amount of memory is also
+allocated and freed once, since a virtual machine is slow to allocate memory that it returned to its
+host, which would slow the first reader:
 
   glm_edge            `ge.load`: config, tensors checked and on the device, the model
   safetensors flax    `safetensors.flax.load_file`: jax arrays
@@ -13,9 +14,9 @@ virtual machine is slow at memory that it gave back to its host, and one reader 
   transformers        `AutoModel.from_pretrained` in the stored type; its weights stay in the memory
                       map, so each page is touched once
 
-Readers whose packages are absent are skipped. Imports are not timed. The peak is `VmHWM`, pages
-of mapped files included. The script ends with status 1 unless `ge.load` peaks at no more than 1.2
-times the bytes of the files and takes no longer than twice the fastest of the safetensors readers.
+Readers with missing packages are skipped. Imports are not timed. The peak is `VmHWM`, which
+includes pages of mapped files. The exit status is 1 if the peak of `ge.load` exceeds 1.2 times the
+bytes of the files, or its time exceeds twice that of the fastest safetensors reader.
 """
 
 import functools
@@ -40,18 +41,20 @@ MAX_MEMORY_RATIO = 1.2
 MAX_TIME_RATIO = 2.0
 READ_BYTES = 1 << 24
 PAGE_BYTES = 4096
-# The most that a reader here takes, and some more.
+# Slightly more than any reader needs.
 WARM_RATIO = 2
 
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_string("checkpoint", None, "Directory to load.", required=True)
-    flags.DEFINE_string("out", None, "JSON file to write the numbers to.")
-    flags.DEFINE_bool("overwrite", False, "Replace --out where it exists already.")
-    flags.DEFINE_integer("rounds", 5, "Runs of each reader.", 1)
+    flags.DEFINE_string("checkpoint", None, "Directory of the checkpoint to load.", required=True)
+    flags.DEFINE_string("out", None, "JSON file for the results.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing --out file.")
+    flags.DEFINE_integer("rounds", 5, "Number of runs per reader.", 1)
     flags.DEFINE_list("readers", list(READERS), "Readers to run.")
-    flags.DEFINE_string("run", None, "Run this one reader here and print what it measured.")
+    flags.DEFINE_string(
+        "run", None, "Run only this reader, in this process, and print its measurement."
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,8 +68,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare() -> None:
-    """Runs the readers in turns, prints a table, writes the log, and judges."""
-    # Not at the top: a reader's process should hold no more than the reader needs.
+    """Runs the readers in turns, prints a table, writes the log, and checks the limits."""
+    # Not at the top: a reader's process should import only what the reader needs.
     from glm_edge.cli.console import bar, print_table
     from glm_edge.cli.corpora import check_absent, write_text
 
@@ -104,14 +107,14 @@ def compare() -> None:
 
 
 def chosen_readers(names: Sequence[str]) -> list[str]:
-    """Returns those readers whose packages are installed, ours first.
+    """Returns the readers with installed packages, glm_edge first.
 
     Raises:
-      DataError: a name is unknown, or no safetensors reader is left to compare with.
+      DataError: a name is unknown, or no safetensors reader is selected and installed.
     """
     unknown = [name for name in names if name not in READERS]
     if unknown:
-        raise DataError(f"--readers: {unknown[0]!r} is unknown; known: {', '.join(READERS)}")
+        raise DataError(f"--readers: unknown reader {unknown[0]!r}; known: {', '.join(READERS)}")
     installed = [
         name
         for name in READERS
@@ -119,21 +122,21 @@ def chosen_readers(names: Sequence[str]) -> list[str]:
         and all(importlib.util.find_spec(package) for package in READERS[name][1])
     ]
     if not any(name.startswith("safetensors") for name in installed):
-        raise DataError("--readers: name a safetensors reader that is installed, to compare with")
+        raise DataError("--readers: include an installed safetensors reader for the comparison")
     return installed
 
 
 def read_once(directory: Path) -> int:
-    """Reads the files so that all readers find them in the page cache.
+    """Reads the files once, so that they are in the page cache.
 
     Args:
-      directory: of the checkpoint.
+      directory: directory of the checkpoint.
 
     Returns:
-      Bytes of its safetensors files.
+      Total bytes of its safetensors files.
 
     Raises:
-      CheckpointError: it holds none.
+      CheckpointError: it contains no safetensors file.
     """
     size, buffer = 0, bytearray(READ_BYTES)
     for path in shards(directory):
@@ -147,7 +150,7 @@ def shards(directory: Path) -> list[Path]:
     """Returns the safetensors files of a directory, in order."""
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
-        raise CheckpointError(f"{directory}: holds no safetensors files")
+        raise CheckpointError(f"{directory}: contains no safetensors files")
     return paths
 
 
@@ -155,7 +158,7 @@ def in_new_process(reader: str) -> dict[str, float]:
     """Runs a reader in a fresh Python.
 
     Raises:
-      DataError: it failed; the message carries its last line.
+      DataError: the reader failed; the message contains its last line.
     """
     command = [sys.executable, "-m", "experiments.bench.load", f"--run={reader}"]
     command.append(f"--checkpoint={FLAGS.checkpoint}")
@@ -171,10 +174,10 @@ def measure(reader: str, directory: Path) -> dict[str, float]:
 
     Args:
       reader: a key of `READERS`.
-      directory: of the checkpoint.
+      directory: directory of the checkpoint.
 
     Returns:
-      `seconds` to read, `peak_bytes` of memory in all, `imported_bytes` before reading.
+      `seconds` of reading, `peak_bytes` of the process, `imported_bytes` before reading.
     """
     read = READERS[reader][0](directory)
     imported = peak_bytes()
@@ -188,15 +191,15 @@ def measure(reader: str, directory: Path) -> dict[str, float]:
 
 
 def use_memory(size: int) -> None:
-    """Writes to `size` bytes in another process, which frees them by ending."""
+    """Allocates and writes `size` bytes in another process, which then ends."""
     subprocess.run([sys.executable, "-c", f"import numpy; numpy.ones({size}, 'u1')"], check=False)
 
 
 def peak_bytes() -> int:
-    """Returns the peak RSS of this process, pages of mapped files included.
+    """Returns the peak RSS of this process in bytes, including pages of mapped files.
 
     Raises:
-      DataError: the system does not tell; Linux does.
+      DataError: the system does not provide the value; Linux does.
     """
     from experiments.common import child
 
@@ -266,11 +269,11 @@ READERS: dict[str, tuple[Callable[[Path], Callable[[], Any]], tuple[str, ...]]] 
 
 
 def summary(runs: dict[str, list[dict[str, float]]], size: int) -> dict[str, Any]:
-    """Returns the medians, ratios and the verdict.
+    """Returns the medians, the ratios and the results of the limits.
 
     Args:
-      runs: reader to what `measure` returned, run by run.
-      size: bytes of the safetensors files.
+      runs: results of `measure` per run, by reader.
+      size: total bytes of the safetensors files.
 
     Returns:
       `bytes`, `readers` (medians and ratios), `fastest` safetensors reader, `memory_holds`,

@@ -1,14 +1,15 @@
-"""A model sharded over the devices of several processes: logits and greedy tokens, checked.
+"""Shards a model over the devices of several processes, and checks logits and greedy tokens.
 
     python -m experiments.bench.multi_host --launch=2 --compare
 
-starts two processes on this machine's CPU, each with `--devices_per_process` simulated devices.
-On a cluster, run the same on every host, with the address of the first:
+Starts two processes on this machine's CPU, each with `--devices_per_process` simulated devices. On
+a cluster, run the same command on every host, with the address of the first:
 
     python -m experiments.bench.multi_host --checkpoint=DIR --coordinator=HOST:PORT \\
         --num_processes=N --process_id=I
 
-where Cloud TPU and Slurm need none of the three. Every process reads the rows of its own shards.
+Cloud TPU and Slurm need none of the last three flags. Every process reads only the rows of its
+shards.
 """
 
 import os
@@ -36,19 +37,21 @@ TOLERANCE = 1e-4
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_string("checkpoint", None, "Directory of a checkpoint; None is the shipped one.")
-    flags.DEFINE_integer("launch", 0, "Processes to start on this machine's CPU.", 0)
-    flags.DEFINE_integer("devices_per_process", 4, "Simulated devices with --launch.", 1)
+    flags.DEFINE_string("checkpoint", None, "Directory of a checkpoint; default: shipped nano.")
+    flags.DEFINE_integer("launch", 0, "Number of processes to start on this machine's CPU.", 0)
+    flags.DEFINE_integer(
+        "devices_per_process", 4, "Number of simulated devices per process with --launch.", 1
+    )
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
-    flags.DEFINE_integer("num_processes", None, "Processes of the run.", 1)
-    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", 0)
-    flags.DEFINE_integer("model_ways", 0, "Devices along `model`; 0 takes all of them.", 0)
-    flags.DEFINE_bool("fully_sharded", False, "Cut weights along `data` as well.")
-    flags.DEFINE_integer("rows", 2, "Prompts of random tokens.", 1)
-    flags.DEFINE_integer("length", 12, "Tokens of a prompt.", 1)
-    flags.DEFINE_integer("max_new_tokens", 8, "Tokens to generate.", 1)
+    flags.DEFINE_integer("num_processes", None, "Number of processes of the run.", 1)
+    flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", 0)
+    flags.DEFINE_integer("model_ways", 0, "Number of devices along `model`; 0 uses all devices.", 0)
+    flags.DEFINE_bool("fully_sharded", False, "Also shard weights along `data`.")
+    flags.DEFINE_integer("rows", 2, "Number of prompts of random tokens.", 1)
+    flags.DEFINE_integer("length", 12, "Tokens per prompt.", 1)
+    flags.DEFINE_integer("max_new_tokens", 8, "Number of tokens to generate.", 1)
     flags.DEFINE_integer("seed", 0, "Seed of the prompts.")
-    flags.DEFINE_bool("compare", False, "Repeat on one device of process 0 and compare.")
+    flags.DEFINE_bool("compare", False, "Repeat on one device of process 0, and compare.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -60,22 +63,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def join_processes(coordinator: str | None, processes: int | None, index: int | None) -> None:
-    """Makes one JAX run of all processes; None asks the cluster.
+    """Joins all processes into one JAX run; None asks the cluster.
 
     Raises:
-      ConfigError: they are not told apart, or do not find each other.
+      ConfigError: the processes lack distinct ids, or cannot connect.
     """
     try:
         jax.distributed.initialize(coordinator, processes, index)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"jax.distributed: {error}; try --launch=2, or give --coordinator=HOST:PORT, "
+            f"jax.distributed: {error}; use --launch=2, or pass --coordinator=HOST:PORT, "
             "--num_processes and --process_id"
         ) from error
 
 
 def start_processes(processes: int, devices: int) -> int:
-    """Starts processes of this script; returns the first exit status that is not 0."""
+    """Starts processes of this script; returns the first nonzero exit status."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -91,7 +94,7 @@ def start_processes(processes: int, devices: int) -> int:
     try:
         while all(process.poll() is None for process in started):
             time.sleep(0.1)
-        # A process that failed leaves the others waiting for it.
+        # The other processes wait for a failed one, so they are stopped.
         if any(process.poll() for process in started):
             for process in started:
                 process.terminate()
@@ -102,7 +105,7 @@ def start_processes(processes: int, devices: int) -> int:
 
 
 def run_sharded() -> tuple[np.ndarray, np.ndarray]:
-    """Logits and tokens of the whole mesh, on every process."""
+    """Computes logits and tokens on the complete mesh, on every process."""
     mesh = make_mesh(FLAGS.model_ways)
     rules = sharding.FULLY_SHARDED if FLAGS.fully_sharded else sharding.RULES
     model, params = ge.load(checkpoint(), mesh=mesh, rules=rules)
@@ -131,7 +134,7 @@ def make_mesh(model_ways: int) -> jax.sharding.Mesh:
 
 
 def forward(model: Any, params: Any) -> tuple[jax.Array, jax.Array]:
-    """Logits [rows, length, V] of random prompts, and the tokens that follow them."""
+    """Computes logits [rows, length, V] of random prompts, and the tokens that follow them."""
     rng = np.random.default_rng(FLAGS.seed)
     size = (FLAGS.rows, FLAGS.length)
     tokens = rng.integers(0, model.config.decoder.vocab_size, size, np.int32)
@@ -140,7 +143,7 @@ def forward(model: Any, params: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def report(logits: np.ndarray, tokens: np.ndarray) -> None:
-    """Prints tokens and, with --compare, what one device of this process makes of it."""
+    """Prints tokens and, with --compare, their difference from those of one device."""
     if jax.process_index():
         return
     for row in tokens:

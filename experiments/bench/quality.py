@@ -1,31 +1,32 @@
-"""Compares ways of rounding weights: ours and those of other projects, on one model and one text.
+"""Compares quantization methods, glm_edge's and other projects', on one model and text.
 
     python -m experiments.bench.quality --text=wt103_valid.txt \\
         --calibration_text=wt103_train_head.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
 
-quantizes the decoder of the shipped model with every method of `bench/peers/methods.py`, puts
-the weights that each method multiplies with into one float32 model, and scores them all by the same
-compiled program: perplexity of --text, taps on phone screens asked in writing and in speech, and
-the mean KL divergence (nats) and share of changed top-1 tokens against float32, for each
-modality (of questions: along the float32 model's own answers). Bits are those that a method stores,
-scales, zero points and headers included; "packed" says what they would be if codes were packed to
-their width, which some peers leave to their kernels. Two rows without compression show the noise.
+Quantizes the decoder of the shipped model by every method of `bench/peers/methods.py`, and loads
+each method's effective weights into one float32 model. The same compiled program scores all:
+perplexity of --text, taps on phone screens for written and spoken instructions, and, per modality,
+the mean KL divergence from float32 (nats) and the fraction of changed top-1 tokens (for questions:
+along the float32 model's answers). Bits are those that a method stores, including scales, zero
+points and headers. "packed" counts codes at their width, since some peers pack them only in their
+kernels. Two rows without compression show the noise.
 
-Everyone calibrates on the same --calibration_windows of --calibration_text, and on screens where a
-method takes inputs of layers; screens, digits, speakers and text are not those measured on. Without
---calibration_text, --text is split: a third to calibrate on, the rest to measure.
+All methods calibrate on the same --calibration_windows of --calibration_text, and on screens if the
+method accepts inputs of layers. Screens, digits, speakers and text differ from those of the
+measurement. Without --calibration_text, --text is split: a third for calibration, the rest for the
+measurement.
 
-A peer runs in a process of its own and may have its own environment:
+A peer runs in a separate process and may have its own environment:
 
     --torchao_python=/path/to/venv/bin/python --ggml_library=/path/to/libggml-base.so
 
-and is skipped, with the reason, where it is not installed: `pip install qwix`, `torchao`, `gguf`
-and a build of llama.cpp's libggml-base (llama-cpp-python holds one), `ai-edge-quantizer`,
-`gptqmodel`, `auto-round`. Results are in --out_dir, one JSON per method; a method with one is not
-run again, so an interrupted run continues where it was; delete a file to measure its row anew.
---methods='^(fp32|glm_edge|qwix)' picks rows by name; `table.md`, `report.json` and `quality.png`
-are made of all results found, and the peers are named that no row of ours matches in perplexity
-with equal or fewer packed bits.
+It is skipped with the reason if it is not installed: `pip install qwix`, `torchao`, `gguf` and a
+build of llama.cpp's libggml-base (llama-cpp-python contains one), `ai-edge-quantizer`, `gptqmodel`,
+`auto-round`. Results are in --out_dir, one JSON file per method. An interrupted run resumes, as
+finished methods are not repeated; delete a file to repeat its row.
+--methods='^(fp32|glm_edge|qwix)' selects rows by name. `table.md`, `report.json` and `quality.png`
+show all results in the directory. The script also lists the peers' rows whose perplexity no row of
+glm_edge matches with at most as many packed bits.
 """
 
 import dataclasses
@@ -72,27 +73,37 @@ PEERS = ("qwix", "ggml", "torchao", "ai_edge", "gptqmodel", "auto_round")
 def define_flags() -> None:
     """Defines this script's flags."""
     define_shared_flags()
-    flags.DEFINE_string("ggml_library", None, "libggml-base.so (dylib, dll) of llama.cpp.")
+    flags.DEFINE_string("ggml_library", None, "Path of llama.cpp's libggml-base.so (dylib, dll).")
     for peer in PEERS:
-        flags.DEFINE_string(f"{peer}_python", None, f"Interpreter with {peer}; default: this one.")
+        flags.DEFINE_string(
+            f"{peer}_python", None, f"Python interpreter with {peer}; default: this one."
+        )
 
 
 def define_shared_flags() -> None:
-    """Defines the flags of what is measured on, learned from, and chosen."""
-    flags.DEFINE_string("out_dir", None, "Directory of results, one JSON a method.", required=True)
-    flags.DEFINE_string("text", None, "UTF-8 file to measure on.", required=True)
-    flags.DEFINE_string("calibration_text", None, "UTF-8 file to calibrate on.")
-    flags.DEFINE_integer("text_tokens", 60000, "At most this many tokens are scored.", 512)
-    flags.DEFINE_integer("calibration_windows", 64, "Windows of text to calibrate on.", 8)
-    flags.DEFINE_integer("training_windows", 4800, "Windows of text for trained rows of ours.", 8)
-    flags.DEFINE_integer(
-        "calibration_screens", 32, "Screens of several questions to calibrate on.", 4
+    """Defines the flags of measurement, calibration and selection."""
+    flags.DEFINE_string(
+        "out_dir", None, "Output directory, with one JSON file per method.", required=True
     )
-    flags.DEFINE_integer("screens", 200, "Questions measured, of each kind.", 1)
-    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys.")
+    flags.DEFINE_string("text", None, "UTF-8 file for the measurement.", required=True)
+    flags.DEFINE_string("calibration_text", None, "UTF-8 file for calibration.")
+    flags.DEFINE_integer("text_tokens", 60000, "Maximum number of tokens to score.", 512)
+    flags.DEFINE_integer("calibration_windows", 64, "Number of calibration windows of text.", 8)
+    flags.DEFINE_integer(
+        "training_windows", 4800, "Number of training windows of text for trained rows.", 8
+    )
+    flags.DEFINE_integer(
+        "calibration_screens", 32, "Number of calibration screens, with several questions each.", 4
+    )
+    flags.DEFINE_integer("screens", 200, "Number of measured questions of each kind.", 1)
+    flags.DEFINE_string(
+        "digits_dir",
+        None,
+        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
+    )
     flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
-    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to measure on; default: all.")
-    flags.DEFINE_string("methods", "", "Regular expression searched in names of methods.")
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to use; default: all.")
+    flags.DEFINE_string("methods", "", "Regular expression; runs the methods whose names match.")
     flags.DEFINE_integer("seed", 0, "Seed of screens and questions.")
 
 
@@ -111,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def chosen_methods(pattern: str, methods: Sequence[Method] = METHODS) -> list[Method]:
-    """Methods whose names match, float32 always among them.
+    """Returns the methods whose names match, and always float32.
 
     Raises:
       DataError: the pattern is not a regular expression, or matches nothing.
@@ -136,10 +147,10 @@ def measure(
     """Runs methods; each row is printed and written before the next method starts.
 
     Args:
-      run: gives the row of a method, or None where it cannot be had.
+      run: function that returns the row of a method, or None if the method is not available.
       waiting: methods without a result.
-      results: folder of rows.
-      columns: that are printed.
+      results: folder of the rows.
+      columns: names of the printed columns.
     """
     for number, method in enumerate(waiting, 1):
         row = run(method)
@@ -153,7 +164,7 @@ def measure(
 
 
 def run_settings() -> dict[str, Any]:
-    """Returns the settings that all rows of a table share; text by its checksum."""
+    """Returns the settings that all rows of a table share, with a checksum of the text."""
     names = ("text_tokens", "calibration_windows", "calibration_screens", "screens", "seed")
     settings: dict[str, Any] = {name: FLAGS[name].value for name in names}
     for name in ("text", "calibration_text"):
@@ -168,7 +179,7 @@ def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
     """Returns True for a method that has a result.
 
     Raises:
-      OutputError: it has one, measured with other settings.
+      OutputError: the result was measured with different settings.
     """
     path = results / f"{slug(method)}.json"
     if not path.exists():
@@ -177,8 +188,8 @@ def finished(results: Path, method: Method, settings: dict[str, Any]) -> bool:
     if row["settings"] != settings:
         other = next(k for k in settings if row["settings"].get(k) != settings[k])
         raise OutputError(
-            f"{path}: measured with {other} {row['settings'].get(other)!r}, asked for "
-            f"{settings[other]!r}; name another --out_dir"
+            f"{path}: measured with {other} {row['settings'].get(other)!r}, requested "
+            f"{settings[other]!r}; use a different --out_dir"
         )
     return row["options"] == json.loads(as_json(method))
 
@@ -190,17 +201,17 @@ def slug(method: Method) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-    """The model, and what it is measured on and learns from.
+    """The model, and its data for measurement and calibration.
 
     Attributes:
       checkpoint: directory of the model.
-      model: of float32.
+      model: the float32 model.
       params: its parameters.
-      tokenizer: of the model.
-      learned: token ids to learn from.
-      windows: of held-out text.
-      questions: kind (`image`, `spoken`) to questions.
-      utterances: recordings to learn from.
+      tokenizer: tokenizer of the model.
+      learned: token ids of the calibration text.
+      windows: windows of held-out text.
+      questions: questions by kind (`image`, `spoken`).
+      utterances: recordings for calibration.
     """
 
     checkpoint: Path
@@ -213,18 +224,18 @@ class Gathered:
     utterances: Sequence[Any]
 
     def texts(self, count: int, size: int = 8) -> list[dict[str, Any]]:
-        """Batches of text to learn from."""
+        """Draws calibration batches of text."""
         return calibration_data.token_batches(self.learned, count, size)
 
     def screens(self, count: int) -> list[dict[str, Any]]:
-        """Batches of four screens to learn from."""
+        """Draws calibration batches of four screens."""
         return calibration_data.screen_batches(
             self.model.config, self.tokenizer, self.utterances, FLAGS.digits_dir, FLAGS.seed, count
         )
 
 
 def gather() -> Gathered:
-    """Loads the shipped model and reads what the flags name."""
+    """Loads the shipped model and reads the data that the flags name."""
     checkpoint = ge.shipped("nano")
     model, params = ge.load(checkpoint, dtype="float32")
     tokenizer = ge.load_tokenizer(checkpoint)
@@ -246,12 +257,12 @@ def gather() -> Gathered:
 
 
 class Bench:
-    """The model, its scores, and the files that peers read.
+    """The model, its scorer, and the input files of peers.
 
     Args:
-      directory: to work in.
-      settings: noted with every row.
-      chosen: methods that will run.
+      directory: working directory.
+      settings: settings that every row records.
+      chosen: methods to run.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any], chosen: Sequence[Method]):
@@ -271,7 +282,7 @@ class Bench:
         self.fp32 = self.scorer.score(self.model, self.params)["perplexity"]
 
     def run(self, method: Method) -> dict[str, Any] | None:
-        """Quantizes by a method and scores it; None, with a line, where its peer is absent."""
+        """Quantizes by a method and scores the result; returns None if the peer is absent."""
         start = time.perf_counter()
         quantized = {REFERENCE: self._reference, OURS: self._ours}.get(method.peer, self._peer)
         selected = quantized(method)
@@ -351,7 +362,7 @@ class Bench:
             return None
 
     def _write(self, texts: list[dict[str, Any]], screens: list[dict[str, Any]]) -> None:
-        """Writes weights, calibration batches and the inputs that they make, for all peers."""
+        """Writes weights, calibration batches and inputs of layers for all peers."""
         (self.work / "calibration").mkdir(parents=True, exist_ok=True)
         for index, batch in enumerate(alternate(texts, screens)):
             np.savez(self.work / "calibration" / f"{index:03d}.npz", **batch)
@@ -385,9 +396,10 @@ class Bench:
 
 
 def training_batches(data: Gathered) -> list[dict[str, Any]]:
-    """Batches of four rows: --training_windows of text, and a quarter as many batches of screens.
+    """Draws batches of four rows: --training_windows of text, and a quarter as many of screens.
 
-    Half of these are drawn and read twice, so that a fifth of all batches are screens.
+    Half of the screen batches are drawn and then used twice, so that a fifth of all batches are
+    screens.
     """
     texts = data.texts(FLAGS.training_windows // 4, 4)
     screens = data.screens(len(texts) // 8)
@@ -397,7 +409,7 @@ def training_batches(data: Gathered) -> list[dict[str, Any]]:
 def sown_inputs(
     model: Any, params: Any, batch: dict[str, Any], paths: Collection[str]
 ) -> dict[str, np.ndarray]:
-    """Rows float32 [N, in] that meet each of some matrices."""
+    """Returns the input rows float32 [N, in] of some matrices."""
     sown = boxes.path_items(_sown_inputs(model, params, batch)["inputs"])
     rows = {path.replace("/rows", "/weight").removesuffix("/0"): leaf for path, leaf in sown}
     return {path: np.asarray(rows[path], np.float32) for path in paths}
@@ -410,13 +422,13 @@ def _sown_inputs(model, params, batch):
 
 
 def alternate(first: list[Any], second: list[Any]) -> list[Any]:
-    """Takes from both lists in turn, and what is left of the longer one at the end."""
+    """Interleaves two lists, and appends the remaining items of the longer one."""
     longest = max(len(first), len(second))
     return [x for i in range(longest) for x in (*first[i : i + 1], *second[i : i + 1])]
 
 
 def rows_found(results: Path, methods: Sequence[Method]) -> list[dict[str, Any]]:
-    """Rows of the methods that have a result, in their order."""
+    """Returns the rows of the methods that have a result, in their order."""
     paths = [results / f"{slug(method)}.json" for method in methods]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
@@ -430,12 +442,15 @@ def conclude(directory: Path, results: Path) -> None:
     corpora.write_text(directory / "report.json", json.dumps(report, indent=1) + "\n", True)
     corpora.write_text(directory / "table.md", table + "\n", True)
     print(f"\n{table}\n")
-    print(f"peers that no row of ours matches at equal or fewer bits: {', '.join(ahead) or 'none'}")
+    print(
+        "peers' rows that no row of glm_edge matches at equal or fewer bits: "
+        f"{', '.join(ahead) or 'none'}"
+    )
     figure(rows, directory / "quality.png")
 
 
 def circumstances(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Describes the run behind rows: settings, commit, machine and versions, peers' included."""
+    """Describes the run of the rows: settings, commit, machine, and versions including peers'."""
     versions: dict[str, str] = {}
     for row in rows:
         versions |= row["versions"] or {}

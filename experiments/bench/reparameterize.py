@@ -2,11 +2,11 @@
 
     python -m experiments.bench.reparameterize --models=repvgg_b1,resnet_50 --out=FILE.json
 
-Each model gets random weights and statistics, in float32, one image at a time. `before` has its
-batch norms (and RepVGG its three branches), `after` is what `reparameterize` made of it. The two
-are run in turns; `speed-up` is the median of their ratios, with quartiles in the JSON file. The
-largest difference of the logits is given as a fraction of the largest logit. LiteRT's converter
-folds batch norms of constant weights by itself, but does not join branches.
+Each model has random float32 weights and statistics, and runs on one image at a time. `before` has
+batch norms (and RepVGG three branches); `after` is the result of `reparameterize`. The two
+alternate; `speed-up` is the median of their ratios, with quartiles in the JSON file. The largest
+difference of the logits is reported as a fraction of the largest logit. LiteRT's converter folds
+batch norms of constant weights itself, but does not merge branches.
 """
 
 import json
@@ -34,12 +34,12 @@ MODELS = ("repvgg_a2", "repvgg_b1", "resnet_50", "mobilenet_v1", "mobilenet_v2_1
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_list("models", list(MODELS), "Presets of glm_edge.models.cnn.")
-    flags.DEFINE_integer("rounds", 15, "Measurements of each side.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT; JAX takes the cores it is given.", 1)
+    flags.DEFINE_list("models", list(MODELS), "Presets of glm_edge.models.cnn to time.")
+    flags.DEFINE_integer("rounds", 15, "Number of measurements of each side.", 1)
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads; JAX uses all available cores.", 1)
     flags.DEFINE_integer("seed", 0, "Seed of weights and image.")
     flags.DEFINE_string("out", None, "JSON file for the results.")
-    flags.DEFINE_bool("overwrite", False, "Replace --out where it exists already.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing --out file.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -62,10 +62,10 @@ def run(config: Any, rounds: int, threads: int, seed: int) -> dict[str, Any]:
     """Measures one model before and after.
 
     Args:
-      config: of `glm_edge.models.cnn`.
-      rounds: measurements of each side.
-      threads: of LiteRT.
-      seed: of weights and image.
+      config: configuration of `glm_edge.models.cnn`.
+      rounds: number of measurements of each side.
+      threads: number of LiteRT threads.
+      seed: seed of weights and image.
 
     Returns:
       Parameters, bytes of the files, milliseconds, speed-ups with quartiles, and differences.

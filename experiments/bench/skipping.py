@@ -1,26 +1,26 @@
-"""Run-time pruning: tokens that leave early, and tokens that read only some neurons.
+"""Measures run-time pruning: early exit, skipped neurons, and dropped vision tokens.
 
     python -m experiments.bench.skipping --out_dir=out/skipping
     python -m experiments.bench.skipping --preset=full --out_dir=out/skipping --exits=2,3 \\
         --thresholds=0.5,0.8,0.9,0.95,0.99 --keep=0.8,0.5,0.25 --neuron_thresholds=0.02,0.05,0.1
 
-Early exit: after each layer of --exits the head is asked; where its largest probability reaches
-the threshold, the other layers are not run. An exit scores what it has (`exit`), or first maps it
-to what the last layer would give, by a matrix fitted on calibration screens and text (`exit+map`).
-Neurons: each token uses the --keep fraction of neurons whose gates are widest open (`keep`), or
-those within a fraction of the widest (`gate`). Vision tokens: after two layers the --vision_keep
-fraction of a screen's tokens stay, those to which the text attends most (`vision`). None trains
-anything.
+Early exit: the head runs after each layer of --exits. If its largest probability reaches the
+threshold, the remaining layers are skipped. An exit applies the head to the hidden state (`exit`),
+or first maps it to an estimate of the last layer's, by a matrix fitted on calibration screens and
+text (`exit+map`). Neurons: each token uses the --keep fraction of neurons with the largest gates
+(`keep`), or those above a fraction of the largest gate (`gate`). Vision tokens: after two layers,
+the --vision_keep fraction of a screen's tokens with the most attention from the text are kept
+(`vision`). No method is trained.
 
-Accuracy is taps in the box on unseen screens of the shipped model, or, for a checkpoint without
-vision, agreement with its own tokens. `tokens/s` is of decoding the answer to one question in one
-compiled loop, the prompt not counted; in each round all settings take turns at the same question,
-and `speed-up` compares within rounds (quartiles in brackets). `layers` is the mean a decoded token
-ran; `agreement` the share of tokens equal to the first row's.
+Accuracy is the rate of taps in the box on unseen screens, or, for a checkpoint without vision, the
+agreement with its own tokens. `tokens/s` times the answer to one question in one compiled loop,
+without the prompt. In each round all settings alternate on the same question, and `speed-up`
+compares within rounds (quartiles in brackets). `layers` is the mean number of layers per decoded
+token; `agreement` the fraction of tokens that equal the first row's.
 
-A small model gains little: in nano a layer costs about as much as asking the head. --shape=mobile
-also times the decoder of that preset with random weights (1.4 GB), where exits leave at half the
-depth (`exit`), so that its rows say what skipping can gain and nothing of accuracy.
+A small model gains little: in nano a layer costs about as much as the head. --shape=mobile also
+times the decoder of that preset with random weights (1.4 GB) and exits at half the depth (`exit`);
+its rows show the possible speed-up, not accuracy.
 
 Writes report.json, table.md, table.csv and skipping_eval.png to --out_dir.
 """
@@ -50,7 +50,7 @@ from glm_edge.cli.corpora import write_text
 from glm_edge.generate import Setting, SweepRow
 from glm_edge.tables import text_table
 
-# What the issue's claims say: speed-up and points of accuracy lost.
+# Published claims: speed-up, and points of accuracy lost.
 PUBLISHED = {
     ("exit+map", 0.95): "1.58 x at -0.4 points",
     ("keep", 0.8): "1.15 x under 1 %",
@@ -61,18 +61,26 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_enum("preset", "quick", list(skipping_eval.PRESETS), "How much is measured.")
+    flags.DEFINE_enum("preset", "quick", list(skipping_eval.PRESETS), "Size of the measurement.")
     skipping_eval.define_flags()
-    flags.DEFINE_list("exits", ["3"], "Layers after which a token may stop.")
-    flags.DEFINE_list("thresholds", ["0.5", "0.8", "0.95"], "Of the largest probability, 0 to 1.")
+    flags.DEFINE_list("exits", ["3"], "Layers after which a token may exit.")
+    flags.DEFINE_list(
+        "thresholds", ["0.5", "0.8", "0.95"], "Thresholds of the largest probability, 0 to 1."
+    )
     flags.DEFINE_list("keep", ["0.8", "0.5"], "Fractions of neurons that a token uses.")
-    flags.DEFINE_list("neuron_thresholds", ["0.05"], "Of |silu(gate)| over its largest, 0 to 1.")
-    flags.DEFINE_list("vision_keep", [], "Fractions of vision tokens that stay.")
-    flags.DEFINE_bool("maps", True, "Also fit maps for the exits.")
+    flags.DEFINE_list(
+        "neuron_thresholds",
+        ["0.05"],
+        "Thresholds of |silu(gate)| relative to its largest value, 0 to 1.",
+    )
+    flags.DEFINE_list("vision_keep", [], "Fractions of vision tokens to keep.")
+    flags.DEFINE_bool("maps", True, "Also measure exits with fitted maps.")
     flags.DEFINE_string("shape", "", "Preset to time with random weights, such as mobile.")
     flags.DEFINE_integer("seed", 0, "Seed of screens and calibration.")
-    flags.DEFINE_string("out_dir", "out", "Directory for the results; it must not hold any yet.")
-    flags.DEFINE_bool("overwrite", False, "Replace results in --out_dir.")
+    flags.DEFINE_string(
+        "out_dir", "out", "Output directory; must not contain results without --overwrite."
+    )
+    flags.DEFINE_bool("overwrite", False, "Replace existing results in --out_dir.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -153,7 +161,7 @@ def cells(row: SweepRow, first: SweepRow) -> list[str]:
 
 
 def as_csv(rows: Sequence[SweepRow]) -> str:
-    """Returns all numbers, unrounded."""
+    """Returns all values as CSV, unrounded."""
     text = io.StringIO()
     names = [field.name for field in dataclasses.fields(SweepRow)]
     writer = csv.DictWriter(text, names, lineterminator="\n")

@@ -1,26 +1,26 @@
-"""Time from a screenshot and an instruction to an action, measured and on paper.
+"""Measures and estimates the time from a screenshot and an instruction to an action.
 
     python -m experiments.bench.time_to_action --work_dir=DIR --mnn_python=PYTHON --out=FILE.json
 
-Three tables, each beside what was claimed of such models:
+Prints three tables, each compared with published claims:
 
 1. Measured: the file of --shape with random weights in LiteRT, at each of --forms. `Processor`, in
    Python on this machine, resizes and normalises a screenshot of --screen pixels, renders and
-   tokenizes a conversation of at least --text_tokens tokens beside the image, and turns the tokens
-   of the action back into text ("prepare"; the tokenizer is that of `nano`, a shape of random
-   weights having none). An image is encoded, its features and --text_tokens tokens of text go
-   through one prefill, and then --action_tokens tokens are decoded greedily, looking up and
-   choosing included; these see random pixels and tokens, whose values change no time. Left out:
-   taking the screenshot and carrying out the action.
-2. On paper: the same, without preparation, for --paper_shape on a device of --bandwidth_gbs and
-   --tops. A part takes as long as reading its bytes or doing its operations, whichever is longer,
-   at --share of the peaks. Sources of the defaults are printed beside the table; the operations are
-   an assumption.
+   tokenizes a conversation of at least --text_tokens tokens beside the image, and decodes the
+   tokens of the action to text ("prepare"; with the tokenizer of `nano`, as a shape of random
+   weights has none). An image is encoded, its features and --text_tokens tokens of text run through
+   one prefill, and then --action_tokens tokens are decoded greedily, including embedding and
+   selection. Pixels and tokens are random, since their values do not affect the time. Taking the
+   screenshot and executing the action are not included.
+2. Estimated: the same, without preparation, for --paper_shape on a device of --bandwidth_gbs and
+   --tops. A part takes as long as reading its bytes or computing its operations, whichever is
+   longer, at --share of the peaks. The sources of the defaults are printed with the table; the
+   number of operations is an assumption.
 3. Start-up, latency and size of the decoder of the `nano` preset at int8, in LiteRT and in MNN.
-   Start-up is from opening the file, which the page cache holds, to the first scores, each in a
-   new process; latency is one step behind 128 tokens. --mnn_python names an interpreter with
-   glm_edge and its extra `mnn`; where that is absent MNN is skipped, with the reason. MNN's
-   interpreter cannot write the cache where the next step reads it: its copies are not timed.
+   Start-up is the time from opening the file, which is in the page cache, to the first logits, each
+   in a new process; latency is one step at context 128. --mnn_python names an interpreter with
+   glm_edge and its extra `mnn`; without it, MNN is skipped with the reason. MNN's interpreter
+   cannot write the cache to the buffers that the next step reads; these copies are not timed.
 """
 
 import dataclasses
@@ -57,40 +57,42 @@ CLAIMED = {"LiteRT": (15.0, 28.0, 4.2), "MNN": (12.0, 22.0, 3.8)}
 PARTS = ("image", "prefill", "decode")
 TOY_VISION = VisionConfig((56, 28), 64, 2, 2, 128, 128, position_grid=(4, 2))
 STEP_CONTEXT, STEP_SLOTS, STEPS = 128, 256, 20
-# Of the defaults of --device, --bandwidth_gbs and --tops.
+# Sources of the defaults of --device, --bandwidth_gbs and --tops.
 SOURCES = (
     "76.8 GB/s: four channels of 16 bits of LPDDR5X at 4800 MHz, "
-    "https://gist.github.com/EwoutH/754fa40ad9ddc93d55084fc46569c759; "
-    "45 TOPS: an assumption, Qualcomm publishes no number, "
-    "https://runlocalai.co/hardware/snapdragon-8-gen-3 gives this one without a source"
+    "https://gist.github.com/EwoutH/754fa40ad9ddc93d55084fc46569c759; 45 TOPS: an assumption, "
+    "Qualcomm publishes no value; https://runlocalai.co/hardware/snapdragon-8-gen-3 states this "
+    "one without a source"
 )
-MNN_NOTE = "MNN: copies of its cache between steps are not in the latency"
+MNN_NOTE = "MNN: the latency excludes copies of its cache between steps"
 INSTRUCTION = "open the settings and press the button below the picture "
-# Of a number in the exported cache.
+# Bytes per value of the exported cache.
 CACHE_BYTES = 4
 
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_string("work_dir", None, "Directory for the models.", required=True)
+    flags.DEFINE_string("work_dir", None, "Working directory for the models.", required=True)
     flags.DEFINE_enum("shape", "mobile", ["mobile", "tiny", "nano", "toy"], "Measured model.")
     flags.DEFINE_list("forms", ["int8", "int4"], "Formats of the measured model.")
     flags.DEFINE_list("screen", ["2400", "1080"], "Height and width of the screenshot.")
-    flags.DEFINE_integer("text_tokens", 96, "Tokens of template and instruction.", 1)
-    flags.DEFINE_integer("action_tokens", 40, "Tokens of the action.", 1)
-    flags.DEFINE_integer("rounds", 9, "Times that each is measured, taking turns.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of the runtimes.", 1)
-    flags.DEFINE_enum("paper_shape", "phone_9b", ["phone_9b", "mobile"], "Model on paper.")
-    flags.DEFINE_string("paper_form", "int4", "Format of the model on paper.")
-    flags.DEFINE_float("bandwidth_gbs", 76.8, "Gigabytes a second of the device's memory.", 0.01)
-    flags.DEFINE_float("tops", 45.0, "Int8 operations a second of the device, in 10^12.", 0.01)
-    flags.DEFINE_list("share", ["1.0", "0.5"], "Parts of both peaks that are reached.")
-    flags.DEFINE_string("device", "Snapdragon 8 Gen 3", "Name of the device on paper.")
-    flags.DEFINE_string("sources", None, "Where --bandwidth_gbs and --tops are from.")
-    flags.DEFINE_string("mnn_python", None, "Interpreter with MNN; default: this one.")
-    flags.DEFINE_bool("keep", False, "Keep the models.")
-    flags.DEFINE_string("out", None, "JSON file for the numbers.")
-    flags.DEFINE_bool("overwrite", False, "Replace --out where it exists already.")
+    flags.DEFINE_integer("text_tokens", 96, "Number of tokens of template and instruction.", 1)
+    flags.DEFINE_integer("action_tokens", 40, "Number of tokens of the action.", 1)
+    flags.DEFINE_integer("rounds", 9, "Number of measurements of each, alternating.", 1)
+    flags.DEFINE_integer("threads", 2, "Number of threads of the runtimes.", 1)
+    flags.DEFINE_enum(
+        "paper_shape", "phone_9b", ["phone_9b", "mobile"], "Preset of the estimated model."
+    )
+    flags.DEFINE_string("paper_form", "int4", "Format of the estimated model.")
+    flags.DEFINE_float("bandwidth_gbs", 76.8, "Bandwidth of the device's memory in GB/s.", 0.01)
+    flags.DEFINE_float("tops", 45.0, "Int8 operations per second of the device, in 10^12.", 0.01)
+    flags.DEFINE_list("share", ["1.0", "0.5"], "Fractions of both peaks that are reached.")
+    flags.DEFINE_string("device", "Snapdragon 8 Gen 3", "Name of the estimated device.")
+    flags.DEFINE_string("sources", None, "Source of --bandwidth_gbs and --tops.")
+    flags.DEFINE_string("mnn_python", None, "Python interpreter with MNN; default: this one.")
+    flags.DEFINE_bool("keep", False, "Keep the model files.")
+    flags.DEFINE_string("out", None, "JSON file for the results.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing --out file.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -99,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         shares = [float(share) for share in FLAGS.share]
     except ValueError as error:
-        raise DataError(f"--share: {error}; 1.0,0.5 is right") from error
+        raise DataError(f"--share: {error}; use numbers such as 1.0,0.5") from error
     work = Path(FLAGS.work_dir).resolve()
     work.mkdir(parents=True, exist_ok=True)
     log: dict[str, Any] = {"claims_s": CLAIMS_S}
@@ -125,28 +127,28 @@ def main(argv: Sequence[str]) -> None:
 
 
 def seeing(name: str) -> GLMConfig:
-    """Returns a shape with its vision encoder and without the one of speech."""
+    """Returns a shape with its vision encoder and without its speech encoder."""
     if name == "toy":
         return dataclasses.replace(TOY, vision=TOY_VISION, image_token_id=1)
     return dataclasses.replace(preset(name), speech=None, audio_token_id=None)
 
 
 def features_of(vision: VisionConfig) -> tuple[int, int]:
-    """Patches of an image, and features that the decoder reads."""
+    """Returns the number of an image's patches, and of the features that the decoder reads."""
     rows, columns = (extent // vision.patch_stride for extent in vision.image_size)
     patches = rows * columns
     return patches, patches // vision.merge_size**2 + 2 * vision.boundary_embeddings
 
 
 def measured(work: Path) -> dict[str, Any]:
-    """Runs every format in turn; seconds of each part by format."""
+    """Runs every format in turn; returns the seconds of each part by format."""
     config = seeing(FLAGS.shape)
     features = features_of(config.vision)[1]
     prompt = features + FLAGS.text_tokens
     slots = 64 * math.ceil((prompt + FLAGS.action_tokens) / 64)
     if slots > config.decoder.max_position_embeddings:
         raise DataError(
-            f"--text_tokens, --action_tokens: {slots} tokens exceed the "
+            f"--text_tokens, --action_tokens: {slots} tokens exceed the context of "
             f"{config.decoder.max_position_embeddings} of {FLAGS.shape}"
         )
     resident, results = {}, {}
@@ -178,7 +180,7 @@ def measured(work: Path) -> dict[str, Any]:
         for form, engine in resident.items():
             results[form]["peak_rss_bytes"] = engine.peak_bytes()
     except ChildError as error:
-        raise DataError(f"LiteRT does not run {FLAGS.shape}: {error}") from error
+        raise DataError(f"LiteRT cannot run {FLAGS.shape}: {error}") from error
     finally:
         for engine in resident.values():
             engine.close()
@@ -187,13 +189,13 @@ def measured(work: Path) -> dict[str, Any]:
 
 
 def prepared(config: GLMConfig) -> dict[str, Any]:
-    """Times what comes before the file and after it.
+    """Times the steps before and after the model.
 
     Args:
-      config: of the measured model.
+      config: configuration of the measured model.
 
     Returns:
-      `prepare_s`, seconds of each round, and `prepared_tokens`, features and text together.
+      `prepare_s`, seconds of each round, and `prepared_tokens`, features and text in total.
 
     Raises:
       DataError: --screen is not a height and a width.
@@ -201,7 +203,7 @@ def prepared(config: GLMConfig) -> dict[str, Any]:
     try:
         height, width = map(int, FLAGS.screen)
     except ValueError as error:
-        raise DataError(f"--screen: {error}; 2400,1080 is right") from error
+        raise DataError(f"--screen: {error}; use height and width such as 2400,1080") from error
     processor, vision = Processor.from_checkpoint(ge.shipped("nano")), config.vision
     image = dataclasses.replace(
         processor.image,
@@ -223,7 +225,7 @@ def prepared(config: GLMConfig) -> dict[str, Any]:
         return inputs["tokens"].shape[1]
 
     words = INSTRUCTION
-    # The first calls compile, too.
+    # The first calls include compilation.
     while (tokens := prepare(words)) < features + FLAGS.text_tokens:
         words += INSTRUCTION
     seconds = [timed(lambda: prepare(words)) for _ in range(FLAGS.rounds)]
@@ -233,7 +235,7 @@ def prepared(config: GLMConfig) -> dict[str, Any]:
 def sources() -> str:
     """Names the sources of the estimated device's values."""
     named = [name for name in ("device", "bandwidth_gbs", "tops") if FLAGS[name].present]
-    return FLAGS.sources or (f"as given by --{', --'.join(named)}" if named else SOURCES)
+    return FLAGS.sources or (f"as set by --{', --'.join(named)}" if named else SOURCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,10 +243,10 @@ class Device:
     """Hardware of an estimate.
 
     Attributes:
-      name: of the device.
-      bandwidth: bytes a second of its memory, at best.
-      operations: a second, at best.
-      share: of both that is reached.
+      name: name of the device.
+      bandwidth: peak bytes per second of its memory.
+      operations: peak operations per second.
+      share: fraction of both peaks that is reached.
     """
 
     name: str
@@ -256,17 +258,17 @@ class Device:
 def paper(
     config: GLMConfig, form: str, text_tokens: int, action_tokens: int, device: Device
 ) -> dict[str, Any]:
-    """Returns bytes and operations of each part, and the seconds they take on a device.
+    """Estimates bytes and operations of each part, and their seconds on a device.
 
     Args:
-      config: of a model with a vision encoder.
-      form: of its matrices, as `Format.parse` reads it.
-      text_tokens: of template and instruction.
-      action_tokens: of the action.
-      device: that it runs on.
+      config: configuration of a model with a vision encoder.
+      form: format of its matrices, for `Format.parse`.
+      text_tokens: number of tokens of template and instruction.
+      action_tokens: number of tokens of the action.
+      device: device of the estimate.
 
     Returns:
-      Numbers of each part and the total.
+      Estimates of each part and of the total.
     """
     parsed, decoder, vision = Format.parse(form), config.decoder, config.vision
     patches, features = features_of(vision)
@@ -299,7 +301,7 @@ def paper(
             + 2 * per_feature * features
             + 4 * patches**2 * vision.hidden_size * vision.num_layers,
         ),
-        # Causal attention does half of the square; scores of the last token only.
+        # Causal attention computes half of the square; only the last token has logits.
         "prefill": (
             stored(layers) + stored(head),
             2 * size(layers) * prompt + 2 * size(head) + 2 * prompt**2 * width,
@@ -331,7 +333,7 @@ def paper(
 
 
 def runtimes(work: Path) -> dict[str, Any]:
-    """Returns start-up, latency and size of nano in LiteRT and MNN."""
+    """Measures start-up, latency and size of nano in LiteRT and MNN."""
     config = dataclasses.replace(
         preset("nano"), vision=None, speech=None, image_token_id=None, audio_token_id=None
     )
@@ -381,7 +383,7 @@ def runtimes(work: Path) -> dict[str, Any]:
 
 
 def tidy(work: Path) -> None:
-    """Removes the models, unless they are kept."""
+    """Removes the models unless --keep is set."""
     if FLAGS.keep:
         return
     for path in (*work.glob("action_*"), work / "packed"):
@@ -430,7 +432,7 @@ def show_measured(results: dict[str, Any]) -> None:
 
 
 def show_paper(results: dict[str, Any]) -> None:
-    """Prints the table on paper."""
+    """Prints the estimated table."""
     print()
     rows = [
         [
@@ -447,7 +449,7 @@ def show_paper(results: dict[str, Any]) -> None:
     rows.append(["total", "", "", "", "", shown(results["seconds"]), *verdicts(results["seconds"])])
     device = Device(**results["device"])
     title = (
-        f"on paper, {results['shape']} {results['form']}, {device.name} at {device.share:.0%} of "
+        f"estimated, {results['shape']} {results['form']}, {device.name} at {device.share:.0%} of "
         f"{1e-9 * device.bandwidth:g} GB/s and {1e-12 * device.operations:g} TOPS"
     )
     header = [title, "GB", "10^12 operations", "memory s", "arithmetic s", "s"]

@@ -1,1 +1,1 @@
-"""Pieces that several scripts share: evaluation data, figures, provenance."""
+"""Code that several scripts share: evaluation data, figures, provenance."""

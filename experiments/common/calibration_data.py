@@ -1,4 +1,4 @@
-"""Calibration batches of nano: screens asked in writing and in speech, and text."""
+"""Calibration batches for nano: screens with written and spoken questions, and text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +17,13 @@ Batch = dict[str, Any]
 
 
 def text_batches(tokenizer: Tokenizer, text: str, count: int, size: int = 8) -> list[Batch]:
-    """Cuts text into `count` batches of `size` windows each, taken evenly from it.
+    """Cuts text into `count` batches of `size` evenly spaced windows each.
 
     Args:
-      tokenizer: of the model.
-      text: to calibrate on; none of it should be evaluated on.
-      count: batches, fewer where the text is short.
-      size: windows of a batch.
+      tokenizer: tokenizer of the model.
+      text: calibration text; it should not overlap with the evaluation text.
+      count: number of batches; fewer for a short text.
+      size: windows per batch.
 
     Returns:
       Batches of `tokens` [size, WINDOW].
@@ -32,7 +32,7 @@ def text_batches(tokenizer: Tokenizer, text: str, count: int, size: int = 8) -> 
 
 
 def token_batches(ids: np.ndarray, count: int, size: int = 8) -> list[Batch]:
-    """Makes batches as `text_batches` does, from token ids; a short text repeats to fill one."""
+    """Makes batches like `text_batches` from token ids; a short text is repeated to fill one."""
     windows = np.resize(ids, (max(len(ids) // WINDOW, size), WINDOW)).astype(np.int32)
     batches = min(count, len(windows) // size)
     chosen = windows[np.linspace(0, len(windows) - 1, batches * size).astype(int)]
@@ -48,21 +48,21 @@ def screen_batches(
     count: int,
     screens: int = 4,
 ) -> list[Batch]:
-    """Draws `count` batches of screens with several questions each, all of one shape.
+    """Draws `count` batches of screens with several questions each, with equal shapes.
 
-    With recordings, every other batch shows keypads and asks half of its questions in speech.
+    With recordings, every other batch shows keypads, and half of its questions are spoken.
 
     Args:
-      config: of the model.
-      tokenizer: of the model.
+      config: configuration of the model.
+      tokenizer: tokenizer of the model.
       utterances: recordings for spoken questions; without them all questions are written.
-      digits_dir: folder of MNIST files; None takes scikit-learn's digits.
-      seed: of the calibration stream.
-      count: batches.
-      screens: rows of a batch.
+      digits_dir: folder of MNIST files; None uses scikit-learn's digits.
+      seed: seed of the calibration stream.
+      count: number of batches.
+      screens: rows per batch.
 
     Returns:
-      Batches with tokens, loss_mask, images, positions, mask, and audio where there is any.
+      Batches with tokens, loss_mask, images, positions and mask; also audio for spoken questions.
     """
     source = digits.mnist_folder(digits_dir, "train") if digits_dir else None
     drawer = generator.ScreenGenerator(source or digits.sklearn_digits("train"))
@@ -77,7 +77,7 @@ def screen_batches(
 
 
 def as_batch(drawn: dict[str, np.ndarray], layout: Layout, config: GLMConfig) -> Batch:
-    """Turns rows of questions into a calibration batch for `glm_edge.compress`."""
+    """Converts rows of questions to a calibration batch for `glm_edge.compress`."""
     rows = np.arange(len(drawn["tokens"]))[:, None, None]
     loss_mask = np.zeros(drawn["tokens"].shape, np.float32)
     np.add.at(loss_mask, (rows, drawn["slots"]), drawn["weights"])

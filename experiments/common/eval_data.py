@@ -1,4 +1,4 @@
-"""Evaluation data of the main job: screens, recordings, text, and calibration batches."""
+"""Evaluation data of the quickstart: screens, recordings, text, and calibration batches."""
 
 import dataclasses
 import functools
@@ -21,15 +21,15 @@ from glm_edge.errors import DataError, MissingExtraError
 
 @dataclasses.dataclass(frozen=True)
 class EvalData:
-    """Everything that rows of the main job's table are measured with.
+    """Data for the measurement of all rows of the quickstart's table.
 
     Attributes:
-      tokenizer: of the model, or None.
-      windows: of held-out text.
-      written: questions in writing; empty for a model without vision.
-      spoken: questions in speech; empty for a model without speech.
-      calibration: batches that pruning and healing learn from.
-      notes: what a reader should know of the choice.
+      tokenizer: tokenizer of the model, or None.
+      windows: windows of held-out text.
+      written: written questions; empty for a model without vision.
+      spoken: spoken questions; empty for a model without speech.
+      calibration: batches for pruning and healing.
+      notes: notes on the choice of data.
     """
 
     tokenizer: Tokenizer | None
@@ -55,20 +55,20 @@ def gather(
     """Draws screens, reads text and recordings, and makes calibration batches.
 
     Args:
-      config: of the model.
-      checkpoint: directory whose tokenizer.json is read.
-      text: UTF-8 file, see `split_text`.
-      digits_dir: folder of MNIST files; None takes scikit-learn's digits.
-      speech_dir: folder of spoken digits to measure on; None synthesises them, where the extra
+      config: configuration of the model.
+      checkpoint: directory with tokenizer.json.
+      text: UTF-8 file; see `split_text`.
+      digits_dir: folder of MNIST files; None uses scikit-learn's digits.
+      speech_dir: folder of spoken digits for the measurement; None synthesises them if the extra
         `speech` is installed.
-      speakers: of that folder to measure on; empty takes all.
-      screens: questions of each kind.
-      text_tokens: tokens to score at most.
-      seed: of everything drawn.
-      calibration_batches: how many.
+      speakers: speakers of that folder for the measurement; empty selects all.
+      screens: number of questions of each kind.
+      text_tokens: maximum number of tokens to score.
+      seed: seed of all random values.
+      calibration_batches: number of calibration batches.
 
     Returns:
-      The evaluation.
+      The evaluation data.
     """
     notes = []
     learned, held_out = split_text(text)
@@ -76,9 +76,11 @@ def gather(
     if os.path.lexists(checkpoint / "tokenizer.json"):
         tokenizer = ge.load_tokenizer(checkpoint)
     if tokenizer is None:
-        notes.append(f"{checkpoint} has no tokenizer.json: bytes of text are taken as token ids")
+        notes.append(f"{checkpoint} has no tokenizer.json: bytes of text are used as token ids")
         if config.decoder.vocab_size < 256:
-            raise DataError(f"{checkpoint}: no tokenizer.json, and fewer than 256 tokens for bytes")
+            raise DataError(
+                f"{checkpoint}: has no tokenizer.json, and fewer than 256 tokens, too few for bytes"
+            )
         encode: Callable[[str], np.ndarray] = _bytes_as_ids
         bytes_of_token = np.ones(config.decoder.vocab_size, np.int32)
     else:
@@ -99,18 +101,18 @@ def gather(
             config, tokenizer, learned_from, digits_dir, seed, calibration_batches
         )
     mixed = [batch for pair in _alternate(from_text, from_screens) for batch in pair]
-    # A transform that takes every n-th batch must meet all kinds.
+    # A transform that uses every n-th batch must receive all kinds.
     order = np.random.default_rng(seed).permutation(len(mixed))
     mixed = [mixed[index] for index in order]
     return EvalData(tokenizer, windows, written, spoken, mixed, notes)
 
 
 def split_text(path: str | None) -> tuple[str, str]:
-    """Returns text to calibrate on, and text to measure on.
+    """Returns the text for calibration and the text for evaluation.
 
     Args:
-      path: UTF-8 file whose first third is calibrated on and whose rest is measured; None takes
-        the two halves of CPython's help topics.
+      path: UTF-8 file, whose first third is for calibration and whose rest is for evaluation. None
+        uses the two halves of CPython's help topics.
 
     Returns:
       `(calibration, evaluation)`.
@@ -125,9 +127,9 @@ def split_text(path: str | None) -> tuple[str, str]:
 def recordings(
     folder: str | None, speakers: Sequence[str], seed: int
 ) -> tuple[list[speech.Utterance], list[speech.Utterance], list[str]]:
-    """Recordings to measure on, recordings to calibrate on, and notes; speakers are disjoint.
+    """Returns recordings for evaluation and calibration, with disjoint speakers, and notes.
 
-    Of a folder, the speakers who are not measured are calibrated on, beside synthetic voices.
+    Calibration uses the other speakers of a folder, and synthetic voices.
     """
     measured, others = split_folder(folder, speakers) if folder else ([], [])
     try:
@@ -145,7 +147,7 @@ def recordings(
 def split_folder(
     folder: str, speakers: Sequence[str]
 ) -> tuple[list[speech.Utterance], list[speech.Utterance]]:
-    """Recordings of a folder by the speakers named, or by all, and those of the others."""
+    """Returns a folder's recordings by some speakers, or by all, and those by the others."""
     recorded = speech.fsdd_folder(folder)
     if not speakers or set(speakers) == {u.speaker for u in recorded}:
         return recorded, []

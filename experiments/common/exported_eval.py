@@ -1,4 +1,4 @@
-"""Measures an exported file by running it: the last row of the main job's table."""
+"""Evaluation of an exported file by running it: the last row of the quickstart's table."""
 
 import time
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ VERIFY_ITEMS = 24
 
 
 def prefill_lengths(context: int) -> tuple[int, ...]:
-    """Lengths of the prefill signatures: one for prompts, one for whole windows of text."""
+    """Returns the prefill lengths: one for prompts, one for complete windows of text."""
     return tuple(sorted({min(128, context), min(WINDOW, context)}))
 
 
 def cache_slots(context: int) -> int:
-    """Slots that a window of text, or a prompt with its answer, needs."""
+    """Returns the number of cache slots for a window of text, or a prompt with its answer."""
     return min(WINDOW + 32, context)
 
 
 def answers(phone: Any, tokenizer: Any, items: Sequence[tap_items.Item], label: str) -> list[str]:
-    """Returns the file's answer to each item, greedily, one at a time as on a phone."""
+    """Generates the file's greedy answer to each item, one at a time as on a phone."""
     texts = []
     for item in bar(label)(items):
         generated = phone.generate(
@@ -45,9 +45,9 @@ def verification_windows(
     items: Sequence[tap_items.Item],
     texts: Sequence[str],
 ) -> list[Any]:
-    """Collects windows to verify a file on: held-out text, and answers to questions.
+    """Collects windows for the verification of a file: held-out text, and answers to questions.
 
-    Of an answer only the coordinates count: the grammar forces its other tokens.
+    Only the coordinates of an answer count, since the grammar forces its other tokens.
     """
     chosen = [
         ge.export.Window(tokens, prompt_length=len(tokens) // 2)
@@ -66,7 +66,7 @@ def verification_windows(
 
 
 def decode_latency_ms(phone: Any) -> float:
-    """Measures one decoding step of the file after a prompt: median milliseconds."""
+    """Measures the median milliseconds of one decoding step of the file after a prompt."""
     slots = phone.cache_slots
     tokens = np.zeros(slots - DECODE_STEPS, np.int32)
     _, cache = phone.extend(phone.embed(tokens), 0, phone.empty_cache())

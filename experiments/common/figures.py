@@ -1,8 +1,8 @@
-"""Figures of the scripts.
+"""Draws the figures of the scripts.
 
     python -m experiments.common.figures
 
-draws README's picture, `experiments/results/headline.png`, from the committed logs.
+Draws README's picture, `experiments/results/headline.png`, from the committed logs, in seconds.
 """
 
 import csv
@@ -19,7 +19,7 @@ from glm_edge.errors import require
 FLAGS = flags.FLAGS
 RESULTS = Path(__file__).parents[1] / "results"
 PEERS = {"llama.cpp": "^", "gptqmodel": "s", "qwix": "D", "torchao": "v", "ai-edge": "x"}
-# Engines of README's picture: ours, and llama.cpp's where it has such a format.
+# Engines of README's picture: glm_edge's, and llama.cpp's with a similar format.
 DECODED = {
     "int8": ("LiteRT int8", "llama.cpp Q8_0"),
     "int4,\nper channel": ("LiteRT int4", None),
@@ -29,11 +29,11 @@ DECODED = {
 
 
 def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws what each stage of compression kept against what it weighs.
+    """Draws the quality of each compression stage against its size.
 
     Args:
-      rows: of the main job's report.
-      path: PNG file to write.
+      rows: rows of the quickstart's report.
+      path: path of the PNG file.
     """
     matplotlib = require("matplotlib", extra="plot")
     matplotlib.use("Agg")
@@ -61,11 +61,11 @@ def pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def training_curve(stages: Sequence[Path], path: Path) -> None:
-    """Draws what training measured on held-out data, one panel a stage.
+    """Draws the training curves on held-out data, with one panel per stage.
 
     Args:
-      stages: CSV files of the stages: step, minutes, name, value.
-      path: PNG file to write.
+      stages: CSV files of the stages with step, minutes, name, value.
+      path: path of the PNG file.
     """
     matplotlib = require("matplotlib", extra="plot")
     matplotlib.use("Agg")
@@ -88,11 +88,11 @@ def training_curve(stages: Sequence[Path], path: Path) -> None:
 
 
 def skipping_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws accuracy and tokens per second of each way of skipping against its threshold.
+    """Draws accuracy and tokens per second of each skipping method against its threshold.
 
     Args:
-      rows: of `experiments.bench.skipping`; the first skips nothing.
-      path: PNG file to write.
+      rows: rows of `experiments.bench.skipping`; the first is without skipping.
+      path: path of the PNG file.
     """
     matplotlib = require("matplotlib", extra="plot")
     matplotlib.use("Agg")
@@ -126,7 +126,7 @@ MARKERS = {"tap_in_box_text": "o", "tap_in_box_speech": "s"}
 def _stages(
     axis: Any, rows: Sequence[dict[str, Any]], names: dict[str, str], lower_is_better: bool
 ) -> None:
-    """Draws a point for each stage, the front of those that no other beats, and labels apart."""
+    """Draws one point per stage, the Pareto front, and separated labels."""
     points: list[tuple[float, float, str]] = []
     for name, label in names.items():
         scored = [row for row in rows if row[name] is not None]
@@ -136,7 +136,7 @@ def _stages(
         axis.plot(*zip(*edge, strict=True), "-", color=drawn[0].get_color(), alpha=0.4)
         points += [(*at, row["stage"]) for at, row in zip(measured, scored, strict=True)]
     widest = max(size for size, _, _ in points)
-    # Room for words to the right of the largest model.
+    # Space for labels to the right of the largest model.
     axis.set_xlim(0, 1.35 * widest)
     axis.margins(y=0.2)
     low, high = axis.get_ylim()
@@ -155,14 +155,14 @@ def _stages(
 def front(
     points: Sequence[tuple[float, float]], lower_is_better: bool
 ) -> list[tuple[float, float]]:
-    """Finds the Pareto front: points that none of at most their size is better than.
+    """Finds the Pareto front: points for which no smaller or equal one has a better value.
 
     Args:
-      points: `(size, value)`.
-      lower_is_better: of two values the better one is the lower.
+      points: pairs `(size, value)`.
+      lower_is_better: whether a lower value is better.
 
     Returns:
-      Those of the front, from the smallest to the largest.
+      The points of the front in ascending order of size.
     """
     sign = 1 if lower_is_better else -1
     edge: list[tuple[float, float]] = []
@@ -178,12 +178,12 @@ def label_heights(
     """Finds heights at which the labels of points do not overlap.
 
     Args:
-      points: `(x, y, label)`; a label stands to the right of its point.
-      width: of the axis, in units of x.
-      height: of the axis, in units of y.
+      points: triples `(x, y, label)`; a label is to the right of its point.
+      width: width of the axis, in units of x.
+      height: height of the axis, in units of y.
 
     Returns:
-      A height for each label, its point's own where that is free.
+      One height per label, that of its point if it is free.
     """
     letter, line = width / 50, height / 16
     taken: list[tuple[float, float, float]] = []
@@ -204,7 +204,7 @@ def headline(quality: dict[str, Any], speed: dict[str, Any], path: Path) -> None
     Args:
       quality: log of `experiments.bench.quality`.
       speed: log of `experiments.bench.export`.
-      path: PNG file to write.
+      path: path of the PNG file.
     """
     figure = require("matplotlib.figure", extra="plot").Figure((9.0, 3.2), layout="constrained")
     accuracy, speeds = figure.subplots(1, 2)
@@ -242,7 +242,7 @@ def headline(quality: dict[str, Any], speed: dict[str, Any], path: Path) -> None
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_string("out", str(RESULTS / "headline.png"), "PNG file to write.")
+    flags.DEFINE_string("out", str(RESULTS / "headline.png"), "PNG file for the figure.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The record of a run: its command, commit, machine and versions, stored beside its numbers."""
+"""The record of a run: its command, commit, machine and versions, stored with its results."""
 
 import importlib.metadata
 import os
@@ -27,10 +27,10 @@ def provenance_of(
 
     Args:
       script: module of `experiments`, such as `bench.export`.
-      names: flags that change the numbers; those that are None are left off the command.
-      placeholders: further flags as a reader should spell them, such as `--work_dir=DIR`, so that
-        no path of this machine enters the log.
-      versions: of packages that another environment has.
+      names: flags that affect the results; flags that are None are omitted from the command.
+      placeholders: further flags with placeholders, such as `--work_dir=DIR`, so that the log
+        contains no path of this machine.
+      versions: versions of packages in other environments.
 
     Returns:
       Command, commit, machine, processor, memory, load average and versions.
@@ -44,12 +44,12 @@ def provenance_of(
 
 
 def command_of(script: str, names: Sequence[str] = (), placeholders: Sequence[str] = ()) -> str:
-    """Spells the command that repeats this run.
+    """Returns the command that repeats this run.
 
     Args:
       script: module of `experiments`.
-      names: flags that change the numbers.
-      placeholders: further flags, spelled out.
+      names: flags that affect the results.
+      placeholders: further flags with placeholders.
     """
     values = {name: FLAGS[name].value for name in names}
     spelled = [
@@ -61,16 +61,16 @@ def command_of(script: str, names: Sequence[str] = (), placeholders: Sequence[st
 
 
 def peers_of(names: Sequence[str]) -> list[str]:
-    """Lists the flags of the peers whose interpreters this run was told.
+    """Lists the flags of the peers whose interpreters this run received.
 
     Args:
-      names: peers; the interpreter of `llama` is the flag `llama_python`.
+      names: names of peers; the interpreter flag of `llama` is `llama_python`.
     """
     return [f"--{name}_python=PYTHON" for name in names if FLAGS[f"{name}_python"].value]
 
 
 def machine() -> dict[str, Any]:
-    """Describes the machine: system, cores, processor, memory, and its load now."""
+    """Describes the machine: system, cores, processor, memory, and current load."""
     return {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "processor": processor(),
@@ -80,7 +80,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Returns the processor's model name, or its architecture where Linux gives no name."""
+    """Returns the processor's model name, or its architecture if Linux has no name."""
     if CPU_INFO.exists():
         for line in CPU_INFO.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -89,7 +89,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """Returns the commit of the checkout that this file is in, or None without git."""
+    """Returns the commit of this file's checkout, or None without git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -99,10 +99,10 @@ def commit() -> str | None:
 
 
 def versions_of(packages: Sequence[str]) -> dict[str, str]:
-    """Returns the versions of those packages that are installed.
+    """Returns the versions of the installed packages.
 
     Args:
-      packages: distribution names.
+      packages: names of distributions.
     """
     versions = {}
     for package in packages:

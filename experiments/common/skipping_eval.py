@@ -38,24 +38,30 @@ flags.disclaim_key_flags()
 
 
 def define_flags() -> None:
-    """Defines the flags that name a model, and how much of it is measured."""
+    """Defines the flags of the model and of the size of the measurement."""
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
-    flags.DEFINE_integer("screens", None, "Questions; default: the preset's.", 1)
-    flags.DEFINE_integer("rounds", None, "In which settings take turns; default: the preset's.", 1)
-    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
+    flags.DEFINE_integer("screens", None, "Number of questions; default: the preset's.", 1)
+    flags.DEFINE_integer(
+        "rounds", None, "Number of rounds in which settings alternate; default: the preset's.", 1
+    )
+    flags.DEFINE_string(
+        "digits_dir",
+        None,
+        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
+    )
 
 
 def size() -> dict[str, int]:
-    """Returns the numbers of questions, rounds and batches, by preset or flags."""
+    """Returns the numbers of questions, rounds and batches, from preset or flags."""
     preset = dict(PRESETS[FLAGS.preset])
     return preset | {n: v for n in ("screens", "rounds") if (v := FLAGS[n].value) is not None}
 
 
 def floats(name: str) -> list[float]:
-    """Numbers of a flag that lists some.
+    """Parses a flag with a list of numbers.
 
     Raises:
-      DataError: one is none.
+      DataError: an item is not a number.
     """
     try:
         return [float(value) for value in FLAGS[name].value or () if value]
@@ -70,7 +76,7 @@ def opened() -> tuple[MultimodalGLM, Any, Tokenizer]:
 
 
 def run(model: Any, tokenizer: Tokenizer, settings: Sequence[Setting]) -> list[SweepRow]:
-    """Asks a model the same questions in every setting, and times the settings in turn."""
+    """Runs the same questions in every setting, and times the settings alternately."""
     amount = size()
     questions, score = questions_of(
         model, tokenizer, amount["screens"], FLAGS.seed, FLAGS.digits_dir
@@ -94,9 +100,9 @@ def exit_settings(
     Args:
       model: the model.
       params: its parameters.
-      after: layers after which a token may stop; none gives no setting.
-      thresholds: of the largest probability.
-      maps: from `fit_exits`; with them the settings are called `exit+map`.
+      after: layers after which a token may exit; without layers there is no setting.
+      thresholds: thresholds of the largest probability.
+      maps: maps from `fit_exits`; settings with maps are named `exit+map`.
 
     Returns:
       The settings.
@@ -111,7 +117,7 @@ def exit_settings(
 def neuron_settings(
     model: Any, params: Any, keep: Sequence[float], thresholds: Sequence[float] = ()
 ) -> list[Setting]:
-    """Neurons skipped by fractions that are kept (`keep`) and by thresholds of gates (`gate`)."""
+    """Makes settings of neuron skipping by kept fraction (`keep`) and gate threshold (`gate`)."""
     shares = [
         Setting(f"keep {value:g}", skip_neurons(model, params, value), None, value)
         for value in keep
@@ -123,7 +129,7 @@ def neuron_settings(
 
 
 def vision_settings(model: Any, params: Any, keep: Sequence[float]) -> list[Setting]:
-    """Fractions of an image's tokens that stay, by what attention the text pays them."""
+    """Makes settings that keep fractions of an image's tokens, by the text's attention."""
     return [
         Setting(f"vision {value:g}", params, None, value, drop_vision_tokens(model, value))
         for value in keep
@@ -133,7 +139,7 @@ def vision_settings(model: Any, params: Any, keep: Sequence[float]) -> list[Sett
 def fitted_maps(
     model: Any, params: Any, tokenizer: Tokenizer, after: Sequence[int]
 ) -> dict[str, dict[str, jax.Array]]:
-    """Maps for exits, fitted on text and, where the model sees, on screens."""
+    """Fits maps for exits on text and, for a model with vision, on screens."""
     count = size()["batches"]
     data = calibration_data.text_batches(tokenizer, eval_data.split_text(None)[0], count)
     if model.config.vision is not None:
@@ -147,13 +153,14 @@ def questions_of(
 ) -> tuple[list[dict[str, Any]], Any]:
     """Returns questions in batches, and the function that scores the answers to them.
 
-    Answers are scored by taps in the box; those of a model without vision by the share of tokens
-    that equal the ones it gave in the first setting.
+    The score is taps in the box, or, for a model without vision, the fraction of tokens that equal
+    those of the first setting.
     """
     if model.config.vision is not None:
         items = tap_items.draw_items(count, seed, digits_dir)
         batches = list(tap_items.prompt_batches(items, model.config, tokenizer))
-        # All are written: a single row must not bring a recording that its prompt has no place for.
+        # All questions are written: a row must not have a recording without a placeholder in its
+        # prompt.
         batches = [{**batch, "audio": None} for batch in batches]
 
         def taps(answers: Sequence[np.ndarray]) -> float:
@@ -183,16 +190,16 @@ def half_depth(model: Any, params: Any) -> list[Setting]:
 def time_shape(
     name: str, rounds: int, seed: int, settings: Callable[[Any, Any], list[Setting]]
 ) -> list[SweepRow]:
-    """Times the decoder of a preset with random weights: all of it, then in other settings.
+    """Times the decoder of a preset with random weights, complete and in other settings.
 
     Args:
-      name: of the preset.
-      rounds: in which settings take turns.
-      seed: of the weights.
-      settings: the others, of a model and its parameters.
+      name: name of the preset.
+      rounds: number of rounds in which settings alternate.
+      seed: seed of the weights.
+      settings: function from a model and its parameters to the other settings.
 
     Returns:
-      Rows, whose accuracy says nothing.
+      Rows, whose accuracy has no meaning.
     """
     model = MultimodalGLM(text_only(configs.preset(name)))
     tokens = np.arange(PROMPT_TOKENS, dtype=np.int32)[None]

@@ -1,4 +1,4 @@
-"""The exam of a checkpoint: taps on unseen screens."""
+"""Evaluation of a checkpoint on phone screens: taps on unseen screens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +18,14 @@ ANSWER_TOKENS = 12
 def answers(
     model: MultimodalGLM, params: Any, tokenizer: Tokenizer, items: Sequence[Item], progress=iter
 ) -> list[str]:
-    """Generates the model's answer to each item, greedily.
+    """Generates the model's greedy answer to each item.
 
     Args:
-      model: with vision, and speech when questions are spoken.
+      model: model with vision, and with speech for spoken questions.
       params: its parameters.
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       items: the questions.
-      progress: wraps the iterator of batches, such as a progress bar.
+      progress: function that wraps the iterator of batches, such as a progress bar.
 
     Returns:
       Answers as text, up to the stop token.
@@ -50,6 +50,6 @@ def outcomes(items: Sequence[Item], texts: Sequence[str]) -> dict[str, metrics.R
 
 
 def hits(items: Sequence[Item], texts: Sequence[str]) -> list[float]:
-    """Returns 1.0 for each tap that falls in its box and 0.0 for others."""
+    """Returns 1.0 for each tap inside its box, 0.0 for others."""
     judged = [metrics.judge(i.question, text) for i, text in zip(items, texts, strict=True)]
     return [float(outcome.in_box) for outcome in judged if outcome.in_box is not None]

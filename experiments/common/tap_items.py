@@ -23,7 +23,7 @@ BATCH = 32
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question about one screen, with the recording when it is spoken."""
+    """One question about one screen, with a recording if it is spoken."""
 
     image: np.ndarray
     question: instructions.Question
@@ -37,14 +37,14 @@ def draw_items(
     utterances: Sequence[speech.Utterance] = (),
     split: str = "eval",
 ) -> list[Item]:
-    """Draws one question about each of `count` screens.
+    """Draws one question for each of `count` screens.
 
     Args:
-      count: questions.
-      seed: of screens and questions; the split's stream is disjoint from the others'.
-      digits_dir: folder of MNIST files for the keys; None takes scikit-learn's digits.
-      utterances: recordings; when given, all questions are spoken ones.
-      split: `eval`, or `calibration`.
+      count: number of questions.
+      seed: seed of screens and questions; the split's stream is disjoint from other splits.
+      digits_dir: folder of MNIST files for the keys; None uses scikit-learn's digits.
+      utterances: recordings; if set, all questions are spoken.
+      split: `eval` or `calibration`.
 
     Returns:
       The items.
@@ -71,15 +71,15 @@ def draw_items(
 
 
 def ablate(items: Sequence[Item], ablation: str) -> list[Item]:
-    """Takes away what the answer should depend on.
+    """Removes inputs on which the answer should depend.
 
     Args:
       items: the questions.
-      ablation: `none`, `blank_images`, `shuffled_images` (each question sees the next one's
-        screen), or `blank_audio`.
+      ablation: `none`, `blank_images`, `shuffled_images` (each question gets the screen of the next
+        one), or `blank_audio`.
 
     Returns:
-      Items with the same questions.
+      Items with the same questions and changed inputs.
     """
     if ablation == "blank_images":
         return [dataclasses.replace(i, image=np.full_like(i.image, 0.5)) for i in items]
@@ -107,11 +107,11 @@ def prompt(item: Item, config: GLMConfig, tokenizer: Tokenizer) -> dict[str, Any
 def prompt_batches(
     items: Sequence[Item], config: GLMConfig, tokenizer: Tokenizer, batch: int = BATCH
 ) -> Iterator[dict[str, Any]]:
-    """Yields prompts of `batch` items, padded on the left to one length for all.
+    """Yields prompts of `batch` items, left-padded to one length.
 
     Returns:
-      Dictionaries of tokens [B, T], valid [B, T], images, and audio for a model with speech.
-      The last batch repeats its last item up to the full size.
+      Dictionaries of tokens [B, T], valid [B, T], images, and audio for a model with speech. The
+      last batch repeats its last item to reach the full size.
     """
     audio_tokens = config.speech.num_tokens if config.speech is not None else 0
     prompts = [

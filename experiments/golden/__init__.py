@@ -1,1 +1,1 @@
-"""Reference cases: what a model computes, under the names of the reference implementation."""
+"""Reference cases: outputs of models under the names of the reference implementation."""

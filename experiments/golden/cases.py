@@ -1,4 +1,4 @@
-"""Folders of reference cases: a checkpoint, inputs, outputs and the reference's own noise."""
+"""Folders of reference cases: a checkpoint, inputs, outputs and the reference's rounding noise."""
 
 import json
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Case:
-    """One folder.
+    """One reference case.
 
     Attributes:
-      folder: of the case.
-      meta: its meta.json.
-      inputs: arrays by subcase and name.
-      outputs: as `inputs`.
+      folder: folder of the case.
+      meta: content of its meta.json.
+      inputs: input arrays by subcase and name.
+      outputs: output arrays by subcase and name.
     """
 
     folder: Path
@@ -32,11 +32,11 @@ class Case:
 
     @property
     def has_model(self) -> bool:
-        """True with a checkpoint, False for inputs and outputs of a processor."""
+        """True for a case with a checkpoint, False for a processor's inputs and outputs."""
         return (self.folder / "config.json").is_file()
 
     def tolerance(self, output: str) -> float:
-        """Returns the tolerance: 1e-4 and ten times the reference's rounding noise."""
+        """Returns the tolerance: 1e-4 plus ten times the reference's rounding noise."""
         noise = self.meta.get("fp32_vs_fp64_max_abs", {})
         key = output if output in noise else output.replace("greedy_logits", "logits")
         return ABSOLUTE + NOISE_FACTOR * float(noise.get(key, 0.0))
@@ -46,7 +46,7 @@ def read_case(folder: Path) -> Case:
     """Reads a case.
 
     Args:
-      folder: with inputs.npz, outputs.npz and meta.json.
+      folder: folder with inputs.npz, outputs.npz and meta.json.
 
     Returns:
       The case.
@@ -69,16 +69,16 @@ def read_case(folder: Path) -> Case:
 
 
 def find_cases(folder: Path) -> list[Path]:
-    """Folders of cases under a folder, or the folder itself when it is one.
+    """Finds the folders of cases under a folder, or the folder itself if it is a case.
 
     Raises:
-      DataError: there is none.
+      DataError: there is no case.
     """
     if (folder / "outputs.npz").is_file():
         return [folder]
     folders = sorted(path.parent for path in folder.glob("*/outputs.npz"))
     if not folders:
-        raise DataError(f"{folder}: holds no folder with outputs.npz, inputs.npz and meta.json")
+        raise DataError(f"{folder}: contains no folder with outputs.npz, inputs.npz and meta.json")
     return folders
 
 

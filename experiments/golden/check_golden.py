@@ -1,14 +1,14 @@
-"""Compares models with reference outputs stored beside their checkpoints, one row a case.
+"""Compares models with reference outputs stored beside their checkpoints, one row per case.
 
     python -m experiments.golden.check_golden --dir=DIR
 
-DIR holds one folder a case: a Hugging Face directory with inputs.npz, outputs.npz and meta.json
-(or these three alone, for a processor). Logits, hidden states and features of encoders must lie
-within 1e-4 and ten times the reference's own rounding noise, as meta.json gives it for every
-output; greedy tokens must be equal, both through whole forward passes and through the cached
-`generate`. Without the flag, the environment variable GLM_EDGE_GOLDEN names the folder.
+DIR contains one folder per case: a Hugging Face directory with inputs.npz, outputs.npz and
+meta.json (or only these three, for a processor). Logits, hidden states and encoder features must
+agree within 1e-4 plus ten times the reference's rounding noise, which meta.json states per output.
+Greedy tokens must be equal, both in complete forward passes and in the cached `generate`. The
+default of --dir is the environment variable GLM_EDGE_GOLDEN. A case takes seconds.
 
-Exit status: 0 when every case passes, 1 when an output is off, 2 without a case.
+Exit status: 0 if every case passes, 1 if an output differs, 2 without a case.
 """
 
 import os
@@ -29,10 +29,10 @@ from glm_edge.errors import DataError, GlmEdgeError
 DIR = flags.DEFINE_string(
     "dir",
     os.environ.get("GLM_EDGE_GOLDEN") or "../shared/golden",
-    "Folder with one folder a case, or a case.",
+    "Folder with one folder per case, or folder of one case.",
 )
-CASES = flags.DEFINE_list("cases", None, "Names of the cases to run; all without it.")
-VERBOSE = flags.DEFINE_bool("verbose", False, "Also print a row for every output.")
+CASES = flags.DEFINE_list("cases", None, "Names of the cases to run; default: all.")
+VERBOSE = flags.DEFINE_bool("verbose", False, "Also print one row per output.")
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Row:
 
     Attributes:
       name: `<subcase>.<output>`.
-      error: largest absolute difference, or number of integers that differ.
-      tolerance: largest allowed.
+      error: largest absolute difference, or number of different integers.
+      tolerance: largest allowed error.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """True within the tolerance; a NaN fails."""
+        """True if the error is within the tolerance; a NaN fails."""
         return self.error <= self.tolerance
 
 
@@ -61,8 +61,8 @@ class Report:
 
     Attributes:
       case: name of the folder.
-      rows: outputs that were compared.
-      unclear: outputs of the case that no model here has under that name.
+      rows: compared outputs.
+      unclear: outputs of the case whose names no model of glm_edge has.
     """
 
     case: str
@@ -71,11 +71,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """True when something was compared and all of it is within its tolerance."""
+        """True if at least one output was compared and all are within their tolerances."""
         return bool(self.rows) and all(row.passed for row in self.rows)
 
     def of(self, *outputs: str, others: bool = False) -> list[Row]:
-        """Rows of the named outputs, or of all others."""
+        """Returns the rows of the named outputs, or of all others."""
         return [row for row in self.rows if (row.name.partition(".")[2] in outputs) != others]
 
 
@@ -83,10 +83,10 @@ def compare(folder: Path) -> Report:
     """Runs one case.
 
     Args:
-      folder: of the case.
+      folder: folder of the case.
 
     Returns:
-      The compared outputs.
+      The comparison of its outputs.
 
     Raises:
       DataError: the folder is not a case.
@@ -120,7 +120,8 @@ def _row(
     label = f"{subcase}.{name}"
     if computed.shape != expected.shape:
         raise DataError(
-            f"{case.folder}: {label} has shape {expected.shape}, the model gives {computed.shape}"
+            f"{case.folder}: {label} has shape {expected.shape}, but the model returns "
+            f"{computed.shape}"
         )
     valid = inputs.get("attention_mask")
     if valid is not None and "greedy" not in name:
@@ -161,11 +162,13 @@ def _print(report: Report) -> None:
             verdict = "ok" if row.passed else "OFF"
             print(f"  {row.name:<40} {row.error:>10.3e} {row.tolerance:>10.3e}  {verdict}")
     if report.unclear:
-        print(f"  not compared, since no output here has the name: {', '.join(report.unclear)}")
+        print(
+            f"  not compared, as glm_edge has no output with this name: {', '.join(report.unclear)}"
+        )
 
 
 def main(_: list[str]) -> None:
-    """Prints the table; exits with 1 when an output is off, with 2 when there is no case."""
+    """Prints the table; exits with 1 if an output differs, with 2 without a case."""
     try:
         folders = find_cases(Path(DIR.value))
         if CASES.value:
@@ -182,7 +185,7 @@ def main(_: list[str]) -> None:
         try:
             report = compare(folder)
         except GlmEdgeError as error:
-            print(f"{folder.name:<18} cannot be run: {error}")
+            print(f"{folder.name:<18} cannot run: {error}")
             failed.append(folder.name)
             continue
         _print(report)

@@ -2,11 +2,10 @@
 
     python -m experiments.golden.make_checkpoint --shape=glm_edge_1_5b --out=DIR
 
-The directory is laid out as on the Hugging Face hub (config.json, an index, shards of at most
---shard_gb), so that loading can be measured where the published weights are not at hand. Matrices
-and biases are drawn from normal(0, 0.02), norms from normal(1, 0.02). A tensor's values depend on
---seed and its place in the model alone, not on --shard_gb. Memory stays small: values are drawn
-and written in blocks.
+The directory has the layout of the Hugging Face hub (config.json, an index, shards of at most
+--shard_gb), so that loading can be measured without the published weights. Matrices and biases are
+drawn from normal(0, 0.02), norms from normal(1, 0.02). A tensor's values depend only on --seed and
+its name, not on --shard_gb. Values are drawn and written in blocks, which needs little memory.
 """
 
 import json
@@ -103,11 +102,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 def define_flags() -> None:
     """Defines this script's flags; other scripts import the functions without them."""
-    flags.DEFINE_enum("shape", "glm_edge_1_5b", list(CONFIGS), "Published model to imitate.")
-    flags.DEFINE_string("out", None, "Directory to create.", required=True)
-    flags.DEFINE_float("shard_gb", 2.0, "Size of a shard in GB (1e9 bytes), at most.", 1e-3)
+    flags.DEFINE_enum(
+        "shape", "glm_edge_1_5b", list(CONFIGS), "Published model whose shapes are used."
+    )
+    flags.DEFINE_string("out", None, "Output directory.", required=True)
+    flags.DEFINE_float("shard_gb", 2.0, "Maximum size of a shard in GB (1e9 bytes).", 1e-3)
     flags.DEFINE_integer("seed", 0, "Seed of the values.", 0)
-    flags.DEFINE_bool("overwrite", False, "Replace a checkpoint that is there already.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing checkpoint.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -122,10 +123,10 @@ def write(
 
     Args:
       config: fields of config.json.
-      out: directory to create.
-      shard_bytes: size of a shard at most, unless a single tensor is larger.
-      seed: of the values.
-      overwrite: replaces a checkpoint that is there already.
+      out: output directory.
+      shard_bytes: maximum size of a shard, unless a single tensor is larger.
+      seed: seed of the values.
+      overwrite: whether to replace an existing checkpoint.
 
     Returns:
       The directory.
@@ -158,13 +159,13 @@ def write(
 
 
 def tensor_shapes(config: dict[str, Any]) -> Shapes:
-    """Names and shapes of a `glm` or `glm4` decoder's tensors, as published.
+    """Lists names and shapes of a `glm` or `glm4` decoder's tensors, as published.
 
     Args:
       config: fields of config.json.
 
     Returns:
-      Tensor name to shape. A tied head is not stored.
+      Shape by tensor name. A tied head is not stored.
     """
     width, neurons, vocab = (
         config[field] for field in ("hidden_size", "intermediate_size", "vocab_size")
@@ -195,7 +196,7 @@ def tensor_shapes(config: dict[str, Any]) -> Shapes:
 
 
 def split(shapes: Shapes, shard_bytes: float) -> list[list[str]]:
-    """Parts tensors, in order, into shards of at most `shard_bytes` or of one tensor."""
+    """Splits tensors, in order, into shards of at most `shard_bytes` or of one tensor."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -211,12 +212,12 @@ def values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Itera
     """Draws a tensor's values in blocks.
 
     Args:
-      name: of the tensor; those of norms are around 1.
-      shape: of the tensor.
-      rng: source of the values.
+      name: name of the tensor; values of norms are around 1.
+      shape: shape of the tensor.
+      rng: random generator.
 
     Yields:
-      Flat bfloat16 arrays that follow each other.
+      Consecutive flat bfloat16 arrays.
     """
     count = math.prod(shape)
     mean = 1.0 if "norm" in name else 0.0

@@ -1,12 +1,12 @@
-"""Makes reference cases for `check_golden`: small models computed by transformers.
+"""Makes reference cases for `check_golden`: outputs of small models in transformers.
 
     python -m experiments.golden.make_golden --out_dir=DIR
 
-Every case is a folder with a Hugging Face directory of random weights, inputs, and what
-transformers computes from them: hidden states, features, logits and 16 greedy tokens without a
-stop token, where the best token leads by at least 0.02. Hyperparameters, files (type of the
-weights, shards, dialects of names) and config.json (versions 4 and 5, fields left out) are drawn
-at random, one draw a case. Needs torch and transformers.
+Every case is a folder with a Hugging Face directory of random weights, inputs, and transformers'
+outputs: hidden states, features, logits and 16 greedy tokens without a stop token, each with a
+margin of at least 0.02 over the second token. Hyperparameters, files (type of the weights, shards,
+dialects of names) and config.json (versions 4 and 5, omitted fields) are drawn at random, once per
+case. Needs torch and transformers.
 """
 
 import importlib
@@ -35,21 +35,21 @@ MEMBERS = DECODERS | ENCODERS
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_string("out_dir", None, "Folder to make, one folder in it a case.", required=True)
+    flags.DEFINE_string("out_dir", None, "Output folder, with one folder per case.", required=True)
     flags.DEFINE_integer("seed", 0, "Seed of hyperparameters, weights and inputs.")
-    flags.DEFINE_integer("cases", 1, "Cases of each member.", 1)
-    flags.DEFINE_list("members", list(MEMBERS), "Members of the family.")
-    flags.DEFINE_bool("tiny", False, "Make the one smallest case of each member.")
+    flags.DEFINE_integer("cases", 1, "Number of cases per member.", 1)
+    flags.DEFINE_list("members", list(MEMBERS), "Members of the family to make cases for.")
+    flags.DEFINE_bool("tiny", False, "Make only the smallest case of each member.")
 
 
 def main(argv: Sequence[str]) -> None:
     refuse_arguments(argv)
     unknown = sorted(set(FLAGS.members) - set(MEMBERS))
     if unknown:
-        raise DataError(f"--members: {unknown[0]!r} is unknown; known: {', '.join(MEMBERS)}")
+        raise DataError(f"--members: unknown member {unknown[0]!r}; known: {', '.join(MEMBERS)}")
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
-            raise DataError(f"{package} is not installed; reference cases are computed with it")
+            raise DataError(f"{package} is not installed; install it to compute reference cases")
     messages = importlib.import_module("transformers").utils.logging
     messages.disable_progress_bar()
     messages.set_verbosity_error()
@@ -66,28 +66,28 @@ def make_case(drawn: Plan, folder: Path, rng: np.random.Generator) -> None:
     """Writes one case.
 
     Args:
-      drawn: model and subcases.
-      folder: empty.
-      rng: for weights and inputs.
+      drawn: drawn model and subcases.
+      folder: empty folder.
+      rng: random generator of weights and inputs.
 
     Raises:
-      DataError: no inputs were found whose greedy tokens are clear.
+      DataError: no drawn inputs have greedy tokens with a clear margin.
     """
-    # Imported here, since they need torch.
+    # Imported late, since they need torch.
     import torch
     import transformers
 
     from experiments.golden import reference
     from experiments.golden.reference_files import write_checkpoint
 
-    # Models this small are slower on several threads.
+    # Small models are slower on several threads.
     torch.set_num_threads(1)
     model = write_checkpoint(drawn, folder, rng)
     inputs, outputs, noise, margins = {}, {}, {}, []
     for subcase, rows in drawn.subcases.items():
         drawn_inputs = draw_inputs(drawn, subcase, rng)
         results = {}
-        # Rows of tokens are what a decoder goes on with.
+        # Only rows of tokens can be continued by a decoder.
         if isinstance(rows, list):
             drawn_inputs, results, margin = _clear_inputs(model, drawn, subcase, rng)
             margins.append(margin)
@@ -116,7 +116,7 @@ def make_case(drawn: Plan, folder: Path, rng: np.random.Generator) -> None:
 def _clear_inputs(
     model: Any, drawn: Plan, subcase: str, rng: np.random.Generator
 ) -> tuple[Arrays, Arrays, float]:
-    """Returns inputs, greedy outputs and margin of a subcase whose greedy tokens are clear."""
+    """Returns inputs, greedy outputs and margin of a subcase with clear greedy tokens."""
     from experiments.golden.reference import greedy
 
     for _ in range(TRIES):
@@ -124,7 +124,9 @@ def _clear_inputs(
         made = greedy(model, drawn_inputs)
         if made is not None:
             return drawn_inputs, *made
-    raise DataError(f"{subcase}: no inputs with clear greedy tokens in {TRIES} draws; try a --seed")
+    raise DataError(
+        f"{subcase}: no inputs with clear greedy tokens in {TRIES} draws; try a different --seed"
+    )
 
 
 if __name__ == "__main__":

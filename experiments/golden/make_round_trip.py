@@ -1,10 +1,10 @@
-"""Records what transformers computes from directories that `glm_edge.save` wrote.
+"""Records transformers' outputs for directories written by `glm_edge.save`.
 
     python -m experiments.golden.make_round_trip --configs=FILE --out_dir=DIR
 
-For every config.json of FILE (an object of them, by name), a model with seeded random weights is
-saved and opened with transformers. DIR/NAME.json then holds the config.json that was written, type,
-shape and SHA-256 of every tensor, the inputs, and the outputs. Needs torch and transformers.
+For every config.json of FILE (a JSON object of them by name), the script saves a model with seeded
+random weights and opens it with transformers. DIR/NAME.json then contains the written config.json,
+type, shape and SHA-256 of every tensor, the inputs, and the outputs. Needs torch and transformers.
 """
 
 import hashlib
@@ -42,15 +42,17 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines this script's flags."""
-    flags.DEFINE_string("configs", None, "JSON object of config.json by name.", required=True)
-    flags.DEFINE_string("out_dir", None, "Folder of the records.", required=True)
+    flags.DEFINE_string(
+        "configs", None, "JSON file with an object of config.json contents by name.", required=True
+    )
+    flags.DEFINE_string("out_dir", None, "Output folder of the records.", required=True)
 
 
 def main(argv: Sequence[str]) -> None:
     refuse_arguments(argv)
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
-            raise DataError(f"{package} is not installed; outputs are computed with it")
+            raise DataError(f"{package} is not installed; install it to compute outputs")
     out = Path(FLAGS.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     for name, fields in json.loads(Path(FLAGS.configs).read_text()).items():
@@ -71,9 +73,9 @@ def build(fields: dict[str, Any], dtype: str = "float32", seed: int = 0) -> tupl
     """Makes a model of a config.json with random weights.
 
     Args:
-      fields: of config.json.
-      dtype: of the weights.
-      seed: of the weights; each depends on its own path only.
+      fields: fields of config.json.
+      dtype: type of the weights.
+      seed: seed of the weights; each weight depends only on the seed and its path.
 
     Returns:
       `(model, params)`.
@@ -88,7 +90,7 @@ def build(fields: dict[str, Any], dtype: str = "float32", seed: int = 0) -> tupl
 
 
 def _draw(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Multiples of a power of two, so that no machine and no type rounds them."""
+    """Draws multiples of a power of two, which every type represents exactly."""
     rng = np.random.default_rng([seed, *path.encode()])
     if len(shape) > 1:
         scale = 2.0 ** round(1 - math.log2(shape[1]) / 2)
@@ -102,11 +104,11 @@ def draw_inputs(model: nn.Module, seed: int = 1) -> Arrays:
     """Returns random inputs of a model, under transformers' argument names.
 
     Args:
-      model: of a small configuration.
-      seed: to draw from.
+      model: model with a small configuration.
+      seed: seed of the inputs.
 
     Returns:
-      Arrays by name; numbers are multiples of 1/64.
+      Arrays by name; floats are multiples of 1/64.
     """
     rng, config = np.random.default_rng(seed), model.config
 
@@ -122,7 +124,7 @@ def draw_inputs(model: nn.Module, seed: int = 1) -> Arrays:
         tokens = rng.integers(4, config.vocab_size, (2, 6))
         return {"input_ids": tokens, "attention_mask": np.array([[1] * 6, [1] * 4 + [0] * 2])}
     text = rng.integers(4, 30, (2, 6))
-    # A remote-code model opens as its decoder alone.
+    # A remote-code model opens as its decoder only.
     if config.speech is None and (config.vision is None or config.vision.norm == "layer"):
         return {"input_ids": text}
     if config.speech is not None:
@@ -147,16 +149,17 @@ def draw_inputs(model: nn.Module, seed: int = 1) -> Arrays:
 
 
 def open_with_transformers(directory: Path) -> Any:
-    """Opens a directory with the class that its config.json names, computing in float32.
+    """Opens a directory in float32 with the class that its config.json names.
 
     Args:
-      directory: of the checkpoint.
+      directory: directory of the checkpoint.
 
     Returns:
       The model.
 
     Raises:
-      DataError: tensors are missing, left over (of what the class has code for) or misshapen.
+      DataError: tensors are missing, unused (by a class that has code for them) or have wrong
+        shapes.
     """
     import torch
     import transformers
@@ -184,11 +187,11 @@ def reference_outputs(model: Any, inputs: Arrays) -> Arrays:
     """Runs a model of transformers.
 
     Args:
-      model: from `open_with_transformers`.
-      inputs: from `draw_inputs`.
+      model: model from `open_with_transformers`.
+      inputs: inputs from `draw_inputs`.
 
     Returns:
-      `logits`, or `hidden.final` and, where there is one, `pooler_output`.
+      `logits`, or `hidden.final` and, if the model has it, `pooler_output`.
     """
     import torch
 
@@ -202,13 +205,13 @@ def reference_outputs(model: Any, inputs: Arrays) -> Arrays:
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """Describes the content of a Hugging Face directory of one file.
+    """Describes a Hugging Face directory with one file of weights.
 
     Args:
-      directory: of the checkpoint.
+      directory: directory of the checkpoint.
 
     Returns:
-      `config`, the JSON, and `tensors`: type, shape and SHA-256 by name.
+      `config`, the content of config.json, and `tensors`: type, shape and SHA-256 by name.
     """
     file = SafetensorsFile(directory / "model.safetensors")
     tensors = {

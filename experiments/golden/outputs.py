@@ -25,17 +25,17 @@ def compute(model: nn.Module, params: Any, inputs: Arrays, greedy_steps: int) ->
     """Runs a model on the inputs of one subcase.
 
     Args:
-      model: as `glm_edge.load` returns it.
+      model: model from `glm_edge.load`.
       params: its parameters.
-      inputs: arrays under transformers' argument names.
-      greedy_steps: tokens that the reference added greedily, 0 for none.
+      inputs: arrays by transformers' argument names.
+      greedy_steps: number of tokens that the reference generated greedily, 0 for none.
 
     Returns:
-      Outputs by name; `plain_greedy_ids` and `plain_greedy_logits` come from forward passes over
-      the whole text at every step, `greedy_ids` and `greedy_logits` from `generate`.
+      Outputs by name; `plain_greedy_ids` and `plain_greedy_logits` come from a complete forward
+      pass per step, `greedy_ids` and `greedy_logits` from `generate`.
 
     Raises:
-      DataError: the inputs are not those of this kind of model.
+      DataError: the inputs do not fit this kind of model.
     """
     if isinstance(model, MultimodalGLM):
         outputs = _multimodal(model, params, inputs, greedy_steps)
@@ -110,7 +110,7 @@ def _plain_greedy(
     positions: Any,
     steps: int,
 ) -> Arrays:
-    """Generates greedily by complete forward passes: slots of new tokens are masked."""
+    """Generates greedily by complete forward passes that mask the slots of later tokens."""
     batch, length = tokens.shape
     following = np.asarray(positions)[..., -1:] + 1
     if model.config.decoder.mrope_section:
@@ -134,7 +134,7 @@ def _plain_greedy(
 
 
 def _images(config: GLMConfig, inputs: Arrays) -> tuple[list[np.ndarray] | None, bool]:
-    """Images in reading order, and whether the reference packed their patches."""
+    """Returns images in reading order, and whether the reference packed their patches."""
     vision, outputs = config.vision, []
     for pixels, grid in (
         ("pixel_values", "image_grid_thw"),
@@ -165,7 +165,7 @@ def _audio(inputs: Arrays) -> tuple[np.ndarray | None, np.ndarray | None]:
 def _vision_in_order(
     model: MultimodalGLM, variables: Any, images: list[np.ndarray], packed: bool
 ) -> Arrays:
-    """Outputs of the tower, patches of all images one after the other as the reference has them."""
+    """Returns the tower's outputs with the patches of all images concatenated."""
     config, names, parts = model.config.vision, [], []
     for image in images:
         frames = image[None]
@@ -234,5 +234,5 @@ def _channels_last(pixels: np.ndarray) -> np.ndarray:
 
 def _take(inputs: Arrays, name: str) -> np.ndarray:
     if name not in inputs:
-        raise DataError(f"inputs hold {', '.join(inputs)}, but this model needs {name}")
+        raise DataError(f"inputs contain {', '.join(inputs)}, but this model needs {name}")
     return inputs[name]

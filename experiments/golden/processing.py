@@ -15,14 +15,14 @@ def process(case: Case, subcase: str) -> Arrays:
     """Prepares one image (GLM-4.1V) or one recording (Whisper).
 
     Args:
-      case: whose meta.json gives the parameters of the subcase.
-      subcase: its name.
+      case: case whose meta.json has the parameters of the subcase.
+      subcase: name of the subcase.
 
     Returns:
       Outputs by the names of transformers' processors.
 
     Raises:
-      DataError: the subcase holds neither `image` nor `waveform`, or lacks a parameter.
+      DataError: the subcase has neither `image` nor `waveform`, or lacks a parameter.
     """
     inputs, fields = case.inputs[subcase], case.meta["subcases"][subcase]
     try:
@@ -45,6 +45,6 @@ def process(case: Case, subcase: str) -> Arrays:
     except KeyError as error:
         raise DataError(f"{case.folder}: meta.json: subcase {subcase!r} lacks {error}") from error
     raise DataError(
-        f"{case.folder}: subcase {subcase!r} holds {', '.join(inputs)}; a case without config.json "
-        "needs an image or a waveform"
+        f"{case.folder}: subcase {subcase!r} contains {', '.join(inputs)}; a case without "
+        "config.json needs an image or a waveform"
     )

@@ -18,10 +18,10 @@ Points = dict[str, tuple[torch.nn.Module, bool]]
 
 @torch.no_grad()
 def outputs_of(model: torch.nn.Module, inputs: Arrays) -> Arrays:
-    """Runs a model on the inputs of a subcase, in the precision of its weights.
+    """Runs a model on the inputs of a subcase in the precision of its weights.
 
     Args:
-      model: as transformers opened it.
+      model: model of transformers.
       inputs: arrays by name.
 
     Returns:
@@ -39,12 +39,12 @@ def outputs_of(model: torch.nn.Module, inputs: Arrays) -> Arrays:
 
 
 def noise_of(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> dict[str, float]:
-    """Returns each output's largest difference from float64, where tokens are valid.
+    """Returns the largest difference of each output from float64 at valid tokens.
 
     Args:
-      model: in float32.
+      model: float32 model.
       inputs: arrays by name.
-      outputs: of `outputs_of`.
+      outputs: outputs from `outputs_of`.
 
     Returns:
       Differences by name.
@@ -63,18 +63,18 @@ def noise_of(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> dict[st
 
 @torch.no_grad()
 def greedy(model: torch.nn.Module, inputs: Arrays) -> tuple[Arrays, float] | None:
-    """Generates greedily with the cache, and checks it by reading the whole text again.
+    """Generates greedily with the cache, and checks the result by a complete forward pass.
 
     Args:
-      model: that generates.
-      inputs: of the prompts.
+      model: model that generates.
+      inputs: inputs of the prompts.
 
     Returns:
-      `(outputs, least margin between the best and the second token)`; None where a stop token or
-      a placeholder came, or a margin is below `LEAST_MARGIN`.
+      `(outputs, smallest margin between the first and the second token)`; None if the text contains
+      a stop token or a placeholder, or a margin is below `LEAST_MARGIN`.
 
     Raises:
-      RuntimeError: generation and the whole text disagree.
+      RuntimeError: generation and the forward pass disagree.
     """
     settings = model.generation_config
     settings.eos_token_id, settings.pad_token_id = None, EOS[0]
@@ -90,18 +90,18 @@ def greedy(model: torch.nn.Module, inputs: Arrays) -> tuple[Arrays, float] | Non
     scores = torch.stack(made.logits, dim=1).float().numpy()
     best = np.sort(scores, axis=-1)
     margin = float((best[..., -1] - best[..., -2]).min())
-    # A placeholder would ask for features when the text is read again.
+    # A placeholder would need features in the forward pass.
     special = scores.shape[-1] - SPECIAL_IDS
     if margin < LEAST_MARGIN or np.isin(ids, EOS).any() or (ids >= special).any():
         return None
     again = outputs_of(model, _with_new(inputs, ids))["logits"][:, -GREEDY_STEPS - 1 : -1]
     if (again.argmax(-1) != ids).any() or np.abs(again - scores).max() > 1e-2:
-        raise RuntimeError("generate and a pass over the whole text disagree")
+        raise RuntimeError("generate and a complete forward pass disagree")
     return {"greedy_ids": ids, "greedy_logits": scores}, margin
 
 
 def _with_new(inputs: Arrays, ids: np.ndarray) -> Arrays:
-    """Inputs whose texts go on with generated tokens."""
+    """Returns inputs with generated tokens appended to the texts."""
     mask = np.concatenate([inputs["attention_mask"], np.ones_like(ids)], axis=1)
     recorded = inputs | {
         "input_ids": np.concatenate([inputs["input_ids"], ids], axis=1),

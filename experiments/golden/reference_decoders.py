@@ -1,4 +1,4 @@
-"""Random hyperparameters of small models with a decoder, one function a member of the family."""
+"""Random hyperparameters of small models with a decoder, one function per member of the family."""
 
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +67,7 @@ def _glm4(draw: Draw) -> Plan:
 
 
 def _sections(draw: Draw, half: int) -> list[int]:
-    """Numbers of frequencies, mostly three, that sum to half the rotary dimensions."""
+    """Returns section sizes, mostly three, that sum to half the rotary dimensions."""
     number = min(half, draw.of(3, 3, 1, 2, 4, 5, 6))
     cuts = sorted(draw.rng.choice(np.arange(1, half), number - 1, replace=False).tolist())
     sections = [end - start for start, end in zip([0, *cuts], [*cuts, half], strict=True)]
@@ -184,7 +184,8 @@ def _glmasr(draw: Draw, grouped: bool = False) -> Plan:
         "rope_parameters": _rotary(draw, partial_rotary_factor=partial),
     }
     if grouped:
-        # Query heads share keys and values, and the width is not that of all heads.
+        # Query heads share keys and values, and the hidden size differs from the total size of the
+        # heads.
         audio |= {"num_attention_heads": 4, "num_key_value_heads": draw.of(2, 1)}
         audio["head_dim"] = head_dim
     config = {

@@ -1,6 +1,6 @@
-"""GLM-Edge-V, which transformers does not have: its GLM and SigLIP, and an adapter between them.
+"""GLM-Edge-V, which transformers lacks: its GLM and SigLIP with an adapter between them.
 
-The adapter follows the published description, names and sizes of its tensors.
+The adapter follows the published description, and the names and sizes of its tensors.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ class LinearProjection(torch.nn.Module):
 
 
 class Adapter(torch.nn.Module):
-    """Merges two by two patches, projects them, and puts a vector before and after them."""
+    """An adapter that merges two by two patches, projects them, and adds a vector at both ends."""
 
     def __init__(self, tower: int, width: int, neurons: int):
         super().__init__()
@@ -47,7 +47,7 @@ class Adapter(torch.nn.Module):
 
 
 class GlmEdgeV(torch.nn.Module):
-    """The whole model, called like those of transformers."""
+    """The complete model, with the call interface of transformers."""
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -70,7 +70,7 @@ class GlmEdgeV(torch.nn.Module):
         return self.language.generation_config
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """Tensors by the names in published files."""
+        """Returns tensors by the names in published files."""
         parts = {DECODER: self.language, TOWER: self.vit, ADAPTER: self.adapter}
         tensors = {
             prefix + name: tensor.contiguous()
@@ -92,7 +92,7 @@ class GlmEdgeV(torch.nn.Module):
         }
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Returns embedded tokens, the placeholders replaced by images."""
+        """Returns embedded tokens with placeholders replaced by image features."""
         x = self.language.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return x

@@ -1,4 +1,4 @@
-"""Random hyperparameters of small encoders on their own, one function a member of the family."""
+"""Random hyperparameters of small stand-alone encoders, one function per member of the family."""
 
 from collections.abc import Callable
 from typing import Any

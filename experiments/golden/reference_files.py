@@ -14,9 +14,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from experiments.golden.reference_edge_v import GlmEdgeV
 from experiments.golden.reference_plans import EOS, SPECIAL_IDS, Plan
 
-# Spread of the scores of a token, so that the best is rarely close to the second.
+# Standard deviation of a token's logits, so that the first is rarely close to the second.
 SCORE_SPREAD = 4.0
-# Stop tokens and placeholders should not come out of a greedy run.
+# Stop tokens and placeholders should not be generated greedily.
 UNLIKELY = 0.1
 OLD_VERSION = "4.57.1"
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
@@ -26,12 +26,12 @@ def write_checkpoint(plan: Plan, folder: Path, rng: np.random.Generator) -> torc
     """Writes a Hugging Face directory and opens it with transformers.
 
     Args:
-      plan: of the model.
+      plan: plan of the model.
       folder: empty directory.
-      rng: for weights and for what config.json leaves out.
+      rng: random generator of weights and of the omitted fields of config.json.
 
     Returns:
-      The model in float32, as transformers reads it.
+      The float32 model as transformers loads it.
     """
     if plan.architecture == GlmEdgeV.__name__:
         return _write_edge_v(plan, folder, rng)
@@ -52,7 +52,7 @@ def write_checkpoint(plan: Plan, folder: Path, rng: np.random.Generator) -> torc
     (folder / "generation_config.json").unlink(missing_ok=True)
     opened, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if report["missing_keys"] or report["mismatched_keys"]:
-        raise RuntimeError(f"{folder}: transformers does not read back what it wrote: {report}")
+        raise RuntimeError(f"{folder}: transformers cannot load its own checkpoint: {report}")
     if plan.renames:
         for path in folder.glob("model*.safetensors*"):
             path.unlink()
@@ -66,7 +66,7 @@ def _write_edge_v(plan: Plan, folder: Path, rng: np.random.Generator) -> torch.n
     model.to(getattr(torch, plan.dtype))
     _write_shards(folder, model.stored(), plan.shards)
     _write_fields(plan, folder, model.fields() | {"dtype": plan.dtype}, rng)
-    # A new model, since rotary frequencies are not stored and must not be rounded with the rest.
+    # A new model, since rotary frequencies are not stored and must not be rounded with the weights.
     opened = GlmEdgeV(plan.config)
     opened.load_state_dict(model.state_dict())
     return opened.eval()
@@ -141,7 +141,7 @@ def _renamed(
 
 
 def _as_version_4(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the same configuration as transformers 4 spelled it."""
+    """Returns the same configuration in the format of transformers 4."""
     written = {
         name: _as_version_4(value) if name.endswith("_config") else value
         for name, value in fields.items()
@@ -161,9 +161,9 @@ def _as_version_4(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leave_out_defaults(fields: dict[str, Any], rng: np.random.Generator) -> None:
-    """Drops some fields that hold their default, which transformers adds again."""
+    """Removes some fields with default values, which transformers adds again."""
     known = transformers.CONFIG_MAPPING[fields["model_type"]]().to_dict()
-    # Every file says how wide a model is, and glm_edge asks for it.
+    # Every file states the hidden size, which glm_edge requires.
     for width in ("model_type", "num_key_value_heads", "head_dim"):
         known.pop(width, None)
     for name in list(fields):

@@ -1,4 +1,4 @@
-"""Random inputs of reference models, under transformers' argument names."""
+"""Random inputs of reference models by transformers' argument names."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from experiments.golden.cases import Arrays
 from experiments.golden.reference_plans import PAD, SPECIAL_IDS, Plan, Rows
 
-# Text is drawn from here on, after the ids of stop tokens.
+# First id of ordinary text, after the ids of stop tokens.
 FIRST_TEXT_ID = 10
 IMAGE, VIDEO = 1, 2
 
@@ -16,9 +16,9 @@ def draw_inputs(plan: Plan, subcase: str, rng: np.random.Generator) -> Arrays:
     """Draws the inputs of a subcase.
 
     Args:
-      plan: of the model.
-      subcase: one of its subcases.
-      rng: to draw from.
+      plan: plan of the model.
+      subcase: name of one of its subcases.
+      rng: random generator.
 
     Returns:
       Arrays by name.
@@ -34,7 +34,7 @@ def draw_inputs(plan: Plan, subcase: str, rng: np.random.Generator) -> Arrays:
 
 
 def positions_of(mask: np.ndarray) -> np.ndarray:
-    """Places of valid tokens in their rows, 0 at padding."""
+    """Returns the positions of valid tokens in their rows, 0 at padding."""
     return np.where(mask == 1, mask.cumsum(axis=1) - 1, 0)
 
 
@@ -92,7 +92,7 @@ def _prompts(config: dict[str, Any], rows: Rows, rng: np.random.Generator) -> Ar
 def _picture(
     config: dict[str, Any], item: tuple[Any, ...], media: dict, rng: np.random.Generator
 ) -> tuple[list[int], int]:
-    """Adds patches of an image, or of a video of (frames, rows, columns), and gives its tokens."""
+    """Adds patches of an image, or of a video of (frames, rows, columns); returns its tokens."""
     vision, merge = config["vision_config"], config["vision_config"]["spatial_merge_size"]
     frames, rows, columns = item[1:] if item[0] == "video" else (1, *item[1:])
     kind = VIDEO if item[0] == "video" else IMAGE
@@ -123,7 +123,7 @@ def _picture(
 def _whole_image(
     config: dict[str, Any], item: tuple[Any, ...], media: dict, rng: np.random.Generator
 ) -> list[int]:
-    """Adds an image that is not cut into patches, and gives its tokens."""
+    """Adds an image that is not cut into patches; returns its tokens."""
     _, side, features = item
     shape = (1, config["vision_config"]["num_channels"], side, side)
     media.setdefault("pixel_values", []).append(rng.normal(size=shape).astype(np.float32))
@@ -133,7 +133,7 @@ def _whole_image(
 def _sound(
     config: dict[str, Any], item: tuple[Any, ...], media: dict, rng: np.random.Generator
 ) -> list[int]:
-    """Adds chunks of a recording, and gives its tokens."""
+    """Adds chunks of a recording; returns its tokens."""
     _, frames, valid = item
     shape = (len(valid), config["audio_config"]["num_mel_bins"], frames)
     mask = (np.arange(frames) < np.array(valid)[:, None]).astype(np.int64)

@@ -7,7 +7,7 @@ import numpy as np
 
 EOS = [2, 7]
 PAD = 2
-# Ids at the end of the vocabulary that stand for media.
+# Number of placeholder ids at the end of the vocabulary.
 SPECIAL_IDS = 6
 
 Rows = list[list[Any]]
@@ -15,18 +15,18 @@ Rows = list[list[Any]]
 
 @dataclass
 class Plan:
-    """A reference model and what it is given.
+    """A reference model and its inputs.
 
     Attributes:
       architecture: class of transformers.
       config: arguments of its configuration.
-      style: 4 or 5, the version of transformers whose config.json is written.
-      dtype: of the stored weights.
-      shards: files that hold them.
-      stored_head: a tied model stores its head again.
-      extra_layer: the file holds a layer after the last, as GLM-OCR's does.
-      renames: `(pattern, replacement)` of the stored names, another dialect of the file.
-      subcases: what is computed, by name: rows of tokens and media, or shapes of inputs.
+      style: version of the config.json format of transformers, 4 or 5.
+      dtype: type of the stored weights.
+      shards: number of files with weights.
+      stored_head: whether a tied model also stores its head.
+      extra_layer: whether the file contains an extra last layer, like GLM-OCR's.
+      renames: pairs `(pattern, replacement)` for the stored names of another dialect.
+      subcases: inputs by name: rows of tokens and media, or shapes of inputs.
     """
 
     architecture: str
@@ -41,19 +41,19 @@ class Plan:
 
 
 class Draw:
-    """Draws hyperparameters; where they shall be tiny, the first option is taken every time."""
+    """A source of random hyperparameters; for tiny models, it always returns the first option."""
 
     def __init__(self, rng: np.random.Generator, tiny: bool):
         self.rng = rng
         self.tiny = tiny
 
     def of(self, first: Any, *others: Any) -> Any:
-        """Returns one of the options."""
+        """Draws one of the options."""
         options = (first, *others)
         return first if self.tiny else options[int(self.rng.integers(len(options)))]
 
     def count(self, low: int, high: int) -> int:
-        """Returns a whole number, both ends included."""
+        """Draws an integer, both ends included."""
         return low if self.tiny else int(self.rng.integers(low, high + 1))
 
     def files(self, tiny_dtype: str = "bfloat16") -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Training batches for nano: many questions about one screen in one row, text, and speech.
+"""Training batches for nano: rows with many questions about one screen, text, and speech.
 
-A screen's row is `<|user|> image`, then blocks of one question and its answer each. A block sees
-the image and itself, never another block, so that one encoded screen teaches many questions.
+A screen's row is `<|user|> image`, then blocks of one question and its answer each. A block attends
+to the image and itself, but not to other blocks, so that one encoded screen serves many questions.
 """
 
 import functools
@@ -27,8 +27,8 @@ class Layout:
     """Layout of a row of `blocks` questions after an image prefix.
 
     Attributes:
-      prefix: token ids of everything before the first block.
-      block_lengths: tokens of each block.
+      prefix: token ids before the first block.
+      block_lengths: number of tokens of each block.
     """
 
     prefix: tuple[int, ...]
@@ -41,18 +41,18 @@ class Layout:
 
     @property
     def length(self) -> int:
-        """Tokens in a row."""
+        """Number of tokens in a row."""
         return len(self.prefix) + sum(self.block_lengths)
 
     @functools.cached_property
     def positions(self) -> np.ndarray:
-        """[T] positions; every block continues the prefix."""
+        """Positions [T]; every block continues the prefix."""
         blocks = [len(self.prefix) + np.arange(length) for length in self.block_lengths]
         return np.concatenate([np.arange(len(self.prefix)), *blocks]).astype(np.int32)
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
-        """bool [1, 1, T, T]: causal, within the prefix and one's own block."""
+        """Mask bool [1, 1, T, T]: causal, within the prefix and the token's own block."""
         block = np.concatenate(
             [np.zeros(len(self.prefix), int)]
             + [np.full(length, i + 1) for i, length in enumerate(self.block_lengths)]
@@ -62,14 +62,14 @@ class Layout:
 
 
 class ScreenBatches:
-    """Draws batches of screens with questions.
+    """A source of random batches of screens with questions.
 
     Args:
-      config: of the model.
-      tokenizer: of the model.
-      generators: draw the screens, each as often as the others.
-      utterances: recordings, by digit, of spoken questions; empty for text questions only.
-      rng: decides everything that is drawn.
+      config: configuration of the model.
+      tokenizer: tokenizer of the model.
+      generators: screen generators, drawn with equal probability.
+      utterances: recordings of spoken questions by digit; empty for written questions only.
+      rng: random generator.
     """
 
     def __init__(
@@ -109,16 +109,17 @@ class ScreenBatches:
         """Draws one batch.
 
         Args:
-          screens: rows `B`.
-          text_blocks: written questions a row.
-          speech_blocks: spoken questions a row; screens are keypads where there are any.
-          silent: keeps the shapes, but asks everything in writing, about any screen.
+          screens: number of rows `B`.
+          text_blocks: number of written questions per row.
+          speech_blocks: number of spoken questions per row; with spoken questions, screens are
+            keypads.
+          silent: whether to keep the shapes but write all questions, about screens of any kind.
 
         Returns:
           images [B, height, width, 3], cell labels (`cell_class`, `cell_offset`, `cell_centre`),
           tokens [B, T], `samples` [B, speech_blocks, L], and for each of `Q` questions: slots
-          [B, Q, A] whose next token is taught, their `labels` and `weights`, the `assistant`
-          slot, and the `target` cell (-1 where nothing is tapped) with its `box` in pixels.
+          [B, Q, A] whose next token is a label, their `labels` and `weights`, the `assistant` slot,
+          and the `target` cell (-1 without a tap) with its `box` in pixels.
         """
         layout = self.layout(text_blocks, speech_blocks)
         spoken = 0 if silent else speech_blocks
@@ -126,7 +127,7 @@ class ScreenBatches:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def draw_cells(self, screens: int) -> dict[str, np.ndarray]:
-        """Draws images and the labels of their cells only, half of them keypads."""
+        """Draws only images and labels of their cells; half of the images are keypads."""
         rows = []
         for index in range(screens):
             screen = self._screen("keypad" if index % 2 else "mixed")
@@ -215,14 +216,14 @@ def speech_batches(
     length: int,
     seed: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields augmented `(samples [B, L], digits [B])` for ever.
+    """Yields augmented `(samples [B, L], digits [B])` endlessly.
 
     Args:
-      groups: recordings of a kind each; within a kind, speakers come equally often.
-      shares: how often each kind comes, summing to 1.
-      size: `B`.
-      length: samples of a row.
-      seed: of what is drawn.
+      groups: lists of recordings of one kind each; within a kind, speakers are equally frequent.
+      shares: frequencies of the kinds, with sum 1.
+      size: batch size `B`.
+      length: number of samples `L` per row.
+      seed: seed of the random values.
     """
     rng = np.random.default_rng(seed)
     speakers = []
@@ -240,7 +241,7 @@ def speech_batches(
 
 
 def text_batches(tokens: np.ndarray, size: int, length: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields [B, length + 1] windows of a token stream for ever, at random offsets."""
+    """Yields windows [B, length + 1] of a token stream endlessly, at random offsets."""
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.integers(0, len(tokens) - length - 1, size)

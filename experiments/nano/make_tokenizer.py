@@ -2,9 +2,9 @@
 
     python -m experiments.nano.make_tokenizer --text=wt103_train_head.txt --out_dir=build
 
-The same text and version of `tokenizers` give the same bytes; the printed SHA-256 says so. The
-shipped `glm_edge/assets/nano/tokenizer.json` was made from the head of WikiText-103's training
-text. A checkpoint works only with the tokenizer that it was trained with.
+The same text and version of `tokenizers` produce the same bytes; compare the printed SHA-256. The
+shipped `glm_edge/assets/nano/tokenizer.json` was trained on the head of WikiText-103's training
+text. A checkpoint works only with the tokenizer of its training.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ from glm_edge.cli.corpora import encode_text, read_text, write_text
 from glm_edge.errors import GlmEdgeError
 
 TEXT = flags.DEFINE_string(
-    "text", None, "UTF-8 file to train on; 3 MB of plain English is enough.", required=True
+    "text", None, "UTF-8 training text; 3 MB of plain English is enough.", required=True
 )
 OUT_DIR = flags.DEFINE_string(
-    "out_dir", None, "Directory for tokenizer.json, made if absent.", required=True
+    "out_dir", None, "Output directory of tokenizer.json, created if missing.", required=True
 )
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a tokenizer.json that is there already.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing tokenizer.json.")
 
 
 def main(argv: list[str]) -> None:
-    """Trains, writes and reports."""
+    """Trains and writes the tokenizer, and prints its size."""
     refuse_arguments(argv)
     try:
         text = read_text(TEXT.value)

@@ -23,10 +23,10 @@ READ_SLOTS = (1, 2)
 
 
 def init_heads(key: Array, width: int, num_classes: int) -> dict[str, Array]:
-    """Read-outs that exist during training only.
+    """Returns initial read-out heads, which exist only during training.
 
-    Class, offset and centre of what lies in a cell; the digit of a recording; and the target's
-    coordinates, from the hidden state of the question and from that of the answer.
+    They predict class, offset and centre of a cell's element, the digit of a recording, and the
+    target's coordinates from the hidden states of the question and of the answer.
     """
 
     def matrix(key: Array, rows: int) -> Array:
@@ -44,7 +44,7 @@ def init_heads(key: Array, width: int, num_classes: int) -> dict[str, Array]:
 
 
 def dense_loss(heads: dict[str, Array], features: Array, batch: dict[str, Array]) -> Array:
-    """Sums losses of class, offset and centre per cell; cells with an element weigh more."""
+    """Sums losses of class, offset and centre per cell, with more weight on cells with elements."""
     present = (batch["cell_class"] > 0).astype(jnp.float32)
     weight = 0.2 + 0.8 * present
     by_class = optax.softmax_cross_entropy_with_integer_labels(
@@ -62,7 +62,7 @@ def dense_loss(heads: dict[str, Array], features: Array, batch: dict[str, Array]
 
 
 def vision_features(module: MultimodalGLM, images: Array) -> tuple[Array, Array]:
-    """Returns image features for the decoder, and the same without their positions."""
+    """Returns image features for the decoder, and the same without positions."""
     features = module.encode_images(images)
     vision = module.vision
     cells = (vision.row[:, None] + vision.column[None]).reshape(-1, features.shape[-1])
@@ -120,15 +120,15 @@ def digit_loss(heads: dict[str, Array], features: Array, digits: Array) -> Array
 
 
 def soft_labels(labels: Array, vocab_size: int, first_x: int) -> Array:
-    """Returns target distributions: one-hot, or for a coordinate a Gaussian over its axis' tokens.
+    """Returns target distributions: one-hot, or a Gaussian over its axis' tokens for a coordinate.
 
     Args:
-      labels: [...] token ids.
-      vocab_size: `V`.
+      labels: token ids [...].
+      vocab_size: vocabulary size `V`.
       first_x: id of the first x token; the y tokens follow the x tokens.
 
     Returns:
-      [..., V], each summing to one.
+      Distributions [..., V] with sum one.
     """
     ids = jnp.arange(vocab_size)
     label = labels[..., None]
@@ -143,7 +143,7 @@ def soft_labels(labels: Array, vocab_size: int, first_x: int) -> Array:
 def screen_logits(
     module: MultimodalGLM, batch: dict[str, Array], layout: Layout, rng: Array | None
 ) -> tuple[Array, dict[str, Array]]:
-    """Scores at the taught slots [B, Q, A, V], with what the auxiliary losses look at."""
+    """Computes logits at labelled slots [B, Q, A, V], and the inputs of auxiliary losses."""
     x = module.embed(batch["tokens"])
     features, unplaced = vision_features(module, batch["images"])
     x = place_features(x, batch["tokens"] == module.config.image_token_id, features)
@@ -173,7 +173,7 @@ def screen_loss(
     """Sums the losses of answers, attention to the target and cells.
 
     Returns:
-      `(loss, parts)`; `parts` holds each term.
+      `(loss, parts)`; `parts` contains each term.
     """
     (logits, encoded), sown = module.apply(
         variables, batch, layout, rng, method=screen_logits, mutable=["attention"]
@@ -199,17 +199,17 @@ def screen_loss(
 def position_loss(
     head: Array, hidden: Array, target: Array, batch: dict[str, Array], first_x: int
 ) -> Array:
-    """Teaches a hidden state to hold the coordinates of what will be tapped, as a large part of it.
+    """Trains a hidden state to encode the coordinates of the tap as a large component.
 
     Args:
-      head: [2 * COORDINATE_BINS, D].
-      hidden: [B, Q, D] states of one layer.
-      target: [B, Q, A, V] soft labels of the answers.
-      batch: from `ScreenBatches.draw`.
+      head: linear read-out [2 * COORDINATE_BINS, D].
+      hidden: hidden states [B, Q, D] of one layer.
+      target: soft labels [B, Q, A, V] of the answers.
+      batch: batch from `ScreenBatches.draw`.
       first_x: id of the first x token.
 
     Returns:
-      Mean cross-entropy over both axes of all taps, in nats.
+      Mean cross-entropy over both axes of all taps in nats.
     """
     taps = (batch["target"] >= 0).astype(jnp.float32)
     normed = rms_norm(hidden, jnp.ones(hidden.shape[-1]), 1e-5)
@@ -222,10 +222,10 @@ def position_loss(
 
 
 def attention_loss(sown: dict[str, Any], batch: dict[str, Array], config: Any) -> Array:
-    """Teaches one head to look from the question to its target, one from the answer back.
+    """Trains one head to attend from the question to its target, and one from the answer back.
 
-    In one layer the first query head of the `<|assistant|>` slot attends to the target's cell; in
-    the next, the second query head of the slots that give x and y attends to `<|assistant|>`.
+    In one layer, the first query head of the `<|assistant|>` slot attends to the target's cell. In
+    the next, the second query head of the slots that predict x and y attends to `<|assistant|>`.
     """
     layers = sown["decoder"]["layers"]
     match = layers[MATCH_LAYER]["attention"]["weights"][0][:, 0, 0]
@@ -244,16 +244,16 @@ def attention_loss(sown: dict[str, Any], batch: dict[str, Array], config: Any) -
 def taps_in_box(
     logits: Array, batch: dict[str, Array], first_x: int, image_size: tuple[int, int]
 ) -> tuple[Array, Array]:
-    """Finds taps in their box, each coordinate predicted from the true tokens before it.
+    """Finds taps inside their box, with each coordinate predicted from the true preceding tokens.
 
     Args:
-      logits: [B, Q, A, V] at the taught slots.
-      batch: from `ScreenBatches.draw`.
+      logits: logits [B, Q, A, V] at the labelled slots.
+      batch: batch from `ScreenBatches.draw`.
       first_x: id of the first x token.
       image_size: (height, width) in pixels.
 
     Returns:
-      `(inside, asked)`: bool [B, Q] each.
+      `(inside, asked)`: bool [B, Q] each, for taps inside their box and for questions with a tap.
     """
     height, width = image_size
     action = logits[:, :, 0].argmax(-1) == batch["labels"][:, :, 0]

@@ -1,4 +1,4 @@
-"""Stages of nano's training: each trains until its minutes are spent and resumes after a kill."""
+"""Stages of nano's training: each has a time budget, and resumes after an interruption."""
 
 import csv
 import functools
@@ -26,10 +26,10 @@ Step = Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, dict[str, jax.Arr
 
 
 class Clock:
-    """Minutes of training spent, across restarts.
+    """A clock of training minutes across restarts.
 
     Attributes:
-      budget: minutes that the stage may take.
+      budget: time budget of the stage in minutes.
     """
 
     def __init__(self, budget: float, spent: float = 0.0):
@@ -37,17 +37,17 @@ class Clock:
 
     @property
     def spent(self) -> float:
-        """Minutes spent so far."""
+        """Elapsed minutes."""
         return self._before + (time.monotonic() - self._started) / 60
 
     @property
     def fraction(self) -> float:
-        """Part of the budget that is spent, at most 1."""
+        """Elapsed fraction of the budget, at most 1."""
         return min(self.spent / self.budget, 1.0)
 
 
 def learning_rate(fraction: float, peak: float, warmup: float = 0.03) -> float:
-    """Returns a linear warm-up, then a cosine to 3 % of the peak, by the fraction of time spent."""
+    """Computes linear warm-up, then cosine decay to 3 % of the peak, by the elapsed fraction."""
     if fraction < warmup:
         return peak * max(fraction / warmup, 0.02)
     progress = (fraction - warmup) / (1 - warmup)
@@ -57,11 +57,11 @@ def learning_rate(fraction: float, peak: float, warmup: float = 0.03) -> float:
 def make_optimizer(
     weight_decay: float, scale_of: Callable[[str], float]
 ) -> optax.GradientTransformation:
-    """Makes AdamW, clipped at 1, with a mutable learning rate; `scale_of` scales parts.
+    """Makes AdamW with clipping at norm 1 and a mutable learning rate; `scale_of` scales parts.
 
     Args:
       weight_decay: applied to matrices only.
-      scale_of: factor on the update, from the first name of a parameter's path.
+      scale_of: function from the first component of a parameter's path to a factor of its update.
     """
 
     def slow_down(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
@@ -103,18 +103,20 @@ def run_stage(
     evaluate_every: float = 4.0,
     save_every: float = 1.0,
 ) -> Tree:
-    """Trains until the stage's minutes are spent.
+    """Trains until the stage's time budget is used.
 
     Args:
-      name: of the stage; its files are `<name>.safetensors`, `<name>.csv` and `<name>.json`.
-      directory: their folder; a stage found there is resumed.
-      minutes: budget of wall-clock time, spent across restarts.
-      peak_rate: of the learning rate, which follows the fraction of the budget that is spent.
+      name: name of the stage; its files are `<name>.safetensors`, `<name>.csv` and `<name>.json`.
+      directory: folder of these files; an existing stage is resumed.
+      minutes: budget of wall-clock minutes across restarts.
+      peak_rate: peak of the learning rate, whose schedule follows the elapsed fraction of the
+        budget.
       state: `{"params": …, "heads": …}` to start from.
-      optimizer: from `make_optimizer`.
-      tasks: by name, batches and the loss `(state, batch, rng) -> (loss, parts)`.
-      curriculum: `(until, names)`: up to that fraction of the time, steps take these tasks in turn.
-      evaluate: measures a state; its numbers go to the curve.
+      optimizer: optimizer from `make_optimizer`.
+      tasks: batches and loss `(state, batch, rng) -> (loss, parts)` by name.
+      curriculum: pairs `(until, names)`; until that fraction of the time, steps alternate between
+        these tasks.
+      evaluate: function that measures a state; its values are added to the curve.
       evaluate_every: minutes between measurements.
       save_every: minutes between saved states.
 
@@ -170,7 +172,7 @@ def _update(loss: Step, optimizer: optax.GradientTransformation):
 
 
 def prefetch(batches: Iterator[Any], ahead: int = 3) -> Iterator[Any]:
-    """Draws batches in a thread, a few ahead."""
+    """Draws batches in a thread, a few in advance."""
     queue: Queue = Queue(ahead)
 
     def fill() -> None:
@@ -183,7 +185,7 @@ def prefetch(batches: Iterator[Any], ahead: int = 3) -> Iterator[Any]:
 
 
 def save(files: dict[str, Path], tree: Tree, progress: dict[str, float]) -> None:
-    """Writes a tree and its progress; each file is replaced at once, the progress last."""
+    """Writes a tree and its progress; replaces each file atomically, the progress last."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     arrays = {f"{i:05d}": np.ascontiguousarray(leaf) for i, leaf in enumerate(leaves)}
     write_whole(files["safetensors"], lambda path: save_file(arrays, path))
@@ -191,7 +193,7 @@ def save(files: dict[str, Path], tree: Tree, progress: dict[str, float]) -> None
 
 
 def restore(path: Path, tree: Tree) -> Tree:
-    """Reads a tree of the same structure back."""
+    """Reads a tree of the same structure."""
     arrays = load_file(path)
     leaves, structure = jax.tree.flatten(tree)
     read = [arrays[f"{i:05d}"].reshape(np.shape(leaf)) for i, leaf in enumerate(leaves)]

@@ -1,1 +1,1 @@
-"""Tables that set published claims beside what is measured here."""
+"""Tables that compare published claims with measured values."""

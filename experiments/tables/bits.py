@@ -1,15 +1,15 @@
-"""Table (h): what fewer bits lose.
+"""Table (h): loss by number of bits.
 
     python -m experiments.tables.bits --preset=quick
     python -m experiments.tables.bits --preset=full --text=FILE --digits_dir=MNIST --speech_dir=FSDD
 
-The claim: 8 bits lose 2 %, 4 bits 10 %, 2 bits over 20 %; of what, it does not say. The matrices
-named by --where of the shipped model (or --checkpoint) are rounded to 8, 4, 3 and 2 bits, in groups
-of 32 columns and, in full, per channel too (one scale a row), each to nearest (`rtn`) and by
-`gptq`, calibrated on text and screens that are not measured on. Two losses are set against the
-claim, both relative to the model before rounding: perplexity of held-out text, which grows, and
-taps in the box, which get fewer. `stored` counts scales too. All are run in float32 by the same
-programs.
+The claim: 8 bits lose 2 %, 4 bits 10 %, 2 bits over 20 %; it does not name the measure. The
+matrices that match --where in the shipped model (or --checkpoint) are rounded to 8, 4, 3 and 2
+bits, in groups of 32 columns and, with --preset=full, also per channel (one scale per row). Each is
+rounded to nearest (`rtn`) and by `gptq`, calibrated on text and screens that differ from those of
+the measurement. Two losses are compared with the claim, both relative to the model before rounding:
+the increase of perplexity on held-out text, and the decrease of taps in the box. `stored` includes
+scales. The same float32 programs run all models.
 """
 
 import os
@@ -34,7 +34,7 @@ from glm_edge.compress.transform import Transform
 FLAGS = flags.FLAGS
 NAME = "bits"
 CLAIMS = {8: 2.0, 4: 10.0, 2: 20.0}
-ELSEWHERE = "claim on another model"
+ELSEWHERE = "claim on a different model"
 NOTES = {2: f"claimed: over 20 %; {ELSEWHERE}"}
 SIZES = {
     "quick": {"screens": 32, "text_tokens": 4_000, "batches": 2, "groups": [32]},
@@ -46,17 +46,27 @@ def define_flags() -> None:
     """Defines this script's flags."""
     table.define_flags(NAME)
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
-    flags.DEFINE_string("where", "^decoder/", "Regular expression of the matrices rounded.")
+    flags.DEFINE_string("where", "^decoder/", "Regular expression of the matrices to round.")
     flags.DEFINE_list("bits", ["8", "4", "3", "2"], "Of a weight.")
     flags.DEFINE_list(
-        "groups", None, "Columns that share a scale, 0 for one scale a row; default: the preset's."
+        "groups", None, "Group sizes in columns, 0 for one scale per row; default: the preset's."
     )
-    flags.DEFINE_string("text", None, "UTF-8 file: a third to calibrate on, the rest to measure.")
-    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
-    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits.")
-    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to measure on; default: all.")
-    flags.DEFINE_integer("screens", None, "Questions of each kind; default: the preset's.", 1)
-    flags.DEFINE_integer("text_tokens", None, "Scored at most; default: the preset's.", 512)
+    flags.DEFINE_string(
+        "text", None, "UTF-8 file: a third for calibration, the rest for the measurement."
+    )
+    flags.DEFINE_string(
+        "digits_dir",
+        None,
+        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
+    )
+    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits; default: synthetic voices.")
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to use; default: all.")
+    flags.DEFINE_integer(
+        "screens", None, "Number of questions of each kind; default: the preset's.", 1
+    )
+    flags.DEFINE_integer(
+        "text_tokens", None, "Maximum number of tokens to score; default: the preset's.", 512
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -78,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     measurements = {"float32": measured(model, params, data, FLAGS.where)}
     groups = [int(size) for size in FLAGS.groups or amount["groups"]]
     recipes_by_name = recipes([int(width) for width in FLAGS.bits], groups)
-    for name, transform in bar("ways of rounding")(recipes_by_name.items()):
+    for name, transform in bar("rounding methods")(recipes_by_name.items()):
         measurements[name] = measured(
             model, rounded(transform, model, params, data.calibration), data, FLAGS.where
         )
@@ -93,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def recipes(bits: Sequence[int], groups: Sequence[int]) -> dict[str, Transform]:
-    """Ways of rounding by their names, such as `4 bits, gptq, groups of 32`."""
+    """Lists rounding methods by name, such as `4 bits, gptq, groups of 32`."""
     measurements = {}
     for width in bits:
         for size in groups:
@@ -105,7 +115,7 @@ def recipes(bits: Sequence[int], groups: Sequence[int]) -> dict[str, Transform]:
 
 
 def rounded(transform: Transform, model: Any, params: Any, batches: Sequence[Any]) -> Any:
-    """Parameters in boxes, by a transform and the calibration there is."""
+    """Quantizes parameters by a transform with the available calibration."""
     inputs = {name for batch in batches for name in batch}
     lacking = [name for name in ("images", "audio") if name not in inputs]
     key = jax.random.key(FLAGS.seed)
@@ -115,16 +125,16 @@ def rounded(transform: Transform, model: Any, params: Any, batches: Sequence[Any
 def measured(
     model: Any, params: Any, data: eval_data.EvalData, where: str
 ) -> dict[str, float | None]:
-    """Returns perplexity, taps in the box in percent by kind of question, and bits of a weight.
+    """Measures perplexity, taps in the box in percent by kind of question, and bits per weight.
 
     Args:
       model: a GLM.
-      params: arrays or boxes; boxes are made dense, so that one program runs them all.
-      data: to measure on.
-      where: of the matrices whose bits count.
+      params: arrays or boxes; boxes are made dense, so that one program runs all models.
+      data: data of the measurement.
+      where: pattern of the matrices whose bits are counted.
 
     Returns:
-      `perplexity`, `bits stored`, and `taps, written` and `taps, spoken` where there are any.
+      `perplexity`, `bits stored`, and, if available, `taps, written` and `taps, spoken`.
     """
     leaves = dict(boxes.path_items(params))
     chosen = {path: leaves[path] for path in boxes.select(params, where)}
@@ -145,7 +155,7 @@ def rows_of(measurements: Mapping[str, Mapping[str, float]]) -> list[Row]:
     """Returns the table's rows: float32, and the loss of each recipe.
 
     Args:
-      measurements: of `measured` by `float32` and the names of `recipes`.
+      measurements: results of `measured` by name: `float32` and the names of `recipes`.
 
     Returns:
       The rows.

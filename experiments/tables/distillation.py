@@ -1,14 +1,14 @@
-"""Table (a): a teacher, a student that learns from labels, and one that learns from the teacher.
+"""Table (a): a teacher, a student trained on labels, and a student trained by distillation.
 
     python -m experiments.tables.distillation --preset=quick
     python -m experiments.tables.distillation --preset=full --digits_dir=MNIST
 
-The claim is of ImageNet classifiers: teacher 76.5 %, student 72.1 %, distilled student 74.3 %. Here
-a residual network of 392,242 parameters teaches a depthwise-separable one of 2,858 on handwritten
-digits. Both students see the same images, labels, steps and seeds; the distilled one also sees the
-teacher's predictions (alpha 0.9, temperature 4). `gap recovered` is the part of the distance
-between teacher and student that distillation closed, the number that a claim on other data can be
-compared by.
+The claim, for ImageNet classifiers: teacher 76.5 %, student 72.1 %, distilled student 74.3 %. The
+table uses a residual network of 392,242 parameters as the teacher of a depthwise-separable one of
+2,858 on handwritten digits. Both students use the same images, labels, steps and seeds; the
+distilled one also learns from the teacher's predictions (alpha 0.9, temperature 4). `gap recovered`
+is the fraction of the gap between teacher and student that distillation closes; it is comparable
+across data sets.
 """
 
 import statistics
@@ -33,9 +33,15 @@ def define_flags() -> None:
     """Defines this script's flags."""
     table.define_flags(NAME)
     vision.define_flags()
-    flags.DEFINE_integer("teacher_steps", None, "Of the teacher; default: as the preset says.", 1)
-    flags.DEFINE_integer("student_steps", None, "Of each student; default: as the preset says.", 1)
-    flags.DEFINE_integer("seeds", None, "Students of each kind; default: 3, or 5 in full.", 2)
+    flags.DEFINE_integer(
+        "teacher_steps", None, "Training steps of the teacher; default: the preset's.", 1
+    )
+    flags.DEFINE_integer(
+        "student_steps", None, "Training steps of each student; default: the preset's.", 1
+    )
+    flags.DEFINE_integer(
+        "seeds", None, "Number of students of each kind; default: 3, or 5 for full.", 2
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -83,11 +89,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def rows_of(accuracies: dict[str, list[float]], data: str) -> list[Row]:
-    """Returns the rows of accuracies, and of the gap that distillation closed.
+    """Returns the rows of accuracies, and of the gap recovered by distillation.
 
     Args:
-      accuracies: percent of every seed, by kind.
-      data: where they were measured.
+      accuracies: accuracy of every seed in percent, by kind.
+      data: name of the data set.
     """
     mean = {kind: statistics.fmean(values) for kind, values in accuracies.items()}
     rows = [

@@ -1,18 +1,19 @@
-"""Table (d): run-time pruning of a fifth and of half of the FFN neurons, chosen by each token.
+"""Table (d): run-time pruning of 20 % and 50 % of the FFN neurons, chosen per token.
 
     python -m experiments.tables.dynamic --preset=quick
     python -m experiments.tables.dynamic --preset=full --digits_dir=MNIST
 
-The claim: 20 % give 1.15 x at a loss under 1 %, 50 % give 1.42 x at 3 %; of what, it does not say.
-Nothing is trained: in every layer of the shipped model (or --checkpoint) a token uses the neurons
-whose gates are widest open, and the weights of the others are not read. `tokens a second` is of
-decoding answers in one compiled loop, the prompt not counted; all settings take turns at the same
-question. Two losses are set against the claim, both relative to the whole model: taps in the box
-(for a checkpoint without vision, agreement with its own tokens) and perplexity of held-out text.
+The claim: skipping 20 % is 1.15 x as fast at a loss under 1 %, skipping 50 % is 1.42 x at 3 %; it
+does not name the measure. Nothing is trained. In every layer of the shipped model (or
+--checkpoint), a token uses the neurons with the largest gates, and the weights of the others are
+not read. `tokens per second` times the decoding of answers in one compiled loop, without the
+prompt; all settings alternate on the same question. Two losses are compared with the claim, both
+relative to the complete model: taps in the box (for a checkpoint without vision, agreement with its
+own tokens) and perplexity of held-out text.
 
-The gate is computed in full, so that half of the neurons still read two thirds of the weights, and
-a small model's step is mostly made of other things. The decoder of --shape has random weights: it
-says what skipping can gain, and nothing of quality.
+All gates are computed, so half of the neurons still read two thirds of the weights, and a small
+model's step consists mostly of other operations. The decoder of --shape has random weights; its
+rows show the possible speed-up, not quality.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from glm_edge.generate import Setting, SweepRow
 
 FLAGS = flags.FLAGS
 NAME = "dynamic"
-# By percent of neurons skipped: speed-up, and percent lost.
+# Claims by percentage of skipped neurons: speed-up, and loss in percent.
 CLAIMS = {20: (1.15, 1.0), 50: (1.42, 3.0)}
 UNDER = {20: "claimed: under 1 %; "}
 SHAPES = {"quick": "", "full": "mobile"}
@@ -45,11 +46,15 @@ def define_flags() -> None:
     """Defines this script's flags."""
     table.define_flags(NAME)
     skipping_eval.define_flags()
-    flags.DEFINE_list("skip", ["20", "50"], "Percent of the neurons that a token does not use.")
-    flags.DEFINE_string("text", None, "UTF-8 file to measure on; default: CPython's help topics.")
-    flags.DEFINE_integer("text_tokens", None, "Scored at most; default: the preset's.", 2)
+    flags.DEFINE_list("skip", ["20", "50"], "Percentages of neurons that a token skips.")
     flags.DEFINE_string(
-        "shape", None, "Preset to time with random weights; default: none, or mobile in full."
+        "text", None, "UTF-8 file for the measurement; default: CPython's help topics."
+    )
+    flags.DEFINE_integer(
+        "text_tokens", None, "Maximum number of tokens to score; default: the preset's.", 2
+    )
+    flags.DEFINE_string(
+        "shape", None, "Preset to time with random weights; default: none, or mobile for full."
     )
 
 
@@ -57,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
     keep = [1.0 - percent / 100.0 for percent in skipping_eval.floats("skip")]
     if not keep:
-        raise RecipeError("--skip: lists nothing; 20,50 is right")
+        raise RecipeError("--skip: must not be empty; use percentages such as 20,50")
     model, params, tokenizer = skipping_eval.opened()
     settings = [Setting("all", params), *skipping_eval.neuron_settings(model, params, keep)]
     windows = text_windows(tokenizer, FLAGS.text, FLAGS.text_tokens or TEXT_TOKENS[FLAGS.preset])
@@ -95,13 +100,13 @@ def main(argv: Sequence[str]) -> None:
 def rows_of(
     swept: Sequence[SweepRow], perplexity: Mapping[str, float], quality: str, questions: int
 ) -> list[Row]:
-    """Returns the table's rows of the model that has been trained.
+    """Returns the table's rows of the trained model.
 
     Args:
-      swept: of the sweep; the first skips nothing.
-      perplexity: by the names of settings.
-      quality: what the sweep's accuracy is.
-      questions: that were asked.
+      swept: rows of the sweep; the first is without skipping.
+      perplexity: perplexity by name of the setting.
+      quality: name of the sweep's accuracy.
+      questions: number of questions.
 
     Returns:
       The rows.
@@ -138,7 +143,7 @@ def shape_rows(swept: Sequence[SweepRow], shape: str) -> list[Row]:
 
 
 def skipped(row: SweepRow) -> int:
-    """Returns the percentage of the neurons that a setting does not use."""
+    """Returns the percentage of neurons that a setting skips."""
     return round(100.0 * (1.0 - row.value))
 
 

@@ -1,19 +1,19 @@
-"""Table (g): tokens that leave at the layer whose scores are sure enough.
+"""Table (g): early exit at the first layer with a confident prediction.
 
     python -m experiments.tables.early_exit --preset=quick
     python -m experiments.tables.early_exit --preset=full --digits_dir=MNIST
 
-The claim, at a threshold of 0.95: 120 ms and 98.2 % become 76 ms and 97.8 %. After each layer of
---exits the shipped model (or --checkpoint) asks its head; where the largest probability reaches the
-threshold, the other layers are not run. An exit scores what it has (`exit`), or first maps it to
-what the last layer would give, by a matrix fitted on text and screens (`exit+map`). The claim says
-neither which is meant, so both are set against it. Quality is taps in the box (for a checkpoint
-without vision, agreement with its own tokens), `layers` the mean that a decoded token ran. Time is
-of a token in one compiled loop, the prompt not counted; all settings take turns at the same
-question, and times are compared within rounds.
+The claim, at a threshold of 0.95: 120 ms and 98.2 % become 76 ms and 97.8 %. The shipped model (or
+--checkpoint) runs its head after each layer of --exits. If the largest probability reaches the
+threshold, the remaining layers are skipped. An exit applies the head to the hidden state (`exit`),
+or first maps it to an estimate of the last layer's, by a matrix fitted on text and screens
+(`exit+map`). The claim does not name the method, so both are compared with it. Quality is taps in
+the box (for a checkpoint without vision, agreement with its own tokens); `layers` is the mean
+number of layers per decoded token. Time is per token in one compiled loop, without the prompt. All
+settings alternate on the same question, and times are compared within rounds.
 
-In nano a layer costs about as much as asking the head. The decoder of --shape has random weights,
-leaves at half its depth, and says what an exit can gain, nothing of quality.
+In nano a layer costs about as much as the head. The decoder of --shape has random weights and exits
+at half its depth; its rows show the possible speed-up, not quality.
 """
 
 import dataclasses
@@ -42,8 +42,10 @@ def define_flags() -> None:
     """Defines this script's flags."""
     table.define_flags(NAME)
     skipping_eval.define_flags()
-    flags.DEFINE_list("exits", ["3"], "Layers after which a token may stop.")
-    flags.DEFINE_list("thresholds", None, "Of the largest probability; default: the preset's.")
+    flags.DEFINE_list("exits", ["3"], "Layers after which a token may exit.")
+    flags.DEFINE_list(
+        "thresholds", None, "Thresholds of the largest probability; default: the preset's."
+    )
     flags.DEFINE_string(
         "shape", None, "Preset to time with random weights; default: none, or mobile in full."
     )
@@ -81,9 +83,9 @@ def rows_of(swept: Sequence[SweepRow], quality: str, questions: int) -> list[Row
     """Returns the table's rows of the model that has been trained.
 
     Args:
-      swept: of the sweep; the first runs all layers.
-      quality: what the sweep's accuracy is.
-      questions: that were asked.
+      swept: rows of the sweep; the first runs all layers.
+      quality: name of the sweep's accuracy.
+      questions: number of questions.
 
     Returns:
       The rows.
@@ -102,7 +104,7 @@ def rows_of(swept: Sequence[SweepRow], quality: str, questions: int) -> list[Row
         rows += [
             Row(f"{label}: {quality}", "%", percent, 100.0 * row.accuracy, note=note),
             Row(f"{label}: layers", "layers", None, row.layers),
-            Row(f"{label}: time of a token", "ms", None, 1e3 / row.tokens_per_second),
+            Row(f"{label}: time per token", "ms", None, 1e3 / row.tokens_per_second),
         ]
         if not first:
             lost = 100.0 * (dense.accuracy - row.accuracy)

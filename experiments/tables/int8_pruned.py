@@ -4,11 +4,12 @@
     python -m experiments.tables.int8_pruned --preset=full --digits_dir=MNIST
 
 The claim: 2.1 -> 0.6 GOPs and 8.7 -> 3.2 MB for less than 1 % of accuracy. Accuracy is measured on
-digits: a small MobileNetV2 is trained, --remove of the hidden channels of its blocks are removed,
-the rest is healed with the whole model as its teacher, norms are folded, and LiteRT's converter
-rounds weights and activations to int8 with training images as examples; the file is then run on the
-test images. Operations, bytes and latency are measured at the published shape, MobileNetV2 1.0 on
-224x224, with random weights. An operation is a product or a sum; int8 makes none go away.
+digits. A small MobileNetV2 is trained, the fraction --remove of its blocks' hidden channels is
+removed, and the rest is healed with the complete model as the teacher. Then norms are folded,
+LiteRT's converter rounds weights and activations to int8 with training images for calibration, and
+the file runs on the test images. Operations, bytes and latency are measured at the published shape,
+MobileNetV2 1.0 on 224x224, with random weights. Products and sums count as operations, so int8 does
+not reduce their number.
 """
 
 import statistics
@@ -42,12 +43,16 @@ def define_flags() -> None:
     """Defines this script's flags."""
     table.define_flags(NAME)
     vision.define_flags()
-    flags.DEFINE_float("remove", 0.8, "Fraction of hidden channels removed, in 0..1.", 0.0, 0.99)
+    flags.DEFINE_float("remove", 0.8, "Fraction of hidden channels to remove, in 0..1.", 0.0, 0.99)
     flags.DEFINE_string("shape", "mobilenet_v2_1", "Preset whose size and time are measured.")
-    flags.DEFINE_integer("dense_steps", None, "Before pruning; default: as the preset says.", 1)
-    flags.DEFINE_integer("heal_steps", None, "After pruning; default: as the preset says.", 1)
-    flags.DEFINE_integer("seeds", None, "Whole repetitions; default: 2, or 5 in full.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT.", 1)
+    flags.DEFINE_integer(
+        "dense_steps", None, "Training steps before pruning; default: the preset's.", 1
+    )
+    flags.DEFINE_integer(
+        "heal_steps", None, "Healing steps after pruning; default: the preset's.", 1
+    )
+    flags.DEFINE_integer("seeds", None, "Number of repetitions; default: 2, or 5 in full.", 1)
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads.", 1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -79,15 +84,15 @@ def accuracies(
     """Measures accuracy on digits in percent: dense, int8, pruned, and both.
 
     Args:
-      directory: where finished trainings are kept.
-      data: digits.
-      seed: of initial variables and of the order of images.
-      dense_steps: before pruning.
-      heal_steps: after it.
-      fraction: of the hidden channels removed.
+      directory: directory of finished trainings.
+      data: the digits.
+      seed: seed of the initial variables and of the order of images.
+      dense_steps: training steps before pruning.
+      heal_steps: healing steps after pruning.
+      fraction: fraction of hidden channels to remove.
 
     Returns:
-      Percent by kind; the int8 ones are those of a file run by LiteRT.
+      Accuracy in percent by kind; int8 models run as files in LiteRT.
     """
     model, dense, targets, small, pruned = vision.pruned(
         directory, data, seed, dense_steps, fraction
@@ -113,17 +118,17 @@ def accuracies(
 
 
 def published(name: str, fraction: float, rounds: int, threads: int, seed: int) -> dict[str, Any]:
-    """Returns operations, parameters, bytes and milliseconds of a shape, whole and pruned.
+    """Measures operations, parameters, bytes and milliseconds of a shape, dense and pruned.
 
     Args:
-      name: preset.
-      fraction: of the hidden channels removed.
-      rounds: measurements of each file.
-      threads: of LiteRT.
-      seed: of the random weights.
+      name: name of the preset.
+      fraction: fraction of hidden channels to remove.
+      rounds: number of measurements of each file.
+      threads: number of LiteRT threads.
+      seed: seed of the random weights.
 
     Returns:
-      By kind: `operations`, `bytes` of the file, `seconds`.
+      `operations`, `bytes` of the file and `seconds` by kind.
     """
     config = preset(name)
     dense = measure.random_variables(CNN(config), seed)
@@ -154,7 +159,7 @@ def rows_of(
 ) -> list[Row]:
     """Returns the table's rows from accuracies of every seed and costs at the published shape."""
     before, after = costs["dense"], costs["pruned int8"]
-    shape = "MobileNetV2 1.0, 224x224; the claim's model is not named"
+    shape = "MobileNetV2 1.0, 224x224; the claim does not name its model"
     rows = []
     for quantity, unit, scale, claim in (
         ("operations", "GOPs", 1e9, GOPS),
@@ -165,7 +170,7 @@ def rows_of(
         rows += [
             Row(f"{name}, dense float32", unit, claim[0], sizes[0], note=shape),
             Row(f"{name}, pruned int8", unit, claim[1], sizes[1], note=shape),
-            Row(f"{name}, how many times fewer", "x", claim[0] / claim[1], sizes[0] / sizes[1]),
+            Row(f"{name}, reduction factor", "x", claim[0] / claim[1], sizes[0] / sizes[1]),
         ]
     for kind in ("dense int8", "pruned"):
         rows.append(Row(f"file, {kind}", "MB", None, costs[kind]["bytes"] / 1e6))
@@ -179,7 +184,7 @@ def rows_of(
     for kind, claim in (("dense int8", None), ("pruned", None), ("pruned int8", LOSS)):
         losses = [a - b for a, b in zip(measurements["dense"], measurements[kind], strict=True)]
         spread = statistics.stdev(losses) if len(losses) > 1 else None
-        more = "claim: at most, on other data" if claim else ""
+        more = "claim: at most, on different data" if claim else ""
         rows.append(
             Row(f"top-1 lost, {kind}", "points", claim, statistics.fmean(losses), spread, more)
         )

@@ -1,17 +1,17 @@
-"""Table (k): intents by a whole text encoder, and by distilled ones of half its depth.
+"""Table (k): intents by a full text encoder, and by distilled encoders of half its depth.
 
     python -m experiments.tables.intent --preset=quick --intent_dir=CLINC150
     python -m experiments.tables.intent --preset=full --intent_dir=CLINC150
 
-The claim: 94.2 % for the full encoder and 91.7 % for the distilled one; it names neither data nor
-encoder, and its kind begins with weights pretrained on billions of words, which this table has no
-access to. Here a BERT of --layers layers learns the 150 intents of CLINC150, and texts that are
-none of them, from the training texts alone. Three encoders of half the layers follow: one learns
-from labels only, one also from the teacher's predictions (alpha 0.9, temperature 4), and one that
-does so begins as every second layer of the teacher, as DistilBERT does. The three see the same
-texts in the same order for as many steps; in training one token in ten is hidden. Accuracy is that
-of texts with an intent, in the folder's test part, or in its dev part where there is none, which
-the presets were tried on.
+The claim: 94.2 % for the full encoder and 91.7 % for the distilled one. It names neither data nor
+encoder, and such encoders start from weights pretrained on billions of words, which this table does
+not have. The table trains a BERT of --layers layers on CLINC150's 150 intents, and on texts without
+an intent, from the training texts alone. Three encoders with half the layers follow. One learns
+from labels only, one also from the teacher's predictions (alpha 0.9, temperature 4), and one does
+the same but starts from every second layer of the teacher, like DistilBERT. All three use the same
+texts in the same order for the same number of steps; training masks one token in ten. Accuracy is
+measured on texts with an intent of the folder's test part. Without a test part, it is measured on
+the dev part, on which the presets were chosen.
 """
 
 import json
@@ -52,11 +52,11 @@ NONE = "oos"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 PAD, UNKNOWN = 0, 1
 HIDDEN_WORDS = 0.1
-ELSEWHERE = "not reachable here: data (the claim names none) and pretrained weights"
+ELSEWHERE = "not available: data (the claim names none) and pretrained weights"
 
 
 class Intents(NamedTuple):
-    """Texts as tokens [E, T] and classes [E]; `scored` says which test texts have an intent."""
+    """Texts as tokens [E, T] and classes [E]; `scored` is True for test texts with an intent."""
 
     name: str
     vocabulary: int
@@ -77,16 +77,27 @@ def define_flags() -> None:
         "Folder of CLINC150: data_full.json, or clinc150_train.tsv and clinc150_test.tsv or _dev.",
         required=True,
     )
-    flags.DEFINE_integer("layers", None, "Of the full encoder, even; default: 4, or 6 in full.", 2)
     flags.DEFINE_integer(
-        "hidden_size", None, "Of all encoders, a multiple of 32; default: 64, or 128 in full.", 32
+        "layers", None, "Layers of the full encoder, an even number; default: 4, or 6 for full.", 2
     )
-    flags.DEFINE_integer("vocabulary", 4000, "Tokens, at most.", 64)
+    flags.DEFINE_integer(
+        "hidden_size",
+        None,
+        "Hidden size of all encoders, a multiple of 32; default: 64, or 128 for full.",
+        32,
+    )
+    flags.DEFINE_integer("vocabulary", 4000, "Maximum vocabulary size.", 64)
     flags.DEFINE_integer("tokens", 20, "Tokens per text; longer texts are cut.", 4)
-    flags.DEFINE_integer("teacher_steps", None, "Default: as the preset says.", 1)
-    flags.DEFINE_integer("student_steps", None, "Of each student; default: as the preset says.", 1)
-    flags.DEFINE_integer("seeds", None, "Students of each kind; default: 1, or 3 in full.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT; JAX takes the cores it is given.", 1)
+    flags.DEFINE_integer(
+        "teacher_steps", None, "Training steps of the full encoder; default: the preset's.", 1
+    )
+    flags.DEFINE_integer(
+        "student_steps", None, "Training steps of each student; default: the preset's.", 1
+    )
+    flags.DEFINE_integer(
+        "seeds", None, "Number of students of each kind; default: 1, or 3 for full.", 1
+    )
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads; JAX uses all available cores.", 1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -140,7 +151,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def config_of(data: Intents, layers: int, width: int) -> TextConfig:
-    """Returns a BERT without segments for these texts."""
+    """Returns the configuration of a BERT without segments for these texts."""
     return TextConfig(
         vocab_size=data.vocabulary,
         hidden_size=width,
@@ -155,25 +166,27 @@ def config_of(data: Intents, layers: int, width: int) -> TextConfig:
 
 
 def load(folder: str, vocabulary: int, length: int) -> Intents:
-    """Reads CLINC150, and makes tokens of its training texts.
+    """Reads CLINC150, and trains a tokenizer on its training texts.
 
     Args:
-      folder: with `data_full.json`, or with `clinc150_train.tsv` and a test or dev part, whose
-        lines after the first are a text, a tab and an intent.
-      vocabulary: tokens, at most.
-      length: tokens of a text.
+      folder: folder with `data_full.json`, or with `clinc150_train.tsv` and a test or dev part,
+        whose lines after the first are a text, a tab and an intent.
+      vocabulary: maximum vocabulary size.
+      length: tokens per text.
 
     Returns:
       The data.
 
     Raises:
-      DataError: a file is missing or not of that form, or the test part has other intents.
+      DataError: a file is missing or has a different format, or the test part has unknown intents.
     """
     part, train, test = _parts(Path(folder))
     names = sorted({intent for _, intent in train})
     unknown = {intent for _, intent in test} - set(names)
     if unknown:
-        raise DataError(f"{folder}: the {part} part has the intent {min(unknown)!r}, training not")
+        raise DataError(
+            f"{folder}: the {part} part has the intent {min(unknown)!r}, which training lacks"
+        )
     tokenizer = tokenizer_of([text for text, _ in train], vocabulary, length)
 
     def arrays(rows: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +229,7 @@ def _parts(folder: Path) -> tuple[str, list[tuple[str, str]], list[tuple[str, st
 
 def _lines(path: Path) -> list[tuple[str, str]]:
     if not path.exists():
-        raise DataError(f"{path}: is missing; --intent_dir must hold it, or data_full.json")
+        raise DataError(f"{path}: missing; --intent_dir must contain it, or data_full.json")
     lines = read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")[1:]
     rows = [tuple(line.split("\t")) for line in lines]
     bad = next((index for index, row in enumerate(rows, start=2) if len(row) != 2), None)
@@ -226,9 +239,9 @@ def _lines(path: Path) -> list[tuple[str, str]]:
 
 
 def tokenizer_of(texts: Sequence[str], vocabulary: int, length: int) -> Tokenizer:
-    """Returns byte pairs of lower-case texts, framed as BERT frames a sentence, in `length` tokens.
+    """Trains a byte-pair tokenizer of lower-case texts with BERT's framing and `length` tokens.
 
-    The same texts give the same tokenizer, which WordPiece's trainer would not promise.
+    The same texts produce the same tokenizer, which WordPiece's trainer does not guarantee.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIALS[UNKNOWN]))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -263,7 +276,7 @@ def trained(
     start: Variables | None = None,
     targets: np.ndarray | None = None,
 ) -> Variables:
-    """Trains an encoder unless an earlier run did; see `vision.trained`."""
+    """Trains an encoder, or loads that of an earlier run; see `vision.trained`."""
 
     def make() -> Variables:
         begin = start
@@ -278,13 +291,13 @@ def trained(
 
 
 def hits_of(model: TextEncoder, variables: Variables, data: Intents) -> np.ndarray:
-    """Marks the test texts that are classified correctly, bool [E]."""
+    """Returns True for correctly classified test texts, bool [E]."""
     logits = learning.logits_of(Classifier(model, _apply), variables, data.test_tokens)
     return logits.argmax(-1) == data.test_labels
 
 
 def percent(hits: np.ndarray, chosen: np.ndarray) -> float:
-    """Hits among the chosen texts, in percent."""
+    """Computes the hits among the chosen texts in percent."""
     return 100.0 * float(np.mean(hits[chosen]))
 
 
@@ -297,18 +310,18 @@ def rows_of(
     """Returns the table's rows.
 
     Args:
-      hits: of every seed on the test texts, by kind of encoder.
-      data: that they were measured on.
-      counts: parameters by encoder.
-      seconds: by engine and encoder.
+      hits: hits of every seed on the test texts, by kind of encoder.
+      data: data of the measurement.
+      counts: number of parameters by encoder.
+      seconds: seconds by engine and encoder.
     """
-    # Seeds are answers to the same texts: their mean is one number a text.
+    # All seeds classify the same texts, so their mean is one value per text.
     mean = {kind: np.mean(runs, axis=0) for kind, runs in hits.items()}
     rows = []
     for kind, runs in hits.items():
         scores = [percent(run, data.scored) for run in runs]
         rate = metrics.bootstrap(mean[kind][data.scored])
-        note = f"{data.name}, {len(runs)} seed(s), {table.interval(rate)}; claim on other data"
+        note = f"{data.name}, {len(runs)} seed(s), {table.interval(rate)}; claim on different data"
         spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
         rows.append(
             Row(f"top-1, {kind}", "%", CLAIMS.get(kind), float(np.mean(scores)), spread, note)
@@ -336,8 +349,8 @@ def rows_of(
     if not data.scored.all():
         for kind in hits:
             scores = 100.0 * float(np.mean(mean[kind][~data.scored]))
-            note = f"{int(np.sum(~data.scored))} texts of no intent"
-            rows.append(Row(f"found to be of no intent, {kind}", "%", None, scores, note=note))
+            note = f"{int(np.sum(~data.scored))} texts without an intent"
+            rows.append(Row(f"recognised as without intent, {kind}", "%", None, scores, note=note))
     rows += [Row(f"parameters, {kind}", "M", None, n / 1e6) for kind, n in counts.items()]
     for engine, title in measure.ENGINES.items():
         base = seconds[f"{engine} full"]

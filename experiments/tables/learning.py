@@ -1,7 +1,7 @@
-"""Training of classifiers, and what is kept of it.
+"""Training of classifiers, and its cache.
 
-A classifier is a model and a function that applies it. A finished training is a file under
---out_dir, named by its settings, so that a killed script goes on where it stopped.
+A classifier is a model and a function that applies it. A finished training is stored as a file
+under --out_dir, named by its settings, so that an interrupted script resumes.
 """
 
 import functools
@@ -32,12 +32,12 @@ _SCORED = 512
 
 
 class Classifier(NamedTuple):
-    """A model and how it is called; both can be hashed.
+    """A model and the function that applies it; both are hashable.
 
     Attributes:
-      model: a module of Linen, with a field `config`.
-      apply: takes the model, variables, inputs [B, ...], and in training a key, else None; gives
-        logits [B, N], and the collections beside `params` that training changed.
+      model: Linen module with a field `config`.
+      apply: function of the model, variables, inputs [B, ...], and a key in training, else None. It
+        returns logits [B, N], and the collections except `params` that training changed.
     """
 
     model: Any
@@ -48,11 +48,11 @@ class Training(NamedTuple):
     """Options of a classifier's training.
 
     Attributes:
-      steps: of the optimizer.
-      learning_rate: peak; it rises over a tenth of the steps and falls by a cosine.
-      batch: examples a step.
-      alpha: weight of the teacher's predictions, in 0..1; the rest is the labels'.
-      temperature: softens both predictions.
+      steps: number of optimizer steps.
+      learning_rate: peak learning rate, with warm-up over a tenth of the steps and cosine decay.
+      batch: examples per step.
+      alpha: weight of the teacher's predictions, in 0..1; labels have the weight `1 - alpha`.
+      temperature: temperature of both predictions.
     """
 
     steps: int
@@ -74,22 +74,22 @@ def train(
     """Trains on examples.
 
     Args:
-      classifier: what learns.
-      variables: to start from; they are left as they are.
+      classifier: classifier to train.
+      variables: initial variables, which are not changed.
       inputs: examples [E, ...].
-      labels: their classes [E].
-      training: options.
-      seed: of the order of examples, and of what `apply` draws.
-      targets: logits [E, N] of a teacher; None where alpha is zero.
+      labels: classes [E] of the examples.
+      training: options of the training.
+      seed: seed of the order of examples, and of the random values in `apply`.
+      targets: logits [E, N] of a teacher; None if alpha is zero.
 
     Returns:
       The trained variables.
 
     Raises:
-      DataError: the loss is not finite, or a teacher is needed and absent.
+      DataError: the loss is not finite, or a required teacher is missing.
     """
     if training.alpha and targets is None:
-        raise DataError("training: alpha is above zero, and there are no targets of a teacher")
+        raise DataError("training: alpha is above zero, which requires targets of a teacher")
     count = len(inputs)
     if targets is None:
         targets = np.zeros((count, 1), np.float32)
@@ -115,7 +115,9 @@ def train(
             finite = np.isfinite(jax.device_get(losses))
             if not finite.all():
                 first = step - len(finite) + 1 + int(np.argmin(finite))
-                raise DataError(f"training: the loss is not finite at step {first}; lower its rate")
+                raise DataError(
+                    f"training: the loss is not finite at step {first}; use a lower learning rate"
+                )
             losses = []
     return variables
 
@@ -125,7 +127,7 @@ def _optimizer(rate: Array | float) -> optax.GradientTransformation:
     return optax.chain(clipping, adam, optax.scale_by_learning_rate(rate))
 
 
-# Not a scan: XLA compiles convolutions within a loop for the CPU to code that is many times slower.
+# Not a scan: on CPU, XLA compiles convolutions within a loop to code that is many times slower.
 @functools.partial(jax.jit, static_argnames=("classifier", "training"))
 def _step(
     classifier: Classifier,
@@ -154,7 +156,7 @@ def _step(
 
 
 def _loss(logits: Array, labels: Array, targets: Array, training: Training) -> Array:
-    """Mixes cross-entropy with the labels and `T^2 KL(teacher at T || student at T)`."""
+    """Computes a mix of cross-entropy with labels and `T^2 KL(teacher at T || student at T)`."""
     hard = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     if not training.alpha:
         return hard
@@ -165,7 +167,7 @@ def _loss(logits: Array, labels: Array, targets: Array, training: Training) -> A
 
 
 def logits_of(classifier: Classifier, variables: Variables, inputs: np.ndarray) -> np.ndarray:
-    """Scores of all inputs, float32 [E, N]."""
+    """Computes logits of all inputs, float32 [E, N]."""
     parts = []
     for start in range(0, len(inputs), _SCORED):
         part = inputs[start : start + _SCORED]
@@ -185,10 +187,10 @@ def cached_training(
     """Loads the variables of an earlier run, or stores those that `make` returns.
 
     Args:
-      directory: of the table; files are in its `runs`.
-      name: of the run, for a reader.
-      settings: all that the result depends on, JSON-ready or printable.
-      make: trains.
+      directory: directory of the table, whose folder `runs` contains the files.
+      name: readable name of the run.
+      settings: everything that the result depends on, as JSON or printable values.
+      make: function that trains.
 
     Returns:
       The variables.
@@ -217,15 +219,15 @@ def settings(
     """Returns everything that the result of a training depends on, for `cached_training`.
 
     Args:
-      model: the classifier's.
-      data: what names the examples, JSON-ready.
-      training: options.
-      seed: of initial variables and order.
-      start: variables to go on from, or None.
-      targets: of a teacher, or None.
+      model: model of the classifier.
+      data: JSON value that identifies the examples.
+      training: options of the training.
+      seed: seed of the initial variables and of the order.
+      start: initial variables, or None.
+      targets: logits of a teacher, or None.
 
     Returns:
-      The settings; arrays by their fingerprint.
+      The settings, with fingerprints of arrays.
     """
     options = {"start": start, "targets": targets}
     return {
@@ -238,7 +240,7 @@ def settings(
 
 
 def fingerprint(tree: Any) -> str:
-    """Returns a hash of all numbers of a tree."""
+    """Returns a hash of all values of a tree."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(leaf).tobytes())

@@ -1,17 +1,16 @@
-"""Table (l): the shipped model, compressed and not, as files that LiteRT runs.
+"""Table (l): the shipped model, compressed and uncompressed, as files in LiteRT.
 
     python -m experiments.tables.lightweight --preset=quick
     python -m experiments.tables.lightweight --preset=full --digits_dir=MNIST --speech_dir=FSDD \\
         --speakers=lucas
 
-The claim: 85 ms, 86.2 % and 5.1 GB for the lightweight model against 210 ms, 91.7 % and 32.4 GB
-for the native one, on a phone and data that it does not name. `native` is the shipped model (or
---checkpoint) in float32, and `lightweight` what --recipe makes of it: a quarter of the heads and
-30 % of the neurons removed, healed by distillation, rounded to int4 and int8. Both are exported and
-then measured by running their files: accuracy is the share of taps that fall in their box on
-screens that neither has seen; latency is that of a screenshot, a prompt of 128 tokens with the
-image among them, and the tokens of one tap; memory is what is stored, what the file weighs, and the
-most that a process holds which runs nothing else.
+The claim: 85 ms, 86.2 % and 5.1 GB for the lightweight model, compared with 210 ms, 91.7 % and 32.4
+GB for the native one, on an unnamed phone and data set. `native` is the shipped model (or
+--checkpoint) in float32. `lightweight` is the result of --recipe: a quarter of the heads and 30 %
+of the neurons removed, healed by distillation, rounded to int4 and int8. Both are exported, and
+their files are measured. Accuracy is the fraction of taps inside their box on unseen screens.
+Latency covers a screenshot, a prompt of 128 tokens including the image, and the tokens of one tap.
+Memory is the stored bytes, the file size, and the peak of a process that runs only this model.
 """
 
 import contextlib
@@ -45,7 +44,7 @@ SCREENS = {"quick": 100, "full": 1000}
 DISTILL_STEPS = {"quick": 50, "full": None}
 ROUNDS = {"quick": 9, "full": 40}
 PROMPT, DECODED = 128, 20
-ELSEWHERE = "; claim on another device, model and data"
+ELSEWHERE = "; claim on a different device, model and data"
 
 
 def define_flags() -> None:
@@ -53,14 +52,28 @@ def define_flags() -> None:
     table.define_flags(NAME)
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
     flags.DEFINE_string("recipe", "quickstart", "Name of a recipe, or a JSON file.")
-    flags.DEFINE_string("digits_dir", None, "Folder of MNIST files for the keys of screens.")
-    flags.DEFINE_string("speech_dir", None, "Folder of spoken digits to measure on.")
-    flags.DEFINE_list("speakers", [], "Only these speakers of --speech_dir; default: all.")
-    flags.DEFINE_integer("screens", None, "Of each kind; default: 100, or 1000 in full.", 1)
-    flags.DEFINE_integer("distill_steps", None, "Default: 50, or as the recipe says in full.", 1)
-    flags.DEFINE_integer("answer_tokens", 5, "Of a tap, its end included.", 1)
-    flags.DEFINE_integer("rounds", None, "Measurements of each; default: 9, or 40 in full.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT.", 1)
+    flags.DEFINE_string(
+        "digits_dir",
+        None,
+        "Folder of MNIST files for the keys of screens; default: scikit-learn's digits.",
+    )
+    flags.DEFINE_string(
+        "speech_dir",
+        None,
+        "Folder of spoken digits for the measurement; default: synthetic voices.",
+    )
+    flags.DEFINE_list("speakers", [], "Speakers of --speech_dir to use; default: all.")
+    flags.DEFINE_integer(
+        "screens", None, "Number of questions of each kind; default: 100, or 1000 for full.", 1
+    )
+    flags.DEFINE_integer(
+        "distill_steps", None, "Distillation steps; default: 50, or the recipe's for full.", 1
+    )
+    flags.DEFINE_integer("answer_tokens", 5, "Number of tokens of a tap, including its end.", 1)
+    flags.DEFINE_integer(
+        "rounds", None, "Number of measurements of each; default: 9, or 40 for full.", 1
+    )
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads.", 1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -80,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
         calibration_batches=96,
     )
     if not evaluation.written:
-        raise DataError(f"{checkpoint}: taps are measured on screens, which this model cannot see")
+        raise DataError(f"{checkpoint}: measuring taps on screens needs a model with vision")
     for note in evaluation.notes:
         print(f"note: {note}", file=sys.stderr)
     steps = FLAGS.distill_steps or DISTILL_STEPS[FLAGS.preset]
@@ -104,7 +117,8 @@ def main(argv: Sequence[str]) -> None:
     }
     table.publish(
         NAME,
-        "Lightweight against native: claimed 85 ms, 86.2 %, 5.1 GB against 210 ms, 91.7 %, 32.4 GB",
+        "Lightweight compared with native: claimed 85 ms, 86.2 %, 5.1 GB against 210 ms, 91.7 %, "
+        "32.4 GB",
         rows_of(hits, sizes, runs),
         (
             "checkpoint", "recipe", "digits_dir", "speech_dir", "speakers", "screens",
@@ -121,7 +135,7 @@ def write(model: Any, params: Any, path: Path) -> Any:
 
 
 def taps(file: Any, evaluation: eval_data.EvalData) -> dict[str, list[float]]:
-    """Marks the taps of a file that fall in the box, of written and spoken questions."""
+    """Returns the hits of a file's taps, for written and spoken questions."""
     phone = ge.export.LiteRTModel(file.path)
     asked = {"written": evaluation.written, "spoken": evaluation.spoken}
     return {
@@ -139,21 +153,21 @@ def taps(file: Any, evaluation: eval_data.EvalData) -> dict[str, list[float]]:
 def timed(
     files: dict[str, Any], rounds: int, threads: int, answer_tokens: int
 ) -> dict[str, dict[str, Any]]:
-    """Runs every file in a process of its own, in turns; an earlier one has packed its weights.
+    """Runs every file in a separate process, in turns; an earlier process has packed its weights.
 
     Args:
-      files: exported models, by kind.
-      rounds: measurements of each.
-      threads: of LiteRT.
-      answer_tokens: decoded after an image and its prompt.
+      files: exported models by kind.
+      rounds: number of measurements of each.
+      threads: number of LiteRT threads.
+      answer_tokens: number of tokens decoded after an image and its prompt.
 
     Returns:
       By kind: `load_seconds`; `actions`, seconds of image, prefill and decoding in each round;
-      `steps`, the median seconds of a decoding step in each round; `baseline_rss_bytes` of a
-      process with nothing loaded, and `peak_rss_bytes`.
+      `steps`, median seconds of a decoding step in each round; `baseline_rss_bytes` of a process
+      without a model, and `peak_rss_bytes`.
 
     Raises:
-      DataError: a file does not run.
+      DataError: LiteRT cannot run a file.
     """
     files_log: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
@@ -182,12 +196,12 @@ def timed(
             for kind, engine in resident.items():
                 files_log[kind]["peak_rss_bytes"] = engine.peak_bytes()
         except ChildError as error:
-            raise DataError(f"LiteRT does not run a file: {error}") from error
+            raise DataError(f"LiteRT cannot run a file: {error}") from error
     return files_log
 
 
 def engine_of(kind: str, file: Any, threads: int) -> Spec:
-    """Returns the options with which a child runs a file."""
+    """Returns the engine spec of a file."""
     config, path = file.model.config, Path(file.path)
     return spec_of(
         kind,
@@ -213,9 +227,9 @@ def rows_of(
     """Returns the table's rows.
 
     Args:
-      hits: 1 or 0 of each tap, by kind of model and of question.
-      sizes: parameters and bytes, by kind.
-      runs: as from `timed`.
+      hits: 1 or 0 per tap, by kind of model and of question.
+      sizes: parameters and bytes by kind.
+      runs: results of `timed`.
     """
     totals = {kind: [sum(run.values()) for run in runs[kind]["actions"]] for kind in KINDS}
     steps = {kind: runs[kind]["steps"] for kind in KINDS}
@@ -231,7 +245,8 @@ def rows_of(
         title = f"latency of {name}, lightweight over native"
         rows.append(Row(title, "x", claim, middle, note=note))
     for question in hits["native"]:
-        # What the claim's accuracy is of is not said; the written questions are set against it.
+        # The claim does not name its measure of accuracy; the written questions are compared with
+        # it.
         claims = CLAIMED_PERCENT if question == "written" else (None, None)
         files_log = [hits[kind][question] for kind in KINDS]
         for kind, claim, values in zip(KINDS, claims, files_log, strict=True):

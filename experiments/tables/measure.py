@@ -1,4 +1,4 @@
-"""Latency in turns, operations of a traced function, and files run by LiteRT."""
+"""Alternating latency measurements, operations of a traced function, and files run by LiteRT."""
 
 import math
 import statistics
@@ -18,21 +18,21 @@ from glm_edge.errors import require
 from glm_edge.export import function as write_function
 from glm_edge.models.text import TextEncoder
 
-# A runtime's threads spin for a while after their work and would slow what is measured next.
+# A runtime's threads spin for a while after their work, and would slow the next measurement.
 PAUSE_S = 0.02
 IMAGES, LOGITS = "images", "logits"
 ENGINES = {"jax": "JAX", "litert": "LiteRT"}
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side, measured in turns so that a busy machine slows all of them alike.
+    """Measures the seconds of all sides alternately, so that a busy machine slows them equally.
 
     Args:
-      sides: what is run, by name; each is run twice first.
-      rounds: measurements of each.
+      sides: functions to run by name; each first runs twice as a warm-up.
+      rounds: number of measurements of each.
 
     Returns:
-      Seconds by name, in the order measured: entry `i` of all sides belongs together.
+      Seconds by name in the measured order: entries `i` of all sides form one round.
     """
     for run in sides.values():
         run()
@@ -49,17 +49,17 @@ def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def median_ms(seconds: list[float]) -> float:
-    """Returns the median of seconds, in milliseconds."""
+    """Returns the median of seconds in milliseconds."""
     return 1e3 * statistics.median(seconds)
 
 
 def ratio_quartiles(seconds: list[float], other: list[float]) -> list[float]:
-    """Quartiles of `seconds / other`, pair by pair."""
+    """Computes quartiles of the paired ratios `seconds / other`."""
     return np.quantile(np.divide(seconds, other), [0.25, 0.5, 0.75]).tolist()
 
 
 def in_jax(model: Any, variables: Any, images: np.ndarray) -> Callable[[], np.ndarray]:
-    """A call that runs a classifier of `glm_edge.models.cnn` once it is compiled."""
+    """Returns a call of a compiled classifier of `glm_edge.models.cnn`."""
     run = jax.jit(lambda variables, images: model.apply(variables, images)[0])
     variables, images = jax.device_put((variables, jnp.asarray(images)))
     return lambda: np.asarray(run(variables, images))
@@ -68,17 +68,17 @@ def in_jax(model: Any, variables: Any, images: np.ndarray) -> Callable[[], np.nd
 def export(
     model: Any, variables: Any, path: Path, examples: np.ndarray | None = None, batch: int = 1
 ) -> int:
-    """Writes a classifier as a `.tflite` file that takes `images` and gives `logits`.
+    """Writes a classifier as a `.tflite` file from `images` to `logits`.
 
     Args:
-      model: of `glm_edge.models.cnn`.
-      variables: boxes are written dense.
-      path: of the file, replaced if it exists.
-      examples: images [E, H, W, C] to choose int8 grids with, or None for float32.
-      batch: images that the file takes at once.
+      model: model of `glm_edge.models.cnn`.
+      variables: its variables; boxes are written dense.
+      path: path of the file, which is replaced if it exists.
+      examples: calibration images [E, H, W, C] for int8, or None for float32.
+      batch: number of images per call of the file.
 
     Returns:
-      Bytes of the file.
+      The size of the file in bytes.
     """
     dense = jax.tree.map(boxes.dense, variables, is_leaf=boxes.is_box)
     shape = (batch, *model.config.image_size)
@@ -99,7 +99,7 @@ def export(
 
 
 class LiteRT:
-    """A file of one input and one output, run by LiteRT."""
+    """A file with one input and one output in LiteRT."""
 
     def __init__(self, path: Path, threads: int = 2):
         interpreter = require("ai_edge_litert.interpreter", extra="export")
@@ -114,7 +114,7 @@ class LiteRT:
         return self._run.get_tensor(self._out)
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """Classifies each image; returns [E]."""
+        """Returns the class of each image [E]."""
         batch = int(self._in["shape"][0])
         counted = []
         for start in range(0, len(images), batch):
@@ -126,13 +126,13 @@ class LiteRT:
 def encoder_times(
     sides: Mapping[str, tuple[TextEncoder, Any]], tokens: int, rounds: int, threads: int
 ) -> dict[str, list[float]]:
-    """Runs text encoders of one vocabulary in turns, in JAX and from files in LiteRT.
+    """Times text encoders of one vocabulary alternately, in JAX and from files in LiteRT.
 
     Args:
-      sides: `(model, params)` by name; parameters in boxes run in JAX only.
-      tokens: read at once.
-      rounds: measurements of each.
-      threads: of LiteRT; JAX takes the cores it is given.
+      sides: `(model, params)` by name; boxed parameters run in JAX only.
+      tokens: number of tokens per call.
+      rounds: number of measurements of each.
+      threads: number of LiteRT threads; JAX uses all available cores.
 
     Returns:
       Seconds by `<engine> <name>`.
@@ -163,14 +163,14 @@ def encoder_times(
 
 
 def multiply_accumulates(function: Callable[..., Any], *arguments: Any) -> int:
-    """Counts the products of convolutions and matrix products; zeros count like other numbers.
+    """Counts the products of convolutions and matrix products, including those with zeros.
 
     Args:
-      function: traceable.
+      function: traceable function.
       *arguments: arrays or abstract arrays.
 
     Returns:
-      Multiply-accumulates; an operation count is twice that.
+      Multiply-accumulates; the number of operations is twice that.
     """
     return sum(_products(jax.make_jaxpr(function)(*arguments).jaxpr))
 
@@ -193,7 +193,7 @@ def _products(jaxpr: Any) -> Iterator[int]:
 
 
 def random_variables(model: Any, seed: int) -> dict[str, Any]:
-    """Variables of a classifier drawn so that activations keep their size; nothing is trained."""
+    """Draws untrained variables of a classifier that preserve the size of activations."""
     shape = jnp.zeros((1, *model.config.image_size))
     abstract = jax.eval_shape(model.init, jax.random.key(0), shape)
     rng = np.random.default_rng(seed)

@@ -2,12 +2,12 @@
 
     python -m experiments.tables.precision_memory --preset=quick
 
-The claim: 50, 75 and 75 %. The shipped model (or --checkpoint) is rounded four ways: everything to
-bfloat16; int8 per channel; int8 with embeddings in float16; and int4 in groups of 32 for the
-decoder with int8 for the rest. The claim does not say what its mixture is, so both are set against
-it. `stored` counts every array that is kept, scales included. `running` is what the compiled
-forward pass over --tokens tokens holds at its peak by XLA's own account: parameters, inputs,
-outputs and temporaries.
+The claim: 50, 75 and 75 %. The shipped model (or --checkpoint) is rounded in four ways: everything
+to bfloat16; int8 per channel; int8 with float16 embeddings; and int4 in groups of 32 for the
+decoder with int8 for the rest. The claim does not define mixed precision, so the last two are
+compared with it. `stored` counts every stored array, including scales. `running` is the peak memory
+of the compiled forward pass over --tokens tokens as XLA reports it: parameters, inputs, outputs and
+temporaries.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,9 @@ def define_flags() -> None:
     table.define_flags(NAME)
     flags.DEFINE_string("checkpoint", None, "Directory that ge.load opens; default: shipped nano.")
     flags.DEFINE_list(
-        "tokens", None, "Lengths of the forward pass; default: 128, 1 and 512 too in full."
+        "tokens",
+        None,
+        "Lengths of the forward pass in tokens; default: 128, and also 1 and 512 for full.",
     )
 
 
@@ -68,15 +70,15 @@ def recipes() -> dict[str, Transform]:
 
 
 def sizes(model: Any, params: Any, lengths: Sequence[int]) -> dict[str, int]:
-    """Returns bytes stored, and at the peak of a forward pass by its length.
+    """Measures stored bytes, and peak bytes of a forward pass by its length.
 
     Args:
       model: a GLM.
       params: its parameters, arrays or boxes.
-      lengths: tokens of one row.
+      lengths: numbers of tokens of one row.
 
     Returns:
-      `stored`, and `running <length>` for each.
+      `stored`, and `running <length>` for each length.
     """
     sizes_by_form = {"stored": boxes.stored_bytes(params)}
     for length in lengths:
@@ -102,7 +104,7 @@ def rows_of(sizes_by_form: dict[str, dict[str, int]]) -> list[Row]:
             note = "every array, scales included"
             if quantity != "stored":
                 note = f"forward pass, {quantity.split()[1]} token(s), by XLA"
-            note += "; claim on another model and device"
+            note += "; claim on a different model and device"
             label = quantity.split()[0]
             rows.append(Row(f"{label}, {name}", "% saved", claim, saved, note=note))
     return rows

@@ -4,15 +4,16 @@
     python -m experiments.tables.precision_speed --preset=full
 
 The claim: int8 is 2.5 to 3.5 times as fast as float32, int4 3.8 to 5.0 times. A decoder of --shape
-with random weights is written as a `.tflite` file once for each of --forms (the numbers mean
-nothing, their sizes do): `mobile`, or a quarter of its layers and of its vocabulary. Each file is
-loaded by LiteRT in a process of its own, and all take turns: bursts of --steps steps of decoding
-behind --context tokens, and a prompt of --prompt tokens. A step counts from the token to its
-scores, a prompt from its tokens to the scores of the last. Speed-ups are medians over pairs of
-bursts of one round; the note says what was claimed, and `ratio` is to the least of it.
+with random weights (outputs have no meaning) is written as a `.tflite` file for each of --forms:
+`mobile`, or a quarter of its layers and of its vocabulary. LiteRT loads each file in a separate
+process, and all alternate: bursts of --steps decoding steps at context --context, and a prompt of
+--prompt tokens. A step is timed from the token to its logits, a prompt from its tokens to the
+logits of the last one. Speed-ups are medians over pairs of bursts of one round. The note states the
+claim, and `ratio` is relative to its lower end.
 
 int4 is per channel, int4-g32 in groups of 32 columns. LiteRT multiplies int8 and int4 weights with
-rows of inputs that it rounds to int8 itself; the vocabulary is rounded like the rest.
+rows of inputs that it rounds to int8 at run time. Embedding and head are rounded like the other
+matrices.
 """
 
 import dataclasses
@@ -62,15 +63,18 @@ def define_flags() -> None:
         "shape",
         None,
         ["mobile", "mobile_quarter", "toy"],
-        "Of the decoder; default: mobile_quarter, or mobile in full. toy has two small layers.",
+        "Shape of the decoder; default: mobile_quarter, or mobile for full. toy has two small "
+        "layers.",
     )
-    flags.DEFINE_list("forms", ["float32", "int8", "int4", "int4-g32"], "Of the weights.")
-    flags.DEFINE_integer("context", 128, "Tokens in the cache before timed steps.", 1)
-    flags.DEFINE_integer("prompt", 128, "Tokens of a prompt.", 2)
-    flags.DEFINE_integer("slots", 512, "Slots of the cache.", 2)
-    flags.DEFINE_integer("rounds", None, "Of bursts; default: 9, or 30 in full.", 1)
-    flags.DEFINE_integer("steps", 8, "Steps of a burst of decoding.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT.", 1)
+    flags.DEFINE_list("forms", ["float32", "int8", "int4", "int4-g32"], "Formats of the weights.")
+    flags.DEFINE_integer("context", 128, "Tokens in the cache before a timed step.", 1)
+    flags.DEFINE_integer("prompt", 128, "Tokens per prompt.", 2)
+    flags.DEFINE_integer("slots", 512, "Number of cache slots.", 2)
+    flags.DEFINE_integer(
+        "rounds", None, "Number of rounds of bursts; default: 9, or 30 for full.", 1
+    )
+    flags.DEFINE_integer("steps", 8, "Decoding steps per burst.", 1)
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads.", 1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -103,18 +107,18 @@ def shape_of(name: str) -> GLMConfig:
 
 
 def specs_of(config: GLMConfig, forms: Sequence[str], directory: Path) -> list[Spec]:
-    """Returns an engine for each form, float32 first.
+    """Returns one engine spec per form, float32 first.
 
     Raises:
-      DataError: a form is unknown, or what is to be run does not fit the cache.
+      DataError: a form is unknown, or the phases do not fit the cache.
     """
     unknown = [form for form in forms if form not in FORMS]
     if unknown:
-        raise DataError(f"--forms: {unknown[0]!r} is none of {', '.join(FORMS)}")
+        raise DataError(f"--forms: {unknown[0]!r} is not one of {', '.join(FORMS)}")
     longest = max(FLAGS.context + FLAGS.steps, FLAGS.prompt)
     if longest > FLAGS.slots:
         raise DataError(
-            f"--slots: {FLAGS.slots} are too few; --context with --steps, and --prompt, take "
+            f"--slots: {FLAGS.slots} are too few; --context with --steps, and --prompt, need "
             f"{longest}"
         )
     options = {"weight_cache": str(directory / "packed")}
@@ -136,7 +140,7 @@ def specs_of(config: GLMConfig, forms: Sequence[str], directory: Path) -> list[S
 
 
 def write(task: Task) -> dict[str, Any]:
-    """Writes a file of random weights; its bytes, those that a step reads, and its conversions."""
+    """Writes a file of random weights; returns its bytes, bytes per step, and conversions."""
     exported = random_model.exported(task, ge.export.tflite)
     return {
         "file_bytes": exported.file_bytes,
@@ -146,12 +150,12 @@ def write(task: Task) -> dict[str, Any]:
 
 
 def bursts(specs: Sequence[Spec], rounds: int, steps: int) -> dict[str, Bursts]:
-    """Seconds by form and phase; all forms take turns, every second round in reverse order.
+    """Measures seconds by form and phase, alternating, with every second round in reverse order.
 
     Args:
-      specs: whose files are written.
-      rounds: of bursts.
-      steps: of a burst of decoding, whose median counts.
+      specs: specs whose files are written.
+      rounds: number of rounds of bursts.
+      steps: decoding steps per burst, of which the median is used.
 
     Returns:
       Bursts of `decode` and `prefill` by form.
@@ -188,14 +192,14 @@ def rows_of(
 
     Args:
       written: `weight_bytes` of each form's file.
-      samples: of `bursts`.
-      context: tokens before a step.
-      prompt: tokens of a prompt.
+      samples: results of `bursts`.
+      context: number of tokens in the cache before a step.
+      prompt: number of tokens per prompt.
 
     Returns:
-      Bytes that a step reads, times, and speed-ups over float32.
+      Rows with bytes that a step reads, times, and speed-ups over float32.
     """
-    notes = {"decode": f"a step behind {context} tokens", "prefill": f"a prompt of {prompt} tokens"}
+    notes = {"decode": f"a step at context {context}", "prefill": f"a prompt of {prompt} tokens"}
     rows = [
         Row(f"weights, {form}", "MB", None, facts["weight_bytes"] / 1e6, note="read by a step")
         for form, facts in written.items()
@@ -211,7 +215,7 @@ def rows_of(
             gain = compare.speedup(phase_samples[phase], samples[BASE][phase])
             note = f"quartiles {gain.low:.2f} - {gain.high:.2f}"
             if claimed:
-                note += f"; claimed {claimed[0]} - {claimed[1]} on another device"
+                note += f"; claimed {claimed[0]} - {claimed[1]} on a different device"
             claim = claimed[0] if claimed else None
             rows.append(Row(f"{phase}, {form} over float32", "x", claim, gain.median, note=note))
     return rows

@@ -1,12 +1,12 @@
-"""Table (f): latency of RepVGG, reparameterized, against ResNet-50.
+"""Table (f): latency of reparameterized RepVGG, compared with ResNet-50.
 
     python -m experiments.tables.repvgg --preset=quick
 
-The claim: 8.7 ms for ResNet, 6.2 ms for RepVGG. Both published shapes are built with random
-weights, which time cannot tell from trained ones, and run in turns, one image of 224x224 in
-float32. RepVGG-B1 has 2.9 times the operations of ResNet-50 and RepVGG-A2 1.25 times; an
-accelerator that is idle half of a ResNet's time gains from plain 3x3 convolutions what a CPU, which
-is busy all the time, does not. The rows say what each runtime here makes of them.
+The claim: 8.7 ms for ResNet, 6.2 ms for RepVGG. Both published shapes have random weights, which do
+not affect the time, and run alternately on one image of 224x224 in float32. RepVGG-B1 has 2.9 times
+the operations of ResNet-50, RepVGG-A2 1.25 times. Plain 3x3 convolutions help an accelerator that
+is idle for half of a ResNet's time, but not a CPU that is always busy. The rows show the results of
+each runtime.
 """
 
 import tempfile
@@ -34,10 +34,14 @@ ROUNDS = {"quick": 7, "full": 25}
 def define_flags() -> None:
     """Defines this script's flags."""
     table.define_flags(NAME)
-    flags.DEFINE_list("repvgg", None, "Presets; default: repvgg_a2, and repvgg_b1 in full.")
-    flags.DEFINE_string("resnet", "resnet_50", "Preset that they are set against.")
-    flags.DEFINE_integer("rounds", None, "Measurements of each; default: 7, or 25 in full.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT; JAX takes the cores it is given.", 1)
+    flags.DEFINE_list(
+        "repvgg", None, "Presets to measure; default: repvgg_a2, and also repvgg_b1 for full."
+    )
+    flags.DEFINE_string("resnet", "resnet_50", "Preset to compare with.")
+    flags.DEFINE_integer(
+        "rounds", None, "Number of measurements of each; default: 7, or 25 for full.", 1
+    )
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads; JAX uses all available cores.", 1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     macs = {name: operations(config) for name, config in configs.items()}
     table.publish(
         NAME,
-        "RepVGG against ResNet: claimed 8.7 -> 6.2 ms",
+        "RepVGG compared with ResNet: claimed 8.7 -> 6.2 ms",
         rows_of(seconds, macs, FLAGS.resnet, names),
         ("repvgg", "resnet", "rounds", "threads"),
         {"seconds": seconds, "multiply_accumulates": macs},
@@ -57,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def operations(config: CNNConfig) -> int:
-    """Multiply-accumulates of one image in the deployed model."""
+    """Counts multiply-accumulates of one image in the deployed model."""
     model = CNN(config, deploy=True)
     images = jnp.zeros((1, *config.image_size))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -67,7 +71,7 @@ def operations(config: CNNConfig) -> int:
 def times(
     configs: dict[str, CNNConfig], rounds: int, threads: int, seed: int
 ) -> dict[str, list[float]]:
-    """Seconds of `<engine> <name>`, and of RepVGG before reparameterization too."""
+    """Measures seconds by `<engine> <name>`, also of RepVGG before reparameterization."""
     calls: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         for name, config in bar("models")(configs.items()):
@@ -94,11 +98,11 @@ def rows_of(
     rows = []
     for engine, title in measure.ENGINES.items():
         base = seconds[f"{engine} {resnet}"]
-        note = f"{2 * macs[resnet] / 1e9:.1f} GOPs; claim on another device"
+        note = f"{2 * macs[resnet] / 1e9:.1f} GOPs; claim on a different device"
         rows.append(Row(f"{resnet}, {title}", "ms", RESNET_MS, measure.median_ms(base), note=note))
         for name in names:
             timed = seconds[f"{engine} {name}"]
-            note = f"{2 * macs[name] / 1e9:.1f} GOPs; claim on another device"
+            note = f"{2 * macs[name] / 1e9:.1f} GOPs; claim on a different device"
             millis = measure.median_ms(timed)
             rows.append(Row(f"{name}, {title}", "ms", REPVGG_MS, millis, note=note))
             low, middle, high = measure.ratio_quartiles(timed, base)

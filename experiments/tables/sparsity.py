@@ -1,12 +1,12 @@
-"""Table (c): unstructured pruning from 50 M to 35 M parameters, and what it does to time.
+"""Table (c): unstructured pruning from 50 M to 35 M parameters, and its effect on latency.
 
     python -m experiments.tables.sparsity --preset=quick
 
-The claim: 100 -> 78 ms. A text encoder of 50 M parameters with random weights reads 128 tokens.
-`masked` has 30 % of each matrix at zero, the smallest; dense kernels multiply zeros like any other
-number, so nothing is expected of it. `masked, in its box` keeps mask and values apart as training
-does, and multiplies them in every call. `narrow` has 35 M parameters too, but in fewer neurons.
-All are run in turns. Bytes are those of what is stored, the mask's own included.
+The claim: 100 -> 78 ms. A text encoder of 50 M parameters with random weights reads 128 tokens. In
+`masked`, the smallest 30 % of each matrix are zero; dense kernels multiply zeros like any other
+value, so no speed-up is expected. `masked, in its box` stores mask and values separately, as in
+training, and multiplies them in every call. `narrow` also has 35 M parameters, but fewer neurons.
+All run alternately. Bytes are stored bytes, including those of the mask.
 """
 
 import dataclasses
@@ -36,10 +36,14 @@ def define_flags() -> None:
     """Defines this script's flags."""
     table.define_flags(NAME)
     flags.DEFINE_float("sparsity", 0.3, "Fraction of zeros, in 0..1.", 0.0, 1.0)
-    flags.DEFINE_integer("hidden_size", 768, "Of the encoder; 768 makes 50 M parameters.", 64)
-    flags.DEFINE_integer("tokens", 128, "Read at once.", 1)
-    flags.DEFINE_integer("rounds", None, "Measurements of each; default: 9, or 40 in full.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT; JAX takes the cores it is given.", 1)
+    flags.DEFINE_integer(
+        "hidden_size", 768, "Hidden size of the encoder; 768 corresponds to 50 M parameters.", 64
+    )
+    flags.DEFINE_integer("tokens", 128, "Number of tokens per call.", 1)
+    flags.DEFINE_integer(
+        "rounds", None, "Number of measurements of each; default: 9, or 40 for full.", 1
+    )
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads; JAX uses all available cores.", 1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -85,7 +89,7 @@ def models(width: int, sparsity: float, seed: int) -> dict[str, tuple[TextEncode
 
 
 def random_encoder(config: TextConfig, seed: int) -> tuple[TextEncoder, Any]:
-    """Returns an encoder whose weights mean nothing."""
+    """Returns an encoder with random weights."""
     model = TextEncoder(config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     rng = np.random.default_rng(seed)
@@ -100,7 +104,7 @@ def random_encoder(config: TextConfig, seed: int) -> tuple[TextEncoder, Any]:
 
 
 def size_of(params: Any) -> dict[str, float]:
-    """Parameters that are not zero by a mask, and bytes stored."""
+    """Counts the parameters that are not masked, and the stored bytes."""
     masks = [leaf.mask for _, leaf in boxes.path_items(params) if isinstance(leaf, boxes.Masked)]
     zeros = sum(int(jnp.sum(~mask)) for mask in masks)
     return {"parameters": boxes.count(params) - zeros, "bytes": boxes.stored_bytes(params)}
@@ -123,14 +127,14 @@ def rows_of(seconds: dict[str, list[float]], sizes: dict[str, dict[str, float]])
                 continue
             name = key.removeprefix(f"{engine} ")
             claim = CLAIMED_MS[claims[name]] if name in claims else None
-            note = "claim on another device" if claim else ""
+            note = "claim on a different device" if claim else ""
             rows.append(Row(f"{name}, {title}", "ms", claim, measure.median_ms(timed), note=note))
             if name != "dense":
                 low, middle, high = measure.ratio_quartiles(timed, base)
                 claim = CLAIMED_MS[1] / CLAIMED_MS[0] if name == "masked" else None
                 note = f"quartiles {low:.2f} - {high:.2f}"
                 rows.append(Row(f"{name} over dense, {title}", "x", claim, middle, note=note))
-    note = f"{PHONE}; a kernel for sparse matrices, which neither runtime here has"
+    note = f"{PHONE}; a kernel for sparse matrices, which neither runtime has"
     rows.append(Row("masked, by a sparse kernel", "ms", CLAIMED_MS[1], None, note=note))
     return rows
 

@@ -1,4 +1,4 @@
-"""A table of claims: what was published, what is measured here, and the ratio of the two."""
+"""A table of claims: the published value, the measured value, and their ratio."""
 
 import csv
 import dataclasses
@@ -24,8 +24,8 @@ FLAGS = flags.FLAGS
 STARTED_S = time.monotonic()
 PRESETS = ("quick", "full")
 COLUMNS = ("quantity", "unit", "claim", "measured", "spread", "ratio", "note")
-IMAGENET = "not reachable here: data (ImageNet)"
-PHONE = "not reachable here: hardware (the claim's device)"
+IMAGENET = "not available: data (ImageNet)"
+PHONE = "not available: hardware (the claim's device)"
 
 flags.disclaim_key_flags()
 
@@ -35,12 +35,12 @@ class Row:
     """One line of a table.
 
     Attributes:
-      quantity: what is counted or measured.
-      unit: such as `ms`, `%` or `MB`; `x` for a factor.
-      claim: the published number, or None.
-      measured: the number here, or None.
-      spread: standard deviation over seeds of what was measured, or None.
-      note: how it was measured, and what of the claim cannot be had here.
+      quantity: name of the measured quantity.
+      unit: unit, such as `ms`, `%` or `MB`; `x` for a factor.
+      claim: published value, or None.
+      measured: measured value, or None.
+      spread: standard deviation of the measured value over seeds, or None.
+      note: method of the measurement, and unavailable parts of the claim.
     """
 
     quantity: str
@@ -52,7 +52,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Measured over claimed."""
+        """Measured value divided by the claim."""
         if self.claim is None or self.measured is None or not self.claim:
             return None
         return self.measured / self.claim
@@ -64,7 +64,7 @@ class Row:
 
 
 def shown(number: float | None) -> str:
-    """Formats a number in three or more significant digits; `-` for None."""
+    """Formats a number with three or more significant digits; `-` for None."""
     if number is None:
         return "-"
     if not math.isfinite(number):
@@ -74,7 +74,7 @@ def shown(number: float | None) -> str:
 
 
 def interval(rate: Rate) -> str:
-    """Returns the 95 % interval of a rate, in percent."""
+    """Formats the 95 % interval of a rate in percent."""
     return f"95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f}"
 
 
@@ -82,48 +82,51 @@ def define_flags(name: str) -> None:
     """Defines the flags that all tables share.
 
     Args:
-      name: of the table; its results are in `out/tables/<name>` unless told otherwise.
+      name: name of the table; its default output directory is `out/tables/<name>`.
     """
     flags.DEFINE_enum(
-        "preset", "quick", PRESETS, "quick: under two minutes on two quiet cores; full: longer."
+        "preset", "quick", PRESETS, "quick: under two minutes on two idle cores; full: longer."
     )
     flags.DEFINE_string(
-        "out_dir", f"out/tables/{name}", "Directory for CSV, Markdown, JSON and the figure."
+        "out_dir", f"out/tables/{name}", "Output directory for CSV, Markdown, JSON and the figure."
     )
-    flags.DEFINE_integer("seed", 0, "First seed of everything drawn; runs take the next ones.")
-    flags.DEFINE_bool("overwrite", False, "Replace a table in --out_dir.")
+    flags.DEFINE_integer(
+        "seed", 0, "First seed of all random values; repetitions use the next ones."
+    )
+    flags.DEFINE_bool("overwrite", False, "Replace an existing table in --out_dir.")
 
 
 def prepare(argv: Sequence[str]) -> Path:
-    """Returns the directory of --out_dir, made if absent.
+    """Returns the directory of --out_dir, creating it if missing.
 
     Args:
-      argv: the script's name, and nothing else.
+      argv: name of the script, without further arguments.
 
     Raises:
-      UsageError: there is more.
-      OutputError: it holds a table already and --overwrite was not passed, or cannot be made.
+      UsageError: there are further arguments.
+      OutputError: the directory contains a table and --overwrite is not set, or it cannot be
+        created.
     """
     refuse_arguments(argv)
     return prepare_directory(Path(FLAGS.out_dir), FLAGS.overwrite, "table.csv")
 
 
 def seeds(defaults: Mapping[str, int]) -> range:
-    """Returns the seeds of a table: from --seed on, as many as --seeds or the preset says."""
+    """Returns the seeds of a table, starting at --seed; --seeds or the preset sets their number."""
     return range(FLAGS.seed, FLAGS.seed + (FLAGS.seeds or defaults[FLAGS.preset]))
 
 
 def by_seed(
     defaults: Mapping[str, int], run: Callable[[int], Mapping[str, float]]
 ) -> dict[str, list[float]]:
-    """Runs everything once for each seed.
+    """Runs a function once per seed.
 
     Args:
-      defaults: how many seeds, by preset.
-      run: takes a seed and returns numbers by kind.
+      defaults: number of seeds by preset.
+      run: function from a seed to values by kind.
 
     Returns:
-      Numbers by kind, in the order of seeds.
+      Values by kind, in the order of seeds.
     """
     values: dict[str, list[float]] = {}
     for seed in bar("seeds")(seeds(defaults)):
@@ -142,11 +145,11 @@ def publish(
     """Prints a table and writes it as `table.csv`, `table.md`, `table.json` and `table.png`.
 
     Args:
-      name: of the script in `experiments.tables`.
-      title: what is claimed, in one line.
-      rows: in their order.
-      flag_names: flags beside the shared ones that the command must name.
-      measured: further numbers for the JSON file, such as every seed's.
+      name: name of the script in `experiments.tables`.
+      title: the claim in one line.
+      rows: rows in order.
+      flag_names: further flags, besides the shared ones, for the recorded command.
+      measured: further values for the JSON file, such as those of every seed.
     """
     directory = Path(FLAGS.out_dir)
     where = table_provenance(name, flag_names)
@@ -169,13 +172,13 @@ def publish(
 
 
 def table_provenance(name: str, flag_names: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns the command, commit, machine, time, load and versions behind a table.
+    """Returns the command, commit, machine, time, load and versions of a table.
 
-    `seconds` are those since the script's imports; a training that lay finished in --out_dir was
-    not run again and does not count.
+    `seconds` counts from the script's imports, without trainings whose results were already in
+    --out_dir.
     """
     run = provenance_of(f"tables.{name}", ("preset", "seed", *flag_names))
-    # The load stands beside the seconds that it explains.
+    # The load is stored beside the seconds that it explains.
     last = {key: run.pop(key) for key in ("load_average", "versions")}
     seconds = round(time.monotonic() - STARTED_S, 1)
     return {**run, "seed": FLAGS.seed, "seconds": seconds, **last}
@@ -192,12 +195,12 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def figure(title: str, rows: Sequence[Row], path: Path) -> None:
-    """Draws claims and measurements side by side, one panel for each unit.
+    """Draws claims and measured values side by side, with one panel per unit.
 
     Args:
-      title: of the figure.
-      rows: those without a measured value are skipped.
-      path: PNG file to write.
+      title: title of the figure.
+      rows: rows; those without a measured value are skipped.
+      path: path of the PNG file.
     """
     figures = require("matplotlib.figure", extra="plot")
     drawn = [row for row in rows if row.measured is not None]

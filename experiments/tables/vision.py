@@ -1,4 +1,4 @@
-"""Digits as a vision task: data, and small classifiers that are trained on them."""
+"""Digits as a vision task: data, and training of small classifiers."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ flags.disclaim_key_flags()
 
 
 class Digits(NamedTuple):
-    """Images [E, H, W, 1] in 0..1 and labels [E], to train on and to test on."""
+    """Training and test data: images [E, H, W, 1] in 0..1 and labels [E]."""
 
     name: str
     train_images: np.ndarray
@@ -36,7 +36,7 @@ class Digits(NamedTuple):
 
 
 def define_flags() -> None:
-    """Defines the flag that names a folder of MNIST."""
+    """Defines the flag of the MNIST folder."""
     flags.DEFINE_string(
         "digits_dir", None, "Folder of MNIST files; default: scikit-learn's digits, no download."
     )
@@ -46,14 +46,14 @@ def load(digits_dir: str | None) -> Digits:
     """Reads digits.
 
     Args:
-      digits_dir: folder of MNIST files, see `nano.phone_screens.digits.mnist_folder`; None
-        takes scikit-learn's 8x8 digits, whose last quarter is by writers of its own.
+      digits_dir: folder of MNIST files, see `nano.phone_screens.digits.mnist_folder`. None uses
+        scikit-learn's 8x8 digits, whose last quarter has different writers.
 
     Returns:
       The digits.
 
     Raises:
-      DataError: the folder is not what it should be.
+      DataError: the folder does not contain MNIST files.
       MissingExtraError: scikit-learn is not installed.
     """
     if digits_dir:
@@ -105,7 +105,7 @@ def train(
 
 
 def logits_of(model: CNN, variables: Variables, images: np.ndarray) -> np.ndarray:
-    """Scores of all images, float32 [E, N]."""
+    """Computes logits of all images, float32 [E, N]."""
     return learning.logits_of(Classifier(model, _apply), variables, images)
 
 
@@ -129,17 +129,17 @@ def trained(
     start: Variables | None = None,
     targets: np.ndarray | None = None,
 ) -> Variables:
-    """Trains a classifier unless an earlier run did; see `train`.
+    """Trains a classifier, or loads that of an earlier run; see `train`.
 
     Args:
-      directory: of the table.
-      name: of the run.
-      model: the classifier.
-      data: digits.
-      training: options.
-      seed: of the initial variables, where there is no `start`, and of the order of images.
-      start: variables to go on from.
-      targets: of a teacher.
+      directory: directory of the table.
+      name: name of the run.
+      model: model of the classifier.
+      data: the digits.
+      training: options of the training.
+      seed: seed of the initial variables without `start`, and of the order of images.
+      start: initial variables.
+      targets: logits of a teacher.
 
     Returns:
       The trained variables.
@@ -155,7 +155,7 @@ def trained(
 
 
 class Pruned(NamedTuple):
-    """A trained model of digits, what it says of the training images, and what pruning leaves."""
+    """A model trained on digits, its logits on the training images, and its pruned form."""
 
     model: CNN
     dense: Variables
@@ -165,17 +165,17 @@ class Pruned(NamedTuple):
 
 
 def pruned(directory: Path, data: Digits, seed: int, steps: int, fraction: float) -> Pruned:
-    """Trains a MobileNetV2 of digits, and removes hidden channels of its blocks.
+    """Trains a MobileNetV2 on digits, and removes hidden channels of its blocks.
 
     Args:
-      directory: of the table.
-      data: digits.
-      seed: of initial variables and of the order of images.
-      steps: of training.
-      fraction: of the hidden channels removed, in 0..1.
+      directory: directory of the table.
+      data: the digits.
+      seed: seed of the initial variables and of the order of images.
+      steps: training steps.
+      fraction: fraction of hidden channels to remove, in 0..1.
 
     Returns:
-      Both models; nothing is healed.
+      Both models, without healing.
     """
     model = classifier("mobilenet_v2_digits", data)
     dense = trained(directory, f"dense_{seed}", model, data, Training(steps), seed)

@@ -17,7 +17,8 @@ from glm_edge.files import opened, shown_path
 Batch = dict[str, Any]
 MAX_ARRAY_BYTES = 1 << 32
 MAX_ROWS = 1 << 20
-# numpy reads members in pieces of 256 KiB; only a directory of very many takes more at once.
+# numpy reads members in pieces of 256 KiB; only a directory of very many members needs a larger
+# read.
 _MAX_PIECE = 1 << 20
 _ENCRYPTED = 1
 _HEADERS = {
@@ -32,17 +33,17 @@ def from_file(
     """Reads calibration batches.
 
     Args:
-      path: UTF-8 text, or an .npz file of arrays with as many rows each.
-      tokenizer: of the model; only text needs it.
-      count: windows of text, taken evenly from it.
-      length: tokens of a window of text.
-      batch: rows of a batch.
+      path: UTF-8 text, or an .npz file whose arrays have the same number of rows.
+      tokenizer: tokenizer of the model; only text needs it.
+      count: number of evenly spaced windows of text.
+      length: tokens per window of text.
+      batch: rows per batch.
 
     Returns:
-      Batches of `tokens` [batch, length] and of what else an .npz file holds.
+      Batches of `tokens` [batch, length], and of the other arrays of an .npz file.
 
     Raises:
-      DataError: the file cannot be read, is too short, or there is no tokenizer.
+      DataError: the file cannot be read or is too short, or the tokenizer is missing.
     """
     if path.endswith(".npz"):
         arrays = read_arrays(path)
@@ -50,7 +51,9 @@ def from_file(
         starts = range(0, rows, batch)
         return [{k: v[i : i + batch] for k, v in arrays.items()} for i in starts]
     if tokenizer is None:
-        raise DataError(f"{path}: text needs the model's tokenizer.json; or give an .npz file")
+        raise DataError(
+            f"{path}: text needs the model's tokenizer.json; otherwise pass an .npz file"
+        )
     ids = corpora.encode_text(tokenizer, corpora.read_text(path))
     if len(ids) < length:
         raise DataError(f"{path}: {len(ids)} tokens are fewer than one window of {length}")
@@ -63,48 +66,48 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
     """Reads an untrusted .npz file.
 
     Args:
-      path: of the file; it holds numbers or booleans, no array is empty.
+      path: path of the file; its arrays are numeric or boolean, and not empty.
 
     Returns:
-      Arrays by name, of as many rows each.
+      Arrays by name, all with the same number of rows.
 
     Raises:
-      DataError: the file cannot be read, is damaged, holds something else, or takes more than
+      DataError: the file cannot be read, is damaged, contains other data, or exceeds
         `MAX_ARRAY_BYTES` or `MAX_ROWS`.
     """
     shown = shown_path(path)
     with opened(path, DataError) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_ARRAY_BYTES:
-            raise DataError(f"{shown}: holds {size} bytes; at most {MAX_ARRAY_BYTES} are read")
+            raise DataError(f"{shown}: has {size} bytes; the maximum is {MAX_ARRAY_BYTES}")
         try:
             with zipfile.ZipFile(_Pieces(file)) as archive:
                 arrays = _members(archive, shown)
         except DataError:
             raise
-        # Of a damaged file, zipfile and numpy raise errors of a dozen classes.
+        # For a damaged file, zipfile and numpy raise exceptions of a dozen classes.
         except Exception as error:
-            reason = " ".join(str(error).split())[:300] or "it ends too early"
+            reason = " ".join(str(error).split())[:300] or "it is truncated"
             raise DataError(f"{shown}: cannot be read as arrays: {reason}") from error
     if not arrays:
-        raise DataError(f"{shown}: holds no array; calibration needs one of tokens at least")
+        raise DataError(f"{shown}: contains no array; calibration needs at least the array tokens")
     for name, array in arrays.items():
         if not array.ndim:
-            raise DataError(f"{shown}: {name[:60]!r} is a single number; all arrays need rows")
+            raise DataError(f"{shown}: {name[:60]!r} is a scalar; all arrays need rows")
         if not array.size:
-            raise DataError(f"{shown}: {name[:60]!r} of shape {array.shape} holds nothing")
+            raise DataError(f"{shown}: {name[:60]!r} of shape {array.shape} is empty")
     rows = {name: len(array) for name, array in arrays.items()}
     if len(set(rows.values())) != 1:
         raise DataError(
             f"{shown}: all arrays must have the same number of rows; found {str(rows)[:200]}"
         )
     if max(rows.values()) > MAX_ROWS:
-        raise DataError(f"{shown}: {max(rows.values())} rows; at most {MAX_ROWS} are read")
+        raise DataError(f"{shown}: {max(rows.values())} rows; the maximum is {MAX_ROWS}")
     return arrays
 
 
 class _Pieces(io.BufferedReader):
-    """A reader that limits single reads, against directories of millions of members."""
+    """A reader that limits the size of single reads, against archives with millions of members."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > _MAX_PIECE:
@@ -113,19 +116,18 @@ class _Pieces(io.BufferedReader):
 
 
 def _members(archive: zipfile.ZipFile, where: str) -> dict[str, np.ndarray]:
-    """Reads the arrays of an archive, after their declared sizes are summed."""
+    """Reads the arrays of an archive after checking the sum of their declared sizes."""
     members = archive.infolist()
     total = sum(member.file_size for member in members)
     if total > MAX_ARRAY_BYTES:
-        raise DataError(
-            f"{where}: its arrays take {total} bytes; at most {MAX_ARRAY_BYTES} are read"
-        )
+        raise DataError(f"{where}: its arrays have {total} bytes; the maximum is {MAX_ARRAY_BYTES}")
     arrays = {}
     for member in members:
         name = member.filename.removesuffix(".npy")
         if name in arrays:
             raise DataError(f"{where}: holds {name[:60]!r} twice")
-        # Of other compressions, zipfile does not bound what a piece grows to; numpy writes none.
+        # For other compressions, which numpy does not write, zipfile does not limit the
+        # decompressed size of a piece.
         packed = member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if packed or member.flag_bits & _ENCRYPTED:
             raise DataError(
@@ -139,14 +141,14 @@ def _members(archive: zipfile.ZipFile, where: str) -> dict[str, np.ndarray]:
 
 
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> None:
-    """Refuses a member that is not an array of numbers of its size, before memory is taken."""
+    """Rejects a member that is not a numeric array of its declared size, without reading it."""
     with archive.open(member) as file:
         version = npy.read_magic(file)
         if version not in _HEADERS:
-            raise DataError(f"{where} is not an array of numbers")
+            raise DataError(f"{where} is not a numeric array")
         shape, _, dtype = _HEADERS[version](file)
         if dtype.kind not in "biuf":
-            raise DataError(f"{where} holds {str(dtype)[:60]}; it must hold numbers or booleans")
+            raise DataError(f"{where} has type {str(dtype)[:60]}; it must be numeric or boolean")
         claimed, stored = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
     if min(shape, default=0) < 0 or claimed != stored:
-        raise DataError(f"{where} of shape {str(shape)[:60]} does not fill its {stored} bytes")
+        raise DataError(f"{where} of shape {str(shape)[:60]} does not match its {stored} bytes")

@@ -1,4 +1,4 @@
-"""The checkpoint that --checkpoint names."""
+"""Lookup of the checkpoint that --checkpoint names."""
 
 import os
 from pathlib import Path
@@ -13,14 +13,14 @@ def checkpoint_of(checkpoint: str | None) -> Path:
     """Finds the directory that --checkpoint names.
 
     Args:
-      checkpoint: a checkpoint directory, or the --out_dir of `glm-edge compress`, whose
-        `checkpoint` it is; None or empty is the shipped nano.
+      checkpoint: a checkpoint directory, or the --out_dir of `glm-edge compress`, which contains
+        `checkpoint`; None or empty is the shipped model nano.
 
     Returns:
       The directory of the checkpoint.
 
     Raises:
-      CheckpointError: it holds the parameters of a module that is not one of this library.
+      CheckpointError: it contains the parameters of a module that is not part of this library.
     """
     if not checkpoint:
         return ge.shipped("nano")
@@ -37,11 +37,11 @@ def checkpoint_of(checkpoint: str | None) -> Path:
 def _refuse_stock(directory: Path) -> None:
     try:
         fields = read_json(directory / CONFIG)
-    # What is wrong with it is said where the checkpoint is loaded.
+    # Loading the checkpoint reports the error.
     except CheckpointError:
         return
     if fields.get("architecture") == STOCK:
         raise CheckpointError(
-            f"{directory}: holds the parameters of a module of yours, which the command line "
-            f"cannot build; use ge.load({str(directory)!r}, model=module) in Python"
+            f"{directory}: contains the parameters of a user-defined module, which the command "
+            f"line cannot build; use ge.load({str(directory)!r}, model=module) in Python"
         )

@@ -1,4 +1,4 @@
-"""Console helpers of the commands: flags, progress bars, tables, errors in one line."""
+"""Console helpers of the commands: flags, progress bars, tables, one-line errors."""
 
 import functools
 import logging as std_logging
@@ -17,18 +17,18 @@ from glm_edge.tables import text_table
 FLAGS = flags.FLAGS
 HELP_FLAGS = {"--help", "-help", "-h", "-?"}
 EXIT_STATUS = (
-    "Exit status: 0 when the work is done; 1 when an input is refused or a check fails, and after "
-    "--help.\nA refusal is one line on standard error."
+    "Exit status: 0 on success; 1 if an input is rejected or a check fails, and after --help.\nAn "
+    "error is one line on standard error."
 )
 QUIET_LOGGERS = ("jax", "orbax", "tensorflow")
-# `name=value` as messages of the library spell an argument; the value may be missing.
+# An argument in the library's messages: `name=value`; the value may be missing.
 _ARGUMENT = re.compile(
     r"(?<![\w.-])(?P<name>[a-z]\w*)=(?P<value>\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[\w./*-]*[\w/*])?"
 )
 
 
 def refuse_arguments(argv: Sequence[str]) -> None:
-    """Raises UsageError if a script was given more than its name and flags."""
+    """Raises UsageError if the command line contains more than flags."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; every input is a --flag")
 
@@ -36,7 +36,7 @@ def refuse_arguments(argv: Sequence[str]) -> None:
 def bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
     """Returns a function that wraps an iterable in a progress bar.
 
-    The bar needs tqdm, and a terminal: control characters are noise in a log file.
+    The bar needs tqdm and a terminal, since control characters would clutter a log file.
     """
     make = _tqdm()
     return iter if make is None else functools.partial(make, desc=label)
@@ -45,7 +45,7 @@ def bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
 def progress() -> Callable[[str, int, int], None]:
     """Returns a callback `(stage, done, total)` that shows each stage as a progress bar.
 
-    It is what transforms take as `progress=`; without tqdm or a terminal nothing is shown.
+    Transforms take it as `progress=`. Without tqdm or a terminal it shows nothing.
     """
     make = _tqdm()
     bars: dict[str, Any] = {}
@@ -73,7 +73,7 @@ def _tqdm() -> Callable[..., Any] | None:
         tqdm = require("tqdm", extra="bench").tqdm
     except MissingExtraError:
         return None
-    # None disables the bar where standard error is not a terminal.
+    # None disables the bar if standard error is not a terminal.
     return functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=None)
 
 
@@ -83,13 +83,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def as_flags(message: str, known: flags.FlagValues = FLAGS) -> str:
-    """Rewrites arguments of Python that a message names as the flags of the running script.
+    """Rewrites Python arguments in a message as flags of the running script.
 
     An argument is `name=value` anywhere, or `name: ` at the beginning.
 
     Args:
-      message: such as `exists; pass overwrite=True`.
-      known: flags of the script; what is none of them stays as it is.
+      message: message, such as `exists; pass overwrite=True`.
+      known: flags of the script; other arguments are not changed.
 
     Returns:
       The message, such as `exists; pass --overwrite`.
@@ -110,7 +110,7 @@ def as_flags(message: str, known: flags.FlagValues = FLAGS) -> str:
 
 
 def fail_in_one_line(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """Makes a script end with one line and exit status 1 when its input is bad."""
+    """Makes a script end with a one-line error and exit status 1 for invalid input."""
 
     @functools.wraps(main)
     def guarded(argv: list[str]) -> None:
@@ -118,7 +118,7 @@ def fail_in_one_line(main: Callable[[list[str]], None]) -> Callable[[list[str]],
             main(argv)
         except GlmEdgeError as error:
             sys.exit(f"error: {as_flags(str(error))}")
-        # absl prints the whole help above its message.
+        # absl prints the complete help above its message.
         except app.UsageError as error:
             sys.exit(f"error: {error}")
 
@@ -133,13 +133,13 @@ def launch(
     """Runs a command or a script: its --help, its messages and its exit status.
 
     Args:
-      main: called with the program's name and the arguments that are not flags.
-      help_text: explains the command; None takes the docstring of the main module.
-      argv: the program's name and its flags; None takes those of the process.
+      main: function of the program's name and the arguments that are not flags.
+      help_text: help of the command; None uses the docstring of the main module.
+      argv: program name and flags; None uses those of the process.
     """
     argv = list(sys.argv if argv is None else argv)
     module = sys.modules["__main__"]
-    # absl's --helpfull and --helpshort read the docstring there.
+    # absl's --helpfull and --helpshort read this docstring.
     module.__doc__ = help_text or module.__doc__ or ""
     if HELP_FLAGS.intersection(argv[1:]):
         print(help_page(module.__doc__, FLAGS.main_module_help()))
@@ -147,7 +147,7 @@ def launch(
     silence_libraries()
 
     def quietly(argv: list[str]) -> None:
-        # absl.app raises the verbosity to INFO, at which jax reports every absent processor.
+        # absl.app sets the verbosity to INFO, at which jax reports every absent backend.
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         main(argv)
@@ -156,14 +156,14 @@ def launch(
 
 
 def help_page(text: str, described: str) -> str:
-    """Lays out the page of --help: summary, example, flags, details, exit status.
+    """Formats the page of --help: summary, example, flags, details, exit status.
 
     Args:
-      text: docstring whose first indented lines are the example.
-      described: flags, as absl describes those of the main module.
+      text: docstring; its first indented lines are the example.
+      described: absl's description of the main module's flags.
 
     Returns:
-      The page. Flags precede the details, so that they are on the first screen.
+      The page. Flags precede the details, so that the first screen shows them.
     """
     lines = text.strip().splitlines()
     example = next((i for i, line in enumerate(lines) if line.startswith("    ")), None)
@@ -178,10 +178,10 @@ def help_page(text: str, described: str) -> str:
 
 
 def silence_libraries() -> None:
-    """Keeps messages below a warning off standard error; every command and script calls this.
+    """Hides messages below a warning; every command and script calls this.
 
-    Reports of absent processors (jax), of each step of a conversion (TensorFlow) and of each saved
-    array (Orbax) would hide the command's own output.
+    Reports of absent backends (jax), of each step of a conversion (TensorFlow) and of each saved
+    array (Orbax) would hide the command's output.
     """
     for variable, value in QUIET_TENSORFLOW.items():
         os.environ.setdefault(variable, value)

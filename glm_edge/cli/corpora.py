@@ -1,4 +1,4 @@
-"""Text to train and evaluate on: UTF-8 files, CPython's help topics, evaluation windows."""
+"""Text for training and evaluation: UTF-8 files, CPython's help topics, evaluation windows."""
 
 import os
 import re
@@ -19,13 +19,13 @@ MAX_TEXT_BYTES = 1 << 30
 
 
 def read_text(path: str | Path) -> str:
-    """Reads a UTF-8 text file, byte for byte (line ends are kept).
+    """Reads a UTF-8 text file without changing line ends.
 
     Args:
-      path: the file.
+      path: path of the file.
 
     Returns:
-      Its text.
+      The text.
 
     Raises:
       DataError: the file is missing, not a regular file, larger than `MAX_TEXT_BYTES`, empty, or
@@ -40,38 +40,40 @@ def read_text(path: str | Path) -> str:
             f"{error.start}; convert it to UTF-8 first"
         ) from error
     if not text.strip():
-        raise DataError(f"{path}: empty ({len(data)} bytes, no text); give a file with text in it")
+        raise DataError(
+            f"{path}: empty ({len(data)} bytes, no text); use a file that contains text"
+        )
     return text
 
 
 def check_absent(path: str | Path | None, overwrite: bool = False) -> None:
-    """Refuses a file that exists, before the work that it is to hold.
+    """Rejects an existing output file before the work starts.
 
     Args:
-      path: the file, or None where none is asked for.
+      path: path of the output file, or None without an output.
       overwrite: whether an existing file may be replaced.
 
     Raises:
-      OutputError: the file exists already, is a link, or has a name that none can have.
+      OutputError: the file already exists, is a link, or has an invalid name.
     """
     if not path:
         return
     check_writable_name(path)
     refuse_link(Path(path))
     if os.path.exists(path) and not overwrite:
-        raise OutputError(f"{path}: exists already; name another place or pass --overwrite")
+        raise OutputError(f"{path}: already exists; use a different path or pass --overwrite")
 
 
 def write_text(path: str | Path, text: str, overwrite: bool = False) -> None:
-    """Writes a UTF-8 file that is there whole or not at all.
+    """Writes a UTF-8 file atomically.
 
     Args:
-      path: the file; its directory is made if absent.
-      text: what it will hold.
+      path: path of the file; a missing directory is created.
+      text: content of the file.
       overwrite: whether an existing file may be replaced.
 
     Raises:
-      OutputError: the file exists already, is a link, or cannot be written.
+      OutputError: the file already exists, is a link, or cannot be written.
     """
     path = Path(path)
     check_absent(path, overwrite and not os.path.isdir(path))
@@ -86,29 +88,29 @@ def write_text(path: str | Path, text: str, overwrite: bool = False) -> None:
 
 
 def pydoc_topics(split: Literal["calibration", "evaluation"]) -> str:
-    """Returns half of the topics that CPython's `help()` explains, in plain English.
+    """Returns half of the English help topics of CPython's `help()`.
 
-    The name of a topic decides its half, so that it is the same in every version of Python. Many
-    topics repeat others' paragraphs; only a paragraph's first appearance is kept, so that the
-    halves share none.
+    The name of a topic determines its half, which is therefore the same in every version of Python.
+    Many topics repeat paragraphs of others; only the first occurrence of a paragraph is kept, so
+    the halves have no paragraph in common.
 
     Args:
-      split: which half.
+      split: name of the half.
 
     Returns:
-      The topics in order of name, an empty line between paragraphs.
+      The topics in order of name, with an empty line between paragraphs.
 
     Raises:
-      DataError: `split` names no half, or this Python was installed without the topics.
+      DataError: `split` is not the name of a half, or this Python installation lacks the topics.
     """
     halves = ("calibration", "evaluation")
     if split not in halves:
-        raise DataError(f"pydoc topics: no split {split!r}; known: {', '.join(halves)}")
+        raise DataError(f"pydoc topics: unknown split {split!r}; known: {', '.join(halves)}")
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise DataError(
-            f"pydoc_data.topics: missing from this Python ({error}); give a text file instead"
+            f"pydoc_data.topics: missing from this Python ({error}); use a text file instead"
         ) from error
     known: set[str] = set()
     paragraphs: tuple[list[str], list[str]] = ([], [])
@@ -126,13 +128,13 @@ def pydoc_topics(split: Literal["calibration", "evaluation"]) -> str:
 class Windows:
     """Non-overlapping evaluation windows over one token stream.
 
-    The model starts afresh in each window and every token but the window's first is scored, hence
-    `num_bytes` counts the bytes of scored tokens only.
+    The model starts each window without context and scores every token except the window's first.
+    `num_bytes` therefore counts the bytes of scored tokens only.
 
     Attributes:
-      tokens: int32 [N, length]; the last row is padded with its own last token.
-      scored: bool [N, length - 1], true where `tokens[:, 1:]` is scored.
-      num_bytes: UTF-8 bytes that the scored tokens stand for, exactly.
+      tokens: int32 [N, length]; the last row is padded with its last token.
+      scored: bool [N, length - 1], True if the entry of `tokens[:, 1:]` is scored.
+      num_bytes: exact number of UTF-8 bytes of the scored tokens.
     """
 
     tokens: np.ndarray
@@ -141,7 +143,7 @@ class Windows:
 
     @property
     def num_scored(self) -> int:
-        """Counts the tokens that are scored."""
+        """Counts the scored tokens."""
         return int(self.scored.sum())
 
 
@@ -149,15 +151,15 @@ def windows(tokens: np.ndarray, token_bytes: np.ndarray, length: int) -> Windows
     """Cuts a token stream into evaluation windows.
 
     Args:
-      tokens: int [T] ids.
-      token_bytes: int [V] bytes that each id stands for, as from `token_bytes`.
-      length: tokens of a window, at least 2; a last window of one token is left out.
+      tokens: token ids, int [T].
+      token_bytes: bytes per token id, int [V], from `token_bytes`.
+      length: tokens per window, at least 2; a last window of one token is omitted.
 
     Returns:
       The windows.
 
     Raises:
-      DataError: there are fewer than two tokens, or `length` is below 2.
+      DataError: `tokens` has fewer than two tokens, or `length` is below 2.
     """
     tokens = np.asarray(tokens)
     if length < 2 or len(tokens) < 2:
@@ -175,19 +177,19 @@ def windows(tokens: np.ndarray, token_bytes: np.ndarray, length: int) -> Windows
 
 
 def bits_per_byte(total_nats: float, num_bytes: int) -> float:
-    """Bits per UTF-8 byte of a text whose tokens cost `total_nats` together."""
+    """Computes bits per UTF-8 byte of a text whose tokens have a total loss of `total_nats`."""
     return float(total_nats / np.log(2.0) / num_bytes)
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Encodes ordinary text paragraph by paragraph; `<|user|>` and its like stay plain text.
+    """Encodes text by paragraph; names of special tokens such as `<|user|>` stay plain text.
 
     Args:
-      tokenizer: of the model.
-      text: anything; a paragraph ends after each line feed.
+      tokenizer: tokenizer of the model.
+      text: any text; a paragraph ends after each line feed.
 
     Returns:
-      int32 [T] ids whose decoding is `text`.
+      Token ids, int32 [T], which decode to `text`.
     """
     plain = plain_tokenizer(tokenizer)
     paragraphs = re.findall(r"[^\n]*\n|[^\n]+", text)
@@ -196,17 +198,17 @@ def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Counts the UTF-8 bytes that each id stands for.
+    """Counts the UTF-8 bytes of each token.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
 
     Returns:
-      int32 [V]; over the ids of a text they sum to the text's bytes.
+      Bytes per token id, int32 [V]; their sum over the ids of a text is the text's size.
     """
     added = tokenizer.get_added_tokens_decoder()
     vocabulary = tokenizer.get_vocab()
-    # Ids may have gaps, so the largest one sizes the table.
+    # Ids may have gaps, so the largest id determines the size of the table.
     sizes = np.zeros(max(vocabulary.values()) + 1, np.int32)
     for token, index in vocabulary.items():
         # A byte-level token has one character per byte.

@@ -2,10 +2,10 @@
 
     glm-edge evaluate --checkpoint=DIR --reference=DIR --text=FILE --json=FILE
 
-prints perplexity per token and bits per byte; with --reference, also the KL divergence from that
-checkpoint's predictions in nats and the fraction of positions whose top-1 token differs. --json
-writes the same values. Without --checkpoint the shipped model is measured; without --text, half of
-CPython's help topics are the text.
+Prints perplexity per token and bits per byte. With --reference, it also prints the KL divergence
+from that checkpoint's predictions in nats, and the fraction of positions whose top-1 token differs.
+--json writes the same values. The default checkpoint is the shipped model, and the default text is
+half of CPython's help topics.
 """
 
 import json
@@ -35,11 +35,11 @@ def define_flags() -> None:
         None,
         "Directory that ge.load opens, or --out_dir of compress; default: shipped nano.",
     )
-    flags.DEFINE_string("reference", None, "Checkpoint whose predictions are compared with.")
-    flags.DEFINE_string("text", None, "UTF-8 file whose loss is measured.")
-    flags.DEFINE_integer("text_tokens", 60000, "At most this many tokens of it are scored.", 2)
-    flags.DEFINE_string("json", None, "JSON file to write the results to.")
-    flags.DEFINE_bool("overwrite", False, "Replace --json where it exists already.")
+    flags.DEFINE_string("reference", None, "Checkpoint with the reference predictions.")
+    flags.DEFINE_string("text", None, "UTF-8 file on which the loss is measured.")
+    flags.DEFINE_integer("text_tokens", 60000, "Maximum number of tokens of --text to score.", 2)
+    flags.DEFINE_string("json", None, "JSON file for the results.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing --json file.")
 
 
 def main(argv: Sequence[str], further: Further | None = None) -> None:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str], further: Further | None = None) -> None:
 
     Args:
       argv: the program's name.
-      further: called with model, parameters and tokenizer; prints and returns further results.
+      further: function of model, parameters and tokenizer that prints and returns further results.
     """
     refuse_arguments(argv)
     check_output(FLAGS.json, FLAGS.overwrite)
@@ -82,4 +82,7 @@ def show(text: dict[str, Any], compared: bool) -> None:
         f"over {text['tokens']} tokens"
     )
     if compared:
-        print(f"from the reference: KL {text['kl']:.4f} nats, top-1 flips {text['flips']:.2%}")
+        print(
+            f"distance from the reference: KL {text['kl']:.4f} nats, top-1 flips "
+            f"{text['flips']:.2%}"
+        )

@@ -1,4 +1,4 @@
-"""Compression of a checkpoint in memory, in float32, for recipes that need all of it."""
+"""Compression of a complete checkpoint in memory, in float32."""
 
 import dataclasses
 import math
@@ -15,18 +15,19 @@ from glm_edge.compress.report import Report, Row
 from glm_edge.params import FakeQuantized, Masked, is_box, path_items, stored_bytes
 from glm_edge.params.tree import Params, map_with_path
 
-# Recipes compute in it.
+# Type in which recipes compute.
 WIDE = jnp.dtype("float32")
 
 
 def load_wide(source: Path) -> tuple[nn.Module, Params, Params]:
-    """Loads a checkpoint to compute on.
+    """Loads a checkpoint in float32.
 
     Args:
-      source: its directory.
+      source: directory of the checkpoint.
 
     Returns:
-      `(model, params, stored)`: parameters in float32, and abstract ones as they are stored.
+      `(model, params, stored)`: the model, float32 parameters, and abstract parameters of the
+      stored types.
     """
     model, params = ge.load(source)
     stored = jax.eval_shape(lambda tree: tree, params)
@@ -34,19 +35,19 @@ def load_wide(source: Path) -> tuple[nn.Module, Params, Params]:
 
 
 def as_stored(params: Params, stored: Params, report: Report) -> tuple[Params, Report]:
-    """Casts parameters back to the types that they were stored in.
+    """Casts parameters back to their stored types.
 
-    What is float32 after the recipe becomes what it was; what the recipe gave another type
-    (integers, float16) keeps that. A parameter that the recipe made new becomes what all others
-    were, where that was one type.
+    Parameters that are float32 after the recipe return to the source's type. Parameters with
+    another type from the recipe (integers, float16) keep it. A new parameter gets the type of all
+    source parameters, if they have one type.
 
     Args:
-      params: after the recipe, which computed in float32.
+      params: parameters after the recipe, which computed in float32.
       stored: abstract parameters of the source, from `load_wide`.
-      report: of the recipe.
+      report: report of the recipe.
 
     Returns:
-      `(parameters, report)`; bytes of the report are those of both checkpoints.
+      `(parameters, report)`; the report's bytes are those of the stored checkpoints.
     """
     sources = dict(path_items(stored))
     types = {path: _type_of(leaf) for path, leaf in sources.items()}
@@ -59,7 +60,7 @@ def as_stored(params: Params, stored: Params, report: Report) -> tuple[Params, R
         dtype = types.get(path, common)
         if dtype is None or dtype.itemsize >= WIDE.itemsize or _type_of(leaf) != WIDE:
             return leaf
-        # Weights that the recipe prepared for rounding would round to other integers.
+        # Weights that the recipe prepared for rounding would otherwise round to different codes.
         if isinstance(leaf, FakeQuantized) and not isinstance(sources.get(path), FakeQuantized):
             return leaf
         again.add(str(dtype))
@@ -69,7 +70,7 @@ def as_stored(params: Params, stored: Params, report: Report) -> tuple[Params, R
     notes = report.notes
     if again:
         names = ", ".join(sorted(again))
-        notes += (f"computed in float32; what stayed floating is stored as {names} again",)
+        notes += (f"computed in float32; floating-point parameters are stored as {names} again",)
     report = dataclasses.replace(
         report,
         rows=tuple(_restated(report.rows, types, common, sources)),
@@ -81,7 +82,7 @@ def as_stored(params: Params, stored: Params, report: Report) -> tuple[Params, R
 
 
 def _type_of(leaf: Any) -> Any:
-    """Returns the floating type of an array, also of a masked one, and None for integers."""
+    """Returns the floating-point type of an array or a masked array, None for integers."""
     if isinstance(leaf, Masked | FakeQuantized):
         return _type_of(leaf.value)
     if is_box(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -92,7 +93,7 @@ def _type_of(leaf: Any) -> Any:
 def _restated(
     rows: Iterable[Row], types: Mapping[str, Any], common: Any, stored: Mapping[str, Any]
 ) -> Iterable[Row]:
-    """Restates rows with bytes of the stored types in place of float32."""
+    """Replaces the float32 bytes in rows with those of the stored types."""
     last: dict[str, tuple[int, int]] = {}
     fixed: set[str] = set()
     for row in rows:
@@ -107,7 +108,7 @@ def _restated(
                 size + spared * math.prod(stored[path].shape) if types[path] is not None else size
             )
             before = size if before == wide else before
-        # What rounds chooses the type of what it leaves.
+        # A transform that rounds chooses the type of its result.
         if row.transform.startswith("quantize."):
             fixed.add(path)
         if spared and path not in fixed and bits >= 8 * WIDE.itemsize:

@@ -12,7 +12,7 @@ from glm_edge.cli.console import bar
 from glm_edge.export.verify.runner import SignatureRunner
 from glm_edge.params.tree import Params
 
-# Tokens of an evaluation window.
+# Tokens per evaluation window.
 WINDOW = 256
 
 
@@ -42,14 +42,14 @@ def text_loss(
     reference: tuple[nn.Module, Params] | None = None,
     batch: int = 8,
 ) -> dict[str, float]:
-    """Loss on text, and distance from a reference model on the same windows.
+    """Computes loss on text, and the distance from a reference model on the same windows.
 
     Args:
-      model: to measure.
+      model: model to measure.
       params: its parameters.
-      windows: from `corpora.windows`.
-      reference: dense model and parameters; None compares the model with itself.
-      batch: windows at a time.
+      windows: windows from `corpora.windows`.
+      reference: reference model and dense parameters; None compares the model with itself.
+      batch: windows per batch.
 
     Returns:
       `perplexity` per token, `bits_per_byte`, `kl` in nats from the reference, and `flips`, the
@@ -98,11 +98,11 @@ def exported_text_loss(
 
 
 def summarized(total: np.ndarray, windows: corpora.Windows) -> dict[str, float]:
-    """Turns sums over all scored tokens into the measures of a text.
+    """Computes the measures of a text from sums over all scored tokens.
 
     Args:
-      total: float64 [3], nats of loss, nats of KL divergence and number of top-1 flips.
-      windows: of the text.
+      total: float64 [3]: loss in nats, KL divergence in nats, and number of top-1 flips.
+      windows: windows of the text.
 
     Returns:
       `perplexity`, `bits_per_byte`, `kl` (nats per token) and `flips` (fraction of tokens).

@@ -4,11 +4,12 @@
     glm-edge COMMAND --help
 
 `python -m glm_edge` is the same program. In a clone, `python -m experiments.compress`, `.export`,
-`.evaluate` and `.plan_phone` run the same code; two of them draw phone screens as well.
+`.evaluate` and `.plan_phone` run the same code; `.compress` and `.evaluate` also generate phone
+screens.
 
-Exit status: 0 when the work is done, or the commands were listed; 1 when an input is refused, a
-verification fails, or after COMMAND --help. A refusal is one line on standard error; of a flag that
-does not exist or cannot be read, absl adds a line about help.
+Exit status: 0 on success, or after the list of commands; 1 if an input is rejected or a
+verification fails, and after COMMAND --help. An error is one line on standard error; for an unknown
+or invalid flag, absl adds a line about help.
 """
 
 import importlib
@@ -21,18 +22,18 @@ from absl import flags
 from glm_edge.cli import console
 
 COMMANDS = {
-    "compress": "compress a checkpoint by a recipe, one layer at a time where it can",
-    "export": "write the file that a phone runs, and verify it against JAX",
+    "compress": "compress a checkpoint by a recipe, one layer at a time if possible",
+    "export": "write an on-device file, and verify it against JAX",
     "evaluate": "measure the loss on text, and the distance from a reference",
-    "plan": "list what fits a budget of bytes, from shapes alone",
+    "plan": "list the formats and sizes that fit a memory budget, from shapes alone",
     "serve": "answer requests over HTTP (not built yet)",
 }
 SERVE = (
-    "error: serve: there is no server yet; it will be an engine with an endpoint in OpenAI's "
-    "format. Until then, glm_edge.chat(model, params, processor, messages) answers from Python"
+    "error: serve: not built yet; it will be an engine with an OpenAI-compatible endpoint. Until "
+    "then, use glm_edge.chat(model, params, processor, messages) in Python"
 )
-# XLA reads the first when its backend starts, OpenBLAS the second when numpy is imported: with its
-# concurrent scheduler XLA holds every dense weight at once, and OpenBLAS' threads spin.
+# XLA reads the first when its backend starts, OpenBLAS the second when numpy is imported. XLA's
+# concurrent scheduler keeps every dense weight in memory at once, and OpenBLAS' threads spin.
 ENVIRONMENT = {
     "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     "OPENBLAS_NUM_THREADS": "1",
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command.
 
     Args:
-      argv: the program's name, a command and its flags; None takes those of the process.
+      argv: program name, command and flags; None uses those of the process.
     """
     program, *arguments = sys.argv if argv is None else argv
     if not arguments or arguments[0] in ("--help", "-h", "help"):

@@ -1,4 +1,4 @@
-"""Checks of what a command is to write, before its work."""
+"""Checks of a command's output files before its work starts."""
 
 from pathlib import Path
 
@@ -7,18 +7,18 @@ from glm_edge.errors import OutputError
 
 
 def check_output(path: str | Path | None, overwrite: bool) -> None:
-    """Refuses a file that could not be written when the work is done.
+    """Rejects an output file that cannot be written, before the work starts.
 
     Args:
-      path: the file, or None where none is asked for.
+      path: path of the output file, or None without an output.
       overwrite: whether an existing file may be replaced.
 
     Raises:
-      OutputError: the file exists already, or its directory does not exist.
+      OutputError: the file already exists, or its directory does not exist.
     """
     if not path:
         return
     path = Path(path)
     check_absent(path, overwrite and not path.is_dir())
     if not path.resolve().parent.is_dir():
-        raise OutputError(f"{path}: its directory does not exist; make it first")
+        raise OutputError(f"{path}: its directory does not exist; create it first")

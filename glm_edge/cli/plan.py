@@ -1,19 +1,19 @@
-"""Plans which 9-billion-parameter GLM fits a phone's 1.8 GB: on paper, from shapes alone.
+"""Plans which 9-billion-parameter GLM fits a phone's 1.8 GB, from shapes alone.
 
     glm-edge plan
     glm-edge plan --preset=phone_9b --budget_gb=1.8 --tower_format=int4 --small_vocab=65536 \\
         --json=plan_phone.json
 
-prints tables, and last what follows from them. The first table checks the published claim (int8 in
-under 1.8 GB): bytes that the matrices need in one format throughout, without and with the vision
-tower, and whether that fits 1.8 GB (1.8e9 bytes) and 1.8 GiB (1.8 * 2^30). The second mixes formats
-and cuts the vocabulary. The third asks how many decoder layers fit.
+Prints three tables and a conclusion in seconds. The first table checks the published claim (int8 in
+under 1.8 GB): the bytes of all matrices in one format, without and with the vision tower, and
+whether they fit 1.8 GB (1.8e9 bytes) and 1.8 GiB (1.8 * 2^30). The second mixes formats and cuts
+the vocabulary. The third lists the number of decoder layers that fit.
 
-Every figure is a sum over the shapes of the preset's parameters; nothing is allocated. Packed
-codes, scales and zero points count as they are stored; norms, biases and tables are bfloat16. The
-cache of keys and values and the program come on top. Formats are written as in
-glm_edge.params.Format: int4 or int4-channel is a scale for each row, int4-g32 one for 32 columns,
-ternary is five weights to a byte, ternary34 four weights in five bits.
+Every figure is a sum over the shapes of the preset's parameters; no weight is allocated. Packed
+codes, scales and zero points count as stored; norms, biases and tables are bfloat16. The key/value
+cache and the program need additional memory. Formats are written as in glm_edge.params.Format: int4
+or int4-channel has one scale per row, int4-g32 one per 32 columns, ternary packs five weights per
+byte, ternary34 four weights in five bits.
 """
 
 import dataclasses
@@ -63,13 +63,20 @@ flags.disclaim_key_flags()
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("preset", "phone_9b", "Shape, a name that ge.preset knows.")
-    flags.DEFINE_float("budget_gb", 1.8, "The budget; read as GB (1e9 bytes) and as GiB.", 0.001)
+    flags.DEFINE_string(
+        "preset", "phone_9b", "Preset of the shapes, a name that ge.preset accepts."
+    )
+    flags.DEFINE_float(
+        "budget_gb",
+        1.8,
+        "Memory budget, interpreted as GB (1e9 bytes) and as GiB (2^30 bytes).",
+        0.001,
+    )
     flags.DEFINE_string("tower_format", "int4", "Narrowest format of the vision tower.")
     flags.DEFINE_string("end_format", "int4", "Format of embedding and head in the mixed tables.")
-    flags.DEFINE_integer("small_vocab", 65536, "Tokens of the vocabulary that is cut.", 1)
-    flags.DEFINE_string("json", None, "File to write all figures to.")
-    flags.DEFINE_bool("overwrite", False, "Replace --json where it exists already.")
+    flags.DEFINE_integer("small_vocab", 65536, "Size in tokens of the cut vocabulary.", 1)
+    flags.DEFINE_string("json", None, "JSON file for all figures.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing --json file.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -110,11 +117,11 @@ def read_format(name: str, flag: str | None = None) -> Format:
     """Returns a format by its name.
 
     Args:
-      name: such as `int4-g32`.
-      flag: that it comes from, for the message.
+      name: name of a format, such as `int4-g32`.
+      flag: flag with the name, for the message.
 
     Raises:
-      RecipeError: there is none such.
+      RecipeError: no format has that name.
     """
     try:
         return Format.parse(name)
@@ -124,7 +131,7 @@ def read_format(name: str, flag: str | None = None) -> Format:
 
 @functools.cache
 def shapes(config: GLMConfig) -> Params:
-    """Returns abstract parameters of a model, in bfloat16."""
+    """Returns abstract bfloat16 parameters of a model."""
     init = MultimodalGLM(config).init
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     abstract = jax.eval_shape(init, jax.random.key(0), tokens)["params"]
@@ -132,7 +139,7 @@ def shapes(config: GLMConfig) -> Params:
 
 
 def with_vocabulary(config: GLMConfig, size: int) -> GLMConfig:
-    """Cuts the vocabulary to its first `size` tokens; placeholders move to the last ones."""
+    """Cuts the vocabulary to its first `size` tokens; placeholders become the last ones."""
     names = ("image_token_id", "audio_token_id", "pad_token_id")
     last: dict[str, Any] = {
         name: size - 1 - offset
@@ -150,10 +157,10 @@ def with_layers(config: GLMConfig, count: int) -> GLMConfig:
 
 
 def formats_of(params: Params, body: Format, ends: Format, tower: Format) -> dict[str, Format]:
-    """Returns the format of every matrix; ends are embedding and head, body the decoder's layers.
+    """Returns the format of every matrix: `ends` of embedding and head, `body` of the layers.
 
-    A matrix whose columns are not whole groups takes the type per channel, and one whose columns
-    are not whole fours takes int4 in place of `ternary34`.
+    A matrix whose columns are not a multiple of the group size gets the type per channel. A matrix
+    whose columns are not a multiple of four gets int4 instead of `ternary34`.
     """
     formats = {}
     for path, leaf in boxes.path_items(params):
@@ -170,11 +177,11 @@ def _fitting(wanted: Format, columns: int) -> Format:
         except BoxError:
             continue
         return format
-    raise RecipeError(f"{wanted}: no way to store {columns} columns")
+    raise RecipeError(f"{wanted}: cannot store {columns} columns")
 
 
 def total(params: Params, body: Format, ends: Format, tower: Format) -> dict[str, int]:
-    """Counts stored bytes of the decoder with embedding and head, and of each tower."""
+    """Counts the stored bytes of the decoder with embedding and head, and of each tower."""
     formats = formats_of(params, body, ends, tower)
     by_part = {"text": 0, "vision": 0, "speech": 0}
     for path, leaf in boxes.path_items(params):
@@ -187,9 +194,9 @@ def total(params: Params, body: Format, ends: Format, tower: Format) -> dict[str
 def sizes(
     config: GLMConfig, name: str, body: Format, ends: Format, tower: Format
 ) -> dict[str, Any]:
-    """Returns one row of a table: parameters and bytes without and with the vision tower."""
+    """Returns one table row: parameters and bytes without and with the vision tower."""
     params = shapes(config)
-    # A body wider than the tower's format is a tower's format too.
+    # A body format wider than the tower's format also applies to the tower.
     tower = max(body, tower, key=lambda format: format.bits)
     stored = total(params, body, ends, tower)
     weights = counts(params)
@@ -260,7 +267,7 @@ def claim(
 def most_layers(
     config: GLMConfig, body: Format, ends: Format, tower: Format, budgets: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Finds the most decoder layers that fit each budget, without and with the vision tower."""
+    """Finds the largest number of decoder layers per budget, without and with the vision tower."""
     tower = max(body, tower, key=lambda format: format.bits)
     params = shapes(config)
     stored = total(params, body, ends, tower)
@@ -285,7 +292,7 @@ def show(report: Mapping[str, Any]) -> None:
     print_table(heads, [[_shown(part[h]) for h in heads] for part in report["parts"]])
     print("\nOne format throughout (the tower no narrower than --tower_format):")
     _print_sizes(report["uniform"], budgets)
-    print("\nMixed formats, the whole vocabulary and a part of it:")
+    print("\nMixed formats, the complete vocabulary and a part of it:")
     _print_sizes([*report["mixed"], *report["cut"]], budgets)
     print("\nDecoder layers that fit:")
     heads = list(report["layers"][0])
@@ -319,7 +326,7 @@ def _print_claim(claim: Mapping[str, Any], budgets: Mapping[str, int]) -> None:
     print(
         f"\nThe published claim, {CLAIM} below {next(iter(budgets.values())):,} bytes: {verdict}. "
         f"{claim['parameters']:,} parameters of text alone need {claim['bytes_needed']:,} bytes, "
-        f"{times} budget.\nThe budget leaves this many bits a weight: {bits}."
+        f"{times} budget.\nThe budget allows this many bits per weight: {bits}."
     )
     fitting = claim["uniform_formats_that_fit"]
     for name in budgets:

@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """Returns the command that started this process, without the folders of its program."""
+    """Returns the command that started this process, without the program's folders."""
     module = sys.modules["__main__"].__spec__
     program = Path(sys.argv[0]).name if module is None else f"python -m {module.name}"
     return " ".join([program.removesuffix(".__main__"), *map(shlex.quote, sys.argv[1:])])

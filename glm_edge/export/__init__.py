@@ -1,4 +1,4 @@
-"""Export of a compressed model to the file that a phone runs, and the check that it runs it."""
+"""Export of compressed models to on-device files, and verification of those files."""
 
 from glm_edge.export.common.weights import Conversion
 from glm_edge.export.coreml.export import coreml
@@ -17,7 +17,7 @@ from glm_edge.export.verify.results import Verification
 from glm_edge.export.verify.runner import LiteRTRunner
 from glm_edge.export.verify.verify import Window, verify
 
-# Earlier names of the two runners.
+# Earlier names of two of the runners.
 LiteRTModel = LiteRTRunner
 PackageModel = GraphDirectoryRunner
 

@@ -16,10 +16,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
       path: a `.tflite` file, an `.mlpackage`, or a directory of ONNX or MNN graphs.
 
     Returns:
-      Its fields; `verified` is true where the file was run and agreed with JAX.
+      Its fields; `verified` is true if the file was run and agreed with JAX.
 
     Raises:
-      ExportError: it is missing, damaged, of another format, or not written by glm_edge.
+      ExportError: the description is missing or damaged, or the file has another format or was not
+        written by glm_edge.
       MissingExtraError: the package that reads the format is not installed.
     """
     path = Path(path)

@@ -87,9 +87,9 @@ def images(rng):
 
 def read_image(content):
     url = f"data:image/x;base64,{base64.b64encode(content).decode()}"
-    found = media.open_image(url)
+    result = media.open_image(url)
     for processing in (GLM4V, GLM_EDGE_V):
-        assert np.isfinite(prepare_image(found, processing)).all()
+        assert np.isfinite(prepare_image(result, processing)).all()
 
 
 def recordings(rng):
@@ -170,10 +170,10 @@ def read_fields(kind, base, fields):
 def answers(rng):
     pieces = ["do(action=", '"Type"', "'Tap'", ", text=", '"', "'", "\\", "\n", ")", "(", "[1,2]"]
     pieces += [", element=", "finish(message=", "<answer>", "</think>", "x" * 50, " ", "你好"]
-    whole = ['do(action="Tap", element=[4,5])', 'finish(message="a "b"")', 'do(action="Home")']
+    complete = ['do(action="Tap", element=[4,5])', 'finish(message="a "b"")', 'do(action="Home")']
     for index in range(150):
         yield f"answer {index}", "".join(rng.choices(pieces, k=rng.choice([9, 60, 900])))
-        yield f"quoted {index}", "".join(rng.choices(whole + pieces, k=rng.randint(1, 6)))
+        yield f"quoted {index}", "".join(rng.choices(complete + pieces, k=rng.randint(1, 6)))
 
 
 def read_answer(text):
@@ -192,10 +192,10 @@ ATTACKS = {
 def main(seed: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     for draw, read in ATTACKS.items():
-        for name, given in draw(random.Random(f"{seed} {draw.__name__}")):
+        for name, original in draw(random.Random(f"{seed} {draw.__name__}")):
             start = time.process_time()
             try:
-                read(*given) if isinstance(given, tuple) else read(given)
+                read(*original) if isinstance(original, tuple) else read(original)
                 outcome = "ok"
             except GlmEdgeError as error:
                 outcome = "refused" if "\n" not in str(error) else f"several lines: {error}"

@@ -157,17 +157,17 @@ def bounded():
 
 def outcomes(*questions):
     """`refused` or `answered` for each question; anything else is a failure of the test."""
-    found, errors = [], []
+    result, errors = [], []
     for ask in questions:
         with bounded():
             try:
                 ask()
-                found.append("answered")
+                result.append("answered")
             except GlmEdgeError as error:
                 errors.append(str(error))
-                found.append("refused")
+                result.append("refused")
     assert not any("\n" in error or len(error) > 3000 for error in errors)
-    return found
+    return result
 
 
 def windows():
@@ -183,8 +183,8 @@ def mutated(content, rng, reach=None):
     if kind == 0:
         return bytes(content[:at])
     if kind == 1:
-        for place in rng.integers(0, reach, rng.integers(1, 12)):
-            content[place] ^= int(rng.integers(1, 256))
+        for position in rng.integers(0, reach, rng.integers(1, 12)):
+            content[position] ^= int(rng.integers(1, 256))
     elif kind == 2:
         word = int(rng.choice([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, len(content)]))
         content[at // 4 * 4 : at // 4 * 4 + 4] = word.to_bytes(4, "little")
@@ -227,29 +227,29 @@ def single_file(path, exported):
 
 
 def test_mutated_tflite_files(tflite, tmp_path):
-    path, seen = tmp_path / "a.tflite", set()
+    path, observed = tmp_path / "a.tflite", set()
     content = tflite.path.read_bytes()
     for seed in range(40):
         path.write_bytes(mutated(content, np.random.default_rng(SEED + seed)))
-        seen.update(single_file(path, tflite))
-    assert seen == {"refused", "answered"}
+        observed.update(single_file(path, tflite))
+    assert observed == {"refused", "answered"}
 
 
 def test_lying_tflite_descriptions(tflite, tmp_path):
-    path, seen = tmp_path / "a.tflite", set()
+    path, observed = tmp_path / "a.tflite", set()
     described = export.read_metadata(tflite.path)
     for seed in range(40):
         graph = FlatModel(tflite.path.read_bytes())
         graph.add_metadata(other(described, np.random.default_rng(SEED + seed)))
         tflite_file.write(graph.model, path, overwrite=True)
-        seen.update(single_file(path, tflite))
-    assert seen == {"refused", "answered"}
+        observed.update(single_file(path, tflite))
+    assert observed == {"refused", "answered"}
 
 
 def test_mutated_bundles(bundle, tmp_path):
     from glm_edge.export.litertlm.bundle import read_sections
 
-    path, seen = tmp_path / "a.litertlm", set()
+    path, observed = tmp_path / "a.litertlm", set()
     content = bundle.path.read_bytes()
     attacked = dataclasses.replace(bundle, path=path)
     # The header, the metadata, the tokenizer, and all of it.
@@ -258,13 +258,13 @@ def test_mutated_bundles(bundle, tmp_path):
     for seed in range(48):
         rng = np.random.default_rng(SEED + seed)
         path.write_bytes(mutated(content, rng, reaches[seed % len(reaches)]))
-        seen.update(
+        observed.update(
             outcomes(
                 lambda: read_sections(path),
                 lambda: attacked.verify(prompts=1, max_new_tokens=2, timeout=60.0),
             )
         )
-    assert seen == {"refused", "answered"}
+    assert observed == {"refused", "answered"}
 
 
 def directory(path, exported):
@@ -284,24 +284,24 @@ def copied(exported, tmp_path):
 
 
 def test_mutated_directories(package, tmp_path):
-    seen = set()
+    observed = set()
     names = sorted(file.name for file in package.path.iterdir())
     for seed in range(40):
         rng, path = np.random.default_rng(SEED + seed), copied(package, tmp_path)
         file = path / names[rng.integers(len(names))]
         file.write_bytes(mutated(file.read_bytes(), rng))
-        seen.update(directory(path, package))
-    assert seen == {"refused", "answered"}
+        observed.update(directory(path, package))
+    assert observed == {"refused", "answered"}
 
 
 def test_lying_descriptions_of_directories(package, tmp_path):
-    described, seen = json.loads((package.path / DESCRIPTION).read_text()), set()
+    described, observed = json.loads((package.path / DESCRIPTION).read_text()), set()
     for seed in range(40):
         path = copied(package, tmp_path)
         changed = other(described, np.random.default_rng(SEED + seed))
         (path / DESCRIPTION).write_text(json.dumps(changed))
-        seen.update(directory(path, package))
-    assert seen == {"refused", "answered"}
+        observed.update(directory(path, package))
+    assert observed == {"refused", "answered"}
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/dev/random", "/etc/passwd", "hole"])

@@ -115,8 +115,8 @@ def test_sick_gram_matrices_end(seed):
         codes, grid, info = gptq.solve(weight, gram, Format("int4", 8), refit=True, sweeps=1)
         assert np.isfinite(np.asarray(grids.decode(codes, grid, Format("int4", 8)))).all()
         assert np.isfinite(info.damping)
-        found, _, _ = sparse_columns.solve(weight, gram, 0.5, refine=2)
-        assert found.shape == weight.shape
+        result, _, _ = sparse_columns.solve(weight, gram, 0.5, refine=2)
+        assert result.shape == weight.shape
 
 
 @pytest.mark.slow
@@ -137,10 +137,10 @@ def test_transforms_end_on_activations_near_the_end_of_float32(size):
         ge.prune.sparsegpt(sparsity=0.5, where="down_proj"),
     ):
         try:
-            _, found, _ = transform(model, nested(leaves), batches, jax.random.key(0))
+            _, compressed, _ = transform(model, nested(leaves), batches, jax.random.key(0))
         except RecipeError:
             # The Gram matrix itself overflows.
             assert size > 1e9
             continue
-        for _, leaf in boxes.path_items(found):
+        for _, leaf in boxes.path_items(compressed):
             assert bool(jnp.isfinite(boxes.dense(leaf)).all())

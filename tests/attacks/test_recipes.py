@@ -24,11 +24,11 @@ VALUES = [
 def outcome(text):
     start = time.monotonic()
     try:
-        found = recipe_from_json(text)
+        result = recipe_from_json(text)
     except RecipeError:
-        found = None
+        result = None
     assert time.monotonic() - start < 10.0
-    return found
+    return result
 
 
 @pytest.mark.slow
@@ -40,9 +40,9 @@ def test_every_option_takes_or_refuses_every_value(name):
     for option in parameters:
         for value in VALUES:
             text = json.dumps({"name": name, "options": {**base, option: value}})
-            found = outcome(text)
-            if found is not None and isinstance(value, float):
-                assert np.isfinite(value) or not hasattr(found, option)
+            result = outcome(text)
+            if result is not None and isinstance(value, float):
+                assert np.isfinite(value) or not hasattr(result, option)
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def test_every_option_takes_or_refuses_every_value(name):
 def test_damaged_json_is_refused(seed):
     rng = random.Random(1000 + seed)
     step = {"name": "quantize.rtn", "options": {"bits": 4, "group_size": 32, "where": "^a/(b|c)"}}
-    whole = json.dumps({"name": "chain", "options": {"transforms": [step, step]}})
+    complete = json.dumps({"name": "chain", "options": {"transforms": [step, step]}})
     pieces = [
         "{",
         "}",
@@ -68,7 +68,7 @@ def test_damaged_json_is_refused(seed):
         "é",
     ]
     for _ in range(300):
-        text = list(whole)
+        text = list(complete)
         for _ in range(rng.randint(1, 6)):
             at = rng.randrange(1, len(text))
             text[at : at + rng.randint(0, 3)] = rng.choice(pieces)

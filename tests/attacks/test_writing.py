@@ -32,15 +32,15 @@ def program(target, mark, pause):
     """)
 
 
-def whole(target):
+def complete(target):
     """The one content of all files of a checkpoint."""
-    found = {path.read_text() for path in target.iterdir()}
+    results = {path.read_text() for path in target.iterdir()}
     assert sorted(path.name for path in target.iterdir()) == [
         "config.json",
         *(f"part{name}" for name in range(SIZES)),
     ]
-    assert len(found) == 1
-    return found.pop()
+    assert len(results) == 1
+    return results.pop()
 
 
 def first(target):
@@ -67,13 +67,13 @@ def test_killed_saves_leave_a_whole_checkpoint_and_little_litter(tmp_path, seed)
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
         writer.stdout.close()
-        whole(target)
+        complete(target)
         assert len(list(tmp_path.iterdir())) <= 2
     first_again = [path for path in tmp_path.iterdir() if path != target]
     with new_directory(target, overwrite=True) as directory:
         for name in ("config.json", *(f"part{name}" for name in range(SIZES))):
             (directory / name).write_text("last")
-    assert whole(target) == "last"
+    assert complete(target) == "last"
     assert not any(path.exists() for path in first_again)
 
 
@@ -92,7 +92,7 @@ def test_two_savers_at_once_leave_one_whole_checkpoint(tmp_path):
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
         writer.stdout.close()
-    assert whole(target)[0] in "abcf"
+    assert complete(target)[0] in "abcf"
     with new_directory(target, overwrite=True) as directory:
         (directory / "config.json").write_text("last")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

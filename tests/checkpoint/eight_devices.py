@@ -54,10 +54,10 @@ TOKENS = RNG.integers(9, 64, (4, 16)).astype(np.int32)
 
 
 def main(directory: Path) -> None:
-    found = {"text": [], "images": [], "quantized": []}
+    results = {"text": [], "images": [], "quantized": []}
     text = GLMConfig(name="text", decoder=DecoderConfig(**DECODER), eos_token_ids=(1,))
-    compare(found["text"], write(text, directory / "text", "float32"), {})
-    found["gradients"] = gradients(directory / "text")
+    compare(results["text"], write(text, directory / "text", "float32"), {})
+    results["gradients"] = gradients(directory / "text")
     fields = DECODER | {
         "tie_embeddings": False,
         "sandwich_norm": True,
@@ -71,20 +71,20 @@ def main(directory: Path) -> None:
     sizes = ((16, 16), (16, 8), (8, 16), (16, 32))
     pixels = [RNG.normal(size=(*size, 3)).astype(np.float32) for size in sizes]
     bfloat16 = write(images, directory / "images", "bfloat16")
-    compare(found["images"], bfloat16, {"images": pixels})
+    compare(results["images"], bfloat16, {"images": pixels})
     low_bits = ge.chain(ge.quantize.rtn("int4-g32", where="mlp|o_proj"), ge.quantize.rtn("int8"))
     model, params, _ = low_bits(*ge.load(directory / "text"))
     ge.save(model, params, directory / "quantized")
-    compare(found["quantized"], directory / "quantized", {})
+    compare(results["quantized"], directory / "quantized", {})
     ge.save(model, params, directory / "orbax", format="orbax")
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     restored = ge.params.to_flat(ge.load(directory / "orbax", mesh=mesh)[1])[0]
-    found["orbax"] = [
+    results["orbax"] = [
         bool((np.asarray(restored[name]) == np.asarray(array)).all())
         and len(restored[name].sharding.device_set) == 8
         for name, array in ge.params.to_flat(params)[0].items()
     ]
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 def write(config: GLMConfig, directory: Path, dtype: str) -> Path:
@@ -96,7 +96,7 @@ def write(config: GLMConfig, directory: Path, dtype: str) -> Path:
     return ge.save(model, nested(params), directory, format="hugging_face")
 
 
-def compare(found: list, directory: Path, inputs: dict) -> None:
+def compare(actual: list, directory: Path, inputs: dict) -> None:
     """Logits and the share that one device holds of each matrix, and tokens on the first mesh."""
     model, params = ge.load(directory)
     expected, tokens = logits_of(model, params, inputs), generated(model, params, inputs)
@@ -105,9 +105,9 @@ def compare(found: list, directory: Path, inputs: dict) -> None:
         _, params = ge.load(directory, mesh=mesh)
         with sharding.on(mesh):
             logits = logits_of(model, params, inputs)
-            same = None if found else generated(model, params, inputs)
+            same = None if actual else generated(model, params, inputs)
         arrays = ge.params.to_flat(params)[0]
-        found.append(
+        actual.append(
             {
                 "mesh": shape,
                 "error": error(logits, expected),
@@ -147,8 +147,8 @@ def gradients(directory: Path) -> dict:
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     _, params = ge.load(directory, mesh=mesh, rules=sharding.FULLY_SHARDED)
     with sharding.on(mesh, sharding.FULLY_SHARDED):
-        sharded_loss, found = step(params, TOKENS)
-    errors = jax.tree.map(error, found, expected)
+        sharded_loss, actual = step(params, TOKENS)
+    errors = jax.tree.map(error, actual, expected)
     return {
         "loss": [float(loss), float(sharded_loss)],
         "error": max(jax.tree.leaves(errors)),
@@ -157,10 +157,10 @@ def gradients(directory: Path) -> dict:
     }
 
 
-def error(found: jax.Array, expected: jax.Array) -> float:
+def error(actual: jax.Array, expected: jax.Array) -> float:
     """Largest difference over the largest magnitude."""
-    found, expected = np.asarray(found), np.asarray(expected)
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ def tensors_of(name, fields, params):
     """Tensors of a member by the names it has in `entries`."""
     member, config = read_config(fields, "config.json", "tiny")
     leaves = dict(ge.params.path_items(params))
-    found = {}
+    results = {}
     for entry in member.entries(config):
         arrays = entry.write(*(np.asarray(leaves[path]) for path in entry.paths))
-        found.update(zip(entry.names, arrays, strict=True))
-    return found
+        results.update(zip(entry.names, arrays, strict=True))
+    return results
 
 
 @pytest.fixture

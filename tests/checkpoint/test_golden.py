@@ -20,8 +20,8 @@ SHARED = Path(os.environ.get("GLM_EDGE_GOLDEN") or ROOT.parent / "shared" / "gol
 
 
 def cases(folder: Path) -> list:
-    found = sorted(path.parent for path in folder.glob("*/outputs.npz"))
-    return [pytest.param(path, id=path.name) for path in found]
+    result = sorted(path.parent for path in folder.glob("*/outputs.npz"))
+    return [pytest.param(path, id=path.name) for path in result]
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_an_unknown_output_is_listed_as_not_compared(copied):
     change_outputs(case, **{"batch.entropy": np.zeros(2, np.float32)})
     done = run_script(case)
     assert done.returncode == 0
-    assert "not compared, since no output here has the name: batch.entropy" in done.stdout
+    assert "not compared, as glm_edge has no output with this name: batch.entropy" in done.stdout
 
 
 def test_a_case_of_which_nothing_is_compared_does_not_pass(copied):
@@ -146,7 +146,7 @@ def test_check_golden_continues_after_a_failed_case(copied):
     (case / "model.safetensors").unlink()
     done = run_script(case.parent)
     assert done.returncode == 1
-    assert "cannot be run" in done.stdout
+    assert "cannot run" in done.stdout
     assert "1 of 2 cases pass" in done.stdout
 
 

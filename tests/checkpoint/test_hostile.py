@@ -65,8 +65,8 @@ def refused(directory: Path) -> str:
 def assert_loads_like(directory: Path, expected) -> None:
     params = ge.load(directory)[1]
     assert jax.tree.structure(params) == jax.tree.structure(expected)
-    for left, right in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(left, right)
+    for first, right in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(first, right)
 
 
 def shards(directory: Path) -> list[Path]:

@@ -43,16 +43,16 @@ def reference_logits(fields, tensors, tokens, partial):
             projected[name] += get.get(f"{prefix}self_attn.{name}_proj.bias", 0.0)
         mixed = np.zeros((length, heads * size))
         for head in range(heads):
-            own = slice(head * size, (head + 1) * size)
+            local = slice(head * size, (head + 1) * size)
             shared = head // (heads // kv_heads)
             kv = slice(shared * size, (shared + 1) * size)
             for t in range(length):
-                query = turn(projected["q"][t, own], t)
+                query = turn(projected["q"][t, local], t)
                 keys = [turn(projected["k"][s, kv], s) for s in range(t + 1)]
                 scores = np.array([query @ key for key in keys]) / np.sqrt(size)
                 weights = np.exp(scores - scores.max())
                 weights /= weights.sum()
-                mixed[t, own] = sum(w * projected["v"][s, kv] for s, w in enumerate(weights))
+                mixed[t, local] = sum(w * projected["v"][s, kv] for s, w in enumerate(weights))
         x = x + mixed @ get[prefix + "self_attn.o_proj.weight"].T
         normed = rms(x, get[prefix + "post_attention_layernorm.weight"])
         fused = normed @ get[prefix + "mlp.gate_up_proj.weight"].T
@@ -102,10 +102,10 @@ def test_logits_match_a_float64_loop(case, fields, make_tensors, write_hugging_f
     directory = write_hugging_face(v5(fields) if new_spelling else fields, stored, shards)
     model, params = ge.load(directory)
     tokens = np.array([5, 36, 0, 7, 7, 21, 14])
-    found = jax.jit(model.apply)({"params": params}, tokens[None])[0][0]
+    actual = jax.jit(model.apply)({"params": params}, tokens[None])[0][0]
     expected = reference_logits(fields, stored, tokens, partial)
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
 
 
 def test_config_is_read(fields, tensors, write_hugging_face):
@@ -128,8 +128,8 @@ def test_defaults_are_those_of_transformers(fields, make_tensors, write_hugging_
     )
     for name in (*names, "tie_word_embeddings", "max_position_embeddings", "pad_token_id"):
         fields.pop(name)
-    given = fields | {"attention_bias": True, "tie_word_embeddings": False}
-    tensors = make_tensors(given, np.random.default_rng(0))
+    original = fields | {"attention_bias": True, "tie_word_embeddings": False}
+    tensors = make_tensors(original, np.random.default_rng(0))
     config = ge.load(write_hugging_face(fields, tensors))[0].config
     assert config.decoder.rms_norm_eps == 1.5625e-7
     assert config.decoder.partial_rotary_factor == 0.5
@@ -161,8 +161,8 @@ def test_dtype_is_kept_or_cast(fields, tensors, write_hugging_face, dtype):
     _, params = ge.load(write_hugging_face(fields, stored), dtype=dtype)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype or "bfloat16"}
     name = "model.layers.1.mlp.down_proj.weight"
-    found = params["decoder"]["layers"]["1"]["mlp"]["down_proj"]["weight"]
-    np.testing.assert_array_equal(found, stored[name].astype(dtype or jnp.bfloat16))
+    result = params["decoder"]["layers"]["1"]["mlp"]["down_proj"]["weight"]
+    np.testing.assert_array_equal(result, stored[name].astype(dtype or jnp.bfloat16))
 
 
 def test_weights_do_not_alias_the_file(fields, tensors, write_hugging_face):
@@ -301,14 +301,14 @@ def test_missing_and_foreign_files(fields, tensors, write_hugging_face):
 def test_shards_and_index_must_agree(fields, tensors, write_hugging_face):
     directory = write_hugging_face(fields, tensors, shards=2)
     index = directory / "model.safetensors.index.json"
-    whole = json.loads(index.read_text())
+    content = json.loads(index.read_text())
     shards = sorted(path.name for path in directory.glob("*.safetensors"))
 
     def check(weight_map, pattern):
         index.write_text(json.dumps({"weight_map": weight_map}))
         refused(directory, CheckpointError, pattern)
 
-    weight_map = whole["weight_map"]
+    weight_map = content["weight_map"]
     check(None, "'weight_map' must map")
     check({}, "'weight_map' must map")
     check(weight_map | {NAME: "../hf/x.safetensors"}, "must be a plain name")
@@ -316,7 +316,7 @@ def test_shards_and_index_must_agree(fields, tensors, write_hugging_face):
     other = next(name for name in shards if name != weight_map[NAME])
     check(weight_map | {NAME: other}, f"{other}: tensor '{NAME}' is missing")
     check(weight_map | {"new": other}, f"{other}: tensor 'new' is missing")
-    index.write_text(json.dumps(whole))
+    index.write_text(json.dumps(content))
     file = SafetensorsFile(directory / shards[0])
     arrays = {name: np.array(file.read(name)) for name in file.tensors}
     duplicate = next(name for name in weight_map if weight_map[name] == shards[1])

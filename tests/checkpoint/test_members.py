@@ -127,25 +127,25 @@ def test_published_fields_are_read():
 LEFT_OUT = {"auto_map", "rope_scaling"}
 
 
-def sections(fields, place=()):
-    yield place
+def sections(fields, position=()):
+    yield position
     for name, value in fields.items():
         dual = fields.get("model_type") == "siglip" and name == "text_config"
         if isinstance(value, dict) and name not in LEFT_OUT and not dual:
-            yield from sections(value, (*place, name))
+            yield from sections(value, (*position, name))
 
 
-PLACES = [(name, place) for name, fields in PUBLISHED.items() for place in sections(fields)]
+PLACES = [(name, position) for name, fields in PUBLISHED.items() for position in sections(fields)]
 
 
-@pytest.mark.parametrize(("name", "place"), PLACES)
-def test_an_unknown_field_is_an_error_that_names_it(name, place):
+@pytest.mark.parametrize(("name", "position"), PLACES)
+def test_an_unknown_field_is_an_error_that_names_it(name, position):
     fields = copy.deepcopy(PUBLISHED[name])
     section = fields
-    for part in place:
+    for part in position:
         section = section[part]
     section["residual_scale"] = 0.5
-    where = ": ".join(("config.json", *place))
+    where = ": ".join(("config.json", *position))
     with pytest.raises(
         ConfigError, match=r"field 'residual_scale' \(0\.5\) is unsupported"
     ) as error:
@@ -157,7 +157,7 @@ def test_an_unknown_field_is_an_error_that_names_it(name, place):
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "change", "pattern"),
+    ("name", "position", "change", "pattern"),
     [
         ("glm-edge-1.5b-chat", (), {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
         ("GLM-4-9B-0414", (), {"sliding_window": 4096}, "'sliding_window' is 4096"),
@@ -217,10 +217,10 @@ def test_an_unknown_field_is_an_error_that_names_it(name, place):
         ),
     ],
 )
-def test_a_field_that_changes_the_function_is_an_error(name, place, change, pattern):
+def test_a_field_that_changes_the_function_is_an_error(name, position, change, pattern):
     fields = copy.deepcopy(PUBLISHED[name])
     section = fields
-    for part in place:
+    for part in position:
         section = section[part]
     section.update(change)
     with pytest.raises(ConfigError, match=pattern) as error:

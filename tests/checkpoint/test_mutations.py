@@ -91,15 +91,15 @@ def arrays_in_files(directory: Path) -> dict[str, tuple[str, list[int], bytes]]:
     names = {WEIGHTS}
     if not (directory / WEIGHTS).is_file():
         names = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
-    found = {}
+    results = {}
     for name in names:
         raw = (directory / name).read_bytes()
         start = 8 + int.from_bytes(raw[:8], "little")
         for key, entry in json.loads(raw[8:start]).items():
             if key != "__metadata__":
                 begin, end = entry["data_offsets"]
-                found[key] = (entry["dtype"], entry["shape"], raw[start + begin : start + end])
-    return found
+                results[key] = (entry["dtype"], entry["shape"], raw[start + begin : start + end])
+    return results
 
 
 def hugging_face_name(path: str) -> str:
@@ -132,7 +132,7 @@ def hugging_face(fields, tensors, write_hugging_face):
 
 
 @pytest.fixture
-def own(tmp_path, model, params):
+def local(tmp_path, model, params):
     """Files of a valid directory of ours with boxes, and the identity of names."""
     rng = np.random.default_rng(3)
 
@@ -318,10 +318,10 @@ def test_mutations_load_as_stored_or_are_refused(tmp_path, request, watch, kind,
         change = CHANGES[seed % len(CHANGES)]
         change(rng, directory)
         try:
-            found = load(directory)
-            if not isinstance(found, str):
+            result = load(directory)
+            if not isinstance(result, str):
                 loaded += 1
-                assert_as_stored(found, directory, name_of)
+                assert_as_stored(result, directory, name_of)
         except (Exception, TooLong) as error:
             failures.append(f"seed {seed} {change.__name__}: {type(error).__name__}: {error}"[:200])
     assert not failures, "\n".join(failures)

@@ -66,10 +66,10 @@ TREES = {
 }
 
 
-def assert_same(left, right):
+def assert_same(lhs, right):
     """Same structure, static fields, types and bits."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+    assert jax.tree.structure(lhs) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(lhs), jax.tree.leaves(right), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 

@@ -26,10 +26,10 @@ RECORDS = {path.stem: path for path in (FOLDER / "round_trip").glob("*.json")}
 TOLERANCE = 1e-4
 
 
-def assert_same(left, right):
+def assert_same(first, right):
     """Same tree, types and bits."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+    assert jax.tree.structure(first) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(right), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -78,10 +78,10 @@ def test_a_member_is_what_transformers_opened(tmp_path, name):
     inputs = make_round_trip.draw_inputs(model)
     for key, values in record["inputs"].items():
         np.testing.assert_array_equal(inputs[key], values)
-    found = compute(*ge.load(directory), inputs, greedy_steps=0)
+    result = compute(*ge.load(directory), inputs, greedy_steps=0)
     for key, values in record["outputs"].items():
         assert np.abs(values).max() > 0.1
-        np.testing.assert_allclose(found[key], values, atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(result[key], values, atol=TOLERANCE, rtol=0)
 
 
 def test_a_record_can_fail(tmp_path):
@@ -89,8 +89,8 @@ def test_a_record_can_fail(tmp_path):
     model, params = make_round_trip.build(TINY["glm"], seed=1)
     directory = ge.save(model, params, tmp_path / "out")
     assert make_round_trip.describe(directory)["tensors"] != record["tensors"]
-    found = compute(model, params, make_round_trip.draw_inputs(model), greedy_steps=0)
-    assert np.abs(found["logits"] - np.array(record["outputs"]["logits"])).max() > 0.1
+    result = compute(model, params, make_round_trip.draw_inputs(model), greedy_steps=0)
+    assert np.abs(result["logits"] - np.array(record["outputs"]["logits"])).max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["glm4v", "glmasr", "whisper"])
@@ -106,8 +106,8 @@ def test_shards_return(tmp_path, name):
     assert files == [
         f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)
     ]
-    held = {key: file for file in files for key in SafetensorsFile(directory / file).tensors}
-    assert index["weight_map"] == held
+    stored = {key: file for file in files for key in SafetensorsFile(directory / file).tensors}
+    assert index["weight_map"] == stored
     sizes = [leaf.size * 2 for leaf in jax.tree.leaves(params)]
     assert index["metadata"]["total_size"] == sum(sizes)
     for file in files:

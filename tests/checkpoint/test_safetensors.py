@@ -109,8 +109,8 @@ def test_write_refuses_a_dtype_without_a_name(tmp_path):
 @given(st.data())
 def test_every_truncation_is_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("cut") / "a"
-    whole = valid_file(path)
-    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    content = valid_file(path)
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
     with pytest.raises(CheckpointError) as excinfo:
         SafetensorsFile(path)
     assert str(path) in message(excinfo)
@@ -119,13 +119,13 @@ def test_every_truncation_is_refused(tmp_path_factory, data):
 @given(st.data())
 def test_a_changed_byte_reads_or_is_refused_but_never_crashes(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("flip") / "a"
-    whole = bytearray(valid_file(path))
-    whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(whole)
+    content = bytearray(valid_file(path))
+    content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
     with contextlib.suppress(CheckpointError):
         file = SafetensorsFile(path)
         for name, info in file.tensors.items():
-            assert file.read(name).tobytes() == bytes(whole[info.begin : info.end])
+            assert file.read(name).tobytes() == bytes(content[info.begin : info.end])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_damaged_file_says_what_is_wrong(tmp_path, content, expected):
 
 def test_a_tensor_is_read_into_aligned_memory_of_its_own(tmp_path):
     path = tmp_path / "a"
-    whole = valid_file(path)
+    content = valid_file(path)
     file = SafetensorsFile(path)
     for name, info in file.tensors.items():
         array = file.read(name)
@@ -183,7 +183,7 @@ def test_a_tensor_is_read_into_aligned_memory_of_its_own(tmp_path):
         assert array.flags.writeable
         assert array.nbytes == info.bytes
         array[...] = 0
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
     np.testing.assert_array_equal(file.read("b"), ARRAYS["b"])
 
 

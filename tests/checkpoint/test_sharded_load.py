@@ -19,9 +19,9 @@ MODELS = ["text", "images", "quantized"]
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("model", MODELS)
 def test_sharded_logits_equal_those_of_one_device(eight_devices, model, mesh):
-    found = eight_devices[model][mesh]
-    assert found["error"] < TOLERANCE
-    assert "'model'" in found["spec"]
+    result = eight_devices[model][mesh]
+    assert result["error"] < TOLERANCE
+    assert "'model'" in result["spec"]
 
 
 @pytest.mark.slow
@@ -36,9 +36,9 @@ def test_cached_generation_gives_the_same_tokens(eight_devices, model):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("model", MODELS)
 def test_a_device_holds_a_part_of_each_matrix(eight_devices, model, mesh):
-    found = eight_devices[model][mesh]
-    part = 1 / found["mesh"][1]
-    shares = found["shares"]
+    result = eight_devices[model][mesh]
+    part = 1 / result["mesh"][1]
+    shares = result["shares"]
     suffix = ".data" if model == "quantized" else ""
     for name in ("attention/q_proj", "mlp/gate_up_proj"):
         assert shares[f"decoder/layers/0/{name}/weight{suffix}"] == part
@@ -48,27 +48,27 @@ def test_a_device_holds_a_part_of_each_matrix(eight_devices, model, mesh):
 @pytest.mark.slow
 def test_key_value_heads_stay_whole(eight_devices):
     path = "decoder/layers/0/attention/k_proj/weight"
-    assert [found["shares"][path] for found in eight_devices["text"]] == [1 / 4, 1]
+    assert [result["shares"][path] for result in eight_devices["text"]] == [1 / 4, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_columns_are_cut_only_where_groups_stay_whole(eight_devices, mesh):
-    found = eight_devices["quantized"][mesh]
+    result = eight_devices["quantized"][mesh]
     eight_groups, two_groups = "mlp/down_proj/weight", "attention/o_proj/weight"
     for field in ("data", "scale"):
-        share = found["shares"][f"decoder/layers/0/{eight_groups}.{field}"]
-        assert share == 1 / found["mesh"][1]
-        assert found["shares"][f"decoder/layers/0/{two_groups}.{field}"] == 1
+        share = result["shares"][f"decoder/layers/0/{eight_groups}.{field}"]
+        assert share == 1 / result["mesh"][1]
+        assert result["shares"][f"decoder/layers/0/{two_groups}.{field}"] == 1
 
 
 @pytest.mark.slow
 def test_fully_sharded_gradients_equal_one_device(eight_devices):
     """Gradients of a fully sharded step equal those of one device."""
-    found = eight_devices["gradients"]
-    np.testing.assert_allclose(*found["loss"], rtol=TOLERANCE)
-    assert found["error"] < TOLERANCE
-    assert found["share"] == 1 / 8
+    result = eight_devices["gradients"]
+    np.testing.assert_allclose(*result["loss"], rtol=TOLERANCE)
+    assert result["error"] < TOLERANCE
+    assert result["share"] == 1 / 8
 
 
 @pytest.mark.slow
@@ -81,8 +81,8 @@ class RowsOfOneProcess:
     """A sharding whose devices here hold rows 4 to 8 of an array of 12."""
 
     def addressable_devices_indices_map(self, shape):
-        whole = slice(None)
-        return {0: (slice(4, 6), whole), 1: (slice(6, 8), whole)}
+        complete = slice(None)
+        return {0: (slice(4, 6), complete), 1: (slice(6, 8), complete)}
 
 
 def test_a_process_reads_no_rows_but_its_own(tmp_path):
@@ -94,15 +94,15 @@ def test_a_process_reads_no_rows_but_its_own(tmp_path):
     np.testing.assert_array_equal(destination.read(file, "weight"), array[4:8])
 
 
-@pytest.mark.parametrize("given", [slice(0, 12), slice(4, 8)])
-def test_rows_land_where_they_belong(monkeypatch, given):
+@pytest.mark.parametrize("original", [slice(0, 12), slice(4, 8)])
+def test_rows_land_where_they_belong(monkeypatch, original):
     array = np.arange(36, dtype=np.float32).reshape(12, 3)
     monkeypatch.setattr(
         jax,
         "make_array_from_callback",
         lambda shape, sharding, part: [part((slice(6, 8), slice(None)))],
     )
-    (part,) = Destination((12, 3), RowsOfOneProcess()).put(array[given])
+    (part,) = Destination((12, 3), RowsOfOneProcess()).put(array[original])
     np.testing.assert_array_equal(part, array[6:8])
 
 

@@ -13,7 +13,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "value", "message"),
+    ("name", "position", "value", "message"),
     [
         ("glm4", "num_key_value_heads", 3, "'num_key_value_heads' is 3; it must divide"),
         ("glm", "partial_rotary_factor", 1.5, "partial_rotary_factor 1.5 must be even and no more"),
@@ -31,10 +31,10 @@ GOLDEN = Path(__file__).parent / "golden"
         ("distilbert", "n_heads", 3, "'n_heads' is 3; it must divide 'dim', which is 16"),
     ],
 )
-def test_a_size_that_makes_no_model_is_named(name, place, value, message, tmp_path):
+def test_a_size_that_makes_no_model_is_named(name, position, value, message, tmp_path):
     case = Path(shutil.copytree(GOLDEN / name, tmp_path / name))
     fields = json.loads((case / "config.json").read_text())
-    *sections, field = place.split(".")
+    *sections, field = position.split(".")
     section = fields
     for part in sections:
         section = section[part]

@@ -55,11 +55,11 @@ def flat(params: dict) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def assert_equal(found: dict, expected: dict) -> None:
-    found, expected = flat(found), flat(expected)
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict, expected: dict) -> None:
+    actual, expected = flat(actual), flat(expected)
+    assert actual.keys() == expected.keys()
     for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def change(tmp_path):
 
     def changed(name: str, fields: dict | None = None, tensors=lambda tensors: tensors) -> Path:
         case = Path(shutil.copytree(GOLDEN / name, tmp_path / name))
-        held = json.loads((case / "config.json").read_text()) | (fields or {})
-        (case / "config.json").write_text(json.dumps(held))
+        stored = json.loads((case / "config.json").read_text()) | (fields or {})
+        (case / "config.json").write_text(json.dumps(stored))
         file = SafetensorsFile(case / "model.safetensors")
         arrays = {name: file.read(name) for name in file.tensors}
         write_safetensors(case / "model.safetensors", tensors(arrays))
@@ -102,9 +102,9 @@ def test_transformers_computes_the_same_from_what_is_written(architecture, tmp_p
     with torch.no_grad():
         made = reference(torch.as_tensor(tokens), attention_mask=torch.as_tensor(valid).long())
     expected = made.logits if model.config.num_labels else made.pooler_output
-    found, aux = applied(model, {"params": params}, tokens, valid)
-    found = found if model.config.num_labels else aux["pooled"]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    actual, aux = applied(model, {"params": params}, tokens, valid)
+    actual = actual if model.config.num_labels else aux["pooled"]
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_a_pooler_that_no_class_has_is_saved_in_our_format_only(tmp_path):
@@ -121,14 +121,14 @@ def test_old_names_are_read(name, prefix, change):
     old = {".weight": ".gamma", ".bias": ".beta"}
 
     def renamed(tensors: dict) -> dict:
-        found = {}
+        results = {}
         for stored, array in tensors.items():
             for new, before in old.items():
                 if f"LayerNorm{new}" in stored:
                     stored = stored.replace(new, before)
-            found[stored.removeprefix(prefix)] = array
-        found["embeddings.position_ids"] = np.arange(16)[None]
-        return found
+            results[stored.removeprefix(prefix)] = array
+        results["embeddings.position_ids"] = np.arange(16)[None]
+        return results
 
     case = change(name, tensors=renamed)
     assert_equal(ge.load(case)[1], ge.load(GOLDEN / name)[1])
@@ -136,8 +136,8 @@ def test_old_names_are_read(name, prefix, change):
 
 def test_heads_that_predict_words_are_left_out(change):
     def pretrained(tensors: dict) -> dict:
-        kept = {name: array for name, array in tensors.items() if "classifier" not in name}
-        return kept | {"cls.predictions.bias": np.ones(60, np.float32)}
+        retained = {name: array for name, array in tensors.items() if "classifier" not in name}
+        return retained | {"cls.predictions.bias": np.ones(60, np.float32)}
 
     case = change("bert", {"architectures": ["BertForMaskedLM"]}, pretrained)
     model, params = ge.load(case)

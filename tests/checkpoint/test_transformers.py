@@ -27,9 +27,9 @@ HEADS = [name for name in NATIVE if name.startswith("glm")]
 TOLERANCE = 1e-4
 
 
-def assert_same(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+def assert_same(first, right):
+    assert jax.tree.structure(first) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(right), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         np.testing.assert_array_equal(a, b)
 
@@ -69,10 +69,10 @@ def test_the_record_is_made_again(tmp_path):
     flags = [f"--configs={tmp_path / 'configs.json'}", f"--out_dir={tmp_path / 'out'}"]
     program = [sys.executable, "-m", "experiments.golden.make_round_trip", *flags]
     subprocess.run(program, cwd=FOLDER.parents[1], check=True, capture_output=True)
-    found = json.loads((tmp_path / "out" / "glm4.json").read_text())
+    result = json.loads((tmp_path / "out" / "glm4.json").read_text())
     committed = json.loads((FOLDER / "round_trip" / "glm4.json").read_text())
-    outputs = [record.pop("outputs")["logits"] for record in (found, committed)]
-    assert found == committed
+    outputs = [record.pop("outputs")["logits"] for record in (result, committed)]
+    assert result == committed
     np.testing.assert_allclose(*outputs, atol=TOLERANCE, rtol=0)
 
 
@@ -114,8 +114,8 @@ def test_a_stored_head_that_differs_is_used_as_transformers_does(tmp_path):
     assert not read_model.config.decoder.tie_embeddings
     inputs = make_round_trip.draw_inputs(model)
     expected = make_round_trip.reference_outputs(reference, inputs)["logits"]
-    found = compute(read_model, read, inputs, greedy_steps=0)["logits"]
-    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+    actual = compute(read_model, read, inputs, greedy_steps=0)["logits"]
+    np.testing.assert_allclose(actual, expected, atol=TOLERANCE, rtol=0)
 
 
 def fields_of_classes():

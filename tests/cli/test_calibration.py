@@ -56,10 +56,10 @@ def test_from_file_reads_what_numpy_writes(tmp_path, save):
     images = np.asfortranarray(np.random.default_rng(0).random((3, 2, 2, 3)))
     valid = np.array([True, False, True])
     save(tmp_path / "a.npz", tokens=TOKENS, images=images, valid=valid)
-    found = read(tmp_path / "a.npz")
-    assert [len(batch["tokens"]) for batch in found] == [2, 1]
+    result = read(tmp_path / "a.npz")
+    assert [len(batch["tokens"]) for batch in result] == [2, 1]
     for name, array in (("tokens", TOKENS), ("images", images), ("valid", valid)):
-        joined = np.concatenate([batch[name] for batch in found])
+        joined = np.concatenate([batch[name] for batch in result])
         assert joined.dtype == array.dtype
         np.testing.assert_array_equal(joined, array)
 
@@ -68,27 +68,30 @@ FAULTS = {
     "empty": (b"", "cannot be read as arrays"),
     "an array": (npy(TOKENS), "not a zip file"),
     "half": (zipped(tokens=npy(TOKENS))[:100], "not a zip file"),
-    "no members": (zipped(), "holds no array"),
+    "no members": (zipped(), "contains no array"),
     "not arrays": (zipped(tokens=b"text"), "cannot be read as arrays"),
     "empty member": (zipped(tokens=b""), "cannot be read as arrays"),
     "damaged": (zipped(tokens=npy(TOKENS)).replace(npy(TOKENS)[-9:], b"x" * 9), "CRC-32"),
-    "a number beside": (zipped(tokens=npy(TOKENS), x=npy(3)), "'x' is a single number"),
-    "a number": (zipped(x=npy(3)), "'x' is a single number"),
+    "a number beside": (zipped(tokens=npy(TOKENS), x=npy(3)), "'x' is a scalar"),
+    "a number": (zipped(x=npy(3)), "'x' is a scalar"),
     "other rows": (zipped(tokens=npy(TOKENS), x=npy(TOKENS[:2])), "same number of rows"),
-    "no rows": (zipped(tokens=npy(TOKENS[:0])), r"shape \(0, 4\) holds nothing"),
-    "no columns": (zipped(tokens=claiming("(10**9, 0)".replace("10**9", "1000000000"))), "nothing"),
-    "objects": (zipped(tokens=claiming("(3,)", "|O", bytes(24))), "must hold numbers"),
-    "words": (zipped(tokens=npy(np.array(["a", "b"]))), "must hold numbers"),
-    "of no size": (zipped(tokens=claiming("(1000000000,)", "|V0")), "must hold numbers"),
-    "a large claim": (zipped(tokens=claiming("(1000000000000,)")), "does not fill its 0 bytes"),
-    "below zero": (zipped(tokens=claiming("(-1, -3)", "<i4", bytes(12))), "does not fill"),
-    "declared": (declaring(0xF0000000), "does not fill|cannot be read as arrays"),
+    "no rows": (zipped(tokens=npy(TOKENS[:0])), r"shape \(0, 4\) is empty"),
+    "no columns": (
+        zipped(tokens=claiming("(10**9, 0)".replace("10**9", "1000000000"))),
+        "is empty",
+    ),
+    "objects": (zipped(tokens=claiming("(3,)", "|O", bytes(24))), "must be numeric or boolean"),
+    "words": (zipped(tokens=npy(np.array(["a", "b"]))), "must be numeric or boolean"),
+    "of no size": (zipped(tokens=claiming("(1000000000,)", "|V0")), "must be numeric or boolean"),
+    "a large claim": (zipped(tokens=claiming("(1000000000000,)")), "does not match its 0 bytes"),
+    "below zero": (zipped(tokens=claiming("(-1, -3)", "<i4", bytes(12))), "does not match"),
+    "declared": (declaring(0xF0000000), "does not match|cannot be read as arrays"),
     "deep": (zipped(tokens=claiming("(" * 3000 + ")" * 3000)), "cannot be read as arrays"),
     "bzip2": (zipped(zipfile.ZIP_BZIP2, tokens=npy(TOKENS)), "compressed in a way that numpy"),
     "directory": (with_directory(1 << 21), "its directory claims 2097152 bytes"),
     "rows": (
         zipped(zipfile.ZIP_DEFLATED, tokens=npy(np.zeros((1 << 20) + 1, np.int8))),
-        "1048577 rows; at most 1048576",
+        "1048577 rows; the maximum is 1048576",
     ),
 }
 
@@ -116,7 +119,7 @@ def test_from_file_refuses_bombs_before_they_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "MAX_ARRAY_BYTES", 100_000)
     (tmp_path / "a.npz").write_bytes(content)
     assert len(content) < 1000
-    with pytest.raises(DataError, match="its arrays take 144256 bytes; at most 100000 are read"):
+    with pytest.raises(DataError, match="its arrays have 144256 bytes; the maximum is 100000"):
         read(tmp_path / "a.npz")
 
 
@@ -128,7 +131,7 @@ def test_from_file_waits_for_no_pipe_and_reads_no_device(tmp_path):
     for name, message in (
         ("pipe.npz", "is a pipe, socket or device"),
         ("zero.npz", "is a pipe, socket or device"),
-        ("large.npz", "at most 4294967296 are read"),
+        ("large.npz", "the maximum is 4294967296"),
         ("a\0b.npz", "cannot be read"),
         ("missing.npz", "cannot be read: No such file"),
         ("n" * 5000 + ".npz", "cannot be read: File name too long"),

@@ -59,13 +59,13 @@ def test_write_text_is_atomic_and_refuses_to_replace(tmp_path):
     """Write text refuses to replace and leaves no partial file."""
     path = tmp_path / "made" / "out.json"
     corpora.write_text(path, "first\n")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         corpora.write_text(path, "second\n")
     corpora.write_text(path, "third\n", overwrite=True)
     assert path.read_text() == "third\n"
     with pytest.raises(OutputError, match="cannot be written"):
         corpora.write_text(path / "below_a_file", "x")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         corpora.write_text(path.parent, "x", overwrite=True)
     assert [p.name for p in path.parent.iterdir()] == ["out.json"]
 
@@ -100,7 +100,7 @@ def test_a_file_in_the_way_is_refused_before_the_work(tmp_path):
     corpora.check_absent(None)
     corpora.check_absent(path)
     path.write_text("{}")
-    with pytest.raises(OutputError, match=r"out\.json: exists already; .* pass --overwrite"):
+    with pytest.raises(OutputError, match=r"out\.json: already exists; .* pass --overwrite"):
         corpora.check_absent(str(path))
     corpora.check_absent(path, overwrite=True)
 
@@ -111,7 +111,7 @@ def test_pydoc_halves_share_no_paragraph():
     paragraphs = [{" ".join(p.split()) for p in half.split("\n\n")} for half in halves]
     assert not (paragraphs[0] & paragraphs[1]) - {""}
     assert halves[0] == corpora.pydoc_topics("calibration")
-    with pytest.raises(DataError, match="no split"):
+    with pytest.raises(DataError, match="unknown split"):
         corpora.pydoc_topics("test")
 
 

@@ -73,7 +73,7 @@ def test_usage_lists_every_command(capsys, run):
     ("arguments", "message"),
     [
         (["compres"], "unknown command 'compres'; known: compress, export, evaluate, plan, serve"),
-        (["serve"], "there is no server yet"),
+        (["serve"], "serve: not built yet"),
         (["export", "--out=nowhere/a.tflite"], "its directory does not exist"),
         (["evaluate", "--checkpoint=zai-org/glm"], "hf download zai-org/glm --local-dir glm"),
     ],
@@ -200,7 +200,7 @@ def test_whole_recipes_store_the_type_of_the_source(run, tmp_path, source, capsy
     for path, row in last.items():
         assert row["bytes_after"] == ge.params.stored_bytes(leaves[path])
     assert last["decoder/layers/0/mlp/down_proj/weight"]["bits"] == 16
-    assert "note: computed in float32; what stayed floating" in capsys.readouterr().out
+    assert "note: computed in float32; floating-point parameters" in capsys.readouterr().out
 
 
 def test_as_stored_narrows_masked_but_no_prepared_weights():
@@ -226,19 +226,19 @@ def test_as_stored_narrows_masked_but_no_prepared_weights():
     assert [(r.bytes_before, r.bytes_after) for r in report.rows] == [(64, after), (after, after)]
     assert report.rows[-1].bits == 8 * after / 32
     assert report.notes == (
-        "computed in float32; what stayed floating is stored as bfloat16 again",
+        "computed in float32; floating-point parameters are stored as bfloat16 again",
     )
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_compress_refuses_before_it_loads(whole, run, tmp_path, source, monkeypatch):
+@pytest.mark.parametrize("complete", [False, True])
+def test_compress_refuses_before_it_loads(complete, run, tmp_path, source, monkeypatch):
     def no_work(*arguments, **options):
         raise AssertionError("worked before all inputs were read")
 
     for name in ("load_wide", "compress_checkpoint"):
         monkeypatch.setattr(compress, name, no_work)
     out = tmp_path / "out"
-    recipe = recipe_file(tmp_path, PRUNE) if whole else "rtn_4bit"
+    recipe = recipe_file(tmp_path, PRUNE) if complete else "rtn_4bit"
     arguments = ("compress", f"--checkpoint={source}", f"--out_dir={out}", f"--recipe={recipe}")
     with pytest.raises(SystemExit, match="nofile"):
         run(*arguments, f"--text={tmp_path / 'nofile'}")
@@ -250,7 +250,7 @@ def test_compress_refuses_before_it_loads(whole, run, tmp_path, source, monkeypa
         run(*arguments)
     (out / "checkpoint" / "config.json").unlink()
     (out / "report.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"report\.json: exists already"):
+    with pytest.raises(SystemExit, match=r"report\.json: already exists"):
         run(*arguments)
 
 
@@ -309,8 +309,11 @@ def test_modules_of_others_are_for_python(command, run, tmp_path):
 def test_json_files_are_checked_before_the_work(command, run, tmp_path, capsys):
     file = tmp_path / "a.json"
     file.write_text("mine")
-    for path, said in ((file, "pass --overwrite"), (tmp_path / "no" / "a.json", "does not exist")):
-        with pytest.raises(SystemExit, match=said):
+    for path, message in (
+        (file, "pass --overwrite"),
+        (tmp_path / "no" / "a.json", "does not exist"),
+    ):
+        with pytest.raises(SystemExit, match=message):
             run(command, f"--json={path}")
     assert file.read_text() == "mine"
     assert capsys.readouterr().out == ""
@@ -356,18 +359,18 @@ def test_verify_takes_topics_where_no_text_is_named(run, tmp_path, source, monke
         (source, ["--format=litertlm"], "random tokens"),
         (bare, [], "random tokens"),
     ]
-    found = []
+    results = []
 
     def note(argv):
-        found.append(export.text_ids(Path(flags.FLAGS.checkpoint)))
+        results.append(export.text_ids(Path(flags.FLAGS.checkpoint)))
 
     monkeypatch.setattr(export, "main", note)
     for directory, more, _ in cases:
         run("export", f"--checkpoint={directory}", "--out=a", "--verify", *more)
-    assert [named for _, named in found] == [case[-1] for case in cases]
+    assert [named for _, named in results] == [case[-1] for case in cases]
     topics = corpora.encode_text(ge.load_tokenizer(source), corpora.pydoc_topics("evaluation"))
-    np.testing.assert_array_equal(found[0][0], topics[:1024])
-    assert found[2][0] is None
+    np.testing.assert_array_equal(results[0][0], topics[:1024])
+    assert results[2][0] is None
 
 
 def test_verification_rows_say_which_tokens(run):

@@ -35,11 +35,11 @@ MIXTURE = {"text": 0.5, "images": 0.3, "audio": 0.2}
 def data():
     """Three batches of text, two of images and one of audio, numbered by their tokens."""
     kinds = ["text", "images", "text", "audio", "images", "text"]
-    found = []
+    results = []
     for number, kind in enumerate(kinds):
         batch = {"tokens": np.full((1, 3), number)}
-        found.append(batch if kind == "text" else {**batch, kind: np.zeros((1, 2, 2, 1))})
-    return found
+        results.append(batch if kind == "text" else {**batch, kind: np.zeros((1, 2, 2, 1))})
+    return results
 
 
 def numbers(count, skip=0, rng=None, mixture=MIXTURE):
@@ -52,9 +52,9 @@ KIND = {0: "text", 2: "text", 5: "text", 1: "images", 4: "images", 3: "audio"}
 
 @pytest.mark.parametrize("rng", [None, jax.random.key(1)])
 def test_each_kind_has_its_share_at_any_time(rng):
-    found = numbers(200, rng=rng)
+    result = numbers(200, rng=rng)
     counts = collections.Counter()
-    for done, number in enumerate(found, start=1):
+    for done, number in enumerate(result, start=1):
         counts[KIND[number]] += 1
         for kind, share in MIXTURE.items():
             assert abs(counts[kind] - share * done) < 1.0 + 1e-6
@@ -62,18 +62,18 @@ def test_each_kind_has_its_share_at_any_time(rng):
 
 
 def test_each_batch_of_a_kind_comes_once_before_any_comes_again():
-    found = [number for number in numbers(60, rng=jax.random.key(0)) if KIND[number] == "text"]
-    rounds = [tuple(found[first : first + 3]) for first in range(0, 30, 3)]
+    results = [number for number in numbers(60, rng=jax.random.key(0)) if KIND[number] == "text"]
+    rounds = [tuple(results[first : first + 3]) for first in range(0, 30, 3)]
     assert all(sorted(numbers) == [0, 2, 5] for numbers in rounds)
     assert len(set(rounds)) > 1
 
 
 def test_skipping_goes_on_where_an_earlier_run_was():
-    whole = numbers(50, rng=jax.random.key(2))
+    complete = numbers(50, rng=jax.random.key(2))
     for skip in (1, 7, 31):
-        assert numbers(50 - skip, skip, jax.random.key(2)) == whole[skip:]
-    assert numbers(50, rng=jax.random.key(2)) == whole
-    assert numbers(50, rng=jax.random.key(3)) != whole
+        assert numbers(50 - skip, skip, jax.random.key(2)) == complete[skip:]
+    assert numbers(50, rng=jax.random.key(2)) == complete
+    assert numbers(50, rng=jax.random.key(3)) != complete
 
 
 def test_shares_have_any_unit_and_other_kinds_are_left_out():
@@ -121,7 +121,7 @@ def test_a_mixture_goes_on_after_a_kill_as_if_left_alone(tmp_path):
     call = {"calibration": batches, "rng": jax.random.key(0)}
     options = {"steps": 10, "save_every": 3, "accumulate": 2}
     transform = distill((model, teacher), mixture=MIXTURE, train=TrainOptions(**options))
-    _, expected, whole = transform(model, student, **call)
+    _, expected, complete = transform(model, student, **call)
     assert collections.Counter(read[-20:]) == {"text": 10, "images": 6, "audio": 4}
 
     def stop(*_):
@@ -130,24 +130,26 @@ def test_a_mixture_goes_on_after_a_kill_as_if_left_alone(tmp_path):
     transform = dataclasses.replace(transform, train=TrainOptions(state_dir=tmp_path, **options))
     with pytest.raises(KeyboardInterrupt):
         transform(model, student, **call, progress=stop)
-    _, found, report = transform(model, student, **call)
-    assert report.curve == whole.curve
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    _, actual, report = transform(model, student, **call)
+    assert report.curve == complete.curve
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.slow
 def test_a_glm_learns_from_text_images_and_speech(make_member, batch_of):
     model, teacher = make_member("nano")
-    config, read, given = model.config, [], []
+    config, read, original = model.config, [], []
     senses = {"images": config.image_token_id, "audio": config.audio_token_id}
     for seed in range(6):
-        whole = batch_of(model, rows=4, seed=seed)
+        complete = batch_of(model, rows=4, seed=seed)
         for kind in MIXTURE:
-            tokens = whole["tokens"]
+            tokens = complete["tokens"]
             for sense, placeholder in senses.items():
                 tokens = np.where((tokens == placeholder) & (sense != kind), 10, tokens)
-            given.append({"tokens": tokens, **({kind: whole[kind]} if kind in senses else {})})
+            original.append(
+                {"tokens": tokens, **({kind: complete[kind]} if kind in senses else {})}
+            )
 
     def kind_of(batch):
         return next((kind for kind in senses if kind in batch), "text")
@@ -168,7 +170,7 @@ def test_a_glm_learns_from_text_images_and_speech(make_member, batch_of):
         mixture=MIXTURE,
         train=TrainOptions(steps=20, learning_rate=0.003),
     )
-    call = {"calibration": Counted(given), "rng": jax.random.key(0)}
+    call = {"calibration": Counted(original), "rng": jax.random.key(0)}
     _, taught, report = transform(model, student, **call)
     assert not report.notes
     assert collections.Counter(read[-20:]) == {"text": 10, "images": 6, "audio": 4}

@@ -69,14 +69,14 @@ def data(count=4, rows=3):
 @pytest.fixture(scope="module")
 def models():
     """`(model, params, other collections)` of both."""
-    found = {}
+    results = {}
     for name, model in (("vit", ViT()), ("cnn", CNN())):
         variables = init(model, data(1)[0]["images"])
         params = variables.pop("params")
         if name == "cnn":
             variables = jax.tree.map(lambda leaf: leaf + 0.3, variables)
-        found[name] = model, params, variables
-    return found
+        results[name] = model, params, variables
+    return results
 
 
 DENSE = "up|down|hidden|head"
@@ -119,8 +119,8 @@ def test_every_transform_reads_any_batch(models, name, kind):
     assert out.shape == (3, CLASSES)
     assert np.isfinite(out).all()
     assert report.rows
-    said = [row.action for row in report.rows]
-    assert not any("nothing is seen" in action or "no inputs" in action for action in said)
+    messages = [row.action for row in report.rows]
+    assert not any("nothing is seen" in action or "no inputs" in action for action in messages)
     assert boxes.to_flat(changed)[0].keys() != boxes.to_flat(params)[0].keys() or name == "distill"
 
 
@@ -130,18 +130,18 @@ def test_gptq_reads_what_the_function_runs(models):
     model, params, variables = models["cnn"]
     batches = data(8)
     calibration = Calibration(batches, apply=apply, variables=variables)
-    seen = [
+    observed = [
         model.apply({**variables, "params": params}, batch["images"], capture_intermediates=True)[
             1
         ]["intermediates"]["norm"]["__call__"][0]
         for batch in batches
     ]
-    inputs = np.concatenate([np.asarray(nn.relu(x)).mean(axis=(1, 2)) for x in seen])
+    inputs = np.concatenate([np.asarray(nn.relu(x)).mean(axis=(1, 2)) for x in observed])
     kernel = np.asarray(params["hidden"]["kernel"])
 
     def error(transform, **call):
-        found = transform(model, params, **call)[1]["hidden"]["kernel"].unbox()
-        return np.linalg.norm(inputs @ (np.asarray(found) - kernel))
+        result = transform(model, params, **call)[1]["hidden"]["kernel"].unbox()
+        return np.linalg.norm(inputs @ (np.asarray(result) - kernel))
 
     nearest = error(quantize.rtn("int3", where="hidden"))
     assert error(quantize.gptq("int3", where="hidden"), calibration=calibration) < 0.9 * nearest
@@ -171,7 +171,7 @@ def test_a_loss_alone_runs_what_needs_no_logits(models):
 @pytest.mark.slow
 def test_losses_of_rows_and_their_mean_score_alike(models):
     model, params, variables = models["cnn"]
-    found = [
+    results = [
         prune.scores_of(
             model,
             params,
@@ -181,30 +181,30 @@ def test_losses_of_rows_and_their_mean_score_alike(models):
         )
         for function in (loss, mean_loss)
     ]
-    for path, scores in found[0].items():
-        np.testing.assert_allclose(scores, found[1][path], rtol=1e-4, atol=1e-7)
+    for path, scores in results[0].items():
+        np.testing.assert_allclose(scores, results[1][path], rtol=1e-4, atol=1e-7)
 
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *data())
+    complete = jax.tree.map(lambda *parts: np.concatenate(parts), *data())
 
     @jax.jit
     def slope(params):
-        return jax.grad(lambda p: mean_loss(model, {**variables, "params": p}, whole))(params)
+        return jax.grad(lambda p: mean_loss(model, {**variables, "params": p}, complete))(params)
 
     expected = np.abs(slope(params)["head"]["kernel"] * params["head"]["kernel"])
-    np.testing.assert_allclose(found[0]["head/kernel"], expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(results[0]["head/kernel"], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_taylor_takes_each_row_as_a_sample(models):
     model, params, _ = models["vit"]
     calibration = Calibration(data(2), loss=loss)
-    found = prune.scores_of(model, params, "taylor", where="head", calibration=calibration)
+    result = prune.scores_of(model, params, "taylor", where="head", calibration=calibration)
     slope = jax.jit(jax.grad(lambda p, row: loss(model, {"params": p}, row).sum()))
     terms = []
     for batch in data(2):
         for row in range(3):
             single = {name: array[row : row + 1] for name, array in batch.items()}
             terms.append(np.abs(slope(params, single)["head"]["kernel"] * params["head"]["kernel"]))
-    np.testing.assert_allclose(found["head/kernel"], np.mean(terms, axis=0), rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(result["head/kernel"], np.mean(terms, axis=0), rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -274,7 +274,7 @@ def test_a_loss_of_another_shape_is_refused(models):
 
 
 def test_digests_tell_functions_apart():
-    found = {
+    results = {
         calibration_digest(Calibration(data(), **fields))
         for fields in (
             {"apply": apply},
@@ -285,15 +285,15 @@ def test_digests_tell_functions_apart():
             {"apply": apply, "variables": {"batch_stats": {"mean": np.ones(2)}}},
         )
     }
-    assert len(found) == 6
-    assert calibration_digest(Calibration(data(), apply=apply)) in found
+    assert len(results) == 6
+    assert calibration_digest(Calibration(data(), apply=apply)) in results
 
 
 def test_whole_variables_are_refused_by_name(models):
     model, params, variables = models["cnn"]
-    whole = {**variables, "params": params}
+    complete = {**variables, "params": params}
     with pytest.raises(RecipeError, match=r"params and batch_stats.*variables\['params'\]"):
-        quantize.gptq("int4")(model, whole, Calibration(data(), apply=apply))
+        quantize.gptq("int4")(model, complete, Calibration(data(), apply=apply))
 
 
 def test_batches_that_can_be_read_once_are_refused(models):

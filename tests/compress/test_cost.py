@@ -26,8 +26,8 @@ def products(jaxpr) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracting, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            depth = math.prod(left[axis] for axis in contracting)
+            remaining = equation.invars[0].aval.shape
+            depth = math.prod(remaining[axis] for axis in contracting)
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
@@ -57,17 +57,17 @@ def step(model, params, context=CONTEXT):
 @pytest.mark.parametrize("name", ["edge", "pruned", "nano", "edge_v", "ocr", "asr"])
 def test_flops_are_the_products_of_the_program(make_member, name):
     model, params = make_member(name)
-    found = cost.flops(model, CONTEXT)
+    result = cost.flops(model, CONTEXT)
     config = model.config
-    assert found["token"] == step(model, params)
-    assert ("image" in found, "clip" in found) == (config.vision is not None, "asr" in name or
+    assert result["token"] == step(model, params)
+    assert ("image" in result, "clip" in result) == (config.vision is not None, "asr" in name or
                                                    name == "nano")  # fmt: skip
     if config.vision is not None:
         image = jnp.zeros((1, *config.vision.image_size, 3))
-        assert found["image"] == counted(model, params, image, "encode_images")
+        assert result["image"] == counted(model, params, image, "encode_images")
     if config.speech is not None:
         mel = jnp.zeros((1, config.speech.num_frames, config.speech.mel_bins))
-        assert found["clip"] == counted(model, params, mel, "encode_audio")
+        assert result["clip"] == counted(model, params, mel, "encode_audio")
 
 
 def test_flops_follow_what_was_removed(make_member):
@@ -107,8 +107,8 @@ def test_xla_counts_as_many_within_three_percent():
 
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     analysis = jax.jit(run).lower(params, token, cache).compile().cost_analysis()
-    found = cost.flops(model, CONTEXT)["token"]
-    np.testing.assert_allclose(analysis["flops"], found, rtol=0.03)
+    result = cost.flops(model, CONTEXT)["token"]
+    np.testing.assert_allclose(analysis["flops"], result, rtol=0.03)
 
 
 def test_only_models_that_share_an_input_are_timed(make_member):

@@ -43,9 +43,9 @@ def relative_change(model, before, after, batch):
 def test_every_fold_leaves_the_function_as_it_was(make_member, batch_of, member):
     model, params = make_member(member)
     leaves = leaves_of(params)
-    found = folding.folds(model.config)
-    assert all(fold.within(leaves) for fold in found)
-    for index, fold in enumerate(found):
+    result = folding.folds(model.config)
+    assert all(fold.within(leaves) for fold in result)
+    for index, fold in enumerate(result):
         changed = folding.move(fold, leaves, factors(fold, index))
         assert set(changed) == {*fold.producers, *fold.consumers}
         leaves = {**leaves, **changed}
@@ -56,12 +56,12 @@ def test_every_fold_leaves_the_function_as_it_was(make_member, batch_of, member)
 def test_each_fold_moves_what_it_names_and_only_together(make_member, batch_of, name):
     model, params = make_member(name)
     leaves, batch = leaves_of(params), batch_of(model)
-    seen = set()
+    observed = set()
     for fold in folding.folds(model.config):
         key = (fold.kind, fold.producers[0].split("/")[0])
-        if key in seen:
+        if key in observed:
             continue
-        seen.add(key)
+        observed.add(key)
         changed = folding.move(fold, leaves, factors(fold))
         half = {**leaves, **{path: changed[path] for path in fold.producers}}
         assert relative_change(model, params, nested(half), batch) > 1e-4, fold
@@ -154,9 +154,9 @@ def test_a_text_encoder_moves_values_alone():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape), params)
     leaves = leaves_of(params)
-    found = folding.folds(config)
-    assert [fold.kind for fold in found] == ["value", "value"]
-    for fold in found:
+    actual = folding.folds(config)
+    assert [fold.kind for fold in actual] == ["value", "value"]
+    for fold in actual:
         leaves |= folding.move(fold, leaves, factors(fold))
     expected = applied(model, {"params": params}, tokens)[0]
     moved = applied(model, {"params": nested(leaves)}, tokens)[0]

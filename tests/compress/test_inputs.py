@@ -39,38 +39,38 @@ APPLY = jax.jit(batches.apply_batch, static_argnums=0)
 
 def test_rows_of_images_reach_the_layers_as_in_the_model(make_member):
     model, params = make_member("ocr")
-    given = [prompt(model, SHOWN)]
-    states = stages.first_states(model, given)
+    original = [prompt(model, SHOWN)]
+    states = stages.first_states(model, original)
     leaves = dict(boxes.path_items(params))
     for stage in stages.stages(model):
-        own = {p: x for p, x in leaves.items() if stage.holds(p) or p in stage.borrows}
+        local = {p: x for p, x in leaves.items() if stage.holds(p) or p in stage.borrows}
         if stage.name == "vision/layers/0":
-            found = stage.collect(own, states, stages.ROWS)
+            actual = stage.collect(local, states, stages.ROWS)
             patches = 4 * 2 + 2 * (2 * 2)
-            assert {len(rows) for rows in found.values()} == {patches}
+            assert {len(rows) for rows in actual.values()} == {patches}
         if stage.name == "decoder/layers/1":
-            found = stage.collect(own, states, stages.MARKED_ROWS)
-            valid = sum(int(inputs.valid.sum()) for inputs in given)
-            assert {int(value["valid"].sum()) for value in found.values()} == {valid}
-        states = stage.run(own, states)
-    for inputs, state in zip(given, states, strict=True):
+            actual = stage.collect(local, states, stages.MARKED_ROWS)
+            valid = sum(int(inputs.valid.sum()) for inputs in original)
+            assert {int(value["valid"].sum()) for value in actual.values()} == {valid}
+        states = stage.run(local, states)
+    for inputs, state in zip(original, states, strict=True):
         batch = batches.to_device(model, inputs)
         valid = np.asarray(batch["valid"])
-        found, expected = np.asarray(state["x"]), np.asarray(APPLY(model, params, batch))
-        np.testing.assert_allclose(found[valid], expected[valid], rtol=1e-3, atol=1e-3)
+        actual, expected = np.asarray(state["x"]), np.asarray(APPLY(model, params, batch))
+        np.testing.assert_allclose(actual[valid], expected[valid], rtol=1e-3, atol=1e-3)
 
 
 def test_inputs_calibrate_as_they_are(make_member):
     model, params = make_member("ocr")
-    given = [prompt(model, SHOWN)]
+    original = [prompt(model, SHOWN)]
     transform = prune.mask(0.5, score="wanda", where="decoder/layers/0/mlp/down_proj|vision/merge")
-    _, small, report = transform(model, params, given)
+    _, small, report = transform(model, params, original)
     assert len(report.rows) == 2
     assert not any("by magnitude" in row.action for row in report.rows)
     wide = [
         {"tokens": np.pad(x.tokens, ((0, 0), (0, 3))), "images": x.images}
         | {"valid": np.pad(x.valid, ((0, 0), (0, 3)))}
-        for x in given
+        for x in original
     ]
     _, again, _ = transform(model, params, wide)
     jax.tree.map(np.testing.assert_array_equal, small, again)
@@ -91,12 +91,12 @@ def test_scores_take_rows_with_their_own_images(make_member, name):
             kind: prune.scores_of(model, params, "taylor", where="layers/0/mlp", calibration=data)
             for kind, data in (("together", [together]), ("alone", [_plain(row) for row in rows]))
         }
-        for path, found in scores["together"].items():
-            np.testing.assert_allclose(found, scores["alone"][path], rtol=1e-3, atol=1e-6)
+        for path, result in scores["together"].items():
+            np.testing.assert_allclose(result, scores["alone"][path], rtol=1e-3, atol=1e-6)
         return
-    found = prune.encoders(heads=0.5, neurons=0.0)(model, params, [together])
+    result = prune.encoders(heads=0.5, neurons=0.0)(model, params, [together])
     alone = prune.encoders(heads=0.5, neurons=0.0)(model, params, [_plain(row) for row in rows])
-    jax.tree.map(np.testing.assert_array_equal, found[1], alone[1])
+    jax.tree.map(np.testing.assert_array_equal, result[1], alone[1])
 
 
 def _plain(row):
@@ -132,18 +132,18 @@ def test_recordings_count_where_they_sound(make_member):
     leaves = dict(boxes.path_items(params))
     states = stages.first_states(model, [batch])
     for stage in stages.stages(model):
-        own = {p: x for p, x in leaves.items() if stage.holds(p) or p in stage.borrows}
+        local = {p: x for p, x in leaves.items() if stage.holds(p) or p in stage.borrows}
         if stage.name == "speech/end":
-            found = stage.collect(own, states, stages.MARKED_ROWS)
-            assert {int(v["valid"].sum()) for v in found.values()} == {int(counts.sum())}
-        states = stage.run(own, states)
+            actual = stage.collect(local, states, stages.MARKED_ROWS)
+            assert {int(v["valid"].sum()) for v in actual.values()} == {int(counts.sum())}
+        states = stage.run(local, states)
     expected = APPLY(model, params, batches.to_device(model, batch))
     np.testing.assert_allclose(states[0]["x"], expected, rtol=1e-3, atol=1e-3)
 
 
 def changed(model, **fields):
-    given = dict(prompt(model, [[(16, 16)], []]))
-    return {name: value for name, value in {**given, **fields}.items() if value is not None}
+    original = dict(prompt(model, [[(16, 16)], []]))
+    return {name: value for name, value in {**original, **fields}.items() if value is not None}
 
 
 @pytest.mark.parametrize(

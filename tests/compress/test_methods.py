@@ -44,8 +44,8 @@ def build(name):
 
 def test_table_names_every_registered_transform():
     # Tests of other files register transforms of their own.
-    own = {name for name in transform._REGISTRY if name.startswith(("quantize.", "prune."))}
-    assert {*own, "distill", "reparameterize"} == set(NAMES)
+    local = {name for name in transform._REGISTRY if name.startswith(("quantize.", "prune."))}
+    assert {*local, "distill", "reparameterize"} == set(NAMES)
     assert to_markdown().count("\n") == len(METHODS) + 1
 
 

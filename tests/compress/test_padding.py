@@ -41,15 +41,15 @@ def rows(lengths, seed=0):
     return [rng.integers(10, 40, length).astype(np.int32) for length in lengths]
 
 
-def padded(parts, left, right):
+def padded(parts, first, right):
     """Rows as a batch that their longest fills but for `left` and `right` positions of padding."""
-    length = left + max(map(len, parts)) + right
+    length = first + max(map(len, parts)) + right
     tokens, valid = (
         np.full((len(parts), length), PAD, np.int32),
         np.zeros((len(parts), length), bool),
     )
     for index, part in enumerate(parts):
-        start = length - right - len(part) if left else 0
+        start = length - right - len(part) if first else 0
         tokens[index, start : start + len(part)] = part
         valid[index, start : start + len(part)] = True
     return tokens, valid
@@ -58,18 +58,18 @@ def padded(parts, left, right):
 def layouts():
     """The same rows: one batch of equal lengths and one of different ones, padded in all ways."""
     equal, ragged = rows((10, 10, 10)), rows((10, 7, 9), seed=1)
-    found = {}
-    for name, left, right in (("none", 0, 0), ("left", 5, 0), ("right", 0, 6), ("both", 3, 2)):
-        found[name] = []
+    results = {}
+    for name, first, right in (("none", 0, 0), ("left", 5, 0), ("right", 0, 6), ("both", 3, 2)):
+        results[name] = []
         for part in (equal, ragged, equal, ragged):
-            tokens, valid = padded(part, left, right)
-            found[name].append({"tokens": tokens})
+            tokens, valid = padded(part, first, right)
+            results[name].append({"tokens": tokens})
             # By its own mark, and else by the model's pad token.
             if name in ("none", "right"):
-                found[name][-1]["valid"] = valid
+                results[name][-1]["valid"] = valid
             if name == "left":
-                found[name][-1]["loss_mask"] = valid.astype(np.float32)
-    return found
+                results[name][-1]["loss_mask"] = valid.astype(np.float32)
+    return results
 
 
 LAYOUTS = layouts()
@@ -140,12 +140,12 @@ QUICK = ("gptq", "wanda", "taylor")
 def test_every_transform_gives_the_same_bytes(tiny, alone, name):
     model, params = tiny if "depth" in name else alone
     transform = TRANSFORMS[name]()
-    found = {}
+    results = {}
     for layout, calibration in LAYOUTS.items():
         call = {"calibration": calibration, "rng": jax.random.key(0)}
-        found[layout] = bytes_of(transform(model, params, **call)[1])
+        results[layout] = bytes_of(transform(model, params, **call)[1])
     for layout in ("left", "right", "both"):
-        assert found[layout] == found["none"], layout
+        assert results[layout] == results["none"], layout
 
 
 @pytest.mark.slow
@@ -153,41 +153,41 @@ def test_pruned_encoders_ignore_padding(make_member, batch_of):
     """Scores of encoders need images, which each row of every layout brings along."""
     model, params = make_member("sandwich")
     drawn = batch_of(model, rows=3, length=24)
-    found = {}
-    for name, left, right in (("none", 0, 0), ("left", 5, 0), ("right", 0, 6), ("both", 3, 2)):
-        wide = ((0, 0), (left, right))
+    results = {}
+    for name, first, right in (("none", 0, 0), ("left", 5, 0), ("right", 0, 6), ("both", 3, 2)):
+        wide = ((0, 0), (first, right))
         batch = drawn | {
             "tokens": np.pad(drawn["tokens"], wide),
             "valid": np.pad(np.ones((3, 24), bool), wide),
         }
         transform = prune.encoders(heads=0.5, neurons=0.3, neuron_multiple=1)
-        found[name] = bytes_of(transform(model, params, [batch])[1])
+        results[name] = bytes_of(transform(model, params, [batch])[1])
     for name in ("left", "right", "both"):
-        assert found[name] == found["none"], name
+        assert results[name] == results["none"], name
 
 
 @pytest.mark.slow
 def test_plans_are_the_same_with_and_without_padding(tiny):
     model, params = tiny
     size = boxes.stored_bytes(params) // 3
-    found = [
+    results = [
         plan(model, params, size, ("int8", "int4"), LAYOUTS[layout], transform="gptq")
         for layout in ("none", "left")
     ]
-    assert found[0] == found[1]
+    assert results[0] == results[1]
 
 
 @pytest.mark.slow
 def test_streams_give_the_same_bytes(tiny, tmp_path):
     save(*tiny, tmp_path / "dense")
-    found = []
+    results = []
     for layout in ("none", "left"):
         out = tmp_path / layout
         compress_checkpoint(
             tmp_path / "dense", out, quantize.gptq("int3", where=WHERE), LAYOUTS[layout]
         )
-        found.append([path.read_bytes() for path in sorted(out.glob("*.safetensors"))])
-    assert found[0] == found[1]
+        results.append([path.read_bytes() for path in sorted(out.glob("*.safetensors"))])
+    assert results[0] == results[1]
 
 
 @pytest.mark.slow
@@ -195,11 +195,11 @@ def test_padding_that_is_called_valid_changes_the_result(tiny):
     model, params = tiny
     transform = quantize.gptq("int3", where=WHERE)
     tokens, valid = padded(rows((10, 10)), 0, 8)
-    found = [
+    results = [
         bytes_of(transform(model, params, [{"tokens": tokens, "valid": marks}])[1])
         for marks in (valid, np.ones_like(valid))
     ]
-    assert found[0] != found[1]
+    assert results[0] != results[1]
 
 
 @pytest.mark.slow
@@ -210,19 +210,19 @@ def test_statistics_of_shorter_rows_are_those_of_rows_alone(tiny):
     parts = rows((10, 7, 9), seed=1)
     tokens, valid = padded(parts, 4, 0)
     asked = [[{"tokens": tokens, "valid": valid}], [{"tokens": part[None]} for part in parts]]
-    found = []
+    results = []
     for calibration in asked:
         states, sums = stages.first_states(model, calibration), {}
         for stage in stages.stages(model):
-            own = {p: x for p, x in leaves.items() if stage.holds(p) or p in stage.borrows}
-            for path, value in stage.collect(own, states, stages.MARKED_ROWS).items():
-                kept = np.asarray(value["rows"], np.float64)[np.asarray(value["valid"])]
-                sums[path] = kept.T @ kept, len(kept)
-            states = stage.run(own, states)
-        found.append(sums)
-    assert found[0].keys() == found[1].keys()
-    for path, (gram, count) in found[0].items():
-        alone, number = found[1][path]
+            local = {p: x for p, x in leaves.items() if stage.holds(p) or p in stage.borrows}
+            for path, value in stage.collect(local, states, stages.MARKED_ROWS).items():
+                retained = np.asarray(value["rows"], np.float64)[np.asarray(value["valid"])]
+                sums[path] = retained.T @ retained, len(retained)
+            states = stage.run(local, states)
+        results.append(sums)
+    assert results[0].keys() == results[1].keys()
+    for path, (gram, count) in results[0].items():
+        alone, number = results[1][path]
         assert count == number == 26
         np.testing.assert_allclose(gram, alone, rtol=1e-5, atol=1e-5 * np.abs(alone).max())
 
@@ -245,9 +245,9 @@ def test_a_batch_loses_its_padding_with_all_that_goes_along(make_member, batch_o
         "valid": np.pad(np.ones((2, 12), bool), wide),
     }
     # A row of nothing but padding goes with its image.
-    found = batches.to_device(model, more)
-    assert found.keys() == plain.keys()
-    jax.tree.map(np.testing.assert_array_equal, found, plain)
+    result = batches.to_device(model, more)
+    assert result.keys() == plain.keys()
+    jax.tree.map(np.testing.assert_array_equal, result, plain)
 
 
 def test_predictions_of_padding_weigh_nothing(tiny):
@@ -261,8 +261,8 @@ def test_predictions_of_padding_weigh_nothing(tiny):
     losses = jax.jit(batches.row_losses, static_argnums=0)(model, params, batch)
     for part, loss in zip(parts, losses, strict=True):
         alone = batches.to_device(model, {"tokens": part[None]})
-        own = jax.jit(batches.row_losses, static_argnums=0)(model, params, alone)
-        np.testing.assert_allclose(loss, own[0], rtol=1e-5)
+        local = jax.jit(batches.row_losses, static_argnums=0)(model, params, alone)
+        np.testing.assert_allclose(loss, local[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -297,8 +297,8 @@ def test_predictions_of_padding_weigh_nothing(tiny):
 )
 def test_valid_tokens_by_the_only_sign(config, tokens, weights, valid):
     batch = {} if weights is None else {"loss_mask": np.asarray([weights])}
-    found = valid_tokens(Config(**config), batch, np.asarray([tokens]), "test")
-    assert "".join(map(str, found[0].astype(int))) == valid
+    result = valid_tokens(Config(**config), batch, np.asarray([tokens]), "test")
+    assert "".join(map(str, result[0].astype(int))) == valid
 
 
 def test_an_encoder_is_told_what_is_padding():
@@ -309,8 +309,8 @@ def test_an_encoder_is_told_what_is_padding():
     tokens, valid = padded(parts, 0, 3)
     params = init(model, tokens)["params"]
     run = jax.jit(batches.apply_batch, static_argnums=0)
-    found = run(model, params, batches.to_device(model, {"tokens": tokens, "valid": valid}))
-    for part, logits in zip(parts, found, strict=True):
+    result = run(model, params, batches.to_device(model, {"tokens": tokens, "valid": valid}))
+    for part, logits in zip(parts, result, strict=True):
         np.testing.assert_allclose(run(model, params, {"tokens": part[None]})[0], logits, rtol=1e-4)
 
 
@@ -328,12 +328,12 @@ def test_an_encoder_is_told_what_is_padding():
     ],
 )
 def test_batches_that_do_not_fit_are_refused(tiny, batch, message):
-    whole = {"tokens": np.full((2, 6), 11), **batch}
+    complete = {"tokens": np.full((2, 6), 11), **batch}
     with pytest.raises(DataError, match=message):
-        batches.to_device(tiny[0], whole)
+        batches.to_device(tiny[0], complete)
 
 
 def test_token_ids_beyond_the_vocabulary_may_fill_rows(tiny):
     tokens, valid = padded(rows((6, 4)), 0, 0)
-    found = batches.to_device(tiny[0], {"tokens": np.where(valid, tokens, -100), "valid": valid})
-    assert int(found["tokens"].min()) == PAD
+    result = batches.to_device(tiny[0], {"tokens": np.where(valid, tokens, -100), "valid": valid})
+    assert int(result["tokens"].min()) == PAD

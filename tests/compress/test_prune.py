@@ -67,8 +67,8 @@ def test_a_stock_module_runs_masked():
     module, pruned, report = prune.magnitude(sparsity=0.5)(module, params)
     kernel = np.asarray(boxes.dense(pruned["kernel"]))
     assert (kernel == 0).mean() == 0.5
-    found = jax.jit(module.apply)({"params": pruned}, x)
-    np.testing.assert_allclose(found, x @ kernel, atol=1e-5)
+    result = jax.jit(module.apply)({"params": pruned}, x)
+    np.testing.assert_allclose(result, x @ kernel, atol=1e-5)
     assert report.rows[0].bits == pytest.approx(40.0)
     assert 0.0 < report.rows[0].relative_error < 0.5
 
@@ -114,7 +114,7 @@ def test_heads_go_evenly_from_every_group():
 
 
 @pytest.mark.parametrize(
-    ("width", "fraction", "multiple", "kept"),
+    ("width", "fraction", "multiple", "retained"),
     [
         (512, 0.3, 32, 352),
         (6144, 0.3, 32, 4288),
@@ -124,20 +124,20 @@ def test_heads_go_evenly_from_every_group():
         (10, 0.3, 1, 7),
     ],
 )
-def test_structured_neurons_are_multiples(width, fraction, multiple, kept):
+def test_structured_neurons_are_multiples(width, fraction, multiple, retained):
     """Neurons are whole multiples and at least the fraction goes."""
-    assert neurons_to_keep(width, fraction, multiple) == kept
-    assert kept <= width * (1 - fraction) + 1e-6
+    assert neurons_to_keep(width, fraction, multiple) == retained
+    assert retained <= width * (1 - fraction) + 1e-6
 
 
 def gate_out(model, params, batch, keep):
     """Logits of the whole model with the gates of what is not kept at zero."""
     config, layers = model.config.decoder, {}
-    for index, kept in keep.items():
+    for index, retained in keep.items():
         heads = np.zeros(config.heads(index), np.float32)
         neurons = np.zeros(config.neurons(index), np.float32)
-        heads[kept.get("heads", slice(None))] = 1.0
-        neurons[kept.get("neurons", slice(None))] = 1.0
+        heads[retained.get("heads", slice(None))] = 1.0
+        neurons[retained.get("neurons", slice(None))] = 1.0
         layers[str(index)] = {
             "attention": {"heads": heads},
             "mlp": {"neurons": neurons},
@@ -156,7 +156,7 @@ def test_a_shrunk_model_equals_its_gated_original(make_model, calibration, varia
         params = jax.tree.map(
             lambda leaf: leaf + np.float32(0.1 * np.sin(np.arange(leaf.shape[-1]))), params
         )
-    own = variant.get("num_kv_heads") == 8
+    local = variant.get("num_kv_heads") == 8
     keep = {
         0: {"heads": np.array([0, 2, 3, 4, 6, 7]), "neurons": np.arange(0, 128, 2)},
         1: {"neurons": np.arange(32, 128)},
@@ -164,11 +164,11 @@ def test_a_shrunk_model_equals_its_gated_original(make_model, calibration, varia
     smaller, shrunk = prune.shrink(model, params, keep)
     config = smaller.config.decoder
     assert config.num_heads == (6, 8)
-    assert config.num_kv_heads == ((6, 8) if own else 2)
+    assert config.num_kv_heads == ((6, 8) if local else 2)
     assert config.intermediate_size == (64, 96)
     batch = calibration[0]
-    found = apply_batch(smaller, shrunk, batch)
-    np.testing.assert_allclose(found, gate_out(model, params, batch, keep), atol=1e-5)
+    result = apply_batch(smaller, shrunk, batch)
+    np.testing.assert_allclose(result, gate_out(model, params, batch, keep), atol=1e-5)
     tokens = jnp.zeros((1, 2), jnp.int32)
     needed = jax.eval_shape(smaller.init, jax.random.key(0), tokens)["params"]
     assert jax.tree.map(jnp.shape, shrunk) == jax.tree.map(lambda leaf: leaf.shape, needed)
@@ -245,7 +245,7 @@ def unit_scores(model, params, score, layer, calibration=None):
 def test_taylor_scores_are_each_rows_own_first_order_change(small, calibration):
     model, params = small
     layer, head, neuron, step = 1, 3, 17, 1e-2
-    found = unit_scores(model, params, "taylor", layer, calibration[:2])
+    result = unit_scores(model, params, "taylor", layer, calibration[:2])
     totals = {"heads": 0.0, "neurons": 0.0}
     for batch in calibration[:2]:
         for kind, size, index in (("heads", 8, head), ("neurons", 128, neuron)):
@@ -260,8 +260,8 @@ def test_taylor_scores_are_each_rows_own_first_order_change(small, calibration):
 
             slope = (losses(1 + step) - losses(1 - step)) / (2 * step)
             totals[kind] += np.abs(slope).sum()
-    assert found["heads"][head] == pytest.approx(totals["heads"] / 8, rel=0.02)
-    assert found["neurons"][neuron] == pytest.approx(totals["neurons"] / 8, rel=0.05)
+    assert result["heads"][head] == pytest.approx(totals["heads"] / 8, rel=0.02)
+    assert result["neurons"][neuron] == pytest.approx(totals["neurons"] / 8, rel=0.05)
 
 
 def test_taylor_keeps_what_the_loss_needs(small, calibration):
@@ -270,21 +270,21 @@ def test_taylor_keeps_what_the_loss_needs(small, calibration):
     down = params["decoder"]["layers"]["0"]["mlp"]["down_proj"]
     useless = np.arange(0, 128, 3)
     down["weight"] = down["weight"].at[:, useless].multiply(1e-3)
-    found = unit_scores(model, params, "taylor", 0, calibration[:1])
-    order = np.argsort(found["neurons"])
+    result = unit_scores(model, params, "taylor", 0, calibration[:1])
+    order = np.argsort(result["neurons"])
     assert set(order[:30]) <= set(useless)
 
 
 def test_magnitude_scores_are_the_norms_of_what_a_unit_owns(small):
     model, params = small
-    found = unit_scores(model, params, "magnitude", 0)
+    result = unit_scores(model, params, "magnitude", 0)
     layer = jax.tree.map(np.asarray, params["decoder"]["layers"]["0"])
     fused, down = (layer["mlp"][name]["weight"] for name in ("gate_up_proj", "down_proj"))
     owned = np.concatenate([fused[7], fused[128 + 7], down[:, 7]])
-    assert found["neurons"][7] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
+    assert result["neurons"][7] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
     query, out = (layer["attention"][name]["weight"] for name in ("q_proj", "o_proj"))
     owned = np.concatenate([query[16:24].ravel(), out[:, 16:24].ravel()])
-    assert found["heads"][2] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
+    assert result["heads"][2] == pytest.approx(np.linalg.norm(owned), rel=1e-5)
 
 
 def test_calibration_is_checked_and_what_it_lacks_is_noted(make_model, calibration):

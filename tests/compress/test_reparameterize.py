@@ -70,8 +70,8 @@ def convolve(x, kernel, stride=1, groups=1):
         written = slice(group * outside, (group + 1) * outside)
         for i in range(kernel.shape[0]):
             for j in range(kernel.shape[1]):
-                seen = read[:, i : i + rows * stride : stride, j : j + rows * stride : stride]
-                result[..., written] += seen[:, :rows, :rows] @ kernel[i, j][:, written]
+                observed = read[:, i : i + rows * stride : stride, j : j + rows * stride : stride]
+                result[..., written] += observed[:, :rows, :rows] @ kernel[i, j][:, written]
     return result
 
 
@@ -176,16 +176,16 @@ def variables_of(model, seed=0):
 @pytest.fixture(scope="module")
 def built():
     """`(model, variables, images, logits)` by name, of few pixels."""
-    found = {}
+    results = {}
 
     def build(name):
-        if name not in found:
+        if name not in results:
             model = CNN(SMALL[name])
             variables = variables_of(model)
             images = jax.random.normal(jax.random.key(1), (3, *model.config.image_size))
             logits = jax.jit(lambda v, x: model.apply(v, x)[0])(variables, images)
-            found[name] = model, variables, images, logits
-        return found[name]
+            results[name] = model, variables, images, logits
+        return results[name]
 
     return build
 
@@ -198,8 +198,8 @@ def test_models_and_deployed_models_equal_float64(built, name):
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
     deployed, folded, report = reparameterize()(model, variables)
     assert deployed.deploy
-    found = jax.jit(lambda v, x: deployed.apply(v, x)[0])(folded, images)
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    actual = jax.jit(lambda v, x: deployed.apply(v, x)[0])(folded, images)
+    np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
     needed = jax.eval_shape(deployed.init, jax.random.key(0), images)
     assert jax.tree.map(jnp.shape, folded) == jax.tree.map(lambda leaf: leaf.shape, needed)
     assert report.count_after == boxes.count(folded) < report.count_before
@@ -223,8 +223,8 @@ def test_a_norm_folds_into_convolutions_with_groups_and_biases(groups):
     x = rng.normal(size=(2, 5, 5, 6))
     folded, shift = fold_batch_norm(jnp.asarray(kernel), jnp.asarray(bias), norm, stats)
     expected = normalize(convolve(x, kernel, groups=groups) + bias, norm, stats)
-    found = convolve(x, np.asarray(folded), groups=groups) + np.asarray(shift)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    actual = convolve(x, np.asarray(folded), groups=groups) + np.asarray(shift)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -252,8 +252,8 @@ def test_a_masked_kernel_keeps_its_zeros(built):
     assert isinstance(kernel, boxes.Masked)
     assert np.mean(kernel.mask) == 0.5
     assert {row.keep_ratio for row in report.rows} == {0.5}
-    found, _ = jax.jit(deployed.apply)(folded, images)
-    np.testing.assert_allclose(found, logits, atol=1e-4)
+    result, _ = jax.jit(deployed.apply)(folded, images)
+    np.testing.assert_allclose(result, logits, atol=1e-4)
 
 
 def test_what_cannot_be_folded_is_refused(built):
@@ -280,9 +280,9 @@ def test_norms_of_a_glm_fold_into_what_reads_them(make_member, batch_of, member)
     assert smaller == model
     batch = batch_of(model)
     expected = LOGITS(model, params, batch)
-    found = LOGITS(model, folded, batch)
+    actual = LOGITS(model, folded, batch)
     limit = 1e-4 * max(1.0, float(jnp.abs(expected).max()))
-    assert float(jnp.abs(found - expected).max()) < limit
+    assert float(jnp.abs(actual - expected).max()) < limit
     leaves = dict(boxes.path_items(folded))
     for index in range(model.config.decoder.num_layers):
         for norm in ("input_norm", "post_attention_norm"):

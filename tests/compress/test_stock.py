@@ -125,12 +125,12 @@ def test_a_bias_tells_the_layout_where_one_fits(kernel, bias, expected):
 
 
 def test_what_cannot_be_known_is_refused_by_name():
-    class Own(nn.Module):
+    class Custom(nn.Module):
         @nn.compact
         def __call__(self, x, y):
             return nn.DenseGeneral((2, 4), use_bias=False, name="layer")(x + y)
 
-    model = Own()
+    model = Custom()
     params = {"layer": {"kernel": jnp.ones((8, 2, 4))}}
     for transform in (quantize.rtn("int4"), quantize.hqq(), prune.mask(shape="2:4")):
         with pytest.raises(RecipeError, match=r"layer/kernel \[8, 2, 4\].*calibration=.*stacked="):
@@ -185,8 +185,8 @@ def test_an_einsum_kernel_with_inputs_inside_is_restored():
     kernel, box = params["einsum"]["kernel"], rounded["einsum"]["kernel"]
     assert box.scale.shape == (6, 1)
     rows = np.asarray(kernel).transpose(0, 2, 1).reshape(6, 5)
-    found = np.asarray(box.unbox()).transpose(0, 2, 1).reshape(6, 5)
-    np.testing.assert_allclose(found, nearest(rows, 8), atol=1e-6)
+    result = np.asarray(box.unbox()).transpose(0, 2, 1).reshape(6, 5)
+    np.testing.assert_allclose(result, nearest(rows, 8), atol=1e-6)
     again = boxes.from_flat(*boxes.to_flat(rounded))["einsum"]["kernel"]
     assert again.kernel_axes == box.kernel_axes == (1, 0, 2)
     np.testing.assert_array_equal(again.unbox(), box.unbox())
@@ -239,13 +239,15 @@ def test_gptq_counts_what_it_rounds_to_nearest(kind, unseen):
 def test_activations_count_what_gets_no_range(towers):
     model, params = towers["scanned"]
     rounded = quantize.rtn("int8")(model, params)[1]
-    _, found, report = quantize.activations()(model, rounded, [{"tokens": TOKENS}])
+    _, compressed, report = quantize.activations()(model, rounded, [{"tokens": TOKENS}])
     [note] = [note for note in report.notes if note.startswith("quantize.activations: ")]
     assert "6 of 7 matrices went without a range, as calibration cannot record" in note
     assert "5 as its layer runs inside nn.scan" in note
     assert "1 as its rows are looked up, not multiplied" in note
     ranged = {
-        p for p, leaf in boxes.path_items(found) if getattr(leaf, "input_scale", None) is not None
+        p
+        for p, leaf in boxes.path_items(compressed)
+        if getattr(leaf, "input_scale", None) is not None
     }
     assert ranged == {"head/kernel"}
     assert {row.path for row in report.rows if "without a range" not in row.action} == ranged
@@ -275,10 +277,10 @@ ON_STACKS = {
 
 @pytest.mark.parametrize("name", ON_STACKS)
 def test_scanned_layers_are_compressed_as_unrolled_ones(towers, name):
-    found = {kind: ON_STACKS[name](*pair)[1] for kind, pair in towers.items()}
+    results = {kind: ON_STACKS[name](*pair)[1] for kind, pair in towers.items()}
     for index in range(2):
-        layer = jax.tree.map(lambda x, index=index: x[index], found["scanned"]["blocks"])
-        jax.tree.map(np.testing.assert_array_equal, layer, found["unrolled"][f"block_{index}"])
+        layer = jax.tree.map(lambda x, index=index: x[index], results["scanned"]["blocks"])
+        jax.tree.map(np.testing.assert_array_equal, layer, results["unrolled"][f"block_{index}"])
 
 
 @pytest.mark.parametrize("format", ["int8", "bfloat16"])

@@ -215,14 +215,14 @@ def test_a_transform_of_a_user_joins_chains_and_recipes(monkeypatch):
 
 def test_progress_is_told(small, calibration, capsys):
     model, params = small
-    seen = []
+    observed = []
     RECIPE(
         model,
         params,
         calibration=calibration,
-        progress=lambda stage, done, total: seen.append((stage.split(":")[0], done, total)),
+        progress=lambda stage, done, total: observed.append((stage.split(":")[0], done, total)),
     )
-    assert [stage for stage, done, total in seen if done == total] == [
+    assert [stage for stage, done, total in observed if done == total] == [
         "score",
         "distill",
         "quantize.rtn",
@@ -259,10 +259,10 @@ def test_a_transform_with_nothing_left_says_so(small, calibration, name):
     model, params = small
     recipe = chain(quantize.rtn("int8"), AFTER_ROUNDING[name]())
     _, after, report = recipe(model, params, calibration[:1])
-    found = [note for note in report.notes if "nothing left to do" in note]
+    results = [note for note in report.notes if "nothing left to do" in note]
     count = len(boxes.select(params, None))
-    assert len(found) == 1
-    assert f"{name}: nothing left to do: all {count} matrices are quantized already" in found[0]
+    assert len(results) == 1
+    assert f"{name}: nothing left to do: all {count} matrices are quantized already" in results[0]
     _, alone, _ = quantize.rtn("int8")(model, params)
     jax.tree.map(np.testing.assert_array_equal, after, alone)
 
@@ -365,11 +365,13 @@ def test_modules_of_nnx_are_told_what_to_pass(transform, wrong):
         transform(model, params, [{"tokens": np.zeros((1, 4), np.int32)}])
 
 
-@pytest.mark.parametrize("given", [None, "tokens", "calibration"])
+@pytest.mark.parametrize("original", [None, "tokens", "calibration"])
 @pytest.mark.parametrize("transform", NEEDS_A_MODEL, ids=lambda t: t.name)
-def test_transforms_that_need_a_model_say_so(transform, given):
+def test_transforms_that_need_a_model_say_so(transform, original):
     batches = [{"tokens": np.zeros((1, 4), np.int32)}]
-    data = {None: None, "tokens": batches, "calibration": ge.Calibration(batches, apply=max)}[given]
+    data = {None: None, "tokens": batches, "calibration": ge.Calibration(batches, apply=max)}[
+        original
+    ]
     with pytest.raises(RecipeError, match=r"needs the model.*require Linen modules"):
         transform(None, {"kernel": jnp.ones((4, 4))}, data)
 

@@ -82,7 +82,7 @@ def test_a_checkpoint_becomes_a_verified_file_and_a_report(tmp_path):
 
     again = run(*flags)
     assert again.returncode == 1
-    assert again.stderr.splitlines()[-1].endswith("name another place or pass --overwrite")
+    assert again.stderr.splitlines()[-1].endswith("use a different path or pass --overwrite")
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_a_file_that_disagrees_is_a_failure(tmp_path):
     # Rounded activations against none: not every token agrees.
     done = run(*flags, "--verify", "--compute=float32", "--threshold=1.0")
     assert done.returncode == 1
-    reason = "verification failed: at least 100.00% must agree"
+    reason = "verification failed: threshold 100.00%"
     assert reason in done.stderr.splitlines()[-1]
     shown = next(line for line in done.stdout.splitlines() if "top-1 agreement" in line)
     assert "of 300 tokens" in shown
@@ -123,16 +123,19 @@ def test_every_format_is_verified_or_says_that_nothing_ran_it(name, tmp_path):
     flags = ["--checkpoint", checkpoint, "--format", name, "--out", out, "--verify", "--report"]
     done = run(*flags, "--prefill_lengths=16", "--cache_slots=96")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "report.json").read_text())["verification"]
-    assert found["ran"] is (name != "coreml")
+    result = json.loads((tmp_path / "report.json").read_text())["verification"]
+    assert result["ran"] is (name != "coreml")
     if name == "coreml":
-        assert "no: nothing ran it" in done.stdout
-        assert "quantized weights as in the model, bit for bit; nothing was run" in done.stdout
+        assert "no: it was not run" in done.stdout
+        assert (
+            "quantized weights equal the model's, bit for bit; the package was not run"
+            in done.stdout
+        )
         assert ge.export.read_metadata(out)["verified"] is False
         return
-    assert found["passed"]
-    assert found["compute"] == ("int8_dynamic" if name == "litertlm" else "float32")
-    assert found["tokens"] >= (100 if name == "litertlm" else 1000)
+    assert result["passed"]
+    assert result["compute"] == ("int8_dynamic" if name == "litertlm" else "float32")
+    assert result["tokens"] >= (100 if name == "litertlm" else 1000)
     assert "top-1 agreement" in done.stdout
     if name != "litertlm":
         assert ge.export.read_metadata(out)["verified"] is True
@@ -152,11 +155,11 @@ def test_missing_runtime_is_named_first(name, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--format=onnx", "--verify", "--compute=int8_dynamic"], "onnx graphs are run in float32"),
-        (["--format=mnn", "--verify", "--compute=int8_static"], "mnn graphs are run in float32"),
-        (["--format=coreml", "--verify", "--compute=float32"], "nothing runs a coreml package"),
-        (["--format=coreml", "--verify", "--text=a.txt"], "--text: nothing runs a coreml package"),
-        (["--prefill_lengths=many"], "numbers such as 128,512 are right"),
+        (["--format=onnx", "--verify", "--compute=int8_dynamic"], "onnx graphs run in float32"),
+        (["--format=mnn", "--verify", "--compute=int8_static"], "mnn graphs run in float32"),
+        (["--format=coreml", "--verify", "--compute=float32"], "does not apply to coreml"),
+        (["--format=coreml", "--verify", "--text=a.txt"], "--text: does not apply to coreml"),
+        (["--prefill_lengths=many"], "use integers such as 128,512"),
         (["--checkpoint=nowhere"], "nowhere"),
         (["--out=nowhere/phone.tflite"], "its directory does not exist"),
     ],

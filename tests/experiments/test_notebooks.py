@@ -51,8 +51,10 @@ def load_a_glm(*names: str) -> dict:
     for cell in code_cells(ROOT / "colab" / "load_a_glm.ipynb"):
         body = parsed(cell).body
         if any(isinstance(node, ast.FunctionDef) and node.name in names for node in body):
-            kept = [n for n in body if isinstance(n, ast.FunctionDef | ast.Import | ast.ImportFrom)]
-            exec(compile(ast.Module(kept, []), "cell", "exec"), space)
+            retained = [
+                n for n in body if isinstance(n, ast.FunctionDef | ast.Import | ast.ImportFrom)
+            ]
+            exec(compile(ast.Module(retained, []), "cell", "exec"), space)
     return space
 
 
@@ -113,8 +115,8 @@ def test_what_is_imported_exists(notebook):
                 continue
             module = importlib.import_module(node.module)
             for name in node.names:
-                found = hasattr(module, name.name)
-                assert found or importlib.import_module(f"{node.module}.{name.name}")
+                result = hasattr(module, name.name)
+                assert result or importlib.import_module(f"{node.module}.{name.name}")
 
 
 def experiments_modules(tree: ast.Module) -> set[str]:
@@ -181,13 +183,13 @@ def test_only_colab_and_a_named_repository_need_a_network(notebook):
 
 def first_cell(notebook: Path) -> tuple[str, str]:
     """The line of extras, and the rest of the first cell."""
-    extras, rest = code_cells(notebook)[0].split("\n", 1)
-    return extras, rest
+    extras, others = code_cells(notebook)[0].split("\n", 1)
+    return extras, others
 
 
 def test_first_cells_are_the_same_but_for_extras():
     cells = [first_cell(notebook) for notebook in NOTEBOOKS]
-    assert len({rest for _, rest in cells}) == 1
+    assert len({others for _, others in cells}) == 1
     assert all(re.fullmatch(r'EXTRAS = "[a-z,]+"', extras) for extras, _ in cells)
     assert f'REPOSITORY = "{ge.REPOSITORY_URL}"  # @param' in cells[0][1]
 
@@ -207,9 +209,9 @@ def colab(monkeypatch, tmp_path):
             if line.startswith("git clone") and clones:
                 write_checkout(tmp_path / line.split()[-1])
 
-        extras, rest = first_cell(NOTEBOOKS[0])
-        rest = rest.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
-        lines = re.sub(r"^(\s*)[%!](.*)$", r"\1command(f'\2')", rest, flags=re.MULTILINE)
+        extras, others = first_cell(NOTEBOOKS[0])
+        others = others.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
+        lines = re.sub(r"^(\s*)[%!](.*)$", r"\1command(f'\2')", others, flags=re.MULTILINE)
         exec(f"{extras}\n{lines}", {"command": command})
         return ran
 

@@ -134,13 +134,13 @@ def out_is_a_file(folder: Path, checkpoint: Path) -> tuple[list[str], str]:
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(case, text_only, tmp_path):
-    arguments, said = case(tmp_path, text_only)
+    arguments, message = case(tmp_path, text_only)
     before = sorted(tmp_path.rglob("*"))
     result = run_script("experiments.quickstart", f"--out_dir={tmp_path / 'out'}", *arguments)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
-    assert said in last
+    assert message in last
     assert "Traceback" not in result.stderr
     written = set(tmp_path.rglob("*")) - set(before) - {tmp_path / "out"}
     assert not written

@@ -98,7 +98,9 @@ def spoiled(params, quantize, where, value):
 @pytest.mark.parametrize("where", ["array", "masked", "scale", "scales of groups"])
 def test_numbers_that_are_not_finite_are_refused(where, value, write, params, quantize, out):
     bad, path = spoiled(params, quantize, where, value)
-    with pytest.raises(ExportError, match=f"{path}: holds NaN or infinity; export finite weights"):
+    with pytest.raises(
+        ExportError, match=f"{path}: contains NaN or infinity; export finite weights"
+    ):
         write(bad, prefill_lengths=())
     assert not list(out.iterdir())
 
@@ -115,7 +117,7 @@ def test_lengths_that_are_not_fixed_are_refused(length, form, write, params, out
     for name, values in fields.items():
         for value in values:
             with pytest.raises(
-                ExportError, match=f"{name}: .* is not a fixed length; right would be"
+                ExportError, match=f"{name}: .* is not a fixed length; use an integer"
             ):
                 write(params, **{"prefill_lengths": (), name: value})
     assert not list(out.iterdir())
@@ -134,8 +136,10 @@ def test_functions_of_a_shape_that_is_not_fixed_are_refused(extent, out):
     if extent == "T":
         (extent,) = jax.export.symbolic_shape("T")
     inputs = {"x": jax.ShapeDtypeStruct((extent, 3), jnp.float32)}
-    with pytest.raises(ExportError, match=r"shape of x: .* is not a fixed length; right would be"):
-        export.function(lambda _, given: {"y": 2.0 * given["x"]}, {}, inputs, out / "a.tflite")
+    with pytest.raises(ExportError, match=r"shape of x: .* is not a fixed length; use an integer"):
+        export.function(
+            lambda _, original: {"y": 2.0 * original["x"]}, {}, inputs, out / "a.tflite"
+        )
     assert not list(out.iterdir())
 
 
@@ -150,10 +154,12 @@ def test_a_full_disk_is_found_before_anything_is_done(write, params, out, monkey
 def exporters():
     """By format, what writes it, what it needs, and the arguments before its path."""
     formats = {**NEEDED, "litertlm": ("litert_lm_builder",)}
-    found = {name: (getattr(export, name), needed, (None, {})) for name, needed in formats.items()}
-    found["litertlm"] = (export.litertlm, formats["litertlm"], (None, {}, None))
+    results = {
+        name: (getattr(export, name), needed, (None, {})) for name, needed in formats.items()
+    }
+    results["litertlm"] = (export.litertlm, formats["litertlm"], (None, {}, None))
     inputs = {"x": jax.ShapeDtypeStruct((1, 3), jnp.float32)}
-    return {**found, "function": (export.function, (), (lambda _, x: x, {}, inputs))}
+    return {**results, "function": (export.function, (), (lambda _, x: x, {}, inputs))}
 
 
 @pytest.mark.parametrize("to", ["nothing", "file", "directory"])
@@ -190,14 +196,14 @@ class Watch(threading.Thread):
 
     def run(self):
         while not self.ended.wait(0.002):
-            held = 0
+            stored = 0
             for directory, _, names in os.walk(self.folder):
                 for name in names:
                     try:
-                        held += os.stat(os.path.join(directory, name)).st_size
+                        stored += os.stat(os.path.join(directory, name)).st_size
                     except FileNotFoundError:
                         continue
-            self.most = max(self.most, held)
+            self.most = max(self.most, stored)
 
     def end(self):
         self.ended.set()
@@ -224,9 +230,9 @@ def test_export_uses_its_own_disk_within_the_checked_space(
     asked = []
     where = writers if form == "tflite" else module_of(form)
     monkeypatch.setattr(where, "require_space", lambda _, needed: asked.append(needed))
-    here, there = Watch(out), Watch(elsewhere)
+    current, there = Watch(out), Watch(elsewhere)
     written = write(params, prefill_lengths=(4,))
-    most, lost = here.end(), there.end()
+    most, lost = current.end(), there.end()
     assert [path.name for path in out.iterdir()] == [written.path.name]
     assert lost < BESIDE_WEIGHTS
     assert most <= max(asked) + BESIDE_WEIGHTS

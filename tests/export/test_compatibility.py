@@ -31,9 +31,9 @@ def operator(name, *inputs, version=1, outputs=None, **options):
     )
 
 
-def verdicts(found, *others):
-    context = GraphContext(Graph("g", {}, {}, (found, *others)))
-    return {name: judge(delegate, found, context) for name, delegate in BY_NAME.items()}
+def verdicts(result, *others):
+    context = GraphContext(Graph("g", {}, {}, (result, *others)))
+    return {name: judge(delegate, result, context) for name, delegate in BY_NAME.items()}
 
 
 def weights(kind, quantization="channel"):
@@ -60,10 +60,10 @@ def test_a_product_is_decided_by_version_weights_and_rows():
 
 @pytest.mark.parametrize("kind", ["int4", "int2"])
 def test_narrow_weights_are_read_by_none_but_qnn(kind):
-    found = verdicts(operator("FULLY_CONNECTED", tensor(), weights(kind), None, version=5))
-    assert found["gpu"].reason.startswith(f"input 1 of {kind}")
-    assert found["coreml"].reason.startswith(f"input 1 of {kind}")
-    assert found["qnn"].accepted == UNKNOWN
+    result = verdicts(operator("FULLY_CONNECTED", tensor(), weights(kind), None, version=5))
+    assert result["gpu"].reason.startswith(f"input 1 of {kind}")
+    assert result["coreml"].reason.startswith(f"input 1 of {kind}")
+    assert result["qnn"].accepted == UNKNOWN
 
 
 def test_one_blockwise_weight_costs_qnn_the_whole_signature():
@@ -84,7 +84,7 @@ def test_8_bit_activations_are_for_hexagon_which_wants_one_scale():
     each = operator("FULLY_CONNECTED", rows, weights("int8"), None, version=4, outputs=out)
     assert verdicts(one)["hexagon"].accepted == YES
     assert verdicts(one)["coreml"].reason.startswith("the first input is int8")
-    assert verdicts(each)["hexagon"].reason == "more than one scale of the weights"
+    assert verdicts(each)["hexagon"].reason == "more than one scale for the weights"
 
 
 def test_ranks_and_shapes_count():
@@ -92,9 +92,9 @@ def test_ranks_and_shapes_count():
     assert verdicts(operator("ADD", wide, wide))["gpu"].reason == "a tensor of rank 5, at most 4"
     assert verdicts(operator("ADD", wide, wide))["qnn"].accepted == YES
     unknown = tensor(shape=(1, -1, 64))
-    found = verdicts(operator("ADD", unknown, unknown, outputs=(unknown,)))
-    assert {found[name].accepted for name in ("nnapi", "gpu", "qnn", "coreml")} == {UNKNOWN}
-    assert found["gpu"].source.endswith(f"{COMMIT}/tflite/core/subgraph.cc")
+    result = verdicts(operator("ADD", unknown, unknown, outputs=(unknown,)))
+    assert {result[name].accepted for name in ("nnapi", "gpu", "qnn", "coreml")} == {UNKNOWN}
+    assert result["gpu"].source.endswith(f"{COMMIT}/tflite/core/subgraph.cc")
     short = tensor(shape=(4, 64))
     assert verdicts(operator("ADD", tensor(), short))["gpu"].accepted == NO
     assert verdicts(operator("SUB", tensor(), short))["gpu"].accepted == YES
@@ -123,8 +123,8 @@ def test_a_comparison_is_taken_by_the_gpu_with_what_reads_it():
 
 def test_conditions_that_are_not_read_are_unknown_not_guessed():
     picture, kernel = tensor(shape=(1, 8, 8, 4)), tensor(shape=(4, 3, 3, 4), constant=True)
-    found = verdicts(operator("CONV_2D", picture, kernel, outputs=(picture,)))
-    assert found["gpu"].accepted == found["nnapi"].accepted == UNKNOWN
+    result = verdicts(operator("CONV_2D", picture, kernel, outputs=(picture,)))
+    assert result["gpu"].accepted == result["nnapi"].accepted == UNKNOWN
     assert verdicts(operator("STABLEHLO_COMPOSITE", tensor()))["qnn"].accepted == UNKNOWN
 
 
@@ -183,10 +183,10 @@ def test_tensors_are_read_as_they_are(exported):
     assert decode.inputs["embeddings"].shape == (1, 1, 256)
     assert decode.inputs["input_pos"].type == "int32"
     assert decode.outputs["logits"].shape == (1, 1, 320)
-    held = {t.name: t for o in decode.operators for t in o.inputs if t is not None and t.constant}
-    head = held["embed/weight"]
+    stored = {t.name: t for o in decode.operators for t in o.inputs if t is not None and t.constant}
+    head = stored["embed/weight"]
     assert (head.type, head.shape, head.quantization) == ("int8", (320, 256), "channel")
-    assert held["decoder/layers/1/mlp/down_proj/weight"].quantization == "blocks of 32"
+    assert stored["decoder/layers/1/mlp/down_proj/weight"].quantization == "blocks of 32"
     assert head.fits(np.zeros((320, 256), np.int8))
     assert not head.fits(np.zeros((320, 255), np.int8))
 

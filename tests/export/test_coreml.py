@@ -75,13 +75,15 @@ def specification(exported_coreml):
 
 
 def test_package_holds_our_integers_and_scales_bit_for_bit(exported_coreml, params):
-    held = read_weights(exported_coreml.path)
+    stored = read_weights(exported_coreml.path)
     boxed = {p: leaf for p, leaf in boxes.path_items(params) if isinstance(leaf, Quantized)}
-    assert held.keys() == boxed.keys()
+    assert stored.keys() == boxed.keys()
     for path, leaf in boxed.items():
-        assert held[path].type == leaf.format.qtype
-        np.testing.assert_array_equal(held[path].values, np.asarray(leaf.codes()))
-        np.testing.assert_array_equal(held[path].scale, np.asarray(leaf.scale.astype(jnp.float32)))
+        assert stored[path].type == leaf.format.qtype
+        np.testing.assert_array_equal(stored[path].values, np.asarray(leaf.codes()))
+        np.testing.assert_array_equal(
+            stored[path].scale, np.asarray(leaf.scale.astype(jnp.float32))
+        )
 
 
 def test_specification_names_our_functions_inputs_and_outputs(
@@ -129,7 +131,7 @@ def test_functions_share_their_weights(exported_coreml, specification):
             if operation.type == "constexpr_blockwise_shift_scale":
                 data = operation.inputs["data"].arguments[0].value.blobFileValue.offset
                 places.setdefault(operation.outputs[0].name, []).append(data)
-    assert {len(set(found)) for found in places.values()} == {1}
+    assert {len(set(result)) for result in places.values()} == {1}
     # `embed`, `embed_8`, and the head in `decode`.
     assert len(places["embed_weight"]) == 3
     files = [file for file in exported_coreml.path.rglob("*") if file.is_file()]
@@ -137,18 +139,20 @@ def test_functions_share_their_weights(exported_coreml, specification):
 
 
 def test_what_cannot_run_is_read_and_says_so(exported_coreml, params):
-    found = exported_coreml.verify()
+    result = exported_coreml.verify()
     boxed = [path for path, leaf in boxes.path_items(params) if isinstance(leaf, Quantized)]
-    assert (found.functions, found.weights) == (len(exported_coreml.signatures), len(boxed))
-    assert "nothing was run" in str(found)
+    assert (result.functions, result.weights) == (len(exported_coreml.signatures), len(boxed))
+    assert "the package was not run" in str(result)
     assert export.read_metadata(exported_coreml.path)["verified"] is False
-    with pytest.raises(ExportError, match="Core ML packages are not run here"):
+    with pytest.raises(
+        ExportError, match="Core ML packages are not run, so verify takes no options"
+    ):
         exported_coreml.verify(threshold=0.5)
 
 
 def test_one_other_byte_of_a_weight_is_found(exported_coreml, model, tmp_path):
-    held = read_weights(exported_coreml.path)["decoder/layers/0/mlp/down_proj/weight"]
-    low, high = held.values.reshape(-1)[0::2], held.values.reshape(-1)[1::2]
+    stored = read_weights(exported_coreml.path)["decoder/layers/0/mlp/down_proj/weight"]
+    low, high = stored.values.reshape(-1)[0::2], stored.values.reshape(-1)[1::2]
     packed = ((low & 15) | ((high & 15) << 4)).astype(np.uint8).tobytes()
     changed = shutil.copytree(exported_coreml.path, tmp_path / "a.mlpackage")
     file = changed / "Data/com.apple.CoreML/weights/weight.bin"
@@ -164,7 +168,7 @@ def test_one_other_byte_of_a_weight_is_found(exported_coreml, model, tmp_path):
 
 def test_a_package_of_other_functions_is_refused(exported_coreml, model, tmp_path):
     other = model.clone(config=dataclasses.replace(model.config, name="other"))
-    with pytest.raises(ExportError, match="holds another model than other"):
+    with pytest.raises(ExportError, match="contains a different model than other"):
         inspect(exported_coreml.path, other, exported_coreml.params)
     changed = shutil.copytree(exported_coreml.path, tmp_path / "a.mlpackage")
     file = changed / "Data/com.apple.CoreML/model.mlmodel"
@@ -173,13 +177,15 @@ def test_a_package_of_other_functions_is_refused(exported_coreml, model, tmp_pat
     described = {function.name: function for function in specification.description.functions}
     described["decode"].input[0].type.multiArrayType.shape[0] += 1
     file.write_bytes(specification.SerializeToString())
-    with pytest.raises(ExportError, match=r"is not a complete Core ML export.*inputs of decode"):
+    with pytest.raises(
+        ExportError, match=r"not a complete glm_edge Core ML export.*inputs of decode"
+    ):
         inspect(changed, model, exported_coreml.params)
     del specification.description.functions[-1]
     file.write_bytes(specification.SerializeToString())
-    with pytest.raises(ExportError, match=r"is not a complete Core ML export.*functions"):
+    with pytest.raises(ExportError, match=r"not a complete glm_edge Core ML export.*functions"):
         inspect(changed, model, exported_coreml.params)
-    with pytest.raises(ExportError, match="is not a complete Core ML export"):
+    with pytest.raises(ExportError, match="not a complete glm_edge Core ML export"):
         inspect(tmp_path, model, exported_coreml.params)
 
 
@@ -201,9 +207,9 @@ def test_other_forms_are_held_too(text, quantize, tmp_path):
 
     params = boxes.map_with_path(box, dense)
     written = coreml(model, params, tmp_path / "a.mlpackage", (), SLOTS)
-    held, leaves = read_weights(written.path), dict(boxes.path_items(params))
-    assert held.keys() == FORMS.keys()
-    for path, weight in held.items():
+    stored, leaves = read_weights(written.path), dict(boxes.path_items(params))
+    assert stored.keys() == FORMS.keys()
+    for path, weight in stored.items():
         leaf = leaves[path]
         assert weight.type == ("int8" if leaf.format.qtype == "int8" else "int4")
         assert weight.group_size == (leaf.format.group_size or 0)
@@ -261,12 +267,12 @@ def test_six_axes_become_five_with_the_same_result():
     x = jax.random.normal(jax.random.key(0), (1, 6, 4, 30))
     assert most_axes(windows) == 6
     assert most_axes(limit_rank(windows)) == 5
-    for found, expected in zip(limit_rank(windows)(x), windows(x), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for actual, expected in zip(limit_rank(windows)(x), windows(x), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_what_cannot_be_written_is_refused(model, dense_params, quantize, tmp_path):
-    with pytest.raises(ExportError, match=r"end it in \.mlpackage"):
+    with pytest.raises(ExportError, match=r"must end in \.mlpackage"):
         coreml(model, dense_params, tmp_path / "a")
     taken = tmp_path / "a.mlpackage"
     taken.mkdir()
@@ -282,7 +288,7 @@ def test_what_cannot_be_written_is_refused(model, dense_params, quantize, tmp_pa
             else boxes.quantized(made.codes() & 15, made.scale, None, Format("nf4", 32))
         )
 
-    with pytest.raises(ExportError, match="its levels are not integers"):
+    with pytest.raises(ExportError, match="its levels are not integer multiples"):
         coreml(model, boxes.map_with_path(box, dense_params), tmp_path / "b.mlpackage")
     assert list(tmp_path.iterdir()) == [taken]
 

@@ -107,7 +107,7 @@ def test_packages_hold_files_and_directories(tmp_path):
     (package / "Data" / "link").symlink_to("/dev/zero")
     with pytest.raises(ExportError, match="link: is a link"):
         check_tree(package)
-    with pytest.raises(ExportError, match="is not a directory"):
+    with pytest.raises(ExportError, match="not a directory"):
         check_tree(tmp_path / "missing")
 
 
@@ -115,16 +115,19 @@ def test_packages_hold_files_and_directories(tmp_path):
     ("fields", "message"),
     [
         ({"attended_slots": [10**9] * 3}, r"attended_slots: \[1000000000\] must be 2 to 31"),
-        ({"attended_slots": "x"}, "attended_slots: must be a list, is a str"),
+        ({"attended_slots": "x"}, "attended_slots: must be a list, not str"),
         ({"attended_slots": [-1]}, "attended_slots: -1 is not a fixed length"),
-        ({"attended_slots": [8, 8]}, r"attended_slots: \[8, 8\] must rise, each once"),
+        (
+            {"attended_slots": [8, 8]},
+            r"attended_slots: \[8, 8\] must be ascending without duplicates",
+        ),
         ({"attended_slots": [True, 8]}, "attended_slots: True is not a fixed length"),
-        ({"attended_slots": [32]}, "must be 2 to 31, fewer than all"),
-        ({"prefill_lengths": [16, 8]}, r"prefill_lengths: \[16, 8\] must rise"),
+        ({"attended_slots": [32]}, "must be 2 to 31, fewer than cache_slots"),
+        ({"prefill_lengths": [16, 8]}, r"prefill_lengths: \[16, 8\] must be ascending"),
         ({"prefill_lengths": [64]}, "prefill_lengths: 64 must be 2 to 32"),
-        ({"prefill_lengths": None}, "prefill_lengths: must be a list, is a NoneType"),
-        ({"prefill_logits": 1}, "prefill_logits: must be true or false: 1"),
-        ({"cache_slots": None}, "cache_slots: None is not a fixed length"),
+        ({"prefill_lengths": None}, "prefill_lengths: must be a list, not NoneType"),
+        ({"prefill_logits": 1}, "prefill_logits: must be true or false, not 1"),
+        ({"cache_slots": None}, "cache_slots: must be an integer, not None"),
         ({"cache_slots": 1e9}, "cache_slots: 1000000000.0 is not a fixed length"),
         ({"cache_slots": 10**9}, "cache_slots=1000000000: must be 1 to"),
     ],

@@ -11,13 +11,13 @@ from glm_edge.export.common.jaxpr import erfc, expand_erf
 
 
 def primitives(jaxpr):
-    found = set()
+    results = set()
     for equation in jaxpr.eqns:
-        found.add(equation.primitive.name)
+        results.add(equation.primitive.name)
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", None)
-            found |= primitives(inner) if inner is not None else set()
-    return found
+            results |= primitives(inner) if inner is not None else set()
+    return results
 
 
 def test_erfc_is_within_a_millionth_of_the_loop():
@@ -35,8 +35,8 @@ def test_functions_keep_their_values_and_lose_the_error_function(wrapped):
     rng = np.random.default_rng(0)
     tree = {name: jnp.asarray(rng.normal(size=(4, 8)), jnp.float32) for name in "xy"}
     rewritten = expand_erf(function)
-    found, expected = rewritten(tree), function(tree)
-    np.testing.assert_allclose(found["z"], expected["z"], atol=1e-6)
-    np.testing.assert_array_equal(found["same"], tree["y"])
+    actual, expected = rewritten(tree), function(tree)
+    np.testing.assert_allclose(actual["z"], expected["z"], atol=1e-6)
+    np.testing.assert_array_equal(actual["same"], tree["y"])
     assert {"erf", "erfc"} & primitives(jax.make_jaxpr(function)(tree).jaxpr)
     assert not {"erf", "erfc"} & primitives(jax.make_jaxpr(rewritten)(tree).jaxpr)

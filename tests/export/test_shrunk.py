@@ -73,17 +73,17 @@ def test_layers_of_a_file_have_widths_of_their_own(shrunk, dense_file):
     assert (speech.num_heads, speech.intermediate_size) == (3, 256)
     assert dense_file.stored_bytes == report.bytes_after == boxes.stored_bytes(params)
     assert dense_file.file_bytes <= 1.02 * report.bytes_after + 1e6
-    held = export.read_constants(dense_file.path)
-    assert {path: constant.shape for path, constant in held.items()} == {
+    stored = export.read_constants(dense_file.path)
+    assert {path: constant.shape for path, constant in stored.items()} == {
         path: tuple(leaf.shape) for path, leaf in boxes.path_items(params)
     }
 
 
 def test_a_file_of_a_shrunk_model_gives_its_logits(dense_file):
-    found = dense_file.verify(free_running=3, isolated=False)
-    assert found.agreement == 1.0
-    assert found.max_abs_error < 1e-4
-    assert found.free_running_agreement == 1.0
+    result = dense_file.verify(free_running=3, isolated=False)
+    assert result.agreement == 1.0
+    assert result.max_abs_error < 1e-4
+    assert result.free_running_agreement == 1.0
 
 
 def test_a_shrunk_model_is_rounded_and_written(rounded_file):
@@ -102,10 +102,10 @@ def test_a_checkpoint_of_a_shrunk_model_is_what_its_file_holds(kind, request, tm
     loaded, read = ge.load(tmp_path / "saved")
     assert loaded.config == model.config
     assert jax.tree.structure(read) == jax.tree.structure(params)
-    held = export.read_constants(written.path)
+    stored = export.read_constants(written.path)
     for path, leaf in boxes.path_items(read):
         codes = leaf.data if isinstance(leaf, boxes.Quantized) else leaf
-        assert held[path].data.tobytes() == np.asarray(codes).tobytes()
+        assert stored[path].data.tobytes() == np.asarray(codes).tobytes()
 
 
 def test_parameters_of_the_larger_model_are_no_longer_its_own(shrunk, small_config, tmp_path):

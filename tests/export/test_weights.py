@@ -36,5 +36,5 @@ def test_to_weight_restores_affine_groups(target):
     np.testing.assert_array_equal(weights.dequantize(weight), box.unbox())
     assert weights.check_weights({"w": weight}, weights.to_params({"w": box}, {"w": weight}), "a")
     wrong = dataclasses.replace(weight, zero=weight.zero + 1)
-    with pytest.raises(ExportError, match="8 zero of w are not those of the model"):
+    with pytest.raises(ExportError, match="8 zero of w differ from the model's"):
         weights.check_weights({"w": wrong}, {"w": box}, "a")

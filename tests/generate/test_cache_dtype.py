@@ -56,10 +56,10 @@ def test_slots_hold_the_rounded_keys_of_the_float_cache(nano, dtype):
     for name in ("key", "value"):
         scale = cache_kernels.quantize_rows(layers[0][name], dtype)[1]
         np.testing.assert_allclose(layers[1][f"{name}_scale"], scale, rtol=1e-3)
-        found = cache_kernels.dequantize_rows(layers[1][name], layers[1][f"{name}_scale"], 32)
+        result = cache_kernels.dequantize_rows(layers[1][name], layers[1][f"{name}_scale"], 32)
         largest = np.abs(layers[0][name]).max(-1, keepdims=True)
         step = largest / cache_kernels.LARGEST[dtype]
-        assert np.all(np.abs(found - layers[0][name]) <= 0.51 * step + largest * 2.0**-10)
+        assert np.all(np.abs(result - layers[0][name]) <= 0.51 * step + largest * 2.0**-10)
         np.testing.assert_array_equal(layers[1][name][:, length:], 0)
 
 
@@ -71,9 +71,9 @@ def test_likeliest_tokens_of_the_shipped_model_hardly_change(nano, dtype, agree,
     run = jax.jit(model.apply)
     expected = jax.nn.log_softmax(run({"params": params}, tokens)[0])
     cache = init_cache(model.config.decoder, *tokens.shape, dtype)
-    found = jax.nn.log_softmax(run({"params": params}, tokens, cache=cache)[0])
-    assert np.mean(expected.argmax(-1) == found.argmax(-1)) >= agree
-    assert 0 < float(jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), -1))) < kl
+    actual = jax.nn.log_softmax(run({"params": params}, tokens, cache=cache)[0])
+    assert np.mean(expected.argmax(-1) == actual.argmax(-1)) >= agree
+    assert 0 < float(jnp.mean(jnp.sum(jnp.exp(expected) * (expected - actual), -1))) < kl
 
 
 @pytest.mark.parametrize("dtype", ["int8", jnp.int8, "int4", jnp.int4])
@@ -82,19 +82,19 @@ def test_greedy_generation_takes_the_type_of_the_cache(nano, dtype):
     options = {"max_new_tokens": 12, "stop_tokens": ()}
     cached = DecodeOptions(cache_dtype=dtype)
     expected = ge.generate.generate(model, params, tokens, **options).tokens
-    found = ge.generate.generate(model, params, tokens, options=cached, **options).tokens
+    actual = ge.generate.generate(model, params, tokens, options=cached, **options).tokens
     if jnp.dtype(dtype) == jnp.int8:
-        assert np.mean(np.asarray(found) == np.asarray(expected)) >= 0.9
+        assert np.mean(np.asarray(actual) == np.asarray(expected)) >= 0.9
     alone = ge.generate.generate(model, params, tokens[1:2], options=cached, **options).tokens
-    np.testing.assert_array_equal(alone[0], found[1])
+    np.testing.assert_array_equal(alone[0], actual[1])
     streamed = ge.generate.stream(model, params, tokens, options=cached, **options)
-    np.testing.assert_array_equal(np.stack(list(streamed), axis=1), found)
+    np.testing.assert_array_equal(np.stack(list(streamed), axis=1), actual)
 
 
 def test_decoding_a_token_at_a_time_reads_what_one_pass_reads(nano):
     model, params, tokens = nano
     run = jax.jit(model.apply)
-    whole, _ = run(
+    complete, _ = run(
         {"params": params}, tokens[:, :8], cache=init_cache(model.config.decoder, 3, 8, "int8")
     )
     cache, pieces = init_cache(model.config.decoder, 3, 8, "int8"), []
@@ -103,7 +103,7 @@ def test_decoding_a_token_at_a_time_reads_what_one_pass_reads(nano):
         cache = aux["cache"]
         pieces.append(logits)
     # A number at the middle of two integers may fall to either side.
-    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=0.1)
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), complete, atol=0.1)
 
 
 def test_a_cache_of_integers_lies_on_a_mesh(nano):

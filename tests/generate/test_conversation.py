@@ -124,9 +124,9 @@ def test_a_single_image_is_a_list_of_one(answering, form, tmp_path):
         single = screen if form == "array" else np.zeros((1, *screen.shape), np.float32)
     noted, chat = answering("ok")
     assert chat("tap the star icon", images=single) == "ok"
-    (found,) = noted["images"]
+    (result,) = noted["images"]
     chat("tap the star icon", images=[screen])
-    np.testing.assert_array_equal(found, noted["images"][0])
+    np.testing.assert_array_equal(result, noted["images"][0])
 
 
 def test_a_single_recording_is_a_list_of_one(answering):

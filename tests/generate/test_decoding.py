@@ -64,7 +64,7 @@ def test_cached_generation_equals_running_everything_again(
 ):
     prompts, tokens, valid = batch
     model, params = make_model(**variant)
-    found = generate(
+    result = generate(
         model,
         params,
         Inputs(tokens, valid=valid),
@@ -74,9 +74,9 @@ def test_cached_generation_equals_running_everything_again(
     )
     for row, prompt in enumerate(prompts):
         ids, scores = continue_uncached(model, params, prompt, STEPS)
-        np.testing.assert_allclose(found.logits[row], scores, atol=1e-4)
-        assert found.tokens[row].tolist() == ids.tolist()
-    assert found.lengths.tolist() == [STEPS] * len(prompts)
+        np.testing.assert_allclose(result.logits[row], scores, atol=1e-4)
+        assert result.tokens[row].tolist() == ids.tolist()
+    assert result.lengths.tolist() == [STEPS] * len(prompts)
 
 
 @pytest.mark.parametrize("variant", [{}, {"mrope_section": (1, 1, 2)}], ids=["rope", "mrope"])
@@ -86,20 +86,20 @@ def test_images_and_audio_in_padded_rows(make_model, continue_uncached, variant,
     rng = np.random.default_rng(4)
     images = jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32)
     audio = jnp.asarray(rng.normal(size=(2, 16, 8)), jnp.float32)
-    seen = [IMAGE] * 4 + [11] + [AUDIO] * 2
-    prompts = [np.array([12, 13, *seen, 14]), np.array([*seen, 15])]
+    observed = [IMAGE] * 4 + [11] + [AUDIO] * 2
+    prompts = [np.array([12, 13, *observed, 14]), np.array([*observed, 15])]
     tokens, valid = spread(prompts, [np.arange(10) + 2, [0, 1, 3, 4, 5, 7, 9, 10]], 12)
     options = {"max_new_tokens": STEPS, "stop_tokens": (IMAGE, AUDIO), "return_logits": True}
     given_images = list(images) if listed else images
-    found = generate(
+    result = generate(
         model, params, Inputs(tokens, valid=valid, images=given_images, audio=audio), **options
     )
     for row, prompt in enumerate(prompts):
         ids, scores = continue_uncached(
             model, params, prompt, STEPS, images[row : row + 1], audio[row : row + 1], stops=(5, 8)
         )
-        assert found.tokens[row, : len(ids)].tolist() == ids.tolist()
-        np.testing.assert_allclose(found.logits[row, : len(ids)], scores, atol=1e-4)
+        assert result.tokens[row, : len(ids)].tolist() == ids.tolist()
+        np.testing.assert_allclose(result.logits[row, : len(ids)], scores, atol=1e-4)
 
 
 def test_images_of_other_sizes_move_the_positions_that_follow(make_model, continue_uncached):
@@ -109,12 +109,12 @@ def test_images_of_other_sizes_move_the_positions_that_follow(make_model, contin
     prompts = [[12, *[IMAGE] * 3, 13, 14], [*[IMAGE] * 4, 15]]
     tokens, valid = spread(prompts, [np.arange(6), np.arange(5) + 3], 8)
     options = {"max_new_tokens": STEPS, "stop_tokens": (IMAGE, AUDIO)}
-    found = generate(model, params, Inputs(tokens, valid=valid, images=images), **options).tokens
+    result = generate(model, params, Inputs(tokens, valid=valid, images=images), **options).tokens
     for row, prompt in enumerate(prompts):
         ids, _ = continue_uncached(
             model, params, prompt, STEPS, [images[row]], stops=(IMAGE, AUDIO)
         )
-        assert found[row, : len(ids)].tolist() == ids.tolist()
+        assert result[row, : len(ids)].tolist() == ids.tolist()
 
 
 def test_recordings_in_chunks_of_several_lengths(make_model, continue_uncached):
@@ -124,14 +124,14 @@ def test_recordings_in_chunks_of_several_lengths(make_model, continue_uncached):
     prompts = [[12, *[AUDIO] * 3, 13], [*[AUDIO] * 2, 14]]
     tokens, valid = spread(prompts, [np.arange(5), np.arange(3) + 2], 5)
     options = {"max_new_tokens": STEPS, "stop_tokens": (IMAGE, AUDIO)}
-    found = generate(
+    result = generate(
         model, params, Inputs(tokens, valid=valid, audio=audio, audio_frames=frames), **options
     ).tokens
     for row, chunks in enumerate([slice(0, 2), slice(2, 3)]):
         ids, _ = continue_uncached(
             model, params, prompts[row], STEPS, None, audio[chunks], frames[chunks], (IMAGE, AUDIO)
         )
-        assert found[row, : len(ids)].tolist() == ids.tolist()
+        assert result[row, : len(ids)].tolist() == ids.tolist()
 
 
 def test_a_row_stops_at_its_stop_token_and_repeats_it(make_model):
@@ -139,14 +139,14 @@ def test_a_row_stops_at_its_stop_token_and_repeats_it(make_model):
     tokens = np.stack([text_of(5, seed) for seed in range(3)])
     free = np.asarray(generate(model, params, tokens, max_new_tokens=20, stop_tokens=()).tokens)
     stop = next(int(token) for token in free[0] if token != free[0, 0])
-    found = generate(model, params, tokens, max_new_tokens=20, stop_tokens=(stop,))
+    result = generate(model, params, tokens, max_new_tokens=20, stop_tokens=(stop,))
     for row in range(3):
         places = np.flatnonzero(free[row] == stop)
         length = places[0] if len(places) else 20
-        assert found.lengths[row] == length
-        assert found.tokens[row, :length].tolist() == free[row, :length].tolist()
-        assert (found.tokens[row, length:] == stop).all()
-    assert 0 < found.lengths[0] < 20
+        assert result.lengths[row] == length
+        assert result.tokens[row, :length].tolist() == free[row, :length].tolist()
+        assert (result.tokens[row, length:] == stop).all()
+    assert 0 < result.lengths[0] < 20
 
 
 def test_generation_ends_when_all_rows_have_stopped(make_model):
@@ -165,10 +165,10 @@ def test_stop_tokens_are_those_of_the_configuration_unless_given(make_model):
     model, params = make_model()
     tokens = text_of((8, 3), 0)
     options = {"max_new_tokens": 24, "sampling": Sampling(5.0)}
-    found = generate(model, params, tokens, **options)
-    assert found.lengths.min() < 24
-    assert (found.tokens[jnp.arange(8), jnp.minimum(found.lengths, 23)] == 0)[
-        found.lengths < 24
+    result = generate(model, params, tokens, **options)
+    assert result.lengths.min() < 24
+    assert (result.tokens[jnp.arange(8), jnp.minimum(result.lengths, 23)] == 0)[
+        result.lengths < 24
     ].all()
     assert (generate(model, params, tokens, stop_tokens=(), **options).lengths == 24).all()
 
@@ -178,19 +178,19 @@ def test_streaming_yields_the_tokens_of_the_batch_form(make_model, sampling):
     model, params = make_model()
     tokens, valid = spread([text_of(4, 1), text_of(7, 2)], [np.arange(4) + 3, np.arange(7)], 7)
     options = {"max_new_tokens": 10, "sampling": sampling, "rng": jax.random.key(7)}
-    whole = generate(model, params, Inputs(tokens, valid=valid), **options).tokens
+    complete = generate(model, params, Inputs(tokens, valid=valid), **options).tokens
     steps = np.stack(list(stream(model, params, Inputs(tokens, valid=valid), **options)), axis=1)
-    assert steps.tolist() == whole[:, : steps.shape[1]].tolist()
+    assert steps.tolist() == complete[:, : steps.shape[1]].tolist()
 
 
 def test_penalties_act_on_what_was_generated(make_model):
     model, params = make_model()
     tokens = text_of((1, 5), 3)
     options = {"max_new_tokens": VOCABULARY, "stop_tokens": ()}
-    found = generate(model, params, tokens, sampling=Sampling(frequency_penalty=1e6), **options)
-    assert sorted(found.tokens[0].tolist()) == list(range(VOCABULARY))
-    found = generate(model, params, tokens, sampling=Sampling(repetition_penalty=1e6), **options)
-    fresh = found.tokens[0, :3].tolist()
+    result = generate(model, params, tokens, sampling=Sampling(frequency_penalty=1e6), **options)
+    assert sorted(result.tokens[0].tolist()) == list(range(VOCABULARY))
+    result = generate(model, params, tokens, sampling=Sampling(repetition_penalty=1e6), **options)
+    fresh = result.tokens[0, :3].tolist()
     assert len({*fresh, *tokens[0].tolist()}) == 3 + len(set(tokens[0].tolist()))
 
 
@@ -198,11 +198,11 @@ def test_the_frequency_penalty_counts_each_time(make_model):
     model, params = make_model()
     penalty = 0.4
     options = {"max_new_tokens": 32, "stop_tokens": (), "return_logits": True}
-    found = generate(
+    result = generate(
         model, params, text_of((1, 5), 3), sampling=Sampling(frequency_penalty=penalty), **options
     )
     counts = np.zeros(VOCABULARY)
-    for token, logits in zip(found.tokens[0], found.logits[0], strict=True):
+    for token, logits in zip(result.tokens[0], result.logits[0], strict=True):
         assert token == np.argmax(logits - penalty * counts)
         counts[token] += 1
     assert counts.max() >= 3
@@ -260,9 +260,9 @@ def test_buckets_hold_their_length_and_waste_little():
 def test_greedy_is_generation_at_temperature_zero(make_model):
     model, params = make_model()
     tokens = text_of((2, 6), 5)
-    found = greedy(model, params, tokens, max_new_tokens=8)
-    assert found.shape == (2, 8)
-    assert found.tolist() == generate(model, params, tokens, max_new_tokens=8).tokens.tolist()
+    result = greedy(model, params, tokens, max_new_tokens=8)
+    assert result.shape == (2, 8)
+    assert result.tolist() == generate(model, params, tokens, max_new_tokens=8).tokens.tolist()
 
 
 @pytest.mark.parametrize(
@@ -359,8 +359,8 @@ def test_a_row_may_have_no_image(make_model):
     tokens[1, :4] = IMAGE
     images = jnp.zeros((2, 16, 16, 3))
     options = {"max_new_tokens": 4, "stop_tokens": ()}
-    found = generate(model, params, Inputs(tokens, images=images), **options).tokens
-    assert found[0].tolist() == generate(model, params, tokens[:1], **options).tokens[0].tolist()
+    result = generate(model, params, Inputs(tokens, images=images), **options).tokens
+    assert result[0].tolist() == generate(model, params, tokens[:1], **options).tokens[0].tolist()
 
 
 def test_a_bfloat16_cache_gives_nearly_the_same_scores(make_model):
@@ -368,7 +368,7 @@ def test_a_bfloat16_cache_gives_nearly_the_same_scores(make_model):
     prompt = text_of(9, 3)[None]
     exact = generate(model, params, prompt, max_new_tokens=STEPS, return_logits=True)
     bfloat16 = DecodeOptions(cache_dtype=jnp.bfloat16)
-    found = generate(model, params, prompt, max_new_tokens=1, options=bfloat16, return_logits=True)
+    result = generate(model, params, prompt, max_new_tokens=1, options=bfloat16, return_logits=True)
     scale = float(jnp.abs(exact.logits[:, 0]).max())
-    difference = float(jnp.abs(found.logits[:, 0] - exact.logits[:, 0]).max())
+    difference = float(jnp.abs(result.logits[:, 0] - exact.logits[:, 0]).max())
     assert 0 < difference < 0.02 * scale

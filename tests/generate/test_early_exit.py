@@ -46,8 +46,8 @@ def threshold(deep, prompts):
     """The median of what the first exit is sure of, so that some tokens stop and some do not."""
     model, params = deep
     exits = early_exit(model, (1, 2), 0.0)
-    found = generate(model, params, prompts, options=DecodeOptions(early_exit=exits), **OPTIONS)
-    sure = np.asarray(jax.nn.softmax(found.logits[:, 1:], axis=-1).max(axis=-1))
+    result = generate(model, params, prompts, options=DecodeOptions(early_exit=exits), **OPTIONS)
+    sure = np.asarray(jax.nn.softmax(result.logits[:, 1:], axis=-1).max(axis=-1))
     return float(np.median(sure))
 
 
@@ -72,15 +72,15 @@ def test_early_exit_per_token_with_later_tokens(deep, prompts, threshold):
     """Tokens stop where they are sure and later ones see what they left."""
     model, params = deep
     exits = early_exit(model, (1, 2), threshold)
-    found = generate(model, params, prompts, options=DecodeOptions(early_exit=exits), **OPTIONS)
-    layers = np.asarray(found.layers)
+    result = generate(model, params, prompts, options=DecodeOptions(early_exit=exits), **OPTIONS)
+    layers = np.asarray(result.layers)
     assert (layers[:, 0] == LAYERS).all()
     assert len(set(layers[:, 1:].ravel())) > 1
     assert set(layers.ravel()) <= {1, 2, 3}
-    ids = np.concatenate([prompts, np.asarray(found.tokens)], axis=1)[:, :-1]
+    ids = np.concatenate([prompts, np.asarray(result.tokens)], axis=1)[:, :-1]
     depth = np.concatenate([np.full((2, LENGTH), LAYERS), layers[:, 1:]], axis=1)
     scores = uncached(model, params, ids, depth)
-    np.testing.assert_allclose(found.logits, scores[-1][:, LENGTH - 1 :], atol=1e-4)
+    np.testing.assert_allclose(result.logits, scores[-1][:, LENGTH - 1 :], atol=1e-4)
     for exit_at in (1, 2):
         sure = np.asarray(jax.nn.softmax(scores[exit_at], axis=-1)).max(axis=-1)[:, LENGTH:]
         ran = layers[:, 1:]
@@ -88,7 +88,7 @@ def test_early_exit_per_token_with_later_tokens(deep, prompts, threshold):
         assert (sure[ran > exit_at] < threshold + 1e-5).all()
     options = {"max_new_tokens": NEW, "stop_tokens": (), "options": DecodeOptions(early_exit=exits)}
     tokens = list(stream(model, params, prompts, **options))
-    np.testing.assert_array_equal(np.stack(tokens, axis=1), found.tokens)
+    np.testing.assert_array_equal(np.stack(tokens, axis=1), result.tokens)
 
 
 def test_rows_do_not_depend_on_each_other(deep, prompts, threshold):
@@ -103,15 +103,15 @@ def test_rows_do_not_depend_on_each_other(deep, prompts, threshold):
 
 def test_the_ends_of_the_threshold(deep, prompts):
     model, params = deep
-    whole = generate(model, params, prompts, **OPTIONS)
-    assert whole.layers is None
+    complete = generate(model, params, prompts, **OPTIONS)
+    assert complete.layers is None
     never_exits, first_exit = (
         DecodeOptions(early_exit=early_exit(model, (1, 2), threshold)) for threshold in (1.0, 0.0)
     )
     never = generate(model, params, prompts, options=never_exits, **OPTIONS)
     assert (np.asarray(never.layers) == LAYERS).all()
-    np.testing.assert_array_equal(never.tokens, whole.tokens)
-    np.testing.assert_allclose(never.logits, whole.logits, atol=1e-4)
+    np.testing.assert_array_equal(never.tokens, complete.tokens)
+    np.testing.assert_allclose(never.logits, complete.logits, atol=1e-4)
     always = generate(model, params, prompts, options=first_exit, **OPTIONS)
     assert (np.asarray(always.layers)[:, 1:] == 1).all()
 
@@ -121,9 +121,9 @@ def test_another_threshold_compiles_nothing_anew(deep, prompts, threshold):
     compiled, layers = [], []
     for value in (threshold, 0.0, 0.95):
         exiting = DecodeOptions(early_exit=early_exit(model, (1, 2), value))
-        found = generate(model, params, prompts, options=exiting, **OPTIONS)
+        result = generate(model, params, prompts, options=exiting, **OPTIONS)
         list(stream(model, params, prompts, 3, stop_tokens=(), options=exiting))
-        layers.append(float(found.layers.mean()))
+        layers.append(float(result.layers.mean()))
         programs = (steps._prefill, steps._first, steps.step, steps.decode)
         compiled.append([program._cache_size() for program in programs])
     assert compiled[0] == compiled[1] == compiled[2]
@@ -136,8 +136,8 @@ def test_stopped_rows_run_no_layer(deep, prompts, threshold):
     plain = generate(model, params, prompts, options=DecodeOptions(early_exit=exits), **OPTIONS)
     stop = int(plain.tokens[0, 3])
     options = {**OPTIONS, "stop_tokens": (stop,)}
-    found = generate(model, params, prompts, options=DecodeOptions(early_exit=exits), **options)
-    for tokens, ran, length in zip(found.tokens, found.layers, found.lengths, strict=True):
+    result = generate(model, params, prompts, options=DecodeOptions(early_exit=exits), **options)
+    for tokens, ran, length in zip(result.tokens, result.layers, result.lengths, strict=True):
         assert (np.asarray(ran)[: length + 1] > 0).all()
         assert (np.asarray(ran)[length + 1 :] == 0).all()
         assert (np.asarray(tokens)[int(length) :] == stop).all()
@@ -156,12 +156,12 @@ def test_maps_are_least_squares_from_an_exit_to_the_last_layer(deep, prompts):
         solved = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0]
         expected = np.c_[x, np.ones(len(x))] @ solved
         fitted = maps[str(index)]
-        found = x @ np.asarray(fitted["weight"], np.float64).T + np.asarray(fitted["bias"])
-        np.testing.assert_allclose(found, expected, atol=2e-3)
-        assert np.mean((found - y) ** 2) < np.mean((x - y) ** 2)
+        actual = x @ np.asarray(fitted["weight"], np.float64).T + np.asarray(fitted["bias"])
+        np.testing.assert_allclose(actual, expected, atol=2e-3)
+        assert np.mean((actual - y) ** 2) < np.mean((x - y) ** 2)
     always = early_exit(model, (2,), 0.0, maps)
-    found = generate(model, params, prompts, options=DecodeOptions(early_exit=always), **OPTIONS)
-    ids = np.concatenate([prompts, np.asarray(found.tokens)], axis=1)[:, : LENGTH + 1]
+    actual = generate(model, params, prompts, options=DecodeOptions(early_exit=always), **OPTIONS)
+    ids = np.concatenate([prompts, np.asarray(actual.tokens)], axis=1)[:, : LENGTH + 1]
     depth = np.r_[np.full(LENGTH, LAYERS), 2][None].repeat(2, axis=0)
 
     def mapped(module):
@@ -175,7 +175,7 @@ def test_maps_are_least_squares_from_an_exit_to_the_last_layer(deep, prompts):
 
     run = jax.jit(functools.partial(model.apply, method=mapped))
     expected = run({"params": params})[:, -1]
-    np.testing.assert_allclose(found.logits[:, 1], expected, atol=1e-3)
+    np.testing.assert_allclose(actual.logits[:, 1], expected, atol=1e-3)
 
 
 def test_a_sweep_compares_every_setting_with_the_first(deep, prompts, threshold):
@@ -191,7 +191,7 @@ def test_a_sweep_compares_every_setting_with_the_first(deep, prompts, threshold)
         asked.append(answers)
         return float(len(asked))
 
-    seen = []
+    observed = []
     rows = sweep(
         model,
         settings,
@@ -199,7 +199,7 @@ def test_a_sweep_compares_every_setting_with_the_first(deep, prompts, threshold)
         score,
         max_new_tokens=NEW,
         rounds=2,
-        progress=lambda *args: seen.append(args),
+        progress=lambda *args: observed.append(args),
     )
     assert [row.name for row in rows] == [setting.name for setting in settings]
     assert [row.accuracy for row in rows] == [1.0, 2.0, 3.0]
@@ -207,7 +207,7 @@ def test_a_sweep_compares_every_setting_with_the_first(deep, prompts, threshold)
     assert [row.layers for row in rows] == [3.0, 3.0, 1.0]
     assert rows[0].speedup == rows[0].low == rows[0].high == 1.0
     assert all(row.tokens_per_second > 0 and row.low <= row.speedup <= row.high for row in rows)
-    assert seen[-1] == ("sweep: rounds", 3, 3)
+    assert observed[-1] == ("sweep: rounds", 3, 3)
 
 
 @pytest.mark.parametrize(

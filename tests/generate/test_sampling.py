@@ -45,11 +45,11 @@ def by_loops(row, in_prompt, counts, sampling):
         return scores
     scores = [score / sampling.temperature for score in scores]
     order = sorted(range(len(scores)), key=lambda token: -scores[token])
-    kept = order[: sampling.top_k]
+    retained = order[: sampling.top_k]
     least = sampling.top_p if sampling.uses("top_p") else math.inf
-    weights = {token: math.exp(scores[token] - scores[order[0]]) for token in kept}
+    weights = {token: math.exp(scores[token] - scores[order[0]]) for token in retained}
     total, mass, nucleus = sum(weights.values()), 0.0, []
-    for token in kept:
+    for token in retained:
         if nucleus and mass >= least:
             break
         nucleus.append(token)
@@ -64,9 +64,9 @@ process = jax.jit(process_logits)
 @given(samplings, st.integers(0, 2**16))
 def test_rules_equal_plain_loops(sampling, seed):
     logits, in_prompt, counts = scores_of(seed)
-    found = process(logits, sampling, in_prompt, counts)
+    actual = process(logits, sampling, in_prompt, counts)
     expected = [by_loops(*row, sampling) for row in zip(logits, in_prompt, counts, strict=True)]
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -100,8 +100,8 @@ def test_rules_equal_those_of_transformers(fields, seed):
     for field, rule in rules.items():
         if sampling.uses(field) if field != "top_k" else sampling.top_k:
             scores = rule(getattr(sampling, field))(ids, scores)
-    found = process(logits, sampling, in_prompt, counts)
-    np.testing.assert_allclose(found, scores.numpy(), rtol=1e-6, atol=1e-6)
+    result = process(logits, sampling, in_prompt, counts)
+    np.testing.assert_allclose(result, scores.numpy(), rtol=1e-6, atol=1e-6)
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says():
@@ -110,10 +110,10 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
     keys = jax.random.split(jax.random.key(0), draws)
     tokens = jax.jit(sample)(jnp.repeat(logits, draws, axis=0), sampling, keys)
     expected = np.asarray(jax.nn.softmax(process_logits(logits, sampling)))[0]
-    found = np.bincount(tokens, minlength=VOCABULARY) / draws
+    actual = np.bincount(tokens, minlength=VOCABULARY) / draws
     assert (expected > 0).sum() == 6
-    np.testing.assert_allclose(found, expected, atol=5 * math.sqrt(0.25 / draws))
-    assert not found[expected == 0].any()
+    np.testing.assert_allclose(actual, expected, atol=5 * math.sqrt(0.25 / draws))
+    assert not actual[expected == 0].any()
 
 
 def test_a_tiny_top_p_and_top_1_take_the_likeliest_token():
@@ -125,8 +125,8 @@ def test_a_tiny_top_p_and_top_1_take_the_likeliest_token():
 
 def test_equally_likely_tokens_stay_or_go_together():
     logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.2]]))
-    kept = process_logits(logits, Sampling(1.0, top_p=0.5)) > -jnp.inf
-    assert kept.tolist() == [[True, True, True, True]]
+    retained = process_logits(logits, Sampling(1.0, top_p=0.5)) > -jnp.inf
+    assert retained.tolist() == [[True, True, True, True]]
 
 
 def test_values_do_not_compile_anew_but_rules_do():

@@ -87,9 +87,9 @@ def test_all_neurons_are_the_model_itself(make_model):
     expected = generate(model, params, tokens, max_new_tokens=8, return_logits=True)
     for options in ({"keep": 1.0}, {"threshold": 0.0}):
         skipping = skip_neurons(model, params, **options)
-        found = generate(model, skipping, tokens, max_new_tokens=8, return_logits=True)
-        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4)
-        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        actual = generate(model, skipping, tokens, max_new_tokens=8, return_logits=True)
+        np.testing.assert_allclose(actual.logits, expected.logits, atol=1e-4)
+        np.testing.assert_array_equal(actual.tokens, expected.tokens)
 
 
 def test_another_threshold_compiles_nothing_anew(make_model):
@@ -97,8 +97,8 @@ def test_another_threshold_compiles_nothing_anew(make_model):
     tokens, compiled, scores = np.arange(10, 20)[None], [], []
     for threshold in (0.05, 0.2, 0.6):
         skipping = skip_neurons(model, params, threshold=threshold)
-        found = generate(model, skipping, tokens, max_new_tokens=8, return_logits=True)
-        scores.append(np.asarray(found.logits[:, 0]))
+        result = generate(model, skipping, tokens, max_new_tokens=8, return_logits=True)
+        scores.append(np.asarray(result.logits[:, 0]))
         compiled.append(steps._prefill._cache_size() + steps.decode._cache_size())
     assert len(set(compiled)) == 1
     assert not np.allclose(scores[0], scores[2], atol=1e-3)
@@ -109,8 +109,8 @@ def test_skipping_follows_masks_and_layers_and_cannot_be_saved(make_model, tmp_p
     tokens = jnp.asarray(np.arange(10, 20)[None])
     _, masked, _ = prune.magnitude(0.5, where="mlp")(model, params)
     expected = applied(model, {"params": masked}, tokens)[0]
-    found = applied(model, {"params": skip_neurons(model, masked, keep=1.0)}, tokens)[0]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    actual = applied(model, {"params": skip_neurons(model, masked, keep=1.0)}, tokens)[0]
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
     one = skip_neurons(model, params, keep=0.1, layers=[1])
     assert "skipping" in one["decoder"]["layers"]["1"]["mlp"]
     assert one["decoder"]["layers"]["0"] is params["decoder"]["layers"]["0"]

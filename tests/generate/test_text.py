@@ -29,8 +29,8 @@ def byte_tokenizer(merges=()) -> Tokenizer:
 
 def symbols(text: str) -> str:
     """Byte-level BPE's character for each byte of a text."""
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return whole.pre_tokenize_str(text)[0][0]
+    complete = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return complete.pre_tokenize_str(text)[0][0]
 
 
 # Merges across a character's edge, as real vocabularies have: " \xe4", "\xb8\xad\xe6".
@@ -123,17 +123,17 @@ def test_streamed_text_is_the_decoded_generation(make_model):
     prompt = BYTES.encode("中 text").ids
     options = {"max_new_tokens": 24, "stop_tokens": ()}
     tokens = generate(model, params, np.array([prompt]), **options).tokens[0]
-    whole = BYTES.decode(tokens.tolist())
-    assert generate_text(model, params, BYTES, prompt, **options) == whole
-    assert generate_text(model, params, BYTES, Inputs([prompt]), **options) == whole
+    complete = BYTES.decode(tokens.tolist())
+    assert generate_text(model, params, BYTES, prompt, **options) == complete
+    assert generate_text(model, params, BYTES, Inputs([prompt]), **options) == complete
     with pytest.raises(DataError, match="prompt must be one row, got 2"):
         generate_text(model, params, BYTES, Inputs([prompt] * 2), **options)
     pieces = list(stream_text(model, params, BYTES, prompt, **options))
-    assert "".join(pieces) == whole
+    assert "".join(pieces) == complete
     assert all(pieces)
-    stop = whole[len(whole) // 2]
+    stop = complete[len(complete) // 2]
     cut = generate_text(model, params, BYTES, prompt, stop_strings=[stop], **options)
-    assert cut == whole[: whole.index(stop)]
+    assert cut == complete[: complete.index(stop)]
 
 
 def test_text_ends_before_a_stop_token(make_model):
@@ -142,6 +142,6 @@ def test_text_ends_before_a_stop_token(make_model):
     tokens = generate(model, params, np.array([prompt]), max_new_tokens=24, stop_tokens=()).tokens
     tokens = tokens[0].tolist()
     stop = tokens[5]
-    kept = list(itertools.takewhile(lambda token: token != stop, tokens))
-    found = generate_text(model, params, BYTES, prompt, max_new_tokens=24, stop_tokens=[stop])
-    assert found == BYTES.decode(kept)
+    retained = list(itertools.takewhile(lambda token: token != stop, tokens))
+    result = generate_text(model, params, BYTES, prompt, max_new_tokens=24, stop_tokens=[stop])
+    assert result == BYTES.decode(retained)

@@ -52,7 +52,7 @@ def padded(rows, images=None):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def whole(model, params, tokens, image):
+def complete(model, params, tokens, image):
     """Embedded prompt, positions and what follows, and inputs and attention of each layer."""
 
     def run(module):
@@ -60,14 +60,14 @@ def whole(model, params, tokens, image):
         x = module.embed_inputs(tokens, [image])[0]
         return x, positions, following, module.decoder(x, positions)[1]
 
-    found, sown = model.apply({"params": params}, method=run, mutable=["attention"])
+    result, sown = model.apply({"params": params}, method=run, mutable=["attention"])
     layers = sown["attention"]["decoder"]["layers"]
-    return *found, [layers[str(i)]["attention"]["weights"][0] for i in range(LAYERS)]
+    return *result, [layers[str(i)]["attention"]["weights"][0] for i in range(LAYERS)]
 
 
-def chosen(found, row, score, layer, keep):
+def chosen(result, row, score, layer, keep):
     """Places of the vision tokens that stay, in float64."""
-    _, _, _, hidden, weights = found
+    _, _, _, hidden, weights = result
     x, image = np.float64(hidden[layer][0]), np.array(row) == IMAGE
     places = np.flatnonzero(image)
     if score == "norm":
@@ -97,13 +97,13 @@ def scores_of(model, params, ids, embedded, positions, masks):
     return model.apply({"params": params}, method=run)
 
 
-def uncached(model, params, row, found, kept, layer):
+def uncached(model, params, row, result, retained, layer):
     """Tokens and scores of greedy decoding where dropped tokens are hidden, not taken away.
 
     Layers before `layer` show them to the prompt, and no layer shows them to what follows.
     """
-    embedded, positions, following, _, _ = found
-    dropped = np.setdiff1d(np.flatnonzero(np.array(row) == IMAGE), kept)
+    embedded, positions, following, _, _ = result
+    dropped = np.setdiff1d(np.flatnonzero(np.array(row) == IMAGE), retained)
     causal = np.tril(np.ones((WIDTH, WIDTH), bool))
     late = causal & ~np.isin(np.arange(WIDTH), dropped)
     early = np.where(np.arange(WIDTH)[:, None] < LENGTH, causal, late)
@@ -134,15 +134,15 @@ def test_token_pruning_drops_the_lowest_scores_only(make_model, prompts, mrope, 
     model, params = make_model(num_layers=LAYERS, mrope_section=mrope)
     rows, images = prompts
     pruning = DecodeOptions(vision_tokens=drop_vision_tokens(model, 0.4, score, layer))
-    found = generate(model, params, padded(rows, images), options=pruning, **OPTIONS)
+    result = generate(model, params, padded(rows, images), options=pruning, **OPTIONS)
     plain = generate(model, params, padded(rows, images), **OPTIONS)
-    assert float(jnp.abs(found.logits[:, 1] - plain.logits[:, 1]).max()) > 1e-2
+    assert float(jnp.abs(result.logits[:, 1] - plain.logits[:, 1]).max()) > 1e-2
     for index, (row, image) in enumerate(zip(rows, images, strict=True)):
-        seen = jax.device_get(whole(model, params, np.array([row]), image))
-        kept = chosen(seen, row, score, layer, keep=7)
-        ids, scores = uncached(model, params, row, seen, kept, layer)
-        np.testing.assert_allclose(found.logits[index], scores, atol=1e-4)
-        assert found.tokens[index].tolist() == ids
+        observed = jax.device_get(complete(model, params, np.array([row]), image))
+        retained = chosen(observed, row, score, layer, keep=7)
+        ids, scores = uncached(model, params, row, observed, retained, layer)
+        np.testing.assert_allclose(result.logits[index], scores, atol=1e-4)
+        assert result.tokens[index].tolist() == ids
 
 
 def test_the_cache_holds_what_is_left(make_model, prompts):
@@ -200,21 +200,21 @@ def test_a_sweep_takes_fractions_of_vision_tokens(make_model, prompts):
         for keep in (1.0, 0.3)
     ]
     answers = []
-    found = sweep(
+    actual = sweep(
         model,
         [Setting("all", params), *settings],
         [{"tokens": [rows[0]], "images": images[:1]}],
-        lambda given: answers.append(given[0].tolist()) or 0.0,
+        lambda original: answers.append(original[0].tolist()) or 0.0,
         max_new_tokens=STEPS,
         rounds=1,
     )
-    assert found[1].agreement == 1.0
-    for keep, given in zip((1.0, 0.3), answers[1:], strict=True):
+    assert actual[1].agreement == 1.0
+    for keep, original in zip((1.0, 0.3), answers[1:], strict=True):
         pruning = DecodeOptions(vision_tokens=drop_vision_tokens(model, keep, "norm"))
         expected = generate(
             model, params, Inputs([rows[0]], images=images[:1]), STEPS, options=pruning
         )
-        assert given == expected.tokens.tolist()
+        assert original == expected.tokens.tolist()
 
 
 def test_the_shipped_model_answers_on_half_of_a_screen():
@@ -230,19 +230,19 @@ def test_the_shipped_model_answers_on_half_of_a_screen():
         drop = drop_vision_tokens(model, keep)
         assert drop == VisionTokens(keep, "attention", 2)
         pruning = DecodeOptions(vision_tokens=drop)
-        found = generate(model, params, inputs, options=pruning, **options)
-        assert np.isfinite(found.logits).all()
+        actual = generate(model, params, inputs, options=pruning, **options)
+        assert np.isfinite(actual.logits).all()
         if keep == 1.0:
-            np.testing.assert_array_equal(found.tokens, expected.tokens)
-            np.testing.assert_allclose(found.logits[:, 0], expected.logits[:, 0], atol=1e-3)
+            np.testing.assert_array_equal(actual.tokens, expected.tokens)
+            np.testing.assert_allclose(actual.logits[:, 0], expected.logits[:, 0], atol=1e-3)
         else:
-            assert float(jnp.abs(found.logits[:, 0] - expected.logits[:, 0]).max()) > 1e-2
+            assert float(jnp.abs(actual.logits[:, 0] - expected.logits[:, 0]).max()) > 1e-2
         prompt = Prompt.of(model.config, inputs, tap_eval.ANSWER_TOKENS)
         state = steps.start(model, params, prompt, GREEDY, None, pruning)
         lengths[keep] = int(state.cache["length"])
-        seen = np.asarray(state.visible.sum(axis=1)) - prompt.room
+        observed = np.asarray(state.visible.sum(axis=1)) - prompt.room
         gone = int((1 - keep) * model.config.vision.num_tokens)
-        np.testing.assert_array_equal(seen, batch["valid"].sum(axis=1) - gone)
+        np.testing.assert_array_equal(observed, batch["valid"].sum(axis=1) - gone)
     assert lengths[0.5] < lengths[1.0]
 
 

@@ -33,8 +33,8 @@ def test_grouped_query_attention_matches_a_loop(heads, kv_heads):
     key, value = rng.normal(size=(2, 2, 7, kv_heads, 8))
     mask = rng.random((2, 1, 5, 7)) < 0.6
     mask[..., 0] = True
-    found = attend(*(np.float32(x) for x in (query, key, value)), mask)
-    np.testing.assert_allclose(found, attention_loop(query, key, value, mask), atol=2e-6)
+    result = attend(*(np.float32(x) for x in (query, key, value)), mask)
+    np.testing.assert_allclose(result, attention_loop(query, key, value, mask), atol=2e-6)
 
 
 def test_weights_sum_to_one_and_hide_what_is_masked():
@@ -76,11 +76,11 @@ def test_blocks_of_queries_give_what_all_at_once_give(monkeypatch, mask_shape):
         (_, out), gradient = jax.value_and_grad(loss, has_aux=True)(query)
         return out, gradient
 
-    whole, gradient = jax.jit(output_and_gradient)(query)
+    complete, gradient = jax.jit(output_and_gradient)(query)
     monkeypatch.setattr(attention, "MAX_SCORES", 2 * 2 * 4 * 7)
     # A function of its own: jit keeps what it traced of the first one.
     out, by_blocks = jax.jit(lambda query: output_and_gradient(query))(query)
-    np.testing.assert_allclose(out, whole, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(out, complete, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(by_blocks, gradient, rtol=1e-5, atol=1e-6)
 
 
@@ -101,5 +101,5 @@ def test_a_cache_by_head_gives_the_same(heads, kv_heads, length):
         )
         return by_head, attention.attention(query, key, value, mask)
 
-    found, expected = both(query, key, value)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    actual, expected = both(query, key, value)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)

@@ -28,13 +28,13 @@ def test_rows_come_back_within_half_a_step(qtype, width, power, seed):
     assert scale.shape == (2, 5, 3, 1)
     assert data.dtype == (jnp.int8 if qtype == "int8" else jnp.uint8)
     assert scale.dtype == jnp.float16
-    found = np.asarray(dequantize_rows(data, scale, width), np.float64)
+    result = np.asarray(dequantize_rows(data, scale, width), np.float64)
     step = np.abs(rows.astype(np.float64)).max(-1, keepdims=True) / cache.LARGEST[qtype]
     # Half a step, or what the ends lose where float16 rounds the step down: 2^-11 of it each.
     bound = np.maximum(0.5 * step * (1 + 2.0**-11), cache.LARGEST[qtype] * step * 2.0**-11)
     # Steps below the normal numbers of float16 are rounded to a multiple of 2^-24.
     bound += cache.LARGEST[qtype] * 2.0**-25
-    assert np.all(np.abs(found - rows) <= bound)
+    assert np.all(np.abs(result - rows) <= bound)
 
 
 @pytest.mark.parametrize("qtype", ["int8", "int4"])
@@ -43,9 +43,9 @@ def test_each_head_of_each_token_has_its_own_grid(qtype):
     loud = rows.copy()
     loud[0, 1, 0] *= 1000.0
     one, other = (np.asarray(dequantize_rows(*quantize_rows(r, qtype), 8)) for r in (rows, loud))
-    kept = np.ones((1, 2, 2), bool)
-    kept[0, 1, 0] = False
-    np.testing.assert_array_equal(one[kept], other[kept])
+    retained = np.ones((1, 2, 2), bool)
+    retained[0, 1, 0] = False
+    np.testing.assert_array_equal(one[retained], other[retained])
 
 
 @pytest.mark.parametrize("qtype", ["int8", "int4"])

@@ -15,8 +15,8 @@ def test_rows_and_gradient_match_a_loop(entries, monkeypatch):
     weight, upstream = rng.normal(size=(7, 3)), rng.normal(size=(2, 4, 3))
     tokens = np.array([[0, 6, 2, 2], [2, 0, 5, 6]])
     expected = np.zeros(weight.shape)
-    for place in np.ndindex(tokens.shape):
-        expected[tokens[place]] += upstream[place]
+    for position in np.ndindex(tokens.shape):
+        expected[tokens[position]] += upstream[position]
 
     def loss(weight):
         rows = embedding.take_rows(weight, jnp.asarray(tokens))

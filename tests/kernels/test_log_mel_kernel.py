@@ -29,10 +29,10 @@ def test_log_mel_matches_a_loop(fft_size, hop, rate):
     rng = np.random.default_rng(0)
     time = np.arange(10 * hop) / rate
     samples = 0.5 * np.sin(2 * np.pi * 440 * time) + 0.01 * rng.normal(size=time.shape)
-    found = np.asarray(spectrogram(np.float32(samples[None]), 20, fft_size, hop, rate))
-    assert found.shape == (1, 10, 20)
+    actual = np.asarray(spectrogram(np.float32(samples[None]), 20, fft_size, hop, rate))
+    assert actual.shape == (1, 10, 20)
     expected = spectrogram_loop(samples, 20, fft_size, hop, rate)
-    np.testing.assert_allclose(found[0], expected, atol=1e-3)
+    np.testing.assert_allclose(actual[0], expected, atol=1e-3)
 
 
 def test_silence_is_finite():

@@ -23,8 +23,8 @@ def product_loop(x, weight):
 def test_dense_matches_a_loop():
     rng = np.random.default_rng(0)
     x, weight = rng.normal(size=(3, 9)), rng.normal(size=(5, 9))
-    found = jax.jit(matmul.dense)(np.float32(x), np.float32(weight))
-    np.testing.assert_allclose(found, product_loop(x, weight), atol=2e-6)
+    result = jax.jit(matmul.dense)(np.float32(x), np.float32(weight))
+    np.testing.assert_allclose(result, product_loop(x, weight), atol=2e-6)
 
 
 def test_bfloat16_matmul_and_gradients_within_rounding():
@@ -41,11 +41,11 @@ def test_bfloat16_matmul_and_gradients_within_rounding():
 
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))
 
-    found, out = output_and_gradients(matmul.dense_bf16)(x, weight)
+    actual, out = output_and_gradients(matmul.dense_bf16)(x, weight)
     expected, exact = output_and_gradients(matmul.dense)(x, weight)
     np.testing.assert_allclose(out, exact, atol=bound)
     assert out.dtype == jnp.float32
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert one.dtype == jnp.float32
         one, other = np.asarray(one), np.asarray(other)
         assert np.linalg.norm(one - other) / np.linalg.norm(other) < 0.02
@@ -90,8 +90,8 @@ CASES = [
 ]
 
 
-def relative(found, expected):
-    return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
+def relative(actual, expected):
+    return np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max()
 
 
 def rows_of(count, columns=60, seed=2):
@@ -118,8 +118,10 @@ def test_low_bit_matches_a_float64_product(qtype, groups, affine):
 
     rows = rows_of(FEW), rows_of(MANY)
     tolerances = (1e-6, 1e-6, 0.02, 0.02)
-    for x, found, tolerance in zip(rows * 2, products(*rows, *packed[:3]), tolerances, strict=True):
-        assert relative(found, np.asarray(x, np.float64) @ weight.T) < tolerance
+    for x, result, tolerance in zip(
+        rows * 2, products(*rows, *packed[:3]), tolerances, strict=True
+    ):
+        assert relative(result, np.asarray(x, np.float64) @ weight.T) < tolerance
 
 
 @pytest.mark.parametrize(("qtype", "groups", "affine"), FIRST_CASES + OTHER_CASES)
@@ -152,14 +154,14 @@ def test_static_products_lie_where_a_float64_loop_rounds_them(qtype, groups, aff
     products = steps * np.float64(step) @ weight.T
     out_step, out_zero = np.float32(0.7 * np.ptp(products) / 255), 9
     for i, j in np.ndindex(expected.shape):
-        place = products[i, j] / np.float64(out_step)
-        ties += abs(place - np.floor(place) - 0.5) < 1e-4
-        expected[i, j] = np.clip(np.round(place) + out_zero, -128, 127) - out_zero
+        position = products[i, j] / np.float64(out_step)
+        ties += abs(position - np.floor(position) - 0.5) < 1e-4
+        expected[i, j] = np.clip(np.round(position) + out_zero, -128, 127) - out_zero
     output = out_step, np.int8(out_zero)
-    found = static_int8_matmul(x, *packed[:3], step, np.int8(zero), qtype, *output)
+    actual = static_int8_matmul(x, *packed[:3], step, np.int8(zero), qtype, *output)
     assert {expected.min(), expected.max()} & {-137.0, 118.0}, "nothing clips"
     assert ties < 3
-    wrong = np.abs(np.asarray(found, np.float64) / out_step - expected) > 1e-3
+    wrong = np.abs(np.asarray(actual, np.float64) / out_step - expected) > 1e-3
     assert wrong.sum() <= ties
 
 
@@ -180,12 +182,12 @@ def test_integer_sums_are_exact_where_float32_sums_are_not(rows):
     x[:, 0], x[:, 1] = 254.0, 0.0
     codes = np.full((3, columns), 127, np.int8)
     codes[1], codes[2, ::2] = -128, -127
-    found = jax.jit(matmul.dynamic_int8_matmul)(x, codes, np.ones((3, 1), np.float32))
+    actual = jax.jit(matmul.dynamic_int8_matmul)(x, codes, np.ones((3, 1), np.float32))
     rounded = jax.jit(matmul.rows_to_int8)(x)
     integers, zero, step = (np.asarray(a, np.float64) for a in rounded)
     total = (integers - zero).astype(np.int64) @ codes.astype(np.int64).T
     expected = total.astype(np.float32) * step.astype(np.float32)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_int8_dot_matches_int64_at_the_extremes():
@@ -193,9 +195,9 @@ def test_int8_dot_matches_int64_at_the_extremes():
     x = rng.choice([-128, 127], (5, 3000)).astype(np.int8)
     weight = rng.choice([-128, 127], (7, 3000)).astype(np.int8)
     weight[0], x[0] = -128, -128
-    found = jax.jit(matmul.dot, static_argnums=2)(x, weight, jnp.int32)
-    assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, x.astype(np.int64) @ weight.astype(np.int64).T)
+    result = jax.jit(matmul.dot, static_argnums=2)(x, weight, jnp.int32)
+    assert result.dtype == jnp.int32
+    np.testing.assert_array_equal(result, x.astype(np.int64) @ weight.astype(np.int64).T)
 
 
 @pytest.mark.parametrize("qtype", ["int8", "int4", "ternary"])
@@ -217,10 +219,10 @@ def test_a_weight_met_in_blocks_gives_the_same_product(qtype, groups, out, monke
     # A function of its own: jit keeps what it traced of the first one.
     by_blocks = jax.jit(lambda *arguments: products(*arguments))
     assert by_blocks.lower(x, *arrays).as_text().count("stablehlo.while") == 2
-    for found, expected in zip(by_blocks(x, *arrays), at_once, strict=True):
+    for actual, expected in zip(by_blocks(x, *arrays), at_once, strict=True):
         # Sums of another order differ in proportion to what is summed, not to what is left of it.
         atol = 1e-6 * np.abs(expected).max()
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=atol)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -247,8 +249,8 @@ def test_gradients_reach_rows_scales_and_float_zero_points(groups, zero_dtype, b
         def loss(x, scale, zero, product=product):
             return jnp.sum(pull * product(x, data, scale, zero, qtype))
 
-        found = jax.jit(jax.grad(loss, trained))(x, scale, zero)
-        for one, other in zip(found, reference(rows, scale, zero), strict=True):
+        result = jax.jit(jax.grad(loss, trained))(x, scale, zero)
+        for one, other in zip(result, reference(rows, scale, zero), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -256,10 +258,10 @@ def test_static_rounding_passes_gradients_where_it_does_not_clip():
     (data, scale, zero, qtype), weight = case("int8", 1)
     x = rows_of(2)
     x[0, 3] = 99.0
-    rest = data, scale, zero
+    others = data, scale, zero
 
     def loss(x, step):
-        return jnp.sum(matmul.static_int8_matmul(x, *rest, step, jnp.int8(5), qtype))
+        return jnp.sum(matmul.static_int8_matmul(x, *others, step, jnp.int8(5), qtype))
 
     step = np.float32(0.03)
     by_row, by_step = jax.jit(jax.grad(loss, (0, 1)))(x, step)
@@ -293,15 +295,15 @@ def test_quantized_matmul_leading_axes_type_and_vmap():
     """Low bit keeps leading axes and type and works under vmap."""
     packed = case("int4", 5)[0]
     x = rows_of(6).reshape(2, 3, 60)
-    found = quantized_matmul(x, *packed)
-    assert found.shape == (2, 3, 6)
+    result = quantized_matmul(x, *packed)
+    assert result.shape == (2, 3, 6)
     narrow = jax.eval_shape(
         quantized_matmul, jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), *packed[:3], "int4"
     )
     assert narrow.dtype == jnp.bfloat16
     stacked = [np.stack([a, a]) for a in packed[:2]]
     each = jax.jit(jax.vmap(lambda x, *weight: matmul.quantized_matmul(x, *weight, None, "int4")))
-    np.testing.assert_allclose(each(x, *stacked), found, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(each(x, *stacked), result, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_are_rounded_to_int8_as_a_loop_does():
@@ -316,9 +318,9 @@ def test_rows_are_rounded_to_int8_as_a_loop_does():
         for c in range(x.shape[1]):
             q = np.clip(np.round(float(x[r, c]) / step + zero), -128, 127)
             expected[r, c] = (q - zero) * step
-    found = np.asarray(jax.jit(matmul.round_rows_to_int8)(x))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert all(len(np.unique(row)) <= 256 for row in found)
+    actual = np.asarray(jax.jit(matmul.round_rows_to_int8)(x))
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    assert all(len(np.unique(row)) <= 256 for row in actual)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -330,8 +332,8 @@ def test_matmul_bf16x3_is_as_accurate_as_float32(rows):
     weight = rng.normal(size=(40, 300)).astype(jnp.bfloat16)
     exact = x.astype(np.float64) @ np.asarray(weight, np.float64).T
     scale = np.abs(x).astype(np.float64) @ np.abs(np.asarray(weight, np.float64)).T
-    found = jax.jit(matmul.matmul_bf16x3)(x, weight)
-    assert np.max(np.abs(found - exact) / scale) < 2e-7
+    result = jax.jit(matmul.matmul_bf16x3)(x, weight)
+    assert np.max(np.abs(result - exact) / scale) < 2e-7
 
     def gradient(product, weight):
         return jax.jit(jax.grad(lambda x: jnp.sum(product(x, weight) ** 2)))(x)

@@ -45,22 +45,22 @@ def pack_row(row, qtype):
             stream.to_bytes(packing.packed_columns(len(row), qtype), "little"), np.uint8
         )
     if qtype == "ternary":
-        found = []
+        results = []
         for start in range(0, len(row), 5):
             digits = [int(code) + 1 for code in row[start : start + 5]]
             number = int("".join(map(str, digits + [1] * (5 - len(digits)))), 3)
-            found.append(-(-number * 256 // 243))
-        return np.array(found, np.uint8)
+            results.append(-(-number * 256 // 243))
+        return np.array(results, np.uint8)
     if qtype == "int5":
         fields = [int(code) % 32 for code in row] + [0] * (-len(row) % 8)
     else:
         fields = [_place_and_signs(row[start : start + 4]) for start in range(0, len(row), 4)]
     units = [fields[i : i + 8] for i in range(0, len(fields), 8)]
-    found = []
+    results = []
     for unit in units:
-        found += [(unit[i] & 15) | (unit[i + 1] & 15) << 4 for i in range(0, 8, 2)]
-        found.append(sum((field >> 4) << i for i, field in enumerate(unit)))
-    return np.array(found, np.uint8)
+        results += [(unit[i] & 15) | (unit[i + 1] & 15) << 4 for i in range(0, 8, 2)]
+        results.append(sum((field >> 4) << i for i, field in enumerate(unit)))
+    return np.array(results, np.uint8)
 
 
 def _place_and_signs(four):
@@ -73,8 +73,8 @@ def _place_and_signs(four):
 def test_bytes_match_a_loop(qtype):
     columns = 64 if qtype == "ternary34" else 43
     codes = draw((5, columns), qtype)
-    found = np.asarray(packing.pack(codes, qtype))
-    np.testing.assert_array_equal(found, [pack_row(row, qtype) for row in codes])
+    result = np.asarray(packing.pack(codes, qtype))
+    np.testing.assert_array_equal(result, [pack_row(row, qtype) for row in codes])
 
 
 @pytest.mark.parametrize("qtype", packing.QTYPES)
@@ -89,9 +89,9 @@ def test_unpacking_undoes_packing(qtype, leading, columns, seed):
     packed = packing.pack(codes, qtype)
     assert packed.dtype == packing.stored_dtype(qtype)
     assert packed.shape == (*leading, packing.packed_columns(columns, qtype))
-    found = packing.unpack(packed, columns, qtype)
-    assert found.dtype == jnp.int8
-    np.testing.assert_array_equal(found, codes)
+    result = packing.unpack(packed, columns, qtype)
+    assert result.dtype == jnp.int8
+    np.testing.assert_array_equal(result, codes)
 
 
 @pytest.mark.parametrize("qtype", packing.QTYPES)
@@ -111,11 +111,11 @@ def test_planes_hold_every_nth_column(qtype, columns):
 def test_rows_cut_at_units_are_packed_by_themselves(qtype):
     unit = packing.unit(qtype)
     codes = draw((2, 4 * unit), qtype)
-    whole = np.asarray(packing.pack(codes, qtype))
+    complete = np.asarray(packing.pack(codes, qtype))
     cut = packing.packed_columns(unit, qtype)
     for part in range(4):
         alone = packing.pack(codes[:, part * unit : (part + 1) * unit], qtype)
-        np.testing.assert_array_equal(whole[:, part * cut : (part + 1) * cut], alone)
+        np.testing.assert_array_equal(complete[:, part * cut : (part + 1) * cut], alone)
 
 
 @pytest.mark.parametrize("qtype", packing.QTYPES)

@@ -28,9 +28,9 @@ def test_rotation_matches_a_loop_and_passes_the_rest_through(style, rotary_dim):
     half = rotary_dim // 2
     pairs = [(2 * i, 2 * i + 1) if style == "interleaved" else (i, i + half) for i in range(half)]
     turn = rotary.rotate_interleaved if style == "interleaved" else rotary.rotate_half
-    found = np.asarray(jax.jit(turn)(np.float32(x), np.float32(angle)))
-    np.testing.assert_allclose(found, rotate_loop(x, angle, pairs), atol=2e-6)
-    np.testing.assert_array_equal(found[..., rotary_dim:], np.float32(x[..., rotary_dim:]))
+    result = np.asarray(jax.jit(turn)(np.float32(x), np.float32(angle)))
+    np.testing.assert_allclose(result, rotate_loop(x, angle, pairs), atol=2e-6)
+    np.testing.assert_array_equal(result[..., rotary_dim:], np.float32(x[..., rotary_dim:]))
 
 
 def test_scores_depend_only_on_relative_positions():
@@ -51,22 +51,22 @@ def test_scores_depend_only_on_relative_positions():
 
 
 def test_frequencies_match_the_formula():
-    found = rotary.inverse_frequencies(8, 10000.0)
+    actual = rotary.inverse_frequencies(8, 10000.0)
     expected = [10000.0 ** (-2 * i / 8) for i in range(4)]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 def test_three_dimensional_positions_feed_their_own_frequencies():
     frequencies = rotary.inverse_frequencies(12, 10000.0)
     sections = (1, 2, 3)
     positions = np.array([[[3, 4]], [[10, 11]], [[20, 21]]])
-    found = jax.jit(rotary.angles, static_argnums=2)(positions, frequencies, sections)
+    actual = jax.jit(rotary.angles, static_argnums=2)(positions, frequencies, sections)
     expected = np.zeros((1, 2, 6))
     row = [0, 1, 1, 2, 2, 2]
     for t in range(2):
         for i in range(6):
             expected[0, t, i] = positions[row[i], 0, t] * np.float64(frequencies[i])
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 def test_one_row_of_positions_serves_all_three_dimensions():

@@ -45,11 +45,11 @@ def test_patches_match_a_loop():
     config = dataclasses.replace(VISION, patch_size=4, image_size=(8, 8), window=None)
     images = np.random.default_rng(0).random((2, 8, 8, 3))
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    found = patches(jnp.asarray(images), config)
-    assert found.shape == (2, 16, 48)
+    result = patches(jnp.asarray(images), config)
+    assert result.shape == (2, 16, 48)
     for b, r, c in np.ndindex(2, 4, 4):
         cut = padded[b, 2 * r : 2 * r + 4, 2 * c : 2 * c + 4]
-        np.testing.assert_allclose(found[b, 4 * r + c], cut.reshape(-1), atol=1e-6)
+        np.testing.assert_allclose(result[b, 4 * r + c], cut.reshape(-1), atol=1e-6)
 
 
 def test_windows_are_separate_except_in_global_layers():
@@ -59,8 +59,8 @@ def test_windows_are_separate_except_in_global_layers():
     lower = slice(4, 8)
     one, other = encode(VISION, images), encode(VISION, changed)
     np.testing.assert_allclose(one[:, lower], other[:, lower], atol=1e-6)
-    whole = dataclasses.replace(VISION, global_layers=(0,))
-    one, other = encode(whole, images), encode(whole, changed)
+    complete = dataclasses.replace(VISION, global_layers=(0,))
+    one, other = encode(complete, images), encode(complete, changed)
     assert not np.allclose(one[:, lower], other[:, lower], atol=1e-4)
 
 
@@ -110,11 +110,11 @@ def test_padding_is_not_seen(text):
     module, params, tokens = text
     longer = jnp.pad(tokens, ((0, 0), (0, 3)), constant_values=7)
     valid = jnp.arange(9)[None] < 6
-    found, _ = applied(module, {"params": params}, longer, jnp.broadcast_to(valid, (2, 9)))
+    actual, _ = applied(module, {"params": params}, longer, jnp.broadcast_to(valid, (2, 9)))
     expected, aux = applied(module, {"params": params}, tokens)
     assert expected.shape == (2, 3)
     assert len(aux["hidden"]) == 3
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_without_token_types_there_is_no_table(text):

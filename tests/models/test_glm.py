@@ -70,20 +70,20 @@ def test_unit_gates_change_nothing_and_a_zero_gate_removes(make_model):
     down["weight"] = down["weight"].at[:, 7].set(0.0)
     out["weight"] = out["weight"].at[:, config.head_dim : 2 * config.head_dim].set(0.0)
     holes = gates(jnp.ones(64).at[7].set(0.0), jnp.ones(4).at[1].set(0.0))
-    found, _ = run({"params": params, "gates": holes}, tokens)
+    actual, _ = run({"params": params, "gates": holes}, tokens)
     expected, _ = run({"params": zeroed}, tokens)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 def test_features_replace_placeholders_in_order():
     x = jnp.zeros((2, 5, 3))
     placeholder = jnp.array([[0, 1, 0, 1, 0], [1, 1, 0, 0, 0]], bool)
     features = jnp.arange(12, dtype=jnp.float32).reshape(2, 2, 3) + 1
-    found = place_features(x, placeholder, features)
+    actual = place_features(x, placeholder, features)
     expected = np.zeros((2, 5, 3))
     expected[0, 1], expected[0, 3] = features[0]
     expected[1, 0], expected[1, 1] = features[1]
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_features_replace_placeholders(make_model):
@@ -129,16 +129,16 @@ def test_layer_by_layer_equals_the_whole(make_model):
         x, _ = module.embed_inputs(tokens)
         positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
         angle, mask, slot = module.decoder.prepare(x, positions, None, None)
-        seen = [x]
+        observed = [x]
         for index in range(module.config.decoder.num_layers):
             x, _ = module.decoder.run_layer(index, x, angle, mask, None, slot)
-            seen.append(x)
-        return module.predict(module.decoder.norm(x)), seen
+            observed.append(x)
+        return module.predict(module.decoder.norm(x)), observed
 
-    found, seen = jax.jit(lambda p: model.apply({"params": p}, method=step_by_step))(params)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert len(aux["hidden"]) == len(seen) == 3
-    for one, other in zip(aux["hidden"], seen, strict=True):
+    actual, observed = jax.jit(lambda p: model.apply({"params": p}, method=step_by_step))(params)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    assert len(aux["hidden"]) == len(observed) == 3
+    for one, other in zip(aux["hidden"], observed, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
@@ -160,8 +160,8 @@ def test_bfloat16_stays_close_to_the_reference(make_model):
     tokens = tokens_of((2, 6))
     expected, _ = jax.jit(model.apply)({"params": params}, tokens)
     rough = model.clone(compute="bfloat16")
-    found, _ = jax.jit(rough.apply)({"params": params}, tokens)
-    assert float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)) < 0.03
+    actual, _ = jax.jit(rough.apply)({"params": params}, tokens)
+    assert float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected)) < 0.03
 
 
 def test_a_text_only_model_has_no_encoders(make_model):

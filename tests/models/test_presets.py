@@ -29,11 +29,11 @@ def test_large_is_exactly_glm_edge_1_5b():
 
 
 def test_phone_9b_is_glm_4_1v_9b_with_the_glm_asr_encoder():
-    found = counts("phone_9b")
+    result = counts("phone_9b")
     speech = abstract_params("phone_9b")["speech"]
     projector = boxes.count({name: speech[name] for name in ("linear_1", "linear_2")})
-    assert found["speech"] - projector == 635_048_960
-    assert sum(found.values()) - found["speech"] == 10_292_777_472
+    assert result["speech"] - projector == 635_048_960
+    assert sum(result.values()) - result["speech"] == 10_292_777_472
 
 
 @pytest.mark.parametrize("name", ["mobile", "large", "phone_9b"])

@@ -112,8 +112,8 @@ def test_stock_modules_run_on_boxes_unchanged(module, shape, bits):
         boxed = boxes.map_with_path(convert, params)
         plain = jax.tree.map(boxes.dense, boxed, is_leaf=boxes.is_box)
         assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, params)
-        found = apply({"params": boxed}, x)
-        np.testing.assert_allclose(found, apply({"params": plain}, x), atol=1e-6)
+        result = apply({"params": boxed}, x)
+        np.testing.assert_allclose(result, apply({"params": plain}, x), atol=1e-6)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -121,8 +121,8 @@ def test_a_stock_embedding_runs_on_a_box(format):
     module, tokens = nn.Embed(10, 16), np.array([[0, 9, 3]])
     params = init(module, tokens)["params"]
     box = {"embedding": quantize(params["embedding"], format, "embedding")}
-    found = jax.jit(module.apply)({"params": box}, tokens)
-    np.testing.assert_allclose(found, np.asarray(box["embedding"].unbox())[tokens], atol=1e-6)
+    result = jax.jit(module.apply)({"params": box}, tokens)
+    np.testing.assert_allclose(result, np.asarray(box["embedding"].unbox())[tokens], atol=1e-6)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -133,9 +133,9 @@ def test_our_linear_hands_the_box_to_the_low_bit_kernel(format, rows, monkeypatc
     monkeypatch.setattr(matmul, "quantized_matmul", lambda *args: called.append(1) or kernel(*args))
     module, x = Linear(6), weight(rows, 16)
     box = quantize(weight(6, 16, seed=1), format)
-    found = jax.jit(module.apply)({"params": {"weight": box}}, x)
+    result = jax.jit(module.apply)({"params": {"weight": box}}, x)
     assert called
-    np.testing.assert_allclose(found, x @ np.asarray(boxes.dense(box)).T, atol=1e-5)
+    np.testing.assert_allclose(result, x @ np.asarray(boxes.dense(box)).T, atol=1e-5)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -146,11 +146,11 @@ def test_our_embedding_dequantizes_only_the_rows_it_reads(format, monkeypatch):
     sizes = []
     name, kernel = "dequantize_levels", quantization.dequantize_levels
     monkeypatch.setattr(
-        quantization, name, lambda q, *rest: sizes.append(q.shape) or kernel(q, *rest)
+        quantization, name, lambda q, *others: sizes.append(q.shape) or kernel(q, *others)
     )
-    found = jax.jit(Embed(10, 16).apply)({"params": {"weight": box}}, tokens)
+    actual = jax.jit(Embed(10, 16).apply)({"params": {"weight": box}}, tokens)
     assert set(sizes) == {(1, 3, 16)}
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_our_tied_head_reaches_the_low_bit_kernel(monkeypatch):
@@ -159,9 +159,9 @@ def test_our_tied_head_reaches_the_low_bit_kernel(monkeypatch):
     monkeypatch.setattr(matmul, "quantized_matmul", lambda *args: called.append(1) or kernel(*args))
     box, x = quantize(weight(10, 16), Format("int8")), weight(2, 16)
     attend = functools.partial(Embed(10, 16).apply, method="attend")
-    found = jax.jit(attend)({"params": {"weight": box}}, x)
+    result = jax.jit(attend)({"params": {"weight": box}}, x)
     assert called
-    np.testing.assert_allclose(found, x @ np.asarray(boxes.dense(box)).T, atol=1e-5)
+    np.testing.assert_allclose(result, x @ np.asarray(boxes.dense(box)).T, atol=1e-5)
 
 
 def test_int8_dynamic_rounds_rows_of_quantized_weights_only():
@@ -169,8 +169,8 @@ def test_int8_dynamic_rounds_rows_of_quantized_weights_only():
     x, plain = weight(3, 16), weight(6, 16, seed=1)
     box = quantize(plain, Format("int8"))
     rounded = np.asarray(jax.jit(matmul.round_rows_to_int8)(x))
-    found = linear(x, box, "int8_dynamic")
-    np.testing.assert_allclose(found, rounded @ np.asarray(boxes.dense(box)).T, atol=1e-5)
+    result = linear(x, box, "int8_dynamic")
+    np.testing.assert_allclose(result, rounded @ np.asarray(boxes.dense(box)).T, atol=1e-5)
     np.testing.assert_allclose(linear(x, plain, "int8_dynamic"), x @ plain.T, atol=1e-5)
 
 
@@ -197,8 +197,8 @@ def test_scan_runs_over_stacked_boxes(format):
     expected, block = x, jax.jit(Block().apply)
     for layer in layers:
         expected, _ = block({"params": layer}, expected, None)
-    found, _ = jax.jit(stack.apply)({"params": stacked}, x, None)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    actual, _ = jax.jit(stack.apply)({"params": stacked}, x, None)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
     np.testing.assert_allclose(
         stacked["ours"]["weight"].unbox()[1], layers[1]["ours"]["weight"].unbox()
     )
@@ -209,9 +209,9 @@ def test_vmap_runs_over_a_batch_of_boxes(format):
     each = [quantize(weight(6, 16, seed=i), format) for i in range(3)]
     x = weight(3, 2, 16)
     stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *each)
-    found = np.asarray(jax.jit(jax.vmap(boxes.linear))(x, stacked))
+    result = np.asarray(jax.jit(jax.vmap(boxes.linear))(x, stacked))
     for i, box in enumerate(each):
-        np.testing.assert_allclose(found[i], linear(x[i], box), atol=1e-5)
+        np.testing.assert_allclose(result[i], linear(x[i], box), atol=1e-5)
     unboxed = jax.jit(jax.vmap(boxes.dense))(stacked)
     np.testing.assert_array_equal(unboxed, np.stack([boxes.dense(box) for box in each]))
 
@@ -306,16 +306,16 @@ GRIDS = {f"{side}_{name}" for side in ("input", "output") for name in ("scale", 
 def test_static_grids_come_whole_and_outputs_after_inputs(missing, message):
     box = quantize(weight(4, 8), Format("int8"))
     scale, zero = jnp.float32(0.5), jnp.int8(3)
-    held = {name: scale if name.endswith("scale") else zero for name in GRIDS - missing}
+    stored = {name: scale if name.endswith("scale") else zero for name in GRIDS - missing}
     static = describe(box)
-    fields = {name: v for name, v in boxes.array_fields(box).items() if v is not None} | held
+    fields = {name: v for name, v in boxes.array_fields(box).items() if v is not None} | stored
     if message:
         with pytest.raises(BoxError, match=message):
             rebuild(fields, static)
         return
     rebuilt = rebuild(fields, static)
-    found = {name for name in GRIDS if getattr(rebuilt, name) is not None}
-    assert found == GRIDS - missing
-    if held:
+    results = {name for name in GRIDS if getattr(rebuilt, name) is not None}
+    assert results == GRIDS - missing
+    if stored:
         with pytest.raises(BoxError, match=r"must be \(\) each"):
             rebuild(fields | {"input_scale": jnp.ones(2)}, static)

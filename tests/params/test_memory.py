@@ -36,11 +36,11 @@ def temporary_bytes() -> dict[str, int]:
     params = init(model, tokens)["params"]
     model, params, _ = quantize.rtn("int4-g32")(model, params)
     run = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
-    found = {"dense": 4 * boxes.count(params)}
+    results = {"dense": 4 * boxes.count(params)}
     for rows in (1, 8):
         compiled = run.lower(params, jnp.zeros((1, rows), jnp.int32)).compile()
-        found[str(rows)] = compiled.memory_analysis().temp_size_in_bytes
-    return found
+        results[str(rows)] = compiled.memory_analysis().temp_size_in_bytes
+    return results
 
 
 def test_temporary_memory_is_under_twice_the_largest_layer(optimized):
@@ -51,10 +51,10 @@ def test_temporary_memory_is_under_twice_the_largest_layer(optimized):
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout)
-    assert found["dense"] > 10 * LARGEST_LAYER
-    assert found["8"] < 2 * LARGEST_LAYER
-    assert found["1"] < LARGEST_LAYER
+    result = json.loads(ran.stdout)
+    assert result["dense"] > 10 * LARGEST_LAYER
+    assert result["8"] < 2 * LARGEST_LAYER
+    assert result["1"] < LARGEST_LAYER
 
 
 if __name__ == "__main__":

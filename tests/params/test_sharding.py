@@ -139,8 +139,8 @@ def test_matrices_lie_as_the_rules_say():
 
 def test_an_axis_of_the_mesh_that_is_missing_counts_as_none():
     mesh = AbstractMesh((4,), ("model",))
-    found = spec("embed/weight", (64, 128), mesh, rules=sharding.FULLY_SHARDED)
-    assert found == P("model", None)
+    result = spec("embed/weight", (64, 128), mesh, rules=sharding.FULLY_SHARDED)
+    assert result == P("model", None)
     with pytest.raises(ConfigError, match=r"axes \('x',\): the sharding rules name none"):
         spec("embed/weight", (64, 128), AbstractMesh((4,), ("x",)))
 
@@ -169,7 +169,7 @@ def quantized(columns: int, **options) -> ge.params.Quantized:
 
 
 @pytest.mark.parametrize(
-    ("box", "ways", "data", "scale"),
+    ("box", "shards", "data", "scale"),
     [
         (quantized(256, qtype="int4", group_size=32), 4, "model", "model"),
         (quantized(256, qtype="int4", group_size=32, symmetric=False), 8, "model", "model"),
@@ -181,24 +181,24 @@ def quantized(columns: int, **options) -> ge.params.Quantized:
         (quantized(7, qtype="int4"), 4, None, None),
     ],
 )
-def test_columns_are_cut_at_whole_groups_and_bytes(box, ways, data, scale):
+def test_columns_are_cut_at_whole_groups_and_bytes(box, shards, data, scale):
     path = "decoder/layers/0/mlp/down_proj/weight"
-    found = sharding.named_sharding(path, box, mesh_of(1, ways))
-    assert found.data.spec == P(None, data)
-    assert found.scale.spec == P(None, scale)
-    assert found.zero is None if box.zero is None else found.zero.spec == P(None, scale)
-    assert jax.tree.structure(found) == jax.tree.structure(box)
+    result = sharding.named_sharding(path, box, mesh_of(1, shards))
+    assert result.data.spec == P(None, data)
+    assert result.scale.spec == P(None, scale)
+    assert result.zero is None if box.zero is None else result.zero.spec == P(None, scale)
+    assert jax.tree.structure(result) == jax.tree.structure(box)
 
 
 def test_rows_of_boxes_are_cut_like_those_of_arrays():
-    found = sharding.named_sharding("embed/weight", quantized(64, qtype="int8"), mesh_of(1, 4))
-    assert (found.data.spec, found.scale.spec) == (P("model", None), P("model", None))
+    result = sharding.named_sharding("embed/weight", quantized(64, qtype="int8"), mesh_of(1, 4))
+    assert (result.data.spec, result.scale.spec) == (P("model", None), P("model", None))
     masked = ge.params.mask(jnp.ones((8, 4)), jnp.ones((8, 4), bool))
-    found = sharding.named_sharding("embed/weight", masked, mesh_of(1, 4))
-    assert found.value.spec == found.mask.spec == P("model", None)
+    result = sharding.named_sharding("embed/weight", masked, mesh_of(1, 4))
+    assert result.value.spec == result.mask.spec == P("model", None)
     stock = quantized(64, qtype="int8").replace(kernel_shape=(64, 8))
-    found = sharding.named_sharding("embed/weight", stock, mesh_of(1, 4))
-    assert found.data.spec == P(None, None)
+    result = sharding.named_sharding("embed/weight", stock, mesh_of(1, 4))
+    assert result.data.spec == P(None, None)
 
 
 @pytest.fixture(scope="module")

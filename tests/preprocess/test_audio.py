@@ -64,10 +64,10 @@ def test_missing_files_and_folders_are_named(tmp_path):
 @given(st.data())
 def test_changed_bytes_read_or_are_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("flip") / "a.wav"
-    whole = bytearray(write_wav(path, np.arange(20, dtype="<i2")).read_bytes())
+    content = bytearray(write_wav(path, np.arange(20, dtype="<i2")).read_bytes())
     for _ in range(2):
-        whole[data.draw(st.integers(0, 47))] = data.draw(st.integers(0, 255))
-    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+        content[data.draw(st.integers(0, 47))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
         samples, rate = preprocess.load_wav(path)
     except DataError:
@@ -82,11 +82,11 @@ def test_changed_bytes_read_or_are_refused(tmp_path_factory, data):
     [(44100, 8000), (44100, 16000), (48000, 16000), (8000, 16000), (11025, 8000), (16000, 8000)],
 )
 def test_resampling_keeps_a_tone_and_its_phase(rate, target):
-    found = preprocess.resample(tone(1000, rate), rate, target)
+    actual = preprocess.resample(tone(1000, rate), rate, target)
     expected = tone(1000, target)
-    assert found.dtype == np.float32
-    assert len(found) == len(expected)
-    np.testing.assert_allclose(found[200:-200], expected[200:-200], atol=1e-4)
+    assert actual.dtype == np.float32
+    assert len(actual) == len(expected)
+    np.testing.assert_allclose(actual[200:-200], expected[200:-200], atol=1e-4)
 
 
 def test_resampling_removes_what_the_target_cannot_hold():
@@ -95,17 +95,17 @@ def test_resampling_removes_what_the_target_cannot_hold():
 
 
 def test_resampling_keeps_the_passband():
-    found = preprocess.resample(tone(3500, 44100), 44100, 8000)
-    np.testing.assert_allclose(found[200:-200], tone(3500, 8000)[200:-200], atol=2e-2)
+    result = preprocess.resample(tone(3500, 44100), 44100, 8000)
+    np.testing.assert_allclose(result[200:-200], tone(3500, 8000)[200:-200], atol=2e-2)
 
 
 @given(st.integers(1, 2000), st.integers(1000, 9000), st.integers(1000, 9000))
 def test_resampled_length_and_level(length, rate, target):
-    found = preprocess.resample(np.full(length, 0.5, np.float32), rate, target)
-    assert len(found) == -(-length * target // rate)
-    assert np.isfinite(found).all()
+    result = preprocess.resample(np.full(length, 0.5, np.float32), rate, target)
+    assert len(result) == -(-length * target // rate)
+    assert np.isfinite(result).all()
     reach = 40 * max(1, target // rate)
-    np.testing.assert_allclose(found[reach : len(found) - reach], 0.5, atol=1e-3)
+    np.testing.assert_allclose(result[reach : len(result) - reach], 0.5, atol=1e-3)
 
 
 def test_same_rate_changes_nothing():
@@ -171,9 +171,9 @@ def direct_log_mel(samples, config):
 )
 def test_log_mel_matches_a_float64_loop(config):
     samples = 0.1 * RNG.normal(size=config.num_frames * config.hop_length)
-    found = preprocess.prepare_audio(samples, config)
-    assert found.shape == (config.num_frames, config.mel_bins)
-    np.testing.assert_allclose(found, direct_log_mel(samples, config), atol=1e-4)
+    result = preprocess.prepare_audio(samples, config)
+    assert result.shape == (config.num_frames, config.mel_bins)
+    np.testing.assert_allclose(result, direct_log_mel(samples, config), atol=1e-4)
 
 
 def test_prepare_audio_pads_short_and_refuses_long_ones():
@@ -199,37 +199,37 @@ def slow_resample(samples, rate, target, count):
     cutoff = 0.95 * min(1, target / rate)
     reach = int(np.ceil(32 / cutoff))
     padded = np.pad(samples.astype(np.float64), reach + 1)
-    found = []
+    results = []
     for n in range(min(count, -(-len(samples) * target // rate))):
-        whole, part = divmod(n * rate, target)
+        complete, part = divmod(n * rate, target)
         offset = np.arange(-reach, reach + 1) - part / target
         taps = np.sinc(cutoff * offset)
         taps *= np.i0(8.6 * np.sqrt(np.maximum(0, 1 - (offset / (reach + 1)) ** 2)))
-        found.append(taps @ padded[whole + 1 : whole + 2 + 2 * reach] / taps.sum())
-    return np.array(found)
+        results.append(taps @ padded[complete + 1 : complete + 2 + 2 * reach] / taps.sum())
+    return np.array(results)
 
 
 @pytest.mark.parametrize(("rate", "target"), [(44099, 16000), (8000, 44100), (767_999, 1000)])
 def test_resample_is_the_sum_over_its_taps(rate, target):
     samples = 0.1 * RNG.normal(size=4000).astype(np.float32)
-    found = preprocess.resample(samples, rate, target)
+    actual = preprocess.resample(samples, rate, target)
     expected = slow_resample(samples, rate, target, 200)
-    np.testing.assert_allclose(found[:200], expected, atol=2e-6)
+    np.testing.assert_allclose(actual[:200], expected, atol=2e-6)
 
 
 def test_a_prime_rate_is_resampled_in_bounded_time():
     before = time.process_time()
-    found = preprocess.resample(tone(1000, 44099, 1.0), 44099, 16000)
+    result = preprocess.resample(tone(1000, 44099, 1.0), 44099, 16000)
     assert time.process_time() - before < 10
-    np.testing.assert_allclose(found[200:-200], tone(1000, 16000, 1.0)[200:-200], atol=1e-4)
+    np.testing.assert_allclose(result[200:-200], tone(1000, 16000, 1.0)[200:-200], atol=1e-4)
 
 
 def test_a_batch_is_its_rows():
     rows = 0.1 * RNG.normal(size=(3, 5000))
     batch = preprocess.prepare_audio(rows, NANO)
     assert batch.shape == (3, 160, 40)
-    for row, found in zip(rows, batch, strict=True):
-        np.testing.assert_allclose(found, preprocess.prepare_audio(row, NANO), atol=1e-6)
+    for row, result in zip(rows, batch, strict=True):
+        np.testing.assert_allclose(result, preprocess.prepare_audio(row, NANO), atol=1e-6)
 
 
 def test_silence_is_finite():

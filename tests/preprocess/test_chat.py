@@ -115,8 +115,8 @@ def test_glm_4_writes_calls_and_results(family, gap):
     called = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
     parts = {"role": "tool", "content": [{"type": "text", "text": "sun"}]}
     assert render(template, [CALLED[0], called, parts, CALLED[3]]) == text % '{"城": 1}'
-    said = {**called, "content": "Let me see."}
-    assert "<|assistant|>\nLet me see.<|assistant|>天气" in render(template, [CALLED[0], said])
+    message = {**called, "content": "Let me see."}
+    assert "<|assistant|>\nLet me see.<|assistant|>天气" in render(template, [CALLED[0], message])
     # An empty result is a result.
     empty = [*CALLED[:2], {"role": "tool", "content": ""}]
     assert render(template, empty).endswith("<|observation|>\n<|assistant|>")

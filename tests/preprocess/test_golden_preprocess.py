@@ -46,8 +46,8 @@ def test_log_mel_is_whispers(case):
         intermediate_size=8,
         projector_size=8,
     )
-    found = preprocess.prepare_audio(inputs["whisper.waveform"], config)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    actual = preprocess.prepare_audio(inputs["whisper.waveform"], config)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_mel_filters_are_whispers(case):

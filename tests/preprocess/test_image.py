@@ -51,8 +51,8 @@ def test_photos_are_turned_upright(tmp_path):
     exif = pillow.Exif()
     exif[0x0112] = 6
     (tmp_path / "a.png").write_bytes(encoded(PIXELS, "PNG", exif=exif))
-    found = preprocess.load_image(tmp_path / "a.png")
-    np.testing.assert_array_equal(found, np.rot90(PIXELS, -1))
+    result = preprocess.load_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(result, np.rot90(PIXELS, -1))
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_missing_files_and_folders_are_named(tmp_path):
 @given(st.data())
 def test_truncated_files_are_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("cut") / "a"
-    whole = encoded(PIXELS, data.draw(st.sampled_from(["PNG", "JPEG", "BMP"])))
-    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) // 2))])
+    complete = encoded(PIXELS, data.draw(st.sampled_from(["PNG", "JPEG", "BMP"])))
+    path.write_bytes(complete[: data.draw(st.integers(0, len(complete) // 2))])
     with pytest.raises(DataError) as excinfo:
         preprocess.load_image(path)
     assert str(path) in message(excinfo)
@@ -85,10 +85,10 @@ def test_truncated_files_are_refused(tmp_path_factory, data):
 @given(st.data())
 def test_changed_bytes_read_or_are_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("flip") / "a"
-    whole = bytearray(encoded(PIXELS, data.draw(st.sampled_from(["PNG", "JPEG", "BMP", "GIF"]))))
+    complete = bytearray(encoded(PIXELS, data.draw(st.sampled_from(["PNG", "JPEG", "BMP", "GIF"]))))
     for _ in range(3):
-        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(whole)
+        complete[data.draw(st.integers(0, len(complete) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(complete)
     try:
         image = preprocess.load_image(path)
     except DataError:
@@ -163,11 +163,11 @@ def test_resize_of_large_images_is_that_of_small_ones(monkeypatch):
 
 @pytest.mark.parametrize("size", [(12, 9), (24, 18), (6, 4), (5, 30), (37, 3), (1, 1)])
 def test_resize_is_pillows_bicubic(size):
-    found = preprocess.resize(PIXELS / 255.0, size)
+    actual = preprocess.resize(PIXELS / 255.0, size)
     for channel in range(3):
         plane = pillow.fromarray(PIXELS[..., channel].astype(np.float32) / 255.0)
         expected = np.asarray(plane.resize(size[::-1], pillow.Resampling.BICUBIC))
-        np.testing.assert_allclose(found[..., channel], np.clip(expected, 0, 1), atol=2e-6)
+        np.testing.assert_allclose(actual[..., channel], np.clip(expected, 0, 1), atol=2e-6)
 
 
 @given(

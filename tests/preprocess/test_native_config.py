@@ -42,17 +42,17 @@ def nano():
         ("", True),
     ],
 )
-@pytest.mark.parametrize("seen", [False, True])
-def test_prompts_are_those_of_training(nano, instruction, spoken, seen):
-    parts = [IMAGE] * seen + [AUDIO] * spoken + [text(instruction)] * bool(instruction)
+@pytest.mark.parametrize("observed", [False, True])
+def test_prompts_are_those_of_training(nano, instruction, spoken, observed):
+    parts = [IMAGE] * observed + [AUDIO] * spoken + [text(instruction)] * bool(instruction)
     picture = RNG.random((192, 96, 3), np.float32)
     inputs = nano(
-        user(*parts), images=[picture] if seen else None, audio=[SAMPLES] if spoken else None
+        user(*parts), images=[picture] if observed else None, audio=[SAMPLES] if spoken else None
     )
     expected = preprocess.prompt_ids(
         nano.tokenizer,
         instruction,
-        CONFIG.vision.num_tokens * seen,
+        CONFIG.vision.num_tokens * observed,
         CONFIG.speech.num_tokens * spoken,
     )
     assert inputs.tokens.tolist() == [expected]
@@ -118,25 +118,25 @@ def test_answers_are_those_of_the_exam(nano, loaded):
         for item in items
     ]
     options = {"max_new_tokens": tap_eval.ANSWER_TOKENS, "return_logits": True}
-    found = ge.generate.generate(*loaded, nano(batch), **options)
+    actual = ge.generate.generate(*loaded, nano(batch), **options)
     [prompts] = tap_items.prompt_batches(items, CONFIG, nano.tokenizer, batch=len(items))
     expected = ge.generate.generate(*loaded, prompts, **options)
-    np.testing.assert_array_equal(found.tokens, expected.tokens)
-    for ours, theirs, length in zip(found.logits, expected.logits, found.lengths, strict=True):
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
+    for ours, theirs, length in zip(actual.logits, expected.logits, actual.lengths, strict=True):
         np.testing.assert_allclose(ours[: length + 1], theirs[: length + 1], atol=1e-4)
-    assert nano.decode(found.tokens[0]).startswith("do(action=")
+    assert nano.decode(actual.tokens[0]).startswith("do(action=")
 
 
 def test_saved_with_its_files_it_reads_the_same(nano, loaded, tmp_path):
     extras = {name: NANO / name for name in ("tokenizer.json", "chat_template.jinja")}
     directory = ge.save(*loaded, tmp_path / "copy", format="safetensors", extras=extras)
-    found = Processor.from_checkpoint(directory)
+    result = Processor.from_checkpoint(directory)
     for field in dataclasses.fields(Processor)[1:]:
-        assert getattr(found, field.name) == getattr(nano, field.name)
+        assert getattr(result, field.name) == getattr(nano, field.name)
 
 
 @pytest.fixture
-def own(checkpoint):
+def local(checkpoint):
     """Writes a directory of our own format: `own(config, **files)`."""
 
     def write(config, **files):
@@ -164,17 +164,17 @@ def seeing(vision=VISION, decoder=CONFIG.decoder, **fields):
     return configs.GLMConfig("seeing", decoder, vision, image_token_id=267, **fields)
 
 
-def test_images_of_the_families_are_theirs(own):
-    found = Processor.from_checkpoint(own(seeing(decoder=TURNING, video_token_id=268)))
-    assert (found.image, found.video) == (GLM4V, GLM4V_VIDEO)
-    assert (found.image_token, found.video_token) == ("<|image|>", "<|video|>")
+def test_images_of_the_families_are_theirs(local):
+    result = Processor.from_checkpoint(local(seeing(decoder=TURNING, video_token_id=268)))
+    assert (result.image, result.video) == (GLM4V, GLM4V_VIDEO)
+    assert (result.image_token, result.video_token) == ("<|image|>", "<|video|>")
     vision = dataclasses.replace(VISION, boundary_embeddings=True)
-    found = Processor.from_checkpoint(own(seeing(vision)))
-    assert found.image == dataclasses.replace(GLM_EDGE_V, size=(56, 84))
+    result = Processor.from_checkpoint(local(seeing(vision)))
+    assert result.image == dataclasses.replace(GLM_EDGE_V, size=(56, 84))
 
 
-def test_files_of_a_processor_go_before(own):
-    directory = own(
+def test_files_of_a_processor_go_before(local):
+    directory = local(
         seeing(),
         preprocessor_config_json={
             "image_processor_type": "Glm4vImageProcessor",
@@ -183,11 +183,11 @@ def test_files_of_a_processor_go_before(own):
         },
         generation_config_json={"eos_token_id": [3, 4]},
     )
-    found = Processor.from_checkpoint(directory)
-    assert dataclasses.replace(found.image, size=None) == GLM4V
-    assert found.stop_token_ids == (3, 4)
+    actual = Processor.from_checkpoint(directory)
+    assert dataclasses.replace(actual.image, size=None) == GLM4V
+    assert actual.stop_token_ids == (3, 4)
     speech = configs.GLMConfig("a", CONFIG.decoder, speech=CONFIG.speech, audio_token_id=271)
-    directory = own(
+    directory = local(
         speech,
         preprocessor_config_json={
             "feature_extractor_type": "WhisperFeatureExtractor",
@@ -202,15 +202,15 @@ def test_files_of_a_processor_go_before(own):
     assert Processor.from_checkpoint(directory).audio == expected
 
 
-def test_a_model_of_text_alone_reads_text(own):
+def test_a_model_of_text_alone_reads_text(local):
     decoder = dataclasses.replace(CONFIG.decoder, vocab_size=280)
     config = configs.GLMConfig("text", decoder, eos_token_ids=(256, 260), pad_token_id=256)
-    found = Processor.from_checkpoint(own(config))
-    assert (found.image, found.audio) == (None, None)
-    assert (found.stop_token_ids, found.pad_token_id) == ((256, 260), 256)
-    assert dict(found([{"role": "user", "content": "hi"}])).keys() == {"tokens", "valid"}
+    result = Processor.from_checkpoint(local(config))
+    assert (result.image, result.audio) == (None, None)
+    assert (result.stop_token_ids, result.pad_token_id) == ((256, 260), 256)
+    assert dict(result([{"role": "user", "content": "hi"}])).keys() == {"tokens", "valid"}
     with pytest.raises(DataError, match="this model reads no images"):
-        found(user(IMAGE), images=[np.zeros((9, 9, 3), np.uint8)])
+        result(user(IMAGE), images=[np.zeros((9, 9, 3), np.uint8)])
 
 
 @pytest.mark.parametrize(
@@ -228,16 +228,16 @@ def test_a_model_of_text_alone_reads_text(own):
     ],
     ids=range(5),
 )
-def test_configurations_that_are_none_are_refused(own, change, error, pattern):
-    directory = own(seeing())
+def test_configurations_that_are_none_are_refused(local, change, error, pattern):
+    directory = local(seeing())
     fields = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(fields | change))
     with pytest.raises(error, match=pattern):
         Processor.from_checkpoint(directory)
 
 
-def test_a_field_of_the_wrong_type_is_refused(own):
-    directory = own(seeing())
+def test_a_field_of_the_wrong_type_is_refused(local):
+    directory = local(seeing())
     fields = json.loads((directory / "config.json").read_text())
     fields["config"]["decoder"]["num_layers"] = "many"
     (directory / "config.json").write_text(json.dumps(fields))
@@ -245,14 +245,14 @@ def test_a_field_of_the_wrong_type_is_refused(own):
         Processor.from_checkpoint(directory)
 
 
-def test_a_placeholder_that_the_tokenizer_lacks_is_named(own):
+def test_a_placeholder_that_the_tokenizer_lacks_is_named(local):
     config = dataclasses.replace(seeing(), image_token_id=2000)
     with pytest.raises(ConfigError, match=r"'image_token_id' is 2000, an id that tokenizer\.json"):
-        Processor.from_checkpoint(own(config))
+        Processor.from_checkpoint(local(config))
 
 
-def test_a_missing_template_is_asked_for(own):
-    directory = own(seeing())
+def test_a_missing_template_is_asked_for(local):
+    directory = local(seeing())
     (directory / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match=r"has no chat template.*pass template= or family="):
         Processor.from_checkpoint(directory)
@@ -279,8 +279,8 @@ def test_pixels_that_are_not_rounded_are_stretched_bicubic(change):
         ("decoder", {"rope_theta": 1e300}, "decoder: rope_theta 1e"),
     ],
 )
-def test_numbers_of_a_configuration_have_ranges(own, part, change, pattern):
-    directory = own(CONFIG)
+def test_numbers_of_a_configuration_have_ranges(local, part, change, pattern):
+    directory = local(CONFIG)
     fields = json.loads((directory / "config.json").read_text())
     fields["config"][part] |= change
     (directory / "config.json").write_text(json.dumps(fields))

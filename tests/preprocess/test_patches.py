@@ -29,8 +29,8 @@ def test_images_and_videos_survive_packing(data):
         images.append(RNG.random(shape, np.float32))
     pixel_values, grids = to_patches(images, **sizes)
     assert pixel_values.shape[0] == grids.prod(axis=1).sum()
-    found = from_patches(pixel_values, grids, **sizes, channels=channels)
-    for image, unpacked in zip(images, found, strict=True):
+    result = from_patches(pixel_values, grids, **sizes, channels=channels)
+    for image, unpacked in zip(images, result, strict=True):
         single = image.ndim == 4 and len(image) == 1 and unpacked.ndim == 3
         np.testing.assert_array_equal(image[0] if single else image, unpacked)
 
@@ -50,8 +50,8 @@ def test_patch_order_of_values_and_blocks():
 
 def test_still_images_whose_frames_differ_stay_frames():
     frames = RNG.random((2, 4, 4, 3), np.float32)
-    [found] = from_patches(*to_patches([frames], patch_size=2), patch_size=2)
-    np.testing.assert_array_equal(found, frames)
+    [result] = from_patches(*to_patches([frames], patch_size=2), patch_size=2)
+    np.testing.assert_array_equal(result, frames)
 
 
 @pytest.mark.parametrize(

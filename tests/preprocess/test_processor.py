@@ -154,24 +154,24 @@ def test_parts_may_bring_their_media(glm4v, glm_asr, tmp_path):
         {"type": "image", "url": url},
         {"type": "image_url", "image_url": {"url": url}},
     ):
-        found = glm4v(user(part))
-        np.testing.assert_array_equal(found.images[0], expected.images[0])
-        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        actual = glm4v(user(part))
+        np.testing.assert_array_equal(actual.images[0], expected.images[0])
+        np.testing.assert_array_equal(actual.tokens, expected.tokens)
     with wave.open(str(tmp_path / "a.wav"), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(16000)
         file.writeframes((SAMPLES * 32767).astype("<i2").tobytes())
-    found = glm_asr(user({"type": "audio", "audio": str(tmp_path / "a.wav")}))
-    np.testing.assert_allclose(found.audio, glm_asr(user(AUDIO), audio=[SAMPLES]).audio, atol=0.2)
+    actual = glm_asr(user({"type": "audio", "audio": str(tmp_path / "a.wav")}))
+    np.testing.assert_allclose(actual.audio, glm_asr(user(AUDIO), audio=[SAMPLES]).audio, atol=0.2)
 
 
 def test_supplied_and_own_media_keep_the_reading_order(glm4v):
-    own = {"type": "image", "image": SCREEN}
-    inputs = glm4v([user(IMAGE, own), user(IMAGE)], images=[PICTURE, PICTURE[:, ::-1]])
+    local = {"type": "image", "image": SCREEN}
+    inputs = glm4v([user(IMAGE, local), user(IMAGE)], images=[PICTURE, PICTURE[:, ::-1]])
     expected = [preprocess.prepare_image(x, GLM4V) for x in (PICTURE, SCREEN, PICTURE[:, ::-1])]
-    for found, image in zip(inputs.images, expected, strict=True):
-        np.testing.assert_array_equal(found, image)
+    for actual, image in zip(inputs.images, expected, strict=True):
+        np.testing.assert_array_equal(actual, image)
 
 
 def test_special_tokens_in_text_are_text_unless_asked_for(glm4v):
@@ -182,8 +182,8 @@ def test_special_tokens_in_text_are_text_unless_asked_for(glm4v):
     assert ids.count(glm4v.tokenizer.token_to_id("<|assistant|>")) == 1
     assert attack in spelled(glm4v, inputs)
     plain = user(text("hi<|user|>"))
-    found = glm4v(plain, special_tokens_in_text=True).tokens[0].tolist()
-    assert found.count(glm4v.tokenizer.token_to_id("<|user|>")) == 2
+    result = glm4v(plain, special_tokens_in_text=True).tokens[0].tolist()
+    assert result.count(glm4v.tokenizer.token_to_id("<|user|>")) == 2
     with pytest.raises(DataError, match=r"placeholders for \['image', 'image'\], messages contain"):
         glm4v(user(IMAGE, text(attack)), images=[PICTURE], special_tokens_in_text=True)
 
@@ -243,9 +243,9 @@ def test_prompts_are_glm4v_processors(checkpoint, tokenizer):
     expected = reference(texts, padding=True, add_special_tokens=False, return_tensors="np")
     np.testing.assert_array_equal(inputs.tokens, expected["input_ids"])
     np.testing.assert_array_equal(inputs.valid, expected["attention_mask"])
-    found, grids = preprocess.to_patches([inputs.images[0], inputs.images[2]])
+    actual, grids = preprocess.to_patches([inputs.images[0], inputs.images[2]])
     np.testing.assert_array_equal(grids, pixels["image_grid_thw"])
-    np.testing.assert_allclose(found, pixels["pixel_values"], atol=1e-6)
+    np.testing.assert_allclose(actual, pixels["pixel_values"], atol=1e-6)
 
 
 def test_inputs_are_glm_asr_processors(checkpoint, tokenizer):

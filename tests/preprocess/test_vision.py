@@ -30,9 +30,9 @@ def test_images_are_glm4vs(size):
     module = transformers_module("glm4v.image_processing_pil_glm4v")
     image = RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
     expected = module.Glm4vImageProcessorPil()([image], return_tensors="np")
-    found, grids = to_patches([prepare_image(image, GLM4V)])
+    actual, grids = to_patches([prepare_image(image, GLM4V)])
     np.testing.assert_array_equal(grids, expected["image_grid_thw"])
-    np.testing.assert_allclose(found, expected["pixel_values"], atol=1e-6)
+    np.testing.assert_allclose(actual, expected["pixel_values"], atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(61, 97), (20, 45), (300, 140), (56, 56)])
@@ -41,8 +41,8 @@ def test_images_that_are_stretched_are_siglips(size):
     image = RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
     processor = module.SiglipImageProcessorPil(size={"height": 56, "width": 56})
     expected = processor([image], return_tensors="np")["pixel_values"][0]
-    found = prepare_image(image, dataclasses.replace(SMALL_EDGE_V, sizing="stretch"))
-    np.testing.assert_allclose(found, expected.transpose(1, 2, 0), atol=1e-6)
+    actual = prepare_image(image, dataclasses.replace(SMALL_EDGE_V, sizing="stretch"))
+    np.testing.assert_allclose(actual, expected.transpose(1, 2, 0), atol=1e-6)
 
 
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
@@ -56,15 +56,15 @@ def test_images_that_are_padded_are_one_tile(size, resample):
         resample={"bilinear": 2, "bicubic": 3}[resample],
     )
     expected = processor([image], return_tensors="np")["pixel_values"][0, 0, 0]
-    found = prepare_image(image, dataclasses.replace(SMALL_EDGE_V, resample=resample))
-    np.testing.assert_allclose(found, expected.transpose(1, 2, 0), atol=1e-6)
+    actual = prepare_image(image, dataclasses.replace(SMALL_EDGE_V, resample=resample))
+    np.testing.assert_allclose(actual, expected.transpose(1, 2, 0), atol=1e-6)
 
 
 def test_floats_and_bytes_are_one_image():
     expected = prepare_image(PIXELS, GLM4V)
     np.testing.assert_array_equal(prepare_image(PIXELS / 255.0, GLM4V), expected)
-    found = prepare_image(PIXELS.astype(np.float32) / np.float32(255), GLM4V)
-    np.testing.assert_array_equal(found, expected)
+    actual = prepare_image(PIXELS.astype(np.float32) / np.float32(255), GLM4V)
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ def test_patches_of_a_video_are_glm4vs():
     channels_first = torch.tensor(frames).permute(0, 3, 1, 2)[None]
     expected, *grid = module.Glm4vVideoProcessor.patchify(processor, channels_first, 14, 2, 2)
     padded = np.concatenate([frames, frames[-1:]])
-    found, grids = to_patches([padded])
+    actual, grids = to_patches([padded])
     assert grids.tolist() == [grid]
-    np.testing.assert_array_equal(found, expected[0].numpy())
+    np.testing.assert_array_equal(actual, expected[0].numpy())
 
 
 def test_sampled_frames_keep_their_times():

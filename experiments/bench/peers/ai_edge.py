@@ -1,6 +1,7 @@
-"""ai-edge-quantizer: each matrix as a FULLY_CONNECTED of a .tflite file, quantized and read back.
+"""ai-edge-quantizer: quantizes each matrix as a FULLY_CONNECTED of a .tflite file.
 
-Weights are dynamic-range ("dynamic_wi4_afp32" and the like): activations stay float32 in the file.
+Weights are dynamic-range quantized (such as "dynamic_wi4_afp32"): activations stay float32 in the
+file.
 
 Options: `bits` 8, 4 or 2; `granularity` CHANNELWISE or BLOCKWISE_32; `algorithm`, its key.
 """
@@ -33,7 +34,7 @@ def _matrix(task: Task, path: str, weight: np.ndarray) -> Stored:
     if task.inputs is not None:
         rows = task.rows(path)
         rows = rows[: len(rows) // ROWS * ROWS].reshape(-1, ROWS, weight.shape[1])
-        # Not `tool.calibrate`, which thinks that OSCAR needs none.
+        # Not `tool.calibrate`, which assumes that OSCAR needs no calibration.
         observer = calibrator.Calibrator(model, num_threads=2)
         observer.calibrate({SIGNATURE: [{INPUT: part} for part in rows]}, tool._recipe_manager)
         statistics = observer.get_model_qsvs()
@@ -75,7 +76,7 @@ def _fully_connected(weight: np.ndarray) -> bytearray:
 
 
 def _read(model: bytes, shape: tuple[int, int]) -> Stored:
-    """Weights of a quantized file, and the bits of their buffers, scales and zero points."""
+    """Reads the weights of a quantized file, and their bits including scales and zero points."""
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.tools import flatbuffer_utils
 
@@ -101,10 +102,10 @@ def _read(model: bytes, shape: tuple[int, int]) -> Stored:
         scale_bits, zero_bits = 32 * scale.size, 64 * zero.size
         zero = zero.reshape(shape[0], -1, 1)
         if np.any(zero):
-            raise ValueError("asymmetric weights are not expected")
+            raise ValueError("expected symmetric weights")
     scale = scale.reshape(shape[0], -1, 1)
     dense = (codes.reshape(shape[0], scale.shape[1], -1) * scale).reshape(shape)
-    # OSCAR multiplies the input by a vector first.
+    # OSCAR first multiplies the input by a vector.
     for other in constants:
         if other is not weight and list(other.shape)[-1:] == [shape[1]] and other.type == 0:
             vector = np.asarray(buffers[other.buffer].data, np.uint8).view(np.float32)
@@ -115,7 +116,7 @@ def _read(model: bytes, shape: tuple[int, int]) -> Stored:
 
 
 def _unpack(data: np.ndarray, bits: int) -> np.ndarray:
-    """Returns signed integers, the lowest bits of a byte first."""
+    """Unpacks signed integers, lowest bits of a byte first."""
     fields = (data[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & ((1 << bits) - 1)
     return ((fields.astype(np.int16) ^ (1 << bits - 1)) - (1 << bits - 1)).reshape(-1)
 

@@ -1,6 +1,6 @@
-"""auto-round: signed-gradient rounding, block by block, on a Hugging Face directory of the decoder.
+"""auto-round: block-wise signed-gradient rounding of a Hugging Face directory of the decoder.
 
-It reads text only. Its codes, scales and zero points are counted as its own format stores them.
+It calibrates on text only. Codes, scales and zero points are counted as its format stores them.
 
 Options: `bits`, `group_size` (-1 per channel), `iters` (200 by default, 1000 its best recipe) and
 `enable_alg_ext`, its extensions for low bits.

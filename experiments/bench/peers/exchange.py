@@ -1,6 +1,6 @@
-"""Exchange with a peer: weights and their inputs in, weights and their size out.
+"""Files of a peer: weights and their inputs in, weights and their sizes out.
 
-Letters: `N` rows of calibration, `in` and `out` the sides of a matrix, `W` windows of `T` tokens.
+Shapes: `N` calibration rows, `in` and `out` sides of a matrix, `W` windows of `T` tokens.
 """
 
 import json
@@ -18,12 +18,12 @@ META = "meta"
 
 
 class Stored(NamedTuple):
-    """A matrix after a peer.
+    """A matrix quantized by a peer.
 
     Attributes:
-      dense: float32 [out, in], what it multiplies with.
-      stored_bits: of its codes, scales, zero points and headers, as the peer keeps them.
-      packed_bits: the same if codes were packed to their width; None where they are.
+      dense: effective dense weight, float32 [out, in].
+      stored_bits: bits of codes, scales, zero points and headers, as the peer stores them.
+      packed_bits: `stored_bits` with codes packed to their width; None if they already are.
     """
 
     dense: np.ndarray
@@ -36,9 +36,9 @@ class Task:
     """Inputs of a peer.
 
     Attributes:
-      weights: float32 [out, in] by path.
-      inputs: file of `write_inputs`, or None for a method that needs none.
-      options: of the method.
+      weights: weights float32 [out, in] by path.
+      inputs: file of `write_inputs`, or None for a method without calibration.
+      options: options of the method.
       checkpoint: Hugging Face directory of the same decoder, with a tokenizer.
     """
 
@@ -48,7 +48,7 @@ class Task:
     checkpoint: Path | None
 
     def rows(self, path: str, limit: int | None = None) -> np.ndarray:
-        """Inputs float32 [N, in] that met a weight in calibration, at most `limit`, evenly."""
+        """Returns at most `limit` evenly spaced calibration inputs of a weight, float32 [N, in]."""
         with np.load(self._inputs()) as file:
             shared = dict(file["shared"])
             rows = file[shared.get(path, path)]
@@ -68,12 +68,12 @@ class Task:
 
 
 def write_inputs(path: Path, rows: dict[str, np.ndarray], tokens: np.ndarray) -> None:
-    """Writes calibration for peers; equal inputs, as of query and key, are stored once.
+    """Writes calibration for peers; stores equal inputs, such as those of query and key, once.
 
     Args:
-      path: npz file.
-      rows: float32 [N, in] by the path of the weight that they meet.
-      tokens: int32 [W, T].
+      path: path of the npz file.
+      rows: inputs float32 [N, in] by the path of their weight.
+      tokens: token ids int32 [W, T].
     """
     shared: list[tuple[str, str]] = []
     arrays: dict[str, np.ndarray] = {}
@@ -113,10 +113,10 @@ def serve(quantize: Callable[[Task], dict[str, Stored]], packages: dict[str, str
 def write(
     path: Path, stored: dict[str, Stored], weights: dict[str, np.ndarray], meta: dict[str, Any]
 ) -> None:
-    """Writes a peer's matrices and `meta`, with the bits of all of them together.
+    """Writes a peer's matrices and `meta` with their total bits.
 
     Raises:
-      ValueError: a matrix is missing, of another shape, or not finite.
+      ValueError: a matrix is missing, has the wrong shape, or is not finite.
     """
     for name, weight in weights.items():
         dense = stored[name].dense
@@ -132,13 +132,13 @@ def write(
 
 
 def hugging_face_name(path: str) -> str:
-    """Returns the layer of a Hugging Face GLM that holds a weight of the decoder."""
+    """Returns the name of the Hugging Face GLM layer with a weight of the decoder."""
     name = path.removesuffix("/weight").removeprefix("decoder/").replace("/", ".")
     return f"model.{name.replace('.attention.', '.self_attn.')}"
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads what `write` wrote: matrices by path, and `meta`."""
+    """Reads the file of `write`: matrices by path, and `meta`."""
     with np.load(path) as file:
         meta = json.loads(str(file[META]))
         return {name: file[name] for name in file.files if name != META}, meta

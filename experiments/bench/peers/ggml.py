@@ -1,7 +1,7 @@
-"""llama.cpp: a GGUF type for every matrix, by `ggml_quantize_chunk`, read back by package `gguf`.
+"""llama.cpp: rounds matrices to a GGUF type by `ggml_quantize_chunk`; `gguf` reads them.
 
-Without `library`, the few types that `gguf` itself rounds (Q8_0, Q4_0, Q4_1, TQ1_0, TQ2_0) still
-run. The importance matrix is what llama-imatrix gathers: the mean square of each input column.
+Without `library`, only the types that `gguf` itself rounds are available (Q8_0, Q4_0, Q4_1, TQ1_0,
+TQ2_0). The importance matrix is that of llama-imatrix: the mean square of each input column.
 
 Options: `type`, such as Q4_K; `imatrix`; `library`, path of libggml-base.
 """
@@ -25,7 +25,7 @@ def quantize(task: Task) -> dict[str, Stored]:
             importance = np.mean(task.rows(path) ** 2, axis=0, dtype=np.float32)
         if library is None:
             if importance is not None:
-                raise ValueError("an importance matrix needs the library; give --ggml_library")
+                raise ValueError("an importance matrix needs the library; pass --ggml_library")
             packed = gguf.quants.quantize(weight, kind)
         else:
             row_bytes = library.ggml_row_size(kind, weight.shape[1])
@@ -66,7 +66,7 @@ def _quantize(
         kind, source.ctypes.data, packed.ctypes.data, 0, *source.shape, where
     )
     if size != packed.nbytes:
-        raise ValueError(f"type {kind}: wrote {size} bytes of {packed.nbytes}")
+        raise ValueError(f"type {kind}: wrote {size} bytes, expected {packed.nbytes}")
     return packed
 
 

@@ -1,4 +1,4 @@
-"""GPTQModel: GPTQ layer by layer on a Hugging Face directory of the decoder; it reads text only.
+"""GPTQModel: layer-wise GPTQ of a Hugging Face directory of the decoder, calibrated on text only.
 
 Options: `bits`, `group_size` (-1 per channel), and further fields of its configuration, such as
 `desc_act` and `mse`.
@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.bench.peers.exchange import Stored, Task, hugging_face_name, serve
 
-# On two cores it starts one worker and then asks for two.
+# On two cores it starts one worker but then requests two.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 
@@ -32,7 +32,7 @@ def quantize(task: Task) -> dict[str, Stored]:
 
 def _read(model, path: str) -> Stored:
     name = hugging_face_name(path)
-    # It takes the fused projection of gate and up apart.
+    # It splits the fused projection of gate and up.
     names = [name.replace("gate_up", part) for part in ("gate", "up")]
     parts = [_layer(model.get_submodule(part)) for part in dict.fromkeys(names)]
     return Stored(

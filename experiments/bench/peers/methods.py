@@ -1,4 +1,4 @@
-"""The rows of the quality table, as data: one `Method` a line."""
+"""Rows of the quality table as data: one `Method` per row."""
 
 import json
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ class Method:
     """One row.
 
     Attributes:
-      name: of the row; also names its result file.
-      peer: module of this package, or REFERENCE.
-      options: of the peer's module; of ours, a recipe as JSON data.
+      name: name of the row, and of its result file.
+      peer: name of a module of this package, or REFERENCE.
+      options: options of the peer's module; for `ours`, a recipe as JSON values.
       kind: `none`, `training-free` or `trained`.
-      calibration: `none`, `text`, `both` (text and screens), or `training`, more of both.
-      where: matrices that are compressed and whose bits are counted.
+      calibration: `none`, `text`, `both` (text and screens), or `training` (more of both).
+      where: pattern of the matrices that are compressed and whose bits are counted.
     """
 
     name: str
@@ -36,9 +36,9 @@ def ours(
     where: str = DECODER,
     calibration: str = "both",
 ) -> Method:
-    """Returns a recipe of ours: transforms as `{"name": ..., "options": {...}}`, run in order.
+    """Returns a recipe of glm_edge: transforms `{"name": ..., "options": {...}}` in order.
 
-    Each gets `where` unless it names one; calibration is offered to all.
+    Each gets `where` unless it has one; all receive calibration.
     """
     steps = [
         {"name": t["name"], "options": {"where": where or None, **t.get("options", {})}}
@@ -49,11 +49,11 @@ def ours(
 
 
 def rtn(name: str, where: str = DECODER, **options: Any) -> Method:
-    """Makes our round-to-nearest methods."""
+    """Returns glm_edge's round-to-nearest methods."""
     return ours(f"rtn {name}", {"name": "quantize.rtn", "options": options}, where=where)
 
 
-# Rows of groups keep scales in bfloat16; so do rows per channel where few bits are left.
+# Scales are bfloat16 for groups, and per channel for few bits.
 _SHAPES = {
     "int8-channel": {"bits": 8},
     "int6-channel": {"bits": 6},
@@ -75,7 +75,7 @@ _TRAINED = ("int4-g32", "int3-g32", "int2-g32", "int2-channel", "ternary-channel
 
 
 def _calibrated() -> list[Method]:
-    """Lists our GPTQ at every width, and other methods that do well at some."""
+    """Lists glm_edge's GPTQ at every width, and other methods that are accurate at some."""
 
     def row(
         name: str, shape: str, label: str = "", calibration: str = "both", **options: Any
@@ -94,7 +94,7 @@ def _calibrated() -> list[Method]:
 
 
 def _rotated(shape: str, *after: dict[str, Any], kind: str = "training-free") -> Method:
-    """Lists our GPTQ after a rotation, and with training after it."""
+    """Lists glm_edge's GPTQ after a rotation, also with training after it."""
     transforms = [
         {"name": "quantize.rotate", "options": {}},
         {"name": "quantize.gptq", "options": {"where": DECODER, **_SHAPES[shape]}},
@@ -106,7 +106,7 @@ def _rotated(shape: str, *after: dict[str, Any], kind: str = "training-free") ->
 
 
 def _trained() -> list[Method]:
-    """Lists our distillation: the float32 model teaches, labels are not read."""
+    """Lists glm_edge's distillation from the float32 model, without labels."""
     rows = []
     for shape in _TRAINED:
         options = {**_SHAPES[shape], "steps": 1000, "learning_rate": 6e-4, "compute": "bfloat16"}
@@ -187,7 +187,7 @@ def _ai_edge() -> list[Method]:
     algorithms = ("min_max_uniform_quantize", "MSE", "OCTAV", "GPTQ", "OSCAR")
     settings = [(8, "CHANNELWISE", "min_max_uniform_quantize"), (8, "CHANNELWISE", "GPTQ")]
     settings += [(4, "CHANNELWISE", name) for name in algorithms]
-    # Its MSE knows neither two bits nor blocks, and LiteRT runs no blocks of two bits.
+    # Its MSE supports neither two bits nor blocks, and LiteRT does not run blocks of two bits.
     others = [name for name in algorithms if name != "MSE"]
     settings += [(2, "CHANNELWISE", name) for name in others]
     settings += [(4, "BLOCKWISE_32", name) for name in others]
@@ -255,5 +255,5 @@ METHODS: tuple[Method, ...] = (
 
 
 def as_json(method: Method) -> str:
-    """Options of a method as JSON."""
+    """Returns the options of a method as JSON."""
     return json.dumps(method.options, sort_keys=True)

@@ -1,4 +1,4 @@
-"""glm_edge: any recipe, in a process of its own so that its seconds and memory are its own.
+"""glm_edge: any recipe, in a separate process to measure its seconds and memory alone.
 
     python -m experiments.bench.peers.ours
 
@@ -54,7 +54,7 @@ def quantize(
 
 
 def sizes(params, where: str) -> dict[str, int]:
-    """Bits and count of the weights in matrices whose path matches."""
+    """Counts bits and weights of the matrices whose path matches."""
     chosen = {
         path: leaf
         for path, leaf in boxes.path_items(params)

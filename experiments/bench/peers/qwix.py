@@ -1,7 +1,7 @@
-"""qwix: round-to-nearest, GPTQ and AWQ, by the functions that its providers call on each matrix.
+"""qwix: round-to-nearest, GPTQ and AWQ, by the functions that its providers call per matrix.
 
-Its JAX model interception is left out: the weights, the Hessian of the inputs and the rounding are
-the same.
+Its interception of JAX models is not used: the weights, the Hessian of the inputs and the rounding
+are the same without it.
 
 Options: `algorithm` rtn, gptq or awq; `qtype` int8, int4, int3, int2 or nf4; `tile`, None for
 channelwise; `scale_dtype`, None for float32.
@@ -26,7 +26,7 @@ def _matrix(task: Task, path: str, weight: np.ndarray) -> Stored:
     options, equalization = task.options, 0
     qtype, tile = options["qtype"], options.get("tile")
     how = qarray.HowToQuantize(
-        # What JAX has no use for is named, not typed, in qwix.
+        # qwix uses a name for types that JAX lacks.
         qtype=jnp.dtype(qtype) if qtype in ("int8", "int4") else qtype,
         channelwise_axes=(0,),
         tiled_axes={1: tile} if tile else {},

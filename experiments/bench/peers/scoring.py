@@ -1,6 +1,6 @@
-"""Scores compressed models by one compiled float32 program: text, and taps on phone screens.
+"""Scores of compressed models by one compiled float32 program: text, and taps on phone screens.
 
-Letters: `W` windows of `T` tokens, `N` questions, `A` answer tokens, `V` vocabulary.
+Shapes: `W` windows of `T` tokens, `N` questions, `A` answer tokens, `V` vocabulary size.
 """
 
 import functools
@@ -19,14 +19,14 @@ WINDOWS = 8
 
 
 class Scorer:
-    """Remembers what the float32 model says of text and questions, and compares others with it.
+    """A scorer that stores the float32 model's predictions and compares other models with them.
 
     Args:
-      model: the reference.
+      model: reference model.
       params: its parameters.
-      tokenizer: of the model.
-      windows: of held-out text.
-      questions: kind (`image`, `spoken`) to questions.
+      tokenizer: tokenizer of the model.
+      windows: windows of held-out text.
+      questions: questions by kind (`image`, `spoken`).
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class Scorer:
         """Measures a model.
 
         Args:
-          model: of the reference's inputs and vocabulary.
-          params: its parameters; dense float32 ones of the reference's structure compile nothing.
+          model: model with the reference's inputs and vocabulary.
+          params: its parameters; dense float32 ones with the reference's structure need no
+            compilation.
 
         Returns:
           `perplexity`, `bits_per_byte`, `kl_text` (nats), `flips_text`, `window_nats` (summed loss
-          of each window); for each kind of question
-          `tap_in_box_<kind>` with `hits_<kind>` (a 0 or 1 for each tap), and `kl_<kind>` and
-          `flips_<kind>` over the reference's own answers.
+          per window); per kind of question `tap_in_box_<kind>` with `hits_<kind>` (0 or 1 per tap),
+          and `kl_<kind>` and `flips_<kind>` over the reference's answers.
         """
         measured = self._text(model, params)
         for kind, items in self.questions.items():
@@ -114,7 +114,7 @@ class Scorer:
         return np.concatenate([np.asarray(greedy(model, params, batch)) for batch in batches])
 
     def _answer_scores(self, model: Any, params: Any, kind: str) -> np.ndarray:
-        """Log-probabilities float32 [N, A, V] along the reference's answers."""
+        """Computes log-probabilities float32 [N, A, V] along the reference's answers."""
         answers = self.answered[kind].reshape(len(self.prompts[kind]), -1, tap_eval.ANSWER_TOKENS)
         return np.concatenate(
             [
@@ -156,7 +156,7 @@ def _answer_scores(model, params, batch, answer):
     valid = jnp.concatenate([batch["valid"], jnp.ones_like(answer[:, :-1], bool)], axis=1)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-    # Padding sees itself, so that no row of attention is empty.
+    # Padding attends to itself, so that no row of attention is empty.
     mask = causal & (valid[:, None, :] | jnp.eye(tokens.shape[1], dtype=bool))
     logits, _ = model.apply(
         {"params": params},

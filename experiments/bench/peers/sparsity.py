@@ -1,11 +1,12 @@
-"""Published pruning, restated from the papers in float64 numpy; nothing of this library is used.
+"""Published pruning algorithms, reimplemented in float64 numpy without this library.
 
-Magnitude, Wanda and SparseGPT choose zeros here as their papers and default settings say: one pass
-over the layers, each layer seeing what the pruned layers before it give, all matrices of a layer at
-once. JaxPruner no longer imports with current jax, so its magnitude pruning is restated too: the
-largest magnitudes stay, and the share of each matrix is uniform or follows the Erdos-Renyi rule.
+Magnitude, Wanda and SparseGPT follow their papers and default settings: one pass over the layers,
+each layer with the outputs of the pruned layers before it, and all matrices of a layer at once.
+JaxPruner cannot be imported with current jax, so its magnitude pruning is reimplemented too. It
+keeps the largest magnitudes; the sparsity of each matrix is uniform or follows the Erdos-Renyi
+rule.
 
-Letters: `N` rows of calibration, `in` and `out` the sides of a matrix.
+Shapes: `N` calibration rows, `in` and `out` sides of a matrix.
 
 References: Learning both Weights and Connections, https://arxiv.org/abs/1506.02626; Wanda,
 https://arxiv.org/abs/2306.11695; SparseGPT, https://arxiv.org/abs/2301.00774; JaxPruner,
@@ -27,13 +28,14 @@ def prune(weights: Mapping[str, np.ndarray], inputs: Inputs, options: Mapping[st
     """Prunes the matrices of a decoder.
 
     Args:
-      weights: [out, in] by path, `.../layers/<i>/...`.
-      inputs: gives, for weights and some of their paths, the rows [N, in] that meet each.
-      options: `algorithm` (`magnitude`, `wanda` or `sparsegpt`), `sparsity` or `n_m` (N of M
-        neighbours along the inputs stay), and of magnitude `scope`: `uniform`, `global` or `erk`.
+      weights: weights [out, in] by path, `.../layers/<i>/...`.
+      inputs: function of weights and some of their paths that returns the input rows [N, in] of
+        each.
+      options: `algorithm` (`magnitude`, `wanda` or `sparsegpt`), `sparsity` or `n_m` (keeps N of M
+        neighbours along the inputs), and for magnitude `scope`: `uniform`, `global` or `erk`.
 
     Returns:
-      float64 weights with zeros.
+      Pruned float64 weights by path.
     """
     dense = {path: np.asarray(weight, np.float64) for path, weight in weights.items()}
     sparsity, n_m = options.get("sparsity"), options.get("n_m")
@@ -52,7 +54,7 @@ def prune(weights: Mapping[str, np.ndarray], inputs: Inputs, options: Mapping[st
 
 
 def layers(weights: Mapping[str, np.ndarray]) -> list[list[str]]:
-    """Paths of each layer, in order."""
+    """Returns the paths of each layer, in order."""
     numbered: dict[int, list[str]] = {}
     for path in weights:
         numbered.setdefault(int(re.search(r"layers/(\d+)/", path).group(1)), []).append(path)
@@ -80,9 +82,9 @@ def magnitude(
 
 
 def erdos_renyi(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
-    """Sparsities by path, so that of `out in` weights a share of `c (out + in)/(out in)` stays.
+    """Computes sparsities by path that keep a fraction `c (out + in)/(out in)` of `out in` weights.
 
-    Matrices whose share would exceed one stay whole, and the others make up for them.
+    Matrices whose fraction would exceed one stay dense, and the others compensate.
     """
     dense_paths: set[str] = set()
     while True:
@@ -100,7 +102,7 @@ def erdos_renyi(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[
 def wanda(
     weight: np.ndarray, rows: np.ndarray, sparsity: float | None, n_m: tuple[int, int] | None
 ) -> np.ndarray:
-    """Masks by `|w| ||x||` among the inputs of one output; bool [out, in]."""
+    """Masks by `|w| ||x||` per output row; returns bool [out, in]."""
     score = np.abs(weight) * np.sqrt(np.square(rows).sum(axis=0))
     if n_m is not None:
         return _of_neighbours(score, n_m)
@@ -118,11 +120,11 @@ def sparsegpt(
     """Prunes a weight; later columns compensate for the errors of earlier ones.
 
     Args:
-      weight: [out, in].
-      rows: [N, in].
-      sparsity: fraction of each block of columns that goes; None with `n_m`.
+      weight: weight [out, in].
+      rows: input rows [N, in].
+      sparsity: fraction of each block of columns that is pruned; None with `n_m`.
       n_m: `(N, M)`.
-      block: columns whose weights compete.
+      block: number of columns whose weights are compared.
       damping: fraction of the mean diagonal of the Hessian that is added to it.
     """
     weight, hessian = weight.copy(), rows.T @ rows
@@ -155,14 +157,14 @@ def sparsegpt(
 
 
 def _largest(scores: np.ndarray, sparsity: float) -> np.ndarray:
-    """Marks all but the lowest fraction of some scores [n]."""
+    """Returns True for all but the lowest fraction of scores [n]."""
     stays = np.ones(len(scores), bool)
     stays[np.argsort(scores, kind="stable")[: round(sparsity * len(scores))]] = False
     return stays
 
 
 def _of_neighbours(scores: np.ndarray, n_m: tuple[int, int]) -> np.ndarray:
-    """Marks the N highest of each M neighbours of a row, [out, in]."""
+    """Returns True for the N highest of each M neighbours of a row, [out, in]."""
     n, m = n_m
     groups = scores.reshape(-1, m)
     stays = np.ones(groups.shape, bool)

@@ -1,4 +1,4 @@
-"""Results as shown: a table, peers that ours do not reach, and a figure."""
+"""Presentation of results: a table, peers ahead of glm_edge, and a figure."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from experiments.bench.peers.methods import DECODER, OURS, REFERENCE
 from glm_edge.errors import require
 
-# Names of fields, each with its title and the shape of its numbers.
+# Field names with titles and number formats.
 Columns = Mapping[str, tuple[str, str]]
 COLUMNS: Columns = {
     "method": ("method", "{}"),
@@ -28,7 +28,7 @@ COLUMNS: Columns = {
     "peak_rss_bytes": ("peak GB", "{:.2f}"),
 }
 
-# Where an increase is drawn that is zero or less.
+# Position at which an increase of zero or less is drawn.
 FLOOR = 1e-5
 TOLERANCE = 1e-6
 
@@ -49,10 +49,10 @@ def cells(row: Mapping[str, Any], columns: Columns = COLUMNS) -> list[str]:
 
 
 def unreached(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of peers' rows that no row of ours matches with equal or fewer packed bits.
+    """Lists peers' rows that no row of glm_edge matches with at most as many packed bits.
 
-    A training-free row is answered by training-free rows, a trained one by all; matching means an
-    equal or smaller perplexity.
+    A training-free row is compared with training-free rows, a trained one with all. Matching means
+    an equal or smaller perplexity.
     """
     compared = [row for row in rows if row["where"] == DECODER and row["peer"] != REFERENCE]
     answers = [row for row in compared if row["peer"] == OURS]
@@ -69,11 +69,11 @@ def unreached(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws bits against the relative increase of perplexity, a colour a peer.
+    """Draws the relative increase of perplexity against bits, with one colour per peer.
 
     Args:
-      rows: results; those of the whole model and of float32 are skipped.
-      path: PNG file to write.
+      rows: results; those of the complete model and of float32 are skipped.
+      path: path of the PNG file.
     """
     matplotlib = require("matplotlib", extra="plot")
     matplotlib.use("Agg")
@@ -95,7 +95,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 zorder=3 if peer == OURS else 2,
             )
     for label, style, group in (
-        ("best of ours", "k-", [row for row in drawn if row["peer"] == OURS]),
+        ("best of glm_edge", "k-", [row for row in drawn if row["peer"] == OURS]),
         ("best of peers", "k:", [row for row in drawn if row["peer"] != OURS]),
     ):
         best = frontier(group)
@@ -114,7 +114,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def frontier(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Returns `(bits, increase)` of rows that no other row improves on with equal or fewer bits."""
+    """Returns `(bits, increase)` of the Pareto-optimal rows."""
     best: list[tuple[float, float]] = []
     for row in sorted(rows, key=lambda row: (row["packed_bits"], row["increase"])):
         increase = max(row["increase"], FLOOR)

@@ -1,7 +1,7 @@
 """torchao: `quantize_` with weight-only configurations on linear layers, on CPU.
 
-Its GPTQ refuses a CPU, int4 in torch's own packing needs a GPU's kernels, and SmoothQuant exists
-for integer activations only, so none of the three is a row.
+Three methods are not rows: its GPTQ does not run on CPU, int4 in torch's packing needs GPU kernels,
+and SmoothQuant exists for integer activations only.
 
 Options: `config` int8, intx (`bits`, `mapping`, `hqq` = "scale") or hqq (`bits`: scale and float
 zero point by half-quadratic splitting); `group_size`, None per channel; `scale_dtype`; `awq`.

@@ -1,1 +1,1 @@
-"""Parts of `experiments.bench.pruning`: rows, how each is carried out, speed, the table."""
+"""Parts of `experiments.bench.pruning`: rows, their execution, speed, the table."""

@@ -1,33 +1,32 @@
-"""Compares ways of pruning: ours and published ones, on one model, one text and one calibration.
+"""Compares pruning methods, glm_edge's and published ones, on one model, text and calibration.
 
     python -m experiments.bench.pruning --text=wt103_valid.txt \\
         --calibration_text=wt103_train_head.txt --digits_dir=DIR --speech_dir=DIR --out_dir=out
 
-prunes the decoder of the shipped model in every way of `bench/pruning/rows.py` and scores
-each as `experiments.bench.quality` does: perplexity of --text with the interval of its increase,
-taps on phone screens asked in writing and in speech, and the mean KL divergence (nats) and share of
-changed top-1 tokens against float32, for each modality. Two rows without pruning show the
+Prunes the decoder of the shipped model by every method of `bench/pruning/rows.py` and scores it
+like `experiments.bench.quality`. Scores are perplexity of --text with the interval of its increase,
+taps on phone screens for written and spoken instructions, and, per modality, the mean KL divergence
+from float32 (nats) and the fraction of changed top-1 tokens. Two rows without pruning show the
 noise.
 
-50 % of the weights without structure and 2 of 4 neighbours: magnitude, Wanda, SparseGPT and
-JaxPruner's magnitude as published, restated in float64 numpy (`bench/peers/sparsity.py`;
-JaxPruner itself no longer imports with current jax), beside ours. 30 % of the decoder's parameters:
-heads and neurons leave the arrays, and what stays is healed by distillation. Everybody calibrates
-on the same --calibration_windows of --calibration_text and --calibration_screens; healing reads
---training_windows of it and screens, half of which are asked in speech: a fifth of the batches
-under a mask, two fifths after a removal. Screens, digits, speakers and text are not those measured
-on. Labels are a tenth of the healing loss, so `nothing removed, trained likewise` says what more
-training alone gives.
+At unstructured 50 % and at 2:4, glm_edge is compared with magnitude, Wanda, SparseGPT and
+JaxPruner's magnitude, reimplemented in float64 numpy (`bench/peers/sparsity.py`; JaxPruner cannot
+be imported with current jax). At 30 % of the decoder's parameters, heads and neurons are removed
+from the arrays, and the rest is healed by distillation. All methods calibrate on the same
+--calibration_windows of --calibration_text and --calibration_screens. Healing uses
+--training_windows of the text, and screens with half of the questions spoken: a fifth of the
+batches under a mask, two fifths after a removal. Screens, digits, speakers and text differ from
+those of the measurement. Labels are a tenth of the healing loss, so the row
+`nothing removed, trained likewise` shows the effect of more training alone.
 
-Bytes are those of the decoder as stored, masks included: no mask saves any by itself. With
---speed_shape the same heads and neurons are removed from that shape with random weights, both are
-written as int8 .tflite files, and their decoding takes turns in LiteRT in one run; measure it on an
-otherwise idle machine.
+Bytes are those of the stored decoder including masks; a mask alone saves none. With --speed_shape,
+the same heads and neurons are removed from that shape with random weights. Both models are written
+as int8 .tflite files, and their decoding alternates in LiteRT in one run; use an otherwise idle
+machine.
 
-Results are in --out_dir, one JSON per row; a row that has one is not run again, and a training that
-was killed goes on from its last state, so an interrupted run continues where it was.
---methods='30 %' picks rows by name; `table.md`, `report.json` and `pruning.png` are made of all
-results found, beside the goals.
+Results are in --out_dir, one JSON file per row. An interrupted run resumes: finished rows are not
+repeated, and training continues from its last state. --methods='30 %' selects rows by name.
+`table.md`, `report.json` and `pruning.png` show all results in the directory, with the goals.
 """
 
 import json
@@ -60,11 +59,11 @@ def define_flags() -> None:
     bench_quality.define_shared_flags()
     flags.adopt_module_key_flags(bench_quality)
     FLAGS.set_default("screens", 320)
-    flags.DEFINE_integer("steps", 1500, "Steps of distillation after arrays shrink.", 1)
+    flags.DEFINE_integer("steps", 1500, "Steps of distillation after a removal.", 1)
     flags.DEFINE_integer("sparse_steps", 800, "Steps of distillation under a mask.", 1)
     flags.DEFINE_string("speed_shape", None, "Preset whose decoding is timed, such as mobile.")
-    flags.DEFINE_integer("speed_rounds", 12, "Bursts of each model.", 1)
-    flags.DEFINE_integer("threads", 2, "Threads of LiteRT.", 1)
+    flags.DEFINE_integer("speed_rounds", 12, "Number of bursts per model.", 1)
+    flags.DEFINE_integer("threads", 2, "Number of LiteRT threads.", 1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -84,11 +83,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 class Bench:
-    """The model, its scores and what prunes it.
+    """The model, its scorer and its pruning worker.
 
     Args:
-      directory: for the states of trainings.
-      settings: noted with every row.
+      directory: directory for training states.
+      settings: settings that every row records.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any]):
@@ -108,7 +107,7 @@ class Bench:
         self.dense = self.scorer.score(model, params)
 
     def run(self, method: Method) -> dict[str, Any]:
-        """Carries out a row and scores it."""
+        """Runs a row and scores it."""
         pruned, seconds = work.timed(self.worker, method, bench_quality.slug(method))
         measured = self.scorer.score(pruned.model, work.dense_of(pruned.params))
         row = {
@@ -127,16 +126,16 @@ class Bench:
             "settings": self.settings,
         }
         if pruned.model is not self.data.model:
-            # Programs compiled for other widths are not used again.
+            # Programs compiled for other widths are not reused.
             jax.clear_caches()
         return row
 
 
 def time_shape(directory: Path) -> None:
-    """Times --speed_shape, unless that was done with the same settings.
+    """Times --speed_shape, unless a result with the same settings exists.
 
     Raises:
-      OutputError: it was done with other settings, or LiteRT refuses.
+      OutputError: a result with different settings exists, or LiteRT fails.
     """
     path = directory / "speed.json"
     asked = {"rounds": FLAGS.speed_rounds, "steps": 10, "context": 128, "slots": 512}
@@ -144,7 +143,7 @@ def time_shape(directory: Path) -> None:
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))["asked"]
         if stored != asked:
-            raise OutputError(f"{path}: measured with {stored}, asked for {asked}; delete it first")
+            raise OutputError(f"{path}: measured with {stored}, requested {asked}; delete it first")
         return
     try:
         results_rows = speed.measure(work=directory / "speed", **asked)

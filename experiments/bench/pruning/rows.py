@@ -1,4 +1,4 @@
-"""The rows of the pruning table, as data: one `Method` a line."""
+"""Rows of the pruning table as data: one `Method` per row."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from experiments.bench.peers.methods import DECODER, OURS, REFERENCE, Method
 RESTATED = "sparsity"
 HALF, TWO_OF_FOUR, SMALLER = "50 %", "2:4", "30 %"
 TRAINS = r"^(decoder|embed|head)/"
-# Removed of each layer of the decoder, so that at least 30 % of its parameters go.
+# Fractions to remove from each decoder layer, which remove at least 30 % of its parameters.
 HEADS, NEURONS = 0.25, 0.345
-# Of a removal's healing: taps suffer more from it than text does.
+# Share of screens in healing after a removal, which affects taps more than text.
 MIXTURE = {"text": 3, "images": 1, "audio": 1}
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
 
@@ -18,8 +18,8 @@ def methods(steps: int, sparse_steps: int) -> tuple[Method, ...]:
     """Returns all rows.
 
     Args:
-      steps: of distillation where arrays shrink.
-      sparse_steps: of distillation under a mask.
+      steps: steps of distillation after a removal.
+      sparse_steps: steps of distillation under a mask.
     """
     pruned = structured()
     return (
@@ -36,7 +36,7 @@ def methods(steps: int, sparse_steps: int) -> tuple[Method, ...]:
 
 
 def heal(steps: int, **options: Any) -> dict[str, Any]:
-    """Options of the distillation that heals."""
+    """Returns the distillation that heals."""
     return {
         "steps": steps,
         "learning_rate": 1e-3,
@@ -55,12 +55,12 @@ def structured(**options: Any) -> dict[str, Any]:
 
 
 def sparse(shape: str, **options: Any) -> dict[str, Any]:
-    """Returns SparseGPT of ours."""
+    """Returns glm_edge's SparseGPT."""
     return {"name": "prune.sparsegpt", "options": {"shape": shape, "where": DECODER, **options}}
 
 
 def half() -> dict[str, Any]:
-    """Prunes half of all weights: shares by measurement, then compensating weights."""
+    """Returns a recipe that prunes half of all weights: measured allocation, then compensation."""
     shares = {"sparsity": 0.5, "score": "wanda", "allocation": "measured", "levels": LEVELS}
     steps = [
         {"name": "prune.mask", "options": {**shares, "where": DECODER}},
@@ -83,7 +83,7 @@ def _masked() -> list[Method]:
 
 
 def _restated() -> list[Method]:
-    """Returns published algorithms in numpy, at their defaults."""
+    """Returns published algorithms in numpy, with default settings."""
 
     def row(name: str, algorithm: str, calibration: str = "none", **options: Any) -> Method:
         return Method(name, RESTATED, {"algorithm": algorithm, **options}, calibration=calibration)

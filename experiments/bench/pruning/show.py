@@ -32,12 +32,13 @@ COLUMNS: Columns = {
     "seconds": ("s", "{:.0f}"),
 }
 KINDS = ("image", "spoken")
-# Largest increase of perplexity, largest loss of taps, least speed-up of decoding.
+# Largest increase of perplexity, largest loss of taps, smallest speed-up of decoding.
 MOST = {TWO_OF_FOUR: 0.10, SMALLER: 0.03}
 MOST_TAPS, LEAST_SPEED = 0.01, 1.3
 FOOTNOTE = (
-    "bytes: of the decoder as stored, masks included, beside the dense one's. Zeros of masks, "
-    "unstructured or 2:4, save none by themselves: values are kept and a mask is added."
+    "bytes: stored bytes of the decoder including masks, as a fraction of the dense decoder's. "
+    "Zeros of masks, unstructured or 2:4, save none by themselves: values are kept and a mask is "
+    "added."
 )
 
 
@@ -45,12 +46,12 @@ def beside_dense(measured: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[
     """Compares with the dense model on the same windows and questions.
 
     Args:
-      measured: what `Scorer.score` gives of a row.
-      dense: and of the dense model.
+      measured: result of `Scorer.score` for a row.
+      dense: result of `Scorer.score` for the dense model.
 
     Returns:
-      `increase` of perplexity with the ends of its 95 % interval (windows are drawn anew), and
-      `taps_lost_<kind>` as `[low, value, high]` (questions are drawn anew), or None.
+      `increase` of perplexity with the ends of its 95 % interval (bootstrap over windows), and
+      `taps_lost_<kind>` as `[low, value, high]` (bootstrap over questions), or None.
     """
     window = sum(dense["window_nats"]) / len(dense["window_nats"])
     tokens = window / math.log(dense["perplexity"])
@@ -72,10 +73,10 @@ def goals(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) ->
 
     Args:
       rows: results.
-      speed: from `speed.measure`, or None.
+      speed: result of `speed.measure`, or None.
 
     Returns:
-      `goal`, `row`, `wanted`, `found`, `reached`; goals whose rows are missing are skipped.
+      Rows with `goal`, `row`, `wanted`, `found`, `reached`; goals without a row are skipped.
     """
     table: list[dict] = []
 
@@ -128,8 +129,8 @@ def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws the relative increase of perplexity of each row with its interval.
 
     Args:
-      rows: results; without the dense model's.
-      path: PNG file to write.
+      rows: results except the dense model's.
+      path: path of the PNG file.
     """
     matplotlib = require("matplotlib", extra="plot")
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Decoding speed in LiteRT of a shape, whole and after the removal that the table heals."""
+"""Decoding speed in LiteRT of a shape, dense and after the removal of the table."""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +27,7 @@ def smaller(config: GLMConfig, heads: float = HEADS, neurons: float = NEURONS) -
 
 
 def decoder_parameters(config: GLMConfig) -> int:
-    """Parameters of the layers and the last norm."""
+    """Counts the parameters of the layers and the last norm."""
     shape = config.decoder
     per_head = shape.head_dim * shape.hidden_size
     attention = 2 * per_head * (shape.num_heads + shape.num_kv_heads)
@@ -38,24 +38,24 @@ def decoder_parameters(config: GLMConfig) -> int:
 def measure(
     shape: str, work: Path, rounds: int, steps: int, context: int, slots: int, threads: int
 ) -> dict[str, Any]:
-    """Writes both files with random weights and lets their decoding take turns in one run.
+    """Writes both files with random weights and times their decoding alternately in one run.
 
     Args:
-      shape: a preset, or `toy`.
-      work: folder for the files, which are removed.
-      rounds: bursts of each.
-      steps: tokens of a burst.
+      shape: name of a preset, or `toy`.
+      work: folder for the files, which are removed afterwards.
+      rounds: number of bursts per model.
+      steps: tokens per burst.
       context: tokens in the cache before a burst.
-      slots: of the cache.
-      threads: of LiteRT.
+      slots: number of cache slots.
+      threads: number of LiteRT threads.
 
     Returns:
-      `removed` of the decoder's parameters, `milliseconds` a token by model and `speedup`, each
-      `[low quartile, median, high quartile]` (of the ratios of bursts of one round), and
-      `file_bytes` by model.
+      `removed` fraction of the decoder's parameters, `milliseconds` per token by model and
+      `speedup` (ratios of bursts of one round), each as `[low quartile, median, high quartile]`,
+      and `file_bytes` by model.
 
     Raises:
-      ChildError: LiteRT is not installed, or refuses.
+      ChildError: LiteRT is not installed, or fails.
     """
     dense = decoder_of(shape)
     configs = {DENSE: dense, PRUNED: smaller(dense)}

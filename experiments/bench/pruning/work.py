@@ -1,4 +1,4 @@
-"""Carries out the rows of the pruning table: prunes, heals, and counts what is stored."""
+"""Execution of the rows of the pruning table: pruning, healing, and counting stored bytes."""
 
 import dataclasses
 import functools
@@ -25,13 +25,13 @@ from glm_edge.compress.transform import Context
 
 
 class Pruned(NamedTuple):
-    """A model, masks in boxes, and what its making says.
+    """A pruned model with boxed masks, and the notes of its reports.
 
     Attributes:
-      model: perhaps smaller.
+      model: pruned model, possibly with smaller arrays.
       params: its parameters.
-      notes: of the reports.
-      curve: loss of the last steps of training, or None.
+      notes: notes of the reports.
+      curve: losses of the last training steps, or None.
     """
 
     model: Any
@@ -41,14 +41,14 @@ class Pruned(NamedTuple):
 
 
 class Worker:
-    """Prunes and heals one model.
+    """A worker that prunes and heals one model.
 
     Args:
-      data: the model.
-      calibration: batches that scores and reconstructions read.
-      training: batches that healing reads, made when it is first asked for.
-      directory: where trainings keep their state.
-      seed: of the order of batches.
+      data: the model and its data.
+      calibration: batches for scores and reconstruction.
+      training: function that makes the batches for healing on first use.
+      directory: directory for training states.
+      seed: seed of the order of batches.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class Worker:
 
     @functools.cached_property
     def training(self) -> list[dict[str, Any]]:
-        """Batches that healing reads."""
+        """Batches for healing."""
         return self._training()
 
     def run(self, method: Method, slug: str) -> Pruned:
-        """Carries out a row.
+        """Runs a row.
 
         Args:
           method: the row.
-          slug: name of its state.
+          slug: file name of its training state.
         """
         if method.peer == OURS:
             return self._ours(slug, **method.options)
@@ -91,10 +91,10 @@ class Worker:
         if heal is not None:
             if "mixture" in heal:
                 kinds = {batches.kind_of(batch) for batch in self.training}
-                # Without recordings there is nothing spoken.
+                # Without recordings there are no spoken questions.
                 shares = heal["mixture"].items()
                 heal = {**heal, "mixture": {k: share for k, share in shares if k in kinds}}
-            # Other options, such as more steps, are another training.
+            # Different options, such as more steps, need a separate training state.
             options = json.dumps([prune, heal], sort_keys=True).encode()
             state = str(self.directory / f"{slug}-{zlib.crc32(options):08x}")
             recipe = {"name": "distill", "options": {**heal, "state_dir": state}}
@@ -142,13 +142,13 @@ def sizes(dense: Any, pruned: Any) -> dict[str, Any]:
     """Counts the parameters and bytes of a pruned decoder.
 
     Args:
-      dense: parameters of the whole model.
-      pruned: of the pruned one.
+      dense: parameters of the dense model.
+      pruned: parameters of the pruned model.
 
     Returns:
-      `removed`, the fraction of the decoder's parameters that its arrays no longer hold; `zeros`,
-      the fraction of what they hold that is zero; `stored_bytes`, masks included; `mask_bytes`; and
-      `stored`, these bytes as a fraction of the dense decoder's.
+      `removed`, the fraction of the decoder's parameters removed from its arrays; `zeros`, the
+      fraction of zeros among the others; `stored_bytes`, masks included; `mask_bytes`; and
+      `stored`, the stored bytes as a fraction of the dense decoder's.
     """
     before, after = dense["decoder"], pruned["decoder"]
     leaves = [leaf for _, leaf in boxes.path_items(after)]
@@ -164,11 +164,11 @@ def sizes(dense: Any, pruned: Any) -> dict[str, Any]:
 
 
 def dense_of(params: Any) -> Any:
-    """Parameters without boxes, float32."""
+    """Returns float32 parameters without boxes."""
     return boxes.map_with_path(lambda _, leaf: boxes.dense(leaf).astype(jnp.float32), params)
 
 
 def timed(worker: Worker, method: Method, slug: str) -> tuple[Pruned, float]:
-    """Returns a row, and the seconds that it took."""
+    """Returns a row and its seconds."""
     start = time.perf_counter()
     return worker.run(method, slug), time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Engines that are resident in processes of their own, as the parent sees them."""
+"""The parent's side: engines that are resident in separate processes."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from experiments.bench.runtimes.engine import Task
 from experiments.common.child import MAX_MESSAGE_CHARS, ROOT, Child, ChildError
 from glm_edge.configs import GLMConfig, to_dict
 
-# Threads of some runtimes spin for a while after their work and would slow who runs next.
+# Threads of some runtimes spin for a while after their work, and would slow the next one.
 PAUSE_S = 0.3
 
 
@@ -23,12 +23,12 @@ class Spec:
     """One row of the comparison.
 
     Attributes:
-      name: such as `llama.cpp Q4_0`.
-      family: who wrote the runtime: `ours`, `llama.cpp`, `onnxruntime`, `torch` or `jax`.
-      bits: of a weight.
-      module: of `experiments.bench.runtimes`.
-      python: the interpreter.
-      task: what it runs.
+      name: name, such as `llama.cpp Q4_0`.
+      family: runtime: `ours`, `llama.cpp`, `onnxruntime`, `torch` or `jax`.
+      bits: bits per weight.
+      module: module of `experiments.bench.runtimes`.
+      python: Python interpreter.
+      task: task of the engine.
     """
 
     name: str
@@ -54,22 +54,22 @@ def spec_of(
     module: str = "litert",
     python: str | None = None,
 ) -> Spec:
-    """Returns a row of one configuration: our file in LiteRT, unless told otherwise.
+    """Returns a row of one configuration, by default glm_edge's file in LiteRT.
 
     Args:
-      name: of the row.
-      form: of the weights.
-      path: of the file, or empty.
-      config: of the model.
-      slots: of the cache.
+      name: name of the row.
+      form: format of the weights.
+      path: path of the file, or empty.
+      config: configuration of the model.
+      slots: number of cache slots.
       contexts: tokens in the cache before a timed step.
-      lengths: of prompts.
-      threads: of the runtime.
-      bits: of a weight; 0 where nothing is compared by them.
-      options: of the runtime.
-      family: who wrote the runtime.
-      module: of `experiments.bench.runtimes`.
-      python: the interpreter; None is this one.
+      lengths: prompt lengths in tokens.
+      threads: number of threads of the runtime.
+      bits: bits per weight; 0 for rows without a comparison by bits.
+      options: options of the runtime.
+      family: runtime, as in `Spec`.
+      module: module of `experiments.bench.runtimes`.
+      python: Python interpreter; None is this one.
 
     Returns:
       The row.
@@ -88,10 +88,10 @@ def spec_of(
 
 
 class EngineProcess(Child):
-    """A process that runs an engine, see `engine`.
+    """A process that runs an engine with the protocol of `engine`.
 
     Args:
-      spec: of the engine.
+      spec: spec of the engine.
 
     Raises:
       ChildError: the interpreter or a package is missing.
@@ -110,16 +110,16 @@ class EngineProcess(Child):
         return self.ask("prepare", task=dataclasses.asdict(self.spec.task))
 
     def burst(self, phase: str, count: int, steps: int = 1, pause_s: float = PAUSE_S) -> float:
-        """Takes a turn: pauses, then runs one phase.
+        """Runs one burst: pauses, then runs one phase.
 
         Args:
           phase: `decode` or `prefill`.
-          count: tokens in the cache before the steps, or of the prompt.
-          steps: of decoding.
-          pause_s: seconds to wait first.
+          count: tokens in the cache before the steps, or tokens of the prompt.
+          steps: number of decoding steps.
+          pause_s: pause before the phase in seconds.
 
         Returns:
-          Seconds of a step (the median of all), or of the prompt.
+          Seconds per step (median), or of the prompt.
         """
         time.sleep(pause_s)
         if phase == "prefill":
@@ -127,35 +127,35 @@ class EngineProcess(Child):
         return statistics.median(self.ask(phase, context=count, steps=steps)["seconds"])
 
     def action(self, tokens: int, steps: int) -> dict[str, float]:
-        """Seconds of an image, of a prompt of `tokens` that contains it, and of `steps` more."""
+        """Times an image, a prompt of `tokens` that contains it, and `steps` decoding steps."""
         return self.ask("action", tokens=tokens, steps=steps)["seconds"]
 
     def peak_bytes(self) -> int:
-        """Returns the peak RSS of the process since it loaded."""
+        """Returns the peak RSS of the process since loading, in bytes."""
         return self.ask("rss")["peak_rss_bytes"]
 
 
 def prepare(spec: Spec) -> dict[str, Any]:
-    """Writes the file of an engine in a process that ends with it.
+    """Writes the file of an engine in a process that ends afterwards.
 
     Returns:
-      What the engine says of its file, with `versions`.
+      The engine's description of its file, with `versions`.
     """
     with EngineProcess(spec) as child:
         return {**child.prepare(), "versions": child.versions}
 
 
 def start(spec: Spec, steps: int = 2) -> tuple[EngineProcess, dict[str, Any]]:
-    """Starts an engine, loads its model and runs everything once.
+    """Starts an engine, loads its model and runs every phase once.
 
-    Where feeding a prompt at once kills the process, it is fed token by token.
+    If a prompt in one call crashes the process, prompts are fed token by token.
 
     Returns:
       The engine, and `load_seconds`, `baseline_rss_bytes`, `decode_rss_bytes` (all contexts
       decoded, no prompt yet), `peak_rss_bytes` and `batched`.
 
     Raises:
-      ChildError: it cannot be run.
+      ChildError: the engine cannot run.
     """
     try:
         return _start(spec, steps)
@@ -189,7 +189,7 @@ def _start(spec: Spec, steps: int) -> tuple[EngineProcess, dict[str, Any]]:
 
 
 def available_bytes() -> float:
-    """Returns the memory available to another process, or infinity without /proc."""
+    """Returns the memory available to another process in bytes, or infinity without /proc."""
     path = Path("/proc/meminfo")
     lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
@@ -197,10 +197,10 @@ def available_bytes() -> float:
 
 
 def profile(path: str, signature: str, threads: int, runs: int) -> dict[str, Any]:
-    """Measures the time of each operator of a `.tflite` file, see `profiler`.
+    """Measures the time of each operator of a `.tflite` file; see `profiler`.
 
     Raises:
-      ChildError: this release of LiteRT cannot be profiled so.
+      ChildError: this release of LiteRT does not support the profiler.
     """
     command = [sys.executable, "-m", "experiments.bench.runtimes.profiler", path, signature]
     done = subprocess.run(

@@ -10,19 +10,19 @@ import numpy as np
 from experiments.bench.runtimes.child import Spec
 
 REFERENCE = "llama.cpp"
-# Of ours: the least decoding speed beside llama.cpp at the same bits, and the least part of the
-# bandwidth limit.
+# Goals: smallest decoding speed relative to llama.cpp at the same bits, and smallest fraction of
+# the bandwidth limit.
 TIMES_LLAMA = {8: 1.2, 4: 1.2, 2: 2.0}
 OF_LIMIT = {8: 0.84, 4: 0.73, 2: 0.50}
 TIMES_ONNXRUNTIME = {"decode": 1.3, "prefill": 4.0}
 
 
 class Burst(NamedTuple):
-    """One engine's turn.
+    """One burst of an engine.
 
     Attributes:
-      turn: number of the round, unique over groups.
-      seconds: of a step of decoding (median of the burst), or of a prompt.
+      turn: index of the round, unique across groups.
+      seconds: seconds per decoding step (median of the burst), or of a prompt.
     """
 
     turn: int
@@ -51,17 +51,17 @@ class Quartiles:
 
 
 def shown(value: float | None) -> str:
-    """Formats a number in three significant digits."""
+    """Formats a number with three significant digits."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def speedup(ours: Sequence[Burst], theirs: Sequence[Burst]) -> Quartiles | None:
-    """Divides the times of two engines, burst by burst of the same rounds.
+    """Computes ratios of two engines' times, pairing bursts of the same rounds.
 
-    Engines that were never resident together are compared by their medians; None where one has no
-    bursts.
+    Engines that were never resident together are compared by their medians. The result is None if
+    an engine has no bursts.
     """
     if not ours or not theirs:
         return None
@@ -78,7 +78,7 @@ def speedup(ours: Sequence[Burst], theirs: Sequence[Burst]) -> Quartiles | None:
 def of_limit(
     bursts: Sequence[Burst], weight_bytes: int, bandwidth: Mapping[int, float]
 ) -> Quartiles:
-    """Divides the time of reading the weights by the time of a step of the same round."""
+    """Computes the time of reading the weights as a fraction of a step of the same round."""
     return Quartiles.of([weight_bytes / bandwidth[b.turn] / b.seconds for b in bursts])
 
 
@@ -89,14 +89,14 @@ def phase_rows(
     engines: Mapping[str, Mapping[str, Any]],
     bandwidth: Mapping[int, float],
 ) -> list[dict[str, Any]]:
-    """Returns a row for each engine that ran a phase.
+    """Returns one row per engine that ran a phase.
 
     Args:
-      phase: `decode 128`, `prefill 512` and so on.
-      specs: of the engines.
+      phase: phase, such as `decode 128` or `prefill 512`.
+      specs: specs of the engines.
       samples: bursts by engine and phase.
-      engines: what is known of each engine: `weight_bytes`.
-      bandwidth: bytes a second by round.
+      engines: properties of each engine, with `weight_bytes`.
+      bandwidth: bytes per second by round.
 
     Returns:
       Rows with quartiles as `[low, median, high]`.
@@ -138,10 +138,10 @@ def goals(
     engines: Mapping[str, Mapping[str, Any]],
     bandwidth: Mapping[int, float],
 ) -> list[dict[str, Any]]:
-    """Compares the speed of our files with the targets.
+    """Compares the speed of glm_edge's files with the goals.
 
     Returns:
-      Rows: `phase`, `engine`, `beside`, `wanted`, `found` as `[low, median, high]`, `reached`.
+      Rows with `phase`, `engine`, `beside`, `wanted`, `found` as `[low, median, high]`, `reached`.
     """
     rows = []
 
@@ -180,11 +180,11 @@ def goals(
 
 
 def figure(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Any) -> None:
-    """Draws tokens a second of every engine, a panel for each phase.
+    """Draws tokens per second of every engine, with one panel per phase.
 
     Args:
-      rows: of `phase_rows`, by phase.
-      path: of the PNG file.
+      rows: rows of `phase_rows` by phase.
+      path: path of the PNG file.
     """
     from glm_edge.errors import require
 

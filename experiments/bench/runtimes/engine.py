@@ -1,4 +1,4 @@
-"""Engines: runtimes that hold one model and answer the requests of `experiments.common.child`.
+"""Engines: runtimes with one model that answer the requests of `experiments.common.child`.
 
 {"do": "prepare", "task": TASK}    writes the model's file -> what was written
 {"do": "load", "task": TASK}       -> {"seconds", "baseline_rss_bytes"}
@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.common import child
 
-# What the exported graphs of every runtime share.
+# Settings that the exported graphs of all runtimes share.
 HIDDEN = -1e9
 CACHE = "kv_cache_"
 
@@ -27,15 +27,16 @@ class Task:
     """The task of an engine.
 
     Attributes:
-      form: of the weights, in the words of the runtime.
-      path: of the model's file or directory, empty for a runtime that makes its own weights.
-      config: of the model, as `glm_edge.configs.to_dict` writes it.
-      slots: of the cache.
+      form: format of the weights, in the runtime's notation.
+      path: path of the model's file or directory; empty for a runtime that makes its weights
+        itself.
+      config: configuration of the model, from `glm_edge.configs.to_dict`.
+      slots: number of cache slots.
       contexts: tokens in the cache before a timed step.
-      lengths: of prompts.
-      threads: of the runtime.
-      batched: several tokens go through one call in prefill; False feeds them one by one.
-      options: of the runtime.
+      lengths: prompt lengths in tokens.
+      threads: number of threads of the runtime.
+      batched: whether prefill processes several tokens per call; False feeds them one by one.
+      options: options of the runtime.
     """
 
     form: str
@@ -50,7 +51,7 @@ class Task:
 
     @property
     def decoder(self) -> dict[str, Any]:
-        """Shape of the decoder."""
+        """Configuration of the decoder."""
         return self.config["decoder"]
 
     def option(self, name: str, default: Any = None) -> Any:
@@ -63,55 +64,55 @@ class Task:
 
 
 class Engine:
-    """One runtime; subclasses hold a model."""
+    """One runtime; subclasses load a model."""
 
     def prepare(self, task: Task) -> dict[str, Any]:
         """Writes the file that `load` opens.
 
         Returns:
-          `file_bytes`; `weight_bytes` that one step reads; `notes`, a list.
+          `file_bytes`; `weight_bytes`, which one step reads; and the list `notes`.
         """
         raise NotImplementedError
 
     def load(self, task: Task) -> None:
-        """Opens the file, until a token can be decoded."""
+        """Opens the file, ready to decode a token."""
         raise NotImplementedError
 
     def decode(self, context: int, steps: int) -> list[float]:
-        """Decodes tokens behind `context` others; seconds from each token to its scores."""
+        """Decodes tokens after `context` others; returns seconds from each token to its logits."""
         raise NotImplementedError
 
     def prefill(self, length: int) -> float:
-        """Seconds from a prompt to the scores of its last token."""
+        """Returns the seconds from a prompt to the logits of its last token."""
         raise NotImplementedError
 
     def action(self, tokens: int, steps: int) -> dict[str, float]:
-        """Seconds of an image, a prompt of `tokens` that contains it, and `steps` tokens."""
+        """Times an image, a prompt of `tokens` that contains it, and `steps` tokens."""
         raise NotImplementedError
 
 
 def step_signature(length: int, slot: int, attended_slots: Iterable[int]) -> tuple[str, int | None]:
-    """Returns the fastest signature of our file for a number of tokens from a slot on.
+    """Returns the fastest signature of an exported file for a range of tokens.
 
     Args:
-      length: tokens of the call.
-      slot: that the first token takes.
-      attended_slots: that the file was written with, see `ge.export.tflite`.
+      length: number of tokens of the call.
+      slot: slot of the first token.
+      attended_slots: slot counts of the file's signatures; see `ge.export.tflite`.
 
     Returns:
-      Its name, and how many slots it looks at; None for all.
+      Its name, and the number of slots that it attends to; None for all.
     """
     name = "decode" if length == 1 else f"prefill_{length}"
     fitting = sorted(slots for slots in attended_slots if slots >= length)
     if length > 1:
-        # A prompt has one such signature.
+        # A prompt has only one signature with fewer slots.
         fitting = fitting[:1]
     attended = next((slots for slots in fitting if slot + length <= slots), None)
     return (name, None) if attended is None else (f"{name}_{attended}", attended)
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds of one call."""
+    """Measures the seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -126,8 +127,8 @@ def serve(make: Callable[[], Engine], packages: dict[str, str]) -> None:
     """Answers requests until `quit` or the end of input.
 
     Args:
-      make: the engine.
-      packages: distributions whose versions are noted, and the module that each is known by.
+      make: function that makes the engine.
+      packages: module by distribution; the versions are recorded.
     """
     child.serve(lambda: _functions(make()), packages)
 

@@ -1,14 +1,14 @@
-"""Our model in JAX, compiled, through the cache of `glm_edge.generate`.
+"""glm_edge's model in compiled JAX, with the cache of `glm_edge.generate`.
 
-Forms are those of `random_model`. The weights are made in memory; there is no file. Options:
-`attended_slots`, as in `ge.export.tflite`: a step then reads that number of slots.
+Forms are those of `random_model`. The weights are made in memory, without a file. Options:
+`attended_slots`, as in `ge.export.tflite`: a step then attends to that number of slots.
 """
 
 import functools
 import os
 from typing import Any
 
-# As the library's own scripts do: programs of one row run about twice as fast.
+# As in the library's commands: programs of one row run about twice as fast.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
 import numpy as np
@@ -17,7 +17,7 @@ from experiments.bench.runtimes.engine import Engine, Task, serve, timed
 
 
 class Jax(Engine):
-    """A jitted step whose cache is donated from one step to the next."""
+    """A jitted step that donates its cache to the next step."""
 
     def prepare(self, task: Task) -> dict[str, Any]:
         from experiments.bench.runtimes.random_model import random_model

@@ -1,13 +1,13 @@
-"""Our `.tflite` file in LiteRT, as a phone's runtime drives it.
+"""glm_edge's `.tflite` file in LiteRT, driven like a phone's runtime does.
 
-The cache stays in one set of buffers, given as inputs and as outputs: LiteRT then writes new rows
-in place, where two sets that take turns would make it copy the cache in every step. A step looks
-its token up, runs the layers and leaves the scores in a buffer. A prompt is one call of its prefill
-signature and one step for the last token, whose scores prefill does not give.
+The cache stays in one set of buffers that is both input and output, so that LiteRT writes new rows
+in place. Two alternating sets would make it copy the cache in every step. A step embeds its token,
+runs the layers and writes the logits to a buffer. A prompt is one call of its prefill signature and
+one step for the last token, since prefill does not return logits.
 
 Forms are those of `glm_edge.params.Format`, or float32 and float16. Options: `weight_cache`, a
-folder where XNNPACK keeps packed weights for all signatures to share; `attended_slots`, as in
-`ge.export.tflite`; `prefix`, tokens ahead of the image in `action`.
+folder of packed XNNPACK weights that all signatures share; `attended_slots`, as in
+`ge.export.tflite`; `prefix`, tokens before the image in `action`.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from experiments.bench.runtimes.engine import CACHE, HIDDEN, Engine, Task, serve
 
 
 class LiteRT(Engine):
-    """A file through `CompiledModel`."""
+    """A file in `CompiledModel`."""
 
     def prepare(self, task: Task) -> dict[str, Any]:
         import glm_edge as ge
@@ -32,10 +32,10 @@ class LiteRT(Engine):
         notes = sorted({conversion.rule for conversion in exported.conversions})
         packed = packed_path(task)
         if packed is not None:
-            # A packed copy of other weights would be taken for that of these.
+            # A stale packed copy of other weights would be used.
             packed.unlink(missing_ok=True)
             seconds = timed(lambda: (self.load(task), self.decode(task.contexts[0], 1)))
-            notes.append(f"first load, which packs: {seconds:.2f} s")
+            notes.append(f"first load, with packing: {seconds:.2f} s")
         return {
             "file_bytes": exported.file_bytes,
             "weight_bytes": weight_bytes(task.path, exported.model.config),
@@ -104,7 +104,7 @@ class LiteRT(Engine):
         return self.model.get_signature_by_index(self.model.get_signature_index(name))
 
     def _buffers(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Buffers of a signature beside the cache, made once."""
+        """Returns the buffers of a signature except the cache, made once."""
         if name not in self.inputs:
             names = self._signature(name)
             self.inputs[name] = {
@@ -160,12 +160,12 @@ class LiteRT(Engine):
 
 
 def timed_signatures(task: Task, phase: str, steps: int) -> list[str]:
-    """Signatures that run in one burst of a phase, beside those that look tokens up.
+    """Lists the signatures that run in one burst of a phase, except those that embed tokens.
 
     Args:
-      task: of the file.
+      task: task with the file.
       phase: `decode 128`, `prefill 512` and so on.
-      steps: of a burst of decoding.
+      steps: decoding steps per burst.
 
     Returns:
       Their names, in the order of their first run.
@@ -186,7 +186,7 @@ def packed_path(task: Task) -> Path | None:
 
 
 def weight_bytes(path: str, config: Any) -> int:
-    """Returns bytes of weights and scales that one decoding step reads."""
+    """Returns the bytes of weights and scales that one decoding step reads."""
     import glm_edge as ge
 
     return sum(

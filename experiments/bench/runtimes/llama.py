@@ -1,8 +1,8 @@
 """llama.cpp through llama-cpp-python: a GGUF of architecture `llama` with random weights.
 
-Package `gguf` writes it in float16 once; `llama_model_quantize` makes the other types from it, as
-the stock tool does, which keeps the tied embedding, also the head, at more bits. Each context has a
-cache of its own over the same weights.
+Package `gguf` writes it once in float16. `llama_model_quantize` makes the other types from it, like
+the stock tool, and stores the tied embedding and head with more bits. Contexts share the weights,
+and each has its own cache.
 
 Forms are names of llama.cpp's file types: F16, Q8_0, Q4_0, Q4_K_M, Q2_K, TQ2_0.
 """
@@ -36,7 +36,7 @@ class LlamaCpp(Engine):
             options.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{task.form}")
             names = str(source).encode(), str(path).encode()
             if api.llama_model_quantize(*names, ctypes.byref(options)):
-                raise ValueError(f"llama_model_quantize made no {task.form}")
+                raise ValueError(f"llama_model_quantize failed for {task.form}")
         tensors = gguf.GGUFReader(path).tensors
         types: dict[str, int] = {}
         for tensor in tensors:
@@ -54,12 +54,12 @@ class LlamaCpp(Engine):
 
         self.task, self.api, self.rng = task, api, np.random.default_rng(0)
         api.llama_backend_init()
-        # What is logged goes to the standard error of this process.
+        # Log messages go to the standard error of this process.
         self.model = api.llama_model_load_from_file(
             task.path.encode(), api.llama_model_default_params()
         )
         if not self.model:
-            raise ValueError(f"llama.cpp does not load {Path(task.path).name}")
+            raise ValueError(f"llama.cpp cannot load {Path(task.path).name}")
         self.contexts: dict[int, Any] = {}
 
     def decode(self, context: int, steps: int) -> list[float]:
@@ -74,7 +74,7 @@ class LlamaCpp(Engine):
         return timed(lambda: self._fill(handle, tokens))
 
     def _context(self, filled: int) -> Any:
-        """Makes a context whose cache has room for a number of tokens."""
+        """Makes a context with a cache for a number of tokens."""
         if filled not in self.contexts:
             options = self.api.llama_context_default_params()
             options.n_ctx = self.task.slots
@@ -82,7 +82,7 @@ class LlamaCpp(Engine):
             options.n_threads = options.n_threads_batch = self.task.threads
             handle = self.api.llama_init_from_model(self.model, options)
             if not handle:
-                raise ValueError("llama.cpp makes no context")
+                raise ValueError("llama.cpp cannot make a context")
             self.contexts[filled] = handle
             self._fill(handle, self._tokens(filled))
         return self.contexts[filled]
@@ -90,7 +90,7 @@ class LlamaCpp(Engine):
     def _forget(self, handle: Any, cached: int) -> None:
         memory = self.api.llama_get_memory(handle)
         if not self.api.llama_memory_seq_rm(memory, 0, cached, -1):
-            raise ValueError("llama.cpp does not cut its cache")
+            raise ValueError("llama.cpp cannot truncate its cache")
 
     def _fill(self, handle: Any, tokens: list[int]) -> None:
         width = max(self.task.lengths) if self.task.batched else 1
@@ -98,7 +98,7 @@ class LlamaCpp(Engine):
             self._run(handle, tokens[start : start + width], start)
 
     def _run(self, handle: Any, tokens: list[int], slot: int) -> None:
-        # Positions follow what the cache holds; only the last token is scored.
+        # Positions continue those of the cache; only the last token has logits.
         array = (self.api.llama_token * len(tokens))(*tokens)
         batch = self.api.llama_batch_get_one(array, len(tokens))
         status = self.api.llama_decode(handle, batch)

@@ -1,8 +1,8 @@
-"""Our MNN graphs in MNN's Python interpreter.
+"""glm_edge's MNN graphs in MNN's Python interpreter.
 
-Writing them needs glm_edge with its extra `mnn` in the same environment. The interpreter has no way
-to let a graph write where the next step reads, so the cache is copied between steps; that copying
-is not timed. Forms are those of `glm_edge.params.Format`.
+Writing them needs glm_edge with its extra `mnn` in the same environment. The interpreter cannot
+write outputs to the buffers that the next step reads, so the cache is copied between steps; this
+copy is not timed. Forms are those of `glm_edge.params.Format`.
 """
 
 from pathlib import Path
@@ -39,7 +39,8 @@ class Mnn(Engine):
         path = Path(self.task.path)
         interpreter = self.mnn.Interpreter(str(path / f"{name}.mnn"))
         interpreter.setExternalFile(str(path / "weights.bin"))
-        # `low` memory multiplies the integers; otherwise they become float weights at loading.
+        # With `low` memory, products use the integers; otherwise loading converts them to float
+        # weights.
         session = interpreter.createSession(
             {"backend": "CPU", "numThread": self.task.threads, "memory": "low"}
         )

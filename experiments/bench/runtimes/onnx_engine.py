@@ -1,8 +1,8 @@
-"""Our ONNX graphs in onnxruntime, the cache in two sets of its own buffers that take turns.
+"""glm_edge's ONNX graphs in onnxruntime, with the cache in two alternating sets of buffers.
 
 Writing them needs glm_edge with its extra `onnx` in the same environment; running them does not. A
 prompt is one call of its prefill graph and one step for the last token, as in `litert`. Products
-of rounded inputs are allowed (`accuracy_level` 4), which is onnxruntime's fastest way.
+may round their inputs (`accuracy_level` 4), the fastest setting of onnxruntime.
 
 Forms are those of `glm_edge.params.Format` or float32. Options: `attended_slots`, as in
 `ge.export.onnx`.
@@ -22,7 +22,7 @@ SETTINGS = {"session.qdq_matmulnbits_accuracy_level": "4"}
 
 
 class OnnxRuntime(Engine):
-    """Graphs of one directory, each opened when it is first run."""
+    """Graphs of one directory, each opened at its first run."""
 
     def prepare(self, task: Task) -> dict[str, Any]:
         import glm_edge as ge
@@ -30,7 +30,7 @@ class OnnxRuntime(Engine):
 
         attended = task.option("attended_slots", [])
         package = random_model.exported(task, ge.export.onnx, attended_slots=attended)
-        # A tied embedding is stored once, as the product reads it.
+        # A tied embedding is stored once, in the layout of the product.
         stored = (package.path / "weights.bin").stat().st_size
         operators = optimized_operators(Path(task.path) / "decode.onnx", task.threads)
         counts = {name: operators[name] for name in (*PRODUCTS, "DequantizeLinear")}
@@ -119,7 +119,7 @@ class OnnxRuntime(Engine):
 
 
 def session_options(library: Any, threads: int) -> Any:
-    """Options of every session."""
+    """Returns the options of every session."""
     options = library.SessionOptions()
     options.intra_op_num_threads = threads
     for name, value in SETTINGS.items():
@@ -128,7 +128,7 @@ def session_options(library: Any, threads: int) -> Any:
 
 
 def optimized_operators(path: Path, threads: int) -> collections.Counter[str]:
-    """Counts the operators of the graph that onnxruntime makes of a file."""
+    """Counts the operators of onnxruntime's optimized graph of a file."""
     import onnx
     import onnxruntime
 

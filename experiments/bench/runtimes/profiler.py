@@ -1,10 +1,10 @@
-"""Time of each operator of a `.tflite` file, by LiteRT's own profiler.
+"""Time of each operator of a `.tflite` file, by LiteRT's profiler.
 
     python -m experiments.bench.runtimes.profiler FILE.tflite SIGNATURE THREADS RUNS
 
-The profiler is part of LiteRT's C interface, not of its Python one, so this module calls
-`libLiteRt.so` itself, in a process of its own. Inputs are zeros: no kernel here looks at values.
-Prints one JSON object: microseconds of one run by operator and by node, medians over runs.
+The profiler is part of LiteRT's C interface only, so this module calls `libLiteRt.so` directly, in
+a separate process. Inputs are zeros, as the kernels' time does not depend on values. Prints one
+JSON object with microseconds of one run by operator and by node, medians over runs.
 """
 
 import collections
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 CPU, WRITE = 1, 1
-# More than `LiteRtRankedTensorType` takes.
+# Larger than `LiteRtRankedTensorType`.
 TENSOR_TYPE_BYTES = 512
-# An operator of a delegate, and one that the interpreter runs itself.
+# Event types of a delegate's operator, and of an operator that the interpreter runs.
 DELEGATED, OPERATOR = 8, 2
 SLOWEST = 12
 LIBC = ctypes.CDLL(None)
@@ -42,15 +42,15 @@ class Event(ctypes.Structure):
 
 
 class Profiled:
-    """A compiled file whose operators are timed.
+    """A compiled file with timed operators.
 
     Args:
       path: of the file.
-      signature: to run.
-      threads: of XNNPACK.
+      signature: name of the signature to run.
+      threads: number of XNNPACK threads.
 
     Raises:
-      RuntimeError: LiteRT refuses; or this release has another C interface.
+      RuntimeError: LiteRT fails, or this release has a different C interface.
     """
 
     def __init__(self, path: str, signature: str, threads: int):
@@ -69,7 +69,7 @@ class Profiled:
         self.compiled = self._made("LiteRtCreateCompiledModel", environment, model, options)
         self.index, handle = self._signature(model, signature)
         input_buffers = self._buffers(environment, handle, "Input", {})
-        # What is carried from run to run stays in its place, as in `litert`.
+        # Tensors that are carried from run to run share one buffer, as in `litert`.
         taken = self._buffers(environment, handle, "Output", input_buffers)
         self.inputs, self.outputs = (
             (ctypes.c_void_p * len(buffers))(*buffers.values())
@@ -78,7 +78,7 @@ class Profiled:
         self.profiler = self._made("LiteRtCompiledModelGetProfiler", self.compiled)
 
     def run(self) -> float:
-        """Runs once; seconds."""
+        """Runs once; returns the seconds."""
         started = time.perf_counter()
         self._call(
             "LiteRtRunCompiledModel",
@@ -92,7 +92,7 @@ class Profiled:
         return time.perf_counter() - started
 
     def events(self, runs: int) -> tuple[list[Event], float]:
-        """Events of a number of runs, and seconds of one run."""
+        """Returns the events of a number of runs, and the seconds of one run."""
         self.run()
         self._call("LiteRtStartProfiler", self.profiler)
         seconds = sorted(self.run() for _ in range(runs))[runs // 2]
@@ -106,7 +106,7 @@ class Profiled:
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self.litert, name)(*arguments)
         if status:
-            raise RuntimeError(f"{name}: LiteRT answered with status {status}")
+            raise RuntimeError(f"{name}: LiteRT returned status {status}")
 
     def _made(self, name: str, *arguments: Any) -> ctypes.c_void_p:
         made = ctypes.c_void_p()
@@ -114,7 +114,7 @@ class Profiled:
         return made
 
     def _opaque(self, identifier: str, text: str) -> ctypes.c_void_p:
-        # The library frees what it is given.
+        # The library frees the memory that is passed to it.
         LIBC.strdup.restype = ctypes.c_void_p
         payload = ctypes.c_void_p(LIBC.strdup(text.encode()))
         free = ctypes.cast(LIBC.free, ctypes.c_void_p)
@@ -134,7 +134,7 @@ class Profiled:
     def _buffers(
         self, environment: Any, signature: Any, side: str, shared: dict[str, Any]
     ) -> dict[str, Any]:
-        """Makes a zeroed buffer per input or output, or takes the shared one of that name."""
+        """Makes a zeroed buffer per input or output, or uses the shared one of that name."""
         count = ctypes.c_size_t()
         self._call(f"LiteRtGetNumSignature{side}s", signature, ctypes.byref(count))
         made = {}
@@ -165,20 +165,20 @@ class Profiled:
 
 
 def by_operator(events: list[Event], runs: int, seconds: float) -> dict[str, Any]:
-    """Microseconds of one run by kind of operator and of the slowest nodes, slowest first.
+    """Computes microseconds per run by kind of operator and of the slowest nodes, slowest first.
 
     Args:
-      events: of equal runs, in order.
-      runs: how many.
-      seconds: of one run, of which `elsewhere` is what no operator took: dispatch and buffers.
+      events: events of equal runs, in order.
+      runs: number of runs.
+      seconds: seconds of one run; `elsewhere` is the part outside operators: dispatch and buffers.
 
     Raises:
-      RuntimeError: the runs differ, so that their events cannot be told apart.
+      RuntimeError: the runs differ, so their events cannot be assigned.
     """
     events = [event for event in events if event.kind in (DELEGATED, OPERATOR)]
     count = len(events) // runs
     if not count or len(events) % runs:
-        raise RuntimeError(f"{len(events)} events of {runs} runs; fewer runs may fit the profiler")
+        raise RuntimeError(f"{len(events)} events do not divide into {runs} runs; use fewer runs")
     kinds: dict[str, list[float]] = collections.defaultdict(list)
     nodes = []
     for c_index in range(count):
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> None:
     events, seconds = Profiled(path, signature, threads).events(runs)
     answers.write(json.dumps(by_operator(events, runs, seconds)) + "\n")
     answers.flush()
-    # The objects above are the library's to end with the process.
+    # The library's objects end with the process.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Our models with random weights, in any form, without a float copy of them."""
+"""glm_edge models with random weights in any format, without a float copy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,18 +15,18 @@ from glm_edge.params import Format, Quantized
 from glm_edge.params.tree import nested
 
 FLOATS = ("float32", "float16")
-# No two vectors are equal then, which a file would hold once.
+# Makes all vectors different, as a file would store equal ones once.
 JITTER = np.float32(0.1)
 
 
 def random_model(config: dict[str, Any], form: str, seed: int = 0) -> tuple[MultimodalGLM, Any]:
-    """Makes a model and its parameters; norms are nearly one, biases nearly zero.
+    """Makes a model and random parameters, with norms near one and biases near zero.
 
     Args:
-      config: as `glm_edge.configs.to_dict` writes it.
-      form: of every matrix: float32, float16, or what `Format.parse` reads. A matrix whose columns
-        are no whole groups has scales per channel.
-      seed: of the weights.
+      config: configuration from `glm_edge.configs.to_dict`.
+      form: format of every matrix: float32, float16, or a string for `Format.parse`. A matrix whose
+        columns are not a multiple of the group size has scales per channel.
+      seed: seed of the weights.
 
     Returns:
       `(model, params)`.
@@ -46,15 +46,15 @@ def random_model(config: dict[str, Any], form: str, seed: int = 0) -> tuple[Mult
 
 
 def fitting(format: Format, columns: int) -> Format:
-    """Returns the format, or per channel where the columns are not a multiple of its groups."""
+    """Returns the format, or per channel if the columns are not a multiple of the group size."""
     size = format.group_size
     return format if not isinstance(size, int) or columns % size == 0 else Format(format.qtype)
 
 
 def random_box(rng: np.random.Generator, shape: tuple[int, int], format: Format) -> Quantized:
-    """Makes a weight of random bytes, which are valid codes of integer types, and random scales.
+    """Makes a weight of random bytes, valid codes of integer types, and random scales.
 
-    What it meets keeps its size in the mean.
+    Products with it preserve the mean magnitude of their inputs.
     """
     columns = packing.packed_columns(shape[1], format.qtype)
     data = np.frombuffer(rng.bytes(shape[0] * columns), np.uint8).reshape(shape[0], columns)
@@ -70,12 +70,12 @@ def random_box(rng: np.random.Generator, shape: tuple[int, int], format: Format)
 
 
 def exported(task: Task, write: Callable[..., Any], **options: Any) -> Any:
-    """Writes a random model of a task by one of `ge.export`, and returns what that returns.
+    """Writes a random model of a task by an exporter, and returns the exporter's result.
 
     Args:
-      task: names the file.
-      write: `ge.export.tflite` or another.
-      **options: of `write`.
+      task: task with the path of the file.
+      write: exporter, such as `ge.export.tflite`.
+      **options: arguments of `write`.
     """
     model, params = random_model(task.config, task.form)
     return write(

@@ -1,7 +1,8 @@
-"""transformers' GLM of the same shape in torch, eager, and its linear layers through torchao.
+"""transformers' GLM of the same shape in eager torch, with linear layers through torchao.
 
-Called directly, without `generate`; the cache grows and is cut back. Weights are made in memory;
-there is no file. Forms: float32, bfloat16, int8-weight-only and int8-dynamic (torchao on float32).
+It is called directly, without `generate`; the cache grows and is then truncated. Weights are made
+in memory, without a file. Forms: float32, bfloat16, int8-weight-only and int8-dynamic (torchao on
+float32).
 """
 
 from typing import Any
@@ -60,7 +61,7 @@ class Torch(Engine):
 
 
 def make(task: Task) -> Any:
-    """Returns the model with weights of transformers' own initialization."""
+    """Returns the model with transformers' initial weights."""
     import torch
     import transformers
 
@@ -90,7 +91,7 @@ def make(task: Task) -> Any:
 
 
 def quantize(model: Any, form: str) -> None:
-    """Puts torchao's int8 in every linear layer; the head gets a copy of its own."""
+    """Quantizes every linear layer with torchao's int8; the head gets a separate copy."""
     import torch
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,
@@ -98,7 +99,7 @@ def quantize(model: Any, form: str) -> None:
         quantize_,
     )
 
-    # A tied head would turn the embedding into a tensor that cannot be looked up.
+    # A tied head would convert the embedding to a tensor without lookups.
     model.lm_head.weight = torch.nn.Parameter(
         model.lm_head.weight.detach().clone(), requires_grad=False
     )

@@ -1,1 +1,1 @@
-"""The phone-screen benchmark: drawn screens, text or spoken instructions, actions to predict."""
+"""The phone-screen benchmark: generated screens, written or spoken instructions, and actions."""

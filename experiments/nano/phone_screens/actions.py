@@ -1,9 +1,9 @@
-"""The action grammar of Open-AutoGLM: writing it and reading it back.
+"""The action grammar of Open-AutoGLM: formatting and parsing.
 
     do(action="Tap", element=[435,715])    do(action="Type", text="hello")    do(action="Back")
     do(action="Swipe", start=[505,705], end=[505,295])    finish(message="done")
 
-Coordinates are 0..999 along each axis of the screen, whatever its size.
+Coordinates are 0..999 along each axis of a screen of any size.
 
 References:
   Open-AutoGLM, https://github.com/zai-org/Open-AutoGLM
@@ -23,7 +23,7 @@ GRID = 1000
 BINS = 100
 FINISH = "finish"
 _TEXT, _POINT = "text", "point"
-# For every action its fields in the order written, each with what it holds and whether it must be.
+# Fields of every action in written order, each with its content and whether it is required.
 GRAMMAR: dict[str, tuple[tuple[str, str, bool], ...]] = {
     "Tap": (("element", _POINT, True), ("message", _TEXT, False)),
     "Type": (("text", _TEXT, True),),
@@ -42,16 +42,17 @@ GRAMMAR: dict[str, tuple[tuple[str, str, bool], ...]] = {
     FINISH: (("message", _TEXT, True),),
 }
 _OPENING = re.compile(r"\bdo\s*\(\s*action\s*=|\bfinish\s*\(\s*message\s*=")
-# What an answer begins with: actions before it were only thought of.
+# Markers of the start of an answer: actions before them are part of the reasoning.
 _MARK = re.compile(r"</think>|<answer>|<\|begin_of_box\|>")
 _NAME = re.compile(r"\s*([a-z_]\w*)\s*=\s*")
 _POINT_VALUE = re.compile(r"\[\s*(-?\d{1,6})\s*,\s*(-?\d{1,6})\s*\]")
 _NEXT = re.compile(r"\s*([,)])\s*")
-# An escape, or a quote that closes a string: another field or the end of the call follows.
+# An escape, or a quote that closes a string, after which another field or the end of the call
+# follows.
 _QUOTE = {
     quote: re.compile(rf"\\.|{quote}(?=\s*(?:\)|,\s*[a-z_]\w*\s*=))", re.DOTALL) for quote in "\"'"
 }
-# Behind a call whose text quotes something: nothing, a tag, or another call.
+# After a call whose text contains quotes: nothing, a tag, or another call.
 _AFTER_CALL = re.compile(r"\s*(?:$|<|\n|do\s*\(|finish\s*\()")
 _LONGEST = 4096
 _LONGEST_ANSWER = 1 << 16
@@ -62,21 +63,22 @@ _MOST_FIELDS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """One step on the phone; `GRAMMAR` says which fields its kind has, the others are None.
+    """One step on the phone; `GRAMMAR` lists the fields of its kind, others are None.
 
     Args:
       kind: a key of `GRAMMAR`.
-      element: (x, y) where a tap goes, 0..999.
-      start: (x, y) where a swipe begins, 0..999.
-      end: (x, y) where it ends.
-      text: what is typed.
-      app: what is launched.
-      duration: how long to wait, such as "2 seconds".
-      message: what is said with it.
-      instruction: what a service is asked to do with the screens so far.
+      element: (x, y) of a tap, 0..999.
+      start: (x, y) of the start of a swipe, 0..999.
+      end: (x, y) of its end, 0..999.
+      text: text to type.
+      app: app to launch.
+      duration: waiting time, such as "2 seconds".
+      message: message of the action.
+      instruction: request to a service about the screens so far.
 
     Raises:
-      DataError: the kind is unknown, a field is missing, of another type, or does not belong to it.
+      DataError: the kind is unknown, or a field is missing, has the wrong type, or does not belong
+        to the kind.
     """
 
     kind: str
@@ -91,7 +93,7 @@ class Action:
 
     def __post_init__(self):
         if self.kind not in GRAMMAR:
-            raise DataError(f"unknown action {self.kind!r}; one of {', '.join(GRAMMAR)}")
+            raise DataError(f"unknown action {self.kind!r}; use one of {', '.join(GRAMMAR)}")
         fields = {name: (holds, must) for name, holds, must in GRAMMAR[self.kind]}
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
@@ -102,9 +104,11 @@ class Action:
             elif holds is None:
                 raise DataError(f"{self.kind} has no field {field.name!r}")
             elif holds == _POINT and not _is_point(value):
-                raise DataError(f"{field.name}={value!r}; two integers 0..{GRID - 1} are needed")
+                raise DataError(
+                    f"{field.name}={value!r}: must be two integers from 0 to {GRID - 1}"
+                )
             elif holds == _TEXT and not isinstance(value, str):
-                raise DataError(f"{field.name}={value!r}; a string is needed")
+                raise DataError(f"{field.name}={value!r}: must be a string")
 
 
 def _is_point(value) -> bool:
@@ -116,13 +120,13 @@ def _is_point(value) -> bool:
 
 
 def tap_at(x: float, y: float, width: int, height: int) -> Action:
-    """Makes the tap whose coordinates are the centres of the bins, 10 b + 5, that hold a point.
+    """Makes a tap at the centres, 10 b + 5, of the bins that contain a point.
 
     Args:
-      x: pixels from the left.
-      y: pixels from the top.
-      width: of the screen in pixels.
-      height: of the screen in pixels.
+      x: distance from the left in pixels.
+      y: distance from the top in pixels.
+      width: width of the screen in pixels.
+      height: height of the screen in pixels.
 
     Returns:
       The tap.
@@ -132,15 +136,15 @@ def tap_at(x: float, y: float, width: int, height: int) -> Action:
 
 
 def to_pixels(point: tuple[int, int], width: int, height: int) -> tuple[int, int]:
-    """Says where on a screen a point of the grid is executed.
+    """Converts a point of the grid to pixels of a screen.
 
     Args:
       point: (x, y), 0..999.
-      width: of the screen in pixels.
-      height: of the screen in pixels.
+      width: width of the screen in pixels.
+      height: height of the screen in pixels.
 
     Returns:
-      (x, y) in whole pixels.
+      (x, y) in integer pixels.
     """
     return int(point[0] / GRID * width), int(point[1] / GRID * height)
 
@@ -160,13 +164,13 @@ def format_action(action: Action) -> str:
     """Writes an action in one line.
 
     Args:
-      action: what to write.
+      action: the action.
 
     Returns:
-      The text; `parse_action` gives the action back.
+      The text; `parse_action` returns the same action from it.
 
     Raises:
-      DataError: the text would be longer than `parse_action` reads.
+      DataError: the text would exceed the limit of `parse_action`.
     """
     parts = [] if action.kind == FINISH else [f'action="{action.kind}"']
     for name, holds, _ in GRAMMAR[action.kind]:
@@ -176,14 +180,12 @@ def format_action(action: Action) -> str:
             parts.append(f"{name}={written}")
     text = f"{'finish' if action.kind == FINISH else 'do'}({', '.join(parts)})"
     if len(text) > _LONGEST:
-        raise DataError(
-            f"{_shown(text)} has {len(text)} characters; at most {_LONGEST} are read back"
-        )
+        raise DataError(f"{_shown(text)} has {len(text)} characters; the maximum is {_LONGEST}")
     return text
 
 
 class _Call(NamedTuple):
-    """A call: `do` or `finish`, its fields in order, and where it ends."""
+    """A call: `do` or `finish`, its fields in order, and the offset of its end."""
 
     name: str
     fields: list[tuple[str, str | tuple[int, int]]]
@@ -193,30 +195,30 @@ class _Call(NamedTuple):
 def parse_action(text: str) -> Action:
     """Reads an action from a model's answer.
 
-    The last well-formed call of `do` or `finish` counts. What stands before `</think>`, `<answer>`
-    or `<|begin_of_box|>` was only thought of; tags, box tokens and other text around the call are
-    skipped. A string may hold line breaks and quotes: it ends where another field or the end of
-    the call follows. Nothing is evaluated.
+    The last well-formed call of `do` or `finish` is used. Text before `</think>`, `<answer>` or
+    `<|begin_of_box|>` is reasoning and is ignored; so are tags, box tokens and other text around
+    the call. A string may contain line breaks and quotes: it ends at a quote before another field
+    or the end of the call. The text is not evaluated.
 
     Args:
-      text: the answer.
+      text: the model's answer.
 
     Returns:
       The action.
 
     Raises:
-      DataError: there is no such call, or it does not follow `GRAMMAR`.
+      DataError: the answer contains no such call, or the call does not follow `GRAMMAR`.
 
     References:
       Open-AutoGLM, https://github.com/zai-org/Open-AutoGLM, issues 59, 154, 286 and 347.
     """
     if len(text) > _LONGEST_ANSWER:
-        raise DataError(f"an answer of {len(text)} characters; at most {_LONGEST_ANSWER} are read")
+        raise DataError(f"an answer of {len(text)} characters; the maximum is {_LONGEST_ANSWER}")
     last, malformed, at, count = None, None, 0, 0
     while opening := _OPENING.search(text, at):
         count += 1
         if count > _MOST_CALLS:
-            raise DataError(f"an answer of more than {_MOST_CALLS} calls of do or finish")
+            raise DataError(f"an answer with more than {_MOST_CALLS} calls of do or finish")
         if _MARK.search(text, at, opening.start()):
             last = malformed = None
         call = _read_call(text, opening.start())
@@ -227,14 +229,14 @@ def parse_action(text: str) -> Action:
     if last is not None:
         return _action(last)
     if malformed is None:
-        raise DataError(f"no action in {_shown(text)}; do(action=...) or finish(message=...)")
+        raise DataError(f"no action in {_shown(text)}; use do(action=...) or finish(message=...)")
     answer = text[malformed:]
     long = f" within {_LONGEST} characters" if len(answer) > _LONGEST else ""
     raise DataError(f"{_shown(answer)} is not one call of do or finish with named fields{long}")
 
 
 def _read_call(text: str, start: int) -> _Call | None:
-    """Reads the call that begins at `start`; None where it is cut off."""
+    """Reads the call that begins at `start`; returns None if it is truncated."""
     text = text[: start + _LONGEST]
     inside = text.index("(", start) + 1
     parsed = _read_fields(text, inside, {}, _MOST_FIELDS)
@@ -242,9 +244,9 @@ def _read_call(text: str, start: int) -> _Call | None:
 
 
 def _read_fields(text: str, at: int, known: dict, room: int) -> tuple[list, int] | None:
-    """Reads up to `room` fields from `at` on, and finds the end of the call.
+    """Reads up to `room` fields, starting at `at`, and finds the end of the call.
 
-    `known` holds what was read before, by place: strings may end at several quotes.
+    `known` stores earlier results by offset, as a string may end at several quotes.
     """
     if at not in known:
         name = _NAME.match(text, at) if room else None
@@ -263,7 +265,7 @@ def _read_value(text: str, at: int, name: str, known: dict, room: int) -> tuple[
 
 
 def _read_next(text: str, at: int, known: dict, room: int) -> tuple[list, int] | None:
-    """Matches what follows a value: further fields, or the end of the call."""
+    """Matches further fields, or the end of the call, after a value."""
     after = _NEXT.match(text, at)
     if after is None:
         return None
@@ -273,7 +275,7 @@ def _read_next(text: str, at: int, known: dict, room: int) -> tuple[list, int] |
 
 
 def _read_string(text: str, at: int, name: str, known: dict, room: int) -> tuple[list, int] | None:
-    """Reads a string whose quote opens at `at`, and what follows it."""
+    """Reads a string whose quote opens at `at`, and the text after it."""
     quote, first = text[at], None
     for close in itertools.islice(_closing_quotes(text, at), _MOST_QUOTES):
         following = _read_next(text, close + 1, known, room)
@@ -281,7 +283,7 @@ def _read_string(text: str, at: int, name: str, known: dict, room: int) -> tuple
         if value is None:
             continue
         read = [(name, value), *following[0]], following[1]
-        # A string that quotes a call goes on behind the quoted one's closing parenthesis.
+        # A string that quotes a call continues after the quoted call's closing parenthesis.
         if quote not in text[at + 1 : close] or _AFTER_CALL.match(text, read[1]):
             return read
         first = first or read
@@ -295,7 +297,7 @@ def _closing_quotes(text: str, at: int) -> Iterator[int]:
 
 
 def _unescaped(raw: str, quote: str) -> str | None:
-    """Reads escapes as Python does; quotes and line breaks may stand unescaped."""
+    """Replaces escapes as Python does; quotes and line breaks may be unescaped."""
     source = re.sub(
         rf"\\.|[{quote}\n\r]",
         lambda match: {quote: f"\\{quote}", "\n": "\\n", "\r": "\\r"}.get(match[0], match[0]),

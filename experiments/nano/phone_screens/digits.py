@@ -1,4 +1,4 @@
-"""Handwritten digits for the keys of a screen, split so that no image is shared."""
+"""Handwritten digits for the keys of a screen, in splits without common images."""
 
 import dataclasses
 import gzip
@@ -19,22 +19,22 @@ class DigitImages:
     """Grey images of the ten digits, bright ink on black with a border of about four pixels.
 
     Args:
-      images: ten arrays, uint8 `[N_d, 28, 28]`, `images[d]` holding the digit d.
+      images: ten arrays, uint8 `[N_d, 28, 28]`; `images[d]` contains images of digit d.
     """
 
     images: tuple[np.ndarray, ...]
 
     def __post_init__(self):
         if len(self.images) != 10:
-            raise DataError(f"digit images come in {len(self.images)} classes; 10 are needed")
+            raise DataError(f"digit images have {len(self.images)} classes, expected 10")
         for digit, stack in enumerate(self.images):
             if stack.dtype != np.uint8 or stack.ndim != 3 or stack.shape[1:] != (28, 28):
                 raise DataError(
-                    f"images of digit {digit} are {stack.dtype} {list(stack.shape)}; "
-                    "uint8 [N, 28, 28] is needed"
+                    f"images of digit {digit} are {stack.dtype} {list(stack.shape)}, expected "
+                    "uint8 [N, 28, 28]"
                 )
             if not len(stack):
-                raise DataError(f"there is no image of digit {digit}; every digit needs one")
+                raise DataError(f"digit {digit} has no image; every digit needs at least one")
 
     def __len__(self) -> int:
         return sum(len(stack) for stack in self.images)
@@ -45,25 +45,25 @@ def from_arrays(images: np.ndarray, labels: np.ndarray) -> DigitImages:
 
     Args:
       images: uint8 `[N, 28, 28]`.
-      labels: the digits shown, integers `[N]`.
+      labels: digits of the images, int `[N]`.
 
     Returns:
       The images by class.
 
     Raises:
-      DataError: a digit is absent or the images have another shape.
+      DataError: a digit has no image, or the images have the wrong shape.
     """
     return DigitImages(tuple(images[labels == digit] for digit in range(10)))
 
 
 def combine(*sources: DigitImages) -> DigitImages:
-    """Pools several sources; inside a class each source keeps its own number of images.
+    """Combines several sources, with all images of each.
 
     Args:
-      *sources: at least one source.
+      *sources: one or more sources.
 
     Returns:
-      One source with the images of all.
+      One source with the images of all sources.
     """
     return DigitImages(
         tuple(np.concatenate([s.images[digit] for s in sources]) for digit in range(10))
@@ -71,14 +71,14 @@ def combine(*sources: DigitImages) -> DigitImages:
 
 
 def resampling_matrix(source: int, target: int) -> np.ndarray:
-    """Builds the matrix of smooth one-dimensional resampling (a triangle as wide as needed).
+    """Builds the matrix of one-dimensional resampling with a triangle filter.
 
     Args:
-      source: number of samples given.
-      target: number of samples wanted.
+      source: number of input samples.
+      target: number of output samples.
 
     Returns:
-      Weights, float32 `[target, source]`, rows summing to one.
+      Weights, float32 `[target, source]`; each row sums to one.
     """
     scale = source / target
     centres = (np.arange(target) + 0.5) * scale - 0.5
@@ -88,9 +88,9 @@ def resampling_matrix(source: int, target: int) -> np.ndarray:
 
 
 def sklearn_digits(split: str) -> DigitImages:
-    """Opens scikit-learn's bundled 8x8 digits, drawn smoothly at 28x28.
+    """Opens scikit-learn's bundled 8x8 digits, resampled to 28x28.
 
-    The file's order is kept, so that the splits are nearly disjoint in writers too.
+    The order of the file is kept, so the splits have nearly disjoint writers.
 
     Args:
       split: "train" (first 60 %), "calibration" (next 15 %) or "eval" (last 25 %).
@@ -113,7 +113,7 @@ def sklearn_digits(split: str) -> DigitImages:
     }[split]
     weights = resampling_matrix(8, 20)
     smooth = weights @ (data.images[part].astype(np.float32) / 16.0) @ weights.T
-    # Interpolated strokes are soft; MNIST's, which share the keys with them, have edges.
+    # Interpolated strokes are soft, while MNIST's, on the same keys, have sharp edges.
     ink = np.clip((smooth - 0.2) / 0.5, 0.0, 1.0)
     images = np.pad((255 * ink).astype(np.uint8), ((0, 0), (4, 4), (4, 4)))
     return from_arrays(images, data.target[part])
@@ -123,8 +123,8 @@ def mnist_folder(path: str | Path, split: str) -> DigitImages:
     """Opens a folder of IDX files, the format of MNIST.
 
     Args:
-      path: folder with `*-images-idx3-ubyte.gz` and `*-labels-idx1-ubyte.gz` beside it (not
-        compressed is fine too). If it holds one pair only, that pair is every split.
+      path: folder with pairs of `*-images-idx3-ubyte.gz` and `*-labels-idx1-ubyte.gz`, or
+        uncompressed files. If it contains only one pair, every split uses that pair.
       split: "train" (the first 90 % of the files whose names begin with train), "calibration"
         (their last 10 %) or "eval" (every other pair, such as t10k).
 
@@ -137,17 +137,17 @@ def mnist_folder(path: str | Path, split: str) -> DigitImages:
     _check_split(split)
     folder = Path(path)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; one with *-images-idx3-ubyte.gz is needed")
+        raise DataError(f"{folder} is not a folder; use a folder with *-images-idx3-ubyte.gz")
     files = sorted(f for f in folder.iterdir() if "-images-idx3-ubyte" in f.name)
     if not files:
-        raise DataError(f"{folder} holds no *-images-idx3-ubyte.gz, the format of MNIST")
+        raise DataError(f"{folder} contains no *-images-idx3-ubyte.gz, the format of MNIST")
     chosen, part = files, slice(None)
     if len(files) > 1:
         chosen = [f for f in files if f.name.startswith("train") == (split != "eval")]
         if not chosen:
             raise DataError(
-                f"{folder} holds no images for the split {split!r}: train, t10k or test pairs "
-                f"are needed, found {', '.join(f.name for f in files)}"
+                f"{folder} contains no images for the split {split!r}: expected train, t10k or "
+                f"test pairs, got {', '.join(f.name for f in files)}"
             )
     pairs = [_read_pair(f) for f in chosen]
     images = np.concatenate([p[0] for p in pairs])
@@ -160,7 +160,7 @@ def mnist_folder(path: str | Path, split: str) -> DigitImages:
 
 def _check_split(split: str) -> None:
     if split not in SPLITS:
-        raise DataError(f"unknown split {split!r} of digit images; one of {', '.join(SPLITS)}")
+        raise DataError(f"unknown split {split!r} of digit images; use one of {', '.join(SPLITS)}")
 
 
 def _read_pair(images_file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -170,16 +170,16 @@ def _read_pair(images_file: Path) -> tuple[np.ndarray, np.ndarray]:
     images = _read_idx(images_file, _IMAGE_MAGIC, 3, "images")
     labels = _read_idx(labels_file, _LABEL_MAGIC, 1, "labels")
     if images.shape[1:] != (28, 28):
-        raise DataError(f"{images_file} holds {list(images.shape[1:])} images; 28x28 is needed")
+        raise DataError(f"{images_file} contains {list(images.shape[1:])} images, expected 28x28")
     if len(images) != len(labels):
         raise DataError(f"{labels_file} has {len(labels)} labels for {len(images)} images")
     if labels.size and labels.max() > 9:
-        raise DataError(f"{labels_file} holds the label {labels.max()}; digits 0..9 are needed")
+        raise DataError(f"{labels_file} contains the label {labels.max()}, expected digits 0..9")
     return images, labels
 
 
 def _read_idx(file: Path, magic: int, axes: int, kind: str) -> np.ndarray:
-    wanted = f"an IDX file of {kind} (magic number {magic}), as MNIST's, is needed"
+    wanted = f"expected an IDX file of {kind} (magic number {magic}), like MNIST's"
     try:
         data = file.read_bytes()
         if data[:2] == b"\x1f\x8b":
@@ -195,20 +195,20 @@ def _read_idx(file: Path, magic: int, axes: int, kind: str) -> np.ndarray:
         size *= extent
     if len(data) - header != size:
         raise DataError(
-            f"{file} promises {size} bytes of {kind} and holds {len(data) - header}; {wanted}"
+            f"{file} declares {size} bytes of {kind} but contains {len(data) - header}; {wanted}"
         )
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
 def ink(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Resizes one 28x28 digit, its outer two pixels cut away, to an alpha mask.
+    """Crops two pixels from each side of a 28x28 digit and resizes it to an alpha mask.
 
     Args:
-      image: uint8 `[28, 28]`.
-      weights: `resampling_matrix(24, size)`.
+      image: digit, uint8 `[28, 28]`.
+      weights: matrix `resampling_matrix(24, size)`.
 
     Returns:
-      float32 `[size, size, 1]` in 0..1.
+      Alpha mask, float32 `[size, size, 1]` in 0..1.
     """
     inner = image[2:26, 2:26].astype(np.float32)
     return (weights @ inner @ weights.T)[..., None] * np.float32(1 / 255)

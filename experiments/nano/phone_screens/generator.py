@@ -1,7 +1,7 @@
-"""Draws phone screens and labels them densely.
+"""Generator of phone screens with dense labels.
 
-H, W are the screen's height and width in pixels; a cell is one of the 12 x 6 squares of 16 pixels
-that a 2x2 merge of 8-pixel patches leaves.
+H, W are the screen's height and width in pixels. A cell is one of the 12 x 6 squares of 16 pixels
+that result from merging 2x2 patches of 8 pixels.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from glm_edge.errors import DataError
 CELL = 16
 ROWS, COLUMNS = HEIGHT // CELL, WIDTH // CELL
 
-# The exam's limits: the tests hold every screen to them.
+# Limits of the benchmark, which tests check for every screen.
 MIN_ELEMENTS, MAX_ELEMENTS = 8, 20
 MIN_OF_TYPE = 3
 MAX_AREA = 0.03 * HEIGHT * WIDTH
@@ -41,12 +41,12 @@ _MARGIN = 2
 
 @dataclasses.dataclass(frozen=True)
 class Element:
-    """Something on the screen that can be tapped.
+    """An element of the screen that can be tapped.
 
     Args:
       type: "icon", "key", "button" or "row".
-      name: its class, one of `NAMES[type]`.
-      box: (x0, y0, x1, y1) in pixels, the last two exclusive.
+      name: class of the element, one of `NAMES[type]`.
+      box: (x0, y0, x1, y1) in pixels; x1 and y1 are exclusive.
     """
 
     type: str
@@ -55,28 +55,28 @@ class Element:
 
     @property
     def class_id(self) -> int:
-        """Its id in dense labels, 1..NUM_CLASSES-1."""
+        """Class id in dense labels, 1..NUM_CLASSES-1."""
         return CLASS_IDS[self.type, self.name]
 
     @property
     def centre(self) -> tuple[float, float]:
-        """(x, y) of the middle of the box in pixels."""
+        """Centre (x, y) of the box in pixels."""
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
 
     def contains(self, x: float, y: float) -> bool:
-        """Returns True for a point in pixels inside the box."""
+        """Returns True if a point in pixels is inside the box."""
         x0, y0, x1, y1 = self.box
         return x0 <= x < x1 and y0 <= y < y1
 
 
 @dataclasses.dataclass(frozen=True)
 class Screen:
-    """A drawn screen.
+    """A generated screen.
 
     Args:
       image: float32 RGB `[H, W, 3]` in 0..1.
-      elements: what can be tapped on it.
+      elements: elements that can be tapped.
     """
 
     image: np.ndarray
@@ -84,11 +84,11 @@ class Screen:
 
 
 def random_stream(split: str, seed: int) -> np.random.Generator:
-    """Opens a stream of random numbers that no other split has, whatever the seeds.
+    """Opens a random stream that is disjoint from those of other splits for all seeds.
 
     Args:
       split: "train", "calibration" or "eval".
-      seed: a natural number.
+      seed: non-negative integer.
 
     Returns:
       A numpy generator.
@@ -97,22 +97,23 @@ def random_stream(split: str, seed: int) -> np.random.Generator:
       DataError: the split is unknown.
     """
     if split not in _STREAMS:
-        raise DataError(f"unknown split {split!r} of screens; one of {', '.join(_STREAMS)}")
+        raise DataError(f"unknown split {split!r} of screens; use one of {', '.join(_STREAMS)}")
     return np.random.default_rng([_STREAMS[split], seed])
 
 
 def dense_labels(screen: Screen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Says for each cell which element it shows and that element's centre.
+    """Labels each cell with its element and the element's centre.
 
-    A cell shows the element whose centre lies in it, else the one whose box holds its middle.
+    The element of a cell is the one with its centre in the cell, or else the one whose box contains
+    the cell's centre.
 
     Args:
-      screen: the screen; cells are numbered row by row, `ROWS * COLUMNS` = 72 of them.
+      screen: the screen; its `ROWS * COLUMNS` = 72 cells are numbered in row-major order.
 
     Returns:
-      class ids, int32 `[72]`, 0 for background; offsets from the cell's middle to the element's
-      centre in cells, float32 `[72, 2]` as (x, y); whether that centre lies in the cell,
-      bool `[72]`.
+      Class ids, int32 `[72]`, 0 for background; offsets from the cell's centre to the element's
+      centre in cells, float32 `[72, 2]` as (x, y); True for cells that contain the element's
+      centre, bool `[72]`.
     """
     classes = np.zeros((ROWS, COLUMNS), np.int32)
     offsets = np.zeros((ROWS, COLUMNS, 2), np.float32)
@@ -137,11 +138,11 @@ def dense_labels(screen: Screen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class ScreenGenerator:
-    """Draws screens; the same random stream gives the same bytes.
+    """A generator of screens; the same random stream produces the same bytes.
 
     Args:
-      digits: the handwritten digits for the keys.
-      seed: of the stream that `draw` uses when none is given.
+      digits: handwritten digits for the keys.
+      seed: seed of the default stream of `draw`.
     """
 
     def __init__(self, digits: digit_images.DigitImages, seed: int = 0):
@@ -153,8 +154,8 @@ class ScreenGenerator:
         """Draws one screen.
 
         Args:
-          rng: where the randomness comes from; by default the generator's own stream.
-          kind: "mixed", or "keypad" for at least `MIN_KEYS_FOR_SPEECH` different digit keys.
+          rng: random generator; default: the stream of this object.
+          kind: "mixed", or "keypad" with at least `MIN_KEYS_FOR_SPEECH` different digit keys.
 
         Returns:
           The screen.
@@ -163,7 +164,7 @@ class ScreenGenerator:
           DataError: the kind is unknown.
         """
         if kind not in KINDS:
-            raise DataError(f"unknown kind {kind!r} of screen; one of {', '.join(KINDS)}")
+            raise DataError(f"unknown kind {kind!r} of screen; use one of {', '.join(KINDS)}")
         rng = self._rng if rng is None else rng
         dark = rng.random() < 0.5
         canvas = Canvas(rng, dark)
@@ -193,7 +194,7 @@ class ScreenGenerator:
 
 
 def _choose(rng: np.random.Generator, kind: str) -> list[tuple[str, str, int, int]]:
-    """Chooses types, names and sizes: (type, name, width, height), alike types together."""
+    """Chooses types, names and sizes (type, name, width, height), grouped by type."""
     if kind == "keypad":
         counts = {"key": int(rng.integers(8, 11))}
         others = [t for t in ("icon", "button", "row") if rng.random() < 0.45]
@@ -235,15 +236,16 @@ def _size(rng: np.random.Generator, kind: str) -> tuple[int, int]:
 
 
 def _spread(rng: np.random.Generator, slack: int, parts: int) -> np.ndarray:
-    """Splits a number of pixels at random into `parts` gaps."""
+    """Splits a number of pixels randomly into `parts` gaps."""
     cuts = np.sort(rng.integers(0, slack + 1, parts - 1))
     return np.diff(cuts, prepend=0, append=slack)
 
 
 def _arrange(rng, chosen, top):
-    """Places elements line by line with random gaps; None when the screen is too small.
+    """Places elements line by line with random gaps; returns None if the screen is too small.
 
-    Each takes at least a cell's width and height, so that two centres are a cell apart in x or y.
+    Each occupies at least a cell's width and height, so that two centres are a cell apart in x or
+    y.
     """
     lines, line, used = [], [], 0
     limit = WIDTH - 2 * _MARGIN
@@ -259,7 +261,7 @@ def _arrange(rng, chosen, top):
     slack = HEIGHT - 6 - top - sum(heights)
     if slack < 2 * len(lines):
         return None
-    # Part of the free height goes between the lines, part lets each element wander in its line.
+    # Part of the free height separates the lines, part shifts each element within its line.
     wander = int(rng.integers(0, min(8, slack // len(lines)) + 1))
     between = _spread(rng, slack - wander * len(lines), len(lines) + 1)
     elements, gaps, y = [], [], top

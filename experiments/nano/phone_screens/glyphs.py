@@ -1,6 +1,6 @@
-"""Alpha masks of what a screen is stamped from: glyphs, rounded rectangles, illegible text.
+"""Alpha masks of the parts of a screen: glyphs, rounded rectangles, illegible text.
 
-Masks are float32 `[h, w, 1]` in 0..1 and read-only; every one is drawn once and kept. A glyph is a
+Masks are float32 `[h, w, 1]` in 0..1 and read-only; each is drawn once and cached. A glyph is a
 predicate over the plane, x to the right and y down, with the drawing inside -1..1.
 """
 
@@ -151,7 +151,7 @@ GLYPHS: dict[str, Predicate] = {
 
 
 def _coverage(predicate: Predicate, height: int, width: int) -> np.ndarray:
-    """Returns the area coverage `[height, width, 1]` of a predicate given pixel coordinates."""
+    """Computes the area coverage `[height, width, 1]` of a predicate over pixel coordinates."""
     n = SUPERSAMPLING
     y = ((np.arange(height * n) + 0.5) / n)[:, None]
     x = ((np.arange(width * n) + 0.5) / n)[None, :]
@@ -171,7 +171,7 @@ def glyph(name: str, size: int, angle: float = 0.0) -> np.ndarray:
       angle: clockwise rotation in degrees.
 
     Returns:
-      Its alpha mask, float32 `[size, size, 1]`.
+      Alpha mask, float32 `[size, size, 1]`.
     """
     cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
 
@@ -184,15 +184,15 @@ def glyph(name: str, size: int, angle: float = 0.0) -> np.ndarray:
 
 @functools.cache
 def rounded_rectangle(height: int, width: int, radius: int) -> np.ndarray:
-    """Draws a filled rectangle with round corners.
+    """Draws a filled rectangle with rounded corners.
 
     Args:
-      height: pixels.
-      width: pixels.
-      radius: of the corners, pixels.
+      height: height in pixels.
+      width: width in pixels.
+      radius: radius of the corners in pixels.
 
     Returns:
-      Its alpha mask, float32 `[height, width, 1]`.
+      Alpha mask, float32 `[height, width, 1]`.
     """
 
     def inside(x, y):
@@ -205,7 +205,7 @@ def rounded_rectangle(height: int, width: int, radius: int) -> np.ndarray:
 
 @functools.cache
 def _text_strip(height: int) -> np.ndarray:
-    """Draws a line of pseudo-words, float32 `[height, 256, 1]`, equal in every process."""
+    """Draws a line of pseudo-words, float32 `[height, 256, 1]`, the same in every process."""
     rng = np.random.default_rng(height)
     strip = rng.uniform(0.45, 1.0, (height, 256, 1)).astype(np.float32)
     x = 0
@@ -218,14 +218,14 @@ def _text_strip(height: int) -> np.ndarray:
 
 
 def text_line(height: int, width: int, start: int) -> np.ndarray:
-    """Cuts a piece out of a line of illegible words.
+    """Cuts a piece from a line of illegible words.
 
     Args:
-      height: pixels.
-      width: pixels, at most 96.
-      start: where the piece begins, 0..159.
+      height: height in pixels.
+      width: width in pixels, at most 96.
+      start: start of the piece in pixels, 0..159.
 
     Returns:
-      An alpha mask, float32 `[height, width, 1]`.
+      Alpha mask, float32 `[height, width, 1]`.
     """
     return _text_strip(height)[:, start : start + width]

@@ -1,4 +1,4 @@
-"""Instructions about a screen, as text or as a spoken digit, and the action that answers it."""
+"""Instructions about a screen, as text or as a spoken digit, and their actions."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -125,10 +125,10 @@ class Question:
     """An instruction and its answer.
 
     Args:
-      instruction_text: what is asked; empty when it is spoken.
-      spoken: the digit to be said when the instruction is speech, else None.
-      answer_action: what should be done.
-      target: the element to tap, None for the actions that tap nothing.
+      instruction_text: text of the instruction; empty if it is spoken.
+      spoken: digit of a spoken instruction, else None.
+      answer_action: correct action.
+      target: element to tap, None for other actions.
     """
 
     instruction_text: str
@@ -146,14 +146,14 @@ def _tap(element: Element) -> Action:
 
 
 def describe(rng: np.random.Generator, element: Element) -> str:
-    """Words a text instruction to tap an element.
+    """Writes an instruction to tap an element.
 
     Args:
-      rng: chooses the words.
-      element: what should be tapped.
+      rng: random generator of the words.
+      element: element to tap.
 
     Returns:
-      The instruction; on a screen where (type, class) and glyphs are unique it is not ambiguous.
+      The instruction, which is unambiguous on a screen with unique (type, class) and glyphs.
     """
     name = element.name
     if element.type == "key":
@@ -169,20 +169,20 @@ def questions(
     count: int,
     mix: Mapping[str, float] = TEXT_MIX,
 ) -> list[Question]:
-    """Asks several things of one screen; no target comes twice before every one has come.
+    """Draws several questions about one screen; a target repeats only after all others.
 
     Args:
-      rng: chooses.
-      screen: what is asked about.
-      count: how many questions.
-      mix: relative frequencies of "tap", "speech", "type", "swipe", "back" and "finish". Speech
-        asks for a digit key and is skipped on screens with fewer than `MIN_KEYS_FOR_SPEECH`.
+      rng: random generator.
+      screen: screen of the questions.
+      count: number of questions.
+      mix: relative frequencies of "tap", "speech", "type", "swipe", "back" and "finish". "speech"
+        asks for a digit key, and is skipped on screens with fewer than `MIN_KEYS_FOR_SPEECH`.
 
     Returns:
       The questions.
 
     Raises:
-      DataError: the mix names something else, or nothing of it fits the screen.
+      DataError: the mix contains an unknown kind, or no kind that fits the screen.
     """
     if unknown := set(mix) - {"tap", "speech", "type", "swipe", "back", "finish"}:
         raise DataError(f"unknown kind of question {min(unknown)!r}")
@@ -205,7 +205,7 @@ def questions(
 
 
 class _Shuffled:
-    """Deals elements in random order, over and over."""
+    """An endless source of elements in random order without early repeats."""
 
     def __init__(self, rng: np.random.Generator, elements: list[Element]):
         self._rng, self._elements, self._remaining = rng, elements, []

@@ -1,4 +1,4 @@
-"""Scores of answers on the phone screens, with intervals."""
+"""Scores of answers on phone screens, with confidence intervals."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -17,10 +17,10 @@ class Outcome:
     """The outcome of one answer.
 
     Args:
-      parsed: it follows the grammar.
-      action: it is the right kind of action.
-      answer: the right kind, and what it needs is right too: the tap hits, the text is the same.
-      in_box: the tap hits its target; None when nothing had to be tapped.
+      parsed: True if it follows the grammar.
+      action: True for the right kind of action.
+      answer: True for the right kind with the right arguments: a tap inside the box, equal text.
+      in_box: True if the tap hits its target; None for questions without a tap.
     """
 
     parsed: bool
@@ -31,13 +31,13 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """A share of successes with its confidence interval.
+    """A success rate with its confidence interval.
 
     Args:
       value: successes / count.
       low: lower end of the interval.
-      high: upper end.
-      count: how many were tried.
+      high: upper end of the interval.
+      count: number of trials.
     """
 
     value: float
@@ -50,13 +50,13 @@ def judge(question: Question, text: str, width: int = WIDTH, height: int = HEIGH
     """Judges one generated answer.
 
     Args:
-      question: what was asked.
-      text: the answer generated.
-      width: of the screen in pixels.
-      height: of the screen in pixels.
+      question: the question.
+      text: the generated answer.
+      width: width of the screen in pixels.
+      height: height of the screen in pixels.
 
     Returns:
-      What became of it.
+      The outcome.
     """
     target, expected = question.target, question.answer_action
     miss = None if target is None else False
@@ -68,7 +68,7 @@ def judge(question: Question, text: str, width: int = WIDTH, height: int = HEIGH
         return Outcome(True, False, False, miss)
     if target is None:
         return Outcome(True, True, action == expected, None)
-    # The middle of the pixel: the phone executes whole pixels.
+    # The centre of the pixel, as the phone executes integer pixels.
     x, y = to_pixels(action.element, width, height)
     hit = target.contains(x + 0.5, y + 0.5)
     return Outcome(True, True, hit, hit)
@@ -80,13 +80,13 @@ def score(
     """Computes the benchmark's metrics.
 
     Args:
-      answers: pairs of a question and the text generated for it.
-      width: of the screens in pixels.
-      height: of the screens in pixels.
+      answers: pairs of a question and its generated text.
+      width: width of the screens in pixels.
+      height: height of the screens in pixels.
 
     Returns:
       "parse_rate", "action_accuracy", "answer_accuracy" over all questions and "tap_in_box" over
-      those with a target, with Wilson intervals; None where there was no question.
+      those with a target, with Wilson intervals; None without questions.
     """
     outcomes = [judge(question, text, width, height) for question, text in answers]
     results = {
@@ -102,18 +102,18 @@ def score(
 
 
 def wilson(successes: int, count: int, level: float = 0.95) -> Rate:
-    """Computes Wilson's score interval of a share.
+    """Computes Wilson's score interval of a rate.
 
     Args:
-      successes: how many succeeded.
-      count: how many were tried, at least one.
-      level: the confidence, such as 0.95.
+      successes: number of successes.
+      count: number of trials, at least one.
+      level: confidence level, such as 0.95.
 
     Returns:
-      The share and its interval.
+      The rate and its interval.
 
     Raises:
-      DataError: nothing was tried, or the numbers contradict each other.
+      DataError: there are no trials, or the values contradict each other.
 
     References:
       Wilson, Probable inference, the law of succession, and statistical inference, 1927
@@ -122,7 +122,7 @@ def wilson(successes: int, count: int, level: float = 0.95) -> Rate:
         raise DataError(f"{successes} successes of {count} at level {level} have no interval")
     share = successes / count
     ends = stats.binomtest(successes, count).proportion_ci(level, method="wilson")
-    # Rounding may put an end on the wrong side of a share of 0 or 1.
+    # Rounding may put an end on the wrong side of a rate of 0 or 1.
     return Rate(share, min(share, float(ends.low)), max(share, float(ends.high)), count)
 
 
@@ -133,21 +133,21 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Rate:
-    """Computes the bootstrap's percentile interval of a mean, drawing whole groups.
+    """Computes the percentile bootstrap interval of a mean, resampling complete groups.
 
     Args:
-      values: one number per question, `[N]`.
-      groups: the screen of each question `[N]`; questions of one screen are not independent. By
-        default each stands alone.
-      level: the confidence, such as 0.95.
-      resamples: how many times to draw.
-      seed: of the draws.
+      values: one value per question, `[N]`.
+      groups: screen of each question `[N]`, as questions of one screen are not independent. By
+        default each question is its own group.
+      level: confidence level, such as 0.95.
+      resamples: number of resamples.
+      seed: seed of the resamples.
 
     Returns:
       The mean and its interval.
 
     Raises:
-      DataError: there are no values, or another number of groups.
+      DataError: there are no values, or the number of groups differs.
 
     References:
       Efron and Tibshirani, An Introduction to the Bootstrap, 1993
@@ -159,7 +159,7 @@ def bootstrap(
     _, index = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(index, values), np.bincount(index)
     mean = float(values.mean())
-    # One group, or groups of equal means, have an interval of one point.
+    # One group, or groups of equal means, have an interval of zero width.
     if len(sums) == 1 or np.ptp(sums / counts) == 0:
         return Rate(mean, mean, mean, len(values))
     ends = stats.bootstrap(
@@ -187,19 +187,19 @@ def paired_difference(
     """Compares two models on the same questions.
 
     Args:
-      first: the first model's result per question, `[N]`, such as 1 for a hit.
-      second: the second model's.
-      groups: the screen of each question `[N]`.
-      level: the confidence, such as 0.95.
-      resamples: how many times the bootstrap draws.
-      seed: of the draws.
+      first: results of the first model per question, `[N]`, such as 1 for a hit.
+      second: results of the second model per question, `[N]`.
+      groups: screen of each question `[N]`.
+      level: confidence level, such as 0.95.
+      resamples: number of bootstrap resamples.
+      seed: seed of the resamples.
 
     Returns:
-      mean(second - first) and its interval. When no question differs the bootstrap's interval is
-      a point, which says less than it seems.
+      mean(second - first) and its interval. If no question differs, the bootstrap interval has zero
+      width, which understates the uncertainty.
 
     Raises:
-      DataError: the two are not as long as each other.
+      DataError: the two have different lengths.
     """
     if len(first) != len(second):
         raise DataError(f"{len(first)} and {len(second)} results are not of the same questions")

@@ -1,6 +1,7 @@
-"""Paints the parts of a phone screen into an image.
+"""Painting of the parts of a phone screen.
 
-Colours are float32 `[3]` in 0..1, boxes (x0, y0, x1, y1) in whole pixels, the last two exclusive.
+Colours are float32 `[3]` in 0..1, boxes (x0, y0, x1, y1) in integer pixels with exclusive x1 and
+y1.
 """
 
 import colorsys
@@ -38,7 +39,7 @@ def _any_colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _contrasting(rng: np.random.Generator, ground: np.ndarray, least: float = 0.4) -> np.ndarray:
-    """Returns a random colour that differs enough in luminance from its ground."""
+    """Draws a colour with enough luminance contrast to its background."""
     light = _luminance(ground)
     for _ in range(3):
         colour = _any_colour(rng)
@@ -67,7 +68,7 @@ class Style:
 
 
 class Canvas:
-    """One screen while it is drawn."""
+    """A screen that is being painted."""
 
     def __init__(self, rng: np.random.Generator, dark: bool):
         self.rng = rng
@@ -80,7 +81,7 @@ class Canvas:
         self.image[:] = self.ground + ramp * np.float32(rng.uniform(-0.06, 0.06))
 
     def bars(self) -> int:
-        """Draws the status bar, perhaps a title bar, and the pill; returns where content begins."""
+        """Draws the status bar, sometimes a title bar, and the pill; returns the content's top."""
         rng, image = self.rng, self.image
         top = int(rng.integers(7, 10))
         image[:top] *= np.float32(rng.uniform(0.75, 1.0))
@@ -115,7 +116,7 @@ class Canvas:
         _stamp(self.image, line, int(rng.integers(4, 32)), y, colour)
 
     def icon(self, name: str, box: Box, style: Style) -> None:
-        """Draws a glyph, on a tile or on the bare ground."""
+        """Draws a glyph, on a tile or on the background."""
         rng = self.rng
         x0, y0, x1, _ = box
         side = x1 - x0
@@ -198,7 +199,7 @@ class Canvas:
             )
 
     def finish(self) -> np.ndarray:
-        """Adds the noise of a screenshot and returns the image."""
+        """Adds screenshot noise and returns the image."""
         rng = self.rng
         noise = rng.standard_normal((HEIGHT, WIDTH, 1), np.float32)
         self.image += noise * np.float32(rng.uniform(0, 0.03))

@@ -1,6 +1,6 @@
 """Spoken digits: recordings from a folder, synthesis, splitting by speaker, augmentation.
 
-Samples are mono float32 in -1..1 at 8 kHz; `N` is their number.
+Samples are mono float32 in -1..1 at 8 kHz; `N` is the number of samples.
 """
 
 import ctypes
@@ -24,8 +24,8 @@ LONGEST_SECONDS = 1.6
 DIGIT_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 )  # fmt: skip
-# An accent and a larynx each; no larynx is in two splits. (f2, f3 and f5 never sound the same
-# twice, even in a fresh process.)
+# Accent and voice variant; each variant is in one split only. (f2, f3 and f5 are not reproducible,
+# even in a new process.)
 VOICES = {
     "train": (
         "en-us", "en-us+m1", "en-us+f1", "en+m3", "en+linda", "en-us+m7", "en-us+f4",
@@ -40,12 +40,12 @@ _AUDIO_SYNCHRONOUS, _CHARACTERS_UTF8, _POSITION_CHARACTER = 2, 1, 1
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-    """Somebody saying a digit.
+    """A spoken digit.
 
     Args:
-      samples: float32 `[N]` at 8 kHz.
-      digit: 0..9.
-      speaker: who.
+      samples: samples, float32 `[N]` at 8 kHz.
+      digit: digit, 0..9.
+      speaker: name of the speaker.
     """
 
     samples: np.ndarray
@@ -54,24 +54,24 @@ class Utterance:
 
 
 def resample(samples: np.ndarray, rate: int, target: int = SAMPLE_RATE) -> np.ndarray:
-    """Changes the sampling rate by cutting or padding the spectrum.
+    """Changes the sampling rate by truncating or padding the spectrum.
 
     It differs from `glm_edge.preprocess.resample` on purpose. Nano was trained on recordings of
     this function, and published results of spoken questions are measured on them.
 
     Args:
-      samples: float32 `[N]` in -1..1.
-      rate: samples per second given.
-      target: samples per second wanted.
+      samples: samples, float32 `[N]` in -1..1.
+      rate: input sampling rate in Hz.
+      target: output sampling rate in Hz.
 
     Returns:
-      float32 `[round(N * target / rate)]`.
+      Samples, float32 `[round(N * target / rate)]`.
     """
     if rate == target or not len(samples):
         return np.asarray(samples, np.float32)
     count = max(1, round(len(samples) * target / rate))
     spectrum = np.fft.rfft(samples)[: count // 2 + 1]
-    # A cut spectrum overshoots at loud edges.
+    # A truncated spectrum overshoots at loud edges.
     wave = np.clip(np.fft.irfft(spectrum, count) * (count / len(samples)), -1, 1)
     return wave.astype(np.float32)
 
@@ -80,26 +80,26 @@ def fsdd_folder(path: str | Path) -> list[Utterance]:
     """Opens recordings in the layout of the Free Spoken Digit Dataset packed as npz.
 
     Args:
-      path: folder of `*.npz`, each with `samples` (int16 PCM, all recordings one after another, or
-        float in -1..1), `offsets` (where each begins, and the end), `sr` (Hz) and `name`
+      path: folder of `*.npz`, each with `samples` (all recordings concatenated, int16 PCM or float
+        in -1..1), `offsets` (start of each recording, and the end), `sr` (Hz) and `name`
         (`digit_speaker_index`).
 
     Returns:
       The recordings at 8 kHz in the order of the files.
 
     Raises:
-      DataError: there is none, or a file is not that.
+      DataError: the folder has no such file, or a file has a different content.
     """
     folder = Path(path)
     files = sorted(folder.glob("*.npz")) if folder.is_dir() else []
     if not files:
-        raise DataError(f"{folder} is not a folder with *.npz of spoken digits")
+        raise DataError(f"{folder} is not a folder with *.npz files of spoken digits")
     return [utterance for file in files for utterance in _read_npz(file)]
 
 
 def _read_npz(file: Path) -> list[Utterance]:
     try:
-        # Indexing an NpzFile decompresses the array anew each time.
+        # Each indexing of an NpzFile decompresses the array again.
         with np.load(file, allow_pickle=False) as opened:
             data = {key: np.asarray(value) for key, value in opened.items()}
     except (
@@ -121,14 +121,14 @@ def _read_npz(file: Path) -> list[Utterance]:
     is_float = samples.dtype.kind == "f"
     if samples.ndim != 1 or not (is_float or samples.dtype == np.int16) or not samples.size:
         raise DataError(
-            f"{file}: samples are {samples.dtype} {list(samples.shape)}; "
-            "int16 PCM or float [N] is needed"
+            f"{file}: samples are {samples.dtype} {list(samples.shape)}, expected int16 PCM or "
+            "float [N]"
         )
     # The negation catches NaN as well.
     if is_float and not np.abs(samples).max() <= 1:
-        raise DataError(f"{file}: samples leave -1..1 or are not finite; float PCM stays inside")
+        raise DataError(f"{file}: samples are not finite or outside -1..1, the range of float PCM")
     if rate.size != 1 or rate.dtype.kind not in "iuf" or not 4000 <= rate <= 192000:
-        raise DataError(f"{file}: sr is {rate}; one rate in Hz, 4000..192000, is needed")
+        raise DataError(f"{file}: sr is {rate}, expected one rate of 4000..192000 Hz")
     if (
         offsets.ndim != 1
         or offsets.dtype.kind not in "iu"
@@ -138,15 +138,15 @@ def _read_npz(file: Path) -> list[Utterance]:
         or (np.diff(offsets.astype(np.int64)) <= 0).any()
     ):
         raise DataError(
-            f"{file}: offsets do not fit; {names.size + 1} rising indices into the "
-            f"{len(samples)} samples are needed"
+            f"{file}: offsets must be {names.size + 1} ascending indices into the {len(samples)} "
+            "samples"
         )
     scale = np.float32(1 if is_float else 1 / 32768)
     utterances = []
     for i, name in enumerate(str(n) for n in names.reshape(-1)):
         parts = name.removesuffix(".wav").split("_")
         if len(parts) < 3 or parts[0] not in list("0123456789"):
-            raise DataError(f"{file}: name {name!r}; digit_speaker_index is needed")
+            raise DataError(f"{file}: name {name!r}, expected digit_speaker_index")
         wave = samples[offsets[i] : offsets[i + 1]].astype(np.float32) * scale
         speaker = "_".join(parts[1:-1])
         utterances.append(Utterance(resample(wave, int(rate.item())), int(parts[0]), speaker))
@@ -156,46 +156,47 @@ def _read_npz(file: Path) -> list[Utterance]:
 def split_speakers(
     utterances: Sequence[Utterance], holdout: Collection[str]
 ) -> tuple[list[Utterance], list[Utterance]]:
-    """Splits recordings so that nobody is heard on both sides.
+    """Splits recordings into two sets with disjoint speakers.
 
     Args:
       utterances: recordings.
-      holdout: names of the speakers to keep apart.
+      holdout: names of the held-out speakers.
 
     Returns:
-      (recordings of the others, recordings of the speakers held out).
+      (recordings of the other speakers, recordings of the held-out speakers).
 
     Raises:
-      DataError: a speaker does not occur, or nobody is left on a side.
+      DataError: a speaker is unknown, or one set is empty.
     """
     speakers = {u.speaker for u in utterances}
     if absent := set(holdout) - speakers:
-        raise DataError(f"no speaker {min(absent)!r}; there are {', '.join(sorted(speakers))}")
+        raise DataError(f"no speaker {min(absent)!r}; known: {', '.join(sorted(speakers))}")
     training = [u for u in utterances if u.speaker not in holdout]
     holdouts = [u for u in utterances if u.speaker in holdout]
     if not training or not holdouts:
-        raise DataError(f"holding out {sorted(holdout)} of {sorted(speakers)} leaves a side empty")
+        raise DataError(f"holding out {sorted(holdout)} of {sorted(speakers)} leaves one set empty")
     return training, holdouts
 
 
 def synthesize_digits(
     seed: int, voices: Sequence[str] = VOICES["train"], repeats: int = 2
 ) -> list[Utterance]:
-    """Lets eSpeak NG say every digit, alone and as "press seven", at varied speed and pitch.
+    """Synthesises digits with eSpeak NG, alone and as "press seven", at varied speed and pitch.
 
-    It runs in a process of its own, because what it says depends on all that it said before; so
-    the same arguments give the same samples. The last results are kept.
+    eSpeak NG's output depends on everything that it synthesised before. It therefore runs in a
+    separate process, so that the same arguments produce the same samples. The last results are
+    cached.
 
     Args:
-      seed: of speeds and pitches.
-      voices: eSpeak's names of voices, such as "en-us+f1"; each is a speaker.
-      repeats: how often a voice says each phrase.
+      seed: seed of speeds and pitches.
+      voices: names of eSpeak voices, such as "en-us+f1"; each is a speaker.
+      repeats: number of repetitions of each phrase per voice.
 
     Returns:
-      `20 * repeats` utterances per voice, silence at the ends cut.
+      `20 * repeats` utterances per voice, with silence trimmed at both ends.
 
     Raises:
-      DataError: eSpeak does not know a voice.
+      DataError: eSpeak does not have a voice.
       MissingExtraError: the extra `speech` is not installed.
 
     References:
@@ -239,13 +240,13 @@ def _synthesize(seed: int, voices: tuple[str, ...], repeats: int) -> tuple[Utter
 
 
 def _trim(samples: np.ndarray) -> np.ndarray:
-    """Cuts what is quieter than a hundredth of the peak from both ends."""
+    """Trims samples below a hundredth of the peak from both ends."""
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max(initial=1e-6))
     return samples[loud[0] : loud[-1] + 1] if len(loud) else samples
 
 
 def _say(requests: Sequence[Sequence]) -> tuple[int, list[np.ndarray]]:
-    """Speaks (voice, text, words per minute, pitch) one after the other in this process."""
+    """Synthesises (voice, text, words per minute, pitch) one after the other in this process."""
     loader = require("espeakng_loader", extra="speech")
     library = ctypes.CDLL(loader.get_library_path())
     rate = library.espeak_Initialize(_AUDIO_SYNCHRONOUS, 0, loader.get_data_path().encode(), 0)
@@ -264,10 +265,10 @@ def _say(requests: Sequence[Sequence]) -> tuple[int, list[np.ndarray]]:
     spoken = []
     for voice, text, speed, pitch in requests:
         chunks.clear()
-        # An unknown variant, the part after the plus, is dropped in silence.
+        # eSpeak silently ignores an unknown variant, the part after the plus.
         variant = variants / voice.partition("+")[2]
         if not variant.exists() or library.espeak_SetVoiceByName(voice.encode()):
-            raise DataError(f"unknown voice {voice!r}; a name such as en-us or en-us+f1 is needed")
+            raise DataError(f"unknown voice {voice!r}; use a name such as en-us or en-us+f1")
         library.espeak_SetParameter(_PARAMETER_RATE, speed, 0)
         library.espeak_SetParameter(_PARAMETER_PITCH, pitch, 0)
         data = text.encode() + b"\0"
@@ -280,16 +281,16 @@ def _say(requests: Sequence[Sequence]) -> tuple[int, list[np.ndarray]]:
 
 
 def augment(rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
-    """Makes a recording sound like another person, room and microphone.
+    """Augments a recording to vary speaker, room and microphone.
 
-    Speed (and pitch with it), equalization, time shift, noise and gain, in this order.
+    Changes speed (and pitch with it), equalization, time shift, noise and gain, in this order.
 
     Args:
-      rng: where the randomness comes from.
-      samples: float32 `[N]` at 8 kHz.
+      rng: random generator.
+      samples: samples, float32 `[N]` at 8 kHz.
 
     Returns:
-      float32, at most `LONGEST_SECONDS` long, in -1..1.
+      Samples, float32 in -1..1, at most `LONGEST_SECONDS` long.
     """
     longest = int(LONGEST_SECONDS * SAMPLE_RATE)
     speed = float(np.clip(np.exp(rng.normal(0, 0.13)), 0.75, 1.33))
@@ -307,7 +308,7 @@ def augment(rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
     wave = np.pad(wave, (before, after))
     noise = rng.standard_normal(len(wave))
     if rng.random() < 0.5:
-        # A moving average makes the hiss a rumble.
+        # A moving average turns white noise into low-frequency noise.
         noise = np.convolve(noise, np.full(6, 6**-0.5), "same")
     loudness = np.sqrt(np.mean(np.square(wave))) + 1e-6
     wave += noise * loudness * 10 ** (-rng.uniform(8, 45) / 20)
@@ -316,7 +317,7 @@ def augment(rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
 
 
 def _main() -> None:
-    """Says what standard input asks for: a JSON line of rate and lengths, then int16 samples."""
+    """Synthesises requests of standard input; writes a JSON line, then int16 samples."""
     rate, spoken = _say(json.load(sys.stdin))
     header = json.dumps([rate, [len(wave) for wave in spoken]]).encode()
     sys.stdout.buffer.write(header + b"\n" + b"".join(wave.tobytes() for wave in spoken))

@@ -1,1 +1,1 @@
-"""Text: corpora, nano's tokenizer, and the n-gram baseline."""
+"""Text: nano's tokenizer."""

@@ -1,8 +1,8 @@
 """Nano's tokenizer: byte-level BPE with chat tokens, action literals and coordinate tokens.
 
 Ids, in this order: `SPECIALS`, the 256 bytes, merges, `ACTION_LITERALS`, the x tokens `[5,` to
-`[995,`, the y tokens `5]` to `995]`. Every string is encoded without loss; the literals only
-shorten actions, `do(action="Tap", element=[505,715])` is four tokens.
+`[995,`, the y tokens `5]` to `995]`. Every string is encoded without loss. The literals shorten
+actions: `do(action="Tap", element=[505,715])` is four tokens.
 """
 
 import json
@@ -62,7 +62,7 @@ PHRASE_WEIGHT = 250
 
 
 def instruction_phrases() -> Iterator[str]:
-    """Yields the training sentences that make instruction words single tokens, in a fixed order."""
+    """Yields training sentences, in a fixed order, that make instruction words single tokens."""
     for word in (*NAMES, *OTHER_WORDS, *VERBS):
         yield f"tap {word}"
     for word in (*NAMES, "done"):
@@ -75,14 +75,14 @@ def instruction_phrases() -> Iterator[str]:
 
 
 def build(lines: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """Trains the tokenizer; the same lines always give the same one.
+    """Trains the tokenizer; the result is deterministic.
 
     Args:
       lines: training text.
-      vocab_size: ids in total, added tokens included.
+      vocab_size: total number of ids, including added tokens.
 
     Returns:
-      The tokenizer, with exactly `vocab_size` ids.
+      The tokenizer with exactly `vocab_size` ids.
 
     Raises:
       DataError: the text has too few distinct pairs for the vocabulary.
@@ -109,12 +109,13 @@ def build(lines: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     tokenizer.train_from_iterator(sentences(), trainer)
     literals = (*ACTION_LITERALS, *X_TOKENS)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in literals])
-    # single_word: `1915]` keeps its number whole; an x token is followed by a digit and cannot ask.
+    # single_word keeps the number of `1915]` in one piece; an x token cannot use it, as a digit
+    # follows.
     tokenizer.add_tokens([AddedToken(y, normalized=False, single_word=True) for y in Y_TOKENS])
     if tokenizer.get_vocab_size() != vocab_size:
         raise DataError(
-            f"training text: gives {tokenizer.get_vocab_size()} ids, {vocab_size} are needed; "
-            "use a longer text"
+            f"training text: yields {tokenizer.get_vocab_size()} ids, expected {vocab_size}; use "
+            "a longer text"
         )
     return tokenizer
 
@@ -129,13 +130,13 @@ def load(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json`.
 
     Args:
-      path: the file.
+      path: path of the file.
 
     Returns:
       The tokenizer.
 
     Raises:
-      DataError: the file is missing or holds no tokenizer.
+      DataError: the file is missing or is not a tokenizer.
     """
     try:
         return read_tokenizer(path)

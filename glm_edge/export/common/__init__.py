@@ -1,1 +1,1 @@
-"""Shared by all formats: signatures, weights, rewriting of functions, directories."""
+"""Code that all formats share: signatures, weights, jaxpr rewrites, directories."""

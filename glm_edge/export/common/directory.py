@@ -1,4 +1,4 @@
-"""Exports that are a directory: their description, their file of weights, and its size."""
+"""Exported directories: description, file of weights, and size."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from glm_edge.writers import write_stream
 
 DESCRIPTION = "glm_edge.json"
 WEIGHTS = "weights.bin"
-# Of a graph, whose weights are in a file of their own.
+# Limit for one graph file; its weights are in a separate file.
 MAX_GRAPH_BYTES = 1 << 28
 
 
@@ -27,12 +27,12 @@ class ExportedDirectory:
     """A written directory.
 
     Attributes:
-      path: the directory.
-      file_bytes: of all its files.
-      signatures: names of its entry points.
-      conversions: parameters that are stored in another form than in the model.
-      model: the model it was traced from.
-      params: the parameters as the directory stores them.
+      path: path of the directory.
+      file_bytes: total bytes of its files.
+      signatures: names of its signatures.
+      conversions: parameters that are stored in a different form than in the model.
+      model: model that was traced.
+      params: parameters with the values that the directory stores.
     """
 
     path: Path
@@ -44,10 +44,14 @@ class ExportedDirectory:
 
 
 def write_description(directory: Path, description: dict[str, Any]) -> None:
-    """Writes the description of a directory, whole or not at all.
+    """Writes the description of a directory atomically.
+
+    Args:
+      directory: path of the directory.
+      description: JSON values by field.
 
     Raises:
-      OutputError: it cannot be written.
+      OutputError: the description cannot be written.
     """
     content = json.dumps(description, indent=1).encode()
     write_stream(directory / DESCRIPTION, lambda file: file.write(content))
@@ -56,45 +60,67 @@ def write_description(directory: Path, description: dict[str, Any]) -> None:
 def read_description(directory: str | Path) -> dict[str, Any]:
     """Reads the description of an exported directory of graphs.
 
+    Args:
+      directory: path of the directory.
+
+    Returns:
+      The fields of the description.
+
     Raises:
-      ExportError: it is missing or damaged.
+      ExportError: the description is missing or damaged.
     """
     try:
         path = file_inside(Path(directory), DESCRIPTION, ExportError)
         return read_json(path, ExportError)
     except ExportError as error:
-        raise ExportError(f"{directory}: is not a complete export of glm_edge: {error}") from error
+        raise ExportError(f"{directory}: not a complete glm_edge export: {error}") from error
 
 
 def check_tree(directory: Path) -> None:
-    """Refuses a directory that holds anything but files and directories.
+    """Rejects a directory that contains anything except regular files and directories.
 
     Args:
-      directory: that another library is going to open as it likes.
+      directory: directory that a third-party library will open without these checks.
 
     Raises:
-      ExportError: it is missing, or holds a link, a pipe or a device.
+      ExportError: the directory is missing, or contains a link, a pipe or a device.
     """
     if not directory.is_dir():
-        raise ExportError(f"{directory}: is not a directory")
+        raise ExportError(f"{directory}: not a directory")
     for folder, directories, names in os.walk(directory):
         for path in (Path(folder, name) for name in (*directories, *names)):
             mode = path.lstat().st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 kind = "a link" if stat.S_ISLNK(mode) else "a pipe, socket or device"
-                raise ExportError(f"{path}: is {kind}; an export holds files and directories")
+                raise ExportError(
+                    f"{path}: is {kind}; an export contains only regular files and directories"
+                )
 
 
 def directory_bytes(path: Path) -> int:
-    """Sums the bytes of all files of a directory."""
+    """Sums the bytes of all files of a directory.
+
+    Args:
+      path: path of the directory.
+
+    Returns:
+      The total bytes.
+    """
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def map_weights(directory: Path) -> np.ndarray:
     """Maps the file of weights of a directory into memory, without reading it.
 
+    Args:
+      directory: path of the directory.
+
+    Returns:
+      The bytes of the file, uint8 [bytes], read-only.
+
     Raises:
-      ExportError: it is missing, empty, not a regular file, or a link that leads out.
+      ExportError: the file is missing, empty, not a regular file, or a link to outside the
+        directory.
     """
     with opened(file_inside(directory, WEIGHTS, ExportError), ExportError) as file:
         return np.memmap(file, np.uint8, "r")

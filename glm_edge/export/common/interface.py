@@ -19,11 +19,11 @@ class Tensor:
     """A tensor of a graph.
 
     Attributes:
-      name: in the file; ours name weights by their parameter path.
-      type: such as `float32` or `int4`.
-      shape: extents; -1 where one is known only when the graph runs.
-      constant: True when the file holds its values.
-      quantization: `""`, `tensor`, `channel`, or `blocks of 32`.
+      name: name in the file; glm_edge names weights by their parameter path.
+      type: type, such as `float32` or `int4`.
+      shape: extents; -1 for an extent that is known only at run time.
+      constant: True when the file stores its values.
+      quantization: granularity of the scales: `""` (none), `tensor`, `channel`, or `blocks of 32`.
     """
 
     name: str
@@ -39,11 +39,18 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Number of elements, 0 where an extent is unknown."""
+        """Number of elements; 0 if an extent is unknown."""
         return 0 if -1 in self.shape else math.prod(self.shape)
 
     def fits(self, array: Any) -> bool:
-        """Returns True for an array, or a struct of shape and dtype, that this tensor can hold."""
+        """Returns True if an array, or a struct of shape and dtype, matches this tensor.
+
+        Args:
+          array: array, or struct of shape and dtype.
+
+        Returns:
+          True if shape and type match; an unknown extent matches any.
+        """
         return (
             np.dtype(array.dtype).name == self.type
             and len(array.shape) == self.rank
@@ -63,6 +70,13 @@ def expected_tensors(
     attended_slots: Iterable[int] = (),
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Lists the inputs and outputs of an exported model's signatures; see `signatures`.
+
+    Args:
+      config: configuration of the model.
+      prefill_lengths: token counts of the prefill signatures.
+      cache_slots: number of cache slots.
+      prefill_logits: whether prefill returns logits of every token.
+      attended_slots: slot counts of the signatures that attend to fewer slots.
 
     Returns:
       Name of a signature to `(inputs, outputs)`, by name.

@@ -1,4 +1,4 @@
-"""Rewriting of a traced function, one operation after the other."""
+"""Rewriting of traced functions, one operation at a time."""
 
 import functools
 import math
@@ -16,9 +16,9 @@ from glm_edge.errors import ExportError
 
 CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"}
 """Operations that only call another function."""
-# Of arrays in Core ML, the one format with such a limit.
+# Most axes of an array in Core ML, the only format with such a limit.
 COREML_MAX_RANK = 5
-# From here on, `erfc` is 0 in float32.
+# For larger arguments, `erfc` is 0 in float32.
 ERFC_ZERO = 10.0
 
 Replace = Callable[[JaxprEqn, list[Array]], list[Array] | None]
@@ -28,12 +28,12 @@ def rewrite(function: Callable[..., Any], replace: Replace) -> Callable[..., Any
     """Replaces some operations of a function.
 
     Args:
-      function: traceable; its arguments and results are trees of arrays.
-      replace: called with an operation and its inputs; gives its outputs, or None where the
-        operation stays. Calls are followed, not replaced.
+      function: traceable function; its arguments and results are trees of arrays.
+      replace: function of an operation and its inputs. It returns the new outputs, or None to keep
+        the operation. Operations that call a function are traversed, not replaced.
 
     Returns:
-      The function, of the same arguments and result.
+      The rewritten function, with the same arguments and results.
     """
 
     def run(*arguments: Any) -> Any:
@@ -77,16 +77,16 @@ def _bind(equation: JaxprEqn, inputs: list[Array]) -> list[Array]:
 
 
 def expand_erf(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Rewrites a function so that `erf` and `erfc` in it are arithmetic, to within 1e-6.
+    """Rewrites `erf` and `erfc` in a function as arithmetic, accurate to 1e-6.
 
-    TFLite has no operator for them. Whether its converter expands or refuses them depends on the
-    versions of jax and TensorFlow; arithmetic converts with all of them.
+    TFLite has no operator for them. Some versions of jax and TensorFlow expand them during
+    conversion, others raise; arithmetic converts with every version.
 
     Args:
-      function: traceable; its arguments and results are trees of arrays.
+      function: traceable function; its arguments and results are trees of arrays.
 
     Returns:
-      The rewritten function, of the same arguments and result.
+      The rewritten function, with the same arguments and results.
     """
     return rewrite(function, _expand_erf)
 
@@ -98,7 +98,7 @@ def _expand_erf(equation: JaxprEqn, inputs: list[Array]) -> list[Array] | None:
 
 
 def erfc(x: Array) -> Array:
-    """Computes erfc: `1 - x P(x^2)` near zero, `exp(-x^2) t Q(t)` farther out."""
+    """Computes erfc: `1 - x P(x^2)` near zero, `exp(-x^2) t Q(t)` elsewhere."""
     near_zero, far_out = _erfc_coefficients()
     square = x * x
     t = 1.0 / (1.0 + 0.5 * jnp.abs(x))
@@ -133,15 +133,15 @@ def _fit(x: np.ndarray, y: np.ndarray, degree: int) -> tuple[float, ...]:
 
 
 def limit_rank(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Rewrites a function so that no array has more than five axes, the limit of Core ML.
+    """Rewrites a function so that every array has at most five axes, the limit of Core ML.
 
-    Arrays of more axes lose those of extent one.
+    Arrays with more axes lose their axes of extent one.
 
     Args:
-      function: traceable; its arguments and results are trees of arrays.
+      function: traceable function; its arguments and results are trees of arrays.
 
     Returns:
-      The rewritten function, of the same arguments and result.
+      The rewritten function, with the same arguments and results.
     """
     return rewrite(function, _limit_rank)
 
@@ -174,12 +174,12 @@ def _squeeze(equation: JaxprEqn, inputs: list[Array]) -> Array:
         result = jnp.concatenate([part.reshape(shape) for part in inputs], axis=position)
     else:
         rank = max(before.ndim, after.ndim)
-        raise ExportError(f"Core ML: {name} of {rank} axes; it has {COREML_MAX_RANK}")
+        raise ExportError(f"Core ML: {name} has {rank} axes; the maximum is {COREML_MAX_RANK}")
     extents = after.shape
     if after.ndim > COREML_MAX_RANK:
         extents = tuple(extent for extent in extents if extent > 1)
         if len(extents) > COREML_MAX_RANK:
             raise ExportError(
-                f"Core ML: an array of shape {after.shape}; it has {COREML_MAX_RANK} axes"
+                f"Core ML: an array has shape {after.shape}; the maximum is {COREML_MAX_RANK} axes"
             )
     return result.reshape(extents)

@@ -1,9 +1,9 @@
-"""Bounds for readers of exported files, which a stranger may have written."""
+"""Limits for readers of exported files, which are untrusted."""
 
 import struct
 
 MAX_ENTRIES = 1_000_000
-# What readers of tables, names and JSON raise where bytes are not what they should be.
+# Exceptions that readers of tables, names and JSON raise for invalid bytes.
 PARSE_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -18,18 +18,18 @@ PARSE_ERRORS = (
 
 
 class EntryCounter:
-    """A count of the entries of all lists of a file, whose lengths may be any number."""
+    """A count of the entries of all lists of an untrusted file."""
 
     def __init__(self) -> None:
         self._count = 0
 
     def __call__(self, length: int) -> range:
-        """Returns the indices of one list.
+        """Counts the entries of one list and returns its indices.
 
         Raises:
-          ValueError: the lists together have more entries than any export.
+          ValueError: the lists together have more than `MAX_ENTRIES` entries.
         """
         self._count += length
         if self._count > MAX_ENTRIES:
-            raise ValueError(f"lists of more than {MAX_ENTRIES} entries")
+            raise ValueError(f"lists with more than {MAX_ENTRIES} entries")
         return range(length)

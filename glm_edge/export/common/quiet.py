@@ -1,4 +1,4 @@
-"""Silence of native libraries."""
+"""Suppression of the output of native libraries."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from glm_edge.process_wide import shared
 @shared
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what native libraries print to standard error from the terminal."""
+    """Suppresses what native libraries print to standard error."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as sink:
         terminal = os.dup(2)

@@ -1,7 +1,7 @@
-"""The signatures of an exported model, their sizes, and the description of a file.
+"""Signatures of an exported model, their sizes, and the description of a file.
 
-Letters of shapes: `T` tokens, `S` cache slots, `D` hidden size, `K` key/value heads, `H` head
-dimension, `M` features of one image or recording, `V` vocabulary.
+Shapes: `T` tokens, `S` cache slots, `D` hidden size, `K` key/value heads, `H` head dimension, `M`
+features of one image or recording, `V` vocabulary size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -33,10 +33,10 @@ class Signature:
     """One entry point of the file.
 
     Attributes:
-      name: such as `prefill_128`.
-      inputs: name to shape and type.
-      function: `(params, inputs) -> outputs`, pure.
-      subtrees: first names of the parameter paths that it may read.
+      name: name, such as `prefill_128`.
+      inputs: shapes and types by name.
+      function: pure function `(params, inputs) -> outputs`.
+      subtrees: first components of the parameter paths that it may read.
     """
 
     name: str
@@ -54,22 +54,22 @@ def signatures(
 ) -> list[Signature]:
     """Lists the functions that an exported model offers.
 
-    `embed` and `embed_<T>` turn `tokens` [1, T] into `embeddings` [1, T, D]; `vision` and `speech`
-    turn `images` [1, height, width, channels] and `audio` [1, frames, bins] into `features`
-    [1, M, D], which the caller puts where placeholder embeddings are. `decode` (T = 1) and
+    `embed` and `embed_<T>` map `tokens` [1, T] to `embeddings` [1, T, D]. `vision` maps `images`
+    [1, height, width, channels], and `speech` maps `audio` [1, frames, bins], to `features`
+    [1, M, D]; the caller replaces placeholder embeddings with these features. `decode` (T = 1) and
     `prefill_<T>` take `embeddings`, `input_pos` [T], an additive `mask` [1, 1, T, S] and the cache,
-    `kv_cache_k_<i>` [1, K, S, H] and `kv_cache_v_<i>` [1, K, H, S], write it from slot
-    `input_pos[0]` on, and give it back; `decode` gives `logits` [1, 1, V] with it. A model with
+    `kv_cache_k_<i>` [1, K, S, H] and `kv_cache_v_<i>` [1, K, H, S]. They write the cache from slot
+    `input_pos[0]` on and return it; `decode` also returns `logits` [1, 1, V]. A model with
     three-dimensional rotary positions also takes `positions` [3, T]. `decode_<A>` and
-    `prefill_<T>_<A>` do the same where the first `A` slots hold all tokens, and look at no others:
-    their `mask` is [1, 1, T, A].
+    `prefill_<T>_<A>` attend to the first `A` slots only, which must contain all tokens: their
+    `mask` is [1, 1, T, A].
 
     Args:
-      model: the model; its `compute` decides how the functions multiply.
-      prefill_lengths: lengths `T` of the prefill signatures.
-      cache_slots: slots `S` of the cache.
-      prefill_logits: prefill gives `logits` [1, T, V], too.
-      attended_slots: numbers `A` of slots; prefill has the least that holds `T` tokens.
+      model: the model; its `compute` selects the arithmetic of matrix products.
+      prefill_lengths: token counts `T` of the prefill signatures.
+      cache_slots: number `S` of cache slots.
+      prefill_logits: whether prefill also returns `logits` [1, T, V].
+      attended_slots: slot counts `A`; prefill uses the smallest that fits `T` tokens.
 
     Returns:
       The signatures.
@@ -92,13 +92,29 @@ def signatures(
 
 
 def step_name(length: int, attended: int | None = None) -> str:
-    """Names the signature for `length` tokens that looks at `attended` slots, None for all."""
+    """Names the signature for `length` tokens that attends to `attended` slots, None for all.
+
+    Args:
+      length: number of tokens.
+      attended: number of slots that the signature attends to, or None for all.
+
+    Returns:
+      The name, such as `decode`, `prefill_128` or `prefill_128_256`.
+    """
     name = DECODE if length == 1 else f"prefill_{length}"
     return name if attended is None else f"{name}_{attended}"
 
 
 def attended_by(length: int, attended_slots: Iterable[int]) -> list[int]:
-    """Lists, rising, the numbers of slots that have a signature for `length` tokens."""
+    """Lists, in ascending order, the slot counts that have a signature for `length` tokens.
+
+    Args:
+      length: number of tokens.
+      attended_slots: slot counts of the file.
+
+    Returns:
+      The slot counts.
+    """
     fitting = sorted(attended for attended in attended_slots if attended >= length)
     return fitting if length == 1 else fitting[:1]
 
@@ -172,16 +188,16 @@ def _step(
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """A checked model and the functions of it that a file offers.
+    """A checked model and the signatures of its exported file.
 
     Attributes:
-      config: of the model.
-      shapes: dense shapes of its parameters, by path.
-      prefill_lengths: lengths of the prefill signatures, rising.
-      cache_slots: slots of the cache.
-      prefill_logits: prefill scores every token.
-      attended_slots: numbers of slots for which there are faster signatures, rising.
-      signatures: the functions.
+      config: configuration of the model.
+      shapes: dense shapes of its parameters by path.
+      prefill_lengths: token counts of the prefill signatures, ascending.
+      cache_slots: number of cache slots.
+      prefill_logits: whether prefill returns logits of every token.
+      attended_slots: slot counts of the signatures that attend to fewer slots, ascending.
+      signatures: the signatures.
     """
 
     config: GLMConfig
@@ -198,14 +214,29 @@ class ExportSpec:
         return tuple(signature.name for signature in self.signatures)
 
     def read_bytes(self, sizes: Mapping[str, int]) -> list[int]:
-        """Sums, for each signature, the bytes of all parameters that it may read."""
+        """Sums the bytes of the parameters that each signature may read.
+
+        Args:
+          sizes: stored bytes by parameter path.
+
+        Returns:
+          Bytes of each signature, in the order of `signatures`.
+        """
         return [
             sum(size for path, size in sizes.items() if path.split("/")[0] in signature.subtrees)
             for signature in self.signatures
         ]
 
     def description(self, parameters: Any, conversions: Iterable[Conversion]) -> dict[str, Any]:
-        """Describes the file, JSON-ready; nothing has verified it yet."""
+        """Describes the file as JSON values, not yet verified.
+
+        Args:
+          parameters: JSON value that describes the stored parameters.
+          conversions: conversions of the parameters.
+
+        Returns:
+          The fields of the description.
+        """
         return {
             "version": __version__,
             "config": to_dict(self.config),
@@ -228,11 +259,22 @@ def make_spec(
     prefill_logits: bool,
     attended_slots: Iterable[int] = (),
 ) -> ExportSpec:
-    """Checks a model and lists the functions of its file; see `signatures`.
+    """Checks a model and builds the signatures of its file; see `signatures`.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      prefill_lengths: token counts of the prefill signatures.
+      cache_slots: number of cache slots; None uses the model's context length, at most 1024.
+      prefill_logits: whether prefill returns logits of every token.
+      attended_slots: slot counts of the signatures that attend to fewer slots.
+
+    Returns:
+      The spec.
 
     Raises:
-      ExportError: it is not a `MultimodalGLM`; the parameters are of another model; or a length is
-        not fixed or does not fit its context.
+      ExportError: the model is not a `MultimodalGLM`, the parameters belong to another model, or a
+        length is not a fixed integer or does not fit the model's context.
     """
     shapes = check_model(model, params)
     lengths, slots = check_lengths(model.config, prefill_lengths, cache_slots)
@@ -243,15 +285,22 @@ def make_spec(
 
 
 def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
-    """Lists shapes of the parameters of a model by path.
+    """Returns the dense shapes of a model's parameters by path.
+
+    Args:
+      model: the model.
+      params: its parameters.
+
+    Returns:
+      Dense shape by parameter path.
 
     Raises:
-      ExportError: it is not a `MultimodalGLM`, or the parameters are those of another model.
+      ExportError: the model is not a `MultimodalGLM`, or the parameters belong to another model.
     """
     if not isinstance(getattr(model, "config", None), GLMConfig):
         raise ExportError(
-            f"{type(model).__name__}: only a MultimodalGLM can be exported in this format; right "
-            "would be ge.export.function, which writes any traceable function as a .tflite file"
+            f"{type(model).__name__}: only a MultimodalGLM can be exported in this format; use "
+            "ge.export.function, which writes any traceable function as a .tflite file"
         )
     expected = expected_shapes(model)
     shapes = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
@@ -267,10 +316,18 @@ def check_model(model: Any, params: Params) -> dict[str, tuple[int, ...]]:
 def check_lengths(
     config: GLMConfig, prefill_lengths: Iterable[int], cache_slots: int | None
 ) -> tuple[list[int], int]:
-    """Returns lengths of prefill in rising order, and slots of the cache.
+    """Returns the prefill lengths in ascending order, and the number of cache slots.
+
+    Args:
+      config: configuration of the model.
+      prefill_lengths: token counts of the prefill signatures.
+      cache_slots: number of cache slots; None uses the model's context length, at most 1024.
+
+    Returns:
+      `(prefill_lengths, cache_slots)`.
 
     Raises:
-      ExportError: one is not fixed, or does not fit the model's context.
+      ExportError: a length is not a fixed integer, or does not fit the model's context.
     """
     lengths = fixed_lengths("prefill_lengths", prefill_lengths)
     context = config.decoder.max_position_embeddings
@@ -286,27 +343,36 @@ def check_lengths(
 
 
 def check_attended(attended_slots: Iterable[int], cache_slots: int) -> list[int]:
-    """Returns the numbers of slots that signatures look at, in rising order.
+    """Returns the slot counts that signatures attend to, in ascending order.
+
+    Args:
+      attended_slots: slot counts of signatures.
+      cache_slots: number of cache slots.
+
+    Returns:
+      The distinct slot counts.
 
     Raises:
-      ExportError: one is not fixed, or is not below the cache's slots.
+      ExportError: a slot count is not a fixed integer, or is not below `cache_slots`.
     """
     attended = fixed_lengths("attended_slots", attended_slots)
     if attended and not 2 <= attended[0] <= attended[-1] < cache_slots:
         shown = f"{attended[:8]}"
-        raise ExportError(f"attended_slots: {shown} must be 2 to {cache_slots - 1}, fewer than all")
+        raise ExportError(
+            f"attended_slots: {shown} must be 2 to {cache_slots - 1}, fewer than cache_slots"
+        )
     return attended
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a file's signatures, from its description.
+    """The sizes of a file's signatures, read from its description.
 
     Attributes:
-      prefill_lengths: lengths of the prefill signatures, rising.
-      cache_slots: slots of the cache.
-      prefill_logits: prefill scores every token.
-      attended_slots: numbers of slots for which there are faster signatures, rising.
+      prefill_lengths: token counts of the prefill signatures, ascending.
+      cache_slots: number of cache slots.
+      prefill_logits: whether prefill returns logits of every token.
+      attended_slots: slot counts of the signatures that attend to fewer slots, ascending.
     """
 
     prefill_lengths: list[int]
@@ -316,59 +382,75 @@ class Sizes:
 
 
 def described_sizes(description: Mapping[str, Any], config: GLMConfig) -> Sizes:
-    """Reads the sizes from a description, which a stranger may have written.
+    """Reads the sizes from an untrusted description.
 
     Args:
-      description: of a file or directory.
-      config: of the model, as the description says.
+      description: description of a file or directory.
+      config: configuration of the model, from the description.
 
     Returns:
-      The sizes, which an export of that model could have.
+      The sizes, which are possible for an export of that model.
 
     Raises:
-      ExportError: a size is missing, of another type, or could not be one of an export.
+      ExportError: a size is missing, has the wrong type, or is impossible for an export.
     """
     names = ("prefill_lengths", "cache_slots", "prefill_logits", "attended_slots")
-    # Core ML packages have no faster signatures, and older ones do not say so.
+    # Core ML packages have no attended slots, and the descriptions of older ones lack the field.
     fields = {"attended_slots": [], **description}
     missing = [name for name in names if name not in fields]
     if missing:
         raise ExportError(f"{missing[0]} is missing")
     for name in ("prefill_lengths", "attended_slots"):
         if not isinstance(fields[name], list):
-            raise ExportError(f"{name}: must be a list, is a {type(fields[name]).__name__}")
+            raise ExportError(f"{name}: must be a list, not {type(fields[name]).__name__}")
     if not isinstance(fields["prefill_logits"], bool):
-        raise ExportError(f"prefill_logits: must be true or false: {fields['prefill_logits']!r}")
+        raise ExportError(
+            f"prefill_logits: must be true or false, not {fields['prefill_logits']!r}"
+        )
     if fields["cache_slots"] is None:
-        raise ExportError("cache_slots: None is not a fixed length")
+        raise ExportError("cache_slots: must be an integer, not None")
     lengths, slots = check_lengths(config, fields["prefill_lengths"], fields["cache_slots"])
     attended = check_attended(fields["attended_slots"], slots)
     for name, sizes in (("prefill_lengths", lengths), ("attended_slots", attended)):
         if sizes != fields[name]:
-            raise ExportError(f"{name}: {fields[name][:8]} must rise, each once")
+            raise ExportError(f"{name}: {fields[name][:8]} must be ascending without duplicates")
     return Sizes(lengths, slots, fields["prefill_logits"], attended)
 
 
 def fixed_lengths(name: str, lengths: Iterable[int]) -> list[int]:
-    """Returns lengths in rising order, each once.
+    """Returns the distinct lengths in ascending order.
+
+    Args:
+      name: name of the argument, for messages.
+      lengths: the lengths.
+
+    Returns:
+      The lengths.
 
     Raises:
-      ExportError: one is not fixed.
+      ExportError: a length is not a fixed integer.
     """
     return sorted(set(check_fixed(name, lengths)))
 
 
 def check_fixed(name: str, lengths: Iterable[int]) -> list[int]:
-    """Returns lengths as integers, one graph for each.
+    """Returns the lengths as integers; each becomes one graph.
+
+    Args:
+      name: name of the argument, for messages.
+      lengths: the lengths.
+
+    Returns:
+      The lengths in their order.
 
     Raises:
-      ExportError: one is not an integer of at least 1, but None, a symbol or -1.
+      ExportError: a length is not an integer of at least 1, such as None, a symbol or -1.
     """
     values = list(lengths) if isinstance(lengths, Iterable) else [lengths]
     for length in values:
         if not isinstance(length, Integral) or isinstance(length, bool) or length < 1:
             raise ExportError(
-                f"{name}: {length!r} is not a fixed length; right would be an integer of at least "
-                "1, as every graph has one shape"
+                f"{name}: {length!r} is not a fixed length; use an integer of at least 1, as "
+                "every graph has one shape"
             )
     return [int(length) for length in values]

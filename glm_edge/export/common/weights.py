@@ -1,4 +1,4 @@
-"""Weights as exported files store them, and one table of the forms that each format stores."""
+"""Weights as exported files store them, and a table of the forms that each format supports."""
 
 import dataclasses
 import math
@@ -16,9 +16,9 @@ from glm_edge.params import FakeQuantized, Masked, Narrow, Quantized
 from glm_edge.params.tree import Params, nested
 
 RANGES = {"int8": (-128, 127), "int4": (-8, 7)}
-# For `Quantized.replace`: a box without static ranges of activations.
+# Fields for `Quantized.replace` that remove the static ranges of activations.
 NO_STATIC_RANGES = dict.fromkeys(("input_scale", "input_zero", "output_scale", "output_zero"))
-# A type whose integers are stored exactly by a wider one that runtimes know.
+# Types whose integers a wider type, which runtimes support, represents exactly.
 _WIDER = {
     "int8": "int8",
     "int6": "int8",
@@ -37,15 +37,15 @@ class WeightFormat:
     """The forms in which one format stores a parameter.
 
     Attributes:
-      name: of the format, for messages.
-      per_channel: a box's type to the stored one, of one scale per row or per matrix.
-      in_groups: likewise of groups.
-      group_multiple: columns that divide every group size.
-      zero_points: affine weights are stored.
-      stacked: matrices of any number of axes, in any order, are stored.
-      floats: types of plain values that are stored as they are; others become float32.
-      static_types: stored types whose products run on static ranges of activations.
-      right: quantized weights that are stored, for messages.
+      name: name of the format, for messages.
+      per_channel: stored type by type of the box, for one scale per row or per matrix.
+      in_groups: stored type by type of the box, for one scale per group.
+      group_multiple: number of columns that must divide every group size.
+      zero_points: whether the format stores affine weights.
+      stacked: whether the format stores weights with any number and order of axes.
+      floats: types of plain values that are stored unchanged; others become float32.
+      static_types: stored types whose products support static ranges of activations.
+      right: description of the supported quantized weights, for messages.
     """
 
     name: str
@@ -59,7 +59,14 @@ class WeightFormat:
     right: str = "integers of 8 or 4 bits, symmetric, per channel or in groups"
 
     def stored_type(self, box: Quantized) -> str | None:
-        """Returns the type of the stored codes of a box, or None."""
+        """Returns the type of a box's stored codes, or None if the format has none.
+
+        Args:
+          box: the quantized parameter.
+
+        Returns:
+          The type, or None.
+        """
         table = self.in_groups if box.scale.shape[-1] > 1 else self.per_channel
         return table.get(box.format.qtype)
 
@@ -73,7 +80,7 @@ TFLITE = WeightFormat(
     static_types=("int8", "int4"),
     right="int8, int4 or int2 per channel, or int4 in groups of 32",
 )
-# A function of a `.tflite` file dequantizes its parameters.
+# A `.tflite` file of `ge.export.function` dequantizes its parameters when it is loaded.
 TFLITE_FUNCTION = WeightFormat(
     name="TFLite", stacked=True, right="integers of 8 or 4 bits with integer zero points"
 )
@@ -84,12 +91,12 @@ COREML = WeightFormat(name="Core ML")
 
 @dataclass(frozen=True)
 class Conversion:
-    """A parameter that the file stores in another form than the tree.
+    """A parameter that the file stores in a different form than the tree.
 
     Attributes:
-      path: of the parameter.
-      rule: what was done.
-      changes_values: False when the dense weight is the same.
+      path: path of the parameter.
+      rule: description of the conversion.
+      changes_values: False if the dense weight is unchanged.
     """
 
     path: str
@@ -106,10 +113,10 @@ class Weight:
 
     Attributes:
       values: plain values of any shape; or int8 codes [out, in].
-      type: `int8` or `int4`, or that of the plain values.
-      scale: None, or float32 [out, groups], or [1, 1] for one scale per matrix.
-      zero: None, or int8 like `scale`.
-      group_size: columns that share a scale; 0 for one scale per row or per matrix.
+      type: `int8` or `int4`, or the type of the plain values.
+      scale: None, float32 [out, groups], or [1, 1] for one scale per matrix.
+      zero: None, or int8 with the shape of `scale`.
+      group_size: number of columns that share a scale; 0 for one scale per row or per matrix.
     """
 
     values: np.ndarray
@@ -123,15 +130,15 @@ def to_weight(path: str, leaf: Any, target: WeightFormat) -> tuple[Weight, list[
     """Converts one parameter to the form that a format stores.
 
     Args:
-      path: of the parameter.
+      path: path of the parameter.
       leaf: an array or a box.
-      target: the format.
+      target: weight format of the file.
 
     Returns:
       The weight and its conversions.
 
     Raises:
-      ExportError: the format cannot store it; the message says what would be right.
+      ExportError: the format cannot store it; the message names a supported alternative.
     """
     if isinstance(leaf, Quantized):
         return _from_box(path, leaf, target)
@@ -155,13 +162,20 @@ def _from_box(path: str, box: Quantized, target: WeightFormat) -> tuple[Weight, 
 
 
 def to_array(path: str, leaf: Any) -> tuple[Any, list[Conversion]]:
-    """Returns a parameter that is not quantized as an array, and its conversions.
+    """Returns an unquantized parameter as an array, and its conversions.
+
+    Args:
+      path: path of the parameter.
+      leaf: an array, or a box that is not quantized.
+
+    Returns:
+      `(array, conversions)`.
 
     Raises:
-      ExportError: it is a box for training.
+      ExportError: the parameter is a box for training.
     """
     if isinstance(leaf, Masked):
-        rule = "mask written as zeros of a dense weight"
+        rule = "mask written as zeros in a dense weight"
         return boxes.dense(leaf), [Conversion(path, rule, False)]
     if isinstance(leaf, FakeQuantized):
         raise ExportError(f"{path}: a {type(leaf).__name__} is for training; finalize it first")
@@ -176,73 +190,89 @@ def to_array(path: str, leaf: Any) -> tuple[Any, list[Conversion]]:
 
 
 def check_box(path: str, box: Quantized, target: WeightFormat) -> str:
-    """Refuses a box that a format cannot store.
+    """Rejects a box that a format cannot store.
 
     Args:
-      path: of the parameter.
-      box: its value.
-      target: the format.
+      path: path of the parameter.
+      box: the quantized parameter.
+      target: weight format of the file.
 
     Returns:
       The type of the stored codes.
 
     Raises:
-      ExportError: the format cannot store it; the message says what would be right.
+      ExportError: the format cannot store it; the message names a supported alternative.
     """
     form, stored, grouped = box.format, target.stored_type(box), box.scale.shape[-1] > 1
     reason, right = None, target.right
     if not target.stacked and (box.kernel_shape or box.data.ndim != 2):
         reason, right = "it is stored [in, out] or stacked", "a matrix [out, in] of one layer"
     elif form.qtype not in _WIDER:
-        reason = "its levels are not integers times a scale"
+        reason = "its levels are not integer multiples of a scale"
     elif not form.symmetric and not target.zero_points:
-        reason, right = "its weights have no zero point", "a format without -affine"
+        reason, right = "the format does not store zero points", "a format without -affine"
     elif stored is None:
-        reason = f"it has no kernel for {form.qtype} in groups"
+        reason = f"the runtime has no kernel for {form.qtype} in groups"
     elif grouped and form.columns_per_scale % target.group_multiple:
-        reason = f"it needs groups of a multiple of {target.group_multiple}"
+        reason = f"group sizes must be a multiple of {target.group_multiple}"
     elif box.zero is not None:
         zero, (low, high) = np.asarray(box.zero).astype(np.float32), RANGES[stored]
         if (zero != np.round(zero)).any() or zero.min() < low or zero.max() > high:
-            reason, right = "zero points must be integers that codes can be", f"{low} to {high}"
+            reason, right = (
+                "zero points must be integers within the range of the codes",
+                f"{low} to {high}",
+            )
     if reason is not None or stored is None:
         raise ExportError(
-            f"{path}: {form} cannot be written as {target.name}: {reason}; right would be {right}"
+            f"{path}: {form} cannot be written as {target.name}: {reason}; use {right}"
         )
     return stored
 
 
 def box_conversions(path: str, box: Quantized, stored: str) -> list[Conversion]:
-    """Lists the changes of a box whose codes are stored as `stored`, without static ranges."""
+    """Lists the conversions of a box whose codes are stored as `stored`, without static ranges.
+
+    Args:
+      path: path of the parameter.
+      box: the quantized parameter.
+      stored: type of the stored codes.
+
+    Returns:
+      The conversions.
+    """
     conversions = []
     if stored != box.format.qtype:
         rule = f"{box.format.qtype} written as {stored}: the same integers and scales"
         conversions.append(Conversion(path, rule, False))
     if box.input_scale is not None:
-        rule = "static range of its input is not written: products are taken with float32 inputs"
+        rule = "static range of its input is not written: products use float32 inputs"
         conversions.append(Conversion(path, rule, False))
     return conversions
 
 
 def check_finite(path: str, values: np.ndarray) -> None:
-    """Refuses NaN and infinity.
+    """Rejects NaN and infinity.
+
+    Args:
+      path: path of the parameter.
+      values: its values.
 
     Raises:
-      ExportError: a value is one.
+      ExportError: a value is NaN or infinite.
     """
     if not np.isfinite(values.astype(np.float32)).all():
-        raise ExportError(f"{path}: holds NaN or infinity; export finite weights")
+        raise ExportError(f"{path}: contains NaN or infinity; export finite weights")
 
 
 def stored_bytes(leaf: Any, target: WeightFormat) -> int:
-    """Counts the bytes that a format takes for a parameter, with its scales.
+    """Counts the bytes that a format stores for a parameter, scales included.
 
     Args:
       leaf: an array or a box.
-      target: the format.
+      target: weight format of the file.
 
     Returns:
-      The bytes.
+      The number of bytes.
     """
     size = math.prod(leaf.shape)
     if not isinstance(leaf, Quantized):
@@ -254,14 +284,15 @@ def stored_bytes(leaf: Any, target: WeightFormat) -> int:
 
 
 def to_params(params: Params, weights: Mapping[str, Weight]) -> Params:
-    """Returns parameters with the values that a file stores, as the JAX model takes them.
+    """Returns a parameter tree with the values that a file stores.
 
     Args:
-      params: of the model.
-      weights: from `to_weight`, by path.
+      params: parameters of the model.
+      weights: results of `to_weight` by path.
 
     Returns:
-      Boxes with the same codes, float32 scales and no static ranges; all others as arrays.
+      Quantized parameters as boxes with the same codes, float32 scales and no static ranges; all
+      others as arrays.
     """
 
     def stored(path: str, leaf: Any) -> Any:
@@ -275,24 +306,25 @@ def to_params(params: Params, weights: Mapping[str, Weight]) -> Params:
 
 
 def check_weights(stored: Mapping[str, Weight], params: Params, where: str | Path) -> int:
-    """Compares weights that were read back from a file with parameters, bit for bit.
+    """Compares weights that were read from a file with parameters, bit for bit.
 
     Args:
-      stored: by path; plain values may be missing, which some formats store inside their graphs.
-      params: from `to_params`.
-      where: the file, for messages.
+      stored: weights by path; plain values may be missing, as some formats store them inside their
+        graphs.
+      params: parameters from `to_params`.
+      where: name of the file, for messages.
 
     Returns:
-      Parameters compared.
+      The number of parameters that were compared.
 
     Raises:
-      ExportError: one is missing, or has other codes, scales, zero points or values.
+      ExportError: a weight is missing, or has different codes, scales, zero points or values.
     """
     compared = 0
     for path, leaf in boxes.path_items(params):
         if path not in stored:
             if isinstance(leaf, Quantized):
-                raise ExportError(f"{where}: damaged: holds no {path}")
+                raise ExportError(f"{where}: damaged: contains no {path}")
             continue
         weight, expected = stored[path], {"values": leaf, "scale": None, "zero": None}
         if isinstance(leaf, Quantized):
@@ -301,15 +333,15 @@ def check_weights(stored: Mapping[str, Weight], params: Params, where: str | Pat
             wrong = _count_different(getattr(weight, name), value)
             if wrong:
                 raise ExportError(
-                    f"{where}: damaged, or of other parameters: {wrong} {name} of {path} are not "
-                    "those of the model"
+                    f"{where}: damaged, or of other parameters: {wrong} {name} of {path} differ "
+                    "from the model's"
                 )
         compared += 1
     return compared
 
 
 def _count_different(stored: np.ndarray | None, expected: Any) -> int:
-    """Counts the values that are not the same, all of them where shapes differ."""
+    """Counts the values that differ; all of them if the shapes differ."""
     if stored is None or expected is None:
         return int(stored is not expected)
     expected = np.asarray(expected).astype(np.float32)
@@ -319,11 +351,18 @@ def _count_different(stored: np.ndarray | None, expected: Any) -> int:
 
 
 def dequantize(weight: Weight) -> np.ndarray:
-    """Returns the dense float32 values of a weight."""
+    """Returns the dense float32 values of a weight.
+
+    Args:
+      weight: the weight.
+
+    Returns:
+      The dense weight, float32 [out, in] or of the shape of plain values.
+    """
     if weight.scale is None:
         return weight.values.astype(np.float32)
     groups = weight.scale.shape[-1]
-    # [out, groups, columns of a group], so that scale and zero broadcast.
+    # [out, groups, columns per group], so that scale and zero broadcast.
     codes = weight.values.reshape(len(weight.values), groups, -1).astype(np.float32)
     if weight.zero is not None:
         codes = codes - weight.zero.astype(np.float32)[..., None]
@@ -331,7 +370,14 @@ def dequantize(weight: Weight) -> np.ndarray:
 
 
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    """Packs codes of 4 bits in C order, two per byte, low nibble first; an odd last one alone."""
+    """Packs 4-bit codes in C order, two per byte, low nibble first; pads an odd count.
+
+    Args:
+      codes: int8 codes of any shape, in -8..7.
+
+    Returns:
+      Packed bytes, uint8 [(codes + 1) / 2].
+    """
     flat = (codes.reshape(-1) & 15).astype(np.uint8)
     flat = np.concatenate([flat, np.zeros(len(flat) % 2, np.uint8)])
     return flat[0::2] | (flat[1::2] << 4)

@@ -1,1 +1,1 @@
-"""Export to Core ML packages, and reading them."""
+"""Export to Core ML packages, and readers of these packages."""

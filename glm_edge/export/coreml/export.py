@@ -1,4 +1,4 @@
-"""Export to Core ML: our integers in an `.mlpackage`, by way of StableHLO."""
+"""Export to Core ML: quantized codes in an `.mlpackage`, converted through StableHLO."""
 
 import contextlib
 import hashlib
@@ -29,8 +29,8 @@ from glm_edge.process_wide import shared
 from glm_edge.writers import check_target, new_directory, require_space, scratch_beside
 
 CONTENT = Path("Data/com.apple.CoreML")
-# A file of weights: a header of 64 bytes that counts the blobs, and before each a record of as many
-# that holds a mark, a type, the bytes of data, and where they begin.
+# Layout of the file of weights: a header of 64 bytes with the number of blobs. A record of 64 bytes
+# precedes each blob, with a mark, a type, the size of the data and its offset.
 RECORD = 64
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -44,32 +44,34 @@ def coreml(
     prefill_logits: bool = False,
     overwrite: bool = False,
 ) -> CoreMLPackage:
-    """Writes a model as an `.mlpackage` for iOS 18 with a function for each signature.
+    """Writes a model as an `.mlpackage` for iOS 18 with one function per signature.
 
-    See `common.signatures.signatures` for the functions; outputs that carry the cache are named
-    like the inputs with `_out` appended, and functions share their weights. Graphs are traced with
-    weights as arguments, through StableHLO; each argument then becomes a constant of our codes and
-    float32 scales (`constexpr_blockwise_shift_scale`), 8 or 4 bits, per row or in groups.
+    `common.signatures.signatures` describes the functions, which share their weights. A cache
+    output has the name of its input with `_out` appended. Graphs are traced through StableHLO with
+    weights as arguments. Each argument then becomes a constant of 8-bit or 4-bit codes with float32
+    scales, one per row or per group (`constexpr_blockwise_shift_scale`).
 
-    Core ML runs on Apple's systems only. Elsewhere the package is written and its specification
-    is checked, as `CoreMLPackage.verify` does, but nothing has run it: compare it with JAX on a Mac
-    before relying on it. Computation is in float32; the Neural Engine takes float16.
+    Core ML runs on Apple's systems only. On other systems, `CoreMLPackage.verify` checks the
+    package's specification without running it: compare it with JAX on a Mac before relying on it.
+    Computation is in float32; the Neural Engine uses float16.
 
     Args:
       model: the model.
-      params: its parameters: arrays; `Masked` (written dense, with zeros); `Quantized`.
-      path: of the package; must end in `.mlpackage`.
-      prefill_lengths: lengths of the prefill functions.
-      cache_slots: slots of the cache; None takes the model's context, at most 1024.
-      prefill_logits: prefill scores every token, which takes time that generation does not need.
-      overwrite: replace a package that exists.
+      params: its parameters: arrays, `Masked` (written dense, with zeros) or `Quantized`.
+      path: path of the package; must end in `.mlpackage`.
+      prefill_lengths: token counts of the prefill functions.
+      cache_slots: number of cache slots; None uses the model's context length, at most 1024.
+      prefill_logits: whether prefill returns logits of every token. Generation does not need them,
+        and they take time.
+      overwrite: whether to replace an existing package.
 
     Returns:
       The written package.
 
     Raises:
-      ExportError: a parameter or the model cannot be written; the message says what would be right.
-      OutputError: the package exists already, cannot be written, or its disk is too full.
+      ExportError: a parameter or the model cannot be written; the message names a supported
+        alternative.
+      OutputError: the package already exists or cannot be written, or its disk is too full.
       MissingExtraError: coremltools or stablehlo-coreml is not installed.
 
     References:
@@ -78,7 +80,7 @@ def coreml(
     path, tools = Path(path), core_ml_tools()
     require("stablehlo_coreml", extra="coreml")
     if path.suffix != ".mlpackage":
-        raise ExportError(f"{path}: Core ML opens packages by their name: end it in .mlpackage")
+        raise ExportError(f"{path}: the name of a Core ML package must end in .mlpackage")
     check_target(path, overwrite, MANIFEST, strict=True)
     spec = make_spec(model, params, prefill_lengths, cache_slots, prefill_logits)
     require_space(path, _needed(spec, params))
@@ -138,17 +140,17 @@ def _function(
             )
         except (ValueError, TypeError, NotImplementedError, KeyError, AssertionError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ExportError(f"Core ML cannot hold {signature.name}: {reason[0]}") from error
+            raise ExportError(f"Core ML cannot represent {signature.name}: {reason[0]}") from error
 
 
 def _needed(spec: ExportSpec, params: Params) -> int:
-    """Counts the most bytes on the disk: each function's weights, and three merged copies."""
+    """Estimates the peak bytes on disk: each function's weights, and three merged copies."""
     sizes = {name: stored_bytes(leaf, COREML) for name, leaf in boxes.path_items(params)}
     return sum(spec.read_bytes(sizes)) + 3 * sum(sizes.values())
 
 
 def _finish(tools: Any, content: Path, description: Mapping[str, Any]) -> None:
-    """Stores equal blobs of all functions once, which merging does for plain values only."""
+    """Stores equal blobs of all functions once; merging does so for plain values only."""
     specification = tools.proto.Model_pb2.Model()
     specification.ParseFromString((content / "model.mlmodel").read_bytes())
     specification.description.metadata.userDefined[METADATA] = json.dumps(description)
@@ -193,7 +195,7 @@ def _blocks(specification: Any) -> Iterator[Any]:
 
 
 def _blobs(block: Any) -> Iterator[Any]:
-    """Yields all references of a block to the file of weights."""
+    """Yields a block's references to the file of weights."""
     for operation in block.operations:
         for inner in operation.blocks:
             yield from _blobs(inner)
@@ -206,7 +208,7 @@ def _blobs(block: Any) -> Iterator[Any]:
 def _stablehlo(
     signature: Signature, shapes: Mapping[str, tuple[int, ...]], paths: list[str], inputs: list[str]
 ) -> tuple[Any, list[str]]:
-    """Traces a signature, weights first among its arguments; lists the names of its results."""
+    """Traces a signature with weights as its first arguments; lists the names of its results."""
     from jax._src.interpreters import mlir
     from jax._src.lib.mlir import ir
 
@@ -269,9 +271,10 @@ def _constant(builder: Any, path: str, weight: Weight, before: Any) -> Any:
 
 @contextlib.contextmanager
 def _temporary_in(directory: Path) -> Iterator[None]:
-    """Keeps copies that coremltools makes, some until the process ends, on the target's disk.
+    """Makes coremltools store its temporary copies on the target's disk.
 
-    The folder is one per process, so that a second export waits for the first.
+    Some copies remain until the process ends. A process has one such folder, so a second export
+    waits for the first.
     """
     with _ONE_AT_A_TIME:
         before, tempfile.tempdir = tempfile.tempdir, str(directory)
@@ -280,7 +283,7 @@ def _temporary_in(directory: Path) -> Iterator[None]:
         except RuntimeError as error:
             if "FileWriter" not in str(error):
                 raise
-            # The message of its C++ part about a full disk.
+            # Message of coremltools' C++ code for a full disk.
             raise OSError(str(error)) from error
         finally:
             tempfile.tempdir = before
@@ -289,7 +292,7 @@ def _temporary_in(directory: Path) -> Iterator[None]:
 @shared
 @contextlib.contextmanager
 def _progress_off() -> Iterator[None]:
-    """Keeps progress bars of the converter's passes from the terminal."""
+    """Hides the progress bars of the converter's passes."""
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
     try:

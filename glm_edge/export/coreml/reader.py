@@ -1,4 +1,4 @@
-"""Reader of exported Core ML packages, which are not run."""
+"""Reader of exported Core ML packages; it does not run them."""
 
 import logging
 from pathlib import Path
@@ -18,16 +18,16 @@ METADATA = "glm_edge"
 
 
 def read_weights(path: str | Path) -> dict[str, Weight]:
-    """Reads the quantized weights of a package back, as its functions read them.
+    """Reads the quantized weights of a package as its functions read them.
 
     Args:
-      path: the package.
+      path: path of the package.
 
     Returns:
-      Parameter path to its codes, scales and zero points.
+      Codes, scales and zero points by parameter path.
 
     Raises:
-      ExportError: the package is missing, damaged, or no export.
+      ExportError: the package is missing, damaged, or not a glm_edge export.
       MissingExtraError: coremltools is not installed.
     """
     weights = {}
@@ -42,43 +42,52 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
     except GlmEdgeError:
         raise
     except (OSError, RuntimeError, *PARSE_ERRORS) as error:
-        raise ExportError(
-            f"{path}: is not a complete Core ML export of glm_edge: {error}"
-        ) from error
+        raise ExportError(f"{path}: not a complete glm_edge Core ML export: {error}") from error
     return weights
 
 
 def open_package(path: str | Path) -> Any:
     """Opens a package in coremltools without loading it into a runtime.
 
+    Args:
+      path: path of the package.
+
+    Returns:
+      coremltools' `MLModel`, not loaded into a runtime.
+
     Raises:
-      ExportError: a file of it is a pipe, a device or a link, or coremltools cannot open it.
+      ExportError: one of its files is a pipe, a device or a link, or coremltools cannot open it.
       MissingExtraError: coremltools is not installed.
     """
     check_tree(Path(path))
     tools, message = core_ml_tools(), require("google.protobuf.message", extra="coreml")
     try:
         return tools.models.MLModel(str(path), skip_model_load=True)
-    # Some of its classes of errors derive from Exception alone.
+    # Some exceptions of coremltools derive directly from Exception.
     except (OSError, RuntimeError, message.DecodeError, *PARSE_ERRORS) as error:
-        raise ExportError(
-            f"{path}: is not a complete Core ML export of glm_edge: {error}"
-        ) from error
+        raise ExportError(f"{path}: not a complete glm_edge Core ML export: {error}") from error
 
 
 def described_by(package: Any, path: str | Path) -> dict[str, Any]:
-    """Reads the description of a package that `open_package` opened.
+    """Reads the description of a package opened by `open_package`.
+
+    Args:
+      package: result of `open_package`.
+      path: path of the package, for messages.
+
+    Returns:
+      The fields of the description.
 
     Raises:
-      ExportError: it is missing, or is not a JSON object within the usual limits.
+      ExportError: the description is missing, or is not a JSON object within the usual limits.
     """
     metadata = package.get_spec().description.metadata.userDefined
     if METADATA not in metadata:
-        raise ExportError(f"{path}: a Core ML package, but not one that glm_edge exported")
-    where = f"{path}: is not a complete Core ML export of glm_edge: its description"
+        raise ExportError(f"{path}: a Core ML package that glm_edge did not export")
+    where = f"{path}: not a complete glm_edge Core ML export: its description"
     described = parse_json(metadata[METADATA], where, ExportError)
     if not isinstance(described, dict):
-        raise ExportError(f"{where}: is a {type(described).__name__}, not a JSON object")
+        raise ExportError(f"{where}: must be a JSON object, not {type(described).__name__}")
     return described
 
 
@@ -101,10 +110,13 @@ def _weight(operation: Any) -> Weight:
 
 
 def core_ml_tools() -> Any:
-    """Imports coremltools, told to keep quiet.
+    """Imports coremltools with its log messages turned off.
+
+    Returns:
+      The module `coremltools`.
 
     Raises:
-      MissingExtraError: it is not installed.
+      MissingExtraError: coremltools is not installed.
     """
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     with quiet():

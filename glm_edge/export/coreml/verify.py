@@ -1,4 +1,4 @@
-"""Comparison of a Core ML package with its model where nothing can run it."""
+"""Comparison of a Core ML package with its model without running it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from glm_edge.params.tree import Params
 
 @dataclass(frozen=True)
 class Inspection:
-    """Parts of a package that agree with the model, though nothing ran it.
+    """Counts of a package's parts that agree with the model; the package was not run.
 
     Attributes:
-      functions: entry points with the names, inputs and outputs of the model's signatures.
+      functions: functions with the names, inputs and outputs of the model's signatures.
       weights: quantized parameters with the model's codes, scales and zero points.
     """
 
@@ -31,25 +31,28 @@ class Inspection:
 
     def __str__(self) -> str:
         return (
-            f"{self.functions} functions and {self.weights} quantized weights as in the model, bit "
-            "for bit; nothing was run: Core ML runs on Apple's systems only"
+            f"{self.functions} functions and {self.weights} quantized weights equal the model's, "
+            "bit for bit; the package was not run, as Core ML runs on Apple's systems only"
         )
 
 
 @dataclass(frozen=True)
 class CoreMLPackage(ExportedDirectory):
-    """A written Core ML package, see `ExportedDirectory`."""
+    """A written Core ML package; see `ExportedDirectory`."""
 
     def verify(self, **options: Any) -> Inspection:
         """Compares the package's specification and weights with the model; see `inspect`.
 
+        Returns:
+          Counts of the parts that agree.
+
         Raises:
-          ExportError: an option is set, since nothing is run; or a part differs.
+          ExportError: an option is set, although the package is not run; or a part differs.
         """
         if options:
             raise ExportError(
-                f"{self.path}: Core ML packages are not run here, so that there is nothing to "
-                "choose: call verify()"
+                f"{self.path}: Core ML packages are not run, so verify takes no options; call "
+                "verify()"
             )
         return inspect(self.path, self.model, self.params)
 
@@ -57,21 +60,21 @@ class CoreMLPackage(ExportedDirectory):
 def inspect(path: str | Path, model: MultimodalGLM, params: Params) -> Inspection:
     """Opens a package and compares its specification with the model, without running it.
 
-    Names, types and shapes of all functions' inputs and outputs are compared, and the integers,
-    scales and zero points of all quantized parameters. Plain values, such as those of norms, are
-    inside the functions and are not compared. The package's description stays as it is: it says
-    that nothing verified it.
+    Compares names, types and shapes of all functions' inputs and outputs, and codes, scales and
+    zero points of all quantized parameters. Plain values, such as those of norms, are stored inside
+    the functions and are not compared. The package's description is not changed: it stays marked as
+    unverified.
 
     Args:
-      path: the package.
-      model: that it was traced from.
-      params: as the package stores them: `CoreMLPackage.params`.
+      path: path of the package.
+      model: model that the package was traced from.
+      params: parameters with the stored values, `CoreMLPackage.params`.
 
     Returns:
-      The parts that agree.
+      Counts of the parts that agree.
 
     Raises:
-      ExportError: a part does not agree, or the package is damaged.
+      ExportError: a part differs, or the package is damaged.
       MissingExtraError: coremltools is not installed.
     """
     package, tools = open_package(path), core_ml_tools()
@@ -79,7 +82,7 @@ def inspect(path: str | Path, model: MultimodalGLM, params: Params) -> Inspectio
         specification, described = package.get_spec(), described_by(package, path)
         config = from_dict(described["config"])
         if config != model.config:
-            raise ExportError(f"{path}: holds another model than {model.config.name}")
+            raise ExportError(f"{path}: contains a different model than {model.config.name}")
         sizes = described_sizes(described, config)
         functions = {entry.name: entry for entry in specification.description.functions}
         expected = expected_tensors(config, **vars(sizes))
@@ -94,9 +97,7 @@ def inspect(path: str | Path, model: MultimodalGLM, params: Params) -> Inspectio
     except (OSError, RuntimeError, *PARSE_ERRORS) as error:
         if isinstance(error, GlmEdgeError):
             raise
-        raise ExportError(
-            f"{path}: is not a complete Core ML export of glm_edge: {error}"
-        ) from error
+        raise ExportError(f"{path}: not a complete glm_edge Core ML export: {error}") from error
     return Inspection(len(expected), check_weights(read_weights(path), params, path))
 
 

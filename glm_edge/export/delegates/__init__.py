@@ -1,1 +1,1 @@
-"""Rules by which delegates take operators of a `.tflite` file."""
+"""Rules by which delegates accept operators of a `.tflite` file."""

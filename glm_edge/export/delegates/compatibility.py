@@ -1,4 +1,4 @@
-"""Table of the operators of a TFLite file that each delegate takes, by its own rules."""
+"""Table of the operators of a TFLite file that each delegate accepts by its published rules."""
 
 import collections
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ from glm_edge.export.tflite.reader import Graph, Operator, read_graphs
 from glm_edge.tables import table_lines
 
 YES, NO, UNKNOWN = "yes", "no", "unknown"
-UNREAD = "strides, paddings or axes also count, which are not read here"
-# Values of options that are absent, where they are not zero.
+UNREAD = "depends also on strides, paddings or axes, which are not read here"
+# Default values of absent options; others default to zero.
 _DEFAULTS = {"Beta": 1}
 
 
@@ -23,8 +23,8 @@ class Verdict:
 
     Attributes:
       accepted: `yes`, `no` (the operator falls back to the CPU) or `unknown`.
-      reason: why it is not `yes`.
-      source: address of the rule.
+      reason: reason why the decision is not `yes`.
+      source: URL of the rule.
     """
 
     accepted: str
@@ -34,16 +34,16 @@ class Verdict:
 
 @dataclass(frozen=True)
 class OperatorGroup:
-    """Operators of one signature that are alike to every delegate.
+    """Operators of one signature that every delegate treats alike.
 
     Attributes:
-      signature: that they belong to.
+      signature: name of their signature.
       operator: builtin name.
-      version: of the operator.
-      types: of inputs and outputs, such as `float32, int4/blocks of 32 -> float32`; constants and
-        weights with the values that share a scale after a slash, `-` for an absent input.
-      count: of the operators.
-      verdicts: by the delegate's name.
+      version: version of the operator.
+      types: types of inputs and outputs, such as `float32, int4/blocks of 32 -> float32`. A slash
+        precedes the granularity of a constant's or weight's scales; `-` is an absent input.
+      count: number of operators.
+      verdicts: verdict by name of the delegate.
     """
 
     signature: str
@@ -56,11 +56,11 @@ class OperatorGroup:
 
 @dataclass(frozen=True)
 class Compatibility:
-    """The operators of a file that each delegate takes; printing it gives the table.
+    """The operators of a file that each delegate accepts; it prints as a table.
 
     Attributes:
-      path: of the file.
-      rows: in the file's order.
+      path: path of the file.
+      rows: groups of operators in the file's order.
     """
 
     path: Path
@@ -77,14 +77,14 @@ class Compatibility:
         return tuple(delegate.name for delegate in DELEGATES)
 
     def fallback(self, delegate: str, signature: str | None = None) -> list[OperatorGroup]:
-        """Lists the operators that a delegate refuses, which run on the CPU.
+        """Lists the operators that a delegate rejects, which run on the CPU.
 
         Args:
           delegate: `nnapi`, `gpu`, `hexagon`, `qnn` or `coreml`.
-          signature: only of this one; None takes all.
+          signature: name of one signature; None selects all.
 
         Returns:
-          The rows that it refuses.
+          The rows that it rejects.
         """
         return [row for row in self._of(signature) if row.verdicts[delegate].accepted == NO]
 
@@ -93,7 +93,10 @@ class Compatibility:
 
         Args:
           delegate: name of the delegate.
-          signature: only of this one; None takes all.
+          signature: name of one signature; None selects all.
+
+        Returns:
+          Number of operators by verdict.
         """
         counted = dict.fromkeys((YES, NO, UNKNOWN), 0)
         for row in self._of(signature):
@@ -104,7 +107,11 @@ class Compatibility:
         return [row for row in self.rows if signature in (None, row.signature)]
 
     def summary(self) -> str:
-        """Summarizes each delegate in one line: operators that it takes, and its main refusal."""
+        """Summarizes each delegate in one line: accepted operators, and the main refusal.
+
+        Returns:
+          One line per delegate.
+        """
         lines = []
         for delegate in DELEGATES:
             counted = self.counts(delegate.name)
@@ -116,7 +123,7 @@ class Compatibility:
                 reasons[f"{row.operator}: {row.verdicts[delegate.name].reason}"] += row.count
             if reasons:
                 reason, count = reasons.most_common(1)[0]
-                line += f"; to the CPU {counted[NO]}, most of them ({count}) {reason}"
+                line += f"; {counted[NO]} on the CPU, most ({count}) because of {reason}"
             lines.append(line)
         return "\n".join(lines)
 
@@ -136,7 +143,7 @@ class Compatibility:
             cells.append([row.signature, operator, str(row.count), row.types, *marks])
         header, *lines = table_lines(cells)
         lines = [header, "-" * len(header), *lines, ""]
-        lines += ["yes: handed over; no: runs on the CPU", self.summary(), ""]
+        lines += ["yes: runs on the delegate; no: runs on the CPU", self.summary(), ""]
         lines += [f"[{i}] {name}: {why} <{url}>" for (name, why, url), i in reasons.items()]
         return "\n".join([*lines, *(f"{d.name}: {d.note}" for d in DELEGATES)])
 
@@ -144,13 +151,13 @@ class Compatibility:
 def compatibility(path: str | Path) -> Compatibility:
     """Lists which delegates accept each operator of a TFLite file, without running it.
 
-    The rules of LiteRT's published sources (`delegates.rules`) are applied to the types, versions
-    and shapes of the file. They decide which operators a delegate is offered, not how fast it runs
-    them, nor which of them a driver then refuses. Where the file does not decide, the verdict is
-    `unknown`.
+    Applies the rules of LiteRT's published sources (`delegates.rules`) to the types, versions and
+    shapes of the file. They determine which operators a delegate is offered. They do not predict
+    its speed, or which operators a driver then rejects. The verdict is `unknown` if the file alone
+    is not enough to decide.
 
     Args:
-      path: the file; any TFLite file, not ours alone.
+      path: path of any TFLite file, also of one that glm_edge did not write.
 
     Returns:
       The table.
@@ -185,10 +192,19 @@ def _types(operator: Operator) -> str:
 
 
 def judge(delegate: Delegate, operator: Operator, context: GraphContext) -> Verdict:
-    """Decides whether a delegate takes one operator of a graph."""
+    """Decides whether a delegate accepts one operator of a graph.
+
+    Args:
+      delegate: the delegate.
+      operator: an operator of the graph.
+      context: properties of the graph.
+
+    Returns:
+      The verdict.
+    """
     rule = delegate.rules.get(operator.name)
     if rule is None:
-        return Verdict(NO, "not among its operators", delegate.source)
+        return Verdict(NO, "an operator that the delegate lacks", delegate.source)
     reasons = list(_failed(delegate.conditions, operator, context, delegate.source))
     if rule.version is not None and operator.version > rule.version:
         reasons.append((f"version {operator.version}, at most {rule.version}", delegate.source))
@@ -219,14 +235,14 @@ def _mismatches(rule: Rule, operator: Operator) -> Iterable[str]:
             continue
         allowed = rule.types.get(position)
         if allowed is not None and tensor.type not in allowed:
-            yield f"input {position} of {tensor.type}, {' or '.join(allowed)} is asked for"
+            yield f"input {position} of {tensor.type}, expected {' or '.join(allowed)}"
         if rule.max_rank is not None and position < 2 and tensor.rank > rule.max_rank:
             yield f"a tensor of rank {tensor.rank}, at most {rule.max_rank}"
         if position in rule.constant and not tensor.constant:
-            yield f"input {position} is computed, a constant is asked for"
+            yield f"input {position} is computed, expected a constant"
     computed = sum(1 for t in operator.inputs if t is not None and not t.constant)
     if rule.computed is not None and computed not in rule.computed:
-        yield f"{computed} inputs are computed, {_alternatives(rule.computed)} is right"
+        yield f"{computed} computed inputs, expected {_alternatives(rule.computed)}"
     for kind, count, right in (
         ("inputs", len(operator.inputs), rule.inputs),
         ("outputs", len(operator.outputs), rule.outputs),
@@ -239,11 +255,11 @@ def _mismatches(rule: Rule, operator: Operator) -> Iterable[str]:
     if rule.output_rank is not None and operator.outputs:
         (least, most), rank = rule.output_rank, operator.outputs[0].rank
         if not least <= rank <= most:
-            yield f"output of rank {rank}, {least} to {most} is right"
+            yield f"output of rank {rank}, expected {least} to {most}"
     for name, right in rule.options.items():
         value = operator.options.get(name, _DEFAULTS.get(name, 0))
         if value != right:
-            yield f"option {name} is {value:g}, {right} is right"
+            yield f"option {name} is {value:g}, expected {right}"
     if rule.refused is not None:
         yield rule.refused
     if rule.unread:

@@ -1,7 +1,8 @@
-"""Conditions of delegates that are more than a version, a type or a rank.
+"""Conditions of delegates that depend on more than a version, a type or a rank.
 
-A condition takes an operator and its graph and returns None where it is met, a reason where the
-delegate refuses, or `Undecided` where the file does not decide.
+A condition is a function of an operator and its graph. It returns None if the operator satisfies
+it, a reason if the delegate rejects the operator, or `Undecided` if the file is not enough to
+decide.
 """
 
 import collections
@@ -18,11 +19,11 @@ _REFLECT = 0
 
 
 class Undecided(str):
-    """A reason why the file does not decide."""
+    """A reason why the file is not enough to decide."""
 
 
 class GraphContext:
-    """Facts about a graph that conditions of one operator need."""
+    """Properties of a graph that conditions of one operator use."""
 
     def __init__(self, graph: Graph) -> None:
         self.consumers: dict[int, list[Operator]] = collections.defaultdict(list)
@@ -71,22 +72,22 @@ def _option(operator: Operator, name: str, default: int = 0) -> float:
 
 @condition
 def static_shapes(operator: Operator, context: GraphContext) -> str | None:
-    """All extents are in the file."""
+    """Requires that the file contains all extents."""
     if any(-1 in tensor.shape for tensor in _all(operator)):
-        return Undecided("a shape known only at run time: whether it is dynamic shows when it runs")
+        return Undecided("a shape known only at run time, which may be dynamic")
     return None
 
 
 @condition
 def rank_at_most_4(operator: Operator, context: GraphContext) -> str | None:
-    """No tensor has more than four dimensions."""
+    """Requires at most four dimensions per tensor."""
     rank = max((tensor.rank for tensor in _all(operator)), default=0)
     return f"a tensor of rank {rank}, at most 4" if rank > 4 else None
 
 
 @condition
 def gpu_tensors(operator: Operator, context: GraphContext) -> str | None:
-    """Computed tensors are of a type that the GPU computes with, and of rank 4 at most."""
+    """Requires computed tensors of a type that the GPU supports, and of rank 4 at most."""
     name = operator.name
     inputs, outputs = {*FLOATS, *BYTES}, {*FLOATS, *BYTES}
     if name in _COMPARISONS:
@@ -111,7 +112,7 @@ def gpu_tensors(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def qnn_tensors(operator: Operator, context: GraphContext) -> str | None:
-    """Every tensor has a QNN type."""
+    """Requires a QNN type for every tensor."""
     for tensor in _all(operator):
         if tensor.type in ("int4", "int2"):
             if tensor.quantization not in ("tensor", "channel") and context.blocks is None:
@@ -129,7 +130,7 @@ _QNN_TYPES = {
 
 @condition
 def no_blocks_in_graph(operator: Operator, context: GraphContext) -> str | None:
-    """No weight of the signature shares scales in blocks."""
+    """Requires that no weight of the signature has blockwise scales."""
     if context.blocks is None:
         return None
     return f"blockwise weights, which stop the compiler for the whole signature: {context.blocks}"
@@ -137,7 +138,7 @@ def no_blocks_in_graph(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def qnn_not_hybrid(operator: Operator, context: GraphContext) -> str | None:
-    """Quantized weights meet quantized activations."""
+    """Requires quantized activations for quantized weights."""
     integers = [t for t in _present(operator.inputs) if t.constant and t.quantization]
     floats = [t for t in (*_present(operator.inputs), *operator.outputs) if t.type in FLOATS]
     if integers and floats and operator.name != "DEQUANTIZE":
@@ -147,17 +148,17 @@ def qnn_not_hybrid(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def first_input_float(operator: Operator, context: GraphContext) -> str | None:
-    """The activations are float32."""
+    """Requires float32 activations."""
     position = 2 if operator.name == "TRANSPOSE_CONV" else 0
     tensor = _input(operator, position)
     if operator.name == "DEQUANTIZE" or (tensor is not None and tensor.type == "float32"):
         return None
-    return f"the first input is {tensor.type if tensor else 'absent'}, float32 is asked for"
+    return f"the first input is {tensor.type if tensor else 'absent'}, expected float32"
 
 
 @condition
 def plain_integers(operator: Operator, context: GraphContext) -> str | None:
-    """Integers have no fused activation."""
+    """Requires that integers have no fused activation."""
     tensor = _input(operator, 0)
     return _fused_activation(operator) if tensor and tensor.type == "int32" else None
 
@@ -172,7 +173,7 @@ def _fused_activation(operator: Operator) -> str | None:
 
 @condition
 def known_activation(operator: Operator, context: GraphContext) -> str | None:
-    """The fused activation, if any, is one that the GPU has."""
+    """Requires that the GPU supports the fused activation, if any."""
     if _option(operator, "FusedActivationFunction") >= _ACTIVATIONS.index("SIGN_BIT"):
         return _fused_activation(operator)
     return None
@@ -180,46 +181,46 @@ def known_activation(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def output_not_int16(operator: Operator, context: GraphContext) -> str | None:
-    """The output is not of int16."""
-    return "output of int16" if operator.outputs and operator.outputs[0].type == "int16" else None
+    """Requires an output that is not int16."""
+    return "an int16 output" if operator.outputs and operator.outputs[0].type == "int16" else None
 
 
 @condition
 def no_constants(operator: Operator, context: GraphContext) -> str | None:
-    """All inputs are computed."""
+    """Requires that all inputs are computed."""
     return "a constant input" if any(t.constant for t in _present(operator.inputs)) else None
 
 
 @condition
 def two_operands(operator: Operator, context: GraphContext) -> str | None:
-    """There are two operands, of which the file may hold one."""
+    """Requires two operands, of which at most one is a constant."""
     constants = sum(t.constant for t in _present(operator.inputs))
     computed = len(_present(operator.inputs)) - constants
     if (computed, constants) in ((2, 0), (1, 1)):
         return None
-    return f"{computed} computed and {constants} constant inputs; 2 and 0, or 1 and 1, are right"
+    return f"{computed} computed and {constants} constant inputs; expected 2 and 0, or 1 and 1"
 
 
 @condition
 def half_precision(operator: Operator, context: GraphContext) -> str | None:
-    """Float16 weights go with their readers; other types have a version."""
+    """Accepts float16 weights if their reader does; limits the version for other types."""
     source = _input(operator, 0)
     if source is not None and source.type == "float16" and source.constant:
-        return Undecided("float16 weights are taken if their reader takes float16")
+        return Undecided("float16 weights are accepted if their reader accepts float16")
     return f"version {operator.version}, at most 2" if operator.version > 2 else None
 
 
 @condition
 def casts_numbers(operator: Operator, context: GraphContext) -> str | None:
-    """The cast is between numbers."""
+    """Requires a cast between numeric types."""
     kind = operator.outputs[0].type if operator.outputs else "nothing"
     allowed = ("float32", "int32", *BYTES)
-    return None if kind in allowed else f"cast to {kind}, which is none of {', '.join(allowed)}"
+    return None if kind in allowed else f"cast to {kind}, expected one of {', '.join(allowed)}"
 
 
 @condition
 def gpu_cast(operator: Operator, context: GraphContext) -> str | None:
-    """The cast is one of those that the GPU has."""
+    """Requires a cast that the GPU supports."""
     source, target = _input(operator, 0), operator.outputs[0] if operator.outputs else None
     if source is None or target is None:
         return "no input or output"
@@ -229,7 +230,7 @@ def gpu_cast(operator: Operator, context: GraphContext) -> str | None:
         readers = context.consumers[operator.output_indices[0]]
         if producer is not None and producer.name in _COMPARISONS and len(readers) == 1:
             return None
-        return "a cast from bool that is not between one comparison and one reader"
+        return "a cast from bool that does not connect one comparison with one reader"
     numbers = {"float32", "int32"}
     if (pair[0] in FLOATS and pair[1] == "bool") or set(pair) <= numbers:
         return None
@@ -238,7 +239,7 @@ def gpu_cast(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def feeds_float(operator: Operator, context: GraphContext) -> str | None:
-    """A comparison is read by one operator, which makes floats of it."""
+    """Requires that one operator reads a comparison and converts it to floats."""
     readers = context.consumers[operator.output_indices[0]] if operator.output_indices else []
     if (
         len(readers) == 1
@@ -247,12 +248,12 @@ def feeds_float(operator: Operator, context: GraphContext) -> str | None:
         and readers[0].outputs[0].type in FLOATS
     ):
         return None
-    return "a comparison is taken only with the one CAST or SELECT to floats that reads it"
+    return "a comparison without a single CAST or SELECT to floats as its reader"
 
 
 @condition
 def condition_of_value_shape(operator: Operator, context: GraphContext) -> str | None:
-    """Condition and values have one shape."""
+    """Requires a condition of the values' shape."""
     chosen, value = _input(operator, 0), _input(operator, 1)
     if chosen is None or value is None or chosen.shape != value.shape:
         return "condition and values differ in shape"
@@ -261,14 +262,14 @@ def condition_of_value_shape(operator: Operator, context: GraphContext) -> str |
 
 @condition
 def same_types(operator: Operator, context: GraphContext) -> str | None:
-    """Both inputs are of one type."""
+    """Requires two inputs of the same type."""
     kinds = [tensor.type for tensor in _present(operator.inputs)[:2]]
     return None if len(set(kinds)) == 1 else f"inputs of {' and '.join(kinds)}"
 
 
 @condition
 def no_broadcast(operator: Operator, context: GraphContext) -> str | None:
-    """Both inputs have the same batch dimensions."""
+    """Requires two inputs with the same batch dimensions."""
     a, b = (*_present(operator.inputs), None, None)[:2]
     if a is None or b is None or a.rank < 2 or a.rank != b.rank or a.shape[:-2] != b.shape[:-2]:
         return "batch dimensions differ"
@@ -277,35 +278,35 @@ def no_broadcast(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def flat_constant(operator: Operator, context: GraphContext) -> str | None:
-    """A constant second input is a matrix."""
+    """Requires that a constant second input is a matrix."""
     second = _input(operator, 1)
     if second is not None and second.constant and second.rank != 2:
-        return f"a constant second input of rank {second.rank}, 2 is right"
+        return f"a constant second input of rank {second.rank}, expected 2"
     return None
 
 
 @condition
 def flat_indices(operator: Operator, context: GraphContext) -> str | None:
-    """Indices are a vector."""
+    """Requires a vector of indices."""
     indices = _input(operator, 1)
     return None if indices is not None and indices.rank == 1 else "indices that are not a vector"
 
 
 @condition
 def same_rank_if_kept(operator: Operator, context: GraphContext) -> str | None:
-    """Dimensions that are kept are as many as there were."""
+    """Requires that `keep_num_dims` preserves the rank."""
     source = _input(operator, 0)
     if source is None or source.constant:
         return "a constant input"
     keeps_rank = _option(operator, "KeepNumDims")
     if keeps_rank and (not operator.outputs or operator.outputs[0].rank != source.rank):
-        return "keep_num_dims with another rank"
+        return "keep_num_dims with a different rank"
     return None
 
 
 @condition
 def gpu_broadcast(operator: Operator, context: GraphContext) -> str | None:
-    """Shapes broadcast as the GPU does it."""
+    """Requires shapes that broadcast under the GPU's rules."""
     if len(_present(operator.inputs)) != 2:
         return "an absent input"
     a, b = _present(operator.inputs)
@@ -318,14 +319,14 @@ def gpu_broadcast(operator: Operator, context: GraphContext) -> str | None:
         or (len(short) == 2 and (long[0], long[3]) == short)
     ):
         return None
-    return "shapes that it does not broadcast"
+    return "shapes that the delegate does not broadcast"
 
 
 @condition
 def gpu_select(operator: Operator, context: GraphContext) -> str | None:
-    """Condition and values have shapes that the GPU selects between."""
+    """Requires shapes of condition and values that the GPU's select supports."""
     if len(_present(operator.inputs)) != 3 or not operator.outputs:
-        return "3 inputs and an output are right"
+        return "expected 3 inputs and an output"
     (chosen, *values), target = _present(operator.inputs), operator.outputs[0].shape
     if chosen.type not in ("bool", *FLOATS):
         return f"a condition of {chosen.type}"
@@ -336,7 +337,7 @@ def gpu_select(operator: Operator, context: GraphContext) -> str | None:
         return "a condition that does not broadcast to the output"
     for value in values:
         if value.rank and value.shape != target and value.shape != (1,):
-            return "a value of another shape than the output, and no scalar"
+            return "a value that has neither the output's shape nor is a scalar"
         if value.rank == 2 and not value.constant:
             return "a computed value of rank 2"
     return None
@@ -344,43 +345,43 @@ def gpu_select(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def gpu_paddings(operator: Operator, context: GraphContext) -> str | None:
-    """Paddings are of a tensor of rank 3 or 4."""
+    """Requires paddings for a tensor of rank 3 or 4."""
     paddings = _input(operator, 1)
     if paddings is None or paddings.shape not in ((3, 2), (4, 2)):
-        return "paddings of a tensor that is not of rank 3 or 4"
+        return "paddings for a tensor that is not of rank 3 or 4"
     if operator.name == "MIRROR_PAD" and _option(operator, "Mode") != _REFLECT:
-        return "a mode that is not REFLECT"
+        return "a padding mode that is not REFLECT"
     return None
 
 
 @condition
 def one_scale(operator: Operator, context: GraphContext) -> str | None:
-    """The weights have one scale."""
+    """Requires one scale per weight tensor."""
     weights = _input(operator, 1)
     if weights is not None and weights.quantization in ("", "tensor"):
         return None
-    return "more than one scale of the weights"
+    return "more than one scale for the weights"
 
 
 @condition
 def all_bytes(operator: Operator, context: GraphContext) -> str | None:
-    """All inputs are of 8 bits."""
+    """Requires 8-bit inputs."""
     kinds = {tensor.type for tensor in _present(operator.inputs)} - set(BYTES)
-    return f"an input of {min(kinds)}, 8 bits are asked for" if kinds else None
+    return f"an input of {min(kinds)}, expected 8 bits" if kinds else None
 
 
 @condition
 def one_row(operator: Operator, context: GraphContext) -> str | None:
-    """There is one row of activations."""
+    """Requires one row of activations."""
     source = _input(operator, 0)
     if source is not None and source.rank and source.shape[-1] == source.size:
         return None
-    return "an input of several rows, one is asked for"
+    return "an input of several rows, expected one"
 
 
 @condition
 def last_axis(operator: Operator, context: GraphContext) -> str | None:
-    """Inputs of rank 3 or 4 are joined along the last axis."""
+    """Requires a concatenation of rank-3 or rank-4 inputs along the last axis."""
     source, axis = _input(operator, 0), _option(operator, "Axis")
     if len(operator.inputs) < 2 or source is None or source.rank not in (3, 4):
         return "fewer than 2 inputs, or a rank that is not 3 or 4"
@@ -389,10 +390,10 @@ def last_axis(operator: Operator, context: GraphContext) -> str | None:
 
 @condition
 def coreml_broadcast(operator: Operator, context: GraphContext) -> str | None:
-    """Shapes broadcast as Core ML's layers do it."""
+    """Requires shapes that broadcast under Core ML's rules."""
     tensors = _present(operator.inputs)[:2]
     if len(tensors) < 2:
-        return f"{len(tensors)} inputs, 2 are right"
+        return f"{len(tensors)} inputs, expected 2"
     for tensor in tensors:
         if tensor.type != "float32" and not (tensor.type == "float16" and tensor.constant):
             return f"an input of {tensor.type}"
@@ -400,9 +401,9 @@ def coreml_broadcast(operator: Operator, context: GraphContext) -> str | None:
             return f"a tensor of rank {tensor.rank}, at most 4"
     a, b = ((1,) * (4 - tensor.rank) + tensor.shape for tensor in tensors)
     if a[0] != b[0] and not any(tensor.constant and tensor.size == 1 for tensor in tensors):
-        return "shapes that it does not broadcast"
+        return "shapes that the delegate does not broadcast"
     if a[1:3] != b[1:3] and (1, 1) not in (a[1:3], b[1:3]):
-        return "shapes that it does not broadcast"
+        return "shapes that the delegate does not broadcast"
     if a[3] != b[3] and 1 not in (a[3], b[3]):
-        return "shapes that it does not broadcast"
+        return "shapes that the delegate does not broadcast"
     return None

@@ -1,7 +1,7 @@
-"""Rules by which delegates take operators from the CPU, read from `rules.toml`.
+"""Rules by which delegates accept operators, read from `rules.toml`.
 
-An operator that a delegate's table lacks is refused by it. Conditions that depend on a whole
-operator or on its graph are functions of `conditions.py`, named in the table.
+A delegate rejects every operator that its table lacks. Conditions that depend on several properties
+of an operator, or on its graph, are functions of `conditions.py`, which the table names.
 """
 
 import tomllib
@@ -19,20 +19,20 @@ class Rule:
 
     Attributes:
       version: highest version of the operator, None for any.
-      types: by position of an input, the allowed types; an input may be absent.
-      max_rank: of the first two inputs, None for any.
-      constant: positions of inputs that must be constants of the file.
-      computed: allowed counts of inputs that are computed at run time, None for any.
-      inputs: count of inputs, None for any.
-      outputs: count of outputs, None for any.
+      types: allowed types by position of the input; an input may be absent.
+      max_rank: highest rank of the first two inputs, None for any.
+      constant: positions of inputs that must be constants.
+      computed: allowed numbers of inputs that are computed at run time, None for any.
+      inputs: number of inputs, None for any.
+      outputs: number of outputs, None for any.
       rank: allowed ranks of the first input, None for any.
-      output_rank: least and largest rank of the first output, None for any.
-      options: fields of the operator's options, by the schema's names, to the allowed value.
-      unread: strides, paddings or axes count too, which are not read here.
-      undecided: a reason why no file decides, or None.
-      refused: a reason why the operator is always refused, or None.
-      conditions: names of functions of `conditions.py`.
-      source: address of the rule.
+      output_rank: lowest and highest rank of the first output, None for any.
+      options: allowed values of the operator's options by field name of the schema.
+      unread: whether the rule also depends on strides, paddings or axes, which are not read here.
+      undecided: reason why no file is enough to decide, or None.
+      refused: reason why the operator is always rejected, or None.
+      conditions: names of functions in `conditions.py`.
+      source: URL of the rule.
     """
 
     version: int | None = None
@@ -54,15 +54,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Delegate:
-    """An accelerator that takes operators from the CPU.
+    """An accelerator that runs operators instead of the CPU.
 
     Attributes:
-      name: column of the table.
-      title: of the delegate.
-      source: address of the file that lists its operators.
-      conditions: names of functions of `conditions.py` for every operator, checked first.
-      note: limits of its verdicts.
-      rules: by operator; others are refused.
+      name: name and column heading of the delegate.
+      title: full name of the delegate.
+      source: URL of the file that lists its operators.
+      conditions: names of functions in `conditions.py` that every operator must satisfy, checked
+        first.
+      note: limitations of its verdicts.
+      rules: rules by operator; other operators are rejected.
     """
 
     name: str

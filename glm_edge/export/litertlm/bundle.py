@@ -1,4 +1,4 @@
-"""The `.litertlm` file around the sections of a bundle: its header, read and made repeatable."""
+"""Header of a `.litertlm` bundle: reading its sections, and making it reproducible."""
 
 import hashlib
 import os
@@ -15,20 +15,20 @@ from glm_edge.export.common.parsing import PARSE_ERRORS, EntryCounter
 EXTRA = "litertlm"
 MAX_HEADER = 1 << 20
 MAX_METADATA = 1 << 24
-# The builder writes the time; equal bundles are equal bytes only without it.
+# The builder writes the current time, which would make the bytes of equal bundles differ.
 NO_TIME = {b"creation_timestamp": "1970-01-01T00:00:00.000000+00:00"}
 TFLITE, METADATA = "TFLiteModel", "LlmMetadataProto"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a bundle.
+    """A section of a bundle.
 
     Attributes:
-      type: such as `TFLiteModel`.
-      model: of a `.tflite` section, the runtime's name for it in lower case, else `""`.
-      start: its first byte in the file.
-      size: its bytes.
+      type: type, such as `TFLiteModel`.
+      model: the runtime's name of a `.tflite` section in lower case; `""` for other sections.
+      start: offset of its first byte in the file.
+      size: number of bytes.
     """
 
     type: str
@@ -38,10 +38,10 @@ class Section:
 
 
 def read_sections(path: str | Path) -> list[Section]:
-    """Reads the positions of a bundle's sections, and checks its metadata.
+    """Reads the offsets of a bundle's sections, and checks its metadata.
 
     Args:
-      path: of the file.
+      path: path of the file.
 
     Returns:
       The sections, in the file's order.
@@ -61,7 +61,7 @@ def read_sections(path: str | Path) -> list[Section]:
             for section in sections:
                 if section.type == METADATA:
                     if section.size > MAX_METADATA:
-                        raise ValueError(f"metadata of {section.size} bytes")
+                        raise ValueError(f"metadata of {section.size} bytes exceeds the limit")
                     file.seek(section.start)
                     protocol.LlmMetadata().ParseFromString(file.read(section.size))
         except (message.DecodeError, *PARSE_ERRORS) as error:
@@ -74,10 +74,10 @@ def _header(file: BinaryIO, size: int) -> bytes:
     begin, mark = core.HEADER_BEGIN_BYTE_OFFSET, core.HEADER_MAGIC_BYTES
     head = file.read(begin)
     if len(head) < begin or not head.startswith(mark):
-        raise ValueError(f"it lacks the mark {mark.decode()}")
+        raise ValueError(f"it lacks the magic bytes {mark.decode()}")
     (end,) = struct.unpack_from("<Q", head, core.HEADER_END_LOCATION_BYTE_OFFSET)
     if not begin < end <= min(size, begin + MAX_HEADER):
-        raise ValueError(f"a header that ends at byte {end} of {size}")
+        raise ValueError(f"the header ends at byte {end} of {size}")
     return file.read(end - begin)
 
 
@@ -88,7 +88,9 @@ def _sections(library: Any, metadata: Any, size: int) -> list[Section]:
         part = metadata.Objects(index)
         start, end = part.BeginOffset(), part.EndOffset()
         if not 0 < start <= end <= size:
-            raise ValueError(f"section {index} of bytes {start} to {end}, the file has {size}")
+            raise ValueError(
+                f"section {index} spans bytes {start} to {end}, but the file has {size}"
+            )
         model = ""
         for item in map(part.Items, entries(part.ItemsLength())):
             if item.Key() == b"model_type" and item.ValueType() == library.VData.StringValue:
@@ -100,10 +102,10 @@ def _sections(library: Any, metadata: Any, size: int) -> list[Section]:
 
 
 def make_repeatable(file: BinaryIO) -> None:
-    """Puts an identifier of the content and a fixed time into the header of a new bundle.
+    """Writes a content identifier and a fixed time into the header of a new bundle.
 
     Args:
-      file: open for reading and writing, as the builder left it.
+      file: complete bundle from the builder, open for reading and writing.
     """
     library = require("litert_lm_builder.litertlm_header_schema_py_generated", extra=EXTRA)
     core = require("litert_lm_builder.litertlm_core", extra=EXTRA)
@@ -123,7 +125,7 @@ def make_repeatable(file: BinaryIO) -> None:
             value = library.StringValue()
             value.Init(entry.Value().Bytes, entry.Value().Pos)
             text = value.Value()
-            # As long as before, so that nothing else in the header moves.
+            # Same length as before, so that no offset in the header changes.
             fixed = values[entry.Key()][: len(text)].ljust(len(text)).encode()
             at = packed.index(text)
             packed[at : at + len(text)] = fixed

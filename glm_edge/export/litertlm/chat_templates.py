@@ -1,14 +1,14 @@
-"""The chat template of a bundle, repaired where LiteRT-LM's engine would read something else.
+"""Chat template of a bundle, with repairs for LiteRT-LM's engine.
 
-The engine renders a template otherwise than `glm_edge.preprocess.Processor`:
+The engine renders a template differently from `glm_edge.preprocess.Processor`:
 
-* `content` is always a list of parts, also of a message that is text alone.
-* Of every message but the first it feeds what is new: it renders the conversation so far without a
-  generation prompt, then with the new message, and cuts the first text off the second. Where the
-  second does not begin with the first, the message fails.
+* `content` is always a list of parts, even for a message of text alone.
+* For every message after the first, it feeds only the new text. It renders the conversation so far
+  without a generation prompt, then with the new message, and removes the first text from the start
+  of the second. If the second does not begin with the first, the message fails.
 * The stop token that ends an answer stays in its context.
 
-Each rule is simulated here on short conversations, with the template as it is and with repairs.
+This module simulates each rule on short conversations, with the original template and with repairs.
 """
 
 import itertools
@@ -23,14 +23,14 @@ from glm_edge.export.common.weights import Conversion
 from glm_edge.preprocess import Processor, chat
 
 PATH = "chat template"
-# A line break, which a printed list of parts holds as an escape.
+# A line break, which is escaped where a template prints the list of parts.
 QUESTIONS = ("The first\nquestion.", "The second\nquestion.", "The third\nquestion.")
 ANSWERS = ("An answer.", "Another answer.")
 SYSTEM = "A system\nprompt."
 REASONING = "<think>A reason.</think>"
-# Of a message that stands for the next one while the conversation so far is rendered.
+# Content of the message that stands for the next one while the conversation so far is rendered.
 NEXT = "\ue00fnext\ue00f"
-# Ends in `%}` and a line break, which rendering drops: the template then starts a line, as before.
+# Ends in `%}` and a line break, which rendering removes: the template then still starts a line.
 JOIN = """{%- set glm_edge = namespace(messages=[], text='', plain=true) -%}
 {%- for message in messages -%}
 {%- if not message.content or message.content is string -%}
@@ -74,11 +74,12 @@ class Rendering:
     """The prompts that the engine makes with a template.
 
     Attributes:
-      prompts: True where the first message, and a system prompt, read as the checkpoint's.
-      messages: True where no later message fails.
-      context: True where the engine's context is what the checkpoint's template writes.
-      reasoning: True where it still is after an answer that shows its reasoning.
-      reason: why it is not all right.
+      prompts: True if the first message, and a system prompt, render as with the checkpoint's
+        template.
+      messages: True if no later message fails.
+      context: True if the engine's context equals the output of the checkpoint's template.
+      reasoning: True if `context` also applies after an answer with reasoning.
+      reason: description of the first difference.
     """
 
     prompts: bool
@@ -89,13 +90,14 @@ class Rendering:
 
 
 def answer_end(processor: Processor) -> int | None:
-    """Finds the stop token that stands behind an answer.
+    """Finds the stop token that follows an answer.
 
     Args:
-      processor: with the checkpoint's template.
+      processor: processor with the checkpoint's template.
 
     Returns:
-      The stop token that the template writes there, otherwise the first one; None without any.
+      The stop token that the template writes there, or else the first one; None without stop
+      tokens.
     """
     _, between = _around_an_answer(processor, reads_strings(processor))
     written = processor.tokenizer.token_to_id(_written_stop(processor, between))
@@ -105,19 +107,19 @@ def answer_end(processor: Processor) -> int | None:
 def bundled_template(
     processor: Processor, media: Sequence[str] = ()
 ) -> tuple[str, list[Conversion]]:
-    """Makes the template that a bundle holds.
+    """Makes the chat template of a bundle.
 
     Args:
-      processor: with the checkpoint's template.
-      media: types of parts besides text that the bundle reads, `image` and `audio`.
+      processor: processor with the checkpoint's template.
+      media: part types that the bundle reads besides text: `image` and `audio`.
 
     Returns:
-      Jinja source, with the values of the variables that the template reads, and what was repaired
-      or stays otherwise than in the checkpoint.
+      Jinja source with the values of the variables that the template reads, and descriptions of the
+      repairs and the remaining differences.
 
     Raises:
-      ExportError: the template writes no text or no placeholder, or the engine would read something
-        else and no repair helps.
+      ExportError: the template writes no text or no placeholder, or the engine would read a
+        different prompt and no repair helps.
     """
     strings = reads_strings(processor)
     lead, between = _around_an_answer(processor, strings)
@@ -132,9 +134,9 @@ def bundled_template(
     source, conversions, rendering = max(rendered, key=lambda candidate: _quality(candidate[2]))
     if not rendering.messages:
         raise ExportError(
-            f"{PATH}: LiteRT-LM's engine would not read it as the checkpoint does: "
-            f"{rendering.reason}; right would be a template that reads parts and leaves earlier "
-            "turns as they are: give it as Processor.from_checkpoint(template=...)"
+            f"{PATH}: LiteRT-LM's engine would render it differently from the checkpoint: "
+            f"{rendering.reason}; use a template that reads parts and does not change earlier "
+            "turns: pass it as Processor.from_checkpoint(template=...)"
         )
     for kind in media:
         _check_placeholder(source, processor, kind)
@@ -146,15 +148,21 @@ def bundled_template(
     elif not rendering.reasoning:
         rules.append("reasoning of earlier answers stays in the engine's context")
     if not stop:
-        rules.append("the stop token behind an answer stays in the engine's context")
+        rules.append("the stop token after an answer stays in the engine's context")
     return source, conversions + [Conversion(PATH, rule, True) for rule in rules]
 
 
 def reads_strings(processor: Processor) -> bool:
-    """Returns True where a template writes the text of a message whose content is a string.
+    """Returns True if a template writes the text of a message whose content is a string.
+
+    Args:
+      processor: processor with the checkpoint's template.
+
+    Returns:
+      False if the template reads only parts.
 
     Raises:
-      ExportError: it writes neither that nor the text of parts.
+      ExportError: the template writes neither that text nor the text of parts.
     """
     for strings in (True, False):
         try:
@@ -163,8 +171,8 @@ def reads_strings(processor: Processor) -> bool:
         except DataError:
             continue
     raise ExportError(
-        f"{PATH}: it writes no text of a message, neither of a string nor of parts; right would be "
-        "a template of this model: give it as Processor.from_checkpoint(template=...)"
+        f"{PATH}: it writes a message's text neither from a string nor from parts; use a template "
+        "of this model: pass it as Processor.from_checkpoint(template=...)"
     )
 
 
@@ -173,8 +181,8 @@ def render_parts(source: str, messages: Sequence[Mapping[str, Any]], prompt: boo
 
     Args:
       source: Jinja source, with its variables.
-      messages: of a conversation; content is text or parts.
-      prompt: opens the assistant's turn at the end.
+      messages: messages of a conversation; content is text or parts.
+      prompt: whether to append the generation prompt.
 
     Returns:
       The text.
@@ -196,20 +204,20 @@ def new_text(source: str, messages: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
       source: the bundle's template.
-      messages: of the conversation, the new one last.
+      messages: messages of the conversation, the new one last.
 
     Returns:
       The text.
 
     Raises:
-      DataError: the template fails, or writes the conversation so far otherwise than before.
+      DataError: the template fails, or a new message changes the rendering of earlier turns.
     """
     if len(messages) == 1:
         return render_parts(source, messages, True)
     before = render_parts(source, messages[:-1], False)
     after = render_parts(source, messages, True)
     if not after.startswith(before):
-        raise DataError("a message changes how the turns before it are written")
+        raise DataError("a message changes the rendering of earlier turns")
     return after[len(before) :]
 
 
@@ -233,7 +241,7 @@ def _written_stop(processor: Processor, between: str) -> str:
 def _candidates(
     processor: Processor, strings: bool, between: str, stop: str
 ) -> Iterator[tuple[str, list[Conversion]]]:
-    """Yields the template as it is and with repairs, the least change first."""
+    """Yields the original template and repaired ones, the smallest change first."""
     template, constants = processor.template, _constants(processor)
     # Rendering drops one line break at the end of a template.
     inner = template.removesuffix("\n")
@@ -245,8 +253,10 @@ def _candidates(
         stable = ANSWERED + FOLLOWED.replace("CONTENT", content) + inner + cut
         turns: list[tuple[str, str | None]] = [(template, None)]
         if stop:
-            turns.append((closed, f"{stop} ends an answer, whose token the engine keeps"))
-        turns.append((stable, "earlier turns written as they stay when a message follows"))
+            turns.append(
+                (closed, f"{stop} is written after an answer, as the engine keeps its token")
+            )
+        turns.append((stable, "earlier turns are rendered as they are when a message follows"))
         yield from _with_rules(constants, join, turns)
 
 
@@ -254,7 +264,7 @@ def _with_rules(
     constants: str, join: bool, turns: Sequence[tuple[str, str | None]]
 ) -> Iterator[tuple[str, list[Conversion]]]:
     for body, rule in turns:
-        rules = ["the text parts of a message joined"] if join else []
+        rules = ["the text parts of a message are joined"] if join else []
         rules += [rule] if rule else []
         source = constants + (JOIN if join else "") + body
         yield source, [Conversion(PATH, rule, False) for rule in rules]
@@ -272,7 +282,9 @@ def _rendering(source: str, processor: Processor, strings: bool, lead: str, stop
                     continue
                 raise
             if render_parts(source, conversation, True) != wanted:
-                return Rendering(False, reason="it writes parts of a message otherwise than text")
+                return Rendering(
+                    False, reason="it renders parts of a message differently from text"
+                )
     except DataError as error:
         return Rendering(False, reason=str(error))
     same = []
@@ -284,9 +296,9 @@ def _rendering(source: str, processor: Processor, strings: bool, lead: str, stop
             return Rendering(True, reason=str(error))
         read = re.findall("|".join(map(re.escape, (*QUESTIONS, *ANSWERS))), context)
         if read != [QUESTIONS[0], ANSWERS[0], QUESTIONS[1], ANSWERS[1], QUESTIONS[2]]:
-            return Rendering(True, reason="a message repeats those before it, or leaves them out")
+            return Rendering(True, reason="a message repeats or omits earlier messages")
         same.append(context == processor.render(_conversation(QUESTIONS, answers, strings)))
-    reason = "" if same[0] else "an answer is written otherwise than it was generated"
+    reason = "" if same[0] else "an answer is rendered differently from the generated text"
     return Rendering(True, True, same[0], all(same), reason)
 
 
@@ -345,7 +357,7 @@ def _check_placeholder(source: str, processor: Processor, kind: str) -> None:
         raise ExportError(f"{PATH}: it fails on a message with {kind} and text: {error}") from error
     if token not in text or QUESTIONS[0] not in text:
         raise ExportError(
-            f"{PATH}: of a message with {kind} and text it writes not both {token!r} and the text; "
-            "right would be a template of this model: give it as "
+            f"{PATH}: for a message with {kind} and text it does not write both {token!r} and the "
+            "text; use a template of this model: pass it as "
             "Processor.from_checkpoint(template=...)"
         )

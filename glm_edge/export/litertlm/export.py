@@ -30,7 +30,7 @@ from glm_edge.preprocess import Processor
 from glm_edge.writers import check_target, scratch_beside, write_stream
 
 DECODER = "PREFILL_DECODE"
-# Of prefill signatures that every bundle has.
+# Token counts of the prefill signatures that every bundle has.
 SHORT_LENGTHS = (2, 16)
 
 
@@ -39,20 +39,20 @@ class Bundle:
     """A written bundle, with its model and parameters.
 
     Attributes:
-      path: the file.
-      file_bytes: its size.
-      sections: bytes of each `.tflite` file inside, by the runtime's name for it.
-      prefill_lengths: lengths of the prefill signatures.
-      cache_slots: slots of the cache.
+      path: path of the file.
+      file_bytes: size of the file.
+      sections: size in bytes of each `.tflite` section, by the runtime's name of it.
+      prefill_lengths: token counts of the prefill signatures.
+      cache_slots: number of cache slots.
       image_size: (height, width) to which the runtime stretches images, or None.
-      conversions: parameters that are stored in another form than in the model; changes of the
-        chat template; and differences that stay in the engine.
+      conversions: parameters that are stored in a different form than in the model; changes of the
+        chat template; and remaining differences in the engine.
       template: the chat template of the bundle.
-      answer_end: token that stands in the context for the last one of each answer, where the engine
-        gives its embedding as zeros; None of a model that reads tokens, or without stop tokens.
-      model: the model it was traced from.
-      params: the parameters as the file stores them.
-      processor: prepares the same conversations for JAX.
+      answer_end: token that replaces the last token of each answer in the context, as the engine
+        feeds zeros for its embedding. None for a model that reads tokens, or without stop tokens.
+      model: model that was traced.
+      params: parameters with the values that the file stores.
+      processor: processor that prepares the same conversations for JAX.
     """
 
     path: Path
@@ -105,23 +105,25 @@ def litertlm(
 ) -> Bundle:
     """Writes a model as a `.litertlm` bundle, which LiteRT-LM's engines and apps open.
 
-    The runtime renders the chat template, tokenizes, and puts an image or a recording where the
-    template writes a placeholder. Its habits differ from `Processor`'s:
+    The runtime renders the chat template, tokenizes, and inserts an image or a recording at its
+    placeholder. It differs from `Processor` as follows:
 
-    * It stretches images to one size with its own resampling; one of `image_size` stays as it is.
+    * It stretches images to one size with its own resampling; an image of `image_size` is not
+    changed.
     * It encodes a recording to the end, except for samples after the last full `hop_length`.
-    * Names of special tokens in a user's text become these tokens.
-    * It gives the template `content` as parts, keeps the stop token of an answer, and feeds what a
-      message adds to the conversation: see `litertlm.chat_templates`, by which the template
-      is repaired where needed, or refused. `Bundle.conversions` lists that.
-    * Where a repair counts on the stop token, an answer that a limit of tokens cuts off, or that
-      another stop token ends, lacks it for the next turn.
-    * Where embeddings are read, it feeds a row of zeros for the last token of an answer
-      (litert-lm 0.18.1). The graph takes `Bundle.answer_end` there, the stop token that the
-      template writes. So an answer cut off by a limit of tokens loses its last token for the next
-      turn.
+    * Names of special tokens in a user's text become special tokens.
+    * It passes `content` to the template as parts, keeps the stop token of an answer, and feeds
+      only the text that a message adds to the conversation. `litertlm.chat_templates` repairs the
+      template where needed, or raises. `Bundle.conversions` lists the repairs.
+    * A repair may rely on the stop token. An answer that a token limit truncates, or that another
+      stop token ends, then lacks it in the next turn.
+    * For a model that reads embeddings, it feeds a row of zeros for the last token of an answer
+      (litert-lm 0.18.1). The graph replaces it with `Bundle.answer_end`, the stop token that the
+      template writes. An answer that a token limit truncates therefore loses its last token in the
+      next turn.
 
-    Where embeddings are read, their table is stored in the file twice if the head is tied to it.
+    For a model that reads embeddings, the file stores the embedding table twice if the head is tied
+    to it.
 
         bundle = ge.export.litertlm(model, params, "path/to/checkpoint", "phone.litertlm")
         print(bundle.verify())
@@ -129,26 +131,26 @@ def litertlm(
     Args:
       model: the model.
       params: its parameters, see `tflite.weights.to_tflite_weights`.
-      processor: of the model, or a checkpoint's directory to read it from.
-      path: of the file.
-      prefill_lengths: lengths of the prefill signatures. Shorter ones of 2 and 16 tokens are added,
-        so that a conversation goes on until the cache is full.
-      cache_slots: slots of the cache; None takes the model's context, at most 1024.
-      image_size: (height, width) of images; None takes the vision encoder's.
-      overwrite: replace a file that exists.
+      processor: processor of the model, or a checkpoint directory that contains one.
+      path: path of the file.
+      prefill_lengths: token counts of the prefill signatures. Lengths 2 and 16 are added, so that a
+        conversation can continue until the cache is full.
+      cache_slots: number of cache slots; None uses the model's context length, at most 1024.
+      image_size: (height, width) of images in pixels; None uses the vision encoder's size.
+      overwrite: whether to replace an existing file.
 
     Returns:
       The bundle.
 
     Raises:
-      ExportError: a parameter, the model or its chat template cannot be written; the message says
-        what would be right.
-      OutputError: the file exists already, or cannot be written.
+      ExportError: a parameter, the model or its chat template cannot be written; the message names
+        a supported alternative.
+      OutputError: the file already exists or cannot be written.
       CheckpointError: a file of the directory is missing or damaged.
       MissingExtraError: TensorFlow, LiteRT or LiteRT-LM's builder is not installed.
     """
     path = Path(path)
-    # The sections are beside the bundle until it is complete.
+    # The sections are stored beside the bundle until it is complete.
     check_target(path, overwrite, None, 2 * boxes.stored_bytes(params))
     builder = require("litert_lm_builder.litertlm_builder", extra=EXTRA)
     if not isinstance(processor, Processor):
@@ -176,7 +178,7 @@ def litertlm(
         sections["AUDIO_ENCODER_HW"] = [speech]
         sections["AUDIO_ADAPTER"] = [lm_signatures.speech_adapter(reference)]
 
-    # Beside the target: the disk whose free space was checked.
+    # Beside the target, on the disk whose free space was checked.
     try:
         with scratch_beside(path) as directory:
             sizes = {}
@@ -222,15 +224,15 @@ def litertlm(
 def with_short_lengths(lengths: Sequence[int], cache_slots: int) -> list[int]:
     """Adds short prefill signatures to the requested ones.
 
-    The runtime refuses a message where fewer slots are free than the shortest signature has tokens,
-    however short the message is. The middle one takes a usual message in few calls.
+    The runtime rejects a message of any length if fewer slots are free than the shortest signature
+    has tokens. The middle length processes a typical message in few calls.
 
     Args:
-      lengths: of prefill signatures, rising.
-      cache_slots: of the cache.
+      lengths: token counts of the prefill signatures, ascending.
+      cache_slots: number of cache slots.
 
     Returns:
-      All lengths, rising.
+      All token counts, ascending.
     """
     least = min(lengths, default=cache_slots + 1)
     return [*(length for length in SHORT_LENGTHS if length < min(least, cache_slots)), *lengths]
@@ -247,13 +249,13 @@ def _check_encoders(
     for name, encoder in (("image", config.vision), ("audio", config.speech)):
         if encoder is not None and getattr(processor, name) is None:
             raise ExportError(
-                f"{config.name}: its processor prepares no {name}, the model reads it"
+                f"{config.name}: the model reads {name}, but its processor does not prepare it"
             )
     if config.vision is None:
         return None
     if config.vision.boundary_embeddings and config.decoder.mrope_section:
         raise ExportError(
-            f"{config.name}: boundary_embeddings have no place in three-dimensional positions"
+            f"{config.name}: boundary_embeddings are not supported with three-dimensional positions"
         )
     check_fixed("image_size", config.vision.image_size if image_size is None else image_size)
     height, width = config.vision.image_size if image_size is None else image_size
@@ -299,5 +301,5 @@ def _metadata(
 
 
 def _repeated(token: str) -> str:
-    # Templates of a fixed size may write every placeholder themselves.
+    # A template for images of a fixed size may write every placeholder itself.
     return f"(?:{re.escape(token)})+"

@@ -1,11 +1,12 @@
-"""The functions that the LiteRT-LM runtime calls, made of those of a `.tflite` file.
+"""Signatures that the LiteRT-LM runtime calls, derived from those of a `.tflite` file.
 
-The runtime gives a step nothing but embedded (or plain) tokens, their slots, a mask and the cache.
-Other inputs of a model are computed or carried: log-mel frames are computed from raw samples in the
-graph, and three-dimensional rotary positions travel beside the features of an image.
+The runtime passes only embedded (or plain) tokens, their slots, a mask and the cache to a step.
+Other inputs are computed in the graph or appended to existing ones. The graph computes log-mel
+frames from raw samples. Three-dimensional rotary positions are extra channels of an image's
+features.
 
-Letters of shapes: `T` tokens, `S` cache slots, `D` hidden size, `M` features of one image or chunk
-of speech, `F` log-mel frames of a chunk, `V` vocabulary.
+Shapes: `T` tokens, `S` cache slots, `D` hidden size, `M` features of one image or chunk of speech,
+`F` log-mel frames of a chunk, `V` vocabulary size.
 """
 
 import dataclasses
@@ -23,23 +24,46 @@ from glm_edge.kernels.log_mel import mel_filters
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.preprocess.processing import AudioProcessing, ImageProcessing
 
-# Beside an embedding: how far its token advances less than one, and its time, row and column
-# counted from the position that it would have as text.
+# Channels after an embedding: one minus the advance of its token, then its time, row and column
+# relative to the position that it would have as text.
 CARRIED = 4
 
 
 def takes_embeddings(config: GLMConfig) -> bool:
-    """Returns True where the decoder reads embeddings, since encoders give them too."""
+    """Returns True if the decoder reads embeddings, as models with encoders require.
+
+    Args:
+      config: configuration of the model.
+
+    Returns:
+      True for a model with encoders.
+    """
     return config.vision is not None or config.speech is not None
 
 
 def carries_positions(config: GLMConfig) -> bool:
-    """Returns True where embeddings carry offsets of three-dimensional rotary positions."""
+    """Returns True if embeddings include offsets of three-dimensional rotary positions.
+
+    Args:
+      config: configuration of the model.
+
+    Returns:
+      True for a model with encoders and three-dimensional rotary positions.
+    """
     return bool(config.decoder.mrope_section) and takes_embeddings(config)
 
 
 def token_embedding(model: MultimodalGLM, params: Any, token: int) -> np.ndarray:
-    """Computes the embedding [D] of one token."""
+    """Computes the embedding [D] of one token.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      token: token id.
+
+    Returns:
+      The embedding, float32 [D].
+    """
     embed = next(s for s in signatures(model, (), 1) if s.name == "embed")
     tokens = jnp.full((1, 1), token, jnp.int32)
     return np.asarray(embed.function(params, {"tokens": tokens})["embeddings"][0, 0])
@@ -53,18 +77,19 @@ def decoder_signatures(
 ) -> list[Signature]:
     """Makes `decode` and `prefill_<T>` of the section PREFILL_DECODE.
 
-    They are those of `common.signatures.signatures`, without logits in prefill, except that a
-    model without encoders takes `tokens` [1, T], and that one whose rotary positions are
-    three-dimensional takes no `positions`: without encoders all three are the slot; otherwise
-    `embeddings` are [1, T, D + 4], and one more cache, `kv_cache_k_<layers>` [1, 1, S, 1] with its
-    unused partner, remembers how much less than its tokens each image advances.
+    They equal those of `common.signatures.signatures`, without logits in prefill, with two
+    differences. A model without encoders takes `tokens` [1, T]. A model with three-dimensional
+    rotary positions takes no `positions`. Without encoders, all three positions are the slot. With
+    encoders, `embeddings` are [1, T, D + 4], and an additional cache, `kv_cache_k_<layers>`
+    [1, 1, S, 1] with an unused `v`, stores the difference between the token count and the advance
+    of each image.
 
     Args:
       model: the model.
-      prefill_lengths: lengths `T` of the prefill signatures.
-      cache_slots: slots `S` of the cache.
-      answer_end: embedding [D] that stands for rows of zeros. The runtime feeds such a row for the
-        last token of an answer, which it never embeds. None leaves them; without encoders the
+      prefill_lengths: token counts `T` of the prefill signatures.
+      cache_slots: number `S` of cache slots.
+      answer_end: embedding [D] that replaces rows of zeros. The runtime feeds such a row for the
+        last token of an answer, which it never embeds. None keeps the zeros; without encoders the
         runtime feeds the token itself.
 
     Returns:
@@ -84,7 +109,14 @@ def decoder_signatures(
 
 
 def embedder(model: MultimodalGLM) -> Signature:
-    """Makes EMBEDDER: `tokens` [1, 1] to `embeddings` [1, 1, D], or [1, 1, D + 4] of text."""
+    """Makes EMBEDDER: `tokens` [1, 1] to `embeddings` [1, 1, D], or [1, 1, D + 4] with offsets.
+
+    Args:
+      model: the model.
+
+    Returns:
+      The signature.
+    """
     config = model.config
     embed = next(s for s in signatures(model, (), 1) if s.name == "embed")
     if not carries_positions(config):
@@ -99,15 +131,16 @@ def embedder(model: MultimodalGLM) -> Signature:
 def vision_encoder(
     model: MultimodalGLM, processing: ImageProcessing, image_size: tuple[int, int]
 ) -> Signature:
-    """Makes VISION_ENCODER, of images of one size.
+    """Makes VISION_ENCODER for images of one size.
 
     Args:
       model: the model.
-      processing: its mean and std normalise pixels.
-      image_size: (height, width) to which the runtime stretches every image.
+      processing: image settings, whose mean and std normalise pixels.
+      image_size: (height, width) in pixels to which the runtime stretches every image.
 
     Returns:
-      `images` [1, height, width, channels] in 0..1 to `features` [1, M, D], or [1, M, D + 4].
+      Signature from `images` [1, height, width, channels] in 0..1 to `features` [1, M, D], or
+      [1, M, D + 4].
     """
     config = model.config.vision_tower
     mean, std = (np.array(x, np.float32) for x in (processing.mean, processing.std))
@@ -125,15 +158,16 @@ def vision_encoder(
 
 
 def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signature:
-    """Makes AUDIO_ENCODER_HW, of chunks of raw samples.
+    """Makes AUDIO_ENCODER_HW for chunks of raw samples.
 
     Args:
       model: the model.
-      processing: how a recording becomes log-mel frames, and whether silence counts.
+      processing: settings of the log-mel frames, and whether silent frames count.
 
     Returns:
-      `src_inputs` [1, F, hop_length], samples in -1..1, and `mask` bool [1, F], True at frames that
-      sound, to `features` [1, M, D] and `mask_out` bool [1, M], True at features that count.
+      Signature from `src_inputs` [1, F, hop_length], samples in -1..1, and `mask` bool [1, F], True
+      at frames with sound, to `features` [1, M, D] and `mask_out` bool [1, M], True at valid
+      features.
     """
     frames = model.config.speech_encoder.num_frames
     every = 2 * processing.merge_size
@@ -143,7 +177,7 @@ def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signatu
         features: Any = model.apply({"params": params}, mel, method=MultimodalGLM.encode_audio)
         if carries_positions(model.config):
             features = _carry_nothing(features)
-        # A feature counts from the last frame but one that its convolution and merge read.
+        # A feature is valid if the second last frame that its convolution and merge read is valid.
         counted = inputs["mask"][:, every - 2 :: every]
         if processing.silence:
             counted = jnp.broadcast_to(inputs["mask"][:, :1], counted.shape)
@@ -160,8 +194,14 @@ def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signatu
 def speech_adapter(model: MultimodalGLM) -> Signature:
     """Makes AUDIO_ADAPTER: `features` [1, M, D] where `mask` bool [1, M] is true, else zeros.
 
-    Without this section, the runtime holds a recording back until a chunk is full, so that its last
-    part is heard in the next prompt.
+    Without this section, the runtime delays a recording until a chunk is full, so the model would
+    hear its last part in the next prompt.
+
+    Args:
+      model: the model.
+
+    Returns:
+      The signature.
     """
     features = model.config.speech_encoder.num_tokens
     width = model.config.decoder.hidden_size + CARRIED * carries_positions(model.config)
@@ -177,14 +217,14 @@ def speech_adapter(model: MultimodalGLM) -> Signature:
 
 
 def log_mel_of_samples(samples: Array, processing: AudioProcessing) -> Array:
-    """Computes the spectrogram of `glm_edge.kernels.log_mel` by products, without a transform.
+    """Computes the spectrogram of `glm_edge.kernels.log_mel` by matrix products, without an FFT.
 
     Args:
-      samples: [1, F, hop_length].
-      processing: sizes of the transform and the filters.
+      samples: raw samples [1, F, hop_length] in -1..1.
+      processing: settings of the transform and the mel filters.
 
     Returns:
-      [1, F, mel_bins].
+      Log-mel frames [1, F, mel_bins].
     """
     size, hop, frames = processing.fft_size, processing.hop_length, samples.shape[1]
     blocks = -(-size // hop)
@@ -195,7 +235,7 @@ def log_mel_of_samples(samples: Array, processing: AudioProcessing) -> Array:
 
     time, bins = np.arange(size), np.arange(size // 2 + 1)[:, None]
     window = 0.5 - 0.5 * np.cos(2 * np.pi * time / size)
-    # Reduced modulo the period first, so that large products keep their digits.
+    # Reduced modulo the period first, so that large products do not lose precision.
     turn = 2 * np.pi * (bins * time % size) / size
     waves = np.concatenate([np.cos(turn), np.sin(turn)]) * window
     waves = np.pad(waves, ((0, 0), (0, blocks * hop - size))).astype(np.float32)
@@ -230,11 +270,11 @@ def _from_tokens(step: Signature, embed: Signature) -> Signature:
 
 
 def _with_answer_end(step: Signature, row: np.ndarray) -> Signature:
-    """Replaces rows of zeros among the embeddings."""
+    """Replaces rows of zeros in the embeddings with the embedding of the answer's end."""
 
     def function(params: Any, values: Inputs) -> dict[str, Array]:
         embedded = values["embeddings"]
-        # 1 for a row of zeros, else 0, by operations that XNNPACK has.
+        # 1 for a row of zeros, else 0, with operations that XNNPACK supports.
         size = jnp.abs(embedded).sum(axis=-1, keepdims=True)
         missing = 1.0 - jnp.minimum(1.0, np.float32(1e20) * size)
         return step.function(params, {**values, "embeddings": embedded + missing * row})
@@ -243,7 +283,7 @@ def _with_answer_end(step: Signature, row: np.ndarray) -> Signature:
 
 
 def _carried(config: VisionConfig, image_size: Sequence[int]) -> np.ndarray:
-    """Computes [M, 4] that the features of an image carry, see `CARRIED`."""
+    """Computes the additional channels [M, 4] of an image's features; see `CARRIED`."""
     height, width = image_size
     rows, columns = (extent // config.merge_size for extent in config.grid_of((height, width)))
     token = np.arange(rows * columns)
@@ -254,7 +294,7 @@ def _carried(config: VisionConfig, image_size: Sequence[int]) -> np.ndarray:
 
 
 def _from_carried(step: Signature, layers: int, slots: int) -> Signature:
-    """Computes positions from slots, less the slots that images took beyond their advance."""
+    """Computes positions as slots minus the slots that images use beyond their advance."""
     inputs = dict(step.inputs)
     embeddings = inputs["embeddings"].shape
     width = embeddings[-1]
@@ -276,7 +316,7 @@ def _from_carried(step: Signature, layers: int, slots: int) -> Signature:
         step_values["embeddings"] = embedded[..., :width]
         step_values["positions"] = (text + carried[:, 1:].T).astype(jnp.int32)
         outputs = step.function(params, step_values)
-        # The runtime takes every cache back that it gave.
+        # The runtime expects every cache input as an output.
         return {**outputs, short: shortfalls, partner: values[partner] * 1.0}
 
     return dataclasses.replace(step, inputs=inputs, function=function)

@@ -1,4 +1,4 @@
-"""Comparison of the answers of LiteRT-LM's engine, from a bundle, with those of JAX."""
+"""Comparison of the answers of LiteRT-LM's engine, run on a bundle, with those of JAX."""
 
 import dataclasses
 import itertools
@@ -28,23 +28,24 @@ if TYPE_CHECKING:
     from glm_edge.export.litertlm.export import Bundle
 
 PROMPT_TOKENS = 24
-# Of a conversation: the share of the cache that each message takes whose answer is compared with
-# JAX, tokens of an answer, and free slots from which on messages are as short as can be.
+# Settings of a conversation. A compared message uses 1 / `EARLY_SHARE` of the cache; an answer has
+# at most `TURN_TOKENS` tokens; with `SHORT_OF_SLOTS` free slots or fewer, messages are as short as
+# possible.
 EARLY_SHARE = 8
 TURN_TOKENS = 8
 SHORT_OF_SLOTS = 64
 LONGEST_WORD = 12
-# Bytes of a character cut off by the end of an answer: runtimes show or drop them as they like.
+# Replacement of an incomplete character at the end of an answer; runtimes differ in showing it.
 REPLACEMENT_CHARACTER = "\ufffd"
 
 
 @dataclasses.dataclass(frozen=True)
 class EnginePrompt:
-    """One message of a user, for the engine and for `Processor`.
+    """A user's message, for the engine and for `Processor`.
 
     Attributes:
-      to_engine: its parts, media as paths.
-      to_jax: its parts, media as arrays.
+      to_engine: parts of the message, with media as paths.
+      to_jax: parts of the message, with media as arrays.
     """
 
     to_engine: list[dict[str, str]]
@@ -62,47 +63,47 @@ def verify_bundle(
     check: bool = True,
     timeout: float = TIMEOUT,
 ) -> Verification:
-    """Asks LiteRT-LM's engine and JAX the same questions, and compares the greedy answers.
+    """Compares the greedy answers of LiteRT-LM's engine with those of JAX.
 
-    The sections' integers and scales are first compared with the model's, bit for bit. The engine
-    then opens the bundle, in a process of its own, and answers one conversation a prompt: text, and
-    where the model has the encoders, every third with an image and every third with a recording.
-    Chat template, tokenizer, resampling and spectrogram so are the runtime's own, against those of
-    the bundle's `Processor`, which is given the text of a message as the checkpoint's template
-    takes it.
+    First compares the sections' codes and scales with the model's, bit for bit. The engine then
+    opens the bundle in a separate process and answers one conversation per prompt. If the model has
+    the encoders, a third of the prompts contain an image and a third a recording. The engine uses
+    the runtime's chat template, tokenizer, resampling and spectrogram; JAX uses those of the
+    bundle's `Processor`, with the text of a message in the form that the checkpoint's template
+    expects.
 
-    At last one conversation of text goes on until the cache is full. The answers to its first three
-    messages are compared, too; all others must come as long as there are slots for them.
+    Finally, a text conversation continues until the cache is full. The answers to its first three
+    messages are also compared; later messages only need an answer while slots are free.
 
-    An answer is compared token by token up to the first that differs, since contexts differ from
-    there on: `agreement` is that of predictions from equal contexts, `free_running_agreement` the
-    share of all JAX's tokens that the engine gave before it differed. The engine gives no logits,
-    so that there are no errors and no divergences.
+    An answer is compared token by token up to the first difference, since the contexts differ
+    afterwards. `agreement` counts predictions from equal contexts. `free_running_agreement` is the
+    fraction of all JAX tokens that the engine generated before a difference. The engine returns no
+    logits, so errors and divergences are None.
 
     Args:
       bundle: the bundle.
-      texts: texts of the prompts, taken in turn; None draws random tokens.
-      prompts: how many.
-      max_new_tokens: tokens of an answer at most.
-      threshold: least agreement; None takes 0.99, but 0.97 against `float32`.
-      compute: how the JAX model multiplies, as in `glm_edge.export.verify`.
-      seed: of random texts, images and recordings.
-      check: raise when the agreement is below the threshold.
-      timeout: seconds for one answer.
+      texts: texts of the prompts, used cyclically; None draws random tokens.
+      prompts: number of prompts.
+      max_new_tokens: most tokens per answer.
+      threshold: minimum agreement; None uses 0.99, or 0.97 against `float32`.
+      compute: arithmetic of the JAX model, as in `glm_edge.export.verify`.
+      seed: seed of random texts, images and recordings.
+      check: whether to raise if the agreement is below the threshold.
+      timeout: time limit for one answer in seconds.
 
     Returns:
-      The comparison. When it passes, at the threshold that None takes, on at least 1,000 tokens and
-      in a conversation of at least three turns, the descriptions of all sections are marked as
-      verified; `Verification.shortfalls` says what that lacked.
+      The comparison. If it passes the default threshold on at least 1,000 tokens and in a
+      conversation of at least three turns, the descriptions of all sections are marked as verified.
+      Otherwise `Verification.shortfalls` lists the reasons.
 
     Raises:
-      ExportError: the agreement is below the threshold, the conversation ends before its cache is
+      ExportError: the agreement is below the threshold, the conversation ends before the cache is
         full, the bundle is damaged, or no prompt fits its cache.
       DataError: a text is empty.
       MissingExtraError: LiteRT-LM is not installed.
     """
     if texts is not None and not all(text.strip() for text in texts or [""]):
-        raise DataError("texts: at least one is needed, and none may be empty")
+        raise DataError("texts: must contain at least one text, and no empty one")
     check_sections(bundle)
     compute = compute_of(bundle.params) if compute is None else compute
     model, config = bundle.model.clone(compute=compute), bundle.model.config
@@ -119,21 +120,21 @@ def verify_bundle(
             cache_dir=name,
         )
         for asked in _batches(bundle, texts, prompts, rng, directory, max_new_tokens):
-            # The file first: a damaged one fails before JAX compiles anything.
+            # The file runs first, so that a damaged one fails before JAX compiles anything.
             answers = [engine.reply(prompt.to_engine, max_new_tokens)[0] for prompt in asked]
             inputs = bundle.processor([_turn(prompt.to_jax, strings) for prompt in asked])
             generated = generate(model, bundle.params, inputs, max_new_tokens)
             tokens, lengths = np.asarray(generated.tokens), np.asarray(generated.lengths)
             for answer, row, length in zip(answers, tokens, lengths, strict=True):
-                # The stop token is one that was predicted, too.
+                # The stop token also counts as predicted.
                 counts.add(row[: length + 1].tolist(), answer, bundle.processor.decode)
         if counts.compared:
             turns = _converse(bundle, model, engine, texts, rng, max_new_tokens, counts)
         engine.close()
     if not counts.compared:
         raise ExportError(
-            f"{bundle.path}: no prompt and {max_new_tokens} tokens of an answer fit the "
-            f"{bundle.cache_slots} slots of its cache"
+            f"{bundle.path}: no prompt fits its {bundle.cache_slots} cache slots together with "
+            f"{max_new_tokens} tokens of an answer"
         )
     result = conclude(
         bundle.path,
@@ -155,7 +156,7 @@ def verify_bundle(
 
 @dataclasses.dataclass
 class _Counts:
-    """Tokens of answers: the same in both, compared, and generated by JAX."""
+    """Counts of answer tokens: equal in both, compared, and generated by JAX."""
 
     same: int = 0
     compared: int = 0
@@ -164,7 +165,7 @@ class _Counts:
     def add(
         self, expected: Sequence[int], answer: str, decode: Callable[[Sequence[int]], str]
     ) -> bool:
-        """Counts one answer; True where all of it is the same."""
+        """Counts one answer; returns True if all its tokens are equal."""
         agreed = agreeing(expected, answer, decode)
         self.same += agreed
         self.compared += min(agreed + 1, len(expected))
@@ -181,13 +182,13 @@ def _converse(
     max_new_tokens: int,
     counts: _Counts,
 ) -> int:
-    """Holds one conversation until the cache is full, and counts its first answers.
+    """Runs one conversation until the cache is full, and counts its first answers.
 
     Returns:
-      Its turns.
+      The number of turns.
 
     Raises:
-      ExportError: a message fails though there are slots for it.
+      ExportError: a message fails although enough slots are free.
     """
     processor, slots, reserve = bundle.processor, bundle.cache_slots, bundle.prefill_lengths[0]
     new_tokens = min(max_new_tokens, TURN_TOKENS)
@@ -214,7 +215,7 @@ def _converse(
         except ExportError as error:
             raise ExportError(
                 f"{bundle.path}: message {turn + 1} of a conversation, {len(added)} tokens with "
-                f"{free} of {slots} slots free, gets no answer: {error}"
+                f"{free} of {slots} slots free, has no answer: {error}"
             ) from error
         if comparable and turn < MIN_TURNS:
             context += added
@@ -223,10 +224,11 @@ def _converse(
             )
             length = int(generated.lengths[0])
             expected = np.asarray(generated.tokens)[0, : length + 1].tolist()
-            # From the first other token on, the contexts differ.
+            # After the first different token, the contexts differ.
             comparable = counts.add(expected, answer, processor.decode)
             if takes_embeddings(model.config):
-                # The engine gives zeros for the last token, and the graph `answer_end`.
+                # The engine feeds zeros for the last token, which the graph replaces with
+                # `answer_end`.
                 comparable = comparable and bundle.answer_end is not None
                 expected = [*expected[:-1], bundle.answer_end]
             context += expected
@@ -240,7 +242,7 @@ def _ids(processor: Processor, text: str) -> list[int]:
 def _text_of(
     processor: Processor, texts: Sequence[str] | None, rng: np.random.Generator, tokens: int
 ) -> str:
-    """Joins words until they make so many tokens; a long word is cut."""
+    """Joins words up to a number of tokens, and truncates a long word."""
     words: list[str] = []
     source = itertools.cycle(texts or [None])
     while len(_ids(processor, " ".join(words))) < tokens:
@@ -253,12 +255,15 @@ def _text_of(
 
 
 def agreeing(expected: Sequence[int], answer: str, decode: Callable[[Sequence[int]], str]) -> int:
-    """Counts the tokens of JAX that an answer begins with.
+    """Counts the leading tokens of JAX that an answer contains.
 
     Args:
-      expected: JAX's tokens, a stop token included.
-      answer: of the engine; it shows no stop token.
-      decode: text of tokens, up to the first stop token.
+      expected: JAX's tokens, including a stop token.
+      answer: text of the engine's answer, without a stop token.
+      decode: function that returns the text of tokens up to the first stop token.
+
+    Returns:
+      The number of tokens.
     """
     answer = _shown(answer)
     if answer == _shown(decode(expected)):
@@ -270,8 +275,11 @@ def agreeing(expected: Sequence[int], answer: str, decode: Callable[[Sequence[in
 def check_sections(bundle: "Bundle") -> None:
     """Compares the weights of a bundle's sections with its parameters, bit for bit.
 
+    Args:
+      bundle: the bundle.
+
     Raises:
-      ExportError: one has other bytes, or the bundle is damaged.
+      ExportError: a weight has different bytes, or the bundle is damaged.
       MissingExtraError: LiteRT-LM's builder is not installed.
     """
     expected = to_tflite_weights(bundle.params).constants
@@ -279,7 +287,9 @@ def check_sections(bundle: "Bundle") -> None:
     for name in bundle.sections:
         parts = [part for part in sections if part.model == name.lower()]
         if len(parts) != 1:
-            raise ExportError(f"{bundle.path}: damaged: holds {len(parts)} sections {name}")
+            raise ExportError(
+                f"{bundle.path}: damaged: contains {len(parts)} sections {name}, not one"
+            )
         try:
             stored = read_constants(bundle.path, parts[0].start, parts[0].size)
         except ExportError as error:
@@ -287,8 +297,8 @@ def check_sections(bundle: "Bundle") -> None:
         for path, constant in stored.items():
             if path not in expected or not _equal(constant, expected[path]):
                 raise ExportError(
-                    f"{bundle.path}: damaged, or of other parameters: {path} of {name} is not "
-                    "that of the model"
+                    f"{bundle.path}: damaged, or of other parameters: {path} of {name} differs "
+                    "from the model's"
                 )
 
 
@@ -307,7 +317,7 @@ def _shown(text: str) -> str:
 
 
 def _turn(parts: list[dict[str, Any]], strings: bool) -> list[Mapping[str, Any]]:
-    """Makes a message for the checkpoint's template: text alone as a string, if it reads one."""
+    """Makes a message for the checkpoint's template; plain text is a string if it reads one."""
     alone = len(parts) == 1 and parts[0]["type"] == "text"
     return [{"role": "user", "content": parts[0]["text"] if strings and alone else parts}]
 
@@ -320,7 +330,7 @@ def _batches(
     directory: Path,
     max_new_tokens: int,
 ) -> Iterator[list[EnginePrompt]]:
-    """Prompts of one kind at a time, so that JAX compiles once for each."""
+    """Groups prompts by kind, so that JAX compiles once per kind."""
     config, strings = bundle.model.config, reads_strings(bundle.processor)
     encoders = {"image": config.vision, "audio": config.speech}
     kinds = [None, *(kind for kind, encoder in encoders.items() if encoder is not None)]
@@ -367,7 +377,7 @@ def _prompt(
 
 
 def _recording(audio: AudioProcessing, rng: np.random.Generator) -> np.ndarray:
-    """Draws growing noise of half a chunk to one and a half, in multiples of a hop."""
+    """Draws noise of rising volume, 0.5 to 1.5 chunks long, in multiples of a hop."""
     frames = audio.chunk_frames
     longest = min(3 * frames // 2, audio.max_chunks * frames)
     count = audio.hop_length * int(rng.integers(frames // 2, longest + 1))
@@ -376,7 +386,7 @@ def _recording(audio: AudioProcessing, rng: np.random.Generator) -> np.ndarray:
 
 
 def _random_text(processor: Processor, rng: np.random.Generator) -> str:
-    """Draws text of random tokens that stand for text."""
+    """Draws text of random tokens, without special tokens."""
     tokenizer = processor.tokenizer
     special = list(tokenizer.get_added_tokens_decoder())
     ordinary = np.setdiff1d(np.arange(tokenizer.get_vocab_size()), special)
@@ -389,7 +399,14 @@ def _random_text(processor: Processor, rng: np.random.Generator) -> str:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """Encodes uint8 pixels [height, width, 3] as PNG, which every decoder gives back unchanged."""
+    """Encodes uint8 pixels [height, width, 3] as PNG, a lossless format.
+
+    Args:
+      pixels: uint8 [height, width, 3].
+
+    Returns:
+      The bytes of the PNG file.
+    """
     height, width, _ = pixels.shape
 
     def chunk(kind: bytes, data: bytes) -> bytes:

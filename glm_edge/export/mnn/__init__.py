@@ -1,1 +1,1 @@
-"""Export to directories of MNN graphs, and reading them."""
+"""Export to directories of MNN graphs, and readers of these directories."""

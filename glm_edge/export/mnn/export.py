@@ -1,4 +1,4 @@
-"""Export to MNN, through its converter from ONNX, with our integers put in afterwards."""
+"""Export to MNN through its ONNX converter; quantized codes are inserted afterwards."""
 
 import hashlib
 import json
@@ -39,9 +39,9 @@ from glm_edge.params.tree import Params
 from glm_edge.writers import check_target, new_directory, require_space, scratch_beside
 
 CONVERTED = "__matmul_converted"
-# The converter's own command line calls home and installs packages when it is imported.
+# The converter's Python command line sends reports and installs packages when it is imported.
 CONVERTER = "import sys, _tools; sys.exit(not _tools.mnnconvert(['mnnconvert', *sys.argv[1:]]))"
-# Extents from here on take 32 bits.
+# Extents from this value on are stored in 32 bits.
 UINT16_LIMIT = 1 << 16
 
 
@@ -55,36 +55,39 @@ def mnn(
     attended_slots: Iterable[int] = (),
     overwrite: bool = False,
 ) -> Package:
-    """Writes a model as MNN graphs that hold our own integers.
+    """Writes a model as MNN graphs that store quantized codes unchanged.
 
-    The directory holds a graph for each signature (`decode.mnn` and so on, see
-    `common.signatures.signatures`), one file of weights that all of them read (give it to
-    `Interpreter.setExternalFile`), and a description. Outputs that carry the cache are named like
-    the inputs with `_out` appended.
+    The directory contains one graph per signature (such as `decode.mnn`, see
+    `common.signatures.signatures`), one file of weights for all graphs (pass it to
+    `Interpreter.setExternalFile`), and a description. A cache output has the name of its input with
+    `_out` appended.
 
-    MNN's converter keeps no integers of an ONNX file: it refuses int4, and dequantizes int8. So it
-    is given float32 values, which takes four bytes of memory per parameter, and each convolution it
-    made of a product is then given our codes and scales: symmetric, 8 or 4 bits, per row or in
-    groups. Narrower integers are written as 4 bits. Embeddings are looked up as int8. In its CPU
-    backend, results agree with JAX's to 1e-5 of the largest.
+    MNN's converter does not preserve integers of an ONNX file: it rejects int4 and dequantizes
+    int8. It therefore converts float32 values, which takes four bytes of memory per parameter. This
+    function then inserts codes and scales into each convolution that the converter made of a
+    product: symmetric, 8 or 4 bits, per row or in groups. Narrower integers are written as 4 bits.
+    Embeddings are looked up as int8. In MNN's CPU backend, results agree with JAX's to 1e-5 of the
+    largest value.
 
     Args:
       model: the model.
-      params: its parameters: arrays; `Masked` (written dense, with zeros); symmetric `Quantized`.
-      path: of the directory.
-      prefill_lengths: lengths of the prefill graphs.
-      cache_slots: slots of the cache; None takes the model's context, at most 1024.
-      prefill_logits: prefill scores every token, which takes time that generation does not need.
-      attended_slots: numbers of slots, such as `(256, 512)`. For each the directory gets graphs
-        that look at no more slots than that, which is faster while few are filled.
-      overwrite: replace a directory that an export wrote.
+      params: its parameters: arrays, `Masked` (written dense, with zeros) or symmetric `Quantized`.
+      path: path of the directory.
+      prefill_lengths: token counts of the prefill graphs.
+      cache_slots: number of cache slots; None uses the model's context length, at most 1024.
+      prefill_logits: whether prefill returns logits of every token. Generation does not need them,
+        and they take time.
+      attended_slots: slot counts, such as `(256, 512)`. The directory gets additional graphs that
+        attend to only that many slots, which is faster for short contexts.
+      overwrite: whether to replace an existing exported directory.
 
     Returns:
       The written directory.
 
     Raises:
-      ExportError: a parameter or the model cannot be written; the message says what would be right.
-      OutputError: the directory exists already, cannot be written, or its disk is too full.
+      ExportError: a parameter or the model cannot be written; the message names a supported
+        alternative.
+      OutputError: the directory already exists or cannot be written, or its disk is too full.
       MissingExtraError: MNN or onnx is not installed.
 
     References:
@@ -132,7 +135,7 @@ def mnn(
 
 
 def _needed(spec: ExportSpec, params: Params) -> int:
-    """Counts the bytes on the disk at the most, with the converter's float32 copies of weights."""
+    """Estimates the peak bytes on disk, with the converter's float32 copies of weights."""
     items = dict(boxes.path_items(params))
     dense = {name: 4 * math.prod(leaf.shape) for name, leaf in items.items()}
     codes = sum(dense[name] // 4 for name in items if name.split("/")[0] == "embed")
@@ -141,7 +144,7 @@ def _needed(spec: ExportSpec, params: Params) -> int:
 
 
 class _Graph(GraphBuilder):
-    """A graph of operators that MNN's converter leaves alone; looks rows up among integers."""
+    """A graph of operators that MNN's converter does not change, with lookups in integer tables."""
 
     def __init__(
         self, stored: Mapping[str, StoredWeight], tables: Mapping[str, StoredWeight]
@@ -152,7 +155,7 @@ class _Graph(GraphBuilder):
     def node(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         divisor = self.initializers.get(inputs[1]) if operator == "Div" else None
         if divisor is not None:
-            # The converter would do the same, and print the reciprocal with six digits.
+            # The converter would do the same, but write the reciprocal with six digits only.
             array = self.onnx.numpy_helper.to_array(divisor)
             operator, inputs = "Mul", (inputs[0], self.constant(np.float32(1.0) / array))
         return super().node(operator, *inputs, outputs=outputs, **attributes)
@@ -175,7 +178,7 @@ class _Graph(GraphBuilder):
 
 
 def _tables(library: Any, file: BinaryIO, weights: Mapping[str, Weight]) -> dict[str, StoredWeight]:
-    """Stores the embedding's codes as int8, whatever their width, where it has codes."""
+    """Stores the codes of a quantized embedding as int8, whatever their width."""
     tables = {}
     for path in (path for path in weights if path.split("/")[0] == "embed"):
         weight = weights[path]
@@ -187,10 +190,10 @@ def _tables(library: Any, file: BinaryIO, weights: Mapping[str, Weight]) -> dict
 
 
 def _products(builder: GraphBuilder) -> dict[str, str]:
-    """Maps outputs that the converter names its convolutions after to paths of weights."""
+    """Maps outputs, after which the converter names its convolutions, to paths of weights."""
     named = dict(builder.products)
     for node in builder.nodes:
-        # It takes a bias into the convolution, and the name of the sum with it.
+        # The converter merges a bias into the convolution, which then has the name of the sum.
         weighted = [named[name] for name in node.input if name in named]
         if node.op_type == "Add" and weighted:
             named[node.output[0]] = weighted[0]
@@ -199,13 +202,13 @@ def _products(builder: GraphBuilder) -> dict[str, str]:
 
 @dataclass
 class _Writer:
-    """Writes the file of weights.
+    """Writer of the file of weights.
 
     Attributes:
-      file: open for writing.
-      weights: by path.
-      positions: path to position and lengths, as a convolution names them.
-      copied: digest to position.
+      file: file that is open for writing.
+      weights: weights by path.
+      positions: offset and lengths by path, in the order of a convolution's fields.
+      copied: offset by digest.
     """
 
     file: BinaryIO
@@ -214,7 +217,7 @@ class _Writer:
     copied: dict[bytes, int] = field(default_factory=dict)
 
     def quantized(self, path: str, bias: bytes) -> list[int]:
-        """Writes codes, scales and bias one after another; returns position and lengths."""
+        """Writes codes, scales and bias in this order; returns offset and lengths."""
         if path not in self.positions:
             weight, start = self.weights[path], self.file.tell()
             self.file.write(_header(weight) + _unsigned(weight).tobytes())
@@ -226,7 +229,7 @@ class _Writer:
         return self.positions[path]
 
     def copy(self, data: bytes) -> int:
-        """Writes bytes that are not codes of ours once for all graphs; returns their position."""
+        """Writes bytes of plain values once for all graphs; returns their offset."""
         key = hashlib.sha256(data).digest()
         if key not in self.copied:
             self.copied[key] = self.file.tell()
@@ -238,7 +241,7 @@ def _header(weight: Weight) -> bytes:
     low, high = RANGES[weight.type]
     kind = np.uint32 if max(weight.values.shape) >= UINT16_LIMIT else np.uint16
     levels = np.arange(low, high + 1, dtype=np.int8)
-    # A length of 256 does not fit the byte and reads as 0.
+    # A length of 256 does not fit one byte and is stored as 0.
     return (
         b"\x02"
         + np.array(weight.values.shape, kind).tobytes()
@@ -286,7 +289,7 @@ def _convert(source: Path, directory: Path, builder: _Graph, writer: _Writer) ->
 
 
 def _restore(operator: Any, builder: _Graph, weights: Mapping[str, Weight]) -> None:
-    """Restores exact values where the converter's JSON has six digits behind the point."""
+    """Restores exact values, of which the converter's JSON has only six decimal places."""
     main = operator.get("main", {})
     if "float32s" not in main and "external" in main:
         return
@@ -295,8 +298,8 @@ def _restore(operator: Any, builder: _Graph, weights: Mapping[str, Weight]) -> N
         main["float32s"] = exact.reshape(-1).tolist()
     elif any(value != round(value) for value in _floats(main)):
         raise ExportError(
-            f"MNN: the converter made values of its own ({operator['type']} {operator['name']}), "
-            "which its JSON does not hold exactly"
+            f"MNN: the converter added constants ({operator['type']} {operator['name']}) that its "
+            "JSON does not store exactly"
         )
 
 
@@ -336,7 +339,7 @@ def _parameters(weight: Weight) -> dict[str, Any]:
 
 
 def _run(scratch: Path, *arguments: Any) -> None:
-    # It copies weights to its working folder.
+    # The converter copies weights to its working folder.
     done = subprocess.run(
         [sys.executable, "-c", CONVERTER, "--bizCode", "glm_edge", *map(str, arguments)],
         capture_output=True,

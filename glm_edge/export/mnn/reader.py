@@ -12,25 +12,25 @@ from glm_edge.export.common.parsing import PARSE_ERRORS
 from glm_edge.export.common.weights import RANGES, Weight
 
 BITS = {"int8": 8, "int4": 4}
-# In front of a weight's codes, at the most: a mark, two extents, and all levels.
+# Most bytes before a weight's codes: a mark, two extents, and all levels.
 HEADER_BYTES = 1 + 8 + 1 + 256
 
 
 def read_weights(
     path: str | Path, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, Weight]:
-    """Reads the quantized weights of an exported directory back, as its convolutions read them.
+    """Reads the quantized weights of an exported directory as its convolutions read them.
 
     Args:
-      path: the directory.
-      shapes: dense shapes of the parameters by path; None takes those that the file says, whose
-        memory only its size limits.
+      path: path of the directory.
+      shapes: dense shapes of the parameters by path; None uses those of the file, and only the
+        file's size then limits memory.
 
     Returns:
-      Parameter path to its codes and scales.
+      Codes and scales by parameter path.
 
     Raises:
-      ExportError: the directory is missing, damaged, or no export.
+      ExportError: the directory is missing, damaged, or not a glm_edge export.
     """
     path, weights = Path(path), {}
     description = read_description(path)
@@ -40,12 +40,15 @@ def read_weights(
             stored = content[start : start + length + scales]
             shape = _shape(stored, wide)
             if shapes is not None and shapes.get(name) != shape:
-                raise ValueError(f"{name}: shape {shape}, the model's is {shapes.get(name)}")
+                raise ValueError(f"{name}: shape {shape}, expected the model's {shapes.get(name)}")
             if max(length, scales // 4) > HEADER_BYTES + math.prod(shape):
-                raise ValueError(f"{name}: {length} bytes of codes, {scales} of scales of {shape}")
+                raise ValueError(
+                    f"{name}: {length} bytes of codes and {scales} of scales do not fit shape "
+                    f"{shape}"
+                )
             weights[name] = _weight(np.array(stored), length, wide)
     except (OSError, *PARSE_ERRORS) as error:
-        raise ExportError(f"{path}: is not a complete MNN export of glm_edge: {error}") from error
+        raise ExportError(f"{path}: not a complete glm_edge MNN export: {error}") from error
     return weights
 
 
@@ -55,7 +58,7 @@ def _shape(content: np.ndarray, wide: bool) -> tuple[int, ...]:
 
 
 def _weight(content: np.ndarray, length: int, wide: bool) -> Weight:
-    """Reads back the weight that `_Writer.quantized` wrote."""
+    """Reads the weight that `_Writer.quantized` wrote."""
     header, shape = 9 if wide else 5, _shape(content, wide)
     kind = "int8" if content[header] == 0 else "int4"
     codes = content[header + 1 + 2 ** BITS[kind] : length]

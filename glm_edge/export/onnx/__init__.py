@@ -1,1 +1,1 @@
-"""Export to directories of ONNX graphs, and reading them."""
+"""Export to directories of ONNX graphs, and readers of these directories."""

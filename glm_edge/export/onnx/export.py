@@ -1,4 +1,4 @@
-"""Export to ONNX: our integers through `DequantizeLinear`, weights beside the graphs."""
+"""Export to ONNX: quantized codes read through `DequantizeLinear`, weights beside the graphs."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,36 +31,39 @@ def onnx(
     attended_slots: Iterable[int] = (),
     overwrite: bool = False,
 ) -> Package:
-    """Writes a model as ONNX graphs of opset 21 that read our own integers.
+    """Writes a model as ONNX graphs of opset 21 that read quantized codes unchanged.
 
-    The directory holds a graph for each signature (`decode.onnx` and so on, see
-    `common.signatures.signatures`), one file of weights that all of them read, so that neither
-    a second graph nor the limit of 2 GB per graph costs anything, and a description. Outputs that
-    carry the cache are named like the inputs with `_out` appended.
+    The directory contains one graph per signature (such as `decode.onnx`, see
+    `common.signatures.signatures`), one file of weights for all graphs, and a description.
+    Additional graphs therefore add few bytes, and the limit of 2 GB per graph does not apply to
+    weights. A cache output has the name of its input with `_out` appended.
 
-    Integers of 8 and 4 bits are stored as they are, with float32 scales and integer zero points,
-    one per matrix, row or group. Each product reads them through a `DequantizeLinear`. Narrower
-    integers are written in the next wider type. Matrices are stored [in, out], as `MatMul` reads
-    them: only so onnxruntime fuses both into one kernel. An embedding of 8 bits per row is looked
-    up before it is dequantized, any other one after, as `Gather` takes no int4.
+    Integers of 8 and 4 bits are stored unchanged, with float32 scales and integer zero points, one
+    per matrix, row or group. Each product reads them through a `DequantizeLinear`. Narrower
+    integers are written in the next wider type. Matrices are stored [in, out], the layout of
+    `MatMul`, because onnxruntime fuses both operators into one kernel only then. An 8-bit embedding
+    with one scale per row is dequantized after the lookup. Others are dequantized before it, as
+    `Gather` does not take int4.
 
     Args:
       model: the model.
-      params: its parameters: arrays; `Masked` (written dense, with zeros); `Quantized`.
-      path: of the directory.
-      prefill_lengths: lengths of the prefill graphs.
-      cache_slots: slots of the cache; None takes the model's context, at most 1024.
-      prefill_logits: prefill scores every token, which takes time that generation does not need.
-      attended_slots: numbers of slots, such as `(256, 512)`. For each the directory gets graphs
-        that look at no more slots than that, which is faster while few are filled.
-      overwrite: replace a directory that an export wrote.
+      params: its parameters: arrays, `Masked` (written dense, with zeros) or `Quantized`.
+      path: path of the directory.
+      prefill_lengths: token counts of the prefill graphs.
+      cache_slots: number of cache slots; None uses the model's context length, at most 1024.
+      prefill_logits: whether prefill returns logits of every token. Generation does not need them,
+        and they take time.
+      attended_slots: slot counts, such as `(256, 512)`. The directory gets additional graphs that
+        attend to only that many slots, which is faster for short contexts.
+      overwrite: whether to replace an existing exported directory.
 
     Returns:
       The written directory.
 
     Raises:
-      ExportError: a parameter or the model cannot be written; the message says what would be right.
-      OutputError: the directory exists already, cannot be written, or its disk is too full.
+      ExportError: a parameter or the model cannot be written; the message names a supported
+        alternative.
+      OutputError: the directory already exists or cannot be written, or its disk is too full.
       MissingExtraError: onnx is not installed.
 
     References:
@@ -94,5 +97,14 @@ def onnx(
 
 
 def is_product(path: str, leaf: Any, params: Params) -> bool:
-    """Returns True for a matrix that is multiplied with, not only looked up or added."""
+    """Returns True for a matrix that is used in a product, not only in a lookup or a sum.
+
+    Args:
+      path: path of the parameter.
+      leaf: an array or a box.
+      params: parameters of the model.
+
+    Returns:
+      False for embeddings without a tied head, norms and biases.
+    """
     return boxes.is_matrix(path, leaf) and not (path == "embed/weight" and "head" in params)

@@ -1,7 +1,7 @@
 """Lowering of a traced function to an ONNX graph whose weights are named, not traced.
 
-A converter folds weights to float. Here a weight stays a name, and the graph reads the tensors that
-the file stores under it.
+A converter folds weights to float. This module keeps a weight as a name, and the graph reads the
+tensors that the file stores under that name.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,9 +55,9 @@ class StoredWeight:
       values: `TensorProto` of floats or integers.
       scale: `TensorProto` of scales, or None for floats.
       zero: `TensorProto` of zero points, or None.
-      attributes: of the `DequantizeLinear` that reads it.
-      transposed: stored [in, out], the way `MatMul` reads it.
-      rows: lookups dequantize the rows that they read, and no others.
+      attributes: attributes of the `DequantizeLinear` that reads it.
+      transposed: True if it is stored [in, out], the layout of `MatMul`.
+      rows: True if lookups dequantize only the rows that they read.
     """
 
     values: Any
@@ -73,10 +73,10 @@ class Value:
     """A variable of the trace as a tensor of the graph.
 
     Attributes:
-      name: of the tensor, or None for a constant that nobody has read yet.
-      shape: of the tensor, which broadcasts to the variable's.
-      array: of a constant.
-      weight: path of a weight that nobody has read yet.
+      name: name of the tensor, or None for a constant that is not yet a tensor.
+      shape: shape of the tensor, which broadcasts to the variable's shape.
+      array: values of a constant.
+      weight: path of a weight that is not yet a tensor.
     """
 
     name: str | None
@@ -91,7 +91,7 @@ LOWERINGS: dict[str, Lowering] = {}
 
 
 def lowers(*primitives: str) -> Callable[[Lowering], Lowering]:
-    """Registers a function as the lowering of primitives of JAX."""
+    """Registers a function as the lowering of some JAX primitives."""
 
     def register(lowering: Lowering) -> Lowering:
         LOWERINGS.update(dict.fromkeys(primitives, lowering))
@@ -101,13 +101,13 @@ def lowers(*primitives: str) -> Callable[[Lowering], Lowering]:
 
 
 class GraphBuilder:
-    """Collects the nodes and constants of one graph.
+    """Builder of the nodes and constants of one graph.
 
     Attributes:
-      weights: by path, as the file stores them.
-      nodes: `NodeProto`s in order.
-      initializers: name to `TensorProto`.
-      products: output of each product with a weight, to the weight's path.
+      weights: weights by path, as the file stores them.
+      nodes: `NodeProto`s in execution order.
+      initializers: `TensorProto` by name.
+      products: path of the weight by the output name of its product.
     """
 
     def __init__(self, weights: Mapping[str, StoredWeight]) -> None:
@@ -129,7 +129,7 @@ class GraphBuilder:
         return names[0] if outputs == 1 else names
 
     def constant(self, array: Any) -> str:
-        """Adds a constant, stored once; returns its name."""
+        """Adds a constant, storing equal ones once; returns its name."""
         array = np.asarray(array)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -139,11 +139,11 @@ class GraphBuilder:
         return self._constants[key]
 
     def sizes(self, values: Iterable[int]) -> str:
-        """Adds a constant list of int64; returns its name."""
+        """Adds an int64 vector as a constant; returns its name."""
         return self.constant(np.asarray(list(values), np.int64))
 
     def named(self, value: Value) -> str:
-        """Returns the name of a value's tensor, which may still have to broadcast."""
+        """Returns the name of a value's tensor, which may need broadcasting."""
         if value.weight is not None:
             return self.read(value.weight, transposed=False)
         return self.constant(value.array) if value.name is None else value.name
@@ -196,15 +196,15 @@ class GraphBuilder:
         """Traces `function(params, inputs)` into nodes.
 
         Args:
-          function: of two dictionaries; returns a dictionary of arrays.
-          params: weight path to dense shape and type.
-          inputs: name to shape and type.
+          function: function of two dictionaries; it returns a dictionary of arrays.
+          params: dense shape and type by weight path.
+          inputs: shape and type by name.
 
         Returns:
-          `GraphProto`; an output of an input's name has `_out` appended.
+          `GraphProto`; an output with the name of an input gets `_out` appended.
 
         Raises:
-          ExportError: an operation has no operator of ONNX here.
+          ExportError: an operation has no lowering to ONNX.
         """
         closed, result = jax.make_jaxpr(function, return_shape=True)(dict(params), dict(inputs))
         names = sorted(params)
@@ -229,7 +229,7 @@ class GraphBuilder:
         )
 
     def dtype_number(self, dtype: Any) -> int:
-        """Returns ONNX's number of a type."""
+        """Returns the ONNX code of a type."""
         return self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
     def _jaxpr(self, jaxpr: Jaxpr, constants: list[Value], arguments: list[Value]) -> list[Value]:
@@ -272,7 +272,7 @@ class GraphBuilder:
         elif name in LOWERINGS:
             outputs = LOWERINGS[name](self, equation, inputs)
         else:
-            raise ExportError(f"ONNX: no operator for {name} in this graph")
+            raise ExportError(f"ONNX: no lowering for {name}")
         outputs = outputs if isinstance(outputs, list) else [outputs]
         return [
             output if isinstance(output, Value) else Value(output, aval(variable).shape)
@@ -305,7 +305,7 @@ class GraphBuilder:
 def _lower_select_n(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> Value:
     which, *cases = inputs
     if len(cases) != 2 or aval(equation.invars[0]).dtype != bool:
-        raise ExportError("ONNX: select_n of more than two cases")
+        raise ExportError("ONNX: select_n with more than two cases")
     return graph.elementwise("Where", [which, cases[1], cases[0]])
 
 
@@ -372,7 +372,7 @@ def _lower_slice(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -
         bounds = [graph.sizes([bound[a] for a in plain]) for bound in (starts, ends)]
         source = graph.node("Slice", source, *bounds, graph.sizes(plain))
     for axis in (a for a in range(len(shape)) if steps[a] != 1):
-        # MNN 3.6.1 reads wrong rows where a Slice with steps follows a Concat.
+        # MNN 3.6.1 reads wrong rows if a Slice with steps follows a Concat.
         rows = graph.sizes(range(starts[axis], ends[axis], steps[axis]))
         source = graph.node("Gather", source, rows, axis=axis)
     return source
@@ -382,7 +382,7 @@ def _lower_slice(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -
 def _lower_pad(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
     low, high, interior = zip(*equation.params["padding_config"], strict=True)
     if any(interior) or min(low + high) < 0:
-        raise ExportError("ONNX: padding between values, or negative padding")
+        raise ExportError("ONNX: interior or negative padding")
     operand, value = _operands(graph, equation, inputs)
     return graph.node("Pad", operand, graph.sizes(low + high), value)
 
@@ -390,7 +390,7 @@ def _lower_pad(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> 
 @lowers("concatenate")
 def _lower_concatenate(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
     variables, axis = equation.invars, equation.params["dimension"]
-    # ONNX reads an extent of zero as one to copy from elsewhere.
+    # ONNX interprets an extent of zero as a copy of the input's extent.
     pairs = [(i, v) for i, v in zip(inputs, variables, strict=True) if aval(v).shape[axis]]
     parts = [graph.full(value, aval(variable).shape) for value, variable in pairs]
     return parts[0] if len(parts) == 1 else graph.node("Concat", *parts, axis=axis)
@@ -448,7 +448,7 @@ def _lower_dynamic_update_slice(
 
 
 def _update(graph: GraphBuilder, axis: int, equation: JaxprEqn, inputs: list[Value]) -> str:
-    """Selects, slot by slot, between the update and the array."""
+    """Selects the update or the array for each slot."""
     shape, extent = (aval(variable).shape for variable in equation.invars[:2])
     slots, length = shape[axis], extent[axis]
     start = graph.node("Max", graph.named(inputs[2 + axis]), graph.constant(np.int32(0)))

@@ -1,4 +1,4 @@
-"""ONNX models of signatures, whose weights are in a file beside them."""
+"""ONNX models of signatures, with weights in a separate file."""
 
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -26,8 +26,17 @@ def graph_of(
 ) -> Any:
     """Lowers a signature to a `GraphProto` that reads stored weights.
 
+    Args:
+      signature: the signature.
+      shapes: dense shapes of the parameters by path.
+      stored: stored weights by path.
+      builder: builder of the graph.
+
+    Returns:
+      `GraphProto`.
+
     Raises:
-      ExportError: ONNX has no operator for something that the signature computes.
+      ExportError: an operation of the signature has no lowering to ONNX.
     """
     structs = {
         path: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -56,7 +65,18 @@ def model_of(library: Any, graph: Any) -> Any:
 def store(
     library: Any, file: BinaryIO, path: str, weight: Weight, transposed: bool
 ) -> StoredWeight:
-    """Writes a weight to a file and describes its position there."""
+    """Writes a weight to a file and describes its offset there.
+
+    Args:
+      library: the module `onnx`.
+      file: file of weights, open for writing.
+      path: path of the parameter.
+      weight: the weight.
+      transposed: whether to store the matrix [in, out].
+
+    Returns:
+      The stored weight.
+    """
 
     def tensor(name: str, array: np.ndarray, kind: str) -> Any:
         data = pack_nibbles(array) if kind == "int4" else np.ascontiguousarray(array)

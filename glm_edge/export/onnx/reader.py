@@ -24,18 +24,18 @@ BITS = {"FLOAT": 32, "FLOAT16": 16, "INT8": 8, "INT4": 4}
 def read_weights(
     path: str | Path, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, Weight]:
-    """Reads the weights of an exported directory back, as its graphs store them.
+    """Reads the weights of an exported directory as its graphs store them.
 
     Args:
-      path: the directory.
-      shapes: dense shapes of the parameters by path; None takes those that the graphs say, whose
-        memory only the size of the file limits.
+      path: path of the directory.
+      shapes: dense shapes of the parameters by path; None uses those of the graphs, and only the
+        file's size then limits memory.
 
     Returns:
-      Parameter path to its codes, scales and zero points, [out, in] again.
+      Codes [out, in], scales and zero points by parameter path.
 
     Raises:
-      ExportError: the directory is missing, damaged, or no export.
+      ExportError: the directory is missing, damaged, or not a glm_edge export.
       MissingExtraError: onnx is not installed.
     """
     path, library = Path(path), require("onnx", extra="onnx")
@@ -72,21 +72,23 @@ def read_weights(
                 zero = None if zero is None else zero.astype(np.int8).reshape(shape)
             weights[name] = Weight(values, kind, scale, zero, group_size)
     except (OSError, *damage) as error:
-        raise ExportError(f"{path}: is not a complete ONNX export of glm_edge: {error}") from error
+        raise ExportError(f"{path}: not a complete glm_edge ONNX export: {error}") from error
     return weights
 
 
 def _load(library: Any, tensor: Any, content: np.ndarray) -> Any:
-    """Reads the bytes of a tensor, after checking its position in the file of weights."""
+    """Reads the bytes of a tensor after checking its offset in the file of weights."""
     position = {entry.key: entry.value for entry in tensor.external_data}
     if position.get("location") != WEIGHTS:
-        raise ValueError(f"{tensor.name}: is in {position.get('location')!r}, not in {WEIGHTS}")
+        raise ValueError(
+            f"{tensor.name}: is stored in {position.get('location')!r}, not in {WEIGHTS}"
+        )
     start, length = int(position["offset"]), int(position["length"])
     bits = BITS[library.TensorProto.DataType.Name(tensor.data_type)]
     if length != -(-math.prod(tensor.dims) * bits // 8):
         raise ValueError(f"{tensor.name}: {length} bytes for {list(tensor.dims)}")
     if not 0 <= start <= start + length <= len(content):
-        raise ValueError(f"{tensor.name}: ends behind the {len(content)} bytes of {WEIGHTS}")
+        raise ValueError(f"{tensor.name}: ends beyond the {len(content)} bytes of {WEIGHTS}")
     loaded = library.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
     loaded.raw_data = content[start : start + length].tobytes()
     return loaded
@@ -100,7 +102,7 @@ def _check_shape(
 ) -> None:
     shape = tuple(tensors[name].dims)[:: -1 if turned else 1]
     if shapes is not None and shapes.get(name) != shape:
-        raise ValueError(f"{name}: shape {shape}, the model's is {shapes.get(name)}")
+        raise ValueError(f"{name}: shape {shape}, expected the model's {shapes.get(name)}")
     for part in ("scale", "zero"):
         dims = tensors[f"{name}.{part}"].dims if f"{name}.{part}" in tensors else ()
         if math.prod(dims) > math.prod(shape):

@@ -1,1 +1,1 @@
-"""Export to `.tflite` files, and reading them."""
+"""Export to `.tflite` files, and readers of these files."""

@@ -23,15 +23,15 @@ def skeleton(
     """Converts signatures to one TFLite graph in which every weight is an input.
 
     Args:
-      signatures: to convert.
-      shapes: parameter path to dense shape.
-      kind: what is converted, for messages.
+      signatures: signatures to convert.
+      shapes: dense shape by parameter path.
+      kind: noun for the converted object, for messages.
 
     Returns:
-      `(content, arguments)`: the flatbuffer, and input name to parameter path.
+      `(content, arguments)`: the flatbuffer, and parameter path by input name.
 
     Raises:
-      ExportError: the converter refuses the graph, or needs more than builtin operators.
+      ExportError: the converter rejects the graph, or needs other operators than builtin ones.
     """
     jax2tf, tf = tensorflow()
     arguments = {f"weight_{index}": path for index, path in enumerate(shapes)}
@@ -54,17 +54,24 @@ def skeleton(
 
 
 def run_converter(converter: Any, kind: str) -> bytes:
-    """Runs a converter of TensorFlow.
+    """Runs a TensorFlow Lite converter.
+
+    Args:
+      converter: a `TFLiteConverter`.
+      kind: noun for the converted object, for messages.
+
+    Returns:
+      The flatbuffer.
 
     Raises:
-      ExportError: it refuses; the message has the first line of its reason.
+      ExportError: the converter fails; the message has the first line of its reason.
     """
     try:
         with quiet():
             return bytes(converter.convert())
-    except Exception as error:  # the converter has no exception class of its own
+    except Exception as error:  # the converter has no specific exception class
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"TensorFlow Lite cannot hold this {kind}: {reason[0]}") from error
+        raise ExportError(f"TensorFlow Lite cannot represent this {kind}: {reason[0]}") from error
 
 
 def _concrete(
@@ -88,7 +95,14 @@ def _concrete(
 
 
 def tensorflow() -> tuple[Any, Any]:
-    """Imports jax2tf and TensorFlow, told to keep quiet."""
+    """Imports jax2tf and TensorFlow with their log messages turned off.
+
+    Returns:
+      The modules `jax2tf` and `tensorflow`.
+
+    Raises:
+      MissingExtraError: TensorFlow is not installed.
+    """
     for variable, value in QUIET_TENSORFLOW.items():
         os.environ.setdefault(variable, value)
     with quiet():

@@ -1,4 +1,4 @@
-"""Export to a `.tflite` file that holds our own integers and scales, bit for bit."""
+"""Export to a `.tflite` file that stores codes and scales bit for bit."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +25,13 @@ class ExportedModel:
     """A written file, with its model and parameters.
 
     Attributes:
-      path: the file.
-      file_bytes: its size.
-      stored_bytes: bytes of its parameters, packed, with their scales.
-      signatures: names of its entry points.
-      conversions: parameters that are stored in another form than in the model.
-      model: the model it was traced from.
-      params: the parameters as the file stores them.
+      path: path of the file.
+      file_bytes: size of the file.
+      stored_bytes: bytes of its packed parameters, including scales.
+      signatures: names of its signatures.
+      conversions: parameters that are stored in a different form than in the model.
+      model: model that was traced.
+      params: parameters with the values that the file stores.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class ExportedModel:
         check: bool = True,
         isolated: bool = True,
     ) -> Verification:
-        """Compares the file, run in LiteRT, with the JAX model.
+        """Runs the file in LiteRT and compares it with the JAX model.
 
         See `glm_edge.export.verify` for the arguments.
         """
@@ -82,30 +82,32 @@ def tflite(
 ) -> ExportedModel:
     """Writes a model as a `.tflite` file with builtin operators only.
 
-    The graph is converted without weights; the packed integers and scales are then attached to it
-    as they are, once for all signatures. A parameter that LiteRT cannot run is
-    refused; one that it runs only in another form is converted by a rule that the result lists.
+    The graph is converted without weights. The packed codes and scales are then attached unchanged,
+    once for all signatures. A parameter that LiteRT cannot run raises ExportError. A parameter that
+    LiteRT runs only in a different form is converted, and the result lists the conversion.
 
         exported = ge.export.tflite(model, params, "phone.tflite")
         print(exported.verify())
 
     Args:
       model: the model; see `common.signatures.signatures` for the functions of the file.
-      params: its parameters, see `tflite.weights.to_tflite_weights`.
-      path: of the file.
-      prefill_lengths: lengths of the prefill signatures.
-      cache_slots: slots of the cache; None takes the model's context, at most 1024.
-      prefill_logits: prefill scores every token, which takes time that generation does not need.
-      attended_slots: numbers of slots, such as `(256, 512)`. For each the file gets signatures that
-        look at no more slots than that, which is faster while few are filled.
-      overwrite: replace a file that exists.
+      params: its parameters; see `tflite.weights.to_tflite_weights`.
+      path: path of the file.
+      prefill_lengths: token counts of the prefill signatures.
+      cache_slots: number of cache slots; None uses the model's context length, at most 1024.
+      prefill_logits: whether prefill returns logits of every token. Generation does not need them,
+        and they take time.
+      attended_slots: slot counts, such as `(256, 512)`. The file gets additional signatures that
+        attend to only that many slots, which is faster for short contexts.
+      overwrite: whether to replace an existing file.
 
     Returns:
       The exported model.
 
     Raises:
-      ExportError: a parameter or the model cannot be written; the message says what would be right.
-      OutputError: the file exists already, or cannot be written.
+      ExportError: a parameter or the model cannot be written; the message names a supported
+        alternative.
+      OutputError: the file already exists or cannot be written.
       MissingExtraError: TensorFlow or LiteRT is not installed.
     """
     path = Path(path)
@@ -135,19 +137,20 @@ def write_signatures(
     """Writes functions of a model as one `.tflite` file.
 
     Args:
-      signatures: the functions.
-      shapes: dense shapes of the parameters that they may read, by path.
-      weights: the parameters.
-      path: of the file.
-      overwrite: replace a file that exists.
-      fields: of the description that `glm_edge.export.read_metadata` finds.
+      signatures: signatures of the file.
+      shapes: dense shapes of the parameters that they may read by path.
+      weights: weights in the terms of TFLite.
+      path: path of the file.
+      overwrite: whether to replace an existing file.
+      fields: fields of the description that `glm_edge.export.read_metadata` returns.
 
     Returns:
-      Bytes of the file.
+      The size of the file in bytes.
 
     Raises:
-      ExportError: the graph cannot be converted, or reads a weight in a way that LiteRT cannot.
-      OutputError: the file exists already, or cannot be written.
+      ExportError: the graph cannot be converted, or reads a weight in a way that LiteRT does not
+        support.
+      OutputError: the file already exists or cannot be written.
     """
     content, arguments = skeleton(signatures, shapes)
     graph = FlatModel(content)

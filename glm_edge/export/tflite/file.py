@@ -37,7 +37,7 @@ def _builder_class() -> type:
     flatbuffers: Any = require("flatbuffers", extra="export")
 
     class Builder(flatbuffers.Builder):
-        """Aligns bytes for kernels that read them in place, and stores equal vectors once."""
+        """A builder that aligns bytes for in-place reads, and stores equal vectors once."""
 
         def __init__(self) -> None:
             super().__init__(1 << 16)
@@ -59,19 +59,21 @@ def _builder_class() -> type:
 
 
 def write(model: Any, path: Path, overwrite: bool, inline_limit: int = INLINE_LIMIT) -> int:
-    """Writes a model as a file, whole or not at all.
+    """Writes a model as a file atomically.
 
     Args:
       model: `ModelT`.
-      path: the file.
-      overwrite: replace a file that exists.
-      inline_limit: bytes of buffers beyond which they are stored behind the flatbuffer.
+      path: path of the file.
+      overwrite: whether to replace an existing file.
+      inline_limit: largest total size in bytes of buffers inside the flatbuffer. Beyond it, large
+        buffers are stored after the flatbuffer.
 
     Returns:
-      Bytes of the file.
+      The size of the file in bytes.
 
     Raises:
-      OutputError: the file exists, its directory cannot be written, or its disk is too full.
+      OutputError: the file already exists, its directory cannot be written, or its disk is too
+        full.
     """
     needed = sum(buffer.data.nbytes for buffer in model.buffers if buffer.data is not None)
     check_target(path, overwrite, None, needed)
@@ -86,7 +88,8 @@ def _write(model: Any, file: Any, inline_limit: int) -> None:
     outside = [buffer for buffer in buffers if buffer.data.nbytes >= SMALL_BUFFER]
     blobs = [buffer.data for buffer in outside]
     for buffer, blob in zip(outside, blobs, strict=True):
-        # Any offset but zero: a field of the final width, so that the second pass is as long.
+        # A nonzero offset reserves a field of the final width, so that the second pass has the same
+        # length.
         buffer.data, buffer.offset, buffer.size = None, ALIGNMENT, blob.nbytes
     end = len(_pack(model))
     for buffer, blob in zip(outside, blobs, strict=True):
@@ -109,7 +112,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """Reads the description that the export stored, without reading the weights.
 
     Args:
-      path: the file.
+      path: path of the file.
 
     Returns:
       Its fields.
@@ -130,23 +133,23 @@ def _description(model: Any, content: np.ndarray, path: str | Path) -> dict[str,
             where = f"{path}: damaged TFLite file: its description"
             fields = files.parse_json(text.tobytes(), where, ExportError)
             if not isinstance(fields, dict):
-                raise ExportError(f"{where}: is a {type(fields).__name__}, not a JSON object")
+                raise ExportError(f"{where}: must be a JSON object, not {type(fields).__name__}")
             return fields
-    raise ExportError(f"{path}: a TFLite file, but not one that glm_edge exported")
+    raise ExportError(f"{path}: a TFLite file that glm_edge did not export")
 
 
 def read_constants(
     path: str | Path, start: int = 0, size: int | None = None
 ) -> dict[str, Constant]:
-    """Reads the weights of an exported file back, as they are stored.
+    """Reads the weights of an exported file as they are stored.
 
     Args:
-      path: the file.
-      start: first byte of the model, where it is a section of a larger file.
-      size: bytes of the model; None takes all from `start` on.
+      path: path of the file.
+      start: offset of the model's first byte in bytes, for a section of a larger file.
+      size: bytes of the model; None reads to the end of the file.
 
     Returns:
-      Parameter path to its bytes and scales.
+      Packed bytes and scales by parameter path.
 
     Raises:
       ExportError: the file is missing, not TFLite, damaged, or not written by glm_edge.
@@ -170,7 +173,7 @@ def read_constants(
 
 
 def _static_grids(graph: Any, entries: EntryCounter) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields names of the weights that meet int8 activations, with the grids of these."""
+    """Yields weights that are multiplied with int8 activations, and the activations' grids."""
     for index in entries(graph.OperatorsLength()):
         operator = graph.Operators(index)
         if operator.InputsLength() < 2 or not operator.OutputsLength():
@@ -213,16 +216,20 @@ def _constant(model: Any, graph: Any, tensor: Any, names: dict[int, str], conten
 
 
 def _bytes_of(buffer: Any, content: np.ndarray) -> np.ndarray:
-    """Returns the bytes of a buffer as a view: a hole of a terabyte takes no memory."""
+    """Returns the bytes of a buffer as a view, without allocating memory for sparse files."""
     if buffer.Offset():
         return content[buffer.Offset() : buffer.Offset() + buffer.Size()]
     return buffer.DataAsNumpy() if buffer.DataLength() else np.zeros(0, np.uint8)
 
 
 def mark_verified(path: str | Path) -> None:
-    """Writes into the descriptions of an exported file that it was run and agreed with JAX."""
+    """Marks the descriptions of an exported file as verified.
+
+    Args:
+      path: path of the file.
+    """
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
-        # Both values are as long, so that nothing else in the file moves.
+        # Both values have the same length, so that no offset in the file changes.
         at = view.find(UNVERIFIED)
         while at >= 0:
             view[at : at + len(VERIFIED)] = VERIFIED
@@ -231,12 +238,15 @@ def mark_verified(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path, start: int = 0, size: int | None = None) -> Iterator[tuple[Any, np.ndarray]]:
-    """Opens the root table of a file and its bytes, mapped rather than read.
+    """Maps a file into memory and opens its root table.
 
     Args:
-      path: of the file, which must be a regular one.
-      start: first byte of the model, where it is a section of a larger file.
-      size: bytes of the model; None takes all from `start` on.
+      path: path of the file, which must be a regular file.
+      start: offset of the model's first byte in bytes, for a section of a larger file.
+      size: bytes of the model; None reads to the end of the file.
+
+    Yields:
+      `(model, data)`: the root table, and the bytes uint8 [size].
 
     Raises:
       ExportError: the file is missing, not a regular file, not TFLite, or damaged.
@@ -248,7 +258,9 @@ def opened(path: Path, start: int = 0, size: int | None = None) -> Iterator[tupl
                 raise ExportError(f"{path}: not a TFLite file: it has {size} bytes")
             content = np.memmap(file, np.uint8, "r", start, (size,))
         if content[4:8].tobytes() != IDENTIFIER:
-            raise ExportError(f"{path}: not a TFLite file: it lacks the mark {IDENTIFIER.decode()}")
+            raise ExportError(
+                f"{path}: not a TFLite file: it lacks the identifier {IDENTIFIER.decode()}"
+            )
         yield schema().Model.GetRootAs(content, 0), content
     except GlmEdgeError:
         raise

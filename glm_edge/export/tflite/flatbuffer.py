@@ -1,4 +1,4 @@
-"""Editing of TFLite flatbuffers: weights turn from inputs into constants of our own integers."""
+"""Editing of TFLite flatbuffers: weight inputs become constants with quantized codes."""
 
 import collections
 import json
@@ -14,7 +14,7 @@ METADATA = b"glm_edge"
 FULLY_CONNECTED_VERSION = 12
 FULLY_CONNECTED_INT2_VERSION = 13
 DEQUANTIZE_INT8_VERSION = 2
-# Of constants; of integers one scale a channel.
+# Types of constants; integers have one scale per channel.
 DEQUANTIZE_VERSIONS = {"float16": 3, "int8": 5, "int4": 6}
 QUANTIZE_VERSION = 1
 EMBEDDING_LOOKUP_VERSION = 4
@@ -31,8 +31,8 @@ class ActivationGrid:
     """A static int8 grid of activations, `f' = scale * (code - zero)`.
 
     Attributes:
-      scale: a float32 number.
-      zero: -128 to 127.
+      scale: float32 scale.
+      zero: zero point, -128 to 127.
     """
 
     scale: float
@@ -41,17 +41,18 @@ class ActivationGrid:
 
 @dataclass(frozen=True)
 class Constant:
-    """A weight in the bytes and terms of TFLite.
+    """A weight in TFLite's packing and terms.
 
     Attributes:
-      type: `float32`, `float16`, or `int8`, `int4`, `int2`, the first code in the lowest bits.
+      type: `float32`, `float16`, or `int8`, `int4`, `int2` with the first code in the lowest bits.
       shape: dense shape.
-      data: uint8, the packed bytes.
+      data: packed bytes, uint8.
       scale: None, float32 [out] per channel, or float16 [out, in / block_size].
-      block_size: columns that share a scale, 0 per channel.
-      zero: None, or zero points like `scale`, of codes that are dequantized before they are used.
-      inputs: None, or the grid of the activations that meet it.
-      outputs: None, or the grid of the products; both are there, or neither.
+      block_size: number of columns that share a scale; 0 for one scale per channel.
+      zero: None, or zero points with the shape of `scale`, for codes that are dequantized before
+        use.
+      inputs: None, or the grid of the activations that are multiplied with it.
+      outputs: None, or the grid of the products; `inputs` and `outputs` are both set, or both None.
     """
 
     type: str
@@ -68,7 +69,7 @@ class FlatModel:
     """A TFLite model opened for editing.
 
     Attributes:
-      model: the unpacked `ModelT`.
+      model: unpacked `ModelT`.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -82,7 +83,7 @@ class FlatModel:
         return self._names[max(code.builtinCode, code.deprecatedBuiltinCode)]
 
     def operator_names(self) -> set[str]:
-        """Returns builtin names of all operators of all signatures; custom ones read `CUSTOM`."""
+        """Returns builtin names of all operators of all signatures, `CUSTOM` for custom ones."""
         return {
             self.operator_name(operator)
             for graph in self.model.subgraphs
@@ -90,15 +91,15 @@ class FlatModel:
         }
 
     def attach(self, weights: Mapping[str, tuple[str, Constant]], in_float32: bool = False) -> None:
-        """Turns weight inputs of every signature into constants, each stored once.
+        """Converts weight inputs of every signature to constants, each stored once.
 
         Args:
-          weights: input name to `(path, constant)`.
-          in_float32: quantized weights are dequantized first, so that any operator reads them; a
-            constant may then have another shape of as many values.
+          weights: `(path, constant)` by input name.
+          in_float32: whether to dequantize quantized weights first, so that any operator can read
+            them. A constant may then have a different shape with the same number of values.
 
         Raises:
-          ExportError: a quantized weight is used by an operator that cannot read it.
+          ExportError: an operator cannot read a quantized weight.
         """
         stored: dict[str, tuple[int, int]] = {}
         rounded: dict[tuple[int, int, ActivationGrid], int] = {}
@@ -130,7 +131,7 @@ class FlatModel:
         return data, 0 if scale is None or not constant.block_size else self.add_buffer(scale)
 
     def _widen(self, graph: Any, index: int, constant: Constant) -> int:
-        """Adds a tensor from which operators make the float32 tensor `index`; returns its index."""
+        """Adds a tensor that operators convert to the float32 tensor `index`; returns its index."""
         version = DEQUANTIZE_VERSIONS[constant.type]
         code = self._operator_code("DEQUANTIZE", version)
         source = self.add_tensor(graph, "", constant.shape, constant.type.upper())
@@ -149,7 +150,9 @@ class FlatModel:
     ) -> None:
         tensor = graph.tensors[index]
         if tuple(tensor.shape) != constant.shape:
-            raise ExportError(f"{path}: shape {constant.shape}, the graph has {tensor.shape}")
+            raise ExportError(
+                f"{path}: shape {constant.shape}, expected the graph's {tensor.shape}"
+            )
         tensor.name, tensor.buffer = path.encode(), buffers[0]
         tensor.type = getattr(self.schema.TensorType, constant.type.upper())
         if constant.scale is None:
@@ -179,7 +182,7 @@ class FlatModel:
             two_bits = constant.type == "int2"
             version = FULLY_CONNECTED_INT2_VERSION if two_bits else FULLY_CONNECTED_VERSION
             code.version = max(code.version, version)
-            # Read only where XNNPACK declines the operator: keeps that kernel's grid the same.
+            # Read only if XNNPACK declines the operator; gives the fallback kernel the same grid.
             operator.builtinOptions.asymmetricQuantizeInputs = constant.scale is not None
         elif name in ("GATHER", "GATHER_ND") and position == 0 and len(constant.shape) == 2:
             self._gather_to_lookup(graph, operator)
@@ -199,15 +202,15 @@ class FlatModel:
         """Rounds the input and output of a product to the grids of its constant.
 
         Args:
-          graph: the subgraph.
-          product: an operator of it.
-          path: of the weight.
-          constant: with grids.
-          rounded: `(subgraph, tensor, grid)` to the int8 tensor that other products read.
+          graph: subgraph of the product.
+          product: operator of the product.
+          path: path of the weight.
+          constant: weight with grids.
+          rounded: int8 tensor, which other products also read, by `(subgraph, tensor, grid)`.
         """
         biased = any(int(index) >= 0 for index in product.inputs[2:])
         if self.operator_name(product) != "FULLY_CONNECTED" or biased:
-            raise ExportError(f"{path}: only a product without bias runs on static ranges")
+            raise ExportError(f"{path}: a product with a bias does not support static ranges")
         inputs, outputs = constant.inputs, constant.outputs
         if inputs is None or outputs is None:
             raise ExportError(f"{path}: static ranges are of inputs and of outputs, one is missing")
@@ -217,7 +220,7 @@ class FlatModel:
             rounded[key] = self._add_int8(graph, source, inputs)
             code = self._operator_code("QUANTIZE", QUANTIZE_VERSION)
             quantize = self._conversion(code, source, rounded[key])
-            # Right after what makes its input, so that every reader comes later.
+            # Right after the operator that computes its input, so that every reader comes later.
             made = [i for i, o in enumerate(graph.operators) if source in o.outputs]
             graph.operators.insert(made[0] + 1 if made else 0, quantize)
         reached = self._add_int8(graph, result, outputs)
@@ -303,9 +306,9 @@ class FlatModel:
         return len(graph.tensors) - 1
 
     def add_metadata(self, fields: Mapping[str, Any]) -> None:
-        """Stores a JSON object that `read_metadata` finds, in place of the converter's metadata.
+        """Replaces the converter's metadata with a JSON object for `read_metadata`.
 
-        The converter names the oldest runtime of the graph before our weights were in it.
+        The converter's metadata names the oldest runtime for the graph without weights.
         """
         entry = self.schema.MetadataT()
         text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
@@ -313,10 +316,10 @@ class FlatModel:
         self.model.metadata = [entry]
 
     def compact(self, names: Collection[bytes] = ()) -> None:
-        """Drops tensors and buffers that nothing reads, and the names of unnamed results.
+        """Removes unused tensors and buffers, and the names of unnamed results.
 
         Args:
-          names: that stay though they look like those of results.
+          names: names that are kept although they look like generated ones.
         """
         for index, graph in enumerate(self.model.subgraphs):
             signatures = [s for s in self.model.signatureDefs if s.subgraphIndex == index]

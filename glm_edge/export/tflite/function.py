@@ -1,8 +1,8 @@
 """Export of any traceable function to a `.tflite` file, with the integers of its parameters.
 
-A file of `glm_edge.export.tflite` runs on integers. Here each quantized parameter is stored as
-integers and dequantized when the file is loaded, so that any operator reads it. Products are taken
-in float32, as in JAX with a stock module.
+A file of `glm_edge.export.tflite` computes with integers. A file of this module stores each
+quantized parameter as integers and dequantizes it when it is loaded, so that any operator can read
+it. Products are in float32, as in JAX with a stock module.
 """
 
 import dataclasses
@@ -47,17 +47,17 @@ from glm_edge.writers import check_target, write_stream
 Inputs = Mapping[str, jax.ShapeDtypeStruct]
 Function = Callable[[Any, dict[str, Array]], dict[str, Array]]
 SIGNATURE = "serving_default"
-# Sums in another order are off by a few units in the last place of float32.
+# Sums in a different order differ by a few units in the last place of float32.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class FunctionVerification:
-    """Distances of a file's outputs from those of its JAX function.
+    """Distances between the outputs of a file and those of its JAX function.
 
     Attributes:
-      distances: by output, norm of the difference as a fraction of the norm of JAX's output.
-      tolerance: the most that was allowed.
+      distances: norm of the difference, as a fraction of the norm of JAX's output, by output.
+      tolerance: largest allowed distance.
     """
 
     distances: Mapping[str, float]
@@ -65,15 +65,15 @@ class FunctionVerification:
 
     @property
     def passed(self) -> bool:
-        """True when every output is within the tolerance."""
+        """True if every output is within the tolerance."""
         return all(distance <= self.tolerance for distance in self.distances.values())
 
     def __str__(self) -> str:
         worst = max(self.distances, key=lambda name: self.distances[name])
         return (
-            f"{'passed' if self.passed else 'failed'}: {len(self.distances)} outputs within "
-            f"{self.distances[worst]:.2g} of JAX's, {worst} the farthest; at most "
-            f"{self.tolerance:g} is allowed"
+            f"{'passed' if self.passed else 'failed'}: {len(self.distances)} outputs, relative "
+            f"distance from JAX at most {self.distances[worst]:.2g} ({worst}); tolerance "
+            f"{self.tolerance:g}"
         )
 
 
@@ -82,13 +82,13 @@ class ExportedFunction:
     """A written file, with its function and parameters.
 
     Attributes:
-      path: the file.
-      file_bytes: its size.
-      stored_bytes: bytes of its quantized parameters, packed, with their scales.
-      conversions: parameters that are stored in another form than in `params`.
-      inputs: name to shape and type.
-      function: that it was traced from.
-      params: the parameters as the file stores them.
+      path: path of the file.
+      file_bytes: size of the file.
+      stored_bytes: bytes of its packed quantized parameters, including scales.
+      conversions: parameters that are stored in a different form than in `params`.
+      inputs: shape and type by name.
+      function: function that was traced.
+      params: parameters with the values that the file stores.
     """
 
     path: Path
@@ -100,17 +100,17 @@ class ExportedFunction:
     params: Params = field(repr=False)
 
     def run(self, **inputs: Any) -> dict[str, np.ndarray]:
-        """Runs the file in LiteRT, in a process of its own.
+        """Runs the file in LiteRT, in a separate process.
 
         Args:
-          **inputs: arrays by name.
+          **inputs: input arrays by name.
 
         Returns:
           The outputs by name.
 
         Raises:
-          DataError: an input is missing, or of another shape.
-          ExportError: LiteRT does not run the file.
+          DataError: an input is missing, or has the wrong shape.
+          ExportError: LiteRT cannot run the file.
         """
         arrays = self._checked(inputs)
         process = InterpreterProcess(self.path)
@@ -129,24 +129,23 @@ class ExportedFunction:
         """Runs the file and the JAX function on the same inputs.
 
         Args:
-          examples: inputs by name, some of them; None draws normal values, and zeros and ones
-            where an input is of integers.
-          tolerance: the largest distance of an output, see `FunctionVerification`.
-          seed: of the random values.
-          check: raise where an output is farther.
+          examples: a few sets of input arrays by name. None draws normal values, or zeros and ones
+            for integer inputs.
+          tolerance: largest allowed distance of an output; see `FunctionVerification`.
+          seed: seed of the random values.
+          check: whether to raise if an output exceeds the tolerance.
 
         Returns:
-          The comparison. When it passes within the usual tolerance, the file's description is
-          marked as verified.
+          The comparison. If it passes with the default tolerance or a smaller one, the file's
+          description is marked as verified.
 
         Raises:
-          DataError: an example does not fit the inputs, or there is none.
-          ExportError: an output is farther from JAX's than the tolerance, or LiteRT does not run
-            the file.
+          DataError: an example does not fit the inputs, or `examples` is empty.
+          ExportError: an output exceeds the tolerance, or LiteRT cannot run the file.
         """
         examples = [self._random_inputs(seed)] if examples is None else list(examples)
         if not examples:
-            raise DataError("examples: at least one is needed")
+            raise DataError("examples: must contain at least one example")
         run, process = jax.jit(self.function), InterpreterProcess(self.path)
         squares: dict[str, np.ndarray] = {}
         try:
@@ -171,13 +170,13 @@ class ExportedFunction:
 
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if inputs.keys() != self.inputs.keys():
-            raise DataError(f"inputs: {sorted(inputs)}; the file takes {sorted(self.inputs)}")
+            raise DataError(f"inputs: {sorted(inputs)}, expected the file's {sorted(self.inputs)}")
         arrays = {}
         for name, struct in self.inputs.items():
             arrays[name] = np.asarray(inputs[name], struct.dtype)
             if arrays[name].shape != struct.shape:
                 raise DataError(
-                    f"{name}: shape {arrays[name].shape}, the file takes {struct.shape}"
+                    f"{name}: shape {arrays[name].shape}, expected the file's {struct.shape}"
                 )
         return arrays
 
@@ -201,31 +200,34 @@ def function(
 ) -> ExportedFunction:
     """Writes a function of parameters as a `.tflite` file of one signature, builtin operators only.
 
-    The converter folds constants, so a batch norm at inference joins the convolution before it, and
-    a ReLU becomes part of it. Integers stay: of a `Quantized` parameter the file holds codes of 8
-    or 4 bits, scales and zero points, per channel, per group or per tensor, and dequantizes them
-    when it is loaded. Narrower codes are written in the next wider type. To run on integers,
-    without float32 weights in memory, a model needs the layers of a GLM: `glm_edge.export.tflite`.
+    The converter folds constants: a batch norm at inference merges into the convolution before it,
+    and so does a ReLU after it. Integers are preserved. For a `Quantized` parameter the file stores
+    codes of 8 or 4 bits, scales and zero points, per channel, per group or per tensor, and
+    dequantizes them when it is loaded. Narrower codes are written in the next wider type. Computing
+    with integers, without float32 weights in memory, requires the layers of a GLM: see
+    `glm_edge.export.tflite`.
 
     Args:
-      function: traceable, from parameters and arrays by name to arrays by name, such as
+      function: traceable function from parameters and arrays by name to arrays by name, such as
         `lambda params, inputs: {"logits": module.apply({"params": params}, inputs["images"])}`.
-      params: its parameters, any tree: arrays, `Masked` (written dense, with zeros), `Quantized`.
-      inputs: name to shape, of fixed extents, and type.
-      path: of the file.
-      examples: inputs by name that the converter runs to choose int8 grids of activations; weights
-        become int8 too, per channel where the runtime takes it. Inputs and outputs stay as they
-        are. None keeps float32. For parameters without integers of their own.
-      overwrite: replace a file that exists.
+      params: any tree of its parameters: arrays, `Masked` (written dense, with zeros) or
+        `Quantized`.
+      inputs: shape with fixed extents, and type, by name.
+      path: path of the file.
+      examples: calibration inputs by name, on which the converter chooses int8 grids of
+        activations. Weights also become int8, per channel where the runtime supports it. Types of
+        inputs and outputs do not change. None keeps float32. Not available with `Quantized`
+        parameters.
+      overwrite: whether to replace an existing file.
 
     Returns:
       The exported function; its `verify` runs the file.
 
     Raises:
-      ExportError: an argument is of another form, an extent is not fixed, the converter refuses the
+      ExportError: an argument has the wrong type, an extent is not fixed, the converter rejects the
         function, the function closes over packed integers, or a parameter cannot be stored; the
-        message says what would be right.
-      OutputError: the file exists already, or cannot be written.
+        message names a supported alternative.
+      OutputError: the file already exists or cannot be written.
       MissingExtraError: TensorFlow is not installed.
 
     Example:
@@ -245,8 +247,8 @@ def function(
     constants, stored_params, conversions = _to_stored(params)
     if examples is not None and constants:
         raise ExportError(
-            f"{next(iter(constants))}: holds integers of its own, and examples= choose others; "
-            "leave examples out, or give dense parameters"
+            f"{next(iter(constants))}: is already quantized, which excludes examples=; omit "
+            "examples, or pass dense parameters"
         )
     run, plain = _with_constants(function, stored_params)
     _check_closure(run, plain, inputs, constants, stored_params)
@@ -265,26 +267,26 @@ def function(
 
 
 def _check_call(function: Any, params: Any, inputs: Any, path: Any) -> None:
-    """Refuses arguments that are swapped, or of another form.
+    """Rejects arguments that are swapped or have the wrong type.
 
     Args:
-      function: as of `function`, like all others.
-      params: a tree.
-      inputs: by name.
-      path: of the file.
+      function: argument of `function`.
+      params: argument of `function`.
+      inputs: argument of `function`.
+      path: argument of `function`.
     """
     form = "ge.export.function(function, params, inputs, path)"
     if isinstance(function, nn.Module) or not callable(function):
         raise ExportError(
-            f"{form}: function is a {type(function).__name__}; right would be lambda params, "
+            f"{form}: function is a {type(function).__name__}; use lambda params, "
             'inputs: {"y": module.apply({"params": params}, inputs["x"])}'
         )
     if isinstance(params, nn.Module) or callable(params):
         raise ExportError(
-            f"{form}: params is a {type(params).__name__}; right would be the parameters, such as "
+            f"{form}: params is a {type(params).__name__}; use the parameters, such as "
             'module.init(...)["params"]'
         )
-    right = 'right would be {"x": jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)}, or arrays'
+    right = 'use {"x": jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)}, or arrays'
     if not isinstance(inputs, Mapping) or not inputs:
         kind = "empty" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
         raise ExportError(f"{form}: inputs is {kind}; {right}")
@@ -296,18 +298,18 @@ def _check_call(function: Any, params: Any, inputs: Any, path: Any) -> None:
         ):
             raise ExportError(f"{form}: inputs[{name!r:.60}] is {struct!r:.60}; {right}")
     if not isinstance(path, str | os.PathLike):
-        raise ExportError(f"{form}: path is a {type(path).__name__}; right would be a file's name")
+        raise ExportError(f"{form}: path is a {type(path).__name__}; use a file name")
 
 
 class _Dequantized(Quantized):
-    """A box whose data are its dense rows already."""
+    """A box whose data are already its dense rows."""
 
     def rows(self) -> Array:  # type: ignore[override]  # jitted in the base
         return self.data
 
 
 def _to_stored(params: Params) -> tuple[dict[str, Constant], Params, list[Conversion]]:
-    """Returns constants of quantized parameters, all parameters as stored, and the conversions."""
+    """Returns the constants of quantized parameters, all stored parameters, and the conversions."""
     constants, conversions = {}, []
 
     def stored(path: str, leaf: Any) -> Any:
@@ -335,7 +337,7 @@ def _to_constant(path: str, box: Quantized) -> tuple[Constant, Quantized, list[C
     box = box.replace(**NO_STATIC_RANGES, dtype="float32")
     box, changes = with_storable_scales(path, box, half=False)
     codes = np.asarray(box.codes())
-    # A row for each scale, so that groups are channels of the constant.
+    # One row per scale, so that groups become channels of the constant.
     per_row = (*codes.shape[:-1], box.scale.shape[-1])
     columns = codes.shape[-1] // per_row[-1]
     scale = np.broadcast_to(np.asarray(box.scale).astype(np.float32), per_row).reshape(-1)
@@ -351,7 +353,7 @@ def _with_constants(function: Function, params: Params) -> tuple[Function, set[i
     """Rewrites the function to take dense matrices [..., out, in] by path.
 
     Returns:
-      The function, and the identities of its arrays.
+      The rewritten function, and the ids of its plain arrays.
     """
     plain = {id(leaf) for _, leaf in boxes.path_items(params) if not boxes.is_box(leaf)}
 
@@ -370,7 +372,7 @@ def _with_constants(function: Function, params: Params) -> tuple[Function, set[i
 
 
 def _row_shapes(params: Params, constants: Mapping[str, Constant]) -> dict[str, tuple[int, ...]]:
-    """Lists shapes of the quantized parameters as matrices [..., out, in], by path."""
+    """Returns shapes of the quantized parameters as matrices [..., out, in] by path."""
     return {
         path: (*leaf.data.shape[:-1], leaf.columns)
         for path, leaf in boxes.path_items(params)
@@ -385,7 +387,7 @@ def _check_closure(
     constants: Mapping[str, Constant],
     params: Params,
 ) -> None:
-    """Refuses packed integers that came into the function otherwise than as parameters."""
+    """Rejects packed integers that the function closes over instead of taking as parameters."""
     structs = {
         path: jax.ShapeDtypeStruct(shape, jnp.float32)
         for path, shape in _row_shapes(params, constants).items()
@@ -395,8 +397,8 @@ def _check_closure(
         kind = str(getattr(constant, "dtype", ""))
         if kind in ("int8", "uint8") and np.ndim(constant) >= 2 and id(constant) not in plain:
             raise ExportError(
-                f"the function closes over {kind} {list(np.shape(constant))}, as of a quantized "
-                "parameter, whose integers would be written as float32; give them as params"
+                f"the function closes over {kind} {list(np.shape(constant))}, probably of a "
+                "quantized parameter, whose codes would be written as float32; pass it in params"
             )
 
 
@@ -445,7 +447,7 @@ def _calibrate(
     inputs: Inputs,
     examples: Iterable[Mapping[str, np.ndarray]],
 ) -> bytes:
-    """Converts a function to a file of int8 grids that the converter chooses."""
+    """Converts a function to a file with int8 grids chosen by the converter."""
     jax2tf, tf = tensorflow()
     lowered = jax2tf.convert(expand_erf(function), with_gradient=False)
     specs = {

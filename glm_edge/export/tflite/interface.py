@@ -1,4 +1,4 @@
-"""Comparison of the signatures of a `.tflite` file with its own description."""
+"""Comparison of the signatures of a `.tflite` file with its description."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,21 +19,21 @@ def checked_graphs(
     prefill_logits: bool,
     attended_slots: Iterable[int] = (),
 ) -> dict[str, Graph]:
-    """Reads a file's signatures and compares them with those of its own description.
+    """Reads a file's signatures and compares them with its description.
 
     Args:
-      path: the file.
-      config: of the model, as its description says.
-      prefill_lengths: as its description says.
-      cache_slots: as its description says.
-      prefill_logits: as its description says.
-      attended_slots: as its description says.
+      path: path of the file.
+      config: configuration of the model, from the description.
+      prefill_lengths: token counts of the prefill signatures, from the description.
+      cache_slots: number of cache slots, from the description.
+      prefill_logits: whether prefill returns logits of every token, from the description.
+      attended_slots: slot counts that signatures attend to, from the description.
 
     Returns:
       The signatures by name.
 
     Raises:
-      ExportError: the file is damaged, or its description is not of these signatures.
+      ExportError: the file is damaged, or its description does not match its signatures.
     """
     graphs = {graph.name: graph for graph in read_graphs(path)}
     lengths, attended = list(prefill_lengths), list(attended_slots)
@@ -45,7 +45,7 @@ def checked_graphs(
             _compare(graphs[name].outputs, outputs, f"outputs of {name}")
     except (*PARSE_ERRORS, GlmEdgeError) as error:
         raise ExportError(
-            f"{path}: damaged: its description does not fit its signatures: {error}"
+            f"{path}: damaged: its description does not match its signatures: {error}"
         ) from error
     return graphs
 
@@ -53,7 +53,7 @@ def checked_graphs(
 def _check_sizes(
     graphs: dict[str, Graph], config: GLMConfig, lengths: list[int], attended: list[int]
 ) -> None:
-    """Refuses counts that would take long to list before anything is compared."""
+    """Rejects counts that would take long to list."""
     caches = sum(name.startswith(f"{CACHE}k_") for name in graphs[DECODE].inputs)
     if config.decoder.num_layers != caches:
         raise ValueError(f"{config.decoder.num_layers} layers, caches of {caches}")

@@ -1,6 +1,6 @@
-"""Reader of graphs, operators and tensors of a TFLite file, which is not run.
+"""Reader of graphs, operators and tensors of a TFLite file, without running it.
 
-Nothing in the file is trusted: every index and extent is checked against the file.
+The file is untrusted: every index and extent is checked.
 """
 
 import math
@@ -43,12 +43,12 @@ class Operator:
 
     Attributes:
       name: builtin name such as `FULLY_CONNECTED`, or `CUSTOM <name>`.
-      version: of the operator.
-      inputs: tensors, None where an optional one is absent.
-      outputs: tensors.
-      options: fields of its options by the schema's names, such as `KeepNumDims`.
-      input_indices: of `inputs` among the graph's tensors, -1 where absent.
-      output_indices: of `outputs` among the graph's tensors.
+      version: version of the operator.
+      inputs: input tensors, None for an absent optional input.
+      outputs: output tensors.
+      options: values of its options by field name of the schema, such as `KeepNumDims`.
+      input_indices: indices of `inputs` among the graph's tensors, -1 for absent ones.
+      output_indices: indices of `outputs` among the graph's tensors.
     """
 
     name: str
@@ -62,13 +62,13 @@ class Operator:
 
 @dataclass(frozen=True)
 class Graph:
-    """A signature, or a graph that another one calls.
+    """A signature, or a graph that another graph calls.
 
     Attributes:
-      name: of the signature, else of the graph.
-      inputs: by the signature's names; of a graph without a signature, by position.
-      outputs: likewise.
-      operators: in the order in which they run.
+      name: name of the signature, or else of the graph.
+      inputs: input tensors by the signature's names; by position for a graph without a signature.
+      outputs: output tensors by the signature's names; by position for a graph without a signature.
+      operators: operators in execution order.
     """
 
     name: str
@@ -81,21 +81,21 @@ def read_graphs(path: str | Path) -> list[Graph]:
     """Reads the graphs of a TFLite file, without its weights.
 
     Args:
-      path: the file.
+      path: path of the file.
 
     Returns:
       The graphs, in the file's order.
 
     Raises:
       ExportError: the file is missing, not TFLite, or damaged: an index, an extent or a buffer
-        points outside of the file.
+        points outside the file.
     """
     with opened(Path(path)) as (model, content):
         return _Reader(path, model, len(content)).graphs()
 
 
 class _Reader:
-    """Follows the tables of one file; raises `PARSE_ERRORS`."""
+    """A reader of the tables of one file; raises `PARSE_ERRORS`."""
 
     def __init__(self, path: str | Path, model: Any, file_bytes: int) -> None:
         self._path, self._model, self._file_bytes = path, model, file_bytes
@@ -110,7 +110,7 @@ class _Reader:
         model = self._model
         self._buffers = [self._buffer_bytes(i) for i in self._range(model.BuffersLength())]
         if not self._buffers or self._buffers[0]:
-            raise ValueError("buffer 0 must be there, and empty")
+            raise ValueError("buffer 0 must exist and be empty")
         self._codes = [
             self._code(model.OperatorCodes(i)) for i in self._range(model.OperatorCodesLength())
         ]
@@ -132,11 +132,12 @@ class _Reader:
         if offset > 1:
             if offset + size > self._file_bytes:
                 raise ValueError(
-                    f"buffer {index} ends at byte {offset + size}, the file has {self._file_bytes}"
+                    f"buffer {index} ends at byte {offset + size}, but the file has "
+                    f"{self._file_bytes}"
                 )
             return size
         length = buffer.DataLength()
-        # Raises where the vector leaves the file.
+        # Raises if the vector extends beyond the file.
         return len(buffer.DataAsNumpy()) if length else 0
 
     def _code(self, code: Any) -> tuple[str, int]:
@@ -173,7 +174,7 @@ class _Reader:
             for e in entries
         }
         if len(named) != len(entries):
-            raise ValueError("a signature has two tensors of one name")
+            raise ValueError("a signature has two tensors with the same name")
         return named
 
     def _picked(self, tensors: list[Tensor], indices: Any) -> Iterator[Tensor]:
@@ -190,7 +191,9 @@ class _Reader:
         if stored and bits and tensor.Sparsity() is None:
             needed = -(-math.prod(shape) * bits // 8)
             if stored != needed:
-                raise ValueError(f"tensor {name!r}: {stored} bytes, {kind} {shape} takes {needed}")
+                raise ValueError(
+                    f"tensor {name!r}: {stored} bytes, but {kind} {shape} needs {needed}"
+                )
         return Tensor(
             name,
             kind,
@@ -238,7 +241,7 @@ class _Reader:
         )
 
     def _fields(self, operator: Any) -> dict[str, Any]:
-        """Reads numbers and flags among an operator's options."""
+        """Reads the numeric and boolean options of an operator."""
         kind, table = operator.BuiltinOptionsType(), operator.BuiltinOptions()
         if not kind or table is None:
             return {}
@@ -251,7 +254,7 @@ class _Reader:
         }
 
 
-# The options that a rule of some delegate looks at.
+# The options that the rules of delegates use.
 _SCALARS = (
     "Axis",
     "Beta",
@@ -275,16 +278,16 @@ def _text(value: bytes | None) -> str:
 
 
 def _vector(value: Any) -> np.ndarray:
-    # The generated readers give 0 for a vector that is absent.
+    # The generated readers return 0 for an absent vector.
     return value if isinstance(value, np.ndarray) else np.zeros(0, np.int32)
 
 
 def _extents(vector: np.ndarray, least: int) -> tuple[int, ...]:
     if len(vector) > MAX_RANK:
-        raise ValueError(f"a tensor of {len(vector)} dimensions")
+        raise ValueError(f"a tensor with {len(vector)} dimensions")
     extents = tuple(vector.tolist())
     if any(extent < least for extent in extents) or abs(math.prod(extents)) > MAX_ELEMENTS:
-        raise ValueError(f"a tensor of shape {extents}")
+        raise ValueError(f"a tensor with shape {extents}")
     return extents
 
 

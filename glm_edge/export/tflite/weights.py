@@ -1,4 +1,4 @@
-"""Weights in the terms of a TFLite file: our own integers and scales, bit for bit."""
+"""Weights in the terms of a TFLite file: codes and scales, bit for bit."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,25 +23,25 @@ from glm_edge.params import Format, Quantized
 from glm_edge.params.formats import PER_TENSOR
 from glm_edge.params.tree import Params, nested
 
-# Rows of this matrix are looked up, too, which no int8 activation meets.
+# This matrix is also used for lookups, which have no int8 activations.
 LOOKED_UP = "embed/weight"
-# XNNPACK refuses a scale that is zero or subnormal.
+# XNNPACK rejects a scale that is zero or subnormal.
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 SMALLEST_HALF, LARGEST_HALF = 2.0**-24, 65280.0
-# The most that rounding to bfloat16 changes a value, relative to it.
+# Largest relative change of a value by rounding to bfloat16.
 BRAIN_STEP = 2.0**-8
-# Columns that fill a byte; kernels take rows of whole bytes only.
+# Columns per byte; kernels accept only rows of complete bytes.
 _COLUMNS_PER_BYTE = {"int8": 1, "int4": 2, "int2": 4}
 
 
 @dataclass(frozen=True)
 class TFLiteWeights:
-    """The parameters of a model as a file stores them.
+    """Parameters of a model as a file stores them.
 
     Attributes:
-      constants: by path.
-      params: the same as a tree that the JAX model runs on.
-      conversions: parameters that are stored in another form than in the model.
+      constants: constants by path.
+      params: the same values as a parameter tree of the JAX model.
+      conversions: parameters that are stored in a different form than in the model.
     """
 
     constants: dict[str, Constant]
@@ -50,7 +50,7 @@ class TFLiteWeights:
 
     @property
     def stored_bytes(self) -> int:
-        """Size of all weights, packed, with their scales."""
+        """Bytes of all packed weights, including scales."""
         return sum(
             constant.data.nbytes + (0 if constant.scale is None else constant.scale.nbytes)
             for constant in self.constants.values()
@@ -61,17 +61,17 @@ def to_tflite_weights(params: Params) -> TFLiteWeights:
     """Converts parameters to the terms of TFLite.
 
     Args:
-      params: arrays; `Masked` (stored dense, with zeros); `Quantized` symmetric integers: int8,
-        int4 and int2 per channel and int4 in groups of a multiple of 32 as they are, others in a
-        wider one that stores their codes. Where int8 or int4 per channel has static grids of its
-        inputs and its products, the file multiplies on them; all others round each row to its own
-        range.
+      params: arrays, `Masked` (stored dense, with zeros) or symmetric `Quantized` integers. int8,
+        int4 and int2 per channel, and int4 with a group size that is a multiple of 32, are stored
+        unchanged. Others are stored in a wider type with the same codes. A weight of int8 or int4
+        per channel with static grids of its inputs and products uses these grids; for all others
+        the runtime rounds each row of activations to its own range.
 
     Returns:
       The weights.
 
     Raises:
-      ExportError: a parameter cannot be stored; the message says what would be right.
+      ExportError: a parameter cannot be stored; the message names a supported alternative.
     """
     constants, leaves, conversions = {}, {}, []
     for path, leaf in boxes.path_items(params):
@@ -84,11 +84,12 @@ def to_constant(path: str, leaf: Any) -> tuple[Constant, Any, list[Conversion]]:
     """Converts one parameter.
 
     Args:
-      path: of the parameter.
-      leaf: as in `to_tflite_weights`.
+      path: path of the parameter.
+      leaf: array or box, as in `to_tflite_weights`.
 
     Returns:
-      `(constant, leaf, conversions)`: the same as a leaf of the tree, and its conversions.
+      `(constant, leaf, conversions)`: the constant, a leaf with the same values, and its
+      conversions.
 
     Raises:
       ExportError: as `to_tflite_weights`.
@@ -108,7 +109,7 @@ def to_constant(path: str, leaf: Any) -> tuple[Constant, Any, list[Conversion]]:
 
 
 def _fits_half(values: np.ndarray) -> bool:
-    """Returns True for a matrix of 16-bit values that are all float16 values."""
+    """Returns True for a matrix of 16-bit floats that float16 represents exactly."""
     if values.ndim != 2 or values.dtype.itemsize != 2:
         return False
     if values.dtype == np.float16:
@@ -127,7 +128,7 @@ def _from_box(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conv
             grids = _grid(path, box, "input"), _grid(path, box, "output")
         else:
             box = box.replace(**NO_STATIC_RANGES)
-            rule = f"static ranges left out, {reason}: the file rounds each row to its own range"
+            rule = f"static ranges omitted {reason}: the runtime rounds each row to its own range"
             conversions.append(Conversion(path, rule, True))
     check_finite(path, np.asarray(box.scale))
     box, changes = with_storable_scales(path, box, box.scale.shape[-1] > 1)
@@ -143,30 +144,30 @@ def _from_box(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conv
 def with_storable_scales(
     path: str, box: Quantized, half: bool
 ) -> tuple[Quantized, list[Conversion]]:
-    """Replaces the scales of a box by ones that a file can store.
+    """Replaces the scales of a box with scales that a file can store.
 
     Args:
-      path: of the parameter.
-      box: of finite scales.
-      half: the file stores scales in float16, of which XNNPACK reads the first eight bits, not in
-        float32. None may be zero, negative or, in float32, subnormal.
+      path: path of the parameter.
+      box: quantized parameter with finite scales.
+      half: whether the file stores scales in float16, of which XNNPACK reads the first eight bits,
+        instead of float32. A stored scale may not be zero, negative or, in float32, subnormal.
 
     Returns:
-      The box, and its changes. Where a scale moves by more than rounding to bfloat16 moves it,
-      the codes are the nearest at the new one.
+      The box, and its conversions. If a scale changes by more than bfloat16 rounding, its codes are
+      rounded again with the new scale.
 
     Raises:
-      ExportError: a scale is larger than the file can store.
+      ExportError: a scale exceeds the file's range.
     """
     scale = np.asarray(box.scale).astype(np.float32)
     storable = _half_scales(path, scale) if half else np.maximum(np.abs(scale), SMALLEST_SCALE)
     if np.array_equal(storable, scale):
         return box, []
     conversions = []
-    # Groups whose scale changes by more than bfloat16 rounding: their codes no longer fit it.
+    # Groups whose scale changes by more than bfloat16 rounding need new codes.
     moved = np.abs(storable - scale) > np.abs(scale) * BRAIN_STEP
     if not np.array_equal(np.where(moved, scale, storable), scale):
-        rule = f"scales rounded from {box.scale.dtype} to bfloat16, which XNNPACK multiplies with"
+        rule = f"scales rounded from {box.scale.dtype} to bfloat16, which XNNPACK uses"
         conversions.append(Conversion(path, rule, True))
     new_scale = jnp.asarray(storable).astype(box.scale.dtype)
     if not moved.any():
@@ -186,34 +187,34 @@ def with_storable_scales(
     before, after = (np.asarray(each.rows()).astype(np.float64) for each in (box, other))
     error = float(np.linalg.norm(after - before) / max(float(np.linalg.norm(before)), 1e-300))
     rule = (
-        f"{count} of {scale.size} scales that {'float16' if half else 'float32'} cannot hold made "
-        "the nearest that it can, their codes rounded anew (relative change of the weight "
-        f"{error:.2g})"
+        f"{count} of {scale.size} scales outside the range of {'float16' if half else 'float32'} "
+        "replaced by the nearest value within it, their codes rounded again (relative change of "
+        f"the weight {error:.2g})"
     )
     conversions.append(Conversion(path, rule, error > 0))
     return other, conversions
 
 
 def _half_scales(path: str, scale: np.ndarray) -> np.ndarray:
-    """Returns positive scales that both float16, of the file, and bfloat16 hold exactly."""
+    """Returns positive scales that both float16, the file's type, and bfloat16 represent."""
     size = np.abs(scale).astype(ml_dtypes.bfloat16).astype(np.float32)
     if size.max(initial=0.0) > LARGEST_HALF:
         raise ExportError(
-            f"{path}: a scale of {size.max():.3g} is beyond float16, in which scales of "
-            f"groups are stored; right would be at most {LARGEST_HALF:g}, or one scale per channel"
+            f"{path}: a scale of {size.max():.3g} exceeds the range of float16, the stored type "
+            f"of group scales; use at most {LARGEST_HALF:g}, or one scale per channel"
         )
-    # Upwards, so that no code of the group leaves its range.
+    # Rounded up, so that every code of the group stays in range.
     return np.maximum(np.ceil(size / SMALLEST_HALF), 1.0) * np.float32(SMALLEST_HALF)
 
 
 def _not_static(path: str, box: Quantized) -> str | None:
-    """Returns why products with a box cannot run on its static ranges, or None."""
+    """Returns the reason why products with a box cannot use its static ranges, or None."""
     if path == LOOKED_UP:
-        return "as its rows are looked up, too"
+        return "because it is also used for lookups"
     if box.output_scale is None:
-        return "as its products have none"
+        return "because its products have none"
     if box.scale.shape[-1] > 1 or box.format.qtype not in TFLITE.static_types:
-        return f"as {box.format} has no kernel for them"
+        return f"because {box.format} has no kernel for them"
     return None
 
 
@@ -221,17 +222,15 @@ def _grid(path: str, box: Quantized, side: str) -> ActivationGrid:
     scale, zero = np.float32(getattr(box, f"{side}_scale")), int(getattr(box, f"{side}_zero"))
     check_finite(path, np.asarray(scale))
     if scale < SMALLEST_SCALE:
-        raise ExportError(
-            f"{path}: {side}_scale is {scale}; right would be at least {SMALLEST_SCALE:.3g}"
-        )
+        raise ExportError(f"{path}: {side}_scale is {scale}; use at least {SMALLEST_SCALE:.3g}")
     return ActivationGrid(float(scale), zero)
 
 
 def _to_runnable(path: str, box: Quantized) -> tuple[Quantized, list[Conversion]]:
-    """Converts a box to a format that LiteRT runs, of the same dense weight."""
+    """Converts a box to a format that LiteRT runs, with the same dense weight."""
     form, qtype = box.format, check_box(path, box, TFLITE)
     per_channel = box.scale.shape[-1] == 1
-    # A type of fewer columns per byte, until a row fills whole bytes.
+    # Widens the type until a row fills complete bytes.
     while per_channel and box.columns % _COLUMNS_PER_BYTE[qtype]:
         qtype = {"int2": "int4", "int4": "int8"}[qtype]
     if qtype == form.qtype and form.group_size != PER_TENSOR:
@@ -239,9 +238,9 @@ def _to_runnable(path: str, box: Quantized) -> tuple[Quantized, list[Conversion]
     scale = jnp.broadcast_to(box.scale, (box.shape[0], box.scale.shape[-1]))
     target = Format(qtype, None if per_channel else form.group_size, True, form.scale_dtype)
     grids = box.input_scale, box.input_zero, box.output_scale, box.output_zero
-    # LiteRT refuses the scale zero that a group of zeros has where no code is level zero.
+    # A group of zeros has scale zero if no code represents zero; LiteRT rejects such a scale.
     codes = box.codes().reshape(*scale.shape, -1) * (scale != 0)[..., None].astype(jnp.int8)
     scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
     same = boxes.quantized(codes.reshape(box.shape), scale, None, target, (), box.dtype, *grids)
-    rule = f"{form} written as {target}, of the same values"
+    rule = f"{form} written as {target} with the same values"
     return same, [Conversion(path, rule, False)]

@@ -23,20 +23,20 @@ READERS = {"onnx": onnx_weights, "mnn": mnn_weights}
 
 
 class GraphDirectoryRunner(SignatureRunner):
-    """An exported directory in onnxruntime or in MNN, in a process of its own.
+    """An exported directory in onnxruntime or MNN, in a separate process.
 
-    A damaged graph can crash nothing else there; the caches stay in that process. Products are
-    taken in float32: onnxruntime would by default round the activations that meet packed weights to
-    int8, group by group, which is faster and which no `compute` of JAX does. Several threads may
-    call it; the process runs one signature at a time.
+    A damaged graph can crash only that process, which also stores the caches. Products are in
+    float32. By default onnxruntime would round the activations of packed weights to int8 per group,
+    which is faster but which no `compute` of JAX reproduces. The runner is thread-safe; the process
+    runs one signature at a time.
 
     Args:
-      path: of the directory.
-      num_threads: of the runtime.
-      timeout: seconds for one answer of that process.
+      path: path of the directory.
+      num_threads: number of threads of the runtime.
+      timeout: time limit in seconds for one answer of that process.
 
     Raises:
-      ExportError: the directory is not one that glm_edge exported, or is damaged.
+      ExportError: glm_edge did not export the directory, or it is damaged.
       MissingExtraError: the runtime is not installed.
     """
 
@@ -46,7 +46,7 @@ class GraphDirectoryRunner(SignatureRunner):
         self.path, self.description = Path(path), read_description(path)
         runtimes = [name for name in READERS if (self.path / f"{DECODE}.{name}").exists()]
         if not runtimes:
-            raise ExportError(f"{path}: damaged: holds no graph named {DECODE}")
+            raise ExportError(f"{path}: damaged: contains no graph named {DECODE}")
         self.runtime = runtimes[0]
         try:
             config = from_dict(self.description["config"])
@@ -58,7 +58,7 @@ class GraphDirectoryRunner(SignatureRunner):
         self._worker = InterpreterProcess(self.path, num_threads, timeout, self.runtime)
 
     def _check_files(self) -> None:
-        """Refuses a graph that is missing, a pipe, or a link out, before the runtime opens it."""
+        """Rejects a graph that is missing, a pipe, or a link to outside the directory."""
         names = ["embed", *(["vision"] if self.config.vision is not None else [])]
         names += ["speech"] if self.config.speech is not None else []
         for length in (1, *self.prefill_lengths):
@@ -68,16 +68,26 @@ class GraphDirectoryRunner(SignatureRunner):
         for name in names:
             graph = file_inside(self.path, f"{name}.{self.runtime}", ExportError)
             if graph.stat().st_size > MAX_GRAPH_BYTES:
-                raise ValueError(f"{graph.name} has {graph.stat().st_size} bytes, without weights")
+                raise ValueError(
+                    f"{graph.name} has {graph.stat().st_size} bytes although it contains no weights"
+                )
         file_inside(self.path, WEIGHTS, ExportError)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays of exactly its shapes."""
+        """Runs one signature on arrays that match its shapes exactly.
+
+        Args:
+          signature: name of the signature.
+          **inputs: input arrays by name.
+
+        Returns:
+          Output arrays by name.
+        """
         return run_checked(self._worker, self.path, signature, inputs, *self._tensors[signature])
 
     @functools.cached_property
     def _tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Lists inputs and outputs of each signature, once the process has opened the directory."""
+        """Lists inputs and outputs of each signature after the process has opened the directory."""
         return expected_tensors(
             self.config,
             self.prefill_lengths,
@@ -89,16 +99,19 @@ class GraphDirectoryRunner(SignatureRunner):
     def read_weights(
         self, shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> dict[str, Weight]:
-        """Reads the weights of the directory, as its graphs store them.
+        """Reads the weights of the directory as its graphs store them.
 
         Args:
-          shapes: dense shapes that the parameters must have, by path; None takes any.
+          shapes: required dense shapes of the parameters by path; None accepts any.
+
+        Returns:
+          Codes, scales and zero points by parameter path.
 
         Raises:
-          ExportError: the directory is damaged, or a weight has another shape.
+          ExportError: the directory is damaged, or a weight has the wrong shape.
         """
         return READERS[self.runtime](self.path, shapes)
 
     def close(self) -> None:
-        """Ends the process, which otherwise ends with this object."""
+        """Ends the process, which also ends when this object is deleted."""
         self._worker.close()

@@ -1,4 +1,4 @@
-"""Exported directories of graphs, which a runtime runs."""
+"""Exported directories of graphs that a runtime can run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from glm_edge.export.verify.verify import Window, verify
 
 @dataclass(frozen=True)
 class Package(ExportedDirectory):
-    """A written directory of ONNX or MNN graphs, see `ExportedDirectory`."""
+    """A written directory of ONNX or MNN graphs; see `ExportedDirectory`."""
 
     def verify(
         self,
@@ -21,7 +21,7 @@ class Package(ExportedDirectory):
         seed: int = 0,
         check: bool = True,
     ) -> Verification:
-        """Compares the directory, run in onnxruntime or MNN, with the JAX model.
+        """Runs the directory in onnxruntime or MNN and compares it with the JAX model.
 
         See `glm_edge.export.verify` for the arguments.
         """

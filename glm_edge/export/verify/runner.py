@@ -1,7 +1,6 @@
-"""Runners of an exported model's signatures, in LiteRT or in JAX, as a phone's runtime does.
+"""Runners of an exported model's signatures in LiteRT or JAX, in the order of a phone's runtime.
 
-Letters of shapes: `T` tokens, `D` hidden size, `M` features of one image or recording, `V`
-vocabulary.
+Shapes: `T` tokens, `D` hidden size, `M` features of one image or recording, `V` vocabulary size.
 """
 
 import copy
@@ -35,10 +34,10 @@ MASKED = -1e9
 
 
 class SignatureRunner:
-    """Drives the signatures as a phone's runtime does; subclasses run one signature.
+    """A driver that calls signatures as a phone's runtime does; subclasses run one signature.
 
     Attributes:
-      float32: True where products are known to be taken in float32, on dequantized weights.
+      float32: True if products are known to be in float32, on dequantized weights.
     """
 
     float32 = False
@@ -58,17 +57,45 @@ class SignatureRunner:
         self.attended_slots = sorted(attended_slots)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays of exactly its shapes."""
+        """Runs one signature on arrays that match its shapes exactly.
+
+        Args:
+          signature: name of the signature.
+          **inputs: input arrays by name.
+
+        Returns:
+          Output arrays by name.
+        """
         raise NotImplementedError
 
     def encode_images(self, image: np.ndarray) -> np.ndarray:
-        """Encodes one image [height, width, channels] to features [M, D]."""
+        """Encodes one image [height, width, channels] to features [M, D].
+
+        Args:
+          image: pixels [height, width, channels].
+
+        Returns:
+          Features, float32 [M, D].
+
+        Raises:
+          DataError: the model has no vision encoder, or the shape is wrong.
+        """
         vision = self.config.vision
         shape = None if vision is None else (*vision.image_size, vision.channels)
         return self._encode("vision", "images", image, shape)
 
     def encode_audio(self, audio: np.ndarray) -> np.ndarray:
-        """Encodes the log-mel frames [num_frames, mel_bins] of one recording to features [M, D]."""
+        """Encodes the log-mel frames [num_frames, mel_bins] of one recording to features [M, D].
+
+        Args:
+          audio: log-mel frames [num_frames, mel_bins].
+
+        Returns:
+          Features, float32 [M, D].
+
+        Raises:
+          DataError: the model has no speech encoder, or the shape is wrong.
+        """
         speech = self.config.speech
         shape = None if speech is None else (speech.num_frames, speech.mel_bins)
         return self._encode("speech", "audio", audio, shape)
@@ -79,7 +106,7 @@ class SignatureRunner:
         if shape is None:
             raise DataError(f"{argument}: {self.config.name} has no {signature} encoder")
         if np.shape(array) != shape:
-            raise DataError(f"{argument}: shape {np.shape(array)}, this model takes {shape}")
+            raise DataError(f"{argument}: shape {np.shape(array)}, expected {shape}")
         inputs = {argument: np.asarray(array, np.float32)[None]}
         return self.run(signature, **inputs)["features"][0]
 
@@ -89,23 +116,23 @@ class SignatureRunner:
         image: np.ndarray | None = None,
         audio: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Embeds tokens and puts encoded image and speech at their placeholders.
+        """Embeds tokens, with encoded image and speech at their placeholders.
 
         Args:
-          tokens: int [T].
-          image: [height, width, channels], or None.
-          audio: [num_frames, mel_bins], or None.
+          tokens: token ids, int [T].
+          image: pixels [height, width, channels], or None.
+          audio: log-mel frames [num_frames, mel_bins], or None.
 
         Returns:
-          float32 [T, D].
+          Embeddings, float32 [T, D].
 
         Raises:
           DataError: the text is empty, does not fit the cache, or has an unknown token; the model
-            lacks the encoder; an array has another shape.
+            lacks the encoder; or an array has the wrong shape.
         """
         tokens, size = np.asarray(tokens, np.int32).reshape(-1), self.config.decoder.vocab_size
         if not tokens.size or tokens.min() < 0 or tokens.max() >= size:
-            raise DataError(f"tokens: at least one is needed, and all must be 0 to {size - 1}")
+            raise DataError(f"tokens: must contain at least one token, all from 0 to {size - 1}")
         parts = []
         for start, end, length in self._chunks(0, len(tokens)):
             padded = _padded(tokens[start:end], length)[None]
@@ -124,18 +151,18 @@ class SignatureRunner:
         image: np.ndarray | None = None,
         audio: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Scores of the next token at every position of a text.
+        """Computes logits of the next token at every position of a text.
 
         Args:
-          tokens: int [T], with placeholders where features go.
-          image: [height, width, channels], or None.
-          audio: [num_frames, mel_bins], or None.
+          tokens: token ids, int [T], with placeholders for features.
+          image: pixels [height, width, channels], or None.
+          audio: log-mel frames [num_frames, mel_bins], or None.
 
         Returns:
-          float32 [T, V].
+          Logits, float32 [T, V].
 
         Raises:
-          DataError: as `embed`.
+          DataError: as for `embed`.
         """
         return self.extend(self.embed(tokens, image, audio), 0, self.empty_cache(), True)[0]
 
@@ -149,16 +176,17 @@ class SignatureRunner:
         """Extends a prompt by the top-1 token until a stop token, which is included.
 
         Args:
-          tokens: int [T].
-          image: [height, width, channels], or None.
-          audio: [num_frames, mel_bins], or None.
-          max_new_tokens: at most so many, and at least one.
+          tokens: token ids, int [T].
+          image: pixels [height, width, channels], or None.
+          audio: log-mel frames [num_frames, mel_bins], or None.
+          max_new_tokens: most tokens to generate, at least one.
 
         Returns:
           The new tokens.
 
         Raises:
-          DataError: as `embed`, prompt and answer do not fit the cache, or scores are not finite.
+          DataError: as for `embed`; or prompt and answer do not fit the cache, or logits are not
+            finite.
         """
         embedded = self.embed(tokens, image, audio)
         logits, cache = self.extend(embedded, 0, self.empty_cache())
@@ -177,19 +205,19 @@ class SignatureRunner:
         cache: dict[str, np.ndarray],
         every_position: bool = False,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Runs embedded tokens from a slot of the cache on.
+        """Runs embedded tokens, starting at a slot of the cache.
 
-        Where prefill gives no logits, the last token is decoded after the others; so is every token
-        where all positions are asked for.
+        If prefill returns no logits, the last token is decoded after the others, or every token if
+        `every_position` is set.
 
         Args:
-          embedded: [T, D].
-          slot: that the first token takes; the slots before it are full.
-          cache: from `empty_cache`, or from the call before.
-          every_position: scores all tokens, not the last alone.
+          embedded: embedded tokens [T, D].
+          slot: slot of the first token; the slots before it are full.
+          cache: cache from `empty_cache`, or from the previous call.
+          every_position: whether to return logits of all tokens instead of the last only.
 
         Returns:
-          `(logits, cache)`: [T, V] or [1, V], and the cache with these tokens.
+          `(logits, cache)`: logits [T, V] or [1, V], and the cache with these tokens.
 
         Raises:
           DataError: the tokens do not fit the cache.
@@ -213,12 +241,24 @@ class SignatureRunner:
         return np.concatenate(logits) if every_position else logits[-1][-1:], cache
 
     def attended(self, slot: int, length: int) -> int | None:
-        """Returns the slots of the fastest signature for tokens from a slot on; None for all."""
+        """Returns the attended slots of the fastest signature for some tokens; None for all.
+
+        Args:
+          slot: slot of the first token.
+          length: number of tokens.
+
+        Returns:
+          The number of slots, or None for all.
+        """
         fitting = attended_by(length, self.attended_slots)
         return next((attended for attended in fitting if slot + length <= attended), None)
 
     def looking_at_all_slots(self) -> Self:
-        """Returns a copy in the same runtime that runs no signature of fewer slots."""
+        """Returns a copy in the same runtime whose signatures attend to all slots.
+
+        Returns:
+          The copy, which shares the runtime.
+        """
         other = copy.copy(self)
         other.attended_slots = []
         return other
@@ -226,13 +266,16 @@ class SignatureRunner:
     def step_inputs(
         self, embedded: np.ndarray, slot: int, length: int, attended: int | None = None
     ) -> dict[str, np.ndarray]:
-        """Makes the inputs of `decode` or `prefill_<length>` beside the cache.
+        """Makes the inputs of `decode` or `prefill_<length>` except the cache.
 
         Args:
-          embedded: at most [length, D]; further rows are padding.
-          slot: that the first token takes.
-          length: of the signature.
-          attended: slots that it looks at; None for all.
+          embedded: embedded tokens, at most [length, D]; missing rows are padded.
+          slot: slot of the first token.
+          length: token count of the signature.
+          attended: number of slots that it attends to; None for all.
+
+        Returns:
+          Inputs by name.
         """
         positions = np.arange(slot, slot + length, dtype=np.int32)
         visible = np.arange(attended or self.cache_slots) <= positions[:, None]
@@ -262,7 +305,11 @@ class SignatureRunner:
             start += length
 
     def empty_cache(self) -> dict[str, np.ndarray]:
-        """Makes an empty cache, by the names that the signatures use."""
+        """Makes an empty cache; its keys are the input names of the signatures.
+
+        Returns:
+          Zeros [1, K, S, H] and [1, K, H, S] by name.
+        """
         decoder, cache = self.config.decoder, {}
         for layer in range(decoder.num_layers):
             heads, width = decoder.kv_heads(layer), decoder.head_dim
@@ -272,20 +319,20 @@ class SignatureRunner:
 
 
 class LiteRTRunner(SignatureRunner):
-    """An exported file in the LiteRT interpreter; needs nothing of JAX but this package.
+    """An exported file in the LiteRT interpreter, which runs without JAX.
 
-    Several threads may call it; the interpreter runs one signature at a time.
+    The runner is thread-safe; the interpreter runs one signature at a time.
 
     Args:
-      path: of the file.
-      num_threads: of the interpreter.
-      isolated: checks all tables of the file and runs it in a process of its own, where a damaged
-        file can crash nothing else. The caches stay in that process; other arrays are copied
-        through a pipe.
-      timeout: seconds for one answer of that process.
+      path: path of the file.
+      num_threads: number of threads of the interpreter.
+      isolated: whether to check all tables of the file and run it in a separate process, so that a
+        damaged file can crash only that process. The process stores the caches; other arrays are
+        copied through a pipe.
+      timeout: time limit in seconds for one answer of that process.
 
     Raises:
-      ExportError: the file is not one that glm_edge exported, is damaged, or does not load.
+      ExportError: glm_edge did not export the file, or it is damaged or does not load.
       MissingExtraError: LiteRT is not installed.
     """
 
@@ -326,25 +373,25 @@ class LiteRTRunner(SignatureRunner):
                     model_path=str(path), num_threads=num_threads
                 )
         except (ValueError, RuntimeError) as error:
-            raise ExportError(f"{path}: LiteRT does not load it: {error}") from error
+            raise ExportError(f"{path}: LiteRT cannot load it: {error}") from error
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays of exactly its shapes."""
+        """Runs one signature on arrays that match its shapes exactly."""
         if self._worker is not None:
             graph = self._graphs[signature]
             tensors = graph.inputs, graph.outputs
             return run_checked(self._worker, self.path, signature, inputs, *tensors)
-        # A runner sets inputs, invokes and copies outputs, all in memory of the one interpreter.
+        # A call sets inputs, invokes, and copies outputs, all in the memory of one interpreter.
         with self._lock:
             if signature in self._runners:
                 return self._runners[signature](**inputs)
-            # The first run allocates, and the runtime announces its delegate then.
+            # The first run allocates memory, and the runtime then logs its delegate.
             with quiet():
                 self._runners[signature] = self.interpreter.get_signature_runner(signature)
                 return self._runners[signature](**inputs)
 
     def close(self) -> None:
-        """Ends the process of an isolated file, which otherwise ends with this object."""
+        """Ends the process of an isolated file, which also ends when this object is deleted."""
         if self._worker is not None:
             self._worker.close()
 
@@ -357,19 +404,22 @@ def run_checked(
     takes: Mapping[str, Tensor],
     gives: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Runs a signature in another process, where outputs named like inputs stay.
+    """Runs a signature in another process, which keeps outputs that are named like inputs.
 
     Args:
-      process: that runs it.
-      path: of the exported model, for messages.
-      signature: its name.
-      inputs: by name.
+      process: process that runs it.
+      path: path of the exported model, for messages.
+      signature: name of the signature.
+      inputs: input arrays by name.
       takes: expected tensors of `inputs`.
       gives: expected tensors of the outputs.
 
+    Returns:
+      Output arrays by name; `RemoteArray`s for those that stay in the process.
+
     Raises:
-      DataError: an input is missing, or of another type or shape.
-      ExportError: so is an output, or the process fails.
+      DataError: an input is missing, or has the wrong type or shape.
+      ExportError: an output is missing, or has the wrong type or shape; or the process fails.
     """
     for name, tensor in takes.items():
         if name not in inputs or not tensor.fits(inputs[name]):
@@ -382,14 +432,14 @@ def run_checked(
 
 
 class JaxRunner(SignatureRunner):
-    """The functions that an exported file was traced from, on boxed parameters, in JAX.
+    """The functions that an exported file was traced from, run in JAX on boxed parameters.
 
     Args:
-      model: its `compute` decides how products with quantized weights round activations.
-      params: as the file holds them.
-      prefill_lengths: of the file.
-      cache_slots: of the file.
-      prefill_logits: as the file.
+      model: the model; its `compute` selects how products with quantized weights round activations.
+      params: parameters with the values that the file stores.
+      prefill_lengths: token counts of the file's prefill signatures.
+      cache_slots: number of cache slots of the file.
+      prefill_logits: whether prefill returns logits of every token, as in the file.
     """
 
     def __init__(
@@ -406,7 +456,7 @@ class JaxRunner(SignatureRunner):
         self._functions = _compiled(model, lengths, cache_slots, prefill_logits)
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Runs one signature on arrays of exactly its shapes."""
+        """Runs one signature on arrays that match its shapes exactly."""
         outputs = self._functions[signature](self._params, inputs)
         return {name: np.array(value) for name, value in outputs.items()}
 
@@ -415,7 +465,7 @@ class JaxRunner(SignatureRunner):
 def _compiled(
     model: MultimodalGLM, lengths: tuple[int, ...], cache_slots: int, prefill_logits: bool
 ) -> dict[str, Any]:
-    """Compiles the functions of a model once, however many of its files are compared with them."""
+    """Compiles the functions of a model once for comparisons with any number of its files."""
     entries = signatures(model, lengths, cache_slots, prefill_logits)
     return {entry.name: jax.jit(entry.function) for entry in entries}
 
@@ -424,12 +474,11 @@ def _argmax(scores: np.ndarray) -> int:
     """Returns the top-1 token of scores [V].
 
     Raises:
-      DataError: they are not finite, so that none is the best.
+      DataError: the logits are not finite.
     """
     if not np.isfinite(scores).all():
         raise DataError(
-            "the exported model's scores are NaN or infinite, so no token is the best; its weights "
-            "or its inputs are damaged"
+            "the exported model's logits are NaN or infinite; check its weights and inputs"
         )
     return int(scores.argmax())
 

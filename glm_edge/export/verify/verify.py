@@ -1,4 +1,4 @@
-"""Comparison of an exported model, run in its runtime, with the JAX model of the same integers."""
+"""Comparison of an exported model, run in its runtime, with the JAX model of the same codes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ from glm_edge.params.tree import Params
 
 @dataclass(frozen=True)
 class Window:
-    """One text, with the image and audio of its placeholders, to compare two models on.
+    """A text with the image and audio of its placeholders, on which two models are compared.
 
     Attributes:
-      tokens: int [T].
-      image: [height, width, channels], or None.
+      tokens: token ids, int [T].
+      image: pixels [height, width, channels], or None.
       audio: log-mel [num_frames, mel_bins], or None.
-      counted: bool [T], False where the prediction made at a position is left out, as where the
-        answer's grammar forces the next token; None counts every position.
-      prompt_length: tokens that free-running generation starts from; None takes half.
-      max_new_tokens: tokens that free-running generation adds at most.
+      counted: bool [T], False for positions whose prediction is ignored, such as those where the
+        answer's grammar forces the next token. None counts every position.
+      prompt_length: number of tokens from which free-running generation starts; None uses half.
+      max_new_tokens: most tokens that free-running generation adds.
     """
 
     tokens: np.ndarray
@@ -54,51 +54,53 @@ def verify(
     check: bool = True,
     isolated: bool = True,
 ) -> Verification:
-    """Runs an exported file against the JAX model of the same integers.
+    """Runs an exported file and compares it with the JAX model of the same codes.
 
     A `.tflite` file runs in LiteRT. The graphs of a directory run in onnxruntime or MNN, in float32
-    on dequantized weights, after its integers and scales were found to be the model's bit for bit
-    (of MNN, those that products read). Texts are scored token by token with the same tokens before
-    (`agreement`), some are continued greedily, and each signature is run once on random inputs.
+    on dequantized weights. Before that, its codes and scales are compared with the model's bit for
+    bit (for MNN, those of products). Both models predict each token of the texts from the same
+    preceding tokens (`agreement`), some texts are continued greedily, and each signature runs once
+    on random inputs.
 
     Args:
-      path: the file, or the directory of ONNX or MNN graphs.
-      model: that it was traced from.
-      params: as the file holds them: `ExportedModel.params` or `Package.params`.
-      windows: texts to compare on; None draws random ones with at least 1,000 positions.
-      threshold: least agreement; None takes 0.99, but 0.97 of a `.tflite` file, which rounds
+      path: path of the file, or of the directory of ONNX or MNN graphs.
+      model: model that was traced.
+      params: parameters with the stored values, `ExportedModel.params` or `Package.params`.
+      windows: texts for the comparison; None draws random ones with at least 1,000 positions in
+        total.
+      threshold: minimum agreement. None uses 0.99, or 0.97 for a `.tflite` file, which rounds
         activations, against `float32`.
-      compute: how the JAX model multiplies; None takes `int8_static` where the parameters have
-        static grids, which the file then has, and else `int8_dynamic`. ONNX and MNN graphs are
-        compared with `float32` alone.
-      free_running: windows that are also continued greedily from their first tokens.
-      seed: of random windows.
-      check: raise when the agreement is below the threshold.
-      isolated: run the file in a process of its own, so that a damaged one can crash nothing else;
-        False is faster, for a `.tflite` file that was just written. Directories always run so.
+      compute: arithmetic of the JAX model. None uses `int8_static` if the parameters, and so the
+        file, have static grids, and otherwise `int8_dynamic`. ONNX and MNN graphs are compared with
+        `float32` only.
+      free_running: number of windows that are also continued greedily from their first tokens.
+      seed: seed of random windows.
+      check: whether to raise if the agreement is below the threshold.
+      isolated: whether to run the file in a separate process, so that a damaged file can crash only
+        that process. False is faster, for a `.tflite` file that was just written. Directories
+        always run in a separate process.
 
     Returns:
-      The comparison. When it passes, at the threshold that None takes and on at least 1,000
-      positions, the file's description is marked as verified; `Verification.shortfalls` says what
-      that lacked.
+      The comparison. If it passes the default threshold on at least 1,000 positions, the file's
+      description is marked as verified. Otherwise `Verification.shortfalls` lists the reasons.
 
     Raises:
-      ExportError: the agreement is below the threshold, a signature computes something else, no
-        position is counted, the file is damaged, or is one of another model.
-      DataError: a window does not fit the cache, or counts other positions than it has.
+      ExportError: the agreement is below the threshold, a signature differs from JAX, no position
+        is counted, the file is damaged, or it contains a different model.
+      DataError: a window does not fit the cache, or its `counted` does not have its shape.
     """
     directory = Path(path).is_dir()
     runner: GraphDirectoryRunner | LiteRTRunner
     runner = GraphDirectoryRunner(path) if directory else LiteRTRunner(path, isolated=isolated)
     if runner.config != model.config:
-        raise ExportError(f"{path}: holds another model than {model.config.name}")
+        raise ExportError(f"{path}: contains a different model than {model.config.name}")
     if isinstance(runner, GraphDirectoryRunner):
         shapes = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
         check_weights(runner.read_weights(shapes), params, path)
     if runner.float32 and compute not in (None, "float32"):
         raise ExportError(
-            f"{path}: is run in float32, so that {compute} would compare other sums; right would "
-            "be compute='float32'"
+            f"{path}: runs in float32, so a comparison with {compute} is not meaningful; use "
+            "compute='float32'"
         )
     if compute is None:
         compute = "float32" if runner.float32 else compute_of(params)
@@ -114,12 +116,12 @@ def verify(
     for index, window in enumerate(windows):
         counted = _counted(window)
         content = (window.tokens, window.image, window.audio)
-        # The file first: a damaged one fails before JAX compiles anything.
-        # Every second text goes through the signatures that look at all slots.
+        # The file runs first, so that a damaged one fails before JAX compiles anything. Every
+        # second text runs through the signatures that attend to all slots.
         run = runner.looking_at_all_slots() if index % 2 else runner
         logits = run.score(*content)[counted]
         if not np.isfinite(logits).all():
-            raise ExportError(f"{path}: gives scores that are not finite")
+            raise ExportError(f"{path}: its logits are not finite")
         expected = reference.score(*content)[counted]
         hits.append(expected.argmax(-1) == logits.argmax(-1))
         errors.append(np.abs(expected - logits).max(initial=0.0))
@@ -127,7 +129,7 @@ def verify(
     distances = signature_distances(reference, runner, seed)
     same = np.concatenate(hits) if hits else np.zeros(0, bool)
     if not same.size:
-        raise ExportError(f"{path}: nothing to verify on: no window counts a position")
+        raise ExportError(f"{path}: no window counts a position; set counted for at least one")
     free = [_free_running(reference, runner, w) for w in windows[:free_running]]
     equal, generated = (sum(counts) for counts in zip(*free, strict=True)) if free else (0, 0)
     result = conclude(
@@ -154,15 +156,15 @@ def verify(
 def signature_distances(
     reference: SignatureRunner, runner: SignatureRunner, seed: int = 0
 ) -> dict[str, float]:
-    """Measures how far each signature of a file is from the JAX function that it was traced from.
+    """Measures the distance between each signature of a file and its JAX function.
 
     Args:
-      reference: the functions.
-      runner: of the file.
-      seed: of the inputs.
+      reference: runner of the JAX functions.
+      runner: runner of the file.
+      seed: seed of the inputs.
 
     Returns:
-      `Verification.signatures`.
+      Distance by signature, as in `Verification.signatures`.
     """
     rng, config, distances = np.random.default_rng(seed), runner.config, {}
     if config.vision is not None:
@@ -186,7 +188,7 @@ def signature_distances(
 
 
 def _logits_of_steps(runner: SignatureRunner, rows: np.ndarray, attended: int | None) -> np.ndarray:
-    """Runs the signature for so many rows and a step behind it, where a slot is free."""
+    """Runs the signature for these rows, and then one decoding step if a slot is free."""
     length = len(rows)
     inputs = runner.step_inputs(rows, 0, length, attended)
     cache = runner.run(step_name(length, attended), **inputs, **runner.empty_cache())
@@ -203,7 +205,15 @@ def _distance(expected: np.ndarray, measured: np.ndarray) -> float:
 
 
 def random_windows(runner: SignatureRunner, seed: int) -> list[Window]:
-    """Draws texts of at least 1,000 positions together, a third each with image and speech."""
+    """Draws texts with at least 1,000 positions in total, a third each with image and speech.
+
+    Args:
+      runner: runner whose model and cache the windows fit.
+      seed: seed of the random values.
+
+    Returns:
+      The windows.
+    """
     rng = np.random.default_rng(seed)
     config, slots = runner.config, runner.cache_slots
     length = min(max(runner.prefill_lengths, default=32), slots)
@@ -245,8 +255,8 @@ def _counted(window: Window) -> np.ndarray:
         return np.ones(len(window.tokens), bool)
     if np.shape(window.counted) != (len(window.tokens),):
         raise DataError(
-            f"counted has shape {np.shape(window.counted)}; {len(window.tokens)} tokens need one "
-            "bool each"
+            f"counted: shape {np.shape(window.counted)}, expected one bool for each of "
+            f"{len(window.tokens)} tokens"
         )
     return np.asarray(window.counted, bool)
 

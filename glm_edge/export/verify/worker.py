@@ -1,4 +1,4 @@
-"""Interpreter of an exported model in another process, whose death is only an error here."""
+"""Interpreter of an exported model in another process, so that a crash raises an exception."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ from glm_edge.export.verify.worker_main import ProtocolError, receive, send
 TIMEOUT = 600.0
 MAX_MESSAGE_CHARS = 200
 LOG_PREFIXES = ("INFO", "WARNING")
-# Of each runtime its name in messages, its module, and the extra that installs it.
+# For each runtime: its name in messages, its module, and the extra that installs it.
 RUNTIMES = {
     "litert": ("LiteRT", "ai_edge_litert", "export"),
     "onnx": ("onnxruntime", "onnxruntime", "onnx"),
@@ -33,8 +33,14 @@ RUNTIMES = {
 def require_runtime(runtime: str) -> str:
     """Returns the name of a runtime of `RUNTIMES`, if it is installed.
 
+    Args:
+      runtime: key of `RUNTIMES`.
+
+    Returns:
+      The name of the runtime for messages.
+
     Raises:
-      MissingExtraError: it is not.
+      MissingExtraError: it is not installed.
     """
     name, module, extra = RUNTIMES[runtime]
     require(module, extra=extra)
@@ -42,11 +48,11 @@ def require_runtime(runtime: str) -> str:
 
 
 class RemoteArray:
-    """An array that stayed in the other process and need not be copied to be an input there.
+    """An array that stays in the other process, where it can be an input without a copy.
 
     Attributes:
-      dtype: of the array.
-      shape: of the array.
+      dtype: type of the array.
+      shape: shape of the array.
     """
 
     def __init__(
@@ -61,20 +67,20 @@ class RemoteArray:
 
 
 class InterpreterProcess:
-    """The runtime of one exported model, in a process of its own.
+    """The runtime of one exported model, in a separate process.
 
-    Several threads may ask; they are answered one after the other. An engine has one conversation,
-    so that threads which converse need a process each.
+    The object is thread-safe and processes one request at a time. An engine has one conversation,
+    so each conversation needs its own process.
 
     Args:
-      path: of the file, or of the directory for `onnx` and `mnn`.
-      num_threads: of the runtime, at most as many as this process has cores.
-      timeout: seconds for one answer, loading included.
-      runtime: `litert`, `onnx`, `mnn`, or `litertlm`, which replies and runs no signatures.
-      **options: of the runtime's class in `glm_edge.export.verify.worker_main`.
+      path: path of the file, or of the directory for `onnx` and `mnn`.
+      num_threads: number of threads of the runtime, limited to the cores of this process.
+      timeout: time limit in seconds for one answer, and for loading.
+      runtime: `litert`, `onnx`, `mnn`, or `litertlm`, which supports `reply` instead of `run`.
+      **options: arguments of the runtime's class in `glm_edge.export.verify.worker_main`.
 
     Raises:
-      ExportError: the file does not load, the process dies on it, or does not answer in time.
+      ExportError: the file does not load, or the process crashes or exceeds the time limit.
       MissingExtraError: the runtime is not installed.
     """
 
@@ -89,10 +95,10 @@ class InterpreterProcess:
         self._name = require_runtime(runtime)
         self._path, self._timeout = path, timeout
         self.dropped: list[int] = []
-        # A question and its answer are one exchange through the pipes.
+        # The lock keeps a request and its answer together in the pipes.
         self._lock = threading.Lock()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        # `-P`: the folder of the script holds names of packages, which must not hide them.
+        # `-P`: modules in the script's folder have names of packages, and must not hide them.
         self._process = subprocess.Popen(
             [sys.executable, "-P", worker_main.__file__],
             stdin=subprocess.PIPE,
@@ -104,7 +110,7 @@ class InterpreterProcess:
         self._answers: Any = self._process.stdout
         self._close = weakref.finalize(self, _end, self._process)
         fields = {"do": "load", "runtime": runtime, "path": str(path)}
-        # Threads of runtimes wait for each other by spinning, which stalls them on one core.
+        # More threads than cores are slow: threads of runtimes spin while they wait for each other.
         options["num_threads"] = min(num_threads, _cores())
         self._ask({**fields, "options": options}, {}, "load it")
 
@@ -114,15 +120,15 @@ class InterpreterProcess:
         """Runs a signature.
 
         Args:
-          signature: its name.
+          signature: name of the signature.
           inputs: arrays, or `RemoteArray`s of this process, by name.
-          keep: outputs that stay in the process and come back as `RemoteArray`s.
+          keep: names of outputs that stay in the process and are returned as `RemoteArray`s.
 
         Returns:
           The outputs by name.
 
         Raises:
-          ExportError: the runtime refuses, the process dies, or does not answer in time.
+          ExportError: the runtime fails, or the process crashes or exceeds the time limit.
         """
         remote = {
             name: value.key
@@ -138,36 +144,43 @@ class InterpreterProcess:
                 for name, (key, kind, shape) in answer["remote"].items()
             }
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ExportError(f"{self._path}: its process gave no valid answer") from error
+            raise ExportError(f"{self._path}: its process returned no valid answer") from error
         return {**outputs, **stayed}
 
     def fetch(self, key: int) -> np.ndarray:
-        """Copies an array that stayed in the process."""
-        return self._ask({"do": "fetch", "key": key}, {}, "give an array back")[1]["array"]
-
-    def reply(self, content: Any, max_new_tokens: int, same: bool = False) -> tuple[str, int]:
-        """Asks the engine of a bundle for its greedy answer to a message of a user.
+        """Copies an array from the process.
 
         Args:
-          content: text, or a list of parts as LiteRT-LM takes them, JSON-ready.
-          max_new_tokens: of each answer of the conversation that this message begins.
-          same: the message goes on with the conversation of the one before.
+          key: key of the array in the other process.
 
         Returns:
-          `(text, tokens)`: the answer, and the tokens of the conversation, this answer included.
+          The array.
+        """
+        return self._ask({"do": "fetch", "key": key}, {}, "return an array")[1]["array"]
+
+    def reply(self, content: Any, max_new_tokens: int, same: bool = False) -> tuple[str, int]:
+        """Requests the greedy answer of a bundle's engine to a user's message.
+
+        Args:
+          content: text, or a list of LiteRT-LM's parts as JSON values.
+          max_new_tokens: most tokens per answer of the conversation that this message begins.
+          same: whether the message continues the previous conversation.
+
+        Returns:
+          `(text, tokens)`: the answer, and the number of tokens of the conversation including it.
 
         Raises:
-          ExportError: as `run`.
+          ExportError: as for `run`.
         """
         fields = {"do": "reply", "content": content, "max_new_tokens": max_new_tokens, "same": same}
         answer = self._ask(fields, {}, "answer a message")[0]
         text, tokens = answer.get("text"), answer.get("tokens")
         if not isinstance(text, str) or not isinstance(tokens, int):
-            raise ExportError(f"{self._path}: its process gave no valid answer")
+            raise ExportError(f"{self._path}: its process returned no valid answer")
         return text, tokens
 
     def close(self) -> None:
-        """Ends the process, once it has answered; the object is of no use afterwards."""
+        """Ends the process after its current answer. The object cannot be used afterwards."""
         with self._lock:
             self._close()
 
@@ -181,7 +194,7 @@ class InterpreterProcess:
         self, fields: dict[str, Any], arrays: Mapping[str, np.ndarray], task: str
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if not self._close.alive:
-            raise ExportError(f"{self._path}: its process has ended; load it again")
+            raise ExportError(f"{self._path}: its process has ended; load the file again")
         fields = {**fields, "drop": [self.dropped.pop() for _ in range(len(self.dropped))]}
         late = threading.Event()
         timer = threading.Timer(self._timeout, self._stop, [late])
@@ -193,7 +206,7 @@ class InterpreterProcess:
         except (OSError, ProtocolError):
             answer = None
         except BaseException:
-            # An answer may be half read: what follows in the pipe could not be told from it.
+            # An answer may be half read, and the next one would be read as its continuation.
             self._close()
             raise
         finally:
@@ -209,30 +222,32 @@ class InterpreterProcess:
         self._process.kill()
 
     def _cause(self, task: str, late: threading.Event) -> str:
-        """Returns why there was no answer."""
+        """Returns the reason for a missing answer."""
         try:
-            # A process that crashes closes its pipes a moment before it has ended.
+            # A process that crashes closes its pipes shortly before it ends.
             code = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
         self._close()
         if late.is_set():
-            return f"{self._name} did not {task} within {self._timeout:g} s; its process was ended"
+            return (
+                f"{self._name} did not {task} within {self._timeout:g} s; its process was stopped"
+            )
         how = f"exit status {code}"
         if code < 0:
             with contextlib.suppress(ValueError):
                 how = f"signal {signal.Signals(-code).name}"
         return (
-            f"{self._name}'s process died when asked to {task} ({how}{self._last_line()}); the "
-            "file is damaged or not meant for this release"
+            f"{self._name}'s process crashed when asked to {task} ({how}{self._last_line()}); the "
+            "file is damaged or made for another release"
         )
 
     def _last_line(self) -> str:
         size = self._errors.seek(0, 2)
         self._errors.seek(max(0, size - 4096))
         lines = self._errors.read().decode(errors="replace").split("\n")
-        # Announcements of the runtime are not the cause.
+        # Log messages of the runtime are not the cause.
         lines = [
             line.strip() for line in lines if line.strip() and not line.startswith(LOG_PREFIXES)
         ]

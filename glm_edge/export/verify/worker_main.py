@@ -1,8 +1,8 @@
-"""Process that runs one exported model for another process, so that a crash ends this one alone.
+"""Process that runs one exported model for another process, so that a crash ends only this one.
 
-Run by its path, it imports numpy and one runtime and nothing of glm_edge. Requests come on standard
-input, answers leave on standard output: eight bytes with the length of a JSON object, the object,
-then the bytes of the arrays that it lists.
+It is run by its path, and imports numpy and one runtime but not glm_edge. It reads requests from
+standard input and writes answers to standard output. A message is eight bytes with the length of a
+JSON object, the object, then the bytes of the arrays that it lists.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ LENGTH = struct.Struct("<Q")
 MAX_HEADER = 1 << 24
 MAX_ARRAYS = 1 << 36
 MEMORY_HEADROOM_BYTES = 8 << 30
-# MNN turns packed weights to float32 for each signature that reads them.
+# MNN converts packed weights to float32 for each signature that reads them.
 FILE_COPIES = {"litert": 4, "onnx": 8, "mnn": 24, "litertlm": 8}
 CACHE_OUTPUT_SUFFIX = "_out"
 
@@ -33,11 +33,11 @@ def send(stream: BinaryIO, fields: Mapping[str, Any], arrays: Mapping[str, np.nd
     """Writes a message.
 
     Args:
-      stream: to write to.
-      fields: JSON values.
-      arrays: by name, numeric.
+      stream: stream to write to.
+      fields: JSON values by name.
+      arrays: numeric arrays by name.
     """
-    # Not `ascontiguousarray`, which gives scalars a dimension.
+    # Not `ascontiguousarray`, which adds a dimension to scalars.
     packed = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     listed = [[name, array.dtype.str, list(array.shape)] for name, array in packed.items()]
     header = json.dumps({**fields, "arrays": listed}).encode()
@@ -51,10 +51,10 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]] | 
     """Reads a message.
 
     Args:
-      stream: to read from.
+      stream: stream to read from.
 
     Returns:
-      `(fields, arrays)`, or None where the stream ends.
+      `(fields, arrays)`, or None at the end of the stream.
 
     Raises:
       ProtocolError: the bytes are not a message.
@@ -65,7 +65,7 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]] | 
     try:
         (length,) = LENGTH.unpack(prefix)
         if length > MAX_HEADER:
-            raise ProtocolError(f"a header of {length} bytes")
+            raise ProtocolError(f"a header of {length} bytes exceeds the limit")
         fields = json.loads(_exactly(stream, length))
         arrays, allowed = {}, MAX_ARRAYS
         for name, kind, shape in fields.pop("arrays"):
@@ -104,7 +104,7 @@ class LiteRTRuntime:
 
 
 class ONNXRuntime:
-    """Sessions of a directory's ONNX graphs; products are taken in float32."""
+    """Sessions of a directory's ONNX graphs, with products in float32."""
 
     def __init__(self, path: str, num_threads: int) -> None:
         import onnxruntime
@@ -113,12 +113,12 @@ class ONNXRuntime:
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3
         self._options.intra_op_num_threads = num_threads
-        # Its default rounds the activations that meet packed weights to int8.
+        # The default rounds the activations of packed weights to int8.
         self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self._sessions: dict[str, Any] = {}
 
     def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs a graph; the outputs that carry the cache get the names of its inputs."""
+        """Runs a graph; cache outputs get the names of the cache inputs."""
         if signature not in self._sessions:
             graph = os.path.join(self._path, f"{signature}.onnx")
             self._sessions[signature] = self._library.InferenceSession(
@@ -140,14 +140,14 @@ class MNNRuntime:
         self._opened: dict[str, Any] = {}
 
     def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs a graph; the outputs that carry the cache get the names of its inputs."""
+        """Runs a graph; cache outputs get the names of the cache inputs."""
         if signature not in self._opened:
             interpreter = self._library.Interpreter(os.path.join(self._path, f"{signature}.mnn"))
             interpreter.setExternalFile(os.path.join(self._path, "weights.bin"))
             self._opened[signature] = interpreter, interpreter.createSession(self._config)
         interpreter, session = self._opened[signature]
         for name, array in inputs.items():
-            # A tensor does not keep the array alive that it is a view of.
+            # A tensor is a view of an array, and does not keep it alive.
             copy = np.array(array)
             interpreter.getSessionInput(session, name).copyFrom(self._tensor(copy))
         interpreter.runSession(session)
@@ -186,15 +186,15 @@ class LiteRTLMRuntime:
         self._conversation: Any = None
 
     def reply(self, content: Any, max_new_tokens: int, same: bool) -> tuple[str, int]:
-        """Answers a message of a user.
+        """Answers a user's message.
 
         Args:
           content: text or parts.
-          max_new_tokens: of each answer of the conversation that this message begins.
-          same: the message goes on with the conversation of the one before.
+          max_new_tokens: most tokens per answer of the conversation that this message begins.
+          same: whether the message continues the previous conversation.
 
         Returns:
-          `(text, tokens)`: the answer, and the tokens of the conversation so far.
+          `(text, tokens)`: the answer, and the number of tokens of the conversation so far.
         """
         if self._conversation is None or not same:
             if self._conversation is not None:
@@ -217,7 +217,7 @@ RUNTIMES = {
 
 
 class Worker:
-    """The runtime, and the arrays that stay in this process between two runs."""
+    """The runtime, and the arrays that stay in this process between runs."""
 
     def __init__(self) -> None:
         self._runtime: Any = None
@@ -266,7 +266,7 @@ def _bytes_of(path: str) -> int:
 
 
 def _limit(file_bytes: int, copies: int) -> None:
-    """Keeps a hostile file from taking the machine's memory, or leaving a core on its disk."""
+    """Prevents a hostile file from exhausting memory, or writing a core dump."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -279,7 +279,7 @@ def _limit(file_bytes: int, copies: int) -> None:
 
 @contextlib.contextmanager
 def _answers_only() -> Iterator[BinaryIO]:
-    """Gives standard output to answers alone; what libraries print goes to standard error."""
+    """Reserves standard output for answers; output of libraries goes to standard error."""
     answers = os.dup(1)
     os.dup2(2, 1)
     with os.fdopen(answers, "wb") as stream:
@@ -288,14 +288,14 @@ def _answers_only() -> Iterator[BinaryIO]:
 
 def main() -> None:
     """Answers requests until the other process closes the pipe."""
-    # An interrupt at the terminal is for the process that asks.
+    # The parent process handles an interrupt at the terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker = Worker()
     with _answers_only() as output:
         while (request := receive(sys.stdin.buffer)) is not None:
             try:
                 fields, arrays = worker.handle(*request)
-            except Exception as error:  # of a library that has no class of its own
+            except Exception as error:  # of a library without a specific exception class
                 fields, arrays = {"error": f"{error or type(error).__name__}"}, {}
             send(output, fields, arrays)
 

@@ -46,8 +46,8 @@ def test_columns_that_are_not_whole_groups():
         plan_table.bytes_of((4, 40), Format.parse("int4-g32"))
     tree = {"a": {"weight": jnp.zeros((4, 40))}, "b": {"weight": jnp.zeros((4, 64))}}
     wanted, fallback = Format.parse("int4-g32"), Format("int8")
-    found = plan_table.format_everything(tree, wanted, fallback)
-    assert found == {"a/weight": fallback, "b/weight": wanted}
+    actual = plan_table.format_everything(tree, wanted, fallback)
+    assert actual == {"a/weight": fallback, "b/weight": wanted}
 
 
 option = st.builds(
@@ -66,10 +66,10 @@ def test_the_frontier_is_that_of_trying_everything(groups, fixed):
         for row in itertools.product(*groups)
     ]
     for budget in range(min(size for size, _ in tried), max(size for size, _ in tried) + 1):
-        found = plan_table.best_within(points, budget)
+        result = plan_table.best_within(points, budget)
         best = min(cost for size, cost in tried if size <= budget)
-        assert found.cost == pytest.approx(best)
-        assert found.bytes <= budget
+        assert result.cost == pytest.approx(best)
+        assert result.bytes <= budget
     for point in points:
         chosen = [options[i] for options, i in zip(groups, point.choice, strict=True)]
         assert point.bytes == fixed + sum(o.bytes for o in chosen)
@@ -105,5 +105,5 @@ def test_many_states_are_thinned_and_still_add_up(monkeypatch):
         assert point.bytes == sum(o.bytes for o in chosen)
     assert all(a.bytes < b.bytes and a.cost > b.cost for a, b in itertools.pairwise(points))
     middle = (exact[0].bytes + exact[-1].bytes) // 2
-    reached, best = (plan_table.best_within(found, middle).cost for found in (points, exact))
+    reached, best = (plan_table.best_within(result, middle).cost for result in (points, exact))
     assert reached <= 1.1 * best + 0.05

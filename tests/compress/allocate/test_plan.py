@@ -25,12 +25,14 @@ def logits(model, params, batch):
 
 
 def divergence_loop(model, before, after, batch):
-    expected, found = (np.float64(logits(model, tree, batch)) for tree in (before, after))
+    expected, actual = (np.float64(logits(model, tree, batch)) for tree in (before, after))
     weights = np.asarray(batches.loss_weights(model, batches.to_device(model, batch)))
     total = 0.0
-    for row, place in zip(*np.nonzero(weights), strict=True):
-        p, q = (x[row, place] - np.log(np.exp(x[row, place]).sum()) for x in (expected, found))
-        total += weights[row, place] * (np.exp(p) * (p - q)).sum()
+    for row, position in zip(*np.nonzero(weights), strict=True):
+        p, q = (
+            x[row, position] - np.log(np.exp(x[row, position]).sum()) for x in (expected, actual)
+        )
+        total += weights[row, position] * (np.exp(p) * (p - q)).sum()
     return total / weights.sum()
 
 
@@ -43,10 +45,10 @@ def planned(make_member, batch_of):
 
 
 def test_prediction_is_right_to_the_byte(planned, tmp_path):
-    model, params, _, found = planned
-    assert found.predicted_bytes <= found.budget_bytes
-    made_model, made, _ = found.recipe(model, params)
-    assert boxes.stored_bytes(made) == found.predicted_bytes == found.measured_bytes
+    model, params, _, result = planned
+    assert result.predicted_bytes <= result.budget_bytes
+    made_model, made, _ = result.recipe(model, params)
+    assert boxes.stored_bytes(made) == result.predicted_bytes == result.measured_bytes
     checkpoint.save(made_model, made, tmp_path / "small")
     size = (tmp_path / "small" / "model.safetensors").read_bytes()
     header = int.from_bytes(size[:8], "little")
@@ -55,19 +57,19 @@ def test_prediction_is_right_to_the_byte(planned, tmp_path):
         for name, entry in json.loads(size[8 : 8 + header]).items()
         if name != "__metadata__"
     ]
-    assert max(ends) == found.predicted_bytes
+    assert max(ends) == result.predicted_bytes
 
 
 def test_losses_are_those_of_each_group_alone(planned):
-    model, params, calibration, found = planned
-    row = next(row for row in found.rows if row.group == "decoder/layers/1/mlp")
+    model, params, calibration, actual = planned
+    row = next(row for row in actual.rows if row.group == "decoder/layers/1/mlp")
     alone = rtn(row.format, where="^decoder/layers/1/mlp/", scale="mse")(model, params)[1]
     expected = np.mean([divergence_loop(model, params, alone, batch) for batch in calibration])
     assert row.loss["text"] == pytest.approx(expected, rel=1e-3)
-    made = found.recipe(model, params)[1]
+    made = actual.recipe(model, params)[1]
     expected = np.mean([divergence_loop(model, params, made, batch) for batch in calibration])
-    assert found.measured["text"] == pytest.approx(expected, rel=1e-3)
-    assert found.predicted["text"] == pytest.approx(sum(row.loss["text"] for row in found.rows))
+    assert actual.measured["text"] == pytest.approx(expected, rel=1e-3)
+    assert actual.predicted["text"] == pytest.approx(sum(row.loss["text"] for row in actual.rows))
 
 
 def test_more_budget_never_predicts_more_loss(planned):
@@ -77,24 +79,24 @@ def test_more_budget_never_predicts_more_loss(planned):
 
 
 def test_prints_and_is_json(planned):
-    found = planned[3]
-    text = str(found)
+    result = planned[3]
+    text = str(result)
     for word in ("decoder/layers/0/attention", "predicted", "measured", "budget 9,000 bytes"):
         assert word in text
-    fields = json.loads(found.to_json())
-    assert fields["predicted_bytes"] == found.predicted_bytes
-    assert recipe_from_json(json.dumps(fields["recipe"])) == found.recipe
+    fields = json.loads(result.to_json())
+    assert fields["predicted_bytes"] == result.predicted_bytes
+    assert recipe_from_json(json.dumps(fields["recipe"])) == result.recipe
     total = sum(row["bytes"] for row in fields["groups"]) + fields["fixed_bytes"]
-    assert total == found.predicted_bytes
+    assert total == result.predicted_bytes
 
 
 def test_each_kind_of_batch_is_measured_apart(make_member, batch_of):
     model, params = make_member("nano")
-    whole = batch_of(model)
+    complete = batch_of(model)
     calibration = [
-        {"tokens": whole["tokens"], "images": whole["images"]},
-        {"tokens": whole["tokens"], "audio": whole["audio"]},
-        {"tokens": np.clip(whole["tokens"], 10, None)},
+        {"tokens": complete["tokens"], "images": complete["images"]},
+        {"tokens": complete["tokens"], "audio": complete["audio"]},
+        {"tokens": np.clip(complete["tokens"], 10, None)},
     ]
     where = (r"^(?:vision|speech|decoder|embed)",)
     small = plan(model, params, 10**6, ("int2",), calibration, where)
@@ -111,17 +113,17 @@ def test_each_kind_of_batch_is_measured_apart(make_member, batch_of):
 def test_a_transform_that_reads_never_sees_what_is_held_out(make_member, batch_of):
     model, params = make_member("edge")
     calibration = [batch_of(model, seed=seed) for seed in range(4)]
-    seen, held_out = split(calibration, reads=True)
-    assert [id(batch) for batch in seen] == [id(calibration[0]), id(calibration[2])]
+    observed, held_out = split(calibration, reads=True)
+    assert [id(batch) for batch in observed] == [id(calibration[0]), id(calibration[2])]
     assert [id(batch) for batch in held_out["text"]] == [id(calibration[1]), id(calibration[3])]
     with pytest.raises(DataError, match="one batch of text"):
         split(calibration[:1], reads=True)
     assert split(calibration, reads=False) == (None, {"text": calibration})
     groups = (r"^decoder", r"^(?:embed|head)")
-    found = plan(model, params, 8000, ("int4", "int2"), calibration, groups, transform="awq")
-    assert found.held_out == {"text": 2}
-    made = found.recipe(model, params, calibration=seen)[1]
-    assert boxes.stored_bytes(made) == found.predicted_bytes
+    result = plan(model, params, 8000, ("int4", "int2"), calibration, groups, transform="awq")
+    assert result.held_out == {"text": 2}
+    made = result.recipe(model, params, calibration=observed)[1]
+    assert boxes.stored_bytes(made) == result.predicted_bytes
 
 
 def test_refuses(make_member, batch_of):

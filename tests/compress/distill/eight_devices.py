@@ -61,23 +61,23 @@ def main(directory: str) -> None:
     step, states = training.apply_gradient, []
 
     def watched(*arguments):
-        found = step(*arguments)
-        states.append(shares(found[1]))
-        return found
+        actual = step(*arguments)
+        states.append(shares(actual[1]))
+        return actual
 
     training.apply_gradient = watched
     with sharding.on(mesh, rules):
-        found = transform(*spread_student, **call)
+        actual = transform(*spread_student, **call)
         # As if killed after the state of step 4 and before the end.
         again = transform(*spread_student, **call)
     print(
         json.dumps(
             {
-                "losses": [losses(report) for _, _, report in (expected, found, again)],
-                "error": error(found[1], expected[1]),
-                "same": error(again[1], found[1]),
+                "losses": [losses(report) for _, _, report in (expected, actual, again)],
+                "error": error(actual[1], expected[1]),
+                "same": error(again[1], actual[1]),
                 "moved": error(expected[1], student[1]),
-                "shares": shares(found[1]),
+                "shares": shares(actual[1]),
                 "moments": states[-1],
             }
         )
@@ -112,9 +112,9 @@ def losses(report) -> list[list[float]]:
     ]
 
 
-def error(found, expected) -> float:
+def error(actual, expected) -> float:
     """Norm of what all parameters differ by."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     return (
         sum(float(np.square(np.asarray(one) - np.asarray(other)).sum()) for one, other in pairs)
         ** 0.5

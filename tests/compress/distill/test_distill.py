@@ -55,9 +55,9 @@ def test_the_loss_matches_a_loop(temperature, alpha):
     tokens, weights = rng.integers(0, 7, (2, 5)), rng.random((2, 4))
     objective = Objective(temperature, alpha, weight_decay=0.0, clip_norm=1.0)
     arrays = (jnp.asarray(x, jnp.float32) for x in (logits, targets))
-    found, parts = distillation_loss(*arrays, jnp.asarray(tokens), jnp.asarray(weights), objective)
+    actual, parts = distillation_loss(*arrays, jnp.asarray(tokens), jnp.asarray(weights), objective)
     expected = loss_loop(logits, targets, tokens, weights, temperature, alpha)
-    np.testing.assert_allclose([found, *parts], expected, rtol=1e-4)
+    np.testing.assert_allclose([actual, *parts], expected, rtol=1e-4)
 
 
 def test_temperature_squared_keeps_the_gradients_scale():
@@ -241,13 +241,13 @@ def test_a_chain_teaches_with_the_model_it_was_given(small, calibration):
     rng = jax.random.key(0)
     step = prune.structured(neurons=0.5, score="magnitude")
     recipe = chain(step, distill(train=TrainOptions(steps=2)))
-    _, found, _ = recipe(model, params, calibration=calibration, rng=rng)
+    _, actual, _ = recipe(model, params, calibration=calibration, rng=rng)
     smaller, shrunk, _ = step(model, params)
     explicit = distill(teacher=(model, params), train=TrainOptions(steps=2))
     _, expected, _ = explicit(
         smaller, shrunk, calibration=calibration, rng=jax.random.fold_in(rng, 1)
     )
-    for name, array in arrays_of(found).items():
+    for name, array in arrays_of(actual).items():
         np.testing.assert_array_equal(array, arrays_of(expected)[name])
 
 
@@ -260,18 +260,18 @@ def test_a_student_is_healed_after_pruning_and_after_rounding(small, calibration
         distill(alpha=1.0, train=TrainOptions(steps=20, learning_rate=0.003)),
     )
     call = {"calibration": calibration, "rng": jax.random.key(0)}
-    smaller, found, report = recipe(model, params, **call)
+    smaller, compressed, report = recipe(model, params, **call)
     first, second = report.curve[:20], report.curve[20:]
     assert [point.step for point in second] == list(range(1, 21))
     assert np.mean([point.soft for point in first[-4:]]) < 0.6 * first[0].soft
     assert np.mean([point.soft for point in second[-4:]]) < 0.8 * second[0].soft
     # Codes and scales are those that rounding left; embeddings and norms went on.
     rounded = chain(*recipe.transforms[:3])(model, params, **call)[1]
-    old, new = arrays_of(rounded), arrays_of(found)
-    assert jax.tree.structure(rounded) == jax.tree.structure(found)
+    old, new = arrays_of(rounded), arrays_of(compressed)
+    assert jax.tree.structure(rounded) == jax.tree.structure(compressed)
     still = {name for name in old if np.array_equal(old[name], new[name])}
     assert still == {name for name in old if name.endswith((".data", ".scale"))}
-    assert boxes.stored_bytes(found) < 0.5 * boxes.stored_bytes(params)
+    assert boxes.stored_bytes(compressed) < 0.5 * boxes.stored_bytes(params)
     assert smaller.config.decoder.neurons(0) == 64
 
 
@@ -393,13 +393,13 @@ def test_accumulated_batches_are_one_big_batch(bigrams, calibration):
     options = {"steps": 6, "learning_rate": 0.02}
     transform = distill((model, teacher), train=TrainOptions(**options))
     accumulating = distill((model, teacher), train=TrainOptions(accumulate=4, **options))
-    _, found, parts = accumulating(model, student, calibration=weighed)
-    _, expected, whole = transform(model, student, calibration=[joined])
+    _, actual, parts = accumulating(model, student, calibration=weighed)
+    _, expected, complete = transform(model, student, calibration=[joined])
     _, other, _ = transform(model, student, calibration=weighed)
-    for name, array in arrays_of(found).items():
+    for name, array in arrays_of(actual).items():
         np.testing.assert_allclose(array, arrays_of(expected)[name], rtol=1e-4, atol=1e-5)
-    assert not np.allclose(arrays_of(found)[name], arrays_of(other)[name], atol=1e-3)
-    for one, all_at_once in zip(parts.curve, whole.curve, strict=True):
+    assert not np.allclose(arrays_of(actual)[name], arrays_of(other)[name], atol=1e-3)
+    for one, all_at_once in zip(parts.curve, complete.curve, strict=True):
         assert one.loss == pytest.approx(all_at_once.loss, rel=1e-5)
         assert one.hard == pytest.approx(all_at_once.hard, rel=1e-5)
 

@@ -35,10 +35,10 @@ class Mixer(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         x = nn.Embed(self.vocab, self.width, name="embed")(tokens)
-        seen = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
+        observed = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
         hidden = [x]
         for index in range(self.depth):
-            x = x + Head(self.heads, name=f"layer_{index}")(x, seen)
+            x = x + Head(self.heads, name=f"layer_{index}")(x, observed)
             hidden.append(x)
         return nn.Dense(self.vocab, name="head")(x), {"hidden": hidden}
 
@@ -49,11 +49,11 @@ class Head(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x, seen):
+    def __call__(self, x, observed):
         # A bias of keys would shift all scores of a query: no gradient but rounding.
         query = nn.DenseGeneral((self.heads, 4), name="q")(x)
         key = nn.DenseGeneral((self.heads, 4), use_bias=False, name="k")(x)
-        scores = jnp.where(seen, jnp.einsum("btnh,bsnh->bnts", query, key), -1e9)
+        scores = jnp.where(observed, jnp.einsum("btnh,bsnh->bnts", query, key), -1e9)
         weights = jax.nn.softmax(scores)
         if self.is_mutable_collection("attention") and not self.is_initializing():
             self.sow("attention", "weights", weights[:, :, None])
@@ -105,22 +105,22 @@ def test_the_losses_match_loops():
     student = [rng.normal(size=(2, 4, 5)) for _ in range(2)]
     teacher = [rng.normal(size=(2, 4, 7)) for _ in range(4)]
     projection = rng.normal(size=(5, 7))
-    found = hidden_loss(student, teacher, None, weights, jnp.asarray(projection))
+    actual = hidden_loss(student, teacher, None, weights, jnp.asarray(projection))
     expected = 0.0
     for mine, its in ((0, 1), (1, 3)):
         for b, t in np.ndindex(2, 3):
             there = teacher[its][b, t]
             distance = student[mine][b, t] @ projection - there
             expected += weights[b, t] * (distance @ distance) / (there @ there) / 2
-    np.testing.assert_allclose(found, expected / weights.sum(), rtol=1e-5)
+    np.testing.assert_allclose(actual, expected / weights.sum(), rtol=1e-5)
 
     student, teacher = (rng.dirichlet(np.ones(4), size=(2, heads, 4)) for heads in (3, 3))
-    found = attention_loss([student], [teacher, teacher[::-1]], (0,), weights)
+    actual = attention_loss([student], [teacher, teacher[::-1]], (0,), weights)
     expected = 0.0
     for b, n, t in np.ndindex(2, 3, 3):
-        there, here = teacher[b, n, t], student[b, n, t]
-        expected += weights[b, t] * np.sum(there * np.log(there / here)) / 3
-    np.testing.assert_allclose(found, expected / weights.sum(), rtol=1e-5)
+        there, current = teacher[b, n, t], student[b, n, t]
+        expected += weights[b, t] * np.sum(there * np.log(there / current)) / 3
+    np.testing.assert_allclose(actual, expected / weights.sum(), rtol=1e-5)
     halved = attention_loss([student[:, :1]], [teacher], None, weights)
     mean = attention_loss([student[:, :1]], [teacher.mean(1, keepdims=True)], None, weights)
     np.testing.assert_allclose(halved, mean, rtol=1e-5)
@@ -172,11 +172,11 @@ def test_accumulated_transfer_is_that_of_one_big_batch(data):
     student, teacher = built(0), built(1, depth=4, width=12)
     options = {"hidden": 1.0, "attention": 1.0, "steps": 4}
     one, parts = train(student, teacher, data, accumulate=3, **options)
-    other, whole = train(student, teacher, joined, **options)
-    for part, found in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(part, found, rtol=1e-3, atol=1e-5)
-    assert parts.curve[-1].hidden == pytest.approx(whole.curve[-1].hidden, rel=1e-5)
-    assert parts.curve[-1].attention == pytest.approx(whole.curve[-1].attention, rel=1e-5)
+    other, complete = train(student, teacher, joined, **options)
+    for part, result in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(part, result, rtol=1e-3, atol=1e-5)
+    assert parts.curve[-1].hidden == pytest.approx(complete.curve[-1].hidden, rel=1e-5)
+    assert parts.curve[-1].attention == pytest.approx(complete.curve[-1].attention, rel=1e-5)
 
 
 def test_the_projection_survives_an_interruption(data, tmp_path):
@@ -220,21 +220,21 @@ def test_a_glm_learns_from_the_layers_of_a_wider_one(make_model, calibration):
 
 def test_a_map_of_tokens_asks_the_teacher_about_no_others(data):
     rng = np.random.default_rng(3)
-    kept = rng.permutation(30)[:VOCAB]
+    retained = rng.permutation(30)[:VOCAB]
     teacher_model, teacher = built(1, vocab=30)
     sliced = jax.tree.map(jnp.copy, teacher)
-    sliced["embed"]["embedding"] = teacher["embed"]["embedding"][kept]
+    sliced["embed"]["embedding"] = teacher["embed"]["embedding"][retained]
     sliced["head"] = {
-        "kernel": teacher["head"]["kernel"][:, kept],
-        "bias": teacher["head"]["bias"][kept],
+        "kernel": teacher["head"]["kernel"][:, retained],
+        "bias": teacher["head"]["bias"][retained],
     }
     same = (built(0)[0], sliced)
-    _, report = train(same, (teacher_model, teacher), data, vocabulary=kept)
+    _, report = train(same, (teacher_model, teacher), data, vocabulary=retained)
     assert report.curve[0].soft == pytest.approx(0.0, abs=1e-6)
 
     student = built(0)
     options = {"steps": 5, "learning_rate": 0.01}
-    mapped, _ = train(student, (teacher_model, teacher), data, vocabulary=kept, **options)
+    mapped, _ = train(student, (teacher_model, teacher), data, vocabulary=retained, **options)
     expected, _ = train(student, same, data, **options)
     for one, other in zip(jax.tree.leaves(mapped), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)

@@ -39,14 +39,14 @@ def test_the_likeliest_tokens_are_those_of_generate(texts):
     stop = int(expected[0, 3])
     stopping = model.clone(config=dataclasses.replace(model.config, eos_token_ids=(stop,)))
     lengths = np.full(6, 10)
-    for row, found in enumerate(expected):
-        if stop in found:
-            lengths[row] = 1 + np.argmax(found == stop)
-            found[lengths[row] :] = stop
+    for row, actual in enumerate(expected):
+        if stop in actual:
+            lengths[row] = 1 + np.argmax(actual == stop)
+            actual[lengths[row] :] = stop
     assert lengths.min() < 10
-    _, found, weights = write(stopping, params, {"tokens": tokens}, prompt=20)
-    np.testing.assert_array_equal(found[:, :20], tokens[:, :20])
-    np.testing.assert_array_equal(found[:, 20:], expected)
+    _, actual, weights = write(stopping, params, {"tokens": tokens}, prompt=20)
+    np.testing.assert_array_equal(actual[:, :20], tokens[:, :20])
+    np.testing.assert_array_equal(actual[:, 20:], expected)
     # The stop token is taught too, and nothing after it.
     taught = (np.arange(30) >= 19) & (np.arange(30) < 19 + lengths[:, None])
     np.testing.assert_array_equal(weights, taught)
@@ -86,8 +86,8 @@ def test_tokens_are_drawn_as_often_as_the_student_says(texts):
     scores = jax.jit(model.apply)({"params": params}, batch["tokens"][:1])[0][0, 2] / 2.0
     expected = np.asarray(jax.nn.softmax(scores))
     _, tokens, _ = write(model, params, batch, prompt=3, temperature=2.0)
-    found = np.bincount(tokens[:, 3], minlength=48) / rows
-    assert np.all(np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / rows))
+    actual = np.bincount(tokens[:, 3], minlength=48) / rows
+    assert np.all(np.abs(actual - expected) <= 5 * np.sqrt(expected * (1 - expected) / rows))
     _, again, _ = write(model, params, batch, prompt=3, temperature=2.0)
     _, other, _ = write(model, params, batch, prompt=3, temperature=2.0, number=1)
     np.testing.assert_array_equal(tokens, again)
@@ -104,8 +104,8 @@ def test_divergences_match_loops():
         if beta in (0.0, 1.0):
             one, other = (p, q) if beta == 0.0 else (q, p)
             expected = np.sum(one * np.log(one / other), -1)
-        found = divergence(jnp.log(p), jnp.log(q), beta)
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        actual = divergence(jnp.log(p), jnp.log(q), beta)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +132,9 @@ def test_a_student_learns_from_what_it_says_itself(pair, calibration):
         (model, teacher), train=TrainOptions(steps=30, learning_rate=0.003), **OPTIONS
     )
     _, _, report = transform(model, student, calibration=calibration, rng=jax.random.key(0))
-    own = [on_policy.is_written(0.5, jax.random.key(0), number) for number in range(30)]
-    assert 5 < sum(own) < 25
-    for point, is_own in zip(report.curve, own, strict=True):
+    local = [on_policy.is_written(0.5, jax.random.key(0), number) for number in range(30)]
+    assert 5 < sum(local) < 25
+    for point, is_own in zip(report.curve, local, strict=True):
         share = 1.0 if is_own else 0.5
         expected = share * point.soft + (1 - share) * point.hard
         assert point.loss == pytest.approx(expected, rel=1e-5)
@@ -161,9 +161,9 @@ def test_it_goes_on_after_a_kill_as_if_left_alone(pair, calibration, tmp_path):
     interrupted = distill((model, teacher), train=training, **OPTIONS)
     with pytest.raises(KeyboardInterrupt):
         interrupted(model, student, **call, progress=stop)
-    found = interrupted(model, student, **call)
-    assert found[2].curve == expected[2].curve
-    for one, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+    actual = interrupted(model, student, **call)
+    assert actual[2].curve == expected[2].curve
+    for one, other in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_array_equal(one, other)
 
 

@@ -119,7 +119,7 @@ def stop(stage, done, total):
 
 
 def test_an_interrupted_run_goes_on_where_it_was_saved(tmp_path):
-    expected, whole = train()
+    expected, complete = train()
     with pytest.raises(StopError):
         train(tmp_path, progress=stop)
     read = []
@@ -129,26 +129,26 @@ def test_an_interrupted_run_goes_on_where_it_was_saved(tmp_path):
             read.append(index)
             return super().__getitem__(index)
 
-    found, report = train(tmp_path, batches=Counted(data()))
-    assert bytes_of(found) == bytes_of(expected)
-    assert report.curve == whole.curve
+    actual, report = train(tmp_path, batches=Counted(data()))
+    assert bytes_of(actual) == bytes_of(expected)
+    assert report.curve == complete.curve
     # Steps 4 to 11 read two batches each; the third round begins half way through.
     assert len(read) <= 2 * (STEPS - 3) + 2
     with (tmp_path / "curve.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["loss"]) for row in rows] == [point.loss for point in whole.curve]
+    assert [float(row["loss"]) for row in rows] == [point.loss for point in complete.curve]
     assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
 
 
 def test_a_finished_run_is_not_repeated(tmp_path):
-    expected, whole = train(tmp_path)
+    expected, complete = train(tmp_path)
     # As if killed after the last state and before its curve.
     curve = (tmp_path / "curve.csv").read_text()
     (tmp_path / "curve.csv").write_text(curve[: len(curve) // 2])
-    found, report = train(tmp_path, progress=stop)
+    actual, report = train(tmp_path, progress=stop)
     assert (tmp_path / "curve.csv").read_text() == curve
-    assert bytes_of(found) == bytes_of(expected)
-    assert report.curve == whole.curve
+    assert bytes_of(actual) == bytes_of(expected)
+    assert report.curve == complete.curve
 
 
 def test_how_often_states_are_saved_changes_nothing(tmp_path):
@@ -195,10 +195,10 @@ def test_the_last_good_state_is_kept_when_the_loss_is_not_finite(tmp_path):
     options = {"batches": Poisoned(), "save_every": 100}
     with pytest.raises(TrainingError, match="loss is nan at step 4") as caught:
         train(tmp_path, **options)
-    held = safetensors.SafetensorsFile(tmp_path / "state.safetensors")
-    assert held.read("losses").shape[0] == 3
-    kept = held.read("[0]['Embed_0']['embedding']")
-    np.testing.assert_array_equal(kept, caught.value.params["Embed_0"]["embedding"])
+    stored = safetensors.SafetensorsFile(tmp_path / "state.safetensors")
+    assert stored.read("losses").shape[0] == 3
+    retained = stored.read("[0]['Embed_0']['embedding']")
+    np.testing.assert_array_equal(retained, caught.value.params["Embed_0"]["embedding"])
     assert len((tmp_path / "curve.csv").read_text().splitlines()) == 1 + 3
 
 

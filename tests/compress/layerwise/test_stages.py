@@ -30,10 +30,10 @@ def leaves_of(stage, leaves):
 def test_stages_in_turn_are_the_model(make_member, batch_of, member):
     model, params = make_member(member)
     leaves, batches = dict(boxes.path_items(params)), [batch_of(model, seed=s) for s in (0, 1)]
-    states, found = stages.first_states(model, batches), stages.stages(model)
+    states, actual = stages.first_states(model, batches), stages.stages(model)
     for path in leaves:
-        assert sum(stage.holds(path) for stage in found) == 1, path
-    for stage in found:
+        assert sum(stage.holds(path) for stage in actual) == 1, path
+    for stage in actual:
         states = stage.run(leaves_of(stage, leaves), states)
     for state, batch in zip(states, batches, strict=True):
         expected = logits(model, params, batch)
@@ -43,13 +43,13 @@ def test_stages_in_turn_are_the_model(make_member, batch_of, member):
 def test_statistics_are_of_the_rows_that_meet_a_weight(make_member, batch_of):
     model, params = make_member("nano")
     leaves, batches = dict(boxes.path_items(params)), [batch_of(model, seed=s) for s in (0, 1)]
-    states, seen = stages.first_states(model, batches), {}
+    states, observed = stages.first_states(model, batches), {}
     reduced = {}
     for stage in stages.stages(model):
         mine = leaves_of(stage, leaves)
         for name in ("ABS_SUM", "ABS_MAX", "RANGE", "ROWS"):
-            found = stage.collect(mine, states, getattr(stages, name))
-            reduced.setdefault(name, {}).update(found)
+            result = stage.collect(mine, states, getattr(stages, name))
+            reduced.setdefault(name, {}).update(result)
         states = stage.run(mine, states)
     run = jax.jit(functools.partial(model.apply, mutable=["inputs"]))
     for batch in batches:
@@ -57,9 +57,9 @@ def test_statistics_are_of_the_rows_that_meet_a_weight(make_member, batch_of):
         sown = run({"params": params}, batch["tokens"], **inputs)[1]
         for path, rows in jax.tree_util.tree_flatten_with_path(sown["inputs"])[0]:
             names = [key.key for key in path if hasattr(key, "key")]
-            seen.setdefault("/".join((*names[:-1], "weight")), []).append(np.float64(rows))
-    assert set(seen) == set(reduced["ROWS"])
-    for path, parts in seen.items():
+            observed.setdefault("/".join((*names[:-1], "weight")), []).append(np.float64(rows))
+    assert set(observed) == set(reduced["ROWS"])
+    for path, parts in observed.items():
         rows = np.concatenate(parts)
         close = {"rtol": 1e-3, "atol": 1e-3}
         np.testing.assert_allclose(reduced["ROWS"][path], rows, **close)
@@ -94,8 +94,8 @@ def test_a_stock_module_is_one_stage_whose_inputs_are_seen():
     params = init(model, tokens)["params"]
     (stage,) = stages.stages(model)
     states = stages.first_states(model, [{"tokens": tokens}])
-    found = stage.collect(dict(boxes.path_items(params)), states, stages.ROWS)
-    assert {path: rows.shape for path, rows in found.items()} == {
+    result = stage.collect(dict(boxes.path_items(params)), states, stages.ROWS)
+    assert {path: rows.shape for path, rows in result.items()} == {
         "first/kernel": (8, 5),
         "second/kernel": (8, 16),
     }

@@ -48,11 +48,11 @@ def test_rounding_gives_the_bytes_of_a_call_in_memory(saved, tmp_path):
     report = compress_checkpoint(saved, tmp_path / "out", ROUNDED)
     model, params = ge.load(saved)
     _, expected, in_memory = ROUNDED(model, params)
-    found = boxes.to_flat(ge.load(tmp_path / "out")[1])
+    actual = boxes.to_flat(ge.load(tmp_path / "out")[1])
     arrays, spec = boxes.to_flat(expected)
-    assert found[1] == spec
+    assert actual[1] == spec
     for name, array in arrays.items():
-        np.testing.assert_array_equal(found[0][name], array)
+        np.testing.assert_array_equal(actual[0][name], array)
     assert report.bytes_after == in_memory.bytes_after == boxes.stored_bytes(expected)
     assert {row.path for row in report.rows} == {row.path for row in in_memory.rows}
     assert hidden(tmp_path) == []
@@ -65,9 +65,9 @@ def test_compress_checkpoint_equals_a_call_in_memory(saved, batch_of, tmp_path):
     batches = [batch_of(model, seed=seed) for seed in range(2)]
     compress_checkpoint(saved, tmp_path / "out", transform, batches)
     _, expected, _ = transform(model, params, batches)
-    found = boxes.to_flat(ge.load(tmp_path / "out")[1])[0]
+    actual = boxes.to_flat(ge.load(tmp_path / "out")[1])[0]
     for name, array in boxes.to_flat(expected)[0].items():
-        np.testing.assert_array_equal(found[name], array)
+        np.testing.assert_array_equal(actual[name], array)
 
 
 @pytest.mark.parametrize("name", ["edge", "glm4", "asr"])
@@ -77,8 +77,8 @@ def test_hugging_face_directories_are_read(make_member, name, tmp_path):
     compress_checkpoint(source, tmp_path / "out", quantize.rtn("int8"))
     after, compressed = ge.load(tmp_path / "out")
     assert after.config == model.config
-    found = {path for path, leaf in boxes.path_items(compressed) if boxes.is_box(leaf)}
-    assert found == set(boxes.select(params, None))
+    results = {path for path, leaf in boxes.path_items(compressed) if boxes.is_box(leaf)}
+    assert results == set(boxes.select(params, None))
 
 
 def job(source, output, batches, ready):
@@ -174,7 +174,7 @@ def test_finished_stages_are_not_computed_again(saved, tmp_path, monkeypatch):
     monkeypatch.setitem(
         quantize.rtn.compress_stage.__globals__,
         "quantize_leaf",
-        lambda path, *rest, **options: rounded.append(path) or kernel(path, *rest, **options),
+        lambda path, *others, **options: rounded.append(path) or kernel(path, *others, **options),
     )
     report = compress_checkpoint(saved, tmp_path / "out", ROUNDED)
     assert 0 < len(rounded) < len(report.rows)
@@ -194,9 +194,9 @@ def test_other_arguments_do_not_finish_a_run(saved, tmp_path, monkeypatch):
 
 def test_the_report_lies_beside_the_weights(saved, tmp_path):
     report = compress_checkpoint(saved, tmp_path / "out", ROUNDED)
-    held = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert held["bytes_after"] == report.bytes_after
-    assert len(held["rows"]) == len(report.rows)
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert stored["bytes_after"] == report.bytes_after
+    assert len(stored["rows"]) == len(report.rows)
 
 
 def test_extras_are_copied(saved, tmp_path):
@@ -320,9 +320,9 @@ def test_gptq_gives_the_same_bytes_on_any_number_of_cores(make_member, tmp_path)
     assert run("many", cores) == run("one", cores[:1]) == 0
     assert run("mixed", cores, "00002") == 9
     assert run("mixed", cores[:1]) == 0
-    found = [
+    results = [
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
         for name in ("many", "one", "mixed")
     ]
-    assert found[0]
-    assert found[0] == found[1] == found[2]
+    assert results[0]
+    assert results[0] == results[1] == results[2]

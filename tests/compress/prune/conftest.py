@@ -42,8 +42,8 @@ class Decoder64:
         normed = self._norm(f"{root}/input_norm", x)
 
         def project(name, count):
-            found = self._linear(f"{root}/attention/{name}/weight", normed)
-            return found.reshape(rows, length, count, width)
+            result = self._linear(f"{root}/attention/{name}/weight", normed)
+            return result.reshape(rows, length, count, width)
 
         query = self._turn(project("q_proj", heads))
         key, value = self._turn(project("k_proj", kv_heads)), project("v_proj", kv_heads)

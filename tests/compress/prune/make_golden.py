@@ -43,14 +43,14 @@ def killer(size):
     lowest, first = 0, 0
     while size - first > 3:
         middle = first + (size - first) // 2
-        for place in (first + 1, middle):
-            values[places[place]] = lowest
+        for position in (first + 1, middle):
+            values[places[position]] = lowest
             lowest += 1
         # The second lowest becomes the pivot, and the lowest comes before all that is left.
         places[first], places[middle] = places[middle], places[first]
         first += 2
-    rest = np.flatnonzero(np.isinf(values))
-    values[rest] = lowest + np.arange(len(rest))
+    others = np.flatnonzero(np.isinf(values))
+    values[others] = lowest + np.arange(len(others))
     return values.astype(np.float32)
 
 
@@ -66,14 +66,14 @@ def mask_of(weight, structured, amount, order):
 
 def main():
     rng, arrays, cases = np.random.default_rng(0), {}, []
-    for rows, columns, largest, amount, *rest in UNSTRUCTURED + STRUCTURED:
+    for rows, columns, largest, amount, *others in UNSTRUCTURED + STRUCTURED:
         if largest:
             weight = rng.integers(-largest, largest + 1, (rows, columns)).astype(np.float32)
         else:
             weight = rng.normal(size=(rows, columns)).astype(np.float32)
-        index, order = len(cases), rest[0] if rest else None
+        index, order = len(cases), others[0] if others else None
         arrays[f"weight_{index}"] = weight if not largest else weight.astype(np.int8)
-        arrays[f"mask_{index}"] = mask_of(weight, bool(rest), amount, order)
+        arrays[f"mask_{index}"] = mask_of(weight, bool(others), amount, order)
         cases.append({"amount": amount, "order": order and f"{order:g}", "ties": bool(largest)})
     weight = np.minimum(killer(256), 85.0).reshape(16, 16)
     arrays[f"weight_{len(cases)}"] = weight.astype(np.int8)

@@ -51,17 +51,17 @@ def test_the_model_is_the_whole_one_with_weights_at_zero(narrow):
         scale = np.abs(np.asarray(block["depthwise"]["norm"]["scale"], np.float64))
         matter = [scale[i] * np.sqrt((kernel[0, 0, i] ** 2).sum()) for i in range(len(scale))]
         stays = np.sort(np.argsort(matter)[-hidden(small)[index] :])
-        left = fewer["params"][name]["project"]["conv"]["kernel"]
-        np.testing.assert_array_equal(left, kernel[:, :, stays].astype(np.float32))
+        remaining = fewer["params"][name]["project"]["conv"]["kernel"]
+        np.testing.assert_array_equal(remaining, kernel[:, :, stays].astype(np.float32))
         zeroed = np.zeros_like(kernel)
         zeroed[:, :, stays] = kernel[:, :, stays]
         masked = {"conv": {"kernel": jnp.asarray(zeroed, jnp.float32)}}
         params[name] = {**block, "project": {**block["project"], **masked}}
     images = np.random.default_rng(1).normal(size=(2, 8, 8, 1)).astype(np.float32)
     expected = LOGITS(model, {**variables, "params": params}, images)
-    found = LOGITS(small, fewer, images)
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-    assert np.abs(found - LOGITS(model, variables, images)).max() > 1e-3
+    actual = LOGITS(small, fewer, images)
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(actual - LOGITS(model, variables, images)).max() > 1e-3
 
 
 def test_remaining_channels_are_multiples(narrow):

@@ -39,12 +39,12 @@ def same_outputs(model, masked, smaller, small, batch):
     """Checks equality with the masked model, and that masking changed something."""
     expected = np.asarray(apply(model, dense(masked), batch))
     np.testing.assert_allclose(apply(smaller, dense(small), batch), expected, atol=1e-5)
-    whole = jax.tree.map(
+    complete = jax.tree.map(
         lambda leaf: leaf.value if isinstance(leaf, boxes.Masked) else leaf,
         masked,
         is_leaf=boxes.is_box,
     )
-    assert np.abs(expected - np.asarray(apply(model, dense(whole), batch))).max() > 1e-2
+    assert np.abs(expected - np.asarray(apply(model, dense(complete), batch))).max() > 1e-2
 
 
 def drawn(config):
@@ -133,13 +133,13 @@ def test_neurons_under_one_threshold_go_from_all_stacks(glm, batch_of, tmp_path)
     masked, smaller, small, _ = compacted(
         prune.mask(0.4, shape="neuron", allocation="global"), model, params
     )
-    left = prune.unmasked(model, masked)
-    assert set(left.units) == {"decoder", "vision", "speech"}
+    remaining = prune.unmasked(model, masked)
+    assert set(remaining.units) == {"decoder", "vision", "speech"}
     widths = []
-    for stack, layers in left.units.items():
-        for index, kept in layers.items():
+    for stack, layers in remaining.units.items():
+        for index, retained in layers.items():
             widths.append(getattr(smaller.config, stack).neurons(index))
-            assert len(kept["neurons"]) == widths[-1]
+            assert len(retained["neurons"]) == widths[-1]
     assert len(set(widths)) > 1
     same_outputs(model, masked, smaller, small, batch_of(model))
     ge.save(smaller, small, tmp_path / "out")
@@ -162,16 +162,16 @@ def test_layers_heads_and_single_weights_go_together(glm, text):
     assert report.notes[-1] == f"removed layers {1 - layers[0]} of the decoder"
     same_outputs(model, masked, smaller, small, text[0])
     old = dict(boxes.path_items(masked))
-    kept = {path: leaf.mask for path, leaf in boxes.path_items(small) if boxes.is_box(leaf)}
+    retained = {path: leaf.mask for path, leaf in boxes.path_items(small) if boxes.is_box(leaf)}
     sources = {
         "decoder/layers/0/mlp/down_proj/weight": f"decoder/layers/{layers[0]}/mlp/down_proj/weight",
         "vision/layers/0/mlp/down_proj/weight": "vision/layers/0/mlp/down_proj/weight",
         "vision/patch/weight": "vision/patch/weight",
     }
-    assert set(kept) == set(sources)
+    assert set(retained) == set(sources)
     for path, source in sources.items():
-        np.testing.assert_array_equal(kept[path], old[source].mask)
-        assert float(kept[path].mean()) == pytest.approx(0.7, abs=0.01)
+        np.testing.assert_array_equal(retained[path], old[source].mask)
+        assert float(retained[path].mean()) == pytest.approx(0.7, abs=0.01)
 
 
 def test_rows_of_the_vocabulary_go_and_tokens_are_numbered_anew(glm, text):
@@ -278,10 +278,10 @@ def test_weights_in_training_for_rounding_keep_their_scales(glm):
 def test_other_layers_keep_what_they_were(glm):
     config = glm[0].config
     wide = dataclasses.replace(config.decoder, num_kv_heads=4)
-    owner, own = drawn(dataclasses.replace(config, decoder=wide))
-    masked = prune.mask(0.5, shape="head", where="layers/1/")(owner, own)[1]
+    owner, local = drawn(dataclasses.replace(config, decoder=wide))
+    masked = prune.mask(0.5, shape="head", where="layers/1/")(owner, local)[1]
     smaller, small, report = prune.compact()(owner, masked)
     decoder = smaller.config.decoder
     assert (decoder.num_heads, decoder.num_kv_heads) == ((4, 2), (4, 2))
     assert {row.path.split("/")[2] for row in report.rows} == {"1"}
-    assert small["decoder"]["layers"]["0"] == own["decoder"]["layers"]["0"]
+    assert small["decoder"]["layers"]["0"] == local["decoder"]["layers"]["0"]

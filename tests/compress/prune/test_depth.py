@@ -70,9 +70,9 @@ def test_depth_equals_a_silent_decoder_layer(batch):
     """A decoder without a layer gives the outputs of a silent layer."""
     model, params = three_layers(**WIDTHS)
     smaller, small = shrink_depth(model, params, [0, 2])
-    found = apply(smaller, small, batch)
+    actual = apply(smaller, small, batch)
     expected = apply(model, silenced(params, 1), batch)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
     assert float(jnp.abs(expected - apply(model, params, batch)).max()) > 1e-3
     config = smaller.config.decoder
     assert (config.num_layers, config.num_heads, config.num_kv_heads) == (2, 4, 2)
@@ -91,9 +91,9 @@ def test_depth_equals_a_silent_encoder_layer(make_member, batch_of, part):
     batch = batch_of(model)
     transform = depth([0], part=part)
     smaller, small, report = transform(model, params)
-    found = apply(smaller, small, batch)
+    actual = apply(smaller, small, batch)
     expected = apply(model, silenced(params, 0, part), batch)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
     work = {"vision": "image", "speech": "clip"}[part]
     assert report.flops_after[work] < report.flops_before[work]
     assert report.count_after < report.count_before
@@ -105,7 +105,7 @@ def test_depth_equals_a_silent_encoder_layer(make_member, batch_of, part):
 def test_influence_is_one_minus_the_cosine_of_input_and_output(three, batch):
     model, params = three
     batch["tokens"][:, -3:] = 0
-    found = influence(model, params, [batch], "decoder")
+    actual = influence(model, params, [batch], "decoder")
     paired = influence(model, params, [batch], "decoder", span=2)
     hidden = applied(model, {"params": params}, batch["tokens"])[1]["hidden"]
     hidden = [np.asarray(x, np.float64)[:, :-3] for x in hidden]
@@ -115,7 +115,7 @@ def test_influence_is_one_minus_the_cosine_of_input_and_output(three, batch):
         return np.mean(1 - (x * y).sum(-1) / norms)
 
     expected = [distance(hidden[i], hidden[i + 1]) for i in range(3)]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
     expected = [distance(hidden[i], hidden[i + 2]) for i in range(2)]
     np.testing.assert_allclose(paired, expected, atol=1e-5)
 
@@ -126,7 +126,7 @@ def test_a_layer_that_does_nothing_goes_first(three, batch, score):
     quiet = silenced(params, 1)
     smaller, small, report = depth(1, score=score)(model, quiet, calibration=[batch])
     expected = apply(model, quiet, batch)
-    found = apply(smaller, small, batch)
+    actual = apply(smaller, small, batch)
     if score == "loss":
         # Leaving out another layer may lower the loss of an untrained model.
         losses = [
@@ -136,7 +136,7 @@ def test_a_layer_that_does_nothing_goes_first(three, batch, score):
         gone = int(np.argmin(losses))
         assert report.notes == (f"removed layers {gone} of the decoder by loss",)
         return
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
     assert report.notes == (f"removed layers 1 of the decoder by {score}",)
 
 
@@ -156,8 +156,8 @@ def test_an_encoder_on_its_own_loses_layers(make_member):
     quiet = silenced({"vision": params}, 2, "vision")["vision"]
     smaller, small, _ = depth(1)(model, quiet, calibration=[{"images": images}])
     assert smaller.config.num_layers == 2
-    found = applied(smaller, {"params": small}, images)[0]
-    np.testing.assert_allclose(found, applied(model, {"params": quiet}, images)[0], atol=1e-5)
+    result = applied(smaller, {"params": small}, images)[0]
+    np.testing.assert_allclose(result, applied(model, {"params": quiet}, images)[0], atol=1e-5)
 
 
 def test_the_transform_is_data_and_deterministic(three, batch):

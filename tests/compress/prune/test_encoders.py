@@ -34,18 +34,18 @@ apply = jax.jit(batches.apply_batch, static_argnums=0)
 def zeroed(tree, keep, head_size):
     """Weights that read from removed heads and neurons at zero, nothing else changed."""
     layers = dict(tree["layers"])
-    for index, kept in keep.items():
+    for index, retained in keep.items():
         layer = jax.tree.map(np.array, layers[str(index)])
         attention = layer.get("attention", layer)
         mlp = layer.get("mlp", layer)
-        if "heads" in kept:
+        if "heads" in retained:
             weight = attention["o_proj"]["weight"]
             gone = np.ones(weight.shape[1] // head_size, bool)
-            gone[kept["heads"]] = False
+            gone[retained["heads"]] = False
             weight[:, np.repeat(gone, head_size)] = 0
-        if "neurons" in kept:
+        if "neurons" in retained:
             weight = (mlp.get("down_proj") or mlp["fc2"])["weight"]
-            weight[:, np.setdiff1d(np.arange(weight.shape[1]), kept["neurons"])] = 0
+            weight[:, np.setdiff1d(np.arange(weight.shape[1]), retained["neurons"])] = 0
         layers[str(index)] = jax.tree.map(jnp.asarray, layer)
     return {**tree, "layers": layers}
 
@@ -78,10 +78,10 @@ def test_a_tower_on_its_own_with_windows_and_a_pooling_head(make_member):
     smaller, small = shrink_encoder(model, params, KEEP)
     assert smaller.config.num_heads == (1, 2, 2)
     assert smaller.config.intermediate_size == (5, 24, 24)
-    found, between = applied(smaller, {"params": small}, images)
-    expected, whole = applied(model, {"params": zeroed(params, KEEP, 8)}, images)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_allclose(between["pooled"], whole["pooled"], atol=1e-5)
+    actual, between = applied(smaller, {"params": small}, images)
+    expected, complete = applied(model, {"params": zeroed(params, KEEP, 8)}, images)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    np.testing.assert_allclose(between["pooled"], complete["pooled"], atol=1e-5)
 
 
 def test_a_text_encoder_shrinks():
@@ -130,9 +130,9 @@ def test_factors_move_through_shared_values(grouped):
         applied(model, {"params": params}, mel)[0],
         dict(boxes.path_items(params)),
     )
-    found = folds(model.config)
-    assert [fold.channels for fold in found if fold.kind == "value"] == [16]
-    for fold in found:
+    actual = folds(model.config)
+    assert [fold.channels for fold in actual if fold.kind == "value"] == [16]
+    for fold in actual:
         factor = np.random.default_rng(1).uniform(0.5, 2, fold.channels)
         leaves |= move(fold, leaves, factor)
     np.testing.assert_allclose(
@@ -148,7 +148,7 @@ def nano(make_member, batch_of):
 
 def test_taylor_is_the_slope_of_each_rows_loss(nano):
     model, params, batch = nano
-    found = {
+    results = {
         kind: prune.scores_of(model, params, "taylor", kind, calibration=[batch])
         for kind in ("head", "neuron")
     }
@@ -173,8 +173,8 @@ def test_taylor_is_the_slope_of_each_rows_loss(nano):
             sides.append(np.asarray(losses(gates), np.float64))
         return np.mean(np.abs(sides[0] - sides[1])) / (2 * step)
 
-    heads = np.asarray(found["head"]["vision/layers/0/attention"]).ravel()
-    neurons = np.asarray(found["neuron"]["speech/layers/0"]).ravel()
+    heads = np.asarray(results["head"]["vision/layers/0/attention"]).ravel()
+    neurons = np.asarray(results["neuron"]["speech/layers/0"]).ravel()
     assert heads.shape == (2,)
     assert neurons.shape == (24,)
     expected = slope("vision", 1)
@@ -197,10 +197,10 @@ def test_the_transform_shrinks_both_encoders_and_saves(nano, tmp_path):
     ge.save(smaller, small, tmp_path / "out")
     loaded, read = ge.load(tmp_path / "out")
     assert loaded.config == smaller.config
-    found = apply(loaded, read, batch)
-    np.testing.assert_array_equal(found, apply(smaller, small, batch))
+    result = apply(loaded, read, batch)
+    np.testing.assert_array_equal(result, apply(smaller, small, batch))
     _, rounded, _ = rtn("int8", where="^(vision|speech)/layers")(loaded, read)
-    assert float(jnp.abs(apply(loaded, rounded, batch) - found).max()) < 0.5
+    assert float(jnp.abs(apply(loaded, rounded, batch) - result).max()) < 0.5
     assert ge.recipe_from_json(ge.to_json(transform)) == transform
 
 

@@ -68,10 +68,12 @@ def logits(model, params, batch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "key", "sparsity", "left"),
+    ("shape", "key", "sparsity", "remaining"),
     [("head", "heads", 0.25, 6), ("neuron", "neurons", 0.4, 77)],
 )
-def test_masked_units_are_what_shrinking_takes_out(small, calibration, shape, key, sparsity, left):
+def test_masked_units_are_what_shrinking_takes_out(
+    small, calibration, shape, key, sparsity, remaining
+):
     model, params = small
     _, pruned, report = prune.mask(sparsity, shape=shape)(model, params)
     keep = {}
@@ -86,7 +88,7 @@ def test_masked_units_are_what_shrinking_takes_out(small, calibration, shape, ke
             units = np.asarray(layer["mlp"]["down_proj"]["weight"].mask).any(0)
             halves = np.asarray(layer["mlp"]["gate_up_proj"]["weight"].mask).all(1)
             np.testing.assert_array_equal(halves, np.tile(units, 2))
-        assert units.sum() == left
+        assert units.sum() == remaining
         keep[int(index)] = {key: np.flatnonzero(units)}
     smaller, shrunk = prune.shrink(model, params, keep)
     expected = logits(smaller, shrunk, calibration[0])
@@ -103,8 +105,8 @@ def test_a_masked_layer_passes_its_input_on(small, decoder64, calibration):
     assert len(gone) == 1
     decoder64.gates = {(int(gone[0]), "heads"): np.zeros(8), (int(gone[0]), "neurons"): 0.0}
     tokens = calibration[0]["tokens"]
-    found = logits(model, pruned, calibration[0])
-    np.testing.assert_allclose(found, decoder64.logits(tokens), atol=1e-4)
+    result = logits(model, pruned, calibration[0])
+    np.testing.assert_allclose(result, decoder64.logits(tokens), atol=1e-4)
 
 
 def drawn(config):
@@ -136,13 +138,13 @@ def test_a_layer_is_scaled_behind_the_norms_of_its_branches(small):
     decoder = dataclasses.replace(config.decoder, sandwich_norm=True)
     model, params = drawn(dataclasses.replace(config, decoder=decoder))
     leaves = dict(boxes.path_items(params))
-    found = {}
+    results = {}
     for owner in (small[0], model):
         chosen = boxes.select(params, None)
         (pool,) = pools_of("test", Shape("layer"), owner, leaves, chosen)
-        found[owner is model] = [member.path for member in pool.parts[1].gates]
+        results[owner is model] = [member.path for member in pool.parts[1].gates]
     root = "decoder/layers/1"
-    assert found == {
+    assert results == {
         False: [f"{root}/attention/o_proj/weight", f"{root}/mlp/down_proj/weight"],
         True: [f"{root}/post_self_attention_norm/weight", f"{root}/post_mlp_norm/weight"],
     }
@@ -230,14 +232,14 @@ def test_masks_by_stage_are_those_in_memory(tmp_path, small, calibration):
     report = glm_edge.compress_checkpoint(
         tmp_path / "dense", tmp_path / "sparse", recipe, calibration, rng=key
     )
-    expected, whole = recipe(model, params, calibration, rng=key)[1:]
-    _, found = glm_edge.load(tmp_path / "sparse")
+    expected, complete = recipe(model, params, calibration, rng=key)[1:]
+    _, actual = glm_edge.load(tmp_path / "sparse")
     masks = {p: leaf.mask for p, leaf in boxes.path_items(expected) if boxes.is_box(leaf)}
-    for path, leaf in boxes.path_items(found):
+    for path, leaf in boxes.path_items(actual):
         assert boxes.is_box(leaf) == (path in masks)
         if path in masks:
             np.testing.assert_array_equal(leaf.mask, masks[path])
-    assert report.bytes_after == whole.bytes_after
+    assert report.bytes_after == complete.bytes_after
     with pytest.raises(RecipeError, match="needs the whole model"):
         glm_edge.compress_checkpoint(
             tmp_path / "dense", tmp_path / "other", prune.mask(0.5, score="taylor"), calibration

@@ -22,7 +22,7 @@ SCORES = (
 SHAPES = ("unstructured", "2:4", "block:4x4", "channel", "head", "neuron", "layer", "vocab")
 ALLOCATIONS = ("uniform", "global", "measured")
 HEADS, NEURONS, LAYERS = 8, 128, 2
-HELD = {"vocab": "embed", "layer": "layers"}
+STORED = {"vocab": "embed", "layer": "layers"}
 NEEDED = [0, 5]
 
 
@@ -56,14 +56,14 @@ def units_of(shape, path, mask):
 @pytest.fixture(scope="module")
 def cached():
     """Sums over the inputs of calibration, computed once for each set of weights."""
-    found, patch = {}, pytest.MonkeyPatch()
+    result, patch = {}, pytest.MonkeyPatch()
     compute = from_inputs.statistics
 
     def statistics(model, params, calibration, statistic, paths):
         key = (statistic, len(calibration), *sorted(paths))
-        if key not in found:
-            found[key] = compute(model, params, calibration, statistic, paths)
-        return found[key]
+        if key not in result:
+            result[key] = compute(model, params, calibration, statistic, paths)
+        return result[key]
 
     patch.setattr(from_inputs, "statistics", statistics)
     yield
@@ -81,8 +81,8 @@ def test_any_score_masks_any_shape_under_any_allocation(
     small, calibration, shape, score, allocation
 ):
     model, params = small
-    options = {"score": score, "shape": shape, "allocation": allocation, "where": HELD.get(shape)}
-    if shape not in ("head", "neuron", *HELD):
+    options = {"score": score, "shape": shape, "allocation": allocation, "where": STORED.get(shape)}
+    if shape not in ("head", "neuron", *STORED):
         options["where"] = r"layers/1/.*(q_proj|down_proj)"
     if shape != "2:4":
         options["sparsity"] = 0.5
@@ -108,23 +108,23 @@ def test_any_score_masks_any_shape_under_any_allocation(
         units = units_of(shape, path, mask)
         assert bool((units.all(1) | ~units.any(1)).all())
         owner = "/".join(path.split("/")[:3]) if shape in ("head", "neuron", "layer") else path
-        kept = owners.setdefault(owner, units[:, 0])
-        np.testing.assert_array_equal(units[:, 0], kept)
+        retained = owners.setdefault(owner, units[:, 0])
+        np.testing.assert_array_equal(units[:, 0], retained)
         largest = max(largest, units.shape[1])
-    for kept in owners.values():
+    for retained in owners.values():
         if shape == "2:4":
-            assert set(kept.reshape(-1, 4).sum(1).tolist()) == {2}
+            assert set(retained.reshape(-1, 4).sum(1).tolist()) == {2}
         elif shape == "head":
             # Query heads 0 to 3 share one key/value head and 4 to 7 the other.
-            counts = kept.reshape(2, 4).sum(1)
+            counts = retained.reshape(2, 4).sum(1)
             assert counts[0] == counts[1] > 0
         elif shape == "vocab":
-            assert kept[NEEDED].all()
+            assert retained[NEEDED].all()
         if allocation == "uniform" and shape != "layer":
-            assert (~kept).sum() == kept.size / 2
+            assert (~retained).sum() == retained.size / 2
     if shape == "layer":
         assert len(owners) == LAYERS
-        assert sum(int(kept[0]) for kept in owners.values()) == 1
+        assert sum(int(retained[0]) for retained in owners.values()) == 1
     # Heads go from both groups at once, and a unit may be of several matrices.
     step = largest * 2 * LAYERS * 3
     if allocation == "global":
@@ -135,6 +135,6 @@ def test_any_score_masks_any_shape_under_any_allocation(
     else:
         assert zeros == total / 2
     dense = jax.tree.map(boxes.dense, pruned, is_leaf=boxes.is_box)
-    found = np.asarray(logits(model, dense, calibration[0]))
-    assert np.isfinite(found).all()
-    assert np.abs(found - np.asarray(logits(model, params, calibration[0]))).max() > 1e-3
+    result = np.asarray(logits(model, dense, calibration[0]))
+    assert np.isfinite(result).all()
+    assert np.abs(result - np.asarray(logits(model, params, calibration[0]))).max() > 1e-3

@@ -92,8 +92,8 @@ def test_without_sparsity_the_optimizer_is_its_own(problem):
     params, gradient = problem
     plain = list(train(optax.adam(0.01), params, gradient, 5))[-1][0]
     wrapped = prune.scheduled(optax.adam(0.01), prune.one_shot(0.5, step=100))
-    found = list(train(wrapped, params, gradient, 5))[-1][0]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, plain)
+    results = list(train(wrapped, params, gradient, 5))[-1][0]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), results, plain)
 
 
 def test_a_spike_of_a_schedule_leaves_a_weight(problem):
@@ -123,8 +123,8 @@ def test_shapes_are_kept_while_training(problem, shape, units):
 def test_what_partition_gives_can_be_trained(problem):
     params, _ = problem
     _, masked, _ = prune.mask(0.25)(None, {"weight": params["a"]["weight"]})
-    whole = {"a": masked, "b": params["b"]}
-    trainable, frozen = boxes.partition(whole)
+    complete = {"a": masked, "b": params["b"]}
+    trainable, frozen = boxes.partition(complete)
     optimizer = prune.scheduled(optax.sgd(0.1), prune.one_shot(0.5))
 
     grads = jax.grad(
@@ -194,11 +194,11 @@ def test_rounds_that_were_killed_go_on_to_the_same_bytes(small, calibration, tmp
     with pytest.raises(KeyboardInterrupt):
         rounds(tmp_path)
     assert saves == ["round_1", "round_1", "round_2"]
-    _, found, report = rounds(str(tmp_path))
+    _, actual, report = rounds(str(tmp_path))
     assert saves[3:] == ["round_2", "round_3", "round_3"]
     _, expected, alone = rounds()
     assert report.curve == alone.curve
-    leaves, others = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (found, expected))
+    leaves, others = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (actual, expected))
     assert [path for path, _ in leaves] == [path for path, _ in others]
     for (_, leaf), (_, other) in zip(leaves, others, strict=True):
         assert leaf.dtype == other.dtype

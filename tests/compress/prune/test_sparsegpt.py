@@ -48,10 +48,10 @@ def published(weight, gram, sparsity, n_m, block, damping=0.01):
                 part = np.ones(worth.shape, bool)
                 np.put_along_axis(part, lowest, False, axis=1)
                 keep[:, group] = part
-            kept = np.where(keep[:, column], weight[:, column], 0.0)
-            error = (weight[:, column] - kept) / upper[column, column]
+            retained = np.where(keep[:, column], weight[:, column], 0.0)
+            error = (weight[:, column] - retained) / upper[column, column]
             weight[:, column:] -= np.outer(error, upper[column, column:])
-            weight[:, column] = kept
+            weight[:, column] = retained
     return weight, keep
 
 
@@ -69,10 +69,10 @@ def layer():
 )
 def test_equals_the_published_algorithm(layer, sparsity, n_m, block):
     weight, gram = layer
-    found, keep, info = sparse_columns.solve(weight, gram, sparsity, n_m, block=block)
+    actual, keep, info = sparse_columns.solve(weight, gram, sparsity, n_m, block=block)
     expected, expected_keep = published(weight, gram, sparsity, n_m, block)
     np.testing.assert_array_equal(keep, expected_keep)
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
     lost = expected - weight
     loss = np.sum(lost @ gram * lost) / np.sum(weight @ gram * weight)
     assert info.loss == pytest.approx(loss, rel=1e-3)
@@ -81,13 +81,13 @@ def test_equals_the_published_algorithm(layer, sparsity, n_m, block):
 def test_refining_fits_the_weights_that_stay(layer):
     weight, gram = layer
     plain, keep, before = sparse_columns.solve(weight, gram, 0.5)
-    found, same, after = sparse_columns.solve(weight, gram, 0.5, refine=60)
+    result, same, after = sparse_columns.solve(weight, gram, 0.5, refine=60)
     np.testing.assert_array_equal(keep, same)
     assert after.loss < before.loss
     damped = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(24)
-    for row, stays, own in zip(weight, np.asarray(keep), np.asarray(found), strict=True):
+    for row, stays, local in zip(weight, np.asarray(keep), np.asarray(result), strict=True):
         best = np.linalg.solve(damped[np.ix_(stays, stays)], (damped @ row)[stays])
-        np.testing.assert_allclose(own[stays], best, atol=2e-3)
+        np.testing.assert_allclose(local[stays], best, atol=2e-3)
     assert not np.any(np.asarray(plain)[~np.asarray(keep)])
 
 
@@ -96,9 +96,9 @@ def test_what_is_masked_before_goes_first(layer):
     before = np.random.default_rng(1).random(weight.shape) > 0.25
     weight = np.where(before, weight, 0)
     for n_m in (None, (2, 4)):
-        found, keep, _ = sparse_columns.solve(weight, gram, 0.5, n_m, mask=jnp.asarray(before))
+        result, keep, _ = sparse_columns.solve(weight, gram, 0.5, n_m, mask=jnp.asarray(before))
         assert not np.any(np.asarray(keep) & ~before)
-        assert not np.any(np.asarray(found)[~before])
+        assert not np.any(np.asarray(result)[~before])
         if n_m is None:
             assert int(keep.sum()) == weight.size // 2
 
@@ -151,20 +151,20 @@ def compressed(make_model):
         "joint": prune.sparsegpt(format="int4-g8", shape="2:4", where=where),
         "ternary34": prune.sparsegpt(format="ternary34-g8", where=where),
     }
-    found = {name: kind(model, params, calibration)[1:] for name, kind in kinds.items()}
-    return model, params, calibration, kinds, found
+    results = {name: kind(model, params, calibration)[1:] for name, kind in kinds.items()}
+    return model, params, calibration, kinds, results
 
 
 def test_loses_less_than_magnitude_and_refining_less_still(compressed):
-    model, params, calibration, _, found = compressed
-    lost = {name: error(model, params, f[0], calibration[0]) for name, f in found.items()}
+    model, params, calibration, _, result = compressed
+    lost = {name: error(model, params, f[0], calibration[0]) for name, f in result.items()}
     assert lost["sparsegpt"] < lost["published"] < lost["magnitude"]
     assert lost["joint"] < lost["apart"]
 
 
 def test_masks_and_rounds_in_one(compressed):
-    _, _, _, _, found = compressed
-    pruned, report = found["joint"]
+    _, _, _, _, result = compressed
+    pruned, report = result["joint"]
     for path, leaf in boxes.path_items(pruned):
         if "layers/0/mlp/" in path:
             assert str(leaf.format) == "int4-g8"
@@ -172,12 +172,12 @@ def test_masks_and_rounds_in_one(compressed):
             assert int(zeros.min()) >= 2
     assert {row.keep_ratio for row in report.rows} == {0.5}
     assert all(row.action.startswith("int4-g8 (2:4, output error") for row in report.rows)
-    assert report.bytes_after < found["sparsegpt"][1].bytes_before
+    assert report.bytes_after < result["sparsegpt"][1].bytes_before
 
 
 def test_ternary34_has_one_zero_in_four(compressed):
-    model, params, calibration, _, found = compressed
-    pruned, report = found["ternary34"]
+    model, params, calibration, _, actual = compressed
+    pruned, report = actual["ternary34"]
     same = quantize.gptq("ternary34-g8", where="layers/0/mlp")
     expected = same(model, params, calibration)[1]
     jax.tree.map(np.testing.assert_array_equal, pruned, expected)
@@ -187,17 +187,17 @@ def test_ternary34_has_one_zero_in_four(compressed):
 
 
 def test_goes_through_json_and_gives_the_same_again(compressed):
-    model, params, calibration, kinds, found = compressed
+    model, params, calibration, kinds, result = compressed
     for name in ("sparsegpt", "joint", "ternary34"):
         again = recipe_from_json(to_json(kinds[name]))
         assert again == kinds[name]
     again = recipe_from_json(to_json(kinds["joint"]))(model, params, calibration)[1]
-    jax.tree.map(np.testing.assert_array_equal, found["joint"][0], again)
+    jax.tree.map(np.testing.assert_array_equal, result["joint"][0], again)
 
 
 def test_masks_can_be_rounded_later_and_stay(compressed):
-    model, _, _, _, found = compressed
-    masked = found["sparsegpt"][0]
+    model, _, _, _, result = compressed
+    masked = result["sparsegpt"][0]
     rounded = quantize.rtn("int8", where="layers/0/mlp/down_proj")(model, masked)[1]
     keep = dict(boxes.path_items(masked))[DOWN].mask
     assert not bool(jnp.any(dict(boxes.path_items(rounded))[DOWN].unbox()[~keep] != 0))

@@ -114,8 +114,8 @@ def test_the_smaller_model_scores_the_kept_tokens_as_before(tokenizer, small, ke
         masked[name] = {"weight": params[name]["weight"].at[gone].set(0)}
     expected = apply(model, masked, {"tokens": ids})
     mapped = map_tokens(ids, keep)
-    found = apply(smaller, shrunk, {"tokens": mapped})
-    np.testing.assert_allclose(found, expected[..., keep], atol=1e-5)
+    actual = apply(smaller, shrunk, {"tokens": mapped})
+    np.testing.assert_allclose(actual, expected[..., keep], atol=1e-5)
     assert smaller.config.decoder.vocab_size == len(keep)
     assert report.flops_after["token"] < report.flops_before["token"]
     assert (report.count_after, len(report.rows)) == (report.count_before - 2 * 16 * len(gone), 2)
@@ -150,8 +150,8 @@ def test_rows_of_a_quantized_embedding_keep_their_scales(small, keep, format):
     smaller, shrunk = shrink_vocabulary(model, rounded, keep)
     batch = {"tokens": keep[:9][None]}
     expected = apply(model, rounded, batch)[..., keep]
-    found = apply(smaller, shrunk, {"tokens": np.arange(9)[None]})
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    actual = apply(smaller, shrunk, {"tokens": np.arange(9)[None]})
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_a_text_encoder_and_its_word_pieces_shrink():

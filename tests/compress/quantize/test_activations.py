@@ -26,22 +26,24 @@ def rounded(make_member, batch_of):
 
 
 def rows_of(model, params, calibration):
-    leaves, states, found = dict(boxes.path_items(params)), first_states(model, calibration), {}
+    leaves, states, result = dict(boxes.path_items(params)), first_states(model, calibration), {}
     for stage in stages(model):
         view = StageInputs(stage, leaves, states)
-        found |= view.collect(ROWS)
+        result |= view.collect(ROWS)
         states = view.run()
-    return found
+    return result
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_minmax_spans_what_was_seen(rounded, symmetric):
     model, params, calibration = rounded
-    _, found, report = activations(symmetric=symmetric)(model, params, calibration)
+    _, compressed, report = activations(symmetric=symmetric)(model, params, calibration)
     rows = rows_of(model, params, calibration)
-    held = {p: leaf for p, leaf in boxes.path_items(found) if isinstance(leaf, boxes.Quantized)}
-    assert {row.path for row in report.rows} == set(held)
-    for path, box in held.items():
+    stored = {
+        p: leaf for p, leaf in boxes.path_items(compressed) if isinstance(leaf, boxes.Quantized)
+    }
+    assert {row.path for row in report.rows} == set(stored)
+    for path, box in stored.items():
         low, high = min(float(rows[path].min()), 0.0), max(float(rows[path].max()), 0.0)
         if symmetric:
             scale, zero = max(-low, high) / 127, 0
@@ -65,11 +67,11 @@ def test_minmax_spans_what_was_seen(rounded, symmetric):
 @pytest.mark.parametrize("method", METHODS)
 def test_static_logits_are_near_those_of_float(rounded, method):
     model, params, calibration = rounded
-    found = activations(method)(model, params, calibration)[1]
+    actual = activations(method)(model, params, calibration)[1]
     static = dataclasses.replace(model, compute="int8_static")
     logits = jax.jit(batches.apply_batch, static_argnums=0)
     expected = np.asarray(logits(model, params, calibration[0]))
-    lost = logits(static, found, calibration[0]) - expected
+    lost = logits(static, actual, calibration[0]) - expected
     assert 0 < np.linalg.norm(lost) < 0.1 * np.linalg.norm(expected)
 
 
@@ -77,8 +79,8 @@ def test_methods_other_than_minmax_clip(rounded):
     model, params, calibration = rounded
     scales, products = {}, {}
     for method in METHODS:
-        found = activations(method, percentile=90.0)(model, params, calibration)[1]
-        boxed = [leaf for _, leaf in boxes.path_items(found) if isinstance(leaf, boxes.Quantized)]
+        result = activations(method, percentile=90.0)(model, params, calibration)[1]
+        boxed = [leaf for _, leaf in boxes.path_items(result) if isinstance(leaf, boxes.Quantized)]
         scales[method] = sum(float(box.input_scale) for box in boxed)
         products[method] = sum(float(box.output_scale) for box in boxed)
     assert products["percentile"] < 0.9 * products["minmax"]
@@ -91,9 +93,9 @@ def test_methods_other_than_minmax_clip(rounded):
 def test_chains_after_rounding_and_needs_something_rounded(make_member, batch_of):
     model, params = make_member("edge")
     calibration = [batch_of(model)]
-    found = chain(rtn("int8", where=LAYERS), activations())(model, params, calibration)[1]
-    held = [leaf for _, leaf in boxes.path_items(found) if isinstance(leaf, boxes.Quantized)]
-    assert all(box.input_scale is not None for box in held)
+    result = chain(rtn("int8", where=LAYERS), activations())(model, params, calibration)[1]
+    stored = [leaf for _, leaf in boxes.path_items(result) if isinstance(leaf, boxes.Quantized)]
+    assert all(box.input_scale is not None for box in stored)
     with pytest.raises(RecipeError, match="quantize first"):
         activations()(model, params, calibration)
     with pytest.raises(DataError, match="calibration"):

@@ -18,13 +18,13 @@ DECODER = r"^decoder/"
 
 def layer_outputs(model, params, calibration):
     """What each matrix of the decoder gives on the inputs that it meets, by path."""
-    states, leaves, found = first_states(model, calibration), dict(boxes.path_items(params)), {}
+    states, leaves, result = first_states(model, calibration), dict(boxes.path_items(params)), {}
     for stage in stages(model):
         for path, rows in stage.collect(leaves, states, ROWS).items():
             if path.startswith("decoder/"):
-                found[path] = np.asarray(rows) @ np.asarray(boxes.dense(leaves[path])).T
+                result[path] = np.asarray(rows) @ np.asarray(boxes.dense(leaves[path])).T
         states = stage.run(leaves, states)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("method", ["adaround", "descent"])
@@ -36,12 +36,13 @@ def test_adaround_beats_nearest_in_each_layer(small, calibration, method):
     _, learned, report = adaround("int3-g16", method=method, **options)(
         model, params, calibration=calibration
     )
-    wanted, first, found = (
+    wanted, first, actual = (
         layer_outputs(model, tree, calibration) for tree in (params, nearest, learned)
     )
     assert len(wanted) == 12
     errors = [
-        [np.linalg.norm(given[path] - wanted[path]) for path in wanted] for given in (first, found)
+        [np.linalg.norm(original[path] - wanted[path]) for path in wanted]
+        for original in (first, actual)
     ]
     assert sum(errors[1]) < 0.7 * sum(errors[0])
     assert errors[1][-1] < 0.8 * errors[0][-1]
@@ -70,11 +71,11 @@ def test_what_was_rounded_before_is_made_up_for(small, calibration):
     recipe = chain(rtn("int2", where="layers/0/"), adaround("int4", where="layers/1/", scale="max"))
     learned = recipe(model, params, calibration=calibration)[1]
     plain = chain(rtn("int2", where="layers/0/"), rtn("int4", where="layers/1/"))(model, params)[1]
-    wanted, first, found = (
+    wanted, first, actual = (
         layer_outputs(model, tree, calibration) for tree in (params, plain, learned)
     )
     path = "decoder/layers/1/attention/q_proj/weight"
-    assert np.linalg.norm(found[path] - wanted[path]) < np.linalg.norm(first[path] - wanted[path])
+    assert np.linalg.norm(actual[path] - wanted[path]) < np.linalg.norm(first[path] - wanted[path])
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def logits(model, params, batch):
 @pytest.mark.parametrize("name", ["edge_v", "pruned"])
 def test_folds_are_exact_before_rounding(make_member, batch_of, monkeypatch, name):
     model, params = make_member(name)
-    monkeypatch.setattr(module, "_rounded", lambda work, path, leaf, *rest: leaf)
+    monkeypatch.setattr(module, "_rounded", lambda work, path, leaf, *others: leaf)
     changed = awq("int3")(model, params, [batch_of(model, seed=1)])[1]
     batch = batch_of(model)
     expected = logits(model, params, batch)
@@ -55,8 +55,8 @@ def test_loses_less_than_rounding_to_nearest(make_member, batch_of):
     expected = logits(model, params, batch)
 
     def error(transform):
-        found = transform(model, params, calibration)[1]
-        return float(jnp.linalg.norm(logits(model, found, batch) - expected))
+        actual = transform(model, params, calibration)[1]
+        return float(jnp.linalg.norm(logits(model, actual, batch) - expected))
 
     where = r"^decoder/layers/0/"
     plain = error(rtn("int4", where=where))
@@ -70,8 +70,8 @@ def test_boxes_and_report(make_member, batch_of):
     _, changed, report = recipe(model, params, calibration)
     after = dict(boxes.path_items(changed))
     for path in boxes.select(params, None):
-        whole = after[path].shape[-1] % 16 == 0
-        assert str(after[path].format) == ("int4-g16" if whole else "int8-channel"), path
+        complete = after[path].shape[-1] % 16 == 0
+        assert str(after[path].format) == ("int4-g16" if complete else "int8-channel"), path
     actions = {row.path: row.action for row in report.rows}
     assert "ratio" in actions["speech/layers/0/fc1/weight"]
     assert "fallback" in actions["decoder/layers/0/mlp/down_proj/weight"]

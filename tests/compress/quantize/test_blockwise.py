@@ -37,10 +37,10 @@ def test_blockwise_beats_nearest_rounding(small, calibration, format):
     transform = blockwise(format, where=DECODER, train=TrainOptions(steps=60, learning_rate=0.003))
     _, trained, report = transform(model, params, calibration=calibration)
     name = "decoder/layers/1"
-    wanted, rounded, found = (
+    wanted, rounded, actual = (
         outputs(model, p, calibration, name) for p in (params, nearest, trained)
     )
-    assert np.linalg.norm(found - wanted) < 0.8 * np.linalg.norm(rounded - wanted)
+    assert np.linalg.norm(actual - wanted) < 0.8 * np.linalg.norm(rounded - wanted)
     selected = [leaf for path, leaf in boxes.path_items(trained) if "proj/weight" in path]
     assert all(isinstance(leaf, Quantized) for leaf in selected)
     assert len(report.rows) == len(selected) == 12
@@ -110,12 +110,12 @@ def test_training_end_to_end_follows_the_blocks(small, calibration):
 
 def test_the_error_matches_numpy():
     rng = np.random.default_rng(0)
-    given, target = rng.normal(size=(2, 3, 5, 7))
-    squared = np.mean((given - target) ** 2) / np.mean(target**2)
-    assert float(block_error(given, target, False)) == pytest.approx(squared, rel=1e-5)
-    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (target, given))
+    original, target = rng.normal(size=(2, 3, 5, 7))
+    squared = np.mean((original - target) ** 2) / np.mean(target**2)
+    assert float(block_error(original, target, False)) == pytest.approx(squared, rel=1e-5)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (target, original))
     divergence = np.mean(np.sum(p * np.log(p / q), axis=-1))
-    assert float(block_error(given, target, True)) == pytest.approx(divergence, rel=1e-4)
+    assert float(block_error(original, target, True)) == pytest.approx(divergence, rel=1e-4)
 
 
 def test_what_cannot_be_trained_is_refused(small, calibration, make_member, batch_of):

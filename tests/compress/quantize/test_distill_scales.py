@@ -82,11 +82,11 @@ def test_in_a_chain_the_teacher_is_what_it_started_from(small, calibration):
     model, params = small
     rounded = rtn("int2", where=DECODER)
     recipe = chain(rounded, distill_scales(train=TrainOptions(steps=2)))
-    _, found, _ = recipe(model, params, calibration=calibration)
+    _, actual, _ = recipe(model, params, calibration=calibration)
     _, student, _ = rounded(model, params)
     explicit = distill_scales(teacher=(model, params), train=TrainOptions(steps=2))
     _, expected, _ = explicit(model, student, calibration=calibration)
-    assert moved_by(found, expected) == set()
+    assert moved_by(actual, expected) == set()
 
 
 def test_what_cannot_be_trained_is_refused(small, calibration):

@@ -39,8 +39,10 @@ def test_loses_less_than_rounding_to_nearest(make_member, batch_of, options):
     calibration = [batch_of(model, rows=8, seed=seed) for seed in (1, 2, 3)]
     held_out = batch_of(model, rows=8, seed=9)
     nearest = rtn("int3-g8", where=LAYERS, scale="mse")(model, params)[1]
-    _, found, report = gptq("int3-g8", where=LAYERS, **options)(model, params, calibration)
-    assert error(model, params, found, held_out) < 0.95 * error(model, params, nearest, held_out)
+    _, compressed, report = gptq("int3-g8", where=LAYERS, **options)(model, params, calibration)
+    assert error(model, params, compressed, held_out) < 0.95 * error(
+        model, params, nearest, held_out
+    )
     assert {row.action.split(" ")[0] for row in report.rows} == {"int3-g8"}
     assert all("output error" in row.action for row in report.rows)
     assert set(boxes.select(params, LAYERS)) == {row.path for row in report.rows}
@@ -60,10 +62,10 @@ def test_each_stage_loses_less_at_its_output(make_member, batch_of):
     for stage in stages(model):
         view = StageInputs(stage, leaves, states)
         if "layers" in stage.name:
-            meant, lost = view.outputs(), {}
+            target, lost = view.outputs(), {}
             for name, tree in changed.items():
                 other = dict(boxes.path_items(tree))
-                pairs = zip(view.outputs(other), meant, strict=True)
+                pairs = zip(view.outputs(other), target, strict=True)
                 lost[name] = sum(float(jnp.sum(jnp.square(a - b))) for a, b in pairs)
             assert lost["gptq"] < lost["nearest"]
         states = view.run()
@@ -80,11 +82,11 @@ def test_gptq_groups_weights_by_input_in_order(make_member, batch_of):
         [path.rsplit("/", 2)[1] for path in group] for group in first.readers(leaves, states[0])
     ]
     assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]
-    whole = first.collect(leaves, states, ROWS)
-    some = [path for path in whole if "o_proj" in path]
+    complete = first.collect(leaves, states, ROWS)
+    some = [path for path in complete if "o_proj" in path]
     part = first.collect(leaves, states, ROWS, some)
     assert list(part) == some
-    np.testing.assert_allclose(part[some[0]], whole[some[0]], rtol=1e-5)
+    np.testing.assert_allclose(part[some[0]], complete[some[0]], rtol=1e-5)
 
 
 def test_chains_with_rounding_the_rest_and_goes_through_json(make_member, batch_of):
@@ -101,10 +103,10 @@ def test_chains_with_rounding_the_rest_and_goes_through_json(make_member, batch_
 
 def test_what_no_input_meets_is_rounded_to_nearest(make_member, batch_of):
     model, params = make_member("tied")
-    _, found, report = gptq("int8", where="embed")(model, params, [batch_of(model)])
+    _, actual, report = gptq("int8", where="embed")(model, params, [batch_of(model)])
     assert "to nearest" in report.rows[0].action
     expected = rtn("int8", where="embed", scale="mse")(model, params)[1]["embed"]["weight"]
-    np.testing.assert_array_equal(found["embed"]["weight"].codes(), expected.codes())
+    np.testing.assert_array_equal(actual["embed"]["weight"].codes(), expected.codes())
 
 
 def test_zeros_of_a_mask_stay(make_member, batch_of):
@@ -114,8 +116,8 @@ def test_zeros_of_a_mask_stay(make_member, batch_of):
     keep = jax.random.bernoulli(jax.random.key(0), 0.5, leaves[path].shape)
     leaves[path] = boxes.mask(leaves[path], keep)
     masked = boxes.tree.nested(leaves)
-    found = gptq("int4-g8", where="down_proj")(model, masked, [batch_of(model)])[1]
-    dense = dict(boxes.path_items(found))[path].unbox()
+    result = gptq("int4-g8", where="down_proj")(model, masked, [batch_of(model)])[1]
+    dense = dict(boxes.path_items(result))[path].unbox()
     assert not bool(jnp.any(dense[~keep] != 0))
     with pytest.raises(RecipeError, match="cannot represent the zeros"):
         gptq("ternary34-g8", where="down_proj")(model, masked, [batch_of(model)])
@@ -131,9 +133,9 @@ def test_stock_kernels_are_rounded_by_their_inputs():
     model, tokens = Stock(), np.random.default_rng(0).integers(0, 40, (8, 12)).astype(np.int32)
     params = init(model, tokens)["params"]
     batch = {"tokens": tokens}
-    found = gptq("int2", where="kernel")(model, params, [batch])[1]
+    result = gptq("int2", where="kernel")(model, params, [batch])[1]
     nearest = rtn("int2", where="kernel", scale="mse")(model, params)[1]
-    assert error(model, params, found, batch) < 0.8 * error(model, params, nearest, batch)
+    assert error(model, params, result, batch) < 0.8 * error(model, params, nearest, batch)
 
 
 def test_what_is_not_finite_is_refused(make_member, batch_of):

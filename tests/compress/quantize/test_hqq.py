@@ -20,9 +20,9 @@ def weight(rows=16, columns=64):
 def test_boxes_hold_what_the_solver_finds():
     _, params, report = hqq("int3-g16-affine-zero=float16")(None, {"weight": weight()})
     box = params["weight"]
-    codes, held = solver.solve(weight(), Format("int3", 16, False, "bfloat16", "float16"))
+    codes, stored = solver.solve(weight(), Format("int3", 16, False, "bfloat16", "float16"))
     np.testing.assert_array_equal(box.codes(), codes)
-    np.testing.assert_array_equal(box.zero, held.zero)
+    np.testing.assert_array_equal(box.zero, stored.zero)
     assert box.zero.dtype == jnp.float16
     lost = jnp.linalg.norm(box.unbox() - weight()) / jnp.linalg.norm(weight())
     assert report.rows[0].relative_error == pytest.approx(float(lost), rel=1e-4)

@@ -69,9 +69,9 @@ def test_gradients_match_learned_step_size_quantization(text, low, high):
     def product(value, scale):
         return jnp.sum(box.replace(value=value, scale=scale).unbox() * upstream)
 
-    found = jax.grad(product, (0, 1))(box.value, box.scale)
+    actual = jax.grad(product, (0, 1))(box.value, box.scale)
     expected = lsq(weight, np.asarray(box.scale), upstream.astype(np.float64), low, high)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 

@@ -132,8 +132,8 @@ def test_rounding_loses_less_after_rotation(make_member, batch_of):
     expected = logits(model, params, batch)
 
     def error(recipe):
-        found = recipe(model, params)
-        return float(jnp.linalg.norm(logits(found[0], found[1], batch) - expected))
+        actual = recipe(model, params)
+        return float(jnp.linalg.norm(logits(actual[0], actual[1], batch) - expected))
 
     embed = rtn("int4", where="^embed/")
     assert error(chain(rotate(heads=False), embed)) < 0.85 * error(embed)
@@ -203,5 +203,5 @@ def test_nano():
     model, params = ge.load(ge.shipped("nano"), dtype="float32")
     rng = np.random.default_rng(0)
     batch = {"tokens": rng.integers(20, 2000, (2, 48)).astype(np.int32)}
-    found = rotate()(model, params)
-    assert relative_change((model, params), found[:2], batch) < 1e-5
+    result = rotate()(model, params)
+    assert relative_change((model, params), result[:2], batch) < 1e-5

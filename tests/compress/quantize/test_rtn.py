@@ -132,9 +132,9 @@ def test_groups_of_zeros_and_vanishing_weights_stay_finite(bits, group, symmetri
     values[0], values[1] = 0.0, 1e-30
     transform = quantize.rtn(named(bits, group, symmetric, dtype))
     box = transform(None, {"weight": values})[1]["weight"]
-    found = np.asarray(boxes.dense(box))
-    assert np.isfinite(found).all()
-    assert np.all(found[0] == 0.0)
+    result = np.asarray(boxes.dense(box))
+    assert np.isfinite(result).all()
+    assert np.all(result[0] == 0.0)
     assert np.all(np.asarray(box.scale)[0] == 1.0)
     zeros = quantize.rtn(named(bits, group, symmetric))(None, {"weight": jnp.zeros((2, 32))})
     assert zeros[2].rows[0].relative_error == 0.0
@@ -169,8 +169,8 @@ def test_a_stock_network_runs_on_rounded_kernels():
         "Dense_0/kernel",
         "Embed_0/embedding",
     }
-    found = applied(model, {"params": rounded}, x, tokens)
-    np.testing.assert_allclose(found, applied(model, {"params": params}, x, tokens), atol=0.05)
+    result = applied(model, {"params": rounded}, x, tokens)
+    np.testing.assert_allclose(result, applied(model, {"params": params}, x, tokens), atol=0.05)
     assert rounded["Conv_0"]["kernel"].scale.shape == (8, 1)
     assert rounded["Dense_0"]["kernel"].scale.shape == (4, 1)
     assert rounded["Embed_0"]["embedding"].scale.shape == (20, 1)
@@ -190,8 +190,8 @@ def test_kernels_stacked_by_scan_keep_their_layer_axis():
     assert box.data.shape == box.shape == (3, 8, 8)
     assert box.scale.shape == (3, 8, 1)
     plain = jax.tree.map(boxes.dense, rounded, is_leaf=boxes.is_box)
-    found, _ = applied(stack, {"params": rounded}, x, None)
-    np.testing.assert_allclose(found, applied(stack, {"params": plain}, x, None)[0], atol=1e-6)
+    result, _ = applied(stack, {"params": rounded}, x, None)
+    np.testing.assert_allclose(result, applied(stack, {"params": plain}, x, None)[0], atol=1e-6)
 
 
 def test_bfloat16_weights_keep_their_type():

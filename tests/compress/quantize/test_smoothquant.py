@@ -24,13 +24,13 @@ def run(model, params, batch):
 
 def rows_of(model, params, calibration, path):
     """What meets a weight, from the collection `inputs` of whole runs."""
-    names, found = path.split("/")[:-1], []
+    names, result = path.split("/")[:-1], []
     for batch in calibration:
         sown = run(model, params, batch)[1]
         for name in names:
             sown = sown[name]
-        found.append(np.float64(sown["rows"][0]))
-    return np.concatenate(found)
+        result.append(np.float64(sown["rows"][0]))
+    return np.concatenate(result)
 
 
 def factor_loop(rows, weights, alpha, blocks):

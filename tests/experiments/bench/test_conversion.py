@@ -47,19 +47,19 @@ def test_random_weights_keep_the_size_of_what_they_meet(form):
 def test_made_parameters_have_the_format_and_differ(form):
     """Every matrix is of the form and no two vectors are equal."""
     params = random_model(to_dict(preset("nano")), form)[1]
-    seen = set()
+    observed = set()
     for path, leaf in boxes.path_items(params):
         if not boxes.is_matrix(path, leaf):
-            seen.add(np.asarray(leaf).tobytes())
+            observed.add(np.asarray(leaf).tobytes())
         elif form == "float16":
             assert leaf.dtype == form
-            seen.add(np.asarray(leaf).tobytes())
+            observed.add(np.asarray(leaf).tobytes())
         else:
             assert leaf.format == fitting(Format.parse(form), leaf.shape[1])
-            seen |= {np.asarray(leaf.data).tobytes(), np.asarray(leaf.scale).tobytes()}
-    held = 1 if form == "float16" else 2
+            observed |= {np.asarray(leaf.data).tobytes(), np.asarray(leaf.scale).tobytes()}
+    stored = 1 if form == "float16" else 2
     matrices = [boxes.is_matrix(path, leaf) for path, leaf in boxes.path_items(params)]
-    assert len(seen) == sum(held if matrix else 1 for matrix in matrices)
+    assert len(observed) == sum(stored if matrix else 1 for matrix in matrices)
 
 
 def test_columns_that_groups_do_not_divide():
@@ -71,16 +71,16 @@ def test_columns_that_groups_do_not_divide():
 
 
 def test_goals_are_those_of_the_shape():
-    found = {"stored_bytes": 100e6, "file_bytes": 103e6, "seconds": 61.0, "peak_rss_bytes": 3e9}
-    rows = {row["goal"]: row for row in bench_conversion.goals("mobile", found)}
+    results = {"stored_bytes": 100e6, "file_bytes": 103e6, "seconds": 61.0, "peak_rss_bytes": 3e9}
+    rows = {row["goal"]: row for row in bench_conversion.goals("mobile", results)}
     assert rows["file_bytes"]["at_most"] == 103e6
     assert {name: row["reached"] for name, row in rows.items()} == {
         "file_bytes": True,
         "seconds": False,
         "peak_rss_bytes": True,
     }
-    found["file_bytes"] += 1
-    [size] = bench_conversion.goals("nano", found)
+    results["file_bytes"] += 1
+    [size] = bench_conversion.goals("nano", results)
     assert not size["reached"]
 
 
@@ -103,7 +103,7 @@ def test_a_small_run_writes_the_whole_model(tmp_path):
     assert "reached" in done.stdout
     assert {"vision_ms", "speech_ms", "decode_16_ms", "prefill_8_tokens_per_second"} <= set(ran)
     assert ran["weight_bytes"] < converted["stored_bytes"]
-    given = shlex.split(log["command"])
-    assert {"--prefill=8,16", "--one_step=False", "--slots=128", "--threads=2"} <= set(given)
+    original = shlex.split(log["command"])
+    assert {"--prefill=8,16", "--one_step=False", "--slots=128", "--threads=2"} <= set(original)
     assert log["memory_bytes"] > converted["peak_rss_bytes"]
     assert not list((tmp_path / "models").iterdir())

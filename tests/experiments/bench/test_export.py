@@ -57,9 +57,9 @@ def test_goals_name_every_rival_of_the_same_bits():
         s.name: {phase: [Burst(0, t), Burst(1, t)] for phase in ("decode 8", "prefill 16")}
         for s, t in zip(specs, times, strict=True)
     }
-    found = {s.name: {"weight_bytes": 60} for s in specs}
+    results = {s.name: {"weight_bytes": 60} for s in specs}
     bandwidth = {0: 100.0, 1: 80.0}
-    rows = compare.goals(specs, ["decode 8", "prefill 16"], samples, found, bandwidth)
+    rows = compare.goals(specs, ["decode 8", "prefill 16"], samples, results, bandwidth)
     verdicts = {(row["phase"], row["beside"]): row["reached"] for row in rows}
     assert {row["engine"] for row in rows} == {"LiteRT int4"}
     assert verdicts == {
@@ -128,25 +128,25 @@ def test_what_is_timed_gives_the_scores_of_the_file(toy_file):
     np.testing.assert_allclose(scores, expected[0], atol=1e-5 * np.abs(expected).max())
 
 
-def scores_of(engine, given):
+def scores_of(engine, original):
     """Scores of a prompt and of steps behind it, that cross a number of attended slots."""
-    engine.load(given)
+    engine.load(original)
     engine.decode(3, 2)
-    found, run = [], engine._run
-    engine._run = lambda *arguments: found.append(run(*arguments))
+    result, run = [], engine._run
+    engine._run = lambda *arguments: result.append(run(*arguments))
     engine.prefill(LENGTH)
     engine.decode(LENGTH, 10)
-    return found
+    return result
 
 
 def test_a_shorter_look_at_the_cache_changes_no_scores_in_jax():
     from experiments.bench.runtimes.jax_engine import Jax
 
-    whole = scores_of(Jax(), task("", "float32"))
+    complete = scores_of(Jax(), task("", "float32"))
     short = scores_of(Jax(), task("", "float32", attended_slots=[LENGTH, 20, 32]))
     assert len(short) == 11
-    for found, expected in zip(short, whole, strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    for actual, expected in zip(short, complete, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_attended_slots_change_no_scores_in_onnxruntime(tmp_path):
@@ -156,19 +156,19 @@ def test_attended_slots_change_no_scores_in_onnxruntime(tmp_path):
     from experiments.bench.runtimes.onnx_engine import OnnxRuntime
 
     attended = {"attended_slots": [20, 32]}
-    given = task(tmp_path / "toy", **attended)
-    OnnxRuntime().prepare(given)
+    original = task(tmp_path / "toy", **attended)
+    OnnxRuntime().prepare(original)
     engine = OnnxRuntime()
-    short = scores_of(engine, given)
+    short = scores_of(engine, original)
     used = {"embed", "embed_16", "decode_20", "decode_32", "prefill_16_20"}
     assert engine.sessions.keys() == used
-    whole = scores_of(OnnxRuntime(), task(tmp_path / "toy"))
-    for found, expected in zip(short[1:], whole[1:], strict=True):
-        found, expected = (
+    complete = scores_of(OnnxRuntime(), task(tmp_path / "toy"))
+    for actual, expected in zip(short[1:], complete[1:], strict=True):
+        actual, expected = (
             next(v.numpy() for v in b.get_outputs() if v.shape()[-1] == TOY.decoder.vocab_size)
-            for b in (found, expected)
+            for b in (actual, expected)
         )
-        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_fastest_signature_is_chosen():
@@ -194,14 +194,14 @@ def test_the_signatures_of_a_profile_are_those_that_ran(toy_file):
         "decode 40": lambda: engine.decode(40, 3),
         f"prefill {LENGTH}": lambda: engine.prefill(LENGTH),
     }
-    found = {}
+    results = {}
     for phase, burst in bursts.items():
         ran.clear()
         burst()
         steps = [name for name in ran if not name.startswith("embed")]
-        found[phase] = timed_signatures(made, phase, 3)
-        assert found[phase] == list(dict.fromkeys(steps))
-    assert list(found.values()) == [
+        results[phase] = timed_signatures(made, phase, 3)
+        assert results[phase] == list(dict.fromkeys(steps))
+    assert list(results.values()) == [
         ["decode_16"],
         ["decode_16", "decode_32"],
         ["decode"],
@@ -231,18 +231,18 @@ def test_a_profile_counts_every_product_and_adds_up(toy_file):
         "5",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    found = json.loads(done.stdout)
-    counts = {row["operator"]: row["count"] for row in found["operators"]}
+    result = json.loads(done.stdout)
+    counts = {row["operator"]: row["count"] for row in result["operators"]}
     # Query, key, value, output, gate with up, down, in two layers; and the head.
     assert sum(n for name, n in counts.items() if name.startswith("Fully Connected")) == 13
     assert counts["DYNAMIC_UPDATE_SLICE"] == 4
-    total = sum(row["us"] for row in found["operators"]) + found["elsewhere_us"]
-    assert total == pytest.approx(found["us"])
+    total = sum(row["us"] for row in result["operators"]) + result["elsewhere_us"]
+    assert total == pytest.approx(result["us"])
 
 
 def test_events_of_unequal_runs_are_refused():
     events = [profiler.Event(tag=b"ADD", kind=profiler.OPERATOR, elapsed_us=1)] * 3
-    with pytest.raises(RuntimeError, match="3 events of 2 runs"):
+    with pytest.raises(RuntimeError, match="3 events do not divide into 2 runs"):
         profiler.by_operator(events, 2, 1e-6)
 
 

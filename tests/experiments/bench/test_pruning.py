@@ -52,8 +52,8 @@ def test_recipes_of_ours_are_recipes(method):
 
 def test_rows_without_structure_ask_for_half_of_the_weights():
     for method in (m for m in METHODS if m.peer == rows.RESTATED):
-        kept = method.options.get("n_m")
-        assert method.options["sparsity"] == 0.5 if kept is None else kept == [2, 4]
+        retained = method.options.get("n_m")
+        assert method.options["sparsity"] == 0.5 if retained is None else retained == [2, 4]
 
 
 def eliminated(weight: np.ndarray, hessian: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -69,53 +69,53 @@ def eliminated(weight: np.ndarray, hessian: np.ndarray, keep: np.ndarray) -> np.
 
 @pytest.mark.parametrize("n_m", [None, (2, 4)])
 def test_sparsegpt_is_optimal_brain_surgery_in_columns(n_m):
-    weight, met = RNG.normal(size=(6, 16)), inputs_of(16)
-    found = sparsity.sparsegpt(weight, met, 0.5, n_m, block=8)
-    hessian = met.T @ met
+    weight, inputs = RNG.normal(size=(6, 16)), inputs_of(16)
+    actual = sparsity.sparsegpt(weight, inputs, 0.5, n_m, block=8)
+    hessian = inputs.T @ inputs
     hessian += 0.01 * np.mean(np.diag(hessian)) * np.eye(16)
-    np.testing.assert_allclose(found, eliminated(weight, hessian, found != 0), atol=1e-9)
-    assert (found == 0).sum() == weight.size // 2
+    np.testing.assert_allclose(actual, eliminated(weight, hessian, actual != 0), atol=1e-9)
+    assert (actual == 0).sum() == weight.size // 2
     # What is chosen within the first columns is what costs least there.
     inverse = np.linalg.cholesky(np.linalg.inv(hessian)).T
     worth = np.square(weight / np.diag(inverse))
     if n_m is None:
-        assert worth[:, :8][found[:, :8] == 0].max() < worth[:, :8][found[:, :8] != 0].min()
+        assert worth[:, :8][actual[:, :8] == 0].max() < worth[:, :8][actual[:, :8] != 0].min()
     else:
         first = np.sort(np.argsort(worth[:, :4], axis=1)[:, :2], axis=1)
         np.testing.assert_array_equal(
-            np.sort(np.argsort(found[:, :4] != 0, axis=1)[:, :2], axis=1), first
+            np.sort(np.argsort(actual[:, :4] != 0, axis=1)[:, :2], axis=1), first
         )
 
 
 @pytest.mark.parametrize("n_m", [None, (2, 4)])
 def test_sparsegpt_of_ours_as_published_is_the_restated_one(n_m):
-    weight, met = RNG.normal(size=(12, 32)), inputs_of(32)
-    restated = sparsity.sparsegpt(weight, met, 0.5, n_m, block=16)
-    found, keep, _ = sparse_columns.solve(
+    weight, inputs = RNG.normal(size=(12, 32)), inputs_of(32)
+    restated = sparsity.sparsegpt(weight, inputs, 0.5, n_m, block=16)
+    actual, keep, _ = sparse_columns.solve(
         jnp.asarray(weight, jnp.float32),
-        jnp.asarray(met.T @ met, jnp.float32),
+        jnp.asarray(inputs.T @ inputs, jnp.float32),
         0.5,
         n_m,
         block=16,
     )
     np.testing.assert_array_equal(np.asarray(keep), restated != 0)
-    np.testing.assert_allclose(np.asarray(found), restated, atol=2e-3)
+    np.testing.assert_allclose(np.asarray(actual), restated, atol=2e-3)
 
 
 def test_an_input_that_is_always_zero_loses_its_weights():
-    met = inputs_of(8)
-    met[:, 3] = 0.0
-    found = sparsity.sparsegpt(RNG.normal(size=(4, 8)), met, 0.5, None)
-    assert np.isfinite(found).all()
-    assert (found[:, 3] == 0).all()
+    inputs = inputs_of(8)
+    inputs[:, 3] = 0.0
+    actual = sparsity.sparsegpt(RNG.normal(size=(4, 8)), inputs, 0.5, None)
+    assert np.isfinite(actual).all()
+    assert (actual[:, 3] == 0).all()
 
 
 def test_wanda_keeps_of_each_row_what_meets_most():
-    weight, met = RNG.normal(size=(5, 8)), inputs_of(8)
-    score = np.abs(weight) * np.linalg.norm(met, axis=0)
-    stays = sparsity.wanda(weight, met, 0.5, None)
+    weight, inputs = RNG.normal(size=(5, 8)), inputs_of(8)
+    score = np.abs(weight) * np.linalg.norm(inputs, axis=0)
+    stays = sparsity.wanda(weight, inputs, 0.5, None)
     np.testing.assert_array_equal(stays, score >= np.sort(score, axis=1)[:, 4:5])
-    pairs = sparsity.wanda(weight, met, None, (2, 4)).reshape(5, 2, 4)
+    pairs = sparsity.wanda(weight, inputs, None, (2, 4)).reshape(5, 2, 4)
     groups = score.reshape(5, 2, 4)
     np.testing.assert_array_equal(pairs, groups >= np.sort(groups, axis=2)[:, :, 2:3])
 
@@ -123,11 +123,11 @@ def test_wanda_keeps_of_each_row_what_meets_most():
 def test_erdos_renyi_shares_meet_the_budget():
     """Shares by erdos renyi are the budget and leave small matrices whole."""
     shapes = {"small": (4, 8), "square": (64, 64), "wide": (256, 64)}
-    found = sparsity.erdos_renyi(shapes, 0.5)
-    assert found["small"] == 0.0
-    removed = sum(found[name] * math.prod(shape) for name, shape in shapes.items())
+    actual = sparsity.erdos_renyi(shapes, 0.5)
+    assert actual["small"] == 0.0
+    removed = sum(actual[name] * math.prod(shape) for name, shape in shapes.items())
     assert removed == pytest.approx(0.5 * sum(map(math.prod, shapes.values())))
-    density = {name: 1 - found[name] for name in ("square", "wide")}
+    density = {name: 1 - actual[name] for name in ("square", "wide")}
     expected = (128 / 64**2) / (320 / (256 * 64))
     assert density["square"] / density["wide"] == pytest.approx(expected)
 
@@ -135,16 +135,16 @@ def test_erdos_renyi_shares_meet_the_budget():
 def test_layers_see_what_the_pruned_layers_before_them_give():
     names = [f"decoder/layers/{index}/q/weight" for index in (1, 0)]
     weights = {name: RNG.normal(size=(4, 8)) for name in names}
-    seen = []
+    observed = []
 
-    def inputs(found, paths):
-        seen.append((paths, {path: (weight == 0).mean() for path, weight in found.items()}))
+    def inputs(actual, paths):
+        observed.append((paths, {path: (weight == 0).mean() for path, weight in actual.items()}))
         return {path: inputs_of(8) for path in paths}
 
     sparsity.prune(weights, inputs, {"algorithm": "wanda", "sparsity": 0.5})
-    assert [paths for paths, _ in seen] == [[names[1]], [names[0]]]
-    assert seen[0][1] == dict.fromkeys(names, 0.0)
-    assert seen[1][1] == {names[1]: 0.5, names[0]: 0.0}
+    assert [paths for paths, _ in observed] == [[names[1]], [names[0]]]
+    assert observed[0][1] == dict.fromkeys(names, 0.0)
+    assert observed[1][1] == {names[1]: 0.5, names[0]: 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +191,8 @@ def test_restated_wanda_equals_ours_in_the_first_layer(worker):
     )
     for path, leaf in boxes.path_items(ours):
         if isinstance(leaf, boxes.Masked):
-            found = dict(boxes.path_items(restated.params))[path]
-            np.testing.assert_array_equal(np.asarray(found.mask), np.asarray(leaf.mask))
+            results = dict(boxes.path_items(restated.params))[path]
+            np.testing.assert_array_equal(np.asarray(results.mask), np.asarray(leaf.mask))
 
 
 def test_masks_are_counted_and_save_nothing(worker):
@@ -243,14 +243,14 @@ def test_increase_interval_and_lost_taps():
     """The interval of the increase holds it and lost taps count up."""
     dense = measured([40.0, 44.0, 42.0, 38.0], 40, "1111")
     worse = measured([42.0, 45.0, 46.0, 39.0], 40, "1011")
-    found = show.beside_dense(worse, dense)
-    assert found["increase"] == pytest.approx(math.exp(8 / 40) - 1)
-    assert 0 < found["increase_low"] < found["increase"] < found["increase_high"]
+    actual = show.beside_dense(worse, dense)
+    assert actual["increase"] == pytest.approx(math.exp(8 / 40) - 1)
+    assert 0 < actual["increase_low"] < actual["increase"] < actual["increase_high"]
     # The least and the largest change of a window bound it.
-    assert math.expm1(1 / 10) <= found["increase_low"]
-    assert found["increase_high"] <= math.expm1(4 / 10)
-    assert found["taps_lost_image"][1] == 0.25
-    assert found["taps_lost_spoken"] is None
+    assert math.expm1(1 / 10) <= actual["increase_low"]
+    assert actual["increase_high"] <= math.expm1(4 / 10)
+    assert actual["taps_lost_image"][1] == 0.25
+    assert actual["taps_lost_spoken"] is None
     same = show.beside_dense(dense, dense)
     assert [same[f"increase{end}"] for end in ("", "_low", "_high")] == [0.0, 0.0, 0.0]
 
@@ -265,7 +265,7 @@ def result(name: str, peer: str, kind: str, increase: float, lost: float = 0.0) 
 
 def test_goals_use_our_best_row():
     """Goals are judged by the best row of ours and missing rows are left out."""
-    found = [
+    results = [
         result("SparseGPT 50 %", rows.RESTATED, "training-free", 0.20),
         result("Wanda 50 %", rows.RESTATED, "training-free", 0.10),
         result("glm_edge a 50 %", OURS, "training-free", 0.21),
@@ -275,7 +275,7 @@ def test_goals_use_our_best_row():
         result("glm_edge 2:4, distilled", OURS, "trained", 0.11),
         result("glm_edge 30 %, distilled", OURS, "trained", 0.02, lost=0.02),
     ]
-    goals = show.goals(found, {"speedup": [1.2, 1.31, 1.4], "shape": "mobile"})
+    goals = show.goals(results, {"speedup": [1.2, 1.31, 1.4], "shape": "mobile"})
     assert [(goal["row"], goal["reached"]) for goal in goals] == [
         ("glm_edge b 50 %", True),
         ("glm_edge 2:4, distilled", False),
@@ -283,7 +283,7 @@ def test_goals_use_our_best_row():
         ("glm_edge 30 %, distilled", False),
         ("mobile", True),
     ]
-    assert show.goals(found[:2], None) == []
+    assert show.goals(results[:2], None) == []
 
 
 def test_the_table_and_the_figure_are_drawn(tmp_path):
@@ -299,29 +299,29 @@ def test_the_timed_shape_is_the_one_that_removal_leaves():
     model, params = random_model(configs.to_dict(TOY), "float32")
     assert speed.decoder_parameters(TOY) == boxes.count(params["decoder"])
     shrink = ge.prune.structured(heads=0.25, neurons=rows.NEURONS, score="magnitude")
-    left, pruned, _ = shrink(model, params)
-    found = speed.smaller(TOY)
-    assert found == left.config
-    assert speed.decoder_parameters(found) == boxes.count(pruned["decoder"])
+    remaining, pruned, _ = shrink(model, params)
+    actual = speed.smaller(TOY)
+    assert actual == remaining.config
+    assert speed.decoder_parameters(actual) == boxes.count(pruned["decoder"])
 
 
 def test_at_least_three_tenths_go_on_both_shapes():
     for name in ("nano", "mobile"):
         config = configs.preset(name)
-        found = speed.decoder_parameters(speed.smaller(config))
-        assert found <= 0.7 * speed.decoder_parameters(config)
+        actual = speed.decoder_parameters(speed.smaller(config))
+        assert actual <= 0.7 * speed.decoder_parameters(config)
 
 
 @pytest.mark.slow
 def test_both_files_take_turns_in_litert(tmp_path):
     pytest.importorskip("ai_edge_litert")
     pytest.importorskip("tensorflow")
-    found = speed.measure("toy", tmp_path, rounds=2, steps=2, context=4, slots=16, threads=1)
-    assert found["file_bytes"]["pruned"] < found["file_bytes"]["dense"]
-    assert 0 < found["removed"] < 1
-    low, middle, high = found["speedup"]
+    actual = speed.measure("toy", tmp_path, rounds=2, steps=2, context=4, slots=16, threads=1)
+    assert actual["file_bytes"]["pruned"] < actual["file_bytes"]["dense"]
+    assert 0 < actual["removed"] < 1
+    low, middle, high = actual["speedup"]
     assert 0 < low <= middle <= high
-    ratios = np.divide(found["bursts"]["dense"], found["bursts"]["pruned"])
+    ratios = np.divide(actual["bursts"]["dense"], actual["bursts"]["pruned"])
     assert middle == pytest.approx(np.median(ratios))
     assert not list(tmp_path.glob("*.tflite"))
 

@@ -57,7 +57,7 @@ def test_a_finished_row_is_kept_unless_its_options_changed(tmp_path):
     assert bench_quality.finished(tmp_path, method, settings)
     other = dataclasses.replace(method, options={"tile": 64})
     assert not bench_quality.finished(tmp_path, other, settings)
-    with pytest.raises(OutputError, match=r"screens 3, asked for 4; name another --out_dir"):
+    with pytest.raises(OutputError, match=r"screens 3, requested 4; use a different --out_dir"):
         bench_quality.finished(tmp_path, method, {**settings, "screens": 4})
 
 
@@ -131,14 +131,14 @@ def test_text_scores_match_numpy(text_model):
         logits = model.apply({"params": leaves}, windows.tokens)[0][:, :-1]
         logits = np.asarray(logits, np.float64)
         scores.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
-    expected, found = (s[windows.scored] for s in scores)
+    expected, actual = (s[windows.scored] for s in scores)
     targets = windows.tokens[:, 1:][windows.scored]
-    kl = np.mean(np.sum(np.exp(expected) * (expected - found), axis=-1))
-    perplexity = np.exp(-np.mean(found[np.arange(len(targets)), targets]))
+    kl = np.mean(np.sum(np.exp(expected) * (expected - actual), axis=-1))
+    perplexity = np.exp(-np.mean(actual[np.arange(len(targets)), targets]))
     measured = scorer.score(model, other)
     assert measured["perplexity"] == pytest.approx(perplexity, rel=1e-5)
     assert measured["kl_text"] == pytest.approx(kl, rel=1e-3)
-    assert measured["flips_text"] == np.mean(expected.argmax(-1) != found.argmax(-1)) > 0
+    assert measured["flips_text"] == np.mean(expected.argmax(-1) != actual.argmax(-1)) > 0
 
 
 @pytest.mark.slow

@@ -62,9 +62,9 @@ def test_settings_are_the_exits_and_neurons_asked_for(small):
 
 def test_a_row_says_what_was_lost_beside_what_was_published():
     first = row("all", None, accuracy=0.75)
-    found = bench_skipping.cells(row("keep 0.5", 0.5), first)
-    assert found[1:4] == ["50.0%", "25.0", "90.0%"]
-    assert found[-2:] == ["1.25 (1.10-1.40)", "1.42 x at 3 %"]
+    result = bench_skipping.cells(row("keep 0.5", 0.5), first)
+    assert result[1:4] == ["50.0%", "25.0", "90.0%"]
+    assert result[-2:] == ["1.25 (1.10-1.40)", "1.42 x at 3 %"]
     assert bench_skipping.cells(first, first)[-1] == ""
     read = list(csv.DictReader(io.StringIO(bench_skipping.as_csv([first]))))
     assert read[0]["accuracy"] == "0.75"

@@ -19,12 +19,12 @@ PHONE = Device("phone", 50e9, 20e12, 1.0)
 
 def test_the_9b_model_on_paper():
     """Against counts of the published shape, written out."""
-    found = paper(preset("phone_9b"), "int4", 96, 40, PHONE)
+    result = paper(preset("phone_9b"), "int4", 96, 40, PHONE)
     assert features_of(preset("phone_9b").vision) == (48 * 24, 12 * 24)
-    assert found["prompt_tokens"] == 288 + 96
+    assert result["prompt_tokens"] == 288 + 96
     layer = 4096 * (4096 + 2 * 256 + 4096) + 3 * 4096 * 13696
     read = 40 * layer + 151552 * 4096
-    prefill, decode = found["parts"]["prefill"], found["parts"]["decode"]
+    prefill, decode = result["parts"]["prefill"], result["parts"]["decode"]
     # Half a byte a weight, and a float32 scale a row.
     assert prefill["bytes"] == pytest.approx(read / 2, rel=2e-3)
     products = 2 * 40 * layer * 384
@@ -33,13 +33,13 @@ def test_the_9b_model_on_paper():
     assert decode["bytes"] == pytest.approx(40 * (read / 2 + cached), rel=2e-3)
     assert decode["seconds"] == decode["memory_s"] == decode["bytes"] / 50e9
     assert prefill["seconds"] == prefill["arithmetic_s"] == prefill["operations"] / 20e12
-    assert found["seconds"] == sum(part["seconds"] for part in found["parts"].values())
+    assert result["seconds"] == sum(part["seconds"] for part in result["parts"].values())
 
 
 def test_half_of_the_peaks_takes_twice_as_long():
-    whole = paper(preset("mobile"), "int8", 96, 40, PHONE)
+    complete = paper(preset("mobile"), "int8", 96, 40, PHONE)
     half = paper(preset("mobile"), "int8", 96, 40, dataclasses.replace(PHONE, share=0.5))
-    assert half["seconds"] == pytest.approx(2 * whole["seconds"])
+    assert half["seconds"] == pytest.approx(2 * complete["seconds"])
 
 
 def test_total_time_counts_preparation(capsys, monkeypatch):
@@ -47,8 +47,8 @@ def test_total_time_counts_preparation(capsys, monkeypatch):
     monkeypatch.setattr(time_to_action, "FLAGS", SimpleNamespace(shape="toy", action_tokens=4))
     run = dict.fromkeys(("image", "prefill", "decode"), 0.1)
     form = {"runs": [run] * 3, "file_bytes": 1, "peak_rss_bytes": 1}
-    found = {"features": 8, "prompt_tokens": 16, "prepare_s": [0.2, 0.2, 0.2]}
-    time_to_action.show_measured(found | {"forms": {"int8": form}})
+    results = {"features": 8, "prompt_tokens": 16, "prepare_s": [0.2, 0.2, 0.2]}
+    time_to_action.show_measured(results | {"forms": {"int8": form}})
     header, _, row = (
         [cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()
     )
@@ -85,8 +85,8 @@ def test_a_small_run(tmp_path):
     assert len(log["measured"]["prepare_s"]) == 2
     assert min(log["measured"]["prepare_s"]) > 0
     assert log["measured"]["prepared_tokens"] >= log["measured"]["prompt_tokens"]
-    assert log["sources"] == "as given by --tops"
-    assert "sources: as given by --tops" in done.stdout
+    assert log["sources"] == "as set by --tops"
+    assert "sources: as set by --tops" in done.stdout
     assert log["runtimes"]["LiteRT"]["size_bytes"] > 1e6
     assert "none" in log["runtimes"]["MNN"]["left_out"]
     assert "450 ms" in done.stdout or "0.45 s" in done.stdout

@@ -25,8 +25,10 @@ def test_mnist_splits_share_no_image():
     train = digits.mnist_folder(DATA / "vision_mnist", "train")
     held_out = digits.mnist_folder(DATA / "vision_mnist", "eval")
     assert len(train) > len(held_out) > 0
-    seen = {image.tobytes() for stack in train.images for image in stack}
-    assert not any(image.tobytes() in seen for stack in held_out.images for image in stack[:100])
+    observed = {image.tobytes() for stack in train.images for image in stack}
+    assert not any(
+        image.tobytes() in observed for stack in held_out.images for image in stack[:100]
+    )
 
 
 def test_spoken_questions_come_from_the_folder():

@@ -69,5 +69,5 @@ def test_an_unknown_member_is_one_line(tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    assert "error: --members: 'gpt' is unknown; known: glm, glm4" in done.stderr
+    assert "error: --members: unknown member 'gpt'; known: glm, glm4" in done.stderr
     assert "Traceback" not in done.stderr

@@ -31,20 +31,20 @@ def test_skipping_none_or_half_of_the_neurons(run, checkpoint):
     """Skipping nothing loses nothing and half reads two thirds."""
     few = ["--screens=4", "--rounds=2", "--text_tokens=600", "--shape="]
     rows, log = run(dynamic, f"--checkpoint={checkpoint}", "--skip=0,50", *few)
-    found = numbers(rows)
-    assert found["0 % skipped: tokens as without skipping"] == 0.0
-    assert found["0 % skipped: perplexity grows"] == pytest.approx(0.0, abs=1e-3)
-    assert found["50 % skipped: perplexity grows"] != pytest.approx(0.0, abs=1e-3)
-    assert found["50 % skipped: FFN weights read"] == pytest.approx(100 * 2 / 3)
-    assert found["50 % skipped: speed-up"] > 0.0
+    result = numbers(rows)
+    assert result["0 % skipped: tokens as without skipping"] == 0.0
+    assert result["0 % skipped: perplexity grows"] == pytest.approx(0.0, abs=1e-3)
+    assert result["50 % skipped: perplexity grows"] != pytest.approx(0.0, abs=1e-3)
+    assert result["50 % skipped: FFN weights read"] == pytest.approx(100 * 2 / 3)
+    assert result["50 % skipped: speed-up"] > 0.0
     assert rows["50 % skipped: speed-up"]["claim"] == "1.42"
     assert rows["0 % skipped: speed-up"]["claim"] == ""
-    assert log["measured"]["perplexity"]["all"] == found["perplexity"]
+    assert log["measured"]["perplexity"]["all"] == result["perplexity"]
     assert "--skip=0,50" in log["command"]
 
 
 def test_fractions_of_neurons_that_mean_nothing_are_refused(run, checkpoint):
-    with pytest.raises(RecipeError, match="lists nothing"):
+    with pytest.raises(RecipeError, match="must not be empty"):
         run(dynamic, f"--checkpoint={checkpoint}", "--skip=")
     with pytest.raises(RecipeError, match="keep must be above 0"):
         run(dynamic, f"--checkpoint={checkpoint}", "--skip=100")
@@ -55,34 +55,38 @@ def row(name, value, accuracy, tokens_per_second=100.0, layers=4.0):
 
 
 def test_losses_are_relative_to_the_whole_model():
-    found = [row("all", None, 0.8), row("keep 0.8", 0.8, 0.6)]
+    results = [row("all", None, 0.8), row("keep 0.8", 0.8, 0.6)]
     perplexity = {"all": 20.0, "keep 0.8": 25.0}
-    rows = {r.quantity: r for r in dynamic.rows_of(found, perplexity, "taps", 40)}
+    rows = {r.quantity: r for r in dynamic.rows_of(results, perplexity, "taps", 40)}
     assert rows["20 % skipped: taps"].measured == pytest.approx(25.0)
     assert rows["20 % skipped: perplexity grows"].ratio == pytest.approx(25.0)
     assert rows["20 % skipped: speed-up"].ratio == pytest.approx(1.25 / 1.15)
-    (timed,) = dynamic.shape_rows(found, "mobile")
+    (timed,) = dynamic.shape_rows(results, "mobile")
     assert (timed.quantity, timed.claim) == ("20 % skipped, mobile: speed-up", 1.15)
 
 
 def test_an_exit_that_is_always_or_never_sure(run, checkpoint):
     few = ["--screens=4", "--rounds=2", "--exits=1", "--thresholds=0,1", "--shape="]
     rows, _ = run(early_exit, f"--checkpoint={checkpoint}", *few)
-    found = numbers(rows)
+    result = numbers(rows)
     for kind in ("exit", "exit+map"):
-        assert found[f"{kind} 0: layers"] == 1.0
-        assert found[f"{kind} 1: layers"] == 2.0
-        assert found[f"{kind} 1: lost"] == 0.0
-    assert found["exit 0: lost"] > 0.0
-    assert "not reachable here" in rows["all layers: time"]["note"]
+        assert result[f"{kind} 0: layers"] == 1.0
+        assert result[f"{kind} 1: layers"] == 2.0
+        assert result[f"{kind} 1: lost"] == 0.0
+    assert result["exit 0: lost"] > 0.0
+    assert "not available" in rows["all layers: time"]["note"]
 
 
 def test_the_claim_of_early_exit_stands_at_its_threshold():
-    found = [row("all", None, 0.9), row("exit 0.95", 0.95, 0.85, 125.0), row("exit 0.5", 0.5, 0.1)]
-    rows = {r.quantity: r for r in early_exit.rows_of(found, "taps", 40)}
+    results = [
+        row("all", None, 0.9),
+        row("exit 0.95", 0.95, 0.85, 125.0),
+        row("exit 0.5", 0.5, 0.1),
+    ]
+    rows = {r.quantity: r for r in early_exit.rows_of(results, "taps", 40)}
     assert rows["exit 0.95: lost"].measured == pytest.approx(5.0)
     assert rows["exit 0.95: lost"].claim == pytest.approx(0.4)
-    assert rows["exit 0.95: time of a token"].measured == pytest.approx(8.0)
+    assert rows["exit 0.95: time per token"].measured == pytest.approx(8.0)
     assert rows["exit 0.95: time over all layers"].measured == pytest.approx(0.8)
     assert rows["exit 0.95: time over all layers"].claim == pytest.approx(76 / 120)
     assert rows["all layers: taps"].claim == 98.2
@@ -95,15 +99,15 @@ def test_bits_are_stored_and_lose(run, checkpoint):
     where = "layers/0/attention"
     few = ["--bits=8,2", "--groups=32", "--text_tokens=600", f"--where={where}"]
     rows, log = run(bits, f"--checkpoint={checkpoint}", *few)
-    found = numbers(rows)
-    ways = ("rtn", "gptq")
-    for way in ways:
+    result = numbers(rows)
+    methods = ("rtn", "gptq")
+    for way in methods:
         names = [f"{width} bits, {way}, groups of 32" for width in (8, 2)]
         # A bfloat16 scale for 32 weights.
-        assert [found[f"{name}: stored"] for name in names] == [8.5, 2.5]
-        moved = [abs(found[f"{name}: perplexity grows"]) for name in names]
+        assert [result[f"{name}: stored"] for name in names] == [8.5, 2.5]
+        moved = [abs(result[f"{name}: perplexity grows"]) for name in names]
         assert 0.0 < moved[0] < moved[1]
-    nearest, calibrated = (found[f"2 bits, {w}, groups of 32: perplexity grows"] for w in ways)
+    nearest, calibrated = (result[f"2 bits, {w}, groups of 32: perplexity grows"] for w in methods)
     assert nearest != calibrated
     assert log["measured"]["settings"]["float32"]["bits stored"] == 32.0
     assert f"--where={where} --bits=8,2 --groups=32" in log["command"]
@@ -112,8 +116,8 @@ def test_bits_are_stored_and_lose(run, checkpoint):
 def test_losses_of_bits_are_set_against_the_claim():
     base = {"perplexity": 20.0, "taps, written": 80.0, "bits stored": 32.0}
     now = {"perplexity": 22.0, "taps, written": 72.0, "bits stored": 4.5}
-    found = {"float32": base, "4 bits, rtn, per channel": now, "3 bits, rtn, per channel": now}
-    rows = {r.quantity: r for r in bits.rows_of(found)}
+    results = {"float32": base, "4 bits, rtn, per channel": now, "3 bits, rtn, per channel": now}
+    rows = {r.quantity: r for r in bits.rows_of(results)}
     assert rows["4 bits, rtn, per channel: perplexity grows"].measured == pytest.approx(10.0)
     assert rows["4 bits, rtn, per channel: taps, written"].ratio == pytest.approx(1.0)
     assert rows["3 bits, rtn, per channel: taps, written"].claim is None

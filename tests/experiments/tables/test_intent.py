@@ -62,8 +62,8 @@ def test_the_test_part_and_the_published_file_come_first(folder):
     assert (data.name, len(data.test_labels)) == ("CLINC150, test part", 1)
     inside = [row for row in rows_of(WORDS) if row[1] != "oos"]
     outside = [row for row in rows_of(WORDS) if row[1] == "oos"]
-    whole = {"train": inside, "oos_train": outside, "test": inside[:6], "oos_test": outside[:1]}
-    (folder / "data_full.json").write_text(json.dumps(whole))
+    complete = {"train": inside, "oos_train": outside, "test": inside[:6], "oos_test": outside[:1]}
+    (folder / "data_full.json").write_text(json.dumps(complete))
     data = intent.load(str(folder), 120, 12)
     assert (len(data.train_labels), len(data.test_labels)) == (32, 7)
     assert list(data.scored) == [True] * 6 + [False]
@@ -73,7 +73,7 @@ def test_the_test_part_and_the_published_file_come_first(folder):
 
 
 def test_what_cannot_be_read_is_refused(folder, tmp_path):
-    with pytest.raises(DataError, match=r"clinc150_train\.tsv: is missing; --intent_dir"):
+    with pytest.raises(DataError, match=r"clinc150_train\.tsv: missing; --intent_dir"):
         intent.load(str(tmp_path), 120, 12)
     (folder / "clinc150_dev.tsv").write_text("text\tintent\nplay bach\tplay\nhello\n")
     with pytest.raises(DataError, match=r"dev\.tsv: line 3 is not a text"):
@@ -114,10 +114,10 @@ def test_encoder_learns_intents_and_masks_in_training_only(folder, tmp_path):
     after = intent.trained(tmp_path, "one", model, data, training, seed=0)
     assert intent.percent(intent.hits_of(model, after, data), data.scored) > 90.0
     tokens = data.train_tokens[:4]
-    seen = intent._apply(model, after, tokens, None)[0]
-    np.testing.assert_array_equal(intent._apply(model, after, tokens, None)[0], seen)
+    observed = intent._apply(model, after, tokens, None)[0]
+    np.testing.assert_array_equal(intent._apply(model, after, tokens, None)[0], observed)
     key = jax.random.key(0)
-    assert np.abs(intent._apply(model, after, tokens, key)[0] - seen).max() > 1e-3
+    assert np.abs(intent._apply(model, after, tokens, key)[0] - observed).max() > 1e-3
 
 
 def test_differences_are_paired_by_text(folder):
@@ -133,13 +133,13 @@ def test_differences_are_paired_by_text(folder):
     full, alone = [hits(inside[0])], [hits(*inside[:6]), hits(*inside[:3])]
     taught = [hits(*inside[:3], outside)] * 2
     seconds = {f"{engine} {kind}": [0.002] * 3 for engine in measure.ENGINES for kind in KINDS}
-    found = intent.rows_of(
+    result = intent.rows_of(
         dict(zip(("full", *intent.HALVES), (full, alone, taught, full * 2), strict=True)),
         data,
         {"full": 4_000_000, "half": 2_000_000},
         seconds,
     )
-    rows = {row.quantity: row for row in found}
+    rows = {row.quantity: row for row in result}
     assert rows["top-1, full"].measured == pytest.approx(100 * 11 / 12)
     assert rows["top-1, full"].spread is None
     assert rows["top-1, half"].measured == pytest.approx(100 * 7.5 / 12)
@@ -147,6 +147,6 @@ def test_differences_are_paired_by_text(folder):
     assert rows["lost by half the depth, distilled"].measured == pytest.approx(100 * 2 / 12)
     assert rows["lost by half the depth, distilled"].claim == pytest.approx(2.5)
     assert rows["gain of distillation"].measured == pytest.approx(100 * 1.5 / 12)
-    assert rows["found to be of no intent, half, distilled"].measured == pytest.approx(75.0)
+    assert rows["recognised as without intent, half, distilled"].measured == pytest.approx(75.0)
     assert rows["half over full, JAX"].measured == pytest.approx(1.0)
     assert rows["top-1, full, the claim's data"].measured is None

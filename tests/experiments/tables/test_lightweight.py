@@ -19,14 +19,16 @@ def test_files_are_timed_and_weighed_each_in_a_process(tmp_path, monkeypatch):
         kind: lightweight.write(*random_model(config, form), tmp_path / f"{kind}.tflite")
         for kind, form in zip(lightweight.KINDS, ("float32", "int4"), strict=True)
     }
-    found = lightweight.timed(files, rounds=2, threads=1, answer_tokens=3)
+    result = lightweight.timed(files, rounds=2, threads=1, answer_tokens=3)
     for kind in lightweight.KINDS:
-        assert len(found[kind]["actions"]) == len(found[kind]["steps"]) == 2
-        assert all(set(run) == {"image", "prefill", "decode"} for run in found[kind]["actions"])
-        assert min(sum(run.values()) for run in found[kind]["actions"]) > min(found[kind]["steps"])
-        assert 0 < found[kind]["baseline_rss_bytes"] < found[kind]["peak_rss_bytes"]
+        assert len(result[kind]["actions"]) == len(result[kind]["steps"]) == 2
+        assert all(set(run) == {"image", "prefill", "decode"} for run in result[kind]["actions"])
+        assert min(sum(run.values()) for run in result[kind]["actions"]) > min(
+            result[kind]["steps"]
+        )
+        assert 0 < result[kind]["baseline_rss_bytes"] < result[kind]["peak_rss_bytes"]
     files["native"].path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="LiteRT does not run a file"):
+    with pytest.raises(DataError, match="LiteRT cannot run a file"):
         lightweight.timed({"native": files["native"]}, rounds=1, threads=1, answer_tokens=1)
 
 
@@ -53,7 +55,7 @@ def test_rows_set_both_models_against_the_claim():
     rows = {row.quantity: row for row in lightweight.rows_of(hits, sizes, runs)}
     native = rows["latency of a tap, native"]
     assert (native.claim, native.measured) == (210.0, pytest.approx(40.0))
-    assert "another device" in native.note
+    assert "a different device" in native.note
     factor = rows["latency of a tap, lightweight over native"]
     assert (factor.claim, factor.measured) == (pytest.approx(85 / 210), pytest.approx(0.25))
     assert rows["latency of a token, lightweight over native"].measured == pytest.approx(0.5)

@@ -36,8 +36,8 @@ from glm_edge.models.multimodal import MultimodalGLM
     ],
 )
 def test_multiply_accumulates_are_the_published_ones(name, giga):
-    found = repvgg.operations(preset(name)) / 1e9
-    assert found == pytest.approx(giga, abs=0.051 if giga > 5 else 0.0051)
+    result = repvgg.operations(preset(name)) / 1e9
+    assert result == pytest.approx(giga, abs=0.051 if giga > 5 else 0.0051)
 
 
 def test_products_within_loops_and_calls_are_counted():
@@ -51,7 +51,7 @@ def test_sides_are_measured_in_turns():
     sides = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = measure.alternate(sides, 3)
     assert order == [*"aabb", *"ba", *"ab", *"ba"]
-    assert all(len(found) == 3 for found in seconds.values())
+    assert all(len(result) == 3 for result in seconds.values())
     assert measure.median_ms([0.001, 0.5, 0.002]) == pytest.approx(2.0)
     assert measure.ratio_quartiles([1, 2, 6], [1, 1, 2])[1] == 2.0
 
@@ -81,7 +81,7 @@ def test_files_agree_with_jax_in_float32_and_int8(mobile, tmp_path):
 
 def test_a_function_that_tflite_cannot_hold_is_refused(tmp_path):
     pytest.importorskip("tensorflow")
-    with pytest.raises(ExportError, match="cannot hold this function"):
+    with pytest.raises(ExportError, match="cannot represent this function"):
         function(
             lambda _, inputs: {"y": jnp.linalg.svd(inputs["x"])[1]},
             {},
@@ -109,9 +109,9 @@ def test_masks_and_narrow_leave_as_many_parameters():
     matrices = boxes.select(sides["dense"][1], None)
     leaves = dict(boxes.path_items(sides["dense"][1]))
     zeros = sum(round(0.3 * leaves[path].size) for path in matrices)
-    left = sizes["dense"]["parameters"] - zeros
-    assert sizes["masked, in its box"]["parameters"] == left
-    assert sizes["narrow"]["parameters"] == pytest.approx(left, rel=0.02)
+    remaining = sizes["dense"]["parameters"] - zeros
+    assert sizes["masked, in its box"]["parameters"] == remaining
+    assert sizes["narrow"]["parameters"] == pytest.approx(remaining, rel=0.02)
     assert sizes["masked, in its box"]["bytes"] > sizes["dense"]["bytes"]
     tokens = jnp.arange(5)[None]
     model, masked = sides["masked, in its box"]
@@ -126,7 +126,7 @@ def test_encoders_run_in_both_engines_and_boxes_in_jax():
     chosen = {"one": sides["narrow"], "boxed": sides["masked, in its box"]}
     seconds = measure.encoder_times(chosen, tokens=5, rounds=2, threads=1)
     assert set(seconds) == {"jax one", "litert one", "jax boxed"}
-    assert all(len(found) == 2 and min(found) > 0 for found in seconds.values())
+    assert all(len(result) == 2 and min(result) > 0 for result in seconds.values())
 
 
 def test_rows_of_sparsity_say_how_time_changed():
@@ -137,21 +137,21 @@ def test_rows_of_sparsity_say_how_time_changed():
     }
     kinds = ("dense", "masked", "masked, in its box", "narrow")
     rows = sparsity.rows_of(seconds, {kind: {"parameters": 5e7, "bytes": 2e8} for kind in kinds})
-    found = {row.quantity: row for row in rows}
-    assert found["masked over dense, JAX"].measured == pytest.approx(1.02)
-    assert found["masked over dense, JAX"].ratio == pytest.approx(1.02 / 0.78)
-    assert found["narrow over dense, LiteRT"].claim is None
-    assert found["masked, by a sparse kernel"].measured is None
+    results = {row.quantity: row for row in rows}
+    assert results["masked over dense, JAX"].measured == pytest.approx(1.02)
+    assert results["masked over dense, JAX"].ratio == pytest.approx(1.02 / 0.78)
+    assert results["narrow over dense, LiteRT"].claim is None
+    assert results["masked, by a sparse kernel"].measured is None
 
 
 def test_rows_of_int8_and_pruning_give_factors_and_losses():
     cost = {"operations": 6e8, "bytes": 14e6, "seconds": [0.02] * 3}
     small = {"operations": 2e8, "bytes": 2e6, "seconds": [0.01] * 3}
     kinds = {"dense": cost, "dense int8": cost, "pruned": small, "pruned int8": small}
-    found = {"dense": [97.0], "dense int8": [96.5], "pruned": [96.0], "pruned int8": [95.5]}
-    rows = {row.quantity: row for row in int8_pruned.rows_of(found, kinds, "d")}
-    assert rows["operations, how many times fewer"].measured == pytest.approx(3.0)
-    assert rows["file, how many times fewer"].claim == pytest.approx(8.7 / 3.2)
+    results = {"dense": [97.0], "dense int8": [96.5], "pruned": [96.0], "pruned int8": [95.5]}
+    rows = {row.quantity: row for row in int8_pruned.rows_of(results, kinds, "d")}
+    assert rows["operations, reduction factor"].measured == pytest.approx(3.0)
+    assert rows["file, reduction factor"].claim == pytest.approx(8.7 / 3.2)
     assert rows["top-1 lost, pruned int8"].measured == pytest.approx(1.5)
     assert rows["top-1 lost, pruned int8"].ratio == pytest.approx(1.5)
 
@@ -167,15 +167,15 @@ def test_rows_of_repvgg_are_ratios_pair_by_pair():
         )
     }
     macs = {"resnet_50": 4, "repvgg_a2": 5}
-    found = {
+    results = {
         (row.quantity, row.unit): row
         for row in repvgg.rows_of(seconds, macs, "resnet_50", ["repvgg_a2"])
     }
-    ratio = found["repvgg_a2 over resnet_50, JAX", "x"]
+    ratio = results["repvgg_a2 over resnet_50, JAX", "x"]
     assert (ratio.measured, ratio.claim) == (pytest.approx(2.0), pytest.approx(6.2 / 8.7))
-    work = found["repvgg_a2 over resnet_50, JAX", "x operations a second"]
+    work = results["repvgg_a2 over resnet_50, JAX", "x operations a second"]
     assert work.measured == pytest.approx(5 / 4 / 2)
-    branches = found["repvgg_a2, three branches over one, LiteRT", "x"]
+    branches = results["repvgg_a2, three branches over one, LiteRT", "x"]
     assert branches.measured == pytest.approx(1.5)
 
 
@@ -190,12 +190,12 @@ def test_memory_is_that_of_what_is_stored_and_of_what_runs():
     model = MultimodalGLM(config)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     recipes = precision_memory.recipes()
-    found = {"float32": precision_memory.sizes(model, params, [4])}
+    results = {"float32": precision_memory.sizes(model, params, [4])}
     for name in precision_memory.CLAIMS:
-        found[name] = precision_memory.sizes(model, recipes[name](model, params)[1], [4])
-    assert found["float32"]["stored"] == boxes.stored_bytes(params)
-    assert found["float32"]["running 4"] > found["float32"]["stored"]
-    rows = {row.quantity: row for row in precision_memory.rows_of(found)}
+        results[name] = precision_memory.sizes(model, recipes[name](model, params)[1], [4])
+    assert results["float32"]["stored"] == boxes.stored_bytes(params)
+    assert results["float32"]["running 4"] > results["float32"]["stored"]
+    rows = {row.quantity: row for row in precision_memory.rows_of(results)}
     assert 49.0 < rows["stored, bfloat16"].measured < 50.0
     assert 65.0 < rows["stored, int8"].measured < 75.0
     assert rows["stored, int8"].ratio == pytest.approx(rows["stored, int8"].measured / 75.0)

@@ -41,8 +41,8 @@ def test_files_of_two_forms_are_compared(run):
     pytest.importorskip("tensorflow")
     small = ["--context=8", "--prompt=16", "--slots=64", "--steps=2", "--threads=1", "--rounds=2"]
     rows, log = run(precision_speed, "--shape=toy", "--forms=int8", *small)
-    whole, less = (float(rows[f"weights, {form}"]["measured"]) for form in ("float32", "int8"))
-    assert less < 0.27 * whole
+    complete, less = (float(rows[f"weights, {form}"]["measured"]) for form in ("float32", "int8"))
+    assert less < 0.27 * complete
     for phase in precision_speed.PHASES:
         assert float(rows[f"{phase}, int8"]["measured"]) > 0.0
         assert float(rows[f"{phase}, int8 over float32"]["measured"]) > 0.0
@@ -50,7 +50,7 @@ def test_files_of_two_forms_are_compared(run):
 
 
 def test_forms_and_lengths_that_cannot_be_run_are_refused(run):
-    with pytest.raises(DataError, match="'int7' is none of float32, float16"):
+    with pytest.raises(DataError, match="'int7' is not one of float32, float16"):
         run(precision_speed, "--shape=toy", "--forms=int7")
     with pytest.raises(DataError, match="take 600"):
         run(precision_speed, "--shape=toy", "--prompt=600")

@@ -67,8 +67,8 @@ class Seeded(Small):
 
     def main(self, argv):
         table.prepare(argv)
-        found = table.by_seed({"quick": 3, "full": 9}, lambda seed: {"a": seed, "b": -seed})
-        table.publish(self.NAME, "A claim", self.rows, ["seeds"], found)
+        result = table.by_seed({"quick": 3, "full": 9}, lambda seed: {"a": seed, "b": -seed})
+        table.publish(self.NAME, "A claim", self.rows, ["seeds"], result)
 
 
 def test_a_ratio_is_measured_over_claimed():
@@ -103,7 +103,7 @@ def test_a_table_is_four_files_with_the_command(run, tmp_path, capsys, monkeypat
     command = "python -m experiments.tables.small --preset=quick --seed=3 --kinds=b"
     assert log["command"] == command
     assert command in printed
-    assert "not reachable here: hardware" in printed
+    assert "not available: hardware" in printed
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     assert 75 <= log["seconds"] < 75 + 60
     assert f"{log['seconds']:.0f} s, load average" in printed

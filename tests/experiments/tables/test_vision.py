@@ -43,13 +43,13 @@ def test_the_loss_is_the_mixture_that_is_documented():
     teacher, guess = softmax(targets / 4.0), softmax(logits / 4.0)
     soft = 16.0 * (teacher * np.log(teacher / guess)).sum(-1).mean()
     training = Training(1, alpha=0.7, temperature=4.0)
-    found = float(learning._loss(logits, labels, targets, training))
-    assert found == pytest.approx(0.7 * soft + 0.3 * hard, rel=1e-5)
+    result = float(learning._loss(logits, labels, targets, training))
+    assert result == pytest.approx(0.7 * soft + 0.3 * hard, rel=1e-5)
     assert float(learning._loss(logits, labels, targets, Training(1))) == pytest.approx(hard)
 
 
 def test_what_cannot_be_trained_is_refused(tiny, student):
-    with pytest.raises(DataError, match="no targets of a teacher"):
+    with pytest.raises(DataError, match="requires targets of a teacher"):
         vision.train(*student, tiny, STEPS._replace(alpha=0.5), seed=0)
     broken = tiny._replace(train_images=np.full_like(tiny.train_images, np.nan))
     with pytest.raises(DataError, match="not finite at step 1;"):
@@ -98,28 +98,28 @@ def test_distillation_prints_the_claims_beside_what_it_measured(run, tiny, stude
 
 
 def test_the_gap_that_distillation_closes():
-    found = {"teacher": [98.0], "student": [90.0, 92.0], "distilled student": [94.0, 95.0]}
-    rows = {row.quantity: row for row in distillation.rows_of(found, "d")}
+    results = {"teacher": [98.0], "student": [90.0, 92.0], "distilled student": [94.0, 95.0]}
+    rows = {row.quantity: row for row in distillation.rows_of(results, "d")}
     assert rows["gap recovered"].measured == pytest.approx(50.0)
     gain = rows["gain of distillation"]
     assert (gain.measured, gain.spread) == pytest.approx((3.5, 0.5**0.5))
     assert "better in 2 of 2" in gain.note
     assert rows["top-1, student"].spread == pytest.approx(2**0.5)
-    found["teacher"] = [90.0]
-    rows = {row.quantity: row for row in distillation.rows_of(found, "d")}
+    results["teacher"] = [90.0]
+    rows = {row.quantity: row for row in distillation.rows_of(results, "d")}
     assert rows["gap recovered"].measured is None
     assert "no gap here" in rows["gap recovered"].note
 
 
 def test_healing_is_compared_seed_by_seed(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(vision, "classifier", lambda name, data: CNN(NARROW))
-    found = healing.repeat(tmp_path, tiny, 0, dense_steps=4, heal_steps=4, fraction=0.8)
-    assert set(found) >= {"dense", "pruned", *healing.CLAIMS}
-    assert 20 < found["parameters left"] < 80
-    seeds = {name: [value, value + 2.0] for name, value in found.items()}
+    result = healing.repeat(tmp_path, tiny, 0, dense_steps=4, heal_steps=4, fraction=0.8)
+    assert set(result) >= {"dense", "pruned", *healing.CLAIMS}
+    assert 20 < result["parameters left"] < 80
+    seeds = {name: [value, value + 2.0] for name, value in result.items()}
     seeds["fine-tuned"], seeds["distilled, then fine-tuned"] = [90.0, 94.0], [93.0, 95.0]
     rows = {row.quantity: row for row in healing.rows_of(seeds, "d")}
-    assert rows["gain of the teacher"].measured == pytest.approx(2.0)
-    assert rows["gain of the teacher"].claim == pytest.approx(2.7)
-    assert "better in 2 of 2" in rows["gain of the teacher"].note
+    assert rows["gain of distillation"].measured == pytest.approx(2.0)
+    assert rows["gain of distillation"].claim == pytest.approx(2.7)
+    assert "better in 2 of 2" in rows["gain of distillation"].note
     assert rows["spread with over spread without"].measured == pytest.approx(0.5)

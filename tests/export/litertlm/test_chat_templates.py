@@ -70,7 +70,7 @@ def test_the_engine_reads_what_the_checkpoint_writes(template):
     for count in (1, 3, 5):
         lead = "\n" if count > 1 and template.endswith("<|assistant|>{% endif %}") else ""
         answer = lead + texts[count - 2] if count > 1 else ""
-        stop = USER if count > 1 and "ends an answer" in str(rules(template)) else ""
+        stop = USER if count > 1 and "is written after an answer" in str(rules(template)) else ""
         context += answer + stop + new_text(source, talk(*texts[:count]))
         if "m.content" not in template:
             assert context.replace("\n", "") == prepared.render(talk(*texts[:count])).replace(
@@ -86,18 +86,18 @@ def test_printed_content_is_joined_and_listed():
     message = [{"role": "user", "content": parts}]
     assert chat.render(source, message).endswith("<|user|>\none two<|assistant|>")
     assert [str(c) for c in conversions] == [
-        "chat template: the text parts of a message joined",
-        "chat template: <|user|> ends an answer, whose token the engine keeps",
+        "chat template: the text parts of a message are joined",
+        "chat template: <|user|> is written after an answer, as the engine keeps its token",
     ]
     # The template alone writes the list.
     assert "'text'" in chat.render(PRINTS, message, bos_token="")
 
 
 def test_earlier_turns_stay_when_a_message_follows():
-    with pytest.raises(DataError, match="changes how the turns before"):
+    with pytest.raises(DataError, match="changes the rendering of earlier turns"):
         new_text(REASONS_LAST, talk("one", "two", "three"))
     source, conversions = bundled_template(processor(REASONS_LAST))
-    assert "earlier turns written as they stay" in str(conversions[0])
+    assert "earlier turns are rendered as they are" in str(conversions[0])
     assert not conversions[0].changes_values
     added = new_text(source, talk("one", "two", "three"))
     assert added == "\n<|user|>three\n<|assistant|>"
@@ -115,9 +115,9 @@ def test_a_mark_behind_an_answer_is_fed_or_counted_as_generated():
 
 def test_reasoning_and_stop_tokens_that_stay_are_listed():
     assert any("reasoning of earlier answers stays" in rule for rule in rules(HIDES_REASONS))
-    assert any("stop token behind an answer stays" in rule for rule in rules(PRINTS, "<end>"))
+    assert any("stop token after an answer stays" in rule for rule in rules(PRINTS, "<end>"))
     assert rules(chat.family_template("glm_edge")) == [
-        "chat template: <|user|> ends an answer, whose token the engine keeps"
+        "chat template: <|user|> is written after an answer, as the engine keeps its token"
     ]
 
 
@@ -133,11 +133,14 @@ def test_a_template_of_parts_stays_as_it_is():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages | length }}", "writes no text of a message"),
-        ("{{ messages[0].content }}{{ 1 / 0 }}", "writes no text of a message"),
+        ("{{ messages | length }}", "writes a message's text neither from a string nor from parts"),
+        (
+            "{{ messages[0].content }}{{ 1 / 0 }}",
+            "writes a message's text neither from a string nor from parts",
+        ),
         (
             "{{ (messages | last).content }}{% for m in messages %}{{ m.content }}{% endfor %}",
-            "as the checkpoint does: a message .*; right would be a template that reads parts",
+            "differently from the checkpoint: a message .*; use a template that reads parts",
         ),
     ],
 )
@@ -148,6 +151,6 @@ def test_a_template_that_no_repair_helps_is_refused(template, message):
 
 
 def test_a_template_without_placeholders_is_refused_for_images():
-    with pytest.raises(ExportError, match=r"image and text it writes not both '<\|image\|>'"):
+    with pytest.raises(ExportError, match=r"image and text it does not write both '<\|image\|>'"):
         bundled_template(processor(PRINTS), ["image"])
     bundled_template(processor(PARTS.replace("'<' ~ part.type ~ '>'", "'<|image|>'")), ["image"])

@@ -193,10 +193,10 @@ class Sections:
         """All tokens but the last by prefill, then one by one."""
         cache, start = self.cache(), 0
         while start < len(prompt) - 1:
-            rest = len(prompt) - 1 - start
+            others = len(prompt) - 1 - start
             lengths = self.bundle.prefill_lengths
-            length = min((n for n in lengths if n >= rest), default=max(lengths))
-            chunk = prompt[start : start + min(length, rest)]
+            length = min((n for n in lengths if n >= others), default=max(lengths))
+            chunk = prompt[start : start + min(length, others)]
             padded = [*chunk, *[0] * (length - len(chunk))]
             cache = self.step(f"prefill_{length}", padded, start, cache)
             start += len(chunk)
@@ -275,15 +275,15 @@ def media(tmp_path_factory):
     """Paths of images of 64 x 32 pixels and of recordings at 8 kHz."""
     from PIL import Image
 
-    directory, rng, found = tmp_path_factory.mktemp("files"), np.random.default_rng(5), {}
+    directory, rng, result = tmp_path_factory.mktemp("files"), np.random.default_rng(5), {}
     for index in range(3):
-        found[f"image_{index}"] = str(directory / f"{index}.png")
+        result[f"image_{index}"] = str(directory / f"{index}.png")
         pixels = rng.integers(0, 256, (64, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(found[f"image_{index}"])
+        Image.fromarray(pixels).save(result[f"image_{index}"])
     for count in (1600, 2560, 6400, 1637):
-        found[f"audio_{count}"] = str(directory / f"{count}.wav")
-        save_wav(found[f"audio_{count}"], rng.standard_normal(count) * 4000, 8000)
-    return found
+        result[f"audio_{count}"] = str(directory / f"{count}.wav")
+        save_wav(result[f"audio_{count}"], rng.standard_normal(count) * 4000, 8000)
+    return result
 
 
 def save_wav(path, samples, rate):
@@ -305,32 +305,32 @@ def test_text_tokens_are_those_of_the_interpreter(text_bundle, tmp_path):
         assert opened.tokenize(prompt) == ids
         session = opened.create_session(apply_prompt_template=False, **greedily(NEW))
         session.run_prefill([prompt])
-        found = session.run_decode().texts[0]
+        actual = session.run_decode().texts[0]
         session.close()
         wanted = sections.generate(ids, NEW)
         wanted = wanted[: wanted.index(0)] if 0 in wanted else wanted
-        assert tokenizer.encode(found).ids == wanted
-        assert answer(opened, prompt) == found
-        assert answer(opened, [{"type": "text", "text": prompt}]) == found
+        assert tokenizer.encode(actual).ids == wanted
+        assert answer(opened, prompt) == actual
+        assert answer(opened, [{"type": "text", "text": prompt}]) == actual
 
 
 def test_an_answer_ends_before_a_stop_token(text_bundle, tmp_path):
-    opened, whole, at = engine(text_bundle), [], 0
+    opened, complete, at = engine(text_bundle), [], 0
     for seed in range(8):
-        found = answer(opened, words(seed, 6)).split()
-        latest = max(i for i, word in enumerate(found) if word not in found[:i])
+        actual = answer(opened, words(seed, 6)).split()
+        latest = max(i for i, word in enumerate(actual) if word not in actual[:i])
         if latest > at:
-            prompt, whole, at = words(seed, 6), found, latest
+            prompt, complete, at = words(seed, 6), actual, latest
     # A token that the answer reaches only after others.
-    stop = text_bundle.processor.tokenizer.token_to_id(whole[at])
+    stop = text_bundle.processor.tokenizer.token_to_id(complete[at])
     config = dataclasses.replace(text_bundle.model.config, eos_token_ids=(0, stop))
     prepared = dataclasses.replace(text_bundle.processor, stop_token_ids=(0, stop))
     model = text_bundle.model.clone(config=config)
     path = tmp_path / "stops.litertlm"
     bundle = litertlm(model, text_bundle.params, prepared, path, (8,), SLOTS)
-    found = answer(engine(bundle), prompt)
-    assert found.split() == whole[:at]
-    assert found.split() == expected(bundle, [{"type": "text", "text": prompt}])[0].split()
+    actual = answer(engine(bundle), prompt)
+    assert actual.split() == complete[:at]
+    assert actual.split() == expected(bundle, [{"type": "text", "text": prompt}])[0].split()
 
 
 def test_text_alone_has_three_equal_positions(small_config, random_params, tmp_path):
@@ -416,29 +416,29 @@ def test_prefill_gives_no_logits_and_weights_are_stored_once(text_bundle, tmp_pa
 
 
 def test_an_image_prompt_gives_the_tokens_of_jax(heard_and_seen, media):
-    opened, found = engine(heard_and_seen), []
+    opened, actual = engine(heard_and_seen), []
     for index in range(2):
         image = {"type": "image", "path": media[f"image_{index}"]}
         content = [text(1, 3), image, text(2, 5)]
-        found.append(answer(opened, content))
-        assert found[-1] == expected(heard_and_seen, content)[0]
-    assert found[0] != found[1]
+        actual.append(answer(opened, content))
+        assert actual[-1] == expected(heard_and_seen, content)[0]
+    assert actual[0] != actual[1]
 
 
 def test_spoken_prompts_give_the_tokens_of_jax(heard_and_seen, media):
-    opened, found = engine(heard_and_seen), []
+    opened, actual = engine(heard_and_seen), []
     # One after the other: nothing of a recording may be left for the next.
     for count in (1600, 2560, 6400, 1600):
         content = [text(3, 2), {"type": "audio", "path": media[f"audio_{count}"]}, text(4, 4)]
-        found.append(answer(opened, content))
-        assert found[-1] == expected(heard_and_seen, content)[0]
-    assert found[0] == found[3]
-    assert len(set(found)) == 3
+        actual.append(answer(opened, content))
+        assert actual[-1] == expected(heard_and_seen, content)[0]
+    assert actual[0] == actual[3]
+    assert len(set(actual)) == 3
     # Of a last hop that is not whole, the runtime hears nothing.
     content = [{"type": "audio", "path": media["audio_1637"]}, text(4, 4)]
     samples, _ = load_wav(media["audio_1637"])
-    whole = [{"type": "audio", "audio": samples[:1600]}, content[1]]
-    assert answer(opened, content) == expected(heard_and_seen, whole)[0]
+    complete = [{"type": "audio", "audio": samples[:1600]}, content[1]]
+    assert answer(opened, content) == expected(heard_and_seen, complete)[0]
 
 
 def test_image_and_recording_in_one_prompt(heard_and_seen, media):
@@ -447,8 +447,8 @@ def test_image_and_recording_in_one_prompt(heard_and_seen, media):
         {"type": "image", "path": media["image_2"]},
         text(5, 3),
     ]
-    found = answer(engine(heard_and_seen), content)
-    assert found == expected(heard_and_seen, content)[0]
+    actual = answer(engine(heard_and_seen), content)
+    assert actual == expected(heard_and_seen, content)[0]
 
 
 @pytest.mark.parametrize("layout", ["t", "it", "titit"])
@@ -460,8 +460,8 @@ def test_positions_in_three_dimensions_reach_the_decoder(in_three_dimensions, me
         else {"type": "image", "path": media[f"image_{next(shown)}"]}
         for seed, kind in enumerate(layout)
     ]
-    found = answer(engine(in_three_dimensions), content)
-    assert found == expected(in_three_dimensions, content)[0]
+    actual = answer(engine(in_three_dimensions), content)
+    assert actual == expected(in_three_dimensions, content)[0]
 
 
 @pytest.mark.parametrize("layout", ["tit", "tita", "atit", "ta"])
@@ -492,19 +492,21 @@ def test_positions_in_a_row_would_not_do(in_three_dimensions, media):
 def test_log_mel_of_samples_is_the_spectrogram(fft_size, hop):
     processing = AudioProcessing(40, 16000, fft_size, hop)
     wanted = jax.jit(lambda x: log_mel(x.reshape(1, -1), 40, fft_size, hop, 16000))
-    found = jax.jit(lambda x: lm_signatures.log_mel_of_samples(x, processing))
+    actual = jax.jit(lambda x: lm_signatures.log_mel_of_samples(x, processing))
     samples = np.random.default_rng(0).standard_normal((1, 20, hop)).astype(np.float32)
     samples[:, -5:] = 0.0
     for loudness in (1.0, 1e-3, 0.0):
-        given = samples * np.float32(loudness)
-        np.testing.assert_allclose(found(given), wanted(given), atol=2e-4)
+        original = samples * np.float32(loudness)
+        np.testing.assert_allclose(actual(original), wanted(original), atol=2e-4)
 
 
 def test_what_cannot_be_written_is_refused(text_bundle, heard_and_seen, tmp_path):
     model, params = text_bundle.model, text_bundle.params
     with pytest.raises(OutputError, match="exists"):
         litertlm(model, params, processor(), text_bundle.path)
-    with pytest.raises(ExportError, match="prepares no image"):
+    with pytest.raises(
+        ExportError, match="the model reads image, but its processor does not prepare it"
+    ):
         litertlm(heard_and_seen.model, heard_and_seen.params, processor(), tmp_path / "new")
     with pytest.raises(ExportError, match="prefill_lengths"):
         litertlm(
@@ -532,7 +534,7 @@ def test_an_interrupted_export_leaves_nothing(text_bundle, tmp_path, monkeypatch
 def no_conversion(monkeypatch):
     """Writes sections without content, so that no model is converted."""
 
-    def empty(signatures, shapes, held, path):
+    def empty(signatures, shapes, stored, path):
         path.write_bytes(bytes(64))
         return 64
 

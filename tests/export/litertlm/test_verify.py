@@ -89,20 +89,20 @@ def copied(bundle, path, change=lambda content: content):
 
 
 def test_a_bundle_whose_answers_are_those_of_jax_is_marked(text_bundle, tmp_path):
-    whole = copied(text_bundle, tmp_path / "text.litertlm")
-    assert [held["verified"] for held in unpacked(whole, tmp_path / "before")] == [False]
-    result = whole.verify(prompts=100, max_new_tokens=12)
+    complete = copied(text_bundle, tmp_path / "text.litertlm")
+    assert [stored["verified"] for stored in unpacked(complete, tmp_path / "before")] == [False]
+    result = complete.verify(prompts=100, max_new_tokens=12)
     assert result.verified
     assert str(result).startswith("passed: ")
-    assert str(result).endswith("at least 99.00% must agree")
+    assert str(result).endswith("threshold 99.00%")
     assert (result.compute, result.threshold) == ("int8_dynamic", 0.99)
     assert result.free_running_tokens >= result.tokens >= 1000
     assert result.turns >= 3
     assert result.max_abs_error is result.mean_kl is None
     assert "nats" not in str(result)
-    assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [True]
+    assert [stored["verified"] for stored in unpacked(complete, tmp_path / "after")] == [True]
     # Still a bundle that the engine opens, and that passes.
-    assert whole.verify(prompts=2, max_new_tokens=2).agreement == 1.0
+    assert complete.verify(prompts=2, max_new_tokens=2).agreement == 1.0
 
 
 def few_tokens_suffice(monkeypatch):
@@ -112,60 +112,63 @@ def few_tokens_suffice(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "shortfall"),
     [
-        ({"threshold": 0.0}, r"the threshold is usually 99\.00%, and \d+ of at least 1,000 tokens"),
-        ({}, r"\d+ of at least 1,000 tokens were compared"),
+        (
+            {"threshold": 0.0},
+            r"the default threshold is 99\.00%, and only \d+ of at least 1,000 tokens",
+        ),
+        ({}, r"only \d+ of at least 1,000 tokens were compared"),
     ],
 )
 def test_an_easy_comparison_marks_nothing(options, shortfall, text_bundle, tmp_path):
-    whole = copied(text_bundle, tmp_path / "text.litertlm")
-    result = whole.verify(prompts=1, max_new_tokens=4, **options)
+    complete = copied(text_bundle, tmp_path / "text.litertlm")
+    result = complete.verify(prompts=1, max_new_tokens=4, **options)
     assert result.passed
     assert not result.verified
-    assert re.search(f"must agree; not marked as verified: {shortfall}", str(result))
-    assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [False]
+    assert re.search(rf"threshold [\d.]+%; not marked as verified: {shortfall}", str(result))
+    assert [stored["verified"] for stored in unpacked(complete, tmp_path / "after")] == [False]
 
 
 def test_a_cache_without_room_for_three_turns_marks_nothing(text_bundle, tmp_path, monkeypatch):
     few_tokens_suffice(monkeypatch)
-    whole = copied(text_bundle, tmp_path / "text.litertlm")
-    result = dataclasses.replace(whole, cache_slots=16).verify(
+    complete = copied(text_bundle, tmp_path / "text.litertlm")
+    result = dataclasses.replace(complete, cache_slots=16).verify(
         ["w010 w020"], prompts=1, max_new_tokens=8
     )
     assert result.passed
     assert result.turns < 3
     assert str(result).endswith(
-        f"not marked as verified: the cache is too small for a conversation of 3 turns, it took "
-        f"{result.turns}"
+        f"not marked as verified: the cache fits {result.turns} turns of a conversation, "
+        "fewer than 3"
     )
-    assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [False]
+    assert [stored["verified"] for stored in unpacked(complete, tmp_path / "after")] == [False]
 
 
 def test_images_and_recordings_are_verified_too(media_bundle, tmp_path, monkeypatch):
     few_tokens_suffice(monkeypatch)
-    whole = copied(media_bundle, tmp_path / "media.litertlm")
-    result = whole.verify(prompts=9, max_new_tokens=4)
+    complete = copied(media_bundle, tmp_path / "media.litertlm")
+    result = complete.verify(prompts=9, max_new_tokens=4)
     assert result.agreement == 1.0
     assert result.tokens > 20
-    verified = [held["verified"] for held in unpacked(whole, tmp_path / "after")]
-    assert verified == [True] * len(whole.sections)
+    verified = [stored["verified"] for stored in unpacked(complete, tmp_path / "after")]
+    assert verified == [True] * len(complete.sections)
 
 
 def test_other_answers_fail(text_bundle, tmp_path):
-    whole = copied(text_bundle, tmp_path / "text.litertlm")
+    complete = copied(text_bundle, tmp_path / "text.litertlm")
     swapped = dataclasses.replace(
         processor(), template=TEMPLATE.replace("item.text", "item.text ~ ' w100'")
     )
-    other = dataclasses.replace(whole, processor=swapped)
-    with pytest.raises(ExportError, match=r"at least 99\.00% must agree"):
+    other = dataclasses.replace(complete, processor=swapped)
+    with pytest.raises(ExportError, match=r"threshold 99\.00%"):
         other.verify(["w010 w020 w030"], prompts=2, max_new_tokens=12)
     result = other.verify(["w010 w020 w030"], prompts=2, max_new_tokens=12, check=False)
     assert not result.passed
     assert str(result).startswith("failed: ")
-    assert [held["verified"] for held in unpacked(whole, tmp_path / "after")] == [False]
-    with pytest.raises(ExportError, match="fit the 96 slots"):
-        whole.verify(prompts=1, max_new_tokens=SLOTS)
-    with pytest.raises(DataError, match="none may be empty"):
-        whole.verify([" "])
+    assert [stored["verified"] for stored in unpacked(complete, tmp_path / "after")] == [False]
+    with pytest.raises(ExportError, match="no prompt fits its 96 cache slots"):
+        complete.verify(prompts=1, max_new_tokens=SLOTS)
+    with pytest.raises(DataError, match="no empty one"):
+        complete.verify([" "])
 
 
 def test_a_conversation_goes_on_until_the_cache_is_full(text_bundle, tmp_path, monkeypatch):
@@ -210,7 +213,7 @@ def test_one_other_byte_and_half_a_bundle_are_refused(text_bundle, tmp_path):
         return content
 
     changed = copied(text_bundle, tmp_path / "a.litertlm", one_bit)
-    with pytest.raises(ExportError, match=r"damaged, .*embed/weight of PREFILL_DECODE is not"):
+    with pytest.raises(ExportError, match=r"damaged, .*embed/weight of PREFILL_DECODE differs"):
         changed.verify(prompts=1)
     cut = copied(text_bundle, tmp_path / "b.litertlm", lambda content: content[: len(content) // 2])
     with pytest.raises(ExportError, match=r"b\.litertlm: damaged"):

@@ -64,9 +64,9 @@ def structure(exported):
     return np.flatnonzero(positions)
 
 
-def with_other_bytes(whole: bytes, structure: np.ndarray, seed: int) -> bytes:
+def with_other_bytes(complete: bytes, structure: np.ndarray, seed: int) -> bytes:
     """A file cut short, with flipped bits, with overwritten words, or with a piece elsewhere."""
-    rng, content = np.random.default_rng(seed), bytearray(whole)
+    rng, content = np.random.default_rng(seed), bytearray(complete)
     if seed % 4 == 0:
         return bytes(content[: rng.integers(0, len(content))])
     if seed % 4 == 1:
@@ -80,7 +80,7 @@ def with_other_bytes(whole: bytes, structure: np.ndarray, seed: int) -> bytes:
                 0x7FFFFFFF,
                 0x80000000,
                 rng.integers(64),
-                rng.integers(len(whole)),
+                rng.integers(len(complete)),
             )
             content[at : at + 4] = int(rng.choice(words)).to_bytes(4, "little")
     else:
@@ -90,9 +90,9 @@ def with_other_bytes(whole: bytes, structure: np.ndarray, seed: int) -> bytes:
     return bytes(content)
 
 
-def with_other_indices(whole: bytes, seed: int):
+def with_other_indices(content: bytes, seed: int):
     """A graph whose indices all point to something, but to the wrong thing."""
-    rng, model = np.random.default_rng(seed), FlatModel(whole).model
+    rng, model = np.random.default_rng(seed), FlatModel(content).model
     graph = model.subgraphs[rng.integers(len(model.subgraphs))]
     operator = graph.operators[rng.integers(len(graph.operators))]
     tensor = graph.tensors[rng.integers(len(graph.tensors))]
@@ -113,21 +113,21 @@ def with_other_indices(whole: bytes, seed: int):
 
 def outcome(path, exported) -> tuple[str, str]:
     """What `compatibility` and `verify` say of a file: `refused`, or the answer."""
-    said, errors = [], []
+    message, errors = [], []
     for ask in (
         lambda: compatibility(path),
         lambda: export.verify(path, exported.model, exported.params, windows(), free_running=0),
     ):
         try:
-            said.append(ask())
+            message.append(ask())
         except ExportError as error:
-            said.append("refused")
+            message.append("refused")
             errors.append(str(error))
     assert all(str(path) in error and "\n" not in error for error in errors)
-    table, verification = said
+    table, verification = message
     assert table == "refused" or (isinstance(table, Compatibility) and table.rows and str(table))
     assert verification == "refused" or verification.passed
-    return tuple("refused" if answer == "refused" else "answered" for answer in said)
+    return tuple("refused" if answer == "refused" else "answered" for answer in message)
 
 
 def windows() -> list[export.Window]:
@@ -136,20 +136,20 @@ def windows() -> list[export.Window]:
 
 @pytest.mark.slow
 def test_500_damaged_files_are_refused_or_answered_rightly(exported, structure, tmp_path):
-    whole, path = exported.path.read_bytes(), tmp_path / "a.tflite"
-    path.write_bytes(whole)
+    complete, path = exported.path.read_bytes(), tmp_path / "a.tflite"
+    path.write_bytes(complete)
     assert outcome(path, exported) == ("answered", "answered")
-    seen = set()
+    observed = set()
     for seed in range(BYTE_MUTATIONS):
-        path.write_bytes(with_other_bytes(whole, structure, seed))
-        found = outcome(path, exported)
-        seen.add(found)
-        assert found == ("refused", "refused") or seed % 4
+        path.write_bytes(with_other_bytes(complete, structure, seed))
+        result = outcome(path, exported)
+        observed.add(result)
+        assert result == ("refused", "refused") or seed % 4
     for seed in range(INDEX_MUTATIONS):
-        tflite_file.write(with_other_indices(whole, seed), path, overwrite=True)
-        seen.add(outcome(path, exported))
+        tflite_file.write(with_other_indices(complete, seed), path, overwrite=True)
+        observed.add(outcome(path, exported))
     # Files that only running shows to be damaged are among them, and harmless changes.
-    assert seen >= {("refused", "refused"), ("answered", "refused"), ("answered", "answered")}
+    assert observed >= {("refused", "refused"), ("answered", "refused"), ("answered", "answered")}
 
 
 def described(exported, tmp_path, **fields):
@@ -198,7 +198,7 @@ def test_a_description_of_nested_lists_is_refused(exported, tmp_path):
 
 def test_endless_lists_are_refused(exported, monkeypatch):
     monkeypatch.setattr(parsing, "MAX_ENTRIES", 50)
-    with pytest.raises(ExportError, match="lists of more than 50 entries"):
+    with pytest.raises(ExportError, match="lists with more than 50 entries"):
         compatibility(exported.path)
 
 
@@ -206,7 +206,7 @@ def test_a_file_of_another_model_is_not_verified(exported):
     other = exported.model.clone(
         config=dataclasses.replace(exported.model.config, eos_token_ids=(1, 2))
     )
-    with pytest.raises(ExportError, match="holds another model"):
+    with pytest.raises(ExportError, match="contains a different model"):
         export.verify(exported.path, other, exported.params, windows())
 
 
@@ -217,9 +217,9 @@ def test_child_process_equals_the_interpreter(exported):
     np.testing.assert_array_equal(far.score(tokens), near.score(tokens))
     assert far.generate(tokens, max_new_tokens=6) == near.generate(tokens, max_new_tokens=6)
     _, there = far.extend(far.embed(tokens), 0, far.empty_cache())
-    _, here = near.extend(near.embed(tokens), 0, near.empty_cache())
+    _, current = near.extend(near.embed(tokens), 0, near.empty_cache())
     assert all(isinstance(array, RemoteArray) for array in there.values())
-    for name, array in here.items():
+    for name, array in current.items():
         np.testing.assert_array_equal(np.asarray(there[name]), array)
     with pytest.raises(DataError, match="tokens must be int32"):
         far.run("embed", tokens=np.zeros((1, 2), np.int32))
@@ -231,7 +231,9 @@ def test_child_process_equals_the_interpreter(exported):
 def test_the_death_of_a_child_is_an_error(exported):
     model = LiteRTRunner(exported.path, isolated=True)
     os.kill(model._worker._process.pid, signal.SIGKILL)
-    with pytest.raises(ExportError, match=r"process died when asked to run embed \(signal SIGKILL"):
+    with pytest.raises(
+        ExportError, match=r"process crashed when asked to run embed \(signal SIGKILL"
+    ):
         model.score(np.arange(3))
 
 

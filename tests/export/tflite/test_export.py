@@ -31,11 +31,11 @@ def replaced(params, path, leaf):
 
 def forms_held_bit_for_bit(path, params):
     """Compares a file with parameters and returns the forms of their matrices."""
-    held = export.read_constants(path)
-    assert held.keys() == {path for path, _ in boxes.path_items(params)}
-    seen = set()
+    stored = export.read_constants(path)
+    assert stored.keys() == {path for path, _ in boxes.path_items(params)}
+    observed = set()
     for path, leaf in boxes.path_items(params):
-        constant = held[path]
+        constant = stored[path]
         assert constant.shape == tuple(leaf.shape)
         if not isinstance(leaf, Quantized):
             values = np.asarray(boxes.dense(leaf))
@@ -43,30 +43,30 @@ def forms_held_bit_for_bit(path, params):
             assert constant.type == kind
             assert constant.data.tobytes() == values.astype(kind).tobytes()
             assert constant.scale is None
-            seen |= {kind} if values.ndim == 2 else set()
+            observed |= {kind} if values.ndim == 2 else set()
             continue
-        seen.add(str(leaf.format))
+        observed.add(str(leaf.format))
         assert constant.type == leaf.format.qtype
         assert constant.data.tobytes() == np.asarray(leaf.data).tobytes()
         assert constant.block_size == (leaf.format.group_size or 0)
         scale = np.asarray(leaf.scale.astype(jnp.float32))
         np.testing.assert_array_equal(constant.scale.astype(np.float32).reshape(scale.shape), scale)
-    return seen
+    return observed
 
 
 def test_file_holds_our_integers_and_scales_bit_for_bit(exported, params):
-    seen = forms_held_bit_for_bit(exported.path, params)
-    assert seen == {str(INT8), str(INT4), str(BLOCKS), "float32"}
+    observed = forms_held_bit_for_bit(exported.path, params)
+    assert observed == {str(INT8), str(INT4), str(BLOCKS), "float32"}
 
 
 def assert_no_part_is_stored_twice(written):
     """Holds a file against its bound, and its graphs against what a second decoder would take."""
     assert written.file_bytes == written.path.stat().st_size
     assert written.file_bytes <= 1.02 * written.stored_bytes + 1e6
-    held = export.read_constants(written.path)
-    decoder = sum(c.data.nbytes for path, c in held.items() if path.startswith("decoder/"))
+    stored = export.read_constants(written.path)
+    decoder = sum(c.data.nbytes for path, c in stored.items() if path.startswith("decoder/"))
     graphs = written.file_bytes - written.stored_bytes
-    assert 0 < graphs < GRAPHS < graphs + min(decoder, held["embed/weight"].data.nbytes)
+    assert 0 < graphs < GRAPHS < graphs + min(decoder, stored["embed/weight"].data.nbytes)
 
 
 def test_file_size_and_builtin_operators(exported, dense_export):
@@ -90,14 +90,14 @@ def test_weights_are_stored_once_for_all_signatures(exported):
         for tensor in subgraph.tensors:
             if tensor.name in (b"embed/weight", b"decoder/layers/0/mlp/down_proj/weight"):
                 buffers.setdefault(tensor.name, []).append(tensor.buffer)
-    assert {name: len(set(found)) for name, found in buffers.items()} == dict.fromkeys(buffers, 1)
+    assert {name: len(set(result)) for name, result in buffers.items()} == dict.fromkeys(buffers, 1)
     assert len(buffers[b"embed/weight"]) == 4
     assert len(buffers[b"decoder/layers/0/mlp/down_proj/weight"]) == 3
 
 
 def test_conversions_are_reported(exported, model, dense_params, quantize, tmp_path):
     assert [str(c) for c in exported.conversions] == [
-        "speech/linear_1/weight: mask written as zeros of a dense weight"
+        "speech/linear_1/weight: mask written as zeros in a dense weight"
     ]
     assert not exported.conversions[0].changes_values
     assert not isinstance(exported.params["speech"]["linear_1"]["weight"], Masked)
@@ -113,22 +113,22 @@ def test_conversions_are_reported(exported, model, dense_params, quantize, tmp_p
     assert by_path[path].changes_values
     assert "float32 to bfloat16" in by_path[path].rule
     assert not by_path["decoder/norm/weight"].changes_values
-    held = export.read_constants(written.path)[path]
+    stored = export.read_constants(written.path)[path]
     effective = written.params["decoder"]["layers"]["1"]["mlp"]["down_proj"]["weight"]
-    np.testing.assert_array_equal(held.scale.astype(np.float32), np.asarray(effective.scale))
+    np.testing.assert_array_equal(stored.scale.astype(np.float32), np.asarray(effective.scale))
     np.testing.assert_array_equal(effective.codes(), box.codes())
 
 
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Format("int8", 32), "no kernel for int8 in groups; right would be int8"),
+        (Format("int8", 32), "no kernel for int8 in groups; use int8"),
         (
             Format("int4", 32, symmetric=False),
-            "no zero point; right would be a format without -affine",
+            "does not store zero points; use a format without -affine",
         ),
-        (Format("int8", symmetric=False), "right would be a format without -affine"),
-        (Format("int4", 16), "groups of a multiple of 32"),
+        (Format("int8", symmetric=False), "use a format without -affine"),
+        (Format("int4", 16), "group sizes must be a multiple of 32"),
     ],
     ids=str,
 )
@@ -150,7 +150,7 @@ def test_stock_kernels_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("form", "columns", "held"),
+    ("form", "columns", "stored"),
     [
         ("int2", 64, None),
         ("int2", 66, "int4-channel"),
@@ -167,16 +167,14 @@ def test_stock_kernels_are_refused():
         ("ternary-g64", 128, "int4-g64"),
     ],
 )
-def test_codes_move_to_a_wider_type_that_runs_and_values_stay(form, columns, held):
+def test_codes_move_to_a_wider_type_that_runs_and_values_stay(form, columns, stored):
     weight = jax.random.normal(jax.random.key(0), (6, columns))
     rtn = ge.quantize.rtn(form)
     box = rtn(None, {"weight": weight})[1]["weight"]
     constant, effective, conversions = to_constant("w", box)
-    assert [str(c) for c in conversions] == (
-        [f"w: {form if '-' in form else f'{form}-channel'} written as {held}, of the same values"]
-        if held
-        else []
-    )
+    written = form if "-" in form else f"{form}-channel"
+    rules = [f"w: {written} written as {stored} with the same values"] if stored else []
+    assert [str(c) for c in conversions] == rules
     assert not any(conversion.changes_values for conversion in conversions)
     np.testing.assert_array_equal(box.unbox(), effective.unbox())
     np.testing.assert_array_equal(box.codes(), effective.codes())
@@ -242,7 +240,7 @@ def test_a_table_of_int4_is_looked_up_and_multiplied_with(
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(value, model, dense_params, tmp_path):
     weight = dense_params["decoder"]["norm"]["weight"].at[3].set(value)
-    with pytest.raises(ExportError, match="decoder/norm/weight: holds NaN or infinity"):
+    with pytest.raises(ExportError, match="decoder/norm/weight: contains NaN or infinity"):
         export.tflite(
             model, replaced(dense_params, "decoder/norm/weight", weight), tmp_path / "a.tflite"
         )

@@ -78,10 +78,10 @@ def read(params, inputs):
 @pytest.fixture(scope="module")
 def variables():
     """Of `Seer`, in every form that a file can hold."""
-    found = init(Seer(), jnp.zeros((1, 8, 8, 3)))
-    norm = found["batch_stats"]["norm"]
+    result = init(Seer(), jnp.zeros((1, 8, 8, 3)))
+    norm = result["batch_stats"]["norm"]
     norm["mean"], norm["var"] = norm["mean"] + 0.1, norm["var"] * 2.0
-    params = found["params"]
+    params = result["params"]
     params["patches"]["kernel"] = boxed(params["patches"]["kernel"], Format("int8"))
     for name, form in {
         "query": Format("int8"),
@@ -94,7 +94,7 @@ def variables():
     kernel = params["narrow"]["kernel"]
     params["narrow"]["kernel"] = boxes.mask(kernel, jnp.abs(kernel) > 0.1)
     params["head"]["kernel"] = params["head"]["kernel"].astype(jnp.bfloat16)
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +110,18 @@ def test_function_gives_what_jax_gives(seer):
     assert max(result.distances.values()) < 1e-5
     assert export.read_metadata(seer.path)["verified"] is True
     image = np.random.default_rng(1).random((1, 8, 8, 3), np.float32)
-    found = seer.run(images=image)["logits"]
-    np.testing.assert_allclose(found, see(seer.params, {"images": image})["logits"], atol=1e-5)
-    with pytest.raises(DataError, match=r"inputs: \['image'\]; the file takes \['images'\]"):
+    actual = seer.run(images=image)["logits"]
+    np.testing.assert_allclose(actual, see(seer.params, {"images": image})["logits"], atol=1e-5)
+    with pytest.raises(DataError, match=r"inputs: \['image'\], expected the file's \['images'\]"):
         seer.run(image=image)
-    with pytest.raises(DataError, match="the file takes"):
+    with pytest.raises(DataError, match="expected the file's"):
         seer.verify([{"images": image[0]}])
 
 
 def test_function_keeps_integers(seer, variables):
-    held = export.read_constants(seer.path)
+    stored = export.read_constants(seer.path)
     params = variables["params"]
-    types = {path.removeprefix("params/"): constant.type for path, constant in held.items()}
+    types = {path.removeprefix("params/"): constant.type for path, constant in stored.items()}
     assert types == {
         "patches/kernel": "int8",
         "attention/query/kernel": "int8",
@@ -130,21 +130,21 @@ def test_function_keeps_integers(seer, variables):
         "wide/kernel": "int4",
     }
     box = params["patches"]["kernel"]
-    constant = held["params/patches/kernel"]
+    constant = stored["params/patches/kernel"]
     np.testing.assert_array_equal(constant.data.view(np.int8), np.asarray(box.codes()).reshape(-1))
     np.testing.assert_array_equal(constant.scale, np.asarray(box.scale).reshape(-1))
-    grouped, wide = held["params/wide/kernel"], params["wide"]["kernel"]
+    grouped, wide = stored["params/wide/kernel"], params["wide"]["kernel"]
     np.testing.assert_array_equal(grouped.data, np.asarray(wide.data).reshape(-1))
     np.testing.assert_array_equal(grouped.scale, np.asarray(wide.scale).reshape(-1))
-    assert (held["params/attention/value/kernel"].zero == 2).all()
-    assert seer.stored_bytes == sum(c.data.nbytes + c.scale.nbytes for c in held.values())
+    assert (stored["params/attention/value/kernel"].zero == 2).all()
+    assert seer.stored_bytes == sum(c.data.nbytes + c.scale.nbytes for c in stored.values())
 
 
 def test_function_lists_what_it_converts(seer):
     rules = {c.path.removeprefix("params/"): c.rule for c in seer.conversions}
     assert rules == {
         "attention/key/kernel": "int3 written as int4: the same integers and scales",
-        "narrow/kernel": "mask written as zeros of a dense weight",
+        "narrow/kernel": "mask written as zeros in a dense weight",
         "head/kernel": "bfloat16 written as float32",
     }
 
@@ -166,9 +166,12 @@ def test_function_that_closes_over_integers_is_refused(tmp_path):
     box = table(jnp.eye(4), Format("int8"))
     inputs = {"x": jax.ShapeDtypeStruct((1, 4), jnp.float32)}
     for run in (lambda x: x @ boxes.dense(box), jax.jit(lambda x: x @ boxes.dense(box))):
-        with pytest.raises(ExportError, match=r"closes over .*int8 \[4, 4\].* give them as params"):
+        with pytest.raises(ExportError, match=r"closes over .*int8 \[4, 4\].* pass it in params"):
             export.function(
-                lambda _, given, run=run: {"y": run(given["x"])}, {}, inputs, tmp_path / "a.tflite"
+                lambda _, original, run=run: {"y": run(original["x"])},
+                {},
+                inputs,
+                tmp_path / "a.tflite",
             )
     assert not list(tmp_path.iterdir())
 
@@ -176,8 +179,11 @@ def test_function_that_closes_over_integers_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Format("nf4"), "w: nf4-channel cannot be written as TFLite: its levels are not integers"),
-        (Format("int8"), "w: holds integers of its own, and examples= choose others"),
+        (
+            Format("nf4"),
+            "w: nf4-channel cannot be written as TFLite: its levels are not integer multiples",
+        ),
+        (Format("int8"), "w: is already quantized, which excludes examples="),
     ],
 )
 def test_function_refuses_by_name(form, message, tmp_path):
@@ -188,7 +194,7 @@ def test_function_refuses_by_name(form, message, tmp_path):
     examples = [{"x": np.zeros((1, 4))}] if form.qtype == "int8" else None
     with pytest.raises(ExportError, match=message):
         export.function(
-            lambda p, given: {"y": given["x"] @ p["w"]},
+            lambda p, original: {"y": original["x"] @ p["w"]},
             params,
             inputs,
             tmp_path / "a.tflite",
@@ -203,14 +209,14 @@ def identity(params, inputs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((identity, {}, {"x": (8, 16, 16, 3)}, "a"), r"inputs\['x'\] is \(8, 16, 16, 3\); right"),
-        ((identity, {}, np.ones((1, 4)), "a"), "inputs is a ndarray; right would be {"),
-        ((identity, {}, {}, "a"), "inputs is empty; right would be {"),
-        (({}, identity, {"x": np.ones(4)}, "a"), "function is a dict; right would be lambda"),
-        ((Reader(), {}, {"x": np.ones(4)}, "a"), "function is a Reader; right would be lambda"),
-        ((identity, Reader(), {"x": np.ones(4)}, "a"), "params is a Reader; right would be"),
-        ((identity, {}, "a", {"x": np.ones(4)}), "inputs is a str; right would be {"),
-        ((identity, {}, {"x": np.ones(4)}, None), "path is a NoneType; right would be"),
+        ((identity, {}, {"x": (8, 16, 16, 3)}, "a"), r"inputs\['x'\] is \(8, 16, 16, 3\); use"),
+        ((identity, {}, np.ones((1, 4)), "a"), "inputs is a ndarray; use {"),
+        ((identity, {}, {}, "a"), "inputs is empty; use {"),
+        (({}, identity, {"x": np.ones(4)}, "a"), "function is a dict; use lambda"),
+        ((Reader(), {}, {"x": np.ones(4)}, "a"), "function is a Reader; use lambda"),
+        ((identity, Reader(), {"x": np.ones(4)}, "a"), "params is a Reader; use"),
+        ((identity, {}, "a", {"x": np.ones(4)}), "inputs is a str; use {"),
+        ((identity, {}, {"x": np.ones(4)}, None), "path is a NoneType; use"),
     ],
 )
 def test_function_names_the_form_of_its_arguments(arguments, message):
@@ -227,7 +233,7 @@ def test_a_narrow_weight_is_told_by_its_types(dtype):
 
 
 def test_other_formats_of_a_stock_module_name_function(tmp_path):
-    message = r"Reader: only a MultimodalGLM .* right would be ge\.export\.function"
+    message = r"Reader: only a MultimodalGLM .* use ge\.export\.function"
     with pytest.raises(ExportError, match=message):
         export.tflite(Reader(), {}, tmp_path / "a.tflite")
     # All formats ask here.

@@ -40,19 +40,19 @@ def test_constant_of_small_groups_is_the_nearest_that_is_held(size, dtype):
     dense[1] *= size
     dense[2, :32] *= size
     box = grouped(dense, dtype)
-    constant, held, conversions = to_constant("w", box)
+    constant, stored, conversions = to_constant("w", box)
     assert constant.scale.dtype == np.float16
     read = constant.scale.astype(np.float32)
     assert read.min() >= SMALLEST
     # XNNPACK reads the first eight bits.
     np.testing.assert_array_equal(read.astype(ml_dtypes.bfloat16).astype(np.float32), read)
-    np.testing.assert_array_equal(read, np.asarray(held.scale).astype(np.float32))
-    rounded, given = (np.asarray(boxes.dense(each)) for each in (held, box))
+    np.testing.assert_array_equal(read, np.asarray(stored.scale).astype(np.float32))
+    rounded, original = (np.asarray(boxes.dense(each)) for each in (stored, box))
     # Half a step of the scale that is held, and what bfloat16 takes of the given one.
     steps = np.repeat(read, 32, axis=1)
     limit = np.where(steps > 2.0**-17, 8 * 2.0**-8, 0.51) * steps
-    assert (np.abs(rounded - given) <= limit).all()
-    raised = [c for c in conversions if "float16 cannot hold" in c.rule]
+    assert (np.abs(rounded - original) <= limit).all()
+    raised = [c for c in conversions if "outside the range of float16" in c.rule]
     scale = np.asarray(box.scale).astype(np.float32)
     assert bool(raised) == bool((np.abs(read - scale) > 2.0**-8 * scale).any())
 
@@ -61,10 +61,10 @@ def test_constant_of_zero_scales_changes_no_value():
     dense = weight()
     dense[1] = 0.0
     box = grouped(dense, "bfloat16", _1=0.0)
-    _, held, conversions = to_constant("w", box)
-    np.testing.assert_array_equal(boxes.dense(held), boxes.dense(box))
+    _, stored, conversions = to_constant("w", box)
+    np.testing.assert_array_equal(boxes.dense(stored), boxes.dense(box))
     (conversion,) = conversions
-    assert "2 of 8 scales that float16 cannot hold" in conversion.rule
+    assert "2 of 8 scales outside the range of float16" in conversion.rule
     assert not conversion.changes_values
 
 
@@ -72,18 +72,20 @@ def test_constant_of_channels_has_normal_positive_scales():
     codes = jnp.asarray(np.random.default_rng(0).integers(-128, 128, (4, 8)), jnp.int8)
     scale = jnp.asarray([[1.0], [0.0], [1e-42], [-0.5]])
     box = boxes.quantized(codes, scale, None, Format("int8"))
-    constant, held, conversions = to_constant("w", box)
+    constant, stored, conversions = to_constant("w", box)
     tiny = np.finfo(np.float32).tiny
     np.testing.assert_array_equal(constant.scale, np.array([1.0, tiny, tiny, 0.5], np.float32))
-    anew = np.asarray(held.codes())
+    anew = np.asarray(stored.codes())
     np.testing.assert_array_equal(anew[0], codes[0])
     assert not anew[1:3].any()
     np.testing.assert_array_equal(anew[3], np.clip(-np.asarray(codes[3], int), -128, 127))
-    assert "3 of 4 scales that float32 cannot hold" in conversions[0].rule
+    assert "3 of 4 scales outside the range of float32" in conversions[0].rule
 
 
 def test_constant_of_groups_beyond_float16_is_refused():
-    with pytest.raises(ExportError, match=r"w: a scale of 9.99e\+05 is beyond float16.*right"):
+    with pytest.raises(
+        ExportError, match=r"w: a scale of 9.99e\+05 exceeds the range of float16.*use at most"
+    ):
         to_constant("w", grouped(weight(), _2=1e6))
 
 
@@ -102,7 +104,7 @@ def test_small_groups_run_and_agree(small_config, random_params, tmp_path):
 
     params = boxes.map_with_path(box, random_params(model))
     exported = export.tflite(model, params, tmp_path / "a.tflite", (), 16)
-    assert any("cannot hold" in c.rule for c in exported.conversions)
+    assert any("outside the range of" in c.rule for c in exported.conversions)
     windows = [export.Window(np.arange(3, 11, dtype=np.int32))]
     result = exported.verify(windows, free_running=0)
     assert result.passed

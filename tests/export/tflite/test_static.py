@@ -89,30 +89,30 @@ def test_one_product_has_the_bits_of_the_static_kernel(form, quantize, tmp_path)
     graph.attach({name: (path, constant) for name, path in arguments.items()})
     graph.compact()
     tflite_file.write(graph.model, tmp_path / "a.tflite", overwrite=False)
-    found = Interpreter(str(tmp_path / "a.tflite")).get_signature_runner("product")(x=x)["y"]
+    actual = Interpreter(str(tmp_path / "a.tflite")).get_signature_runner("product")(x=x)["y"]
     expected = np.asarray(boxes.linear(jnp.asarray(x), effective, "int8_static"))
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
     steps = expected / float(box.output_scale) + 7
     assert steps.min() < -127.9 or steps.max() > 126.9, "nothing clips"
     dynamic = boxes.linear(jnp.asarray(x), effective, "int8_dynamic")
-    assert np.abs(found - dynamic).max() > float(box.output_scale)
+    assert np.abs(actual - dynamic).max() > float(box.output_scale)
 
 
 def test_static_file_has_the_grids_bit_for_bit(written, calibrated):
     """File holds our grids bit for bit and says what it leaves out."""
-    held, given = export.read_constants(written.path), dict(boxes.path_items(calibrated[1]))
+    stored, original = export.read_constants(written.path), dict(boxes.path_items(calibrated[1]))
     effective = dict(boxes.path_items(written.params))
-    assert {path for path, constant in held.items() if constant.inputs} == STATIC
+    assert {path for path, constant in stored.items() if constant.inputs} == STATIC
     for path in STATIC:
-        box = given[path]
-        for side, grid in (("input", held[path].inputs), ("output", held[path].outputs)):
+        box = original[path]
+        for side, grid in (("input", stored[path].inputs), ("output", stored[path].outputs)):
             assert np.float32(grid.scale) == np.asarray(getattr(box, f"{side}_scale"))
             assert grid.zero == int(getattr(box, f"{side}_zero"))
             assert getattr(effective[path], f"{side}_scale") is not None
-        assert held[path].data.tobytes() == np.asarray(box.data).tobytes()
+        assert stored[path].data.tobytes() == np.asarray(box.data).tobytes()
     assert [str(c) for c in written.conversions] == [
-        f"{GROUPED}: static ranges left out, as int4-g32 has no kernel for them: the file rounds "
-        "each row to its own range"
+        f"{GROUPED}: static ranges omitted because int4-g32 has no kernel for them: the runtime "
+        "rounds each row to its own range"
     ]
     assert effective[GROUPED].input_scale is None
     assert effective[GROUPED].output_scale is None
@@ -129,12 +129,12 @@ def test_matrices_that_read_one_tensor_share_its_rounding(written):
 
 
 def test_file_agrees_with_jax_on_its_grids(written):
-    found = written.verify(free_running=2, isolated=False)
-    assert found.compute == "int8_static"
-    assert found.agreement >= 0.99
+    result = written.verify(free_running=2, isolated=False)
+    assert result.compute == "int8_static"
+    assert result.agreement >= 0.99
     assert export.read_metadata(written.path)["verified"] is True
     other = written.verify(compute="int8_dynamic", free_running=0, check=False, isolated=False)
-    assert other.mean_kl > 10 * found.mean_kl
+    assert other.mean_kl > 10 * result.mean_kl
 
 
 def test_a_static_product_is_no_hybrid_one_for_delegates(written):
@@ -156,11 +156,11 @@ def test_static_ranges_without_a_kernel_are_named(quantize):
     )
     constant, effective, conversions = to_constant("embed/weight", full)
     assert (constant.inputs, effective.input_scale, effective.output_scale) == (None, None, None)
-    assert "as its rows are looked up, too" in str(conversions[0])
+    assert "because it is also used for lookups" in str(conversions[0])
     partial = full.replace(output_scale=None, output_zero=None)
     constant, effective, conversions = to_constant("w", partial)
     assert (constant.inputs, effective.input_scale) == (None, None)
-    assert "as its products have none" in str(conversions[0])
+    assert "because its products have none" in str(conversions[0])
     assert conversions[0].changes_values
     narrow = with_grids(
         quantize(weight, Format("int6")), ActivationGrid(0.02, 3), ActivationGrid(0.1, -5)

@@ -36,8 +36,8 @@ def together(ask):
 def test_run_from_threads_gives_the_right_arrays(phone):
     tokens = np.arange(20, 20 + 32 * THREADS, dtype=np.int32).reshape(THREADS, 1, 32)
     expected = [phone.run("embed_32", tokens=row)["embeddings"] for row in tokens]
-    found = together(lambda index: phone.run("embed_32", tokens=tokens[index])["embeddings"])
-    wrong = [not np.array_equal(a, expected[i]) for i, arrays in enumerate(found) for a in arrays]
+    actual = together(lambda index: phone.run("embed_32", tokens=tokens[index])["embeddings"])
+    wrong = [not np.array_equal(a, expected[i]) for i, arrays in enumerate(actual) for a in arrays]
     assert sum(wrong) == 0
 
 
@@ -46,8 +46,8 @@ def test_generate_from_threads_gives_the_right_tokens(phone):
     expected = [phone.generate(prompt, max_new_tokens=6) for prompt in prompts]
     assert len({tuple(tokens) for tokens in expected}) > 1
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda prompt: phone.generate(prompt, max_new_tokens=6), prompts))
-    assert found == expected
+        results = list(pool.map(lambda prompt: phone.generate(prompt, max_new_tokens=6), prompts))
+    assert results == expected
 
 
 def test_close_waits_for_another_thread(dense_export):
@@ -67,7 +67,7 @@ def test_close_waits_for_another_thread(dense_export):
         pass
     child.close()
     thread.join()
-    assert outcomes[-1].endswith("its process has ended; load it again")
+    assert outcomes[-1].endswith("its process has ended; load the file again")
 
 
 def test_looking_at_all_slots_leaves_the_model_as_it_is(model):

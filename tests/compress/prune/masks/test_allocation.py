@@ -21,9 +21,9 @@ def test_the_lowest_of_each_group_go_the_first_of_equals(seed):
         scores[0, rng.integers(0, 40, 3)] = -np.inf
         for count in (0, 1, 17, 39, 40):
             keep = allocation.mark_kept(scores, count)
-            for row, own in zip(scores, keep, strict=True):
-                order = sorted(range(40), key=lambda place, row=row: (row[place], place))
-                assert set(np.flatnonzero(~own)) == set(order[:count])
+            for row, local in zip(scores, keep, strict=True):
+                order = sorted(range(40), key=lambda position, row=row: (row[position], position))
+                assert set(np.flatnonzero(~local)) == set(order[:count])
 
 
 def test_one_threshold_over_all_matrices():
@@ -32,7 +32,7 @@ def test_one_threshold_over_all_matrices():
         name: {"weight": scale * rng.normal(size=(6, 8))}
         for name, scale in zip("abc", (1, 2, 9), strict=True)
     }
-    params = {name: {"weight": jnp.float32(own["weight"])} for name, own in params.items()}
+    params = {name: {"weight": jnp.float32(local["weight"])} for name, local in params.items()}
     _, pruned, _ = prune.mask(0.4, allocation="global")(None, params)
     flat = np.concatenate([np.abs(params[name]["weight"]).ravel() for name in "abc"])
     edge = np.sort(flat)[round(0.4 * flat.size)]
@@ -152,8 +152,8 @@ def test_a_budget_of_operations_counts_two_a_weight(monkeypatch, small, calibrat
     )
     _, pruned, _ = transform(model, params, calibration)
     leaves = [leaf for _, leaf in boxes.path_items(pruned) if boxes.is_box(leaf)]
-    left = 2 * sum(int(leaf.mask.sum()) for leaf in leaves)
-    assert total // 4 < left <= total // 2
+    remaining = 2 * sum(int(leaf.mask.sum()) for leaf in leaves)
+    assert total // 4 < remaining <= total // 2
 
 
 def test_divergence_is_measured_on_batches_held_out(small, calibration):
@@ -168,8 +168,8 @@ def test_divergence_is_measured_on_batches_held_out(small, calibration):
     assert len(zeros) == 6
     note = next(note for note in report.notes if "predicted" in note)
     measured = divergence.Divergence(model, params, {"text": calibration[1::2]})
-    found = measured(dict(boxes.path_items(pruned)))["text"]
-    assert f"{found:.4g} measured" in note
+    result = measured(dict(boxes.path_items(pruned)))["text"]
+    assert f"{result:.4g} measured" in note
     with pytest.raises(DataError, match=r"prune\.mask: calibration holds one batch of text"):
         transform(model, params, calibration[:1])
     with pytest.raises(DataError, match="calibration"):

@@ -31,8 +31,8 @@ def gradients(make_model):
     """Scores from gradients of two batches, by score and shape; each is compiled once."""
     model, params = make_model()
     rng = np.random.default_rng(3)
-    found = [{"tokens": rng.integers(10, 40, (3, 10)).astype(np.int32)} for _ in range(2)]
-    context = Context(found, None, (model, params))
+    results = [{"tokens": rng.integers(10, 40, (3, 10)).astype(np.int32)} for _ in range(2)]
+    context = Context(results, None, (model, params))
     where = f"layers/{LAYER}/"
     both = [*pools_of(model, params, "head", where), *pools_of(model, params, "neuron", where)]
     both += pools_of(model, params, "layer", where)
@@ -44,7 +44,7 @@ def gradients(make_model):
         )
         for name, pools in cases.items()
     }
-    return model, params, found, scores
+    return model, params, results, scores
 
 
 def slopes(decoder64, batches, kinds, unit, units):
@@ -65,13 +65,13 @@ def slopes(decoder64, batches, kinds, unit, units):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "units", "place"),
+    ("kinds", "units", "position"),
     [(("heads",), 8, 0), (("neurons",), 128, 1), (("heads", "neurons"), 1, 2)],
     ids=["head", "neuron", "layer"],
 )
-def test_taylor_is_the_central_difference(gradients, decoder64, kinds, units, place):
+def test_taylor_is_the_central_difference(gradients, decoder64, kinds, units, position):
     _, _, batches, scores = gradients
-    first, second = (np.asarray(scores[name][place]).ravel() for name in ("taylor", "taylor2"))
+    first, second = (np.asarray(scores[name][position]).ravel() for name in ("taylor", "taylor2"))
     for unit in range(0, units, 17 if units == 128 else 1):
         slope = slopes(decoder64, batches, kinds, unit, units)
         assert first[unit] == pytest.approx(np.abs(slope).mean(), rel=1e-4, abs=1e-7)
@@ -101,17 +101,17 @@ def test_taylor_of_weights_and_of_gates_agree(gradients):
 
 def test_sensitivity_is_the_slope_times_the_weight(gradients, decoder64):
     _, _, batches, scores = gradients
-    for path, found in zip((QUERY, DOWN), scores["sensitivity"], strict=True):
-        for place in (0, 77, 500):
+    for path, result in zip((QUERY, DOWN), scores["sensitivity"], strict=True):
+        for position in (0, 77, 500):
             weight = decoder64.weights[path].reshape(-1)
-            before, means = weight[place], []
+            before, means = weight[position], []
             for sign in (1, -1):
-                weight[place] = before * (1 + sign * STEP)
+                weight[position] = before * (1 + sign * STEP)
                 rows = [decoder64.row_losses(batch["tokens"], 0) for batch in batches]
                 means.append(np.concatenate(rows).mean())
-            weight[place] = before
+            weight[position] = before
             slope = abs(means[0] - means[1]) / (2 * STEP)
-            assert float(found[0, place]) == pytest.approx(slope, rel=1e-3, abs=1e-8)
+            assert float(result[0, position]) == pytest.approx(slope, rel=1e-3, abs=1e-8)
 
 
 def test_the_functions_of_arrays_are_their_formulas():
@@ -120,27 +120,27 @@ def test_the_functions_of_arrays_are_their_formulas():
     squares, terms = rng.random(6), rng.normal(size=(7, 5))
     close = {"rtol": 1e-5}
     np.testing.assert_allclose(weight_scores.magnitude(weight), np.abs(weight), **close)
-    found = weight_scores.sensitivity(weight, slope)
-    np.testing.assert_allclose(found, np.abs(weight * slope), **close)
+    result = weight_scores.sensitivity(weight, slope)
+    np.testing.assert_allclose(result, np.abs(weight * slope), **close)
     for order in (1.0, 2.0, 3.0, np.inf):
-        found = weight_scores.l_norm(weight, order, axis=1)
+        result = weight_scores.l_norm(weight, order, axis=1)
         np.testing.assert_allclose(
-            found,
+            result,
             np.linalg.norm(weight, order, axis=1)
             if order != 3.0
             else (np.abs(weight) ** 3).sum(1) ** (1 / 3),
             **close,
         )
-    found = weight_scores.taylor(np.abs(terms).sum(0), len(terms))
-    np.testing.assert_allclose(found, np.abs(terms).mean(0), **close)
+    result = weight_scores.taylor(np.abs(terms).sum(0), len(terms))
+    np.testing.assert_allclose(result, np.abs(terms).mean(0), **close)
     fisher = np.abs(terms.mean(0) - (terms**2).mean(0) / 2)
-    found = weight_scores.second_order_taylor(terms.sum(0), (terms**2).sum(0), len(terms))
-    np.testing.assert_allclose(found, fisher, **close)
-    found = weight_scores.wanda(weight, squares)
-    np.testing.assert_allclose(found, np.abs(weight) * np.sqrt(squares), **close)
+    result = weight_scores.second_order_taylor(terms.sum(0), (terms**2).sum(0), len(terms))
+    np.testing.assert_allclose(result, fisher, **close)
+    result = weight_scores.wanda(weight, squares)
+    np.testing.assert_allclose(result, np.abs(weight) * np.sqrt(squares), **close)
     rows = rng.normal(size=(30, 6))
-    found = weight_scores.output_norm(weight, rows.T @ rows)
-    np.testing.assert_allclose(found, np.linalg.norm(rows @ weight.T, axis=0), rtol=1e-4)
+    result = weight_scores.output_norm(weight, rows.T @ rows)
+    np.testing.assert_allclose(result, np.linalg.norm(rows @ weight.T, axis=0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", ["unstructured", "2:4"])
@@ -176,22 +176,22 @@ def test_activation_norms_are_of_what_a_unit_passes_on(small, decoder64, calibra
     model, params = small
     leaves, score = dict(boxes.path_items(params)), weight_scores.parse("test", "activation")
     decoder64.logits(calibration[0]["tokens"])
-    found = {}
+    results = {}
     for shape, paths in (("head", "o_proj"), ("neuron", "down_proj"), ("channel", "down_proj")):
         parsed = shapes.parse("test", shape)
         pools = pools_of(model, params, shape, f"layers/{LAYER}/.*{paths}")
         owned = [member.path for pool in pools for member in pool.members]
         statistic = from_inputs.statistic_of(score, parsed)
-        met = from_inputs.statistics(model, params, calibration[:1], statistic, owned)
+        inputs = from_inputs.statistics(model, params, calibration[:1], statistic, owned)
         rows = {path: leaves[path] for path in owned}
-        found[shape] = from_inputs.by_inputs(score, parsed, pools, rows, met)[0]
+        results[shape] = from_inputs.by_inputs(score, parsed, pools, rows, inputs)[0]
     mixed = decoder64.inputs[f"decoder/layers/{LAYER}/attention/o_proj/weight"]
     norms = np.linalg.norm(mixed.reshape(-1, 2, 4, 8), axis=(0, 3))
-    np.testing.assert_allclose(found["head"], norms, rtol=1e-4)
+    np.testing.assert_allclose(results["head"], norms, rtol=1e-4)
     hidden = decoder64.inputs[DOWN]
-    np.testing.assert_allclose(found["neuron"][0], np.linalg.norm(hidden, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(results["neuron"][0], np.linalg.norm(hidden, axis=0), rtol=1e-4)
     output = np.linalg.norm(hidden @ decoder64.weights[DOWN].T, axis=0)
-    np.testing.assert_allclose(found["channel"][0], output, rtol=1e-4)
+    np.testing.assert_allclose(results["channel"][0], output, rtol=1e-4)
 
 
 def test_random_masks_follow_the_key(small):
@@ -213,8 +213,8 @@ def test_wanda_uses_magnitude_for_an_embedding(small, calibration):
     model, params = small
     _, pruned, report = prune.mask(0.5, score="wanda", where="embed")(model, params, calibration)
     assert "by magnitude: its rows are looked up, not multiplied" in report.rows[0].action
-    kept = pruned["embed"]["weight"].mask.sum(axis=1)
-    assert set(np.asarray(kept).tolist()) == {16}
+    retained = pruned["embed"]["weight"].mask.sum(axis=1)
+    assert set(np.asarray(retained).tolist()) == {16}
     with pytest.raises(RecipeError, match="nothing is seen to multiply embed/weight"):
         prune.mask(0.5, score="activation", where="embed")(model, params, calibration)
     with pytest.raises(RecipeError, match="nothing is seen to multiply embed/weight"):
@@ -245,9 +245,9 @@ def test_scores_without_meaning_are_refused(options, message):
 
 def test_one_array_for_each_weight_or_pool_of_units(small, calibration):
     model, params = small
-    found = prune.scores_of(model, params, "l2", where="q_proj")
-    assert list(found) == boxes.select(params, "q_proj")
-    np.testing.assert_array_equal(found[QUERY], np.abs(dict(boxes.path_items(params))[QUERY]))
+    result = prune.scores_of(model, params, "l2", where="q_proj")
+    assert list(result) == boxes.select(params, "q_proj")
+    np.testing.assert_array_equal(result[QUERY], np.abs(dict(boxes.path_items(params))[QUERY]))
     units = prune.scores_of(model, params, "magnitude", "head", where="layers/0")
     assert {name: scores.shape for name, scores in units.items()} == {
         "decoder/layers/0/attention": (2, 4)

@@ -28,9 +28,9 @@ KEEP = {0: {"heads": [0, 2]}, 1: {"heads": [1, 3], "neurons": [0, 5, 6, 20, 39]}
 def zeroed(params, keep, head_dim, path="decoder"):
     """Weights that read from removed heads and neurons at zero, nothing else changed."""
     layers = dict(params[path]["layers"])
-    for index, kept in keep.items():
+    for index, retained in keep.items():
         layer = jax.tree.map(np.array, layers[str(index)])
-        heads, neurons = kept.get("heads"), kept.get("neurons")
+        heads, neurons = retained.get("heads"), retained.get("neurons")
         if heads is not None:
             gone = np.ones(layer["attention"]["o_proj"]["weight"].shape[1] // head_dim, bool)
             gone[heads] = False
@@ -51,9 +51,9 @@ def shrunk(make_member):
 def test_a_shrunk_decoder_gives_the_outputs_of_the_zeroed_one(shrunk, batch_of):
     model, params, smaller, small = shrunk
     batch = batch_of(model)
-    found = apply(smaller, small, batch)
+    actual = apply(smaller, small, batch)
     expected = apply(model, zeroed(params, KEEP, 8), batch)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
     unpruned = apply(model, params, batch)
     assert float(jnp.abs(expected - unpruned).max()) > 1e-2
     decoder = smaller.config.decoder
@@ -68,12 +68,12 @@ def test_a_shrunk_model_saves_loads_and_generates(shrunk, tmp_path):
     assert loaded.config == smaller.config
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, small))
     tokens = np.arange(10, 20)[None]
-    found = greedy(loaded, params, tokens, max_new_tokens=3)
+    result = greedy(loaded, params, tokens, max_new_tokens=3)
     ids = tokens
     for _ in range(3):
         logits = jax.jit(smaller.apply)({"params": small}, jnp.asarray(ids))[0]
         ids = np.append(ids, np.asarray(jnp.argmax(logits[:, -1:], axis=-1)), axis=1)
-    np.testing.assert_array_equal(found, ids[:, 10:])
+    np.testing.assert_array_equal(result, ids[:, 10:])
 
 
 def wide(part):
@@ -82,19 +82,19 @@ def wide(part):
         sizes = {"vocab_size": 8192, "hidden_size": 256, "num_layers": 4, "num_heads": 8}
         sizes |= {"num_kv_heads": 2, "head_dim": 32, "intermediate_size": 1024}
         model = MultimodalGLM(configs.GLMConfig("wide", configs.DecoderConfig(**sizes)))
-        given = jnp.zeros((1, 2), jnp.int32)
+        original = jnp.zeros((1, 2), jnp.int32)
     elif part == "vision":
         changes = {"image_size": (64, 32), "window": (4, 4), "global_layers": (1,)}
         config = configs.preset("nano").vision
         changes |= {"num_layers": 2, "intermediate_size": 4096}
         model = VisionEncoder(dataclasses.replace(config, **changes), 256)
-        given = jnp.zeros((1, 64, 32, 3))
+        original = jnp.zeros((1, 64, 32, 3))
     else:
         config = configs.preset("nano").speech
         changes = {"num_layers": 2, "intermediate_size": 4096}
         model = SpeechEncoder(dataclasses.replace(config, **changes), 256)
-        given = jnp.zeros((1, config.num_frames, config.mel_bins))
-    return model, init(model, given)["params"]
+        original = jnp.zeros((1, config.num_frames, config.mel_bins))
+    return model, init(model, original)["params"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ def values(seed=0, count=20000):
     return np.concatenate([rng.normal(size=count) + 0.5, [9.0, -7.0, 11.0]]).astype(np.float32)
 
 
-def seen(symmetric, bins=2048):
+def observed(symmetric, bins=2048):
     rows = values()
     low, high = activations.widened(rows.min(), rows.max(), symmetric)
     counts = activations.histogram(jnp.asarray(rows), low, high, bins=bins)
@@ -21,7 +21,7 @@ def seen(symmetric, bins=2048):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_counts_are_those_of_numpy(symmetric):
-    rows, counts, low, high = seen(symmetric)
+    rows, counts, low, high = observed(symmetric)
     expected = np.histogram(np.float64(rows), 2048, (low, high))[0]
     assert counts.sum() == rows.size
     # A value on an edge may fall to either side of it in float32.
@@ -30,21 +30,21 @@ def test_counts_are_those_of_numpy(symmetric):
 
 @pytest.mark.parametrize("percentile", [90.0, 99.0, 99.9])
 def test_percentiles_are_those_of_the_values(percentile):
-    rows, counts, low, high = seen(False)
+    rows, counts, low, high = observed(False)
     width = (high - low) / 2048
-    found = activations.choose_range(counts, low, high, "percentile", percentile)
+    result = activations.choose_range(counts, low, high, "percentile", percentile)
     share = (100 - percentile) / 2
-    np.testing.assert_allclose(found, np.percentile(rows, [share, 100 - share]), atol=2 * width)
-    rows, counts, low, high = seen(True)
-    found = activations.choose_range(counts, low, high, "percentile", percentile, True)
-    assert found[0] == -found[1]
-    assert found[1] == pytest.approx(np.percentile(np.abs(rows), percentile), abs=2 * width)
+    np.testing.assert_allclose(result, np.percentile(rows, [share, 100 - share]), atol=2 * width)
+    rows, counts, low, high = observed(True)
+    result = activations.choose_range(counts, low, high, "percentile", percentile, True)
+    assert result[0] == -result[1]
+    assert result[1] == pytest.approx(np.percentile(np.abs(rows), percentile), abs=2 * width)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_least_squares_is_that_of_the_values(symmetric):
-    rows, counts, low, high = seen(symmetric)
-    found = activations.choose_range(counts, low, high, "mse", symmetric=symmetric)
+    rows, counts, low, high = observed(symmetric)
+    result = activations.choose_range(counts, low, high, "mse", symmetric=symmetric)
 
     def error(ends):
         if symmetric:
@@ -61,8 +61,8 @@ def test_least_squares_is_that_of_the_values(symmetric):
         for a in (fractions if not symmetric else (1.0,))
         for b in fractions
     ]
-    assert error(found) <= 1.02 * min(tried)
-    assert error(found) < error((low, high))
+    assert error(result) <= 1.02 * min(tried)
+    assert error(result) < error((low, high))
 
 
 def divergence_loop(counts, start, stop):
@@ -74,13 +74,13 @@ def divergence_loop(counts, start, stop):
     q = [0.0] * len(p)
     for level in range(256):
         members = [j for j in range(len(p)) if j * 256 // len(p) == level]
-        held = [j for j in members if p[j] > 0]
-        for j in held:
-            q[j] = sum(raw[m] for m in members) / len(held)
+        scale = [j for j in members if p[j] > 0]
+        for j in scale:
+            q[j] = sum(raw[m] for m in members) / len(scale)
     total = sum(p)
-    rest = max(sum(q), 1.0)
+    others = max(sum(q), 1.0)
     terms = [
-        a / total * np.log((a / total) / max(b / rest, 1e-6))
+        a / total * np.log((a / total) / max(b / others, 1e-6))
         for a, b in zip(p, q, strict=True)
         if a > 0
     ]
@@ -89,7 +89,7 @@ def divergence_loop(counts, start, stop):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_entropy_is_that_of_the_loop(symmetric):
-    _, counts, low, high = seen(symmetric, 512)
+    _, counts, low, high = observed(symmetric, 512)
     middle = round(-low / (high - low) * 512)
     best = (np.inf,)
     for width in np.linspace(256, 512, 128):
@@ -97,9 +97,9 @@ def test_entropy_is_that_of_the_loop(symmetric):
         stop = min(512, start + round(width))
         best = min(best, (divergence_loop(counts, start, stop), start, stop))
     edges = np.linspace(low, high, 513)
-    found = activations.choose_range(counts, low, high, "entropy", symmetric=symmetric)
-    np.testing.assert_allclose(found, (edges[best[1]], edges[best[2]]), rtol=1e-12)
-    assert found[1] < 0.9 * high
+    result = activations.choose_range(counts, low, high, "entropy", symmetric=symmetric)
+    np.testing.assert_allclose(result, (edges[best[1]], edges[best[2]]), rtol=1e-12)
+    assert result[1] < 0.9 * high
 
 
 @pytest.mark.parametrize("method", activations.METHODS)

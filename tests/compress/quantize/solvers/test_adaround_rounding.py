@@ -61,12 +61,12 @@ def test_learned_rounding_beats_nearest(method, text):
     grid = choose(layer.weight, format, "mse")
     done = learn_rounding(layer, grid, format, method)
     nearest = decode(encode(layer.weight, grid, format), grid, format)
-    found = error_loop(decode(done.codes, grid, format), layer.weight, rows, before)
+    result = error_loop(decode(done.codes, grid, format), layer.weight, rows, before)
     first = error_loop(nearest, layer.weight, rows, before)
-    np.testing.assert_allclose(done.error, found, rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(done.error, result, rtol=1e-2, atol=1e-4)
     np.testing.assert_allclose(done.nearest, first, rtol=1e-2, atol=1e-4)
-    assert np.all(found <= first + 1e-4)
-    assert found.sum() < 0.9 * first.sum()
+    assert np.all(result <= first + 1e-4)
+    assert result.sum() < 0.9 * first.sum()
 
 
 @pytest.mark.parametrize("text", FORMATS)
@@ -125,7 +125,7 @@ def test_a_sweep_of_descent_matches_a_loop():
     layer, *_ = layer_of(drifted=True)
     grid = choose(layer.weight, format, "max")
     codes = encode(layer.weight, grid, format)
-    found = learned.descend(layer, codes, grid, format, 1)
+    actual = learned.descend(layer, codes, grid, format, 1)
     weight, gram, drift, scale = (
         np.asarray(x, np.float64) for x in (layer.weight, layer.gram, layer.drift, grid.scale)
     )
@@ -136,7 +136,7 @@ def test_a_sweep_of_descent_matches_a_loop():
             slope = error @ gram[:, column] + drift[row, column]
             wanted = expected[row, column] - slope / gram[column, column] / scale[row, 0]
             expected[row, column] = np.clip(np.round(wanted), -4, 3)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_the_soft_choice_comes_closer_than_descent_alone():

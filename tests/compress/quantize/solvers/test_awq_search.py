@@ -51,7 +51,7 @@ def test_factor_matches_a_loop(bits, group, blocks):
         errors.append(sum((part**2).sum() for part in lost) / len(x))
         factors.append(factor)
     format = Format(f"int{bits}", group, scale_dtype="bfloat16" if group else "float32")
-    found, found_errors = awq.search_factor(
+    result, found_errors = awq.search_factor(
         tuple(np.float32(w) for w in weights),
         gram(x),
         np.float32(np.abs(x).mean(axis=0)),
@@ -61,7 +61,7 @@ def test_factor_matches_a_loop(bits, group, blocks):
     np.testing.assert_allclose(found_errors, errors, rtol=2e-2)
     best = int(np.argmin(found_errors))
     assert errors[best] <= min(errors) * 1.02
-    np.testing.assert_allclose(found, factors[best], rtol=1e-5)
+    np.testing.assert_allclose(result, factors[best], rtol=1e-5)
     assert errors[best] < 0.98 * errors[0] or bits == 8
 
 
@@ -70,19 +70,19 @@ def test_clip_matches_a_loop(bits, group):
     x, (weight, _) = data(bits, columns=16)
     size = group or 16
     format = Format(f"int{bits}", group, scale_dtype="bfloat16" if group else "float32")
-    found = np.float64(awq.search_clip(np.float32(weight), gram(x), format))
+    result = np.float64(awq.search_clip(np.float32(weight), gram(x), format))
     fractions = 1 - np.arange(16 if bits < 4 else 10) / 20
     worse = 0
     for start in range(0, 16, size):
-        part, met = weight[:, start : start + size], x[:, start : start + size]
+        part, inputs = weight[:, start : start + size], x[:, start : start + size]
         candidates = []
         for fraction in fractions:
             limit = fraction * np.abs(part).max(axis=1, keepdims=True)
             clipped = np.clip(part, -limit, limit)
-            lost = (round_loop(clipped, bits, group and size) - part) @ met.T
+            lost = (round_loop(clipped, bits, group and size) - part) @ inputs.T
             candidates.append((lost**2).sum(axis=1))
         candidates = np.stack(candidates)
-        chosen = np.abs(found[:, start : start + size]).max(axis=1) / np.abs(part).max(axis=1)
+        chosen = np.abs(result[:, start : start + size]).max(axis=1) / np.abs(part).max(axis=1)
         index = np.abs(fractions[:, None] - chosen).argmin(axis=0)
         np.testing.assert_allclose(chosen, fractions[index], atol=1e-5)
         reached = candidates[index, np.arange(len(index))]
@@ -94,9 +94,9 @@ def test_clip_of_one_scale_for_the_matrix():
     x, (weight, _) = data(0)
     weight[0, 0] = 8.0
     format = Format("int4", "tensor")
-    found = np.asarray(awq.search_clip(np.float32(weight), gram(x), format))
-    limit = np.abs(found).max()
-    np.testing.assert_allclose(found, np.clip(weight, -limit, limit), rtol=1e-6)
+    result = np.asarray(awq.search_clip(np.float32(weight), gram(x), format))
+    limit = np.abs(result).max()
+    np.testing.assert_allclose(result, np.clip(weight, -limit, limit), rtol=1e-6)
     assert limit < np.abs(weight).max()
 
 

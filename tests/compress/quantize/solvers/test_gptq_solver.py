@@ -42,17 +42,17 @@ def published(weight, gram, format, order=None, damping=0.01):
     for column in range(columns):
         if column % size == 0:
             part = np.float32(work[:, column : column + size])
-            held = choose(part, one, "max")
-        q = encode(np.float32(work[:, column : column + 1]), held, one)
-        lost = work[:, column] - np.float64(decode(q, held, one))[:, 0]
+            scale = choose(part, one, "max")
+        q = encode(np.float32(work[:, column : column + 1]), scale, one)
+        lost = work[:, column] - np.float64(decode(q, scale, one))[:, 0]
         codes[:, column] = np.asarray(q)[:, 0]
         loss += np.sum((lost / upper[column, column]) ** 2)
         work[:, column:] -= np.outer(lost / upper[column, column], upper[column, column:])
     return codes[:, np.argsort(order)], loss
 
 
-def objective(weight, gram, codes, held, format):
-    lost = np.float64(decode(codes, held, format)) - np.float64(weight)
+def objective(weight, gram, codes, scale, format):
+    lost = np.float64(decode(codes, scale, format)) - np.float64(weight)
     return np.sum(lost @ np.float64(gram) * lost)
 
 
@@ -62,13 +62,13 @@ def test_codes_are_those_of_the_published_loop(name, act_order):
     weight, gram = problem()
     format = Format.parse(name)
     order = gptq.column_order(gram, format.num_groups(64)) if act_order else None
-    codes, held, info = gptq.solve(weight, gram, format, act_order=act_order)
+    codes, scale, info = gptq.solve(weight, gram, format, act_order=act_order)
     expected, loss = published(weight, gram, format, order)
     np.testing.assert_array_equal(codes, expected)
     damped = np.float64(gram) + 0.01 * np.mean(np.diag(gram)) * np.eye(64)
-    assert objective(weight, damped, codes, held, format) == pytest.approx(loss, rel=1e-3)
+    assert objective(weight, damped, codes, scale, format) == pytest.approx(loss, rel=1e-3)
     power = np.sum(np.float64(weight) @ np.float64(gram) * np.float64(weight))
-    lost = objective(weight, gram, codes, held, format)
+    lost = objective(weight, gram, codes, scale, format)
     assert info.loss == pytest.approx(lost / power, rel=1e-3)
     assert info.damping == 0.01
 
@@ -77,16 +77,16 @@ def test_codes_are_those_of_the_published_loop(name, act_order):
 def test_blocks_change_no_code(block):
     weight, gram = problem()
     format = Format.parse("int4-channel")
-    whole = gptq.solve(weight, gram, format)[0]
-    np.testing.assert_array_equal(gptq.solve(weight, gram, format, block=block)[0], whole)
+    complete = gptq.solve(weight, gram, format)[0]
+    np.testing.assert_array_equal(gptq.solve(weight, gram, format, block=block)[0], complete)
 
 
 @pytest.mark.parametrize("name", [*FORMATS, *FOURS, "int4-tensor", "ternary-tensor"])
 def test_every_quality_option_lowers_the_error_at_the_output(name):
     weight, gram = problem()
     format = Format.parse(name)
-    codes, held = grid.nearest(weight, format, "mse")
-    nearest = objective(weight, gram, codes, held, format)
+    codes, scales = grid.nearest(weight, format, "mse")
+    nearest = objective(weight, gram, codes, scales, format)
     scale = "mse"
     plain, searched, refit, swept = (
         objective(weight, gram, *gptq.solve(weight, gram, format, **options)[:2], format)
@@ -108,9 +108,9 @@ def test_descent_ends_at_a_coordinate_minimum():
     weight, gram = problem(rows=4, columns=16)
     format = Format.parse("int3-channel")
     first = gptq.solve(weight, gram, format, damping=0.0)
-    codes, held, _ = gptq.solve(weight, gram, format, damping=0.0, sweeps=30)
+    codes, scale, _ = gptq.solve(weight, gram, format, damping=0.0, sweeps=30)
     before = objective(weight, gram, *first[:2], format)
-    after = objective(weight, gram, codes, held, format)
+    after = objective(weight, gram, codes, scale, format)
     assert after <= before
     for row in range(4):
         for column in range(16):
@@ -118,7 +118,7 @@ def test_descent_ends_at_a_coordinate_minimum():
                 moved = np.asarray(codes).copy()
                 moved[row, column] += step
                 if -4 <= moved[row, column] <= 3:
-                    other = objective(weight, gram, jnp.asarray(moved), held, format)
+                    other = objective(weight, gram, jnp.asarray(moved), scale, format)
                     assert other >= after * (1 - 1e-5)
 
 
@@ -139,23 +139,23 @@ def test_fours_hold_one_zero_and_beat_nearest(name, act_order):
     weight, gram = problem()
     format = Format.parse(name)
     options = {"scale": "mse", "act_order": act_order, "refit": True, "sweeps": 2}
-    codes, held, _ = gptq.solve(weight, gram, format, **options)
+    codes, scale, _ = gptq.solve(weight, gram, format, **options)
     np.testing.assert_array_equal(np.sum(np.asarray(codes).reshape(24, 16, 4) == 0, -1), 1)
     nearest = grid.nearest(weight, format, "mse")
-    found = objective(weight, gram, codes, held, format)
-    assert found < 0.9 * objective(weight, gram, *nearest, format)
+    result = objective(weight, gram, codes, scale, format)
+    assert result < 0.9 * objective(weight, gram, *nearest, format)
 
 
 def test_the_scale_of_a_refit_solves_the_normal_equations():
     weight, gram = problem(rows=3, columns=8)
     format = Format("int3", 4, scale_dtype="float32")
-    codes, held, _ = gptq.solve(weight, gram, format, scale="mse", damping=0.0, refit=True)
+    codes, scale, _ = gptq.solve(weight, gram, format, scale="mse", damping=0.0, refit=True)
     for row in range(3):
         basis = np.zeros((8, 2))
         basis[:4, 0], basis[4:, 1] = codes[row, :4], codes[row, 4:]
         h = np.float64(gram)
         expected = np.linalg.solve(basis.T @ h @ basis, basis.T @ h @ np.float64(weight[row]))
-        np.testing.assert_allclose(held.scale[row], expected, rtol=1e-3)
+        np.testing.assert_allclose(scale.scale[row], expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["int4-g16", "int4-g16-affine", "ternary-g16", "nf4-channel"])
@@ -164,8 +164,8 @@ def test_masked_weights_stay_zero(name):
     format = Format.parse(name)
     keep = jax.random.bernoulli(jax.random.key(3), 0.5, weight.shape)
     options = {"scale": "mse", "mask": keep, "act_order": True, "refit": True, "sweeps": 2}
-    codes, held, _ = gptq.solve(weight * keep, gram, format, **options)
-    dense = decode(codes, held, format)
+    codes, scale, _ = gptq.solve(weight * keep, gram, format, **options)
+    dense = decode(codes, scale, format)
     assert not bool(jnp.any(jnp.where(keep, 0.0, dense) != 0))
     assert float(jnp.mean(dense[keep] != 0)) > 0.4
 
@@ -183,9 +183,9 @@ def test_dead_columns_go_to_the_nearest_level():
     dead = jnp.arange(64) % 5 == 0
     gram = jnp.where(dead | dead[:, None], 0.0, gram)
     format = Format.parse("int4-channel")
-    codes, held, info = gptq.solve(weight, gram, format)
+    codes, scale, info = gptq.solve(weight, gram, format)
     assert np.isfinite(info.loss)
-    nearest = encode(weight, held, format)
+    nearest = encode(weight, scale, format)
     np.testing.assert_array_equal(codes[:, dead], nearest[:, dead])
     assert bool(jnp.any(codes[:, ~dead] != nearest[:, ~dead]))
 
@@ -211,9 +211,9 @@ def test_damping_grows_until_there_is_a_factor(kind):
     else:
         gram = -gram
     format = Format.parse("int4-g16")
-    codes, held, info = gptq.solve(weight, gram, format, "mse", damping=0.0, refit=True, sweeps=1)
+    codes, scale, info = gptq.solve(weight, gram, format, "mse", damping=0.0, refit=True, sweeps=1)
     assert info.damping > 0
-    assert bool(jnp.isfinite(held.scale).all())
+    assert bool(jnp.isfinite(scale.scale).all())
     assert int(jnp.abs(codes).max()) <= 8
 
 

@@ -17,9 +17,9 @@ def weights(rows=6, columns=64, seed=0):
     return values.astype(np.float32)
 
 
-def loop(values, format, held, exponent=0.7, beta=10.0, growth=1.01, steps=20):
+def loop(values, format, stored, exponent=0.7, beta=10.0, growth=1.01, steps=20):
     """Zero points or scales of each group, and its smallest `sum |W - Q|^p`, in float64."""
-    rows, groups = held.scale.shape
+    rows, groups = stored.scale.shape
     low, high = {"int4": (-8, 7), "int3": (-4, 3), "int2": (-2, 1), "ternary": (-1, 1)}.get(
         format.qtype, (0, 15)
     )
@@ -37,8 +37,8 @@ def loop(values, format, held, exponent=0.7, beta=10.0, growth=1.01, steps=20):
     for r in range(rows):
         for g in range(groups):
             part = parts[r, g]
-            scale = float(held.scale[r, g])
-            zero = 0.0 if held.zero is None else float(held.zero[r, g])
+            scale = float(stored.scale[r, g])
+            zero = 0.0 if stored.zero is None else float(stored.zero[r, g])
             best = (np.sum(np.abs(part - scale * rounded(part, scale, zero)) ** exponent),)
             best += (scale, zero)
             weight = beta
@@ -48,15 +48,15 @@ def loop(values, format, held, exponent=0.7, beta=10.0, growth=1.01, steps=20):
                 size = np.abs(residual)
                 limit = np.where(size > 0, size, 1.0) ** (exponent - 1) / weight
                 error = np.sign(residual) * np.maximum(size - limit, 0)
-                if held.zero is None:
+                if stored.zero is None:
                     if np.sum(level**2) > 0:
-                        meant = level + residual - error
-                        scale *= np.sum(level * meant) / np.sum(level**2)
+                        target = level + residual - error
+                        scale *= np.sum(level * target) / np.sum(level**2)
                 else:
                     zero = np.mean(level + zero - (part / scale - error))
-                found = np.sum(np.abs(part - scale * rounded(part, scale, zero)) ** exponent)
-                if found < best[0]:
-                    best = (found, scale, zero)
+                result = np.sum(np.abs(part - scale * rounded(part, scale, zero)) ** exponent)
+                if result < best[0]:
+                    best = (result, scale, zero)
                 weight *= growth
             losses[r, g], scales[r, g], zeros[r, g] = best
     return scales, zeros, losses
@@ -67,14 +67,14 @@ def loop(values, format, held, exponent=0.7, beta=10.0, growth=1.01, steps=20):
 def test_zero_points_are_those_of_the_loop(qtype, exponent):
     values = weights()
     format = Format(qtype, 16, False, "float32", "float32")
-    codes, held = hqq.solve(jnp.asarray(values), format, exponent=exponent)
+    codes, scale = hqq.solve(jnp.asarray(values), format, exponent=exponent)
     start = grid.choose(jnp.asarray(values), format)
     _, zeros, losses = loop(values, format, start, exponent)
-    np.testing.assert_array_equal(held.scale, start.scale)
+    np.testing.assert_array_equal(scale.scale, start.scale)
     if exponent < 1:
         # Where `p` is one, zero points lie on a plateau and only what they lose can be compared.
-        np.testing.assert_allclose(held.zero, zeros, atol=2e-3)
-    lost = np.abs(np.float64(grid.decode(codes, held, format)) - values) ** exponent
+        np.testing.assert_allclose(scale.zero, zeros, atol=2e-3)
+    lost = np.abs(np.float64(grid.decode(codes, scale, format)) - values) ** exponent
     np.testing.assert_allclose(lost.reshape(6, 4, 16).sum(-1), losses, rtol=1e-3, atol=1e-4)
 
 
@@ -82,11 +82,11 @@ def test_zero_points_are_those_of_the_loop(qtype, exponent):
 def test_scales_are_those_of_the_loop(qtype):
     values = weights()
     format = Format(qtype, 16, True, "float32")
-    codes, held = hqq.solve(jnp.asarray(values), format)
+    codes, scale = hqq.solve(jnp.asarray(values), format)
     start = grid.choose(jnp.asarray(values), format)
     scales, _, losses = loop(values, format, start)
-    np.testing.assert_allclose(held.scale, scales, rtol=1e-3)
-    lost = np.abs(np.float64(grid.decode(codes, held, format)) - values) ** 0.7
+    np.testing.assert_allclose(scale.scale, scales, rtol=1e-3)
+    lost = np.abs(np.float64(grid.decode(codes, scale, format)) - values) ** 0.7
     np.testing.assert_allclose(lost.reshape(6, 4, 16).sum(-1), losses, rtol=1e-3, atol=1e-4)
 
 
@@ -98,18 +98,18 @@ def test_is_never_worse_than_where_it_started(name):
     format = Format.parse(name)
     start = grid.choose(values, format)
     before = grid.decode(grid.encode(values, start, format), start, format)
-    codes, held = hqq.solve(values, format)
-    after = grid.decode(codes, held, format)
+    codes, scale = hqq.solve(values, format)
+    after = grid.decode(codes, scale, format)
     lost = [float(jnp.sum(jnp.abs(x - values) ** 0.7)) for x in (after, before)]
     # Whole zero points may already be where they should.
     assert lost[0] < lost[1] or (lost[0] == lost[1] and not format.symmetric)
-    assert held.scale.dtype == jnp.dtype(format.scale_dtype)
+    assert scale.scale.dtype == jnp.dtype(format.scale_dtype)
 
 
 def test_whole_zero_points_stay_whole():
     values = jnp.asarray(weights())
     format = Format.parse("int4-g16-affine")
-    held = hqq.solve(values, format)[1]
-    assert held.zero.dtype == jnp.int8
-    assert int(held.zero.min()) >= -8
-    assert int(held.zero.max()) <= 7
+    scale = hqq.solve(values, format)[1]
+    assert scale.zero.dtype == jnp.int8
+    assert int(scale.zero.min()) >= -8
+    assert int(scale.zero.max()) <= 7

@@ -49,13 +49,13 @@ def test_nearest_on_rows_at_the_edge(qtype):
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
 def test_held_scale_never_makes_zero(scale_dtype):
     sizes = np.float32([0, 1e-37, 1e-12, 3e-8, 1e-7, 6e-5, 1e-3, 2.5, 6e4])
-    found = np.float64(round_scale(jnp.asarray(sizes), scale_dtype))
-    assert (found[1:] >= smallest_scale(scale_dtype)).all()
-    assert found[0] == 0
-    np.testing.assert_array_equal(-found, np.float64(round_scale(-sizes, scale_dtype)))
+    result = np.float64(round_scale(jnp.asarray(sizes), scale_dtype))
+    assert (result[1:] >= smallest_scale(scale_dtype)).all()
+    assert result[0] == 0
+    np.testing.assert_array_equal(-result, np.float64(round_scale(-sizes, scale_dtype)))
     if scale_dtype == "float16":
-        np.testing.assert_array_equal(found[4], 2 * 2.0**-24)
-        assert (found[sizes > 1e-7] >= sizes[sizes > 1e-7] * (1 - 2.0**-11)).all()
+        np.testing.assert_array_equal(result[4], 2 * 2.0**-24)
+        assert (result[sizes > 1e-7] >= sizes[sizes > 1e-7] * (1 - 2.0**-11)).all()
 
 
 def test_rtn_says_which_scales_were_raised():
@@ -63,8 +63,8 @@ def test_rtn_says_which_scales_were_raised():
     box, error = quantize_leaf("a/weight", weight, Format("int8", scale_dtype="float16"))
     dense = np.asarray(box.unbox())
     assert np.linalg.norm(dense[1] - weight[1]) < 0.1 * np.linalg.norm(weight[1])
-    said = row("quantize.rtn", "a/weight", weight, box, error).action
-    assert "2 of 3 scales are the smallest of float16, 1 of 3 rows became zero" in said
+    message = row("quantize.rtn", "a/weight", weight, box, error).action
+    assert "2 of 3 scales are the smallest of float16, 1 of 3 rows became zero" in message
     np.testing.assert_allclose(
         error, np.linalg.norm(dense - weight) / np.linalg.norm(weight), rtol=1e-5
     )
@@ -75,8 +75,8 @@ def test_rtn_says_which_scales_were_raised():
 def test_a_cast_says_which_weights_became_zero(stock, masked):
     weight = jnp.asarray([[1e-8, 0.0, 1.0, 2.0]])
     leaf = boxes.mask(weight, jnp.asarray([[True, True, True, False]])) if masked else weight
-    held, error = quantize_leaf("a/weight", leaf, Format("float16"), stock=stock)
-    assert "1 of 4 weights became zero" in row("quantize.rtn", "a", leaf, held, error).action
+    scale, error = quantize_leaf("a/weight", leaf, Format("float16"), stock=stock)
+    assert "1 of 4 weights became zero" in row("quantize.rtn", "a", leaf, scale, error).action
 
 
 def test_row_says_where_the_result_is_farther_than_zero():

@@ -19,9 +19,9 @@ def problem(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_cholesky_is_that_of_float64(size):
     gram, _ = problem(size)
-    found = np.float64(jax.jit(triangular.cholesky)(gram))
-    np.testing.assert_allclose(found, np.linalg.cholesky(np.float64(gram)), rtol=0, atol=2e-6)
-    assert not np.triu(found, 1).any()
+    result = np.float64(jax.jit(triangular.cholesky)(gram))
+    np.testing.assert_allclose(result, np.linalg.cholesky(np.float64(gram)), rtol=0, atol=2e-6)
+    assert not np.triu(result, 1).any()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -30,9 +30,9 @@ def test_solutions_are_those_of_float64(size, transposed):
     gram, right = problem(size)
     lower = np.linalg.cholesky(np.float64(gram)).astype(np.float32)
     for solve, factor in ((triangular.solve_lower, lower), (triangular.solve_upper, lower.T)):
-        found = jax.jit(solve, static_argnums=2)(factor, right, transposed)
+        actual = jax.jit(solve, static_argnums=2)(factor, right, transposed)
         wanted = np.linalg.solve(np.float64(factor.T if transposed else factor), right)
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-6 * np.abs(wanted).max())
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=3e-6 * np.abs(wanted).max())
 
 
 def test_a_matrix_without_a_factor_gives_nan():

@@ -38,7 +38,7 @@ def test_format_action_refuses_what_is_not_read_back(letter):
     room = (4096 - bare) // (len(format_action(Action("Type", text=letter))) - bare)
     longest = Action("Type", text=letter * room)
     assert parse_action(format_action(longest)) == longest
-    with pytest.raises(DataError, match="at most 4096 are read back"):
+    with pytest.raises(DataError, match="the maximum is 4096"):
         format_action(Action("Type", text=letter * (room + 1)))
 
 

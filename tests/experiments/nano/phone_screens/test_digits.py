@@ -50,10 +50,10 @@ def test_sklearn_digits_keep_a_border():
 def test_mnist_folder_splits_by_file(tmp_path, other, compress):
     train = write_pair(tmp_path, "train", 200, seed=1, compress=compress)
     test = write_pair(tmp_path, other, 50, seed=2, compress=compress)
-    found = {split: content(digits.mnist_folder(tmp_path, split)) for split in digits.SPLITS}
-    assert found["train"] == {i.tobytes() for i in train[:180]}
-    assert found["calibration"] == {i.tobytes() for i in train[180:]}
-    assert found["eval"] == {i.tobytes() for i in test}
+    results = {split: content(digits.mnist_folder(tmp_path, split)) for split in digits.SPLITS}
+    assert results["train"] == {i.tobytes() for i in train[:180]}
+    assert results["calibration"] == {i.tobytes() for i in train[180:]}
+    assert results["eval"] == {i.tobytes() for i in test}
 
 
 @pytest.mark.parametrize("split", digits.SPLITS)
@@ -64,8 +64,8 @@ def test_one_pair_is_every_split(tmp_path, split):
 
 def test_labels_sort_the_images(tmp_path):
     images = write_pair(tmp_path, "testB", 40)
-    found = digits.mnist_folder(tmp_path, "eval")
-    np.testing.assert_array_equal(found.images[7], images[7::10])
+    result = digits.mnist_folder(tmp_path, "eval")
+    np.testing.assert_array_equal(result.images[7], images[7::10])
 
 
 def test_combine_pools_sources(tmp_path):
@@ -93,50 +93,50 @@ def test_ink_is_an_alpha_mask():
     np.testing.assert_allclose(mask, 1, atol=1e-5)
 
 
-def damage(folder, what):
+def damage(folder, kind):
     images = folder / "testB-images-idx3-ubyte.gz"
     labels = folder / "testB-labels-idx1-ubyte.gz"
     raw = gzip.decompress(images.read_bytes())
-    if what == "text":
+    if kind == "text":
         images.write_bytes(b"not an image")
-    elif what == "truncated":
+    elif kind == "truncated":
         images.write_bytes(gzip.compress(raw[:-100]))
-    elif what == "truncated gzip":
+    elif kind == "truncated gzip":
         images.write_bytes(images.read_bytes()[:-200])
-    elif what == "huge":
+    elif kind == "huge":
         images.write_bytes(gzip.compress(raw[:4] + b"\xff" * 12 + raw[16:]))
-    elif what == "labels":
+    elif kind == "labels":
         images.write_bytes(labels.read_bytes())
-    elif what == "size":
+    elif kind == "size":
         images.write_bytes(gzip.compress(idx(np.zeros((40, 14, 14), np.uint8))))
-    elif what == "count":
+    elif kind == "count":
         labels.write_bytes(gzip.compress(idx(np.zeros(39, np.uint8))))
-    elif what == "label":
+    elif kind == "label":
         labels.write_bytes(gzip.compress(idx(np.full(40, 11, np.uint8))))
-    elif what == "class":
+    elif kind == "class":
         labels.write_bytes(gzip.compress(idx(np.zeros(40, np.uint8))))
-    elif what == "missing":
+    elif kind == "missing":
         labels.unlink()
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("kind", "message"),
     [
         ("text", "not an IDX file of images"),
-        ("truncated", "promises 31360 bytes"),
+        ("truncated", "declares 31360 bytes"),
         ("truncated gzip", "cannot be read"),
-        ("huge", "promises"),
+        ("huge", "declares"),
         ("labels", "not an IDX file of images"),
-        ("size", "28x28 is needed"),
+        ("size", "expected 28x28"),
         ("count", "39 labels for 40 images"),
         ("label", "label 11"),
-        ("class", "no image of digit 1"),
+        ("class", "digit 1 has no image"),
         ("missing", "cannot be read"),
     ],
 )
-def test_bad_files_are_refused_in_one_line(tmp_path, what, message):
+def test_bad_files_are_refused_in_one_line(tmp_path, kind, message):
     write_pair(tmp_path, "testB", 40)
-    damage(tmp_path, what)
+    damage(tmp_path, kind)
     with pytest.raises(DataError, match=message) as caught:
         digits.mnist_folder(tmp_path, "eval")
     assert "\n" not in str(caught.value)
@@ -145,7 +145,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, what, message):
 def test_bad_folders_and_splits_are_refused(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         digits.mnist_folder(tmp_path / "nothing", "eval")
-    with pytest.raises(DataError, match="holds no"):
+    with pytest.raises(DataError, match="contains no"):
         digits.mnist_folder(tmp_path, "eval")
     with pytest.raises(DataError, match="unknown split 'test'"):
         digits.mnist_folder(tmp_path, "test")

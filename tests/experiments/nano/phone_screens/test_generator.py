@@ -48,13 +48,13 @@ def test_images(some):
 
 
 def test_numbers_of_elements(some):
-    seen = set()
+    observed = set()
     for screen in some:
         types = collections.Counter(e.type for e in screen.elements)
-        seen.add(len(screen.elements))
+        observed.add(len(screen.elements))
         assert 8 <= len(screen.elements) <= 20
         assert min(types.values()) >= 3
-    assert max(seen) - min(seen) >= 6
+    assert max(observed) - min(observed) >= 6
 
 
 def test_every_element_is_small_and_on_the_screen(some):
@@ -95,8 +95,8 @@ def test_keypads_have_many_digits_in_any_order(screens):
 
 
 def test_every_class_appears(screens):
-    seen = {e.class_id for group in screens.values() for s in group for e in s.elements}
-    assert seen == set(range(1, generator.NUM_CLASSES))
+    observed = {e.class_id for group in screens.values() for s in group for e in s.elements}
+    assert observed == set(range(1, generator.NUM_CLASSES))
     assert len(generator.CLASSES) == 16 + 10 + 8 + 16
 
 

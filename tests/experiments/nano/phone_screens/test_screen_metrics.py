@@ -32,10 +32,10 @@ def test_judging():
 
 
 def test_scores():
-    found = metrics.score([(TAP, format_action(TAP.answer_action)), (TAP, "x"), (TYPE, "y")])
-    assert found["parse_rate"].value == pytest.approx(1 / 3)
-    assert found["tap_in_box"].value == 0.5
-    assert found["tap_in_box"].count == 2
+    result = metrics.score([(TAP, format_action(TAP.answer_action)), (TAP, "x"), (TYPE, "y")])
+    assert result["parse_rate"].value == pytest.approx(1 / 3)
+    assert result["tap_in_box"].value == 0.5
+    assert result["tap_in_box"].count == 2
     assert metrics.score([(TYPE, "y")])["tap_in_box"] is None
 
 

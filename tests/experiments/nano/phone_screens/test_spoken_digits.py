@@ -33,29 +33,29 @@ def save(folder, file="digits.npz", **changes):
 def test_a_folder_of_recordings(tmp_path):
     save(tmp_path, "a.npz")
     save(tmp_path, "b.npz", **layout(("eve",), dtype=np.float32))
-    found = speech.fsdd_folder(tmp_path)
-    assert len(found) == 60
-    assert {u.speaker for u in found} == {"ann", "bob_jr", "eve"}
+    result = speech.fsdd_folder(tmp_path)
+    assert len(result) == 60
+    assert {u.speaker for u in result} == {"ann", "bob_jr", "eve"}
     data = layout()
     start, end = data["offsets"][3:5]
-    assert found[3].digit == 1
-    assert found[3].samples.dtype == np.float32
-    np.testing.assert_array_equal(found[3].samples, data["samples"][start:end] / 32768.0)
+    assert result[3].digit == 1
+    assert result[3].samples.dtype == np.float32
+    np.testing.assert_array_equal(result[3].samples, data["samples"][start:end] / 32768.0)
 
 
 def test_other_rates_become_8_khz(tmp_path):
     save(tmp_path, **layout(rate=16000))
-    found, lengths = speech.fsdd_folder(tmp_path), np.diff(layout()["offsets"])
-    assert abs(len(found[0].samples) - lengths[0] / 2) <= 1
+    result, lengths = speech.fsdd_folder(tmp_path), np.diff(layout()["offsets"])
+    assert abs(len(result[0].samples) - lengths[0] / 2) <= 1
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100])
 def test_resampling_keeps_a_tone(rate):
     tone = np.sin(2 * np.pi * 500 * np.arange(rate) / rate).astype(np.float32)
-    found = speech.resample(tone, rate)
+    actual = speech.resample(tone, rate)
     expected = np.sin(2 * np.pi * 500 * np.arange(8000) / 8000)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_resampling_keeps_a_tone(rate):
         ({"samples": np.array(["x"])}, "samples are <U1"),
         ({"samples": np.zeros((2, 8), np.int16)}, "samples are int16"),
         ({"samples": np.full(90000, np.nan, np.float32)}, "not finite"),
-        ({"samples": np.zeros(100, np.int16)}, "offsets do not fit"),
-        ({"offsets": np.arange(3)}, "offsets do not fit"),
-        ({"offsets": np.zeros(41, int)}, "offsets do not fit"),
-        ({"offsets": np.linspace(0, 1, 41)}, "offsets do not fit"),
+        ({"samples": np.zeros(100, np.int16)}, "offsets must be"),
+        ({"offsets": np.arange(3)}, "offsets must be"),
+        ({"offsets": np.zeros(41, int)}, "offsets must be"),
+        ({"offsets": np.linspace(0, 1, 41)}, "offsets must be"),
         ({"sr": np.int32(0)}, "sr is 0"),
         ({"sr": np.array("fast")}, "sr is fast"),
         ({"name": np.array(["ten_ann_0"] * 40)}, "digit_speaker_index"),
@@ -87,8 +87,8 @@ def test_files_that_are_no_npz_are_refused(tmp_path):
         speech.fsdd_folder(tmp_path)
     save(tmp_path)
     file = tmp_path / "digits.npz"
-    whole = file.read_bytes()
-    for content in (b"", b"RIFF....WAVEfmt ", whole[: len(whole) // 2]):
+    complete = file.read_bytes()
+    for content in (b"", b"RIFF....WAVEfmt ", complete[: len(complete) // 2]):
         file.write_bytes(content)
         with pytest.raises(DataError, match="not an npz of spoken digits"):
             speech.fsdd_folder(tmp_path)
@@ -101,13 +101,13 @@ def test_files_that_are_no_npz_are_refused(tmp_path):
 def test_speakers_are_split_never_clips(tmp_path):
     save(tmp_path)
     everything = speech.fsdd_folder(tmp_path)
-    kept, held = speech.split_speakers(everything, ["bob_jr"])
-    assert {u.speaker for u in kept} == {"ann"}
-    assert {u.speaker for u in held} == {"bob_jr"}
-    assert len(kept) + len(held) == len(everything)
-    with pytest.raises(DataError, match="no speaker 'eve'; there are ann, bob_jr"):
+    retained, stored = speech.split_speakers(everything, ["bob_jr"])
+    assert {u.speaker for u in retained} == {"ann"}
+    assert {u.speaker for u in stored} == {"bob_jr"}
+    assert len(retained) + len(stored) == len(everything)
+    with pytest.raises(DataError, match="no speaker 'eve'; known: ann, bob_jr"):
         speech.split_speakers(everything, ["eve"])
-    with pytest.raises(DataError, match="leaves a side empty"):
+    with pytest.raises(DataError, match="leaves one set empty"):
         speech.split_speakers(everything, ["ann", "bob_jr"])
 
 

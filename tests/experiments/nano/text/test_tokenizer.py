@@ -112,7 +112,7 @@ def test_building_twice_gives_the_same_bytes(tmp_path):
     assert digests[0] == digests[1]
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
 
 
 def test_build_needs_enough_text():
