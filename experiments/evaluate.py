@@ -20,7 +20,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_sched
 from absl import flags
 from tokenizers import Tokenizer
 
-from experiments.common import eval_data, tap_eval
+from experiments.common import eval_data, tap_eval, tap_items
 from glm_edge.cli import evaluate
 from glm_edge.cli.console import bar, launch, print_table
 
@@ -46,27 +46,27 @@ def measure_taps(model: Any, params: Any, tokenizer: Tokenizer) -> dict[str, Any
     """Measures and prints taps for written and, if the model has speech, spoken questions."""
     report: dict[str, Any] = {"seed": FLAGS.seed, "written": None, "spoken": None}
     if model.config.vision is not None:
-        items = tap_eval.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir)
+        items = tap_items.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir)
         report["written"] = measure(model, params, tokenizer, items, "written")
         recordings, _, notes = eval_data.recordings(FLAGS.speech_dir, FLAGS.speakers, FLAGS.seed)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         if model.config.speech is not None and recordings:
-            items = tap_eval.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir, recordings)
+            items = tap_items.draw_items(FLAGS.screens, FLAGS.seed, FLAGS.digits_dir, recordings)
             report["spoken"] = measure(model, params, tokenizer, items, "spoken")
     show(report)
     return report
 
 
 def measure(
-    model: Any, params: Any, tokenizer: Tokenizer, items: Sequence[tap_eval.Item], kind: str
+    model: Any, params: Any, tokenizer: Tokenizer, items: Sequence[tap_items.Item], kind: str
 ) -> dict[str, Any]:
     """Computes the metrics of one kind of question for each requested ablation."""
     results = {}
-    for ablation in tap_eval.ABLATIONS if FLAGS.ablations else ("none",):
+    for ablation in tap_items.ABLATIONS if FLAGS.ablations else ("none",):
         if ablation == "blank_audio" and kind == "written":
             continue
-        taken = tap_eval.ablate(items, ablation)
+        taken = tap_items.ablate(items, ablation)
         label = kind if ablation == "none" else f"{kind}, {ablation.replace('_', ' ')}"
         texts = tap_eval.answers(model, params, tokenizer, taken, bar(label))
         results[ablation] = {

@@ -26,7 +26,7 @@ import jax
 from absl import flags
 
 import glm_edge as ge
-from experiments.common import eval_data, exported_eval
+from experiments.common import eval_data, exported_eval, stage_eval
 from experiments.common.figures import pareto
 from experiments.common.outputs import prepare_directory
 from experiments.common.provenance import provenance_of
@@ -85,8 +85,8 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     directory = prepare_directory(Path(FLAGS.out_dir), FLAGS.overwrite)
     recipe = ge.recipes.find(FLAGS.recipe)
-    checkpoint, model, params = eval_data.opened(FLAGS.checkpoint)
-    evaluation = eval_data.gather(
+    checkpoint, model, params = stage_eval.opened(FLAGS.checkpoint)
+    data = eval_data.gather(
         model.config,
         checkpoint,
         text=FLAGS.text,
@@ -98,14 +98,15 @@ def main(argv: Sequence[str]) -> None:
         seed=FLAGS.seed,
         calibration_batches=4 if FLAGS.smoke else 96,
     )
-    for note in evaluation.notes:
+    for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
 
+    evaluation = stage_eval.StageEval(data)
     rows = [evaluation.measure("dense", model, params)]
     show(rows[-1:])
     dense = (model, params)
     stages = compressed(
-        recipe, dense, evaluation.calibration, FLAGS.seed, distill_steps=4 if FLAGS.smoke else None
+        recipe, dense, data.calibration, FLAGS.seed, distill_steps=4 if FLAGS.smoke else None
     )
     for stage, model, params in stages:
         rows.append(evaluation.measure(stage, model, params, reference=dense))
@@ -129,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
         "run": {
             **provenance_of("quickstart", placeholders=sys.argv[1:]),
             "recipe": json.loads(ge.to_json(recipe)),
-            "screens": len(evaluation.written) or None,
+            "screens": len(data.written) or None,
             "tap_loss": evaluation.tap_loss(),
             "seed": FLAGS.seed,
             "seconds": round(time.monotonic() - started, 1),

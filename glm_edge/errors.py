@@ -59,7 +59,7 @@ class TrainingError(RecipeError):
       params: the student's parameters before that step.
     """
 
-    def __init__(self, message: str, step: int, params: Any) -> None:
+    def __init__(self, message: str, step: int, params: dict[str, Any]) -> None:
         """Stores the failing step and the parameters before it."""
         super().__init__(message)
         self.step, self.params = step, params

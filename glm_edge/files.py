@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
+import io
 import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ MAX_FILE_NAME = 255
 MAX_SHOWN = 400
 MAX_TEXT_BYTES = 1 << 20
 
+BinaryFile = io.FileIO | io.BytesIO
 ErrorType = type[GlmEdgeError]
 
 
@@ -99,7 +101,7 @@ def shown_path(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike, error: ErrorType = CheckpointError) -> Iterator[BinaryIO]:
+def opened(path: str | os.PathLike, error: ErrorType = CheckpointError) -> Iterator[io.FileIO]:
     """Opens a regular file for reading, without blocking on pipes.
 
     Args:
@@ -135,7 +137,7 @@ def opened(path: str | os.PathLike, error: ErrorType = CheckpointError) -> Itera
 
 
 def fill(
-    file: BinaryIO, target: np.ndarray, where: str, error: ErrorType = CheckpointError
+    file: BinaryFile, target: np.ndarray, where: str, error: ErrorType = CheckpointError
 ) -> None:
     """Reads bytes until an array is full; one system call reads at most 2 GB.
 
@@ -148,7 +150,7 @@ def fill(
     Raises:
       GlmEdgeError: as type `error`: the file ends before `target` is full.
     """
-    view, done = memoryview(target), 0
+    view, done = target.data, 0
     while done < len(view):
         count = file.readinto(view[done:])
         if not count:
@@ -223,7 +225,7 @@ def read_json(path: str | os.PathLike, error: ErrorType = CheckpointError) -> di
 
 
 def json_object(
-    file: BinaryIO, size: int, where: str, error: ErrorType = CheckpointError
+    file: BinaryFile, size: int, where: str, error: ErrorType = CheckpointError
 ) -> dict[str, Any]:
     """Reads a JSON object from a section of a file.
 

@@ -129,8 +129,8 @@ class _Parser:
 
     def _group(self, depth: int) -> _Item:
         opening = GROUP.match(self.pattern, self.at)
-        kind = opening["kind"] if opening else None
-        if kind == "":
+        kind = opening["kind"] if opening else ""
+        if opening is None or kind == "":
             raise PatternError(f"has a group at {self.at} that is not understood")
         self.at = opening.end()
         if kind is not None and kind.endswith(")"):

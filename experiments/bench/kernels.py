@@ -36,8 +36,8 @@ from jax import Array
 
 from experiments.bench.decode import text_only
 from experiments.bench.kernel_products import Product, boxed, ours, qwix, torchao, tried
-from experiments.common.eval_data import decode_latency_ms
 from experiments.common.provenance import provenance_of
+from experiments.common.stage_eval import decode_latency_ms
 from glm_edge.cli.console import launch, print_table
 from glm_edge.cli.corpora import write_text
 from glm_edge.configs import preset

@@ -54,7 +54,7 @@ from experiments.bench.peers import exchange
 from experiments.bench.peers.methods import DECODER, METHODS, OURS, REFERENCE, Method, as_json
 from experiments.bench.peers.scoring import Scorer
 from experiments.bench.peers.table import COLUMNS, Columns, cells, figure, titles, unreached
-from experiments.common import calibration_data, eval_data, tap_eval
+from experiments.common import calibration_data, eval_data, tap_items
 from experiments.common.child import Child, ChildError
 from experiments.common.provenance import commit, machine
 from glm_edge import params as boxes
@@ -220,7 +220,7 @@ class Gathered:
     tokenizer: Any
     learned: np.ndarray
     windows: corpora.Windows
-    questions: dict[str, list[tap_eval.Item]]
+    questions: dict[str, list[tap_items.Item]]
     utterances: Sequence[Any]
 
     def texts(self, count: int, size: int = 8) -> list[dict[str, Any]]:
@@ -251,8 +251,8 @@ def gather() -> Gathered:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     draw = [FLAGS.screens, FLAGS.seed, FLAGS.digits_dir]
-    questions = {"image": tap_eval.draw_items(*draw)}
-    questions["spoken"] = tap_eval.draw_items(*draw, heard) if heard else []
+    questions = {"image": tap_items.draw_items(*draw)}
+    questions["spoken"] = tap_items.draw_items(*draw, heard) if heard else []
     return Gathered(checkpoint, model, params, tokenizer, learned, windows, questions, others)
 
 

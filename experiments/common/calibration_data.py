@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.common.tap_eval import mel_of
+from experiments.common.tap_items import mel_of
 from experiments.nano.batches import Layout, ScreenBatches
 from experiments.nano.phone_screens import digits, generator, speech
 from glm_edge.cli import corpora

@@ -4,16 +4,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import glm_edge as ge
-from experiments.common import tap_eval
+from experiments.common import tap_eval, tap_items
 from glm_edge.cli import corpora
 from glm_edge.cli.console import bar
-from glm_edge.cli.loss import WINDOW, summarized
-from glm_edge.preprocess.tokens import prompt_ids
+from glm_edge.cli.loss import WINDOW
 
 DECODE_STEPS = 40
 VERIFY_WINDOWS = 6
@@ -30,47 +27,22 @@ def cache_slots(context: int) -> int:
     return min(WINDOW + 32, context)
 
 
-def answers(phone: Any, tokenizer: Any, items: Sequence[tap_eval.Item], label: str) -> list[str]:
+def answers(phone: Any, tokenizer: Any, items: Sequence[tap_items.Item], label: str) -> list[str]:
     """Generates the file's greedy answer to each item, one at a time as on a phone."""
     texts = []
     for item in bar(label)(items):
-        generated = phone.generate(**prompt(item, phone.config, tokenizer), max_new_tokens=12)
+        generated = phone.generate(
+            **tap_items.prompt(item, phone.config, tokenizer), max_new_tokens=12
+        )
         texts.append(tap_eval.answer_text(tokenizer, np.asarray(generated), phone.config))
     return texts
-
-
-def prompt(item: tap_eval.Item, config: Any, tokenizer: Any) -> dict[str, Any]:
-    """Returns tokens, image and log-mel frames of one question."""
-    audio, audio_tokens = None, 0
-    if item.samples is not None:
-        audio, audio_tokens = tap_eval.mel_of([item.samples], config)[0], config.speech.num_tokens
-    text = item.question.instruction_text
-    ids = prompt_ids(tokenizer, text, config.vision.num_tokens, audio_tokens)
-    return {"tokens": np.array(ids, np.int32), "image": item.image, "audio": audio}
-
-
-def text_loss(phone: Any, windows: corpora.Windows, reference: tuple[Any, Any]) -> dict[str, float]:
-    """Computes the measures of `glm_edge.cli.loss.text_loss` with logits from the file."""
-    model, params = reference
-    dense = jax.jit(lambda tokens: jax.nn.log_softmax(model.apply({"params": params}, tokens)[0]))
-    total = np.zeros(3)
-    for tokens, scored in bar("exported, text")(
-        list(zip(windows.tokens, windows.scored, strict=True))
-    ):
-        scores = np.asarray(jax.nn.log_softmax(jnp.asarray(phone.score(tokens))))[:-1][scored]
-        expected = np.asarray(dense(tokens[None]))[0, :-1][scored]
-        nats = -np.take_along_axis(scores, tokens[1:][scored][:, None], axis=-1)
-        kl = np.sum(np.exp(expected) * (expected - scores), axis=-1)
-        flips = scores.argmax(-1) != expected.argmax(-1)
-        total += [nats.sum(), kl.sum(), flips.sum()]
-    return summarized(total, windows)
 
 
 def verification_windows(
     config: Any,
     tokenizer: Any,
     windows: corpora.Windows,
-    items: Sequence[tap_eval.Item],
+    items: Sequence[tap_items.Item],
     texts: Sequence[str],
 ) -> list[Any]:
     """Collects windows for the verification of a file: held-out text, and answers to questions.
@@ -82,7 +54,7 @@ def verification_windows(
         for tokens in windows.tokens[:VERIFY_WINDOWS]
     ]
     for item, text in zip(items[:VERIFY_ITEMS], texts[:VERIFY_ITEMS], strict=True):
-        content = prompt(item, config, tokenizer)
+        content = tap_items.prompt(item, config, tokenizer)
         answer = tokenizer.encode(text).ids
         length = len(content["tokens"])
         tokens = np.array([*content["tokens"], *answer], np.int32)

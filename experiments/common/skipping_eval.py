@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 import glm_edge as ge
 from experiments.bench.decode import text_only
-from experiments.common import calibration_data, eval_data, tap_eval
+from experiments.common import calibration_data, eval_data, stage_eval, tap_eval, tap_items
 from glm_edge import configs
 from glm_edge.cli import corpora
 from glm_edge.cli.console import progress
@@ -71,7 +71,7 @@ def floats(name: str) -> list[float]:
 
 def opened() -> tuple[MultimodalGLM, Any, Tokenizer]:
     """Returns the model of --checkpoint in float32, its parameters and its tokenizer."""
-    checkpoint, model, params = eval_data.opened(FLAGS.checkpoint)
+    checkpoint, model, params = stage_eval.opened(FLAGS.checkpoint)
     return model, params, ge.load_tokenizer(checkpoint)
 
 
@@ -157,8 +157,8 @@ def questions_of(
     those of the first setting.
     """
     if model.config.vision is not None:
-        items = tap_eval.draw_items(count, seed, digits_dir)
-        batches = list(tap_eval.prompt_batches(items, model.config, tokenizer))
+        items = tap_items.draw_items(count, seed, digits_dir)
+        batches = list(tap_items.prompt_batches(items, model.config, tokenizer))
         # All questions are written: a row must not have a recording without a placeholder in its
         # prompt.
         batches = [{**batch, "audio": None} for batch in batches]

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.common import eval_data, tap_eval
+from experiments.common import eval_data, stage_eval, tap_eval
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge import params as boxes
@@ -71,7 +71,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
-    checkpoint, model, params = eval_data.opened(FLAGS.checkpoint)
+    checkpoint, model, params = stage_eval.opened(FLAGS.checkpoint)
     amount = SIZES[FLAGS.preset]
     data = eval_data.gather(
         model.config,

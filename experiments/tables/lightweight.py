@@ -25,7 +25,7 @@ from absl import flags
 
 import glm_edge as ge
 from experiments.bench.runtimes.child import EngineProcess, Spec, spec_of
-from experiments.common import eval_data, exported_eval, tap_eval
+from experiments.common import eval_data, exported_eval, stage_eval, tap_eval
 from experiments.common.child import ChildError
 from experiments.nano.phone_screens import metrics
 from experiments.quickstart import compressed
@@ -79,7 +79,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
     recipe = ge.recipes.find(FLAGS.recipe)
-    checkpoint, model, params = eval_data.opened(FLAGS.checkpoint)
+    checkpoint, model, params = stage_eval.opened(FLAGS.checkpoint)
     evaluation = eval_data.gather(
         model.config,
         checkpoint,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import flags
 
 import glm_edge as ge
-from experiments.common import eval_data
+from experiments.common import stage_eval
 from experiments.tables import table
 from experiments.tables.table import Row
 from glm_edge import params as boxes
@@ -45,7 +45,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     table.prepare(argv)
-    _, model, params = eval_data.opened(FLAGS.checkpoint)
+    _, model, params = stage_eval.opened(FLAGS.checkpoint)
     lengths = [int(n) for n in FLAGS.tokens or TOKENS[FLAGS.preset]]
     sizes_by_form = {"float32": sizes(model, params, lengths)}
     for name, recipe in bar("precisions")(recipes().items()):

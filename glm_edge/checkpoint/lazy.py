@@ -60,7 +60,7 @@ class LazyCheckpoint:
         return digest.hexdigest()
 
     def _read_native(self, wanted: list[str]) -> dict[str, Any]:
-        leaves = {}
+        leaves: dict[str, Any] = {}
         for path in wanted:
             leaf = self.abstract[path]
             plan = Placement().plan({path: leaf}, self.model.config)
@@ -105,9 +105,9 @@ def open_lazily(path: str | os.PathLike) -> LazyCheckpoint:
             f"{directory}: an Orbax directory cannot be read in parts; load it and save it with "
             "format='safetensors' first"
         )
-    source = native.open_directory(directory, fields)
-    abstract = dict(boxes.path_items(source.params))
-    return LazyCheckpoint(source.model, abstract, _paths(source.files), source)
+    stored = native.open_directory(directory, fields)
+    abstract = dict(boxes.path_items(stored.params))
+    return LazyCheckpoint(stored.model, abstract, _paths(stored.files), stored)
 
 
 def _paths(files: dict[str, Any]) -> tuple[Path, ...]:

@@ -25,6 +25,7 @@ from glm_edge.files import CONFIG, MAX_FILE_NAME, file_inside, read_bytes, read_
 from glm_edge.models.multimodal import MultimodalGLM
 from glm_edge.models.text import TextEncoder
 from glm_edge.params.sharding import RULES, Rules
+from glm_edge.params.tree import Params
 from glm_edge.writers import check_writable_name, new_directory, no_directory
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules = RULES,
     model: nn.Module | None = None,
-    like: Any = None,
-) -> tuple[nn.Module, Any]:
+    like: Params | None = None,
+) -> tuple[nn.Module, Params]:
     """Loads a checkpoint directory.
 
     Activations are float32 for all types of stored weights. A model therefore computes the same
@@ -129,7 +130,7 @@ def build(path: str | os.PathLike) -> nn.Module:
 
 def save(
     model: nn.Module,
-    params: Any,
+    params: Params,
     path: str | os.PathLike,
     format: str | None = None,
     overwrite: bool = False,

@@ -35,6 +35,7 @@ from glm_edge.configs.stop_tokens import with_stop_tokens
 from glm_edge.errors import BoxError, CheckpointError
 from glm_edge.files import CONFIG, file_inside
 from glm_edge.params.boxes import check_reach
+from glm_edge.params.tree import Params
 from glm_edge.writers import write_json
 
 FORMAT = "glm_edge"
@@ -52,7 +53,7 @@ _FIELDS = {
 _OPTIONAL = ("zero", *_STATIC)
 
 
-def write(directory: Path, model: nn.Module, params: Any, store: str) -> None:
+def write(directory: Path, model: nn.Module, params: Params, store: str) -> None:
     """Writes a model and its parameters into an empty directory, config.json last.
 
     Args:
@@ -122,7 +123,8 @@ def check_stock(model: Any, params: Any, where: str) -> None:
             "model.init(...)['params'], with arrays and boxes (for a TrainState, its params)"
         )
     again = boxes.from_flat(*boxes.to_flat(params))
-    if jax.tree.structure(again) != jax.tree.structure(unfreeze(params)):
+    like: Any = jax.tree.structure(unfreeze(params))
+    if jax.tree.structure(again) != like:
         raise CheckpointError(
             f"{where}: params must be nested dicts whose names do not contain '/' and do not end "
             "like a field of a box"
@@ -204,8 +206,8 @@ def read(
     fields: dict[str, Any],
     placement: Placement,
     model: nn.Module | None = None,
-    like: Any = None,
-) -> tuple[nn.Module, Any]:
+    like: Params | None = None,
+) -> tuple[nn.Module, Params]:
     """Reads a directory that `write` wrote.
 
     Args:
@@ -262,7 +264,7 @@ class NativeSource:
     """
 
     model: nn.Module
-    params: Any
+    params: Params
     spec: dict[str, Any]
     files: dict[str, SafetensorsFile]
     restored: dict[str, Any]
@@ -284,13 +286,16 @@ class NativeSource:
             array, where = self.restored[name], orbax.ARRAYS
         else:
             file = self.files[name]
-            array, where = destination.read(file, name), file.path
+            array, where = destination.read(file, name), str(file.path)
         check_finite(array, f"{where}: tensor {name!r}")
         return array
 
 
 def open_directory(
-    directory: Path, fields: dict[str, Any], model: nn.Module | None = None, like: Any = None
+    directory: Path,
+    fields: dict[str, Any],
+    model: nn.Module | None = None,
+    like: Params | None = None,
 ) -> NativeSource:
     """Checks the headers of a directory; arguments and exceptions as in `read`."""
     where = directory / CONFIG
@@ -310,7 +315,9 @@ def open_directory(
             "have no meaning"
         )
     model = build(fields, where, model)
-    files, restored = {}, {}
+    files: dict[str, SafetensorsFile] = {}
+    restored: dict[str, Any] = {}
+    stored: Any
     if store == "orbax":
         source = directory / orbax.ARRAYS
         stored = restored = orbax.read(directory, fields.get("arrays"))

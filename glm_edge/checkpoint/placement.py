@@ -9,7 +9,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from glm_edge import params as boxes
 from glm_edge.checkpoint.safetensors import SafetensorsFile, to_device
+from glm_edge.configs.architecture import ModelConfig
 from glm_edge.params.sharding import RULES, Rules, shardings
+from glm_edge.params.tree import Params
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Destination:
         if self.sharding is None or not self.shape:
             return None
         indices = self.sharding.addressable_devices_indices_map(self.shape).values()
-        spans = [index[0].indices(self.shape[0]) for index in indices]
+        spans = [index[0].indices(self.shape[0]) for index in indices if index]
         rows = min(start for start, _, _ in spans), max(stop for _, stop, _ in spans)
         return None if rows == (0, self.shape[0]) else rows
 
@@ -42,10 +44,10 @@ class Destination:
         """Moves the complete array, or the rows from `read`, to the devices of this process."""
         if self.sharding is None:
             return to_device(array)
-        skipped = 0 if array.shape == self.shape else self.rows[0]
+        skipped = 0 if array.shape == self.shape or self.rows is None else self.rows[0]
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            if skipped:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            if skipped and index:
                 index = (slice(index[0].start - skipped, index[0].stop - skipped), *index[1:])
             return array[index]
 
@@ -64,7 +66,7 @@ class Placement:
     mesh: Mesh | None = None
     rules: Rules = RULES
 
-    def plan(self, params: Any, config: Any) -> dict[str, Destination]:
+    def plan(self, params: Params, config: ModelConfig | None) -> dict[str, Destination]:
         """Plans the destination of every array.
 
         Args:
@@ -80,5 +82,5 @@ class Placement:
         shapes = {name: tuple(array.shape) for name, array in boxes.to_flat(params)[0].items()}
         if self.mesh is None:
             return {name: Destination(shape) for name, shape in shapes.items()}
-        spread = boxes.to_flat(shardings(params, self.mesh, self.rules, config))[0]
+        spread: dict[str, Any] = boxes.to_flat(shardings(params, self.mesh, self.rules, config))[0]
         return {name: Destination(shape, spread[name]) for name, shape in shapes.items()}

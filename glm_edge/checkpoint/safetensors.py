@@ -1,12 +1,13 @@
 """Safetensors files: checked headers, aligned reads on demand, and writes."""
 
+import io
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ DTYPES = {
     "F64": np.dtype("<f8"),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_EXPONENTS = {
+_EXPONENTS: dict[Any, Any] = {
     np.dtype(jnp.bfloat16): np.uint16(0x7F80),
     np.dtype(np.float16): np.uint16(0x7C00),
     np.dtype(np.float32): np.uint32(0x7F800000),
@@ -172,7 +173,7 @@ def by_tensor(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
     return files_by_tensor
 
 
-def _version(file: BinaryIO) -> tuple[int, int]:
+def _version(file: io.FileIO) -> tuple[int, int]:
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 
@@ -191,7 +192,7 @@ def to_device(array: np.ndarray, sharding: Any = None) -> jax.Array:
     return jax.device_put(array, sharding, may_alias=True).block_until_ready()
 
 
-def _read_header(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
+def _read_header(path: Path, file: io.FileIO) -> dict[str, TensorInfo]:
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise CheckpointError(
@@ -219,7 +220,7 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> Te
     where = f"{path}: tensor {name!r}"
     if len(name) > MAX_NAME_LENGTH:
         raise CheckpointError(f"{path}: a tensor's name has {len(name)} characters")
-    fields = entry if isinstance(entry, dict) else {}
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype, shape = fields.get("dtype"), fields.get("shape")
     offsets = fields.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
@@ -244,7 +245,7 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> Te
     return TensorInfo(dtype, tuple(shape), begin, end)
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return (
         isinstance(value, list)
         and len(value) <= MAX_DIMENSIONS
@@ -300,7 +301,7 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in order:
-            file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
 
 
 def check_finite(array: np.ndarray, where: str) -> None:

@@ -47,8 +47,9 @@ def expected_shapes(model: nn.Module) -> Shapes:
     Raises:
       ConfigError: the sizes of the configuration are inconsistent or too large.
     """
+    architecture: Any = type(model)
     try:
-        return dict(_traced_shapes(type(model), model.config, getattr(model, "out_features", 0)))
+        return dict(_traced_shapes(architecture, model.config, getattr(model, "out_features", 0)))
     except GlmEdgeError:
         raise
     # Inconsistent or huge sizes raise exceptions of many types during tracing.
@@ -77,7 +78,7 @@ def check_depth(config: Any, num_tensors: int, where: str) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _traced_shapes(kind: type, config: Any, out_features: int) -> Shapes:
+def _traced_shapes(kind: Any, config: Any, out_features: int) -> Shapes:
     if kind is VisionEncoder:
         inputs = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
     elif kind is SpeechEncoder:

@@ -47,7 +47,8 @@ def progress() -> Callable[[str, int, int], None]:
 
     Transforms take it as `progress=`. Without tqdm or a terminal it shows nothing.
     """
-    make, bars = _tqdm(), {}
+    make = _tqdm()
+    bars: dict[str, Any] = {}
 
     def show(stage: str, done: int, total: int) -> None:
         name = stage.split(":", 1)[0]

@@ -1,7 +1,6 @@
 """Loss of a model on text, and its distance from a reference model on the same text."""
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_edge.cli import corpora
-from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.cli.console import bar
+from glm_edge.export.verify.runner import SignatureRunner
+from glm_edge.params.tree import Params
 
 # Tokens per evaluation window.
 WINDOW = 256
@@ -18,12 +19,12 @@ WINDOW = 256
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _window_statistics(
     model: nn.Module,
-    params: dict[str, Any],
+    params: Params,
     reference_model: nn.Module,
-    reference_params: dict[str, Any],
+    reference_params: Params,
     tokens: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    def log_probabilities(model: nn.Module, params: dict[str, Any]) -> jax.Array:
+    def log_probabilities(model: nn.Module, params: Params) -> jax.Array:
         logits = model.apply({"params": params}, tokens)[0][:, :-1]
         return jax.nn.log_softmax(logits.astype(jnp.float32))
 
@@ -35,10 +36,10 @@ def _window_statistics(
 
 
 def text_loss(
-    model: MultimodalGLM,
-    params: Any,
+    model: nn.Module,
+    params: Params,
     windows: corpora.Windows,
-    reference: tuple[MultimodalGLM, Any] | None = None,
+    reference: tuple[nn.Module, Params] | None = None,
     batch: int = 8,
 ) -> dict[str, float]:
     """Computes loss on text, and the distance from a reference model on the same windows.
@@ -65,6 +66,34 @@ def text_loss(
             model, params, reference_model, reference_params, windows.tokens[index]
         )
         total += [float(np.sum(np.asarray(s) * counted)) for s in statistics]
+    return summarized(total, windows)
+
+
+def exported_text_loss(
+    file: SignatureRunner, windows: corpora.Windows, reference: tuple[nn.Module, Params]
+) -> dict[str, float]:
+    """Measures an exported file as `text_loss` does, with scores that the file computes.
+
+    Args:
+      file: that is run, such as a `glm_edge.export.LiteRTModel`.
+      windows: from `corpora.windows`.
+      reference: dense model and parameters.
+
+    Returns:
+      As `text_loss`.
+    """
+    model, params = reference
+    dense = jax.jit(lambda tokens: jax.nn.log_softmax(model.apply({"params": params}, tokens)[0]))
+    total = np.zeros(3)
+    for tokens, scored in bar("exported, text")(
+        list(zip(windows.tokens, windows.scored, strict=True))
+    ):
+        scores = np.asarray(jax.nn.log_softmax(jnp.asarray(file.score(tokens))))[:-1][scored]
+        expected = np.asarray(dense(tokens[None]))[0, :-1][scored]
+        nats = -np.take_along_axis(scores, tokens[1:][scored][:, None], axis=-1)
+        kl = np.sum(np.exp(expected) * (expected - scores), axis=-1)
+        flips = scores.argmax(-1) != expected.argmax(-1)
+        total += [nats.sum(), kl.sum(), flips.sum()]
     return summarized(total, windows)
 
 

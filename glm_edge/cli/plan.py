@@ -85,7 +85,8 @@ def main(argv: Sequence[str]) -> None:
     check_output(FLAGS.json, FLAGS.overwrite)
     config = preset(FLAGS.preset)
     budgets = {"GB": int(FLAGS.budget_gb * 1e9), "GiB": int(FLAGS.budget_gb * 2**30)}
-    tower, ends = (read_format(FLAGS[name].value, name) for name in ("tower_format", "end_format"))
+    names = ("tower_format", "end_format")
+    tower, ends = (read_format(str(FLAGS[name].value), name) for name in names)
     report: dict[str, Any] = {"preset": config.name, "budgets": budgets}
     report["parts"] = parts(config, tower)
     report["uniform"] = [
@@ -140,7 +141,7 @@ def shapes(config: GLMConfig) -> Params:
 def with_vocabulary(config: GLMConfig, size: int) -> GLMConfig:
     """Cuts the vocabulary to its first `size` tokens; placeholders become the last ones."""
     names = ("image_token_id", "audio_token_id", "pad_token_id")
-    last = {
+    last: dict[str, Any] = {
         name: size - 1 - offset
         for offset, name in enumerate(names)
         if (getattr(config, name) or 0) >= size

@@ -24,7 +24,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -40,6 +40,7 @@ from glm_edge.models.multimodal import MultimodalGLM, audio_features, feature_co
 from glm_edge.params.tree import Params
 
 Batch = dict[str, Any]
+Item = TypeVar("Item")
 # Lower limit of the total weight of a batch, against division by zero.
 NO_WEIGHT = 1e-6
 INPUTS = ("images", "audio", "positions", "mask", "audio_frames")
@@ -57,7 +58,8 @@ def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 def reads_valid(model: nn.Module) -> bool:
     """Tests for a model with an argument `valid`, such as `TextEncoder`."""
-    return _reads_valid(type(model))
+    kind: Any = type(model)
+    return _reads_valid(kind)
 
 
 @functools.cache
@@ -288,7 +290,9 @@ def _check_images(config: Any, batch: Batch, rows: int, where: str) -> None:
                 f"{where}: images has {shapes[0][:1]} rows, tokens has {rows}; if rows differ in "
                 "their count of images, pass a list in reading order"
             )
-    for shape in shapes if vision is not None else ():
+    if vision is None:
+        return
+    for shape in shapes:
         if len(shape) not in axes or shape[-1] != vision.channels:
             raise DataError(
                 f"{where}: images must be {layout} with {vision.channels} channels, found "
@@ -302,7 +306,8 @@ def _check_audio(config: Any, batch: Batch, rows: int, where: str) -> None:
     if "audio" not in batch:
         return
     shape, speech = _shape(batch["audio"], "audio", where), getattr(config, "speech", None)
-    axes, layout = (3, 4), "[B, frames, mel_bins] or [B, K, ...]"
+    axes: tuple[int, ...] = (3, 4)
+    layout = "[B, frames, mel_bins] or [B, K, ...]"
     if "audio_frames" in batch:
         frames = _numbers(batch["audio_frames"], "audio_frames", where)
         axes, layout = (3,), "[N, frames, mel_bins]"
@@ -517,7 +522,7 @@ def missing_modalities(model: nn.Module, keys: Collection[str]) -> tuple[str, ..
     )
 
 
-def in_order(calibration: Sequence[Batch], rng: Array | None, skip: int = 0) -> Iterator[Batch]:
+def in_order(calibration: Sequence[Item], rng: Array | None, skip: int = 0) -> Iterator[Item]:
     """Yields batches endlessly, in rounds that contain each batch once.
 
     Args:
@@ -593,7 +598,7 @@ def kind_of(batch: Any) -> str:
     return next((name for name in KINDS[:0:-1] if name in names), KINDS[0])
 
 
-def _rounds(calibration: Sequence[Batch], rng: Array | None, first: int) -> Iterator[Batch]:
+def _rounds(calibration: Sequence[Item], rng: Array | None, first: int) -> Iterator[Item]:
     for epoch in itertools.count(first):
         read = 0
         for batch in _shuffled(calibration, rng, epoch):
@@ -603,7 +608,7 @@ def _rounds(calibration: Sequence[Batch], rng: Array | None, first: int) -> Iter
             raise DataError("calibration contains no batches")
 
 
-def _shuffled(calibration: Any, rng: Array | None, epoch: int) -> Iterator[Batch]:
+def _shuffled(calibration: Sequence[Item], rng: Array | None, epoch: int) -> Iterator[Item]:
     if rng is None or not has_length(calibration):
         return iter(calibration)
     order = jax.random.permutation(jax.random.fold_in(rng, epoch), len(calibration))

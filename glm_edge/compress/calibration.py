@@ -81,11 +81,16 @@ class Calibration:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
 
+    @property
+    def _listed(self) -> Any:
+        # Batches without a length can still be iterated over.
+        return self.batches
+
     def __getitem__(self, index: int) -> Any:
-        return self.batches[index]
+        return self._listed[index]
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self._listed)
 
 
 def check_list(batches: Any, name: str) -> None:
@@ -129,7 +134,8 @@ class Called:
 
     def run(self, params: Params, batch: Mapping[str, Any]) -> Any:
         """Runs `apply`, or `loss` without `apply`, and returns its result."""
-        return self._called(self.apply or self.loss, params, batch)
+        run: Any = self.apply or self.loss
+        return self._called(run, params, batch)
 
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Array:
         """Computes logits [..., N], float32.

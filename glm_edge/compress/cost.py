@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from glm_edge.compress.report import Latency
 from glm_edge.configs import DecoderConfig, GLMConfig, SpeechConfig, TextConfig, VisionConfig
@@ -153,8 +154,10 @@ def measure(
                 seconds[turn, side] = (time.perf_counter() - start) / calls
         seconds = seconds[1:]
         low, middle, high = np.quantile(seconds[:, 0] / seconds[:, 1], [0.25, 0.5, 0.75])
-        medians = 1e3 * np.median(seconds, axis=0)
-        rows.append(Latency(work, *map(float, (*medians, middle, low, high)), rounds))
+        before_ms, after_ms = (float(1e3 * median) for median in np.median(seconds, axis=0))
+        rows.append(
+            Latency(work, before_ms, after_ms, float(middle), float(low), float(high), rounds)
+        )
     return tuple(rows)
 
 
@@ -187,7 +190,7 @@ def _decoding(model: nn.Module, params: Params, context: int) -> Callable[[], An
     cache = init_cache(model.config.decoder, 1, 2 * context)
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def step(params, layers, token):
+    def step(params: Params, layers: Params, token: Array) -> tuple[Array, Params]:
         cache = {"layers": layers, "length": jnp.int32(context)}
         logits, aux = model.apply({"params": params}, token, cache=cache)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), aux["cache"]["layers"]

@@ -23,6 +23,7 @@ from glm_edge.configs import (
     TextConfig,
     VisionConfig,
 )
+from glm_edge.configs.architecture import ModelConfig
 from glm_edge.errors import RecipeError
 
 KINDS = ("norm", "value", "neurons", "linear")
@@ -88,9 +89,7 @@ class Residual:
     tables: tuple[str, ...]
 
 
-def folds(
-    config: GLMConfig | VisionConfig | SpeechConfig | TextConfig, where: str = "model"
-) -> tuple[Fold, ...]:
+def folds(config: ModelConfig | None, where: str = "model") -> tuple[Fold, ...]:
     """Lists every fold of a model, in the order of its layers.
 
     Within a layer, folds of matrices come before folds of norms, so that factors of a norm are
@@ -129,7 +128,7 @@ def folds(
     return all_folds
 
 
-def residual(config: GLMConfig, where: str = "model") -> Residual:
+def residual(config: ModelConfig | None, where: str = "model") -> Residual:
     """Lists the parameters around the residual stream of a GLM's decoder.
 
     Args:

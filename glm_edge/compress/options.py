@@ -23,7 +23,8 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises RecipeError for a value of another type than its field says."""
-        annotations = _annotations(type(self))
+        kind: Any = type(self)
+        annotations = _annotations(kind)
         for item in dataclasses.fields(self):
             check_type(
                 type(self).__name__, item.name, getattr(self, item.name), annotations[item.name]

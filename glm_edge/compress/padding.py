@@ -109,7 +109,7 @@ def without_padding(
     batch = {name: value for name, value in batch.items() if name != "valid"}
     if valid.all():
         return batch
-    rows = valid.any(axis=1)
+    rows = np.asarray(valid.any(axis=1))
     if not rows.any():
         raise DataError(f"{where}: contains only padding")
     shape = valid.shape

@@ -8,7 +8,6 @@ the transform adds, which identifies stacks. The inputs of such a layer cannot b
 import inspect
 import itertools
 import math
-import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -106,7 +105,7 @@ def _reading(
     if isinstance(module, nn.DenseGeneral):
         return _general(module, path, shape, x)
     if isinstance(module, nn.Einsum):
-        return _einsum(einsum or module.einsum_str, path, shape, x)
+        return _einsum(einsum or module.einsum_str or "", path, shape, x)
     if isinstance(module, nn.ConvTranspose):
         inputs = (*range(len(shape) - 2), len(shape) - 1 - (not module.transpose_kernel))
         return Reading(path, shape, Layout(0, inputs), x, reason="its convolution is transposed")
@@ -135,7 +134,8 @@ def _last(x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _einsum(text: str, path: str, shape: tuple[int, ...], x: Array) -> Reading:
-    source, kernel, result = re.fullmatch(r"(.*),(.*)->(.*)", text.replace(" ", "")).groups()
+    operands, _, result = text.replace(" ", "").rpartition("->")
+    source, _, kernel = operands.rpartition(",")
     if "." in kernel:
         return Reading(path, shape, None, x)
     # Replace an ellipsis by one letter per axis.
@@ -167,10 +167,12 @@ def _convolution(module: nn.Conv, path: str, shape: tuple[int, ...], x: Array) -
         # A convolution with an identity kernel extracts patches in the order of the kernel's axes,
         # for any padding, stride and dilation.
         columns = math.prod(shape[:-1])
-        changes = {"features": columns, "use_bias": False, "dtype": None, "precision": "highest"}
+        changes: dict[str, Any] = {"features": columns, "use_bias": False, "dtype": None}
+        changes |= {"precision": "highest"}
         patches = module.clone(**changes, name=None, parent=None)
         identity = jnp.eye(columns).reshape(*shape[:-1], columns)
-        return patches.apply({"params": {"kernel": identity}}, x)
+        columns_of_patches: Any = patches.apply({"params": {"kernel": identity}}, x)
+        return columns_of_patches
 
     geometry = (module.strides, module.padding, module.input_dilation, module.kernel_dilation)
     return Reading(path, shape, layout, x, (shape[:-1], repr(geometry)), rows)
@@ -241,7 +243,11 @@ def layouts_of(
     readings: dict[str, Reading] = {}
     if any(map(_is_kernel, shapes)) and isinstance(model, nn.Module):
         if watch is not None:
-            watch(lambda reading: readings.setdefault(reading.path, reading))
+
+            def keep_first(reading: Reading) -> None:
+                readings.setdefault(reading.path, reading)
+
+            watch(keep_first)
         else:
             readings = _tried(model, leaves)
     known: dict[str, Any] = {}
@@ -297,8 +303,8 @@ def _tried(model: nn.Module, leaves: Mapping[str, Any]) -> dict[str, Reading]:
     prefix = "params/" if isinstance(variables.get("params"), Mapping) else ""
     variables = variables if prefix else {"params": variables}
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
-    flags = inspect.signature(type(model).__call__).parameters
-    flags = {name: value for name, value in _FLAGS.items() if name in flags}
+    known = inspect.signature(type(model).__call__).parameters
+    flags: dict[str, Any] = {name: value for name, value in _FLAGS.items() if name in known}
 
     def run(variables: Any, x: Array) -> Any:
         # Missing statistics may be created, missing parameters not.

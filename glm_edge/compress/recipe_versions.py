@@ -103,8 +103,8 @@ def _distill_from_version_1(options: Mapping[str, Any]) -> dict[str, Any]:
             others["intermediates"] = inside
     share = others.get("on_policy")
     if share is None or isinstance(share, int | float):
-        names = {"prompt": "prompt", "sampling_temperature": "temperature"}
-        sampling = {names[option]: others.pop(option) for option in names if option in others}
+        renamed = {"prompt": "prompt", "sampling_temperature": "temperature"}
+        sampling = {renamed[option]: others.pop(option) for option in renamed if option in others}
         if share:
             others["on_policy"] = {"share": share, **sampling}
         elif sampling.get("prompt") is not None:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def _int8_float16_embeddings() -> Transform:
     )
 
 
-NAMED = {
+NAMED: dict[str, Callable[[], Transform]] = {
     "phone": _phone,
     "small": _small,
     "quickstart": _quickstart,

@@ -139,7 +139,8 @@ def join_branches(*branches: tuple[Array, Array]) -> tuple[Array, Array]:
     for kernel, _ in branches:
         border = (size - kernel.shape[0]) // 2
         padded.append(jnp.pad(kernel, ((border, border), (border, border), (0, 0), (0, 0))))
-    return sum(padded[1:], start=padded[0]), sum(bias for _, bias in branches)
+    biases = [bias for _, bias in branches]
+    return sum(padded[1:], start=padded[0]), sum(biases[1:], start=biases[0])
 
 
 def identity_kernel(channels: int, groups: int = 1) -> Array:
@@ -148,12 +149,12 @@ def identity_kernel(channels: int, groups: int = 1) -> Array:
     return jnp.tile(jnp.eye(inside, dtype=jnp.float32), (1, groups))[None, None]
 
 
-def _deployed(params: Params, statistics: Params, path: str, rows: list[Row]) -> Params:
+def _deployed(params: Any, statistics: Params, path: str, rows: list[Row]) -> Params:
     """Builds the parameters of the deployed model, and appends a row per folded norm to `rows`."""
     if DENSE in params:
         kernel, bias = _merged(params, statistics, path)
         action = "branches joined, norms folded"
-        after = {"merged": {"conv": {"kernel": kernel, "bias": bias}}}
+        after: Params = {"merged": {"conv": {"kernel": kernel, "bias": bias}}}
     elif set(params) == {"conv", "norm"}:
         kernel, bias = _folded(params, statistics, path)
         action, after = "norm folded", {"conv": {"kernel": kernel, "bias": bias}}

@@ -365,7 +365,7 @@ def _html_row(tag: str, cells: Iterable[str]) -> str:
 
 
 def _plot_bytes(axes: Any, rows: Sequence[Row]) -> None:
-    first = {}
+    first: dict[str, Any] = {}
     for row in rows:
         first.setdefault(row.path, row.bytes_before)
     last = {row.path: row.bytes_after for row in rows}

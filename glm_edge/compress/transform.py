@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import flax.linen as nn
 import jax
@@ -62,9 +62,20 @@ class Context:
         if self.reference is None:
             object.__setattr__(self, "reference", self.original)
 
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """Returns the calibration of a transform that needs some.
+
+        Raises:
+          DataError: there is none.
+        """
+        if self.calibration is None:
+            raise DataError("calibration= is missing")
+        return self.calibration
+
     def advance(self, stage: str, done: int, total: int) -> None:
         """Calls the progress callback, if any."""
-        if self.progress is not None:
+        if callable(self.progress):
             self.progress(stage, done, total)
 
 
@@ -129,12 +140,14 @@ class Transform:
 
     def __post_init__(self) -> None:
         """Checks the types of all fields; raises RecipeError for a wrong one."""
+        kind: Any = type(self)
+        types_of_fields = _annotations(kind)
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, item.name, value)
-            check_type(self.name, item.name, value, _annotations(type(self))[item.name])
+            check_type(self.name, item.name, value, types_of_fields[item.name])
 
     def apply(self, model: nn.Module, params: Params, context: Context) -> Result:
         """Compresses a model within a call or a chain.
@@ -308,11 +321,12 @@ def _unnamed(transform: Transform, model: Any, params: Params) -> tuple[str, ...
     )
 
 
+Kind = TypeVar("Kind", bound=Transform)
 _REGISTRY: dict[str, type[Transform]] = {}
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
-def register(name: str, *others: str) -> Callable[[type], type]:
+def register(name: str, *others: str) -> Callable[[type[Kind]], type[Kind]]:
     """Registers a transform: a frozen dataclass of keyword-only fields, with a name.
 
     Args:
@@ -323,7 +337,7 @@ def register(name: str, *others: str) -> Callable[[type], type]:
       Decorator of a subclass of `Transform`.
     """
 
-    def decorate(kind: type) -> type:
+    def decorate(kind: type[Kind]) -> type[Kind]:
         if "name" not in vars(kind):
             kind.name = name
         kind.called = name
@@ -385,13 +399,14 @@ def check_type(transform: str, option: str, value: Any, annotation: Any) -> None
     raise RecipeError(f"{transform}: {option} must be {wanted}, not {value!r:.60}")
 
 
-def _is_a(value: Any, kind: type) -> bool:
+def _is_a(value: Any, kind: Any) -> bool:
     if kind is type(None) or isinstance(value, bool):
         return isinstance(value, kind)
+    integral, real = isinstance(value, numbers.Integral), isinstance(value, numbers.Real)
     if kind is int:
-        return isinstance(value, numbers.Integral) and abs(value) <= _LARGEST
+        return integral and abs(value) <= _LARGEST
     if kind is float:
-        return isinstance(value, numbers.Real) and abs(value) <= _LARGEST
+        return real and abs(value) <= _LARGEST
     return isinstance(value, kind) and "\0" not in value
 
 
@@ -445,7 +460,7 @@ class Chain(Transform):
             step = dataclasses.replace(context, rng=rng)
             before = params
             model, params, done = transform.apply(model, params, step)
-            if transform.exact and context.reference[1] is before:
+            if transform.exact and (context.reference or context.original)[1] is before:
                 context = dataclasses.replace(context, reference=(model, params))
             report = report + done
         return model, params, report
@@ -518,4 +533,5 @@ def _to_object(transform: Transform) -> dict[str, Any]:
 def _json_value(value: Any) -> Any:
     if isinstance(value, Format):
         return str(value)
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    is_options = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if is_options else value

@@ -102,6 +102,11 @@ class EncoderWidths:
     defaults to `hidden_size / num_heads`.
     """
 
+    hidden_size: int
+    num_heads: int | tuple[int, ...]
+    intermediate_size: int | tuple[int, ...]
+    head_dim: int | None
+
     def heads(self, layer: int) -> int:
         """Returns the heads of one layer."""
         return _of_layer(self.num_heads, layer, "num_heads", self._name)
@@ -118,7 +123,7 @@ class EncoderWidths:
     @property
     def head_size(self) -> int:
         """Dimensions per head."""
-        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+        return self.hidden_size // self.heads(0) if self.head_dim is None else self.head_dim
 
     @property
     def _name(self) -> str:
@@ -376,6 +381,28 @@ class GLMConfig:
     image_boundary_ids: tuple[int, ...] = ()
     video_boundary_ids: tuple[int, ...] = ()
 
+    @property
+    def vision_tower(self) -> VisionConfig:
+        """Returns `vision` of a model that sees.
+
+        Raises:
+          ConfigError: the model has none.
+        """
+        if self.vision is None:
+            raise ConfigError(f"{self.name}: a model with vision is needed")
+        return self.vision
+
+    @property
+    def speech_encoder(self) -> SpeechConfig:
+        """Returns `speech` of a model that hears.
+
+        Raises:
+          ConfigError: the model has none.
+        """
+        if self.speech is None:
+            raise ConfigError(f"{self.name}: a model with speech is needed")
+        return self.speech
+
     def __post_init__(self) -> None:
         for encoder, token in (("vision", "image_token_id"), ("speech", "audio_token_id")):
             if getattr(self, encoder) is None:
@@ -388,6 +415,10 @@ class GLMConfig:
                     f"{self.name}: {token} {placeholder} must be below vocab_size "
                     f"{self.decoder.vocab_size}"
                 )
+
+
+ModelConfig = GLMConfig | DecoderConfig | VisionConfig | SpeechConfig | TextConfig
+"""Shape of a model or of one encoder."""
 
 
 def _check_numbers(part: str, config: Any, sizes: Iterable[str], scales: Iterable[str]) -> None:
@@ -411,7 +442,7 @@ def _of_layer(value: int | tuple[int, ...], layer: int, field: str, part: str = 
     return value[layer]
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: ModelConfig) -> dict[str, Any]:
     """Converts a configuration (of a GLM or of one encoder) to JSON-ready dictionaries."""
     return dataclasses.asdict(config)
 

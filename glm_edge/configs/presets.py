@@ -1,5 +1,7 @@
 """Named configurations."""
 
+from typing import Any
+
 from glm_edge.configs.architecture import DecoderConfig, GLMConfig, SpeechConfig, VisionConfig
 from glm_edge.errors import ConfigError
 
@@ -26,7 +28,7 @@ def preset(name: str) -> GLMConfig:
     return PRESETS[name]
 
 
-_GLM_EDGE_TOKENS = {
+_GLM_EDGE_TOKENS: dict[str, Any] = {
     "image_token_id": 59256,
     "audio_token_id": 59260,
     "eos_token_ids": (59246, 59253, 59255),

@@ -33,10 +33,11 @@ def read_stop_tokens(directory: Path, *sections: Mapping[str, Any]) -> tuple[int
       CheckpointError: generation_config.json is damaged.
       ConfigError: `eos_token_id` is not one or more token ids.
     """
+    sources: list[tuple[str, Mapping[str, Any]]]
     sources = [("config.json", section) for section in sections]
     if os.path.lexists(directory / GENERATION_CONFIG):
-        fields = read_json(file_inside(directory, GENERATION_CONFIG))
-        sources.insert(0, (GENERATION_CONFIG, fields))
+        first = read_json(file_inside(directory, GENERATION_CONFIG))
+        sources.insert(0, (GENERATION_CONFIG, first))
     for name, fields in sources:
         if ids := token_ids(fields.get(FIELD), f"{directory / name}: field {FIELD!r}"):
             return ids

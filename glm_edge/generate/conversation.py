@@ -12,7 +12,8 @@ from glm_edge.errors import DataError
 from glm_edge.generate.decoding import generate
 from glm_edge.generate.prompts import config_of
 from glm_edge.models.multimodal import MultimodalGLM
-from glm_edge.preprocess.media import KINDS, listed
+from glm_edge.params.tree import Params
+from glm_edge.preprocess.media import KINDS, Media, listed
 from glm_edge.preprocess.processor import Processor, conversations_of
 
 MAX_NEW_TOKENS = 256
@@ -20,12 +21,12 @@ MAX_NEW_TOKENS = 256
 
 def chat(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     processor: Processor,
     messages: str | Mapping[str, Any] | Sequence[Any],
-    images: Any = (),
-    videos: Any = (),
-    audio: Any = (),
+    images: Media = (),
+    videos: Media = (),
+    audio: Media = (),
     variables: Mapping[str, Any] | None = None,
     stop_strings: Sequence[str] = (),
     **options: Any,

@@ -22,6 +22,7 @@ from glm_edge.generate.options import DecodeOptions
 from glm_edge.generate.prompts import Prompt, config_of
 from glm_edge.generate.sampling import Sampling
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
 from glm_edge.preprocess.inputs import Inputs
 
 GREEDY = Sampling()
@@ -51,7 +52,7 @@ class Generation:
 
 def generate(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     inputs: ModelInputs,
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
@@ -113,7 +114,7 @@ def generate(
 
 def stream(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     inputs: ModelInputs,
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
@@ -152,7 +153,7 @@ def stream(
 
 
 def greedy(
-    model: MultimodalGLM, params: Any, inputs: ModelInputs, max_new_tokens: int = 16
+    model: MultimodalGLM, params: Params, inputs: ModelInputs, max_new_tokens: int = 16
 ) -> Array:
     """Extends prompts by the top-1 token, step by step.
 
@@ -188,7 +189,7 @@ def stop_ids(model: MultimodalGLM, stop_tokens: Sequence[int] | None) -> tuple[i
 
 def _begin(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     inputs: ModelInputs,
     max_new_tokens: int,
     sampling: Sampling,

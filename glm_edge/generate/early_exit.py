@@ -19,6 +19,7 @@ from glm_edge.errors import DataError, RecipeError
 from glm_edge.kernels import matmul
 from glm_edge.models.glm import AFTER_KEYS, ALL_PARTS, KEYS_ONLY
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
 
 THRESHOLD = 0.95
 _INPUTS = ("images", "audio", "positions", "mask")
@@ -93,7 +94,7 @@ def _checked_exits(after: Sequence[int], layers: int) -> tuple[int, ...]:
 
 def fit_exits(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     data: Iterable[Mapping[str, Any]],
     after: Sequence[int],
     ridge: float = 1e-3,
@@ -124,7 +125,7 @@ def fit_exits(
     for batch in data:
         moments = jax.device_get(_moments(model, params, dict(batch), after))
         for index, moment in zip(after, moments, strict=True):
-            sums[index] = sums.get(index, 0.0) + np.float64(moment)
+            sums[index] = sums.get(index, np.zeros(())) + np.asarray(moment, np.float64)
     if not sums:
         raise DataError("fit_exits: there are no batches to fit on")
     maps = {}
@@ -143,7 +144,7 @@ def fit_exits(
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _moments(
-    model: MultimodalGLM, params: Any, batch: dict[str, Any], after: tuple[int, ...]
+    model: MultimodalGLM, params: Params, batch: dict[str, Any], after: tuple[int, ...]
 ) -> list[Array]:
     """Computes second moments [2 D + 1, 2 D + 1] of `(exit, 1, last - exit)` for each exit."""
     inputs = {name: batch[name] for name in _INPUTS if batch.get(name) is not None}
@@ -163,7 +164,7 @@ def _moments(
 
 def run_until_sure(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     token: Array,
     positions: Array,
     mask: Array,

@@ -82,7 +82,7 @@ def config_of(model: Any) -> GLMConfig:
     Raises:
       DataError: the model is not a GLM.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "eos_token_ids"):
         raise DataError(
             f"model must be a glm_edge.MultimodalGLM, which predicts tokens, not "
@@ -145,7 +145,7 @@ def count_placeholders(
         count = placeholder.sum(axis=1) if encoded.ndim == 3 else placeholder.sum()
         expected = jnp.full_like(count, encoded.shape[-2])
         if encoder == "speech" and inputs.audio_frames is not None:
-            expected = audio_features(inputs.audio_frames, config.speech.merge_size).sum()
+            expected = audio_features(inputs.audio_frames, config.speech_encoder.merge_size).sum()
         counts[encoder] = count, expected
     return counts
 

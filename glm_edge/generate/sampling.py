@@ -5,6 +5,7 @@ Letters of shapes: `B` rows, `V` vocabulary.
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,8 @@ class Sampling:
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        for field, of_type in [*((f, float) for f in _NEUTRAL), ("top_k", operator.index)]:
+        kinds: dict[str, Callable[[Any], float]] = dict.fromkeys(_NEUTRAL, float)
+        for field, of_type in {**kinds, "top_k": operator.index}.items():
             value = getattr(self, field)
             try:
                 converted = None if value is None and field.startswith("top") else of_type(value)
@@ -110,16 +112,17 @@ def process_logits(
     if sampling.uses("repetition_penalty"):
         penalty = sampling.repetition_penalty
         penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
-        logits = jnp.where(in_prompt | (counts > 0), penalized, logits)
+        repeated = jnp.asarray(in_prompt) | (jnp.asarray(counts) > 0)
+        logits = jnp.where(repeated, penalized, logits)
     if sampling.uses("frequency_penalty"):
-        logits = logits - sampling.frequency_penalty * counts
+        logits = logits - sampling.frequency_penalty * jnp.asarray(counts)
     if not sampling.uses("temperature"):
         return logits
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
         top_logits = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
         logits = jnp.where(logits < top_logits[:, -1:], -jnp.inf, logits)
-    if sampling.uses("top_p"):
+    if sampling.uses("top_p") and sampling.top_p is not None:
         probabilities = jax.nn.softmax(logits, axis=-1)
         least = nucleus_threshold(probabilities, sampling.top_p)
         logits = jnp.where(probabilities < least, -jnp.inf, logits)
@@ -173,4 +176,5 @@ def sample(
     processed = process_logits(logits, sampling, in_prompt, counts)
     if not sampling.uses("temperature"):
         return jnp.argmax(processed, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, processed).astype(jnp.int32)
+    draw: Callable[..., Array] = jax.vmap(jax.random.categorical)
+    return draw(keys, processed).astype(jnp.int32)

@@ -12,6 +12,7 @@ from glm_edge.errors import RecipeError
 from glm_edge.kernels.sparse_mlp import SparseMLP
 from glm_edge.models.layers import SKIPPING
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
 
 # With a threshold, programs are compiled for these fractions of the neurons.
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1)
@@ -19,7 +20,7 @@ FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1)
 
 def skip_neurons(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     keep: float | None = None,
     threshold: float | None = None,
     layers: Sequence[int] | None = None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from glm_edge.generate.sampling import Sampling, sample
 from glm_edge.generate.token_pruning import PruningPlan, prefill_pruned, pruning_plan
 from glm_edge.models.glm import init_cache
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
 from glm_edge.preprocess.inputs import Inputs
 
 
@@ -70,7 +72,7 @@ class DecodeState:
 
 def start(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     prompt: Prompt,
     sampling: Sampling,
     rng: Array | None,
@@ -138,10 +140,10 @@ def _row_keys(rng: Array, batch: int) -> Array:
 @functools.partial(jax.jit, static_argnames=("model", "room", "cache_dtype", "penalized", "plan"))
 def _prefill(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     inputs: Inputs,
     keys: Array | None,
-    keep: Array | None,
+    keep: Any,
     *,
     room: int,
     cache_dtype: str,
@@ -151,7 +153,7 @@ def _prefill(
     """Fills the cache, scores the token after each row's last valid one, counts placeholders."""
     tokens, valid = inputs.tokens, inputs.valid
     batch, length = tokens.shape
-    run = functools.partial(model.apply, {"params": params})
+    run: Callable[..., Any] = functools.partial(model.apply, {"params": params})
 
     def embed(module: Any) -> tuple[Any, ...]:
         positions, following = module.start_positions(tokens, valid, inputs.images)
@@ -217,7 +219,8 @@ def _choose(state: DecodeState, sampling: Sampling, stops: Array) -> DecodeState
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.index)
     token = sample(state.logits, sampling, keys, state.in_prompt, state.counts)
     token = jnp.where(state.stopped, state.token, token)
-    finite = state.finite & (state.stopped | jnp.isfinite(state.logits).all(axis=1))
+    finite = state.stopped | jnp.isfinite(state.logits).all(axis=1)
+    finite = finite if state.finite is None else state.finite & finite
     counts = state.counts
     if counts is not None:
         counts = counts.at[jnp.arange(token.size), token].add(1)
@@ -234,7 +237,7 @@ def _choose(state: DecodeState, sampling: Sampling, stops: Array) -> DecodeState
 
 def _advance(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     state: DecodeState,
     sampling: Sampling,
     stops: Array,
@@ -266,7 +269,7 @@ step = jax.jit(_advance, static_argnames="model", donate_argnames="state")
 )
 def decode(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     state: DecodeState,
     sampling: Sampling,
     stops: Array,
@@ -283,7 +286,7 @@ def decode(
       unless asked for.
     """
 
-    def put(buffer: Array, state: DecodeState, values: Array) -> Array:
+    def put(buffer: Array, state: DecodeState, values: Array | None) -> Array:
         return jax.lax.dynamic_update_index_in_dim(buffer, values, state.index - 1, axis=1)
 
     def going(carry: tuple) -> Array:

@@ -17,6 +17,7 @@ from glm_edge.generate.options import DecodeOptions
 from glm_edge.generate.prompts import Prompt, config_of
 from glm_edge.generate.token_pruning import VisionTokens
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
 
 Answers = list[np.ndarray]
 
@@ -34,7 +35,7 @@ class Setting:
     """
 
     name: str
-    params: Any
+    params: Params
     early_exit: EarlyExit | None = None
     value: float | None = None
     vision_tokens: VisionTokens | None = None
@@ -206,5 +207,5 @@ def _mean_layers(layers: list[Any], valid: list[np.ndarray], total: int) -> floa
     if layers[0] is None:
         return float(total)
     ran = [x[:, 1:][v[:, 1:]] for x, v in zip(layers, valid, strict=True)]
-    ran = np.concatenate(ran)
-    return float(ran.mean()) if ran.size else float(total)
+    counted = np.concatenate(ran)
+    return float(counted.mean()) if counted.size else float(total)

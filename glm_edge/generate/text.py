@@ -3,9 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from glm_edge.errors import ConfigError, DataError
 from glm_edge.generate.decoding import stop_ids, stream
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
 from glm_edge.preprocess.inputs import Inputs
 from glm_edge.preprocess.processor import Processor
 from glm_edge.preprocess.tokens import decode
@@ -25,7 +28,10 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Any, stop_strings: Sequence[str] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str] = (),
+        skip_special_tokens: bool = True,
     ):
         """Starts an empty text.
 
@@ -114,8 +120,8 @@ def _overlap(text: str, stop: str) -> int:
 
 def stream_text(
     model: MultimodalGLM,
-    params: Any,
-    tokenizer: Any,
+    params: Params,
+    tokenizer: Tokenizer,
     prompt: Sequence[int] | Inputs,
     stop_strings: Sequence[str] = (),
     stop_tokens: Sequence[int] | None = None,
@@ -155,7 +161,7 @@ def stream_text(
         yield piece
 
 
-def _one_row(tokenizer: Any, prompt: Any) -> Inputs | list[Any]:
+def _one_row(tokenizer: Tokenizer, prompt: Any) -> Inputs | list[Any]:
     """Makes a batch of one prompt."""
     chat = "glm_edge.chat(model, params, processor, messages) answers conversations"
     if isinstance(tokenizer, Processor):
@@ -172,8 +178,8 @@ def _one_row(tokenizer: Any, prompt: Any) -> Inputs | list[Any]:
 
 def generate_text(
     model: MultimodalGLM,
-    params: Any,
-    tokenizer: Any,
+    params: Params,
+    tokenizer: Tokenizer,
     prompt: Sequence[int] | Inputs,
     **options: Any,
 ) -> str:

@@ -20,6 +20,7 @@ from glm_edge.generate.prompts import bucket, prompt_mask
 from glm_edge.kernels import token_pruning as kernels
 from glm_edge.models.glm import Cache, LayerCache, init_cache
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
 from glm_edge.preprocess.inputs import Inputs
 
 ATTENTION, NORM, NOVELTY = "attention", "norm", "novelty"
@@ -122,7 +123,7 @@ def pruning_plan(
 
 def prefill_pruned(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     x: Array,
     positions: Array,
     valid: Array,
@@ -178,14 +179,14 @@ def prefill_pruned(
 
 def _run(
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     layers: range,
     x: Array,
     positions: Array,
     valid: Array,
     empty: Sequence[LayerCache],
     score: str | None = None,
-) -> tuple[Array, list[LayerCache], Array | None]:
+) -> tuple[Array, list[LayerCache], Any]:
     """Runs some layers; returns output, caches, and attention of the last one for its score."""
     mask, weights, caches = prompt_mask(valid, jnp.arange(x.shape[1])), None, []
     for index in layers:

@@ -215,7 +215,7 @@ def static_int8_matmul(
     offset = jnp.broadcast_to(input_zero.astype(jnp.float32), step.shape)
     # XNNPACK multiplies by the inverse; a division could round to the adjacent integer.
     centred = _rounded(flat * (1.0 / step), offset)
-    if output_scale is None:
+    if output_scale is None or output_zero is None:
         product = _integer_product(centred, offset, step, data, scale, zero, qtype)
     else:
         # Requantization: sums times s_x s_w / s_y are products in units of s_y.

@@ -20,7 +20,9 @@ def inverse_frequencies(rotary_dim: int, theta: float) -> np.ndarray:
     return (theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)).astype(np.float32)
 
 
-def angles(positions: Array, frequencies: Array, mrope_section: tuple[int, ...] = ()) -> Array:
+def angles(
+    positions: Array, frequencies: Array | np.ndarray, mrope_section: tuple[int, ...] = ()
+) -> Array:
     """Computes the angles by which pairs of dimensions rotate.
 
     Args:

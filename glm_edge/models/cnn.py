@@ -343,8 +343,9 @@ def mobilenet_v2(width: float = 1.0) -> MobileNetV2Config:
     """
     if not width >= 0.1:
         raise ConfigError(f"mobilenet_v2: width must be at least 0.1, not {width}")
+    table: tuple[tuple[int, int, int, int], ...]
     table = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1))
-    table = (*table, (6, 160, 3, 2), (6, 320, 1, 1))
+    table += ((6, 160, 3, 2), (6, 320, 1, 1))
     stem = channels = _eights(32 * width)
     blocks = []
     for expansion, features, depth, stride in table:
@@ -369,9 +370,10 @@ def _repvgg(name: str, depths: tuple[int, ...], widths: tuple[int, ...]) -> RepV
     return RepVGGConfig(name, Stem(min(64, widths[0])), stages)
 
 
+_V1_BLOCKS: tuple[tuple[int, int], ...]
 _V1_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2))
-_V1_BLOCKS = (*_V1_BLOCKS, *((512, 1),) * 5, (1024, 2), (1024, 1))
-_DIGITS = {"num_classes": 10, "image_size": (28, 28, 1)}
+_V1_BLOCKS += (*((512, 1),) * 5, (1024, 2), (1024, 1))
+_DIGITS: dict[str, Any] = {"num_classes": 10, "image_size": (28, 28, 1)}
 
 PRESETS: Mapping[str, CNNConfig] = MappingProxyType(
     {

@@ -56,13 +56,13 @@ class Attention(nn.Module):
         if part != AFTER_KEYS:
             key = rotate(project("k_proj", kv_heads, "kv_heads"), angle)
             value = project("v_proj", kv_heads, "kv_heads")
-            if by_head:
+            if cache is not None and by_head:
                 cache = write_cache_by_head(cache, key, value, slot)
             elif cache is not None:
                 cache = write_cache(cache, {"key": key, "value": value}, slot)
             if part == KEYS_ONLY:
                 return x, cache
-        if by_head:
+        if cache is not None and by_head:
             attended = mask.shape[-1]
             key, value = cache[KEY_BY_HEAD][:, :, :attended], cache[VALUE_BY_HEAD][..., :attended]
         elif cache is not None:

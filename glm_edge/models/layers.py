@@ -158,7 +158,7 @@ def gated(module: nn.Module, name: str, x: Array) -> Array:
     """
     if not module.has_variable("gates", name):
         return x
-    gate = module.get_variable("gates", name)
+    gate: Array = module.get_variable("gates", name)
     return x * (gate[:, None] if name == "heads" else gate)
 
 
@@ -179,8 +179,8 @@ def boxed_param(module: nn.Module, name: str, init: Initializer, shape: tuple[in
     """
     if not module.has_variable("params", name):
         return module.param(name, init, shape)
-    stored = module.get_variable("params", name)
+    stored: Any = module.get_variable("params", name)
     if tuple(stored.shape) != tuple(shape):
-        where = "/".join((*module.scope.path, name))
+        where = "/".join((*module.path, name))
         raise CheckpointError(f"{where}: shape is {tuple(stored.shape)}, the model needs {shape}")
     return stored

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from glm_edge.configs import GLMConfig, VisionConfig
 from glm_edge.errors import DataError
@@ -20,7 +21,7 @@ from glm_edge.models.speech import SpeechEncoder
 from glm_edge.models.vision import VisionEncoder
 from glm_edge.params.sharding import constrain
 
-Images = Array | Sequence[Array]
+Images = Array | list[Array] | tuple[Array, ...]
 
 
 class MultimodalGLM(nn.Module):
@@ -113,10 +114,10 @@ class MultimodalGLM(nn.Module):
             if self.config.decoder.mrope_section:
                 positions = jnp.broadcast_to(positions, (3, *positions.shape))
             return positions, count[:, -1]
-        placeholder = (tokens == self.config.image_token_id) & valid
+        placeholder = _at(tokens, self.config.image_token_id) & valid
         per_row = not isinstance(images, list | tuple)
         rank = _rank(placeholder, per_row)
-        grids = _feature_grids(images, self.config.vision)
+        grids = _feature_grids(images, self.config.vision_tower)
         return rotary.block_positions(rank, placeholder, valid, grids)
 
     def embed_inputs(
@@ -136,10 +137,10 @@ class MultimodalGLM(nn.Module):
         x, encoded = self.embed(tokens), {}
         if images is not None:
             encoded["vision"] = self.encode_images(images)
-            x = place_features(x, tokens == self.config.image_token_id, encoded["vision"])
+            x = place_features(x, _at(tokens, self.config.image_token_id), encoded["vision"])
         if audio is not None:
             encoded["speech"] = self.encode_audio(audio, audio_frames)
-            x = place_features(x, tokens == self.config.audio_token_id, encoded["speech"])
+            x = place_features(x, _at(tokens, self.config.audio_token_id), encoded["speech"])
         return constrain(x, "batch", "length", "embed"), encoded
 
     def encode_images(self, images: Images) -> Array:
@@ -148,7 +149,7 @@ class MultimodalGLM(nn.Module):
             items = images.reshape(-1, *images.shape[-3:])
             features = self.vision(items)[0]
             return features.reshape(images.shape[0], -1, features.shape[-1])
-        groups, order = image_groups(images, self.config.vision)
+        groups, order = image_groups(images, self.config.vision_tower)
         return in_reading_order([self.vision(group)[0] for group in groups], order)
 
     def encode_audio(self, audio: Array, audio_frames: Array | None = None) -> Array:
@@ -157,7 +158,7 @@ class MultimodalGLM(nn.Module):
         features = self.speech(items)[0]
         if audio_frames is None:
             return features.reshape(audio.shape[0], -1, features.shape[-1])
-        return sounding_first(features, audio_frames, self.config.speech.merge_size)
+        return sounding_first(features, audio_frames, self.config.speech_encoder.merge_size)
 
     def predict(self, final: Array) -> Array:
         """Computes logits [B, T, V] from the normed output [B, T, D] of the decoder."""
@@ -174,7 +175,7 @@ class MultimodalGLM(nn.Module):
             self.speech(jnp.zeros((1, speech.num_frames, speech.mel_bins)))
 
 
-def audio_features(audio_frames: Array, merge_size: int) -> Array:
+def audio_features(audio_frames: ArrayLike, merge_size: int) -> Array:
     """Counts the features of speech chunks after a stride of 2 and merges of complete groups.
 
     Args:
@@ -184,7 +185,7 @@ def audio_features(audio_frames: Array, merge_size: int) -> Array:
     Returns:
       Integers in the same shape.
     """
-    return (audio_frames + 1) // 2 // merge_size
+    return (jnp.asarray(audio_frames) + 1) // 2 // merge_size
 
 
 def sounding(features: Array, audio_frames: Array, merge_size: int) -> Array:
@@ -260,7 +261,7 @@ def in_reading_order(groups: Sequence[Array], order: Sequence[tuple[int, int, in
     return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
-def feature_counts(images: Sequence[Array], config: VisionConfig) -> list[int]:
+def feature_counts(images: Sequence[Any], config: VisionConfig) -> list[int]:
     """Counts the decoder's features per still image or video.
 
     Args:
@@ -314,8 +315,13 @@ def _feature_grids(images: Images, config: VisionConfig) -> list[tuple[int, int]
             for image in images
             for _ in range(image.shape[0] // config.temporal_patch_size if image.ndim == 4 else 1)
         ]
-    grids = [config.grid_of(shape[:2]) for shape in shapes]
+    grids = [config.grid_of((shape[0], shape[1])) for shape in shapes]
     return [(rows // config.merge_size, columns // config.merge_size) for rows, columns in grids]
+
+
+def _at(tokens: Array, token: int | None) -> Array:
+    """Marks the placeholders of one kind; a model without them has none."""
+    return jnp.zeros(tokens.shape, bool) if token is None else tokens == token
 
 
 def _rank(placeholder: Array, per_row: bool) -> Array:
@@ -338,7 +344,5 @@ def place_features(x: Array, placeholder: Array, features: Array) -> Array:
     """
     per_row = features.ndim == 3
     index = jnp.clip(_rank(placeholder, per_row), 0, features.shape[-2] - 1)
-    if per_row:
-        index = (jnp.arange(x.shape[0])[:, None], index)
-    placed = features[index]
+    placed = features[jnp.arange(x.shape[0])[:, None], index] if per_row else features[index]
     return jnp.where(placeholder[..., None], placed.astype(x.dtype), x)

@@ -109,7 +109,8 @@ class TextEncoder(nn.Module):
         for index in range(self.config.num_layers):
             x = self.layers[index](x, mask)
             hidden.append(x)
-        intermediates, first = {"hidden": hidden}, x[:, 0]
+        intermediates: dict[str, Any] = {"hidden": hidden}
+        first = x[:, 0]
         if self.config.pooler:
             activation = jnp.tanh if self.config.pooler == "tanh" else nn.relu
             first = intermediates["pooled"] = activation(self.pooler(first))

@@ -198,7 +198,7 @@ class VisionEncoder(nn.Module):
         Raises:
           ConfigError: `merge_size` or `window` does not divide the patches of this image size.
         """
-        grid = self.config.grid_of(images.shape[-3:-1])
+        grid = self.config.grid_of((images.shape[-3], images.shape[-2]))
         x, projected = self.embed(images)
         angle = self.angles(grid)
         hidden = [x]
@@ -214,7 +214,7 @@ class VisionEncoder(nn.Module):
     def embed(self, images: Array) -> tuple[Array, Array]:
         """Projects patches to [B, L, hidden_size]; returns them with and without positions."""
         config = self.config
-        grid = config.grid_of(images.shape[-3:-1])
+        grid = config.grid_of((images.shape[-3], images.shape[-2]))
         projected = self.patch(patches(images, config))
         x = self.post_conv_norm(projected) if config.post_conv_norm else projected
         if config.learned_positions:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
 from jax import Array
+from jax.typing import DTypeLike
 
 from glm_edge.errors import BoxError
 from glm_edge.kernels import packing, quantization
@@ -34,6 +35,11 @@ class _Box(meta.AxisMetadata):
 
     trainable: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of the dense weight."""
+        raise NotImplementedError
+
     def add_axis(self, index: int, params: dict[Any, Any]) -> Self:
         return self
 
@@ -42,7 +48,7 @@ class _Box(meta.AxisMetadata):
 
     def __repr__(self) -> str:
         # One line per box, since printed arrays of a tree would fill pages.
-        inner = getattr(self, "format", None) or self.value
+        inner = getattr(self, "format", None) or getattr(self, "value", None)
         if not isinstance(inner, Format | _Box):
             inner = getattr(inner, "dtype", "?")
         try:
@@ -92,7 +98,7 @@ class Masked(struct.PyTreeNode, _Box, repr=False):
         value = meta.unbox(self.value)
         return value * self.mask.astype(value.dtype)
 
-    def replace_boxed(self, val: Array) -> Masked:
+    def replace_boxed(self, val: Array) -> Masked:  # type: ignore[override]  # of arrays alone
         """Returns a box with the same mask and new values."""
         return self.replace(value=val)
 
@@ -159,7 +165,7 @@ class Quantized(struct.PyTreeNode, _Box, repr=False):
         """Returns the dense weight."""
         return _as_kernel(self.rows().astype(self.dtype), self.kernel_shape, self.kernel_axes)
 
-    def replace_boxed(self, val: Array) -> Array:
+    def replace_boxed(self, val: Array) -> Array:  # type: ignore[override]
         """Returns `val` unboxed, since packed codes do not represent an arbitrary value."""
         return val
 
@@ -225,7 +231,7 @@ class FakeQuantized(struct.PyTreeNode, _Box, repr=False):
         box = quantized(codes, scale, self.zero, self.format, self.kernel_shape, self.dtype)
         return box.replace(kernel_axes=self.kernel_axes)
 
-    def replace_boxed(self, val: Array) -> Array:
+    def replace_boxed(self, val: Array) -> Array:  # type: ignore[override]
         """Returns `val` unboxed."""
         return val
 
@@ -254,9 +260,16 @@ class Narrow(struct.PyTreeNode, _Box, repr=False):
         """Returns the dense weight."""
         return self.value.astype(self.dtype)
 
-    def replace_boxed(self, val: Array) -> Array:
+    def replace_boxed(self, val: Array) -> Array:  # type: ignore[override]
         """Returns `val` unboxed."""
         return val
+
+
+Box = Masked | Quantized | FakeQuantized | Narrow
+"""Any box."""
+
+Weight = Array | Box
+"""A parameter: an array or a box."""
 
 
 def _as_kernel(rows: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
@@ -271,17 +284,17 @@ def _as_kernel(rows: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Ar
     return ordered.transpose(*range(len(stack)), *(len(stack) + axis for axis in back))
 
 
-def is_box(node: Any) -> bool:
+def is_box(node: object) -> bool:
     """Tests for a boxed parameter."""
     return isinstance(node, meta.AxisMetadata)
 
 
-def dense(node: Any) -> Array:
+def dense(node: Weight) -> Array:
     """Returns the dense array of a box, or the array itself."""
     return meta.unbox(node)
 
 
-def mask(value: Array, keep: Array) -> Masked:
+def mask(value: Array | Masked | FakeQuantized, keep: Array) -> Masked:
     """Boxes a weight with a mask.
 
     Args:
@@ -300,7 +313,7 @@ def mask(value: Array, keep: Array) -> Masked:
       Array([1., 0.], dtype=float32)
     """
     if isinstance(value, Masked):
-        value, keep = value.value, jnp.logical_and(value.mask, keep)
+        return mask(value.value, jnp.logical_and(value.mask, keep))
     if is_box(value) and not isinstance(value, FakeQuantized):
         raise BoxError(f"cannot mask a {type(value).__name__}: prune before quantizing")
     if value.shape != keep.shape or keep.dtype != jnp.bool_:
@@ -308,7 +321,7 @@ def mask(value: Array, keep: Array) -> Masked:
     return Masked(value=value, mask=keep)
 
 
-def narrow(value: Array, dtype: Any) -> Narrow:
+def narrow(value: Array, dtype: DTypeLike) -> Narrow:
     """Boxes a weight that is stored in a narrower type than its module computes with.
 
     Args:
@@ -508,8 +521,9 @@ def rebuild(fields: dict[str, Array], static: dict[str, Any]) -> Any:
         raise BoxError("output_scale requires input_scale")
     if kernel_shape and math.prod(kernel_shape) != data.shape[-2] * columns:
         raise BoxError(f"kernel_shape {kernel_shape} does not match {data.shape[-2]} x {columns}")
-    static = (format, columns, kernel_shape, axes, dtype)
-    return Quantized(data, scale, zero, *grids[0], *grids[1], *static)
+    return Quantized(
+        data, scale, zero, *grids[0], *grids[1], format, columns, kernel_shape, axes, dtype
+    )
 
 
 def _static_fields(kind: type) -> tuple[str, ...]:
@@ -545,9 +559,11 @@ def _static_grid(
     fields: dict[str, Array], side: str, data: Array
 ) -> tuple[Array | None, Array | None]:
     scale, zero = fields.get(f"{side}_scale"), fields.get(f"{side}_zero")
-    if (scale is None) != (zero is None):
+    if scale is None and zero is None:
+        return None, None
+    if scale is None or zero is None:
         raise BoxError(f"{side}_scale and {side}_zero must be set together")
-    if scale is not None and {scale.shape, zero.shape} != {data.shape[:-2]}:
+    if {scale.shape, zero.shape} != {data.shape[:-2]}:
         raise BoxError(f"{side}_scale and {side}_zero must be {data.shape[:-2]} each")
     return scale, zero
 
@@ -560,7 +576,7 @@ BOXES = {
 }
 
 
-def check_reach(box: Any, where: str) -> None:
+def check_reach(box: Weight, where: str) -> None:
     """Checks that every level times its scale is finite in the type of the dense weight.
 
     Args:
@@ -580,7 +596,7 @@ def check_reach(box: Any, where: str) -> None:
         raise BoxError(f"{where}: weights up to {largest:.3g} are not finite in {box.dtype}")
 
 
-def array_fields(box: Any) -> dict[str, Any]:
+def array_fields(box: Box) -> dict[str, Any]:
     """Returns the array fields of a box by name; absent fields are None."""
     return {
         field.name: getattr(box, field.name)

@@ -32,7 +32,8 @@ def to_flat(params: Params) -> tuple[dict[str, Array], Spec]:
     Raises:
       BoxError: a box cannot be stored, see `describe`.
     """
-    arrays, spec = {}, {}
+    arrays: dict[str, Array] = {}
+    spec: Spec = {}
     for path, leaf in path_items(params):
         if not is_box(leaf):
             arrays[path] = leaf

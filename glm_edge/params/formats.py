@@ -89,8 +89,8 @@ class Format:
                 f"format: qtype {self.qtype!r:.60} is unknown; known: {', '.join(QTYPES)}"
             )
         size = self.group_size
-        is_count = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        if size not in (None, PER_TENSOR) and not is_count:
+        count = size if isinstance(size, int) and not isinstance(size, bool) else 0
+        if size not in (None, PER_TENSOR) and count < 1:
             raise BoxError(
                 f"format: group_size must be positive, None or {PER_TENSOR!r}, not {size!r:.60}"
             )
@@ -98,7 +98,7 @@ class Format:
             raise BoxError(f"format: symmetric must be True or False, not {self.symmetric!r:.60}")
         if self.plain and (size is not None or not self.symmetric):
             raise BoxError(f"format: {self.qtype} has no scales and no zero points")
-        if self.qtype == "ternary34" and is_count and size % 4:
+        if self.qtype == "ternary34" and count % 4:
             raise BoxError(f"format: group_size of ternary34 must be a multiple of 4, not {size}")
         if not self.symmetric and self.qtype not in quantization.INTEGERS:
             raise BoxError(f"format: {self.qtype} is symmetric; only integers have zero points")
@@ -172,6 +172,11 @@ class Format:
         except BoxError as error:
             raise BoxError(f"{where}: {str(error).removeprefix('format: ')}") from error
 
+    @property
+    def columns_per_scale(self) -> int:
+        """Returns the columns of a group, or 0 for one scale per row or per tensor."""
+        return self.group_size if isinstance(self.group_size, int) else 0
+
     def num_groups(self, columns: int) -> int:
         """Counts the scales per row, or 1 for one scale per tensor.
 
@@ -186,7 +191,7 @@ class Format:
         """
         if self.qtype == "ternary34" and columns % 4:
             raise BoxError(f"{columns} columns are not a multiple of 4, which ternary34 requires")
-        if self.group_size in (None, PER_TENSOR):
+        if not isinstance(self.group_size, int):
             return 1
         if columns % self.group_size:
             raise BoxError(f"{columns} columns do not divide into groups of {self.group_size}")

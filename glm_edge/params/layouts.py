@@ -90,8 +90,9 @@ class Layout:
 
     def _order_of(self, ndim: int) -> tuple[int, ...]:
         """Orders the axes after the stack, outputs before inputs."""
-        outputs = (axis for axis in range(ndim - self.stack) if axis not in self.inputs)
-        return (*outputs, *self.inputs)
+        inputs = self.inputs or ()
+        outputs = (axis for axis in range(ndim - self.stack) if axis not in inputs)
+        return (*outputs, *inputs)
 
 
 AS_ROWS = Layout()
@@ -117,9 +118,11 @@ def from_bias(
         return Layout(0, (0,))
     if stack is not None and len(kernel) == stack + 2:
         return Layout(stack, (0,))
+    if bias is None:
+        return None
     fitting = [
         Layout(leading, tuple(range(len(kernel) - leading - outputs)))
-        for outputs in range(1, 0 if bias is None else len(bias) + 1)
+        for outputs in range(1, len(bias) + 1)
         for leading in (len(bias) - outputs,)
         if leading + outputs < len(kernel)
         and (stack is None or leading == stack)

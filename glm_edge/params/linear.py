@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array
 
 from glm_edge.kernels import embedding, matmul
-from glm_edge.params.boxes import Quantized, dense
+from glm_edge.params.boxes import Quantized, Weight, dense
 
 COMPUTE = ("float32", "bfloat16", "int8_dynamic", "int8_static")
 
 
-def linear(x: Array, weight: Any, compute: str = "float32") -> Array:
+def linear(x: Array, weight: Weight, compute: str = "float32") -> Array:
     """Multiplies activations with a weight or box, `[..., in] x [out, in] -> [..., out]`.
 
     Args:
@@ -43,19 +41,17 @@ def _quantized_linear(x: Array, weight: Quantized, compute: str) -> Array:
     scale = jnp.broadcast_to(weight.scale, groups)
     zero = None if weight.zero is None else jnp.broadcast_to(weight.zero, groups)
     packed, qtype = (weight.data, scale, zero), weight.format.qtype
-    if compute == "int8_static" and weight.input_scale is not None:
-        inputs, outputs = (
-            (weight.input_scale, weight.input_zero),
-            (weight.output_scale, weight.output_zero),
-        )
-        return matmul.static_int8_matmul(x, *packed, *inputs, qtype, *outputs)
+    step, offset = weight.input_scale, weight.input_zero
+    if compute == "int8_static" and step is not None and offset is not None:
+        outputs = (weight.output_scale, weight.output_zero)
+        return matmul.static_int8_matmul(x, *packed, step, offset, qtype, *outputs)
     if compute.startswith("int8"):
         return matmul.dynamic_int8_matmul(x, *packed, qtype)
     inputs = "bfloat16" if compute == "bfloat16" else "float32"
     return matmul.quantized_matmul(x, *packed, qtype, inputs)
 
 
-def lookup(weight: Any, tokens: Array) -> Array:
+def lookup(weight: Weight, tokens: Array) -> Array:
     """Reads rows of an embedding and dequantizes only these.
 
     The result is at least float32, since activations start here.

@@ -10,8 +10,8 @@ import contextvars
 import functools
 import re
 from collections.abc import Callable, Iterator
-from re import _constants as sre
-from re import _parser as parser
+from re import _constants as sre  # type: ignore[attr-defined]  # no stubs
+from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from glm_edge.errors import RecipeError
@@ -216,7 +216,7 @@ def _part(operation: Any, argument: Any, ignore_case: bool) -> _Ends:
         low, high, items = argument
         unbounded = high is sre.MAXREPEAT
         if len(items) == 1 and low <= 1 and (unbounded or high == 1):
-            letter = _part(*items[0], ignore_case)
+            letter = _part(items[0][0], items[0][1], ignore_case)
             if isinstance(letter, _Letters):
                 return _Letters(letter.matches, low == 1, unbounded)
         return _repeat(int(low), int(high), _sequence(items, ignore_case))

@@ -21,9 +21,10 @@ from flax.core import meta
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from glm_edge.configs.architecture import ModelConfig
 from glm_edge.errors import ConfigError
 from glm_edge.kernels import packing
-from glm_edge.params.boxes import FakeQuantized, Masked, Quantized
+from glm_edge.params.boxes import FakeQuantized, Masked, Quantized, Weight
 from glm_edge.params.tree import Params, map_with_path
 
 Axes = tuple[str | None, ...]
@@ -88,7 +89,11 @@ def logical_axes(path: str, shape: tuple[int, ...]) -> Axes:
 
 
 def named_sharding(
-    path: str, leaf: Any, mesh: Mesh, rules: Rules = RULES, config: Any = None
+    path: str,
+    leaf: Weight | jax.ShapeDtypeStruct,
+    mesh: Mesh,
+    rules: Rules = RULES,
+    config: ModelConfig | None = None,
 ) -> NamedSharding | meta.AxisMetadata:
     """Returns the sharding of a parameter, with equal parts and without splitting heads or groups.
 
@@ -140,7 +145,9 @@ def _cuttable(leaf: Quantized | FakeQuantized) -> int:
     return columns // unit if columns % unit == 0 else 1
 
 
-def shardings(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) -> Params:
+def shardings(
+    params: Params, mesh: Mesh, rules: Rules = RULES, config: ModelConfig | None = None
+) -> Params:
     """Returns the `named_sharding` of every parameter.
 
     Args:
@@ -158,7 +165,9 @@ def shardings(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = No
     return map_with_path(lambda path, leaf: named_sharding(path, leaf, mesh, rules, config), params)
 
 
-def shard(params: Params, mesh: Mesh, rules: Rules = RULES, config: Any = None) -> Params:
+def shard(
+    params: Params, mesh: Mesh, rules: Rules = RULES, config: ModelConfig | None = None
+) -> Params:
     """Moves parameters onto a mesh.
 
     Args:
@@ -212,7 +221,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
     sizes = jax.sharding.get_abstract_mesh().shape
     if not rules or not sizes or x.ndim != len(axes):
         return x
-    cut = nn.logical_to_mesh_axes(axes, rules)
+    cut = tuple(nn.logical_to_mesh_axes(axes, rules) or ())
     names = [
         name if x.shape[index] % _num_shards(sizes, cut[index]) == 0 else None
         for index, name in enumerate(axes)
@@ -251,7 +260,7 @@ def _num_shards(sizes: dict[str, int], target: str | tuple[str, ...] | None) -> 
 
 def _sharding(mesh: Mesh, rules: Rules, axes: Axes, units: tuple[int, ...]) -> NamedSharding:
     """Splits each axis if the devices along its mesh axis divide its count of units."""
-    cut = nn.logical_to_mesh_axes(axes, rules)
+    cut = tuple(nn.logical_to_mesh_axes(axes, rules) or ())
     spec = [
         target if count % _num_shards(mesh.shape, target) == 0 else None
         for target, count in zip(cut, units, strict=True)
@@ -259,13 +268,13 @@ def _sharding(mesh: Mesh, rules: Rules, axes: Axes, units: tuple[int, ...]) -> N
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _units(name: str | None, size: int, path: str, config: Any) -> int:
+def _units(name: str | None, size: int, path: str, config: ModelConfig | None) -> int:
     """Counts the indivisible parts of an axis: heads, or otherwise single rows or columns."""
     if name not in ("heads", "kv_heads"):
         return size
     if config is None:
         return size if name == "heads" else 1
-    part = getattr(config, path.split("/", 1)[0], config)
+    part: Any = getattr(config, path.split("/", 1)[0], config)
     layer = re.search(r"layers/(\d+)/", path)
     # A pooling head has the widths after those of the layers.
     return getattr(part, name)(int(layer[1]) if layer else part.num_layers)

@@ -1,23 +1,30 @@
 """Paths, selection and arithmetic over trees of arrays and boxes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from glm_edge.errors import RecipeError
-from glm_edge.params.boxes import BOXES, Quantized, array_fields, is_box, tree_leaves
+from glm_edge.params.boxes import Box, Quantized, Weight, array_fields, is_box, tree_leaves
 from glm_edge.params.patterns import compiled, shared_steps
 
 Params = dict[str, Any]
+"""A tree of arrays and boxes: nested dictionaries, whose leaves are `Weight`."""
+
+Tree = Mapping[str, Any] | Sequence[Any] | Weight | np.ndarray
+"""Any tree of arrays and boxes, such as `Params`, a list of leaves, or one leaf."""
+
 MATRIX_NAMES = ("weight", "kernel", "embedding")
 """Last path components of matrices (weights of products and embeddings)."""
 
 
-def path_items(params: Params) -> Iterator[tuple[str, Any]]:
+def path_items(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields `(path, array or box)` in the tree's order, with `/` between names."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]:
         yield path_string(path), leaf
@@ -43,7 +50,7 @@ def map_with_path(function: Callable[[str, Any], Any], params: Params) -> Params
     )
 
 
-def is_matrix(path: str, leaf: Any) -> bool:
+def is_matrix(path: str, leaf: Weight | np.ndarray) -> bool:
     """Tests for a floating weight of a product or an embedding, which transforms can compress.
 
     Args:
@@ -54,7 +61,7 @@ def is_matrix(path: str, leaf: Any) -> bool:
       True for a matrix.
     """
     name = path.rsplit("/", 1)[-1]
-    floating = isinstance(leaf, tuple(BOXES.values())) or jnp.issubdtype(leaf.dtype, jnp.floating)
+    floating = isinstance(leaf, Box) or jnp.issubdtype(leaf.dtype, jnp.floating)
     return name in MATRIX_NAMES and len(leaf.shape) >= 2 and floating
 
 
@@ -145,7 +152,7 @@ def combine(trainable: Params, frozen: Params) -> Params:
     )
 
 
-def cast(params: Params, dtype: Any) -> Params:
+def cast(params: Params, dtype: DTypeLike) -> Params:
     """Casts trainable arrays to a floating type.
 
     Args:
@@ -159,12 +166,12 @@ def cast(params: Params, dtype: Any) -> Params:
     return combine(jax.tree.map(lambda array: array.astype(dtype), trainable), frozen)
 
 
-def count(params: Params) -> int:
+def count(params: Tree) -> int:
     """Counts the parameters: entries of the dense arrays, including pruned zeros."""
     return sum(math.prod(leaf.shape) for leaf in tree_leaves(params))
 
 
-def stored_bytes(params: Params) -> int:
+def stored_bytes(params: Tree) -> int:
     """Sums the bytes of all stored arrays: packed integers, scales, zero points, masks."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 

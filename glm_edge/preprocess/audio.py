@@ -28,7 +28,9 @@ MAX_SAMPLES = 1 << 27
 BLOCK = 1 << 20
 
 
-def load_wav(source: str | os.PathLike | bytes) -> tuple[np.ndarray, int]:
+def load_wav(
+    source: str | os.PathLike | bytes | bytearray | memoryview,
+) -> tuple[np.ndarray, int]:
     """Reads a recording and averages its channels.
 
     A size that a phone or ffmpeg left unknown (0, 0xFFFFFFFF) extends to the end of the file.

@@ -4,7 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from glm_edge.errors import DataError
 from glm_edge.files import opened
 from glm_edge.preprocess.resizing import resize_planes
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+ImageSource = Union[str, Path, bytes, bytearray, memoryview, "PillowImage"]
 # EXIF field of a photo's orientation; 1 is upright.
 ORIENTATION = 0x0112
 # Formats that Pillow may decode. For others, such as EPS, it would run a program in the file.
@@ -24,7 +28,7 @@ FORMATS = (
 BLOCK = 1 << 22
 
 
-def load_image(source: Any) -> np.ndarray:
+def load_image(source: ImageSource) -> np.ndarray:
     """Reads an image (PNG, JPEG, …) and applies its EXIF orientation.
 
     Args:
@@ -78,10 +82,10 @@ def _upright_rgb(image: Any, where: str) -> np.ndarray:
     from PIL import ImageOps
 
     with _refused(where):
-        _check_size(*image.size, where)
+        _check_size(image.size, where)
         image.load()
         # Some formats report their true size and mode only after decoding.
-        _check_size(*image.size, where)
+        _check_size(image.size, where)
         if image.mode == "F" or image.mode.startswith("I"):
             raise DataError(
                 f"{where}: has pixels of mode {image.mode!r}; 8 bits per channel are needed"
@@ -91,7 +95,8 @@ def _upright_rgb(image: Any, where: str) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def _check_size(width: int, height: int, where: str) -> None:
+def _check_size(size: tuple[int, int], where: str) -> None:
+    width, height = size
     if width * height > MAX_IMAGE_PIXELS or max(width, height) > MAX_IMAGE_SIDE:
         raise DataError(
             f"{where}: has {width} x {height} pixels; the limits are {MAX_IMAGE_PIXELS} pixels "
@@ -113,7 +118,7 @@ def prepare_images(images: np.ndarray | Sequence[np.ndarray], config: VisionConf
       DataError: an image has a wrong shape or type, contains NaN, or exceeds 0..1.
     """
     single = isinstance(images, np.ndarray) and images.ndim == 3
-    batch = [images] if single else list(images)
+    batch: Sequence[Any] = [images] if single else list(images)
     if not batch:
         raise DataError("images: the batch is empty")
     return np.stack(
@@ -184,7 +189,7 @@ def check_pixels(image: np.ndarray, where: str, channels: int, axes: int = 3) ->
         raise DataError(
             f"{where}: must be [{frames}height, width, {channels}], found {list(image.shape)}"
         )
-    _check_size(image.shape[-2], image.shape[-3], where)
+    _check_size((image.shape[-2], image.shape[-3]), where)
     if image.dtype == np.uint8:
         return image
     if not np.issubdtype(image.dtype, np.floating):

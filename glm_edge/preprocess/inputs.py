@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from glm_edge.errors import DataError
 
@@ -56,7 +57,7 @@ class Inputs(Mapping):
         object.__setattr__(self, "valid", valid)
 
     @classmethod
-    def of(cls, inputs: Any) -> "Inputs":
+    def of(cls, inputs: "Mapping[str, Any] | ArrayLike") -> "Inputs":
         """Reads inputs from `Inputs`, a mapping of the same names, or an int array [B, T].
 
         Raises:

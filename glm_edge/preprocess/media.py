@@ -12,11 +12,14 @@ import numpy as np
 from glm_edge.errors import DataError
 from glm_edge.preprocess.audio import load_wav, resample
 from glm_edge.preprocess.chat import MEDIA_TYPES, Message
-from glm_edge.preprocess.image import load_image
+from glm_edge.preprocess.image import ImageSource, load_image
 from glm_edge.preprocess.vision import Video
 
 KINDS = ("image", "video", "audio")
 # Types of a file argument: path or bytes.
+Media = ImageSource | np.ndarray | Sequence[Any]
+"""One image or recording, or several."""
+
 FILE_TYPES = (str, os.PathLike, bytes, bytearray, memoryview)
 
 
@@ -125,7 +128,7 @@ def _parts(conversation: Sequence[Message]) -> Iterable[tuple[str, Any]]:
         if isinstance(content, str) or not isinstance(content, Sequence):
             continue
         for part in content:
-            kind = MEDIA_TYPES.get(part.get("type")) if isinstance(part, Mapping) else None
+            kind = MEDIA_TYPES.get(part.get("type", "")) if isinstance(part, Mapping) else None
             if kind is not None:
                 yield kind, _value_of(part, kind)
 

@@ -82,8 +82,8 @@ def _read_encoders(
         values["image"] = processor_config.read_image_processing(directory, _image_base(config))
         values["image_token"] = _token(config, where, tokenizer, "image_token_id")
         if config.video_token_id is not None:
-            base = dataclasses.replace(GLM4V_VIDEO, **_sides(config.vision))
-            values["video"] = processor_config.read_video_processing(directory, base)
+            video = dataclasses.replace(GLM4V_VIDEO, **_sides(config.vision))
+            values["video"] = processor_config.read_video_processing(directory, video)
             values["video_token"] = _token(config, where, tokenizer, "video_token_id")
     if config.speech is not None:
         base = _audio_base(config.speech)
@@ -93,7 +93,7 @@ def _read_encoders(
 
 
 def _image_base(config: GLMConfig) -> ImageProcessing:
-    vision = config.vision
+    vision = config.vision_tower
     if config.decoder.mrope_section:
         return dataclasses.replace(GLM4V, **_sides(vision))
     if vision.boundary_embeddings:
@@ -108,7 +108,7 @@ def _image_base(config: GLMConfig) -> ImageProcessing:
     )
 
 
-def _sides(vision: VisionConfig) -> dict[str, int]:
+def _sides(vision: VisionConfig) -> dict[str, Any]:
     return {
         # Patches may overlap, and features are a stride apart.
         "patch_size": vision.patch_stride,

@@ -101,12 +101,23 @@ class ImageProcessing:
             )
         with np.errstate(all="ignore"):
             mean, std = (np.asarray(values, np.float32) for values in (self.mean, self.std))
-            largest = np.max(np.abs((np.float32([[0], [1]]) - mean) / std), initial=0.0)
+            largest = np.max(np.abs((np.array([[0], [1]], np.float32) - mean) / std), initial=0.0)
         if not largest <= LARGEST_PIXEL:
             raise ConfigError(
                 f"image: mean {self.mean!s:.90} and std {self.std!s:.90} make pixels of "
                 f"{largest:g}; the limit is {LARGEST_PIXEL:g}"
             )
+
+    @property
+    def fixed_size(self) -> tuple[int, int]:
+        """Returns `size`, which all sizings but `smart` have.
+
+        Raises:
+          ConfigError: images keep their shape.
+        """
+        if self.size is None:
+            raise ConfigError(f"image: sizing {self.sizing!r} has no size (height, width)")
+        return self.size
 
     @property
     def factor(self) -> int:

@@ -183,14 +183,19 @@ class Processor:
         """
         conversations = conversations_of(messages)
         supplied = {"image": images, "video": videos, "audio": audio}
-        shown, chunks, rows = [], [], []
+        shown: list[np.ndarray] = []
+        chunks: list[tuple[np.ndarray, np.ndarray]] = []
+        rows = []
         for conversation, items in zip(
             conversations, media.gather(conversations, supplied), strict=True
         ):
             placeholders = []
             for kind, value in items:
                 arrays, placeholder = getattr(self, f"_prepare_{kind}")(value)
-                (chunks if kind == "audio" else shown).append(arrays)
+                if kind == "audio":
+                    chunks.append(arrays)
+                else:
+                    shown.append(arrays)
                 placeholders.append((kind, placeholder))
             rendered = chat.render_marked(
                 self.template,
@@ -211,8 +216,9 @@ class Processor:
             valid[index, length - len(row) :] = True
         if not length:
             raise DataError("messages: the chat template wrote nothing")
-        audio, frames = [np.concatenate(parts) for parts in zip(*chunks, strict=True)] or [None] * 2
-        return Inputs(tokens, valid=valid, images=shown or None, audio=audio, audio_frames=frames)
+        speech = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
+        mel, frames = speech or (None, None)
+        return Inputs(tokens, valid=valid, images=shown or None, audio=mel, audio_frames=frames)
 
     def render(
         self,
@@ -269,7 +275,7 @@ class Processor:
             kinds[self.image_token] = "image"
             if self.image.sizing != "smart":
                 # Templates for a fixed image size may write all placeholders of an image.
-                features = self.image.num_tokens(np.empty((*self.image.size, 0)))
+                features = self.image.num_tokens(np.empty((*self.image.fixed_size, 0)))
                 text = text.replace(self.image_token * features, self.image_token)
         if not kinds:
             return text

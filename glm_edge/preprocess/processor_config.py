@@ -250,7 +250,7 @@ def read_family(config: Mapping[str, Any]) -> str | None:
     """
     kind = config.get("model_type")
     if kind != "glm":
-        return FAMILY_OF_TYPE.get(kind)
+        return FAMILY_OF_TYPE.get(str(kind))
     if config.get("vision_config"):
         return "glm_edge_v"
     return "glm_edge" if config.get("vocab_size") == GLM_EDGE_VOCAB else "glm_4"
@@ -287,7 +287,7 @@ def read_encoders(directory: Path, config: Mapping[str, Any], tokenizer: Any) ->
             values["video"] = read_video_processing(directory, base)
         values["image_token"] = _token(config, where, tokenizer, "image_token_id", "<|image|>")
     elif kind == "glm" and vision:
-        side = _integer(vision, where, "image_size", GLM_EDGE_V.size[0])
+        side = _integer(vision, where, "image_size", GLM_EDGE_V.fixed_size[0])
         patch_size = _integer(vision, where, "patch_size", GLM_EDGE_V.patch_size)
         base = _replaced(GLM_EDGE_V, where, size=(side, side), patch_size=patch_size)
         values["image"] = read_image_processing(directory, base)

@@ -13,12 +13,12 @@ import io
 import os
 import struct
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from glm_edge.errors import DataError
-from glm_edge.files import fill, opened
+from glm_edge.files import BinaryFile, fill, opened
 from glm_edge.preprocess.processing import RATES
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
@@ -60,7 +60,7 @@ class Chunk(NamedTuple):
     start: int
 
 
-def read_wav(source: str | os.PathLike | bytes) -> tuple[np.ndarray, int]:
+def read_wav(source: str | os.PathLike | bytes | bytearray | memoryview) -> tuple[np.ndarray, int]:
     """Reads a recording and averages its channels.
 
     Args:
@@ -73,13 +73,12 @@ def read_wav(source: str | os.PathLike | bytes) -> tuple[np.ndarray, int]:
       DataError: the file is missing, truncated, empty, or not a supported WAV file.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        file = io.BytesIO(source)
-        return _read(file, file.getbuffer().nbytes, "recording")
+        return _read(io.BytesIO(source), memoryview(source).nbytes, "recording")
     with opened(source, DataError) as file:
         return _read(file, os.fstat(file.fileno()).st_size, str(Path(source)))
 
 
-def _read(file: BinaryIO, total: int, where: str) -> tuple[np.ndarray, int]:
+def _read(file: BinaryFile, total: int, where: str) -> tuple[np.ndarray, int]:
     head = file.read(12)
     if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
         raise DataError(f"{where}: not a WAV file, which begins with RIFF, a size, and WAVE")
@@ -116,9 +115,10 @@ def _read(file: BinaryIO, total: int, where: str) -> tuple[np.ndarray, int]:
     return _samples(file, data, described, where), described.rate
 
 
-def _chunks(file: BinaryIO, total: int, where: str) -> tuple[list[Chunk], int]:
+def _chunks(file: BinaryFile, total: int, where: str) -> tuple[list[Chunk], int]:
     """Lists all chunks, and the end of the last chunk by its declared size."""
-    chunks, at = [], 12
+    chunks: list[Chunk] = []
+    at = 12
     while at + 8 <= total:
         file.seek(at)
         head = file.read(8)
@@ -131,7 +131,7 @@ def _chunks(file: BinaryIO, total: int, where: str) -> tuple[list[Chunk], int]:
     return chunks, at
 
 
-def _contents(file: BinaryIO, chunk: Chunk, limit: int) -> bytes:
+def _contents(file: BinaryFile, chunk: Chunk, limit: int) -> bytes:
     file.seek(chunk.start)
     return file.read(min(chunk.size, limit))
 
@@ -167,7 +167,7 @@ def _format(fields: bytes, where: str) -> WaveFormat:
     return WaveFormat(kind, channels, rate, width)
 
 
-def _samples(file: BinaryIO, data: Chunk, described: WaveFormat, where: str) -> np.ndarray:
+def _samples(file: BinaryFile, data: Chunk, described: WaveFormat, where: str) -> np.ndarray:
     count = data.size // described.frame
     if not count:
         raise DataError(f"{where}: has no samples")

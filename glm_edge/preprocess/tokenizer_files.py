@@ -293,7 +293,8 @@ class _Checker:
     def _pattern(self, node: Mapping[str, Any]) -> str | None:
         """Checks a pattern; returns a literal's text, '' for one that matches '', or None."""
         pattern = node.get("pattern")
-        kinds = list(pattern) if isinstance(pattern, dict) else []
+        pattern = pattern if isinstance(pattern, dict) else {}
+        kinds = list(pattern)
         if kinds not in (["String"], ["Regex"]) or not isinstance(pattern[kinds[0]], str):
             raise _RefusedError("a pattern must be {'String': text} or {'Regex': text}")
         if kinds == ["String"]:

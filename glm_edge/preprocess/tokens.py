@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from glm_edge.errors import DataError
 from glm_edge.preprocess.tokenizer_files import guarded
 
@@ -57,7 +59,7 @@ class SpecialTokens:
         return spans
 
 
-def special_tokens(tokenizer: Any) -> SpecialTokens:
+def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     """Returns the special tokens of a `tokenizers.Tokenizer`."""
     added = tokenizer.get_added_tokens_decoder().items()
     return _special(tuple((token.content, i) for i, token in added if token.special))
@@ -66,7 +68,7 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
 _special = functools.lru_cache(maxsize=16)(SpecialTokens)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Encodes text; names of special tokens become those tokens.
 
     Args:
@@ -88,7 +90,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def decode(tokenizer: Any, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+def decode(tokenizer: Tokenizer, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
     """Decodes tokens to text.
 
     Args:
@@ -108,7 +110,7 @@ def decode(tokenizer: Any, tokens: Sequence[int], skip_special_tokens: bool = Fa
         )
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Encodes text; names of special tokens are encoded as ordinary text.
 
     The function does not modify the tokenizer, so that threads can share it.
@@ -128,7 +130,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return ids if special.isdisjoint(ids) else encode(plain_tokenizer(tokenizer), text)
 
 
-def marked_ids(tokenizer: Any, text: str, plain: str) -> list[int]:
+def marked_ids(tokenizer: Tokenizer, text: str, plain: str) -> list[int]:
     """Encodes a prompt; only text of the template can become special tokens.
 
     Args:
@@ -160,7 +162,7 @@ def marked_ids(tokenizer: Any, text: str, plain: str) -> list[int]:
     return ids + (encode(reader, plain[at:]) if plain[at:] else [])
 
 
-def plain_tokenizer(tokenizer: Any) -> Any:
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     """Returns a copy of a tokenizer that encodes names of special tokens as ordinary text.
 
     The copy is cached per tokenizer, and renewed after tokens are added. Setting the flag on the
@@ -186,7 +188,7 @@ def plain_tokenizer(tokenizer: Any) -> Any:
 
 
 def prompt_ids(
-    tokenizer: Any, instruction: str = "", image_tokens: int = 0, audio_tokens: int = 0
+    tokenizer: Tokenizer, instruction: str = "", image_tokens: int = 0, audio_tokens: int = 0
 ) -> list[int]:
     """Formats one question: user, image, recording, text, assistant.
 
@@ -217,7 +219,7 @@ def prompt_ids(
     return [*ids, *text_ids(tokenizer, instruction), _token_id(tokenizer, ASSISTANT)]
 
 
-def _token_id(tokenizer: Any, token: str) -> int:
+def _token_id(tokenizer: Tokenizer, token: str) -> int:
     index = tokenizer.token_to_id(token)
     if index is None:
         raise DataError(f"the tokenizer has no special token {token!r}, which this prompt needs")

@@ -72,7 +72,7 @@ def prepare_video(video: Video, processing: VideoProcessing) -> tuple[np.ndarray
     frames = _grey_levels(video.frames, "video", 4, len(processing.mean))
     if (video.fps is None) == (video.timestamps is None):
         raise DataError("video: set either its frames per second (fps) or timestamps")
-    if video.timestamps is None:
+    if video.fps is not None:
         indices = sample_frames(len(frames), video.fps, processing, video.duration_s)
         frames, seconds = frames[indices], indices / video.fps
     else:
@@ -115,7 +115,7 @@ def sample_frames(
         raise DataError("video: it has no frames")
     if duration_s is None and _is_positive(fps):
         duration_s = num_frames / fps
-    if not _is_positive(fps) or not _is_positive(duration_s):
+    if duration_s is None or not _is_positive(fps) or not _is_positive(duration_s):
         raise DataError(
             f"video: fps {fps!r:.60} and duration {duration_s!r:.60} s must be positive numbers"
         )
@@ -139,15 +139,15 @@ def _is_positive(value: Any) -> bool:
 
 def _prepare_floats(image: np.ndarray, processing: ImageProcessing) -> np.ndarray:
     pixels = check_pixels(image, "image", len(processing.mean))
-    mean, std = np.float32(processing.mean), np.float32(processing.std)
-    return (resize(pixels, processing.size) - mean) / std
+    mean, std = (np.array(x, np.float32) for x in (processing.mean, processing.std))
+    return (resize(pixels, processing.fixed_size) - mean) / std
 
 
 def _target_size(
     processing: ImageProcessing, frames: int, height: int, width: int
 ) -> tuple[int, int]:
     if processing.sizing != "smart":
-        return processing.size
+        return processing.fixed_size
     return smart_resize(
         frames,
         height,
@@ -162,7 +162,7 @@ def _target_size(
 def _reshape(pixels: np.ndarray, size: tuple[int, int], processing: ImageProcessing) -> np.ndarray:
     if processing.sizing != "pad":
         return resize_uint8(pixels, size, processing.resample)
-    height, width = fit_size(*pixels.shape[:2], size)
+    height, width = fit_size(pixels.shape[0], pixels.shape[1], size)
     canvas = np.zeros((*size, pixels.shape[2]), np.uint8)
     canvas[:height, :width] = resize_uint8(pixels, (height, width), processing.resample)
     return canvas
@@ -170,7 +170,7 @@ def _reshape(pixels: np.ndarray, size: tuple[int, int], processing: ImageProcess
 
 def _normalise(pixels: np.ndarray, processing: ImageProcessing) -> np.ndarray:
     """Normalizes grey levels with a table of 256 float32 values per channel."""
-    mean, std = np.float32(processing.mean), np.float32(processing.std)
+    mean, std = (np.array(x, np.float32) for x in (processing.mean, processing.std))
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)
     table = (levels[:, None] - mean) / std
     normalised = np.empty(pixels.shape, np.float32)

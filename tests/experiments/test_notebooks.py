@@ -19,6 +19,20 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 ONLINE = re.compile(r"https?://|urlopen|snapshot_download|hf_hub|requests\.|wget|curl|%pip|!git")
 COLAB = 'if "google.colab" in sys.modules:'
+# Modules of experiments/ that load or generate data: texts, screens, questions, recordings.
+DATA = {
+    "experiments.common.calibration_data",
+    "experiments.common.eval_data",
+    "experiments.common.tap_items",
+    "experiments.nano.batches",
+    "experiments.nano.phone_screens.actions",
+    "experiments.nano.phone_screens.digits",
+    "experiments.nano.phone_screens.generator",
+    "experiments.nano.phone_screens.glyphs",
+    "experiments.nano.phone_screens.instructions",
+    "experiments.nano.phone_screens.painting",
+    "experiments.nano.phone_screens.speech",
+}
 
 
 def code_cells(notebook: Path) -> list[str]:
@@ -103,6 +117,49 @@ def test_what_is_imported_exists(notebook):
             for name in node.names:
                 result = hasattr(module, name.name)
                 assert result or importlib.import_module(f"{node.module}.{name.name}")
+
+
+def experiments_modules(tree: ast.Module) -> set[str]:
+    """Lists the modules of experiments/ that code imports, inside functions as well."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            members = (f"{node.module}.{alias.name}" for alias in node.names)
+            names |= {name if is_module(name) else node.module for name in members}
+    return {name for name in names if name.partition(".")[0] == "experiments"}
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_import_only_data_of_experiments(notebook):
+    modules = set().union(*(experiments_modules(parsed(cell)) for cell in code_cells(notebook)))
+    assert modules <= DATA
+
+
+@pytest.mark.parametrize("module", sorted(DATA))
+def test_data_modules_import_only_data(module):
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    assert experiments_modules(ast.parse(path.read_text())) <= DATA
+
+
+@pytest.mark.parametrize(
+    ("code", "modules"),
+    [
+        ("from experiments.common import tap_items, figures", {"tap_items", "figures"}),
+        ("import experiments.quickstart as job", {"quickstart"}),
+        ("def f():\n    from experiments.quickstart import cells", {"quickstart"}),
+        ("import glm_edge\nfrom glm_edge.cli import loss", set()),
+    ],
+)
+def test_experiments_modules_of_code(code, modules):
+    names = {name.rpartition(".")[2] for name in experiments_modules(ast.parse(code))}
+    assert names == modules
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
@@ -238,6 +295,7 @@ def test_notebooks_import_what_users_may():
         assert "experiments" in text.partition("import glm_edge")[2], "cell 1 asks for experiments/"
         assert "compress.transform" not in text
         assert ".run(" not in text
+        assert "import_module" not in text
 
 
 def test_a_checkpoint_is_found_without_a_network(monkeypatch, tmp_path):

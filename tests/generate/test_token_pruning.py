@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from experiments.common import tap_eval
+from experiments.common import tap_eval, tap_items
 from glm_edge.errors import RecipeError
 from glm_edge.generate import (
     DecodeOptions,
@@ -221,7 +221,7 @@ def test_the_shipped_model_answers_on_half_of_a_screen():
     directory = ge.shipped("nano")
     model, params = ge.load(directory, dtype="float32")
     tokenizer = ge.load_tokenizer(directory)
-    batch = next(tap_eval.prompt_batches(tap_eval.draw_items(4, 3), model.config, tokenizer, 4))
+    batch = next(tap_items.prompt_batches(tap_items.draw_items(4, 3), model.config, tokenizer, 4))
     inputs = Inputs.of(batch)
     options = {"max_new_tokens": tap_eval.ANSWER_TOKENS, "return_logits": True}
     expected = generate(model, params, inputs, **options)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import glm_edge as ge
-from experiments.common import tap_eval
+from experiments.common import tap_eval, tap_items
 from glm_edge import configs, preprocess
 from glm_edge.errors import CheckpointError, ConfigError, DataError
 from glm_edge.preprocess import AudioProcessing, Processor
@@ -107,7 +107,7 @@ def loaded():
 
 @pytest.mark.slow
 def test_answers_are_those_of_the_exam(nano, loaded):
-    items = tap_eval.draw_items(3, 3)
+    items = tap_items.draw_items(3, 3)
     items[1] = dataclasses.replace(items[1], samples=SAMPLES)
     batch = [
         user(
@@ -119,7 +119,7 @@ def test_answers_are_those_of_the_exam(nano, loaded):
     ]
     options = {"max_new_tokens": tap_eval.ANSWER_TOKENS, "return_logits": True}
     actual = ge.generate.generate(*loaded, nano(batch), **options)
-    [prompts] = tap_eval.prompt_batches(items, CONFIG, nano.tokenizer, batch=len(items))
+    [prompts] = tap_items.prompt_batches(items, CONFIG, nano.tokenizer, batch=len(items))
     expected = ge.generate.generate(*loaded, prompts, **options)
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     for ours, theirs, length in zip(actual.logits, expected.logits, actual.lengths, strict=True):

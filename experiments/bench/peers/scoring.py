@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.common import tap_eval
+from experiments.common import tap_eval, tap_items
 from glm_edge.cli import corpora
 
 WINDOWS = 8
@@ -35,11 +35,11 @@ class Scorer:
         params: Any,
         tokenizer: Tokenizer,
         windows: corpora.Windows,
-        questions: dict[str, Sequence[tap_eval.Item]],
+        questions: dict[str, Sequence[tap_items.Item]],
     ):
         self.tokenizer, self.windows, self.questions = tokenizer, windows, questions
         self.prompts = {
-            kind: list(tap_eval.prompt_batches(items, model.config, tokenizer))
+            kind: list(tap_items.prompt_batches(items, model.config, tokenizer))
             for kind, items in questions.items()
             if items
         }

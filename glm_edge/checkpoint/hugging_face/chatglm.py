@@ -63,8 +63,8 @@ def _write_config(config: GLMConfig) -> dict[str, Any]:
 
 
 def _query_key_value(config: DecoderConfig, ours: str, name: str) -> TensorMapping:
-    queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
+    queries = config.heads(0) * config.head_dim
+    keys = config.kv_heads(0) * config.head_dim
 
     def read(fused: np.ndarray) -> Arrays:
         if len(fused) != queries + 2 * keys:

@@ -184,7 +184,15 @@ class Fields:
             )
         return value
 
-    def section(self, name: str, required: bool = True) -> "Fields | None":
+    def optional_section(self, name: str) -> "Fields | None":
+        """Returns a field that holds an object, or None where it is absent or null.
+
+        Raises:
+          ConfigError: it holds something else.
+        """
+        return None if self.take(name) is None else self.section(name)
+
+    def section(self, name: str) -> "Fields":
         """Returns a field that is an object.
 
         Args:
@@ -195,11 +203,9 @@ class Fields:
           The fields of the object, or None.
 
         Raises:
-          ConfigError: the field is required but missing, or is not an object.
+          ConfigError: the field is missing, or is not an object.
         """
         value = self.take(name)
-        if value is None and not required:
-            return None
         if not isinstance(value, dict):
             fault = "is missing" if value is None else f"is a {type(value).__name__}"
             raise ConfigError(f"{self.where}: field {name!r} {fault}; it must be an object")

@@ -133,7 +133,7 @@ def _read_entry(
     where = f"{files[names[0]].path}: tensor {', '.join(repr(name) for name in names)}"
     if entry.unchanged:
         pairs = zip(entry.paths, names, strict=True)
-        arrays = [plan[path].read(files[name], name) for path, name in pairs]
+        arrays = tuple(plan[path].read(files[name], name) for path, name in pairs)
     else:
         arrays = _rearrange(entry, [files[name].read(name) for name in names], plan, where)
     leaves = []
@@ -256,5 +256,5 @@ def _check_headers(
             raise CheckpointError(
                 f"{where}: has type {info.dtype}, a weight must be one of {', '.join(FLOATING)}"
             )
-        if needed[canonical] is not None:
-            check_shape(info.shape, needed[canonical], where)
+        if (shape := needed[canonical]) is not None:
+            check_shape(info.shape, shape, where)

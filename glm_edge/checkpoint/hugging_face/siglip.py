@@ -116,7 +116,7 @@ def _add_two_axes(array: np.ndarray) -> Arrays:
 
 def _read_siglip(fields: Fields, name: str) -> VisionConfig:
     # A dual encoder stores the tower's fields in a section; its text encoder is not read.
-    section = fields.section("vision_config", required=False)
+    section = fields.optional_section("vision_config")
     if section is None:
         return _siglip_config(fields)
     fields.take("text_config")
@@ -170,7 +170,7 @@ def _write_edge_v(config: GLMConfig) -> dict[str, Any]:
         **write_decoder(config.decoder, "glm"),
         "attention_bias": config.decoder.attention_bias,
         "tie_word_embeddings": config.decoder.tie_embeddings,
-        "vision_config": _write_siglip(config.vision),
+        "vision_config": _write_siglip(config.vision_tower),
         "boi_token_id": begin,
         "eoi_token_id": end,
         **write_tokens(config),
@@ -183,7 +183,7 @@ def _edge_v_entries(config: GLMConfig) -> list[TensorMapping]:
     gate_up = (f"{linear}.gate_proj.weight", f"{linear}.dense_h_to_4h.weight")
     return [
         *decoder_entries(config.decoder, "model.", "lm_head"),
-        *_siglip_entries(config.vision, "vision/", "model.vision.vit.model.vision_model."),
+        *_siglip_entries(config.vision_tower, "vision/", "model.vision.vit.model.vision_model."),
         *convolution("vision/merge", f"{adapter}.conv", (2, 2)),
         *same("vision/projector/proj", f"{linear}.linear_proj"),
         *same("vision/projector/norm", f"{linear}.norm1", "weight", "bias"),

@@ -84,7 +84,7 @@ def _half_split(config: SpeechConfig, entry: TensorMapping) -> TensorMapping:
     pairs = np.arange(config.rotary_dim).reshape(-1, 2).T.reshape(-1)
     head = np.arange(config.head_size)
     head[: config.rotary_dim] = pairs
-    order = (np.arange(config.num_heads)[:, None] * head.size + head).reshape(-1)
+    order = (np.arange(config.heads(0))[:, None] * head.size + head).reshape(-1)
 
     def read(stored: np.ndarray) -> Arrays:
         if len(stored) != order.size:
@@ -179,7 +179,7 @@ def _present(**fields: Any) -> dict[str, Any]:
 
 
 def _write_glm_asr(config: GLMConfig) -> dict[str, Any]:
-    speech, decoder = config.speech, config.decoder
+    speech, decoder = config.speech_encoder, config.decoder
     return {
         "architectures": ["GlmAsrForConditionalGeneration"],
         "model_type": "glmasr",
@@ -214,7 +214,7 @@ def _write_glm_asr(config: GLMConfig) -> dict[str, Any]:
 
 
 def _glm_asr_entries(config: GLMConfig) -> list[TensorMapping]:
-    speech = config.speech
+    speech = config.speech_encoder
     entries = decoder_entries(config.decoder, "language_model.model.", HEAD, fused_mlp=False)
     entries += _encoder_entries(
         speech, "speech/", "audio_tower.", _GLM_ASR_LAYER, "audio_tower.norm"
@@ -361,7 +361,7 @@ def _first_glm_asr_entries(config: GLMConfig) -> list[TensorMapping]:
     prefix = "audio_encoder"
     entries = decoder_entries(config.decoder, "model.", "lm_head", fused_mlp=False)
     entries += _encoder_entries(
-        config.speech,
+        config.speech_encoder,
         "speech/",
         f"{prefix}.whisper.",
         _WHISPER_LAYER,

@@ -187,7 +187,7 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> FamilyM
             "model_type": model_type,
             "text_config": text,
             "vision_config": _write_tower(
-                config.vision, config.decoder.hidden_size, vision_type, ocr
+                config.vision_tower, config.decoder.hidden_size, vision_type, ocr
             ),
             "tie_word_embeddings": config.decoder.tie_embeddings,
             "image_token_id": config.image_token_id,
@@ -198,7 +198,7 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> FamilyM
 
     def entries(config: GLMConfig) -> list[TensorMapping]:
         decoder = decoder_entries(config.decoder, "model.language_model.", "lm_head")
-        return decoder + _tower_entries(config.vision, "model.visual.")
+        return decoder + _tower_entries(config.vision_tower, "model.visual.")
 
     def ignored(config: GLMConfig) -> str:
         # The layer after the last one predicts several tokens; it is not part of the decoder.
@@ -222,7 +222,8 @@ def _multimodal_member(model_type: str, architecture: str, ocr: bool) -> FamilyM
 
 def _text_section(fields: Fields) -> Fields:
     """Returns the decoder's fields: a section, or the top level in early files of GLM-4.1V."""
-    text = fields.section("text_config", required="hidden_size" not in fields.values)
+    alone = "hidden_size" in fields.values
+    text = fields.optional_section("text_config") if alone else fields.section("text_config")
     if text is None:
         return fields
     # Files that were loaded and saved again have both.
@@ -231,8 +232,8 @@ def _text_section(fields: Fields) -> Fields:
 
 
 def _pair(fields: Fields, names: tuple[str, str]) -> tuple[int, ...]:
-    ids = [fields.token_id(name) for name in names]
-    return () if None in ids else tuple(ids)
+    ids = [index for name in names if (index := fields.token_id(name)) is not None]
+    return tuple(ids) if len(ids) == len(names) else ()
 
 
 GLM4V = _multimodal_member("glm4v", "Glm4vForConditionalGeneration", ocr=False)

@@ -68,7 +68,7 @@ def write(
     if len(shards) == 1:
         write_safetensors(directory / WEIGHTS, tensors, metadata)
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             write_safetensors(directory / name, shard, metadata)

@@ -138,12 +138,12 @@ def plan(
             group_formats = {path: chosen[path] for path in paths if path in chosen}
             group_bytes = bytes_with({path: leaves[path] for path in paths}, group_formats, layouts)
             options[group].append(Option(name, group_bytes, loss))
-            if progress is not None:
+            if callable(progress):
                 progress(f"plan: {group} {name}", number * len(members) + index + 1, total)
     points = frontier(list(options.values()), fixed)
     point = best_within(points, budget_bytes)
-    chosen = {g: options[g][index] for g, index in zip(options, point.choice, strict=True)}
-    recipe = maker.chosen_recipe(chosen, members, assigned, leaves)
+    best = {g: options[g][index] for g, index in zip(options, point.choice, strict=True)}
+    recipe = maker.chosen_recipe(best, members, assigned, leaves)
     compressed_model, compressed = compress(recipe)
     if boxes.stored_bytes(compressed) != point.bytes:
         raise RecipeError(
@@ -153,17 +153,17 @@ def plan(
         )
     compressed_reader = called(compressed_model, calibration)
     measured = measure(dict(boxes.path_items(compressed)), compressed_reader)
-    if progress is not None:
+    if callable(progress):
         progress("plan: measured", total, total)
     return Plan(
         recipe=recipe,
         rows=tuple(
             GroupRow(
                 group,
-                chosen[group].format,
+                best[group].format,
                 boxes.count([leaves[path] for path in paths]),
-                chosen[group].bytes,
-                chosen[group].loss,
+                best[group].bytes,
+                best[group].loss,
             )
             for group, paths in members.items()
         ),
@@ -171,7 +171,7 @@ def plan(
         predicted_bytes=point.bytes,
         measured_bytes=boxes.stored_bytes(compressed),
         fixed_bytes=fixed,
-        predicted={k: sum(option.loss[k] for option in chosen.values()) for k in measure.kinds},
+        predicted={k: sum(option.loss[k] for option in best.values()) for k in measure.kinds},
         measured=measured,
         points=tuple((point.bytes, point.cost) for point in points),
         held_out={kind: len(kind_batches) for kind, kind_batches in held_out.items()},
@@ -210,12 +210,13 @@ class _Maker:
     """Builds the transforms that store parameters in chosen formats."""
 
     def __init__(self, transform: str | Transform) -> None:
+        self._transform: Any
         if isinstance(transform, Transform):
             self._transform = transform
             if transform.teachers:
                 raise RecipeError("plan: transform= contains arrays; pass one without arrays")
         else:
-            kind = registered(f"quantize.{transform}")
+            kind: Any = registered(f"quantize.{transform}")
             self._transform = kind(scale="mse") if transform == "rtn" else kind()
         self.name = self._transform.name
         known = {item.name for item in dataclasses.fields(self._transform)}
@@ -262,8 +263,9 @@ class _Maker:
         return self.recipe(formats, list(formats), leaves)
 
     def _of(self, format: Format, where: str | None) -> Transform:
+        kind: Any = registered("quantize.rtn")
         if format.plain:
-            return registered("quantize.rtn")(format, where=where)
+            return kind(format, where=where)
         return dataclasses.replace(self._transform, format=format, where=where)
 
 

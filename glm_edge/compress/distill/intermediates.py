@@ -42,7 +42,7 @@ class Intermediates(NamedTuple):
 
 
 def run_with_intermediates(
-    model: nn.Module, params: Params, batch: batches.Batch, hidden: bool, attention: bool
+    model: nn.Module | Called, params: Params, batch: batches.Batch, hidden: bool, attention: bool
 ) -> tuple[Array, Intermediates]:
     """Runs a model on a batch and returns logits with layer outputs and attention weights.
 
@@ -196,7 +196,9 @@ def attention_loss(
     return batches.weighted_mean(jnp.mean(jnp.stack(losses), axis=0), weights)
 
 
-def sizes(model: nn.Module, params: Params, batch: batches.Batch, hidden: bool) -> tuple[int, int]:
+def sizes(
+    model: nn.Module | Called, params: Params, batch: batches.Batch, hidden: bool
+) -> tuple[int, int]:
     """Returns the size of a model's vocabulary, and the width of its layers, 0 without `hidden`."""
     logits, intermediates = jax.eval_shape(
         lambda params, batch: run_with_intermediates(model, params, batch, hidden, False),

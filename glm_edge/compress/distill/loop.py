@@ -93,17 +93,17 @@ def train(
     vocabulary = None
     if options.vocabulary is not None or objective.hidden:
         both_params = (boxes.combine(trainable, frozen), with_shared(teacher_params, frozen))
-        sample = batches.to_device(student, next(iter(context.calibration)))
+        sample = batches.to_device(student, next(iter(context.batches)))
         sizes = [
             transfer.sizes(model, params, sample, bool(objective.hidden))
             for model, params in zip((student, teacher_model), both_params, strict=True)
         ]
         vocabulary = transfer.vocabulary(options.vocabulary, *(size[0] for size in sizes))
-        trainable = transfer.with_projection(
-            trainable, tuple(size[1] for size in sizes), context.rng
-        )
+        trainable = transfer.with_projection(trainable, (sizes[0][1], sizes[1][1]), context.rng)
     state = optimizer_of(objective).init(trainable)
-    losses, keys, directory = [], set(), None
+    losses: list[list[float]] = []
+    keys: set[str] = set()
+    directory = None
     if training.state_dir is not None:
         job = job_of(
             _result_options(training, options),
@@ -207,10 +207,17 @@ class _Feed:
         policy = self._on_policy
         if policy is None or not on_policy.is_written(policy.share, self._rng, number):
             return batch, alpha
-        student = (self._student, trainable, self._frozen)
-        sampling = (policy.prompt, policy.temperature, self._rng, number)
         # Sampled tokens are not ground truth, so the labels have no weight.
-        return on_policy.written(*student, batch, *sampling), 1.0
+        return on_policy.written(
+            self._student,
+            trainable,
+            self._frozen,
+            batch,
+            policy.prompt,
+            policy.temperature,
+            self._rng,
+            number,
+        ), 1.0
 
 
 def _objective(training: TrainOptions, options: DistillOptions) -> Objective:
@@ -222,7 +229,7 @@ def _objective(training: TrainOptions, options: DistillOptions) -> Objective:
         training.clip_norm,
         hidden=inside.hidden if inside else 0.0,
         attention=inside.attention if inside else 0.0,
-        layers=inside.layers if inside else None,
+        layers=tuple(inside.layers) if inside and inside.layers is not None else None,
         beta=options.beta,
     )
 
@@ -236,7 +243,7 @@ def _result_options(training: TrainOptions, options: DistillOptions) -> dict[str
 
 def _curve(losses: list[list[float]], rates: np.ndarray, objective: Objective) -> tuple[Point, ...]:
     inside = objective.hidden or objective.attention
-    kind = transfer.TransferPoint if inside else Point
+    kind: Any = transfer.TransferPoint if inside else Point
     return tuple(
         kind(step, *step_losses[:3], float(rate), *(step_losses[3:] if inside else ()))
         for step, (step_losses, rate) in enumerate(zip(losses, rates, strict=False), start=1)

@@ -14,6 +14,7 @@ from jax import Array
 
 from glm_edge import params as boxes
 from glm_edge.compress import batches
+from glm_edge.compress.calibration import Called
 from glm_edge.compress.distill import intermediates as transfer
 from glm_edge.errors import DataError, RecipeError
 from glm_edge.models.glm import init_cache
@@ -37,7 +38,7 @@ def is_written(share: float, rng: Array | None, number: int) -> bool:
 
 
 def written(
-    model: nn.Module,
+    model: nn.Module | Called,
     trainable: Params,
     frozen: Params,
     batch: batches.Batch,
@@ -91,7 +92,7 @@ def written(
     return {**read, "tokens": tokens, "loss_mask": weights}
 
 
-def first_written(model: nn.Module, batch: batches.Batch, prompt: int | None) -> np.ndarray:
+def first_written(model: Any, batch: batches.Batch, prompt: int | None) -> np.ndarray:
     """Finds the first sampled position of each row, int32 [B]; `T` where there is none."""
     tokens = np.asarray(batch["tokens"])
     length = tokens.shape[1]
@@ -135,7 +136,8 @@ def _write(
         final, _, cache = module.decoder(x[:, :prefix], positions[..., :prefix], None, cache)
         return x, positions, module.predict(final[:, -1:])[:, 0].astype(jnp.float32), cache
 
-    x, positions, logits, cache = model.apply(variables, method=read)
+    begun: Any = model.apply(variables, method=read)
+    x, positions, logits, cache = begun
 
     def step(carry: tuple[Any, ...], slot: Array) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
         logits, cache, last, stopped = carry

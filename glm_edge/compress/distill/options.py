@@ -103,8 +103,8 @@ class DistillOptions:
     def data(self, context: Context, skip: int) -> Iterator[batches.Batch]:
         """Returns an endless iterator over batches, without the first `skip`."""
         if self.mixture is None:
-            return in_order(context.calibration, context.rng, skip)
-        return batches.in_proportion(context.calibration, dict(self.mixture), context.rng, skip)
+            return in_order(context.batches, context.rng, skip)
+        return batches.in_proportion(context.batches, dict(self.mixture), context.rng, skip)
 
 
 def as_teacher(transform: str, teacher: Any) -> Teacher | None:

@@ -159,7 +159,7 @@ def job_of(
         "recipe": recipe,
         "student": described(*student),
         "teacher": described(*teacher),
-        "calibration": calibration_digest(context.calibration),
+        "calibration": calibration_digest(context.batches),
         "rng": None if rng is None else np.asarray(jax.random.key_data(rng)).tolist(),
         "machine": machine(),
     }
@@ -227,7 +227,7 @@ def digest(tree: Any) -> str:
     for path, leaf in _named(tree).items():
         array = np.ascontiguousarray(leaf)
         hashed.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        hashed.update(array.reshape(-1).view(np.uint8))
+        hashed.update(array.reshape(-1).view(np.uint8).data)
     return hashed.hexdigest()
 
 

@@ -88,8 +88,8 @@ def add_gradient(
     batch_sums = _gradient(
         student, teacher, objective, trainable, frozen, teacher_params, batch, vocabulary
     )
-    weighed = jax.tree.map(lambda part: part * batch_sums.weight, batch_sums[:2])
-    added = Sums(*weighed, batch_sums.weight)
+    gradient, losses = jax.tree.map(lambda part: part * batch_sums.weight, batch_sums[:2])
+    added = Sums(gradient, losses, batch_sums.weight)
     return added if sums is None else jax.tree.map(jnp.add, sums, added)
 
 
@@ -132,15 +132,18 @@ def _gradient(
     )
     if vocabulary is not None:
         targets = targets[..., vocabulary]
-    called = isinstance(student, Called)
-    weights = jnp.ones(targets.shape[:-1]) if called else batches.loss_weights(student, batch)
+    called = student if isinstance(student, Called) else None
+    if isinstance(student, Called):
+        weights = jnp.ones(targets.shape[:-1])
+    else:
+        weights = batches.loss_weights(student, batch)
 
     def loss(trainable: Params) -> tuple[Array, Losses]:
         student_params, projection = transfer.without_projection(trainable)
         params = boxes.combine(student_params, frozen)
         logits, outputs = transfer.run_with_intermediates(student, params, batch, *wanted)
-        if called:
-            total, (soft, hard) = called_loss(student, params, batch, logits, targets, objective)
+        if called is not None:
+            total, (soft, hard) = called_loss(called, params, batch, logits, targets, objective)
         else:
             total, (soft, hard) = distillation_loss(
                 logits, targets, batch["tokens"], weights, objective

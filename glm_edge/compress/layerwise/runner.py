@@ -143,6 +143,17 @@ class StageContext(StageInputs):
     done: Callable[[str], None] = lambda path: None
     _reasons: dict[str, str] | None = None
 
+    @property
+    def uncompressed(self) -> StageInputs:
+        """Returns the same stage before any rounding.
+
+        Raises:
+          RecipeError: the transform does not declare needs="both".
+        """
+        if self.original is None:
+            raise RecipeError(f"{self.stage.name}: the original's inputs are for needs='both'")
+        return self.original
+
     def advance(self, path: str) -> None:
         """Reports a finished parameter to the progress callback."""
         self.done(path)
@@ -310,7 +321,7 @@ def layouts_in(
 
 def _compared_with(leaves: Leaves, context: Context) -> Leaves:
     """Returns the reference, or the current model if earlier transforms changed shapes."""
-    reference = dict(boxes.path_items(context.reference[1]))
+    reference = dict(boxes.path_items((context.reference or context.original)[1]))
     before, now = ({p: tuple(x.shape) for p, x in tree.items()} for tree in (reference, leaves))
     return reference if before == now else dict(leaves)
 
@@ -393,10 +404,11 @@ class LayerwiseRunner:
             name = next(step.name for step in steps if step.transform.needs != "nothing")
             self.notes += batches.check(model, context.calibration, name, context.without)
             model = called(model, context.calibration)
-            self._states = first_states(model, context.calibration)
+            self._states = first_states(model, context.calibration or ())
         self.stages = stages(model)
         self._original_states = self._states
-        self._lent, self._lent_original = {}, {}
+        self._lent: Leaves = {}
+        self._lent_original: Leaves = {}
         self._total = sum(len(step.selected) for step in steps)
         self._done = 0
 

@@ -140,7 +140,7 @@ class Stage:
     root: str
     owns: tuple[str, ...]
     module: nn.Module
-    forward: Callable[[nn.Module, State], State]
+    forward: Callable[[Any, State], State]
     reads: str = "tokens"
     borrows: tuple[str, ...] = ()
     counted: Callable[[State], Array | None] = _rows_of_tokens
@@ -188,7 +188,8 @@ class Stage:
         Returns:
           Joined results by path of the weight.
         """
-        params, total = self._params(leaves), {}
+        params = self._params(leaves)
+        total: dict[str, Any] = {}
         start = len(self.root) + 1 if self.root else 0
         wanted = None if paths is None else tuple(sorted(path[start:] for path in paths))
         for state in states:
@@ -275,7 +276,8 @@ def advance(module: nn.Module, forward: Callable[..., State], params: Any, state
     """Runs the module of a stage, or the function of its `Calibration`."""
     if isinstance(forward, Through):
         return forward(params, state)
-    return module.apply({"params": params}, state, method=forward)
+    result: Any = module.apply({"params": params}, state, method=forward)
+    return result
 
 
 @dataclass(frozen=True)
@@ -339,10 +341,12 @@ def stages(model: nn.Module | Called) -> tuple[Stage, ...]:
         return (Stage("model", "", ("",), model.model, Through(model), "batch", (), _all_rows),)
     if not isinstance(model, MultimodalGLM):
         return (Stage("model", "", ("",), model, _whole_model),)
-    config, in_order = model.config, []
+    config = model.config
+    in_order: list[Stage] = []
+    layers: list[nn.Module]
     width = config.decoder.hidden_size
     if config.vision is not None:
-        encoder = VisionEncoder(config.vision, width, model.compute)
+        tower = VisionEncoder(config.vision, width, model.compute)
         windows = [
             None if index in config.vision.global_layers else config.vision.window
             for index in range(config.vision.num_layers)
@@ -351,7 +355,7 @@ def stages(model: nn.Module | Called) -> tuple[Stage, ...]:
             VisionLayer(config.vision, window, _first_alike(config.vision, i), model.compute)
             for i, window in enumerate(windows)
         ]
-        in_order += _encoder("vision", "images", encoder, layers, _vision_functions)
+        in_order += _encoder("vision", "images", tower, layers, _vision_functions)
     if config.speech is not None:
         encoder = SpeechEncoder(config.speech, width, model.compute)
         layers = [

@@ -106,7 +106,8 @@ def compress_checkpoint(
     copied = read_companions(source) | read_extras(extras)
     with new_directory(Path(output), overwrite, keep=True) as partial:
         _check_job(partial, Path(output), _job(opened, recipe, calibration, rng, without, compute))
-        rows, spec, names, before, after = [], {}, [], Totals(), Totals()
+        rows, names, before, after = [], [], Totals(), Totals()
+        spec: dict[str, Any] = {}
         for index, stage in enumerate(runner.stages):
             file = f"model-{index + 1:05d}-of-{len(runner.stages):05d}.safetensors"
             stage_paths = [path for path in opened.abstract if stage.holds(path)]

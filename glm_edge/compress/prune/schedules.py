@@ -273,7 +273,7 @@ def scheduled(
     return optax.GradientTransformation(init, update)
 
 
-def boxed(params: Params, state: Any) -> Params:
+def boxed(params: Params, state: optax.OptState) -> Params:
     """Attach the masks of `scheduled` to the parameters that it trained.
 
     Args:

@@ -142,7 +142,8 @@ class _ActivationRange:
 
     def __init__(self, path: str, side: str) -> None:
         self.path, self.side = path, side
-        self.low, self.high, self.counts = np.inf, -np.inf, 0
+        self.low, self.high = np.inf, -np.inf
+        self.counts: np.ndarray = np.zeros((), np.int64)
 
     def widen(self, values: Array) -> None:
         low, high = (float(end) for end in _ends(values))

@@ -84,20 +84,23 @@ class AdaRound(Quantizer):
 
     def compress_stage(self, work: StageContext) -> Replaced:
         rounding = self.config
-        replaced, dense, rows = {}, {}, []
+        replaced: dict[str, Any] = {}
+        dense: dict[str, Array] = {}
+        rows = []
+        originals = work.uncompressed
         for path in work.selected:
             leaf = work.leaves[path]
             format, layout = rounding.format_of(path, work.columns(path)), work.layouts[path]
             matrix = leaves.dense_rows(path, leaf, layout)
             sums = moments(work, path, dense)
             note = "fallback" if format is not rounding.format else ""
-            if sums is None or path not in work.original.leaves:
+            if sums is None or path not in originals.leaves:
                 replaced[path], error = leaves.quantize_leaf(
                     path, leaf, format, rounding.scale, layout
                 )
                 note = f"to nearest: {work.unseen(path)}"
             else:
-                original = leaves.dense_rows(path, work.original.leaves[path], layout)
+                original = leaves.dense_rows(path, originals.leaves[path], layout)
                 layer = layer_of(matrix, original, *sums)
                 grid = grids.choose(matrix, format, rounding.scale)
                 done = learn_rounding(
@@ -141,15 +144,16 @@ def moments(work: StageContext, path: str, replaced: dict[str, Any]) -> tuple[Ar
       None without inputs. Padding is excluded.
     """
     total, count = None, 0
-    for state, first in zip(work.states, work.original.states, strict=True):
+    originals = work.uncompressed
+    for state, first in zip(work.states, originals.states, strict=True):
         now = _rows(dataclasses.replace(work, states=[state]), path, replaced)
-        before = _rows(dataclasses.replace(work.original, states=[first]), path, {})
+        before = _rows(dataclasses.replace(originals, states=[first]), path, {})
         if now is None or before is None:
             continue
         sums = _products(now["rows"], before["rows"])
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         count += int(now["valid"].sum())
-    return None if total is None else tuple(x / count for x in total)
+    return None if total is None else (total[0] / count, total[1] / count)
 
 
 def _rows(view: StageInputs, path: str, replaced: dict[str, Any]) -> dict[str, Array] | None:

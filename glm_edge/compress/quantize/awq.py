@@ -102,7 +102,7 @@ class AWQ(Quantizer):
                 after = _rounded(
                     work, path, leaf, grams.get(path), formats[path], self.steps, scale, self.clip
                 )
-                note = notes.get(path) if path in grams else f"to nearest: {work.unseen(path)}"
+                note = notes.get(path, "") if path in grams else f"to nearest: {work.unseen(path)}"
                 note = _joined(note, formats[path] is not rounding.format)
                 error = _error(leaf, after)
                 work.advance(path)

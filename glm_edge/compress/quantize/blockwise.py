@@ -171,12 +171,12 @@ def _train(
             target,
         )
         errors.append(error)
-    errors = np.asarray(jax.device_get(errors))
-    if not np.isfinite(errors).all():
+    curve = np.asarray(jax.device_get(errors))
+    if not np.isfinite(curve).all():
         raise RecipeError(f"{NAME}: the loss of {stage.name} is not finite; lower learning_rate")
     few = max(1, min(len(pairs), training.steps // 4))
     trained = {path: training_arrays[_inner(stage, path)] for path in trainable}
-    return trained, (float(errors[:few].mean()), float(errors[-few:].mean()))
+    return trained, (float(curve[:few].mean()), float(curve[-few:].mean()))
 
 
 def _within(stage: Stage, leaves: Leaves) -> Leaves:
@@ -190,13 +190,11 @@ def _inner(stage: Stage, path: str) -> str:
 
 def _pairs(work: StageContext) -> list[tuple[State, State, Any]]:
     """Lists (inputs of the quantized model, inputs and output of the original) per batch."""
-    key = _output_key(work.stage)
+    key, originals = _output_key(work.stage), work.uncompressed
     name = "x" if key == "logits" else key
     return [
         (now, before, after[name])
-        for now, before, after in zip(
-            work.states, work.original.states, work.original.run(), strict=True
-        )
+        for now, before, after in zip(work.states, originals.states, originals.run(), strict=True)
         if work.stage.reads in now and name in after
     ]
 

@@ -75,7 +75,7 @@ class GPTQ(Quantizer):
         super().__post_init__()
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> str:  # type: ignore[override]  # options decide
         """Models whose inputs are collected."""
         return self.solver.needs
 
@@ -191,9 +191,10 @@ def _measured(
 ) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
     """Computes Gram matrices `X^T X`, and drifts `(X0 - X)^T X` from original inputs `X0`."""
     compute = getattr(work.model, "compute", "float32")
-    paired = paired and work.original is not None
+    original = work.original if paired else None
+    paired = original is not None
     views = work.batches(replaced)
-    original_views = work.original.batches() if paired else repeat(None)
+    original_views = repeat(None) if original is None else original.batches()
     grams: dict[str, Array] = {}
     drifts: dict[str, Array] = {}
     waiting: dict[str, list[tuple[Array, ...]]] = {}
@@ -208,7 +209,7 @@ def _measured(
 
     for view, original_view in zip(views, original_views, strict=False):
         collected = view.collect(ROWS, paths=paths)
-        originals = original_view.collect(ROWS, paths=paths) if paired else {}
+        originals = {} if original_view is None else original_view.collect(ROWS, paths=paths)
         for path, rows in collected.items():
             parts = waiting.setdefault(path, [])
             parts.append((rows, originals[path]) if paired else (rows,))

@@ -192,9 +192,10 @@ class WeightTransform(Transform):
     stacked: str | None = None
 
     def __post_init__(self) -> None:
-        self._set(format=parse_format(self.name, self.format))
+        format = parse_format(self.name, self.format)
+        self._set(format=format)
         super().__post_init__()
-        if self.format.qtype in self.unsupported:
+        if format.qtype in self.unsupported:
             raise RecipeError(f"{self.name} cannot round to {self.format}; quantize.rtn can")
         check_pattern(self.name, "where", self.where)
         check_pattern(self.name, "stacked", self.stacked)
@@ -203,7 +204,7 @@ class WeightTransform(Transform):
     @functools.cached_property
     def config(self) -> QuantizeConfig:
         """Format and choice of scales."""
-        return QuantizeConfig(self.format, self.scale, self.fallback_bits)
+        return QuantizeConfig(parse_format(self.name, self.format), self.scale, self.fallback_bits)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

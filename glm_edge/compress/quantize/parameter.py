@@ -17,6 +17,7 @@ from glm_edge.compress.report import Row
 from glm_edge.errors import RecipeError
 from glm_edge.kernels import quantization as kernels
 from glm_edge.params import FakeQuantized, Format, Masked, Narrow, Quantized
+from glm_edge.params.boxes import Weight
 from glm_edge.params.layouts import Layout, by_name
 
 # Larger matrices are quantized in bands of rows of this many weights, to limit float32 copies.
@@ -67,12 +68,12 @@ def each_matrix(solve: Callable[[Array], Any], rows: Array) -> Any:
 
 def quantize_leaf(
     path: str,
-    leaf: Any,
+    leaf: Weight,
     format: Format,
     scale: str = "max",
     layout: Layout | None = None,
     stock: bool = False,
-) -> tuple[Any, float]:
+) -> tuple[Weight, float]:
     """Rounds one parameter to the nearest levels.
 
     Args:
@@ -115,7 +116,7 @@ def quantize_leaf(
     return box, math.sqrt(lost / (power or 1.0))
 
 
-def _cast(path: str, leaf: Any, format: Format, stock: bool) -> tuple[Any, float]:
+def _cast(path: str, leaf: Weight, format: Format, stock: bool) -> tuple[Weight, float]:
     weight = boxes.dense(leaf)
     narrowed = weight.astype(format.qtype)
     if not bool(jnp.isfinite(narrowed).all()):
@@ -123,10 +124,8 @@ def _cast(path: str, leaf: Any, format: Format, stock: bool) -> tuple[Any, float
     error = relative_error(weight, narrowed)
     if stock and weight.dtype != narrowed.dtype:
         # Zeros of a mask become zeros of the value, as in other quantized weights.
-        narrowed = boxes.narrow(narrowed, weight.dtype)
-    elif isinstance(leaf, Masked):
-        narrowed = boxes.mask(narrowed, leaf.mask)
-    return narrowed, error
+        return boxes.narrow(narrowed, weight.dtype), error
+    return boxes.mask(narrowed, leaf.mask) if isinstance(leaf, Masked) else narrowed, error
 
 
 def _bands(matrix: Array, format: Format) -> list[Array]:
@@ -162,7 +161,8 @@ def _squares(after: Array, before: Array, peak: Array) -> tuple[Array, Array]:
     """Computes squared error and squared norm per row, in units in which `peak` is near one."""
     before = before.astype(jnp.float32)
     lost = grids.normalized(after.astype(jnp.float32) - before, peak)
-    return tuple(jnp.sum(jnp.square(x), axis=-1) for x in (lost, grids.normalized(before, peak)))
+    power = jnp.square(grids.normalized(before, peak))
+    return jnp.sum(jnp.square(lost), axis=-1), jnp.sum(power, axis=-1)
 
 
 def box_of(
@@ -204,7 +204,7 @@ def _check_mask(path: str, leaf: Any, box: Quantized) -> None:
         raise RecipeError(f"{path}: {box.format} cannot represent the zeros of its mask")
 
 
-def leaf_dtype(leaf: Any) -> Any:
+def leaf_dtype(leaf: Weight) -> np.dtype:
     """Returns the type of the dense weight of an array or box."""
     if isinstance(leaf, Masked):
         return leaf_dtype(leaf.value)

@@ -79,13 +79,14 @@ class Rotate(LayerwiseTransform):
             )
 
     def compress_stage(self, work: StageContext) -> Replaced:
-        config, leaves = getattr(work.model, "config", None), dict(work.leaves)
-        key, notes = jax.random.key(self.seed), {}
+        config: Any = getattr(work.model, "config", None)
+        leaves = dict(work.leaves)
+        key = jax.random.key(self.seed)
+        notes: dict[str, list[str]] = {}
         where = f"{NAME}: {type(work.model).__name__}"
         if self.residual:
-            _rotate_residual(
-                folding.residual(config, where), config.decoder.hidden_size, key, leaves, notes
-            )
+            stream = folding.residual(config, where)
+            _rotate_residual(stream, config.decoder.hidden_size, key, leaves, notes)
         for fold in folding.folds(config, where):
             inside = fold.consumers[0] in leaves and fold.kind == "value"
             if inside and (
@@ -118,7 +119,7 @@ class Rotate(LayerwiseTransform):
         with_head = {**params, "head": {"weight": jnp.array(embedding, copy=True)}}
         model, rotated, report = apply_layerwise(self, own_head, with_head, context)
         note = "the tied head became a separate matrix"
-        totals = {
+        totals: dict[str, Any] = {
             "bytes_before": boxes.stored_bytes(params),
             "count_before": boxes.count(params),
             "notes": (*report.notes, note),

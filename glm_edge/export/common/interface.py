@@ -98,9 +98,9 @@ def _outputs(
 ) -> dict[str, Tensor]:
     width = config.decoder.hidden_size
     if name == "vision":
-        return {"features": Tensor("", "float32", (1, config.vision.num_tokens, width))}
+        return {"features": Tensor("", "float32", (1, config.vision_tower.num_tokens, width))}
     if name == "speech":
-        return {"features": Tensor("", "float32", (1, config.speech.num_tokens, width))}
+        return {"features": Tensor("", "float32", (1, config.speech_encoder.num_tokens, width))}
     if "tokens" in inputs:
         return {"embeddings": Tensor("", "float32", (*inputs["tokens"].shape, width))}
     outputs = {name: tensor for name, tensor in inputs.items() if name.startswith(CACHE)}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from glm_edge.errors import ExportError
@@ -59,10 +60,15 @@ def _evaluate(
             body, consts = (inner, []) if isinstance(inner, Jaxpr) else (inner.jaxpr, inner.consts)
             outputs = _evaluate(body, consts, inputs, replace)
         else:
-            outputs = replace(equation, inputs)
-            outputs = _bind(equation, inputs) if outputs is None else outputs
+            replaced = replace(equation, inputs)
+            outputs = _bind(equation, inputs) if replaced is None else replaced
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(variable) for variable in jaxpr.outvars]
+
+
+def aval(variable: Any) -> ShapedArray:
+    """Returns the shape and type of a variable, which jax declares as any abstract value."""
+    return variable.aval
 
 
 def _bind(equation: JaxprEqn, inputs: list[Array]) -> list[Array]:
@@ -114,10 +120,10 @@ def _erfc_coefficients() -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Least-squares fits at Chebyshev nodes of `|x| <= 1` and of `0 <= x <= 10`."""
     nodes = np.cos(np.pi * (np.arange(200) + 0.5) / 200)
     square = (1.0 + nodes) / 2.0
-    near_zero = [math.erf(math.sqrt(u)) / math.sqrt(u) for u in square]
+    near_zero = np.array([math.erf(math.sqrt(u)) / math.sqrt(u) for u in square])
     least = 1.0 / (1.0 + 0.5 * ERFC_ZERO)
     t = (least + 1.0) / 2.0 + (1.0 - least) / 2.0 * nodes
-    far_out = [math.erfc(x) * math.exp(x * x) for x in 2.0 * (1.0 / t - 1.0)] / t
+    far_out = np.array([math.erfc(x) * math.exp(x * x) for x in 2.0 * (1.0 / t - 1.0)]) / t
     return _fit(square, near_zero, 6), _fit(t, far_out, 8)
 
 
@@ -141,13 +147,17 @@ def limit_rank(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _limit_rank(equation: JaxprEqn, inputs: list[Array]) -> list[Array] | None:
-    if all(v.aval.ndim <= COREML_MAX_RANK for v in (*equation.invars, *equation.outvars)):
+    if all(aval(v).ndim <= COREML_MAX_RANK for v in (*equation.invars, *equation.outvars)):
         return None
     return [_squeeze(equation, inputs)]
 
 
 def _squeeze(equation: JaxprEqn, inputs: list[Array]) -> Array:
-    name, before, after = equation.primitive.name, equation.invars[0].aval, equation.outvars[0].aval
+    name, before, after = (
+        equation.primitive.name,
+        aval(equation.invars[0]),
+        aval(equation.outvars[0]),
+    )
     if name in ("reshape", "squeeze", "expand_dims") or (
         name == "broadcast_in_dim" and before.size == after.size
     ):
@@ -165,11 +175,11 @@ def _squeeze(equation: JaxprEqn, inputs: list[Array]) -> Array:
     else:
         rank = max(before.ndim, after.ndim)
         raise ExportError(f"Core ML: {name} has {rank} axes; the maximum is {COREML_MAX_RANK}")
-    shape = after.shape
+    extents = after.shape
     if after.ndim > COREML_MAX_RANK:
-        shape = tuple(extent for extent in shape if extent > 1)
-        if len(shape) > COREML_MAX_RANK:
+        extents = tuple(extent for extent in extents if extent > 1)
+        if len(extents) > COREML_MAX_RANK:
             raise ExportError(
                 f"Core ML: an array has shape {after.shape}; the maximum is {COREML_MAX_RANK} axes"
             )
-    return result.reshape(shape)
+    return result.reshape(extents)

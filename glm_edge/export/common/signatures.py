@@ -83,11 +83,11 @@ def signatures(
             logits = prefill_logits or length == 1
             entries.append(_step(model, length, cache_slots, attended, logits))
     if config.vision is not None:
-        shape = (1, *config.vision.image_size, config.vision.channels)
-        entries.append(_encoder(model, "vision", "images", shape, MultimodalGLM.encode_images))
+        image = (1, *config.vision.image_size, config.vision.channels)
+        entries.append(_encoder(model, "vision", "images", image, MultimodalGLM.encode_images))
     if config.speech is not None:
-        shape = (1, config.speech.num_frames, config.speech.mel_bins)
-        entries.append(_encoder(model, "speech", "audio", shape, MultimodalGLM.encode_audio))
+        mel = (1, config.speech.num_frames, config.speech.mel_bins)
+        entries.append(_encoder(model, "speech", "audio", mel, MultimodalGLM.encode_audio))
     return entries
 
 
@@ -123,7 +123,8 @@ def _encoder(
     model: MultimodalGLM, name: str, argument: str, shape: tuple[int, ...], method: Callable
 ) -> Signature:
     def function(params: Any, inputs: Inputs) -> dict[str, Array]:
-        return {"features": model.apply({"params": params}, inputs[argument], method=method)}
+        features: Any = model.apply({"params": params}, inputs[argument], method=method)
+        return {"features": features}
 
     return Signature(name, {argument: jax.ShapeDtypeStruct(shape, jnp.float32)}, function, (name,))
 
@@ -148,7 +149,7 @@ def _step(
         positions = inputs["input_pos"][None]
         if decoder.mrope_section:
             positions = inputs["positions"][:, None]
-        cache = {
+        cache: Any = {
             "layers": [
                 {
                     KEY_BY_HEAD: inputs[f"kv_cache_k_{layer}"],

@@ -155,7 +155,7 @@ def _from_box(path: str, box: Quantized, target: WeightFormat) -> tuple[Weight, 
     stored = check_box(path, box, target)
     scale = np.asarray(box.scale).astype(np.float32)
     check_finite(path, scale)
-    size = box.format.group_size if scale.shape[-1] > 1 else 0
+    size = box.format.columns_per_scale if scale.shape[-1] > 1 else 0
     zero = None if box.zero is None else np.asarray(box.zero).astype(np.int8)
     weight = Weight(np.asarray(box.codes()), stored, scale, zero, size)
     return weight, box_conversions(path, box, stored)
@@ -213,7 +213,7 @@ def check_box(path: str, box: Quantized, target: WeightFormat) -> str:
         reason, right = "the format does not store zero points", "a format without -affine"
     elif stored is None:
         reason = f"the runtime has no kernel for {form.qtype} in groups"
-    elif grouped and form.group_size % target.group_multiple:
+    elif grouped and form.columns_per_scale % target.group_multiple:
         reason = f"group sizes must be a multiple of {target.group_multiple}"
     elif box.zero is not None:
         zero, (low, high) = np.asarray(box.zero).astype(np.float32), RANGES[stored]
@@ -222,7 +222,7 @@ def check_box(path: str, box: Quantized, target: WeightFormat) -> str:
                 "zero points must be integers within the range of the codes",
                 f"{low} to {high}",
             )
-    if reason is not None:
+    if reason is not None or stored is None:
         raise ExportError(
             f"{path}: {form} cannot be written as {target.name}: {reason}; use {right}"
         )

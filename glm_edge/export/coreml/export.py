@@ -155,7 +155,9 @@ def _finish(tools: Any, content: Path, description: Mapping[str, Any]) -> None:
     specification.ParseFromString((content / "model.mlmodel").read_bytes())
     specification.description.metadata.userDefined[METADATA] = json.dumps(description)
     source, target = content / "weights" / "weight.bin", content / "weights" / "once.bin"
-    content_bytes, positions, moved = np.memmap(source, np.uint8, "r"), {}, {}
+    content_bytes = np.memmap(source, np.uint8, "r")
+    positions: dict[Any, int] = {}
+    moved: dict[int, int] = {}
     with open(target, "xb") as file:
         file.write(content_bytes[:RECORD].tobytes())
         for block in _blocks(specification):

@@ -4,6 +4,7 @@ import collections
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from glm_edge.export.delegates.conditions import CONDITIONS, GraphContext, Undecided
 from glm_edge.export.delegates.rules import CONDITION_SOURCES, DELEGATES, Delegate, Rule
@@ -117,7 +118,7 @@ class Compatibility:
             line = f"{delegate.title}: {counted[YES]} of {sum(counted.values())} operators"
             if counted[UNKNOWN]:
                 line += f", {counted[UNKNOWN]} unknown"
-            reasons = collections.Counter()
+            reasons: collections.Counter[str] = collections.Counter()
             for row in self.fallback(delegate.name):
                 reasons[f"{row.operator}: {row.verdicts[delegate.name].reason}"] += row.count
             if reasons:
@@ -127,7 +128,8 @@ class Compatibility:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        cells, reasons = [["signature", "operator", "count", "types", *self.delegates]], {}
+        cells = [["signature", "operator", "count", "types", *self.delegates]]
+        reasons: dict[tuple[str, str, str], int] = {}
         for row in self.rows:
             marks = []
             for name in self.delegates:
@@ -172,7 +174,8 @@ def compatibility(path: str | Path) -> Compatibility:
 
 
 def _rows(graph: Graph) -> Iterable[OperatorGroup]:
-    context, counted = GraphContext(graph), collections.Counter()
+    context = GraphContext(graph)
+    counted: collections.Counter[Any] = collections.Counter()
     verdicts = {}
     for operator in graph.operators:
         judged = tuple(judge(delegate, operator, context) for delegate in DELEGATES)
@@ -180,7 +183,7 @@ def _rows(graph: Graph) -> Iterable[OperatorGroup]:
         counted[key] += 1
         verdicts[key] = {d.name: verdict for d, verdict in zip(DELEGATES, judged, strict=True)}
     for key, count in counted.items():
-        yield OperatorGroup(graph.name, *key[:3], count, verdicts[key])
+        yield OperatorGroup(graph.name, key[0], key[1], key[2], count, verdicts[key])
 
 
 def _types(operator: Operator) -> str:

@@ -83,7 +83,8 @@ def _read_rules() -> tuple[str, dict[str, str], tuple[Delegate, ...]]:
 
 
 def _delegate(fields: dict[str, Any], root: str) -> Delegate:
-    source, rules = f"{root}/{fields['source']}", {}
+    source = f"{root}/{fields['source']}"
+    rules: dict[str, Rule] = {}
     for entry in fields["rules"]:
         entry = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
         entry["types"] = {int(k): tuple(v.split()) for k, v in entry.get("types", {}).items()}

@@ -124,14 +124,14 @@ def bundled_template(
     strings = reads_strings(processor)
     lead, between = _around_an_answer(processor, strings)
     stop = _written_stop(processor, between)
-    best: tuple[str, list[Conversion], Rendering] | None = None
+    rendered: list[tuple[str, list[Conversion], Rendering]] = []
     for source, conversions in _candidates(processor, strings, between, stop):
         rendering = _rendering(source, processor, strings, lead, stop)
-        if best is None or _quality(rendering) > _quality(best[2]):
-            best = source, conversions, rendering
+        rendered.append((source, conversions, rendering))
         if rendering.context:
             break
-    source, conversions, rendering = best
+    # Of equal ones the first, which changes least.
+    source, conversions, rendering = max(rendered, key=lambda candidate: _quality(candidate[2]))
     if not rendering.messages:
         raise ExportError(
             f"{PATH}: LiteRT-LM's engine would render it differently from the checkpoint: "
@@ -251,7 +251,7 @@ def _candidates(
         text = _literal(NEXT)
         content = text if join else f"[{{'type': 'text', 'text': {text}}}]"
         stable = ANSWERED + FOLLOWED.replace("CONTENT", content) + inner + cut
-        turns = [(template, None)]
+        turns: list[tuple[str, str | None]] = [(template, None)]
         if stop:
             turns.append(
                 (closed, f"{stop} is written after an answer, as the engine keeps its token")

@@ -170,10 +170,10 @@ def litertlm(
     sections = {DECODER: lm_signatures.decoder_signatures(reference, lengths, slots, end_row)}
     if lm_signatures.takes_embeddings(config):
         sections["EMBEDDER"] = [lm_signatures.embedder(reference)]
-    if config.vision is not None:
+    if processor.image is not None and image_size is not None:
         vision = lm_signatures.vision_encoder(reference, processor.image, image_size)
         sections["VISION_ENCODER"] = [vision]
-    if config.speech is not None:
+    if config.speech is not None and processor.audio is not None:
         speech = lm_signatures.speech_encoder(reference, processor.audio)
         sections["AUDIO_ENCODER_HW"] = [speech]
         sections["AUDIO_ADAPTER"] = [lm_signatures.speech_adapter(reference)]
@@ -257,10 +257,10 @@ def _check_encoders(
         raise ExportError(
             f"{config.name}: boundary_embeddings are not supported with three-dimensional positions"
         )
-    image_size = config.vision.image_size if image_size is None else tuple(image_size)
-    check_fixed("image_size", image_size)
-    config.vision.grid_of(image_size)
-    return image_size
+    check_fixed("image_size", config.vision.image_size if image_size is None else image_size)
+    height, width = config.vision.image_size if image_size is None else image_size
+    config.vision.grid_of((height, width))
+    return height, width
 
 
 def _metadata(
@@ -287,8 +287,7 @@ def _metadata(
         generic.image_tensor_height, generic.image_tensor_width = image_size
         generic.image_token_regex = _repeated(processor.image_token)
         placeholders.append(generic.image_token_regex)
-    if model.config.speech is not None:
-        audio = processor.audio
+    if model.config.speech is not None and (audio := processor.audio) is not None:
         generic.audio_enabled, generic.add_audio_end = True, False
         generic.skip_mel_spectrogram_extraction = True
         generic.audio_sample_rate_hz, generic.audio_num_channels = audio.sample_rate, 1

@@ -142,13 +142,13 @@ def vision_encoder(
       Signature from `images` [1, height, width, channels] in 0..1 to `features` [1, M, D], or
       [1, M, D + 4].
     """
-    config = model.config.vision
-    mean, std = np.float32(processing.mean), np.float32(processing.std)
+    config = model.config.vision_tower
+    mean, std = (np.array(x, np.float32) for x in (processing.mean, processing.std))
     carried = _carried(config, image_size) if carries_positions(model.config) else None
 
     def function(params: Any, inputs: Inputs) -> dict[str, Array]:
         pixels = (inputs["images"] - mean) / std
-        features = model.apply({"params": params}, pixels, method=MultimodalGLM.encode_images)
+        features: Any = model.apply({"params": params}, pixels, method=MultimodalGLM.encode_images)
         if carried is not None:
             features = jnp.concatenate([features, jnp.asarray(carried)[None]], axis=-1)
         return {"features": features}
@@ -169,12 +169,12 @@ def speech_encoder(model: MultimodalGLM, processing: AudioProcessing) -> Signatu
       at frames with sound, to `features` [1, M, D] and `mask_out` bool [1, M], True at valid
       features.
     """
-    frames = model.config.speech.num_frames
+    frames = model.config.speech_encoder.num_frames
     every = 2 * processing.merge_size
 
     def function(params: Any, inputs: Inputs) -> dict[str, Array]:
         mel = log_mel_of_samples(inputs["src_inputs"], processing)
-        features = model.apply({"params": params}, mel, method=MultimodalGLM.encode_audio)
+        features: Any = model.apply({"params": params}, mel, method=MultimodalGLM.encode_audio)
         if carries_positions(model.config):
             features = _carry_nothing(features)
         # A feature is valid if the second last frame that its convolution and merge read is valid.
@@ -203,7 +203,7 @@ def speech_adapter(model: MultimodalGLM) -> Signature:
     Returns:
       The signature.
     """
-    features = model.config.speech.num_tokens
+    features = model.config.speech_encoder.num_tokens
     width = model.config.decoder.hidden_size + CARRIED * carries_positions(model.config)
     inputs = {
         "features": jax.ShapeDtypeStruct((1, features, width), jnp.float32),
@@ -284,7 +284,8 @@ def _with_answer_end(step: Signature, row: np.ndarray) -> Signature:
 
 def _carried(config: VisionConfig, image_size: Sequence[int]) -> np.ndarray:
     """Computes the additional channels [M, 4] of an image's features; see `CARRIED`."""
-    rows, columns = (extent // config.merge_size for extent in config.grid_of(tuple(image_size)))
+    height, width = image_size
+    rows, columns = (extent // config.merge_size for extent in config.grid_of((height, width)))
     token = np.arange(rows * columns)
     row, column = np.divmod(token, columns)
     short = np.zeros(len(token))

@@ -303,12 +303,12 @@ def check_sections(bundle: "Bundle") -> None:
 
 
 def _equal(stored: Constant, expected: Constant) -> bool:
-    scales = [None if c.scale is None else np.asarray(c.scale) for c in (stored, expected)]
+    scales = [np.asarray(c.scale) for c in (stored, expected) if c.scale is not None]
     return (
         (stored.type, tuple(stored.shape)) == (expected.type, tuple(expected.shape))
         and np.array_equal(stored.data, expected.data)
-        and (scales[0] is None) == (scales[1] is None)
-        and (scales[0] is None or np.array_equal(*scales))
+        and (stored.scale is None) == (expected.scale is None)
+        and (not scales or np.array_equal(scales[0], scales[1]))
     )
 
 
@@ -354,15 +354,19 @@ def _length(processor: Processor, prompt: EnginePrompt, strings: bool) -> int:
 def _prompt(
     bundle: "Bundle", kind: str | None, text: str, rng: np.random.Generator, file: Path
 ) -> EnginePrompt:
-    part = {"type": "text", "text": text}
+    part: dict[str, Any] = {"type": "text", "text": text}
+    value: Any
     if kind is None:
         return EnginePrompt([part], [part])
     if kind == "image":
-        shape = (*bundle.image_size, bundle.model.config.vision.channels)
+        vision = bundle.model.config.vision_tower
+        shape = (*(bundle.image_size or vision.image_size), vision.channels)
         value = rng.integers(0, 256, shape, dtype=np.uint8)
         file.write_bytes(png(value))
     else:
         audio = bundle.processor.audio
+        if audio is None:
+            raise ExportError(f"{bundle.path}: its processor prepares no audio")
         samples = _recording(audio, rng)
         value = samples.astype(np.float32) / 32768.0, audio.sample_rate
         with wave.open(str(file), "wb") as out:

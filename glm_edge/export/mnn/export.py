@@ -222,7 +222,7 @@ class _Writer:
             weight, start = self.weights[path], self.file.tell()
             self.file.write(_header(weight) + _unsigned(weight).tobytes())
             middle = self.file.tell()
-            self.file.write(weight.scale.tobytes())
+            self.file.write(b"" if weight.scale is None else weight.scale.tobytes())
             end = self.file.tell()
             self.file.write(bias)
             self.positions[path] = [start, middle - start, end - middle, len(bias), 0]

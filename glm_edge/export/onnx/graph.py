@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from glm_edge.errors import ExportError, require
-from glm_edge.export.common.jaxpr import CALLS
+from glm_edge.export.common.jaxpr import CALLS, aval
 
 ELEMENTWISE = {
     "abs": "Abs",
@@ -254,9 +254,9 @@ class GraphBuilder:
             return self._jaxpr(body, [_constant(array) for array in constants], inputs)
         if name in PASSED:
             return inputs
-        results = [variable.aval for variable in equation.outvars]
-        if all(0 in aval.shape for aval in results):
-            return [_constant(np.zeros(aval.shape, aval.dtype)) for aval in results]
+        results = [aval(variable) for variable in equation.outvars]
+        if all(0 in result.shape for result in results):
+            return [_constant(np.zeros(result.shape, result.dtype)) for result in results]
         if name == "broadcast_in_dim":
             return [self._broadcast(equation, inputs[0])]
         if all(value.array is not None for value in inputs):
@@ -266,7 +266,7 @@ class GraphBuilder:
         if name in ELEMENTWISE:
             return [self.elementwise(ELEMENTWISE[name], inputs)]
         if name in REDUCTIONS:
-            source = self.full(inputs[0], equation.invars[0].aval.shape)
+            source = self.full(inputs[0], aval(equation.invars[0]).shape)
             axes = self.sizes(equation.params["axes"])
             outputs = self.node(REDUCTIONS[name], source, axes, keepdims=0)
         elif name in LOWERINGS:
@@ -275,7 +275,7 @@ class GraphBuilder:
             raise ExportError(f"ONNX: no lowering for {name}")
         outputs = outputs if isinstance(outputs, list) else [outputs]
         return [
-            output if isinstance(output, Value) else Value(output, variable.aval.shape)
+            output if isinstance(output, Value) else Value(output, aval(variable).shape)
             for output, variable in zip(outputs, equation.outvars, strict=True)
         ]
 
@@ -289,9 +289,9 @@ class GraphBuilder:
         return Value(name, np.broadcast_shapes(*[value.shape for value in inputs]))
 
     def _broadcast(self, equation: JaxprEqn, value: Value) -> Value:
-        rank = len(equation.outvars[0].aval.shape)
+        rank = len(aval(equation.outvars[0]).shape)
         extents = [1] * rank
-        shape = (1,) * (len(equation.invars[0].aval.shape) - len(value.shape)) + value.shape
+        shape = (1,) * (len(aval(equation.invars[0]).shape) - len(value.shape)) + value.shape
         for axis, extent in zip(equation.params["broadcast_dimensions"], shape, strict=True):
             extents[axis] = extent
         if _stripped(extents) == _stripped(value.shape):
@@ -304,7 +304,7 @@ class GraphBuilder:
 @lowers("select_n")
 def _lower_select_n(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> Value:
     which, *cases = inputs
-    if len(cases) != 2 or equation.invars[0].aval.dtype != bool:
+    if len(cases) != 2 or aval(equation.invars[0]).dtype != bool:
         raise ExportError("ONNX: select_n with more than two cases")
     return graph.elementwise("Where", [which, cases[1], cases[0]])
 
@@ -326,7 +326,7 @@ def _lower_square(graph: GraphBuilder, _: JaxprEqn, inputs: list[Value]) -> Valu
 
 @lowers("integer_pow")
 def _lower_integer_pow(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> Value:
-    exponent = np.asarray(equation.params["y"], equation.invars[0].aval.dtype)
+    exponent = np.asarray(equation.params["y"], aval(equation.invars[0]).dtype)
     return graph.elementwise("Pow", [*inputs, _constant(exponent)])
 
 
@@ -334,14 +334,14 @@ def _lower_integer_pow(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Val
 def _lower_convert_element_type(
     graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]
 ) -> Value:
-    if equation.invars[0].aval.dtype == equation.outvars[0].aval.dtype:
+    if aval(equation.invars[0]).dtype == aval(equation.outvars[0]).dtype:
         return inputs[0]
-    to = graph.dtype_number(equation.outvars[0].aval.dtype)
+    to = graph.dtype_number(aval(equation.outvars[0]).dtype)
     return graph.elementwise("Cast", inputs, to=to)
 
 
 def _operands(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> list[str]:
-    return [graph.full(v, i.aval.shape) for v, i in zip(inputs, equation.invars, strict=True)]
+    return [graph.full(v, aval(i).shape) for v, i in zip(inputs, equation.invars, strict=True)]
 
 
 def _reshape(graph: GraphBuilder, name: str, shape: Sequence[int]) -> str:
@@ -350,7 +350,8 @@ def _reshape(graph: GraphBuilder, name: str, shape: Sequence[int]) -> str:
 
 @lowers("reshape", "squeeze", "expand_dims")
 def _lower_reshape(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
-    return _reshape(graph, *_operands(graph, equation, inputs), equation.outvars[0].aval.shape)
+    (operand,) = _operands(graph, equation, inputs)
+    return _reshape(graph, operand, aval(equation.outvars[0]).shape)
 
 
 @lowers("transpose")
@@ -362,7 +363,7 @@ def _lower_transpose(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value
 @lowers("slice")
 def _lower_slice(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
     starts, ends = equation.params["start_indices"], equation.params["limit_indices"]
-    shape = equation.invars[0].aval.shape
+    shape = aval(equation.invars[0]).shape
     steps = equation.params["strides"] or [1] * len(shape)
     source = graph.full(inputs[0], shape)
     axes = [a for a in range(len(shape)) if (starts[a], ends[a]) != (0, shape[a])]
@@ -390,15 +391,15 @@ def _lower_pad(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> 
 def _lower_concatenate(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
     variables, axis = equation.invars, equation.params["dimension"]
     # ONNX interprets an extent of zero as a copy of the input's extent.
-    pairs = [(i, v) for i, v in zip(inputs, variables, strict=True) if v.aval.shape[axis]]
-    parts = [graph.full(value, variable.aval.shape) for value, variable in pairs]
+    pairs = [(i, v) for i, v in zip(inputs, variables, strict=True) if aval(v).shape[axis]]
+    parts = [graph.full(value, aval(variable).shape) for value, variable in pairs]
     return parts[0] if len(parts) == 1 else graph.node("Concat", *parts, axis=axis)
 
 
 @lowers("stack")
 def _lower_stack(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
     axis = equation.params["axis"]
-    shape = list(equation.outvars[0].aval.shape)
+    shape = list(aval(equation.outvars[0]).shape)
     shape[axis] = 1
     parts = [_reshape(graph, name, shape) for name in _operands(graph, equation, inputs)]
     return graph.node("Concat", *parts, axis=axis)
@@ -415,7 +416,7 @@ def _lower_split(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -
 @lowers("gather")
 def _lower_gather(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
     numbers, (operand, index) = equation.params["dimension_numbers"], equation.invars
-    inner, rank = operand.aval.shape[1:], len(equation.outvars[0].aval.shape)
+    inner, rank = aval(operand).shape[1:], len(aval(equation.outvars[0]).shape)
     if (
         numbers.collapsed_slice_dims != (0,)
         or numbers.start_index_map != (0,)
@@ -424,20 +425,20 @@ def _lower_gather(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) 
         or tuple(numbers.offset_dims) != tuple(range(rank - len(inner), rank))
     ):
         raise ExportError("ONNX: gather of anything but rows")
-    count = int(np.prod(index.aval.shape))
-    indices = _reshape(graph, graph.full(inputs[1], index.aval.shape), [count])
+    count = int(np.prod(aval(index).shape))
+    indices = _reshape(graph, graph.full(inputs[1], aval(index).shape), [count])
     if inputs[0].weight is not None:
         rows = graph.look_up(inputs[0].weight, indices, count)
     else:
-        rows = graph.node("Gather", graph.full(inputs[0], operand.aval.shape), indices, axis=0)
-    return _reshape(graph, rows, equation.outvars[0].aval.shape)
+        rows = graph.node("Gather", graph.full(inputs[0], aval(operand).shape), indices, axis=0)
+    return _reshape(graph, rows, aval(equation.outvars[0]).shape)
 
 
 @lowers("dynamic_update_slice")
 def _lower_dynamic_update_slice(
     graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]
 ) -> str:
-    shape, extent = (variable.aval.shape for variable in equation.invars[:2])
+    shape, extent = (aval(variable).shape for variable in equation.invars[:2])
     moving = [a for a in range(len(shape)) if shape[a] != extent[a]]
     if not moving:
         return graph.full(inputs[1], extent)
@@ -448,7 +449,7 @@ def _lower_dynamic_update_slice(
 
 def _update(graph: GraphBuilder, axis: int, equation: JaxprEqn, inputs: list[Value]) -> str:
     """Selects the update or the array for each slot."""
-    shape, extent = (variable.aval.shape for variable in equation.invars[:2])
+    shape, extent = (aval(variable).shape for variable in equation.invars[:2])
     slots, length = shape[axis], extent[axis]
     start = graph.node("Max", graph.named(inputs[2 + axis]), graph.constant(np.int32(0)))
     start = graph.node("Min", start, graph.constant(np.int32(slots - length)))
@@ -470,31 +471,31 @@ def _update(graph: GraphBuilder, axis: int, equation: JaxprEqn, inputs: list[Val
 def _lower_dot_general(graph: GraphBuilder, equation: JaxprEqn, inputs: list[Value]) -> str:
     contract, batch = equation.params["dimension_numbers"]
     lhs, rhs = equation.invars
-    rows = rhs.aval.shape == inputs[1].shape and contract == ((lhs.aval.ndim - 1,), (1,))
+    rows = aval(rhs).shape == inputs[1].shape and contract == ((aval(lhs).ndim - 1,), (1,))
     if inputs[1].weight is not None and rows:
         weight = graph.read(inputs[1].weight, transposed=True)
-        product = graph.node("MatMul", graph.full(inputs[0], lhs.aval.shape), weight)
+        product = graph.node("MatMul", graph.full(inputs[0], aval(lhs).shape), weight)
         graph.nodes[-1].name = inputs[1].weight
         graph.products[product] = inputs[1].weight
         return product
     operands = []
     for side, variable in enumerate((lhs, rhs)):
-        free = [a for a in range(variable.aval.ndim) if a not in contract[side] + batch[side]]
+        free = [a for a in range(aval(variable).ndim) if a not in contract[side] + batch[side]]
         inner = [list(contract[side]), free] if side else [free, list(contract[side])]
         order = [*batch[side], *inner[0], *inner[1]]
-        name = graph.full(inputs[side], variable.aval.shape)
+        name = graph.full(inputs[side], aval(variable).shape)
         if order != list(range(len(order))):
             name = graph.node("Transpose", name, perm=order)
-        extents = variable.aval.shape
+        extents = aval(variable).shape
         shape = [extents[a] for a in batch[side]]
         shape += [int(np.prod([extents[a] for a in part])) for part in inner]
         ordered = [extents[a] for a in order]
         operands.append(name if shape == ordered else _reshape(graph, name, shape))
     product = graph.node("MatMul", *operands)
     frees = [
-        v.aval.ndim - len(c) - len(b) for v, c, b in zip((lhs, rhs), contract, batch, strict=True)
+        aval(v).ndim - len(c) - len(b) for v, c, b in zip((lhs, rhs), contract, batch, strict=True)
     ]
-    return product if frees == [1, 1] else _reshape(graph, product, equation.outvars[0].aval.shape)
+    return product if frees == [1, 1] else _reshape(graph, product, aval(equation.outvars[0]).shape)
 
 
 def _constant(array: Any) -> Value:

@@ -43,16 +43,14 @@ def read_weights(
     damage = (*PARSE_ERRORS, message.DecodeError, library.checker.ValidationError)
     description = read_description(path)
     try:
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for name in description["signatures"]:
             graph = file_inside(path, f"{name}.onnx", ExportError)
             model = library.load_model_from_string(read_bytes(graph, MAX_GRAPH_BYTES, ExportError))
             tensors |= {t.name: t for t in model.graph.initializer if t.external_data}
         content = map_weights(path)
 
-        def array(name: str, turned: bool) -> np.ndarray | None:
-            if name not in tensors:
-                return None
+        def array(name: str, turned: bool) -> np.ndarray:
             tensor = _load(library, tensors[name], content)
             values = library.numpy_helper.to_array(tensor)
             return values.T if turned else values
@@ -61,8 +59,12 @@ def read_weights(
         for name, (turned, group_size) in description["parameters"].items():
             if name in tensors:
                 _check_shape(name, tensors, turned, shapes)
-            values, scale = array(name, turned), array(f"{name}.scale", turned)
-            zero, kind = array(f"{name}.zero", turned), str(values.dtype)
+            values = array(name, turned)
+            scale, zero = (
+                array(f"{name}.{part}", turned) if f"{name}.{part}" in tensors else None
+                for part in ("scale", "zero")
+            )
+            kind = str(values.dtype)
             if scale is not None:
                 values = values.astype(np.int8)
                 shape = scale.shape if group_size else (-1, 1)

@@ -41,7 +41,7 @@ def _builder_class() -> type:
 
         def __init__(self) -> None:
             super().__init__(1 << 16)
-            self._offsets = {}
+            self._offsets: dict[Any, int] = {}
 
         def StartVector(self, elemSize: int, numElems: int, alignment: int) -> int:  # noqa: N802, N803
             alignment = max(alignment, INLINE_ALIGNMENT) if elemSize == 1 else alignment
@@ -172,9 +172,7 @@ def read_constants(
     return constants
 
 
-def _static_grids(
-    graph: Any, entries: EntryCounter
-) -> Iterator[tuple[str, dict[str, ActivationGrid]]]:
+def _static_grids(graph: Any, entries: EntryCounter) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields weights that are multiplied with int8 activations, and the activations' grids."""
     for index in entries(graph.OperatorsLength()):
         operator = graph.Operators(index)

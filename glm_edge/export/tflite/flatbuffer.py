@@ -127,8 +127,8 @@ class FlatModel:
                         self._make_static(graph, operator, path, constant, rounded)
 
     def _store(self, constant: Constant) -> tuple[int, int]:
-        data = self.add_buffer(constant.data)
-        return data, self.add_buffer(constant.scale) if constant.block_size else 0
+        data, scale = self.add_buffer(constant.data), constant.scale
+        return data, 0 if scale is None or not constant.block_size else self.add_buffer(scale)
 
     def _widen(self, graph: Any, index: int, constant: Constant) -> int:
         """Adds a tensor that operators convert to the float32 tensor `index`; returns its index."""
@@ -211,16 +211,19 @@ class FlatModel:
         biased = any(int(index) >= 0 for index in product.inputs[2:])
         if self.operator_name(product) != "FULLY_CONNECTED" or biased:
             raise ExportError(f"{path}: a product with a bias does not support static ranges")
+        inputs, outputs = constant.inputs, constant.outputs
+        if inputs is None or outputs is None:
+            raise ExportError(f"{path}: static ranges are of inputs and of outputs, one is missing")
         source, result = int(product.inputs[0]), int(product.outputs[0])
-        key = (id(graph), source, constant.inputs)
+        key = (id(graph), source, inputs)
         if key not in rounded:
-            rounded[key] = self._add_int8(graph, source, constant.inputs)
+            rounded[key] = self._add_int8(graph, source, inputs)
             code = self._operator_code("QUANTIZE", QUANTIZE_VERSION)
             quantize = self._conversion(code, source, rounded[key])
             # Right after the operator that computes its input, so that every reader comes later.
             made = [i for i, o in enumerate(graph.operators) if source in o.outputs]
             graph.operators.insert(made[0] + 1 if made else 0, quantize)
-        reached = self._add_int8(graph, result, constant.outputs)
+        reached = self._add_int8(graph, result, outputs)
         product.inputs = np.array([rounded[key], *product.inputs[1:]], np.int32)
         product.outputs = np.array([reached], np.int32)
         product.builtinOptions.asymmetricQuantizeInputs = False
@@ -374,7 +377,8 @@ def _renumbered(indices: np.ndarray, new_index: Mapping[int, int]) -> np.ndarray
 
 
 def _compact_buffers(model: Any) -> None:
-    buffers, new_index, contents = [model.buffers[0]], {0: 0}, {}
+    buffers, new_index = [model.buffers[0]], {0: 0}
+    contents: dict[bytes | int, int] = {}
     readers = [t for graph in model.subgraphs for t in graph.tensors] + list(model.metadata)
     for reader in readers:
         old = reader.buffer

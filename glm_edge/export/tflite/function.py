@@ -257,7 +257,10 @@ def function(
         size = write_stream(path, lambda file: file.write(content))
     else:
         size = _write(run, inputs, constants, stored_params, conversions, path, overwrite)
-    stored = sum(constant.data.nbytes + constant.scale.nbytes for constant in constants.values())
+    stored = sum(
+        constant.data.nbytes + (0 if constant.scale is None else constant.scale.nbytes)
+        for constant in constants.values()
+    )
     return ExportedFunction(
         path, size, stored, tuple(conversions), dict(inputs), function, stored_params
     )
@@ -301,7 +304,7 @@ def _check_call(function: Any, params: Any, inputs: Any, path: Any) -> None:
 class _Dequantized(Quantized):
     """A box whose data are already its dense rows."""
 
-    def rows(self) -> Array:
+    def rows(self) -> Array:  # type: ignore[override]  # jitted in the base
         return self.data
 
 

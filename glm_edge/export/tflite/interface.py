@@ -1,6 +1,6 @@
 """Comparison of the signatures of a `.tflite` file with its description."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from glm_edge.configs import GLMConfig
@@ -65,7 +65,7 @@ def _check_sizes(
         raise ValueError(f"attended slots {attended[:8]}")
 
 
-def _compare(stored: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+def _compare(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
     for name in sorted(stored.keys() | expected.keys()):
         ours, theirs = expected.get(name), stored.get(name)
         if not ours or not theirs or (ours.type, ours.shape) != (theirs.type, theirs.shape):

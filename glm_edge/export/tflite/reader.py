@@ -150,10 +150,10 @@ class _Reader:
     def _graph(self, graph: Any, signature: Any) -> Graph:
         tensors = [self._tensor(graph.Tensors(i)) for i in self._range(graph.TensorsLength())]
         if signature is None:
-            inputs = dict(enumerate(self._picked(tensors, graph.InputsAsNumpy())))
-            outputs = dict(enumerate(self._picked(tensors, graph.OutputsAsNumpy())))
-            inputs = {str(position): tensor for position, tensor in inputs.items()}
-            outputs = {str(position): tensor for position, tensor in outputs.items()}
+            inputs, outputs = (
+                {str(at): tensor for at, tensor in enumerate(self._picked(tensors, indices))}
+                for indices in (graph.InputsAsNumpy(), graph.OutputsAsNumpy())
+            )
             name = _text(graph.Name())
         else:
             inputs = self._named(tensors, signature.Inputs, signature.InputsLength())

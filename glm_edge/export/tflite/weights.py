@@ -121,7 +121,7 @@ def _fits_half(values: np.ndarray) -> bool:
 
 def _from_box(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conversion]]:
     box, conversions = _to_runnable(path, box)
-    grids = (None, None)
+    grids: tuple[ActivationGrid | None, ActivationGrid | None] = (None, None)
     if box.input_scale is not None:
         reason = _not_static(path, box)
         if reason is None:
@@ -138,7 +138,7 @@ def _from_box(path: str, box: Quantized) -> tuple[Constant, Quantized, list[Conv
     if scale.shape[-1] == 1:
         return Constant(kind, box.shape, data, scale.reshape(-1), 0, *grids), box, conversions
     half = scale.astype(np.float16)
-    return Constant(kind, box.shape, data, half, box.format.group_size), box, conversions
+    return Constant(kind, box.shape, data, half, box.format.columns_per_scale), box, conversions
 
 
 def with_storable_scales(
@@ -185,7 +185,7 @@ def with_storable_scales(
     nearest = jnp.asarray(np.where(moved, nearest, codes).astype(np.int8))
     other = box.replace(data=packing.pack(nearest, box.format.qtype), scale=new_scale)
     before, after = (np.asarray(each.rows()).astype(np.float64) for each in (box, other))
-    error = float(np.linalg.norm(after - before) / max(np.linalg.norm(before), 1e-300))
+    error = float(np.linalg.norm(after - before) / max(float(np.linalg.norm(before)), 1e-300))
     rule = (
         f"{count} of {scale.size} scales outside the range of {'float16' if half else 'float32'} "
         "replaced by the nearest value within it, their codes rounded again (relative change of "
@@ -220,7 +220,7 @@ def _not_static(path: str, box: Quantized) -> str | None:
 
 def _grid(path: str, box: Quantized, side: str) -> ActivationGrid:
     scale, zero = np.float32(getattr(box, f"{side}_scale")), int(getattr(box, f"{side}_zero"))
-    check_finite(path, scale)
+    check_finite(path, np.asarray(scale))
     if scale < SMALLEST_SCALE:
         raise ExportError(f"{path}: {side}_scale is {scale}; use at least {SMALLEST_SCALE:.3g}")
     return ActivationGrid(float(scale), zero)

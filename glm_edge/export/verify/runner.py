@@ -26,6 +26,7 @@ from glm_edge.export.common.signatures import (
 )
 from glm_edge.export.tflite.file import read_metadata
 from glm_edge.export.tflite.interface import checked_graphs
+from glm_edge.export.tflite.reader import Graph
 from glm_edge.export.verify.worker import TIMEOUT, InterpreterProcess
 from glm_edge.models.multimodal import MultimodalGLM
 
@@ -222,6 +223,7 @@ class SignatureRunner:
           DataError: the tokens do not fit the cache.
         """
         logits, end = [], slot + len(embedded)
+        chunks: Iterable[tuple[int, int, int]]
         if self.prefill_logits:
             chunks = self._chunks(slot, end)
         elif every_position:
@@ -349,7 +351,8 @@ class LiteRTRunner(SignatureRunner):
         except (*PARSE_ERRORS, GlmEdgeError) as error:
             raise ExportError(f"{path}: damaged: its description: {error}") from error
         self.path, self.description = path, description
-        self._graphs, self._worker = None, None
+        self._graphs: dict[str, Graph] = {}
+        self._worker: InterpreterProcess | None = None
         self._runners: dict[str, Any] = {}
         self._lock = threading.Lock()
         if isolated:
@@ -375,7 +378,9 @@ class LiteRTRunner(SignatureRunner):
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one signature on arrays that match its shapes exactly."""
         if self._worker is not None:
-            return self._run_isolated(signature, inputs)
+            graph = self._graphs[signature]
+            tensors = graph.inputs, graph.outputs
+            return run_checked(self._worker, self.path, signature, inputs, *tensors)
         # A call sets inputs, invokes, and copies outputs, all in the memory of one interpreter.
         with self._lock:
             if signature in self._runners:
@@ -384,11 +389,6 @@ class LiteRTRunner(SignatureRunner):
             with quiet():
                 self._runners[signature] = self.interpreter.get_signature_runner(signature)
                 return self._runners[signature](**inputs)
-
-    def _run_isolated(self, signature: str, inputs: dict[str, Any]) -> dict[str, Any]:
-        graph = self._graphs[signature]
-        tensors = graph.inputs, graph.outputs
-        return run_checked(self._worker, self.path, signature, inputs, *tensors)
 
     def close(self) -> None:
         """Ends the process of an isolated file, which also ends when this object is deleted."""

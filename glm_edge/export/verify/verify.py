@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from glm_edge.export.verify.graph_directory import GraphDirectoryRunner
 from glm_edge.export.verify.results import MIN_TOKENS, Verification, compute_of, conclude
 from glm_edge.export.verify.runner import JaxRunner, LiteRTRunner, SignatureRunner
 from glm_edge.models.multimodal import MultimodalGLM
+from glm_edge.params.tree import Params
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Window:
 def verify(
     path: str | Path,
     model: MultimodalGLM,
-    params: Any,
+    params: Params,
     windows: Iterable[Window] | None = None,
     threshold: float | None = None,
     compute: str | None = None,
@@ -90,10 +90,11 @@ def verify(
       DataError: a window does not fit the cache, or its `counted` does not have its shape.
     """
     directory = Path(path).is_dir()
+    runner: GraphDirectoryRunner | LiteRTRunner
     runner = GraphDirectoryRunner(path) if directory else LiteRTRunner(path, isolated=isolated)
     if runner.config != model.config:
         raise ExportError(f"{path}: contains a different model than {model.config.name}")
-    if directory:
+    if isinstance(runner, GraphDirectoryRunner):
         shapes = {name: tuple(leaf.shape) for name, leaf in boxes.path_items(params)}
         check_weights(runner.read_weights(shapes), params, path)
     if runner.float32 and compute not in (None, "float32"):
@@ -111,7 +112,7 @@ def verify(
         runner.prefill_logits,
     )
     windows = list(windows) if windows is not None else random_windows(runner, seed)
-    same, errors, divergences = [], [], []
+    hits, errors, divergences = [], [], []
     for index, window in enumerate(windows):
         counted = _counted(window)
         content = (window.tokens, window.image, window.audio)
@@ -122,11 +123,11 @@ def verify(
         if not np.isfinite(logits).all():
             raise ExportError(f"{path}: its logits are not finite")
         expected = reference.score(*content)[counted]
-        same.append(expected.argmax(-1) == logits.argmax(-1))
+        hits.append(expected.argmax(-1) == logits.argmax(-1))
         errors.append(np.abs(expected - logits).max(initial=0.0))
         divergences.append(_kl(expected, logits))
     distances = signature_distances(reference, runner, seed)
-    same = np.concatenate(same) if same else np.zeros(0, bool)
+    same = np.concatenate(hits) if hits else np.zeros(0, bool)
     if not same.size:
         raise ExportError(f"{path}: no window counts a position; set counted for at least one")
     free = [_free_running(reference, runner, w) for w in windows[:free_running]]
@@ -146,7 +147,7 @@ def verify(
         signatures=distances,
     )
     if result.verified and directory:
-        write_description(runner.path, {**runner.description, "verified": True})
+        write_description(Path(path), {**runner.description, "verified": True})
     elif result.verified:
         mark_verified(path)
     return result
@@ -217,7 +218,8 @@ def random_windows(runner: SignatureRunner, seed: int) -> list[Window]:
     config, slots = runner.config, runner.cache_slots
     length = min(max(runner.prefill_lengths, default=32), slots)
     ordinary = _ordinary_tokens(config)
-    windows, total = [], 0
+    windows: list[Window] = []
+    total = 0
     while total < MIN_TOKENS:
         tokens = rng.choice(ordinary, length).astype(np.int32)
         image = audio = None

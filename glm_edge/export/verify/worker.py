@@ -105,6 +105,9 @@ class InterpreterProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
         )
+        # Pipes, since both are asked for above.
+        self._questions: Any = self._process.stdin
+        self._answers: Any = self._process.stdout
         self._close = weakref.finalize(self, _end, self._process)
         fields = {"do": "load", "runtime": runtime, "path": str(path)}
         # More threads than cores are slow: threads of runtimes spin while they wait for each other.
@@ -198,8 +201,8 @@ class InterpreterProcess:
         timer.daemon = True
         timer.start()
         try:
-            send(self._process.stdin, fields, arrays)
-            answer = receive(self._process.stdout)
+            send(self._questions, fields, arrays)
+            answer = receive(self._answers)
         except (OSError, ProtocolError):
             answer = None
         except BaseException:
@@ -260,6 +263,7 @@ def _cores() -> int:
 def _end(process: subprocess.Popen) -> None:
     for stream in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):
-            stream.close()
+            if stream is not None:
+                stream.close()
     process.kill()
     process.wait()

@@ -177,7 +177,7 @@ class LiteRTLMRuntime:
 
         litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
         cpu = litert_lm.Backend.CPU(thread_count=num_threads)
-        options = {"cache_dir": cache_dir}
+        options: dict[str, Any] = {"cache_dir": cache_dir}
         if images:
             options |= {"vision_backend": cpu, "max_num_images": images}
         if audio:

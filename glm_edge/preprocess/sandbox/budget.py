@@ -131,7 +131,8 @@ class Sink:
 
     def __init__(self, budget: Budget) -> None:
         """Creates an empty output."""
-        self._budget, self._pieces, self._length = budget, [], 0
+        self._budget, self._length = budget, 0
+        self._pieces: list[str] = []
 
     def write(self, text: str) -> None:
         """Appends text.

@@ -82,10 +82,11 @@ class Filters:
           TemplateAssertionError: the name of the test is unknown.
         """
         self._budget.step()
-        if self._named("test", name) is None:
+        test = self._named("test", name)
+        if test is None:
             shown = name[:80] if isinstance(name, str) else type(name).__name__
             raise TemplateAssertionError(f"no test named {shown!r}", 0)
-        return self._named("test", name)(value, *args, **kwargs)
+        return test(value, *args, **kwargs)
 
     def _named(self, kind: str, name: Any) -> Callable[..., Any] | None:
         """Looks up a filter or test by name; the name may be any value of a template."""

@@ -54,7 +54,7 @@ ARITHMETIC = {
 }
 NUMBERS = (int, float, bool)
 # Views of a dict that are compared by their contents.
-VIEWS = (type({}.items()), type({}.keys()))
+VIEWS: tuple[type, ...] = (type({}.items()), type({}.keys()))
 SCALARS = (str, int, float, bool, type(None))
 
 
@@ -77,6 +77,7 @@ class Interpreter:
         self.budget, self.marks, self.plain = budget, marks, marks.reveal
         self._texts = Texts(budget, marks, self.show)
         self._filters = Filters(self)
+        constructors: dict[str, Callable[..., Any]]
         constructors = {"dict": self._dict, "range": self._range, "namespace": self._namespace}
         constructors |= {"cycler": self._cycler, "joiner": self._joiner}
         self._globals = Scope(
@@ -144,7 +145,7 @@ class Interpreter:
             for item in self.iterate(items):
                 inner = Scope({}, scope)
                 self._assign(node.target, item, inner)
-                if self.evaluate(node.test, inner):
+                if node.test is None or self.evaluate(node.test, inner):
                     yield item
 
         iterator = self.iterate(items) if node.test is None else chosen()
@@ -208,12 +209,14 @@ class Interpreter:
             if not isinstance(space, Namespace):
                 raise TemplateRuntimeError("cannot assign attribute on non-namespace object")
             space.set(target.attr, value)
-        else:
+        elif isinstance(target, nodes.Tuple | nodes.List):
             items = list(self.iterate(value))
             if len(items) != len(target.items):
                 raise ValueError(f"{len(items)} values for {len(target.items)} names")
             for part, item in zip(target.items, items, strict=True):
                 self._assign(part, item, scope)
+        else:
+            raise TemplateRuntimeError(f"cannot assign to {type(target).__name__}")
 
     # Expressions.
 
@@ -282,7 +285,7 @@ class Interpreter:
         first, second = self.evaluate(node.left, scope), self.evaluate(node.right, scope)
         return self.compute(type(node), first, second)
 
-    def compute(self, kind: type, first: Any, second: Any) -> Any:
+    def compute(self, kind: type[nodes.BinExpr], first: Any, second: Any) -> Any:
         """Applies an operator of `ARITHMETIC` to two values."""
         sign, function = ARITHMETIC[kind]
         if type(first) in NUMBERS and type(second) in NUMBERS:
@@ -589,7 +592,7 @@ class Interpreter:
 
     def _chain(self, node: nodes.Filter, value: Any, scope: Scope) -> Any:
         """Applies the chained filters of a block, from the innermost."""
-        if node.node is not None:
+        if isinstance(node.node, nodes.Filter):
             value = self._chain(node.node, value, scope)
         return self._filtered(node, value, scope)
 

@@ -47,7 +47,8 @@ class Marks:
         names = tuple(names)
         hidden, self._taken = _hidden_characters(names), frozenset(taken)
         size = LAST_MARK - FIRST_MARK + 1
-        start, free = secrets.randbelow(size), []
+        start = secrets.randbelow(size)
+        free: list[str] = []
         for index in range(size):
             if len(free) == len(hidden):
                 break

@@ -1,6 +1,6 @@
 """Objects that a template creates: scopes, loops, macros, namespaces."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jinja2
@@ -10,7 +10,7 @@ from jinja2.exceptions import SecurityError
 from glm_edge.preprocess.sandbox.budget import Budget
 
 MISSING = object()
-ITERABLE = (
+ITERABLE: tuple[type, ...] = (
     str,
     list,
     tuple,
@@ -305,7 +305,7 @@ class _LoopAttributes:
         return self._loop.read(name)
 
 
-def values_of(value: Any) -> Iterable[Any]:
+def values_of(value: Any) -> Any:
     """Returns a value as an iterable for a loop.
 
     Raises:

@@ -17,7 +17,7 @@ MAX_TOKENS = 50_000
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}`, which marks text that training scores; rendering ignores it."""
 
-    tags = frozenset({"generation"})
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 declares a set
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from glm_edge.preprocess.sandbox.budget import OBJECT_BYTES, Budget, TemplateLimitError
@@ -173,14 +173,15 @@ class Texts:
         return [line[:length] for line, length in zip(cut, lengths, strict=True)]
 
     def _partition(self, text: str, sep: str) -> tuple[str, str, str]:
-        return self._cut_at(text, *self._read(text, sep), str.find, len(text))
+        return self._cut_at(text, self._read(text, sep), str.find, len(text))
 
     def _rpartition(self, text: str, sep: str) -> tuple[str, str, str]:
-        return self._cut_at(text, *self._read(text, sep), str.rfind, 0)
+        return self._cut_at(text, self._read(text, sep), str.rfind, 0)
 
     def _cut_at(
-        self, text: str, plain: str, sep: str, find: Callable[..., int], missing: int
+        self, text: str, reading: Sequence[str], find: Callable[..., int], missing: int
     ) -> tuple[str, str, str]:
+        plain, sep = reading
         if not sep:
             raise ValueError("empty separator")
         self._budget.reserve(4 * len(text))
@@ -261,7 +262,7 @@ class Texts:
         pieces, automatic = [], 0
         for literal, name, spec, conversion in string.Formatter().parse(text):
             pieces.append(literal)
-            if name is None:
+            if name is None or spec is None:
                 continue
             if not name:
                 name, automatic = str(automatic), automatic + 1

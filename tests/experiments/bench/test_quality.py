@@ -13,7 +13,7 @@ from experiments.bench import quality as bench_quality
 from experiments.bench.peers import methods, table
 from experiments.bench.peers.methods import DECODER, METHODS, OURS, Method
 from experiments.bench.peers.scoring import Scorer
-from experiments.common import tap_eval
+from experiments.common import tap_eval, tap_items
 from glm_edge import configs
 from glm_edge.cli import corpora
 from glm_edge.errors import DataError, OutputError
@@ -146,7 +146,7 @@ def test_question_scores_match_the_tap_evaluation():
     """Questions are scored as the exam does and not at all changed by the same model."""
     model, params = ge.load(ge.shipped("nano"), dtype="float32")
     tokenizer = ge.load_tokenizer(ge.shipped("nano"))
-    items = tap_eval.draw_items(5, seed=11)
+    items = tap_items.draw_items(5, seed=11)
     windows = corpora.windows(np.arange(64), np.ones(model.config.decoder.vocab_size), 32)
     scorer = Scorer(model, params, tokenizer, windows, {"image": items, "spoken": []})
     same = scorer.score(model, params)

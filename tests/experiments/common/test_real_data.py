@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.common import tap_eval
+from experiments.common import tap_items
 from experiments.nano.phone_screens import digits, speech
 
 DATA = Path(os.environ.get("GLM_EDGE_DATA", "nowhere"))
@@ -33,7 +33,7 @@ def test_mnist_splits_share_no_image():
 
 def test_spoken_questions_come_from_the_folder():
     recorded = speech.fsdd_folder(DATA / "speech_fsdd")
-    items = tap_eval.draw_items(6, 3, str(DATA / "vision_mnist"), recorded)
+    items = tap_items.draw_items(6, 3, str(DATA / "vision_mnist"), recorded)
     assert all(item.question.spoken is not None and item.samples is not None for item in items)
-    again = tap_eval.draw_items(6, 3, str(DATA / "vision_mnist"), recorded)
+    again = tap_items.draw_items(6, 3, str(DATA / "vision_mnist"), recorded)
     assert all(np.array_equal(a.image, b.image) for a, b in zip(items, again, strict=True))

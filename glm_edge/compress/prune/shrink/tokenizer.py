@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glm_edge.configs import GLMConfig, TextConfig
 from glm_edge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -153,10 +154,10 @@ def check_tokens(tokenizer: Any, keep: Sequence[int]) -> Vocabulary:
 
 
 def frequent_tokens(
-    tokenizer: Any,
+    tokenizer: "Tokenizer",
     data: Iterable[Any],
     size: int | None = None,
-    config: Any = None,
+    config: GLMConfig | TextConfig | None = None,
     min_count: int = 1,
 ) -> np.ndarray:
     """Chooses tokens to keep: those that data hold most often, and all that must stay.

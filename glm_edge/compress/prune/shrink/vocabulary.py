@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from glm_edge import params as boxes
 from glm_edge.compress.prune.shrink.arrays import check_kept
@@ -60,7 +61,7 @@ def shrink_vocabulary(
     return model.clone(config=smaller), params
 
 
-def map_tokens(tokens: Any, keep: Sequence[int]) -> np.ndarray:
+def map_tokens(tokens: ArrayLike, keep: Sequence[int]) -> np.ndarray:
     """Renumber token ids for the smaller model.
 
     Args:

@@ -108,7 +108,7 @@ def int8_grid(low: float, high: float, symmetric: bool = False) -> tuple[np.floa
 
 
 def _float32_scale(scale: float) -> np.float32:
-    return np.float32(max(scale, np.finfo(np.float32).tiny) if scale else 1.0)
+    return np.float32(max(scale, float(np.finfo(np.float32).tiny)) if scale else 1.0)
 
 
 def _percentile(
@@ -125,7 +125,7 @@ def _percentile(
     total = np.concatenate([[0.0], np.cumsum(counts)])
     share = (100 - percentile) / 200
     ends = np.interp([share * total[-1], (1 - share) * total[-1]], total, edges)
-    return widened(*ends, False)
+    return widened(float(ends[0]), float(ends[1]), False)
 
 
 def _least_squares(

@@ -191,7 +191,9 @@ def adaround(
     unit = jnp.maximum(jnp.sum(jnp.abs(nearest)), 1e-30) / layer.weight.size
     optimizer = optax.adam(rate)
 
-    def step(carry, index):
+    def step(
+        carry: tuple[Array, optax.OptState], index: Array
+    ) -> tuple[tuple[Array, optax.OptState], None]:
         # The regularizer starts after a fraction _FREE of the steps; beta anneals from 20 to 2.
         variable, state = carry
         done = jnp.maximum(index / steps - _FREE, 0.0) / (1.0 - _FREE)
@@ -227,7 +229,7 @@ def descend(layer: Layer, codes: Array, grid: Grid, format: Format, sweeps: int)
     zero = None if grid.zero is None else _per_weight(grid.zero, layer.weight)
     diagonal = jnp.diagonal(layer.gram)
 
-    def column(index, carry):
+    def column(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         # QuantEase: the optimum of one column is w - gradient / H[j, j], rounded to its level.
         dense, slope = carry
         curvature = diagonal[index]
@@ -243,7 +245,7 @@ def descend(layer: Layer, codes: Array, grid: Grid, format: Format, sweeps: int)
         slope = slope + (new - now) * layer.gram[index]
         return jax.lax.dynamic_update_slice_in_dim(dense, new, index, axis=1), slope
 
-    def sweep(_, dense):
+    def sweep(_: Array, dense: Array) -> Array:
         slope = (dense - layer.weight) @ layer.gram + layer.drift
         return jax.lax.fori_loop(0, dense.shape[1], column, (dense, slope))[0]
 

@@ -73,10 +73,11 @@ def search_factor(
         # AWQ equation 4: error of Q(W s) s^-1 X, summed over the matrices that read X.
         factor = factor_of(by_channel, ratio).reshape(count, 1, width)
         columns = jnp.broadcast_to(factor, blocks).reshape(-1)
-        return sum(
+        errors = [
             output_error(_rounded(weight * columns, format, scale) / columns - weight, gram)
             for weight, format in zip(weights, formats, strict=True)
-        )
+        ]
+        return functools.reduce(jnp.add, errors)
 
     ratios = jnp.arange(steps, dtype=jnp.float32) / steps
     errors = jax.lax.map(error, ratios)
@@ -126,7 +127,7 @@ def search_clip(
         )
 
     # Keep the fraction with the smallest error per group.
-    def better(best: tuple[Array, Array], fraction: Array):
+    def better(best: tuple[Array, Array], fraction: Array) -> tuple[tuple[Array, Array], None]:
         errors = error(fraction)
         less = errors < best[0]
         return (jnp.where(less, errors, best[0]), jnp.where(less, fraction, best[1])), None

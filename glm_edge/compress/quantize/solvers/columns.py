@@ -70,14 +70,14 @@ def rounded(
       `cost * (target - result)^2`. With initial `errors`, the loss is the change of this sum.
     """
     count = block.target.shape[0]
-    grid = Grid(*(None if x is None else x.astype(jnp.float32) for x in grid))
+    grid = grid.map(lambda x: x.astype(jnp.float32))
     size = block_of(count, size, format.qtype)
     if size == count:
         return _block(block, grid, format)
 
     # GPTQ's lazy batch updates: the errors of a block reach the targets of all columns by one
     # product.
-    def step(targets: Array, index: Array):
+    def step(targets: Array, index: Array) -> tuple[Array, tuple[Array, Array, Array]]:
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
         )
@@ -104,7 +104,7 @@ def _block(block: ColumnBlock, grid: Grid, format: Format) -> tuple[Array, Array
 
     # The inner loop of GPTQ, one column (four for ternary34) per step: add the compensation for
     # earlier errors of the block to the target, round it, and store the new error.
-    def step(index: Array, carry: tuple[Array, Array, Array]):
+    def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         codes, moved, loss = carry
         first = index * unit
         part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=unit)
@@ -117,13 +117,13 @@ def _block(block: ColumnBlock, grid: Grid, format: Format) -> tuple[Array, Array
             None if block.mask is None else part(block.mask),
             part(before),
         )
-        scale, zero = (x if x is None or x.ndim == 1 else part(x) for x in grid)
+        scale, zero = grid.map(lambda x: x if x.ndim == 1 else part(x))
         if unit == 4:
             code, error, cost = _four(column, scale, block.errors is not None)
         else:
             code, error, cost = _one(column, scale, zero, format, block.errors is not None)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
-        return put(codes, code), put(moved, error - column.errors), loss + cost
+        return put(codes, code), put(moved, error - part(before)), loss + cost
 
     shape = block.weight.shape
     start = (
@@ -164,7 +164,7 @@ def _zero_code(zero: Array | None, qtype: str) -> Array:
 def _distance(column: ColumnBlock, value: Array, relative: bool) -> Array:
     """Computes the squared distance to the target, relative to the current codes if any."""
     distance = jnp.square(column.target - value)
-    if relative:
+    if relative and column.errors is not None:
         distance = distance - jnp.square(column.target - column.weight + column.errors)
     return distance
 
@@ -174,7 +174,8 @@ def _four(column: ColumnBlock, scale: Array, relative: bool) -> tuple[Array, Arr
     # For each position of the zero, run the four columns in turn, as in `step`, and keep the
     # cheapest codes per output.
     scales = jnp.broadcast_to(scale, column.weight.shape)
-    best = None
+    present = jnp.zeros_like(column.weight) if column.errors is None else column.errors
+    results = []
     for zero_index in range(4):
         targets, codes, errors = list(column.target), [], []
         cost = jnp.zeros(column.weight.shape[1], jnp.float32)
@@ -185,19 +186,22 @@ def _four(column: ColumnBlock, scale: Array, relative: bool) -> tuple[Array, Arr
             error = column.weight[i] - value
             distance = jnp.square(targets[i] - value)
             if relative:
-                distance -= jnp.square(targets[i] - column.weight[i] + column.errors[i])
+                distance -= jnp.square(targets[i] - column.weight[i] + present[i])
             cost += column.cost[i] * distance
             if column.mask is not None and i != zero_index:
                 # A masked weight must be at the position of the zero.
                 cost = jnp.where(column.mask[i], cost, jnp.inf)
             for k in range(i + 1, 4):
-                targets[k] = targets[k] + column.coupling[i, k] * (error - column.errors[i])
+                targets[k] = targets[k] + column.coupling[i, k] * (error - present[i])
             codes.append(code)
             errors.append(error)
-        tried = (jnp.stack(codes), jnp.stack(errors), cost)
-        if best is None:
-            best = tried
-        else:
-            less = cost < best[2]
-            best = tuple(jnp.where(less, new, old) for new, old in zip(tried, best, strict=True))
-    return best
+        results.append((jnp.stack(codes), jnp.stack(errors), cost))
+    return functools.reduce(_cheaper, results)
+
+
+def _cheaper(
+    best: tuple[Array, Array, Array], other: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    less = other[2] < best[2]
+    codes, errors, cost = (jnp.where(less, new, old) for new, old in zip(other, best, strict=True))
+    return codes, errors, cost

@@ -17,7 +17,7 @@ References:
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -203,12 +203,12 @@ def _arranged(
 @functools.partial(jax.jit, static_argnames="groups")
 def _restored(codes: Array, grid: Grid, order: Array | None, groups: int) -> tuple[Array, Grid]:
     """Inverts `_arranged` for codes [in, out] and their scales and zero points."""
-    codes, grid = codes.T, Grid(*(None if x is None else x.T for x in grid))
+    codes, grid = codes.T, grid.map(jnp.transpose)
     if order is None:
         return codes, grid
     first = order.reshape(groups, -1)[:, 0] // (order.shape[0] // groups)
     back = jnp.argsort(first)
-    grid = Grid(*(None if x is None else x[:, back] for x in grid))
+    grid = grid.map(lambda x: x[:, back])
     return codes[:, jnp.argsort(order)], grid
 
 
@@ -226,7 +226,7 @@ def _by_groups(
     size = weight.shape[0] // groups
     group_format = per_group_format(format)
 
-    def step(errors: Array, group: Array):
+    def step(errors: Array, group: Array) -> tuple[Array, tuple[Array, Grid]]:
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=group * size, slice_size=size
         )
@@ -248,7 +248,7 @@ def _by_groups(
             within, residual, transposed=True
         )
         if mask is not None:
-            unrounded = jnp.where(columns_of_block.mask, unrounded, 0.0)
+            unrounded = jnp.where(part(mask), unrounded, 0.0)
         if size <= SEARCHED and format.group_size != PER_TENSOR:
 
             def loss(grid: Grid) -> Array:
@@ -272,7 +272,7 @@ def _by_groups(
 
     _, (codes, grid) = jax.lax.scan(step, jnp.zeros_like(weight), jnp.arange(groups))
     if format.group_size == PER_TENSOR:
-        grid = Grid(*(None if x is None else x[:, :1] for x in grid))
+        grid = grid.map(lambda x: x[:, :1])
     return codes.reshape(weight.shape), grid
 
 
@@ -292,7 +292,7 @@ def _descend(
     expanded = _widened(grid, weight.shape)
     diagonal = jnp.diagonal(gram)
 
-    def step(carry: tuple[Array, Array], index: Array):
+    def step(carry: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], None]:
         errors, codes = carry
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
@@ -310,7 +310,7 @@ def _descend(
         )
         quantized = columns.rounded(
             columns_of_block,
-            Grid(*(x if x is None else part(x) for x in expanded)),
+            expanded.map(part),
             group_format,
             size,
         )
@@ -338,7 +338,9 @@ def _descend_by_groups(
     group_format = per_group_format(format)
     diagonal = jnp.diagonal(gram)
 
-    def step(errors: Array, group: tuple[Array, Array, Array, Array | None]):
+    def step(
+        errors: Array, group: tuple[Array, Array, Array, Array | None]
+    ) -> tuple[Array, tuple[Array, Array]]:
         index, codes, scale, zero = group
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * size, slice_size=size
@@ -451,14 +453,12 @@ def _decoded(codes: Array, grid: Grid, format: Format) -> Array:
     return scale * (steps if zero is None else steps - zero)
 
 
-def _widened(grid: Grid, shape: tuple[int, ...]) -> Any:
+def _widened(grid: Grid, shape: tuple[int, ...]) -> Grid:
     """Expands scales and zero points to one per weight, float32 [in, out]."""
     repeats = shape[0] // grid.scale.shape[0]
 
-    def widen(values: Array | None) -> Array | None:
-        if values is None:
-            return None
+    def widen(values: Array) -> Array:
         by_row = jnp.broadcast_to(values.astype(jnp.float32), (values.shape[0], shape[1]))
         return jnp.repeat(by_row, repeats, axis=0)
 
-    return Grid(*map(widen, grid))
+    return grid.map(widen)

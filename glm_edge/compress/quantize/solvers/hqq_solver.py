@@ -64,18 +64,20 @@ def solve(
 
     def rounded(grid: Grid) -> tuple[Array, Array]:
         """Computes `level - zero` and residuals in scale units, [rows, groups, columns]."""
-        wide = [None if x is None else x[..., None] for x in grid]
+        wide = grid.map(lambda x: x[..., None])
         codes = kernels.quantize(groups, *wide, format.qtype)
         steps = kernels.levels(codes, format.qtype).astype(jnp.float32)
-        steps = steps if grid.zero is None else steps - wide[1].astype(jnp.float32)
-        scale = wide[0].astype(jnp.float32)
+        steps = steps if wide.zero is None else steps - wide.zero.astype(jnp.float32)
+        scale = wide.scale.astype(jnp.float32)
         return steps, groups / jnp.where(scale == 0, 1.0, scale) - steps
 
     def loss(grid: Grid) -> Array:
         residual = rounded(grid)[1] * grid.scale.astype(jnp.float32)[..., None]
         return jnp.sum(jnp.abs(residual) ** exponent, axis=-1)
 
-    def step(carry: tuple[Grid, Grid, Array], weight_of_quadratic: Array):
+    def step(
+        carry: tuple[Grid, Grid, Array], weight_of_quadratic: Array
+    ) -> tuple[tuple[Grid, Grid, Array], None]:
         # Step 1: E is the generalized soft threshold of r = W - Q.
         grid, best, lowest = carry
         steps, residual = rounded(grid)
@@ -86,10 +88,11 @@ def solve(
         grid = _fitted(grid, steps, residual - error)
         grid_loss = loss(_stored(grid, format))
         less = grid_loss < lowest
-        best = Grid(*(_where(less, new, old) for new, old in zip(grid, best, strict=True)))
+        zero = _where(less, grid.zero, best.zero)
+        best = Grid(jnp.where(less, grid.scale, best.scale), zero)
         return (grid, best, jnp.where(less, grid_loss, lowest)), None
 
-    wide = Grid(*(None if x is None else x.astype(jnp.float32) for x in first))
+    wide = first.map(lambda x: x.astype(jnp.float32))
     betas = beta * growth ** jnp.arange(steps, dtype=jnp.float32)
     best = jax.lax.scan(step, (wide, wide, loss(first)), betas)[0][1]
     stored_grid = _stored(best, format)
@@ -119,4 +122,4 @@ def _stored(grid: Grid, format: Format) -> Grid:
 
 
 def _where(choice: Array, new: Array | None, old: Array | None) -> Array | None:
-    return None if new is None else jnp.where(choice, new, old)
+    return None if new is None or old is None else jnp.where(choice, new, old)

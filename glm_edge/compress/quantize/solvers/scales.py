@@ -36,6 +36,10 @@ class Grid(NamedTuple):
     scale: Array
     zero: Array | None = None
 
+    def map(self, function: Callable[[Array], Array]) -> "Grid":
+        """Applies a function to the scales, and to the zero points where there are any."""
+        return Grid(function(self.scale), None if self.zero is None else function(self.zero))
+
 
 @functools.partial(jax.jit, static_argnames=("format", "scale"), inline=True)
 def choose(weight: Array, format: Format, scale: str = "max") -> Grid:
@@ -162,17 +166,17 @@ def _best_ratio(groups: Array, low: Array, high: Array, format: Format) -> Array
     def error(ratio: Array) -> Array:
         grid = _spanning(low * ratio, high * ratio, format)
         # Each group becomes a row, so that weights of one scale are rounded together.
-        scale, zero = (None if x is None else x[..., None] for x in grid)
+        scale, zero = grid.map(lambda x: x[..., None])
         codes = kernels.quantize(groups, scale, zero, format.qtype)
         lost = kernels.dequantize(codes, scale, zero, format.qtype) - groups
         return jnp.sum(jnp.square(normalized(lost, peak[..., None])), axis=-1)
 
-    def better(best: tuple[Array, Array], ratio: Array):
+    def better(best: tuple[Array, Array], ratio: Array) -> tuple[tuple[Array, Array], None]:
         lost_by_ratio = error(ratio)
         less = lost_by_ratio < best[0]
         return (jnp.where(less, lost_by_ratio, best[0]), jnp.where(less, ratio, best[1])), None
 
-    ratios = _RATIOS.get(kernels.INTEGERS.get(format.qtype), _FEW_LEVELS)
+    ratios = _RATIOS.get(kernels.INTEGERS.get(format.qtype, 0), _FEW_LEVELS)
     start = (jnp.full(low.shape, jnp.inf), jnp.ones(low.shape, jnp.float32))
     return jax.lax.scan(better, start, jnp.asarray(ratios, jnp.float32))[0][1]
 
@@ -185,7 +189,7 @@ def per_group_format(format: Format) -> Format:
 
 def nearest_columns(weight: Array, grid: Grid, format: Format) -> Array:
     """Rounds weights [columns, out] with one scale per output, [out], and dequantizes them."""
-    grid = Grid(*(None if x is None else x[:, None] for x in grid))
+    grid = grid.map(lambda x: x[:, None])
     return decode(encode(weight.T, grid, format), grid, format).T
 
 
@@ -210,15 +214,13 @@ def search_scale(weight: Array, format: Format, scale: str, loss: Callable[[Grid
         lower, upper = jnp.broadcast_to(ratio.reshape(2, -1), (2, ends.shape[0]))
         shrunk = ends * jnp.abs(jnp.stack([lower, upper] * 2, axis=-1))
         candidate = choose(shrunk, group_format, "max")
-        scale, zero = (
-            None if x is None else jnp.broadcast_to(x[:, 0], ends.shape[:1]) for x in candidate
-        )
+        scale, zero = candidate.map(lambda x: jnp.broadcast_to(x[:, 0], ends.shape[:1]))
         return Grid(jnp.where(lower < 0, -scale, scale), zero)
 
     if scale == "max":
         return grid_of(jnp.ones(2))
 
-    def better(best: tuple[Array, Array], ratio: Array):
+    def better(best: tuple[Array, Array], ratio: Array) -> tuple[tuple[Array, Array], None]:
         candidate = loss(grid_of(ratio))
         less = candidate < best[0]
         ratio = jnp.broadcast_to(ratio.reshape(2, -1), best[1].shape)

@@ -1,0 +1,153 @@
+"""Items of the tap benchmark: a screen, a question about it, and its recording, as model inputs.
+
+Letters: `B` items of a batch, `T` prompt tokens.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from experiments.nano.phone_screens import digits, generator, instructions, speech
+from glm_edge.configs import GLMConfig
+from glm_edge.errors import DataError
+from glm_edge.kernels.log_mel import log_mel
+from glm_edge.preprocess.tokens import prompt_ids
+
+ABLATIONS = ("none", "blank_images", "shuffled_images", "blank_audio")
+BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question about one screen, with a recording if it is spoken."""
+
+    image: np.ndarray
+    question: instructions.Question
+    samples: np.ndarray | None = None
+
+
+def draw_items(
+    count: int,
+    seed: int,
+    digits_dir: str | None = None,
+    utterances: Sequence[speech.Utterance] = (),
+    split: str = "eval",
+) -> list[Item]:
+    """Draws one question for each of `count` screens.
+
+    Args:
+      count: number of questions.
+      seed: seed of screens and questions; the split's stream is disjoint from other splits.
+      digits_dir: folder of MNIST files for the keys; None uses scikit-learn's digits.
+      utterances: recordings; if set, all questions are spoken.
+      split: `eval` or `calibration`.
+
+    Returns:
+      The items.
+    """
+    part = "train" if split == "calibration" else "eval"
+    source = digits.mnist_folder(digits_dir, part) if digits_dir else digits.sklearn_digits(part)
+    rng = generator.random_stream(split, seed)
+    drawer = generator.ScreenGenerator(source)
+    by_digit = [[u for u in utterances if u.digit == digit] for digit in range(10)]
+    missing = [str(digit) for digit, clips in enumerate(by_digit) if utterances and not clips]
+    if missing:
+        raise DataError(f"recordings: none says {missing[0]}; all ten digits are needed")
+    items = []
+    for _ in range(count):
+        screen = drawer.draw(rng, "keypad" if utterances else "mixed")
+        mix = instructions.SPEECH_MIX if utterances else instructions.TEXT_MIX
+        question = instructions.questions(rng, screen, 1, mix)[0]
+        samples = None
+        if utterances:
+            clips = by_digit[question.spoken]
+            samples = clips[rng.integers(len(clips))].samples
+        items.append(Item(screen.image, question, samples))
+    return items
+
+
+def ablate(items: Sequence[Item], ablation: str) -> list[Item]:
+    """Removes inputs on which the answer should depend.
+
+    Args:
+      items: the questions.
+      ablation: `none`, `blank_images`, `shuffled_images` (each question gets the screen of the next
+        one), or `blank_audio`.
+
+    Returns:
+      Items with the same questions and changed inputs.
+    """
+    if ablation == "blank_images":
+        return [dataclasses.replace(i, image=np.full_like(i.image, 0.5)) for i in items]
+    if ablation == "shuffled_images":
+        others = [*items[1:], items[0]]
+        return [dataclasses.replace(i, image=o.image) for i, o in zip(items, others, strict=True)]
+    if ablation == "blank_audio":
+        return [
+            i if i.samples is None else dataclasses.replace(i, samples=np.zeros_like(i.samples))
+            for i in items
+        ]
+    return list(items)
+
+
+def prompt(item: Item, config: GLMConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns tokens, image and log-mel frames of one question."""
+    audio, audio_tokens = None, 0
+    if item.samples is not None:
+        audio, audio_tokens = mel_of([item.samples], config)[0], config.speech.num_tokens
+    text = item.question.instruction_text
+    ids = prompt_ids(tokenizer, text, config.vision.num_tokens, audio_tokens)
+    return {"tokens": np.array(ids, np.int32), "image": item.image, "audio": audio}
+
+
+def prompt_batches(
+    items: Sequence[Item], config: GLMConfig, tokenizer: Tokenizer, batch: int = BATCH
+) -> Iterator[dict[str, Any]]:
+    """Yields prompts of `batch` items, left-padded to one length.
+
+    Returns:
+      Dictionaries of tokens [B, T], valid [B, T], images, and audio for a model with speech. The
+      last batch repeats its last item to reach the full size.
+    """
+    audio_tokens = config.speech.num_tokens if config.speech is not None else 0
+    prompts = [
+        prompt_ids(
+            tokenizer,
+            item.question.instruction_text,
+            config.vision.num_tokens,
+            0 if item.samples is None else audio_tokens,
+        )
+        for item in items
+    ]
+    # Room for a recording, and silence where there is none: one compiled program serves both kinds.
+    longest = max(config.vision.num_tokens + audio_tokens + 8, *map(len, prompts))
+    length = -(-longest // 32) * 32
+    for start in range(0, len(items), batch):
+        index = [min(i, len(items) - 1) for i in range(start, start + batch)]
+        tokens = np.full((batch, length), config.pad_token_id, np.int32)
+        valid = np.zeros((batch, length), bool)
+        for row, i in enumerate(index):
+            tokens[row, length - len(prompts[i]) :] = prompts[i]
+            valid[row, length - len(prompts[i]) :] = True
+        images = np.stack([items[i].image for i in index]).astype(np.float32)
+        audio = None
+        if config.speech is not None:
+            recorded = [items[i].samples for i in index]
+            silence = np.zeros(1, np.float32)
+            audio = mel_of([silence if r is None else r for r in recorded], config)
+        yield {"tokens": tokens, "valid": valid, "images": images, "audio": audio}
+
+
+def mel_of(recordings: Sequence[np.ndarray], config: GLMConfig) -> np.ndarray:
+    """Returns log-mel spectrograms [B, num_frames, mel_bins] of recordings, cropped or padded."""
+    shape = config.speech
+    length = shape.num_frames * shape.hop_length
+    rows = [np.pad(r[:length], (0, max(0, length - len(r)))) for r in recordings]
+    samples = jnp.asarray(np.stack(rows), jnp.float32)
+    return np.asarray(
+        log_mel(samples, shape.mel_bins, shape.fft_size, shape.hop_length, shape.sample_rate)
+    )
